@@ -1,0 +1,1 @@
+"""Commands of `storaged`: a client of the admin API; `run` and `dev` import the node lazily."""

@@ -1,0 +1,27 @@
+"""Time as a port, so that a cluster test replays from a seed.
+
+``monotonic`` measures intervals, ``wall_ms`` stamps records and checks signatures. Nothing's safety depends on ``wall_ms``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def monotonic(self) -> float:
+        """Seconds since an arbitrary moment, never going back."""
+
+    def wall_ms(self) -> int:
+        """Milliseconds since 1970-01-01 UTC."""
+
+
+class SystemClock:
+    """The machine's own clocks."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def wall_ms(self) -> int:
+        return time.time_ns() // 1_000_000

@@ -1,0 +1,200 @@
+"""The layout: which nodes, disks and racks there are, and where things belong. Pure.
+
+A layout is a value, numbered by its epoch, kept in the system register ``layout`` and signed by the cluster's
+administration key. Everything that depends on one carries its epoch. From it follow, as functions alone:
+
+* the failure domain of a disk (decision: rack where there are three or more, else node, else disk);
+* the ring: partition number -> metadata replicas, an ordered list of disks in distinct domains;
+* a preference list of disks per placement group (``objects.place`` applies rack limits to it).
+
+Weighted rendezvous hashing: the score of disk d for key x is -w / ln(h(d, x)), h uniform in (0, 1); the highest wins
+(Thaler and Ravishankar, 1998; weights after Schindelhauer and Schomaker, 2005). A disk added or removed moves only its share.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import NamedTuple
+
+import xxhash
+
+from storaged.wire import Message
+
+PARTITIONS = 1024
+"""Ring partitions of user data: the top 10 bits of xxh3-64(bucket id || shard)."""
+
+SYSTEM_PARTITION = PARTITIONS
+"""One more partition holds buckets, users, keys, the layout; its replicas are the layout's seed disks."""
+
+PLACEMENT_GROUPS = 4096
+"""A data id's first 12 bits name its placement group; preference lists are cached by group."""
+
+SHARDS_DEFAULT = 16
+
+
+class Profile(NamedTuple):
+    """k data + m parity fragments. ``k == 1`` means whole copies."""
+
+    k: int
+    m: int
+
+    @property
+    def n(self) -> int:
+        return self.k + self.m
+
+    def __str__(self) -> str:
+        return f"{self.k}+{self.m}"
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        k, _, m = text.partition("+")
+        return cls(int(k), int(m))
+
+
+class Location(NamedTuple):
+    """``FR/par1/a``: country (ISO 3166-1 alpha-2), site, rack."""
+
+    country: str
+    site: str
+    rack: str
+
+    def __str__(self) -> str:
+        return f"{self.country}/{self.site}/{self.rack}"
+
+    @classmethod
+    def parse(cls, text: str) -> Location:
+        country, site, rack = text.split("/")
+        return cls(country, site, rack)
+
+
+class NodeEntry(Message, frozen=True):
+    """A member: ``name``, ``location`` as text, ``address`` as host:port of its RPC server (empty for a gateway without one)."""
+
+    name: str
+    location: str
+    address: str
+    roles: tuple[str, ...]
+
+
+class DiskEntry(Message, frozen=True):
+    """``state``: ``active``, or ``draining`` (keeps what it has, gets nothing new)."""
+
+    id: str
+    node: str
+    weight: int
+    state: str = "active"
+
+
+class Layout(Message, frozen=True, dict=True):
+    """``profile`` is the default target, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd)."""
+
+    cluster: str
+    epoch: int
+    nodes: tuple[NodeEntry, ...]
+    disks: tuple[DiskEntry, ...]
+    seeds: tuple[str, ...]
+    profile: str = "4+2"
+    countries: tuple[str, ...] = ()
+    replicas: int = 3
+
+    @cached_property
+    def node_by_name(self) -> dict[str, NodeEntry]:
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def disk_by_id(self) -> dict[str, DiskEntry]:
+        return {disk.id: disk for disk in self.disks}
+
+    @cached_property
+    def domain_kind(self) -> str:
+        """``rack``, ``node`` or ``disk``: what a failure domain is here."""
+        nodes = {disk.node for disk in self.disks}
+        if len({self.node_by_name[name].location for name in nodes}) >= 3:
+            return "rack"
+        return "node" if len(nodes) >= 3 else "disk"
+
+    @cached_property
+    def domain_by_disk(self) -> dict[str, str]:
+        """Disk id -> the failure domain it falls with."""
+        kind = self.domain_kind
+        return {
+            disk.id: self.node_by_name[disk.node].location if kind == "rack" else disk.node if kind == "node" else disk.id
+            for disk in self.disks
+        }
+
+    def node_of(self, disk_id: str) -> str:
+        return self.disk_by_id[disk_id].node
+
+    def country_of(self, disk_id: str) -> str:
+        return Location.parse(self.node_by_name[self.node_of(disk_id)].location).country
+
+    @cached_property
+    def _rings(self) -> dict[int, tuple[str, ...]]:
+        return {}
+
+    def replicas_of(self, partition: int) -> tuple[str, ...]:
+        """The disks that hold a partition's registers, first choice first, in distinct failure domains."""
+        if partition == SYSTEM_PARTITION:
+            return self.seeds
+        found = self._rings.get(partition)
+        if found is None:
+            chosen: list[str] = []
+            domains: set[str] = set()
+            for disk_id in self._ranked(b"ring" + partition.to_bytes(2, "big")):
+                if self.domain_by_disk[disk_id] not in domains:
+                    domains.add(self.domain_by_disk[disk_id])
+                    chosen.append(disk_id)
+                if len(chosen) == self.replicas:
+                    break
+            found = self._rings[partition] = tuple(chosen)
+        return found
+
+    @cached_property
+    def _preferences(self) -> dict[int, tuple[str, ...]]:
+        return {}
+
+    def preference(self, group: int) -> tuple[str, ...]:
+        """All disks, best first, for a placement group. Rack limits are applied by ``objects.place``."""
+        found = self._preferences.get(group)
+        if found is None:
+            found = self._preferences[group] = tuple(self._ranked(b"data" + group.to_bytes(2, "big")))
+        return found
+
+    def _ranked(self, salt: bytes) -> list[str]:
+        def score(disk: DiskEntry) -> float:
+            draw = (xxhash.xxh3_64_intdigest(disk.id.encode() + salt) + 1) / (2**64 + 2)
+            return -max(disk.weight, 1) / math.log(draw)
+
+        return [disk.id for disk in sorted(self.disks, key=score, reverse=True)]
+
+
+def placement_group(data_id: bytes) -> int:
+    """The first 12 bits of a data id."""
+    return int.from_bytes(data_id[:2], "big") >> 4
+
+
+def partition_of(scope: bytes, shard: int) -> int:
+    """The ring partition of one index shard of a bucket (``scope`` is its id of 16 bytes)."""
+    return xxhash.xxh3_64_intdigest(scope + bytes([shard])) >> (64 - 10)
+
+
+def problems_of(layout: Layout) -> list[str]:
+    """Why this layout cannot work, with the numbers; empty when it can."""
+    found: list[str] = []
+    profile = Profile.parse(layout.profile)
+    per_domain: dict[str, int] = {}
+    for domain in layout.domain_by_disk.values():
+        per_domain[domain] = per_domain.get(domain, 0) + 1
+    usable = sum(min(count, profile.m) for count in per_domain.values())
+    if usable < profile.n:
+        found.append(
+            f"profile {profile} needs {profile.n} disks with at most {profile.m} in one {layout.domain_kind}: "
+            f"{len(layout.disks)} disks in {len(per_domain)} {layout.domain_kind}s give {usable}"
+        )
+    if len(per_domain) < layout.replicas:
+        found.append(f"metadata wants {layout.replicas} replicas in distinct {layout.domain_kind}s; there are {len(per_domain)}")
+    if len(layout.seeds) < 3 or len(layout.seeds) % 2 == 0 or len(layout.seeds) > 7:
+        found.append(f"the system partition wants 3, 5 or 7 seed disks; {len(layout.seeds)} are named")
+    found.extend(f"seed disk {seed} is not in the layout" for seed in layout.seeds if seed not in layout.disk_by_id)
+    return found

@@ -1,0 +1,115 @@
+"""What the planes above see of the cluster: a caller, methods to answer with, who is alive, which layout counts.
+
+``cluster.rpc`` implements ``Caller`` over mutual TLS; simulations implement it over a virtual network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from storaged.cluster.layout import Layout
+from storaged.wire import Buffer, Message
+
+T = TypeVar("T", bound=Message)
+
+
+class PeerIdentity(NamedTuple):
+    """What a peer's certificate says, verified against the cluster's own authority and the jurisdiction policy."""
+
+    name: str
+    country: str
+    site: str
+    rack: str
+    roles: tuple[str, ...]
+
+
+class Call(NamedTuple):
+    """The circumstances of one request: who asks, the bulk bytes that came with it, and when the asker gives up.
+
+    ``body`` is valid until the handler returns. ``deadline`` is in the server's monotonic seconds.
+    """
+
+    peer: PeerIdentity
+    body: memoryview
+    deadline: float
+
+
+class Reply(NamedTuple):
+    """An answer with bulk bytes: the buffers are sent one after the other, without being copied together."""
+
+    message: Message
+    body: Sequence[Buffer] = ()
+
+
+Handler = Callable[[Any, Call], Awaitable[Message | Reply]]
+"""``await handler(request, call)``. A StoragedError raised here reaches the caller as PeerRefused with its code, or as the same
+class again when it derives from PeerError."""
+
+
+class Method(NamedTuple):
+    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them)."""
+
+    request: type[Message]
+    handler: Handler
+    roles: frozenset[str] = frozenset({"storage", "gateway"})
+
+
+Methods = Mapping[str, Method]
+"""Method name (``meta.prepare``, ``fragment.write``) -> Method. ``node.py`` merges every plane's and registers them."""
+
+
+class Caller(Protocol):
+    """Calls methods on other nodes by name (or on this one, without the network)."""
+
+    async def call(
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[T],
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> tuple[T, memoryview]:
+        """The answer, and the bulk bytes that came with it (empty when none did); the bytes belong to the caller.
+
+        Raises PeerUnreachable (at once when the node is known to be away), PeerTimeout, PeerRefused or another PeerError.
+        """
+
+
+@dataclass(frozen=True)
+class DiskStatus:
+    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign."""
+
+    id: str
+    directory: str
+    state: str
+    bytes_used: int = 0
+    bytes_free: int = 0
+    reason: str = ""
+
+
+class Liveness(Protocol):
+    """Which disks may be counted on now; from heartbeats, so a hint and never a matter of safety."""
+
+    def disk_writable(self, disk_id: str) -> bool:
+        """Its node answers and the disk takes new fragments."""
+
+    def disk_readable(self, disk_id: str) -> bool:
+        """Its node answers and the disk can be read."""
+
+
+class Layouts(Protocol):
+    """The layout in force, and the earlier ones that records still name."""
+
+    @property
+    def current(self) -> Layout: ...
+
+    def at(self, epoch: int) -> Layout:
+        """Raises KeyError when this node does not know that epoch."""
+
+
+Admission = Callable[[PeerIdentity], None]
+"""Raises JurisdictionRefused or CertificateRefused for a peer that must not be talked to."""

@@ -1,0 +1,531 @@
+"""Every error that reaches a user: whose fault, what happened, what to do.
+
+The S3 code, HTTP status, exit code and hint sit on one class; ``storaged explain CODE`` and the S3 error body are made from them.
+
+    StoragedError
+      S3Error                  answers of the S3 front; the code is the class name, as AWS documents it
+        BadRequest family      400 ...
+        Unavailable            503, the client should retry (SlowDown, ServiceUnavailable)
+      OperatorError            shown by the command line and in the log; the code is SHOUTED
+      Condition                a named state of the cluster that ``storaged status`` lists as a problem (never raised)
+      PeerError                trouble between nodes; turned into one of the above before a user sees it
+
+S3 codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+
+class StoragedError(Exception):
+    """Something went wrong.
+
+    ``message`` defaults to the first line of the class's docstring. ``details`` are extra named facts
+    (they become elements of the S3 error body, such as ``<Region>``).
+    """
+
+    code: ClassVar[str] = "ERROR"
+    status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+    hint: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        if "code" not in cls.__dict__:
+            cls.code = cls.__name__
+
+    def __init__(self, message: str = "", **details: str) -> None:
+        self.message = message or (type(self).__doc__ or self.code).strip().splitlines()[0]
+        self.details = details
+        super().__init__(self.message)
+
+
+class S3Error(StoragedError):
+    """An S3 request was refused."""
+
+    status = 400
+
+
+# --- 304 and 4xx: the request -----------------------------------------------------------------------------------------
+
+
+class NotModified(S3Error):
+    """Not Modified"""
+
+    status = 304
+
+
+class AccessDenied(S3Error):
+    """Access Denied"""
+
+    status = 403
+
+
+class AuthorizationHeaderMalformed(S3Error):
+    """The authorization header that you provided is not valid."""
+
+
+class AuthorizationQueryParametersError(S3Error):
+    """X-Amz-Algorithm only supports "AWS4-HMAC-SHA256"."""
+
+
+class BadDigest(S3Error):
+    """The Content-MD5 or checksum value that you specified did not match what the server received."""
+
+
+class BucketAlreadyExists(S3Error):
+    """The requested bucket name is not available. The bucket namespace is shared by all users. Choose another name."""
+
+    status = 409
+
+
+class BucketAlreadyOwnedByYou(S3Error):
+    """The bucket that you tried to create already exists, and you own it."""
+
+    status = 409
+
+
+class BucketNotEmpty(S3Error):
+    """The bucket that you tried to delete is not empty."""
+
+    status = 409
+
+
+class ConditionalRequestConflict(S3Error):
+    """A conflicting operation occurred during the conditional request. Retry it."""
+
+    status = 409
+
+
+class EntityTooLarge(S3Error):
+    """Your proposed upload exceeds the maximum allowed object size."""
+
+
+class EntityTooSmall(S3Error):
+    """Your proposed upload is smaller than the minimum allowed object size. Each part but the last has at least 5 MiB."""
+
+
+class ExpiredToken(S3Error):
+    """The provided token has expired."""
+
+
+class IncompleteBody(S3Error):
+    """You did not provide the number of bytes specified by the Content-Length HTTP header."""
+
+
+class InvalidAccessKeyId(S3Error):
+    """The access key ID that you provided does not exist in our records."""
+
+    status = 403
+
+
+class InvalidArgument(S3Error):
+    """Invalid Argument"""
+
+
+class InvalidBucketName(S3Error):
+    """The specified bucket is not valid."""
+
+
+class InvalidDigest(S3Error):
+    """The Content-MD5 or checksum value that you specified is not valid."""
+
+
+class InvalidLocationConstraint(S3Error):
+    """The specified location constraint is not valid."""
+
+
+class InvalidPart(S3Error):
+    """One or more of the specified parts could not be found. The part might not have been uploaded, or its ETag differs."""
+
+
+class InvalidPartNumber(S3Error):
+    """The requested partnumber is not satisfiable."""
+
+    status = 416
+
+
+class InvalidPartOrder(S3Error):
+    """The list of parts was not in ascending order. The parts list must be specified in order by part number."""
+
+
+class InvalidRange(S3Error):
+    """The requested range is not satisfiable."""
+
+    status = 416
+
+
+class InvalidRequest(S3Error):
+    """Invalid Request"""
+
+
+class InvalidTag(S3Error):
+    """The tag provided was not a valid tag."""
+
+
+class InvalidURI(S3Error):
+    """The specified URI couldn't be parsed."""
+
+
+class KeyTooLongError(S3Error):
+    """Your key is too long: the limit is 1024 bytes."""
+
+
+class MalformedXML(S3Error):
+    """The XML that you provided was not well formed or did not validate against our published schema."""
+
+
+class MaxMessageLengthExceeded(S3Error):
+    """Your request was too large."""
+
+
+class MetadataTooLarge(S3Error):
+    """Your metadata headers exceed the maximum allowed metadata size (2 KiB)."""
+
+
+class MethodNotAllowed(S3Error):
+    """The specified method is not allowed against this resource."""
+
+    status = 405
+
+
+class MissingContentLength(S3Error):
+    """You must provide the Content-Length HTTP header."""
+
+    status = 411
+
+
+class MissingRequestBodyError(S3Error):
+    """Request Body is empty."""
+
+
+class MissingSecurityHeader(S3Error):
+    """Your request is missing a required header."""
+
+
+class NoSuchBucket(S3Error):
+    """The specified bucket does not exist."""
+
+    status = 404
+
+
+class NoSuchKey(S3Error):
+    """The specified key does not exist."""
+
+    status = 404
+
+
+class NoSuchTagSet(S3Error):
+    """The TagSet does not exist."""
+
+    status = 404
+
+
+class NoSuchUpload(S3Error):
+    """The specified multipart upload does not exist. The upload ID might be invalid, or the upload was aborted or completed."""
+
+    status = 404
+
+
+class NoSuchVersion(S3Error):
+    """The version ID specified in the request does not match an existing version."""
+
+    status = 404
+
+
+class NotImplemented(S3Error):
+    """A header or query that you provided implies functionality that is not implemented."""
+
+    status = 501
+
+
+class PreconditionFailed(S3Error):
+    """At least one of the preconditions that you specified did not hold."""
+
+    status = 412
+
+
+class RequestHeaderSectionTooLarge(S3Error):
+    """Your request header section exceeds the maximum allowed size."""
+
+
+class RequestTimeTooSkewed(S3Error):
+    """The difference between the request time and the server's time is too large."""
+
+    status = 403
+
+
+class RequestTimeout(S3Error):
+    """Your socket connection to the server was not read from or written to within the timeout period."""
+
+
+class SignatureDoesNotMatch(S3Error):
+    """The request signature that the server calculated does not match the signature that you provided."""
+
+    status = 403
+    hint = "Check the secret key and the signing method; a proxy that rewrites the path or Host breaks signatures too."
+
+
+class TooManyBuckets(S3Error):
+    """You have attempted to create more buckets than are allowed."""
+
+
+class XAmzContentSHA256Mismatch(S3Error):
+    """The provided 'x-amz-content-sha256' header does not match what was computed."""
+
+
+# --- 5xx: the store ---------------------------------------------------------------------------------------------------
+
+
+class InternalError(S3Error):
+    """An internal error occurred. Try again."""
+
+    status = 500
+
+
+class ServiceUnavailable(S3Error):
+    """The store cannot do this safely now (too few disks, racks or replicas answer). Nothing was changed. Retry."""
+
+    status = 503
+    hint = "See `storaged status`: a write needs enough disks to survive the loss of one more, a register two of its three replicas."
+
+
+class OutcomeUnknown(ServiceUnavailable):
+    """The write may or may not have been applied: a replica stopped answering in the middle. Read, or retry."""
+
+    code = "ServiceUnavailable"
+
+
+class SlowDown(S3Error):
+    """Please reduce your request rate."""
+
+    status = 503
+
+
+class KeyringUnavailable(ServiceUnavailable):
+    """The keyring does not answer or is not this cluster's; nothing can be sealed or opened."""
+
+    code = "ServiceUnavailable"
+    hint = "See KEYRING_MISMATCH: `storaged explain KEYRING_MISMATCH`."
+
+
+class DataDamaged(ServiceUnavailable):
+    """Too many fragments of this object are missing or damaged to read it now. Nothing unverified was sent."""
+
+    code = "ServiceUnavailable"
+
+
+# --- the operator's ---------------------------------------------------------------------------------------------------
+
+
+class OperatorError(StoragedError):
+    """A command or a daemon could not do what was asked."""
+
+    code = "OPERATOR_ERROR"
+
+
+class ConfigInvalid(OperatorError):
+    """The configuration has mistakes; each is listed with its place."""
+
+    code = "CONFIG_INVALID"
+    hint = "Correct the lines named and run `storaged config check FILE` again. A running daemon keeps its old configuration."
+
+
+class DirectoryInUse(OperatorError):
+    """Another process is already running on this directory."""
+
+    code = "DIRECTORY_IN_USE"
+    hint = "Stop it first (`storaged dev stop`, or systemctl stop), or give this one another directory."
+
+
+class PortInUse(OperatorError):
+    """The address is already in use by another program."""
+
+    code = "PORT_IN_USE"
+    hint = "Choose another port (for the trial cluster: `storaged dev --s3-port N`), or stop the program that has it."
+
+
+class NotRunning(OperatorError):
+    """The cluster does not answer."""
+
+    code = "NOT_RUNNING"
+    exit_code = 2
+    hint = "Start it with `storaged dev DIR`, or name another with --dir or STORAGED_DIR."
+
+
+class AmbiguousName(OperatorError):
+    """The name matches no node or rack, or more than one."""
+
+    code = "AMBIGUOUS_NAME"
+    exit_code = 2
+
+
+class KeyringMismatch(OperatorError):
+    """The keyring is missing, or is not the one this cluster was created with."""
+
+    code = "KEYRING_MISMATCH"
+    hint = "Restore it: `storaged keys restore FILE`. Keys are never created anew for an existing cluster: data would be lost behind them."
+
+
+class WrongPassphrase(OperatorError):
+    """The passphrase does not open this keyring."""
+
+    code = "WRONG_PASSPHRASE"
+
+
+class DiskForeign(OperatorError):
+    """The disk's store is not the one this node had under this name: its promises are unknown, so it must not answer."""
+
+    code = "DISK_FOREIGN"
+    hint = "A wiped or restored disk joins only as a new disk. Remove it from the node, then add it again as a new one."
+
+
+class DiskReadOnly(OperatorError):
+    """The disk refused a write or a sync; it is read-only until it is replaced."""
+
+    code = "DISK_READ_ONLY"
+    hint = "Look at the kernel log for I/O errors. Replace the disk; repair rebuilds what it held."
+
+
+class DiskFull(OperatorError):
+    """The disk is full up to its reserve and refuses new fragments."""
+
+    code = "DISK_FULL"
+    hint = "Delete data, or add disks. The reserve stays free for deletes, repair and the ring."
+
+
+class CertificateRefused(OperatorError):
+    """The peer's certificate was refused."""
+
+    code = "CERTIFICATE_REFUSED"
+    hint = "Certificates come from this cluster's own authority, and must carry country, site, rack and roles inside the policy."
+
+
+class JurisdictionRefused(OperatorError):
+    """The node is not certified inside the jurisdiction that the policy allows."""
+
+    code = "JURISDICTION_REFUSED"
+    hint = "Only EU members and territories under EU law are admitted. The refusal is in the audit log."
+
+
+class AuditBroken(OperatorError):
+    """The audit log was altered: an entry does not follow from the one before."""
+
+    code = "AUDIT_BROKEN"
+    exit_code = 2
+
+
+# --- states that `storaged status` names --------------------------------------------------------------------------------
+
+
+class Condition(StoragedError):
+    """A state of the cluster, listed by ``storaged status``; never raised."""
+
+    code = "CONDITION"
+
+
+class NodeDown(Condition):
+    """The node does not answer."""
+
+    code = "NODE_DOWN"
+    hint = "Start it (`storaged dev start NODE`, or systemctl start). While it is away writes use other disks, and repair catches it up."
+
+
+class DiskDown(Condition):
+    """The disk does not take part: its node refuses it or it failed."""
+
+    code = "DISK_DOWN"
+    hint = "See the node's log for the reason (DISK_FOREIGN, DISK_READ_ONLY)."
+
+
+class ObjectsBelowTarget(Condition):
+    """Some objects have fewer fragments than their bucket's profile asks for."""
+
+    code = "OBJECTS_BELOW_TARGET"
+    hint = "Repair rebuilds them as soon as enough disks are there: `storaged repair status --wait`."
+
+
+class ObjectsLost(Condition):
+    """Some objects have fewer readable fragments than are needed to read them."""
+
+    code = "OBJECTS_LOST"
+    hint = "Bring back the disks that hold them; `storaged where` names them."
+
+
+class QuorumLost(Condition):
+    """Some registers have no majority of their replicas: their keys can be neither read nor written until one returns."""
+
+    code = "QUORUM_LOST"
+    hint = "Start the nodes that are down."
+
+
+class KeysNotBackedUp(Condition):
+    """The keyring has no backup that covers its newest epoch key. Losing the gateway would lose every object."""
+
+    code = "KEYS_NOT_BACKED_UP"
+    hint = "Run `storaged keys backup FILE` and keep the file and its passphrase off this machine."
+
+
+class ClockSkewed(Condition):
+    """A node's clock differs from the gateway's by more than a few seconds."""
+
+    code = "CLOCK_SKEWED"
+    hint = "Run an NTP client. Safety does not depend on clocks; signatures and dates do."
+
+
+# --- between nodes ------------------------------------------------------------------------------------------------------
+
+
+class PeerError(StoragedError):
+    """A peer did not do what was asked of it."""
+
+    code = "PEER_ERROR"
+
+
+class PeerUnreachable(PeerError):
+    """The peer is not connected, or the connection broke before it answered. The call may or may not have been carried out."""
+
+    code = "PEER_UNREACHABLE"
+
+
+class PeerTimeout(PeerUnreachable):
+    """The peer did not answer within the deadline. The call may or may not have been carried out."""
+
+    code = "PEER_TIMEOUT"
+
+
+class PeerRefused(PeerError):
+    """The peer answered with an error of its own; ``code`` of the remote error is in ``remote_code``."""
+
+    code = "PEER_REFUSED"
+
+    def __init__(self, message: str = "", remote_code: str = "", **details: str) -> None:
+        super().__init__(message, **details)
+        self.remote_code = remote_code
+
+
+class FragmentMissing(PeerError):
+    """The disk does not hold this fragment."""
+
+    code = "FRAGMENT_MISSING"
+
+
+class FragmentDamaged(PeerError):
+    """The fragment's bytes do not match their checksum on the disk."""
+
+    code = "FRAGMENT_DAMAGED"
+
+
+class DiskUnusable(PeerError):
+    """The disk cannot take this now (full, read-only, failed, unknown to the node)."""
+
+    code = "DISK_UNUSABLE"
+
+
+def every_error(root: type[StoragedError] = StoragedError) -> Iterator[type[StoragedError]]:
+    """All concrete classes below ``root``, depth first: what ``storaged explain`` knows."""
+    for child in root.__subclasses__():
+        if child.__subclasses__() or child.__dict__.get("code") not in (None, "OPERATOR_ERROR", "CONDITION", "PEER_ERROR"):
+            yield child
+        yield from every_error(child)

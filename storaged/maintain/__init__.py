@@ -1,0 +1,1 @@
+"""Background work: repair, scrub, collection. Works on sealed bytes, without keys."""

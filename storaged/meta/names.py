@@ -1,0 +1,101 @@
+"""Names and values of registers. Pure.
+
+A register is named by (table, scope, shard, key). ``scope`` is the bucket's id of 16 bytes, or 16 zero bytes in the system table.
+The shard decides the ring partition; rows of one (table, scope, shard) are kept in the order of ``key`` by every replica.
+
+    table    key                                  shard                                  value (objects/records.py)
+    OBJECT   the S3 key, UTF-8, 1..1024 bytes     xxh3-64(key) mod the bucket's shards   ObjectRecord
+    UPLOAD   S3 key || 0x00 || upload id (16)     the object's shard = upload id[0]      UploadRecord
+    PART     upload id (16) || number (u16 BE)    upload id[0]                           PartRecord
+    SYSTEM   a path: bucket/NAME, user/KEY, ...   0 (the system partition)               by prefix
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import xxhash
+
+from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
+from storaged.ids import UPLOAD_ID_BYTES
+from storaged.wire import Message
+
+KEY_BYTES_MAX = 1024 + 1 + UPLOAD_ID_BYTES
+SYSTEM_SCOPE = bytes(16)
+
+
+class Table(IntEnum):
+    SYSTEM = 0
+    OBJECT = 1
+    UPLOAD = 2
+    PART = 3
+
+
+class RegisterName(NamedTuple):
+    table: int
+    scope: bytes
+    shard: int
+    key: bytes
+
+    @property
+    def partition(self) -> int:
+        return SYSTEM_PARTITION if self.table == Table.SYSTEM else partition_of(self.scope, self.shard)
+
+    def pack(self) -> bytes:
+        """table (1) || scope (16) || shard (1) || key: unambiguous, since only the key varies in length."""
+        return bytes([self.table]) + self.scope + bytes([self.shard]) + self.key
+
+    @classmethod
+    def unpack(cls, data: bytes) -> RegisterName:
+        return cls(data[0], data[1:17], data[17], data[18:])
+
+
+def shard_of(key: bytes, shards: int) -> int:
+    return xxhash.xxh3_64_intdigest(key) % shards
+
+
+def object_name(bucket_id: bytes, shards: int, key: bytes) -> RegisterName:
+    return RegisterName(Table.OBJECT, bucket_id, shard_of(key, shards), key)
+
+
+def upload_name(bucket_id: bytes, key: bytes, upload_id: bytes) -> RegisterName:
+    return RegisterName(Table.UPLOAD, bucket_id, upload_id[0], key + b"\0" + upload_id)
+
+
+def part_name(bucket_id: bytes, upload_id: bytes, number: int) -> RegisterName:
+    return RegisterName(Table.PART, bucket_id, upload_id[0], upload_id + number.to_bytes(2, "big"))
+
+
+def system_name(path: str) -> RegisterName:
+    return RegisterName(Table.SYSTEM, SYSTEM_SCOPE, 0, path.encode())
+
+
+class Visibility(IntEnum):
+    """What a listing of current objects does with a row."""
+
+    TOMBSTONE = 0
+    """Deleted: the register stays for its sequence number, no listing shows it."""
+    HIDDEN = 1
+    """There is something (older versions under a delete marker), but a plain listing does not show it."""
+    LIVE = 2
+
+
+class Value(Message, frozen=True):
+    """What a register holds. ``sequence`` grows by one with every change and survives deletes; ``operation`` is the id of the change
+    that made it, so that a proposer can tell its own change from another's after an unknown outcome. ``payload`` is the data id (16 bytes)
+    of a small object whose copies lie in the fragment stores of this register's replicas, or empty."""
+
+    sequence: int
+    operation: bytes
+    visibility: int
+    body: bytes
+    payload: bytes = b""
+
+
+class Change(NamedTuple):
+    """What an update function wants the register to become."""
+
+    body: bytes
+    visibility: int = Visibility.LIVE
+    payload: bytes = b""

@@ -1,0 +1,208 @@
+"""The ring as ``objects`` and ``maintain`` use it, and the ports under it.
+
+objects, maintain
+    |  Registers, Pages, Scanner      (meta.client, meta.listing: quorums over replicas)
+    |  Replica                        (meta.replica: one acceptor; meta.remote: the same over RPC)
+    |  MetaStore                      (meta.store: LMDB; meta.memory: for simulations)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from storaged.meta.names import Change, RegisterName, Value
+from storaged.wire import Buffer
+
+Update = Callable[[Value | None], Change | None]
+"""Pure: the settled value (None: never written) -> what it should become, or None to leave it as it is.
+
+It may run several times, after each pre-emption on the newer value. It may raise: the exception reaches the caller of ``change``,
+after the value that it judged was settled (a failed condition is a read).
+"""
+
+
+class Reading(NamedTuple):
+    """A settled value. ``payload`` holds the copy of a small object when it was asked for and the replica that answered had it."""
+
+    value: Value | None
+    payload: memoryview | None = None
+
+
+class Outcome(NamedTuple):
+    """``before``: the settled value that the update saw last. ``after``: what the register holds now (``before`` when nothing changed)."""
+
+    before: Value | None
+    after: Value | None
+
+
+@dataclass(frozen=True)
+class SmallCopies:
+    """A small object's sealed bytes, to be stored and synced by every replica of the register along with the prepare.
+
+    ``record`` is the complete fragment record body for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
+    ``enough`` judges the disk ids that have synced theirs (the acknowledge rule); accept is sent only when it holds.
+    """
+
+    data_id: bytes
+    fragments: Sequence[tuple[bytes, Sequence[Buffer]]]
+    enough: Callable[[frozenset[str]], bool]
+
+
+class Registers(Protocol):
+    async def read(self, name: RegisterName, *, want_payload: bool = False) -> Reading:
+        """Linearizable. One round trip when a majority reports the same ballot, else it settles first.
+
+        Raises ServiceUnavailable without a majority.
+        """
+
+    async def change(
+        self,
+        name: RegisterName,
+        update: Update,
+        *,
+        small: SmallCopies | None = None,
+        ready: Awaitable[None] | None = None,
+        settling_nonce: bytes = b"",
+    ) -> Outcome:
+        """Compare-and-set: prepare, ``update`` on what the prepare found, accept; the answer comes after a majority has it on disk.
+
+        ``ready`` is awaited between prepare and accept (the barrier of the fragments): the prepare overlaps it; when it raises, nothing is
+        accepted and its exception is raised here. Raises ServiceUnavailable when no majority answered a prepare (nothing changed),
+        OutcomeUnknown when an accept may have been applied and could not be settled, NoSuchBucket when the scope is fenced
+        (unless ``settling_nonce`` is the fence's), and what ``update`` raises.
+        """
+
+
+class Pages(Protocol):
+    """Immutable, content-addressed values that large records point to (manifests of more than 32 parts)."""
+
+    async def put_page(self, near: RegisterName, body: bytes) -> bytes:
+        """Its hash (xxh3-128, 16 bytes) once a majority of the replicas of ``near`` has it synced."""
+
+    async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
+        """From any replica; verified against the hash. Raises DataDamaged when none has it."""
+
+
+class Row(NamedTuple):
+    key: bytes
+    value: Value
+
+
+@dataclass(frozen=True)
+class ListPage:
+    """``rows`` in key order and ``prefixes`` (each the common prefix, delimiter included) in order, together at most ``limit`` entries.
+
+    ``next_after`` is what to pass as ``after`` for the next page, None at the end. It lies behind everything emitted: for a common prefix
+    it is the prefix followed by bytes that sort after any of its keys (``list_after_prefix``).
+    """
+
+    rows: tuple[Row, ...] = ()
+    prefixes: tuple[bytes, ...] = ()
+    next_after: bytes | None = None
+
+
+class Scanner(Protocol):
+    async def list_page(
+        self,
+        table: int,
+        scope: bytes,
+        shards: Sequence[int],
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+        hidden: bool = False,
+    ) -> ListPage:
+        """Settled rows of these shards with key > ``after``, in key order: LIVE ones (HIDDEN too when asked), never tombstones.
+
+        A row that a majority does not agree on is settled before it is emitted. Raises ServiceUnavailable when a shard has no majority.
+        """
+
+
+class Fences(Protocol):
+    """A bucket's fence, by its id, on a majority of the replicas of every shard (object, upload and part rows alike)."""
+
+    async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+        """Durable refusal of every accept but settling ones with this nonce; ``final`` makes it stay for ever (after Deleted)."""
+
+    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> None:
+        """On the way back to Active only; a final fence stays."""
+
+
+# --- under the quorums --------------------------------------------------------------------------------------------------
+
+
+class Ballot(NamedTuple):
+    """Ordered as a tuple. ``epoch`` of the layout, ``counter`` (microseconds or more), proposer ``node`` name, boot ``incarnation`` (8 bytes)."""
+
+    epoch: int
+    counter: int
+    node: str
+    incarnation: bytes
+
+
+ZERO_BALLOT = Ballot(0, 0, "", b"")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One register at one acceptor as it is on disk: the highest accepted ballot and its value."""
+
+    name: RegisterName
+    ballot: Ballot
+    value: Value
+
+
+@dataclass(frozen=True)
+class Fence:
+    scope: bytes
+    nonce: bytes
+    final: bool
+
+
+@dataclass
+class StoreBatch:
+    """What one group commit writes. ``meta`` are small named values (high-water ballot, epoch fence, store id)."""
+
+    slots: list[Slot] = field(default_factory=list)
+    fences: list[Fence] = field(default_factory=list)
+    unfence: list[bytes] = field(default_factory=list)
+    pages: list[tuple[bytes, bytes]] = field(default_factory=list)
+    meta: dict[str, bytes] = field(default_factory=dict)
+
+
+class MetaStore(Protocol):
+    """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
+
+    def get(self, name: RegisterName) -> Slot | None:
+        """Raises RowDamaged when the row's CRC does not hold (the replica then answers nothing for it, and is repaired by settling)."""
+
+    def get_fence(self, scope: bytes) -> Fence | None: ...
+
+    def get_page(self, page_hash: bytes) -> bytes | None: ...
+
+    def get_meta(self, key: str) -> bytes | None: ...
+
+    def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
+        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short snapshot."""
+
+    def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
+        """Every (table, scope, shard) that has rows here, for repair's walk."""
+
+    async def commit(self, batch: StoreBatch) -> None:
+        """Returns when the batch is durable. Batches are applied in the order of the calls, many to one disk commit.
+
+        Raises DiskUnusable when the disk refused; the store is then read-only for ever.
+        """
+
+    async def close(self) -> None: ...
+
+
+class RowDamaged(Exception):
+    """A row's checksum does not hold."""
+
+
+AsyncRows = AsyncIterator[Row]

@@ -1,0 +1,363 @@
+"""What the S3 front asks of the object plane, and what it gets: plain values and streams, no HTTP.
+
+The S3 front parses a request into these; ``objects`` carries it out; ``maintain`` and ``admin`` use the same calls.
+Keys are bytes (UTF-8, 1..1024), as they were sent. ETags are hex without quotes, ``-N`` behind those of multipart uploads.
+Checksum algorithms are named CRC32, CRC32C, CRC64NVME, SHA1, SHA256; their values are base64, as in the headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
+from storaged.wire import Buffer
+
+CHECKSUM_ALGORITHMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256")
+
+OBJECT_BYTES_MAX = 5 * 1024**4
+PART_BYTES_MAX = 5 * 1024**3
+PART_BYTES_MIN = 5 * 1024**2
+PARTS_MAX = 10_000
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks, after authentication. ``user_id`` is the canonical id; ``access_key`` empty: anonymous."""
+
+    user_id: str
+    display_name: str
+    access_key: str = ""
+
+
+@dataclass(frozen=True)
+class ReadConditions:
+    """If-Match, If-None-Match (ETags without quotes, or ``*``; several when a list was sent), If-(Un)Modified-Since in milliseconds. Evaluated as RFC 9110 and AWS do."""
+
+    if_match: tuple[str, ...] = ()
+    if_none_match: tuple[str, ...] = ()
+    if_modified_since_ms: int | None = None
+    if_unmodified_since_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class WriteConditions:
+    """If-Match (an ETag, or ``*``: exists) and If-None-Match (``*``: must not exist; an ETag: must differ) of PUT, Complete, Delete and Copy destinations;
+    x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) of Delete."""
+
+    if_match: str = ""
+    if_none_match: str = ""
+    if_match_size: int | None = None
+    if_match_modified_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class NewMeta:
+    """What a client says about an object: see SealedMeta for the names."""
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    user: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    storage_class: str = "STANDARD"
+
+
+@dataclass(frozen=True)
+class BodyChecks:
+    """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand; ``trailing``: asked after the body was read whole,
+    returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value was declared.
+    ``size`` None: unknown until the end (chunked without a decoded length)."""
+
+    size: int | None = None
+    md5: bytes | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    algorithms: tuple[str, ...] = ()
+    trailing: Callable[[], Mapping[str, str]] | None = None
+
+
+Body = AsyncIterator[Buffer]
+"""Pieces of a body as they arrive. A piece is the consumer's until it asks for the next. Raises IncompleteBody (client gone), XAmzContentSHA256Mismatch, ..."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """A version as a HEAD answers it."""
+
+    key: bytes
+    version_id: str
+    size: int
+    modified_ms: int
+    etag: str
+    headers: Mapping[str, str]
+    user: Mapping[str, str]
+    tags: Mapping[str, str]
+    checksums: Mapping[str, str]
+    checksum_type: str
+    storage_class: str
+    part_count: int
+    """0 for an object that was not uploaded in parts."""
+    parts: Sequence[SealedPart] = ()
+    owner: str = ""
+    delete_marker: bool = False
+
+
+@dataclass(frozen=True)
+class PutResult:
+    etag: str
+    version_id: str = NULL_VERSION
+    size: int = 0
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    checksum_type: str = ""
+    modified_ms: int = 0
+
+
+@dataclass(frozen=True)
+class RangeSpec:
+    """``bytes=first-last``, ``bytes=first-``, ``bytes=-suffix``, as parsed; which of them is None says which form."""
+
+    first: int | None
+    last: int | None
+
+
+class ObjectStream(Protocol):
+    """An opened object. ``first .. first + length - 1`` of the object's bytes will come out of ``chunks``. The first stripe has been read and verified already,
+    so that errors up to here become proper S3 answers; a later one breaks the connection (nothing unverified is ever yielded)."""
+
+    info: ObjectInfo
+    first: int
+    length: int
+    partial: bool
+
+    def chunks(self) -> AsyncIterator[Buffer]: ...
+
+    async def close(self) -> None:
+        """Gives buffers back; safe to call twice, needed when ``chunks`` was not exhausted."""
+
+
+@dataclass(frozen=True)
+class ListedObject:
+    key: bytes
+    version_id: str
+    size: int
+    modified_ms: int
+    etag: str
+    storage_class: str
+    algorithm: str
+    checksum_type: str
+    owner: str
+    latest: bool = True
+    delete_marker: bool = False
+
+
+@dataclass(frozen=True)
+class Listing:
+    objects: Sequence[ListedObject]
+    prefixes: Sequence[bytes]
+    next_after: bytes | None
+
+
+@dataclass(frozen=True)
+class UploadInfo:
+    key: bytes
+    upload_id: str
+    created_ms: int
+    owner: str
+    storage_class: str
+    algorithm: str = ""
+    checksum_type: str = ""
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    number: int
+    size: int
+    etag: str
+    modified_ms: int
+    checksum_algorithm: str = ""
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class CompletedPart:
+    """One line of a Complete request. ``checksums``: algorithm -> base64 when the client gave any."""
+
+    number: int
+    etag: str
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DeleteResult:
+    """``existed``: something was deleted. Deleting what is not there succeeds, as on AWS."""
+
+    version_id: str = ""
+    delete_marker: bool = False
+    existed: bool = False
+
+
+class Buckets(Protocol):
+    async def create(
+        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+    ) -> BucketRecord:
+        """Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable (countries cannot hold it)."""
+
+    async def get(self, name: str) -> BucketRecord:
+        """Cached for a moment; its authenticator verified. Raises NoSuchBucket."""
+
+    async def list_buckets(
+        self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
+    ) -> tuple[list[BucketRecord], str | None]:
+        """The principal's own, by name; and where the next page starts after."""
+
+    async def delete(self, bucket: BucketRecord) -> None:
+        """Fence, settle, scan; raises BucketNotEmpty (and lifts the fence)."""
+
+    async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None: ...
+
+    async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None: ...
+
+
+class Users(Protocol):
+    async def lookup(self, access_key: str) -> tuple[Principal, str]:
+        """(principal, secret key), cached for a moment. Raises InvalidAccessKeyId."""
+
+    async def add(self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "") -> tuple[Principal, str]:
+        """Random keys unless given. Raises InvalidArgument when the name is taken."""
+
+    async def list_users(self) -> list[Principal]: ...
+
+    async def remove(self, name_or_access_key: str) -> None: ...
+
+
+class Objects(Protocol):
+    """Every call names the bucket by its record. All are linearizable per key."""
+
+    async def put(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        body: Body,
+        meta: NewMeta,
+        checks: BodyChecks,
+        *,
+        owner: str,
+        conditions: WriteConditions = WriteConditions(),
+    ) -> PutResult: ...
+
+    async def head(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        version_id: str = "",
+        conditions: ReadConditions = ReadConditions(),
+        part_number: int | None = None,
+    ) -> ObjectInfo:
+        """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber. ``parts`` is filled in."""
+
+    async def get(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        version_id: str = "",
+        conditions: ReadConditions = ReadConditions(),
+        span: RangeSpec | None = None,
+        part_number: int | None = None,
+    ) -> ObjectStream:
+        """As head, and InvalidRange, DataDamaged, ServiceUnavailable."""
+
+    async def delete(
+        self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = WriteConditions()
+    ) -> DeleteResult: ...
+
+    async def copy(
+        self,
+        source_bucket: BucketRecord,
+        source_key: bytes,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        owner: str,
+        version_id: str = "",
+        meta: NewMeta | None,
+        tags: Mapping[str, str] | None = None,
+        algorithm: str = "",
+        source_conditions: ReadConditions = ReadConditions(),
+        conditions: WriteConditions = WriteConditions(),
+    ) -> PutResult:
+        """``meta`` None: the source's, kept; ``tags`` None: likewise. Opened and re-sealed here: data belongs to one register."""
+
+    async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
+        """Returns the version id."""
+
+    async def list_objects(
+        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+    ) -> Listing:
+        """Current objects with key > ``after``."""
+
+    async def list_versions(
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        after_version: str = "",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> Listing: ...
+
+    async def create_upload(
+        self, bucket: BucketRecord, key: bytes, meta: NewMeta, *, owner: str, algorithm: str = "", checksum_type: str = ""
+    ) -> UploadInfo:
+        """The upload id is text: URL-safe base64 of its 16 bytes."""
+
+    async def put_part(self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks) -> PutResult:
+        """Raises NoSuchUpload."""
+
+    async def copy_part(
+        self,
+        source_bucket: BucketRecord,
+        source_key: bytes,
+        span: RangeSpec | None,
+        bucket: BucketRecord,
+        key: bytes,
+        upload_id: str,
+        number: int,
+        *,
+        version_id: str = "",
+        source_conditions: ReadConditions = ReadConditions(),
+    ) -> PutResult: ...
+
+    async def list_parts(
+        self, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
+    ) -> tuple[UploadInfo, list[PartInfo], int | None]: ...
+
+    async def list_uploads(
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after_key: bytes = b"",
+        after_upload: str = "",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:
+        """Uploads in key order, common prefixes, and the next (key marker, upload id marker)."""
+
+    async def complete(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        upload_id: str,
+        parts: Sequence[CompletedPart],
+        *,
+        owner: str,
+        checksums: Mapping[str, str] | None = None,
+        checksum_type: str = "",
+        declared_size: int | None = None,
+        conditions: WriteConditions = WriteConditions(),
+    ) -> PutResult:
+        """Idempotent: a second, equal Complete answers what the first did. Raises NoSuchUpload, InvalidPart, InvalidPartOrder, EntityTooSmall, BadDigest."""
+
+    async def abort(self, bucket: BucketRecord, key: bytes, upload_id: str) -> None: ...

@@ -1,0 +1,59 @@
+"""What objects need from the key plane, as a port: a storage node, which runs ``place`` and ``erasure``, never imports ``storaged.keys``.
+
+``node.py`` hands in ``keys.keyring.Keyring`` on gateways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+WRAPPED_KEY_BYTES = 112
+
+
+class BucketKey(Protocol):
+    """One version of a bucket's key, unwrapped and cached. Pure computation from here on: about 12 us a wrap, 1 us a list field."""
+
+    @property
+    def version(self) -> int: ...
+
+    def wrap(self, dek: bytes, context: Sequence[bytes]) -> bytes:
+        """32-byte DEK -> 112 bytes, committing, bound to the context (each field length-prefixed)."""
+
+    def unwrap(self, wrapped: bytes, context: Sequence[bytes]) -> bytes:
+        """Raises SealBroken when it was not wrapped under this key for this context."""
+
+    def seal_list(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+        """nonce(12) || AES-256-GCM under the list key, context as AAD."""
+
+    def open_list(self, sealed: bytes, context: Sequence[bytes]) -> bytes: ...
+
+
+class KeyService(Protocol):
+    """Keys never leave the process that has this. Raises KeyringUnavailable when it is closed or not this cluster's."""
+
+    async def create_bucket_key(self, bucket_id: bytes) -> None:
+        """Makes version 1, wrapped under the epoch key, and commits it to the system register ``key/BUCKET_ID`` before it returns; audited."""
+
+    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> BucketKey:
+        """The newest version (0), or the one named; cached, so that no object path waits for the register twice. Audited on release, not on cached use."""
+
+    def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
+        """HMAC-SHA256 (32 bytes) by the keyring's record key over the length-prefixed context and message."""
+
+    def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
+        """Constant time."""
+
+    def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+        """For what is kept in system registers: S3 secrets. nonce(12) || AES-256-GCM, context as AAD."""
+
+    def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes: ...
+
+
+class SealBroken(Exception):
+    """Bytes that do not open under the key and context they should: damaged, or not what they claim to be."""
+
+
+def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
+    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold."""
+    return label + b"".join(len(field).to_bytes(4, "big") + field for field in fields)

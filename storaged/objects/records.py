@@ -1,0 +1,173 @@
+"""Values of registers: what the metadata ring keeps about buckets, objects, uploads, users. Pure.
+
+In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksums, content type, user metadata, tags (SealedMeta), and what a
+listing prints (SealedList). See FORMATS.md.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from storaged.cluster.layout import Profile
+from storaged.wire import Message
+
+NULL_VERSION = "null"
+PARTS_INLINE_MAX = 32
+
+
+class Run(Message, frozen=True):
+    """Where the blocks ``first .. first + count - 1`` of a part are: coded k+m under the layout of ``epoch``; fragment i is on the i-th disk that
+    ``objects.place`` names first for (data id, epoch, profile), but for ``moved``: index -> disk id."""
+
+    first: int
+    count: int
+    k: int
+    m: int
+    epoch: int
+    moved: dict[int, str] = msgspec.field(default_factory=dict)
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.k, self.m)
+
+
+class PartEntry(Message, frozen=True):
+    """One sealed byte stream. ``size`` is of the plaintext, ``header`` the SOV1 header of 64 bytes (chunk size in byte 5), ``block_cells`` the data cells
+    in a block (a multiple of the target profile's k, so that a run recoded with another k keeps the block's borders), ``target`` the profile it should have,
+    as text. ``inline``: the sealed chunks themselves, when they are kept in the record (no runs then)."""
+
+    number: int
+    data_id: bytes
+    size: int
+    header: bytes
+    block_cells: int
+    target: str
+    runs: tuple[Run, ...]
+    inline: bytes = b""
+    small: bool = False
+    """Copies beside the register (``Value.payload`` is this data id): one block, k = 1, on the register's replicas."""
+
+
+class Version(Message, frozen=True):
+    """One version of an object. ``parts`` holds up to 32; a longer manifest is the chain of pages that ``manifest`` names (xxh3-128, newest first; each page
+    is a PartsPage). ``wrapped_key`` is the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the first part or of the upload).
+    ``meta`` is a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``), ``listing`` a sealed SealedList."""
+
+    version_id: str
+    delete_marker: bool
+    modified_ms: int
+    size: int
+    owner: str
+    bucket_key: int
+    context_id: bytes
+    wrapped_key: bytes
+    meta: bytes
+    listing: bytes
+    parts: tuple[PartEntry, ...] = ()
+    manifest: bytes = b""
+    multipart: bool = False
+    part_count: int = 1
+
+
+class ObjectRecord(Message, frozen=True):
+    """The versions of one key, newest first. No versions: deleted (the register then is a tombstone)."""
+
+    versions: tuple[Version, ...]
+
+
+class PartsPage(Message, frozen=True):
+    """``next``: hash of the following page, empty at the end. Up to 256 parts a page."""
+
+    parts: tuple[PartEntry, ...]
+    next: bytes = b""
+
+
+class SealedPart(Message, frozen=True):
+    """What a part's ETag and checksum are (GetObjectAttributes, partNumber reads)."""
+
+    number: int
+    size: int
+    etag: str
+    checksum: str = ""
+
+
+class SealedMeta(Message, frozen=True):
+    """Sealed in the record. ``headers``: content-type, cache-control, content-disposition, content-encoding, content-language, expires, lower case, as they were sent.
+    ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm (CRC32, CRC32C, CRC64NVME, SHA1, SHA256) -> base64, with ``-N`` when composite.
+    ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts`` only for multipart objects of up to 10,000 parts (sealed in pages of its own when there are more than 32)."""
+
+    etag: str
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
+    user: dict[str, str] = msgspec.field(default_factory=dict)
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
+    checksums: dict[str, str] = msgspec.field(default_factory=dict)
+    checksum_type: str = ""
+    storage_class: str = "STANDARD"
+    parts: tuple[SealedPart, ...] = ()
+    parts_page: bytes = b""
+
+
+class SealedList(Message, frozen=True):
+    """What a list prints: ETag (hex, ``-N`` for multipart), checksum algorithm and type, storage class."""
+
+    etag: str
+    algorithm: str = ""
+    checksum_type: str = ""
+    storage_class: str = "STANDARD"
+
+
+class BucketRecord(Message, frozen=True):
+    """``bucket/NAME`` in the system table. ``state``: active, deleting, deleted. ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields);
+    a record that does not verify is refused. ``countries`` empty: whatever the cluster's policy allows."""
+
+    name: str
+    id: bytes
+    owner: str
+    created_ms: int
+    state: str
+    shards: int
+    region: str
+    countries: tuple[str, ...] = ()
+    profile: str = ""
+    nonce: bytes = b""
+    object_lock: bool = False
+    tags: bytes = b""
+    authenticator: bytes = b""
+
+
+class UserRecord(Message, frozen=True):
+    """``user/ACCESS_KEY``. ``sealed`` is the secret key and the display name under the keyring, bound to the register's name; ``authenticator`` as in BucketRecord."""
+
+    access_key: str
+    user_id: str
+    name: str
+    created_ms: int
+    sealed: bytes
+    email: str = ""
+    authenticator: bytes = b""
+
+
+class UploadRecord(Message, frozen=True):
+    """A multipart upload: Open -> Completing(manifest) -> Done(result), or Open -> Aborted. One DEK an upload, wrapped for (bucket id, key, upload id).
+    ``meta``: sealed SealedMeta given at Create. ``result``: sealed answer of Complete, kept for retries."""
+
+    upload_id: bytes
+    state: str
+    owner: str
+    created_ms: int
+    bucket_key: int
+    context_id: bytes
+    wrapped_key: bytes
+    meta: bytes
+    checksum_algorithm: str = ""
+    checksum_type: str = ""
+    request_digest: bytes = b""
+    result: bytes = b""
+
+
+class PartRecord(Message, frozen=True):
+    """One uploaded part of an open upload; every attempt has its own data id. ``sealed``: SealedPart and the part's ETag under the upload's DEK."""
+
+    entry: PartEntry
+    modified_ms: int
+    sealed: bytes

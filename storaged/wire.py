@@ -1,0 +1,33 @@
+"""Encoding of messages and records: msgpack by msgspec, array-like structs, so that adding a field at the end is compatible.
+
+What is written to disk or sent to a peer derives from :class:`Message`; FORMATS.md lists each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+Buffer = bytes | bytearray | memoryview
+
+T = TypeVar("T")
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True):
+    """Base of everything stored or sent. Fields are positional: new ones go last and have a default."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+
+encode = _encoder.encode
+
+
+def decode(data: Buffer, kind: type[T]) -> T:
+    """Raises msgspec.ValidationError or msgspec.DecodeError (both msgspec.MsgspecError) when ``data`` is not a ``kind``."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    result: T = decoder.decode(data)
+    return result
