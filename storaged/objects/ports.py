@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from storaged.sov1 import SealBroken as SealBroken
+from storaged.sov1 import pack_context as pack_context
+
 WRAPPED_KEY_BYTES = 112
 
 
@@ -48,12 +51,3 @@ class KeyService(Protocol):
         """For what is kept in system registers: S3 secrets. nonce(12) || AES-256-GCM, context as AAD."""
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes: ...
-
-
-class SealBroken(Exception):
-    """Bytes that do not open under the key and context they should: damaged, or not what they claim to be."""
-
-
-def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
-    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold."""
-    return label + b"".join(len(field).to_bytes(4, "big") + field for field in fields)

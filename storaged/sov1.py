@@ -1,0 +1,264 @@
+"""SOV1, the sealed stream: encrypted and authenticated chunk by chunk, committing to its key, bound to a context.
+
+    0   4  magic "SOV1"
+    4   1  suite: 1 = AES-256-GCM, HKDF-SHA512
+    5   1  log2(C), C the size of a sealed chunk: 12 .. 16
+    6   2  zero
+    8  24  salt, fresh and random for every stream
+    32 32  key commitment
+    64 ..  chunk i at 64 + i * C: ciphertext || 16-byte tag; C bytes of C - 16 bytes of plaintext, but the last
+
+K(32) || N(12) || commitment(32) = HKDF-Expand-SHA512(key, label || 0x00 || header[0:32] || context)   (RFC 5869, section 2.3)
+The nonce of chunk i is N XOR i (96 bits, big-endian), i < 2^32; no associated data. The last chunk is always shorter than C, its plaintext
+possibly empty, so that a stream cut at a chunk's border shows.
+
+A derived key serves one stream, so nonces can't meet as long as no index is sealed twice: ``Sealer`` refuses that. The commitment makes a stream
+open under one key only (AES-GCM alone does not: https://eprint.iacr.org/2020/1491). Labels keep the uses of one key apart:
+
+    sov.part.v1       a part of an object          objects.seal
+    sov.meta.v1       metadata in a record         objects.seal
+    sov.key.v1        a wrapped data key           keys
+    sov.bucketkey.v1  a wrapped bucket key         keys
+    sov.keyring.v1    the keyring file's body      keys
+
+This composition of known parts has not had an outside review.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA512
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from storaged.wire import Buffer
+
+MAGIC = b"SOV1"
+SUITE = 1
+HEADER_BYTES = 64
+SALT_BYTES = 24
+TAG_BYTES = 16
+KEY_BYTES = 32
+CHUNK_BYTES_MIN = 4 * 1024
+CHUNK_BYTES_MAX = 64 * 1024
+CHUNKS_MAX = 2**32
+
+_PREFIX_BYTES = 32
+_NONCE_BYTES = 12
+_COMMITMENT_BYTES = 32
+assert len(MAGIC) + 4 + SALT_BYTES == _PREFIX_BYTES
+assert _PREFIX_BYTES + _COMMITMENT_BYTES == HEADER_BYTES
+
+
+class SealBroken(Exception):
+    """Bytes that do not open under the key and context they should: damaged, or not what they claim to be.
+
+    ``index`` is the chunk that does not open, None when it is the header (wrong key, context, or a damaged header).
+    """
+
+    def __init__(self, message: str = "", *, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
+    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold."""
+    return label + b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+
+
+def chunk_bytes_for(size: int | None, k: int) -> int:
+    """The smallest power of two C in 4 .. 64 KiB with k * (C - 16) > ``size``: a short stream has small chunks, so that k cells of it are not mostly
+    padding. 64 KiB for a longer stream, or one of unknown length (None)."""
+    if size is not None:
+        chunk = CHUNK_BYTES_MIN
+        while chunk < CHUNK_BYTES_MAX:
+            if k * (chunk - TAG_BYTES) > size:
+                return chunk
+            chunk *= 2
+    return CHUNK_BYTES_MAX
+
+
+def chunk_count(size: int, chunk_bytes: int) -> int:
+    """Chunks of a stream of ``size`` bytes of plaintext: at least one, and the last is never full."""
+    return size // (chunk_bytes - TAG_BYTES) + 1
+
+
+def sealed_size(size: int, chunk_bytes: int) -> int:
+    """Header and chunks of ``size`` bytes of plaintext: 64 + P + 16 * (P // (C - 16) + 1)."""
+    return HEADER_BYTES + chunks_size(size, chunk_bytes)
+
+
+def chunks_size(size: int, chunk_bytes: int) -> int:
+    """The chunks alone, without the header."""
+    return size + TAG_BYTES * chunk_count(size, chunk_bytes)
+
+
+def header_chunk_bytes(header: Buffer) -> int:
+    """C, from a header of 64 bytes. Raises SealBroken when it is not one of SOV1."""
+    if len(header) != HEADER_BYTES or header[:4] != MAGIC:
+        raise SealBroken("not an SOV1 header")
+    if header[4] != SUITE:
+        raise SealBroken(f"SOV1 suite {header[4]} is not known")
+    if not 12 <= header[5] <= 16 or header[6] or header[7]:
+        raise SealBroken("malformed SOV1 header")
+    return 1 << header[5]
+
+
+class _Derived(NamedTuple):
+    cipher: AESGCM
+    nonce: int
+    commitment: bytes
+
+
+def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> _Derived:
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+    info = label.encode() + b"\0" + prefix + context
+    material = HKDFExpand(SHA512(), 32 + _NONCE_BYTES + _COMMITMENT_BYTES, info).derive(key)
+    return _Derived(AESGCM(material[:32]), int.from_bytes(material[32:44], "big"), material[44:])
+
+
+class Sealer:
+    """Seals one stream. One thread at a time.
+
+    Indices must ascend, and the chunk that is shorter than full must come last: sealing an index twice would reuse a nonce, which gives away both
+    plaintexts and the authentication key, so it raises ValueError instead. ``salt``: 24 fresh random bytes.
+    """
+
+    def __init__(self, key: bytes, label: str, context: bytes, chunk_bytes: int, salt: bytes) -> None:
+        if chunk_bytes.bit_count() != 1 or not CHUNK_BYTES_MIN <= chunk_bytes <= CHUNK_BYTES_MAX:
+            raise ValueError(f"chunks have a power of two from {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} bytes, not {chunk_bytes}")
+        if len(salt) != SALT_BYTES:
+            raise ValueError(f"a salt has {SALT_BYTES} bytes, not {len(salt)}")
+        prefix = MAGIC + bytes((SUITE, chunk_bytes.bit_length() - 1, 0, 0)) + salt
+        self._cipher, self._nonce, commitment = _derive(key, label, prefix, context)
+        self._next = 0
+        self.header = prefix + commitment
+        """The 64 bytes of the stream's header."""
+        self.chunk_bytes = chunk_bytes
+        self.plain_bytes = chunk_bytes - TAG_BYTES
+        """Plaintext bytes of a full chunk."""
+
+    def seal_into(self, index: int, plaintext: Buffer, out: memoryview) -> int:
+        """Seals chunk ``index`` to the front of ``out``; returns its length, ``len(plaintext) + 16``."""
+        self._reserve(index, len(plaintext))
+        length = len(plaintext) + TAG_BYTES
+        self._cipher.encrypt_into((self._nonce ^ index).to_bytes(_NONCE_BYTES, "big"), plaintext, None, out[:length])
+        return length
+
+    def seal(self, index: int, plaintext: Buffer) -> bytes:
+        """As ``seal_into``, into fresh bytes."""
+        self._reserve(index, len(plaintext))
+        return self._cipher.encrypt((self._nonce ^ index).to_bytes(_NONCE_BYTES, "big"), plaintext, None)
+
+    def seal_block(self, first: int, plaintext: Buffer, out: memoryview, *, last: bool) -> int:
+        """Seals consecutive chunks from index ``first`` on, one behind the other in ``out``; returns the bytes written.
+
+        ``plaintext`` is a whole number of full chunks, unless it ends the stream (``last``): then the final chunk, shorter than full and possibly empty,
+        is sealed too. The cipher works without the interpreter lock: call this in a thread for large blocks.
+        """
+        view = memoryview(plaintext)
+        full, rest = divmod(len(view), self.plain_bytes)
+        if rest and not last:
+            raise ValueError(f"{len(view)} bytes are not a whole number of chunks of {self.plain_bytes}, and do not end the stream")
+        at = 0
+        for number in range(full):
+            start = number * self.plain_bytes
+            at += self.seal_into(first + number, view[start : start + self.plain_bytes], out[at : at + self.chunk_bytes])
+        if last:
+            at += self.seal_into(first + full, view[full * self.plain_bytes :], out[at:])
+        return at
+
+    def _reserve(self, index: int, length: int) -> None:
+        if not self._next <= index < CHUNKS_MAX:
+            raise ValueError(f"chunk {index} after chunk {self._next - 1}: indices ascend, below 2^32, and end with the short chunk")
+        if length > self.plain_bytes:
+            raise ValueError(f"a chunk holds {self.plain_bytes} bytes, not {length}")
+        self._next = index + 1 if length == self.plain_bytes else CHUNKS_MAX
+
+
+class Opener:
+    """Opens one stream's chunks, in any order, from any number of threads.
+
+    The header's commitment is compared in constant time before any chunk is opened. Raises SealBroken for a wrong key, context or header.
+    With ``size`` (bytes of plaintext) every chunk must also have the length that the size demands.
+    """
+
+    def __init__(self, key: bytes, label: str, context: bytes, header: Buffer, size: int | None = None) -> None:
+        raw = bytes(header)
+        self.chunk_bytes = header_chunk_bytes(raw)
+        self.plain_bytes = self.chunk_bytes - TAG_BYTES
+        self._cipher, self._nonce, commitment = _derive(key, label, raw[:_PREFIX_BYTES], context)
+        if not hmac.compare_digest(commitment, raw[_PREFIX_BYTES:]):
+            raise SealBroken("the header does not commit to this key and context")
+        self._chunks = None if size is None else chunk_count(size, self.chunk_bytes)
+        self._last_bytes = 0 if size is None else size % self.plain_bytes + TAG_BYTES
+
+    def open(self, index: int, sealed: Buffer) -> bytes:
+        """The plaintext of chunk ``index``. Raises SealBroken."""
+        self._check(index, len(sealed))
+        try:
+            return self._cipher.decrypt((self._nonce ^ index).to_bytes(_NONCE_BYTES, "big"), sealed, None)
+        except InvalidTag:
+            raise SealBroken(f"chunk {index} does not open", index=index) from None
+
+    def open_into(self, index: int, sealed: Buffer, out: memoryview) -> int:
+        """As ``open``, to the front of ``out``; returns the plaintext's length. After SealBroken ``out`` holds nothing to be used."""
+        self._check(index, len(sealed))
+        length = len(sealed) - TAG_BYTES
+        try:
+            self._cipher.decrypt_into((self._nonce ^ index).to_bytes(_NONCE_BYTES, "big"), sealed, None, out[:length])
+        except InvalidTag:
+            raise SealBroken(f"chunk {index} does not open", index=index) from None
+        return length
+
+    def open_block(self, first: int, sealed: Buffer, out: memoryview) -> int:
+        """Opens consecutive chunks that lie one behind the other, from index ``first`` on; returns the bytes of plaintext written to ``out``.
+
+        Raises SealBroken whose ``index`` is the first chunk that does not open; nothing of ``out`` is to be used then.
+        """
+        view = memoryview(sealed)
+        at = 0
+        for number in range(-(-len(view) // self.chunk_bytes)):
+            start = number * self.chunk_bytes
+            at += self.open_into(first + number, view[start : start + self.chunk_bytes], out[at : at + self.plain_bytes])
+        return at
+
+    def _check(self, index: int, length: int) -> None:
+        if not 0 <= index < CHUNKS_MAX or not TAG_BYTES <= length <= self.chunk_bytes:
+            raise SealBroken(f"chunk {index} of {length} bytes cannot be", index=index)
+        if self._chunks is None:
+            return
+        wanted = self.chunk_bytes if index < self._chunks - 1 else self._last_bytes
+        if index >= self._chunks or length != wanted:
+            raise SealBroken(f"chunk {index} of {length} bytes does not fit the stream's size", index=index)
+
+
+def seal_message(key: bytes, label: str, context: Sequence[bytes], plaintext: bytes, salt: bytes) -> bytes:
+    """A whole stream in one value: header and chunks. C is the smallest in which the plaintext fits one chunk, else 64 KiB.
+
+    ``context`` fields are length-prefixed; ``salt`` is 24 fresh random bytes; the result has ``sealed_size(len(plaintext), C)`` bytes.
+    """
+    sealer = Sealer(key, label, pack_context(b"", context), chunk_bytes_for(len(plaintext), 1), salt)
+    out = bytearray(sealed_size(len(plaintext), sealer.chunk_bytes))
+    out[:HEADER_BYTES] = sealer.header
+    sealer.seal_block(0, plaintext, memoryview(out)[HEADER_BYTES:], last=True)
+    return bytes(out)
+
+
+def open_message(key: bytes, label: str, context: Sequence[bytes], sealed: Buffer) -> bytes:
+    """The plaintext of what ``seal_message`` made. Raises SealBroken."""
+    view = memoryview(sealed)
+    opener = Opener(key, label, pack_context(b"", context), view[:HEADER_BYTES])
+    chunks = view[HEADER_BYTES:]
+    count, rest = divmod(len(chunks), opener.chunk_bytes)
+    size = count * opener.plain_bytes + rest - TAG_BYTES
+    if rest < TAG_BYTES:
+        raise SealBroken("the message is cut short", index=count)
+    out = bytearray(size)
+    opener.open_block(0, chunks, memoryview(out))
+    return bytes(out)
