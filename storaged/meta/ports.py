@@ -115,9 +115,11 @@ class Scanner(Protocol):
         delimiter: bytes = b"",
         limit: int = 1000,
         hidden: bool = False,
+        settling_nonce: bytes = b"",
     ) -> ListPage:
         """Settled rows of these shards with key > ``after``, in key order: LIVE ones (HIDDEN too when asked), never tombstones.
 
+        ``settling_nonce`` is the fence's, for the scan that decides whether a bucket being deleted is empty: rows of a fenced scope settle only with it.
         A row that a majority does not agree on is settled before it is emitted. Raises ServiceUnavailable when a shard has no majority.
         """
 

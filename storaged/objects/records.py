@@ -148,8 +148,10 @@ class UserRecord(Message, frozen=True):
 
 
 class UploadRecord(Message, frozen=True):
-    """A multipart upload: Open -> Completing(manifest) -> Done(result), or Open -> Aborted. One DEK an upload, wrapped for (bucket id, key, upload id).
-    ``meta``: sealed SealedMeta given at Create. ``result``: sealed answer of Complete, kept for retries."""
+    """A multipart upload: Open -> Completing(pinned) -> Done(result), or Open | Completing -> Aborted. One DEK an upload, wrapped for (bucket id, key, upload id).
+    ``meta``: sealed SealedMeta given at Create. ``result``: sealed answer of Complete, kept for retries. ``pinned``: while completing, the encoded Version that is being
+    made of it; its parts are referred to from here even when their rows are replaced. ``pinned_sequence``: the object register's sequence when it was pinned, so that a
+    Complete taken up again can tell that nothing happened in between. ``changed_ms``: when the state last changed."""
 
     upload_id: bytes
     state: str
@@ -163,6 +165,9 @@ class UploadRecord(Message, frozen=True):
     checksum_type: str = ""
     request_digest: bytes = b""
     result: bytes = b""
+    pinned: bytes = b""
+    pinned_sequence: int = 0
+    changed_ms: int = 0
 
 
 class PartRecord(Message, frozen=True):
