@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.wire import Buffer
+
+if TYPE_CHECKING:
+    from storaged.meta import messages, scan
 
 Update = Callable[[Value | None], Change | None]
 """Pure: the settled value (None: never written) -> what it should become, or None to leave it as it is.
@@ -37,12 +40,22 @@ class Outcome(NamedTuple):
     after: Value | None
 
 
+class ReplicaState(NamedTuple):
+    """``state``: ``current`` (has the newest value any replica reported), ``behind``, ``empty`` (never heard of the register), ``damaged``, or ``away``.
+    ``has_payload``: it holds the copy of the small object that the newest value names."""
+
+    disk: str
+    state: str
+    has_payload: bool = False
+
+
 @dataclass(frozen=True)
 class SmallCopies:
     """A small object's sealed bytes, to be stored and synced by every replica of the register along with the prepare.
 
     ``record`` is the complete fragment record body for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
     ``enough`` judges the disk ids that have synced theirs (the acknowledge rule); accept is sent only when it holds.
+    The buffers are not to be reused afterwards: a slow replica's copy may still be on its way when ``change`` returns.
     """
 
     data_id: bytes
@@ -51,10 +64,10 @@ class SmallCopies:
 
 
 class Registers(Protocol):
-    async def read(self, name: RegisterName, *, want_payload: bool = False) -> Reading:
+    async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         """Linearizable. One round trip when a majority reports the same ballot, else it settles first.
 
-        Raises ServiceUnavailable without a majority.
+        Raises ServiceUnavailable without a majority, NoSuchBucket when it must settle a register of a fenced scope without the fence's nonce.
         """
 
     async def change(
@@ -71,8 +84,18 @@ class Registers(Protocol):
         ``ready`` is awaited between prepare and accept (the barrier of the fragments): the prepare overlaps it; when it raises, nothing is
         accepted and its exception is raised here. Raises ServiceUnavailable when no majority answered a prepare (nothing changed),
         OutcomeUnknown when an accept may have been applied and could not be settled, NoSuchBucket when the scope is fenced
-        (unless ``settling_nonce`` is the fence's), and what ``update`` raises.
+        (unless ``settling_nonce`` is the fence's, with which values can be settled but not changed), and what ``update`` raises.
         """
+
+    async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
+        """A committed identity round at a new ballot: afterwards no earlier promise or unfinished accept can take effect, so what the value
+        does not refer to may be deleted. Also brings replicas that lag or whose row is damaged up to date.
+
+        Raises ServiceUnavailable when it could not be committed; NoSuchBucket for a fenced scope, with the detail ``final`` when the fence stays for ever.
+        """
+
+    async def agreement(self, name: RegisterName) -> list[ReplicaState]:
+        """What each replica of the register holds, in the order of the ring (for ``where``): a snapshot, nothing is settled."""
 
 
 class Pages(Protocol):
@@ -174,6 +197,41 @@ class StoreBatch:
     unfence: list[bytes] = field(default_factory=list)
     pages: list[tuple[bytes, bytes]] = field(default_factory=list)
     meta: dict[str, bytes] = field(default_factory=dict)
+
+
+class Replica(Protocol):
+    """One disk as an acceptor: ``meta.replica`` in this process, ``meta.remote`` over RPC. Refusals are verdicts in the replies.
+
+    Raises PeerUnreachable, DiskUnusable (failed, foreign, retired or unknown to its node), PeerRefused.
+    """
+
+    async def prepare(
+        self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0
+    ) -> messages.PrepareReply: ...
+
+    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply: ...
+
+    async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
+        """The bulk bytes are the payload, when there is one."""
+
+    async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply: ...
+
+    async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply: ...
+
+    async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply: ...
+
+    async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply: ...
+
+    async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply: ...
+
+    async def scan(self, request: scan.ScanRequest, *, timeout_s: float = 10.0) -> scan.ScanReply: ...
+
+
+class Replicas(Protocol):
+    """Every disk's acceptor by disk id."""
+
+    def replica(self, disk_id: str) -> Replica:
+        """Raises DiskUnusable for a disk that no known layout names."""
 
 
 class MetaStore(Protocol):

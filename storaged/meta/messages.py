@@ -1,0 +1,126 @@
+"""What proposers and acceptors say to each other: the requests and replies of ``meta.*`` methods.
+
+Every request names the disk it is for: a node has several, each its own acceptor. ``verdict`` in replies is ``register.Verdict``.
+"""
+
+from __future__ import annotations
+
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import ZERO_BALLOT, Ballot
+from storaged.wire import Message
+
+
+class Prepare(Message, frozen=True):
+    """``header``: the encoded header of a fragment record whose payload is the request's bulk body; the replica stores and syncs it whatever it
+    says to the ballot. ``nonce``: of the fence, for settling rounds in a fenced scope."""
+
+    disk: str
+    name: RegisterName
+    ballot: Ballot
+    nonce: bytes = b""
+    header: bytes = b""
+
+
+class PrepareReply(Message, frozen=True):
+    """``promised``: the lowest ballot that would not be refused (a hint when the verdict is PREEMPTED or DAMAGED). ``accepted`` and ``value``: the
+    register's state here when the verdict is OK. The payload is acknowledged apart from the promise: ``payload_synced``, or why not."""
+
+    verdict: int
+    promised: Ballot = ZERO_BALLOT
+    accepted: Ballot = ZERO_BALLOT
+    value: Value | None = None
+    payload_synced: bool = False
+    payload_error: str = ""
+    final: bool = False
+
+
+class Accept(Message, frozen=True):
+    """``identity``: the value is one that was accepted before (a settling round); only these pass a fence, with its ``nonce``."""
+
+    disk: str
+    name: RegisterName
+    ballot: Ballot
+    value: Value
+    nonce: bytes = b""
+    identity: bool = False
+
+
+class AcceptReply(Message, frozen=True):
+    """OK: the value is durable here under the ballot."""
+
+    verdict: int
+    promised: Ballot = ZERO_BALLOT
+    final: bool = False
+
+
+class Read(Message, frozen=True):
+    """``full``: send the value, else its digest alone. ``want_payload``: and the copy of the small object that the value names.
+    ``data_id``: send the copy of this small object, whatever the value here names."""
+
+    disk: str
+    name: RegisterName
+    epoch: int
+    full: bool = True
+    want_payload: bool = False
+    data_id: bytes = b""
+
+
+class ReadReply(Message, frozen=True):
+    """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the copy in the bulk body, or empty."""
+
+    verdict: int
+    accepted: Ballot = ZERO_BALLOT
+    digest: bytes = b""
+    value: Value | None = None
+    payload: bytes = b""
+
+
+class PagePut(Message, frozen=True):
+    """``page_hash`` is the xxh3-128 of ``body``; another body is refused."""
+
+    disk: str
+    page_hash: bytes
+    body: bytes
+
+
+class PageGet(Message, frozen=True):
+    disk: str
+    page_hash: bytes
+
+
+class PageReply(Message, frozen=True):
+    """None: this disk does not have the page. After a put: the page is durable (and not sent back)."""
+
+    body: bytes | None = None
+
+
+class FenceSet(Message, frozen=True):
+    disk: str
+    scope: bytes
+    nonce: bytes
+    final: bool = False
+
+
+class FenceLift(Message, frozen=True):
+    disk: str
+    scope: bytes
+    nonce: bytes
+
+
+class FenceReply(Message, frozen=True):
+    """``done``: the disk is now as asked, durably. Not done: a final fence with another nonce is there."""
+
+    done: bool
+
+
+class EpochFence(Message, frozen=True):
+    """From now on refuse every request of an earlier layout epoch."""
+
+    disk: str
+    epoch: int
+
+
+class EpochReply(Message, frozen=True):
+    """The epoch in force on that disk, which may be a later one; durable."""
+
+    epoch: int
