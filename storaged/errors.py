@@ -62,6 +62,12 @@ class AccessDenied(S3Error):
     status = 403
 
 
+class AccessForbidden(S3Error):
+    """CORSResponse: CORS is not enabled for this bucket."""
+
+    status = 403
+
+
 class AuthorizationHeaderMalformed(S3Error):
     """The authorization header that you provided is not valid."""
 
@@ -72,6 +78,10 @@ class AuthorizationQueryParametersError(S3Error):
 
 class BadDigest(S3Error):
     """The Content-MD5 or checksum value that you specified did not match what the server received."""
+
+
+class BadRequest(S3Error):
+    """The request is not well-formed HTTP."""
 
 
 class BucketAlreadyExists(S3Error):
@@ -120,6 +130,10 @@ class InvalidAccessKeyId(S3Error):
     status = 403
 
 
+class InvalidAction(S3Error):
+    """The action or operation requested is not valid: this endpoint answers S3 requests only."""
+
+
 class InvalidArgument(S3Error):
     """Invalid Argument"""
 
@@ -128,12 +142,22 @@ class InvalidBucketName(S3Error):
     """The specified bucket is not valid."""
 
 
+class InvalidBucketState(S3Error):
+    """The request is not valid for the current state of the bucket."""
+
+    status = 409
+
+
 class InvalidDigest(S3Error):
     """The Content-MD5 or checksum value that you specified is not valid."""
 
 
 class InvalidLocationConstraint(S3Error):
     """The specified location constraint is not valid."""
+
+
+class InvalidChunkSizeError(S3Error):
+    """A chunk of the body is larger than the maximum allowed."""
 
 
 class InvalidPart(S3Error):
@@ -160,8 +184,20 @@ class InvalidRequest(S3Error):
     """Invalid Request"""
 
 
+class InvalidPolicyDocument(S3Error):
+    """The content of the form does not meet the conditions specified in the policy document."""
+
+
+class InvalidStorageClass(S3Error):
+    """The storage class that you specified is not valid."""
+
+
 class InvalidTag(S3Error):
     """The tag provided was not a valid tag."""
+
+
+class InvalidToken(S3Error):
+    """The provided token is malformed or otherwise not valid: no temporary credentials are issued here."""
 
 
 class InvalidURI(S3Error):
@@ -170,6 +206,18 @@ class InvalidURI(S3Error):
 
 class KeyTooLongError(S3Error):
     """Your key is too long: the limit is 1024 bytes."""
+
+
+class MalformedACLError(S3Error):
+    """The XML that you provided was not well formed or did not validate against our published schema."""
+
+
+class MalformedPOSTRequest(S3Error):
+    """The body of your POST request is not well-formed multipart/form-data."""
+
+
+class MalformedTrailerError(S3Error):
+    """The request contained trailing data that was not well formed or did not conform to our published schema."""
 
 
 class MalformedXML(S3Error):
@@ -210,8 +258,38 @@ class NoSuchBucket(S3Error):
     status = 404
 
 
+class NoSuchBucketPolicy(S3Error):
+    """The bucket policy does not exist"""
+
+    status = 404
+
+
+class NoSuchCORSConfiguration(S3Error):
+    """The CORS configuration does not exist"""
+
+    status = 404
+
+
+class NoSuchConfiguration(S3Error):
+    """The specified configuration does not exist."""
+
+    status = 404
+
+
 class NoSuchKey(S3Error):
     """The specified key does not exist."""
+
+    status = 404
+
+
+class NoSuchLifecycleConfiguration(S3Error):
+    """The lifecycle configuration does not exist"""
+
+    status = 404
+
+
+class NoSuchPublicAccessBlockConfiguration(S3Error):
+    """The public access block configuration was not found"""
 
     status = 404
 
@@ -234,16 +312,40 @@ class NoSuchVersion(S3Error):
     status = 404
 
 
+class NoSuchWebsiteConfiguration(S3Error):
+    """The specified bucket does not have a website configuration"""
+
+    status = 404
+
+
 class NotImplemented(S3Error):
     """A header or query that you provided implies functionality that is not implemented."""
 
     status = 501
 
 
+class ObjectLockConfigurationNotFoundError(S3Error):
+    """Object Lock configuration does not exist for this bucket"""
+
+    status = 404
+
+
+class OwnershipControlsNotFoundError(S3Error):
+    """The bucket ownership controls were not found"""
+
+    status = 404
+
+
 class PreconditionFailed(S3Error):
     """At least one of the preconditions that you specified did not hold."""
 
     status = 412
+
+
+class ReplicationConfigurationNotFoundError(S3Error):
+    """The replication configuration was not found"""
+
+    status = 404
 
 
 class RequestHeaderSectionTooLarge(S3Error):
@@ -258,6 +360,12 @@ class RequestTimeTooSkewed(S3Error):
 
 class RequestTimeout(S3Error):
     """Your socket connection to the server was not read from or written to within the timeout period."""
+
+
+class ServerSideEncryptionConfigurationNotFoundError(S3Error):
+    """The server side encryption configuration was not found"""
+
+    status = 404
 
 
 class SignatureDoesNotMatch(S3Error):
@@ -407,6 +515,13 @@ class JurisdictionRefused(OperatorError):
 
     code = "JURISDICTION_REFUSED"
     hint = "Only EU members and territories under EU law are admitted. The refusal is in the audit log."
+
+
+class LayoutRefused(OperatorError):
+    """The layout is not signed by this cluster's administration key, or is not newer than the one in force."""
+
+    code = "LAYOUT_REFUSED"
+    hint = "Layouts are signed where the administration key is (`storaged cluster layout`); a node keeps the one it has until a newer one verifies."
 
 
 class AuditBroken(OperatorError):
