@@ -161,6 +161,11 @@ class Layout(Message, frozen=True, dict=True):
             found = self._preferences[group] = tuple(self._ranked(b"data" + group.to_bytes(2, "big")))
         return found
 
+    @cached_property
+    def first_choices(self) -> dict[tuple[int, Profile, tuple[str, ...]], tuple[str, ...]]:
+        """Memory of ``objects.place``, which bounds it: (group, profile, countries) -> disks."""
+        return {}
+
     def _ranked(self, salt: bytes) -> list[str]:
         def score(disk: DiskEntry) -> float:
             draw = (xxhash.xxh3_64_intdigest(disk.id.encode() + salt) + 1) / (2**64 + 2)
