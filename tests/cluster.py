@@ -1,0 +1,146 @@
+"""A trial cluster in a folder of its own, driven only through the commands an operator has."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STORAGED = str(Path(sys.executable).parent / "storaged")
+RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Cluster:
+    """``storaged dev DIR``: started by ``start``, stopped by ``stop``; the pids it started are the only ones it ever signals."""
+
+    directory: Path
+    s3_port: int = 0
+    home: Path | None = None
+    """A HOME of its own, so that trying a cluster changes nobody's defaults."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    _process: subprocess.Popen[str] | None = None
+
+    def environment(self) -> dict[str, str]:
+        home = self.home or self.directory.parent / (self.directory.name + "-home")
+        home.mkdir(exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "STORAGED_", "XDG_", "RCLONE_", "RESTIC_"))}
+        return {**kept, "HOME": str(home), "STORAGED_DIR": str(self.directory), "AWS_EC2_METADATA_DISABLED": "true"}
+
+    def start(self, timeout_s: float = 60.0) -> Cluster:
+        """Runs ``storaged dev`` in the foreground of a process of its own and waits until S3 answers ``status``."""
+        if not self.s3_port:
+            self.s3_port = free_port()
+        log = (self.directory.parent / (self.directory.name + ".log")).open("a")
+        self._process = subprocess.Popen(
+            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port)],
+            env=self.environment(), stdout=log, stderr=log, text=True, start_new_session=True,
+        )  # fmt: skip
+        log.close()
+        self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "a healthy cluster")
+        self.settings = json.loads(self.run("env", "--json").stdout)
+        return self
+
+    def stop(self) -> None:
+        """Ctrl-C, as a person would; SIGKILL for what is left after 30 s."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait(10)
+        self._process = None
+
+    def run(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """``storaged ARGUMENTS`` for this cluster."""
+        done = subprocess.run(
+            [STORAGED, *arguments], env=self.environment(), capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        if check and done.returncode:
+            raise AssertionError(f"storaged {' '.join(arguments)} -> {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def status(self) -> dict[str, Any]:
+        done = self.run("status", "--json", check=False)
+        if not done.stdout.strip():
+            return {"verdict": "DOWN", "nodes": [], "problems": [], "objects_below_target": 0, "objects_lost": 0, "error": done.stderr}
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def where(self, bucket: str, key: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.run("where", f"s3://{bucket}/{key}", "--json").stdout)
+        return found
+
+    def wait_until(self, condition: Any, timeout_s: float, what: str) -> None:
+        """Polls a condition; the test fails with ``what`` when it does not come true."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if condition():
+                return
+            if self._process is not None and self._process.poll() is not None:
+                raise AssertionError(f"storaged dev ended with {self._process.returncode} while waiting for {what}: {self.log_tail()}")
+            time.sleep(0.2)
+        raise AssertionError(f"waited {timeout_s:.0f} s for {what}; status: {json.dumps(self.status())[:2000]} {self.log_tail()}")
+
+    def wait_healthy(self, timeout_s: float = 90.0) -> None:
+        self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "HEALTHY")
+
+    def log_tail(self, lines: int = 40) -> str:
+        path = self.directory.parent / (self.directory.name + ".log")
+        return "\n".join(path.read_text().splitlines()[-lines:]) if path.exists() else ""
+
+    def pids(self) -> Mapping[str, int]:
+        return {node["name"]: node["pid"] for node in self.status()["nodes"] if node.get("pid")}
+
+    @property
+    def endpoint(self) -> str:
+        return str(self.settings["endpoint"])
+
+    def client_environment(self) -> dict[str, str]:
+        """What ``eval "$(storaged env)"`` gives to an S3 client."""
+        return {
+            **self.environment(),
+            "AWS_ACCESS_KEY_ID": self.settings["access_key"],
+            "AWS_SECRET_ACCESS_KEY": self.settings["secret_key"],
+            "AWS_DEFAULT_REGION": self.settings["region"],
+            "AWS_ENDPOINT_URL": self.settings["endpoint"],
+        }
+
+    def boto3(self, **options: Any) -> Any:
+        """An S3 client of boto3 without its own retries, so that every failure shows."""
+        import boto3
+        from botocore.config import Config
+
+        config = Config(
+            retries={"max_attempts": options.pop("attempts", 1), "mode": "standard"},
+            max_pool_connections=options.pop("connections", 16),
+            connect_timeout=5,
+            read_timeout=options.pop("read_timeout_s", 60),
+        ).merge(Config(**options))
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.settings["endpoint"],
+            region_name=self.settings["region"],
+            aws_access_key_id=self.settings["access_key"],
+            aws_secret_access_key=self.settings["secret_key"],
+            config=config,
+        )
