@@ -1,0 +1,212 @@
+"""The admin API: JSON over the Unix socket in the node's directory (mode 0600: whoever owns the node administers it), and health over HTTP on loopback.
+
+    GET  /healthz /readyz /metrics          both listeners
+    GET  /v1/status /v1/doctor /v1/jobs     Unix socket
+    GET  /v1/where?bucket=&key=             key in hex
+    GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
+    POST /v1/buckets   POST /v1/scrub   POST /v1/keys/backup
+
+A refusal is {"code", "message", "hint"} with the error's status.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from storaged.admin.place import SOCKET_NAME, short_path
+from storaged.admin.ports import Jobs, Services
+from storaged.config import split_address
+from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, OperatorError, PortInUse, StoragedError
+from storaged.observe import Metrics
+
+BODY_BYTES_MAX = 64 * 1024
+
+log = structlog.get_logger("admin")
+
+
+class NotHere(OperatorError):
+    """This node does not offer that: it is a gateway's (or a storage node's) work."""
+
+    code = "NOT_HERE"
+    status = 404
+    hint = "Ask the gateway: name its directory, or the trial cluster's, with --dir."
+
+
+class AdminServer:
+    """One node's admin API on its socket and, when ``listen`` is set, its health on a loopback port."""
+
+    def __init__(self, services: Services, metrics: Metrics) -> None:
+        self._services = services
+        self._metrics = metrics
+        self._runners: list[web.AppRunner] = []
+
+    async def start(self, directory: Path, listen: str) -> None:
+        """Raises PortInUse."""
+        private = self._application()
+        private.add_routes(
+            [
+                web.get("/v1/status", self._status),
+                web.get("/v1/doctor", self._doctor),
+                web.get("/v1/jobs", self._jobs),
+                web.get("/v1/where", self._where),
+                web.get("/v1/users", self._list_users),
+                web.post("/v1/users", self._add_user),
+                web.delete("/v1/users/{name}", self._remove_user),
+                web.post("/v1/buckets", self._create_bucket),
+                web.post("/v1/scrub", self._scrub),
+                web.post("/v1/keys/backup", self._backup),
+            ]
+        )
+        runner = await self._run(private)
+        path = directory / SOCKET_NAME
+        path.unlink(missing_ok=True)
+        with short_path(path) as name:
+            await web.UnixSite(runner, name).start()
+        path.chmod(0o600)
+        if listen:
+            host, port = split_address(listen)
+            runner = await self._run(self._application())
+            try:
+                await web.TCPSite(runner, host, port, reuse_address=True).start()
+            except OSError as error:
+                raise PortInUse(f"{listen}: {error.strerror or error}") from None
+
+    async def close(self) -> None:
+        for runner in reversed(self._runners):
+            await runner.cleanup()
+        self._runners.clear()
+
+    async def _run(self, application: web.Application) -> web.AppRunner:
+        runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=2.0)
+        await runner.setup()
+        self._runners.append(runner)
+        return runner
+
+    def _application(self) -> web.Application:
+        application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refusals])
+        application.add_routes(
+            [web.get("/healthz", self._healthz), web.get("/readyz", self._readyz), web.get("/metrics", self._metric_text)]
+        )
+        return application
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return web.json_response({"healthy": True})
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        ready, reason = self._services.ready()
+        return web.json_response({"ready": ready, "reason": reason}, status=200 if ready else 503)
+
+    async def _metric_text(self, _request: web.Request) -> web.Response:
+        self._metrics.gauge("storaged_ready").set(self._services.ready()[0])
+        return web.Response(body=generate_latest(self._metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        return web.json_response(await self._services.status())
+
+    async def _doctor(self, _request: web.Request) -> web.Response:
+        return web.json_response({"checks": await self._services.doctor()})
+
+    async def _where(self, request: web.Request) -> web.Response:
+        if self._services.where is None:
+            raise NotHere
+        try:
+            key = bytes.fromhex(request.query.get("key", ""))
+        except ValueError:
+            raise InvalidArgument("the key is written in hex") from None
+        return web.json_response(await self._services.where(request.query.get("bucket", ""), key))
+
+    def _need_jobs(self) -> Jobs:
+        if self._services.jobs is None:
+            raise NotHere
+        return self._services.jobs
+
+    async def _jobs(self, _request: web.Request) -> web.Response:
+        return web.json_response({"jobs": [job._asdict() for job in self._need_jobs().jobs()]})
+
+    async def _scrub(self, _request: web.Request) -> web.Response:
+        await self._need_jobs().start_scrub()
+        return web.json_response({"jobs": [job._asdict() for job in self._need_jobs().jobs()]})
+
+    async def _list_users(self, _request: web.Request) -> web.Response:
+        if self._services.users is None:
+            raise NotHere
+        found = await self._services.users.list_users()
+        return web.json_response(
+            {"users": [{"user_id": who.user_id, "name": who.display_name, "access_key": who.access_key} for who in found]}
+        )
+
+    async def _add_user(self, request: web.Request) -> web.Response:
+        if self._services.users is None:
+            raise NotHere
+        body = await _body(request, "name", "access_key", "secret_key", "email")
+        who, secret = await self._services.users.add(
+            body.get("name", ""), access_key=body.get("access_key", ""), secret_key=body.get("secret_key", ""), email=body.get("email", "")
+        )
+        log.info("user added", user=who.display_name, access_key=who.access_key)
+        return web.json_response({"user_id": who.user_id, "access_key": who.access_key, "secret_key": secret})
+
+    async def _remove_user(self, request: web.Request) -> web.Response:
+        if self._services.users is None:
+            raise NotHere
+        name = request.match_info["name"]
+        await self._services.users.remove(name)
+        log.info("user removed", user=name)
+        return web.json_response({"removed": name})
+
+    async def _create_bucket(self, request: web.Request) -> web.Response:
+        """For a user named by access key; one that the user owns already is fine."""
+        if self._services.buckets is None or self._services.users is None:
+            raise NotHere
+        body = await _body(request, "name", "access_key")
+        who, _ = await self._services.users.lookup(body.get("access_key", ""))
+        try:
+            await self._services.buckets.create(who, body.get("name", ""), region=self._services.region)
+        except BucketAlreadyOwnedByYou:
+            pass
+        return web.json_response({"bucket": body.get("name", "")})
+
+    async def _backup(self, request: web.Request) -> web.Response:
+        if self._services.key_backup is None:
+            raise NotHere
+        body = await _body(request, "path", "passphrase")
+        return web.json_response(await self._services.key_backup(body.get("path", ""), body.get("passphrase", "")))
+
+
+async def _body(request: web.Request, *names: str) -> dict[str, str]:
+    """The request's JSON object of texts. Raises InvalidArgument that says what is wrong with it."""
+    try:
+        document = json.loads(await request.read())
+    except ValueError:
+        raise InvalidArgument("the body is not JSON") from None
+    if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
+        raise InvalidArgument("the body is an object whose values are texts")
+    if strangers := sorted(set(document) - set(names)):
+        raise InvalidArgument(f"there is no field {strangers[0]!r}; there are: {', '.join(names)}")
+    return document
+
+
+@web.middleware
+async def _refusals(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Errors as documents; what nobody foresaw is logged here and answered without its details."""
+    try:
+        return await handler(request)
+    except StoragedError as error:
+        document: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
+        status = error.status if error.status >= 400 else 500
+        return web.json_response(document, status=status)
+    except web.HTTPException as error:
+        return web.json_response(
+            {"code": "NOT_FOUND" if error.status == 404 else "REFUSED", "message": error.reason, "hint": ""}, status=error.status
+        )
+    except Exception:
+        log.exception("an admin request failed", path=request.path)
+        return web.json_response(
+            {"code": "InternalError", "message": "an internal error occurred; the node's log has it", "hint": ""}, status=500
+        )

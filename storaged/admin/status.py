@@ -1,0 +1,160 @@
+"""The verdict: is the data safe, what is wrong, what to do now. Pure: facts in, a document out.
+
+HEALTHY    every node and disk takes part, no object is below its target
+DEGRADED   something is away or below target; everything can be read and written, and nothing is lost
+AT_RISK    writes are refused, or objects are lost or cannot stand another disk's failure
+DOWN       some keys can be neither read nor written now (no majority of their replicas), or nothing can be opened (keyring)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.cluster.ports import DiskStatus
+from storaged.errors import ClockSkewed, DiskDown, KeyringMismatch, NodeDown, ObjectsBelowTarget, ObjectsLost, QuorumLost, StoragedError
+
+SKEW_MS_MAX = 5_000
+_DISK_PROBLEMS = {"full": "DISK_FULL", "read-only": "DISK_READ_ONLY", "failed": "DISK_READ_ONLY", "foreign": "DISK_FOREIGN"}
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What this gateway knows of one node. ``since_ms``: when it came into its state (wall clock); ``pid`` None when it is down."""
+
+    name: str
+    rack: str
+    roles: tuple[str, ...]
+    up: bool
+    since_ms: int
+    pid: int | None = None
+    directory: str = ""
+    skew_ms: int = 0
+    disks: Sequence[DiskStatus] = ()
+
+
+@dataclass(frozen=True)
+class Durability:
+    """What repair's walk last counted; None: not counted yet."""
+
+    objects_below_target: int | None = None
+    objects_at_risk: int | None = None
+    objects_lost: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the verdict follows from. ``write_profile`` is what a write would use now, None when it would be refused, with ``write_reason``."""
+
+    layout: Layout
+    nodes: Sequence[NodeFacts]
+    write_profile: str | None
+    write_reason: str = ""
+    keyring_problem: str = ""
+    durability: Durability = Durability()
+    jobs: Sequence[dict[str, Any]] = field(default_factory=tuple)
+
+
+def partitions_without_quorum(layout: Layout, alive: Callable[[str], bool]) -> int:
+    """How many partitions of the ring (the system's among them) have no majority of living replicas."""
+    count = 0
+    for partition in (*range(PARTITIONS), SYSTEM_PARTITION):
+        replicas = layout.replicas_of(partition)
+        count += sum(map(alive, replicas)) <= len(replicas) // 2
+    return count
+
+
+def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
+    """The document of ``storaged status --json``."""
+    disk_by_id = {disk.id: disk for node in facts.nodes if node.up for disk in node.disks}
+
+    def alive(disk_id: str) -> bool:
+        return disk_id in disk_by_id and disk_by_id[disk_id].state in ("ok", "full")
+
+    headless = partitions_without_quorum(facts.layout, alive)
+    problems = list(_problems(facts, headless, disk_by_id, now_ms))
+    durability = facts.durability
+    if facts.keyring_problem or headless:
+        verdict = "DOWN"
+    elif facts.write_profile is None or durability.objects_lost or durability.objects_at_risk:
+        verdict = "AT_RISK"
+    else:
+        verdict = "DEGRADED" if problems else "HEALTHY"
+    return {
+        "verdict": verdict,
+        "cluster": facts.layout.cluster,
+        "epoch": facts.layout.epoch,
+        "time_ms": now_ms,
+        "metadata": "quorum" if not headless else f"{headless} of {PARTITIONS + 1} partitions without quorum",
+        "reads": "OK"
+        if not headless and not facts.keyring_problem
+        else "stopped for some keys"
+        if not facts.keyring_problem
+        else "stopped",
+        "writes": facts.write_profile if not headless and not facts.keyring_problem else None,
+        "writes_reason": facts.write_reason,
+        "objects_below_target": durability.objects_below_target,
+        "objects_at_risk": durability.objects_at_risk,
+        "objects_lost": durability.objects_lost,
+        "nodes": [_node_document(node, facts.layout) for node in facts.nodes],
+        "problems": problems,
+        "jobs": list(facts.jobs),
+    }
+
+
+def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], now_ms: int) -> Iterable[dict[str, Any]]:
+    if facts.keyring_problem:
+        yield problem(KeyringMismatch, "keyring", now_ms, facts.keyring_problem)
+    if headless:
+        yield problem(QuorumLost, f"{headless} partitions", now_ms)
+    for node in facts.nodes:
+        if not node.up:
+            yield problem(NodeDown, f"{node.rack}/{node.name}", node.since_ms)
+            continue
+        if abs(node.skew_ms) > SKEW_MS_MAX:
+            yield problem(ClockSkewed, f"{node.rack}/{node.name}", now_ms, f"{node.skew_ms / 1000:+.1f} s from this gateway's clock")
+        for disk in node.disks:
+            if disk.state != "ok":
+                found = problem(DiskDown, f"{node.rack}/{node.name}/{disk.id}", node.since_ms, disk.reason)
+                yield {**found, "code": _DISK_PROBLEMS.get(disk.state, found["code"])}
+        told = {disk.id for disk in node.disks}
+        for entry in facts.layout.disks:
+            if entry.node == node.name and entry.id not in told:
+                yield problem(DiskDown, f"{node.rack}/{node.name}/{entry.id}", node.since_ms, "the node does not have it")
+    if facts.durability.objects_lost:
+        yield problem(ObjectsLost, f"{facts.durability.objects_lost} objects", now_ms)
+    if facts.durability.objects_below_target:
+        yield problem(ObjectsBelowTarget, f"{facts.durability.objects_below_target} objects", now_ms)
+
+
+def problem(kind: type[StoragedError], subject: str, since_ms: int, detail: str = "") -> dict[str, Any]:
+    """One entry of ``problems``: code, subject, since (ms since 1970), hint, and what is known beyond the code."""
+    return {"code": kind.code, "subject": subject, "since": since_ms, "hint": kind.hint, "detail": detail}
+
+
+def _node_document(node: NodeFacts, layout: Layout) -> dict[str, Any]:
+    known = {disk.id: disk for disk in node.disks}
+    disks = []
+    for disk_id in [entry.id for entry in layout.disks if entry.node == node.name]:
+        disk = known.get(disk_id)
+        disks.append(
+            {
+                "id": disk_id,
+                "directory": disk.directory if disk else "",
+                "state": disk.state if disk and node.up else "down",
+                "bytes_used": disk.bytes_used if disk else 0,
+                "bytes_free": disk.bytes_free if disk else 0,
+            }
+        )
+    return {
+        "name": node.name,
+        "rack": node.rack,
+        "roles": list(node.roles),
+        "state": "up" if node.up else "down",
+        "since": node.since_ms,
+        "pid": node.pid,
+        "directory": node.directory,
+        "disks": disks,
+    }

@@ -1,0 +1,110 @@
+"""``storaged cluster``: an operator's steps from nothing to folders that are copied to servers."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import click
+
+from storaged.errors import OperatorError
+
+
+@click.group()
+def cluster() -> None:
+    """Make a cluster's certificates, configuration and layout.
+
+    Run where the authority's keys are kept: on an administrator's machine, not on a storage server.
+    """
+
+
+@cluster.command("create")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--cluster", "name", default=None, help="The cluster's id (default: a random one). It is in every certificate.")
+@click.option("--profile", default="4+2", show_default=True, help="How many data and parity fragments a block has.")
+def create(directory: Path, name: str | None, profile: str) -> None:
+    """Make the authority and the administration key of a new cluster in DIRECTORY."""
+    from storaged.cli import create as files
+    from storaged.cluster import identity
+    from storaged.cluster.layout import Profile
+
+    try:
+        k, m = Profile.parse(profile)
+    except ValueError:
+        raise OperatorError(f"{profile!r} is not a profile such as 4+2") from None
+    if k < 1 or m < 1:
+        raise OperatorError(f"{profile!r}: a profile has at least one data and one parity fragment")
+    authority = identity.create_authority(directory, name or f"c-{secrets.token_hex(6)}")
+    files.save_plan(directory, files.ClusterPlan(authority.cluster, profile))
+    click.echo(
+        f"cluster {authority.cluster}: authority and administration key are in {directory}. Keep this folder offline, and a copy of it."
+    )
+    click.echo(f"  Next: storaged cluster issue {directory} NODE --rack FR/par1/a --roles storage --address HOST:7400 --disk /srv/disk1")
+
+
+@cluster.command("issue")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("name")
+@click.option("--rack", required=True, help="COUNTRY/SITE/RACK, such as FR/par1/a.")
+@click.option("--roles", required=True, help="storage, gateway, or both with a comma.")
+@click.option("--address", default="", help="HOST:PORT where other nodes call it (storage).")
+@click.option("--disk", "disks", multiple=True, metavar="DIRECTORY[:WEIGHT]", help="A disk's directory on that server; once a disk.")
+@click.option("--jurisdiction", default="", help="Country whose law the operator is under (default: the rack's).")
+@click.option("--state", default="", help="The node's own directory (default: /var/lib/storaged/NODE).")
+def issue(directory: Path, name: str, rack: str, roles: str, address: str, disks: tuple[str, ...], jurisdiction: str, state: str) -> None:
+    """Make a node's folder, DIRECTORY/nodes/NAME: certificate and configuration, to be copied to /etc/storaged/NAME."""
+    from storaged.cli import create as files
+    from storaged.cluster import identity
+    from storaged.config import parse, split_address
+
+    plan = files.load_plan(directory)
+    authority = identity.load_authority(directory)
+    known = next((node for node in plan.nodes if node.name == name), None)
+    if known is not None and disks:
+        raise OperatorError(f"{name} is a member already: its disks stay those it has. Without --disk its certificate is renewed.")
+    role_names = tuple(role.strip() for role in roles.split(","))
+    if "storage" in role_names:
+        try:
+            split_address(address)
+        except ValueError as error:
+            raise OperatorError(f"--address: {error}") from None
+    node = files.NodePlan(name, files.parse_location(rack), role_names, address, jurisdiction, files.new_disks(list(disks)))
+    if known is not None:
+        node.disks = known.disks
+    folder, place = directory / "nodes" / name, state or f"/var/lib/storaged/{name}"
+    if "gateway" in role_names:
+        text = files.gateway_config(
+            node, place, "127.0.0.1:8333", "eu-fr-1", {"keyring": f"{place}/keys/keyring", "credential": "$CREDENTIALS_DIRECTORY/keyring"}
+        )
+        if "storage" in role_names:
+            text += files.storage_config(node, place, address).split('identity = "identity"\n', 1)[1]
+    else:
+        text = files.storage_config(node, place, address)
+    _, mistakes = parse(text, folder)
+    if mistakes:
+        raise OperatorError("this node could not run:\n" + "\n".join(f"  {mistake.message}" for mistake in mistakes))
+    files.issue_node(authority, node, folder, text)
+    plan.nodes = [other for other in plan.nodes if other.name != name] + [node]
+    files.save_plan(directory, plan)
+    click.echo(f"{name}: certificate and configuration are in {folder}")
+    click.echo(f"  When all nodes are there: storaged cluster layout {directory}")
+
+
+@cluster.command("layout")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def layout(directory: Path) -> None:
+    """Sign a layout of all issued nodes and put it into each node's folder."""
+    from storaged.cli import create as files
+    from storaged.cluster import identity
+
+    plan = files.load_plan(directory)
+    authority = identity.load_authority(directory)
+    signed = files.layout_of(plan)
+    files.sign_layout(authority, signed, [directory / "nodes" / node.name for node in plan.nodes])
+    plan.epoch = signed.epoch
+    files.save_plan(directory, plan)
+    click.echo(
+        f"layout {signed.epoch}: {len(signed.nodes)} nodes, {len(signed.disks)} disks, {signed.profile}, a failure domain is a {signed.domain_kind}"
+    )
+    for node in plan.nodes:
+        click.echo(f"  copy {directory / 'nodes' / node.name}/ to /etc/storaged/{node.name}/ on its server")

@@ -1,0 +1,155 @@
+"""The files of a cluster: its authority, each node's folder (certificate and configuration), the signed layout.
+
+``cluster.json`` in the authority's directory is the list that the layout is made from; it is written by ``storaged cluster``, and by ``storaged dev`` for
+its own cluster. A node's folder holds everything the node needs to start and can be copied to its server as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from storaged.cluster import identity
+from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
+from storaged.errors import OperatorError
+from storaged.ids import new_disk_id
+from storaged.wire import encode
+
+REGISTER_NAME = "cluster.json"
+LAYOUT_NAME = "layout.signed"
+SEEDS_MAX = 5
+
+
+class DiskPlan(msgspec.Struct):
+    """``directory`` as the node's configuration says it; ``weight`` is relative (GB is a good unit)."""
+
+    id: str
+    directory: str
+    weight: int = 1000
+
+
+class NodePlan(msgspec.Struct):
+    """``address`` is the HOST:PORT where other nodes call it, empty for a gateway."""
+
+    name: str
+    location: str
+    roles: tuple[str, ...]
+    address: str = ""
+    jurisdiction: str = ""
+    disks: list[DiskPlan] = []
+
+
+class ClusterPlan(msgspec.Struct):
+    """``epoch`` is that of the last layout signed, 0 when none was."""
+
+    cluster: str
+    profile: str = "4+2"
+    epoch: int = 0
+    nodes: list[NodePlan] = []
+
+
+def load_plan(authority_directory: Path) -> ClusterPlan:
+    """Raises OperatorError when the directory is not one that ``storaged cluster create`` made."""
+    try:
+        return msgspec.json.decode((authority_directory / REGISTER_NAME).read_bytes(), type=ClusterPlan)
+    except FileNotFoundError:
+        raise OperatorError(
+            f"{authority_directory} holds no cluster; make one with: storaged cluster create {authority_directory}"
+        ) from None
+    except msgspec.MsgspecError as error:
+        raise OperatorError(f"{authority_directory / REGISTER_NAME} cannot be read: {error}") from None
+
+
+def save_plan(authority_directory: Path, plan: ClusterPlan) -> None:
+    write_private(authority_directory / REGISTER_NAME, msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
+
+
+def parse_location(text: str) -> str:
+    """``FR/par1/a``, checked. Raises OperatorError."""
+    try:
+        return str(Location.parse(text))
+    except ValueError:
+        raise OperatorError(f"{text!r} is not COUNTRY/SITE/RACK, such as FR/par1/a") from None
+
+
+def new_disks(directories: list[str]) -> list[DiskPlan]:
+    """Each ``DIRECTORY`` or ``DIRECTORY:WEIGHT`` gets a random id."""
+    found = []
+    for text in directories:
+        directory, colon, weight = text.rpartition(":")
+        if colon and weight.isdigit() and int(weight) > 0:
+            found.append(DiskPlan(new_disk_id(), directory, int(weight)))
+        else:
+            found.append(DiskPlan(new_disk_id(), text))
+    return found
+
+
+def issue_node(authority: identity.Authority, node: NodePlan, folder: Path, config_text: str) -> None:
+    """Certificate and configuration of one node into ``folder``."""
+    identity.issue(authority, folder / "identity", name=node.name, location=node.location, roles=node.roles, jurisdiction=node.jurisdiction)
+    write_private(folder / "config.toml", config_text.encode())
+
+
+def layout_of(plan: ClusterPlan) -> Layout:
+    """The layout of all nodes in the plan, at the epoch after the plan's. Raises OperatorError with every reason why it cannot work."""
+    nodes = tuple(NodeEntry(node.name, node.location, node.address, tuple(node.roles)) for node in plan.nodes)
+    disks = tuple(DiskEntry(disk.id, node.name, disk.weight) for node in plan.nodes for disk in node.disks)
+    bare = Layout(plan.cluster, plan.epoch + 1, nodes, disks, (), plan.profile)
+    layout = msgspec.structs.replace(bare, seeds=seeds_of(bare))
+    problems = problems_of(layout)
+    if problems:
+        raise OperatorError("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return layout
+
+
+def seeds_of(layout: Layout) -> tuple[str, ...]:
+    """The first disk of each failure domain, an odd number of them: the replicas of the system partition."""
+    first: dict[str, str] = {}
+    for disk_id, domain in layout.domain_by_disk.items():
+        first.setdefault(domain, disk_id)
+    count = min(len(first), SEEDS_MAX)
+    return tuple(first.values())[: count - 1 if count % 2 == 0 else count]
+
+
+def sign_layout(authority: identity.Authority, layout: Layout, folders: list[Path]) -> None:
+    """Signs, and puts the result into each node's identity, where the node finds it at its next start or reload."""
+    signed = encode(identity.sign_layout(layout, authority.administration))
+    for folder in folders:
+        write_private(folder / "identity" / LAYOUT_NAME, signed)
+
+
+def storage_config(node: NodePlan, directory: str, listen: str, extra: str = "") -> str:
+    """A storage node's configuration as TOML. ``extra`` is appended as it is."""
+    disks = "".join(f'\n[[disks]]\nid = "{disk.id}"\ndirectory = {_quoted(disk.directory)}\n' for disk in node.disks)
+    return _head(node, directory) + f"{disks}\n[rpc]\nlisten = {_quoted(listen)}\n{extra}"
+
+
+def gateway_config(node: NodePlan, directory: str, s3_listen: str, region: str, keys: dict[str, str], extra: str = "") -> str:
+    """A gateway's configuration as TOML; ``keys`` are the options of its [keys] section."""
+    options = "".join(f"{name} = {_quoted(value)}\n" for name, value in keys.items())
+    return _head(node, directory) + f"\n[s3]\nlisten = {_quoted(s3_listen)}\nregion = {_quoted(region)}\n\n[keys]\n{options}{extra}"
+
+
+def _head(node: NodePlan, directory: str) -> str:
+    roles = ", ".join(_quoted(role) for role in node.roles)
+    return f'[node]\nname = {_quoted(node.name)}\ndirectory = {_quoted(directory)}\nroles = [{roles}]\n\n[cluster]\nidentity = "identity"\n'
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's escapes are a subset of TOML's."""
+    return msgspec.json.encode(text).decode()
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A whole file or none, synced, readable by its owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,393 @@
+"""``storaged dev``: three storage nodes and a gateway on this machine; and ``storaged env``, what S3 clients need to use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from storaged.cli.target import find_directory, read_dev, record_default
+from storaged.errors import DirectoryInUse, NotRunning, OperatorError, PortInUse, every_error
+
+REGION = "eu-fr-1"
+BUCKET = "demo"
+S3_PORT = 8333
+ADMIN_PORT = 8334
+START_TIMEOUT_S = 60.0
+RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
+GATEWAY = ("gateway", "FR/par1/a")
+DISKS_EACH = 2
+CREATING = ".creating"
+
+
+class DevGroup(click.Group):
+    """``storaged dev DIR`` and ``storaged dev --detach`` mean ``storaged dev up ...``; a directory named like an action is written ``./stop``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
+            args = ["up", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=DevGroup)
+def dev() -> None:
+    """A whole cluster on this machine, for trying: storaged dev [DIR] [--detach] [--s3-port N] [--admin-port N].
+
+    Three storage nodes of two disks each in three racks, and a gateway that alone has keys. Everything listens on 127.0.0.1 only.
+    """
+
+
+@dev.command("up")
+@click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--detach", is_flag=True, help="Go on in the background once it is ready; `storaged dev stop` ends it.")
+@click.option(
+    "--s3-port", type=click.IntRange(1, 65535), default=None, help=f"Port of the S3 service (default {S3_PORT}, or what DIR had)."
+)
+@click.option(
+    "--admin-port", type=click.IntRange(1, 65535), default=None, help=f"Port of health and metrics (default {ADMIN_PORT}, or what DIR had)."
+)
+@click.pass_obj
+def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | None, admin_port: int | None) -> None:
+    """Start the cluster in DIR (made at first), or the last one. This is what `storaged dev DIR` does."""
+    place = (directory or (Path(named) if named else None) or default_place()).expanduser().absolute()
+    if directory is None and named is None:
+        try:
+            place = find_directory(None)
+        except NotRunning:
+            pass
+    if detach:
+        _detach(place, s3_port, admin_port)
+        return
+    import asyncio
+
+    new = prepare(place, s3_port, admin_port)
+    record_default(place)
+    asyncio.run(_supervise(place, new))
+
+
+def default_place() -> Path:
+    """Where the trial cluster lies when none was ever named (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "storaged" / "dev"
+
+
+async def _supervise(place: Path, new: bool) -> None:
+    from storaged.cli.supervisor import Supervisor
+
+    async with Supervisor(place, _dev_of(place), lambda line: click.echo(line)) as supervisor:
+        await supervisor.start(list(supervisor.nodes))
+        await _first_things(place)
+        click.echo(banner(place, new), nl=False)
+        sys.stdout.flush()
+        supervisor.prepared.set()
+        await supervisor.stopping.wait()
+        click.echo("stopping; requests in flight are finished first")
+
+
+def _dev_of(place: Path) -> dict[str, Any]:
+    found = read_dev(place)
+    if found is None:
+        raise NotRunning(f"{place} holds no cluster of `storaged dev`")
+    return found
+
+
+# --- making it ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(place: Path, s3_port: int | None, admin_port: int | None) -> bool:
+    """Makes the cluster's files unless they are there; settles its ports. Says whether it is new. Raises DirectoryInUse, PortInUse, OperatorError."""
+    from storaged.admin.place import running_pid
+
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if pid := running_pid(place):
+        raise DirectoryInUse(f"{place} is already running, as process {pid}")
+    interrupted = (place / CREATING).exists()
+    if interrupted:  # no node was ever started: the marker is removed before the first one is
+        for name in (*(name for name, _ in (*RACKS, GATEWAY)), "authority"):
+            shutil.rmtree(place / name, ignore_errors=True)
+        (place / "dev.json").unlink(missing_ok=True)
+    new = not (place / "dev.json").exists()
+    strangers = sorted(path.name for path in place.iterdir() if path.name not in (CREATING, "credentials.json", "dev.log", "lock"))
+    if new and strangers:
+        raise OperatorError(f"{place} is neither empty nor a cluster of `storaged dev` (it holds {strangers[0]}); name another directory")
+    known = {} if new else _dev_of(place)
+    s3, admin = s3_port or known.get("s3_port") or S3_PORT, admin_port or known.get("admin_port") or ADMIN_PORT
+    for port in (s3, admin):
+        _check_free(port)
+    if new:
+        _create(place, s3, admin)
+    elif (s3, admin) != (known["s3_port"], known["admin_port"]):
+        known.update(s3_port=s3, admin_port=admin)
+        _write_gateway(place, s3, admin)
+        _write_json(place / "dev.json", known)
+    return new
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise PortInUse(f"127.0.0.1:{port} is already in use by another program") from None
+
+
+def _create(place: Path, s3: int, admin: int) -> None:
+    import secrets
+
+    from storaged.cli import create as files
+    from storaged.cli.keys import create_with_credential
+    from storaged.cluster import identity
+
+    (place / CREATING).touch()
+    authority = identity.create_authority(place / "authority", f"dev-{secrets.token_hex(6)}")
+    plan = files.ClusterPlan(authority.cluster)
+    for (name, rack), port in zip(RACKS, _free_ports(len(RACKS), {s3, admin}), strict=True):
+        disks = files.new_disks([f"d{number}" for number in range(1, DISKS_EACH + 1)])
+        plan.nodes.append(files.NodePlan(name, rack, ("storage",), f"127.0.0.1:{port}", disks=disks))
+    plan.nodes.append(files.NodePlan(GATEWAY[0], GATEWAY[1], ("gateway",)))
+    for node in plan.nodes:
+        files.issue_node(authority, node, place / node.name, files.storage_config(node, ".", node.address) if node.disks else "")
+    _write_gateway(place, s3, admin)
+    layout = files.layout_of(plan)
+    files.sign_layout(authority, layout, [place / node.name for node in plan.nodes])
+    plan.epoch = layout.epoch
+    files.save_plan(place / "authority", plan)
+    create_with_credential(place / "gateway" / "keys", authority.cluster)
+    credentials = {"access_key": f"SOV{secrets.token_hex(8).upper()}", "secret_key": secrets.token_urlsafe(30)}
+    _write_json(place / "credentials.json", credentials)
+    document = {
+        "version": 1,
+        "cluster": authority.cluster,
+        "region": REGION,
+        "bucket": BUCKET,
+        "s3_port": s3,
+        "admin_port": admin,
+        "prepared": False,
+        "nodes": [{"name": node.name, "rack": node.location, "roles": list(node.roles)} for node in plan.nodes],
+    }
+    _write_json(place / "dev.json", document)
+    (place / CREATING).unlink()
+
+
+def _write_gateway(place: Path, s3: int, admin: int) -> None:
+    from storaged.cli import create as files
+
+    node = files.NodePlan(GATEWAY[0], GATEWAY[1], ("gateway",))
+    keys = {"keyring": "keys/keyring", "credential": "keys/credential"}
+    text = files.gateway_config(node, ".", f"127.0.0.1:{s3}", REGION, keys, f'\n[admin]\nlisten = "127.0.0.1:{admin}"\n')
+    files.write_private(place / GATEWAY[0] / "config.toml", text.encode())
+
+
+def _free_ports(count: int, taken: set[int]) -> list[int]:
+    """Ports nobody listens on now; they are kept in the configuration, so that a stopped node comes back where it was."""
+    probes = [socket.socket() for _ in range(count + len(taken))]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [port for port in (probe.getsockname()[1] for probe in probes) if port not in taken][:count]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    from storaged.cli.create import write_private
+
+    write_private(path, json.dumps(document, indent=2).encode() + b"\n")
+
+
+async def _first_things(place: Path) -> None:
+    """Waits until the cluster can take writes; at the very first start makes the user of credentials.json and the bucket."""
+    import asyncio
+
+    from storaged.cli.client import gateway
+
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (answer := await asyncio.to_thread(gateway, place, "GET", "/readyz"))["ready"]:
+        if time.monotonic() > deadline:
+            raise OperatorError(f"the cluster is not ready after {START_TIMEOUT_S:.0f} s: {answer['reason']}")
+        await asyncio.sleep(0.03)
+    known = _dev_of(place)
+    if not known["prepared"]:
+        credentials = json.loads((place / "credentials.json").read_text())
+        await asyncio.to_thread(gateway, place, "POST", "/v1/users", body={"name": "dev", **credentials})
+        await asyncio.to_thread(
+            gateway, place, "POST", "/v1/buckets", body={"name": known["bucket"], "access_key": credentials["access_key"]}
+        )
+        _write_json(place / "dev.json", {**known, "prepared": True})
+
+
+def banner(place: Path, new: bool) -> str:
+    """What is shown when the cluster is ready."""
+    from storaged.cli.client import gateway
+
+    found = gateway(place, "GET", "/v1/status")
+    known = _dev_of(place)
+    storage = [node for node in found["nodes"] if "storage" in node["roles"]]
+    disks = [disk for node in storage for disk in node["disks"]]
+    nodes_up = sum(node["state"] == "up" for node in storage)
+    disks_ok = sum(disk["state"] in ("ok", "full") for disk in disks)
+    home = str(Path.home())
+    shown = str(place / "gateway" / "keys")
+    shown = "~" + shown.removeprefix(home) if shown.startswith(home + "/") else shown
+    return (
+        "Three storage nodes with six disks in three racks, and a gateway, on this machine, for trying. Any one rack may fail.\n"
+        f"  nodes   {nodes_up}/{len(storage)}      disks  {disks_ok}/{len(disks)}      metadata  {found['metadata']}      "
+        f"keys  {'new' if new else 'kept'}, in the gateway only ({shown})\n"
+        f"  S3      http://127.0.0.1:{known['s3_port']}    health and metrics  http://127.0.0.1:{known['admin_port']}/metrics\n"
+        f'  bucket  {known["bucket"]}                     next, in another shell:  eval "$(storaged env)"\n'
+    )
+
+
+def _detach(place: Path, s3_port: int | None, admin_port: int | None) -> None:
+    from storaged.cli.supervisor import control
+
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    arguments = [sys.executable, "-m", "storaged", "dev", "up", str(place)]
+    arguments += ["--s3-port", str(s3_port)] if s3_port else []
+    arguments += ["--admin-port", str(admin_port)] if admin_port else []
+    with (place / "dev.log").open("wb") as log:
+        child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # noqa: S603  # our own interpreter and module, no shell
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            click.echo((place / "dev.log").read_text(), err=True, nl=False)
+            sys.exit(child.returncode or 1)
+        try:
+            control(place, {"do": "wait"}, START_TIMEOUT_S)
+        except OSError:
+            time.sleep(0.03)
+            continue
+        if child.poll() is None:
+            click.echo((place / "dev.log").read_text(), nl=False)
+            return
+    child.terminate()
+    raise OperatorError(f"the cluster did not become ready within {START_TIMEOUT_S:.0f} s; see {place / 'dev.log'}")
+
+
+# --- while it runs ----------------------------------------------------------------------------------------------------------
+
+
+def _ask(named: str | None, action: str, name: str = "") -> list[str]:
+    from storaged.cli.supervisor import READY_TIMEOUT_S, STOP_TIMEOUT_S, control
+
+    place = find_directory(named)
+    try:
+        answer = control(place, {"do": action, "name": name}, READY_TIMEOUT_S + STOP_TIMEOUT_S)
+    except OSError:
+        raise NotRunning(f"no `storaged dev` runs in {place}") from None
+    if "message" in answer:
+        kind = next((kind for kind in every_error() if kind.code == answer["code"]), OperatorError)
+        raise kind(answer["message"])
+    return [str(node["name"]) if isinstance(node, dict) else str(node) for node in answer["nodes"]]
+
+
+@dev.command("start")
+@click.argument("name", metavar="NODE|RACK")
+@click.pass_obj
+def start(named: str | None, name: str) -> None:
+    """Start a node, or the storage nodes of a rack, that were stopped or killed."""
+    click.echo(f"started {', '.join(_ask(named, 'start', name))}")
+
+
+@dev.command("stop")
+@click.argument("name", metavar="[NODE|RACK]", required=False)
+@click.pass_obj
+def stop(named: str | None, name: str | None) -> None:
+    """Stop a node, or the storage nodes of a rack (SIGTERM); without a name, the whole cluster."""
+    if name:
+        click.echo(f"stopped {', '.join(_ask(named, 'stop', name))}")
+        return
+    from storaged.admin.place import running_pid
+    from storaged.cli.supervisor import STOP_TIMEOUT_S
+
+    place = find_directory(named)
+    _ask(named, "shutdown")
+    deadline = time.monotonic() + 2 * STOP_TIMEOUT_S
+    while running_pid(place) is not None:
+        if time.monotonic() > deadline:
+            raise OperatorError(f"the cluster in {place} is still stopping; see {place / 'dev.log'}")
+        time.sleep(0.05)
+    click.echo("stopped")
+
+
+@dev.command("kill")
+@click.argument("name", metavar="NODE|RACK")
+@click.pass_obj
+def kill(named: str | None, name: str) -> None:
+    """Kill a node, or the storage nodes of a rack, as a power failure would (SIGKILL)."""
+    click.echo(f"killed {', '.join(_ask(named, 'kill', name))}")
+
+
+# --- settings for clients ---------------------------------------------------------------------------------------------------
+
+
+def settings(place: Path) -> dict[str, str]:
+    """endpoint, region, access_key, secret_key, bucket of a trial cluster."""
+    known = _dev_of(place)
+    credentials = json.loads((place / "credentials.json").read_text())
+    return {
+        "endpoint": f"http://127.0.0.1:{known['s3_port']}",
+        "region": known["region"],
+        "access_key": credentials["access_key"],
+        "secret_key": credentials["secret_key"],
+        "bucket": known["bucket"],
+    }
+
+
+def _render(client: str, found: dict[str, str], place: Path) -> str:
+    endpoint, region, access, secret, bucket = (found[name] for name in ("endpoint", "region", "access_key", "secret_key", "bucket"))
+    host = endpoint.removeprefix("http://")
+    aws = (
+        f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\n"
+        f"export AWS_DEFAULT_REGION={region}\nexport AWS_ENDPOINT_URL={endpoint}\n"
+    )
+    return {
+        "shell": aws + f"export STORAGED_DIR={shlex.quote(str(place))}\n",
+        "aws": aws + f"# aws s3 ls s3://{bucket}/\n",
+        "boto3": (
+            f"import boto3\n\ns3 = boto3.client(\n    's3',\n    endpoint_url={endpoint!r},\n    region_name={region!r},\n"
+            f"    aws_access_key_id={access!r},\n    aws_secret_access_key={secret!r},\n)\nprint(s3.list_objects_v2(Bucket={bucket!r}))\n"
+        ),
+        "rclone": (
+            f"# in rclone.conf; then: rclone ls storaged:{bucket}\n[storaged]\ntype = s3\nprovider = Other\naccess_key_id = {access}\n"
+            f"secret_access_key = {secret}\nendpoint = {endpoint}\nregion = {region}\nforce_path_style = true\n"
+        ),
+        "restic": (
+            f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\nexport AWS_DEFAULT_REGION={region}\n"
+            f"export RESTIC_REPOSITORY=s3:{endpoint}/{bucket}/restic\n# then choose RESTIC_PASSWORD and run: restic init\n"
+        ),
+        "s3cmd": (
+            f"# in ~/.s3cfg; then: s3cmd ls s3://{bucket}\n[default]\naccess_key = {access}\nsecret_key = {secret}\nhost_base = {host}\n"
+            f"host_bucket = {host}\nbucket_location = {region}\nuse_https = False\nsignature_v2 = False\n"
+        ),
+    }[client]
+
+
+@click.command("env")
+@click.option("--json", "as_json", is_flag=True, help="endpoint, region, access_key, secret_key, bucket.")
+@click.option(
+    "--for",
+    "client",
+    type=click.Choice(["aws", "boto3", "rclone", "restic", "s3cmd"]),
+    default=None,
+    help="A setup to paste, for one client.",
+)
+@click.pass_obj
+def env(named: str | None, as_json: bool, client: str | None) -> None:
+    """Print the settings S3 clients need; for a shell: eval "$(storaged env)"."""
+    place = find_directory(named)
+    found = settings(place)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo(_render(client or "shell", found, place), nl=False)

@@ -1,0 +1,107 @@
+"""The command ``storaged``: finds the subcommand, imports only that one, and turns errors into messages and exit codes.
+
+Each command lives in a module of its group and is imported when it is called, so that ``--help`` costs click alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from storaged import __version__
+from storaged.errors import StoragedError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "audit": ("storaged.cli.operate:audit", "Check the hash-chained audit log."),
+    "cluster": ("storaged.cli.cluster:cluster", "Make a cluster's certificates, configuration and layout."),
+    "config": ("storaged.cli.run:config_group", "Check a configuration file."),
+    "dev": ("storaged.cli.dev:dev", "A whole cluster on this machine, for trying."),
+    "doctor": ("storaged.cli.operate:doctor", "Look for what will hurt later: clocks, disks, certificates, key backup."),
+    "env": ("storaged.cli.dev:env", "Print the settings S3 clients need."),
+    "explain": ("storaged.cli.operate:explain", "What a named error or state means, and what to do."),
+    "fsck": ("storaged.cli.operate:fsck", "Check or rebuild a disk's index, while its node is stopped."),
+    "keys": ("storaged.cli.keys:keys", "Make, back up and restore the keyring."),
+    "repair": ("storaged.cli.operate:repair", "How repair gets on."),
+    "run": ("storaged.cli.run:run", "Run a node: the daemon."),
+    "scrub": ("storaged.cli.operate:scrub", "Read and verify everything on the disks."),
+    "status": ("storaged.cli.status:status", "Is the data safe, and what to do now."),
+    "user": ("storaged.cli.operate:user", "Add, list and remove S3 users."),
+    "where": ("storaged.cli.status:where", "Which disk and rack holds which fragment of an object."),
+}
+
+
+class LazyGroup(click.Group):
+    """Lists commands from the table above, and imports a command's module only when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, attribute = entry[0].partition(":")
+        found: click.Command = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="storaged")
+@click.option(
+    "--dir",
+    "directory",
+    metavar="DIR",
+    default=None,
+    help="The cluster's (or a node's) directory; else STORAGED_DIR, else the last `storaged dev`.",
+)
+@click.pass_context
+def cli(ctx: click.Context, directory: str | None) -> None:
+    """A distributed, S3-compatible object store whose data and keys stay under EU law."""
+    ctx.obj = directory or os.environ.get("STORAGED_DIR") or None
+
+
+def report(error: StoragedError) -> None:
+    """Message, code and hint on standard error."""
+    click.echo(f"storaged: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"  {error.hint}", err=True)
+    if error.code != "OPERATOR_ERROR":
+        click.echo(f"  More: storaged explain {error.code}", err=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command line and exits: 0 fine, 1 refused, 2 wrong usage or down, 130 interrupted."""
+    try:
+        result: Any = cli.main(args=arguments, prog_name="storaged", standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except StoragedError as error:
+        report(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if os.environ.get("STORAGED_TRACEBACK"):
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        click.echo(f"storaged: {error.strerror or error}{place}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""``storaged run``: the daemon; ``storaged config check``: its configuration, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("config", metavar="CONFIG.toml", type=click.Path(path_type=Path))
+@click.option("--end-with-parent", is_flag=True, hidden=True, help="Stop when the starting process ends (used by `storaged dev`).")
+def run(config: Path, end_with_parent: bool) -> int:
+    """Run the node that CONFIG.toml describes, in the foreground. SIGTERM drains and ends it, SIGHUP reloads the configuration."""
+    from storaged.node import run_node
+
+    return run_node(config, end_with_parent=end_with_parent)
+
+
+@click.group("config")
+def config_group() -> None:
+    """Check a configuration file."""
+
+
+@config_group.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+def config_check(file: Path) -> None:
+    """List every mistake in FILE with its line; exit code 1 when there is one."""
+    from storaged import config
+
+    found = config.load(file)
+    click.echo(f"{file}: fine ({', '.join(found.node.roles)} node {found.node.name}, {len(found.disks)} disks)")

@@ -1,0 +1,175 @@
+"""``storaged status`` and ``storaged where``: is the data safe, what now, and where an object's fragments are."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from storaged.admin.place import running_pid
+from storaged.cli.client import gateway
+from storaged.cli.target import find_directory, nodes_of, read_dev
+from storaged.errors import NotRunning, OperatorError
+from storaged.units import format_duration, format_size
+
+EXIT_CODES = {"HEALTHY": 0, "DEGRADED": 1, "AT_RISK": 1, "DOWN": 2}
+WATCH_S = 1.0
+
+
+def fetch(place: Path) -> dict[str, Any]:
+    """The gateway's document, completed with what this machine knows of the nodes (pids, directories); without a gateway, what the locks tell."""
+    dev = read_dev(place)
+    try:
+        found: dict[str, Any] = gateway(place, "GET", "/v1/status")
+    except NotRunning as error:
+        found = _down(place, dev, str(error))
+    for node in found["nodes"]:
+        if dev is not None:
+            node["directory"] = str(place / node["name"])
+            node["pid"] = running_pid(place / node["name"])
+            for disk in node["disks"]:
+                disk["directory"] = disk["directory"] or _disk_directory(place / node["name"], disk["id"])
+    return found
+
+
+def _disk_directory(node_directory: Path, disk_id: str) -> str:
+    """From the node's configuration: a node that is down tells nothing itself."""
+    return next((directory for known, directory in _configured_disks(node_directory) if known == disk_id), "")
+
+
+def _configured_disks(node_directory: Path) -> list[tuple[str, str]]:
+    from storaged import config
+    from storaged.errors import ConfigInvalid
+
+    try:
+        return [(disk.id, disk.directory) for disk in config.load(node_directory / "config.toml").disks]
+    except ConfigInvalid:
+        return []
+
+
+def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any]:
+    now_ms = int(time.time() * 1000)
+    nodes: list[dict[str, Any]] = []
+    problems = [
+        {
+            "code": "NOT_RUNNING",
+            "subject": "gateway",
+            "since": now_ms,
+            "hint": "Start it: storaged dev start gateway (or storaged dev DIR when nothing runs; systemctl start storaged-gateway on a server).",
+            "detail": reason,
+        }
+    ]
+    for node in nodes_of(dev) if dev is not None else []:
+        pid = running_pid(place / node.name)
+        state = "up" if pid else "down"
+        disks = [
+            {"id": disk_id, "directory": directory, "state": "unknown" if pid else "down", "bytes_used": 0, "bytes_free": 0}
+            for disk_id, directory in _configured_disks(place / node.name)
+        ]
+        nodes.append({"name": node.name, "rack": node.location, "roles": list(node.roles), "state": state, "pid": pid, "disks": disks})
+        if pid is None and "storage" in node.roles:
+            subject = f"{node.location}/{node.name}"
+            hint = f"Start it: storaged dev start {node.name}"
+            problems.append({"code": "NODE_DOWN", "subject": subject, "since": now_ms, "hint": hint, "detail": ""})
+    return {
+        "verdict": "DOWN",
+        "time_ms": now_ms,
+        "metadata": "unknown",
+        "reads": "stopped",
+        "writes": None,
+        "writes_reason": "the gateway does not answer",
+        "objects_below_target": None,
+        "objects_at_risk": None,
+        "objects_lost": None,
+        "nodes": nodes,
+        "problems": problems,
+        "jobs": [],
+    }
+
+
+def render(found: dict[str, Any], dev: bool) -> str:
+    """Five seconds' worth of reading: verdict, what can be done, each problem with its next command."""
+    counted = found["objects_below_target"] is not None
+    lost = f"{found['objects_lost']} lost, {_count(found['objects_below_target'])} below target" if counted else "objects not counted yet"
+    writes = f"writes OK ({found['writes']})" if found["writes"] else f"writes refused{': ' + found['writes_reason'] if found['writes_reason'] else ''}"
+    storage = [node for node in found["nodes"] if "storage" in node["roles"]]
+    disks = [disk for node in storage for disk in node["disks"]]
+    used = sum(disk["bytes_used"] for disk in disks)
+    lines = [f"{found['verdict'].replace('_', ' ')}  {lost}; reads {found['reads']}, {writes}"]
+    up, good = sum(node["state"] == "up" for node in storage), sum(disk["state"] in ("ok", "full") for disk in disks)
+    lines.append(f"  nodes {up}/{len(storage)}   disks {good}/{len(disks)}   metadata {found['metadata']}   used {format_size(used)}")
+    for entry in found["problems"]:
+        age = format_duration(max(0.0, (found["time_ms"] - entry["since"]) / 1000))
+        detail = f": {entry['detail']}" if entry["detail"] else ""
+        what = "down" if entry["code"] == "NODE_DOWN" else entry["code"]
+        lines.append(f"  {entry['subject']}  {what} {age}{detail}")
+        name = entry["subject"].split("/")[-1]
+        following = f"storaged dev start {name}" if dev and entry["code"] == "NODE_DOWN" else entry["hint"]
+        lines.append(f"  Next: {following}       Why: storaged explain {entry['code']}")
+    lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
+    return "\n".join(lines)
+
+
+def _count(number: int) -> str:
+    return f"{number} object{'' if number == 1 else 's'}"
+
+
+def render_job(job: dict[str, Any]) -> str:
+    """``repair  running  40%  12 MiB/s  eta 3 min  detail``."""
+    percent = "" if job["percent"] is None else f"{job['percent']:.0f}%"
+    eta = "" if job["eta_s"] is None else f"eta {format_duration(job['eta_s'])}"
+    return "  ".join(part for part in (job["name"], job["state"], percent, job["rate"], eta, job["detail"]) if part)
+
+
+@click.command("status")
+@click.option("--json", "as_json", is_flag=True, help="The whole document.")
+@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+@click.pass_obj
+def status(named: str | None, as_json: bool, watch: bool) -> None:
+    """Is the data safe, and what to do now. Exit code: 0 healthy, 1 degraded or at risk, 2 down."""
+    place = find_directory(named)
+    dev = read_dev(place) is not None
+    while True:
+        found = fetch(place)
+        text = json.dumps(found, indent=None if watch else 2) if as_json else render(found, dev)
+        if watch and not as_json and sys.stdout.isatty():
+            click.clear()
+        click.echo(text)
+        if not watch:
+            sys.exit(EXIT_CODES[found["verdict"]])
+        time.sleep(WATCH_S)
+
+
+@click.command("where")
+@click.argument("url", metavar="s3://BUCKET/KEY")
+@click.option("--json", "as_json", is_flag=True, help="The whole document.")
+@click.pass_obj
+def where(named: str | None, url: str, as_json: bool) -> None:
+    """Which disk and rack holds which fragment of an object, and how many more may fail. The key is written as it is, not URL-encoded."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not url.startswith("s3://") or not bucket or not key:
+        raise OperatorError(f"{url!r} is not s3://BUCKET/KEY")
+    query = {"bucket": bucket, "key": key.encode("utf-8", "surrogateescape").hex()}
+    found = gateway(find_directory(named), "GET", "/v1/where", query=query, timeout_s=60.0)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_where(found, url)
+
+
+def print_where(found: dict[str, Any], url: str) -> None:
+    """A table of fragments, one line each; long objects are summed up by rows that repeat."""
+    from rich.console import Console
+    from rich.table import Table
+
+    click.echo(f"{url}  {format_size(found['size'])}  survives the loss of {found['disks_may_fail']} more disks, {found['racks_may_fail']} more racks")
+    table = Table(box=None, pad_edge=False)
+    for title in ("part", "block", "profile", "fragment", "disk", "node", "rack", "state"):
+        table.add_column(title)
+    for row in found["fragments"]:
+        table.add_row(*(str(row[name]) for name in ("part", "block", "profile", "position", "disk", "node", "rack", "state")))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,234 @@
+"""The process above a trial cluster's nodes: starts them, tells who died, and obeys ``storaged dev stop|kill|start``.
+
+Theory of operation. Each node is ``storaged run CONFIG`` in a session of its own (so that Ctrl-C reaches this process alone) and ends with it
+(prctl PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the sd_notify protocol that only this process knows. A node that dies is reported and
+stays down: trying what happens then is what the cluster is for. Control is one JSON line each way over ``DIR/dev.sock``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from storaged.admin.place import lock_directory, short_path
+from storaged.cli.target import NodeName, nodes_of, resolve
+from storaged.errors import OperatorError, StoragedError
+
+CONTROL_NAME = "dev.sock"
+READY_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 40.0
+LOG_BYTES_MAX = 32 * 1024 * 1024
+REQUEST_BYTES_MAX = 4096
+
+
+class NodeProcess:
+    """One node's process. ``state``: stopped, starting, ready, dead (ended without being asked to)."""
+
+    def __init__(self, node: NodeName, directory: Path) -> None:
+        self.node = node
+        self.directory = directory
+        self.state = "stopped"
+        self.process: asyncio.subprocess.Process | None = None
+        self.ready = asyncio.Event()
+        self._notify: socket.socket | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process is not None else None
+
+    async def start(self) -> None:
+        """Returns when the process was started; ``ready`` is set when it said so, or ended."""
+        loop = asyncio.get_running_loop()
+        name = f"storaged-{secrets.token_hex(8)}"
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._notify.bind("\0" + name)
+        loop.add_reader(self._notify, self._heard)
+        self.ready.clear()
+        self.state = "starting"
+        log_path = self.directory / "log"
+        if log_path.exists() and log_path.stat().st_size > LOG_BYTES_MAX:
+            log_path.replace(self.directory / "log.1")
+        with log_path.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "storaged", "run", str(self.directory / "config.toml"), "--end-with-parent"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "NOTIFY_SOCKET": "@" + name},
+            )
+
+    def _heard(self) -> None:
+        assert self._notify is not None
+        with contextlib.suppress(BlockingIOError):
+            if b"READY=1" in self._notify.recv(4096).split(b"\n") and self.state == "starting":
+                self.state = "ready"
+                self.ready.set()
+
+    async def ended(self) -> int:
+        """Waits for the end of the process; its exit code, negative for a signal."""
+        assert self.process is not None
+        code = await self.process.wait()
+        if self._notify is not None:
+            asyncio.get_running_loop().remove_reader(self._notify)
+            self._notify.close()
+            self._notify = None
+        self.process = None
+        self.ready.set()
+        return code
+
+    def last_words(self, count: int = 3) -> str:
+        """The end of its log."""
+        try:
+            with (self.directory / "log").open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+                return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
+        except OSError:
+            return ""
+
+
+class Supervisor:
+    """``async with Supervisor(...)``: the nodes run inside the block. ``say`` gets one line for each thing that happens."""
+
+    def __init__(self, directory: Path, dev: dict[str, Any], say: Callable[[str], None]) -> None:
+        self.directory = directory
+        self.nodes = {node.name: NodeProcess(node, directory / node.name) for node in nodes_of(dev)}
+        self.stopping = asyncio.Event()
+        self.prepared = asyncio.Event()
+        self._say = say
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._server: asyncio.Server | None = None
+        self._lock = -1
+
+    async def __aenter__(self) -> Supervisor:
+        self._lock = lock_directory(self.directory)
+        try:
+            control = self.directory / CONTROL_NAME
+            control.unlink(missing_ok=True)
+            with short_path(control) as name:
+                self._server = await asyncio.start_unix_server(self._serve, name, limit=REQUEST_BYTES_MAX)
+            control.chmod(0o600)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.add_signal_handler(number, self.stopping.set)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        try:
+            for role in ("gateway", "storage"):
+                await self.stop([name for name, node in self.nodes.items() if role in node.node.roles])
+        finally:
+            for watcher in self._watchers.values():
+                watcher.cancel()
+            await asyncio.gather(*self._watchers.values(), return_exceptions=True)
+            (self.directory / CONTROL_NAME).unlink(missing_ok=True)
+            os.close(self._lock)
+
+    async def start(self, names: Sequence[str]) -> None:
+        """Starts those that do not run and waits until they are ready. Raises OperatorError with the end of the log of one that is not."""
+        for name in names:
+            node = self.nodes[name]
+            if node.process is None:
+                if watcher := self._watchers.pop(name, None):
+                    await watcher
+                await node.start()
+                self._watchers[name] = asyncio.create_task(self._watch(node))
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                for name in names:
+                    await self.nodes[name].ready.wait()
+        except TimeoutError:
+            late = ", ".join(name for name in names if not self.nodes[name].ready.is_set())
+            raise OperatorError(f"{late}: not ready after {READY_TIMEOUT_S:.0f} s; see its log in {self.directory}") from None
+        for name in names:
+            if self.nodes[name].state != "ready":
+                raise OperatorError(f"{name} did not start:\n{self.nodes[name].last_words()}")
+
+    async def _watch(self, node: NodeProcess) -> None:
+        code = await node.ended()
+        if node.state in ("ready", "starting"):
+            was_ready = node.state == "ready"
+            node.state = "dead"
+            if was_ready:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                self._say(
+                    f"{node.node.name} {how}; its log is {node.directory / 'log'}; start it with: storaged dev start {node.node.name}"
+                )
+
+    async def stop(self, names: Sequence[str]) -> None:
+        """SIGTERM, so that requests in flight are finished; SIGKILL for one that has not ended after STOP_TIMEOUT_S."""
+        await self._end(names, signal.SIGTERM)
+
+    async def kill(self, names: Sequence[str]) -> None:
+        """SIGKILL, as a power failure of the machine would."""
+        await self._end(names, signal.SIGKILL)
+
+    async def _end(self, names: Sequence[str], number: signal.Signals) -> None:
+        for name in names:
+            node = self.nodes[name]
+            if node.process is not None:
+                node.state = "stopped"
+                with contextlib.suppress(ProcessLookupError):
+                    node.process.send_signal(number)
+        watchers = [self._watchers[name] for name in names if name in self._watchers]
+        if not watchers:
+            return
+        _, late = await asyncio.wait(watchers, timeout=STOP_TIMEOUT_S)
+        for name in names:
+            process = self.nodes[name].process
+            if late and process is not None:
+                self._say(f"{name} did not end within {STOP_TIMEOUT_S:.0f} s and is killed")
+                process.kill()
+        if late:
+            await asyncio.wait(late)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = await self._obey(json.loads(await reader.readline() or b"{}"))
+        except StoragedError as error:
+            answer = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        except ValueError as error:
+            answer = {"code": "OPERATOR_ERROR", "message": f"not a request: {error}", "hint": "", "exit_code": 1}
+        with contextlib.suppress(ConnectionError):
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+        writer.close()
+
+    async def _obey(self, request: dict[str, Any]) -> dict[str, Any]:
+        action, name = str(request.get("do")), str(request.get("name") or "")
+        if action == "shutdown":
+            self.stopping.set()
+        elif action == "wait":
+            await self.prepared.wait()
+        elif action in ("start", "stop", "kill"):
+            chosen = [node.name for node in resolve(name, [node.node for node in self.nodes.values()])]
+            await {"start": self.start, "stop": self.stop, "kill": self.kill}[action](chosen)
+            return {"nodes": chosen}
+        elif action != "nodes":
+            raise OperatorError(f"there is no action {action!r}")
+        return {"nodes": [{"name": name, "state": node.state, "pid": node.pid} for name, node in self.nodes.items()]}
+
+
+def control(directory: Path, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Asks the supervisor of ``directory``. Raises OSError when none listens; the answer may carry ``code`` and ``message`` of a refusal."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, short_path(directory / CONTROL_NAME) as name:
+        connection.settimeout(timeout_s)
+        connection.connect(name)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        with connection.makefile("rb") as answers:
+            found: dict[str, Any] = json.loads(answers.readline() or b"{}")
+            return found

@@ -1,0 +1,104 @@
+"""Which cluster a command is about, and how its nodes are named.
+
+A directory is either that of a trial cluster (it has ``dev.json``), or of one node (``config.toml`` or ``admin.sock`` in it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from storaged.admin.place import SOCKET_NAME
+from storaged.errors import AmbiguousName, NotRunning
+
+
+class NodeName(NamedTuple):
+    """A node as the command line knows it: ``location`` is FR/par2/b. A gateway is not taken down with a rack: it is the client's side of the cluster."""
+
+    name: str
+    location: str
+    roles: tuple[str, ...]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return (*self.location.split("/"), self.name)
+
+
+def resolve(text: str, nodes: Sequence[NodeName]) -> list[NodeName]:
+    """The nodes that NODE|RACK means: a node's name, or one or several components of exactly one rack's path (``par2``, ``b``, ``FR/par2/b``, ``n2``).
+
+    Raises AmbiguousName when it names nothing, or more than one rack or node.
+    """
+    exact = [node for node in nodes if node.name == text]
+    if exact:
+        return exact
+    wanted = tuple(part for part in text.strip("/").split("/") if part)
+    matches: dict[tuple[str, ...], list[NodeName]] = {}
+    for node in nodes:
+        path = node.path
+        for start in range(len(path) - len(wanted) + 1):
+            end = start + len(wanted)
+            if wanted and path[start:end] == wanted:
+                if end == len(path):
+                    matches.setdefault(path, []).append(node)
+                elif "storage" in node.roles:
+                    matches.setdefault(path[:3], []).append(node)
+    if len(matches) == 1:
+        return next(iter(matches.values()))
+    if not matches:
+        known = ", ".join(sorted({node.location for node in nodes} | {node.name for node in nodes}))
+        raise AmbiguousName(f"no node or rack is named {text!r}; there are: {known}")
+    raise AmbiguousName(f"{text!r} names more than one: {', '.join(sorted('/'.join(path) for path in matches))}")
+
+
+def state_directory() -> Path:
+    """Where this user's default cluster is recorded (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "storaged"
+
+
+def record_default(directory: Path) -> None:
+    """Later commands without --dir mean this cluster. A home that cannot be written is no reason to fail: STORAGED_DIR does the same."""
+    try:
+        place = state_directory()
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (place / "directory").write_text(f"{directory.absolute()}\n")
+    except OSError:
+        pass
+
+
+def find_directory(given: str | None) -> Path:
+    """--dir or STORAGED_DIR, else the recorded default. Raises NotRunning when there is none, or it holds no cluster."""
+    if given:
+        directory = Path(given).expanduser().absolute()
+    else:
+        try:
+            directory = Path((state_directory() / "directory").read_text().strip())
+        except OSError:
+            raise NotRunning("no cluster is named, and none was started on this machine") from None
+    if not any((directory / name).exists() for name in ("dev.json", "config.toml", SOCKET_NAME)):
+        raise NotRunning(f"{directory} holds no cluster and no node")
+    return directory
+
+
+def read_dev(directory: Path) -> dict[str, Any] | None:
+    """What ``storaged dev`` keeps about its cluster, or None when the directory is a single node's."""
+    try:
+        found: dict[str, Any] = json.loads((directory / "dev.json").read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def nodes_of(dev: dict[str, Any]) -> list[NodeName]:
+    return [NodeName(node["name"], node["rack"], tuple(node["roles"])) for node in dev["nodes"]]
+
+
+def gateway_directory(directory: Path) -> Path:
+    """The node directory whose admin socket answers for the cluster."""
+    dev = read_dev(directory)
+    if dev is None:
+        return directory
+    return next(directory / node.name for node in nodes_of(dev) if "gateway" in node.roles)

@@ -1,0 +1,213 @@
+"""Logs, metrics and spans: set up once a process, used by every plane through structlog and the registry here.
+
+A log line is an event with named fields. Under systemd it carries the journal's priority (``<4>`` in front, sd-daemon(3)) and is logfmt; on a terminal it is
+coloured; as JSON it is for containers. Whatever a field is called: values under names such as ``secret`` or ``authorization`` never reach a line.
+
+Metric names are stable: ``storaged_`` + what + unit, few labels. ``METRICS`` lists them all; the registry is built from that table alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple, TextIO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+REDACTED = "***"
+_SECRET_NAME = re.compile(
+    r"secret|passphrase|password|token|authorization|signature|credential|private|wrapped|\bdek\b|^key$|_key$", re.IGNORECASE
+)
+_NOT_SECRET = frozenset({"access_key", "object_key", "bucket_key", "credential_file"})
+_SECRET_TEXT = re.compile(
+    r"(X-Amz-(?:Signature|Security-Token|Credential)=)[^&\s\"]+|(AWS4-HMAC-SHA256 Credential=)\S+.*?(?=$|\n)", re.IGNORECASE
+)
+
+_PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2, "exception": 3}
+"""syslog(3) priorities."""
+
+
+def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Replaces values whose name says that they are secret, raw bytes of any name, and signatures inside texts."""
+    for name, value in event.items():
+        if _SECRET_NAME.search(name) and name not in _NOT_SECRET:
+            event[name] = REDACTED
+        elif isinstance(value, bytes | bytearray | memoryview):
+            event[name] = f"<{len(value)} bytes>"
+        elif isinstance(value, str) and ("X-Amz-" in value or "AWS4-HMAC" in value or "x-amz-" in value):
+            event[name] = _SECRET_TEXT.sub(lambda match: (match[1] or match[2]) + REDACTED, value)
+    return event
+
+
+def _journal(_logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
+    priority = _PRIORITY.get(str(event.get("level", "info")), 6)
+    event.pop("timestamp", None)
+    return f"<{priority}>" + _logfmt(event).replace("\n", f"\n<{priority}>")
+
+
+def _logfmt_renderer(_logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
+    return _logfmt(event)
+
+
+_PLAIN = re.compile(r"[^\s\"=\\]+")
+
+
+def _logfmt(event: Mapping[str, Any]) -> str:
+    """``level=info event="node started" name=n1``: one line, whatever the values hold (but for the text of an exception, which is what an operator reads)."""
+    order = [name for name in ("timestamp", "level", "event") if name in event]
+    order += [name for name in event if name not in ("timestamp", "level", "event", "exception")]
+    words = []
+    for name in order:
+        text = str(event[name])
+        if not _PLAIN.fullmatch(text):
+            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r") + '"'
+        words.append(f"{name}={text}")
+    line = " ".join(words)
+    return f"{line}\n{event['exception']}" if "exception" in event else line
+
+
+class _Foreign(logging.Handler):
+    """Lines of libraries that use the standard library's logging (asyncio, aiohttp) come out like our own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger(record.name)
+        log.log(max(record.levelno, logging.INFO), record.getMessage(), exc_info=record.exc_info or None, logger=record.name)
+
+
+def choose_format(wanted: str, *, stream: IO[str], environ: Mapping[str, str] = os.environ) -> str:
+    """``auto`` becomes journal under systemd, console on a terminal, logfmt else."""
+    if wanted != "auto":
+        return wanted
+    if "JOURNAL_STREAM" in environ:
+        return "journal"
+    return "console" if stream.isatty() else "logfmt"
+
+
+def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = None, **always: str) -> None:
+    """Configures structlog for the process; may be called again (reload). ``always`` are fields on every line, such as the node's name."""
+    out = stream or sys.stderr
+    chosen = choose_format(form, stream=out)
+    renderers: dict[str, Any] = {
+        "journal": _journal,
+        "json": structlog.processors.JSONRenderer(),
+        "console": structlog.dev.ConsoleRenderer(colors=out.isatty()),
+        "logfmt": _logfmt_renderer,
+    }
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if chosen == "console" else [structlog.processors.format_exc_info]),
+            redact,
+            renderers[chosen],
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(out),
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**always)
+    root = logging.getLogger()
+    root.handlers[:] = [_Foreign()]
+    root.setLevel(max(logging.getLevelName(level.upper()), logging.WARNING))
+
+
+class Described(NamedTuple):
+    """One metric: ``kind`` counter, gauge or histogram; ``buckets`` in the metric's own unit."""
+
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+METRICS: dict[str, Described] = {
+    "storaged_info": Described("gauge", "Always 1; says what runs here.", ("node", "version", "roles")),
+    "storaged_ready": Described(
+        "gauge", "1 when this node can do its work (a gateway: the ring has a quorum and the keyring is the cluster's)."
+    ),
+    "storaged_layout_epoch": Described("gauge", "Epoch of the layout in force."),
+    "storaged_node_up": Described("gauge", "1 when the node answers this one.", ("node",)),
+    "storaged_disk_bytes": Described("gauge", "Bytes of a local disk's fragment store.", ("disk", "kind")),
+    "storaged_disk_fragments": Described("gauge", "Fragments on a local disk.", ("disk",)),
+    "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
+    "storaged_s3_requests_total": Described("counter", "S3 requests answered.", ("operation", "status")),
+    "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",), _SECONDS),
+    "storaged_s3_received_bytes_total": Described("counter", "Bytes of request bodies."),
+    "storaged_s3_sent_bytes_total": Described("counter", "Bytes of answer bodies."),
+    "storaged_fragments_damaged_total": Described("counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)),
+    "storaged_loop_lag_seconds": Described("gauge", "How late the event loop ran the last time it was measured."),
+}
+
+
+class Metrics:
+    """The process's registry. ``counter("storaged_...")`` and so on hand out what ``METRICS`` describes; another name is a KeyError."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        kinds: dict[str, Callable[..., Any]] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+        self._by_name: dict[str, Any] = {}
+        for name, told in METRICS.items():
+            extra = {"buckets": told.buckets} if told.kind == "histogram" else {}
+            self._by_name[name] = kinds[told.kind](name, told.help, told.labels, registry=self.registry, **extra)
+
+    def counter(self, name: str) -> Counter:
+        found: Counter = self._by_name[name]
+        return found
+
+    def gauge(self, name: str) -> Gauge:
+        found: Gauge = self._by_name[name]
+        return found
+
+    def histogram(self, name: str) -> Histogram:
+        found: Histogram = self._by_name[name]
+        return found
+
+
+def spans_enabled(environ: Mapping[str, str] = os.environ) -> bool:
+    """OpenTelemetry's own variables turn spans on: an endpoint is named, and the SDK is not disabled."""
+    return "OTEL_EXPORTER_OTLP_ENDPOINT" in environ and environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+
+
+def setup_spans(node: str) -> bool:
+    """Exports spans over OTLP/HTTP when enabled and the extra ``otel`` is installed; says whether it does."""
+    if not spans_enabled():
+        return False
+    try:
+        from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        structlog.get_logger().warning("spans asked for, but OpenTelemetry's SDK is not installed", install="storaged[otel]")
+        return False
+    provider = TracerProvider(resource=Resource.create({"service.name": "storaged", "service.instance.id": node}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    return True
+
+
+@contextmanager
+def timed(histogram: Histogram) -> Iterator[None]:
+    """Observes how long the block took, in seconds."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        histogram.observe(time.perf_counter() - start)
