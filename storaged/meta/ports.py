@@ -237,6 +237,10 @@ class Replicas(Protocol):
 class MetaStore(Protocol):
     """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
 
+    @property
+    def store_id(self) -> bytes:
+        """16 random bytes, as old as the store."""
+
     def get(self, name: RegisterName) -> Slot | None:
         """Raises RowDamaged when the row's CRC does not hold (the replica then answers nothing for it, and is repaired by settling)."""
 
@@ -247,7 +251,10 @@ class MetaStore(Protocol):
     def get_meta(self, key: str) -> bytes | None: ...
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
-        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short snapshot."""
+        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short snapshot. Raises RowDamaged."""
+
+    def slice(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """As scan, but (key, the row's bytes as rowvalue lays them out, unverified): what ``meta.scan`` makes digests and pages of."""
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Every (table, scope, shard) that has rows here, for repair's walk."""

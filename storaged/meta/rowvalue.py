@@ -1,0 +1,116 @@
+"""The bytes of a row: one register's accepted state, as every replica stores it. Pure.
+
+    offset  bytes  what
+    0       1      format version, 1
+    1       8      check: xxh3-64 (BE), seeded with the key's length, of the packed register name || the row from offset 9
+    9       1      visibility (0 tombstone, 1 hidden, 2 live)
+    10      8      ballot: epoch (u64 BE)
+    18      8      ballot: counter (u64 BE)
+    26      1      ballot: length of the node's name, n
+    27      1      ballot: length of the incarnation, i
+    28      n + i  ballot: node's name (UTF-8), incarnation
+    28+n+i         the value: msgpack of names.Value
+
+The check covers the register's name, so a row that sits under another key is found as surely as one whose bytes changed (LMDB 0.9 checks
+neither). Equal names, ballots and values give equal bytes, so the check also stands for the row where replicas compare digests.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+
+from storaged import wire
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
+from storaged.meta.ports import Ballot, RowDamaged, Slot
+from storaged.wire import Buffer
+
+ROW_VERSION = 1
+CHECK_BYTES = 8
+NAME_PREFIX_BYTES = 18
+
+_HEAD = struct.Struct(">BQQBB")
+_CHECK_AT = 1
+_BODY_AT = _CHECK_AT + CHECK_BYTES
+_BALLOT_AT = _BODY_AT + 1
+_ROW_BYTES_MIN = _BODY_AT + _HEAD.size
+
+assert _HEAD.size == 19
+assert _ROW_BYTES_MIN == 28
+
+_hash = xxhash.xxh3_64_intdigest
+_unpack_head = _HEAD.unpack_from
+
+
+def pack_row(slot: Slot) -> bytes:
+    """Raises ValueError for what no row can hold: a key over 1,041 bytes, a scope that isn't 16, a ballot out of range."""
+    name, ballot, value = slot.name, slot.ballot, slot.value
+    if not 1 <= len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16:
+        raise ValueError(f"a register has a scope of 16 bytes and a key of 1 to {KEY_BYTES_MAX}, not {len(name.scope)} and {len(name.key)}")
+    node = ballot.node.encode()
+    try:
+        head = _HEAD.pack(value.visibility, ballot.epoch, ballot.counter, len(node), len(ballot.incarnation))
+        packed = name.pack()
+    except (struct.error, ValueError) as error:
+        raise ValueError(f"a row cannot hold {ballot} of {name}: {error}") from None
+    body = b"".join((head, node, ballot.incarnation, wire.encode(value)))
+    return b"\x01" + _hash(packed + body, len(name.key)).to_bytes(CHECK_BYTES, "big") + body
+
+
+def intact(name_prefix: bytes, key: bytes, row: bytes) -> bool:
+    """Whether a row is whole and belongs to the register ``name_prefix || key`` (table, scope, shard, then the key)."""
+    return (
+        len(row) >= _ROW_BYTES_MIN
+        and row[0] == ROW_VERSION
+        and _hash(name_prefix + key + row[_BODY_AT:], len(key)) == int.from_bytes(row[_CHECK_AT:_BODY_AT], "big")
+    )
+
+
+class RowParts(NamedTuple):
+    """An intact row, taken apart without decoding the value. ``ballot`` is comparable for equality only."""
+
+    visibility: int
+    ballot: bytes
+    value: bytes
+
+
+def row_parts(row: bytes) -> RowParts:
+    """Of an intact row."""
+    end = _ROW_BYTES_MIN + row[26] + row[27]
+    return RowParts(row[_BODY_AT], row[_BALLOT_AT:end], row[end:])
+
+
+def row_check(row: bytes) -> bytes:
+    """The 8 bytes that stand for the row in digests."""
+    return row[_CHECK_AT:_BODY_AT]
+
+
+def unpack_row(name: RegisterName, row: bytes) -> Slot:
+    """Raises RowDamaged."""
+    key = name.key
+    if not intact(name.pack()[:NAME_PREFIX_BYTES], key, row):
+        raise RowDamaged(f"the row of {name} does not match its check")
+    _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
+    node_end = _ROW_BYTES_MIN + node_bytes
+    end = node_end + incarnation_bytes
+    try:
+        value = wire.decode(row[end:], Value)
+    except msgspec.MsgspecError as error:
+        raise RowDamaged(f"the row of {name} holds no value: {error}") from None
+    return Slot(name, Ballot(epoch, counter, row[_ROW_BYTES_MIN:node_end].decode(), row[node_end:end]), value)
+
+
+def seal_small(context: bytes, body: Buffer) -> bytes:
+    """xxh3-64 (BE) of context || body, then the body: how everything that isn't a row is kept. The context is where it belongs."""
+    return _hash(context + bytes(body), len(context)).to_bytes(CHECK_BYTES, "big") + bytes(body)
+
+
+def open_small(context: bytes, sealed: bytes) -> bytes:
+    """Raises RowDamaged."""
+    body = sealed[CHECK_BYTES:]
+    if len(sealed) < CHECK_BYTES or _hash(context + body, len(context)) != int.from_bytes(sealed[:CHECK_BYTES], "big"):
+        raise RowDamaged(f"what is stored under {context!r} does not match its check")
+    return body

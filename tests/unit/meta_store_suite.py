@@ -1,0 +1,149 @@
+"""What every body of the MetaStore port does. A module that has one provides the fixture ``store`` and imports everything from here."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import xxhash
+
+from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
+from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
+from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch
+from storaged.meta.rowvalue import intact, row_parts
+
+BUCKET = bytes(range(16))
+OTHER = bytes(range(1, 17))
+
+
+def name_of(key: bytes, scope: bytes = BUCKET, shard: int = 0, table: int = Table.OBJECT) -> RegisterName:
+    return RegisterName(table, scope, shard, key)
+
+
+def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", visibility: int = Visibility.LIVE, payload: bytes = b"") -> Slot:
+    value = Value(sequence=counter, operation=b"o" * 16, visibility=visibility, body=body, payload=payload)
+    return Slot(name, Ballot(3, counter, "n1", b"incarnat"), value)
+
+
+def page_of(body: bytes) -> tuple[bytes, bytes]:
+    return xxhash.xxh3_128_digest(body), body
+
+
+async def test_what_was_never_written_is_absent(store: MetaStore) -> None:
+    assert store.get(name_of(b"k")) is None
+    assert store.get(name_of(b"k" * 1000)) is None
+    assert store.get_fence(BUCKET) is None
+    assert store.get_page(bytes(16)) is None
+    assert store.get_meta("floor") is None
+    assert store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10) == []
+    assert store.scopes() == []
+
+
+@pytest.mark.parametrize(
+    "key", [b"k", b"\0", b"\xff" * 480, b"a" * 481, b"a" * 960, b"a" * 961, b"\xff" * 1041], ids=lambda key: str(len(key))
+)
+async def test_a_committed_slot_reads_back_as_it_was(store: MetaStore, key: bytes) -> None:
+    slot = slot_of(name_of(key), body=b"x" * 700, payload=b"p" * 16)
+    await store.commit(StoreBatch(slots=[slot]))
+    assert store.get(slot.name) == slot
+
+
+async def test_the_same_key_in_another_table_scope_or_shard_is_another_register(store: MetaStore) -> None:
+    names = [name_of(b"k"), name_of(b"k", OTHER), name_of(b"k", shard=1), name_of(b"k", table=Table.UPLOAD)]
+    await store.commit(StoreBatch(slots=[slot_of(name, counter) for counter, name in enumerate(names)]))
+    assert [store.get(name) for name in names] == [slot_of(name, counter) for counter, name in enumerate(names)]
+    assert len(store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10)) == 1
+
+
+async def test_the_later_of_two_commits_wins_even_when_nobody_waits_in_between(store: MetaStore) -> None:
+    name = name_of(b"k")
+    await asyncio.gather(*(store.commit(StoreBatch(slots=[slot_of(name, counter)])) for counter in range(50)))
+    assert store.get(name) == slot_of(name, 49)
+
+
+async def test_a_scan_goes_in_key_order_from_behind_after_within_the_prefix(store: MetaStore) -> None:
+    keys = [b"a", b"a\0", b"b", b"b" * 480, b"b" * 480 + b"\0", b"b" * 481, b"b" * 960, b"b" * 961, b"b" * 479 + b"c", b"c", b"\xff" * 1041]
+    await store.commit(StoreBatch(slots=[slot_of(name_of(key)) for key in reversed(keys)]))
+
+    def scan(after: bytes = b"", prefix: bytes = b"", limit: int = 100) -> list[bytes]:
+        return [slot.name.key for slot in store.scan(Table.OBJECT, BUCKET, 0, after=after, prefix=prefix, limit=limit)]
+
+    assert scan() == sorted(keys)
+    assert scan(limit=4) == sorted(keys)[:4]
+    assert scan(prefix=b"b" * 480) == sorted(key for key in keys if key.startswith(b"b" * 480))
+    assert scan(prefix=b"b" * 700) == [b"b" * 960, b"b" * 961]
+    assert scan(after=b"b" * 481, prefix=b"b") == [b"b" * 960, b"b" * 961, b"b" * 479 + b"c"]
+    assert scan(after=b"c", prefix=b"b") == []
+    assert scan(after=b"a", prefix=b"b", limit=1) == [b"b"]
+
+
+async def test_a_scan_shows_tombstones(store: MetaStore) -> None:
+    tombstone = slot_of(name_of(b"gone"), body=b"", visibility=Visibility.TOMBSTONE)
+    await store.commit(StoreBatch(slots=[tombstone]))
+    assert store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10) == [tombstone]
+
+
+async def test_a_slice_gives_rows_that_carry_their_own_check(store: MetaStore) -> None:
+    slot = slot_of(name_of(b"k" * 500), visibility=Visibility.HIDDEN)
+    await store.commit(StoreBatch(slots=[slot]))
+    [(key, row)] = store.slice(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"k", limit=10)
+    prefix = slot.name.pack()[:18]
+    assert key == slot.name.key
+    assert row_parts(row).visibility == Visibility.HIDDEN
+    assert intact(prefix, key, row)
+    assert not intact(prefix, key[:-1], row)
+    assert not intact(prefix, key, row[:-1] + bytes([row[-1] ^ 1]))
+
+
+async def test_a_slice_that_would_hold_a_snapshot_for_long_is_refused(store: MetaStore) -> None:
+    with pytest.raises(ValueError, match="10000"):
+        store.slice(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10_001)
+
+
+async def test_fences_pages_and_small_values_read_back_and_fences_can_be_lifted(store: MetaStore) -> None:
+    page = page_of(b"manifest" * 500)
+    fence = Fence(BUCKET, b"nonce", final=False)
+    final = Fence(OTHER, b"", final=True)
+    await store.commit(StoreBatch(fences=[fence, final], pages=[page], meta={"floor": b"123", "empty": b""}))
+    assert (store.get_fence(BUCKET), store.get_fence(OTHER)) == (fence, final)
+    assert store.get_page(page[0]) == page[1]
+    assert (store.get_meta("floor"), store.get_meta("empty")) == (b"123", b"")
+    await store.commit(StoreBatch(unfence=[BUCKET], meta={"floor": b"456"}))
+    assert store.get_fence(BUCKET) is None
+    assert store.get_fence(OTHER) == final
+    assert store.get_meta("floor") == b"456"
+
+
+async def test_scopes_names_every_shard_that_has_rows_and_can_be_asked_by_partition(store: MetaStore) -> None:
+    names = [system_name("bucket/a"), name_of(b"k", shard=1), name_of(b"k", shard=2), name_of(b"k", OTHER, table=Table.PART)]
+    await store.commit(StoreBatch(slots=[slot_of(name) for name in names]))
+    assert sorted(store.scopes()) == sorted(name[:3] for name in names)
+    assert store.scopes(SYSTEM_PARTITION) == [(Table.SYSTEM, SYSTEM_SCOPE, 0)]
+    assert (Table.OBJECT, BUCKET, 2) in store.scopes(partition_of(BUCKET, 2))
+
+
+async def test_an_empty_batch_waits_for_everything_before_it(store: MetaStore) -> None:
+    before = asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))])))
+    await asyncio.sleep(0)
+    await store.commit(StoreBatch())
+    assert store.get(name_of(b"k")) is not None
+    await before
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        StoreBatch(slots=[slot_of(name_of(b"good")), slot_of(name_of(b"k" * 1042))]),
+        StoreBatch(slots=[slot_of(name_of(b"good")), slot_of(name_of(b""))]),
+        StoreBatch(slots=[slot_of(name_of(b"good")), slot_of(name_of(b"k", scope=b"short"))]),
+        StoreBatch(slots=[slot_of(name_of(b"good")), slot_of(name_of(b"k"), counter=2**64)]),
+        StoreBatch(slots=[slot_of(name_of(b"good"))], pages=[(bytes(16), b"not its hash")]),
+        StoreBatch(slots=[slot_of(name_of(b"good"))], meta={"\0identity": b"forged"}),
+    ],
+    ids=["long key", "empty key", "short scope", "ballot out of range", "page under a wrong hash", "reserved name"],
+)
+async def test_a_batch_with_anything_that_cannot_be_stored_is_refused_whole(store: MetaStore, batch: StoreBatch) -> None:
+    with pytest.raises(ValueError):
+        await store.commit(batch)
+    await store.commit(StoreBatch())
+    assert store.get(name_of(b"good")) is None

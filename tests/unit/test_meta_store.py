@@ -1,0 +1,238 @@
+"""The LMDB store: the port's suite, and what only a disk can do."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
+from storaged.meta.names import Table
+from storaged.meta.ports import Fence, RowDamaged, StoreBatch
+from storaged.meta.store import LmdbMetaStore
+from tests.unit.meta_store_suite import *  # noqa: F403
+from tests.unit.meta_store_suite import BUCKET, name_of, page_of, slot_of
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
+    opened = LmdbMetaStore(tmp_path / "meta")
+    yield opened
+    await opened.close()
+
+
+@contextmanager
+def raw(directory: Path, database: bytes) -> Iterator[Any]:
+    """The closed store's own LMDB, to do to it what a bad disk does."""
+    with lmdb.open(str(directory), max_dbs=5, map_size=1 << 30) as environment:
+        opened = environment.open_db(database, create=False)
+        with environment.begin(write=True, db=opened) as transaction:
+            yield transaction
+
+
+async def reopened(store: LmdbMetaStore) -> LmdbMetaStore:
+    await store.close()
+    return LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+
+
+async def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    page = page_of(b"page" * 100)
+    slots = [slot_of(name_of(b"k" * length)) for length in (1, 480, 481, 1041)]
+    await store.commit(StoreBatch(slots=slots, fences=[Fence(BUCKET, b"n", True)], pages=[page], meta={"floor": b"9"}))
+    store = await reopened(store)
+    assert [store.get(slot.name) for slot in slots] == slots
+    assert store.get_fence(BUCKET) == Fence(BUCKET, b"n", True)
+    assert store.get_page(page[0]) == page[1]
+    assert store.get_meta("floor") == b"9"
+    late = slot_of(name_of(b"k" * 1040))
+    await store.commit(StoreBatch(slots=[late]))
+    assert store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=9) == [*slots[:3], late, slots[3]]
+    await store.close()
+
+
+async def test_commits_that_arrive_while_one_is_synced_share_the_next(store: LmdbMetaStore) -> None:
+    await asyncio.gather(*(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))])) for number in range(500)))
+    seen = store.statistics()
+    assert (seen.operations, seen.rows, seen.queued_batches) == (500, 500, 0)
+    assert seen.commits <= 100
+    assert seen.largest_group <= 128
+
+
+async def test_close_writes_what_was_queued(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    waiting = [asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))]))) for number in range(20)]
+    await asyncio.sleep(0)
+    await store.close()
+    await asyncio.gather(*waiting)
+    with pytest.raises(DiskUnusable):
+        await store.commit(StoreBatch())
+    with pytest.raises(DiskUnusable):
+        store.get(name_of(b"1"))
+    await store.close()
+
+
+async def test_a_cancelled_commit_holds_nobody_up(store: LmdbMetaStore) -> None:
+    tasks = [asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))]))) for number in range(10)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(result, asyncio.CancelledError) for result in results] == [True, False] * 5
+    assert store.statistics().queued_batches == 0
+
+
+async def test_two_stores_on_one_directory_are_refused(store: LmdbMetaStore) -> None:
+    with pytest.raises(DirectoryInUse):
+        LmdbMetaStore(store.directory)
+    with pytest.raises(DirectoryInUse):
+        LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+
+
+async def test_a_disk_whose_store_is_gone_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    await store.close()
+    shutil.rmtree(store.directory)
+    with pytest.raises(DiskForeign, match="gone"):
+        LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+    assert not store.directory.exists()
+
+
+async def test_a_disk_with_another_store_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    mine, other = LmdbMetaStore(tmp_path / "mine"), LmdbMetaStore(tmp_path / "other")
+    await mine.close()
+    await other.close()
+    with pytest.raises(DiskForeign, match="another"):
+        LmdbMetaStore.open_or_refuse(other.directory, mine.identity)
+    again = LmdbMetaStore.open_or_refuse(other.directory, other.identity)
+    assert again.store_id == other.store_id
+    assert again.identity == other.store_id + (2).to_bytes(8, "big")
+    await again.close()
+
+
+async def test_an_older_copy_of_the_same_store_is_refused(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    await store.close()
+    shutil.copytree(store.directory, tmp_path / "snapshot")
+    store = await reopened(store)
+    await store.close()
+    with pytest.raises(DiskForeign, match="older copy"):
+        LmdbMetaStore.open_or_refuse(tmp_path / "snapshot", store.identity)
+
+
+async def test_a_start_whose_identity_was_not_noted_does_not_lock_the_owner_out(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    noted = store.identity
+    store = await reopened(store)
+    await store.close()
+    again = LmdbMetaStore.open_or_refuse(store.directory, noted)
+    await again.close()
+
+
+async def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").write_bytes(b"no database" * 1000)
+    with pytest.raises(DiskForeign):
+        LmdbMetaStore(tmp_path)
+    with pytest.raises(DiskForeign):
+        LmdbMetaStore.open_or_refuse(tmp_path, bytes(24))
+
+
+async def test_a_directory_that_cannot_be_made_is_unusable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskUnusable):
+        LmdbMetaStore(tmp_path / "file" / "meta")
+
+
+async def test_a_flipped_bit_in_a_row_is_found_and_counted(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    names = [name_of(b"a"), name_of(b"b")]
+    await store.commit(StoreBatch(slots=[slot_of(name) for name in names], meta={"floor": b"9"}, fences=[Fence(BUCKET, b"n", False)]))
+    await store.close()
+    for database in (b"rows", b"meta", b"fences"):
+        with raw(store.directory, database) as transaction:
+            for key, value in list(transaction.cursor()):
+                if key in (b"floor", BUCKET) or key.endswith(b"a"):
+                    transaction.put(key, value[:-1] + bytes([value[-1] ^ 4]))
+    store = LmdbMetaStore(store.directory)
+    for read in (lambda: store.get(names[0]), lambda: store.get_meta("floor"), lambda: store.get_fence(BUCKET)):
+        with pytest.raises(RowDamaged):
+            read()
+    assert store.get(names[1]) == slot_of(names[1])
+    with pytest.raises(RowDamaged):
+        store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=9)
+    assert store.statistics().damaged_rows == 3
+    await store.commit(StoreBatch(slots=[slot_of(names[0], 2)]))
+    assert store.get(names[0]) == slot_of(names[0], 2)
+    await store.close()
+
+
+async def test_a_row_under_another_key_is_found(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    await store.commit(StoreBatch(slots=[slot_of(name_of(b"a")), slot_of(name_of(b"b"))]))
+    await store.close()
+    with raw(store.directory, b"rows") as transaction:
+        first, second = list(transaction.cursor())
+        transaction.put(first[0], second[1])
+    store = LmdbMetaStore(store.directory)
+    with pytest.raises(RowDamaged):
+        store.get(name_of(b"a"))
+    await store.close()
+
+
+async def test_a_damaged_link_refuses_the_keys_behind_it_and_no_others(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    short, long = name_of(b"a"), name_of(b"b" * 600)
+    await store.commit(StoreBatch(slots=[slot_of(short), slot_of(long)]))
+    await store.close()
+    with raw(store.directory, b"rows") as transaction:
+        [link] = [key for key, _ in transaction.cursor() if len(key) == 489]
+        transaction.put(link, bytes(16))
+    store = LmdbMetaStore(store.directory)
+    assert store.get(short) == slot_of(short)
+    with pytest.raises(RowDamaged):
+        store.get(long)
+    await store.close()
+
+
+async def test_a_full_map_makes_it_read_only_but_readable_and_usable_after_a_restart(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 20)
+    kept = slot_of(name_of(b"kept"))
+    await store.commit(StoreBatch(slots=[kept]))
+    with pytest.raises(DiskUnusable, match="MDB_MAP_FULL"):
+        await store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number), body=b"x" * 4000) for number in range(1000)]))
+    with pytest.raises(DiskUnusable, match="MDB_MAP_FULL"):
+        await store.commit(StoreBatch(slots=[slot_of(name_of(b"late"))]))
+    assert store.get(kept.name) == kept
+    assert store.get(name_of(b"0")) is None
+    assert store.statistics().state == "read-only"
+    store = await reopened(store)
+    assert store.statistics().state == "ok"
+    await store.commit(StoreBatch(slots=[slot_of(name_of(b"late"))]))
+    await store.close()
+
+
+async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_again(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    kept = slot_of(name_of(b"kept"))
+    await store.commit(StoreBatch(slots=[kept]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128 << 10, hard))
+    try:
+        with pytest.raises(DiskUnusable, match="failed"):
+            await store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number), body=b"x" * 4000) for number in range(100)]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(DiskUnusable):
+        await store.commit(StoreBatch())
+    assert store.get(kept.name) == kept
+    assert store.get(name_of(b"1")) is None
+    await store.close()
+    with pytest.raises(DiskForeign, match="failed before"):
+        LmdbMetaStore.open_or_refuse(store.directory, store.identity)
