@@ -70,7 +70,9 @@ def explained(code: str) -> str:
     kinds = known.get(code.upper().replace("-", "_"))
     if not kinds:
         near = difflib.get_close_matches(code.upper(), known, n=3)
-        raise OperatorError(f"there is no code {code!r}" + (f"; did you mean {' or '.join(known[name][0].code for name in near)}?" if near else ""))
+        raise OperatorError(
+            f"there is no code {code!r}" + (f"; did you mean {' or '.join(known[name][0].code for name in near)}?" if near else "")
+        )
     paragraphs = []
     for kind in dict.fromkeys(kinds):
         status = f" (HTTP {kind.status})" if kind.code != kind.code.upper() else ""

@@ -95,7 +95,11 @@ def render(found: dict[str, Any], dev: bool) -> str:
     """Five seconds' worth of reading: verdict, what can be done, each problem with its next command."""
     counted = found["objects_below_target"] is not None
     lost = f"{found['objects_lost']} lost, {_count(found['objects_below_target'])} below target" if counted else "objects not counted yet"
-    writes = f"writes OK ({found['writes']})" if found["writes"] else f"writes refused{': ' + found['writes_reason'] if found['writes_reason'] else ''}"
+    writes = (
+        f"writes OK ({found['writes']})"
+        if found["writes"]
+        else f"writes refused{': ' + found['writes_reason'] if found['writes_reason'] else ''}"
+    )
     storage = [node for node in found["nodes"] if "storage" in node["roles"]]
     disks = [disk for node in storage for disk in node["disks"]]
     used = sum(disk["bytes_used"] for disk in disks)
@@ -166,7 +170,9 @@ def print_where(found: dict[str, Any], url: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    click.echo(f"{url}  {format_size(found['size'])}  survives the loss of {found['disks_may_fail']} more disks, {found['racks_may_fail']} more racks")
+    click.echo(
+        f"{url}  {format_size(found['size'])}  survives the loss of {found['disks_may_fail']} more disks, {found['racks_may_fail']} more racks"
+    )
     table = Table(box=None, pad_edge=False)
     for title in ("part", "block", "profile", "fragment", "disk", "node", "rack", "state"):
         table.add_column(title)

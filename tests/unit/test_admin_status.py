@@ -1,0 +1,123 @@
+"""The verdict follows from the facts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from storaged.admin.status import Durability, Facts, NodeFacts, judge
+from storaged.cli.status import render
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.ports import DiskStatus
+from storaged.errors import every_error
+
+RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
+LAYOUT = Layout(
+    "c",
+    7,
+    tuple(NodeEntry(name, rack, "h:1", ("storage",)) for name, rack in RACKS.items()),
+    tuple(DiskEntry(f"{name}-{index}", name, 1) for name in RACKS for index in (1, 2)),
+    ("n1-1", "n2-1", "n3-1"),
+)
+NOW = 1_000_000
+
+
+def node(name: str, *, up: bool = True, disk_state: str = "ok", skew_ms: int = 0) -> NodeFacts:
+    disks = [DiskStatus(f"{name}-{index}", f"/{name}/{index}", disk_state if index == 1 else "ok", 10, 20) for index in (1, 2)]
+    return NodeFacts(name, RACKS[name], ("storage",), up, NOW - 4000, 1 if up else None, f"/{name}", skew_ms, disks if up else [])
+
+
+def facts(*nodes: NodeFacts, profile: str | None = "4+2", **more: Any) -> Facts:
+    given = {entry.name: entry for entry in nodes}
+    return Facts(LAYOUT, [given.get(name, node(name)) for name in RACKS], profile, **more)
+
+
+def codes(found: dict[str, Any]) -> list[str]:
+    return [entry["code"] for entry in found["problems"]]
+
+
+def test_all_well_is_healthy() -> None:
+    found = judge(facts(), NOW)
+    assert found["verdict"] == "HEALTHY"
+    assert found["problems"] == []
+    assert [entry["state"] for entry in found["nodes"]] == ["up"] * 3
+    assert found["nodes"][0]["disks"][0] == {"id": "n1-1", "directory": "/n1/1", "state": "ok", "bytes_used": 10, "bytes_free": 20}
+
+
+def test_a_rack_away_is_degraded_and_names_the_node() -> None:
+    found = judge(facts(node("n2", up=False), profile="2+2"), NOW)
+    assert found["verdict"] == "DEGRADED"
+    assert codes(found) == ["NODE_DOWN"]
+    assert found["problems"][0]["subject"] == "FR/par2/b/n2"
+    assert found["problems"][0]["since"] == NOW - 4000
+    assert [disk["state"] for disk in found["nodes"][1]["disks"]] == ["down", "down"]
+    text = render(found, dev=True)
+    assert "writes OK (2+2)" in text
+    assert "storaged dev start n2" in text
+    assert "down 4 s" in text
+
+
+def test_two_racks_away_is_down_since_registers_have_no_majority() -> None:
+    found = judge(facts(node("n2", up=False), node("n3", up=False), profile=None), NOW)
+    assert found["verdict"] == "DOWN"
+    assert "QUORUM_LOST" in codes(found)
+
+
+def test_refused_writes_are_at_risk() -> None:
+    found = judge(facts(profile=None, write_reason="too few disks"), NOW)
+    assert found["verdict"] == "AT_RISK"
+    assert "writes refused: too few disks" in render(found, dev=False)
+
+
+@pytest.mark.parametrize(
+    ("counted", "verdict"),
+    [
+        (Durability(0, 0, 0), "HEALTHY"),
+        (Durability(3, 0, 0), "DEGRADED"),
+        (Durability(3, 1, 0), "AT_RISK"),
+        (Durability(1, 0, 1), "AT_RISK"),
+    ],
+)
+def test_what_repair_counted_decides(counted: Durability, verdict: str) -> None:
+    found = judge(facts(durability=counted), NOW)
+    assert found["verdict"] == verdict
+    assert found["objects_below_target"] == counted.objects_below_target
+    assert f"{counted.objects_lost} lost" in render(found, dev=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("foreign", "DISK_FOREIGN"), ("read-only", "DISK_READ_ONLY"), ("full", "DISK_FULL"), ("failed", "DISK_READ_ONLY")]
+)
+def test_a_disk_that_does_not_take_part_fully_is_named(state: str, code: str) -> None:
+    found = judge(facts(node("n1", disk_state=state)), NOW)
+    assert found["verdict"] == "DEGRADED"
+    assert codes(found) == [code]
+    assert found["problems"][0]["subject"].endswith("n1/n1-1")
+
+
+def test_a_disk_that_the_node_does_not_have_is_named() -> None:
+    bare = dataclasses.replace(node("n1"), disks=node("n1").disks[:1])
+    assert codes(judge(facts(bare), NOW)) == ["DISK_DOWN"]
+
+
+def test_a_wrong_keyring_stops_everything() -> None:
+    found = judge(facts(keyring_problem="another keyring"), NOW)
+    assert (found["verdict"], found["reads"], found["writes"]) == ("DOWN", "stopped", None)
+
+
+def test_a_skewed_clock_is_named() -> None:
+    assert codes(judge(facts(node("n3", skew_ms=-9000)), NOW)) == ["CLOCK_SKEWED"]
+
+
+def test_every_problem_can_be_explained() -> None:
+    known = {kind.code for kind in every_error()}
+    all_wrong = facts(
+        node("n1", disk_state="full", skew_ms=9000),
+        node("n2", up=False),
+        node("n3", up=False),
+        keyring_problem="x",
+        durability=Durability(1, 1, 1),
+    )
+    assert set(codes(judge(all_wrong, NOW))) <= known

@@ -1,0 +1,77 @@
+"""Log lines say what happened, and never a secret; metric names are stable."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storaged import observe
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> object:
+    yield
+    structlog.reset_defaults()
+
+
+def lines_of(form: str, **fields: object) -> str:
+    out = io.StringIO()
+    observe.setup_logging("info", form, stream=out, node="n1")
+    structlog.get_logger().warning("something happened", **fields)
+    structlog.get_logger().debug("not shown")
+    return out.getvalue()
+
+
+def test_a_journal_line_carries_its_priority_and_is_logfmt() -> None:
+    line = lines_of("journal", path="/a b", count=3)
+    assert line.startswith('<4>level=warning event="something happened"')
+    assert 'path="/a b"' in line
+    assert "count=3" in line
+    assert "node=n1" in line
+    assert line.count("\n") == 1
+
+
+def test_json_lines_are_json() -> None:
+    assert json.loads(lines_of("json", count=3))["count"] == 3
+
+
+@pytest.mark.parametrize("form", ["journal", "json", "logfmt", "console"])
+def test_no_form_shows_a_secret(form: str) -> None:
+    line = lines_of(
+        form,
+        secret_key="hunter2",
+        passphrase="hunter2",
+        authorization="hunter2",
+        wrapped_key=b"hunter2",
+        payload=b"hunter2",
+        url="/b/k?X-Amz-Signature=hunter2&X-Amz-Date=1",
+        header="AWS4-HMAC-SHA256 Credential=AK/x, SignedHeaders=host, Signature=hunter2",
+        access_key="AKIA",
+    )
+    assert "hunter2" not in line
+    assert "AKIA" in line
+
+
+@given(st.text(max_size=60))
+def test_a_logfmt_line_stays_one_line_whatever_a_value_holds(text: str) -> None:
+    assert "\n" not in observe._logfmt({"level": "info", "event": text, "x": text})
+
+
+def test_auto_chooses_by_where_the_lines_go() -> None:
+    out = io.StringIO()
+    assert observe.choose_format("auto", stream=out, environ={"JOURNAL_STREAM": "8:1"}) == "journal"
+    assert observe.choose_format("auto", stream=out, environ={}) == "logfmt"
+    assert observe.choose_format("json", stream=out, environ={"JOURNAL_STREAM": "8:1"}) == "json"
+
+
+def test_metrics_are_those_described_and_no_others() -> None:
+    metrics = observe.Metrics()
+    metrics.counter("storaged_s3_requests_total").labels("GetObject", "200").inc()
+    assert metrics.registry.get_sample_value("storaged_s3_requests_total", {"operation": "GetObject", "status": "200"}) == 1.0
+    with pytest.raises(KeyError):
+        metrics.gauge("storaged_unheard_of")
