@@ -16,13 +16,18 @@ T = TypeVar("T", bound=Message)
 
 
 class PeerIdentity(NamedTuple):
-    """What a peer's certificate says, verified against the cluster's own authority and the jurisdiction policy."""
+    """What a peer's certificate says, verified against the cluster's own authority and the jurisdiction policy.
+
+    ``jurisdiction`` is the country whose law the operating entity is under, ``cluster`` the id of the cluster that issued the certificate.
+    """
 
     name: str
     country: str
     site: str
     rack: str
     roles: tuple[str, ...]
+    jurisdiction: str = ""
+    cluster: str = ""
 
 
 class Call(NamedTuple):

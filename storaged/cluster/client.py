@@ -1,0 +1,518 @@
+"""The dialling side of the internode protocol: a pool with one link per node, which implements ``Caller``.
+
+Theory of operation. A link dials when it is first needed and from then on keeps itself connected, with exponential back-off and full jitter
+(Brooker, "Exponential Backoff And Jitter", 2015). The first attempt after a connection broke is made at once, and calls wait for its outcome; once
+an attempt has failed the node counts as away, and calls fail immediately until a later attempt succeeds. So nobody queues behind a dead node, and a
+node that only restarted costs a few milliseconds.
+
+A call is one frame out and one frame in. When its caller stops waiting (timeout, cancellation), the frame is withdrawn if it has not left, else
+the server is told to cancel it; an answer that comes anyway is skipped without being kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import structlog
+from msgspec import MsgspecError
+
+from storaged.cluster import faults, identity
+from storaged.cluster.connection import Connection, describe, measure
+from storaged.cluster.framing import (
+    DEADLINE_MS_MAX,
+    HANDSHAKE_BYTES_MAX,
+    PROTOCOL_VERSION,
+    ErrorHead,
+    FrameError,
+    Header,
+    Hello,
+    Kind,
+    Verdict,
+)
+from storaged.cluster.ports import Admission, Call, Methods, PeerIdentity, Reply
+from storaged.cluster.server import OnRefusal
+from storaged.errors import CertificateRefused, JurisdictionRefused, PeerError, PeerTimeout, PeerUnreachable, StoragedError
+from storaged.ids import INCARNATION_BYTES, system_entropy
+from storaged.units import MIB
+from storaged.wire import Buffer, Message, decode, encode
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T", bound=Message)
+Addresses = Callable[[str], str | None] | Mapping[str, str]
+"""Node name -> ``host:port`` of its RPC server; None for a node that has none or is in no layout."""
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    """``queued_bytes_max``: bodies that wait for one peer's transport; further calls wait for room (within their own timeout)."""
+
+    connect_timeout_s: float = 3.0
+    backoff_first_s: float = 0.05
+    backoff_max_s: float = 2.0
+    queued_bytes_max: int = 32 * MIB
+    calls_per_connection_max: int = 4096
+    stall_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class LinkStatistics:
+    """One peer as this node sees it. ``state``: connecting, connected, away."""
+
+    node: str
+    state: str
+    reason: str
+    connects: int
+    calls_pending: int
+    queued_bytes: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    calls: int
+    calls_local: int
+    calls_failed: int
+    calls_timed_out: int
+    links: tuple[LinkStatistics, ...]
+
+
+class _Pending(NamedTuple):
+    future: asyncio.Future[tuple[Any, memoryview]]
+    reply: type[Message]
+
+
+class ClientConnection(Connection):
+    """A connection to ``node``. Usable once ``hello`` is done."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, node: str, limits: PoolLimits) -> None:
+        super().__init__(loop)
+        self.node = node
+        self.limits = limits
+        self.hello: asyncio.Future[Hello] = loop.create_future()
+        self.pending: dict[int, _Pending] = {}
+        self._last_id = 0
+        self._room: list[asyncio.Future[None]] = []
+
+    # Frames in.
+
+    def admit(self, header: Header) -> Verdict:
+        if header.kind in (Kind.REPLY, Kind.ERROR):
+            return Verdict.TAKE if header.request_id in self.pending else Verdict.SKIP
+        if (
+            header.kind not in (Kind.WELCOME, Kind.REFUSED)
+            or header.body_bytes
+            or header.head_bytes > 2 * HANDSHAKE_BYTES_MAX
+            or self.hello.done()
+        ):
+            raise FrameError(f"a {Kind(header.kind).name} frame does not belong here")
+        return Verdict.TAKE
+
+    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
+        pending = self.pending.pop(header.request_id, None)
+        if pending is None:
+            self._greet(header, head)
+        elif not pending.future.done():
+            try:
+                if header.kind == Kind.REPLY:
+                    pending.future.set_result((decode(head, pending.reply), body))
+                else:
+                    pending.future.set_exception(faults.from_head(decode(head, ErrorHead), self.node))
+            except MsgspecError as error:
+                pending.future.set_exception(faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
+        if self._room:
+            self._make_room()
+
+    def _greet(self, header: Header, head: memoryview) -> None:
+        if self.hello.done():
+            return  # an answer whose caller left while it was being received
+        try:
+            if header.kind == Kind.WELCOME:
+                self.hello.set_result(decode(head, Hello))
+            else:
+                refusal = decode(head, ErrorHead)
+                self._give_up(CertificateRefused(f"{self.node} refuses this node: {refusal.message}", refused_with=refusal.code))
+        except MsgspecError as error:
+            raise FrameError(f"the handshake does not decode: {error}") from error
+
+    def _give_up(self, error: Exception) -> None:
+        if not self.hello.done():
+            self.hello.set_exception(error)
+            self.hello.exception()  # seen: nobody may be waiting for it yet
+
+    def closed(self) -> None:
+        self._give_up(ConnectionResetError(self.reason))
+        pending, self.pending = self.pending, {}
+        for entry in pending.values():
+            if not entry.future.done():
+                entry.future.set_exception(PeerUnreachable(f"The connection to {self.node} broke: {self.reason}."))
+        self._make_room()
+
+    # Calls.
+
+    async def call(
+        self, prefix: bytes, request: Message, reply: type[T], body: tuple[Buffer, ...], size: int, deadline: float
+    ) -> tuple[T, memoryview]:
+        """Raises PeerError; ValueError when the request is over a frame's limits."""
+        head = prefix + encode(request)
+        while self.is_open and (
+            self.queued_bytes > self.limits.queued_bytes_max or len(self.pending) >= self.limits.calls_per_connection_max
+        ):
+            await self._wait_for_room(deadline)
+        if not self.is_open:
+            raise PeerUnreachable(f"The connection to {self.node} broke: {self.reason}.")
+        remaining_s = deadline - self.loop.time()
+        request_id = self._last_id = self._last_id + 1
+        future: asyncio.Future[tuple[Any, memoryview]] = self.loop.create_future()
+        self.send(Kind.REQUEST, request_id, head, body, size, min(max(int(remaining_s * 1000), 1), DEADLINE_MS_MAX))
+        self.pending[request_id] = _Pending(future, reply)
+        timer = self.loop.call_at(deadline, self._expire, request_id, prefix)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._abandon(request_id)
+            raise
+        finally:
+            timer.cancel()
+
+    def _expire(self, request_id: int, prefix: bytes) -> None:
+        entry = self._abandon(request_id)
+        if entry is not None and not entry.future.done():
+            entry.future.set_exception(PeerTimeout(f"{self.node} did not answer {prefix[1:].decode()} in time."))
+
+    def _abandon(self, request_id: int) -> _Pending | None:
+        entry = self.pending.pop(request_id, None)
+        if entry is not None:
+            if not self.withdraw(request_id):
+                self.send(Kind.CANCEL, request_id, b"")
+            if self._room:
+                self._make_room()
+        return entry
+
+    async def _wait_for_room(self, deadline: float) -> None:
+        waiter: asyncio.Future[None] = self.loop.create_future()
+        self._room.append(waiter)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await waiter
+        except TimeoutError:
+            raise PeerTimeout(f"{self.node} takes no more: {self.queued_bytes} bytes wait for it.") from None
+        finally:
+            with contextlib.suppress(ValueError):
+                self._room.remove(waiter)
+
+    def _make_room(self) -> None:
+        waiters, self._room = self._room, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def sent(self, request_id: int, size: int) -> None:
+        if self._room:
+            self._make_room()
+
+
+class _Link:
+    """Keeps one peer connected. ``attempt`` is the dial whose outcome calls wait for; None while the node counts as away."""
+
+    def __init__(self, pool: RpcPool, node: str) -> None:
+        self.pool = pool
+        self.node = node
+        self.connection: ClientConnection | None = None
+        self.incarnation = b""
+        self.reason = ""
+        self.connects = 0
+        self.attempt: asyncio.Future[ClientConnection] | None = pool.loop.create_future()
+        self.task = pool.loop.create_task(self._run())
+
+    @property
+    def state(self) -> str:
+        if self.connection is not None:
+            return "connected"
+        return "away" if self.attempt is None else "connecting"
+
+    async def _run(self) -> None:
+        limits = self.pool.limits
+        failures = 0
+        while True:
+            try:
+                connection = await self._dial()
+            except (StoragedError, OSError) as error:
+                self._away(error)
+            else:
+                self._arrived(connection)
+                began = self.pool.loop.time()
+                await asyncio.shield(connection.lost)
+                self.connection = None
+                if self.pool.loop.time() - began >= limits.backoff_max_s:
+                    failures = 0
+                    self.attempt = self.pool.loop.create_future()
+                    continue
+                self._away(ConnectionResetError(connection.reason))
+            failures += 1
+            longest_s = min(limits.backoff_first_s * 2 ** min(failures, 16), limits.backoff_max_s)
+            await asyncio.sleep(limits.backoff_first_s / 2 + longest_s * self.pool.jitter())
+
+    async def _dial(self) -> ClientConnection:
+        pool, node = self.pool, self.node
+        host, port = pool.endpoint(node)
+        connection = ClientConnection(pool.loop, node, pool.limits)
+        try:
+            async with asyncio.timeout(pool.limits.connect_timeout_s):
+                await pool.loop.create_connection(lambda: connection, host, port, ssl=pool.context, server_hostname=node)
+                peer = identity.identity_of(connection.peer_certificate())
+                pool.judge(node, peer)
+                own = pool.identity
+                connection.send(Kind.HELLO, 0, encode(Hello(own.cluster, own.name, pool.incarnation_bytes, PROTOCOL_VERSION)))
+                hello = await connection.hello
+                if (hello.cluster, hello.name, hello.version) != (own.cluster, node, PROTOCOL_VERSION):
+                    raise CertificateRefused(
+                        f"{node} answers as {hello.name!r} of cluster {hello.cluster!r}, protocol version {hello.version}."
+                    )
+        except ssl.SSLCertVerificationError as error:
+            connection.abort(describe(error))
+            raise CertificateRefused(f"{node} at {host}:{port} is not of this cluster: {describe(error)}.") from error
+        except BaseException as error:
+            connection.abort(describe(error))
+            raise
+        self.incarnation = hello.incarnation
+        return connection
+
+    def _arrived(self, connection: ClientConnection) -> None:
+        if self.attempt is None:
+            log.info("node is back", peer=self.node)
+        self.connects += 1
+        self.connection = connection
+        self.reason = ""
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None and not attempt.done():
+            attempt.set_result(connection)
+
+    def _away(self, error: Exception) -> None:
+        reason = error.message if isinstance(error, StoragedError) else describe(error)
+        if isinstance(error, CertificateRefused | JurisdictionRefused) and self.pool.on_refusal is not None and reason != self.reason:
+            self.pool.on_refusal(self.node, error)
+        if reason != self.reason:
+            log.warning("node is away", peer=self.node, reason=reason)
+        self._fail_waiting(reason)
+
+    def _fail_waiting(self, reason: str) -> None:
+        self.reason = reason
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None and not attempt.done():
+            attempt.set_exception(PeerUnreachable(f"{self.node} is away: {reason}"))
+            attempt.exception()  # seen: nobody may be waiting for it
+
+    async def close(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self._fail_waiting("this node is stopping")
+        if self.connection is not None:
+            connection, self.connection = self.connection, None
+            connection.close("this node is stopping")
+            await asyncio.wait([connection.lost], timeout=0.5)
+            connection.abort("this node is stopping")
+
+    def statistics(self) -> LinkStatistics:
+        connection = self.connection
+        return LinkStatistics(
+            node=self.node,
+            state=self.state,
+            reason=self.reason,
+            connects=self.connects,
+            calls_pending=len(connection.pending) if connection else 0,
+            queued_bytes=connection.queued_bytes if connection else 0,
+            bytes_in=connection.bytes_in if connection else 0,
+            bytes_out=connection.bytes_out if connection else 0,
+        )
+
+
+class RpcPool:
+    """A ``Caller`` over mutual TLS. A call to ``local_name`` goes straight to ``local_methods``.
+
+    With a mapping of addresses all nodes are dialled at ``start``, with a function each when it is first called. ``jitter`` gives numbers in [0, 1).
+    """
+
+    def __init__(
+        self,
+        own: identity.Identity,
+        *,
+        addresses: Addresses,
+        admission: Admission,
+        local_name: str = "",
+        local_methods: Methods | None = None,
+        incarnation: bytes = b"",
+        limits: PoolLimits | None = None,
+        on_refusal: OnRefusal | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.identity = own
+        self.context = identity.client_context(own)
+        self.limits = limits or PoolLimits()
+        self.incarnation_bytes = incarnation or system_entropy(INCARNATION_BYTES)
+        self.on_refusal = on_refusal
+        self.jitter = jitter
+        self._addresses = addresses
+        self._admission = admission
+        self._local_name = local_name or own.name
+        self._local_methods: Methods = local_methods if local_methods is not None else {}
+        self._links: dict[str, _Link] = {}
+        self._prefixes: dict[str, bytes] = {}
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._running = False
+        self._calls = self._calls_local = self._calls_failed = self._calls_timed_out = 0
+
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._running = True
+        self._sweep_timer = self.loop.call_later(1.0, self._sweep)
+        if isinstance(self._addresses, Mapping):
+            for node in self._addresses:
+                if node != self._local_name:
+                    self._links[node] = _Link(self, node)
+
+    async def close(self) -> None:
+        """Calls under way fail with PeerUnreachable."""
+        self._running = False
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        links, self._links = list(self._links.values()), {}
+        await asyncio.gather(*(link.close() for link in links))
+
+    def renew(self, own: identity.Identity) -> None:
+        """New connections use the certificate that lies in the identity's directory now. Raises CertificateRefused and keeps the old one."""
+        identity.renew(self.context, own)
+        self.identity = own
+
+    # What is known of peers.
+
+    def connected(self, node: str) -> bool:
+        link = self._links.get(node)
+        return node == self._local_name or (link is not None and link.connection is not None and link.connection.is_open)
+
+    def away(self, node: str) -> str:
+        """Why calls to a node fail at once; empty while it is connected or being dialled."""
+        link = self._links.get(node)
+        return link.reason or "away" if link is not None and link.state == "away" else ""
+
+    def heard(self, node: str) -> float | None:
+        """When (the loop's seconds) the last byte came from a node on the connection in use; None without one."""
+        link = self._links.get(node)
+        return link.connection.heard if link is not None and link.connection is not None else None
+
+    def incarnation(self, node: str) -> bytes:
+        """Of the process that answers as ``node`` (its last, while it is away); empty when it was never reached."""
+        link = self._links.get(node)
+        return self.incarnation_bytes if node == self._local_name else link.incarnation if link is not None else b""
+
+    def statistics(self) -> PoolStatistics:
+        return PoolStatistics(
+            calls=self._calls,
+            calls_local=self._calls_local,
+            calls_failed=self._calls_failed,
+            calls_timed_out=self._calls_timed_out,
+            links=tuple(self._links[node].statistics() for node in sorted(self._links)),
+        )
+
+    def endpoint(self, node: str) -> tuple[str, int]:
+        """Raises PeerUnreachable."""
+        address = self._addresses.get(node) if isinstance(self._addresses, Mapping) else self._addresses(node)
+        host, _, port = (address or "").rpartition(":")
+        if not host or not port.isdecimal():
+            raise PeerUnreachable(f"No address of {node} is known." if not address else f"{address!r} is not host:port.")
+        return host.strip("[]"), int(port)
+
+    def judge(self, node: str, peer: PeerIdentity) -> None:
+        if peer.name != node:
+            raise CertificateRefused(f"The certificate at {node}'s address is {peer.name}'s.")
+        if peer.cluster != self.identity.cluster:
+            raise CertificateRefused(f"{node} belongs to cluster {peer.cluster!r}, {self.identity.name} to {self.identity.cluster!r}.")
+        self._admission(peer)
+
+    # Calls.
+
+    async def call(
+        self, node: str, method: str, request: Message, reply: type[T], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+    ) -> tuple[T, memoryview]:
+        self._calls += 1
+        try:
+            if node == self._local_name:
+                return await self._call_local(method, request, reply, body, timeout_s)
+            prefix = self._prefixes.get(method)
+            if prefix is None:
+                name = method.encode("ascii")
+                prefix = self._prefixes[method] = bytes([len(name)]) + name
+            pieces, size = measure(body) if body else ((), 0)
+            deadline = self.loop.time() + timeout_s
+            link = self._links.get(node)
+            connection = link.connection if link is not None else None
+            if connection is None:
+                connection = await self._connection(node, deadline)
+            return await connection.call(prefix, request, reply, pieces, size, deadline)
+        except PeerTimeout:
+            self._calls_timed_out += 1
+            raise
+        except PeerError:
+            self._calls_failed += 1
+            raise
+
+    async def _connection(self, node: str, deadline: float) -> ClientConnection:
+        if not self._running:
+            raise PeerUnreachable("This node is stopping.")
+        link = self._links.get(node)
+        if link is None:
+            self.endpoint(node)  # only nodes that have an address get a link: their number is the layout's
+            link = self._links[node] = _Link(self, node)
+        if link.attempt is None:
+            raise PeerUnreachable(f"{node} is away: {link.reason}")
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.shield(link.attempt)
+        except TimeoutError:
+            raise PeerTimeout(f"{node} was not reached in time.") from None
+
+    async def _call_local(
+        self, name: str, request: Message, reply: type[T], body: Sequence[Buffer], timeout_s: float
+    ) -> tuple[T, memoryview]:
+        """The same answers and errors as over the network; the body's bytes are the caller's, so what the handler keeps is copied out."""
+        self._calls_local += 1
+        own = self.identity.peer
+        method = self._local_methods.get(name)
+        if method is None:
+            raise faults.refused(faults.UNKNOWN_METHOD, f"{own.name} has no method {name!r}.")
+        if method.roles.isdisjoint(own.roles):
+            raise faults.refused(
+                faults.ROLE_REFUSED, f"{name} is for {', '.join(sorted(method.roles))}; {own.name} is {', '.join(own.roles)}."
+            )
+        if not isinstance(request, method.request):
+            raise faults.refused(faults.BAD_MESSAGE, f"{name} takes {method.request.__name__}, not {type(request).__name__}.")
+        sent = memoryview(body[0]).cast("B") if len(body) == 1 else memoryview(b"".join(body))
+        deadline = self.loop.time() + timeout_s
+        expiry = asyncio.timeout_at(deadline)
+        try:
+            async with expiry:
+                answer = await method.handler(request, Call(own, sent, deadline))
+        except Exception as error:
+            if expiry.expired():
+                raise PeerTimeout(f"{name} on this node took too long.") from None
+            if not isinstance(error, StoragedError):
+                log.exception("call failed", peer=own.name, method=name)
+            raise faults.as_peer_error(error, own.name) from error
+        message, pieces = answer if isinstance(answer, Reply) else (answer, ())
+        if not isinstance(message, reply):
+            raise faults.refused(faults.BAD_REPLY, f"{name} answers {type(message).__name__}, not {reply.__name__}.")
+        return message, memoryview(b"".join(pieces))
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        for link in list(self._links.values()):
+            if link.connection is not None and link.connection.stalled_s(now) > self.limits.stall_timeout_s:
+                link.connection.abort("the peer made no progress")
+        self._sweep_timer = self.loop.call_later(1.0, self._sweep)

@@ -1,0 +1,250 @@
+"""Frames of the internode protocol: what is on the wire inside TLS. No I/O: bytes in, frames out.
+
+A frame is a fixed header, a head (a msgpack message) and a body (raw bytes)::
+
+    0   2  magic "SR"
+    2   1  protocol version: 1
+    3   1  kind
+    4   8  request id, chosen by the caller, never reused on a connection
+    12  4  head length, <= 4 MiB
+    16  4  body length, <= 64 MiB
+    20  4  deadline: milliseconds that the caller still waits (requests; else 0)
+    24 ..  head, then body
+
+=========  =============================================  =======================================================
+kind       head                                           who
+=========  =============================================  =======================================================
+1 HELLO    :class:`Hello`                                 the dialling side, first
+2 WELCOME  :class:`Hello`                                 the answer when all is well
+3 REFUSED  :class:`ErrorHead`                             the answer otherwise; the connection is closed after it
+4 REQUEST  name length (u8), method name, the request     the dialling side
+5 REPLY    the answer                                     the listening side
+6 ERROR    :class:`ErrorHead`                             the listening side
+7 CANCEL   empty                                          the dialling side: nobody waits for this id any more
+=========  =============================================  =======================================================
+
+Theory of operation. :class:`FrameReader` is a sink for a BufferedProtocol: it says where the next bytes shall go, and is told how many came. Small frames
+are parsed in a scratch buffer that is used again and again; what does not fit goes straight into memory of its own, of the announced size,
+so that a body of megabytes is never copied after TLS decrypted it. Before any of that memory exists, ``admit`` sees the header and decides: TAKE
+it, SKIP it (nobody waits for it any more), or WAIT (no room: the reader stops, the caller pauses the transport and calls ``resume`` later).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from enum import Enum, IntEnum
+from typing import Final, NamedTuple
+
+from storaged.units import KIB, MIB
+from storaged.wire import Message
+
+PROTOCOL_VERSION: Final = 1
+MAGIC: Final = b"SR"
+HEAD_BYTES_MAX: Final = 4 * MIB
+BODY_BYTES_MAX: Final = 64 * MIB
+HANDSHAKE_BYTES_MAX: Final = 4 * KIB
+DEADLINE_MS_MAX: Final = 2**32 - 1
+SCRATCH_BYTES: Final = 256 * KIB
+"""One read of a busy connection: sixteen TLS records."""
+
+_HEADER = struct.Struct(">2sBBQIII")
+HEADER_BYTES: Final = _HEADER.size
+assert HEADER_BYTES == 24
+
+
+class FrameError(Exception):
+    """The peer broke the protocol; the connection cannot go on."""
+
+
+class Kind(IntEnum):
+    HELLO = 1
+    WELCOME = 2
+    REFUSED = 3
+    REQUEST = 4
+    REPLY = 5
+    ERROR = 6
+    CANCEL = 7
+
+
+_KINDS = frozenset(int(kind) for kind in Kind)
+
+
+class Verdict(Enum):
+    TAKE = 1
+    SKIP = 2
+    WAIT = 3
+
+
+class Header(NamedTuple):
+    kind: int
+    request_id: int
+    head_bytes: int
+    body_bytes: int
+    deadline_ms: int
+
+
+class Hello(Message, frozen=True):
+    """Who is at this end. ``incarnation`` is 8 random bytes per process start; ``version`` the highest protocol version spoken."""
+
+    cluster: str
+    name: str
+    incarnation: bytes
+    version: int
+
+
+class ErrorHead(Message, frozen=True):
+    """An error as it crosses the wire: the class's code, its message and details, and ``remote_code`` of a PeerRefused that is passed on."""
+
+    code: str
+    message: str
+    details: dict[str, str]
+    remote_code: str = ""
+
+
+Admit = Callable[[Header], Verdict]
+Deliver = Callable[[Header, memoryview, memoryview], None]
+"""``deliver(header, head, body)``. ``head`` is valid during the call only; ``body`` belongs to the receiver."""
+
+_EMPTY = memoryview(b"")
+
+
+def pack_header(kind: int, request_id: int, head_bytes: int, body_bytes: int = 0, deadline_ms: int = 0) -> bytes:
+    """Raises ValueError when head or body is too large: nothing of such a frame is sent."""
+    if head_bytes > HEAD_BYTES_MAX or body_bytes > BODY_BYTES_MAX:
+        raise ValueError(
+            f"a frame has at most {HEAD_BYTES_MAX} bytes of message and {BODY_BYTES_MAX} of body; this has {head_bytes} and {body_bytes}"
+        )
+    return _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, request_id, head_bytes, body_bytes, deadline_ms)
+
+
+def unpack_header(data: memoryview | bytes | bytearray, offset: int = 0) -> Header:
+    """Raises FrameError that says what is wrong."""
+    magic, version, kind, request_id, head_bytes, body_bytes, deadline_ms = _HEADER.unpack_from(data, offset)
+    if magic != MAGIC:
+        raise FrameError(f"not a storaged frame: it begins with {magic.hex()}")
+    if version != PROTOCOL_VERSION:
+        raise FrameError(f"the peer speaks protocol version {version}, this daemon {PROTOCOL_VERSION}")
+    if kind not in _KINDS:
+        raise FrameError(f"unknown kind of frame {kind}")
+    if head_bytes > HEAD_BYTES_MAX or body_bytes > BODY_BYTES_MAX:
+        raise FrameError(f"a frame of {head_bytes} + {body_bytes} bytes is over the limit of {HEAD_BYTES_MAX} + {BODY_BYTES_MAX}")
+    return Header(kind, request_id, head_bytes, body_bytes, deadline_ms)
+
+
+class FrameReader:
+    """See the module's theory of operation. One per connection; not for several threads."""
+
+    __slots__ = (
+        "_admit",
+        "_body",
+        "_deliver",
+        "_end",
+        "_filled",
+        "_head",
+        "_header",
+        "_scratch",
+        "_skip_bytes",
+        "_start",
+        "_view",
+        "waiting",
+    )
+
+    def __init__(self, admit: Admit, deliver: Deliver, scratch_bytes: int = SCRATCH_BYTES) -> None:
+        assert scratch_bytes >= 2 * HEADER_BYTES
+        self._admit = admit
+        self._deliver = deliver
+        self._scratch = bytearray(scratch_bytes)
+        self._view = memoryview(self._scratch)
+        self._start = 0
+        self._end = 0
+        self._header: Header | None = None  # of the frame that is read into memory of its own
+        self._head = _EMPTY
+        self._body = _EMPTY
+        self._filled = 0
+        self._skip_bytes = 0
+        self.waiting = False
+        """``admit`` said WAIT; nothing is parsed until :meth:`resume`."""
+
+    @property
+    def midway(self) -> bool:
+        """Part of a frame has arrived and the rest has not."""
+        return not self.waiting and (self._header is not None or self._skip_bytes > 0 or self._end > self._start)
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes shall go; never empty."""
+        if self._header is not None:
+            if self._filled < len(self._head):
+                return self._head[self._filled :]
+            return self._body[self._filled - len(self._head) :]
+        if len(self._scratch) - self._end < HEADER_BYTES:
+            left = self._end - self._start
+            self._scratch[:left] = self._scratch[self._start : self._end]
+            self._start, self._end = 0, left
+            if left == len(self._scratch):
+                raise FrameError("bytes arrived although reading is paused")
+        return self._view[self._end :]
+
+    def received(self, count: int) -> None:
+        """``count`` bytes were put into the last :meth:`buffer`. Calls ``admit`` and ``deliver`` for what is complete. Raises FrameError."""
+        header = self._header
+        if header is None:
+            self._end += count
+            self._parse()
+            return
+        self._filled += count
+        if self._filled == header.head_bytes + header.body_bytes:
+            head, body = self._head, self._body
+            self._header, self._head, self._body = None, _EMPTY, _EMPTY
+            self._deliver(header, head, body)
+
+    def resume(self) -> None:
+        """After WAIT: asks ``admit`` again and goes on with what had arrived."""
+        self.waiting = False
+        if self._header is None:
+            self._parse()
+
+    def _parse(self) -> None:
+        while not self.waiting:
+            available = self._end - self._start
+            if self._skip_bytes:
+                skipped = min(self._skip_bytes, available)
+                self._skip_bytes -= skipped
+                self._start += skipped
+                available -= skipped
+            if available < HEADER_BYTES:
+                break
+            header = unpack_header(self._scratch, self._start)
+            verdict = self._admit(header)
+            if verdict is Verdict.WAIT:
+                self.waiting = True
+                break
+            self._start += HEADER_BYTES
+            if verdict is Verdict.SKIP:
+                self._skip_bytes = header.head_bytes + header.body_bytes
+            elif available - HEADER_BYTES >= header.head_bytes + header.body_bytes:
+                self._deliver_from_scratch(header)
+            else:
+                self._read_apart(header)
+                break
+        if self._start == self._end:
+            self._start = self._end = 0
+
+    def _deliver_from_scratch(self, header: Header) -> None:
+        body_start = self._start + header.head_bytes
+        body_end = body_start + header.body_bytes
+        head = self._view[self._start : body_start]
+        self._start = body_end
+        self._deliver(header, head, memoryview(bytes(self._view[body_start:body_end])) if header.body_bytes else _EMPTY)
+
+    def _read_apart(self, header: Header) -> None:
+        """The rest of this frame goes into memory of its own."""
+        here = self._end - self._start
+        self._head = memoryview(bytearray(header.head_bytes))
+        self._body = memoryview(bytearray(header.body_bytes)) if header.body_bytes else _EMPTY
+        in_head = min(here, header.head_bytes)
+        self._head[:in_head] = self._view[self._start : self._start + in_head]
+        self._body[: here - in_head] = self._view[self._start + in_head : self._end]
+        self._filled = here
+        self._header = header
+        self._start = self._end = 0

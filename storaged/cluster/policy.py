@@ -1,0 +1,123 @@
+"""Jurisdiction: which countries a node may stand in, and whose law its operator may be under. Pure.
+
+A place is admitted when EU law applies there without the operator having to argue for it: the 27 member states, and the six French
+outermost regions with ISO codes of their own (Articles 349 and 355(1) TFEU). Overseas countries and territories (Annex II TFEU: NC, PF, GL,
+CW ...) are not, nor are members of the EEA, nor anybody who merely has an adequacy decision. AX is part of Finland, but outside
+several EU acts by Protocol 2 of its accession: whoever stands there is refused.
+
+Everything fails closed: what is missing, unknown, mistyped or lower-case is a refusal that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from storaged.cluster.ports import PeerIdentity
+from storaged.errors import JurisdictionRefused
+
+
+def _codes(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+EU_MEMBERS: Final = _codes("AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK")
+EU_LAW_TERRITORIES: Final = _codes("GF GP MQ MF RE YT")
+EU_LAW: Final = EU_MEMBERS | EU_LAW_TERRITORIES
+"""All that can ever be admitted; a policy only narrows it."""
+
+OVERSEAS: Final = _codes("AW BL BQ CW GL NC PF PM SX TF WF")
+"""Overseas countries and territories of EU members (Annex II TFEU): associated with the Union, not under its law."""
+
+ISO_3166_1: Final = _codes(
+    "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY BZ CA CC CD CF CG CH CI CK CL "
+    "CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU "
+    "GW GY HK HM HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP KE KG KH KI KM KN KP KR KW KY KZ LA LB LC LI LK LR LS LT LU LV LY MA MC "
+    "MD ME MF MG MH MK ML MM MN MO MP MQ MR MS MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT "
+    "PW PY QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO TR TT TV TW TZ UA "
+    "UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW"
+)
+"""The officially assigned alpha-2 codes."""
+
+
+def outside_eu_law(country: object) -> str:
+    """Why a country is not under EU law; empty when it is."""
+    if country in EU_LAW:
+        return ""
+    if not country:
+        return "no country is named"
+    if not isinstance(country, str) or country not in ISO_3166_1:
+        return f"{country!r} is not an ISO 3166-1 country code in capitals"
+    if country in OVERSEAS:
+        return f"{country} is an overseas country or territory: EU law does not apply there"
+    return f"{country} is outside the European Union"
+
+
+class Policy:
+    """The countries that a cluster, or a bucket in it, allows: a part of :data:`EU_LAW`, never more.
+
+    Immutable. An empty selection admits nobody; :meth:`of` is how configuration and layouts say "no narrower than EU law".
+    """
+
+    __slots__ = ("countries",)
+
+    countries: frozenset[str]
+
+    def __init__(self, countries: Iterable[str] = EU_LAW) -> None:
+        """Raises JurisdictionRefused that names the first country outside EU law."""
+        if isinstance(countries, str):
+            raise JurisdictionRefused(f"a policy is a list of countries, not the text {countries!r}")
+        chosen = frozenset(countries)
+        for country in sorted(chosen, key=repr):
+            if reason := outside_eu_law(country):
+                raise JurisdictionRefused(f"The policy cannot allow {country!r}: {reason}.")
+        object.__setattr__(self, "countries", chosen)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a policy is immutable")
+
+    @classmethod
+    def of(cls, countries: Iterable[str]) -> Policy:
+        """As configuration writes it: an empty list means all of EU law."""
+        chosen = tuple(countries) if not isinstance(countries, str) else countries
+        return cls(chosen) if chosen else cls()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Policy) and self.countries == other.countries
+
+    def __hash__(self) -> int:
+        return hash(self.countries)
+
+    def __repr__(self) -> str:
+        return f"Policy({sorted(self.countries)})"
+
+    def narrow(self, countries: Iterable[str]) -> Policy:
+        """This policy within ``countries`` (none named: unchanged). Raises JurisdictionRefused when one of them is not allowed here already."""
+        narrower = Policy.of(countries) if not isinstance(countries, str) else Policy(countries)
+        if narrower.countries == EU_LAW:
+            return self
+        beyond = sorted(narrower.countries - self.countries)
+        if beyond:
+            raise JurisdictionRefused(f"{', '.join(beyond)} is not among the countries allowed here: {', '.join(sorted(self.countries))}.")
+        return narrower
+
+    def refusal(self, country: object) -> str:
+        """Why a country is not admitted; empty when it is."""
+        reason = outside_eu_law(country)
+        if not reason and country not in self.countries:
+            allowed = ", ".join(sorted(self.countries)) or "none"
+            reason = f"{country} is not among the countries allowed here: {allowed}"
+        return reason
+
+    def admits(self, country: object) -> bool:
+        return not self.refusal(country)
+
+    def admit(self, peer: PeerIdentity) -> None:
+        """An ``Admission``: the node stands in an allowed country, and its operator is under EU law.
+
+        Raises JurisdictionRefused with the reason.
+        """
+        if reason := self.refusal(peer.country):
+            raise JurisdictionRefused(f"Node {peer.name!r} is not certified inside the policy: {reason}.")
+        if reason := outside_eu_law(peer.jurisdiction):
+            raise JurisdictionRefused(f"The operator of node {peer.name!r} is not certified to be under EU law: {reason}.")

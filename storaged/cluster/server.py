@@ -1,0 +1,531 @@
+"""The listening side of the internode protocol.
+
+Theory of operation. A peer is let in by three gates in this order: TLS (a certificate of this cluster's authority, valid now), the certificate's
+extension and the admission policy (jurisdiction), and the handshake (same cluster, same protocol version, the name that was certified). A
+refusal is sent when there is somebody to send it to, logged, and handed to ``on_refusal`` for the audit log.
+
+Requests then run as tasks. What they hold in memory is bounded twice, per connection and per server: before a body is received its bytes are taken
+from both budgets, answers with large bodies count until they have left, and when a budget is used up the server stops reading from that
+connection: TCP carries the back-pressure to the caller. A single body larger than a budget is admitted when nothing else is in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import structlog
+from msgspec import MsgspecError
+
+from storaged.cluster import faults, identity
+from storaged.cluster.connection import SMALL_BODY_BYTES, Connection, describe, measure
+from storaged.cluster.framing import HANDSHAKE_BYTES_MAX, PROTOCOL_VERSION, FrameError, Header, Hello, Kind, Verdict
+from storaged.cluster.ports import Admission, Call, Method, Methods, PeerIdentity, Reply
+from storaged.errors import CertificateRefused, PortInUse, StoragedError
+from storaged.ids import INCARNATION_BYTES, system_entropy
+from storaged.units import MIB
+from storaged.wire import Message, decode, encode
+
+log = structlog.get_logger(__name__)
+
+OnRefusal = Callable[[str, StoragedError], None]
+"""``on_refusal(peer, error)``: ``peer`` is the certified name, or the network address of one who has none."""
+
+SWEEP_S = 0.25
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Bounds of one server. ``inflight``: bodies received or being answered."""
+
+    connections_max: int = 1024
+    handshakes_max: int = 64
+    handlers_per_connection_max: int = 256
+    inflight_bytes_per_connection_max: int = 32 * MIB
+    inflight_bytes_max: int = 96 * MIB
+    handshake_timeout_s: float = 10.0
+    stall_timeout_s: float = 30.0
+    drain_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class ServerStatistics:
+    connections: int
+    handlers_running: int
+    inflight_bytes: int
+    inflight_bytes_peak: int
+    connections_waiting: int
+    calls: int
+    calls_failed: int
+    calls_cancelled: int
+    peers_refused: int
+    bytes_in: int
+    bytes_out: int
+    peers: tuple[str, ...]
+
+
+class Budget:
+    """Bytes that may be in flight, given out in the order they were asked for."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self._waiting: deque[tuple[int, ServerConnection]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def _fits(self, size: int) -> bool:
+        return self.used_bytes == 0 or self.used_bytes + size <= self.limit_bytes
+
+    def take(self, size: int) -> bool:
+        if self._waiting or not self._fits(size):
+            return False
+        self.add(size)
+        return True
+
+    def add(self, size: int) -> None:
+        """Counts what is there already (an answer), whether or not it fits."""
+        self.used_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def wait(self, size: int, connection: ServerConnection) -> None:
+        self._waiting.append((size, connection))
+
+    def forget(self, connection: ServerConnection) -> None:
+        self._waiting = deque(entry for entry in self._waiting if entry[1] is not connection)
+        self._wake()
+
+    def release(self, size: int) -> None:
+        self.used_bytes -= size
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting and self._fits(self._waiting[0][0]):
+            size, connection = self._waiting.popleft()
+            self.add(size)
+            connection.granted(size)
+
+
+class _Running(NamedTuple):
+    task: asyncio.Task[None]
+    deadline: float
+
+
+class ServerConnection(Connection):
+    """One peer. ``peer`` is set once it is welcome."""
+
+    def __init__(self, server: RpcServer) -> None:
+        super().__init__(server.loop)
+        self.server = server
+        self.peer: PeerIdentity | None = None
+        self.hello: asyncio.Future[Hello] = self.loop.create_future()
+        self.running: dict[int, _Running] = {}
+        self.inflight_bytes = 0
+        self._receiving_bytes = 0
+        self._granted: int | None = None
+        self._blocked = False  # by this connection's own bounds
+
+    # Frames in.
+
+    def admit(self, header: Header) -> Verdict:
+        if self.peer is None:
+            if header.kind != Kind.HELLO or header.head_bytes > HANDSHAKE_BYTES_MAX or header.body_bytes or self.hello.done():
+                raise FrameError("the peer did not begin with a handshake")
+            return Verdict.TAKE
+        if header.kind == Kind.CANCEL and not header.head_bytes and not header.body_bytes:
+            return Verdict.TAKE
+        if header.kind != Kind.REQUEST:
+            raise FrameError(f"a {Kind(header.kind).name} frame does not belong here")
+        size = header.body_bytes
+        if self._granted is not None:
+            self._granted = None
+        elif not self._has_room(size):
+            self._blocked = True
+            return self._wait()
+        elif not self.server.budget.take(size):
+            self.server.budget.wait(size, self)
+            return self._wait()
+        self.inflight_bytes += size
+        self._receiving_bytes = size
+        return Verdict.TAKE
+
+    def _has_room(self, size: int) -> bool:
+        limits = self.server.limits
+        if len(self.running) >= limits.handlers_per_connection_max:
+            return False
+        return self.inflight_bytes == 0 or self.inflight_bytes + size <= limits.inflight_bytes_per_connection_max
+
+    def _wait(self) -> Verdict:
+        if self.transport is not None:
+            self.transport.pause_reading()
+        return Verdict.WAIT
+
+    def granted(self, size: int) -> None:
+        """The server's budget has room for the body that this connection waits with."""
+        self._granted = size
+        self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self.transport is None or not self.reader.waiting:
+            return
+        self._blocked = False
+        try:
+            self.reader.resume()
+        except FrameError as error:
+            self.broken(error)
+        if not self.reader.waiting and self.is_open:
+            self.transport.resume_reading()
+
+    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
+        if header.kind == Kind.REQUEST:
+            self._receiving_bytes = 0
+            self._begin(header, head, body)
+        elif header.kind == Kind.CANCEL:
+            running = self.running.get(header.request_id)
+            if running is not None:
+                running.task.cancel()
+        else:
+            try:
+                self.hello.set_result(decode(head, Hello))
+            except MsgspecError as error:
+                raise FrameError(f"the handshake does not decode: {error}") from error
+
+    def _begin(self, header: Header, head: memoryview, body: memoryview) -> None:
+        request_id = header.request_id
+        if request_id in self.running:
+            raise FrameError(f"request id {request_id} is in use")
+        assert self.peer is not None
+        self.server.calls += 1
+        name_bytes = head[0] if head else 0
+        name = bytes(head[1 : 1 + name_bytes])
+        method = self.server.methods_by_name.get(name)
+        try:
+            if method is None:
+                raise faults.refused(
+                    faults.UNKNOWN_METHOD, f"{self.server.identity.name} has no method {name.decode('ascii', 'replace')!r}."
+                )
+            if method.roles.isdisjoint(self.peer.roles):
+                needed = ", ".join(sorted(method.roles)) or "no one"
+                raise faults.refused(
+                    faults.ROLE_REFUSED, f"{name.decode()} is for {needed}; {self.peer.name} is {', '.join(self.peer.roles)}."
+                )
+            request = decode(head[1 + name_bytes :], method.request)
+        except MsgspecError as error:
+            self._fail(request_id, faults.refused(faults.BAD_MESSAGE, f"The request to {name.decode()} does not decode: {error}"))
+            self._release(header.body_bytes)
+        except StoragedError as error:
+            log.warning("call refused", peer=self.peer.name, code=getattr(error, "remote_code", error.code), reason=error.message)
+            self._fail(request_id, error)
+            self._release(header.body_bytes)
+        else:
+            deadline = self.loop.time() + header.deadline_ms / 1000
+            task = self.loop.create_task(self._serve(request_id, name, method, request, Call(self.peer, body, deadline)))
+            self.running[request_id] = _Running(task, deadline)
+            # Not a finally in the task: one that is cancelled before its first step never gets there.
+            task.add_done_callback(partial(self._finished, request_id, header.body_bytes))
+
+    # Answers.
+
+    async def _serve(self, request_id: int, name: bytes, method: Method, request: Message, call: Call) -> None:
+        try:
+            answer = await method.handler(request, call)
+            message, body = answer if isinstance(answer, Reply) else (answer, ())
+            if body:
+                pieces, reply_bytes = measure(body)
+                self._send_bulk(request_id, encode(message), pieces, reply_bytes)
+            else:
+                self.send(Kind.REPLY, request_id, encode(message))
+        except StoragedError as error:
+            self._fail(request_id, error)
+        except Exception as error:
+            log.exception("call failed", peer=call.peer.name, method=name.decode())
+            self._fail(request_id, error)
+
+    def _finished(self, request_id: int, size: int, task: asyncio.Task[None]) -> None:
+        self.running.pop(request_id, None)
+        self.server.calls_cancelled += task.cancelled()
+        self._release(size)
+
+    def _send_bulk(self, request_id: int, head: bytes, pieces: tuple[bytes | bytearray | memoryview, ...], size: int) -> None:
+        counted = size if size > SMALL_BODY_BYTES else 0
+        self.inflight_bytes += counted
+        self.server.budget.add(counted)
+        try:
+            self.send(Kind.REPLY, request_id, head, pieces, size)
+        except ValueError:
+            self._release(counted)
+            raise
+
+    def _fail(self, request_id: int, error: Exception) -> None:
+        self.server.calls_failed += 1
+        self.send(Kind.ERROR, request_id, encode(faults.to_head(error)))
+
+    def sent(self, request_id: int, size: int) -> None:
+        self._release(size)
+
+    def _release(self, size: int) -> None:
+        self.inflight_bytes -= size
+        self.server.budget.release(size)
+        if self._blocked and self.reader.waiting:
+            self.loop.call_soon(self._go_on)
+
+    def closed(self) -> None:
+        self.server.budget.forget(self)
+        for held in (self._receiving_bytes, self._granted or 0):
+            self.server.budget.release(held)
+        self._receiving_bytes, self._granted = 0, None
+        for running in list(self.running.values()):
+            running.task.cancel()
+        self._give_up(ConnectionResetError(self.reason))
+        self.server.gone(self)
+
+    def broken(self, error: FrameError) -> None:
+        if self.peer is None and not self.hello.done():
+            self._give_up(CertificateRefused(f"The handshake failed: {error}."))
+        else:
+            self.abort(str(error))
+
+    def _give_up(self, error: Exception) -> None:
+        if not self.hello.done():
+            self.hello.set_exception(error)
+            self.hello.exception()  # seen: nobody may be waiting for it yet
+
+
+class RpcServer:
+    """Answers ``methods`` on a TCP port, to peers that ``admission`` lets in.
+
+    ``incarnation`` (8 bytes) tells peers apart one start of this process from the next. Use: ``await start(host, port)`` ... ``await close()``.
+    """
+
+    def __init__(
+        self,
+        own: identity.Identity,
+        methods: Methods,
+        *,
+        admission: Admission,
+        incarnation: bytes = b"",
+        limits: ServerLimits | None = None,
+        on_refusal: OnRefusal | None = None,
+    ) -> None:
+        self.identity = own
+        self.limits = limits or ServerLimits()
+        self.methods_by_name = {name.encode("ascii"): method for name, method in methods.items()}
+        assert all(0 < len(name) < 256 for name in self.methods_by_name)
+        self.budget = Budget(self.limits.inflight_bytes_max)
+        self.calls = 0
+        self.calls_failed = 0
+        self.calls_cancelled = 0
+        self._admission = admission
+        self._incarnation = incarnation or system_entropy(INCARNATION_BYTES)
+        self._on_refusal = on_refusal
+        self._context = identity.server_context(own)
+        self._connections: set[ServerConnection] = set()
+        self._welcoming: set[asyncio.Task[None]] = set()
+        self._listeners: list[socket.socket] = []
+        self._accepting: list[asyncio.Task[None]] = []
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._refused = 0
+        self._bytes_in_gone = 0
+        self._bytes_out_gone = 0
+
+    @property
+    def port(self) -> int:
+        """The port in use (as chosen by the system when 0 was asked for)."""
+        port: int = self._listeners[0].getsockname()[1]
+        return port
+
+    async def start(self, host: str, port: int) -> None:
+        """Listens on every address of ``host``. Raises PortInUse, or OSError for an address that is not this machine's."""
+        self.loop = asyncio.get_running_loop()
+        self._handshakes = asyncio.Semaphore(self.limits.handshakes_max)
+        found = await self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            for family, _type, _protocol, _name, address in sorted(set(found)):
+                chosen = (address[0], self.port, *address[2:]) if self._listeners and port == 0 else address
+                self._listeners.append(_listen(family, chosen))
+        except OSError:
+            for listener in self._listeners:
+                listener.close()
+            self._listeners.clear()
+            raise
+        self._accepting = [self.loop.create_task(self._accept(listener)) for listener in self._listeners]
+        self._sweep_timer = self.loop.call_later(SWEEP_S, self._sweep)
+        log.info("listening for nodes", host=host, port=self.port, node=self.identity.name)
+
+    async def close(self) -> None:
+        """Takes no more requests, lets those that run finish for ``drain_s``, then ends every connection."""
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        for task in (*self._accepting, *self._welcoming):
+            task.cancel()
+        await asyncio.gather(*self._accepting, *self._welcoming, return_exceptions=True)
+        for listener in self._listeners:
+            listener.close()
+        connections = list(self._connections)
+        for connection in connections:
+            if connection.transport is not None and not connection.reader.waiting:
+                connection.transport.pause_reading()
+        running = [entry.task for connection in connections for entry in connection.running.values()]
+        if running:
+            _done, late = await asyncio.wait(running, timeout=self.limits.drain_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for connection in connections:
+            connection.close("this node is stopping")
+        if connections:
+            await asyncio.wait([connection.lost for connection in connections], timeout=1.0)
+        for connection in connections:
+            connection.abort("this node is stopping")
+        self._accepting.clear()
+        self._listeners.clear()
+
+    def renew(self, own: identity.Identity) -> None:
+        """New connections use the certificate that lies in the identity's directory now. Raises CertificateRefused and keeps the old one."""
+        identity.renew(self._context, own)
+        self.identity = own
+
+    def statistics(self) -> ServerStatistics:
+        connections = self._connections
+        return ServerStatistics(
+            connections=len(connections),
+            handlers_running=sum(len(connection.running) for connection in connections),
+            inflight_bytes=self.budget.used_bytes,
+            inflight_bytes_peak=self.budget.peak_bytes,
+            connections_waiting=sum(connection.reader.waiting for connection in connections),
+            calls=self.calls,
+            calls_failed=self.calls_failed,
+            calls_cancelled=self.calls_cancelled,
+            peers_refused=self._refused,
+            bytes_in=self._bytes_in_gone + sum(connection.bytes_in for connection in connections),
+            bytes_out=self._bytes_out_gone + sum(connection.bytes_out for connection in connections),
+            peers=tuple(sorted(connection.peer.name for connection in connections if connection.peer is not None)),
+        )
+
+    # Letting peers in.
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            await self._handshakes.acquire()
+            try:
+                accepted, address = await self.loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, mostly: those who are in must go on
+                self._handshakes.release()
+                log.error("cannot accept a connection", reason=describe(error))
+                await asyncio.sleep(SWEEP_S)
+                continue
+            except BaseException:
+                self._handshakes.release()
+                raise
+            task = self.loop.create_task(self._welcome(accepted, f"{address[0]}:{address[1]}"))
+            self._welcoming.add(task)
+            task.add_done_callback(self._welcomed)
+
+    def _welcomed(self, task: asyncio.Task[None]) -> None:
+        self._welcoming.discard(task)
+        self._handshakes.release()
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a handshake failed unexpectedly", reason=repr(task.exception()))
+
+    async def _welcome(self, accepted: socket.socket, address: str) -> None:
+        if len(self._connections) >= self.limits.connections_max:
+            log.warning("connection refused: too many", address=address, connections_max=self.limits.connections_max)
+            accepted.close()
+            return
+        connection = ServerConnection(self)
+        who = address
+        try:
+            async with asyncio.timeout(self.limits.handshake_timeout_s):
+                await self.loop.connect_accepted_socket(
+                    lambda: connection, accepted, ssl=self._context, ssl_handshake_timeout=self.limits.handshake_timeout_s
+                )
+                peer = identity.identity_of(connection.peer_certificate())
+                who = peer.name
+                self._admission(peer)
+                self._judge(await connection.hello, peer)
+        except StoragedError as error:
+            self._refuse(connection, who, error)
+        except ssl.SSLError as error:
+            self._refuse(connection, who, CertificateRefused(f"TLS with {address} failed: {describe(error)}."))
+        except (TimeoutError, OSError) as error:
+            connection.abort("the handshake was not completed")
+            log.debug("handshake not completed", address=address, reason=describe(error))
+        except asyncio.CancelledError:
+            connection.abort("this node is stopping")
+            raise
+        else:
+            self._let_in(connection, peer)
+
+    def _judge(self, hello: Hello, peer: PeerIdentity) -> None:
+        own = self.identity
+        if hello.version != PROTOCOL_VERSION:
+            raise CertificateRefused(f"{peer.name} speaks protocol version {hello.version}, {own.name} {PROTOCOL_VERSION}.")
+        for cluster in (hello.cluster, peer.cluster):
+            if cluster != own.cluster:
+                raise CertificateRefused(f"{peer.name} belongs to cluster {cluster!r}, {own.name} to {own.cluster!r}.")
+        if hello.name != peer.name or len(hello.incarnation) != INCARNATION_BYTES:
+            raise CertificateRefused(f"{peer.name} introduces itself as {hello.name!r}.")
+
+    def _let_in(self, connection: ServerConnection, peer: PeerIdentity) -> None:
+        if not connection.is_open:
+            return
+        connection.peer = peer
+        self._connections.add(connection)
+        own = self.identity
+        connection.send(Kind.WELCOME, 0, encode(Hello(own.cluster, own.name, self._incarnation, PROTOCOL_VERSION)))
+        log.debug("node connected", peer=peer.name)
+
+    def _refuse(self, connection: ServerConnection, who: str, error: StoragedError) -> None:
+        self._refused += 1
+        log.warning("node refused", peer=who, code=error.code, reason=error.message)
+        if connection.is_open:
+            connection.send(Kind.REFUSED, 0, encode(faults.to_head(error)))
+            self.loop.call_soon(connection.close, error.message)
+        if self._on_refusal is not None:
+            self._on_refusal(who, error)
+
+    def gone(self, connection: ServerConnection) -> None:
+        self._bytes_in_gone += connection.bytes_in
+        self._bytes_out_gone += connection.bytes_out
+        if connection in self._connections:
+            self._connections.discard(connection)
+            peer = connection.peer.name if connection.peer is not None else ""
+            log.debug("node disconnected", peer=peer, reason=connection.reason)
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        for connection in list(self._connections):
+            if connection.stalled_s(now) > self.limits.stall_timeout_s:
+                connection.abort("the peer made no progress")
+            for entry in list(connection.running.values()):
+                if entry.deadline < now:
+                    entry.task.cancel()
+        self._sweep_timer = self.loop.call_later(SWEEP_S, self._sweep)
+
+
+def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            with contextlib.suppress(OSError):
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"{address[0]}:{address[1]} is already in use by another program.") from error
+        raise
+    return listener
