@@ -476,6 +476,20 @@ class KeyringMismatch(OperatorError):
     hint = "Restore it: `storaged keys restore FILE`. Keys are never created anew for an existing cluster: data would be lost behind them."
 
 
+class KeyringDamaged(OperatorError):
+    """The keyring file is damaged, or is not a keyring."""
+
+    code = "KEYRING_DAMAGED"
+    hint = "Move it aside, and restore the backup in its place: `storaged keys restore FILE`."
+
+
+class FileExists(OperatorError):
+    """The file exists already; it was left as it is."""
+
+    code = "FILE_EXISTS"
+    hint = "Name another file, or move this one aside. Files with keys are never overwritten."
+
+
 class WrongPassphrase(OperatorError):
     """The passphrase does not open this keyring."""
 
@@ -494,6 +508,13 @@ class DiskReadOnly(OperatorError):
 
     code = "DISK_READ_ONLY"
     hint = "Look at the kernel log for I/O errors. Replace the disk; repair rebuilds what it held."
+
+
+class IndexDamaged(OperatorError):
+    """The index of a disk's fragments cannot be read. The fragments themselves are not affected."""
+
+    code = "INDEX_DAMAGED"
+    hint = "Stop the node and run `storaged fsck --rebuild-index DISK`: the index is made anew from the segments."
 
 
 class DiskFull(OperatorError):
