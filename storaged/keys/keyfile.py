@@ -1,0 +1,364 @@
+"""The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMAT.md beside this file gives every field.
+
+A file is JSON, so that an operator sees what it is: keyring id, how it is protected, the sealed body (SOV1), and which epoch the last backup covers. Everything but the
+last is bound into the seal. A backup is the same kind of file under its own passphrase.
+
+Keys are made by ``create_keyring`` only. Opening, restoring and backing up never make one, and no file is ever overwritten: a cluster whose keyring is missing must
+say so, for with a new keyring all its data would be lost behind the old one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from cryptography.hazmat.primitives.hashes import SHA512
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from storaged.clock import Clock, SystemClock
+from storaged.errors import FileExists, KeyringDamaged, KeyringMismatch, OperatorError, WrongPassphrase
+from storaged.ids import Entropy, system_entropy
+from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, seal_message
+from storaged.wire import Message, decode, encode
+
+FORMAT = "storaged keyring"
+VERSION = 1
+LABEL = "sov.keyring.v1"
+KEYRING_ID_BYTES = 16
+CREDENTIAL_BYTES = 32
+FILE_BYTES_MAX = 1024 * 1024
+KDF_SALT_BYTES = 16
+
+
+class Argon2Cost(NamedTuple):
+    """Work of one guess at the passphrase. The default takes half a second and 256 MiB, four times RFC 9106's second recommendation."""
+
+    memory_kib: int = 256 * 1024
+    passes: int = 3
+    lanes: int = 4
+
+
+ARGON2_COST = Argon2Cost()
+ARGON2_COST_MAX = Argon2Cost(4 * 1024 * 1024, 64, 64)
+"""What a file may ask for: a forged one must not take all memory."""
+
+
+@dataclass(frozen=True, repr=False)
+class Passphrase:
+    """Protects by something that people remember; normalised to NFC, so that it opens on every keyboard. ``cost`` counts when a file is made."""
+
+    text: str
+    cost: Argon2Cost = ARGON2_COST
+
+    def __repr__(self) -> str:
+        return "Passphrase(...)"
+
+
+@dataclass(frozen=True, repr=False)
+class Credential:
+    """Protects by 32 random bytes that something else keeps: systemd's encrypted credentials, or a file of mode 0600 in a trial cluster."""
+
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return "Credential(...)"
+
+    @classmethod
+    def load(cls, path: Path) -> Credential:
+        """Raises KeyringMismatch when the file is not there or not 32 bytes long."""
+        try:
+            secret = path.read_bytes()
+        except OSError as error:
+            raise KeyringMismatch(f"The keyring's credential {path} cannot be read: {error.strerror}.") from None
+        if len(secret) != CREDENTIAL_BYTES:
+            raise KeyringMismatch(f"The keyring's credential {path} has {len(secret)} bytes instead of {CREDENTIAL_BYTES}.")
+        return cls(secret)
+
+    @classmethod
+    def create(cls, path: Path, entropy: Entropy = system_entropy) -> Credential:
+        """A new file of mode 0600. Raises FileExists."""
+        secret = entropy(CREDENTIAL_BYTES)
+        _write_new(path, secret)
+        return cls(secret)
+
+
+Protection = Passphrase | Credential
+
+
+class EpochKey(Message, frozen=True):
+    """Bucket keys are wrapped under the newest. Older ones stay until no bucket key needs them; destroying one shreds what it wrapped."""
+
+    epoch: int
+    key: bytes
+    created_ms: int
+
+    def __repr__(self) -> str:
+        return f"EpochKey(epoch={self.epoch})"
+
+
+class _Body(Message, frozen=True):
+    """The sealed body: epoch keys in ascending order, the key that authenticates records, the key that seals S3 secrets."""
+
+    epochs: tuple[EpochKey, ...]
+    record_key: bytes
+    secret_key: bytes
+
+    def __repr__(self) -> str:
+        return "_Body(...)"
+
+
+class KeyMaterial:
+    """An opened keyring file. Holds secrets: never logged, and its repr shows only the id."""
+
+    def __init__(self, path: Path, keyring_id: bytes, body: _Body, backed_up_epoch: int) -> None:
+        self.path = path
+        self.keyring_id = keyring_id
+        self.epochs: Mapping[int, EpochKey] = {entry.epoch: entry for entry in body.epochs}
+        self.newest = body.epochs[-1]
+        self.record_key = body.record_key
+        self.secret_key = body.secret_key
+        self.backed_up_epoch = backed_up_epoch
+        """The newest epoch that a backup covers, 0: none was made."""
+        self._body = body
+
+    def __repr__(self) -> str:
+        return f"KeyMaterial(keyring_id={self.keyring_id.hex()}, newest epoch={self.newest.epoch})"
+
+    @property
+    def is_backed_up(self) -> bool:
+        return self.backed_up_epoch >= self.newest.epoch
+
+
+def create_keyring(path: Path, protection: Protection, *, clock: Clock | None = None, entropy: Entropy = system_entropy) -> KeyMaterial:
+    """Makes new keys, epoch 1, in a new file of mode 0600: only for a cluster that is being created. Raises FileExists."""
+    now_ms = (clock or SystemClock()).wall_ms()
+    body = _Body((EpochKey(1, entropy(KEY_BYTES), now_ms),), entropy(KEY_BYTES), entropy(KEY_BYTES))
+    keyring_id = entropy(KEYRING_ID_BYTES)
+    _write_new(path, _render(keyring_id, body, protection, 0, entropy))
+    return KeyMaterial(path, keyring_id, body, 0)
+
+
+def open_keyring(path: Path, protection: Protection, *, expected_id: bytes | None = None) -> KeyMaterial:
+    """Takes half a second with a passphrase: call it in a thread.
+
+    Raises KeyringMismatch when the file is missing or not the one of ``expected_id``, WrongPassphrase (wrong credential too), KeyringDamaged.
+    """
+    fields = _parse(path)
+    keyring_id = _keyring_id(fields, path)
+    if expected_id is not None and keyring_id != expected_id:
+        raise KeyringMismatch(f"The keyring {path} is {keyring_id.hex()}; this cluster was created with {expected_id.hex()}.")
+    protected = fields["protection"]
+    key = _unlock(protected, protection, path)
+    try:
+        plain = open_message(key, LABEL, _context(keyring_id, protected), _bytes(fields["sealed"]))
+        body = decode(plain, _Body)
+    except SealBroken as broken:
+        if broken.index is None:
+            what = "passphrase" if isinstance(protection, Passphrase) else "credential"
+            raise WrongPassphrase(f"The {what} does not open the keyring {path} (or the file's head was altered).") from None
+        raise KeyringDamaged(
+            f"The keyring {path} is damaged: its keys do not open although the passphrase or credential is right."
+        ) from None
+    except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise KeyringDamaged(f"The keyring {path} is malformed: {type(error).__name__}.") from None
+    return KeyMaterial(path, keyring_id, body, _covered(fields))
+
+
+def keyring_id_of(path: Path) -> bytes:
+    """The id in a keyring file's head, without opening it. Raises KeyringMismatch, KeyringDamaged."""
+    return _keyring_id(_parse(path), path)
+
+
+def backup(
+    material: KeyMaterial, path: Path, passphrase: str, *, cost: Argon2Cost | None = None, entropy: Entropy = system_entropy
+) -> None:
+    """Writes a backup of mode 0600 that the passphrase opens, reads it back, and then notes in the keyring file which epoch it covers.
+
+    It covers every bucket of these epochs, also those created later. Raises FileExists. Takes about a second: call it in a thread.
+    """
+    protection = Passphrase(passphrase, cost or ARGON2_COST)
+    _write_new(path, _render(material.keyring_id, material._body, protection, material.newest.epoch, entropy))
+    if open_keyring(path, protection, expected_id=material.keyring_id)._body != material._body:
+        raise KeyringDamaged(f"The backup {path} does not read back as it was written.")
+    fields = _parse(material.path)
+    fields["backed_up_epoch"] = max(_covered(fields), material.newest.epoch)
+    _replace(material.path, _dump(fields))
+    material.backed_up_epoch = max(material.backed_up_epoch, material.newest.epoch)
+
+
+def restore(
+    path: Path,
+    passphrase: str,
+    target: Path,
+    *,
+    protection: Protection | None = None,
+    expected_id: bytes | None = None,
+    entropy: Entropy = system_entropy,
+) -> KeyMaterial:
+    """Makes the keyring file ``target`` from the backup at ``path``, under ``protection`` (default: the backup's passphrase, at the backup's cost).
+
+    ``expected_id``: the cluster's keyring, when it is known. Raises FileExists when ``target`` is there, WrongPassphrase, KeyringMismatch, KeyringDamaged.
+    """
+    if target.exists():
+        raise FileExists(f"{target} exists already; it was left as it is.")
+    saved = open_keyring(path, Passphrase(passphrase), expected_id=expected_id)
+    if protection is None:
+        protection = Passphrase(passphrase, _cost(_parse(path)["protection"], path))
+    _write_new(target, _render(saved.keyring_id, saved._body, protection, saved.newest.epoch, entropy))
+    return KeyMaterial(target, saved.keyring_id, saved._body, saved.newest.epoch)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _render(keyring_id: bytes, body: _Body, protection: Protection, backed_up_epoch: int, entropy: Entropy) -> bytes:
+    protected: dict[str, Any] = {"kind": "credential", "salt": _text(entropy(KDF_SALT_BYTES))}
+    if isinstance(protection, Passphrase):
+        if not protection.text:
+            raise WrongPassphrase("An empty passphrase is refused.")
+        protected |= {"kind": "passphrase", "kdf": "argon2id", **protection.cost._asdict()}
+    key = _unlock(protected, protection, Path("new file"))
+    sealed = seal_message(key, LABEL, _context(keyring_id, protected), encode(body), entropy(SALT_BYTES))
+    return _dump(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "keyring_id": keyring_id.hex(),
+            "protection": protected,
+            "sealed": _text(sealed),
+            "backed_up_epoch": backed_up_epoch,
+        }
+    )
+
+
+def _context(keyring_id: bytes, protected: Mapping[str, Any]) -> list[bytes]:
+    """What the seal binds besides the key: format version, id, and the protection's fields in the order of their names, ``name=value``."""
+    return [str(VERSION).encode(), keyring_id, *(f"{name}={protected[name]}".encode() for name in sorted(protected))]
+
+
+def _unlock(protected: Mapping[str, Any], protection: Protection, path: Path) -> bytes:
+    """The key that seals the body (32 bytes)."""
+    try:
+        kind, salt = protected["kind"], _bytes(protected["salt"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise KeyringDamaged(f"The keyring {path} is malformed: its protection cannot be read ({error}).") from None
+    if isinstance(protection, Credential):
+        if kind != "credential":
+            raise WrongPassphrase(f"The keyring {path} is protected by a passphrase, not by a credential.")
+        return HKDF(SHA512(), KEY_BYTES, salt, b"sov.credential.v1").derive(protection.secret)
+    if kind != "passphrase":
+        raise WrongPassphrase(f"The keyring {path} is protected by a credential, not by a passphrase.")
+    cost = _cost(protected, path)
+    text = unicodedata.normalize("NFC", protection.text).encode()
+    return Argon2id(salt=salt, length=KEY_BYTES, iterations=cost.passes, lanes=cost.lanes, memory_cost=cost.memory_kib).derive(text)
+
+
+def _cost(protected: Mapping[str, Any], path: Path) -> Argon2Cost:
+    try:
+        kdf, cost = protected["kdf"], Argon2Cost(*(int(protected[name]) for name in Argon2Cost._fields))
+    except (KeyError, TypeError, ValueError) as error:
+        raise KeyringDamaged(f"The keyring {path} is malformed: its protection cannot be read ({error}).") from None
+    bad = [name for name, value, limit in zip(cost._fields, cost, ARGON2_COST_MAX, strict=True) if not 1 <= value <= limit]
+    if kdf != "argon2id" or bad or cost.memory_kib < 8 * cost.lanes:
+        raise KeyringDamaged(f"The keyring {path} asks for a derivation that is refused: {kdf}, {cost._asdict()}.")
+    return cost
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > FILE_BYTES_MAX:
+            raise KeyringDamaged(f"{path} is too large to be a keyring.")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise KeyringMismatch(f"There is no keyring at {path}.") from None
+    except OSError as error:
+        raise KeyringMismatch(f"The keyring {path} cannot be read: {error.strerror}.") from None
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise KeyringDamaged(f"{path} is not a keyring.")
+    if fields.get("version") != VERSION:
+        raise KeyringDamaged(f"The keyring {path} has version {fields.get('version')}; this program knows version {VERSION}.")
+    if not isinstance(fields.get("protection"), dict) or not isinstance(fields.get("sealed"), str):
+        raise KeyringDamaged(f"The keyring {path} is malformed: fields are missing.")
+    return fields
+
+
+def _keyring_id(fields: Mapping[str, Any], path: Path) -> bytes:
+    try:
+        keyring_id = bytes.fromhex(fields["keyring_id"])
+    except (KeyError, TypeError, ValueError):
+        keyring_id = b""
+    if len(keyring_id) != KEYRING_ID_BYTES:
+        raise KeyringDamaged(f"The keyring {path} is malformed: it has no id.")
+    return keyring_id
+
+
+def _covered(fields: Mapping[str, Any]) -> int:
+    """The note of the last backup: not sealed, since it only decides whether to warn."""
+    value = fields.get("backed_up_epoch")
+    return value if isinstance(value, int) else 0
+
+
+def _dump(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, indent=2).encode() + b"\n"
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """A new file of mode 0600, durable when this returns. Raises FileExists, or OperatorError when it can't be written; what is not whole is removed again."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise FileExists(f"{path} exists already; it was left as it is.") from None
+    except OSError as error:
+        raise OperatorError(f"{path} cannot be written: {error.strerror}.") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OperatorError(f"{path} cannot be written: {error.strerror}.") from None
+        raise
+    _sync_directory(path.parent)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Atomically: after a crash the file is the old one or the new one."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.unlink(missing_ok=True)
+    _write_new(fresh, data)
+    fresh.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
