@@ -11,6 +11,7 @@ A refusal is {"code", "message", "hint"} with the error's status.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -175,8 +176,10 @@ class AdminServer:
     async def _backup(self, request: web.Request) -> web.Response:
         if self._services.key_backup is None:
             raise NotHere
-        body = await _body(request, "path", "passphrase")
-        return web.json_response(await self._services.key_backup(body.get("path", ""), body.get("passphrase", "")))
+        body = await _body(request, "passphrase")
+        keyring, content = await self._services.key_backup(body.get("passphrase", ""))
+        log.info("keyring backed up", keyring=keyring)
+        return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})
 
 
 async def _body(request: web.Request, *names: str) -> dict[str, str]:

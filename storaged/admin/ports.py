@@ -41,5 +41,5 @@ class Services:
     region: str = ""
     where: Callable[[str, bytes], Awaitable[dict[str, Any]]] | None = None
     jobs: Jobs | None = None
-    key_backup: Callable[[str, str], Awaitable[dict[str, Any]]] | None = None
-    """(path, passphrase) -> facts about the backup written."""
+    key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
+    """passphrase -> the keyring's id and its backup, sealed under the passphrase."""

@@ -161,7 +161,7 @@ def _create(place: Path, s3: int, admin: int) -> None:
     files.sign_layout(authority, layout, [place / node.name for node in plan.nodes])
     plan.epoch = layout.epoch
     files.save_plan(place / "authority", plan)
-    create_with_credential(place / "gateway" / "keys", authority.cluster)
+    create_with_credential(place / "gateway" / "keys")
     credentials = {"access_key": f"SOV{secrets.token_hex(8).upper()}", "secret_key": secrets.token_urlsafe(30)}
     _write_json(place / "credentials.json", credentials)
     document = {

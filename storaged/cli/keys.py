@@ -1,0 +1,135 @@
+"""``storaged keys``: the keyring is made once, backed up, and restored; never made anew for a cluster that has data."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from storaged.cli.client import gateway
+from storaged.cli.target import find_directory, gateway_directory
+from storaged.errors import ConfigInvalid, OperatorError
+
+if TYPE_CHECKING:
+    from storaged.config import Config
+    from storaged.keys import Protection
+
+
+@click.group()
+def keys() -> None:
+    """Make, back up and restore the keyring of a cluster's gateways."""
+
+
+def create_with_credential(directory: Path) -> None:
+    """A new credential and a new keyring under it, for a cluster that is being made. Raises FileExists."""
+    from storaged import keys as plane
+
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    plane.create_keyring(directory / "keyring", plane.Credential.create(directory / "credential"))
+
+
+def protection_of(config: Config, *, create: bool = False) -> Protection:
+    """What the configuration says opens the keyring. ``create``: a missing credential file is made. Raises KeyringMismatch when it cannot be read."""
+    from storaged import keys as plane
+
+    if config.keys.credential:
+        path = Path(config.keys.credential)
+        if create and not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return plane.Credential.create(path)
+        return plane.Credential.load(path)
+    return plane.Passphrase(read_passphrase(Path(config.keys.passphrase)))
+
+
+def read_passphrase(path: Path) -> str:
+    """The first line of a file. Raises OperatorError."""
+    try:
+        text = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OperatorError(f"the passphrase file {path} cannot be read: {error}") from None
+    if not text:
+        raise OperatorError(f"the first line of {path} is empty; it is the passphrase")
+    return text
+
+
+def _asked(file: Path | None, *, confirm: bool) -> str:
+    if file is not None:
+        return read_passphrase(file)
+    text: str = click.prompt("Passphrase of the backup", hide_input=True, confirmation_prompt=confirm)
+    return text
+
+
+@keys.command("create")
+@click.argument("config", metavar="CONFIG.toml", type=click.Path(path_type=Path))
+def create(config: Path) -> None:
+    """Make the keyring of a NEW cluster, where CONFIG.toml of its first gateway says. Further gateways get a copy: keys restore."""
+    from storaged import config as configuration
+    from storaged import keys as plane
+
+    found = configuration.load(config)
+    if not found.gateway:
+        raise ConfigInvalid(f"{config} is not a gateway's: only gateways have keys")
+    path = Path(found.keys.keyring)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    material = plane.create_keyring(path, protection_of(found, create=True))
+    click.echo(f"keyring {material.keyring_id.hex()} is in {path}")
+    click.echo("  Next: start the gateway, then: storaged keys backup FILE")
+
+
+@keys.command("backup")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--passphrase-file", type=click.Path(path_type=Path), default=None, help="Its first line is the passphrase (default: asked for)."
+)
+@click.pass_obj
+def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
+    """Write a backup of the running gateway's keyring to FILE, under a passphrase. It covers all buckets, later ones too."""
+    place = find_directory(named)
+    passphrase = _asked(passphrase_file, confirm=True)
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise OperatorError(f"{file} exists already; it was left as it is") from None
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            answer = gateway(place, "POST", "/v1/keys/backup", body={"passphrase": passphrase}, timeout_s=120.0)
+            out.write(base64.b64decode(answer["backup"]))
+            out.flush()
+            os.fsync(out.fileno())
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    click.echo(f"keyring {answer['keyring']} is backed up in {file}. Keep it, and its passphrase, off this machine.")
+
+
+@keys.command("restore")
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The gateway's CONFIG.toml (default: the cluster's named by --dir).",
+)
+@click.option(
+    "--passphrase-file", type=click.Path(path_type=Path), default=None, help="Its first line is the passphrase (default: asked for)."
+)
+@click.pass_obj
+def restore(named: str | None, file: Path, config_file: Path | None, passphrase_file: Path | None) -> None:
+    """Put the keyring from the backup FILE where the gateway's configuration wants it. An existing keyring is never overwritten."""
+    from storaged import config as configuration
+    from storaged import keys as plane
+
+    found = configuration.load(config_file or gateway_directory(find_directory(named)) / "config.toml")
+    target = Path(found.keys.keyring)
+    if target.exists():
+        raise OperatorError(f"{target} exists already; it was left as it is")
+    passphrase = _asked(passphrase_file, confirm=False)
+    plane.open_keyring(file, plane.Passphrase(passphrase))  # before anything is made: a wrong passphrase changes nothing
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    material = plane.restore(file, passphrase, target, protection=protection_of(found, create=True))
+    click.echo(f"keyring {material.keyring_id.hex()} is in {target}")
+    click.echo("  Next: start the gateway again (storaged dev start gateway, or systemctl restart storaged-gateway)")

@@ -1,0 +1,1 @@
+"""The composition root: builds the planes of one node by its roles, and runs them."""

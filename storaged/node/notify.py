@@ -1,0 +1,50 @@
+"""What this process tells the service manager: READY, RELOADING, STOPPING, WATCHDOG (sd_notify(3)); nothing outside systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import MutableMapping
+
+
+class Notifier:
+    """Sends to ``$NOTIFY_SOCKET`` (``@`` in front: abstract), which is taken out of the environment so that children do not speak for us."""
+
+    def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        address = environ.pop("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) if address else None
+        watched = int(environ.pop("WATCHDOG_USEC", "0") or 0) if environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) else 0
+        self.watchdog_s = watched / 1e6
+
+    def _send(self, text: str) -> None:
+        if self._socket is not None:
+            try:
+                self._socket.sendto(text.encode(), self._address)
+            except OSError:  # a manager that does not listen any more is no reason to stop
+                pass
+
+    def ready(self, status: str) -> None:
+        self._send(f"READY=1\nSTATUS={status}")
+
+    def status(self, text: str) -> None:
+        self._send(f"STATUS={text}")
+
+    def reloading(self) -> None:
+        """Type=notify-reload wants the monotonic time in microseconds with it; READY follows when the reload is over."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    async def feed_watchdog(self) -> None:
+        """From the event loop, twice in each period: a loop that hangs is restarted. Returns at once when no watchdog was asked for."""
+        while self.watchdog_s:
+            self._send("WATCHDOG=1")
+            await asyncio.sleep(self.watchdog_s / 2)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()

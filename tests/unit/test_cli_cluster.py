@@ -1,0 +1,215 @@
+"""From nothing to folders that are copied to servers; keys that are made once; and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storaged import config
+from storaged.cli import create
+from storaged.cli.main import cli, main
+from storaged.cluster import identity
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.errors import FileExists, KeyringMismatch, OperatorError, WrongPassphrase
+from storaged.keys import open_keyring
+from storaged.wire import decode
+
+
+def call(*arguments: str) -> None:
+    cli.main(args=list(arguments), prog_name="storaged", standalone_mode=False)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Path:
+    place = tmp_path / "authority"
+    call("cluster", "create", str(place), "--cluster", "eu-1")
+    return place
+
+
+def issue_three(place: Path) -> None:
+    for number, rack in enumerate(("FR/par1/a", "FR/par2/b", "FR/lyo1/c"), 1):
+        call("cluster", "issue", str(place), f"n{number}", "--rack", rack, "--roles", "storage",
+             "--address", f"10.0.{number}.1:7400", "--disk", "/srv/disk1", "--disk", "/srv/disk2:4000")  # fmt: skip
+    call("cluster", "issue", str(place), "gateway", "--rack", "FR/par1/a", "--roles", "gateway")
+
+
+def test_folders_hold_a_certificate_a_checked_configuration_and_the_signed_layout(authority: Path) -> None:
+    issue_three(authority)
+    call("cluster", "layout", str(authority))
+    loaded = config.load(authority / "nodes" / "n2" / "config.toml")
+    assert [disk.directory for disk in loaded.disks] == ["/srv/disk1", "/srv/disk2"]
+    own = identity.load_identity(Path(loaded.cluster.identity))
+    assert (own.name, own.cluster, own.peer.rack, own.peer.roles) == ("n2", "eu-1", "b", ("storage",))
+    signed = decode((Path(loaded.cluster.identity) / create.LAYOUT_NAME).read_bytes(), identity.SignedLayout)
+    layout = identity.verify_layout(signed, own.administration, "eu-1")
+    assert layout.epoch == 1
+    assert layout.domain_kind == "rack"
+    assert [disk.id for disk in layout.disks if disk.node == "n2"] == [disk.id for disk in loaded.disks]
+    assert [disk.weight for disk in layout.disks] == [1000, 4000] * 3
+    assert len(layout.seeds) == 3
+    assert config.load(authority / "nodes" / "gateway" / "config.toml").gateway
+
+
+def test_private_files_are_readable_by_their_owner_alone(authority: Path) -> None:
+    issue_three(authority)
+    for path in (
+        authority / "authority.key",
+        authority / "administration.key",
+        authority / "nodes/n1/identity/node.key",
+        authority / "nodes/n1/config.toml",
+    ):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_a_renewed_node_keeps_its_disks(authority: Path) -> None:
+    issue_three(authority)
+    before = next(node for node in create.load_plan(authority).nodes if node.name == "n1").disks
+    call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "10.0.1.1:7400")
+    assert next(node for node in create.load_plan(authority).nodes if node.name == "n1").disks == before
+    with pytest.raises(OperatorError, match="already"):
+        call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/x")
+
+
+def test_a_layout_that_cannot_hold_the_profile_is_refused_with_the_numbers(authority: Path) -> None:
+    call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/d1")
+    with pytest.raises(OperatorError, match=r"4\+2 needs 6 disks"):
+        call("cluster", "layout", str(authority))
+    assert create.load_plan(authority).epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("n1", "--rack", "Paris", "--roles", "storage", "--address", "h:1", "--disk", "/d"), "COUNTRY/SITE/RACK"),
+        (("n1", "--rack", "US/nyc/a", "--roles", "storage", "--address", "h:1", "--disk", "/d"), "outside|not"),
+        (("n1", "--rack", "FR/p/a", "--roles", "storage", "--address", "nowhere", "--disk", "/d"), "HOST:PORT"),
+        (("n1", "--rack", "FR/p/a", "--roles", "storage", "--address", "h:1"), "at least one"),
+        (("n1", "--rack", "FR/p/a", "--roles", "butler"), "not a choice"),
+        (("N 1", "--rack", "FR/p/a", "--roles", "gateway"), "name"),
+    ],
+)
+def test_a_node_that_could_not_run_gets_no_certificate(authority: Path, arguments: tuple[str, ...], word: str) -> None:
+    with pytest.raises(OperatorError, match=word):
+        call("cluster", "issue", str(authority), *arguments)
+    assert create.load_plan(authority).nodes == []
+
+
+def test_the_seeds_are_an_odd_number_of_disks_in_distinct_domains() -> None:
+    def layout(racks: int) -> Layout:
+        nodes = tuple(NodeEntry(f"n{i}", f"FR/p/{i}", "h:1", ("storage",)) for i in range(racks))
+        return Layout("c", 1, nodes, tuple(DiskEntry(f"{n.name}-{i}", n.name, 1) for n in nodes for i in range(2)), ())
+
+    assert create.seeds_of(layout(3)) == ("n0-0", "n1-0", "n2-0")
+    assert len(create.seeds_of(layout(4))) == 3
+    assert len(create.seeds_of(layout(9))) == 5
+
+
+def gateway_config(tmp_path: Path) -> Path:
+    (tmp_path / "gw").mkdir()
+    file = tmp_path / "gw" / "config.toml"
+    node = create.NodePlan("gateway", "FR/par1/a", ("gateway",))
+    file.write_text(
+        create.gateway_config(node, ".", "127.0.0.1:8333", "eu-fr-1", {"keyring": "keys/keyring", "credential": "keys/credential"})
+    )
+    return file
+
+
+def test_keys_are_made_once_and_never_over_others(tmp_path: Path) -> None:
+    file = gateway_config(tmp_path)
+    call("keys", "create", str(file))
+    before = (tmp_path / "gw/keys/keyring").read_bytes()
+    with pytest.raises(FileExists):
+        call("keys", "create", str(file))
+    assert (tmp_path / "gw/keys/keyring").read_bytes() == before
+
+
+def test_a_lost_keyring_comes_back_from_its_backup(tmp_path: Path) -> None:
+    from storaged import keys
+    from storaged.cli.keys import protection_of
+
+    file = gateway_config(tmp_path)
+    call("keys", "create", str(file))
+    loaded = config.load(file)
+    material = open_keyring(Path(loaded.keys.keyring), protection_of(loaded))
+    keys.backup(material, tmp_path / "backup", "correct horse", cost=keys.Argon2Cost(64, 1, 1))
+    for name in ("keyring", "credential"):
+        (tmp_path / "gw/keys" / name).unlink()
+    (tmp_path / "wrong").write_text("battery staple\n")
+    with pytest.raises(WrongPassphrase):
+        call("keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "wrong"))
+    assert not (tmp_path / "gw/keys/keyring").exists()
+    (tmp_path / "right").write_text("correct horse\n")
+    call("keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "right"))
+    assert open_keyring(Path(loaded.keys.keyring), protection_of(loaded)).keyring_id == material.keyring_id
+    with pytest.raises(OperatorError, match="exists"):
+        call("keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "right"))
+
+
+def test_a_missing_credential_is_no_new_credential(tmp_path: Path) -> None:
+    from storaged.cli.keys import protection_of
+
+    with pytest.raises(KeyringMismatch):
+        protection_of(config.load(gateway_config(tmp_path)))
+
+
+# --- errors and help ------------------------------------------------------------------------------------------------------
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_an_error_is_a_message_a_hint_and_an_exit_code(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[node]\nnam = 1\n")
+    code, _, shown = outcome(capsys, "config", "check", str(tmp_path / "bad.toml"))
+    assert code == 1
+    assert "line 2" in shown
+    assert "did you mean 'name'?" in shown
+    assert "storaged explain CONFIG_INVALID" in shown
+    assert "Traceback" not in shown
+
+
+def test_status_without_a_cluster_is_down(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, shown = outcome(capsys, "--dir", str(tmp_path), "status")
+    assert code == 2
+    assert "no cluster" in shown
+
+
+def test_status_of_a_stopped_trial_cluster_lists_its_nodes_and_is_down(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    nodes = [{"name": "n1", "rack": "FR/par1/a", "roles": ["storage"]}, {"name": "gateway", "rack": "FR/par1/a", "roles": ["gateway"]}]
+    (tmp_path / "dev.json").write_text(json.dumps({"nodes": nodes}))
+    code, out, _ = outcome(capsys, "--dir", str(tmp_path), "status", "--json")
+    found = json.loads(out)
+    assert code == 2
+    assert found["verdict"] == "DOWN"
+    assert [(node["name"], node["state"], node["pid"]) for node in found["nodes"]] == [("n1", "down", None), ("gateway", "down", None)]
+    assert {entry["code"] for entry in found["problems"]} == {"NOT_RUNNING", "NODE_DOWN"}
+    code, out, _ = outcome(capsys, "--dir", str(tmp_path), "status")
+    assert out.startswith("DOWN")
+
+
+def test_every_code_can_be_explained_and_a_misspelt_one_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "explain", "node-down")
+    assert (code, out.splitlines()[0]) == (0, "NODE_DOWN")
+    code, out, _ = outcome(capsys, "explain", "NoSuchKey")
+    assert "HTTP 404" in out
+    code, _, shown = outcome(capsys, "explain", "NODE_DWN")
+    assert code == 1
+    assert "NODE_DOWN" in shown
+    code, out, _ = outcome(capsys, "explain")
+    assert "KEYRING_MISMATCH" in out
+
+
+def test_help_imports_no_plane() -> None:
+    program = "import sys\nfrom storaged.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\nbad = [m for m in sys.modules if m.split('.')[0] in ('aiohttp', 'lmdb', 'cryptography', 'msgspec', 'rich', 'structlog', 'asyncio')]\nsys.exit(' '.join(bad) or 0)\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "dev" in done.stdout
