@@ -16,7 +16,8 @@ from storaged.meta.names import Change, RegisterName, Value
 from storaged.wire import Buffer
 
 if TYPE_CHECKING:
-    from storaged.meta import messages, scan
+    from storaged.meta import messages
+    from storaged.meta.scan import ScanReply, ScanRequest
 
 Update = Callable[[Value | None], Change | None]
 """Pure: the settled value (None: never written) -> what it should become, or None to leave it as it is.
@@ -224,7 +225,7 @@ class Replica(Protocol):
 
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply: ...
 
-    async def scan(self, request: scan.ScanRequest, *, timeout_s: float = 10.0) -> scan.ScanReply: ...
+    async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply: ...
 
 
 class Replicas(Protocol):

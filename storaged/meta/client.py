@@ -1,0 +1,441 @@
+"""The ring as a gateway or a maintenance task uses it: registers, pages and fences, by majorities of their replicas.
+
+A read asks a bare majority, the record from one replica and ballots from the others; a third is asked when one is slow, away, or does not agree. When a
+majority reports one ballot the value is settled and the read has cost one round trip. Where answers differ, the newest value is first accepted by a
+majority at its own ballot, which needs no promise; when that is refused, by an identity round (``meta.proposal``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+import structlog
+import xxhash
+
+from storaged.clock import Clock, SystemClock
+from storaged.cluster.ports import Layouts
+from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
+from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
+from storaged.meta import messages
+from storaged.meta.names import RegisterName, Table, Value
+from storaged.meta.ports import (
+    ZERO_BALLOT,
+    Ballot,
+    Outcome,
+    Reading,
+    Replica,
+    Replicas,
+    ReplicaState,
+    SmallCopies,
+    Update,
+)
+from storaged.meta.proposal import Proposal, Surroundings, View
+from storaged.meta.register import (
+    CALL_BYTES,
+    RULES,
+    Ballots,
+    Groups,
+    Lineage,
+    Rules,
+    Verdict,
+    has_majority,
+    out_of_reach,
+    settled_ballot,
+    shown,
+)
+from storaged.meta.rounds import Answers, Suspects, TaskPool, Turns
+
+DEADLINE_S = 10.0
+CALL_TIMEOUT_S = 5.0
+
+HEDGE_S = 0.05
+"""A read asks one more replica when those asked have not answered by then: well above a healthy fsync, well below what a person notices."""
+
+LAYOUT_PAUSE_S = 0.05
+"""Between two tries of a read whose replicas follow a newer layout; drawn at random up to it."""
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+_ReadAnswer = tuple[messages.ReadReply, memoryview]
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """Counts since the start. ``digest_conflicts`` is an alarm: two replicas hold different values under one ballot."""
+
+    reads: int
+    changes: int
+    replays: int
+    identity_rounds: int
+    preempted: int
+    unknown: int
+    unavailable: int
+    digest_conflicts: int
+    calls_in_flight: int
+
+
+@dataclass
+class _Seen:
+    """What a read has heard. ``stale``: some replica follows a newer layout."""
+
+    replies: dict[str, messages.ReadReply] = field(default_factory=dict)
+    payloads: dict[bytes, memoryview] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    damaged: frozenset[str] = frozenset()
+    stale: bool = False
+
+    @property
+    def accepted(self) -> dict[str, Ballot]:
+        return {disk: reply.accepted for disk, reply in self.replies.items()}
+
+
+class RingClient:
+    """Implements ``ports.Registers``, ``Pages`` and ``Fences``. One per process; ``close`` ends every call that is still out."""
+
+    def __init__(
+        self,
+        layouts: Layouts,
+        replicas: Replicas,
+        *,
+        node: str,
+        clock: Clock | None = None,
+        entropy: Entropy = system_entropy,
+        jitter: Callable[[], float] = random.random,
+        deadline_s: float = DEADLINE_S,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+        hedge_s: float = HEDGE_S,
+        rules: Rules = RULES,
+    ) -> None:
+        self._layouts = layouts
+        self._replicas = replicas
+        self._clock = clock if clock is not None else SystemClock()
+        self._entropy = entropy
+        self._deadline_s = deadline_s
+        self._call_timeout_s = call_timeout_s
+        self._hedge_s = hedge_s
+        self._rules = rules
+        self._pool = TaskPool()
+        self._turns = Turns()
+        self._suspects = Suspects(self._clock)
+        self._counts = dict.fromkeys(
+            ("reads", "changes", "replays", "identity_rounds", "preempted", "unknown", "unavailable", "digest_conflicts"), 0
+        )
+        self._around = Surroundings(
+            view=self._view,
+            replicas=replicas,
+            clock=self._clock,
+            jitter=jitter,
+            pool=self._pool,
+            suspects=self._suspects,
+            ballots=Ballots(node, entropy(INCARNATION_BYTES), rules),
+            call_timeout_s=call_timeout_s,
+            rules=rules,
+            counts=self._counts,
+        )
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    def statistics(self) -> ClientStatistics:
+        return ClientStatistics(**self._counts, calls_in_flight=len(self._pool))
+
+    def _view(self, name: RegisterName) -> View:
+        layout = self._layouts.current
+        disks = layout.replicas_of(name.partition)
+        return View(layout.epoch, (disks,), disks)
+
+    # --- registers -----------------------------------------------------------------------------------------------------
+
+    async def change(
+        self,
+        name: RegisterName,
+        update: Update,
+        *,
+        small: SmallCopies | None = None,
+        ready: Awaitable[None] | None = None,
+        settling_nonce: bytes = b"",
+    ) -> Outcome:
+        self._counts["changes"] += 1
+        deadline = self._deadline()
+        async with self._turns.turn(name, self._deadline_s):
+            lineage = Lineage(self._entropy(CALL_BYTES), self._rules)
+            proposal = Proposal(self._around, name, lineage, deadline, update, small, ready, settling_nonce)
+            return await proposal.run()
+
+    async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
+        return await self._identity(name, settling_nonce, self._deadline(), commit=True)
+
+    async def _identity(self, name: RegisterName, nonce: bytes, deadline: float, *, commit: bool) -> Value | None:
+        async with self._turns.turn(name, self._deadline_s):
+            lineage = Lineage(b"", self._rules)
+            proposal = Proposal(self._around, name, lineage, deadline, _keep, nonce=nonce, settling=True, commit=commit)
+            return (await proposal.run()).after
+
+    async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
+        self._counts["reads"] += 1
+        deadline = self._deadline()
+        view = self._view(name)
+        seen = await self._hear(view, name, want_payload, deadline)
+        while seen is None:
+            await self._pause_for_layout(deadline)
+            view = self._view(name)
+            seen = await self._hear(view, name, want_payload, deadline)
+        ballot = settled_ballot(view.groups, seen.accepted, self._rules)
+        if ballot is None:
+            value = shown(await self._settle_seen(view, name, seen, settling_nonce, deadline))
+        else:
+            self._compare_digests(name, seen, ballot)
+            value = shown(_value_at(seen, ballot))
+        if not want_payload or value is None or not value.payload:
+            return Reading(value)
+        payload = seen.payloads.get(value.payload)
+        if payload is None:
+            payload = await self._fetch_payload(view, name, value.payload, seen, deadline)
+        return Reading(value, payload)
+
+    async def _pause_for_layout(self, deadline: float) -> None:
+        """The replicas follow a newer layout than this node has heard of; it will."""
+        if self._clock.monotonic() + LAYOUT_PAUSE_S >= deadline:
+            raise ServiceUnavailable("The replicas of this key follow a newer layout than this node knows. Retry.")
+        await asyncio.sleep(self._around.jitter() * LAYOUT_PAUSE_S)
+
+    async def _hear(self, view: View, name: RegisterName, want_payload: bool, deadline: float) -> _Seen | None:
+        """Asks until a majority agrees and its value is here, or all have answered that will; None when the layout is out of date.
+
+        Raises ServiceUnavailable without a majority.
+        """
+        seen = _Seen()
+        answers = Answers[_ReadAnswer](self._replicas, self._pool, self._suspects)
+        order = self._suspects.last(view.disks)
+        needed = len(order) // 2 + 1 if len(view.groups) == 1 else len(order)
+        waiting = order[needed:]
+
+        def ask(disk: str, full: bool) -> None:
+            self._ask_read(answers, messages.Read(disk, name, view.epoch, full, full and want_payload), deadline)
+
+        for index, disk in enumerate(order[:needed]):
+            ask(disk, index == 0)
+        while True:
+            if out_of_reach(view.groups, seen.failed):
+                if seen.stale:
+                    return None
+                raise ServiceUnavailable("No majority of the replicas of this key answers. Retry.")
+            accepted = seen.accepted
+            ballot = settled_ballot(view.groups, accepted, self._rules)
+            if ballot is not None and (ballot == ZERO_BALLOT or _value_at(seen, ballot) is not None):
+                return seen
+            if not answers.pending and not waiting:
+                newest = ballot if ballot is not None else max(accepted.values())
+                if _value_at(seen, newest) is not None:
+                    return seen
+                ask(next(disk for disk, its in accepted.items() if its == newest), True)
+            remaining_s = deadline - self._clock.monotonic()
+            answer = await answers.next(min(self._hedge_s, remaining_s) if waiting else remaining_s)
+            if answer is not None:
+                _note(seen, *answer)
+            elif remaining_s <= self._hedge_s:
+                raise ServiceUnavailable("No majority of the replicas of this key answered in time. Retry.")
+            if waiting and (answer is None or answer[0] in seen.failed or len(set(seen.accepted.values())) > 1):
+                ask(waiting.pop(0), True)
+
+    async def _settle_seen(self, view: View, name: RegisterName, seen: _Seen, nonce: bytes, deadline: float) -> Value | None:
+        """Rule 4: the newest value is accepted by a majority before it is told."""
+        self._counts["replays"] += 1
+        newest = max(seen.accepted.values())
+        value = _value_at(seen, newest)
+        if value is None or newest.epoch != view.epoch:
+            return await self._identity(name, nonce, deadline, commit=False)
+        accepted = {disk for disk, ballot in seen.accepted.items() if ballot == newest}
+        answers = Answers[messages.AcceptReply](self._replicas, self._pool, self._suspects)
+        for disk in view.disks:
+            if disk not in accepted:
+                self._ask_accept(answers, messages.Accept(disk, name, newest, value, nonce, identity=True), deadline)
+        if not self._rules.replay_confirmed:
+            return value
+        while not has_majority(view.groups, accepted):
+            answer = await answers.next(deadline - self._clock.monotonic())
+            if answer is None:
+                return await self._identity(name, nonce, deadline, commit=False)
+            disk, reply = answer
+            if not isinstance(reply, StoragedError) and reply.verdict == Verdict.OK:
+                accepted.add(disk)
+        return value
+
+    def _compare_digests(self, name: RegisterName, seen: _Seen, ballot: Ballot) -> None:
+        if len({reply.digest for reply in seen.replies.values() if reply.accepted == ballot}) > 1:
+            self._counts["digest_conflicts"] += 1
+            log.error("replicas differ under one ballot", register=name.pack().hex(), ballot=ballot)
+            raise DataDamaged("Two replicas of this key hold different values under one ballot; neither is believed.")
+
+    async def _fetch_payload(self, view: View, name: RegisterName, data_id: bytes, seen: _Seen, deadline: float) -> memoryview | None:
+        """The small copy from any replica that has one; those that were asked and had none come last."""
+        asked = {disk for disk, reply in seen.replies.items() if reply.value is not None}
+        order = self._suspects.last(sorted(view.disks, key=asked.__contains__))
+        answers = Answers[_ReadAnswer](self._replicas, self._pool, self._suspects)
+        while order or answers.pending:
+            if order:
+                self._ask_read(answers, messages.Read(order.pop(0), name, view.epoch, full=False, data_id=data_id), deadline)
+            remaining_s = deadline - self._clock.monotonic()
+            if remaining_s <= 0:
+                return None
+            answer = await answers.next(min(self._hedge_s, remaining_s) if order else remaining_s)
+            if answer is not None and not isinstance(answer[1], StoragedError) and answer[1][0].payload == data_id:
+                return answer[1][1]
+        return None
+
+    async def agreement(self, name: RegisterName) -> list[ReplicaState]:
+        view, deadline = self._view(name), self._deadline()
+        seen, copies = _Seen(), _Seen()
+        for request, heard in ((messages.Read("", name, view.epoch), seen), (None, copies)):
+            if request is None:
+                newest = max(seen.accepted.values(), default=ZERO_BALLOT)
+                value = _value_at(seen, newest)
+                if value is None or not value.payload:
+                    break
+                request = messages.Read("", name, view.epoch, full=False, data_id=value.payload)
+            answers = Answers[_ReadAnswer](self._replicas, self._pool, self._suspects)
+            for disk in view.disks:
+                self._ask_read(answers, msgspec.structs.replace(request, disk=disk), deadline)
+            while (answer := await answers.next(deadline - self._clock.monotonic())) is not None:
+                _note(heard, *answer)
+        newest = max(seen.accepted.values(), default=ZERO_BALLOT)
+        return [
+            ReplicaState(disk, _state_of(seen, disk, newest), disk in copies.replies and bool(copies.replies[disk].payload))
+            for disk in view.disks
+        ]
+
+    # --- pages ---------------------------------------------------------------------------------------------------------
+
+    async def put_page(self, near: RegisterName, body: bytes) -> bytes:
+        page_hash = xxhash.xxh3_128_digest(body)
+        view, deadline = self._view(near), self._deadline()
+
+        def put(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.PageReply]]:
+            return lambda replica: replica.page_put(messages.PagePut(disk, page_hash, body), timeout_s=timeout_s)
+
+        if not await self._everywhere(view.disks, (view.groups,), put, lambda reply: True, deadline):
+            raise ServiceUnavailable("No majority of the replicas of this key has stored the manifest page. Nothing was changed. Retry.")
+        return page_hash
+
+    async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
+        view, deadline = self._view(near), self._deadline()
+        order = self._suspects.last(view.disks)
+        answers = Answers[messages.PageReply](self._replicas, self._pool, self._suspects)
+        while order or answers.pending:
+            if order:
+                self._ask_page(answers, messages.PageGet(order.pop(0), page_hash), deadline)
+            remaining_s = deadline - self._clock.monotonic()
+            if remaining_s <= 0:
+                break
+            answer = await answers.next(min(self._hedge_s, remaining_s) if order else remaining_s)
+            if answer is None or isinstance(answer[1], StoragedError):
+                continue
+            body = answer[1].body
+            if body is not None and xxhash.xxh3_128_digest(body) == page_hash:
+                return body
+        raise DataDamaged("A page of this object's manifest is on none of the replicas that answer.")
+
+    # --- fences --------------------------------------------------------------------------------------------------------
+
+    async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+        def fence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.FenceReply]]:
+            return lambda replica: replica.fence(messages.FenceSet(disk, scope, nonce, final), timeout_s=timeout_s)
+
+        await self._fence_all(scope, shards, fence)
+
+    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> None:
+        def unfence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.FenceReply]]:
+            return lambda replica: replica.unfence(messages.FenceLift(disk, scope, nonce), timeout_s=timeout_s)
+
+        await self._fence_all(scope, shards, unfence)
+
+    async def _fence_all(
+        self, scope: bytes, shards: int, call: Callable[[str, float], Callable[[Replica], Awaitable[messages.FenceReply]]]
+    ) -> None:
+        """A fence is a disk's, for all rows of the scope: each disk is asked once, and every shard needs its majority."""
+        views = [self._view(RegisterName(Table.OBJECT, scope, shard, b"")) for shard in range(shards)]
+        disks = tuple(dict.fromkeys(disk for view in views for disk in view.disks))
+        if not await self._everywhere(disks, [view.groups for view in views], call, lambda reply: reply.done, self._deadline()):
+            raise ServiceUnavailable("The bucket's fence could not be changed on a majority of every shard's replicas. Retry.")
+
+    async def _everywhere(
+        self,
+        disks: Sequence[str],
+        quorums: Sequence[Groups],
+        call: Callable[[str, float], Callable[[Replica], Awaitable[T]]],
+        good: Callable[[T], bool],
+        deadline: float,
+    ) -> bool:
+        """Calls every disk; True as soon as each of ``quorums`` has its majority of good answers, the others go on."""
+        answers = Answers[T](self._replicas, self._pool, self._suspects)
+        for disk in disks:
+            answers.ask(disk, call(disk, self._call_timeout(deadline)))
+        done: set[str] = set()
+        while not all(has_majority(groups, done) for groups in quorums):
+            answer = await answers.next(deadline - self._clock.monotonic())
+            if answer is None:
+                return False
+            disk, reply = answer
+            if not isinstance(reply, StoragedError) and good(reply):
+                done.add(disk)
+        return True
+
+    # --- calls and time ------------------------------------------------------------------------------------------------
+
+    def _deadline(self) -> float:
+        return self._clock.monotonic() + self._deadline_s
+
+    def _call_timeout(self, deadline: float) -> float:
+        return max(0.001, min(self._call_timeout_s, deadline - self._clock.monotonic()))
+
+    def _ask_read(self, answers: Answers[_ReadAnswer], request: messages.Read, deadline: float) -> None:
+        timeout_s = self._call_timeout(deadline)
+        answers.ask(request.disk, lambda replica: replica.read(request, timeout_s=timeout_s))
+
+    def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept, deadline: float) -> None:
+        timeout_s = self._call_timeout(deadline)
+        answers.ask(request.disk, lambda replica: replica.accept(request, timeout_s=timeout_s))
+
+    def _ask_page(self, answers: Answers[messages.PageReply], request: messages.PageGet, deadline: float) -> None:
+        timeout_s = self._call_timeout(deadline)
+        answers.ask(request.disk, lambda replica: replica.page_get(request, timeout_s=timeout_s))
+
+
+def _keep(_value: Value | None) -> None:
+    """The update of a settling round."""
+
+
+def _value_at(seen: _Seen, ballot: Ballot) -> Value | None:
+    return next((reply.value for reply in seen.replies.values() if reply.accepted == ballot and reply.value is not None), None)
+
+
+def _note(seen: _Seen, disk: str, answer: _ReadAnswer | StoragedError) -> None:
+    if isinstance(answer, StoragedError):
+        seen.replies.pop(disk, None)
+        seen.failed.add(disk)
+        return
+    reply, payload = answer
+    if reply.verdict != Verdict.OK:
+        seen.failed.add(disk)
+        seen.stale = seen.stale or reply.verdict == Verdict.EPOCH
+        seen.damaged = seen.damaged | {disk} if reply.verdict == Verdict.DAMAGED else seen.damaged
+        return
+    seen.replies[disk] = reply
+    if reply.payload:
+        seen.payloads[reply.payload] = payload
+
+
+def _state_of(seen: _Seen, disk: str, newest: Ballot) -> str:
+    reply = seen.replies.get(disk)
+    if reply is None:
+        return "damaged" if disk in seen.damaged else "away"
+    if reply.accepted == newest:
+        return "current" if newest != ZERO_BALLOT else "empty"
+    return "empty" if reply.accepted == ZERO_BALLOT else "behind"

@@ -1,0 +1,308 @@
+"""One change of one register from its first prepare to its outcome: the proposer's half of ``meta.register``, with time and network.
+
+Theory of operation
+    An attempt takes a new ballot, prepares it at all replicas and goes on when a majority has promised. The value with the highest accepted ballot among
+    the promises is what the update is asked about; its answer is accepted at all replicas, and done when a majority has it on disk. Whatever comes between
+    (a higher ballot, a newer layout, replicas that do not answer) begins a new attempt, after a pause that grows and is drawn at random, until the deadline.
+    Once an accept has been sent, nothing but a later prepare can tell what became of it: ``Lineage`` judges that, and where it cannot the outcome is
+    unknown and the caller is told so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from storaged.clock import Clock
+from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
+from storaged.meta import messages
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import Ballot, Outcome, Replicas, SmallCopies, Update
+from storaged.meta.register import (
+    NEVER,
+    Ballots,
+    Groups,
+    Lineage,
+    Rules,
+    Standing,
+    Verdict,
+    has_majority,
+    out_of_reach,
+    settled_ballot,
+    shown,
+)
+from storaged.meta.rounds import Answers, Suspects, TaskPool
+from storaged.wire import Buffer
+
+BACKOFF_FIRST_S = 0.005
+BACKOFF_MAX_S = 0.5
+
+STRAGGLERS_S = 0.05
+"""How long a settling round waits for the replicas beyond the majority, to learn of damaged rows."""
+
+
+class View(NamedTuple):
+    """A register's replicas under one layout."""
+
+    epoch: int
+    groups: Groups
+    disks: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every proposal of one client shares."""
+
+    view: Callable[[RegisterName], View]
+    replicas: Replicas
+    clock: Clock
+    jitter: Callable[[], float]
+    pool: TaskPool
+    suspects: Suspects
+    ballots: Ballots
+    call_timeout_s: float
+    rules: Rules
+    counts: dict[str, int]
+
+
+@dataclass
+class _Promises:
+    """What a prepare brought. ``value`` has the highest accepted ballot of the majority; ``settled``: all of a majority reported that ballot."""
+
+    answers: Answers[messages.PrepareReply]
+    value: Value | None = None
+    settled: bool = False
+    synced: set[str] = field(default_factory=set)
+    damaged_below: int = 0
+
+
+@dataclass
+class Proposal:
+    """``await run()`` once. ``settling``: no change, the register is to be settled; ``commit``: by an identity round in any case."""
+
+    around: Surroundings
+    name: RegisterName
+    lineage: Lineage
+    deadline: float
+    update: Update
+    small: SmallCopies | None = None
+    ready: Awaitable[None] | None = None
+    nonce: bytes = b""
+    settling: bool = False
+    commit: bool = False
+    _above: int = 0
+    _tries: int = 0
+
+    def remaining_s(self) -> float:
+        return self.deadline - self.around.clock.monotonic()
+
+    async def run(self) -> Outcome:
+        """Raises as ``Registers.change``."""
+        owned = None
+        if self.ready is not None and not isinstance(self.ready, asyncio.Future):
+            owned = self.ready = asyncio.ensure_future(self.ready)
+        try:
+            while True:
+                outcome = await self._attempt()
+                if outcome is not None:
+                    return outcome
+                await self._pause()
+        finally:
+            if owned is not None and not owned.done():
+                owned.cancel()
+                await asyncio.wait((owned,))
+
+    async def _attempt(self) -> Outcome | None:
+        """None: begin again, with a higher ballot."""
+        around = self.around
+        view = around.view(self.name)
+        ballot = around.ballots.next(view.epoch, self._above, around.clock.wall_ms() * 1000)
+        promises = await self._prepare(view, ballot)
+        if promises is None:
+            return None
+        found = promises.value
+        standing = self.lineage.judge(found, promises.settled)
+        if standing is Standing.UNKNOWN:
+            around.counts["unknown"] += 1
+            raise OutcomeUnknown("The write met others at the same key and may have been applied before them. Read, or retry.")
+        if standing is Standing.APPLIED and found is not None:
+            if not promises.settled and not await self._accept(view, ballot, found, identity=True):
+                return None
+            return Outcome(shown(self.lineage.base_of(found)), found)
+        value = shown(found)
+        try:
+            change = self.update(value)
+        except Exception:
+            if await self._settle(view, ballot, promises):
+                raise
+            return None
+        if change is None:
+            return Outcome(value, value) if await self._settle(view, ballot, promises) else None
+        if self.small is not None:
+            await self._copies_synced(promises, self.small)
+        if self.ready is not None:
+            await self._fragments_synced(self.ready)
+        if self.lineage.exhausted:
+            raise self._gave_up("too many attempts were pre-empted")
+        changed = self.lineage.attempt(found, change)
+        if await self._accept(view, ballot, changed, identity=False):
+            return Outcome(value, changed)
+        return None
+
+    # --- prepare -------------------------------------------------------------------------------------------------------
+
+    async def _prepare(self, view: View, ballot: Ballot) -> _Promises | None:
+        around = self.around
+        answers = Answers[messages.PrepareReply](around.replicas, around.pool, around.suspects)
+        for index, disk in enumerate(view.disks):
+            self._ask_promise(answers, disk, ballot, index)
+        promises = _Promises(answers)
+        promised: dict[str, messages.PrepareReply] = {}
+        failed: dict[str, Verdict | None] = {}
+        final = False
+        while not has_majority(view.groups, promised):
+            if out_of_reach(view.groups, failed):
+                self._not_promised(failed, final)
+                return None
+            answer = await answers.next(self.remaining_s())
+            if answer is None:
+                raise self._gave_up("no majority of its replicas answered in time")
+            disk, reply = answer
+            if isinstance(reply, StoragedError):
+                failed[disk] = None
+                continue
+            self._note(promises, disk, reply)
+            final = final or reply.final
+            if reply.verdict == Verdict.OK:
+                promised[disk] = reply
+            else:
+                failed[disk] = Verdict(reply.verdict)
+        if self.commit:
+            await self._hear_stragglers(promises)
+            if promises.damaged_below > ballot.counter:
+                return None
+        accepted = {disk: reply.accepted for disk, reply in promised.items()}
+        highest = max(promised.values(), key=lambda reply: reply.accepted)
+        promises.value = highest.value
+        promises.settled = settled_ballot(view.groups, accepted) == highest.accepted
+        return promises
+
+    def _ask_promise(self, answers: Answers[messages.PrepareReply], disk: str, ballot: Ballot, index: int) -> None:
+        """A new attempt sends the small copies again: what an earlier one stored may have been collected if this process slept in between."""
+        header: bytes = b""
+        body: Sequence[Buffer] = ()
+        if self.small is not None and index < len(self.small.fragments):
+            header, body = self.small.fragments[index]
+        request = messages.Prepare(disk, self.name, ballot, self.nonce, header)
+        answers.ask(disk, lambda replica: replica.prepare(request, body, timeout_s=self._call_timeout_s()))
+
+    def _note(self, promises: _Promises, disk: str, reply: messages.PrepareReply) -> None:
+        """What is worth knowing of an answer, whether it promised or not."""
+        if reply.payload_synced:
+            promises.synced.add(disk)
+        if reply.verdict in (Verdict.PREEMPTED, Verdict.DAMAGED):
+            self._above = max(self._above, reply.promised.counter)
+        if reply.verdict == Verdict.DAMAGED:
+            promises.damaged_below = max(promises.damaged_below, reply.promised.counter)
+
+    def _not_promised(self, failed: dict[str, Verdict | None], final: bool) -> None:
+        """No majority promised: returns to try again where another ballot or layout may help, else raises."""
+        reasons = set(failed.values())
+        if Verdict.PREEMPTED in reasons or Verdict.EPOCH in reasons:
+            self.around.counts["preempted"] += 1
+            return
+        if Verdict.FENCED in reasons:
+            if self.lineage.open:
+                raise self._gave_up("its bucket is being deleted")
+            raise NoSuchBucket("", **({"final": "true"} if final else {}))
+        if not self.lineage.open:
+            raise self._gave_up("no majority of its replicas answers")
+
+    async def _hear_stragglers(self, promises: _Promises) -> None:
+        while promises.answers.pending:
+            answer = await promises.answers.next(min(STRAGGLERS_S, self.remaining_s()))
+            if answer is None:
+                return
+            disk, reply = answer
+            if not isinstance(reply, StoragedError):
+                self._note(promises, disk, reply)
+
+    async def _copies_synced(self, promises: _Promises, small: SmallCopies) -> None:
+        """Returns when enough replicas have synced their copy; raises when they will not."""
+        while not small.enough(frozenset(promises.synced)):
+            answer = await promises.answers.next(self.remaining_s())
+            if answer is None:
+                raise self._gave_up(f"only {len(promises.synced)} of its replicas have synced the object's copy")
+            disk, reply = answer
+            if not isinstance(reply, StoragedError):
+                self._note(promises, disk, reply)
+
+    async def _fragments_synced(self, ready: Awaitable[None]) -> None:
+        """The barrier; the time it takes is not the register's and does not count against the deadline."""
+        began = self.around.clock.monotonic()
+        await ready
+        self.ready = None
+        self.deadline += self.around.clock.monotonic() - began
+
+    # --- accept --------------------------------------------------------------------------------------------------------
+
+    async def _settle(self, view: View, ballot: Ballot, promises: _Promises) -> bool:
+        """Makes sure that the value found stays what this ballot saw, so that it may be told (rules 4 and 5)."""
+        if not self.settling and not self.around.rules.failed_condition_settles:
+            return True
+        if promises.settled and not self.commit and not self.lineage.open:
+            return True
+        value = promises.value if promises.value is not None else NEVER
+        self.around.counts["identity_rounds"] += 1
+        return await self._accept(view, ballot, value, identity=True)
+
+    async def _accept(self, view: View, ballot: Ballot, value: Value, *, identity: bool) -> bool:
+        """True: a majority has it on disk. False: it was refused, or too few answer; it may have been applied."""
+        around = self.around
+        answers = Answers[messages.AcceptReply](around.replicas, around.pool, around.suspects)
+        for disk in view.disks:
+            request = messages.Accept(disk, self.name, ballot, value, self.nonce, identity)
+            answers.ask(disk, _accept_call(request, self._call_timeout_s()))
+        accepted: set[str] = set()
+        failed: set[str] = set()
+        while not has_majority(view.groups, accepted):
+            if out_of_reach(view.groups, failed):
+                return False
+            answer = await answers.next(self.remaining_s())
+            if answer is None:
+                raise self._gave_up("no majority of its replicas confirmed the write in time")
+            disk, reply = answer
+            if isinstance(reply, StoragedError) or reply.verdict != Verdict.OK:
+                failed.add(disk)
+                if not isinstance(reply, StoragedError) and reply.verdict == Verdict.PREEMPTED:
+                    around.counts["preempted"] += 1
+                    self._above = max(self._above, reply.promised.counter)
+            else:
+                accepted.add(disk)
+        return True
+
+    # --- time ----------------------------------------------------------------------------------------------------------
+
+    def _call_timeout_s(self) -> float:
+        return max(0.001, min(self.around.call_timeout_s, self.remaining_s()))
+
+    async def _pause(self) -> None:
+        limit_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(self._tries, 16))
+        self._tries += 1
+        pause_s = self.around.jitter() * limit_s
+        if pause_s >= self.remaining_s():
+            raise self._gave_up("other proposers or a layout change were in the way until the deadline")
+        await asyncio.sleep(pause_s)
+
+    def _gave_up(self, reason: str) -> ServiceUnavailable:
+        if self.lineage.open:
+            self.around.counts["unknown"] += 1
+            return OutcomeUnknown(f"The write may or may not have been applied: {reason}. Read, or retry.")
+        self.around.counts["unavailable"] += 1
+        return ServiceUnavailable(f"The key's register cannot be settled now: {reason}. Nothing was changed. Retry.")
+
+
+def _accept_call(request: messages.Accept, timeout_s: float) -> Callable[..., Awaitable[messages.AcceptReply]]:
+    return lambda replica: replica.accept(request, timeout_s=timeout_s)

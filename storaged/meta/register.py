@@ -1,0 +1,266 @@
+"""The consensus on one register: what an acceptor answers, and what a proposer may conclude. Pure.
+
+CASPaxos (Denis Rystsov, arXiv:1802.07000): a register is a value that changes by compare-and-set, agreed among 2f+1 acceptors of which f may be
+away. There is no log and no leader. A change is two rounds under one ballot that nobody else ever uses:
+
+    prepare(b)   an acceptor promises to refuse everything below b, and tells what it accepted last
+    accept(b,v)  v is the change applied to the value with the highest ballot that a majority told; it is chosen once a majority has it on disk
+
+Two majorities share an acceptor, so a later prepare sees whatever was chosen before. All that can go wrong lies in the small print, which is
+why each rule is a switch: a simulation turns it off and must then find a history that is not linearizable. Production passes nothing.
+
+The acceptor is a table (``judge_prepare``, ``judge_accept``, ``judge_read``): its rows are tried from top to bottom, the first that matches answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import xxhash
+
+from storaged.meta.names import Change, Value, Visibility
+from storaged.meta.ports import Ballot, Fence
+from storaged.wire import encode
+
+COUNTER_MAX = 1 << 62
+"""Ballot counters are microseconds since 1970, or more after clocks that ran ahead: this is the year 148000."""
+
+HIGH_WATER_BLOCK_US = 10_000_000
+"""How far ahead of the promises the high-water ballot is persisted: one commit in 5 to 10 s of traffic, and after a restart proposers are
+refused once before they have caught up with it."""
+
+CALL_BYTES = 14
+"""An operation id of 16 bytes is 14 random bytes of the call and the number of its attempt (u16 BE)."""
+
+ATTEMPTS_MAX = 0xFFFF
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The small print. Every switch is on; only simulations that show what breaks without one turn it off."""
+
+    sync_before_answer: bool = True
+    """1. An accept is durable before it is answered, and nothing tells of it before."""
+    promises_survive_restart: bool = True
+    """2. After a restart the persisted high-water ballot counts as promised for every register."""
+    read_same_ballot: bool = True
+    """3. A value is settled when a majority reports it under the same ballot; the newest of differing answers proves nothing."""
+    replay_confirmed: bool = True
+    """4. Where answers differ, the newest is accepted by a majority (at its own ballot, else by an identity round) before it is told."""
+    failed_condition_settles: bool = True
+    """5. A condition that fails is a read: the value that it judged is settled before the failure is told."""
+    retry_by_lineage: bool = True
+    """6. A change is tried again only when no earlier attempt of it can be among the ancestors of the value found."""
+    ballots_unique: bool = True
+    """8. No two proposers, nor two lives of one, ever use the same ballot."""
+    foreign_refused: bool = True
+    """9, 11. A disk that is not the one the node had, blank or retired, answers nothing."""
+    fence_by_epoch: bool = True
+    """10. Acceptors refuse requests of a layout epoch before their own."""
+
+
+RULES = Rules()
+
+
+class Verdict(IntEnum):
+    OK = 0
+    PREEMPTED = 1
+    """A higher ballot was promised."""
+    EPOCH = 2
+    """The asker's layout is older than this acceptor's."""
+    FENCED = 3
+    """The scope (a bucket being deleted) is fenced."""
+    CONFLICT = 4
+    """This ballot was seen here with another value: somebody broke rule 8, or bits flipped. Refused, and an alarm is counted."""
+    DAMAGED = 5
+    """The row's checksum does not hold: what was accepted here is unknown, so this acceptor counts for nothing until a newer value replaces it."""
+
+
+# --- acceptor -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptor:
+    """What an acceptor knows of one register when a request comes. ``promised`` is the highest ballot promised for it or for every register; when
+    ``damaged`` it includes the high-water ballot, above anything that the lost row may have held. ``value`` is what was accepted at ``accepted``."""
+
+    promised: Ballot
+    accepted: Ballot
+    value: Value | None
+    epoch: int
+    fence: Fence | None = None
+    damaged: bool = False
+
+    @property
+    def lowest(self) -> Ballot:
+        """The lowest ballot that is not refused."""
+        return max(self.promised, self.accepted)
+
+
+def judge_prepare(acceptor: Acceptor, ballot: Ballot, nonce: bytes, rules: Rules = RULES) -> Verdict:
+    if ballot.epoch < acceptor.epoch and rules.fence_by_epoch:
+        return Verdict.EPOCH
+    if acceptor.fence is not None and acceptor.fence.nonce != nonce:
+        return Verdict.FENCED
+    if acceptor.damaged:
+        return Verdict.DAMAGED
+    if ballot < acceptor.lowest:
+        return Verdict.PREEMPTED
+    return Verdict.OK
+
+
+def judge_accept(acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES) -> Verdict:
+    if ballot.epoch < acceptor.epoch and rules.fence_by_epoch:
+        return Verdict.EPOCH
+    if acceptor.fence is not None and not (identity and acceptor.fence.nonce == nonce):
+        return Verdict.FENCED
+    if ballot < acceptor.lowest:
+        return Verdict.PREEMPTED
+    if ballot == acceptor.accepted and value != acceptor.value:
+        return Verdict.CONFLICT
+    return Verdict.OK
+
+
+def judge_read(acceptor: Acceptor, epoch: int, rules: Rules = RULES) -> Verdict:
+    if epoch < acceptor.epoch and rules.fence_by_epoch:
+        return Verdict.EPOCH
+    if acceptor.damaged:
+        return Verdict.DAMAGED
+    return Verdict.OK
+
+
+def floor_of(high_water: Ballot) -> Ballot:
+    """The lowest ballot with the epoch and counter of ``high_water``: everything promised while that was in force lies below it."""
+    return Ballot(high_water.epoch, high_water.counter, "", b"")
+
+
+def needs_high_water(ballot: Ballot, high_water: Ballot, margin_us: int = 0) -> bool:
+    """Whether a promise of ``ballot`` must wait for a higher high-water ballot on disk (with a margin: whether it is time to write one)."""
+    return (ballot.epoch, ballot.counter + margin_us) >= (high_water.epoch, high_water.counter)
+
+
+def high_water_for(ballot: Ballot) -> Ballot:
+    return Ballot(ballot.epoch, ballot.counter + HIGH_WATER_BLOCK_US, "", b"")
+
+
+def digest_of(value: Value | None) -> bytes:
+    """xxh3-64 of the encoded value, 8 bytes; empty for none."""
+    return b"" if value is None else xxhash.xxh3_64_digest(encode(value))
+
+
+# --- quorums ------------------------------------------------------------------------------------------------------------
+
+Groups = Sequence[Sequence[str]]
+"""The replica sets whose majorities are all needed: one, or the old and the new while a layout changes."""
+
+
+def has_majority(groups: Groups, disks: Collection[str]) -> bool:
+    return all(2 * sum(disk in disks for disk in group) > len(group) for group in groups)
+
+
+def out_of_reach(groups: Groups, failed: Collection[str]) -> bool:
+    """No majority is left without the ``failed``."""
+    return any(2 * sum(disk not in failed for disk in group) <= len(group) for group in groups)
+
+
+def settled_ballot(groups: Groups, accepted: Mapping[str, Ballot], rules: Rules = RULES) -> Ballot | None:
+    """The ballot that a majority of every group reports (ZERO_BALLOT: never written), None when none has one (rule 3)."""
+    if not rules.read_same_ballot:
+        return max(accepted.values()) if has_majority(groups, accepted) else None
+    first = groups[0]
+    for candidate in {accepted[disk]: None for disk in first if disk in accepted}:
+        if has_majority(groups, {disk for disk, ballot in accepted.items() if ballot == candidate}):
+            return candidate
+    return None
+
+
+# --- proposer -----------------------------------------------------------------------------------------------------------
+
+NEVER = Value(0, b"", Visibility.TOMBSTONE, b"")
+"""What an identity round commits for a register that was never written: sequence 0 means never written, and settled to be so."""
+
+
+def shown(value: Value | None) -> Value | None:
+    """A register's value as its users see it."""
+    return None if value is None or value.sequence == 0 else value
+
+
+class Ballots:
+    """The ballots of one proposer: (layout epoch, counter, node, incarnation), never twice the same (rule 8).
+
+    The counter is the wall clock in microseconds or one more than the highest seen, so that proposers rarely pre-empt each other for ever; a clock that
+    stands still or jumps costs round trips, never safety. ``incarnation`` is 8 random bytes of this process's life.
+    """
+
+    def __init__(self, node: str, incarnation: bytes, rules: Rules = RULES) -> None:
+        self._node = node if rules.ballots_unique else ""
+        self._incarnation = incarnation if rules.ballots_unique else b""
+        self._last = 0
+
+    def next(self, epoch: int, above: int, now_us: int) -> Ballot:
+        self._last = max(self._last + 1, above + 1, now_us)
+        return Ballot(epoch, self._last, self._node, self._incarnation)
+
+
+class Standing(IntEnum):
+    """What became of the earlier attempts of a change, judged by the value that a new prepare found."""
+
+    CLEAR = 0
+    """None of them is in the value's past: the change may be proposed on it."""
+    APPLIED = 1
+    """The value is one of them."""
+    UNKNOWN = 2
+    """The value has moved on, possibly from one of them."""
+
+
+@dataclass
+class Lineage:
+    """The attempts of one change, and what can be told of them later (rule 6).
+
+    The chosen values of a register form a chain in which ``sequence`` grows by one; at each sequence there is one value. An attempt at sequence s can
+    be an ancestor only of values with a higher sequence. So a value found that is not one of ours and whose sequence is no higher than that of our lowest attempt
+    does not descend from us. If it is moreover settled, attempts at its own sequence have lost for good.
+    """
+
+    call: bytes
+    rules: Rules = RULES
+    _bases: dict[bytes, Value | None] = field(default_factory=dict)
+    _sequences: dict[bytes, int] = field(default_factory=dict)
+    _count: int = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether some attempt may have been, or may yet be, applied."""
+        return bool(self._sequences)
+
+    def attempt(self, base: Value | None, change: Change) -> Value:
+        """The value to be accepted: ``change`` on ``base``, under an operation id of its own."""
+        self._count += 1
+        operation = self.call + self._count.to_bytes(2, "big")
+        sequence = (base.sequence if base is not None else 0) + 1
+        self._bases[operation] = base
+        self._sequences[operation] = sequence
+        return Value(sequence, operation, change.visibility, change.body, change.payload)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._count >= ATTEMPTS_MAX
+
+    def base_of(self, applied: Value) -> Value | None:
+        """The value that an applied attempt was built on."""
+        return self._bases[applied.operation]
+
+    def judge(self, found: Value | None, settled: bool) -> Standing:
+        """``settled``: a majority reported ``found`` under one ballot."""
+        if not self._sequences or not self.rules.retry_by_lineage:
+            return Standing.CLEAR
+        if found is not None and found.operation in self._sequences:
+            return Standing.APPLIED
+        sequence = found.sequence if found is not None else 0
+        if sequence > min(self._sequences.values()):
+            return Standing.UNKNOWN
+        if settled:
+            self._sequences = {operation: own for operation, own in self._sequences.items() if own != sequence}
+        return Standing.CLEAR

@@ -1,0 +1,135 @@
+"""Replicas of other nodes, and of this one, behind one port; and the methods with which a node answers for its disks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Reply
+from storaged.errors import DiskUnusable
+from storaged.meta import messages
+from storaged.meta.ports import Replica
+from storaged.meta.replica import LocalReplica
+from storaged.meta.scan import ScanReply, ScanRequest
+from storaged.wire import Buffer
+
+
+class RemoteReplica:
+    """``ports.Replica`` over RPC: one disk of another node."""
+
+    def __init__(self, caller: Caller, node: str, disk: str) -> None:
+        self._caller = caller
+        self.node = node
+        self.disk = disk
+
+    async def prepare(self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.PrepareReply:
+        reply, _ = await self._caller.call(self.node, "meta.prepare", request, messages.PrepareReply, body=body, timeout_s=timeout_s)
+        return reply
+
+    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply:
+        reply, _ = await self._caller.call(self.node, "meta.accept", request, messages.AcceptReply, timeout_s=timeout_s)
+        return reply
+
+    async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
+        return await self._caller.call(self.node, "meta.read", request, messages.ReadReply, timeout_s=timeout_s)
+
+    async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply:
+        reply, _ = await self._caller.call(self.node, "meta.page_put", request, messages.PageReply, timeout_s=timeout_s)
+        return reply
+
+    async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply:
+        reply, _ = await self._caller.call(self.node, "meta.page_get", request, messages.PageReply, timeout_s=timeout_s)
+        return reply
+
+    async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        reply, _ = await self._caller.call(self.node, "meta.fence", request, messages.FenceReply, timeout_s=timeout_s)
+        return reply
+
+    async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        reply, _ = await self._caller.call(self.node, "meta.unfence", request, messages.FenceReply, timeout_s=timeout_s)
+        return reply
+
+    async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
+        reply, _ = await self._caller.call(self.node, "meta.fence_epoch", request, messages.EpochReply, timeout_s=timeout_s)
+        return reply
+
+    async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
+        reply, _ = await self._caller.call(self.node, "meta.scan", request, ScanReply, timeout_s=timeout_s)
+        return reply
+
+
+class ReplicaDirectory:
+    """``ports.Replicas``: this node's disks without the network, every other disk of the layout through ``caller``."""
+
+    def __init__(self, layouts: Layouts, caller: Caller, local: Mapping[str, Replica] | None = None) -> None:
+        self._layouts = layouts
+        self._caller = caller
+        self._local = local if local is not None else {}
+        self._remote: dict[str, RemoteReplica] = {}
+
+    def replica(self, disk_id: str) -> Replica:
+        local = self._local.get(disk_id)
+        if local is not None:
+            return local
+        entry = self._layouts.current.disk_by_id.get(disk_id)
+        if entry is None:
+            self._remote.pop(disk_id, None)
+            raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {self._layouts.current.epoch}.")
+        found = self._remote.get(disk_id)
+        if found is None or found.node != entry.node:
+            found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id)
+        return found
+
+
+class ReplicaHost:
+    """The replicas of this node's disks, by disk id. ``replicas`` may change while the node runs: a disk that fails is taken out by its owner."""
+
+    def __init__(self, replicas: Mapping[str, LocalReplica]) -> None:
+        self.replicas = replicas
+
+    def _of(self, disk: str) -> LocalReplica:
+        found = self.replicas.get(disk)
+        if found is None:
+            raise DiskUnusable(f"Disk {disk} is not in use on this node.")
+        return found
+
+    def methods(self) -> Methods:
+        """What the node registers: storage nodes and gateways may call all of it."""
+        return {
+            "meta.prepare": Method(messages.Prepare, self._prepare),
+            "meta.accept": Method(messages.Accept, self._accept),
+            "meta.read": Method(messages.Read, self._read),
+            "meta.page_put": Method(messages.PagePut, self._page_put),
+            "meta.page_get": Method(messages.PageGet, self._page_get),
+            "meta.fence": Method(messages.FenceSet, self._fence),
+            "meta.unfence": Method(messages.FenceLift, self._unfence),
+            "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
+            "meta.scan": Method(ScanRequest, self._scan),
+        }
+
+    async def _prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply:
+        return await self._of(request.disk).prepare(request, (call.body,) if len(call.body) else ())
+
+    async def _accept(self, request: messages.Accept, _call: Call) -> messages.AcceptReply:
+        return await self._of(request.disk).accept(request)
+
+    async def _read(self, request: messages.Read, _call: Call) -> Reply:
+        reply, payload = await self._of(request.disk).read(request)
+        return Reply(reply, (payload,) if len(payload) else ())
+
+    async def _page_put(self, request: messages.PagePut, _call: Call) -> messages.PageReply:
+        return await self._of(request.disk).page_put(request)
+
+    async def _page_get(self, request: messages.PageGet, _call: Call) -> messages.PageReply:
+        return await self._of(request.disk).page_get(request)
+
+    async def _fence(self, request: messages.FenceSet, _call: Call) -> messages.FenceReply:
+        return await self._of(request.disk).fence(request)
+
+    async def _unfence(self, request: messages.FenceLift, _call: Call) -> messages.FenceReply:
+        return await self._of(request.disk).unfence(request)
+
+    async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
+        return await self._of(request.disk).fence_epoch(request)
+
+    async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
+        return await self._of(request.disk).scan(request)

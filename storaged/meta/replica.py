@@ -1,0 +1,440 @@
+"""One disk as an acceptor: the shell that gives ``meta.register``'s tables a store, memory for promises, and time to sync.
+
+Theory of operation
+    Accepted values are rows of the store, and the store shows only what is synced. While an accept of a register is on its way to the disk,
+    every other request for that register waits: an accept that nobody was told of yet must not be missing from a prepare's answer (rule 1).
+    Promises are kept in memory alone, for they change with every prepare and a sync costs a thousand times more than the promise. Instead a
+    *high-water ballot* above all of them is on disk, written in blocks ahead; after a restart it counts as promised for every register (rule 2).
+    The table of promises is bounded: what is evicted raises the floor under all registers, which costs somebody a retry and nothing else.
+    When the store refuses a commit nobody knows what reached the disk. The replica then answers nothing any more (rule 9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+import xxhash
+
+from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, StoragedError
+from storaged.meta import messages
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, MetaStore, RowDamaged, Slot, StoreBatch
+from storaged.meta.register import (
+    COUNTER_MAX,
+    HIGH_WATER_BLOCK_US,
+    RULES,
+    Acceptor,
+    Rules,
+    Verdict,
+    digest_of,
+    floor_of,
+    high_water_for,
+    judge_accept,
+    judge_prepare,
+    judge_read,
+    needs_high_water,
+)
+from storaged.meta.scan import ScanReply, ScanRequest, scan_store
+from storaged.units import MIB
+from storaged.wire import Buffer, decode, encode
+
+log = structlog.get_logger(__name__)
+
+PROMISES_MAX = 65_536
+"""Prepared and not yet accepted registers at one disk; about 20 MiB when full."""
+
+VALUE_BYTES_MAX = 4 * MIB
+PAGE_BYTES_MAX = 4 * MIB
+
+META_HIGH_WATER = "high_water"
+META_EPOCH = "epoch"
+META_RETIRED = "retired"
+
+StorePayload = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
+"""``await store_payload(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk refused."""
+
+LoadPayload = Callable[[bytes], Awaitable[memoryview | None]]
+"""``await load_payload(data_id)``: this disk's copy of a small object, verified; None when it has none that is whole."""
+
+
+@dataclass(frozen=True)
+class ReplicaStatistics:
+    """Counts since the start of the process. ``ballot_conflicts`` is an alarm: it is 0 in a sound cluster."""
+
+    disk: str
+    state: str
+    promises: int
+    accepts_in_flight: int
+    prepares: int
+    accepts: int
+    reads: int
+    refused: int
+    promises_evicted: int
+    rows_damaged: int
+    ballot_conflicts: int
+
+
+class LocalReplica:
+    """The acceptor of one disk of this process. Implements ``ports.Replica``; one event loop only."""
+
+    def __init__(
+        self,
+        disk: str,
+        store: MetaStore,
+        *,
+        store_payload: StorePayload | None = None,
+        load_payload: LoadPayload | None = None,
+        promises_max: int = PROMISES_MAX,
+        rules: Rules = RULES,
+    ) -> None:
+        self.disk = disk
+        self._store = store
+        self._store_payload = store_payload
+        self._load_payload = load_payload
+        self._promises_max = promises_max
+        self._rules = rules
+        self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
+        self._in_flight: dict[RegisterName, asyncio.Task[StoragedError | None]] = {}
+        self._fences_unsynced: dict[bytes, Fence] = {}
+        self._tasks: dict[asyncio.Task[StoragedError | None], None] = {}
+        self._raising: asyncio.Task[StoragedError | None] | None = None
+        self._counts = dict.fromkeys(("prepares", "accepts", "reads", "refused", "evicted", "damaged", "conflicts"), 0)
+        stored = store.get_meta(META_HIGH_WATER)
+        self._high_water = self._high_water_issued = decode(stored, Ballot) if stored is not None else ZERO_BALLOT
+        self._floor = floor_of(self._high_water) if rules.promises_survive_restart else ZERO_BALLOT
+        epoch = store.get_meta(META_EPOCH)
+        self._epoch = self._epoch_durable = int.from_bytes(epoch, "big") if epoch is not None else 0
+        self._silent = "retired from the ring" if store.get_meta(META_RETIRED) and rules.foreign_refused else ""
+
+    @classmethod
+    def open(cls, disk: str, store: MetaStore, expected_store_id: bytes, **options: Any) -> LocalReplica:
+        """Raises DiskForeign when the store is not the one that this node has had under this name (rule 9): its promises are unknown."""
+        if store.store_id != expected_store_id and options.get("rules", RULES).foreign_refused:
+            raise DiskForeign(f"The metadata store of disk {disk} is {store.store_id.hex()}; {expected_store_id.hex()} was expected.")
+        return cls(disk, store, **options)
+
+    @property
+    def epoch(self) -> int:
+        """The layout epoch below which requests are refused."""
+        return self._epoch
+
+    def statistics(self) -> ReplicaStatistics:
+        count = self._counts
+        return ReplicaStatistics(
+            disk=self.disk,
+            state=self._silent or "ok",
+            promises=len(self._promises),
+            accepts_in_flight=len(self._in_flight),
+            prepares=count["prepares"],
+            accepts=count["accepts"],
+            reads=count["reads"],
+            refused=count["refused"],
+            promises_evicted=count["evicted"],
+            rows_damaged=count["damaged"],
+            ballot_conflicts=count["conflicts"],
+        )
+
+    async def close(self) -> None:
+        """Answers nothing from now on; returns when what was on its way to the disk has arrived. The store stays open."""
+        self._silent = self._silent or "closed"
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    async def retire(self) -> None:
+        """This disk left the ring for good: it answers nothing any more, after a restart neither (rule 11)."""
+        await self._durably(StoreBatch(meta={META_RETIRED: b"1"}))
+        self._silent = "retired from the ring"
+
+    # --- the three requests of the protocol ----------------------------------------------------------------------------
+
+    async def prepare(self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.PrepareReply:
+        self._counts["prepares"] += 1
+        self._validate(request.name, request.ballot)
+        if not request.header:
+            return await self._promise(request)
+        storing = asyncio.ensure_future(self._keep_payload(request.header, body))
+        try:
+            reply = await self._promise(request)
+            error = await storing
+        finally:
+            if not storing.done():
+                storing.cancel()
+                await asyncio.wait((storing,))
+        return msgspec.structs.replace(reply, payload_synced=not error, payload_error=error)
+
+    async def _promise(self, request: messages.Prepare) -> messages.PrepareReply:
+        name, ballot = request.name, request.ballot
+        while True:
+            await self._quiet(name)
+            slot, acceptor = self._acceptor(name)
+            verdict = judge_prepare(acceptor, ballot, request.nonce, self._rules)
+            if verdict is not Verdict.OK:
+                self._counts["refused"] += 1
+                return messages.PrepareReply(verdict, acceptor.lowest, final=acceptor.fence is not None and acceptor.fence.final)
+            if not needs_high_water(ballot, self._high_water):
+                break
+            await self._raise_high_water(ballot)
+        self._remember(name, ballot)
+        if needs_high_water(ballot, self._high_water, HIGH_WATER_BLOCK_US // 2) and self._raising is None:
+            self._raising = self._own(self._write_high_water(ballot))
+        if slot is None:
+            return messages.PrepareReply(Verdict.OK, ballot)
+        return messages.PrepareReply(Verdict.OK, ballot, slot.ballot, slot.value)
+
+    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply:
+        self._counts["accepts"] += 1
+        name, ballot, value = request.name, request.ballot, request.value
+        self._validate(name, ballot)
+        if len(value.body) > VALUE_BYTES_MAX:
+            raise InvalidRequest(f"A value of {len(value.body)} bytes; the limit is {VALUE_BYTES_MAX}.")
+        await self._quiet(name)
+        _slot, acceptor = self._acceptor(name)
+        verdict = judge_accept(acceptor, ballot, value, request.nonce, request.identity, self._rules)
+        if verdict is not Verdict.OK:
+            self._counts["refused"] += 1
+            if verdict is Verdict.CONFLICT:
+                self._counts["conflicts"] += 1
+                log.error("one ballot with two values", disk=self.disk, ballot=ballot, register=name.pack().hex())
+            return messages.AcceptReply(verdict, acceptor.lowest, acceptor.fence is not None and acceptor.fence.final)
+        if ballot == acceptor.accepted:
+            return messages.AcceptReply(Verdict.OK, ballot)
+        batch = StoreBatch(slots=[Slot(name, ballot, value)])
+        if needs_high_water(ballot, self._high_water):
+            batch.meta[META_HIGH_WATER] = encode(self._next_high_water(ballot))
+        if not self._rules.sync_before_answer:
+            self._remember(name, ballot)
+            self._own(self._commit(batch))
+            return messages.AcceptReply(Verdict.OK, ballot)
+        writing = self._in_flight[name] = self._own(self._write_slot(name, ballot, batch))
+        self._raise_if(await asyncio.shield(writing))
+        return messages.AcceptReply(Verdict.OK, ballot)
+
+    async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
+        self._counts["reads"] += 1
+        await self._quiet(request.name)
+        slot, acceptor = self._acceptor(request.name)
+        verdict = judge_read(acceptor, request.epoch, self._rules)
+        if verdict is not Verdict.OK:
+            self._counts["refused"] += 1
+            return messages.ReadReply(verdict), memoryview(b"")
+        data_id = request.data_id or (slot.value.payload if slot is not None and request.want_payload else b"")
+        payload = await self._payload(data_id) if data_id else None
+        reply = messages.ReadReply(
+            Verdict.OK,
+            acceptor.accepted,
+            digest_of(acceptor.value),
+            slot.value if slot is not None and request.full else None,
+            data_id if payload is not None else b"",
+        )
+        return reply, payload if payload is not None else memoryview(b"")
+
+    async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
+        """Rows as they are on disk: what was answered OK is among them."""
+        self._check_answers()
+        if request.epoch < self._epoch and self._rules.fence_by_epoch:
+            return ScanReply(Verdict.EPOCH)
+        try:
+            return scan_store(self._store, request)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+
+    # --- pages and fences ----------------------------------------------------------------------------------------------
+
+    async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply:
+        self._check_answers()
+        if len(request.body) > PAGE_BYTES_MAX:
+            raise InvalidRequest(f"A page of {len(request.body)} bytes; the limit is {PAGE_BYTES_MAX}.")
+        if xxhash.xxh3_128_digest(request.body) != request.page_hash:
+            raise InvalidRequest("The page's bytes are not those that its hash names.")
+        await self._durably(StoreBatch(pages=[(request.page_hash, request.body)]))
+        return messages.PageReply()
+
+    async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply:
+        self._check_answers()
+        try:
+            body = self._store.get_page(request.page_hash)
+        except RowDamaged:
+            body = None
+        if body is not None and xxhash.xxh3_128_digest(body) != request.page_hash:
+            self._counts["damaged"] += 1
+            body = None
+        return messages.PageReply(body)
+
+    async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        """In force for every accept that is judged from now on; answered when it is on disk, and with it everything accepted before."""
+        self._check_answers()
+        scope = request.scope
+        present = self._fence_of(scope)
+        if present is not None and present.final and present.nonce != request.nonce:
+            return messages.FenceReply(False)
+        fence = Fence(scope, request.nonce, request.final or (present is not None and present.final))
+        self._fences_unsynced[scope] = fence
+
+        def synced() -> None:
+            if self._fences_unsynced.get(scope) is fence:
+                del self._fences_unsynced[scope]
+
+        await self._durably(StoreBatch(fences=[fence]), synced)
+        return messages.FenceReply(True)
+
+    async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        """In force until the lifting is on disk. A fence with another nonce, or a final one, stays."""
+        self._check_answers()
+        present = self._fence_of(request.scope)
+        if present is None:
+            return messages.FenceReply(True)
+        if present.final or present.nonce != request.nonce:
+            return messages.FenceReply(False)
+        await self._durably(StoreBatch(unfence=[request.scope]))
+        return messages.FenceReply(True)
+
+    async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
+        """In force at once; answered when it is on disk, and with it everything accepted before."""
+        self._check_answers()
+        self._epoch = max(self._epoch, request.epoch)
+        epoch = self._epoch
+        if epoch > self._epoch_durable:
+            await self._durably(StoreBatch(meta={META_EPOCH: epoch.to_bytes(8, "big")}))
+            self._epoch_durable = max(self._epoch_durable, epoch)
+        return messages.EpochReply(self._epoch_durable)
+
+    # --- what is known of a register -----------------------------------------------------------------------------------
+
+    def _acceptor(self, name: RegisterName) -> tuple[Slot | None, Acceptor]:
+        promised = max(self._promises.get(name, ZERO_BALLOT), self._floor)
+        fence = self._fence_of(name.scope)
+        try:
+            slot = self._store.get(name)
+        except RowDamaged:
+            self._counts["damaged"] += 1
+            above_all = max(promised, floor_of(self._high_water))
+            return None, Acceptor(above_all, ZERO_BALLOT, None, self._epoch, fence, damaged=True)
+        if slot is None:
+            return None, Acceptor(promised, ZERO_BALLOT, None, self._epoch, fence)
+        return slot, Acceptor(promised, slot.ballot, slot.value, self._epoch, fence)
+
+    def _fence_of(self, scope: bytes) -> Fence | None:
+        return self._fences_unsynced.get(scope) or self._store.get_fence(scope)
+
+    def _remember(self, name: RegisterName, ballot: Ballot) -> None:
+        self._promises[name] = ballot
+        self._promises.move_to_end(name)
+        if len(self._promises) > self._promises_max:
+            _name, evicted = self._promises.popitem(last=False)
+            self._floor = max(self._floor, evicted)
+            self._counts["evicted"] += 1
+
+    async def _payload(self, data_id: bytes) -> memoryview | None:
+        if self._load_payload is None:
+            return None
+        try:
+            return await self._load_payload(data_id)
+        except StoragedError as error:
+            log.warning("small copy not readable", disk=self.disk, data_id=data_id.hex(), reason=error.message)
+            return None
+
+    async def _keep_payload(self, header: bytes, body: Sequence[Buffer]) -> str:
+        """Empty when the copy is durable, else the reason."""
+        if self._store_payload is None:
+            return f"Disk {self.disk} keeps no small copies."
+        try:
+            await self._store_payload(header, body)
+        except StoragedError as error:
+            return error.message
+        return ""
+
+    # --- waiting, writing ----------------------------------------------------------------------------------------------
+
+    def _validate(self, name: RegisterName, ballot: Ballot) -> None:
+        if not 0 < len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16:
+            raise InvalidRequest("Not the name of a register.")
+        if not 0 < ballot.counter <= COUNTER_MAX:
+            raise InvalidRequest(f"A ballot's counter lies in 1..2^62, not {ballot.counter}.")
+
+    def _check_answers(self) -> None:
+        if self._silent:
+            raise DiskUnusable(f"Disk {self.disk} takes no part in the ring: {self._silent}.")
+
+    async def _quiet(self, name: RegisterName) -> None:
+        """Returns when no accept of this register is on its way to the disk; raises when this replica must not answer."""
+        self._check_answers()
+        while (writing := self._in_flight.get(name)) is not None:
+            await asyncio.wait((writing,))
+            self._check_answers()
+
+    def _own(self, work: Coroutine[Any, Any, StoragedError | None]) -> asyncio.Task[StoragedError | None]:
+        """A task that outlives the request that began it: what is on its way to the disk arrives, whoever still waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
+        return task
+
+    async def _commit(self, batch: StoreBatch) -> StoragedError | None:
+        try:
+            await self._store.commit(batch)
+        except StoragedError as error:
+            self._fail(error.message)
+            return error
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+        return None
+
+    def _fail(self, reason: str) -> None:
+        if not self._silent:
+            self._silent = f"its store refused a write, and what it acknowledged is uncertain ({reason})"
+            log.error("replica falls silent", disk=self.disk, reason=reason)
+
+    @staticmethod
+    def _raise_if(error: StoragedError | None) -> None:
+        if error is not None:
+            raise error
+
+    async def _durably(self, batch: StoreBatch, then: Callable[[], None] | None = None) -> None:
+        async def write() -> StoragedError | None:
+            error = await self._commit(batch)
+            if error is None and then is not None:
+                then()
+            return error
+
+        self._raise_if(await asyncio.shield(self._own(write())))
+
+    async def _write_slot(self, name: RegisterName, ballot: Ballot, batch: StoreBatch) -> StoragedError | None:
+        try:
+            error = await self._commit(batch)
+            if error is None:
+                if batch.meta:
+                    self._high_water = max(self._high_water, decode(batch.meta[META_HIGH_WATER], Ballot))
+                if self._promises.get(name, ballot) <= ballot:
+                    self._promises.pop(name, None)
+            return error
+        finally:
+            del self._in_flight[name]
+
+    async def _raise_high_water(self, ballot: Ballot) -> None:
+        """Returns when the high-water ballot on disk lies above ``ballot``; many that wait share one commit."""
+        while needs_high_water(ballot, self._high_water):
+            if self._raising is None:
+                self._raising = self._own(self._write_high_water(ballot))
+            self._raise_if(await asyncio.shield(self._raising))
+
+    def _next_high_water(self, ballot: Ballot) -> Ballot:
+        """Never lower than one that is already on its way: commits keep their order, and the last one stays."""
+        self._high_water_issued = max(self._high_water_issued, high_water_for(ballot))
+        return self._high_water_issued
+
+    async def _write_high_water(self, ballot: Ballot) -> StoragedError | None:
+        high_water = self._next_high_water(ballot)
+        try:
+            error = await self._commit(StoreBatch(meta={META_HIGH_WATER: encode(high_water)}))
+            if error is None:
+                self._high_water = max(self._high_water, high_water)
+            return error
+        finally:
+            self._raising = None
