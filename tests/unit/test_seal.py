@@ -1,0 +1,219 @@
+"""Sealing against published vectors, and against everything that must not open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from storaged.keys.keyfile import Argon2Cost, Credential, Passphrase, _unlock
+from storaged.keys.keyring import BUCKET_KEY_LABEL, SECRET_LABEL, Keyring, UnwrappedBucketKey, _Box
+from storaged.objects.ports import SealBroken, pack_context
+from storaged.objects.seal import HEADER_BYTES, META_LABEL, PartOpener, PartSealer, open_message, seal_message
+
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "seal.json").read_text())
+DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
+
+
+def hexed(value):
+    return [bytes.fromhex(one) for one in value] if isinstance(value, list) else bytes.fromhex(value)
+
+
+def pattern(size: int) -> bytes:
+    return bytes(7 * i % 256 for i in range(size))
+
+
+def sealed_part(plain: bytes, chunk_bytes: int = 4096) -> tuple[bytes, bytearray]:
+    sealer = PartSealer(DEK, DATA_ID, 1, chunk_bytes, SALT)
+    out = bytearray(len(plain) + 16 * (len(plain) // (chunk_bytes - 16) + 1))
+    assert sealer.seal_block(0, plain, memoryview(out), last=True) == len(out)
+    return sealer.header, out
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vector", VECTORS["parts"], ids=lambda vector: f"{vector['plaintext_pattern']} bytes in {vector['chunk_bytes']}")
+def test_parts_are_sealed_bit_by_bit_as_documented(vector):
+    plain, chunks = pattern(vector["plaintext_pattern"]), hexed(vector["chunks"])
+    dek, data_id, number = hexed(vector["dek"]), hexed(vector["data_id"]), vector["part_number"]
+    sealer = PartSealer(dek, data_id, number, vector["chunk_bytes"], hexed(vector["salt"]))
+    assert sealer.header == hexed(vector["header"])
+    step = vector["chunk_bytes"] - 16
+    assert [sealer.seal(i, plain[i * step : (i + 1) * step]) for i in range(len(chunks))] == chunks
+    opener = PartOpener(dek, hexed(vector["header"]), data_id, number, len(plain))
+    assert b"".join(opener.open(i, chunk) for i, chunk in enumerate(chunks)) == plain
+
+
+def test_metadata_is_sealed_as_documented():
+    vector = VECTORS["metadata"]
+    sealed = seal_message(hexed(vector["dek"]), META_LABEL, hexed(vector["context"]), hexed(vector["plaintext"]), hexed(vector["salt"]))
+    assert sealed == hexed(vector["sealed"])
+    assert open_message(hexed(vector["dek"]), META_LABEL, hexed(vector["context"]), sealed) == hexed(vector["plaintext"])
+
+
+def test_data_keys_and_list_fields_are_sealed_as_documented():
+    vector = VECTORS["wrapped_key"]
+    key = UnwrappedBucketKey(1, hexed(vector["bucket_key"]), lambda count: hexed(vector["salt"])[:count])
+    assert key.wrap(hexed(vector["dek"]), hexed(vector["context"])) == hexed(vector["wrapped"])
+    assert key.unwrap(hexed(vector["wrapped"]), hexed(vector["context"])) == hexed(vector["dek"])
+    vector = VECTORS["list_field"]
+    key = UnwrappedBucketKey(1, hexed(vector["bucket_key"]), lambda count: hexed(vector["nonce"])[:count])
+    assert key.seal_list(hexed(vector["plaintext"]), hexed(vector["context"])) == hexed(vector["sealed"])
+    assert key.open_list(hexed(vector["sealed"]), hexed(vector["context"])) == hexed(vector["plaintext"])
+
+
+def test_bucket_keys_secrets_and_authenticators_are_made_as_documented():
+    vector = VECTORS["wrapped_bucket_key"]
+    context = Keyring._wrap_context(type("K", (), {"_keyring_id": hexed(vector["keyring_id"])})(), hexed(vector["bucket_id"]), 1, 1)
+    assert open_message(hexed(vector["epoch_key"]), BUCKET_KEY_LABEL, context, hexed(vector["wrapped"])) == hexed(vector["bucket_key"])
+    vector = VECTORS["secret"]
+    box = _Box(hexed(vector["secret_key"]), SECRET_LABEL, lambda count: hexed(vector["nonce"])[:count])
+    assert box.seal(hexed(vector["plaintext"]), hexed(vector["context"])) == hexed(vector["sealed"])
+    vector = VECTORS["authenticator"]
+    material = type("M", (), {"record_key": hexed(vector["record_key"])})()
+    keyring = type("K", (), {"material": material})()
+    assert Keyring.authenticate(keyring, hexed(vector["context"]), hexed(vector["message"])) == hexed(vector["tag"])
+
+
+def test_a_keyring_is_protected_as_documented():
+    vector = VECTORS["keyring_protection"]
+    cost = Argon2Cost(vector["memory_kib"], vector["passes"], vector["lanes"])
+    salt = "AAECAwQFBgcICQoLDA0ODw=="
+    protected = {"kind": "passphrase", "kdf": "argon2id", "salt": salt, **cost._asdict()}
+    assert _unlock(protected, Passphrase(vector["passphrase_text"]), Path("f")) == hexed(vector["passphrase_key"])
+    assert _unlock({"kind": "credential", "salt": salt}, Credential(hexed(vector["credential"])), Path("f")) == hexed(
+        vector["credential_key"]
+    )
+
+
+# --- what must not open -----------------------------------------------------------------------------------------------
+
+
+def test_another_key_data_id_or_part_number_is_refused_by_the_commitment_before_any_chunk():
+    header, _ = sealed_part(b"plain")
+    for dek, data_id, number in ((b"K" * 32, DATA_ID, 1), (DEK, b"I" * 16, 1), (DEK, DATA_ID, 2)):
+        with pytest.raises(SealBroken, match="does not commit") as caught:
+            PartOpener(dek, header, data_id, number)
+        assert caught.value.index is None
+
+
+def test_a_header_with_any_byte_altered_is_refused():
+    header, _ = sealed_part(b"plain")
+    for at in range(HEADER_BYTES):
+        for flip in (1, 0x80):
+            broken = bytearray(header)
+            broken[at] ^= flip
+            with pytest.raises(SealBroken):
+                PartOpener(DEK, broken, DATA_ID, 1)
+    for length in (0, 63):
+        with pytest.raises(SealBroken):
+            PartOpener(DEK, header[:length], DATA_ID, 1)
+
+
+def test_a_chunk_with_any_byte_altered_is_refused_and_named():
+    header, sealed = sealed_part(pattern(4080 + 30))
+    opener = PartOpener(DEK, header, DATA_ID, 1, 4110)
+    for at in [*range(0, 4096, 97), *range(4096, len(sealed))]:
+        broken = bytearray(sealed)
+        broken[at] ^= 4
+        with pytest.raises(SealBroken) as caught:
+            opener.open_block(0, broken, memoryview(bytearray(4110)))
+        assert caught.value.index == at // 4096
+
+
+def test_chunks_do_not_open_in_each_others_places():
+    header, sealed = sealed_part(bytes(4080 * 2))
+    opener = PartOpener(DEK, header, DATA_ID, 1)
+    with pytest.raises(SealBroken):
+        opener.open(0, memoryview(sealed)[4096:8192])
+
+
+def test_a_part_cut_at_a_chunks_border_shows_in_its_last_chunk():
+    header, sealed = sealed_part(pattern(4080 * 2 + 5))
+    for cut in (4096, 8192):
+        with pytest.raises(SealBroken):
+            open_message(DEK, "x", [], header + sealed[:cut])
+        size = cut // 4096 * 4080
+        opener = PartOpener(DEK, header, DATA_ID, 1, size)
+        with pytest.raises(SealBroken):
+            opener.open(cut // 4096, bytes(16))
+        with pytest.raises(SealBroken, match="does not fit"):
+            opener.open(cut // 4096 - 1, sealed[cut - 4096 : cut - 1])
+
+
+@pytest.mark.parametrize(("index", "length"), [(-1, 16), (2**32, 16), (0, 15), (0, 4097), (0, 0)])
+def test_chunks_that_cannot_be_are_refused(index, length):
+    header, _ = sealed_part(b"")
+    opener = PartOpener(DEK, header, DATA_ID, 1)
+    with pytest.raises(SealBroken, match="cannot be"):
+        opener.open(index, bytes(length))
+
+
+def test_a_message_cut_anywhere_is_refused():
+    sealed = seal_message(DEK, META_LABEL, [b"a"], b"some metadata", SALT)
+    for length in range(len(sealed)):
+        with pytest.raises(SealBroken):
+            open_message(DEK, META_LABEL, [b"a"], sealed[:length])
+    with pytest.raises(SealBroken):
+        open_message(DEK, META_LABEL, [b"a"], sealed + b"x")
+
+
+def test_labels_keep_the_uses_of_one_key_apart():
+    sealed = seal_message(DEK, META_LABEL, [b"a"], b"some metadata", SALT)
+    with pytest.raises(SealBroken, match="does not commit"):
+        open_message(DEK, "sov.key.v1", [b"a"], sealed)
+
+
+# --- what must not be sealed ------------------------------------------------------------------------------------------
+
+
+def test_no_index_is_sealed_twice():
+    sealer = PartSealer(DEK, DATA_ID, 1, 4096, SALT)
+    sealer.seal(0, bytes(4080))
+    sealer.seal(5, bytes(4080))
+    for index in (0, 5, 3):
+        with pytest.raises(ValueError, match="ascend"):
+            sealer.seal(index, bytes(4080))
+        with pytest.raises(ValueError, match="ascend"):
+            sealer.seal_into(index, bytes(4080), memoryview(bytearray(4096)))
+
+
+def test_nothing_is_sealed_behind_the_short_chunk_or_beyond_2_32():
+    sealer = PartSealer(DEK, DATA_ID, 1, 4096, SALT)
+    with pytest.raises(ValueError, match="2\\^32"):
+        sealer.seal(2**32, bytes(4080))
+    sealer.seal(2**32 - 1, b"short")
+    with pytest.raises(ValueError, match="ascend"):
+        sealer.seal(2**32, b"")
+    sealer = PartSealer(DEK, DATA_ID, 1, 4096, SALT)
+    sealer.seal(0, b"short")
+    with pytest.raises(ValueError, match="ascend"):
+        sealer.seal(1, b"")
+
+
+def test_a_chunk_too_long_or_a_ragged_block_in_the_middle_is_refused_and_seals_nothing():
+    sealer = PartSealer(DEK, DATA_ID, 1, 4096, SALT)
+    with pytest.raises(ValueError, match="holds 4080"):
+        sealer.seal(0, bytes(4081))
+    with pytest.raises(ValueError, match="whole number"):
+        sealer.seal_block(0, bytes(4081), memoryview(bytearray(9000)), last=False)
+    assert len(sealer.seal(0, bytes(4080))) == 4096
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, 1024, 4095, 5000, 131072])
+def test_odd_chunk_sizes_are_refused(chunk_bytes):
+    with pytest.raises(ValueError, match="power of two"):
+        PartSealer(DEK, DATA_ID, 1, chunk_bytes, SALT)
+
+
+def test_keys_ids_and_salts_of_the_wrong_length_are_refused():
+    for dek, data_id, salt in ((DEK[1:], DATA_ID, SALT), (DEK, DATA_ID[1:], SALT), (DEK, DATA_ID, SALT[1:])):
+        with pytest.raises(ValueError, match="bytes, not"):
+            PartSealer(dek, data_id, 1, 4096, salt)
+
+
+def test_contexts_are_unambiguous():
+    packed = {pack_context(b"l", fields) for fields in ([], [b""], [b"", b""], [b"a", b"b"], [b"ab"], [b"ab", b""], [b"", b"ab"])}
+    assert len(packed) == 7
