@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ profiles = st.builds(Profile, st.integers(1, 8), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.sampled_from(CHUNKS), st.integers(1, 5), st.data())
 def test_what_was_sealed_block_by_block_opens_chunk_by_chunk_and_in_blocks(size, chunk, block_cells, data):
-    plain = (b"%d" % size * (size // 2 + 1))[:size]
+    plain = random.Random(size).randbytes(size)
     sealer = PartSealer(DEK, DATA_ID, 1, chunk, SALT)
     shape = PartShape(size, chunk, block_cells)
     sealed = bytearray()
