@@ -1,6 +1,7 @@
 """Catch-up: brings the registers of a disk that was away to what the others agreed on meanwhile.
 
-The work falls to the first replica of each range that was *not* away: a returning disk does not know what it missed, not even which buckets are new.
+The work falls to the first replica of each range that was *not* away: a returning disk does not know what it missed, not even which buckets are new. A node that has just started counts all others as returned, so that
+replicas that differ when a whole cluster starts are brought together too.
 Slices are compared by digest, so what did not change costs a comparison, not a transfer.
 """
 

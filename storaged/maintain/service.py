@@ -66,7 +66,8 @@ class Maintenance:
         self.scrub = Scrub(context, self.repair.hint)
         self.collector = Collector(context, referenced)
         self._seen: frozenset[str] = frozenset()
-        self._caught_up: frozenset[str] = frozenset()
+        # At the start every other disk counts as returned: what this node's own disks know is compared with theirs, whoever was away.
+        self._caught_up: frozenset[str] = frozenset(context.local_meta)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -80,7 +81,7 @@ class Maintenance:
             if readable != self._seen:
                 returned = readable - self._caught_up
                 self._seen = readable
-                self._caught_up &= readable
+                self._caught_up &= readable | frozenset(self._context.local_meta)
                 self.repair.wake()
                 if returned and await self.catch_up.bring_up(returned):
                     self._caught_up |= returned
