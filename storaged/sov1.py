@@ -67,7 +67,10 @@ class SealBroken(Exception):
 
 def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
     """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold."""
-    return label + b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+    packed = [label]
+    for field in fields:
+        packed += (len(field).to_bytes(4, "big"), field)
+    return b"".join(packed)
 
 
 def chunk_bytes_for(size: int | None, k: int) -> int:

@@ -99,25 +99,29 @@ def choose(layout: Layout, data_id: bytes, target: Profile, writable: Writable, 
     Raises ServiceUnavailable, with the numbers, when nothing would.
     """
     group, countries = placement_group(data_id), tuple(countries)
-    first = _ranked_choice(layout, group, target, countries)
-    if all(writable(disk_id) for disk_id in first) and _holds(
-        target, Counter(layout.domain_by_disk[disk_id] for disk_id in first).values()
-    ):
-        return Placement(target, first, {})
-    living = [disk_id for disk_id in layout.preference(group) if _eligible(layout, disk_id, countries) and writable(disk_id)]
+
+    def takes(disk_id: str) -> bool:
+        return _eligible(layout, disk_id, countries) and writable(disk_id)
+
+    def hold(profile: Profile, domain_limit: int) -> Placement | None:
+        first = _ranked_choice(layout, group, profile, countries)
+        return _assign(layout, profile, first, layout.preference(group), takes, domain_limit)
+
+    placement = hold(target, target.m)
+    if placement is not None:
+        return placement
+    living = [disk_id for disk_id in layout.preference(group) if takes(disk_id)]
     shares = Counter(layout.domain_by_disk[disk_id] for disk_id in living)
-    if _holds(target, shares.values()):
-        return _assign(layout, target, first, living, target.m)
-    safe = [profile for profile in _fallbacks(target) if _holds(profile, shares.values())]
-    if safe:
-        return _assign(layout, safe[0], _ranked_choice(layout, group, safe[0], countries), living, safe[0].m)
-    profile = next((profile for profile in _fallbacks(target) if profile.n <= len(living)), None)
-    if profile is None:
-        raise ServiceUnavailable(
-            f"a write must survive the loss of one more disk: {len(living)} of {len(layout.disks)} disks take writes{_inside(countries)}, "
-            f"in {len(shares)} {layout.domain_kind}s; the target {target} needs {target.n}, the smallest fallback 2"
-        )
-    return _assign(layout, profile, _ranked_choice(layout, group, profile, countries), living, profile.n)
+    for profile in _fallbacks(target):
+        if _holds(profile, shares.values()) and (placement := hold(profile, profile.m)) is not None:
+            return placement
+    for profile in _fallbacks(target):
+        if profile.n <= len(living) and (placement := hold(profile, profile.n)) is not None:
+            return placement
+    raise ServiceUnavailable(
+        f"a write must survive the loss of one more disk: {len(living)} of {len(layout.disks)} disks take writes{_inside(countries)}, "
+        f"in {len(shares)} {layout.domain_kind}s; the target {target} needs {target.n}, the smallest fallback 2"
+    )
 
 
 def _inside(countries: Iterable[str]) -> str:
@@ -141,23 +145,31 @@ def _fallbacks(target: Profile) -> tuple[Profile, ...]:
     return tuple(sorted(found, key=lambda profile: (profile.m < min(2, target.m), profile.n / profile.k, -profile.m)))
 
 
-def _assign(layout: Layout, profile: Profile, first: Sequence[str], living: Sequence[str], domain_limit: int) -> Placement:
-    """Living first choices keep their positions; the others go to living disks in the order of preference, at most ``domain_limit`` in a domain."""
-    alive, domain = set(living), layout.domain_by_disk
+def _assign(
+    layout: Layout, profile: Profile, first: Sequence[str], candidates: Iterable[str], takes: Writable, domain_limit: int
+) -> Placement | None:
+    """Living first choices keep their positions; the others go to the next living candidates, at most ``domain_limit`` in a domain. None: too few."""
+    domain = layout.domain_by_disk
     disks: dict[int, str] = {}
     shares: Counter[str] = Counter()
     for position, disk_id in enumerate(first):
-        if disk_id in alive and shares[domain[disk_id]] < domain_limit:
+        if shares[domain[disk_id]] < domain_limit and takes(disk_id):
             disks[position] = disk_id
             shares[domain[disk_id]] += 1
     moved: dict[int, str] = {}
-    taken = set(disks.values())
-    spares = iter([disk_id for disk_id in living if disk_id not in taken])
-    for position in range(profile.n):
-        if position not in disks:
-            disk_id = next(spare for spare in spares if shares[domain[spare]] < domain_limit)
+    if len(disks) < profile.n:
+        taken = set(disks.values())
+        empty = [position for position in range(profile.n) if position not in disks]
+        for disk_id in candidates:
+            if disk_id in taken or shares[domain[disk_id]] >= domain_limit or not takes(disk_id):
+                continue
             shares[domain[disk_id]] += 1
-            disks[position] = moved[position] = disk_id
+            moved[empty[len(moved)]] = disk_id
+            if len(moved) == len(empty):
+                break
+        else:
+            return None
+        disks |= moved
     return Placement(profile, tuple(disks[position] for position in range(profile.n)), moved)
 
 
