@@ -1,1 +1,12 @@
-"""The S3 front: HTTP in, objects out. Signatures and XML are pure; the handlers are small."""
+"""The S3 front: HTTP in, objects out. Signatures and XML are pure; the handlers are small.
+
+The way of a request, and the module that has each step:
+
+    connection  aiohttp's parser, broken HTTP            app        the order of all that follows
+    request     target, bucket, key: bytes, never normalised
+    auth        sigv4 (pure), chunked: who asks, and what the body must prove
+    routes      which operation                          context    may they use this bucket?
+    buckets, listing, objects, copy, multipart, acl      the operations, on the ports of ``objects.api``
+    headers, xml, tags, digest                           parsing, strictly, into the values of those ports
+    body, send                                           streams in and out, with back-pressure, time-outs and bounds (limits)
+"""

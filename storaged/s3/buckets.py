@@ -1,0 +1,143 @@
+"""Buckets: create, head, list, delete, where they are, their tags, who may use them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from storaged import errors
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.acl import own_acl
+from storaged.s3.context import Front
+from storaged.s3.names import bucket_name_possible, bucket_name_valid
+from storaged.s3.reply import XML_TYPE, Reply, xml_reply
+from storaged.s3.request import Request
+from storaged.s3.tags import read_tagging, write_tagging
+
+BUCKETS_PAGE_MAX = 10_000
+
+
+async def list_buckets(front: Front, request: Request) -> Reply:
+    """The requester's own, by name, in pages when max-buckets is given."""
+    if not request.who.access_key:
+        raise errors.AccessDenied()
+    query = request.query
+    limit = h.integer("max-buckets", query["max-buckets"], 1, BUCKETS_PAGE_MAX) if query.get("max-buckets") else BUCKETS_PAGE_MAX
+    region = query.get("bucket-region", "")
+    prefix = query.get("prefix", "")
+    token = query.get("continuation-token", "")
+    buckets, following = await front.buckets.list_buckets(request.who, prefix=prefix, after=_from_token(token), limit=limit)
+    rows = "".join(
+        f"<Bucket><Name>{xml.escape(bucket.name)}</Name><CreationDate>{xml.iso_time(bucket.created_ms)}</CreationDate>"
+        f"{xml.element('BucketRegion', bucket.region)}</Bucket>"
+        for bucket in buckets
+        if not region or bucket.region == region
+    )
+    return xml_reply(
+        xml.document(
+            "ListAllMyBucketsResult",
+            xml.owner(request.who.user_id, request.who.display_name),
+            f"<Buckets>{rows}</Buckets>",
+            xml.optional("Prefix", prefix),
+            xml.optional("ContinuationToken", base64.urlsafe_b64encode(following.encode()).decode() if following else ""),
+        )
+    )
+
+
+def _from_token(token: str) -> str:
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode() if token else ""
+    except (binascii.Error, ValueError):
+        raise errors.InvalidArgument("The continuation token provided is incorrect", ArgumentName="continuation-token") from None
+
+
+async def create_bucket(front: Front, request: Request) -> Reply:
+    """One's own bucket again: 200, as in AWS's first region and as most tools expect."""
+    if not request.who.access_key:
+        raise errors.AccessDenied()
+    name = request.bucket
+    if not bucket_name_valid(name):
+        raise errors.InvalidBucketName(BucketName=name)
+    if request.headers.get("x-amz-bucket-object-lock-enabled", "").lower() == "true":
+        raise errors.NotImplemented("Object Lock is not implemented.")
+    ownership = request.headers.get("x-amz-object-ownership", "BucketOwnerEnforced")
+    if ownership not in ("BucketOwnerEnforced", "BucketOwnerPreferred", "ObjectWriter"):
+        raise errors.InvalidArgument(
+            "Invalid x-amz-object-ownership header", ArgumentName="x-amz-object-ownership", ArgumentValue=ownership
+        )
+    if ownership != "BucketOwnerEnforced":
+        raise errors.NotImplemented("Access control lists are not implemented: a bucket's owner owns every object in it.")
+    h.refuse_unsupported(request.headers)
+    _check_location(front, await request.body.read(front.limits.xml_bytes_max))
+    try:
+        await front.buckets.create(request.who, name, region=front.region)
+    except errors.BucketAlreadyOwnedByYou:
+        pass
+    return Reply(headers={"Location": f"/{name}"})
+
+
+def _check_location(front: Front, body: bytes) -> None:
+    """CreateBucketConfiguration: the one region there is, or none."""
+    if not body.strip():
+        return
+    root = xml.parse(body, "CreateBucketConfiguration")
+    for child in root.children:
+        if child.name in ("Location", "Bucket", "Tags"):
+            raise errors.NotImplemented(f"{child.name} in CreateBucketConfiguration is not implemented.")
+    location = root.fields({"LocationConstraint"}).get("LocationConstraint", "")
+    if location not in ("", front.region):
+        raise errors.InvalidLocationConstraint(LocationConstraint=location)
+
+
+async def head_bucket(front: Front, request: Request) -> Reply:
+    return Reply(
+        headers={"x-amz-bucket-region": request.bucket_record.region, "x-amz-access-point-alias": "false", "Content-Type": XML_TYPE}
+    )
+
+
+async def delete_bucket(front: Front, request: Request) -> Reply:
+    await front.buckets.delete(request.bucket_record)
+    return Reply(204)
+
+
+async def get_location(front: Front, request: Request) -> Reply:
+    region = request.bucket_record.region
+    return xml_reply(xml.document("LocationConstraint", "" if region == "us-east-1" else xml.escape(region)))
+
+
+async def get_versioning(front: Front, request: Request) -> Reply:
+    """Never enabled: an empty configuration."""
+    return xml_reply(xml.document("VersioningConfiguration"))
+
+
+async def get_tagging(front: Front, request: Request) -> Reply:
+    tags = await front.buckets.get_tags(request.bucket_record)
+    if not tags:
+        raise errors.NoSuchTagSet(BucketName=request.bucket)
+    return xml_reply(write_tagging(tags))
+
+
+async def put_tagging(front: Front, request: Request) -> Reply:
+    tags = await read_tagging(front, request, h.TAGS_PER_BUCKET_MAX)
+    await front.buckets.set_tags(request.bucket_record, tags)
+    return Reply(204)
+
+
+async def delete_tagging(front: Front, request: Request) -> Reply:
+    await front.buckets.set_tags(request.bucket_record, None)
+    return Reply(204)
+
+
+async def get_acl(front: Front, request: Request) -> Reply:
+    return xml_reply(own_acl(request.who))
+
+
+async def preflight(front: Front, request: Request) -> Reply:
+    """A browser asks whether another origin may use this bucket; no bucket has CORS rules. It comes unsigned, so nothing of the bucket is told."""
+    if "origin" not in request.headers or "access-control-request-method" not in request.headers:
+        raise errors.BadRequest("Insufficient information. Origin request header needed.")
+    if not bucket_name_possible(request.bucket):
+        raise errors.InvalidBucketName(BucketName=request.bucket)
+    await front.buckets.get(request.bucket)
+    raise errors.AccessForbidden(Method=request.headers["access-control-request-method"], ResourceType="BUCKET")

@@ -1,0 +1,41 @@
+"""What every handler works with."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from storaged.clock import Clock
+from storaged.errors import AccessDenied, InvalidBucketName
+from storaged.objects.api import Buckets, Objects, Principal, Users
+from storaged.objects.records import BucketRecord
+from storaged.s3.limits import Limits
+from storaged.s3.names import bucket_name_possible
+from storaged.s3.reply import Reply
+from storaged.s3.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    objects: Objects
+    buckets: Buckets
+    users: Users
+    region: str
+    clock: Clock
+    limits: Limits
+
+
+Handler = Callable[[Front, Request], Awaitable[Reply]]
+
+
+async def owned_bucket(front: Front, who: Principal, name: str, expected_owner: str = "") -> BucketRecord:
+    """The bucket, if ``who`` may use it: a user sees only their own. ``expected_owner``: x-amz-expected-bucket-owner, which must hold.
+
+    Raises NoSuchBucket, InvalidBucketName, AccessDenied.
+    """
+    if not bucket_name_possible(name):
+        raise InvalidBucketName(BucketName=name)
+    bucket = await front.buckets.get(name)
+    if not who.access_key or who.user_id != bucket.owner or (expected_owner and expected_owner != bucket.owner):
+        raise AccessDenied()
+    return bucket

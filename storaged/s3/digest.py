@@ -1,0 +1,47 @@
+"""Small request documents, verified against the digests that came with them. (Objects' digests are the object plane's work.)"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Callable
+
+from awscrt import checksums
+
+from storaged.errors import BadDigest, InvalidRequest
+from storaged.s3 import headers as h
+from storaged.s3.context import Front
+from storaged.s3.request import Request
+
+_DIGESTS: dict[str, Callable[[bytes], bytes]] = {
+    "CRC32": lambda data: zlib.crc32(data).to_bytes(4, "big"),
+    "CRC32C": lambda data: checksums.crc32c(data).to_bytes(4, "big"),
+    "CRC64NVME": lambda data: checksums.crc64nvme(data).to_bytes(8, "big"),
+    "SHA1": lambda data: hashlib.sha1(data).digest(),
+    "SHA256": lambda data: hashlib.sha256(data).digest(),
+}
+
+
+async def read_verified(front: Front, request: Request, *, required: bool = False) -> bytes:
+    """The whole body, at most ``Limits.xml_bytes_max``. ``required``: a Content-MD5 or a checksum must have come.
+
+    Raises BadDigest, InvalidDigest, InvalidRequest, MaxMessageLengthExceeded.
+    """
+    md5 = h.content_md5(request.headers)
+    declared = h.declared_checksums(request.headers)
+    decoder = request.body.decoder
+    trailing = bool(decoder and h.trailing_names(request.headers))
+    if required and md5 is None and not declared and not trailing:
+        raise InvalidRequest("Missing required header for this request: Content-MD5 OR x-amz-checksum-*")
+    data = await request.body.read(front.limits.xml_bytes_max)
+    if decoder is not None:
+        declared.update(
+            {name: h.check_checksum(name, value, f"x-amz-checksum-{name.lower()}") for name, value in decoder.trailing_checksums().items()}
+        )
+    if md5 is not None and hashlib.md5(data).digest() != md5:
+        raise BadDigest("The Content-MD5 you specified did not match what we received.")
+    for algorithm, value in declared.items():
+        if base64.b64encode(_DIGESTS[algorithm](data)).decode() != value:
+            raise BadDigest(f"The {algorithm} you specified did not match what we received.")
+    return data

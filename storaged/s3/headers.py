@@ -1,0 +1,380 @@
+"""Headers and parameters of S3 requests, parsed strictly into the values that the object plane takes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import formatdate, parsedate_to_datetime
+from functools import lru_cache
+from urllib.parse import parse_qsl
+
+from storaged import errors
+from storaged.errors import (
+    InvalidArgument,
+    InvalidDigest,
+    InvalidRequest,
+    InvalidStorageClass,
+    InvalidTag,
+    MetadataTooLarge,
+)
+from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks, NewMeta, RangeSpec, ReadConditions, WriteConditions
+
+USER_PREFIX = "x-amz-meta-"
+USER_BYTES_MAX = 2048
+KEPT_HEADERS = ("content-type", "cache-control", "content-disposition", "content-encoding", "content-language", "expires")
+STORAGE_CLASSES = frozenset(
+    {
+        "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER", "DEEP_ARCHIVE", "GLACIER_IR",
+        "OUTPOSTS", "SNOW", "EXPRESS_ONEZONE",
+    }
+)  # fmt: skip
+"""Labels: kept and given back. Where data lies is the bucket's profile, not the label."""
+
+TAGS_PER_OBJECT_MAX = 10
+TAGS_PER_BUCKET_MAX = 50
+TAG_KEY_CHARS_MAX = 128
+TAG_VALUE_CHARS_MAX = 256
+
+CHECKSUM_BYTES = {"CRC32": 4, "CRC32C": 4, "CRC64NVME": 8, "SHA1": 20, "SHA256": 32}
+CHECKSUM_HEADERS = {f"x-amz-checksum-{name.lower()}": name for name in CHECKSUM_ALGORITHMS}
+CHECKSUM_ELEMENTS = {f"Checksum{name}": name for name in CHECKSUM_ALGORITHMS}
+
+CANNED_ACLS = frozenset(
+    {"private", "public-read", "public-read-write", "authenticated-read", "aws-exec-read", "bucket-owner-read", "bucket-owner-full-control", "log-delivery-write"}
+)  # fmt: skip
+OWNER_ONLY_ACLS = frozenset({"private", "bucket-owner-full-control"})
+
+_TAG_TEXT = re.compile(r"[\w\s+\-=.:/@]*")
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_UNSUPPORTED = {
+    "x-amz-website-redirect-location": "Static websites are not implemented.",
+    "x-amz-write-offset-bytes": "Appending to objects is not implemented.",
+    "x-amz-server-side-encryption-aws-kms-key-id": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
+    "x-amz-server-side-encryption-context": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
+    "x-amz-server-side-encryption-bucket-key-enabled": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
+}
+_SSE_C = "x-amz-server-side-encryption-customer-"
+_SSE_C_SOURCE = "x-amz-copy-source-server-side-encryption-customer-"
+
+
+def integer(name: str, text: str, low: int, high: int) -> int:
+    """Raises InvalidArgument that names the parameter."""
+    try:
+        value = int(text) if text.lstrip("-").isascii() and text.lstrip("-").isdigit() else None
+    except ValueError:
+        value = None
+    if value is None:
+        raise InvalidArgument(f"Provided {name} not an integer or within integer range", ArgumentName=name, ArgumentValue=text)
+    if not low <= value <= high:
+        raise InvalidArgument(f"Argument {name} must be an integer between {low} and {high}", ArgumentName=name, ArgumentValue=text)
+    return value
+
+
+# --- dates ----------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def http_time(seconds: int) -> str:
+    """``Wed, 12 Oct 2009 17:50:00 GMT``"""
+    return formatdate(seconds, usegmt=True)
+
+
+def parse_http_time(text: str) -> int | None:
+    """Milliseconds; None for what is no date (RFC 9110: such a condition is ignored)."""
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 1000
+
+
+def parse_time(text: str) -> int | None:
+    """An HTTP date or ISO 8601, in milliseconds; None for anything else."""
+    found = parse_http_time(text)
+    if found is not None:
+        return found
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
+
+
+# --- conditions and ranges -------------------------------------------------------------------------------------------------
+
+
+def etag_list(text: str) -> tuple[str, ...]:
+    """``"a", W/"b"`` -> ("a", "b"); ``*`` stays."""
+    return tuple(etag(item) for item in text.split(",") if item.strip()) if text else ()
+
+
+def etag(text: str) -> str:
+    return text.strip().removeprefix("W/").strip('"')
+
+
+def read_conditions(headers: Mapping[str, str], prefix: str = "") -> ReadConditions:
+    """If-Match and its relatives; with ``prefix`` ``x-amz-copy-source-`` those of a copy's source."""
+    if not any(prefix + name in headers for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")):
+        return _NO_READ_CONDITIONS
+    return ReadConditions(
+        if_match=etag_list(headers.get(prefix + "if-match", "")),
+        if_none_match=etag_list(headers.get(prefix + "if-none-match", "")),
+        if_modified_since_ms=parse_http_time(headers.get(prefix + "if-modified-since", "")),
+        if_unmodified_since_ms=parse_http_time(headers.get(prefix + "if-unmodified-since", "")),
+    )
+
+
+_NO_READ_CONDITIONS = ReadConditions()
+_NO_WRITE_CONDITIONS = WriteConditions()
+
+
+def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
+    """Of PUT, Complete, Copy destinations. Raises NotImplemented for dates, as AWS does."""
+    if "if-match" not in headers and "if-none-match" not in headers:
+        if "if-modified-since" in headers or "if-unmodified-since" in headers:
+            raise errors.NotImplemented("If-Modified-Since and If-Unmodified-Since are not implemented for writes.")
+        return _NO_WRITE_CONDITIONS
+    return WriteConditions(if_match=etag(headers.get("if-match", "")), if_none_match=etag(headers.get("if-none-match", "")))
+
+
+def delete_conditions(headers: Mapping[str, str]) -> WriteConditions:
+    size = headers.get("x-amz-if-match-size", "")
+    modified = headers.get("x-amz-if-match-last-modified-time", "")
+    if not size and not modified and "if-match" not in headers:
+        return _NO_WRITE_CONDITIONS
+    modified_ms = parse_time(modified) if modified else None
+    if modified and modified_ms is None:
+        raise InvalidArgument(
+            "x-amz-if-match-last-modified-time is not a date", ArgumentName="x-amz-if-match-last-modified-time", ArgumentValue=modified
+        )
+    return WriteConditions(
+        if_match=etag(headers.get("if-match", "")),
+        if_match_size=integer("x-amz-if-match-size", size, 0, 2**63) if size else None,
+        if_match_modified_ms=modified_ms,
+    )
+
+
+def parse_range(text: str) -> RangeSpec | None:
+    """None: no range, several, or none that RFC 9110 calls valid; then the whole object is the answer."""
+    match = _RANGE.fullmatch(text.strip()) if text else None
+    if match is None or not (match[1] or match[2]) or len(match[1]) > 18 or len(match[2]) > 18:
+        return None
+    first = int(match[1]) if match[1] else None
+    last = int(match[2]) if match[2] else None
+    if first is not None and last is not None and first > last:
+        return None
+    return RangeSpec(first, last)
+
+
+def parse_copy_range(text: str) -> RangeSpec | None:
+    """x-amz-copy-source-range: both ends are needed. Raises InvalidArgument."""
+    if not text:
+        return None
+    span = parse_range(text)
+    if span is None or span.first is None or span.last is None:
+        raise InvalidArgument(
+            "The x-amz-copy-source-range value must be of the form bytes=first-last where first and last are the zero-based offsets of the first and last bytes to copy",
+            ArgumentName="x-amz-copy-source-range",
+            ArgumentValue=text,
+        )
+    return span
+
+
+# --- what a client says about an object ---------------------------------------------------------------------------------------
+
+
+def readable(value: str) -> str:
+    """A header's text. Bytes that are not UTF-8 arrive as surrogate escapes; they are read as Latin-1, as HTTP/1.1 once defined."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "surrogateescape").decode("latin-1")
+    return value
+
+
+def new_meta(headers: Mapping[str, str]) -> NewMeta:
+    """Kept headers, x-amz-meta-*, tags, storage class. Raises MetadataTooLarge, InvalidTag, InvalidStorageClass."""
+    kept = {name: readable(headers[name]) for name in KEPT_HEADERS if headers.get(name)}
+    if "content-encoding" in kept:
+        codings = [coding.strip() for coding in kept["content-encoding"].split(",")]
+        codings = [coding for coding in codings if coding and coding.lower() != "aws-chunked"]
+        if codings:
+            kept["content-encoding"] = ", ".join(codings)
+        else:
+            del kept["content-encoding"]
+    user = {name[len(USER_PREFIX) :]: readable(value) for name, value in headers.items() if name.startswith(USER_PREFIX)}
+    if user:
+        user_bytes = sum(len(name) + len(value.encode()) for name, value in user.items())
+        if user_bytes > USER_BYTES_MAX:
+            raise MetadataTooLarge(Size=str(user_bytes), MaxSizeAllowed=str(USER_BYTES_MAX))
+    tagging = headers.get("x-amz-tagging", "")
+    return NewMeta(headers=kept, user=user, tags=parse_tag_header(tagging) if tagging else {}, storage_class=storage_class(headers))
+
+
+def storage_class(headers: Mapping[str, str]) -> str:
+    value = headers.get("x-amz-storage-class", "") or "STANDARD"
+    if value not in STORAGE_CLASSES:
+        raise InvalidStorageClass()
+    return value
+
+
+def parse_tag_header(text: str) -> dict[str, str]:
+    """x-amz-tagging: ``a=1&b=2``."""
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=TAGS_PER_OBJECT_MAX + 1)
+    except ValueError:
+        raise InvalidArgument(
+            "The header 'x-amz-tagging' shall be encoded as UTF-8 then URLEncoded URL query parameters without tag name duplicates."
+        ) from None
+    return check_tags(pairs, TAGS_PER_OBJECT_MAX)
+
+
+def check_tags(pairs: list[tuple[str, str]], count_max: int) -> dict[str, str]:
+    """Raises InvalidTag, with the rule that was broken."""
+    if len(pairs) > count_max:
+        kind = "Object" if count_max == TAGS_PER_OBJECT_MAX else "Bucket"
+        raise InvalidTag(f"{kind} tags cannot be greater than {count_max}")
+    tags: dict[str, str] = {}
+    for name, value in pairs:
+        if not name or len(name) > TAG_KEY_CHARS_MAX or not _TAG_TEXT.fullmatch(name):
+            raise InvalidTag("The TagKey you have provided is invalid", TagKey=name[:TAG_KEY_CHARS_MAX])
+        if len(value) > TAG_VALUE_CHARS_MAX or not _TAG_TEXT.fullmatch(value):
+            raise InvalidTag("The TagValue you have provided is invalid", TagKey=name, TagValue=value[:TAG_VALUE_CHARS_MAX])
+        if name.lower().startswith("aws:"):
+            raise InvalidTag("System tags cannot be added or updated by the requester", TagKey=name)
+        if name in tags:
+            raise InvalidTag("Cannot provide multiple Tags with the same key", TagKey=name)
+        tags[name] = value
+    return tags
+
+
+# --- digests ------------------------------------------------------------------------------------------------------------------
+
+
+def content_md5(headers: Mapping[str, str]) -> bytes | None:
+    """16 bytes. Raises InvalidDigest."""
+    if "content-md5" not in headers:
+        return None
+    try:
+        digest = base64.b64decode(headers["content-md5"], validate=True)
+    except (binascii.Error, ValueError):
+        digest = b""
+    if len(digest) != 16:
+        raise InvalidDigest("The Content-MD5 you specified was invalid.")
+    return digest
+
+
+def check_checksum(algorithm: str, value: str, where: str) -> str:
+    """Base64 of the right length. Raises InvalidRequest that names ``where``."""
+    try:
+        raw = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raw = b""
+    if len(raw) != CHECKSUM_BYTES[algorithm]:
+        raise InvalidRequest(f"Value for {where} header is invalid.")
+    return value
+
+
+def declared_checksums(headers: Mapping[str, str]) -> dict[str, str]:
+    """At most one x-amz-checksum-*, checked for its form."""
+    found = {name: algorithm for name, algorithm in CHECKSUM_HEADERS.items() if name in headers}
+    if not found:
+        return {}
+    if len(found) > 1:
+        raise InvalidRequest("Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed.")
+    ((name, algorithm),) = found.items()
+    return {algorithm: check_checksum(algorithm, headers[name], name)}
+
+
+def algorithm_named(headers: Mapping[str, str], *names: str) -> str:
+    """The checksum algorithm that one of these headers asks for, upper case; empty when none does. Raises InvalidRequest."""
+    for name in names:
+        if value := headers.get(name, "").upper():
+            if value not in CHECKSUM_ALGORITHMS:
+                raise InvalidRequest(
+                    "Checksum algorithm provided is unsupported. Please try again with any of the valid types: [CRC32, CRC32C, CRC64NVME, SHA1, SHA256]"
+                )
+            return value
+    return ""
+
+
+def trailing_names(headers: Mapping[str, str]) -> tuple[str, ...]:
+    """What x-amz-trailer announces. Raises InvalidRequest for anything but one checksum."""
+    text = headers.get("x-amz-trailer", "")
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if len(names) > 1 or any(name not in CHECKSUM_HEADERS for name in names):
+        raise InvalidRequest("The value specified in the x-amz-trailer header is not supported")
+    return names
+
+
+def body_checks(headers: Mapping[str, str], size: int | None, trailing: tuple[str, ...], trailers: Mapping[str, str] | None) -> BodyChecks:
+    """``trailers``: a mapping that the decoder fills while the body is read; None when the body is not chunked."""
+    declared = declared_checksums(headers)
+    trailing_algorithms = tuple(CHECKSUM_HEADERS[name] for name in trailing) if trailers is not None else ()
+    if declared and trailing_algorithms:
+        raise InvalidRequest("Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed.")
+    named = algorithm_named(headers, "x-amz-sdk-checksum-algorithm", "x-amz-checksum-algorithm")
+    known = (*declared, *trailing_algorithms)
+    if named and known and named not in known:
+        raise InvalidRequest("Value for x-amz-sdk-checksum-algorithm header is invalid.")
+
+    def from_trailer() -> dict[str, str]:
+        assert trailers is not None
+        return {CHECKSUM_HEADERS[name]: check_checksum(CHECKSUM_HEADERS[name], value, name) for name, value in trailers.items()}
+
+    return BodyChecks(
+        size=size,
+        md5=content_md5(headers),
+        checksums=declared,
+        algorithms=known or ((named,) if named else ()),
+        trailing=from_trailer if trailing_algorithms else None,
+    )
+
+
+# --- what is not there ------------------------------------------------------------------------------------------------------------
+
+
+def refuse_unsupported(headers: Mapping[str, str]) -> None:
+    """Headers that ask for what does not exist here: answered, never ignored. Raises NotImplemented, InvalidArgument, InvalidRequest."""
+    for name in headers:
+        if not name.startswith("x-amz-"):
+            continue
+        if name.startswith((_SSE_C, _SSE_C_SOURCE)):
+            if "x-amz-server-side-encryption" in headers:
+                raise InvalidArgument(
+                    "Server Side Encryption with Customer provided key is incompatible with the encryption method specified"
+                )
+            raise errors.NotImplemented("SSE-C is not implemented: every object is encrypted under its bucket's own key.")
+        if name.startswith("x-amz-grant-"):
+            raise errors.NotImplemented("Access control lists are not implemented: only a bucket's owner has access to it.")
+        if name.startswith("x-amz-object-lock-"):
+            raise InvalidRequest("Bucket is missing Object Lock Configuration")
+        if name in _UNSUPPORTED and "x-amz-server-side-encryption" not in headers:
+            raise errors.NotImplemented(_UNSUPPORTED[name])
+    check_encryption(headers)
+    check_acl(headers)
+
+
+def check_encryption(headers: Mapping[str, str]) -> None:
+    value = headers.get("x-amz-server-side-encryption", "")
+    if value in ("", "AES256"):
+        if value and "x-amz-server-side-encryption-aws-kms-key-id" in headers:
+            raise InvalidArgument("x-amz-server-side-encryption-aws-kms-key-id is not valid with AES256")
+        return
+    if value in ("aws:kms", "aws:kms:dsse"):
+        raise errors.NotImplemented("SSE-KMS is not implemented: every object is encrypted under its bucket's own key.")
+    raise InvalidArgument(
+        "The encryption method specified is not supported", ArgumentName="x-amz-server-side-encryption", ArgumentValue=value
+    )
+
+
+def check_acl(headers: Mapping[str, str]) -> None:
+    value = headers.get("x-amz-acl", "")
+    if value in OWNER_ONLY_ACLS or not value:
+        return
+    if value in CANNED_ACLS:
+        raise errors.NotImplemented(f"The canned ACL {value} is not implemented: only a bucket's owner has access to it.")
+    raise InvalidArgument(ArgumentName="x-amz-acl", ArgumentValue=value)

@@ -1,0 +1,40 @@
+"""What one front may cost, whatever clients do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from storaged.units import KIB, MIB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the S3 front; what exceeds them is refused with the S3 error named beside it."""
+
+    requests_max: int = 1024
+    """In flight at once, all connections together: SlowDown."""
+    connections_max: int = 8192
+    """Open at once; a further one is closed without an answer."""
+    header_line_bytes_max: int = 16 * KIB
+    """Request line, or one header: RequestHeaderSectionTooLarge. (1,024 key bytes percent-encoded thrice are 9 KiB.)"""
+    headers_max: int = 128
+    header_section_bytes_max: int = 32 * KIB
+    xml_bytes_max: int = 2 * MIB
+    """1,000 keys of 1 KiB to delete, or 10,000 parts to complete: MaxMessageLengthExceeded."""
+    headers_s: float = 75.0
+    """An idle connection, or one that has not finished its request's headers, is closed after this long."""
+    body_idle_s: float = 30.0
+    """Without a byte of the body: RequestTimeout."""
+    body_rate_min_bytes_s: int = 1 * KIB
+    """Time spent waiting for a body's bytes beyond ``body_idle_s`` must be earned at this rate: RequestTimeout."""
+    send_idle_s: float = 60.0
+    """A client that takes nothing for so long is disconnected."""
+    drain_bytes_max: int = 1 * MIB
+    """Of an unread body, so that a connection can be kept after an error."""
+    linger_s: float = 10.0
+    """How long the unread rest of a longer body is thrown away after the answer, so that the client reads the answer and not a reset."""
+    linger_bytes_max: int = 256 * MIB
+    read_buffer_bytes: int = 256 * KIB
+    """Of one connection, before back-pressure reaches its socket."""
+    deletes_in_flight_max: int = 32
+    """Of one DeleteObjects."""

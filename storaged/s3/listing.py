@@ -1,0 +1,233 @@
+"""Listings: objects (both versions of the call), versions, uploads. A page of 1,000 keys is a list of f-strings."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+
+from storaged import errors
+from storaged.objects.api import ListedObject, Listing, UploadInfo
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.context import Front
+from storaged.s3.reply import Reply, xml_reply
+from storaged.s3.request import Request
+
+PAGE_MAX = 1000
+_BEYOND = b"\xff"
+"""Sorts behind every key with a given prefix, since no UTF-8 contains it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What all listings have in common."""
+
+    prefix: bytes
+    delimiter: bytes
+    limit: int
+    url: bool
+
+    def key(self, key: bytes) -> str:
+        return xml.escape_key(key, self.url)
+
+    def common(self, bucket: str, tag: str = "Name") -> str:
+        return (
+            f"{xml.element(tag, bucket)}<Prefix>{self.key(self.prefix)}</Prefix>"
+            f"{f'<Delimiter>{self.key(self.delimiter)}</Delimiter>' if self.delimiter else ''}"
+            f"{'<EncodingType>url</EncodingType>' if self.url else ''}"
+        )
+
+    def prefixes(self, prefixes: list[bytes] | tuple[bytes, ...]) -> str:
+        return "".join(f"<CommonPrefixes><Prefix>{self.key(prefix)}</Prefix></CommonPrefixes>" for prefix in prefixes)
+
+    def after(self, marker: bytes) -> bytes:
+        """Where to go on behind ``marker``: when it is itself a common prefix, behind all that it stands for."""
+        if self.delimiter and marker.startswith(self.prefix):
+            rest = marker[len(self.prefix) :]
+            if rest.find(self.delimiter) == len(rest) - len(self.delimiter) >= 0:
+                return marker + _BEYOND
+        return marker
+
+
+def _ask(request: Request, limit_name: str = "max-keys") -> _Ask:
+    query = request.query
+    encoding = query.get("encoding-type", "")
+    if encoding not in ("", "url"):
+        raise errors.InvalidArgument("Invalid Encoding Method specified in Request", ArgumentName="encoding-type", ArgumentValue=encoding)
+    limit = min(h.integer(limit_name, query[limit_name], 0, 2**31 - 1), PAGE_MAX) if query.get(limit_name) else PAGE_MAX
+    return _Ask(query.get("prefix", "").encode(), query.get("delimiter", "").encode(), limit, encoding == "url")
+
+
+async def _page(front: Front, request: Request, ask: _Ask, after: bytes) -> Listing:
+    if ask.limit == 0:
+        return Listing((), (), None)
+    return await front.objects.list_objects(
+        request.bucket_record, prefix=ask.prefix, after=ask.after(after), delimiter=ask.delimiter, limit=ask.limit
+    )
+
+
+def _rows(ask: _Ask, objects: list[ListedObject], owner: str) -> str:
+    return "".join(
+        f"<Contents><Key>{ask.key(item.key)}</Key><LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
+        f"<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item)}<Size>{item.size}</Size>{owner}"
+        f"<StorageClass>{item.storage_class}</StorageClass></Contents>"
+        for item in objects
+    )
+
+
+def _checksum(item: ListedObject) -> str:
+    if not item.algorithm:
+        return ""
+    return f"<ChecksumAlgorithm>{item.algorithm}</ChecksumAlgorithm><ChecksumType>{item.checksum_type}</ChecksumType>"
+
+
+def _last(page: Listing) -> bytes:
+    return max(
+        page.objects[-1].key if page.objects else b"",
+        page.prefixes[-1] if page.prefixes else b"",
+    )
+
+
+async def list_objects_v1(front: Front, request: Request) -> Reply:
+    """NextMarker comes only with a delimiter, as on AWS: without one it is the last key."""
+    ask = _ask(request)
+    marker = request.query.get("marker", "").encode()
+    page = await _page(front, request, ask, marker)
+    truncated = page.next_after is not None
+    following = f"<NextMarker>{ask.key(_last(page))}</NextMarker>" if truncated and ask.delimiter else ""
+    return xml_reply(
+        xml.document(
+            "ListBucketResult",
+            ask.common(request.bucket),
+            f"<Marker>{ask.key(marker)}</Marker>{following}<MaxKeys>{ask.limit}</MaxKeys>",
+            xml.boolean("IsTruncated", truncated),
+            _rows(ask, list(page.objects), xml.owner(request.who.user_id, request.who.display_name)),
+            ask.prefixes(list(page.prefixes)),
+        )
+    )
+
+
+async def list_objects_v2(front: Front, request: Request) -> Reply:
+    query = request.query
+    if query.get("list-type") != "2":
+        raise errors.InvalidArgument("Invalid list-type", ArgumentName="list-type", ArgumentValue=query.get("list-type", ""))
+    ask = _ask(request)
+    start_after = query.get("start-after", "").encode()
+    token = query.get("continuation-token")
+    page = await _page(front, request, ask, _from_token(token) if token else start_after)
+    truncated = page.next_after is not None
+    owner = xml.owner(request.who.user_id, request.who.display_name) if query.get("fetch-owner") == "true" else ""
+    return xml_reply(
+        xml.document(
+            "ListBucketResult",
+            ask.common(request.bucket),
+            f"<MaxKeys>{ask.limit}</MaxKeys><KeyCount>{len(page.objects) + len(page.prefixes)}</KeyCount>",
+            xml.boolean("IsTruncated", truncated),
+            xml.element("ContinuationToken", token) if token is not None else "",
+            f"<NextContinuationToken>{_to_token(page.next_after)}</NextContinuationToken>" if page.next_after is not None else "",
+            f"<StartAfter>{ask.key(start_after)}</StartAfter>" if start_after else "",
+            _rows(ask, list(page.objects), owner),
+            ask.prefixes(list(page.prefixes)),
+        )
+    )
+
+
+def _to_token(after: bytes) -> str:
+    return base64.urlsafe_b64encode(after).decode()
+
+
+def _from_token(token: str) -> bytes:
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise errors.InvalidArgument("The continuation token provided is incorrect", ArgumentName="continuation-token") from None
+
+
+async def list_versions(front: Front, request: Request) -> Reply:
+    """Every object of a bucket that never had versioning is its own version ``null``."""
+    ask = _ask(request)
+    key_marker = request.query.get("key-marker", "").encode()
+    version_marker = request.query.get("version-id-marker", "")
+    if version_marker and not key_marker:
+        raise errors.InvalidArgument("A version-id marker cannot be specified without a key marker.", ArgumentName="version-id-marker")
+    page = Listing((), (), None)
+    if ask.limit:
+        page = await front.objects.list_versions(
+            request.bucket_record,
+            prefix=ask.prefix,
+            after=ask.after(key_marker),
+            after_version=version_marker,
+            delimiter=ask.delimiter,
+            limit=ask.limit,
+        )
+    truncated = page.next_after is not None
+    following = ""
+    if truncated:
+        last = _last(page)
+        version = page.objects[-1].version_id if page.objects and page.objects[-1].key == last else ""
+        following = f"<NextKeyMarker>{ask.key(last)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
+    return xml_reply(
+        xml.document(
+            "ListVersionsResult",
+            ask.common(request.bucket),
+            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}{following}<MaxKeys>{ask.limit}</MaxKeys>",
+            xml.boolean("IsTruncated", truncated),
+            "".join(_version(ask, item, request) for item in page.objects),
+            ask.prefixes(list(page.prefixes)),
+        )
+    )
+
+
+def _version(ask: _Ask, item: ListedObject, request: Request) -> str:
+    head = (
+        f"<Key>{ask.key(item.key)}</Key><VersionId>{xml.escape(item.version_id)}</VersionId>{xml.boolean('IsLatest', item.latest)}"
+        f"<LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
+    )
+    owner = xml.owner(request.who.user_id, request.who.display_name)
+    if item.delete_marker:
+        return f"<DeleteMarker>{head}{owner}</DeleteMarker>"
+    return (
+        f"<Version>{head}<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item)}<Size>{item.size}</Size>{owner}"
+        f"<StorageClass>{item.storage_class}</StorageClass></Version>"
+    )
+
+
+async def list_uploads(front: Front, request: Request) -> Reply:
+    ask = _ask(request, "max-uploads")
+    query = request.query
+    key_marker = query.get("key-marker", "").encode()
+    upload_marker = query.get("upload-id-marker", "") if key_marker else ""
+    uploads: list[UploadInfo] = []
+    prefixes: list[bytes] = []
+    following: tuple[bytes, str] | None = None
+    if ask.limit:
+        uploads, prefixes, following = await front.objects.list_uploads(
+            request.bucket_record,
+            prefix=ask.prefix,
+            after_key=ask.after(key_marker),
+            after_upload=upload_marker,
+            delimiter=ask.delimiter,
+            limit=ask.limit,
+        )
+    who = request.who
+    rows = "".join(
+        f"<Upload><Key>{ask.key(upload.key)}</Key>{xml.element('UploadId', upload.upload_id)}"
+        f"{xml.owner(upload.owner, who.display_name, 'Initiator')}{xml.owner(upload.owner, who.display_name)}"
+        f"<StorageClass>{upload.storage_class}</StorageClass><Initiated>{xml.iso_time(upload.created_ms)}</Initiated>"
+        f"{xml.optional('ChecksumAlgorithm', upload.algorithm)}{xml.optional('ChecksumType', upload.checksum_type)}</Upload>"
+        for upload in uploads
+    )
+    return xml_reply(
+        xml.document(
+            "ListMultipartUploadsResult",
+            ask.common(request.bucket, "Bucket"),
+            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('UploadIdMarker', upload_marker)}",
+            f"<NextKeyMarker>{ask.key(following[0])}</NextKeyMarker>{xml.optional('NextUploadIdMarker', following[1])}"
+            if following
+            else "",
+            f"<MaxUploads>{ask.limit}</MaxUploads>{xml.boolean('IsTruncated', following is not None)}",
+            rows,
+            ask.prefixes(prefixes),
+        )
+    )

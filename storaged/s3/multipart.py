@@ -1,0 +1,161 @@
+"""Multipart uploads: create, upload and list parts, complete, abort."""
+
+from __future__ import annotations
+
+import asyncio
+
+from storaged import errors
+from storaged.objects.api import PART_BYTES_MAX, PARTS_MAX, CompletedPart
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.context import Front
+from storaged.s3.objects import upload_checks
+from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
+from storaged.s3.request import Request
+
+PARTS_PAGE_MAX = 1000
+PARSE_INLINE_BYTES_MAX = 64 * 1024
+
+_ONLY_COMPOSITE = frozenset({"SHA1", "SHA256"})
+
+
+async def create(front: Front, request: Request) -> Reply:
+    headers = request.headers
+    h.refuse_unsupported(headers)
+    meta = h.new_meta(headers)
+    algorithm, kind = _checksum_kind(headers)
+    upload = await front.objects.create_upload(
+        request.bucket_record, request.key, meta, owner=request.who.user_id, algorithm=algorithm, checksum_type=kind
+    )
+    answer: Headers = {"x-amz-server-side-encryption": "AES256"}
+    if algorithm:
+        answer["x-amz-checksum-algorithm"] = algorithm
+        answer["x-amz-checksum-type"] = kind
+    body = xml.document(
+        "InitiateMultipartUploadResult",
+        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key)}</Key>{xml.element('UploadId', upload.upload_id)}",
+    )
+    return xml_reply(body, headers=answer)
+
+
+def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
+    """(algorithm, FULL_OBJECT or COMPOSITE), both empty when no checksum is asked for. Raises InvalidRequest."""
+    algorithm = h.algorithm_named(headers, "x-amz-checksum-algorithm")
+    kind = headers.get("x-amz-checksum-type", "").upper()
+    if not algorithm:
+        if kind:
+            raise errors.InvalidRequest("The x-amz-checksum-type header can only be used with the x-amz-checksum-algorithm header.")
+        return "", ""
+    if kind not in ("", "FULL_OBJECT", "COMPOSITE"):
+        raise errors.InvalidRequest("Value for x-amz-checksum-type header is invalid.")
+    kind = kind or ("FULL_OBJECT" if algorithm == "CRC64NVME" else "COMPOSITE")
+    if (kind == "FULL_OBJECT" and algorithm in _ONLY_COMPOSITE) or (kind == "COMPOSITE" and algorithm == "CRC64NVME"):
+        raise errors.InvalidRequest(f"The {kind} checksum type cannot be used with the {algorithm.lower()} checksum algorithm.")
+    return algorithm, kind
+
+
+async def put_part(front: Front, request: Request) -> Reply:
+    h.refuse_unsupported(request.headers)
+    number = h.integer("partNumber", request.query.get("partNumber", ""), 1, PARTS_MAX)
+    checks = upload_checks(request, PART_BYTES_MAX)
+    result = await front.objects.put_part(
+        request.bucket_record, request.key, request.query["uploadId"], number, request.body.pieces(), checks
+    )
+    answer = stored_headers(result)
+    answer.pop("x-amz-checksum-type", None)
+    return Reply(headers=answer)
+
+
+async def list_parts(front: Front, request: Request) -> Reply:
+    query = request.query
+    limit = min(h.integer("max-parts", query["max-parts"], 0, 2**31 - 1), PARTS_PAGE_MAX) if query.get("max-parts") else PARTS_PAGE_MAX
+    marker = h.integer("part-number-marker", query["part-number-marker"], 0, 2**31 - 1) if query.get("part-number-marker") else 0
+    upload, parts, following = await front.objects.list_parts(
+        request.bucket_record, request.key, query["uploadId"], after=min(marker, PARTS_MAX), limit=max(limit, 1)
+    )
+    if limit == 0:
+        parts, following = [], None
+    who = request.who
+    rows = "".join(
+        f"<Part><PartNumber>{part.number}</PartNumber><LastModified>{xml.iso_time(part.modified_ms)}</LastModified>"
+        f"<ETag>&quot;{part.etag}&quot;</ETag><Size>{part.size}</Size>"
+        f"{xml.element(f'Checksum{part.checksum_algorithm}', part.checksum) if part.checksum else ''}</Part>"
+        for part in parts
+    )
+    body = xml.document(
+        "ListPartsResult",
+        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key, query.get('encoding-type') == 'url')}</Key>",
+        xml.element("UploadId", upload.upload_id),
+        xml.owner(upload.owner, who.display_name, "Initiator"),
+        xml.owner(upload.owner, who.display_name),
+        f"<StorageClass>{upload.storage_class}</StorageClass><PartNumberMarker>{marker}</PartNumberMarker>",
+        f"<NextPartNumberMarker>{following if following is not None else (parts[-1].number if parts else 0)}</NextPartNumberMarker>",
+        f"<MaxParts>{limit}</MaxParts>{xml.boolean('IsTruncated', following is not None)}",
+        xml.optional("ChecksumAlgorithm", upload.algorithm),
+        xml.optional("ChecksumType", upload.checksum_type),
+        rows,
+    )
+    return xml_reply(body)
+
+
+async def abort(front: Front, request: Request) -> Reply:
+    await front.objects.abort(request.bucket_record, request.key, request.query["uploadId"])
+    return Reply(204)
+
+
+async def complete(front: Front, request: Request) -> Reply:
+    """A second, equal Complete is answered as the first was."""
+    headers = request.headers
+    h.refuse_unsupported(headers)
+    conditions = h.write_conditions(headers)
+    data = await request.body.read(front.limits.xml_bytes_max)
+    if not data.strip():
+        raise errors.InvalidRequest("You must specify at least one part")
+    parts = await asyncio.to_thread(_completed_parts, data) if len(data) > PARSE_INLINE_BYTES_MAX else _completed_parts(data)
+    size = headers.get("x-amz-mp-object-size", "")
+    result = await front.objects.complete(
+        request.bucket_record,
+        request.key,
+        request.query["uploadId"],
+        parts,
+        owner=request.who.user_id,
+        checksums={algorithm: headers[name] for name, algorithm in h.CHECKSUM_HEADERS.items() if name in headers} or None,
+        checksum_type=headers.get("x-amz-checksum-type", "").upper(),
+        declared_size=h.integer("x-amz-mp-object-size", size, 0, 2**63) if size else None,
+        conditions=conditions,
+    )
+    answer: Headers = {"x-amz-server-side-encryption": "AES256"}
+    version_header(result.version_id, answer)
+    scheme = "https" if request.secure else "http"
+    body = xml.document(
+        "CompleteMultipartUploadResult",
+        xml.element("Location", f"{scheme}://{headers.get('host', '')}{request.resource}"),
+        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key)}</Key><ETag>&quot;{result.etag}&quot;</ETag>",
+        "".join(xml.element(f"Checksum{name}", value) for name, value in result.checksums.items()),
+        xml.optional("ChecksumType", result.checksum_type if result.checksums else ""),
+    )
+    return xml_reply(body, headers=answer)
+
+
+def _completed_parts(data: bytes) -> list[CompletedPart]:
+    """Raises MalformedXML, InvalidPartOrder."""
+    root = xml.parse(data, "CompleteMultipartUpload")
+    if not root.children or len(root.children) > PARTS_MAX or any(node.name != "Part" for node in root.children):
+        raise errors.MalformedXML()
+    parts = []
+    previous = 0
+    for node in root.children:
+        found = node.fields(_PART_FIELDS)
+        text = found.get("PartNumber", "").strip()
+        if "ETag" not in found or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= PARTS_MAX:
+            raise errors.MalformedXML()
+        number = int(text)
+        if number <= previous:
+            raise errors.InvalidPartOrder()
+        previous = number
+        checksums = {h.CHECKSUM_ELEMENTS[name]: value for name, value in found.items() if name in h.CHECKSUM_ELEMENTS and value}
+        parts.append(CompletedPart(number, h.etag(found["ETag"]), checksums))
+    return parts
+
+
+_PART_FIELDS = frozenset({"PartNumber", "ETag", *h.CHECKSUM_ELEMENTS})

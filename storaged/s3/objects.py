@@ -1,0 +1,348 @@
+"""Objects: put, get, head, delete (one and many), attributes, tags."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from storaged import errors
+from storaged.objects.api import (
+    PART_BYTES_MAX,
+    BodyChecks,
+    ObjectInfo,
+    ObjectStream,
+    RangeSpec,
+    ReadConditions,
+    WriteConditions,
+)
+from storaged.objects.records import SealedPart
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.acl import own_acl
+from storaged.s3.context import Front
+from storaged.s3.digest import read_verified
+from storaged.s3.reply import (
+    Headers,
+    Reply,
+    checked_header,
+    object_headers,
+    stored_headers,
+    version_header,
+    xml_reply,
+)
+from storaged.s3.request import Request, check_key
+from storaged.s3.tags import read_tagging, write_tagging
+
+log = logging.getLogger("storaged.s3")
+
+DELETE_KEYS_MAX = 1000
+ATTRIBUTE_PARTS_MAX = 1000
+
+_OVERRIDES = {
+    "response-content-type": "Content-Type",
+    "response-content-language": "Content-Language",
+    "response-expires": "Expires",
+    "response-cache-control": "Cache-Control",
+    "response-content-disposition": "Content-Disposition",
+    "response-content-encoding": "Content-Encoding",
+}
+
+
+def version_of(request: Request) -> str:
+    """versionId: absent, or ``null`` where there never was versioning. Raises InvalidArgument for an empty one."""
+    version = request.query.get("versionId")
+    if version == "":
+        raise errors.InvalidArgument("Version id cannot be the empty string", ArgumentName="versionId", ArgumentValue="")
+    return version or ""
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def upload_checks(request: Request, bytes_max: int) -> BodyChecks:
+    """What PutObject's and UploadPart's bodies must be. Raises MissingContentLength, EntityTooLarge, InvalidDigest, InvalidRequest."""
+    headers, body = request.headers, request.body
+    size = body.length
+    decoder = body.decoder
+    if decoder is not None:
+        declared = headers.get("x-amz-decoded-content-length", "")
+        if not declared:
+            raise errors.MissingContentLength("You must provide the x-amz-decoded-content-length HTTP header.")
+        size = h.integer("x-amz-decoded-content-length", declared, 0, 2**63)
+    elif not body.declared:
+        raise errors.MissingContentLength()
+    if size is not None and size > bytes_max:
+        raise errors.EntityTooLarge(ProposedSize=str(size), MaxSizeAllowed=str(bytes_max))
+    trailing = h.trailing_names(headers) if decoder is not None else ()
+    return h.body_checks(headers, size, trailing, decoder.trailers if decoder is not None else None)
+
+
+async def put_object(front: Front, request: Request) -> Reply:
+    h.refuse_unsupported(request.headers)
+    meta = h.new_meta(request.headers)
+    checks = upload_checks(request, PART_BYTES_MAX)
+    conditions = h.write_conditions(request.headers)
+    result = await front.objects.put(
+        request.bucket_record, request.key, request.body.pieces(), meta, checks, owner=request.who.user_id, conditions=conditions
+    )
+    return Reply(headers=stored_headers(result))
+
+
+async def delete_object(front: Front, request: Request) -> Reply:
+    """Deleting what is not there succeeds."""
+    result = await front.objects.delete(
+        request.bucket_record, request.key, version_id=version_of(request), conditions=h.delete_conditions(request.headers)
+    )
+    headers: Headers = {}
+    version_header(result.version_id, headers)
+    if result.delete_marker:
+        headers["x-amz-delete-marker"] = "true"
+    return Reply(204, headers)
+
+
+async def delete_objects(front: Front, request: Request) -> Reply:
+    """Up to 1,000 keys; each answers for itself."""
+    body = await read_verified(front, request, required=True)
+    root = await asyncio.to_thread(xml.parse, body, "Delete") if len(body) > 64 * 1024 else xml.parse(body, "Delete")
+    wanted = root.all("Object")
+    others = [child for child in root.children if child.name != "Object"]
+    if not wanted or len(wanted) > DELETE_KEYS_MAX or any(child.name != "Quiet" for child in others):
+        raise errors.MalformedXML()
+    quiet = bool(others) and others[0].text.strip().lower() == "true"
+    entries = [node.fields({"Key", "VersionId", "ETag", "LastModifiedTime", "Size"}) for node in wanted]
+    if any(not entry.get("Key") for entry in entries):
+        raise errors.MalformedXML()
+    lines = [""] * len(entries)
+    following = iter(range(len(entries)))
+
+    async def worker() -> None:
+        for index in following:
+            lines[index] = await _delete_entry(front, request, entries[index], quiet)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(len(entries), front.limits.deletes_in_flight_max)):
+            group.create_task(worker())
+    return xml_reply(xml.document("DeleteResult", *lines))
+
+
+async def _delete_entry(front: Front, request: Request, entry: dict[str, str], quiet: bool) -> str:
+    key = entry["Key"].encode()
+    version = entry.get("VersionId", "")
+    named = f"<Key>{xml.escape(entry['Key'])}</Key>{xml.optional('VersionId', version)}"
+    try:
+        check_key(key)
+        modified = entry.get("LastModifiedTime", "")
+        modified_ms = h.parse_time(modified) if modified else None
+        if modified and modified_ms is None:
+            raise errors.InvalidArgument("LastModifiedTime is not a date")
+        conditions = WriteConditions(
+            if_match=h.etag(entry.get("ETag", "")),
+            if_match_size=h.integer("Size", entry["Size"], 0, 2**63) if entry.get("Size") else None,
+            if_match_modified_ms=modified_ms,
+        )
+        result = await front.objects.delete(request.bucket_record, key, version_id=version, conditions=conditions)
+    except errors.S3Error as error:
+        return f"<Error>{named}{xml.element('Code', error.code)}{xml.element('Message', error.message)}</Error>"
+    except Exception:
+        log.exception("DeleteObjects failed for one key, request %s", request.id)
+        return f"<Error>{named}<Code>InternalError</Code><Message>An internal error occurred. Try again.</Message></Error>"
+    if quiet:
+        return ""
+    marker = ""
+    if result.delete_marker:
+        marker = f"<DeleteMarker>true</DeleteMarker>{xml.optional('DeleteMarkerVersionId', result.version_id)}"
+    return f"<Deleted>{named}{marker}</Deleted>"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _part_number(request: Request) -> int | None:
+    text = request.query.get("partNumber")
+    if text is None:
+        return None
+    if "range" in request.headers:
+        raise errors.InvalidRequest("Cannot specify both Range header and partNumber query parameter")
+    return h.integer("partNumber", text, 1, 10_000)
+
+
+def _overrides(request: Request, headers: Headers) -> None:
+    """response-* parameters; anonymous requests may not have them."""
+    for name, header in _OVERRIDES.items():
+        if name in request.query:
+            if not request.who.access_key:
+                raise errors.InvalidRequest("Request specific response headers cannot be used for anonymous GET requests.")
+            headers[header] = checked_header(name, request.query[name])
+
+
+async def get_object(front: Front, request: Request) -> Reply:
+    headers = request.headers
+    overrides: Headers = {}
+    _overrides(request, overrides)
+    part_number = _part_number(request)
+    span = h.parse_range(headers.get("range", ""))
+    conditions = h.read_conditions(headers)
+    stream = await _open(front, request, conditions, span, part_number)
+    if span is not None and "if-range" in headers and not _still_same(headers["if-range"], stream.info):
+        await stream.close()
+        stream = await _open(front, request, conditions, None, None)
+    try:
+        info = stream.info
+        whole = not stream.partial and part_number is None
+        answer = object_headers(info, checksums=whole and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
+        answer.update(overrides)
+        if part_number is not None and info.part_count:
+            answer["x-amz-mp-parts-count"] = str(info.part_count)
+        if stream.partial:
+            answer["Content-Range"] = f"bytes {stream.first}-{stream.first + stream.length - 1}/{info.size}"
+        return Reply(206 if stream.partial else 200, answer, length=stream.length, stream=stream)
+    except BaseException:
+        await stream.close()
+        raise
+
+
+async def _open(
+    front: Front, request: Request, conditions: ReadConditions, span: RangeSpec | None, part_number: int | None
+) -> ObjectStream:
+    return await front.objects.get(
+        request.bucket_record, request.key, version_id=version_of(request), conditions=conditions, span=span, part_number=part_number
+    )
+
+
+def _still_same(if_range: str, info: ObjectInfo) -> bool:
+    """If-Range: an ETag (strong comparison), or the very date of Last-Modified."""
+    text = if_range.strip()
+    if text.startswith('"'):
+        return text.strip('"') == info.etag
+    moment_ms = h.parse_http_time(text)
+    return moment_ms is not None and moment_ms == info.modified_ms // 1000 * 1000
+
+
+async def head_object(front: Front, request: Request) -> Reply:
+    """As GetObject, range included; the length is the one that GET would send."""
+    headers = request.headers
+    overrides: Headers = {}
+    _overrides(request, overrides)
+    part_number = _part_number(request)
+    info = await front.objects.head(
+        request.bucket_record,
+        request.key,
+        version_id=version_of(request),
+        conditions=h.read_conditions(headers),
+        part_number=part_number,
+    )
+    span = h.parse_range(headers.get("range", ""))
+    if span is not None and "if-range" in headers and not _still_same(headers["if-range"], info):
+        span = None
+    first, length = 0, info.size
+    if span is not None:
+        first, length = resolve(span, info.size)
+    elif part_number is not None and info.part_count:
+        before = [part for part in info.parts if part.number < part_number]
+        first = sum(part.size for part in before)
+        length = next(part.size for part in info.parts if part.number == part_number)
+    partial = span is not None or part_number is not None
+    answer = object_headers(info, checksums=not partial and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
+    answer.update(overrides)
+    if part_number is not None and info.part_count:
+        answer["x-amz-mp-parts-count"] = str(info.part_count)
+    if partial and length:
+        answer["Content-Range"] = f"bytes {first}-{first + length - 1}/{info.size}"
+    return Reply(206 if partial and length else 200, answer, length=length)
+
+
+def resolve(span: RangeSpec, size: int) -> tuple[int, int]:
+    """(first, length) of a range of an object of ``size`` bytes. Raises InvalidRange."""
+    if span.first is None:
+        length = min(span.last or 0, size)
+        first = size - length
+    else:
+        first = span.first
+        length = (size if span.last is None else min(span.last + 1, size)) - first
+    if length <= 0:
+        raise errors.InvalidRange(ActualObjectSize=str(size))
+    return first, length
+
+
+async def get_attributes(front: Front, request: Request) -> Reply:
+    wanted = {name.strip() for name in request.headers.get("x-amz-object-attributes", "").split(",") if name.strip()}
+    known = {"ETag", "Checksum", "ObjectParts", "StorageClass", "ObjectSize"}
+    if not wanted or wanted - known:
+        raise errors.InvalidArgument("Invalid attribute name specified.", ArgumentName="x-amz-object-attributes")
+    headers = request.headers
+    limit = (
+        h.integer("x-amz-max-parts", headers["x-amz-max-parts"], 0, 2**31 - 1) if headers.get("x-amz-max-parts") else ATTRIBUTE_PARTS_MAX
+    )
+    marker_text = headers.get("x-amz-part-number-marker", "")
+    marker = h.integer("x-amz-part-number-marker", marker_text, 0, 2**31 - 1) if marker_text else 0
+    info = await front.objects.head(
+        request.bucket_record, request.key, version_id=version_of(request), conditions=h.read_conditions(headers)
+    )
+    content = []
+    if "ETag" in wanted:
+        content.append(xml.element("ETag", info.etag))
+    if "Checksum" in wanted and info.checksums:
+        values = "".join(xml.element(f"Checksum{name}", value) for name, value in info.checksums.items())
+        content.append(f"<Checksum>{values}{xml.optional('ChecksumType', info.checksum_type)}</Checksum>")
+    if "ObjectParts" in wanted and info.part_count:
+        content.append(_object_parts(info, marker, min(limit, ATTRIBUTE_PARTS_MAX)))
+    if "StorageClass" in wanted:
+        content.append(xml.element("StorageClass", info.storage_class))
+    if "ObjectSize" in wanted:
+        content.append(xml.element("ObjectSize", info.size))
+    answer: Headers = {"Last-Modified": h.http_time(info.modified_ms // 1000)}
+    version_header(info.version_id, answer)
+    return xml_reply(xml.document("GetObjectAttributesResponse", *content), headers=answer)
+
+
+def _object_parts(info: ObjectInfo, marker: int, limit: int) -> str:
+    """Parts are listed one by one only when the object was uploaded with checksums, as on AWS."""
+    total = f"<PartsCount>{info.part_count}</PartsCount>"
+    algorithm = next(iter(info.checksums), "")
+    behind = [part for part in info.parts if part.number > marker]
+    page = behind[:limit]
+
+    def row(part: SealedPart) -> str:
+        checksum = xml.element(f"Checksum{algorithm}", part.checksum) if algorithm and part.checksum else ""
+        return f"<Part><PartNumber>{part.number}</PartNumber><Size>{part.size}</Size>{checksum}</Part>"
+
+    last = page[-1].number if page else marker
+    return (
+        f"<ObjectParts>{total}<PartNumberMarker>{marker}</PartNumberMarker><NextPartNumberMarker>{last}</NextPartNumberMarker>"
+        f"<MaxParts>{limit}</MaxParts>{xml.boolean('IsTruncated', len(behind) > len(page))}{''.join(row(part) for part in page)}</ObjectParts>"
+    )
+
+
+# --- tags and access ----------------------------------------------------------------------------------------------------
+
+
+async def get_tagging(front: Front, request: Request) -> Reply:
+    info = await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
+    headers: Headers = {}
+    version_header(info.version_id, headers)
+    return xml_reply(write_tagging(info.tags), headers=headers)
+
+
+async def put_tagging(front: Front, request: Request) -> Reply:
+    tags = await read_tagging(front, request, h.TAGS_PER_OBJECT_MAX)
+    version = await front.objects.set_tags(request.bucket_record, request.key, tags, version_id=version_of(request))
+    headers: Headers = {}
+    version_header(version, headers)
+    return Reply(headers=headers)
+
+
+async def delete_tagging(front: Front, request: Request) -> Reply:
+    version = await front.objects.set_tags(request.bucket_record, request.key, {}, version_id=version_of(request))
+    headers: Headers = {}
+    version_header(version, headers)
+    return Reply(204, headers)
+
+
+async def get_acl(front: Front, request: Request) -> Reply:
+    await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
+    return xml_reply(own_acl(request.who))
+
+
+async def get_torrent(front: Front, request: Request) -> Reply:
+    """There are no torrents, so no object has one."""
+    raise errors.NoSuchKey("The specified key has no torrent.", Key=request.key.decode())

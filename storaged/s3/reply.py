@@ -1,0 +1,105 @@
+"""Answers, as values; ``app`` sends them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from storaged.errors import InvalidArgument
+from storaged.objects.api import ObjectInfo, ObjectStream, PutResult
+from storaged.objects.records import NULL_VERSION
+from storaged.s3.headers import http_time
+
+Headers = dict[str, str]
+
+XML_TYPE = "application/xml"
+
+REASONS = {
+    100: "Continue", 200: "OK", 201: "Created", 204: "No Content", 206: "Partial Content", 301: "Moved Permanently", 303: "See Other", 304: "Not Modified",
+    400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 411: "Length Required",
+    412: "Precondition Failed", 416: "Requested Range Not Satisfiable", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
+}  # fmt: skip
+
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
+
+
+@dataclass(slots=True)
+class Reply:
+    """``stream`` instead of ``body`` for an object's bytes. ``length`` is Content-Length when it is not the body's own (HEAD)."""
+
+    status: int = 200
+    headers: Headers = field(default_factory=dict)
+    body: bytes = b""
+    length: int | None = None
+    stream: ObjectStream | None = None
+    code: str = ""
+    """Of an error, for the access log."""
+
+
+def xml_reply(body: bytes, status: int = 200, headers: Headers | None = None) -> Reply:
+    found = {"Content-Type": XML_TYPE}
+    if headers:
+        found.update(headers)
+    return Reply(status, found, body)
+
+
+def checked_header(name: str, value: str) -> str:
+    """A value that came in a query and goes out as a header. Raises InvalidArgument for control characters (header injection)."""
+    if _CONTROL.search(value):
+        raise InvalidArgument("Header values cannot contain control characters.", ArgumentName=name)
+    return value
+
+
+def version_header(version_id: str, headers: Headers) -> None:
+    """Buckets that never had versioning name no version, as on AWS."""
+    if version_id and version_id != NULL_VERSION:
+        headers["x-amz-version-id"] = version_id
+
+
+def checksum_headers(checksums: Mapping[str, str], checksum_type: str, headers: Headers) -> None:
+    for algorithm, value in checksums.items():
+        headers[f"x-amz-checksum-{algorithm.lower()}"] = value
+    if checksums and checksum_type:
+        headers["x-amz-checksum-type"] = checksum_type
+
+
+def stored_headers(result: PutResult) -> Headers:
+    """Of PutObject and UploadPart. Everything is encrypted under its bucket's key with AES-256-GCM: the answer says so, as AWS's does."""
+    headers = {"ETag": f'"{result.etag}"', "x-amz-server-side-encryption": "AES256"}
+    version_header(result.version_id, headers)
+    checksum_headers(result.checksums, result.checksum_type, headers)
+    return headers
+
+
+_HEADER_NAMES = {
+    "content-type": "Content-Type",
+    "cache-control": "Cache-Control",
+    "content-disposition": "Content-Disposition",
+    "content-encoding": "Content-Encoding",
+    "content-language": "Content-Language",
+    "expires": "Expires",
+}
+
+
+def object_headers(info: ObjectInfo, *, checksums: bool) -> Headers:
+    """Of GetObject and HeadObject; ``checksums``: the client asked, and the answer is the whole object."""
+    headers = {
+        "Last-Modified": http_time(info.modified_ms // 1000),
+        "ETag": f'"{info.etag}"',
+        "Accept-Ranges": "bytes",
+        "Content-Type": "binary/octet-stream",
+        "x-amz-server-side-encryption": "AES256",
+    }
+    for name, value in info.headers.items():
+        headers[_HEADER_NAMES[name]] = value
+    for name, value in info.user.items():
+        headers[f"x-amz-meta-{name}"] = value
+    if info.tags:
+        headers["x-amz-tagging-count"] = str(len(info.tags))
+    if info.storage_class != "STANDARD":
+        headers["x-amz-storage-class"] = info.storage_class
+    version_header(info.version_id, headers)
+    if checksums:
+        checksum_headers(info.checksums, info.checksum_type, headers)
+    return headers

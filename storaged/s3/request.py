@@ -1,0 +1,148 @@
+"""One S3 request, taken apart without any URL library: keys are bytes, and what was signed is what arrived.
+
+``/b///a/../b%2Bc`` names the bucket ``b`` and the key ``//a/../b+c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
+
+from multidict import CIMultiDictProxy
+
+from storaged.errors import InvalidURI, KeyTooLongError, RequestHeaderSectionTooLarge
+from storaged.objects.api import Principal
+from storaged.objects.records import BucketRecord
+from storaged.s3.body import RequestBody
+
+KEY_BYTES_MAX = 1024
+PARAMETERS_MAX = 128
+
+ANONYMOUS = Principal(user_id="", display_name="anonymous")
+
+
+@dataclass(slots=True)
+class Target:
+    """``raw_path`` is what canonicalisation begins with; ``pairs`` are the decoded parameters in order, ``query`` the first of each name as text."""
+
+    raw_path: bytes
+    pairs: Sequence[tuple[bytes, bytes]]
+    query: dict[str, str]
+
+
+def parse_target(target: bytes) -> Target:
+    """Raises InvalidURI for absolute forms, too many parameters, and parameters that are not UTF-8."""
+    raw_path, _, raw_query = target.partition(b"?")
+    if not raw_path.startswith(b"/"):
+        raise InvalidURI()
+    if not raw_query:
+        return Target(raw_path, (), {})
+    items = raw_query.split(b"&")
+    if len(items) > PARAMETERS_MAX:
+        raise InvalidURI(f"The URI has more than {PARAMETERS_MAX} query parameters.")
+    pairs = []
+    query: dict[str, str] = {}
+    try:
+        for item in items:
+            if not item:
+                continue
+            name, _, value = item.partition(b"=")
+            pair = _unquote_plus(name), _unquote_plus(value)
+            pairs.append(pair)
+            query.setdefault(pair[0].decode(), pair[1].decode())
+    except UnicodeDecodeError:
+        raise InvalidURI() from None
+    return Target(raw_path, pairs, query)
+
+
+def _unquote_plus(text: bytes) -> bytes:
+    if b"+" in text:
+        text = text.replace(b"+", b" ")
+    return unquote_to_bytes(text) if b"%" in text else text
+
+
+def split_path(raw_path: bytes, virtual_bucket: str) -> tuple[str, bytes]:
+    """(bucket, key); both empty: the service, an empty key: the bucket. Raises InvalidURI, KeyTooLongError."""
+    path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
+    if virtual_bucket:
+        bucket, key = virtual_bucket, path[1:]
+    else:
+        bucket_bytes, _, key = path[1:].partition(b"/")
+        try:
+            bucket = bucket_bytes.decode()
+        except UnicodeDecodeError:
+            raise InvalidURI() from None
+    check_key(key)
+    return bucket, key
+
+
+def check_key(key: bytes) -> None:
+    """UTF-8 of at most 1,024 bytes. Raises InvalidURI, KeyTooLongError."""
+    if len(key) > KEY_BYTES_MAX:
+        raise KeyTooLongError(Size=str(len(key)), MaxSizeAllowed=str(KEY_BYTES_MAX))
+    if not key.isascii():
+        try:
+            key.decode()
+        except UnicodeDecodeError:
+            raise InvalidURI() from None
+
+
+def virtual_bucket(host: str, domains: Sequence[str]) -> str:
+    """``photos.s3.example.eu:9000`` under the domain ``s3.example.eu`` -> ``photos``; empty for path style."""
+    name = host.partition(":")[0].lower()
+    for domain in domains:
+        if name.endswith(domain) and name[: -len(domain)].endswith("."):
+            return name[: -len(domain) - 1]
+    return ""
+
+
+def lower_headers(headers: CIMultiDictProxy[str], bytes_max: int) -> dict[str, str]:
+    """By lower-case name; several of one name are joined by commas, as signing wants it. Raises RequestHeaderSectionTooLarge."""
+    found: dict[str, str] = {}
+    size = 0
+    for name, value in headers.items():
+        size += len(name) + len(value) + 4
+        lower = name.lower()
+        found[lower] = f"{found[lower]},{value}" if lower in found else value
+    if size > bytes_max:
+        raise RequestHeaderSectionTooLarge(MaxSizeAllowed=str(bytes_max))
+    return found
+
+
+@dataclass(slots=True)
+class Request:
+    """What handlers get. ``bucket_record`` is set, and belongs to ``who``, wherever a handler works on a bucket that must exist."""
+
+    id: str
+    method: str
+    raw_target: bytes
+    remote: str
+    secure: bool
+    headers: dict[str, str] = field(default_factory=dict)
+    target: Target = field(default_factory=lambda: Target(b"/", (), {}))
+    bucket: str = ""
+    key: bytes = b""
+    who: Principal = ANONYMOUS
+    operation: str = "Unknown"
+    _body: RequestBody | None = None
+    _bucket_record: BucketRecord | None = None
+
+    @property
+    def query(self) -> dict[str, str]:
+        return self.target.query
+
+    @property
+    def body(self) -> RequestBody:
+        assert self._body is not None
+        return self._body
+
+    @property
+    def bucket_record(self) -> BucketRecord:
+        assert self._bucket_record is not None
+        return self._bucket_record
+
+    @property
+    def resource(self) -> str:
+        """As errors name it: the path, without the query."""
+        return self.raw_target.partition(b"?")[0].decode("utf-8", "replace")
