@@ -120,6 +120,7 @@ def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = Non
     root = logging.getLogger()
     root.handlers[:] = [_Foreign()]
     root.setLevel(max(logging.getLevelName(level.upper()), logging.WARNING))
+    logging.getLogger("storaged").setLevel(level.upper())
 
 
 class Described(NamedTuple):

@@ -5,17 +5,12 @@ from __future__ import annotations
 import base64
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from storaged.cli.client import gateway
 from storaged.cli.target import find_directory, gateway_directory
 from storaged.errors import ConfigInvalid, OperatorError
-
-if TYPE_CHECKING:
-    from storaged.config import Config
-    from storaged.keys import Protection
 
 
 @click.group()
@@ -31,32 +26,10 @@ def create_with_credential(directory: Path) -> None:
     plane.create_keyring(directory / "keyring", plane.Credential.create(directory / "credential"))
 
 
-def protection_of(config: Config, *, create: bool = False) -> Protection:
-    """What the configuration says opens the keyring. ``create``: a missing credential file is made. Raises KeyringMismatch when it cannot be read."""
-    from storaged import keys as plane
-
-    if config.keys.credential:
-        path = Path(config.keys.credential)
-        if create and not path.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return plane.Credential.create(path)
-        return plane.Credential.load(path)
-    return plane.Passphrase(read_passphrase(Path(config.keys.passphrase)))
-
-
-def read_passphrase(path: Path) -> str:
-    """The first line of a file. Raises OperatorError."""
-    try:
-        text = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"the passphrase file {path} cannot be read: {error}") from None
-    if not text:
-        raise OperatorError(f"the first line of {path} is empty; it is the passphrase")
-    return text
-
-
 def _asked(file: Path | None, *, confirm: bool) -> str:
     if file is not None:
+        from storaged.node.protection import read_passphrase
+
         return read_passphrase(file)
     text: str = click.prompt("Passphrase of the backup", hide_input=True, confirmation_prompt=confirm)
     return text
@@ -68,6 +41,7 @@ def create(config: Path) -> None:
     """Make the keyring of a NEW cluster, where CONFIG.toml of its first gateway says. Further gateways get a copy: keys restore."""
     from storaged import config as configuration
     from storaged import keys as plane
+    from storaged.node.protection import protection_of
 
     found = configuration.load(config)
     if not found.gateway:
@@ -122,6 +96,7 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
     """Put the keyring from the backup FILE where the gateway's configuration wants it. An existing keyring is never overwritten."""
     from storaged import config as configuration
     from storaged import keys as plane
+    from storaged.node.protection import protection_of
 
     found = configuration.load(config_file or gateway_directory(find_directory(named)) / "config.toml")
     target = Path(found.keys.keyring)

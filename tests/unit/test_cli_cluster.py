@@ -130,7 +130,7 @@ def test_keys_are_made_once_and_never_over_others(tmp_path: Path) -> None:
 
 def test_a_lost_keyring_comes_back_from_its_backup(tmp_path: Path) -> None:
     from storaged import keys
-    from storaged.cli.keys import protection_of
+    from storaged.node.protection import protection_of
 
     file = gateway_config(tmp_path)
     call("keys", "create", str(file))
@@ -151,7 +151,7 @@ def test_a_lost_keyring_comes_back_from_its_backup(tmp_path: Path) -> None:
 
 
 def test_a_missing_credential_is_no_new_credential(tmp_path: Path) -> None:
-    from storaged.cli.keys import protection_of
+    from storaged.node.protection import protection_of
 
     with pytest.raises(KeyringMismatch):
         protection_of(config.load(gateway_config(tmp_path)))

@@ -1,0 +1,118 @@
+"""The disks of this node: opened one by one, so that one that is foreign or broken is reported and the others go on.
+
+A disk's directory holds ``meta`` (its LMDB environment) and ``fragments`` (its segment log). Which metadata store a disk had is kept in the node's own
+directory: a disk whose store is another one, older, or gone must not answer, since it may have forgotten promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from storaged.clock import Clock
+from storaged.cluster.ports import DiskStatus
+from storaged.config import Config, DiskSection
+from storaged.errors import DirectoryInUse, DiskForeign, StoragedError
+from storaged.fragments.engine import StoreLimits
+from storaged.fragments.ports import FragmentId
+from storaged.fragments.remote import PayloadStore
+from storaged.fragments.store import LocalFragmentStore
+from storaged.meta.replica import LocalReplica
+from storaged.meta.store import LmdbMetaStore
+from storaged.node.system import StoreLedger
+
+log = structlog.get_logger("disks")
+
+OnCell = Callable[[str, FragmentId, int], None]
+"""``on_cell(disk, fragment, cell)``: a cell whose checksum does not hold."""
+
+
+@dataclass
+class LocalDisk:
+    """One disk in use: both stores and the acceptor over them."""
+
+    id: str
+    directory: str
+    meta: LmdbMetaStore
+    fragments: LocalFragmentStore
+    replica: LocalReplica
+
+    async def close(self) -> None:
+        await self.replica.close()
+        await self.fragments.close()
+        await self.meta.close()
+
+
+@dataclass
+class Disks:
+    """``used`` take part; ``refused`` do not, with the reason (DiskStatus)."""
+
+    used: dict[str, LocalDisk] = field(default_factory=dict)
+    refused: dict[str, DiskStatus] = field(default_factory=dict)
+
+    async def statuses(self) -> list[DiskStatus]:
+        """As heartbeats tell them."""
+        found = list(self.refused.values())
+        for disk in self.used.values():
+            usage = await disk.fragments.usage()
+            meta_state = disk.replica.statistics().state
+            state = usage.state if meta_state == "ok" else "failed"
+            reason = usage.reason if meta_state == "ok" else f"metadata: {meta_state}"
+            found.append(DiskStatus(disk.id, disk.directory, state, usage.bytes_used, usage.bytes_free, reason))
+        return sorted(found, key=lambda status: status.id)
+
+    async def close(self) -> None:
+        results = await asyncio.gather(*(disk.close() for disk in self.used.values()), return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                log.error("a disk did not close cleanly", reason=str(result))
+
+
+async def open_disks(config: Config, clock: Clock, on_cell: OnCell) -> Disks:
+    """Opens every configured disk. A refused one is logged and reported; raises DirectoryInUse when another process has one: that is a mistake of setup."""
+    ledger = StoreLedger(Path(config.node.directory))
+    disks = Disks()
+    opened = await asyncio.gather(*(_open(section, config, ledger, clock, on_cell) for section in config.disks), return_exceptions=True)
+    failure: BaseException | None = None
+    for section, result in zip(config.disks, opened, strict=True):
+        if isinstance(result, LocalDisk):
+            ledger.record(section.id, result.meta.identity)
+            disks.used[section.id] = result
+        elif isinstance(result, DirectoryInUse) or not isinstance(result, StoragedError | OSError):
+            failure = failure or result
+        else:
+            state = "foreign" if isinstance(result, DiskForeign) else "failed"
+            reason = result.message if isinstance(result, StoragedError) else f"{result.strerror}: {result.filename}"
+            log.error("a disk is refused; the others go on", disk=section.id, directory=section.directory, state=state, reason=reason)
+            disks.refused[section.id] = DiskStatus(section.id, section.directory, state, reason=reason)
+    if failure is not None:
+        await disks.close()
+        raise failure
+    return disks
+
+
+async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock: Clock, on_cell: OnCell) -> LocalDisk:
+    directory, limits = Path(section.directory), config.limits
+    expected = ledger.identity(section.id)
+    if expected is None:
+        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o700)
+    meta = await asyncio.to_thread(LmdbMetaStore.open_or_refuse, directory / "meta", expected, map_bytes=limits.meta_map_bytes)
+    try:
+        store_limits = StoreLimits(segment_bytes=limits.segment_bytes, reserve_bytes=limits.reserve_bytes or None)
+        fragments = await LocalFragmentStore.open(
+            directory / "fragments",
+            section.id,
+            limits=store_limits,
+            clock=clock,
+            on_damage=lambda fragment, cell: on_cell(section.id, fragment, cell),
+        )
+    except BaseException:
+        await meta.close()
+        raise
+    payloads = PayloadStore(fragments)
+    replica = LocalReplica(section.id, meta, store_payload=payloads.store_payload, load_payload=payloads.load_payload)
+    return LocalDisk(section.id, section.directory, meta, fragments, replica)

@@ -1,0 +1,231 @@
+"""What a gateway has and a storage node never imports: keys, sealing, the S3 front. ``daemon`` imports this module for the role ``gateway`` alone.
+
+The S3 port opens at once; until the keyring is open and is the cluster's own, every request that needs a key is answered with 503. Keys are never made
+here: a missing or different keyring is KEYRING_MISMATCH until it is restored (a reload looks again).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+
+from storaged import keys
+from storaged.clock import Clock
+from storaged.config import Config, split_address
+from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
+from storaged.keys.ports import AlreadyThere, Audit
+from storaged.node.protection import protection_of
+from storaged.node.system import ClusterRecord, SystemPaths, Taken
+from storaged.objects.ports import BucketKey, KeyService
+from storaged.observe import Metrics
+from storaged.s3.app import RequestDone, S3App
+from storaged.s3.limits import Limits
+from storaged.wire import decode, encode
+
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 2.0
+
+log = structlog.get_logger("gateway")
+
+
+class LateKeys:
+    """A ``KeyService`` that becomes usable when the keyring has been opened and found to be the cluster's; KeyringUnavailable before."""
+
+    def __init__(self) -> None:
+        self.keyring: keys.Keyring | None = None
+        self.reason = "the keyring is not open yet"
+
+    def _open(self) -> KeyService:
+        if self.keyring is None:
+            raise KeyringUnavailable(f"Nothing can be sealed or opened: {self.reason}.")
+        return self.keyring
+
+    async def create_bucket_key(self, bucket_id: bytes) -> None:
+        await self._open().create_bucket_key(bucket_id)
+
+    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> BucketKey:
+        return await self._open().bucket_key(bucket_id, version)
+
+    def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
+        return self._open().authenticate(context, message)
+
+    def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
+        return self._open().verify(context, message, tag)
+
+    def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+        return self._open().seal_secret(plaintext, context)
+
+    def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
+        return self._open().open_secret(sealed, context)
+
+
+class _KeyRegisters:
+    """``keys.ports.SystemRegisters`` over the ring."""
+
+    def __init__(self, paths: SystemPaths) -> None:
+        self._paths = paths
+
+    async def read(self, path: str) -> bytes | None:
+        return await self._paths.read(path)
+
+    async def create(self, path: str, value: bytes) -> None:
+        try:
+            await self._paths.create(path, value)
+        except Taken:
+            raise AlreadyThere(path) from None
+
+
+class Unlocker:
+    """Opens the keyring, and lets it be used once the register ``cluster`` names it."""
+
+    def __init__(self, config: Config, cluster: str, paths: SystemPaths, late: LateKeys, audit: Audit, clock: Clock) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._paths = paths
+        self._late = late
+        self._audit = audit
+        self._clock = clock
+        self.problem = ""
+        """Why the keyring cannot be used, when that will not mend itself; empty while it is being opened, and when it is open."""
+        self._again = asyncio.Event()
+
+    def again(self) -> None:
+        """Somebody may have put a keyring there: look again, if it is not open."""
+        self._again.set()
+
+    async def run(self) -> None:
+        """Until the keyring is open. A missing majority is waited for; a keyring that does not fit waits for ``again``."""
+        pause_s = RETRY_FIRST_S
+        while self._late.keyring is None:
+            self._again.clear()
+            try:
+                await self._unlock()
+            except ServiceUnavailable as error:
+                self._late.reason = f"the ring does not answer ({error.message})"
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+            except (OperatorError, OSError) as error:
+                self.problem = error.message if isinstance(error, StoragedError) else str(error)
+                self._late.reason = self.problem
+                code = error.code if isinstance(error, StoragedError) else "KEYRING_MISMATCH"
+                log.error(
+                    "the keyring cannot be used; S3 answers 503 until it is restored and the gateway reloaded",
+                    code=code,
+                    reason=self.problem,
+                )
+                await self._again.wait()
+
+    async def _unlock(self) -> None:
+        path = Path(self._config.keys.keyring)
+        material = await asyncio.to_thread(lambda: keys.open_keyring(path, protection_of(self._config)))
+        mine = ClusterRecord(self._cluster, material.keyring_id, self._clock.wall_ms())
+        body = await self._paths.read("cluster")
+        if body is None:
+            try:
+                await self._paths.create("cluster", encode(mine))
+                log.info("the cluster is bound to its keyring", cluster=self._cluster, keyring=material.keyring_id.hex())
+            except Taken:
+                body = await self._paths.read("cluster")
+        if body is not None:
+            known = decode(body, ClusterRecord)
+            if known.cluster != self._cluster:
+                raise KeyringMismatch(f"the ring belongs to the cluster {known.cluster}, this gateway to {self._cluster}")
+            if known.keyring != material.keyring_id:
+                raise KeyringMismatch(f"the keyring is {material.keyring_id.hex()}; this cluster was created with {known.keyring.hex()}")
+        self._late.keyring = keys.Keyring(material, _KeyRegisters(self._paths), audit=self._audit, clock=self._clock)
+        self.problem = self._late.reason = ""
+        log.info("the keyring is open", keyring=material.keyring_id.hex())
+
+
+async def backup(late: LateKeys, directory: Path, passphrase: str) -> tuple[str, bytes]:
+    """The keyring's id and its backup under a passphrase. The keyring file remembers which epoch it covers."""
+    if late.keyring is None:
+        raise KeyringUnavailable(f"There is no keyring to back up: {late.reason}.")
+    material = late.keyring.material
+    path = directory / "backup.new"
+    path.unlink(missing_ok=True)
+    try:
+        await asyncio.to_thread(keys.backup, material, path, passphrase)
+        return material.keyring_id.hex(), path.read_bytes()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class Front:
+    """The S3 listener, its TLS certificate, and what it counts."""
+
+    def __init__(self, app: S3App, config: Config) -> None:
+        self._app = app
+        self._config = config
+        self._context: ssl.SSLContext | None = None
+
+    async def start(self) -> int:
+        """Returns the port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
+        host, port = split_address(self._config.s3.listen)
+        if self._config.s3.tls_certificate:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+            load_certificate(self._context, self._config)
+        return await self._app.start(host, port, ssl=self._context)
+
+    def reload(self, config: Config) -> None:
+        """New connections use the certificate that lies there now. Raises ConfigInvalid and keeps the old one."""
+        if self._context is not None:
+            load_certificate(self._context, config)
+
+    async def close(self, drain_s: float) -> None:
+        await self._app.close(drain_s)
+
+
+def load_certificate(context: ssl.SSLContext, config: Config) -> None:
+    """Tried on a context of its own first, so that a bad file changes nothing."""
+    for target in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+        try:
+            target.load_cert_chain(config.s3.tls_certificate, config.s3.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigInvalid(f"s3.tls_certificate {config.s3.tls_certificate} and its key do not load: {error}") from None
+
+
+def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
+    """Counts each answer, and writes the access log at level debug (errors of ours at warning)."""
+    requests = metrics.counter("storaged_s3_requests_total")
+    seconds = metrics.histogram("storaged_s3_request_seconds")
+    received, sent = metrics.counter("storaged_s3_received_bytes_total"), metrics.counter("storaged_s3_sent_bytes_total")
+    access = structlog.get_logger("s3")
+    level = logging.getLogger("storaged.s3")
+
+    def done(request: RequestDone) -> None:
+        requests.labels(request.operation or "none", str(request.status)).inc()
+        seconds.labels(request.operation or "none").observe(request.duration_s)
+        received.inc(request.bytes_in)
+        sent.inc(request.bytes_out)
+        ours = request.status >= 500 and request.code != "NotImplemented"
+        if not ours and not level.isEnabledFor(logging.DEBUG):
+            return
+        tell = access.warning if ours else access.debug
+        tell(
+            "answered",
+            id=request.request_id,
+            operation=request.operation,
+            method=request.method,
+            target=request.target,
+            status=request.status,
+            code=request.code,
+            remote=request.remote,
+            user=request.access_key,
+            bytes_in=request.bytes_in,
+            bytes_out=request.bytes_out,
+            ms=round(request.duration_s * 1000, 1),
+            complete=request.complete,
+        )
+
+    return done
+
+
+def limits_of(config: Config) -> Limits:
+    return Limits(requests_max=config.limits.s3_requests_max)

@@ -1,0 +1,31 @@
+"""What opens a gateway's keyring, as its configuration says. For gateways and the command line: imports the key plane."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from storaged import keys
+from storaged.config import Config
+from storaged.errors import KeyringMismatch
+
+
+def protection_of(config: Config, *, create: bool = False) -> keys.Protection:
+    """``create``: a credential file that is missing is made, for a keyring that is being made or restored. Raises KeyringMismatch when there is nothing to read."""
+    if config.keys.credential:
+        path = Path(config.keys.credential)
+        if create and not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return keys.Credential.create(path)
+        return keys.Credential.load(path)
+    return keys.Passphrase(read_passphrase(Path(config.keys.passphrase)))
+
+
+def read_passphrase(path: Path) -> str:
+    """The first line of a file. Raises KeyringMismatch."""
+    try:
+        text = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyringMismatch(f"the passphrase file {path} cannot be read: {error}") from None
+    if not text:
+        raise KeyringMismatch(f"the first line of {path} is empty; it is the passphrase")
+    return text

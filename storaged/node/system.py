@@ -1,0 +1,133 @@
+"""Small things kept in system registers, and the files that a node keeps about its cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from storaged.cluster.identity import Identity, SignedLayout, verify_layout
+from storaged.cluster.layout import Layout
+from storaged.errors import LayoutRefused
+from storaged.meta.names import Change, Value, system_name
+from storaged.meta.ports import Registers
+from storaged.wire import Message, decode, encode
+
+LAYOUT_FILE = "layout.signed"
+LAYOUTS_KEPT_MAX = 256
+"""Records name the epoch that placed them; a layout is some KiB."""
+
+log = structlog.get_logger("node")
+
+
+class ClusterRecord(Message, frozen=True):
+    """The register ``cluster``: which cluster this is, and the keyring that seals its keys."""
+
+    cluster: str
+    keyring: bytes
+    created_ms: int
+
+
+class Taken(Exception):
+    """The register holds a value already."""
+
+
+class SystemPaths:
+    """System registers by path, with compare-and-set from absent."""
+
+    def __init__(self, registers: Registers) -> None:
+        self._registers = registers
+
+    async def read(self, path: str) -> bytes | None:
+        """The settled body; None when it was never written. Raises ServiceUnavailable without a majority."""
+        value = (await self._registers.read(system_name(path))).value
+        return value.body if value is not None and value.body else None
+
+    async def create(self, path: str, body: bytes) -> None:
+        """Raises Taken when there is a value already; nothing is changed then."""
+
+        def update(value: Value | None) -> Change:
+            if value is not None and value.body:
+                raise Taken(path)
+            return Change(body)
+
+        await self._registers.change(system_name(path), update)
+
+    async def write(self, path: str, body: bytes) -> None:
+        """Whatever was there before."""
+        await self._registers.change(system_name(path), lambda _value: Change(body))
+
+
+class LayoutFiles:
+    """The layouts this node has known, in its own directory, and the one its operator last put beside its certificate. Every one is verified again when read."""
+
+    def __init__(self, node_directory: Path, own: Identity) -> None:
+        self._directory = node_directory / "layouts"
+        self._own = own
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def load(self) -> list[SignedLayout]:
+        """In ascending order of epochs. A file that does not verify is passed over with a warning: a newer one comes from peers or the operator."""
+        found: dict[int, SignedLayout] = {}
+        for path in [*self._directory.iterdir(), self._own.directory / LAYOUT_FILE]:
+            if path.suffix != ".signed":
+                continue
+            try:
+                signed = decode(path.read_bytes(), SignedLayout)
+                layout = verify_layout(signed, self._own.administration, self._own.cluster)
+            except FileNotFoundError:
+                continue
+            except (LayoutRefused, msgspec.MsgspecError) as error:
+                log.warning("a layout file is passed over", file=str(path), reason=str(error))
+                continue
+            found[layout.epoch] = signed
+        return [found[epoch] for epoch in sorted(found)]
+
+    def keep(self, layout: Layout, signed: SignedLayout) -> None:
+        """Durable when it returns."""
+        path = self._directory / f"{layout.epoch:012}.signed"
+        if not path.exists():
+            write_durably(path, encode(signed))
+        for old in sorted(self._directory.glob("*.signed"))[:-LAYOUTS_KEPT_MAX]:
+            old.unlink()
+
+
+class StoreLedger:
+    """Which store each of this node's disks had: ``disks.json`` in the node's directory, so that a wiped or exchanged disk is noticed."""
+
+    def __init__(self, node_directory: Path) -> None:
+        self._path = node_directory / "disks.json"
+        try:
+            self._known: dict[str, str] = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            self._known = {}
+
+    def identity(self, disk_id: str) -> bytes | None:
+        """None for a disk that was never in use here."""
+        text = self._known.get(disk_id)
+        return bytes.fromhex(text) if text else None
+
+    def record(self, disk_id: str, identity: bytes) -> None:
+        """Durable when it returns; before the disk answers anything."""
+        self._known[disk_id] = identity.hex()
+        write_durably(self._path, json.dumps(self._known, indent=2).encode() + b"\n")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """A whole file or the one before, synced with its directory entry, readable by its owner alone."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
