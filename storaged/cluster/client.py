@@ -294,6 +294,7 @@ class _Link:
         attempt, self.attempt = self.attempt, None
         if attempt is not None and not attempt.done():
             attempt.set_result(connection)
+        self.pool.tell(self.node, True)
 
     def _away(self, error: Exception) -> None:
         reason = error.message if isinstance(error, StoragedError) else describe(error)
@@ -302,6 +303,7 @@ class _Link:
         if reason != self.reason:
             log.warning("node is away", peer=self.node, reason=reason)
         self._fail_waiting(reason)
+        self.pool.tell(self.node, False)
 
     def _fail_waiting(self, reason: str) -> None:
         self.reason = reason
@@ -365,6 +367,7 @@ class RpcPool:
         self._local_methods: Methods = local_methods if local_methods is not None else {}
         self._links: dict[str, _Link] = {}
         self._prefixes: dict[str, bytes] = {}
+        self._watchers: list[Callable[[str, bool], None]] = []
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._running = False
         self._calls = self._calls_local = self._calls_failed = self._calls_timed_out = 0
@@ -392,6 +395,14 @@ class RpcPool:
         self.identity = own
 
     # What is known of peers.
+
+    def watch(self, watcher: Callable[[str, bool], None]) -> None:
+        """``watcher(node, reached)`` is called when a connection stands, and when an attempt to make one failed."""
+        self._watchers.append(watcher)
+
+    def tell(self, node: str, reached: bool) -> None:
+        for watcher in self._watchers:
+            watcher(node, reached)
 
     def connected(self, node: str) -> bool:
         link = self._links.get(node)

@@ -244,7 +244,8 @@ class FrameReader:
         self._body = memoryview(bytearray(header.body_bytes)) if header.body_bytes else _EMPTY
         in_head = min(here, header.head_bytes)
         self._head[:in_head] = self._view[self._start : self._start + in_head]
-        self._body[: here - in_head] = self._view[self._start + in_head : self._end]
+        if here > in_head:
+            self._body[: here - in_head] = self._view[self._start + in_head : self._end]
         self._filled = here
         self._header = header
         self._start = self._end = 0

@@ -200,7 +200,7 @@ def issue(
     _write(directory / "authority.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
     _write(directory / "node.key", _private_pem(key), 0o600)
     _write(directory / "node.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-    return load_identity(directory)
+    return Identity(directory, identity_of(certificate), certificate.not_valid_after_utc, authority.administration.public_key())
 
 
 def certify(authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePublicKey, *, days: int, now: datetime) -> x509.Certificate:
@@ -223,7 +223,7 @@ def certify(authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePubli
         .issuer_name(authority.certificate.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATE)
+        .not_valid_before(min(now, now + timedelta(days=days)) - BACKDATE)
         .not_valid_after(min(now + timedelta(days=days), authority.certificate.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(certificates=False), critical=True)
@@ -239,7 +239,7 @@ def certify(authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePubli
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
-def load_identity(directory: Path) -> Identity:
+def load_identity(directory: Path, *, now: datetime | None = None) -> Identity:
     """A node's own identity. Raises CertificateRefused (missing, unreadable, expired) and JurisdictionRefused with the file and the reason."""
     try:
         certificate = x509.load_pem_x509_certificate((directory / "node.crt").read_bytes())
@@ -252,6 +252,8 @@ def load_identity(directory: Path) -> Identity:
         raise CertificateRefused(f"{directory / 'administration.pub'} is not an Ed25519 public key.")
     if key.public_key() != certificate.public_key():
         raise CertificateRefused(f"{directory / 'node.key'} is not the key of {directory / 'node.crt'}.")
+    if certificate.not_valid_after_utc <= (now or datetime.now(UTC)):
+        raise CertificateRefused(f"{directory / 'node.crt'} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; issue a new one.")
     return Identity(directory, identity_of(certificate), certificate.not_valid_after_utc, administration)
 
 

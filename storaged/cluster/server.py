@@ -6,7 +6,8 @@ refusal is sent when there is somebody to send it to, logged, and handed to ``on
 
 Requests then run as tasks. What they hold in memory is bounded twice, per connection and per server: before a body is received its bytes are taken
 from both budgets, answers with large bodies count until they have left, and when a budget is used up the server stops reading from that
-connection: TCP carries the back-pressure to the caller. A single body larger than a budget is admitted when nothing else is in flight.
+connection: TCP carries the back-pressure to the caller. A single body larger than a budget is admitted when nothing else is in flight; answers
+of handlers that run already come on top, so their number is bounded too.
 """
 
 from __future__ import annotations

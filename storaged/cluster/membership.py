@@ -1,0 +1,394 @@
+"""Who is there: heartbeats between nodes, the state of their disks, their clocks, and the spreading of layouts.
+
+Theory of operation. Each node pings every node of the layout that has an address, by ``cluster.ping`` twice a second, over the connection that
+all its calls use. What that shows is a hint: placement and reads use it to avoid the dead, nothing's safety rests on it.
+
+=========  =====================================================================================================
+state      means
+=========  =====================================================================================================
+unknown    not reached since this process started; counts as away
+up         answered its last ping, or at least sent something while it was busy
+down       missed three pings in a row; or its connection broke and the attempt to make a new one was refused
+=========  =====================================================================================================
+
+A ping that is late while other bytes do arrive is not counted as missed: behind a long body it is queued, not lost.
+
+Each ping carries the epoch of the layout in force. Whoever knows a newer one passes it on, epoch by epoch, so that a node that was away gets the
+history too. A gateway without an address of its own is known by the pings that it sends.
+
+The shortest round trip ever seen bounds how far away a peer can be (light in fibre: about 100 km per millisecond). It is kept as evidence against a certified
+location, never as proof of one. The peer's clock is compared at the middle of the fastest recent round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from storaged.clock import Clock, SystemClock
+from storaged.cluster.identity import SignedLayout
+from storaged.cluster.layout import Layout
+from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.ports import Call, Caller, DiskStatus, Method, Methods
+from storaged.errors import LayoutRefused, PeerError, PeerTimeout
+from storaged.wire import Message
+
+log = structlog.get_logger(__name__)
+
+PING_INTERVAL_S = 0.5
+MISSED_MAX = 3
+SAMPLES = 16
+"""Recent round trips among which the fastest measures the clock: eight seconds."""
+
+LAYOUTS_PER_PING_MAX = 64
+
+WRITABLE = frozenset({"ok"})
+READABLE = frozenset({"ok", "full", "read-only"})
+
+
+class DiskReport(Message, frozen=True):
+    """A DiskStatus on the wire."""
+
+    id: str
+    directory: str
+    state: str
+    bytes_used: int = 0
+    bytes_free: int = 0
+    reason: str = ""
+
+
+class Ping(Message, frozen=True):
+    """Of the sender: its process, its clock, and the epoch of the layout that it goes by."""
+
+    node: str
+    incarnation: bytes
+    pid: int
+    wall_ms: int
+    epoch: int
+
+
+class Pong(Message, frozen=True):
+    node: str
+    incarnation: bytes
+    pid: int
+    wall_ms: int
+    epoch: int
+    disks: tuple[DiskReport, ...] = ()
+
+
+class LayoutAfter(Message, frozen=True):
+    """Asks for the next layout behind ``epoch``."""
+
+    epoch: int
+
+
+class LayoutAnswer(Message, frozen=True):
+    signed: SignedLayout | None
+
+
+class Taken(Message, frozen=True):
+    """The epoch in force after an offer."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """One node as this one sees it. ``since_ms`` is when it entered its state (wall clock), ``disks`` what it last said of them.
+
+    ``rtt_min_ms`` and ``clock_skew_ms`` (its clock minus ours) are None until measured.
+    """
+
+    name: str
+    state: str
+    since_ms: int
+    reason: str = ""
+    incarnation: bytes = b""
+    pid: int = 0
+    epoch: int = 0
+    rtt_min_ms: float | None = None
+    clock_skew_ms: float | None = None
+    disks: tuple[DiskStatus, ...] = ()
+
+
+class Links(Protocol):
+    """What the pool knows without asking: when it last heard from a node; and it tells of connections made and refused."""
+
+    def heard(self, node: str) -> float | None: ...
+
+    def watch(self, watcher: Callable[[str, bool], None]) -> None: ...
+
+
+@dataclass
+class _Peer:
+    name: str
+    since_ms: int
+    state: str = "unknown"
+    reason: str = "not reached yet"
+    missed: int = 0
+    incarnation: bytes = b""
+    pid: int = 0
+    epoch: int = 0
+    disks: tuple[DiskStatus, ...] = ()
+    rtt_min_ms: float | None = None
+    samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    """(round trip, skew) in milliseconds."""
+    soon: asyncio.Event = field(default_factory=asyncio.Event)
+    """Ping again now."""
+    task: asyncio.Task[None] | None = None
+    last_inbound: float | None = None
+
+
+class Membership:
+    """Implements ``Liveness``. Use: register :meth:`methods`, ``await start()`` ... ``await close()``.
+
+    ``disks`` says how this node's own disks are (called at each ping: it must be quick and not block); ``links`` is the RPC pool, when there is one.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        incarnation: bytes,
+        caller: Caller,
+        layouts: LayoutBook,
+        *,
+        disks: Callable[[], Sequence[DiskStatus]] = tuple,
+        links: Links | None = None,
+        clock: Clock | None = None,
+        interval_s: float = PING_INTERVAL_S,
+        pid: int | None = None,
+    ) -> None:
+        self._node = node
+        self._incarnation = incarnation
+        self._caller = caller
+        self._layouts = layouts
+        self._own_disks = disks
+        self._links = links
+        self._clock = clock or SystemClock()
+        self._interval_s = interval_s
+        self._pid = os.getpid() if pid is None else pid
+        self._began_ms = self._clock.wall_ms()
+        self._peers: dict[str, _Peer] = {}
+        self._gone: set[asyncio.Task[None]] = set()
+        self._disk_states: dict[str, tuple[str, str]] = {}
+        self._watchers: list[Callable[[NodeStatus], None]] = []
+        self._running = False
+
+    def methods(self) -> Methods:
+        return {
+            "cluster.ping": Method(Ping, self._on_ping),
+            "cluster.layout": Method(LayoutAfter, self._on_layout),
+            "cluster.offer": Method(SignedLayout, self._on_offer),
+        }
+
+    async def start(self) -> None:
+        self._running = True
+        if self._links is not None:
+            self._links.watch(self._on_link)
+        self._layouts.watch(self._follow)
+        if self._layouts.epoch:
+            self._follow(self._layouts.current)
+
+    async def close(self) -> None:
+        self._running = False
+        tasks = [peer.task for peer in self._peers.values() if peer.task is not None] + list(self._gone)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # What is known.
+
+    def watch(self, watcher: Callable[[NodeStatus], None]) -> None:
+        """``watcher(status)`` is called when a node changes its state, and when it comes back as a new process."""
+        self._watchers.append(watcher)
+
+    def statuses(self) -> tuple[NodeStatus, ...]:
+        """Every node of the layout in force, this one included, by name."""
+        names = {entry.name for entry in self._layouts.current.nodes} if self._layouts.epoch else set()
+        return tuple(self.status(name) for name in sorted(names | {self._node}))
+
+    def status(self, node: str) -> NodeStatus:
+        """Raises KeyError for a node that is in no layout."""
+        if node == self._node:
+            return NodeStatus(
+                node, "up", self._began_ms, "", self._incarnation, self._pid, self._layouts.epoch, 0.0, 0.0, tuple(self._own_disks())
+            )
+        peer = self._peers[node]
+        self._age_inbound(peer)
+        skew = min(peer.samples)[1] if peer.samples else None
+        return NodeStatus(
+            node, peer.state, peer.since_ms, peer.reason, peer.incarnation, peer.pid, peer.epoch, peer.rtt_min_ms, skew, peer.disks
+        )
+
+    def node_up(self, node: str) -> bool:
+        return node == self._node or (node in self._peers and self._peers[node].state == "up")
+
+    def disk_writable(self, disk_id: str) -> bool:
+        return self._disk_state(disk_id) in WRITABLE
+
+    def disk_readable(self, disk_id: str) -> bool:
+        return self._disk_state(disk_id) in READABLE
+
+    def _disk_state(self, disk_id: str) -> str:
+        """The state that a disk's node reports; empty when the node is away or never named the disk."""
+        known = self._disk_states.get(disk_id)
+        if known is not None:
+            node, state = known
+            return state if self._peers[node].state == "up" else ""
+        for disk in self._own_disks():
+            if disk.id == disk_id:
+                return disk.state
+        return ""
+
+    # Heartbeats.
+
+    def _follow(self, layout: Layout) -> None:
+        """Pings exactly the nodes of this layout from now on."""
+        wanted = {entry.name: entry.address for entry in layout.nodes if entry.name != self._node}
+        for name in [name for name in self._peers if name not in wanted]:
+            peer = self._peers.pop(name)
+            self._disk_states = {disk: known for disk, known in self._disk_states.items() if known[0] != name}
+            self._stop(peer)
+        for name, address in wanted.items():
+            peer = self._peers.setdefault(name, _Peer(name, self._clock.wall_ms()))
+            if address and peer.task is None and self._running:
+                peer.task = asyncio.get_running_loop().create_task(self._heartbeat(peer))
+            elif not address:
+                self._stop(peer)
+
+    def _stop(self, peer: _Peer) -> None:
+        if peer.task is not None:
+            task, peer.task = peer.task, None
+            task.cancel()
+            self._gone.add(task)
+            task.add_done_callback(self._gone.discard)
+
+    async def _heartbeat(self, peer: _Peer) -> None:
+        while True:
+            peer.soon.clear()
+            began = self._clock.monotonic()
+            try:
+                await self._ping(peer)
+            except PeerError as error:
+                self._missed(peer, error)
+            except Exception:
+                log.exception("heartbeat failed", peer=peer.name)
+            rest_s = max(self._interval_s - (self._clock.monotonic() - began), 0.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rest_s):
+                    await peer.soon.wait()
+
+    async def _ping(self, peer: _Peer) -> None:
+        began, wall_before = self._clock.monotonic(), self._clock.wall_ms()
+        pong, _ = await self._caller.call(peer.name, "cluster.ping", self._introduction(), Pong, timeout_s=self._interval_s)
+        rtt_ms = (self._clock.monotonic() - began) * 1000
+        peer.rtt_min_ms = rtt_ms if peer.rtt_min_ms is None else min(peer.rtt_min_ms, rtt_ms)
+        peer.samples.append((rtt_ms, pong.wall_ms - (wall_before + rtt_ms / 2)))
+        disks = tuple(DiskStatus(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in pong.disks)
+        self._take_disks(peer, disks)
+        self._heard_of(peer, pong.incarnation, pong.pid, pong.epoch)
+        if pong.epoch != self._layouts.epoch:
+            await self._exchange(peer, pong.epoch)
+
+    def _take_disks(self, peer: _Peer, disks: tuple[DiskStatus, ...]) -> None:
+        """A node speaks for the disks that the layout gives it, and for no others."""
+        if disks == peer.disks:
+            return
+        peer.disks = disks
+        homes = self._layouts.current.disk_by_id
+        others = {disk: known for disk, known in self._disk_states.items() if known[0] != peer.name}
+        mine = {disk.id: (peer.name, disk.state) for disk in disks if disk.id in homes and homes[disk.id].node == peer.name}
+        self._disk_states = {**others, **mine}
+
+    def _heard_of(self, peer: _Peer, incarnation: bytes, pid: int, epoch: int) -> None:
+        returned = bool(peer.incarnation) and peer.incarnation != incarnation
+        peer.missed = 0
+        peer.incarnation, peer.pid, peer.epoch = incarnation, pid, epoch
+        self._enter(peer, "up", "", anew=returned)
+
+    def _missed(self, peer: _Peer, error: PeerError) -> None:
+        if not isinstance(error, PeerTimeout):
+            peer.missed = MISSED_MAX
+            self._enter(peer, "down", error.message)
+            return
+        heard = self._links.heard(peer.name) if self._links is not None else None
+        if heard is not None and asyncio.get_running_loop().time() - heard < self._interval_s:
+            return
+        peer.missed += 1
+        if peer.missed >= MISSED_MAX:
+            self._enter(peer, "down", f"no answer to {peer.missed} pings")
+
+    def _enter(self, peer: _Peer, state: str, reason: str, *, anew: bool = False) -> None:
+        if peer.state == state and not anew:
+            peer.reason = reason
+            return
+        changed = peer.state != state
+        peer.state, peer.reason = state, reason
+        if changed or anew:
+            peer.since_ms = self._clock.wall_ms()
+        (log.info if state == "up" else log.warning)("node is " + state, peer=peer.name, reason=reason, restarted=anew)
+        for watcher in self._watchers:
+            watcher(self.status(peer.name))
+
+    def _on_link(self, node: str, reached: bool) -> None:
+        peer = self._peers.get(node)
+        if peer is None:
+            return
+        if reached:
+            peer.soon.set()
+        elif peer.state == "up" and peer.task is not None:
+            peer.missed = MISSED_MAX
+            self._enter(peer, "down", "its connection broke and a new one was refused")
+
+    # Answers.
+
+    def _introduction(self) -> Ping:
+        return Ping(self._node, self._incarnation, self._pid, self._clock.wall_ms(), self._layouts.epoch)
+
+    async def _on_ping(self, ping: Ping, call: Call) -> Pong:
+        peer = self._peers.get(call.peer.name)
+        if peer is not None and peer.task is None:
+            peer.last_inbound = self._clock.monotonic()
+            self._heard_of(peer, ping.incarnation, ping.pid, ping.epoch)
+        reports = tuple(DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own_disks())
+        return Pong(self._node, self._incarnation, self._pid, self._clock.wall_ms(), self._layouts.epoch, reports)
+
+    async def _on_layout(self, request: LayoutAfter, call: Call) -> LayoutAnswer:
+        return LayoutAnswer(self._layouts.signed_after(request.epoch))
+
+    async def _on_offer(self, signed: SignedLayout, call: Call) -> Taken:
+        await self._layouts.learn(signed)
+        return Taken(self._layouts.epoch)
+
+    def _age_inbound(self, peer: _Peer) -> None:
+        """A node that only sends pings is down when it has stopped."""
+        if peer.task is None and peer.last_inbound is not None and peer.state == "up":
+            silence_s = self._clock.monotonic() - peer.last_inbound
+            if silence_s > MISSED_MAX * self._interval_s + self._interval_s:
+                self._enter(peer, "down", "it has stopped sending pings")
+
+    async def _exchange(self, peer: _Peer, epoch: int) -> None:
+        """Whoever is behind is told the next layouts, at most ``LAYOUTS_PER_PING_MAX`` of them."""
+        try:
+            for _ in range(LAYOUTS_PER_PING_MAX):
+                if epoch > self._layouts.epoch:
+                    answer, _body = await self._caller.call(peer.name, "cluster.layout", LayoutAfter(self._layouts.epoch), LayoutAnswer)
+                    if answer.signed is None or not await self._layouts.learn(answer.signed):
+                        return
+                else:
+                    following = self._layouts.signed_after(epoch)
+                    if following is None:
+                        return
+                    taken, _body = await self._caller.call(peer.name, "cluster.offer", following, Taken)
+                    if taken.epoch <= epoch:
+                        return
+                    epoch = taken.epoch
+        except LayoutRefused as error:
+            log.warning("layout refused", peer=peer.name, reason=error.message)
