@@ -1,0 +1,508 @@
+"""One disk's segment log and index, without threads or event loop: what is done to the disk, and in which order.
+
+Everything here is called from one thread at a time (the store's writer thread; a simulation; an offline tool), but ``reader``, which any
+thread may use.
+
+Theory of operation. ``append`` and ``note`` put records at the end of the active segment and then change the index's overlay; ``sync`` makes
+all of them durable by one fdatasync. A fragment's place is its proof of durability: what lies before ``synced`` is safe. When the active
+segment is full it gets a last mark, is synced for good, and the next one is created, so only the last segment can have a torn tail.
+
+A write or sync that fails makes the disk read-only for ever: after a failed fsync the kernel has marked the pages clean, and what a read returns
+may not be on the drive (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020). Only a write that found no
+space is taken back, by cutting the segment to where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused, StoragedError
+from storaged.fragments import recovery
+from storaged.fragments.files import Files, SegmentFile
+from storaged.fragments.format import (
+    LARGE,
+    PAGE,
+    PAYLOAD_BYTES_MAX,
+    SEGMENT_BYTES_MAX,
+    SEGMENT_HEADER_BYTES,
+    Delete,
+    Note,
+    Placed,
+    RecordWriter,
+    Retire,
+    SegmentHeader,
+    Touch,
+    Unretire,
+    cell_sums,
+    encode_notes,
+    pack_segment_header,
+    payload_hash,
+    segment_seed,
+)
+from storaged.fragments.index import KEY_BYTES, Checkpoint, Entry, Index, Position
+from storaged.fragments.ports import FragmentHeader, Usage
+from storaged.fragments.reader import Reader
+from storaged.units import MIB, format_size
+from storaged.wire import encode
+
+
+@dataclass(frozen=True)
+class StoreLimits:
+    """Sizes in bytes unless said otherwise.
+
+    ``reserve_bytes`` None: 5% of the file system. A checkpoint is due after ``overlay_entries_max`` changes or ``replay_bytes_max`` of log: they
+    bound memory and the time of a start. ``compact_garbage_part`` is the share of a segment's held bytes that makes it worth rewriting.
+    """
+
+    segment_bytes: int = 256 * MIB
+    reserve_bytes: int | None = None
+    note_reserve_bytes: int = 4 * MIB
+    overlay_entries_max: int = 16_384
+    replay_bytes_max: int = 256 * MIB
+    writeback_bytes: int = MIB
+    compact_garbage_part: float = 0.5
+    compact_bytes_per_s: int = 64 * MIB
+    compact_step_bytes: int = MIB
+    punch_queue_max: int = 65_536
+    queue_bytes_max: int = 64 * MIB
+    batch_bytes_max: int = 16 * MIB
+    batch_writes_max: int = 512
+    read_threads: int = 4
+
+
+@dataclass(slots=True)
+class Write:
+    """A fragment to be appended, prepared where its caller runs."""
+
+    key: bytes
+    header: FragmentHeader
+    message: bytes
+    payload: list[memoryview]
+    payload_bytes: int
+
+    @classmethod
+    def of(cls, header: FragmentHeader, payload: Sequence[bytes | bytearray | memoryview]) -> Write:
+        """Raises PeerRefused (BAD_FRAGMENT) when header and payload contradict each other."""
+        views = [memoryview(buffer).cast("B") for buffer in payload if len(buffer)]
+        count = sum(len(view) for view in views)
+        reason = ""
+        if len(header.id) != KEY_BYTES:
+            reason = f"a fragment id has {KEY_BYTES} bytes, not {len(header.id)}"
+        elif count != header.length:
+            reason = f"the header announces {header.length} bytes, the payload has {count}"
+        elif not 1 <= header.cell_bytes <= PAYLOAD_BYTES_MAX or count > PAYLOAD_BYTES_MAX:
+            reason = f"cells of {header.cell_bytes} and a payload of {count} bytes; both are limited to {PAYLOAD_BYTES_MAX}"
+        if reason:
+            raise PeerRefused(f"not a fragment: {reason}", remote_code="BAD_FRAGMENT")
+        return cls(header.id, header, encode(header), views, count)
+
+    def matches_hash(self) -> bool:
+        """Whether the payload is what the block's hashes say it is. Copies share one hash."""
+        hashes, k, position = self.header.hashes, self.key[20], self.key[22]
+        if not hashes:
+            return True
+        expected = hashes[0] if k == 1 and len(hashes) == 1 else hashes[position] if position < len(hashes) else b""
+        return payload_hash(self.payload) == expected
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Garbage that may be punched once what made it garbage is durable."""
+
+    segment: int
+    offset: int
+    length: int
+    after: Position
+
+
+class Engine:
+    """Opens with ``recover``. ``failure`` is the reason why the disk is read-only, empty while it is not."""
+
+    def __init__(
+        self, files: Files, index: Index, limits: StoreLimits, *, now_ms: Callable[[], int], on_damage: Callable[[bytes, int], None]
+    ) -> None:
+        assert SEGMENT_HEADER_BYTES < limits.segment_bytes <= SEGMENT_BYTES_MAX
+        self.files = files
+        self.index = index
+        self.limits = limits
+        self.failure = ""
+        self.full = False
+        self.segments: dict[int, SegmentFile] = {}
+        self.active = 0
+        self.end = self.synced = Position(0, 0)
+        self.compacting = 0
+        self.stuck: set[int] = set()
+        self.holes: deque[Hole] = deque()
+        self.syncs = self.appended_bytes = self.compacted_bytes = self.punched_bytes = 0
+        self.reader = Reader(index, self.segment, on_damage)
+        self._now_ms = now_ms
+        self._dirty_from = 0
+        self._reserve_ready = False
+
+    def segment(self, number: int) -> SegmentFile | None:
+        return self.segments.get(number)
+
+    # --- start and stop ---------------------------------------------------------------------------------------------------
+
+    def recover(self, progress: recovery.Progress | None = None) -> recovery.Report:
+        """Replays what the last checkpoint does not cover, cuts a torn tail, and makes what it kept durable.
+
+        Raises DiskForeign when the segments are another disk's, FormatUnknown when a later version wrote them.
+        """
+        self.failure = self.files.failure()
+        report = recovery.replay(
+            self.files, self.index, self.segments, read_only=bool(self.failure), spill=self._spill, progress=progress
+        )  # fmt: skip
+        self.index.sequence = max(self.index.sequence, report.sequence)
+        self.active = report.last
+        self.end = self.synced = Position(report.last, report.end)
+        self._dirty_from = report.end
+        if report.failure and not self.failure:
+            self.fail(report.failure)
+        if not self.failure:
+            self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
+        return report
+
+    def _spill(self, position: Position) -> None:
+        """Bounds the overlay during a long replay."""
+        if len(self.index.overlay) >= self.limits.overlay_entries_max and not self.failure:
+            checkpoint = self.index.freeze(position, ())
+            self.index.commit(checkpoint)
+            self.index.thaw(checkpoint)
+
+    def close(self) -> None:
+        """A last mark and checkpoint, so that the next start replays nothing and knows that nothing is torn."""
+        if not self.failure and self.active:
+            try:
+                self._mark()
+                self.sync()
+                checkpoint = self.freeze()
+                self.commit(checkpoint)
+                self.thaw(checkpoint)
+            except DiskUnusable:
+                pass  # the next start replays the log, and says why the disk is read-only
+        self.index.close()
+        self.files.close()
+
+    # --- appending ----------------------------------------------------------------------------------------------------------
+
+    def append(self, writes: Sequence[Write]) -> list[StoragedError | None]:
+        """One answer a write: None when it is in the log (not yet durable) and in the index, else why not."""
+        refusal = self._refusal(sum(write.payload_bytes + len(write.message) for write in writes))
+        if refusal is not None:
+            return [refusal] * len(writes)
+        answers: list[StoragedError | None] = [None] * len(writes)
+        pending: list[tuple[int, Write]] = []
+        keys: set[bytes] = set()
+        room = 0
+        for position, write in enumerate(writes):
+            need = RecordWriter.bytes_max(len(write.message), write.payload_bytes, write.header.cell_bytes)
+            if not write.matches_hash():
+                answers[position] = FragmentDamaged(
+                    f"the payload of {write.key.hex()} is not what the hashes in its header say; not written"
+                )
+                continue
+            if write.key in keys or need > room:
+                self._append_some(pending, answers)
+                pending, keys = [], set()
+                room = self._make_room(need)
+            if need > room:
+                answers[position] = self._unusable()
+                continue
+            room -= need
+            keys.add(write.key)
+            pending.append((position, write))
+        self._append_some(pending, answers)
+        return answers
+
+    def _append_some(self, pending: list[tuple[int, Write]], answers: list[StoragedError | None]) -> None:
+        """Of distinct fragments, for which the active segment has room."""
+        if not pending:
+            return
+        writer = self._writer()
+        placed: list[tuple[Write, Placed, int]] = []
+        for _, write in pending:
+            self.index.sequence += 1
+            sums = cell_sums(write.payload, write.header.cell_bytes)
+            where = writer.fragment(write.message, sums, write.payload, write.payload_bytes, write.header.cell_bytes, self.index.sequence)
+            placed.append((write, where, self.index.sequence))
+        error = self._write_out(writer)
+        if error is not None:
+            for position, _ in pending:
+                answers[position] = error
+            return
+        for write, where, sequence in placed:
+            header = write.header
+            entry = Entry(
+                self.active, where.offset, where.record_bytes, where.payload_start, write.payload_bytes, header.cell_bytes,
+                sequence, header.created_ms,
+            )  # fmt: skip
+            old = self.index.put(write.key, entry)
+            if old is not None:
+                self._garbage(old)
+
+    def move(self, key: bytes, entry: Entry, message: bytes, sums: bytes, payload: bytes) -> StoragedError | None:
+        """Compaction's copy of a live record: same sequence number, same cell sums whatever the cells are now."""
+        if self._make_room(RecordWriter.bytes_max(len(message), len(payload), entry.cell_bytes)) == 0:
+            return self._unusable()
+        writer = self._writer()
+        where = writer.fragment(message, sums, [payload] if payload else [], len(payload), entry.cell_bytes, entry.sequence)
+        error = self._write_out(writer)
+        if error is None:
+            self.compacted_bytes += where.record_bytes
+            moved = entry._replace(
+                segment=self.active, offset=where.offset, record_bytes=where.record_bytes, payload_start=where.payload_start, shadows=()
+            )
+            self.index.put(key, moved)
+        return error
+
+    def note(self, notes: Sequence[Note], sequence: int = 0) -> StoragedError | None:
+        """Appends notes in one record (``sequence`` only for compaction's copies). They may use the reserve."""
+        if self.failure:
+            return self._unusable()
+        message = encode_notes(notes)
+        if not self._make_room(RecordWriter.bytes_max(len(message), 0, 0)):
+            return self._unusable()
+        if not sequence:
+            self.index.sequence += 1
+            sequence = self.index.sequence
+        writer = self._writer()
+        placed = writer.notes(message, sequence)
+        error = self._write_out(writer)
+        if error is not None and not self.failure and self._reserve_ready:
+            self._reserve_ready = not self.files.reserve(0)
+            writer = self._writer()
+            placed = writer.notes(message, sequence)
+            error = self._write_out(writer)
+        if error is None:
+            for old in self.index.apply(self.active, placed.record_bytes, sequence, notes):
+                self._garbage(old)
+        return error
+
+    def delete(self, keys: Sequence[bytes]) -> int:
+        """How many there were. Takes a data id whose last fragment goes off the garbage list. Raises DiskUnusable."""
+        found: dict[bytes, Entry] = {}
+        for key in keys:
+            entry = self.index.lookup(key)
+            if entry is not None:
+                found[key] = entry
+        notes: list[Note] = [
+            Delete(key, self.index.existing((entry.segment, *entry.shadows))) for key, entry in found.items()
+        ]  # fmt: skip
+        for data_id in dict.fromkeys(key[:16] for key in found):
+            if self.index.retired(data_id) is not None and not self._others(data_id, found):
+                notes.extend(self._unretire(data_id))
+        if notes:
+            self._raise(self.note(notes))
+        return len(found)
+
+    def _others(self, data_id: bytes, besides: dict[bytes, Entry]) -> bool:
+        after = data_id
+        while keys := [key for key in self.index.keys(after, 100) if key.startswith(data_id)]:
+            if any(key not in besides for key in keys):
+                return True
+            after = keys[-1]
+        return False
+
+    def touch(self, keys: Sequence[bytes], created_ms: int) -> None:
+        notes: list[Note] = [Touch(key, created_ms) for key in keys if self.index.lookup(key) is not None]
+        if notes:
+            self._raise(self.note(notes))
+
+    def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+        """An entry that is on the list already stays as it is: its delay has begun."""
+        if self.index.retired(data_id) is None:
+            self._raise(self.note([Retire(data_id, owner, due_ms)]))
+
+    def unretire(self, data_id: bytes) -> None:
+        notes = self._unretire(data_id)
+        if notes:
+            self._raise(self.note(notes))
+
+    def _unretire(self, data_id: bytes) -> list[Note]:
+        row = self.index.retired(data_id)
+        return [] if row is None else [Unretire(data_id, self.index.existing((row.segment, *row.shadows)))]
+
+    def sync(self) -> None:
+        """Everything appended so far is durable when it returns. Raises DiskUnusable."""
+        if self.failure:
+            raise self._unusable()
+        if self.synced == self.end or not self.active:
+            return
+        try:
+            self.segments[self.active].sync()
+        except OSError as error:
+            self.fail(f"fdatasync of segment {self.active}: {error.strerror or error}")
+            raise self._unusable() from error
+        self.syncs += 1
+        self.synced = self.end
+
+    # --- the active segment ---------------------------------------------------------------------------------------------------
+
+    def _writer(self) -> RecordWriter:
+        synced = self.synced.offset if self.synced.segment == self.active else 0
+        return RecordWriter(self.end.offset, segment_seed(self.index.disk_id, self.active), synced)
+
+    def _write_out(self, writer: RecordWriter) -> StoragedError | None:
+        """Writes and advances the end. ENOSPC is taken back; any other error is the disk's last."""
+        file = self.segments[self.active]
+        try:
+            file.write(writer.buffers, writer.start)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self.fail(f"write to segment {self.active}: {error.strerror or error}")
+                return self._unusable()
+            try:
+                file.truncate(writer.start)
+            except OSError as second:
+                self.fail(f"segment {self.active} could not be cut back after {error.strerror}: {second.strerror or second}")
+                return self._unusable()
+            self.full = True
+            return self._unusable()
+        self.end = Position(self.active, writer.end)
+        self.appended_bytes += writer.end - writer.start
+        self.index.grow(self.active, writer.end)
+        if writer.end - self._dirty_from >= self.limits.writeback_bytes:
+            file.start_writeback(self._dirty_from, writer.end - self._dirty_from)
+            self._dirty_from = writer.end
+        return None
+
+    def _make_room(self, need: int) -> int:
+        """Bytes that the active segment takes, a new one begun if need be; less than ``need`` only when the disk refused."""
+        room = self.limits.segment_bytes - self.end.offset
+        if self.active and (room >= need or self.end.offset == SEGMENT_HEADER_BYTES):
+            return max(room, need)
+        try:
+            if self.active:
+                self.sync()
+            self._create(max((self.active, self.index.checkpoint.segment, *self.segments)) + 1)
+        except DiskUnusable:
+            return 0
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.full = True
+            else:
+                self.fail(f"a new segment could not be made: {error.strerror or error}")
+            return 0
+        return max(self.limits.segment_bytes - self.end.offset, need)
+
+    def _create(self, number: int) -> None:
+        """The segment exists durably, with its header, before the first record goes there."""
+        file = self.files.create(number)
+        try:
+            file.write([pack_segment_header(SegmentHeader(self.index.disk_id, number, self._now_ms()))], 0)
+            file.sync()
+            self.files.sync_directory()
+        except OSError:
+            self.files.remove(number)
+            raise
+        self.segments[number] = file
+        self.index.grow(number, SEGMENT_HEADER_BYTES)
+        self.active = number
+        self.end = self.synced = Position(number, SEGMENT_HEADER_BYTES)
+        self._dirty_from = SEGMENT_HEADER_BYTES
+
+    def _mark(self) -> None:
+        """Says in the log itself that everything before was synced."""
+        self.sync()
+        writer = self._writer()
+        writer.mark()
+        self._raise(self._write_out(writer))
+
+    # --- state --------------------------------------------------------------------------------------------------------------------
+
+    def _refusal(self, count: int) -> StoragedError | None:
+        """Why new fragments are refused now, if they are."""
+        if self.failure:
+            return self._unusable()
+        space = self.files.space()
+        reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
+        self.full = space.free - count < reserve
+        if self.full:
+            return self._unusable()
+        if not self._reserve_ready:
+            self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
+        return None
+
+    def fail(self, reason: str, *, lasting: bool = True) -> None:
+        """The disk is read-only from now on; ``lasting``: after a restart too, because what it holds can no longer be believed to be on the drive."""
+        self.failure = reason
+        if lasting:
+            self.files.mark_failed(reason)
+
+    def _unusable(self) -> DiskUnusable:
+        if self.failure:
+            return DiskUnusable(f"the disk is read-only: {self.failure}", state="read-only")
+        space = self.files.space()
+        return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
+
+    @staticmethod
+    def _raise(error: StoragedError | None) -> None:
+        if error is not None:
+            raise error
+
+    def usage(self) -> Usage:
+        space = self.files.space()
+        reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
+        state = "read-only" if self.failure else "full" if space.free < reserve else "ok"
+        index = self.index
+        return Usage(state, index.held_bytes, max(0, space.free - reserve), index.fragments, index.garbage_bytes, self.failure)
+
+    # --- checkpoints and space -------------------------------------------------------------------------------------------------
+
+    def checkpoint_due(self) -> bool:
+        if self.index.frozen is not None or self.failure:
+            return False
+        since = self.index.checkpoint
+        log = self.end.offset - since.offset if since.segment == self.end.segment else self.end.offset + self.limits.segment_bytes
+        return (
+            len(self.index.overlay) >= self.limits.overlay_entries_max or log >= self.limits.replay_bytes_max or bool(self.dead_segments())
+        )
+
+    def dead_segments(self) -> tuple[int, ...]:
+        """Sealed segments that hold nothing that counts."""
+        uses = self.index.segments
+        idle = [number for number in self.index.idle if number not in (self.active, self.compacting) and number in self.segments]
+        return tuple(number for number in idle if uses[number].live <= 0 and not uses[number].pins)
+
+    def freeze(self) -> Checkpoint:
+        """Begins a checkpoint of everything so far. Raises DiskUnusable."""
+        self.sync()
+        return self.index.freeze(self.end, self.dead_segments())
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        """May run in another thread, beside everything else but a second one. Raises lmdb.Error."""
+        self.index.commit(checkpoint)
+
+    def thaw(self, checkpoint: Checkpoint) -> None:
+        """The commit is durable: segments that were dead before it can go."""
+        self.index.thaw(checkpoint)
+        for number in checkpoint.dead:
+            if self.segments.pop(number, None) is not None:
+                self.files.remove(number)
+                self.index.remove_segment(number)
+                self.stuck.discard(number)
+
+    def _garbage(self, old: Entry) -> None:
+        if old.payload_bytes >= LARGE and len(self.holes) < self.limits.punch_queue_max and old.segment in self.segments:
+            start = -(-(old.offset + old.payload_start) // PAGE) * PAGE
+            length = (old.offset + old.payload_start + old.payload_bytes - start) // PAGE * PAGE
+            if length > 0:
+                self.holes.append(Hole(old.segment, start, length, self.end))
+
+    def punch(self) -> bool:
+        """Gives the pages of one dead payload back; whether there was one whose death is durable."""
+        if not self.holes or self.holes[0].after > self.synced:
+            return False
+        hole = self.holes.popleft()
+        file = self.segments.get(hole.segment)
+        try:
+            if file is not None and file.punch(hole.offset, hole.length):
+                self.index.punch(hole.segment, hole.length)
+                self.punched_bytes += hole.length
+        except OSError:
+            pass  # the bytes stay garbage, compaction gets them back
+        return True

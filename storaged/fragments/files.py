@@ -1,0 +1,314 @@
+"""The file operations that a fragment store needs, as a port; and the real ones.
+
+The port is what lets a simulated disk drop, reorder and tear what was not synced, and answer EIO or ENOSPC when a test wants it to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from storaged.errors import DirectoryInUse
+from storaged.wire import Buffer
+
+IOV_MAX = 1024
+OPEN_FILES_MAX = 512
+"""A disk of 16 TiB has 65,536 segments of 256 MiB: their descriptors are opened as needed."""
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_SYNC_FILE_RANGE_WRITE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+class Space(NamedTuple):
+    """Of the file system, in bytes; ``free`` as an unprivileged process may use it."""
+
+    total: int
+    free: int
+
+
+class SegmentFile(Protocol):
+    """One segment. Reads come from any thread, everything else from the store's writer thread. All may raise OSError."""
+
+    def size(self) -> int: ...
+
+    def allocated(self) -> int:
+        """Bytes that the file system keeps for it, holes excluded."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Fewer bytes only at the end of the file. Raises FileNotFoundError once the segment was removed."""
+
+    def read_cached(self, offset: int, length: int) -> Buffer | None:
+        """As read when all of it is in the page cache, else None at once: may be called on the event loop."""
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """All of it, or OSError."""
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        """A hint: the kernel should begin to write these bytes."""
+
+    def sync(self) -> None: ...
+
+    def drop_cache(self, offset: int) -> None:
+        """A hint: what is read from ``offset`` on should come from the drive."""
+
+    def truncate(self, size: int) -> None: ...
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Whether the bytes went back to the file system."""
+
+
+class Files(Protocol):
+    def segments(self) -> list[int]:
+        """Numbers, ascending."""
+
+    def create(self, number: int) -> SegmentFile: ...
+
+    def open(self, number: int) -> SegmentFile: ...
+
+    def remove(self, number: int) -> None:
+        """Durable when it returns."""
+
+    def sync_directory(self) -> None: ...
+
+    def space(self) -> Space: ...
+
+    def reserve(self, count: int) -> bool:
+        """Keeps (or, with 0, gives back) this many bytes for notes on a full disk. False when there was nothing to give, or no space to take."""
+
+    def mark_failed(self, reason: str) -> None:
+        """Best effort: the next start reads it by ``failure`` and stays read-only."""
+
+    def failure(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class PosixSegmentFile:
+    """A segment in a directory. Its descriptor is opened when needed and closed when the last reader has left."""
+
+    def __init__(self, path: Path, opened: Callable[[PosixSegmentFile], None]) -> None:
+        self._path = path
+        self._opened = opened
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._readers = 0
+        self._removed = False
+        self._closing = False
+
+    @contextlib.contextmanager
+    def _lease(self) -> Iterator[int]:
+        fresh = False
+        with self._lock:
+            if self._fd < 0:
+                if self._removed:
+                    raise FileNotFoundError(errno.ENOENT, "the segment was removed", str(self._path))
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+                fresh = True
+            self._closing = False
+            self._readers += 1
+            fd = self._fd
+        try:
+            if fresh:
+                self._opened(self)
+            yield fd
+        finally:
+            with self._lock:
+                self._readers -= 1
+                if not self._readers and (self._closing or self._removed):
+                    self._close_now()
+
+    def _close_now(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self, *, removed: bool = False) -> None:
+        """The descriptor is closed now, or when the last reader leaves; after ``removed`` it is not opened again."""
+        with self._lock:
+            self._removed = self._removed or removed
+            self._closing = True
+            if not self._readers:
+                self._close_now()
+
+    def size(self) -> int:
+        with self._lease() as fd:
+            return os.fstat(fd).st_size
+
+    def allocated(self) -> int:
+        with self._lease() as fd:
+            return os.fstat(fd).st_blocks * 512
+
+    def read(self, offset: int, length: int) -> bytes:
+        with self._lease() as fd:
+            data = os.pread(fd, length, offset)
+            while len(data) < length:
+                more = os.pread(fd, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+            return data
+
+    def read_cached(self, offset: int, length: int) -> Buffer | None:
+        buffer = bytearray(length)
+        with self._lease() as fd:
+            try:
+                count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+            except OSError as error:
+                # EAGAIN: not in memory. EOPNOTSUPP: the file system cannot tell. Others are the blocking read's to report.
+                if error.errno == errno.ENOENT:
+                    raise
+                return None
+        return buffer if count == length else None
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        with self._lease() as fd:
+            for first in range(0, len(buffers), IOV_MAX):
+                offset = _write_all(fd, list(buffers[first : first + IOV_MAX]), offset)
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        with self._lease() as fd:
+            _libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+    def sync(self) -> None:
+        with self._lease() as fd:
+            os.fdatasync(fd)
+
+    def drop_cache(self, offset: int) -> None:
+        with self._lease() as fd, contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, 0, os.POSIX_FADV_DONTNEED)
+
+    def truncate(self, size: int) -> None:
+        with self._lease() as fd:
+            os.ftruncate(fd, size)
+
+    def punch(self, offset: int, length: int) -> bool:
+        with self._lease() as fd:
+            return bool(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) == 0)
+
+
+def _write_all(fd: int, buffers: list[Buffer], offset: int) -> int:
+    """Returns the offset behind. A short write goes on where it stopped, and so meets the error that made it short."""
+    while buffers:
+        count = os.pwritev(fd, buffers, offset)
+        offset += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if count:
+            buffers[0] = memoryview(buffers[0])[count:]
+    return offset
+
+
+class PosixFiles:
+    """``DIRECTORY/segments/NNNNNNNNNN.seg``, ``DIRECTORY/LOCK`` (flock), ``DIRECTORY/reserve``, ``DIRECTORY/FAILED``."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises DirectoryInUse when another process has it."""
+        self.directory = directory
+        self._segments = directory / "segments"
+        self._segments.mkdir(parents=True, exist_ok=True)
+        self._files: OrderedDict[Path, PosixSegmentFile] = OrderedDict()
+        self._files_lock = threading.Lock()
+        self._lock_fd = os.open(directory / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock_fd)
+            raise DirectoryInUse(f"another process has the fragment store in {directory}") from None
+        _sync_path(directory)
+
+    def _path(self, number: int) -> Path:
+        return self._segments / f"{number:010d}.seg"
+
+    def segments(self) -> list[int]:
+        return sorted(int(path.stem) for path in self._segments.iterdir() if path.suffix == ".seg" and path.stem.isdigit())
+
+    def create(self, number: int) -> PosixSegmentFile:
+        os.close(os.open(self._path(number), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        return self.open(number)
+
+    def open(self, number: int) -> PosixSegmentFile:
+        return PosixSegmentFile(self._path(number), self._remember)
+
+    def _remember(self, file: PosixSegmentFile) -> None:
+        """Bounds the open descriptors: the one that was opened first is closed. One that is written stays open while it is dirty only if it
+        is young, and a segment of 256 MiB is full long before 512 others were opened; a reader that comes back opens it again."""
+        with self._files_lock:
+            self._files[file._path] = file
+            self._files.move_to_end(file._path)
+            oldest = self._files.popitem(last=False)[1] if len(self._files) > OPEN_FILES_MAX else None
+        if oldest is not None:
+            oldest.close()
+
+    def remove(self, number: int) -> None:
+        path = self._path(number)
+        path.unlink(missing_ok=True)
+        with self._files_lock:
+            file = self._files.pop(path, None)
+        if file is not None:
+            file.close(removed=True)
+        self.sync_directory()
+
+    def sync_directory(self) -> None:
+        _sync_path(self._segments)
+
+    def space(self) -> Space:
+        found = os.statvfs(self.directory)
+        return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+    def reserve(self, count: int) -> bool:
+        path = self.directory / "reserve"
+        try:
+            if not count:
+                had = path.exists() and path.stat().st_size > 0
+                path.unlink(missing_ok=True)
+                return had
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, count)
+            finally:
+                os.close(fd)
+        except OSError:
+            return False
+        return True
+
+    def mark_failed(self, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            path = self.directory / "FAILED"
+            path.write_text(reason + "\n")
+            _sync_path(path)
+            _sync_path(self.directory)
+
+    def failure(self) -> str:
+        try:
+            return (self.directory / "FAILED").read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def close(self) -> None:
+        with self._files_lock:
+            files = list(self._files.values())
+            self._files.clear()
+        for file in files:
+            file.close()
+        os.close(self._lock_fd)
+
+
+def _sync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

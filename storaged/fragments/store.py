@@ -1,0 +1,505 @@
+"""The local disk as a fragment store: one writer thread that commits in groups, a few threads that read.
+
+Every write, delete and sync that arrives while the disk is busy goes into the next group: one vectored write, one fdatasync if anyone asked to
+be durable, one wake-up of the event loop. A lone request waits for nobody. Reads of what is in the page cache are answered on the
+event loop (preadv2 with RWF_NOWAIT never blocks); the rest goes to the reading threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+
+from storaged.clock import Clock, SystemClock
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused, StoragedError
+from storaged.fragments.compact import Compactor
+from storaged.fragments.engine import Engine, StoreLimits, Write
+from storaged.fragments.files import Files, PosixFiles
+from storaged.fragments.index import Checkpoint, Entry, Index, Position
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
+from storaged.fragments.recovery import Report
+from storaged.units import GIB, KIB
+from storaged.wire import Buffer
+
+T = TypeVar("T")
+
+BATCH_IDS_MAX = 10_000
+INLINE_IDS_MAX = 256
+"""So many look-ups (2 us each) are made on the event loop."""
+
+INLINE_READ_BYTES_MAX = 80 * KIB
+"""So much is copied from the page cache on the event loop: a whole small object, or one cell."""
+
+COMPACTION_REST_S = 2.0
+OVERLAYS_MAX = 4
+"""When the overlay has grown to so many times its size while a checkpoint is being written, writes wait for it."""
+
+OnDamage = Callable[[FragmentId, int], None]
+
+
+@dataclass(frozen=True)
+class FragmentStatistics:
+    """Since the start, but for ``usage``. ``groups`` were served, ``writes`` and ``syncs`` among them; ``cut_bytes`` and ``gaps`` are of the recovery."""
+
+    usage: Usage
+    segments: int
+    groups: int
+    writes: int
+    syncs: int
+    appended_bytes: int
+    compacted_bytes: int
+    punched_bytes: int
+    checkpoints: int
+    overlay_entries: int
+    queued_bytes: int
+    damaged_fragments: int
+    torn_bytes: int
+    gaps: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """``write`` is appended, or ``call`` is made by the writer thread; ``sync``: its answer waits until the log is durable.
+
+    ``token`` is popped once: by the writer thread when it begins, or by the caller when it gives up before that.
+    """
+
+    future: asyncio.Future[Any]
+    write: Write | None = None
+    call: Callable[[], Any] | None = None
+    sync: bool = False
+    token: list[None] = field(default_factory=lambda: [None])
+
+    def claim(self) -> bool:
+        try:
+            self.token.pop()
+        except IndexError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class _Committed:
+    checkpoint: Checkpoint
+    error: BaseException | None
+
+
+class _Stop:
+    pass
+
+
+class LocalFragmentStore:
+    """A FragmentStore in a directory. Open it with :meth:`open`."""
+
+    def __init__(self, engine: Engine, report: Report, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
+        self.report = report
+        self._engine = engine
+        self._index = engine.index
+        self._compactor = Compactor(engine)
+        self._clock = clock
+        self._loop = loop
+        self._queue: queue.SimpleQueue[_Job | _Committed | _Stop] = queue.SimpleQueue()
+        self._queued_bytes = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._readers = ThreadPoolExecutor(engine.limits.read_threads, thread_name_prefix="fragment-read")
+        self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="fragment-index")
+        self._checkpoint: Future[None] | None = None
+        self._groups = self._writes = self._checkpoint_count = 0
+        self._compact_at: float | None = clock.monotonic() + COMPACTION_REST_S
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="fragment-write", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    async def open(
+        cls,
+        directory: Path,
+        disk_id: str,
+        *,
+        limits: StoreLimits | None = None,
+        clock: Clock | None = None,
+        on_damage: OnDamage | None = None,
+        files: Files | None = None,
+        index_bytes_max: int = 64 * GIB,
+    ) -> LocalFragmentStore:
+        """Recovers what a crash left, and starts the threads.
+
+        ``on_damage(fragment, cell)`` runs on the event loop, once for every cell newly found bad (-1: the head, so all of them).
+        Raises DirectoryInUse, DiskForeign, IndexDamaged, FormatUnknown, OSError.
+        """
+        loop = asyncio.get_running_loop()
+        clock = clock or SystemClock()
+
+        def report_damage(key: bytes, cell: int) -> None:
+            if on_damage is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is gone: nobody is left to be told
+                    loop.call_soon_threadsafe(on_damage, FragmentId.unpack(key), cell)
+
+        def start() -> tuple[Engine, Report]:
+            body = files if files is not None else PosixFiles(directory)
+            try:
+                index = Index(directory / "index", disk_id, map_bytes_max=index_bytes_max)
+                try:
+                    engine = Engine(body, index, limits or StoreLimits(), now_ms=clock.wall_ms, on_damage=report_damage)
+                    return engine, engine.recover()
+                except BaseException:
+                    index.close()
+                    raise
+            except BaseException:
+                body.close()
+                raise
+
+        engine, report = await asyncio.to_thread(start)
+        return cls(engine, report, clock, loop)
+
+    # --- the port -------------------------------------------------------------------------------------------------------------
+
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
+        write = Write.of(header, payload)
+        self._refuse_when_closed()
+        await self._take_bytes(write.payload_bytes)
+        try:
+            await self._submit(_Job(self._loop.create_future(), write=write, sync=sync))
+        finally:
+            self._give_bytes(write.payload_bytes)
+
+    async def sync(self, ids: Sequence[FragmentId]) -> None:
+        self._refuse_when_closed()
+        durable = True
+        for fragment in ids:
+            entry = self._index.lookup(fragment.pack())
+            if entry is None:
+                raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
+            durable = durable and Position(entry.segment, entry.offset + entry.record_bytes) <= self._engine.synced
+        if not durable:
+            await self._submit(_Job(self._loop.create_future(), sync=True))
+
+    async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
+        self._refuse_when_closed()
+        key = fragment.pack()
+        found = None
+        entry = self._index.lookup(key)
+        if entry is not None and min(count * entry.cell_bytes, entry.payload_bytes) <= INLINE_READ_BYTES_MAX:
+            found = self._engine.reader.read(key, first_cell, count, cached=True)
+        if found is None:
+            found = await self._in_reader(self._engine.reader.read, key, first_cell, count)
+            assert found is not None
+        return CellRead(found.header, found.cells)
+
+    async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
+        self._refuse_when_closed()
+        if len(ids) <= INLINE_IDS_MAX:
+            return self._stat(ids)
+        return await self._in_reader(self._stat, _bounded(ids))
+
+    async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
+        keys = [fragment.pack() for fragment in _bounded(ids)]
+        await self._call(functools.partial(self._engine.touch, keys, now_ms))
+        return await self.stat(ids)
+
+    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+        await self._call(functools.partial(self._engine.retire, data_id, owner, due_ms))
+
+    async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
+        self._refuse_when_closed()
+        return await self._in_reader(self._index.due, now_ms, limit)
+
+    async def unretire(self, data_id: bytes) -> None:
+        await self._call(functools.partial(self._engine.unretire, data_id))
+
+    async def delete(self, ids: Sequence[FragmentId]) -> int:
+        keys = [fragment.pack() for fragment in _bounded(ids)]
+        return await self._call(functools.partial(self._engine.delete, keys))
+
+    async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
+        """A fragment whose head is damaged comes as its id and length, with everything else empty."""
+        while limit > 0:
+            self._refuse_when_closed()
+            page = await self._in_reader(self._headers, after, min(limit, 1000))
+            if not page:
+                return
+            for key, header in page:
+                if header is not None:
+                    yield header
+                    limit -= 1
+                after = key
+
+    async def verify(self, fragment: FragmentId) -> FragmentStat:
+        self._refuse_when_closed()
+        key = fragment.pack()
+        try:
+            await self._in_reader(self._engine.reader.verify, key)
+        except (FragmentMissing, FragmentDamaged):
+            pass  # stat says which
+        return self._stat([fragment])[0]
+
+    async def usage(self) -> Usage:
+        return self._engine.usage()
+
+    async def close(self) -> None:
+        """Finishes what was asked, then a checkpoint. Later calls raise DiskUnusable."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(_Stop())
+        await asyncio.to_thread(self._shut)
+
+    # --- beside the port ------------------------------------------------------------------------------------------------------
+
+    def find_copy(self, data_id: bytes) -> FragmentId | None:
+        """The whole copy (k = 1) of a data id's only block, if this disk has one; about 3 us."""
+        key = self._index.find_copy(data_id)
+        return None if key is None else FragmentId.unpack(key)
+
+    def statistics(self) -> FragmentStatistics:
+        engine = self._engine
+        return FragmentStatistics(
+            usage=engine.usage(),
+            segments=len(engine.segments),
+            groups=self._groups,
+            writes=self._writes,
+            syncs=engine.syncs,
+            appended_bytes=engine.appended_bytes,
+            compacted_bytes=engine.compacted_bytes,
+            punched_bytes=engine.punched_bytes,
+            checkpoints=self._checkpoint_count,
+            overlay_entries=len(self._index.overlay),
+            queued_bytes=self._queued_bytes,
+            damaged_fragments=len(self._index.damaged),
+            torn_bytes=self.report.torn_bytes,
+            gaps=len(self.report.gaps),
+        )
+
+    # --- on the event loop ----------------------------------------------------------------------------------------------------
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise DiskUnusable("the fragment store is closed", state="failed")
+
+    async def _in_reader(self, function: Callable[..., T], *args: Any) -> T:
+        return await self._loop.run_in_executor(self._readers, functools.partial(function, *args))
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        self._refuse_when_closed()
+        result: T = await self._submit(_Job(self._loop.create_future(), call=call, sync=True))
+        return result
+
+    async def _submit(self, job: _Job) -> Any:
+        """A caller that gives up gets its buffers back at once when the writer has not begun with them, else when it has finished."""
+        self._queue.put(job)
+        try:
+            return await asyncio.shield(job.future)
+        except asyncio.CancelledError:
+            if not job.claim():
+                with contextlib.suppress(StoragedError):
+                    await job.future
+            raise
+
+    async def _take_bytes(self, count: int) -> None:
+        if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
+            turn: asyncio.Future[None] = self._loop.create_future()
+            self._waiting.append((count, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._give_bytes(count)
+                raise
+            return
+        self._queued_bytes += count
+
+    def _give_bytes(self, count: int) -> None:
+        self._queued_bytes -= count
+        while self._waiting:
+            need, turn = self._waiting[0]
+            if not turn.done():
+                if self._queued_bytes and self._queued_bytes + need > self._engine.limits.queue_bytes_max:
+                    return
+                self._queued_bytes += need
+                turn.set_result(None)
+            self._waiting.popleft()
+
+    def _stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
+        return [self._stat_one(fragment.pack()) for fragment in ids]
+
+    def _stat_one(self, key: bytes) -> FragmentStat:
+        entry: Entry | None = self._index.lookup(key)
+        if entry is None:
+            return FragmentStat(key, Health.MISSING)
+        damaged = key in self._index.damaged or entry.segment not in self._engine.segments
+        return FragmentStat(key, Health.DAMAGED if damaged else Health.OK, entry.payload_bytes, entry.created_ms)
+
+    def _headers(self, after: bytes, limit: int) -> list[tuple[bytes, FragmentHeader | None]]:
+        page: list[tuple[bytes, FragmentHeader | None]] = []
+        for key in self._index.keys(after, limit):
+            header = None
+            try:
+                header = self._engine.reader.header(key)
+            except FragmentMissing:
+                pass
+            except FragmentDamaged:
+                entry = self._index.lookup(key)
+                if entry is not None:
+                    header = FragmentHeader(key, b"", b"", (), entry.cell_bytes, entry.payload_bytes, entry.created_ms)
+            page.append((key, header))
+        return page
+
+    # --- in the writer thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        stopping = False
+        while not stopping:
+            jobs, stopping = self._collect()
+            if jobs:
+                self._groups += 1
+                self._serve(jobs)
+            if not stopping:
+                self._tend(busy=bool(jobs))
+
+    def _collect(self) -> tuple[list[_Job], bool]:
+        """What has arrived, up to the bounds of a group; waits for the first, or until there is something to tend."""
+        limits = self._engine.limits
+        jobs: list[_Job] = []
+        size = 0
+        timeout = self._rest()
+        while len(jobs) < limits.batch_writes_max and size < limits.batch_bytes_max:
+            try:
+                item = self._queue.get(timeout=timeout) if not jobs and timeout != 0 else self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(item, _Stop):
+                return jobs, True
+            if isinstance(item, _Committed):
+                self._committed(item)
+                timeout = 0
+            elif item.claim():
+                jobs.append(item)
+                size += item.write.payload_bytes if item.write is not None else 0
+        return jobs, False
+
+    def _serve(self, jobs: list[_Job]) -> None:
+        answers: list[tuple[_Job, Any]] = []
+        try:
+            writes = [job for job in jobs if job.write is not None]
+            self._writes += len(writes)
+            results = self._engine.append([job.write for job in writes if job.write is not None])
+            answers.extend(zip(writes, results, strict=True))
+            answers.extend((job, _answer(job.call) if job.call is not None else None) for job in jobs if job.write is None)
+            now = [(job, answer) for job, answer in answers if not job.sync or isinstance(answer, BaseException)]
+            later = [(job, answer) for job, answer in answers if job.sync and not isinstance(answer, BaseException)]
+            if now:
+                self._deliver(now)
+            if later:
+                refusal = _answer(self._engine.sync)
+                self._deliver([(job, refusal if isinstance(refusal, BaseException) else answer) for job, answer in later])
+        except Exception as error:
+            # A mistake of ours or a damaged index: nobody may wait for ever, and nothing more may be written on top of it.
+            self._engine.fail(f"{type(error).__name__}: {error}", lasting=False)
+            self._deliver([(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in jobs])
+
+    def _deliver(self, answers: list[tuple[_Job, Any]]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(_resolve, answers)
+
+    def _rest(self) -> float | None:
+        """Seconds until there is something to tend; None: nothing."""
+        engine = self._engine
+        if engine.failure:
+            return None
+        if engine.holes and engine.holes[0].after <= engine.synced:
+            return 0
+        return None if self._compact_at is None else max(0.0, self._compact_at - self._clock.monotonic())
+
+    def _tend(self, *, busy: bool) -> None:
+        """Checkpoints, holes and compaction: a slice of each, smaller when there is other work."""
+        engine = self._engine
+        if engine.failure:
+            return
+        try:
+            self._tend_checkpoint()
+            for _ in range(1 if busy else 16):
+                if not engine.punch():
+                    break
+            now = self._clock.monotonic()
+            if self._compact_at is None:
+                self._compact_at = now + COMPACTION_REST_S if busy else None
+            elif now >= self._compact_at:
+                pace = engine.limits.compact_step_bytes / engine.limits.compact_bytes_per_s * (4 if busy else 1)
+                more = self._compactor.step(engine.limits.compact_step_bytes)
+                self._compact_at = now + pace if more else None
+        except DiskUnusable:
+            pass  # the reason is the engine's, and everyone who writes is told
+        except (OSError, lmdb.Error) as error:
+            engine.fail(f"{type(error).__name__}: {error}", lasting=False)
+
+    def _tend_checkpoint(self) -> None:
+        engine = self._engine
+        if self._checkpoint is None and engine.checkpoint_due():
+            checkpoint = engine.freeze()
+            self._checkpoint = self._checkpoints.submit(engine.commit, checkpoint)
+            self._checkpoint.add_done_callback(lambda done: self._queue.put(_Committed(checkpoint, done.exception())))
+        elif self._checkpoint is not None and len(self._index.overlay) > OVERLAYS_MAX * engine.limits.overlay_entries_max:
+            self._checkpoint.exception()
+
+    def _committed(self, done: _Committed) -> None:
+        self._checkpoint = None
+        self._checkpoint_count += 1
+        if done.error is not None:
+            self._engine.fail(f"checkpoint of the fragment index: {done.error}", lasting=False)
+            return
+        try:
+            self._engine.thaw(done.checkpoint)
+        except OSError as error:
+            self._engine.fail(f"removing a segment: {error}", lasting=False)
+
+    def _shut(self) -> None:
+        self._thread.join()
+        self._checkpoints.shutdown(wait=True)
+        late: list[_Job] = []
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(item, _Committed):
+                self._committed(item)
+            elif isinstance(item, _Job) and item.claim():
+                late.append(item)
+        self._deliver([(job, DiskUnusable("the fragment store is closed", state="failed")) for job in late])
+        self._readers.shutdown(wait=True)
+        self._engine.close()
+
+
+def _answer(call: Callable[[], Any]) -> Any:
+    """Its result, or the error that its caller is to be told."""
+    try:
+        return call()
+    except StoragedError as error:
+        return error
+
+
+def _resolve(answers: list[tuple[_Job, Any]]) -> None:
+    for job, answer in answers:
+        if job.future.done():
+            continue
+        if isinstance(answer, BaseException):
+            job.future.set_exception(answer)
+        else:
+            job.future.set_result(answer)
+
+
+def _bounded(ids: Sequence[FragmentId]) -> Sequence[FragmentId]:
+    if len(ids) > BATCH_IDS_MAX:
+        raise PeerRefused(f"{len(ids)} fragments in one request; at most {BATCH_IDS_MAX}", remote_code="BAD_REQUEST")
+    return ids
