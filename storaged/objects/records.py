@@ -91,10 +91,19 @@ class SealedPart(Message, frozen=True):
     checksum: str = ""
 
 
+class SealedPartsPage(Message, frozen=True):
+    """What the parts of an object of more than 32 are: a page of up to 1,000, sealed under the version's DEK (label ``sov.parts.v1``) before it is hashed and stored.
+    ``next``: hash of the following page, empty at the end."""
+
+    parts: tuple[SealedPart, ...]
+    next: bytes = b""
+
+
 class SealedMeta(Message, frozen=True):
     """Sealed in the record. ``headers``: content-type, cache-control, content-disposition, content-encoding, content-language, expires, lower case, as they were sent.
     ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm (CRC32, CRC32C, CRC64NVME, SHA1, SHA256) -> base64, with ``-N`` when composite.
-    ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts`` only for multipart objects of up to 10,000 parts (sealed in pages of its own when there are more than 32)."""
+    ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts`` only for multipart objects of up to 10,000 parts (sealed in pages of its own when there are more than 32).
+    ``size``: the object's, which the record also has in the clear: the two must agree."""
 
     etag: str
     headers: dict[str, str] = msgspec.field(default_factory=dict)
@@ -105,6 +114,7 @@ class SealedMeta(Message, frozen=True):
     storage_class: str = "STANDARD"
     parts: tuple[SealedPart, ...] = ()
     parts_page: bytes = b""
+    size: int = -1
 
 
 class SealedList(Message, frozen=True):

@@ -1,0 +1,48 @@
+"""A request's body, read into buffers of our size."""
+
+from __future__ import annotations
+
+from storaged.errors import EntityTooLarge
+from storaged.objects.api import Body
+
+
+class BodyReader:
+    """Fills buffers from a body's pieces, and refuses what is longer than ``bytes_max``."""
+
+    def __init__(self, body: Body, bytes_max: int) -> None:
+        self._body = body
+        self._rest: memoryview = memoryview(b"")
+        self._unread: memoryview = memoryview(b"")
+        self._bytes_max = bytes_max
+        self.bytes_read = 0
+        self.ended = False
+        """The body has been read to its end (a full buffer may leave this open)."""
+
+    def unread(self, view: memoryview) -> None:
+        """Puts back bytes that were just read, to be read again; the caller keeps the memory until then."""
+        assert not self._unread
+        self._unread = view
+        self.bytes_read -= len(view)
+
+    async def fill(self, view: memoryview) -> int:
+        """Bytes copied: as many as fit, fewer only at the end of the body. Raises EntityTooLarge, and what the body raises."""
+        filled = min(len(view), len(self._unread))
+        if filled:
+            view[:filled] = self._unread[:filled]
+            self._unread = self._unread[filled:]
+        while filled < len(view):
+            if not self._rest:
+                piece = await anext(self._body, None)
+                if piece is None:
+                    self.ended = True
+                    break
+                self._rest = memoryview(piece)
+                continue
+            count = min(len(view) - filled, len(self._rest))
+            view[filled : filled + count] = self._rest[:count]
+            self._rest = self._rest[count:]
+            filled += count
+        self.bytes_read += filled
+        if self.bytes_read > self._bytes_max:
+            raise EntityTooLarge(MaxSizeAllowed=str(self._bytes_max), ProposedSize=str(self.bytes_read))
+        return filled

@@ -1,0 +1,76 @@
+"""Conditions of reads (RFC 9110, section 13.2.2) and writes (as AWS documents them), decided on values. Pure.
+
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from storaged.errors import NoSuchKey, NotModified, PreconditionFailed
+from storaged.objects.api import ReadConditions, WriteConditions
+
+NO_READ_CONDITIONS = ReadConditions()
+NO_WRITE_CONDITIONS = WriteConditions()
+
+
+class Current(NamedTuple):
+    """What a write finds: the current version's ETag (hex), size and time."""
+
+    etag: str
+    size: int
+    modified_ms: int
+
+
+def check_read(conditions: ReadConditions, etag: str, modified_ms: int) -> None:
+    """Raises PreconditionFailed or NotModified, in the order of RFC 9110. HTTP dates have whole seconds, so times are compared in them."""
+    if conditions == NO_READ_CONDITIONS:
+        return
+    modified_s = modified_ms // 1000
+    if conditions.if_match:
+        if not _matches(conditions.if_match, etag):
+            raise PreconditionFailed(Condition="If-Match")
+    elif conditions.if_unmodified_since_ms is not None and modified_s > conditions.if_unmodified_since_ms // 1000:
+        raise PreconditionFailed(Condition="If-Unmodified-Since")
+    if conditions.if_none_match:
+        if _matches(conditions.if_none_match, etag):
+            raise NotModified(ETag=etag)
+    elif conditions.if_modified_since_ms is not None and modified_s <= conditions.if_modified_since_ms // 1000:
+        raise NotModified(ETag=etag)
+
+
+def check_copy_source(conditions: ReadConditions, etag: str, modified_ms: int) -> None:
+    """As check_read, but a copy answers 412 where a read answers 304."""
+    try:
+        check_read(conditions, etag, modified_ms)
+    except NotModified:
+        raise PreconditionFailed from None
+
+
+def check_write(conditions: WriteConditions, current: Current | None) -> None:
+    """``current`` None: there is no such object. Raises PreconditionFailed, or NoSuchKey where If-Match names an object that is not there."""
+    if conditions == NO_WRITE_CONDITIONS:
+        return
+    if current is None:
+        if conditions.if_match:
+            raise NoSuchKey
+        if conditions.if_match_size is not None or conditions.if_match_modified_ms is not None:
+            raise PreconditionFailed
+        return
+    if conditions.if_match and not _matches((conditions.if_match,), current.etag):
+        raise PreconditionFailed(Condition="If-Match")
+    if conditions.if_none_match and _matches((conditions.if_none_match,), current.etag):
+        raise PreconditionFailed(Condition="If-None-Match")
+    if conditions.if_match_size is not None and conditions.if_match_size != current.size:
+        raise PreconditionFailed(Condition="x-amz-if-match-size")
+    if conditions.if_match_modified_ms is not None and conditions.if_match_modified_ms // 1000 != current.modified_ms // 1000:
+        raise PreconditionFailed(Condition="x-amz-if-match-last-modified-time")
+
+
+def needs_etag(conditions: WriteConditions) -> bool:
+    """Whether the current ETag, which is sealed, has to be opened to decide."""
+    return any(tag not in ("", "*") for tag in (conditions.if_match, conditions.if_none_match))
+
+
+def _matches(tags: tuple[str, ...], etag: str) -> bool:
+    return any(tag in ("*", etag) for tag in tags)

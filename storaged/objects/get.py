@@ -1,0 +1,258 @@
+"""The path of a GET: record, conditions, range, windows of verified plaintext.
+
+The record comes from a majority. What is asked for is mapped to windows (``reader``), of which the first is read and verified before ``get`` returns, so that
+everything that can go wrong until then is a proper answer; the next window is read while one is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import NamedTuple
+
+from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
+from storaged.objects.buffers import Lease, Transfer, window_cells_for
+from storaged.objects.conditions import NO_READ_CONDITIONS, check_copy_source, check_read
+from storaged.objects.manifest import parts_of, sealed_parts_of
+from storaged.objects.plane import ObjectPlane, cancel_all
+from storaged.objects.reader import HedgeDelay, PartReader, Window
+from storaged.objects.records import BucketRecord, PartEntry
+from storaged.objects.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version
+from storaged.wire import Buffer
+
+READ_AGAIN_MAX = 3
+"""A read that meets missing fragments before its first byte reads the record again: the object may have been replaced meanwhile."""
+
+
+class Found(NamedTuple):
+    """A version as a read found it; ``copy``: a small object's sealed bytes, when a replica sent them along."""
+
+    name: RegisterName
+    opened: OpenedVersion
+    copy: Buffer | None
+
+
+class Span(NamedTuple):
+    """``first .. first + length - 1``; ``partial``: less than the object was asked for (a 206 answer)."""
+
+    first: int
+    length: int
+    partial: bool
+
+
+async def find(plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, *, want_payload: bool = False) -> Found:
+    """Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable."""
+    name = object_name(bucket.id, bucket.shards, key)
+    reading = await plane.registers.read(name, want_payload=want_payload)
+    version = find_version(decode_record(reading.value), version_id)
+    bucket_key = await plane.keys.bucket_key(bucket.id, version.bucket_key)
+    return Found(name, open_version(Place(bucket.id, key), version, bucket_key), reading.payload)
+
+
+async def head(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    *,
+    version_id: str = "",
+    conditions: ReadConditions = NO_READ_CONDITIONS,
+    part_number: int | None = None,
+) -> ObjectInfo:
+    """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber."""
+    found = await find(plane, bucket, key, version_id)
+    check_read(conditions, found.opened.meta.etag, found.opened.version.modified_ms)
+    if part_number is not None:
+        await _span_of_part(plane, found, part_number)
+    return await _info(plane, bucket, key, found)
+
+
+async def get(
+    plane: ObjectPlane,
+    hedge: HedgeDelay,
+    bucket: BucketRecord,
+    key: bytes,
+    *,
+    version_id: str = "",
+    conditions: ReadConditions = NO_READ_CONDITIONS,
+    span: RangeSpec | None = None,
+    part_number: int | None = None,
+    as_copy_source: bool = False,
+) -> VerifiedStream:
+    """Opens an object for reading. Raises as head, and InvalidRange, DataDamaged, ServiceUnavailable."""
+    found = await find(plane, bucket, key, version_id, want_payload=True)
+    for attempt in range(READ_AGAIN_MAX):
+        meta, version = found.opened.meta, found.opened.version
+        (check_copy_source if as_copy_source else check_read)(conditions, meta.etag, version.modified_ms)
+        wanted = await _span_of_part(plane, found, part_number) if part_number is not None else span_of(span, version.size)
+        stream = VerifiedStream(plane, hedge, bucket, found, await _info(plane, bucket, key, found), wanted)
+        try:
+            await stream.open()
+        except DataDamaged:
+            again = await find(plane, bucket, key, version_id, want_payload=True)
+            if attempt == READ_AGAIN_MAX - 1 or again.opened.version == version:
+                raise
+            found = again
+        else:
+            plane.counters.gets += 1
+            return stream
+    raise DataDamaged
+
+
+def span_of(span: RangeSpec | None, size: int) -> Span:
+    """What a Range asks of an object of ``size`` bytes. Raises InvalidRange."""
+    if span is None:
+        return Span(0, size, False)
+    if span.first is None:
+        length = min(span.last or 0, size)
+        if not length:
+            raise InvalidRange(ActualObjectSize=str(size))
+        return Span(size - length, length, True)
+    if span.first >= size:
+        raise InvalidRange(ActualObjectSize=str(size), RangeRequested=f"bytes={span.first}-{'' if span.last is None else span.last}")
+    end = size if span.last is None else min(span.last + 1, size)
+    return Span(span.first, end - span.first, True)
+
+
+async def _span_of_part(plane: ObjectPlane, found: Found, part_number: int) -> Span:
+    """The bytes of the n-th part, counted from 1 whatever numbers the parts were uploaded under. A whole object has one."""
+    version = found.opened.version
+    if not version.multipart:
+        if part_number != 1:
+            raise InvalidPartNumber
+        return Span(0, version.size, True)
+    offset = 0
+    async for index, part in _numbered(parts_of(plane.pages, found.name, version)):
+        if index == part_number:
+            return Span(offset, part.size, True)
+        offset += part.size
+    raise InvalidPartNumber(ActualPartCount=str(version.part_count))
+
+
+async def _numbered(parts: AsyncIterator[PartEntry]) -> AsyncIterator[tuple[int, PartEntry]]:
+    index = 0
+    async for part in parts:
+        index += 1
+        yield index, part
+
+
+async def _info(plane: ObjectPlane, bucket: BucketRecord, key: bytes, found: Found) -> ObjectInfo:
+    opened = found.opened
+    context = Place(bucket.id, key).context_of(opened.version)
+    parts = await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta) if opened.version.multipart else ()
+    return info_of(key, opened, parts)
+
+
+class _Job(NamedTuple):
+    """A window to read, of which ``plain[first:last]`` is wanted."""
+
+    reader: PartReader
+    window: Window
+    first: int
+    last: int
+
+
+class _Piece(NamedTuple):
+    """A window on its way: ``plain[first:last]`` is what goes out once ``done``."""
+
+    done: asyncio.Task[None]
+    lease: Lease
+    first: int
+    last: int
+
+
+class VerifiedStream:
+    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short."""
+
+    def __init__(self, plane: ObjectPlane, hedge: HedgeDelay, bucket: BucketRecord, found: Found, info: ObjectInfo, span: Span) -> None:
+        self.info = info
+        self.first, self.length, self.partial = span
+        self._plane = plane
+        self._hedge = hedge
+        self._bucket = bucket
+        self._found = found
+        self._cells_max = window_cells_for(plane.get_buffers.transfers + 1, plane.limits.block_cells_max)
+        self._jobs = self._windows()
+        self._next: _Job | None = None
+        self._pieces: list[_Piece] = []
+        self._transfer = Transfer(plane.get_buffers)
+        self._transfer.__enter__()
+        self._closed = False
+
+    async def open(self) -> None:
+        """Reads and verifies the first window. Closes itself when that fails."""
+        try:
+            await self._start_next()
+            if self._pieces:
+                await self._pieces[0].done
+            elif self.length:
+                raise DataDamaged("The record names no part with these bytes.")
+        except BaseException:
+            await self.close()
+            raise
+
+    async def chunks(self) -> AsyncIterator[Buffer]:
+        """Verified plaintext, in order: ``length`` bytes. Raises DataDamaged in the middle rather than yield anything else."""
+        left = self.length
+        try:
+            while left:
+                if not self._pieces:
+                    await self._start_next()
+                if not self._pieces:
+                    raise DataDamaged("The object's parts end before its size.")
+                if len(self._pieces) == 1:
+                    await self._start_next(only_if_room=True)
+                piece = self._pieces[0]
+                await piece.done
+                self._pieces.pop(0)
+                plain = piece.lease.view[piece.first : piece.last]
+                left -= len(plain)
+                self._plane.counters.bytes_out += len(plain)
+                try:
+                    yield plain
+                finally:
+                    del plain
+                    piece.lease.release()
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._transfer.__exit__()
+        pieces, self._pieces = self._pieces, []
+        await cancel_all([piece.done for piece in pieces])
+        for piece in pieces:
+            piece.lease.release()
+        await self._jobs.aclose()
+
+    async def _start_next(self, *, only_if_room: bool = False) -> None:
+        """Begins to read the next window, if there is one (and memory for it)."""
+        if self._next is None:
+            self._next = await anext(self._jobs, None)
+        if self._next is None:
+            return
+        reader, window, first, last = self._next
+        size = window.cells * reader.shape.plain_bytes
+        lease = self._plane.get_buffers.try_lease(size) if only_if_room else await self._plane.get_buffers.lease(size)
+        if lease is not None:
+            self._next = None
+            self._pieces.append(_Piece(asyncio.create_task(reader.read(window, lease.view)), lease, first, last))
+
+    async def _windows(self) -> AsyncGenerator[_Job, None]:
+        """What has to be read, in order."""
+        found, end, offset = self._found, self.first + self.length, 0
+        async for part in parts_of(self._plane.pages, found.name, found.opened.version):
+            start, stop = max(self.first, offset), min(end, offset + part.size)
+            if stop > start or not found.opened.version.size:
+                copy = found.copy if part.small else None
+                reader = PartReader(self._plane, self._hedge, self._bucket, found.name, part, found.opened.dek, copy)
+                for window in reader.windows(start - offset, stop - start, self._cells_max):
+                    base = offset + window.plain_start
+                    yield _Job(reader, window, max(start - base, 0), min(stop - base, window.plain_bytes))
+            offset += part.size
+            if offset >= end:
+                return

@@ -1,0 +1,93 @@
+"""Parts of an object: up to 32 lie in its record, more in a chain of immutable pages addressed by their hash, on the replicas of its register.
+
+A page is written, and synced on a majority, before the page that names it, and all before the record that names the first. So whoever reads a record
+can read its pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from storaged.errors import DataDamaged
+from storaged.ids import Entropy
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Pages
+from storaged.objects.ports import SealBroken
+from storaged.objects.records import PARTS_INLINE_MAX, PartEntry, PartsPage, SealedMeta, SealedPart, SealedPartsPage, Version
+from storaged.objects.seal import SALT_BYTES, open_message, seal_message
+from storaged.wire import decode, encode
+
+T = TypeVar("T")
+
+PAGE_PARTS_MAX = 256
+PAGE_SEALED_PARTS_MAX = 1000
+PAGES_MAX = 64
+"""More pages than 10,000 parts make: a longer chain is damage."""
+PARTS_LABEL = "sov.parts.v1"
+
+
+async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartEntry]) -> tuple[tuple[PartEntry, ...], bytes]:
+    """(parts for the record, hash of the first page): one of the two is empty. Returns once every page is durable on a majority."""
+    if len(parts) <= PARTS_INLINE_MAX:
+        return tuple(parts), b""
+    following = b""
+    for start in reversed(range(0, len(parts), PAGE_PARTS_MAX)):
+        page = PartsPage(tuple(parts[start : start + PAGE_PARTS_MAX]), following)
+        following = await pages.put_page(near, encode(page))
+    return (), following
+
+
+async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[PartEntry]:
+    """The parts in order, page by page. Raises DataDamaged."""
+    for part in version.parts:
+        yield part
+    following = version.manifest
+    for _ in range(PAGES_MAX):
+        if not following:
+            return
+        page = _decode(await pages.get_page(near, following), PartsPage)
+        for part in page.parts:
+            yield part
+        following = page.next
+    raise DataDamaged("The manifest of this object does not end.")
+
+
+async def write_sealed_parts(
+    pages: Pages, near: RegisterName, dek: bytes, context: Sequence[bytes], parts: Sequence[SealedPart], entropy: Entropy
+) -> bytes:
+    """Hash of the first page of what the parts are (ETags, sizes, checksums), sealed under the version's key."""
+    following = b""
+    for start in reversed(range(0, len(parts), PAGE_SEALED_PARTS_MAX)):
+        page = SealedPartsPage(tuple(parts[start : start + PAGE_SEALED_PARTS_MAX]), following)
+        sealed = seal_message(dek, PARTS_LABEL, context, encode(page), entropy(SALT_BYTES))
+        following = await pages.put_page(near, sealed)
+    return following
+
+
+async def sealed_parts_of(
+    pages: Pages, near: RegisterName, dek: bytes, context: Sequence[bytes], meta: SealedMeta
+) -> tuple[SealedPart, ...]:
+    """What all parts of an object are; empty for one that was not uploaded in parts. Raises DataDamaged."""
+    found = list(meta.parts)
+    following = meta.parts_page
+    for _ in range(PAGES_MAX):
+        if not following:
+            return tuple(found)
+        try:
+            body = open_message(dek, PARTS_LABEL, context, await pages.get_page(near, following))
+        except SealBroken as error:
+            raise DataDamaged(f"The list of parts of this object does not open: {error}") from None
+        page = _decode(body, SealedPartsPage)
+        found.extend(page.parts)
+        following = page.next
+    raise DataDamaged("The list of parts of this object does not end.")
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return decode(body, kind)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"A page of this object's manifest cannot be read: {error}") from None

@@ -1,0 +1,193 @@
+"""What the object services are built on: the ports of the planes below, limits, and the tasks and threads that outlive one call.
+
+``ObjectPlane`` is handed to every function of ``put``, ``get``, ``multipart`` and the rest; ``service.ObjectService`` makes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from storaged.clock import Clock
+from storaged.cluster.layout import Profile
+from storaged.cluster.ports import Layouts, Liveness
+from storaged.errors import ServiceUnavailable
+from storaged.fragments.ports import FragmentId, FragmentStores
+from storaged.ids import Entropy
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Fences, Pages, Registers, Scanner
+from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
+from storaged.objects.buffers import BufferPool
+from storaged.objects.ports import KeyService
+from storaged.objects.records import BucketRecord
+from storaged.units import KIB, MIB
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ObjectLimits:
+    """Bounds and delays of the object plane."""
+
+    inline_sealed_bytes_max: int = 1 * KIB
+    """Sealed bytes that stay in the record. Under about 2 KiB a record keeps out of LMDB's overflow pages."""
+    small_sealed_bytes_max: int = 16 * KIB
+    """Sealed bytes kept as whole copies beside the register. At 4 KiB a copy costs 0.89 of the PUT rate of a record and half its space."""
+    put_bytes_max: int = PART_BYTES_MAX
+    part_bytes_max: int = PART_BYTES_MAX
+    object_bytes_max: int = OBJECT_BYTES_MAX
+    part_bytes_min: int = PART_BYTES_MIN
+    parts_max: int = PARTS_MAX
+    block_cells_max: int = 48
+    """Data cells of a block while few transfers are in flight: 3 MiB, so that a fragment of 4+2 is one write of 768 KiB."""
+    put_buffer_bytes_max: int = 112 * MIB
+    get_buffer_bytes_max: int = 64 * MIB
+    buffer_wait_s: float = 20.0
+    """How long a transfer waits for a buffer before SlowDown."""
+    write_timeout_s: float = 15.0
+    sync_timeout_s: float = 60.0
+    read_timeout_s: float = 15.0
+    late_grace_s: float = 1.0
+    """A disk that has not finished a write this long after the block became safe without it is left behind."""
+    hedge_floor_s: float = 0.05
+    """A read is not hedged sooner: under a busy disk's ordinary latency a hedge only adds load."""
+    request_age_s_max: float = 12 * 3600.0
+    """Half the age from which an unclaimed fragment counts as an orphan; an older request is refused at its barrier."""
+    retire_delay_ms: int = 3_600_000
+    """Replaced data stays this long, for readers in the middle of it."""
+    threads: int = 4
+    background_tasks_max: int = 256
+    buckets_per_user_max: int = 1000
+    bucket_cache_s: float = 1.0
+    user_cache_s: float = 1.0
+    cache_entries_max: int = 4096
+    upload_keep_ms: int = 86_400_000
+    """A finished upload's rows are kept this long, so that a repeated Complete gets its answer."""
+
+
+class Damage(NamedTuple):
+    """A fragment that a read found wanting. ``reason``: missing, checksum (a cell does not match its checksum), lied (it does, but is not what was sealed).
+
+    ``cell`` is the fragment's cell, -1 for all of it."""
+
+    owner: RegisterName
+    fragment: FragmentId
+    disk: str
+    cell: int
+    reason: str
+
+
+OnDamage = Callable[[Damage], None]
+
+
+@dataclass
+class Counters:
+    """Events since the process started; ``ObjectService.statistics`` returns a copy."""
+
+    puts_inline: int = 0
+    puts_small: int = 0
+    puts_coded: int = 0
+    gets: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    writes_failed: int = 0
+    writes_late: int = 0
+    blocks_fallback: int = 0
+    blocks_rebuilt_at_barrier: int = 0
+    reads_hedged: int = 0
+    cells_reconstructed: int = 0
+    cells_lied: int = 0
+    background_dropped: int = 0
+
+
+class Background:
+    """Owns work that no caller waits for: retiring replaced data, cleaning up after failures. Bounded; what does not fit is dropped and counted,
+    which is allowed only for work that a sweep does as well."""
+
+    def __init__(self, tasks_max: int, counters: Counters) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks_max = tasks_max
+        self._counters = counters
+        self._closed = False
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._closed or len(self._tasks) >= self._tasks_max:
+            self._counters.background_dropped += 1
+            work.close()
+            return
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self) -> None:
+        """Returns when everything spawned so far has ended."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        self._closed = True
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=timeout_s)
+        await cancel_all(self._tasks)
+
+
+async def cancel_all(tasks: set[asyncio.Task[Any]] | list[asyncio.Task[Any]]) -> None:
+    """Cancels what is not done and waits for it; results and exceptions are taken and dropped."""
+    pending = list(tasks)
+    for task in pending:
+        task.cancel()
+    if pending:
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+@dataclass
+class ObjectPlane:
+    """The ports below, and what all requests share. See ``service.ObjectService`` for who fills it."""
+
+    registers: Registers
+    pages: Pages
+    scanner: Scanner
+    fences: Fences
+    stores: FragmentStores
+    liveness: Liveness
+    layouts: Layouts
+    keys: KeyService
+    clock: Clock
+    entropy: Entropy
+    limits: ObjectLimits = field(default_factory=ObjectLimits)
+    on_damage: OnDamage = lambda damage: None
+
+    def __post_init__(self) -> None:
+        self.counters = Counters()
+        self.background = Background(self.limits.background_tasks_max, self.counters)
+        self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
+        self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
+        self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
+
+    async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs native work that releases the interpreter lock. A cancelled caller still waits for the thread: it is using the caller's buffers."""
+        future = asyncio.get_running_loop().run_in_executor(self.threads, lambda: work(*args, **kwargs))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+    def target_of(self, bucket: BucketRecord) -> Profile:
+        return Profile.parse(bucket.profile or self.layouts.current.profile)
+
+    def check_age(self, started: float) -> None:
+        """``started`` in monotonic seconds. Raises ServiceUnavailable for a request too old to be sure that its fragments are still there."""
+        age_s = self.clock.monotonic() - started
+        if age_s > self.limits.request_age_s_max:
+            raise ServiceUnavailable(
+                f"The upload took {age_s:.0f} s, longer than is safe ({self.limits.request_age_s_max:.0f} s). Use a multipart upload."
+            )
+
+    async def close(self) -> None:
+        await self.background.close()
+        self.threads.shutdown(wait=True)

@@ -1,0 +1,371 @@
+"""Reading one part: windows of whole stripes, every chunk opened before it is handed on, whatever disks are slow, gone, damaged or lying.
+
+Theory of operation. A window is some consecutive data cells of one block. The data fragments that hold them are read, and nothing is decoded when they all
+answer. When one is known to be away, fails, or has not answered after the hedge delay, further fragments are read (parity, and data of the same stripes), until every wanted
+cell is there or its stripe has k cells to rebuild it from. Cells come verified against their checksums by the disk; then every chunk is opened. A chunk that
+does not open although its checksum holds was altered with its checksum, so the disk lies: the cell is rebuilt from other fragments, in every combination until
+one opens, and the disks whose cells differ from that are reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from storaged.cluster.layout import Profile
+from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerError
+from storaged.fragments.ports import FragmentId
+from storaged.meta.names import RegisterName
+from storaged.objects import erasure, place
+from storaged.objects.geometry import BlockShape, PartShape
+from storaged.objects.plane import Damage, ObjectPlane, cancel_all
+from storaged.objects.ports import SealBroken
+from storaged.objects.records import BucketRecord, PartEntry, Run
+from storaged.objects.seal import PartOpener
+from storaged.wire import Buffer
+
+COMBINATIONS_MAX = 1000
+"""Sets of k fragments tried to open one chunk; C(12, 8) is 495."""
+
+Cells = dict[int, dict[int, Buffer]]
+"""stripe -> position -> cell."""
+
+
+class Window(NamedTuple):
+    """``cells`` data cells of block ``block`` from ``first`` on (within the block); their plaintext starts at byte ``plain_start`` of the part."""
+
+    block: int
+    first: int
+    cells: int
+    plain_start: int
+    plain_bytes: int
+
+
+class HedgeDelay:
+    """How long a read may take before others are asked: about the 95th percentile of recent reads, never below the floor.
+
+    Moves up by 19 steps for a read that took longer and down by one for each that did not, which settles where one in twenty is longer
+    (stochastic quantile estimation, Robbins and Monro 1951).
+    """
+
+    STEP = 0.01
+
+    def __init__(self, floor_s: float) -> None:
+        self._floor_s = floor_s
+        self.seconds = floor_s
+
+    def saw(self, seconds: float) -> None:
+        scale = self.seconds * self.STEP
+        self.seconds = max(self._floor_s, self.seconds + (19 * scale if seconds > self.seconds else -scale))
+
+
+class PartReader:
+    """Reads one part of a version. ``dek`` is the version's. Raises DataDamaged when the part's header does not open under it."""
+
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        hedge: HedgeDelay,
+        bucket: BucketRecord,
+        owner: RegisterName,
+        entry: PartEntry,
+        dek: bytes,
+        copy: Buffer | None,
+    ) -> None:
+        self._plane = plane
+        self._hedge = hedge
+        self._bucket = bucket
+        self._owner = owner
+        self._entry = entry
+        self._copy = copy
+        self._bad: set[str] = set()
+        try:
+            self._opener = PartOpener(dek, entry.header, entry.data_id, entry.number, entry.size)
+            self.shape = PartShape.of(entry)
+        except SealBroken as error:
+            raise DataDamaged(f"The header of a part does not open: {error}") from None
+
+    def windows(self, start: int, length: int, cells_max: int) -> Iterator[Window]:
+        """Windows that hold the plaintext bytes ``start .. start + length - 1``, in order; a window begins and ends within one block."""
+        shape = self.shape
+        if not shape.size:
+            yield Window(0, 0, 1, 0, 0)  # an empty part is one sealed chunk too, and must open
+        for block, first, cells in shape.locate(start, length):
+            for at in range(first, first + cells, cells_max):
+                count = min(cells_max, first + cells - at)
+                plain = shape.plain_start(block * shape.block_cells + at)
+                yield Window(block, at, count, plain, min(count * shape.plain_bytes, shape.size - plain))
+
+    async def read(self, window: Window, out: memoryview) -> None:
+        """The window's plaintext, verified, to the front of ``out`` (at least ``plain_bytes``). Raises DataDamaged."""
+        if self._entry.inline:
+            try:
+                self._open(window, {0: {0: self._entry.inline}}, 1, out)
+            except SealBroken as error:
+                raise DataDamaged(f"The body in the record does not open: {error}") from None
+            return
+        if self._entry.small and self._copy is not None:
+            try:
+                self._open(window, {0: {0: self._copy}}, 1, out)
+                return
+            except SealBroken:
+                self._copy = None  # a replica that lies: its neighbours are asked below
+        run = self._run_of(window.block)
+        job = _WindowJob(
+            self._plane, self._hedge, self._owner, self._entry, self.shape.block(window.block), run, self._disks(run), self._bad
+        )
+        await job.fetch(window)
+        await self._open_or_rebuild(window, job, out)
+
+    def _run_of(self, block: int) -> Run:
+        for run in self._entry.runs:
+            if run.first <= block < run.first + run.count:
+                return run
+        raise DataDamaged(f"The record names no place for block {block}.")
+
+    def _disks(self, run: Run) -> tuple[str, ...]:
+        try:
+            layout = self._plane.layouts.at(run.epoch)
+            if self._entry.small:
+                replicas = layout.replicas_of(self._owner.partition)
+                return tuple(run.moved.get(position, disk) for position, disk in enumerate(replicas))[: run.k + run.m]
+            return place.disks_of(run, layout, self._entry.data_id, self._bucket.countries)
+        except (KeyError, ValueError) as error:
+            raise DataDamaged(f"The layout of epoch {run.epoch}, which says where this object is, is not known here: {error}") from None
+
+    async def _open_or_rebuild(self, window: Window, job: _WindowJob, out: memoryview) -> None:
+        while True:
+            try:
+                if window.plain_bytes <= self.shape.cell_bytes:
+                    self._open(window, job.cells, job.k, out)
+                else:
+                    await self._plane.in_thread(self._open, window, job.cells, job.k, out)
+                return
+            except SealBroken as broken:
+                if broken.index is None:
+                    raise DataDamaged(f"A part does not open: {broken}") from None
+                cell = broken.index - window.block * self.shape.block_cells
+            await self._outwit(window, job, cell)
+
+    def _open(self, window: Window, cells: Cells, k: int, out: memoryview) -> None:
+        at, index = 0, window.block * self.shape.block_cells + window.first
+        for cell in range(window.first, window.first + window.cells):
+            stripe, position = divmod(cell, k)
+            at += self._opener.open_into(index, cells[stripe][position], out[at:])
+            index += 1
+
+    async def _outwit(self, window: Window, job: _WindowJob, cell: int) -> None:
+        """A chunk does not open: finds the cells with which the whole stripe opens, and who lied."""
+        stripe = cell // job.k
+        await job.fetch_all(stripe)
+        honest = await self._plane.in_thread(self._search, window.block, job, stripe)
+        if honest is None:
+            raise DataDamaged("A chunk of this object does not open in any combination of its fragments.")
+        for liar in job.adopt(stripe, honest):
+            self._bad.add(job.disks[liar])
+
+    def _search(self, block: int, job: _WindowJob, stripe: int) -> dict[int, Buffer] | None:
+        """k cells of a stripe from which all its chunks open."""
+        known = job.known(stripe)
+        for chosen in itertools.islice(itertools.combinations(sorted(known), job.k), COMBINATIONS_MAX):
+            cells = {position: known[position] for position in chosen}
+            missing = [position for position in range(job.k) if position not in cells]
+            data: dict[int, Buffer] = dict(cells)
+            if missing:
+                data.update(erasure.reconstruct(job.profile, cells, missing, job.shape.stripe_length(job.k, stripe)))
+            if self._opens(block, job, stripe, data):
+                return cells
+        return None
+
+    def _opens(self, block: int, job: _WindowJob, stripe: int, data: dict[int, Buffer]) -> bool:
+        for cell in range(stripe * job.k, min((stripe + 1) * job.k, job.shape.cells)):
+            sealed = memoryview(data[cell % job.k])[: job.shape.cell_length(cell)]
+            try:
+                self._opener.open(block * self.shape.block_cells + cell, sealed)
+            except SealBroken:
+                return False
+        return True
+
+
+class _WindowJob:
+    """The cells of one window as they arrive."""
+
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        hedge: HedgeDelay,
+        owner: RegisterName,
+        entry: PartEntry,
+        shape: BlockShape,
+        run: Run,
+        disks: tuple[str, ...],
+        bad: set[str],
+    ) -> None:
+        self._plane = plane
+        self._hedge = hedge
+        self._owner = owner
+        self._data_id = entry.data_id
+        self.shape = shape
+        self.profile: Profile = run.profile
+        self.k = run.k
+        self.disks = disks
+        self._bad = bad
+        self._block = 0
+        self.cells: Cells = {}
+        self._asked: dict[int, tuple[int, int]] = {}
+
+    async def fetch(self, window: Window) -> None:
+        """Until every wanted cell is there, read or rebuilt. Raises DataDamaged."""
+        self._block = window.block
+        first, last = window.first // self.k, (window.first + window.cells - 1) // self.k
+        wanted = [divmod(cell, self.k) for cell in range(window.first, window.first + window.cells)]
+        self.cells = {stripe: {} for stripe in range(first, last + 1)}
+        if self.k == 1:
+            spares = self._order(range(self.profile.n))
+            start = {spares[0]: (first, last - first + 1)}
+        else:
+            start = {position: (row, count) for position, row, count in self.shape.holders(self.k, window.first, window.cells)}
+            spares = self._order(p for p in range(self.profile.n) if self.shape.fragment_cells(self.profile, p))
+        await self._gather(start, spares, first, last, wanted)
+        self._rebuild(wanted)
+
+    def _order(self, positions: Iterator[int] | range) -> list[int]:
+        """Disks that can be read first; those that were found bad in this request last."""
+        usable = self._plane.liveness.disk_readable
+        return sorted(positions, key=lambda p: (self.disks[p] in self._bad, not usable(self.disks[p])))
+
+    def _doubtful(self, position: int) -> bool:
+        return self.disks[position] in self._bad or not self._plane.liveness.disk_readable(self.disks[position])
+
+    async def _gather(
+        self, start: dict[int, tuple[int, int]], spares: list[int], first: int, last: int, wanted: list[tuple[int, int]]
+    ) -> None:
+        began: dict[asyncio.Task[bool], float] = {}
+        pending: set[asyncio.Task[bool]] = set()
+
+        def ask(position: int, row: int, count: int) -> None:
+            self._asked[position] = (row, count)
+            task = asyncio.create_task(self._read(position, row, count))
+            began[task] = self._plane.clock.monotonic()
+            pending.add(task)
+
+        def ask_spares(count: int) -> None:
+            """More fragments, over all stripes of the window; a data fragment of which only some stripes were asked is asked again for all."""
+            while spares and count:
+                position = spares.pop(0)
+                if self._asked.get(position) != (first, last - first + 1):
+                    ask(position, first, last - first + 1)
+                    count -= 1
+
+        try:
+            for position, (row, count) in start.items():
+                if not self._doubtful(position):
+                    ask(position, row, count)
+            ask_spares(len(start) - len(pending))
+            while not self._complete(wanted):
+                if not pending:
+                    ask_spares(1)
+                if not pending:
+                    raise DataDamaged(f"Block {self._block} of this object has too few readable fragments.")
+                done, _ = await asyncio.wait(pending, timeout=self._hedge.seconds if spares else None, return_when=asyncio.FIRST_COMPLETED)
+                pending -= done
+                for task in done:
+                    if task.result():
+                        self._hedge.saw(self._plane.clock.monotonic() - began[task])
+                    else:
+                        ask_spares(1)
+                if not done:
+                    self._plane.counters.reads_hedged += 1
+                    ask_spares(len(pending))
+        finally:
+            await cancel_all(pending)
+
+    def _complete(self, wanted: list[tuple[int, int]]) -> bool:
+        return all(position in self.cells[stripe] or len(self.known(stripe)) >= self.k for stripe, position in wanted)
+
+    def known(self, stripe: int) -> dict[int, Buffer]:
+        """The stripe's cells at hand; data cells behind the end of the block are known to be zeros."""
+        found = dict(self.cells[stripe])
+        for position in range(self.k):
+            if stripe * self.k + position >= self.shape.cells:
+                found[position] = b""
+        return found
+
+    async def _read(self, position: int, row: int, count: int) -> bool:
+        """True when every cell asked for came whole."""
+        count = min(count, self.shape.fragment_cells(self.profile, position) - row)
+        if count <= 0:
+            return True
+        disk = self.disks[position]
+        fragment = FragmentId(self._data_id, self._block, self.k, self.profile.m, position)
+        try:
+            async with asyncio.timeout(self._plane.limits.read_timeout_s):
+                found = await self._plane.stores.store(disk).read(fragment, row, count)
+        except FragmentMissing:
+            self._report(position, -1, "missing")
+            return False
+        except FragmentDamaged:
+            self._report(position, -1, "checksum")
+            return False
+        except (PeerError, TimeoutError):
+            self._bad.add(disk)
+            return False
+        whole = len(found.cells) == count
+        for offset, cell in enumerate(found.cells[:count]):
+            if cell is not None and len(cell) == self._length(row + offset, position):
+                self.cells[row + offset][position] = cell
+            else:
+                self._report(position, row + offset, "checksum")
+                whole = False
+        return whole
+
+    def _length(self, stripe: int, position: int) -> int:
+        if position < self.k:
+            return self.shape.cell_length(stripe * self.k + position)
+        return self.shape.stripe_length(self.k, stripe) if self.k > 1 else self.shape.cell_length(stripe)
+
+    def _report(self, position: int, cell: int, reason: str) -> None:
+        fragment = FragmentId(self._data_id, self._block, self.k, self.profile.m, position)
+        self._plane.on_damage(Damage(self._owner, fragment, self.disks[position], cell, reason))
+
+    def _rebuild(self, wanted: list[tuple[int, int]]) -> None:
+        """Wanted cells that did not come, from k others of their stripe. One stripe is at most k + m cells: microseconds."""
+        missing: dict[int, list[int]] = {}
+        for stripe, position in wanted:
+            if position not in self.cells[stripe]:
+                missing.setdefault(stripe, []).append(position)
+        for stripe, positions in missing.items():
+            known = self.known(stripe)
+            if self.k == 1:
+                self.cells[stripe][0] = next(iter(known.values()))
+                continue
+            rebuilt = erasure.reconstruct(self.profile, known, positions, self.shape.stripe_length(self.k, stripe))
+            for position, cell in rebuilt.items():
+                self.cells[stripe][position] = memoryview(cell)[: self._length(stripe, position)]
+            self._plane.counters.cells_reconstructed += len(positions)
+
+    async def fetch_all(self, stripe: int) -> None:
+        """Every cell of a stripe that can be had, read anew: a rebuilt one may come from the liar."""
+        self.cells[stripe] = {}
+        tasks = [asyncio.create_task(self._read(position, stripe, 1)) for position in range(self.profile.n)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            await cancel_all(tasks)
+
+    def adopt(self, stripe: int, honest: dict[int, Buffer]) -> list[int]:
+        """Makes the stripe what these k cells say. Returns the positions whose cells were others, and reports them."""
+        length = self.shape.stripe_length(self.k, stripe)
+        others = [position for position in range(self.profile.n) if position not in honest]
+        truth: dict[int, Buffer] = dict(honest)
+        for position, cell in erasure.reconstruct(self.profile, honest, others, length).items():
+            inside = position >= self.k or stripe * self.k + position < self.shape.cells
+            truth[position] = memoryview(cell)[: self._length(stripe, position)] if inside else b""
+        liars = [position for position, cell in self.cells[stripe].items() if cell != truth[position]]
+        for position in liars:
+            self._plane.counters.cells_lied += 1
+            self._report(position, stripe, "lied")
+        self.cells[stripe] = {position: cell for position, cell in truth.items() if len(cell)}
+        return liars

@@ -1,0 +1,73 @@
+"""What a write replaced, put on the garbage lists of the disks that hold it. The collector judges it there against the register; see ``references``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from storaged.errors import StoragedError
+from storaged.meta.names import RegisterName
+from storaged.objects import place
+from storaged.objects.manifest import parts_of
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Version
+from storaged.objects.writer import retire_one
+
+RETIRES_IN_FLIGHT_MAX = 16
+
+
+def replaced_versions(before: ObjectRecord, after: ObjectRecord) -> list[Version]:
+    """Versions whose data no later version has (a change of tags keeps it)."""
+    kept = {version.context_id for version in after.versions}
+    return [version for version in before.versions if version.context_id not in kept]
+
+
+def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry) -> set[str]:
+    """Every disk that a part's runs name. A run of a layout that this node does not know names none here: the sweep finds its fragments."""
+    disks: set[str] = set()
+    for run in part.runs:
+        try:
+            layout = plane.layouts.at(run.epoch)
+            if part.small:
+                disks.update(layout.replicas_of(name.partition))
+                disks.update(run.moved.values())
+            else:
+                disks.update(place.disks_of(run, layout, part.data_id, bucket.countries))
+        except (KeyError, ValueError):
+            continue
+    return disks
+
+
+async def retire_parts(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]) -> None:
+    """Puts parts on their disks' garbage lists, due after the delay that readers are given. Best effort."""
+    owner, due_ms = name.pack(), plane.clock.wall_ms() + plane.limits.retire_delay_ms
+    gate = asyncio.Semaphore(RETIRES_IN_FLIGHT_MAX)
+
+    async def one(disk: str, data_id: bytes) -> None:
+        async with gate:
+            await retire_one(plane, disk, data_id, owner, due_ms)
+
+    await asyncio.gather(*(one(disk, part.data_id) for part in parts for disk in disks_holding(plane, bucket, name, part)))
+
+
+async def retire_versions(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, versions: list[Version]) -> None:
+    """All parts of these versions. Best effort: a manifest that cannot be read now leaves its parts to the sweep of orphans."""
+    for version in versions:
+        batch: list[PartEntry] = []
+        try:
+            async for part in parts_of(plane.pages, name, version):
+                batch.append(part)
+                if len(batch) == 256:
+                    await retire_parts(plane, bucket, name, batch)
+                    batch = []
+        except StoragedError:
+            continue
+        finally:
+            await retire_parts(plane, bucket, name, batch)
+
+
+def retire_replaced(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, before: ObjectRecord, after: ObjectRecord) -> None:
+    """Hands what a committed change replaced to the background."""
+    versions = [version for version in replaced_versions(before, after) if version.manifest or any(part.runs for part in version.parts)]
+    if versions:
+        plane.background.spawn(retire_versions(plane, bucket, name, versions))

@@ -1,0 +1,137 @@
+"""The object plane as the S3 front, ``maintain`` and ``admin`` see it: ``api.Objects`` over the functions of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from storaged.objects import copy, delete, get, listing, put
+from storaged.objects.api import (
+    Body,
+    BodyChecks,
+    DeleteResult,
+    Listing,
+    NewMeta,
+    ObjectInfo,
+    PutResult,
+    RangeSpec,
+    ReadConditions,
+    WriteConditions,
+)
+from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
+from storaged.objects.get import VerifiedStream
+from storaged.objects.plane import Counters, ObjectPlane
+from storaged.objects.reader import HedgeDelay
+from storaged.objects.records import BucketRecord
+
+
+class ObjectService:
+    """Implements ``api.Objects`` (see there for what each call raises)."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        self.plane = plane
+        self._hedge = HedgeDelay(plane.limits.hedge_floor_s)
+
+    def statistics(self) -> Counters:
+        """A copy of the counters."""
+        return dataclasses.replace(self.plane.counters)
+
+    async def close(self) -> None:
+        """Ends background work; requests must have ended before."""
+        await self.plane.close()
+
+    async def put(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        body: Body,
+        meta: NewMeta,
+        checks: BodyChecks,
+        *,
+        owner: str,
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    ) -> PutResult:
+        return await put.put(self.plane, bucket, key, body, meta, checks, owner=owner, conditions=conditions)
+
+    async def head(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        version_id: str = "",
+        conditions: ReadConditions = NO_READ_CONDITIONS,
+        part_number: int | None = None,
+    ) -> ObjectInfo:
+        return await get.head(self.plane, bucket, key, version_id=version_id, conditions=conditions, part_number=part_number)
+
+    async def get(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        version_id: str = "",
+        conditions: ReadConditions = NO_READ_CONDITIONS,
+        span: RangeSpec | None = None,
+        part_number: int | None = None,
+    ) -> VerifiedStream:
+        return await get.get(
+            self.plane, self._hedge, bucket, key, version_id=version_id, conditions=conditions, span=span, part_number=part_number
+        )
+
+    async def delete(
+        self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = NO_WRITE_CONDITIONS
+    ) -> DeleteResult:
+        return await delete.delete(self.plane, bucket, key, version_id=version_id, conditions=conditions)
+
+    async def copy(
+        self,
+        source_bucket: BucketRecord,
+        source_key: bytes,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        owner: str,
+        version_id: str = "",
+        meta: NewMeta | None,
+        tags: Mapping[str, str] | None = None,
+        algorithm: str = "",
+        source_conditions: ReadConditions = NO_READ_CONDITIONS,
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    ) -> PutResult:
+        return await copy.copy(
+            self.plane,
+            self._hedge,
+            source_bucket,
+            source_key,
+            bucket,
+            key,
+            owner=owner,
+            version_id=version_id,
+            meta=meta,
+            tags=tags,
+            algorithm=algorithm,
+            source_conditions=source_conditions,
+            conditions=conditions,
+        )
+
+    async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
+        return await delete.set_tags(self.plane, bucket, key, tags, version_id=version_id)
+
+    async def list_objects(
+        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+    ) -> Listing:
+        return await listing.list_objects(self.plane, bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+
+    async def list_versions(
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        after_version: str = "",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> Listing:
+        return await listing.list_versions(
+            self.plane, bucket, prefix=prefix, after=after, after_version=after_version, delimiter=delimiter, limit=limit
+        )

@@ -1,0 +1,421 @@
+"""Small in-memory bodies of the ports under the object plane, with real behaviour: compare-and-set registers, verified fragments, real cryptography.
+
+Every one has switches for what can go wrong: disks that refuse, hang, lose, lie; registers that pre-empt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import hmac
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import xxhash
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.errors import DataDamaged, DiskUnusable, FragmentMissing, KeyringUnavailable, NoSuchBucket, PeerUnreachable
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
+from storaged.meta.names import RegisterName, Value, Visibility
+from storaged.meta.ports import ListPage, Outcome, Reading, Row, SmallCopies, Update
+from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
+from storaged.objects.ports import SealBroken, pack_context
+from storaged.wire import Buffer, decode
+
+
+def layout_of(racks: Sequence[int] = (2, 2, 2), profile: str = "4+2", epoch: int = 1) -> Layout:
+    """``racks``: disks in each; disk ids are ``rack-number``."""
+    names = "abcdefgh"
+    nodes = tuple(NodeEntry(f"n{names[r]}", f"FR/site{names[r]}/{names[r]}", "127.0.0.1:1", ("storage",)) for r in range(len(racks)))
+    disks = tuple(DiskEntry(f"{names[r]}{d}", f"n{names[r]}", 1) for r, count in enumerate(racks) for d in range(count))
+    seeds = tuple(f"{names[r]}0" for r in range(min(3, len(racks))))
+    return Layout("test", epoch, nodes, disks, seeds, profile)
+
+
+class FakeLayouts:
+    def __init__(self, layout: Layout) -> None:
+        self._layouts = {layout.epoch: layout}
+        self.current = layout
+
+    def learn(self, layout: Layout) -> None:
+        self._layouts[layout.epoch] = layout
+        self.current = layout
+
+    def at(self, epoch: int) -> Layout:
+        return self._layouts[epoch]
+
+
+@dataclass
+class FakeClock:
+    """Monotonic time is the loop's plus what a test adds."""
+
+    ahead_s: float = 0.0
+    wall: int = 1_760_000_000_000
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time() + self.ahead_s
+
+    def wall_ms(self) -> int:
+        self.wall += 1
+        return self.wall
+
+
+@dataclass
+class Stored:
+    header: FragmentHeader
+    cells: list[bytes]
+    sums: list[int]
+    synced: bool = False
+
+
+@dataclass
+class FakeDisk:
+    """A fragment store. ``down``: unreachable; ``full``: refuses writes; ``hang``: an event that operations wait for; ``on_write``: called before each write with its number."""
+
+    name: str
+    fragments: dict[FragmentId, Stored] = field(default_factory=dict)
+    garbage: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)
+    down: bool = False
+    full: bool = False
+    fail_sync: bool = False
+    hang: asyncio.Event | None = None
+    on_write: Callable[[int], None] | None = None
+    writes: int = 0
+    reads: int = 0
+
+    async def _enter(self) -> None:
+        if self.hang is not None:
+            await self.hang.wait()
+        await asyncio.sleep(0)
+        if self.down:
+            raise PeerUnreachable(f"{self.name} is down")
+
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
+        self.writes += 1
+        if self.on_write is not None:
+            self.on_write(self.writes)
+        await self._enter()
+        if self.full:
+            raise DiskUnusable(f"{self.name} is full")
+        data = b"".join(payload)
+        assert len(data) == header.length
+        cells = [data[at : at + header.cell_bytes] for at in range(0, len(data), header.cell_bytes)]
+        fragment = FragmentId.unpack(header.id)
+        assert len(header.hashes) == (1 if fragment.k == 1 else fragment.k + fragment.m)
+        assert header.hashes[0 if fragment.k == 1 else fragment.position] == xxhash.xxh3_128_digest(data)
+        self.fragments[fragment] = Stored(header, cells, [xxhash.xxh3_64_intdigest(cell) for cell in cells], sync)
+
+    async def sync(self, ids: Sequence[FragmentId]) -> None:
+        await self._enter()
+        if self.fail_sync:
+            raise DiskUnusable(f"{self.name}: fsync failed")
+        for fragment in ids:
+            if fragment not in self.fragments:
+                raise FragmentMissing(str(fragment))
+            self.fragments[fragment].synced = True
+
+    async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
+        self.reads += 1
+        await self._enter()
+        stored = self.fragments.get(fragment)
+        if stored is None:
+            raise FragmentMissing(str(fragment))
+        span = range(first_cell, min(first_cell + count, len(stored.cells)))
+        return CellRead(
+            stored.header,
+            tuple(memoryview(stored.cells[i]) if xxhash.xxh3_64_intdigest(stored.cells[i]) == stored.sums[i] else None for i in span),
+        )
+
+    async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
+        await self._enter()
+        return [self._stat(fragment) for fragment in ids]
+
+    def _stat(self, fragment: FragmentId) -> FragmentStat:
+        stored = self.fragments.get(fragment)
+        if stored is None:
+            return FragmentStat(fragment.pack(), Health.MISSING)
+        good = all(xxhash.xxh3_64_intdigest(cell) == want for cell, want in zip(stored.cells, stored.sums, strict=True))
+        return FragmentStat(fragment.pack(), Health.OK if good else Health.DAMAGED, stored.header.length, stored.header.created_ms)
+
+    async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
+        return await self.stat(ids)
+
+    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+        await self._enter()
+        self.garbage[data_id] = (owner, due_ms)
+
+    async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
+        return [(data_id, owner) for data_id, (owner, due) in self.garbage.items() if due <= now_ms][:limit]
+
+    async def unretire(self, data_id: bytes) -> None:
+        self.garbage.pop(data_id, None)
+
+    async def delete(self, ids: Sequence[FragmentId]) -> int:
+        await self._enter()
+        return sum(self.fragments.pop(fragment, None) is not None for fragment in ids)
+
+    async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
+        for fragment in sorted(self.fragments)[:limit]:
+            yield self.fragments[fragment].header
+
+    async def verify(self, fragment: FragmentId) -> FragmentStat:
+        return self._stat(fragment)
+
+    async def usage(self) -> Usage:
+        return Usage("ok", 0, 1 << 40, len(self.fragments))
+
+    async def close(self) -> None:
+        return None
+
+    def flip(self, fragment: FragmentId, cell: int, *, lie: bool = False) -> None:
+        """Damages a cell; with ``lie`` its checksum is made to fit."""
+        stored = self.fragments[fragment]
+        data = bytearray(stored.cells[cell])
+        data[len(data) // 2] ^= 0x40
+        stored.cells[cell] = bytes(data)
+        if lie:
+            stored.sums[cell] = xxhash.xxh3_64_intdigest(stored.cells[cell])
+
+
+class FakeDisks:
+    """All disks; also the cluster's Liveness: ``suspected`` are those that heartbeats call dead."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.disks = {disk.id: FakeDisk(disk.id) for disk in layout.disks}
+        self.suspected: set[str] = set()
+
+    def store(self, disk_id: str) -> FakeDisk:
+        return self.disks[disk_id]
+
+    def disk_writable(self, disk_id: str) -> bool:
+        return disk_id not in self.suspected and not self.disks[disk_id].full
+
+    def disk_readable(self, disk_id: str) -> bool:
+        return disk_id not in self.suspected
+
+    def rack_down(self, rack: str, *, suspected: bool = True) -> None:
+        for name, disk in self.disks.items():
+            if name.startswith(rack):
+                disk.down = True
+                if suspected:
+                    self.suspected.add(name)
+
+    def of(self, data_id: bytes) -> list[tuple[str, FragmentId]]:
+        return sorted((name, f) for name, disk in self.disks.items() for f in disk.fragments if f.data_id == data_id)
+
+
+class FakeRing:
+    """Registers, Pages, Scanner and Fences of one process. ``interfere``: called between prepare and accept; when it changes the key, the change is pre-empted."""
+
+    def __init__(self, layouts: FakeLayouts, disks: FakeDisks) -> None:
+        self.layouts = layouts
+        self.disks = disks
+        self.values: dict[RegisterName, Value] = {}
+        self.pages: dict[bytes, bytes] = {}
+        self.fences: dict[bytes, tuple[bytes, bool]] = {}
+        self.interfere: Callable[[RegisterName], Awaitable[None]] | None = None
+
+    async def read(self, name: RegisterName, *, want_payload: bool = False) -> Reading:
+        await asyncio.sleep(0)
+        value = self.values.get(name)
+        payload = None
+        if want_payload and value is not None and value.payload:
+            payload = await self._load(name, value.payload)
+        return Reading(value, payload)
+
+    async def _load(self, name: RegisterName, data_id: bytes) -> memoryview | None:
+        for disk in self.layouts.current.replicas_of(name.partition):
+            if self.disks.disk_readable(disk) and not self.disks.disks[disk].down:
+                for fragment, stored in self.disks.disks[disk].fragments.items():
+                    if fragment.data_id == data_id:
+                        return memoryview(b"".join(stored.cells))
+        return None
+
+    async def change(
+        self,
+        name: RegisterName,
+        update: Update,
+        *,
+        small: SmallCopies | None = None,
+        ready: Awaitable[None] | None = None,
+        settling_nonce: bytes = b"",
+    ) -> Outcome:
+        first = True
+        while True:
+            before = self.values.get(name)
+            change = update(before)
+            if change is None:
+                return Outcome(before, before)
+            if small is not None:
+                await self._copies(name, small)
+            if first and ready is not None:
+                await ready
+            first = False
+            interfere, self.interfere = self.interfere, None
+            if interfere is not None:
+                await interfere(name)
+            await asyncio.sleep(0)
+            if name.scope in self.fences:
+                raise NoSuchBucket
+            if self.values.get(name) != before:
+                continue
+            sequence = (before.sequence if before else 0) + 1
+            after = Value(sequence, os.urandom(16), change.visibility, change.body, change.payload)
+            self.values[name] = after
+            return Outcome(before, after)
+
+    async def _copies(self, name: RegisterName, small: SmallCopies) -> None:
+        synced = set()
+        for disk, (header, payload) in zip(self.layouts.current.replicas_of(name.partition), small.fragments, strict=True):
+            try:
+                await self.disks.disks[disk].write(decode(header, FragmentHeader), payload, sync=True)
+            except (PeerUnreachable, DiskUnusable):
+                continue
+            synced.add(disk)
+        assert small.enough(frozenset(synced))
+
+    async def put_page(self, near: RegisterName, body: bytes) -> bytes:
+        digest = xxhash.xxh3_128_digest(body)
+        self.pages[digest] = body
+        return digest
+
+    async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
+        if page_hash not in self.pages:
+            raise DataDamaged
+        return self.pages[page_hash]
+
+    async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+        self.fences[scope] = (nonce, final)
+
+    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> None:
+        held = self.fences.get(scope)
+        if held == (nonce, False):
+            del self.fences[scope]
+
+    async def list_page(
+        self,
+        table: int,
+        scope: bytes,
+        shards: Sequence[int],
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+        hidden: bool = False,
+        settling_nonce: bytes = b"",
+    ) -> ListPage:
+        least = Visibility.HIDDEN if hidden else Visibility.LIVE
+        found = sorted(
+            (name.key, value)
+            for name, value in self.values.items()
+            if (name.table, name.scope) == (table, scope) and name.shard in shards and value.visibility >= least
+        )
+        rows: list[Row] = []
+        prefixes: list[bytes] = []
+        last = after
+        for key, value in found:
+            if key <= last or not key.startswith(prefix) or (prefixes and key.startswith(prefixes[-1])):
+                continue
+            if len(rows) + len(prefixes) >= limit:
+                return ListPage(tuple(rows), tuple(prefixes), last if limit else None)
+            at = key.find(delimiter, len(prefix)) if delimiter else -1
+            if at >= 0:
+                common = key[: at + len(delimiter)]
+                if after.startswith(common) and after > common:
+                    continue
+                prefixes.append(common)
+                last = common + b"\xff" * 4
+            else:
+                rows.append(Row(key, value))
+                last = key
+        return ListPage(tuple(rows), tuple(prefixes), None)
+
+
+class FakeBucketKey:
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self._key = AESGCM(hashlib.sha256(b"bucket key %d" % version).digest())
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def wrap(self, dek: bytes, context: Sequence[bytes]) -> bytes:
+        return self.seal_list(dek, context).ljust(112, b"\0")
+
+    def unwrap(self, wrapped: bytes, context: Sequence[bytes]) -> bytes:
+        return self.open_list(wrapped[:60], context)
+
+    def seal_list(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+        nonce = os.urandom(12)
+        return nonce + self._key.encrypt(nonce, plaintext, pack_context(b"", context))
+
+    def open_list(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
+        try:
+            return self._key.decrypt(sealed[:12], sealed[12:], pack_context(b"", context))
+        except InvalidTag:
+            raise SealBroken("wrong key or context") from None
+
+
+class FakeKeys:
+    def __init__(self) -> None:
+        self.newest: dict[bytes, int] = {}
+
+    async def create_bucket_key(self, bucket_id: bytes) -> None:
+        self.newest[bucket_id] = 1
+
+    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> FakeBucketKey:
+        if bucket_id not in self.newest:
+            raise KeyringUnavailable
+        return FakeBucketKey(version or self.newest[bucket_id])
+
+    def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
+        return hmac.digest(b"record key", pack_context(message, context), "sha256")
+
+    def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
+        return hmac.compare_digest(self.authenticate(context, message), tag)
+
+    def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+        return FakeBucketKey(99).seal_list(plaintext, context)
+
+    def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
+        return FakeBucketKey(99).open_list(sealed, context)
+
+
+FAST = ObjectLimits(late_grace_s=0.02, write_timeout_s=0.3, sync_timeout_s=0.3, read_timeout_s=0.3, hedge_floor_s=0.02)
+"""Patience measured in test time."""
+
+
+class World:
+    """An object plane on fakes. A context manager that closes it."""
+
+    def __init__(self, layout: Layout | None = None, **limits: object) -> None:
+        self.layouts = FakeLayouts(layout or layout_of())
+        self.disks = FakeDisks(self.layouts.current)
+        self.ring = FakeRing(self.layouts, self.disks)
+        self.keys = FakeKeys()
+        self.clock = FakeClock()
+        self.damage: list[Damage] = []
+        self.limits = dataclasses.replace(FAST, **limits)  # type: ignore[arg-type]
+
+    def plane(self) -> ObjectPlane:
+        ring = self.ring
+        return ObjectPlane(
+            registers=ring,
+            pages=ring,
+            scanner=ring,
+            fences=ring,
+            stores=self.disks,
+            liveness=self.disks,
+            layouts=self.layouts,
+            keys=self.keys,
+            clock=self.clock,
+            entropy=os.urandom,
+            limits=self.limits,
+            on_damage=self.damage.append,
+        )
