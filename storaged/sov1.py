@@ -17,6 +17,7 @@ open under one key only (AES-GCM alone does not: https://eprint.iacr.org/2020/14
 
     sov.part.v1       a part of an object          objects.seal
     sov.meta.v1       metadata in a record         objects.seal
+    sov.parts.v1      parts of a long manifest     objects.manifest
     sov.key.v1        a wrapped data key           keys
     sov.bucketkey.v1  a wrapped bucket key         keys
     sov.keyring.v1    the keyring file's body      keys

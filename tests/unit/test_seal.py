@@ -88,6 +88,20 @@ def test_a_keyring_is_protected_as_documented():
     )
 
 
+def test_the_documents_print_the_vectors_as_they_are():
+    package = Path(__file__).parents[2] / "storaged"
+    printed = "".join("".join(path.read_text().split()) for path in sorted(package.rglob("*.md")))
+    wanted = [
+        VECTORS["parts"][0]["header"],
+        VECTORS["parts"][0]["chunks"][0],
+        VECTORS["parts"][1]["chunks"][0],
+        VECTORS["list_field"]["list_key"],
+    ]
+    wanted += [VECTORS["wrapped_key"]["wrapped"], VECTORS["metadata"]["sealed"], VECTORS["list_field"]["sealed"]]
+    wanted += [VECTORS["wrapped_bucket_key"]["wrapped"], VECTORS["authenticator"]["tag"]]
+    assert [value for value in wanted if value not in printed] == []
+
+
 # --- what must not open -----------------------------------------------------------------------------------------------
 
 
