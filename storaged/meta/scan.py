@@ -79,6 +79,7 @@ class ShardSlice(Message, frozen=True):
     done: bool
     digest: int
     rows: bytes = b""
+    looked_at: int = 0
     unreadable: bool = False
 
 
@@ -174,10 +175,10 @@ class _ShardScan:
                     self._rows.append((key, b"", 0, None))
                 continue
             checks.append(row_check(row))
+            self._bytes += len(row)
             visibility, ballot, value = row_parts(row)
             if visibility >= visible:
                 self._entries += 1
-                self._bytes += len(row)
                 group = common_prefix(key, request.prefix, delimiter) if delimiter else b""
                 if group:
                     self.through = list_after_prefix(group)
@@ -194,4 +195,5 @@ class _ShardScan:
             done=not self._more,
             digest=xxhash.xxh3_64_intdigest(b"".join(self._checks)),
             rows=wire.encode(self._rows) if self._ask.want else b"",
+            looked_at=len(self._checks),
         )

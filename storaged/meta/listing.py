@@ -1,0 +1,195 @@
+"""Listing a bucket: pages of settled rows in key order, from shards that each have several replicas.
+
+Theory of operation
+    A bucket's keys are spread by hash over its shards. A page asks each shard for its share of the page and a little more, and again those that turn out
+    to hold more of it. ``Feed.through`` says up to which key a shard is known; only what all shards are known up to can be on the page. A common
+    prefix may be reported by every shard and is one entry.
+
+    There is no snapshot across keys. What was acknowledged before the call is seen; pages never go back.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, sqrt
+
+from storaged.cluster.ports import Layouts, Liveness
+from storaged.meta.names import RegisterName, Visibility
+from storaged.meta.ports import ListPage, Registers, Replicas, Row
+from storaged.meta.scan import LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
+from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, bounded, common_end, reported
+
+PAGE_ROWS_MAX = LIMIT_MAX - 1
+ROUNDS_MAX = 64
+"""A page that is not full after this many rounds is given as it is, to go on from there: 64 rounds are half a million deleted keys."""
+
+SHARE_ROWS_MIN = 8
+WALK_ROWS = 500
+
+
+@dataclass
+class CatchUp:
+    """``rows`` looked at; ``settled``: differed, and were settled on all replicas that answer; ``away``: disks that did not answer."""
+
+    rows: int = 0
+    settled: int = 0
+    away: set[str] = field(default_factory=set)
+
+
+class RingScanner:
+    """``Scanner`` over the replicas. ``registers`` settles what they don't agree on."""
+
+    def __init__(
+        self,
+        layouts: Layouts,
+        replicas: Replicas,
+        registers: Registers,
+        liveness: Liveness,
+        *,
+        timeout_s: float = 10.0,
+        hedge_s: float = HEDGE_S,
+    ) -> None:
+        self._registers = registers
+        self._reader = ShardReader(layouts, replicas, registers, liveness, timeout_s, hedge_s)
+
+    async def list_page(
+        self,
+        table: int,
+        scope: bytes,
+        shards: Sequence[int],
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+        hidden: bool = False,
+        settling_nonce: bytes = b"",
+    ) -> ListPage:
+        """As the port says. ``limit`` up to 4,095; 0 gives an empty last page. A page may be short, even empty, with ``next_after`` set: then
+        so many deleted keys lay in between that it is better to come back."""
+        if not 0 <= limit <= PAGE_ROWS_MAX:
+            raise ValueError(f"a page has 0 to {PAGE_ROWS_MAX} entries, not {limit}")
+        if limit == 0:
+            return ListPage()
+        query = Query(table, scope, prefix, delimiter, Visibility.HIDDEN if hidden else Visibility.LIVE, settling_nonce)
+        page = _Page(query, [self._reader.feed(query, shard, after) for shard in shards], limit)
+        for turn in range(ROUNDS_MAX):
+            asked = page.behind()
+            if not asked:
+                return page.whole()
+            for feed, piece in zip(asked, await self._reader.pieces(query, asked, page.share(len(asked), turn)), strict=True):
+                page.add(feed, piece)
+        return page.cut_short()
+
+    async def scan_all(
+        self,
+        table: int,
+        scope: bytes,
+        shards: Sequence[int],
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        hidden: bool = True,
+        settling_nonce: bytes = b"",
+    ) -> AsyncIterator[Row]:
+        """Every settled row with key > ``after``, hidden ones included, in slices: what the consumer does in between holds nothing open."""
+        position: bytes | None = after
+        while position is not None:
+            page = await self.list_page(
+                table, scope, shards, prefix=prefix, after=position, limit=WALK_ROWS, hidden=hidden, settling_nonce=settling_nonce
+            )
+            for row in page.rows:
+                yield row
+            position = page.next_after
+
+    async def catch_up(self, table: int, scope: bytes, shard: int, *, settling_nonce: bytes = b"") -> CatchUp:
+        """Brings the replicas of one shard to the same rows: slices of all that answer are compared by digest, and each key that one of them lacks,
+        has damaged or at another ballot is settled by a committed round on all of them.
+
+        Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
+        """
+        query = Query(table, scope, b"", b"", Visibility.TOMBSTONE, settling_nonce)
+        feed = self._reader.feed(query, shard, b"")
+        found = CatchUp()
+        while not feed.done:
+            answers = (await self._reader.ask_all(query, [feed], WALK_ROWS, Want.DIGEST))[shard]
+            found.away |= set(feed.disks) - set(answers)
+            if len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) > 1:
+                answers = (await self._reader.ask_all(query, [feed], WALK_ROWS, Want.ALL))[shard]
+                through, done = common_end(answers.values())
+                rows = reported([decode_rows(answer.rows) for answer in answers.values()], through, done)
+                differing = [RegisterName(table, scope, shard, key) for key, seen in rows.items() if not _unanimous(seen, len(answers))]
+                await bounded([self._registers.settle(name, settling_nonce=settling_nonce) for name in differing], SETTLING_MAX)
+                found.settled += len(differing)
+            feed.through, feed.done = common_end(answers.values())
+            found.rows += max(answer.looked_at for answer in answers.values())
+        return found
+
+
+class _Page:
+    """A page while it is filled. ``entries``: key -> row, or common prefix -> None."""
+
+    def __init__(self, query: Query, feeds: list[Feed], limit: int) -> None:
+        self._query = query
+        self._feeds = feeds
+        self._limit = limit
+        self._need = limit + 1  # one more tells whether there is a next page
+        self._entries: dict[bytes, Row | None] = {}
+        self._names: list[bytes] = []
+
+    def behind(self) -> list[Feed]:
+        """The feeds that may still hold something for this page."""
+        self._names = sorted(self._entries)
+        if len(self._names) < self._need:
+            return [feed for feed in self._feeds if not feed.done]
+        last = self._names[self._need - 1]
+        return [feed for feed in self._feeds if not feed.done and feed.through < last]
+
+    def share(self, feeds: int, turn: int) -> int:
+        """How many entries to ask of each of so many feeds. Keys fall into shards like coins: a share is 2.5 standard deviations above the mean, so that
+        one round mostly does; it doubles with every turn, for common prefixes that all shards have and for places full of deleted keys."""
+        known = min((feed.through for feed in self._feeds if not feed.done), default=b"")
+        mean = max(1, self._need - bisect_right(self._names, known)) / feeds
+        return min(self._need, max(SHARE_ROWS_MIN, ceil(mean + 2.5 * sqrt(mean)) << turn))
+
+    def add(self, feed: Feed, piece: Piece) -> None:
+        if self._query.delimiter:
+            for row in piece.rows:
+                group = common_prefix(row.key, self._query.prefix, self._query.delimiter)
+                self._entries[group or row.key] = None if group else row
+        else:
+            self._entries.update((row.key, row) for row in piece.rows)
+        feed.through, feed.done = self._jumped(piece.through), piece.done
+
+    def _jumped(self, through: bytes) -> bytes:
+        """Behind the common prefix that ``through`` lies in, when that is on the page already."""
+        group = common_prefix(through, self._query.prefix, self._query.delimiter)
+        return list_after_prefix(group) if group and group in self._entries else through
+
+    def whole(self) -> ListPage:
+        return self._listed(self._names[: self._limit], len(self._names) > self._limit)
+
+    def cut_short(self) -> ListPage:
+        """What is certain, and where to go on."""
+        if not self.behind():
+            return self.whole()
+        known = self._jumped(min(feed.through for feed in self._feeds if not feed.done))
+        names = self._names[: bisect_right(self._names, known)]
+        if len(names) > self._limit:
+            return self._listed(names[: self._limit], True)
+        return replace(self._listed(names, False), next_after=known)
+
+    def _listed(self, names: list[bytes], more: bool) -> ListPage:
+        rows = [self._entries[name] for name in names]
+        prefixes = tuple(name for name, row in zip(names, rows, strict=True) if row is None)
+        next_after = None
+        if more:
+            next_after = list_after_prefix(names[-1]) if rows[-1] is None else names[-1]
+        return ListPage(tuple(row for row in rows if row is not None), prefixes, next_after)
+
+
+def _unanimous(rows: list[ScanRow], replicas: int) -> bool:
+    """Every replica has the row, whole, at one ballot."""
+    return len(rows) == replicas and bool(rows[0].ballot) and all(row.ballot == rows[0].ballot for row in rows)

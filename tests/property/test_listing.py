@@ -1,0 +1,175 @@
+"""Pages from replicas that disagree are those of a sorted dict of what a majority holds, or the newest where none does."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
+from storaged.meta.scan import common_prefix
+from tests.unit.meta_ring import BUCKET, Ring, value_of
+
+PIECES = st.sampled_from([b"a", b"b", b"/", b"//", b"\0", b"\xff", b"a" * 479, b"\xff" * 30, b"photos/2026/"])
+KEYS = st.lists(PIECES, min_size=1, max_size=5).map(lambda pieces: b"".join(pieces)[:KEY_BYTES_MAX])
+VISIBILITIES = st.sampled_from([Visibility.LIVE, Visibility.LIVE, Visibility.HIDDEN, Visibility.TOMBSTONE])
+
+
+@dataclass
+class KeyState:
+    """What each of the three replicas has: the counter of its ballot (0: nothing), and the visibility that goes with each ballot."""
+
+    counters: tuple[int, int, int]
+    visibilities: tuple[int, int, int, int]
+    damaged: int | None
+
+    def is_damaged(self, index: int) -> bool:
+        """Only a row that another replica has too: nothing else could bring it back. And only while all replicas answer: it counts for nothing."""
+        return self.damaged == index and self.counters[index] > 0 and sum(counter > 0 for counter in self.counters) > 1
+
+
+AGREED = st.integers(1, 3).map(lambda counter: (counter, counter, counter))
+STATES = st.builds(
+    KeyState,
+    st.one_of(AGREED, AGREED, st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))),
+    st.tuples(st.just(Visibility.TOMBSTONE), VISIBILITIES, VISIBILITIES, VISIBILITIES),
+    st.one_of(st.none(), st.none(), st.none(), st.integers(0, 2)),
+)
+
+
+@dataclass
+class Case:
+    keys: dict[bytes, KeyState]
+    shards: int
+    prefix: bytes
+    after: bytes
+    delimiter: bytes
+    limit: int
+    hidden: bool
+    down: str = ""
+    noticed: bool = True
+    truth: dict[bytes, Value] = field(default_factory=dict)
+
+
+CASES = st.builds(
+    Case,
+    keys=st.dictionaries(KEYS, STATES, max_size=25),
+    shards=st.integers(1, 5),
+    prefix=st.one_of(st.just(b""), KEYS),
+    after=st.one_of(st.just(b""), KEYS),
+    delimiter=st.sampled_from([b"", b"/", b"//", b"a", b"\0", b"\xff", b"/2026/"]),
+    limit=st.integers(1, 12),
+    hidden=st.booleans(),
+    down=st.sampled_from(["", "", "d0", "d1", "d2", "d3", "d4", "d5"]),
+    noticed=st.booleans(),
+)
+
+
+async def ring_of(case: Case) -> Ring:
+    """The stores as the case has them; ``case.truth`` is what a list must show."""
+    ring = Ring()
+    if case.down:
+        ring.down.add(case.down)
+        if case.noticed:
+            ring.thought_down.add(case.down)
+    for key, state in case.keys.items():
+        name = RegisterName(Table.OBJECT, BUCKET, shard_of(key, case.shards), key)
+        seen: list[int | None] = []
+        for index, disk in enumerate(ring.replicas_of(name)):
+            counter = state.counters[index]
+            if counter:
+                await ring.put(disk, name, value_of(counter, state.visibilities[counter]), counter)
+            if not case.down and state.is_damaged(index):
+                ring.stores[disk].damage(name)
+            if disk not in ring.down:
+                seen.append(None if not case.down and state.is_damaged(index) else counter)
+        agreed = [counter for counter in seen if counter is not None and seen.count(counter) >= 2]
+        winner = agreed[0] if agreed else max(counter or 0 for counter in seen)
+        if winner:
+            case.truth[key] = value_of(winner, state.visibilities[winner])
+    return ring
+
+
+def model(case: Case) -> list[tuple[bytes, Value | None]]:
+    least = Visibility.HIDDEN if case.hidden else Visibility.LIVE
+    entries: dict[bytes, Value | None] = {}
+    for key, value in sorted(case.truth.items()):
+        if key > case.after and key.startswith(case.prefix) and value.visibility >= least:
+            group = common_prefix(key, case.prefix, case.delimiter)
+            entries[group or key] = None if group else value
+    return list(entries.items())
+
+
+async def listed(case: Case, ring: Ring) -> list[list[tuple[bytes, Value | None]]]:
+    """All pages, each as its entries in order."""
+    pages = []
+    after: bytes | None = case.after
+    while after is not None:
+        page = await ring.scanner.list_page(
+            Table.OBJECT,
+            BUCKET,
+            range(case.shards),
+            prefix=case.prefix,
+            after=after,
+            delimiter=case.delimiter,
+            limit=case.limit,
+            hidden=case.hidden,
+        )
+        assert list(page.rows) == sorted(page.rows, key=lambda row: row.key)
+        entries: list[tuple[bytes, Value | None]] = [(row.key, row.value) for row in page.rows]
+        entries += [(prefix, None) for prefix in page.prefixes]
+        pages.append(sorted(entries, key=lambda entry: entry[0]))
+        assert page.next_after is None or page.next_after > after
+        after = page.next_after
+    return pages
+
+
+@settings(max_examples=150, deadline=None)
+@given(CASES)
+def test_the_pages_of_diverging_replicas_are_those_of_a_sorted_dict(case: Case) -> None:
+    async def run() -> list[list[tuple[bytes, Value | None]]]:
+        return await listed(case, await ring_of(case))
+
+    pages = asyncio.run(run())
+    assert [entry for page in pages for entry in page] == model(case)
+    assert all(len(page) == case.limit for page in pages[:-1])
+    assert len(pages[-1]) <= case.limit
+    assert pages == [[]] or pages[-1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(CASES)
+def test_a_walk_over_everything_gives_every_row_once_and_settles_no_more_than_it_must(case: Case) -> None:
+    async def run() -> tuple[list[bytes], set[bytes]]:
+        ring = await ring_of(case)
+        rows = [row.key async for row in ring.scanner.scan_all(Table.OBJECT, BUCKET, range(case.shards))]
+        return rows, {name.key for name in ring.reads}
+
+    rows, read = asyncio.run(run())
+    assert rows == [key for key, value in sorted(case.truth.items()) if value.visibility >= Visibility.HIDDEN]
+    assert all(len(set(case.keys[key].counters)) > 1 or case.keys[key].damaged is not None for key in read)
+    assert not any(set(case.keys[key].counters) == {0} for key in read)
+
+
+@settings(max_examples=40, deadline=None)
+@given(CASES)
+def test_after_catching_up_all_replicas_that_answer_hold_the_same_rows(case: Case) -> None:
+    async def run() -> None:
+        ring = await ring_of(case)
+        for shard in range(case.shards):
+            found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, shard)
+            disks = ring.replicas_of(RegisterName(Table.OBJECT, BUCKET, shard, b"k"))
+            assert found.away == ring.down & set(disks)
+            held = [
+                ring.stores[disk].slice(Table.OBJECT, BUCKET, shard, after=b"", prefix=b"", limit=1000)
+                for disk in disks
+                if disk not in ring.down
+            ]
+            assert all(rows == held[0] for rows in held)
+            ring.settled.clear()
+            again = await ring.scanner.catch_up(Table.OBJECT, BUCKET, shard)
+            assert (again.settled, again.rows, ring.settled) == (0, len(held[0]), [])
+
+    asyncio.run(run())
