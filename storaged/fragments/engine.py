@@ -23,6 +23,7 @@ from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused, Storaged
 from storaged.fragments import recovery
 from storaged.fragments.files import Files, SegmentFile
 from storaged.fragments.format import (
+    KEY_BYTES,
     LARGE,
     PAGE,
     PAYLOAD_BYTES_MAX,
@@ -42,7 +43,7 @@ from storaged.fragments.format import (
     payload_hash,
     segment_seed,
 )
-from storaged.fragments.index import KEY_BYTES, Checkpoint, Entry, Index, Position
+from storaged.fragments.index import Checkpoint, Entry, Index, Position
 from storaged.fragments.ports import FragmentHeader, Usage
 from storaged.fragments.reader import Reader
 from storaged.units import MIB, format_size
@@ -147,12 +148,12 @@ class Engine:
 
     # --- start and stop ---------------------------------------------------------------------------------------------------
 
-    def recover(self, progress: recovery.Progress | None = None) -> recovery.Report:
-        """Replays what the last checkpoint does not cover, cuts a torn tail, and makes what it kept durable.
+    def recover(self, progress: recovery.Progress | None = None, *, read_only: bool = False) -> recovery.Report:
+        """Replays what the last checkpoint does not cover, cuts a torn tail, and makes what it kept durable (``read_only``: neither).
 
         Raises DiskForeign when the segments are another disk's, FormatUnknown when a later version wrote them.
         """
-        self.failure = self.files.failure()
+        self.failure = "opened for reading only" if read_only else self.files.failure()
         report = recovery.replay(
             self.files, self.index, self.segments, read_only=bool(self.failure), spill=self._spill, progress=progress
         )  # fmt: skip

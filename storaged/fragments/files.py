@@ -227,7 +227,7 @@ class PosixFiles:
         except BlockingIOError:
             os.close(self._lock_fd)
             raise DirectoryInUse(f"another process has the fragment store in {directory}") from None
-        _sync_path(directory)
+        sync_path(directory)
 
     def _path(self, number: int) -> Path:
         return self._segments / f"{number:010d}.seg"
@@ -262,7 +262,7 @@ class PosixFiles:
         self.sync_directory()
 
     def sync_directory(self) -> None:
-        _sync_path(self._segments)
+        sync_path(self._segments)
 
     def space(self) -> Space:
         found = os.statvfs(self.directory)
@@ -288,8 +288,8 @@ class PosixFiles:
         with contextlib.suppress(OSError):
             path = self.directory / "FAILED"
             path.write_text(reason + "\n")
-            _sync_path(path)
-            _sync_path(self.directory)
+            sync_path(path)
+            sync_path(self.directory)
 
     def failure(self) -> str:
         try:
@@ -306,7 +306,8 @@ class PosixFiles:
         os.close(self._lock_fd)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """fsync of a file or a directory."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

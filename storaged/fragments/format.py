@@ -34,6 +34,9 @@ NOTES = 2
 MARK = 3
 """Kinds of record: a fragment, notes about fragments (Note), or nothing but a ``synced_end`` (also the filler in front of an aligned payload)."""
 
+KEY_BYTES = 23
+"""Of a packed FragmentId."""
+
 ALIGNMENT = 8
 PAGE = 4 * KIB
 LARGE = 64 * KIB

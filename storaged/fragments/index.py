@@ -28,12 +28,11 @@ import msgspec
 import xxhash
 
 from storaged.errors import DiskForeign, IndexDamaged
-from storaged.fragments.format import Delete, Note, Retire, Touch
+from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.units import GIB
 from storaged.wire import Message, decode, encode
 
 INDEX_VERSION = 1
-KEY_BYTES = 23
 HEAD_CELL = -1
 """In the damage list: the record's head does not hold, so none of its cells can be read."""
 

@@ -17,6 +17,7 @@ from storaged.errors import DiskForeign
 from storaged.fragments.files import Files, SegmentFile
 from storaged.fragments.format import (
     FRAGMENT,
+    KEY_BYTES,
     NOTES,
     SEGMENT_HEADER_BYTES,
     FormatError,
@@ -26,7 +27,7 @@ from storaged.fragments.format import (
     parse_segment_header,
     segment_seed,
 )
-from storaged.fragments.index import KEY_BYTES, Entry, Index, Position
+from storaged.fragments.index import Entry, Index, Position
 from storaged.fragments.scan import Found, Gap, scan, whole
 
 

@@ -1,0 +1,166 @@
+"""A fragment store in memory: the port's behaviour without a disk, for tests and simulations.
+
+``crash`` forgets what was not synced, ``damage`` makes a cell fail, ``refuse`` makes the disk full or read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
+from storaged.fragments.engine import Write
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
+from storaged.wire import Buffer
+
+
+@dataclass
+class _Kept:
+    header: FragmentHeader
+    payload: bytes
+    bad: set[int] = field(default_factory=set)
+    known_bad: set[int] = field(default_factory=set)
+
+
+class MemoryFragmentStore:
+    """A FragmentStore that keeps everything in dicts."""
+
+    def __init__(self, *, bytes_max: int = 1 << 40, on_damage: Callable[[FragmentId, int], None] | None = None) -> None:
+        self._bytes_max = bytes_max
+        self._on_damage = on_damage
+        self._fragments: dict[bytes, _Kept] = {}
+        self._durable: dict[bytes, _Kept] = {}
+        self._retired: dict[bytes, tuple[bytes, int]] = {}
+        self._state = "ok"
+
+    # --- what tests do to it --------------------------------------------------------------------------------------------------
+
+    def refuse(self, state: str) -> None:
+        """``full`` or ``read-only``; ``ok`` ends it."""
+        self._state = state
+
+    def crash(self) -> None:
+        """What was written and not synced is lost."""
+        self._fragments = dict(self._durable)
+
+    def damage(self, fragment: FragmentId, cell: int) -> None:
+        """-1: the head."""
+        self._fragments[fragment.pack()].bad.add(cell)
+
+    # --- the port -------------------------------------------------------------------------------------------------------------
+
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
+        write = Write.of(header, payload)
+        self._refuse_read_only()
+        if self._state == "full" or self._used() + write.payload_bytes > self._bytes_max:
+            raise DiskUnusable("the disk is full up to its reserve", state="full")
+        if not write.matches_hash():
+            raise FragmentDamaged(f"the payload of {write.key.hex()} is not what the hashes in its header say; not written")
+        kept = _Kept(header, b"".join(write.payload))
+        self._fragments[write.key] = kept
+        if sync:
+            self._durable[write.key] = kept
+
+    async def sync(self, ids: Sequence[FragmentId]) -> None:
+        self._refuse_read_only()
+        for fragment in ids:
+            self._durable[fragment.pack()] = self._find(fragment)
+
+    async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
+        kept = self._find(fragment)
+        if -1 in kept.bad:
+            self._found_bad(fragment, kept, -1)
+            raise FragmentDamaged(f"the head of fragment {fragment.pack().hex()} is damaged on the disk")
+        width = kept.header.cell_bytes
+        view = memoryview(kept.payload)
+        cells: list[memoryview | None] = []
+        for cell in range(first_cell, min(first_cell + count, -(-len(view) // width))):
+            if cell in kept.bad:
+                self._found_bad(fragment, kept, cell)
+            cells.append(None if cell in kept.bad else view[cell * width : (cell + 1) * width])
+        return CellRead(kept.header, tuple(cells))
+
+    async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
+        return [self._stat(fragment.pack()) for fragment in ids]
+
+    async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
+        self._refuse_read_only()
+        for fragment in ids:
+            for kept in {
+                id(kept): kept for kept in (self._fragments.get(fragment.pack()), self._durable.get(fragment.pack())) if kept
+            }.values():
+                kept.header = msgspec.structs.replace(kept.header, created_ms=max(now_ms, kept.header.created_ms))
+        return await self.stat(ids)
+
+    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+        self._refuse_read_only()
+        self._retired.setdefault(data_id, (owner, due_ms))
+
+    async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
+        due = sorted((due_ms, data_id, owner) for data_id, (owner, due_ms) in self._retired.items() if due_ms <= now_ms)
+        return [(data_id, owner) for _, data_id, owner in due[:limit]]
+
+    async def unretire(self, data_id: bytes) -> None:
+        self._refuse_read_only()
+        self._retired.pop(data_id, None)
+
+    async def delete(self, ids: Sequence[FragmentId]) -> int:
+        self._refuse_read_only()
+        keys = {fragment.pack() for fragment in ids} & self._fragments.keys()
+        for key in keys:
+            del self._fragments[key]
+            self._durable.pop(key, None)
+        for data_id in {key[:16] for key in keys}:
+            if not any(key.startswith(data_id) for key in self._fragments):
+                self._retired.pop(data_id, None)
+        return len(keys)
+
+    async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
+        for key in sorted(key for key in self._fragments if key > after)[:limit]:
+            yield self._fragments[key].header
+
+    async def verify(self, fragment: FragmentId) -> FragmentStat:
+        kept = self._fragments.get(fragment.pack())
+        for cell in sorted(kept.bad) if kept is not None else ():
+            self._found_bad(fragment, kept, cell)
+        return self._stat(fragment.pack())
+
+    async def usage(self) -> Usage:
+        return Usage(self._state, self._used(), max(0, self._bytes_max - self._used()), len(self._fragments))
+
+    async def close(self) -> None:
+        self._state = "failed"
+
+    def find_copy(self, data_id: bytes) -> FragmentId | None:
+        prefix = data_id + b"\0\0\0\0\x01"
+        return next((FragmentId.unpack(key) for key in self._fragments if key.startswith(prefix)), None)
+
+    def _used(self) -> int:
+        return sum(len(kept.payload) for kept in self._fragments.values())
+
+    def _refuse_read_only(self) -> None:
+        if self._state not in ("ok", "full"):
+            raise DiskUnusable(f"the disk is {self._state}", state=self._state)
+
+    def _find(self, fragment: FragmentId) -> _Kept:
+        if self._state == "failed":
+            raise DiskUnusable("the fragment store is closed", state="failed")
+        kept = self._fragments.get(fragment.pack())
+        if kept is None:
+            raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
+        return kept
+
+    def _found_bad(self, fragment: FragmentId, kept: _Kept | None, cell: int) -> None:
+        if kept is not None and cell not in kept.known_bad:
+            kept.known_bad.add(cell)
+            if self._on_damage is not None:
+                self._on_damage(fragment, cell)
+
+    def _stat(self, key: bytes) -> FragmentStat:
+        kept = self._fragments.get(key)
+        if kept is None:
+            return FragmentStat(key, Health.MISSING)
+        health = Health.DAMAGED if kept.known_bad else Health.OK
+        return FragmentStat(key, health, len(kept.payload), kept.header.created_ms)

@@ -1,0 +1,95 @@
+"""Requests and replies of the methods ``fragment.*``. Every request names the disk. Fragment ids travel packed (23 bytes)."""
+
+from __future__ import annotations
+
+from storaged.fragments.ports import FragmentHeader, FragmentStat, Usage
+from storaged.wire import Message
+
+MISSING_CELL = -1
+
+
+class Done(Message, frozen=True):
+    """Carried out. ``count``: how many, where that has a meaning."""
+
+    count: int = 0
+
+
+class WriteRequest(Message, frozen=True):
+    """``fragment.write``; the payload is the call's body. With ``sync`` the reply comes after the group's fdatasync."""
+
+    disk: str
+    header: FragmentHeader
+    sync: bool = False
+
+
+class IdsRequest(Message, frozen=True):
+    """``fragment.sync``, ``fragment.stat``, ``fragment.delete``, ``fragment.verify`` (of one)."""
+
+    disk: str
+    ids: tuple[bytes, ...]
+
+
+class TouchRequest(Message, frozen=True):
+    disk: str
+    ids: tuple[bytes, ...]
+    now_ms: int
+
+
+class StatsReply(Message, frozen=True):
+    stats: tuple[FragmentStat, ...]
+
+
+class ReadRequest(Message, frozen=True):
+    disk: str
+    id: bytes
+    first_cell: int
+    count: int
+
+
+class ReadReply(Message, frozen=True):
+    """The cells are the reply's body, one after the other; ``lengths``: of each, MISSING_CELL for one that did not hold."""
+
+    header: FragmentHeader
+    lengths: tuple[int, ...]
+
+
+class RetireRequest(Message, frozen=True):
+    disk: str
+    data_id: bytes
+    owner: bytes
+    due_ms: int
+
+
+class UnretireRequest(Message, frozen=True):
+    disk: str
+    data_id: bytes
+
+
+class RetiredRequest(Message, frozen=True):
+    disk: str
+    now_ms: int
+    limit: int
+
+
+class RetiredReply(Message, frozen=True):
+    entries: tuple[tuple[bytes, bytes], ...]
+
+
+class ScanRequest(Message, frozen=True):
+    """``fragment.scan``: one page of at most ``limit`` headers behind ``after``."""
+
+    disk: str
+    after: bytes
+    limit: int
+
+
+class ScanReply(Message, frozen=True):
+    headers: tuple[FragmentHeader, ...]
+
+
+class UsageRequest(Message, frozen=True):
+    disk: str
+
+
+class UsageReply(Message, frozen=True):
+    usage: Usage

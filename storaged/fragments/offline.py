@@ -1,0 +1,115 @@
+"""What an operator does to a disk that no daemon has open: rebuild its index from the segments, or check everything that is on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from storaged.errors import FragmentDamaged, IndexDamaged
+from storaged.fragments.engine import Engine, StoreLimits
+from storaged.fragments.files import Files, PosixFiles, sync_path
+from storaged.fragments.format import SEGMENT_HEADER_BYTES, FormatError, parse_segment_header, segment_seed
+from storaged.fragments.index import HEAD_CELL, Index
+from storaged.fragments.ports import FragmentId
+from storaged.fragments.recovery import Progress, Report, Step
+from storaged.fragments.scan import Found, scan
+
+
+@dataclass
+class CheckReport:
+    """``damaged``: (fragment, bad cells; -1 is the head). ``gaps``: (segment, offset, length) of bytes that are no record, before the log's end."""
+
+    disk_id: str
+    fragments: int = 0
+    bytes: int = 0
+    damaged: list[tuple[FragmentId, tuple[int, ...]]] = field(default_factory=list)
+    gaps: list[tuple[int, int, int]] = field(default_factory=list)
+    lost_segments: list[int] = field(default_factory=list)
+
+
+def disk_id_of(files: Files) -> str:
+    """From the first segment whose header holds. Raises IndexDamaged when there is none."""
+    for number in files.segments():
+        try:
+            return parse_segment_header(files.open(number).read(0, SEGMENT_HEADER_BYTES)).disk_id
+        except (FormatError, OSError):
+            continue
+    raise IndexDamaged("no segment says which disk this is: there are none, or every header is damaged; give the disk's id")
+
+
+def rebuild_index(directory: Path, *, disk_id: str = "", progress: Progress | None = None, now_ms: Callable[[], int] = lambda: 0) -> Report:
+    """Makes the index anew from the segments alone, and puts it in the old one's place when it is complete.
+
+    Interrupted at any point, the old index is still there, or the new one is. Raises DirectoryInUse, DiskForeign, FormatUnknown, OSError.
+    """
+    files = PosixFiles(directory)
+    fresh, old, place = directory / "index.new", directory / "index.old", directory / "index"
+    try:
+        disk_id = disk_id or disk_id_of(files)
+        shutil.rmtree(fresh, ignore_errors=True)
+        index = Index(fresh, disk_id)
+        engine = Engine(files, index, StoreLimits(), now_ms=now_ms, on_damage=lambda _key, _cell: None)
+        try:
+            report = engine.recover(progress)
+            checkpoint = index.freeze(engine.end, ())
+            index.commit(checkpoint)
+            index.thaw(checkpoint)
+        finally:
+            index.close()
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            place.rename(old)
+        fresh.rename(place)
+        sync_path(directory)
+        shutil.rmtree(old, ignore_errors=True)
+        return report
+    finally:
+        files.close()
+
+
+def check(directory: Path, *, disk_id: str = "", progress: Progress | None = None) -> CheckReport:
+    """Reads every live fragment and every record's head; changes nothing in the segments and nothing in the index.
+
+    ``progress`` counts fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, FormatUnknown, OSError.
+    """
+    files = PosixFiles(directory)
+    try:
+        report = CheckReport(disk_id or disk_id_of(files))
+        if not (directory / "index").exists():
+            raise IndexDamaged(f"there is no fragment index in {directory}")
+        index = Index(directory / "index", report.disk_id)
+        try:
+            _check(files, index, report, progress)
+        finally:
+            index.close()
+        return report
+    finally:
+        files.close()
+
+
+def _check(files: Files, index: Index, report: CheckReport, progress: Progress | None) -> None:
+    bad: dict[bytes, set[int]] = {}
+    engine = Engine(files, index, StoreLimits(), now_ms=lambda: 0, on_damage=lambda key, cell: bad.setdefault(key, set()).add(cell))
+    index.damaged.clear()  # what is known to be damaged is to be found and reported again
+    found = engine.recover(read_only=True)
+    report.lost_segments = found.lost_segments
+    total = index.live_bytes
+    for key, entry in index.entries():
+        report.fragments += 1
+        report.bytes += entry.payload_bytes
+        try:
+            engine.reader.verify(key)
+        except FragmentDamaged:
+            bad.setdefault(key, set()).add(HEAD_CELL)
+        if progress is not None and report.fragments % 100 == 0:
+            progress(Step(0, len(engine.segments), report.bytes, total))
+    report.damaged = [(FragmentId.unpack(key), tuple(sorted(cells))) for key, cells in sorted(bad.items())]
+    for number, file in sorted(engine.segments.items()):
+        end = index.segments[number].end if number in index.segments else file.size()
+        for item in scan(file, segment_seed(report.disk_id, number), SEGMENT_HEADER_BYTES, end):
+            if not isinstance(item, Found):
+                report.gaps.append((number, item.offset, item.length))
+            elif item.message is None:
+                report.gaps.append((number, item.offset, item.head.record_bytes))

@@ -1,0 +1,52 @@
+"""Small objects on a disk: whole copies beside the register that refers to them, as one acceptor stores and loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from storaged.errors import FragmentDamaged, FragmentMissing, PeerRefused
+from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore
+from storaged.units import MIB
+from storaged.wire import Buffer, decode
+
+COPY_BYTES_MAX = MIB
+"""A copy is loaded whole; what is kept as copies is far smaller."""
+
+
+class CopyStore(FragmentStore, Protocol):
+    """A local body: it can find a copy without knowing which of the replicas it was made for."""
+
+    def find_copy(self, data_id: bytes) -> FragmentId | None: ...
+
+
+class Payloads:
+    """The two functions that a replica is given, over one disk's fragments."""
+
+    def __init__(self, store: CopyStore) -> None:
+        self._store = store
+
+    async def store_payload(self, header: bytes, payload: Sequence[Buffer] | Buffer) -> None:
+        """Writes and syncs the copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT), DiskUnusable, FragmentDamaged."""
+        try:
+            parsed = decode(header, FragmentHeader)
+        except msgspec.MsgspecError as error:
+            raise PeerRefused(f"not a fragment's header: {error}", remote_code="BAD_FRAGMENT") from None
+        pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
+        await self._store.write(parsed, pieces, sync=True)
+
+    async def load_payload(self, data_id: bytes) -> memoryview | None:
+        """The whole copy, every cell verified; None when this disk has none, or not whole (its damage has been reported)."""
+        fragment = self._store.find_copy(data_id)
+        if fragment is None:
+            return None
+        try:
+            found = await self._store.read(fragment, 0, COPY_BYTES_MAX)
+        except (FragmentMissing, FragmentDamaged):
+            return None
+        whole = [cell for cell in found.cells if cell is not None]
+        if len(whole) != len(found.cells):
+            return None
+        return whole[0] if len(whole) == 1 else memoryview(b"".join(whole))

@@ -1,0 +1,238 @@
+"""Fragment stores over RPC: the disks of other nodes behind the same port, the host that answers for this node's, and the directory of all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TypeVar
+
+from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Reply
+from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused
+from storaged.fragments.format import KEY_BYTES
+from storaged.fragments.messages import (
+    MISSING_CELL,
+    Done,
+    IdsRequest,
+    ReadReply,
+    ReadRequest,
+    RetiredReply,
+    RetiredRequest,
+    RetireRequest,
+    ScanReply,
+    ScanRequest,
+    StatsReply,
+    TouchRequest,
+    UnretireRequest,
+    UsageReply,
+    UsageRequest,
+    WriteRequest,
+)
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, FragmentStore, Usage
+from storaged.wire import Buffer, Message
+
+T = TypeVar("T", bound=Message)
+
+SCAN_PAGE_MAX = 1000
+RETIRED_PAGE_MAX = 10_000
+EPOCHS_BACK_MAX = 64
+"""How many earlier layouts are asked where a disk is that the current one no longer names."""
+
+
+def _pack(ids: Sequence[FragmentId]) -> tuple[bytes, ...]:
+    return tuple(fragment.pack() for fragment in ids)
+
+
+class RemoteFragmentStore:
+    """A FragmentStore on another node. A method that is not answered in time raises PeerTimeout; whether it was carried out is then unknown."""
+
+    def __init__(self, caller: Caller, node: str, disk_id: str, *, timeout_s: float = 10.0, verify_timeout_s: float = 120.0) -> None:
+        self._caller = caller
+        self._node = node
+        self._disk = disk_id
+        self._timeout_s = timeout_s
+        self._verify_timeout_s = verify_timeout_s
+
+    async def _ask(self, method: str, request: Message, reply: type[T], body: Sequence[Buffer] = ()) -> tuple[T, memoryview]:
+        timeout_s = self._verify_timeout_s if method == "fragment.verify" else self._timeout_s
+        return await self._caller.call(self._node, method, request, reply, body=body, timeout_s=timeout_s)
+
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
+        await self._ask("fragment.write", WriteRequest(self._disk, header, sync), Done, payload)
+
+    async def sync(self, ids: Sequence[FragmentId]) -> None:
+        """A node that restarted since the write, and lost it, answers FragmentMissing: its index knows only what its log still has."""
+        await self._ask("fragment.sync", IdsRequest(self._disk, _pack(ids)), Done)
+
+    async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
+        reply, body = await self._ask("fragment.read", ReadRequest(self._disk, fragment.pack(), first_cell, count), ReadReply)
+        if reply.header.id != fragment.pack() or sum(length for length in reply.lengths if length > 0) != len(body):
+            raise FragmentDamaged(f"disk {self._disk} answered with something other than fragment {fragment.pack().hex()}")
+        cells: list[memoryview | None] = []
+        at = 0
+        for length in reply.lengths:
+            cells.append(None if length == MISSING_CELL else body[at : at + length])
+            at += max(length, 0)
+        return CellRead(reply.header, tuple(cells))
+
+    async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
+        reply, _ = await self._ask("fragment.stat", IdsRequest(self._disk, _pack(ids)), StatsReply)
+        return self._answers(ids, reply)
+
+    async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
+        reply, _ = await self._ask("fragment.touch", TouchRequest(self._disk, _pack(ids), now_ms), StatsReply)
+        return self._answers(ids, reply)
+
+    def _answers(self, ids: Sequence[FragmentId], reply: StatsReply) -> list[FragmentStat]:
+        if tuple(stat.id for stat in reply.stats) != _pack(ids):
+            raise PeerRefused(f"disk {self._disk} did not answer for the fragments that it was asked about", remote_code="BAD_REPLY")
+        return list(reply.stats)
+
+    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+        await self._ask("fragment.retire", RetireRequest(self._disk, data_id, owner, due_ms), Done)
+
+    async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
+        reply, _ = await self._ask("fragment.retired", RetiredRequest(self._disk, now_ms, limit), RetiredReply)
+        return list(reply.entries)
+
+    async def unretire(self, data_id: bytes) -> None:
+        await self._ask("fragment.unretire", UnretireRequest(self._disk, data_id), Done)
+
+    async def delete(self, ids: Sequence[FragmentId]) -> int:
+        reply, _ = await self._ask("fragment.delete", IdsRequest(self._disk, _pack(ids)), Done)
+        return reply.count
+
+    async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
+        while limit > 0:
+            reply, _ = await self._ask("fragment.scan", ScanRequest(self._disk, after, min(limit, SCAN_PAGE_MAX)), ScanReply)
+            if not reply.headers:
+                return
+            for header in reply.headers:
+                yield header
+            limit -= len(reply.headers)
+            after = reply.headers[-1].id
+
+    async def verify(self, fragment: FragmentId) -> FragmentStat:
+        reply, _ = await self._ask("fragment.verify", IdsRequest(self._disk, (fragment.pack(),)), StatsReply)
+        return self._answers([fragment], reply)[0]
+
+    async def usage(self) -> Usage:
+        reply, _ = await self._ask("fragment.usage", UsageRequest(self._disk), UsageReply)
+        return reply.usage
+
+    async def close(self) -> None:
+        """The connection belongs to the caller; nothing to do."""
+
+
+class FragmentHost:
+    """Answers for the disks of this node. ``stores`` is read at every call, so that a disk may join or leave."""
+
+    def __init__(self, stores: Mapping[str, FragmentStore]) -> None:
+        self._stores = stores
+
+    def methods(self) -> Methods:
+        return {
+            "fragment.write": Method(WriteRequest, self._write),
+            "fragment.sync": Method(IdsRequest, self._sync),
+            "fragment.read": Method(ReadRequest, self._read),
+            "fragment.stat": Method(IdsRequest, self._stat),
+            "fragment.touch": Method(TouchRequest, self._touch),
+            "fragment.retire": Method(RetireRequest, self._retire),
+            "fragment.retired": Method(RetiredRequest, self._retired),
+            "fragment.unretire": Method(UnretireRequest, self._unretire),
+            "fragment.delete": Method(IdsRequest, self._delete),
+            "fragment.scan": Method(ScanRequest, self._scan),
+            "fragment.verify": Method(IdsRequest, self._verify),
+            "fragment.usage": Method(UsageRequest, self._usage),
+        }
+
+    def _store(self, disk_id: str) -> FragmentStore:
+        store = self._stores.get(disk_id)
+        if store is None:
+            raise DiskUnusable(f"this node does not serve disk {disk_id}", state="failed")
+        return store
+
+    async def _write(self, request: WriteRequest, call: Call) -> Done:
+        await self._store(request.disk).write(request.header, [call.body], sync=request.sync)
+        return Done(1)
+
+    async def _sync(self, request: IdsRequest, _call: Call) -> Done:
+        await self._store(request.disk).sync(_unpack(request.ids))
+        return Done(len(request.ids))
+
+    async def _read(self, request: ReadRequest, _call: Call) -> Reply:
+        found = await self._store(request.disk).read(_unpack((request.id,))[0], request.first_cell, request.count)
+        lengths = tuple(MISSING_CELL if cell is None else len(cell) for cell in found.cells)
+        return Reply(ReadReply(found.header, lengths), [cell for cell in found.cells if cell is not None])
+
+    async def _stat(self, request: IdsRequest, _call: Call) -> StatsReply:
+        return StatsReply(tuple(await self._store(request.disk).stat(_unpack(request.ids))))
+
+    async def _touch(self, request: TouchRequest, _call: Call) -> StatsReply:
+        return StatsReply(tuple(await self._store(request.disk).touch(_unpack(request.ids), request.now_ms)))
+
+    async def _retire(self, request: RetireRequest, _call: Call) -> Done:
+        await self._store(request.disk).retire(request.data_id, request.owner, request.due_ms)
+        return Done(1)
+
+    async def _retired(self, request: RetiredRequest, _call: Call) -> RetiredReply:
+        entries = await self._store(request.disk).retired(request.now_ms, min(request.limit, RETIRED_PAGE_MAX))
+        return RetiredReply(tuple(entries))
+
+    async def _unretire(self, request: UnretireRequest, _call: Call) -> Done:
+        await self._store(request.disk).unretire(request.data_id)
+        return Done(1)
+
+    async def _delete(self, request: IdsRequest, _call: Call) -> Done:
+        return Done(await self._store(request.disk).delete(_unpack(request.ids)))
+
+    async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
+        limit = min(request.limit, SCAN_PAGE_MAX)
+        return ScanReply(tuple([header async for header in self._store(request.disk).scan(request.after, limit)]))
+
+    async def _verify(self, request: IdsRequest, _call: Call) -> StatsReply:
+        store = self._store(request.disk)
+        return StatsReply(tuple([await store.verify(fragment) for fragment in _unpack(request.ids)]))
+
+    async def _usage(self, request: UsageRequest, _call: Call) -> UsageReply:
+        return UsageReply(await self._store(request.disk).usage())
+
+
+def _unpack(ids: Sequence[bytes]) -> list[FragmentId]:
+    for packed in ids:
+        if len(packed) != KEY_BYTES:
+            raise PeerRefused(f"a fragment id has {KEY_BYTES} bytes, not {len(packed)}", remote_code="BAD_FRAGMENT")
+    return [FragmentId.unpack(packed) for packed in ids]
+
+
+class StoreDirectory:
+    """FragmentStores: this node's disks directly, every other disk over RPC at the node that a layout names."""
+
+    def __init__(self, layouts: Layouts, caller: Caller, local: Mapping[str, FragmentStore], *, timeout_s: float = 10.0) -> None:
+        self._layouts = layouts
+        self._caller = caller
+        self._local = local
+        self._timeout_s = timeout_s
+        self._remote: dict[tuple[str, str], RemoteFragmentStore] = {}
+
+    def store(self, disk_id: str) -> FragmentStore:
+        local = self._local.get(disk_id)
+        if local is not None:
+            return local
+        node = self._node_of(disk_id)
+        found = self._remote.get((node, disk_id))
+        if found is None:
+            found = self._remote[node, disk_id] = RemoteFragmentStore(self._caller, node, disk_id, timeout_s=self._timeout_s)
+        return found
+
+    def _node_of(self, disk_id: str) -> str:
+        current = self._layouts.current
+        disk = current.disk_by_id.get(disk_id)
+        epoch = current.epoch
+        while disk is None and epoch > max(0, current.epoch - EPOCHS_BACK_MAX):
+            epoch -= 1
+            try:
+                disk = self._layouts.at(epoch).disk_by_id.get(disk_id)
+            except KeyError:
+                continue
+        if disk is None:
+            raise DiskUnusable(f"no known layout names disk {disk_id}", state="unknown")
+        return disk.node
