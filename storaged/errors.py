@@ -545,6 +545,13 @@ class LayoutRefused(OperatorError):
     hint = "Layouts are signed where the administration key is (`storaged cluster layout`); a node keeps the one it has until a newer one verifies."
 
 
+class AuditUnwritable(OperatorError):
+    """The audit log cannot be written; what must be audited (the release of a key) is refused until it can."""
+
+    code = "AUDIT_UNWRITABLE"
+    hint = "Look at the space and the permissions of the node's audit directory, and at the kernel log for I/O errors."
+
+
 class AuditBroken(OperatorError):
     """The audit log was altered: an entry does not follow from the one before."""
 
@@ -587,6 +594,13 @@ class ObjectsLost(Condition):
 
     code = "OBJECTS_LOST"
     hint = "Bring back the disks that hold them; `storaged where` names them."
+
+
+class ObjectsNotCounted(Condition):
+    """Repair has not yet looked at all objects since a disk came or went: how many are below target is not known."""
+
+    code = "OBJECTS_NOT_COUNTED"
+    hint = "It counts them now; look again in a moment, or wait with `storaged repair status --wait`."
 
 
 class QuorumLost(Condition):
