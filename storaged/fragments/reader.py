@@ -110,7 +110,7 @@ class Reader:
             return None
         first = min(first, entry.cells)
         last = min(first + max(count, 0), entry.cells)
-        start = first * entry.cell_bytes
+        start = min(first * entry.cell_bytes, entry.payload_bytes)
         end = min(last * entry.cell_bytes, entry.payload_bytes)
         payload = entry.offset + entry.payload_start
         fetch = _fetch_cached if cached else _fetch

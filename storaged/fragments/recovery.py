@@ -3,7 +3,8 @@
 What may be cut is decided by what the log says of itself. Every head carries ``synced_end``; the largest that any valid head of the last segment
 carries (or the checkpoint's position, if that is behind it) is the border. Before it everything was durable and perhaps acknowledged:
 a record that does not hold there is damage; it is left where it is, its fragment is reported, and nothing is cut. Behind it nothing is
-proven: a record counts only when every one of its bytes holds, and the bytes behind the last such record are cut. Segments before the
+proven: a record counts only when every one of its bytes holds, what is torn between such records becomes filler, and the bytes behind the last one
+are cut. Segments before the
 last were synced whole before their successor was made, so they have no such zone.
 """
 
@@ -17,11 +18,13 @@ from storaged.errors import DiskForeign
 from storaged.fragments.files import Files, SegmentFile
 from storaged.fragments.format import (
     FRAGMENT,
+    HEAD_BYTES,
     KEY_BYTES,
     NOTES,
     SEGMENT_HEADER_BYTES,
     FormatError,
     FormatUnknown,
+    RecordWriter,
     parse_fragment,
     parse_notes,
     parse_segment_header,
@@ -47,7 +50,7 @@ Progress = Callable[[Step], None]
 class Report:
     """What a replay found. ``end`` is where the next record goes in segment ``last`` (0: there is none).
 
-    ``gaps``: (segment, offset, length) of damage before the border. ``torn_bytes``: cut, or left as garbage, behind it.
+    ``gaps``: (segment, offset, length) of damage before the border. ``torn_bytes``: cut, or made filler, behind it.
     ``failure``: why the disk must be read-only, if it must.
     """
 
@@ -150,7 +153,11 @@ def _replay_sealed(
 def _replay_last(
     index: Index, file: SegmentFile, number: int, start: int, report: Report, spill: Callable[[Position], None], *, read_only: bool
 ) -> None:  # fmt: skip
-    """Twice over: what proves how far the log was durable may stand at its very end."""
+    """Twice over: what proves how far the log was durable may stand at its very end.
+
+    A torn record with whole ones behind it is overwritten with a filler's head: once more records follow, nothing else would tell a later
+    replay that it was never whole.
+    """
     seed = segment_seed(index.disk_id, number)
     end = file.size()
     border = max((item.head.synced_end for item in scan(file, seed, start, end) if isinstance(item, Found)), default=start)
@@ -158,7 +165,8 @@ def _replay_last(
     if not read_only:
         report.failure = _settle(file, border)
     index.grow(number, border)
-    kept, dropped = border, 0
+    kept = border
+    torn: list[tuple[int, int]] = []
     for item in scan(file, seed, start, end):
         if item.offset < border:
             _take(index, number, item, report, spill)
@@ -167,10 +175,15 @@ def _replay_last(
             index.grow(number, kept)
             _take(index, number, item, report, spill)
         else:
-            dropped += min(item.end, end) - item.offset
+            torn.append((item.offset, min(item.end, end) - item.offset))
     report.end = kept
-    report.torn_bytes = dropped
-    if not read_only and not report.failure and kept < end:
+    report.torn_bytes = sum(length for _, length in torn)
+    if torn and not read_only and not report.failure:
+        for offset, length in torn:
+            if offset < kept and length >= HEAD_BYTES:
+                filler = RecordWriter(offset, seed, border)
+                filler.mark(length)
+                file.write(filler.buffers[:1], offset)
         file.truncate(kept)
         file.sync()
 
