@@ -4,7 +4,7 @@
     GET  /v1/status /v1/doctor /v1/jobs     Unix socket
     GET  /v1/where?bucket=&key=             key in hex
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
-    POST /v1/buckets   POST /v1/scrub   POST /v1/keys/backup
+    POST /v1/buckets   POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/checkpoints
 
 A refusal is {"code", "message", "hint"} with the error's status.
 """
@@ -63,6 +63,7 @@ class AdminServer:
                 web.post("/v1/buckets", self._create_bucket),
                 web.post("/v1/scrub", self._scrub),
                 web.post("/v1/keys/backup", self._backup),
+                web.get("/v1/audit/checkpoints", self._checkpoints),
             ]
         )
         runner = await self._run(private)
@@ -129,11 +130,10 @@ class AdminServer:
         return self._services.jobs
 
     async def _jobs(self, _request: web.Request) -> web.Response:
-        return web.json_response({"jobs": [job._asdict() for job in self._need_jobs().jobs()]})
+        return web.json_response(await self._need_jobs().jobs())
 
     async def _scrub(self, _request: web.Request) -> web.Response:
-        await self._need_jobs().start_scrub()
-        return web.json_response({"jobs": [job._asdict() for job in self._need_jobs().jobs()]})
+        return web.json_response({"nodes": await self._need_jobs().start_scrub()})
 
     async def _list_users(self, _request: web.Request) -> web.Response:
         if self._services.users is None:
@@ -180,6 +180,12 @@ class AdminServer:
         keyring, content = await self._services.key_backup(body.get("passphrase", ""))
         log.info("keyring backed up", keyring=keyring)
         return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})
+
+    async def _checkpoints(self, _request: web.Request) -> web.Response:
+        if self._services.checkpoints is None:
+            raise NotHere
+        found = [base64.b64encode(one).decode() for one in await self._services.checkpoints()]
+        return web.json_response({"checkpoints": found, "authority": self._services.authority})
 
 
 async def _body(request: web.Request, *names: str) -> dict[str, str]:

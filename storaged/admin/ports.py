@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from storaged.objects.api import Buckets, Users
 
 
-class JobStatus(NamedTuple):
-    """One long piece of work. ``percent`` None: its size is not known yet; ``eta_s`` None: no rate yet. ``state``: running, waiting, paused, done, failed."""
-
-    name: str
-    state: str
-    percent: float | None
-    rate: str
-    eta_s: float | None
-    detail: str = ""
-
-
 class Jobs(Protocol):
-    """Repair, scrub and other long work (``maintain.runner``)."""
+    """Repair, scrub and other long work of the cluster, and what it counted."""
 
-    def jobs(self) -> Sequence[JobStatus]: ...
+    async def jobs(self) -> dict[str, Any]:
+        """``busy``, the counts of objects, and ``jobs``: each ``name, node, state, percent (or None), rate, eta_s (or None), detail``."""
 
-    async def start_scrub(self) -> None:
-        """Begins reading and verifying everything; does nothing when one is running."""
+    async def start_scrub(self) -> list[str]:
+        """Begins reading and verifying everything; the nodes that began."""
 
 
 @dataclass
@@ -43,3 +33,7 @@ class Services:
     jobs: Jobs | None = None
     key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
     """passphrase -> the keyring's id and its backup, sealed under the passphrase."""
+    checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
+    """All nodes' signed checkpoints of their audit logs, encoded."""
+    authority: str = ""
+    """The cluster's authority certificate, PEM."""

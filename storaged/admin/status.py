@@ -14,7 +14,17 @@ from typing import Any
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.cluster.ports import DiskStatus
-from storaged.errors import ClockSkewed, DiskDown, KeyringMismatch, NodeDown, ObjectsBelowTarget, ObjectsLost, QuorumLost, StoragedError
+from storaged.errors import (
+    ClockSkewed,
+    DiskDown,
+    KeyringMismatch,
+    NodeDown,
+    ObjectsBelowTarget,
+    ObjectsLost,
+    ObjectsNotCounted,
+    QuorumLost,
+    StoragedError,
+)
 
 SKEW_MS_MAX = 5_000
 _DISK_PROBLEMS = {"full": "DISK_FULL", "read-only": "DISK_READ_ONLY", "failed": "DISK_READ_ONLY", "foreign": "DISK_FOREIGN"}
@@ -37,11 +47,12 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Durability:
-    """What repair's walk last counted; None: not counted yet."""
+    """What repair's walks last counted. ``counted`` False: some node has not looked at the disks as they are now, and the numbers are lower bounds."""
 
-    objects_below_target: int | None = None
-    objects_at_risk: int | None = None
-    objects_lost: int | None = None
+    objects_below_target: int = 0
+    objects_at_risk: int = 0
+    objects_lost: int = 0
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
     elif facts.write_profile is None or durability.objects_lost or durability.objects_at_risk:
         verdict = "AT_RISK"
     else:
-        verdict = "DEGRADED" if problems else "HEALTHY"
+        verdict = "DEGRADED" if problems or not durability.counted else "HEALTHY"
     return {
         "verdict": verdict,
         "cluster": facts.layout.cluster,
@@ -98,6 +109,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
         "objects_below_target": durability.objects_below_target,
         "objects_at_risk": durability.objects_at_risk,
         "objects_lost": durability.objects_lost,
+        "objects_counted": durability.counted,
         "nodes": [_node_document(node, facts.layout) for node in facts.nodes],
         "problems": problems,
         "jobs": list(facts.jobs),
@@ -127,6 +139,8 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
         yield problem(ObjectsLost, f"{facts.durability.objects_lost} objects", now_ms)
     if facts.durability.objects_below_target:
         yield problem(ObjectsBelowTarget, f"{facts.durability.objects_below_target} objects", now_ms)
+    if not facts.durability.counted:
+        yield problem(ObjectsNotCounted, "objects", now_ms)
 
 
 def problem(kind: type[StoragedError], subject: str, since_ms: int, detail: str = "") -> dict[str, Any]:

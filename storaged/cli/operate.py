@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import click
 
 from storaged.cli.client import gateway
 from storaged.cli.target import find_directory
-from storaged.errors import OperatorError, StoragedError, every_error
+from storaged.errors import AuditBroken, OperatorError, StoragedError, every_error
+from storaged.units import format_size
 
 POLL_S = 0.5
 
@@ -107,21 +109,22 @@ def doctor(named: str | None, as_json: bool) -> None:
     sys.exit(int(any(check["state"] != "ok" for check in checks)))
 
 
-def _wait(place: Path, name: str) -> None:
-    """Until the job has nothing more to do: a bar on a terminal, a line for each change otherwise."""
+def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str) -> dict[str, Any]:
+    """Until it does not go on: one line that changes on a terminal, a line for each change otherwise."""
     from storaged.cli.status import render_job
 
-    last = ""
+    terminal, last = sys.stdout.isatty(), ""
     while True:
-        jobs: list[dict[str, Any]] = [job for job in gateway(place, "GET", "/v1/jobs")["jobs"] if job["name"] == name]
-        line = "\n".join(render_job(job) for job in jobs)
-        if line != last:
-            click.echo(("\r\x1b[K" if sys.stdout.isatty() else "") + line, nl=not sys.stdout.isatty())
+        found: dict[str, Any] = gateway(place, "GET", "/v1/jobs")
+        lines = [render_job(job) for job in found["jobs"] if job["name"] == name]
+        line = (" | " if terminal else "\n").join(lines)
+        if line and line != last:
+            click.echo(("\r\x1b[K" if terminal else "") + line, nl=not terminal)
             last = line
-        if not any(job["state"] == "running" for job in jobs):
-            if sys.stdout.isatty():
+        if not goes_on(found):
+            if terminal and last:
                 click.echo()
-            sys.exit(int(any(job["state"] == "failed" for job in jobs)))
+            return found
         time.sleep(POLL_S)
 
 
@@ -131,10 +134,14 @@ def _wait(place: Path, name: str) -> None:
 def scrub(named: str | None, wait: bool) -> None:
     """Read everything on all disks, verify it, and hand damage to repair."""
     place = find_directory(named)
-    gateway(place, "POST", "/v1/scrub")
+    nodes = gateway(place, "POST", "/v1/scrub")["nodes"]
+    if not nodes:
+        raise OperatorError("no storage node answered; see `storaged status`")
+    click.echo(f"scrub of {', '.join(nodes)} started")
     if wait:
-        _wait(place, "scrub")
-    click.echo("scrub started; watch it with: storaged status")
+        found = _wait(place, lambda told: any(job["name"] == "scrub" and job["state"] == "running" for job in told["jobs"]), "scrub")
+        if any(job["name"] == "scrub" and job["state"] == "failed" for job in found["jobs"]):
+            raise OperatorError("scrub could not finish; see the lines above")
 
 
 @click.group()
@@ -143,17 +150,23 @@ def repair() -> None:
 
 
 @repair.command("status")
-@click.option("--wait", is_flag=True, help="Return when nothing is left to repair.")
+@click.option("--wait", is_flag=True, help="Return when nothing more can be repaired now.")
+@click.option("--json", "as_json", is_flag=True, help="The counts and jobs.")
 @click.pass_obj
-def repair_status(named: str | None, wait: bool) -> None:
-    """How far repair is, its rate, and when it will be done."""
+def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
+    """How far repair is, its rate, and when it will be done. Exit code 1 while objects are below target or not counted."""
     from storaged.cli.status import render_job
 
     place = find_directory(named)
-    if wait:
-        _wait(place, "repair")
-    for job in gateway(place, "GET", "/v1/jobs")["jobs"]:
-        click.echo(render_job(job))
+    found = _wait(place, lambda told: bool(told["busy"]), "repair") if wait else gateway(place, "GET", "/v1/jobs")
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        for job in () if wait else found["jobs"]:
+            click.echo(render_job(job))
+        counting = "" if found["objects_counted"] else " (still counting)"
+        click.echo(f"{found['objects_below_target']} objects below target, {found['objects_lost']} lost{counting}")
+    sys.exit(int(bool(found["objects_below_target"]) or not found["objects_counted"]))
 
 
 @click.group()
@@ -162,14 +175,67 @@ def audit() -> None:
 
 
 @audit.command("verify")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, exists=True))
-def audit_verify(files: tuple[Path, ...]) -> None:
-    """Check that every entry follows from the one before; the first that does not is named. A directory means all chains in it."""
-    from storaged.cluster import audit as chains
+@click.argument("files", nargs=-1, required=True, metavar="FILE|DIRECTORY...", type=click.Path(path_type=Path, exists=True))
+@click.option("--offline", is_flag=True, help="Without the signed checkpoints that the cluster keeps: a missing end cannot show then.")
+@click.pass_obj
+def audit_verify(named: str | None, files: tuple[Path, ...], offline: bool) -> None:
+    """Check that every entry of one node's log follows from the one before; what does not is named. A DIRECTORY means all chains in it."""
+    from storaged.cluster import audit_verify as verifier
 
-    found = [path for file in files for path in (sorted(file.glob("*.jsonl")) if file.is_dir() else [file])]
-    report = chains.verify(found)
-    click.echo(str(report))
+    found = [path for file in files for path in (sorted(file.glob("audit-*.jsonl")) if file.is_dir() else [file])]
+    if not found:
+        raise OperatorError(f"there is no audit log in {files[0]}")
+    checkpoints, authority, note = (
+        ([], None, "not asked for") if offline else _checkpoints(named, found, whole=any(file.is_dir() for file in files))
+    )
+    report = verifier.verify(found, checkpoints, authority=authority)
+    click.echo(f"{report.files} files, {report.entries} entries, {report.checkpoints} checkpoints{f' ({note})' if note else ''}")
+    for head in report.heads:
+        click.echo(f"  chain {head.chain} ends with entry {head.sequence}, {head.hash}")
+    if report.torn_bytes:
+        click.echo(f"  {report.torn_bytes} bytes behind an end were torn by a crash; nothing that was acknowledged is among them")
+    if report.problems:
+        raise AuditBroken("\n".join(["the audit log was altered:", *(f"  {problem}" for problem in report.problems)]))
+    click.echo("every entry follows from the one before")
+
+
+def _checkpoints(named: str | None, found: list[Path], *, whole: bool) -> tuple[list[Any], Any, str]:
+    """The cluster's signed checkpoints for these files, its authority, and why there are none. ``whole``: all of the node's chains are to be there."""
+    import base64
+
+    from cryptography import x509
+
+    from storaged.cluster.audit import Checkpoint
+    from storaged.wire import decode
+
+    chains = {chain for path in found if (chain := _chain_of(path))}
+    nodes = {node for path in found if (node := _node_of(path))}
+    try:
+        place = find_directory(named)
+        answer = gateway(place, "GET", "/v1/audit/checkpoints")
+    except OperatorError as error:
+        return [], None, f"none: {error.message}"
+    authority = x509.load_pem_x509_certificate(answer["authority"].encode())
+    known = [decode(base64.b64decode(text), Checkpoint) for text in answer["checkpoints"]]
+    return [one for one in known if (whole and one.node in nodes) or one.chain in chains], authority, ""
+
+
+def _first_entry(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            entry = json.loads(file.readline(64 * 1024))
+    except (OSError, ValueError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _chain_of(path: Path) -> str:
+    return str(_first_entry(path).get("chain", ""))
+
+
+def _node_of(path: Path) -> str:
+    fields = _first_entry(path).get("fields")
+    return str(fields.get("node", "")) if isinstance(fields, dict) else ""
 
 
 @click.command()
@@ -177,10 +243,20 @@ def audit_verify(files: tuple[Path, ...]) -> None:
 @click.argument("disk", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def fsck(rebuild_index: bool, disk: Path) -> None:
     """Check DISK (a disk's directory) against its own segments, or rebuild its index. Its node must be stopped."""
-    from storaged.fragments import store
+    from storaged.fragments import offline
 
     fragments = disk / "fragments" if (disk / "fragments").is_dir() else disk
     if rebuild_index:
-        click.echo(str(store.rebuild_index(fragments)))
-    else:
-        click.echo(str(store.check(fragments)))
+        done = offline.rebuild_index(fragments)
+        click.echo(f"{fragments}: the index was made anew: {done.records} records, up to segment {done.last}")
+        return
+    found = offline.check(fragments)
+    click.echo(f"{fragments}: disk {found.disk_id}, {found.fragments} fragments, {format_size(found.bytes)}")
+    for fragment, cells in found.damaged:
+        where = "head" if -1 in cells else f"cells {', '.join(map(str, cells))}"
+        click.echo(f"  damaged: data {fragment.data_id.hex()} block {fragment.block} position {fragment.position}: {where}")
+    for segment, offset, length in found.gaps:
+        click.echo(f"  segment {segment}: {length} bytes at {offset} are no record")
+    for segment in found.lost_segments:
+        click.echo(f"  segment {segment} is missing")
+    sys.exit(int(bool(found.damaged or found.gaps or found.lost_segments)))

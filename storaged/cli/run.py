@@ -12,7 +12,7 @@ import click
 @click.option("--end-with-parent", is_flag=True, hidden=True, help="Stop when the starting process ends (used by `storaged dev`).")
 def run(config: Path, end_with_parent: bool) -> int:
     """Run the node that CONFIG.toml describes, in the foreground. SIGTERM drains and ends it, SIGHUP reloads the configuration."""
-    from storaged.node import run_node
+    from storaged.node.daemon import run_node
 
     return run_node(config, end_with_parent=end_with_parent)
 

@@ -82,9 +82,10 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
         "reads": "stopped",
         "writes": None,
         "writes_reason": "the gateway does not answer",
-        "objects_below_target": None,
-        "objects_at_risk": None,
-        "objects_lost": None,
+        "objects_below_target": 0,
+        "objects_at_risk": 0,
+        "objects_lost": 0,
+        "objects_counted": False,
         "nodes": nodes,
         "problems": problems,
         "jobs": [],
@@ -93,8 +94,8 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
 
 def render(found: dict[str, Any], dev: bool) -> str:
     """Five seconds' worth of reading: verdict, what can be done, each problem with its next command."""
-    counted = found["objects_below_target"] is not None
-    lost = f"{found['objects_lost']} lost, {_count(found['objects_below_target'])} below target" if counted else "objects not counted yet"
+    known = "" if found["objects_counted"] else " (still counting)"
+    lost = f"{found['objects_lost']} lost, {_count(found['objects_below_target'])} below target{known}"
     writes = (
         f"writes OK ({found['writes']})"
         if found["writes"]
@@ -123,10 +124,10 @@ def _count(number: int) -> str:
 
 
 def render_job(job: dict[str, Any]) -> str:
-    """``repair  running  40%  12 MiB/s  eta 3 min  detail``."""
+    """``repair  n1  running  40%  12 MiB/s  eta 3 min  detail``."""
     percent = "" if job["percent"] is None else f"{job['percent']:.0f}%"
     eta = "" if job["eta_s"] is None else f"eta {format_duration(job['eta_s'])}"
-    return "  ".join(part for part in (job["name"], job["state"], percent, job["rate"], eta, job["detail"]) if part)
+    return "  ".join(part for part in (job["name"], job["node"], job["state"], percent, job["rate"], eta, job["detail"]) if part)
 
 
 @click.command("status")

@@ -18,8 +18,8 @@ from storaged.cluster.ports import DiskStatus
 from storaged.config import Config, DiskSection
 from storaged.errors import DirectoryInUse, DiskForeign, StoragedError
 from storaged.fragments.engine import StoreLimits
+from storaged.fragments.payloads import Payloads
 from storaged.fragments.ports import FragmentId
-from storaged.fragments.remote import PayloadStore
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
@@ -113,6 +113,6 @@ async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock
     except BaseException:
         await meta.close()
         raise
-    payloads = PayloadStore(fragments)
+    payloads = Payloads(fragments)
     replica = LocalReplica(section.id, meta, store_payload=payloads.store_payload, load_payload=payloads.load_payload)
     return LocalDisk(section.id, section.directory, meta, fragments, replica)

@@ -9,23 +9,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from storaged import keys
+from storaged.admin.ports import Services
 from storaged.clock import Clock
 from storaged.config import Config, split_address
 from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
+from storaged.ids import system_entropy
 from storaged.keys.ports import AlreadyThere, Audit
 from storaged.node.protection import protection_of
 from storaged.node.system import ClusterRecord, SystemPaths, Taken
+from storaged.objects.buckets import BucketService
+from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, KeyService
+from storaged.objects.service import ObjectService
+from storaged.objects.users import UserService
+from storaged.objects.where import where
 from storaged.observe import Metrics
 from storaged.s3.app import RequestDone, S3App
 from storaged.s3.limits import Limits
 from storaged.wire import decode, encode
+
+if TYPE_CHECKING:
+    from storaged.node.planes import Node
 
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
@@ -156,34 +167,116 @@ async def backup(late: LateKeys, directory: Path, passphrase: str) -> tuple[str,
         path.unlink(missing_ok=True)
 
 
-class Front:
-    """The S3 listener, its TLS certificate, and what it counts."""
+class Gateway:
+    """The planes that only a gateway has, over a node's own."""
 
-    def __init__(self, app: S3App, config: Config) -> None:
-        self._app = app
-        self._config = config
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._config = node.config
+        self._late = LateKeys()
         self._context: ssl.SSLContext | None = None
+        self._drained = False
 
-    async def start(self) -> int:
-        """Returns the port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
-        host, port = split_address(self._config.s3.listen)
-        if self._config.s3.tls_certificate:
+    @property
+    def keyring(self) -> keys.Keyring | None:
+        return self._late.keyring
+
+    @property
+    def problem(self) -> str:
+        """Why the keyring cannot be used, when it will not mend itself."""
+        return self._unlocker.problem
+
+    @property
+    def reason(self) -> str:
+        """Why S3 answers 503 now; empty when it does not."""
+        return self._late.reason
+
+    async def open(self) -> None:
+        """Opens the audit log and the S3 port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
+        node, config = self._node, self._config
+        self._unlocker = Unlocker(config, node.own.cluster, node.paths, self._late, self._audit, node.clock)
+        plane = ObjectPlane(
+            registers=node.ring,
+            pages=node.ring,
+            scanner=node.scanner,
+            fences=node.ring,
+            stores=node.stores,
+            liveness=node.membership,
+            layouts=node.layouts,
+            keys=self._late,
+            clock=node.clock,
+            entropy=system_entropy,
+            limits=ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max),
+            on_damage=self._damaged,
+        )
+        self.objects = ObjectService(plane)
+        self.buckets = BucketService(plane)
+        self.users = UserService(plane)
+        self._app = S3App(
+            self.objects,
+            self.buckets,
+            self.users,
+            region=config.s3.region,
+            domains=config.s3.domains,
+            clock=node.clock,
+            entropy=system_entropy,
+            limits=Limits(requests_max=config.limits.s3_requests_max),
+            on_request=observer(node.metrics),
+        )
+        if config.s3.tls_certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.minimum_version = ssl.TLSVersion.TLSv1_2
-            load_certificate(self._context, self._config)
-        return await self._app.start(host, port, ssl=self._context)
+            load_certificate(self._context, config)
+        host, port = split_address(config.s3.listen)
+        await self._app.start(host, port, ssl=self._context)
+
+    def work(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._unlocker.run(), self._node.maintain.run()]
+
+    def offer(self, services: Services) -> None:
+        """What the admin API may ask of a gateway."""
+        services.users = self.users
+        services.buckets = self.buckets
+        services.where = self._where
+        services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase)
+
+    async def _audit(self, kind: str, fields: Mapping[str, str]) -> None:
+        await self._node.audit.append(kind, **fields)
+
+    async def _where(self, bucket_name: str, key: bytes) -> dict[str, Any]:
+        bucket = await self.buckets.get(bucket_name)
+        return await where(self.objects.plane, bucket, key)
+
+    def _damaged(self, damage: Damage) -> None:
+        """A read found a fragment wanting: whoever looks after its register repairs it."""
+        self._node.metrics.counter("storaged_fragments_damaged_total").labels(damage.disk).inc()
+        log.warning(
+            "a fragment is wanting", disk=damage.disk, reason=damage.reason, data_id=damage.fragment.data_id.hex(), cell=damage.cell
+        )
+        self._node.maintain.hint(damage.owner)
 
     def reload(self, config: Config) -> None:
-        """New connections use the certificate that lies there now. Raises ConfigInvalid and keeps the old one."""
+        """A new TLS certificate, and another look for a keyring. Raises ConfigInvalid and keeps the old certificate."""
         if self._context is not None:
             load_certificate(self._context, config)
+        self._unlocker.again()
 
-    async def close(self, drain_s: float) -> None:
-        await self._app.close(drain_s)
+    async def drain(self) -> None:
+        """No new requests; those in flight are finished."""
+        if not self._drained:
+            self._drained = True
+            await self._app.close(self._config.limits.drain_s)
+
+    async def close(self) -> None:
+        if hasattr(self, "_app"):
+            await self.drain()
+            await self.objects.close()
+        if self._late.keyring is not None:
+            self._late.keyring.close()
 
 
 def load_certificate(context: ssl.SSLContext, config: Config) -> None:
-    """Tried on a context of its own first, so that a bad file changes nothing."""
+    """Tried on a context of its own first, so that a bad file changes nothing. Raises ConfigInvalid."""
     for target in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
         try:
             target.load_cert_chain(config.s3.tls_certificate, config.s3.tls_key)
@@ -225,7 +318,3 @@ def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
         )
 
     return done
-
-
-def limits_of(config: Config) -> Limits:
-    return Limits(requests_max=config.limits.s3_requests_max)

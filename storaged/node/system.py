@@ -9,16 +9,12 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from storaged.cluster.identity import Identity, SignedLayout, verify_layout
-from storaged.cluster.layout import Layout
-from storaged.errors import LayoutRefused
+from storaged.cluster.identity import Identity, SignedLayout
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
-from storaged.wire import Message, decode, encode
+from storaged.wire import Message, decode
 
 LAYOUT_FILE = "layout.signed"
-LAYOUTS_KEPT_MAX = 256
-"""Records name the epoch that placed them; a layout is some KiB."""
 
 log = structlog.get_logger("node")
 
@@ -61,38 +57,16 @@ class SystemPaths:
         await self._registers.change(system_name(path), lambda _value: Change(body))
 
 
-class LayoutFiles:
-    """The layouts this node has known, in its own directory, and the one its operator last put beside its certificate. Every one is verified again when read."""
-
-    def __init__(self, node_directory: Path, own: Identity) -> None:
-        self._directory = node_directory / "layouts"
-        self._own = own
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def load(self) -> list[SignedLayout]:
-        """In ascending order of epochs. A file that does not verify is passed over with a warning: a newer one comes from peers or the operator."""
-        found: dict[int, SignedLayout] = {}
-        for path in [*self._directory.iterdir(), self._own.directory / LAYOUT_FILE]:
-            if path.suffix != ".signed":
-                continue
-            try:
-                signed = decode(path.read_bytes(), SignedLayout)
-                layout = verify_layout(signed, self._own.administration, self._own.cluster)
-            except FileNotFoundError:
-                continue
-            except (LayoutRefused, msgspec.MsgspecError) as error:
-                log.warning("a layout file is passed over", file=str(path), reason=str(error))
-                continue
-            found[layout.epoch] = signed
-        return [found[epoch] for epoch in sorted(found)]
-
-    def keep(self, layout: Layout, signed: SignedLayout) -> None:
-        """Durable when it returns."""
-        path = self._directory / f"{layout.epoch:012}.signed"
-        if not path.exists():
-            write_durably(path, encode(signed))
-        for old in sorted(self._directory.glob("*.signed"))[:-LAYOUTS_KEPT_MAX]:
-            old.unlink()
+def operator_layout(own: Identity) -> SignedLayout | None:
+    """The layout that the operator put beside the certificate, None when there is none or it does not decode (which is logged)."""
+    path = own.directory / LAYOUT_FILE
+    try:
+        return decode(path.read_bytes(), SignedLayout)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        log.warning("a layout file is passed over", file=str(path), reason=str(error))
+        return None
 
 
 class StoreLedger:

@@ -1,0 +1,136 @@
+"""One node, from its configuration to its last answer.
+
+Theory of operation. ``run_node`` takes the node's lock, then ``Node.run`` builds the planes from the bottom up: identity, layouts, disks, RPC, membership,
+the ring's client, and by role maintenance (storage) and objects, keys and S3 (gateway). Every long-lived task lives in one TaskGroup; the first that fails
+unexpectedly ends the node. SIGTERM and SIGINT set ``stopping``: the front drains, then everything closes from the top down. SIGHUP reads the
+configuration again and applies what can change while running; a bad one is logged and the old one stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from storaged import config as configuration
+from storaged import observe
+from storaged.admin.place import lock_directory
+from storaged.clock import SystemClock
+from storaged.cluster.identity import load_identity
+from storaged.config import Config
+from storaged.errors import CertificateRefused, StoragedError
+from storaged.node.notify import Notifier
+from storaged.node.planes import Node
+
+LOOP_LAG_EVERY_S = 1.0
+EXIT_DEFECT = 70
+"""EX_SOFTWARE of sysexits(3)."""
+_PR_SET_PDEATHSIG = 1
+
+log = structlog.get_logger("node")
+
+
+def run_node(path: Path, *, end_with_parent: bool = False) -> int:
+    """Runs until it is told to stop; the process's exit code. Raises StoragedError for what is wrong before it runs."""
+    config = configuration.load(path)
+    if end_with_parent:
+        _end_with_parent()
+    observe.setup_logging(config.log.level, config.log.format, node=config.node.name)
+    directory = Path(config.node.directory)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = lock_directory(directory)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_main(config))
+    except BaseExceptionGroup as group:
+        _, unforeseen = group.split(StoragedError)
+        if unforeseen is None:
+            raise _first(group) from None
+        log.error("the node ends: this is a defect of storaged", exc_info=group)
+        return EXIT_DEFECT
+    finally:
+        os.close(lock)
+    return 0
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> StoragedError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, StoragedError)
+    return error
+
+
+def _end_with_parent() -> None:
+    """SIGTERM when the process that started us ends, however it ends (prctl(2))."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent or parent == 1:
+        sys.exit(1)
+
+
+async def _main(config: Config) -> None:
+    own = load_identity(Path(config.cluster.identity))
+    _check_identity(config, own.name, own.peer.roles)
+    observe.setup_spans(config.node.name)
+    notifier = Notifier()
+    stopping, reloading = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, reloading.set)
+    node = Node(config, own, SystemClock())
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(notifier.close)
+        await node.open(stack)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in node.work()]
+            tasks.append(group.create_task(notifier.feed_watchdog()))
+            tasks.append(group.create_task(_measure_lag(node.metrics)))
+            tasks.append(group.create_task(_reload_when_asked(node, reloading, notifier)))
+            notifier.ready(f"{', '.join(config.node.roles)} of cluster {own.cluster}")
+            log.info("ready", roles=",".join(config.node.roles), cluster=own.cluster, disks=len(config.disks), pid=os.getpid())
+            await stopping.wait()
+            notifier.stopping()
+            log.info("stopping; requests in flight are finished first")
+            await node.drain()
+            for task in tasks:
+                task.cancel()
+    log.info("stopped")
+
+
+def _check_identity(config: Config, name: str, roles: tuple[str, ...]) -> None:
+    if name != config.node.name:
+        raise CertificateRefused(f"the certificate in {config.cluster.identity} is that of {name!r}; this node is {config.node.name!r}")
+    if beyond := sorted(set(config.node.roles) - set(roles)):
+        raise CertificateRefused(f"the certificate of {name!r} does not give the role {', '.join(beyond)}; it gives: {', '.join(roles)}")
+
+
+async def _measure_lag(metrics: observe.Metrics) -> None:
+    gauge = metrics.gauge("storaged_loop_lag_seconds")
+    loop = asyncio.get_running_loop()
+    while True:
+        before = loop.time()
+        await asyncio.sleep(LOOP_LAG_EVERY_S)
+        gauge.set(max(0.0, loop.time() - before - LOOP_LAG_EVERY_S))
+
+
+async def _reload_when_asked(node: Node, reloading: asyncio.Event, notifier: Notifier) -> None:
+    while True:
+        await reloading.wait()
+        reloading.clear()
+        notifier.reloading()
+        try:
+            found = configuration.load(node.config.path)
+            await node.reload(found)
+            log.info("configuration reloaded", file=found.path)
+        except StoragedError as error:
+            log.error("the configuration is kept as it was", code=error.code, reason=error.message)
+        notifier.ready("running")

@@ -1,0 +1,283 @@
+"""The planes of one node, from the bottom up, and how they are handed to each other. A storage node's planes import no keys."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from storaged import __version__, observe
+from storaged.admin.api import AdminServer
+from storaged.clock import Clock
+from storaged.cluster.audit import AuditLog, Checkpoint
+from storaged.cluster.identity import Identity, NodeSigner, load_identity
+from storaged.cluster.layout import Layout
+from storaged.cluster.layouts import LayoutBook, LayoutFiles
+from storaged.cluster.membership import Membership
+from storaged.cluster.policy import Policy
+from storaged.cluster.ports import DiskStatus, Method, PeerIdentity
+from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
+from storaged.config import Config, split_address
+from storaged.errors import ConfigInvalid, LayoutRefused, PortInUse, ServiceUnavailable, StoragedError
+from storaged.fragments.ports import FragmentId
+from storaged.fragments.remote import FragmentHost, StoreDirectory
+from storaged.ids import INCARNATION_BYTES, system_entropy
+from storaged.maintain.context import MaintainContext
+from storaged.maintain.service import MaintainClient, Maintenance
+from storaged.meta.client import RingClient
+from storaged.meta.listing import RingScanner
+from storaged.meta.names import RegisterName
+from storaged.meta.remote import ReplicaDirectory, ReplicaHost
+from storaged.node.disks import Disks, open_disks
+from storaged.node.reports import Reports
+from storaged.node.system import SystemPaths, operator_layout
+from storaged.objects.references import live_references
+from storaged.wire import encode
+
+if TYPE_CHECKING:
+    from storaged.node.gateway import Gateway
+
+DISK_STATUS_EVERY_S = 0.5
+CHECKPOINT_TIMEOUT_S = 3.0
+
+log = structlog.get_logger("node")
+
+
+class Node:
+    """``open`` builds and starts everything (what it started is closed by the stack, in reverse), ``work`` are the tasks, ``drain`` ends the front first."""
+
+    def __init__(self, config: Config, own: Identity, clock: Clock) -> None:
+        self.config = config
+        self.own = own
+        self.clock = clock
+        self.metrics = observe.Metrics()
+        self.incarnation = system_entropy(INCARNATION_BYTES)
+        self.directory = Path(config.node.directory)
+        self.disks = Disks()
+        self.gateway: Gateway | None = None
+        self.maintenance: Maintenance | None = None
+        self._disk_statuses: Sequence[DiskStatus] = ()
+        self._methods: dict[str, Method] = {}
+        self._server: RpcServer | None = None
+        self.metrics.gauge("storaged_info").labels(config.node.name, __version__, ",".join(config.node.roles)).set(1)
+
+    async def open(self, stack: contextlib.AsyncExitStack) -> None:
+        """Raises PortInUse, DirectoryInUse, LayoutRefused, ConfigInvalid, CertificateRefused: nothing stays open then."""
+        await self._open_layouts()
+        self.disks = await open_disks(self.config, self.clock, self._cell_damaged)
+        stack.push_async_callback(self.disks.close)
+        await self._tell_disks()
+        self._build_network()
+        self._build_ring()
+        if self.config.storage:
+            self._build_maintenance()
+        stack.push_async_callback(self._close_network)
+        await self.pool.start()
+        if self.config.rpc.listen:
+            await self._listen()
+        await self.membership.start()
+        await self.audit.start()
+        stack.push_async_callback(self.audit.close)
+        if self.config.gateway:
+            from storaged.node.gateway import Gateway
+
+            self.gateway = Gateway(self)
+            stack.push_async_callback(self.gateway.close)
+            await self.gateway.open()
+        admin = AdminServer(Reports(self).services(), self.metrics)
+        stack.push_async_callback(admin.close)
+        await admin.start(self.directory, self.config.admin.listen)
+
+    async def _open_layouts(self) -> None:
+        files = LayoutFiles(self.directory / "layouts")
+        self.layouts = LayoutBook(self.own.administration, self.own.cluster, known=files.load(), persist=files.save)
+        await self._learn_operators()
+        self._follow_policy(self.layouts.current)
+        self.layouts.watch(self._follow_policy)
+
+    def _follow_policy(self, layout: Layout) -> None:
+        """Who is admitted follows from the layout in force. Raises JurisdictionRefused for one that names a country outside EU law."""
+        self._policy = Policy.of(layout.countries)
+
+    def _admit(self, peer: PeerIdentity) -> None:
+        """An ``Admission``."""
+        self._policy.admit(peer)
+
+    async def _learn_operators(self) -> None:
+        signed = operator_layout(self.own)
+        if signed is not None:
+            await self.layouts.learn(signed)
+        if not self.layouts.epoch:
+            raise LayoutRefused(f"there is no layout: put the signed one into {self.own.directory} (storaged cluster layout)")
+
+    # --- building -----------------------------------------------------------------------------------------------------------
+
+    def _build_network(self) -> None:
+        self.pool = RpcPool(
+            self.own,
+            addresses=self._address,
+            admission=self._admit,
+            local_methods=self._methods,
+            incarnation=self.incarnation,
+            on_refusal=self._refused,
+        )
+        self.membership = Membership(
+            self.own.name, self.incarnation, self.pool, self.layouts, disks=lambda: self._disk_statuses, links=self.pool, clock=self.clock
+        )
+        self._methods.update(self.membership.methods())
+
+    def _address(self, node: str) -> str | None:
+        entry = self.layouts.current.node_by_name.get(node)
+        return entry.address if entry is not None and entry.address else None
+
+    def _build_ring(self) -> None:
+        replicas = {disk.id: disk.replica for disk in self.disks.used.values()}
+        fragments = {disk.id: disk.fragments for disk in self.disks.used.values()}
+        self._methods.update(ReplicaHost(replicas).methods())
+        self._methods.update(FragmentHost(fragments).methods())
+        directory = ReplicaDirectory(self.layouts, self.pool, replicas)
+        self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock)
+        self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership)
+        self.stores = StoreDirectory(self.layouts, self.pool, fragments)
+        self.paths = SystemPaths(self.ring)
+        self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
+        self.audit = AuditLog(
+            Path(self.config.audit.directory or self.directory / "audit"),
+            self.own.name,
+            self.incarnation,
+            signer=NodeSigner(self.own),
+            publish=self._publish_checkpoint,
+            clock=self.clock,
+            file_bytes_max=self.config.audit.file_bytes_max,
+        )
+
+    async def _publish_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """To the register ``audit/NODE/CHAIN``: kept where this node alone cannot change it. Not waited for without a majority, so that stopping stays quick."""
+        seeds = self.layouts.current.seeds
+        if 2 * sum(map(self.membership.disk_readable, seeds)) <= len(seeds):
+            raise ServiceUnavailable("The system partition has no majority.")
+        async with asyncio.timeout(CHECKPOINT_TIMEOUT_S):
+            await self.paths.write(f"audit/{checkpoint.node}/{checkpoint.chain}", encode(checkpoint))
+
+    def _build_maintenance(self) -> None:
+        context = MaintainContext(
+            node=self.own.name,
+            clock=self.clock,
+            layouts=self.layouts,
+            liveness=self.membership,
+            registers=self.ring,
+            pages=self.ring,
+            scanner=self.scanner,
+            stores=self.stores,
+            local_meta={disk.id: disk.meta for disk in self.disks.used.values()},
+            local_fragments={disk.id: disk.fragments for disk in self.disks.used.values()},
+            log=structlog.get_logger("maintain").info,
+        )
+
+        async def referenced(owner: RegisterName, data_id: bytes) -> bool:
+            return data_id in await live_references(self.ring, self.scanner, self.ring, owner)
+
+        self.maintenance = Maintenance(context, self.scanner, referenced, self.pool)
+        self._methods.update(self.maintenance.methods())
+
+    async def _listen(self) -> None:
+        host, port = split_address(self.config.rpc.listen)
+        self._server = RpcServer(
+            self.own,
+            self._methods,
+            admission=self._admit,
+            incarnation=self.incarnation,
+            limits=ServerLimits(inflight_bytes_max=self.config.limits.rpc_inflight_bytes_max),
+            on_refusal=self._refused,
+        )
+        try:
+            await self._server.start(host, port)
+        except PortInUse:
+            raise
+        except OSError as error:
+            raise ConfigInvalid(f"rpc.listen {self.config.rpc.listen}: {error.strerror or error}") from None
+
+    # --- running ------------------------------------------------------------------------------------------------------------
+
+    def work(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs until the node stops."""
+        found = [self._keep_telling_disks()]
+        if self.maintenance is not None:
+            found.append(self.maintenance.run())
+        if self.gateway is not None:
+            found.extend(self.gateway.work())
+        return found
+
+    async def drain(self) -> None:
+        """Finishes requests in flight, for ``drain_s`` at most."""
+        if self.gateway is not None:
+            await self.gateway.drain()
+
+    async def reload(self, config: Config) -> None:
+        """Log level, TLS certificates, this node's own certificate, a newer layout beside it; what needs a restart is named.
+
+        Raises and changes nothing for what does not load.
+        """
+        own = load_identity(Path(config.cluster.identity))
+        if (own.name, own.cluster) != (self.own.name, self.own.cluster):
+            raise ConfigInvalid(
+                f"the certificate in {config.cluster.identity} is {own.name}'s of {own.cluster}; a node does not change its name while it runs"
+            )
+        if self.gateway is not None:
+            self.gateway.reload(config)
+        self.pool.renew(own)
+        if self._server is not None:
+            self._server.renew(own)
+        observe.setup_logging(config.log.level, config.log.format, node=config.node.name)
+        fixed = [name for name in ("node", "disks", "rpc", "admin", "limits") if getattr(config, name) != getattr(self.config, name)]
+        if fixed:
+            log.warning("some changes need a restart", sections=",".join(fixed))
+        self.config, self.own = config, own
+        await self._learn_operators()
+
+    async def _close_network(self) -> None:
+        if self._server is not None:
+            await self._server.close()
+        await self.membership.close()
+        await self.ring.close()
+        await self.pool.close()
+
+    async def _keep_telling_disks(self) -> None:
+        while True:
+            await asyncio.sleep(DISK_STATUS_EVERY_S)
+            await self._tell_disks()
+
+    async def _tell_disks(self) -> None:
+        """What heartbeats say of this node's disks, and the metrics of them."""
+        try:
+            self._disk_statuses = await self.disks.statuses()
+        except StoragedError as error:
+            log.warning("the state of the disks cannot be told", reason=error.message)
+            return
+        ok, size = self.metrics.gauge("storaged_disk_ok"), self.metrics.gauge("storaged_disk_bytes")
+        for disk in self._disk_statuses:
+            ok.labels(disk.id).set(disk.state == "ok")
+            size.labels(disk.id, "used").set(disk.bytes_used)
+            size.labels(disk.id, "free").set(disk.bytes_free)
+
+    def _cell_damaged(self, disk: str, fragment: FragmentId, cell: int) -> None:
+        """Told by a local disk: repair should look at the register that owns the fragment; the next scrub or walk finds its name."""
+        self.metrics.counter("storaged_fragments_damaged_total").labels(disk).inc()
+        log.warning(
+            "a cell's checksum does not hold",
+            disk=disk,
+            data_id=fragment.data_id.hex(),
+            block=fragment.block,
+            position=fragment.position,
+            cell=cell,
+        )
+        if self.maintenance is not None:
+            self.maintenance.repair.wake()
+
+    def _refused(self, peer: str, error: StoragedError) -> None:
+        log.warning("a peer is refused", peer=peer, code=error.code, reason=error.message)
+        self.audit.note("peer.refused", peer=peer, code=error.code, reason=error.message)

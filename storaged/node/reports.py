@@ -1,0 +1,256 @@
+"""What a node tells its operator: the facts behind ``status``, the checks of ``doctor``, jobs, readiness."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storaged.admin.ports import Services
+from storaged.admin.status import SKEW_MS_MAX, Durability, Facts, NodeFacts, judge
+from storaged.cluster.layout import Profile
+from storaged.errors import ClockSkewed, KeyringMismatch, KeysNotBackedUp, ServiceUnavailable
+from storaged.maintain.runner import JobReport
+from storaged.maintain.service import MaintainStatus
+from storaged.meta.names import SYSTEM_SCOPE, Table
+from storaged.objects.place import choose
+from storaged.units import format_size
+
+if TYPE_CHECKING:
+    from storaged.node.planes import Node
+
+CERTIFICATE_DAYS_MIN = 30
+FREE_SHARE_MIN = 0.1
+SAMPLE_GROUPS = 64
+"""Placement groups tried for what a write would use now: with few disks all answer alike."""
+RTT_SITE_MS_MAX = 2.0
+"""Nodes that claim one site answer within this, light being what it is (100 km of fibre a millisecond of round trip)."""
+
+
+class Reports:
+    """Reads the node; changes nothing."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def services(self) -> Services:
+        node = self._node
+        found = Services(self.status, self.ready, self.doctor, jobs=self, region=node.config.s3.region)
+        found.checkpoints = self._checkpoints
+        found.authority = (node.own.directory / "authority.crt").read_text()
+        if node.gateway is not None:
+            node.gateway.offer(found)
+        return found
+
+    # --- ready, status ------------------------------------------------------------------------------------------------------
+
+    def ready(self) -> tuple[bool, str]:
+        """A gateway: the keyring is open and the system partition has a majority. A storage node: at least one disk takes part."""
+        node = self._node
+        layout = node.layouts.current
+        alive = sum(map(node.membership.disk_readable, layout.seeds))
+        if node.config.storage and not node.disks.used:
+            return False, "no disk takes part"
+        if node.gateway is not None:
+            if alive <= len(layout.seeds) // 2:
+                return False, f"the system partition has no majority: {alive} of {len(layout.seeds)} replicas answer"
+            if node.gateway.reason:
+                return False, node.gateway.reason
+        return True, ""
+
+    async def status(self) -> dict[str, Any]:
+        node = self._node
+        told = await node.maintain.statuses()
+        profile, reason = self._write_profile()
+        problem = node.gateway.problem if node.gateway is not None else ""
+        facts = Facts(node.layouts.current, self._nodes(), profile, reason, problem, self._durability(told), jobs_of(told))
+        return judge(facts, node.clock.wall_ms())
+
+    def _nodes(self) -> list[NodeFacts]:
+        node = self._node
+        facts = []
+        for entry in node.layouts.current.nodes:
+            known = node.membership.status(entry.name)
+            up = known.state == "up"
+            directory = str(node.directory) if entry.name == node.own.name else ""
+            skew_ms = int(known.clock_skew_ms or 0)
+            facts.append(
+                NodeFacts(
+                    entry.name,
+                    entry.location,
+                    tuple(entry.roles),
+                    up,
+                    known.since_ms,
+                    known.pid if up else None,
+                    directory,
+                    skew_ms,
+                    known.disks,
+                )
+            )
+        return facts
+
+    def _durability(self, told: Sequence[MaintainStatus]) -> Durability:
+        """Sums over all storage nodes that answer; ``counted`` only when each of them has looked at the disks as they are now."""
+        layout = self._node.layouts.current
+        wanted = {disk.node for disk in layout.disks if self._node.membership.disk_readable(disk.id)}
+        counted = bool(told) and {status.node for status in told} >= wanted and all(status.current for status in told)
+        below, risk, lost = (sum(getattr(status, name) for status in told) for name in ("below_target", "at_risk", "lost"))
+        return Durability(below, risk, lost, counted)
+
+    def _write_profile(self) -> tuple[str | None, str]:
+        """What a write would use now, the weakest of a sample of placement groups; or why it would be refused."""
+        layout = self._node.layouts.current
+        target = Profile.parse(layout.profile)
+        found: set[Profile] = set()
+        for group in range(SAMPLE_GROUPS):
+            data_id = (group * 0x10000 // SAMPLE_GROUPS).to_bytes(2, "big") + bytes(14)
+            try:
+                found.add(choose(layout, data_id, target, self._node.membership.disk_writable).profile)
+            except ServiceUnavailable as error:
+                return None, error.message
+        return str(min(found, key=lambda profile: (profile.k, profile.n))), ""
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------------
+
+    async def jobs(self) -> dict[str, Any]:
+        """``busy``: something is being done, or waits to be done, that changes the counts."""
+        told = await self._node.maintain.statuses()
+        durability = self._durability(told)
+        return {
+            "busy": not durability.counted or any(status.busy for status in told),
+            "objects_counted": durability.counted,
+            "objects_below_target": durability.objects_below_target,
+            "objects_at_risk": durability.objects_at_risk,
+            "objects_lost": durability.objects_lost,
+            "fragments_rebuilt": sum(status.fragments_rebuilt for status in told),
+            "bytes_rebuilt": sum(status.bytes_rebuilt for status in told),
+            "jobs": jobs_of(told),
+        }
+
+    async def start_scrub(self) -> list[str]:
+        return await self._node.maintain.start_scrub()
+
+    async def _checkpoints(self) -> list[bytes]:
+        found: list[bytes] = []
+        after: bytes | None = b""
+        while after is not None:
+            page = await self._node.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=b"audit/", after=after)
+            found.extend(row.value.body for row in page.rows)
+            after = page.next_after
+        return found
+
+    # --- doctor -------------------------------------------------------------------------------------------------------------
+
+    async def doctor(self) -> list[dict[str, str]]:
+        node = self._node
+        checks = [self._certificate()]
+        for entry in node.layouts.current.nodes:
+            known = node.membership.status(entry.name)
+            if known.state != "up":
+                checks.append(
+                    _check(f"node {entry.name}", "fail", f"does not answer: {known.reason}", "Start it; see `storaged explain NODE_DOWN`.")
+                )
+                continue
+            checks.append(_clock(entry.name, known.clock_skew_ms))
+            checks.extend(_disk(entry.name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free) for disk in known.disks)
+            if known.rtt_min_ms is not None and entry.name != node.own.name:
+                checks.append(self._round_trip(entry.name, entry.location, known.rtt_min_ms))
+        if node.gateway is not None:
+            checks.append(self._keys())
+        checks.append(await asyncio.to_thread(_fsync, node.directory))
+        return checks
+
+    def _certificate(self) -> dict[str, str]:
+        own = self._node.own
+        days = (own.expires - datetime.now(UTC)).days
+        state = "ok" if days >= CERTIFICATE_DAYS_MIN else "warn" if days > 0 else "fail"
+        return _check(
+            f"certificate of {own.name}", state, f"expires in {days} days", "Renew it: `storaged cluster issue`, then reload the node."
+        )
+
+    def _round_trip(self, name: str, location: str, rtt_ms: float) -> dict[str, str]:
+        """Evidence against a certified place, never proof of one."""
+        own = self._node.own.peer
+        country, site, _ = location.split("/")
+        same_site = (country, site) == (own.country, own.site)
+        far = same_site and rtt_ms > RTT_SITE_MS_MAX
+        detail = f"fastest round trip {rtt_ms:.2f} ms, so at most {rtt_ms * 100:.0f} km away"
+        return _check(
+            f"distance of {name}",
+            "warn" if far else "ok",
+            detail,
+            f"It is certified to stand in {site}, as this node, but answers too slowly for that.",
+        )
+
+    def _keys(self) -> dict[str, str]:
+        gateway = self._node.gateway
+        assert gateway is not None
+        if gateway.problem or gateway.keyring is None:
+            return _check("keyring", "fail", gateway.reason or "not open", KeyringMismatch.hint)
+        told = gateway.keyring.statistics()
+        if told.newest_epoch > told.backed_up_epoch:
+            return _check("key backup", "warn", f"epoch {told.newest_epoch} is in no backup ({KeysNotBackedUp.code})", KeysNotBackedUp.hint)
+        return _check("key backup", "ok", f"covers epoch {told.backed_up_epoch}", "")
+
+
+def jobs_of(told: Sequence[MaintainStatus]) -> list[dict[str, Any]]:
+    """The jobs of all nodes, as documents."""
+    return [_job(job) for status in told for job in status.jobs]
+
+
+def _job(job: JobReport) -> dict[str, Any]:
+    percent = 100.0 * min(1.0, job.done / job.total) if job.total else None
+    found = {"name": job.name, "node": job.node, "state": job.state, "done": job.done, "total": job.total}
+    return {**found, "percent": percent, "rate": job.rate, "eta_s": job.eta_s, "detail": job.detail}
+
+
+def _check(name: str, state: str, detail: str, hint: str) -> dict[str, str]:
+    return {"name": name, "state": state, "detail": detail, "hint": hint if state != "ok" else ""}
+
+
+def _clock(name: str, skew_ms: float | None) -> dict[str, str]:
+    if skew_ms is None:
+        return _check(f"clock of {name}", "ok", "not measured (it only calls, and is not called)", "")
+    state = "warn" if abs(skew_ms) > SKEW_MS_MAX else "ok"
+    return _check(f"clock of {name}", state, f"{skew_ms:+.0f} ms from this node's", ClockSkewed.hint)
+
+
+def _disk(node: str, disk: str, state: str, reason: str, used: int, free: int) -> dict[str, str]:
+    if state != "ok":
+        return _check(f"disk {node}/{disk}", "fail", f"{state}: {reason}", "See `storaged status`.")
+    scarce = free < FREE_SHARE_MIN * (used + free)
+    return _check(
+        f"disk {node}/{disk}",
+        "warn" if scarce else "ok",
+        f"{format_size(used)} used, {format_size(free)} free",
+        "Delete data, or add disks.",
+    )
+
+
+def _fsync(directory: Path) -> dict[str, str]:
+    """How long making 4 KiB durable takes in the node's own directory: the median of nine."""
+    import os
+    import time
+
+    path = directory / "doctor.new"
+    times_ms = []
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        for _ in range(9):
+            began = time.perf_counter()
+            os.write(descriptor, bytes(4096))
+            os.fdatasync(descriptor)
+            times_ms.append((time.perf_counter() - began) * 1000)
+    finally:
+        os.close(descriptor)
+        path.unlink()
+    median = sorted(times_ms)[4]
+    slow = median > 20
+    return _check(
+        "fsync",
+        "warn" if slow else "ok",
+        f"{median:.2f} ms for 4 KiB",
+        "Every acknowledged write waits for this: use SSDs with power-loss protection.",
+    )
