@@ -7,7 +7,8 @@ is coded and spread block by block (``writer``), and its barrier overlaps the pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -17,7 +18,7 @@ from storaged.errors import EntityTooLarge
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
-from storaged.meta.ports import SmallCopies
+from storaged.meta.ports import Outcome, SmallCopies
 from storaged.objects import place
 from storaged.objects.api import Body, BodyChecks, NewMeta, PutResult, WriteConditions
 from storaged.objects.body import BodyReader
@@ -97,21 +98,33 @@ async def check_early(plane: ObjectPlane, name: RegisterName, where: Place, keys
 
 @contextlib.asynccontextmanager
 async def sealed_body(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, body: Body, checks: BodyChecks, *, dek: bytes, data_id: bytes
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    name: RegisterName,
+    body: Body,
+    checks: BodyChecks,
+    *,
+    dek: bytes,
+    data_id: bytes,
+    number: int = 0,
 ) -> AsyncIterator[Sealed]:
-    """Reads, verifies and seals a body in the form that its size asks for. What was written is discarded when the caller's commit raises."""
+    """Reads, verifies and seals a body in the form that its size asks for. What was written is discarded when the caller's commit raises.
+
+    ``name`` is the object's register. ``number``: of an upload's part, which is never kept as copies beside a register; 0 for a whole object.
+    """
     limits = plane.limits
-    if checks.size is not None and checks.size > limits.put_bytes_max:
-        raise EntityTooLarge(MaxSizeAllowed=str(limits.put_bytes_max), ProposedSize=str(checks.size))
-    reader, digest = BodyReader(body, limits.put_bytes_max), BodyDigest(checks)
-    small_max = limits.small_sealed_bytes_max - TAG_BYTES
+    bytes_max = limits.part_bytes_max if number else limits.put_bytes_max
+    if checks.size is not None and checks.size > bytes_max:
+        raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
+    reader, digest = BodyReader(body, bytes_max), BodyDigest(checks)
+    small_max = (limits.inline_sealed_bytes_max if number else limits.small_sealed_bytes_max) - TAG_BYTES
     if checks.size is None or checks.size <= small_max:
         head = memoryview(bytearray((small_max if checks.size is None else checks.size) + 1))
         count = await reader.fill(head)
         if reader.ended:
             digest.update(head[:count])
             found = digest.finish()
-            form = _small_form(plane, bucket, name, head[:count], dek, data_id)
+            form = _small_form(plane, bucket, name, head[:count], dek, data_id, number or 1)
             if form is not None:
                 yield Sealed(form[0], found, form[1])
                 return
@@ -121,7 +134,7 @@ async def sealed_body(
         plane,
         owner=name,
         data_id=data_id,
-        number=1,
+        number=number or 1,
         dek=dek,
         target=plane.target_of(bucket),
         size=checks.size,
@@ -137,15 +150,15 @@ async def sealed_body(
 
 
 def _small_form(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: memoryview, dek: bytes, data_id: bytes
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: memoryview, dek: bytes, data_id: bytes, number: int
 ) -> tuple[PartEntry, SmallCopies | None] | None:
     """A body that stays in the record, or goes along with the prepare as whole copies; None when too few of the register's disks can take copies now."""
-    sealer = PartSealer(dek, data_id, 1, chunk_bytes_for(len(plain), 1), plane.entropy(SALT_BYTES))
+    sealer = PartSealer(dek, data_id, number, chunk_bytes_for(len(plain), 1), plane.entropy(SALT_BYTES))
     sealed = sealer.seal(0, plain)
     target = str(plane.target_of(bucket))
     if len(sealed) <= plane.limits.inline_sealed_bytes_max:
         plane.counters.puts_inline += 1
-        return PartEntry(1, data_id, len(plain), sealer.header, 1, target, (), sealed), None
+        return PartEntry(number, data_id, len(plain), sealer.header, 1, target, (), sealed), None
     layout = plane.layouts.current
     replicas = layout.replicas_of(name.partition)
     writable = plane.liveness.disk_writable
@@ -172,7 +185,7 @@ def _small_form(
         for position in range(copies)
     ]
     run = Run(0, 1, 1, copies - 1, layout.epoch)
-    entry = PartEntry(1, data_id, len(plain), sealer.header, 1, target, (run,), small=True)
+    entry = PartEntry(number, data_id, len(plain), sealer.header, 1, target, (run,), small=True)
     return entry, SmallCopies(data_id, fragments, lambda synced: place.enough_copies(layout, replicas, synced, writable))
 
 
@@ -187,33 +200,41 @@ async def commit_version(
     conditions: WriteConditions,
 ) -> None:
     """Makes ``version`` the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
-    writer = sealed.writer
 
-    def update(value: Value | None) -> Change:
+    def update(value: Value | None, entry: PartEntry) -> Change:
         current = current_of(where, decode_record(value), keys, with_etag=needs_etag(conditions))
         check_write(conditions, current)
         payload = sealed.small.data_id if sealed.small is not None else b""
-        return record_change(ObjectRecord((version,)), payload)
+        return record_change(ObjectRecord((msgspec.structs.replace(version, parts=(entry,)),)), payload)
 
+    outcome, _ = await commit_sealed(plane, keys, name, update, sealed)
+    retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
+
+
+async def commit_sealed(
+    plane: ObjectPlane, keys: BucketKeys, name: RegisterName, update: Callable[[Value | None, PartEntry], Change], sealed: Sealed
+) -> tuple[Outcome, PartEntry]:
+    """Commits what refers to a sealed body once that is durable. ``update`` gets the entry as the barrier left it: a part's place is in the clear, so nothing is
+    sealed anew when disks failed at the last moment and its blocks were moved."""
+    writer, entry = sealed.writer, sealed.entry
     while True:
         try:
             outcome = await commit(
                 plane,
                 keys,
                 name,
-                update,
+                functools.partial(_with_entry, update, entry),
                 ready=writer.barrier if writer else None,
                 still_there=writer.still_there if writer else None,
                 small=sealed.small,
             )
-            break
         except RunsChanged:
             assert writer is not None
-            version = _moved(version, writer.entry())
-    plane.counters.bytes_in += sealed.digest.size
-    retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
+            entry = writer.entry()
+        else:
+            plane.counters.bytes_in += sealed.digest.size
+            return outcome, entry
 
 
-def _moved(version: Version, entry: PartEntry) -> Version:
-    """The version with its part where the barrier put it: a part's place is in the clear, so nothing is sealed anew."""
-    return msgspec.structs.replace(version, parts=(entry,))
+def _with_entry(update: Callable[[Value | None, PartEntry], Change], entry: PartEntry, value: Value | None) -> Change:
+    return update(value, entry)

@@ -180,6 +180,17 @@ class UploadRecord(Message, frozen=True):
     changed_ms: int = 0
 
 
+class CompleteResult(Message, frozen=True):
+    """What Complete answered, sealed in ``UploadRecord.result`` (label ``sov.result.v1``)."""
+
+    etag: str
+    version_id: str
+    size: int
+    checksums: dict[str, str]
+    checksum_type: str
+    modified_ms: int
+
+
 class PartRecord(Message, frozen=True):
     """One uploaded part of an open upload; every attempt has its own data id. ``sealed``: SealedPart and the part's ETag under the upload's DEK."""
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from storaged.objects import copy, delete, get, listing, put
+from storaged.objects import complete, copy, delete, get, listing, multipart, put
 from storaged.objects.api import (
     Body,
     BodyChecks,
+    CompletedPart,
     DeleteResult,
     Listing,
     NewMeta,
     ObjectInfo,
+    PartInfo,
     PutResult,
     RangeSpec,
     ReadConditions,
+    UploadInfo,
     WriteConditions,
 )
 from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
@@ -135,3 +138,86 @@ class ObjectService:
         return await listing.list_versions(
             self.plane, bucket, prefix=prefix, after=after, after_version=after_version, delimiter=delimiter, limit=limit
         )
+
+    async def create_upload(
+        self, bucket: BucketRecord, key: bytes, meta: NewMeta, *, owner: str, algorithm: str = "", checksum_type: str = ""
+    ) -> UploadInfo:
+        return await multipart.create_upload(self.plane, bucket, key, meta, owner=owner, algorithm=algorithm, checksum_type=checksum_type)
+
+    async def put_part(self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks) -> PutResult:
+        return await multipart.put_part(self.plane, bucket, key, upload_id, number, body, checks)
+
+    async def copy_part(
+        self,
+        source_bucket: BucketRecord,
+        source_key: bytes,
+        span: RangeSpec | None,
+        bucket: BucketRecord,
+        key: bytes,
+        upload_id: str,
+        number: int,
+        *,
+        version_id: str = "",
+        source_conditions: ReadConditions = NO_READ_CONDITIONS,
+    ) -> PutResult:
+        return await multipart.copy_part(
+            self.plane,
+            self._hedge,
+            source_bucket,
+            source_key,
+            span,
+            bucket,
+            key,
+            upload_id,
+            number,
+            version_id=version_id,
+            source_conditions=source_conditions,
+        )
+
+    async def list_parts(
+        self, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
+    ) -> tuple[UploadInfo, list[PartInfo], int | None]:
+        return await multipart.list_parts(self.plane, bucket, key, upload_id, after=after, limit=limit)
+
+    async def list_uploads(
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after_key: bytes = b"",
+        after_upload: str = "",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:
+        return await multipart.list_uploads(
+            self.plane, bucket, prefix=prefix, after_key=after_key, after_upload=after_upload, delimiter=delimiter, limit=limit
+        )
+
+    async def complete(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        upload_id: str,
+        parts: Sequence[CompletedPart],
+        *,
+        owner: str,
+        checksums: Mapping[str, str] | None = None,
+        checksum_type: str = "",
+        declared_size: int | None = None,
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    ) -> PutResult:
+        return await complete.complete(
+            self.plane,
+            bucket,
+            key,
+            upload_id,
+            parts,
+            owner=owner,
+            checksums=checksums,
+            checksum_type=checksum_type,
+            declared_size=declared_size,
+            conditions=conditions,
+        )
+
+    async def abort(self, bucket: BucketRecord, key: bytes, upload_id: str) -> None:
+        await multipart.abort(self.plane, bucket, key, upload_id)

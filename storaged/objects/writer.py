@@ -21,6 +21,7 @@ from storaged.errors import PeerError, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
+from storaged.objects.assemble import assemble, empty_fragments
 from storaged.objects.body import BodyReader
 from storaged.objects.buffers import Lease, Transfer, block_cells_for
 from storaged.objects.geometry import BlockShape, chunk_bytes_for
@@ -367,7 +368,7 @@ class PartWriter:
 
     async def _read_back(self, state: BlockState) -> bytearray:
         profile, shape = state.placement.profile, state.shape
-        present: dict[int, Buffer] = {p: b"" for p in range(profile.k) if not shape.fragment_cells(profile, p)}
+        present = empty_fragments(profile, shape)
         for position, disk in sorted(state.durable.items()):
             if len(present) == profile.k or (profile.k == 1 and present):
                 break
@@ -376,7 +377,7 @@ class PartWriter:
                 present[position] = fragment
         if len(present) < profile.k:
             raise ServiceUnavailable("Too many disks failed while the object was written.")
-        return await self._plane.in_thread(self._assemble, state, present)
+        return await self._plane.in_thread(assemble, profile, shape, present)
 
     async def _read_fragment(self, state: BlockState, position: int, disk: str) -> bytes | None:
         cells = state.shape.fragment_cells(state.placement.profile, position)
@@ -391,24 +392,6 @@ class PartWriter:
             state.durable.pop(position, None)
             return None
         return whole
-
-    def _assemble(self, state: BlockState, present: Mapping[int, Buffer]) -> bytearray:
-        """The block's sealed bytes from any k fragments."""
-        profile, shape = state.placement.profile, state.shape
-        fragments: dict[int, Buffer] = dict(present)
-        missing = [position for position in range(profile.k) if position not in fragments]
-        if missing:
-            length = max(shape.fragment_length(profile, position) for position in range(profile.k))
-            fragments.update(erasure.reconstruct(profile, present, missing, length))
-        if profile.k == 1:
-            return bytearray(next(iter(present.values())))
-        sealed = bytearray(shape.sealed_bytes)
-        for cell in range(shape.cells):
-            stripe, position = divmod(cell, profile.k)
-            start, length = cell * shape.cell_bytes, shape.cell_length(cell)
-            source = memoryview(fragments[position])
-            sealed[start : start + length] = source[stripe * shape.cell_bytes : stripe * shape.cell_bytes + length]
-        return sealed
 
     # --- the result -------------------------------------------------------------------------------------------------
 

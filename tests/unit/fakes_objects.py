@@ -21,7 +21,7 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import DataDamaged, DiskUnusable, FragmentMissing, KeyringUnavailable, NoSuchBucket, PeerUnreachable
 from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
 from storaged.meta.names import RegisterName, Value, Visibility
-from storaged.meta.ports import ListPage, Outcome, Reading, Row, SmallCopies, Update
+from storaged.meta.ports import ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
 from storaged.wire import Buffer, decode
@@ -218,8 +218,24 @@ class FakeRing:
         self.pages: dict[bytes, bytes] = {}
         self.fences: dict[bytes, tuple[bytes, bool]] = {}
         self.interfere: Callable[[RegisterName], Awaitable[None]] | None = None
+        self.rounds: dict[RegisterName, int] = {}
+        """Identity rounds: a proposal begun before one is refused."""
 
-    async def read(self, name: RegisterName, *, want_payload: bool = False) -> Reading:
+    async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
+        await asyncio.sleep(0)
+        held = self.fences.get(name.scope)
+        if held is not None and held[0] != settling_nonce:
+            raise NoSuchBucket("", **({"final": "true"} if held[1] else {}))
+        self.rounds[name] = self.rounds.get(name, 0) + 1
+        return self.values.get(name)
+
+    async def agreement(self, name: RegisterName) -> list[ReplicaState]:
+        return [
+            ReplicaState(disk, "away" if self.disks.disks[disk].down else "current", True)
+            for disk in self.layouts.current.replicas_of(name.partition)
+        ]
+
+    async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         await asyncio.sleep(0)
         value = self.values.get(name)
         payload = None
@@ -246,7 +262,7 @@ class FakeRing:
     ) -> Outcome:
         first = True
         while True:
-            before = self.values.get(name)
+            before, rounds = self.values.get(name), self.rounds.get(name, 0)
             change = update(before)
             if change is None:
                 return Outcome(before, before)
@@ -261,7 +277,7 @@ class FakeRing:
             await asyncio.sleep(0)
             if name.scope in self.fences:
                 raise NoSuchBucket
-            if self.values.get(name) != before:
+            if self.values.get(name) != before or self.rounds.get(name, 0) != rounds:
                 continue
             sequence = (before.sequence if before else 0) + 1
             after = Value(sequence, os.urandom(16), change.visibility, change.body, change.payload)

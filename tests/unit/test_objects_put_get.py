@@ -545,7 +545,7 @@ async def test_an_object_replaced_before_the_first_byte_is_read_from_its_new_rec
     await put(objects, bucket, old)
     read = world.ring.read
 
-    async def read_then_replace(name: RegisterName, *, want_payload: bool = False) -> Reading:
+    async def read_then_replace(name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         found = await read(name, want_payload=want_payload)
         world.ring.read = read  # type: ignore[method-assign]
         assert found.value is not None

@@ -1,0 +1,297 @@
+"""Buckets: registers ``bucket/NAME``, authenticated by the keyring, created and deleted by compare-and-set.
+
+    Active -> Deleting(nonce) -> Deleted                      empty: the fence of its id stays for ever
+                              -> Active(nonce) -> Active      not empty: the fence is lifted, then the nonce cleared
+
+Deleting a bucket closes it first: a durable fence on every index shard refuses all changes to its rows. Only then can it be said to be empty. Every step is a
+compare-and-set with the nonce of the attempt, so any gateway can go on where another stopped (``resume``): a record that is Deleting, or Active
+with a nonce, owes a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import msgspec
+
+from storaged.cluster.layout import SHARDS_DEFAULT, partition_of
+from storaged.errors import (
+    BucketAlreadyExists,
+    BucketAlreadyOwnedByYou,
+    BucketNotEmpty,
+    DataDamaged,
+    NoSuchBucket,
+    NoSuchUpload,
+    ServiceUnavailable,
+    TooManyBuckets,
+)
+from storaged.ids import BUCKET_ID_BYTES
+from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.objects.api import Principal
+from storaged.objects.multipart import abort, list_uploads
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import SealBroken
+from storaged.objects.recent import Recent
+from storaged.objects.records import BucketRecord
+from storaged.wire import decode, encode
+
+ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
+PREFIX = "bucket/"
+NONCE_BYTES = 16
+ID_DRAWS_MAX = 64
+EMPTYING_ROUNDS_MAX = 8
+
+
+class BucketService:
+    """Implements ``api.Buckets``."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        self._plane = plane
+        self._recent: Recent[str, BucketRecord] = Recent(plane.clock, plane.limits.bucket_cache_s, plane.limits.cache_entries_max)
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def _decode(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
+        """None when there is none, or it was deleted. Raises DataDamaged for a record that no gateway of this cluster made."""
+        if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+            return None
+        try:
+            record = decode(value.body, BucketRecord)
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
+        unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
+        if not self._plane.keys.verify(_context(name, value.sequence), unsigned, record.authenticator):
+            raise DataDamaged("The record of this bucket is not authentic.")
+        return record
+
+    def _change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
+        """The authenticator is over the sequence number too, so that an older record can't be played back under a newer number."""
+        unsigned = msgspec.structs.replace(record, authenticator=b"")
+        sequence = (before.sequence if before is not None else 0) + 1
+        tag = self._plane.keys.authenticate(_context(name, sequence), encode(unsigned))
+        visibility = Visibility.TOMBSTONE if record.state == DELETED else Visibility.LIVE
+        return Change(encode(msgspec.structs.replace(record, authenticator=tag)), visibility)
+
+    async def _step(self, record: BucketRecord, after: BucketRecord) -> BucketRecord | None:
+        """Compare-and-set from exactly ``record`` (by id, state and nonce). None when it is not that any more."""
+        name = system_name(PREFIX + record.name)
+        done = False
+
+        def update(value: Value | None) -> Change | None:
+            nonlocal done
+            found = self._decode(name, value)
+            done = found is not None and (found.id, found.state, found.nonce) == (record.id, record.state, record.nonce)
+            if not done or found is None:
+                return None
+            return self._change(name, value, msgspec.structs.replace(after, tags=found.tags))
+
+        self._recent.forget(record.name)
+        try:
+            await self._plane.registers.change(name, update)
+        finally:
+            self._recent.forget(record.name)
+        return after if done else None
+
+    # --- api ----------------------------------------------------------------------------------------------------------
+
+    async def create(
+        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+    ) -> BucketRecord:
+        """Its key is made, and committed, before the name is taken. Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable."""
+        register = system_name(PREFIX + name)
+        existing = self._decode(register, (await self._plane.registers.read(register)).value)
+        if existing is not None and (existing.state == DELETING or existing.nonce):
+            existing = await self.resume(existing)
+        self._refuse_existing(who, existing)
+        owned, _ = await self.list_buckets(who, limit=self._plane.limits.buckets_per_user_max)
+        if len(owned) >= self._plane.limits.buckets_per_user_max:
+            raise TooManyBuckets
+        record = BucketRecord(
+            name,
+            self._draw_id(countries),
+            who.user_id,
+            self._plane.clock.wall_ms(),
+            ACTIVE,
+            SHARDS_DEFAULT,
+            region,
+            countries,
+            self._plane.layouts.current.profile,
+            object_lock=object_lock,
+        )
+        await self._plane.keys.create_bucket_key(record.id)
+
+        def update(value: Value | None) -> Change:
+            self._refuse_existing(who, self._decode(register, value))
+            return self._change(register, value, record)
+
+        try:
+            outcome = await self._plane.registers.change(register, update)
+        finally:
+            self._recent.forget(name)
+        made = self._decode(register, outcome.after)
+        assert made is not None
+        return made
+
+    @staticmethod
+    def _refuse_existing(who: Principal, existing: BucketRecord | None) -> None:
+        if existing is not None:
+            raise BucketAlreadyOwnedByYou if existing.owner == who.user_id else BucketAlreadyExists
+
+    def _draw_id(self, countries: tuple[str, ...]) -> bytes:
+        """A random id whose every shard has its replicas inside the bucket's countries: small objects live beside them."""
+        layout = self._plane.layouts.current
+        for _ in range(ID_DRAWS_MAX):
+            bucket_id = self._plane.entropy(BUCKET_ID_BYTES)
+            replicas = {disk for shard in range(SHARDS_DEFAULT) for disk in layout.replicas_of(partition_of(bucket_id, shard))}
+            if not countries or all(layout.country_of(disk) in countries for disk in replicas):
+                return bucket_id
+        raise ServiceUnavailable(f"The ring has no replicas that lie wholly in {', '.join(countries)}; the bucket was not created.")
+
+    async def get(self, name: str) -> BucketRecord:
+        """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
+        return await self._recent.get(name, lambda: self._load(name))
+
+    async def _load(self, name: str) -> BucketRecord:
+        register = system_name(PREFIX + name)
+        record = self._decode(register, (await self._plane.registers.read(register)).value)
+        if record is not None and record.state == ACTIVE and record.nonce:
+            record = await self.resume(record)
+        if record is None or record.state != ACTIVE:
+            raise NoSuchBucket(BucketName=name)
+        return record
+
+    async def list_buckets(
+        self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
+    ) -> tuple[list[BucketRecord], str | None]:
+        """The principal's own, by name."""
+        found: list[BucketRecord] = []
+        async for record in self._scan(prefix, after):
+            if record.owner == who.user_id and record.state == ACTIVE:
+                if len(found) >= limit:
+                    return found, found[-1].name if found else after
+                found.append(record)
+        return found, None
+
+    async def _scan(self, prefix: str = "", after: str = "") -> AsyncIterator[BucketRecord]:
+        start: bytes | None = (PREFIX + after).encode()
+        while start is not None:
+            page = await self._plane.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=(PREFIX + prefix).encode(), after=start)
+            for row in page.rows:
+                record = self._decode(system_name(row.key.decode()), row.value)
+                if record is not None:
+                    yield record
+            start = page.next_after
+
+    async def every_bucket(self) -> list[BucketRecord]:
+        """All buckets of the cluster that are not deleted, in any state: for maintenance."""
+        return [record async for record in self._scan()]
+
+    # --- deleting -----------------------------------------------------------------------------------------------------
+
+    async def delete(self, bucket: BucketRecord) -> None:
+        """Raises BucketNotEmpty, NoSuchBucket."""
+        if not await self._is_empty(bucket, b""):
+            raise BucketNotEmpty(BucketName=bucket.name)
+        nonce = self._plane.entropy(NONCE_BYTES)
+        deleting = await self._step(bucket, msgspec.structs.replace(bucket, state=DELETING, nonce=nonce))
+        if deleting is None:
+            raise NoSuchBucket(BucketName=bucket.name)
+        if await self.resume(deleting) is not None:
+            raise BucketNotEmpty(BucketName=bucket.name)
+
+    async def resume(self, record: BucketRecord) -> BucketRecord | None:
+        """Takes the steps that a record owes. The bucket as it is then, None when it is deleted. Idempotent; several gateways may do it at once."""
+        plane = self._plane
+        if record.state == DELETING:
+            if await self._emptied(record):
+                deleted = await self._step(record, msgspec.structs.replace(record, state=DELETED))
+                if deleted is not None:
+                    await plane.fences.fence(record.id, record.shards, record.nonce, final=True)
+                    return None
+            else:
+                await self._step(record, msgspec.structs.replace(record, state=ACTIVE))
+            register = system_name(PREFIX + record.name)
+            current = self._decode(register, (await plane.registers.read(register)).value)
+            if current is None or current.id != record.id:
+                return None
+            record = current
+        if record.state == ACTIVE and record.nonce:
+            await plane.fences.unfence(record.id, record.shards, record.nonce)
+            opened = msgspec.structs.replace(record, nonce=b"")
+            return await self._step(record, opened) or record
+        return record
+
+    async def _emptied(self, bucket: BucketRecord) -> bool:
+        """Fences the bucket and says whether it is empty; uploads that are still open are aborted before, for behind the fence nothing changes."""
+        plane = self._plane
+        for _ in range(EMPTYING_ROUNDS_MAX):
+            await self._abort_uploads(bucket)
+            await plane.fences.fence(bucket.id, bucket.shards, bucket.nonce)
+            if not await self._is_empty(bucket, bucket.nonce):
+                return False
+            page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), limit=1, settling_nonce=bucket.nonce)
+            if not page.rows:
+                return True
+            await plane.fences.unfence(bucket.id, bucket.shards, bucket.nonce)
+        return False
+
+    async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
+        start: bytes | None = b""
+        while start is not None:
+            page = await self._plane.scanner.list_page(
+                Table.OBJECT, bucket.id, range(bucket.shards), after=start, limit=1, hidden=True, settling_nonce=nonce
+            )
+            if page.rows:
+                return False
+            start = page.next_after
+        return True
+
+    async def _abort_uploads(self, bucket: BucketRecord) -> None:
+        while True:
+            uploads, _, more = await list_uploads(self._plane, bucket)
+            for upload in uploads:
+                try:
+                    await abort(self._plane, bucket, upload.key, upload.upload_id)
+                except (NoSuchUpload, NoSuchBucket):
+                    continue  # completed just now, or fenced already by another gateway
+            if more is None:
+                return
+
+    # --- tags ---------------------------------------------------------------------------------------------------------
+
+    async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None:
+        """None: no tag set. Raises NoSuchBucket."""
+        name = system_name(PREFIX + bucket.name)
+        sealed = b"" if tags is None else self._plane.keys.seal_secret(encode(dict(tags)), _tags_context(bucket))
+
+        def update(value: Value | None) -> Change:
+            found = self._decode(name, value)
+            if found is None or found.id != bucket.id or found.state != ACTIVE:
+                raise NoSuchBucket(BucketName=bucket.name)
+            return self._change(name, value, msgspec.structs.replace(found, tags=sealed))
+
+        try:
+            await self._plane.registers.change(name, update)
+        finally:
+            self._recent.forget(bucket.name)
+
+    async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None:
+        """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged."""
+        name = system_name(PREFIX + bucket.name)
+        found = self._decode(name, (await self._plane.registers.read(name)).value)
+        if found is None or found.id != bucket.id:
+            raise NoSuchBucket(BucketName=bucket.name)
+        if not found.tags:
+            return None
+        try:
+            return decode(self._plane.keys.open_secret(found.tags, _tags_context(found)), dict[str, str])
+        except (SealBroken, msgspec.MsgspecError) as error:
+            raise DataDamaged(f"The tags of this bucket do not open: {error}") from None
+
+
+def _context(name: RegisterName, sequence: int) -> tuple[bytes, ...]:
+    return (name.pack(), sequence.to_bytes(8, "big"))
+
+
+def _tags_context(bucket: BucketRecord) -> tuple[bytes, ...]:
+    return (b"bucket tags", bucket.id)

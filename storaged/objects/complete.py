@@ -1,0 +1,336 @@
+"""Completing a multipart upload: the parts' entries move from their rows into the object's record; no data moves.
+
+Theory of operation. The upload's register first pins the version that will be made (Completing), so that a Complete taken up again by another gateway, or repeated by the
+client, makes the same one. The object's register is then changed under the conditions, and the upload becomes Done with the answer, kept for repeats. Between its
+promise on the object and its accept a Complete looks whether the upload is still Completing: an abort changes that first and settles the object afterwards, so of the
+two exactly one wins. When a Complete that is taken up again finds the object changed since the version was pinned, and not by it, whether the first try took effect
+and was overwritten can't be known: the upload is opened again and the client told of the conflict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from storaged.errors import (
+    BadDigest,
+    ConditionalRequestConflict,
+    EntityTooLarge,
+    EntityTooSmall,
+    InvalidPart,
+    InvalidPartOrder,
+    InvalidRequest,
+    MalformedXML,
+    NoSuchKey,
+    NoSuchUpload,
+    PreconditionFailed,
+)
+from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
+from storaged.meta.ports import Outcome
+from storaged.objects.api import CompletedPart, PutResult, WriteConditions
+from storaged.objects.checksums import multipart_checksum, multipart_etag
+from storaged.objects.commit import ProposedAgain
+from storaged.objects.conditions import NO_WRITE_CONDITIONS, check_write, needs_etag
+from storaged.objects.manifest import write_manifest, write_sealed_parts
+from storaged.objects.plane import ObjectPlane, cancel_all
+from storaged.objects.put import check_early
+from storaged.objects.records import (
+    NULL_VERSION,
+    PARTS_INLINE_MAX,
+    BucketRecord,
+    CompleteResult,
+    ObjectRecord,
+    PartRecord,
+    SealedPart,
+    UploadRecord,
+    Version,
+)
+from storaged.objects.retire import retire_parts, retire_replaced
+from storaged.objects.uploads import COMPLETING, DONE, OPEN, OpenedUpload, decode_upload, open_upload, part_rows, upload_text
+from storaged.objects.versions import BucketKeys, KeyNeeded, VersionSealer, current_of, decode_record, open_version, record_change
+from storaged.wire import decode, encode
+
+ATTEMPTS_MAX = 12
+
+Rows = dict[int, tuple[PartRecord, SealedPart]]
+
+
+class _Moved(Exception):
+    """The object changed since the version was pinned, and does not hold it."""
+
+
+async def complete(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    upload_id: str,
+    parts: Sequence[CompletedPart],
+    *,
+    owner: str,
+    checksums: Mapping[str, str] | None = None,
+    checksum_type: str = "",
+    declared_size: int | None = None,
+    conditions: WriteConditions = NO_WRITE_CONDITIONS,
+) -> PutResult:
+    """Makes an object of an upload's parts. A repeat of a Complete that succeeded answers what it did.
+
+    Raises NoSuchUpload, MalformedXML (no parts), InvalidPart, InvalidPartOrder, EntityTooSmall, EntityTooLarge, BadDigest, InvalidRequest, and as the conditions do.
+    """
+    digest = _request_digest(parts, checksums or {}, checksum_type, declared_size)
+    upload = await open_upload(plane, bucket, key, upload_id)
+    record = upload.record
+    if record.state == DONE and record.request_digest == digest:
+        return _answer(upload.open_result())
+    if record.state not in (OPEN, COMPLETING):
+        raise NoSuchUpload(UploadId=upload_id)
+    if record.state == COMPLETING and record.request_digest != digest:
+        raise ConditionalRequestConflict("Another request is completing this upload.")
+    name, keys = object_name(bucket.id, bucket.shards, key), BucketKeys(plane, bucket)
+    resumed = record.state == COMPLETING
+    rows = await _rows(plane, bucket, upload)
+    if not resumed:
+        await check_early(plane, name, upload.place, keys, conditions)
+        chosen = await plane.in_thread(_chosen, plane, rows, parts)
+        version = await _make_version(plane, name, upload, chosen, owner, checksums or {}, checksum_type, declared_size)
+        upload = upload._replace(record=await _pin(plane, name, upload, version, digest))
+    version = decode(upload.record.pinned, Version)
+    try:
+        outcome = await _commit(plane, name, keys, upload, version, conditions, resumed=resumed)
+    except (PreconditionFailed, NoSuchKey):
+        await _reopen(plane, upload)
+        raise
+    except _Moved:
+        await plane.registers.settle(name)
+        await _reopen(plane, upload)
+        raise ConditionalRequestConflict(
+            "The object changed while this upload was being completed. Read it, then retry or abort."
+        ) from None
+    retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
+    result = await _done(plane, bucket, upload, version)
+    unused = [row.entry for number, (row, _) in rows.items() if number not in {part.number for part in parts}]
+    if unused:
+        plane.background.spawn(retire_parts(plane, bucket, name, unused))
+    return _answer(result)
+
+
+def _answer(result: CompleteResult) -> PutResult:
+    return PutResult(result.etag, result.version_id, result.size, result.checksums, result.checksum_type, result.modified_ms)
+
+
+def _request_digest(parts: Sequence[CompletedPart], checksums: Mapping[str, str], checksum_type: str, size: int | None) -> bytes:
+    said = [(part.number, part.etag, sorted(part.checksums.items())) for part in parts]
+    return hashlib.sha256(msgspec.msgpack.encode([said, sorted(checksums.items()), checksum_type, size])).digest()
+
+
+async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> Rows:
+    rows = [row async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id)]
+    opened = await plane.in_thread(lambda: [upload.open_part(row) for row in rows])
+    return {row.entry.number: (row, part) for row, part in zip(rows, opened, strict=True)}
+
+
+def _chosen(plane: ObjectPlane, rows: Rows, parts: Sequence[CompletedPart]) -> list[tuple[PartRecord, SealedPart]]:
+    """The parts that the client names, checked against what was uploaded."""
+    if not parts or len(parts) > plane.limits.parts_max:
+        raise MalformedXML
+    numbers = [part.number for part in parts]
+    if any(first >= second for first, second in itertools.pairwise(numbers)):
+        raise InvalidPartOrder
+    chosen = []
+    for part in parts:
+        found = rows.get(part.number)
+        if found is None or found[1].etag != part.etag or any(value != found[1].checksum for value in part.checksums.values()):
+            raise InvalidPart(PartNumber=str(part.number), ETag=part.etag)
+        chosen.append(found)
+    for row, sealed in chosen[:-1]:
+        if sealed.size < plane.limits.part_bytes_min:
+            raise EntityTooSmall(
+                ProposedSize=str(sealed.size),
+                MinSizeAllowed=str(plane.limits.part_bytes_min),
+                PartNumber=str(row.entry.number),
+                ETag=sealed.etag,
+            )
+    return chosen
+
+
+async def _make_version(
+    plane: ObjectPlane,
+    name: RegisterName,
+    upload: OpenedUpload,
+    chosen: Sequence[tuple[PartRecord, SealedPart]],
+    owner: str,
+    checksums: Mapping[str, str],
+    checksum_type: str,
+    declared_size: int | None,
+) -> Version:
+    """The version that these parts make; its pages are durable when this returns."""
+    parts = [part for _, part in chosen]
+    size = sum(part.size for part in parts)
+    if size > plane.limits.object_bytes_max:
+        raise EntityTooLarge(MaxSizeAllowed=str(plane.limits.object_bytes_max), ProposedSize=str(size))
+    if declared_size is not None and declared_size != size:
+        raise InvalidRequest(f"The parts have {size} bytes; x-amz-mp-object-size says {declared_size}.")
+    found = _checksums(upload.record, parts, checksums, checksum_type)
+    entries, manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
+    context_id = upload.record.upload_id
+    meta = msgspec.structs.replace(
+        upload.meta,
+        etag=multipart_etag([part.etag for part in parts]),
+        checksums=found,
+        checksum_type=upload.record.checksum_type if found else "",
+        size=size,
+    )
+    if len(parts) <= PARTS_INLINE_MAX:
+        meta = msgspec.structs.replace(meta, parts=tuple(parts))
+    else:
+        context = upload.place.context(NULL_VERSION, context_id)
+        page = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
+        meta = msgspec.structs.replace(meta, parts_page=page)
+    sealer = VersionSealer(plane, upload.place, upload.key, upload.dek, NULL_VERSION, context_id)
+    return sealer.version(
+        meta,
+        size=size,
+        owner=owner,
+        modified_ms=plane.clock.wall_ms(),
+        parts=entries,
+        manifest=manifest,
+        multipart=True,
+        part_count=len(parts),
+    )
+
+
+def _checksums(record: UploadRecord, parts: Sequence[SealedPart], declared: Mapping[str, str], checksum_type: str) -> dict[str, str]:
+    algorithm = record.checksum_algorithm
+    if checksum_type and checksum_type != record.checksum_type:
+        raise InvalidRequest(f"The upload was created for checksums of type {record.checksum_type or 'none'}, not {checksum_type}.")
+    if any(name != algorithm for name in declared):
+        raise InvalidRequest(f"The upload was created for {algorithm or 'no'} checksums, not {', '.join(declared)}.")
+    if not algorithm:
+        return {}
+    value = multipart_checksum(algorithm, record.checksum_type, [(part.checksum, part.size) for part in parts])
+    if declared and declared[algorithm] not in (value, value.partition("-")[0]):
+        raise BadDigest(f"The {algorithm} you specified did not match the calculated checksum.")
+    return {algorithm: value}
+
+
+async def _pin(plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, digest: bytes) -> UploadRecord:
+    """Open -> Completing. Raises NoSuchUpload, ConditionalRequestConflict."""
+    before = (await plane.registers.read(name)).value
+    sequence = before.sequence if before is not None else 0
+
+    def update(value: Value | None) -> Change:
+        record = decode_upload(value)
+        if record is None or record.state not in (OPEN, COMPLETING):
+            raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
+        if record.state == COMPLETING:
+            raise ConditionalRequestConflict("Another request is completing this upload.")
+        pinned = msgspec.structs.replace(
+            record,
+            state=COMPLETING,
+            request_digest=digest,
+            pinned=encode(version),
+            pinned_sequence=sequence,
+            changed_ms=plane.clock.wall_ms(),
+        )
+        return Change(encode(pinned))
+
+    record = decode_upload((await plane.registers.change(upload.name, update)).after)
+    assert record is not None
+    return record
+
+
+async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> None:
+    """Completing -> Open, after a condition that did not hold: the client may abort, or complete again."""
+
+    def update(value: Value | None) -> Change | None:
+        record = decode_upload(value)
+        if record is None or record.state != COMPLETING or record.pinned != upload.record.pinned:
+            return None
+        opened = msgspec.structs.replace(
+            record, state=OPEN, request_digest=b"", pinned=b"", pinned_sequence=0, changed_ms=plane.clock.wall_ms()
+        )
+        return Change(encode(opened))
+
+    await plane.registers.change(upload.name, update)
+
+
+async def _commit(
+    plane: ObjectPlane,
+    name: RegisterName,
+    keys: BucketKeys,
+    upload: OpenedUpload,
+    version: Version,
+    conditions: WriteConditions,
+    *,
+    resumed: bool,
+) -> Outcome:
+    """Puts the version into the object's record, once, however often this is tried."""
+    for attempt in range(ATTEMPTS_MAX):
+        promised = asyncio.Event()
+        ran = False
+
+        def update(value: Value | None, promised: asyncio.Event = promised) -> Change | None:
+            nonlocal ran
+            if ran:
+                raise ProposedAgain
+            record = decode_record(value)
+            if any(version.context_id == other.context_id for other in record.versions):
+                change = None
+            elif resumed and (value.sequence if value is not None else 0) != upload.record.pinned_sequence:
+                raise _Moved
+            else:
+                check_write(conditions, current_of(upload.place, record, keys, with_etag=needs_etag(conditions)))
+                change = record_change(ObjectRecord((version,)))
+            ran = True
+            promised.set()
+            return change
+
+        guard = asyncio.ensure_future(_still_completing(plane, upload, promised))
+        try:
+            return await plane.registers.change(name, update, ready=guard)
+        except KeyNeeded as needed:
+            await keys.load(needed.version)
+        except ProposedAgain:
+            await asyncio.sleep(0.01 * 2 ** min(attempt, 6) * plane.entropy(1)[0] / 255)
+        finally:
+            await cancel_all([guard])
+    raise ConditionalRequestConflict("Others change this key all the time; the upload was not completed.")
+
+
+async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: asyncio.Event) -> None:
+    """Looks at the upload after the object's replicas have promised: see the theory of operation."""
+    await promised.wait()
+    record = decode_upload((await plane.registers.read(upload.name)).value)
+    if record is None or record.state not in (COMPLETING, DONE) or (record.state == COMPLETING and record.pinned != upload.record.pinned):
+        raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
+
+
+async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, version: Version) -> CompleteResult:
+    """Completing (or Aborted, when the abort came too late) -> Done."""
+    meta = open_version(upload.place, version, await plane.keys.bucket_key(bucket.id, version.bucket_key)).meta
+    result = CompleteResult(meta.etag, version.version_id, version.size, meta.checksums, meta.checksum_type, version.modified_ms)
+    sealed = upload.seal_result(plane, result)
+
+    def update(value: Value | None) -> Change | None:
+        record = decode_upload(value)
+        if record is None or record.state == DONE:
+            return None
+        done = msgspec.structs.replace(record, state=DONE, result=sealed, pinned=b"", changed_ms=plane.clock.wall_ms())
+        return Change(encode(done), Visibility.HIDDEN)
+
+    await plane.registers.change(upload.name, update)
+    return result
+
+
+async def finish(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> bool:
+    """After an abort met a Complete: whether that one took effect, in which case the upload is Done after all."""
+    name = object_name(bucket.id, bucket.shards, upload.place.key)
+    record = decode_record(await plane.registers.settle(name))
+    version = decode(upload.record.pinned, Version)
+    if all(version.context_id != other.context_id for other in record.versions):
+        return False
+    await _done(plane, bucket, upload, version)
+    return True

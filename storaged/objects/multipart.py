@@ -1,0 +1,309 @@
+"""Multipart uploads but for Complete (``complete``): a register for the upload, a register for every part.
+
+    Open -> Completing(pinned version) -> Done(result)
+    Open | Completing -> Aborted
+
+Every attempt at a part has its own data id, so that one that is superseded, or interrupted, shares nothing with the one that counts. Fragments of parts
+name the *object's* register as their owner, for that is where they end; until then ``references`` finds them through the upload's rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Set
+
+import msgspec
+
+from storaged.errors import InvalidArgument, InvalidRequest, NoSuchUpload, StoragedError
+from storaged.ids import DATA_ID_BYTES, new_upload_id
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name, part_name, shard_of, upload_name
+from storaged.objects.api import (
+    CHECKSUM_ALGORITHMS,
+    Body,
+    BodyChecks,
+    NewMeta,
+    PartInfo,
+    PutResult,
+    RangeSpec,
+    ReadConditions,
+    UploadInfo,
+)
+from storaged.objects.checksums import COMPOSITE, FULL_OBJECT, can_be_full_object, default_type
+from storaged.objects.complete import finish
+from storaged.objects.conditions import NO_READ_CONDITIONS
+from storaged.objects.copy import body_of
+from storaged.objects.get import get
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.put import DEK_BYTES, commit_sealed, sealed_body
+from storaged.objects.reader import HedgeDelay
+from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
+from storaged.objects.references import live_references
+from storaged.objects.retire import retire_parts
+from storaged.objects.seal import META_LABEL, SALT_BYTES, seal_message
+from storaged.objects.uploads import (
+    ABORTED,
+    COMPLETING,
+    OPEN,
+    ROWS_PER_SCAN,
+    UPLOAD_VERSION,
+    OpenedUpload,
+    decode_upload,
+    open_upload,
+    parse_upload_id,
+    part_rows,
+    unseal_upload,
+    upload_text,
+)
+from storaged.objects.versions import BucketKeys, Place, meta_of
+from storaged.wire import decode, encode
+
+FORGETS_IN_FLIGHT_MAX = 32
+
+
+async def create_upload(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, meta: NewMeta, *, owner: str, algorithm: str = "", checksum_type: str = ""
+) -> UploadInfo:
+    """Raises InvalidRequest for a checksum that can't be."""
+    kind = _checked_type(algorithm, checksum_type)
+    upload_id = new_upload_id(shard_of(key, bucket.shards), plane.entropy)
+    bucket_key = await plane.keys.bucket_key(bucket.id)
+    dek = plane.entropy(DEK_BYTES)
+    context = Place(bucket.id, key).context(UPLOAD_VERSION, upload_id)
+    now_ms = plane.clock.wall_ms()
+    record = UploadRecord(
+        upload_id,
+        OPEN,
+        owner,
+        now_ms,
+        bucket_key.version,
+        upload_id,
+        bucket_key.wrap(dek, context),
+        seal_message(dek, META_LABEL, context, encode(meta_of(meta, "", {}, "", 0)), plane.entropy(SALT_BYTES)),
+        algorithm,
+        kind,
+        changed_ms=now_ms,
+    )
+    await plane.registers.change(upload_name(bucket.id, key, upload_id), lambda value: Change(encode(record)))
+    return UploadInfo(key, upload_text(upload_id), now_ms, owner, meta.storage_class, algorithm, kind)
+
+
+def _checked_type(algorithm: str, checksum_type: str) -> str:
+    if not algorithm:
+        if checksum_type:
+            raise InvalidRequest("A checksum type needs a checksum algorithm.")
+        return ""
+    if algorithm not in CHECKSUM_ALGORITHMS:
+        raise InvalidRequest(f"The checksum algorithm {algorithm} is not known.")
+    kind = checksum_type or default_type(algorithm)
+    if kind not in (FULL_OBJECT, COMPOSITE):
+        raise InvalidRequest(f"The checksum type {kind} is not known.")
+    if kind == FULL_OBJECT and not can_be_full_object(algorithm):
+        raise InvalidRequest(f"The FULL_OBJECT checksum type cannot be used with the {algorithm} algorithm.")
+    if kind == COMPOSITE and algorithm == "CRC64NVME":
+        raise InvalidRequest("The COMPOSITE checksum type cannot be used with the CRC64NVME algorithm.")
+    return kind
+
+
+async def put_part(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
+) -> PutResult:
+    """Stores one part; another of the same number takes its place. Raises NoSuchUpload, InvalidArgument, and as ``put``."""
+    if not 1 <= number <= plane.limits.parts_max:
+        raise InvalidArgument(f"Part number must be an integer between 1 and {plane.limits.parts_max}, inclusive.")
+    upload = await open_upload(plane, bucket, key, upload_id)
+    if upload.record.state != OPEN:
+        raise NoSuchUpload(UploadId=upload_id)
+    owner = object_name(bucket.id, bucket.shards, key)
+    row_name = part_name(bucket.id, upload.record.upload_id, number)
+    algorithm = upload.record.checksum_algorithm
+    if algorithm and algorithm not in checks.algorithms:
+        checks = BodyChecks(checks.size, checks.md5, checks.checksums, (*checks.algorithms, algorithm), checks.trailing)
+    data_id = plane.entropy(DATA_ID_BYTES)
+    async with sealed_body(plane, bucket, owner, body, checks, dek=upload.dek, data_id=data_id, number=number) as sealed:
+        digest, now_ms = sealed.digest, plane.clock.wall_ms()
+        part = SealedPart(number, digest.size, digest.etag, digest.checksums.get(algorithm, ""))
+        secret = upload.seal_part(plane, data_id, part)
+
+        def update(value: Value | None, entry: PartEntry) -> Change:
+            return Change(encode(PartRecord(entry, now_ms, secret)))
+
+        outcome, entry = await commit_sealed(plane, BucketKeys(plane, bucket), row_name, update, sealed)
+        state = decode_upload((await plane.registers.read(upload.name)).value)
+        if state is None or state.state not in (OPEN, COMPLETING):
+            await plane.registers.change(row_name, lambda value: Change(b"", Visibility.TOMBSTONE))
+            raise NoSuchUpload(UploadId=upload_id)
+    before = outcome.before
+    if before is not None and before.visibility == Visibility.LIVE:
+        replaced = decode(before.body, PartRecord).entry
+        if replaced.data_id != entry.data_id:
+            plane.background.spawn(retire_parts(plane, bucket, owner, [replaced]))
+    return PutResult(digest.etag, size=digest.size, checksums=digest.checksums, modified_ms=now_ms)
+
+
+async def copy_part(
+    plane: ObjectPlane,
+    hedge: HedgeDelay,
+    source_bucket: BucketRecord,
+    source_key: bytes,
+    span: RangeSpec | None,
+    bucket: BucketRecord,
+    key: bytes,
+    upload_id: str,
+    number: int,
+    *,
+    version_id: str = "",
+    source_conditions: ReadConditions = NO_READ_CONDITIONS,
+) -> PutResult:
+    """A part from an object, or a range of one: opened here and sealed anew."""
+    stream = await get(
+        plane, hedge, source_bucket, source_key, version_id=version_id, conditions=source_conditions, span=span, as_copy_source=True
+    )
+    try:
+        if span is not None and span.last is not None and span.last >= stream.info.size:
+            raise InvalidArgument(f"Range specified is not valid for source object of size: {stream.info.size}")
+        return await put_part(plane, bucket, key, upload_id, number, body_of(stream), BodyChecks(size=stream.length))
+    finally:
+        await stream.close()
+
+
+async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> None:
+    """Ends an upload; its parts go to the garbage lists. Raises NoSuchUpload (also when it turns out to have been completed).
+
+    An upload may be in the middle of a Complete whose gateway died, or is only slow. Once it is Aborted no Complete goes on (each looks after its promise);
+    the round that settles the object then ends the promises made before, and shows whether one of those came first.
+    """
+    upload = await open_upload(plane, bucket, key, upload_id)
+    before = upload.record
+
+    def update(value: Value | None) -> Change:
+        record = decode_upload(value)
+        if record is None or record.state not in (OPEN, COMPLETING):
+            raise NoSuchUpload(UploadId=upload_id)
+        nonlocal before
+        before = record
+        changed = msgspec.structs.replace(record, state=ABORTED, changed_ms=plane.clock.wall_ms())
+        return Change(encode(changed), Visibility.HIDDEN)
+
+    await plane.registers.change(upload.name, update)
+    if before.state == COMPLETING and await finish(plane, bucket, upload._replace(record=before)):
+        raise NoSuchUpload(UploadId=upload_id)
+    plane.background.spawn(drop_parts(plane, bucket, upload))
+
+
+async def drop_parts(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> None:
+    """Retires every part of an aborted upload, and forgets its rows. What fails here ``forget_finished_uploads`` does later."""
+    owner = object_name(bucket.id, bucket.shards, upload.place.key)
+    try:
+        await _forget_parts(plane, bucket, owner, upload.record.upload_id, frozenset())
+    except StoragedError:
+        return
+
+
+async def _forget_parts(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, upload_id: bytes, kept: Set[bytes]) -> None:
+    """Makes tombstones of an upload's part rows; retires the parts that are not ``kept``."""
+    gate = asyncio.Semaphore(FORGETS_IN_FLIGHT_MAX)
+
+    async def forget(entry: PartEntry) -> None:
+        async with gate:
+            if entry.data_id not in kept:
+                await retire_parts(plane, bucket, owner, [entry])
+            await plane.registers.change(part_name(bucket.id, upload_id, entry.number), lambda value: Change(b"", Visibility.TOMBSTONE))
+
+    async with asyncio.TaskGroup() as group:
+        async for row in part_rows(plane.scanner, bucket.id, upload_id):
+            group.create_task(forget(row.entry))
+
+
+async def list_parts(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
+) -> tuple[UploadInfo, list[PartInfo], int | None]:
+    """Parts with a number > ``after``; and the last number when there are more. Raises NoSuchUpload."""
+    upload = await open_upload(plane, bucket, key, upload_id)
+    if upload.record.state not in (OPEN, COMPLETING):
+        raise NoSuchUpload(UploadId=upload_id)
+    found: list[PartInfo] = []
+    algorithm = upload.record.checksum_algorithm
+    async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id, after=min(after, 0xFFFF)):
+        if len(found) >= limit:
+            return upload.info, found, found[-1].number if found else after
+        part = upload.open_part(row)
+        found.append(PartInfo(part.number, part.size, part.etag, row.modified_ms, algorithm if part.checksum else "", part.checksum))
+    return upload.info, found, None
+
+
+async def list_uploads(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    *,
+    prefix: bytes = b"",
+    after_key: bytes = b"",
+    after_upload: str = "",
+    delimiter: bytes = b"",
+    limit: int = 1000,
+) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:
+    """Uploads in progress, by key, then upload id; common prefixes; and the marker of the next page.
+
+    A row's key is the object's, a zero byte and the upload id. So grouping is done here: an upload id may hold the delimiter.
+    """
+    uploads: list[UploadInfo] = []
+    groups: dict[bytes, None] = {}
+    marker = (after_key, after_upload)
+    start: bytes | None = _row_after(after_key, after_upload, delimiter)
+    while start is not None:
+        page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), prefix=prefix, after=start, limit=ROWS_PER_SCAN)
+        start = page.next_after
+        for row in page.rows:
+            key = row.key[: -len(upload_name(b"", b"", bytes(16)).key)]
+            cut = key.find(delimiter, len(prefix)) if delimiter else -1
+            group = key[: cut + len(delimiter)] if cut >= 0 else b""
+            if group in groups:
+                continue
+            if len(uploads) + len(groups) >= limit:
+                return uploads, list(groups), marker if limit else None
+            if group:
+                groups[group] = None
+                marker = (group, "")
+                start = group + b"\xff"
+                break
+            record = decode_upload(row.value)
+            if record is not None:
+                upload = await unseal_upload(plane, bucket, key, upload_name(bucket.id, key, record.upload_id), record)
+                uploads.append(upload.info)
+                marker = (key, upload.info.upload_id)
+    return uploads, list(groups), None
+
+
+def _row_after(after_key: bytes, after_upload: str, delimiter: bytes) -> bytes:
+    if not after_key:
+        return b""
+    if after_upload:
+        return after_key + b"\0" + parse_upload_id(after_upload)
+    if delimiter and after_key.endswith(delimiter):
+        return after_key + b"\xff"
+    return after_key + b"\0" + b"\xff" * 17
+
+
+def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
+    """A finished upload whose rows need not be kept any longer."""
+    return record.state not in (OPEN, COMPLETING) and now_ms - record.changed_ms >= keep_ms
+
+
+async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
+    """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many uploads. Safe to run anywhere, any time."""
+    now_ms, forgotten = plane.clock.wall_ms(), 0
+    start: bytes | None = b""
+    while start is not None:
+        page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), after=start, limit=ROWS_PER_SCAN, hidden=True)
+        start = page.next_after
+        for row in page.rows:
+            record = decode_upload(row.value)
+            if record is None or not is_older(record, now_ms, plane.limits.upload_keep_ms):
+                continue
+            key = row.key[: -1 - len(record.upload_id)]
+            owner = object_name(bucket.id, bucket.shards, key)
+            kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
+            await _forget_parts(plane, bucket, owner, record.upload_id, kept)
+            name = upload_name(bucket.id, key, record.upload_id)
+            await plane.registers.change(name, lambda value: Change(b"", Visibility.TOMBSTONE))
+            forgotten += 1
+    return forgotten

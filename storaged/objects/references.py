@@ -1,0 +1,108 @@
+"""Which data is referred to: what the collector of garbage asks before it deletes, and what repair walks.
+
+Every fragment names one owner, the register of the *object* that it belongs to, or will: also a part of an upload that is still open. So a data id is referred to by
+
+* the object's record, in a part of a version or on a page of its manifest; or
+* the row of a part of an open or completing upload for that key; or
+* the version that a completing upload has pinned.
+
+A part moves from the second to the third to the first and never back, and each place is written before the one before it is cleared. ``live_references`` therefore looks
+at the uploads first and at the object last, after a round that ends all earlier promises on it: what it does not find then is referred to by nothing, and
+never will be, for a data id is proposed only by the request that drew it, and that one looks again before it proposes a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import msgspec
+
+from storaged.errors import DataDamaged, NoSuchBucket
+from storaged.meta.names import RegisterName, Table, Value, upload_name
+from storaged.meta.ports import Pages, Registers, Scanner
+from storaged.objects.manifest import parts_of
+from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, UploadRecord, Version
+from storaged.objects.uploads import COMPLETING, OPEN, ROWS_PER_SCAN, decode_upload, part_rows
+from storaged.objects.versions import decode_record
+from storaged.wire import decode
+
+
+def versions_in(record: bytes, table: int) -> tuple[Version, ...]:
+    """The versions that a record of the OBJECT or UPLOAD table holds; those may have a manifest of pages. Raises DataDamaged."""
+    if not record:
+        return ()
+    try:
+        if table == Table.OBJECT:
+            return decode(record, ObjectRecord).versions
+        if table == Table.UPLOAD:
+            upload = decode(record, UploadRecord)
+            return (decode(upload.pinned, Version),) if upload.state == COMPLETING and upload.pinned else ()
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"A record cannot be read: {error}") from None
+    return ()
+
+
+def references(record: bytes, table: int) -> set[bytes]:
+    """Data ids that a record names itself (not those on pages of a manifest). Raises DataDamaged."""
+    if table == Table.PART and record:
+        try:
+            return {decode(record, PartRecord).entry.data_id}
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"A record cannot be read: {error}") from None
+    return {part.data_id for version in versions_in(record, table) for part in version.parts}
+
+
+async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[PartEntry]:
+    """All parts that a record refers to, those on pages of manifests too. ``near`` is the object's register. Raises DataDamaged."""
+    if table == Table.PART and record:
+        try:
+            yield decode(record, PartRecord).entry
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"A record cannot be read: {error}") from None
+    for version in versions_in(record, table):
+        async for part in parts_of(pages, near, version):
+            yield part
+
+
+async def live_references(registers: Registers, scanner: Scanner, pages: Pages, owner: RegisterName) -> set[bytes]:
+    """Every data id that is referred to from the object of ``owner`` or an upload for it, now and after every proposal that was under way.
+
+    Of a bucket that was deleted for good there are none. Raises ServiceUnavailable, DataDamaged when this can't be known: then nothing may be deleted.
+    """
+    found: set[bytes] = set()
+    async for upload in _uploads_for(scanner, owner):
+        async for part in parts_in(pages, owner, upload.value.body, Table.UPLOAD):
+            found.add(part.data_id)
+        async for row in part_rows(scanner, owner.scope, upload.record.upload_id):
+            found.add(row.entry.data_id)
+    try:
+        value = await registers.settle(owner)
+    except NoSuchBucket as error:
+        if error.details.get("final"):
+            return set()
+        raise
+    record = decode_record(value)
+    for version in record.versions:
+        async for part in parts_of(pages, owner, version):
+            found.add(part.data_id)
+    return found
+
+
+class _UploadRow(NamedTuple):
+    record: UploadRecord
+    value: Value
+
+
+async def _uploads_for(scanner: Scanner, owner: RegisterName) -> AsyncIterator[_UploadRow]:
+    """Uploads for this key that may still become an object."""
+    prefix = owner.key + b"\0"
+    length = len(upload_name(owner.scope, owner.key, bytes([owner.shard]) + bytes(15)).key)
+    start: bytes | None = prefix
+    while start is not None:
+        page = await scanner.list_page(Table.UPLOAD, owner.scope, [owner.shard], prefix=prefix, after=start, limit=ROWS_PER_SCAN)
+        for row in page.rows:
+            record = decode_upload(row.value)
+            if len(row.key) == length and record is not None and record.state in (OPEN, COMPLETING):
+                yield _UploadRow(record, row.value)
+        start = page.next_after

@@ -1,0 +1,150 @@
+"""An upload's register and its parts' rows: opening and sealing what they hold."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from storaged.errors import DataDamaged, NoSuchUpload
+from storaged.ids import UPLOAD_ID_BYTES
+from storaged.meta.names import RegisterName, Table, Value, Visibility, upload_name
+from storaged.meta.ports import Row, Scanner
+from storaged.objects.api import UploadInfo
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import BucketKey, SealBroken
+from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord
+from storaged.objects.seal import META_LABEL, SALT_BYTES, open_message, seal_message
+from storaged.objects.versions import Place
+from storaged.wire import decode, encode
+
+T = TypeVar("T")
+
+OPEN, COMPLETING, DONE, ABORTED = "open", "completing", "done", "aborted"
+
+PART_LABEL = "sov.partmeta.v1"
+RESULT_LABEL = "sov.result.v1"
+UPLOAD_VERSION = "\0upload"
+"""Stands where a version id does in the context of an upload's key; no version has this id."""
+ROWS_PER_SCAN = 1000
+
+
+class OpenedUpload(NamedTuple):
+    """An upload with its secrets. ``place`` and ``record.upload_id`` are what they are bound to."""
+
+    name: RegisterName
+    place: Place
+    record: UploadRecord
+    key: BucketKey
+    dek: bytes
+    meta: SealedMeta
+
+    @property
+    def info(self) -> UploadInfo:
+        record = self.record
+        return UploadInfo(
+            self.place.key,
+            upload_text(record.upload_id),
+            record.created_ms,
+            record.owner,
+            self.meta.storage_class,
+            record.checksum_algorithm,
+            record.checksum_type,
+        )
+
+    def part_context(self, data_id: bytes) -> tuple[bytes, ...]:
+        return (*self.place.context(UPLOAD_VERSION, self.record.upload_id), data_id)
+
+    def seal_part(self, plane: ObjectPlane, data_id: bytes, part: SealedPart) -> bytes:
+        return seal_message(self.dek, PART_LABEL, self.part_context(data_id), encode(part), plane.entropy(SALT_BYTES))
+
+    def open_part(self, row: PartRecord) -> SealedPart:
+        """About 30 us. Raises DataDamaged."""
+        return _opened(self.dek, PART_LABEL, self.part_context(row.entry.data_id), row.sealed, SealedPart)
+
+    def seal_result(self, plane: ObjectPlane, result: CompleteResult) -> bytes:
+        context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
+        return seal_message(self.dek, RESULT_LABEL, context, encode(result), plane.entropy(SALT_BYTES))
+
+    def open_result(self) -> CompleteResult:
+        """Raises DataDamaged."""
+        context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
+        return _opened(self.dek, RESULT_LABEL, context, self.record.result, CompleteResult)
+
+
+def _opened(dek: bytes, label: str, context: tuple[bytes, ...], sealed: bytes, kind: type[T]) -> T:
+    try:
+        return decode(open_message(dek, label, context, sealed), kind)
+    except (SealBroken, msgspec.MsgspecError) as error:
+        raise DataDamaged(f"What is sealed in an upload's record does not open: {error}") from None
+
+
+def upload_text(upload_id: bytes) -> str:
+    """URL-safe base64 of the 16 bytes, without padding."""
+    return base64.urlsafe_b64encode(upload_id).decode().rstrip("=")
+
+
+def parse_upload_id(text: str) -> bytes:
+    """Raises NoSuchUpload for what never was an upload id."""
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise NoSuchUpload(UploadId=text) from None
+    if len(raw) != UPLOAD_ID_BYTES or upload_text(raw) != text:
+        raise NoSuchUpload(UploadId=text)
+    return raw
+
+
+def decode_upload(value: Value | None) -> UploadRecord | None:
+    """None when it was never made, or has been forgotten. Raises DataDamaged."""
+    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        return None
+    try:
+        return decode(value.body, UploadRecord)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of this upload cannot be read: {error}") from None
+
+
+async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> OpenedUpload:
+    """An upload in any state but forgotten. Raises NoSuchUpload, DataDamaged."""
+    raw = parse_upload_id(upload_id)
+    if raw[0] >= bucket.shards:
+        raise NoSuchUpload(UploadId=upload_id)
+    name = upload_name(bucket.id, key, raw)
+    record = decode_upload((await plane.registers.read(name)).value)
+    if record is None:
+        raise NoSuchUpload(UploadId=upload_id)
+    return await unseal_upload(plane, bucket, key, name, record)
+
+
+async def unseal_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, name: RegisterName, record: UploadRecord) -> OpenedUpload:
+    """Raises DataDamaged."""
+    place = Place(bucket.id, key)
+    bucket_key = await plane.keys.bucket_key(bucket.id, record.bucket_key)
+    context = place.context(UPLOAD_VERSION, record.upload_id)
+    try:
+        dek = bucket_key.unwrap(record.wrapped_key, context)
+    except SealBroken as error:
+        raise DataDamaged(f"The record of this upload does not open: {error}") from None
+    return OpenedUpload(name, place, record, bucket_key, dek, _opened(dek, META_LABEL, context, record.meta, SealedMeta))
+
+
+def decode_part(row: Row) -> PartRecord:
+    """Raises DataDamaged."""
+    try:
+        return decode(row.value.body, PartRecord)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of a part cannot be read: {error}") from None
+
+
+async def part_rows(scanner: Scanner, scope: bytes, upload_id: bytes, *, after: int = 0) -> AsyncIterator[PartRecord]:
+    """The parts of an upload by number, from behind number ``after``."""
+    start: bytes | None = upload_id + after.to_bytes(2, "big")
+    while start is not None:
+        page = await scanner.list_page(Table.PART, scope, [upload_id[0]], prefix=upload_id, after=start, limit=ROWS_PER_SCAN)
+        for row in page.rows:
+            yield decode_part(row)
+        start = page.next_after

@@ -1,0 +1,181 @@
+"""Users: registers ``user/ACCESS_KEY`` with the secret key sealed, and ``username/NAME``, which keeps names unique.
+
+A record grants something, so it carries an authenticator of the keyring over its register's name and sequence number: a storage node can neither read a
+secret nor make a user.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument
+from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.objects.api import Principal
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import SealBroken
+from storaged.objects.recent import Recent
+from storaged.objects.records import UserRecord
+from storaged.wire import Message, decode, encode
+
+PREFIX = "user/"
+NAME_PREFIX = "username/"
+CLAIM_STALE_MS = 600_000
+"""A name whose user was not made within this time of being claimed is free again: the gateway stopped in between."""
+NAME_BYTES_MAX = 128
+
+
+class UserSecret(Message, frozen=True):
+    """Sealed in ``UserRecord.sealed``."""
+
+    secret_key: str
+
+
+class NameClaim(Message, frozen=True):
+    """``username/NAME``: the access key that the name belongs to."""
+
+    access_key: str
+    claimed_ms: int
+
+
+class UserService:
+    """Implements ``api.Users``."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        self._plane = plane
+        self._recent: Recent[str, tuple[Principal, str]] = Recent(plane.clock, plane.limits.user_cache_s, plane.limits.cache_entries_max)
+
+    def _decode(self, name: RegisterName, value: Value | None) -> UserRecord | None:
+        """Raises DataDamaged for a record that no gateway of this cluster made."""
+        if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+            return None
+        try:
+            record = decode(value.body, UserRecord)
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"The record of a user cannot be read: {error}") from None
+        unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
+        if not self._plane.keys.verify(_context(name, value.sequence), unsigned, record.authenticator):
+            raise DataDamaged("The record of a user is not authentic.")
+        return record
+
+    def _open(self, name: RegisterName, record: UserRecord) -> tuple[Principal, str]:
+        try:
+            secret = decode(self._plane.keys.open_secret(record.sealed, (name.pack(), b"secret")), UserSecret)
+        except (SealBroken, msgspec.MsgspecError) as error:
+            raise DataDamaged(f"The secret of a user does not open: {error}") from None
+        return Principal(record.user_id, record.name, record.access_key), secret.secret_key
+
+    async def lookup(self, access_key: str) -> tuple[Principal, str]:
+        """Raises InvalidAccessKeyId."""
+        return await self._recent.get(access_key, lambda: self._load(access_key))
+
+    async def _load(self, access_key: str) -> tuple[Principal, str]:
+        if not _is_access_key(access_key):
+            raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
+        name = system_name(PREFIX + access_key)
+        record = self._decode(name, (await self._plane.registers.read(name)).value)
+        if record is None:
+            raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
+        return self._open(name, record)
+
+    async def add(self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "") -> tuple[Principal, str]:
+        """Random keys unless given. The name is claimed first, then the user made. Raises InvalidArgument when the name or the access key is taken, or can't be one."""
+        if not name or len(name.encode()) > NAME_BYTES_MAX or not name.isprintable():
+            raise InvalidArgument(f"A user's name has 1 to {NAME_BYTES_MAX} printable characters.")
+        access_key = access_key or _random_text(self._plane.entropy(15))
+        secret_key = secret_key or base64.b64encode(self._plane.entropy(30)).decode()
+        if not _is_access_key(access_key):
+            raise InvalidArgument("An access key has 3 to 128 letters, digits, or characters of _-.")
+        await self._claim(name, access_key)
+        register = system_name(PREFIX + access_key)
+        plain = UserRecord(
+            access_key,
+            self._plane.entropy(32).hex(),
+            name,
+            self._plane.clock.wall_ms(),
+            self._plane.keys.seal_secret(encode(UserSecret(secret_key)), (register.pack(), b"secret")),
+            email,
+        )
+
+        def update(value: Value | None) -> Change:
+            if self._decode(register, value) is not None:
+                raise InvalidArgument(f"The access key {access_key} is taken.")
+            sequence = (value.sequence if value is not None else 0) + 1
+            tag = self._plane.keys.authenticate(_context(register, sequence), encode(plain))
+            return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
+
+        await self._plane.registers.change(register, update)
+        self._recent.forget(access_key)
+        return Principal(plain.user_id, name, access_key), secret_key
+
+    async def _claim(self, name: str, access_key: str) -> None:
+        register, now_ms = system_name(NAME_PREFIX + name), self._plane.clock.wall_ms()
+        before = _decode_claim((await self._plane.registers.read(register)).value)
+        if before is not None and before.access_key != access_key:
+            user = system_name(PREFIX + before.access_key)
+            held = self._decode(user, (await self._plane.registers.read(user)).value)
+            if (held is not None and held.name == name) or now_ms - before.claimed_ms < CLAIM_STALE_MS:
+                raise InvalidArgument(f"There is a user named {name} already.")
+
+        def update(value: Value | None) -> Change:
+            if _decode_claim(value) != before:
+                raise InvalidArgument(f"There is a user named {name} already.")
+            return Change(encode(NameClaim(access_key, now_ms)))
+
+        await self._plane.registers.change(register, update)
+
+    async def list_users(self) -> list[Principal]:
+        """By access key."""
+        return [Principal(user.user_id, user.name, user.access_key) async for user in self._scan()]
+
+    async def _scan(self) -> AsyncIterator[UserRecord]:
+        start: bytes | None = PREFIX.encode()
+        while start is not None:
+            page = await self._plane.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=PREFIX.encode(), after=start)
+            for row in page.rows:
+                record = self._decode(system_name(row.key.decode()), row.value)
+                if record is not None:
+                    yield record
+            start = page.next_after
+
+    async def remove(self, name_or_access_key: str) -> None:
+        """The access key stops working within the cache's moment; buckets stay. Raises InvalidArgument when there is no such user."""
+        register = system_name(NAME_PREFIX + name_or_access_key)
+        claim = _decode_claim((await self._plane.registers.read(register)).value)
+        access_key = claim.access_key if claim is not None else name_or_access_key
+        user = system_name(PREFIX + access_key)
+        found = self._decode(user, (await self._plane.registers.read(user)).value) if _is_access_key(access_key) else None
+        if found is None:
+            raise InvalidArgument(f"There is no user {name_or_access_key}.")
+        await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
+        self._recent.forget(access_key)
+
+        def release(value: Value | None) -> Change | None:
+            held = _decode_claim(value)
+            return Change(b"", Visibility.TOMBSTONE) if held is not None and held.access_key == access_key else None
+
+        await self._plane.registers.change(system_name(NAME_PREFIX + found.name), release)
+
+
+def _decode_claim(value: Value | None) -> NameClaim | None:
+    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        return None
+    try:
+        return decode(value.body, NameClaim)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of a user's name cannot be read: {error}") from None
+
+
+def _context(name: RegisterName, sequence: int) -> tuple[bytes, ...]:
+    return (name.pack(), sequence.to_bytes(8, "big"))
+
+
+def _is_access_key(text: str) -> bool:
+    return 3 <= len(text) <= 128 and text.isascii() and all(letter.isalnum() or letter in "_-." for letter in text)
+
+
+def _random_text(raw: bytes) -> str:
+    """Letters and digits, as access keys are."""
+    return base64.b32encode(raw).decode()

@@ -1,0 +1,170 @@
+"""Where an object is: every fragment with its disk, node, rack and state, and how much more may fail. For ``storaged where``.
+
+Two things are told apart. What may fail before data is *lost* (too few fragments of some block). And what may fail before the object *stops*, since its register
+needs a majority of its replicas: with one of three away nothing is lost by the next failure, but that key waits until one returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from storaged.cluster.layout import Layout, Profile
+from storaged.errors import PeerError
+from storaged.fragments.ports import FragmentId, Health
+from storaged.meta.names import RegisterName
+from storaged.objects import place
+from storaged.objects.geometry import PartShape
+from storaged.objects.get import find
+from storaged.objects.manifest import parts_of
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord, PartEntry, Run
+
+STAT_BATCH_MAX = 4096
+RUN_BLOCKS_MAX = 1024
+"""Blocks of a run that are asked for one by one; of a longer run as many are sampled, evenly."""
+
+
+@dataclass(frozen=True)
+class FragmentPlace:
+    """``state``: ok, missing, damaged, unreachable: of the worst block of the run. ``blocks_bad``: how many blocks are not ok there."""
+
+    position: int
+    disk: str
+    node: str
+    rack: str
+    state: str
+    blocks_bad: int = 0
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """A run of blocks that lie on the same disks. ``kind``: coded, copies. ``disks_may_fail`` and ``domains_may_fail``: of the worst block; -1: it can't be read now."""
+
+    part: int
+    first: int
+    count: int
+    profile: str
+    kind: str
+    fragments: tuple[FragmentPlace, ...]
+    disks_may_fail: int
+    domains_may_fail: int
+
+
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """One replica of the object's register (and of what is kept inline). ``state``: ok, behind, empty, damaged, unreachable."""
+
+    disk: str
+    node: str
+    rack: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """``disks_may_fail`` / ``domains_may_fail``: before data is lost. ``replicas_may_fail``: before the key can't be read or written; -1: it can't be now.
+
+    ``domain_kind``: rack, node or disk."""
+
+    key: bytes
+    size: int
+    domain_kind: str
+    runs: tuple[RunPlace, ...]
+    replicas: tuple[ReplicaPlace, ...]
+    disks_may_fail: int
+    domains_may_fail: int
+    replicas_may_fail: int
+
+
+async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version_id: str = "") -> Whereabouts:
+    """Asks every disk. Raises NoSuchKey, NoSuchVersion, ServiceUnavailable."""
+    found = await find(plane, bucket, key, version_id)
+    layout = plane.layouts.current
+    replicas = await _replicas(plane, found.name, layout)
+    parts = [part async for part in parts_of(plane.pages, found.name, found.opened.version)]
+    runs = [await _run(plane, bucket, found.name, part, run, layout) for part in parts for run in part.runs]
+    holders = {index: replica.disk for index, replica in enumerate(replicas) if replica.state == "ok"}
+    record_disks, record_domains = place.spare(layout, Profile(1, len(replicas) - 1), holders)
+    answering = sum(replica.state != "unreachable" for replica in replicas)
+    return Whereabouts(
+        key,
+        found.opened.version.size,
+        layout.domain_kind,
+        tuple(runs),
+        replicas,
+        min([record_disks, *(run.disks_may_fail for run in runs)]),
+        min([record_domains, *(run.domains_may_fail for run in runs)]),
+        max(-1, answering - (len(replicas) // 2 + 1)),
+    )
+
+
+async def _replicas(plane: ObjectPlane, name: RegisterName, layout: Layout) -> tuple[ReplicaPlace, ...]:
+    states = {"current": "ok", "away": "unreachable"}
+    return tuple(
+        ReplicaPlace(replica.disk, _node_of(layout, replica.disk), _rack_of(layout, replica.disk), states.get(replica.state, replica.state))
+        for replica in await plane.registers.agreement(name)
+    )
+
+
+async def _run(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run, layout: Layout) -> RunPlace:
+    disks = _disks(plane, bucket, name, part, run)
+    step = -(-run.count // RUN_BLOCKS_MAX)
+    blocks = range(run.first, run.first + run.count, step)
+    health = await asyncio.gather(*(_health(plane, part, run, position, disk, blocks) for position, disk in enumerate(disks)))
+    shape = PartShape.of(part)
+    spares = []
+    for index, block in enumerate(blocks):
+        alive = {position: disks[position] for position in range(len(disks)) if health[position][index] == "ok"}
+        if run.k > 1:  # data fragments behind the end of a short block are zeros, wherever they are
+            cells = shape.block(block).cells
+            alive.update({position: disks[position] for position in range(cells, run.k) if health[position][index] != "unreachable"})
+        spares.append(place.spare(layout, run.profile, alive))
+    worst = ("ok", "damaged", "missing", "unreachable")
+    fragments = tuple(
+        FragmentPlace(
+            position,
+            disk,
+            _node_of(layout, disk),
+            _rack_of(layout, disk),
+            max(health[position], key=worst.index),
+            sum(state != "ok" for state in health[position]),
+        )
+        for position, disk in enumerate(disks)
+    )
+    return RunPlace(
+        part.number,
+        run.first,
+        run.count,
+        str(run.profile),
+        "copies" if run.k == 1 else "coded",
+        fragments,
+        min(disks_may for disks_may, _ in spares),
+        min(domains_may for _, domains_may in spares),
+    )
+
+
+def _disks(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run) -> tuple[str, ...]:
+    layout = plane.layouts.at(run.epoch)
+    if part.small:
+        return tuple(run.moved.get(index, disk) for index, disk in enumerate(layout.replicas_of(name.partition)))[: run.k + run.m]
+    return place.disks_of(run, layout, part.data_id, bucket.countries)
+
+
+async def _health(plane: ObjectPlane, part: PartEntry, run: Run, position: int, disk: str, blocks: range) -> list[str]:
+    ids = [FragmentId(part.data_id, block, run.k, run.m, position) for block in blocks]
+    names = {Health.OK: "ok", Health.MISSING: "missing", Health.DAMAGED: "damaged"}
+    try:
+        async with asyncio.timeout(plane.limits.read_timeout_s):
+            stats = await plane.stores.store(disk).stat(ids)
+    except (PeerError, TimeoutError):
+        return ["unreachable"] * len(ids)
+    return [names[Health(stat.health)] for stat in stats]
+
+
+def _node_of(layout: Layout, disk: str) -> str:
+    return layout.node_of(disk) if disk in layout.disk_by_id else ""
+
+
+def _rack_of(layout: Layout, disk: str) -> str:
+    return layout.node_by_name[layout.node_of(disk)].location if disk in layout.disk_by_id else ""
