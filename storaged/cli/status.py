@@ -167,16 +167,25 @@ def where(named: str | None, url: str, as_json: bool) -> None:
 
 
 def print_where(found: dict[str, Any], url: str) -> None:
-    """A table of fragments, one line each; long objects are summed up by rows that repeat."""
-    from rich.console import Console
-    from rich.table import Table
-
-    click.echo(
-        f"{url}  {format_size(found['size'])}  survives the loss of {found['disks_may_fail']} more disks, {found['racks_may_fail']} more racks"
-    )
-    table = Table(box=None, pad_edge=False)
-    for title in ("part", "block", "profile", "fragment", "disk", "node", "rack", "state"):
-        table.add_column(title)
+    """What may fail, then a table of fragments and replicas, one line each. Blocks that lie alike share their lines."""
+    click.echo(f"{url}  {format_size(found['size'])}")
+    click.echo(f"  {_may_fail(found)}")
+    rows = [("part", "blocks", "profile", "fragment", "disk", "node", "rack", "state")]
     for row in found["fragments"]:
-        table.add_row(*(str(row[name]) for name in ("part", "block", "profile", "position", "disk", "node", "rack", "state")))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        last = row["block"] + row["blocks"] - 1
+        blocks = str(row["block"]) if row["blocks"] == 1 else f"{row['block']}-{last}"
+        rows.append((str(row["part"]), blocks, row["profile"], str(row["position"]), row["disk"], row["node"], row["rack"], row["state"]))
+    rows.extend(("", "", "", "record", row["disk"], row["node"], row["rack"], row["state"]) for row in found["replicas"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for line in rows:
+        click.echo("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _may_fail(found: dict[str, Any]) -> str:
+    if found["disks_may_fail"] < 0:
+        return "it cannot be read now: too few of its fragments are there"
+    domain = found["domain"]
+    lost = f"{found['disks_may_fail']} more disks or {found['racks_may_fail']} more {domain}s may fail before data is lost"
+    if found["replicas_may_fail"] < 0:
+        return f"{lost}; its record has no majority of its replicas now, so it can be neither read nor written"
+    return f"{lost}; {found['replicas_may_fail']} more replicas of its record before it cannot be read or written"

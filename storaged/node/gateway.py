@@ -7,6 +7,7 @@ here: a missing or different keyring is KEYRING_MISMATCH until it is restored (a
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -29,7 +30,7 @@ from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, KeyService
 from storaged.objects.service import ObjectService
 from storaged.objects.users import UserService
-from storaged.objects.where import where
+from storaged.objects.where import Whereabouts, where
 from storaged.observe import Metrics
 from storaged.s3.app import RequestDone, S3App
 from storaged.s3.limits import Limits
@@ -245,7 +246,7 @@ class Gateway:
 
     async def _where(self, bucket_name: str, key: bytes) -> dict[str, Any]:
         bucket = await self.buckets.get(bucket_name)
-        return await where(self.objects.plane, bucket, key)
+        return where_document(bucket_name, await where(self.objects.plane, bucket, key))
 
     def _damaged(self, damage: Damage) -> None:
         """A read found a fragment wanting: whoever looks after its register repairs it."""
@@ -273,6 +274,33 @@ class Gateway:
             await self.objects.close()
         if self._late.keyring is not None:
             self._late.keyring.close()
+
+
+def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:
+    """One row a fragment: ``blocks`` blocks of the part, from ``block`` on, lie alike. ``racks_may_fail`` counts failure domains, whatever they are here."""
+    fragments = [
+        {
+            "part": run.part,
+            "block": run.first,
+            "blocks": run.count,
+            "profile": run.profile,
+            "kind": run.kind,
+            **dataclasses.asdict(fragment),
+        }
+        for run in found.runs
+        for fragment in run.fragments
+    ]
+    return {
+        "bucket": bucket,
+        "key": found.key.decode("utf-8", "replace"),
+        "size": found.size,
+        "domain": found.domain_kind,
+        "disks_may_fail": found.disks_may_fail,
+        "racks_may_fail": found.domains_may_fail,
+        "replicas_may_fail": found.replicas_may_fail,
+        "fragments": fragments,
+        "replicas": [dataclasses.asdict(replica) for replica in found.replicas],
+    }
 
 
 def load_certificate(context: ssl.SSLContext, config: Config) -> None:

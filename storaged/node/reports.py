@@ -214,7 +214,7 @@ def _clock(name: str, skew_ms: float | None) -> dict[str, str]:
     if skew_ms is None:
         return _check(f"clock of {name}", "ok", "not measured (it only calls, and is not called)", "")
     state = "warn" if abs(skew_ms) > SKEW_MS_MAX else "ok"
-    return _check(f"clock of {name}", state, f"{skew_ms:+.0f} ms from this node's", ClockSkewed.hint)
+    return _check(f"clock of {name}", state, f"{round(skew_ms):+d} ms from this node's", ClockSkewed.hint)
 
 
 def _disk(node: str, disk: str, state: str, reason: str, used: int, free: int) -> dict[str, str]:
