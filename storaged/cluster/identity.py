@@ -359,6 +359,44 @@ def verify_layout(signed: SignedLayout, administration: ed25519.Ed25519PublicKey
     return layout
 
 
+# --- signatures of a node -----------------------------------------------------------------------------------------------
+
+
+class NodeSigner:
+    """Signs with the key of the node's certificate (ECDSA, P-256, SHA-256), such as the checkpoints of its audit log."""
+
+    def __init__(self, identity: Identity) -> None:
+        """Raises CertificateRefused when the key does not load."""
+        try:
+            key = serialization.load_pem_private_key((identity.directory / "node.key").read_bytes(), None)
+            certificate = x509.load_pem_x509_certificate((identity.directory / "node.crt").read_bytes())
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise CertificateRefused(f"{identity.directory} holds no usable node key: {error}") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise CertificateRefused(f"{identity.directory / 'node.key'} is a key of another kind than storaged makes.")
+        self._key = key
+        self.certificate = certificate.public_bytes(serialization.Encoding.DER)
+
+    def sign(self, data: bytes) -> bytes:
+        return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+
+
+def signed_by_node(authority: x509.Certificate, certificate: bytes, data: bytes, signature: bytes) -> PeerIdentity:
+    """Whose signature this is: of the node that ``certificate`` (DER, issued by ``authority``, expired or not) names. Raises CertificateRefused."""
+    try:
+        parsed = x509.load_der_x509_certificate(certificate)
+        parsed.verify_directly_issued_by(authority)
+        key = parsed.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise CertificateRefused("The signing certificate has a key of another kind than storaged makes.")
+        key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature as error:
+        raise CertificateRefused("The signature does not hold.") from error
+    except (ValueError, TypeError) as error:
+        raise CertificateRefused(f"The signing certificate is not of this cluster: {error}") from error
+    return identity_of(parsed)
+
+
 # --- files --------------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.ports import Call, Caller, DiskStatus, Method, Methods
-from storaged.errors import LayoutRefused, PeerError, PeerTimeout
+from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
 from storaged.wire import Message
 
 log = structlog.get_logger(__name__)
@@ -228,7 +228,13 @@ class Membership:
         )
 
     def node_up(self, node: str) -> bool:
-        return node == self._node or (node in self._peers and self._peers[node].state == "up")
+        if node == self._node:
+            return True
+        peer = self._peers.get(node)
+        if peer is None:
+            return False
+        self._age_inbound(peer)
+        return peer.state == "up"
 
     def disk_writable(self, disk_id: str) -> bool:
         return self._disk_state(disk_id) in WRITABLE
@@ -253,15 +259,24 @@ class Membership:
         """Pings exactly the nodes of this layout from now on."""
         wanted = {entry.name: entry.address for entry in layout.nodes if entry.name != self._node}
         for name in [name for name in self._peers if name not in wanted]:
-            peer = self._peers.pop(name)
-            self._disk_states = {disk: known for disk, known in self._disk_states.items() if known[0] != name}
-            self._stop(peer)
+            self._stop(self._peers.pop(name))
         for name, address in wanted.items():
             peer = self._peers.setdefault(name, _Peer(name, self._clock.wall_ms()))
             if address and peer.task is None and self._running:
                 peer.task = asyncio.get_running_loop().create_task(self._heartbeat(peer))
             elif not address:
                 self._stop(peer)
+        self._index_disks()
+
+    def _index_disks(self) -> None:
+        """A node speaks for the disks that the layout gives it, and for no others."""
+        homes = self._layouts.current.disk_by_id
+        self._disk_states = {
+            disk.id: (peer.name, disk.state)
+            for peer in self._peers.values()
+            for disk in peer.disks
+            if disk.id in homes and homes[disk.id].node == peer.name
+        }
 
     def _stop(self, peer: _Peer) -> None:
         if peer.task is not None:
@@ -275,7 +290,7 @@ class Membership:
             peer.soon.clear()
             began = self._clock.monotonic()
             try:
-                await self._ping(peer)
+                await self._ping_or_again(peer)
             except PeerError as error:
                 self._missed(peer, error)
             except Exception:
@@ -285,6 +300,15 @@ class Membership:
                 async with asyncio.timeout(rest_s):
                     await peer.soon.wait()
 
+    async def _ping_or_again(self, peer: _Peer) -> None:
+        """A ping whose connection broke under it is sent once more, and so waits for the outcome of the reconnect."""
+        try:
+            await self._ping(peer)
+        except PeerUnreachable as error:
+            if isinstance(error, PeerTimeout):
+                raise
+            await self._ping(peer)
+
     async def _ping(self, peer: _Peer) -> None:
         began, wall_before = self._clock.monotonic(), self._clock.wall_ms()
         pong, _ = await self._caller.call(peer.name, "cluster.ping", self._introduction(), Pong, timeout_s=self._interval_s)
@@ -292,20 +316,12 @@ class Membership:
         peer.rtt_min_ms = rtt_ms if peer.rtt_min_ms is None else min(peer.rtt_min_ms, rtt_ms)
         peer.samples.append((rtt_ms, pong.wall_ms - (wall_before + rtt_ms / 2)))
         disks = tuple(DiskStatus(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in pong.disks)
-        self._take_disks(peer, disks)
+        if disks != peer.disks:
+            peer.disks = disks
+            self._index_disks()
         self._heard_of(peer, pong.incarnation, pong.pid, pong.epoch)
         if pong.epoch != self._layouts.epoch:
             await self._exchange(peer, pong.epoch)
-
-    def _take_disks(self, peer: _Peer, disks: tuple[DiskStatus, ...]) -> None:
-        """A node speaks for the disks that the layout gives it, and for no others."""
-        if disks == peer.disks:
-            return
-        peer.disks = disks
-        homes = self._layouts.current.disk_by_id
-        others = {disk: known for disk, known in self._disk_states.items() if known[0] != peer.name}
-        mine = {disk.id: (peer.name, disk.state) for disk in disks if disk.id in homes and homes[disk.id].node == peer.name}
-        self._disk_states = {**others, **mine}
 
     def _heard_of(self, peer: _Peer, incarnation: bytes, pid: int, epoch: int) -> None:
         returned = bool(peer.incarnation) and peer.incarnation != incarnation
@@ -390,5 +406,5 @@ class Membership:
                     if taken.epoch <= epoch:
                         return
                     epoch = taken.epoch
-        except LayoutRefused as error:
-            log.warning("layout refused", peer=peer.name, reason=error.message)
+        except (LayoutRefused, PeerError) as error:
+            log.warning("layouts could not be exchanged", peer=peer.name, reason=error.message)

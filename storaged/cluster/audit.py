@@ -1,0 +1,381 @@
+"""The audit log: who was given a key, who was refused, what was administered. Hash-chained, synced before it counts, checkpointed under a signature.
+
+Theory of operation. The format is in ``audit_format``, the verifier in ``audit_verify``. A chain alone shows what was altered, removed or
+reordered in its middle. That its end was cut off shows in the ``start`` of the chain that follows, and in checkpoints: (chain, sequence, hash) signed by
+the node and kept elsewhere, each minute and at shutdown.
+
+``append`` returns when its entry is on disk: many appends share one fdatasync. When the disk refuses, the entries that are not on disk are
+taken back, their callers are told (AuditUnwritable), and the next entry goes into a new file. A crash may leave a torn tail behind the
+last entry on disk; nobody was told that those bytes are safe. The next start records how many there are, and the verifier accepts exactly these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import structlog
+
+from storaged.clock import Clock, SystemClock
+from storaged.cluster.audit_format import ENTRY_BYTES_MAX, GENESIS, Checkpoint, Head, make_line, parse_line
+from storaged.cluster.audit_verify import AuditProblem, AuditReport, verify
+from storaged.errors import AuditUnwritable
+from storaged.units import MIB
+
+__all__ = ["AuditLog", "AuditProblem", "AuditReport", "AuditStatistics", "Checkpoint", "Head", "Signer", "verify"]
+
+log = structlog.get_logger(__name__)
+
+FILE_BYTES_MAX = 64 * MIB
+QUEUED_MAX = 4096
+CHECKPOINT_EVERY_S = 60.0
+REPEATS_MAX = 1024
+REPEAT_QUIET_MS = 60_000
+
+
+class Signer(Protocol):
+    """``identity.NodeSigner``."""
+
+    certificate: bytes
+
+    def sign(self, data: bytes) -> bytes: ...
+
+
+Publish = Callable[[Checkpoint], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class AuditStatistics:
+    chain: str
+    entries: int
+    entries_durable: int
+    syncs: int
+    notes_dropped: int
+    checkpoint_sequence: int
+
+
+class _Queued(NamedTuple):
+    line: bytes
+    done: asyncio.Future[None] | None
+    file: Path | None
+    """Begin this file with the line."""
+    head: Head
+
+
+@dataclass
+class _Repeat:
+    """An event that was noted less than a minute ago, and how often again since."""
+
+    kind: str
+    fields: Mapping[str, Any]
+    since_ms: int
+    count: int = 0
+
+
+class AuditLog:
+    """One process's chain. Use: ``await start()`` ... ``await close()``; ``await append(kind, **fields)`` in between.
+
+    Fields are text, numbers, booleans, None, and lists and mappings of these; no keys, no secrets, no content.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        node: str,
+        incarnation: bytes,
+        *,
+        signer: Signer | None = None,
+        publish: Publish | None = None,
+        clock: Clock | None = None,
+        file_bytes_max: int = FILE_BYTES_MAX,
+        checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+    ) -> None:
+        self.directory = directory
+        self._node = node
+        self._chain = incarnation.hex()
+        self._signer = signer
+        self._publish = publish
+        self._clock = clock or SystemClock()
+        self._file_bytes_max = file_bytes_max
+        self._checkpoint_every_s = checkpoint_every_s
+        self._ordinal = 0
+        self._part = 0
+        self._head = Head(self._chain, -1, GENESIS)
+        self._durable = self._head
+        self._file_bytes = 0  # of the current file, with what is queued
+        self._new_file = True
+        self._descriptor = -1
+        self._durable_bytes = 0
+        self._queue: deque[_Queued] = deque()
+        self._room = asyncio.Semaphore(QUEUED_MAX)
+        self._work = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failed = ""
+        self._closing = False
+        self._syncs = 0
+        self._dropped = 0
+        self._dropped_told = 0
+        self._repeats: dict[bytes, _Repeat] = {}
+        self._checkpointed = -1
+
+    async def start(self) -> None:
+        """Finds the head of the chain before, and begins this one. Raises AuditUnwritable."""
+        try:
+            predecessor, torn_bytes, last_ordinal = await asyncio.to_thread(_last_head, self.directory)
+        except OSError as error:
+            raise AuditUnwritable(f"The audit log in {self.directory} cannot be opened: {error.strerror or error}.") from error
+        self._head = self._durable = Head(self._chain, -1, predecessor.hash if predecessor else GENESIS)
+        self._ordinal = last_ordinal + 1
+        fields = {
+            "node": self._node,
+            "incarnation": self._chain,
+            "predecessor": {**predecessor._asdict(), "torn_bytes": torn_bytes} if predecessor else None,  # audit_format.Predecessor
+        }
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._write_queued())]
+        if self._publish is not None and self._signer is not None:
+            self._tasks.append(loop.create_task(self._checkpoint_regularly()))
+        try:
+            await self._enqueue("start", fields, wait=True)
+        except AuditUnwritable:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Writes what is queued, publishes a last checkpoint."""
+        if self._closing:
+            return
+        self._tell_repeats()
+        self._closing = True
+        self._work.set()
+        if self._tasks:
+            await self._tasks[0]
+            for task in self._tasks[1:]:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.checkpoint()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @property
+    def head(self) -> Head:
+        """The last entry that is on disk."""
+        return self._durable
+
+    def statistics(self) -> AuditStatistics:
+        return AuditStatistics(
+            self._chain, self._head.sequence + 1, self._durable.sequence + 1, self._syncs, self._dropped, self._checkpointed
+        )
+
+    # Entries.
+
+    async def append(self, kind: str, /, **fields: Any) -> None:
+        """Returns when the entry is on disk. Raises AuditUnwritable; ValueError or TypeError for what is too large or not JSON (nothing is written)."""
+        await self._room.acquire()
+        try:
+            await self._enqueue(kind, fields, wait=True)
+        finally:
+            self._room.release()
+
+    def note(self, kind: str, /, **fields: Any) -> None:
+        """For refusals and other events that nobody waits for: on disk soon.
+
+        The same event within a minute is counted, not written again (its next entry says ``repeated``); when the queue is full it is dropped, and an
+        ``audit.dropped`` entry tells how many were.
+        """
+        now_ms = self._clock.wall_ms()
+        try:
+            key = msgspec.json.encode([kind, fields], order="sorted")
+            seen = self._repeats.get(key)
+            if seen is not None and 0 <= now_ms - seen.since_ms < REPEAT_QUIET_MS:
+                seen.count += 1
+                return
+            if len(self._queue) >= QUEUED_MAX:
+                raise AuditUnwritable("Too many entries wait for the disk.")
+            if self._dropped > self._dropped_told:
+                self._enqueue("audit.dropped", {"events": self._dropped - self._dropped_told}, wait=False)
+                self._dropped_told = self._dropped
+            self._enqueue(kind, {**fields, "repeated": seen.count} if seen is not None and seen.count else fields, wait=False)
+        except (AuditUnwritable, ValueError, TypeError) as error:
+            self._dropped += 1
+            log.error("an event could not be audited", kind=kind, reason=str(error))
+            return
+        self._repeats.pop(key, None)
+        while len(self._repeats) >= REPEATS_MAX:
+            self._tell_repeat(self._repeats.pop(next(iter(self._repeats))))
+        self._repeats[key] = _Repeat(kind, fields, now_ms)
+
+    def _tell_repeat(self, repeat: _Repeat) -> None:
+        if repeat.count:
+            with contextlib.suppress(AuditUnwritable):
+                self._enqueue(repeat.kind, {**repeat.fields, "repeated": repeat.count}, wait=False)
+
+    def _tell_repeats(self) -> None:
+        for repeat in self._repeats.values():
+            self._tell_repeat(repeat)
+        self._repeats.clear()
+
+    def _enqueue(self, kind: str, fields: Mapping[str, Any], *, wait: bool) -> asyncio.Future[None]:
+        if self._failed:
+            raise AuditUnwritable(self._failed)
+        if self._closing or not self._tasks:
+            raise AuditUnwritable("The audit log is closed.")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line, digest = self._next_line(kind, fields)
+        if self._new_file or self._file_bytes + len(line) > self._file_bytes_max:
+            self._begin_file()
+            line, digest = self._next_line(kind, fields)
+        self._push(line, digest, done if wait else None, None if self._file_bytes else self._path())
+        return done
+
+    def _next_line(self, kind: str, fields: Mapping[str, Any]) -> tuple[bytes, str]:
+        return make_line(self._chain, self._head.sequence + 1, self._clock.wall_ms(), kind, fields, self._head.hash)
+
+    def _begin_file(self) -> None:
+        self._part += 1
+        self._new_file = False
+        self._file_bytes = 0
+        if self._head.sequence >= 0:
+            line, digest = self._next_line("continue", {"node": self._node, "part": self._part})
+            self._push(line, digest, None, self._path())
+
+    def _push(self, line: bytes, digest: str, done: asyncio.Future[None] | None, file: Path | None) -> None:
+        self._head = Head(self._chain, self._head.sequence + 1, digest)
+        self._file_bytes += len(line)
+        self._queue.append(_Queued(line, done, file, self._head))
+        self._work.set()
+
+    def _path(self) -> Path:
+        return self.directory / f"audit-{self._ordinal:08d}-{self._chain}-{self._part:05d}.jsonl"
+
+    # The disk.
+
+    async def _write_queued(self) -> None:
+        while self._queue or not self._closing:
+            await self._work.wait()
+            self._work.clear()
+            while self._queue:
+                batch = [self._queue.popleft()]
+                while self._queue and self._queue[0].file is None:
+                    batch.append(self._queue.popleft())
+                try:
+                    await asyncio.to_thread(self._write, batch)
+                except OSError as error:
+                    await self._take_back(batch, error)
+                else:
+                    self._durable = batch[-1].head
+                    for item in batch:
+                        if item.done is not None and not item.done.done():
+                            item.done.set_result(None)
+
+    def _write(self, batch: list[_Queued]) -> None:
+        path = batch[0].file
+        if path is not None:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = -1
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            self._durable_bytes = 0
+            _sync_directory(self.directory)
+        data = memoryview(b"".join(item.line for item in batch))
+        size = len(data)
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        os.fdatasync(self._descriptor)
+        self._durable_bytes += size
+        self._syncs += 1
+
+    async def _take_back(self, batch: list[_Queued], error: OSError) -> None:
+        """Nothing behind the durable head was acknowledged: it is cut off, and the next entry begins a new file."""
+        reason = f"The audit log in {self.directory} cannot be written: {error.strerror or error}."
+        log.error("the audit log cannot be written", directory=str(self.directory), reason=error.strerror or str(error))
+        lost = batch + list(self._queue)
+        self._queue.clear()
+        self._head = self._durable
+        self._new_file = True
+        try:
+            await asyncio.to_thread(self._cut)
+        except OSError as second:
+            self._failed = (
+                f"{reason} Its end could not be cut either ({second.strerror or second}): restart the node once the disk is well."
+            )
+        for item in [*lost, *self._queue] if self._failed else lost:
+            if item.done is not None and not item.done.done():
+                item.done.set_exception(AuditUnwritable(self._failed or reason))
+            elif item.done is None:
+                self._dropped += 1
+        if self._failed:
+            self._queue.clear()
+
+    def _cut(self) -> None:
+        if self._descriptor < 0:
+            return
+        try:
+            os.ftruncate(self._descriptor, self._durable_bytes)
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    # Checkpoints.
+
+    async def checkpoint(self) -> Checkpoint | None:
+        """Signs the durable head and publishes it; None when there is nothing new, or nobody to sign or publish."""
+        head = self._durable
+        if self._signer is None or self._publish is None or head.sequence <= self._checkpointed:
+            return None
+        unsigned = Checkpoint(self._node, head.chain, head.sequence, head.hash, self._clock.wall_ms(), self._signer.certificate)
+        signed = msgspec.structs.replace(unsigned, signature=self._signer.sign(unsigned.signed_bytes()))
+        try:
+            await self._publish(signed)
+        except Exception as error:
+            log.warning("a checkpoint of the audit log could not be published", sequence=head.sequence, reason=str(error))
+            return None
+        self._checkpointed = head.sequence
+        return signed
+
+    async def _checkpoint_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._checkpoint_every_s)
+            await self.checkpoint()
+
+
+def _last_head(directory: Path) -> tuple[Head | None, int, int]:
+    """The last whole entry of the newest chain, how many unreadable bytes lie behind it (in its file and in later ones), and the highest ordinal in use."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    paths = sorted(directory.glob("audit-*.jsonl"), reverse=True)
+    last_ordinal = int(paths[0].name.split("-")[1]) if paths else 0
+    torn_bytes = 0
+    for path in paths:
+        head: Head | None = None
+        held = 0
+        with path.open("rb") as file:
+            while (line := file.readline(ENTRY_BYTES_MAX + 1)).endswith(b"\n"):
+                try:
+                    entry = parse_line(line[:-1])
+                except ValueError:
+                    break
+                head = Head(entry.chain, entry.sequence, entry.hash)
+                held += len(line)
+        torn_bytes += path.stat().st_size - held
+        if head is not None:
+            return head, torn_bytes, last_ordinal
+    return None, torn_bytes, last_ordinal
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
