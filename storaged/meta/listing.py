@@ -11,14 +11,14 @@ Theory of operation
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.meta.names import RegisterName, Visibility
 from storaged.meta.ports import ListPage, Registers, Replicas, Row
-from storaged.meta.scan import LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
+from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
 from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, bounded, common_end, reported
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1
@@ -27,6 +27,13 @@ ROUNDS_MAX = 64
 
 SHARE_ROWS_MIN = 8
 WALK_ROWS = 500
+
+
+def share_of(entries: int, feeds: int, turn: int) -> int:
+    """Keys fall into shards like coins: a share is 2.5 standard deviations above the mean, so that one round mostly does. It doubles with every turn,
+    for common prefixes that all shards have and for places full of deleted keys."""
+    mean = entries / feeds
+    return max(SHARE_ROWS_MIN, ceil(mean + 2.5 * sqrt(mean)) << turn)
 
 
 @dataclass
@@ -50,9 +57,13 @@ class RingScanner:
         *,
         timeout_s: float = 10.0,
         hedge_s: float = HEDGE_S,
+        share: Callable[[int, int, int], int] = share_of,
+        examine_max: int = EXAMINE_MAX,
     ) -> None:
+        """``share(entries, feeds, turn)``: how many entries to ask of each feed; ``examine_max``: rows that a replica looks at for one of them."""
         self._registers = registers
-        self._reader = ShardReader(layouts, replicas, registers, liveness, timeout_s, hedge_s)
+        self._share = share
+        self._reader = ShardReader(layouts, replicas, registers, liveness, timeout_s=timeout_s, hedge_s=hedge_s, examine_max=examine_max)
 
     async def list_page(
         self,
@@ -79,7 +90,8 @@ class RingScanner:
             asked = page.behind()
             if not asked:
                 return page.whole()
-            for feed, piece in zip(asked, await self._reader.pieces(query, asked, page.share(len(asked), turn)), strict=True):
+            share = min(limit + 1, self._share(page.wanting(), len(asked), turn))
+            for feed, piece in zip(asked, await self._reader.pieces(query, asked, share), strict=True):
                 page.add(feed, piece)
         return page.cut_short()
 
@@ -147,12 +159,10 @@ class _Page:
         last = self._names[self._need - 1]
         return [feed for feed in self._feeds if not feed.done and feed.through < last]
 
-    def share(self, feeds: int, turn: int) -> int:
-        """How many entries to ask of each of so many feeds. Keys fall into shards like coins: a share is 2.5 standard deviations above the mean, so that
-        one round mostly does; it doubles with every turn, for common prefixes that all shards have and for places full of deleted keys."""
+    def wanting(self) -> int:
+        """How many entries are missing, counting only those that nothing unknown can lie before."""
         known = min((feed.through for feed in self._feeds if not feed.done), default=b"")
-        mean = max(1, self._need - bisect_right(self._names, known)) / feeds
-        return min(self._need, max(SHARE_ROWS_MIN, ceil(mean + 2.5 * sqrt(mean)) << turn))
+        return max(1, self._need - bisect_right(self._names, known))
 
     def add(self, feed: Feed, piece: Piece) -> None:
         if self._query.delimiter:

@@ -24,7 +24,7 @@ from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Registers, Replicas, Row
-from storaged.meta.scan import EXAMINE_MAX, ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice, Want, common_prefix, decode_rows
+from storaged.meta.scan import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice, Want, common_prefix, decode_rows
 from storaged.units import MIB
 
 T = TypeVar("T")
@@ -82,7 +82,15 @@ class ShardReader:
     """Reads shards piece by piece, several at once; a disk that holds more of them than one is asked once a round."""
 
     def __init__(
-        self, layouts: Layouts, replicas: Replicas, registers: Registers, liveness: Liveness, timeout_s: float, hedge_s: float
+        self,
+        layouts: Layouts,
+        replicas: Replicas,
+        registers: Registers,
+        liveness: Liveness,
+        *,
+        timeout_s: float,
+        hedge_s: float,
+        examine_max: int,
     ) -> None:
         self._layouts = layouts
         self._replicas = replicas
@@ -90,6 +98,7 @@ class ShardReader:
         self._liveness = liveness
         self._timeout_s = timeout_s
         self._hedge_s = hedge_s
+        self._examine_max = examine_max
 
     def feed(self, query: Query, shard: int, after: bytes) -> Feed:
         disks = self._layouts.current.replicas_of(RegisterName(query.table, query.scope, shard, b"").partition)
@@ -152,7 +161,7 @@ class ShardReader:
     def _requests(
         self, query: Query, feeds: Sequence[Feed], limit: int, want: Callable[[Feed, str], Want], disks: set[str]
     ) -> list[ScanRequest]:
-        examine_max = min(EXAMINE_MAX, max(2 * limit, EXAMINE_MAX // len(feeds)))
+        examine_max = min(self._examine_max, max(2 * limit, self._examine_max // len(feeds)))
         bytes_max = ROUND_BYTES_MAX // len(feeds)
         asks: dict[str, list[ShardAsk]] = {}
         for feed in feeds:

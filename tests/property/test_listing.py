@@ -50,12 +50,14 @@ class Case:
     hidden: bool
     down: str = ""
     noticed: bool = True
+    share: int = 8
+    examine_max: int = 8192
     truth: dict[bytes, Value] = field(default_factory=dict)
 
 
 CASES = st.builds(
     Case,
-    keys=st.dictionaries(KEYS, STATES, max_size=25),
+    keys=st.dictionaries(KEYS, STATES, max_size=30),
     shards=st.integers(1, 5),
     prefix=st.one_of(st.just(b""), KEYS),
     after=st.one_of(st.just(b""), KEYS),
@@ -64,12 +66,14 @@ CASES = st.builds(
     hidden=st.booleans(),
     down=st.sampled_from(["", "", "d0", "d1", "d2", "d3", "d4", "d5"]),
     noticed=st.booleans(),
+    share=st.integers(1, 4),
+    examine_max=st.sampled_from([1, 2, 3, 8192]),
 )
 
 
 async def ring_of(case: Case) -> Ring:
     """The stores as the case has them; ``case.truth`` is what a list must show."""
-    ring = Ring()
+    ring = Ring(share=lambda _entries, _feeds, _turn: case.share, examine_max=case.examine_max)
     if case.down:
         ring.down.add(case.down)
         if case.noticed:

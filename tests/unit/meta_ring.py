@@ -29,7 +29,7 @@ def value_of(counter: int, visibility: int = Visibility.LIVE) -> Value:
 class Ring:
     """Layouts, Replicas, Registers and Liveness in one. ``scans`` and ``reads`` tell what the scanner asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, **limits: Any) -> None:
         self.current = layout_of_six()
         self.stores = {disk.id: MemoryMetaStore() for disk in self.current.disks}
         self.down: set[str] = set()
@@ -39,7 +39,7 @@ class Ring:
         self.scans: list[ScanRequest] = []
         self.reads: list[RegisterName] = []
         self.settled: list[RegisterName] = []
-        self.scanner = RingScanner(self, self, self, self, hedge_s=0.01)  # type: ignore[arg-type]
+        self.scanner = RingScanner(self, self, self, self, hedge_s=0.01, **limits)  # type: ignore[arg-type]
 
     def at(self, epoch: int) -> Layout:
         assert epoch == self.current.epoch

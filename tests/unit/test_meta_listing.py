@@ -1,0 +1,307 @@
+"""The scanner's promises one by one: what it asks, what it waits for, what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from storaged.errors import ServiceUnavailable
+from storaged.meta.listing import ROUNDS_MAX, share_of
+from storaged.meta.names import RegisterName, Table, Visibility
+from storaged.meta.ports import ListPage
+from storaged.meta.scan import Want, list_after_prefix
+from tests.unit.meta_ring import BUCKET, Ring, value_of
+
+SHARDS = range(4)
+
+
+def name_of(key: bytes, shard: int = 0) -> RegisterName:
+    return RegisterName(Table.OBJECT, BUCKET, shard, key)
+
+
+async def page_of(
+    ring: Ring, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000, shards: range = SHARDS
+) -> ListPage:
+    return await ring.scanner.list_page(Table.OBJECT, BUCKET, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+
+
+def keys_of(page: ListPage) -> list[bytes]:
+    return [row.key for row in page.rows]
+
+
+async def test_an_empty_bucket_is_an_empty_last_page() -> None:
+    assert await page_of(Ring()) == ListPage()
+
+
+async def test_a_limit_of_nothing_is_an_empty_last_page_that_asks_nobody() -> None:
+    ring = Ring()
+    await ring.fill([b"a"])
+    assert await page_of(ring, limit=0) == ListPage()
+    assert ring.scans == []
+
+
+@pytest.mark.parametrize("limit", [-1, 4096])
+async def test_a_limit_out_of_bounds_is_refused(limit: int) -> None:
+    with pytest.raises(ValueError, match="4095"):
+        await page_of(Ring(), limit=limit)
+
+
+async def test_agreeing_replicas_cost_one_request_a_disk_and_no_settling() -> None:
+    ring = Ring()
+    keys = [b"k%03d" % number for number in range(100)]
+    await ring.fill(keys)
+    page = await page_of(ring)
+    assert keys_of(page) == keys
+    assert page.next_after is None
+    assert ring.reads == []
+    assert len({scan.disk for scan in ring.scans}) == len(ring.scans)
+
+
+async def test_rows_come_from_one_replica_and_digests_from_the_others() -> None:
+    ring = Ring()
+    await ring.fill([b"k%03d" % number for number in range(100)])
+    await page_of(ring)
+    wants = [ask.want for scan in ring.scans for ask in scan.shards]
+    assert wants.count(Want.VISIBLE) == len(SHARDS)
+    assert Want.ALL not in wants
+
+
+async def test_a_page_that_ends_with_the_last_key_is_the_last_page() -> None:
+    ring = Ring()
+    keys = [b"k%d" % number for number in range(8)]
+    await ring.fill(keys)
+    assert (await page_of(ring, limit=8)).next_after is None
+    assert (await page_of(ring, limit=7)).next_after == keys[6]
+
+
+async def test_the_next_page_after_a_common_prefix_lies_behind_all_of_its_keys() -> None:
+    ring = Ring()
+    await ring.fill([b"a/1", b"a/2", b"a/\xff\xff", b"b"])
+    page = await page_of(ring, delimiter=b"/", limit=1)
+    assert (page.rows, page.prefixes, page.next_after) == ((), (b"a/",), list_after_prefix(b"a/"))
+    assert keys_of(await page_of(ring, delimiter=b"/", after=list_after_prefix(b"a/"))) == [b"b"]
+
+
+async def test_after_a_key_inside_a_common_prefix_the_prefix_is_there_if_keys_are_left() -> None:
+    ring = Ring()
+    await ring.fill([b"a/1", b"a/2", b"b"])
+    assert (await page_of(ring, delimiter=b"/", after=b"a/1")).prefixes == (b"a/",)
+    assert (await page_of(ring, delimiter=b"/", after=b"a/2")).prefixes == ()
+
+
+async def test_a_common_prefix_with_many_keys_is_jumped_over() -> None:
+    ring = Ring()
+    await ring.fill([b"a/%04d" % number for number in range(400)] + [b"b"])
+    page = await page_of(ring, delimiter=b"/")
+    assert (page.prefixes, keys_of(page)) == ((b"a/",), [b"b"])
+    assert len({scan.disk for scan in ring.scans}) == len(ring.scans), "one round was enough"
+
+
+async def test_with_a_replica_down_a_page_is_the_same() -> None:
+    ring = Ring()
+    keys = [b"k%d" % number for number in range(9)]
+    await ring.fill(keys)
+    for disk in ring.stores:
+        ring.down = {disk}
+        assert keys_of(await page_of(ring)) == keys
+    assert ring.reads == []
+
+
+async def test_without_a_majority_of_a_shard_there_is_no_page() -> None:
+    ring = Ring()
+    await ring.fill([b"a", b"b", b"c", b"d"])
+    ring.down = set(ring.replicas_of(name_of(b"a"))[:2])
+    with pytest.raises(ServiceUnavailable):
+        await page_of(ring)
+
+
+async def test_replicas_that_refuse_count_as_away() -> None:
+    ring = Ring()
+    await ring.fill([b"a"])
+    first, second, _ = ring.replicas_of(name_of(b"a"))
+    ring.verdicts = {first: 2}
+    assert keys_of(await page_of(ring, shards=range(1))) == [b"a"]
+    ring.verdicts[second] = 2
+    with pytest.raises(ServiceUnavailable):
+        await page_of(ring, shards=range(1))
+
+
+async def test_a_replica_that_hangs_holds_no_page_up_and_is_not_asked_for_rows_again() -> None:
+    ring = Ring()
+    keys = [b"k%d" % number for number in range(9)]
+    await ring.fill(keys)
+    for disk in ring.stores:
+        ring.hung = {disk}
+        assert keys_of(await page_of(ring)) == keys
+
+
+async def test_disks_thought_to_be_away_are_not_asked_while_a_majority_is_left() -> None:
+    ring = Ring()
+    await ring.fill([b"a"])
+    away = ring.replicas_of(name_of(b"a"))
+    ring.thought_down = {away[0]}
+    assert keys_of(await page_of(ring, shards=range(1))) == [b"a"]
+    assert {scan.disk for scan in ring.scans} == set(away[1:])
+    ring.scans.clear()
+    ring.thought_down = set(away[:2])
+    assert keys_of(await page_of(ring, shards=range(1))) == [b"a"]
+    assert {scan.disk for scan in ring.scans} == set(away)
+
+
+async def test_a_lagging_replica_costs_no_settling_even_where_it_was_to_supply_the_rows() -> None:
+    ring = Ring()
+    name = name_of(b"a")
+    for disk in ring.replicas_of(name):
+        ring.reads.clear()
+        await ring.put_everywhere(name)
+        for other in set(ring.replicas_of(name)) - {disk}:
+            await ring.put(other, name, value_of(2), 2)
+        page = await page_of(ring, shards=range(1))
+        assert [row.value for row in page.rows] == [value_of(2)]
+        assert ring.reads == []
+
+
+async def test_a_row_that_only_one_of_two_replicas_has_is_settled_before_it_is_shown() -> None:
+    ring = Ring()
+    name = name_of(b"a")
+    disks = ring.replicas_of(name)
+    await ring.put(disks[0], name, value_of(1), 1)
+    ring.down = {disks[2]}
+    assert keys_of(await page_of(ring, shards=range(1))) == [b"a"]
+    assert ring.reads == [name]
+    assert ring.stores[disks[1]].get(name) is not None
+
+
+async def test_a_delete_that_only_one_of_two_replicas_has_is_settled_before_the_key_is_left_out() -> None:
+    ring = Ring()
+    name = name_of(b"a")
+    await ring.put_everywhere(name)
+    disks = ring.replicas_of(name)
+    await ring.put(disks[0], name, value_of(2, Visibility.TOMBSTONE), 2)
+    ring.down = {disks[2]}
+    assert keys_of(await page_of(ring, shards=range(1))) == []
+    assert ring.reads == [name]
+
+
+async def test_a_tombstone_that_two_replicas_have_at_different_ballots_is_no_agreement() -> None:
+    ring = Ring()
+    name = name_of(b"a")
+    disks = ring.replicas_of(name)
+    await ring.put(disks[0], name, value_of(1, Visibility.TOMBSTONE), 1)
+    await ring.put(disks[1], name, value_of(2), 2)
+    await ring.put(disks[2], name, value_of(3, Visibility.TOMBSTONE), 3)
+    await page_of(ring, shards=range(1))
+    assert ring.reads == [name]
+
+
+async def test_a_damaged_row_at_one_replica_changes_nothing_and_at_two_is_never_taken_for_absent() -> None:
+    ring = Ring()
+    name = name_of(b"a")
+    await ring.put_everywhere(name)
+    disks = ring.replicas_of(name)
+    ring.stores[disks[0]].damage(name)
+    assert keys_of(await page_of(ring, shards=range(1))) == [b"a"]
+    assert ring.reads == []
+    ring.stores[disks[1]].damage(name)
+    with pytest.raises(ServiceUnavailable):
+        await page_of(ring, shards=range(1))
+
+
+async def test_where_a_common_prefix_stands_on_a_key_that_is_gone_the_scan_looks_behind_it() -> None:
+    ring = Ring()
+    gone, there = name_of(b"p/1"), name_of(b"p/2")
+    disks = ring.replicas_of(gone)
+    await ring.put_everywhere(there)
+    await ring.put(disks[0], gone, value_of(1), 1)
+    await ring.put(disks[1], gone, value_of(2, Visibility.TOMBSTONE), 2)
+    ring.down = {disks[2]}
+    page = await page_of(ring, shards=range(1), delimiter=b"/")
+    assert page == ListPage(prefixes=(b"p/",))
+    await ring.put(disks[0], there, value_of(1), 3)
+    await ring.put(disks[1], there, value_of(4, Visibility.TOMBSTONE), 4)
+    assert await page_of(ring, shards=range(1), delimiter=b"/") == ListPage()
+
+
+async def test_a_page_full_of_deleted_keys_is_cut_short_and_tells_where_to_go_on() -> None:
+    ring = Ring(examine_max=2)
+    keys = [b"k%04d" % number for number in range(4 * ROUNDS_MAX)]
+    await ring.fill(keys, shards=1, visibility=Visibility.TOMBSTONE)
+    await ring.put_everywhere(name_of(b"z"))
+    page = await page_of(ring, shards=range(1), limit=1)
+    assert (page.rows, page.prefixes) == ((), ())
+    assert page.next_after is not None
+    seen = []
+    while page.next_after is not None:
+        before = page.next_after
+        page = await page_of(ring, shards=range(1), after=before, limit=1)
+        seen += keys_of(page)
+        assert page.next_after is None or page.next_after > before
+    assert seen == [b"z"]
+
+
+async def test_a_page_cut_short_inside_a_common_prefix_does_not_show_it_again() -> None:
+    ring = Ring(examine_max=1, share=lambda _entries, _feeds, _turn: 1)
+    await ring.put_everywhere(name_of(b"p/0", 1))
+    for number in range(2 * ROUNDS_MAX):
+        await ring.put_everywhere(name_of(b"a%04d" % number, 0), Visibility.TOMBSTONE)
+        await ring.put_everywhere(name_of(b"p/1%04d" % number, 0), Visibility.TOMBSTONE)
+    seen: list[bytes] = []
+    after: bytes | None = b""
+    while after is not None:
+        page = await page_of(ring, shards=range(2), delimiter=b"/", after=after)
+        seen += page.prefixes
+        after = page.next_after
+    assert seen == [b"p/"]
+
+
+async def test_a_failure_to_settle_reaches_the_caller_as_it_is() -> None:
+    ring = Ring()
+    for number in range(40):
+        name = name_of(b"k%d" % number)
+        await ring.put(ring.replicas_of(name)[0], name, value_of(1), 1)
+        await ring.put(ring.replicas_of(name)[1], name, value_of(2), 2)
+
+    async def refuse(*_: object, **__: object) -> None:
+        await asyncio.sleep(0)
+        raise ServiceUnavailable("as it is")
+
+    ring._repair = refuse  # type: ignore[method-assign]
+    with pytest.raises(ServiceUnavailable, match="as it is"):
+        await page_of(ring, shards=range(1))
+
+
+async def test_a_walk_shows_hidden_rows_and_goes_on_over_many_slices() -> None:
+    ring = Ring()
+    keys = [b"k%04d" % number for number in range(1100)]
+    await ring.fill(keys, shards=1, visibility=Visibility.HIDDEN)
+    walked = [row.key async for row in ring.scanner.scan_all(Table.OBJECT, BUCKET, range(1))]
+    assert walked == keys
+    assert [row async for row in ring.scanner.scan_all(Table.OBJECT, BUCKET, range(1), hidden=False)] == []
+
+
+async def test_catching_up_settles_exactly_what_a_returned_replica_missed_and_names_who_is_away() -> None:
+    ring = Ring()
+    keys = [b"k%04d" % number for number in range(1100)]
+    await ring.fill(keys, shards=1)
+    disks = ring.replicas_of(name_of(keys[0]))
+    missed = [name_of(keys[3]), name_of(keys[700]), name_of(b"new")]
+    for name in missed:
+        for disk in disks[1:]:
+            await ring.put(disk, name, value_of(2), 2)
+    found = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    assert (found.settled, found.away) == (3, set())
+    assert ring.settled == missed
+    assert all(ring.stores[disks[0]].get(name) == ring.stores[disks[1]].get(name) for name in missed)
+    ring.down = {disks[1]}
+    again = await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+    assert (again.rows, again.settled, again.away) == (1101, 0, {disks[1]})
+    ring.down = set(disks[1:])
+    with pytest.raises(ServiceUnavailable):
+        await ring.scanner.catch_up(Table.OBJECT, BUCKET, 0)
+
+
+def test_a_share_is_a_little_more_than_the_mean_and_doubles_with_every_turn() -> None:
+    assert 1001 / 16 < share_of(1001, 16, 0) < 90
+    assert share_of(1001, 16, 1) == 2 * share_of(1001, 16, 0)
+    assert share_of(1, 16, 0) == 8

@@ -1,0 +1,130 @@
+"""One replica's scan: where it stops, what it jumps over, and when two scans are the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Ballot, Slot, StoreBatch
+from storaged.meta.scan import ScanRequest, ShardAsk, ShardSlice, Want, common_prefix, decode_rows, list_after_prefix, scan_store
+
+SCOPE = b"bucket of a test"
+
+
+async def store_of(rows: dict[bytes, int], counter: int = 1) -> MemoryMetaStore:
+    store = MemoryMetaStore()
+    slots = []
+    for key, visibility in rows.items():
+        value = Value(1, b"o" * 16, visibility, b"body of " + key)
+        slots.append(Slot(RegisterName(Table.OBJECT, SCOPE, 0, key), Ballot(1, counter, "n", b"incarnat"), value))
+    await store.commit(StoreBatch(slots=slots))
+    return store
+
+
+def scan(
+    store: MemoryMetaStore,
+    *,
+    after: bytes = b"",
+    limit: int = 100,
+    want: Want = Want.VISIBLE,
+    delimiter: bytes = b"",
+    examine_max: int = 1000,
+    bytes_max: int = 1 << 20,
+    disk: str = "d",
+) -> ShardSlice:
+    ask = ShardAsk(0, after, limit, want, examine_max, bytes_max)
+    [piece] = scan_store(store, ScanRequest(disk, 1, Table.OBJECT, SCOPE, (ask,), b"", delimiter, Visibility.LIVE)).slices
+    return piece
+
+
+def keys(piece: ShardSlice) -> list[bytes]:
+    return [row.key for row in decode_rows(piece.rows)]
+
+
+LIVE, GONE = Visibility.LIVE, Visibility.TOMBSTONE
+
+
+async def test_it_shows_visible_rows_and_looks_at_all() -> None:
+    store = await store_of({b"a": LIVE, b"b": GONE, b"c": Visibility.HIDDEN, b"d": LIVE})
+    piece = scan(store)
+    assert (keys(piece), piece.looked_at, piece.done) == ([b"a", b"d"], 4, True)
+    assert keys(scan(store, want=Want.ALL)) == [b"a", b"b", b"c", b"d"]
+    assert scan(store, want=Want.DIGEST).rows == b""
+    [row, _] = decode_rows(piece.rows)
+    assert row.value == Value(1, b"o" * 16, LIVE, b"body of a")
+
+
+async def test_all_three_ways_of_asking_give_the_same_digest() -> None:
+    store = await store_of({b"a": LIVE, b"b": GONE, b"c": LIVE})
+    assert len({(piece.digest, piece.through, piece.done) for piece in (scan(store, want=want) for want in Want)}) == 1
+
+
+async def test_a_tombstone_at_another_ballot_is_another_digest() -> None:
+    assert scan(await store_of({b"b": GONE})).digest != scan(await store_of({b"b": GONE}, counter=2)).digest
+
+
+@pytest.mark.parametrize(
+    ("bounds", "shown", "through"),
+    [
+        ({"limit": 2}, [b"a", b"c"], b"c"),
+        ({"examine_max": 2}, [b"a"], b"b"),
+        ({"bytes_max": 1}, [b"a"], b"a"),
+        ({"limit": 2, "after": b"a"}, [b"c", b"d"], b"d"),
+    ],
+)
+async def test_it_stops_at_whichever_bound_comes_first(bounds: dict[str, int], shown: list[bytes], through: bytes) -> None:
+    store = await store_of({b"a": LIVE, b"b": GONE, b"c": LIVE, b"d": LIVE, b"e": LIVE})
+    piece = scan(store, **bounds)  # type: ignore[arg-type]
+    assert (keys(piece), piece.through, piece.done) == (shown, through, False)
+
+
+async def test_a_bound_met_exactly_at_the_end_is_the_end() -> None:
+    store = await store_of({b"a": LIVE, b"b": LIVE})
+    assert scan(store, limit=2).done
+    assert scan(store, examine_max=2).done
+    assert not scan(store, limit=1).done
+
+
+async def test_behind_the_first_visible_key_of_a_common_prefix_nothing_is_looked_at() -> None:
+    rows: dict[bytes, int] = {b"p/%04d" % number: GONE if number < 3 else LIVE for number in range(500)}
+    store = await store_of({**rows, b"q": LIVE, b"r/1": LIVE})
+    piece = scan(store, delimiter=b"/")
+    assert (keys(piece), piece.looked_at) == ([b"p/0003", b"q", b"r/1"], 6)
+    assert scan(store, delimiter=b"/", limit=1).through == list_after_prefix(b"p/")
+
+
+async def test_a_damaged_row_equals_no_other_replicas_even_when_that_is_damaged_too() -> None:
+    stores = [await store_of({b"a": LIVE}) for _ in range(2)]
+    sound = scan(stores[0]).digest
+    for store in stores:
+        store.damage(RegisterName(Table.OBJECT, SCOPE, 0, b"a"))
+    damaged = [scan(store, disk=disk).digest for store, disk in zip(stores, ("d0", "d1"), strict=True)]
+    assert len({sound, *damaged}) == 3
+    assert keys(scan(stores[0])) == []
+    [row] = decode_rows(scan(stores[0], want=Want.ALL).rows)
+    assert (row.ballot, row.value) == (b"", None)
+
+
+async def test_a_request_beyond_the_limits_is_refused() -> None:
+    store = await store_of({b"a": LIVE})
+    for bounds in ({"limit": 5000}, {"limit": -1}, {"examine_max": 0}, {"examine_max": 10_000}):
+        with pytest.raises(ValueError, match="a scan looks at"):
+            scan(store, **bounds)  # type: ignore[arg-type]
+    ask = ShardAsk(0, b"", 1, Want.DIGEST, 1, 1)
+    with pytest.raises(ValueError, match="at most 256"):
+        scan_store(store, ScanRequest("d", 1, Table.OBJECT, SCOPE, (ask,) * 257))
+
+
+def test_what_comes_after_a_prefix_lies_behind_all_of_its_keys_and_before_every_other() -> None:
+    after = list_after_prefix(b"a/")
+    assert len(after) == KEY_BYTES_MAX
+    assert b"a/" + b"\xff" * (KEY_BYTES_MAX - 2) <= after < b"a0"
+
+
+def test_a_common_prefix_ends_with_the_first_delimiter_behind_the_prefix() -> None:
+    assert common_prefix(b"a/b/c", b"", b"/") == b"a/"
+    assert common_prefix(b"a/b/c", b"a/", b"/") == b"a/b/"
+    assert common_prefix(b"a/b/c", b"a", b"") == b""
+    assert common_prefix(b"abc", b"", b"/") == b""
+    assert common_prefix(b"a--b", b"", b"--") == b"a--"
