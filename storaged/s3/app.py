@@ -30,6 +30,7 @@ from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connections
 from storaged.s3.context import Front, owned_bucket
 from storaged.s3.limits import Limits
+from storaged.s3.post import is_form, post_object
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request, lower_headers, parse_target, split_path, virtual_bucket
 from storaged.s3.send import Sender
@@ -242,6 +243,9 @@ class S3App:
 
     async def _dispatch(self, request: Request) -> Reply:
         front = self._front
+        if request.method == "POST" and request.bucket and not request.key and is_form(request.headers):
+            request.operation = "PostObject"
+            return await post_object(front, request)
         route = routes.find(request.method, request.bucket, request.key, request.query)
         request.operation = route.operation
         if route.signed:

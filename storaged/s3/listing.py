@@ -31,9 +31,11 @@ class _Ask:
     def key(self, key: bytes) -> str:
         return xml.escape_key(key, self.url)
 
-    def common(self, bucket: str, tag: str = "Name") -> str:
+    def common(self, bucket: str, tag: str = "Name", *, plain_prefix: bool = False) -> str:
+        """``plain_prefix``: the first version of ListObjects does not encode it, and its clients do not decode it."""
+        prefix = xml.escape_key(self.prefix, self.url and not (plain_prefix and xml.representable(self.prefix)))
         return (
-            f"{xml.element(tag, bucket)}<Prefix>{self.key(self.prefix)}</Prefix>"
+            f"{xml.element(tag, bucket)}<Prefix>{prefix}</Prefix>"
             f"{f'<Delimiter>{self.key(self.delimiter)}</Delimiter>' if self.delimiter else ''}"
             f"{'<EncodingType>url</EncodingType>' if self.url else ''}"
         )
@@ -99,7 +101,7 @@ async def list_objects_v1(front: Front, request: Request) -> Reply:
     return xml_reply(
         xml.document(
             "ListBucketResult",
-            ask.common(request.bucket),
+            ask.common(request.bucket, plain_prefix=True),
             f"<Marker>{ask.key(marker)}</Marker>{following}<MaxKeys>{ask.limit}</MaxKeys>",
             xml.boolean("IsTruncated", truncated),
             _rows(ask, list(page.objects), xml.owner(request.who.user_id, request.who.display_name)),

@@ -110,7 +110,7 @@ async def complete(front: Front, request: Request) -> Reply:
     conditions = h.write_conditions(headers)
     data = await request.body.read(front.limits.xml_bytes_max)
     if not data.strip():
-        raise errors.InvalidRequest("You must specify at least one part")
+        raise errors.MalformedXML("You must specify at least one part")
     parts = await asyncio.to_thread(_completed_parts, data) if len(data) > PARSE_INLINE_BYTES_MAX else _completed_parts(data)
     size = headers.get("x-amz-mp-object-size", "")
     result = await front.objects.complete(
@@ -142,7 +142,7 @@ def _completed_parts(data: bytes) -> list[CompletedPart]:
     root = xml.parse(data, "CompleteMultipartUpload")
     if not root.children or len(root.children) > PARTS_MAX or any(node.name != "Part" for node in root.children):
         raise errors.MalformedXML()
-    parts = []
+    parts: list[CompletedPart] = []
     previous = 0
     for node in root.children:
         found = node.fields(_PART_FIELDS)
@@ -150,8 +150,10 @@ def _completed_parts(data: bytes) -> list[CompletedPart]:
         if "ETag" not in found or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= PARTS_MAX:
             raise errors.MalformedXML()
         number = int(text)
-        if number <= previous:
+        if number < previous:
             raise errors.InvalidPartOrder()
+        if number == previous:
+            parts.pop()  # named twice, as after a part was sent again: the later line counts
         previous = number
         checksums = {h.CHECKSUM_ELEMENTS[name]: value for name, value in found.items() if name in h.CHECKSUM_ELEMENTS and value}
         parts.append(CompletedPart(number, h.etag(found["ETag"]), checksums))

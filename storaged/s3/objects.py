@@ -25,6 +25,7 @@ from storaged.s3.reply import (
     Headers,
     Reply,
     checked_header,
+    checksum_headers,
     object_headers,
     stored_headers,
     version_header,
@@ -177,6 +178,7 @@ def _overrides(request: Request, headers: Headers) -> None:
 
 async def get_object(front: Front, request: Request) -> Reply:
     headers = request.headers
+    h.refuse_read_encryption(headers)
     overrides: Headers = {}
     _overrides(request, overrides)
     part_number = _part_number(request)
@@ -191,14 +193,29 @@ async def get_object(front: Front, request: Request) -> Reply:
         whole = not stream.partial and part_number is None
         answer = object_headers(info, checksums=whole and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
         answer.update(overrides)
-        if part_number is not None and info.part_count:
-            answer["x-amz-mp-parts-count"] = str(info.part_count)
+        if part_number is not None:
+            _describe_part(request, info, part_number, answer)
         if stream.partial:
             answer["Content-Range"] = f"bytes {stream.first}-{stream.first + stream.length - 1}/{info.size}"
         return Reply(206 if stream.partial else 200, answer, length=stream.length, stream=stream)
     except BaseException:
         await stream.close()
         raise
+
+
+def _describe_part(request: Request, info: ObjectInfo, number: int, answer: Headers) -> None:
+    """One part of a multipart upload, with its own checksum; or all of an object that was not uploaded in parts, which is its part 1."""
+    if info.part_count:
+        answer["x-amz-mp-parts-count"] = str(info.part_count)
+    if request.headers.get("x-amz-checksum-mode", "").upper() != "ENABLED":
+        return
+    if not info.part_count:
+        checksum_headers(info.checksums, info.checksum_type, answer)
+        return
+    algorithm = next(iter(info.checksums), "")
+    part = next((part for part in info.parts if part.number == number), None)
+    if algorithm and part is not None and part.checksum:
+        checksum_headers({algorithm: part.checksum}, info.checksum_type, answer)
 
 
 async def _open(
@@ -221,6 +238,7 @@ def _still_same(if_range: str, info: ObjectInfo) -> bool:
 async def head_object(front: Front, request: Request) -> Reply:
     """As GetObject, range included; the length is the one that GET would send."""
     headers = request.headers
+    h.refuse_read_encryption(headers)
     overrides: Headers = {}
     _overrides(request, overrides)
     part_number = _part_number(request)
@@ -244,8 +262,8 @@ async def head_object(front: Front, request: Request) -> Reply:
     partial = span is not None or part_number is not None
     answer = object_headers(info, checksums=not partial and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
     answer.update(overrides)
-    if part_number is not None and info.part_count:
-        answer["x-amz-mp-parts-count"] = str(info.part_count)
+    if part_number is not None:
+        _describe_part(request, info, part_number, answer)
     if partial and length:
         answer["Content-Range"] = f"bytes {first}-{first + length - 1}/{info.size}"
     return Reply(206 if partial and length else 200, answer, length=length)

@@ -138,7 +138,7 @@ BUCKET: dict[str, Methods] = {
     },
     "acl": {"GET": Route("GetBucketAcl", buckets.get_acl), "PUT": Route("PutBucketAcl", acl.put_acl)},
     "policy": _configuration("Policy", errors.NoSuchBucketPolicy),
-    "policyStatus": {"GET": _missing("GetBucketPolicyStatus", errors.NoSuchBucketPolicy)},
+    "policyStatus": {"GET": _fixed("GetBucketPolicyStatus", "PolicyStatus", "<IsPublic>false</IsPublic>")},
     "cors": _configuration("Cors", errors.NoSuchCORSConfiguration),
     "lifecycle": _configuration("Lifecycle", errors.NoSuchLifecycleConfiguration),
     "website": _configuration("Website", errors.NoSuchWebsiteConfiguration),

@@ -16,7 +16,12 @@ async def read_tagging(front: Front, request: Request, count_max: int) -> dict[s
     """Raises MalformedXML, InvalidTag, BadDigest."""
     if "content-length" in request.headers and request.body.length == 0:
         raise InvalidRequest("The request is missing its body.")
-    root = xml.parse(await read_verified(front, request), "Tagging")
+    return tags_from(await read_verified(front, request), count_max)
+
+
+def tags_from(document: bytes, count_max: int) -> dict[str, str]:
+    """Raises MalformedXML, InvalidTag."""
+    root = xml.parse(document, "Tagging")
     if len(root.children) != 1 or root.children[0].name != "TagSet":
         raise MalformedXML()
     pairs = []
@@ -29,5 +34,5 @@ async def read_tagging(front: Front, request: Request, count_max: int) -> dict[s
 
 
 def write_tagging(tags: Mapping[str, str]) -> bytes:
-    rows = "".join(f"<Tag>{xml.element('Key', name)}{xml.element('Value', value)}</Tag>" for name, value in tags.items())
+    rows = "".join(f"<Tag>{xml.element('Key', name)}{xml.element('Value', value)}</Tag>" for name, value in sorted(tags.items()))
     return xml.document("Tagging", f"<TagSet>{rows}</TagSet>")

@@ -25,6 +25,7 @@ DEPTH_MAX = 16
 ELEMENTS_MAX = 100_000
 
 _SPECIAL = re.compile('[&<>"\r\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]')
+_UNREPRESENTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _REPLACEMENTS = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 
 
@@ -34,6 +35,11 @@ def escape(text: str) -> str:
     if _SPECIAL.search(text) is None:
         return text
     return _SPECIAL.sub(lambda match: _REPLACEMENTS.get(match[0]) or f"&#x{ord(match[0]):X};", text)
+
+
+def representable(text: bytes) -> bool:
+    """Can XML 1.0 carry it, so that any parser gives it back?"""
+    return _UNREPRESENTABLE.search(text.decode("utf-8", "replace")) is None
 
 
 def escape_key(key: bytes, url: bool = False) -> str:

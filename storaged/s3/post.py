@@ -1,0 +1,138 @@
+"""PostObject: uploads by browser forms, authorised by a signed policy document (Signature Version 4, and the older form with HMAC-SHA1)."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from urllib.parse import urlencode, urlsplit, urlunsplit
+
+from storaged import errors
+from storaged.objects.api import PART_BYTES_MAX, Principal, PutResult
+from storaged.s3 import headers as h
+from storaged.s3 import sigv4, xml
+from storaged.s3.context import Front, owned_bucket
+from storaged.s3.form import FormReader, boundary_of
+from storaged.s3.policy import Policy, check_policy, parse_policy
+from storaged.s3.reply import Reply, stored_headers, xml_reply
+from storaged.s3.request import ANONYMOUS, Request, check_key
+from storaged.s3.tags import tags_from
+from storaged.wire import Buffer
+
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
+
+
+def is_form(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+async def post_object(front: Front, request: Request) -> Reply:
+    """The fields say who and what, the policy says whether; then the file is stored as PutObject would."""
+    form = FormReader(request.body.pieces(), boundary_of(request.headers["content-type"]))
+    await form.read_fields()
+    fields = form.fields
+    if "key" in fields:
+        fields["key"] = fields["key"].replace("${filename}", form.filename)
+    policy = None
+    if "policy" in fields:
+        request.who = await _signer(front, fields)
+        policy = parse_policy(fields["policy"])
+        check_policy(policy, fields, request.bucket, front.clock.wall_ms())
+    else:
+        request.who = ANONYMOUS
+    request._bucket_record = await owned_bucket(front, request.who, request.bucket)
+    if not fields.get("key"):
+        raise errors.InvalidArgument(
+            "Bucket POST must contain a field named 'key'. If it is specified, please check the order of the fields.", ArgumentName="key"
+        )
+    request.key = fields["key"].encode("utf-8", "surrogateescape")
+    check_key(request.key)
+    said = _as_headers(fields)
+    h.refuse_unsupported(said)
+    meta = h.new_meta(said)
+    if "tagging" in fields:
+        meta = replace(meta, tags=tags_from(fields["tagging"].encode("utf-8", "surrogateescape"), h.TAGS_PER_OBJECT_MAX))
+    checks = h.body_checks(said, None, (), None)
+    result = await front.objects.put(request.bucket_record, request.key, _bounded(form, policy), meta, checks, owner=request.who.user_id)
+    return _answer(request, fields, result)
+
+
+async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
+    """Raises InvalidArgument (a field is missing), InvalidAccessKeyId, SignatureDoesNotMatch."""
+    if "x-amz-algorithm" in fields:
+        if fields["x-amz-algorithm"] != sigv4.ALGORITHM:
+            raise errors.InvalidArgument("X-Amz-Algorithm only supports AWS4-HMAC-SHA256", ArgumentName="x-amz-algorithm")
+        _need(fields, "x-amz-credential", "x-amz-signature", "x-amz-date")
+        access_key, date, region, service = sigv4.policy_credential(fields["x-amz-credential"])
+        if region != front.region or service != sigv4.SERVICE:
+            raise errors.InvalidArgument(
+                f"The credential's scope is wrong; expecting {front.region}/{sigv4.SERVICE}", ArgumentName="x-amz-credential"
+            )
+        who, secret = await front.users.lookup(access_key)
+        computed, given = sigv4.policy_signature(secret, date, region, fields["policy"]), fields["x-amz-signature"]
+    else:
+        _need(fields, "awsaccesskeyid", "signature")
+        who, secret = await front.users.lookup(fields["awsaccesskeyid"])
+        digest = hmac.digest(secret.encode("utf-8", "surrogateescape"), fields["policy"].encode("utf-8", "surrogateescape"), "sha1")
+        computed, given = base64.b64encode(digest).decode(), fields["signature"]
+    if not sigv4.same(computed, given):
+        raise errors.SignatureDoesNotMatch()
+    return who
+
+
+def _need(fields: Mapping[str, str], *names: str) -> None:
+    for name in names:
+        if not fields.get(name):
+            raise errors.InvalidArgument(f"Bucket POST must contain a field named '{name}'.", ArgumentName=name)
+
+
+def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
+    """Form fields in the place of headers. Raises InvalidArgument for values that no header could have."""
+    said = {name: value for name, value in fields.items() if name in h.KEPT_HEADERS or name.startswith("x-amz-") or name == "content-md5"}
+    if fields.get("acl"):
+        said["x-amz-acl"] = fields["acl"]
+    for name, value in said.items():
+        if _CONTROL.search(name + value):
+            raise errors.InvalidArgument("Form fields that become headers cannot contain control characters.", ArgumentName=name[:100])
+    return said
+
+
+async def _bounded(form: FormReader, policy: Policy | None) -> AsyncIterator[Buffer]:
+    """The file, inside the policy's content-length-range. Raises EntityTooLarge, EntityTooSmall, before the last piece was given."""
+    size_max = PART_BYTES_MAX if policy is None or policy.size_max is None else min(policy.size_max, PART_BYTES_MAX)
+    size_min = policy.size_min if policy else 0
+    size = 0
+    async for piece in form.file():
+        size += len(piece)
+        if size > size_max:
+            raise errors.EntityTooLarge(ProposedSize=str(size), MaxSizeAllowed=str(size_max))
+        yield piece
+    if size < size_min:
+        raise errors.EntityTooSmall(
+            "Your proposed upload is smaller than the minimum allowed size", ProposedSize=str(size), MinSizeAllowed=str(size_min)
+        )
+
+
+def _answer(request: Request, fields: Mapping[str, str], result: PutResult) -> Reply:
+    headers = stored_headers(result)
+    key = request.key.decode()
+    scheme = "https" if request.secure else "http"
+    location = f"{scheme}://{request.headers.get('host', '')}/{request.bucket}/{xml.escape_key(request.key, url=True)}"
+    redirect = fields.get("success_action_redirect") or fields.get("redirect") or ""
+    if redirect and not _CONTROL.search(redirect):
+        parts = urlsplit(redirect)
+        if parts.scheme in ("http", "https") and parts.netloc:
+            query = urlencode({"bucket": request.bucket, "key": key, "etag": f'"{result.etag}"'})
+            target = urlunsplit(parts._replace(query=f"{parts.query}&{query}" if parts.query else query))
+            return Reply(303, {**headers, "Location": target})
+    headers["Location"] = location
+    status = fields.get("success_action_status", "204")
+    if status == "201":
+        content = (
+            f"{xml.element('Location', location)}{xml.element('Bucket', request.bucket)}{xml.element('Key', key)}"
+            f"<ETag>&quot;{result.etag}&quot;</ETag>"
+        )
+        return xml_reply(f"{xml.DECLARATION}<PostResponse>{content}</PostResponse>".encode(), 201, headers)
+    return Reply(200 if status == "200" else 204, headers)
