@@ -2,6 +2,7 @@
 
     GET  /healthz /readyz /metrics          both listeners
     GET  /v1/status /v1/doctor /v1/jobs     Unix socket
+    GET  /v1/modules                        what this process has imported of storaged
     GET  /v1/where?bucket=&key=             key in hex
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
     POST /v1/buckets   POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/checkpoints
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ class AdminServer:
                 web.get("/v1/status", self._status),
                 web.get("/v1/doctor", self._doctor),
                 web.get("/v1/jobs", self._jobs),
+                web.get("/v1/modules", self._modules),
                 web.get("/v1/where", self._where),
                 web.get("/v1/users", self._list_users),
                 web.post("/v1/users", self._add_user),
@@ -114,6 +117,10 @@ class AdminServer:
 
     async def _doctor(self, _request: web.Request) -> web.Response:
         return web.json_response({"checks": await self._services.doctor()})
+
+    async def _modules(self, _request: web.Request) -> web.Response:
+        """That a storage node has no code that handles keys can be looked at while it runs."""
+        return web.json_response({"modules": sorted(name for name in sys.modules if name.partition(".")[0] == "storaged")})
 
     async def _where(self, request: web.Request) -> web.Response:
         if self._services.where is None:

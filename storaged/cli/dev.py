@@ -120,8 +120,13 @@ def prepare(place: Path, s3_port: int | None, admin_port: int | None) -> bool:
         raise OperatorError(f"{place} is neither empty nor a cluster of `storaged dev` (it holds {strangers[0]}); name another directory")
     known = {} if new else _dev_of(place)
     s3, admin = s3_port or known.get("s3_port") or S3_PORT, admin_port or known.get("admin_port") or ADMIN_PORT
-    for port in (s3, admin):
-        _check_free(port)
+    _check_free(s3)
+    try:
+        _check_free(admin)
+    except PortInUse:
+        if admin_port:
+            raise
+        (admin,) = _free_ports(1, {s3})  # nobody has been told this one: another trial cluster may run beside it
     if new:
         _create(place, s3, admin)
     elif (s3, admin) != (known["s3_port"], known["admin_port"]):

@@ -19,6 +19,7 @@ from storaged.errors import AuditBroken, OperatorError, StoragedError, every_err
 from storaged.units import format_size
 
 POLL_S = 0.5
+QUIET_POLLS = 6
 
 
 @click.group()
@@ -158,7 +159,15 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
     from storaged.cli.status import render_job
 
     place = find_directory(named)
-    found = _wait(place, lambda told: bool(told["busy"]), "repair") if wait else gateway(place, "GET", "/v1/jobs")
+    quiet = 0
+
+    def goes_on(told: dict[str, Any]) -> bool:
+        """What is below target and not being worked on may be about to be: a node that just came back is noticed within a second or two."""
+        nonlocal quiet
+        quiet = 0 if told["busy"] else quiet + 1
+        return quiet < (QUIET_POLLS if told["objects_below_target"] else 1)
+
+    found = _wait(place, goes_on, "repair") if wait else gateway(place, "GET", "/v1/jobs")
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

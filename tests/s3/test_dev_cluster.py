@@ -1,0 +1,339 @@
+"""What an operator can do with a running cluster, through the commands alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from storaged.cli.client import request
+from tests.cluster import RACKS, STORAGED, Cluster, free_port
+
+
+def node_of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    node: dict[str, Any] = next(node for node in found["nodes"] if node["name"] == name)
+    return node
+
+
+def problem_codes(found: dict[str, Any]) -> set[str]:
+    return {entry["code"] for entry in found["problems"]}
+
+
+def http(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def admin_url(cluster: Cluster) -> str:
+    return f"http://127.0.0.1:{json.loads((cluster.directory / 'dev.json').read_text())['admin_port']}"
+
+
+def round_trip(cluster: Cluster, key: str, size: int = 300_000) -> None:
+    client, body = cluster.boto3(attempts=3), os.urandom(size)
+    client.put_object(Bucket="demo", Key=key, Body=body)
+    assert client.get_object(Bucket="demo", Key=key)["Body"].read() == body
+
+
+def test_a_new_cluster_is_healthy_and_says_where_everything_is(cluster: Cluster) -> None:
+    found = cluster.status()
+    assert found["verdict"] == "HEALTHY"
+    assert (found["objects_below_target"], found["objects_lost"], found["problems"]) == (0, 0, [])
+    assert {node["name"]: node["rack"] for node in found["nodes"]} == {**RACKS, "gateway": "FR/par1/a"}
+    assert node_of(found, "gateway")["roles"] == ["gateway"]
+    for name in RACKS:
+        node = node_of(found, name)
+        assert (node["roles"], node["state"], node["directory"]) == (["storage"], "up", str(cluster.directory / name))
+        assert Path(f"/proc/{node['pid']}/cmdline").read_bytes().split(b"\0")[-4:-2] == [
+            b"run",
+            str(cluster.directory / name / "config.toml").encode(),
+        ]
+        assert len(node["disks"]) == 2
+        for disk in node["disks"]:
+            assert disk["state"] == "ok"
+            assert Path(disk["directory"]).is_dir()
+            assert isinstance(disk["bytes_used"], int)
+    assert len({node["pid"] for node in found["nodes"]}) == 4
+
+
+def test_secrets_lie_in_private_files_and_listeners_on_loopback(cluster: Cluster) -> None:
+    for path in (
+        "credentials.json",
+        "gateway/keys/keyring",
+        "gateway/keys/credential",
+        "authority/authority.key",
+        "n1/identity/node.key",
+        "dev.sock",
+        "n1/admin.sock",
+    ):
+        assert stat.S_IMODE((cluster.directory / path).stat().st_mode) == 0o600, path
+    ours = inodes_of(cluster)
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in ours}
+    assert listening == {"0100007F"}
+
+
+def inodes_of(cluster: Cluster) -> set[str]:
+    found = set()
+    for pid in cluster.pids().values():
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(descriptor) if descriptor.is_symlink() else ""
+            if target.startswith("socket:["):
+                found.add(target[8:-1])
+    return found
+
+
+def test_no_storage_process_has_code_that_handles_keys(cluster: Cluster) -> None:
+    for name in RACKS:
+        modules = request(cluster.directory / name, "GET", "/v1/modules")["modules"]
+        assert "storaged.fragments.store" in modules
+        assert [module for module in modules if module.startswith(("storaged.keys", "storaged.s3", "storaged.node.gateway"))] == []
+        assert not (cluster.directory / name / "keys").exists()
+    assert "storaged.keys.keyring" in request(cluster.directory / "gateway", "GET", "/v1/modules")["modules"]
+
+
+def test_where_names_every_fragment_and_what_may_fail(cluster: Cluster) -> None:
+    cluster.boto3().put_object(Bucket="demo", Key="where/é ü+%20", Body=os.urandom(400_000))
+    found = cluster.where("demo", "where/é ü+%20")
+    assert len(found["fragments"]) == 6
+    assert {(row["node"], row["rack"]) for row in found["fragments"]} == set(RACKS.items())
+    assert {row["state"] for row in found["fragments"]} == {"ok"}
+    assert (found["disks_may_fail"], found["racks_may_fail"]) == (2, 1)
+    assert "FR/par2/b" in cluster.run("where", "s3://demo/where/é ü+%20").stdout
+    missing = cluster.run("where", "s3://demo/absent", check=False)
+    assert missing.returncode == 1
+    assert "does not exist" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_users_see_their_own_buckets_and_end_with_their_removal(cluster: Cluster) -> None:
+    import boto3
+
+    made = json.loads(cluster.run("user", "add", "alice", "--json").stdout)
+    assert set(made) == {"user_id", "access_key", "secret_key"}
+    client = boto3.session.Session().client(
+        "s3", endpoint_url=cluster.endpoint, region_name=cluster.settings["region"],
+        aws_access_key_id=made["access_key"], aws_secret_access_key=made["secret_key"],
+    )  # fmt: skip
+    assert client.list_buckets()["Buckets"] == []
+    listed = json.loads(cluster.run("user", "list", "--json").stdout)
+    assert {"user_id": made["user_id"], "name": "alice", "access_key": made["access_key"]} in listed
+    assert made["secret_key"] not in cluster.run("user", "list").stdout
+    taken = cluster.run("user", "add", "alice", check=False)
+    assert taken.returncode == 1
+    assert "alice" in taken.stderr
+    cluster.run("user", "remove", "alice")
+    cluster.wait_until(lambda: "InvalidAccessKeyId" in refusal(client), 10, "the removed user to be refused")
+
+
+def refusal(client: Any) -> str:
+    try:
+        client.list_buckets()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_settings_for_clients_come_as_json_shell_and_recipes(cluster: Cluster) -> None:
+    found = json.loads(cluster.run("env", "--json").stdout)
+    assert set(found) == {"endpoint", "region", "access_key", "secret_key", "bucket"}
+    shell = cluster.run("env").stdout
+    script = shell + 'echo "$AWS_ACCESS_KEY_ID|$AWS_SECRET_ACCESS_KEY|$AWS_DEFAULT_REGION|$AWS_ENDPOINT_URL|$STORAGED_DIR"'
+    printed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed.split("|") == [found["access_key"], found["secret_key"], found["region"], found["endpoint"], str(cluster.directory)]
+    for client in ("aws", "boto3", "rclone", "restic", "s3cmd"):
+        recipe = cluster.run("env", "--for", client).stdout
+        assert found["access_key"] in recipe
+        assert found["secret_key"] in recipe
+
+
+def test_health_readiness_and_metrics_answer_over_http(cluster: Cluster) -> None:
+    round_trip(cluster, "metrics")
+    url = admin_url(cluster)
+    assert http(url + "/healthz") == (200, '{"healthy": true}')
+    assert http(url + "/readyz")[0] == 200
+    status, text = http(url + "/metrics")
+    assert status == 200
+    assert 'storaged_s3_requests_total{operation="PutObject",status="200"}' in text
+    assert "storaged_ready 1.0" in text
+    assert "process_resident_memory_bytes" in text
+    assert http(url + "/v1/status")[0] == 404
+    assert request(cluster.directory / "n1", "GET", "/readyz")["ready"] is True
+
+
+def test_a_killed_rack_is_named_and_nothing_stops_until_it_is_back(cluster: Cluster) -> None:
+    round_trip(cluster, "rack/before")
+    pid = cluster.pids()["n2"]
+    assert cluster.run("dev", "kill", "par2").stdout.strip() == "killed n2"
+    assert not Path(f"/proc/{pid}").exists()
+    cluster.wait_until(lambda: "NODE_DOWN" in problem_codes(cluster.status()), 15, "the dead node to be noticed")
+    done = cluster.run("status", "--json", check=False)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["verdict"]) == (1, "DEGRADED")
+    down = next(entry for entry in found["problems"] if entry["code"] == "NODE_DOWN")
+    assert down["subject"] == "FR/par2/b/n2"
+    assert node_of(found, "n2")["state"] == "down"
+    assert node_of(found, "n2")["pid"] is None
+    assert "storaged dev start n2" in cluster.run("status", check=False).stdout
+    round_trip(cluster, "rack/during")
+    assert cluster.run("dev", "start", "FR/par2/b").stdout.strip() == "started n2"
+    assert cluster.run("repair", "status", "--wait").returncode == 0
+    cluster.wait_healthy()
+
+
+def test_names_of_nodes_and_racks_that_mean_nothing_or_too_much_are_refused(cluster: Cluster) -> None:
+    for name, word in (("FR", "more than one"), ("n9", "no node or rack")):
+        done = cluster.run("dev", "kill", name, check=False)
+        assert done.returncode == 2
+        assert word in done.stderr
+    assert set(cluster.pids()) == {*RACKS, "gateway"}
+
+
+def test_without_its_gateway_the_cluster_is_down_and_its_nodes_are_still_listed(cluster: Cluster) -> None:
+    cluster.run("dev", "kill", "gateway")
+    done = cluster.run("status", "--json", check=False)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["verdict"]) == (2, "DOWN")
+    assert {node["name"]: node["state"] for node in found["nodes"]} == {**dict.fromkeys(RACKS, "up"), "gateway": "down"}
+    cluster.run("dev", "start", "gateway")
+    cluster.wait_healthy()
+    round_trip(cluster, "after-gateway")
+
+
+def test_a_second_supervisor_or_node_on_the_same_directory_is_refused(cluster: Cluster) -> None:
+    second = cluster.run("dev", str(cluster.directory), check=False)
+    assert second.returncode == 1
+    assert "already running" in second.stderr
+    node = cluster.run("run", str(cluster.directory / "n1" / "config.toml"), check=False)
+    assert node.returncode == 1
+    assert f"in use by the process {cluster.pids()['n1']}" in node.stderr
+    assert "Traceback" not in node.stderr
+
+
+def test_a_port_in_use_is_named_before_anything_is_made(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.run("dev", str(tmp_path / "other"), "--s3-port", str(cluster.s3_port), check=False)
+    assert done.returncode == 1
+    assert f"127.0.0.1:{cluster.s3_port} is already in use" in done.stderr
+    assert not (tmp_path / "other" / "dev.json").exists()
+
+
+def test_a_reload_takes_what_can_change_and_keeps_everything_on_a_mistake(cluster: Cluster) -> None:
+    path, log = cluster.directory / "n3" / "config.toml", cluster.directory / "n3" / "log"
+    good, pid = path.read_text(), cluster.pids()["n3"]
+    for text, word in ((good + "\n[logs]\n", "kept as it was"), (good, "configuration reloaded")):
+        before = log.stat().st_size
+        path.write_text(text)
+        os.kill(pid, signal.SIGHUP)
+        cluster.wait_until(lambda: word in log.read_text()[before:], 10, word)  # noqa: B023
+    assert cluster.pids()["n3"] == pid
+
+
+def test_the_audit_log_holds_and_a_changed_entry_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    audit = cluster.directory / "gateway" / "audit"
+    assert "every entry follows" in cluster.run("audit", "verify", str(audit)).stdout
+    copy = tmp_path / "audit"
+    shutil.copytree(audit, copy)
+    altered = next(path for path in sorted(copy.iterdir()) if b"key.release" in path.read_bytes())
+    altered.write_bytes(altered.read_bytes().replace(b"key.release", b"key.Release", 1))
+    done = cluster.run("audit", "verify", str(altered), check=False)
+    assert done.returncode == 2
+    assert altered.name in done.stderr
+    assert "was altered" in done.stderr
+
+
+def test_doctor_warns_until_the_keys_are_backed_up_and_the_backup_brings_them_back(cluster: Cluster, tmp_path: Path) -> None:
+    assert "KEYS_NOT_BACKED_UP" in cluster.run("doctor", check=False).stdout
+    (tmp_path / "phrase").write_text("correct horse battery staple\n")
+    cluster.run("keys", "backup", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "phrase"))
+    assert "KEYS_NOT_BACKED_UP" not in cluster.run("doctor", check=False).stdout
+    assert stat.S_IMODE((tmp_path / "backup").stat().st_mode) == 0o600
+    round_trip(cluster, "keys/before")
+    cluster.run("dev", "stop", "gateway")
+    shutil.move(cluster.directory / "gateway" / "keys", tmp_path / "lost")
+    cluster.run("dev", "start", "gateway")
+    cluster.wait_until(lambda: "KEYRING_MISMATCH" in problem_codes(cluster.status()), 15, "the missing keyring to be named")
+    assert cluster.run("status", check=False).returncode == 2
+    assert "ServiceUnavailable" in refusal(cluster.boto3())
+    assert not (cluster.directory / "gateway" / "keys").exists(), "keys are never made anew"
+    cluster.run("keys", "restore", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "phrase"))
+    os.kill(cluster.pids()["gateway"], signal.SIGHUP)
+    cluster.wait_healthy()
+    assert cluster.boto3(attempts=3).get_object(Bucket="demo", Key="keys/before")["ContentLength"] == 300_000
+
+
+def test_a_wiped_disk_is_refused_and_the_rest_goes_on(cluster: Cluster) -> None:
+    disk = node_of(cluster.status(), "n1")["disks"][0]
+    cluster.run("dev", "stop", "n1")
+    kept = Path(disk["directory"] + ".kept")
+    os.rename(disk["directory"], kept)
+    cluster.run("dev", "start", "n1")
+    cluster.wait_until(lambda: "DISK_FOREIGN" in problem_codes(cluster.status()), 15, "the foreign disk to be named")
+    found = cluster.status()
+    assert found["verdict"] == "DEGRADED"
+    assert [one["state"] for one in node_of(found, "n1")["disks"] if one["id"] == disk["id"]] == ["foreign"]
+    assert [one["state"] for one in node_of(found, "n1")["disks"] if one["id"] != disk["id"]] == ["ok"]
+    round_trip(cluster, "foreign")
+    cluster.run("dev", "stop", "n1")
+    shutil.rmtree(disk["directory"], ignore_errors=True)
+    os.rename(kept, disk["directory"])
+    cluster.run("dev", "start", "n1")
+    cluster.wait_healthy()
+
+
+def test_an_index_is_rebuilt_offline_and_a_running_disk_is_left_alone(cluster: Cluster) -> None:
+    disk = node_of(cluster.status(), "n2")["disks"][0]["directory"]
+    busy = cluster.run("fsck", disk, check=False)
+    assert busy.returncode == 1
+    assert "in use" in busy.stderr
+    cluster.run("dev", "stop", "n2")
+    assert "fragments" in cluster.run("fsck", disk).stdout
+    shutil.rmtree(Path(disk) / "fragments" / "index")
+    assert "made anew" in cluster.run("fsck", "--rebuild-index", disk).stdout
+    cluster.run("dev", "start", "n2")
+    cluster.wait_healthy()
+
+
+def test_everything_is_still_there_after_a_restart_and_ctrl_c_ends_all_processes(cluster: Cluster) -> None:
+    client = cluster.boto3()
+    bodies = {f"kept/{size}": os.urandom(size) for size in (0, 100, 9_000, 700_000)}
+    for key, body in bodies.items():
+        client.put_object(Bucket="demo", Key=key, Body=body, Metadata={"size": str(len(body))})
+    pids = cluster.pids()
+    cluster.stop()
+    assert [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()] == []
+    before = dict(cluster.settings)
+    cluster.start()
+    assert cluster.settings == before
+    for key, body in bodies.items():
+        answer = cluster.boto3().get_object(Bucket="demo", Key=key)
+        assert answer["Body"].read() == body
+        assert answer["Metadata"] == {"size": str(len(body))}
+
+
+def test_a_detached_cluster_runs_until_it_is_told_to_stop(tmp_path: Path, cluster: Cluster) -> None:
+    other = Cluster(tmp_path / "other", s3_port=free_port())
+    done = subprocess.run([STORAGED, "dev", str(other.directory), "--detach", "--s3-port", str(other.s3_port)],
+                          env=other.environment(), capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    try:
+        assert done.returncode == 0, done.stderr
+        assert "Three storage nodes with six disks in three racks" in done.stdout
+        assert f"http://127.0.0.1:{other.s3_port}" in done.stdout
+        pids = other.pids()
+        assert len(pids) == 4
+        # A certificate of another cluster gets in nowhere: the address is this cluster's, the identity the other's.
+        refused = request(other.directory / "n1", "GET", "/v1/status")
+        assert refused["cluster"] != cluster.status()["cluster"]
+    finally:
+        other.run("dev", "stop", check=False)
+    assert [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()] == []
+    gone = other.run("status", check=False)
+    assert gone.returncode == 2
