@@ -153,10 +153,10 @@ def _replay_sealed(
 def _replay_last(
     index: Index, file: SegmentFile, number: int, start: int, report: Report, spill: Callable[[Position], None], *, read_only: bool
 ) -> None:  # fmt: skip
-    """Twice over: what proves how far the log was durable may stand at its very end.
+    """First the border, for what proves how far the log was durable may stand at its very end; then what is torn behind it; then all that counts.
 
     A torn record with whole ones behind it is overwritten with a filler's head: once more records follow, nothing else would tell a later
-    replay that it was never whole.
+    replay that it was never whole. This comes before any checkpoint that covers it.
     """
     seed = segment_seed(index.disk_id, number)
     end = file.size()
@@ -164,28 +164,36 @@ def _replay_last(
     border = max(border, start)
     if not read_only:
         report.failure = _settle(file, border)
-    index.grow(number, border)
     kept = border
-    torn: list[tuple[int, int]] = []
-    for item in scan(file, seed, start, end):
-        if item.offset < border:
-            _take(index, number, item, report, spill)
-        elif isinstance(item, Found) and whole(file, item, end):
+    torn: dict[int, int] = {}
+    for item in scan(file, seed, border, end):
+        if isinstance(item, Found) and whole(file, item, end):
             kept = item.end
-            index.grow(number, kept)
-            _take(index, number, item, report, spill)
         else:
-            torn.append((item.offset, min(item.end, end) - item.offset))
-    report.end = kept
-    report.torn_bytes = sum(length for _, length in torn)
+            torn[item.offset] = min(item.end, end) - item.offset
     if torn and not read_only and not report.failure:
-        for offset, length in torn:
+        report.failure = _disarm(file, seed, border, kept, torn)
+    report.end = kept
+    report.torn_bytes = sum(torn.values())
+    index.grow(number, kept)
+    for item in scan(file, seed, start, min(kept, end)):
+        if item.offset not in torn:
+            _take(index, number, item, report, spill)
+
+
+def _disarm(file: SegmentFile, seed: int, border: int, kept: int, torn: dict[int, int]) -> str:
+    """Returns why it could not be done, if it could not."""
+    try:
+        for offset, length in torn.items():
             if offset < kept and length >= HEAD_BYTES:
                 filler = RecordWriter(offset, seed, border)
                 filler.mark(length)
                 file.write(filler.buffers[:1], offset)
         file.truncate(kept)
         file.sync()
+    except OSError as error:
+        return f"cutting a torn tail: {error.strerror or error}"
+    return ""
 
 
 def _take(index: Index, number: int, item: Found | Gap, report: Report, spill: Callable[[Position], None]) -> None:
