@@ -111,7 +111,8 @@ async def complete(
         ) from None
     retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
     result = await _done(plane, bucket, upload, version)
-    unused = [row.entry for number, (row, _) in rows.items() if number not in {part.number for part in parts}]
+    named = {part.number for part in parts}
+    unused = [row.entry for number, (row, _) in rows.items() if number not in named]
     if unused:
         plane.background.spawn(retire_parts(plane, bucket, name, unused))
     return _answer(result)

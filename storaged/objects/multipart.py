@@ -111,7 +111,7 @@ async def put_part(
     if not 1 <= number <= plane.limits.parts_max:
         raise InvalidArgument(f"Part number must be an integer between 1 and {plane.limits.parts_max}, inclusive.")
     upload = await open_upload(plane, bucket, key, upload_id)
-    if upload.record.state != OPEN:
+    if upload.record.state not in (OPEN, COMPLETING):  # a Complete may still fail on its condition, and the upload go on
         raise NoSuchUpload(UploadId=upload_id)
     owner = object_name(bucket.id, bucket.shards, key)
     row_name = part_name(bucket.id, upload.record.upload_id, number)

@@ -1,0 +1,265 @@
+"""Buckets are made and deleted by compare-and-set, records that grant are authentic, users are found by their access keys."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from storaged.errors import (
+    BucketAlreadyExists,
+    BucketAlreadyOwnedByYou,
+    BucketNotEmpty,
+    DataDamaged,
+    InvalidAccessKeyId,
+    InvalidArgument,
+    NoSuchBucket,
+    ServiceUnavailable,
+    TooManyBuckets,
+)
+from storaged.meta.names import RegisterName, Table, system_name
+from storaged.objects.api import NewMeta, Principal
+from storaged.objects.buckets import BucketService
+from storaged.objects.records import BucketRecord, UserRecord
+from storaged.objects.service import ObjectService
+from storaged.objects.users import CLAIM_STALE_MS, UserService
+from storaged.wire import decode, encode
+from tests.unit.fakes_objects import World
+from tests.unit.test_objects_put_get import got, put
+
+ANNE, BEN = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")
+
+
+def world_of(**limits: object) -> tuple[World, ObjectService, BucketService]:
+    world = World(**limits)
+    plane = world.plane()
+    return world, ObjectService(plane), BucketService(plane)
+
+
+async def test_a_name_belongs_to_the_first_who_takes_it() -> None:
+    world, _, buckets = world_of()
+    made = await buckets.create(ANNE, "photos", region="eu-fr-1")
+    assert world.keys.newest == {made.id: 1}
+    assert await buckets.get("photos") == made
+    with pytest.raises(BucketAlreadyOwnedByYou):
+        await buckets.create(ANNE, "photos", region="eu-fr-1")
+    with pytest.raises(BucketAlreadyExists):
+        await buckets.create(BEN, "photos", region="eu-fr-1")
+    results = await asyncio.gather(
+        *(buckets.create(who, "race", region="eu-fr-1") for who in (ANNE, BEN, ANNE, BEN)), return_exceptions=True
+    )
+    assert sum(isinstance(result, BucketRecord) for result in results) == 1
+    with pytest.raises(NoSuchBucket):
+        await buckets.get("other")
+
+
+async def test_buckets_are_listed_by_owner_in_pages() -> None:
+    _, _, buckets = world_of(buckets_per_user_max=5)
+    for name in ("a1", "a2", "a3", "b1"):
+        await buckets.create(ANNE, name, region="eu-fr-1")
+        await buckets.create(BEN, name + "-ben", region="eu-fr-1")
+    page, after = await buckets.list_buckets(ANNE, limit=2)
+    assert ([bucket.name for bucket in page], after) == (["a1", "a2"], "a2")
+    page, after = await buckets.list_buckets(ANNE, after="a2")
+    assert ([bucket.name for bucket in page], after) == (["a3", "b1"], None)
+    page, _ = await buckets.list_buckets(ANNE, prefix="b")
+    assert [bucket.name for bucket in page] == ["b1"]
+    await buckets.create(ANNE, "a5", region="eu-fr-1")
+    with pytest.raises(TooManyBuckets):
+        await buckets.create(ANNE, "a6", region="eu-fr-1")
+
+
+async def test_an_empty_bucket_is_deleted_for_good_and_its_name_is_free_again() -> None:
+    world, objects, buckets = world_of()
+    old = await buckets.create(ANNE, "b", region="eu-fr-1")
+    upload = await objects.create_upload(old, b"key", NewMeta(), owner="o")
+    assert upload.upload_id
+    await put(objects, old, b"x")
+    with pytest.raises(BucketNotEmpty):
+        await buckets.delete(old)
+    await objects.delete(old, b"key")
+    await buckets.delete(old)
+    with pytest.raises(NoSuchBucket):
+        await buckets.get("b")
+    with pytest.raises(NoSuchBucket):
+        await buckets.delete(old)
+    with pytest.raises(NoSuchBucket):
+        await put(objects, old, b"late")
+    assert world.ring.fences[old.id][1]
+    new = await buckets.create(BEN, "b", region="eu-fr-1")
+    assert new.id != old.id
+    await put(objects, new, b"fresh")
+    assert await got(objects, new) == b"fresh"
+    await objects.close()
+
+
+async def test_a_put_that_slips_in_before_the_fence_saves_the_bucket() -> None:
+    world, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+
+    async def slip_in(name: RegisterName) -> None:
+        assert name.table == Table.SYSTEM
+        await put(objects, bucket, b"precious")
+
+    world.ring.interfere = slip_in
+    with pytest.raises(BucketNotEmpty):
+        await buckets.delete(bucket)
+    assert not world.ring.fences
+    again = await buckets.get("b")
+    assert (again.id, again.state, again.nonce) == (bucket.id, "active", b"")
+    assert await got(objects, again) == b"precious"
+    await put(objects, again, b"more")
+    await objects.close()
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize("step", ["fence", "unfence", "fence-final"])
+async def test_a_deletion_that_was_interrupted_anywhere_is_finished_by_another_gateway(empty: bool, step: str) -> None:
+    world, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    real_fence, real_unfence = world.ring.fence, world.ring.unfence
+
+    async def fence(scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+        if step == ("fence-final" if final else "fence"):
+            raise ServiceUnavailable
+        if not empty and not final:
+            await put(objects, bucket, b"slipped in")
+        await real_fence(scope, shards, nonce, final=final)
+
+    async def unfence(scope: bytes, shards: int, nonce: bytes) -> None:
+        raise ServiceUnavailable
+
+    world.ring.fence = fence  # type: ignore[method-assign]
+    if step == "unfence":
+        world.ring.unfence = unfence  # type: ignore[method-assign]
+    interrupted = (step == "fence") or (empty and step == "fence-final") or (not empty and step == "unfence")
+    outcome = (await asyncio.gather(buckets.delete(bucket), return_exceptions=True))[0]
+    assert isinstance(outcome, ServiceUnavailable if interrupted else type(None) if empty else BucketNotEmpty)
+    world.ring.fence, world.ring.unfence = real_fence, real_unfence  # type: ignore[method-assign]
+    other = BucketService(world.plane())
+    for record in await other.every_bucket():
+        await other.resume(record)
+    if empty:
+        with pytest.raises(NoSuchBucket):
+            await other.get("b")
+        with pytest.raises(NoSuchBucket):
+            await put(objects, bucket, b"late") if bucket.id in world.ring.fences else await other.get("b")
+    elif step != "fence":
+        again = await other.get("b")
+        assert (again.id, again.nonce) == (bucket.id, b"")
+        assert await got(objects, again) == b"slipped in"
+        await put(objects, again, b"more")
+    await objects.close()
+
+
+async def test_a_record_that_no_gateway_made_is_refused() -> None:
+    world, _, buckets = world_of()
+    users = UserService(world.plane())
+    await buckets.create(ANNE, "b", region="eu-fr-1")
+    name = system_name("bucket/b")
+    value = world.ring.values[name]
+    forged = encode(msgspec.structs.replace(decode(value.body, BucketRecord), owner=BEN.user_id))
+    world.ring.values[name] = msgspec.structs.replace(value, body=forged)
+    with pytest.raises(DataDamaged):
+        await BucketService(world.plane()).get("b")
+    world.ring.values[name] = msgspec.structs.replace(value, sequence=value.sequence + 1)  # an old record played back
+    with pytest.raises(DataDamaged):
+        await BucketService(world.plane()).get("b")
+    world.ring.values[system_name("bucket/c")] = value  # under another name
+    with pytest.raises(DataDamaged):
+        await BucketService(world.plane()).get("c")
+    anne, _ = await users.add("anne")
+    user = system_name("user/" + anne.access_key)
+    forged = encode(msgspec.structs.replace(decode(world.ring.values[user].body, UserRecord), user_id="c" * 64))
+    world.ring.values[user] = msgspec.structs.replace(world.ring.values[user], body=forged)
+    with pytest.raises(DataDamaged):
+        await UserService(world.plane()).lookup(anne.access_key)
+
+
+async def test_bucket_tags_are_sealed_and_kept_apart_from_deletion() -> None:
+    world, _, buckets = world_of()
+    bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
+    assert await buckets.get_tags(bucket) is None
+    await buckets.set_tags(bucket, {"team": "storage"})
+    assert await buckets.get_tags(bucket) == {"team": "storage"}
+    assert b"storage" not in world.ring.values[system_name("bucket/b")].body
+    await buckets.set_tags(bucket, None)
+    assert await buckets.get_tags(bucket) is None
+    await buckets.delete(bucket)
+    with pytest.raises(NoSuchBucket):
+        await buckets.set_tags(bucket, {})
+
+
+async def test_countries_that_the_ring_does_not_cover_are_refused() -> None:
+    _, _, buckets = world_of()
+    assert (await buckets.create(ANNE, "fr", region="eu-fr-1", countries=("FR",))).countries == ("FR",)
+    with pytest.raises(ServiceUnavailable):
+        await buckets.create(ANNE, "de", region="eu-fr-1", countries=("DE",))
+
+
+async def test_users_are_found_by_access_key_until_they_are_removed() -> None:
+    world = World(user_cache_s=0.0)
+    users = UserService(world.plane())
+    anne, secret = await users.add("anne", email="anne@example.org")
+    assert len(anne.user_id) == 64
+    assert await users.lookup(anne.access_key) == (anne, secret)
+    assert secret.encode() not in b"".join(value.body for value in world.ring.values.values())
+    ben, ben_secret = await users.add("ben", access_key="BENKEY", secret_key="bensecret")
+    assert (ben.access_key, ben_secret) == ("BENKEY", "bensecret")
+    assert {user.display_name for user in await users.list_users()} == {"anne", "ben"}
+    for name, key in (("anne", ""), ("", ""), ("x" * 200, ""), ("new", "no/slash"), ("carl", "BENKEY")):
+        with pytest.raises(InvalidArgument):
+            await users.add(name, access_key=key)
+    await users.remove("anne")
+    await users.remove("BENKEY")
+    for key in (anne.access_key, "BENKEY", "", "no such", "x" * 300):
+        with pytest.raises(InvalidAccessKeyId):
+            await users.lookup(key)
+    with pytest.raises(InvalidArgument):
+        await users.remove("anne")
+    again, _ = await users.add("anne")
+    assert again.user_id != anne.user_id
+
+
+async def test_a_name_claimed_by_a_gateway_that_died_is_free_after_a_while() -> None:
+    world = World()
+    users = UserService(world.plane())
+
+    async def die(name: RegisterName) -> None:
+        if name.key.startswith(b"user/"):
+            raise ConnectionError
+        world.ring.interfere = die
+
+    world.ring.interfere = die
+    with pytest.raises(ConnectionError):
+        await users.add("anne")
+    with pytest.raises(InvalidArgument):
+        await users.add("anne")
+    world.clock.wall += CLAIM_STALE_MS
+    anne, _ = await users.add("anne")
+    assert (await users.lookup(anne.access_key))[0] == anne
+
+
+async def test_lookups_are_kept_for_a_moment_and_shared_while_they_load() -> None:
+    world = World(user_cache_s=1.0)
+    users = UserService(world.plane())
+    anne, _ = await users.add("anne")
+    reads = 0
+    read = world.ring.read
+
+    async def counted(name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> object:
+        nonlocal reads
+        reads += 1
+        return await read(name, want_payload=want_payload)
+
+    world.ring.read = counted  # type: ignore[method-assign, assignment]
+    await asyncio.gather(*(users.lookup(anne.access_key) for _ in range(50)))
+    await users.lookup(anne.access_key)
+    assert reads == 1
+    world.clock.ahead_s += 1.1
+    await users.lookup(anne.access_key)
+    assert reads == 2
+    await users.remove("anne")
+    with pytest.raises(InvalidAccessKeyId):
+        await users.lookup(anne.access_key)

@@ -1,0 +1,429 @@
+"""Multipart uploads: parts move into the object without moving data, Complete happens once, and nothing that is referred to is ever garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import os
+import zlib
+
+import pytest
+
+from storaged.errors import (
+    BadDigest,
+    ConditionalRequestConflict,
+    EntityTooSmall,
+    InvalidArgument,
+    InvalidPart,
+    InvalidPartNumber,
+    InvalidPartOrder,
+    InvalidRange,
+    InvalidRequest,
+    MalformedXML,
+    NoSuchKey,
+    NoSuchUpload,
+    PreconditionFailed,
+    StoragedError,
+)
+from storaged.meta.names import RegisterName, Table, object_name
+from storaged.objects import multipart
+from storaged.objects.api import BodyChecks, CompletedPart, NewMeta, PutResult, RangeSpec, WriteConditions
+from storaged.objects.records import BucketRecord, ObjectRecord
+from storaged.objects.references import live_references, references
+from storaged.objects.service import ObjectService
+from storaged.wire import decode
+from tests.unit.fakes_objects import World
+from tests.unit.test_objects_put_get import OWNER, bucket_of, got, pieces, put
+
+
+async def uploaded(
+    objects: ObjectService, bucket: BucketRecord, datas: list[bytes], *, algorithm: str = "", kind: str = "", meta: NewMeta | None = None
+) -> tuple[str, list[CompletedPart]]:
+    upload = await objects.create_upload(bucket, b"key", meta or NewMeta(), owner=OWNER, algorithm=algorithm, checksum_type=kind)
+    parts = []
+    for number, data in enumerate(datas, 1):
+        result = await objects.put_part(bucket, b"key", upload.upload_id, number, pieces(data), BodyChecks(len(data)))
+        assert result.etag == hashlib.md5(data).hexdigest()
+        parts.append(CompletedPart(number, result.etag, dict(result.checksums)))
+    return upload.upload_id, parts
+
+
+async def complete(objects: ObjectService, bucket: BucketRecord, upload_id: str, parts: list[CompletedPart], **more: object) -> PutResult:
+    return await objects.complete(bucket, b"key", upload_id, parts, owner=OWNER, **more)  # type: ignore[arg-type]
+
+
+def world_of() -> tuple[World, ObjectService, BucketRecord]:
+    world = World(part_bytes_min=1000)
+    return world, ObjectService(world.plane()), bucket_of(world)
+
+
+def etag_of(datas: list[bytes]) -> str:
+    return hashlib.md5(b"".join(hashlib.md5(data).digest() for data in datas)).hexdigest() + f"-{len(datas)}"
+
+
+async def test_parts_become_one_object_that_reads_whole_by_range_and_by_part_number() -> None:
+    world, objects, bucket = world_of()
+    datas = [os.urandom(size) for size in (200_000, 5000, 1500, 70_000, 10)]
+    upload_id, parts = await uploaded(objects, bucket, datas, meta=NewMeta({"content-type": "a/b"}, {"x": "y"}, {"t": "1"}))
+    before = {(disk, f) for disk, store in world.disks.disks.items() for f in store.fragments}
+    result = await complete(objects, bucket, upload_id, parts)
+    assert before == {(disk, f) for disk, store in world.disks.disks.items() for f in store.fragments}
+    whole = b"".join(datas)
+    assert (result.etag, result.size) == (etag_of(datas), len(whole))
+    assert await got(objects, bucket) == whole
+    for first, last in [(199_999, 200_000), (0, len(whole) - 1), (204_999, 206_600), (len(whole) - 11, None)]:
+        assert await got(objects, bucket, span=RangeSpec(first, last)) == whole[first : None if last is None else last + 1]
+    for number, data in enumerate(datas, 1):
+        stream = await objects.get(bucket, b"key", part_number=number)
+        assert (b"".join([bytes(piece) async for piece in stream.chunks()]), stream.partial) == (data, True)
+    for bad in (0, 6):
+        with pytest.raises(InvalidPartNumber):
+            await objects.head(bucket, b"key", part_number=bad)
+    info = await objects.head(bucket, b"key")
+    assert (info.part_count, info.headers, info.user, info.tags) == (5, {"content-type": "a/b"}, {"x": "y"}, {"t": "1"})
+    assert [(part.number, part.size, part.etag) for part in info.parts] == [
+        (number, len(data), hashlib.md5(data).hexdigest()) for number, data in enumerate(datas, 1)
+    ]
+    await objects.close()
+
+
+async def test_ten_thousand_parts_are_kept_in_pages() -> None:
+    world = World(part_bytes_min=1)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    upload = await objects.create_upload(bucket, b"key", NewMeta(), owner=OWNER)
+    datas = [b"%05d" % number for number in range(1, 10_001)]
+
+    async def one(number: int) -> CompletedPart:
+        data = datas[number - 1]
+        return CompletedPart(number, (await objects.put_part(bucket, b"key", upload.upload_id, number, pieces(data), BodyChecks(5))).etag)
+
+    parts: list[CompletedPart] = []
+    for start in range(1, 10_001, 500):
+        parts += await asyncio.gather(*(one(number) for number in range(start, start + 500)))
+    result = await complete(objects, bucket, upload.upload_id, parts)
+    assert result.etag == etag_of(datas)
+    assert await got(objects, bucket) == b"".join(datas)
+    assert await got(objects, bucket, span=RangeSpec(49_990, 49_999)) == datas[-2] + datas[-1]
+    info = await objects.head(bucket, b"key", part_number=10_000)
+    assert (len(info.parts), info.parts[-1].etag) == (10_000, hashlib.md5(datas[-1]).hexdigest())
+    name = object_name(bucket.id, bucket.shards, b"key")
+    assert len(world.ring.values[name].body) < 2000
+    assert len(await live_references(world.ring, world.ring, world.ring, name)) == 10_000
+    with pytest.raises(InvalidArgument):
+        await objects.put_part(bucket, b"key", upload.upload_id, 10_001, pieces(b"x"), BodyChecks(1))
+    await objects.close()
+
+
+async def test_complete_names_what_is_wrong_and_leaves_the_upload_open() -> None:
+    _, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000, b"b" * 999, b"c" * 10])
+    wrong: list[tuple[type[StoragedError], list[CompletedPart]]] = [
+        (MalformedXML, []),
+        (InvalidPartOrder, [parts[1], parts[0]]),
+        (InvalidPartOrder, [parts[0], parts[0]]),
+        (InvalidPart, [CompletedPart(1, "0" * 32)]),
+        (InvalidPart, [parts[0], CompletedPart(7, parts[1].etag)]),
+        (EntityTooSmall, parts),
+    ]
+    for error, request in wrong:
+        with pytest.raises(error):
+            await complete(objects, bucket, upload_id, request)
+    with pytest.raises(InvalidRequest):
+        await complete(objects, bucket, upload_id, [parts[0]], declared_size=999)
+    with pytest.raises(NoSuchKey):
+        await objects.head(bucket, b"key")
+    await complete(objects, bucket, upload_id, [parts[0], parts[2]], declared_size=1010)
+    assert await got(objects, bucket) == b"a" * 1000 + b"c" * 10
+    for bad in ("", "AAAA", "x" * 22, "é"):
+        with pytest.raises(NoSuchUpload):
+            await complete(objects, bucket, bad, [parts[0]])
+    await objects.close()
+
+
+async def test_a_repeated_complete_gets_the_same_answer_even_after_the_object_is_gone() -> None:
+    _, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000, b"b"])
+    first = await complete(objects, bucket, upload_id, parts)
+    assert await complete(objects, bucket, upload_id, parts) == first
+    await objects.delete(bucket, b"key")
+    assert await complete(objects, bucket, upload_id, parts) == first
+    with pytest.raises(NoSuchKey):
+        await objects.head(bucket, b"key")
+    for call in (complete(objects, bucket, upload_id, parts[:1]), objects.abort(bucket, b"key", upload_id)):
+        with pytest.raises(NoSuchUpload):
+            await call
+    with pytest.raises(NoSuchUpload):
+        await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"z"), BodyChecks(1))
+    await objects.close()
+
+
+async def test_conditions_of_complete_are_judged_at_its_commit_and_the_upload_stays_open_when_they_fail() -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000])
+
+    async def rival(name: RegisterName) -> None:
+        if name.table != Table.OBJECT:
+            world.ring.interfere = rival
+            return
+        await put(objects, bucket, b"rival")
+
+    world.ring.interfere = rival
+    with pytest.raises(PreconditionFailed):
+        await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_none_match="*"))
+    assert await got(objects, bucket) == b"rival"
+    assert [part.number for part in (await objects.list_parts(bucket, b"key", upload_id))[1]] == [1]
+    with pytest.raises(PreconditionFailed):
+        await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_match="0" * 32))
+    etag = hashlib.md5(b"rival").hexdigest()
+    await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_match=etag))
+    assert await got(objects, bucket) == b"a" * 1000
+    await objects.close()
+
+
+async def stopped_before_done(
+    world: World, objects: ObjectService, bucket: BucketRecord, upload_id: str, parts: list[CompletedPart], table: Table
+) -> None:
+    """A Complete whose gateway dies when it is about to change a register of ``table`` for the second time (UPLOAD: Done) or first (OBJECT)."""
+    seen = 0
+
+    async def die(name: RegisterName) -> None:
+        nonlocal seen
+        seen += name.table == table
+        if seen == (2 if table == Table.UPLOAD else 1):
+            raise ConnectionError("the gateway died")
+        world.ring.interfere = die
+
+    world.ring.interfere = die
+    with pytest.raises(ConnectionError):
+        await complete(objects, bucket, upload_id, parts)
+
+
+@pytest.mark.parametrize("table", [Table.OBJECT, Table.UPLOAD])
+async def test_a_complete_that_was_interrupted_is_taken_up_again_by_the_same_request(table: Table) -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000, b"b" * 2000])
+    await stopped_before_done(world, objects, bucket, upload_id, parts, table)
+    with pytest.raises(ConditionalRequestConflict):
+        await complete(objects, bucket, upload_id, parts[:1])
+    name = object_name(bucket.id, bucket.shards, b"key")
+    await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"another"), BodyChecks(7))  # replaces a row, not what is pinned
+    pinned = (
+        {part.data_id for part in decode(world.ring.values[name].body, ObjectRecord).versions[0].parts} if table == Table.UPLOAD else set()
+    )
+    assert pinned <= await live_references(world.ring, world.ring, world.ring, name)
+    result = await complete(objects, bucket, upload_id, parts)
+    assert await complete(objects, bucket, upload_id, parts) == result
+    assert await got(objects, bucket) == b"a" * 1000 + b"b" * 2000
+    version = decode(world.ring.values[name].body, ObjectRecord).versions[0]
+    assert {part.data_id for part in version.parts} <= await live_references(world.ring, world.ring, world.ring, name)
+    await objects.close()
+
+
+async def test_a_complete_taken_up_after_the_object_changed_says_so_and_opens_the_upload_again() -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000])
+    await stopped_before_done(world, objects, bucket, upload_id, parts, Table.UPLOAD)
+    await put(objects, bucket, b"newer")
+    with pytest.raises(ConditionalRequestConflict):
+        await complete(objects, bucket, upload_id, parts)
+    assert await got(objects, bucket) == b"newer"
+    await complete(objects, bucket, upload_id, parts)
+    assert await got(objects, bucket) == b"a" * 1000
+    await objects.close()
+
+
+async def test_an_abort_ends_a_complete_that_has_not_committed_and_none_that_has() -> None:
+    for table, survives in ((Table.OBJECT, False), (Table.UPLOAD, True)):
+        world, objects, bucket = world_of()
+        upload_id, parts = await uploaded(objects, bucket, [b"a" * 3000])
+        await stopped_before_done(world, objects, bucket, upload_id, parts, table)
+        if survives:
+            with pytest.raises(NoSuchUpload):
+                await objects.abort(bucket, b"key", upload_id)
+            assert await got(objects, bucket) == b"a" * 3000
+            assert (await complete(objects, bucket, upload_id, parts)).size == 3000
+        else:
+            await objects.abort(bucket, b"key", upload_id)
+            with pytest.raises(NoSuchUpload):
+                await complete(objects, bucket, upload_id, parts)
+            with pytest.raises(NoSuchKey):
+                await objects.head(bucket, b"key")
+        await objects.close()
+
+
+async def test_an_abort_that_comes_between_promise_and_accept_wins_or_loses_wholly() -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 3000])
+
+    async def abort_now(name: RegisterName) -> None:
+        if name.table != Table.OBJECT:
+            world.ring.interfere = abort_now
+            return
+        await objects.abort(bucket, b"key", upload_id)
+
+    world.ring.interfere = abort_now
+    with pytest.raises(NoSuchUpload):
+        await complete(objects, bucket, upload_id, parts)
+    with pytest.raises(NoSuchKey):
+        await objects.head(bucket, b"key")
+    name = object_name(bucket.id, bucket.shards, b"key")
+    assert not await live_references(world.ring, world.ring, world.ring, name)
+    await objects.close()
+
+
+async def test_aborted_and_superseded_and_unused_parts_go_to_the_garbage_lists() -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [os.urandom(3000), os.urandom(3000)])
+    first = {f.data_id for disk in world.disks.disks.values() for f in disk.fragments}
+    again = await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"x" * 3000), BodyChecks(3000))
+    await objects.plane.background.settle()
+    superseded = {data_id for disk in world.disks.disks.values() for data_id in disk.garbage}
+    assert len(superseded) == 1
+    assert superseded < first
+    await complete(objects, bucket, upload_id, [CompletedPart(1, again.etag)])
+    await objects.plane.background.settle()
+    garbage = {data_id for disk in world.disks.disks.values() for data_id in disk.garbage}
+    assert garbage == first
+    upload_id, _ = await uploaded(objects, bucket, [os.urandom(3000)])
+    await objects.abort(bucket, b"key", upload_id)
+    with pytest.raises(NoSuchUpload):
+        await objects.list_parts(bucket, b"key", upload_id)
+    await objects.plane.background.settle()
+    assert len({data_id for disk in world.disks.disks.values() for data_id in disk.garbage} - garbage) == 1
+    assert await got(objects, bucket) == b"x" * 3000
+    await objects.close()
+
+
+async def test_a_part_that_arrives_while_its_upload_is_aborted_is_refused() -> None:
+    world, objects, bucket = world_of()
+    upload_id, _ = await uploaded(objects, bucket, [])
+
+    async def abort_now(name: RegisterName) -> None:
+        assert name.table == Table.PART
+        await objects.abort(bucket, b"key", upload_id)
+
+    world.ring.interfere = abort_now
+    with pytest.raises(NoSuchUpload):
+        await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"x" * 3000), BodyChecks(3000))
+    await objects.plane.background.settle()
+    assert all(value.visibility < 2 for name, value in world.ring.values.items())
+    await objects.close()
+
+
+@pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"])
+async def test_checksums_of_parts_combine_as_the_upload_was_created_for(algorithm: str) -> None:
+    _, objects, bucket = world_of()
+    datas = [b"a" * 1234, b"b" * 7]
+    for kind in ("COMPOSITE", "FULL_OBJECT"):
+        impossible = kind == "COMPOSITE" if algorithm == "CRC64NVME" else kind == "FULL_OBJECT" and algorithm.startswith("SHA")
+        if impossible:
+            with pytest.raises(InvalidRequest):
+                await uploaded(objects, bucket, datas, algorithm=algorithm, kind=kind)
+            continue
+        upload_id, parts = await uploaded(objects, bucket, datas, algorithm=algorithm, kind=kind)
+        assert all(part.checksums for part in parts)
+        with pytest.raises(BadDigest):
+            await complete(objects, bucket, upload_id, parts, checksums={algorithm: "AAAA"})
+        with pytest.raises(InvalidPart):
+            await complete(objects, bucket, upload_id, [CompletedPart(1, parts[0].etag, {algorithm: "AAAA"}), parts[1]])
+        result = await complete(objects, bucket, upload_id, parts)
+        assert result.checksum_type == kind
+        if algorithm == "CRC32":
+            whole = zlib.crc32(b"".join(datas)).to_bytes(4, "big")
+            each = zlib.crc32(b"".join(zlib.crc32(data).to_bytes(4, "big") for data in datas)).to_bytes(4, "big")
+            expected = base64.b64encode(whole if kind == "FULL_OBJECT" else each).decode() + ("" if kind == "FULL_OBJECT" else "-2")
+            assert result.checksums == {"CRC32": expected}
+        if kind == "FULL_OBJECT":
+            whole_put = await objects.put(
+                bucket, b"whole", pieces(b"".join(datas)), NewMeta(), BodyChecks(None, algorithms=(algorithm,)), owner=OWNER
+            )
+            assert whole_put.checksums == result.checksums
+        info = await objects.head(bucket, b"key")
+        assert (info.checksums, info.checksum_type) == (result.checksums, kind)
+        assert [part.checksum for part in info.parts] == [part.checksums[algorithm] for part in parts]
+    await objects.close()
+
+
+async def test_parts_are_copied_from_ranges_of_other_objects() -> None:
+    _, objects, bucket = world_of()
+    data = os.urandom(300_000)
+    await put(objects, bucket, data, key=b"src")
+    upload = await objects.create_upload(bucket, b"key", NewMeta(), owner=OWNER)
+    parts = []
+    for number, span in ((1, RangeSpec(0, 99_999)), (2, RangeSpec(100_000, 299_999))):
+        result = await objects.copy_part(bucket, b"src", span, bucket, b"key", upload.upload_id, number)
+        parts.append(CompletedPart(number, result.etag))
+    for span in (RangeSpec(300_000, 300_001), RangeSpec(0, 300_000)):
+        with pytest.raises((InvalidRange, InvalidArgument)):
+            await objects.copy_part(bucket, b"src", span, bucket, b"key", upload.upload_id, 3)
+    await objects.delete(bucket, b"src")
+    await complete(objects, bucket, upload.upload_id, parts)
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
+async def test_uploads_and_parts_are_listed_in_pages() -> None:
+    _, objects, bucket = world_of()
+    ids = {}
+    for key in (b"a", b"a", b"b/1", b"b/2", b"c", b"\xc3\xa9/x"):
+        info = await objects.create_upload(bucket, key, NewMeta(storage_class="STANDARD"), owner=OWNER)
+        ids.setdefault(key, []).append(info.upload_id)
+    listed, marker = [], (b"", "")
+    while True:
+        uploads, prefixes, following = await objects.list_uploads(bucket, after_key=marker[0], after_upload=marker[1], limit=2)
+        assert not prefixes
+        listed += [(upload.key, upload.upload_id) for upload in uploads]
+        if following is None:
+            break
+        marker = following
+    assert [key for key, _ in listed] == [b"a", b"a", b"b/1", b"b/2", b"c", b"\xc3\xa9/x"]
+    assert {upload for _, upload in listed} == {upload for each in ids.values() for upload in each}
+    uploads, prefixes, following = await objects.list_uploads(bucket, delimiter=b"/", limit=3)
+    assert ([upload.key for upload in uploads], prefixes) == ([b"a", b"a"], [b"b/"])
+    assert following is not None
+    uploads, prefixes, following = await objects.list_uploads(bucket, delimiter=b"/", after_key=following[0], after_upload=following[1])
+    assert ([upload.key for upload in uploads], prefixes, following) == ([b"c"], [b"\xc3\xa9/"], None)
+    uploads, _, _ = await objects.list_uploads(bucket, prefix=b"b/")
+    assert [upload.key for upload in uploads] == [b"b/1", b"b/2"]
+    upload_id, _ = await uploaded(objects, bucket, [b"1", b"22", b"333"])
+    _, found, after = await objects.list_parts(bucket, b"key", upload_id, limit=2)
+    assert ([part.size for part in found], after) == ([1, 2], 2)
+    _, found, after = await objects.list_parts(bucket, b"key", upload_id, after=2)
+    assert ([part.size for part in found], after) == ([3], None)
+    await objects.close()
+
+
+async def test_finished_uploads_are_forgotten_after_a_day_and_take_no_data_with_them() -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [os.urandom(3000), os.urandom(3000)])
+    await complete(objects, bucket, upload_id, parts)
+    assert await multipart.forget_finished_uploads(objects.plane, bucket) == 0
+    world.clock.wall += 86_400_000
+    assert await multipart.forget_finished_uploads(objects.plane, bucket) == 1
+    await objects.plane.background.settle()
+    assert not any(disk.garbage for disk in world.disks.disks.values())
+    assert all(value.visibility == 0 for name, value in world.ring.values.items() if name.table in (Table.UPLOAD, Table.PART))
+    with pytest.raises(NoSuchUpload):
+        await complete(objects, bucket, upload_id, parts)
+    assert (await objects.head(bucket, b"key")).size == 6000
+    await objects.close()
+
+
+async def test_references_follow_a_part_from_its_row_to_the_object() -> None:
+    world, objects, bucket = world_of()
+    name = object_name(bucket.id, bucket.shards, b"key")
+    upload_id, parts = await uploaded(objects, bucket, [os.urandom(3000)])
+    (data_id,) = {f.data_id for disk in world.disks.disks.values() for f in disk.fragments}
+    (row,) = [value for register, value in world.ring.values.items() if register.table == Table.PART]
+    assert references(row.body, Table.PART) == {data_id}
+    assert {store.header.owner for disk in world.disks.disks.values() for store in disk.fragments.values()} == {name.pack()}
+    assert await live_references(world.ring, world.ring, world.ring, name) == {data_id}
+    other = object_name(bucket.id, bucket.shards, b"other")
+    assert not await live_references(world.ring, world.ring, world.ring, other)
+    await complete(objects, bucket, upload_id, parts)
+    assert references(world.ring.values[name].body, Table.OBJECT) == {data_id}
+    assert await live_references(world.ring, world.ring, world.ring, name) == {data_id}
+    await objects.delete(bucket, b"key")
+    assert not await live_references(world.ring, world.ring, world.ring, name)
+    await objects.close()

@@ -1,0 +1,143 @@
+"""``where`` tells apart what is lost and what only stops; the pools and the pure helpers keep their bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
+from storaged.objects.api import ReadConditions, WriteConditions
+from storaged.objects.buffers import BufferPool, block_cells_for
+from storaged.objects.conditions import Current, check_copy_source, check_write
+from storaged.objects.service import ObjectService
+from storaged.objects.where import where
+from tests.unit.fakes_objects import World
+from tests.unit.test_objects_put_get import bucket_of, entry_of, put
+
+
+async def test_where_names_every_fragment_and_what_may_fail() -> None:
+    world = World(block_cells_max=12)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    await put(objects, bucket, os.urandom(3_000_000))
+    found = await where(objects.plane, bucket, b"key")
+    assert [(run.profile, run.first, run.kind) for run in found.runs] == [("4+2", 0, "coded")]
+    assert sorted(f.disk for f in found.runs[0].fragments) == sorted(world.disks.disks)
+    assert {f.state for f in found.runs[0].fragments} == {"ok"}
+    assert {f.rack for f in found.runs[0].fragments} == {"FR/sitea/a", "FR/siteb/b", "FR/sitec/c"}
+    assert (found.disks_may_fail, found.domains_may_fail, found.replicas_may_fail, found.domain_kind) == (2, 1, 1, "rack")
+    world.disks.rack_down("a")
+    found = await where(objects.plane, bucket, b"key")
+    assert {f.state for f in found.runs[0].fragments if f.disk[0] == "a"} == {"unreachable"}
+    assert (found.disks_may_fail, found.domains_may_fail, found.replicas_may_fail) == (0, 0, 0)
+    (disk, fragment) = next((d, f) for d, f in world.disks.of(entry_of(world).data_id) if d == "b0" and f.block == 1)
+    world.disks.disks[disk].flip(fragment, 0)
+    found = await where(objects.plane, bucket, b"key")
+    assert [(f.state, f.blocks_bad) for f in found.runs[0].fragments if f.disk == "b0"] == [("damaged", 1)]
+    assert (found.disks_may_fail, found.domains_may_fail) == (-1, -1)
+    await objects.close()
+
+
+async def test_where_counts_copies_and_the_records_own_replicas() -> None:
+    world = World()
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    await put(objects, bucket, b"x" * 5000)
+    found = await where(objects.plane, bucket, b"key")
+    assert [(run.profile, run.kind, run.disks_may_fail) for run in found.runs] == [("1+2", "copies", 2)]
+    await put(objects, bucket, b"tiny")
+    world.disks.disks[found.replicas[0].disk].down = True
+    found = await where(objects.plane, bucket, b"key")
+    assert not found.runs
+    assert (found.disks_may_fail, found.replicas_may_fail) == (1, 0)
+    assert [replica.state for replica in found.replicas] == ["unreachable", "ok", "ok"]
+    with pytest.raises(NoSuchKey):
+        await where(objects.plane, bucket, b"missing")
+    await objects.close()
+
+
+async def test_a_pool_serves_in_order_never_above_its_bound_and_not_for_ever() -> None:
+    pool = BufferPool(300_000, wait_s=0.05)
+    first = await pool.lease(200_000)
+    served: list[int] = []
+
+    async def take(number: int, size: int) -> None:
+        lease = await pool.lease(size)
+        served.append(number)
+        assert pool.bytes_leased <= pool.bytes_max
+        await asyncio.sleep(0)
+        lease.release()
+
+    waiting = [asyncio.create_task(take(number, size)) for number, size in enumerate((200_000, 1000, 100_000))]
+    await asyncio.sleep(0.01)
+    assert served == []
+    assert pool.try_lease(1000) is None
+    first.release()
+    await asyncio.gather(*waiting)
+    assert served == [0, 1, 2]
+    first = await pool.lease(250_000)
+    with pytest.raises(SlowDown):
+        await pool.lease(250_000)
+    cancelled = asyncio.create_task(pool.lease(250_000))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    first.release()
+    assert pool.bytes_leased == 0
+
+
+async def test_memory_that_is_still_looked_at_is_not_leased_again() -> None:
+    pool = BufferPool(1_000_000, wait_s=1)
+    lease = await pool.lease(100_000)
+    view = lease.view[:10]
+    view[:] = b"0123456789"
+    lease.release()
+    other = await pool.lease(100_000)
+    other.view[:10] = b"overwrites"
+    assert bytes(view) == b"0123456789"
+    other.release()
+    del view
+    again, third = await pool.lease(100_000), await pool.lease(100_000)
+    assert again.view[:10] in (b"0123456789", b"overwrites")
+    assert third.view[:10] in (b"0123456789", b"overwrites")
+
+
+def test_blocks_hold_whole_stripes_of_every_fallback_and_shrink_under_load() -> None:
+    for k in range(1, 9):
+        for transfers in (1, 5, 20):
+            for cells in (None, 1, 13, 1000):
+                count = block_cells_for(k, transfers, cells, 48)
+                assert all(count % other == 0 for other in (k, 2, 3, 4))
+    assert (block_cells_for(4, 1, None, 48), block_cells_for(4, 10, None, 48), block_cells_for(4, 64, None, 48)) == (48, 24, 12)
+    assert block_cells_for(4, 1, 3, 48) == 12
+
+
+def test_write_conditions_as_a_table() -> None:
+    current = Current("e1", 10, 5_000)
+    good = [
+        WriteConditions(),
+        WriteConditions(if_match="e1"),
+        WriteConditions(if_match="*"),
+        WriteConditions(if_none_match="e2"),
+        WriteConditions(if_match_size=10, if_match_modified_ms=5_999),
+    ]
+    for conditions in good:
+        check_write(conditions, current)
+    for conditions in (
+        WriteConditions(if_match="e2"),
+        WriteConditions(if_none_match="*"),
+        WriteConditions(if_none_match="e1"),
+        WriteConditions(if_match_size=9),
+        WriteConditions(if_match_modified_ms=1),
+    ):
+        with pytest.raises(PreconditionFailed):
+            check_write(conditions, current)
+    check_write(WriteConditions(if_none_match="*"), None)
+    with pytest.raises(NoSuchKey):
+        check_write(WriteConditions(if_match="*"), None)
+
+
+def test_a_copy_answers_412_where_a_read_answers_304() -> None:
+    with pytest.raises(PreconditionFailed):
+        check_copy_source(ReadConditions(if_none_match=("e",)), "e", 0)
+    assert not issubclass(PreconditionFailed, NotModified)
