@@ -31,8 +31,8 @@ from tests.unit.test_objects_put_get import got, put
 ANNE, BEN = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")
 
 
-def world_of(**limits: object) -> tuple[World, ObjectService, BucketService]:
-    world = World(**limits)
+def world_of(**limits: float) -> tuple[World, ObjectService, BucketService]:
+    world = World(None, **limits)
     plane = world.plane()
     return world, ObjectService(plane), BucketService(plane)
 

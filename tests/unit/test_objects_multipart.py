@@ -274,7 +274,7 @@ async def test_an_abort_that_comes_between_promise_and_accept_wins_or_loses_whol
 
 async def test_aborted_and_superseded_and_unused_parts_go_to_the_garbage_lists() -> None:
     world, objects, bucket = world_of()
-    upload_id, parts = await uploaded(objects, bucket, [os.urandom(3000), os.urandom(3000)])
+    upload_id, _ = await uploaded(objects, bucket, [os.urandom(3000), os.urandom(3000)])
     first = {f.data_id for disk in world.disks.disks.values() for f in disk.fragments}
     again = await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"x" * 3000), BodyChecks(3000))
     await objects.plane.background.settle()
@@ -365,7 +365,7 @@ async def test_parts_are_copied_from_ranges_of_other_objects() -> None:
 
 async def test_uploads_and_parts_are_listed_in_pages() -> None:
     _, objects, bucket = world_of()
-    ids = {}
+    ids: dict[bytes, list[str]] = {}
     for key in (b"a", b"a", b"b/1", b"b/2", b"c", b"\xc3\xa9/x"):
         info = await objects.create_upload(bucket, key, NewMeta(storage_class="STANDARD"), owner=OWNER)
         ids.setdefault(key, []).append(info.upload_id)
