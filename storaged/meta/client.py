@@ -164,10 +164,18 @@ class RingClient:
     ) -> Outcome:
         self._counts["changes"] += 1
         deadline = self._deadline()
-        async with self._turns.turn(name, self._deadline_s):
-            lineage = Lineage(self._entropy(CALL_BYTES), self._rules)
-            proposal = Proposal(self._around, name, lineage, deadline, update, small, ready, settling_nonce)
-            return await proposal.run()
+        barrier = None
+        if ready is not None and not isinstance(ready, asyncio.Future):
+            barrier = ready = asyncio.ensure_future(ready)
+        try:
+            async with self._turns.turn(name, self._deadline_s):
+                lineage = Lineage(self._entropy(CALL_BYTES), self._rules)
+                proposal = Proposal(self._around, name, lineage, deadline, update, small, ready, settling_nonce)
+                return await proposal.run()
+        finally:
+            if barrier is not None:
+                barrier.cancel()
+                await asyncio.gather(barrier, return_exceptions=True)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         return await self._identity(name, settling_nonce, self._deadline(), commit=True)

@@ -100,19 +100,11 @@ class Proposal:
 
     async def run(self) -> Outcome:
         """Raises as ``Registers.change``."""
-        owned = None
-        if self.ready is not None and not isinstance(self.ready, asyncio.Future):
-            owned = self.ready = asyncio.ensure_future(self.ready)
-        try:
-            while True:
-                outcome = await self._attempt()
-                if outcome is not None:
-                    return outcome
-                await self._pause()
-        finally:
-            if owned is not None and not owned.done():
-                owned.cancel()
-                await asyncio.wait((owned,))
+        while True:
+            outcome = await self._attempt()
+            if outcome is not None:
+                return outcome
+            await self._pause()
 
     async def _attempt(self) -> Outcome | None:
         """None: begin again, with a higher ballot."""

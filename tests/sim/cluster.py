@@ -1,0 +1,294 @@
+"""A cluster of the ring's real replicas and clients over a virtual network and virtual disks.
+
+What is virtual: time, the network (delay, loss, duplicates, reordering, partitions), the disk under ``MemoryMetaStore``, randomness. What is real: the acceptor,
+the proposer, the messages as bytes, the RPC methods. A process dies by losing its memory: what it had on the way to the disk arrives in part, what
+it had on the wire arrives or does not, what is sent to it is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import xxhash
+
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.ports import Call, PeerIdentity, Reply, T
+from storaged.errors import DiskForeign, PeerError, PeerRefused, PeerTimeout, PeerUnreachable, StoragedError
+from storaged.meta.client import RingClient
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.register import RULES, Rules
+from storaged.meta.remote import ReplicaDirectory, ReplicaHost
+from storaged.meta.replica import LocalReplica
+from storaged.wire import Buffer, Message, decode, encode
+from tests.sim.virtual import VirtualClock, VirtualLoop
+
+DISKS = ("d0", "d1", "d2", "d3", "d4")
+FIRST_SEEDS = DISKS[:3]
+NOBODY = PeerIdentity("", "FR", "par1", "a", ("gateway",))
+
+
+def make_layout(epoch: int, seeds: Sequence[str]) -> Layout:
+    """Five disks, each on a node of its own (``n0`` has ``d0``); registers of the system partition live on ``seeds``."""
+    nodes = tuple(NodeEntry("n" + disk[1:], f"FR/site/{disk}", "", ("storage",)) for disk in DISKS)
+    disks = tuple(DiskEntry(disk, "n" + disk[1:], 1) for disk in DISKS)
+    return Layout("sim", epoch, nodes, disks, tuple(seeds))
+
+
+class Layouts:
+    """``cluster.ports.Layouts``: what one process believes."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.current = layout
+
+    def at(self, epoch: int) -> Layout:
+        if epoch != self.current.epoch:
+            raise KeyError(epoch)
+        return self.current
+
+
+@dataclass
+class Weather:
+    """How badly the network and the disks behave. Probabilities are per message."""
+
+    lose: float = 0.0
+    duplicate: float = 0.0
+    slow: float = 0.0
+    sync_ms: float = 4.0
+
+
+@dataclass
+class World:
+    """Everything that the processes of one run share. ``trace`` is a digest over all that happened, in order."""
+
+    loop: VirtualLoop
+    random: random.Random
+    rules: Rules = RULES
+    weather: Weather = field(default_factory=Weather)
+    nodes: dict[str, StorageNode] = field(default_factory=dict)
+    cut: frozenset[str] = frozenset()
+    """Processes on the far side of a partition: they reach each other, and nobody on the near side."""
+    messages: int = 0
+    _trace: Any = field(default_factory=sha256)
+
+    def note(self, *facts: object) -> None:
+        self._trace.update(f"{self.loop.time():.9f} {facts!r}\n".encode())
+
+    def trace(self) -> str:
+        return str(self._trace.hexdigest())
+
+    def apart(self, one: str, other: str) -> bool:
+        return (one in self.cut) != (other in self.cut)
+
+    def delay_s(self) -> float:
+        if self.random.random() < self.weather.slow:
+            return self.random.uniform(0.01, 0.4)
+        return self.random.uniform(0.0005, 0.004)
+
+    async def sync(self) -> None:
+        slow = self.random.random() < self.weather.slow
+        await asyncio.sleep(self.random.uniform(0.0002, self.weather.sync_ms / 1000) * (20 if slow else 1))
+
+
+class PayloadDisk:
+    """Small copies of one disk: durable once synced."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.synced: dict[bytes, bytes] = {}
+
+    def bound_to(self, life: int, node: StorageNode) -> tuple[Any, Any]:
+        """``store_payload`` and ``load_payload`` for one life of the process."""
+
+        async def store(header: bytes, body: Sequence[Buffer]) -> None:
+            content = b"".join(bytes(piece) for piece in body)
+            await self._world.sync()
+            if node.life == life and node.up:
+                self.synced[header] = content
+
+        async def load(data_id: bytes) -> memoryview | None:
+            found = self.synced.get(data_id)
+            return None if found is None else memoryview(found)
+
+        return store, load
+
+
+class StorageNode:
+    """One process with one disk; it may die and come back, and its disk may be swapped for a blank one meanwhile."""
+
+    def __init__(self, world: World, name: str, disk: str) -> None:
+        self.world = world
+        self.name = name
+        self.disk = disk
+        self.life = 0
+        self.up = False
+        self.foreign = False
+        self.epoch = 0
+        self._handlers: dict[asyncio.Task[None], None] = {}
+        self.blank_disk()
+        self._expected_store_id = self.store.store_id
+        self.start()
+        world.nodes[name] = self
+
+    def blank_disk(self) -> None:
+        self.store = MemoryMetaStore(sync=self.world.sync, entropy=self.world.random.randbytes)
+        self.payloads = PayloadDisk(self.world)
+
+    def start(self) -> None:
+        self.life += 1
+        self.world.note("start", self.name)
+        store_payload, load_payload = self.payloads.bound_to(self.life, self)
+        try:
+            self.replica = LocalReplica.open(
+                self.disk,
+                self.store,
+                self._expected_store_id,
+                store_payload=store_payload,
+                load_payload=load_payload,
+                promises_max=3,
+                rules=self.world.rules,
+            )
+        except DiskForeign:
+            self.foreign = True
+            return
+        self.up = True
+        self.methods = ReplicaHost({self.disk: self.replica}).methods()
+
+    def crash(self) -> None:
+        """Some prefix of the commits on their way reaches the disk; nobody hears of it."""
+        self.world.note("crash", self.name)
+        self.up = False
+        for handler in tuple(self._handlers):
+            handler.cancel()
+        self.store.crash(self.world.random.choice((0, 0, 1, 2)))
+
+    def deliver(self, method: str, request: bytes, body: bytes, answer: Any) -> None:
+        """A request arrives; ``answer(reply bytes or error, bulk)`` sends the reply."""
+        if not self.up:
+            return
+        task = self.world.loop.create_task(self._handle(method, request, body, answer, self.life))
+        self._handlers[task] = None
+        task.add_done_callback(lambda done: self._handlers.pop(done, None))
+
+    async def _handle(self, method: str, request: bytes, body: bytes, answer: Any, life: int) -> None:
+        entry = self.methods[method]
+        outcome: bytes | StoragedError
+        bulk = b""
+        try:
+            reply = await entry.handler(decode(request, entry.request), Call(NOBODY, memoryview(body), 0.0))
+            if isinstance(reply, Reply):
+                outcome, bulk = encode(reply.message), b"".join(bytes(piece) for piece in reply.body)
+            else:
+                outcome = encode(reply)
+        except StoragedError as error:
+            outcome = error
+        if self.up and self.life == life:
+            answer(outcome, bulk)
+
+
+class NetworkCaller:
+    """``cluster.ports.Caller`` of one process, until it dies."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self._world = world
+        self.name = name
+        self.alive = True
+
+    async def call(
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[T],
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> tuple[T, memoryview]:
+        loop = self._world.loop
+        answered: asyncio.Future[tuple[bytes | StoragedError, bytes]] = loop.create_future()
+        target = self._world.nodes[node]
+        if not target.up and self._world.random.random() < 0.5:
+            raise PeerUnreachable(f"{node} is away")
+        encoded, bulk = encode(request), b"".join(bytes(piece) for piece in body)
+
+        def answer(outcome: bytes | StoragedError, payload: bytes) -> None:
+            if not answered.done():
+                self._send(node, self.name, method, outcome, lambda: _resolve(answered, outcome, payload))
+
+        self._send(self.name, node, method, encoded, lambda: target.deliver(method, encoded, bulk, answer))
+        timer = loop.call_later(timeout_s, _expire, answered)
+        try:
+            outcome, payload = await answered
+        finally:
+            timer.cancel()
+        if isinstance(outcome, PeerError):
+            raise outcome
+        if isinstance(outcome, StoragedError):
+            raise PeerRefused(outcome.message, outcome.code)
+        return decode(outcome, reply), memoryview(payload)
+
+    def _send(self, source: str, target: str, method: str, content: bytes | StoragedError, arrive: Any) -> None:
+        world = self._world
+        if not self.alive:
+            return
+        copies = 2 if world.random.random() < world.weather.duplicate else 1
+        for _ in range(copies):
+            if world.random.random() >= world.weather.lose:
+                world.loop.call_later(world.delay_s(), self._arrive, source, target, method, content, arrive)
+
+    def _arrive(self, source: str, target: str, method: str, content: bytes | StoragedError, arrive: Any) -> None:
+        if self._world.apart(source, target):
+            return
+        self._world.messages += 1
+        digest = xxhash.xxh3_64_hexdigest(content) if isinstance(content, bytes) else repr(content)
+        self._world.note(source, target, method, digest)
+        arrive()
+
+
+def _resolve(answered: asyncio.Future[Any], outcome: bytes | StoragedError, payload: bytes) -> None:
+    if not answered.done():
+        answered.set_result((outcome, payload))
+
+
+def _expire(answered: asyncio.Future[Any]) -> None:
+    if not answered.done():
+        answered.set_exception(PeerTimeout("no answer in time"))
+
+
+class Gateway:
+    """One process with a ring client. After ``crash`` its calls reach nobody, and a new life has a new incarnation."""
+
+    def __init__(self, world: World, name: str, layout: Layout) -> None:
+        self._world = world
+        self.name = name
+        self.layouts = Layouts(layout)
+        self._skew_ms = world.random.randint(-5000, 5000)
+        self.life = 0
+        self.start()
+
+    def start(self) -> None:
+        self.life += 1
+        world = self._world
+        self.caller = NetworkCaller(world, self.name)
+        self.directory = ReplicaDirectory(self.layouts, self.caller)
+        self.client = RingClient(
+            self.layouts,
+            self.directory,
+            node=self.name,
+            clock=VirtualClock(world.loop, self._skew_ms),
+            entropy=world.random.randbytes,
+            jitter=world.random.random,
+            deadline_s=2.0,
+            call_timeout_s=0.3,
+            hedge_s=0.02,
+            rules=world.rules,
+        )
+
+    async def crash(self) -> None:
+        self._world.note("crash", self.name)
+        self.caller.alive = False
+        await self.client.close()

@@ -1,0 +1,331 @@
+"""One seeded run: gateways work on a few keys while a nemesis does its worst; then everything heals, and the history is judged."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import structlog.testing
+
+from storaged.errors import OutcomeUnknown, S3Error, StoragedError
+from storaged.meta import messages
+from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
+from storaged.meta.ports import ZERO_BALLOT, Ballot, SmallCopies
+from storaged.meta.register import RULES, Rules, Verdict
+from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
+from tests.sim.linear import Content, Kind, Operation, linearizable
+from tests.sim.virtual import VirtualLoop, run
+
+KEYS = ("x", "y")
+GATEWAYS = 3
+WORKERS = 2
+OPERATIONS = 7
+"""Operations of each worker: 42 a run."""
+
+NEW_SEEDS = ("d2", "d3", "d4")
+
+
+@dataclass
+class Verdicts:
+    """What one run showed. ``violation`` is empty when all is well."""
+
+    seed: int
+    violation: str = ""
+    operations: int = 0
+    unknown: int = 0
+    refused: int = 0
+    messages: int = 0
+    trace: str = ""
+    faults: list[str] = field(default_factory=list)
+
+
+class ConditionFailed(Exception):
+    """The update's own refusal, as a 412 is; carries what it judged."""
+
+    def __init__(self, observed: Content) -> None:
+        super().__init__(observed)
+        self.observed = observed
+
+
+class BarrierFailed(Exception):
+    """The fragments could not be synced: nothing may be accepted."""
+
+
+def content_of(value: Value | None) -> Content:
+    return None if value is None or value.visibility == Visibility.TOMBSTONE else value.body
+
+
+class Scenario:
+    def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
+        self.random = random.Random(seed)
+        self.world = World(loop, self.random, rules)
+        self.found = Verdicts(seed)
+        self.history: list[Operation] = []
+        self._moments = 0
+        self._names = {key: system_name("sim/" + key) for key in KEYS}
+        self._last_seen: dict[str, Content] = dict.fromkeys(KEYS)
+        self._serial = 0
+        self.layout = make_layout(1, FIRST_SEEDS)
+
+    # --- workload ------------------------------------------------------------------------------------------------------
+
+    def _moment(self) -> int:
+        self._moments += 1
+        return self._moments
+
+    def _fresh(self, key: str) -> bytes:
+        self._serial += 1
+        return f"{key}{self._serial}".encode()
+
+    async def worker(self, gateway: Gateway) -> None:
+        for _ in range(OPERATIONS):
+            await asyncio.sleep(self.random.uniform(0, 0.05))
+            key = self.random.choice(KEYS)
+            kind = self.random.choices(tuple(Kind), (35, 25, 25, 15))[0]
+            await self.operate(gateway, kind, key)
+
+    async def operate(self, gateway: Gateway, kind: Kind, key: str) -> None:
+        operation = Operation(kind, key, self._moment(), new=self._fresh(key), expected=self._last_seen[key])
+        self.history.append(operation)
+        self.found.operations += 1
+        try:
+            observed = await self._carry_out(gateway, operation)
+        except ConditionFailed as failed:
+            observed = failed.observed
+        except OutcomeUnknown:
+            self.found.unknown += 1
+            self.world.note("unknown", kind, key)
+            return
+        except (S3Error, BarrierFailed) as error:
+            self.found.refused += 1
+            self.history.remove(operation)
+            self.world.note("refused", kind, key, repr(error))
+            return
+        operation.observed = observed
+        operation.returned = self._moment()
+        self._last_seen[key] = operation.step(observed)[1] if self.random.random() < 0.8 else observed
+        self.world.note("done", kind, key, observed, operation.new)
+
+    async def _carry_out(self, gateway: Gateway, operation: Operation) -> Content:
+        name = self._names[operation.key]
+        client = gateway.client
+        if operation.kind is Kind.READ:
+            reading = await client.read(name, want_payload=self.random.random() < 0.3)
+            if reading.payload is not None and reading.value is not None and bytes(reading.payload) != reading.value.body:
+                self._complain(f"the small copy of {reading.value.body!r} is {bytes(reading.payload)!r}")
+            return content_of(reading.value)
+        if operation.kind is Kind.DELETE:
+            outcome = await client.change(name, _delete)
+            return content_of(outcome.before)
+        small, data_id = self._small_copies(operation.new or b"")
+        if operation.kind is Kind.CAS:
+            outcome = await client.change(name, _compare_and_set(operation.expected, operation.new or b"", data_id), small=small)
+        else:
+            outcome = await client.change(name, _put(operation.new or b"", data_id), small=small, ready=self._barrier())
+        return content_of(outcome.before)
+
+    def _small_copies(self, content: bytes) -> tuple[SmallCopies | None, bytes]:
+        if self.random.random() >= 0.3:
+            return None, b""
+        data_id = self.random.randbytes(16)
+        return SmallCopies(data_id, [(data_id, [content])] * 3, lambda disks: len(disks) >= 2), data_id
+
+    def _barrier(self) -> Awaitable[None] | None:
+        if self.random.random() >= 0.2:
+            return None
+
+        async def barrier(delay_s: float, fails: bool) -> None:
+            await asyncio.sleep(delay_s)
+            if fails:
+                raise BarrierFailed
+
+        return barrier(self.random.uniform(0, 0.05), self.random.random() < 0.2)
+
+    # --- nemesis -------------------------------------------------------------------------------------------------------
+
+    async def gateway_life(self, gateway: Gateway) -> None:
+        """A gateway's workers; sometimes the process dies in the middle, and comes back as another."""
+        work = [self.world.loop.create_task(self.worker(gateway)) for _ in range(WORKERS)]
+        if self.random.random() < 0.4:
+            await asyncio.wait(work, timeout=self.random.uniform(0.02, 0.4))
+            for task in work:
+                task.cancel()
+            await gateway.crash()
+            await asyncio.gather(*work, return_exceptions=True)
+            self.found.faults.append(f"{gateway.name} died")
+            await asyncio.sleep(self.random.uniform(0, 0.1))
+            gateway.start()
+            work = [self.world.loop.create_task(self.worker(gateway)) for _ in range(WORKERS)]
+        await asyncio.gather(*work)
+
+    async def nemesis(self, wipe: bool) -> None:
+        """Crashes, partitions and bad weather until it is cancelled; sometimes, once, a disk is swapped for a blank one while its node is down."""
+        while True:
+            await asyncio.sleep(self.random.expovariate(1 / 0.08))
+            choice = self.random.random()
+            node = self.world.nodes["n" + self.random.choice(DISKS[:3])[1:]]
+            if choice < 0.5 and node.up:
+                node.crash()
+                self.found.faults.append(f"{node.name} died")
+                if wipe and self.random.random() < 0.3:
+                    wipe = False
+                    node.blank_disk()
+                    self.found.faults.append(f"{node.name} got a blank disk")
+                self.world.loop.call_later(self.random.choice((0.0, 0.005, 0.02, 0.2)), self._restart, node)
+            elif choice < 0.75:
+                names = [*self.world.nodes, *(f"g{index}" for index in range(GATEWAYS))]
+                self.world.cut = frozenset(name for name in names if self.random.random() < 0.4)
+                self.world.note("cut", sorted(self.world.cut))
+                self.world.loop.call_later(self.random.choice((0.02, 0.1, 0.5)), self._mend)
+            else:
+                self.world.weather = self._weather()
+
+    def _mend(self) -> None:
+        self.world.cut = frozenset()
+
+    def _restart(self, node: StorageNode) -> None:
+        if not node.up and not node.foreign:
+            node.start()
+
+    def _weather(self) -> Weather:
+        level = self.random.choice((0.0, 0.02, 0.1, 0.25))
+        return Weather(level * self.random.random(), level * self.random.random(), level, self.random.choice((1.0, 4.0, 15.0)))
+
+    async def move(self, gateways: list[Gateway]) -> None:
+        """A layout change with a pause: fence a majority of the old replicas, copy every register, let the new layout be known. Until then nobody writes."""
+        await asyncio.sleep(self.random.uniform(0.02, 0.3))
+        self.found.faults.append("the ring moved")
+        mover = Gateway(self.world, "mover", self.layout)
+        fenced = await self._until_majority(FIRST_SEEDS, lambda disk: self._fence_epoch(mover, disk))
+        for name in self._names.values():
+            await self._copy(mover, name, fenced)
+        layout = make_layout(2, NEW_SEEDS)
+        await self._until_majority(NEW_SEEDS, lambda disk: self._fence_epoch(mover, disk))
+        for gateway in gateways:
+            self.world.loop.call_later(self.random.uniform(0, 0.3), setattr, gateway.layouts, "current", layout)
+        self.layout = layout
+        await mover.client.close()
+
+    async def _fence_epoch(self, mover: Gateway, disk: str) -> bool:
+        reply = await mover.directory.replica(disk).fence_epoch(messages.EpochFence(disk, 2), timeout_s=0.2)
+        return reply.epoch >= 2
+
+    async def _copy(self, mover: Gateway, name: RegisterName, fenced: list[str]) -> None:
+        newest: tuple[Ballot, Value | None] = (ZERO_BALLOT, None)
+        heard: list[str] = []
+        while len(heard) < 2:
+            for disk in fenced:
+                try:
+                    reply, _ = await mover.directory.replica(disk).read(messages.Read(disk, name, 2), timeout_s=0.2)
+                except StoragedError:
+                    await asyncio.sleep(0.02)
+                    continue
+                if disk not in heard:
+                    heard.append(disk)
+                    newest = max(newest, (reply.accepted, reply.value), key=lambda pair: pair[0])
+        ballot, value = newest
+        if value is None:
+            return
+        target = Ballot(2, ballot.counter, "mover", b"\0" * 8)
+
+        async def accept(disk: str) -> bool:
+            request = messages.Accept(disk, name, target, value, identity=True)
+            return (await mover.directory.replica(disk).accept(request, timeout_s=0.2)).verdict == Verdict.OK
+
+        await self._until_majority(NEW_SEEDS, accept)
+
+    async def _until_majority(self, disks: tuple[str, ...], call: Callable[[str], Awaitable[bool]]) -> list[str]:
+        done: list[str] = []
+        while 2 * len(done) <= len(disks):
+            for disk in disks:
+                try:
+                    if disk not in done and await call(disk):
+                        done.append(disk)
+                except StoragedError:
+                    await asyncio.sleep(0.02)
+        return done
+
+    # --- the whole -----------------------------------------------------------------------------------------------------
+
+    async def play(self) -> None:
+        for disk in DISKS:
+            StorageNode(self.world, "n" + disk[1:], disk)
+        gateways = [Gateway(self.world, f"g{index}", self.layout) for index in range(GATEWAYS)]
+        self.world.weather = self._weather()
+        special = self.random.random()
+        nemesis = self.world.loop.create_task(self.nemesis(wipe=special < 0.25))
+        moving = self.world.loop.create_task(self.move(gateways)) if special > 0.7 else None
+        await asyncio.gather(*(self.gateway_life(gateway) for gateway in gateways))
+        nemesis.cancel()
+        await asyncio.gather(nemesis, return_exceptions=True)
+        self._heal()
+        if moving is not None:
+            await moving
+        for gateway in gateways:
+            gateway.layouts.current = self.layout
+        await self._look_at_the_end(Gateway(self.world, "reader", self.layout))
+        for gateway in gateways:
+            await gateway.client.close()
+        self.found.messages = self.world.messages
+
+    def _heal(self) -> None:
+        self.world.note("heal")
+        self.world.cut = frozenset()
+        self.world.weather = Weather()
+        for node in self.world.nodes.values():
+            self._restart(node)
+
+    async def _look_at_the_end(self, reader: Gateway) -> None:
+        """Healed, every key can be read, and every small copy that was acknowledged is still there."""
+        await asyncio.sleep(1.0)
+        for key in KEYS:
+            operation = Operation(Kind.READ, key, self._moment())
+            try:
+                reading = await reader.client.read(self._names[key], want_payload=True)
+            except StoragedError as error:
+                self._complain(f"{key} cannot be read after everything healed: {error!r}")
+                continue
+            operation.observed, operation.returned = content_of(reading.value), self._moment()
+            self.history.append(operation)
+            if reading.value is not None and reading.value.payload and reading.payload is None:
+                self._complain(f"the small copy of {reading.value.body!r} is lost")
+        await reader.client.close()
+
+    def _complain(self, violation: str) -> None:
+        self.found.violation = self.found.violation or violation
+
+    def judge(self) -> Verdicts:
+        if not linearizable(self.history):
+            self._complain("the history is not linearizable")
+        if self.world.loop.troubles:
+            self._complain("unhandled: " + self.world.loop.troubles[0])
+        self.found.trace = self.world.trace()
+        return self.found
+
+
+def _delete(value: Value | None) -> Change | None:
+    return None if content_of(value) is None else Change(b"", Visibility.TOMBSTONE)
+
+
+def _put(content: bytes, data_id: bytes) -> Callable[[Value | None], Change | None]:
+    return lambda _value: Change(content, Visibility.LIVE, data_id)
+
+
+def _compare_and_set(expected: Content, content: bytes, data_id: bytes) -> Callable[[Value | None], Change | None]:
+    def update(value: Value | None) -> Change | None:
+        if content_of(value) != expected:
+            raise ConditionFailed(content_of(value))
+        return Change(content, Visibility.LIVE, data_id)
+
+    return update
+
+
+def run_seed(seed: int, rules: Rules = RULES) -> Verdicts:
+    """Plays one seed and judges it. The same seed and rules give the same trace, in every process."""
+    loop = VirtualLoop()
+    scenario = Scenario(seed, loop, rules)
+    with structlog.testing.capture_logs():
+        run(loop, scenario.play())
+    return scenario.judge()
