@@ -1,0 +1,72 @@
+"""XML: what is written reads back, and nothing that arrives makes the parser do anything but answer."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storaged.errors import MalformedXML
+from storaged.s3 import xml
+
+representable = st.text(
+    st.characters(codec="utf-8", exclude_characters="".join(map(chr, (*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF))))
+)
+
+
+@given(representable)
+def test_text_survives_escaping(text: str) -> None:
+    root = ElementTree.fromstring(xml.document("Root", xml.element("Key", text)))
+    assert (root[0].text or "") == text
+    assert xml.parse(xml.document("Root", xml.element("Key", text)), "Root").fields({"Key"})["Key"] == text
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=50))
+def test_a_url_encoded_key_is_always_plain_ascii(key: str) -> None:
+    assert xml.escape(xml.escape_key(key.encode(), url=True)).isascii()
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_malformed_and_nothing_else(data: bytes) -> None:
+    with pytest.raises(MalformedXML):
+        xml.parse(data, "Delete")
+
+
+@given(st.integers(xml.DEPTH_MAX + 1, 400))
+def test_deep_nesting_is_refused(depth: int) -> None:
+    with pytest.raises(MalformedXML):
+        xml.parse(b"<a>" * depth + b"</a>" * depth, "a")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b'<!DOCTYPE Delete [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><Delete>&b;</Delete>',
+        b'<!DOCTYPE Delete SYSTEM "http://127.0.0.1/evil.dtd"><Delete/>',
+        b'<?xml version="1.0"?><!DOCTYPE Delete [<!ENTITY x SYSTEM "file:///etc/passwd">]><Delete>&x;</Delete>',
+        "<!DOCTYPE Delete []><Delete/>".encode("utf-16"),
+        b"<Delete>&undeclared;</Delete>",
+        b"<Delete><Object></Delete>",
+        b"<Other/>",
+        b"",
+    ],
+)
+def test_doctypes_entities_and_broken_documents_are_refused(document: bytes) -> None:
+    with pytest.raises(MalformedXML):
+        xml.parse(document, "Delete")
+
+
+def test_documents_read_with_the_namespace_with_a_prefix_and_without() -> None:
+    for document in (
+        b"<Tagging><TagSet/></Tagging>",
+        f'<Tagging xmlns="{xml.NAMESPACE}"><TagSet/></Tagging>'.encode(),
+        f'<s3:Tagging xmlns:s3="{xml.NAMESPACE}"><s3:TagSet/></s3:Tagging>'.encode(),
+    ):
+        assert [child.name for child in xml.parse(document, "Tagging").children] == ["TagSet"]
+
+
+def test_too_many_elements_are_refused() -> None:
+    with pytest.raises(MalformedXML):
+        xml.parse(b"<a>" + b"<b/>" * xml.ELEMENTS_MAX + b"</a>", "a")
