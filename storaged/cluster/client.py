@@ -244,7 +244,7 @@ class _Link:
         while True:
             try:
                 connection = await self._dial()
-            except (StoragedError, OSError) as error:
+            except Exception as error:  # whatever it is: a link that gave up for good would make a node unreachable until a restart
                 self._away(error)
             else:
                 self._arrived(connection)
@@ -504,7 +504,8 @@ class RpcPool:
             )
         if not isinstance(request, method.request):
             raise faults.refused(faults.BAD_MESSAGE, f"{name} takes {method.request.__name__}, not {type(request).__name__}.")
-        sent = memoryview(body[0]).cast("B") if len(body) == 1 else memoryview(b"".join(body))
+        flat, _size = measure(body)
+        sent = memoryview(flat[0] if len(flat) == 1 else b"".join(flat))
         deadline = self.loop.time() + timeout_s
         expiry = asyncio.timeout_at(deadline)
         try:

@@ -19,7 +19,7 @@ from storaged.wire import Buffer
 SMALL_BODY_BYTES = 16 * KIB
 """Bodies up to this size are copied into the joined write: one TLS record, and cheaper than a write of their own."""
 
-SLICE_BYTES = 512 * KIB
+SLICE_BYTES = 256 * KIB
 """Larger bodies are handed to TLS in slices of this size, with a look at the transport's fill in between."""
 
 WRITE_HIGH_BYTES = 2 * MIB
@@ -39,9 +39,9 @@ def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
     size = 0
     for piece in body:
         if isinstance(piece, memoryview):
-            if piece.itemsize != 1 or piece.ndim != 1:
-                piece = piece.cast("B")
             count = piece.nbytes
+            if count and (piece.itemsize != 1 or piece.ndim != 1):
+                piece = piece.cast("B")
         else:
             count = len(piece)
         if count:

@@ -461,8 +461,8 @@ class RpcServer:
         except (TimeoutError, OSError) as error:
             connection.abort("the handshake was not completed")
             log.debug("handshake not completed", address=address, reason=describe(error))
-        except asyncio.CancelledError:
-            connection.abort("this node is stopping")
+        except BaseException:
+            connection.abort("the handshake was ended")
             raise
         else:
             self._let_in(connection, peer)

@@ -113,6 +113,7 @@ async def test_a_call_to_ones_own_name_behaves_as_one_over_the_network(world: Wo
 
         assert (await call("t.echo", "me", body=[b"ab", b"c"]))[0] == Note("me", 3)
         assert bytes((await call("t.mirror", body=[b"abcd"]))[1]) == b"abcd"
+        assert (await call("t.echo", body=[memoryview(b"")]))[0].number == 0
         with pytest.raises(FragmentMissing):
             await call("t.fail", "missing")
         with pytest.raises(PeerRefused) as refusal:
@@ -527,6 +528,15 @@ async def test_a_node_without_an_address_is_unreachable_and_gets_no_link(world: 
         with pytest.raises(PeerUnreachable, match="No address of n9"):
             await pool.call("n9", "t.echo", Note(""), Note)
         assert pool.statistics().links == ()
+
+
+async def test_a_link_survives_an_address_that_makes_no_sense(world: World) -> None:
+    addresses = {"n1": "127.0.0.1:99999"}
+    async with serving(world.node("n1"), Service()) as server, pooled(world.node("gw", ("gateway",)), lambda name: addresses[name]) as pool:
+        with pytest.raises(PeerUnreachable):
+            await pool.call("n1", "t.echo", Note(""), Note)
+        addresses["n1"] = f"127.0.0.1:{server.port}"
+        await until(lambda: pool.connected("n1"))
 
 
 async def test_closing_the_server_lets_running_calls_finish(world: World) -> None:

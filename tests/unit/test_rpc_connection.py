@@ -1,0 +1,169 @@
+"""How frames leave a connection: joined, small ones first, and never from memory that its owner has taken back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import cast
+
+from storaged.cluster.connection import SLICE_BYTES, SMALL_BODY_BYTES, Connection, measure
+from storaged.cluster.framing import FrameReader, Header, Kind, Verdict
+from storaged.units import MIB
+from storaged.wire import Buffer
+
+
+class Transport:
+    """Takes bytes at once, as TLS does, and asks to pause after ``room_bytes``."""
+
+    def __init__(self, room_bytes: int = 1 << 40) -> None:
+        self.writes: list[bytes] = []
+        self.room_bytes = room_bytes
+        self.protocol: Connection | None = None
+        self.gone = False
+
+    def write(self, data: Buffer) -> None:
+        self.writes.append(bytes(data))
+        self.room_bytes -= len(data)
+        if self.room_bytes <= 0 and self.protocol is not None:
+            self.protocol.pause_writing()
+
+    def writelines(self, pieces: Iterable[Buffer]) -> None:
+        self.write(b"".join(pieces))
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def is_closing(self) -> bool:
+        return self.gone
+
+    def abort(self) -> None:
+        self.gone = True
+
+
+class Sender(Connection):
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(asyncio.get_running_loop())
+        self.left: list[tuple[int, int]] = []
+        transport.protocol = self
+        self.connection_made(cast(asyncio.Transport, transport))
+
+    def admit(self, header: Header) -> Verdict:
+        return Verdict.TAKE
+
+    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
+        pass
+
+    def closed(self) -> None:
+        pass
+
+    def sent(self, request_id: int, size: int) -> None:
+        self.left.append((request_id, size))
+
+
+def frames_in(writes: list[bytes]) -> list[tuple[int, bytes, bytes]]:
+    """What a reader makes of it: (request id, head, body)."""
+    found: list[tuple[int, bytes, bytes]] = []
+    reader = FrameReader(
+        lambda header: Verdict.TAKE, lambda header, head, body: found.append((header.request_id, bytes(head), bytes(body)))
+    )
+    stream = memoryview(b"".join(writes))
+    while stream:
+        buffer = reader.buffer()
+        count = min(len(buffer), len(stream))
+        buffer[:count] = stream[:count]
+        reader.received(count)
+        stream = stream[count:]
+    return found
+
+
+async def test_frames_of_one_loop_turn_leave_in_one_write() -> None:
+    transport = Transport()
+    sender = Sender(transport)
+    for number in range(1, 50):
+        sender.send(Kind.REQUEST, number, b"head%d" % number, (b"body",), 4)
+    assert transport.writes == []
+    await asyncio.sleep(0)
+    assert len(transport.writes) == 1
+    assert frames_in(transport.writes) == [(number, b"head%d" % number, b"body") for number in range(1, 50)]
+
+
+async def test_small_frames_overtake_bodies_that_wait() -> None:
+    transport = Transport(room_bytes=1)
+    sender = Sender(transport)
+    for number in (1, 2):
+        sender.send(Kind.REQUEST, number, b"", (bytes(MIB),), MIB)
+    await asyncio.sleep(0)
+    sender.send(Kind.REQUEST, 3, b"vote")
+    await asyncio.sleep(0)
+    assert len(transport.writes) == 1
+    assert len(transport.writes[0]) <= SLICE_BYTES + 24
+    transport.room_bytes = 1 << 40
+    sender.resume_writing()
+    await asyncio.sleep(0)
+    assert [number for number, _head, _body in frames_in(transport.writes)] == [1, 3, 2]
+    assert sender.queued_bytes == 0
+    assert sender.left == [(1, MIB), (2, MIB)]
+
+
+async def test_a_frame_withdrawn_before_it_left_never_leaves() -> None:
+    transport = Transport()
+    sender = Sender(transport)
+    sender.send(Kind.REQUEST, 1, b"small")
+    sender.send(Kind.REQUEST, 2, b"", (bytes(MIB),), MIB)
+    sender.send(Kind.REQUEST, 3, b"stays")
+    assert sender.withdraw(1)
+    assert sender.withdraw(2)
+    await asyncio.sleep(0)
+    assert frames_in(transport.writes) == [(3, b"stays", b"")]
+    assert sender.queued_bytes == 0
+    assert not sender.withdraw(3)
+
+
+async def test_a_body_withdrawn_half_way_is_finished_as_it_was_although_its_owner_uses_the_memory_again() -> None:
+    transport = Transport(room_bytes=1)
+    sender = Sender(transport)
+    memory = bytearray(b"a" * MIB)
+    sender.send(Kind.REQUEST, 1, b"", (memory,), MIB)
+    await asyncio.sleep(0)
+    assert not sender.withdraw(1)
+    memory[:] = b"b" * MIB
+    sender.send(Kind.CANCEL, 1, b"")
+    transport.room_bytes = 1 << 40
+    sender.resume_writing()
+    await asyncio.sleep(0)
+    assert frames_in(transport.writes) == [(1, b"", b"a" * MIB), (1, b"", b"")]
+
+
+async def test_a_lost_connection_gives_back_every_body_that_had_not_left() -> None:
+    transport = Transport(room_bytes=1)
+    sender = Sender(transport)
+    for number in (1, 2, 3):
+        sender.send(Kind.REPLY, number, b"", (bytes(MIB),), MIB)
+    await asyncio.sleep(0)
+    sender.connection_lost(None)
+    assert sorted(sender.left) == [(1, MIB), (2, MIB), (3, MIB)]
+    sender.send(Kind.REPLY, 4, b"", (bytes(MIB),), MIB)
+    assert sender.left[-1] == (4, MIB)
+    await asyncio.sleep(0)
+    assert len(transport.writes) == 1
+    assert sender.lost.done()
+
+
+async def test_a_body_at_the_border_of_small_is_joined_and_one_byte_more_is_not_copied() -> None:
+    transport = Transport()
+    sender = Sender(transport)
+    sender.send(Kind.REQUEST, 1, b"", (bytes(SMALL_BODY_BYTES),), SMALL_BODY_BYTES)
+    assert sender.queued_bytes == 0
+    sender.send(Kind.REQUEST, 2, b"", (bytes(SMALL_BODY_BYTES + 1),), SMALL_BODY_BYTES + 1)
+    assert sender.queued_bytes == SMALL_BODY_BYTES + 1
+    await asyncio.sleep(0)
+    assert [len(body) for _number, _head, body in frames_in(transport.writes)] == [SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1]
+
+
+def test_measure_drops_empty_pieces_and_counts_bytes() -> None:
+    wide = memoryview(bytearray(32)).cast("I")
+    pieces, size = measure([b"", memoryview(bytearray(0)).cast("I"), wide, b"abc", memoryview(b""), bytearray(b"d")])
+    assert (size, [len(piece) for piece in pieces]) == (36, [32, 3, 1])
