@@ -17,6 +17,9 @@ from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
     ClockSkewed,
     DiskDown,
+    DiskForeign,
+    DiskFull,
+    DiskReadOnly,
     KeyringMismatch,
     NodeDown,
     ObjectsBelowTarget,
@@ -27,7 +30,7 @@ from storaged.errors import (
 )
 
 SKEW_MS_MAX = 5_000
-_DISK_PROBLEMS = {"full": "DISK_FULL", "read-only": "DISK_READ_ONLY", "failed": "DISK_READ_ONLY", "foreign": "DISK_FOREIGN"}
+_DISK_PROBLEMS: dict[str, type[StoragedError]] = {"full": DiskFull, "read-only": DiskReadOnly, "foreign": DiskForeign}
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,7 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
             yield problem(ClockSkewed, f"{node.rack}/{node.name}", now_ms, f"{node.skew_ms / 1000:+.1f} s from this gateway's clock")
         for disk in node.disks:
             if disk.state != "ok":
-                found = problem(DiskDown, f"{node.rack}/{node.name}/{disk.id}", node.since_ms, disk.reason)
-                yield {**found, "code": _DISK_PROBLEMS.get(disk.state, found["code"])}
+                yield problem(_DISK_PROBLEMS.get(disk.state, DiskDown), f"{node.rack}/{node.name}/{disk.id}", node.since_ms, disk.reason)
         told = {disk.id for disk in node.disks}
         for entry in facts.layout.disks:
             if entry.node == node.name and entry.id not in told:

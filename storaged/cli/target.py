@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from storaged.admin.place import SOCKET_NAME
+from storaged.admin.place import LOCK_NAME, SOCKET_NAME
 from storaged.errors import AmbiguousName, NotRunning
 
 
@@ -78,7 +78,7 @@ def find_directory(given: str | None) -> Path:
             directory = Path((state_directory() / "directory").read_text().strip())
         except OSError:
             raise NotRunning("no cluster is named, and none was started on this machine") from None
-    if not any((directory / name).exists() for name in ("dev.json", "config.toml", SOCKET_NAME)):
+    if not any((directory / name).exists() for name in ("dev.json", "config.toml", SOCKET_NAME, LOCK_NAME)):
         raise NotRunning(f"{directory} holds no cluster and no node")
     return directory
 

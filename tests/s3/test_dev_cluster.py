@@ -293,7 +293,7 @@ def test_an_index_is_rebuilt_offline_and_a_running_disk_is_left_alone(cluster: C
     disk = node_of(cluster.status(), "n2")["disks"][0]["directory"]
     busy = cluster.run("fsck", disk, check=False)
     assert busy.returncode == 1
-    assert "in use" in busy.stderr
+    assert "DIRECTORY_IN_USE" in busy.stderr
     cluster.run("dev", "stop", "n2")
     assert "fragments" in cluster.run("fsck", disk).stdout
     shutil.rmtree(Path(disk) / "fragments" / "index")

@@ -88,7 +88,7 @@ def test_what_repair_counted_decides(counted: Durability, verdict: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "code"), [("foreign", "DISK_FOREIGN"), ("read-only", "DISK_READ_ONLY"), ("full", "DISK_FULL"), ("failed", "DISK_READ_ONLY")]
+    ("state", "code"), [("foreign", "DISK_FOREIGN"), ("read-only", "DISK_READ_ONLY"), ("full", "DISK_FULL"), ("failed", "DISK_DOWN")]
 )
 def test_a_disk_that_does_not_take_part_fully_is_named(state: str, code: str) -> None:
     found = judge(facts(node("n1", disk_state=state)), NOW)
