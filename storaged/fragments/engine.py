@@ -55,7 +55,8 @@ class StoreLimits:
     """Sizes in bytes unless said otherwise.
 
     ``reserve_bytes`` None: 5% of the file system. A checkpoint is due after ``overlay_entries_max`` changes or ``replay_bytes_max`` of log: they
-    bound memory and the time of a start. ``compact_garbage_part`` is the share of a segment's held bytes that makes it worth rewriting.
+    bound memory and the time of a start. ``compact_garbage_part`` is the share of a segment's held bytes that makes it worth rewriting; ``compact_rest_s``
+    after something changed the disk looks for such a segment.
     """
 
     segment_bytes: int = 256 * MIB
@@ -67,6 +68,7 @@ class StoreLimits:
     compact_garbage_part: float = 0.5
     compact_bytes_per_s: int = 64 * MIB
     compact_step_bytes: int = MIB
+    compact_rest_s: float = 2.0
     punch_queue_max: int = 65_536
     queue_bytes_max: int = 64 * MIB
     batch_bytes_max: int = 16 * MIB
@@ -130,7 +132,6 @@ class Engine:
         self.index = index
         self.limits = limits
         self.failure = ""
-        self.full = False
         self.segments: dict[int, SegmentFile] = {}
         self.active = 0
         self.end = self.synced = Position(0, 0)
@@ -141,6 +142,7 @@ class Engine:
         self.reader = Reader(index, self.segment, on_damage)
         self._now_ms = now_ms
         self._dirty_from = 0
+        self._checkpointed_bytes = 0
         self._reserve_ready = False
 
     def segment(self, number: int) -> SegmentFile | None:
@@ -283,33 +285,28 @@ class Engine:
                 self._garbage(old)
         return error
 
-    def delete(self, keys: Sequence[bytes]) -> int:
-        """How many there were. Takes a data id whose last fragment goes off the garbage list. Raises DiskUnusable."""
+    def delete(self, keys: Sequence[bytes], created_ms: Sequence[int] = ()) -> int:
+        """How many there were (and, with ``created_ms``, were as old as it says). Takes a data id whose last fragment goes off the garbage list. Raises DiskUnusable."""
         found: dict[bytes, Entry] = {}
-        for key in keys:
+        for index, key in enumerate(keys):
             entry = self.index.lookup(key)
-            if entry is not None:
+            if entry is not None and (not created_ms or entry.created_ms == created_ms[index]):
                 found[key] = entry
         notes: list[Note] = [
             Delete(key, self.index.existing((entry.segment, *entry.shadows))) for key, entry in found.items()
         ]  # fmt: skip
-        for data_id in dict.fromkeys(key[:16] for key in found):
-            if self.index.retired(data_id) is not None and not self._others(data_id, found):
+        listed = {data_id for data_id in {key[:16] for key in found} if self.index.retired(data_id) is not None}
+        if listed:
+            listed -= {key[:16] for key in self.index.of(listed) - found.keys()}
+            for data_id in sorted(listed):
                 notes.extend(self._unretire(data_id))
         if notes:
             self._raise(self.note(notes))
         return len(found)
 
-    def _others(self, data_id: bytes, besides: dict[bytes, Entry]) -> bool:
-        after = data_id
-        while keys := [key for key in self.index.keys(after, 100) if key.startswith(data_id)]:
-            if any(key not in besides for key in keys):
-                return True
-            after = keys[-1]
-        return False
-
     def touch(self, keys: Sequence[bytes], created_ms: int) -> None:
-        notes: list[Note] = [Touch(key, created_ms) for key in keys if self.index.lookup(key) is not None]
+        entries = [(key, self.index.lookup(key)) for key in keys]
+        notes: list[Note] = [Touch(key, max(created_ms, entry.created_ms + 1)) for key, entry in entries if entry is not None]
         if notes:
             self._raise(self.note(notes))
 
@@ -361,7 +358,6 @@ class Engine:
             except OSError as second:
                 self.fail(f"segment {self.active} could not be cut back after {error.strerror}: {second.strerror or second}")
                 return self._unusable()
-            self.full = True
             return self._unusable()
         self.end = Position(self.active, writer.end)
         self.appended_bytes += writer.end - writer.start
@@ -383,9 +379,7 @@ class Engine:
         except DiskUnusable:
             return 0
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self.full = True
-            else:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self.fail(f"a new segment could not be made: {error.strerror or error}")
             return 0
         return max(self.limits.segment_bytes - self.end.offset, need)
@@ -421,8 +415,7 @@ class Engine:
             return self._unusable()
         space = self.files.space()
         reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
-        self.full = space.free - count < reserve
-        if self.full:
+        if space.free - count < reserve:
             return self._unusable()
         if not self._reserve_ready:
             self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
@@ -457,11 +450,9 @@ class Engine:
     def checkpoint_due(self) -> bool:
         if self.index.frozen is not None or self.failure:
             return False
-        since = self.index.checkpoint
-        log = self.end.offset - since.offset if since.segment == self.end.segment else self.end.offset + self.limits.segment_bytes
-        return (
-            len(self.index.overlay) >= self.limits.overlay_entries_max or log >= self.limits.replay_bytes_max or bool(self.dead_segments())
-        )
+        log_bytes = self.appended_bytes - self._checkpointed_bytes
+        full = len(self.index.overlay) >= self.limits.overlay_entries_max or log_bytes >= self.limits.replay_bytes_max
+        return full or bool(self.dead_segments())
 
     def dead_segments(self) -> tuple[int, ...]:
         """Sealed segments that hold nothing that counts."""
@@ -472,6 +463,7 @@ class Engine:
     def freeze(self) -> Checkpoint:
         """Begins a checkpoint of everything so far. Raises DiskUnusable."""
         self.sync()
+        self._checkpointed_bytes = self.appended_bytes
         return self.index.freeze(self.end, self.dead_segments())
 
     def commit(self, checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,8 +212,27 @@ class Index:
             key = overlay.copies.get(data_id) if overlay is not None else None
             if key is not None and self.lookup(key) is not None:
                 return key
-        prefix = data_id + b"\0\0\0\0\x01"
-        return next((key for key in self.keys(prefix, 64) if key.startswith(prefix)), None)
+        found = self._stored(data_id + b"\0\0\0\0\x01")
+        return next((key for key in found if self.lookup(key) is not None), None)
+
+    def of(self, data_ids: Collection[bytes]) -> set[bytes]:
+        """The keys of all fragments of these data ids."""
+        overlay, frozen = self.overlay, self.frozen
+        keys = {key for data_id in data_ids for key in self._stored(data_id)}
+        for newer in (frozen, overlay):
+            if newer is not None:
+                keys.update(key for key in newer.fragments.copy() if key[:16] in data_ids)
+        return {key for key in keys if self.lookup(key) is not None}
+
+    def _stored(self, prefix: bytes) -> list[bytes]:
+        """Keys in LMDB that begin like this, whatever the overlays say of them."""
+        found: list[bytes] = []
+        with self._env.begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
+            more = cursor.set_range(prefix)
+            while more and cursor.key().startswith(prefix):
+                found.append(cursor.key())
+                more = cursor.next()
+        return found
 
     def keys(self, after: bytes, limit: int) -> list[bytes]:
         """The next ``limit`` keys behind ``after`` in order, one short snapshot."""

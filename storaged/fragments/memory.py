@@ -91,7 +91,7 @@ class MemoryFragmentStore:
             for kept in {
                 id(kept): kept for kept in (self._fragments.get(fragment.pack()), self._durable.get(fragment.pack())) if kept
             }.values():
-                kept.header = msgspec.structs.replace(kept.header, created_ms=max(now_ms, kept.header.created_ms))
+                kept.header = msgspec.structs.replace(kept.header, created_ms=max(now_ms, kept.header.created_ms + 1))
         return await self.stat(ids)
 
     async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
@@ -106,9 +106,12 @@ class MemoryFragmentStore:
         self._refuse_read_only()
         self._retired.pop(data_id, None)
 
-    async def delete(self, ids: Sequence[FragmentId]) -> int:
+    async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
         self._refuse_read_only()
         keys = {fragment.pack() for fragment in ids} & self._fragments.keys()
+        if created_ms:
+            asked = {fragment.pack(): then for fragment, then in zip(ids, created_ms, strict=True)}
+            keys = {key for key in keys if self._fragments[key].header.created_ms == asked[key]}
         for key in keys:
             del self._fragments[key]
             self._durable.pop(key, None)

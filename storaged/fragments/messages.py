@@ -23,10 +23,18 @@ class WriteRequest(Message, frozen=True):
 
 
 class IdsRequest(Message, frozen=True):
-    """``fragment.sync``, ``fragment.stat``, ``fragment.delete``, ``fragment.verify`` (of one)."""
+    """``fragment.sync``, ``fragment.stat``, ``fragment.verify`` (of one)."""
 
     disk: str
     ids: tuple[bytes, ...]
+
+
+class DeleteRequest(Message, frozen=True):
+    """``created_ms``: empty, or of each id; then only those that are exactly as old are deleted."""
+
+    disk: str
+    ids: tuple[bytes, ...]
+    created_ms: tuple[int, ...] = ()
 
 
 class TouchRequest(Message, frozen=True):

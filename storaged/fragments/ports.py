@@ -113,7 +113,8 @@ class FragmentStore(Protocol):
         """One answer an id, in order; batches of up to 10,000."""
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
-        """As stat, and renews the age of those that are there (a proposer whose accept was refused calls this before it prepares again)."""
+        """As stat, and renews the age of those that are there (a proposer whose accept was refused calls this before it prepares again): ``created_ms`` becomes
+        ``now_ms``, or one more than it was when that is later."""
 
     async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
         """Puts all fragments of a data id on this disk's garbage list: to be judged and deleted by the collector, not before ``due_ms``. Durable."""
@@ -124,8 +125,12 @@ class FragmentStore(Protocol):
     async def unretire(self, data_id: bytes) -> None:
         """Takes a data id off the garbage list (a record still refers to it)."""
 
-    async def delete(self, ids: Sequence[FragmentId]) -> int:
-        """Deletes; the bytes come back by punching holes or compaction. Returns how many were there. Works on a full disk."""
+    async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
+        """Deletes; the bytes come back by punching holes or compaction. Returns how many were there. Works on a full disk.
+
+        ``created_ms``, one for each id as ``stat`` told it: what was written anew or touched since then stays. So what is judged to be garbage and, between the
+        judgement and the deletion, taken up again by somebody who looks (``touch``) before relying on it, is not lost.
+        """
 
     def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
         """Every fragment in the order of its packed id, from behind ``after``; at most ``limit``."""

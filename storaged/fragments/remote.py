@@ -10,6 +10,7 @@ from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused
 from storaged.fragments.format import KEY_BYTES
 from storaged.fragments.messages import (
     MISSING_CELL,
+    DeleteRequest,
     Done,
     IdsRequest,
     ReadReply,
@@ -96,8 +97,8 @@ class RemoteFragmentStore:
     async def unretire(self, data_id: bytes) -> None:
         await self._ask("fragment.unretire", UnretireRequest(self._disk, data_id), Done)
 
-    async def delete(self, ids: Sequence[FragmentId]) -> int:
-        reply, _ = await self._ask("fragment.delete", IdsRequest(self._disk, _pack(ids)), Done)
+    async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
+        reply, _ = await self._ask("fragment.delete", DeleteRequest(self._disk, _pack(ids), tuple(created_ms)), Done)
         return reply.count
 
     async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
@@ -138,7 +139,7 @@ class FragmentHost:
             "fragment.retire": Method(RetireRequest, self._retire),
             "fragment.retired": Method(RetiredRequest, self._retired),
             "fragment.unretire": Method(UnretireRequest, self._unretire),
-            "fragment.delete": Method(IdsRequest, self._delete),
+            "fragment.delete": Method(DeleteRequest, self._delete),
             "fragment.scan": Method(ScanRequest, self._scan),
             "fragment.verify": Method(IdsRequest, self._verify),
             "fragment.usage": Method(UsageRequest, self._usage),
@@ -181,8 +182,10 @@ class FragmentHost:
         await self._store(request.disk).unretire(request.data_id)
         return Done(1)
 
-    async def _delete(self, request: IdsRequest, _call: Call) -> Done:
-        return Done(await self._store(request.disk).delete(_unpack(request.ids)))
+    async def _delete(self, request: DeleteRequest, _call: Call) -> Done:
+        if request.created_ms and len(request.created_ms) != len(request.ids):
+            raise PeerRefused("a deletion with ages names one for each fragment", remote_code="BAD_REQUEST")
+        return Done(await self._store(request.disk).delete(_unpack(request.ids), created_ms=request.created_ms))
 
     async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
         limit = min(request.limit, SCAN_PAGE_MAX)

@@ -41,7 +41,6 @@ INLINE_IDS_MAX = 256
 INLINE_READ_BYTES_MAX = 80 * KIB
 """So much is copied from the page cache on the event loop: a whole small object, or one cell."""
 
-COMPACTION_REST_S = 2.0
 OVERLAYS_MAX = 4
 """When the overlay has grown to so many times its size while a checkpoint is being written, writes wait for it."""
 
@@ -116,7 +115,7 @@ class LocalFragmentStore:
         self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="fragment-index")
         self._checkpoint: Future[None] | None = None
         self._groups = self._writes = self._checkpoint_count = 0
-        self._compact_at: float | None = clock.monotonic() + COMPACTION_REST_S
+        self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fragment-write", daemon=True)
         self._thread.start()
@@ -218,9 +217,9 @@ class LocalFragmentStore:
     async def unretire(self, data_id: bytes) -> None:
         await self._call(functools.partial(self._engine.unretire, data_id))
 
-    async def delete(self, ids: Sequence[FragmentId]) -> int:
+    async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
         keys = [fragment.pack() for fragment in _bounded(ids)]
-        return await self._call(functools.partial(self._engine.delete, keys))
+        return await self._call(functools.partial(self._engine.delete, keys, created_ms))
 
     async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
         """A fragment whose head is damaged comes as its id and length, with everything else empty."""
@@ -433,7 +432,7 @@ class LocalFragmentStore:
                     break
             now = self._clock.monotonic()
             if self._compact_at is None:
-                self._compact_at = now + COMPACTION_REST_S if busy else None
+                self._compact_at = now + engine.limits.compact_rest_s if busy else None
             elif now >= self._compact_at:
                 pace = engine.limits.compact_step_bytes / engine.limits.compact_bytes_per_s * (4 if busy else 1)
                 more = self._compactor.step(engine.limits.compact_step_bytes)

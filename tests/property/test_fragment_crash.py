@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,9 +20,9 @@ import pytest
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine, StoreLimits, Write
 from storaged.fragments.index import Checkpoint, Index
-from tests.unit.fragment_world import DISK, Made, PowerCut, SimulatedFiles, make
+from tests.unit.fragment_world import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
 
-SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "200"))
+SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
 LIMITS = StoreLimits(
     segment_bytes=96 * 1024, overlay_entries_max=12, replay_bytes_max=160 * 1024, note_reserve_bytes=0, compact_step_bytes=20_000
 )
@@ -217,24 +217,30 @@ def run(seed: int, directory: Path, *, lying: bool = False) -> World:
     return world
 
 
-def test_no_power_cut_loses_what_was_synced_or_serves_what_was_never_written(tmp_path: Path) -> None:
+@pytest.fixture
+def quick_path(tmp_path: Path) -> Iterator[Path]:
+    with in_memory(tmp_path) as path:
+        yield path
+
+
+def test_no_power_cut_loses_what_was_synced_or_serves_what_was_never_written(quick_path: Path) -> None:
     compacted = punched = 0
     for seed in range(SEEDS):
         try:
-            world = run(seed, tmp_path / str(seed))
+            world = run(seed, quick_path / str(seed))
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         compacted += world.compacted_bytes
         punched += world.punched_bytes
-        shutil.rmtree(tmp_path / str(seed))
+        shutil.rmtree(quick_path / str(seed))
     assert compacted, "no history ever compacted: the test would not show what it says"
     assert punched, "no history ever punched a hole"
 
 
-def test_the_simulation_notices_a_drive_that_lies_about_syncs(tmp_path: Path) -> None:
+def test_the_simulation_notices_a_drive_that_lies_about_syncs(quick_path: Path) -> None:
     for seed in range(30):
         try:
-            run(seed, tmp_path / str(seed), lying=True)
+            run(seed, quick_path / str(seed), lying=True)
         except AssertionError:
             return
     pytest.fail("a drive that syncs nothing lost nothing: the simulation proves nothing")

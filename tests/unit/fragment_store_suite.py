@@ -104,9 +104,17 @@ class FragmentStoreSuite:
         made, absent = await self.put(store, created_ms=1000), make(self.rng)
         stats = await store.touch([made.id, absent.id], 5000)
         assert [(stat.health, stat.created_ms) for stat in stats] == [(Health.OK, 5000), (Health.MISSING, 0)]
-        await store.touch([made.id], 4000)
-        assert (await store.stat([made.id]))[0].created_ms == 5000
-        assert (await store.read(made.id, 0, 1)).header == msgspec.structs.replace(made.header, created_ms=5000)
+        await store.touch([made.id], 4000)  # a clock that is behind: the age moves all the same, for a deletion goes by it
+        assert (await store.stat([made.id]))[0].created_ms == 5001
+        assert (await store.read(made.id, 0, 1)).header == msgspec.structs.replace(made.header, created_ms=5001)
+
+    async def test_a_deletion_that_names_ages_spares_what_was_touched_or_written_since(self, store: FragmentStore) -> None:
+        made = [await self.put(store, created_ms=1000) for _ in range(3)]
+        seen = [stat.created_ms for stat in await store.stat([one.id for one in made])]
+        await store.touch([made[0].id], 1000)
+        await store.write(msgspec.structs.replace(made[1].header, created_ms=1700), [made[1].payload], sync=True)
+        assert await store.delete([one.id for one in made], created_ms=seen) == 1
+        assert [stat.health for stat in await store.stat([one.id for one in made])] == [Health.OK, Health.OK, Health.MISSING]
 
     async def test_garbage_is_listed_when_it_is_due_the_longest_due_first(self, store: FragmentStore) -> None:
         await store.retire(b"b" * 16, b"owner-b", 200)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
@@ -20,6 +23,16 @@ T = TypeVar("T", bound=Message)
 
 DISK = "00112233445566aa"
 SECTOR = 512
+
+
+@contextlib.contextmanager
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: for indexes of simulated disks, whose own durability is not what is tested."""
+    if not Path("/dev/shm").is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,408 @@
+"""The local disk when things go wrong, and what it gives back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, FragmentDamaged, FragmentMissing, IndexDamaged
+from storaged.fragments.compact import Compactor
+from storaged.fragments.engine import StoreLimits
+from storaged.fragments.files import PosixFiles
+from storaged.fragments.offline import check, rebuild_index
+from storaged.fragments.ports import FragmentId, Health
+from storaged.fragments.recovery import Step
+from storaged.fragments.store import LocalFragmentStore
+from storaged.units import KIB, MIB
+from tests.unit.fragment_world import DISK, Made, SimulatedFiles, make
+
+RNG = random.Random(11)
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    directory: Path, *, files: SimulatedFiles | None = None, limits: StoreLimits | None = None, disk: str = DISK
+) -> AsyncIterator[LocalFragmentStore]:
+    store = await LocalFragmentStore.open(directory, disk, files=files, limits=limits)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def put(store: LocalFragmentStore, length: int = 4112, **named: int) -> Made:
+    made = make(RNG, length, **named)  # type: ignore[arg-type]
+    await store.write(made.header, [made.payload], sync=True)
+    return made
+
+
+async def content(store: LocalFragmentStore, made: Made) -> bytes:
+    return b"".join(cell for cell in (await store.read(made.id, 0, 10_000)).cells if cell is not None)
+
+
+def segment_paths(directory: Path) -> list[Path]:
+    return sorted((directory / "segments").iterdir())
+
+
+def bytes_held(directory: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in segment_paths(directory))
+
+
+async def test_everything_is_there_after_a_clean_restart_that_replays_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = [await put(store, length) for length in (0, 10, 4112, 200_000)]
+        await store.retire(b"r" * 16, b"owner", 5)
+        await store.touch([made[1].id], 7777)
+    async with opened(tmp_path) as store:
+        assert store.report.records == 0
+        assert [await content(store, one) for one in made] == [one.payload for one in made]
+        assert (await store.stat([made[1].id]))[0].created_ms == 7777
+        assert await store.retired(5, 10) == [(b"r" * 16, b"owner")]
+
+
+async def test_a_small_record_costs_less_than_400_bytes_beside_its_payload(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        before = (await store.usage()).bytes_used
+        for _ in range(10):
+            await put(store, 4112, k=1, m=2)
+        assert ((await store.usage()).bytes_used - before) / 10 < 4112 + 400
+
+
+async def test_concurrent_writes_share_syncs(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = [make(RNG) for _ in range(400)]
+        await asyncio.gather(*(store.write(one.header, [one.payload], sync=True) for one in made))
+        assert store.statistics().syncs < 200
+        assert [await content(store, one) for one in made] == [one.payload for one in made]
+
+
+async def test_two_daemons_on_one_directory_are_refused(tmp_path: Path) -> None:
+    async with opened(tmp_path):
+        with pytest.raises(DirectoryInUse):
+            await LocalFragmentStore.open(tmp_path, DISK)
+    async with opened(tmp_path):
+        pass
+
+
+async def test_another_disks_segments_are_refused(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await put(store)
+    with pytest.raises(DiskForeign):
+        await LocalFragmentStore.open(tmp_path, "ffffffffffffffff")
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(DiskForeign):
+        await LocalFragmentStore.open(tmp_path, "ffffffffffffffff")
+    shutil.rmtree(tmp_path / "index")
+    async with opened(tmp_path) as store:
+        assert (await store.usage()).fragments == 1
+
+
+async def test_a_lost_index_is_rebuilt_equal_from_the_segments(tmp_path: Path) -> None:
+    limits = StoreLimits(segment_bytes=128 * KIB, overlay_entries_max=16)
+    async with opened(tmp_path, limits=limits) as store:
+        made = [await put(store, RNG.choice([50, 4112, 70_000])) for _ in range(60)]
+        await store.delete([one.id for one in made[::3]])
+        await store.touch([one.id for one in made[1::3]], 9_000)
+        for one in made[2::6]:
+            await store.write(one.header, [one.payload], sync=True)
+        await store.retire(b"a" * 16, b"owner-a", 1)
+        await store.retire(b"b" * 16, b"owner-b", 2)
+        await store.unretire(b"a" * 16)
+        stats = await store.stat([one.id for one in made])
+        headers = [header async for header in store.scan()]
+    steps: list[Step] = []
+    report = await asyncio.to_thread(rebuild_index, tmp_path, progress=steps.append)
+    assert report.gaps == []
+    assert steps[-1].segments_done == steps[-1].segments == len(segment_paths(tmp_path))
+    async with opened(tmp_path, limits=limits) as store:
+        assert store.report.records == 0
+        assert await store.stat([one.id for one in made]) == stats
+        assert [header async for header in store.scan()] == headers
+        assert await store.retired(9, 9) == [(b"b" * 16, b"owner-b")]
+
+
+async def test_an_index_that_is_no_index_says_what_to_do(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = await put(store)
+    (tmp_path / "index" / "data.mdb").write_bytes(b"not a database" * 1000)
+    with pytest.raises(IndexDamaged) as refused:
+        await LocalFragmentStore.open(tmp_path, DISK)
+    assert "--rebuild-index" in refused.value.hint
+    await asyncio.to_thread(rebuild_index, tmp_path)
+    async with opened(tmp_path) as store:
+        assert await content(store, made) == made.payload
+
+
+async def test_an_index_entry_that_was_flipped_is_damage_and_never_another_fragment(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made, other = await put(store), await put(store)
+    path = tmp_path / "index" / "data.mdb"
+    data = bytearray(path.read_bytes())
+    at = data.rfind(made.id.pack())
+    data[at + 23 + 7] ^= 1
+    path.write_bytes(data)
+    async with opened(tmp_path) as store:
+        assert (await store.stat([made.id]))[0].health == Health.DAMAGED
+        with pytest.raises(FragmentDamaged):
+            await store.read(made.id, 0, 1)
+        assert await content(store, other) == other.payload
+        await store.write(made.header, [made.payload], sync=True)
+        assert await content(store, made) == made.payload
+
+
+async def test_a_segment_that_vanished_makes_its_fragments_missing(tmp_path: Path) -> None:
+    limits = StoreLimits(segment_bytes=64 * KIB)
+    async with opened(tmp_path, limits=limits) as store:
+        made = [await put(store, 20_000) for _ in range(9)]
+    segment_paths(tmp_path)[1].unlink()
+    async with opened(tmp_path, limits=limits) as store:
+        health = [stat.health for stat in await store.stat([one.id for one in made])]
+        assert store.report.lost_segments == [2]
+        assert health.count(Health.MISSING) == 3
+        assert (await store.usage()).fragments == 6
+
+
+def can_punch(directory: Path) -> bool:
+    files = PosixFiles(directory)
+    probe = files.create(1)
+    probe.write([bytes(64 * KIB)], 0)
+    probe.sync()
+    able = probe.punch(0, 32 * KIB) and probe.allocated() <= 36 * KIB
+    files.close()
+    return able
+
+
+async def test_holes_give_the_space_of_large_fragments_back(tmp_path: Path) -> None:
+    if not can_punch(tmp_path / "probe"):
+        pytest.skip("this file system makes no holes")
+    async with opened(tmp_path) as store:
+        made = [await put(store, 256 * KIB, cell_bytes=64 * KIB) for _ in range(8)]
+        held = bytes_held(tmp_path)
+        await store.delete([one.id for one in made[:6]])
+        await _eventually(lambda: store.statistics().punched_bytes == 6 * 256 * KIB)
+        assert bytes_held(tmp_path) <= held - 6 * 256 * KIB + 8 * KIB
+        assert await content(store, made[7]) == made[7].payload
+        assert (await store.usage()).garbage_bytes < 8 * 5 * KIB  # heads, and what is left free in front of a page
+
+
+async def _eventually(condition: object) -> None:
+    assert callable(condition)
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to be within 10 s")
+
+
+async def test_compaction_keeps_what_is_live_and_removes_the_segment(tmp_path: Path) -> None:
+    limits = StoreLimits(segment_bytes=256 * KIB, compact_rest_s=0.02)
+    async with opened(tmp_path, limits=limits) as store:
+        made = [await put(store, 4112) for _ in range(200)]
+        gone = [one for i, one in enumerate(made) if i % 5]
+        kept = made[::5]
+        await store.delete([one.id for one in gone])
+        await _eventually(lambda: store.statistics().compacted_bytes > 0 and not Compactor(store._engine).candidate())
+        await _eventually(lambda: store.statistics().segments <= 2)
+        assert [await content(store, one) for one in kept] == [one.payload for one in kept]
+        assert len(segment_paths(tmp_path)) == store.statistics().segments
+    await asyncio.to_thread(rebuild_index, tmp_path)
+    async with opened(tmp_path, limits=limits) as store:
+        assert [header.id async for header in store.scan(limit=1000)] == sorted(one.id.pack() for one in kept)
+
+
+async def test_compaction_carries_damage_along_as_damage(tmp_path: Path) -> None:
+    limits = StoreLimits(segment_bytes=64 * KIB, compact_rest_s=0.02)
+    files = SimulatedFiles()
+    async with opened(tmp_path, files=files, limits=limits) as store:
+        made = [await put(store, 3 * 4096) for _ in range(10)]
+        disk = files.disks[1]
+        at = disk.now.find(made[0].cells[1])
+        disk.now[at] ^= 1
+        disk.durable[at] ^= 1
+        await store.delete([one.id for one in made[1:6]])
+        await _eventually(lambda: 1 not in files.disks)
+        found = await store.read(made[0].id, 0, 9)
+        assert [None if cell is None else bytes(cell) for cell in found.cells] == [made[0].cells[0], None, made[0].cells[2]]
+
+
+async def test_a_full_disk_refuses_fragments_and_still_deletes(tmp_path: Path) -> None:
+    files = SimulatedFiles()
+    files.limit = 4 * MIB
+    limits = StoreLimits(segment_bytes=512 * KIB, reserve_bytes=MIB, note_reserve_bytes=64 * KIB)
+    async with opened(tmp_path, files=files, limits=limits) as store:
+        made = [await put(store, 100_000) for _ in range(28)]
+        with pytest.raises(DiskUnusable) as refused:
+            await asyncio.gather(*(put(store, 100_000) for _ in range(30)))
+        assert refused.value.details["state"] == "full"
+        assert (await store.usage()).state == "full"
+        assert await content(store, made[0]) == made[0].payload
+        assert await store.delete([one.id for one in made[:25]]) == 25
+        await _eventually(lambda: store.statistics().usage.state == "ok")
+        await put(store, 100_000)
+        assert await content(store, made[-1]) == made[-1].payload
+
+
+async def test_deletes_use_the_reserve_when_somebody_else_has_filled_the_disk(tmp_path: Path) -> None:
+    files = SimulatedFiles()
+    files.limit = 4 * MIB
+    limits = StoreLimits(reserve_bytes=0, note_reserve_bytes=64 * KIB)
+    async with opened(tmp_path, files=files, limits=limits) as store:
+        made = await put(store)
+        files.used += files.free
+        assert files.free == 0
+        with pytest.raises(DiskUnusable) as refused:
+            await put(store)
+        assert refused.value.details["state"] == "full"
+        assert await store.delete([made.id]) == 1
+        assert files.reserved == 0
+        assert (await store.usage()).state != "read-only"
+
+
+async def test_a_write_that_finds_no_space_is_taken_back_whole(tmp_path: Path) -> None:
+    files = SimulatedFiles()
+    files.limit = MIB
+    limits = StoreLimits(reserve_bytes=0, note_reserve_bytes=0)
+    async with opened(tmp_path, files=files, limits=limits) as store:
+        made = await put(store)
+        space = files.space
+        files.space = lambda: space()._replace(free=1 << 40)  # type: ignore[method-assign]  # the check before the write sees room
+        with pytest.raises(DiskUnusable):
+            await put(store, 2 * MIB)
+        again = await put(store, 100)
+        assert await content(store, made) == made.payload
+        assert await content(store, again) == again.payload
+
+
+@pytest.mark.parametrize("kind", ["write", "sync"])
+async def test_a_failed_write_or_sync_makes_the_disk_read_only_for_good(tmp_path: Path, kind: str) -> None:
+    files = SimulatedFiles()
+    async with opened(tmp_path, files=files) as store:
+        made = await put(store)
+        files.fail[kind] = 0
+        with pytest.raises(DiskUnusable) as refused:
+            await put(store)
+        assert refused.value.details["state"] == "read-only"
+        files.fail.clear()
+        for attempt in (store.delete([made.id]), store.touch([made.id], 5), store.retire(b"x" * 16, b"", 0), put(store)):
+            with pytest.raises(DiskUnusable):
+                await attempt
+        usage = await store.usage()
+        assert usage.state == "read-only"
+        assert kind in usage.reason
+        assert await content(store, made) == made.payload
+    async with opened(tmp_path, files=files) as store:
+        with pytest.raises(DiskUnusable):
+            await put(store)
+        assert await content(store, made) == made.payload
+
+
+async def test_nothing_is_acknowledged_by_a_sync_that_failed(tmp_path: Path) -> None:
+    files = SimulatedFiles()
+    async with opened(tmp_path, files=files) as store:
+        first = make(RNG)
+        await store.write(first.header, [first.payload])
+        files.fail["sync"] = 0
+        with pytest.raises(DiskUnusable):
+            await store.sync([first.id])
+        with pytest.raises(DiskUnusable):
+            await store.sync([first.id])
+
+
+async def test_a_bad_sector_costs_one_cell(tmp_path: Path) -> None:
+    files = SimulatedFiles()
+    reports: list[tuple[FragmentId, int]] = []
+    store = await LocalFragmentStore.open(tmp_path, DISK, files=files, on_damage=lambda fragment, cell: reports.append((fragment, cell)))
+    made = await put(store, 5 * 4096)
+    at = files.disks[1].now.find(made.cells[3])
+    files.unreadable.append((1, at + 100, at + 612))
+    found = await store.read(made.id, 0, 5)
+    assert [cell is None for cell in found.cells] == [False, False, False, True, False]
+    await store.read(made.id, 0, 5)
+    await asyncio.sleep(0)
+    assert reports == [(made.id, 3)]
+    files.unreadable[0] = (1, 64, 200)
+    with pytest.raises(FragmentDamaged):
+        await store.read(made.id, 0, 1)
+    assert [stat.health for stat in await store.stat([made.id])] == [Health.DAMAGED]
+    await store.close()
+
+
+async def test_known_damage_survives_a_restart_until_it_is_repaired(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = await put(store, 3 * 4096)
+    path = segment_paths(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    data[data.find(made.cells[1]) + 9] ^= 4
+    path.write_bytes(data)
+    async with opened(tmp_path) as store:
+        assert (await store.verify(made.id)).health == Health.DAMAGED
+    async with opened(tmp_path) as store:
+        assert (await store.stat([made.id]))[0].health == Health.DAMAGED
+        await store.write(made.header, [made.payload], sync=True)
+    async with opened(tmp_path) as store:
+        assert (await store.stat([made.id]))[0].health == Health.OK
+
+
+async def test_check_names_the_damaged_fragment_and_changes_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made, other = await put(store, 3 * 4096), await put(store)
+        await store.delete([other.id])
+    clean = await asyncio.to_thread(check, tmp_path)
+    assert (clean.fragments, clean.damaged, clean.gaps) == (1, [], [])
+    path = segment_paths(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    data[data.find(made.cells[2]) + 5] ^= 1
+    data[data.find(other.header.part_header)] ^= 1
+    path.write_bytes(data)
+    found = await asyncio.to_thread(check, tmp_path)
+    assert found.damaged == [(made.id, (2,))]
+    assert len(found.gaps) == 1
+    assert path.read_bytes() == data
+
+
+async def test_a_caller_that_gives_up_gets_its_buffers_back_untouched(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = [make(RNG, 100_000) for _ in range(20)]
+        tasks = [asyncio.ensure_future(store.write(one.header, [one.payload])) for one in made]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() for task in tasks[::2])
+        assert [await content(store, one) for one in made[1::2]] == [one.payload for one in made[1::2]]
+        assert all(stat.health != Health.DAMAGED for stat in await store.stat([one.id for one in made]))
+        assert store.statistics().queued_bytes == 0
+
+
+async def test_writes_beyond_the_queues_bound_wait_their_turn(tmp_path: Path) -> None:
+    async with opened(tmp_path, limits=StoreLimits(queue_bytes_max=150_000)) as store:
+        made = [make(RNG, 100_000) for _ in range(12)]
+        await asyncio.gather(*(store.write(one.header, [one.payload]) for one in made))
+        assert [await content(store, one) for one in made] == [one.payload for one in made]
+        assert store.statistics().queued_bytes == 0
+
+
+async def test_a_closed_store_says_so(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = await put(store)
+    for attempt in (store.read(made.id, 0, 1), store.sync([made.id]), store.stat([made.id]), put(store), store.delete([made.id])):
+        with pytest.raises(DiskUnusable):
+            await attempt
+
+
+async def test_a_killed_process_loses_nothing_that_was_synced_and_the_rest_cleanly(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    async with opened(tmp_path / "disk") as store:
+        synced = [await put(store) for _ in range(20)]
+        shutil.copytree(tmp_path / "disk", copy)
+        late = await put(store)
+    async with opened(copy) as store:
+        assert [await content(store, one) for one in synced] == [one.payload for one in synced]
+        with pytest.raises(FragmentMissing):
+            await store.sync([late.id])
