@@ -44,8 +44,10 @@ class ObjectLimits:
     parts_max: int = PARTS_MAX
     block_cells_max: int = 48
     """Data cells of a block while few transfers are in flight: 3 MiB, so that a fragment of 4+2 is one write of 768 KiB."""
-    put_buffer_bytes_max: int = 112 * MIB
-    get_buffer_bytes_max: int = 64 * MIB
+    put_buffer_bytes_max: int = 48 * MIB
+    """Plaintext, sealed cells and parity of blocks under way: 24 of the smallest blocks, whose transfers take turns. What the transports hold comes on top."""
+    get_buffer_bytes_max: int = 32 * MIB
+    """Opened windows; the sealed cells they came from take as much again while they are opened."""
     buffer_wait_s: float = 20.0
     """How long a transfer waits for a buffer before SlowDown."""
     write_timeout_s: float = 15.0
