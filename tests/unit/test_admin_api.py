@@ -1,0 +1,218 @@
+"""The admin API over its Unix socket: who may ask, what it answers, how it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storaged.admin.api import AdminServer
+from storaged.admin.ports import Services
+from storaged.cli.client import RemoteRefusal, request
+from storaged.errors import InvalidArgument, NoSuchKey, NotRunning, OperatorError, PortInUse
+from storaged.objects.api import Principal
+from storaged.objects.records import BucketRecord
+from storaged.observe import Metrics
+
+
+class Users:
+    """``api.Users`` in a dict."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple[Principal, str]] = {}
+
+    async def lookup(self, access_key: str) -> tuple[Principal, str]:
+        return self.known[access_key]
+
+    async def add(self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "") -> tuple[Principal, str]:
+        if any(who.display_name == name for who, _ in self.known.values()):
+            raise InvalidArgument(f"the name {name!r} is taken")
+        who = Principal("0" * 64, name, access_key or "AK" + name)
+        self.known[who.access_key] = (who, secret_key or "made")
+        return self.known[who.access_key]
+
+    async def list_users(self) -> list[Principal]:
+        return [who for who, _ in self.known.values()]
+
+    async def remove(self, name_or_access_key: str) -> None:
+        self.known = {key: entry for key, entry in self.known.items() if entry[0].display_name != name_or_access_key}
+
+
+class Buckets:
+    def __init__(self) -> None:
+        self.made: list[tuple[str, str, str]] = []
+
+    async def create(
+        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+    ) -> BucketRecord:
+        self.made.append((who.display_name, name, region))
+        return BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region)
+
+    async def get(self, name: str) -> BucketRecord:
+        raise NotImplementedError
+
+    async def list_buckets(
+        self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
+    ) -> tuple[list[BucketRecord], str | None]:
+        raise NotImplementedError
+
+    async def delete(self, bucket: BucketRecord) -> None:
+        raise NotImplementedError
+
+    async def set_tags(self, bucket: BucketRecord, tags: Any) -> None:
+        raise NotImplementedError
+
+    async def get_tags(self, bucket: BucketRecord) -> Any:
+        raise NotImplementedError
+
+
+class Node:
+    """A node's answers, and what a gateway adds."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.buckets = Buckets()
+
+    async def status(self) -> dict[str, Any]:
+        return {"verdict": "HEALTHY"}
+
+    def ready(self) -> tuple[bool, str]:
+        return not self.reason, self.reason
+
+    async def doctor(self) -> list[dict[str, str]]:
+        raise ZeroDivisionError("secret detail")
+
+    async def where(self, bucket: str, key: bytes) -> dict[str, Any]:
+        if key != b"a/\xc3\xa9 ":
+            raise NoSuchKey
+        return {"bucket": bucket}
+
+    async def key_backup(self, passphrase: str) -> tuple[str, bytes]:
+        return "id", passphrase.encode()
+
+    def services(self, *, gateway: bool) -> Services:
+        found = Services(self.status, self.ready, self.doctor, region="eu-fr-1")
+        if gateway:
+            found.users, found.buckets = Users(), self.buckets
+            found.where, found.key_backup = self.where, self.key_backup
+        return found
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    found = Node()
+    server = AdminServer(found.services(gateway=True), Metrics())
+    await server.start(tmp_path, "")
+    yield found
+    await server.close()
+
+
+async def ask(place: Path, method: str, path: str, **options: Any) -> Any:
+    return await asyncio.to_thread(lambda: request(place, method, path, **options))
+
+
+async def test_only_the_owner_may_ask(node: Node, tmp_path: Path) -> None:
+    assert stat.S_IMODE((tmp_path / "admin.sock").stat().st_mode) == 0o600
+
+
+async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(node: Node, tmp_path: Path) -> None:
+    made = await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
+    assert made == {"user_id": "0" * 64, "access_key": "AK1", "secret_key": "given"}
+    listed = (await ask(tmp_path, "GET", "/v1/users"))["users"]
+    assert listed == [{"user_id": "0" * 64, "name": "alice", "access_key": "AK1"}]
+    await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "access_key": "AK1"})
+    assert node.buckets.made == [("alice", "demo", "eu-fr-1")]
+    with pytest.raises(RemoteRefusal, match="taken") as caught:
+        await ask(tmp_path, "POST", "/v1/users", body={"name": "alice"})
+    assert caught.value.code == "InvalidArgument"
+    await ask(tmp_path, "DELETE", "/v1/users/alice")
+    assert (await ask(tmp_path, "GET", "/v1/users"))["users"] == []
+
+
+async def test_a_key_goes_over_in_hex_and_what_is_missing_is_refused_with_its_code(node: Node, tmp_path: Path) -> None:
+    found = await ask(tmp_path, "GET", "/v1/where", query={"bucket": "b", "key": b"a/\xc3\xa9 ".hex()})
+    assert found == {"bucket": "b"}
+    with pytest.raises(RemoteRefusal) as caught:
+        await ask(tmp_path, "GET", "/v1/where", query={"bucket": "b", "key": "00"})
+    assert caught.value.code == "NoSuchKey"
+    with pytest.raises(RemoteRefusal, match="hex"):
+        await ask(tmp_path, "GET", "/v1/where", query={"bucket": "b", "key": "xyz"})
+
+
+@pytest.mark.parametrize("body", [["name"], {"name": 1}, {"nam": "x"}])
+async def test_a_body_that_makes_no_sense_is_refused(node: Node, tmp_path: Path, body: Any) -> None:
+    with pytest.raises(RemoteRefusal) as caught:
+        await ask(tmp_path, "POST", "/v1/users", body=body)
+    assert caught.value.code == "InvalidArgument"
+
+
+async def test_the_backup_comes_over_the_socket_whole(node: Node, tmp_path: Path) -> None:
+    found = await ask(tmp_path, "POST", "/v1/keys/backup", body={"passphrase": "horse"})
+    assert (found["keyring"], base64.b64decode(found["backup"])) == ("id", b"horse")
+
+
+async def test_a_defect_is_told_without_its_inside(node: Node, tmp_path: Path) -> None:
+    with pytest.raises(RemoteRefusal) as caught:
+        await ask(tmp_path, "GET", "/v1/doctor")
+    assert caught.value.code == "InternalError"
+    assert "secret detail" not in caught.value.message
+
+
+async def test_an_unknown_path_is_refused(node: Node, tmp_path: Path) -> None:
+    with pytest.raises(RemoteRefusal):
+        await ask(tmp_path, "GET", "/v1/nothing")
+
+
+async def test_readiness_says_why_not(node: Node, tmp_path: Path) -> None:
+    assert await ask(tmp_path, "GET", "/readyz") == {"ready": True, "reason": ""}
+    node.reason = "no majority"
+    assert await ask(tmp_path, "GET", "/readyz") == {"ready": False, "reason": "no majority"}
+
+
+async def test_a_storage_node_refuses_what_is_a_gateways_work(tmp_path: Path) -> None:
+    server = AdminServer(Node().services(gateway=False), Metrics())
+    await server.start(tmp_path, "")
+    try:
+        for method, path in (("GET", "/v1/users"), ("GET", "/v1/where"), ("POST", "/v1/keys/backup"), ("POST", "/v1/scrub")):
+            with pytest.raises(RemoteRefusal, match=r".+") as caught:
+                await ask(tmp_path, method, path, body={} if method == "POST" else None)
+            assert caught.value.code == "NOT_HERE"
+    finally:
+        await server.close()
+
+
+async def test_the_loopback_port_has_health_and_metrics_and_nothing_else(tmp_path: Path) -> None:
+    import socket
+
+    import aiohttp
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = AdminServer(Node().services(gateway=True), Metrics())
+    await server.start(tmp_path, f"127.0.0.1:{port}")
+    second = AdminServer(Node().services(gateway=True), Metrics())
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
+            for path, status in (("/healthz", 200), ("/readyz", 200), ("/metrics", 200), ("/v1/status", 404), ("/v1/users", 404)):
+                async with client.get(path) as answer:
+                    assert answer.status == status, path
+        (tmp_path / "other").mkdir()
+        with pytest.raises(PortInUse):
+            await second.start(tmp_path / "other", f"127.0.0.1:{port}")
+    finally:
+        await second.close()
+        await server.close()
+
+
+async def test_a_node_that_does_not_run_is_said_to(tmp_path: Path) -> None:
+    with pytest.raises(NotRunning):
+        await ask(tmp_path, "GET", "/healthz")
+    (tmp_path / "admin.sock").touch()
+    with pytest.raises((NotRunning, OperatorError)):
+        await ask(tmp_path, "GET", "/healthz")
