@@ -227,26 +227,29 @@ class PartWriter:
         else:
             stale = dict(state.durable)
             coded = await self._plane.in_thread(self._code, placement.profile, coded.sealed, memoryview(b""))
-        self._forget(state, stale)
+        await self._forget(state, stale)
         state.placement, state.hashes = placement, coded.hashes
         return coded
 
-    def _forget(self, state: BlockState, stale: Mapping[int, str]) -> None:
-        """Fragments that will not be referred to: deleted now, for a sweep judges whole data ids, and this one will be in use."""
+    async def _forget(self, state: BlockState, stale: Mapping[int, str]) -> None:
+        """Deletes fragments that will not be referred to: a sweep judges whole data ids, and this one will be in use.
+
+        Awaited, and a disk that does not confirm is not used again: a deletion that comes late must not meet the same fragment written anew.
+        """
         for position, disk in stale.items():
             state.durable.pop(position, None)
             fragment = self._fragment(state, position)
             waiting = self._unsynced.get(disk, [])
             if fragment in waiting:
                 waiting.remove(fragment)
-            self._plane.background.spawn(self._delete(disk, fragment))
+        await asyncio.gather(*(self._delete(disk, self._fragment(state, position)) for position, disk in stale.items()))
 
     async def _delete(self, disk: str, fragment: FragmentId) -> None:
         try:
             async with asyncio.timeout(self._plane.limits.write_timeout_s):
                 await self._plane.stores.store(disk).delete([fragment])
         except (PeerError, TimeoutError):
-            return  # the disk is away; its fragment has no run that names it, and repair's walk drops it
+            self._failed.add(disk)
 
     def _fragment(self, state: BlockState, position: int) -> FragmentId:
         profile = state.placement.profile

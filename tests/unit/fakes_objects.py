@@ -154,7 +154,7 @@ class FakeDisk:
     async def unretire(self, data_id: bytes) -> None:
         self.garbage.pop(data_id, None)
 
-    async def delete(self, ids: Sequence[FragmentId]) -> int:
+    async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
         await self._enter()
         return sum(self.fragments.pop(fragment, None) is not None for fragment in ids)
 
