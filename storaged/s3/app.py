@@ -158,7 +158,7 @@ class S3App:
             return
         for connection in self._connections.connections:
             if connection not in self._busy:
-                connection.close()
+                connection.force_close()
         try:
             async with asyncio.timeout(drain_s):
                 await self._idle.wait()

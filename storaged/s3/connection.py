@@ -36,7 +36,9 @@ class Connection(web.RequestHandler):
         error: S3Error = RequestHeaderSectionTooLarge() if isinstance(exc, LineTooLong) or "Too many headers" in str(exc) else BadRequest()
         request_id = self._new_id()
         body = xml.error_document(error.code, error.message, {}, "/", request_id, "")
-        answer = web.Response(status=error.status, body=body, content_type="application/xml", headers={"x-amz-request-id": request_id})
+        answer = web.Response(
+            status=error.status, body=body, content_type="application/xml", headers={"x-amz-request-id": request_id, "Server": "storaged"}
+        )
         answer.force_close()
         return answer
 

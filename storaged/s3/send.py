@@ -134,7 +134,8 @@ class Sender:
             async for piece in stream.chunks():
                 if head:
                     if raw.transport is not None:
-                        raw.transport.set_write_buffer_limits(high=0)
+                        # TLS has copied what it encrypted; with a limit of 0 it would pause at an empty buffer, for ever
+                        raw.transport.set_write_buffer_limits(high=1 if request.secure else 0)
                     if len(piece) <= JOIN_BYTES_MAX:
                         await self._write(raw, b"".join((head, piece)))
                     else:
