@@ -11,15 +11,16 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import pytest
 
+from storaged.fragments import recovery
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine, StoreLimits, Write
-from storaged.fragments.index import Checkpoint, Index
+from storaged.fragments.index import Checkpoint, Entry, Index, Position
 from tests.unit.fragment_world import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
@@ -244,3 +245,48 @@ def test_the_simulation_notices_a_drive_that_lies_about_syncs(quick_path: Path) 
         except AssertionError:
             return
     pytest.fail("a drive that syncs nothing lost nothing: the simulation proves nothing")
+
+
+def punch_before_the_death_is_durable(patch: pytest.MonkeyPatch) -> None:
+    original = Engine._garbage
+
+    def hasty(self: Engine, old: Entry) -> None:
+        original(self, old)
+        if self.holes:
+            self.holes[-1] = replace(self.holes[-1], after=Position(0, 0))
+
+    patch.setattr(Engine, "_garbage", hasty)
+
+
+def compaction_forgets_notes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Compactor, "_needed", lambda *_: None)
+
+
+def torn_records_are_believed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recovery, "whole", lambda *_: True)
+
+
+def segments_go_before_the_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    original = Engine.freeze
+
+    def hasty(self: Engine) -> Checkpoint:
+        for number in self.dead_segments():
+            del self.segments[number]
+            self.files.remove(number)
+            self.index.remove_segment(number)
+        return original(self)
+
+    patch.setattr(Engine, "freeze", hasty)
+
+
+@pytest.mark.parametrize(
+    "mistake", [punch_before_the_death_is_durable, compaction_forgets_notes, torn_records_are_believed, segments_go_before_the_checkpoint]
+)
+def test_the_simulation_finds_a_planted_mistake(quick_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., None]) -> None:
+    mistake(monkeypatch)
+    for seed in range(60):
+        try:
+            run(seed, quick_path / str(seed))
+        except Exception:
+            return
+    pytest.fail(f"60 seeds did not notice: {mistake.__name__}")
