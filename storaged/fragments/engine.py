@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused, StoragedError
+from storaged.errors import DiskUnusable, FragmentDamaged, OperatorError, PeerRefused, StoragedError
 from storaged.fragments import recovery
 from storaged.fragments.files import Files, SegmentFile
 from storaged.fragments.format import (
@@ -30,6 +30,7 @@ from storaged.fragments.format import (
     SEGMENT_BYTES_MAX,
     SEGMENT_HEADER_BYTES,
     Delete,
+    FormatUnknown,
     Note,
     Placed,
     RecordWriter,
@@ -153,12 +154,15 @@ class Engine:
     def recover(self, progress: recovery.Progress | None = None, *, read_only: bool = False) -> recovery.Report:
         """Replays what the last checkpoint does not cover, cuts a torn tail, and makes what it kept durable (``read_only``: neither).
 
-        Raises DiskForeign when the segments are another disk's, FormatUnknown when a later version wrote them.
+        Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them.
         """
         self.failure = "opened for reading only" if read_only else self.files.failure()
-        report = recovery.replay(
-            self.files, self.index, self.segments, read_only=bool(self.failure), spill=self._spill, progress=progress
-        )  # fmt: skip
+        try:
+            report = recovery.replay(
+                self.files, self.index, self.segments, read_only=bool(self.failure), spill=self._spill, progress=progress
+            )  # fmt: skip
+        except FormatUnknown as error:
+            raise OperatorError(f"This version cannot read the disk {self.index.disk_id}: {error}. Nothing was changed.") from error
         self.index.sequence = max(self.index.sequence, report.sequence)
         self.active = report.last
         self.end = self.synced = Position(report.last, report.end)

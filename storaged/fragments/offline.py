@@ -42,7 +42,7 @@ def disk_id_of(files: Files) -> str:
 def rebuild_index(directory: Path, *, disk_id: str = "", progress: Progress | None = None, now_ms: Callable[[], int] = lambda: 0) -> Report:
     """Makes the index anew from the segments alone, and puts it in the old one's place when it is complete.
 
-    Interrupted at any point, the old index is still there, or the new one is. Raises DirectoryInUse, DiskForeign, FormatUnknown, OSError.
+    Interrupted at any point, the old index is still there, or the new one is. Raises DirectoryInUse, DiskForeign, OperatorError, OSError.
     """
     files = PosixFiles(directory)
     fresh, old, place = directory / "index.new", directory / "index.old", directory / "index"
@@ -72,7 +72,7 @@ def rebuild_index(directory: Path, *, disk_id: str = "", progress: Progress | No
 def check(directory: Path, *, disk_id: str = "", progress: Progress | None = None) -> CheckReport:
     """Reads every live fragment and every record's head; changes nothing in the segments and nothing in the index.
 
-    ``progress`` counts fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, FormatUnknown, OSError.
+    ``progress`` counts fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError, OSError.
     """
     files = PosixFiles(directory)
     try:

@@ -135,7 +135,7 @@ class LocalFragmentStore:
         """Recovers what a crash left, and starts the threads.
 
         ``on_damage(fragment, cell)`` runs on the event loop, once for every cell newly found bad (-1: the head, so all of them).
-        Raises DirectoryInUse, DiskForeign, IndexDamaged, FormatUnknown, OSError.
+        Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError, OSError.
         """
         loop = asyncio.get_running_loop()
         clock = clock or SystemClock()

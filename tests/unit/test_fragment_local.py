@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import xxhash
 
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, FragmentDamaged, FragmentMissing, IndexDamaged
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, FragmentDamaged, FragmentMissing, IndexDamaged, OperatorError
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import StoreLimits
 from storaged.fragments.files import PosixFiles
@@ -101,6 +102,25 @@ async def test_another_disks_segments_are_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "index")
     async with opened(tmp_path) as store:
         assert (await store.usage()).fragments == 1
+
+
+async def test_segments_of_a_later_version_are_refused_and_left_alone(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = await put(store)
+    shutil.rmtree(tmp_path / "index")
+    path = segment_paths(tmp_path)[0]
+    good = path.read_bytes()
+    header = bytearray(good[:64])
+    header[9] = 2
+    header[56:] = xxhash.xxh3_64_digest(bytes(header[:56]))
+    path.write_bytes(bytes(header) + good[64:])
+    with pytest.raises(OperatorError) as refused:
+        await LocalFragmentStore.open(tmp_path, DISK)
+    assert "format 2" in str(refused.value)
+    assert path.read_bytes()[64:] == good[64:]
+    path.write_bytes(good)
+    async with opened(tmp_path) as store:
+        assert await content(store, made) == made.payload
 
 
 async def test_a_lost_index_is_rebuilt_equal_from_the_segments(tmp_path: Path) -> None:
