@@ -23,6 +23,7 @@ BUCKET = "demo"
 S3_PORT = 8333
 ADMIN_PORT = 8334
 START_TIMEOUT_S = 60.0
+COUNT_TIMEOUT_S = 2.0
 RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
 GATEWAY = ("gateway", "FR/par1/a")
 DISKS_EACH = 2
@@ -211,7 +212,10 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 async def _first_things(place: Path) -> None:
-    """Waits until the cluster can take writes; at the very first start makes the user of credentials.json and the bucket."""
+    """Waits until the cluster can take writes; at the very first start makes the user of credentials.json and the bucket.
+
+    Then gives repair a moment to count the objects, so that the first ``status`` knows; a large cluster is not waited for.
+    """
     import asyncio
 
     from storaged.cli.client import gateway
@@ -229,6 +233,9 @@ async def _first_things(place: Path) -> None:
             gateway, place, "POST", "/v1/buckets", body={"name": known["bucket"], "access_key": credentials["access_key"]}
         )
         _write_json(place / "dev.json", {**known, "prepared": True})
+    deadline = min(deadline, time.monotonic() + COUNT_TIMEOUT_S)
+    while not (await asyncio.to_thread(gateway, place, "GET", "/v1/jobs"))["objects_counted"] and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
 
 
 def banner(place: Path, new: bool) -> str:
