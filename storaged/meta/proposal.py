@@ -206,9 +206,7 @@ class Proposal:
             self.around.counts["preempted"] += 1
             return
         if Verdict.FENCED in reasons:
-            if self.lineage.open:
-                raise self._gave_up("its bucket is being deleted")
-            raise NoSuchBucket("", **({"final": "true"} if final else {}))
+            raise self._fenced(final)
         if not self.lineage.open:
             raise self._gave_up("no majority of its replicas answers")
 
@@ -259,20 +257,27 @@ class Proposal:
             answers.ask(disk, _accept_call(request, self._call_timeout_s()))
         accepted: set[str] = set()
         failed: set[str] = set()
+        fenced: set[str] = set()
         while not has_majority(view.groups, accepted):
+            if out_of_reach(view.groups, fenced):
+                raise self._fenced(final=False)
             if out_of_reach(view.groups, failed):
                 return False
             answer = await answers.next(self.remaining_s())
             if answer is None:
                 raise self._gave_up("no majority of its replicas confirmed the write in time")
             disk, reply = answer
-            if isinstance(reply, StoragedError) or reply.verdict != Verdict.OK:
+            if isinstance(reply, StoragedError):
                 failed.add(disk)
-                if not isinstance(reply, StoragedError) and reply.verdict == Verdict.PREEMPTED:
+            elif reply.verdict == Verdict.OK:
+                accepted.add(disk)
+            else:
+                failed.add(disk)
+                if reply.verdict == Verdict.FENCED:
+                    fenced.add(disk)
+                if reply.verdict == Verdict.PREEMPTED:
                     around.counts["preempted"] += 1
                     self._above = max(self._above, reply.promised.counter)
-            else:
-                accepted.add(disk)
         return True
 
     # --- time ----------------------------------------------------------------------------------------------------------
@@ -287,6 +292,11 @@ class Proposal:
         if pause_s >= self.remaining_s():
             raise self._gave_up("other proposers or a layout change were in the way until the deadline")
         await asyncio.sleep(pause_s)
+
+    def _fenced(self, final: bool) -> StoragedError:
+        if self.lineage.open:
+            return self._gave_up("its bucket is being deleted")
+        return NoSuchBucket("", **({"final": "true"} if final else {}))
 
     def _gave_up(self, reason: str) -> ServiceUnavailable:
         if self.lineage.open:

@@ -1,0 +1,588 @@
+"""Registers over three replicas that can be away, slow, deaf or behind: what callers are promised."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.errors import DataDamaged, NoSuchBucket, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, SlowDown
+from storaged.meta import messages
+from storaged.meta.client import RingClient
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Ballot, Replica, SmallCopies
+from storaged.meta.register import Verdict
+from storaged.meta.replica import LocalReplica
+from storaged.meta.rounds import Turns
+from storaged.meta.scan import ScanReply, ScanRequest
+from storaged.meta.store import LmdbMetaStore
+from storaged.wire import Buffer
+
+DISKS = ("d0", "d1", "d2")
+SCOPE = b"b" * 16
+NAME = RegisterName(Table.OBJECT, SCOPE, 0, b"key")
+
+
+class Unreliable:
+    """A replica in front of which calls are lost: ``away`` loses the call, ``deaf`` methods are carried out and their answers lost."""
+
+    def __init__(self, inner: LocalReplica) -> None:
+        self.inner = inner
+        self.away = False
+        self.deaf: set[str] = set()
+        self.calls: list[str] = []
+        self.prepares: list[messages.Prepare] = []
+        self.gate: asyncio.Event | None = None
+        self.carried_out: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    async def _pass(self, method: str, call: Callable[[], Awaitable[object]]) -> object:
+        self.calls.append(method)
+        if self.away:
+            raise PeerUnreachable("away")
+        if self.gate is not None:
+            await self.gate.wait()
+        answer = await call()
+        self.carried_out[method].set()
+        if method in self.deaf:
+            raise PeerUnreachable("the answer was lost")
+        return answer
+
+    async def prepare(self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.PrepareReply:
+        self.prepares.append(request)
+        return await self._pass("prepare", lambda: self.inner.prepare(request, body))  # type: ignore[return-value]
+
+    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply:
+        return await self._pass("accept", lambda: self.inner.accept(request))  # type: ignore[return-value]
+
+    async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
+        return await self._pass("read", lambda: self.inner.read(request))  # type: ignore[return-value]
+
+    async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply:
+        return await self._pass("page_put", lambda: self.inner.page_put(request))  # type: ignore[return-value]
+
+    async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply:
+        return await self._pass("page_get", lambda: self.inner.page_get(request))  # type: ignore[return-value]
+
+    async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        return await self._pass("fence", lambda: self.inner.fence(request))  # type: ignore[return-value]
+
+    async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        return await self._pass("unfence", lambda: self.inner.unfence(request))  # type: ignore[return-value]
+
+    async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
+        return await self._pass("fence_epoch", lambda: self.inner.fence_epoch(request))  # type: ignore[return-value]
+
+    async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
+        return await self._pass("scan", lambda: self.inner.scan(request))  # type: ignore[return-value]
+
+
+class Layouts:
+    def __init__(self, epoch: int = 1) -> None:
+        self.current = self.make(epoch)
+
+    @staticmethod
+    def make(epoch: int) -> Layout:
+        nodes = tuple(NodeEntry("n" + disk, f"FR/par1/{disk}", "", ("storage",)) for disk in DISKS)
+        return Layout("test", epoch, nodes, tuple(DiskEntry(disk, "n" + disk, 1) for disk in DISKS), DISKS)
+
+    def at(self, epoch: int) -> Layout:
+        return self.current
+
+
+class Ring:
+    """Three replicas in ring order (``first``, ``second``, ``third`` of NAME), and clients that share them."""
+
+    def __init__(self) -> None:
+        self.layouts = Layouts()
+        self.copies: dict[str, dict[bytes, bytes]] = {disk: {} for disk in DISKS}
+        self.stores = {disk: MemoryMetaStore() for disk in DISKS}
+        self.replicas = {disk: Unreliable(self._replica(disk)) for disk in DISKS}
+        self.order = self.layouts.current.replicas_of(NAME.partition)
+        self.first, self.second, self.third = (self.replicas[disk] for disk in self.order)
+        self.clients: list[RingClient] = []
+
+    def _replica(self, disk: str) -> LocalReplica:
+        copies = self.copies[disk]
+
+        async def store(header: bytes, body: Sequence[Buffer]) -> None:
+            copies[header] = b"".join(bytes(piece) for piece in body)
+
+        async def load(data_id: bytes) -> memoryview | None:
+            return memoryview(copies[data_id]) if data_id in copies else None
+
+        return LocalReplica(disk, self.stores[disk], store_payload=store, load_payload=load)
+
+    def replica(self, disk_id: str) -> Replica:
+        return self.replicas[disk_id]
+
+    def client(self, node: str = "gw", deadline_s: float = 5.0) -> RingClient:
+        made = RingClient(self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=0.01, jitter=lambda: 0.9)
+        self.clients.append(made)
+        return made
+
+    def held(self, replica: Unreliable) -> Value | None:
+        slot = self.stores[replica.inner.disk].get(NAME)
+        return None if slot is None else slot.value
+
+    async def accept_at(self, replica: Unreliable, body: bytes, counter: int, sequence: int = 1) -> None:
+        """What a proposer that died half-way leaves behind."""
+        value = Value(sequence, body.ljust(16), Visibility.LIVE, body)
+        await replica.inner.accept(messages.Accept(replica.inner.disk, NAME, Ballot(1, counter, "dead", b"12345678"), value))
+
+
+@pytest.fixture
+async def ring() -> object:
+    made = Ring()
+    yield made
+    for client in made.clients:
+        await client.close()
+
+
+def put(body: bytes) -> Callable[[Value | None], Change]:
+    return lambda _: Change(body)
+
+
+def fail_with(error: Exception) -> Callable[[Value | None], Change]:
+    def update(_: Value | None) -> Change:
+        raise error
+
+    return update
+
+
+class Refused(Exception):
+    """What an update raises."""
+
+
+async def test_a_change_is_read_back_with_its_sequence(ring: Ring) -> None:
+    client = ring.client()
+    assert (await client.read(NAME)).value is None
+    first = await client.change(NAME, put(b"one"))
+    second = await client.change(NAME, put(b"two"))
+    assert first.before is None
+    assert second.before == first.after
+    assert second.after is not None
+    assert second.after.sequence == 2
+    assert (await client.read(NAME)).value == second.after
+
+
+async def test_a_read_costs_one_round_trip_to_a_bare_majority_when_it_agrees(ring: Ring) -> None:
+    client = ring.client()
+    await client.change(NAME, put(b"one"))
+    await asyncio.sleep(0.01)
+    for replica in ring.replicas.values():
+        replica.calls.clear()
+    await client.read(NAME)
+    assert sorted(len(replica.calls) for replica in ring.replicas.values()) == [0, 1, 1]
+    assert client.statistics().replays == 0
+
+
+async def test_one_replica_away_is_not_noticed_and_two_are_refused_without_a_change(ring: Ring) -> None:
+    client = ring.client()
+    ring.first.away = True
+    await client.change(NAME, put(b"one"))
+    assert (await client.read(NAME)).value is not None
+    ring.second.away = True
+    with pytest.raises(ServiceUnavailable) as refused:
+        await client.change(NAME, put(b"two"))
+    assert not isinstance(refused.value, OutcomeUnknown)
+    with pytest.raises(ServiceUnavailable):
+        await client.read(NAME)
+    ring.second.away = False
+    found = (await client.read(NAME)).value
+    assert found is not None
+    assert found.body == b"one"
+
+
+async def test_a_slow_replica_is_replaced_by_the_next_one_for_a_read(ring: Ring) -> None:
+    client = ring.client()
+    await client.change(NAME, put(b"one"))
+    ring.first.gate = asyncio.Event()
+    found = (await client.read(NAME)).value
+    assert found is not None
+    assert found.body == b"one"
+
+
+async def test_a_replica_that_lags_is_outvoted_without_a_write(ring: Ring) -> None:
+    client = ring.client()
+    ring.first.away = True
+    await client.change(NAME, put(b"one"))
+    ring.first.away = False
+    found = (await ring.client().read(NAME)).value
+    assert found is not None
+    assert found.body == b"one"
+    assert ring.held(ring.first) is None
+
+
+async def test_a_value_on_a_minority_is_accepted_by_a_majority_before_it_is_told(ring: Ring) -> None:
+    await ring.accept_at(ring.first, b"half", 10)
+    ring.third.away = True
+    client = ring.client()
+    found = (await client.read(NAME)).value
+    assert found is not None
+    assert found.body == b"half"
+    assert ring.held(ring.second) == found
+    assert client.statistics().replays == 1
+    assert client.statistics().identity_rounds == 0
+
+
+async def test_a_replay_that_a_promise_forbids_becomes_an_identity_round(ring: Ring) -> None:
+    await ring.accept_at(ring.first, b"half", 10)
+    for replica in (ring.second, ring.third):
+        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, Ballot(1, 50, "other", b"12345678")))
+    ring.third.away = True
+    client = ring.client()
+    found = (await client.read(NAME)).value
+    assert found is not None
+    assert found.body == b"half"
+    assert client.statistics().identity_rounds == 1
+
+
+async def test_a_failed_condition_settles_what_it_judged(ring: Ring) -> None:
+    await ring.accept_at(ring.first, b"half", 10)
+    ring.third.away = True
+    with pytest.raises(Refused):
+        await ring.client().change(NAME, fail_with(Refused()))
+    settled = ring.held(ring.second)
+    assert settled is not None
+    assert settled.body == b"half"
+
+
+async def test_an_update_that_declines_changes_nothing(ring: Ring) -> None:
+    client = ring.client()
+    written = (await client.change(NAME, put(b"one"))).after
+    outcome = await client.change(NAME, lambda _: None)
+    assert outcome.before == outcome.after == written
+
+
+async def test_the_barrier_runs_beside_the_prepare_and_its_failure_accepts_nothing(ring: Ring) -> None:
+    client = ring.client()
+    prepared_first = asyncio.Event()
+
+    async def barrier() -> None:
+        await ring.first.carried_out["prepare"].wait()
+        prepared_first.set()
+        raise Refused
+
+    with pytest.raises(Refused):
+        await client.change(NAME, put(b"one"), ready=barrier())
+    assert prepared_first.is_set()
+    assert all(ring.held(replica) is None for replica in ring.replicas.values())
+    assert (await client.read(NAME)).value is None
+
+
+async def test_a_condition_that_fails_ends_the_barrier(ring: Ring) -> None:
+    ended = asyncio.Event()
+
+    async def barrier() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def slow_update_then_refuse() -> None:
+        await ring.client().change(NAME, fail_with(Refused()), ready=barrier())
+
+    with pytest.raises(Refused):
+        await slow_update_then_refuse()
+    assert ended.is_set()
+
+
+async def test_a_lost_answer_is_found_again_and_the_change_applied_once(ring: Ring) -> None:
+    client = ring.client()
+    for replica in (ring.first, ring.second):
+        replica.deaf.add("accept")
+    ring.third.away = True
+
+    async def come_back() -> None:
+        await asyncio.gather(*(replica.carried_out["accept"].wait() for replica in (ring.first, ring.second)))
+        ring.first.deaf.clear()
+        ring.second.deaf.clear()
+
+    _, outcome = await asyncio.gather(come_back(), client.change(NAME, put(b"once")))
+    assert outcome.before is None
+    assert outcome.after is not None
+    assert outcome.after.sequence == 1
+
+
+async def test_when_nothing_can_be_learned_of_a_sent_accept_the_outcome_is_unknown(ring: Ring) -> None:
+    client = ring.client(deadline_s=0.2)
+    for replica in ring.replicas.values():
+        replica.deaf.add("accept")
+
+    async def go_away() -> None:
+        await asyncio.gather(*(replica.carried_out["accept"].wait() for replica in (ring.first, ring.second)))
+        for replica in ring.replicas.values():
+            replica.away = True
+
+    with pytest.raises(OutcomeUnknown):
+        await asyncio.gather(go_away(), client.change(NAME, put(b"perhaps")))
+
+
+async def test_a_lineage_that_moved_on_after_a_lost_answer_is_an_unknown_outcome(ring: Ring) -> None:
+    client, other = ring.client("gw1"), ring.client("gw2")
+    for replica in ring.replicas.values():
+        replica.deaf.add("accept")
+
+    async def overtake() -> None:
+        await asyncio.gather(*(replica.carried_out["accept"].wait() for replica in ring.replicas.values()))
+        for replica in ring.replicas.values():
+            replica.deaf.clear()
+            replica.gate = asyncio.Event()
+        inner = RingClient(ring.layouts, _Directory({disk: each.inner for disk, each in ring.replicas.items()}), node="gw3")
+        await inner.change(NAME, put(b"later"))
+        await inner.close()
+        for replica in ring.replicas.values():
+            replica.gate.set()  # type: ignore[union-attr]
+
+    with pytest.raises(OutcomeUnknown):
+        await asyncio.gather(overtake(), client.change(NAME, put(b"mine")))
+    found = (await other.read(NAME)).value
+    assert found is not None
+    assert (found.body, found.sequence) == (b"later", 2)
+
+
+class _Directory:
+    def __init__(self, replicas: dict[str, LocalReplica]) -> None:
+        self._replicas = replicas
+
+    def replica(self, disk_id: str) -> Replica:
+        return self._replicas[disk_id]
+
+
+def increment(value: Value | None) -> Change:
+    return Change(str(int(value.body if value is not None else b"0") + 1).encode())
+
+
+async def test_changes_of_one_process_wait_for_their_turn_and_never_preempt_each_other(ring: Ring) -> None:
+    client = ring.client()
+    await asyncio.gather(*(client.change(NAME, increment) for _ in range(40)))
+    found = (await client.read(NAME)).value
+    assert found is not None
+    assert found.body == b"40"
+    assert client.statistics().preempted == 0
+
+
+async def test_gateways_that_compete_apply_every_acknowledged_change_exactly_once(ring: Ring) -> None:
+    clients = [ring.client(f"gw{index}") for index in range(3)]
+
+    async def work(client: RingClient) -> tuple[int, int]:
+        done = unknown = 0
+        for _ in range(10):
+            try:
+                await client.change(NAME, increment)
+                done += 1
+            except OutcomeUnknown:
+                unknown += 1
+        return done, unknown
+
+    results = await asyncio.gather(*map(work, clients))
+    found = (await clients[0].read(NAME)).value
+    assert found is not None
+    done, unknown = (sum(column) for column in zip(*results, strict=True))
+    assert done <= int(found.body) <= done + unknown
+    assert done > 0
+
+
+async def test_too_many_waiters_for_one_register_are_told_to_slow_down() -> None:
+    turns = Turns(waiting_max=2)
+    async with turns.turn(NAME, 1.0):
+        waiting = asyncio.create_task(_take(turns))
+        await asyncio.sleep(0)
+        with pytest.raises(SlowDown):
+            await _take(turns)
+    await waiting
+
+
+async def _take(turns: Turns) -> None:
+    async with turns.turn(NAME, 1.0):
+        pass
+
+
+async def test_settling_commits_a_new_ballot_that_no_earlier_promise_survives(ring: Ring) -> None:
+    client = ring.client()
+    written = (await client.change(NAME, put(b"one"))).after
+    early = Ballot(1, client._around.ballots.next(1, 0, 0).counter + 1, "early", b"12345678")
+    for replica in ring.replicas.values():
+        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, early))
+    assert await client.settle(NAME) == written
+    for replica in ring.replicas.values():
+        late = await replica.inner.accept(messages.Accept(replica.inner.disk, NAME, early, Value(2, b"l" * 16, 2, b"late")))
+        assert late.verdict == Verdict.PREEMPTED
+
+
+async def test_settling_a_register_that_was_never_written_leaves_it_so_for_its_users(ring: Ring) -> None:
+    client = ring.client()
+    assert await client.settle(NAME) is None
+    assert (await client.read(NAME)).value is None
+    outcome = await client.change(NAME, put(b"one"))
+    assert outcome.before is None
+    assert outcome.after is not None
+    assert outcome.after.sequence == 1
+
+
+async def test_settling_replaces_a_damaged_row(ring: Ring) -> None:
+    client = ring.client()
+    written = (await client.change(NAME, put(b"one"))).after
+    await asyncio.sleep(0.01)
+    ring.stores[ring.third.inner.disk].damage(NAME)
+    assert [state.state for state in await client.agreement(NAME)] == ["current", "current", "damaged"]
+    assert (await client.read(NAME)).value == written
+    assert await client.settle(NAME) == written
+    await asyncio.sleep(0.01)
+    assert [state.state for state in await client.agreement(NAME)] == ["current"] * 3
+
+
+async def test_two_values_under_one_ballot_are_not_believed(ring: Ring) -> None:
+    await ring.accept_at(ring.first, b"one", 10)
+    await ring.accept_at(ring.second, b"two", 10)
+    client = ring.client()
+    with pytest.raises(DataDamaged):
+        await client.read(NAME)
+    assert client.statistics().digest_conflicts == 1
+
+
+# --- small copies -------------------------------------------------------------------------------------------------------
+
+
+def small_copies(content: bytes, needed: int = 2) -> SmallCopies:
+    return SmallCopies(b"D" * 16, [(b"D" * 16, [content])] * 3, lambda disks: len(disks) >= needed)
+
+
+def put_small(_: Value | None) -> Change:
+    return Change(b"record", Visibility.LIVE, b"D" * 16)
+
+
+async def test_a_small_object_is_written_with_the_prepare_and_read_with_the_record(ring: Ring) -> None:
+    client = ring.client()
+    await client.change(NAME, put_small, small=small_copies(b"payload"))
+    reading = await client.read(NAME, want_payload=True)
+    assert reading.payload is not None
+    assert bytes(reading.payload) == b"payload"
+    await asyncio.sleep(0.01)
+    assert all(replica.calls.count("prepare") == 1 for replica in ring.replicas.values())
+
+
+async def test_a_replica_with_the_record_and_without_the_copy_is_passed_over(ring: Ring) -> None:
+    client = ring.client()
+    await client.change(NAME, put_small, small=small_copies(b"payload"))
+    await asyncio.sleep(0.01)
+    ring.copies[ring.first.inner.disk].clear()
+    ring.copies[ring.second.inner.disk].clear()
+    reading = await client.read(NAME, want_payload=True)
+    assert reading.payload is not None
+    assert bytes(reading.payload) == b"payload"
+    assert [state.has_payload for state in await client.agreement(NAME)] == [False, False, True]
+    ring.copies[ring.third.inner.disk].clear()
+    assert (await client.read(NAME, want_payload=True)).payload is None
+
+
+async def test_without_enough_synced_copies_nothing_is_accepted(ring: Ring) -> None:
+    client = ring.client()
+    ring.third.away = True
+    with pytest.raises(ServiceUnavailable):
+        await client.change(NAME, put_small, small=small_copies(b"payload", needed=3))
+    assert all(ring.held(replica) is None for replica in ring.replicas.values())
+    assert (await client.read(NAME)).value is None
+
+
+async def test_a_preempted_change_sends_its_copies_again(ring: Ring) -> None:
+    ahead = Ballot(1, 10**17, "other", b"12345678")
+    for replica in ring.replicas.values():
+        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, ahead))
+    await ring.client().change(NAME, put_small, small=small_copies(b"payload"))
+    assert [bool(request.header) for request in ring.first.prepares] == [True, True]
+
+
+# --- fences, layouts, pages ---------------------------------------------------------------------------------------------
+
+
+async def test_a_fenced_bucket_can_be_read_and_settled_with_its_nonce_but_not_changed(ring: Ring) -> None:
+    client = ring.client(deadline_s=1.0)
+    written = (await client.change(NAME, put(b"one"))).after
+    await client.fence(SCOPE, 16, b"nonce")
+    with pytest.raises(NoSuchBucket):
+        await client.change(NAME, put(b"two"))
+    with pytest.raises(NoSuchBucket):
+        await client.settle(NAME)
+    with pytest.raises(ServiceUnavailable):
+        await client.change(NAME, put(b"two"), settling_nonce=b"nonce")
+    assert await client.settle(NAME, settling_nonce=b"nonce") == written
+    assert (await client.read(NAME)).value == written
+    await client.unfence(SCOPE, 16, b"nonce")
+    assert (await client.change(NAME, put(b"two"))).before == written
+
+
+async def test_a_final_fence_stays_and_says_so(ring: Ring) -> None:
+    client = ring.client()
+    await client.fence(SCOPE, 16, b"nonce", final=True)
+    with pytest.raises(ServiceUnavailable):
+        await client.unfence(SCOPE, 16, b"nonce")
+    with pytest.raises(NoSuchBucket) as refused:
+        await client.settle(NAME)
+    assert refused.value.details == {"final": "true"}
+
+
+async def test_a_fence_needs_a_majority_of_every_shards_replicas(ring: Ring) -> None:
+    ring.first.away = ring.second.away = True
+    with pytest.raises(ServiceUnavailable):
+        await ring.client().fence(SCOPE, 16, b"nonce")
+
+
+async def test_a_client_behind_the_layout_tries_again_when_it_has_learned_of_the_new_one(ring: Ring) -> None:
+    client = ring.client()
+    await client.change(NAME, put(b"one"))
+    for replica in ring.replicas.values():
+        await replica.inner.fence_epoch(messages.EpochFence(replica.inner.disk, 2))
+        replica.carried_out.clear()
+
+    async def learn() -> None:
+        await asyncio.gather(ring.first.carried_out["prepare"].wait(), ring.first.carried_out["read"].wait())
+        ring.layouts.current = Layouts.make(2)
+
+    _, outcome, reading = await asyncio.gather(learn(), client.change(NAME, put(b"two")), client.read(NAME))
+    assert outcome.after is not None
+    assert outcome.after.body == b"two"
+    assert reading.value is not None
+
+
+async def test_a_client_that_never_learns_of_the_new_layout_is_unavailable(ring: Ring) -> None:
+    client = ring.client(deadline_s=0.1)
+    for replica in ring.replicas.values():
+        await replica.inner.fence_epoch(messages.EpochFence(replica.inner.disk, 2))
+    with pytest.raises(ServiceUnavailable):
+        await client.read(NAME)
+    with pytest.raises(ServiceUnavailable):
+        await client.change(NAME, put(b"one"))
+
+
+async def test_pages_are_found_on_any_replica_and_a_missing_page_is_damage(ring: Ring) -> None:
+    client = ring.client()
+    ring.first.away = True
+    page_hash = await client.put_page(NAME, b"a page")
+    ring.first.away, ring.second.away = False, True
+    assert await ring.client().get_page(NAME, page_hash) == b"a page"
+    with pytest.raises(DataDamaged):
+        await client.get_page(NAME, b"\0" * 16)
+    ring.first.away = True
+    with pytest.raises(ServiceUnavailable):
+        await client.put_page(NAME, b"another")
+
+
+async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) -> None:
+    layouts = Layouts()
+    names = [RegisterName(Table.OBJECT, SCOPE, shard % 16, f"key {shard}".encode()) for shard in range(48)]
+    for life in range(2):
+        stores = {disk: LmdbMetaStore(tmp_path / disk, map_bytes=1 << 26) for disk in DISKS}
+        client = RingClient(layouts, _Directory({disk: LocalReplica(disk, store) for disk, store in stores.items()}), node="gw")
+        outcomes = await asyncio.gather(*(client.change(name, increment) for name in names))
+        assert {outcome.after.body for outcome in outcomes if outcome.after is not None} == {str(life + 1).encode()}
+        readings = await asyncio.gather(*(client.read(name) for name in names))
+        assert [reading.value for reading in readings] == [outcome.after for outcome in outcomes]
+        await client.close()
+        for store in stores.values():
+            await store.close()

@@ -1,0 +1,396 @@
+"""One acceptor over a disk that is slow on command, loses power, fails or rots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+import xxhash
+
+from storaged.cluster.ports import Call, PeerIdentity, Reply
+from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest
+from storaged.meta import messages
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.names import RegisterName, Table, Value, Visibility
+from storaged.meta.ports import ZERO_BALLOT, Ballot
+from storaged.meta.register import HIGH_WATER_BLOCK_US, Verdict
+from storaged.meta.remote import ReplicaHost
+from storaged.meta.replica import LocalReplica
+from storaged.meta.scan import ScanRequest, ShardAsk, Want
+from storaged.wire import Buffer
+
+SCOPE = b"s" * 16
+NAME = RegisterName(Table.OBJECT, SCOPE, 3, b"key")
+OTHER = RegisterName(Table.OBJECT, SCOPE, 3, b"other")
+
+
+class SlowDisk:
+    """A sync that waits until it is let through."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.open.set()
+        self.syncs = 0
+
+    async def sync(self) -> None:
+        self.syncs += 1
+        await self.open.wait()
+
+
+def ballot(counter: int, epoch: int = 1, node: str = "gw") -> Ballot:
+    return Ballot(epoch, counter, node, b"incarnat")
+
+
+def value(body: bytes = b"v", sequence: int = 1, payload: bytes = b"") -> Value:
+    return Value(sequence, b"o" * 16, Visibility.LIVE, body, payload)
+
+
+def prepare(at: Ballot, name: RegisterName = NAME, **more: bytes) -> messages.Prepare:
+    return messages.Prepare("d", name, at, **more)
+
+
+def accept(at: Ballot, what: Value, name: RegisterName = NAME, *, nonce: bytes = b"", identity: bool = False) -> messages.Accept:
+    return messages.Accept("d", name, at, what, nonce, identity)
+
+
+async def read(replica: LocalReplica, **more: object) -> messages.ReadReply:
+    reply, _ = await replica.read(messages.Read("d", NAME, 1, **more))  # type: ignore[arg-type]
+    return reply
+
+
+async def settle_tasks() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_an_accepted_value_is_told_by_prepares_and_reads() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    assert (await replica.prepare(prepare(ballot(10)))).accepted == ZERO_BALLOT
+    assert (await replica.accept(accept(ballot(10), value()))).verdict == Verdict.OK
+    reply = await replica.prepare(prepare(ballot(11)))
+    assert (reply.verdict, reply.accepted, reply.value) == (Verdict.OK, ballot(10), value())
+    full, digest = await read(replica), await read(replica, full=False)
+    assert full.value == value()
+    assert digest.value is None
+    assert digest.digest == full.digest != b""
+
+
+async def test_a_promise_refuses_lower_ballots_and_says_how_high_to_go() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    await replica.prepare(prepare(ballot(10)))
+    for refused in (await replica.prepare(prepare(ballot(9))), await replica.accept(accept(ballot(9), value()))):
+        assert refused.verdict == Verdict.PREEMPTED
+        assert refused.promised == ballot(10)
+
+
+async def test_an_accept_is_neither_answered_nor_revealed_before_it_is_synced() -> None:
+    disk = SlowDisk()
+    replica = LocalReplica("d", MemoryMetaStore(sync=disk.sync))
+    await replica.prepare(prepare(ballot(10)))
+    disk.open.clear()
+    accepting = asyncio.create_task(replica.accept(accept(ballot(10), value())))
+    await settle_tasks()
+    reading = asyncio.create_task(read(replica))
+    preparing = asyncio.create_task(replica.prepare(prepare(ballot(11))))
+    elsewhere = asyncio.create_task(replica.prepare(prepare(ballot(11), OTHER)))
+    await settle_tasks()
+    assert [task.done() for task in (accepting, reading, preparing, elsewhere)] == [False, False, False, True]
+    disk.open.set()
+    assert (await accepting).verdict == Verdict.OK
+    assert (await reading).accepted == ballot(10)
+    assert (await preparing).value == value()
+
+
+async def test_an_accept_whose_asker_went_away_still_arrives_and_keeps_others_waiting() -> None:
+    disk = SlowDisk()
+    replica = LocalReplica("d", MemoryMetaStore(sync=disk.sync))
+    await replica.prepare(prepare(ballot(10)))
+    disk.open.clear()
+    accepting = asyncio.create_task(replica.accept(accept(ballot(10), value())))
+    await settle_tasks()
+    accepting.cancel()
+    reading = asyncio.create_task(read(replica))
+    await settle_tasks()
+    assert not reading.done()
+    disk.open.set()
+    assert (await reading).accepted == ballot(10)
+
+
+async def test_promises_cost_no_sync_within_a_block_and_hold_after_a_restart() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = LocalReplica("d", store)
+    for counter in range(1000, 1100):
+        await replica.prepare(prepare(ballot(counter)))
+    assert disk.syncs == 1
+    store.crash()
+    restarted = LocalReplica("d", store)
+    for name in (NAME, OTHER):
+        refused = await restarted.accept(accept(ballot(1099), value(), name))
+        assert refused.verdict == Verdict.PREEMPTED
+        assert refused.promised.counter >= 1099
+    beyond = refused.promised.counter + 1
+    assert (await restarted.prepare(prepare(ballot(beyond)))).verdict == Verdict.OK
+
+
+async def test_a_promise_beyond_the_high_water_ballot_waits_for_the_disk() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = LocalReplica("d", store)
+    await replica.prepare(prepare(ballot(1)))
+    disk.open.clear()
+    far = ballot(1 + 2 * HIGH_WATER_BLOCK_US)
+    promising = asyncio.create_task(replica.prepare(prepare(far)))
+    await settle_tasks()
+    assert not promising.done()
+    disk.open.set()
+    assert (await promising).verdict == Verdict.OK
+    assert (await LocalReplica("d", store).accept(accept(far, value()))).verdict == Verdict.PREEMPTED
+
+
+async def test_the_promise_evicted_from_a_full_table_binds_every_register() -> None:
+    replica = LocalReplica("d", MemoryMetaStore(), promises_max=2)
+    for counter, key in ((30, b"a"), (10, b"b"), (11, b"c")):
+        await replica.prepare(prepare(ballot(counter), RegisterName(Table.OBJECT, SCOPE, 3, key)))
+    assert replica.statistics().promises == 2
+    assert replica.statistics().promises_evicted == 1
+    assert (await replica.prepare(prepare(ballot(29)))).verdict == Verdict.PREEMPTED
+    assert (await replica.accept(accept(ballot(29), value(), RegisterName(Table.OBJECT, SCOPE, 3, b"a")))).verdict == Verdict.PREEMPTED
+    assert (await replica.prepare(prepare(ballot(31)))).verdict == Verdict.OK
+
+
+async def test_one_ballot_with_two_values_is_refused_and_counted() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    await replica.accept(accept(ballot(10), value(b"one")))
+    assert (await replica.accept(accept(ballot(10), value(b"one")))).verdict == Verdict.OK
+    assert (await replica.accept(accept(ballot(10), value(b"two")))).verdict == Verdict.CONFLICT
+    assert replica.statistics().ballot_conflicts == 1
+    assert (await read(replica)).value == value(b"one")
+
+
+async def test_the_epoch_fence_refuses_older_layouts_for_good() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.accept(accept(ballot(10), value()))
+    assert (await replica.fence_epoch(messages.EpochFence("d", 2))).epoch == 2
+    assert (await replica.fence_epoch(messages.EpochFence("d", 1))).epoch == 2
+    for fenced in (replica, LocalReplica("d", store)):
+        assert (await fenced.prepare(prepare(ballot(10**15)))).verdict == Verdict.EPOCH
+        assert (await fenced.accept(accept(ballot(10**15), value()))).verdict == Verdict.EPOCH
+        assert (await read(fenced)).verdict == Verdict.EPOCH
+        ask = (ShardAsk(3, b"", 10, Want.ALL, 100, 10_000),)
+        assert (await fenced.scan(ScanRequest("d", 1, Table.OBJECT, SCOPE, ask))).verdict == Verdict.EPOCH
+        assert (await fenced.scan(ScanRequest("d", 2, Table.OBJECT, SCOPE, ask))).verdict == Verdict.OK
+    assert (await replica.prepare(prepare(ballot(1, epoch=2)))).verdict == Verdict.OK
+
+
+# --- bucket fences ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_bucket_fence_survives_restart_and_passes_only_settling_rounds_with_its_nonce() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.accept(accept(ballot(10), value()))
+    assert (await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))).done
+    now = 10**15
+    for fenced in (replica, LocalReplica("d", store)):
+        now += 10
+        assert (await fenced.prepare(prepare(ballot(now)))).verdict == Verdict.FENCED
+        assert (await fenced.accept(accept(ballot(now), value(b"w")))).verdict == Verdict.FENCED
+        assert (await fenced.accept(accept(ballot(now), value(b"w"), nonce=b"nonce"))).verdict == Verdict.FENCED
+        assert (await fenced.accept(accept(ballot(now), value(), nonce=b"wrong", identity=True))).verdict == Verdict.FENCED
+        assert (await fenced.prepare(prepare(ballot(now), nonce=b"nonce"))).verdict == Verdict.OK
+        assert (await fenced.accept(accept(ballot(now), value(), nonce=b"nonce", identity=True))).verdict == Verdict.OK
+    assert (await read(replica)).value == value()
+
+
+async def test_a_fence_binds_objects_uploads_and_parts_of_its_bucket_and_no_other_bucket() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))
+    for table in (Table.OBJECT, Table.UPLOAD, Table.PART):
+        assert (await replica.prepare(prepare(ballot(10), RegisterName(table, SCOPE, 0, b"k")))).verdict == Verdict.FENCED
+    elsewhere = RegisterName(Table.OBJECT, b"t" * 16, 0, b"k")
+    assert (await replica.prepare(prepare(ballot(10), elsewhere))).verdict == Verdict.OK
+
+
+async def test_a_fence_is_lifted_by_its_nonce_unless_it_is_final() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))
+    assert not (await replica.unfence(messages.FenceLift("d", SCOPE, b"other"))).done
+    assert (await replica.unfence(messages.FenceLift("d", SCOPE, b"nonce"))).done
+    assert (await replica.unfence(messages.FenceLift("d", SCOPE, b"nonce"))).done
+    assert (await replica.accept(accept(ballot(10), value()))).verdict == Verdict.OK
+    await replica.fence(messages.FenceSet("d", SCOPE, b"nonce", final=True))
+    assert not (await replica.unfence(messages.FenceLift("d", SCOPE, b"nonce"))).done
+    assert not (await replica.fence(messages.FenceSet("d", SCOPE, b"late"))).done
+    assert (await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))).done
+    refused = await replica.prepare(prepare(ballot(11)))
+    assert refused.verdict == Verdict.FENCED
+    assert refused.final
+
+
+async def test_a_fence_binds_from_the_moment_it_is_asked_and_is_answered_after_what_was_accepted_before() -> None:
+    disk = SlowDisk()
+    replica = LocalReplica("d", MemoryMetaStore(sync=disk.sync))
+    await replica.prepare(prepare(ballot(10)))
+    disk.open.clear()
+    before = asyncio.create_task(replica.accept(accept(ballot(10), value())))
+    await settle_tasks()
+    fencing = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"nonce")))
+    await settle_tasks()
+    assert (await replica.accept(accept(ballot(11), value(), OTHER))).verdict == Verdict.FENCED
+    assert not fencing.done()
+    disk.open.set()
+    await fencing
+    assert before.done()
+    assert (await before).verdict == Verdict.OK
+
+
+# --- disks that fail, rot, or are not the ones they were ----------------------------------------------------------------
+
+
+async def test_a_store_that_refused_a_write_makes_its_replica_silent() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.prepare(prepare(ballot(10)))
+    store.fail("I/O error")
+    with pytest.raises(DiskUnusable):
+        await replica.accept(accept(ballot(10), value()))
+    for call in (replica.prepare(prepare(ballot(11))), read(replica), replica.accept(accept(ballot(11), value()))):
+        with pytest.raises(DiskUnusable):
+            await call
+    assert "I/O error" in replica.statistics().state
+
+
+async def test_a_blank_store_where_another_was_expected_is_refused() -> None:
+    known = MemoryMetaStore()
+    LocalReplica.open("d", known, known.store_id)
+    with pytest.raises(DiskForeign):
+        LocalReplica.open("d", MemoryMetaStore(), known.store_id)
+
+
+async def test_a_retired_replica_answers_nothing_after_a_restart_either() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.retire()
+    for retired in (replica, LocalReplica("d", store)):
+        with pytest.raises(DiskUnusable):
+            await read(retired)
+
+
+async def test_a_damaged_row_counts_for_nothing_until_a_ballot_above_all_it_may_have_held() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.prepare(prepare(ballot(10)))
+    await replica.accept(accept(ballot(10), value()))
+    store.damage(NAME)
+    assert (await read(replica)).verdict == Verdict.DAMAGED
+    reply = await replica.prepare(prepare(ballot(20)))
+    assert (reply.verdict, reply.value) == (Verdict.DAMAGED, None)
+    assert (await replica.accept(accept(ballot(20), value(b"old")))).verdict == Verdict.PREEMPTED
+    above = ballot(reply.promised.counter + 1)
+    assert (await replica.accept(accept(above, value(b"new")))).verdict == Verdict.OK
+    assert (await read(replica)).value == value(b"new")
+    assert replica.statistics().rows_damaged > 0
+
+
+async def test_names_and_ballots_that_cannot_be_are_refused() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    for bad in (
+        prepare(ballot(0)),
+        prepare(ballot(2**62 + 1)),
+        prepare(ballot(1), RegisterName(Table.OBJECT, SCOPE, 0, b"")),
+        prepare(ballot(1), RegisterName(Table.OBJECT, b"short", 0, b"k")),
+        prepare(ballot(1), RegisterName(Table.OBJECT, SCOPE, 0, b"k" * 1042)),
+    ):
+        with pytest.raises(InvalidRequest):
+            await replica.prepare(bad)
+
+
+async def test_close_waits_for_what_is_on_its_way_to_the_disk() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = LocalReplica("d", store)
+    await replica.prepare(prepare(ballot(10)))
+    disk.open.clear()
+    accepting = asyncio.create_task(replica.accept(accept(ballot(10), value())))
+    await settle_tasks()
+    closing = asyncio.create_task(replica.close())
+    await settle_tasks()
+    assert not closing.done()
+    disk.open.set()
+    await asyncio.gather(closing, accepting)
+    assert store.get(NAME) is not None
+
+
+# --- small copies and pages ---------------------------------------------------------------------------------------------
+
+
+class Copies:
+    """Small copies of one disk; ``fails`` makes it refuse them."""
+
+    def __init__(self) -> None:
+        self.held: dict[bytes, bytes] = {}
+        self.fails = False
+
+    async def store(self, header: bytes, body: Sequence[Buffer]) -> None:
+        if self.fails:
+            raise DiskUnusable("full")
+        self.held[header] = b"".join(bytes(piece) for piece in body)
+
+    async def load(self, data_id: bytes) -> memoryview | None:
+        held = self.held.get(data_id)
+        return None if held is None else memoryview(held)
+
+
+async def test_a_copy_is_stored_whatever_the_ballot_and_acknowledged_apart_from_it() -> None:
+    copies = Copies()
+    replica = LocalReplica("d", MemoryMetaStore(), store_payload=copies.store, load_payload=copies.load)
+    promised = await replica.prepare(prepare(ballot(10), header=b"D1"), [b"pay", b"load"])
+    refused = await replica.prepare(prepare(ballot(9), header=b"D2"), [b"second"])
+    assert (promised.verdict, promised.payload_synced) == (Verdict.OK, True)
+    assert (refused.verdict, refused.payload_synced) == (Verdict.PREEMPTED, True)
+    assert copies.held == {b"D1": b"payload", b"D2": b"second"}
+    copies.fails = True
+    failed = await replica.prepare(prepare(ballot(11), header=b"D3"), [b"third"])
+    assert (failed.verdict, failed.payload_synced, failed.payload_error) == (Verdict.OK, False, "full")
+
+
+async def test_a_read_brings_the_copy_that_the_value_names_or_says_that_there_is_none() -> None:
+    copies = Copies()
+    replica = LocalReplica("d", MemoryMetaStore(), store_payload=copies.store, load_payload=copies.load)
+    await replica.prepare(prepare(ballot(10), header=b"D"), [b"payload"])
+    await replica.accept(accept(ballot(10), value(payload=b"D")))
+    reply, body = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
+    assert (reply.payload, bytes(body)) == (b"D", b"payload")
+    del copies.held[b"D"]
+    reply, body = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
+    assert (reply.payload, bytes(body)) == (b"", b"")
+    assert reply.value == value(payload=b"D")
+
+
+async def test_pages_are_kept_under_their_own_hash_alone() -> None:
+    replica = LocalReplica("d", MemoryMetaStore())
+    page_hash = xxhash.xxh3_128_digest(b"page")
+    with pytest.raises(InvalidRequest):
+        await replica.page_put(messages.PagePut("d", page_hash, b"other"))
+    assert (await replica.page_get(messages.PageGet("d", page_hash))).body is None
+    await replica.page_put(messages.PagePut("d", page_hash, b"page"))
+    assert (await replica.page_get(messages.PageGet("d", page_hash))).body == b"page"
+
+
+async def test_a_host_answers_for_its_own_disks_only() -> None:
+    copies = Copies()
+    replica = LocalReplica("d", MemoryMetaStore(), store_payload=copies.store, load_payload=copies.load)
+    methods = ReplicaHost({"d": replica}).methods()
+    call = Call(PeerIdentity("gw", "FR", "s", "r", ("gateway",)), memoryview(b"payload"), 0.0)
+    reply = await methods["meta.prepare"].handler(prepare(ballot(10), header=b"D"), call)
+    assert isinstance(reply, messages.PrepareReply)
+    assert reply.payload_synced
+    await methods["meta.accept"].handler(accept(ballot(10), value(payload=b"D")), call)
+    answer = await methods["meta.read"].handler(messages.Read("d", NAME, 1, want_payload=True), call)
+    assert isinstance(answer, Reply)
+    assert b"".join(bytes(piece) for piece in answer.body) == b"payload"
+    with pytest.raises(DiskUnusable):
+        await methods["meta.prepare"].handler(messages.Prepare("elsewhere", NAME, ballot(10)), call)
