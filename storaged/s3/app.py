@@ -259,8 +259,8 @@ class S3App:
     def error_reply(self, request: Request, error: errors.S3Error) -> Reply:
         """The error as S3 says it; for HEAD and 304 in headers alone."""
         if isinstance(error, errors.NotModified):
-            named = {"ETag": "ETag", "LastModified": "Last-Modified"}
-            return Reply(304, {named[name]: value for name, value in error.details.items() if name in named}, code=error.code)
+            etag = error.details.get("ETag", "").strip('"')
+            return Reply(304, {"ETag": f'"{etag}"'} if etag else {}, code=error.code)
         body = b""
         if request.method != "HEAD":
             body = xml.error_document(error.code, error.message, error.details, request.resource, request.id, self._host_id)

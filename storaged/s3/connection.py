@@ -9,7 +9,7 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
-from storaged.errors import BadRequest, RequestHeaderSectionTooLarge, S3Error
+from storaged.errors import BadRequest, InternalError, RequestHeaderSectionTooLarge, S3Error
 from storaged.s3 import xml
 
 log = logging.getLogger("storaged.s3")
@@ -33,7 +33,11 @@ class Connection(web.RequestHandler):
             log.error("request failed outside of its handler", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("The answer has begun: there is no place for another.")
-        error: S3Error = RequestHeaderSectionTooLarge() if isinstance(exc, LineTooLong) or "Too many headers" in str(exc) else BadRequest()
+        error: S3Error = BadRequest()
+        if status >= 500:
+            error = InternalError()
+        elif isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
+            error = RequestHeaderSectionTooLarge()
         request_id = self._new_id()
         body = xml.error_document(error.code, error.message, {}, "/", request_id, "")
         answer = web.Response(

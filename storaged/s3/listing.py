@@ -84,26 +84,26 @@ def _checksum(item: ListedObject) -> str:
     return f"<ChecksumAlgorithm>{item.algorithm}</ChecksumAlgorithm><ChecksumType>{item.checksum_type}</ChecksumType>"
 
 
-def _last(page: Listing) -> bytes:
-    return max(
-        page.objects[-1].key if page.objects else b"",
-        page.prefixes[-1] if page.prefixes else b"",
-    )
+def _following(page: Listing) -> bytes | None:
+    """The marker of the next page as a client can send it: a key, or the common prefix that ended this page. (A page may be short, even empty, and not the
+    last one: the object plane does not look at too many deleted keys in one go.)"""
+    return None if page.next_after is None else page.next_after.rstrip(_BEYOND)
 
 
 async def list_objects_v1(front: Front, request: Request) -> Reply:
-    """NextMarker comes only with a delimiter, as on AWS: without one it is the last key."""
+    """NextMarker comes only where it says more than the last key does, as on AWS."""
     ask = _ask(request)
     marker = request.query.get("marker", "").encode()
     page = await _page(front, request, ask, marker)
-    truncated = page.next_after is not None
-    following = f"<NextMarker>{ask.key(_last(page))}</NextMarker>" if truncated and ask.delimiter else ""
+    following = _following(page)
+    last = page.objects[-1].key if page.objects else b""
+    next_marker = f"<NextMarker>{ask.key(following)}</NextMarker>" if following is not None and (ask.delimiter or following != last) else ""
     return xml_reply(
         xml.document(
             "ListBucketResult",
             ask.common(request.bucket, plain_prefix=True),
-            f"<Marker>{ask.key(marker)}</Marker>{following}<MaxKeys>{ask.limit}</MaxKeys>",
-            xml.boolean("IsTruncated", truncated),
+            f"<Marker>{ask.key(marker)}</Marker>{next_marker}<MaxKeys>{ask.limit}</MaxKeys>",
+            xml.boolean("IsTruncated", following is not None),
             _rows(ask, list(page.objects), xml.owner(request.who.user_id, request.who.display_name)),
             ask.prefixes(list(page.prefixes)),
         )
@@ -136,7 +136,9 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
 
 
 def _to_token(after: bytes) -> str:
-    return base64.urlsafe_b64encode(after).decode()
+    """One byte behind a prefix says as much as the many that the object plane uses."""
+    short = after.rstrip(_BEYOND)
+    return base64.urlsafe_b64encode(short if short == after else short + _BEYOND).decode()
 
 
 def _from_token(token: str) -> bytes:
@@ -163,18 +165,17 @@ async def list_versions(front: Front, request: Request) -> Reply:
             delimiter=ask.delimiter,
             limit=ask.limit,
         )
-    truncated = page.next_after is not None
-    following = ""
-    if truncated:
-        last = _last(page)
-        version = page.objects[-1].version_id if page.objects and page.objects[-1].key == last else ""
-        following = f"<NextKeyMarker>{ask.key(last)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
+    following = _following(page)
+    next_markers = ""
+    if following is not None:
+        version = page.objects[-1].version_id if page.objects and page.objects[-1].key == following else ""
+        next_markers = f"<NextKeyMarker>{ask.key(following)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
     return xml_reply(
         xml.document(
             "ListVersionsResult",
             ask.common(request.bucket),
-            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}{following}<MaxKeys>{ask.limit}</MaxKeys>",
-            xml.boolean("IsTruncated", truncated),
+            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}{next_markers}<MaxKeys>{ask.limit}</MaxKeys>",
+            xml.boolean("IsTruncated", following is not None),
             "".join(_version(ask, item, request) for item in page.objects),
             ask.prefixes(list(page.prefixes)),
         )

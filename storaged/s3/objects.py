@@ -204,7 +204,7 @@ async def get_object(front: Front, request: Request) -> Reply:
 
 
 def _describe_part(request: Request, info: ObjectInfo, number: int, answer: Headers) -> None:
-    """One part of a multipart upload, with its own checksum; or all of an object that was not uploaded in parts, which is its part 1."""
+    """The n-th part of a multipart upload, with its own checksum; or all of an object that was not uploaded in parts, which is its part 1."""
     if info.part_count:
         answer["x-amz-mp-parts-count"] = str(info.part_count)
     if request.headers.get("x-amz-checksum-mode", "").upper() != "ENABLED":
@@ -213,9 +213,8 @@ def _describe_part(request: Request, info: ObjectInfo, number: int, answer: Head
         checksum_headers(info.checksums, info.checksum_type, answer)
         return
     algorithm = next(iter(info.checksums), "")
-    part = next((part for part in info.parts if part.number == number), None)
-    if algorithm and part is not None and part.checksum:
-        checksum_headers({algorithm: part.checksum}, info.checksum_type, answer)
+    if algorithm and number <= len(info.parts) and info.parts[number - 1].checksum:
+        checksum_headers({algorithm: info.parts[number - 1].checksum}, info.checksum_type, answer)
 
 
 async def _open(
@@ -256,9 +255,8 @@ async def head_object(front: Front, request: Request) -> Reply:
     if span is not None:
         first, length = resolve(span, info.size)
     elif part_number is not None and info.part_count:
-        before = [part for part in info.parts if part.number < part_number]
-        first = sum(part.size for part in before)
-        length = next(part.size for part in info.parts if part.number == part_number)
+        first = sum(part.size for part in info.parts[: part_number - 1])
+        length = info.parts[part_number - 1].size
     partial = span is not None or part_number is not None
     answer = object_headers(info, checksums=not partial and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
     answer.update(overrides)

@@ -92,7 +92,7 @@ def object_headers(info: ObjectInfo, *, checksums: bool) -> Headers:
         "x-amz-server-side-encryption": "AES256",
     }
     for name, value in info.headers.items():
-        headers[_HEADER_NAMES[name]] = value
+        headers[_HEADER_NAMES.get(name, name)] = value
     for name, value in info.user.items():
         headers[f"x-amz-meta-{name}"] = value
     if info.tags:

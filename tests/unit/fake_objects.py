@@ -167,9 +167,9 @@ class FakeObjects:
         if not c.if_match and c.if_unmodified_since_ms is not None and seconds > c.if_unmodified_since_ms // 1000:
             raise errors.PreconditionFailed(Condition="If-Unmodified-Since")
         if c.if_none_match and ("*" in c.if_none_match or info.etag in c.if_none_match):
-            raise errors.NotModified(ETag=f'"{info.etag}"')
+            raise errors.NotModified(ETag=info.etag)
         if not c.if_none_match and c.if_modified_since_ms is not None and seconds <= c.if_modified_since_ms // 1000:
-            raise errors.NotModified(ETag=f'"{info.etag}"')
+            raise errors.NotModified(ETag=info.etag)
 
     @staticmethod
     def check_write(current: Stored | None, conditions: WriteConditions) -> None:
@@ -248,8 +248,8 @@ class FakeObjects:
         if part_number is not None:
             partial = True
             if info.part_count:
-                first = sum(part.size for part in info.parts if part.number < part_number)
-                length = next(part.size for part in info.parts if part.number == part_number)
+                first = sum(part.size for part in info.parts[: part_number - 1])
+                length = info.parts[part_number - 1].size
         elif span is not None:
             first, length = self.resolve(span, info.size)
             partial = True
@@ -320,7 +320,7 @@ class FakeObjects:
                 return Listing(found, prefixes, last)
             if group:
                 prefixes.append(group)
-                last = group + b"\xff"
+                last = group + b"\xff" * 20
             else:
                 info = self.of(bucket)[key].info
                 name = next(iter(info.checksums), "")
