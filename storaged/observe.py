@@ -13,8 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import IO, Any, NamedTuple, TextIO
 
 import structlog
@@ -142,7 +141,6 @@ METRICS: dict[str, Described] = {
     "storaged_layout_epoch": Described("gauge", "Epoch of the layout in force."),
     "storaged_node_up": Described("gauge", "1 when the node answers this one.", ("node",)),
     "storaged_disk_bytes": Described("gauge", "Bytes of a local disk's fragment store.", ("disk", "kind")),
-    "storaged_disk_fragments": Described("gauge", "Fragments on a local disk.", ("disk",)),
     "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
     "storaged_s3_requests_total": Described("counter", "S3 requests answered.", ("operation", "status")),
     "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",), _SECONDS),
@@ -204,11 +202,20 @@ def setup_spans(node: str) -> bool:
     return True
 
 
-@contextmanager
-def timed(histogram: Histogram) -> Iterator[None]:
-    """Observes how long the block took, in seconds."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        histogram.observe(time.perf_counter() - start)
+Recorder = Callable[[str, float, Mapping[str, str | int]], None]
+"""``record(name, duration_s, attributes)``: something that has just ended."""
+
+
+def span_recorder(scope: str) -> Recorder | None:
+    """Makes a span of each thing that ended; None when spans are not enabled, so that nothing is paid for them."""
+    if not spans_enabled():
+        return None
+    from opentelemetry import trace
+
+    tracer = trace.get_tracer(scope)
+
+    def record(name: str, duration_s: float, attributes: Mapping[str, str | int]) -> None:
+        end_ns = time.time_ns()
+        tracer.start_span(name, attributes=dict(attributes), start_time=end_ns - int(duration_s * 1e9)).end(end_ns)
+
+    return record

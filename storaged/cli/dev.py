@@ -24,6 +24,7 @@ S3_PORT = 8333
 ADMIN_PORT = 8334
 START_TIMEOUT_S = 60.0
 COUNT_TIMEOUT_S = 2.0
+COUNT_POLL_S = 0.1
 RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
 GATEWAY = ("gateway", "FR/par1/a")
 DISKS_EACH = 2
@@ -233,9 +234,10 @@ async def _first_things(place: Path) -> None:
             gateway, place, "POST", "/v1/buckets", body={"name": known["bucket"], "access_key": credentials["access_key"]}
         )
         _write_json(place / "dev.json", {**known, "prepared": True})
-    deadline = min(deadline, time.monotonic() + COUNT_TIMEOUT_S)
-    while not (await asyncio.to_thread(gateway, place, "GET", "/v1/jobs"))["objects_counted"] and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)
+    for _ in range(int(COUNT_TIMEOUT_S / COUNT_POLL_S)):
+        if (await asyncio.to_thread(gateway, place, "GET", "/v1/jobs"))["objects_counted"]:
+            break
+        await asyncio.sleep(COUNT_POLL_S)
 
 
 def banner(place: Path, new: bool) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from storaged import keys
+from storaged import keys, observe
 from storaged.admin.ports import Services
 from storaged.clock import Clock
 from storaged.config import Config, split_address
@@ -319,12 +319,16 @@ def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
     received, sent = metrics.counter("storaged_s3_received_bytes_total"), metrics.counter("storaged_s3_sent_bytes_total")
     access = structlog.get_logger("s3")
     level = logging.getLogger("storaged.s3")
+    record = observe.span_recorder("storaged.s3")
 
     def done(request: RequestDone) -> None:
         requests.labels(request.operation or "none", str(request.status)).inc()
         seconds.labels(request.operation or "none").observe(request.duration_s)
         received.inc(request.bytes_in)
         sent.inc(request.bytes_out)
+        if record is not None:
+            told = {"http.response.status_code": request.status, "storaged.request_id": request.request_id, "storaged.code": request.code}
+            record(request.operation or request.method, request.duration_s, {**told, "storaged.bucket": request.bucket})
         ours = request.status >= 500 and request.code != "NotImplemented"
         if not ours and not level.isEnabledFor(logging.DEBUG):
             return

@@ -258,6 +258,11 @@ class Node:
         except StoragedError as error:
             log.warning("the state of the disks cannot be told", reason=error.message)
             return
+        self.metrics.gauge("storaged_layout_epoch").set(self.layouts.epoch)
+        if self._server is not None or self.gateway is not None:
+            up = self.metrics.gauge("storaged_node_up")
+            for known in self.membership.statuses():
+                up.labels(known.name).set(known.state == "up")
         ok, size = self.metrics.gauge("storaged_disk_ok"), self.metrics.gauge("storaged_disk_bytes")
         for disk in self._disk_statuses:
             ok.labels(disk.id).set(disk.state == "ok")

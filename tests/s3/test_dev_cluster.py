@@ -329,9 +329,13 @@ def test_a_detached_cluster_runs_until_it_is_told_to_stop(tmp_path: Path, cluste
         assert f"http://127.0.0.1:{other.s3_port}" in done.stdout
         pids = other.pids()
         assert len(pids) == 4
-        # A certificate of another cluster gets in nowhere: the address is this cluster's, the identity the other's.
-        refused = request(other.directory / "n1", "GET", "/v1/status")
-        assert refused["cluster"] != cluster.status()["cluster"]
+        # The certificate of another cluster: the node does not start with it, and says why.
+        other.run("dev", "stop", "n1")
+        os.rename(other.directory / "n1" / "identity", tmp_path / "own")
+        shutil.copytree(cluster.directory / "n1" / "identity", other.directory / "n1" / "identity")
+        refused = other.run("dev", "start", "n1", check=False)
+        assert refused.returncode == 1
+        assert "not by this cluster's administration key" in refused.stderr
     finally:
         other.run("dev", "stop", check=False)
     assert [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()] == []

@@ -75,3 +75,15 @@ def test_metrics_are_those_described_and_no_others() -> None:
     assert metrics.registry.get_sample_value("storaged_s3_requests_total", {"operation": "GetObject", "status": "200"}) == 1.0
     with pytest.raises(KeyError):
         metrics.gauge("storaged_unheard_of")
+
+
+def test_spans_cost_nothing_unless_they_are_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    assert observe.span_recorder("storaged") is None
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert observe.span_recorder("storaged") is None
+    monkeypatch.delenv("OTEL_SDK_DISABLED")
+    record = observe.span_recorder("storaged")
+    assert record is not None
+    record("PutObject", 0.01, {"status": 200})
