@@ -327,8 +327,13 @@ def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
         received.inc(request.bytes_in)
         sent.inc(request.bytes_out)
         if record is not None:
-            told = {"http.response.status_code": request.status, "storaged.request_id": request.request_id, "storaged.code": request.code}
-            record(request.operation or request.method, request.duration_s, {**told, "storaged.bucket": request.bucket})
+            told: dict[str, str | int] = {
+                "http.response.status_code": request.status,
+                "storaged.request_id": request.request_id,
+                "storaged.bucket": request.bucket,
+                "storaged.code": request.code,
+            }
+            record(request.operation or request.method, request.duration_s, told)
         ours = request.status >= 500 and request.code != "NotImplemented"
         if not ours and not level.isEnabledFor(logging.DEBUG):
             return
