@@ -56,6 +56,9 @@ CALL_TIMEOUT_S = 5.0
 HEDGE_S = 0.05
 """A read asks one more replica when those asked have not answered by then: well above a healthy fsync, well below what a person notices."""
 
+AGREEMENT_S = 2.0
+"""Who has not said by then what it holds counts as away."""
+
 LAYOUT_PAUSE_S = 0.05
 """Between two tries of a read whose replicas follow a newer layout; drawn at random up to it."""
 
@@ -112,7 +115,9 @@ class RingClient:
         call_timeout_s: float = CALL_TIMEOUT_S,
         hedge_s: float = HEDGE_S,
         rules: Rules = RULES,
+        on_missed: Callable[[RegisterName], None] = lambda name: None,
     ) -> None:
+        """``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up."""
         self._layouts = layouts
         self._replicas = replicas
         self._clock = clock if clock is not None else SystemClock()
@@ -138,6 +143,7 @@ class RingClient:
             call_timeout_s=call_timeout_s,
             rules=rules,
             counts=self._counts,
+            on_missed=on_missed,
         )
 
     async def close(self) -> None:
@@ -160,20 +166,19 @@ class RingClient:
         *,
         small: SmallCopies | None = None,
         ready: Awaitable[None] | None = None,
+        renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
     ) -> Outcome:
         self._counts["changes"] += 1
         deadline = self._deadline()
-        barrier = None
-        if ready is not None and not isinstance(ready, asyncio.Future):
-            barrier = ready = asyncio.ensure_future(ready)
+        barrier = None if ready is None else asyncio.ensure_future(ready)
         try:
             async with self._turns.turn(name, self._deadline_s):
                 lineage = Lineage(self._entropy(CALL_BYTES), self._rules)
-                proposal = Proposal(self._around, name, lineage, deadline, update, small, ready, settling_nonce)
+                proposal = Proposal(self._around, name, lineage, deadline, update, small, barrier, renew, settling_nonce)
                 return await proposal.run()
         finally:
-            if barrier is not None:
+            if barrier is not None and barrier is not ready:
                 barrier.cancel()
                 await asyncio.gather(barrier, return_exceptions=True)
 
@@ -235,6 +240,9 @@ class RingClient:
                 if seen.stale:
                     return None
                 raise ServiceUnavailable("No majority of the replicas of this key answers. Retry.")
+            remaining_s = deadline - self._clock.monotonic()
+            if remaining_s <= 0:
+                raise ServiceUnavailable("No majority of the replicas of this key answered in time. Retry.")
             accepted = seen.accepted
             ballot = settled_ballot(view.groups, accepted, self._rules)
             if ballot is not None and (ballot == ZERO_BALLOT or _value_at(seen, ballot) is not None):
@@ -244,12 +252,9 @@ class RingClient:
                 if _value_at(seen, newest) is not None:
                     return seen
                 ask(next(disk for disk, its in accepted.items() if its == newest), True)
-            remaining_s = deadline - self._clock.monotonic()
             answer = await answers.next(min(self._hedge_s, remaining_s) if waiting else remaining_s)
             if answer is not None:
                 _note(seen, *answer)
-            elif remaining_s <= self._hedge_s:
-                raise ServiceUnavailable("No majority of the replicas of this key answered in time. Retry.")
             if waiting and (answer is None or answer[0] in seen.failed or len(set(seen.accepted.values())) > 1):
                 ask(waiting.pop(0), True)
 
@@ -279,7 +284,7 @@ class RingClient:
     def _compare_digests(self, name: RegisterName, seen: _Seen, ballot: Ballot) -> None:
         if len({reply.digest for reply in seen.replies.values() if reply.accepted == ballot}) > 1:
             self._counts["digest_conflicts"] += 1
-            log.error("replicas differ under one ballot", register=name.pack().hex(), ballot=ballot)
+            log.error("replicas differ under one ballot", register=name.pack().hex(), ballot=str(ballot))
             raise DataDamaged("Two replicas of this key hold different values under one ballot; neither is believed.")
 
     async def _fetch_payload(self, view: View, name: RegisterName, data_id: bytes, seen: _Seen, deadline: float) -> memoryview | None:
@@ -299,7 +304,8 @@ class RingClient:
         return None
 
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
-        view, deadline = self._view(name), self._deadline()
+        view = self._view(name)
+        deadline = self._clock.monotonic() + min(self._deadline_s, AGREEMENT_S)
         seen, copies = _Seen(), _Seen()
         for request, heard in ((messages.Read("", name, view.epoch), seen), (None, copies)):
             if request is None:

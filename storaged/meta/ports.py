@@ -78,12 +78,14 @@ class Registers(Protocol):
         *,
         small: SmallCopies | None = None,
         ready: Awaitable[None] | None = None,
+        renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
     ) -> Outcome:
         """Compare-and-set: prepare, ``update`` on what the prepare found, accept; the answer comes after a majority has it on disk.
 
         ``ready`` is awaited between prepare and accept (the barrier of the fragments): the prepare overlaps it; when it raises, nothing is
-        accepted and its exception is raised here. Raises ServiceUnavailable when no majority answered a prepare (nothing changed),
+        accepted and its exception is raised here. ``renew`` is awaited before every further prepare once ``ready`` is through: it makes sure that the fragments
+        are still there and renews their age, for what pre-empted this change may have been the collector; it raises when they are gone. Raises ServiceUnavailable when no majority answered a prepare (nothing changed),
         OutcomeUnknown when an accept may have been applied and could not be settled, NoSuchBucket when the scope is fenced
         (unless ``settling_nonce`` is the fence's, with which values can be settled but not changed), and what ``update`` raises.
         """

@@ -19,7 +19,7 @@ from storaged.clock import Clock
 from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.meta import messages
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Ballot, Outcome, Replicas, SmallCopies, Update
+from storaged.meta.ports import Ballot, Outcome, Replica, Replicas, SmallCopies, Update
 from storaged.meta.register import (
     NEVER,
     Ballots,
@@ -65,6 +65,8 @@ class Surroundings:
     call_timeout_s: float
     rules: Rules
     counts: dict[str, int]
+    on_missed: Callable[[RegisterName], None] = lambda name: None
+    """Told when a replica did not take a value or a small copy that it should have: it lags, though a majority may have confirmed the write."""
 
 
 @dataclass
@@ -88,7 +90,8 @@ class Proposal:
     deadline: float
     update: Update
     small: SmallCopies | None = None
-    ready: Awaitable[None] | None = None
+    ready: asyncio.Future[None] | None = None
+    renew: Callable[[], Awaitable[None]] | None = None
     nonce: bytes = b""
     settling: bool = False
     commit: bool = False
@@ -105,6 +108,8 @@ class Proposal:
             if outcome is not None:
                 return outcome
             await self._pause()
+            if self.renew is not None and (self.ready is None or self.ready.done()):
+                await self._fragments_renewed(self.renew)
 
     async def _attempt(self) -> Outcome | None:
         """None: begin again, with a higher ballot."""
@@ -188,7 +193,19 @@ class Proposal:
         if self.small is not None and index < len(self.small.fragments):
             header, body = self.small.fragments[index]
         request = messages.Prepare(disk, self.name, ballot, self.nonce, header)
-        answers.ask(disk, lambda replica: replica.prepare(request, body, timeout_s=self._call_timeout_s()))
+
+        async def prepare(replica: Replica) -> messages.PrepareReply:
+            try:
+                reply = await replica.prepare(request, body, timeout_s=self._call_timeout_s())
+            except StoragedError:
+                if header:
+                    self.around.on_missed(self.name)
+                raise
+            if header and not reply.payload_synced:
+                self.around.on_missed(self.name)
+            return reply
+
+        answers.ask(disk, prepare)
 
     def _note(self, promises: _Promises, disk: str, reply: messages.PrepareReply) -> None:
         """What is worth knowing of an answer, whether it promised or not."""
@@ -229,11 +246,22 @@ class Proposal:
             if not isinstance(reply, StoragedError):
                 self._note(promises, disk, reply)
 
-    async def _fragments_synced(self, ready: Awaitable[None]) -> None:
+    async def _fragments_synced(self, ready: asyncio.Future[None]) -> None:
         """The barrier; the time it takes is not the register's and does not count against the deadline."""
+        if not ready.done():
+            began = self.around.clock.monotonic()
+            await asyncio.wait((ready,))
+            self.deadline += self.around.clock.monotonic() - began
+        ready.result()
+
+    async def _fragments_renewed(self, renew: Callable[[], Awaitable[None]]) -> None:
         began = self.around.clock.monotonic()
-        await ready
-        self.ready = None
+        try:
+            await renew()
+        except StoragedError:
+            if self.lineage.open:
+                raise self._gave_up("its fragments could not be seen again") from None
+            raise
         self.deadline += self.around.clock.monotonic() - began
 
     # --- accept --------------------------------------------------------------------------------------------------------
@@ -254,7 +282,7 @@ class Proposal:
         answers = Answers[messages.AcceptReply](around.replicas, around.pool, around.suspects)
         for disk in view.disks:
             request = messages.Accept(disk, self.name, ballot, value, self.nonce, identity)
-            answers.ask(disk, _accept_call(request, self._call_timeout_s()))
+            answers.ask(disk, _accept_call(request, self._call_timeout_s(), around.on_missed))
         accepted: set[str] = set()
         failed: set[str] = set()
         fenced: set[str] = set()
@@ -306,5 +334,17 @@ class Proposal:
         return ServiceUnavailable(f"The key's register cannot be settled now: {reason}. Nothing was changed. Retry.")
 
 
-def _accept_call(request: messages.Accept, timeout_s: float) -> Callable[..., Awaitable[messages.AcceptReply]]:
-    return lambda replica: replica.accept(request, timeout_s=timeout_s)
+def _accept_call(
+    request: messages.Accept, timeout_s: float, on_missed: Callable[[RegisterName], None]
+) -> Callable[[Replica], Awaitable[messages.AcceptReply]]:
+    async def accept(replica: Replica) -> messages.AcceptReply:
+        try:
+            reply = await replica.accept(request, timeout_s=timeout_s)
+        except StoragedError:
+            on_missed(request.name)
+            raise
+        if reply.verdict != Verdict.OK:
+            on_missed(request.name)
+        return reply
+
+    return accept

@@ -200,7 +200,7 @@ class LocalReplica:
             self._counts["refused"] += 1
             if verdict is Verdict.CONFLICT:
                 self._counts["conflicts"] += 1
-                log.error("one ballot with two values", disk=self.disk, ballot=ballot, register=name.pack().hex())
+                log.error("one ballot with two values", disk=self.disk, ballot=str(ballot), register=name.pack().hex())
             return messages.AcceptReply(verdict, acceptor.lowest, acceptor.fence is not None and acceptor.fence.final)
         if ballot == acceptor.accepted:
             return messages.AcceptReply(Verdict.OK, ballot)

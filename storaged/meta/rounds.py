@@ -93,7 +93,7 @@ class Answers(Generic[T]):
         self._pool.start(self._run(disk, call))
 
     async def _run(self, disk: str, call: Callable[[Replica], Awaitable[T]]) -> None:
-        answer: T | StoragedError = PeerUnreachable(f"The call to disk {disk} was given up.")
+        answer: T | StoragedError | None = None
         try:
             answer = await call(self._replicas.replica(disk))
         except PeerUnreachable as error:
@@ -102,7 +102,7 @@ class Answers(Generic[T]):
         except StoragedError as error:
             answer = error
         finally:
-            self._inbox.append((disk, answer))
+            self._inbox.append((disk, answer if answer is not None else PeerUnreachable(f"The call to disk {disk} was given up.")))
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.errors import DataDamaged, NoSuchBucket, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, SlowDown
+from storaged.errors import DataDamaged, FragmentMissing, NoSuchBucket, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, SlowDown
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.memory import MemoryMetaStore
@@ -272,6 +272,39 @@ async def test_the_barrier_runs_beside_the_prepare_and_its_failure_accepts_nothi
         await client.change(NAME, put(b"one"), ready=barrier())
     assert prepared_first.is_set()
     assert all(ring.held(replica) is None for replica in ring.replicas.values())
+    assert (await client.read(NAME)).value is None
+
+
+async def test_a_change_that_was_preempted_behind_its_barrier_renews_its_fragments_before_it_prepares_again(ring: Ring) -> None:
+    client, collector = ring.client("gw"), ring.client("collector")
+    steps: list[str] = []
+
+    async def barrier() -> None:
+        await ring.first.carried_out["prepare"].wait()
+        await collector.settle(NAME)
+        steps.append("collected")
+
+    async def renew() -> None:
+        steps.append(f"renewed after {len(ring.first.prepares)} prepares")
+
+    outcome = await client.change(NAME, put(b"one"), ready=barrier(), renew=renew)
+    assert outcome.after is not None
+    assert steps == ["collected", "renewed after 2 prepares"]
+    assert len(ring.first.prepares) == 3
+
+
+async def test_a_change_whose_fragments_were_collected_while_it_slept_is_not_applied(ring: Ring) -> None:
+    client, collector = ring.client("gw"), ring.client("collector")
+
+    async def barrier() -> None:
+        await ring.first.carried_out["prepare"].wait()
+        assert await collector.settle(NAME) is None
+
+    async def renew() -> None:
+        raise FragmentMissing
+
+    with pytest.raises(ServiceUnavailable):
+        await client.change(NAME, put(b"dangling"), ready=barrier(), renew=renew)
     assert (await client.read(NAME)).value is None
 
 
