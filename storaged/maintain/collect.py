@@ -1,8 +1,9 @@
-"""Garbage: data that no record refers to any more, and the rows of uploads that ended long ago.
+"""Garbage: data that no record refers to any more.
 
 Deleting is the one thing that can't be taken back, so it is done only behind a committed identity round of the register that might refer to
 the data: the round is at a new ballot, which kills every earlier promise, so that a gateway that slept between its barrier and its accept can't
-commit a reference to what was just deleted. Without a majority nothing is deleted.
+commit a reference to what was just deleted; it looks at its fragments again (``touch``) before it proposes a second time, and what was touched since the
+collector looked is not deleted. While an upload for the key is open nothing is judged: a part's row may be on its way. Without a majority nothing is deleted.
 
 Two ways lead here: the garbage lists that writers fill (``retire``), and a sweep of fragments that are older than any request may live.
 """
@@ -12,21 +13,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import msgspec
-
-from storaged.errors import NoSuchBucket, PeerError, ServiceUnavailable, StoragedError
+from storaged.errors import NoSuchBucket, StoragedError
 from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.survey import blocks_of
-from storaged.maintain.walk import Buckets, entries_of
-from storaged.meta.names import RegisterName
+from storaged.maintain.survey import claims
+from storaged.maintain.walk import Buckets, entries_of, open_uploads
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import RowDamaged
+from storaged.objects.records import PartEntry
 
 Referenced = Callable[[RegisterName, bytes], Awaitable[bool]]
-"""(owner, data id) -> whether the owner's register, or a part of an open upload of its key, refers to it; judged behind an identity round.
+"""(owner, data id) -> whether the owner's register, or an upload for its key, refers to it; judged behind an identity round.
 
-Raises ServiceUnavailable when that can't be known now."""
+Raises StoragedError when that can't be known now, NoSuchBucket with the detail ``final`` for a bucket that is gone for good."""
 
 SWEEP_PAGE = 500
+RESTS_MAX = 10_000
+
+_NAME_BYTES_MIN = 19
+"""A packed register name with a key of one byte."""
 
 
 class Collector:
@@ -36,6 +41,8 @@ class Collector:
         self._context = context
         self._referenced = referenced
         self._buckets = Buckets()
+        self._rests: dict[bytes, float] = {}
+        """Data ids on garbage lists that could not be judged, and until when they are left alone: they must not keep others from being judged."""
         self.deleted_fragments = 0
         self.kept = 0
         self.orphans = 0
@@ -50,87 +57,153 @@ class Collector:
                 next_sweep = self._context.clock.monotonic() + self._context.limits.orphan_interval_s
                 await self.sweep()
 
+    # --- garbage lists ----------------------------------------------------------------------------------------------
+
     async def collect_due(self) -> int:
         """Judges what is due on all disks; returns how many fragments were deleted."""
         before = self.deleted_fragments
+        now = self._context.clock.monotonic()
+        self._rests = {data_id: until for data_id, until in self._rests.items() if until > now}
         for disk, store in self._context.local_fragments.items():
             try:
-                due = await store.retired(self._context.clock.wall_ms(), self._context.limits.collect_batch)
-                for data_id, owner in due:
-                    await self._judge(store, data_id, RegisterName.unpack(owner))
-            except (PeerError, StoragedError) as error:
+                while await self._collect_some(store):
+                    pass
+            except (StoragedError, TimeoutError) as error:
                 self._context.log(f"collection on disk {disk}: {error}")
         return self.deleted_fragments - before
 
-    async def _judge(self, store: FragmentStore, data_id: bytes, owner: RegisterName) -> None:
+    async def _collect_some(self, store: FragmentStore) -> bool:
+        """One batch; False when there is nothing left that could be judged now."""
+        limits = self._context.limits
+        due = await store.retired(self._context.clock.wall_ms(), limits.collect_batch + len(self._rests))
+        batch = [(data_id, owner) for data_id, owner in due if data_id not in self._rests][: limits.collect_batch]
+        queue = iter(batch)
+        failures: list[str] = []
+
+        async def worker() -> None:
+            for data_id, owner in queue:
+                if not await self._judged(store, data_id, owner, failures) and len(self._rests) < RESTS_MAX:
+                    self._rests[data_id] = self._context.clock.monotonic() + limits.retry_max_s / 10
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(limits.collect_at_once, len(batch))):
+                group.create_task(worker())
+        if failures:
+            self._context.log(f"{len(failures)} of {len(batch)} entries of a garbage list can't be judged now, the first: {failures[0]}")
+        return bool(batch) and len(self._rests) < RESTS_MAX
+
+    async def _judged(self, store: FragmentStore, data_id: bytes, owner: bytes, failures: list[str]) -> bool:
+        """True when the data id is off the list."""
         try:
-            referenced = await self._referenced(owner, data_id)
+            while True:
+                page = [FragmentId.unpack(header.id) async for header in store.scan(data_id, SWEEP_PAGE) if header.id[:16] == data_id]
+                ages = [stat.created_ms for stat in await store.stat(page)]
+                dead = await self._is_dead(_owner_of(owner), data_id)
+                if not dead:
+                    if dead is False:
+                        self.kept += 1
+                        await store.unretire(data_id)
+                    return dead is False
+                deleted = await store.delete(page, created_ms=ages) if page else 0
+                self.deleted_fragments += deleted
+                if deleted < len(page):
+                    return False  # touched since we looked: somebody is about to refer to it, or did
+                if len(page) < SWEEP_PAGE:
+                    await store.unretire(data_id)
+                    return True
+        except (StoragedError, ValueError, TimeoutError) as error:
+            failures.append(str(error))
+            return False
+
+    async def _is_dead(self, owner: RegisterName, data_id: bytes) -> bool | None:
+        """Whether nothing refers to a data id, nor ever will; None when that can't be said now."""
+        try:
+            async for _ in open_uploads(self._context, owner):
+                return False if await self._referenced(owner, data_id) else None
+            return not await self._referenced(owner, data_id)
         except NoSuchBucket as error:
-            if "final" not in error.details:
-                return
-            referenced = False  # fenced for ever: the bucket is gone, nothing in it can be read or written again
-        except (ServiceUnavailable, msgspec.MsgspecError):
-            return
-        if referenced:
-            self.kept += 1
-        else:
-            while ids := [FragmentId.unpack(header.id) async for header in store.scan(data_id, SWEEP_PAGE) if header.id[:16] == data_id]:
-                self.deleted_fragments += await store.delete(ids)
-        await store.unretire(data_id)
+            return True if error.details.get("final") else None
 
     # --- the other way around ---------------------------------------------------------------------------------------
 
     async def sweep(self) -> int:
         """Fragments old enough that no request can still be writing them, and that no record claims: whole data ids are retired, and
         single fragments of data that is claimed elsewhere (left behind by a recoding) are deleted. Returns how many were found."""
-        found = 0
+        before = self.orphans
         try:
             await self._buckets.refresh(self._context)
-        except ServiceUnavailable:
-            return 0
-        for disk, store in self._context.local_fragments.items():
-            after = b""
-            while True:
-                page = [header async for header in store.scan(after, SWEEP_PAGE)]
-                if not page:
-                    break
-                after = page[-1].id
-                oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
-                for header in page:
-                    if header.created_ms < oldest and not await self._claimed(disk, header):
-                        found += 1
-                        await self._discard(store, header)
-                await asyncio.sleep(0)
-        self.orphans += found
-        return found
+            for disk, store in self._context.local_fragments.items():
+                await self._sweep_disk(disk, store)
+        except (StoragedError, TimeoutError) as error:
+            self._context.log(f"the sweep of orphans stops, to begin again later: {error}")
+        return self.orphans - before
+
+    async def _sweep_disk(self, disk: str, store: FragmentStore) -> None:
+        after = b""
+        failures: list[str] = []
+        while page := [header async for header in store.scan(after, SWEEP_PAGE)]:
+            after = page[-1].id
+            oldest = self._context.clock.wall_ms() - self._context.limits.orphan_age_ms
+            for header in page:
+                if header.created_ms >= oldest or len(header.owner) < _NAME_BYTES_MIN:
+                    continue
+                try:
+                    if not await self._claimed(disk, header):
+                        await self._discard(disk, store, header)
+                except (StoragedError, KeyError, ValueError, TimeoutError) as error:
+                    failures.append(str(error))
+            await asyncio.sleep(0)
+        if failures:
+            self._context.log(
+                f"the sweep of disk {disk} leaves {len(failures)} fragments alone that it can't judge; the first: {failures[0]}"
+            )
 
     async def _claimed(self, disk: str, header: FragmentHeader) -> bool:
-        """Whether the owner's record, or a part of an open upload, names this very fragment on this disk. In doubt: yes."""
+        """Whether the owner's record names this very fragment on this disk: first by the row that this node has, which costs nothing and is hardly ever
+        behind, then by a majority. Raises KeyError, ValueError for what this node can't judge."""
         owner = RegisterName.unpack(header.owner)
-        fragment = FragmentId.unpack(header.id)
-        try:
-            reading = await self._context.registers.read(owner)
-            countries = self._buckets.countries[owner.scope]
-            for entry in await entries_of(self._context, owner, reading.value):
-                if entry.data_id == fragment.data_id:
-                    places = blocks_of(entry, owner.partition, self._context.layouts.at, countries)
-                    return any((fragment, disk) in place.fragments for place in places if place.block == fragment.block)
-            return await self._referenced(owner, fragment.data_id)
-        except NoSuchBucket as error:
-            return "final" not in error.details
-        except (KeyError, ValueError, StoragedError, msgspec.MsgspecError):
-            return True
+        if owner.scope not in self._buckets.by_id:
+            return False  # the bucket is gone or brand-new; the fence of the first tells them apart before anything is deleted
+        for replica in self._context.layouts.current.replicas_of(owner.partition):
+            store = self._context.local_meta.get(replica)
+            try:
+                slot = store.get(owner) if store is not None else None
+            except RowDamaged:
+                slot = None
+            if slot is not None and self._names(owner, await self._entries(owner, slot.value), header, disk):
+                return True
+        value = (await self._context.registers.read(owner)).value
+        return self._names(owner, await self._entries(owner, value), header, disk)
 
-    async def _discard(self, store: FragmentStore, header: FragmentHeader) -> None:
-        """A data id that is in use loses this one fragment; another goes through the garbage list, where it is judged again."""
-        owner = RegisterName.unpack(header.owner)
-        data_id = header.id[:16]
+    async def _entries(self, owner: RegisterName, value: Value | None) -> list[PartEntry]:
+        return [entry async for entry in entries_of(self._context, owner, value)]
+
+    def _names(self, owner: RegisterName, entries: list[PartEntry], header: FragmentHeader, disk: str) -> bool:
+        fragment, countries = FragmentId.unpack(header.id), self._buckets.countries_of(owner.scope)
+        return any(claims(entry, fragment, disk, owner.partition, self._context.layouts.at, countries) for entry in entries)
+
+    async def _discard(self, disk: str, store: FragmentStore, header: FragmentHeader) -> None:
+        """A data id that its object uses loses this one fragment; any other goes to the garbage list, where it is judged again."""
+        owner, fragment = RegisterName.unpack(header.owner), FragmentId.unpack(header.id)
+        (stat,) = await store.stat([fragment])
         try:
-            reading = await self._context.registers.read(owner)
-            in_use = any(entry.data_id == data_id for entry in await entries_of(self._context, owner, reading.value))
-        except StoragedError:
-            in_use = False
-        if in_use:
-            self.deleted_fragments += await store.delete([FragmentId.unpack(header.id)])
+            value = await self._context.registers.settle(owner)
+        except NoSuchBucket as error:
+            if not error.details.get("final"):
+                return
+            value = None
+        entries = [entry for entry in await self._entries(owner, value) if entry.data_id == fragment.data_id]
+        if not entries:
+            await store.retire(fragment.data_id, header.owner, self._context.clock.wall_ms())
+        elif not self._names(owner, entries, header, disk):
+            self.deleted_fragments += await store.delete([fragment], created_ms=[stat.created_ms])
         else:
-            await store.retire(data_id, header.owner, self._context.clock.wall_ms())
+            return
+        self.orphans += 1
+
+
+def _owner_of(packed: bytes) -> RegisterName:
+    """Raises ValueError for what is not a register's name."""
+    if len(packed) < _NAME_BYTES_MIN:
+        raise ValueError(f"not the name of a register: {packed.hex()}")
+    return RegisterName.unpack(packed)

@@ -1,4 +1,4 @@
-"""What all background work of a storage node stands on. ``node.py`` fills it; no key is in it, nor anything that could open a sealed byte."""
+"""What all background work of a storage node stands on. ``node`` fills it; no key is in it, nor anything that could open a sealed byte."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from storaged.clock import Clock
-from storaged.cluster.layout import PARTITIONS, partition_of
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.fragments.ports import FragmentStore, FragmentStores
-from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import MetaStore, Pages, Registers, Scanner
 from storaged.units import MIB
 
@@ -19,14 +17,19 @@ from storaged.units import MIB
 class MaintainLimits:
     """Bounds and intervals of background work."""
 
-    walk_interval_s: float = 600.0
-    """A full walk without any sign of trouble."""
+    walk_interval_s: float = 3600.0
+    """A full walk without any sign of trouble: for what vanished without anybody noticing."""
     poll_s: float = 1.0
+    retry_s: float = 15.0
+    """How long a register rests after its repair failed for the first time; then twice as long, and so on."""
+    retry_max_s: float = 3600.0
+    walk_retry_max_s: float = 60.0
     collect_interval_s: float = 20.0
     collect_batch: int = 256
+    collect_at_once: int = 16
     recode_delay_s: float = 600.0
     """How long disks may be away before blocks without a spare are recoded for those that are there."""
-    drop_delay_s: float = 120.0
+    drop_delay_s: float = 3600.0
     """Fragments that a recoded run left behind stay this long, for readers in the middle of them."""
     orphan_age_ms: int = 86_400_000
     """No request lives longer than half of this, so an older fragment that no record claims is garbage."""
@@ -35,10 +38,15 @@ class MaintainLimits:
     scrub_bytes_per_s: int = 64 * MIB
     """The pace of the scrub that starts by itself; one that was asked for goes as fast as the disk."""
     mend_at_once: int = 3
-    retry_s: float = 15.0
-    """How long a register rests after its repair failed."""
+    """Blocks that are rebuilt at the same time: each takes about four times its size, 12 MiB, while it is."""
+    mend_batch: int = 256
+    """Registers mended before hints, returned disks and the order of urgency are looked at again."""
+    hints_a_round: int = 500
+    hints_at_once: int = 16
     findings_max: int = 100_000
     hints_max: int = 100_000
+    left_max: int = 100_000
+    """Recoded runs whose old fragments are remembered until they may be deleted; others are left to the sweep of orphans."""
     call_timeout_s: float = 20.0
 
 
@@ -59,34 +67,20 @@ class MaintainContext:
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
 
-    def replicas_of(self, name: RegisterName) -> tuple[str, ...]:
-        return self.layouts.current.replicas_of(name.partition)
+    def leader_of(self, partition: int) -> str:
+        """The disk whose node looks after a partition: the first of its replicas that can be read now, empty when none can. Two nodes that disagree on
+        who is alive do the same work twice, which is harmless."""
+        replicas = self.layouts.current.replicas_of(partition)
+        return next((disk for disk in replicas if self.liveness.disk_readable(disk)), "")
 
     def leads(self, partition: int) -> bool:
-        """Whether this node looks after a partition: it has the first of its replicas that can be read now. Two nodes that disagree on
-        who is alive do the same work twice, which is harmless."""
-        for disk in self.layouts.current.replicas_of(partition):
-            if self.liveness.disk_readable(disk):
-                return disk in self.local_meta
-        return False
+        return self.leader_of(partition) in self.local_meta
 
-    def led_ranges(self) -> list[tuple[str, int, bytes, int]]:
-        """(disk, table, scope, shard) of every range of object and part rows that this node looks after."""
-        found = []
-        layout = self.layouts.current
-        for disk, store in self.local_meta.items():
-            for table, scope, shard in store.scopes():
-                if table not in (Table.OBJECT, Table.PART):
-                    continue
-                partition = partition_of(scope, shard)
-                assert 0 <= partition < PARTITIONS
-                first = next((replica for replica in layout.replicas_of(partition) if self.liveness.disk_readable(replica)), "")
-                if first == disk:
-                    found.append((disk, int(table), scope, shard))
-        return sorted(found)
-
-    def readable_disks(self) -> frozenset[str]:
-        return frozenset(disk.id for disk in self.layouts.current.disks if self.liveness.disk_readable(disk.id))
+    def usable_disks(self) -> tuple[frozenset[str], frozenset[str]]:
+        """(those that can be read, those that take writes too)."""
+        layout, liveness = self.layouts.current, self.liveness
+        readable = frozenset(disk.id for disk in layout.disks if liveness.disk_readable(disk.id))
+        return readable, frozenset(disk for disk in readable if liveness.disk_writable(disk))
 
 
 async def wait_for(event: asyncio.Event, seconds: float) -> bool:

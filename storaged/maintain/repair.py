@@ -1,252 +1,340 @@
 """Repair: walks what this node looks after, counts what is below target, and mends it, the most endangered first.
 
 A full walk happens at the start, whenever a disk comes or goes, and every so often. Between walks, hints name single registers: a read
-that found damage, a write that had to leave disks out, a scrub. What can't be mended with the disks that answer waits for them; blocks without a
-spare are recoded for those that are there after a delay.
+that found damage, a write that had to leave disks out, a scrub. What can't be mended with the disks that answer waits for them; when disks have been away for
+long, blocks without a spare are recoded for those that are there, and blocks that other disks can hold as they should be are moved to them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import heapq
+from collections.abc import AsyncIterator, Iterable
 
-import msgspec
-
-from storaged.errors import PeerError, StoragedError
+from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainContext, wait_for
-from storaged.maintain.mend import CannotMend, Mender
+from storaged.maintain.findings import Findings
+from storaged.maintain.leavings import Leavings
+from storaged.maintain.mend import CannotMend, Mender, Move
 from storaged.maintain.runner import Job
-from storaged.maintain.survey import BlockHealth, Finding, judge
-from storaged.maintain.walk import Walker
-from storaged.meta.names import RegisterName
-from storaged.objects.place import Placement, choose
+from storaged.maintain.survey import BlockHealth, BlockPlace
+from storaged.maintain.swap import commit_moves
+from storaged.maintain.walk import Walker, entries_of, upload_rows
+from storaged.meta.listing import RingScanner
+from storaged.meta.names import RegisterName, Table, Value
+from storaged.objects.place import Placement
 
-Range = tuple[str, int, bytes, int]
+BLOCKS_A_SLICE = 64
+"""Blocks of one run that are looked at, and recoded, together: what is in memory of a large object, and what is done anew after an interruption."""
+
+BLOCKS_A_SWAP = 512
+"""Blocks recoded before the record is changed: a change of a record with many parts writes its manifest anew."""
+
+REFUSALS = (CannotMend, StoragedError, TimeoutError)
 
 
 class Repair:
-    """Owns the findings of this node. ``run`` is its task; ``hint`` and ``wake`` may be called at any time."""
+    """Owns the findings of this node. ``run`` is its task; ``hint``, ``suspect`` and ``wake`` may be called at any time."""
 
-    def __init__(self, context: MaintainContext) -> None:
+    def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
         self._context = context
-        self._walker = Walker(context)
+        self.walker = Walker(context, scanner)
         self.mender = Mender(context)
+        self.findings = Findings(context.limits)
+        self.leavings = Leavings(context, self.walker)
+        self.walk_job = Job("check", context.clock)
         self.job = Job("repair", context.clock)
-        self._findings: dict[bytes, Finding] = {}
-        self._hints: set[bytes] = set()
+        self._hints: dict[bytes, None] = {}
+        self._suspects: dict[tuple[bytes, FragmentId], None] = {}
         self._wake = asyncio.Event()
-        self._walk_wanted = True
-        self._dropped: list[tuple[float, FragmentId, str]] = []
+        self._wanted, self._walked = 1, 0
+        """Numbers of the walk that is wanted and of the last one that was whole: it began after it was wanted, and everybody answered."""
+        self._walk_at = self._mend_at = -1e18
+        self._walk_pause_s = 0.0
         self._away_since: dict[str, float] = {}
-        self._not_before: dict[bytes, float] = {}
-        """What could not be mended rests for a while."""
-        self.walked = False
-        self.overflow = 0
 
-    # --- what others see --------------------------------------------------------------------------------------------
+    # --- what others see and say ------------------------------------------------------------------------------------
 
     @property
-    def below_target(self) -> int:
-        return len(self._findings) + self.overflow
+    def counted(self) -> bool:
+        """The findings come from a whole walk that began after the last reason for one."""
+        return self._walked == self._wanted
 
     @property
-    def lost(self) -> int:
-        return sum(finding.lost for finding in self._findings.values())
-
-    @property
-    def at_risk(self) -> int:
-        """Objects of which one more lost fragment would make a block unreadable, although every disk that should hold it answers."""
-        return sum(finding.spare == 0 and finding.damaged_fragments > 0 for finding in self._findings.values())
-
-    @property
-    def idle(self) -> bool:
-        """Nothing to do now: no hints, no walk wanted, nothing that could be mended."""
-        return self.walked and not self._walk_wanted and not self._hints and self.job.state != "running"
+    def busy(self) -> bool:
+        """Something is being done, or waits to be done, that changes the findings. What repair has failed at several times does not count."""
+        running = "running" in (self.walk_job.state, self.job.state)
+        return running or not self.counted or bool(self._hints or self._suspects) or self.findings.hopeful()
 
     def hint(self, name: bytes) -> None:
-        """This register (packed name) should be looked at soon. Beyond the bound, the next walk finds it."""
+        """This register (packed name) should be looked at soon. Beyond the bound, a walk finds it."""
         if len(self._hints) < self._context.limits.hints_max:
-            self._hints.add(name)
+            self._hints[name] = None
+            self._wake.set()
         else:
-            self._walk_wanted = True
-        self._wake.set()
+            self.wake()
+
+    def suspect(self, owner: bytes, fragment: FragmentId) -> None:
+        """A fragment of this register's data was not what was sealed, although its checksums hold: the block's fragments are compared with each other."""
+        if len(self._suspects) < self._context.limits.hints_max:
+            self._suspects[owner, fragment] = None
+            self._wake.set()
 
     def wake(self) -> None:
         """A full walk should begin."""
-        self._walk_wanted = True
+        self._wanted += 1
+        self._walk_at = -1e18
         self._wake.set()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """For ever. A round that fails (no majority, say) is logged and tried again."""
-        last_walk = -1e18
         while True:
-            limits, now = self._context.limits, self._context.clock.monotonic()
-            try:
-                if self._walk_wanted or now - last_walk >= limits.walk_interval_s:
-                    self._walk_wanted = False
-                    await self._walk()
-                    last_walk = now
-                if self._hints:
-                    await self._look_at_hints()
-                await self._mend_all()
-                await self._drop_due()
-            except (StoragedError, TimeoutError) as error:
-                self.job.finish("failed", str(error))
-                self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
-                self._walk_wanted = True
-                await asyncio.sleep(2 * limits.poll_s)
-            await wait_for(self._wake, limits.poll_s)
+            await self.round()
+            limits = self._context.limits
+            eager = not self.counted or self._hints or self._suspects or self._mend_at <= self._context.clock.monotonic()
+            await wait_for(self._wake, limits.poll_s if eager else limits.retry_s)
+
+    async def round(self) -> None:
+        """One turn of everything that is due."""
+        self._note_away()
+        try:
+            now = self._context.clock.monotonic()
+            if now >= self._walk_at and (not self.counted or now - self.walk_job.started >= self._context.limits.walk_interval_s):
+                await self._walk()
+            await self._look_at_suspects()
+            await self._look_at_hints()
+            await self._mend_most_urgent()
+            await self.leavings.drop_due()
+        except (StoragedError, TimeoutError) as error:
+            self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
 
     async def _walk(self) -> None:
-        """Judges everything this node looks after, and replaces the findings."""
-        await self._walker.buckets.refresh(self._context)
-        ranges = self._context.led_ranges()
-        self.job.start(len(ranges))
-        findings: dict[bytes, Finding] = {}
-        overflow = 0
-        for where in ranges:
-            async for rows in self._walker.rows(*where):
-                for finding in await self._walker.judge_rows(rows):
-                    if len(findings) < self._context.limits.findings_max:
-                        findings[finding.name] = finding
-                    else:
-                        overflow += 1
-            self.job.advance()
-        self._findings, self.overflow, self.walked = findings, overflow, True
-        self.job.finish()
+        """Judges everything this node looks after. A range that can't be brought to one state, or asked about, makes the walk less than whole: it is begun
+        again after a pause that doubles. Hints are subsumed."""
+        wanted, unanswered, settled = self._wanted, self.walker.unanswered, self.walker.settled
+        self._hints.clear()
+        self._mend_at = -1e18
+        self.walk_job.start()
+        failures: list[str] = []
+        try:
+            await self.walker.buckets.refresh(self._context)
+            ranges = self.walker.led_ranges()
+            self.walk_job.start(len(ranges))
+            for where in ranges:
+                try:
+                    if not await self.walker.bring_together(where):
+                        failures.append("a replica did not answer")
+                except StoragedError as error:
+                    failures.append(str(error))
+                await self._walk_range(where.prefix, self.walker.rows(where) if where.table in (Table.OBJECT, Table.PART) else None)
+                self.walk_job.advance()
+            self.findings.keep_only(where.prefix for where in ranges)
+        except (StoragedError, TimeoutError) as error:
+            failures.append(str(error))
+        if self.walker.unanswered != unanswered:
+            failures.append("a disk did not answer")
+        if not failures:
+            self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, -1e18
+            self.walk_job.finish("done", f"{self.walker.settled - settled} registers settled")
+            return
+        self._walk_pause_s = min(max(2 * self._walk_pause_s, 2 * self._context.limits.poll_s), self._context.limits.walk_retry_max_s)
+        if wanted == self._wanted:
+            self._walk_again_in(self._walk_pause_s)
+        self.walk_job.finish("failed", failures[0])
+        self._context.log(f"check of all objects: {len(failures)} failures, the first: {failures[0]}; again in {self._walk_pause_s:.0f} s")
+
+    def _walk_again_in(self, pause_s: float) -> None:
+        """The findings are not known to be the whole truth, but there is no use in hurrying."""
+        self._walk_at = self._context.clock.monotonic() + pause_s
+        if self.counted:
+            self._wanted += 1
+
+    async def _walk_range(self, prefix: bytes, slices: AsyncIterator[list[tuple[RegisterName, Value]]] | None) -> None:
+        found = []
+        if slices is not None:
+            async for rows in slices:
+                found += await self.walker.judge_rows(rows)
+        self.findings.replace(prefix, found)
+
+    # --- hints ------------------------------------------------------------------------------------------------------
 
     async def _look_at_hints(self) -> None:
-        hints, self._hints = self._hints, set()
-        if any(RegisterName.unpack(name).scope not in self._walker.buckets.countries for name in hints):
-            await self._walker.buckets.refresh(self._context)
+        """Some of them, several at a time."""
+        hints = list(self._hints)[: self._context.limits.hints_a_round]
         for packed in hints:
-            name = RegisterName.unpack(packed)
-            if self._context.leads(name.partition):
-                await self._judge_again(name)
+            del self._hints[packed]
+        names = [name for name in map(RegisterName.unpack, hints) if self._context.leads(name.partition)]
+        if any(name.table != Table.SYSTEM and name.scope not in self.walker.buckets.by_id for name in names):
+            await self.walker.buckets.refresh(self._context)
+        queue = iter(names)
 
-    async def _judge_again(self, name: RegisterName) -> list[BlockHealth]:
-        """Reads one register from a majority, and files what is wrong with it."""
-        packed = name.pack()
-        try:
-            reading = await self._context.registers.read(name)
-            health = await self._walker.health(name, reading.value)
-        except (KeyError, ValueError, msgspec.MsgspecError) as error:
-            self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
-            self._findings.pop(packed, None)
-            return []
-        finding = judge(packed, health, self._walker.recodable)
-        if finding is None:
-            self._findings.pop(packed, None)
-        elif packed in self._findings or len(self._findings) < self._context.limits.findings_max:
-            self._findings[packed] = finding
-        return health
+        async def worker() -> None:
+            for name in queue:
+                try:
+                    await self._look_at(name)
+                except REFUSALS as error:
+                    self._context.log(f"a hint about {name.key[:80]!r} is left to the next check: {error}")
+                    if self.counted:
+                        self._walk_again_in(self._context.limits.walk_retry_max_s)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._context.limits.hints_at_once, len(names))):
+                group.create_task(worker())
+
+    async def _look_at(self, name: RegisterName) -> None:
+        """Brings the register's replicas together, and judges what it refers to; when that is well, the parts of open uploads for its key."""
+        states = {replica.state for replica in await self._context.registers.agreement(name)}
+        if states & {"behind", "damaged"} or {"current", "empty"} <= states:
+            await self._context.registers.settle(name)
+            self.walker.settled += 1
+        await self._judge(name, (await self._context.registers.read(name)).value)
+        if name.table == Table.OBJECT and not self.findings.has(name.pack()):
+            async for row, value in upload_rows(self._context, name):
+                await self._judge(row, value)
+
+    async def _judge(self, name: RegisterName, value: Value | None) -> None:
+        found = await self.walker.judge_rows([(name, value)]) if value is not None else []
+        self.findings.file(name.pack(), found[0] if found else None)
+        if found:
+            self._mend_at = -1e18
+
+    async def _look_at_suspects(self) -> None:
+        suspects, self._suspects = self._suspects, {}
+        for owner, fragment in suspects:
+            name = RegisterName.unpack(owner)
+            try:
+                await self._verify(name, fragment)
+            except (*REFUSALS, KeyError, ValueError) as error:
+                self._context.log(f"block {fragment.block} of {name.key[:80]!r} could not be verified: {error}")
+
+    async def _verify(self, name: RegisterName, fragment: FragmentId) -> None:
+        value = (await self._context.registers.read(name)).value
+        rows = [(name, value)] if value is not None else []
+        rows += [row async for row in upload_rows(self._context, name)] if name.table == Table.OBJECT else []
+        for row, held in rows:
+            async for entry in entries_of(self._context, row, held):
+                if entry.data_id == fragment.data_id:
+                    places = [place for place in self.walker.places(row, entry) if place.block == fragment.block]
+                    for health in await self.walker.health(places):
+                        wrong = await self.mender.verify_block(health)
+                        self._context.log(
+                            f"block {fragment.block} of {row.key[:80]!r}: {wrong} fragments were not what the others say, rebuilt"
+                        )
 
     # --- mending ----------------------------------------------------------------------------------------------------
 
-    async def _mend_all(self) -> None:
-        """Mends what can be mended, the fewest spare fragments first."""
-        self._note_away()
-        now = self._context.clock.monotonic()
-        self._not_before = {name: when for name, when in self._not_before.items() if when > now}
-        work = sorted(
-            (finding.spare, name)
-            for name, finding in self._findings.items()
-            if name not in self._not_before and (finding.mendable or self._overdue(finding))
-        )
-        if not work:
+    async def _mend_most_urgent(self) -> None:
+        """Mends some of what can be mended, the fewest spare fragments first. When nothing is left to try, rests for a while."""
+        now, limits = self._context.clock.monotonic(), self._context.limits
+        if now < self._mend_at:
             return
-        self.job.start(len(work))
-        queue = iter(work)
-
-        async def worker() -> None:
-            for _, name in queue:
-                before = self.mender.bytes_rebuilt
-                try:
-                    await self._mend(RegisterName.unpack(name))
-                except (CannotMend, StoragedError, TimeoutError) as error:
-                    self._context.log(f"repair of {name[18:98]!r}: {error}")
-                    self._not_before[name] = self._context.clock.monotonic() + self._context.limits.retry_s
-                self.job.advance(1, self.mender.bytes_rebuilt - before)
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._context.limits.mend_at_once):
-                group.create_task(worker())
-        self.job.finish()
+        overdue = any(now - since >= limits.recode_delay_s for since in self._away_since.values())
+        work = list(self.findings.workable(now, overdue))
+        if not work:
+            self._mend_at = now + limits.retry_s
+            if self.job.state == "running":
+                self.job.finish()
+            return
+        if self.job.state != "running":
+            self.job.start()
+        self.job.total = self.job.done + len(work)
+        failures: list[str] = []
+        for finding in heapq.nsmallest(limits.mend_batch, work, key=lambda finding: (finding.spare, finding.name)):
+            before = self.mender.bytes_rebuilt
+            try:
+                await self._mend(RegisterName.unpack(finding.name))
+            except (*REFUSALS, KeyError, ValueError) as error:
+                failures.append(f"{finding.name[18:98]!r}: {error}")
+            if self.findings.has(finding.name):
+                self.findings.rest(finding.name, self._context.clock.monotonic())
+            self.job.advance(1, self.mender.bytes_rebuilt - before)
+            if self._wanted != self._walked and self._context.clock.monotonic() >= self._walk_at:
+                break  # the disks have changed: what is urgent now may be something else
+        if failures:
+            self._context.log(f"repair of {len(failures)} registers failed, the first: {failures[0]}")
 
     async def _mend(self, name: RegisterName) -> None:
-        health = await self._judge_again(name)
-        runs: dict[tuple[bytes, int], list[BlockHealth]] = {}
-        for block in health:
-            runs.setdefault((block.place.entry.data_id, block.place.run), []).append(block)
+        """Rebuilds, recodes or moves what can be, then judges anew. Every slice is tried; then the first failure is raised."""
+        failure: Exception | None = None
+        moves: list[Move] = []
         try:
-            for blocks in runs.values():
-                placement = self._better_placement(name, blocks)
-                if placement is not None:
-                    await self._recode(name, blocks, placement)
+            value = (await self._context.registers.read(name)).value
+            async for slice_ in self._slices(name, value):
+                try:
+                    move = await self._mend_slice(name, slice_)
+                except REFUSALS as error:
+                    failure = failure or error
                     continue
-                for block in blocks:
-                    if block.missing and block.readable:
-                        await self.mender.rebuild_missing(block)
+                if move is not None:
+                    moves.append(move)
+                if sum(move.new.count for move in moves) >= BLOCKS_A_SWAP:
+                    await self._say(name, moves)
+                    moves = []
+            await self._say(name, moves)
         finally:
-            await self._judge_again(name)
+            await self._judge(name, (await self._context.registers.read(name)).value)
+        if failure is not None:
+            raise failure
 
-    def _better_placement(self, name: RegisterName, blocks: list[BlockHealth]) -> Placement | None:
-        """Where a run should go instead of where it is: to its target when it can be held again; to what the living disks can hold when
-        blocks have had no spare left for long enough. None: it stays, and what is missing is rebuilt in place."""
-        place = blocks[0].place
-        if place.entry.small or not all(block.readable for block in blocks):
-            return None
-        countries = self._walker.buckets.countries.get(name.scope, ())
-        if not blocks[0].on_target:
-            placement = self._walker.target_placement(place, countries)
-            if placement is not None:
-                return placement
-        if any(block.spare == 0 and block.away for block in blocks) and self._away_long_enough(blocks):
-            placement = choose(
-                self._context.layouts.current, place.entry.data_id, place.profile, self._context.liveness.disk_writable, countries
-            )
-            if placement.profile != place.profile or placement.disks != place.disks:
-                return placement
+    async def _slices(self, name: RegisterName, value: Value | None) -> AsyncIterator[list[BlockHealth]]:
+        """Consecutive blocks of one run each, as they are."""
+        async for entry in entries_of(self._context, name, value):
+            some: list[BlockPlace] = []
+            for place in self.walker.places(name, entry):
+                if some and (len(some) == BLOCKS_A_SLICE or place.run != some[0].run):
+                    yield await self.walker.health(some)
+                    some = []
+                some.append(place)
+            if some:
+                yield await self.walker.health(some)
+
+    async def _mend_slice(self, name: RegisterName, blocks: list[BlockHealth]) -> Move | None:
+        placement = self._better_placement(name, blocks)
+        if placement is not None:
+            return await self.mender.recode(blocks, placement, self._context.layouts.current.epoch)
+        await self.mender.rebuild_missing(block for block in blocks if block.missing and block.readable)
         return None
 
-    async def _recode(self, name: RegisterName, blocks: list[BlockHealth], placement: Placement) -> None:
-        left = await self.mender.recode_run(name, blocks, placement, self._context.layouts.current.epoch)
-        due = self._context.clock.monotonic() + self._context.limits.drop_delay_s
-        self._dropped += [(due, fragment, disk) for fragment, disk in left]
+    def _better_placement(self, name: RegisterName, blocks: list[BlockHealth]) -> Placement | None:
+        """Where blocks should go instead of where they are: to their target when it can be held again, or held without the disks that have been away for long; to
+        what the living disks can hold when blocks have had no spare left for long. None: they stay, and what is missing is rebuilt in place."""
+        entry = blocks[0].place.entry
+        if entry.small or not all(block.readable for block in blocks):
+            return None
+        countries = self.walker.buckets.countries_of(name.scope)
+        away = any(block.away for block in blocks)
+        if not blocks[0].on_target or (away and self._away_long_enough(blocks)):
+            placement = self.walker.target_placement(entry, countries)
+            if placement is not None:
+                return placement
+        if away and any(block.spare == 0 for block in blocks) and self._away_long_enough(blocks):
+            return self.walker.placement(entry, blocks[0].place.profile, countries)
+        return None
+
+    async def _say(self, name: RegisterName, moves: list[Move]) -> None:
+        if not moves:
+            return
+        await commit_moves(self._context, name, moves)
+        if name.table == Table.OBJECT:  # a part's row may be copied into the object just now: what it left is swept later
+            for move in moves:
+                self.leavings.add(name, move)
+
+    # --- disks that are away ----------------------------------------------------------------------------------------
 
     def _note_away(self) -> None:
-        now, readable = self._context.clock.monotonic(), self._context.readable_disks()
-        for disk in self._context.layouts.current.disk_by_id:
-            if disk in readable:
-                self._away_since.pop(disk, None)
-            else:
-                self._away_since.setdefault(disk, now)
+        """Since when each disk takes no new fragments."""
+        now = self._context.clock.monotonic()
+        _, writable = self._context.usable_disks()
+        self._away_since = {
+            disk: self._away_since.get(disk, now) for disk in self._context.layouts.current.disk_by_id if disk not in writable
+        }
 
     def _away_long_enough(self, blocks: Iterable[BlockHealth]) -> bool:
-        now = self._context.clock.monotonic()
+        """A disk that no layout names any more is away for good."""
+        now, known = self._context.clock.monotonic(), self._context.layouts.current.disk_by_id
         disks = {block.place.disks[position] for block in blocks for position in block.away}
-        return all(now - self._away_since.get(disk, now) >= self._context.limits.recode_delay_s for disk in disks)
-
-    def _overdue(self, finding: Finding) -> bool:
-        """Without a spare, while some disk has been away for so long that it is not waited for any more."""
-        now = self._context.clock.monotonic()
-        delay = self._context.limits.recode_delay_s
-        return not finding.lost and finding.spare == 0 and any(now - since >= delay for since in self._away_since.values())
-
-    async def _drop_due(self) -> None:
-        """Deletes fragments that recoded runs left behind; what a restart forgets, the sweep of unclaimed fragments finds."""
-        now = self._context.clock.monotonic()
-        due = [(fragment, disk) for when, fragment, disk in self._dropped if when <= now]
-        self._dropped = [entry for entry in self._dropped if entry[0] > now]
-        by_disk: dict[str, list[FragmentId]] = {}
-        for fragment, disk in due:
-            by_disk.setdefault(disk, []).append(fragment)
-        for disk, ids in by_disk.items():
-            try:
-                async with asyncio.timeout(self._context.limits.call_timeout_s):
-                    await self._context.stores.store(disk).delete(ids)
-            except (PeerError, TimeoutError):
-                continue
+        delay_s = self._context.limits.recode_delay_s
+        return all(disk not in known or now - self._away_since.get(disk, now) >= delay_s for disk in disks)

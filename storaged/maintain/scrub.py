@@ -1,105 +1,125 @@
-"""Scrub: reads everything on this node's disks once in a while, and verifies every cell and every row. What fails is handed to repair."""
+"""Scrub: reads everything on this node's disks once in a while, and verifies every cell and every row. What fails is handed to repair.
+
+One that starts by itself goes on where it was interrupted: the place is kept with the disk. One that was asked for begins at the beginning.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from storaged.errors import PeerError, StoragedError
+from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStore, Health
 from storaged.maintain.context import MaintainContext, wait_for
 from storaged.maintain.runner import Job, Pace
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import MetaStore, RowDamaged, StoreBatch
+from storaged.meta.rowvalue import intact
 
 PAGE = 200
 ROWS_A_SLICE = 500
+
 _FINISHED = "scrub-finished-ms"
+_POSITION = "scrub-position"
 
 
 class Scrub:
-    """One at a time on a node. ``hint`` tells repair of a register whose fragment or row is damaged."""
+    """One at a time on a node. ``hint`` tells repair of a register whose fragment or row is damaged, ``wake`` that a fragment is whose owner can't be read."""
 
-    def __init__(self, context: MaintainContext, hint: Callable[[bytes], None]) -> None:
+    def __init__(self, context: MaintainContext, hint: Callable[[bytes], None], wake: Callable[[], None]) -> None:
         self._context = context
         self._hint = hint
+        self._wake = wake
         self._asked = asyncio.Event()
         self.pace = Pace(context.clock, context.limits.scrub_bytes_per_s)
         self.job = Job("scrub", context.clock)
         self.damaged = 0
 
     def ask(self) -> None:
-        """Begins now, at full speed; does nothing while one is running."""
-        if self.job.state != "running":
+        """Begins now, at full speed; does nothing while one is running that was asked for. One that started by itself is hurried, and followed by this one."""
+        if not self._asked.is_set() and not (self.job.state == "running" and not self.pace.bytes_per_s):
             self.pace.bytes_per_s = 0
-            self.job.start()
             self._asked.set()
+
+    @property
+    def busy(self) -> bool:
+        return self._asked.is_set() or self.job.state == "running"
 
     async def run(self) -> None:
         """For ever: when asked, and every ``scrub_interval_s``."""
+        interval_s = self._context.limits.scrub_interval_s
         while True:
-            if not await wait_for(self._asked, min(self._context.limits.scrub_interval_s / 10, 3600.0)):
-                if self._age_s() < self._context.limits.scrub_interval_s:
-                    continue
+            if await wait_for(self._asked, min(interval_s / 10, 3600.0)):
+                await self.once()
+            elif self._age_s() >= interval_s:
                 self.pace.bytes_per_s = self._context.limits.scrub_bytes_per_s
-            await self.once()
+                await self.once(resume=True)
 
     def _age_s(self) -> float:
-        """Since the end of the last one; since never counts as since the disk was made, which a store's first scrub notes."""
+        """Since the end of the last one, on the disk where that is longest ago; a disk that never had one is due."""
         ages = []
         for store in self._context.local_meta.values():
             told = store.get_meta(_FINISHED)
             ages.append((self._context.clock.wall_ms() - int(told)) / 1000 if told else self._context.limits.scrub_interval_s)
         return max(ages, default=0.0)
 
-    async def once(self) -> int:
-        """Verifies everything on all disks; returns how many fragments and rows were found damaged."""
+    async def once(self, *, resume: bool = False) -> int:
+        """Verifies everything on all disks; returns how many fragments and rows were found damaged. A disk that fails does not keep others from being read."""
         before = self.damaged
-        usages = [await store.usage() for store in self._context.local_fragments.values()]
-        self.job.start(sum(usage.fragments for usage in usages))
-        try:
-            for disk, store in self._context.local_fragments.items():
-                await self._fragments(disk, store)
-            for disk, meta in self._context.local_meta.items():
-                await self._rows(disk, meta)
-                batch = StoreBatch(meta={_FINISHED: str(self._context.clock.wall_ms()).encode()})
-                await meta.commit(batch)
-        except (PeerError, StoragedError) as error:
-            self.job.finish("failed", str(error))
-            self._context.log(f"scrub: {error}")
-            return self.damaged - before
-        self.job.finish("done", f"{self.damaged - before} damaged")
-        return self.damaged - before
+        self.job.start()
+        failures: list[str] = []
+        for disk, store in self._context.local_fragments.items():
+            try:
+                self.job.total += (await store.usage()).fragments
+                await self._disk(disk, store, self._context.local_meta.get(disk), resume)
+            except (StoragedError, TimeoutError) as error:
+                failures.append(f"disk {disk}: {error}")
+        found = self.damaged - before
+        self.job.finish("failed" if failures else "done", "; ".join(failures) or f"{found} damaged")
+        for failure in failures:
+            self._context.log(f"scrub: {failure}")
+        return found
 
-    async def _fragments(self, disk: str, store: FragmentStore) -> None:
-        after = b""
-        while True:
-            page = [header async for header in store.scan(after, PAGE)]
-            if not page:
-                return
+    async def _disk(self, disk: str, store: FragmentStore, meta: MetaStore | None, resume: bool) -> None:
+        start = (meta.get_meta(_POSITION) or b"") if meta is not None and resume else b""
+        await self._fragments(disk, store, meta, start)
+        if meta is not None:
+            await self._rows(disk, meta)
+            await meta.commit(StoreBatch(meta={_FINISHED: str(self._context.clock.wall_ms()).encode(), _POSITION: b""}))
+
+    async def _fragments(self, disk: str, store: FragmentStore, meta: MetaStore | None, after: bytes) -> None:
+        while page := [header async for header in store.scan(after, PAGE)]:
             after = page[-1].id
             for header in page:
                 stat = await store.verify(FragmentId.unpack(header.id))
                 if stat.health == Health.DAMAGED:
                     self.damaged += 1
                     self._context.log(f"scrub: damaged fragment {header.id.hex()} on disk {disk}")
-                    self._hint(header.owner)
+                    if header.owner:
+                        self._hint(header.owner)
+                    else:
+                        self._wake()
                 self.job.advance(1, header.length)
                 await self.pace.spend(header.length)
+            if meta is not None and self.pace.bytes_per_s:
+                await meta.commit(StoreBatch(meta={_POSITION: after}))
 
     async def _rows(self, disk: str, store: MetaStore) -> None:
-        """Rows whose checksum does not hold are settled, which writes them anew."""
+        """Rows whose checksum does not hold are settled, which writes them anew; so says the hint."""
         for table, scope, shard in store.scopes():
-            after = b""
-            while raw := store.slice(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
-                for key, _ in raw:
-                    name = RegisterName(table, scope, shard, key)
-                    try:
-                        store.get(name)
-                    except RowDamaged:
-                        self.damaged += 1
-                        self._context.log(f"scrub: damaged row {key[:80]!r} on disk {disk}")
-                        await self._context.registers.settle(name)
-                        self._hint(name.pack())
-                after = raw[-1][0]
-                await asyncio.sleep(0)
+            after, prefix = b"", RegisterName(table, scope, shard, b"").pack()
+            try:
+                while rows := store.slice(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
+                    for key, row in rows:
+                        if not intact(prefix, key, row):
+                            self.damaged += 1
+                            self._context.log(f"scrub: damaged row {key[:80]!r} on disk {disk}")
+                            self._hint(prefix + key)
+                    after = rows[-1][0]
+                    await asyncio.sleep(0)
+            except RowDamaged as error:
+                self.damaged += 1
+                self._context.log(
+                    f"scrub: rows of table {table}, shard {shard} on disk {disk} can't be read on from {after[:80]!r}: {error}"
+                )
+                self._wake()

@@ -2,8 +2,8 @@
 
 maintain.status   counts, jobs, and whether they tell of the disks as they are now
 maintain.scrub    begin a scrub
-maintain.hint     look at these registers soon
-maintain.wake     walk again: somebody caught up a returned disk
+maintain.hint     look at these registers soon, and into these blocks
+maintain.wake     walk again: a node has started, and may have been away without anybody noticing
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import asyncio
 from collections.abc import Sequence
 
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
-from storaged.errors import PeerError
-from storaged.maintain.catchup import CatchUpWork
+from storaged.errors import PeerError, StoragedError
+from storaged.fragments.ports import FragmentId
 from storaged.maintain.collect import Collector, Referenced
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.repair import Repair
@@ -24,12 +24,16 @@ from storaged.meta.names import RegisterName
 from storaged.wire import Message
 
 HINTS_A_CALL = 1000
+HINTS_WAITING_MAX = 10 * HINTS_A_CALL
+DAMAGED_MAX = 1000
 
 
 class Ask(Message, frozen=True):
-    """A request without contents, or with packed register names."""
+    """A request without contents, or with packed register names. ``suspects``: packed register names and packed ids of fragments whose checksums hold
+    although they are not what was sealed."""
 
     names: tuple[bytes, ...] = ()
+    suspects: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class Done(Message, frozen=True):
@@ -37,7 +41,7 @@ class Done(Message, frozen=True):
 
 
 class MaintainStatus(Message, frozen=True):
-    """``current``: the counts come from a walk, and a catch-up, that knew the disks as this node sees them now. ``busy``: something is being done, or waits
+    """``current``: the counts come from a whole walk that began when the disks were as this node sees them now. ``busy``: something is being done, or waits
     to be done, that could change the counts."""
 
     node: str
@@ -56,67 +60,112 @@ class MaintainStatus(Message, frozen=True):
 
 
 class Maintenance:
-    """Owns repair, catch-up, scrub and collection. ``run`` until cancelled."""
+    """Owns repair, scrub and collection. ``run`` until cancelled."""
 
     def __init__(self, context: MaintainContext, scanner: RingScanner, referenced: Referenced, caller: Caller) -> None:
         self._context = context
         self._caller = caller
-        self.repair = Repair(context)
-        self.catch_up = CatchUpWork(context, scanner)
-        self.scrub = Scrub(context, self.repair.hint)
+        self._others = MaintainClient(caller, context.layouts, context.liveness)
+        self.repair = Repair(context, scanner)
+        self.scrub = Scrub(context, self.hint, self.repair.wake)
         self.collector = Collector(context, referenced)
-        self._seen: frozenset[str] = frozenset()
-        # At the start every other disk counts as returned: what this node's own disks know is compared with theirs, whoever was away.
-        self._caught_up: frozenset[str] = frozenset(context.local_meta)
+        self._seen = (frozenset[str](), frozenset[str]())
+        self._told: set[str] = {context.node}
+        """Nodes that know that this one has started."""
+        self._damaged: dict[tuple[str, FragmentId], None] = {}
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for work in (self.repair.run, self._watch, self.scrub.run, self.collector.run):
+            for work in (self.repair.run, self._watch, self.scrub.run, self.collector.run, self._others.run):
                 group.create_task(work())
 
-    async def _watch(self) -> None:
-        """Disks that come or go: those that came are caught up first, then everything is counted anew, here and on the other nodes."""
-        while True:
-            readable = self._context.readable_disks()
-            if readable != self._seen:
-                returned = readable - self._caught_up
-                self._seen = readable
-                self._caught_up &= readable | frozenset(self._context.local_meta)
+    # --- hints ------------------------------------------------------------------------------------------------------
+
+    def hint(self, name: bytes) -> None:
+        """A register (packed name) of which something local is wanting: for whichever node looks after it."""
+        register = RegisterName.unpack(name)
+        if self._context.leads(register.partition):
+            self.repair.hint(name)
+        else:
+            self._others.hint(register)
+
+    def cell_damaged(self, disk: str, fragment: FragmentId) -> None:
+        """A local disk found a fragment damaged while it was read: its header says whom to tell. May be called at any time; bounded."""
+        if len(self._damaged) < DAMAGED_MAX:
+            self._damaged[disk, fragment] = None
+
+    async def _tell_of_damage(self) -> None:
+        damaged, self._damaged = self._damaged, {}
+        for disk, fragment in damaged:
+            try:
+                owner = await self._owner_of(disk, fragment)
+            except StoragedError as error:
+                self._context.log(f"damage on disk {disk}: {error}")
+                owner = b""
+            if owner:
+                self.hint(owner)
+            else:
                 self.repair.wake()
-                if returned and await self.catch_up.bring_up(returned):
-                    self._caught_up |= returned
-                    self.repair.wake()
-                    await self._wake_others()
-                elif returned:
-                    self._seen = frozenset()
+
+    async def _owner_of(self, disk: str, fragment: FragmentId) -> bytes:
+        """Empty when the fragment is gone, or its header can't be read."""
+        packed = fragment.pack()
+        before = (int.from_bytes(packed, "big") - 1).to_bytes(len(packed), "big")
+        async for header in self._context.local_fragments[disk].scan(before, 1):
+            if header.id == packed:
+                return header.owner
+        return b""
+
+    # --- disks that come and go -------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """When a disk comes or goes everything is looked at anew. A node that has just started says so: the others may not have seen it gone."""
+        while True:
+            self._look_around()
+            await self._tell_others()
+            await self._tell_of_damage()
             await asyncio.sleep(self._context.limits.poll_s)
 
-    async def _wake_others(self) -> None:
-        for node in {self._context.layouts.current.node_of(disk) for disk in self._seen} - {self._context.node}:
+    def _look_around(self) -> None:
+        seen = self._context.usable_disks()
+        if seen != self._seen:
+            self._seen = seen
+            self.repair.wake()
+
+    async def _tell_others(self) -> None:
+        nodes = {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}
+        for node in sorted(nodes - self._told):
             try:
                 await self._caller.call(node, "maintain.wake", Ask(), Done, timeout_s=self._context.limits.call_timeout_s)
             except PeerError:
                 continue
+            self._told.add(node)
+
+    # --- status, methods --------------------------------------------------------------------------------------------
 
     def status(self) -> MaintainStatus:
         """What this node knows of the objects it looks after."""
-        repair, mender = self.repair, self.repair.mender
-        current = repair.walked and self._seen == self._context.readable_disks() and self._seen <= self._caught_up
-        jobs = [job for job in (repair.job, self.catch_up.job, self.scrub.job) if job.started or job.state == "running"]
+        repair, mender, findings = self.repair, self.repair.mender, self.repair.findings
+        current = (
+            repair.counted
+            and self._seen == self._context.usable_disks()
+            and self._told >= {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}
+        )
+        jobs = [job for job in (repair.walk_job, repair.job, self.scrub.job) if job.state != "waiting"]
         return MaintainStatus(
             self._context.node,
-            repair.below_target,
-            repair.at_risk,
-            repair.lost,
+            findings.below_target,
+            findings.at_risk,
+            findings.lost,
             current,
-            not (current and repair.idle and self.scrub.job.state != "running"),
+            not current or repair.busy or self.scrub.busy,
             tuple(job.report(self._context.node) for job in jobs),
             mender.fragments_rebuilt,
             mender.bytes_rebuilt,
             mender.blocks_recoded,
-            self.collector.deleted_fragments,
+            self.collector.deleted_fragments + repair.leavings.deleted,
             self.scrub.damaged,
-            self.catch_up.settled,
+            repair.walker.settled,
         )
 
     def methods(self) -> Methods:
@@ -130,6 +179,8 @@ class Maintenance:
         async def hint(request: Ask, _call: Call) -> Done:
             for name in request.names[:HINTS_A_CALL]:
                 self.repair.hint(name)
+            for owner, fragment in request.suspects[:HINTS_A_CALL]:
+                self.repair.suspect(owner, FragmentId.unpack(fragment))
             return Done()
 
         async def wake(_request: Ask, _call: Call) -> Done:
@@ -152,7 +203,8 @@ class MaintainClient:
         self._layouts = layouts
         self._liveness = liveness
         self._timeout_s = timeout_s
-        self._hints: set[bytes] = set()
+        self._hints: dict[bytes, None] = {}
+        self._suspects: dict[tuple[bytes, bytes], None] = {}
 
     def _nodes(self) -> list[str]:
         layout = self._layouts.current
@@ -180,30 +232,43 @@ class MaintainClient:
             began.append(node)
         return began
 
-    def hint(self, owner: RegisterName) -> None:
-        """Remembers a register that a read or a write found wanting; ``run`` passes it on. Bounded: what does not fit, the next walk finds."""
-        if len(self._hints) < 10 * HINTS_A_CALL:
-            self._hints.add(owner.pack())
+    def hint(self, owner: RegisterName, lied: FragmentId | None = None) -> None:
+        """Remembers a register that a read or a write found wanting; ``run`` passes it on. ``lied``: a fragment that was not what was sealed although its
+        checksums hold, so that the disks can't find it. Bounded: what does not fit, the next walk finds."""
+        if len(self._hints) < HINTS_WAITING_MAX:
+            self._hints[owner.pack()] = None
+        if lied is not None and len(self._suspects) < HINTS_WAITING_MAX:
+            self._suspects[owner.pack(), lied.pack()] = None
 
     async def run(self, interval_s: float = 0.5) -> None:
         """Passes hints on to the nodes that look after their partitions."""
         while True:
             await asyncio.sleep(interval_s)
-            hints, self._hints = self._hints, set()
-            by_node: dict[str, list[bytes]] = {}
-            for packed in hints:
-                replicas = self._layouts.current.replicas_of(RegisterName.unpack(packed).partition)
-                first = next((disk for disk in replicas if self._liveness.disk_readable(disk)), None)
-                if first is not None:
-                    by_node.setdefault(self._layouts.current.node_of(first), []).append(packed)
-            for node, names in by_node.items():
-                await self._pass_on(node, names)
+            if self._hints or self._suspects:
+                await self._pass_on()
 
-    async def _pass_on(self, node: str, names: Sequence[bytes]) -> None:
-        for start in range(0, len(names), HINTS_A_CALL):
+    async def _pass_on(self) -> None:
+        hints, self._hints = self._hints, {}
+        suspects, self._suspects = self._suspects, {}
+        names: dict[str, list[bytes]] = {}
+        lied: dict[str, list[tuple[bytes, bytes]]] = {}
+        for owner in hints:
+            names.setdefault(self._leader(owner), []).append(owner)
+        for owner, fragment in suspects:
+            lied.setdefault(self._leader(owner), []).append((owner, fragment))
+        for node in sorted({*names, *lied} - {""}):
+            await self._tell(node, names.get(node, []), lied.get(node, []))
+
+    def _leader(self, owner: bytes) -> str:
+        layout = self._layouts.current
+        replicas = layout.replicas_of(RegisterName.unpack(owner).partition)
+        return next((layout.node_of(disk) for disk in replicas if self._liveness.disk_readable(disk)), "")
+
+    async def _tell(self, node: str, names: Sequence[bytes], suspects: Sequence[tuple[bytes, bytes]]) -> None:
+        for start in range(0, max(len(names), len(suspects)), HINTS_A_CALL):
+            end = start + HINTS_A_CALL
             try:
-                await self._caller.call(
-                    node, "maintain.hint", Ask(tuple(names[start : start + HINTS_A_CALL])), Done, timeout_s=self._timeout_s
-                )
+                ask = Ask(tuple(names[start:end]), tuple(suspects[start:end]))
+                await self._caller.call(node, "maintain.hint", ask, Done, timeout_s=self._timeout_s)
             except PeerError:
                 return

@@ -4,12 +4,14 @@ A record says, for every block of every part, which disk holds which fragment. A
 
     OK        the disk has it, undamaged as far as it knows
     MISSING   the disk answers and does not have it, or its bytes do not match their checksum
-    AWAY      the disk does not answer, or does not have it and takes no writes: nothing is known, nothing is deleted, and it is rebuilt elsewhere only when the block has no spare left
+    AWAY      the disk does not answer, or does not have it and takes no writes: nothing is known, nothing is deleted, and it is rebuilt elsewhere only after a
+              delay, when the block has no spare left or other disks can hold all of it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -17,8 +19,10 @@ from typing import NamedTuple
 from storaged.cluster.layout import Layout, Profile
 from storaged.fragments.ports import FragmentId
 from storaged.objects.geometry import BlockShape, PartShape
-from storaged.objects.place import COPIES, disks_of
-from storaged.objects.records import PartEntry
+from storaged.objects.place import disks_of, first_choice
+from storaged.objects.records import PartEntry, Run
+
+LayoutAt = Callable[[int], Layout]
 
 
 class Presence(IntEnum):
@@ -28,16 +32,20 @@ class Presence(IntEnum):
 
 
 class BlockPlace(NamedTuple):
-    """One block of a part and the disks its fragments belong on, in position order. ``run``: index into the entry's runs."""
+    """One block of a part and the disks its fragments belong on, in position order. ``spread``: no failure domain holds more of them than it may."""
 
     entry: PartEntry
     block: int
-    profile: Profile
+    run: Run
     disks: tuple[str, ...]
-    run: int
+    spread: bool = True
+
+    @property
+    def profile(self) -> Profile:
+        return self.run.profile
 
     def fragment(self, position: int) -> FragmentId:
-        return FragmentId(self.entry.data_id, self.block, self.profile.k, self.profile.m, position)
+        return FragmentId(self.entry.data_id, self.block, self.run.k, self.run.m, position)
 
     @property
     def fragments(self) -> Iterator[tuple[FragmentId, str]]:
@@ -48,33 +56,64 @@ class BlockPlace(NamedTuple):
         return PartShape.of(self.entry).block(self.block)
 
 
-def blocks_of(entry: PartEntry, partition: int, layout_at: Callable[[int], Layout], countries: Sequence[str]) -> Iterator[BlockPlace]:
-    """Every block of a part; nothing for one kept in the record. ``partition``: of the register that refers to it, whose replicas hold small copies.
+def run_disks(entry: PartEntry, run: Run, partition: int, layout_at: LayoutAt, countries: Sequence[str]) -> tuple[str, ...]:
+    """The disks of a run's fragments in position order. ``partition``: of the register that refers to it, whose replicas hold small copies.
 
     Raises KeyError for an unknown layout epoch, ValueError for a run that no layout explains: records that this node must not judge.
     """
+    layout = layout_at(run.epoch)
+    if not entry.small:
+        return disks_of(run, layout, entry.data_id, countries)
+    replicas = layout.replicas_of(partition)
+    if len(replicas) < run.profile.n:
+        raise ValueError(f"{run.profile.n} copies beside a register of {len(replicas)} replicas")
+    return replicas[: run.profile.n]
+
+
+def blocks_of(entry: PartEntry, partition: int, layout_at: LayoutAt, countries: Sequence[str]) -> Iterator[BlockPlace]:
+    """Every block of a part; nothing for one kept in the record. Raises as ``run_disks``."""
     if entry.inline:
         return
-    for index, run in enumerate(entry.runs):
-        if entry.small:
-            yield BlockPlace(entry, 0, COPIES, layout_at(run.epoch).replicas_of(partition)[: COPIES.n], index)
-            continue
-        disks = disks_of(run, layout_at(run.epoch), entry.data_id, countries)
+    for run in entry.runs:
+        disks = run_disks(entry, run, partition, layout_at, countries)
+        spread = entry.small or not run.moved or _is_spread(layout_at(run.epoch), entry.data_id, run, disks, countries)
         for block in range(run.first, run.first + run.count):
-            yield BlockPlace(entry, block, run.profile, disks, index)
+            yield BlockPlace(entry, block, run, disks, spread)
+
+
+def _is_spread(layout: Layout, data_id: bytes, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
+    """As well as the first choice is, where the layout has too few domains for at most m in one."""
+    share = _largest_share(layout, disks)
+    return share <= run.m or share <= _largest_share(layout, first_choice(layout, data_id, run.profile, countries))
+
+
+def _largest_share(layout: Layout, disks: Sequence[str]) -> int:
+    return max(Counter(layout.domain_by_disk.get(disk, disk) for disk in disks).values(), default=0)
+
+
+def claims(entry: PartEntry, fragment: FragmentId, disk: str, partition: int, layout_at: LayoutAt, countries: Sequence[str]) -> bool:
+    """Whether a part names this very fragment on this disk. Raises as ``run_disks``."""
+    if entry.data_id != fragment.data_id or entry.inline:
+        return False
+    for run in entry.runs:
+        if run.first <= fragment.block < run.first + run.count and (run.k, run.m) == (fragment.k, fragment.m):
+            disks = run_disks(entry, run, partition, layout_at, countries)
+            return fragment.position < len(disks) and disks[fragment.position] == disk
+    return False
 
 
 class BlockHealth(NamedTuple):
-    """``present``: fragments that can be read now. ``missing``: positions to rebuild where they are (their disks answer)."""
+    """``present``: positions that can be read now. ``missing``: positions to rebuild where they are (their disks answer)."""
 
     place: BlockPlace
-    present: int
+    present: tuple[int, ...]
     missing: tuple[int, ...]
     away: tuple[int, ...]
 
     @property
     def on_target(self) -> bool:
-        return self.place.entry.small or self.place.profile == Profile.parse(self.place.entry.target)
+        place = self.place
+        return place.entry.small or (place.spread and place.profile == Profile.parse(place.entry.target))
 
     @property
     def whole(self) -> bool:
@@ -82,12 +121,20 @@ class BlockHealth(NamedTuple):
 
     @property
     def readable(self) -> bool:
-        return self.present >= self.place.profile.k
+        return self.spare >= 0
 
     @property
     def spare(self) -> int:
-        """How many more fragments may go before the block can't be read; negative when it can't be now."""
-        return self.present - self.place.profile.k
+        """How many more fragments may go before the block can't be read; negative when it can't be now. Data fragments that a short block does not
+        reach need no disk."""
+        profile = self.place.profile
+        present = len(self.present)
+        if profile.k > 1:
+            shape = self.place.shape
+            if shape.cells < profile.k:
+                lacking = {*self.missing, *self.away}
+                present += sum(position in lacking for position in range(shape.cells, profile.k))
+        return present - profile.k
 
 
 def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Presence]) -> BlockHealth:
@@ -95,34 +142,58 @@ def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Pre
     found: dict[Presence, list[int]] = {kind: [] for kind in Presence}
     for position, where in enumerate(place.fragments):
         found[presence.get(where, Presence.AWAY)].append(position)
-    return BlockHealth(place, len(found[Presence.OK]), tuple(found[Presence.MISSING]), tuple(found[Presence.AWAY]))
+    return BlockHealth(place, tuple(found[Presence.OK]), tuple(found[Presence.MISSING]), tuple(found[Presence.AWAY]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """What is wrong with one object or part. ``spare`` is that of its worst block: repair takes the smallest first.
 
-    ``mendable``: something can be done with the disks that answer; otherwise repair waits for disks to return.
+    ``mendable``: something can be done with the disks that answer. ``movable``: something can be done when those that don't have been away for long.
+    Otherwise repair waits for disks to return.
     """
 
     name: bytes
     spare: int
     mendable: bool
+    movable: bool
     lost: bool
     damaged_fragments: int
 
 
-def judge(name: bytes, blocks: Iterable[BlockHealth], recodable: Callable[[BlockHealth], bool]) -> Finding | None:
-    """None when everything is as it should be. ``recodable``: whether the living disks can hold the block better than it is held."""
-    worst, mendable, lost, damaged, hurt = 1 << 30, False, False, 0, False
-    for health in blocks:
+class Tally:
+    """Adds up the blocks of one register."""
+
+    __slots__ = ("_damaged", "_hurt", "_lost", "_mendable", "_movable", "_worst", "name")
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self._worst = 1 << 30
+        self._hurt = self._mendable = self._movable = self._lost = False
+        self._damaged = 0
+
+    def add(self, health: BlockHealth, can_hold_target: bool) -> None:
+        """``can_hold_target``: whether the living disks can hold the block as its target asks."""
         if health.whole:
-            continue
-        hurt = True
-        worst = min(worst, health.spare)
-        damaged += len(health.missing)
-        if not health.readable:
-            lost = True
-        elif health.missing or recodable(health):
-            mendable = True
-    return Finding(name, worst, mendable, lost, damaged) if hurt else None
+            return
+        self._hurt = True
+        spare = health.spare
+        self._worst = min(self._worst, spare)
+        self._damaged += len(health.missing)
+        if spare < 0:
+            self._lost = True
+        elif health.missing or (can_hold_target and not health.on_target):
+            self._mendable = True
+        elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):
+            self._movable = True
+
+    def unreadable(self) -> None:
+        """What says where the blocks are is itself lost."""
+        self._hurt = self._lost = True
+        self._worst = min(self._worst, -1)
+
+    def finding(self) -> Finding | None:
+        """None when everything is as it should be."""
+        if not self._hurt:
+            return None
+        return Finding(self.name, self._worst, self._mendable, self._movable, self._lost, self._damaged)

@@ -1,118 +1,209 @@
 """Walking records and asking disks: which fragments are where they should be.
 
-Rows come from the local replica's store in slices; their fragments are asked for in batches, one call a disk. What a lagging replica does not
-know yet is brought to it by catch-up; before anything is changed, the record is read again from a majority.
+What is walked is taken from the bucket directory, not from what the local disk knows: a disk that was away does not know which buckets are new. Before a
+range of registers is walked its replicas are brought to the same rows (slices are compared by digest, what differs is settled on all), so rows can be read
+from the local store; before anything is changed, the record is read again from a majority. Fragments are asked for in batches, one call a disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
-from storaged.cluster.layout import Profile
-from storaged.errors import PeerError, StoragedError
+from storaged.cluster.layout import SYSTEM_PARTITION, Profile, partition_of
+from storaged.errors import DataDamaged, NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStat, Health
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, blocks_of, judge, judge_block
-from storaged.meta.names import RegisterName, Table, Value, Visibility, system_name
+from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
+from storaged.meta.listing import RingScanner
+from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import MetaStore, RowDamaged
-from storaged.objects.manifest import parts_of
 from storaged.objects.place import Placement, choose
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, PartRecord
+from storaged.objects.records import BucketRecord, PartEntry
+from storaged.objects.references import parts_in
+from storaged.objects.uploads import COMPLETING, OPEN, decode_upload
 from storaged.wire import decode
 
 ROWS_A_SLICE = 200
-STATS_A_CALL = 2000
+BLOCKS_A_BATCH = 2000
+STATS_A_CALL = 4000
+
+BUCKETS = "bucket/"
 
 
-@dataclass
+class Range(NamedTuple):
+    """Registers that this node looks after: their rows are read from the local ``disk``."""
+
+    disk: str
+    table: int
+    scope: bytes
+    shard: int
+
+    @property
+    def prefix(self) -> bytes:
+        """What the packed names of its registers begin with."""
+        return RegisterName(self.table, self.scope, self.shard, b"").pack()
+
+
 class Buckets:
-    """Bucket id -> the countries its data was placed in, which placement needs. Read from the ring at the start of a walk."""
+    """Bucket id -> its record: the countries that placement needs, and how many shards there are. Read from the ring."""
 
-    countries: dict[bytes, tuple[str, ...]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.by_id: dict[bytes, BucketRecord] = {}
 
     async def refresh(self, context: MaintainContext) -> None:
         """Raises ServiceUnavailable when the system partition has no majority."""
-        found: dict[bytes, tuple[str, ...]] = {}
-        name, after = system_name("bucket/"), b""
-        while True:
-            page = await context.scanner.list_page(Table.SYSTEM, name.scope, [0], prefix=name.key, after=after, limit=1000, hidden=True)
+        found: dict[bytes, BucketRecord] = {}
+        after: bytes | None = b""
+        prefix = system_name(BUCKETS)
+        while after is not None:
+            page = await context.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix.key, after=after, limit=1000, hidden=True)
             for row in page.rows:
-                record = decode(row.value.body, BucketRecord)
-                found[record.id] = record.countries
-            if page.next_after is None:
-                break
+                try:
+                    record = decode(row.value.body, BucketRecord)
+                except msgspec.MsgspecError as error:
+                    context.log(f"the record of bucket {row.key!r} cannot be read: {error}")
+                    continue
+                found[record.id] = record
             after = page.next_after
-        self.countries = found
+        self.by_id = found
+
+    def countries_of(self, scope: bytes) -> tuple[str, ...]:
+        """Raises KeyError for a bucket that is not there (any more, or not yet)."""
+        return self.by_id[scope].countries
 
 
-async def entries_of(context: MaintainContext, name: RegisterName, value: Value | None) -> list[PartEntry]:
-    """The parts that a register refers to, those in manifest pages included. Raises msgspec.MsgspecError, DataDamaged."""
-    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-        return []
-    if name.table == Table.PART:
-        return [decode(value.body, PartRecord).entry]
-    record = decode(value.body, ObjectRecord)
-    return [part for version in record.versions async for part in parts_of(context.pages, name, version)]
+async def entries_of(context: MaintainContext, name: RegisterName, value: Value | None) -> AsyncIterator[PartEntry]:
+    """The parts that a register of objects or parts refers to, those in manifest pages included. Raises DataDamaged."""
+    if value is not None and value.visibility != Visibility.TOMBSTONE and name.table in (Table.OBJECT, Table.PART):
+        async for entry in parts_in(context.pages, name, value.body, name.table):
+            yield entry
+
+
+async def open_uploads(context: MaintainContext, owner: RegisterName) -> AsyncIterator[bytes]:
+    """Ids of the uploads for an object's key that may still become the object. Raises ServiceUnavailable, DataDamaged."""
+    after: bytes | None = owner.key + b"\0"
+    while after is not None:
+        page = await context.scanner.list_page(Table.UPLOAD, owner.scope, [owner.shard], prefix=owner.key + b"\0", after=after, limit=1000)
+        for row in page.rows:
+            record = decode_upload(row.value)
+            if record is not None and record.state in (OPEN, COMPLETING) and row.key == owner.key + b"\0" + record.upload_id:
+                yield record.upload_id
+        after = page.next_after
+
+
+async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIterator[tuple[RegisterName, Value]]:
+    """The rows of parts of open uploads for an object's key: fragments of parts name the object as their owner. Raises as ``open_uploads``."""
+    async for upload_id in open_uploads(context, owner):
+        after: bytes | None = upload_id
+        while after is not None:
+            page = await context.scanner.list_page(Table.PART, owner.scope, [owner.shard], prefix=upload_id, after=after, limit=1000)
+            for row in page.rows:
+                yield RegisterName(Table.PART, owner.scope, owner.shard, row.key), row.value
+            after = page.next_after
 
 
 class Walker:
-    """Judges registers, a batch at a time."""
+    """Judges registers, a batch at a time. ``unanswered`` counts calls that failed although their disk is thought to be there: what was counted meanwhile is
+    not the whole truth."""
 
-    def __init__(self, context: MaintainContext) -> None:
+    def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
         self._context = context
+        self._scanner = scanner
+        self._can_hold: dict[tuple[str, tuple[str, ...]], bool] = {}
         self.buckets = Buckets()
+        self.unanswered = 0
+        self.settled = 0
 
-    def places(self, name: RegisterName, entries: Iterable[PartEntry]) -> list[BlockPlace]:
-        """Raises KeyError for a bucket or an epoch that is not known here, ValueError for a run that no layout explains."""
-        countries = self.buckets.countries[name.scope]
-        return [place for entry in entries for place in blocks_of(entry, name.partition, self._context.layouts.at, countries)]
+    # --- ranges -----------------------------------------------------------------------------------------------------
 
-    async def rows(self, disk: str, table: int, scope: bytes, shard: int) -> AsyncIterator[list[tuple[RegisterName, Value]]]:
-        """Slices of a range from the local store, tombstones left out. Damaged rows are settled, which rewrites them, and read from a majority."""
-        store, after = self._context.local_meta[disk], b""
+    def led_ranges(self) -> list[Range]:
+        """What this node looks after, by the directory as it was read last."""
+        found = []
+        system = self._context.leader_of(SYSTEM_PARTITION)
+        if system in self._context.local_meta:
+            found.append(Range(system, Table.SYSTEM, SYSTEM_SCOPE, 0))
+        for bucket in self.buckets.by_id.values():
+            for shard in range(bucket.shards):
+                disk = self._context.leader_of(partition_of(bucket.id, shard))
+                if disk in self._context.local_meta:
+                    found += [Range(disk, table, bucket.id, shard) for table in (Table.OBJECT, Table.UPLOAD, Table.PART)]
+        return found
+
+    async def bring_together(self, where: Range) -> bool:
+        """Settles on all replicas what they differ in. False when one that should answer did not, so that it may still lag. Raises ServiceUnavailable."""
+        try:
+            found = await self._scanner.catch_up(where.table, where.scope, where.shard)
+        except NoSuchBucket:
+            return True  # the bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read
+        self.settled += found.settled
+        return not any(map(self._context.liveness.disk_readable, found.away))
+
+    async def rows(self, where: Range) -> AsyncIterator[list[tuple[RegisterName, Value]]]:
+        """Slices of a range from the local store, tombstones left out. A slice with a damaged row is read from a majority, which rewrites the row."""
+        store, after = self._context.local_meta[where.disk], b""
         while True:
             try:
-                found = [(slot.name, slot.value) for slot in store.scan(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE)]
+                slots = store.scan(where.table, where.scope, where.shard, after=after, prefix=b"", limit=ROWS_A_SLICE)
+                found = [(slot.name, slot.value) for slot in slots]
             except RowDamaged:
-                found = await self._settled_rows(store, table, scope, shard, after)
+                found = await self._settled_rows(store, where, after)
             if not found:
                 return
             yield [(name, value) for name, value in found if value.visibility != Visibility.TOMBSTONE]
             after = found[-1][0].key
             await asyncio.sleep(0)
 
-    async def _settled_rows(self, store: MetaStore, table: int, scope: bytes, shard: int, after: bytes) -> list[tuple[RegisterName, Value]]:
+    async def _settled_rows(self, store: MetaStore, where: Range, after: bytes) -> list[tuple[RegisterName, Value]]:
         """The next slice where a row is damaged: only the keys are taken from here."""
         found = []
-        for key, _ in store.slice(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
-            name = RegisterName(table, scope, shard, key)
+        for key, _ in store.slice(where.table, where.scope, where.shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
+            name = RegisterName(where.table, where.scope, where.shard, key)
             value = await self._context.registers.settle(name)
             found.append((name, value or Value(0, b"", Visibility.TOMBSTONE, b"")))
         return found
 
-    async def judge_rows(self, rows: Sequence[tuple[RegisterName, Value]]) -> list[Finding]:
-        """Findings of those rows that are not as they should be. Records that this node can't judge are left out and logged."""
-        places: list[tuple[RegisterName, list[BlockPlace]]] = []
-        for name, value in rows:
-            try:
-                places.append((name, self.places(name, await entries_of(self._context, name, value))))
-            except (KeyError, ValueError, msgspec.MsgspecError, StoragedError) as error:
-                self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
-        presence = await self.presence([place for _, found in places for place in found])
-        findings = []
-        for name, found in places:
-            finding = judge(name.pack(), (judge_block(place, presence) for place in found), self.recodable)
-            if finding is not None:
-                findings.append(finding)
-        return findings
+    # --- registers --------------------------------------------------------------------------------------------------
 
-    async def health(self, name: RegisterName, value: Value | None) -> list[BlockHealth]:
-        """Every block of one register. Raises as ``places`` and ``entries_of``."""
-        places = self.places(name, await entries_of(self._context, name, value))
+    async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]]) -> list[Finding]:
+        """Findings of those rows that are not as they should be. Records that this node can't judge are left out and logged."""
+        tallies: list[Tally] = []
+        batch: list[tuple[Tally, BlockPlace]] = []
+        for name, value in rows:
+            tally = Tally(name.pack())
+            try:
+                async for entry in entries_of(self._context, name, value):
+                    for place in self.places(name, entry):
+                        batch.append((tally, place))
+                        if len(batch) >= BLOCKS_A_BATCH:
+                            await self._weigh(batch)
+                            batch = []
+            except DataDamaged as error:
+                self._context.log(f"the record of {name.key[:80]!r} cannot be read: {error}")
+                tally.unreadable()
+            except (KeyError, ValueError, StoragedError) as error:
+                self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
+            tallies.append(tally)
+        await self._weigh(batch)
+        return [finding for tally in tallies if (finding := tally.finding()) is not None]
+
+    def places(self, name: RegisterName, entry: PartEntry) -> Iterable[BlockPlace]:
+        """Raises KeyError for a bucket or an epoch that is not known here, ValueError for a run that no layout explains."""
+        return blocks_of(entry, name.partition, self._context.layouts.at, self.buckets.countries_of(name.scope))
+
+    async def _weigh(self, batch: Sequence[tuple[Tally, BlockPlace]]) -> None:
+        presence = await self.presence([place for _, place in batch])
+        self._can_hold.clear()
+        for tally, place in batch:
+            health = judge_block(place, presence)
+            if not health.whole:
+                countries = self.buckets.countries_of(RegisterName.unpack(tally.name).scope)
+                tally.add(health, self.can_hold(place.entry, countries))
+
+    async def health(self, places: Sequence[BlockPlace]) -> list[BlockHealth]:
         presence = await self.presence(places)
         return [judge_block(place, presence) for place in places]
 
@@ -135,18 +226,35 @@ class Walker:
                 missing = Presence.MISSING if self._context.liveness.disk_writable(disk) else Presence.AWAY
                 found += [(stat, Presence.OK if stat.health == Health.OK else missing) for stat in stats]
         except (PeerError, TimeoutError):
-            return []
+            self.unanswered += 1
         return found
 
-    def recodable(self, health: BlockHealth) -> bool:
-        """Whether a block that is not held as its target asks could be now."""
-        return not health.on_target and self.target_placement(health.place) is not None
+    # --- targets ----------------------------------------------------------------------------------------------------
 
-    def target_placement(self, place: BlockPlace, countries: Sequence[str] = ()) -> Placement | None:
-        """Where the living disks could hold the block under its target profile; None when they can't."""
-        target = Profile.parse(place.entry.target)
+    def can_hold(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
+        """Whether the living disks can hold a part as its target asks. What one placement group can, all can: only the number of disks in each domain matters."""
+        known = self._can_hold.get((entry.target, countries))
+        if known is None:
+            known = self._can_hold[entry.target, countries] = self.target_placement(entry, countries) is not None
+        return known
+
+    def target_placement(self, entry: PartEntry, countries: tuple[str, ...]) -> Placement | None:
+        """Where the living disks can hold a part under its target profile, within the domains' limits; None when they can't."""
+        target = Profile.parse(entry.target)
+        placement = self.placement(entry, target, countries)
+        if placement is None or placement.profile != target:
+            return None
+        layout = self._context.layouts.current
+        shares: dict[str, int] = {}
+        for disk in placement.disks:
+            domain = layout.domain_by_disk[disk]
+            shares[domain] = shares.get(domain, 0) + 1
+        return placement if not placement.moved or max(shares.values()) <= target.m else None
+
+    def placement(self, entry: PartEntry, target: Profile, countries: tuple[str, ...]) -> Placement | None:
+        """Where a write of this profile would go now; None when it would be refused."""
+        writable: Callable[[str], bool] = self._context.liveness.disk_writable
         try:
-            placement = choose(self._context.layouts.current, place.entry.data_id, target, self._context.liveness.disk_writable, countries)
+            return choose(self._context.layouts.current, entry.data_id, target, writable, countries)
         except StoragedError:
             return None
-        return placement if placement.profile == target else None

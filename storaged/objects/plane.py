@@ -162,6 +162,8 @@ class ObjectPlane:
     entropy: Entropy
     limits: ObjectLimits = field(default_factory=ObjectLimits)
     on_damage: OnDamage = lambda damage: None
+    on_degraded: Callable[[RegisterName], None] = lambda name: None
+    """Told of a register whose data was just committed with fewer fragments, or under another profile, than it should have."""
 
     def __post_init__(self) -> None:
         self.counters = Counters()

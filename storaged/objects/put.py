@@ -233,6 +233,8 @@ async def commit_sealed(
             entry = writer.entry()
         else:
             plane.counters.bytes_in += sealed.digest.size
+            if writer is not None and writer.degraded:
+                plane.on_degraded(name)
             return outcome, entry
 
 

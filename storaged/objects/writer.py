@@ -414,6 +414,11 @@ class PartWriter:
                 runs.append(Run(state.number, 1, profile.k, profile.m, state.layout.epoch, moved))
         return PartEntry(self._number, self._data_id, self._size, self._sealer.header, self._block_cells, str(self._target), tuple(runs))
 
+    @property
+    def degraded(self) -> bool:
+        """Some block has fewer durable fragments than its profile, or another profile than the target."""
+        return any(state.placement.profile != self._target or len(state.durable) < state.placement.profile.n for state in self._blocks)
+
     async def discard(self) -> None:
         """After a failure: puts what was written on its disks' garbage lists. Disks that don't answer are left to the sweep of orphans."""
         disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}

@@ -1,0 +1,377 @@
+"""A whole cluster in one process, of the real parts but for sockets and disks: three racks of one node with two disks each, and a gateway.
+
+What is virtual: time (an hour passes in no time), the network (a call is a function call with its messages encoded), the disks (in memory). Threads run in line, so
+that a test does the same thing every time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
+from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
+from storaged.fragments.memory import MemoryFragmentStore
+from storaged.fragments.payloads import Payloads
+from storaged.fragments.ports import FragmentId
+from storaged.fragments.remote import FragmentHost, StoreDirectory
+from storaged.maintain.context import MaintainContext, MaintainLimits
+from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
+from storaged.meta.client import RingClient
+from storaged.meta.listing import RingScanner
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.names import RegisterName, object_name
+from storaged.meta.remote import ReplicaDirectory, ReplicaHost
+from storaged.meta.replica import LocalReplica
+from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
+from storaged.objects.buckets import BucketService
+from storaged.objects.plane import ObjectLimits, ObjectPlane
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry
+from storaged.objects.references import live_references
+from storaged.objects.service import ObjectService
+from storaged.wire import Buffer, Message, decode, encode
+from tests.sim.virtual import VirtualClock, VirtualLoop
+from tests.unit.fakes_objects import FakeKeys
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+WHO = Principal("f" * 64, "tester")
+NOBODY = PeerIdentity("", "FR", "par1", "a", ("gateway", "storage"))
+CALL_S = 0.0005
+RACKS = {"a": "FR/par1/a", "b": "FR/par2/b", "c": "FR/lyo1/c"}
+
+
+class InlineLoop(VirtualLoop):
+    """Work for threads is done at once."""
+
+    def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
+        done: asyncio.Future[T] = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+def run(scenario: Callable[[Cluster], Coroutine[Any, Any, None]], **options: Any) -> None:
+    """Runs ``scenario(cluster)`` in virtual time. Anything that went wrong unnoticed in the background fails the test."""
+    loop = InlineLoop()
+
+    async def main() -> None:
+        cluster = Cluster(loop, **options)
+        try:
+            await scenario(cluster)
+        finally:
+            await cluster.close()
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert not loop.troubles, loop.troubles
+
+
+def layout_of(disks_per_node: int = 2, epoch: int = 1) -> Layout:
+    nodes = tuple(NodeEntry(f"n{rack}", location, "", ("storage",)) for rack, location in RACKS.items())
+    disks = tuple(DiskEntry(f"{rack}{index}", f"n{rack}", 1) for rack in RACKS for index in range(disks_per_node))
+    return Layout("test", epoch, nodes, disks, ("a0", "b0", "c0"))
+
+
+class StorageNode:
+    """One storage process: it can be killed and started again on its disks."""
+
+    def __init__(self, cluster: Cluster, name: str, disks: Iterable[str]) -> None:
+        self._cluster = cluster
+        self.name = name
+        self.meta = {disk: MemoryMetaStore() for disk in disks}
+        self.fragments = {disk: MemoryFragmentStore() for disk in disks}
+        self.up = False
+        self.lives = 0
+        self.log: list[str] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        cluster, self.up = self._cluster, True
+        self.lives += 1
+        self.replicas: dict[str, LocalReplica] = {}
+        self.stores: dict[str, MemoryFragmentStore] = dict(self.fragments)
+        for disk, meta in self.meta.items():
+            copies = Payloads(self.fragments[disk])
+            self.replicas[disk] = LocalReplica(disk, meta, store_payload=copies.store_payload, load_payload=copies.load_payload)
+        caller = LocalCaller(cluster, self.name)
+        directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)
+        self.ring = RingClient(cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5)
+        scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
+        context = MaintainContext(
+            node=self.name,
+            clock=cluster.clock,
+            layouts=cluster.layouts,
+            liveness=cluster.alive,
+            registers=self.ring,
+            pages=self.ring,
+            scanner=scanner,
+            stores=StoreDirectory(cluster.layouts, caller, self.stores),
+            local_meta=self.meta,
+            local_fragments=self.fragments,
+            limits=cluster.limits,
+            log=self.log.append,
+        )
+
+        async def referenced(owner: RegisterName, data_id: bytes) -> bool:
+            return data_id in await live_references(context.registers, context.scanner, context.pages, owner)
+
+        self.context = context
+        self.maintenance = Maintenance(context, scanner, referenced, caller)
+        self.methods: dict[str, Method] = {
+            **ReplicaHost(self.replicas).methods(),
+            **FragmentHost(self.stores).methods(),
+            **self.maintenance.methods(),
+        }
+
+    def maintain(self) -> None:
+        """Starts background work."""
+        if self.up and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self.maintenance.run())
+
+    async def kill(self) -> None:
+        """What was not synced is lost."""
+        self.up = False
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert task.cancelled() or task.exception() is None, task.exception()
+        await self.ring.close()
+        for store in self.fragments.values():
+            store.crash()
+
+    def check(self) -> None:
+        """Background work must not have ended."""
+        if self._task is not None and self._task.done():
+            self._task.result()
+
+
+class Alive:
+    """``Liveness``: what heartbeats would say, shared by all. ``disks_down`` answer nothing; ``read_only`` take no writes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.disks_down: set[str] = set()
+        self.read_only: set[str] = set()
+
+    def disk_readable(self, disk_id: str) -> bool:
+        node = self._cluster.nodes.get(self._cluster.layouts.current.node_of(disk_id))
+        return node is not None and node.up and disk_id not in self.disks_down
+
+    def disk_writable(self, disk_id: str) -> bool:
+        return self.disk_readable(disk_id) and disk_id not in self.read_only
+
+
+class Layouts:
+    def __init__(self, layout: Layout) -> None:
+        self.current = layout
+        self._known = {layout.epoch: layout}
+
+    def at(self, epoch: int) -> Layout:
+        return self._known[epoch]
+
+
+class LocalCaller:
+    """``Caller``: the other node's method, called directly; requests and replies go through their encoding. ``intercept`` sees every call before it is made."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self._cluster = cluster
+        self._name = name
+
+    async def call(
+        self, node: str, method: str, request: Message, reply: type[M], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+    ) -> tuple[M, memoryview]:
+        await asyncio.sleep(CALL_S)
+        intercept = self._cluster.intercept
+        if intercept is not None:
+            await intercept(self._name, node, method, request)
+        target = self._cluster.nodes[node]
+        if not target.up:
+            raise PeerUnreachable(f"{node} is away")
+        lives = target.lives
+        found = target.methods[method]
+        call = Call(NOBODY, memoryview(b"".join(body)), 0.0)
+        try:
+            answer = await found.handler(decode(encode(request), found.request), call)
+        except PeerError:
+            raise
+        except StoragedError as error:
+            raise PeerRefused(error.message, error.code) from None
+        if not target.up or target.lives != lives:
+            raise PeerUnreachable(f"{node} went away")
+        message, bulk = (answer.message, b"".join(answer.body)) if isinstance(answer, Reply) else (answer, b"")
+        await asyncio.sleep(CALL_S)
+        return decode(encode(message), reply), memoryview(bulk)
+
+
+Intercept = Callable[[str, str, str, Message], Coroutine[Any, Any, None]]
+
+
+class Cluster:
+    """``objects`` and ``buckets`` are the gateway's; ``kill`` and ``start`` take a node or, as ``rack_a``, all of a rack (here they are the same)."""
+
+    def __init__(self, loop: InlineLoop, *, disks_per_node: int = 2, limits: MaintainLimits | None = None, **plane_limits: Any) -> None:
+        self.loop = loop
+        self.clock = VirtualClock(loop)
+        self.limits = limits or MaintainLimits()
+        self.layouts = Layouts(layout_of(disks_per_node))
+        self.intercept: Intercept | None = None
+        self.nodes: dict[str, StorageNode] = {}
+        self.alive = Alive(self)
+        for rack in RACKS:
+            disks = [disk.id for disk in self.layouts.current.disks if disk.node == f"n{rack}"]
+            self.nodes[f"n{rack}"] = StorageNode(self, f"n{rack}", disks)
+        for node in self.nodes.values():
+            node.start()
+        self._plane_limits = ObjectLimits(**{"block_cells_max": 12, "part_bytes_min": 1, **plane_limits})
+        self.keys = FakeKeys()
+        self.gateways: list[Gateway] = []
+        self.gateway = self.new_gateway("g")
+        self.objects, self.buckets = self.gateway.objects, self.gateway.buckets
+
+    def new_gateway(self, name: str) -> Gateway:
+        gateway = Gateway(self, name, self._plane_limits)
+        self.gateways.append(gateway)
+        return gateway
+
+    async def close(self) -> None:
+        for gateway in self.gateways:
+            await gateway.close()
+        for node in self.nodes.values():
+            if node.up:
+                node.check()
+                await node.kill()
+
+    # --- what happens to it -----------------------------------------------------------------------------------------
+
+    def maintain(self) -> None:
+        for node in self.nodes.values():
+            node.maintain()
+
+    async def kill(self, *nodes: str) -> None:
+        for name in nodes:
+            await self.nodes[name].kill()
+
+    def start(self, *nodes: str, maintain: bool = True) -> None:
+        for name in nodes:
+            self.nodes[name].start()
+            if maintain:
+                self.nodes[name].maintain()
+
+    def lose_disk(self, disk: str) -> None:
+        """The disk answers nothing any more."""
+        node = self.nodes[self.layouts.current.node_of(disk)]
+        self.alive.disks_down.add(disk)
+        del node.replicas[disk], node.stores[disk]
+
+    async def pass_s(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        for node in self.nodes.values():
+            node.check()
+
+    # --- objects ----------------------------------------------------------------------------------------------------
+
+    async def bucket(self, name: str = "bucket") -> BucketRecord:
+        return await self.buckets.create(WHO, name, region="eu-fr-1")
+
+    async def put(self, bucket: BucketRecord, key: bytes, data: bytes) -> PutResult:
+        return await self.objects.put(bucket, key, _body(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
+
+    async def get(self, bucket: BucketRecord, key: bytes) -> bytes:
+        stream = await self.objects.get(bucket, key)
+        return b"".join([bytes(piece) async for piece in stream.chunks()])
+
+    async def record(self, bucket: BucketRecord, key: bytes) -> ObjectRecord:
+        value = (await self.gateway.ring.read(object_name(bucket.id, bucket.shards, key))).value
+        assert value is not None
+        return decode(value.body, ObjectRecord)
+
+    async def entry(self, bucket: BucketRecord, key: bytes) -> PartEntry:
+        return (await self.record(bucket, key)).versions[0].parts[0]
+
+    # --- fragments --------------------------------------------------------------------------------------------------
+
+    def store(self, disk: str) -> MemoryFragmentStore:
+        return self.nodes[self.layouts.current.node_of(disk)].fragments[disk]
+
+    async def fragments(self, data_id: bytes | None = None) -> list[tuple[str, FragmentId]]:
+        """(disk, fragment) of everything, or of one data id, on all disks, also on those that are away."""
+        found = []
+        for node in self.nodes.values():
+            for disk, store in node.fragments.items():
+                found += [(disk, FragmentId.unpack(header.id)) async for header in store.scan(limit=1_000_000)]
+        return sorted(where for where in found if data_id is None or where[1].data_id == data_id)
+
+    # --- maintenance ------------------------------------------------------------------------------------------------
+
+    async def statuses(self) -> list[MaintainStatus]:
+        return await self.gateway.maintain.statuses()
+
+    async def counts(self) -> tuple[int, int, bool]:
+        """(below target, lost, whether every living node has counted)."""
+        told = await self.statuses()
+        counted = {status.node for status in told} == {name for name, node in self.nodes.items() if node.up}
+        return (
+            sum(status.below_target for status in told),
+            sum(status.lost for status in told),
+            counted and all(status.current for status in told),
+        )
+
+    async def settled(self, seconds_max: float = 600.0) -> tuple[int, int]:
+        """(below target, lost) once everybody has counted and nobody is busy."""
+        end = self.loop.time() + seconds_max
+        while self.loop.time() < end:
+            await self.pass_s(1.0)
+            told = await self.statuses()
+            below, lost, counted = await self.counts()
+            if counted and not any(status.busy for status in told):
+                return below, lost
+        raise AssertionError(f"still busy after {seconds_max} s: {await self.statuses()} {[node.log[-3:] for node in self.nodes.values()]}")
+
+
+class Gateway:
+    def __init__(self, cluster: Cluster, name: str, limits: ObjectLimits) -> None:
+        caller = LocalCaller(cluster, name)
+        self.maintain = MaintainClient(caller, cluster.layouts, cluster.alive)
+        directory = ReplicaDirectory(cluster.layouts, caller)
+        self.ring = RingClient(cluster.layouts, directory, node=name, clock=cluster.clock, jitter=lambda: 0.5, on_missed=self.maintain.hint)
+        self.scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
+        self.plane = ObjectPlane(
+            registers=self.ring,
+            pages=self.ring,
+            scanner=self.scanner,
+            fences=self.ring,
+            stores=StoreDirectory(cluster.layouts, caller, {}),
+            liveness=cluster.alive,
+            layouts=cluster.layouts,
+            keys=cluster.keys,
+            clock=cluster.clock,
+            entropy=os.urandom,
+            limits=limits,
+            on_damage=lambda damage: self.maintain.hint(damage.owner, damage.fragment if damage.reason == "lied" else None),
+            on_degraded=self.maintain.hint,
+        )
+        self.objects = ObjectService(self.plane)
+        self.buckets = BucketService(self.plane)
+        self._hints = asyncio.get_running_loop().create_task(self.maintain.run())
+
+    async def close(self) -> None:
+        self._hints.cancel()
+        await asyncio.gather(self._hints, return_exceptions=True)
+        await self.objects.close()
+        await self.ring.close()
+
+
+async def _body(data: bytes) -> AsyncIterator[Buffer]:
+    for at in range(0, len(data), 200_000):
+        yield data[at : at + 200_000]
