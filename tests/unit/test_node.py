@@ -1,0 +1,157 @@
+"""What a node keeps about its disks and its cluster, and the gateway's keyring: bound once, never made anew."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storaged import config, keys
+from storaged.cli import create
+from storaged.clock import SystemClock
+from storaged.errors import DirectoryInUse, KeyringUnavailable, ServiceUnavailable
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import Outcome, Reading
+from storaged.node.disks import open_disks
+from storaged.node.gateway import LateKeys, Unlocker
+from storaged.node.system import StoreLedger, SystemPaths, Taken
+from storaged.wire import decode
+
+
+class Registers:
+    """Compare-and-set in a dict; ``away`` is how many calls still fail for want of a majority."""
+
+    def __init__(self, away: int = 0) -> None:
+        self.values: dict[bytes, Value] = {}
+        self.away = away
+
+    def _reach(self) -> None:
+        if self.away:
+            self.away -= 1
+            raise ServiceUnavailable("no majority")
+
+    async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
+        self._reach()
+        return Reading(self.values.get(name.key))
+
+    async def change(self, name: RegisterName, update: Any, **_more: Any) -> Outcome:
+        self._reach()
+        before = self.values.get(name.key)
+        change = update(before)
+        if change is not None:
+            self.values[name.key] = Value(before.sequence + 1 if before else 1, b"", change.visibility, change.body)
+        return Outcome(before, self.values.get(name.key))
+
+
+async def no_audit(_kind: str, _fields: Mapping[str, str]) -> None:
+    return None
+
+
+async def test_a_path_is_created_once(tmp_path: Path) -> None:
+    paths = SystemPaths(Registers())  # type: ignore[arg-type]  # only read and change are asked for
+    assert await paths.read("x") is None
+    await paths.create("x", b"first")
+    with pytest.raises(Taken):
+        await paths.create("x", b"second")
+    assert await paths.read("x") == b"first"
+    await paths.write("x", b"third")
+    assert await paths.read("x") == b"third"
+
+
+def test_the_ledger_remembers_which_store_a_disk_had(tmp_path: Path) -> None:
+    ledger = StoreLedger(tmp_path)
+    assert ledger.identity("d1") is None
+    ledger.record("d1", b"\1" * 24)
+    ledger.record("d2", b"\2" * 24)
+    again = StoreLedger(tmp_path)
+    assert (again.identity("d1"), again.identity("d2"), again.identity("d3")) == (b"\1" * 24, b"\2" * 24, None)
+
+
+def storage_config(place: Path) -> config.Config:
+    node = create.NodePlan("n1", "FR/par1/a", ("storage",), "127.0.0.1:7400", disks=create.new_disks(["d1", "d2"]))
+    (place / "config.toml").write_text(
+        create.storage_config(node, ".", node.address, "[limits]\nmeta_map_bytes = '16 MiB'\nreserve_bytes = 1\n")
+    )
+    return config.load(place / "config.toml")
+
+
+async def test_a_disk_that_lost_its_store_is_foreign_and_the_other_goes_on(tmp_path: Path) -> None:
+    import shutil
+
+    loaded = storage_config(tmp_path)
+    first = await open_disks(loaded, SystemClock(), lambda *_: None)
+    assert [status.state for status in await first.statuses()] == ["ok", "ok"]
+    with pytest.raises(DirectoryInUse):
+        await open_disks(loaded, SystemClock(), lambda *_: None)
+    await first.close()
+    shutil.rmtree(tmp_path / "d1")
+    second = await open_disks(loaded, SystemClock(), lambda *_: None)
+    states = {status.directory: status.state for status in await second.statuses()}
+    assert states == {str(tmp_path / "d1"): "foreign", str(tmp_path / "d2"): "ok"}
+    assert not (tmp_path / "d1" / "meta").exists(), "nothing is made where something is missing"
+    await second.close()
+
+
+def gateway_config(place: Path) -> config.Config:
+    place.mkdir(exist_ok=True)
+    node = create.NodePlan("gateway", "FR/par1/a", ("gateway",))
+    (place / "config.toml").write_text(
+        create.gateway_config(node, ".", "127.0.0.1:8333", "eu-fr-1", {"keyring": "keyring", "credential": "credential"})
+    )
+    return config.load(place / "config.toml")
+
+
+def make_keyring(place: Path) -> bytes:
+    return keys.create_keyring(place / "keyring", keys.Credential.create(place / "credential")).keyring_id
+
+
+async def opened(loaded: config.Config, registers: Registers, cluster: str = "c1") -> tuple[LateKeys, Unlocker, asyncio.Task[None]]:
+    late = LateKeys()
+    unlocker = Unlocker(loaded, cluster, SystemPaths(registers), late, no_audit, SystemClock())  # type: ignore[arg-type]
+    task = asyncio.create_task(unlocker.run())
+    while not task.done() and not unlocker.problem:  # noqa: ASYNC110  # the problem is told to people, not to tasks
+        await asyncio.sleep(0.005)
+    return late, unlocker, task
+
+
+async def test_the_first_start_binds_the_cluster_to_its_keyring_and_waits_for_a_majority(tmp_path: Path) -> None:
+    loaded = gateway_config(tmp_path)
+    keyring_id, registers = make_keyring(tmp_path), Registers(away=2)
+    late, _, task = await opened(loaded, registers)
+    await task
+    assert late.keyring is not None
+    assert keyring_id in decode(registers.values[b"cluster"].body, list[Any])
+    again, _, task = await opened(loaded, registers)
+    await task
+    assert again.keyring is not None
+
+
+@pytest.mark.parametrize("what", ["missing", "another", "cluster", "credential"])
+async def test_a_keyring_that_is_not_the_clusters_opens_nothing_until_it_is_restored(tmp_path: Path, what: str) -> None:
+    right, wrong = gateway_config(tmp_path / "right"), gateway_config(tmp_path / "wrong")
+    make_keyring(tmp_path / "right")
+    registers = Registers()
+    await (await opened(right, registers))[2]
+    if what != "missing":
+        make_keyring(tmp_path / "wrong")
+    if what == "credential":
+        (tmp_path / "wrong" / "credential").write_bytes(bytes(32))
+    loaded, cluster = (right, "c2") if what == "cluster" else (wrong, "c1")
+    late, unlocker, task = await opened(loaded, registers, cluster)
+    assert late.keyring is None
+    assert unlocker.problem
+    with pytest.raises(KeyringUnavailable):
+        late.seal_secret(b"x", [])
+    assert (tmp_path / "wrong" / "keyring").exists() == (what != "missing")
+    if what in ("missing", "another"):
+        for name in ("keyring", "credential"):
+            (tmp_path / "wrong" / name).write_bytes((tmp_path / "right" / name).read_bytes())
+        unlocker.again()
+        await asyncio.wait_for(task, 5)
+        assert late.keyring is not None
+        assert late.open_secret(late.seal_secret(b"x", []), []) == b"x"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
