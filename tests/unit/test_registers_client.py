@@ -284,13 +284,16 @@ async def test_a_change_that_was_preempted_behind_its_barrier_renews_its_fragmen
         await collector.settle(NAME)
         steps.append("collected")
 
+    def prepares() -> int:
+        return sum(request.ballot.node == "gw" for request in ring.first.prepares)
+
     async def renew() -> None:
-        steps.append(f"renewed after {len(ring.first.prepares)} prepares")
+        steps.append(f"renewed after {prepares()} prepare")
 
     outcome = await client.change(NAME, put(b"one"), ready=barrier(), renew=renew)
     assert outcome.after is not None
-    assert steps == ["collected", "renewed after 2 prepares"]
-    assert len(ring.first.prepares) == 3
+    assert steps == ["collected", "renewed after 1 prepare"]
+    assert prepares() == 2
 
 
 async def test_a_change_whose_fragments_were_collected_while_it_slept_is_not_applied(ring: Ring) -> None:
