@@ -254,7 +254,7 @@ class Gateway:
         log.warning(
             "a fragment is wanting", disk=damage.disk, reason=damage.reason, data_id=damage.fragment.data_id.hex(), cell=damage.cell
         )
-        self._node.maintain.hint(damage.owner)
+        self._node.maintain.hint(damage.owner, damage.fragment if damage.reason == "lied" else None)
 
     def reload(self, config: Config) -> None:
         """A new TLS certificate, and another look for a keyring. Raises ConfigInvalid and keeps the old certificate."""

@@ -270,18 +270,12 @@ class Node:
             size.labels(disk.id, "free").set(disk.bytes_free)
 
     def _cell_damaged(self, disk: str, fragment: FragmentId, cell: int) -> None:
-        """Told by a local disk: repair should look at the register that owns the fragment; the next scrub or walk finds its name."""
+        """Told by a local disk. The fragment's header names the register that owns it, for whichever node looks after that."""
         self.metrics.counter("storaged_fragments_damaged_total").labels(disk).inc()
-        log.warning(
-            "a cell's checksum does not hold",
-            disk=disk,
-            data_id=fragment.data_id.hex(),
-            block=fragment.block,
-            position=fragment.position,
-            cell=cell,
-        )
+        where = {"data_id": fragment.data_id.hex(), "block": fragment.block, "position": fragment.position, "cell": cell}
+        log.warning("a cell's checksum does not hold", disk=disk, **where)
         if self.maintenance is not None:
-            self.maintenance.repair.wake()
+            self.maintenance.cell_damaged(disk, fragment)
 
     def _refused(self, peer: str, error: StoragedError) -> None:
         log.warning("a peer is refused", peer=peer, code=error.code, reason=error.message)
