@@ -96,10 +96,8 @@ def walk(rows: Rows, root: int, *, after: bytes, prefix: bytes, limit: int) -> l
             break  # only what hangs under one link of this node has the prefix, and the walk is behind that link
         bound = row_key(node, left)
         batch = rows.read(at, limit - len(found))
-        if batch and batch[-1][0].startswith(bound) and not any(is_link(key) for key, _ in batch):
-            found += (
-                [(path + key[NODE_BYTES:], value) for key, value in batch] if path else [(key[NODE_BYTES:], value) for key, value in batch]
-            )
+        if batch and batch[-1][0].startswith(bound) and ROW_KEY_BYTES_MAX not in [len(key) for key, _ in batch]:
+            found += [(path + key[NODE_BYTES:], value) for key, value in batch]
             continue
         for key, value in batch:
             if not key.startswith(bound):

@@ -2,7 +2,7 @@
 
     offset  bytes  what
     0       1      format version, 1
-    1       8      check: xxh3-64 (BE), seeded with the key's length, of the packed register name || the row from offset 9
+    1       8      check: xxh3-64 (BE) of the row from offset 9 || the key, seeded with the xxh3-64 of table || scope || shard
     9       1      visibility (0 tombstone, 1 hidden, 2 live)
     10      8      ballot: epoch (u64 BE)
     18      8      ballot: counter (u64 BE)
@@ -42,6 +42,7 @@ assert _HEAD.size == 19
 assert _ROW_BYTES_MIN == 28
 
 _hash = xxhash.xxh3_64_intdigest
+_check = xxhash.xxh3_64_digest
 _unpack_head = _HEAD.unpack_from
 
 
@@ -57,16 +58,23 @@ def pack_row(slot: Slot) -> bytes:
     except (struct.error, ValueError) as error:
         raise ValueError(f"a row cannot hold {ballot} of {name}: {error}") from None
     body = b"".join((head, node, ballot.incarnation, wire.encode(value)))
-    return b"\x01" + _hash(packed + body, len(name.key)).to_bytes(CHECK_BYTES, "big") + body
+    return b"\x01" + _check(body + name.key, seed_of(packed[:NAME_PREFIX_BYTES])) + body
 
 
-def intact(name_prefix: bytes, key: bytes, row: bytes) -> bool:
-    """Whether a row is whole and belongs to the register ``name_prefix || key`` (table, scope, shard, then the key)."""
-    return (
-        len(row) >= _ROW_BYTES_MIN
-        and row[0] == ROW_VERSION
-        and _hash(name_prefix + key + row[_BODY_AT:], len(key)) == int.from_bytes(row[_CHECK_AT:_BODY_AT], "big")
-    )
+def seed_of(name_prefix: bytes) -> int:
+    """What the checks of all rows of one table || scope || shard are seeded with."""
+    return _hash(name_prefix)
+
+
+def sound_check(seed: int, key: bytes, row: bytes) -> bytes:
+    """The row's check, 8 bytes that stand for it in digests; empty unless the row is whole and belongs to this key of the seed's table, scope and shard."""
+    check = row[_CHECK_AT:_BODY_AT]
+    return check if _check(row[_BODY_AT:] + key, seed) == check and row[0] == ROW_VERSION else b""
+
+
+def visibility_of(row: bytes) -> int:
+    """Of an intact row."""
+    return row[_BODY_AT]
 
 
 class RowParts(NamedTuple):
@@ -83,15 +91,10 @@ def row_parts(row: bytes) -> RowParts:
     return RowParts(row[_BODY_AT], row[_BALLOT_AT:end], row[end:])
 
 
-def row_check(row: bytes) -> bytes:
-    """The 8 bytes that stand for the row in digests."""
-    return row[_CHECK_AT:_BODY_AT]
-
-
 def unpack_row(name: RegisterName, row: bytes) -> Slot:
     """Raises RowDamaged."""
     key = name.key
-    if not intact(name.pack()[:NAME_PREFIX_BYTES], key, row):
+    if not sound_check(seed_of(name.pack()[:NAME_PREFIX_BYTES]), key, row):
         raise RowDamaged(f"the row of {name} does not match its check")
     _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
     node_end = _ROW_BYTES_MIN + node_bytes

@@ -18,7 +18,7 @@ import xxhash
 from storaged import wire
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
 from storaged.meta.ports import MetaStore, RowDamaged
-from storaged.meta.rowvalue import intact, row_check, row_parts
+from storaged.meta.rowvalue import row_parts, seed_of, sound_check, visibility_of
 from storaged.wire import Message
 
 SHARDS_MAX = 256
@@ -142,7 +142,7 @@ class _ShardScan:
         self.jumped = False
         self._request = request
         self._ask = ask
-        self._name_prefix = RegisterName(request.table, request.scope, ask.shard, b"").pack()
+        self._seed = seed_of(RegisterName(request.table, request.scope, ask.shard, b"").pack())
         self._damaged_mark = b"damaged at " + request.disk.encode()
         self._checks: list[bytes] = []
         self._rows: list[tuple[bytes, bytes, int, msgspec.Raw | None]] = []
@@ -153,40 +153,39 @@ class _ShardScan:
     def rows_left(self) -> int:
         return self._ask.examine_max - len(self._checks) + 1
 
-    @property
-    def _full(self) -> bool:
-        return self._entries >= self._ask.limit or len(self._checks) >= self._ask.examine_max or self._bytes >= self._ask.bytes_max
-
     def take(self, batch: list[tuple[bytes, bytes]]) -> None:
-        request, visible, want, checks = self._request, self._request.visible, self._ask.want, self._checks
-        name_prefix, delimiter = self._name_prefix, self._request.delimiter
+        """The one loop over rows. Locals, and no calls that can be avoided: a page of 1,000 keys is 4,000 rows here, on all replicas together."""
+        request, ask, seed, checks = self._request, self._ask, self._seed, self._checks
+        visible, delimiter, everything = request.visible, request.delimiter, ask.want == Want.ALL
+        entries, looked_at, size, through = self._entries, len(checks), self._bytes, self.through
         group = b""
         self.jumped = False
         for key, row in batch:
             if group and key.startswith(group):
                 continue
-            if self._full:
+            if entries >= ask.limit or looked_at >= ask.examine_max or size >= ask.bytes_max:
                 self._more = self.finished = True
-                return
-            self.through, group = key, b""
-            if not intact(name_prefix, key, row):
+                break
+            looked_at += 1
+            through, group = key, b""
+            check = sound_check(seed, key, row)
+            if not check:
                 checks.append(self._damaged_mark)
-                if want == Want.ALL:
+                if everything:
                     self._rows.append((key, b"", 0, None))
                 continue
-            checks.append(row_check(row))
-            self._bytes += len(row)
-            visibility, ballot, value = row_parts(row)
-            if visibility >= visible:
-                self._entries += 1
-                group = common_prefix(key, request.prefix, delimiter) if delimiter else b""
-                if group:
-                    self.through = list_after_prefix(group)
+            checks.append(check)
+            size += len(row)
+            shown = visibility_of(row) >= visible
+            if shown:
+                entries += 1
+                if delimiter and (group := common_prefix(key, request.prefix, delimiter)):
+                    through = list_after_prefix(group)
                     self.jumped = True
-            elif want != Want.ALL:
-                continue
-            if want:
+            if everything or (shown and ask.want):
+                visibility, ballot, value = row_parts(row)
                 self._rows.append((key, ballot, visibility, msgspec.Raw(value)))
+        self._entries, self._bytes, self.through = entries, size, through
 
     def slice(self) -> ShardSlice:
         return ShardSlice(

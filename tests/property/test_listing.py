@@ -13,7 +13,10 @@ from storaged.meta.scan import common_prefix
 from tests.unit.meta_ring import BUCKET, Ring, value_of
 
 PIECES = st.sampled_from([b"a", b"b", b"/", b"//", b"\0", b"\xff", b"a" * 479, b"\xff" * 30, b"photos/2026/"])
-KEYS = st.lists(PIECES, min_size=1, max_size=5).map(lambda pieces: b"".join(pieces)[:KEY_BYTES_MAX])
+KEYS = st.one_of(
+    st.lists(PIECES, min_size=1, max_size=5).map(lambda pieces: b"".join(pieces)[:KEY_BYTES_MAX]),
+    st.tuples(st.sampled_from([b"", b"a/", b"b/a/"]), st.binary(min_size=1, max_size=2)).map(b"".join),
+)
 VISIBILITIES = st.sampled_from([Visibility.LIVE, Visibility.LIVE, Visibility.HIDDEN, Visibility.TOMBSTONE])
 
 
@@ -31,11 +34,20 @@ class KeyState:
 
 
 AGREED = st.integers(1, 3).map(lambda counter: (counter, counter, counter))
-STATES = st.builds(
-    KeyState,
-    st.one_of(AGREED, AGREED, st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))),
-    st.tuples(st.just(Visibility.TOMBSTONE), VISIBILITIES, VISIBILITIES, VISIBILITIES),
-    st.one_of(st.none(), st.none(), st.none(), st.integers(0, 2)),
+ANYHOW = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
+LAGGING = st.tuples(st.integers(0, 2), st.integers(1, 3)).map(lambda drawn: tuple(0 if i == drawn[0] else drawn[1] for i in range(3)))
+SHOWN = st.just((Visibility.TOMBSTONE, Visibility.LIVE, Visibility.LIVE, Visibility.LIVE))
+MIXED = st.tuples(st.just(Visibility.TOMBSTONE), VISIBILITIES, VISIBILITIES, VISIBILITIES)
+STATES = st.one_of(
+    st.builds(KeyState, AGREED, SHOWN, st.none()),
+    st.builds(KeyState, LAGGING, SHOWN, st.none()),
+    st.builds(KeyState, AGREED, MIXED, st.one_of(st.none(), st.integers(0, 2))),
+    st.builds(KeyState, ANYHOW, MIXED, st.one_of(st.none(), st.none(), st.integers(0, 2))),
+)
+KEY_STATES = st.one_of(
+    st.dictionaries(KEYS, STATES, max_size=8),
+    st.dictionaries(KEYS, STATES, min_size=9, max_size=30),
+    st.dictionaries(KEYS, st.builds(KeyState, AGREED, SHOWN, st.none()), min_size=9, max_size=30),
 )
 
 
@@ -57,10 +69,10 @@ class Case:
 
 CASES = st.builds(
     Case,
-    keys=st.dictionaries(KEYS, STATES, max_size=30),
+    keys=KEY_STATES,
     shards=st.integers(1, 5),
-    prefix=st.one_of(st.just(b""), KEYS),
-    after=st.one_of(st.just(b""), KEYS),
+    prefix=st.one_of(st.just(b""), st.just(b""), st.sampled_from([b"a", b"b/"]), KEYS),
+    after=st.one_of(st.just(b""), st.just(b""), KEYS),
     delimiter=st.sampled_from([b"", b"/", b"//", b"a", b"\0", b"\xff", b"/2026/"]),
     limit=st.integers(1, 12),
     hidden=st.booleans(),
@@ -130,7 +142,7 @@ async def listed(case: Case, ring: Ring) -> list[list[tuple[bytes, Value | None]
     return pages
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(CASES)
 def test_the_pages_of_diverging_replicas_are_those_of_a_sorted_dict(case: Case) -> None:
     async def run() -> list[list[tuple[bytes, Value | None]]]:

@@ -223,6 +223,30 @@ async def test_where_a_common_prefix_stands_on_a_key_that_is_gone_the_scan_looks
     assert await page_of(ring, shards=range(1), delimiter=b"/") == ListPage()
 
 
+async def test_a_lagging_replica_that_believes_it_is_done_does_not_end_the_list() -> None:
+    ring = Ring(share=lambda _entries, _feeds, _turn: 2)
+    for key in (b"a", b"b"):
+        await ring.put_everywhere(name_of(key))
+    for lagging in ring.replicas_of(name_of(b"c")):
+        key = b"c after " + lagging.encode()
+        for disk in set(ring.replicas_of(name_of(key))) - {lagging}:
+            await ring.put(disk, name_of(key), value_of(1), 1)
+        assert key in keys_of(await page_of(ring, shards=range(1)))
+
+
+async def test_keys_behind_a_settled_one_in_a_common_prefix_are_not_settled() -> None:
+    ring = Ring()
+    first, second = name_of(b"p/1"), name_of(b"p/2")
+    disks = ring.replicas_of(first)
+    await ring.put(disks[0], first, value_of(2), 2)
+    await ring.put(disks[1], first, value_of(1, Visibility.TOMBSTONE), 1)
+    await ring.put(disks[0], second, value_of(2), 2)
+    await ring.put(disks[1], second, value_of(1), 1)
+    ring.down = {disks[2]}
+    assert (await page_of(ring, shards=range(1), delimiter=b"/")).prefixes == (b"p/",)
+    assert ring.reads == [first]
+
+
 async def test_a_page_full_of_deleted_keys_is_cut_short_and_tells_where_to_go_on() -> None:
     ring = Ring(examine_max=2)
     keys = [b"k%04d" % number for number in range(4 * ROUNDS_MAX)]
@@ -242,7 +266,7 @@ async def test_a_page_full_of_deleted_keys_is_cut_short_and_tells_where_to_go_on
 
 async def test_a_page_cut_short_inside_a_common_prefix_does_not_show_it_again() -> None:
     ring = Ring(examine_max=1, share=lambda _entries, _feeds, _turn: 1)
-    await ring.put_everywhere(name_of(b"p/0", 1))
+    await ring.put_everywhere(name_of(b"p/2", 1))
     for number in range(2 * ROUNDS_MAX):
         await ring.put_everywhere(name_of(b"a%04d" % number, 0), Visibility.TOMBSTONE)
         await ring.put_everywhere(name_of(b"p/1%04d" % number, 0), Visibility.TOMBSTONE)
