@@ -209,6 +209,7 @@ class Gateway:
             entropy=system_entropy,
             limits=ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max),
             on_damage=self._damaged,
+            on_degraded=node.maintain.hint,
         )
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
