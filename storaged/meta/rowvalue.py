@@ -72,6 +72,11 @@ def sound_check(seed: int, key: bytes, row: bytes) -> bytes:
     return check if _check(row[_BODY_AT:] + key, seed) == check and row[0] == ROW_VERSION else b""
 
 
+def intact(name_prefix: bytes, key: bytes, row: bytes) -> bool:
+    """Whether a row is whole and belongs to the register ``name_prefix || key`` (table, scope, shard, then the key)."""
+    return bool(sound_check(seed_of(name_prefix), key, row))
+
+
 def visibility_of(row: bytes) -> int:
     """Of an intact row."""
     return row[_BODY_AT]
@@ -94,7 +99,7 @@ def row_parts(row: bytes) -> RowParts:
 def unpack_row(name: RegisterName, row: bytes) -> Slot:
     """Raises RowDamaged."""
     key = name.key
-    if not sound_check(seed_of(name.pack()[:NAME_PREFIX_BYTES]), key, row):
+    if not intact(name.pack()[:NAME_PREFIX_BYTES], key, row):
         raise RowDamaged(f"the row of {name} does not match its check")
     _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
     node_end = _ROW_BYTES_MIN + node_bytes

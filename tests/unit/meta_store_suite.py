@@ -10,7 +10,7 @@ import xxhash
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch
-from storaged.meta.rowvalue import row_parts, seed_of, sound_check
+from storaged.meta.rowvalue import intact, row_parts
 
 BUCKET = bytes(range(16))
 OTHER = bytes(range(1, 17))
@@ -87,14 +87,14 @@ async def test_a_slice_gives_rows_that_carry_their_own_check(store: MetaStore) -
     slot = slot_of(name_of(b"k" * 500), visibility=Visibility.HIDDEN)
     await store.commit(StoreBatch(slots=[slot]))
     [(key, row)] = store.slice(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"k", limit=10)
-    seed = seed_of(slot.name.pack()[:18])
+    prefix = slot.name.pack()[:18]
     assert key == slot.name.key
     assert row_parts(row).visibility == Visibility.HIDDEN
-    assert sound_check(seed, key, row)
-    assert not sound_check(seed, key[:-1], row)
-    assert not sound_check(seed_of(name_of(key, shard=1).pack()[:18]), key, row)
-    assert not any(sound_check(seed, key, row[:length]) for length in range(len(row)))
-    assert not sound_check(seed, key, row[:-1] + bytes([row[-1] ^ 1]))
+    assert intact(prefix, key, row)
+    assert not intact(prefix, key[:-1], row)
+    assert not intact(name_of(key, shard=1).pack()[:18], key, row)
+    assert not any(intact(prefix, key, row[:length]) for length in range(len(row)))
+    assert not intact(prefix, key, row[:-1] + bytes([row[-1] ^ 1]))
 
 
 async def test_a_slice_that_would_hold_a_snapshot_for_long_is_refused(store: MetaStore) -> None:
