@@ -290,10 +290,9 @@ class LmdbMetaStore:
         return found if partition is None else [entry for entry in found if _partition(entry) == partition]
 
     def statistics(self) -> MetaStoreStatistics:
-        information = self._env.info()
         with self._begin(self._rows) as transaction:
             rows = transaction.stat(self._rows)["entries"]
-            page_bytes = self._env.stat()["psize"]
+        information, page_bytes = self._env.info(), self._env.stat()["psize"]
         return MetaStoreStatistics(
             state="read-only" if self._reason else "ok",
             reason=self._reason,
