@@ -23,6 +23,7 @@ from storaged.config import Config, split_address
 from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
 from storaged.ids import system_entropy
 from storaged.keys.ports import AlreadyThere, Audit
+from storaged.node.housekeeping import housekeep
 from storaged.node.protection import protection_of
 from storaged.node.system import ClusterRecord, SystemPaths, Taken
 from storaged.objects.buckets import BucketService
@@ -233,7 +234,7 @@ class Gateway:
         await self._app.start(host, port, ssl=self._context)
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._unlocker.run(), self._node.maintain.run()]
+        return [self._unlocker.run(), self._node.maintain.run(), housekeep(self.objects.plane, self.buckets)]
 
     def offer(self, services: Services) -> None:
         """What the admin API may ask of a gateway."""

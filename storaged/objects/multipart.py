@@ -14,7 +14,7 @@ from collections.abc import Set
 
 import msgspec
 
-from storaged.errors import InvalidArgument, InvalidRequest, NoSuchUpload, StoragedError
+from storaged.errors import InvalidArgument, InvalidRange, InvalidRequest, NoSuchUpload, StoragedError
 from storaged.ids import DATA_ID_BYTES, new_upload_id
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name, part_name, shard_of, upload_name
 from storaged.objects.api import (
@@ -160,7 +160,7 @@ async def copy_part(
     )
     try:
         if span is not None and span.last is not None and span.last >= stream.info.size:
-            raise InvalidArgument(f"Range specified is not valid for source object of size: {stream.info.size}")
+            raise InvalidRange(f"The range is not within the source, which has {stream.info.size} bytes.")
         return await put_part(plane, bucket, key, upload_id, number, body_of(stream), BodyChecks(size=stream.length))
     finally:
         await stream.close()
@@ -200,7 +200,7 @@ async def drop_parts(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpl
 
 
 async def _forget_parts(plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, upload_id: bytes, kept: Set[bytes]) -> None:
-    """Makes tombstones of an upload's part rows; retires the parts that are not ``kept``."""
+    """Makes tombstones of an upload's part rows; retires the parts that are not ``kept``. Raises NoSuchBucket, ServiceUnavailable."""
     gate = asyncio.Semaphore(FORGETS_IN_FLIGHT_MAX)
 
     async def forget(entry: PartEntry) -> None:
@@ -209,9 +209,12 @@ async def _forget_parts(plane: ObjectPlane, bucket: BucketRecord, owner: Registe
                 await retire_parts(plane, bucket, owner, [entry])
             await plane.registers.change(part_name(bucket.id, upload_id, entry.number), lambda value: Change(b"", Visibility.TOMBSTONE))
 
-    async with asyncio.TaskGroup() as group:
-        async for row in part_rows(plane.scanner, bucket.id, upload_id):
-            group.create_task(forget(row.entry))
+    try:
+        async with asyncio.TaskGroup() as group:
+            async for row in part_rows(plane.scanner, bucket.id, upload_id):
+                group.create_task(forget(row.entry))
+    except* StoragedError as failed:
+        raise _first_of(failed) from None
 
 
 async def list_parts(
@@ -281,6 +284,12 @@ def _row_after(after_key: bytes, after_upload: str, delimiter: bytes) -> bytes:
     if delimiter and after_key.endswith(delimiter):
         return after_key + b"\xff"
     return after_key + b"\0" + b"\xff" * 17
+
+
+def _first_of(failed: BaseExceptionGroup[StoragedError]) -> StoragedError:
+    """One of the errors that ended a group: what a caller of plain functions expects."""
+    first = failed.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:

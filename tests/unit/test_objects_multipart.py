@@ -295,6 +295,24 @@ async def test_aborted_and_superseded_and_unused_parts_go_to_the_garbage_lists()
     await objects.close()
 
 
+async def test_parts_of_an_aborted_upload_whose_bucket_goes_meanwhile_are_left_to_the_sweep() -> None:
+    world, objects, bucket = world_of()
+    upload_id, _ = await uploaded(objects, bucket, [os.urandom(3000), os.urandom(3000)])
+    found = await multipart.open_upload(objects.plane, bucket, b"key", upload_id)
+    world.ring.fences[bucket.id] = (b"nonce", True)
+    await multipart.drop_parts(objects.plane, bucket, found)
+    await objects.close()
+
+
+async def test_a_copied_range_beyond_its_source_is_an_invalid_range() -> None:
+    _, objects, bucket = world_of()
+    await put(objects, bucket, b"0123456789", key=b"source")
+    upload_id, _ = await uploaded(objects, bucket, [])
+    with pytest.raises(InvalidRange):
+        await objects.copy_part(bucket, b"source", RangeSpec(0, 21), bucket, b"key", upload_id, 1)
+    await objects.close()
+
+
 async def test_a_part_that_arrives_while_its_upload_is_aborted_is_refused() -> None:
     world, objects, bucket = world_of()
     upload_id, _ = await uploaded(objects, bucket, [])
