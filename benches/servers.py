@@ -104,7 +104,12 @@ def storaged_cluster(parent: Path | None = None) -> Iterator[Server]:
         folder = Path(name) / "s3"
         environment = {**os.environ, "STORAGED_DIR": str(folder), "HOME": name}
         log = (Path(name) / "log").open("w")
-        process = subprocess.Popen([STORAGED, "dev", str(folder), "--s3-port", str(free_port())], env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [STORAGED, "dev", str(folder), "--s3-port", str(free_port()), "--admin-port", str(free_port())],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
         try:
             settings, status = {}, {}
             end = time.monotonic() + 60

@@ -49,7 +49,7 @@ class Cluster:
             self.s3_port = free_port()
         log = (self.directory.parent / (self.directory.name + ".log")).open("a")
         self._process = subprocess.Popen(
-            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port)],
+            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port())],
             env=self.environment(), stdout=log, stderr=log, text=True, start_new_session=True,
         )  # fmt: skip
         log.close()

@@ -229,22 +229,25 @@ class BucketService:
             await plane.fences.fence(bucket.id, bucket.shards, bucket.nonce)
             if not await self._is_empty(bucket, bucket.nonce):
                 return False
-            page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), limit=1, settling_nonce=bucket.nonce)
-            if not page.rows:
+            if not await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False):
                 return True
             await plane.fences.unfence(bucket.id, bucket.shards, bucket.nonce)
         return False
 
     async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
+        return not await self._any_row(Table.OBJECT, bucket, nonce, hidden=True)
+
+    async def _any_row(self, table: Table, bucket: BucketRecord, nonce: bytes, *, hidden: bool) -> bool:
+        """A page may be empty and not the last: behind very many tombstones the scan goes on in the next one."""
         start: bytes | None = b""
         while start is not None:
             page = await self._plane.scanner.list_page(
-                Table.OBJECT, bucket.id, range(bucket.shards), after=start, limit=1, hidden=True, settling_nonce=nonce
+                table, bucket.id, range(bucket.shards), after=start, limit=1, hidden=hidden, settling_nonce=nonce
             )
             if page.rows:
-                return False
+                return True
             start = page.next_after
-        return True
+        return False
 
     async def _abort_uploads(self, bucket: BucketRecord) -> None:
         while True:
