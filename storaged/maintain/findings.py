@@ -84,6 +84,10 @@ class Findings:
     # --- counts -----------------------------------------------------------------------------------------------------
 
     @property
+    def overflowed(self) -> bool:
+        return bool(self._overflow)
+
+    @property
     def below_target(self) -> int:
         return self._count + sum(self._overflow.values())
 

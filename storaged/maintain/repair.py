@@ -52,6 +52,8 @@ class Repair:
         """Numbers of the walk that is wanted and of the last one that was whole: it began after it was wanted, and everybody answered."""
         self._walk_at = self._mend_at = -1e18
         self._walk_pause_s = 0.0
+        self._mended = False
+        """Something was mended since the last walk."""
         self._away_since: dict[str, float] = {}
 
     # --- what others see and say ------------------------------------------------------------------------------------
@@ -116,11 +118,14 @@ class Repair:
         again after a pause that doubles. Hints are subsumed."""
         wanted, unanswered, settled = self._wanted, self.walker.unanswered, self.walker.settled
         self._hints.clear()
-        self._mend_at = -1e18
+        self._mend_at, self._mended = -1e18, False
         self.walk_job.start()
         failures: list[str] = []
         try:
-            await self.walker.buckets.refresh(self._context)
+            try:
+                await self.walker.buckets.refresh(self._context)
+            except StoragedError as error:  # what is known of the directory has to do
+                failures.append(str(error))
             ranges = self.walker.led_ranges()
             self.walk_job.start(len(ranges))
             for where in ranges:
@@ -235,6 +240,8 @@ class Repair:
         work = list(self.findings.workable(now, overdue))
         if not work:
             self._mend_at = now + limits.retry_s
+            if self._mended and self.findings.overflowed:
+                self.wake()  # what did not fit is found again
             if self.job.state == "running":
                 self.job.finish()
             return
@@ -250,6 +257,8 @@ class Repair:
                 failures.append(f"{finding.name[18:98]!r}: {error}")
             if self.findings.has(finding.name):
                 self.findings.rest(finding.name, self._context.clock.monotonic())
+            else:
+                self._mended = True
             self.job.advance(1, self.mender.bytes_rebuilt - before)
             if self._wanted != self._walked and self._context.clock.monotonic() >= self._walk_at:
                 break  # the disks have changed: what is urgent now may be something else

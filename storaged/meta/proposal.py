@@ -40,7 +40,11 @@ BACKOFF_FIRST_S = 0.005
 BACKOFF_MAX_S = 0.5
 
 STRAGGLERS_S = 0.05
-"""How long a settling round waits for the replicas beyond the majority, to learn of damaged rows."""
+"""How long a settling round waits for the replicas beyond the majority, to learn of damaged rows and of higher promises."""
+
+ALL_REPLICAS_TRIES = 2
+"""How often a settling round begins again, with a higher ballot, for a replica that refuses although a majority has promised: one that has restarted refuses
+everything below its high-water ballot, and is the one that lags."""
 
 
 class View(NamedTuple):
@@ -178,7 +182,7 @@ class Proposal:
                 failed[disk] = Verdict(reply.verdict)
         if self.commit:
             await self._hear_stragglers(promises)
-            if promises.damaged_below > ballot.counter:
+            if promises.damaged_below > ballot.counter or (self._above >= ballot.counter and self._tries < ALL_REPLICAS_TRIES):
                 return None
         accepted = {disk: reply.accepted for disk, reply in promised.items()}
         highest = max(promised.values(), key=lambda reply: reply.accepted)

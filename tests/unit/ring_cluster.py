@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+import xxhash
+
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
@@ -21,6 +23,7 @@ from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
+from storaged.maintain.survey import BlockPlace, blocks_of
 from storaged.meta.client import RingClient
 from storaged.meta.listing import RingScanner
 from storaged.meta.memory import MemoryMetaStore
@@ -29,6 +32,7 @@ from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.meta.replica import LocalReplica
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
 from storaged.objects.buckets import BucketService
+from storaged.objects.manifest import parts_of
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry
 from storaged.objects.references import live_references
@@ -47,7 +51,10 @@ RACKS = {"a": "FR/par1/a", "b": "FR/par2/b", "c": "FR/lyo1/c"}
 
 
 class InlineLoop(VirtualLoop):
-    """Work for threads is done at once."""
+    """Work for threads is done at once. A test may let days pass."""
+
+    def advance(self, seconds: float) -> None:
+        self._now += max(seconds, 0.0)
 
     def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
         done: asyncio.Future[T] = self.create_future()
@@ -264,6 +271,7 @@ class Cluster:
 
     def start(self, *nodes: str, maintain: bool = True) -> None:
         for name in nodes:
+            assert not self.nodes[name].up
             self.nodes[name].start()
             if maintain:
                 self.nodes[name].maintain()
@@ -311,6 +319,55 @@ class Cluster:
             for disk, store in node.fragments.items():
                 found += [(disk, FragmentId.unpack(header.id)) async for header in store.scan(limit=1_000_000)]
         return sorted(where for where in found if data_id is None or where[1].data_id == data_id)
+
+    async def places(self, bucket: BucketRecord, key: bytes) -> list[BlockPlace]:
+        """Where the object's blocks are, by its record."""
+        name = object_name(bucket.id, bucket.shards, key)
+        found: list[BlockPlace] = []
+        for version in (await self.record(bucket, key)).versions:
+            async for part in parts_of(self.gateway.ring, name, version):
+                found += blocks_of(part, name.partition, self.layouts.at, bucket.countries)
+        return found
+
+    def holds(self, disk: str, fragment: FragmentId) -> bool:
+        """The disk has the fragment, and its bytes are what its header says."""
+        kept = self.store(disk)._fragments.get(fragment.pack())
+        if kept is None or kept.bad:
+            return False
+        hashes = kept.header.hashes
+        return xxhash.xxh3_128_digest(kept.payload) == hashes[fragment.position if len(hashes) > 1 else 0]
+
+    async def is_whole(self, bucket: BucketRecord, key: bytes) -> bool:
+        """Every fragment is where it should be, under the target profile."""
+        return all(
+            all(self.holds(disk, fragment) for fragment, disk in place.fragments)
+            and (place.entry.small or str(place.profile) == place.entry.target)
+            for place in await self.places(bucket, key)
+        )
+
+    def forge(self, disk: str, fragment: FragmentId) -> None:
+        """The disk lies: other bytes, whose checksums hold."""
+        kept = self.store(disk)._fragments[fragment.pack()]
+        kept.payload = bytes([kept.payload[0] ^ 0x55]) + kept.payload[1:]
+
+    def rows(self, disk: str) -> dict[bytes, tuple[int, int]]:
+        """Packed name -> (sequence, visibility) of every register that a disk has."""
+        found = {}
+        meta = self.nodes[self.layouts.current.node_of(disk)].meta[disk]
+        for table, scope, shard in meta.scopes():
+            for slot in meta.scan(table, scope, shard, after=b"", prefix=b"", limit=10_000):
+                found[slot.name.pack()] = (slot.value.sequence, slot.value.visibility)
+        return found
+
+    def differing_registers(self) -> list[bytes]:
+        """Registers whose replicas do not all have the same row."""
+        rows = {disk.id: self.rows(disk.id) for disk in self.layouts.current.disks}
+        names = {name for found in rows.values() for name in found}
+        return sorted(
+            name
+            for name in names
+            if len({rows[disk].get(name) for disk in self.layouts.current.replicas_of(RegisterName.unpack(name).partition)}) > 1
+        )
 
     # --- maintenance ------------------------------------------------------------------------------------------------
 

@@ -4,18 +4,438 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
+from storaged.errors import PeerUnreachable
+from storaged.fragments.ports import FragmentId
+from storaged.maintain.context import MaintainLimits
+from storaged.meta.names import RegisterName, object_name
+from storaged.objects.records import BucketRecord
 from tests.unit.ring_cluster import Cluster, run
 
 SMALL, LARGE = 5_000, 2_500_000
+DELAY_S = MaintainLimits().recode_delay_s
+DROP_S = MaintainLimits().drop_delay_s
+
+
+async def filled(cluster: Cluster, count: int = 2) -> tuple[BucketRecord, dict[bytes, bytes]]:
+    """A bucket with objects of every form: in the record, as copies, coded."""
+    bucket = await cluster.bucket()
+    objects = {b"%s-%d" % (form, index): os.urandom(size) for form, size in FORMS.items() for index in range(count)}
+    for key, data in objects.items():
+        await cluster.put(bucket, key, data)
+    return bucket, objects
+
+
+FORMS = {b"inline": 10, b"small": SMALL, b"large": LARGE}
+
+
+async def assert_whole(cluster: Cluster, bucket: BucketRecord, objects: dict[bytes, bytes]) -> None:
+    for key, data in objects.items():
+        assert await cluster.is_whole(bucket, key), key
+        assert await cluster.get(bucket, key) == data
 
 
 def test_a_healthy_cluster_is_counted_and_at_rest() -> None:
     async def scenario(cluster: Cluster) -> None:
-        bucket = await cluster.bucket()
-        for index, size in enumerate((10, SMALL, LARGE)):
-            await cluster.put(bucket, b"key%d" % index, os.urandom(size))
+        await filled(cluster)
         cluster.maintain()
         assert await cluster.settled() == (0, 0)
-        assert all(status.fragments_rebuilt == 0 for status in await cluster.statuses())
+        assert all(status.fragments_rebuilt == status.registers_settled == 0 for status in await cluster.statuses())
+
+    run(scenario)
+
+
+def test_missing_fragments_are_rebuilt_where_they_were() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster)
+        for key in (b"large-0", b"small-0"):
+            for place in await cluster.places(bucket, key):
+                for fragment, disk in list(place.fragments)[:2]:
+                    await cluster.store(disk).delete([fragment])
+        before = await cluster.record(bucket, b"large-0")
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        await assert_whole(cluster, bucket, objects)
+        assert await cluster.record(bucket, b"large-0") == before
+        assert sum(status.fragments_rebuilt for status in await cluster.statuses()) == 2 * 4 + 2
+
+    run(scenario)
+
+
+def test_a_block_with_too_few_fragments_is_lost_until_they_return() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster, 1)
+        place = (await cluster.places(bucket, b"large-0"))[1]
+        stolen = []
+        for fragment, disk in list(place.fragments)[:3]:
+            stolen.append((disk, cluster.store(disk)._fragments[fragment.pack()]))
+            await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        assert await cluster.settled() == (1, 1)
+        disk, kept = stolen[0]
+        await cluster.store(disk).write(kept.header, [kept.payload], sync=True)
+        cluster.gateway.maintain.hint(object_name(bucket.id, bucket.shards, b"large-0"))
+        assert await cluster.settled() == (0, 0)
+        assert await cluster.is_whole(bucket, b"large-0")
+
+    run(scenario)
+
+
+def test_what_a_read_finds_damaged_is_rebuilt_soon() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        cluster.maintain()
+        await cluster.settled()
+        fragment, disk = next((await cluster.places(bucket, b"large-0"))[0].fragments)
+        cluster.store(disk).damage(fragment, 0)
+        assert await cluster.get(bucket, b"large-0") == objects[b"large-0"]
+        await cluster.pass_s(3.0)
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+def test_a_liars_bytes_are_not_laundered_and_are_replaced() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        (place, *_) = await cluster.places(bucket, b"large-0")
+        where = list(place.fragments)
+        good = cluster.store(where[5][1])._fragments[where[5][0].pack()].payload
+        cluster.forge(where[1][1], where[1][0])
+        await cluster.store(where[5][1]).delete([where[5][0]])
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        assert cluster.store(where[5][1])._fragments[where[5][0].pack()].payload == good
+        assert cluster.holds(where[1][1], where[1][0])
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("key", [b"large-0", b"small-0"])
+def test_a_lie_that_only_the_gateway_can_see_is_replaced(key: bytes) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        cluster.maintain()
+        await cluster.settled()
+        for fragment, disk in list((await cluster.places(bucket, key))[0].fragments)[:1]:
+            cluster.forge(disk, fragment)
+            assert await cluster.get(bucket, key) == objects[key]
+            cluster.gateway.maintain.hint(object_name(bucket.id, bucket.shards, key), fragment)
+            await cluster.pass_s(3.0)
+            assert cluster.holds(disk, fragment)
+
+    run(scenario)
+
+
+def test_a_copy_that_is_outvoted_is_not_copied() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        where = list((await cluster.places(bucket, b"small-0"))[0].fragments)
+        await cluster.store(where[0][1]).delete([where[0][0]])
+        kept = cluster.store(where[1][1])._fragments[where[1][0].pack()]
+        cluster.forge(where[1][1], where[1][0])  # its hash does not hold any more: it has no vote
+        cluster.maintain()
+        await cluster.settled()
+        assert cluster.store(where[0][1])._fragments[where[0][0].pack()].payload != kept.payload or cluster.holds(where[1][1], where[1][0])
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+# --- racks and disks that go ------------------------------------------------------------------------------------------
+
+
+def test_a_rack_that_is_away_for_a_short_time_moves_nothing() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        before = await cluster.fragments()
+        await cluster.kill("nb")
+        below, lost = await cluster.settled()
+        assert (below, lost) == (4, 0)
+        await cluster.pass_s(DELAY_S - 60)
+        assert await cluster.fragments() == before
+        cluster.start("nb")
+        assert await cluster.settled() == (0, 0)
+        assert await cluster.fragments() == before
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+def test_a_rack_that_stays_away_is_done_without_and_made_use_of_when_it_returns() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nc")
+        await cluster.pass_s(DELAY_S + 60)
+        assert await cluster.settled() == (4, 0)  # safe again, but not what the bucket asks for
+        for place in await cluster.places(bucket, b"large-0"):
+            assert str(place.profile) == "2+2"
+            assert all(cluster.holds(disk, fragment) and disk[0] != "c" for fragment, disk in place.fragments)
+        for key, data in objects.items():
+            assert await cluster.get(bucket, key) == data
+        cluster.start("nc")
+        assert await cluster.settled() == (0, 0)
+        await assert_whole(cluster, bucket, objects)
+        await cluster.pass_s(DROP_S + 60)
+        for key in (b"large-0", b"large-1"):
+            named = {(disk, fragment) for place in await cluster.places(bucket, key) for fragment, disk in place.fragments}
+            assert set(await cluster.fragments((await cluster.entry(bucket, key)).data_id)) == named
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+def test_what_is_written_while_a_rack_is_away_is_counted_and_brought_to_its_target() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("na")
+        await cluster.settled()
+        objects = {b"%s-%d" % (form, index): os.urandom(size) for form, size in FORMS.items() for index in range(3)}
+        for key, data in objects.items():
+            await cluster.put(bucket, key, data)
+        await cluster.pass_s(3)
+        assert (await cluster.counts())[:2] == (6, 0)
+        cluster.start("na")
+        assert await cluster.settled() == (0, 0)
+        assert cluster.differing_registers() == []
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+def test_a_cluster_never_looks_healthy_before_it_is() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nb")
+        await cluster.pass_s(0.1)
+        other = await cluster.bucket("made-meanwhile")
+        for index in range(4):
+            await cluster.put(other, b"new-%d" % index, os.urandom(SMALL))
+            await cluster.put(bucket, b"large-%d" % index, os.urandom(LARGE))
+        await cluster.pass_s(30)
+        cluster.start("nb")
+        healthy_at = None
+        for _ in range(400):
+            below, _, counted = await cluster.counts()
+            truth = not cluster.differing_registers()
+            for key in (b"large-0", b"large-3", b"small-0"):
+                truth = truth and await cluster.is_whole(bucket, key)
+            for index in range(4):
+                truth = truth and await cluster.is_whole(other, b"new-%d" % index)
+            if counted and not below:
+                assert truth
+                healthy_at = healthy_at or cluster.loop.time()
+            await cluster.pass_s(0.05)
+        assert healthy_at is not None
+
+    run(scenario)
+
+
+def test_a_restart_that_nobody_noticed_is_made_good() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nc")
+        objects[b"small-0"] = os.urandom(SMALL)
+        await cluster.put(bucket, b"small-0", objects[b"small-0"])
+        other = await cluster.bucket("other")
+        await cluster.put(other, b"x", b"1")
+        cluster.start("nc")
+        assert cluster.differing_registers()
+        assert await cluster.settled() == (0, 0)
+        assert cluster.differing_registers() == []
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+def test_replicas_that_differ_when_a_cluster_starts_are_brought_together() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        await cluster.kill("na")
+        for index in range(5):
+            await cluster.put(bucket, b"tiny-%d" % index, b"2")
+        await cluster.objects.delete(bucket, b"inline-0")
+        del objects[b"inline-0"]
+        cluster.start("na", maintain=False)
+        assert len(cluster.differing_registers()) == 6
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        assert cluster.differing_registers() == []
+
+    run(scenario)
+
+
+def test_a_write_that_one_replica_missed_is_made_good_soon() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        cluster.maintain()
+        await cluster.settled()
+
+        async def refuse(source: str, node: str, method: str, request: object) -> None:
+            if source == "g" and node == "nb" and method in ("meta.prepare", "meta.accept", "fragment.write"):
+                raise PeerUnreachable("a broken line")
+
+        cluster.intercept = refuse
+        await cluster.put(bucket, b"small", os.urandom(SMALL))
+        await cluster.put(bucket, b"large", os.urandom(LARGE))
+        cluster.intercept = None
+        assert cluster.differing_registers()
+        await cluster.pass_s(5)
+        assert cluster.differing_registers() == []
+        assert await cluster.is_whole(bucket, b"small")
+        assert await cluster.is_whole(bucket, b"large")
+        assert (await cluster.counts())[:2] == (0, 0)
+
+    run(scenario)
+
+
+def test_a_disk_lost_for_good_is_done_without_where_others_can_hold_the_target() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        places = await cluster.places(bucket, b"large-0")
+        lost = places[0].disks[0]
+        cluster.lose_disk(lost)
+        await cluster.pass_s(DELAY_S + 60)
+        await cluster.settled()
+        for key in (b"large-0", b"large-1"):
+            for place in await cluster.places(bucket, key):
+                assert lost not in place.disks
+                assert len(set(place.disks)) == 6
+                assert all(cluster.holds(disk, fragment) for fragment, disk in place.fragments)
+        blocks = len(await cluster.places(bucket, b"large-0"))
+        assert sum(status.fragments_rebuilt for status in await cluster.statuses()) <= 2 * blocks
+        assert await cluster.get(bucket, b"large-0") == objects[b"large-0"]
+
+    run(scenario, disks_per_node=3)
+
+
+def test_fragments_that_a_read_only_disk_has_lost_count_and_are_moved_in_the_end() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster, 1)
+        cluster.maintain()
+        await cluster.settled()
+        place = (await cluster.places(bucket, b"large-0"))[0]
+        disk = place.disks[2]
+        cluster.store(disk).refuse("read-only")
+        cluster.alive.read_only.add(disk)
+        del cluster.store(disk)._fragments[place.fragment(2).pack()]
+        below, _ = await cluster.settled()
+        assert below == 1
+        await cluster.pass_s(DELAY_S + 60)
+        assert await cluster.settled() == (0, 0)
+        place = (await cluster.places(bucket, b"large-0"))[0]
+        assert disk not in place.disks
+
+    run(scenario, disks_per_node=3)
+
+
+# --- without a majority, and bounds -----------------------------------------------------------------------------------
+
+
+def test_without_a_majority_nothing_is_called_counted_and_the_log_stays_short() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("na", "nb")
+        before = await cluster.fragments()
+        await cluster.pass_s(2400)
+        _, lost, counted = await cluster.counts()
+        assert not counted
+        assert lost == 2
+        assert await cluster.fragments() == before
+        assert len(cluster.nodes["nc"].log) < 200
+        cluster.start("na", "nb")
+        assert await cluster.settled() == (0, 0)
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+def test_findings_beyond_the_bound_are_counted_and_mended_all_the_same() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        keys = [b"small-%d" % index for index in range(12)]
+        for key in keys:
+            await cluster.put(bucket, key, os.urandom(SMALL))
+        for key in keys:
+            fragment, disk = next((await cluster.places(bucket, key))[0].fragments)
+            await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        await cluster.pass_s(0.5)
+        assert sum(status.below_target for status in await cluster.statuses()) > 0
+        assert await cluster.settled(20_000) == (0, 0)
+        for key in keys:
+            assert await cluster.is_whole(bucket, key)
+
+    run(scenario, limits=MaintainLimits(findings_max=2))
+
+
+def test_hints_beyond_the_bound_become_a_walk() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await filled(cluster, 1)
+        cluster.maintain()
+        await cluster.settled()
+        repair = cluster.nodes["na"].maintenance.repair
+        for index in range(20):
+            repair.hint(RegisterName(1, bytes(16), 0, b"%d" % index).pack())
+        assert not repair.counted
+        assert await cluster.settled() == (0, 0)
+
+    run(scenario, limits=MaintainLimits(hints_max=10))
+
+
+def test_a_repair_that_fails_again_and_again_rests_longer_and_longer() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster, 1)
+        where = list((await cluster.places(bucket, b"small-0"))[0].fragments)
+        fragment, disk = where[0]
+        await cluster.store(disk).delete([fragment])
+        for other, there in where[1:]:
+            cluster.forge(there, other)
+        reads = 0
+
+        async def count(source: str, node: str, method: str, request: object) -> None:
+            nonlocal reads
+            reads += method == "fragment.read"
+
+        cluster.maintain()
+        cluster.intercept = count
+        await cluster.pass_s(2400)
+        assert reads < 30
+        below, _, counted = await cluster.counts()
+        assert (below, counted) == (1, True)
+        assert not any(status.busy for status in await cluster.statuses())
+
+    run(scenario)
+
+
+def test_a_fragment_that_a_disk_finds_damaged_while_it_reads_is_told_to_whom_it_concerns() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster, 1)
+        cluster.maintain()
+        await cluster.settled()
+        fragment, disk = list((await cluster.places(bucket, b"large-0"))[0].fragments)[4]
+        cluster.store(disk).damage(fragment, 0)
+        await cluster.store(disk).read(fragment, 0, 1)
+        node = cluster.nodes[cluster.layouts.current.node_of(disk)]
+        node.maintenance.cell_damaged(disk, fragment)
+        node.maintenance.cell_damaged(disk, FragmentId(os.urandom(16), 0, 4, 2, 0))
+        await cluster.pass_s(5)
+        assert cluster.holds(disk, fragment)
 
     run(scenario)
