@@ -1,4 +1,4 @@
-"""Every byte of a segment file, described in FORMAT.md. Pure.
+"""Every byte of a segment file, described in FORMATS.md (Segments). Pure.
 
 A segment is a header of 64 bytes, then records, one after the other. A record describes and checks itself:
 

@@ -1,4 +1,4 @@
-"""The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMAT.md beside this file gives every field.
+"""The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMATS.md (Keys) gives every field.
 
 A file is JSON, so that an operator sees what it is: keyring id, how it is protected, the sealed body (SOV1), and which epoch the last backup covers. Everything but the
 last is bound into the seal. A backup is the same kind of file under its own passphrase.

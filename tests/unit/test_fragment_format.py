@@ -1,4 +1,4 @@
-"""The bytes of a segment: the test vector of FORMAT.md, and what is refused."""
+"""The bytes of a segment: the test vector of FORMATS.md, and what is refused."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def vector() -> bytes:
 
 
 def documented() -> bytes:
-    """The hex of FORMAT.md, in which ``.. N bytes of payload ..`` stands for the payload."""
-    text = (Path(fmt.__file__).parent / "FORMAT.md").read_text()
+    """The hex of FORMATS.md, in which ``.. N bytes of payload ..`` stands for the payload."""
+    text = (Path(fmt.__file__).parents[1] / "FORMATS.md").read_text()
     block = re.search(r"<!-- segment vector -->\s*```\n(.*?)```", text, re.DOTALL)
     assert block is not None
     found = b""
