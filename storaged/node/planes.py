@@ -34,7 +34,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.node.disks import Disks, open_disks
 from storaged.node.reports import Reports
-from storaged.node.system import SystemPaths, operator_layout
+from storaged.node.system import SystemPaths, exchange_layout, operator_layout
 from storaged.objects.references import live_references
 from storaged.wire import encode
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 DISK_STATUS_EVERY_S = 0.5
 CHECKPOINT_TIMEOUT_S = 3.0
+LAYOUT_RETRY_S = 1.0
+LAYOUT_EVERY_S = 60
 
 log = structlog.get_logger("node")
 
@@ -209,7 +211,7 @@ class Node:
         if self.maintenance is not None:
             found.append(self.maintenance.run())
         if self.gateway is not None:
-            found.extend(self.gateway.work())
+            found.extend([*self.gateway.work(), self._keep_layout_register()])
         return found
 
     async def drain(self) -> None:
@@ -250,6 +252,22 @@ class Node:
         while True:
             await asyncio.sleep(DISK_STATUS_EVERY_S)
             await self._tell_disks()
+
+    async def _keep_layout_register(self) -> None:
+        """The layout in force is in the register ``layout`` too, for whoever reaches the ring and not the nodes that know it."""
+        while True:
+            try:
+                await exchange_layout(self.paths, self.layouts)
+            except LayoutRefused as error:
+                log.error("the register of the layout is not believed", reason=error.message)
+            except ServiceUnavailable:
+                await asyncio.sleep(LAYOUT_RETRY_S)
+                continue
+            exchanged = self.layouts.epoch
+            for _ in range(LAYOUT_EVERY_S):
+                await asyncio.sleep(1.0)
+                if self.layouts.epoch != exchanged:
+                    break
 
     async def _tell_disks(self) -> None:
         """What heartbeats say of this node's disks, and the metrics of them."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from storaged.cluster.identity import Identity, SignedLayout
+from storaged.cluster.layout import Layout
+from storaged.cluster.layouts import LayoutBook
+from storaged.errors import LayoutRefused
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
-from storaged.wire import Message, decode
+from storaged.wire import Message, decode, encode
 
 LAYOUT_FILE = "layout.signed"
 
@@ -55,6 +59,36 @@ class SystemPaths:
     async def write(self, path: str, body: bytes) -> None:
         """Whatever was there before."""
         await self._registers.change(system_name(path), lambda _value: Change(body))
+
+    async def replace(self, path: str, choose: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        """Compare-and-set: ``choose`` (pure) says what the body should become, None to leave it. Returns what is there afterwards."""
+
+        def update(value: Value | None) -> Change | None:
+            body = choose(value.body if value is not None and value.body else None)
+            return None if body is None else Change(body)
+
+        after = (await self._registers.change(system_name(path), update)).after
+        return after.body if after is not None else None
+
+
+async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
+    """The register ``layout`` gets the layout in force when it has an older one or none; a newer one in it is learnt, once its signature was verified.
+
+    Raises ServiceUnavailable without a majority, LayoutRefused for a register that holds what the administration key never signed.
+    """
+    mine = layouts.signed_after(layouts.epoch - 1)
+    assert mine is not None
+
+    def choose(body: bytes | None) -> bytes | None:
+        known = decode(decode(body, SignedLayout).payload, Layout).epoch if body is not None else 0
+        return encode(mine) if known < layouts.epoch else None
+
+    try:
+        body = await paths.replace("layout", choose)
+        if body is not None:
+            await layouts.learn(decode(body, SignedLayout))
+    except msgspec.MsgspecError as error:
+        raise LayoutRefused(f"the register of the layout does not decode: {error}") from None
 
 
 def operator_layout(own: Identity) -> SignedLayout | None:

@@ -12,13 +12,16 @@ import pytest
 from storaged import config, keys
 from storaged.cli import create
 from storaged.clock import SystemClock
-from storaged.errors import DirectoryInUse, KeyringUnavailable, ServiceUnavailable
+from storaged.cluster.identity import SignedLayout, create_authority, sign_layout
+from storaged.cluster.layout import Layout
+from storaged.cluster.layouts import LayoutBook
+from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, ServiceUnavailable
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Outcome, Reading
 from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
-from storaged.node.system import StoreLedger, SystemPaths, Taken
-from storaged.wire import decode
+from storaged.node.system import StoreLedger, SystemPaths, Taken, exchange_layout
+from storaged.wire import decode, encode
 
 
 class Registers:
@@ -59,6 +62,26 @@ async def test_a_path_is_created_once(tmp_path: Path) -> None:
     assert await paths.read("x") == b"first"
     await paths.write("x", b"third")
     assert await paths.read("x") == b"third"
+
+
+async def test_the_register_of_the_layout_follows_the_newest_and_a_forged_one_is_refused(tmp_path: Path) -> None:
+    authority = create_authority(tmp_path / "authority", "c1")
+    administration = authority.administration.public_key()
+    first, second = (sign_layout(Layout("c1", epoch, (), (), ()), authority.administration) for epoch in (1, 2))
+    registers = Registers()
+    paths = SystemPaths(registers)  # type: ignore[arg-type]
+    behind, ahead = LayoutBook(administration, "c1", known=[first]), LayoutBook(administration, "c1", known=[first, second])
+    for book, epoch in ((behind, 1), (ahead, 2), (behind, 2)):
+        await exchange_layout(paths, book)
+        assert decode(registers.values[b"layout"].body, SignedLayout) == (first, second)[epoch - 1]
+    assert behind.epoch == 2
+    await paths.write("layout", encode(SignedLayout(encode(Layout("c1", 9, (), (), ())), bytes(64))))
+    with pytest.raises(LayoutRefused):
+        await exchange_layout(paths, ahead)
+    await paths.write("layout", b"noise")
+    with pytest.raises(LayoutRefused):
+        await exchange_layout(paths, ahead)
+    assert ahead.epoch == 2
 
 
 def test_the_ledger_remembers_which_store_a_disk_had(tmp_path: Path) -> None:
