@@ -364,20 +364,29 @@ class RingClient:
 
         await self._fence_all(scope, shards, fence)
 
-    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> None:
+    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> bool:
         def unfence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.FenceReply]]:
             return lambda replica: replica.unfence(messages.FenceLift(disk, scope, nonce), timeout_s=timeout_s)
 
-        await self._fence_all(scope, shards, unfence)
+        return await self._fence_all(scope, shards, unfence, linger=True)
 
     async def _fence_all(
-        self, scope: bytes, shards: int, call: Callable[[str, float], Callable[[Replica], Awaitable[messages.FenceReply]]]
-    ) -> None:
-        """A fence is a disk's, for all rows of the scope: each disk is asked once, and every shard needs its majority."""
+        self,
+        scope: bytes,
+        shards: int,
+        call: Callable[[str, float], Callable[[Replica], Awaitable[messages.FenceReply]]],
+        *,
+        linger: bool = False,
+    ) -> bool:
+        """A fence is a disk's, for all rows of the scope: each disk is asked once, and every shard needs its majority. With ``linger`` the others are
+        waited for too (those known to be away answer at once); whether all did is the answer."""
         views = [self._view(RegisterName(Table.OBJECT, scope, shard, b"")) for shard in range(shards)]
         disks = tuple(dict.fromkeys(disk for view in views for disk in view.disks))
-        if not await self._everywhere(disks, [view.groups for view in views], call, lambda reply: reply.done, self._deadline()):
+        quorums = [view.groups for view in views]
+        done = await self._gather(disks, quorums, call, lambda reply: reply.done, self._deadline(), linger=linger)
+        if not all(has_majority(groups, done) for groups in quorums):
             raise ServiceUnavailable("The bucket's fence could not be changed on a majority of every shard's replicas. Retry.")
+        return len(done) == len(disks)
 
     async def _everywhere(
         self,
@@ -388,18 +397,32 @@ class RingClient:
         deadline: float,
     ) -> bool:
         """Calls every disk; True as soon as each of ``quorums`` has its majority of good answers, the others go on."""
+        done = await self._gather(disks, quorums, call, good, deadline)
+        return all(has_majority(groups, done) for groups in quorums)
+
+    async def _gather(
+        self,
+        disks: Sequence[str],
+        quorums: Sequence[Groups],
+        call: Callable[[str, float], Callable[[Replica], Awaitable[T]]],
+        good: Callable[[T], bool],
+        deadline: float,
+        *,
+        linger: bool = False,
+    ) -> set[str]:
+        """The disks that gave good answers: until every quorum has its majority, or with ``linger`` until all have answered."""
         answers = Answers[T](self._replicas, self._pool, self._suspects)
         for disk in disks:
             answers.ask(disk, call(disk, self._call_timeout(deadline)))
         done: set[str] = set()
-        while not all(has_majority(groups, done) for groups in quorums):
+        while linger or not all(has_majority(groups, done) for groups in quorums):
             answer = await answers.next(deadline - self._clock.monotonic())
             if answer is None:
-                return False
+                break
             disk, reply = answer
             if not isinstance(reply, StoragedError) and good(reply):
                 done.add(disk)
-        return True
+        return done
 
     # --- calls and time ------------------------------------------------------------------------------------------------
 

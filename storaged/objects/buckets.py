@@ -216,7 +216,8 @@ class BucketService:
                 return None
             record = current
         if record.state == ACTIVE and record.nonce:
-            await plane.fences.unfence(record.id, record.shards, record.nonce)
+            if not await plane.fences.unfence(record.id, record.shards, record.nonce):
+                return record  # the nonce stays until the last replica, away now, has lifted its fence too
             opened = msgspec.structs.replace(record, nonce=b"")
             return await self._step(record, opened) or record
         return record

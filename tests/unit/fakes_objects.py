@@ -217,6 +217,7 @@ class FakeRing:
         self.values: dict[RegisterName, Value] = {}
         self.pages: dict[bytes, bytes] = {}
         self.fences: dict[bytes, tuple[bytes, bool]] = {}
+        self.replica_away = False
         self.interfere: Callable[[RegisterName], Awaitable[None]] | None = None
         self.rounds: dict[RegisterName, int] = {}
         """Identity rounds: a proposal begun before one is refused."""
@@ -307,10 +308,11 @@ class FakeRing:
     async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
         self.fences[scope] = (nonce, final)
 
-    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> None:
+    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> bool:
         held = self.fences.get(scope)
         if held == (nonce, False):
             del self.fences[scope]
+        return not self.replica_away
 
     async def list_page(
         self,

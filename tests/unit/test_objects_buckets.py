@@ -113,6 +113,17 @@ async def test_a_put_that_slips_in_before_the_fence_saves_the_bucket() -> None:
     await objects.close()
 
 
+async def test_a_fence_that_a_replica_still_has_is_remembered_until_it_is_lifted() -> None:
+    world, _, buckets = world_of()
+    bucket = await buckets.create(ANNE, "photos", region="eu-fr-1")
+    reopened = await buckets._step(bucket, msgspec.structs.replace(bucket, nonce=b"n" * 16))
+    assert reopened is not None
+    world.ring.replica_away = True
+    assert (await buckets.resume(reopened) or bucket).nonce == b"n" * 16
+    world.ring.replica_away = False
+    assert (await buckets.resume(reopened) or reopened).nonce == b""
+
+
 @pytest.mark.parametrize("empty", [True, False])
 @pytest.mark.parametrize("step", ["fence", "unfence", "fence-final"])
 async def test_a_deletion_that_was_interrupted_anywhere_is_finished_by_another_gateway(empty: bool, step: str) -> None:
@@ -127,7 +138,7 @@ async def test_a_deletion_that_was_interrupted_anywhere_is_finished_by_another_g
             await put(objects, bucket, b"slipped in")
         await real_fence(scope, shards, nonce, final=final)
 
-    async def unfence(scope: bytes, shards: int, nonce: bytes) -> None:
+    async def unfence(scope: bytes, shards: int, nonce: bytes) -> bool:
         raise ServiceUnavailable
 
     world.ring.fence = fence  # type: ignore[method-assign]

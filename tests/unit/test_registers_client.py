@@ -563,6 +563,18 @@ async def test_a_final_fence_stays_and_says_so(ring: Ring) -> None:
     assert refused.value.details == {"final": "true"}
 
 
+async def test_lifting_a_fence_tells_when_a_replica_that_is_away_still_has_it(ring: Ring) -> None:
+    client = ring.client()
+    await client.fence(SCOPE, 16, b"nonce")
+    await asyncio.sleep(0.01)
+    ring.replicas["d2"].away = True
+    assert not await client.unfence(SCOPE, 16, b"nonce")
+    ring.replicas["d2"].away = False
+    while not await client.unfence(SCOPE, 16, b"nonce"):
+        await asyncio.sleep(0.05)
+    assert all(replica.inner._fence_of(SCOPE) is None for replica in ring.replicas.values())
+
+
 async def test_a_fence_needs_a_majority_of_every_shards_replicas(ring: Ring) -> None:
     ring.first.away = ring.second.away = True
     with pytest.raises(ServiceUnavailable):
