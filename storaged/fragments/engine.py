@@ -50,6 +50,10 @@ from storaged.fragments.reader import Reader
 from storaged.units import MIB, format_size
 from storaged.wire import encode
 
+REFUSED_BYTES_MAX = MIB
+"""A disk that refused writes stays full until so much more is free than its reserve (or what was refused, when that is less): between the two it would take some
+writes and refuse others, and the cluster would not know whether to count on it."""
+
 
 @dataclass(frozen=True)
 class StoreLimits:
@@ -145,6 +149,7 @@ class Engine:
         self._dirty_from = 0
         self._checkpointed_bytes = 0
         self._reserve_ready = False
+        self._refused_bytes = 0
 
     def segment(self, number: int) -> SegmentFile | None:
         return self.segments.get(number)
@@ -420,6 +425,7 @@ class Engine:
         space = self.files.space()
         reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
         if space.free - count < reserve:
+            self._refused_bytes = min(count, REFUSED_BYTES_MAX)
             return self._unusable()
         if not self._reserve_ready:
             self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
@@ -445,7 +451,9 @@ class Engine:
     def usage(self) -> Usage:
         space = self.files.space()
         reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
-        state = "read-only" if self.failure else "full" if space.free < reserve else "ok"
+        if space.free - self._refused_bytes >= reserve:
+            self._refused_bytes = 0
+        state = "read-only" if self.failure else "full" if space.free - self._refused_bytes < reserve else "ok"
         index = self.index
         return Usage(state, index.held_bytes, max(0, space.free - reserve), index.fragments, index.garbage_bytes, self.failure)
 
