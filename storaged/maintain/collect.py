@@ -65,20 +65,22 @@ class Collector:
         now = self._context.clock.monotonic()
         self._rests = {data_id: until for data_id, until in self._rests.items() if until > now}
         for disk, store in self._context.local_fragments.items():
+            failures: list[str] = []
             try:
-                while await self._collect_some(store):
+                while await self._collect_some(store, failures):
                     pass
             except (StoragedError, TimeoutError) as error:
-                self._context.log(f"collection on disk {disk}: {error}")
+                failures.append(str(error))
+            if failures:
+                self._context.log(f"{len(failures)} entries of disk {disk}'s garbage list can't be judged now, the first: {failures[0]}")
         return self.deleted_fragments - before
 
-    async def _collect_some(self, store: FragmentStore) -> bool:
+    async def _collect_some(self, store: FragmentStore, failures: list[str]) -> bool:
         """One batch; False when there is nothing left that could be judged now."""
         limits = self._context.limits
         due = await store.retired(self._context.clock.wall_ms(), limits.collect_batch + len(self._rests))
         batch = [(data_id, owner) for data_id, owner in due if data_id not in self._rests][: limits.collect_batch]
         queue = iter(batch)
-        failures: list[str] = []
 
         async def worker() -> None:
             for data_id, owner in queue:
@@ -88,8 +90,6 @@ class Collector:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(limits.collect_at_once, len(batch))):
                 group.create_task(worker())
-        if failures:
-            self._context.log(f"{len(failures)} of {len(batch)} entries of a garbage list can't be judged now, the first: {failures[0]}")
         return bool(batch) and len(self._rests) < RESTS_MAX
 
     async def _judged(self, store: FragmentStore, data_id: bytes, owner: bytes, failures: list[str]) -> bool:

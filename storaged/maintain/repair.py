@@ -13,16 +13,18 @@ from collections.abc import AsyncIterator, Iterable
 
 from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId
+from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext, wait_for
 from storaged.maintain.findings import Findings
 from storaged.maintain.leavings import Leavings
 from storaged.maintain.mend import CannotMend, Mender, Move
 from storaged.maintain.runner import Job
-from storaged.maintain.survey import BlockHealth, BlockPlace
+from storaged.maintain.survey import BlockHealth, BlockPlace, Finding
 from storaged.maintain.swap import commit_moves
-from storaged.maintain.walk import Walker, entries_of, upload_rows
+from storaged.maintain.walk import Range, Walker, entries_of, upload_rows
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import RegisterName, Table, Value
+from storaged.meta.ports import RowDamaged
 from storaged.objects.place import Placement
 
 BLOCKS_A_SLICE = 64
@@ -31,7 +33,7 @@ BLOCKS_A_SLICE = 64
 BLOCKS_A_SWAP = 512
 """Blocks recoded before the record is changed: a change of a record with many parts writes its manifest anew."""
 
-REFUSALS = (CannotMend, StoragedError, TimeoutError)
+REFUSALS = (CannotMend, StoragedError, RowDamaged, TimeoutError)
 
 
 class Repair:
@@ -134,10 +136,11 @@ class Repair:
                         failures.append("a replica did not answer")
                 except StoragedError as error:
                     failures.append(str(error))
-                await self._walk_range(where.prefix, self.walker.rows(where) if where.table in (Table.OBJECT, Table.PART) else None)
+                if where.table in (Table.OBJECT, Table.PART):
+                    self.findings.replace(where.prefix, await self._judged_range(where))
                 self.walk_job.advance()
             self.findings.keep_only(where.prefix for where in ranges)
-        except (StoragedError, TimeoutError) as error:
+        except (StoragedError, RowDamaged, TimeoutError) as error:
             failures.append(str(error))
         if self.walker.unanswered != unanswered:
             failures.append("a disk did not answer")
@@ -157,12 +160,8 @@ class Repair:
         if self.counted:
             self._wanted += 1
 
-    async def _walk_range(self, prefix: bytes, slices: AsyncIterator[list[tuple[RegisterName, Value]]] | None) -> None:
-        found = []
-        if slices is not None:
-            async for rows in slices:
-                found += await self.walker.judge_rows(rows)
-        self.findings.replace(prefix, found)
+    async def _judged_range(self, where: Range) -> list[Finding]:
+        return [finding async for rows in self.walker.rows(where) for finding in await self.walker.judge_rows(rows)]
 
     # --- hints ------------------------------------------------------------------------------------------------------
 
@@ -195,6 +194,8 @@ class Repair:
         if states & {"behind", "damaged"} or {"current", "empty"} <= states:
             await self._context.registers.settle(name)
             self.walker.settled += 1
+        if name.table == Table.PART and name.key[:UPLOAD_ID_BYTES] not in self.walker.open_uploads_of(name.scope, name.shard):
+            return
         await self._judge(name, (await self._context.registers.read(name)).value)
         if name.table == Table.OBJECT and not self.findings.has(name.pack()):
             async for row, value in upload_rows(self._context, name):

@@ -18,6 +18,7 @@ from storaged.meta.rowvalue import intact
 
 PAGE = 200
 ROWS_A_SLICE = 500
+NOTE_POSITION_S = 60.0
 
 _FINISHED = "scrub-finished-ms"
 _POSITION = "scrub-position"
@@ -88,9 +89,10 @@ class Scrub:
             await meta.commit(StoreBatch(meta={_FINISHED: str(self._context.clock.wall_ms()).encode(), _POSITION: b""}))
 
     async def _fragments(self, disk: str, store: FragmentStore, meta: MetaStore | None, after: bytes) -> None:
+        noted = self._context.clock.monotonic()
         while page := [header async for header in store.scan(after, PAGE)]:
-            after = page[-1].id
             for header in page:
+                after = header.id
                 stat = await store.verify(FragmentId.unpack(header.id))
                 if stat.health == Health.DAMAGED:
                     self.damaged += 1
@@ -101,8 +103,9 @@ class Scrub:
                         self._wake()
                 self.job.advance(1, header.length)
                 await self.pace.spend(header.length)
-            if meta is not None and self.pace.bytes_per_s:
-                await meta.commit(StoreBatch(meta={_POSITION: after}))
+                if meta is not None and self.pace.bytes_per_s and self._context.clock.monotonic() - noted >= NOTE_POSITION_S:
+                    noted = self._context.clock.monotonic()
+                    await meta.commit(StoreBatch(meta={_POSITION: after}))
 
     async def _rows(self, disk: str, store: MetaStore) -> None:
         """Rows whose checksum does not hold are settled, which writes them anew; so says the hint."""

@@ -16,6 +16,7 @@ import msgspec
 from storaged.cluster.layout import SYSTEM_PARTITION, Profile, partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStat, Health
+from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
 from storaged.meta.listing import RingScanner
@@ -118,6 +119,17 @@ class Walker:
         self.unanswered = 0
         self.settled = 0
 
+    def open_uploads_of(self, scope: bytes, shard: int) -> frozenset[bytes]:
+        """Ids of the uploads of one shard that may still become an object, by the rows of the disk that leads there. The rows of other uploads' parts are
+        kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads. Raises RowDamaged."""
+        store, after = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard))), b""
+        found: set[bytes] = set()
+        while store is not None and (rows := store.scan(Table.UPLOAD, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE)):
+            records = (decode_upload(row.value) for row in rows)
+            found.update(record.upload_id for record in records if record is not None and record.state in (OPEN, COMPLETING))
+            after = rows[-1].name.key
+        return frozenset(found)
+
     # --- ranges -----------------------------------------------------------------------------------------------------
 
     def led_ranges(self) -> list[Range]:
@@ -143,8 +155,10 @@ class Walker:
         return not any(map(self._context.liveness.disk_readable, found.away))
 
     async def rows(self, where: Range) -> AsyncIterator[list[tuple[RegisterName, Value]]]:
-        """Slices of a range from the local store, tombstones left out. A slice with a damaged row is read from a majority, which rewrites the row."""
+        """Slices of a range from the local store, without tombstones and parts of uploads that ended. A slice with a damaged row is read from a majority, which
+        rewrites the row."""
         store, after = self._context.local_meta[where.disk], b""
+        uploads = self.open_uploads_of(where.scope, where.shard) if where.table == Table.PART else frozenset()
         while True:
             try:
                 slots = store.scan(where.table, where.scope, where.shard, after=after, prefix=b"", limit=ROWS_A_SLICE)
@@ -153,7 +167,11 @@ class Walker:
                 found = await self._settled_rows(store, where, after)
             if not found:
                 return
-            yield [(name, value) for name, value in found if value.visibility != Visibility.TOMBSTONE]
+            yield [
+                (name, value)
+                for name, value in found
+                if value.visibility != Visibility.TOMBSTONE and (where.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in uploads)
+            ]
             after = found[-1][0].key
             await asyncio.sleep(0)
 

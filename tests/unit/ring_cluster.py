@@ -287,6 +287,12 @@ class Cluster:
         for node in self.nodes.values():
             node.check()
 
+    async def leap(self, seconds: float) -> None:
+        """Time passes at once, between two seconds that pass slowly: what was due meanwhile happens then, once."""
+        await self.pass_s(1)
+        self.loop.advance(seconds)
+        await self.pass_s(1)
+
     # --- objects ----------------------------------------------------------------------------------------------------
 
     async def bucket(self, name: str = "bucket") -> BucketRecord:
@@ -294,6 +300,12 @@ class Cluster:
 
     async def put(self, bucket: BucketRecord, key: bytes, data: bytes) -> PutResult:
         return await self.objects.put(bucket, key, _body(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
+
+    async def put_part(
+        self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, data: bytes, gateway: Gateway | None = None
+    ) -> PutResult:
+        objects = (gateway or self.gateway).objects
+        return await objects.put_part(bucket, key, upload_id, number, _body(data), BodyChecks(size=len(data)))
 
     async def get(self, bucket: BucketRecord, key: bytes) -> bytes:
         stream = await self.objects.get(bucket, key)

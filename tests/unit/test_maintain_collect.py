@@ -1,0 +1,496 @@
+"""What is deleted, and above all what is not: garbage lists, the sweep of orphans, sleeping gateways, what recoding leaves, scrub."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import msgspec
+import pytest
+
+from storaged.errors import OutcomeUnknown, StoragedError
+from storaged.fragments.ports import FragmentId, Health
+from storaged.maintain.context import MaintainLimits
+from storaged.meta.names import Change, RegisterName, Value, object_name
+from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
+from storaged.objects.plane import ObjectLimits
+from storaged.objects.records import BucketRecord
+from storaged.wire import encode
+from tests.unit.ring_cluster import WHO, Cluster, run
+
+SMALL, LARGE = 5_000, 1_500_000
+PART = 60_000
+"""One block of one stripe, all of whose cells hold something."""
+RETIRE_S = ObjectLimits().retire_delay_ms / 1000
+ORPHAN_S = MaintainLimits().orphan_age_ms / 1000
+
+
+async def collect(cluster: Cluster) -> int:
+    return sum([await node.maintenance.collector.collect_due() for node in cluster.nodes.values() if node.up])
+
+
+async def sweep(cluster: Cluster) -> int:
+    return sum([await node.maintenance.collector.sweep() for node in cluster.nodes.values() if node.up])
+
+
+async def upload_parts(cluster: Cluster, bucket: BucketRecord, key: bytes, sizes: dict[int, int]) -> tuple[str, list[CompletedPart], bytes]:
+    upload = await cluster.objects.create_upload(bucket, key, NewMeta(), owner=WHO.user_id)
+    parts, whole = [], b""
+    for number, size in sizes.items():
+        data = os.urandom(size)
+        result = await cluster.put_part(bucket, key, upload.upload_id, number, data)
+        parts.append(CompletedPart(number, result.etag))
+        whole += data
+    return upload.upload_id, parts, whole
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_replaced_and_deleted_data_goes_after_the_delay(size: int) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(size))
+        first = (await cluster.entry(bucket, b"k")).data_id
+        await cluster.put(bucket, b"k", data := os.urandom(size))
+        second = (await cluster.entry(bucket, b"k")).data_id
+        await cluster.leap(RETIRE_S - 10)
+        assert await collect(cluster) == 0
+        await cluster.pass_s(20)
+        assert await collect(cluster) > 0
+        assert await cluster.fragments(first) == []
+        assert await cluster.get(bucket, b"k") == data
+        await cluster.objects.delete(bucket, b"k")
+        await cluster.leap(RETIRE_S + 10)
+        await collect(cluster)
+        assert await cluster.fragments(second) == []
+
+    run(scenario)
+
+
+def test_what_a_record_refers_to_stays_whoever_put_it_on_the_list() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        entry = await cluster.entry(bucket, b"k")
+        before = await cluster.fragments(entry.data_id)
+        for disk, fragment in before:
+            await cluster.store(disk).retire(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)
+        assert await collect(cluster) == 0
+        assert await cluster.fragments(entry.data_id) == before
+        assert [await cluster.store(disk).retired(1 << 62, 10) for disk, _ in before] == [[]] * len(before)
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_without_a_majority_nothing_is_deleted_and_the_rest_of_the_list_is_judged() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(8):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(SMALL))
+            await cluster.objects.delete(bucket, b"k%d" % index)
+        await cluster.leap(RETIRE_S + 10)
+        before = await cluster.fragments()
+        await cluster.kill("na", "nb")
+        assert await collect(cluster) == 0
+        assert await cluster.fragments() == before
+        assert len(cluster.nodes["nc"].log) <= 4
+        cluster.start("na", "nb", maintain=False)
+        await cluster.pass_s(MaintainLimits().retry_max_s)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario, limits=MaintainLimits(collect_batch=2))
+
+
+def test_an_entry_that_names_no_register_harms_nobody() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.store("a0").retire(os.urandom(16), b"nonsense", 0)
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        await cluster.objects.delete(bucket, b"k")
+        await cluster.leap(RETIRE_S + 10)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+async def sleeping_put(cluster: Cluster, bucket: BucketRecord, key: bytes, data: bytes) -> tuple[asyncio.Task[object], asyncio.Event]:
+    """A gateway whose fragments are durable, and that falls asleep right before its accept leaves."""
+    gateway, wake = cluster.new_gateway("sleeper"), asyncio.Event()
+
+    async def sleep(source: str, node: str, method: str, request: object) -> None:
+        if source == "sleeper" and method == "meta.accept":
+            await wake.wait()
+
+    cluster.intercept = sleep
+
+    async def body() -> object:
+        yield data
+
+    put = gateway.objects.put(bucket, key, body(), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
+    task = asyncio.get_running_loop().create_task(put)
+    await cluster.pass_s(2)
+    assert not task.done()
+    return task, wake
+
+
+def test_a_gateway_that_slept_before_its_accept_acknowledges_nothing_that_was_collected() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        task, wake = await sleeping_put(cluster, bucket, b"k", os.urandom(LARGE))
+        assert await cluster.fragments()
+        await cluster.pass_s(20)
+        await cluster.leap(ORPHAN_S + 60)
+        assert await collect(cluster) > 0
+        wake.set()  # the accept, of a promise given a day ago, goes out
+        with pytest.raises(StoragedError):
+            await task
+        await cluster.pass_s(1)
+        with pytest.raises(StoragedError):
+            await cluster.objects.head(bucket, b"k")
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_what_was_touched_after_the_collector_looked_is_not_deleted() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        task, wake = await sleeping_put(cluster, bucket, b"k", data := os.urandom(LARGE))
+        node = cluster.nodes["na"]
+        for disk, fragment in await cluster.fragments():
+            await cluster.store(disk).retire(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)
+        judge = node.maintenance.collector._referenced
+
+        async def slow(owner: RegisterName, data_id: bytes) -> bool:
+            found = await judge(owner, data_id)
+            wake.set()  # the gateway's accept is refused now; it looks at its fragments, and proposes again, while this collector is still on its way
+            await asyncio.sleep(3)
+            return found
+
+        node.maintenance.collector._referenced = slow
+        assert await node.maintenance.collector.collect_due() == 0
+        await task
+        await collect(cluster)
+        assert await cluster.get(bucket, b"k") == data
+        assert await cluster.is_whole(bucket, b"k")
+
+    run(scenario)
+
+
+def test_fragments_of_a_request_that_died_are_swept_when_no_request_lives_so_long() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"kept", data := os.urandom(LARGE))
+        task, _ = await sleeping_put(cluster, bucket, b"dead", os.urandom(LARGE))
+        kept = (await cluster.entry(bucket, b"kept")).data_id
+        data_id = next(fragment.data_id for _, fragment in await cluster.fragments() if fragment.data_id != kept)
+        task.cancel()
+        for node in cluster.nodes.values():  # the gateway died before it could put anything on a list
+            for store in node.fragments.values():
+                await store.unretire(data_id)
+        await cluster.leap(ORPHAN_S / 2)
+        assert await sweep(cluster) == 0
+        await cluster.leap(ORPHAN_S / 2 + 60)
+        assert await sweep(cluster) > 0
+        await cluster.pass_s(1)
+        await collect(cluster)
+        assert await cluster.fragments(data_id) == []
+        assert await cluster.get(bucket, b"kept") == data
+        assert await sweep(cluster) == 0
+
+    run(scenario)
+
+
+def test_a_fragment_that_recoding_left_is_swept_and_its_data_is_not() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        entry = await cluster.entry(bucket, b"k")
+        (disk, fragment), *_ = await cluster.fragments(entry.data_id)
+        kept = cluster.store(disk)._fragments[fragment.pack()]
+        stray = next(other.id for other in cluster.layouts.current.disks if other.id != disk)
+        left = FragmentId(entry.data_id, 0, 2, 2, 0)
+        header = msgspec.structs.replace(kept.header, id=left.pack(), hashes=(kept.header.hashes[fragment.position],) * 4)
+        await cluster.store(stray).write(header, [kept.payload], sync=True)
+        await cluster.leap(ORPHAN_S + 60)
+        assert await sweep(cluster) == 1
+        assert (await cluster.store(stray).stat([left]))[0].health == Health.MISSING
+        assert await cluster.is_whole(bucket, b"k")
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_orphans_of_a_bucket_that_is_gone_for_good_are_swept() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        task, _ = await sleeping_put(cluster, bucket, b"k", os.urandom(LARGE))
+        task.cancel()
+        await cluster.pass_s(1)
+        cluster.intercept = None
+        await cluster.buckets.delete(bucket)
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        await cluster.pass_s(1)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_parts_of_an_open_upload_are_kept_and_those_of_an_aborted_one_go() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, _, _ = await upload_parts(cluster, bucket, b"k", {1: LARGE, 2: SMALL})
+        before = await cluster.fragments()
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        await cluster.pass_s(1)
+        await collect(cluster)
+        assert await cluster.fragments() == before
+        await cluster.objects.abort(bucket, b"k", upload_id)
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_a_part_whose_row_may_be_on_its_way_is_kept_while_its_upload_is_open() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, first = await upload_parts(cluster, bucket, b"k", {1: LARGE})
+        gateway, wake = cluster.new_gateway("sleeper"), asyncio.Event()
+
+        async def sleep(source: str, node: str, method: str, request: object) -> None:
+            if source == "sleeper" and method == "meta.accept":
+                await wake.wait()
+
+        cluster.intercept = sleep
+        data = os.urandom(LARGE)
+        task = asyncio.get_running_loop().create_task(cluster.put_part(bucket, b"k", upload_id, 2, data, gateway))
+        await cluster.pass_s(20)
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        await cluster.pass_s(1)
+        await collect(cluster)
+        wake.set()
+        with pytest.raises(OutcomeUnknown):
+            await task
+        await cluster.pass_s(1)
+        _, listed, _ = await cluster.objects.list_parts(bucket, b"k", upload_id)
+        assert [part.number for part in listed] == [1, 2]
+        parts.append(CompletedPart(2, listed[1].etag))
+        await cluster.objects.complete(bucket, b"k", upload_id, parts, owner=WHO.user_id)
+        assert await cluster.get(bucket, b"k") == first + data
+
+    run(scenario)
+
+
+# --- recoding, and what it leaves -------------------------------------------------------------------------------------
+
+
+def test_parts_in_rows_and_on_manifest_pages_are_recoded_and_brought_back() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, whole = await upload_parts(cluster, bucket, b"many", dict.fromkeys(range(1, 41), PART))
+        await cluster.objects.complete(bucket, b"many", upload_id, parts, owner=WHO.user_id)
+        assert (await cluster.record(bucket, b"many")).versions[0].manifest
+        open_id, open_parts, open_whole = await upload_parts(cluster, bucket, b"open", {1: LARGE, 2: PART})
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        await cluster.kill("nb")
+        await cluster.pass_s(700)
+        assert (await cluster.settled())[0] == 3
+        places = await cluster.places(bucket, b"many")
+        assert len(places) == 40
+        assert {str(place.profile) for place in places} == {"2+2"}
+        assert await cluster.get(bucket, b"many") == whole
+        cluster.start("nb")
+        assert await cluster.settled() == (0, 0)
+        assert await cluster.is_whole(bucket, b"many")
+        await cluster.objects.complete(bucket, b"open", open_id, open_parts, owner=WHO.user_id)
+        assert await cluster.is_whole(bucket, b"open")
+        await cluster.leap(MaintainLimits().drop_delay_s)
+        await cluster.pass_s(60)
+        assert await cluster.get(bucket, b"open") == open_whole
+        assert await cluster.get(bucket, b"many") == whole
+        assert await cluster.settled() == (0, 0)
+
+    run(scenario)
+
+
+def test_fragments_that_came_back_into_use_are_not_dropped() -> None:
+    """4+2 is recoded to 2+2, and back to the same fragments on the same disks, before what the first recoding left is due."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        cluster.maintain()
+        await cluster.settled()
+        for _ in range(2):
+            await cluster.kill("na")
+            await cluster.pass_s(700)
+            cluster.start("na")
+            assert await cluster.settled() == (0, 0)
+        await cluster.leap(2 * MaintainLimits().drop_delay_s)
+        await cluster.pass_s(60)
+        assert await cluster.is_whole(bucket, b"k")
+        named = {(disk, fragment) for place in await cluster.places(bucket, b"k") for fragment, disk in place.fragments}
+        assert set(await cluster.fragments((await cluster.entry(bucket, b"k")).data_id)) == named
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_a_record_that_changed_while_it_was_recoded_stays_as_it_was_changed() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        cluster.maintain()
+        await cluster.settled()
+        newer = os.urandom(LARGE)
+        written = False
+
+        async def interfere(source: str, node: str, method: str, request: object) -> None:
+            nonlocal written
+            if source != "g" and method == "fragment.touch" and not written:
+                written = True
+                await cluster.put(bucket, b"k", newer)
+
+        await cluster.kill("nc")
+        cluster.intercept = interfere
+        await cluster.pass_s(700)
+        assert written
+        assert await cluster.get(bucket, b"k") == newer
+        cluster.intercept = None
+        cluster.start("nc")
+        assert await cluster.settled() == (0, 0)
+        assert await cluster.is_whole(bucket, b"k")
+        assert await cluster.get(bucket, b"k") == newer
+
+    run(scenario)
+
+
+def test_recoding_says_nothing_when_its_fragments_are_gone_behind_its_back() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        cluster.maintain()
+        await cluster.settled()
+        before = await cluster.record(bucket, b"k")
+        stolen = 0
+
+        async def steal(source: str, node: str, method: str, request: object) -> None:
+            nonlocal stolen
+            if method == "fragment.touch":
+                for disk, fragment in await cluster.fragments():
+                    if (fragment.k, fragment.m) == (2, 2):
+                        stolen += await cluster.store(disk).delete([fragment])
+
+        await cluster.kill("nc")
+        cluster.intercept = steal
+        await cluster.pass_s(620)
+        assert stolen
+        assert await cluster.record(bucket, b"k") == before
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+# --- scrub ------------------------------------------------------------------------------------------------------------
+
+
+def test_scrub_finds_flips_in_fragments_and_rows_and_all_is_mended() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"small", os.urandom(SMALL))
+        await cluster.put(bucket, b"large", os.urandom(LARGE))
+        upload_id, parts, whole = await upload_parts(cluster, bucket, b"upload", {1: LARGE})
+        cluster.maintain()
+        await cluster.settled()
+        for key in (b"small", b"large"):
+            fragment, disk = list((await cluster.places(bucket, key))[0].fragments)[1]
+            cluster.store(disk).damage(fragment, 0)
+        part = next(where for where in await cluster.fragments() if owner_of(cluster, where) == b"upload")
+        cluster.store(part[0]).damage(part[1], 0)
+        name = object_name(bucket.id, bucket.shards, b"large")
+        row_disk = cluster.layouts.current.replicas_of(name.partition)[1]
+        cluster.nodes[cluster.layouts.current.node_of(row_disk)].meta[row_disk].damage(name)
+        assert await cluster.gateway.maintain.start_scrub() == ["na", "nb", "nc"]
+        assert await cluster.settled() == (0, 0)
+        assert sum(status.damaged_found for status in await cluster.statuses()) == 4
+        assert cluster.differing_registers() == []
+        assert await cluster.is_whole(bucket, b"small")
+        assert await cluster.is_whole(bucket, b"large")
+        assert cluster.holds(*part)
+        await cluster.objects.complete(bucket, b"upload", upload_id, parts, owner=WHO.user_id)
+        assert await cluster.get(bucket, b"upload") == whole
+
+    run(scenario)
+
+
+def owner_of(cluster: Cluster, where: tuple[str, FragmentId]) -> bytes:
+    return RegisterName.unpack(cluster.store(where[0])._fragments[where[1].pack()].header.owner).key
+
+
+def test_a_scrub_that_starts_by_itself_goes_on_where_it_was_interrupted() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(6):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(LARGE))
+        node = cluster.nodes["na"]
+        node.maintenance.scrub.pace.bytes_per_s = 20_000
+        task = asyncio.get_running_loop().create_task(node.maintenance.scrub.once(resume=True))
+        await cluster.pass_s(100)
+        task.cancel()
+        position = node.meta["a0"].get_meta("scrub-position")
+        assert position
+        left = [header.id async for header in cluster.store("a0").scan() if header.id > position]
+        assert 0 < len(left) < (await cluster.store("a0").usage()).fragments
+        again = node.maintenance.scrub
+        await again.once(resume=True)
+        assert again.job.done == len(left) + (await cluster.store("a1").usage()).fragments
+        assert node.meta["a0"].get_meta("scrub-finished-ms")
+        assert node.meta["a0"].get_meta("scrub-position") == b""
+
+    run(scenario)
+
+
+def test_a_scrub_starts_by_itself_when_the_last_one_is_long_ago() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        cluster.maintain()
+        node = cluster.nodes["na"]
+        ended = []
+        for _ in range(12):
+            await cluster.leap(400)
+            await cluster.pass_s(1)
+            ended.append(node.meta["a0"].get_meta("scrub-finished-ms"))
+        assert ended[0] is not None
+        assert ended[0] == ended[5] != ended[11]
+
+    run(scenario, limits=MaintainLimits(scrub_interval_s=3000.0))
+
+
+def test_a_row_that_a_gateway_changes_is_never_undone_by_repair() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        cluster.maintain()
+        await cluster.settled()
+        name = object_name(bucket.id, bucket.shards, b"counter")
+        for index in range(30):
+            await cluster.gateway.ring.change(name, lambda value, index=index: _next(value, index))
+            cluster.nodes["na"].maintenance.repair.wake()
+            await cluster.pass_s(0.3)
+        value = (await cluster.gateway.ring.read(name)).value
+        assert value is not None
+        assert value.sequence == 30
+
+    run(scenario)
+
+
+def _next(value: Value | None, index: int) -> Change:
+    assert (value.sequence if value is not None else 0) == index
+    return Change(encode(index), 1)
