@@ -301,6 +301,7 @@ async def test_parts_of_an_aborted_upload_whose_bucket_goes_meanwhile_are_left_t
     found = await multipart.open_upload(objects.plane, bucket, b"key", upload_id)
     world.ring.fences[bucket.id] = (b"nonce", True)
     await multipart.drop_parts(objects.plane, bucket, found)
+    assert sum(name.table == Table.PART and value.visibility > 0 for name, value in world.ring.values.items()) == 2
     await objects.close()
 
 
