@@ -70,7 +70,8 @@ class Surroundings:
     rules: Rules
     counts: dict[str, int]
     on_missed: Callable[[RegisterName], None] = lambda name: None
-    """Told when a replica did not take a value or a small copy that it should have: it lags, though a majority may have confirmed the write."""
+    """Told when a replica did not take a new value or a small copy that it should have: it lags, though a majority may have confirmed the write. Settling
+    rounds don't tell: they are what follows."""
 
 
 @dataclass
@@ -286,7 +287,7 @@ class Proposal:
         answers = Answers[messages.AcceptReply](around.replicas, around.pool, around.suspects)
         for disk in view.disks:
             request = messages.Accept(disk, self.name, ballot, value, self.nonce, identity)
-            answers.ask(disk, _accept_call(request, self._call_timeout_s(), around.on_missed))
+            answers.ask(disk, _accept_call(request, self._call_timeout_s(), None if identity else around.on_missed))
         accepted: set[str] = set()
         failed: set[str] = set()
         fenced: set[str] = set()
@@ -339,16 +340,16 @@ class Proposal:
 
 
 def _accept_call(
-    request: messages.Accept, timeout_s: float, on_missed: Callable[[RegisterName], None]
+    request: messages.Accept, timeout_s: float, on_missed: Callable[[RegisterName], None] | None
 ) -> Callable[[Replica], Awaitable[messages.AcceptReply]]:
     async def accept(replica: Replica) -> messages.AcceptReply:
+        taken = False
         try:
             reply = await replica.accept(request, timeout_s=timeout_s)
-        except StoragedError:
-            on_missed(request.name)
-            raise
-        if reply.verdict != Verdict.OK:
-            on_missed(request.name)
-        return reply
+            taken = reply.verdict == Verdict.OK
+            return reply
+        finally:
+            if not taken and on_missed is not None:
+                on_missed(request.name)
 
     return accept

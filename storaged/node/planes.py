@@ -142,7 +142,7 @@ class Node:
         self._methods.update(ReplicaHost(replicas).methods())
         self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas)
-        self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock)
+        self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock, on_missed=self._missed)
         self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
@@ -294,6 +294,13 @@ class Node:
         log.warning("a cell's checksum does not hold", disk=disk, **where)
         if self.maintenance is not None:
             self.maintenance.cell_damaged(disk, fragment)
+
+    def _missed(self, name: RegisterName) -> None:
+        """A replica did not take a write that it should have: whichever node looks after the register brings it up."""
+        if self.config.gateway:
+            self.maintain.hint(name)
+        elif self.maintenance is not None:
+            self.maintenance.hint(name.pack())
 
     def _refused(self, peer: str, error: StoragedError) -> None:
         log.warning("a peer is refused", peer=peer, code=error.code, reason=error.message)

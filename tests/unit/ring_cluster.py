@@ -299,13 +299,13 @@ class Cluster:
         return await self.buckets.create(WHO, name, region="eu-fr-1")
 
     async def put(self, bucket: BucketRecord, key: bytes, data: bytes) -> PutResult:
-        return await self.objects.put(bucket, key, _body(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
+        return await self.objects.put(bucket, key, body_of(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
 
     async def put_part(
         self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, data: bytes, gateway: Gateway | None = None
     ) -> PutResult:
         objects = (gateway or self.gateway).objects
-        return await objects.put_part(bucket, key, upload_id, number, _body(data), BodyChecks(size=len(data)))
+        return await objects.put_part(bucket, key, upload_id, number, body_of(data), BodyChecks(size=len(data)))
 
     async def get(self, bucket: BucketRecord, key: bytes) -> bytes:
         stream = await self.objects.get(bucket, key)
@@ -441,6 +441,6 @@ class Gateway:
         await self.ring.close()
 
 
-async def _body(data: bytes) -> AsyncIterator[Buffer]:
+async def body_of(data: bytes) -> AsyncIterator[Buffer]:
     for at in range(0, len(data), 200_000):
         yield data[at : at + 200_000]

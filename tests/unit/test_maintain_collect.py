@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 
 import msgspec
@@ -16,7 +17,7 @@ from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord
 from storaged.wire import encode
-from tests.unit.ring_cluster import WHO, Cluster, run
+from tests.unit.ring_cluster import WHO, Cluster, body_of, run
 
 SMALL, LARGE = 5_000, 1_500_000
 PART = 60_000
@@ -125,10 +126,7 @@ async def sleeping_put(cluster: Cluster, bucket: BucketRecord, key: bytes, data:
 
     cluster.intercept = sleep
 
-    async def body() -> object:
-        yield data
-
-    put = gateway.objects.put(bucket, key, body(), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
+    put = gateway.objects.put(bucket, key, body_of(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
     task = asyncio.get_running_loop().create_task(put)
     await cluster.pass_s(2)
     assert not task.done()
@@ -481,7 +479,7 @@ def test_a_row_that_a_gateway_changes_is_never_undone_by_repair() -> None:
         await cluster.settled()
         name = object_name(bucket.id, bucket.shards, b"counter")
         for index in range(30):
-            await cluster.gateway.ring.change(name, lambda value, index=index: _next(value, index))
+            await cluster.gateway.ring.change(name, functools.partial(_next, index))
             cluster.nodes["na"].maintenance.repair.wake()
             await cluster.pass_s(0.3)
         value = (await cluster.gateway.ring.read(name)).value
@@ -491,6 +489,6 @@ def test_a_row_that_a_gateway_changes_is_never_undone_by_repair() -> None:
     run(scenario)
 
 
-def _next(value: Value | None, index: int) -> Change:
+def _next(index: int, value: Value | None) -> Change:
     assert (value.sequence if value is not None else 0) == index
     return Change(encode(index), 1)
