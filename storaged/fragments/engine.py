@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from storaged.errors import DiskUnusable, FragmentDamaged, OperatorError, PeerRefused, StoragedError
 from storaged.fragments import recovery
-from storaged.fragments.files import Files, SegmentFile
+from storaged.fragments.files import Files, SegmentFile, Space
 from storaged.fragments.format import (
     KEY_BYTES,
     LARGE,
@@ -422,7 +422,7 @@ class Engine:
         """Why new fragments are refused now, if they are."""
         if self.failure:
             return self._unusable()
-        space = self.files.space()
+        space = self._space()
         reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
         if space.free - count < reserve:
             self._refused_bytes = min(count, REFUSED_BYTES_MAX)
@@ -440,8 +440,17 @@ class Engine:
     def _unusable(self) -> DiskUnusable:
         if self.failure:
             return DiskUnusable(f"the disk is read-only: {self.failure}", state="read-only")
-        space = self.files.space()
+        space = self._space()
         return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
+
+    def _space(self) -> Space:
+        """What the file system says. One that says nothing any more is gone: no reason for the process, and its other disks, to end."""
+        try:
+            return self.files.space()
+        except OSError as error:
+            if not self.failure:
+                self.fail(f"its directory does not answer: {error.strerror or error}", lasting=False)
+            return Space(0, 0)
 
     @staticmethod
     def _raise(error: StoragedError | None) -> None:
@@ -449,7 +458,7 @@ class Engine:
             raise error
 
     def usage(self) -> Usage:
-        space = self.files.space()
+        space = self._space()
         reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
         if space.free - self._refused_bytes >= reserve:
             self._refused_bytes = 0

@@ -426,3 +426,19 @@ async def test_a_killed_process_loses_nothing_that_was_synced_and_the_rest_clean
         assert [await content(store, one) for one in synced] == [one.payload for one in synced]
         with pytest.raises(FragmentMissing):
             await store.sync([late.id])
+
+
+async def test_a_disk_whose_directory_is_gone_is_read_only_and_says_so(tmp_path: Path) -> None:
+    """An unmounted or removed disk is a state to report: asking it how full it is must not end the process that has other disks."""
+    place = tmp_path / "disk"
+    async with opened(place) as store:
+        made = await put(store)
+        assert (await store.usage()).state == "ok"
+        shutil.rmtree(place)
+        usage = await store.usage()
+        assert (usage.state, usage.bytes_free) == ("read-only", 0)
+        assert "directory does not answer" in usage.reason
+        with pytest.raises(DiskUnusable):
+            await put(store)
+        assert await content(store, made) == made.payload
+        assert store.statistics().usage.state == "read-only"
