@@ -184,9 +184,12 @@ class ObjectPlane:
     def target_of(self, bucket: BucketRecord) -> Profile:
         return Profile.parse(bucket.profile or self.layouts.current.profile)
 
-    def check_age(self, started: float) -> None:
-        """``started`` in monotonic seconds. Raises ServiceUnavailable for a request too old to be sure that its fragments are still there."""
-        age_s = self.clock.monotonic() - started
+    def check_age(self, started: float, created_ms: int) -> None:
+        """``started`` in monotonic seconds, ``created_ms`` on the wall. Raises ServiceUnavailable for a request too old to be sure that its fragments are still there.
+
+        The larger of the two ages counts: the monotonic clock stands still while a machine is suspended, the other may be set back.
+        """
+        age_s = max(self.clock.monotonic() - started, (self.clock.wall_ms() - created_ms) / 1000)
         if age_s > self.limits.request_age_s_max:
             raise ServiceUnavailable(
                 f"The upload took {age_s:.0f} s, longer than is safe ({self.limits.request_age_s_max:.0f} s). Use a multipart upload."

@@ -223,7 +223,7 @@ async def commit_sealed(
                 plane,
                 keys,
                 name,
-                functools.partial(_with_entry, update, entry),
+                functools.partial(_with_entry, update, entry, writer),
                 ready=writer.barrier if writer else None,
                 still_there=writer.still_there if writer else None,
                 small=sealed.small,
@@ -238,5 +238,9 @@ async def commit_sealed(
             return outcome, entry
 
 
-def _with_entry(update: Callable[[Value | None, PartEntry], Change], entry: PartEntry, value: Value | None) -> Change:
+def _with_entry(
+    update: Callable[[Value | None, PartEntry], Change], entry: PartEntry, writer: PartWriter | None, value: Value | None
+) -> Change:
+    if writer is not None:
+        writer.check_age()
     return update(value, entry)

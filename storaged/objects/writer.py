@@ -328,9 +328,14 @@ class PartWriter:
                 await self._rebuild(state)
         else:
             raise ServiceUnavailable("The object could not be made durable on enough disks: too many failed while it was written.")
-        self._plane.check_age(self._started)
+        self.check_age()
         if self._announced is not None and self._announced != self._make_entry():
             raise RunsChanged
+
+    def check_age(self) -> None:
+        """Asked at the barrier, and again on the record that a promise brought: a process may sleep between the two for longer than unclaimed fragments are kept.
+        Raises ServiceUnavailable."""
+        self._plane.check_age(self._started, self._created_ms)
 
     async def _sync_all(self) -> None:
         """Syncs what is not synced yet. A disk that can't is taken out of every block."""

@@ -7,7 +7,8 @@ import base64
 import hashlib
 import os
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from storaged.errors import (
 )
 from storaged.fragments.ports import FragmentId
 from storaged.meta.names import RegisterName, object_name
-from storaged.meta.ports import Reading
+from storaged.meta.ports import Outcome, Reading, Update
 from storaged.objects.api import BodyChecks, NewMeta, PutResult, RangeSpec, ReadConditions, WriteConditions
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry
 from storaged.objects.service import ObjectService
@@ -451,6 +452,30 @@ async def test_a_request_that_took_too_long_is_refused_at_its_barrier() -> None:
 
     with pytest.raises(ServiceUnavailable):
         await objects.put(bucket, b"key", slow(), NewMeta(), BodyChecks(100_000), owner=OWNER)
+    assert not world.ring.values
+    await objects.close()
+
+
+@pytest.mark.parametrize("clock", ["monotonic", "wall"])
+async def test_a_process_that_slept_between_its_barrier_and_its_promise_commits_nothing(clock: str) -> None:
+    """A suspended machine's monotonic clock stands still, and a wall clock may be set back: either one is enough."""
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    real = world.ring.change
+
+    async def sleepy(name: RegisterName, update: Update, *, ready: Awaitable[None] | None = None, **more: Any) -> Outcome:
+        assert ready is not None
+        await ready
+        if clock == "wall":
+            world.clock.wall += 25 * 3_600_000
+        else:
+            world.clock.ahead_s += 25 * 3600
+        return await real(name, update, ready=ready, **more)
+
+    world.ring.change = sleepy  # type: ignore[method-assign]
+    with pytest.raises(ServiceUnavailable):
+        await objects.put(bucket, b"key", pieces(bytes(100_000)), NewMeta(), BodyChecks(100_000), owner=OWNER)
     assert not world.ring.values
     await objects.close()
 
