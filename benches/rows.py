@@ -3,21 +3,71 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 
-from benches.s3client import Connection, Target, WrongAnswer, connect, path_of, signed_head
+from benches.s3client import SILENCE_S_MAX, Connection, Target, WrongAnswer, connect, path_of, signed_head, watch_silence
 
 KIB, MIB = 1024, 1024 * 1024
+ERRORS_MAX = 20
+"""A row that has failed so often is given up."""
+
+READ_BACK = 16
+"""So many objects of a row of PUTs are read again and compared, so that a server which only says that it stored them is found out."""
+
 Operation = Callable[[Connection, int], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """``total`` operations at scale 1, at least ``least``, ``in_flight`` at a time, each with ``size_bytes`` of body. ``writes``: the prefix of the keys it
+    makes; ``reads``: the row whose objects it reads. ``degraded``: after a rack (cluster) or a disk (single) was taken away."""
+
+    name: str
+    kind: str
+    in_flight: int
+    total: int
+    least: int
+    size_bytes: int = 0
+    reads: str = ""
+    degraded: bool = False
+
+    def count(self, scale: float) -> int:
+        return max(int(self.total * scale), self.least)
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("put-4k-64", "put", 64, 8000, 1100, 4 * KIB),
+        Row("put-4k-1", "put", 1, 600, 100, 4 * KIB),
+        Row("get-4k-64", "get", 64, 16000, 2200, 4 * KIB, "put-4k-64"),
+        Row("head-64", "head", 64, 16000, 2200, 0, "put-4k-64"),
+        Row("list-1000-4", "list", 4, 400, 40, 0, "put-4k-64"),
+        Row("put-64m-4", "put", 4, 12, 4, 64 * MIB),
+        Row("get-64m-4", "get", 4, 24, 8, 64 * MIB, "put-64m-4"),
+        Row("put-256m-64", "put", 64, 64, 64, 256 * MIB),
+        Row("get-256m-64", "get", 64, 64, 64, 256 * MIB, "put-256m-64"),
+        Row("get-4k-64-degraded", "get", 64, 16000, 2200, 4 * KIB, "put-4k-64", degraded=True),
+        Row("get-64m-4-degraded", "get", 4, 24, 8, 64 * MIB, "put-64m-4", degraded=True),
+    )
+}
+HEAVY = ("put-256m-64", "get-256m-64")
+"""Only when asked for: 16 GiB each way, for the memory of 64 large transfers at once."""
+
+DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
 
 
 @dataclass
 class Result:
-    """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` are never counted as done."""
+    """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` are never counted as done.
+
+    ``cpu_s`` and ``peak_bytes`` are by name of server process, empty for somebody else's endpoint; ``disk_bytes_per_byte`` 0 when not measured.
+    """
 
     row: str
     operations: int = 0
@@ -28,10 +78,13 @@ class Result:
     p50_ms: float = 0.0
     p99_ms: float = 0.0
     max_ms: float = 0.0
-    server_cpu_s: float = 0.0
-    peak_memory_bytes: int = 0
+    cpu_s: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
     disk_bytes_per_byte: float = 0.0
-    latencies: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def server_cpu_s(self) -> float:
+        return sum(self.cpu_s.values())
 
     @property
     def per_second(self) -> float:
@@ -41,54 +94,102 @@ class Result:
     def megabytes_per_second(self) -> float:
         return self.bytes / 1e6 / self.seconds if self.seconds else 0.0
 
-    def finish(self) -> Result:
-        ordered = sorted(self.latencies)
+    @property
+    def cpu_us_per_operation(self) -> float:
+        return 1e6 * self.server_cpu_s / self.operations if self.operations else 0.0
+
+    def note_latencies(self, seconds: list[float]) -> None:
+        ordered = sorted(seconds)
         if ordered:
             self.p50_ms = ordered[len(ordered) // 2] * 1e3
             self.p99_ms = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e3
             self.max_ms = ordered[-1] * 1e3
-        self.latencies = []
-        return self
 
-    def as_dict(self) -> dict[str, object]:
-        values = asdict(self)
-        del values["latencies"]
-        return {**values, "per_second": round(self.per_second, 1), "megabytes_per_second": round(self.megabytes_per_second, 1)}
+    def failed(self, what: str) -> None:
+        self.errors += 1
+        self.first_error = self.first_error or f"{self.row} {what}"
 
 
-async def drive(row: str, target: Target, operation: Operation, *, in_flight: int, total: int, bytes_each: int = 0) -> Result:
-    """``total`` operations by ``in_flight`` connections, each taking the next number as soon as it is free. Latency is per operation, from send to verified answer."""
-    result = Result(row)
-    connections = [await connect(target) for _ in range(in_flight)]
-    numbers = iter(range(total))
+class _Pool:
+    """``in_flight`` connections; a broken one is replaced when its worker goes on."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.open: list[Connection] = []
+
+    async def get(self, old: Connection | None = None) -> Connection:
+        """Raises OSError."""
+        if old is not None:
+            old.close()
+            self.open.remove(old)
+        found = await connect(self.target)
+        self.open.append(found)
+        return found
+
+    def close(self) -> None:
+        for connection in self.open:
+            connection.close()
+
+
+async def drive(
+    row: str,
+    target: Target,
+    operation: Operation,
+    *,
+    in_flight: int,
+    total: int,
+    bytes_each: int = 0,
+    silence_s_max: float = SILENCE_S_MAX,
+) -> Result:
+    """``total`` operations by ``in_flight`` connections, each taking the next number as soon as it is free.
+
+    Latency is per operation, from send to verified answer. What goes wrong is in the result; nothing is raised for it.
+    """
+    result, latencies, pool = Result(row), [], _Pool(target)
+    numbers: Iterator[int] = iter(range(total))
 
     async def work(connection: Connection) -> None:
         for number in numbers:
             began = time.perf_counter()
             try:
                 await operation(connection, number)
-            except (WrongAnswer, OSError) as error:
-                result.errors += 1
-                result.first_error = result.first_error or f"{row} #{number}: {error}"
-                connection.close()
-                if result.errors > 20:
+            except WrongAnswer as error:
+                result.failed(f"#{number}: {error}")
+                if result.errors > ERRORS_MAX:
                     return
-                connection = await connect(target)
+                try:
+                    connection = await pool.get(connection)
+                except OSError as refused:
+                    result.failed(f"#{number}: no new connection: {refused}")
+                    return
                 continue
-            result.latencies.append(time.perf_counter() - began)
+            latencies.append(time.perf_counter() - began)
             result.operations += 1
             result.bytes += bytes_each
 
     began = time.perf_counter()
     try:
-        async with asyncio.TaskGroup() as group:
-            for connection in connections:
-                group.create_task(work(connection))
+        for _ in range(min(in_flight, total)):
+            await pool.get()
+        watcher = asyncio.create_task(watch_silence(pool.open, silence_s_max))
+        began = time.perf_counter()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for connection in list(pool.open):
+                    group.create_task(work(connection))
+        finally:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+    except OSError as error:
+        result.failed(f"no connection: {error}")
     finally:
         result.seconds = time.perf_counter() - began
-        for connection in connections:
-            connection.close()
-    return result.finish()
+        pool.close()
+    if not result.errors and result.operations != total:
+        result.failed(f"{result.operations} operations of {total} came to an end")
+    result.note_latencies(latencies)
+    return result
 
 
 class Bodies:
@@ -112,12 +213,19 @@ class Bodies:
         return found
 
 
-async def make_bucket(target: Target, bucket: str) -> None:
+async def once(target: Target, head: bytes, *, silence_s_max: float = SILENCE_S_MAX) -> bytes:
+    """One request on a connection of its own. Raises WrongAnswer, OSError."""
     connection = await connect(target)
+    watcher = asyncio.create_task(watch_silence([connection], silence_s_max))
     try:
-        await connection.request(signed_head(target, "PUT", path_of(bucket, "")))
+        return await connection.request(head)
     finally:
+        watcher.cancel()
         connection.close()
+
+
+async def make_bucket(target: Target, bucket: str, *, silence_s_max: float = SILENCE_S_MAX) -> None:
+    await once(target, signed_head(target, "PUT", path_of(bucket, "")), silence_s_max=silence_s_max)
 
 
 def putting(target: Target, bucket: str, prefix: str, bodies: Bodies, size: int) -> Operation:
@@ -128,6 +236,21 @@ def putting(target: Target, bucket: str, prefix: str, bodies: Bodies, size: int)
     return put
 
 
+def overwriting(target: Target, bucket: str, key: str, bodies: Bodies, size: int) -> Operation:
+    async def put(connection: Connection, number: int) -> None:
+        head = signed_head(target, "PUT", path_of(bucket, key), sha256=bodies.sha256(number), length=size)
+        await connection.request(head, bodies.of(number))
+
+    return put
+
+
+def making_buckets(target: Target, prefix: str) -> Operation:
+    async def make(connection: Connection, number: int) -> None:
+        await connection.request(signed_head(target, "PUT", path_of(f"{prefix}{number:05d}", "")))
+
+    return make
+
+
 def getting(target: Target, bucket: str, prefix: str, bodies: Bodies, count: int) -> Operation:
     async def get(connection: Connection, number: int) -> None:
         number = number * 7919 % count
@@ -136,10 +259,12 @@ def getting(target: Target, bucket: str, prefix: str, bodies: Bodies, count: int
     return get
 
 
-def heading(target: Target, bucket: str, prefix: str, count: int) -> Operation:
+def heading(target: Target, bucket: str, prefix: str, count: int, size: int) -> Operation:
     async def head(connection: Connection, number: int) -> None:
         number = number * 7919 % count
         await connection.request(signed_head(target, "HEAD", path_of(bucket, f"{prefix}{number:08d}")), head_only=True)
+        if connection.announced != size:
+            raise WrongAnswer(f"HEAD tells {connection.announced} bytes of an object of {size}")
 
     return head
 

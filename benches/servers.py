@@ -6,57 +6,71 @@ import contextlib
 import json
 import os
 import random
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benches.s3client import Target
 
-STORAGED = str(Path(sys.executable).parent / "storaged")
+STATES_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
+RACKS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
-    """``pids`` and ``folder`` let a row report CPU, memory and bytes on disk; both empty for somebody else's endpoint."""
+    """``processes`` (name -> pid) and ``folder`` let a row report CPU, memory and bytes on disk; both empty for somebody else's endpoint.
+
+    ``lose`` takes a failure domain away (a rack of a cluster, a disk of a single node) and returns when the server has noticed.
+    """
 
     name: str
     target: Target
-    pids: tuple[int, ...] = ()
+    processes: dict[str, int] = field(default_factory=dict)
     folder: Path | None = None
+    lose: Callable[[], None] | None = None
 
-    def cpu_seconds(self) -> float:
-        ticks = 0
-        for pid in self.pids:
+    def cpu_seconds(self) -> dict[str, float]:
+        """User and system time of each process since it started, in ticks of 10 ms."""
+        found = {}
+        for name, pid in self.processes.items():
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+                found[name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return found
 
-    def peak_memory_bytes(self) -> int:
-        """Of the largest process since it started, or since ``forget_peaks``."""
-        peak = 0
-        for pid in self.pids:
+    def peak_bytes(self) -> dict[str, int]:
+        """Resident memory of each process at its highest since it started, or since ``forget_peaks``."""
+        found = {}
+        for name, pid in self.processes.items():
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                     if line.startswith("VmHWM"):
-                        peak = max(peak, int(line.split()[1]) * 1024)
-        return peak
+                        found[name] = int(line.split()[1]) * 1024
+        return found
 
     def forget_peaks(self) -> None:
-        for pid in self.pids:
+        for pid in self.processes.values():
             with contextlib.suppress(OSError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def disk_bytes(self) -> int:
-        if self.folder is None:
-            return 0
-        return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        """Blocks taken on the file system, of everything in the folder."""
+        total = 0
+        for path in self.folder.rglob("*") if self.folder is not None else ():
+            with contextlib.suppress(OSError):
+                if path.is_file():
+                    total += path.stat().st_blocks * 512
+        return total
 
 
 def free_port() -> int:
@@ -91,42 +105,152 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(20)
+            process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(10)
 
 
-@contextlib.contextmanager
-def storaged_cluster(parent: Path | None = None) -> Iterator[Server]:
-    """``storaged dev``: three storage nodes, a gateway."""
-    with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as name:
-        folder = Path(name) / "s3"
-        environment = {**os.environ, "STORAGED_DIR": str(folder), "HOME": name}
-        log = (Path(name) / "log").open("w")
-        process = subprocess.Popen(
-            [STORAGED, "dev", str(folder), "--s3-port", str(free_port()), "--admin-port", str(free_port())],
-            env=environment,
-            stdout=log,
-            stderr=log,
+@dataclass
+class _Storaged:
+    """How the command ``storaged`` of a source tree (None: the one installed here) is run for one installation below ``home``."""
+
+    home: Path
+    directory: Path
+    tree: Path | None
+    spans: Path | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "STORAGED_", "XDG_", "PYTHONPATH"))}
+        own = {"HOME": str(self.home), "STORAGED_DIR": str(self.directory), "CREDENTIALS_DIRECTORY": str(self.home / "credentials")}
+        if self.tree is not None:
+            own["PYTHONPATH"] = str(self.tree)
+        if self.spans is not None:
+            own["STORAGED_SPANS"] = str(self.spans)
+        return {**kept, **own}
+
+    def run(self, *arguments: str, check: bool = True) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "storaged", *arguments],
+            env=self.environment(),
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=STATES_TIMEOUT_S,
+            check=False,
         )
-        try:
-            settings, status = {}, {}
-            end = time.monotonic() + 60
-            while status.get("verdict") != "HEALTHY":
-                if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit("storaged dev did not come up:\n" + (Path(name) / "log").read_text()[-3000:])
-                time.sleep(0.2)
-                answer = subprocess.run([STORAGED, "status", "--json"], env=environment, capture_output=True, text=True, check=False)
-                with contextlib.suppress(ValueError):
-                    status = json.loads(answer.stdout)
-            settings = json.loads(
-                subprocess.run([STORAGED, "env", "--json"], env=environment, capture_output=True, text=True, check=True).stdout
+        if check and done.returncode:
+            raise SystemExit(f"storaged {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def start(self, *arguments: str) -> None:
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "storaged", *arguments], env=self.environment(), cwd=self.home, stdout=log, stderr=log
             )
-            target = Target(settings["endpoint"], settings["access_key"], settings["secret_key"], settings["region"])
-            yield Server("storaged, cluster", target, tuple(node["pid"] for node in status["nodes"]), folder)
+
+    def status(self, *verdicts: str) -> dict[str, Any]:
+        """Waits for one of the verdicts."""
+        assert self.process is not None
+        end = time.monotonic() + STATES_TIMEOUT_S
+        while True:
+            found: dict[str, Any] = {}
+            with contextlib.suppress(ValueError):
+                found = json.loads(self.run("status", "--json", check=False))
+            if found.get("verdict") in verdicts:
+                return found
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"storaged did not become {' or '.join(verdicts)}: {found.get('verdict')}\n" + self.log()[-3000:])
+            time.sleep(0.2)
+
+    def log(self) -> str:
+        return (self.home / "log").read_text(errors="replace")
+
+
+def _processes(status: dict[str, Any]) -> dict[str, int]:
+    return {node["name"]: node["pid"] for node in status["nodes"] if node.get("pid")}
+
+
+@contextlib.contextmanager
+def storaged_cluster(
+    parent: Path | None = None, *, tree: Path | None = None, spans: Path | None = None, name: str = "storaged, cluster"
+) -> Iterator[Server]:
+    """``storaged dev``: three storage nodes in three racks, a gateway. ``lose`` kills a rack."""
+    with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
+        home = Path(place)
+        storaged = _Storaged(home, home / "s3", tree, spans)
+        try:
+            storaged.start("dev", str(storaged.directory), "--s3-port", str(free_port()), "--admin-port", str(free_port()))
+            status = storaged.status("HEALTHY")
+            known = json.loads(storaged.run("env", "--json"))
+            target = Target(known["endpoint"], known["access_key"], known["secret_key"], known["region"])
+            server = Server(name, target, _processes(status), storaged.directory)
+
+            def lose() -> None:
+                storaged.run("dev", "kill", RACKS[2])
+                server.processes = _processes(storaged.status("DEGRADED", "AT_RISK"))
+
+            server.lose = lose
+            yield server
         finally:
-            stop(process)
+            if storaged.process is not None:
+                stop(storaged.process)
+
+
+@contextlib.contextmanager
+def storaged_single(
+    parent: Path | None = None,
+    *,
+    tree: Path | None = None,
+    spans: Path | None = None,
+    disks: int = 6,
+    name: str = "storaged, single",
+) -> Iterator[Server]:
+    """One process with both roles and six disks, made as deploy/README.md says. ``lose`` restarts it with one disk gone."""
+    with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
+        home = Path(place)
+        storaged = _Storaged(home, home / "state", tree, spans)
+        port = free_port()
+        config = make_single(storaged.run, home, s3_port=port, disks=disks)
+        try:
+            storaged.start("run", str(config))
+            status = storaged.status("HEALTHY")
+            user = json.loads(storaged.run("user", "add", "bench", "--json"))
+            target = Target(f"http://127.0.0.1:{port}", user["access_key"], user["secret_key"], "eu-fr-1")
+            server = Server(name, target, _processes(status), home)
+
+            def lose() -> None:
+                assert storaged.process is not None
+                stop(storaged.process)
+                shutil.rmtree(home / "disk1")
+                storaged.start("run", str(config))
+                server.processes = _processes(storaged.status("DEGRADED", "AT_RISK"))
+
+            server.lose = lose
+            yield server
+        finally:
+            if storaged.process is not None:
+                stop(storaged.process)
+
+
+def make_single(run: Callable[..., str], home: Path, *, s3_port: int, disks: int) -> Path:
+    """The files of an installation on one machine; the configuration's path. ``run`` is the command ``storaged``."""
+    disk_options = [word for number in range(1, disks + 1) for word in ("--disk", str(home / f"disk{number}"))]
+    run("cluster", "create", "authority", "--cluster", "single")
+    run(
+        *("cluster", "issue", "authority", "one", "--rack", RACKS[0], "--roles", "storage,gateway"),
+        *("--address", f"127.0.0.1:{free_port()}", "--state", str(home / "state"), *disk_options),
+    )
+    run("cluster", "layout", "authority")
+    config = home / "authority" / "nodes" / "one" / "config.toml"
+    config.write_text(config.read_text().replace("127.0.0.1:8333", f"127.0.0.1:{s3_port}"))
+    credentials = home / "credentials"
+    credentials.mkdir(mode=0o700)
+    (credentials / "keyring").write_bytes(secrets.token_bytes(32))
+    (credentials / "keyring").chmod(0o600)
+    run("keys", "create", str(config))
+    return config
 
 
 def seaweedfs_binary() -> str:
@@ -167,13 +291,13 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
         )
     )
     master, s3 = port_with_grpc(), port_with_grpc()
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(label: str, *arguments: str) -> subprocess.Popen[bytes]:
         (folder / label).mkdir()
-        log = (folder / f"{label}.log").open("wb")
-        process = subprocess.Popen([weed, *arguments], stdout=log, stderr=log, cwd=folder / label)
-        processes.append(process)
+        with (folder / f"{label}.log").open("wb") as log:
+            process = subprocess.Popen([weed, *arguments], stdout=log, stderr=log, cwd=folder / label)
+        processes[label] = process
         return process
 
     try:
@@ -207,9 +331,14 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
                 check=True,
             )
         time.sleep(3)
-        yield Server(name, Target(f"http://127.0.0.1:{s3}", access, secret), tuple(process.pid for process in processes), folder)
+        yield Server(
+            name,
+            Target(f"http://127.0.0.1:{s3}", access, secret),
+            {process_name: process.pid for process_name, process in processes.items()},
+            folder,
+        )
     finally:
-        for process in reversed(processes):
+        for process in reversed(processes.values()):
             stop(process)
 
 

@@ -1,0 +1,156 @@
+"""The rows of one server, in order: later ones read what earlier ones wrote, which is written anyway when only they are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from secrets import token_hex
+
+from benches import rows
+from benches.rows import KIB, READ_BACK, ROWS, Bodies, Operation, Result, Row, drive
+from benches.s3client import SILENCE_S_MAX, connect
+from benches.servers import Server
+
+OnResult = Callable[[Result], None]
+Loss = Callable[[str, Result], bool]
+
+
+class Stage:
+    """One bucket of one server. ``scale`` is how much is done, relative to what the rows say."""
+
+    def __init__(self, server: Server, scale: float, *, silence_s_max: float = SILENCE_S_MAX) -> None:
+        self.server = server
+        self.scale = scale
+        self.bucket = f"bench-{token_hex(4)}"
+        self._silence_s_max = silence_s_max
+        self._bodies: dict[int, Bodies] = {}
+
+    async def open(self) -> None:
+        """Makes the bucket. Raises WrongAnswer, OSError."""
+        await rows.make_bucket(self.server.target, self.bucket, silence_s_max=self._silence_s_max)
+
+    def bodies(self, size: int) -> Bodies:
+        if size not in self._bodies:
+            self._bodies[size] = Bodies(size)
+        return self._bodies[size]
+
+    def operation(self, row: Row) -> Operation:
+        target, bucket = self.server.target, self.bucket
+        if row.kind == "put":
+            return rows.putting(target, bucket, prefix_of(row), self.bodies(row.size_bytes), row.size_bytes)
+        source = ROWS[row.reads]
+        prefix, count = prefix_of(source), source.count(self.scale)
+        if row.kind == "get":
+            return rows.getting(target, bucket, prefix, self.bodies(row.size_bytes), count)
+        if row.kind == "head":
+            return rows.heading(target, bucket, prefix, count, source.size_bytes)
+        return rows.listing(target, bucket, prefix, count)
+
+    async def measure(self, row: Row) -> Result:
+        """Runs a row, and reads some of what it wrote back."""
+        result = await self.run(row.name, self.operation(row), in_flight=row.in_flight, total=row.count(self.scale), size=row.size_bytes)
+        if row.kind == "put" and not result.errors:
+            total = row.count(self.scale)
+            read = rows.getting(self.server.target, self.bucket, prefix_of(row), self.bodies(row.size_bytes), total)
+            again = await drive(
+                row.name, self.server.target, read, in_flight=2, total=min(READ_BACK, total), silence_s_max=self._silence_s_max
+            )
+            result.errors, result.first_error = again.errors, again.first_error
+            if again.errors:
+                result.operations = 0
+        return result
+
+    async def run(self, name: str, operation: Operation, *, in_flight: int, total: int, size: int = 0) -> Result:
+        """Any operation as a row of that name, with what it cost the server's processes."""
+        server = self.server
+        server.forget_peaks()
+        cpu, disk = server.cpu_seconds(), server.disk_bytes() if size else 0
+        result = await drive(
+            name, server.target, operation, in_flight=in_flight, total=total, bytes_each=size, silence_s_max=self._silence_s_max
+        )
+        result.cpu_s = {process: now - cpu.get(process, 0.0) for process, now in server.cpu_seconds().items()}
+        result.peak_bytes = server.peak_bytes()
+        if result.bytes and server.folder is not None and "put" in name:
+            result.disk_bytes_per_byte = (server.disk_bytes() - disk) / result.bytes
+        return result
+
+
+def prefix_of(row: Row) -> str:
+    """Each row of PUTs has keys of its own."""
+    return f"{row.name}-"
+
+
+async def measure(
+    server: Server, wanted: Sequence[str], scale: float, on_result: OnResult, *, silence_s_max: float = SILENCE_S_MAX
+) -> list[Result]:
+    """The wanted rows that this server can show. The first that fails is the last: what came after would measure something broken.
+
+    Raises WrongAnswer or OSError when not even a bucket can be made.
+    """
+    stage = Stage(server, scale, silence_s_max=silence_s_max)
+    await stage.open()
+    chosen = [row for row in ROWS.values() if row.name in wanted and (server.lose is not None or not row.degraded)]
+    needed = {row.reads for row in chosen if row.reads}
+    results: list[Result] = []
+    lost = False
+    for row in [row for row in ROWS.values() if row in chosen or row.name in needed]:
+        if row.degraded and not lost and server.lose is not None:
+            await asyncio.to_thread(server.lose)
+            lost = True
+        result = await stage.measure(row)
+        if row in chosen or result.errors:
+            results.append(result)
+            on_result(result)
+        if result.errors:
+            break
+    return results
+
+
+async def flat(
+    server: Server, objects: int, scale: float, on_result: OnResult, say: Callable[[str], None], *, silence_s_max: float = SILENCE_S_MAX
+) -> list[tuple[str, list[Result]]]:
+    """The cost of the small rows in an empty store, then after each burden: (what the store holds by then, its rows). Ends after a failure."""
+    stage = Stage(server, scale, silence_s_max=silence_s_max)
+    await stage.open()
+    target, small = server.target, stage.bodies(4 * KIB)
+    stages: list[tuple[str, list[Result]]] = []
+
+    async def repeat(after: str) -> bool:
+        say(f"-- {after}")
+        found: list[Result] = []
+        stages.append((after, found))
+        for name in ("put-4k-64", "get-4k-64", "head-64", "list-1000-4"):
+            result = await stage.measure(ROWS[name])
+            found.append(result)
+            on_result(result)
+            if result.errors:
+                return False
+        return True
+
+    async def burden(name: str, operation: Operation, in_flight: int, total: int, size: int = 0) -> bool:
+        result = await stage.run(name, operation, in_flight=in_flight, total=total, size=size)
+        on_result(result)
+        stages[-1][1].append(result)
+        return not result.errors
+
+    overwrites, buckets, idle = max(objects, 1000), 1000, 1000
+    if not await repeat("empty"):
+        return stages
+    if not await burden("fill-4k-64", rows.putting(target, stage.bucket, "fill-", small, 4 * KIB), 64, objects, 4 * KIB):
+        return stages
+    if not await repeat(f"{objects:,} more objects in the bucket"):
+        return stages
+    again = rows.overwriting(target, stage.bucket, "put-4k-64-00000000", stage.bodies(512), 512)
+    if not await burden("overwrite-4", again, 4, overwrites, 512) or not await repeat(f"{overwrites:,} overwrites of one key"):
+        return stages
+    if not await burden("bucket-4", rows.making_buckets(target, f"many-{token_hex(3)}-"), 4, buckets):
+        return stages
+    if not await repeat(f"{buckets:,} more buckets"):
+        return stages
+    async with contextlib.AsyncExitStack() as open_connections:
+        for _ in range(idle):
+            connection = await connect(target)
+            open_connections.callback(connection.close)
+        await repeat(f"{idle:,} idle connections")
+    return stages
