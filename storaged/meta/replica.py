@@ -55,6 +55,10 @@ PAGE_BYTES_MAX = 4 * MIB
 META_HIGH_WATER = "high_water"
 META_EPOCH = "epoch"
 META_RETIRED = "retired"
+META_LIFTED = "lifted "
+"""With the scope's hexadecimal digits: the highest nonce whose fence was lifted."""
+
+NONCE_BYTES_MAX = 64
 
 StorePayload = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
 """``await store_payload(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk refused."""
@@ -102,6 +106,7 @@ class LocalReplica:
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
         self._in_flight: dict[RegisterName, asyncio.Task[StoragedError | None]] = {}
         self._fences_unsynced: dict[bytes, Fence] = {}
+        self._lifted_unsynced: dict[bytes, bytes] = {}
         self._tasks: dict[asyncio.Task[StoragedError | None], None] = {}
         self._raising: asyncio.Task[StoragedError | None] | None = None
         self._counts = dict.fromkeys(("prepares", "accepts", "reads", "refused", "evicted", "damaged", "conflicts"), 0)
@@ -267,13 +272,20 @@ class LocalReplica:
         return messages.PageReply(body)
 
     async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
-        """In force for every accept that is judged from now on; answered when it is on disk, and with it everything accepted before."""
+        """In force for every accept that is judged from now on; answered when it is on disk, and with it everything accepted before.
+
+        Nonces of a scope grow. What comes late, with a nonce that was lifted or is lower than the one in force, is refused: it would stay for ever,
+        or stand in for the fence that somebody else relies on, and be lifted under them.
+        """
         self._check_answers()
-        scope = request.scope
+        scope, nonce = self._validate_fence(request), request.nonce
         present = self._fence_of(scope)
-        if present is not None and present.final and present.nonce != request.nonce:
+        if present is not None and present.final and present.nonce != nonce:
             return messages.FenceReply(False)
-        fence = Fence(scope, request.nonce, request.final or (present is not None and present.final))
+        final = request.final or (present is not None and present.final)
+        if not final and (nonce <= self._lifted(scope) or (present is not None and nonce < present.nonce)):
+            return messages.FenceReply(False)
+        fence = Fence(scope, nonce, final)
         self._fences_unsynced[scope] = fence
 
         def synced() -> None:
@@ -284,14 +296,21 @@ class LocalReplica:
         return messages.FenceReply(True)
 
     async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
-        """In force until the lifting is on disk. A fence with another nonce, or a final one, stays."""
+        """In force until the lifting is on disk, and with it that this nonce is over. A fence with a higher nonce, or a final one, stays."""
         self._check_answers()
-        present = self._fence_of(request.scope)
-        if present is None:
-            return messages.FenceReply(True)
-        if present.final or present.nonce != request.nonce:
+        scope, nonce = self._validate_fence(request), request.nonce
+        present = self._fence_of(scope)
+        if present is not None and (present.final or nonce < present.nonce):
             return messages.FenceReply(False)
-        await self._durably(StoreBatch(unfence=[request.scope]))
+        if present is None and nonce <= self._lifted(scope) and scope not in self._lifted_unsynced:
+            return messages.FenceReply(True)
+        lifted = self._lifted_unsynced[scope] = max(nonce, self._lifted(scope))
+
+        def synced() -> None:
+            if self._lifted_unsynced.get(scope) is lifted:
+                del self._lifted_unsynced[scope]
+
+        await self._durably(StoreBatch(unfence=[scope], meta={META_LIFTED + scope.hex(): lifted}), synced)
         return messages.FenceReply(True)
 
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
@@ -321,6 +340,9 @@ class LocalReplica:
 
     def _fence_of(self, scope: bytes) -> Fence | None:
         return self._fences_unsynced.get(scope) or self._store.get_fence(scope)
+
+    def _lifted(self, scope: bytes) -> bytes:
+        return self._lifted_unsynced.get(scope) or self._store.get_meta(META_LIFTED + scope.hex()) or b""
 
     def _remember(self, name: RegisterName, ballot: Ballot) -> None:
         self._promises[name] = ballot
@@ -356,6 +378,12 @@ class LocalReplica:
             raise InvalidRequest("Not the name of a register.")
         if not 0 < ballot.counter <= COUNTER_MAX:
             raise InvalidRequest(f"A ballot's counter lies in 1..2^62, not {ballot.counter}.")
+
+    @staticmethod
+    def _validate_fence(request: messages.FenceSet | messages.FenceLift) -> bytes:
+        if len(request.scope) != 16 or not 0 < len(request.nonce) <= NONCE_BYTES_MAX:
+            raise InvalidRequest("Not a fence of a bucket.")
+        return request.scope
 
     def _check_answers(self) -> None:
         if self._silent:

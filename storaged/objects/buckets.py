@@ -5,7 +5,8 @@
 
 Deleting a bucket closes it first: a durable fence on every index shard refuses all changes to its rows. Only then can it be said to be empty. Every step is a
 compare-and-set with the nonce of the attempt, so any gateway can go on where another stopped (``resume``): a record that is Deleting, or Active
-with a nonce, owes a step.
+with a nonce, owes a step. A fence is lifted only after its record left Deleting: whoever looks at a fenced bucket may rely on it until its own step.
+A nonce begins with the record's sequence number, so that the nonces of a bucket grow, and replicas refuse a fence that comes late.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from storaged.wire import decode, encode
 
 ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
 PREFIX = "bucket/"
-NONCE_BYTES = 16
+NONCE_BYTES = 8
+"""Random, behind the sequence number."""
 ID_DRAWS_MAX = 64
 EMPTYING_ROUNDS_MAX = 8
 
@@ -72,17 +74,20 @@ class BucketService:
         visibility = Visibility.TOMBSTONE if record.state == DELETED else Visibility.LIVE
         return Change(encode(msgspec.structs.replace(record, authenticator=tag)), visibility)
 
-    async def _step(self, record: BucketRecord, after: BucketRecord) -> BucketRecord | None:
-        """Compare-and-set from exactly ``record`` (by id, state and nonce). None when it is not that any more."""
+    async def _step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
+        """Compare-and-set from exactly ``record`` (by id, state and nonce); with ``draw``, random bytes, to a nonce above all before it. None when it is not
+        that any more."""
         name = system_name(PREFIX + record.name)
         done = False
 
         def update(value: Value | None) -> Change | None:
-            nonlocal done
+            nonlocal done, after
             found = self._decode(name, value)
             done = found is not None and (found.id, found.state, found.nonce) == (record.id, record.state, record.nonce)
-            if not done or found is None:
+            if not done or found is None or value is None:
                 return None
+            if draw:
+                after = msgspec.structs.replace(after, nonce=value.sequence.to_bytes(8, "big") + draw)
             return self._change(name, value, msgspec.structs.replace(after, tags=found.tags))
 
         self._recent.forget(record.name)
@@ -189,15 +194,20 @@ class BucketService:
     # --- deleting -----------------------------------------------------------------------------------------------------
 
     async def delete(self, bucket: BucketRecord) -> None:
-        """Raises BucketNotEmpty, NoSuchBucket."""
-        if not await self._is_empty(bucket, b""):
-            raise BucketNotEmpty(BucketName=bucket.name)
-        nonce = self._plane.entropy(NONCE_BYTES)
-        deleting = await self._step(bucket, msgspec.structs.replace(bucket, state=DELETING, nonce=nonce))
-        if deleting is None:
-            raise NoSuchBucket(BucketName=bucket.name)
-        if await self.resume(deleting) is not None:
-            raise BucketNotEmpty(BucketName=bucket.name)
+        """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable. An upload that is created just before the fence makes it begin again."""
+        for _ in range(EMPTYING_ROUNDS_MAX):
+            if not await self._is_empty(bucket, b""):
+                break
+            deleting = await self._step(bucket, msgspec.structs.replace(bucket, state=DELETING), draw=self._plane.entropy(NONCE_BYTES))
+            if deleting is None:
+                raise NoSuchBucket(BucketName=bucket.name)
+            left = await self.resume(deleting)
+            if left is None:
+                return
+            if left.state != ACTIVE:
+                raise ServiceUnavailable("Another request is deleting this bucket.")
+            bucket = left
+        raise BucketNotEmpty(BucketName=bucket.name)
 
     async def resume(self, record: BucketRecord) -> BucketRecord | None:
         """Takes the steps that a record owes. The bucket as it is then, None when it is deleted. Idempotent; several gateways may do it at once."""
@@ -210,30 +220,30 @@ class BucketService:
                     return None
             else:
                 await self._step(record, msgspec.structs.replace(record, state=ACTIVE))
-            register = system_name(PREFIX + record.name)
-            current = self._decode(register, (await plane.registers.read(register)).value)
-            if current is None or current.id != record.id:
+            current = await self._current(record)
+            if current is None:
                 return None
             record = current
         if record.state == ACTIVE and record.nonce:
             if not await plane.fences.unfence(record.id, record.shards, record.nonce):
                 return record  # the nonce stays until the last replica, away now, has lifted its fence too
             opened = msgspec.structs.replace(record, nonce=b"")
-            return await self._step(record, opened) or record
+            return await self._step(record, opened) or await self._current(record)
         return record
+
+    async def _current(self, record: BucketRecord) -> BucketRecord | None:
+        """The record of the same bucket as it is now; None when that is deleted."""
+        register = system_name(PREFIX + record.name)
+        found = self._decode(register, (await self._plane.registers.read(register)).value)
+        return found if found is not None and found.id == record.id else None
 
     async def _emptied(self, bucket: BucketRecord) -> bool:
         """Fences the bucket and says whether it is empty; uploads that are still open are aborted before, for behind the fence nothing changes."""
-        plane = self._plane
-        for _ in range(EMPTYING_ROUNDS_MAX):
-            await self._abort_uploads(bucket)
-            await plane.fences.fence(bucket.id, bucket.shards, bucket.nonce)
-            if not await self._is_empty(bucket, bucket.nonce):
-                return False
-            if not await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False):
-                return True
-            await plane.fences.unfence(bucket.id, bucket.shards, bucket.nonce)
-        return False
+        await self._abort_uploads(bucket)
+        await self._plane.fences.fence(bucket.id, bucket.shards, bucket.nonce)
+        if not await self._is_empty(bucket, bucket.nonce):
+            return False
+        return not await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False)
 
     async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
         return not await self._any_row(Table.OBJECT, bucket, nonce, hidden=True)

@@ -217,7 +217,7 @@ async def test_a_fence_binds_objects_uploads_and_parts_of_its_bucket_and_no_othe
 async def test_a_fence_is_lifted_by_its_nonce_unless_it_is_final() -> None:
     replica = LocalReplica("d", MemoryMetaStore())
     await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))
-    assert not (await replica.unfence(messages.FenceLift("d", SCOPE, b"other"))).done
+    assert not (await replica.unfence(messages.FenceLift("d", SCOPE, b"earlier"))).done
     assert (await replica.unfence(messages.FenceLift("d", SCOPE, b"nonce"))).done
     assert (await replica.unfence(messages.FenceLift("d", SCOPE, b"nonce"))).done
     assert (await replica.accept(accept(ballot(10), value()))).verdict == Verdict.OK
@@ -228,6 +228,39 @@ async def test_a_fence_is_lifted_by_its_nonce_unless_it_is_final() -> None:
     refused = await replica.prepare(prepare(ballot(11)))
     assert refused.verdict == Verdict.FENCED
     assert refused.final
+
+
+async def test_a_fence_that_comes_late_neither_binds_nor_takes_the_place_of_another() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    await replica.fence(messages.FenceSet("d", SCOPE, b"1"))
+    await replica.unfence(messages.FenceLift("d", SCOPE, b"1"))
+    for again in (replica, LocalReplica("d", store)):
+        assert not (await again.fence(messages.FenceSet("d", SCOPE, b"1"))).done
+    assert (await replica.prepare(prepare(ballot(10)))).verdict == Verdict.OK
+    assert (await replica.fence(messages.FenceSet("d", SCOPE, b"3"))).done
+    assert not (await replica.fence(messages.FenceSet("d", SCOPE, b"2"))).done
+    assert not (await replica.unfence(messages.FenceLift("d", SCOPE, b"2"))).done
+    assert (await replica.prepare(prepare(ballot(11), nonce=b"3"))).verdict == Verdict.OK
+    assert (await replica.unfence(messages.FenceLift("d", SCOPE, b"4"))).done, (
+        "a replica that was away keeps no fence of an attempt that is over"
+    )
+    assert (await replica.prepare(prepare(ballot(12)))).verdict == Verdict.OK
+
+
+async def test_a_fence_that_is_asked_for_while_it_is_being_lifted_stays_lifted() -> None:
+    disk = SlowDisk()
+    replica = LocalReplica("d", MemoryMetaStore(sync=disk.sync))
+    await replica.fence(messages.FenceSet("d", SCOPE, b"1"))
+    disk.open.clear()
+    lifting = asyncio.create_task(replica.unfence(messages.FenceLift("d", SCOPE, b"1")))
+    await settle_tasks()
+    late = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"1")))
+    await settle_tasks()
+    disk.open.set()
+    assert (await lifting).done
+    assert not (await late).done
+    assert (await replica.prepare(prepare(ballot(10)))).verdict == Verdict.OK
 
 
 async def test_a_fence_binds_from_the_moment_it_is_asked_and_is_answered_after_what_was_accepted_before() -> None:
