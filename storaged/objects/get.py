@@ -86,7 +86,8 @@ async def get(
         meta, version = found.opened.meta, found.opened.version
         (check_copy_source if as_copy_source else check_read)(conditions, meta.etag, version.modified_ms)
         wanted = await _span_of_part(plane, found, part_number) if part_number is not None else span_of(span, version.size)
-        stream = VerifiedStream(plane, hedge, bucket, found, await _info(plane, bucket, key, found), wanted)
+        info = await _info(plane, bucket, key, found)
+        stream = VerifiedStream(plane, hedge, bucket, found, info, wanted, as_copy_source=as_copy_source)
         try:
             await stream.open()
         except DataDamaged:
@@ -163,9 +164,23 @@ class _Piece(NamedTuple):
 
 
 class VerifiedStream:
-    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short."""
+    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short.
 
-    def __init__(self, plane: ObjectPlane, hedge: HedgeDelay, bucket: BucketRecord, found: Found, info: ObjectInfo, span: Span) -> None:
+    Whoever copies asks for a window with a block's memory in hand, which others may wait for before they give windows back. So a copy's source
+    waits for its first window only; the others are as many as there are blocks under way.
+    """
+
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        hedge: HedgeDelay,
+        bucket: BucketRecord,
+        found: Found,
+        info: ObjectInfo,
+        span: Span,
+        *,
+        as_copy_source: bool = False,
+    ) -> None:
         self.info = info
         self.first, self.length, self.partial = span
         self._plane = plane
@@ -179,6 +194,7 @@ class VerifiedStream:
         self._transfer = Transfer(plane.get_buffers)
         self._transfer.__enter__()
         self._closed = False
+        self._as_copy_source = as_copy_source
 
     async def open(self) -> None:
         """Reads and verifies the first window. Closes itself when that fails."""
@@ -198,7 +214,7 @@ class VerifiedStream:
         try:
             while left:
                 if not self._pieces:
-                    await self._start_next()
+                    await self._start_next(at_once=self._as_copy_source)
                 if not self._pieces:
                     raise DataDamaged("The object's parts end before its size.")
                 if len(self._pieces) == 1:
@@ -229,7 +245,7 @@ class VerifiedStream:
             piece.lease.release()
         await self._jobs.aclose()
 
-    async def _start_next(self, *, only_if_room: bool = False) -> None:
+    async def _start_next(self, *, only_if_room: bool = False, at_once: bool = False) -> None:
         """Begins to read the next window, if there is one (and memory for it)."""
         if self._next is None:
             self._next = await anext(self._jobs, None)
@@ -237,7 +253,8 @@ class VerifiedStream:
             return
         reader, window, first, last = self._next
         size = window.cells * reader.shape.plain_bytes
-        lease = self._plane.get_buffers.try_lease(size) if only_if_room else await self._plane.get_buffers.lease(size)
+        pool = self._plane.get_buffers
+        lease = pool.try_lease(size) if only_if_room else pool.lease_now(size) if at_once else await pool.lease(size)
         if lease is not None:
             self._next = None
             self._pieces.append(_Piece(asyncio.create_task(reader.read(window, lease.view)), lease, first, last))

@@ -691,3 +691,15 @@ async def test_a_record_moved_to_another_key_does_not_open() -> None:
 def test_fragment_ids_of_one_block_are_ordered() -> None:
     ids = [FragmentId(b"x" * 16, 0, 4, 2, position) for position in range(6)]
     assert ids == sorted(ids)
+
+
+async def test_copies_do_not_wait_for_each_other_when_memory_is_short() -> None:
+    """Half of them hold a block and want a window, the other half hold a window and want a block."""
+    world = World(buffer_wait_s=2.0, put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=3 * MIB)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    data = os.urandom(6_000_000)
+    await put(objects, bucket, data)
+    await asyncio.gather(*(objects.copy(bucket, b"key", bucket, b"copy%d" % n, owner=OWNER, meta=None) for n in range(12)))
+    assert await got(objects, bucket, key=b"copy11") == data
+    assert objects.plane.get_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == 0
+    await objects.close()
