@@ -29,6 +29,7 @@ Raises StoragedError when that can't be known now, NoSuchBucket with the detail 
 
 SWEEP_PAGE = 500
 RESTS_MAX = 10_000
+GONE_MAX = 10_000
 
 _NAME_BYTES_MIN = 19
 """A packed register name with a key of one byte."""
@@ -43,6 +44,8 @@ class Collector:
         self._buckets = Buckets()
         self._rests: dict[bytes, float] = {}
         """Data ids on garbage lists that could not be judged, and until when they are left alone: they must not keep others from being judged."""
+        self._gone: set[bytes] = set()
+        """Ids of buckets that were deleted for good."""
         self.deleted_fragments = 0
         self.kept = 0
         self.orphans = 0
@@ -122,7 +125,20 @@ class Collector:
                 return False if await self._referenced(owner, data_id) else None
             return not await self._referenced(owner, data_id)
         except NoSuchBucket as error:
-            return True if error.details.get("final") else None
+            return True if error.details.get("final") or await self._is_gone(owner.scope) else None
+
+    async def _is_gone(self, bucket: bytes) -> bool:
+        """Whether a bucket that was just seen to be fenced has left the directory, and so was deleted for good: a gateway that died before it made the fence
+        final leaves one that nobody lifts or finishes."""
+        if bucket in self._gone:
+            return True
+        await self._buckets.refresh(self._context)
+        if bucket in self._buckets.by_id or self._buckets.unreadable:
+            return False
+        if len(self._gone) >= GONE_MAX:
+            self._gone.clear()
+        self._gone.add(bucket)
+        return True
 
     # --- the other way around ---------------------------------------------------------------------------------------
 
@@ -189,7 +205,7 @@ class Collector:
         try:
             value = await self._context.registers.settle(owner)
         except NoSuchBucket as error:
-            if not error.details.get("final"):
+            if not error.details.get("final") and not await self._is_gone(owner.scope):
                 return
             value = None
         entries = [entry for entry in await self._entries(owner, value) if entry.data_id == fragment.data_id]

@@ -54,10 +54,13 @@ class Buckets:
 
     def __init__(self) -> None:
         self.by_id: dict[bytes, BucketRecord] = {}
+        self.unreadable = 0
+        """Records that do not decode: whose buckets they are is not known."""
 
     async def refresh(self, context: MaintainContext) -> None:
         """Raises ServiceUnavailable when the system partition has no majority."""
         found: dict[bytes, BucketRecord] = {}
+        unreadable = 0
         after: bytes | None = b""
         prefix = system_name(BUCKETS)
         while after is not None:
@@ -67,10 +70,11 @@ class Buckets:
                     record = decode(row.value.body, BucketRecord)
                 except msgspec.MsgspecError as error:
                     context.log(f"the record of bucket {row.key!r} cannot be read: {error}")
+                    unreadable += 1
                     continue
                 found[record.id] = record
             after = page.next_after
-        self.by_id = found
+        self.by_id, self.unreadable = found, unreadable
 
     def countries_of(self, scope: bytes) -> tuple[str, ...]:
         """Raises KeyError for a bucket that is not there (any more, or not yet)."""

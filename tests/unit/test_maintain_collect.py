@@ -9,10 +9,11 @@ import os
 import msgspec
 import pytest
 
-from storaged.errors import OutcomeUnknown, StoragedError
+from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import FragmentId, Health
 from storaged.maintain.context import MaintainLimits
-from storaged.meta.names import Change, RegisterName, Value, object_name
+from storaged.meta.messages import FenceSet
+from storaged.meta.names import Change, RegisterName, Value, object_name, system_name
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord
@@ -234,6 +235,41 @@ def test_orphans_of_a_bucket_that_is_gone_for_good_are_swept() -> None:
         await cluster.pass_s(1)
         await collect(cluster)
         assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_garbage_of_a_bucket_goes_although_the_gateway_that_deleted_it_died_before_its_fence_was_final() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, other = await cluster.bucket(), await cluster.bucket("other")
+        await cluster.put(bucket, b"deleted before", os.urandom(LARGE))
+        await cluster.objects.delete(bucket, b"deleted before")
+        task, _ = await sleeping_put(cluster, bucket, b"never finished", os.urandom(LARGE))
+        task.cancel()
+        await cluster.pass_s(1)
+
+        async def dies(caller: str, node: str, method: str, request: object) -> None:
+            if isinstance(request, FenceSet) and request.final:
+                raise PeerUnreachable("the gateway died")
+
+        cluster.intercept = dies
+        with pytest.raises(ServiceUnavailable):
+            await cluster.buckets.delete(bucket)
+        cluster.intercept = None
+        await cluster.leap(ORPHAN_S + 60)
+        register = system_name("bucket/other")
+        value = (await cluster.gateway.ring.read(register)).value
+        assert value is not None
+        await cluster.gateway.ring.change(register, lambda value: Change(b"not a record"))
+        await sweep(cluster)
+        await collect(cluster)
+        assert await cluster.fragments() != [], "with a record that can't be read nobody knows which buckets there are"
+        await cluster.gateway.ring.change(register, lambda _: Change(value.body))
+        await cluster.pass_s(MaintainLimits().retry_max_s)
+        await sweep(cluster)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+        await cluster.gateway.ring.settle(object_name(other.id, other.shards, b"open for writing"))
 
     run(scenario)
 
