@@ -22,8 +22,9 @@ import structlog
 import xxhash
 
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, StoragedError
+from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
-from storaged.meta.names import KEY_BYTES_MAX, RegisterName
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, MetaStore, RowDamaged, Slot, StoreBatch
 from storaged.meta.register import (
     COUNTER_MAX,
@@ -59,6 +60,7 @@ META_LIFTED = "lifted "
 """With the scope's hexadecimal digits: the highest nonce whose fence was lifted."""
 
 NONCE_BYTES_MAX = 64
+NODE_CHARS_MAX = 63
 
 StorePayload = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
 """``await store_payload(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk refused."""
@@ -198,6 +200,8 @@ class LocalReplica:
         self._validate(name, ballot)
         if len(value.body) > VALUE_BYTES_MAX:
             raise InvalidRequest(f"A value of {len(value.body)} bytes; the limit is {VALUE_BYTES_MAX}.")
+        if not Visibility.TOMBSTONE <= value.visibility <= Visibility.LIVE:
+            raise InvalidRequest(f"No visibility {value.visibility}.")
         await self._quiet(name)
         _slot, acceptor = self._acceptor(name)
         verdict = judge_accept(acceptor, ballot, value, request.nonce, request.identity, self._rules)
@@ -316,6 +320,8 @@ class LocalReplica:
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
         """In force at once; answered when it is on disk, and with it everything accepted before."""
         self._check_answers()
+        if not 0 <= request.epoch <= COUNTER_MAX:
+            raise InvalidRequest(f"An epoch lies in 0..2^62, not {request.epoch}.")
         self._epoch = max(self._epoch, request.epoch)
         epoch = self._epoch
         if epoch > self._epoch_durable:
@@ -374,10 +380,13 @@ class LocalReplica:
     # --- waiting, writing ----------------------------------------------------------------------------------------------
 
     def _validate(self, name: RegisterName, ballot: Ballot) -> None:
-        if not 0 < len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16:
+        """What the store could not hold is refused here: a batch that it refuses makes this replica silent."""
+        if not 0 < len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16 or not (0 <= name.table <= 255 and 0 <= name.shard <= 255):
             raise InvalidRequest("Not the name of a register.")
-        if not 0 < ballot.counter <= COUNTER_MAX:
-            raise InvalidRequest(f"A ballot's counter lies in 1..2^62, not {ballot.counter}.")
+        if not 0 < ballot.counter <= COUNTER_MAX or not 0 <= ballot.epoch <= COUNTER_MAX:
+            raise InvalidRequest(f"A ballot's counter lies in 1..2^62, its epoch in 0..2^62, not {ballot.counter} and {ballot.epoch}.")
+        if len(ballot.node) > NODE_CHARS_MAX or len(ballot.incarnation) > INCARNATION_BYTES:
+            raise InvalidRequest(f"A ballot's node has at most {NODE_CHARS_MAX} characters, its incarnation {INCARNATION_BYTES} bytes.")
 
     @staticmethod
     def _validate_fence(request: messages.FenceSet | messages.FenceLift) -> bytes:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import xxhash
 
@@ -18,6 +21,7 @@ from storaged.meta.register import HIGH_WATER_BLOCK_US, Verdict
 from storaged.meta.remote import ReplicaHost
 from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import ScanRequest, ShardAsk, Want
+from storaged.meta.store import LmdbMetaStore
 from storaged.wire import Buffer
 
 SCOPE = b"s" * 16
@@ -278,6 +282,32 @@ async def test_a_fence_binds_from_the_moment_it_is_asked_and_is_answered_after_w
     await fencing
     assert before.done()
     assert (await before).verdict == Verdict.OK
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda replica: replica.fence(messages.FenceSet("d", b"", b"nonce")),
+        lambda replica: replica.fence(messages.FenceSet("d", SCOPE * 40, b"nonce")),
+        lambda replica: replica.unfence(messages.FenceLift("d", b"", b"nonce")),
+        lambda replica: replica.accept(accept(ballot(10, node="n" * 256), value())),
+        lambda replica: replica.accept(accept(ballot(10)._replace(incarnation=b"i" * 256), value())),
+        lambda replica: replica.accept(accept(ballot(10, epoch=2**64 - 1), value())),
+        lambda replica: replica.accept(accept(ballot(10), msgspec.structs.replace(value(), visibility=256))),
+        lambda replica: replica.accept(accept(ballot(10), value(), NAME._replace(shard=256))),
+        lambda replica: replica.prepare(prepare(ballot(10), NAME._replace(table=-1))),
+        lambda replica: replica.fence_epoch(messages.EpochFence("d", 2**64 - 1)),
+    ],
+)
+async def test_what_no_store_can_hold_is_refused_and_harms_nothing(
+    tmp_path: Path, call: Callable[[LocalReplica], Coroutine[Any, Any, object]]
+) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    replica = LocalReplica("d", store)
+    with pytest.raises(InvalidRequest):
+        await call(replica)
+    assert (await replica.accept(accept(ballot(11), value()))).verdict == Verdict.OK
+    await store.close()
 
 
 # --- disks that fail, rot, or are not the ones they were ----------------------------------------------------------------
