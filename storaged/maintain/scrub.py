@@ -60,7 +60,7 @@ class Scrub:
         """Since the end of the last one, on the disk where that is longest ago; a disk that never had one is due."""
         ages = []
         for store in self._context.local_meta.values():
-            told = store.get_meta(_FINISHED)
+            told = _noted(store, _FINISHED)
             ages.append((self._context.clock.wall_ms() - int(told)) / 1000 if told else self._context.limits.scrub_interval_s)
         return max(ages, default=0.0)
 
@@ -82,7 +82,7 @@ class Scrub:
         return found
 
     async def _disk(self, disk: str, store: FragmentStore, meta: MetaStore | None, resume: bool) -> None:
-        start = (meta.get_meta(_POSITION) or b"") if meta is not None and resume else b""
+        start = _noted(meta, _POSITION) if meta is not None and resume else b""
         await self._fragments(disk, store, meta, start)
         if meta is not None:
             await self._rows(disk, meta)
@@ -109,7 +109,14 @@ class Scrub:
 
     async def _rows(self, disk: str, store: MetaStore) -> None:
         """Rows whose checksum does not hold are settled, which writes them anew; so says the hint."""
-        for table, scope, shard in store.scopes():
+        try:
+            scopes = store.scopes()
+        except RowDamaged as error:
+            self.damaged += 1
+            self._context.log(f"scrub: what ranges disk {disk} holds can't be read: {error}")
+            self._wake()
+            return
+        for table, scope, shard in scopes:
             after, prefix = b"", RegisterName(table, scope, shard, b"").pack()
             try:
                 while rows := store.slice(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
@@ -126,3 +133,11 @@ class Scrub:
                     f"scrub: rows of table {table}, shard {shard} on disk {disk} can't be read on from {after[:80]!r}: {error}"
                 )
                 self._wake()
+
+
+def _noted(store: MetaStore, name: str) -> bytes:
+    """Empty when it was never noted, or the note is damaged: the scrub is due then, from the beginning, and notes it anew."""
+    try:
+        return store.get_meta(name) or b""
+    except RowDamaged:
+        return b""

@@ -99,6 +99,7 @@ class LocalReplica:
         promises_max: int = PROMISES_MAX,
         rules: Rules = RULES,
     ) -> None:
+        """Raises DiskForeign when the store's own record of its promises is damaged (rule 9)."""
         self.disk = disk
         self._store = store
         self._store_payload = store_payload
@@ -112,12 +113,14 @@ class LocalReplica:
         self._tasks: dict[asyncio.Task[StoragedError | None], None] = {}
         self._raising: asyncio.Task[StoragedError | None] | None = None
         self._counts = dict.fromkeys(("prepares", "accepts", "reads", "refused", "evicted", "damaged", "conflicts"), 0)
-        stored = store.get_meta(META_HIGH_WATER)
+        try:
+            stored, epoch, retired = (store.get_meta(name) for name in (META_HIGH_WATER, META_EPOCH, META_RETIRED))
+        except RowDamaged as error:
+            raise DiskForeign(f"The metadata store of disk {disk} does not tell what was promised there: {error}") from None
         self._high_water = self._high_water_issued = decode(stored, Ballot) if stored is not None else ZERO_BALLOT
         self._floor = floor_of(self._high_water) if rules.promises_survive_restart else ZERO_BALLOT
-        epoch = store.get_meta(META_EPOCH)
         self._epoch = self._epoch_durable = int.from_bytes(epoch, "big") if epoch is not None else 0
-        self._silent = "retired from the ring" if store.get_meta(META_RETIRED) and rules.foreign_refused else ""
+        self._silent = "retired from the ring" if retired and rules.foreign_refused else ""
 
     @classmethod
     def open(cls, disk: str, store: MetaStore, expected_store_id: bytes, **options: Any) -> LocalReplica:
@@ -345,10 +348,16 @@ class LocalReplica:
         return slot, Acceptor(promised, slot.ballot, slot.value, self._epoch, fence)
 
     def _fence_of(self, scope: bytes) -> Fence | None:
-        return self._fences_unsynced.get(scope) or self._store.get_fence(scope)
+        try:
+            return self._fences_unsynced.get(scope) or self._store.get_fence(scope)
+        except RowDamaged as error:
+            raise DiskUnusable(f"Disk {self.disk} can't tell whether a bucket is fenced: {error}") from None
 
     def _lifted(self, scope: bytes) -> bytes:
-        return self._lifted_unsynced.get(scope) or self._store.get_meta(META_LIFTED + scope.hex()) or b""
+        try:
+            return self._lifted_unsynced.get(scope) or self._store.get_meta(META_LIFTED + scope.hex()) or b""
+        except RowDamaged as error:
+            raise DiskUnusable(f"Disk {self.disk} can't tell which fences were lifted: {error}") from None
 
     def _remember(self, name: RegisterName, ballot: Ballot) -> None:
         self._promises[name] = ballot

@@ -212,8 +212,7 @@ class LmdbMetaStore:
     def _root(self, scope_key: bytes) -> int | None:
         root = self._reader_roots.get(scope_key)
         if root is None:
-            with self._begin(self._databases[b"nodes"]) as transaction:
-                sealed = transaction.get(scope_key)
+            sealed = self._read(b"nodes", scope_key)
             if sealed is None:
                 return None
             root = int.from_bytes(self._opened(scope_key, sealed), "big")
@@ -221,6 +220,19 @@ class LmdbMetaStore:
                 self._reader_roots.clear()
             self._reader_roots[scope_key] = root
         return root
+
+    def _read(self, database: bytes, key: bytes) -> bytes | None:
+        with self._begin(self._databases[database]) as transaction:
+            try:
+                value: bytes | None = transaction.get(key)
+            except lmdb.Error as error:
+                raise self._unreadable(error) from None
+        return value
+
+    def _unreadable(self, error: lmdb.Error) -> RowDamaged:
+        """LMDB met a page that is none: what it held can't be told, as when a check does not hold."""
+        self._damaged += 1
+        return RowDamaged(f"the metadata store in {self.directory} holds a damaged page: {error}")
 
     def _opened(self, context: bytes, sealed: bytes) -> bytes:
         try:
@@ -244,6 +256,8 @@ class LmdbMetaStore:
         except RowDamaged:
             self._damaged += 1
             raise
+        except lmdb.Error as error:
+            raise self._unreadable(error) from None
 
     def get_fence(self, scope: bytes) -> Fence | None:
         sealed = self._get_small(b"fences", scope)
@@ -251,8 +265,7 @@ class LmdbMetaStore:
 
     def get_page(self, page_hash: bytes) -> bytes | None:
         """Raises RowDamaged when the page does not have its hash."""
-        with self._begin(self._databases[b"pages"]) as transaction:
-            page: bytes | None = transaction.get(page_hash)
+        page = self._read(b"pages", page_hash)
         if page is not None and xxhash.xxh3_128_digest(page) != page_hash:
             self._damaged += 1
             raise RowDamaged(f"page {page_hash.hex()} does not have its hash")
@@ -262,8 +275,7 @@ class LmdbMetaStore:
         return self._get_small(b"meta", key.encode())
 
     def _get_small(self, database: bytes, key: bytes) -> bytes | None:
-        with self._begin(self._databases[database]) as transaction:
-            sealed = transaction.get(key)
+        sealed = self._read(database, key)
         return None if sealed is None else self._opened(key, sealed)
 
     def slice(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
@@ -278,14 +290,20 @@ class LmdbMetaStore:
         except RowDamaged:
             self._damaged += 1
             raise
+        except lmdb.Error as error:
+            raise self._unreadable(error) from None
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
         return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
-        with self._begin(self._databases[b"nodes"]) as transaction:
-            keys = [key for key in transaction.cursor().iternext(keys=True, values=False) if len(key) == NAME_PREFIX_BYTES]
+        """Raises RowDamaged."""
+        try:
+            with self._begin(self._databases[b"nodes"]) as transaction:
+                keys = [key for key in transaction.cursor().iternext(keys=True, values=False) if len(key) == NAME_PREFIX_BYTES]
+        except lmdb.Error as error:
+            raise self._unreadable(error) from None
         found = [(key[0], bytes(key[1:17]), key[17]) for key in keys]
         return found if partition is None else [entry for entry in found if _partition(entry) == partition]
 

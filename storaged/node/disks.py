@@ -114,5 +114,9 @@ async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock
         await meta.close()
         raise
     payloads = Payloads(fragments)
-    replica = LocalReplica(section.id, meta, store_payload=payloads.store_payload, load_payload=payloads.load_payload)
+    try:
+        replica = LocalReplica(section.id, meta, store_payload=payloads.store_payload, load_payload=payloads.load_payload)
+    except BaseException:
+        await asyncio.gather(fragments.close(), meta.close())
+        raise
     return LocalDisk(section.id, section.directory, meta, fragments, replica)

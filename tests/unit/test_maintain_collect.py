@@ -14,6 +14,7 @@ from storaged.fragments.ports import FragmentId, Health
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.messages import FenceSet
 from storaged.meta.names import Change, RegisterName, Value, object_name, system_name
+from storaged.meta.ports import RowDamaged
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord
@@ -506,6 +507,21 @@ def test_a_scrub_starts_by_itself_when_the_last_one_is_long_ago() -> None:
         assert ended[0] == ended[5] != ended[11]
 
     run(scenario, limits=MaintainLimits(scrub_interval_s=3000.0))
+
+
+def test_a_scrub_whose_notes_have_rotted_begins_anew_and_ends_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rotten(name: str) -> bytes | None:
+        if name.startswith("scrub"):
+            raise RowDamaged(name)
+        return None
+
+    async def scenario(cluster: Cluster) -> None:
+        monkeypatch.setattr(cluster.nodes["na"].meta["a0"], "get_meta", rotten)
+        cluster.maintain()
+        await cluster.pass_s(3700)
+        assert cluster.nodes["na"].maintenance.scrub.job.state == "done"
+
+    run(scenario)
 
 
 def test_a_row_that_a_gateway_changes_is_never_undone_by_repair() -> None:

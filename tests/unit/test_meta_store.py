@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import shutil
+import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -236,3 +237,24 @@ async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_aga
     await store.close()
     with pytest.raises(DiskForeign, match="failed before"):
         LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+
+
+async def test_a_page_that_is_none_any_more_is_damage_and_other_rows_are_read(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    names = [name_of(b"key%04d" % number) for number in range(1000)]
+    await store.commit(StoreBatch(slots=[slot_of(name) for name in names]))
+    await store.close()
+    path, leaf = tmp_path / "meta" / "data.mdb", struct.Struct("<QHH")
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data), 4096):
+        number, pad, flags = leaf.unpack_from(data, at)
+        if flags == 2 and names[500].key in data[at : at + 4096]:
+            leaf.pack_into(data, at, number, pad, 4)
+    path.write_bytes(data)
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    with pytest.raises(RowDamaged):
+        store.get(names[500])
+    assert store.get(names[0]) == slot_of(names[0])
+    assert store.get(names[999]) == slot_of(names[999])
+    assert store.statistics().damaged_rows == 1
+    await store.close()

@@ -17,11 +17,13 @@ from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
 from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, ServiceUnavailable
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Outcome, Reading
+from storaged.meta.ports import Ballot, Outcome, Reading, StoreBatch
+from storaged.meta.replica import META_HIGH_WATER
 from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
 from storaged.node.system import StoreLedger, SystemPaths, Taken, exchange_layout
 from storaged.wire import decode, encode
+from tests.unit.test_meta_store import raw
 
 
 class Registers:
@@ -116,6 +118,22 @@ async def test_a_disk_that_lost_its_store_is_foreign_and_the_other_goes_on(tmp_p
     assert states == {str(tmp_path / "d1"): "foreign", str(tmp_path / "d2"): "ok"}
     assert not (tmp_path / "d1" / "meta").exists(), "nothing is made where something is missing"
     await second.close()
+
+
+async def test_a_disk_whose_record_of_its_promises_rots_is_foreign_and_the_other_goes_on(tmp_path: Path) -> None:
+    loaded = storage_config(tmp_path)
+    first = await open_disks(loaded, SystemClock(), lambda *_: None)
+    for disk in first.used.values():
+        await disk.meta.commit(StoreBatch(meta={META_HIGH_WATER: encode(Ballot(1, 1, "", b""))}))
+    await first.close()
+    with raw(tmp_path / "d1" / "meta", b"meta") as transaction:
+        row = transaction.get(META_HIGH_WATER.encode())
+        transaction.put(META_HIGH_WATER.encode(), row[:-1] + bytes([row[-1] ^ 1]))
+    for _ in range(2):
+        again = await open_disks(loaded, SystemClock(), lambda *_: None)
+        states = {status.directory: status.state for status in await again.statuses()}
+        assert states == {str(tmp_path / "d1"): "foreign", str(tmp_path / "d2"): "ok"}
+        await again.close()
 
 
 def gateway_config(place: Path) -> config.Config:
