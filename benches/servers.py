@@ -223,7 +223,7 @@ def storaged_single(
             def lose() -> None:
                 assert storaged.process is not None
                 stop(storaged.process)
-                shutil.rmtree(home / "disk1")
+                shutil.rmtree(home / "disk1", ignore_errors=True)
                 storaged.start("run", str(config))
                 server.processes = _processes(storaged.status("DEGRADED", "AT_RISK"))
 

@@ -1,0 +1,294 @@
+"""The load generator against a small server that lies: what failed is never counted as done."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from benches.measure import flat, measure
+from benches.report import flat_markdown, markdown, summarize
+from benches.rows import Bodies, Result, drive, getting, putting
+from benches.s3client import Connection, Target, WrongAnswer, connect, signed_head
+from benches.servers import Server, storaged_cluster
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("put-4k-1", "put-4k-64", "get-4k-64", "head-64", "list-1000-4")
+
+
+class SmallServer:
+    """Enough of S3 for the rows. ``lie`` spoils the answers to requests that ``about`` matches ("GET /b/k"); the others are honest."""
+
+    def __init__(self, lie: str = "", about: str = "") -> None:
+        self.lie = lie
+        self.about = re.compile(about)
+        self.objects: dict[str, bytes] = {}
+        self.requests = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await self.answer(reader, writer):
+                await writer.drain()
+        writer.close()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        method, path = head.split(" ")[:2]
+        length = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
+        body = await reader.readexactly(int(length[1]) if length else 0)
+        self.requests += 1
+        lie = self.lie if self.about.search(f"{method} {path}") else ""
+        if lie == "silence":
+            await asyncio.sleep(60)
+        if lie == "hang-up":
+            return False
+        if lie == "noise":
+            writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+            return True
+        status, answer = self.honest(method, path, body, keep=lie != "forgets")
+        if lie == "error":
+            status, answer = "503 Slow Down", b"<Error><Code>SlowDown</Code></Error>"
+        if lie == "flipped" and answer:
+            answer = answer[:-1] + bytes([answer[-1] ^ 1])
+        if lie == "short":
+            answer = answer[:-1]
+        if lie == "one-key-less":
+            answer = answer.replace(b"<Key>", b"<Kex>", 1)
+        if lie == "other-length":
+            answer += b"x"
+        if lie == "chunked":
+            pieces = [answer[start : start + 1000] for start in range(0, len(answer), 1000)]
+            coded = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+            writer.write(f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + coded)
+            return True
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(answer)}\r\n\r\n".encode() + (b"" if method == "HEAD" else answer))
+        if lie == "too-much":
+            writer.write(b"and more")
+        return True
+
+    def honest(self, method: str, path: str, body: bytes, *, keep: bool) -> tuple[str, bytes]:
+        if method == "PUT":
+            if keep:
+                self.objects[path] = body
+            return "200 OK", b""
+        if "?" in path:
+            prefix, after = re.findall(r"(?:prefix|start-after)=([^&]*)", path)
+            bucket = path.partition("?")[0] + "/"
+            keys = sorted(key.removeprefix(bucket) for key in self.objects if key.startswith(bucket))
+            page = [key for key in keys if key > after and key.startswith(prefix)][:1000]
+            return "200 OK", b"".join(b"<Key>%s</Key>" % key.encode() for key in page)
+        found = self.objects.get(path)
+        return ("404 Not Found", b"<Error><Code>NoSuchKey</Code></Error>") if found is None else ("200 OK", found)
+
+
+@contextlib.asynccontextmanager
+async def serving(lie: str = "", about: str = "") -> AsyncIterator[tuple[SmallServer, Target]]:
+    small = SmallServer(lie, about)
+    tasks: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(small.serve(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield small, Target(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "a", "s")
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def rows_of(target: Target, names: tuple[str, ...] = SMALL) -> list[Result]:
+    return await measure(Server("small", target), names, 0.0001, lambda _result: None, silence_s_max=0.4)
+
+
+async def test_an_honest_server_passes_every_row_and_every_operation_is_counted() -> None:
+    async with serving() as (_, target):
+        results = await rows_of(target)
+    assert [(result.row, result.operations, result.errors) for result in results] == [
+        ("put-4k-64", 1100, 0),
+        ("put-4k-1", 100, 0),
+        ("get-4k-64", 2200, 0),
+        ("head-64", 2200, 0),
+        ("list-1000-4", 40, 0),
+    ]
+    assert all(0 < result.p50_ms <= result.p99_ms <= result.max_ms for result in results)
+
+
+async def test_a_chunked_answer_is_as_good_as_one_with_a_length() -> None:
+    async with serving("chunked", "GET /") as (_, target):
+        assert [result.errors for result in await rows_of(target, ("get-4k-64", "list-1000-4"))] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("lie", "about", "row", "said"),
+    [
+        ("error", "PUT /.*/put-4k-64", "put-4k-64", "status 503"),
+        ("error", "GET /.*/put-4k-64-00000219", "put-4k-64", "status 503"),
+        ("forgets", "PUT /.*/put-4k-64", "put-4k-64", "status 404"),
+        ("flipped", "GET /.*/put-4k-64-00000007", "get-4k-64", "not what was written"),
+        ("short", "GET /.*/put-4k-64-00000007", "get-4k-64", "not what was written"),
+        ("other-length", "GET /.*/put-4k-64-00000007", "get-4k-64", "not what was written"),
+        ("too-much", "GET /.*/put-4k-64-00000007", "get-4k-64", ""),
+        ("hang-up", "GET /.*/put-4k-64-00000007", "get-4k-64", "connection broke"),
+        ("noise", "GET /.*/put-4k-64-00000007", "get-4k-64", "not HTTP"),
+        ("silence", "GET /.*/put-4k-64-00000007", "get-4k-64", "no answer within"),
+        ("other-length", "HEAD /", "head-64", "HEAD tells 4097"),
+    ],
+)
+async def test_a_lie_is_an_error_of_its_row_and_ends_the_run(lie: str, about: str, row: str, said: str) -> None:
+    async with serving(lie, about) as (_, target):
+        results = await rows_of(target)
+    failed = results[-1]
+    assert (failed.row, failed.errors > 0) == (row, True)
+    assert said in failed.first_error
+    assert failed.operations < 2200
+    assert not any(result.errors for result in results[:-1])
+
+
+async def test_a_page_with_a_key_missing_is_an_error() -> None:
+    async with serving() as (small, target):
+        await rows_of(target, ("put-4k-64",))
+        small.lie, small.about = "one-key-less", re.compile("GET /.*list-type")
+        results = await rows_of(target, ("list-1000-4",))
+    assert (results[-1].row, results[-1].operations) == ("list-1000-4", 0)
+    assert "999 keys" in results[-1].first_error
+
+
+async def test_failed_operations_are_not_among_those_done() -> None:
+    async with serving("error", "PUT /b/k0000000[13]") as (small, target):
+        result = await drive("row", target, putting(target, "b", "k", Bodies(100), 100), in_flight=3, total=10, bytes_each=100)
+    assert (result.operations, result.errors, result.bytes, small.requests) == (8, 2, 800, 10)
+
+
+async def test_a_server_that_answers_nothing_is_given_up_quickly() -> None:
+    async with serving("silence", "") as (_, target):
+        began = time.monotonic()
+        with pytest.raises(WrongAnswer, match="no answer within"):
+            await rows_of(target)
+        assert time.monotonic() - began < 10
+        result = await drive("row", target, getting(target, "b", "k", Bodies(9), 9), in_flight=64, total=1000, silence_s_max=0.2)
+    assert (result.operations, 1 <= result.errors <= 128) == (0, True)
+
+
+async def test_a_server_that_is_not_there_is_an_error_of_the_row() -> None:
+    target = Target("http://127.0.0.1:1", "a", "s")
+    result = await drive("row", target, getting(target, "b", "k", Bodies(9), 9), in_flight=2, total=10)
+    assert (result.operations, result.errors) == (0, 1)
+    assert "no connection" in result.first_error
+
+
+async def test_bytes_after_an_answer_spoil_the_connection() -> None:
+    async with serving("too-much", "") as (_, target):
+        connection = await connect(target)
+        with contextlib.suppress(WrongAnswer):
+            await connection.request(signed_head(target, "PUT", "/b"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(WrongAnswer):
+            await connection.request(signed_head(target, "GET", "/b"))
+        connection.close()
+
+
+@pytest.mark.parametrize("split", [1, 7, 1000])
+def test_chunks_may_be_cut_anywhere(split: int) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        connection = Connection()
+        connection._answer = loop.create_future()
+        connection._kept = bytearray()
+        coded = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nA;x=y\r\n0123456789\r\n0\r\nTrailer: 1\r\n\r\n"
+        for start in range(0, len(coded), split):
+            connection.data_received(coded[start : start + split])
+        assert (connection._answer.result(), bytes(connection._kept)) == (200, b"abcd0123456789")
+    finally:
+        loop.close()
+
+
+async def run_command(*arguments: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benches", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    told, _ = await process.communicate()
+    return process.returncode or 0, told.decode()
+
+
+async def test_the_command_says_what_failed_and_exits_1(tmp_path: Path) -> None:
+    written = tmp_path / "results.json"
+    common = ("--access", "a", "--secret", "s", "--scale", "0.0001", "--silence", "1", "--rows", "put-4k-64,get-4k-64")
+    async with serving("flipped", "GET /") as (_, target):
+        code, told = await run_command("--endpoint", target.endpoint, *common)
+    assert (code, "ERRORS" in told, "not what was written" in told) == (1, True, True)
+    async with serving() as (_, target):
+        code, told = await run_command("--endpoint", target.endpoint, *common, "--runs", "2", "--json", str(written))
+    assert (code, "ERRORS" in told) == (0, False)
+    assert "| put-4k-64 |" in told
+    assert '"runs": 2' in written.read_text()
+    code, told = await run_command("--endpoint", "http://127.0.0.1:1", *common)
+    assert (code, "refused" in told.lower() or "connect" in told.lower()) == (1, True)
+    code, told = await run_command("--endpoint", "https://example.org", *common)
+    assert (code, "http://HOST:PORT" in told) == (1, True)
+    code, told = await run_command("--rows", "put-5k")
+    assert (code, "unknown rows" in told) == (2, True)
+
+
+async def test_flat_cost_repeats_the_rows_after_each_burden() -> None:
+    async with serving() as (_, target):
+        stages = await flat(Server("small", target), 300, 0.0001, lambda _result: None, lambda _line: None)
+    assert [after for after, _ in stages] == [
+        "empty",
+        "300 more objects in the bucket",
+        "1,000 overwrites of one key",
+        "1,000 more buckets",
+        "1,000 idle connections",
+    ]
+    assert not [result.first_error for _, results in stages for result in results if result.errors]
+    assert flat_markdown(stages).count("\n") == 7
+    async with serving("error", "PUT /.*/fill-00000200") as (_, target):
+        stages = await flat(Server("small", target), 300, 0.0001, lambda _result: None, lambda _line: None)
+    assert [after for after, _ in stages] == ["empty"]
+    assert stages[0][1][-1].errors == 1
+
+
+def test_a_table_has_medians_and_tells_failed_rows_apart() -> None:
+    runs = [
+        Result("row", operations=10, seconds=seconds, cpu_s={"n1": 0.001 * seconds}, peak_bytes={"n1": int(seconds) << 20})
+        for seconds in (1.0, 2.0, 4.0)
+    ]
+    summary = summarize("server", runs)
+    assert (summary.speed, summary.low, summary.high, summary.runs) == (5.0, 2.5, 10.0, 3)
+    assert round(summary.cpu_us["n1"]) == 200
+    assert summary.peak_bytes["n1"] == 4 << 20
+    broken = summarize("server", [Result("other", operations=3, seconds=1.0, errors=1, first_error="other #1: status 500")])
+    assert (broken.runs, broken.speed, broken.errors) == (0, 0.0, 1)
+    told = markdown([summary, broken])
+    assert "| row | server | 5.0 /s | 2.5 to 10.0 |" in told
+    assert "failed: other #1: status 500" in told
+
+
+def test_a_server_that_does_not_come_up_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    tree, place = tmp_path / "tree", tmp_path / "place"
+    (tree / "storaged").mkdir(parents=True)
+    place.mkdir()
+    (tree / "storaged" / "__init__.py").touch()
+    pid_file = tmp_path / "pid"
+    (tree / "storaged" / "__main__.py").write_text(
+        f"import os, sys, time\nif sys.argv[1] == 'dev':\n    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    time.sleep(0.5)\n    sys.exit(3)\n"
+    )
+    with pytest.raises(SystemExit, match="did not become HEALTHY"), storaged_cluster(place, tree=tree):
+        pass
+    assert list(place.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
