@@ -1,0 +1,126 @@
+"""``benches/compare REV-A REV-B``: the rows on the servers of two revisions in turn, and how B compares to A.
+
+Both are driven by this tree's load generator, with this environment's libraries. Each pair of runs is made back to back, the order alternating, and its
+ratio taken: what a shared machine does to one run it does to its neighbour too. Of speed more than 1 is better, of CPU time less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvloop
+
+from benches.measure import measure
+from benches.report import is_large, line, speed
+from benches.rows import ROWS, Result
+from benches.s3client import WrongAnswer
+from benches.servers import Server, storaged_cluster, storaged_single
+
+ROOT = Path(__file__).parents[1]
+DEFAULT = "put-4k-64,get-4k-64,put-64m-4,get-64m-4,list-1000-4"
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def worktree(revision: str) -> Iterator[tuple[str, Path]]:
+    """(short hash, directory) of a revision, in a folder that is removed again."""
+    commit = git("rev-parse", "--verify", "--short", f"{revision}^{{commit}}")
+    with tempfile.TemporaryDirectory(prefix="storaged-compare-") as place:
+        folder = Path(place) / commit
+        git("worktree", "add", "--quiet", "--detach", str(folder), commit)
+        try:
+            yield commit, folder
+        finally:
+            git("worktree", "remove", "--force", str(folder))
+
+
+def ratios(first: Sequence[Result], second: Sequence[Result]) -> tuple[list[float], list[float]]:
+    """Of each pair of runs without errors: speed of the second to the first, CPU time an operation of the second to the first."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=False) if not a.errors and not b.errors]
+    speeds = [speed(b) / speed(a) for a, b in pairs if speed(a)]
+    cpu = [b.cpu_us_per_operation / a.cpu_us_per_operation for a, b in pairs if a.cpu_us_per_operation]
+    return speeds, cpu
+
+
+def spread(values: Sequence[float]) -> str:
+    """``1.08 (1.02 to 1.11)``: median, lowest, highest."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "failed"
+
+
+def table(names: tuple[str, str], first: dict[str, list[Result]], second: dict[str, list[Result]]) -> str:
+    """One line a row, as Markdown."""
+    lines = [
+        f"| row | {names[0]} | {names[1]} | speed, {names[1]} to {names[0]} | CPU an operation, {names[1]} to {names[0]} |",
+        "|---|---|---|---|---|",
+    ]
+    for row in first:
+        speeds, cpu = ratios(first[row], second.get(row, []))
+        cells = [row]
+        for results in (first[row], second.get(row, [])):
+            good = [result for result in results if not result.errors]
+            unit = "MB/s" if good and is_large(good[0]) else "/s"
+            told = f"{statistics.median(map(speed, good)):,.1f} {unit}, {statistics.median(r.cpu_us_per_operation for r in good):,.0f} us"
+            cells.append(told if good else "failed")
+        lines.append("| " + " | ".join([*cells, spread(speeds), spread(cpu)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benches/compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("revisions", nargs=2, metavar="REV")
+    parser.add_argument("--rows", default=DEFAULT, help=f"comma separated: {', '.join(ROWS)}")
+    parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
+    parser.add_argument("--scale", type=float, default=0.5)
+    parser.add_argument("--shape", choices=["cluster", "single"], default="cluster")
+    parser.add_argument("--dir", type=Path)
+    wanted = parser.parse_args(arguments)
+    rows = wanted.rows.split(",")
+    if unknown := [name for name in rows if name not in ROWS]:
+        parser.error(f"unknown rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    make = storaged_cluster if wanted.shape == "cluster" else storaged_single
+    found: tuple[dict[str, list[Result]], dict[str, list[Result]]] = ({}, {})
+    fine = True
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(worktree(revision)) for revision in wanted.revisions]
+        for run in range(wanted.runs):
+            for side in (0, 1) if run % 2 == 0 else (1, 0):
+                commit, folder = sides[side]
+                fine = _one(make(wanted.dir, tree=folder, name=commit), rows, wanted.scale, found[side]) and fine
+    print(f"\n{wanted.runs} pairs of runs, {wanted.shape}, scale {wanted.scale:g}; load average {os.getloadavg()[0]:.1f}\n")
+    print(table((sides[0][0], sides[1][0]), *found))
+    return 0 if fine else 1
+
+
+def _one(making: contextlib.AbstractContextManager[Server], rows: Sequence[str], scale: float, found: dict[str, list[Result]]) -> bool:
+    with making as server:
+        name = server.name
+        try:
+            results = uvloop.run(measure(server, rows, scale, lambda result: print(line(name, result), flush=True)))
+        except (WrongAnswer, OSError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return False
+    for result in results:
+        found.setdefault(result.row, []).append(result)
+    return not any(result.errors for result in results)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)
