@@ -276,23 +276,26 @@ class Engine:
         if self.failure:
             return self._unusable()
         message = encode_notes(notes)
-        if not self._make_room(RecordWriter.bytes_max(len(message), 0, 0)):
-            return self._unusable()
         if not sequence:
             self.index.sequence += 1
             sequence = self.index.sequence
+        placed = self._place_notes(message, sequence)
+        if isinstance(placed, StoragedError) and not self.failure and self._reserve_ready:
+            self._reserve_ready = not self.files.reserve(0)
+            placed = self._place_notes(message, sequence)
+        if isinstance(placed, StoragedError):
+            return placed
+        for old in self.index.apply(self.active, placed.record_bytes, sequence, notes):
+            self._garbage(old)
+        return None
+
+    def _place_notes(self, message: bytes, sequence: int) -> Placed | StoragedError:
+        """Writes them, into a new segment if need be."""
+        if not self._make_room(RecordWriter.bytes_max(len(message), 0, 0)):
+            return self._unusable()
         writer = self._writer()
         placed = writer.notes(message, sequence)
-        error = self._write_out(writer)
-        if error is not None and not self.failure and self._reserve_ready:
-            self._reserve_ready = not self.files.reserve(0)
-            writer = self._writer()
-            placed = writer.notes(message, sequence)
-            error = self._write_out(writer)
-        if error is None:
-            for old in self.index.apply(self.active, placed.record_bytes, sequence, notes):
-                self._garbage(old)
-        return error
+        return self._write_out(writer) or placed
 
     def delete(self, keys: Sequence[bytes], created_ms: Sequence[int] = ()) -> int:
         """How many there were (and, with ``created_ms``, were as old as it says). Takes a data id whose last fragment goes off the garbage list. Raises DiskUnusable."""

@@ -284,6 +284,22 @@ async def test_deletes_use_the_reserve_when_somebody_else_has_filled_the_disk(tm
         assert (await store.usage()).state != "read-only"
 
 
+async def test_deletes_use_the_reserve_for_a_new_segment_too(tmp_path: Path) -> None:
+    files = SimulatedFiles()
+    files.limit = 4 * MIB
+    limits = StoreLimits(segment_bytes=64 * KIB, reserve_bytes=0, note_reserve_bytes=64 * KIB)
+    async with opened(tmp_path, files=files, limits=limits) as store:
+        made = [await put(store, 6000) for _ in range(10)]
+        ages = iter(range(2000, 3000))
+        while limits.segment_bytes - len(files.disks[1].now) > 200:
+            await store.touch([made[0].id], next(ages))
+        files.used += files.free
+        assert await store.delete([one.id for one in made[:5]]) == 5
+        assert files.reserved == 0
+        with pytest.raises(FragmentMissing):
+            await store.read(made[0].id, 0, 1)
+
+
 async def test_a_write_that_finds_no_space_is_taken_back_whole(tmp_path: Path) -> None:
     files = SimulatedFiles()
     files.limit = MIB
