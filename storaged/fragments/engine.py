@@ -174,6 +174,8 @@ class Engine:
         self._dirty_from = report.end
         if report.failure and not self.failure:
             self.fail(report.failure)
+        if self.failure:
+            self.synced = Position(0, 0)  # what is in the page cache of a disk that failed need not be on the drive
         if not self.failure:
             self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
         return report

@@ -268,6 +268,20 @@ async def test_a_full_disk_refuses_fragments_and_still_deletes(tmp_path: Path) -
         assert await content(store, made[-1]) == made[-1].payload
 
 
+async def test_what_was_not_durable_when_a_disk_failed_is_not_called_so_after_a_restart(tmp_path: Path) -> None:
+    files = SimulatedFiles()
+    async with opened(tmp_path, files=files) as store:
+        before, made = await put(store), make(RNG)
+        await store.write(made.header, [made.payload])
+        files.fail["sync"] = 0
+        with pytest.raises(DiskUnusable):
+            await store.sync([made.id])
+    async with opened(tmp_path, files=files) as store:
+        assert await content(store, before) == before.payload
+        with pytest.raises(DiskUnusable):
+            await store.sync([made.id])
+
+
 async def test_deletes_use_the_reserve_when_somebody_else_has_filled_the_disk(tmp_path: Path) -> None:
     files = SimulatedFiles()
     files.limit = 4 * MIB
