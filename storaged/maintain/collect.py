@@ -28,6 +28,9 @@ Referenced = Callable[[RegisterName, bytes], Awaitable[bool]]
 Raises StoragedError when that can't be known now, NoSuchBucket with the detail ``final`` for a bucket that is gone for good."""
 
 SWEEP_PAGE = 500
+FEW = 2
+"""What is asked for first of one data id: most have one fragment on a disk, and every header is a read."""
+
 RESTS_MAX = 10_000
 GONE_MAX = 10_000
 
@@ -99,7 +102,7 @@ class Collector:
         """True when the data id is off the list."""
         try:
             while True:
-                page = [FragmentId.unpack(header.id) async for header in store.scan(data_id, SWEEP_PAGE) if header.id[:16] == data_id]
+                page = await _fragments_of(store, data_id)
                 ages = [stat.created_ms for stat in await store.stat(page)]
                 dead = await self._is_dead(_owner_of(owner), data_id)
                 if not dead:
@@ -216,6 +219,16 @@ class Collector:
         else:
             return
         self.orphans += 1
+
+
+async def _fragments_of(store: FragmentStore, data_id: bytes) -> list[FragmentId]:
+    """Up to SWEEP_PAGE of them."""
+    page: list[FragmentId] = []
+    for limit in (FEW, SWEEP_PAGE):
+        page = [FragmentId.unpack(header.id) async for header in store.scan(data_id, limit) if header.id[:16] == data_id]
+        if len(page) < limit:
+            break
+    return page
 
 
 def _owner_of(packed: bytes) -> RegisterName:

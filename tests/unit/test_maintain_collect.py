@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
 
 from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
-from storaged.fragments.ports import FragmentId, Health
+from storaged.fragments.memory import MemoryFragmentStore
+from storaged.fragments.ports import FragmentHeader, FragmentId, Health
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.messages import FenceSet
 from storaged.meta.names import Change, RegisterName, Value, object_name, system_name
@@ -65,6 +67,29 @@ def test_replaced_and_deleted_data_goes_after_the_delay(size: int) -> None:
         await cluster.leap(RETIRE_S + 10)
         await collect(cluster)
         assert await cluster.fragments(second) == []
+
+    run(scenario)
+
+
+def test_judging_a_data_id_reads_the_headers_of_its_own_fragments_and_hardly_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = 0
+    scan = MemoryFragmentStore.scan
+
+    async def counted(store: MemoryFragmentStore, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
+        nonlocal headers
+        async for header in scan(store, after, limit):
+            headers += 1
+            yield header
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for number in range(150):
+            await cluster.put(bucket, b"key%d" % number, os.urandom(SMALL))
+        await cluster.objects.delete(bucket, b"key7")
+        await cluster.leap(RETIRE_S + 60)
+        monkeypatch.setattr(MemoryFragmentStore, "scan", counted)
+        assert await collect(cluster) == 3
+        assert headers <= 3 * 2
 
     run(scenario)
 
