@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import NamedTuple
 
-from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange
+from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange, StoragedError
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
 from storaged.objects.buffers import Lease, Transfer, window_cells_for
@@ -266,10 +266,24 @@ class VerifiedStream:
             start, stop = max(self.first, offset), min(end, offset + part.size)
             if stop > start or not found.opened.version.size:
                 copy = found.copy if part.small else None
-                reader = PartReader(self._plane, self._hedge, self._bucket, found.name, part, found.opened.dek, copy)
+                reader = PartReader(self._plane, self._hedge, self._bucket, found.name, part, found.opened.dek, copy, self._moved)
                 for window in reader.windows(start - offset, stop - start, self._cells_max):
                     base = offset + window.plain_start
                     yield _Job(reader, window, max(start - base, 0), min(stop - base, window.plain_bytes))
             offset += part.size
             if offset >= end:
                 return
+
+    async def _moved(self, part: PartEntry) -> PartEntry | None:
+        """A ``reader.Moved``: of the very version that is being read, which may have been replaced meanwhile."""
+        version = self._found.opened.version
+        try:
+            again = await find(self._plane, self._bucket, self.info.key, version.version_id)
+            if again.opened.version.context_id != version.context_id:
+                return None
+            async for other in parts_of(self._plane.pages, again.name, again.opened.version):
+                if other.data_id == part.data_id:
+                    return other if other.runs != part.runs else None
+        except StoragedError:
+            pass  # what the reader found is what its caller is told
+        return None

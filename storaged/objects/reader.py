@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
 
 from storaged.cluster.layout import Profile
@@ -61,8 +61,15 @@ class HedgeDelay:
         self.seconds = max(self._floor_s, self.seconds + (19 * scale if seconds > self.seconds else -scale))
 
 
+Moved = Callable[[PartEntry], Awaitable[PartEntry | None]]
+"""The part as its record has it by now, when its blocks have been moved; None when they have not, or the record does not have it any more."""
+
+
 class PartReader:
-    """Reads one part of a version. ``dek`` is the version's. Raises DataDamaged when the part's header does not open under it."""
+    """Reads one part of a version. ``dek`` is the version's. Raises DataDamaged when the part's header does not open under it.
+
+    ``moved`` is asked when a block is not where the entry says: repair may have recoded it since the record was read, and what it left has gone.
+    """
 
     def __init__(
         self,
@@ -73,10 +80,12 @@ class PartReader:
         entry: PartEntry,
         dek: bytes,
         copy: Buffer | None,
+        moved: Moved,
     ) -> None:
         self._plane = plane
         self._hedge = hedge
         self._bucket = bucket
+        self._moved = moved
         self._owner = owner
         self._entry = entry
         self._copy = copy
@@ -112,12 +121,23 @@ class PartReader:
                 return
             except SealBroken:
                 self._copy = None  # a replica that lies: its neighbours are asked below
+        try:
+            job = await self._fetched(window)
+        except DataDamaged:
+            entry = await self._moved(self._entry)
+            if entry is None:
+                raise
+            self._entry = entry
+            job = await self._fetched(window)
+        await self._open_or_rebuild(window, job, out)
+
+    async def _fetched(self, window: Window) -> _WindowJob:
         run = self._run_of(window.block)
         job = _WindowJob(
             self._plane, self._hedge, self._owner, self._entry, self.shape.block(window.block), run, self._disks(run), self._bad
         )
         await job.fetch(window)
-        await self._open_or_rebuild(window, job, out)
+        return job
 
     def _run_of(self, block: int) -> Run:
         for run in self._entry.runs:

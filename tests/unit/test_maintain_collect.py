@@ -382,6 +382,25 @@ def test_parts_in_rows_and_on_manifest_pages_are_recoded_and_brought_back() -> N
     run(scenario)
 
 
+def test_a_slow_reader_follows_blocks_that_were_recoded_and_dropped_meanwhile() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        data = os.urandom(4 * LARGE)
+        await cluster.put(bucket, b"key", data)
+        entry = await cluster.entry(bucket, b"key")
+        cluster.maintain()
+        await cluster.settled()
+        chunks = (await cluster.objects.get(bucket, b"key")).chunks()
+        read = [bytes(await anext(chunks))]
+        await cluster.kill("na")
+        await cluster.pass_s(MaintainLimits().recode_delay_s + MaintainLimits().drop_delay_s + 600)
+        assert (await cluster.entry(bucket, b"key")).runs != entry.runs
+        read += [bytes(piece) async for piece in chunks]
+        assert b"".join(read) == data
+
+    run(scenario)
+
+
 def test_fragments_that_came_back_into_use_are_not_dropped() -> None:
     """4+2 is recoded to 2+2, and back to the same fragments on the same disks, before what the first recoding left is due."""
 
