@@ -8,6 +8,7 @@ Metric names are stable: ``storaged_`` + what + unit, few labels. ``METRICS`` li
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -21,6 +22,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from storaged import trace
 
 REDACTED = "***"
 _SECRET_NAME = re.compile(
@@ -178,6 +181,12 @@ class Metrics:
         return found
 
 
+SPANS_FILE = "STORAGED_SPANS"
+"""Environment: a file that gets a JSON line a request, with its spans, for looking without a collector. It is not written beyond SPANS_FILE_BYTES_MAX."""
+
+SPANS_FILE_BYTES_MAX = 64 * 1024 * 1024
+
+
 def spans_enabled(environ: Mapping[str, str] = os.environ) -> bool:
     """OpenTelemetry's own variables turn spans on: an endpoint is named, and the SDK is not disabled."""
     return "OTEL_EXPORTER_OTLP_ENDPOINT" in environ and environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
@@ -185,10 +194,13 @@ def spans_enabled(environ: Mapping[str, str] = os.environ) -> bool:
 
 def setup_spans(node: str) -> bool:
     """Exports spans over OTLP/HTTP when enabled and the extra ``otel`` is installed; says whether it does."""
+    if SPANS_FILE in os.environ:
+        trace.enable()
     if not spans_enabled():
         return False
+    trace.enable()
     try:
-        from opentelemetry import trace
+        from opentelemetry import trace as telemetry
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -198,24 +210,58 @@ def setup_spans(node: str) -> bool:
         return False
     provider = TracerProvider(resource=Resource.create({"service.name": "storaged", "service.instance.id": node}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    trace.set_tracer_provider(provider)
+    telemetry.set_tracer_provider(provider)
     return True
 
 
-Recorder = Callable[[str, float, Mapping[str, str | int]], None]
-"""``record(name, duration_s, attributes)``: something that has just ended."""
+Recorder = Callable[[str, float, Mapping[str, str | int], trace.Trace | None], None]
+"""``record(name, duration_s, attributes, trace)``: something that has just ended, and where its time went."""
 
 
 def span_recorder(scope: str) -> Recorder | None:
-    """Makes a span of each thing that ended; None when spans are not enabled, so that nothing is paid for them."""
+    """Makes spans of each thing that ended, for OpenTelemetry, or lines in a file; None when spans are not enabled, so that nothing is paid for them."""
+    recorders = [record for record in (_file_recorder(), _telemetry_recorder(scope)) if record is not None]
+    if len(recorders) < 2:
+        return recorders[0] if recorders else None
+
+    def record_all(name: str, duration_s: float, attributes: Mapping[str, str | int], found: trace.Trace | None) -> None:
+        for record in recorders:
+            record(name, duration_s, attributes, found)
+
+    return record_all
+
+
+def _telemetry_recorder(scope: str) -> Recorder | None:
     if not spans_enabled():
         return None
-    from opentelemetry import trace
+    from opentelemetry import trace as telemetry
 
-    tracer = trace.get_tracer(scope)
+    tracer = telemetry.get_tracer(scope)
 
-    def record(name: str, duration_s: float, attributes: Mapping[str, str | int]) -> None:
+    def record(name: str, duration_s: float, attributes: Mapping[str, str | int], found: trace.Trace | None) -> None:
         end_ns = time.time_ns()
-        tracer.start_span(name, attributes=dict(attributes), start_time=end_ns - int(duration_s * 1e9)).end(end_ns)
+        root = tracer.start_span(name, attributes=dict(attributes), start_time=end_ns - int(duration_s * 1e9))
+        if found is not None:
+            around, offset_ns = telemetry.set_span_in_context(root), end_ns - time.perf_counter_ns()
+            for span in found.spans:
+                tracer.start_span(span.name, context=around, start_time=span.start_ns + offset_ns).end(span.end_ns + offset_ns)
+        root.end(end_ns)
+
+    return record
+
+
+def _file_recorder() -> Recorder | None:
+    path = os.environ.get(SPANS_FILE)
+    if not path:
+        return None
+    file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # as long as the process
+
+    def record(name: str, _duration_s: float, attributes: Mapping[str, str | int], found: trace.Trace | None) -> None:
+        if found is None or file.tell() > SPANS_FILE_BYTES_MAX:
+            return
+        duration_us = (time.perf_counter_ns() - found.began_ns) // 1000
+        spans = [(span.name, (span.start_ns - found.began_ns) // 1000, (span.end_ns - found.began_ns) // 1000) for span in found.spans]
+        line = {"operation": name, "duration_us": duration_us, **attributes, "left_out": found.left_out, "spans": spans}
+        file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     return record

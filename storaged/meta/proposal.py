@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from storaged import trace
 from storaged.clock import Clock
 from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.meta import messages
@@ -121,7 +122,8 @@ class Proposal:
         around = self.around
         view = around.view(self.name)
         ballot = around.ballots.next(view.epoch, self._above, around.clock.wall_ms() * 1000)
-        promises = await self._prepare(view, ballot)
+        with trace.span("prepare"):
+            promises = await self._prepare(view, ballot)
         if promises is None:
             return None
         found = promises.value
@@ -143,15 +145,16 @@ class Proposal:
         if change is None:
             return Outcome(value, value) if await self._settle(view, ballot, promises) else None
         if self.small is not None:
-            await self._copies_synced(promises, self.small)
+            with trace.span("sync"):
+                await self._copies_synced(promises, self.small)
         if self.ready is not None:
             await self._fragments_synced(self.ready)
         if self.lineage.exhausted:
             raise self._gave_up("too many attempts were pre-empted")
         changed = self.lineage.attempt(found, change)
-        if await self._accept(view, ballot, changed, identity=False):
-            return Outcome(value, changed)
-        return None
+        with trace.span("accept"):
+            accepted = await self._accept(view, ballot, changed, identity=False)
+        return Outcome(value, changed) if accepted else None
 
     # --- prepare -------------------------------------------------------------------------------------------------------
 

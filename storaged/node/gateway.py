@@ -334,8 +334,10 @@ def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
                 "storaged.request_id": request.request_id,
                 "storaged.bucket": request.bucket,
                 "storaged.code": request.code,
+                "storaged.bytes_in": request.bytes_in,
+                "storaged.bytes_out": request.bytes_out,
             }
-            record(request.operation or request.method, request.duration_s, told)
+            record(request.operation or request.method, request.duration_s, told, request.trace)
         ours = request.status >= 500 and request.code != "NotImplemented"
         if not ours and not level.isEnabledFor(logging.DEBUG):
             return

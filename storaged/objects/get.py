@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import NamedTuple
 
+from storaged import trace
 from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange, StoragedError
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
@@ -45,7 +46,8 @@ class Span(NamedTuple):
 async def find(plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, *, want_payload: bool = False) -> Found:
     """Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable."""
     name = object_name(bucket.id, bucket.shards, key)
-    reading = await plane.registers.read(name, want_payload=want_payload)
+    with trace.span("record"):
+        reading = await plane.registers.read(name, want_payload=want_payload)
     version = find_version(decode_record(reading.value), version_id)
     bucket_key = await plane.keys.bucket_key(bucket.id, version.bucket_key)
     return Found(name, open_version(Place(bucket.id, key), version, bucket_key), reading.payload)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
+from storaged import trace
 from storaged.errors import EntityTooLarge
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.ids import DATA_ID_BYTES
@@ -120,10 +121,12 @@ async def sealed_body(
     small_max = (limits.inline_sealed_bytes_max if number else limits.small_sealed_bytes_max) - TAG_BYTES
     if checks.size is None or checks.size <= small_max:
         head = memoryview(bytearray((small_max if checks.size is None else checks.size) + 1))
-        count = await reader.fill(head)
+        with trace.span("receive"):
+            count = await reader.fill(head)
         if reader.ended:
-            digest.update(head[:count])
-            found = digest.finish()
+            with trace.span("digest"):
+                digest.update(head[:count])
+                found = digest.finish()
             form = _small_form(plane, bucket, name, head[:count], dek, data_id, number or 1)
             if form is not None:
                 yield Sealed(form[0], found, form[1])
@@ -154,7 +157,8 @@ def _small_form(
 ) -> tuple[PartEntry, SmallCopies | None] | None:
     """A body that stays in the record, or goes along with the prepare as whole copies; None when too few of the register's disks can take copies now."""
     sealer = PartSealer(dek, data_id, number, chunk_bytes_for(len(plain), 1), plane.entropy(SALT_BYTES))
-    sealed = sealer.seal(0, plain)
+    with trace.span("seal"):
+        sealed = sealer.seal(0, plain)
     target = str(plane.target_of(bucket))
     if len(sealed) <= plane.limits.inline_sealed_bytes_max:
         plane.counters.puts_inline += 1

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
 
+from storaged import trace
 from storaged.cluster.layout import Profile
 from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerError
 from storaged.fragments.ports import FragmentId
@@ -111,13 +112,15 @@ class PartReader:
         """The window's plaintext, verified, to the front of ``out`` (at least ``plain_bytes``). Raises DataDamaged."""
         if self._entry.inline:
             try:
-                self._open(window, {0: {0: self._entry.inline}}, 1, out)
+                with trace.span("open"):
+                    self._open(window, {0: {0: self._entry.inline}}, 1, out)
             except SealBroken as error:
                 raise DataDamaged(f"The body in the record does not open: {error}") from None
             return
         if self._entry.small and self._copy is not None:
             try:
-                self._open(window, {0: {0: self._copy}}, 1, out)
+                with trace.span("open"):
+                    self._open(window, {0: {0: self._copy}}, 1, out)
                 return
             except SealBroken:
                 self._copy = None  # a replica that lies: its neighbours are asked below
@@ -136,7 +139,8 @@ class PartReader:
         job = _WindowJob(
             self._plane, self._hedge, self._owner, self._entry, self.shape.block(window.block), run, self._disks(run), self._bad
         )
-        await job.fetch(window)
+        with trace.span("fetch"):
+            await job.fetch(window)
         return job
 
     def _run_of(self, block: int) -> Run:
@@ -158,10 +162,11 @@ class PartReader:
     async def _open_or_rebuild(self, window: Window, job: _WindowJob, out: memoryview) -> None:
         while True:
             try:
-                if window.plain_bytes <= self.shape.cell_bytes:
-                    self._open(window, job.cells, job.k, out)
-                else:
-                    await self._plane.in_thread(self._open, window, job.cells, job.k, out)
+                with trace.span("open"):
+                    if window.plain_bytes <= self.shape.cell_bytes:
+                        self._open(window, job.cells, job.k, out)
+                    else:
+                        await self._plane.in_thread(self._open, window, job.cells, job.k, out)
                 return
             except SealBroken as broken:
                 if broken.index is None:

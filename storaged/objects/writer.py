@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from storaged import trace
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId
@@ -104,6 +105,7 @@ class PartWriter:
         self._leases: list[Lease] = []
         self._announced: PartEntry | None = None
         self._transfer = Transfer(plane.put_buffers)
+        self._trace = trace.current()
 
     async def __aenter__(self) -> PartWriter:
         self._transfer.__enter__()
@@ -126,7 +128,8 @@ class PartWriter:
         last = False
         while not last:
             lease = await self._lease()
-            count = await reader.fill(lease.view[: self._lease_plain])
+            with trace.span("receive"):
+                count = await reader.fill(lease.view[: self._lease_plain])
             last = reader.ended
             state, coded = await self._seal(lease, count, last, on_plain)
             await self._sent()
@@ -162,9 +165,12 @@ class PartWriter:
         area = lease.view[self._lease_plain :]
 
         def work() -> tuple[BlockState, Coded]:
-            on_plain(plain)
-            length = self._sealer.seal_block(number * self._block_cells, plain, area, last=last)
-            coded = self._code(placement.profile, area[:length], area[self._lease_sealed :])
+            with trace.span_of(self._trace, "digest"):
+                on_plain(plain)
+            with trace.span_of(self._trace, "seal"):
+                length = self._sealer.seal_block(number * self._block_cells, plain, area, last=last)
+            with trace.span_of(self._trace, "code"):
+                coded = self._code(placement.profile, area[:length], area[self._lease_sealed :])
             return BlockState(number, self._shape(length), placement, layout, coded.hashes), coded
 
         if count <= self._sealer.chunk_bytes:
@@ -204,7 +210,8 @@ class PartWriter:
 
     async def _send_and_release(self, state: BlockState, coded: Coded, lease: Lease) -> None:
         try:
-            await self._send(state, coded)
+            with trace.span("send"):
+                await self._send(state, coded)
         finally:
             lease.release()
             self._leases.remove(lease)
@@ -320,7 +327,8 @@ class PartWriter:
         """
         await self._sent()
         for _ in range(ATTEMPTS_MAX):
-            await self._sync_all()
+            with trace.span("sync"):
+                await self._sync_all()
             short = [state for state in self._blocks if not self._acceptable(state)]
             if not short:
                 break

@@ -20,14 +20,14 @@ from typing import cast
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from storaged import errors
+from storaged import errors, trace
 from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.s3 import routes, xml
 from storaged.s3.auth import authenticate
 from storaged.s3.body import RequestBody
-from storaged.s3.connection import Connections
+from storaged.s3.connection import Connections, TracedConnection
 from storaged.s3.context import Front, owned_bucket
 from storaged.s3.limits import Limits
 from storaged.s3.post import is_form, post_object
@@ -61,6 +61,8 @@ class RequestDone:
     duration_s: float
     complete: bool
     """The client got all of the answer."""
+    trace: trace.Trace | None = None
+    """Where the time went, when spans are on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,7 @@ class S3App:
 
     async def _serve(self, raw: web.BaseRequest) -> web.StreamResponse:
         started_s = self._clock.monotonic()
+        spans = trace.begin(getattr(raw.protocol, "heard_ns", 0)) if trace.on else None
         request = Request(
             id=self._new_id(),
             method=raw.method,
@@ -201,9 +204,12 @@ class S3App:
         )
         reply = await self._answer(raw, request)
         may_keep = raw.keep_alive and not self._draining
-        sent = await self._sender.send(raw, request, reply, may_keep)
+        with trace.span("reply"):
+            sent = await self._sender.send(raw, request, reply, may_keep)
         if self._on_request is not None:
-            self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s)
+            self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s, spans)
+        if spans is not None and isinstance(raw.protocol, TracedConnection):
+            raw.protocol.heard_ns = 0
         return _KEEP if sent.keep_alive and not self._draining else _CLOSE
 
     async def _answer(self, raw: web.BaseRequest, request: Request) -> Reply:
@@ -249,11 +255,12 @@ class S3App:
         route = routes.find(request.method, request.bucket, request.key, request.query)
         request.operation = route.operation
         if route.signed:
-            await authenticate(request, front.users, front.region, self._clock)
+            with trace.span("sign"):
+                await authenticate(request, front.users, front.region, self._clock)
         if route.needs_bucket:
-            request._bucket_record = await owned_bucket(
-                front, request.who, request.bucket, request.headers.get("x-amz-expected-bucket-owner", "")
-            )
+            with trace.span("bucket"):
+                owner = request.headers.get("x-amz-expected-bucket-owner", "")
+                request._bucket_record = await owned_bucket(front, request.who, request.bucket, owner)
         return await route.handler(front, request)
 
     def error_reply(self, request: Request, error: errors.S3Error) -> Reply:
@@ -274,7 +281,7 @@ class S3App:
             reply.headers["Retry-After"] = "1"
         return reply
 
-    def _observe(self, request: Request, reply: Reply, bytes_out: int, complete: bool, started_s: float) -> None:
+    def _observe(self, request: Request, reply: Reply, bytes_out: int, complete: bool, started_s: float, spans: trace.Trace | None) -> None:
         assert self._on_request is not None
         try:
             self._on_request(
@@ -293,6 +300,7 @@ class S3App:
                     bytes_out=bytes_out,
                     duration_s=self._clock.monotonic() - started_s,
                     complete=complete,
+                    trace=spans,
                 )
             )
         except Exception:

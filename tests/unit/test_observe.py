@@ -86,4 +86,4 @@ def test_spans_cost_nothing_unless_they_are_enabled(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("OTEL_SDK_DISABLED")
     record = observe.span_recorder("storaged")
     assert record is not None
-    record("PutObject", 0.01, {"status": 200})
+    record("PutObject", 0.01, {"status": 200}, None)
