@@ -32,8 +32,9 @@ class Recent(Generic[K, V]):
             try:
                 return await asyncio.shield(under_way)
             except asyncio.CancelledError:
-                if not under_way.cancelled():
-                    raise
+                task = asyncio.current_task()
+                if not under_way.cancelled() or (task is not None and task.cancelling()):
+                    raise  # it is the caller that was cancelled, be it along with the one that loads
         return await self._load(key, load)
 
     async def _load(self, key: K, load: Callable[[], Awaitable[V]]) -> V:

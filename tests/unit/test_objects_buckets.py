@@ -21,11 +21,12 @@ from storaged.errors import (
 from storaged.meta.names import RegisterName, Table, system_name
 from storaged.objects.api import NewMeta, Principal
 from storaged.objects.buckets import BucketService
+from storaged.objects.recent import Recent
 from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.users import CLAIM_STALE_MS, UserService
 from storaged.wire import decode, encode
-from tests.unit.fakes_objects import World
+from tests.unit.fakes_objects import FakeClock, World
 from tests.unit.test_objects_put_get import got, put
 
 ANNE, BEN = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")
@@ -274,3 +275,31 @@ async def test_lookups_are_kept_for_a_moment_and_shared_while_they_load() -> Non
     await users.remove("anne")
     with pytest.raises(InvalidAccessKeyId):
         await users.lookup(anne.access_key)
+
+
+async def test_all_who_wait_for_a_load_end_when_they_are_cancelled_together_and_go_on_when_only_the_loader_is() -> None:
+    recent = Recent[str, int](FakeClock(), 1.0, 10)
+    loads = 0
+    hang = asyncio.Event()
+
+    async def load() -> int:
+        nonlocal loads
+        loads += 1
+        await hang.wait()
+        return 1
+
+    tasks = [asyncio.create_task(recent.get("key", load)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    done, pending = await asyncio.wait(tasks, timeout=0.2)
+    assert not pending
+    assert all(task.cancelled() for task in done)
+    tasks = [asyncio.create_task(recent.get("key", load)) for _ in range(3)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    hang.set()
+    assert await asyncio.gather(*tasks[1:]) == [1, 1]
+    assert loads == 3
