@@ -25,6 +25,8 @@ class Stage:
         self.bucket = f"bench-{token_hex(4)}"
         self._silence_s_max = silence_s_max
         self._bodies: dict[int, Bodies] = {}
+        self.generation = 0
+        """Counted up, PUTs make new keys and everything else follows: else a row that is repeated would overwrite, which costs more."""
 
     async def open(self) -> None:
         """Makes the bucket. Raises WrongAnswer, OSError."""
@@ -35,12 +37,16 @@ class Stage:
             self._bodies[size] = Bodies(size)
         return self._bodies[size]
 
+    def prefix(self, row: Row) -> str:
+        """Each row of PUTs has keys of its own."""
+        return f"{row.name}-{self.generation}-"
+
     def operation(self, row: Row) -> Operation:
         target, bucket = self.server.target, self.bucket
         if row.kind == "put":
-            return rows.putting(target, bucket, prefix_of(row), self.bodies(row.size_bytes), row.size_bytes)
+            return rows.putting(target, bucket, self.prefix(row), self.bodies(row.size_bytes), row.size_bytes)
         source = ROWS[row.reads]
-        prefix, count = prefix_of(source), source.count(self.scale)
+        prefix, count = self.prefix(source), source.count(self.scale)
         if row.kind == "get":
             return rows.getting(target, bucket, prefix, self.bodies(row.size_bytes), count)
         if row.kind == "head":
@@ -52,7 +58,7 @@ class Stage:
         result = await self.run(row.name, self.operation(row), in_flight=row.in_flight, total=row.count(self.scale), size=row.size_bytes)
         if row.kind == "put" and not result.errors:
             total = row.count(self.scale)
-            read = rows.getting(self.server.target, self.bucket, prefix_of(row), self.bodies(row.size_bytes), total)
+            read = rows.getting(self.server.target, self.bucket, self.prefix(row), self.bodies(row.size_bytes), total)
             again = await drive(
                 row.name, self.server.target, read, in_flight=2, total=min(READ_BACK, total), silence_s_max=self._silence_s_max
             )
@@ -74,11 +80,6 @@ class Stage:
         if result.bytes and server.folder is not None and "put" in name:
             result.disk_bytes_per_byte = (server.disk_bytes() - disk) / result.bytes
         return result
-
-
-def prefix_of(row: Row) -> str:
-    """Each row of PUTs has keys of its own."""
-    return f"{row.name}-"
 
 
 async def measure(
@@ -110,7 +111,7 @@ async def measure(
 async def flat(
     server: Server, objects: int, scale: float, on_result: OnResult, say: Callable[[str], None], *, silence_s_max: float = SILENCE_S_MAX
 ) -> list[tuple[str, list[Result]]]:
-    """The cost of the small rows in an empty store, then after each burden: (what the store holds by then, its rows). Ends after a failure."""
+    """The cost of the small rows in an empty (warmed up) store, then after each burden: (what the store holds by then, its rows). Ends after a failure."""
     stage = Stage(server, scale, silence_s_max=silence_s_max)
     await stage.open()
     target, small = server.target, stage.bodies(4 * KIB)
@@ -118,6 +119,7 @@ async def flat(
 
     async def repeat(after: str) -> bool:
         say(f"-- {after}")
+        stage.generation += 1
         found: list[Result] = []
         stages.append((after, found))
         for name in ("put-4k-64", "get-4k-64", "head-64", "list-1000-4"):
@@ -135,14 +137,18 @@ async def flat(
         return not result.errors
 
     overwrites, buckets, idle = max(objects, 1000), 1000, 1000
+    warm = await stage.measure(ROWS["put-4k-64"])
+    if warm.errors:
+        on_result(warm)
+        return [("warm-up", [warm])]
     if not await repeat("empty"):
         return stages
     if not await burden("fill-4k-64", rows.putting(target, stage.bucket, "fill-", small, 4 * KIB), 64, objects, 4 * KIB):
         return stages
     if not await repeat(f"{objects:,} more objects in the bucket"):
         return stages
-    again = rows.overwriting(target, stage.bucket, "put-4k-64-00000000", stage.bodies(512), 512)
-    if not await burden("overwrite-4", again, 4, overwrites, 512) or not await repeat(f"{overwrites:,} overwrites of one key"):
+    again = rows.overwriting(target, stage.bucket, "again", small, 4 * KIB)
+    if not await burden("overwrite-4", again, 4, overwrites, 4 * KIB) or not await repeat(f"{overwrites:,} overwrites of one key"):
         return stages
     if not await burden("bucket-4", rows.making_buckets(target, f"many-{token_hex(3)}-"), 4, buckets):
         return stages

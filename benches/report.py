@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benches.rows import MIB, Result
+from benches.rows import MIB, ROWS, Result
 
 LARGE_BYTES = MIB
 """A row whose operations move so much is told in MB/s, another in operations a second."""
@@ -126,7 +126,7 @@ def markdown(summaries: Sequence[Summary]) -> str:
 def flat_markdown(stages: Sequence[tuple[str, Sequence[Result]]]) -> str:
     """The cost of each row after each burden, relative to the empty store: CPU of all server processes an operation, and time an operation."""
     empty = {result.row: result for result in stages[0][1]}
-    rows = [result.row for result in stages[0][1] if result.row in empty and not result.errors][:4]
+    rows = [result.row for result in stages[0][1] if result.row in ROWS and not result.errors]
     lines = ["| the store holds | " + " | ".join(f"{row}: CPU, time" for row in rows) + " |", "|---|" + "---|" * len(rows)]
     for number, (after, results) in enumerate(stages):
         found = {result.row: result for result in results if not result.errors}
