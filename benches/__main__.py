@@ -18,7 +18,7 @@ from benches.measure import flat, measure
 from benches.report import flat_markdown, line, markdown, summarize
 from benches.rows import DEFAULT_ROWS, ROWS, Result
 from benches.s3client import SILENCE_S_MAX, WrongAnswer
-from benches.servers import Server, endpoint, seaweedfs_default, seaweedfs_durable, storaged_cluster, storaged_single
+from benches.servers import Server, endpoint, seaweedfs_binary, seaweedfs_default, seaweedfs_durable, storaged_cluster, storaged_single
 
 Make = Callable[[], AbstractContextManager[Server]]
 
@@ -56,6 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--runs, --scale and --flat are above 0")
     if found.endpoint and not (found.access and found.secret):
         parser.error("--endpoint wants --access and --secret")
+    if found.peer:
+        seaweedfs_binary()
     return found
 
 

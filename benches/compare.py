@@ -62,6 +62,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "failed"
 
 
+def _told(results: Sequence[Result]) -> str:
+    unit = "MB/s" if is_large(results[0]) else "/s"
+    cpu_us = statistics.median(result.cpu_us_per_operation for result in results)
+    return f"{statistics.median(map(speed, results)):,.1f} {unit}, {cpu_us:,.0f} us"
+
+
 def table(names: tuple[str, str], first: dict[str, list[Result]], second: dict[str, list[Result]]) -> str:
     """One line a row, as Markdown."""
     lines = [
@@ -73,9 +79,7 @@ def table(names: tuple[str, str], first: dict[str, list[Result]], second: dict[s
         cells = [row]
         for results in (first[row], second.get(row, [])):
             good = [result for result in results if not result.errors]
-            unit = "MB/s" if good and is_large(good[0]) else "/s"
-            told = f"{statistics.median(map(speed, good)):,.1f} {unit}, {statistics.median(r.cpu_us_per_operation for r in good):,.0f} us"
-            cells.append(told if good else "failed")
+            cells.append(_told(good) if good else "failed")
         lines.append("| " + " | ".join([*cells, spread(speeds), spread(cpu)]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benches import compare
+from benches.compare import ratios, spread, table
 from benches.measure import flat, measure
 from benches.report import flat_markdown, markdown, summarize
 from benches.rows import Bodies, Result, drive, getting, putting
@@ -292,3 +295,37 @@ def test_a_server_that_does_not_come_up_leaves_no_process_and_no_file(tmp_path: 
     assert list(place.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+def test_a_comparison_takes_the_ratio_of_each_pair_and_leaves_failed_runs_out() -> None:
+    def run(seconds: float, cpu_s: float, errors: int = 0) -> Result:
+        return Result("row", operations=100, seconds=seconds, cpu_s={"n1": cpu_s}, errors=errors)
+
+    first, second = [run(1.0, 1.0), run(2.0, 1.0), run(1.0, 1.0)], [run(0.5, 0.5), run(2.0, 0.8), run(9.0, 9.0, errors=1)]
+    speeds, cpu = ratios(first, second)
+    assert (speeds, cpu) == ([2.0, 1.0], [0.5, 0.8])
+    assert spread(speeds) == "1.50 (1.00 to 2.00)"
+    told = table(("aaa", "bbb"), {"row": first, "gone": first}, {"row": second})
+    assert "| 1.50 (1.00 to 2.00) | 0.65 (0.50 to 0.80) |" in told
+    assert told.splitlines()[-1].endswith("| failed | failed | failed |")
+
+
+def test_a_worktree_of_a_revision_is_there_for_the_comparison_and_gone_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    git("init", "--quiet")
+    for content in ("one", "two"):
+        (tmp_path / "file").write_text(content)
+        git("add", "file")
+        git("commit", "--quiet", "-m", content)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    with compare.worktree("HEAD~1") as (commit, folder):
+        assert (folder / "file").read_text() == "one"
+        assert git("rev-parse", "HEAD~1").startswith(commit)
+        (folder / "file").write_text("made dirty")
+    assert not folder.exists()
+    assert git("worktree", "list").count("\n") == 1
+    with pytest.raises(SystemExit, match="nonsense"), compare.worktree("nonsense"):
+        pass
