@@ -22,9 +22,10 @@ from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence,
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import MetaStore, RowDamaged
+from storaged.objects.manifest import mend_pages
 from storaged.objects.place import Placement, choose
 from storaged.objects.records import BucketRecord, PartEntry
-from storaged.objects.references import parts_in
+from storaged.objects.references import parts_in, versions_in
 from storaged.objects.uploads import COMPLETING, OPEN, decode_upload
 from storaged.wire import decode
 
@@ -197,6 +198,7 @@ class Walker:
         for name, value in rows:
             tally = Tally(name.pack())
             try:
+                await self._mend_pages(name, value)
                 async for entry in entries_of(self._context, name, value):
                     for place in self.places(name, entry):
                         batch.append((tally, place))
@@ -211,6 +213,13 @@ class Walker:
             tallies.append(tally)
         await self._weigh(batch)
         return [finding for tally in tallies if (finding := tally.finding()) is not None]
+
+    async def _mend_pages(self, name: RegisterName, value: Value) -> None:
+        """A replica that was away when a manifest was written, or whose page has rotted, gets it. Raises DataDamaged, ServiceUnavailable."""
+        if name.table == Table.OBJECT and value.visibility != Visibility.TOMBSTONE:
+            for version in versions_in(value.body, name.table):
+                if version.manifest or version.sealed_pages:
+                    self.settled += await mend_pages(self._context.pages, name, version)
 
     def places(self, name: RegisterName, entry: PartEntry) -> Iterable[BlockPlace]:
         """Raises KeyError for a bucket or an epoch that is not known here, ValueError for a run that no layout explains."""

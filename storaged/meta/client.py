@@ -356,6 +356,30 @@ class RingClient:
                 return body
         raise DataDamaged("A page of this object's manifest is on none of the replicas that answer.")
 
+    async def mend_page(self, near: RegisterName, page_hash: bytes) -> int:
+        view, deadline = self._view(near), self._deadline()
+        answers = Answers[messages.PageReply](self._replicas, self._pool, self._suspects)
+        for disk in view.disks:
+            self._ask_page(answers, messages.PageGet(disk, page_hash), deadline)
+        found, lacking = b"", []
+        while (answer := await answers.next(deadline - self._clock.monotonic())) is not None:
+            disk, reply = answer
+            if isinstance(reply, StoragedError):
+                continue
+            if reply.body is not None and xxhash.xxh3_128_digest(reply.body) == page_hash:
+                found = reply.body
+            else:
+                lacking.append(disk)
+        if not found:
+            if len(lacking) < len(view.disks):
+                raise ServiceUnavailable("A page of this object's manifest is on none of the replicas that answer; others do not.")
+            raise DataDamaged("A page of this object's manifest is on none of its replicas.")
+
+        def put(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.PageReply]]:
+            return lambda replica: replica.page_put(messages.PagePut(disk, page_hash, found), timeout_s=timeout_s)
+
+        return len(await self._gather(lacking, (), put, lambda reply: True, deadline, linger=True)) if lacking else 0
+
     # --- fences --------------------------------------------------------------------------------------------------------
 
     async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:

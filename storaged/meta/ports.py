@@ -110,6 +110,10 @@ class Pages(Protocol):
     async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
         """From any replica; verified against the hash. Raises DataDamaged when none has it."""
 
+    async def mend_page(self, near: RegisterName, page_hash: bytes) -> int:
+        """Brings a page to the replicas that answer and do not have it, or not whole; how many there were. Raises DataDamaged when none has it,
+        ServiceUnavailable when one that does not answer may."""
+
 
 class Row(NamedTuple):
     key: bytes

@@ -184,12 +184,13 @@ async def _make_version(
         checksum_type=upload.record.checksum_type if found else "",
         size=size,
     )
+    sealed_pages: tuple[bytes, ...] = ()
     if len(parts) <= PARTS_INLINE_MAX:
         meta = msgspec.structs.replace(meta, parts=tuple(parts))
     else:
         context = upload.place.context(NULL_VERSION, context_id)
-        page = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
-        meta = msgspec.structs.replace(meta, parts_page=page)
+        sealed_pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
+        meta = msgspec.structs.replace(meta, parts_page=sealed_pages[0])
     sealer = VersionSealer(plane, upload.place, upload.key, upload.dek, NULL_VERSION, context_id)
     return sealer.version(
         meta,
@@ -200,6 +201,7 @@ async def _make_version(
         manifest=manifest,
         multipart=True,
         part_count=len(parts),
+        sealed_pages=sealed_pages,
     )
 
 

@@ -55,16 +55,31 @@ async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncI
     raise DataDamaged("The manifest of this object does not end.")
 
 
+async def mend_pages(pages: Pages, near: RegisterName, version: Version) -> int:
+    """Brings all pages of a version to every replica of its register that answers; how many were missing. Raises DataDamaged, ServiceUnavailable."""
+    mended, following = 0, version.manifest
+    for _ in range(PAGES_MAX):
+        if not following:
+            break
+        mended += await pages.mend_page(near, following)
+        following = _decode(await pages.get_page(near, following), PartsPage).next
+    for page_hash in version.sealed_pages:
+        mended += await pages.mend_page(near, page_hash)
+    return mended
+
+
 async def write_sealed_parts(
     pages: Pages, near: RegisterName, dek: bytes, context: Sequence[bytes], parts: Sequence[SealedPart], entropy: Entropy
-) -> bytes:
-    """Hash of the first page of what the parts are (ETags, sizes, checksums), sealed under the version's key."""
+) -> tuple[bytes, ...]:
+    """Hashes of the pages, the first one's first, of what the parts are (ETags, sizes, checksums), sealed under the version's key."""
     following = b""
+    hashes: list[bytes] = []
     for start in reversed(range(0, len(parts), PAGE_SEALED_PARTS_MAX)):
         page = SealedPartsPage(tuple(parts[start : start + PAGE_SEALED_PARTS_MAX]), following)
         sealed = seal_message(dek, PARTS_LABEL, context, encode(page), entropy(SALT_BYTES))
         following = await pages.put_page(near, sealed)
-    return following
+        hashes.append(following)
+    return tuple(reversed(hashes))
 
 
 async def sealed_parts_of(

@@ -67,6 +67,8 @@ class Version(Message, frozen=True):
     manifest: bytes = b""
     multipart: bool = False
     part_count: int = 1
+    sealed_pages: tuple[bytes, ...] = ()
+    """Hashes of the pages that ``SealedMeta.parts_page`` begins, which name each other under seal: for repair, which has no key."""
 
 
 class ObjectRecord(Message, frozen=True):

@@ -382,6 +382,29 @@ def test_parts_in_rows_and_on_manifest_pages_are_recoded_and_brought_back() -> N
     run(scenario)
 
 
+def test_manifest_pages_come_back_to_a_replica_that_was_away_or_lost_them() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, whole = await upload_parts(cluster, bucket, b"key", dict.fromkeys(range(1, 41), 100))
+        await cluster.kill("na")
+        await cluster.objects.complete(bucket, b"key", upload_id, parts, owner=WHO.user_id)
+        cluster.start("na", maintain=False)
+        stores = [node.meta[disk] for node in cluster.nodes.values() for disk in node.meta if node.meta[disk]._pages or node.name == "na"]
+        (page_hash, *_) = max((store._pages for store in stores), key=len)
+        rotten = next(store for store in stores if page_hash in store._pages)
+        rotten._pages[page_hash] = b"rot"
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nb")
+        assert await cluster.get(bucket, b"key") == whole
+        cluster.start("nb")
+        await cluster.settled()
+        await cluster.kill("nc")
+        assert await cluster.get(bucket, b"key") == whole
+
+    run(scenario)
+
+
 def test_a_slow_reader_follows_blocks_that_were_recoded_and_dropped_meanwhile() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
