@@ -12,8 +12,9 @@ from benches.rows import KIB, READ_BACK, ROWS, Bodies, Operation, Result, Row, d
 from benches.s3client import SILENCE_S_MAX, connect
 from benches.servers import Server
 
+MEMORY_SAMPLE_S = 0.2
+
 OnResult = Callable[[Result], None]
-Loss = Callable[[str, Result], bool]
 
 
 class Stage:
@@ -72,14 +73,27 @@ class Stage:
         server = self.server
         server.forget_peaks()
         cpu, disk = server.cpu_seconds(), server.disk_bytes() if size else 0
-        result = await drive(
-            name, server.target, operation, in_flight=in_flight, total=total, bytes_each=size, silence_s_max=self._silence_s_max
-        )
+        own = server.own_bytes()
+        sampler = asyncio.create_task(_sample_memory(server, own))
+        try:
+            result = await drive(
+                name, server.target, operation, in_flight=in_flight, total=total, bytes_each=size, silence_s_max=self._silence_s_max
+            )
+        finally:
+            sampler.cancel()
         result.cpu_s = {process: now - cpu.get(process, 0.0) for process, now in server.cpu_seconds().items()}
-        result.peak_bytes = server.peak_bytes()
+        result.peak_bytes, result.own_bytes = server.peak_bytes(), own
         if result.bytes and server.folder is not None and "put" in name:
             result.disk_bytes_per_byte = (server.disk_bytes() - disk) / result.bytes
         return result
+
+
+async def _sample_memory(server: Server, highest: dict[str, int]) -> None:
+    """Until it is cancelled. Looks often enough for transfers of megabytes, and costs a few hundred microseconds a second."""
+    while True:
+        await asyncio.sleep(MEMORY_SAMPLE_S)
+        for name, found in server.own_bytes().items():
+            highest[name] = max(highest.get(name, 0), found)
 
 
 async def measure(

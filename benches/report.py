@@ -24,7 +24,7 @@ def is_large(result: Result) -> bool:
 
 @dataclass(frozen=True)
 class Summary:
-    """One row of one server over all runs. ``low`` and ``high`` are the slowest and the fastest run's speed; the others are medians, ``peak_bytes`` the highest."""
+    """One row of one server over all runs. ``low`` and ``high`` are the slowest and the fastest run's speed; the others are medians, ``peak_bytes`` and ``own_bytes`` the highest."""
 
     server: str
     row: str
@@ -38,6 +38,7 @@ class Summary:
     max_ms: float
     cpu_us: dict[str, float]
     peak_bytes: dict[str, int]
+    own_bytes: dict[str, int]
     disk_bytes_per_byte: float
     errors: int
     first_error: str
@@ -75,6 +76,7 @@ def summarize(server: str, results: Sequence[Result]) -> Summary:
         max_ms=median(result.max_ms for result in good),
         cpu_us={name: median(1e6 * result.cpu_s.get(name, 0.0) / result.operations for result in good) for name in sorted(names)},
         peak_bytes={name: max(result.peak_bytes.get(name, 0) for result in good) for name in sorted(names)},
+        own_bytes={name: max(result.own_bytes.get(name, 0) for result in good) for name in sorted(names)},
         disk_bytes_per_byte=median(result.disk_bytes_per_byte for result in good),
         errors=sum(result.errors for result in results),
         first_error=next((result.first_error for result in results if result.first_error), ""),
@@ -89,7 +91,7 @@ def line(server: str, result: Result) -> str:
     if result.cpu_s:
         words.append(f"cpu {result.cpu_us_per_operation:.0f} us/op")
     if result.peak_bytes:
-        words.append(f"peak {max(result.peak_bytes.values()) / MIB:.0f} MiB")
+        words.append(f"peak {max((result.own_bytes or result.peak_bytes).values()) / MIB:.0f} MiB")
     if result.disk_bytes_per_byte:
         words.append(f"disk x{result.disk_bytes_per_byte:.2f}")
     if result.errors:
@@ -98,7 +100,7 @@ def line(server: str, result: Result) -> str:
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
-    """A table with one line a row and server, rows together. CPU is microseconds an operation, by process; memory the peak of each."""
+    """A table with one line a row and server, rows together. CPU is microseconds an operation, by process; memory the peak of each: allocated (resident, with mapped files)."""
     several = any(summary.runs > 1 for summary in summaries)
     lines = [
         "| row | server | speed |"
@@ -113,7 +115,7 @@ def markdown(summaries: Sequence[Summary]) -> str:
             continue
         total = sum(summary.cpu_us.values())
         by_name = ", ".join(f"{name} {value:,.0f}" for name, value in summary.cpu_us.items())
-        memory = ", ".join(f"{name} {value / MIB:.0f}" for name, value in summary.peak_bytes.items())
+        memory = ", ".join(f"{name} {value / MIB:.0f} ({summary.peak_bytes[name] / MIB:.0f})" for name, value in summary.own_bytes.items())
         cells = [summary.row, summary.server, f"{summary.speed:,.1f} {summary.unit}"]
         cells += [f"{summary.low:,.1f} to {summary.high:,.1f}"] if several else []
         cells += [f"{summary.p50_ms:.2f}, {summary.p99_ms:.2f}, {summary.max_ms:.1f}"]

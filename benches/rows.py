@@ -66,7 +66,7 @@ DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
 class Result:
     """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` are never counted as done.
 
-    ``cpu_s`` and ``peak_bytes`` are by name of server process, empty for somebody else's endpoint; ``disk_bytes_per_byte`` 0 when not measured.
+    ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest without mapped files, as sampled) are by name of server process, empty for somebody else's endpoint; ``disk_bytes_per_byte`` 0 when not measured.
     """
 
     row: str
@@ -80,6 +80,7 @@ class Result:
     max_ms: float = 0.0
     cpu_s: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    own_bytes: dict[str, int] = field(default_factory=dict)
     disk_bytes_per_byte: float = 0.0
 
     @property

@@ -49,12 +49,20 @@ class Server:
         return found
 
     def peak_bytes(self) -> dict[str, int]:
-        """Resident memory of each process at its highest since it started, or since ``forget_peaks``."""
+        """Resident memory of each process at its highest since it started, or since ``forget_peaks``. Mapped pages of files are among it: LMDB's, which the
+        kernel takes back when it wants them."""
+        return self._memory("VmHWM")
+
+    def own_bytes(self) -> dict[str, int]:
+        """Resident memory of each process now that is of no file: what it has allocated."""
+        return self._memory("RssAnon")
+
+    def _memory(self, field_name: str) -> dict[str, int]:
         found = {}
         for name, pid in self.processes.items():
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                    if line.startswith("VmHWM"):
+                    if line.startswith(field_name):
                         found[name] = int(line.split()[1]) * 1024
         return found
 

@@ -267,17 +267,25 @@ async def test_flat_cost_repeats_the_rows_after_each_burden() -> None:
 
 def test_a_table_has_medians_and_tells_failed_rows_apart() -> None:
     runs = [
-        Result("row", operations=10, seconds=seconds, cpu_s={"n1": 0.001 * seconds}, peak_bytes={"n1": int(seconds) << 20})
+        Result(
+            "row",
+            operations=10,
+            seconds=seconds,
+            cpu_s={"n1": 0.001 * seconds},
+            peak_bytes={"n1": int(seconds) << 20},
+            own_bytes={"n1": int(seconds) << 19},
+        )
         for seconds in (1.0, 2.0, 4.0)
     ]
     summary = summarize("server", runs)
     assert (summary.speed, summary.low, summary.high, summary.runs) == (5.0, 2.5, 10.0, 3)
     assert round(summary.cpu_us["n1"]) == 200
-    assert summary.peak_bytes["n1"] == 4 << 20
+    assert (summary.peak_bytes["n1"], summary.own_bytes["n1"]) == (4 << 20, 2 << 20)
     broken = summarize("server", [Result("other", operations=3, seconds=1.0, errors=1, first_error="other #1: status 500")])
     assert (broken.runs, broken.speed, broken.errors) == (0, 0.0, 1)
     told = markdown([summary, broken])
     assert "| row | server | 5.0 /s | 2.5 to 10.0 |" in told
+    assert "n1 2 (4)" in told
     assert "failed: other #1: status 500" in told
 
 
