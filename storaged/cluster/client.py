@@ -17,6 +17,7 @@ import random
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
@@ -35,7 +36,7 @@ from storaged.cluster.framing import (
     Kind,
     Verdict,
 )
-from storaged.cluster.ports import Admission, Call, Methods, PeerIdentity, Reply
+from storaged.cluster.ports import Admission, Call, Methods, PeerIdentity, Reply, Then
 from storaged.cluster.server import OnRefusal
 from storaged.errors import CertificateRefused, JurisdictionRefused, PeerError, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
@@ -45,6 +46,7 @@ from storaged.wire import Buffer, Message, decode, encode
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T", bound=Message)
+NO_BYTES = memoryview(b"")
 Addresses = Callable[[str], str | None] | Mapping[str, str]
 """Node name -> ``host:port`` of its RPC server; None for a node that has none or is in no layout."""
 
@@ -84,22 +86,44 @@ class PoolStatistics:
     links: tuple[LinkStatistics, ...]
 
 
+@dataclass
+class _Calls:
+    """Counts since the start."""
+
+    total: int = 0
+    local: int = 0
+    failed: int = 0
+    timed_out: int = 0
+
+    def saw(self, error: PeerError) -> None:
+        if isinstance(error, PeerTimeout):
+            self.timed_out += 1
+        else:
+            self.failed += 1
+
+
 class _Pending(NamedTuple):
-    future: asyncio.Future[tuple[Any, memoryview]]
+    """A call that waits for its answer, to be given to ``then``. ``prefix``: the method's name as it was sent."""
+
+    then: Then
     reply: type[Message]
+    deadline: float
+    prefix: bytes
 
 
 class ClientConnection(Connection):
     """A connection to ``node``. Usable once ``hello`` is done."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, node: str, limits: PoolLimits) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, node: str, limits: PoolLimits, calls: _Calls) -> None:
         super().__init__(loop)
         self.node = node
         self.limits = limits
+        self.calls = calls
         self.hello: asyncio.Future[Hello] = loop.create_future()
         self.pending: dict[int, _Pending] = {}
         self._last_id = 0
         self._room: list[asyncio.Future[None]] = []
+        self._expiry: asyncio.TimerHandle | None = None  # of the call that expires first
 
     # Frames in.
 
@@ -119,14 +143,14 @@ class ClientConnection(Connection):
         pending = self.pending.pop(header.request_id, None)
         if pending is None:
             self._greet(header, head)
-        elif not pending.future.done():
+        else:
             try:
                 if header.kind == Kind.REPLY:
-                    pending.future.set_result((decode(head, pending.reply), body))
+                    pending.then(decode(head, pending.reply), body)
                 else:
-                    pending.future.set_exception(faults.from_head(decode(head, ErrorHead), self.node))
+                    self._fail(pending, faults.from_head(decode(head, ErrorHead), self.node))
             except MsgspecError as error:
-                pending.future.set_exception(faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
+                self._fail(pending, faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
         if self._room:
             self._make_room()
 
@@ -150,9 +174,11 @@ class ClientConnection(Connection):
     def closed(self) -> None:
         self._give_up(ConnectionResetError(self.reason))
         pending, self.pending = self.pending, {}
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
         for entry in pending.values():
-            if not entry.future.done():
-                entry.future.set_exception(PeerUnreachable(f"The connection to {self.node} broke: {self.reason}."))
+            self._fail(entry, PeerUnreachable(f"The connection to {self.node} broke: {self.reason}."))
         self._make_room()
 
     # Calls.
@@ -161,31 +187,55 @@ class ClientConnection(Connection):
         self, prefix: bytes, request: Message, reply: type[T], body: tuple[Buffer, ...], size: int, deadline: float
     ) -> tuple[T, memoryview]:
         """Raises PeerError; ValueError when the request is over a frame's limits."""
-        head = prefix + encode(request)
-        while self.is_open and (
-            self.queued_bytes > self.limits.queued_bytes_max or len(self.pending) >= self.limits.calls_per_connection_max
-        ):
+        while self.is_open and not self.has_room:
             await self._wait_for_room(deadline)
         if not self.is_open:
-            raise PeerUnreachable(f"The connection to {self.node} broke: {self.reason}.")
-        remaining_s = deadline - self.loop.time()
-        request_id = self._last_id = self._last_id + 1
+            raise self._counted(PeerUnreachable(f"The connection to {self.node} broke: {self.reason}."))
         future: asyncio.Future[tuple[Any, memoryview]] = self.loop.create_future()
-        self.send(Kind.REQUEST, request_id, head, body, size, min(max(int(remaining_s * 1000), 1), DEADLINE_MS_MAX))
-        self.pending[request_id] = _Pending(future, reply)
-        timer = self.loop.call_at(deadline, self._expire, request_id, prefix)
+        request_id = self.post(prefix, request, reply, body, size, deadline, partial(_resolve, future))
         try:
             return await future
         except asyncio.CancelledError:
             self._abandon(request_id)
             raise
-        finally:
-            timer.cancel()
 
-    def _expire(self, request_id: int, prefix: bytes) -> None:
-        entry = self._abandon(request_id)
-        if entry is not None and not entry.future.done():
-            entry.future.set_exception(PeerTimeout(f"{self.node} did not answer {prefix[1:].decode()} in time."))
+    @property
+    def has_room(self) -> bool:
+        return self.queued_bytes <= self.limits.queued_bytes_max and len(self.pending) < self.limits.calls_per_connection_max
+
+    def post(
+        self, prefix: bytes, request: Message, reply: type[Message], body: tuple[Buffer, ...], size: int, deadline: float, then: Then
+    ) -> int:
+        """Sends a request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
+        remaining_ms = int((deadline - self.loop.time()) * 1000)
+        request_id = self._last_id = self._last_id + 1
+        self.send(Kind.REQUEST, request_id, prefix + encode(request), body, size, min(max(remaining_ms, 1), DEADLINE_MS_MAX))
+        self.pending[request_id] = _Pending(then, reply, deadline, prefix)
+        if self._expiry is None or deadline < self._expiry.when():
+            self._set_expiry(deadline)
+        return request_id
+
+    def _set_expiry(self, deadline: float) -> None:
+        """One timer for all calls: it rings for the earliest, and most have been answered by then."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry = self.loop.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        now = self.loop.time()
+        for request_id, entry in [(request_id, entry) for request_id, entry in self.pending.items() if entry.deadline <= now]:
+            if self._abandon(request_id) is not None:
+                self._fail(entry, PeerTimeout(f"{self.node} did not answer {entry.prefix[1:].decode()} in time."))
+        if self.pending:
+            self._set_expiry(min(entry.deadline for entry in self.pending.values()))
+
+    def _fail(self, entry: _Pending, error: PeerError) -> None:
+        entry.then(self._counted(error), NO_BYTES)
+
+    def _counted(self, error: PeerError) -> PeerError:
+        self.calls.saw(error)
+        return error
 
     def _abandon(self, request_id: int) -> _Pending | None:
         entry = self.pending.pop(request_id, None)
@@ -203,7 +253,7 @@ class ClientConnection(Connection):
             async with asyncio.timeout_at(deadline):
                 await waiter
         except TimeoutError:
-            raise PeerTimeout(f"{self.node} takes no more: {self.queued_bytes} bytes wait for it.") from None
+            raise self._counted(PeerTimeout(f"{self.node} takes no more: {self.queued_bytes} bytes wait for it.")) from None
         finally:
             with contextlib.suppress(ValueError):
                 self._room.remove(waiter)
@@ -217,6 +267,15 @@ class ClientConnection(Connection):
     def sent(self, request_id: int, size: int) -> None:
         if self._room:
             self._make_room()
+
+
+def _resolve(future: asyncio.Future[tuple[Any, memoryview]], answer: Any, bulk: memoryview) -> None:
+    if future.done():
+        return
+    if isinstance(answer, PeerError):
+        future.set_exception(answer)
+    else:
+        future.set_result((answer, bulk))
 
 
 class _Link:
@@ -263,7 +322,7 @@ class _Link:
     async def _dial(self) -> ClientConnection:
         pool, node = self.pool, self.node
         host, port = pool.endpoint(node)
-        connection = ClientConnection(pool.loop, node, pool.limits)
+        connection = ClientConnection(pool.loop, node, pool.limits, pool.calls)
         try:
             async with asyncio.timeout(pool.limits.connect_timeout_s):
                 await pool.loop.create_connection(lambda: connection, host, port, ssl=pool.context, server_hostname=node)
@@ -370,7 +429,7 @@ class RpcPool:
         self._watchers: list[Callable[[str, bool], None]] = []
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._running = False
-        self._calls = self._calls_local = self._calls_failed = self._calls_timed_out = 0
+        self.calls = _Calls()
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -425,10 +484,10 @@ class RpcPool:
 
     def statistics(self) -> PoolStatistics:
         return PoolStatistics(
-            calls=self._calls,
-            calls_local=self._calls_local,
-            calls_failed=self._calls_failed,
-            calls_timed_out=self._calls_timed_out,
+            calls=self.calls.total,
+            calls_local=self.calls.local,
+            calls_failed=self.calls.failed,
+            calls_timed_out=self.calls.timed_out,
             links=tuple(self._links[node].statistics() for node in sorted(self._links)),
         )
 
@@ -452,27 +511,52 @@ class RpcPool:
     async def call(
         self, node: str, method: str, request: Message, reply: type[T], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
     ) -> tuple[T, memoryview]:
-        self._calls += 1
-        try:
-            if node == self._local_name:
+        self.calls.total += 1
+        if node == self._local_name:
+            try:
                 return await self._call_local(method, request, reply, body, timeout_s)
-            prefix = self._prefixes.get(method)
-            if prefix is None:
-                name = method.encode("ascii")
-                prefix = self._prefixes[method] = bytes([len(name)]) + name
-            pieces, size = measure(body) if body else ((), 0)
-            deadline = self.loop.time() + timeout_s
-            link = self._links.get(node)
-            connection = link.connection if link is not None else None
-            if connection is None:
+            except PeerError as error:
+                self.calls.saw(error)
+                raise
+        pieces, size = measure(body) if body else ((), 0)
+        deadline = self.loop.time() + timeout_s
+        link = self._links.get(node)
+        connection = link.connection if link is not None else None
+        if connection is None:
+            try:
                 connection = await self._connection(node, deadline)
-            return await connection.call(prefix, request, reply, pieces, size, deadline)
-        except PeerTimeout:
-            self._calls_timed_out += 1
-            raise
-        except PeerError:
-            self._calls_failed += 1
-            raise
+            except PeerError as error:
+                self.calls.saw(error)
+                raise
+        return await connection.call(self._prefix(method), request, reply, pieces, size, deadline)
+
+    def post(
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[Message],
+        then: Then,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> bool:
+        """See ``ports.Poster``."""
+        link = self._links.get(node)
+        connection = link.connection if link is not None else None
+        if connection is None or not connection.is_open or not connection.has_room:
+            return False
+        self.calls.total += 1
+        pieces, size = measure(body) if body else ((), 0)
+        connection.post(self._prefix(method), request, reply, pieces, size, self.loop.time() + timeout_s, then)
+        return True
+
+    def _prefix(self, method: str) -> bytes:
+        prefix = self._prefixes.get(method)
+        if prefix is None:
+            name = method.encode("ascii")
+            prefix = self._prefixes[method] = bytes([len(name)]) + name
+        return prefix
 
     async def _connection(self, node: str, deadline: float) -> ClientConnection:
         if not self._running:
@@ -493,7 +577,7 @@ class RpcPool:
         self, name: str, request: Message, reply: type[T], body: Sequence[Buffer], timeout_s: float
     ) -> tuple[T, memoryview]:
         """The same answers and errors as over the network; the body's bytes are the caller's, so what the handler keeps is copied out."""
-        self._calls_local += 1
+        self.calls.local += 1
         own = self.identity.peer
         method = self._local_methods.get(name)
         if method is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from storaged.cluster.layout import Layout
 from storaged.wire import Buffer, Message
@@ -65,6 +65,10 @@ Methods = Mapping[str, Method]
 """Method name (``meta.prepare``, ``fragment.write``) -> Method. ``node.py`` merges every plane's and registers them."""
 
 
+Then = Callable[[Any, memoryview], None]
+"""``then(answer, bulk)``: called once, on the event loop, with the reply and its bulk bytes, or with a PeerError and none. It must not raise."""
+
+
 class Caller(Protocol):
     """Calls methods on other nodes by name (or on this one, without the network)."""
 
@@ -82,6 +86,25 @@ class Caller(Protocol):
 
         Raises PeerUnreachable (at once when the node is known to be away), PeerTimeout, PeerRefused or another PeerError.
         """
+
+
+@runtime_checkable
+class Poster(Protocol):
+    """What a Caller may do besides: ask without a task. A small PUT makes six calls, and a task costs more than the frame that it sends."""
+
+    def post(
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[Message],
+        then: Then,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> bool:
+        """As ``call``, but returns at once and hands the outcome to ``then``. False: nothing was sent, since that would need waiting (no connection, no
+        room in it) or the node is this one; ``call`` does that. Raises ValueError when the request is over a frame's limits."""
 
 
 @dataclass(frozen=True)

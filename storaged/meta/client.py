@@ -252,7 +252,8 @@ class RingClient:
                 if _value_at(seen, newest) is not None:
                     return seen
                 ask(next(disk for disk, its in accepted.items() if its == newest), True)
-            answer = await answers.next(min(self._hedge_s, remaining_s) if waiting else remaining_s)
+            wanted = max(needed - len(accepted), 1)
+            answer = await answers.next(min(self._hedge_s, remaining_s) if waiting else remaining_s, wanted)
             if answer is not None:
                 _note(seen, *answer)
             if waiting and (answer is None or answer[0] in seen.failed or len(set(seen.accepted.values())) > 1):
@@ -458,11 +459,11 @@ class RingClient:
 
     def _ask_read(self, answers: Answers[_ReadAnswer], request: messages.Read, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)
-        answers.ask(request.disk, lambda replica: replica.read(request, timeout_s=timeout_s))
+        answers.post(request, lambda replica: replica.read(request, timeout_s=timeout_s), timeout_s=timeout_s)
 
     def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)
-        answers.ask(request.disk, lambda replica: replica.accept(request, timeout_s=timeout_s))
+        answers.post(request, lambda replica: replica.accept(request, timeout_s=timeout_s), timeout_s=timeout_s)
 
     def _ask_page(self, answers: Answers[messages.PageReply], request: messages.PageGet, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)

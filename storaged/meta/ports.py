@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from storaged.cluster.ports import Then
 from storaged.meta.names import Change, RegisterName, Value
-from storaged.wire import Buffer
+from storaged.wire import Buffer, Message
 
 if TYPE_CHECKING:
     from storaged.meta import messages
@@ -233,6 +234,13 @@ class Replica(Protocol):
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply: ...
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply: ...
+
+
+class PostingReplica(Replica, Protocol):
+    """What a replica may do besides: be asked without a task."""
+
+    def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+        """A Prepare, Accept or Read, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
 
 
 class Replicas(Protocol):

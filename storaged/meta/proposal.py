@@ -20,7 +20,7 @@ from storaged.clock import Clock
 from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.meta import messages
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Ballot, Outcome, Replica, Replicas, SmallCopies, Update
+from storaged.meta.ports import Ballot, Outcome, Replicas, SmallCopies, Update
 from storaged.meta.register import (
     NEVER,
     Ballots,
@@ -32,6 +32,7 @@ from storaged.meta.register import (
     has_majority,
     out_of_reach,
     settled_ballot,
+    short_of_majority,
     shown,
 )
 from storaged.meta.rounds import Answers, Suspects, TaskPool
@@ -171,7 +172,7 @@ class Proposal:
             if out_of_reach(view.groups, failed):
                 self._not_promised(failed, final)
                 return None
-            answer = await answers.next(self.remaining_s())
+            answer = await answers.next(self.remaining_s(), short_of_majority(view.groups, promised))
             if answer is None:
                 raise self._gave_up("no majority of its replicas answered in time")
             disk, reply = answer
@@ -200,20 +201,22 @@ class Proposal:
         body: Sequence[Buffer] = ()
         if self.small is not None and index < len(self.small.fragments):
             header, body = self.small.fragments[index]
-        request = messages.Prepare(disk, self.name, ballot, self.nonce, header)
+        request, timeout_s = messages.Prepare(disk, self.name, ballot, self.nonce, header), self._call_timeout_s()
+        answers.post(
+            request,
+            lambda replica: replica.prepare(request, body, timeout_s=timeout_s),
+            body=body,
+            timeout_s=timeout_s,
+            heard=self._hear_copy if header else None,
+        )
 
-        async def prepare(replica: Replica) -> messages.PrepareReply:
-            try:
-                reply = await replica.prepare(request, body, timeout_s=self._call_timeout_s())
-            except StoragedError:
-                if header:
-                    self.around.on_missed(self.name)
-                raise
-            if header and not reply.payload_synced:
-                self.around.on_missed(self.name)
-            return reply
+    def _hear_copy(self, answer: messages.PrepareReply | StoragedError) -> None:
+        if isinstance(answer, StoragedError) or not answer.payload_synced:
+            self.around.on_missed(self.name)
 
-        answers.ask(disk, prepare)
+    def _hear_accept(self, answer: messages.AcceptReply | StoragedError) -> None:
+        if isinstance(answer, StoragedError) or answer.verdict != Verdict.OK:
+            self.around.on_missed(self.name)
 
     def _note(self, promises: _Promises, disk: str, reply: messages.PrepareReply) -> None:
         """What is worth knowing of an answer, whether it promised or not."""
@@ -289,8 +292,7 @@ class Proposal:
         around = self.around
         answers = Answers[messages.AcceptReply](around.replicas, around.pool, around.suspects)
         for disk in view.disks:
-            request = messages.Accept(disk, self.name, ballot, value, self.nonce, identity)
-            answers.ask(disk, _accept_call(request, self._call_timeout_s(), None if identity else around.on_missed))
+            self._ask_accept(answers, messages.Accept(disk, self.name, ballot, value, self.nonce, identity))
         accepted: set[str] = set()
         failed: set[str] = set()
         fenced: set[str] = set()
@@ -299,7 +301,7 @@ class Proposal:
                 raise self._fenced(final=False)
             if out_of_reach(view.groups, failed):
                 return False
-            answer = await answers.next(self.remaining_s())
+            answer = await answers.next(self.remaining_s(), short_of_majority(view.groups, accepted))
             if answer is None:
                 raise self._gave_up("no majority of its replicas confirmed the write in time")
             disk, reply = answer
@@ -315,6 +317,11 @@ class Proposal:
                     around.counts["preempted"] += 1
                     self._above = max(self._above, reply.promised.counter)
         return True
+
+    def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept) -> None:
+        timeout_s = self._call_timeout_s()
+        heard = None if request.identity else self._hear_accept
+        answers.post(request, lambda replica: replica.accept(request, timeout_s=timeout_s), timeout_s=timeout_s, heard=heard)
 
     # --- time ----------------------------------------------------------------------------------------------------------
 
@@ -340,19 +347,3 @@ class Proposal:
             return OutcomeUnknown(f"The write may or may not have been applied: {reason}. Read, or retry.")
         self.around.counts["unavailable"] += 1
         return ServiceUnavailable(f"The key's register cannot be settled now: {reason}. Nothing was changed. Retry.")
-
-
-def _accept_call(
-    request: messages.Accept, timeout_s: float, on_missed: Callable[[RegisterName], None] | None
-) -> Callable[[Replica], Awaitable[messages.AcceptReply]]:
-    async def accept(replica: Replica) -> messages.AcceptReply:
-        taken = False
-        try:
-            reply = await replica.accept(request, timeout_s=timeout_s)
-            taken = reply.verdict == Verdict.OK
-            return reply
-        finally:
-            if not taken and on_missed is not None:
-                on_missed(request.name)
-
-    return accept

@@ -160,6 +160,11 @@ def has_majority(groups: Groups, disks: Container[str]) -> bool:
     return all([2 * _count(group, disks) > len(group) for group in groups])  # noqa: C419 - a list is half the price of a generator
 
 
+def short_of_majority(groups: Groups, disks: Container[str]) -> int:
+    """How many more disks are needed, at the least."""
+    return max([len(group) // 2 + 1 - _count(group, disks) for group in groups])
+
+
 def out_of_reach(groups: Groups, failed: Container[str]) -> bool:
     """No majority is left without the ``failed``."""
     return any([2 * _count(group, failed) >= len(group) for group in groups])  # noqa: C419

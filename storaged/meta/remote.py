@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Reply
+from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
 from storaged.meta import messages
 from storaged.meta.ports import Replica
 from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import ScanReply, ScanRequest
-from storaged.wire import Buffer
+from storaged.wire import Buffer, Message
+
+_POSTED: dict[type[Message], tuple[str, type[Message]]] = {
+    messages.Prepare: ("meta.prepare", messages.PrepareReply),
+    messages.Accept: ("meta.accept", messages.AcceptReply),
+    messages.Read: ("meta.read", messages.ReadReply),
+}
 
 
 class RemoteReplica:
-    """``ports.Replica`` over RPC: one disk of another node."""
+    """``ports.PostingReplica`` over RPC: one disk of another node."""
 
     def __init__(self, caller: Caller, node: str, disk: str) -> None:
         self._caller = caller
+        self._poster = caller if isinstance(caller, Poster) else None
         self.node = node
         self.disk = disk
+
+    def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+        if self._poster is None:
+            return False
+        method, reply = _POSTED[type(request)]
+        return self._poster.post(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
 
     async def prepare(self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.PrepareReply:
         reply, _ = await self._caller.call(self.node, "meta.prepare", request, messages.PrepareReply, body=body, timeout_s=timeout_s)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from storaged.clock import Clock
 from storaged.errors import PeerUnreachable, SlowDown, StoragedError
+from storaged.meta.messages import Accept, Prepare, Read
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Replica, Replicas
+from storaged.wire import Buffer
 
 T = TypeVar("T")
+Ask = Prepare | Accept | Read
 
 CALLS_MAX = 16_384
 """Calls to replicas in flight from one client; beyond it the oldest are given up."""
@@ -85,6 +89,7 @@ class Answers(Generic[T]):
         self._suspects = suspects
         self._inbox: deque[tuple[str, T | StoragedError]] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._wanted = 1
         self.pending = 0
         """Calls whose answer was not yet taken."""
 
@@ -92,25 +97,58 @@ class Answers(Generic[T]):
         self.pending += 1
         self._pool.start(self._run(disk, call))
 
-    async def _run(self, disk: str, call: Callable[[Replica], Awaitable[T]]) -> None:
+    def post(
+        self,
+        request: Ask,
+        call: Callable[[Replica], Awaitable[T]],
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float,
+        heard: Callable[[Any], None] | None = None,
+    ) -> None:
+        """As ``ask``, but without a task where the replica can be asked without one. ``heard`` sees the answer too, also one that nobody waits for any more."""
+        self.pending += 1
+        disk = request.disk
+        try:
+            replica = self._replicas.replica(disk)
+        except StoragedError as error:
+            self._arrived(disk, heard, error)
+            return
+        post = getattr(replica, "post", None)
+        bulk = isinstance(request, Read)
+        if post is None or not post(request, partial(self._posted, disk, heard, bulk), body=body, timeout_s=timeout_s):
+            self._pool.start(self._run(disk, call, heard))
+
+    def _posted(self, disk: str, heard: Callable[[Any], None] | None, bulk: bool, answer: Any, payload: memoryview) -> None:
+        self._arrived(disk, heard, (answer, payload) if bulk and not isinstance(answer, StoragedError) else answer)
+
+    async def _run(self, disk: str, call: Callable[[Replica], Awaitable[T]], heard: Callable[[Any], None] | None = None) -> None:
         answer: T | StoragedError | None = None
         try:
             answer = await call(self._replicas.replica(disk))
-        except PeerUnreachable as error:
-            self._suspects.add(disk)
-            answer = error
         except StoragedError as error:
             answer = error
         finally:
-            self._inbox.append((disk, answer if answer is not None else PeerUnreachable(f"The call to disk {disk} was given up.")))
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
+            self._arrived(disk, heard, answer if answer is not None else PeerUnreachable(f"The call to disk {disk} was given up."))
 
-    async def next(self, timeout_s: float) -> tuple[str, T | StoragedError] | None:
-        """The next answer; None when none came in time or none is to come."""
+    def _arrived(self, disk: str, heard: Callable[[Any], None] | None, answer: Any) -> None:
+        failed = isinstance(answer, StoragedError)
+        if isinstance(answer, PeerUnreachable):
+            self._suspects.add(disk)
+        self._inbox.append((disk, answer))
+        waiter, arrived = self._waiter, len(self._inbox)
+        if waiter is not None and not waiter.done() and (failed or arrived >= self._wanted or arrived >= self.pending):
+            waiter.set_result(None)
+        if heard is not None:
+            heard(answer)
+
+    async def next(self, timeout_s: float, wanted: int = 1) -> tuple[str, T | StoragedError] | None:
+        """The next answer; None when none came in time or none is to come. ``wanted``: so many are needed, so that waking up for fewer is no use, but for an
+        error."""
         if not self._inbox and self.pending and timeout_s > 0:
             loop = asyncio.get_running_loop()
             waiter = self._waiter = loop.create_future()
+            self._wanted = wanted
             timer = loop.call_later(timeout_s, _wake, waiter)
             try:
                 await waiter
