@@ -54,11 +54,16 @@ class again when it derives from PeerError."""
 
 
 class Method(NamedTuple):
-    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them)."""
+    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them).
+
+    ``at_once``, where there is one, is asked first: it answers on the event loop what needs no waiting, without the task that the handler runs in, and
+    returns None for everything else.
+    """
 
     request: type[Message]
     handler: Handler
     roles: frozenset[str] = frozenset({"storage", "gateway"})
+    at_once: Callable[[Any, Call], Message | Reply | None] | None = None
 
 
 Methods = Mapping[str, Method]

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from msgspec import MsgspecError
@@ -230,22 +230,44 @@ class ServerConnection(Connection):
             self._release(header.body_bytes)
         else:
             deadline = self.loop.time() + header.deadline_ms / 1000
-            task = self.loop.create_task(self._serve(request_id, name, method, request, Call(self.peer, body, deadline)))
+            call = Call(self.peer, body, deadline)
+            if method.at_once is not None and self._answered_at_once(request_id, name, method.at_once, request, call):
+                self._release(header.body_bytes)
+                return
+            task = self.loop.create_task(self._serve(request_id, name, method, request, call))
             self.running[request_id] = _Running(task, deadline)
             # Not a finally in the task: one that is cancelled before its first step never gets there.
             task.add_done_callback(partial(self._finished, request_id, header.body_bytes))
 
     # Answers.
 
+    def _answered_at_once(
+        self, request_id: int, name: bytes, at_once: Callable[[Any, Call], Message | Reply | None], request: Message, call: Call
+    ) -> bool:
+        try:
+            answer = at_once(request, call)
+            if answer is not None:
+                self._answer(request_id, answer)
+        except StoragedError as error:
+            self._fail(request_id, error)
+        except Exception as error:
+            log.exception("call failed", peer=call.peer.name, method=name.decode())
+            self._fail(request_id, error)
+        else:
+            return answer is not None
+        return True
+
+    def _answer(self, request_id: int, answer: Message | Reply) -> None:
+        message, body = answer if isinstance(answer, Reply) else (answer, ())
+        if body:
+            pieces, reply_bytes = measure(body)
+            self._send_bulk(request_id, encode(message), pieces, reply_bytes)
+        else:
+            self.send(Kind.REPLY, request_id, encode(message))
+
     async def _serve(self, request_id: int, name: bytes, method: Method, request: Message, call: Call) -> None:
         try:
-            answer = await method.handler(request, call)
-            message, body = answer if isinstance(answer, Reply) else (answer, ())
-            if body:
-                pieces, reply_bytes = measure(body)
-                self._send_bulk(request_id, encode(message), pieces, reply_bytes)
-            else:
-                self.send(Kind.REPLY, request_id, encode(message))
+            self._answer(request_id, await method.handler(request, call))
         except StoragedError as error:
             self._fail(request_id, error)
         except Exception as error:

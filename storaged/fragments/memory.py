@@ -140,6 +140,10 @@ class MemoryFragmentStore:
         prefix = data_id + b"\0\0\0\0\x01"
         return next((FragmentId.unpack(key) for key in self._fragments if key.startswith(prefix)), None)
 
+    def peek(self, fragment: FragmentId) -> CellRead | None:
+        """Nothing is read without its simulated latency."""
+        return None
+
     def _used(self) -> int:
         return sum(len(kept.payload) for kept in self._fragments.values())
 

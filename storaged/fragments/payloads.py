@@ -7,8 +7,8 @@ from typing import Protocol
 
 import msgspec
 
-from storaged.errors import FragmentDamaged, FragmentMissing, PeerRefused
-from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStore
 from storaged.units import MIB
 from storaged.wire import Buffer, decode
 
@@ -20,6 +20,8 @@ class CopyStore(FragmentStore, Protocol):
     """A local body: it can find a copy without knowing which of the replicas it was made for."""
 
     def find_copy(self, data_id: bytes) -> FragmentId | None: ...
+
+    def peek(self, fragment: FragmentId) -> CellRead | None: ...
 
 
 class Payloads:
@@ -37,6 +39,15 @@ class Payloads:
         pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
         await self._store.write(parsed, pieces, sync=True)
 
+    def peek_payload(self, data_id: bytes) -> memoryview | None:
+        """The whole copy when it is in memory; None otherwise, whatever the reason."""
+        try:
+            fragment = self._store.find_copy(data_id)
+            found = None if fragment is None else self._store.peek(fragment)
+        except (FragmentMissing, FragmentDamaged, DiskUnusable):
+            return None
+        return None if found is None else _joined(found)
+
     async def load_payload(self, data_id: bytes) -> memoryview | None:
         """The whole copy, every cell verified; None when this disk has none, or not whole (its damage has been reported)."""
         fragment = self._store.find_copy(data_id)
@@ -46,7 +57,12 @@ class Payloads:
             found = await self._store.read(fragment, 0, COPY_BYTES_MAX)
         except (FragmentMissing, FragmentDamaged):
             return None
-        whole = [cell for cell in found.cells if cell is not None]
-        if len(whole) != len(found.cells):
-            return None
-        return whole[0] if len(whole) == 1 else memoryview(b"".join(whole))
+        return _joined(found)
+
+
+def _joined(found: CellRead) -> memoryview | None:
+    """The cells as one; None when one of them is damaged."""
+    whole = [cell for cell in found.cells if cell is not None]
+    if len(whole) != len(found.cells):
+        return None
+    return whole[0] if len(whole) == 1 else memoryview(b"".join(whole))

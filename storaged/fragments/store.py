@@ -79,6 +79,8 @@ class _Job:
     call: Callable[[], Any] | None = None
     sync: bool = False
     token: list[None] = field(default_factory=lambda: [None])
+    served: asyncio.Future[None] | None = None
+    """Done when the writer has finished with a job whose caller gave up while it was at it."""
 
     def claim(self) -> bool:
         try:
@@ -196,6 +198,16 @@ class LocalFragmentStore:
             assert found is not None
         return CellRead(found.header, found.cells)
 
+    def peek(self, fragment: FragmentId) -> CellRead | None:
+        """All of a small fragment, when it is in the page cache and whole; never waits for the disk. Raises FragmentMissing, DiskUnusable."""
+        self._refuse_when_closed()
+        key = fragment.pack()
+        entry = self._index.lookup(key)
+        if entry is None or entry.payload_bytes > INLINE_READ_BYTES_MAX:
+            return None
+        found = self._engine.reader.read(key, 0, entry.cells, cached=True)
+        return None if found is None else CellRead(found.header, found.cells)
+
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         self._refuse_when_closed()
         if len(ids) <= INLINE_IDS_MAX:
@@ -298,11 +310,11 @@ class LocalFragmentStore:
         """A caller that gives up gets its buffers back at once when the writer has not begun with them, else when it has finished."""
         self._queue.put(job)
         try:
-            return await asyncio.shield(job.future)
+            return await job.future
         except asyncio.CancelledError:
-            if not job.claim():
-                with contextlib.suppress(StoragedError):
-                    await job.future
+            if job.future.cancelled() and not job.claim():
+                job.served = self._loop.create_future()
+                await job.served
             raise
 
     async def _take_bytes(self, count: int) -> None:
@@ -491,8 +503,9 @@ def _answer(call: Callable[[], Any]) -> Any:
 def _resolve(answers: list[tuple[_Job, Any]]) -> None:
     for job, answer in answers:
         if job.future.done():
-            continue
-        if isinstance(answer, BaseException):
+            if job.served is not None and not job.served.done():
+                job.served.set_result(None)
+        elif isinstance(answer, BaseException):
             job.future.set_exception(answer)
         else:
             job.future.set_result(answer)

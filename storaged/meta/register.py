@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import xxhash
 
@@ -81,8 +82,7 @@ class Verdict(IntEnum):
 # --- acceptor -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptor:
+class Acceptor(NamedTuple):
     """What an acceptor knows of one register when a request comes. ``promised`` is the highest ballot promised for it or for every register; when
     ``damaged`` it includes the high-water ballot, above anything that the lost row may have held. ``value`` is what was accepted at ``accepted``."""
 

@@ -110,7 +110,7 @@ class ReplicaHost:
         return {
             "meta.prepare": Method(messages.Prepare, self._prepare),
             "meta.accept": Method(messages.Accept, self._accept),
-            "meta.read": Method(messages.Read, self._read),
+            "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
             "meta.page_put": Method(messages.PagePut, self._page_put),
             "meta.page_get": Method(messages.PageGet, self._page_get),
             "meta.fence": Method(messages.FenceSet, self._fence),
@@ -124,6 +124,10 @@ class ReplicaHost:
 
     async def _accept(self, request: messages.Accept, _call: Call) -> messages.AcceptReply:
         return await self._of(request.disk).accept(request)
+
+    def _read_at_once(self, request: messages.Read, _call: Call) -> Reply | None:
+        found = self._of(request.disk).read_at_once(request)
+        return None if found is None else Reply(found[0], (found[1],) if len(found[1]) else ())
 
     async def _read(self, request: messages.Read, _call: Call) -> Reply:
         reply, payload = await self._of(request.disk).read(request)

@@ -50,6 +50,10 @@ log = structlog.get_logger(__name__)
 PROMISES_MAX = 65_536
 """Prepared and not yet accepted registers at one disk; about 20 MiB when full."""
 
+FENCES_KNOWN_MAX = 4_096
+"""Buckets of which it is remembered whether they are fenced; only this replica changes that."""
+
+NO_BYTES = memoryview(b"")
 VALUE_BYTES_MAX = 4 * MIB
 PAGE_BYTES_MAX = 4 * MIB
 
@@ -64,6 +68,9 @@ NODE_CHARS_MAX = 63
 
 StorePayload = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
 """``await store_payload(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk refused."""
+
+PeekPayload = Callable[[bytes], memoryview | None]
+"""``peek_payload(data_id)``: the same copy, verified, when it is in memory; None when it is not, or not whole: ``load_payload`` says which."""
 
 LoadPayload = Callable[[bytes], Awaitable[memoryview | None]]
 """``await load_payload(data_id)``: this disk's copy of a small object, verified; None when it has none that is whole."""
@@ -96,6 +103,7 @@ class LocalReplica:
         *,
         store_payload: StorePayload | None = None,
         load_payload: LoadPayload | None = None,
+        peek_payload: PeekPayload | None = None,
         promises_max: int = PROMISES_MAX,
         rules: Rules = RULES,
     ) -> None:
@@ -104,12 +112,14 @@ class LocalReplica:
         self._store = store
         self._store_payload = store_payload
         self._load_payload = load_payload
+        self._peek_payload = peek_payload
         self._promises_max = promises_max
         self._rules = rules
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
-        self._in_flight: dict[RegisterName, asyncio.Task[StoragedError | None]] = {}
+        self._in_flight: dict[RegisterName, asyncio.Future[None]] = {}
         self._fences_unsynced: dict[bytes, Fence] = {}
         self._lifted_unsynced: dict[bytes, bytes] = {}
+        self._fences_known: dict[bytes, Fence | None] = {}
         self._tasks: dict[asyncio.Task[StoragedError | None], None] = {}
         self._raising: asyncio.Task[StoragedError | None] | None = None
         self._counts = dict.fromkeys(("prepares", "accepts", "reads", "refused", "evicted", "damaged", "conflicts"), 0)
@@ -153,8 +163,9 @@ class LocalReplica:
     async def close(self) -> None:
         """Answers nothing from now on; returns when what was on its way to the disk has arrived. The store stays open."""
         self._silent = self._silent or "closed"
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        while self._tasks or self._in_flight:
+            waiting: list[asyncio.Future[Any]] = [*self._tasks, *self._in_flight.values()]
+            await asyncio.wait(waiting)
 
     async def retire(self) -> None:
         """This disk left the ring for good: it answers nothing any more, after a restart neither (rule 11)."""
@@ -168,15 +179,22 @@ class LocalReplica:
         self._validate(request.name, request.ballot)
         if not request.header:
             return await self._promise(request)
+        if request.name in self._in_flight:
+            reply, error = await self._promise_beside(request, body)
+        else:  # the promise waits for nothing
+            reply = await self._promise(request)
+            error = await self._keep_payload(request.header, body)
+        return msgspec.structs.replace(reply, payload_synced=not error, payload_error=error)
+
+    async def _promise_beside(self, request: messages.Prepare, body: Sequence[Buffer]) -> tuple[messages.PrepareReply, str]:
+        """The copy is stored while the promise waits for an accept that is on its way to the disk."""
         storing = asyncio.ensure_future(self._keep_payload(request.header, body))
         try:
-            reply = await self._promise(request)
-            error = await storing
+            return await self._promise(request), await storing
         finally:
             if not storing.done():
                 storing.cancel()
                 await asyncio.wait((storing,))
-        return msgspec.structs.replace(reply, payload_synced=not error, payload_error=error)
 
     async def _promise(self, request: messages.Prepare) -> messages.PrepareReply:
         name, ballot = request.name, request.ballot
@@ -223,28 +241,55 @@ class LocalReplica:
             self._remember(name, ballot)
             self._own(self._commit(batch))
             return messages.AcceptReply(Verdict.OK, ballot)
-        writing = self._in_flight[name] = self._own(self._write_slot(name, ballot, batch))
-        self._raise_if(await asyncio.shield(writing))
+        self._in_flight[name] = asyncio.get_running_loop().create_future()
+        try:
+            error = await self._write_slot(name, ballot, batch)
+        except asyncio.CancelledError:
+            # Nobody waits any more, but the batch may be on its way. It is written again: until that is through, nothing is said about the register.
+            if batch.meta:
+                batch = StoreBatch(batch.slots, meta={META_HIGH_WATER: encode(self._next_high_water(ballot))})
+            self._own(self._write_slot(name, ballot, batch))
+            raise
+        self._raise_if(error)
         return messages.AcceptReply(Verdict.OK, ballot)
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
-        self._counts["reads"] += 1
         await self._quiet(request.name)
+        acceptor, verdict, data_id = self._judge_read(request)
+        payload = await self._payload(data_id) if data_id else None
+        return self._read_reply(request, acceptor, verdict, data_id, payload)
+
+    def read_at_once(self, request: messages.Read) -> tuple[messages.ReadReply, memoryview] | None:
+        """The same answer, when neither the disk nor an accept on its way has to be waited for; else None."""
+        self._check_answers()
+        if request.name in self._in_flight:
+            return None
+        acceptor, verdict, data_id = self._judge_read(request)
+        payload = None
+        if data_id:
+            payload = self._peek_payload(data_id) if self._peek_payload is not None else None
+            if payload is None:
+                return None
+        return self._read_reply(request, acceptor, verdict, data_id, payload)
+
+    def _judge_read(self, request: messages.Read) -> tuple[Acceptor, Verdict, bytes]:
+        """What is known, whether it may be told, and the data id of the copy to be sent along, or nothing."""
         slot, acceptor = self._acceptor(request.name)
         verdict = judge_read(acceptor, request.epoch, self._rules)
         if verdict is not Verdict.OK:
+            return acceptor, verdict, b""
+        return acceptor, verdict, request.data_id or (slot.value.payload if slot is not None and request.want_payload else b"")
+
+    def _read_reply(
+        self, request: messages.Read, acceptor: Acceptor, verdict: Verdict, data_id: bytes, payload: memoryview | None
+    ) -> tuple[messages.ReadReply, memoryview]:
+        self._counts["reads"] += 1
+        if verdict is not Verdict.OK:
             self._counts["refused"] += 1
-            return messages.ReadReply(verdict), memoryview(b"")
-        data_id = request.data_id or (slot.value.payload if slot is not None and request.want_payload else b"")
-        payload = await self._payload(data_id) if data_id else None
-        reply = messages.ReadReply(
-            Verdict.OK,
-            acceptor.accepted,
-            digest_of(acceptor.value),
-            slot.value if slot is not None and request.full else None,
-            data_id if payload is not None else b"",
-        )
-        return reply, payload if payload is not None else memoryview(b"")
+            return messages.ReadReply(verdict), NO_BYTES
+        value = acceptor.value if request.full else None
+        reply = messages.ReadReply(verdict, acceptor.accepted, digest_of(acceptor.value), value, data_id if payload is not None else b"")
+        return reply, payload if payload is not None else NO_BYTES
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
         """Rows as they are on disk: what was answered OK is among them."""
@@ -296,6 +341,7 @@ class LocalReplica:
         self._fences_unsynced[scope] = fence
 
         def synced() -> None:
+            self._fences_known.pop(scope, None)
             if self._fences_unsynced.get(scope) is fence:
                 del self._fences_unsynced[scope]
 
@@ -314,6 +360,7 @@ class LocalReplica:
         lifted = self._lifted_unsynced[scope] = max(nonce, self._lifted(scope))
 
         def synced() -> None:
+            self._fences_known.pop(scope, None)
             if self._lifted_unsynced.get(scope) is lifted:
                 del self._lifted_unsynced[scope]
 
@@ -348,10 +395,21 @@ class LocalReplica:
         return slot, Acceptor(promised, slot.ballot, slot.value, self._epoch, fence)
 
     def _fence_of(self, scope: bytes) -> Fence | None:
+        unsynced = self._fences_unsynced.get(scope)
+        if unsynced is not None:
+            return unsynced
         try:
-            return self._fences_unsynced.get(scope) or self._store.get_fence(scope)
+            return self._fences_known[scope]
+        except KeyError:
+            pass
+        try:
+            fence = self._store.get_fence(scope)
         except RowDamaged as error:
             raise DiskUnusable(f"Disk {self.disk} can't tell whether a bucket is fenced: {error}") from None
+        if len(self._fences_known) >= FENCES_KNOWN_MAX:
+            self._fences_known.clear()
+        self._fences_known[scope] = fence
+        return fence
 
     def _lifted(self, scope: bytes) -> bytes:
         try:
@@ -442,7 +500,7 @@ class LocalReplica:
         if error is not None:
             raise error
 
-    async def _durably(self, batch: StoreBatch, then: Callable[[], None] | None = None) -> None:
+    async def _durably(self, batch: StoreBatch, then: Callable[[], object] | None = None) -> None:
         async def write() -> StoragedError | None:
             error = await self._commit(batch)
             if error is None and then is not None:
@@ -452,16 +510,21 @@ class LocalReplica:
         self._raise_if(await asyncio.shield(self._own(write())))
 
     async def _write_slot(self, name: RegisterName, ballot: Ballot, batch: StoreBatch) -> StoragedError | None:
+        """Ends the wait of everybody else for this register, unless it is cancelled itself."""
         try:
             error = await self._commit(batch)
-            if error is None:
-                if batch.meta:
-                    self._high_water = max(self._high_water, decode(batch.meta[META_HIGH_WATER], Ballot))
-                if self._promises.get(name, ballot) <= ballot:
-                    self._promises.pop(name, None)
-            return error
-        finally:
-            del self._in_flight[name]
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            self._in_flight.pop(name).set_result(None)
+            raise
+        if error is None:
+            if batch.meta:
+                self._high_water = max(self._high_water, decode(batch.meta[META_HIGH_WATER], Ballot))
+            if self._promises.get(name, ballot) <= ballot:
+                self._promises.pop(name, None)
+        self._in_flight.pop(name).set_result(None)
+        return error
 
     async def _raise_high_water(self, ballot: Ballot) -> None:
         """Returns when the high-water ballot on disk lies above ``ballot``; many that wait share one commit."""

@@ -115,7 +115,13 @@ async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock
         raise
     payloads = Payloads(fragments)
     try:
-        replica = LocalReplica(section.id, meta, store_payload=payloads.store_payload, load_payload=payloads.load_payload)
+        replica = LocalReplica(
+            section.id,
+            meta,
+            store_payload=payloads.store_payload,
+            load_payload=payloads.load_payload,
+            peek_payload=payloads.peek_payload,
+        )
     except BaseException:
         await asyncio.gather(fragments.close(), meta.close())
         raise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from storaged.meta.names import Change, Value, Visibility
@@ -41,7 +39,7 @@ def value(sequence: int, operation: bytes = b"other", body: bytes = b"v") -> Val
 
 FRESH = Acceptor(ZERO_BALLOT, ZERO_BALLOT, None, 1)
 HOLDS = Acceptor(ballot(5), ballot(5), value(1), 1)
-FENCED = replace(HOLDS, fence=Fence(b"s" * 16, b"nonce", False))
+FENCED = HOLDS._replace(fence=Fence(b"s" * 16, b"nonce", False))
 DAMAGED = Acceptor(ballot(50), ZERO_BALLOT, None, 1, damaged=True)
 
 PREPARES = [
@@ -50,9 +48,9 @@ PREPARES = [
     (HOLDS, ballot(5), b"", Verdict.OK),
     (HOLDS, ballot(4), b"", Verdict.PREEMPTED),
     (HOLDS, ballot(5, "A"), b"", Verdict.PREEMPTED),
-    (replace(HOLDS, promised=ballot(9)), ballot(8), b"", Verdict.PREEMPTED),
-    (replace(HOLDS, epoch=2), ballot(9), b"", Verdict.EPOCH),
-    (replace(HOLDS, epoch=2), ballot(1, epoch=2), b"", Verdict.OK),
+    (HOLDS._replace(promised=ballot(9)), ballot(8), b"", Verdict.PREEMPTED),
+    (HOLDS._replace(epoch=2), ballot(9), b"", Verdict.EPOCH),
+    (HOLDS._replace(epoch=2), ballot(1, epoch=2), b"", Verdict.OK),
     (FENCED, ballot(9), b"", Verdict.FENCED),
     (FENCED, ballot(9), b"other", Verdict.FENCED),
     (FENCED, ballot(9), b"nonce", Verdict.OK),
@@ -63,8 +61,8 @@ ACCEPTS = [
     (FRESH, ballot(1), b"", False, Verdict.OK),
     (HOLDS, ballot(6), b"", False, Verdict.OK),
     (HOLDS, ballot(4), b"", False, Verdict.PREEMPTED),
-    (replace(HOLDS, promised=ballot(9)), ballot(8), b"", True, Verdict.PREEMPTED),
-    (replace(HOLDS, epoch=2), ballot(9), b"", True, Verdict.EPOCH),
+    (HOLDS._replace(promised=ballot(9)), ballot(8), b"", True, Verdict.PREEMPTED),
+    (HOLDS._replace(epoch=2), ballot(9), b"", True, Verdict.EPOCH),
     (FENCED, ballot(9), b"", False, Verdict.FENCED),
     (FENCED, ballot(9), b"nonce", False, Verdict.FENCED),
     (FENCED, ballot(9), b"other", True, Verdict.FENCED),
@@ -91,7 +89,7 @@ def test_the_accept_of_what_was_accepted_is_confirmed_and_another_value_under_it
 
 def test_reads_are_refused_only_for_an_old_layout_or_a_damaged_row() -> None:
     assert judge_read(FENCED, 1) is Verdict.OK
-    assert judge_read(replace(HOLDS, epoch=2), 1) is Verdict.EPOCH
+    assert judge_read(HOLDS._replace(epoch=2), 1) is Verdict.EPOCH
     assert judge_read(DAMAGED, 1) is Verdict.DAMAGED
 
 
