@@ -110,7 +110,9 @@ class LocalFragmentStore:
         self._compactor = Compactor(engine)
         self._clock = clock
         self._loop = loop
-        self._queue: queue.SimpleQueue[_Job | _Committed | _Stop] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Job] | _Committed | _Stop] = queue.SimpleQueue()
+        self._arriving: list[_Job] = []
+        self._backlog: deque[_Job] = deque()  # the writer thread's
         self._queued_bytes = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._readers = ThreadPoolExecutor(engine.limits.read_threads, thread_name_prefix="fragment-read")
@@ -263,6 +265,7 @@ class LocalFragmentStore:
         if self._closed:
             return
         self._closed = True
+        self._hand_over()
         self._queue.put(_Stop())
         await asyncio.to_thread(self._shut)
 
@@ -308,7 +311,9 @@ class LocalFragmentStore:
 
     async def _submit(self, job: _Job) -> Any:
         """A caller that gives up gets its buffers back at once when the writer has not begun with them, else when it has finished."""
-        self._queue.put(job)
+        self._arriving.append(job)
+        if len(self._arriving) == 1:
+            self._loop.call_soon(self._hand_over)
         try:
             return await job.future
         except asyncio.CancelledError:
@@ -316,6 +321,13 @@ class LocalFragmentStore:
                 job.served = self._loop.create_future()
                 await job.served
             raise
+
+    def _hand_over(self) -> None:
+        """Everything that this turn of the loop brought goes to the writer thread at once. Handed over one by one, the first would wake it, it would ask for
+        the interpreter and get it in the middle of the burst, and what belongs in one group would be synced in several."""
+        if self._arriving:
+            jobs, self._arriving = self._arriving, []
+            self._queue.put(jobs)
 
     async def _take_bytes(self, count: int) -> None:
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
@@ -385,6 +397,12 @@ class LocalFragmentStore:
         size = 0
         timeout = self._rest()
         while len(jobs) < limits.batch_writes_max and size < limits.batch_bytes_max:
+            if self._backlog:
+                job = self._backlog.popleft()
+                if job.claim():
+                    jobs.append(job)
+                    size += job.write.payload_bytes if job.write is not None else 0
+                continue
             try:
                 item = self._queue.get(timeout=timeout) if not jobs and timeout != 0 else self._queue.get_nowait()
             except queue.Empty:
@@ -394,9 +412,8 @@ class LocalFragmentStore:
             if isinstance(item, _Committed):
                 self._committed(item)
                 timeout = 0
-            elif item.claim():
-                jobs.append(item)
-                size += item.write.payload_bytes if item.write is not None else 0
+            else:
+                self._backlog.extend(item)
         return jobs, False
 
     def _serve(self, jobs: list[_Job]) -> None:
@@ -485,8 +502,8 @@ class LocalFragmentStore:
                 break
             if isinstance(item, _Committed):
                 self._committed(item)
-            elif isinstance(item, _Job) and item.claim():
-                late.append(item)
+            elif isinstance(item, list):
+                late.extend(job for job in item if job.claim())
         self._deliver([(job, DiskUnusable("the fragment store is closed", state="failed")) for job in late])
         self._readers.shutdown(wait=True)
         self._engine.close()

@@ -32,6 +32,7 @@ import fcntl
 import os
 import queue
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -132,7 +133,8 @@ class LmdbMetaStore:
         self._map_bytes = map_bytes
         self._reader_roots: dict[bytes, int] = {}
         self._writer_roots: dict[bytes, int] = {}
-        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
+        self._arriving: list[_Entry] = []
         self._room = asyncio.Semaphore(QUEUED_BATCHES_MAX)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock_file = _lock(self.directory)
@@ -340,10 +342,18 @@ class LmdbMetaStore:
         except DiskUnusable:
             self._room.release()
             raise
-        self._loop = loop
         self._queued += 1
-        self._queue.put(entry)
+        self._arriving.append(entry)
+        if len(self._arriving) == 1 or loop is not self._loop:
+            loop.call_soon(self._hand_over)
+        self._loop = loop
         await entry.future
+
+    def _hand_over(self) -> None:
+        """Everything that this turn of the loop brought goes to the writer thread at once, so that it is not woken for the first of a burst alone."""
+        if self._arriving:
+            entries, self._arriving = self._arriving, []
+            self._queue.put(entries)
 
     def _refuse_when_unusable(self) -> None:
         if self._reason or self._closing:
@@ -351,19 +361,27 @@ class LmdbMetaStore:
 
     def _write(self) -> None:
         """The writer thread: one group after the other until the end mark."""
+        backlog: deque[_Entry] = deque()
         last = False
-        while not last and (entry := self._queue.get()) is not None:
-            group, operations = [entry], entry.operations
+        while backlog or not last:
+            group: list[_Entry] = []
+            operations = 0
             while operations < GROUP_OPERATIONS_MAX:
+                if backlog:
+                    entry = backlog.popleft()
+                    group.append(entry)
+                    operations += entry.operations
+                    continue
                 try:
-                    more = self._queue.get_nowait()
+                    more = None if last else self._queue.get(block=not group)
                 except queue.Empty:
                     break
                 if more is None:
                     last = True
                     break
-                group.append(more)
-                operations += more.operations
+                backlog.extend(more)
+            if not group:
+                break
             self._commit_group(group, operations)
             assert self._loop is not None
             with contextlib.suppress(RuntimeError):  # the loop is gone, and with it everyone who waited
@@ -453,6 +471,7 @@ class LmdbMetaStore:
         if self._closing:
             return
         self._closing = True
+        self._hand_over()
         self._queue.put(None)
         await asyncio.to_thread(self._writer.join)
         self._env.close()

@@ -257,9 +257,15 @@ async def test_a_full_disk_refuses_fragments_and_still_deletes(tmp_path: Path) -
     limits = StoreLimits(segment_bytes=512 * KIB, reserve_bytes=MIB, note_reserve_bytes=64 * KIB)
     async with opened(tmp_path, files=files, limits=limits) as store:
         made = [await put(store, 100_000) for _ in range(28)]
+
+        async def fill() -> None:
+            for _ in range(30):
+                await put(store, 100_000)
+
         with pytest.raises(DiskUnusable) as refused:
-            await asyncio.gather(*(put(store, 100_000) for _ in range(30)))
+            await fill()
         assert refused.value.details["state"] == "full"
+        files.used += 100_000  # somebody else's: less than the reserve is free now, not only too little for one more
         assert (await store.usage()).state == "full"
         assert await content(store, made[0]) == made[0].payload
         assert await store.delete([one.id for one in made[:25]]) == 25
