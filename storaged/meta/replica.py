@@ -500,7 +500,7 @@ class LocalReplica:
         if error is not None:
             raise error
 
-    async def _durably(self, batch: StoreBatch, then: Callable[[], object] | None = None) -> None:
+    async def _durably(self, batch: StoreBatch, then: Callable[[], None] | None = None) -> None:
         async def write() -> StoragedError | None:
             error = await self._commit(batch)
             if error is None and then is not None:
