@@ -124,6 +124,22 @@ def test_malformed_authorizations_are_refused_precisely(text: str, error: type[e
         sigv4.claim_from_header(text, FIRST["headers"])
 
 
+@pytest.mark.parametrize("filler", [" ", ", ", " ,", "Credential=", "Credential=,", "\t"])
+def test_a_strangers_authorization_costs_no_more_than_its_length(filler: str) -> None:
+    """A mebibyte: what backtracks would be busy with it for hours, and every other connection would wait."""
+    for text in (filler * (2**20 // len(filler)) + "x", " x" + filler * (2**20 // len(filler)) + ",Signature=0"):
+        with pytest.raises(errors.AuthorizationHeaderMalformed):
+            sigv4.claim_from_header(sigv4.ALGORITHM + text, {"x-amz-date": "20130524T000000Z"})
+
+
+@pytest.mark.parametrize("twice", ["Credential=b/20130524/us-east-1/s3/aws4_request", "SignedHeaders=host;x-amz-date", "Signature=11"])
+def test_a_component_that_comes_twice_is_no_signature(twice: str) -> None:
+    once = "AWS4-HMAC-SHA256 Credential=a/20130524/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=00"
+    assert sigv4.claim_from_header(once, {"x-amz-date": "20130524T000000Z"}).access_key == "a"
+    with pytest.raises(errors.AuthorizationHeaderMalformed):
+        sigv4.claim_from_header(f"{once}, {twice}", {"x-amz-date": "20130524T000000Z"})
+
+
 def test_spaces_and_the_order_of_the_components_do_not_matter() -> None:
     signed = ";".join(sorted(FIRST["headers"]))
     text = (
