@@ -171,7 +171,8 @@ class Connection(asyncio.Protocol):
 
     def _take(self, piece: bytes | memoryview) -> None:
         if self._expected is not None and self._status < 300:
-            self._wrong = self._wrong or piece != self._expected[self._offset : self._offset + len(piece)]
+            # as bytes: comparing a memoryview looks at one byte at a time, 1.7 s/GiB instead of 0.06
+            self._wrong = self._wrong or piece != self._expected[self._offset : self._offset + len(piece)].tobytes()
             self._offset += len(piece)
         elif self._kept is not None and piece:
             if len(self._kept) + len(piece) > KEPT_BYTES_MAX:
