@@ -66,13 +66,14 @@ class NewMeta:
 class BodyChecks:
     """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand; ``trailing``: asked after the body was read whole,
     returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value was declared.
-    ``size`` None: unknown until the end (chunked without a decoded length)."""
+    ``size`` None: unknown until the end (chunked without a decoded length). ``sha256``: hex of what the body was signed as, empty when nobody else checks that."""
 
     size: int | None = None
     md5: bytes | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
     algorithms: tuple[str, ...] = ()
     trailing: Callable[[], Mapping[str, str]] | None = None
+    sha256: str = ""
 
 
 Body = AsyncIterator[Buffer]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 
 from storaged import errors
 from storaged.objects.api import (
@@ -75,7 +76,9 @@ def upload_checks(request: Request, bytes_max: int) -> BodyChecks:
     if size is not None and size > bytes_max:
         raise errors.EntityTooLarge(ProposedSize=str(size), MaxSizeAllowed=str(bytes_max))
     trailing = h.trailing_names(headers) if decoder is not None else ()
-    return h.body_checks(headers, size, trailing, decoder.trailers if decoder is not None else None)
+    checks = h.body_checks(headers, size, trailing, decoder.trailers if decoder is not None else None)
+    signed = body.hand_over_sha256()
+    return replace(checks, sha256=signed) if signed else checks
 
 
 async def put_object(front: Front, request: Request) -> Reply:

@@ -194,6 +194,8 @@ class FakeObjects:
             raise errors.IncompleteBody()
         if checks.md5 is not None and hashlib.md5(data).digest() != checks.md5:
             raise errors.BadDigest()
+        if checks.sha256 and hashlib.sha256(data).hexdigest() != checks.sha256:
+            raise errors.XAmzContentSHA256Mismatch()
         computed = {name: checksum(name, data) for name in checks.algorithms}
         for name, value in {**checks.checksums, **(checks.trailing() if checks.trailing else {})}.items():
             if computed[name] != value:

@@ -22,6 +22,7 @@ from storaged.errors import (
     NotModified,
     PreconditionFailed,
     ServiceUnavailable,
+    XAmzContentSHA256Mismatch,
 )
 from storaged.fragments.ports import FragmentId
 from storaged.meta.names import RegisterName, object_name
@@ -180,13 +181,18 @@ async def test_declared_digests_are_verified_before_anything_is_committed() -> N
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     for data in (b"abc", b"d" * 3000, os.urandom(200_000)):
+        signed = hashlib.sha256(data).hexdigest()
         crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
         sha = base64.b64encode(hashlib.sha256(data).digest()).decode()
-        good = BodyChecks(len(data), hashlib.md5(data).digest(), {"CRC32": crc}, ("CRC32", "SHA256"), dict[str, str](SHA256=sha).copy)
+        good = BodyChecks(
+            len(data), hashlib.md5(data).digest(), {"CRC32": crc}, ("CRC32", "SHA256"), dict[str, str](SHA256=sha).copy, signed
+        )
         result = await objects.put(bucket, b"good", pieces(data), NewMeta(), good, owner=OWNER)
         assert result.checksums == {"CRC32": crc, "SHA256": sha}
         assert (await objects.head(bucket, b"good")).checksums == result.checksums
         bad = [
+            (XAmzContentSHA256Mismatch, BodyChecks(len(data), sha256=bytes(32).hex())),
+            (XAmzContentSHA256Mismatch, BodyChecks(None, algorithms=("SHA256",), sha256=bytes(32).hex())),
             (BadDigest, BodyChecks(len(data), md5=bytes(16))),
             (BadDigest, BodyChecks(len(data), checksums={"CRC32C": crc})),
             (BadDigest, BodyChecks(None, algorithms=("CRC32",), trailing=lambda: {"CRC32": "AAAAAA=="})),
