@@ -9,8 +9,9 @@ import pytest
 
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
 from storaged.objects.api import ReadConditions, WriteConditions
-from storaged.objects.buffers import BufferPool, block_cells_for
+from storaged.objects.buffers import IDLE_BYTES_MAX, BufferPool, Transfer, block_cells_for, window_cells_for
 from storaged.objects.conditions import Current, check_copy_source, check_write
+from storaged.objects.plane import ObjectLimits
 from storaged.objects.service import ObjectService
 from storaged.objects.where import where
 from tests.unit.fakes_objects import World
@@ -84,6 +85,24 @@ async def test_a_pool_serves_in_order_never_above_its_bound_and_not_for_ever() -
     await asyncio.gather(cancelled, return_exceptions=True)
     first.release()
     assert pool.bytes_leased == 0
+
+
+async def test_a_pool_keeps_little_when_its_last_transfer_has_ended() -> None:
+    pool = BufferPool(3 * IDLE_BYTES_MAX, wait_s=1)
+    with Transfer(pool), Transfer(pool):
+        for lease in [await pool.lease(IDLE_BYTES_MAX // 4) for _ in range(10)]:
+            lease.release()
+        assert pool.bytes_free == 10 * IDLE_BYTES_MAX // 4
+        with Transfer(pool):
+            pass
+        assert pool.bytes_free == 10 * IDLE_BYTES_MAX // 4
+    assert (pool.bytes_free, pool.bytes_leased) == (IDLE_BYTES_MAX, 0)
+
+
+def test_windows_shrink_so_that_every_download_can_have_one() -> None:
+    for transfers in (1, 4, 5, 16, 17, 64, 65, 128):
+        assert window_cells_for(transfers, 48) * 64 * 1024 * transfers <= ObjectLimits().get_buffer_bytes_max
+    assert window_cells_for(1, 12) == 12
 
 
 async def test_memory_that_is_still_looked_at_is_not_leased_again() -> None:
