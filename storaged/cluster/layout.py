@@ -14,6 +14,7 @@ Weighted rendezvous hashing: the score of disk d for key x is -w / ln(h(d, x)), 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -172,6 +173,13 @@ class Layout(Message, frozen=True, dict=True):
             return -max(disk.weight, 1) / math.log(draw)
 
         return [disk.id for disk in sorted(self.disks, key=score, reverse=True)]
+
+
+def standing_of(layout: Layout, name: str, location: str, roles: Iterable[str]) -> frozenset[str]:
+    """The roles that a node has by its certificate and by the layout both. Empty for one that the layout does not name, or names at another location: what is
+    placed by racks and countries must lie where it is certified to."""
+    entry = layout.node_by_name.get(name)
+    return frozenset(roles).intersection(entry.roles) if entry is not None and entry.location == location else frozenset()
 
 
 def placement_group(data_id: bytes) -> int:

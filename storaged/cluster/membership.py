@@ -16,6 +16,9 @@ A ping that is late while other bytes do arrive is not counted as missed: behind
 Each ping carries the epoch of the layout in force. Whoever knows a newer one passes it on, epoch by epoch, so that a node that was away gets the
 history too. A gateway without an address of its own is known by the pings that it sends.
 
+These three methods are all that a certified node gets which the layout in force does not name: so a node that has just been added can bring the layout
+that names it, and one that was removed learns that it was.
+
 The shortest round trip ever seen bounds how far away a peer can be (light in fibre: about 100 km per millisecond). It is kept as evidence against a certified
 location, never as proof of one. The peer's clock is compared at the middle of the fastest recent round trip.
 """
@@ -183,9 +186,9 @@ class Membership:
 
     def methods(self) -> Methods:
         return {
-            "cluster.ping": Method(Ping, self._on_ping),
-            "cluster.layout": Method(LayoutAfter, self._on_layout),
-            "cluster.offer": Method(SignedLayout, self._on_offer),
+            "cluster.ping": Method(Ping, self._on_ping, for_strangers=True),
+            "cluster.layout": Method(LayoutAfter, self._on_layout, for_strangers=True),
+            "cluster.offer": Method(SignedLayout, self._on_offer, for_strangers=True),
         }
 
     async def start(self) -> None:

@@ -57,13 +57,14 @@ class Method(NamedTuple):
     """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them).
 
     ``at_once``, where there is one, is asked first: it answers on the event loop what needs no waiting, without the task that the handler runs in, and
-    returns None for everything else.
+    returns None for everything else. ``for_strangers``: also answers a certified node that the layout in force does not name (yet, or any more).
     """
 
     request: type[Message]
     handler: Handler
     roles: frozenset[str] = frozenset({"storage", "gateway"})
     at_once: Callable[[Any, Call], Message | Reply | None] | None = None
+    for_strangers: bool = False
 
 
 Methods = Mapping[str, Method]
@@ -146,3 +147,6 @@ class Layouts(Protocol):
 
 Admission = Callable[[PeerIdentity], None]
 """Raises JurisdictionRefused or CertificateRefused for a peer that must not be talked to."""
+
+Membership = Callable[[PeerIdentity], frozenset[str]]
+"""The roles in which the layout in force knows a certified peer; empty for one that is not in it, or elsewhere than it is certified to be."""

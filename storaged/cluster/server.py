@@ -2,7 +2,8 @@
 
 Theory of operation. A peer is let in by three gates in this order: TLS (a certificate of this cluster's authority, valid now), the certificate's
 extension and the admission policy (jurisdiction), and the handshake (same cluster, same protocol version, the name that was certified). A
-refusal is sent when there is somebody to send it to, logged, and handed to ``on_refusal`` for the audit log.
+refusal is sent when there is somebody to send it to, logged, and handed to ``on_refusal`` for the audit log. A certificate outlives a membership: what a peer
+may call follows from the layout in force (``membership``), and is judged again, for connections that stand too, whenever that changes (``judge_again``).
 
 Requests then run as tasks. What they hold in memory is bounded twice, per connection and per server: before a body is received its bytes are taken
 from both budgets, answers with large bodies count until they have left, and when a budget is used up the server stops reading from that
@@ -29,7 +30,7 @@ from msgspec import MsgspecError
 from storaged.cluster import faults, identity
 from storaged.cluster.connection import SMALL_BODY_BYTES, Connection, describe, measure
 from storaged.cluster.framing import HANDSHAKE_BYTES_MAX, PROTOCOL_VERSION, FrameError, Header, Hello, Kind, Verdict
-from storaged.cluster.ports import Admission, Call, Method, Methods, PeerIdentity, Reply
+from storaged.cluster.ports import Admission, Call, Membership, Method, Methods, PeerIdentity, Reply
 from storaged.errors import CertificateRefused, PortInUse, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.units import MIB
@@ -129,6 +130,8 @@ class ServerConnection(Connection):
         super().__init__(server.loop)
         self.server = server
         self.peer: PeerIdentity | None = None
+        self.roles: frozenset[str] = frozenset()
+        """In which the layout in force knows the peer."""
         self.hello: asyncio.Future[Hello] = self.loop.create_future()
         self.running: dict[int, _Running] = {}
         self.inflight_bytes = 0
@@ -215,10 +218,16 @@ class ServerConnection(Connection):
                 raise faults.refused(
                     faults.UNKNOWN_METHOD, f"{self.server.identity.name} has no method {name.decode('ascii', 'replace')!r}."
                 )
-            if method.roles.isdisjoint(self.peer.roles):
+            if not self.roles and not method.for_strangers:
+                raise faults.refused(
+                    faults.NOT_A_MEMBER,
+                    f"The layout in force at {self.server.identity.name} does not name {self.peer.name} where it stands.",
+                )
+            if method.roles.isdisjoint(self.roles or self.peer.roles):
                 needed = ", ".join(sorted(method.roles)) or "no one"
                 raise faults.refused(
-                    faults.ROLE_REFUSED, f"{name.decode()} is for {needed}; {self.peer.name} is {', '.join(self.peer.roles)}."
+                    faults.ROLE_REFUSED,
+                    f"{name.decode()} is for {needed}; {self.peer.name} is {', '.join(sorted(self.roles or self.peer.roles))}.",
                 )
             request = decode(head[1 + name_bytes :], method.request)
         except MsgspecError as error:
@@ -327,7 +336,7 @@ class ServerConnection(Connection):
 class RpcServer:
     """Answers ``methods`` on a TCP port, to peers that ``admission`` lets in.
 
-    ``incarnation`` (8 bytes) tells peers apart one start of this process from the next. Use: ``await start(host, port)`` ... ``await close()``.
+    ``membership`` None: a peer has the roles of its certificate. ``incarnation`` (8 bytes) tells peers apart one start of this process from the next. Use: ``await start(host, port)`` ... ``await close()``.
     """
 
     def __init__(
@@ -336,6 +345,7 @@ class RpcServer:
         methods: Methods,
         *,
         admission: Admission,
+        membership: Membership | None = None,
         incarnation: bytes = b"",
         limits: ServerLimits | None = None,
         on_refusal: OnRefusal | None = None,
@@ -349,6 +359,7 @@ class RpcServer:
         self.calls_failed = 0
         self.calls_cancelled = 0
         self._admission = admission
+        self._membership: Membership = membership or (lambda peer: frozenset(peer.roles))
         self._incarnation = incarnation or system_entropy(INCARNATION_BYTES)
         self._on_refusal = on_refusal
         self._context = identity.server_context(own)
@@ -417,6 +428,21 @@ class RpcServer:
         """New connections use the certificate that lies in the identity's directory now. Raises CertificateRefused and keeps the old one."""
         identity.renew(self._context, own)
         self.identity = own
+
+    def judge_again(self) -> None:
+        """The layout in force is another: peers that stand connected have the roles that it gives them from now on, and those it does not admit are let go."""
+        for connection in list(self._connections):
+            peer = connection.peer
+            assert peer is not None
+            connection.roles = self._membership(peer)
+            try:
+                self._admission(peer)
+            except StoragedError as error:
+                self._refused += 1
+                log.warning("node refused", peer=peer.name, code=error.code, reason=error.message)
+                connection.abort(error.message)
+                if self._on_refusal is not None:
+                    self._on_refusal(peer.name, error)
 
     def statistics(self) -> ServerStatistics:
         connections = self._connections
@@ -503,6 +529,7 @@ class RpcServer:
         if not connection.is_open:
             return
         connection.peer = peer
+        connection.roles = self._membership(peer)
         self._connections.add(connection)
         own = self.identity
         connection.send(Kind.WELCOME, 0, encode(Hello(own.cluster, own.name, self._incarnation, PROTOCOL_VERSION)))

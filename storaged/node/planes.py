@@ -15,14 +15,14 @@ from storaged.admin.api import AdminServer
 from storaged.clock import Clock
 from storaged.cluster.audit import AuditLog, Checkpoint
 from storaged.cluster.identity import Identity, NodeSigner, load_identity
-from storaged.cluster.layout import Layout
+from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import DiskStatus, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
 from storaged.config import Config, split_address
-from storaged.errors import ConfigInvalid, LayoutRefused, PortInUse, ServiceUnavailable, StoragedError
+from storaged.errors import CertificateRefused, ConfigInvalid, LayoutRefused, PortInUse, ServiceUnavailable, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.ids import INCARNATION_BYTES, system_entropy
@@ -104,10 +104,23 @@ class Node:
     def _follow_policy(self, layout: Layout) -> None:
         """Who is admitted follows from the layout in force. Raises JurisdictionRefused for one that names a country outside EU law."""
         self._policy = Policy.of(layout.countries)
+        if self._server is not None:
+            self._server.judge_again()
 
     def _admit(self, peer: PeerIdentity) -> None:
         """An ``Admission``."""
         self._policy.admit(peer)
+
+    def _standing(self, peer: PeerIdentity) -> frozenset[str]:
+        """A ``cluster.ports.Membership``."""
+        return standing_of(self.layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
+
+    def _admit_dialled(self, peer: PeerIdentity) -> None:
+        """An ``Admission`` of nodes that this one calls by a name of the layout: they must be what, and where, the layout says."""
+        self._admit(peer)
+        if not self._standing(peer):
+            where = f"{peer.country}/{peer.site}/{peer.rack}"
+            raise CertificateRefused(f"{peer.name} is certified as {', '.join(peer.roles)} in {where}; the layout in force says otherwise.")
 
     async def _learn_operators(self) -> None:
         signed = operator_layout(self.own)
@@ -122,7 +135,7 @@ class Node:
         self.pool = RpcPool(
             self.own,
             addresses=self._address,
-            admission=self._admit,
+            admission=self._admit_dialled,
             local_methods=self._methods,
             incarnation=self.incarnation,
             on_refusal=self._refused,
@@ -192,6 +205,7 @@ class Node:
             self.own,
             self._methods,
             admission=self._admit,
+            membership=self._standing,
             incarnation=self.incarnation,
             limits=ServerLimits(inflight_bytes_max=self.config.limits.rpc_inflight_bytes_max),
             on_refusal=self._refused,

@@ -15,7 +15,9 @@ import uvloop
 
 from storaged.cluster import identity
 from storaged.cluster.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
+from storaged.cluster.layout import Layout, NodeEntry, standing_of
 from storaged.cluster.policy import Policy
+from storaged.cluster.ports import Method
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
 from storaged.errors import (
     CertificateRefused,
@@ -308,6 +310,60 @@ async def test_a_narrower_policy_refuses_another_member_state_on_either_side(wor
         world.node("n2", location="DE/fra/a"), world.node("gw", ("gateway",)), client_admission=Policy(["FR"]).admit
     )
     assert client == [("n2", "JURISDICTION_REFUSED")]
+
+
+async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_the_layout(world: World) -> None:
+    """A certificate is valid for years; a node that was removed must not be able to read, write or delete with it, on a connection that stands either."""
+    service, members = Service(), {"gw": frozenset({"gateway"})}
+    methods = {**service.methods(), "t.open": Method(Note, service.echo, for_strangers=True)}
+    async with (
+        serving(world.node("n1"), methods, membership=lambda peer: members.get(peer.name, frozenset())) as server,
+        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
+    ):
+
+        async def call(method: str) -> str:
+            try:
+                return (await pool.call("n1", method, Note("fine"), Note))[0].text
+            except PeerRefused as error:
+                return error.remote_code
+
+        assert [await call(method) for method in ("t.echo", "t.gateways", "t.open")] == ["fine"] * 3
+        del members["gw"]
+        server.judge_again()
+        assert [await call(method) for method in ("t.echo", "t.gateways", "t.open")] == ["NOT_A_MEMBER", "NOT_A_MEMBER", "fine"]
+        members["gw"] = frozenset({"storage"})
+        server.judge_again()
+        assert [await call(method) for method in ("t.echo", "t.gateways")] == ["fine", "ROLE_REFUSED"]
+        assert pool.statistics().links[0].connects == 1
+
+
+async def test_a_peer_that_a_new_policy_does_not_admit_is_let_go_and_recorded(world: World) -> None:
+    refusals, policies = Refusals(), [Policy()]
+    async with (
+        serving(world.node("n1"), Service(), admission=lambda peer: policies[-1].admit(peer), on_refusal=refusals) as server,
+        pooled(world.node("gw", ("gateway",), "DE/fra/a"), {"n1": f"127.0.0.1:{server.port}"}) as pool,
+    ):
+        assert (await pool.call("n1", "t.echo", Note("fine"), Note))[0].text == "fine"
+        policies.append(Policy(["FR"]))
+        server.judge_again()
+        await until(lambda: not pool.connected("n1"))
+        assert refusals[0] == ("gw", "JURISDICTION_REFUSED")
+        with pytest.raises(PeerUnreachable):
+            await pool.call("n1", "t.echo", Note(""), Note)
+
+
+@pytest.mark.parametrize(
+    ("name", "location", "roles", "standing"),
+    [
+        ("n1", "FR/par1/a", ("storage", "gateway"), {"storage"}),
+        ("n1", "DE/fra/a", ("storage",), set()),
+        ("n1", "FR/par1/a", ("gateway",), set()),
+        ("n2", "FR/par1/a", ("storage",), set()),
+    ],
+)
+def test_standing_is_what_certificate_and_layout_both_say(name: str, location: str, roles: tuple[str, ...], standing: set[str]) -> None:
+    layout = Layout("c1", 1, (NodeEntry("n1", "FR/par1/a", "h:1", ("storage",)),), (), ())
+    assert standing_of(layout, name, location, roles) == standing
 
 
 async def test_a_node_at_another_nodes_address_is_not_taken_for_it(world: World) -> None:
