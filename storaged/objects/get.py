@@ -16,10 +16,10 @@ from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
 from storaged.objects.buffers import Lease, Transfer, window_cells_for
 from storaged.objects.conditions import NO_READ_CONDITIONS, check_copy_source, check_read
-from storaged.objects.manifest import parts_of, sealed_parts_of
+from storaged.objects.manifest import bound_parts_of, sealed_parts_of
 from storaged.objects.plane import ObjectPlane, cancel_all
 from storaged.objects.reader import HedgeDelay, PartReader, Window
-from storaged.objects.records import BucketRecord, PartEntry
+from storaged.objects.records import BucketRecord, SealedPart
 from storaged.objects.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version
 from storaged.wire import Buffer
 
@@ -65,9 +65,10 @@ async def head(
     """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber."""
     found = await find(plane, bucket, key, version_id)
     check_read(conditions, found.opened.meta.etag, found.opened.version.modified_ms)
+    info = await _info(plane, bucket, key, found)
     if part_number is not None:
-        await _span_of_part(plane, found, part_number)
-    return await _info(plane, bucket, key, found)
+        _span_of_part(info, part_number)
+    return info
 
 
 async def get(
@@ -87,8 +88,8 @@ async def get(
     for attempt in range(READ_AGAIN_MAX):
         meta, version = found.opened.meta, found.opened.version
         (check_copy_source if as_copy_source else check_read)(conditions, meta.etag, version.modified_ms)
-        wanted = await _span_of_part(plane, found, part_number) if part_number is not None else span_of(span, version.size)
         info = await _info(plane, bucket, key, found)
+        wanted = _span_of_part(info, part_number) if part_number is not None else span_of(span, version.size)
         stream = VerifiedStream(plane, hedge, bucket, found, info, wanted, as_copy_source=as_copy_source)
         try:
             await stream.open()
@@ -118,33 +119,18 @@ def span_of(span: RangeSpec | None, size: int) -> Span:
     return Span(span.first, end - span.first, True)
 
 
-async def _span_of_part(plane: ObjectPlane, found: Found, part_number: int) -> Span:
+def _span_of_part(info: ObjectInfo, part_number: int) -> Span:
     """The bytes of the n-th part, counted from 1 whatever numbers the parts were uploaded under. A whole object has one."""
-    version = found.opened.version
-    if not version.multipart:
-        if part_number != 1:
-            raise InvalidPartNumber
-        return Span(0, version.size, True)
-    offset = 0
-    async for index, part in _numbered(parts_of(plane.pages, found.name, version)):
-        if index == part_number:
-            return Span(offset, part.size, True)
-        offset += part.size
-    raise InvalidPartNumber(ActualPartCount=str(version.part_count))
-
-
-async def _numbered(parts: AsyncIterator[PartEntry]) -> AsyncIterator[tuple[int, PartEntry]]:
-    index = 0
-    async for part in parts:
-        index += 1
-        yield index, part
+    sizes = [part.size for part in info.parts] or [info.size]
+    if not 1 <= part_number <= len(sizes):
+        raise InvalidPartNumber(**({"ActualPartCount": str(len(sizes))} if info.parts else {}))
+    return Span(sum(sizes[: part_number - 1]), sizes[part_number - 1], True)
 
 
 async def _info(plane: ObjectPlane, bucket: BucketRecord, key: bytes, found: Found) -> ObjectInfo:
     opened = found.opened
     context = Place(bucket.id, key).context_of(opened.version)
-    parts = await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta) if opened.version.multipart else ()
-    return info_of(key, opened, parts)
+    return info_of(key, opened, await sealed_parts_of(plane.pages, found.name, opened.dek, context, opened.meta))
 
 
 class _Job(NamedTuple):
@@ -264,9 +250,11 @@ class VerifiedStream:
     async def _windows(self) -> AsyncGenerator[_Job, None]:
         """What has to be read, in order."""
         found, end, offset = self._found, self.first + self.length, 0
-        async for part in parts_of(self._plane.pages, found.name, found.opened.version):
+        version = found.opened.version
+        whole = SealedPart(1, version.size, "", data_id=version.context_id)
+        async for part in bound_parts_of(self._plane.pages, found.name, version, whole, self.info.parts):
             start, stop = max(self.first, offset), min(end, offset + part.size)
-            if stop > start or not found.opened.version.size:
+            if stop > start or not version.size:
                 copy = found.copy if part.small else None
                 reader = PartReader(self._plane, self._hedge, self._bucket, found.name, part, found.opened.dek, copy, self._moved)
                 for window in reader.windows(start - offset, stop - start, self._cells_max):

@@ -68,6 +68,24 @@ async def mend_pages(pages: Pages, near: RegisterName, version: Version) -> int:
     return mended
 
 
+async def bound_parts_of(
+    pages: Pages, near: RegisterName, version: Version, whole: SealedPart, sealed: Sequence[SealedPart]
+) -> AsyncIterator[PartEntry]:
+    """The parts in order, each only if it is the one that was sealed into the version at this place. Without it a storage node that lies could put parts in
+    another order, leave some out, or name an attempt that was superseded: each would open, since all have the upload's key.
+
+    ``whole``: what the only part of an object is that was not uploaded in parts (``sealed`` is empty then). Raises DataDamaged.
+    """
+    expected = iter(sealed or (whole,))
+    async for part in parts_of(pages, near, version):
+        wanted = next(expected, None)
+        if wanted is None or not wanted.names(part):
+            raise DataDamaged("The record of this key names other parts than are sealed in it.")
+        yield part
+    if next(expected, None) is not None:
+        raise DataDamaged("The record of this key names fewer parts than are sealed in it.")
+
+
 async def write_sealed_parts(
     pages: Pages, near: RegisterName, dek: bytes, context: Sequence[bytes], parts: Sequence[SealedPart], entropy: Entropy
 ) -> tuple[bytes, ...]:

@@ -121,7 +121,7 @@ async def put_part(
     data_id = plane.entropy(DATA_ID_BYTES)
     async with sealed_body(plane, bucket, owner, body, checks, dek=upload.dek, data_id=data_id, number=number) as sealed:
         digest, now_ms = sealed.digest, plane.clock.wall_ms()
-        part = SealedPart(number, digest.size, digest.etag, digest.checksums.get(algorithm, ""))
+        part = SealedPart(number, digest.size, digest.etag, digest.checksums.get(algorithm, ""), data_id)
         secret = upload.seal_part(plane, data_id, part)
 
         def update(value: Value | None, entry: PartEntry) -> Change:

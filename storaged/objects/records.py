@@ -85,12 +85,17 @@ class PartsPage(Message, frozen=True):
 
 
 class SealedPart(Message, frozen=True):
-    """What a part's ETag and checksum are (GetObjectAttributes, partNumber reads)."""
+    """What a part's ETag and checksum are (GetObjectAttributes, partNumber reads), and which data it is: a PartEntry lies in the clear, and counts only
+    where it agrees with this."""
 
     number: int
     size: int
     etag: str
     checksum: str = ""
+    data_id: bytes = b""
+
+    def names(self, entry: PartEntry) -> bool:
+        return (entry.number, entry.size, entry.data_id) == (self.number, self.size, self.data_id)
 
 
 class SealedPartsPage(Message, frozen=True):

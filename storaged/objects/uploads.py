@@ -62,8 +62,11 @@ class OpenedUpload(NamedTuple):
         return seal_message(self.dek, PART_LABEL, self.part_context(data_id), encode(part), plane.entropy(SALT_BYTES))
 
     def open_part(self, row: PartRecord) -> SealedPart:
-        """About 30 us. Raises DataDamaged."""
-        return _opened(self.dek, PART_LABEL, self.part_context(row.entry.data_id), row.sealed, SealedPart)
+        """About 30 us. Raises DataDamaged, also for a row whose number, size or data is not what was sealed."""
+        part = _opened(self.dek, PART_LABEL, self.part_context(row.entry.data_id), row.sealed, SealedPart)
+        if not part.names(row.entry):
+            raise DataDamaged("The row of a part says otherwise than what is sealed in it.")
+        return part
 
     def seal_result(self, plane: ObjectPlane, result: CompleteResult) -> bytes:
         context = self.place.context(UPLOAD_VERSION, self.record.upload_id)

@@ -235,7 +235,7 @@ def info_of(key: bytes, opened: OpenedVersion, parts: tuple[SealedPart, ...]) ->
         checksums=meta.checksums,
         checksum_type=meta.checksum_type,
         storage_class=meta.storage_class,
-        part_count=version.part_count if version.multipart else 0,
+        part_count=len(parts),
         parts=parts,
         owner=version.owner,
         delete_marker=version.delete_marker,

@@ -8,11 +8,13 @@ import hashlib
 import os
 import zlib
 
+import msgspec
 import pytest
 
 from storaged.errors import (
     BadDigest,
     ConditionalRequestConflict,
+    DataDamaged,
     EntityTooSmall,
     InvalidArgument,
     InvalidPart,
@@ -26,13 +28,14 @@ from storaged.errors import (
     PreconditionFailed,
     StoragedError,
 )
-from storaged.meta.names import RegisterName, Table, object_name
+from storaged.meta.names import Change, RegisterName, Table, object_name
 from storaged.objects import multipart
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta, PutResult, RangeSpec, WriteConditions
-from storaged.objects.records import BucketRecord, ObjectRecord
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry
 from storaged.objects.references import live_references, references
 from storaged.objects.service import ObjectService
-from storaged.wire import decode
+from storaged.objects.uploads import parse_upload_id, part_rows
+from storaged.wire import decode, encode
 from tests.unit.fakes_objects import World
 from tests.unit.test_objects_put_get import OWNER, bucket_of, got, pieces, put
 
@@ -113,6 +116,67 @@ async def test_ten_thousand_parts_are_kept_in_pages() -> None:
     with pytest.raises(InvalidArgument):
         await objects.put_part(bucket, b"key", upload.upload_id, 10_001, pieces(b"x"), BodyChecks(1))
     await objects.close()
+
+
+@pytest.mark.parametrize("liar", ["swapped", "doubled", "dropped", "older", "flattened", "resized"])
+async def test_a_record_whose_parts_are_not_those_that_were_completed_is_refused(liar: str) -> None:
+    """Every part opens by itself: what binds them together, and in this order, is sealed in the version's metadata. A storage node that lies could else serve
+    the parts in another order, or an attempt at a part that was superseded, as the object."""
+    world, objects, bucket = world_of()
+    datas = [bytes([number]) * 70_000 for number in (1, 2, 3)]
+    upload_id, parts = await uploaded(objects, bucket, datas)
+    older = (await stored_parts(world, bucket, upload_id))[1]
+    again = await objects.put_part(bucket, b"key", upload_id, 2, pieces(b"x" * 70_000), BodyChecks(70_000))
+    parts[1] = CompletedPart(2, again.etag)
+    await complete(objects, bucket, upload_id, parts)
+    assert await got(objects, bucket) == datas[0] + b"x" * 70_000 + datas[2]
+    name = object_name(bucket.id, bucket.shards, b"key")
+    value = (await world.ring.read(name)).value
+    assert value is not None
+    version = decode(value.body, ObjectRecord).versions[0]
+    first, second, third = version.parts
+    changed = {
+        "swapped": {"parts": (second, first, third)},
+        "doubled": {"parts": (first, first, third)},
+        "dropped": {"parts": (first, third)},
+        "older": {"parts": (first, older, third)},
+        "flattened": {"parts": (third, second, first), "multipart": False, "part_count": 1},
+        "resized": {"parts": (msgspec.structs.replace(first, size=69_999), second, msgspec.structs.replace(third, size=70_001))},
+    }[liar]
+    forged = encode(ObjectRecord((msgspec.structs.replace(version, **changed),)))
+    await world.ring.change(name, lambda _value: Change(forged))
+    whole = datas[0] + b"x" * 70_000 + datas[2]
+    with pytest.raises(DataDamaged):
+        await got(objects, bucket)
+    for start in (0, 69_995, 139_995, 209_990):
+        try:
+            assert await got(objects, bucket, span=RangeSpec(start, start + 9)) == whole[start : start + 10]
+        except DataDamaged:
+            continue
+    await objects.close()
+
+
+async def test_a_single_body_is_the_one_part_that_its_record_is_bound_to() -> None:
+    world, objects, bucket = world_of()
+    data = os.urandom(100_000)
+    await put(objects, bucket, data)
+    name = object_name(bucket.id, bucket.shards, b"key")
+    value = (await world.ring.read(name)).value
+    assert value is not None
+    version = decode(value.body, ObjectRecord).versions[0]
+    assert await got(objects, bucket) == data
+    (only,) = version.parts
+    for parts in ((), (msgspec.structs.replace(only, data_id=bytes(16)),), (msgspec.structs.replace(only, size=50_000), only)):
+        forged = encode(ObjectRecord((msgspec.structs.replace(version, parts=parts),)))
+        await world.ring.change(name, lambda _value, forged=forged: Change(forged))
+        with pytest.raises(DataDamaged):
+            await got(objects, bucket)
+    await objects.close()
+
+
+async def stored_parts(world: World, bucket: BucketRecord, upload_id: str) -> list[PartEntry]:
+    rows = part_rows(world.ring, bucket.id, parse_upload_id(upload_id))
+    return [row.entry async for row in rows]
 
 
 async def test_complete_names_what_is_wrong_and_leaves_the_upload_open() -> None:
