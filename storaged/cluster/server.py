@@ -18,7 +18,7 @@ import contextlib
 import errno
 import socket
 import ssl
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,8 @@ from storaged.wire import Message, decode, encode
 log = structlog.get_logger(__name__)
 
 OnRefusal = Callable[[str, StoragedError], None]
-"""``on_refusal(peer, error)``: ``peer`` is the certified name, or the network address of one who has none."""
+"""``on_refusal(peer, error)``: ``peer`` is the certified name, or the network address of one who has none (without its port: what a stranger does a thousand
+times is one thing to record)."""
 
 SWEEP_S = 0.25
 
@@ -364,7 +365,8 @@ class RpcServer:
         self._on_refusal = on_refusal
         self._context = identity.server_context(own)
         self._connections: set[ServerConnection] = set()
-        self._welcoming: set[asyncio.Task[None]] = set()
+        self._welcoming: dict[asyncio.Task[None], str] = {}
+        """Handshakes under way, oldest first, and the host that each is with."""
         self._listeners: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -465,23 +467,34 @@ class RpcServer:
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
-            await self._handshakes.acquire()
             try:
                 accepted, address = await self.loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, mostly: those who are in must go on
-                self._handshakes.release()
                 log.error("cannot accept a connection", reason=describe(error))
                 await asyncio.sleep(SWEEP_S)
                 continue
+            try:
+                if self._handshakes.locked():
+                    self._make_way()
+                await self._handshakes.acquire()
             except BaseException:
-                self._handshakes.release()
+                accepted.close()
                 raise
-            task = self.loop.create_task(self._welcome(accepted, f"{address[0]}:{address[1]}"))
-            self._welcoming.add(task)
+            task = self.loop.create_task(self._welcome(accepted, address[0]))
+            self._welcoming[task] = address[0]
             task.add_done_callback(self._welcomed)
 
+    def _make_way(self) -> None:
+        """All handshakes that there may be are under way. Those who only connect and say nothing must not keep nodes out: the oldest handshake with the host that
+        has most of them is ended. While every host has but one, the newcomer waits."""
+        counts = Counter(self._welcoming.values())
+        busiest, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
+        if count > 1:
+            log.debug("too many handshakes; the oldest is ended", address=busiest)
+            next(task for task, host in self._welcoming.items() if host == busiest).cancel()
+
     def _welcomed(self, task: asyncio.Task[None]) -> None:
-        self._welcoming.discard(task)
+        self._welcoming.pop(task, None)
         self._handshakes.release()
         if not task.cancelled() and task.exception() is not None:
             log.error("a handshake failed unexpectedly", reason=repr(task.exception()))

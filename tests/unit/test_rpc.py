@@ -429,6 +429,30 @@ async def test_somebody_who_says_nothing_or_speaks_no_tls_is_disconnected(world:
         silent_writer.close()
 
 
+async def test_strangers_who_connect_and_say_nothing_do_not_keep_nodes_out(world: World) -> None:
+    """All handshakes that there may be at once are taken, and would be for ten minutes; a node still gets in."""
+    limits = ServerLimits(handshakes_max=4, handshake_timeout_s=600.0)
+    async with serving(world.node("n1"), Service(), limits=limits) as server:
+        strangers = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(9)]
+        async with pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool:
+            assert (await pool.call("n1", "t.echo", Note("in"), Note))[0].text == "in"
+        assert await strangers[0][0].read() == b""  # the oldest made way
+        for _, writer in strangers:
+            writer.close()
+
+
+async def test_a_strangers_port_is_no_part_of_what_is_recorded_of_a_refusal(world: World) -> None:
+    """Each attempt comes from another port; were it recorded, none would be a repetition of the one before, and a stranger could fill the disk."""
+    recorded: list[tuple[str, str]] = []
+    async with serving(world.node("n1"), Service(), on_refusal=lambda peer, error: recorded.append((peer, error.message))) as server:
+        for _ in range(3):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await until(lambda: len(recorded) == 3)
+    assert len(set(recorded)) == 1
+    assert recorded[0][0] == "127.0.0.1"
+
+
 async def test_tls_1_2_is_not_spoken(world: World) -> None:
     async with serving(world.node("n1"), Service()) as server:
         context = identity.client_context(world.node("gw"))
