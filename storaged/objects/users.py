@@ -147,7 +147,7 @@ class UserService:
         access_key = claim.access_key if claim is not None else name_or_access_key
         user = system_name(PREFIX + access_key)
         found = self._decode(user, (await self._plane.registers.read(user)).value) if _is_access_key(access_key) else None
-        if found is None:
+        if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing, and is not authenticated
             raise InvalidArgument(f"There is no user {name_or_access_key}.")
         await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
         self._recent.forget(access_key)

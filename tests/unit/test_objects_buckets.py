@@ -18,13 +18,13 @@ from storaged.errors import (
     ServiceUnavailable,
     TooManyBuckets,
 )
-from storaged.meta.names import RegisterName, Table, system_name
+from storaged.meta.names import Change, RegisterName, Table, system_name
 from storaged.objects.api import NewMeta, Principal
 from storaged.objects.buckets import BucketService
 from storaged.objects.recent import Recent
 from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
-from storaged.objects.users import CLAIM_STALE_MS, UserService
+from storaged.objects.users import CLAIM_STALE_MS, NameClaim, UserService
 from storaged.wire import decode, encode
 from tests.unit.fakes_objects import FakeClock, World
 from tests.unit.test_objects_put_get import got, put
@@ -232,6 +232,18 @@ async def test_users_are_found_by_access_key_until_they_are_removed() -> None:
         await users.remove("anne")
     again, _ = await users.add("anne")
     assert again.user_id != anne.user_id
+
+
+async def test_a_forged_claim_of_a_name_removes_nobody_else() -> None:
+    """A claim is not authenticated: a storage node could make one that names somebody else's access key, and wait for the operator to remove the user."""
+    world = World(user_cache_s=0.0)
+    users = UserService(world.plane())
+    anne, _ = await users.add("anne")
+    await users.add("ben")
+    await world.ring.change(system_name("username/ben"), lambda _value: Change(encode(NameClaim(anne.access_key, 0))))
+    with pytest.raises(InvalidArgument):
+        await users.remove("ben")
+    assert (await users.lookup(anne.access_key))[0] == anne
 
 
 async def test_a_name_claimed_by_a_gateway_that_died_is_free_after_a_while() -> None:
