@@ -12,8 +12,10 @@ A refusal is {"code", "message", "hint"} with the error's status.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ import structlog
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from storaged.admin.place import SOCKET_NAME, short_path
+from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
 from storaged.config import split_address
 from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, OperatorError, PortInUse, StoragedError
@@ -40,6 +42,24 @@ class NotHere(OperatorError):
     code = "NOT_HERE"
     status = 404
     hint = "Ask the gateway: name its directory, or the trial cluster's, with --dir."
+
+
+class _BoundUnixSite(web.BaseSite):
+    """aiohttp's UnixSite binds a path itself, with the mode of the umask."""
+
+    def __init__(self, runner: web.AppRunner, listener: socket.socket) -> None:
+        super().__init__(runner)
+        self._listener = listener
+
+    @property
+    def name(self) -> str:
+        return f"unix:{self._listener.getsockname()}"
+
+    async def start(self) -> None:
+        await super().start()
+        server = self._runner.server
+        assert server is not None
+        self._server = await asyncio.get_running_loop().create_unix_server(server, sock=self._listener)
 
 
 class AdminServer:
@@ -70,11 +90,7 @@ class AdminServer:
             ]
         )
         runner = await self._run(private)
-        path = directory / SOCKET_NAME
-        path.unlink(missing_ok=True)
-        with short_path(path) as name:
-            await web.UnixSite(runner, name).start()
-        path.chmod(0o600)
+        await _BoundUnixSite(runner, bind_private(directory / SOCKET_NAME)).start()
         if listen:
             host, port = split_address(listen)
             runner = await self._run(self._application())

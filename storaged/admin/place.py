@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,22 @@ def short_path(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}/{path.name}"
     finally:
         os.close(descriptor)
+
+
+def bind_private(path: Path) -> socket.socket:
+    """A Unix socket at ``path``, in the place of an old one, that its owner alone can connect to, from the moment it is there: on Linux it gets the mode that
+    the descriptor had before it was bound, and a chmod afterwards would be too late for whoever is quick."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        os.fchmod(listener.fileno(), 0o600)
+        with short_path(path) as name:
+            listener.bind(name)
+        path.chmod(0o600)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def lock_directory(directory: Path) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from storaged.admin.place import lock_directory, short_path
+from storaged.admin.place import bind_private, lock_directory, short_path
 from storaged.cli.target import NodeName, nodes_of, resolve
 from storaged.errors import OperatorError, StoragedError
 
@@ -112,11 +112,8 @@ class Supervisor:
     async def __aenter__(self) -> Supervisor:
         self._lock = lock_directory(self.directory)
         try:
-            control = self.directory / CONTROL_NAME
-            control.unlink(missing_ok=True)
-            with short_path(control) as name:
-                self._server = await asyncio.start_unix_server(self._serve, name, limit=REQUEST_BYTES_MAX)
-            control.chmod(0o600)
+            control = bind_private(self.directory / CONTROL_NAME)
+            self._server = await asyncio.start_unix_server(self._serve, sock=control, limit=REQUEST_BYTES_MAX)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 loop.add_signal_handler(number, self.stopping.set)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from storaged.admin.api import AdminServer
+from storaged.admin.place import bind_private
 from storaged.admin.ports import Services
 from storaged.cli.client import RemoteRefusal, request
 from storaged.errors import InvalidArgument, NoSuchKey, NotRunning, OperatorError, PortInUse
@@ -118,6 +120,17 @@ async def ask(place: Path, method: str, path: str, **options: Any) -> Any:
 
 async def test_only_the_owner_may_ask(node: Node, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "admin.sock").stat().st_mode) == 0o600
+
+
+def test_a_socket_is_its_owners_alone_from_the_moment_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the most generous umask, and without the chmod that comes after: in between somebody else could have connected."""
+    monkeypatch.setattr(Path, "chmod", lambda _path, _mode: None)
+    before = os.umask(0)
+    try:
+        bind_private(tmp_path / "s").close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
 
 
 async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(node: Node, tmp_path: Path) -> None:
