@@ -160,8 +160,7 @@ async def backup(late: LateKeys, directory: Path, passphrase: str) -> tuple[str,
     if late.keyring is None:
         raise KeyringUnavailable(f"There is no keyring to back up: {late.reason}.")
     material = late.keyring.material
-    path = directory / "backup.new"
-    path.unlink(missing_ok=True)
+    path = directory / f"backup-{system_entropy(8).hex()}.new"  # its own: two at once are under two passphrases
     try:
         await asyncio.to_thread(keys.backup, material, path, passphrase)
         return material.keyring_id.hex(), path.read_bytes()
