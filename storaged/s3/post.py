@@ -22,6 +22,8 @@ from storaged.s3.tags import tags_from
 from storaged.wire import Buffer
 
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+"""What RFC 9110 lets a header be called: a name of other letters would come back from GetObject as another header, or break its answer."""
 
 
 def is_form(headers: Mapping[str, str]) -> bool:
@@ -94,8 +96,10 @@ def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
     if fields.get("acl"):
         said["x-amz-acl"] = fields["acl"]
     for name, value in said.items():
-        if _CONTROL.search(name + value):
-            raise errors.InvalidArgument("Form fields that become headers cannot contain control characters.", ArgumentName=name[:100])
+        if not _TOKEN.fullmatch(name) or _CONTROL.search(value):
+            raise errors.InvalidArgument(
+                "Form fields that become headers have a header's name, and no control characters in their value.", ArgumentName=name[:100]
+            )
     return said
 
 

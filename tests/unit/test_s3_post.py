@@ -132,6 +132,8 @@ async def test_sizes_outside_the_policy_store_nothing(world: World) -> None:
             400,
             b"InvalidArgument",
         ),
+        (policy({"key": "k"}, {"x-amz-meta-a: b": "1"}), {"key": "k", "x-amz-meta-a: b": "1"}, 400, b"InvalidArgument"),
+        (policy({"key": "k"}, {"x-amz-meta-\u00e9": "1"}), {"key": "k", "x-amz-meta-\u00e9": "1"}, 400, b"InvalidArgument"),
     ],
 )
 async def test_forms_that_the_policy_does_not_allow_are_refused(
