@@ -101,7 +101,8 @@ def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = Non
     renderers: dict[str, Any] = {
         "journal": _journal,
         "json": structlog.processors.JSONRenderer(),
-        "console": structlog.dev.ConsoleRenderer(colors=out.isatty()),
+        # Its default prints the local variables of every frame where the package rich is installed: keys, secrets, content.
+        "console": structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback),
         "logfmt": _logfmt_renderer,
     }
     structlog.configure(

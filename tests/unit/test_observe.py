@@ -57,6 +57,21 @@ def test_no_form_shows_a_secret(form: str) -> None:
     assert "AKIA" in line
 
 
+@pytest.mark.parametrize("form", ["journal", "json", "logfmt", "console"])
+def test_the_text_of_an_exception_holds_no_local_variables(form: str) -> None:
+    """They are keys, secret keys and content; the console's default shows them where the package rich is installed, as it is beside our dependencies."""
+    out = io.StringIO()
+    observe.setup_logging("info", form, stream=out)
+    dek = "never to be seen".upper()
+    try:
+        int("x")
+    except ValueError:
+        structlog.get_logger().exception("request failed")
+    assert "request failed" in out.getvalue()
+    assert "ValueError" in out.getvalue()
+    assert dek not in out.getvalue()
+
+
 @given(st.text(max_size=60))
 def test_a_logfmt_line_stays_one_line_whatever_a_value_holds(text: str) -> None:
     assert "\n" not in observe._logfmt({"level": "info", "event": text, "x": text})
