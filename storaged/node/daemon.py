@@ -53,6 +53,7 @@ log = structlog.get_logger("node")
 def run_node(path: Path, *, end_with_parent: bool = False) -> int:
     """Runs until it is told to stop; the process's exit code. Raises StoragedError for what is wrong before it runs."""
     config = configuration.load(path)
+    os.umask(0o077)  # what lies on disks tells names and sizes: to nobody but this user, wherever the disks are mounted
     if end_with_parent:
         _end_with_parent()
     _keep_memory()

@@ -87,6 +87,12 @@ def test_secrets_lie_in_private_files_and_listeners_on_loopback(cluster: Cluster
         "n1/admin.sock",
     ):
         assert stat.S_IMODE((cluster.directory / path).stat().st_mode) == 0o600, path
+    for path in (
+        *cluster.directory.glob("n1/d*/**/*"),
+        *cluster.directory.glob("n1/layouts/*"),
+        *cluster.directory.glob("gateway/audit/*"),
+    ):
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path  # rows tell names and sizes
     ours = inodes_of(cluster)
     rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
     listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in ours}
