@@ -117,6 +117,11 @@ class AdminServer:
         )
         return application
 
+    async def _audit(self, kind: str, **fields: str) -> None:
+        """That it was asked for, on disk before it is done: whoever reads the log may not have been told of it otherwise. Raises AuditUnwritable, and then nothing is done."""
+        if self._services.audit is not None:
+            await self._services.audit(kind, fields)
+
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.json_response({"healthy": True})
 
@@ -170,6 +175,7 @@ class AdminServer:
         if self._services.users is None:
             raise NotHere
         body = await _body(request, "name", "access_key", "secret_key", "email")
+        await self._audit("user.add", name=body.get("name", ""), access_key=body.get("access_key", ""))
         who, secret = await self._services.users.add(
             body.get("name", ""), access_key=body.get("access_key", ""), secret_key=body.get("secret_key", ""), email=body.get("email", "")
         )
@@ -180,6 +186,7 @@ class AdminServer:
         if self._services.users is None:
             raise NotHere
         name = request.match_info["name"]
+        await self._audit("user.remove", name=name)
         await self._services.users.remove(name)
         log.info("user removed", user=name)
         return web.json_response({"removed": name})
@@ -190,6 +197,7 @@ class AdminServer:
             raise NotHere
         body = await _body(request, "name", "access_key")
         who, _ = await self._services.users.lookup(body.get("access_key", ""))
+        await self._audit("bucket.create", name=body.get("name", ""), access_key=who.access_key)
         try:
             await self._services.buckets.create(who, body.get("name", ""), region=self._services.region)
         except BucketAlreadyOwnedByYou:
@@ -200,6 +208,7 @@ class AdminServer:
         if self._services.key_backup is None:
             raise NotHere
         body = await _body(request, "passphrase")
+        await self._audit("key.backup")
         keyring, content = await self._services.key_backup(body.get("passphrase", ""))
         log.info("keyring backed up", keyring=keyring)
         return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ class Services:
     jobs: Jobs | None = None
     key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
     """passphrase -> the keyring's id and its backup, sealed under the passphrase."""
+    audit: Callable[[str, Mapping[str, str]], Awaitable[None]] | None = None
+    """(kind, fields) -> on disk in the audit log: before what it tells of is done. None: nothing is administered here."""
     checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
     """All nodes' signed checkpoints of their audit logs, encoded."""
     authority: str = ""

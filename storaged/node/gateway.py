@@ -237,6 +237,7 @@ class Gateway:
 
     def offer(self, services: Services) -> None:
         """What the admin API may ask of a gateway."""
+        services.audit = self._audit
         services.users = self.users
         services.buckets = self.buckets
         services.where = self._where

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from storaged.admin.api import AdminServer
 from storaged.admin.place import bind_private
 from storaged.admin.ports import Services
 from storaged.cli.client import RemoteRefusal, request
-from storaged.errors import InvalidArgument, NoSuchKey, NotRunning, OperatorError, PortInUse
+from storaged.errors import AuditUnwritable, InvalidArgument, NoSuchKey, NotRunning, OperatorError, PortInUse
 from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
 from storaged.observe import Metrics
@@ -79,6 +79,8 @@ class Node:
     def __init__(self) -> None:
         self.reason = ""
         self.buckets = Buckets()
+        self.audited: list[tuple[str, dict[str, str]]] = []
+        self.audit_full = False
 
     async def status(self) -> dict[str, Any]:
         return {"verdict": "HEALTHY"}
@@ -94,11 +96,16 @@ class Node:
             raise NoSuchKey
         return {"bucket": bucket}
 
+    async def audit(self, kind: str, fields: Mapping[str, str]) -> None:
+        if self.audit_full:
+            raise AuditUnwritable("no space")
+        self.audited.append((kind, dict(fields)))
+
     async def key_backup(self, passphrase: str) -> tuple[str, bytes]:
         return "id", passphrase.encode()
 
     def services(self, *, gateway: bool) -> Services:
-        found = Services(self.status, self.ready, self.doctor, region="eu-fr-1")
+        found = Services(self.status, self.ready, self.doctor, region="eu-fr-1", audit=self.audit)
         if gateway:
             found.users, found.buckets = Users(), self.buckets
             found.where, found.key_backup = self.where, self.key_backup
@@ -131,6 +138,33 @@ def test_a_socket_is_its_owners_alone_from_the_moment_it_is_there(tmp_path: Path
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
+
+
+async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: Node, tmp_path: Path) -> None:
+    """Above all that the keyring was handed out. No secret is in an entry, and without an entry nothing is done."""
+    asked: list[tuple[str, str, dict[str, str] | None]] = [
+        ("POST", "/v1/users", {"name": "alice", "access_key": "AK1", "secret_key": "given"}),
+        ("POST", "/v1/buckets", {"name": "b", "access_key": "AK1"}),
+        ("POST", "/v1/keys/backup", {"passphrase": "correct horse"}),
+        ("DELETE", "/v1/users/alice", None),
+    ]
+    for method, path, body in asked:
+        await ask(tmp_path, method, path, body=body)
+    assert node.audited == [
+        ("user.add", {"name": "alice", "access_key": "AK1"}),
+        ("bucket.create", {"name": "b", "access_key": "AK1"}),
+        ("key.backup", {}),
+        ("user.remove", {"name": "alice"}),
+    ]
+    await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1"})
+    node.audit_full = True
+    made = len(node.buckets.made)
+    for method, path, body in asked:
+        with pytest.raises(RemoteRefusal) as refused:
+            await ask(tmp_path, method, path, body=body)
+        assert refused.value.code == "AUDIT_UNWRITABLE"
+    assert len(node.buckets.made) == made
+    assert len((await ask(tmp_path, "GET", "/v1/users"))["users"]) == 1
 
 
 async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(node: Node, tmp_path: Path) -> None:
