@@ -11,16 +11,53 @@ Only the last stripe of a part's last block can be ragged. With k = 1 every frag
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from storaged.cluster.layout import Profile
+from storaged.ids import DATA_ID_BYTES
 from storaged.objects.records import PartEntry
-from storaged.sov1 import TAG_BYTES, chunk_count, header_chunk_bytes
+from storaged.sov1 import HEADER_BYTES, MAGIC, TAG_BYTES, chunk_count, header_chunk_bytes
 from storaged.sov1 import chunk_bytes_for as chunk_bytes_for
 from storaged.sov1 import chunks_size as chunks_size
 from storaged.sov1 import sealed_size as sealed_size
+
+FRAGMENTS_MAX = 255
+"""Of a block: a fragment's position is one byte."""
+BLOCK_CELLS_MAX = 2**16
+PART_NUMBER_MAX = 10_000
+PART_SIZE_MAX = 5 * 1024**4
+"""No part is as large, for no object is."""
+_PROFILE = re.compile(r"[1-9]\d{0,2}\+\d{1,3}", re.ASCII)
+
+
+def problem_of(entry: PartEntry) -> str:
+    """Why this cannot be a part; empty when it can.
+
+    Where the parts of an object lie is in the clear and carries no authenticator, for repair moves them without keys. So a record may say anything, and nobody may
+    go on to count in it before this: a profile of a billion fragments, or a block of no cells, would stop whoever reads or repairs the key.
+    """
+    header = entry.header
+    if len(header) != HEADER_BYTES or header[:4] != MAGIC or not 12 <= header[5] <= 16:
+        return "its header is not one of SOV1"
+    if len(entry.data_id) != DATA_ID_BYTES or not 1 <= entry.number <= PART_NUMBER_MAX:
+        return "it has no data id, or no number"
+    if not 0 <= entry.size <= PART_SIZE_MAX or not 1 <= entry.block_cells <= BLOCK_CELLS_MAX:
+        return f"{entry.size} bytes in blocks of {entry.block_cells} cells cannot be"
+    if (entry.target or entry.runs) and not _PROFILE.fullmatch(entry.target):
+        return f"its target {entry.target[:20]!r} is no profile"
+    blocks, left = -1, 0
+    for run in entry.runs:
+        if blocks < 0:
+            blocks = left = PartShape.of(entry).blocks
+        left -= run.count
+        if run.first < 0 or run.count < 1 or run.first + run.count > blocks or left < 0:
+            return f"it has {blocks} blocks, and a run of {run.count} from {run.first} on"
+        if run.k < 1 or run.m < 0 or run.k + run.m > FRAGMENTS_MAX:
+            return f"a block cannot have {run.k} + {run.m} fragments"
+    return ""
 
 
 class FragmentCells(NamedTuple):

@@ -15,6 +15,7 @@ from storaged.errors import DataDamaged
 from storaged.ids import Entropy
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Pages
+from storaged.objects.geometry import problem_of
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import PARTS_INLINE_MAX, PartEntry, PartsPage, SealedMeta, SealedPart, SealedPartsPage, Version
 from storaged.objects.seal import SALT_BYTES, open_message, seal_message
@@ -41,16 +42,16 @@ async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartE
 
 
 async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[PartEntry]:
-    """The parts in order, page by page. Raises DataDamaged."""
+    """The parts in order, page by page. Raises DataDamaged, also for what cannot be a part."""
     for part in version.parts:
-        yield part
+        yield checked(part)
     following = version.manifest
     for _ in range(PAGES_MAX):
         if not following:
             return
         page = _decode(await pages.get_page(near, following), PartsPage)
         for part in page.parts:
-            yield part
+            yield checked(part)
         following = page.next
     raise DataDamaged("The manifest of this object does not end.")
 
@@ -63,9 +64,16 @@ async def mend_pages(pages: Pages, near: RegisterName, version: Version) -> int:
             break
         mended += await pages.mend_page(near, following)
         following = _decode(await pages.get_page(near, following), PartsPage).next
-    for page_hash in version.sealed_pages:
+    for page_hash in version.sealed_pages[:PAGES_MAX]:  # as a record says; more are no pages of one object
         mended += await pages.mend_page(near, page_hash)
     return mended
+
+
+def checked(part: PartEntry) -> PartEntry:
+    """Raises DataDamaged for what cannot be a part."""
+    if problem := problem_of(part):
+        raise DataDamaged(f"The record of this key names a part that cannot be: {problem}.")
+    return part
 
 
 async def bound_parts_of(

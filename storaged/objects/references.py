@@ -21,7 +21,7 @@ import msgspec
 from storaged.errors import DataDamaged, NoSuchBucket
 from storaged.meta.names import RegisterName, Table, Value, upload_name
 from storaged.meta.ports import Pages, Registers, Scanner
-from storaged.objects.manifest import parts_of
+from storaged.objects.manifest import checked, parts_of
 from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, UploadRecord, Version
 from storaged.objects.uploads import COMPLETING, OPEN, ROWS_PER_SCAN, decode_upload, part_rows
 from storaged.objects.versions import decode_record
@@ -57,7 +57,7 @@ async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) 
     """All parts that a record refers to, those on pages of manifests too. ``near`` is the object's register. Raises DataDamaged."""
     if table == Table.PART and record:
         try:
-            yield decode(record, PartRecord).entry
+            yield checked(decode(record, PartRecord).entry)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"A record cannot be read: {error}") from None
     for version in versions_in(record, table):

@@ -14,6 +14,7 @@ from storaged.ids import UPLOAD_ID_BYTES
 from storaged.meta.names import RegisterName, Table, Value, Visibility, upload_name
 from storaged.meta.ports import Row, Scanner
 from storaged.objects.api import UploadInfo
+from storaged.objects.manifest import checked
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken
 from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord
@@ -138,9 +139,11 @@ async def unseal_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, na
 def decode_part(row: Row) -> PartRecord:
     """Raises DataDamaged."""
     try:
-        return decode(row.value.body, PartRecord)
+        record = decode(row.value.body, PartRecord)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of a part cannot be read: {error}") from None
+    checked(record.entry)
+    return record
 
 
 async def part_rows(scanner: Scanner, scope: bytes, upload_id: bytes, *, after: int = 0) -> AsyncIterator[PartRecord]:

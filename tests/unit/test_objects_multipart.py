@@ -7,6 +7,7 @@ import base64
 import hashlib
 import os
 import zlib
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -31,8 +32,8 @@ from storaged.errors import (
 from storaged.meta.names import Change, RegisterName, Table, object_name
 from storaged.objects import multipart
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta, PutResult, RangeSpec, WriteConditions
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry
-from storaged.objects.references import live_references, references
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, PartRecord
+from storaged.objects.references import live_references, parts_in, references
 from storaged.objects.service import ObjectService
 from storaged.objects.uploads import parse_upload_id, part_rows
 from storaged.wire import decode, encode
@@ -171,6 +172,51 @@ async def test_a_single_body_is_the_one_part_that_its_record_is_bound_to() -> No
         await world.ring.change(name, lambda _value, forged=forged: Change(forged))
         with pytest.raises(DataDamaged):
             await got(objects, bucket)
+    await objects.close()
+
+
+def _with_run(entry: PartEntry, **changes: int) -> PartEntry:
+    return msgspec.structs.replace(entry, runs=(msgspec.structs.replace(entry.runs[0], **changes),))
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda entry: _with_run(entry, k=0),
+        lambda entry: _with_run(entry, k=-1),
+        lambda entry: _with_run(entry, k=10**9),
+        lambda entry: _with_run(entry, m=10**12),
+        lambda entry: _with_run(entry, m=-4),
+        lambda entry: _with_run(entry, first=-1),
+        lambda entry: _with_run(entry, count=2**60),
+        lambda entry: msgspec.structs.replace(entry, runs=entry.runs * 1000),
+        lambda entry: msgspec.structs.replace(entry, block_cells=0),
+        lambda entry: msgspec.structs.replace(entry, block_cells=2**62),
+        lambda entry: msgspec.structs.replace(entry, size=2**62),
+        lambda entry: msgspec.structs.replace(entry, size=-1),
+        lambda entry: msgspec.structs.replace(entry, number=2**40),
+        lambda entry: msgspec.structs.replace(entry, data_id=b""),
+        lambda entry: msgspec.structs.replace(entry, header=b""),
+        lambda entry: msgspec.structs.replace(entry, target="4+two"),
+        lambda entry: msgspec.structs.replace(entry, target=""),
+    ],
+)
+async def test_a_record_that_cannot_be_is_damage_to_whoever_reads_or_repairs_it(forge: Callable[[PartEntry], PartEntry]) -> None:
+    """Where parts lie has no authenticator. Whatever a storage node writes there must cost one key, and not the gateway that reads it or the node that repairs it."""
+    world, objects, bucket = world_of()
+    await put(objects, bucket, os.urandom(100_000))
+    name = object_name(bucket.id, bucket.shards, b"key")
+    value = (await world.ring.read(name)).value
+    assert value is not None
+    version = decode(value.body, ObjectRecord).versions[0]
+    forged = forge(version.parts[0])
+    body = encode(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
+    await world.ring.change(name, lambda _value: Change(body))
+    with pytest.raises(DataDamaged):
+        await got(objects, bucket)
+    for record, table in ((body, Table.OBJECT), (encode(PartRecord(forged, 0, b"")), Table.PART)):
+        with pytest.raises(DataDamaged):
+            _ = [part async for part in parts_in(world.ring, name, record, table)]
     await objects.close()
 
 
