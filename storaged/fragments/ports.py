@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 
 from storaged.wire import Buffer, Message
 
+_PACKED_BYTES = 23
+
 
 class FragmentId(NamedTuple):
     """Which fragment: ``position`` 0..k-1 is data, k..k+m-1 parity (any copy when k is 1). A block recoded under another profile has other fragments."""
@@ -33,7 +35,10 @@ class FragmentId(NamedTuple):
 
     @classmethod
     def unpack(cls, data: Buffer) -> FragmentId:
+        """Raises ValueError for what is no fragment's id."""
         raw = bytes(data)
+        if len(raw) != _PACKED_BYTES:
+            raise ValueError(f"{len(raw)} bytes are no fragment's id")
         return cls(raw[:16], int.from_bytes(raw[16:20], "big"), raw[20], raw[21], raw[22])
 
 

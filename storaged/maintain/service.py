@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Sequence
 
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
-from storaged.errors import PeerError, StoragedError
+from storaged.errors import PeerError, PeerRefused, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.collect import Collector, Referenced
 from storaged.maintain.context import MaintainContext
@@ -83,7 +83,11 @@ class Maintenance:
 
     def hint(self, name: bytes) -> None:
         """A register (packed name) of which something local is wanting: for whichever node looks after it."""
-        register = RegisterName.unpack(name)
+        try:
+            register = RegisterName.unpack(name)
+        except ValueError:  # a fragment's header says what its writer wanted
+            self._context.log(f"damage belongs to no register: {name[:32].hex()}")
+            return
         if self._context.leads(register.partition):
             self.repair.hint(name)
         else:
@@ -177,10 +181,17 @@ class Maintenance:
             return Done()
 
         async def hint(request: Ask, _call: Call) -> Done:
-            for name in request.names[:HINTS_A_CALL]:
+            try:
+                names = [RegisterName.unpack(name).pack() for name in request.names[:HINTS_A_CALL]]
+                suspects = [
+                    (RegisterName.unpack(owner).pack(), FragmentId.unpack(fragment)) for owner, fragment in request.suspects[:HINTS_A_CALL]
+                ]
+            except ValueError as error:
+                raise PeerRefused(f"a hint that cannot be: {error}", remote_code="BAD_REQUEST") from None
+            for name in names:
                 self.repair.hint(name)
-            for owner, fragment in request.suspects[:HINTS_A_CALL]:
-                self.repair.suspect(owner, FragmentId.unpack(fragment))
+            for owner, lied in suspects:
+                self.repair.suspect(owner, lied)
             return Done()
 
         async def wake(_request: Ask, _call: Call) -> Done:

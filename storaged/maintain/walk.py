@@ -16,7 +16,7 @@ import msgspec
 from storaged.cluster.layout import SYSTEM_PARTITION, Profile, partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStat, Health
-from storaged.ids import UPLOAD_ID_BYTES
+from storaged.ids import BUCKET_ID_BYTES, UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
 from storaged.meta.listing import RingScanner
@@ -34,6 +34,8 @@ BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
 BUCKETS = "bucket/"
+SHARDS_MAX = 256
+"""A shard's number is one byte."""
 
 
 class Range(NamedTuple):
@@ -71,6 +73,14 @@ class Buckets:
                     record = decode(row.value.body, BucketRecord)
                 except msgspec.MsgspecError as error:
                     context.log(f"the record of bucket {row.key!r} cannot be read: {error}")
+                    unreadable += 1
+                    continue
+                if (
+                    len(record.id) != BUCKET_ID_BYTES
+                    or not 1 <= record.shards <= SHARDS_MAX
+                    or row.key != prefix.key + record.name.encode()
+                ):
+                    context.log(f"the record of bucket {row.key!r} cannot be: its id, its {record.shards} shards or its name")
                     unreadable += 1
                     continue
                 found[record.id] = record
@@ -130,8 +140,14 @@ class Walker:
         store, after = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard))), b""
         found: set[bytes] = set()
         while store is not None and (rows := store.scan(Table.UPLOAD, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE)):
-            records = (decode_upload(row.value) for row in rows)
-            found.update(record.upload_id for record in records if record is not None and record.state in (OPEN, COMPLETING))
+            for row in rows:
+                try:
+                    record = decode_upload(row.value)
+                except DataDamaged as error:  # one upload's parts are not looked at; all else is
+                    self._context.log(f"the record of an upload for {row.name.key[:80]!r} cannot be read: {error}")
+                    continue
+                if record is not None and record.state in (OPEN, COMPLETING):
+                    found.add(record.upload_id)
             after = rows[-1].name.key
         return frozenset(found)
 

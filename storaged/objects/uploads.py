@@ -107,9 +107,12 @@ def decode_upload(value: Value | None) -> UploadRecord | None:
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return None
     try:
-        return decode(value.body, UploadRecord)
+        record = decode(value.body, UploadRecord)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of this upload cannot be read: {error}") from None
+    if len(record.upload_id) != UPLOAD_ID_BYTES:
+        raise DataDamaged("The record of this upload names none.")
+    return record
 
 
 async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> OpenedUpload:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 
-from storaged.errors import PeerUnreachable
+from storaged.cluster.ports import Call, PeerIdentity
+from storaged.errors import PeerUnreachable, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainLimits
-from storaged.meta.names import RegisterName, object_name
-from storaged.objects.records import BucketRecord
+from storaged.maintain.service import Ask
+from storaged.meta.names import Change, RegisterName, object_name, part_name, system_name, upload_name
+from storaged.objects.records import BucketRecord, ObjectRecord, PartRecord, UploadRecord
+from storaged.wire import encode
 from tests.unit.ring_cluster import Cluster, run
 
 SMALL, LARGE = 5_000, 2_500_000
@@ -440,3 +444,53 @@ def test_a_fragment_that_a_disk_finds_damaged_while_it_reads_is_told_to_whom_it_
         assert cluster.holds(disk, fragment)
 
     run(scenario)
+
+
+def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
+    """Records lie in the clear and hints come from whoever is a member. What cannot be is passed over, and everything else is looked after as before."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        ring, whole = cluster.gateway.ring, await cluster.record(bucket, b"large-0")
+
+        async def forge(name: RegisterName, body: bytes) -> None:
+            await ring.change(name, lambda _value: Change(body))
+
+        for number, (shards, id_) in enumerate([(10**9, b"x" * 16), (300, b"y" * 16), (-1, b"z" * 16), (16, b"short")]):
+            await forge(system_name(f"bucket/evil{number}"), encode(BucketRecord(f"evil{number}", id_, "", 0, "active", shards, "")))
+        await forge(system_name("bucket/other"), encode(BucketRecord("bucket", b"w" * 16, "", 0, "active", 16, "")))
+        (entry, *_), version = whole.versions[0].parts, whole.versions[0]
+        for number, forged in enumerate(
+            (
+                msgspec.structs.replace(entry, target="none"),
+                msgspec.structs.replace(entry, header=b""),
+                msgspec.structs.replace(entry, runs=(msgspec.structs.replace(entry.runs[0], k=0),)),
+                msgspec.structs.replace(entry, runs=(msgspec.structs.replace(entry.runs[0], count=2**62),)),
+            )
+        ):
+            body = encode(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
+            await forge(object_name(bucket.id, bucket.shards, b"evil-%d" % number), body)
+        upload_id = bytes([3]) * 16
+        await forge(upload_name(bucket.id, b"evil", upload_id), encode(UploadRecord(b"", "open", "", 0, 1, b"", b"", b"")))
+        await forge(part_name(bucket.id, upload_id, 1), encode(PartRecord(msgspec.structs.replace(entry, block_cells=0), 0, b"")))
+        place = (await cluster.places(bucket, b"large-0"))[0]
+        fragment, disk = next(place.fragments)
+        await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        for node in cluster.nodes.values():
+            for ask in (
+                Ask((b"",)), Ask((b"x" * 5000,)), Ask((), ((b"", fragment.pack()),)), Ask((), ((object_name(*NAME).pack(), b""),)),
+            ):  # fmt: skip
+                with pytest.raises(StoragedError):
+                    await node.methods["maintain.hint"].handler(ask, NO_CALL)
+            node.maintenance.hint(b"the owner that a fragment's header names")
+            node.maintenance.hint(b"")
+        await cluster.pass_s(30)
+        assert cluster.holds(disk, fragment)
+        assert await cluster.get(bucket, b"small-0") == objects[b"small-0"]
+
+    run(scenario)
+
+
+NAME = (b"B" * 16, 16, b"key")
+NO_CALL = Call(PeerIdentity("n", "FR", "s", "r", ("storage",)), memoryview(b""), 0.0)
