@@ -16,10 +16,10 @@ from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
 from storaged.objects.buffers import Lease, Transfer, window_cells_for
 from storaged.objects.conditions import NO_READ_CONDITIONS, check_copy_source, check_read
-from storaged.objects.manifest import bound_parts_of, sealed_parts_of
+from storaged.objects.manifest import bound_parts_of, parts_of, sealed_parts_of
 from storaged.objects.plane import ObjectPlane, cancel_all
 from storaged.objects.reader import HedgeDelay, PartReader, Window
-from storaged.objects.records import BucketRecord, SealedPart
+from storaged.objects.records import BucketRecord, PartEntry, SealedPart
 from storaged.objects.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version
 from storaged.wire import Buffer
 
@@ -272,7 +272,7 @@ class VerifiedStream:
             if again.opened.version.context_id != version.context_id:
                 return None
             async for other in parts_of(self._plane.pages, again.name, again.opened.version):
-                if other.data_id == part.data_id:
+                if (other.data_id, other.number, other.size, other.header) == (part.data_id, part.number, part.size, part.header):
                     return other if other.runs != part.runs else None
         except StoragedError:
             pass  # what the reader found is what its caller is told
