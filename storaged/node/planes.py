@@ -83,6 +83,7 @@ class Node:
             await self._listen()
         await self.membership.start()
         await self.audit.start()
+        self.layouts.watch(lambda layout: self.audit.note("layout.taken", epoch=layout.epoch, nodes=len(layout.nodes)))
         stack.push_async_callback(self.audit.close)
         if self.config.gateway:
             from storaged.node.gateway import Gateway

@@ -145,7 +145,7 @@ class Reports:
 
     async def doctor(self) -> list[dict[str, str]]:
         node = self._node
-        checks = [self._certificate()]
+        checks = [self._certificate(), _private(self._secret_files())]
         for entry in node.layouts.current.nodes:
             known = node.membership.status(entry.name)
             if known.state != "up":
@@ -169,6 +169,12 @@ class Reports:
         return _check(
             f"certificate of {own.name}", state, f"expires in {days} days", "Renew it: `storaged cluster issue`, then reload the node."
         )
+
+    def _secret_files(self) -> list[Path]:
+        node = self._node
+        keys = node.config.keys
+        named = [Path(name) for name in (keys.keyring, keys.credential, keys.passphrase) if name]
+        return [node.own.directory / "node.key", *named]
 
     def _round_trip(self, name: str, location: str, rtt_ms: float) -> dict[str, str]:
         """Evidence against a certified place, never proof of one."""
@@ -208,6 +214,21 @@ def _job(job: JobReport) -> dict[str, Any]:
 
 def _check(name: str, state: str, detail: str, hint: str) -> dict[str, str]:
     return {"name": name, "state": state, "detail": detail, "hint": hint if state != "ok" else ""}
+
+
+def _private(files: Sequence[Path]) -> dict[str, str]:
+    """Nobody but the owner (and a group that the operator chose, as systemd does for its credentials) may read what opens everything."""
+    shown = []
+    for file in files:
+        try:
+            mode = file.stat().st_mode
+        except OSError:
+            continue  # what is missing is told elsewhere
+        if mode & 0o007:
+            shown.append(f"{file} has mode {mode & 0o777:04o}")
+    return _check(
+        "secret files", "fail" if shown else "ok", "; ".join(shown) or "private", "chmod o= FILE; who could log in here may have a copy."
+    )
 
 
 def _clock(name: str, skew_ms: float | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from storaged.meta.ports import Ballot, Outcome, Reading, StoreBatch
 from storaged.meta.replica import META_HIGH_WATER
 from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
+from storaged.node.reports import _private
 from storaged.node.system import StoreLedger, SystemPaths, Taken, exchange_layout
 from storaged.wire import decode, encode
 from tests.unit.test_meta_store import raw
@@ -53,6 +54,15 @@ class Registers:
 
 async def no_audit(_kind: str, _fields: Mapping[str, str]) -> None:
     return None
+
+
+def test_doctor_names_secret_files_that_others_may_read(tmp_path: Path) -> None:
+    for name, mode in (("node.key", 0o600), ("credential", 0o440), ("keyring", 0o644)):
+        (tmp_path / name).touch(mode)
+        (tmp_path / name).chmod(mode)
+    found = [_private([tmp_path / name, tmp_path / "missing"]) for name in ("node.key", "credential", "keyring")]
+    assert [check["state"] for check in found] == ["ok", "ok", "fail"]
+    assert "keyring has mode 0644" in found[2]["detail"]
 
 
 async def test_a_path_is_created_once(tmp_path: Path) -> None:
