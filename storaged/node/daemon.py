@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -54,6 +55,9 @@ def run_node(path: Path, *, end_with_parent: bool = False) -> int:
     """Runs until it is told to stop; the process's exit code. Raises StoragedError for what is wrong before it runs."""
     config = configuration.load(path)
     os.umask(0o077)  # what lies on disks tells names and sizes: to nobody but this user, wherever the disks are mounted
+    if config.gateway:
+        with contextlib.suppress(ValueError, OSError):  # a system call filter may forbid it; then the unit has set the limit
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would have the keys
     if end_with_parent:
         _end_with_parent()
     _keep_memory()

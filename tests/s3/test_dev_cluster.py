@@ -93,6 +93,8 @@ def test_secrets_lie_in_private_files_and_listeners_on_loopback(cluster: Cluster
         *cluster.directory.glob("gateway/audit/*"),
     ):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path  # rows tell names and sizes
+    limits = Path(f"/proc/{cluster.pids()['gateway']}/limits").read_text().splitlines()
+    assert next(line for line in limits if line.startswith("Max core file size")).split()[4:6] == ["0", "0"]  # it would hold keys
     ours = inodes_of(cluster)
     rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
     listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in ours}
