@@ -28,6 +28,7 @@ from storaged.errors import (
     NoSuchUpload,
     PreconditionFailed,
     StoragedError,
+    XAmzContentSHA256Mismatch,
 )
 from storaged.meta.names import Change, RegisterName, Table, object_name
 from storaged.objects import multipart
@@ -172,6 +173,19 @@ async def test_a_single_body_is_the_one_part_that_its_record_is_bound_to() -> No
         await world.ring.change(name, lambda _value, forged=forged: Change(forged))
         with pytest.raises(DataDamaged):
             await got(objects, bucket)
+    await objects.close()
+
+
+@pytest.mark.parametrize("algorithm", ["", "CRC32", "SHA256"])
+@pytest.mark.parametrize("size", [10, 200_000])
+async def test_a_part_that_is_not_what_was_signed_is_refused_whatever_the_upload_was_created_for(algorithm: str, size: int) -> None:
+    _world, objects, bucket = world_of()
+    data = os.urandom(size)
+    upload = await objects.create_upload(bucket, b"key", NewMeta(), owner=OWNER, algorithm=algorithm)
+    with pytest.raises(XAmzContentSHA256Mismatch):
+        await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(data), BodyChecks(size, sha256="0" * 64))
+    signed = BodyChecks(size, sha256=hashlib.sha256(data).hexdigest())
+    assert (await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(data), signed)).etag == hashlib.md5(data).hexdigest()
     await objects.close()
 
 
