@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from storaged.clock import Clock
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.fragments.ports import FragmentStore, FragmentStores
-from storaged.meta.ports import MetaStore, Pages, Registers, Scanner
+from storaged.meta.ports import MetaStore, PageCopies, Registers, Scanner
 from storaged.units import MIB
 
 
@@ -52,18 +52,20 @@ class MaintainLimits:
 
 @dataclass
 class MaintainContext:
-    """``local_meta`` and ``local_fragments``: this node's disks by id."""
+    """``local_meta`` and ``local_fragments``: this node's disks by id. ``end_promises``: makes one of them refuse every ballot drawn before the call; when it returns,
+    what was accepted before is in its ``local_meta``. Raises DiskUnusable."""
 
     node: str
     clock: Clock
     layouts: Layouts
     liveness: Liveness
     registers: Registers
-    pages: Pages
+    pages: PageCopies
     scanner: Scanner
     stores: FragmentStores
     local_meta: Mapping[str, MetaStore]
     local_fragments: Mapping[str, FragmentStore]
+    end_promises: Callable[[str], Awaitable[None]]
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.survey import Finding
+from storaged.meta.names import Table
 
 PREFIX_BYTES = 18
 """Of a packed register name: table, scope, shard."""
@@ -89,16 +90,34 @@ class Findings:
 
     @property
     def below_target(self) -> int:
-        return self._count + sum(self._overflow.values())
+        """Objects. What belongs to uploads that are not complete is counted apart."""
+        return self._count_of(objects=True)
+
+    @property
+    def parts_below_target(self) -> int:
+        """Parts of uploads that may still become an object, and uploads that are being completed."""
+        return self._count_of(objects=False)
+
+    def _count_of(self, *, objects: bool) -> int:
+        listed = sum(len(found) for prefix, found in self._ranges.items() if (prefix[0] == Table.OBJECT) == objects)
+        return listed + sum(count for prefix, count in self._overflow.items() if (prefix[0] == Table.OBJECT) == objects)
 
     @property
     def lost(self) -> int:
-        return sum(finding.lost for finding in self)
+        """Objects."""
+        return sum(finding.lost for finding in self._of_objects())
 
     @property
     def at_risk(self) -> int:
         """Objects of which one more lost fragment would make a block unreadable, although every disk that should hold it answers."""
-        return sum(finding.spare == 0 and finding.damaged_fragments > 0 for finding in self)
+        return sum(finding.spare == 0 and finding.damaged_fragments > 0 for finding in self._of_objects())
+
+    def _of_objects(self) -> Iterator[Finding]:
+        return (finding for prefix, found in self._ranges.items() if prefix[0] == Table.OBJECT for finding in found.values())
+
+    def of_table(self, table: int) -> list[list[bytes]]:
+        """The names found in each range of a table."""
+        return [list(found) for prefix, found in self._ranges.items() if prefix[0] == table]
 
     # --- work -------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext, wait_for
-from storaged.maintain.findings import Findings
+from storaged.maintain.findings import PREFIX_BYTES, Findings
 from storaged.maintain.leavings import Leavings
 from storaged.maintain.mend import CannotMend, Mender, Move
 from storaged.maintain.runner import Job
@@ -136,7 +136,7 @@ class Repair:
                         failures.append("a replica did not answer")
                 except StoragedError as error:
                     failures.append(str(error))
-                if where.table in (Table.OBJECT, Table.PART):
+                if where.table != Table.SYSTEM:
                     self.findings.replace(where.prefix, await self._judged_range(where))
                 self.walk_job.advance()
             self.findings.keep_only(where.prefix for where in ranges)
@@ -194,15 +194,14 @@ class Repair:
         if states & {"behind", "damaged"} or {"current", "empty"} <= states:
             await self._context.registers.settle(name)
             self.walker.settled += 1
-        if name.table == Table.PART and name.key[:UPLOAD_ID_BYTES] not in self.walker.open_uploads_of(name.scope, name.shard):
-            return
         await self._judge(name, (await self._context.registers.read(name)).value)
         if name.table == Table.OBJECT and not self.findings.has(name.pack()):
             async for row, value in upload_rows(self._context, name):
                 await self._judge(row, value)
 
     async def _judge(self, name: RegisterName, value: Value | None) -> None:
-        found = await self.walker.judge_rows([(name, value)]) if value is not None else []
+        counted = value is not None and await self.walker.is_counted(name)
+        found = await self.walker.judge_rows([(name, value)]) if value is not None and counted else []
         self.findings.file(name.pack(), found[0] if found else None)
         if found:
             self._mend_at = -1e18
@@ -237,6 +236,7 @@ class Repair:
         now, limits = self._context.clock.monotonic(), self._context.limits
         if now < self._mend_at:
             return
+        await self._forget_finished_parts()
         overdue = any(now - since >= limits.recode_delay_s for since in self._away_since.values())
         work = list(self.findings.workable(now, overdue))
         if not work:
@@ -266,12 +266,27 @@ class Repair:
         if failures:
             self._context.log(f"repair of {len(failures)} registers failed, the first: {failures[0]}")
 
+    async def _forget_finished_parts(self) -> None:
+        """Parts of uploads that ended since they were found wanting: they are in an object now, or garbage."""
+        for names in self.findings.of_table(Table.PART):
+            where = RegisterName.unpack(names[0])
+            uploads = await self.walker.open_uploads_of(where.scope, where.shard)
+            for name in names:
+                if name[PREFIX_BYTES:][:UPLOAD_ID_BYTES] not in uploads:
+                    self.findings.file(name, None)
+
     async def _mend(self, name: RegisterName) -> None:
-        """Rebuilds, recodes or moves what can be, then judges anew. Every slice is tried; then the first failure is raised."""
+        """Rebuilds, recodes or moves what can be, then judges anew. Everything is tried; then the first failure is raised."""
         failure: Exception | None = None
         moves: list[Move] = []
         try:
             value = (await self._context.registers.read(name)).value
+            try:
+                await self.walker.pages.mend(name, value)
+            except REFUSALS as error:
+                failure = error
+            if not await self.walker.is_counted(name):
+                return
             async for slice_ in self._slices(name, value):
                 try:
                     move = await self._mend_slice(name, slice_)

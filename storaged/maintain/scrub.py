@@ -1,4 +1,4 @@
-"""Scrub: reads everything on this node's disks once in a while, and verifies every cell and every row. What fails is handed to repair.
+"""Scrub: reads everything on this node's disks once in a while, and verifies every cell, every row and every page of a manifest. What fails is handed to repair.
 
 One that starts by itself goes on where it was interrupted: the place is kept with the disk. One that was asked for begins at the beginning.
 """
@@ -86,6 +86,7 @@ class Scrub:
         await self._fragments(disk, store, meta, start)
         if meta is not None:
             await self._rows(disk, meta)
+            await self._pages(disk, meta)
             await meta.commit(StoreBatch(meta={_FINISHED: str(self._context.clock.wall_ms()).encode(), _POSITION: b""}))
 
     async def _fragments(self, disk: str, store: FragmentStore, meta: MetaStore | None, after: bytes) -> None:
@@ -133,6 +134,28 @@ class Scrub:
                     f"scrub: rows of table {table}, shard {shard} on disk {disk} can't be read on from {after[:80]!r}: {error}"
                 )
                 self._wake()
+
+    async def _pages(self, disk: str, store: MetaStore) -> None:
+        """Pages of manifests. They don't say whose they are: a walk finds out, and replaces them."""
+        after = b""
+        try:
+            while pages := store.pages(after=after, limit=PAGE):
+                for page_hash, _ in pages:
+                    self._page(disk, store, page_hash)
+                    await asyncio.sleep(0)
+                after = pages[-1][0]
+        except RowDamaged as error:
+            self.damaged += 1
+            self._context.log(f"scrub: the pages of manifests on disk {disk} can't be read on: {error}")
+            self._wake()
+
+    def _page(self, disk: str, store: MetaStore, page_hash: bytes) -> None:
+        try:
+            store.get_page(page_hash)
+        except RowDamaged as error:
+            self.damaged += 1
+            self._context.log(f"scrub: disk {disk}: {error}")
+            self._wake()
 
 
 def _noted(store: MetaStore, name: str) -> bytes:

@@ -16,6 +16,7 @@ from storaged.errors import PeerError, PeerRefused, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.collect import Collector, Referenced
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.pagesweep import PageSweep
 from storaged.maintain.repair import Repair
 from storaged.maintain.runner import JobReport
 from storaged.maintain.scrub import Scrub
@@ -42,7 +43,7 @@ class Done(Message, frozen=True):
 
 class MaintainStatus(Message, frozen=True):
     """``current``: the counts come from a whole walk that began when the disks were as this node sees them now. ``busy``: something is being done, or waits
-    to be done, that could change the counts."""
+    to be done, that could change the counts. ``below_target``, ``at_risk`` and ``lost`` are objects; ``parts_below_target``: of uploads that are not complete."""
 
     node: str
     below_target: int
@@ -57,6 +58,7 @@ class MaintainStatus(Message, frozen=True):
     fragments_deleted: int = 0
     damaged_found: int = 0
     registers_settled: int = 0
+    parts_below_target: int = 0
 
 
 class Maintenance:
@@ -69,6 +71,7 @@ class Maintenance:
         self.repair = Repair(context, scanner)
         self.scrub = Scrub(context, self.hint, self.repair.wake)
         self.collector = Collector(context, referenced)
+        self.page_sweep = PageSweep(context, scanner)
         self._seen = (frozenset[str](), frozenset[str]())
         self._told: set[str] = {context.node}
         """Nodes that know that this one has started."""
@@ -76,7 +79,7 @@ class Maintenance:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for work in (self.repair.run, self._watch, self.scrub.run, self.collector.run, self._others.run):
+            for work in (self.repair.run, self._watch, self.scrub.run, self.collector.run, self.page_sweep.run, self._others.run):
                 group.create_task(work())
 
     # --- hints ------------------------------------------------------------------------------------------------------
@@ -170,6 +173,7 @@ class Maintenance:
             self.collector.deleted_fragments + repair.leavings.deleted,
             self.scrub.damaged,
             repair.walker.settled,
+            findings.parts_below_target,
         )
 
     def methods(self) -> Methods:

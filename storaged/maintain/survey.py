@@ -147,7 +147,7 @@ def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Pre
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with one object or part. ``spare`` is that of its worst block: repair takes the smallest first.
+    """What is wrong with one object or part. ``spare`` is that of its worst block, or page of its manifest: repair takes the smallest first.
 
     ``mendable``: something can be done with the disks that answer. ``movable``: something can be done when those that don't have been away for long.
     Otherwise repair waits for disks to return.
@@ -186,6 +186,15 @@ class Tally:
             self._mendable = True
         elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):
             self._movable = True
+
+    def page(self, have: int, lacking: int) -> None:
+        """A page of what says where the blocks are: how many replicas that answer have it, and how many don't."""
+        if lacking:
+            self._hurt = True
+            self._worst = min(self._worst, have - 1)
+            self._damaged += lacking
+            self._mendable = self._mendable or have > 0
+            self._lost = self._lost or not have
 
     def unreadable(self) -> None:
         """What says where the blocks are is itself lost."""

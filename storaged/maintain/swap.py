@@ -16,8 +16,8 @@ from storaged.fragments.ports import FragmentId, Health
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.mend import CannotMend, Move
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.objects.manifest import parts_of, write_manifest
-from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Run
+from storaged.objects.manifest import manifest_pages, parts_of, write_manifest
+from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Run, Version
 from storaged.wire import decode, encode
 
 TOUCHES_A_CALL = 4000
@@ -26,6 +26,7 @@ TOUCHES_A_CALL = 4000
 async def commit_moves(context: MaintainContext, owner: RegisterName, moves: Sequence[Move]) -> None:
     """Raises CannotMend when the record is not what the moves were made from any more, or their fragments are not there; PeerError, TimeoutError,
     ServiceUnavailable. Only after OutcomeUnknown the record may have changed all the same."""
+    began_ms = context.clock.wall_ms()
     seen = (await context.registers.read(owner)).value
     body = await _moved(context, owner, seen, moves)
     if seen is None or body is None:
@@ -37,6 +38,8 @@ async def commit_moves(context: MaintainContext, owner: RegisterName, moves: Seq
             raise CannotMend("others change the record")
         if value is None or value.sequence != seen.sequence:
             return None
+        if context.clock.wall_ms() - began_ms >= context.limits.orphan_age_ms // 2:
+            raise CannotMend("its pages were written too long ago to be sure that they are still there")
         promised.set()
         return Change(body, value.visibility, value.payload)
 
@@ -91,10 +94,19 @@ async def _moved(context: MaintainContext, owner: RegisterName, value: Value | N
                     part, left = moved, left - 1
             parts.append(part)
         if left != before:
-            inline, manifest = await write_manifest(context.pages, owner, parts)
-            version = msgspec.structs.replace(version, parts=inline, manifest=manifest)
+            version = await _with_parts(context, owner, version, parts)
         versions.append(version)
     return encode(ObjectRecord(tuple(versions))) if left == 0 else None
+
+
+async def _with_parts(context: MaintainContext, owner: RegisterName, version: Version, parts: Sequence[PartEntry]) -> Version:
+    """The version with a manifest of these parts. Its other pages, of what is sealed about the parts, stay; which those are only the version can tell."""
+    before = {page_hash async for page_hash, _ in manifest_pages(context.pages, owner, version)}
+    manifest = await write_manifest(context.pages, owner, parts)
+    others = tuple(page_hash for page_hash in version.pages if page_hash not in before)
+    return msgspec.structs.replace(
+        version, parts=manifest.parts, manifest=manifest.first, pages=manifest.pages + others if version.pages else ()
+    )
 
 
 def apply_move(part: PartEntry, move: Move) -> PartEntry | None:

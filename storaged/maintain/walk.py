@@ -18,14 +18,14 @@ from storaged.errors import DataDamaged, NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStat, Health
 from storaged.ids import BUCKET_ID_BYTES, UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.pages import PageKeeper, PagesOf, pages_in
 from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import MetaStore, RowDamaged
-from storaged.objects.manifest import mend_pages
 from storaged.objects.place import Placement, choose
 from storaged.objects.records import BucketRecord, PartEntry
-from storaged.objects.references import parts_in, versions_in
+from storaged.objects.references import parts_in
 from storaged.objects.uploads import COMPLETING, OPEN, decode_upload
 from storaged.wire import decode
 
@@ -130,11 +130,16 @@ class Walker:
         self._context = context
         self._scanner = scanner
         self._can_hold: dict[tuple[str, tuple[str, ...]], bool] = {}
+        self.pages = PageKeeper(context)
         self.buckets = Buckets()
-        self.unanswered = 0
+        self._unanswered = 0
         self.settled = 0
 
-    def open_uploads_of(self, scope: bytes, shard: int) -> frozenset[bytes]:
+    @property
+    def unanswered(self) -> int:
+        return self._unanswered + self.pages.unanswered
+
+    async def open_uploads_of(self, scope: bytes, shard: int) -> frozenset[bytes]:
         """Ids of the uploads of one shard that may still become an object, by the rows of the disk that leads there. The rows of other uploads' parts are
         kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads. Raises RowDamaged."""
         store, after = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard))), b""
@@ -149,7 +154,12 @@ class Walker:
                 if record is not None and record.state in (OPEN, COMPLETING):
                     found.add(record.upload_id)
             after = rows[-1].name.key
+            await asyncio.sleep(0)
         return frozenset(found)
+
+    async def is_counted(self, name: RegisterName) -> bool:
+        """False for the row of a part whose upload has ended. Raises RowDamaged."""
+        return name.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in await self.open_uploads_of(name.scope, name.shard)
 
     # --- ranges -----------------------------------------------------------------------------------------------------
 
@@ -179,7 +189,7 @@ class Walker:
         """Slices of a range from the local store, without tombstones and parts of uploads that ended. A slice with a damaged row is read from a majority, which
         rewrites the row."""
         store, after = self._context.local_meta[where.disk], b""
-        uploads = self.open_uploads_of(where.scope, where.shard) if where.table == Table.PART else frozenset()
+        uploads = await self.open_uploads_of(where.scope, where.shard) if where.table == Table.PART else frozenset()
         while True:
             try:
                 slots = store.scan(where.table, where.scope, where.shard, after=after, prefix=b"", limit=ROWS_A_SLICE)
@@ -211,10 +221,12 @@ class Walker:
         """Findings of those rows that are not as they should be. Records that this node can't judge are left out and logged."""
         tallies: list[Tally] = []
         batch: list[tuple[Tally, BlockPlace]] = []
+        paged: list[PagesOf] = []
         for name, value in rows:
             tally = Tally(name.pack())
             try:
-                await self._mend_pages(name, value)
+                if hashes := pages_in(name, value):
+                    paged.append(PagesOf(tally, name.partition, hashes))
                 async for entry in entries_of(self._context, name, value):
                     for place in self.places(name, entry):
                         batch.append((tally, place))
@@ -228,14 +240,8 @@ class Walker:
                 self._context.log(f"repair can't judge {name.key[:80]!r}: {type(error).__name__}: {error}")
             tallies.append(tally)
         await self._weigh(batch)
+        await self.pages.weigh(paged)
         return [finding for tally in tallies if (finding := tally.finding()) is not None]
-
-    async def _mend_pages(self, name: RegisterName, value: Value) -> None:
-        """A replica that was away when a manifest was written, or whose page has rotted, gets it. Raises DataDamaged, ServiceUnavailable."""
-        if name.table == Table.OBJECT and value.visibility != Visibility.TOMBSTONE:
-            for version in versions_in(value.body, name.table):
-                if version.manifest or version.sealed_pages:
-                    self.settled += await mend_pages(self._context.pages, name, version)
 
     def places(self, name: RegisterName, entry: PartEntry) -> Iterable[BlockPlace]:
         """Raises KeyError for a bucket or an epoch that is not known here, ValueError for a run that no layout explains."""
@@ -273,7 +279,7 @@ class Walker:
                 missing = Presence.MISSING if self._context.liveness.disk_writable(disk) else Presence.AWAY
                 found += [(stat, Presence.OK if stat.health == Health.OK else missing) for stat in stats]
         except (PeerError, TimeoutError):
-            self.unanswered += 1
+            self._unanswered += 1
         return found
 
     # --- targets ----------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class _Seen:
 
 
 class RingClient:
-    """Implements ``ports.Registers``, ``Pages`` and ``Fences``. One per process; ``close`` ends every call that is still out."""
+    """Implements ``ports.Registers``, ``PageCopies`` and ``Fences``. One per process; ``close`` ends every call that is still out."""
 
     def __init__(
         self,
@@ -333,7 +333,14 @@ class RingClient:
         view, deadline = self._view(near), self._deadline()
 
         def put(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.PageReply]]:
-            return lambda replica: replica.page_put(messages.PagePut(disk, page_hash, body), timeout_s=timeout_s)
+            async def page_put(replica: Replica) -> messages.PageReply:
+                try:
+                    return await replica.page_put(messages.PagePut(disk, page_hash, body), timeout_s=timeout_s)
+                except StoragedError:
+                    self._around.on_missed(near)
+                    raise
+
+            return page_put
 
         if not await self._everywhere(view.disks, (view.groups,), put, lambda reply: True, deadline):
             raise ServiceUnavailable("No majority of the replicas of this key has stored the manifest page. Nothing was changed. Retry.")
@@ -357,29 +364,13 @@ class RingClient:
                 return body
         raise DataDamaged("A page of this object's manifest is on none of the replicas that answer.")
 
-    async def mend_page(self, near: RegisterName, page_hash: bytes) -> int:
-        view, deadline = self._view(near), self._deadline()
-        answers = Answers[messages.PageReply](self._replicas, self._pool, self._suspects)
-        for disk in view.disks:
-            self._ask_page(answers, messages.PageGet(disk, page_hash), deadline)
-        found, lacking = b"", []
-        while (answer := await answers.next(deadline - self._clock.monotonic())) is not None:
-            disk, reply = answer
-            if isinstance(reply, StoragedError):
-                continue
-            if reply.body is not None and xxhash.xxh3_128_digest(reply.body) == page_hash:
-                found = reply.body
-            else:
-                lacking.append(disk)
-        if not found:
-            if len(lacking) < len(view.disks):
-                raise ServiceUnavailable("A page of this object's manifest is on none of the replicas that answer; others do not.")
-            raise DataDamaged("A page of this object's manifest is on none of its replicas.")
+    async def pages_missing(self, disk: str, hashes: Sequence[bytes]) -> tuple[bytes, ...]:
+        request = messages.PageCheck(disk, tuple(hashes))
+        return (await self._replicas.replica(disk).page_check(request, timeout_s=self._call_timeout_s)).hashes
 
-        def put(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.PageReply]]:
-            return lambda replica: replica.page_put(messages.PagePut(disk, page_hash, found), timeout_s=timeout_s)
-
-        return len(await self._gather(lacking, (), put, lambda reply: True, deadline, linger=True)) if lacking else 0
+    async def copy_page(self, near: RegisterName, page_hash: bytes, disk: str) -> None:
+        body = await self.get_page(near, page_hash)
+        await self._replicas.replica(disk).page_put(messages.PagePut(disk, page_hash, body), timeout_s=self._call_timeout_s)
 
     # --- fences --------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
@@ -18,7 +18,7 @@ from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.errors import DiskUnusable
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.rowvalue import pack_row, unpack_row
 
 SLICE_ROWS_MAX = 10_000
@@ -40,6 +40,8 @@ class _Shard:
 class _Pending:
     batch: StoreBatch
     rows: list[tuple[RegisterName, bytes]]
+    deletes: Sequence[tuple[bytes, int]] = ()
+    deleted: int = 0
 
 
 class MemoryMetaStore:
@@ -50,7 +52,7 @@ class MemoryMetaStore:
         self._sync = sync
         self._shards: dict[tuple[int, bytes, int], _Shard] = {}
         self._fences: dict[bytes, Fence] = {}
-        self._pages: dict[bytes, bytes] = {}
+        self._pages: dict[bytes, StoredPage] = {}
         self._meta: dict[str, bytes] = {}
         self._pending: list[_Pending] = []
         self._turn = asyncio.Lock()
@@ -71,9 +73,13 @@ class MemoryMetaStore:
 
     def get_page(self, page_hash: bytes) -> bytes | None:
         page = self._pages.get(page_hash)
-        if page is not None and xxhash.xxh3_128_digest(page) != page_hash:
+        if page is not None and xxhash.xxh3_128_digest(page.body) != page_hash:
             raise RowDamaged(f"page {page_hash.hex()} does not have its hash")
-        return page
+        return None if page is None else page.body
+
+    def pages(self, *, after: bytes, limit: int) -> list[tuple[bytes, int]]:
+        hashes = sorted(page_hash for page_hash in self._pages if page_hash > after)[:limit]
+        return [(page_hash, self._pages[page_hash].created_ms) for page_hash in hashes]
 
     def get_meta(self, key: str) -> bytes | None:
         return self._meta.get(key)
@@ -107,12 +113,21 @@ class MemoryMetaStore:
         """As the port says. The first of those that wait syncs for all that have arrived; a cancelled one leaves its batch for the next sync."""
         self._refuse_when_unusable()
         entry = _Pending(batch, [(slot.name, pack_row(slot)) for slot in batch.slots])
-        for page_hash, page in batch.pages:
-            if xxhash.xxh3_128_digest(page) != page_hash:
+        for page in batch.pages:
+            if xxhash.xxh3_128_digest(page.body) != page.page_hash:
                 raise ValueError("a page must be stored under its own hash")
         for key in batch.meta:
             if not key or key.startswith("\0"):
                 raise ValueError(f"not a name for a small value: {key!r}")
+        await self._write(entry)
+
+    async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
+        self._refuse_when_unusable()
+        entry = _Pending(StoreBatch(), [], pages)
+        await self._write(entry)
+        return entry.deleted
+
+    async def _write(self, entry: _Pending) -> None:
         crashes = self._crashes
         self._pending.append(entry)
         async with self._turn:
@@ -133,14 +148,19 @@ class MemoryMetaStore:
     def _apply(self, count: int) -> None:
         for entry in self._pending[:count]:
             for name, row in entry.rows:
-                held = self._shards.setdefault(name[:3], _Shard())
-                if name.key not in held.rows:
-                    insort(held.keys, name.key)
-                held.rows[name.key] = row
+                shard = self._shards.setdefault(name[:3], _Shard())
+                if name.key not in shard.rows:
+                    insort(shard.keys, name.key)
+                shard.rows[name.key] = row
             self._fences.update((fence.scope, fence) for fence in entry.batch.fences)
             for scope in entry.batch.unfence:
                 self._fences.pop(scope, None)
-            self._pages.update(entry.batch.pages)
+            self._pages.update((page.page_hash, page) for page in entry.batch.pages)
+            for page_hash, created_ms in entry.deletes:
+                held = self._pages.get(page_hash)
+                if held is not None and held.created_ms == created_ms:
+                    del self._pages[page_hash]
+                    entry.deleted += 1
             self._meta.update(entry.batch.meta)
         del self._pending[:count]
 
@@ -159,6 +179,11 @@ class MemoryMetaStore:
         """Flips one bit of a row that is there."""
         rows = self._shards[name[:3]].rows
         rows[name.key] = rows[name.key][:-1] + bytes([rows[name.key][-1] ^ 1])
+
+    def damage_page(self, page_hash: bytes) -> None:
+        """Flips one bit of a page that is there."""
+        page = self._pages[page_hash]
+        self._pages[page_hash] = page._replace(body=page.body[:-1] + bytes([page.body[-1] ^ 1]))
 
     async def close(self) -> None:
         """Waits for commits on their way."""

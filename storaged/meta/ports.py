@@ -111,9 +111,15 @@ class Pages(Protocol):
     async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
         """From any replica; verified against the hash. Raises DataDamaged when none has it."""
 
-    async def mend_page(self, near: RegisterName, page_hash: bytes) -> int:
-        """Brings a page to the replicas that answer and do not have it, or not whole; how many there were. Raises DataDamaged when none has it,
-        ServiceUnavailable when one that does not answer may."""
+
+class PageCopies(Pages, Protocol):
+    """What repair needs besides: pages on single disks."""
+
+    async def pages_missing(self, disk: str, hashes: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Those of up to ``messages.PAGES_A_CHECK`` pages that the disk does not have whole. Raises PeerError."""
+
+    async def copy_page(self, near: RegisterName, page_hash: bytes, disk: str) -> None:
+        """Puts a page that some replica of ``near`` has, verified, on one disk. Raises PeerError, DataDamaged when none has it."""
 
 
 class Row(NamedTuple):
@@ -197,14 +203,22 @@ class Fence:
     final: bool
 
 
+class StoredPage(NamedTuple):
+    """``page_hash``: xxh3-128 of ``body``. ``created_ms``: when it was put last, by the clock of the disk's node."""
+
+    page_hash: bytes
+    body: bytes
+    created_ms: int
+
+
 @dataclass
 class StoreBatch:
-    """What one group commit writes. ``meta`` are small named values (high-water ballot, epoch fence, store id)."""
+    """What one group commit writes. A page that is there already gets the new age. ``meta`` are small named values (high-water ballot, epoch fence, store id)."""
 
     slots: list[Slot] = field(default_factory=list)
     fences: list[Fence] = field(default_factory=list)
     unfence: list[bytes] = field(default_factory=list)
-    pages: list[tuple[bytes, bytes]] = field(default_factory=list)
+    pages: list[StoredPage] = field(default_factory=list)
     meta: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -226,6 +240,8 @@ class Replica(Protocol):
     async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply: ...
 
     async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply: ...
+
+    async def page_check(self, request: messages.PageCheck, *, timeout_s: float = 10.0) -> messages.PagesMissing: ...
 
     async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply: ...
 
@@ -262,7 +278,11 @@ class MetaStore(Protocol):
 
     def get_fence(self, scope: bytes) -> Fence | None: ...
 
-    def get_page(self, page_hash: bytes) -> bytes | None: ...
+    def get_page(self, page_hash: bytes) -> bytes | None:
+        """Raises RowDamaged when the page does not have its hash."""
+
+    def pages(self, *, after: bytes, limit: int) -> list[tuple[bytes, int]]:
+        """(hash, created ms) of pages with a hash > ``after``, in the order of their hashes; unverified."""
 
     def get_meta(self, key: str) -> bytes | None: ...
 
@@ -280,6 +300,9 @@ class MetaStore(Protocol):
 
         Raises DiskUnusable when the disk refused; the store is then read-only for ever.
         """
+
+    async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
+        """Deletes those of these pages whose ``created_ms`` is still the one given: what was put again meanwhile stays. How many, durably. Raises as ``commit``."""
 
     async def close(self) -> None: ...
 

@@ -53,6 +53,10 @@ class RemoteReplica:
         reply, _ = await self._caller.call(self.node, "meta.page_get", request, messages.PageReply, timeout_s=timeout_s)
         return reply
 
+    async def page_check(self, request: messages.PageCheck, *, timeout_s: float = 10.0) -> messages.PagesMissing:
+        reply, _ = await self._caller.call(self.node, "meta.page_check", request, messages.PagesMissing, timeout_s=timeout_s)
+        return reply
+
     async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
         reply, _ = await self._caller.call(self.node, "meta.fence", request, messages.FenceReply, timeout_s=timeout_s)
         return reply
@@ -113,6 +117,7 @@ class ReplicaHost:
             "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
             "meta.page_put": Method(messages.PagePut, self._page_put),
             "meta.page_get": Method(messages.PageGet, self._page_get),
+            "meta.page_check": Method(messages.PageCheck, self._page_check),
             "meta.fence": Method(messages.FenceSet, self._fence),
             "meta.unfence": Method(messages.FenceLift, self._unfence),
             "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
@@ -138,6 +143,9 @@ class ReplicaHost:
 
     async def _page_get(self, request: messages.PageGet, _call: Call) -> messages.PageReply:
         return await self._of(request.disk).page_get(request)
+
+    async def _page_check(self, request: messages.PageCheck, _call: Call) -> messages.PagesMissing:
+        return await self._of(request.disk).page_check(request)
 
     async def _fence(self, request: messages.FenceSet, _call: Call) -> messages.FenceReply:
         return await self._of(request.disk).fence(request)

@@ -21,11 +21,12 @@ import msgspec
 import structlog
 import xxhash
 
+from storaged.clock import Clock, SystemClock
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, StoragedError
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, MetaStore, RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
     COUNTER_MAX,
     HIGH_WATER_BLOCK_US,
@@ -56,6 +57,8 @@ FENCES_KNOWN_MAX = 4_096
 NO_BYTES = memoryview(b"")
 VALUE_BYTES_MAX = 4 * MIB
 PAGE_BYTES_MAX = 4 * MIB
+PAGES_A_TURN = 16
+"""Pages checked between two looks of the loop at other requests."""
 
 META_HIGH_WATER = "high_water"
 META_EPOCH = "epoch"
@@ -106,6 +109,7 @@ class LocalReplica:
         peek_payload: PeekPayload | None = None,
         promises_max: int = PROMISES_MAX,
         rules: Rules = RULES,
+        clock: Clock | None = None,
     ) -> None:
         """Raises DiskForeign when the store's own record of its promises is damaged (rule 9)."""
         self.disk = disk
@@ -115,6 +119,7 @@ class LocalReplica:
         self._peek_payload = peek_payload
         self._promises_max = promises_max
         self._rules = rules
+        self._clock = clock if clock is not None else SystemClock()
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
         self._in_flight: dict[RegisterName, asyncio.Future[None]] = {}
         self._fences_unsynced: dict[bytes, Fence] = {}
@@ -171,6 +176,15 @@ class LocalReplica:
         """This disk left the ring for good: it answers nothing any more, after a restart neither (rule 11)."""
         await self._durably(StoreBatch(meta={META_RETIRED: b"1"}))
         self._silent = "retired from the ring"
+
+    async def end_promises(self, epoch: int) -> None:
+        """Refuses, now and after a restart, every ballot of up to this layout epoch that was drawn before this call (clocks differ: the caller allows for it);
+        returns when what was accepted before can be read from the store. It costs proposals that are under way a retry, at most."""
+        self._check_answers()
+        self._floor = max(self._floor, Ballot(epoch, self._clock.wall_ms() * 1000, "", b""))
+        await self._raise_high_water(self._floor)
+        if self._in_flight:
+            await asyncio.wait(tuple(self._in_flight.values()))
 
     # --- the three requests of the protocol ----------------------------------------------------------------------------
 
@@ -309,19 +323,31 @@ class LocalReplica:
             raise InvalidRequest(f"A page of {len(request.body)} bytes; the limit is {PAGE_BYTES_MAX}.")
         if xxhash.xxh3_128_digest(request.body) != request.page_hash:
             raise InvalidRequest("The page's bytes are not those that its hash names.")
-        await self._durably(StoreBatch(pages=[(request.page_hash, request.body)]))
+        await self._durably(StoreBatch(pages=[StoredPage(request.page_hash, request.body, self._clock.wall_ms())]))
         return messages.PageReply()
 
     async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply:
         self._check_answers()
+        return messages.PageReply(self._page(request.page_hash))
+
+    async def page_check(self, request: messages.PageCheck, *, timeout_s: float = 10.0) -> messages.PagesMissing:
+        if len(request.hashes) > messages.PAGES_A_CHECK:
+            raise InvalidRequest(f"{len(request.hashes)} pages to check; the limit is {messages.PAGES_A_CHECK}.")
+        missing = []
+        for index, page_hash in enumerate(request.hashes):
+            if index % PAGES_A_TURN == 0:
+                await asyncio.sleep(0)
+                self._check_answers()
+            if self._page(page_hash) is None:
+                missing.append(page_hash)
+        return messages.PagesMissing(tuple(missing))
+
+    def _page(self, page_hash: bytes) -> bytes | None:
         try:
-            body = self._store.get_page(request.page_hash)
+            return self._store.get_page(page_hash)
         except RowDamaged:
-            body = None
-        if body is not None and xxhash.xxh3_128_digest(body) != request.page_hash:
             self._counts["damaged"] += 1
-            body = None
-        return messages.PageReply(body)
+            return None
 
     async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
         """In force for every accept that is judged from now on; answered when it is on disk, and with it everything accepted before.

@@ -12,7 +12,7 @@ Theory of operation
     nodes          table || scope || shard           check || root node (u64 BE)
                    "next"                            check || the next node to give out (u64 BE)
     fences         scope                             check || final (u8) || nonce
-    pages          xxh3-128 of the page              the page
+    pages          xxh3-128 of the page              created ms (u64 BE) || the page
     meta           name                              check || value
                    NUL "identity"                    check || store id (16) || starts (u64 BE)
 
@@ -33,6 +33,7 @@ import os
 import queue
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -61,6 +62,7 @@ SLICE_ROWS_MAX = 10_000
 ROOTS_CACHED_MAX = 65_536
 
 STORE_ID_BYTES = 16
+PAGE_AGE_BYTES = 8
 _IDENTITY = b"\0identity"
 _NEXT_NODE = b"next"
 _SUB_DATABASES = (b"rows", b"nodes", b"fences", b"pages", b"meta")
@@ -93,10 +95,12 @@ class _Entry:
     future: asyncio.Future[None]
     rows: list[tuple[RegisterName, bytes]] = field(default_factory=list)
     others: list[tuple[bytes, bytes, bytes | None]] = field(default_factory=list)
+    stale_pages: Sequence[tuple[bytes, int]] = ()
+    deleted: int = 0
 
     @property
     def operations(self) -> int:
-        return len(self.rows) + len(self.others)
+        return len(self.rows) + len(self.others) + len(self.stale_pages)
 
 
 class _Rows:
@@ -205,9 +209,9 @@ class LmdbMetaStore:
 
     # --- reading --------------------------------------------------------------------------------------------------------
 
-    def _begin(self, database: Database) -> Transaction:
+    def _begin(self, database: Database, *, buffers: bool = False) -> Transaction:
         try:
-            return self._env.begin(db=database)
+            return self._env.begin(db=database, buffers=True) if buffers else self._env.begin(db=database)
         except lmdb.Error as error:
             raise DiskUnusable(f"the metadata store in {self.directory} cannot be read: {error}") from None
 
@@ -266,12 +270,24 @@ class LmdbMetaStore:
         return None if sealed is None else Fence(scope, sealed[1:], sealed[0] == 1)
 
     def get_page(self, page_hash: bytes) -> bytes | None:
-        """Raises RowDamaged when the page does not have its hash."""
-        page = self._read(b"pages", page_hash)
+        stored = self._read(b"pages", page_hash)
+        page = None if stored is None else stored[PAGE_AGE_BYTES:]
         if page is not None and xxhash.xxh3_128_digest(page) != page_hash:
             self._damaged += 1
             raise RowDamaged(f"page {page_hash.hex()} does not have its hash")
         return page
+
+    def pages(self, *, after: bytes, limit: int) -> list[tuple[bytes, int]]:
+        if limit > SLICE_ROWS_MAX:
+            raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} pages, not {limit}: a long reader keeps the file growing")
+        try:
+            with self._begin(self._databases[b"pages"], buffers=True) as transaction:  # only the first bytes of each page are looked at
+                cursor = transaction.cursor()
+                found = islice(cursor.iternext(), limit + 1) if cursor.set_range(after) else ()
+                ages = [(bytes(key), int.from_bytes(value[:PAGE_AGE_BYTES], "big")) for key, value in found]
+        except lmdb.Error as error:
+            raise self._unreadable(error) from None
+        return [page for page in ages if page[0] > after][:limit]
 
     def get_meta(self, key: str) -> bytes | None:
         return self._get_small(b"meta", key.encode())
@@ -333,8 +349,15 @@ class LmdbMetaStore:
 
         A caller that is cancelled leaves its batch in the queue: it is written, and nobody is told.
         """
+        await self._enqueue(_prepare(batch, asyncio.get_running_loop().create_future()))
+
+    async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
+        entry = _Entry(asyncio.get_running_loop().create_future(), stale_pages=pages)
+        await self._enqueue(entry)
+        return entry.deleted
+
+    async def _enqueue(self, entry: _Entry) -> None:
         loop = asyncio.get_running_loop()
-        entry = _prepare(batch, loop.create_future())
         self._refuse_when_unusable()
         await self._room.acquire()
         try:
@@ -430,6 +453,11 @@ class LmdbMetaStore:
                 transaction.delete(key, db=self._databases[database])
             else:
                 put(key, value, db=self._databases[database])
+        for page_hash, created_ms in entry.stale_pages:
+            stored = transaction.get(page_hash, db=self._databases[b"pages"])
+            if stored is not None and stored[:PAGE_AGE_BYTES] == created_ms.to_bytes(PAGE_AGE_BYTES, "big"):
+                transaction.delete(page_hash, db=self._databases[b"pages"])
+                entry.deleted += 1
 
     def _writer_root(self, transaction: Transaction, name: RegisterName) -> int:
         scope_key = name.pack()[:NAME_PREFIX_BYTES]
@@ -484,10 +512,10 @@ def _prepare(batch: StoreBatch, future: asyncio.Future[None]) -> _Entry:
     for fence in batch.fences:
         others.append((b"fences", fence.scope, seal_small(fence.scope, bytes([fence.final]) + fence.nonce)))
     others.extend((b"fences", scope, None) for scope in batch.unfence)
-    for page_hash, page in batch.pages:
-        if xxhash.xxh3_128_digest(page) != page_hash:
+    for page in batch.pages:
+        if xxhash.xxh3_128_digest(page.body) != page.page_hash:
             raise ValueError("a page must be stored under its own hash")
-        others.append((b"pages", page_hash, page))
+        others.append((b"pages", page.page_hash, page.created_ms.to_bytes(PAGE_AGE_BYTES, "big") + page.body))
     for key, value in batch.meta.items():
         if not key or key.startswith("\0"):
             raise ValueError(f"not a name for a small value: {key!r}")

@@ -121,6 +121,7 @@ async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock
             store_payload=payloads.store_payload,
             load_payload=payloads.load_payload,
             peek_payload=payloads.peek_payload,
+            clock=clock,
         )
     except BaseException:
         await asyncio.gather(fragments.close(), meta.close())

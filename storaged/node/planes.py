@@ -191,6 +191,7 @@ class Node:
             stores=self.stores,
             local_meta={disk.id: disk.meta for disk in self.disks.used.values()},
             local_fragments={disk.id: disk.fragments for disk in self.disks.used.values()},
+            end_promises=lambda disk: self.disks.used[disk].replica.end_promises(self.layouts.current.epoch),
             log=structlog.get_logger("maintain").info,
         )
 

@@ -1,7 +1,7 @@
 """Completing a multipart upload: the parts' entries move from their rows into the object's record; no data moves.
 
 Theory of operation. The upload's register first pins the version that will be made (Completing), so that a Complete taken up again by another gateway, or repeated by the
-client, makes the same one. The object's register is then changed under the conditions, and the upload becomes Done with the answer, kept for repeats. Between its
+client, makes the same one, whose pages it renews first. The object's register is then changed under the conditions, and the upload becomes Done with the answer, kept for repeats. Between its
 promise on the object and its accept a Complete looks whether the upload is still Completing: an abort changes that first and settles the object afterwards, so of the
 two exactly one wins. When a Complete that is taken up again finds the object changed since the version was pinned, and not by it, whether the first try took effect
 and was overwritten can't be known: the upload is opened again and the client told of the conflict.
@@ -28,6 +28,7 @@ from storaged.errors import (
     NoSuchKey,
     NoSuchUpload,
     PreconditionFailed,
+    ServiceUnavailable,
 )
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
 from storaged.meta.ports import Outcome
@@ -35,7 +36,7 @@ from storaged.objects.api import CompletedPart, PutResult, WriteConditions
 from storaged.objects.checksums import multipart_checksum, multipart_etag
 from storaged.objects.commit import ProposedAgain
 from storaged.objects.conditions import NO_WRITE_CONDITIONS, check_write, needs_etag
-from storaged.objects.manifest import write_manifest, write_sealed_parts
+from storaged.objects.manifest import renew_pages, write_manifest, write_sealed_parts
 from storaged.objects.plane import ObjectPlane, cancel_all
 from storaged.objects.put import check_early
 from storaged.objects.records import (
@@ -61,6 +62,31 @@ Rows = dict[int, tuple[PartRecord, SealedPart]]
 
 class _Moved(Exception):
     """The object changed since the version was pinned, and does not hold it."""
+
+
+class _HeldPages:
+    """The pages of a version that is about to be proposed, not named by a record yet: they must be younger than what the sweep of orphans takes."""
+
+    def __init__(self, plane: ObjectPlane, near: RegisterName) -> None:
+        self._plane = plane
+        self._near = near
+        self.hashes: tuple[bytes, ...] = ()
+        self._note_age()
+
+    def _note_age(self) -> None:
+        self._since, self._since_ms = self._plane.clock.monotonic(), self._plane.clock.wall_ms()
+
+    async def renew(self) -> None:
+        """Before anything is proposed once more: what was in the way may have taken long. Raises DataDamaged, ServiceUnavailable."""
+        self._note_age()
+        await renew_pages(self._plane.pages, self._near, self.hashes)
+
+    def check_age(self) -> None:
+        """On the record that a promise brought. Raises ServiceUnavailable."""
+        try:
+            self._plane.check_age(self._since, self._since_ms)
+        except ServiceUnavailable:
+            raise ServiceUnavailable("Completing this upload took longer than is safe. Retry.") from None
 
 
 async def complete(
@@ -90,16 +116,21 @@ async def complete(
     if record.state == COMPLETING and record.request_digest != digest:
         raise ConditionalRequestConflict("Another request is completing this upload.")
     name, keys = object_name(bucket.id, bucket.shards, key), BucketKeys(plane, bucket)
+    held = _HeldPages(plane, name)
     resumed = record.state == COMPLETING
     rows = await _rows(plane, bucket, upload)
     if not resumed:
         await check_early(plane, name, upload.place, keys, conditions)
         chosen = await plane.in_thread(_chosen, plane, rows, parts)
         version = await _make_version(plane, name, upload, chosen, owner, checksums or {}, checksum_type, declared_size)
-        upload = upload._replace(record=await _pin(plane, name, upload, version, digest))
+        held.hashes = version.pages
+        upload = upload._replace(record=await _pin(plane, name, upload, version, digest, held))
     version = decode(upload.record.pinned, Version)
+    if resumed:
+        held.hashes = version.pages
+        await held.renew()
     try:
-        outcome = await _commit(plane, name, keys, upload, version, conditions, resumed=resumed)
+        outcome = await _commit(plane, name, keys, upload, version, conditions, held, resumed=resumed)
     except (PreconditionFailed, NoSuchKey):
         await _reopen(plane, upload)
         raise
@@ -175,7 +206,7 @@ async def _make_version(
     if declared_size is not None and declared_size != size:
         raise InvalidRequest(f"The parts have {size} bytes; x-amz-mp-object-size says {declared_size}.")
     found = _checksums(upload.record, parts, checksums, checksum_type)
-    entries, manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
+    manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
     context_id = upload.record.upload_id
     meta = msgspec.structs.replace(
         upload.meta,
@@ -197,11 +228,11 @@ async def _make_version(
         size=size,
         owner=owner,
         modified_ms=plane.clock.wall_ms(),
-        parts=entries,
-        manifest=manifest,
+        parts=manifest.parts,
+        manifest=manifest.first,
         multipart=True,
         part_count=len(parts),
-        sealed_pages=sealed_pages,
+        pages=manifest.pages + sealed_pages,
     )
 
 
@@ -219,7 +250,9 @@ def _checksums(record: UploadRecord, parts: Sequence[SealedPart], declared: Mapp
     return {algorithm: value}
 
 
-async def _pin(plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, digest: bytes) -> UploadRecord:
+async def _pin(
+    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, digest: bytes, held: _HeldPages
+) -> UploadRecord:
     """Open -> Completing. Raises NoSuchUpload, ConditionalRequestConflict."""
     before = (await plane.registers.read(name)).value
     sequence = before.sequence if before is not None else 0
@@ -230,6 +263,7 @@ async def _pin(plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, ver
             raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
         if record.state == COMPLETING:
             raise ConditionalRequestConflict("Another request is completing this upload.")
+        held.check_age()
         pinned = msgspec.structs.replace(
             record,
             state=COMPLETING,
@@ -240,7 +274,7 @@ async def _pin(plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, ver
         )
         return Change(encode(pinned))
 
-    record = decode_upload((await plane.registers.change(upload.name, update)).after)
+    record = decode_upload((await plane.registers.change(upload.name, update, renew=held.renew)).after)
     assert record is not None
     return record
 
@@ -267,6 +301,7 @@ async def _commit(
     upload: OpenedUpload,
     version: Version,
     conditions: WriteConditions,
+    held: _HeldPages,
     *,
     resumed: bool,
 ) -> Outcome:
@@ -286,6 +321,7 @@ async def _commit(
                 raise _Moved
             else:
                 check_write(conditions, current_of(upload.place, record, keys, with_etag=needs_etag(conditions)))
+                held.check_age()
                 change = record_change(ObjectRecord((version,)))
             ran = True
             promised.set()
@@ -298,6 +334,7 @@ async def _commit(
             await keys.load(needed.version)
         except ProposedAgain:
             await asyncio.sleep(0.01 * 2 ** min(attempt, 6) * plane.entropy(1)[0] / 255)
+            await held.renew()
         finally:
             await cancel_all([guard])
     raise ConditionalRequestConflict("Others change this key all the time; the upload was not completed.")

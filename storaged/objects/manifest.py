@@ -1,13 +1,14 @@
 """Parts of an object: up to 32 lie in its record, more in a chain of immutable pages addressed by their hash, on the replicas of its register.
 
 A page is written, and synced on a majority, before the page that names it, and all before the record that names the first. So whoever reads a record
-can read its pages.
+can read its pages. The record also lists the hashes of them all, for repair and for the sweep of pages that no record names. That spares what was put, or put again,
+lately: so whoever proposes a record puts its pages shortly before it draws its ballot, and again before it proposes once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -30,43 +31,46 @@ PAGES_MAX = 64
 PARTS_LABEL = "sov.parts.v1"
 
 
-async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartEntry]) -> tuple[tuple[PartEntry, ...], bytes]:
-    """(parts for the record, hash of the first page): one of the two is empty. Returns once every page is durable on a majority."""
+class Manifest(NamedTuple):
+    """What a version says of its parts: ``parts`` themselves, or ``first``, the hash of the first page, and ``pages``, the hashes of all."""
+
+    parts: tuple[PartEntry, ...]
+    first: bytes = b""
+    pages: tuple[bytes, ...] = ()
+
+
+async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartEntry]) -> Manifest:
+    """Returns once every page is durable on a majority."""
     if len(parts) <= PARTS_INLINE_MAX:
-        return tuple(parts), b""
+        return Manifest(tuple(parts))
+    written: list[bytes] = []
     following = b""
     for start in reversed(range(0, len(parts), PAGE_PARTS_MAX)):
         page = PartsPage(tuple(parts[start : start + PAGE_PARTS_MAX]), following)
         following = await pages.put_page(near, encode(page))
-    return (), following
+        written.append(following)
+    return Manifest((), following, tuple(written))
 
 
 async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[PartEntry]:
     """The parts in order, page by page. Raises DataDamaged, also for what cannot be a part."""
     for part in version.parts:
         yield checked(part)
+    async for _, page in manifest_pages(pages, near, version):
+        for part in page.parts:
+            yield checked(part)
+
+
+async def manifest_pages(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[tuple[bytes, PartsPage]]:
+    """(hash, page) along the chain. Raises DataDamaged."""
     following = version.manifest
     for _ in range(PAGES_MAX):
         if not following:
             return
         page = _decode(await pages.get_page(near, following), PartsPage)
-        for part in page.parts:
-            yield checked(part)
+        yield following, page
         following = page.next
     raise DataDamaged("The manifest of this object does not end.")
-
-
-async def mend_pages(pages: Pages, near: RegisterName, version: Version) -> int:
-    """Brings all pages of a version to every replica of its register that answers; how many were missing. Raises DataDamaged, ServiceUnavailable."""
-    mended, following = 0, version.manifest
-    for _ in range(PAGES_MAX):
-        if not following:
-            break
-        mended += await pages.mend_page(near, following)
-        following = _decode(await pages.get_page(near, following), PartsPage).next
-    for page_hash in version.sealed_pages[:PAGES_MAX]:  # as a record says; more are no pages of one object
-        mended += await pages.mend_page(near, page_hash)
-    return mended
 
 
 def checked(part: PartEntry) -> PartEntry:
@@ -125,6 +129,12 @@ async def sealed_parts_of(
         found.extend(page.parts)
         following = page.next
     raise DataDamaged("The list of parts of this object does not end.")
+
+
+async def renew_pages(pages: Pages, near: RegisterName, hashes: Sequence[bytes]) -> None:
+    """Puts pages again, so that they are as young as new ones, and on all replicas that answer. Raises DataDamaged for one that is gone, ServiceUnavailable."""
+    for page_hash in hashes:
+        await pages.put_page(near, await pages.get_page(near, page_hash))
 
 
 def _decode(body: bytes, kind: type[T]) -> T:

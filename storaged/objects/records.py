@@ -51,7 +51,8 @@ class PartEntry(Message, frozen=True):
 class Version(Message, frozen=True):
     """One version of an object. ``parts`` holds up to 32; a longer manifest is the chain of pages that ``manifest`` names (xxh3-128, newest first; each page
     is a PartsPage). ``wrapped_key`` is the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the first part or of the upload).
-    ``meta`` is a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``), ``listing`` a sealed SealedList."""
+    ``meta`` is a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``), ``listing`` a sealed SealedList. ``pages``: the hashes of all pages that the version
+    needs, those of ``manifest`` and those of what is sealed about its parts: storage nodes, which can't open the latter, keep what is named here."""
 
     version_id: str
     delete_marker: bool
@@ -67,8 +68,7 @@ class Version(Message, frozen=True):
     manifest: bytes = b""
     multipart: bool = False
     part_count: int = 1
-    sealed_pages: tuple[bytes, ...] = ()
-    """Hashes of the pages that ``SealedMeta.parts_page`` begins, which name each other under seal: for repair, which has no key."""
+    pages: tuple[bytes, ...] = ()
 
 
 class ObjectRecord(Message, frozen=True):

@@ -153,7 +153,7 @@ class VersionSealer:
         manifest: bytes = b"",
         multipart: bool = False,
         part_count: int = 1,
-        sealed_pages: tuple[bytes, ...] = (),
+        pages: tuple[bytes, ...] = (),
     ) -> Version:
         return Version(
             self._version_id,
@@ -170,7 +170,7 @@ class VersionSealer:
             manifest,
             multipart,
             part_count,
-            sealed_pages,
+            pages,
         )
 
     def meta(self, meta: SealedMeta) -> bytes:

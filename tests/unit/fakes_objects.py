@@ -259,10 +259,13 @@ class FakeRing:
         *,
         small: SmallCopies | None = None,
         ready: Awaitable[None] | None = None,
+        renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
     ) -> Outcome:
         first = True
         while True:
+            if not first and renew is not None:
+                await renew()
             before, rounds = self.values.get(name), self.rounds.get(name, 0)
             change = update(before)
             if change is None:
@@ -304,10 +307,6 @@ class FakeRing:
         if page_hash not in self.pages:
             raise DataDamaged
         return self.pages[page_hash]
-
-    async def mend_page(self, near: RegisterName, page_hash: bytes) -> int:
-        await self.get_page(near, page_hash)
-        return 0
 
     async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
         self.fences[scope] = (nonce, final)

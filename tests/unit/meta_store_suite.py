@@ -9,7 +9,7 @@ import xxhash
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
-from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch
+from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch, StoredPage
 from storaged.meta.rowvalue import intact, row_parts
 
 BUCKET = bytes(range(16))
@@ -25,8 +25,8 @@ def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", visibil
     return Slot(name, Ballot(3, counter, "n1", b"incarnat"), value)
 
 
-def page_of(body: bytes) -> tuple[bytes, bytes]:
-    return xxhash.xxh3_128_digest(body), body
+def page_of(body: bytes, created_ms: int = 7) -> StoredPage:
+    return StoredPage(xxhash.xxh3_128_digest(body), body, created_ms)
 
 
 async def test_what_was_never_written_is_absent(store: MetaStore) -> None:
@@ -34,6 +34,7 @@ async def test_what_was_never_written_is_absent(store: MetaStore) -> None:
     assert store.get(name_of(b"k" * 1000)) is None
     assert store.get_fence(BUCKET) is None
     assert store.get_page(bytes(16)) is None
+    assert store.pages(after=b"", limit=10) == []
     assert store.get_meta("floor") is None
     assert store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10) == []
     assert store.scopes() == []
@@ -108,12 +109,46 @@ async def test_fences_pages_and_small_values_read_back_and_fences_can_be_lifted(
     final = Fence(OTHER, b"", final=True)
     await store.commit(StoreBatch(fences=[fence, final], pages=[page], meta={"floor": b"123", "empty": b""}))
     assert (store.get_fence(BUCKET), store.get_fence(OTHER)) == (fence, final)
-    assert store.get_page(page[0]) == page[1]
+    assert store.get_page(page.page_hash) == page.body
     assert (store.get_meta("floor"), store.get_meta("empty")) == (b"123", b"")
     await store.commit(StoreBatch(unfence=[BUCKET], meta={"floor": b"456"}))
     assert store.get_fence(BUCKET) is None
     assert store.get_fence(OTHER) == final
     assert store.get_meta("floor") == b"456"
+
+
+async def test_pages_are_listed_with_their_age_in_the_order_of_their_hashes(store: MetaStore) -> None:
+    pages = sorted(page_of(b"%d" % number, created_ms=number) for number in range(20))
+    await store.commit(StoreBatch(pages=pages))
+    listed = [(page.page_hash, page.created_ms) for page in pages]
+    assert store.pages(after=b"", limit=100) == listed
+    assert store.pages(after=b"", limit=20) == listed
+    assert store.pages(after=listed[4][0], limit=3) == listed[5:8]
+    assert store.pages(after=listed[4][0][:-1], limit=1) == listed[4:5]
+    assert store.pages(after=listed[19][0], limit=3) == []
+
+
+async def test_a_page_that_is_put_again_is_as_young_as_a_new_one_and_is_not_deleted_by_its_old_age(store: MetaStore) -> None:
+    first, second = page_of(b"first", created_ms=1), page_of(b"second", created_ms=1)
+    await store.commit(StoreBatch(pages=[first, second]))
+    await store.commit(StoreBatch(pages=[first._replace(created_ms=2)]))
+    assert dict(store.pages(after=b"", limit=9)) == {first.page_hash: 2, second.page_hash: 1}
+    assert await store.delete_pages([(first.page_hash, 1), (second.page_hash, 1), (bytes(16), 1)]) == 1
+    assert store.pages(after=b"", limit=9) == [(first.page_hash, 2)]
+    assert store.get_page(first.page_hash) == b"first"
+    assert store.get_page(second.page_hash) is None
+    assert await store.delete_pages([(first.page_hash, 2)]) == 1
+    assert store.get_page(first.page_hash) is None
+
+
+async def test_deletions_and_puts_of_one_page_keep_their_order(store: MetaStore) -> None:
+    page = page_of(b"page", created_ms=1)
+    await store.commit(StoreBatch(pages=[page]))
+    again = asyncio.ensure_future(store.commit(StoreBatch(pages=[page._replace(created_ms=2)])))
+    await asyncio.sleep(0)
+    assert await store.delete_pages([(page.page_hash, 1)]) == 0
+    await again
+    assert store.get_page(page.page_hash) == b"page"
 
 
 async def test_scopes_names_every_shard_that_has_rows_and_can_be_asked_by_partition(store: MetaStore) -> None:
@@ -139,7 +174,7 @@ async def test_an_empty_batch_waits_for_everything_before_it(store: MetaStore) -
         StoreBatch(slots=[slot_of(name_of(b"good")), slot_of(name_of(b""))]),
         StoreBatch(slots=[slot_of(name_of(b"good")), slot_of(name_of(b"k", scope=b"short"))]),
         StoreBatch(slots=[slot_of(name_of(b"good")), slot_of(name_of(b"k"), counter=2**64)]),
-        StoreBatch(slots=[slot_of(name_of(b"good"))], pages=[(bytes(16), b"not its hash")]),
+        StoreBatch(slots=[slot_of(name_of(b"good"))], pages=[StoredPage(bytes(16), b"not its hash", 7)]),
         StoreBatch(slots=[slot_of(name_of(b"good"))], meta={"\0identity": b"forged"}),
     ],
     ids=["long key", "empty key", "short scope", "ballot out of range", "page under a wrong hash", "reserved name"],

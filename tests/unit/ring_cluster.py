@@ -28,6 +28,7 @@ from storaged.meta.client import RingClient
 from storaged.meta.listing import RingScanner
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, object_name
+from storaged.meta.ports import RowDamaged
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.meta.replica import LocalReplica
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
@@ -109,7 +110,9 @@ class StorageNode:
         self.stores: dict[str, MemoryFragmentStore] = dict(self.fragments)
         for disk, meta in self.meta.items():
             copies = Payloads(self.fragments[disk])
-            self.replicas[disk] = LocalReplica(disk, meta, store_payload=copies.store_payload, load_payload=copies.load_payload)
+            self.replicas[disk] = LocalReplica(
+                disk, meta, store_payload=copies.store_payload, load_payload=copies.load_payload, clock=cluster.clock
+            )
         caller = LocalCaller(cluster, self.name)
         directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)
         self.ring = RingClient(cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5)
@@ -125,6 +128,7 @@ class StorageNode:
             stores=StoreDirectory(cluster.layouts, caller, self.stores),
             local_meta=self.meta,
             local_fragments=self.fragments,
+            end_promises=lambda disk: self.replicas[disk].end_promises(cluster.layouts.current.epoch),
             limits=cluster.limits,
             log=self.log.append,
         )
@@ -362,10 +366,18 @@ class Cluster:
         kept = self.store(disk)._fragments[fragment.pack()]
         kept.payload = bytes([kept.payload[0] ^ 0x55]) + kept.payload[1:]
 
+    def meta(self, disk: str) -> MemoryMetaStore:
+        return self.nodes[self.layouts.current.node_of(disk)].meta[disk]
+
+    def pages(self, disk: str) -> dict[bytes, int]:
+        """Hash -> created ms of every page that a disk has whole."""
+        store = self.meta(disk)
+        return {page: created for page, created in store.pages(after=b"", limit=10_000) if _is_whole_page(store, page)}
+
     def rows(self, disk: str) -> dict[bytes, tuple[int, int]]:
         """Packed name -> (sequence, visibility) of every register that a disk has."""
         found = {}
-        meta = self.nodes[self.layouts.current.node_of(disk)].meta[disk]
+        meta = self.meta(disk)
         for table, scope, shard in meta.scopes():
             for slot in meta.scan(table, scope, shard, after=b"", prefix=b"", limit=10_000):
                 found[slot.name.pack()] = (slot.value.sequence, slot.value.visibility)
@@ -396,6 +408,9 @@ class Cluster:
             counted and all(status.current for status in told),
         )
 
+    async def parts_below_target(self) -> int:
+        return sum(status.parts_below_target for status in await self.statuses())
+
     async def settled(self, seconds_max: float = 600.0) -> tuple[int, int]:
         """(below target, lost) once everybody has counted and nobody is busy."""
         end = self.loop.time() + seconds_max
@@ -406,6 +421,13 @@ class Cluster:
             if counted and not any(status.busy for status in told):
                 return below, lost
         raise AssertionError(f"still busy after {seconds_max} s: {await self.statuses()} {[node.log[-3:] for node in self.nodes.values()]}")
+
+
+def _is_whole_page(store: MemoryMetaStore, page: bytes) -> bool:
+    try:
+        return store.get_page(page) is not None
+    except RowDamaged:
+        return False
 
 
 class Gateway:

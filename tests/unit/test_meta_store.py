@@ -51,7 +51,8 @@ async def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     store = await reopened(store)
     assert [store.get(slot.name) for slot in slots] == slots
     assert store.get_fence(BUCKET) == Fence(BUCKET, b"n", True)
-    assert store.get_page(page[0]) == page[1]
+    assert store.get_page(page.page_hash) == page.body
+    assert store.pages(after=b"", limit=9) == [(page.page_hash, page.created_ms)]
     assert store.get_meta("floor") == b"9"
     late = slot_of(name_of(b"k" * 1040))
     await store.commit(StoreBatch(slots=[late]))
@@ -171,6 +172,23 @@ async def test_a_flipped_bit_in_a_row_is_found_and_counted(tmp_path: Path) -> No
     assert store.statistics().damaged_rows == 3
     await store.commit(StoreBatch(slots=[slot_of(names[0], 2)]))
     assert store.get(names[0]) == slot_of(names[0], 2)
+    await store.close()
+
+
+async def test_a_flipped_bit_in_a_page_is_found_and_a_new_put_mends_it(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta")
+    page = page_of(b"page" * 100)
+    await store.commit(StoreBatch(pages=[page]))
+    await store.close()
+    with raw(store.directory, b"pages") as transaction:
+        value = transaction.get(page.page_hash)
+        transaction.put(page.page_hash, value[:-1] + bytes([value[-1] ^ 1]))
+    store = LmdbMetaStore(store.directory)
+    with pytest.raises(RowDamaged):
+        store.get_page(page.page_hash)
+    assert store.pages(after=b"", limit=9) == [(page.page_hash, page.created_ms)]
+    await store.commit(StoreBatch(pages=[page]))
+    assert store.get_page(page.page_hash) == page.body
     await store.close()
 
 

@@ -27,6 +27,7 @@ from storaged.errors import (
     NoSuchKey,
     NoSuchUpload,
     PreconditionFailed,
+    ServiceUnavailable,
     StoragedError,
     XAmzContentSHA256Mismatch,
 )
@@ -569,4 +570,51 @@ async def test_references_follow_a_part_from_its_row_to_the_object() -> None:
     assert await live_references(world.ring, world.ring, world.ring, name) == {data_id}
     await objects.delete(bucket, b"key")
     assert not await live_references(world.ring, world.ring, world.ring, name)
+    await objects.close()
+
+
+async def test_a_complete_that_slept_longer_than_unnamed_pages_are_kept_proposes_nothing() -> None:
+    world, objects, bucket = world_of()
+    datas = [os.urandom(1000) for _ in range(40)]
+    upload_id, parts = await uploaded(objects, bucket, datas)
+    put_page = world.ring.put_page
+
+    async def sleep(near: RegisterName, body: bytes) -> bytes:
+        world.clock.wall += 13 * 3_600_000
+        return await put_page(near, body)
+
+    world.ring.put_page = sleep  # type: ignore[method-assign]
+    before = dict(world.ring.values)
+    with pytest.raises(ServiceUnavailable):
+        await complete(objects, bucket, upload_id, parts)
+    assert world.ring.values == before
+    world.ring.put_page = put_page  # type: ignore[method-assign]
+    await complete(objects, bucket, upload_id, parts)
+    assert await got(objects, bucket) == b"".join(datas)
+    await objects.close()
+
+
+@pytest.mark.parametrize("table", [Table.UPLOAD, Table.OBJECT])
+async def test_a_complete_whose_proposal_was_refused_puts_its_pages_again_before_the_next(table: int) -> None:
+    world, objects, bucket = world_of()
+    datas = [os.urandom(1000) for _ in range(40)]
+    upload_id, parts = await uploaded(objects, bucket, datas)
+    put_page, puts = world.ring.put_page, 0
+
+    async def count(near: RegisterName, body: bytes) -> bytes:
+        nonlocal puts
+        puts += 1
+        return await put_page(near, body)
+
+    async def refuse(name: RegisterName) -> None:
+        if name.table != table:
+            world.ring.interfere = refuse
+            return
+        assert puts == 2
+        await world.ring.settle(name)
+
+    world.ring.put_page, world.ring.interfere = count, refuse  # type: ignore[method-assign]
+    await complete(objects, bucket, upload_id, parts)
+    assert puts == 4
+    assert await got(objects, bucket) == b"".join(datas)
     await objects.close()

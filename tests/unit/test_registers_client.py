@@ -68,6 +68,9 @@ class Unreliable:
     async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply:
         return await self._pass("page_get", lambda: self.inner.page_get(request))  # type: ignore[return-value]
 
+    async def page_check(self, request: messages.PageCheck, *, timeout_s: float = 10.0) -> messages.PagesMissing:
+        return await self._pass("page_check", lambda: self.inner.page_check(request))  # type: ignore[return-value]
+
     async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
         return await self._pass("fence", lambda: self.inner.fence(request))  # type: ignore[return-value]
 
@@ -618,6 +621,26 @@ async def test_pages_are_found_on_any_replica_and_a_missing_page_is_damage(ring:
     ring.first.away = True
     with pytest.raises(ServiceUnavailable):
         await client.put_page(NAME, b"another")
+
+
+async def test_a_page_that_a_replica_lacks_is_told_and_can_be_copied_there(ring: Ring) -> None:
+    missed: list[RegisterName] = []
+    client = ring.client()
+    told = RingClient(ring.layouts, ring, node="gw2", jitter=lambda: 0.9, on_missed=missed.append)
+    ring.clients.append(told)
+    ring.first.away = True
+    page_hash = await told.put_page(NAME, b"a page")
+    assert missed == [NAME]
+    with pytest.raises(PeerUnreachable):
+        await client.pages_missing("d0", [page_hash])
+    ring.first.away = False
+    absent = bytes(16)
+    assert await client.pages_missing("d0", [page_hash, absent]) == (page_hash, absent)
+    assert await client.pages_missing("d1", [page_hash, absent]) == (absent,)
+    await client.copy_page(NAME, page_hash, "d0")
+    assert await client.pages_missing("d0", [page_hash]) == ()
+    with pytest.raises(DataDamaged):
+        await client.copy_page(NAME, absent, "d0")
 
 
 async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) -> None:

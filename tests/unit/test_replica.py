@@ -42,6 +42,17 @@ class SlowDisk:
         await self.open.wait()
 
 
+class FixedClock:
+    def __init__(self, now_ms: int) -> None:
+        self.now_ms = now_ms
+
+    def monotonic(self) -> float:
+        return self.now_ms / 1000
+
+    def wall_ms(self) -> int:
+        return self.now_ms
+
+
 def ballot(counter: int, epoch: int = 1, node: str = "gw") -> Ballot:
     return Ballot(epoch, counter, node, b"incarnat")
 
@@ -441,6 +452,50 @@ async def test_pages_are_kept_under_their_own_hash_alone() -> None:
     assert (await replica.page_get(messages.PageGet("d", page_hash))).body is None
     await replica.page_put(messages.PagePut("d", page_hash, b"page"))
     assert (await replica.page_get(messages.PageGet("d", page_hash))).body == b"page"
+
+
+async def test_a_replica_says_which_of_many_pages_it_lacks_or_has_damaged() -> None:
+    store = MemoryMetaStore()
+    replica = LocalReplica("d", store)
+    bodies = [b"page %d" % number for number in range(40)]
+    hashes = tuple(xxhash.xxh3_128_digest(body) for body in bodies)
+    for page_hash, body in list(zip(hashes, bodies, strict=True))[:30]:
+        await replica.page_put(messages.PagePut("d", page_hash, body))
+    store.damage_page(hashes[3])
+    assert (await replica.page_check(messages.PageCheck("d", hashes))).hashes == (hashes[3], *hashes[30:])
+    with pytest.raises(InvalidRequest):
+        await replica.page_check(messages.PageCheck("d", hashes * 7))
+
+
+async def test_a_page_that_is_put_again_gets_the_new_age() -> None:
+    store = MemoryMetaStore()
+    clock = FixedClock(1_000)
+    replica = LocalReplica("d", store, clock=clock)
+    page_hash = xxhash.xxh3_128_digest(b"page")
+    await replica.page_put(messages.PagePut("d", page_hash, b"page"))
+    clock.now_ms = 2_000
+    await replica.page_put(messages.PagePut("d", page_hash, b"page"))
+    assert store.pages(after=b"", limit=9) == [(page_hash, 2_000)]
+
+
+async def test_when_promises_are_ended_every_ballot_drawn_before_is_refused_and_what_was_accepted_can_be_read() -> None:
+    disk = SlowDisk()
+    store = MemoryMetaStore(sync=disk.sync)
+    replica = LocalReplica("d", store, clock=FixedClock(1_000))
+    assert (await replica.prepare(prepare(ballot(900_000)))).verdict == Verdict.OK
+    disk.open.clear()
+    on_its_way = asyncio.ensure_future(replica.accept(accept(ballot(900_001), value(), OTHER)))
+    await asyncio.sleep(0)
+    ending = asyncio.ensure_future(replica.end_promises(1))
+    await asyncio.sleep(0)
+    assert store.get(OTHER) is None
+    disk.open.set()
+    await ending
+    assert store.get(OTHER) is not None
+    await on_its_way
+    for life in (replica, LocalReplica("d", store)):
+        assert (await life.accept(accept(ballot(999_999), value()))).verdict == Verdict.PREEMPTED
+    assert (await replica.accept(accept(ballot(1_000_001), value()))).verdict == Verdict.OK
 
 
 async def test_a_host_answers_for_its_own_disks_only() -> None:
