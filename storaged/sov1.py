@@ -248,6 +248,8 @@ def seal_message(key: bytes, label: str, context: Sequence[bytes], plaintext: by
     ``context`` fields are length-prefixed; ``salt`` is 24 fresh random bytes; the result has ``sealed_size(len(plaintext), C)`` bytes.
     """
     sealer = Sealer(key, label, pack_context(b"", context), chunk_bytes_for(len(plaintext), 1), salt)
+    if len(plaintext) < sealer.plain_bytes:
+        return sealer.header + sealer.seal(0, plaintext)
     out = bytearray(sealed_size(len(plaintext), sealer.chunk_bytes))
     out[:HEADER_BYTES] = sealer.header
     sealer.seal_block(0, plaintext, memoryview(out)[HEADER_BYTES:], last=True)
@@ -263,6 +265,8 @@ def open_message(key: bytes, label: str, context: Sequence[bytes], sealed: Buffe
     size = count * opener.plain_bytes + rest - TAG_BYTES
     if rest < TAG_BYTES:
         raise SealBroken("the message is cut short", index=count)
+    if not count:
+        return opener.open(0, chunks)
     out = bytearray(size)
     opener.open_block(0, chunks, memoryview(out))
     return bytes(out)

@@ -11,7 +11,6 @@ rebuilt fragment is only written when it is what the survivors agree on.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -74,8 +73,7 @@ class FragmentStat(Message, frozen=True):
     created_ms: int = 0
 
 
-@dataclass(frozen=True)
-class CellRead:
+class CellRead(NamedTuple):
     """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold (the store has quarantined it and told repair)."""
 
     header: FragmentHeader

@@ -51,8 +51,7 @@ class ReplicaState(NamedTuple):
     has_payload: bool = False
 
 
-@dataclass(frozen=True)
-class SmallCopies:
+class SmallCopies(NamedTuple):
     """A small object's sealed bytes, to be stored and synced by every replica of the register along with the prepare.
 
     ``record`` is the complete fragment record body for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
@@ -187,8 +186,7 @@ class Ballot(NamedTuple):
 ZERO_BALLOT = Ballot(0, 0, "", b"")
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One register at one acceptor as it is on disk: the highest accepted ballot and its value."""
 
     name: RegisterName

@@ -11,10 +11,12 @@ import dataclasses
 import logging
 import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from prometheus_client import Counter, Histogram
 
 from storaged import keys, observe
 from storaged.admin.ports import Services
@@ -323,9 +325,14 @@ def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
     level = logging.getLogger("storaged.s3")
     record = observe.span_recorder("storaged.s3")
 
+    @lru_cache(maxsize=1024)
+    def children(operation: str, status: int) -> tuple[Counter, Histogram]:
+        return requests.labels(operation, str(status)), seconds.labels(operation)
+
     def done(request: RequestDone) -> None:
-        requests.labels(request.operation or "none", str(request.status)).inc()
-        seconds.labels(request.operation or "none").observe(request.duration_s)
+        count, time = children(request.operation or "none", request.status)
+        count.inc()
+        time.observe(request.duration_s)
         received.inc(request.bytes_in)
         sent.inc(request.bytes_out)
         if record is not None:

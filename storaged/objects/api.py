@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
 from storaged.wire import Buffer
@@ -80,8 +80,7 @@ Body = AsyncIterator[Buffer]
 """Pieces of a body as they arrive. A piece is the consumer's until it asks for the next. Raises IncompleteBody (client gone), XAmzContentSHA256Mismatch, ..."""
 
 
-@dataclass(frozen=True)
-class ObjectInfo:
+class ObjectInfo(NamedTuple):
     """A version as a HEAD answers it."""
 
     key: bytes
@@ -128,6 +127,10 @@ class ObjectStream(Protocol):
     first: int
     length: int
     partial: bool
+
+    @property
+    def held(self) -> bytes | None:
+        """All that ``chunks`` would give, when it is small and in memory already."""
 
     def chunks(self) -> AsyncIterator[Buffer]: ...
 

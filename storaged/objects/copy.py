@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 
-from storaged.objects.api import BodyChecks, NewMeta, PutResult, ReadConditions, WriteConditions
+from storaged.objects.api import BodyChecks, NewMeta, ObjectStream, PutResult, ReadConditions, WriteConditions
 from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
-from storaged.objects.get import VerifiedStream, get
+from storaged.objects.get import get
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.put import put
 from storaged.objects.reader import HedgeDelay
@@ -42,7 +42,7 @@ async def copy(
         await stream.close()
 
 
-async def body_of(stream: VerifiedStream) -> AsyncIterator[Buffer]:
+async def body_of(stream: ObjectStream) -> AsyncIterator[Buffer]:
     """A stream as a body."""
     async for piece in stream.chunks():
         yield piece

@@ -22,7 +22,7 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
-from storaged.objects.get import VerifiedStream
+from storaged.objects.get import HeldStream, VerifiedStream
 from storaged.objects.plane import Counters, ObjectPlane
 from storaged.objects.reader import HedgeDelay
 from storaged.objects.records import BucketRecord
@@ -76,7 +76,7 @@ class ObjectService:
         conditions: ReadConditions = NO_READ_CONDITIONS,
         span: RangeSpec | None = None,
         part_number: int | None = None,
-    ) -> VerifiedStream:
+    ) -> HeldStream | VerifiedStream:
         return await get.get(
             self.plane, self._hedge, bucket, key, version_id=version_id, conditions=conditions, span=span, part_number=part_number
         )

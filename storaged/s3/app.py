@@ -15,7 +15,7 @@ import re
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -42,14 +42,13 @@ BACKLOG = 1024
 _SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestDone:
-    """What is known of a request after its answer: for the access log and for metrics. ``target`` is without signatures; ``code`` is the S3 error's, or empty."""
+class RequestDone(NamedTuple):
+    """What is known of a request after its answer: for the access log and for metrics. ``code`` is the S3 error's, or empty."""
 
     request_id: str
     operation: str
     method: str
-    target: str
+    raw_target: bytes
     bucket: str
     user_id: str
     access_key: str
@@ -61,6 +60,12 @@ class RequestDone:
     duration_s: float
     complete: bool
     """The client got all of the answer."""
+
+    @property
+    def target(self) -> str:
+        """Path and query without signatures."""
+        return _SECRETS.sub(r"\1=-", self.raw_target.decode("utf-8", "replace"))
+
     trace: trace.Trace | None = None
     """Where the time went, when spans are on."""
 
@@ -289,7 +294,7 @@ class S3App:
                     request_id=request.id,
                     operation=request.operation,
                     method=request.method,
-                    target=_SECRETS.sub(r"\1=-", request.raw_target.decode("utf-8", "replace")),
+                    raw_target=request.raw_target,
                     bucket=request.bucket,
                     user_id=request.who.user_id,
                     access_key=request.who.access_key,

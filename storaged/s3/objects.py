@@ -200,7 +200,10 @@ async def get_object(front: Front, request: Request) -> Reply:
             _describe_part(request, info, part_number, answer)
         if stream.partial:
             answer["Content-Range"] = f"bytes {stream.first}-{stream.first + stream.length - 1}/{info.size}"
-        return Reply(206 if stream.partial else 200, answer, length=stream.length, stream=stream)
+        status = 206 if stream.partial else 200
+        if stream.held is not None:
+            return Reply(status, answer, stream.held)
+        return Reply(status, answer, length=stream.length, stream=stream)
     except BaseException:
         await stream.close()
         raise

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -33,8 +33,7 @@ JOIN_BYTES_MAX = 64 * KIB
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     reply: Reply
     bytes_out: int
     complete: bool

@@ -64,6 +64,8 @@ class Upload:
 
 
 class FakeStream:
+    held = None
+
     def __init__(self, stored: Stored, first: int, length: int, partial: bool) -> None:
         self.info = stored.info
         self.first = first
@@ -300,7 +302,7 @@ class FakeObjects:
 
     async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
         stored = self.find(bucket, key, version_id)
-        stored.info = replace(stored.info, tags=dict(tags))
+        stored.info = stored.info._replace(tags=dict(tags))
         return NULL_VERSION
 
     # --- listings -----------------------------------------------------------------------------------------------------
