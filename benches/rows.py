@@ -198,7 +198,9 @@ class Bodies:
 
     def __init__(self, size: int, seed: int = 1) -> None:
         self._size = size
-        self._buffer = memoryview(random.Random(seed).randbytes(size + 4096))
+        source, length = random.Random(seed), size + 4096
+        # a MiB at a time: randbytes counts bits in a C int, and ends below 256 MiB
+        self._buffer = memoryview(b"".join(source.randbytes(min(MIB, length - start)) for start in range(0, length, MIB)))
         self._digests: dict[int, str] = {}
 
     def of(self, number: int) -> memoryview:
