@@ -148,6 +148,8 @@ METRICS: dict[str, Described] = {
     "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
     "storaged_s3_requests_total": Described("counter", "S3 requests answered.", ("operation", "status")),
     "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",), _SECONDS),
+    "storaged_s3_in_flight": Described("gauge", "S3 requests being answered; past limits.s3_requests_max further ones get SlowDown."),
+    "storaged_s3_connections": Described("gauge", "Open connections of S3 clients."),
     "storaged_s3_received_bytes_total": Described("counter", "Bytes of request bodies."),
     "storaged_s3_sent_bytes_total": Described("counter", "Bytes of answer bodies."),
     "storaged_fragments_damaged_total": Described("counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)),

@@ -233,6 +233,9 @@ class Gateway:
             load_certificate(self._context, config)
         host, port = split_address(config.s3.listen)
         await self._app.start(host, port, ssl=self._context)
+        app = self._app
+        node.metrics.gauge("storaged_s3_in_flight").set_function(lambda: app.statistics().requests_in_flight)
+        node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         return [self._unlocker.run(), self._node.maintain.run(), housekeep(self.objects.plane, self.buckets)]
