@@ -590,10 +590,17 @@ class ObjectsBelowTarget(Condition):
 
 
 class ObjectsLost(Condition):
-    """Some objects have fewer readable fragments than are needed to read them."""
+    """Some objects have fewer fragments than are needed to read them, on all disks together: no disk that is merely away would help."""
 
     code = "OBJECTS_LOST"
-    hint = "Bring back the disks that hold them; `storaged where` names them."
+    hint = "`storaged where` names what is missing. If a disk was wiped or exchanged, put the old one back; else write these objects again from another copy."
+
+
+class ObjectsUnreadable(Condition):
+    """Some objects cannot be read until disks that are away return. Nothing of them is lost as long as those disks are not."""
+
+    code = "OBJECTS_UNREADABLE"
+    hint = "Bring back the nodes and disks that are away; `storaged where` names those of an object."
 
 
 class ObjectsNotCounted(Condition):

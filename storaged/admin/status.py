@@ -2,7 +2,7 @@
 
 HEALTHY    every node and disk takes part, no object is below its target
 DEGRADED   something is away or below target; everything can be read and written, and nothing is lost
-AT_RISK    writes are refused, or objects are lost or cannot stand another disk's failure
+AT_RISK    writes are refused, or objects are lost, wait for disks that are away, or cannot stand another disk's failure
 DOWN       some keys can be neither read nor written now (no majority of their replicas), or nothing can be opened (keyring)
 """
 
@@ -25,6 +25,7 @@ from storaged.errors import (
     ObjectsBelowTarget,
     ObjectsLost,
     ObjectsNotCounted,
+    ObjectsUnreadable,
     QuorumLost,
     StoragedError,
 )
@@ -50,12 +51,13 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Durability:
-    """What repair's walks last counted. ``counted`` False: some node has not looked at the disks as they are now, and the numbers are lower bounds."""
+    """What repair's walks last counted. ``objects_unreadable`` wait for disks that are away, and are not lost. ``counted`` False: some node has not looked at the disks as they are now, and the numbers are lower bounds."""
 
     objects_below_target: int = 0
     objects_at_risk: int = 0
     objects_lost: int = 0
     counted: bool = True
+    objects_unreadable: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
     durability = facts.durability
     if facts.keyring_problem or headless:
         verdict = "DOWN"
-    elif facts.write_profile is None or durability.objects_lost or durability.objects_at_risk:
+    elif facts.write_profile is None or durability.objects_lost or durability.objects_unreadable or durability.objects_at_risk:
         verdict = "AT_RISK"
     else:
         verdict = "DEGRADED" if problems or not durability.counted else "HEALTHY"
@@ -102,21 +104,26 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
         "epoch": facts.layout.epoch,
         "time_ms": now_ms,
         "metadata": "quorum" if not headless else f"{headless} of {PARTITIONS + 1} partitions without quorum",
-        "reads": "OK"
-        if not headless and not facts.keyring_problem
-        else "stopped for some keys"
-        if not facts.keyring_problem
-        else "stopped",
+        "reads": _reads(facts, headless),
         "writes": facts.write_profile if not headless and not facts.keyring_problem else None,
         "writes_reason": facts.write_reason,
         "objects_below_target": durability.objects_below_target,
         "objects_at_risk": durability.objects_at_risk,
         "objects_lost": durability.objects_lost,
+        "objects_unreadable": durability.objects_unreadable,
         "objects_counted": durability.counted,
         "nodes": [_node_document(node, facts.layout) for node in facts.nodes],
         "problems": problems,
         "jobs": list(facts.jobs),
     }
+
+
+def _reads(facts: Facts, headless: int) -> str:
+    if facts.keyring_problem:
+        return "stopped"
+    if headless:
+        return "stopped for some keys"
+    return "stopped for some objects" if facts.durability.objects_unreadable or facts.durability.objects_lost else "OK"
 
 
 def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], now_ms: int) -> Iterable[dict[str, Any]]:
@@ -139,6 +146,8 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
                 yield problem(DiskDown, f"{node.rack}/{node.name}/{entry.id}", node.since_ms, "the node does not have it")
     if facts.durability.objects_lost:
         yield problem(ObjectsLost, f"{facts.durability.objects_lost} objects", now_ms)
+    if facts.durability.objects_unreadable:
+        yield problem(ObjectsUnreadable, f"{facts.durability.objects_unreadable} objects", now_ms)
     if facts.durability.objects_below_target:
         yield problem(ObjectsBelowTarget, f"{facts.durability.objects_below_target} objects", now_ms)
     if not facts.durability.counted:

@@ -85,6 +85,7 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
         "objects_below_target": 0,
         "objects_at_risk": 0,
         "objects_lost": 0,
+        "objects_unreadable": 0,
         "objects_counted": False,
         "nodes": nodes,
         "problems": problems,
@@ -95,7 +96,8 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
 def render(found: dict[str, Any], dev: bool) -> str:
     """Five seconds' worth of reading: verdict, what can be done, each problem with its next command."""
     known = "" if found["objects_counted"] else " (still counting)"
-    lost = f"{found['objects_lost']} lost, {_count(found['objects_below_target'])} below target{known}"
+    away = f"{found['objects_unreadable']} waiting for disks that are away, " if found["objects_unreadable"] else ""
+    lost = f"{found['objects_lost']} lost, {away}{_count(found['objects_below_target'])} below target{known}"
     writes = (
         f"writes OK ({found['writes']})"
         if found["writes"]

@@ -108,6 +108,11 @@ class Findings:
         return sum(finding.lost for finding in self._of_objects())
 
     @property
+    def unreadable(self) -> int:
+        """Objects that cannot be read until disks that are away return."""
+        return sum(finding.spare < 0 and not finding.lost for finding in self)
+
+    @property
     def at_risk(self) -> int:
         """Objects of which one more lost fragment would make a block unreadable, although every disk that should hold it answers."""
         return sum(finding.spare == 0 and finding.damaged_fragments > 0 for finding in self._of_objects())

@@ -59,6 +59,7 @@ class MaintainStatus(Message, frozen=True):
     damaged_found: int = 0
     registers_settled: int = 0
     parts_below_target: int = 0
+    unreadable: int = 0
 
 
 class Maintenance:
@@ -174,6 +175,7 @@ class Maintenance:
             self.scrub.damaged,
             repair.walker.settled,
             findings.parts_below_target,
+            findings.unreadable,
         )
 
     def methods(self) -> Methods:

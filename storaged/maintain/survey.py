@@ -127,14 +127,20 @@ class BlockHealth(NamedTuple):
     def spare(self) -> int:
         """How many more fragments may go before the block can't be read; negative when it can't be now. Data fragments that a short block does not
         reach need no disk."""
-        profile = self.place.profile
-        present = len(self.present)
+        return self._spare_with(self.present)
+
+    @property
+    def spare_at_best(self) -> int:
+        """The same if every disk that is away came back with what it should have: negative when the block is lost, and not only stopped."""
+        return self._spare_with((*self.present, *self.away))
+
+    def _spare_with(self, present: Sequence[int]) -> int:
+        profile, count = self.place.profile, len(present)
         if profile.k > 1:
             shape = self.place.shape
             if shape.cells < profile.k:
-                lacking = {*self.missing, *self.away}
-                present += sum(position in lacking for position in range(shape.cells, profile.k))
-        return present - profile.k
+                count += sum(position not in present for position in range(shape.cells, profile.k))
+        return count - profile.k
 
 
 def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Presence]) -> BlockHealth:
@@ -150,7 +156,7 @@ class Finding:
     """What is wrong with one object or part. ``spare`` is that of its worst block, or page of its manifest: repair takes the smallest first.
 
     ``mendable``: something can be done with the disks that answer. ``movable``: something can be done when those that don't have been away for long.
-    Otherwise repair waits for disks to return.
+    Otherwise repair waits for disks to return. ``lost``: it cannot be read even if all of them do.
     """
 
     name: bytes
@@ -181,7 +187,7 @@ class Tally:
         self._worst = min(self._worst, spare)
         self._damaged += len(health.missing)
         if spare < 0:
-            self._lost = True
+            self._lost = self._lost or health.spare_at_best < 0
         elif health.missing or (can_hold_target and not health.on_target):
             self._mendable = True
         elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):

@@ -96,8 +96,10 @@ class Reports:
         layout = self._node.layouts.current
         wanted = {disk.node for disk in layout.disks if self._node.membership.disk_readable(disk.id)}
         counted = bool(told) and {status.node for status in told} >= wanted and all(status.current for status in told)
-        below, risk, lost = (sum(getattr(status, name) for status in told) for name in ("below_target", "at_risk", "lost"))
-        return Durability(below, risk, lost, counted)
+        below, risk, lost, unreadable = (
+            sum(getattr(status, name) for status in told) for name in ("below_target", "at_risk", "lost", "unreadable")
+        )
+        return Durability(below, risk, lost, counted, unreadable)
 
     def _write_profile(self) -> tuple[str | None, str]:
         """What a write would use now, the weakest of a sample of placement groups; or why it would be refused."""
@@ -124,6 +126,7 @@ class Reports:
             "objects_below_target": durability.objects_below_target,
             "objects_at_risk": durability.objects_at_risk,
             "objects_lost": durability.objects_lost,
+            "objects_unreadable": durability.objects_unreadable,
             "fragments_rebuilt": sum(status.fragments_rebuilt for status in told),
             "bytes_rebuilt": sum(status.bytes_rebuilt for status in told),
             "jobs": jobs_of(told),

@@ -62,7 +62,9 @@ def signed(
     return {name: value for name, value in request.headers.items() if name.lower() != "host"}
 
 
-def send(cluster: Cluster, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **other: Any) -> tuple[int, str]:
+def send(
+    cluster: Cluster, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **other: Any
+) -> tuple[int, str]:
     """(status, code): of one signed request, sent as it is."""
     return code_of(*raw_send(cluster, method, path, body, signed(cluster, method, path, body, headers, **other)))
 

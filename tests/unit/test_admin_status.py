@@ -78,6 +78,7 @@ def test_refused_writes_are_at_risk() -> None:
         (Durability(3, 0, 0), "DEGRADED"),
         (Durability(3, 1, 0), "AT_RISK"),
         (Durability(1, 0, 1), "AT_RISK"),
+        (Durability(1, objects_unreadable=1), "AT_RISK"),
     ],
 )
 def test_what_repair_counted_decides(counted: Durability, verdict: str) -> None:
@@ -85,6 +86,13 @@ def test_what_repair_counted_decides(counted: Durability, verdict: str) -> None:
     assert found["verdict"] == verdict
     assert found["objects_below_target"] == counted.objects_below_target
     assert f"{counted.objects_lost} lost" in render(found, dev=True)
+
+
+def test_what_waits_for_disks_that_are_away_is_told_apart_from_what_is_lost() -> None:
+    found = judge(facts(durability=Durability(5, objects_unreadable=4)), NOW)
+    assert (found["objects_lost"], found["objects_unreadable"], found["reads"]) == (0, 4, "stopped for some objects")
+    assert codes(found) == ["OBJECTS_UNREADABLE", "OBJECTS_BELOW_TARGET"]
+    assert "0 lost, 4 waiting for disks that are away, 5 objects below target" in render(found, dev=True)
 
 
 @pytest.mark.parametrize(
