@@ -174,11 +174,10 @@ class AdminServer:
     async def _add_user(self, request: web.Request) -> web.Response:
         if self._services.users is None:
             raise NotHere
-        body = await _body(request, "name", "access_key", "secret_key", "email")
-        await self._audit("user.add", name=body.get("name", ""), access_key=body.get("access_key", ""))
-        who, secret = await self._services.users.add(
-            body.get("name", ""), access_key=body.get("access_key", ""), secret_key=body.get("secret_key", ""), email=body.get("email", "")
-        )
+        body = await _body(request, "name", "access_key", "secret_key", "email", "user_id")
+        name = body.pop("name", "")
+        await self._audit("user.add", name=name, access_key=body.get("access_key", ""), user_id=body.get("user_id", ""))
+        who, secret = await self._services.users.add(name, **body)
         log.info("user added", user=who.display_name, access_key=who.access_key)
         return web.json_response({"user_id": who.user_id, "access_key": who.access_key, "secret_key": secret})
 
@@ -187,9 +186,9 @@ class AdminServer:
             raise NotHere
         name = request.match_info["name"]
         await self._audit("user.remove", name=name)
-        await self._services.users.remove(name)
-        log.info("user removed", user=name)
-        return web.json_response({"removed": name})
+        who = await self._services.users.remove(name)
+        log.info("user removed", user=who.display_name, access_key=who.access_key)
+        return web.json_response({"removed": who.display_name, "user_id": who.user_id, "access_key": who.access_key})
 
     async def _create_bucket(self, request: web.Request) -> web.Response:
         """For a user named by access key; one that the user owns already is fine."""

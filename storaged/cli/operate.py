@@ -29,11 +29,15 @@ def user() -> None:
 
 @user.command("add")
 @click.argument("name")
+@click.option("--user-id", default="", metavar="ID", help="Share the buckets of this user, present or removed (default: a user with none).")
 @click.option("--json", "as_json", is_flag=True, help="user_id, access_key, secret_key.")
 @click.pass_obj
-def user_add(named: str | None, name: str, as_json: bool) -> None:
-    """Make a user with random keys. The secret key is shown this once."""
-    found = gateway(find_directory(named), "POST", "/v1/users", body={"name": name})
+def user_add(named: str | None, name: str, user_id: str, as_json: bool) -> None:
+    """Make a user with random keys. The secret key is shown this once.
+
+    To exchange the keys of a user: add one with its id (--user-id), let clients change over, remove the old one.
+    """
+    found = gateway(find_directory(named), "POST", "/v1/users", body={"name": name, "user_id": user_id})
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
@@ -56,9 +60,9 @@ def user_list(named: str | None, as_json: bool) -> None:
 @click.argument("name")
 @click.pass_obj
 def user_remove(named: str | None, name: str) -> None:
-    """Remove a user, by name or access key. Its buckets stay."""
-    gateway(find_directory(named), "DELETE", f"/v1/users/{urllib.parse.quote(name, safe='')}")
-    click.echo(f"removed {name}")
+    """Remove a user, by name or access key. Its buckets stay, for whoever is added with its id."""
+    found = gateway(find_directory(named), "DELETE", f"/v1/users/{urllib.parse.quote(name, safe='')}")
+    click.echo(f"removed {name}; its buckets stay, and are reached again with: storaged user add NAME --user-id {found['user_id']}")
 
 
 def explained(code: str) -> str:

@@ -225,12 +225,15 @@ class Users(Protocol):
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """(principal, secret key), cached for a moment. Raises InvalidAccessKeyId."""
 
-    async def add(self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "") -> tuple[Principal, str]:
-        """Random keys unless given. Raises InvalidArgument when the name is taken."""
+    async def add(
+        self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
+    ) -> tuple[Principal, str]:
+        """Random keys unless given. ``user_id``: whose buckets it gets, a new identity when empty. Raises InvalidArgument when the name is taken."""
 
     async def list_users(self) -> list[Principal]: ...
 
-    async def remove(self, name_or_access_key: str) -> None: ...
+    async def remove(self, name_or_access_key: str) -> Principal:
+        """Who it was. Buckets stay, and belong to whoever is added with this user id. Raises InvalidArgument."""
 
 
 class Objects(Protocol):

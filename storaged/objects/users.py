@@ -7,6 +7,7 @@ secret nor make a user.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -25,6 +26,7 @@ NAME_PREFIX = "username/"
 CLAIM_STALE_MS = 600_000
 """A name whose user was not made within this time of being claimed is free again: the gateway stopped in between."""
 NAME_BYTES_MAX = 128
+_USER_ID = re.compile(r"[0-9a-f]{64}")
 
 
 class UserSecret(Message, frozen=True):
@@ -80,10 +82,15 @@ class UserService:
             raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
         return self._open(name, record)
 
-    async def add(self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "") -> tuple[Principal, str]:
-        """Random keys unless given. The name is claimed first, then the user made. Raises InvalidArgument when the name or the access key is taken, or can't be one."""
-        if not name or len(name.encode()) > NAME_BYTES_MAX or not name.isprintable():
-            raise InvalidArgument(f"A user's name has 1 to {NAME_BYTES_MAX} printable characters.")
+    async def add(
+        self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
+    ) -> tuple[Principal, str]:
+        """Random keys unless given. The name is claimed first, then the user made. With the ``user_id`` of another, present or removed, it shares that one's
+        buckets: so keys are exchanged. Raises InvalidArgument when the name or the access key is taken, or can't be one."""
+        if not name.strip() or name != name.strip() or len(name.encode()) > NAME_BYTES_MAX or not name.isprintable():
+            raise InvalidArgument(f"A user's name has 1 to {NAME_BYTES_MAX} printable characters, and no space at either end.")
+        if user_id and not _USER_ID.fullmatch(user_id):
+            raise InvalidArgument("A user id has 64 hexadecimal digits.")
         access_key = access_key or _random_text(self._plane.entropy(15))
         secret_key = secret_key or base64.b64encode(self._plane.entropy(30)).decode()
         if not _is_access_key(access_key):
@@ -92,7 +99,7 @@ class UserService:
         register = system_name(PREFIX + access_key)
         plain = UserRecord(
             access_key,
-            self._plane.entropy(32).hex(),
+            user_id or self._plane.entropy(32).hex(),
             name,
             self._plane.clock.wall_ms(),
             self._plane.keys.seal_secret(encode(UserSecret(secret_key)), (register.pack(), b"secret")),
@@ -140,8 +147,8 @@ class UserService:
                     yield record
             start = page.next_after
 
-    async def remove(self, name_or_access_key: str) -> None:
-        """The access key stops working within the cache's moment; buckets stay. Raises InvalidArgument when there is no such user."""
+    async def remove(self, name_or_access_key: str) -> Principal:
+        """The access key stops working within the cache's moment; buckets stay. Who it was. Raises InvalidArgument when there is no such user."""
         register = system_name(NAME_PREFIX + name_or_access_key)
         claim = _decode_claim((await self._plane.registers.read(register)).value)
         access_key = claim.access_key if claim is not None else name_or_access_key
@@ -157,6 +164,7 @@ class UserService:
             return Change(b"", Visibility.TOMBSTONE) if held is not None and held.access_key == access_key else None
 
         await self._plane.registers.change(system_name(NAME_PREFIX + found.name), release)
+        return Principal(found.user_id, found.name, access_key)
 
 
 def _decode_claim(value: Value | None) -> NameClaim | None:

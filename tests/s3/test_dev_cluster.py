@@ -135,23 +135,35 @@ def test_where_names_every_fragment_and_what_may_fail(cluster: Cluster) -> None:
 
 
 def test_users_see_their_own_buckets_and_end_with_their_removal(cluster: Cluster) -> None:
-    import boto3
-
     made = json.loads(cluster.run("user", "add", "alice", "--json").stdout)
     assert set(made) == {"user_id", "access_key", "secret_key"}
-    client = boto3.session.Session().client(
-        "s3", endpoint_url=cluster.endpoint, region_name=cluster.settings["region"],
-        aws_access_key_id=made["access_key"], aws_secret_access_key=made["secret_key"],
-    )  # fmt: skip
+    client = client_of(cluster, made)
     assert client.list_buckets()["Buckets"] == []
+    client.create_bucket(Bucket="alices")
     listed = json.loads(cluster.run("user", "list", "--json").stdout)
     assert {"user_id": made["user_id"], "name": "alice", "access_key": made["access_key"]} in listed
     assert made["secret_key"] not in cluster.run("user", "list").stdout
     taken = cluster.run("user", "add", "alice", check=False)
     assert taken.returncode == 1
     assert "alice" in taken.stderr
-    cluster.run("user", "remove", "alice")
-    cluster.wait_until(lambda: "InvalidAccessKeyId" in refusal(client), 10, "the removed user to be refused")
+    assert made["user_id"] in cluster.run("user", "remove", "alice").stdout
+    cluster.wait_until(lambda: "InvalidAccessKeyId" in refusal(client), 3, "the removed user to be refused")
+    heir = json.loads(cluster.run("user", "add", "alice", "--user-id", made["user_id"], "--json").stdout)
+    assert heir["access_key"] != made["access_key"]
+    assert [bucket["Name"] for bucket in client_of(cluster, heir).list_buckets()["Buckets"]] == ["alices"]
+    client_of(cluster, heir).delete_bucket(Bucket="alices")
+    for name, word in (("alice2", "64 hexadecimal digits"), (" ", "printable characters")):
+        done = cluster.run("user", "add", name, "--user-id", "x", check=False)
+        assert (done.returncode, word in done.stderr) == (1, True)
+
+
+def client_of(cluster: Cluster, user: dict[str, str]) -> Any:
+    import boto3
+
+    return boto3.session.Session().client(
+        "s3", endpoint_url=cluster.endpoint, region_name=cluster.settings["region"],
+        aws_access_key_id=user["access_key"], aws_secret_access_key=user["secret_key"],
+    )  # fmt: skip
 
 
 def refusal(client: Any) -> str:

@@ -95,16 +95,20 @@ class FakeUsers:
             raise errors.InvalidAccessKeyId()
         return self.by_key[access_key]
 
-    async def add(self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "") -> tuple[Principal, str]:
-        who = Principal(hashlib.sha256(name.encode()).hexdigest(), name, access_key or f"AK{name}")
+    async def add(
+        self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
+    ) -> tuple[Principal, str]:
+        who = Principal(user_id or hashlib.sha256(name.encode()).hexdigest(), name, access_key or f"AK{name}")
         self.by_key[who.access_key] = (who, secret_key or f"secret-of-{name}")
         return self.by_key[who.access_key]
 
     async def list_users(self) -> list[Principal]:
         return [who for who, _ in self.by_key.values()]
 
-    async def remove(self, name_or_access_key: str) -> None:
+    async def remove(self, name_or_access_key: str) -> Principal:
+        who = next(who for who, _ in self.by_key.values() if name_or_access_key in (who.access_key, who.display_name))
         self.by_key = {key: value for key, value in self.by_key.items() if name_or_access_key not in (key, value[0].display_name)}
+        return who
 
 
 class FakeBuckets:

@@ -31,18 +31,22 @@ class Users:
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         return self.known[access_key]
 
-    async def add(self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "") -> tuple[Principal, str]:
+    async def add(
+        self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
+    ) -> tuple[Principal, str]:
         if any(who.display_name == name for who, _ in self.known.values()):
             raise InvalidArgument(f"the name {name!r} is taken")
-        who = Principal("0" * 64, name, access_key or "AK" + name)
+        who = Principal(user_id or "0" * 64, name, access_key or "AK" + name)
         self.known[who.access_key] = (who, secret_key or "made")
         return self.known[who.access_key]
 
     async def list_users(self) -> list[Principal]:
         return [who for who, _ in self.known.values()]
 
-    async def remove(self, name_or_access_key: str) -> None:
+    async def remove(self, name_or_access_key: str) -> Principal:
+        found = next(who for who, _ in self.known.values() if who.display_name == name_or_access_key)
         self.known = {key: entry for key, entry in self.known.items() if entry[0].display_name != name_or_access_key}
+        return found
 
 
 class Buckets:
@@ -177,8 +181,10 @@ async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(nod
     with pytest.raises(RemoteRefusal, match="taken") as caught:
         await ask(tmp_path, "POST", "/v1/users", body={"name": "alice"})
     assert caught.value.code == "InvalidArgument"
-    await ask(tmp_path, "DELETE", "/v1/users/alice")
+    assert await ask(tmp_path, "DELETE", "/v1/users/alice") == {"removed": "alice", "user_id": "0" * 64, "access_key": "AK1"}
     assert (await ask(tmp_path, "GET", "/v1/users"))["users"] == []
+    heir = await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "user_id": "1" * 64})
+    assert heir["user_id"] == "1" * 64
 
 
 async def test_a_key_goes_over_in_hex_and_what_is_missing_is_refused_with_its_code(node: Node, tmp_path: Path) -> None:

@@ -220,11 +220,13 @@ async def test_users_are_found_by_access_key_until_they_are_removed() -> None:
     ben, ben_secret = await users.add("ben", access_key="BENKEY", secret_key="bensecret")
     assert (ben.access_key, ben_secret) == ("BENKEY", "bensecret")
     assert {user.display_name for user in await users.list_users()} == {"anne", "ben"}
-    for name, key in (("anne", ""), ("", ""), ("x" * 200, ""), ("new", "no/slash"), ("carl", "BENKEY")):
+    for name, key in (("anne", ""), ("", ""), ("  ", ""), (" dan", ""), ("x" * 200, ""), ("new", "no/slash"), ("carl", "BENKEY")):
         with pytest.raises(InvalidArgument):
             await users.add(name, access_key=key)
-    await users.remove("anne")
-    await users.remove("BENKEY")
+    with pytest.raises(InvalidArgument, match="64 hexadecimal"):
+        await users.add("dan", user_id="anne")
+    assert await users.remove("anne") == anne
+    assert await users.remove("BENKEY") == ben
     for key in (anne.access_key, "BENKEY", "", "no such", "x" * 300):
         with pytest.raises(InvalidAccessKeyId):
             await users.lookup(key)
@@ -232,6 +234,8 @@ async def test_users_are_found_by_access_key_until_they_are_removed() -> None:
         await users.remove("anne")
     again, _ = await users.add("anne")
     assert again.user_id != anne.user_id
+    heir, _ = await users.add("anne-2", user_id=anne.user_id)
+    assert (heir.user_id, heir.access_key != anne.access_key) == (anne.user_id, True)
 
 
 async def test_a_forged_claim_of_a_name_removes_nobody_else() -> None:
