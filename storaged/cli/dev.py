@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shlex
@@ -29,6 +30,8 @@ RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
 GATEWAY = ("gateway", "FR/par1/a")
 DISKS_EACH = 2
 CREATING = ".creating"
+MISSPELT = 0.75
+"""A word this much like an action (difflib's ratio) is the action misspelt, and not a directory: ``strat``, ``sotp``."""
 
 
 class DevGroup(click.Group):
@@ -36,6 +39,8 @@ class DevGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
+            if args and (near := difflib.get_close_matches(args[0], self.commands, 1, MISSPELT)) and not Path(args[0]).exists():
+                raise click.UsageError(f"{args[0]!r}: did you mean {near[0]!r}? A directory of this name is written ./{args[0]}.", ctx)
             args = ["up", *args]
         return super().parse_args(ctx, args)
 
@@ -104,22 +109,29 @@ def _dev_of(place: Path) -> dict[str, Any]:
 # --- making it ------------------------------------------------------------------------------------------------------------
 
 
-def prepare(place: Path, s3_port: int | None, admin_port: int | None) -> bool:
-    """Makes the cluster's files unless they are there; settles its ports. Says whether it is new. Raises DirectoryInUse, PortInUse, OperatorError."""
+def check_place(place: Path) -> None:
+    """Nobody runs a cluster there, and it is one of `storaged dev`, or empty. Changes nothing. Raises DirectoryInUse, OperatorError."""
     from storaged.admin.place import running_pid
 
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not place.exists():
+        return
     if pid := running_pid(place):
         raise DirectoryInUse(f"{place} is already running, as process {pid}")
+    strangers = sorted(path.name for path in place.iterdir() if path.name not in ("credentials.json", "dev.log", "lock"))
+    if strangers and not (place / "dev.json").exists() and not (place / CREATING).exists():
+        raise OperatorError(f"{place} is neither empty nor a cluster of `storaged dev` (it holds {strangers[0]}); name another directory")
+
+
+def prepare(place: Path, s3_port: int | None, admin_port: int | None) -> bool:
+    """Makes the cluster's files unless they are there; settles its ports. Says whether it is new. Raises DirectoryInUse, PortInUse, OperatorError."""
+    check_place(place)
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
     interrupted = (place / CREATING).exists()
     if interrupted:  # no node was ever started: the marker is removed before the first one is
         for name in (*(name for name, _ in (*RACKS, GATEWAY)), "authority"):
             shutil.rmtree(place / name, ignore_errors=True)
         (place / "dev.json").unlink(missing_ok=True)
     new = not (place / "dev.json").exists()
-    strangers = sorted(path.name for path in place.iterdir() if path.name not in (CREATING, "credentials.json", "dev.log", "lock"))
-    if new and strangers:
-        raise OperatorError(f"{place} is neither empty nor a cluster of `storaged dev` (it holds {strangers[0]}); name another directory")
     known = {} if new else _dev_of(place)
     s3, admin = s3_port or known.get("s3_port") or S3_PORT, admin_port or known.get("admin_port") or ADMIN_PORT
     _check_free(s3)
@@ -143,6 +155,8 @@ def _check_free(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
+        except PermissionError:
+            raise OperatorError(f"port {port} is for root alone on this machine; choose one from 1024 on") from None
         except OSError:
             raise PortInUse(f"127.0.0.1:{port} is already in use by another program") from None
 
@@ -265,6 +279,7 @@ def banner(place: Path, new: bool) -> str:
 def _detach(place: Path, s3_port: int | None, admin_port: int | None) -> None:
     from storaged.cli.supervisor import control
 
+    check_place(place)  # before its log is begun anew
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     arguments = [sys.executable, "-m", "storaged", "dev", "up", str(place)]
     arguments += ["--s3-port", str(s3_port)] if s3_port else []

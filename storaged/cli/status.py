@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,12 @@ def _configured_disks(node_directory: Path) -> list[tuple[str, str]]:
         return []
 
 
+def _start(place: Path, dev: dict[str, Any] | None, name: str) -> str:
+    if dev is None:
+        return "systemctl start storaged-gateway"
+    return f"storaged dev start {name}" if running_pid(place) else f"storaged dev {shlex.quote(str(place))}"
+
+
 def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any]:
     now_ms = int(time.time() * 1000)
     nodes: list[dict[str, Any]] = []
@@ -59,7 +66,7 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
             "code": "NOT_RUNNING",
             "subject": "gateway",
             "since": now_ms,
-            "hint": "Start it: storaged dev start gateway (or storaged dev DIR when nothing runs; systemctl start storaged-gateway on a server).",
+            "hint": f"Start it: {_start(place, dev, 'gateway')}",
             "detail": reason,
         }
     ]
@@ -73,7 +80,7 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
         nodes.append({"name": node.name, "rack": node.location, "roles": list(node.roles), "state": state, "pid": pid, "disks": disks})
         if pid is None and "storage" in node.roles:
             subject = f"{node.location}/{node.name}"
-            hint = f"Start it: storaged dev start {node.name}"
+            hint = f"Start it: {_start(place, dev, node.name)}"
             problems.append({"code": "NODE_DOWN", "subject": subject, "since": now_ms, "hint": hint, "detail": ""})
     return {
         "verdict": "DOWN",
@@ -97,7 +104,10 @@ def render(found: dict[str, Any], dev: bool) -> str:
     """Five seconds' worth of reading: verdict, what can be done, each problem with its next command."""
     known = "" if found["objects_counted"] else " (still counting)"
     away = f"{found['objects_unreadable']} waiting for disks that are away, " if found["objects_unreadable"] else ""
-    lost = f"{found['objects_lost']} lost, {away}{_count(found['objects_below_target'])} below target{known}"
+    counts = f"{found['objects_lost']} lost, {away}{_count(found['objects_below_target'])} below target{known}"
+    answered = found["metadata"] != "unknown"
+    if not answered:
+        counts = "objects not counted"
     writes = (
         f"writes OK ({found['writes']})"
         if found["writes"]
@@ -106,7 +116,7 @@ def render(found: dict[str, Any], dev: bool) -> str:
     storage = [node for node in found["nodes"] if "storage" in node["roles"]]
     disks = [disk for node in storage for disk in node["disks"]]
     used = sum(disk["bytes_used"] for disk in disks)
-    lines = [f"{found['verdict'].replace('_', ' ')}  {lost}; reads {found['reads']}, {writes}"]
+    lines = [f"{found['verdict'].replace('_', ' ')}  {counts}; reads {found['reads']}, {writes}"]
     up, good = sum(node["state"] == "up" for node in storage), sum(disk["state"] in ("ok", "full") for disk in disks)
     lines.append(f"  nodes {up}/{len(storage)}   disks {good}/{len(disks)}   metadata {found['metadata']}   used {format_size(used)}")
     for entry in found["problems"]:
@@ -115,7 +125,7 @@ def render(found: dict[str, Any], dev: bool) -> str:
         what = "down" if entry["code"] == "NODE_DOWN" else entry["code"]
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
         name = entry["subject"].split("/")[-1]
-        following = f"storaged dev start {name}" if dev and entry["code"] == "NODE_DOWN" else entry["hint"]
+        following = f"storaged dev start {name}" if dev and answered and entry["code"] == "NODE_DOWN" else entry["hint"]
         lines.append(f"  Next: {following}       Why: storaged explain {entry['code']}")
     lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
     return "\n".join(lines)
