@@ -139,19 +139,41 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
             yield problem(ClockSkewed, f"{node.rack}/{node.name}", now_ms, f"{node.skew_ms / 1000:+.1f} s from this gateway's clock")
         for disk in node.disks:
             if disk.state != "ok":
-                yield problem(_DISK_PROBLEMS.get(disk.state, DiskDown), f"{node.rack}/{node.name}/{disk.id}", node.since_ms, disk.reason)
+                yield problem(_DISK_PROBLEMS.get(disk.state, DiskDown), f"{node.rack}/{node.name}/{disk.id}", now_ms, disk.reason)
         told = {disk.id for disk in node.disks}
         for entry in facts.layout.disks:
             if entry.node == node.name and entry.id not in told:
-                yield problem(DiskDown, f"{node.rack}/{node.name}/{entry.id}", node.since_ms, "the node does not have it")
+                yield problem(DiskDown, f"{node.rack}/{node.name}/{entry.id}", now_ms, "the node does not have it")
     if facts.durability.objects_lost:
-        yield problem(ObjectsLost, f"{facts.durability.objects_lost} objects", now_ms)
+        yield problem(ObjectsLost, _objects(facts.durability.objects_lost), now_ms)
     if facts.durability.objects_unreadable:
-        yield problem(ObjectsUnreadable, f"{facts.durability.objects_unreadable} objects", now_ms)
+        yield problem(ObjectsUnreadable, _objects(facts.durability.objects_unreadable), now_ms)
     if facts.durability.objects_below_target:
-        yield problem(ObjectsBelowTarget, f"{facts.durability.objects_below_target} objects", now_ms)
+        yield problem(ObjectsBelowTarget, _objects(facts.durability.objects_below_target), now_ms)
     if not facts.durability.counted:
         yield problem(ObjectsNotCounted, "objects", now_ms)
+
+
+def _objects(count: int) -> str:
+    return f"{count} object{'' if count == 1 else 's'}"
+
+
+class FirstSeen:
+    """Since when each problem has been there, as far as this process has looked: ``judge`` knows the present alone."""
+
+    def __init__(self) -> None:
+        self._since_ms: dict[tuple[str, str], int] = {}
+
+    def date(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The document of ``judge``; what it could only date with its own time is set back to when it was first seen. Numbers in a subject (``7 objects``)
+        may change."""
+        known, self._since_ms = self._since_ms, {}
+        for entry in found["problems"]:
+            name = entry["code"], "" if entry["subject"][0].isdigit() else entry["subject"]
+            if entry["since"] == found["time_ms"]:
+                entry["since"] = known.get(name, entry["since"])
+            self._since_ms[name] = entry["since"]
+        return found
 
 
 def problem(kind: type[StoragedError], subject: str, since_ms: int, detail: str = "") -> dict[str, Any]:

@@ -91,7 +91,8 @@ class Node:
             self.gateway = Gateway(self)
             stack.push_async_callback(self.gateway.close)
             await self.gateway.open()
-        admin = AdminServer(Reports(self).services(), self.metrics)
+        self.reports = Reports(self)
+        admin = AdminServer(self.reports.services(), self.metrics)
         stack.push_async_callback(admin.close)
         await admin.start(self.directory, self.config.admin.listen)
 
@@ -227,7 +228,7 @@ class Node:
         if self.maintenance is not None:
             found.append(self.maintenance.run())
         if self.gateway is not None:
-            found.extend([*self.gateway.work(), self._keep_layout_register()])
+            found.extend([*self.gateway.work(), self._keep_layout_register(), self.reports.watch()])
         return found
 
     async def drain(self) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storaged.admin.ports import Services
-from storaged.admin.status import SKEW_MS_MAX, Durability, Facts, NodeFacts, judge
+from storaged.admin.status import SKEW_MS_MAX, Durability, Facts, FirstSeen, NodeFacts, judge
 from storaged.cluster.layout import Profile
-from storaged.errors import ClockSkewed, KeyringMismatch, KeysNotBackedUp, ServiceUnavailable
+from storaged.errors import ClockSkewed, KeyringMismatch, KeysNotBackedUp, ServiceUnavailable, StoragedError
 from storaged.maintain.runner import JobReport
 from storaged.maintain.service import MaintainStatus
 from storaged.meta.names import SYSTEM_SCOPE, Table
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CERTIFICATE_DAYS_MIN = 30
 FREE_SHARE_MIN = 0.1
+WATCH_EVERY_S = 10.0
 SAMPLE_GROUPS = 64
 """Placement groups tried for what a write would use now: with few disks all answer alike."""
 RTT_SITE_MS_MAX = 2.0
@@ -34,6 +36,7 @@ class Reports:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._seen = FirstSeen()
 
     def services(self) -> Services:
         node = self._node
@@ -66,7 +69,14 @@ class Reports:
         profile, reason = self._write_profile()
         problem = node.gateway.problem if node.gateway is not None else ""
         facts = Facts(node.layouts.current, self._nodes(), profile, reason, problem, self._durability(told), jobs_of(told))
-        return judge(facts, node.clock.wall_ms())
+        return self._seen.date(judge(facts, node.clock.wall_ms()))
+
+    async def watch(self) -> None:
+        """Looks now and then, so that a problem that nobody asked about is dated too."""
+        while True:
+            with contextlib.suppress(StoragedError):  # whoever asks is told; the next look may succeed
+                await self.status()
+            await asyncio.sleep(WATCH_EVERY_S)
 
     def _nodes(self) -> list[NodeFacts]:
         node = self._node

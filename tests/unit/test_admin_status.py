@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from storaged.admin.status import Durability, Facts, NodeFacts, judge
+from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, judge
 from storaged.cli.status import render
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import DiskStatus
@@ -93,6 +93,19 @@ def test_what_waits_for_disks_that_are_away_is_told_apart_from_what_is_lost() ->
     assert (found["objects_lost"], found["objects_unreadable"], found["reads"]) == (0, 4, "stopped for some objects")
     assert codes(found) == ["OBJECTS_UNREADABLE", "OBJECTS_BELOW_TARGET"]
     assert "0 lost, 4 waiting for disks that are away, 5 objects below target" in render(found, dev=True)
+
+
+def test_problems_are_dated_from_when_they_were_first_seen_and_anew_when_they_return() -> None:
+    seen = FirstSeen()
+
+    def dated(now_ms: int, below: int) -> dict[str, int]:
+        full = facts(node("n1", disk_state="full" if below else "ok"), node("n2", up=False), durability=Durability(below))
+        return {entry["code"]: entry["since"] for entry in seen.date(judge(full, now_ms))["problems"]}
+
+    assert dated(NOW, 7) == {"DISK_FULL": NOW, "NODE_DOWN": NOW - 4000, "OBJECTS_BELOW_TARGET": NOW}
+    assert dated(NOW + 60_000, 8) == {"DISK_FULL": NOW, "NODE_DOWN": NOW - 4000, "OBJECTS_BELOW_TARGET": NOW}
+    assert dated(NOW + 70_000, 0) == {"NODE_DOWN": NOW - 4000}
+    assert dated(NOW + 80_000, 1)["OBJECTS_BELOW_TARGET"] == NOW + 80_000
 
 
 @pytest.mark.parametrize(
