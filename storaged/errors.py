@@ -500,14 +500,14 @@ class DiskForeign(OperatorError):
     """The disk's store is not the one this node had under this name: its promises are unknown, so it must not answer."""
 
     code = "DISK_FOREIGN"
-    hint = "A wiped or restored disk joins only as a new disk. Remove it from the node, then add it again as a new one."
+    hint = "Put back the disk or the mount that was there, and restart its node. If it is gone: the other disks go on without it, and repair rebuilds there what they can hold."
 
 
 class DiskReadOnly(OperatorError):
-    """The disk refused a write or a sync; it is read-only until it is replaced."""
+    """The disk refused a write or a sync; it is read-only until its node is started again."""
 
     code = "DISK_READ_ONLY"
-    hint = "Look at the kernel log for I/O errors. Replace the disk; repair rebuilds what it held."
+    hint = "Look at the kernel log for I/O errors. Mend the cause, then restart the node; until then repair rebuilds elsewhere what it should hold."
 
 
 class IndexDamaged(OperatorError):
@@ -521,7 +521,7 @@ class DiskFull(OperatorError):
     """The disk is full up to its reserve and refuses new fragments."""
 
     code = "DISK_FULL"
-    hint = "Delete data, or add disks. The reserve stays free for deletes, repair and the ring."
+    hint = "Delete data, or enlarge its file system; writes use the other disks meanwhile. The reserve (limits.reserve_bytes) stays free for deletes and the ring."
 
 
 class CertificateRefused(OperatorError):
@@ -535,7 +535,7 @@ class JurisdictionRefused(OperatorError):
     """The node is not certified inside the jurisdiction that the policy allows."""
 
     code = "JURISDICTION_REFUSED"
-    hint = "Only EU members and territories under EU law are admitted. The refusal is in the audit log."
+    hint = "Only EU members and territories under EU law are admitted. Nodes note whom they refuse in their audit logs."
 
 
 class LayoutRefused(OperatorError):
@@ -579,7 +579,7 @@ class DiskDown(Condition):
     """The disk does not take part: its node refuses it or it failed."""
 
     code = "DISK_DOWN"
-    hint = "See the node's log for the reason (DISK_FOREIGN, DISK_READ_ONLY)."
+    hint = "See the node's log for the reason. When it is mended (mounted, permissions, cable), restart the node."
 
 
 class ObjectsBelowTarget(Condition):

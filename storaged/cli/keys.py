@@ -107,4 +107,6 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     material = plane.restore(file, passphrase, target, protection=protection_of(found, create=True))
     click.echo(f"keyring {material.keyring_id.hex()} is in {target}")
-    click.echo("  Next: start the gateway again (storaged dev start gateway, or systemctl restart storaged-gateway)")
+    click.echo(
+        "  Next: the gateway takes it when it starts, or is reloaded (systemctl reload storaged-gateway; of a trial cluster: SIGHUP)"
+    )

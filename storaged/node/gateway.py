@@ -57,7 +57,7 @@ class LateKeys:
 
     def _open(self) -> KeyService:
         if self.keyring is None:
-            raise KeyringUnavailable(f"Nothing can be sealed or opened: {self.reason}.")
+            raise KeyringUnavailable(f"Nothing can be sealed or opened: {self.reason.rstrip('.')}.")
         return self.keyring
 
     async def create_bucket_key(self, bucket_id: bytes) -> None:
@@ -160,7 +160,7 @@ class Unlocker:
 async def backup(late: LateKeys, directory: Path, passphrase: str) -> tuple[str, bytes]:
     """The keyring's id and its backup under a passphrase. The keyring file remembers which epoch it covers."""
     if late.keyring is None:
-        raise KeyringUnavailable(f"There is no keyring to back up: {late.reason}.")
+        raise KeyringUnavailable(f"There is no keyring to back up: {late.reason.rstrip('.')}.")
     material = late.keyring.material
     path = directory / f"backup-{system_entropy(8).hex()}.new"  # its own: two at once are under two passphrases
     try:

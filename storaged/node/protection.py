@@ -6,11 +6,14 @@ from pathlib import Path
 
 from storaged import keys
 from storaged.config import Config
-from storaged.errors import KeyringMismatch
+from storaged.errors import OperatorError
 
 
 def protection_of(config: Config, *, create: bool = False) -> keys.Protection:
-    """``create``: a credential file that is missing is made, for a keyring that is being made or restored. Raises KeyringMismatch when there is nothing to read."""
+    """``create``: a credential file that is missing is made, for a keyring that is being made or restored.
+
+    Raises KeyringMismatch for a missing credential, OperatorError for a passphrase that cannot be read.
+    """
     if config.keys.credential:
         path = Path(config.keys.credential)
         if create and not path.exists():
@@ -21,11 +24,11 @@ def protection_of(config: Config, *, create: bool = False) -> keys.Protection:
 
 
 def read_passphrase(path: Path) -> str:
-    """The first line of a file. Raises KeyringMismatch."""
+    """The first line of a file. Raises OperatorError."""
     try:
         text = path.read_text(encoding="utf-8").split("\n", 1)[0]
     except (OSError, UnicodeDecodeError) as error:
-        raise KeyringMismatch(f"the passphrase file {path} cannot be read: {error}") from None
+        raise OperatorError(f"the passphrase file {path} cannot be read: {error}") from None
     if not text:
-        raise KeyringMismatch(f"the first line of {path} is empty; it is the passphrase")
+        raise OperatorError(f"the first line of {path} is empty; it is the passphrase")
     return text
