@@ -20,6 +20,7 @@ from storaged.errors import (
     DiskForeign,
     DiskFull,
     DiskReadOnly,
+    IndexDamaged,
     KeyringMismatch,
     NodeDown,
     ObjectsBelowTarget,
@@ -31,7 +32,12 @@ from storaged.errors import (
 )
 
 SKEW_MS_MAX = 5_000
-_DISK_PROBLEMS: dict[str, type[StoragedError]] = {"full": DiskFull, "read-only": DiskReadOnly, "foreign": DiskForeign}
+_DISK_PROBLEMS: dict[str, type[StoragedError]] = {
+    "full": DiskFull,
+    "read-only": DiskReadOnly,
+    "foreign": DiskForeign,
+    "index-damaged": IndexDamaged,
+}
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,10 @@ def fsck(rebuild_index: bool, disk: Path) -> None:
     from storaged.fragments import offline
 
     fragments = disk / "fragments" if (disk / "fragments").is_dir() else disk
+    if not (fragments / "segments").is_dir():
+        raise OperatorError(
+            f"{disk} is not a disk's directory: it has no fragments/segments (`storaged status --json` names the directories)"
+        )
     if rebuild_index:
         done = offline.rebuild_index(fragments)
         click.echo(f"{fragments}: the index was made anew: {done.records} records, up to segment {done.last}")

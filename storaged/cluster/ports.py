@@ -115,7 +115,7 @@ class Poster(Protocol):
 
 @dataclass(frozen=True)
 class DiskStatus:
-    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign."""
+    """What a node last said of one of its disks. ``state``: ok, full, read-only, failed, foreign, index-damaged."""
 
     id: str
     directory: str

@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import lmdb
+
 from storaged.errors import DiskUnusable, FragmentDamaged, OperatorError, PeerRefused, StoragedError
 from storaged.fragments import recovery
 from storaged.fragments.files import Files, SegmentFile, Space
@@ -196,8 +198,8 @@ class Engine:
                 checkpoint = self.freeze()
                 self.commit(checkpoint)
                 self.thaw(checkpoint)
-            except DiskUnusable:
-                pass  # the next start replays the log, and says why the disk is read-only
+            except (DiskUnusable, lmdb.Error, OSError):
+                pass  # the next start replays the log, and says why the disk is read-only or its index damaged
         self.index.close()
         self.files.close()
 

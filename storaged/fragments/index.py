@@ -29,6 +29,7 @@ import xxhash
 
 from storaged.errors import DiskForeign, IndexDamaged
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
+from storaged.mapped import reach_end
 from storaged.units import GIB
 from storaged.wire import Message, decode, encode
 
@@ -160,6 +161,7 @@ class Index:
         self._damage_dirty: set[bytes] = set()
         try:
             self._env = lmdb.open(str(directory), map_size=map_bytes_max, max_dbs=6, sync=durable, max_readers=512)
+            reach_end(self._env, directory)
             with self._env.begin(write=True) as txn:
                 self._db = {
                     name: self._env.open_db(name.encode(), txn=txn)

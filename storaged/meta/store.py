@@ -45,6 +45,7 @@ import xxhash
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
 from storaged.ids import Entropy, system_entropy
+from storaged.mapped import reach_end
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
 from storaged.meta.rowkey import SEGMENT_BYTES, find, link_key, row_key, split, walk
@@ -165,8 +166,11 @@ class LmdbMetaStore:
         """
         directory = Path(directory)
         if expected_identity is not None:
-            if not (directory / "data.mdb").exists():
+            file = directory / "data.mdb"
+            if not file.exists():
                 raise DiskForeign(f"the metadata store that was in {directory} is gone")
+            if not file.stat().st_size:
+                raise DiskForeign(f"the metadata store in {directory} is blank, although one was in use there")
             _compare(directory, expected_identity)
         return cls(directory, map_bytes=map_bytes, entropy=entropy)
 
@@ -179,6 +183,7 @@ class LmdbMetaStore:
         except lmdb.Error as error:
             raise _unopened(self.directory, error) from None
         try:
+            reach_end(self._env, self.directory)
             self._env.reader_check()
             self._databases: dict[bytes, Database] = {name: self._env.open_db(name) for name in _SUB_DATABASES}
             self._rows = self._databases[b"rows"]
@@ -549,6 +554,7 @@ def _compare(directory: Path, expected: bytes) -> None:
     descriptor = _lock(directory)
     try:
         with lmdb.open(str(directory), readonly=True, max_dbs=len(_SUB_DATABASES), create=False) as environment:
+            reach_end(environment, directory)
             try:
                 meta = environment.open_db(b"meta", create=False)
             except lmdb.NotFoundError:

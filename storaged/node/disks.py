@@ -16,7 +16,7 @@ import structlog
 from storaged.clock import Clock
 from storaged.cluster.ports import DiskStatus
 from storaged.config import Config, DiskSection
-from storaged.errors import DirectoryInUse, DiskForeign, StoragedError
+from storaged.errors import DirectoryInUse, DiskForeign, IndexDamaged, StoragedError
 from storaged.fragments.engine import StoreLimits
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.ports import FragmentId
@@ -85,7 +85,7 @@ async def open_disks(config: Config, clock: Clock, on_cell: OnCell) -> Disks:
         elif isinstance(result, DirectoryInUse) or not isinstance(result, StoragedError | OSError):
             failure = failure or result
         else:
-            state = "foreign" if isinstance(result, DiskForeign) else "failed"
+            state = {DiskForeign: "foreign", IndexDamaged: "index-damaged"}.get(type(result), "failed")
             reason = result.message if isinstance(result, StoragedError) else f"{result.strerror}: {result.filename}"
             log.error("a disk is refused; the others go on", disk=section.id, directory=section.directory, state=state, reason=reason)
             disks.refused[section.id] = DiskStatus(section.id, section.directory, state, reason=reason)

@@ -109,7 +109,14 @@ def test_problems_are_dated_from_when_they_were_first_seen_and_anew_when_they_re
 
 
 @pytest.mark.parametrize(
-    ("state", "code"), [("foreign", "DISK_FOREIGN"), ("read-only", "DISK_READ_ONLY"), ("full", "DISK_FULL"), ("failed", "DISK_DOWN")]
+    ("state", "code"),
+    [
+        ("foreign", "DISK_FOREIGN"),
+        ("read-only", "DISK_READ_ONLY"),
+        ("full", "DISK_FULL"),
+        ("index-damaged", "INDEX_DAMAGED"),
+        ("failed", "DISK_DOWN"),
+    ],
 )
 def test_a_disk_that_does_not_take_part_fully_is_named(state: str, code: str) -> None:
     found = judge(facts(node("n1", disk_state=state)), NOW)

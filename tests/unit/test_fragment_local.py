@@ -123,6 +123,25 @@ async def test_segments_of_a_later_version_are_refused_and_left_alone(tmp_path: 
         assert await content(store, made) == made.payload
 
 
+async def test_an_index_that_was_cut_off_ends_no_process_and_is_made_anew(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = [await put(store, 50) for _ in range(300)]
+    path = tmp_path / "index" / "data.mdb"
+    whole = path.read_bytes()
+    for size in (100, 5000, 8192, len(whole) // 2, len(whole) - 4096):
+        path.write_bytes(whole[:size])
+        try:
+            async with opened(tmp_path) as store:
+                for one in made:
+                    with contextlib.suppress(FragmentDamaged):
+                        assert await content(store, one) == one.payload
+        except (IndexDamaged, DiskUnusable):
+            pass
+        assert rebuild_index(tmp_path).records >= len(made)
+        async with opened(tmp_path) as store:
+            assert [await content(store, one) for one in made] == [one.payload for one in made]
+
+
 async def test_a_lost_index_is_rebuilt_equal_from_the_segments(tmp_path: Path) -> None:
     limits = StoreLimits(segment_bytes=128 * KIB, overlay_entries_max=16)
     async with opened(tmp_path, limits=limits) as store:

@@ -276,3 +276,26 @@ async def test_a_page_that_is_none_any_more_is_damage_and_other_rows_are_read(tm
     assert store.get(names[999]) == slot_of(names[999])
     assert store.statistics().damaged_rows == 1
     await store.close()
+
+
+async def test_a_file_that_was_cut_off_is_refused_or_read_where_it_is_whole_and_ends_no_process(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    slots = [slot_of(name_of(b"key%04d" % number)) for number in range(1000)]
+    await store.commit(StoreBatch(slots=slots))
+    await store.close()
+    whole = (tmp_path / "meta" / "data.mdb").read_bytes()
+    for size in (0, 100, 5000, 8192, 20_000, len(whole) // 2, len(whole) - 4096):
+        (tmp_path / "meta" / "data.mdb").write_bytes(whole[:size])
+        try:
+            store = LmdbMetaStore.open_or_refuse(tmp_path / "meta", store.identity, map_bytes=1 << 26)
+        except (DiskForeign, DiskUnusable):
+            continue
+        outcomes = set()
+        for slot in slots:
+            try:
+                assert store.get(slot.name) == slot
+                outcomes.add("read")
+            except (RowDamaged, DiskUnusable):
+                outcomes.add("refused")
+        assert size < len(whole) // 2 or outcomes == {"read", "refused"}
+        await store.close()
