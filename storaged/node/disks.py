@@ -85,7 +85,7 @@ async def open_disks(config: Config, clock: Clock, on_cell: OnCell) -> Disks:
         elif isinstance(result, DirectoryInUse) or not isinstance(result, StoragedError | OSError):
             failure = failure or result
         else:
-            state = {DiskForeign: "foreign", IndexDamaged: "index-damaged"}.get(type(result), "failed")
+            state = "foreign" if isinstance(result, DiskForeign) else "index-damaged" if isinstance(result, IndexDamaged) else "failed"
             reason = result.message if isinstance(result, StoragedError) else f"{result.strerror}: {result.filename}"
             log.error("a disk is refused; the others go on", disk=section.id, directory=section.directory, state=state, reason=reason)
             disks.refused[section.id] = DiskStatus(section.id, section.directory, state, reason=reason)
