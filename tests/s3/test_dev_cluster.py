@@ -128,6 +128,10 @@ def test_where_names_every_fragment_and_what_may_fail(cluster: Cluster) -> None:
     assert {row["state"] for row in found["fragments"]} == {"ok"}
     assert (found["disks_may_fail"], found["racks_may_fail"]) == (2, 1)
     assert "FR/par2/b" in cluster.run("where", "s3://demo/where/é ü+%20").stdout
+    for key in ("/lead//x/", "a%2Fb?c#d", "..", "q'\"<>&\\", " ", "line\nbreak", "\N{GRINNING FACE}"):
+        cluster.boto3().put_object(Bucket="demo", Key=key, Body=b"odd")
+        assert cluster.where("demo", key)["key"] == key
+        cluster.boto3().delete_object(Bucket="demo", Key=key)
     missing = cluster.run("where", "s3://demo/absent", check=False)
     assert missing.returncode == 1
     assert "does not exist" in missing.stderr
@@ -296,6 +300,10 @@ def test_doctor_warns_until_the_keys_are_backed_up_and_the_backup_brings_them_ba
     assert cluster.run("status", check=False).returncode == 2
     assert "ServiceUnavailable" in refusal(cluster.boto3())
     assert not (cluster.directory / "gateway" / "keys").exists(), "keys are never made anew"
+    (tmp_path / "wrong").write_text("incorrect horse\n")
+    wrong = cluster.run("keys", "restore", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "wrong"), check=False)
+    assert (wrong.returncode, "WRONG_PASSPHRASE" in wrong.stderr) == (1, True)
+    assert not (cluster.directory / "gateway" / "keys").exists()
     cluster.run("keys", "restore", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "phrase"))
     os.kill(cluster.pids()["gateway"], signal.SIGHUP)
     cluster.wait_healthy()

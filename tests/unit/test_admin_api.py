@@ -155,7 +155,7 @@ async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: 
     for method, path, body in asked:
         await ask(tmp_path, method, path, body=body)
     assert node.audited == [
-        ("user.add", {"name": "alice", "access_key": "AK1"}),
+        ("user.add", {"name": "alice", "access_key": "AK1", "user_id": ""}),
         ("bucket.create", {"name": "b", "access_key": "AK1"}),
         ("key.backup", {}),
         ("user.remove", {"name": "alice"}),
