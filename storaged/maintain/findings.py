@@ -110,7 +110,7 @@ class Findings:
     @property
     def unreadable(self) -> int:
         """Objects that cannot be read until disks that are away return."""
-        return sum(finding.spare < 0 and not finding.lost for finding in self)
+        return sum(finding.spare < 0 and not finding.lost for finding in self._of_objects())
 
     @property
     def at_risk(self) -> int:

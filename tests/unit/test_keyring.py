@@ -347,7 +347,12 @@ async def test_list_fields_open_in_their_context_only_and_differ_each_time(rig):
     assert len(sealed) == 12 + 4 + 16
     assert sealed != key.seal_list(b"etag", [b"k", b"v"])
     assert key.open_list(sealed, [b"k", b"v"]) == b"etag"
-    for broken, context in ((sealed, [b"kv"]), (sealed[:-1], [b"k", b"v"]), (b"", [b"k", b"v"]), (bytes([sealed[0] ^ 1]) + sealed[1:], [b"k", b"v"])):
+    for broken, context in (
+        (sealed, [b"kv"]),
+        (sealed[:-1], [b"k", b"v"]),
+        (b"", [b"k", b"v"]),
+        (bytes([sealed[0] ^ 1]) + sealed[1:], [b"k", b"v"]),
+    ):
         with pytest.raises(SealBroken):
             key.open_list(broken, context)
 
