@@ -1,0 +1,413 @@
+"""``python -m benches.micro [NAME ...]``: each hot path of the server on its own, beside its floor.
+
+A floor is what the same work costs at the least: its native calls alone, measured in the same run where that is possible, or a measured cost of a building
+block (``FIGURES``). CPU paths are told in microseconds of CPU, the least of several repetitions: on a machine that others keep busy that is what comes near
+the truth. Paths that wait for a disk are told in wall time, the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import structlog
+import uvloop
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from benches.s3client import Connection, Target, connect, signed_head
+from storaged.clock import SystemClock
+from storaged.cluster import identity
+from storaged.cluster.layout import Profile
+from storaged.cluster.policy import Policy
+from storaged.cluster.ports import Call, Method
+from storaged.cluster.rpc import RpcPool, RpcServer
+from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.fragments.store import LocalFragmentStore
+from storaged.ids import system_entropy
+from storaged.meta import messages
+from storaged.meta.names import RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Ballot, Slot, StoreBatch
+from storaged.meta.replica import LocalReplica
+from storaged.meta.scan import ScanRequest, ShardAsk, Want, scan_store
+from storaged.meta.store import LmdbMetaStore
+from storaged.objects import erasure
+from storaged.objects.api import Buckets, ListedObject, Listing, ObjectInfo, Objects, Principal, Users
+from storaged.objects.get import HeldStream, Span
+from storaged.objects.records import BucketRecord
+from storaged.objects.seal import PartSealer, open_message, seal_message
+from storaged.s3 import listing, sigv4
+from storaged.s3.app import S3App
+from storaged.s3.context import Front
+from storaged.s3.limits import Limits
+from storaged.s3.request import Request, parse_target
+from storaged.units import KIB, MIB
+from storaged.wire import Message
+
+T = TypeVar("T")
+
+FIGURES = {
+    "http": (31.4, "aiohttp's 1 KiB GET, a core: 31,800 a second"),
+    "rpc": (7.5, "frames over mutual TLS 1.3, both ends: 7.5 us at 64 in flight"),
+    "rpc-lone": (23.0, "frames over mutual TLS 1.3, both ends: 23 us alone"),
+    "lmdb-16": (80.0, "synced LMDB commits of 16: 12,500 puts a second"),
+    "lmdb-128": (36.0, "synced LMDB commits of 128: 27,800 puts a second"),
+    "append": (278.0, "append of 4 KiB and fdatasync: 3,600 a second"),
+    "append-64": (278 / 64 + 4096 / 340, "one fdatasync, and the disk's 0.34 GB/s"),
+    "page": (200.0, "1,000 keys as XML by f-strings: 0.2 ms"),
+    "scan": (333.0, "LMDB scan: 3 million rows a second"),
+    "md5": (4096 / 920, "MD5: 0.92 GB/s"),
+}
+
+ACCESS, SECRET, REGION = "MICRO", "micro/secret", "eu-fr-1"
+SCOPE = b"bucket of micro."
+BUCKET = BucketRecord("bench", SCOPE, "user", 0, "active", 16, REGION)
+
+
+class Measured(NamedTuple):
+    """``us`` an operation; ``floor_us`` and what that is."""
+
+    name: str
+    us: float
+    floor_us: float
+    floor: str
+
+
+def least_us(work: Callable[[], object], *, calls: int = 500, repeats: int = 15) -> float:
+    """CPU time of one call, the least of some repetitions."""
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.thread_time()
+        for _ in range(calls):
+            work()
+        best = min(best, time.thread_time() - began)
+    return best / calls * 1e6
+
+
+def figure(name: str, us: float, of: str) -> Measured:
+    return Measured(name, us, *FIGURES[of])
+
+
+# --- paths of CPU alone ----------------------------------------------------------------------------------------------------
+
+
+def signature_check() -> list[Measured]:
+    head = signed_head(Target("http://127.0.0.1:9000", ACCESS, SECRET, REGION), "GET", "/bench/key").decode()
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:] if line)}
+    target = parse_target(b"/bench/key")
+    now_ms = SystemClock().wall_ms()
+
+    def check() -> None:
+        claim = sigv4.claim_from_header(headers["authorization"], headers)
+        sigv4.check_scope(claim, REGION)
+        sigv4.check_time(claim, now_ms)
+        payload = sigv4.payload_hash(claim, headers, target.query)
+        sigv4.verify(claim, SECRET, "GET", target.raw_path, target.pairs, headers, payload)
+        sigv4.check_signed_headers(claim, headers)
+
+    def native() -> None:
+        hashlib.sha256(canonical).hexdigest()
+        hmac.digest(key, text, "sha256").hex()
+
+    canonical, text, key = bytes(230), bytes(130), bytes(32)
+    return [Measured("signature check", least_us(check), least_us(native), "one SHA-256, one HMAC")]
+
+
+def sealing() -> list[Measured]:
+    key, plain, data_id, context = bytes(32), os.urandom(4 * KIB), bytes(16), (SCOPE, b"key", b"null", bytes(16))
+    cipher, nonce = AESGCM(key), bytes(12)
+    message = seal_message(key, "sov.meta.v1", context, bytes(120), bytes(24))
+    encrypt, encrypt_message = (
+        least_us(lambda: cipher.encrypt(nonce, plain, None)),
+        least_us(lambda: cipher.encrypt(nonce, plain[:120], None)),
+    )
+    return [
+        Measured("seal a part of 4 KiB", least_us(lambda: PartSealer(key, data_id, 1, 8 * KIB, system_entropy(24)).seal(0, plain)), encrypt, "AES-GCM"),
+        Measured("seal metadata", least_us(lambda: seal_message(key, "sov.meta.v1", context, bytes(120), system_entropy(24))), encrypt_message, "AES-GCM"),
+        Measured("open metadata", least_us(lambda: open_message(key, "sov.meta.v1", context, message)), encrypt_message, "AES-GCM"),
+        figure("MD5 of 4 KiB", least_us(lambda: hashlib.md5(plain, usedforsecurity=False).digest()), "md5"),
+    ]  # fmt: skip
+
+
+def coding() -> list[Measured]:
+    profile, cell = Profile(4, 2), 64 * KIB
+    sealed, parity = os.urandom(3 * MIB), [memoryview(bytearray(768 * KIB)) for _ in range(2)]
+    us = least_us(lambda: erasure.encode_block(profile, cell, sealed, parity), calls=20)
+    return [Measured("code a block of 3 MiB, 4+2", us, 3 * MIB / 20_000, "ISA-L on pooled buffers: 20 GB/s")]
+
+
+class _Page:
+    """As much of ``Objects`` as a listing asks for."""
+
+    def __init__(self) -> None:
+        rows = [
+            ListedObject(b"photos/2026/%06d.jpg" % n, "null", 4096, 1_700_000_000_000, "0" * 32, "STANDARD", "", "", "user")
+            for n in range(1000)
+        ]
+        self._page = Listing(rows, (), None)
+
+    async def list_objects(self, bucket: BucketRecord, **options: object) -> Listing:
+        return self._page
+
+
+def list_page() -> list[Measured]:
+    front = Front(cast(Objects, _Page()), cast(Buckets, None), cast(Users, None), REGION, SystemClock(), Limits())
+    request = Request("0", "GET", b"/bench?list-type=2", "", False)
+    request.target, request.bucket = parse_target(request.raw_target), "bench"
+    request._bucket_record = BUCKET
+
+    def render() -> None:
+        coroutine = listing.list_objects_v2(front, request)
+        try:
+            coroutine.send(None)
+        except StopIteration:
+            return
+        raise AssertionError("the page waits for something")
+
+    return [figure("page of 1,000 keys as XML", least_us(render, calls=5), "page")]
+
+
+# --- HTTP and RPC, over loopback --------------------------------------------------------------------------------------------
+
+
+class _Side:
+    """A thread with an event loop of its own, whose CPU time can be told from that of the loop that asks."""
+
+    def __init__(self) -> None:
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        done: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return await asyncio.wrap_future(done)
+
+    async def cpu_s(self) -> float:
+        async def now() -> float:
+            return time.thread_time()
+
+        return await self.run(now())
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class _World:
+    """One bucket with one object of 4 KiB, and one user."""
+
+    def __init__(self) -> None:
+        self.plain = os.urandom(4 * KIB)
+        self.info = ObjectInfo(b"key", "null", 4 * KIB, 1_700_000_000_000, "0" * 32, {}, {}, {}, {}, "", "STANDARD", 0)
+        self.who = Principal("user", "user", ACCESS)
+
+    async def lookup(self, access_key: str) -> tuple[Principal, str]:
+        return self.who, SECRET
+
+    async def head(self, bucket: BucketRecord, key: bytes, **options: object) -> ObjectInfo:
+        return self.info
+
+    async def get(self, bucket_or_name: BucketRecord | str, key: bytes = b"", **options: object) -> BucketRecord | HeldStream:
+        return BUCKET if isinstance(bucket_or_name, str) else HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
+
+
+async def http() -> list[Measured]:
+    """A request's parsing, signature and answer, without anything behind it."""
+    world, side = _World(), _Side()
+    app = S3App(cast(Objects, world), cast(Buckets, world), cast(Users, world), region=REGION, clock=SystemClock(), entropy=system_entropy)
+    port = await side.run(app.start("127.0.0.1", 0))
+    target = Target(f"http://127.0.0.1:{port}", ACCESS, SECRET, REGION)
+    connections = [await connect(target) for _ in range(16)]
+
+    async def ask(connection: Connection, method: str, count: int) -> None:
+        for _ in range(count):
+            await connection.request(signed_head(target, method, "/bench/key"), head_only=method == "HEAD")
+
+    found = []
+    try:
+        for method in ("HEAD", "GET"):
+            costs = []
+            for _ in range(8):
+                before = await side.cpu_s()
+                await asyncio.gather(*(ask(connection, method, 50) for connection in connections))
+                costs.append((await side.cpu_s() - before) / (50 * len(connections)) * 1e6)
+            found.append(figure(f"{method} parsed, signed, answered", min(costs), "http"))
+    finally:
+        for connection in connections:
+            connection.close()
+        await side.run(app.close(1.0))
+        side.close()
+    return found
+
+
+class _Note(Message, frozen=True):
+    text: bytes = b""
+
+
+async def rpc() -> list[Measured]:
+    """A call and its answer over mutual TLS: CPU of both ends."""
+
+    async def echo(request: _Note, call: Call) -> _Note:
+        return request
+
+    with tempfile.TemporaryDirectory(prefix="storaged-micro-") as place:
+        authority = identity.create_authority(Path(place) / "authority", "micro")
+        own = {
+            name: identity.issue(authority, Path(place) / name, name=name, location="FR/par1/a", roles=("storage",)) for name in ("a", "b")
+        }
+        admission = Policy().admit
+        methods = {"t.task": Method(_Note, echo), "t.at_once": Method(_Note, echo, at_once=lambda request, call: request)}
+        side = _Side()
+        server = RpcServer(own["b"], methods, admission=admission)
+        await side.run(server.start("127.0.0.1", 0))
+        pool = RpcPool(own["a"], addresses={"b": f"127.0.0.1:{server.port}"}, admission=admission)
+        await pool.start()
+
+        async def ask(method: str, count: int) -> None:
+            for _ in range(count):
+                await pool.call("b", method, _Note(bytes(100)), _Note)
+
+        async def measure(method: str, in_flight: int) -> float:
+            costs = []
+            for _ in range(8):
+                before = time.thread_time() + await side.cpu_s()
+                await asyncio.gather(*(ask(method, 1280 // in_flight) for _ in range(in_flight)))
+                costs.append((time.thread_time() + await side.cpu_s() - before) / 1280 * 1e6)
+            return min(costs)
+
+        try:
+            return [
+                figure("RPC, 64 in flight, answered at once", await measure("t.at_once", 64), "rpc"),
+                figure("RPC, 64 in flight, answered by a task", await measure("t.task", 64), "rpc"),
+                figure("RPC, alone", await measure("t.at_once", 1), "rpc-lone"),
+            ]
+        finally:
+            await pool.close()
+            await side.run(server.close())
+            side.close()
+
+
+# --- disks --------------------------------------------------------------------------------------------------------------------
+
+
+async def wall_us(work: Callable[[], Awaitable[object]], operations: int, *, repeats: int = 15) -> float:
+    """Wall time of one of ``operations`` done at once, the median."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        await work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / operations * 1e6
+
+
+@asynccontextmanager
+async def _meta_store() -> AsyncIterator[LmdbMetaStore]:
+    with tempfile.TemporaryDirectory(prefix="storaged-micro-") as place:
+        store = LmdbMetaStore(Path(place) / "meta")
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+def _name(number: int) -> RegisterName:
+    return RegisterName(Table.OBJECT, SCOPE, 3, b"photos/2026/%08d.jpg" % number)
+
+
+async def registers() -> list[Measured]:
+    """An accept is a row in a synced commit; many that come at once share it."""
+    async with _meta_store() as store:
+        replica = LocalReplica("d0", store)
+        numbers = iter(range(10**9))
+
+        async def accept() -> None:
+            number = next(numbers)
+            name, ballot = _name(number), Ballot(1, number + 1, "g", b"incarnat")
+            await replica.prepare(messages.Prepare("d0", name, ballot))
+            await replica.accept(messages.Accept("d0", name, ballot, Value(1, bytes(16), Visibility.LIVE, bytes(500))))
+
+        async def many() -> None:
+            await asyncio.gather(*(accept() for _ in range(64)))
+
+        lone, together = await wall_us(accept, 1), await wall_us(many, 64)
+        await replica.close()
+    return [
+        Measured("register: promise and accept, alone", lone, 1e6 / 650, "one synced LMDB commit: 500 to 800 a second"),
+        figure("register: promise and accept, 64 at once", together, "lmdb-16"),
+    ]
+
+
+async def lmdb_batch() -> list[Measured]:
+    async with _meta_store() as store:
+        numbers = iter(range(10**9))
+
+        def batch(rows: int) -> StoreBatch:
+            ballot, value = Ballot(1, 1, "g", b"incarnat"), Value(1, bytes(16), Visibility.LIVE, bytes(500))
+            return StoreBatch([Slot(_name(next(numbers)), ballot, value) for _ in range(rows)])
+
+        written = figure("LMDB: 128 rows in one commit", await wall_us(lambda: store.commit(batch(128)), 128), "lmdb-128")
+        request = ScanRequest("d0", 1, Table.OBJECT, SCOPE, (ShardAsk(3, b"", 1000, Want.VISIBLE, 2000, 4 * MIB),), visible=Visibility.LIVE)
+        scanned = figure("a replica's part of a page: 1,000 rows", least_us(lambda: scan_store(store, request), calls=3), "scan")
+    return [written, scanned]
+
+
+async def segments() -> list[Measured]:
+    with tempfile.TemporaryDirectory(prefix="storaged-micro-") as place:
+        (Path(place) / "disk").mkdir()
+        store = await LocalFragmentStore.open(Path(place) / "disk", "0123456789abcdef")
+        payload = os.urandom(4 * KIB)
+
+        async def append() -> None:
+            identifier = FragmentId(system_entropy(16), 0, 1, 2, 0)
+            header = FragmentHeader(identifier.pack(), b"owner", bytes(64), (), 8 * KIB, len(payload), 1)
+            await store.write(header, [payload], sync=True)
+
+        async def many() -> None:
+            await asyncio.gather(*(append() for _ in range(64)))
+
+        try:
+            return [
+                figure("segment: append 4 KiB and sync, alone", await wall_us(append, 1), "append"),
+                figure("segment: append 4 KiB and sync, 64 at once", await wall_us(many, 64), "append-64"),
+            ]
+        finally:
+            await store.close()
+
+
+PATHS: dict[str, Callable[[], list[Measured] | Coroutine[Any, Any, list[Measured]]]] = {
+    "signature": signature_check, "http": http, "seal": sealing, "code": coding, "rpc": rpc,
+    "register": registers, "lmdb": lmdb_batch, "segment": segments, "list": list_page,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches.micro", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(PATHS)}; all when none is named")
+    names = parser.parse_args().names or list(PATHS)
+    if unknown := [name for name in names if name not in PATHS]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PATHS)}")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    print(f"{'':46} {'us':>9} {'floor':>9} {'ratio':>6}")
+    for name in names:
+        found = PATHS[name]()
+        for row in found if isinstance(found, list) else uvloop.run(found):
+            print(f"{row.name:46} {row.us:9.2f} {row.floor_us:9.2f} {row.us / row.floor_us:6.1f}  {row.floor}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
