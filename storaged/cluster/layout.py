@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import xxhash
@@ -48,6 +48,7 @@ class Profile(NamedTuple):
         return f"{self.k}+{self.m}"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def parse(cls, text: str) -> Profile:
         k, _, m = text.partition("+")
         return cls(int(k), int(m))

@@ -225,7 +225,7 @@ class RingClient:
         Raises ServiceUnavailable without a majority.
         """
         seen = _Seen()
-        answers = Answers[_ReadAnswer](self._replicas, self._pool, self._suspects)
+        answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
         order = self._suspects.last(view.disks)
         needed = len(order) // 2 + 1 if len(view.groups) == 1 else len(order)
         waiting = order[needed:]
@@ -267,7 +267,7 @@ class RingClient:
         if value is None or newest.epoch != view.epoch:
             return await self._identity(name, nonce, deadline, commit=False)
         accepted = {disk for disk, ballot in seen.accepted.items() if ballot == newest}
-        answers = Answers[messages.AcceptReply](self._replicas, self._pool, self._suspects)
+        answers: Answers[messages.AcceptReply] = Answers(self._replicas, self._pool, self._suspects)
         for disk in view.disks:
             if disk not in accepted:
                 self._ask_accept(answers, messages.Accept(disk, name, newest, value, nonce, identity=True), deadline)
@@ -292,7 +292,7 @@ class RingClient:
         """The small copy from any replica that has one; those that were asked and had none come last."""
         asked = {disk for disk, reply in seen.replies.items() if reply.value is not None}
         order = self._suspects.last(sorted(view.disks, key=asked.__contains__))
-        answers = Answers[_ReadAnswer](self._replicas, self._pool, self._suspects)
+        answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
         while order or answers.pending:
             if order:
                 self._ask_read(answers, messages.Read(order.pop(0), name, view.epoch, full=False, data_id=data_id), deadline)
@@ -315,7 +315,7 @@ class RingClient:
                 if value is None or not value.payload:
                     break
                 request = messages.Read("", name, view.epoch, full=False, data_id=value.payload)
-            answers = Answers[_ReadAnswer](self._replicas, self._pool, self._suspects)
+            answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
             for disk in view.disks:
                 self._ask_read(answers, msgspec.structs.replace(request, disk=disk), deadline)
             while (answer := await answers.next(deadline - self._clock.monotonic())) is not None:
@@ -349,7 +349,7 @@ class RingClient:
     async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
         view, deadline = self._view(near), self._deadline()
         order = self._suspects.last(view.disks)
-        answers = Answers[messages.PageReply](self._replicas, self._pool, self._suspects)
+        answers: Answers[messages.PageReply] = Answers(self._replicas, self._pool, self._suspects)
         while order or answers.pending:
             if order:
                 self._ask_page(answers, messages.PageGet(order.pop(0), page_hash), deadline)
@@ -427,7 +427,7 @@ class RingClient:
         linger: bool = False,
     ) -> set[str]:
         """The disks that gave good answers: until every quorum has its majority, or with ``linger`` until all have answered."""
-        answers = Answers[T](self._replicas, self._pool, self._suspects)
+        answers: Answers[T] = Answers(self._replicas, self._pool, self._suspects)
         for disk in disks:
             answers.ask(disk, call(disk, self._call_timeout(deadline)))
         done: set[str] = set()

@@ -161,7 +161,7 @@ class Proposal:
 
     async def _prepare(self, view: View, ballot: Ballot) -> _Promises | None:
         around = self.around
-        answers = Answers[messages.PrepareReply](around.replicas, around.pool, around.suspects)
+        answers: Answers[messages.PrepareReply] = Answers(around.replicas, around.pool, around.suspects)
         for index, disk in enumerate(view.disks):
             self._ask_promise(answers, disk, ballot, index)
         promises = _Promises(answers)
@@ -290,7 +290,7 @@ class Proposal:
     async def _accept(self, view: View, ballot: Ballot, value: Value, *, identity: bool) -> bool:
         """True: a majority has it on disk. False: it was refused, or too few answer; it may have been applied."""
         around = self.around
-        answers = Answers[messages.AcceptReply](around.replicas, around.pool, around.suspects)
+        answers: Answers[messages.AcceptReply] = Answers(around.replicas, around.pool, around.suspects)
         for disk in view.disks:
             self._ask_accept(answers, messages.Accept(disk, self.name, ballot, value, self.nonce, identity))
         accepted: set[str] = set()

@@ -206,8 +206,9 @@ async def commit_version(
     """Makes ``version`` the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
 
     def update(value: Value | None, entry: PartEntry) -> Change:
-        current = current_of(where, decode_record(value), keys, with_etag=needs_etag(conditions))
-        check_write(conditions, current)
+        record = decode_record(value)  # what cannot be read must not be replaced
+        if conditions != NO_WRITE_CONDITIONS:
+            check_write(conditions, current_of(where, record, keys, with_etag=needs_etag(conditions)))
         payload = sealed.small.data_id if sealed.small is not None else b""
         return record_change(ObjectRecord((msgspec.structs.replace(version, parts=(entry,)),)), payload)
 
