@@ -45,8 +45,8 @@ COLLECT_AFTER_OBJECTS = 10_000
 Python's 700 the collector walked what 64 requests in flight hold again and again, for nothing: a seventh of a gateway's time."""
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread that came back from the disk or from native work waits for the interpreter at most. At Python's 5 ms a lone write spent most of its
-time waiting for its turn."""
+"""How long a thread that came back from the disk or from native work waits for the interpreter at most; Python has 5 ms. It costs no CPU that can be
+measured, and the median of a lone PUT fell by a fifth on two busy cores."""
 
 log = structlog.get_logger("node")
 
