@@ -56,18 +56,21 @@ def test_a_block_is_readable_exactly_while_enough_fragments_are_left(entry: Part
 
 @given(entries(), st.data())
 def test_there_is_a_finding_exactly_when_something_is_not_as_it_should_be(entry: PartEntry, data: st.DataObject) -> None:
-    tally, whole, worst = Tally(b"name"), True, 1 << 30
+    tally, whole, worst, lost = Tally(b"name"), True, 1 << 30, False
     for place in places_of(entry):
         kinds = st.sampled_from([Presence.OK, Presence.OK, Presence.OK, Presence.MISSING, Presence.AWAY])
         health = judge_block(place, {where: data.draw(kinds) for where in place.fragments})
         tally.add(health, can_hold_target=data.draw(st.booleans()))
         if not health.whole:
             whole, worst = False, min(worst, health.spare)
+            # Lost is what no return of disks brings back; with some only away, the block has merely stopped.
+            unneeded = range(place.shape.cells, place.profile.k) if place.profile.k > 1 else ()
+            lost = lost or health.spare + sum(position not in unneeded for position in health.away) < 0
     finding = tally.finding()
     assert (finding is None) == whole
     if finding is not None:
         assert finding.spare == worst
-        assert finding.lost == (worst < 0)
+        assert finding.lost == lost
 
 
 @given(entries())
