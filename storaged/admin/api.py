@@ -28,7 +28,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
 from storaged.config import split_address
-from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, OperatorError, PortInUse, StoragedError
+from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName, OperatorError, PortInUse, StoragedError
+from storaged.objects.api import Principal
+from storaged.objects.names import bucket_name_valid
 from storaged.observe import Metrics
 
 BODY_BYTES_MAX = 64 * 1024
@@ -191,17 +193,30 @@ class AdminServer:
         return web.json_response({"removed": who.display_name, "user_id": who.user_id, "access_key": who.access_key})
 
     async def _create_bucket(self, request: web.Request) -> web.Response:
-        """For a user named by access key; one that the user owns already is fine."""
+        """For a user named by name or access key; one that the user owns already, with the same countries, is fine."""
         if self._services.buckets is None or self._services.users is None:
             raise NotHere
-        body = await _body(request, "name", "access_key")
-        who, _ = await self._services.users.lookup(body.get("access_key", ""))
-        await self._audit("bucket.create", name=body.get("name", ""), access_key=who.access_key)
+        body = await _body(request, "name", "user", "countries")
+        name, countries = body.get("name", ""), tuple(sorted(filter(None, body.get("countries", "").split(","))))
+        if not bucket_name_valid(name):
+            raise InvalidBucketName(BucketName=name)
+        who = await self._user(body.get("user", ""))
+        await self._audit("bucket.create", name=name, access_key=who.access_key, countries=",".join(countries))
         try:
-            await self._services.buckets.create(who, body.get("name", ""), region=self._services.region)
+            made = await self._services.buckets.create(who, name, region=self._services.region, countries=countries)
         except BucketAlreadyOwnedByYou:
-            pass
-        return web.json_response({"bucket": body.get("name", "")})
+            made = await self._services.buckets.get(name)
+            if made.countries != countries:
+                raise
+        return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries)})
+
+    async def _user(self, named: str) -> Principal:
+        """By access key or name. Raises InvalidArgument."""
+        assert self._services.users is not None
+        for who in await self._services.users.list_users():
+            if named in (who.access_key, who.display_name):
+                return who
+        raise InvalidArgument(f"there is no user {named!r}")
 
     async def _backup(self, request: web.Request) -> web.Response:
         if self._services.key_backup is None:

@@ -244,9 +244,7 @@ async def _first_things(place: Path) -> None:
     if not known["prepared"]:
         credentials = json.loads((place / "credentials.json").read_text())
         await asyncio.to_thread(gateway, place, "POST", "/v1/users", body={"name": "dev", **credentials})
-        await asyncio.to_thread(
-            gateway, place, "POST", "/v1/buckets", body={"name": known["bucket"], "access_key": credentials["access_key"]}
-        )
+        await asyncio.to_thread(gateway, place, "POST", "/v1/buckets", body={"name": known["bucket"], "user": credentials["access_key"]})
         _write_json(place / "dev.json", {**known, "prepared": True})
     for _ in range(int(COUNT_TIMEOUT_S / COUNT_POLL_S)):
         if (await asyncio.to_thread(gateway, place, "GET", "/v1/jobs"))["objects_counted"]:

@@ -65,6 +65,32 @@ def user_remove(named: str | None, name: str) -> None:
     click.echo(f"removed {name}; its buckets stay, and are reached again with: storaged user add NAME --user-id {found['user_id']}")
 
 
+@click.group()
+def bucket() -> None:
+    """Make buckets for users. (S3 clients make, list and delete their own as well.)"""
+
+
+@bucket.command("create")
+@click.argument("name")
+@click.option("--user", "owner", required=True, metavar="NAME", help="Whose bucket it is: a user's name or access key.")
+@click.option(
+    "--countries", default="", metavar="FR,DE", help="Keep its data in these countries of the EU (default: wherever the cluster has disks)."
+)
+@click.option("--json", "as_json", is_flag=True, help="bucket, owner, countries.")
+@click.pass_obj
+def bucket_create(named: str | None, name: str, owner: str, countries: str, as_json: bool) -> None:
+    """Make a bucket; with --countries its fragments and records never leave them, and a write that can't be placed inside is refused.
+
+    An S3 client can ask for the same with the header x-storaged-countries when it creates a bucket.
+    """
+    wanted = ",".join(code.strip() for code in countries.split(",") if code.strip())
+    found = gateway(find_directory(named), "POST", "/v1/buckets", body={"name": name, "user": owner, "countries": wanted})
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo(f"{found['bucket']} of {found['owner']}, in {', '.join(found['countries']) or 'any country of the cluster'}")
+
+
 def explained(code: str) -> str:
     """Meaning and remedy of a code, from the error classes. Raises OperatorError with what is near when there is none."""
     import difflib

@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator, Mapping
 import msgspec
 
 from storaged.cluster.layout import SHARDS_DEFAULT, partition_of
+from storaged.cluster.policy import outside_eu_law
 from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
     BucketNotEmpty,
     DataDamaged,
+    InvalidArgument,
     NoSuchBucket,
     NoSuchUpload,
     ServiceUnavailable,
@@ -102,7 +104,11 @@ class BucketService:
     async def create(
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
-        """Its key is made, and committed, before the name is taken. Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable."""
+        """Its key is made, and committed, before the name is taken. Raises InvalidArgument for a country that EU law does not cover, BucketAlreadyOwnedByYou,
+        BucketAlreadyExists, TooManyBuckets, and ServiceUnavailable when the ring or the disks have no place inside the countries."""
+        for country in countries:
+            if reason := outside_eu_law(country):
+                raise InvalidArgument(f"A bucket's countries are those where EU law applies: {reason}.")
         register = system_name(PREFIX + name)
         existing = self._decode(register, (await self._plane.registers.read(register)).value)
         if existing is not None and (existing.state == DELETING or existing.nonce):

@@ -6,11 +6,11 @@ import base64
 import binascii
 
 from storaged import errors
+from storaged.objects.names import bucket_name_possible, bucket_name_valid
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.acl import own_acl
 from storaged.s3.context import Front
-from storaged.s3.names import bucket_name_possible, bucket_name_valid
 from storaged.s3.reply import XML_TYPE, Reply, xml_reply
 from storaged.s3.request import Request
 from storaged.s3.tags import read_tagging, write_tagging
@@ -53,7 +53,7 @@ def _from_token(token: str) -> str:
 
 
 async def create_bucket(front: Front, request: Request) -> Reply:
-    """One's own bucket again: 200, as in AWS's first region and as most tools expect."""
+    """One's own bucket again: 200, as in AWS's first region and as most tools expect. ``x-storaged-countries`` (``FR,DE``) narrows where its data may lie."""
     if not request.who.access_key:
         raise errors.AccessDenied()
     name = request.bucket
@@ -70,8 +70,9 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         raise errors.NotImplemented("Access control lists are not implemented: a bucket's owner owns every object in it.")
     h.refuse_unsupported(request.headers)
     _check_location(front, await request.body.read(front.limits.xml_bytes_max))
+    countries = tuple(sorted({code.strip() for code in request.headers.get("x-storaged-countries", "").split(",") if code.strip()}))
     try:
-        await front.buckets.create(request.who, name, region=front.region)
+        await front.buckets.create(request.who, name, region=front.region, countries=countries)
     except errors.BucketAlreadyOwnedByYou:
         pass
     return Reply(headers={"Location": f"/{name}"})

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from storaged.clock import Clock
 from storaged.errors import AccessDenied, InvalidBucketName
 from storaged.objects.api import Buckets, Objects, Principal, Users
+from storaged.objects.names import bucket_name_possible
 from storaged.objects.records import BucketRecord
 from storaged.s3.limits import Limits
-from storaged.s3.names import bucket_name_possible
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
 

@@ -13,6 +13,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+from botocore.exceptions import ClientError
+
 from storaged.cli.client import request
 from tests.cluster import RACKS, STORAGED, Cluster, free_port
 
@@ -176,6 +179,26 @@ def refusal(client: Any) -> str:
     except Exception as error:
         return str(error)
     return ""
+
+
+def test_a_bucket_may_be_narrowed_to_countries_and_never_widened_beyond_eu_law(cluster: Cluster) -> None:
+    """All disks of a trial cluster stand in France: narrowing to it holds, narrowing to Germany leaves no place, and the rest of the world is refused."""
+    made = json.loads(cluster.run("bucket", "create", "only-fr", "--user", "dev", "--countries", "FR", "--json").stdout)
+    assert made == {"bucket": "only-fr", "owner": "dev", "countries": ["FR"]}
+    client = cluster.boto3()
+    client.put_object(Bucket="only-fr", Key="k", Body=bytes(100_000))
+    assert len(client.get_object(Bucket="only-fr", Key="k")["Body"].read()) == 100_000
+    for countries, said in (("DE", "DE"), ("FR,US", "US is outside"), ("fr", "not an ISO")):
+        refused = cluster.run("bucket", "create", "elsewhere", "--user", "dev", "--countries", countries, check=False)
+        assert refused.returncode == 1
+        assert said in refused.stderr
+    narrowing = cluster.boto3()
+    narrowing.meta.events.register(
+        "before-call.s3.CreateBucket", lambda params, **_: params["headers"].update({"x-storaged-countries": "GB"})
+    )
+    with pytest.raises(ClientError) as outside:
+        narrowing.create_bucket(Bucket="elsewhere")
+    assert outside.value.response["Error"]["Code"] == "InvalidArgument"
 
 
 def test_settings_for_clients_come_as_json_shell_and_recipes(cluster: Cluster) -> None:

@@ -57,7 +57,7 @@ class Buckets:
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
         self.made.append((who.display_name, name, region))
-        return BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region)
+        return BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region, countries)
 
     async def get(self, name: str) -> BucketRecord:
         raise NotImplementedError
@@ -148,7 +148,7 @@ async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: 
     """Above all that the keyring was handed out. No secret is in an entry, and without an entry nothing is done."""
     asked: list[tuple[str, str, dict[str, str] | None]] = [
         ("POST", "/v1/users", {"name": "alice", "access_key": "AK1", "secret_key": "given"}),
-        ("POST", "/v1/buckets", {"name": "b", "access_key": "AK1"}),
+        ("POST", "/v1/buckets", {"name": "bbb", "user": "AK1"}),
         ("POST", "/v1/keys/backup", {"passphrase": "correct horse"}),
         ("DELETE", "/v1/users/alice", None),
     ]
@@ -156,7 +156,7 @@ async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: 
         await ask(tmp_path, method, path, body=body)
     assert node.audited == [
         ("user.add", {"name": "alice", "access_key": "AK1", "user_id": ""}),
-        ("bucket.create", {"name": "b", "access_key": "AK1"}),
+        ("bucket.create", {"name": "bbb", "access_key": "AK1", "countries": ""}),
         ("key.backup", {}),
         ("user.remove", {"name": "alice"}),
     ]
@@ -176,8 +176,14 @@ async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(nod
     assert made == {"user_id": "0" * 64, "access_key": "AK1", "secret_key": "given"}
     listed = (await ask(tmp_path, "GET", "/v1/users"))["users"]
     assert listed == [{"user_id": "0" * 64, "name": "alice", "access_key": "AK1"}]
-    await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "access_key": "AK1"})
+    await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"})
     assert node.buckets.made == [("alice", "demo", "eu-fr-1")]
+    narrow = await ask(tmp_path, "POST", "/v1/buckets", body={"name": "narrow", "user": "alice", "countries": "FR,DE"})
+    assert narrow == {"bucket": "narrow", "owner": "alice", "countries": ["DE", "FR"]}
+    for body, code in (({"name": "Bad_Name", "user": "alice"}, "InvalidBucketName"), ({"name": "good", "user": "bob"}, "InvalidArgument")):
+        with pytest.raises(RemoteRefusal) as refused:
+            await ask(tmp_path, "POST", "/v1/buckets", body=body)
+        assert refused.value.code == code
     with pytest.raises(RemoteRefusal, match="taken") as caught:
         await ask(tmp_path, "POST", "/v1/users", body={"name": "alice"})
     assert caught.value.code == "InvalidArgument"

@@ -208,6 +208,9 @@ async def test_countries_that_the_ring_does_not_cover_are_refused() -> None:
     assert (await buckets.create(ANNE, "fr", region="eu-fr-1", countries=("FR",))).countries == ("FR",)
     with pytest.raises(ServiceUnavailable):
         await buckets.create(ANNE, "de", region="eu-fr-1", countries=("DE",))
+    for outside in ("GB", "US", "fr", "NC", ""):
+        with pytest.raises(InvalidArgument):
+            await buckets.create(ANNE, "outside", region="eu-fr-1", countries=("FR", outside))
 
 
 async def test_users_are_found_by_access_key_until_they_are_removed() -> None:
