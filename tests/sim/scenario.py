@@ -228,6 +228,8 @@ class Scenario:
         ballot, value = newest
         if value is None:
             return
+        if value.payload:
+            self._carry_copies(value.payload)
         target = Ballot(2, ballot.counter, "mover", b"\0" * 8)
 
         async def accept(disk: str) -> bool:
@@ -235,6 +237,13 @@ class Scenario:
             return (await mover.directory.replica(disk).accept(request, timeout_s=0.2)).verdict == Verdict.OK
 
         await self._until_majority(NEW_SEEDS, accept)
+
+    def _carry_copies(self, data_id: bytes) -> None:
+        """A layout change takes small copies along, before the registers: the new replicas are other disks."""
+        stores = {disk: self.world.nodes["n" + disk[1:]].payloads.synced for disk in DISKS}
+        held = next((stores[disk][data_id] for disk in FIRST_SEEDS if data_id in stores[disk]), None)
+        for disk in NEW_SEEDS if held is not None else ():
+            stores[disk].setdefault(data_id, held)
 
     async def _until_majority(self, disks: tuple[str, ...], call: Callable[[str], Awaitable[bool]]) -> list[str]:
         done: list[str] = []
