@@ -152,6 +152,9 @@ METRICS: dict[str, Described] = {
     "storaged_s3_connections": Described("gauge", "Open connections of S3 clients."),
     "storaged_s3_received_bytes_total": Described("counter", "Bytes of request bodies."),
     "storaged_s3_sent_bytes_total": Described("counter", "Bytes of answer bodies."),
+    "storaged_object_events": Described(
+        "gauge", "Events of the object plane since the start: blocks_fallback are writes below their target profile.", ("event",)
+    ),
     "storaged_fragments_damaged_total": Described("counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)),
     "storaged_loop_lag_seconds": Described("gauge", "How late the event loop ran the last time it was measured."),
 }

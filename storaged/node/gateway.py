@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -216,6 +217,9 @@ class Gateway:
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
+        events = node.metrics.gauge("storaged_object_events")
+        for counted in dataclasses.fields(plane.counters):
+            events.labels(counted.name).set_function(functools.partial(getattr, plane.counters, counted.name))
         self._app = S3App(
             self.objects,
             self.buckets,

@@ -225,6 +225,9 @@ def test_health_readiness_and_metrics_answer_over_http(cluster: Cluster) -> None
     assert status == 200
     assert 'storaged_s3_requests_total{operation="PutObject",status="200"}' in text
     assert "storaged_ready 1.0" in text
+    events = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("storaged_object_events{"))
+    assert float(events['storaged_object_events{event="bytes_in"}']) > 0
+    assert 'storaged_object_events{event="blocks_fallback"}' in events, "a write below its target must show"
     assert "process_resident_memory_bytes" in text
     assert http(url + "/v1/status")[0] == 404
     assert request(cluster.directory / "n1", "GET", "/readyz")["ready"] is True

@@ -140,8 +140,8 @@ def test_a_wrong_credential_is_named_as_such(material):
 
 
 def test_a_passphrase_opens_however_its_accents_were_typed(tmp_path):
-    create_keyring(tmp_path / "keyring", Passphrase("caf\u00e9", CHEAP))
-    open_keyring(tmp_path / "keyring", Passphrase("cafe\u0301"))
+    made = create_keyring(tmp_path / "keyring", Passphrase("caf\u00e9", CHEAP))
+    assert open_keyring(tmp_path / "keyring", Passphrase("cafe\u0301")).keyring_id == made.keyring_id
 
 
 def test_an_empty_passphrase_is_refused_and_leaves_no_file(tmp_path):

@@ -135,6 +135,7 @@ async def test_a_start_whose_identity_was_not_noted_does_not_lock_the_owner_out(
     store = await reopened(store)
     await store.close()
     again = LmdbMetaStore.open_or_refuse(store.directory, noted)
+    assert again.store_id == store.store_id
     await again.close()
 
 
