@@ -12,6 +12,7 @@ import base64
 import errno
 import logging
 import re
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class S3App:
         self._sender = Sender(self._limits, clock, self._host_id)
         self._server: asyncio.Server | None = None
         self._connections: Connections | None = None
+        self._ssl: ssl.SSLContext | None = None
         self._busy: dict[object, int] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -132,7 +134,21 @@ class S3App:
 
     async def start(self, host: str, port: int, ssl: ssl.SSLContext | None = None, reuse_port: bool = False) -> int:
         """Listens; returns the port (``port`` 0: any that is free). Raises PortInUse."""
+        connections = self.open(ssl)
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                connections, host, port, ssl=ssl, reuse_port=reuse_port, backlog=BACKLOG
+            )
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise errors.PortInUse(f"{host}:{port} is already in use by another program.") from None
+            raise
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
+        """Takes connections that are handed to ``adopt``; does not listen."""
         limits = self._limits
+        self._ssl = ssl
         self._connections = Connections(
             self._handle,
             connections_max=limits.connections_max,
@@ -146,15 +162,14 @@ class S3App:
             lingering_time=0.0,
             auto_decompress=False,
         )
-        try:
-            self._server = await asyncio.get_running_loop().create_server(
-                self._connections, host, port, ssl=ssl, reuse_port=reuse_port, backlog=BACKLOG
-            )
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise errors.PortInUse(f"{host}:{port} is already in use by another program.") from None
-            raise
-        return int(self._server.sockets[0].getsockname()[1])
+        return self._connections
+
+    async def adopt(self, accepted: socket.socket) -> None:
+        """Serves a client's connection that somebody else accepted; after ``close`` it is closed. Raises OSError when it is broken already."""
+        if self._connections is None or self._draining:
+            accepted.close()
+            return
+        await asyncio.get_running_loop().connect_accepted_socket(self._connections, accepted, ssl=self._ssl)
 
     async def close(self, drain_s: float) -> None:
         """Stops listening, lets the requests in flight finish for up to ``drain_s`` seconds, then breaks what is left. Safe to call twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -330,3 +331,16 @@ async def test_over_tls_boto3_sends_checksums_in_trailers_and_they_are_verified(
 
         seen = await asyncio.to_thread(run)
         assert "STREAMING-UNSIGNED-PAYLOAD-TRAILER" in seen["x-amz-content-sha256"]
+
+
+async def test_a_connection_that_was_accepted_elsewhere_is_served_and_after_the_end_it_is_closed() -> None:
+    async with s3_world() as world:
+        with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+            for answered in (b"HTTP/1.1 403", b""):
+                reader, writer = await asyncio.open_connection(*elsewhere.getsockname())
+                accepted, _ = elsewhere.accept()
+                await world.app.adopt(accepted)
+                writer.write(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                assert (await asyncio.wait_for(reader.read(), 5)).startswith(answered)
+                writer.close()
+                await world.app.close(0.5)
