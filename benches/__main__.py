@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -14,11 +16,13 @@ from pathlib import Path
 
 import uvloop
 
-from benches.measure import flat, measure
+from benches.measure import BURDEN_S_MAX, flat, measure
 from benches.report import flat_markdown, line, markdown, summarize
 from benches.rows import DEFAULT_ROWS, ROWS, Result
 from benches.s3client import SILENCE_S_MAX, WrongAnswer
 from benches.servers import Server, endpoint, seaweedfs_binary, seaweedfs_default, seaweedfs_durable, storaged_cluster, storaged_single
+
+CONNECTIONS_MAX = 4096
 
 Make = Callable[[], AbstractContextManager[Server]]
 
@@ -35,6 +39,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--flat", type=int, nargs="?", const=100_000, metavar="N", help="the small rows again after N more objects, N overwrites, ..."
+    )
+    parser.add_argument(
+        "--flat-s", type=float, default=BURDEN_S_MAX, metavar="S", help="a burden of --flat is not added to after so long (default 1800)"
     )
     parser.add_argument("--peer", choices=["seaweedfs"], help="the same rows against this peer too, default and durable, in the same run")
     parser.add_argument("--endpoint", help="measure this endpoint instead (http://127.0.0.1:8333)")
@@ -87,7 +94,13 @@ def one_server(make: Make, wanted: argparse.Namespace, found: dict[str, list[Res
         try:
             if wanted.flat is not None:
                 work = flat(
-                    server, wanted.flat, wanted.scale, lambda result: note(server.name, result), print, silence_s_max=wanted.silence
+                    server,
+                    wanted.flat,
+                    wanted.scale,
+                    lambda result: note(server.name, result),
+                    functools.partial(print, flush=True),
+                    silence_s_max=wanted.silence,
+                    seconds_max=wanted.flat_s,
                 )
                 print("\n" + flat_markdown(uvloop.run(work)))
             else:
@@ -103,6 +116,9 @@ def one_server(make: Make, wanted: argparse.Namespace, found: dict[str, list[Res
 def main(arguments: list[str] | None = None) -> int:
     wanted = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped and folders removed
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard >= CONNECTIONS_MAX > soft:  # a thousand connections are one of the stages
+        resource.setrlimit(resource.RLIMIT_NOFILE, (CONNECTIONS_MAX, hard))
     found: dict[str, list[Result]] = {}
     load, fine = os.getloadavg()[0], True
     try:

@@ -17,6 +17,10 @@ MEMORY_SAMPLE_S = 0.2
 BUCKETS = 998
 """A user may have 1,000 (AWS's limit too); the trial cluster's own and the benchmark's are among them."""
 
+OVERWRITES_MAX = 100_000
+IDLE_CONNECTIONS = 1000
+BURDEN_S_MAX = 1800.0
+
 OnResult = Callable[[Result], None]
 
 
@@ -71,8 +75,18 @@ class Stage:
                 result.operations = 0
         return result
 
-    async def run(self, name: str, operation: Operation, *, in_flight: int, total: int, size: int = 0) -> Result:
-        """Any operation as a row of that name, with what it cost the server's processes."""
+    async def run(
+        self,
+        name: str,
+        operation: Operation,
+        *,
+        in_flight: int,
+        total: int,
+        size: int = 0,
+        seconds_max: float = 0.0,
+        say: Callable[[str], None] | None = None,
+    ) -> Result:
+        """Any operation as a row of that name, with what it cost the server's processes; see ``drive``."""
         server = self.server
         server.forget_peaks()
         cpu, disk = server.cpu_seconds(), server.disk_bytes() if size else 0
@@ -80,7 +94,15 @@ class Stage:
         sampler = asyncio.create_task(_sample_memory(server, own))
         try:
             result = await drive(
-                name, server.target, operation, in_flight=in_flight, total=total, bytes_each=size, silence_s_max=self._silence_s_max
+                name,
+                server.target,
+                operation,
+                in_flight=in_flight,
+                total=total,
+                bytes_each=size,
+                silence_s_max=self._silence_s_max,
+                seconds_max=seconds_max,
+                say=say,
             )
         finally:
             sampler.cancel()
@@ -126,9 +148,19 @@ async def measure(
 
 
 async def flat(
-    server: Server, objects: int, scale: float, on_result: OnResult, say: Callable[[str], None], *, silence_s_max: float = SILENCE_S_MAX
+    server: Server,
+    objects: int,
+    scale: float,
+    on_result: OnResult,
+    say: Callable[[str], None],
+    *,
+    silence_s_max: float = SILENCE_S_MAX,
+    seconds_max: float = BURDEN_S_MAX,
 ) -> list[tuple[str, list[Result]]]:
-    """The cost of the small rows in an empty (warmed up) store, then after each burden: (what the store holds by then, its rows). Ends after a failure."""
+    """The cost of the small rows in an empty (warmed up) store, then after each burden: (what the store holds by then, its rows). Ends after a failure.
+
+    A burden that takes longer than ``seconds_max`` is as large as it has become by then, and its stage says how large that is.
+    """
     stage = Stage(server, scale, silence_s_max=silence_s_max)
     await stage.open()
     target, small = server.target, stage.bodies(4 * KIB)
@@ -147,33 +179,37 @@ async def flat(
                 return False
         return True
 
-    async def burden(name: str, operation: Operation, in_flight: int, total: int, size: int = 0) -> bool:
-        result = await stage.run(name, operation, in_flight=in_flight, total=total, size=size)
+    async def burden(name: str, operation: Operation, in_flight: int, total: int, size: int = 0) -> int:
+        """How many operations it came to; 0 after a failure."""
+        result = await stage.run(name, operation, in_flight=in_flight, total=total, size=size, seconds_max=seconds_max, say=say)
         on_result(result)
         stages[-1][1].append(result)
-        return not result.errors
+        return 0 if result.errors else result.operations
 
-    overwrites, buckets, idle = max(objects, 1000), BUCKETS, 1000
+    burdens: list[tuple[str, str, Operation, int, int, int]] = [
+        ("fill-4k-64", "more objects in the bucket", rows.putting(target, stage.bucket, "fill-", small, 4 * KIB), 64, objects, 4 * KIB),
+        (
+            "overwrite-4",
+            "overwrites of one key",
+            rows.overwriting(target, stage.bucket, "again", small, 4 * KIB),
+            4,
+            min(max(objects, 1000), OVERWRITES_MAX),
+            4 * KIB,
+        ),
+        ("bucket-4", "more buckets", rows.making_buckets(target, f"many-{token_hex(3)}-"), 4, BUCKETS, 0),
+    ]
     warm = await stage.measure(ROWS["put-4k-64"])
     if warm.errors:
         on_result(warm)
         return [("warm-up", [warm])]
-    if not await repeat("empty"):
-        return stages
-    if not await burden("fill-4k-64", rows.putting(target, stage.bucket, "fill-", small, 4 * KIB), 64, objects, 4 * KIB):
-        return stages
-    if not await repeat(f"{objects:,} more objects in the bucket"):
-        return stages
-    again = rows.overwriting(target, stage.bucket, "again", small, 4 * KIB)
-    if not await burden("overwrite-4", again, 4, overwrites, 4 * KIB) or not await repeat(f"{overwrites:,} overwrites of one key"):
-        return stages
-    if not await burden("bucket-4", rows.making_buckets(target, f"many-{token_hex(3)}-"), 4, buckets):
-        return stages
-    if not await repeat(f"{buckets:,} more buckets"):
-        return stages
-    async with contextlib.AsyncExitStack() as open_connections:
-        for _ in range(idle):
-            connection = await connect(target)
-            open_connections.callback(connection.close)
-        await repeat(f"{idle:,} idle connections")
+    fine = await repeat("empty")
+    for name, what, operation, in_flight, total, size in burdens:
+        done = await burden(name, operation, in_flight, total, size) if fine else 0
+        fine = bool(done) and await repeat(f"{done:,} {what}")
+    if fine:
+        async with contextlib.AsyncExitStack() as open_connections:
+            for _ in range(IDLE_CONNECTIONS):
+                connection = await connect(target)
+                open_connections.callback(connection.close)
+            await repeat(f"{IDLE_CONNECTIONS:,} idle connections")
     return stages

@@ -37,6 +37,7 @@ class Summary:
     p99_ms: float
     max_ms: float
     cpu_us: dict[str, float]
+    client_cpu_us: float
     peak_bytes: dict[str, int]
     own_bytes: dict[str, int]
     disk_bytes_per_byte: float
@@ -75,6 +76,7 @@ def summarize(server: str, results: Sequence[Result]) -> Summary:
         p99_ms=median(result.p99_ms for result in good),
         max_ms=median(result.max_ms for result in good),
         cpu_us={name: median(1e6 * result.cpu_s.get(name, 0.0) / result.operations for result in good) for name in sorted(names)},
+        client_cpu_us=median(1e6 * result.client_cpu_s / result.operations for result in good),
         peak_bytes={name: max(result.peak_bytes.get(name, 0) for result in good) for name in sorted(names)},
         own_bytes={name: max(result.own_bytes.get(name, 0) for result in good) for name in sorted(names)},
         disk_bytes_per_byte=median(result.disk_bytes_per_byte for result in good),
@@ -89,7 +91,7 @@ def line(server: str, result: Result) -> str:
     words = [f"{server:28} {result.row:20} {speed(result):9.1f} {unit:4}"]
     words.append(f"p50 {result.p50_ms:.2f}  p99 {result.p99_ms:.2f}  max {result.max_ms:.1f} ms")
     if result.cpu_s:
-        words.append(f"cpu {result.cpu_us_per_operation:.0f} us/op")
+        words.append(f"cpu {result.cpu_us_per_operation:.0f} us/op, client {1e6 * result.client_cpu_s / max(result.operations, 1):.0f}")
     if result.peak_bytes:
         words.append(f"peak {max((result.own_bytes or result.peak_bytes).values()) / MIB:.0f} MiB")
     if result.disk_bytes_per_byte:
@@ -100,18 +102,18 @@ def line(server: str, result: Result) -> str:
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
-    """A table with one line a row and server, rows together. CPU is microseconds an operation, by process; memory the peak of each: allocated (resident, with mapped files)."""
+    """A table with one line a row and server, rows together. CPU is microseconds an operation, by process, and the load generator's own beside it; memory the peak of each: allocated (resident, with mapped files)."""
     several = any(summary.runs > 1 for summary in summaries)
     lines = [
         "| row | server | speed |"
         + (" slowest to fastest run |" if several else "")
-        + " p50, p99, max ms | server CPU us an operation | peak memory MiB | disk |",
-        "|---|---|---|" + ("---|" if several else "") + "---|---|---|---|",
+        + " p50, p99, max ms | server CPU us an operation | client's | peak memory MiB | disk |",
+        "|---|---|---|" + ("---|" if several else "") + "---|---|---|---|---|",
     ]
     order = {row: number for number, row in enumerate(dict.fromkeys(summary.row for summary in summaries))}
     for summary in sorted(summaries, key=lambda one: order[one.row]):
         if not summary.runs:
-            lines.append(f"| {summary.row} | {summary.server} | failed: {summary.first_error} |" + (" |" if several else "") + " | | | |")
+            lines.append(f"| {summary.row} | {summary.server} | failed: {summary.first_error} |" + (" |" if several else "") + " | | | | |")
             continue
         total = sum(summary.cpu_us.values())
         by_name = ", ".join(f"{name} {value:,.0f}" for name, value in summary.cpu_us.items())
@@ -119,7 +121,7 @@ def markdown(summaries: Sequence[Summary]) -> str:
         cells = [summary.row, summary.server, f"{summary.speed:,.1f} {summary.unit}"]
         cells += [f"{summary.low:,.1f} to {summary.high:,.1f}"] if several else []
         cells += [f"{summary.p50_ms:.2f}, {summary.p99_ms:.2f}, {summary.max_ms:.1f}"]
-        cells += [f"{total:,.0f} ({by_name})" if by_name else "", memory]
+        cells += [f"{total:,.0f} ({by_name})" if by_name else "", f"{summary.client_cpu_us:,.0f}", memory]
         cells += [f"x{summary.disk_bytes_per_byte:.2f}" if summary.disk_bytes_per_byte else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

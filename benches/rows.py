@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from benches.s3client import SILENCE_S_MAX, Connection, Target, WrongAnswer, connect, path_of, signed_head, watch_silence
+from benches.s3client import SILENCE_S_MAX, Ask, Connection, Signer, Target, WrongAnswer, connect, path_of, signed_head, watch_silence
 
 KIB, MIB = 1024, 1024 * 1024
 ERRORS_MAX = 20
 """A row that has failed so often is given up."""
 
+PROGRESS_S = 10.0
+
 READ_BACK = 16
 """So many objects of a row of PUTs are read again and compared, so that a server which only says that it stored them is found out."""
 
-Operation = Callable[[Connection, int], Awaitable[None]]
+Operation = Callable[[int], Ask]
+"""What the operation of a number asks for."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
 class Result:
     """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` are never counted as done.
 
-    ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest without mapped files, as sampled) are by name of server process, empty for somebody else's endpoint; ``disk_bytes_per_byte`` 0 when not measured.
+    ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest without mapped files, as sampled) are by name of server process, empty for somebody else's endpoint; ``client_cpu_s`` is the load
+    generator's own; ``disk_bytes_per_byte`` 0 when not measured.
     """
 
     row: str
@@ -79,6 +82,7 @@ class Result:
     p99_ms: float = 0.0
     max_ms: float = 0.0
     cpu_s: dict[str, float] = field(default_factory=dict)
+    client_cpu_s: float = 0.0
     peak_bytes: dict[str, int] = field(default_factory=dict)
     own_bytes: dict[str, int] = field(default_factory=dict)
     disk_bytes_per_byte: float = 0.0
@@ -111,23 +115,86 @@ class Result:
         self.first_error = self.first_error or f"{self.row} {what}"
 
 
-class _Pool:
-    """``in_flight`` connections; a broken one is replaced when its worker goes on."""
+class _Drive:
+    """A row under way. Each connection asks for the next number as soon as its answer was verified, without a task or a future in between: the
+    load generator shares the cores with those it measures."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, result: Result, target: Target, operation: Operation, total: int, bytes_each: int) -> None:
+        self.result = result
         self.target = target
+        self.operation = operation
+        self.latencies: list[float] = []
         self.open: list[Connection] = []
+        self.out_of_time = False
+        self._total = total
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._numbers: Iterator[int] = iter(range(total))
+        self._bytes_each = bytes_each
+        self._working = 0
+        self._replacing: set[asyncio.Task[None]] = set()
 
-    async def get(self, old: Connection | None = None) -> Connection:
-        """Raises OSError."""
-        if old is not None:
-            old.close()
-            self.open.remove(old)
-        found = await connect(self.target)
-        self.open.append(found)
-        return found
+    def start(self) -> None:
+        self._working = len(self.open)
+        for connection in list(self.open):
+            self.go_on(connection)
+
+    def go_on(self, connection: Connection) -> None:
+        """The next operation on that connection."""
+        number = next(self._numbers, None)
+        if number is None or self.result.errors > ERRORS_MAX:
+            self._stop_one()
+            return
+        ask = self.operation(number)
+        began = time.perf_counter()
+
+        def done(error: WrongAnswer | None) -> None:
+            if error is not None:
+                self.result.failed(f"#{number}: {error}")
+                replacing = asyncio.ensure_future(self._replace(connection))
+                self._replacing.add(replacing)
+                replacing.add_done_callback(self._replacing.discard)
+                return
+            self.latencies.append(time.perf_counter() - began)
+            self.result.operations += 1
+            self.result.bytes += self._bytes_each
+            self.go_on(connection)
+
+        connection.begin(ask, done)
+
+    async def _replace(self, broken: Connection) -> None:
+        broken.close()
+        self.open.remove(broken)
+        try:
+            connection = await connect(self.target)
+        except OSError as refused:
+            self.result.failed(f"no new connection: {refused}")
+            self._stop_one()
+            return
+        self.open.append(connection)
+        self.go_on(connection)
+
+    def _stop_one(self) -> None:
+        self._working -= 1
+        if not self._working and not self._ended.done():
+            self._ended.set_result(None)
+
+    async def watch(self, seconds_max: float, say: Callable[[str], None] | None) -> None:
+        """Until the last operation has come to an end."""
+        began = time.perf_counter()
+        while True:
+            left_s = seconds_max - (time.perf_counter() - began) if seconds_max and not self.out_of_time else PROGRESS_S
+            await asyncio.wait([self._ended], timeout=max(0.05, min(PROGRESS_S, left_s)))
+            if self._ended.done():
+                return
+            spent_s, done = time.perf_counter() - began, self.result.operations
+            if seconds_max and spent_s >= seconds_max:
+                self.out_of_time, self._numbers = True, iter(())
+            if say is not None:
+                say(f"   {self.result.row}: {done:,} of {self._total:,} after {spent_s:.0f} s, {done / spent_s:,.0f} /s")
 
     def close(self) -> None:
+        for replacing in self._replacing:
+            replacing.cancel()
         for connection in self.open:
             connection.close()
 
@@ -141,55 +208,35 @@ async def drive(
     total: int,
     bytes_each: int = 0,
     silence_s_max: float = SILENCE_S_MAX,
+    seconds_max: float = 0.0,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """``total`` operations by ``in_flight`` connections, each taking the next number as soon as it is free.
 
-    Latency is per operation, from send to verified answer. What goes wrong is in the result; nothing is raised for it.
+    Latency is per operation, from send to verified answer. What goes wrong is in the result; nothing is raised for it. After ``seconds_max`` (0: never) no
+    further one is begun, and the result has those that were. ``say`` gets a line of progress now and then.
     """
-    result, latencies, pool = Result(row), [], _Pool(target)
-    numbers: Iterator[int] = iter(range(total))
-
-    async def work(connection: Connection) -> None:
-        for number in numbers:
-            began = time.perf_counter()
-            try:
-                await operation(connection, number)
-            except WrongAnswer as error:
-                result.failed(f"#{number}: {error}")
-                if result.errors > ERRORS_MAX:
-                    return
-                try:
-                    connection = await pool.get(connection)
-                except OSError as refused:
-                    result.failed(f"#{number}: no new connection: {refused}")
-                    return
-                continue
-            latencies.append(time.perf_counter() - began)
-            result.operations += 1
-            result.bytes += bytes_each
-
-    began = time.perf_counter()
+    result = Result(row)
+    work = _Drive(result, target, operation, total, bytes_each)
+    watcher: asyncio.Task[None] | None = None
+    began, cpu = time.perf_counter(), time.process_time()
     try:
         for _ in range(min(in_flight, total)):
-            await pool.get()
-        watcher = asyncio.create_task(watch_silence(pool.open, silence_s_max))
-        began = time.perf_counter()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for connection in list(pool.open):
-                    group.create_task(work(connection))
-        finally:
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
+            work.open.append(await connect(target))
+        watcher = asyncio.create_task(watch_silence(work.open, silence_s_max))
+        began, cpu = time.perf_counter(), time.process_time()
+        work.start()
+        await work.watch(seconds_max, say)
     except OSError as error:
         result.failed(f"no connection: {error}")
     finally:
-        result.seconds = time.perf_counter() - began
-        pool.close()
-    if not result.errors and result.operations != total:
+        result.seconds, result.client_cpu_s = time.perf_counter() - began, time.process_time() - cpu
+        if watcher is not None:
+            watcher.cancel()
+        work.close()
+    if not result.errors and result.operations != total and not work.out_of_time:
         result.failed(f"{result.operations} operations of {total} came to an end")
-    result.note_latencies(latencies)
+    result.note_latencies(work.latencies)
     return result
 
 
@@ -232,55 +279,70 @@ async def make_bucket(target: Target, bucket: str, *, silence_s_max: float = SIL
 
 
 def putting(target: Target, bucket: str, prefix: str, bodies: Bodies, size: int) -> Operation:
-    async def put(connection: Connection, number: int) -> None:
-        head = signed_head(target, "PUT", path_of(bucket, f"{prefix}{number:08d}"), sha256=bodies.sha256(number), length=size)
-        await connection.request(head, bodies.of(number))
+    sign, path = Signer(target), path_of(bucket, prefix)
+
+    def put(number: int) -> Ask:
+        head = sign.head("PUT", f"{path}{number:08d}", sha256=bodies.sha256(number), length=size)
+        return Ask(head, bodies.of(number))
 
     return put
 
 
 def overwriting(target: Target, bucket: str, key: str, bodies: Bodies, size: int) -> Operation:
-    async def put(connection: Connection, number: int) -> None:
-        head = signed_head(target, "PUT", path_of(bucket, key), sha256=bodies.sha256(number), length=size)
-        await connection.request(head, bodies.of(number))
+    sign, path = Signer(target), path_of(bucket, key)
+
+    def put(number: int) -> Ask:
+        return Ask(sign.head("PUT", path, sha256=bodies.sha256(number), length=size), bodies.of(number))
 
     return put
 
 
 def making_buckets(target: Target, prefix: str) -> Operation:
-    async def make(connection: Connection, number: int) -> None:
-        await connection.request(signed_head(target, "PUT", path_of(f"{prefix}{number:05d}", "")))
+    sign = Signer(target)
+
+    def make(number: int) -> Ask:
+        return Ask(sign.head("PUT", path_of(f"{prefix}{number:05d}", "")))
 
     return make
 
 
 def getting(target: Target, bucket: str, prefix: str, bodies: Bodies, count: int) -> Operation:
-    async def get(connection: Connection, number: int) -> None:
+    sign, path = Signer(target), path_of(bucket, prefix)
+
+    def get(number: int) -> Ask:
         number = number * 7919 % count
-        await connection.request(signed_head(target, "GET", path_of(bucket, f"{prefix}{number:08d}")), expect=bodies.of(number))
+        return Ask(sign.head("GET", f"{path}{number:08d}"), expect=bodies.of(number))
 
     return get
 
 
 def heading(target: Target, bucket: str, prefix: str, count: int, size: int) -> Operation:
-    async def head(connection: Connection, number: int) -> None:
-        number = number * 7919 % count
-        await connection.request(signed_head(target, "HEAD", path_of(bucket, f"{prefix}{number:08d}")), head_only=True)
-        if connection.announced != size:
-            raise WrongAnswer(f"HEAD tells {connection.announced} bytes of an object of {size}")
+    sign, path = Signer(target), path_of(bucket, prefix)
+
+    def check(answered: Connection) -> None:
+        if answered.announced != size:
+            raise WrongAnswer(f"HEAD tells {answered.announced} bytes of an object of {size}")
+
+    def head(number: int) -> Ask:
+        return Ask(sign.head("HEAD", f"{path}{number * 7919 % count:08d}"), head_only=True, check=check)
 
     return head
 
 
 def listing(target: Target, bucket: str, prefix: str, count: int) -> Operation:
     """Pages of 1,000 from somewhere in the bucket; the keys of the page are checked."""
+    sign = Signer(target)
 
-    async def page(connection: Connection, number: int) -> None:
+    def page(number: int) -> Ask:
         first = number * 1009 % max(count - 1001, 1)
+        wanted, next_key = min(1000, count - first - 1), f"{prefix}{first + 1:08d}".encode()
+
+        def check(answered: Connection) -> None:
+            found = answered.kept.count(b"<Key>")
+            if found != wanted or next_key not in answered.kept:
+                raise WrongAnswer(f"a page of {found} keys instead of {wanted}")
+
         query = f"list-type=2&max-keys=1000&prefix={prefix}&start-after={prefix}{first:08d}"
-        body = await connection.request(signed_head(target, "GET", f"/{bucket}", query))
-        wanted = min(1000, count - first - 1)
-        if body.count(b"<Key>") != wanted or f"{prefix}{first + 1:08d}".encode() not in body:
-            raise WrongAnswer(f"a page of {body.count(b'<Key>')} keys instead of {wanted}")
+        return Ask(sign.head("GET", f"/{bucket}", query), check=check)
 
     return page

@@ -11,16 +11,18 @@ import hashlib
 import hmac
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import lru_cache
-from typing import cast
+from typing import NamedTuple, cast
 from urllib.parse import quote, urlsplit
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 HEAD_BYTES_MAX = 64 * 1024
 KEPT_BYTES_MAX = 16 * 1024 * 1024
 """Of an answer that is not compared with what was written: a list page, an error."""
+
+PIECE_BYTES = 1 << 20
+"""Of a large body, given to the transport at once."""
 
 SILENCE_S_MAX = 60.0
 """A connection that neither takes nor gives a byte for so long has failed."""
@@ -49,29 +51,45 @@ class Target:
         object.__setattr__(self, "port", parts.port or 80)
 
 
-@lru_cache(maxsize=8)
-def _signing_key(secret: str, day: str, region: str) -> bytes:
-    key = ("AWS4" + secret).encode()
-    for step in (day, region, "s3", "aws4_request"):
-        key = hmac.digest(key, step.encode(), "sha256")
-    return key
+class Signer:
+    """Request heads signed as AWS documents (Signature Version 4, header form). What stays the same for a second is made once a second."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._host = f"{target.host}:{target.port}"
+        self._second = -1
+
+    def _begin_second(self, second: int) -> None:
+        target = self._target
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
+        scope = f"{stamp[:8]}/{target.region}/s3/aws4_request"
+        key = ("AWS4" + target.secret_key).encode()
+        for step in (stamp[:8], target.region, "s3", "aws4_request"):
+            key = hmac.digest(key, step.encode(), "sha256")
+        self._second, self._key = second, key
+        self._date = f"\nx-amz-date:{stamp}\n\nhost;x-amz-content-sha256;x-amz-date\n"
+        self._text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n"
+        self._before = f" HTTP/1.1\r\nHost: {self._host}\r\nx-amz-date: {stamp}\r\nx-amz-content-sha256: "
+        self._between = (
+            f"\r\nAuthorization: AWS4-HMAC-SHA256 Credential={target.access_key}/{scope}, "
+            "SignedHeaders=host;x-amz-content-sha256;x-amz-date, Signature="
+        )
+
+    def head(self, method: str, path: str, query: str = "", *, sha256: str = EMPTY_SHA256, length: int = 0) -> bytes:
+        """``path`` is encoded already, ``query`` canonical already; ``sha256`` and ``length`` are the body's."""
+        second = int(time.time())
+        if second != self._second:
+            self._begin_second(second)
+        canonical = f"{method}\n{path}\n{query}\nhost:{self._host}\nx-amz-content-sha256:{sha256}{self._date}{sha256}"
+        text = self._text + hashlib.sha256(canonical.encode()).hexdigest()
+        signature = hmac.digest(self._key, text.encode(), "sha256").hex()
+        asked = f"{path}?{query}" if query else path
+        return f"{method} {asked}{self._before}{sha256}{self._between}{signature}\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 def signed_head(target: Target, method: str, path: str, query: str = "", *, sha256: str = EMPTY_SHA256, length: int = 0) -> bytes:
-    """A request head signed as AWS documents (Signature Version 4, header form). ``path`` is encoded already, ``query`` canonical already."""
-    now = datetime.now(UTC)
-    stamp = now.strftime("%Y%m%dT%H%M%SZ")
-    day = stamp[:8]
-    host = f"{target.host}:{target.port}"
-    canonical = f"{method}\n{path}\n{query}\nhost:{host}\nx-amz-content-sha256:{sha256}\nx-amz-date:{stamp}\n\nhost;x-amz-content-sha256;x-amz-date\n{sha256}"
-    scope = f"{day}/{target.region}/s3/aws4_request"
-    text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    signature = hmac.digest(_signing_key(target.secret_key, day, target.region), text.encode(), "sha256").hex()
-    return (
-        f"{method} {path}{'?' + query if query else ''} HTTP/1.1\r\nHost: {host}\r\nx-amz-date: {stamp}\r\nx-amz-content-sha256: {sha256}\r\n"
-        f"Authorization: AWS4-HMAC-SHA256 Credential={target.access_key}/{scope}, SignedHeaders=host;x-amz-content-sha256;x-amz-date, "
-        f"Signature={signature}\r\nContent-Length: {length}\r\n\r\n"
-    ).encode()
+    """One head; see ``Signer.head``."""
+    return Signer(target).head(method, path, query, sha256=sha256, length=length)
 
 
 def path_of(bucket: str, key: str) -> str:
@@ -80,6 +98,21 @@ def path_of(bucket: str, key: str) -> str:
 
 class WrongAnswer(Exception):
     """The server answered an error, wrong bytes, or nothing."""
+
+
+class Ask(NamedTuple):
+    """One request, and what its answer must be. ``expect``: its body, compared as it comes. ``check(connection)`` looks at what else was
+    answered (``kept``, ``announced``), and raises WrongAnswer."""
+
+    head: bytes
+    body: memoryview | bytes = b""
+    expect: memoryview | None = None
+    head_only: bool = False
+    check: Callable[[Connection], None] | None = None
+
+
+Done = Callable[[WrongAnswer | None], None]
+"""``done(None)``: the whole answer came and was right."""
 
 
 class Connection(asyncio.Protocol):
@@ -91,53 +124,62 @@ class Connection(asyncio.Protocol):
         self._in_body = False
         self._left = 0
         self._chunked = False
-        self._expected: memoryview | None = None
+        self._ask = _NOTHING
+        self._done: Done | None = None
+        """Of the request in flight; None when there is none."""
         self._offset = 0
-        self._kept: bytearray | None = None
         self._wrong = False
-        self._head_only = False
+        self._status = 0
+        self.kept = bytearray()
+        """Of the last answer, when nothing was expected or it was an error."""
         self.announced = -1
         """The Content-Length of the last answer, HEAD's too; -1 when it had none."""
-        self._answer: asyncio.Future[int] | None = None
-        self._status = 0
         self._heard_at = 0.0
         self._transport: asyncio.Transport | None = None
-        self._writable = asyncio.Event()
-        self._writable.set()
+        self._unsent = memoryview(b"")
+        self._paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=2 << 20)
 
     def pause_writing(self) -> None:
-        self._writable.clear()
+        self._paused = True
 
     def resume_writing(self) -> None:
         self._heard_at = time.monotonic()
-        self._writable.set()
+        self._paused = False
+        self._send_on()
+
+    def _send_on(self) -> None:
+        while self._unsent and not self._paused and self._transport is not None:
+            piece, self._unsent = self._unsent[:PIECE_BYTES], self._unsent[PIECE_BYTES:]
+            self._transport.write(piece)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._writable.set()
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(WrongAnswer(f"the connection broke before the answer was whole: {error or 'closed by the server'}"))
+        self._end(WrongAnswer(f"the connection broke before the answer was whole: {error or 'closed by the server'}"))
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = time.monotonic()
-        if self._answer is None or self._answer.done():
+        if self._done is None:
             self.fail("bytes nobody asked for")
             return
         if not self._in_body:
-            self._raw += data
-            end = self._raw.find(b"\r\n\r\n")
+            if self._raw:
+                self._raw += data
+                data = bytes(self._raw)
+            end = data.find(b"\r\n\r\n")
             if end < 0:
-                if len(self._raw) > HEAD_BYTES_MAX:
+                self._raw = bytearray(data)
+                if len(data) > HEAD_BYTES_MAX:
                     self.fail(f"a head of more than {HEAD_BYTES_MAX} bytes")
                 return
-            head, data = bytes(self._raw[: end + 2]), bytes(self._raw[end + 4 :])
-            self._raw.clear()
+            if self._raw:
+                self._raw.clear()
+            head, data = data[: end + 2], data[end + 4 :]
             if not self._begin_body(head):
-                if data:
+                if data and self._done is not None:
                     self.data_received(data)
                 return
         if self._chunked:
@@ -152,6 +194,7 @@ class Connection(asyncio.Protocol):
 
     def _begin_body(self, head: bytes) -> bool:
         """False for 100 Continue, and when the answer has failed."""
+        ask = self._ask
         status = _STATUS.match(head)
         if status is None:
             self.fail(f"not HTTP/1.1: {head[:60]!r}")
@@ -161,24 +204,25 @@ class Connection(asyncio.Protocol):
             return False
         length = _LENGTH.search(head)
         self.announced = int(length[1]) if length else -1
-        self._chunked = _CHUNKED.search(head) is not None and not self._head_only
-        if length is None and not self._chunked and not self._head_only and self._status not in (204, 304):
+        self._chunked = length is None and not ask.head_only and _CHUNKED.search(head) is not None
+        if length is None and not self._chunked and not ask.head_only and self._status not in (204, 304):
             self.fail(f"no Content-Length in an answer of status {self._status}")
             return False
-        self._left = self.announced if length and not self._head_only and not self._chunked else 0
+        self._left = self.announced if length and not ask.head_only else 0
         self._in_body = True
         return True
 
     def _take(self, piece: bytes | memoryview) -> None:
-        if self._expected is not None and self._status < 300:
+        expected = self._ask.expect
+        if expected is not None and self._status < 300:
             # as bytes: comparing a memoryview looks at one byte at a time, 1.7 s/GiB instead of 0.06
-            self._wrong = self._wrong or piece != self._expected[self._offset : self._offset + len(piece)].tobytes()
+            self._wrong = self._wrong or piece != expected[self._offset : self._offset + len(piece)].tobytes()
             self._offset += len(piece)
-        elif self._kept is not None and piece:
-            if len(self._kept) + len(piece) > KEPT_BYTES_MAX:
+        elif piece:
+            if len(self.kept) + len(piece) > KEPT_BYTES_MAX:
                 self.fail(f"an answer of more than {KEPT_BYTES_MAX} bytes")
                 return
-            self._kept += piece
+            self.kept += piece
 
     def _take_chunks(self, data: bytes) -> None:
         """RFC 9112, section 7.1. ``_left`` counts a chunk's bytes and the line end behind them; -1: in the trailer."""
@@ -209,53 +253,72 @@ class Connection(asyncio.Protocol):
             self._left = size + 2 if size else -1
 
     def _finish(self) -> None:
+        """The answer is whole: is it right?"""
         self._in_body = False
         self._left = 0
-        if self._expected is not None and self._status < 300 and self._offset != len(self._expected):
-            self._wrong = True
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(self._status)
+        ask = self._ask
+        if self._status >= 300:
+            self._end(WrongAnswer(f"status {self._status}: {bytes(self.kept[:300])!r}"))
+        elif self._wrong or (ask.expect is not None and self._offset != len(ask.expect)):
+            self._end(WrongAnswer(f"the body is not what was written ({self._offset} bytes came)"))
+        elif self._unsent:
+            self.fail("answered before the body was sent")
+        elif ask.check is None:
+            self._end(None)
+        else:
+            try:
+                ask.check(self)
+            except WrongAnswer as error:
+                self._end(error)
+            else:
+                self._end(None)
+
+    def _end(self, error: WrongAnswer | None) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(error)
 
     def fail(self, why: str) -> None:
-        """The request in flight, if there is one, raises WrongAnswer; the connection is of no use any more."""
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(WrongAnswer(why))
+        """The request in flight, if there is one, ends with WrongAnswer; the connection is of no use any more."""
         self.close()
+        self._end(WrongAnswer(why))
 
     def silent_s(self, now: float) -> float:
         """How long the request in flight has waited for a byte to move; 0 when there is none."""
-        return now - self._heard_at if self._answer is not None and not self._answer.done() else 0.0
+        return now - self._heard_at if self._done is not None else 0.0
 
-    async def request(
-        self, head: bytes, body: memoryview | bytes = b"", *, expect: memoryview | None = None, head_only: bool = False
-    ) -> bytes:
-        """Sends, waits for the whole answer; returns its body when no ``expect``ed bytes were to be compared. Raises WrongAnswer."""
-        if self._transport is None or self._transport.is_closing():
-            raise WrongAnswer("not connected")
-        self._expected, self._offset, self._wrong, self._head_only = expect, 0, False, head_only
-        self._kept = bytearray()
-        self._answer = asyncio.get_running_loop().create_future()
+    def begin(self, ask: Ask, done: Done) -> None:
+        """Sends; ``done`` is called once, when the answer is whole or cannot become so any more (perhaps before this returns)."""
+        self._ask, self._done = ask, done
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            self._end(WrongAnswer("not connected"))
+            return
+        self._offset, self._wrong = 0, False
+        if self.kept:
+            self.kept.clear()
         self._heard_at = time.monotonic()
-        if len(body) <= 65536:
-            self._transport.write(head + body if body else head)
+        if len(ask.body) <= 65536:
+            transport.write(ask.head + ask.body if ask.body else ask.head)
         else:
-            self._transport.write(head)
-            view = memoryview(body)
-            for start in range(0, len(view), 1 << 20):
-                await self._writable.wait()
-                if self._transport is None or self._answer.done():
-                    break
-                self._transport.write(view[start : start + (1 << 20)])
-        status = await self._answer
-        if status >= 300:
-            raise WrongAnswer(f"status {status}: {bytes(self._kept[:300])!r}")
-        if self._wrong:
-            raise WrongAnswer(f"the body is not what was written ({self._offset} bytes came)")
-        return bytes(self._kept)
+            transport.write(ask.head)
+            self._unsent = memoryview(ask.body)
+            self._send_on()
+
+    async def request(self, head: bytes, *, head_only: bool = False) -> bytes:
+        """Sends, waits for the whole answer; returns its body. Raises WrongAnswer."""
+        answered: asyncio.Future[WrongAnswer | None] = asyncio.get_running_loop().create_future()
+        self.begin(Ask(head, head_only=head_only), lambda error: answered.done() or answered.set_result(error))
+        if (error := await answered) is not None:
+            raise error
+        return bytes(self.kept)
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+
+_NOTHING = Ask(b"")
 
 
 async def connect(target: Target) -> Connection:

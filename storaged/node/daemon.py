@@ -39,6 +39,7 @@ _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 KEPT_BYTES_MAX = 32 * MIB
 ARENAS_MAX = 2
+DESCRIPTORS_MAX = 65_536
 
 COLLECT_AFTER_OBJECTS = 10_000
 """New containers before the cyclic collector looks at the young ones. A request has some hundreds and drops them all by reference counting, so that at
@@ -61,6 +62,7 @@ def run_node(path: Path, *, end_with_parent: bool = False) -> int:
     if end_with_parent:
         _end_with_parent()
     _keep_memory()
+    _allow_connections()
     observe.setup_logging(config.log.level, config.log.format, node=config.node.name)
     directory = Path(config.node.directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -94,6 +96,15 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((_M_MMAP_THRESHOLD, KEPT_BYTES_MAX), (_M_TRIM_THRESHOLD, KEPT_BYTES_MAX), (_M_ARENA_MAX, ARENAS_MAX)):
             mallopt(option, value)
+
+
+def _allow_connections() -> None:
+    """Shells give 1,024 descriptors, and every connection is one; the hard limit is what the administrator meant."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> StoragedError:

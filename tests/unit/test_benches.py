@@ -19,7 +19,7 @@ from benches.compare import ratios, spread, table
 from benches.measure import flat, measure
 from benches.report import flat_markdown, markdown, summarize
 from benches.rows import Bodies, Result, drive, getting, putting
-from benches.s3client import Connection, Target, WrongAnswer, connect, signed_head
+from benches.s3client import Ask, Connection, Target, WrongAnswer, connect, signed_head
 from benches.servers import Server, storaged_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -202,19 +202,35 @@ async def test_bytes_after_an_answer_spoil_the_connection() -> None:
         connection.close()
 
 
+class Mute(asyncio.Transport):
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
+
+    def is_closing(self) -> bool:
+        return False
+
+
 @pytest.mark.parametrize("split", [1, 7, 1000])
 def test_chunks_may_be_cut_anywhere(split: int) -> None:
-    loop = asyncio.new_event_loop()
-    try:
-        connection = Connection()
-        connection._answer = loop.create_future()
-        connection._kept = bytearray()
-        coded = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nA;x=y\r\n0123456789\r\n0\r\nTrailer: 1\r\n\r\n"
-        for start in range(0, len(coded), split):
-            connection.data_received(coded[start : start + split])
-        assert (connection._answer.result(), bytes(connection._kept)) == (200, b"abcd0123456789")
-    finally:
-        loop.close()
+    outcomes: list[WrongAnswer | None] = []
+    connection = Connection()
+    connection.connection_made(Mute())
+    connection.begin(Ask(b"GET /b/k HTTP/1.1\r\n\r\n"), outcomes.append)
+    coded = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nA;x=y\r\n0123456789\r\n0\r\nTrailer: 1\r\n\r\n"
+    for start in range(0, len(coded), split):
+        assert not outcomes
+        connection.data_received(coded[start : start + split])
+    assert (outcomes, bytes(connection.kept)) == ([None], b"abcd0123456789")
+
+
+async def test_a_body_larger_than_the_socket_takes_at_once_arrives_whole() -> None:
+    size = 9 << 20
+    bodies = Bodies(size)
+    async with serving() as (small, target):
+        result = await drive("row", target, putting(target, "b", "k", bodies, size), in_flight=2, total=4, bytes_each=size)
+    assert (result.errors, result.operations, result.client_cpu_s > 0) == (0, 4, True)
+    assert [small.objects[f"/b/k{number:08d}"] == bodies.of(number) for number in range(4)] == [True] * 4
 
 
 async def run_command(*arguments: str) -> tuple[int, str]:
@@ -263,6 +279,17 @@ async def test_flat_cost_repeats_the_rows_after_each_burden() -> None:
         stages = await flat(Server("small", target), 300, 0.0001, lambda _result: None, lambda _line: None)
     assert [after for after, _ in stages] == ["empty"]
     assert stages[0][1][-1].errors == 1
+
+
+async def test_a_burden_that_takes_too_long_is_as_large_as_it_became_and_its_stage_says_so() -> None:
+    said: list[str] = []
+    async with serving() as (_, target):
+        stages = await flat(Server("small", target), 1_000_000, 0.0001, lambda _result: None, said.append, seconds_max=0.5)
+    assert not [result.first_error for _, results in stages for result in results if result.errors]
+    filled = int(stages[1][0].split(" ")[0].replace(",", ""))
+    assert 0 < filled < 1_000_000
+    assert stages[0][1][-1].operations == filled
+    assert any("fill-4k-64" in line and "of 1,000,000" in line for line in said)
 
 
 def test_a_table_has_medians_and_tells_failed_rows_apart() -> None:
