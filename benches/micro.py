@@ -28,6 +28,7 @@ import structlog
 import uvloop
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from benches import micro_objects
 from benches.s3client import Connection, Target, connect, signed_head
 from storaged.clock import SystemClock
 from storaged.cluster import identity
@@ -47,8 +48,9 @@ from storaged.meta.store import LmdbMetaStore
 from storaged.objects import erasure
 from storaged.objects.api import Buckets, ListedObject, Listing, ObjectInfo, Objects, Principal, Users
 from storaged.objects.get import HeldStream, Span
+from storaged.objects.ports import pack_context
 from storaged.objects.records import BucketRecord
-from storaged.objects.seal import PartSealer, open_message, seal_message
+from storaged.objects.seal import open_message, seal_message, seal_part
 from storaged.s3 import listing, sigv4
 from storaged.s3.app import S3App
 from storaged.s3.context import Front
@@ -127,7 +129,7 @@ def signature_check() -> list[Measured]:
 
 
 def sealing() -> list[Measured]:
-    key, plain, data_id, context = bytes(32), os.urandom(4 * KIB), bytes(16), (SCOPE, b"key", b"null", bytes(16))
+    key, plain, data_id, context = bytes(32), os.urandom(4 * KIB), bytes(16), pack_context(b"", (SCOPE, b"key", b"null", bytes(16)))
     cipher, nonce = AESGCM(key), bytes(12)
     message = seal_message(key, "sov.meta.v1", context, bytes(120), bytes(24))
     encrypt, encrypt_message = (
@@ -135,11 +137,15 @@ def sealing() -> list[Measured]:
         least_us(lambda: cipher.encrypt(nonce, plain[:120], None)),
     )
     return [
-        Measured("seal a part of 4 KiB", least_us(lambda: PartSealer(key, data_id, 1, 8 * KIB, system_entropy(24)).seal(0, plain)), encrypt, "AES-GCM"),
+        Measured("seal a part of 4 KiB", least_us(lambda: seal_part(key, data_id, 1, plain, system_entropy(24))), encrypt, "AES-GCM"),
         Measured("seal metadata", least_us(lambda: seal_message(key, "sov.meta.v1", context, bytes(120), system_entropy(24))), encrypt_message, "AES-GCM"),
         Measured("open metadata", least_us(lambda: open_message(key, "sov.meta.v1", context, message)), encrypt_message, "AES-GCM"),
         figure("MD5 of 4 KiB", least_us(lambda: hashlib.md5(plain, usedforsecurity=False).digest()), "md5"),
     ]  # fmt: skip
+
+
+def object_plane() -> list[Measured]:
+    return [Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_objects.paths()]
 
 
 def coding() -> list[Measured]:
@@ -214,6 +220,9 @@ class _World:
         self.plain = os.urandom(4 * KIB)
         self.info = ObjectInfo(b"key", "null", 4 * KIB, 1_700_000_000_000, "0" * 32, {}, {}, {}, {}, "", "STANDARD", 0)
         self.who = Principal("user", "user", ACCESS)
+
+    def at_hand(self, name: str) -> BucketRecord | tuple[Principal, str]:
+        return (self.who, SECRET) if name == ACCESS else BUCKET
 
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         return self.who, SECRET
@@ -389,7 +398,7 @@ async def segments() -> list[Measured]:
 
 
 PATHS: dict[str, Callable[[], list[Measured] | Coroutine[Any, Any, list[Measured]]]] = {
-    "signature": signature_check, "http": http, "seal": sealing, "code": coding, "rpc": rpc,
+    "signature": signature_check, "http": http, "seal": sealing, "objects": object_plane, "code": coding, "rpc": rpc,
     "register": registers, "lmdb": lmdb_batch, "segment": segments, "list": list_page,
 }  # fmt: skip
 

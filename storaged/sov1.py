@@ -53,6 +53,9 @@ _NONCE_BYTES = 12
 _COMMITMENT_BYTES = 32
 assert len(MAGIC) + 4 + SALT_BYTES == _PREFIX_BYTES
 assert _PREFIX_BYTES + _COMMITMENT_BYTES == HEADER_BYTES
+_MATERIAL_BYTES = KEY_BYTES + _NONCE_BYTES + _COMMITMENT_BYTES
+_SHA512 = SHA512()
+_HEADS = {1 << log: MAGIC + bytes((SUITE, log, 0, 0)) for log in range(12, 17)}
 
 
 class SealBroken(Exception):
@@ -67,11 +70,11 @@ class SealBroken(Exception):
 
 
 def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
-    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold."""
-    packed = [label]
+    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold. More fields may be packed behind: the result is the label then."""
+    packed = label
     for field in fields:
-        packed += (len(field).to_bytes(4, "big"), field)
-    return b"".join(packed)
+        packed += len(field).to_bytes(4, "big") + field
+    return packed
 
 
 def chunk_bytes_for(size: int | None, k: int) -> int:
@@ -114,16 +117,48 @@ def header_chunk_bytes(header: Buffer) -> int:
 
 class _Derived(NamedTuple):
     cipher: AESGCM
-    nonce: int
+    nonce: bytes
     commitment: bytes
 
 
 def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> _Derived:
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
-    info = label.encode() + b"\0" + prefix + context
-    material = HKDFExpand(SHA512(), 32 + _NONCE_BYTES + _COMMITMENT_BYTES, info).derive(key)
-    return _Derived(AESGCM(material[:32]), int.from_bytes(material[32:44], "big"), material[44:])
+    material = HKDFExpand(_SHA512, _MATERIAL_BYTES, b"%b\0%b%b" % (label.encode(), prefix, context)).derive(key)
+    return _Derived(AESGCM(material[:32]), material[32:44], material[44:])
+
+
+def _prefix(chunk_bytes: int, salt: bytes) -> bytes:
+    """The header up to the commitment."""
+    head = _HEADS.get(chunk_bytes)
+    if head is None:
+        raise ValueError(f"chunks have a power of two from {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} bytes, not {chunk_bytes}")
+    if len(salt) != SALT_BYTES:
+        raise ValueError(f"a salt has {SALT_BYTES} bytes, not {len(salt)}")
+    return head + salt
+
+
+def seal_one(key: bytes, label: str, context: bytes, chunk_bytes: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
+    """(header, chunk) of a stream that is shorter than a chunk: what a ``Sealer`` makes of it, without one. ``salt``: 24 fresh random bytes."""
+    prefix = _prefix(chunk_bytes, salt)
+    if len(plaintext) >= chunk_bytes - TAG_BYTES:
+        raise ValueError(f"{len(plaintext)} bytes fill a chunk of {chunk_bytes}: the stream needs another")
+    cipher, nonce, commitment = _derive(key, label, prefix, context)
+    return prefix + commitment, cipher.encrypt(nonce, plaintext, None)
+
+
+def open_one(key: bytes, label: str, context: bytes, header: bytes, chunk: Buffer) -> bytes:
+    """The plaintext of a stream that is shorter than a chunk: what an ``Opener`` makes of it, without one. Raises SealBroken, also for a full chunk."""
+    chunk_bytes = header_chunk_bytes(header)
+    cipher, nonce, commitment = _derive(key, label, header[:_PREFIX_BYTES], context)
+    if not hmac.compare_digest(commitment, header[_PREFIX_BYTES:]):
+        raise SealBroken("the header does not commit to this key and context")
+    if not TAG_BYTES <= len(chunk) < chunk_bytes:
+        raise SealBroken(f"{len(chunk)} bytes are not the only chunk of a stream", index=0)
+    try:
+        return cipher.decrypt(nonce, chunk, None)
+    except InvalidTag:
+        raise SealBroken("chunk 0 does not open", index=0) from None
 
 
 class Sealer:
@@ -134,12 +169,9 @@ class Sealer:
     """
 
     def __init__(self, key: bytes, label: str, context: bytes, chunk_bytes: int, salt: bytes) -> None:
-        if chunk_bytes.bit_count() != 1 or not CHUNK_BYTES_MIN <= chunk_bytes <= CHUNK_BYTES_MAX:
-            raise ValueError(f"chunks have a power of two from {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} bytes, not {chunk_bytes}")
-        if len(salt) != SALT_BYTES:
-            raise ValueError(f"a salt has {SALT_BYTES} bytes, not {len(salt)}")
-        prefix = MAGIC + bytes((SUITE, chunk_bytes.bit_length() - 1, 0, 0)) + salt
-        self._cipher, self._nonce, commitment = _derive(key, label, prefix, context)
+        prefix = _prefix(chunk_bytes, salt)
+        self._cipher, nonce, commitment = _derive(key, label, prefix, context)
+        self._nonce = int.from_bytes(nonce, "big")
         self._next = 0
         self.header = prefix + commitment
         """The 64 bytes of the stream's header."""
@@ -196,7 +228,8 @@ class Opener:
         raw = bytes(header)
         self.chunk_bytes = header_chunk_bytes(raw)
         self.plain_bytes = self.chunk_bytes - TAG_BYTES
-        self._cipher, self._nonce, commitment = _derive(key, label, raw[:_PREFIX_BYTES], context)
+        self._cipher, nonce, commitment = _derive(key, label, raw[:_PREFIX_BYTES], context)
+        self._nonce = int.from_bytes(nonce, "big")
         if not hmac.compare_digest(commitment, raw[_PREFIX_BYTES:]):
             raise SealBroken("the header does not commit to this key and context")
         self._chunks = None if size is None else chunk_count(size, self.chunk_bytes)
@@ -242,31 +275,32 @@ class Opener:
             raise SealBroken(f"chunk {index} of {length} bytes does not fit the stream's size", index=index)
 
 
-def seal_message(key: bytes, label: str, context: Sequence[bytes], plaintext: bytes, salt: bytes) -> bytes:
+def seal_message(key: bytes, label: str, context: bytes, plaintext: bytes, salt: bytes) -> bytes:
     """A whole stream in one value: header and chunks. C is the smallest in which the plaintext fits one chunk, else 64 KiB.
 
-    ``context`` fields are length-prefixed; ``salt`` is 24 fresh random bytes; the result has ``sealed_size(len(plaintext), C)`` bytes.
+    ``context`` is packed (``pack_context``); ``salt`` is 24 fresh random bytes; the result has ``sealed_size(len(plaintext), C)`` bytes.
     """
-    sealer = Sealer(key, label, pack_context(b"", context), chunk_bytes_for(len(plaintext), 1), salt)
-    if len(plaintext) < sealer.plain_bytes:
-        return sealer.header + sealer.seal(0, plaintext)
-    out = bytearray(sealed_size(len(plaintext), sealer.chunk_bytes))
+    chunk_bytes = chunk_bytes_for(len(plaintext), 1)
+    if len(plaintext) < chunk_bytes - TAG_BYTES:
+        header, chunk = seal_one(key, label, context, chunk_bytes, plaintext, salt)
+        return header + chunk
+    sealer = Sealer(key, label, context, chunk_bytes, salt)
+    out = bytearray(sealed_size(len(plaintext), chunk_bytes))
     out[:HEADER_BYTES] = sealer.header
     sealer.seal_block(0, plaintext, memoryview(out)[HEADER_BYTES:], last=True)
     return bytes(out)
 
 
-def open_message(key: bytes, label: str, context: Sequence[bytes], sealed: Buffer) -> bytes:
+def open_message(key: bytes, label: str, context: bytes, sealed: bytes) -> bytes:
     """The plaintext of what ``seal_message`` made. Raises SealBroken."""
-    view = memoryview(sealed)
-    opener = Opener(key, label, pack_context(b"", context), view[:HEADER_BYTES])
-    chunks = view[HEADER_BYTES:]
+    header = sealed[:HEADER_BYTES]
+    if len(sealed) < HEADER_BYTES + header_chunk_bytes(header):
+        return open_one(key, label, context, header, sealed[HEADER_BYTES:])
+    opener = Opener(key, label, context, header)
+    chunks = memoryview(sealed)[HEADER_BYTES:]
     count, rest = divmod(len(chunks), opener.chunk_bytes)
-    size = count * opener.plain_bytes + rest - TAG_BYTES
     if rest < TAG_BYTES:
         raise SealBroken("the message is cut short", index=count)
-    if not count:
-        return opener.open(0, chunks)
-    out = bytearray(size)
+    out = bytearray(count * opener.plain_bytes + rest - TAG_BYTES)
     opener.open_block(0, chunks, memoryview(out))
     return bytes(out)

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from storaged.clock import Clock, SystemClock
 from storaged.errors import FileExists, KeyringDamaged, KeyringMismatch, OperatorError, WrongPassphrase
 from storaged.ids import Entropy, system_entropy
-from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, seal_message
+from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_context, seal_message
 from storaged.wire import Message, decode, encode
 
 FORMAT = "storaged keyring"
@@ -240,9 +240,10 @@ def _render(keyring_id: bytes, body: _Body, protection: Protection, backed_up_ep
     )
 
 
-def _context(keyring_id: bytes, protected: Mapping[str, Any]) -> list[bytes]:
+def _context(keyring_id: bytes, protected: Mapping[str, Any]) -> bytes:
     """What the seal binds besides the key: format version, id, and the protection's fields in the order of their names, ``name=value``."""
-    return [str(VERSION).encode(), keyring_id, *(f"{name}={protected[name]}".encode() for name in sorted(protected))]
+    named = (f"{name}={protected[name]}".encode() for name in sorted(protected))
+    return pack_context(b"", [str(VERSION).encode(), keyring_id, *named])
 
 
 def _unlock(protected: Mapping[str, Any], protection: Protection, path: Path) -> bytes:

@@ -30,13 +30,16 @@ from storaged.keys.keyfile import KeyMaterial
 from storaged.keys.ports import AlreadyThere, Audit, SystemRegisters
 from storaged.sov1 import (
     CHUNK_BYTES_MIN,
+    HEADER_BYTES,
     KEY_BYTES,
     SALT_BYTES,
     TAG_BYTES,
     SealBroken,
     open_message,
+    open_one,
     pack_context,
     seal_message,
+    seal_one,
     sealed_size,
 )
 from storaged.wire import Message, decode, encode
@@ -72,22 +75,22 @@ class BucketKeys(Message, frozen=True):
 
 
 class _Box:
-    """AES-256-GCM under one key with random 96-bit nonces: nonce || ciphertext || tag, the packed context as associated data."""
+    """AES-256-GCM under one key with random 96-bit nonces: nonce || ciphertext || tag; the label and the packed context are the associated data."""
 
     def __init__(self, key: bytes, label: bytes, entropy: Entropy) -> None:
         self._cipher = AESGCM(key)
         self._label = label
         self._entropy = entropy
 
-    def seal(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+    def seal(self, plaintext: bytes, context: bytes) -> bytes:
         nonce = self._entropy(NONCE_BYTES)
-        return nonce + self._cipher.encrypt(nonce, plaintext, pack_context(self._label, context))
+        return nonce + self._cipher.encrypt(nonce, plaintext, self._label + context)
 
-    def open(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
+    def open(self, sealed: bytes, context: bytes) -> bytes:
         if len(sealed) < NONCE_BYTES + TAG_BYTES:
             raise SealBroken("too short to be sealed")
         try:
-            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], pack_context(self._label, context))
+            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], self._label + context)
         except InvalidTag:
             raise SealBroken("does not open under this key and context") from None
 
@@ -108,20 +111,21 @@ class UnwrappedBucketKey:
     def version(self) -> int:
         return self._version
 
-    def wrap(self, dek: bytes, context: Sequence[bytes]) -> bytes:
+    def wrap(self, dek: bytes, context: bytes) -> bytes:
         if len(dek) != KEY_BYTES:
             raise ValueError(f"a data key has {KEY_BYTES} bytes, not {len(dek)}")
-        return seal_message(self._key, WRAP_LABEL, context, dek, self._entropy(SALT_BYTES))
+        header, chunk = seal_one(self._key, WRAP_LABEL, context, CHUNK_BYTES_MIN, dek, self._entropy(SALT_BYTES))
+        return header + chunk
 
-    def unwrap(self, wrapped: bytes, context: Sequence[bytes]) -> bytes:
+    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
         if len(wrapped) != WRAPPED_KEY_BYTES:
             raise SealBroken(f"a wrapped key has {WRAPPED_KEY_BYTES} bytes, not {len(wrapped)}")
-        return open_message(self._key, WRAP_LABEL, context, wrapped)
+        return open_one(self._key, WRAP_LABEL, context, wrapped[:HEADER_BYTES], wrapped[HEADER_BYTES:])
 
-    def seal_list(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+    def seal_list(self, plaintext: bytes, context: bytes) -> bytes:
         return self._list.seal(plaintext, context)
 
-    def open_list(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
+    def open_list(self, sealed: bytes, context: bytes) -> bytes:
         return self._list.open(sealed, context)
 
 
@@ -212,6 +216,10 @@ class Keyring:
             raise KeyringUnavailable(f"Bucket {bucket_id.hex()} has no key of version {version}; its newest is {cached.newest}.")
         return key
 
+    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey | None:
+        cached = self._lookup(bucket_id)
+        return None if cached is None else cached.versions.get(version or cached.newest)
+
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
         return hmac.digest(self.material.record_key, pack_context(RECORD_LABEL, [*context, message]), "sha256")
 
@@ -219,10 +227,10 @@ class Keyring:
         return hmac.compare_digest(self.authenticate(context, message), tag)
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
-        return self._secret_box().seal(plaintext, context)
+        return self._secret_box().seal(plaintext, pack_context(b"", context))
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
-        return self._secret_box().open(sealed, context)
+        return self._secret_box().open(sealed, pack_context(b"", context))
 
     def close(self) -> None:
         """Forgets every key. Everything that is asked afterwards raises KeyringUnavailable."""
@@ -311,8 +319,8 @@ class Keyring:
             raise KeyringUnavailable(f"No key is kept for bucket {name}.")
         return found
 
-    def _wrap_context(self, bucket_id: bytes, version: int, epoch: int) -> list[bytes]:
-        return [self._keyring_id, bucket_id, version.to_bytes(4, "big"), epoch.to_bytes(4, "big")]
+    def _wrap_context(self, bucket_id: bytes, version: int, epoch: int) -> bytes:
+        return pack_context(b"", [self._keyring_id, bucket_id, version.to_bytes(4, "big"), epoch.to_bytes(4, "big")])
 
     def _facts(self, bucket_id: bytes, **more: str) -> dict[str, str]:
         return {"keyring": self._keyring_id.hex(), "bucket": bucket_id.hex(), **more}

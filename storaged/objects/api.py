@@ -80,6 +80,15 @@ Body = AsyncIterator[Buffer]
 """Pieces of a body as they arrive. A piece is the consumer's until it asks for the next. Raises IncompleteBody (client gone), XAmzContentSHA256Mismatch, ..."""
 
 
+class WholeBody(Protocol):
+    """What a Body may be besides. ``put`` asks for the whole when its size was declared and is at most ``ObjectLimits.small_sealed_bytes_max``, and then for no piece:
+    such an object needs no generator, no copy, and one pass."""
+
+    async def whole(self) -> Buffer:
+        """All bytes of the body, once everything that the pieces would be checked against holds: as many as were declared, or the caller finds them wrong. The
+        memory stays as it is until the call that was given this body returns. Raises what the pieces would raise."""
+
+
 class ObjectInfo(NamedTuple):
     """A version as a HEAD answers it."""
 
@@ -208,6 +217,9 @@ class Buckets(Protocol):
     async def get(self, name: str) -> BucketRecord:
         """Cached for a moment; its authenticator verified. Raises NoSuchBucket."""
 
+    def at_hand(self, name: str) -> BucketRecord | None:
+        """What ``get`` would answer without waiting; None when it would wait."""
+
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[BucketRecord], str | None]:
@@ -224,6 +236,9 @@ class Buckets(Protocol):
 class Users(Protocol):
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """(principal, secret key), cached for a moment. Raises InvalidAccessKeyId."""
+
+    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
+        """What ``lookup`` would answer without waiting; None when it would wait."""
 
     async def add(
         self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""

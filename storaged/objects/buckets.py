@@ -162,6 +162,9 @@ class BucketService:
         """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
         return await self._recent.get(name, lambda: self._load(name))
 
+    def at_hand(self, name: str) -> BucketRecord | None:
+        return self._recent.at_hand(name)
+
     async def _load(self, name: str) -> BucketRecord:
         register = system_name(PREFIX + name)
         record = self._decode(register, (await self._plane.registers.read(register)).value)

@@ -99,7 +99,7 @@ async def bound_parts_of(
 
 
 async def write_sealed_parts(
-    pages: Pages, near: RegisterName, dek: bytes, context: Sequence[bytes], parts: Sequence[SealedPart], entropy: Entropy
+    pages: Pages, near: RegisterName, dek: bytes, context: bytes, parts: Sequence[SealedPart], entropy: Entropy
 ) -> tuple[bytes, ...]:
     """Hashes of the pages, the first one's first, of what the parts are (ETags, sizes, checksums), sealed under the version's key."""
     following = b""
@@ -112,9 +112,7 @@ async def write_sealed_parts(
     return tuple(reversed(hashes))
 
 
-async def sealed_parts_of(
-    pages: Pages, near: RegisterName, dek: bytes, context: Sequence[bytes], meta: SealedMeta
-) -> tuple[SealedPart, ...]:
+async def sealed_parts_of(pages: Pages, near: RegisterName, dek: bytes, context: bytes, meta: SealedMeta) -> tuple[SealedPart, ...]:
     """What all parts of an object are; empty for one that was not uploaded in parts. Raises DataDamaged."""
     found = list(meta.parts)
     following = meta.parts_page

@@ -15,21 +15,23 @@ WRAPPED_KEY_BYTES = 112
 
 
 class BucketKey(Protocol):
-    """One version of a bucket's key, unwrapped and cached. Pure computation from here on: about 12 us a wrap, 1 us a list field."""
+    """One version of a bucket's key, unwrapped and cached. Pure computation from here on: about 6 us a wrap, 1 us a list field.
+
+    ``context`` is what is sealed is bound to: its fields, packed (``pack_context``)."""
 
     @property
     def version(self) -> int: ...
 
-    def wrap(self, dek: bytes, context: Sequence[bytes]) -> bytes:
-        """32-byte DEK -> 112 bytes, committing, bound to the context (each field length-prefixed)."""
+    def wrap(self, dek: bytes, context: bytes) -> bytes:
+        """32-byte DEK -> 112 bytes, committing, bound to the context."""
 
-    def unwrap(self, wrapped: bytes, context: Sequence[bytes]) -> bytes:
+    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
         """Raises SealBroken when it was not wrapped under this key for this context."""
 
-    def seal_list(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+    def seal_list(self, plaintext: bytes, context: bytes) -> bytes:
         """nonce(12) || AES-256-GCM under the list key, context as AAD."""
 
-    def open_list(self, sealed: bytes, context: Sequence[bytes]) -> bytes: ...
+    def open_list(self, sealed: bytes, context: bytes) -> bytes: ...
 
 
 class KeyService(Protocol):
@@ -40,6 +42,9 @@ class KeyService(Protocol):
 
     async def bucket_key(self, bucket_id: bytes, version: int = 0) -> BucketKey:
         """The newest version (0), or the one named; cached, so that no object path waits for the register twice. Audited on release, not on cached use."""
+
+    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> BucketKey | None:
+        """What ``bucket_key`` would answer without waiting; None when it would wait, or refuse."""
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
         """HMAC-SHA256 (32 bytes) by the keyring's record key over the length-prefixed context and message."""

@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """What was loaded in the last ``seconds``; a change elsewhere is seen after that, one of this process at once (``forget``). Failures are not kept."""
+    """Values, none of them None. What was loaded in the last ``seconds``; a change elsewhere is seen after that, one of this process at once (``forget``). Failures are not kept."""
 
     def __init__(self, clock: Clock, seconds: float, entries_max: int) -> None:
         self._clock = clock
@@ -23,11 +23,15 @@ class Recent(Generic[K, V]):
         self._kept: OrderedDict[K, tuple[float, V]] = OrderedDict()
         self._loads: dict[K, asyncio.Future[V]] = {}
 
+    def at_hand(self, key: K) -> V | None:
+        """What ``get`` would return without waiting; None when it would load."""
+        kept = self._kept.get(key)
+        return kept[1] if kept is not None and self._clock.monotonic() < kept[0] else None
+
     async def get(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
         """Raises what ``load`` raises."""
-        kept = self._kept.get(key)
-        if kept is not None and self._clock.monotonic() < kept[0]:
-            return kept[1]
+        if (kept := self.at_hand(key)) is not None:
+            return kept
         while (under_way := self._loads.get(key)) is not None:
             try:
                 return await asyncio.shield(under_way)

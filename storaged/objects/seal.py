@@ -10,7 +10,7 @@ from storaged.ids import DATA_ID_BYTES
 from storaged.sov1 import HEADER_BYTES as HEADER_BYTES
 from storaged.sov1 import SALT_BYTES as SALT_BYTES
 from storaged.sov1 import TAG_BYTES as TAG_BYTES
-from storaged.sov1 import Opener, Sealer
+from storaged.sov1 import Opener, SealBroken, Sealer, chunk_bytes_for, open_one, seal_one
 from storaged.sov1 import open_message as open_message
 from storaged.sov1 import seal_message as seal_message
 from storaged.wire import Buffer
@@ -23,6 +23,18 @@ def _part_context(data_id: bytes, part_number: int) -> bytes:
     if len(data_id) != DATA_ID_BYTES:
         raise ValueError(f"a data id has {DATA_ID_BYTES} bytes, not {len(data_id)}")
     return data_id + part_number.to_bytes(4, "big")
+
+
+def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
+    """(header, chunk) of a part that one chunk holds (less than 64 KiB - 16), of the smallest size that does. ``salt``: 24 fresh random bytes for every attempt."""
+    return seal_one(dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes_for(len(plaintext), 1), plaintext, salt)
+
+
+def open_part(dek: bytes, header: bytes, data_id: bytes, part_number: int, size: int, chunk: Buffer) -> bytes:
+    """The ``size`` bytes of plaintext of a part that is one chunk. Raises SealBroken, also when the chunk is of another size."""
+    if len(chunk) != size + TAG_BYTES:
+        raise SealBroken(f"{len(chunk)} bytes are not the only chunk of {size}", index=0)
+    return open_one(dek, PART_LABEL, _part_context(data_id, part_number), header, chunk)
 
 
 class PartSealer(Sealer):

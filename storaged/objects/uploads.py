@@ -16,7 +16,7 @@ from storaged.meta.ports import Row, Scanner
 from storaged.objects.api import UploadInfo
 from storaged.objects.manifest import checked
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.ports import BucketKey, SealBroken
+from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord
 from storaged.objects.seal import META_LABEL, SALT_BYTES, open_message, seal_message
 from storaged.objects.versions import Place
@@ -56,8 +56,8 @@ class OpenedUpload(NamedTuple):
             record.checksum_type,
         )
 
-    def part_context(self, data_id: bytes) -> tuple[bytes, ...]:
-        return (*self.place.context(UPLOAD_VERSION, self.record.upload_id), data_id)
+    def part_context(self, data_id: bytes) -> bytes:
+        return pack_context(self.place.context(UPLOAD_VERSION, self.record.upload_id), [data_id])
 
     def seal_part(self, plane: ObjectPlane, data_id: bytes, part: SealedPart) -> bytes:
         return seal_message(self.dek, PART_LABEL, self.part_context(data_id), encode(part), plane.entropy(SALT_BYTES))
@@ -79,7 +79,7 @@ class OpenedUpload(NamedTuple):
         return _opened(self.dek, RESULT_LABEL, context, self.record.result, CompleteResult)
 
 
-def _opened(dek: bytes, label: str, context: tuple[bytes, ...], sealed: bytes, kind: type[T]) -> T:
+def _opened(dek: bytes, label: str, context: bytes, sealed: bytes, kind: type[T]) -> T:
     try:
         return decode(open_message(dek, label, context, sealed), kind)
     except (SealBroken, msgspec.MsgspecError) as error:

@@ -17,7 +17,7 @@ from storaged.meta.ports import Outcome, Registers
 from storaged.objects.api import NewMeta, ObjectInfo
 from storaged.objects.conditions import Current
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.ports import BucketKey, SealBroken
+from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, SealedList, SealedMeta, SealedPart, Version
 from storaged.objects.seal import META_LABEL, SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
@@ -88,10 +88,11 @@ class Place(NamedTuple):
     bucket_id: bytes
     key: bytes
 
-    def context(self, version_id: str, context_id: bytes) -> tuple[bytes, ...]:
-        return (self.bucket_id, self.key, version_id.encode(), context_id)
+    def context(self, version_id: str, context_id: bytes) -> bytes:
+        """Packed."""
+        return pack_context(b"", (self.bucket_id, self.key, version_id.encode(), context_id))
 
-    def context_of(self, version: Version) -> tuple[bytes, ...]:
+    def context_of(self, version: Version) -> bytes:
         return self.context(version.version_id, version.context_id)
 
 

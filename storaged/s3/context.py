@@ -35,7 +35,7 @@ async def owned_bucket(front: Front, who: Principal, name: str, expected_owner: 
     """
     if not bucket_name_possible(name):
         raise InvalidBucketName(BucketName=name)
-    bucket = await front.buckets.get(name)
+    bucket = front.buckets.at_hand(name) or await front.buckets.get(name)
     if not who.access_key or who.user_id != bucket.owner or (expected_owner and expected_owner != bucket.owner):
         raise AccessDenied()
     return bucket

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
 from storaged.objects.geometry import BlockShape, PartShape, chunk_bytes_for, chunks_size, sealed_size
+from storaged.objects.ports import pack_context
 from storaged.objects.seal import PartOpener, PartSealer, open_message, seal_message
 
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
@@ -46,14 +47,14 @@ def test_what_was_sealed_block_by_block_opens_chunk_by_chunk_and_in_blocks(size,
 @settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=20_000), st.lists(st.binary(max_size=40), max_size=4))
 def test_messages_open_and_have_the_documented_size(plain, context):
-    sealed = seal_message(DEK, "sov.meta.v1", context, plain, SALT)
-    assert open_message(DEK, "sov.meta.v1", context, sealed) == plain
+    sealed = seal_message(DEK, "sov.meta.v1", pack_context(b"", context), plain, SALT)
+    assert open_message(DEK, "sov.meta.v1", pack_context(b"", context), sealed) == plain
     assert len(sealed) == 64 + len(plain) + 16
 
 
 def test_messages_of_many_chunks_open():
     plain = bytes(range(256)) * 1000
-    assert open_message(DEK, "sov.meta.v1", [], seal_message(DEK, "sov.meta.v1", [], plain, SALT)) == plain
+    assert open_message(DEK, "sov.meta.v1", b"", seal_message(DEK, "sov.meta.v1", b"", plain, SALT)) == plain
 
 
 @given(st.integers(0, 2**43), st.integers(1, 8))

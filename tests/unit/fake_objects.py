@@ -90,6 +90,9 @@ class FakeUsers:
     def __init__(self) -> None:
         self.by_key: dict[str, tuple[Principal, str]] = {}
 
+    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
+        return self.by_key.get(access_key)
+
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         if access_key not in self.by_key:
             raise errors.InvalidAccessKeyId()
@@ -125,6 +128,9 @@ class FakeBuckets:
         bucket = BucketRecord(name, hashlib.md5(name.encode()).digest(), who.user_id, self.objects.now_ms(), "active", 16, region)
         self.by_name[name] = bucket
         return bucket
+
+    def at_hand(self, name: str) -> BucketRecord | None:
+        return self.by_name.get(name)
 
     async def get(self, name: str) -> BucketRecord:
         if name not in self.by_name:

@@ -366,26 +366,30 @@ class FakeBucketKey:
     def version(self) -> int:
         return self._version
 
-    def wrap(self, dek: bytes, context: Sequence[bytes]) -> bytes:
+    def wrap(self, dek: bytes, context: bytes) -> bytes:
         return self.seal_list(dek, context).ljust(112, b"\0")
 
-    def unwrap(self, wrapped: bytes, context: Sequence[bytes]) -> bytes:
+    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
         return self.open_list(wrapped[:60], context)
 
-    def seal_list(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
+    def seal_list(self, plaintext: bytes, context: bytes) -> bytes:
         nonce = os.urandom(12)
-        return nonce + self._key.encrypt(nonce, plaintext, pack_context(b"", context))
+        return nonce + self._key.encrypt(nonce, plaintext, context)
 
-    def open_list(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
+    def open_list(self, sealed: bytes, context: bytes) -> bytes:
         try:
-            return self._key.decrypt(sealed[:12], sealed[12:], pack_context(b"", context))
+            return self._key.decrypt(sealed[:12], sealed[12:], context)
         except InvalidTag:
             raise SealBroken("wrong key or context") from None
 
 
 class FakeKeys:
+    """``late``: no key is at hand, so that whoever needs one has to wait for it."""
+
     def __init__(self) -> None:
         self.newest: dict[bytes, int] = {}
+        self.late = False
+        self._keys: dict[int, FakeBucketKey] = {}
 
     async def create_bucket_key(self, bucket_id: bytes) -> None:
         self.newest[bucket_id] = 1
@@ -393,7 +397,13 @@ class FakeKeys:
     async def bucket_key(self, bucket_id: bytes, version: int = 0) -> FakeBucketKey:
         if bucket_id not in self.newest:
             raise KeyringUnavailable
-        return FakeBucketKey(version or self.newest[bucket_id])
+        version = version or self.newest[bucket_id]
+        return self._keys.setdefault(version, FakeBucketKey(version))
+
+    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> FakeBucketKey | None:
+        if self.late or bucket_id not in self.newest:
+            return None
+        return self._keys.get(version or self.newest[bucket_id])
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
         return hmac.digest(b"record key", pack_context(message, context), "sha256")
@@ -402,10 +412,10 @@ class FakeKeys:
         return hmac.compare_digest(self.authenticate(context, message), tag)
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
-        return FakeBucketKey(99).seal_list(plaintext, context)
+        return FakeBucketKey(99).seal_list(plaintext, pack_context(b"", context))
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
-        return FakeBucketKey(99).open_list(sealed, context)
+        return FakeBucketKey(99).open_list(sealed, pack_context(b"", context))
 
 
 FAST = ObjectLimits(late_grace_s=0.02, write_timeout_s=0.3, sync_timeout_s=0.3, read_timeout_s=0.3, hedge_floor_s=0.02)

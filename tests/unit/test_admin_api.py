@@ -28,6 +28,9 @@ class Users:
     def __init__(self) -> None:
         self.known: dict[str, tuple[Principal, str]] = {}
 
+    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
+        return self.known.get(access_key)
+
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         return self.known[access_key]
 
@@ -58,6 +61,9 @@ class Buckets:
     ) -> BucketRecord:
         self.made.append((who.display_name, name, region))
         return BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region, countries)
+
+    def at_hand(self, name: str) -> BucketRecord | None:
+        return None
 
     async def get(self, name: str) -> BucketRecord:
         raise NotImplementedError

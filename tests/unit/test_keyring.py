@@ -35,7 +35,7 @@ from storaged.keys import (
 from storaged.keys.keyfile import ARGON2_COST
 from storaged.keys.keyring import WRAPPED_KEY_BYTES, BucketKeys
 from storaged.objects.ports import WRAPPED_KEY_BYTES as PORT_WRAPPED_KEY_BYTES
-from storaged.objects.ports import BucketKey, KeyService, SealBroken
+from storaged.objects.ports import BucketKey, KeyService, SealBroken, pack_context
 from storaged.wire import decode, encode
 
 CHEAP = Argon2Cost(memory_kib=64, passes=1, lanes=1)
@@ -312,41 +312,41 @@ async def test_a_bucket_key_is_committed_before_its_creation_returns_and_its_wra
     await rig.keyring.create_bucket_key(BUCKET)
     assert list(rig.registers.values) == ["key/" + BUCKET.hex()]
     key: BucketKey = await rig.keyring.bucket_key(BUCKET)
-    wrapped = key.wrap(b"d" * 32, [b"bucket", b"key"])
+    wrapped = key.wrap(b"d" * 32, pack_context(b"", [b"bucket", b"key"]))
     assert len(wrapped) == WRAPPED_KEY_BYTES
     again = Rig(open_keyring(material.path, CREDENTIAL))
     again.registers.values = rig.registers.values
     reopened = await again.keyring.bucket_key(BUCKET, 1)
-    assert reopened.unwrap(wrapped, [b"bucket", b"key"]) == b"d" * 32
+    assert reopened.unwrap(wrapped, pack_context(b"", [b"bucket", b"key"])) == b"d" * 32
     assert reopened.version == 1
 
 
 async def test_a_wrap_opens_only_in_its_own_context_whole_and_unaltered(rig):
     await rig.keyring.create_bucket_key(BUCKET)
     key = await rig.keyring.bucket_key(BUCKET)
-    wrapped = key.wrap(b"d" * 32, [b"ab", b"c"])
+    wrapped = key.wrap(b"d" * 32, pack_context(b"", [b"ab", b"c"]))
     for context in ([b"a", b"bc"], [b"ab"], [b"ab", b"c", b""], [b"abc"]):
         with pytest.raises(SealBroken):
-            key.unwrap(wrapped, context)
+            key.unwrap(wrapped, pack_context(b"", context))
     for at in range(len(wrapped)):
         broken = bytearray(wrapped)
         broken[at] ^= 0x80
         with pytest.raises(SealBroken):
-            key.unwrap(bytes(broken), [b"ab", b"c"])
+            key.unwrap(bytes(broken), pack_context(b"", [b"ab", b"c"]))
     for length in (0, 63, 64, 111, 113):
         with pytest.raises(SealBroken):
-            key.unwrap((wrapped + b"x")[:length], [b"ab", b"c"])
+            key.unwrap((wrapped + b"x")[:length], pack_context(b"", [b"ab", b"c"]))
     with pytest.raises(ValueError, match="32 bytes"):
-        key.wrap(b"short", [])
+        key.wrap(b"short", pack_context(b"", []))
 
 
 async def test_list_fields_open_in_their_context_only_and_differ_each_time(rig):
     await rig.keyring.create_bucket_key(BUCKET)
     key = await rig.keyring.bucket_key(BUCKET)
-    sealed = key.seal_list(b"etag", [b"k", b"v"])
+    sealed = key.seal_list(b"etag", pack_context(b"", [b"k", b"v"]))
     assert len(sealed) == 12 + 4 + 16
-    assert sealed != key.seal_list(b"etag", [b"k", b"v"])
-    assert key.open_list(sealed, [b"k", b"v"]) == b"etag"
+    assert sealed != key.seal_list(b"etag", pack_context(b"", [b"k", b"v"]))
+    assert key.open_list(sealed, pack_context(b"", [b"k", b"v"])) == b"etag"
     for broken, context in (
         (sealed, [b"kv"]),
         (sealed[:-1], [b"k", b"v"]),
@@ -354,7 +354,7 @@ async def test_list_fields_open_in_their_context_only_and_differ_each_time(rig):
         (bytes([sealed[0] ^ 1]) + sealed[1:], [b"k", b"v"]),
     ):
         with pytest.raises(SealBroken):
-            key.open_list(broken, context)
+            key.open_list(broken, pack_context(b"", context))
 
 
 async def test_a_key_under_another_buckets_name_does_not_open(rig):
@@ -511,8 +511,8 @@ async def test_a_closed_keyring_answers_nothing_not_even_from_its_cache(rig):
 async def test_one_backup_covers_buckets_created_after_it(tmp_path, rig, material):
     backup(material, tmp_path / "backup", "far away", cost=CHEAP)
     await rig.keyring.create_bucket_key(BUCKET)
-    wrapped = (await rig.keyring.bucket_key(BUCKET)).wrap(b"d" * 32, [])
+    wrapped = (await rig.keyring.bucket_key(BUCKET)).wrap(b"d" * 32, pack_context(b"", []))
     os.remove(material.path)
     again = Rig(restore(Path(tmp_path / "backup"), "far away", tmp_path / "restored"))
     again.registers.values = rig.registers.values
-    assert (await again.keyring.bucket_key(BUCKET)).unwrap(wrapped, []) == b"d" * 32
+    assert (await again.keyring.bucket_key(BUCKET)).unwrap(wrapped, pack_context(b"", [])) == b"d" * 32

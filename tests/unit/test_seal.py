@@ -10,7 +10,7 @@ import pytest
 from storaged.keys.keyfile import Argon2Cost, Credential, Passphrase, _unlock
 from storaged.keys.keyring import BUCKET_KEY_LABEL, SECRET_LABEL, Keyring, UnwrappedBucketKey, _Box
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.seal import HEADER_BYTES, META_LABEL, PartOpener, PartSealer, open_message, seal_message
+from storaged.objects.seal import HEADER_BYTES, META_LABEL, PartOpener, PartSealer, open_message, open_part, seal_message, seal_part
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "seal.json").read_text())
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
@@ -18,6 +18,10 @@ DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
 
 def hexed(value):
     return [bytes.fromhex(one) for one in value] if isinstance(value, list) else bytes.fromhex(value)
+
+
+def packed(context: list[str]) -> bytes:
+    return pack_context(b"", [bytes.fromhex(field) for field in context])
 
 
 def pattern(size: int) -> bytes:
@@ -48,20 +52,20 @@ def test_parts_are_sealed_bit_by_bit_as_documented(vector):
 
 def test_metadata_is_sealed_as_documented():
     vector = VECTORS["metadata"]
-    sealed = seal_message(hexed(vector["dek"]), META_LABEL, hexed(vector["context"]), hexed(vector["plaintext"]), hexed(vector["salt"]))
+    sealed = seal_message(hexed(vector["dek"]), META_LABEL, packed(vector["context"]), hexed(vector["plaintext"]), hexed(vector["salt"]))
     assert sealed == hexed(vector["sealed"])
-    assert open_message(hexed(vector["dek"]), META_LABEL, hexed(vector["context"]), sealed) == hexed(vector["plaintext"])
+    assert open_message(hexed(vector["dek"]), META_LABEL, packed(vector["context"]), sealed) == hexed(vector["plaintext"])
 
 
 def test_data_keys_and_list_fields_are_sealed_as_documented():
     vector = VECTORS["wrapped_key"]
     key = UnwrappedBucketKey(1, hexed(vector["bucket_key"]), lambda count: hexed(vector["salt"])[:count])
-    assert key.wrap(hexed(vector["dek"]), hexed(vector["context"])) == hexed(vector["wrapped"])
-    assert key.unwrap(hexed(vector["wrapped"]), hexed(vector["context"])) == hexed(vector["dek"])
+    assert key.wrap(hexed(vector["dek"]), packed(vector["context"])) == hexed(vector["wrapped"])
+    assert key.unwrap(hexed(vector["wrapped"]), packed(vector["context"])) == hexed(vector["dek"])
     vector = VECTORS["list_field"]
     key = UnwrappedBucketKey(1, hexed(vector["bucket_key"]), lambda count: hexed(vector["nonce"])[:count])
-    assert key.seal_list(hexed(vector["plaintext"]), hexed(vector["context"])) == hexed(vector["sealed"])
-    assert key.open_list(hexed(vector["sealed"]), hexed(vector["context"])) == hexed(vector["plaintext"])
+    assert key.seal_list(hexed(vector["plaintext"]), packed(vector["context"])) == hexed(vector["sealed"])
+    assert key.open_list(hexed(vector["sealed"]), packed(vector["context"])) == hexed(vector["plaintext"])
 
 
 def test_bucket_keys_secrets_and_authenticators_are_made_as_documented():
@@ -70,7 +74,7 @@ def test_bucket_keys_secrets_and_authenticators_are_made_as_documented():
     assert open_message(hexed(vector["epoch_key"]), BUCKET_KEY_LABEL, context, hexed(vector["wrapped"])) == hexed(vector["bucket_key"])
     vector = VECTORS["secret"]
     box = _Box(hexed(vector["secret_key"]), SECRET_LABEL, lambda count: hexed(vector["nonce"])[:count])
-    assert box.seal(hexed(vector["plaintext"]), hexed(vector["context"])) == hexed(vector["sealed"])
+    assert box.seal(hexed(vector["plaintext"]), packed(vector["context"])) == hexed(vector["sealed"])
     vector = VECTORS["authenticator"]
     material = type("M", (), {"record_key": hexed(vector["record_key"])})()
     keyring = type("K", (), {"material": material})()
@@ -148,7 +152,7 @@ def test_a_part_cut_at_a_chunks_border_shows_in_its_last_chunk():
     header, sealed = sealed_part(pattern(4080 * 2 + 5))
     for cut in (4096, 8192):
         with pytest.raises(SealBroken):
-            open_message(DEK, "x", [], header + sealed[:cut])
+            open_message(DEK, "x", b"", header + sealed[:cut])
         size = cut // 4096 * 4080
         opener = PartOpener(DEK, header, DATA_ID, 1, size)
         with pytest.raises(SealBroken):
@@ -166,18 +170,18 @@ def test_chunks_that_cannot_be_are_refused(index, length):
 
 
 def test_a_message_cut_anywhere_is_refused():
-    sealed = seal_message(DEK, META_LABEL, [b"a"], b"some metadata", SALT)
+    sealed = seal_message(DEK, META_LABEL, b"a", b"some metadata", SALT)
     for length in range(len(sealed)):
         with pytest.raises(SealBroken):
-            open_message(DEK, META_LABEL, [b"a"], sealed[:length])
+            open_message(DEK, META_LABEL, b"a", sealed[:length])
     with pytest.raises(SealBroken):
-        open_message(DEK, META_LABEL, [b"a"], sealed + b"x")
+        open_message(DEK, META_LABEL, b"a", sealed + b"x")
 
 
 def test_labels_keep_the_uses_of_one_key_apart():
-    sealed = seal_message(DEK, META_LABEL, [b"a"], b"some metadata", SALT)
+    sealed = seal_message(DEK, META_LABEL, b"a", b"some metadata", SALT)
     with pytest.raises(SealBroken, match="does not commit"):
-        open_message(DEK, "sov.key.v1", [b"a"], sealed)
+        open_message(DEK, "sov.key.v1", b"a", sealed)
 
 
 # --- what must not be sealed ------------------------------------------------------------------------------------------
@@ -231,3 +235,31 @@ def test_keys_ids_and_salts_of_the_wrong_length_are_refused():
 def test_contexts_are_unambiguous():
     packed = {pack_context(b"l", fields) for fields in ([], [b""], [b"", b""], [b"a", b"b"], [b"ab"], [b"ab", b""], [b"", b"ab"])}
     assert len(packed) == 7
+
+
+@pytest.mark.parametrize("size", [0, 1, 4079, 4080, 16_000, 65_519])
+def test_a_part_of_one_chunk_is_sealed_and_opened_in_one_step_as_by_a_sealer_and_an_opener(size):
+    plain = pattern(size)
+    header, chunk = seal_part(DEK, DATA_ID, 3, plain, SALT)
+    chunk_bytes = 1 << header[5]
+    sealer = PartSealer(DEK, DATA_ID, 3, chunk_bytes, SALT)
+    assert (header, chunk) == (sealer.header, sealer.seal(0, plain))
+    assert size < chunk_bytes - 16
+    assert chunk_bytes == 4096 or size >= chunk_bytes // 2 - 16
+    assert open_part(DEK, header, DATA_ID, 3, size, chunk) == plain
+    assert open_part(DEK, header, DATA_ID, 3, size, memoryview(chunk)) == plain
+    for dek, data_id, number in ((b"K" * 32, DATA_ID, 3), (DEK, b"I" * 16, 3), (DEK, DATA_ID, 2)):
+        with pytest.raises(SealBroken, match="does not commit"):
+            open_part(dek, header, data_id, number, size, chunk)
+    with pytest.raises(SealBroken, match="only chunk"):
+        open_part(DEK, header, DATA_ID, 3, size + 1, chunk)
+    with pytest.raises(SealBroken, match="does not open"):
+        open_part(DEK, header, DATA_ID, 3, size, chunk[:-1] + bytes([chunk[-1] ^ 1]))
+
+
+def test_what_fills_a_chunk_is_no_part_of_one_chunk():
+    with pytest.raises(ValueError, match="another"):
+        seal_part(DEK, DATA_ID, 1, bytes(65_520), SALT)
+    header, sealed = sealed_part(bytes(4080))
+    with pytest.raises(SealBroken, match="only chunk"):
+        open_part(DEK, header, DATA_ID, 1, 4080, sealed[:4096])

@@ -1,0 +1,163 @@
+"""What the object plane itself costs an operation: ``ObjectService`` on registers, disks and keys that answer at once, so that neither ring nor HTTP is counted.
+
+The sealing is real, under one bucket key; nothing waits, so a call is driven by one ``send``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA512
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from storaged.clock import SystemClock
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.ports import Layouts
+from storaged.ids import system_entropy
+from storaged.keys.keyring import UnwrappedBucketKey
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import Outcome, Reading, SmallCopies, Update
+from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord
+from storaged.objects.service import ObjectService
+from storaged.units import KIB
+from storaged.wire import Buffer
+
+T = TypeVar("T")
+
+BUCKET = BucketRecord("bench", b"bucket of micro.", "user", 0, "active", 16, "eu-fr-1")
+
+
+class _Ports:
+    """Registers, layout, liveness and keys of one process."""
+
+    def __init__(self) -> None:
+        nodes = tuple(NodeEntry(f"n{rack}", f"FR/par1/{rack}", "127.0.0.1:1", ("storage",)) for rack in "abc")
+        disks = tuple(DiskEntry(f"{rack}{number:015}", f"n{rack}", 1) for rack in "abc" for number in range(2))
+        self.current = Layout("bench", 1, nodes, disks, tuple(disk.id for disk in disks[::2]))
+        self.values: dict[RegisterName, Value] = {}
+        self.copies: dict[bytes, memoryview] = {}
+        self.key = UnwrappedBucketKey(1, os.urandom(32), system_entropy)
+
+    def at(self, epoch: int) -> Layout:
+        return self.current
+
+    def disk_writable(self, disk_id: str) -> bool:
+        return True
+
+    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+        return self.key
+
+    async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
+        value = self.values.get(name)
+        return Reading(value, self.copies.get(value.payload) if want_payload and value is not None else None)
+
+    async def change(
+        self,
+        name: RegisterName,
+        update: Update,
+        *,
+        small: SmallCopies | None = None,
+        ready: Awaitable[None] | None = None,
+        renew: Callable[[], Awaitable[None]] | None = None,
+        settling_nonce: bytes = b"",
+    ) -> Outcome:
+        before = self.values.get(name)
+        change = update(before)
+        assert change is not None
+        assert small is not None
+        replicas = self.current.replicas_of(name.partition)
+        assert not small.enough(frozenset(replicas[:1]))
+        assert small.enough(frozenset(replicas[:2]))
+        self.copies[small.data_id] = memoryview(b"".join(small.fragments[0][1]))
+        after = self.values[name] = Value((before.sequence if before else 0) + 1, bytes(16), change.visibility, change.body, change.payload)
+        return Outcome(before, after)
+
+
+async def _pieces(plain: bytes) -> AsyncIterator[Buffer]:
+    yield plain
+
+
+def at_once(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never waits."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return cast(T, done.value)
+    raise AssertionError("it waits for something")
+
+
+class World:
+    """An object plane, and one stored object of 4 KiB under ``b"key"``."""
+
+    def __init__(self) -> None:
+        self.ports = ports = _Ports()
+        unused: Any = None
+        self.objects = ObjectService(
+            ObjectPlane(
+                registers=cast(Any, ports),
+                pages=unused,
+                scanner=unused,
+                fences=unused,
+                stores=unused,
+                liveness=cast(Any, ports),
+                layouts=cast(Layouts, ports),
+                keys=cast(Any, ports),
+                clock=SystemClock(),
+                entropy=system_entropy,
+            )
+        )
+        self.plain = os.urandom(4 * KIB)
+        self.numbers = iter(range(10**12))
+        self.put(b"key")
+
+    def put(self, key: bytes = b"") -> None:
+        checks = BodyChecks(size=len(self.plain))
+        meta = NewMeta({"content-type": "application/octet-stream"})
+        key = key or b"photos/2026/%08d.jpg" % next(self.numbers)
+        result = at_once(self.objects.put(BUCKET, key, _pieces(self.plain), meta, checks, owner="f" * 64))
+        assert result.size == len(self.plain)
+        if key != b"key":
+            self.ports.values.popitem()
+            self.ports.copies.popitem()
+
+    def head(self) -> None:
+        assert at_once(self.objects.head(BUCKET, b"key")).size == len(self.plain)
+
+    def get(self) -> None:
+        assert at_once(self.objects.get(BUCKET, b"key")).held == self.plain
+
+
+def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]:
+    """(name, the path, its floor, what that is)."""
+    world = World()
+    info, key, nonce, plain = bytes(120), bytes(32), bytes(12), world.plain
+
+    def open_message() -> None:
+        aead = AESGCM(HKDFExpand(SHA512(), 76, info).derive(key)[:32])
+        aead.encrypt(nonce, info, None)
+
+    def native_head() -> None:
+        open_message()
+        open_message()
+
+    def native_get() -> None:
+        native_head()
+        AESGCM(HKDFExpand(SHA512(), 76, info).derive(key)[:32]).encrypt(nonce, plain, None)
+
+    def native_put() -> None:
+        hashlib.md5(plain, usedforsecurity=False).digest()
+        system_entropy(132)
+        native_get()
+        AESGCM(key).encrypt(nonce, info, None)
+
+    return [
+        ("objects: PUT 4 KiB without ring and HTTP", world.put, native_put, "MD5, three keys derived, four sealings"),
+        ("objects: HEAD without ring and HTTP", world.head, native_head, "two keys derived, two openings"),
+        ("objects: GET 4 KiB without ring and HTTP", world.get, native_get, "three keys derived, three openings"),
+    ]
