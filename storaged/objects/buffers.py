@@ -1,7 +1,9 @@
 """Memory of transfers, bounded for the whole process, and reused: fresh buffers of a MiB or more cost a page fault every 4 KiB.
 
-A transfer leases what it needs for one block, and gives it back when the block is written or sent. When the bound is reached it waits its turn, so
-that back-pressure reaches the client's socket; the size of blocks shrinks before that, as more transfers are in flight.
+What a client's speed decides on is kept apart from what only disks do. An upload leases room for the plaintext of one block for as long as it lasts, from a pool
+whose shares shrink as it fills, so that slow clients leave something to newcomers; room for the sealed block comes from another pool, from the sealing to the
+last write, and nobody holds that while waiting for a client. A download leases window by window, smaller ones as the pool fills or its client turns out to be
+slow. When a bound is reached transfers wait their turn, so that back-pressure reaches the client's socket.
 """
 
 from __future__ import annotations
@@ -9,11 +11,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from typing import NamedTuple
 
 from storaged.errors import SlowDown
+from storaged.sov1 import CHUNK_BYTES_MAX, chunk_bytes_for, chunk_count
 from storaged.units import KIB, MIB
 
 FREE_BUFFERS_PER_SIZE_MAX = 64
+CELL_BYTES_MIN = 8 * KIB
+"""Cells of a large part get no smaller than this while memory is short: every one costs its own call to the cipher."""
 IDLE_BYTES_MAX = 8 * MIB
 """Kept by a pool without transfers: enough for the next one. The rest is free for the other pool's, so that uploads after downloads need no memory for both."""
 
@@ -60,6 +66,11 @@ class BufferPool:
         self.bytes_free = 0
         """Kept for the next lease; on top of ``bytes_leased``, and together with it never above ``bytes_max``."""
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def left(self) -> float:
+        """Share of the memory that is not leased, 0.0 to 1.0."""
+        return max(0.0, 1 - self.bytes_leased / self.bytes_max)
 
     async def lease(self, size: int) -> Lease:
         """A buffer of at least ``size`` bytes. Raises SlowDown when no memory comes free in time."""
@@ -159,18 +170,39 @@ class Transfer:
             self._pool.rest()
 
 
-def block_cells_for(k: int, transfers: int, cells: int | None, cells_max: int) -> int:
-    """Data cells of a block for a new part: a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; as many as ``cells_max`` while few
-    transfers are in flight, fewer as there are more; not more than a part of ``cells`` cells needs."""
-    unit = math.lcm(12, k)
-    wanted = cells_max if transfers <= 4 else cells_max // 2 if transfers <= 16 else unit
-    if cells is not None:
-        wanted = min(wanted, cells)
-    return max(1, -(-wanted // unit)) * unit
+FILL_SHARES = ((3 / 4, 48), (5 / 8, 24), (1 / 4, 12), (1 / 8, 6), (1 / 16, 3), (0, 1.5))
+WINDOW_SHARES = ((1 / 2, 48), (3 / 8, 16), (1 / 4, 8), (1 / 8, 4), (0, 1))
+"""What a transfer may take, in cells of 64 KiB, while at least so much of the pool is free."""
 
 
-def window_cells_for(transfers: int, block_cells: int) -> int:
-    """Data cells read and opened at once by a download: a whole block while few are in flight, 512 KiB when there are many (256 KiB cost 30% more
-    CPU a byte), less when the default pool could not give each of them one."""
-    wanted = 48 if transfers <= 4 else 16 if transfers <= 16 else 8 if transfers <= 64 else 4
-    return min(wanted, block_cells)
+class BlockSize(NamedTuple):
+    """``cells`` data cells of ``cell_bytes`` (C)."""
+
+    cell_bytes: int
+    cells: int
+
+
+def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> BlockSize:
+    """Of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext is free (1.0: all of it).
+
+    Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more than the part needs. ``cells_max`` while few
+    transfers are in flight, fewer as memory fills, then smaller cells: a block of 12 takes 768 KiB, at last 96. Eighty uploads find room in the default pool,
+    each of which may keep its share as long as its client likes.
+    """
+    cell_bytes, unit = chunk_bytes_for(size, k), math.lcm(12, k)
+    share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
+    share_bytes = int(share * CHUNK_BYTES_MAX)
+    while left < 5 / 8 and cell_bytes > CELL_BYTES_MIN and cell_bytes * unit > share_bytes and (size is None or size > share_bytes):
+        cell_bytes //= 2
+    wanted = share_bytes // cell_bytes
+    if size is not None:
+        wanted = min(wanted, -(-chunk_count(size, cell_bytes) // unit) * unit)
+    return BlockSize(cell_bytes, max(1, wanted // unit) * unit)
+
+
+def window_bytes_for(transfers: int, left: float) -> int:
+    """Sealed bytes read and opened at once by a download: a whole block while few are in flight, 512 KiB when there are many (256 KiB cost 30% more
+    CPU a byte), less when ``left`` of the memory (1.0: all of it) would soon be gone, in the end a single cell: ninety downloads find room in the default pool."""
+    by_count = 48 if transfers <= 4 else 16 if transfers <= 16 else 8 if transfers <= 64 else 4
+    by_memory = next(cells for above, cells in WINDOW_SHARES if left >= above)
+    return min(by_count, by_memory) * CHUNK_BYTES_MAX

@@ -14,7 +14,7 @@ from storaged import trace
 from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange, StoragedError
 from storaged.meta.names import RegisterName, object_name
 from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
-from storaged.objects.buffers import Lease, Transfer, window_cells_for
+from storaged.objects.buffers import Lease, Transfer, window_bytes_for
 from storaged.objects.conditions import NO_READ_CONDITIONS, check_copy_source, check_read
 from storaged.objects.manifest import bound_parts_of, parts_of, sealed_parts_of
 from storaged.objects.plane import ObjectPlane, cancel_all
@@ -23,8 +23,14 @@ from storaged.objects.reader import HedgeDelay, PartReader, Window
 from storaged.objects.records import BucketRecord, PartEntry, SealedPart
 from storaged.objects.seal import PartOpener
 from storaged.objects.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version
+from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
+SLOW_BYTES_PER_S = 2 * MIB
+"""A client that takes less gets small windows, and none read ahead: memory that moves so slowly serves others better."""
+SLOW_WINDOW_BYTES = 256 * KIB
+AHEAD_LEFT_MIN = 0.5
+"""Nothing is read ahead when less than this share of the memory is free: the rest is for first windows."""
 READ_AGAIN_MAX = 3
 """A read that meets missing fragments before its first byte reads the record again: the object may have been replaced meanwhile."""
 
@@ -193,7 +199,7 @@ class HeldStream:
 
 
 class VerifiedStream:
-    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short.
+    """An ``api.ObjectStream``. At most two windows are in memory, and one while memory is short or the client slow.
 
     Whoever copies asks for a window with a block's memory in hand, which others may wait for before they give windows back. So a copy's source
     waits for its first window only; the others are as many as there are blocks under way.
@@ -217,7 +223,7 @@ class VerifiedStream:
         self._hedge = hedge
         self._bucket = bucket
         self._found = found
-        self._cells_max = window_cells_for(plane.get_buffers.transfers + 1, plane.limits.block_cells_max)
+        self._slow = False
         self._jobs = self._windows()
         self._next: _Job | None = None
         self._pieces: list[_Piece] = []
@@ -247,7 +253,7 @@ class VerifiedStream:
                     await self._start_next(at_once=self._as_copy_source)
                 if not self._pieces:
                     raise DataDamaged("The object's parts end before its size.")
-                if len(self._pieces) == 1:
+                if len(self._pieces) == 1 and not self._slow and self._plane.get_buffers.left >= AHEAD_LEFT_MIN:
                     await self._start_next(only_if_room=True)
                 piece = self._pieces[0]
                 await piece.done
@@ -255,11 +261,13 @@ class VerifiedStream:
                 plain = piece.lease.view[piece.first : piece.last]
                 left -= len(plain)
                 self._plane.counters.bytes_out += len(plain)
+                count, began = len(plain), self._plane.clock.monotonic()
                 try:
                     yield plain
                 finally:
                     del plain
                     piece.lease.release()
+                self._slow = count < SLOW_BYTES_PER_S * (self._plane.clock.monotonic() - began)
         finally:
             await self.close()
 
@@ -289,6 +297,11 @@ class VerifiedStream:
             self._next = None
             self._pieces.append(_Piece(asyncio.create_task(reader.read(window, lease.view)), lease, first, last))
 
+    def _window_bytes(self) -> int:
+        pool = self._plane.get_buffers
+        wanted = window_bytes_for(pool.transfers, pool.left)
+        return min(wanted, SLOW_WINDOW_BYTES) if self._slow else wanted
+
     async def _windows(self) -> AsyncGenerator[_Job, None]:
         """What has to be read, in order."""
         found, end, offset = self._found, self.first + self.length, 0
@@ -299,7 +312,7 @@ class VerifiedStream:
             if stop > start or not version.size:
                 copy = found.copy if part.small else None
                 reader = PartReader(self._plane, self._hedge, self._bucket, found.name, part, found.opened.dek, copy, self._moved)
-                for window in reader.windows(start - offset, stop - start, self._cells_max):
+                for window in reader.windows(start - offset, stop - start, self._window_bytes):
                     base = offset + window.plain_start
                     yield _Job(reader, window, max(start - base, 0), min(stop - base, window.plain_bytes))
             offset += part.size

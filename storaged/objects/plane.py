@@ -44,8 +44,10 @@ class ObjectLimits:
     parts_max: int = PARTS_MAX
     block_cells_max: int = 48
     """Data cells of a block while few transfers are in flight: 3 MiB, so that a fragment of 4+2 is one write of 768 KiB."""
-    put_buffer_bytes_max: int = 48 * MIB
-    """Plaintext, sealed cells and parity of blocks under way: 24 of the smallest blocks, whose transfers take turns. What the transports hold comes on top."""
+    fill_buffer_bytes_max: int = 44 * MIB
+    """Plaintext of uploads while their clients send it. What the transports hold comes on top."""
+    put_buffer_bytes_max: int = 24 * MIB
+    """Sealed cells and parity of blocks on their way to the disks: 21 blocks of 12 cells, whose transfers take turns."""
     get_buffer_bytes_max: int = 32 * MIB
     """Opened windows; the sealed cells they came from take as much again while they are opened."""
     buffer_wait_s: float = 20.0
@@ -168,6 +170,7 @@ class ObjectPlane:
     def __post_init__(self) -> None:
         self.counters = Counters()
         self.background = Background(self.limits.background_tasks_max, self.counters)
+        self.fill_buffers = BufferPool(self.limits.fill_buffer_bytes_max, self.limits.buffer_wait_s)
         self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")

@@ -97,16 +97,18 @@ class PartReader:
         except SealBroken as error:
             raise DataDamaged(f"The header of a part does not open: {error}") from None
 
-    def windows(self, start: int, length: int, cells_max: int) -> Iterator[Window]:
-        """Windows that hold the plaintext bytes ``start .. start + length - 1``, in order; a window begins and ends within one block."""
+    def windows(self, start: int, length: int, bytes_max: Callable[[], int]) -> Iterator[Window]:
+        """Windows of at most ``bytes_max()`` sealed bytes (one cell at least), asked anew for every one, that hold the plaintext bytes ``start .. start + length - 1``, in order; a window begins and ends within one block."""
         shape = self.shape
         if not shape.size:
             yield Window(0, 0, 1, 0, 0)  # an empty part is one sealed chunk too, and must open
         for block, first, cells in shape.locate(start, length):
-            for at in range(first, first + cells, cells_max):
-                count = min(cells_max, first + cells - at)
+            at, end = first, first + cells
+            while at < end:
+                count = min(max(1, bytes_max() // shape.cell_bytes), end - at)
                 plain = shape.plain_start(block * shape.block_cells + at)
                 yield Window(block, at, count, plain, min(count * shape.plain_bytes, shape.size - plain))
+                at += count
 
     async def read(self, window: Window, out: memoryview) -> None:
         """The window's plaintext, verified, to the front of ``out`` (at least ``plain_bytes``). Raises DataDamaged."""

@@ -1,7 +1,7 @@
 """Writing one part: sealed, coded and spread over disks, block by block, with a bounded number of blocks in memory.
 
 Theory of operation. A block is filled from the body, then hashed, sealed and coded in one call in a thread, then sent to its disks while the next one is
-filled. A block counts as written when the fragments that reached their disks satisfy the acknowledge rule (``place.acceptable``); a disk that refuses or is
+filled, in the same memory: what is sent lies in other memory, leased when the block is full, so that a slow client keeps only plaintext. A block counts as written when the fragments that reached their disks satisfy the acknowledge rule (``place.acceptable``); a disk that refuses or is
 late is left out of the rest of the part, and the block's missing fragments go to others, under another profile when the living disks can't hold the
 target. ``barrier`` syncs every disk. A disk that fails there (or died after it had taken earlier blocks) may leave blocks short: those are read back from
 their survivors, coded anew for the living disks, and synced too. Nothing is acknowledged before every block satisfies the rule with synced fragments.
@@ -24,8 +24,8 @@ from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
 from storaged.objects.assemble import assemble, empty_fragments
 from storaged.objects.body import BodyReader
-from storaged.objects.buffers import Lease, Transfer, block_cells_for
-from storaged.objects.geometry import BlockShape, chunk_bytes_for
+from storaged.objects.buffers import Lease, Transfer, block_size_for
+from storaged.objects.geometry import BlockShape
 from storaged.objects.plane import ObjectPlane, cancel_all
 from storaged.objects.records import PartEntry, Run
 from storaged.objects.seal import SALT_BYTES, PartSealer
@@ -87,14 +87,12 @@ class PartWriter:
         self._number = number
         self._target = target
         self._countries = countries
-        chunk = chunk_bytes_for(size, target.k)
+        chunk, self._block_cells = block_size_for(target.k, size, plane.fill_buffers.left, plane.limits.block_cells_max)
         self._sealer = PartSealer(dek, data_id, number, chunk, plane.entropy(SALT_BYTES))
-        cells = None if size is None else chunk_count(size, chunk)
-        self._block_cells = block_cells_for(target.k, plane.put_buffers.transfers + 1, cells, plane.limits.block_cells_max)
-        cells = self._block_cells if cells is None else min(cells, self._block_cells)
-        self._lease_plain = cells * self._sealer.plain_bytes
-        self._lease_sealed = cells * chunk
-        self._lease_parity = erasure.parity_length(target, chunk, self._lease_sealed) * (target.m if target.k > 1 else 0)
+        cells = self._block_cells if size is None else min(chunk_count(size, chunk), self._block_cells)
+        self._plain_bytes = cells * self._sealer.plain_bytes
+        self._sealed_bytes = cells * chunk
+        self._parity_bytes = erasure.parity_length(target, chunk, self._sealed_bytes) * (target.m if target.k > 1 else 0)
         self._size = 0
         self._started = plane.clock.monotonic()
         self._created_ms = plane.clock.wall_ms()
@@ -104,11 +102,12 @@ class PartWriter:
         self._sending: asyncio.Task[None] | None = None
         self._leases: list[Lease] = []
         self._announced: PartEntry | None = None
-        self._transfer = Transfer(plane.put_buffers)
+        self._transfers = (Transfer(plane.fill_buffers), Transfer(plane.put_buffers))
         self._trace = trace.current()
 
     async def __aenter__(self) -> PartWriter:
-        self._transfer.__enter__()
+        for transfer in self._transfers:
+            transfer.__enter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -116,7 +115,8 @@ class PartWriter:
             await cancel_all([self._sending])
         for lease in self._leases:
             lease.release()
-        self._transfer.__exit__()
+        for transfer in self._transfers:
+            transfer.__exit__()
 
     # --- the body ---------------------------------------------------------------------------------------------------
 
@@ -125,22 +125,26 @@ class PartWriter:
 
         Raises ServiceUnavailable when a block can't be made safe, SlowDown without memory, and what the body raises.
         """
+        filling = await self._plane.fill_buffers.lease(self._plain_bytes)
+        self._leases.append(filling)
         last = False
         while not last:
-            lease = await self._lease()
             with trace.span("receive"):
-                count = await reader.fill(lease.view[: self._lease_plain])
+                count = await reader.fill(filling.view[: self._plain_bytes])
             last = reader.ended
-            state, coded = await self._seal(lease, count, last, on_plain)
+            lease = await self._lease_work()
+            state, coded = await self._seal(filling.view[:count], lease.view, last, on_plain)
+            if last:
+                filling.release()
             await self._sent()
             self._blocks.append(state)
             self._sending = asyncio.create_task(self._send_and_release(state, coded, lease))
             del coded, lease  # the views would keep the buffer from being used again
         self._size = reader.bytes_read
 
-    async def _lease(self) -> Lease:
-        """A second block's memory when there is room, else the first one's once it is written."""
-        size = self._lease_plain + self._lease_sealed + self._lease_parity
+    async def _lease_work(self) -> Lease:
+        """For the sealed block and its parity: a second block's memory when there is room, else the first one's once it is written."""
+        size = self._sealed_bytes + self._parity_bytes
         lease = self._plane.put_buffers.try_lease(size) if self._sending is not None else None
         if lease is None:
             await self._sent()
@@ -157,12 +161,10 @@ class PartWriter:
                 await cancel_all([sending])
                 raise
 
-    async def _seal(self, lease: Lease, count: int, last: bool, on_plain: OnPlain) -> tuple[BlockState, Coded]:
+    async def _seal(self, plain: memoryview, area: memoryview, last: bool, on_plain: OnPlain) -> tuple[BlockState, Coded]:
         layout = self._plane.layouts.current
         placement = self._choose(layout)
         number = len(self._blocks)
-        plain = lease.view[:count]
-        area = lease.view[self._lease_plain :]
 
         def work() -> tuple[BlockState, Coded]:
             with trace.span_of(self._trace, "digest"):
@@ -170,10 +172,10 @@ class PartWriter:
             with trace.span_of(self._trace, "seal"):
                 length = self._sealer.seal_block(number * self._block_cells, plain, area, last=last)
             with trace.span_of(self._trace, "code"):
-                coded = self._code(placement.profile, area[:length], area[self._lease_sealed :])
+                coded = self._code(placement.profile, area[:length], area[self._sealed_bytes :])
             return BlockState(number, self._shape(length), placement, layout, coded.hashes), coded
 
-        if count <= self._sealer.chunk_bytes:
+        if len(plain) <= self._sealer.chunk_bytes:
             return work()
         return await self._plane.in_thread(work)
 

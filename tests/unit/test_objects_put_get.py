@@ -111,8 +111,8 @@ async def test_an_object_of_any_size_class_comes_back_whole(size: int, sized: bo
     info = await objects.head(bucket, b"key")
     assert (info.size, info.etag, info.part_count) == (size, result.etag, 0)
     assert not world.damage
-    assert objects.plane.put_buffers.bytes_leased == objects.plane.get_buffers.bytes_leased == 0
-    assert objects.plane.put_buffers.transfers == objects.plane.get_buffers.transfers == 0
+    assert objects.plane.fill_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == objects.plane.get_buffers.bytes_leased == 0
+    assert objects.plane.fill_buffers.transfers == objects.plane.put_buffers.transfers == objects.plane.get_buffers.transfers == 0
     await objects.close()
 
 
@@ -608,14 +608,14 @@ async def test_a_stream_that_is_closed_early_gives_its_memory_back() -> None:
 
 
 async def test_many_transfers_share_a_small_memory_without_deadlock() -> None:
-    world = World(put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=1 * MIB)
+    world = World(fill_buffer_bytes_max=1 * MIB, put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=1 * MIB)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     data = os.urandom(3 * MIB)
     keys = [b"k%d" % n for n in range(12)]
     await asyncio.gather(*(put(objects, bucket, data, key=key) for key in keys))
     assert set(await asyncio.gather(*(got(objects, bucket, key=key) for key in keys))) == {data}
-    assert objects.plane.put_buffers.bytes_leased == objects.plane.get_buffers.bytes_leased == 0
+    assert objects.plane.fill_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == objects.plane.get_buffers.bytes_leased == 0
     await objects.close()
 
 
@@ -701,7 +701,7 @@ def test_fragment_ids_of_one_block_are_ordered() -> None:
 
 async def test_copies_do_not_wait_for_each_other_when_memory_is_short() -> None:
     """Half of them hold a block and want a window, the other half hold a window and want a block."""
-    world = World(buffer_wait_s=2.0, put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=3 * MIB)
+    world = World(buffer_wait_s=2.0, fill_buffer_bytes_max=2 * MIB, put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=3 * MIB)
     objects, bucket = ObjectService(world.plane()), bucket_of(world)
     data = os.urandom(6_000_000)
     await put(objects, bucket, data)

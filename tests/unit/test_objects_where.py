@@ -9,7 +9,7 @@ import pytest
 
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
 from storaged.objects.api import ReadConditions, WriteConditions
-from storaged.objects.buffers import IDLE_BYTES_MAX, BufferPool, Transfer, block_cells_for, window_cells_for
+from storaged.objects.buffers import IDLE_BYTES_MAX, BufferPool, Lease, Transfer, block_size_for, window_bytes_for
 from storaged.objects.conditions import Current, check_copy_source, check_write
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.service import ObjectService
@@ -100,9 +100,13 @@ async def test_a_pool_keeps_little_when_its_last_transfer_has_ended() -> None:
 
 
 def test_windows_shrink_so_that_every_download_can_have_one() -> None:
-    for transfers in (1, 4, 5, 16, 17, 64, 65, 128):
-        assert window_cells_for(transfers, 48) * 64 * 1024 * transfers <= ObjectLimits().get_buffer_bytes_max
-    assert window_cells_for(1, 12) == 12
+    bytes_max = ObjectLimits().get_buffer_bytes_max
+    leased = downloads = 0
+    while leased + window_bytes_for(downloads + 1, 1 - leased / bytes_max) <= bytes_max:
+        leased += window_bytes_for(downloads + 1, 1 - leased / bytes_max)
+        downloads += 1
+    assert downloads >= 90
+    assert [window_bytes_for(transfers, 1.0) // 64 / 1024 for transfers in (1, 5, 17, 65)] == [48, 16, 8, 4]
 
 
 async def test_memory_that_is_still_looked_at_is_not_leased_again() -> None:
@@ -121,14 +125,31 @@ async def test_memory_that_is_still_looked_at_is_not_leased_again() -> None:
     assert bytes(third.view[:10]) in (b"0123456789", b"overwrites")
 
 
-def test_blocks_hold_whole_stripes_of_every_fallback_and_shrink_under_load() -> None:
+def test_blocks_hold_whole_stripes_of_every_fallback_and_shrink_as_memory_fills() -> None:
     for k in range(1, 9):
-        for transfers in (1, 5, 20):
-            for cells in (None, 1, 13, 1000):
-                count = block_cells_for(k, transfers, cells, 48)
-                assert all(count % other == 0 for other in (k, 2, 3, 4))
-    assert (block_cells_for(4, 1, None, 48), block_cells_for(4, 10, None, 48), block_cells_for(4, 64, None, 48)) == (48, 24, 12)
-    assert block_cells_for(4, 1, 3, 48) == 12
+        for left in (1.0, 0.7, 0.5, 0.2, 0.1, 0.0):
+            for size in (None, 1, 800_000, 2**30):
+                block = block_size_for(k, size, left, 48)
+                assert all(block.cells % other == 0 for other in (k, 2, 3, 4))
+                assert block.cell_bytes in (4096, 8192, 16384, 32768, 65536)
+    sizes = [block_size_for(4, None, left, 48) for left in (1.0, 0.7, 0.5, 0.2, 0.1, 0.0)]
+    assert sizes == [(65536, 48), (65536, 24), (65536, 12), (32768, 12), (16384, 12), (8192, 12)]
+    assert block_size_for(4, 3 * 65520 - 1, 1.0, 48) == (65536, 12)
+    assert block_size_for(4, 100_000, 0.5, 48) == block_size_for(4, 100_000, 1.0, 48) == (32768, 12)
+
+
+@pytest.mark.parametrize(("k", "uploads_min"), [(2, 75), (4, 75), (8, 64)])
+async def test_shares_leave_every_upload_some(k: int, uploads_min: int) -> None:
+    pool = BufferPool(ObjectLimits().fill_buffer_bytes_max, wait_s=1)
+    leases: list[Lease] = []
+    while True:
+        block = block_size_for(k, None, pool.left, 48)
+        lease = pool.try_lease(block.cells * (block.cell_bytes - 16))
+        if lease is None:
+            break
+        leases.append(lease)
+    assert len(leases) >= uploads_min
+    assert pool.bytes_leased <= pool.bytes_max
 
 
 def test_write_conditions_as_a_table() -> None:
