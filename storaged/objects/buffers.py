@@ -171,7 +171,7 @@ class Transfer:
 
 
 FILL_SHARES = ((3 / 4, 48), (5 / 8, 24), (1 / 4, 12), (1 / 8, 6), (1 / 16, 3), (0, 1.5))
-WINDOW_SHARES = ((1 / 2, 48), (3 / 8, 16), (1 / 4, 8), (1 / 8, 4), (0, 1))
+WINDOW_SHARES = ((1 / 4, 48), (1 / 8, 4), (0, 1))
 """What a transfer may take, in cells of 64 KiB, while at least so much of the pool is free."""
 
 

@@ -29,7 +29,7 @@ from storaged.wire import Buffer
 SLOW_BYTES_PER_S = 2 * MIB
 """A client that takes less gets small windows, and none read ahead: memory that moves so slowly serves others better."""
 SLOW_WINDOW_BYTES = 256 * KIB
-AHEAD_LEFT_MIN = 0.5
+AHEAD_LEFT_MIN = 0.25
 """Nothing is read ahead when less than this share of the memory is free: the rest is for first windows."""
 READ_AGAIN_MAX = 3
 """A read that meets missing fragments before its first byte reads the record again: the object may have been replaced meanwhile."""
