@@ -28,6 +28,8 @@ from storaged.wire import Buffer
 
 SLOW_BYTES_PER_S = 2 * MIB
 """A client that takes less gets small windows, and none read ahead: memory that moves so slowly serves others better."""
+SLOW_S_MIN = 0.1
+"""A client is not judged by less: a busy event loop delays anybody so long."""
 SLOW_WINDOW_BYTES = 256 * KIB
 AHEAD_LEFT_MIN = 0.25
 """Nothing is read ahead when less than this share of the memory is free: the rest is for first windows."""
@@ -267,7 +269,8 @@ class VerifiedStream:
                 finally:
                     del plain
                     piece.lease.release()
-                self._slow = count < SLOW_BYTES_PER_S * (self._plane.clock.monotonic() - began)
+                took_s = self._plane.clock.monotonic() - began
+                self._slow = took_s > SLOW_S_MIN and count < SLOW_BYTES_PER_S * took_s
         finally:
             await self.close()
 
