@@ -46,8 +46,8 @@ class ObjectLimits:
     """Data cells of a block while few transfers are in flight: 3 MiB, so that a fragment of 4+2 is one write of 768 KiB."""
     fill_buffer_bytes_max: int = 44 * MIB
     """Plaintext of uploads while their clients send it. What the transports hold comes on top."""
-    put_buffer_bytes_max: int = 32 * MIB
-    """Sealed cells and parity of blocks on their way to the disks: 28 blocks of 12 cells, whose transfers take turns."""
+    put_buffer_bytes_max: int = 24 * MIB
+    """Sealed cells and parity of blocks on their way to the disks: 21 blocks of 12 cells, whose transfers take turns."""
     get_buffer_bytes_max: int = 32 * MIB
     """Opened windows; the sealed cells they came from take as much again while they are opened."""
     buffer_wait_s: float = 20.0
