@@ -170,7 +170,7 @@ class Transfer:
             self._pool.rest()
 
 
-FILL_SHARES = ((3 / 4, 48), (5 / 8, 24), (1 / 4, 12), (1 / 8, 6), (1 / 16, 3), (0, 1.5))
+FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
 WINDOW_SHARES = ((1 / 4, 48), (1 / 8, 4), (0, 1))
 """What a transfer may take, in cells of 64 KiB, while at least so much of the pool is free."""
 
@@ -186,13 +186,13 @@ def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> Blo
     """Of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext is free (1.0: all of it).
 
     Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more than the part needs. ``cells_max`` while few
-    transfers are in flight, fewer as memory fills, then smaller cells: a block of 12 takes 768 KiB, at last 96. Eighty uploads find room in the default pool,
+    four transfers are in flight, then 12, and smaller cells when memory gets short: a block takes 768 KiB, at last 96. 75 uploads find room in the default pool,
     each of which may keep its share as long as its client likes.
     """
     cell_bytes, unit = chunk_bytes_for(size, k), math.lcm(12, k)
     share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
     share_bytes = int(share * CHUNK_BYTES_MAX)
-    while left < 5 / 8 and cell_bytes > CELL_BYTES_MIN and cell_bytes * unit > share_bytes and (size is None or size > share_bytes):
+    while left < 4 / 5 and cell_bytes > CELL_BYTES_MIN and cell_bytes * unit > share_bytes and (size is None or size > share_bytes):
         cell_bytes //= 2
     wanted = share_bytes // cell_bytes
     if size is not None:

@@ -44,7 +44,7 @@ class ObjectLimits:
     parts_max: int = PARTS_MAX
     block_cells_max: int = 48
     """Data cells of a block while few transfers are in flight: 3 MiB, so that a fragment of 4+2 is one write of 768 KiB."""
-    fill_buffer_bytes_max: int = 44 * MIB
+    fill_buffer_bytes_max: int = 52 * MIB
     """Plaintext of uploads while their clients send it. What the transports hold comes on top."""
     put_buffer_bytes_max: int = 24 * MIB
     """Sealed cells and parity of blocks on their way to the disks: 21 blocks of 12 cells, whose transfers take turns."""

@@ -132,8 +132,8 @@ def test_blocks_hold_whole_stripes_of_every_fallback_and_shrink_as_memory_fills(
                 block = block_size_for(k, size, left, 48)
                 assert all(block.cells % other == 0 for other in (k, 2, 3, 4))
                 assert block.cell_bytes in (4096, 8192, 16384, 32768, 65536)
-    sizes = [block_size_for(4, None, left, 48) for left in (1.0, 0.7, 0.5, 0.2, 0.1, 0.0)]
-    assert sizes == [(65536, 48), (65536, 24), (65536, 12), (32768, 12), (16384, 12), (8192, 12)]
+    sizes = [block_size_for(4, None, left, 48) for left in (1.0, 0.7, 0.2, 0.1, 0.04, 0.0)]
+    assert sizes == [(65536, 48), (65536, 12), (65536, 12), (32768, 12), (16384, 12), (8192, 12)]
     assert block_size_for(4, 3 * 65520 - 1, 1.0, 48) == (65536, 12)
     assert block_size_for(4, 100_000, 0.5, 48) == block_size_for(4, 100_000, 1.0, 48) == (32768, 12)
 
