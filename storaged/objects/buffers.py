@@ -171,7 +171,7 @@ class Transfer:
 
 
 FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
-WINDOW_SHARES = ((1 / 4, 48), (1 / 8, 4), (0, 1))
+WINDOW_SHARES = ((1 / 6, 48), (1 / 10, 4), (0, 1))
 """What a transfer may take, in cells of 64 KiB, while at least so much of the pool is free."""
 
 
@@ -185,7 +185,7 @@ class BlockSize(NamedTuple):
 def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> BlockSize:
     """Of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext is free (1.0: all of it).
 
-    Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more than the part needs. ``cells_max`` while few
+    Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more than the part needs. ``cells_max`` while
     four transfers are in flight, then 12, and smaller cells when memory gets short: a block takes 768 KiB, at last 96. 75 uploads find room in the default pool,
     each of which may keep its share as long as its client likes.
     """
@@ -202,7 +202,7 @@ def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> Blo
 
 def window_bytes_for(transfers: int, left: float) -> int:
     """Sealed bytes read and opened at once by a download: a whole block while few are in flight, 512 KiB when there are many (256 KiB cost 30% more
-    CPU a byte), less when ``left`` of the memory (1.0: all of it) would soon be gone, in the end a single cell: ninety downloads find room in the default pool."""
+    CPU a byte), less when ``left`` of the memory (1.0: all of it) would soon be gone, in the end a single cell: eighty downloads find room in the default pool."""
     by_count = 48 if transfers <= 4 else 16 if transfers <= 16 else 8 if transfers <= 64 else 4
     by_memory = next(cells for above, cells in WINDOW_SHARES if left >= above)
     return min(by_count, by_memory) * CHUNK_BYTES_MAX

@@ -105,7 +105,7 @@ def test_windows_shrink_so_that_every_download_can_have_one() -> None:
     while leased + window_bytes_for(downloads + 1, 1 - leased / bytes_max) <= bytes_max:
         leased += window_bytes_for(downloads + 1, 1 - leased / bytes_max)
         downloads += 1
-    assert downloads >= 90
+    assert downloads >= 75
     assert [window_bytes_for(transfers, 1.0) // 64 / 1024 for transfers in (1, 5, 17, 65)] == [48, 16, 8, 4]
 
 
