@@ -50,6 +50,9 @@ class _Ports:
     def disk_writable(self, disk_id: str) -> bool:
         return True
 
+    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+        return self.key
+
     async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
         return self.key
 

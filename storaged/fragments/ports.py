@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from storaged.wire import Buffer, Message
+from storaged.wire import Buffer, Message, encode
 
 _PACKED_BYTES = 23
 
@@ -56,6 +56,17 @@ class FragmentHeader(Message, frozen=True):
     cell_bytes: int
     length: int
     created_ms: int
+
+
+_POSITION_AT = 1 + 2 + _PACKED_BYTES - 1
+"""In an encoded FragmentHeader: behind the array's byte and the two of the id's length lies the id, and the position is its last byte."""
+
+
+def encode_copies(header: FragmentHeader, count: int) -> list[bytes]:
+    """``header`` of a copy (k = 1) encoded for the positions 0 .. count - 1: all but that byte is the same."""
+    encoded = encode(header)
+    before, behind = encoded[:_POSITION_AT], encoded[_POSITION_AT + 1 :]
+    return [b"%b%c%b" % (before, position, behind) for position in range(count)]
 
 
 class Health(IntEnum):

@@ -8,8 +8,9 @@ Checksum algorithms are named CRC32, CRC32C, CRC64NVME, SHA1, SHA256; their valu
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+from msgspec import Struct, field
 
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
 from storaged.wire import Buffer
@@ -22,8 +23,7 @@ PART_BYTES_MIN = 5 * 1024**2
 PARTS_MAX = 10_000
 
 
-@dataclass(frozen=True)
-class Principal:
+class Principal(Struct, frozen=True):
     """Who asks, after authentication. ``user_id`` is the canonical id; ``access_key`` empty: anonymous."""
 
     user_id: str
@@ -31,8 +31,7 @@ class Principal:
     access_key: str = ""
 
 
-@dataclass(frozen=True)
-class ReadConditions:
+class ReadConditions(Struct, frozen=True):
     """If-Match, If-None-Match (ETags without quotes, or ``*``; several when a list was sent), If-(Un)Modified-Since in milliseconds. Evaluated as RFC 9110 and AWS do."""
 
     if_match: tuple[str, ...] = ()
@@ -41,8 +40,7 @@ class ReadConditions:
     if_unmodified_since_ms: int | None = None
 
 
-@dataclass(frozen=True)
-class WriteConditions:
+class WriteConditions(Struct, frozen=True):
     """If-Match (an ETag, or ``*``: exists) and If-None-Match (``*``: must not exist; an ETag: must differ) of PUT, Complete, Delete and Copy destinations;
     x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) of Delete."""
 
@@ -52,8 +50,11 @@ class WriteConditions:
     if_match_modified_ms: int | None = None
 
 
-@dataclass(frozen=True)
-class NewMeta:
+NO_READ_CONDITIONS = ReadConditions()
+NO_WRITE_CONDITIONS = WriteConditions()
+
+
+class NewMeta(Struct, frozen=True):
     """What a client says about an object: see SealedMeta for the names."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -62,8 +63,7 @@ class NewMeta:
     storage_class: str = "STANDARD"
 
 
-@dataclass(frozen=True)
-class BodyChecks:
+class BodyChecks(Struct, frozen=True):
     """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand; ``trailing``: asked after the body was read whole,
     returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value was declared.
     ``size`` None: unknown until the end (chunked without a decoded length). ``sha256``: hex of what the body was signed as, empty when nobody else checks that."""
@@ -110,8 +110,7 @@ class ObjectInfo(NamedTuple):
     delete_marker: bool = False
 
 
-@dataclass(frozen=True)
-class PutResult:
+class PutResult(Struct, frozen=True):
     etag: str
     version_id: str = NULL_VERSION
     size: int = 0
@@ -120,8 +119,7 @@ class PutResult:
     modified_ms: int = 0
 
 
-@dataclass(frozen=True)
-class RangeSpec:
+class RangeSpec(Struct, frozen=True):
     """``bytes=first-last``, ``bytes=first-``, ``bytes=-suffix``, as parsed; which of them is None says which form."""
 
     first: int | None
@@ -147,8 +145,7 @@ class ObjectStream(Protocol):
         """Gives buffers back; safe to call twice, needed when ``chunks`` was not exhausted."""
 
 
-@dataclass(frozen=True)
-class ListedObject:
+class ListedObject(Struct, frozen=True):
     key: bytes
     version_id: str
     size: int
@@ -162,15 +159,13 @@ class ListedObject:
     delete_marker: bool = False
 
 
-@dataclass(frozen=True)
-class Listing:
+class Listing(Struct, frozen=True):
     objects: Sequence[ListedObject]
     prefixes: Sequence[bytes]
     next_after: bytes | None
 
 
-@dataclass(frozen=True)
-class UploadInfo:
+class UploadInfo(Struct, frozen=True):
     key: bytes
     upload_id: str
     created_ms: int
@@ -180,8 +175,7 @@ class UploadInfo:
     checksum_type: str = ""
 
 
-@dataclass(frozen=True)
-class PartInfo:
+class PartInfo(Struct, frozen=True):
     number: int
     size: int
     etag: str
@@ -190,8 +184,7 @@ class PartInfo:
     checksum: str = ""
 
 
-@dataclass(frozen=True)
-class CompletedPart:
+class CompletedPart(Struct, frozen=True):
     """One line of a Complete request. ``checksums``: algorithm -> base64 when the client gave any."""
 
     number: int
@@ -199,8 +192,7 @@ class CompletedPart:
     checksums: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class DeleteResult:
+class DeleteResult(Struct, frozen=True):
     """``existed``: something was deleted. Deleting what is not there succeeds, as on AWS."""
 
     version_id: str = ""
@@ -263,7 +255,7 @@ class Objects(Protocol):
         checks: BodyChecks,
         *,
         owner: str,
-        conditions: WriteConditions = WriteConditions(),
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult: ...
 
     async def head(
@@ -272,7 +264,7 @@ class Objects(Protocol):
         key: bytes,
         *,
         version_id: str = "",
-        conditions: ReadConditions = ReadConditions(),
+        conditions: ReadConditions = NO_READ_CONDITIONS,
         part_number: int | None = None,
     ) -> ObjectInfo:
         """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber. ``parts`` is filled in."""
@@ -283,14 +275,14 @@ class Objects(Protocol):
         key: bytes,
         *,
         version_id: str = "",
-        conditions: ReadConditions = ReadConditions(),
+        conditions: ReadConditions = NO_READ_CONDITIONS,
         span: RangeSpec | None = None,
         part_number: int | None = None,
     ) -> ObjectStream:
         """As head, and InvalidRange, DataDamaged, ServiceUnavailable."""
 
     async def delete(
-        self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = WriteConditions()
+        self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = NO_WRITE_CONDITIONS
     ) -> DeleteResult: ...
 
     async def copy(
@@ -305,8 +297,8 @@ class Objects(Protocol):
         meta: NewMeta | None,
         tags: Mapping[str, str] | None = None,
         algorithm: str = "",
-        source_conditions: ReadConditions = ReadConditions(),
-        conditions: WriteConditions = WriteConditions(),
+        source_conditions: ReadConditions = NO_READ_CONDITIONS,
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
         """``meta`` None: the source's, kept; ``tags`` None: likewise. Opened and re-sealed here: data belongs to one register."""
 
@@ -348,7 +340,7 @@ class Objects(Protocol):
         number: int,
         *,
         version_id: str = "",
-        source_conditions: ReadConditions = ReadConditions(),
+        source_conditions: ReadConditions = NO_READ_CONDITIONS,
     ) -> PutResult: ...
 
     async def list_parts(
@@ -378,7 +370,7 @@ class Objects(Protocol):
         checksums: Mapping[str, str] | None = None,
         checksum_type: str = "",
         declared_size: int | None = None,
-        conditions: WriteConditions = WriteConditions(),
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
         """Idempotent: a second, equal Complete answers what the first did. Raises NoSuchUpload, InvalidPart, InvalidPartOrder, EntityTooSmall, BadDigest."""
 

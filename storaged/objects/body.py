@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from storaged.errors import EntityTooLarge
 from storaged.objects.api import Body
+from storaged.wire import Buffer
+
+
+async def whole_of(body: Body, size: int) -> Buffer:
+    """All of a body that should have ``size`` bytes; one byte more when it has more. Asks it as an ``api.WholeBody`` when it is one. Raises what the body raises."""
+    whole: Callable[[], Awaitable[Buffer]] | None = getattr(body, "whole", None)
+    if whole is not None:
+        return await whole()
+    head = memoryview(bytearray(size + 1))
+    return head[: await BodyReader(body, size + 1).fill(head)]
 
 
 class BodyReader:

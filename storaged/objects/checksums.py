@@ -121,6 +121,20 @@ class BodyDigest:
         return Digest(md5.hex(), found, self.size)
 
 
+def digest_of(plain: Buffer, checks: BodyChecks) -> Digest:
+    """What a BodyDigest finds of a body that is here whole; it raises the same."""
+    if checks.algorithms or checks.checksums or checks.trailing is not None or checks.sha256:
+        digest = BodyDigest(checks)
+        digest.update(plain)
+        return digest.finish()
+    if checks.size is not None and len(plain) != checks.size:
+        raise IncompleteBody(f"The body has {len(plain)} bytes; {checks.size} were declared.")
+    md5 = hashlib.md5(plain, usedforsecurity=False)
+    if checks.md5 is not None and md5.digest() != checks.md5:
+        raise BadDigest("The Content-MD5 you specified did not match what we received.")
+    return Digest(md5.hexdigest(), {}, len(plain))
+
+
 def multipart_etag(etags: Sequence[str]) -> str:
     """The MD5 of the parts' binary MD5s, ``-N``."""
     joined = b"".join(bytes.fromhex(etag) for etag in etags)

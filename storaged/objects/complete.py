@@ -52,7 +52,7 @@ from storaged.objects.records import (
 )
 from storaged.objects.retire import retire_parts, retire_replaced
 from storaged.objects.uploads import COMPLETING, DONE, OPEN, OpenedUpload, decode_upload, open_upload, part_rows, upload_text
-from storaged.objects.versions import BucketKeys, KeyNeeded, VersionSealer, current_of, decode_record, open_version, record_change
+from storaged.objects.versions import BucketKeys, KeyNeeded, current_of, decode_record, open_version, record_change, seal_version
 from storaged.wire import decode, encode
 
 ATTEMPTS_MAX = 12
@@ -222,10 +222,14 @@ async def _make_version(
         context = upload.place.context(NULL_VERSION, context_id)
         sealed_pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
         meta = msgspec.structs.replace(meta, parts_page=sealed_pages[0])
-    sealer = VersionSealer(plane, upload.place, upload.key, upload.dek, NULL_VERSION, context_id)
-    return sealer.version(
+    return seal_version(
+        plane,
+        upload.place,
+        upload.key,
+        upload.dek,
         meta,
-        size=size,
+        version_id=NULL_VERSION,
+        context_id=context_id,
         owner=owner,
         modified_ms=plane.clock.wall_ms(),
         parts=manifest.parts,

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed
+from storaged.objects.api import NO_READ_CONDITIONS as NO_READ_CONDITIONS
+from storaged.objects.api import NO_WRITE_CONDITIONS as NO_WRITE_CONDITIONS
 from storaged.objects.api import ReadConditions, WriteConditions
-
-NO_READ_CONDITIONS = ReadConditions()
-NO_WRITE_CONDITIONS = WriteConditions()
 
 
 class Current(NamedTuple):

@@ -16,13 +16,14 @@ from storaged.objects.retire import retire_replaced
 from storaged.objects.versions import (
     BucketKeys,
     Place,
-    VersionSealer,
     change_with_keys,
     current_of,
     decode_record,
     find_version,
     open_version,
     record_change,
+    seal_listing,
+    seal_meta,
 )
 
 
@@ -58,9 +59,9 @@ async def change_meta(
         version = find_version(record, version_id)
         bucket_key = keys.at_hand(version.bucket_key)
         opened = open_version(where, version, bucket_key)
-        sealer = VersionSealer(plane, where, bucket_key, opened.dek, version.version_id, version.context_id)
-        meta = alter(opened.meta)
-        changed = msgspec.structs.replace(version, meta=sealer.meta(meta), listing=sealer.listing(meta))
+        meta, context = alter(opened.meta), where.context_of(version)
+        sealed = seal_meta(plane, opened.dek, context, meta)
+        changed = msgspec.structs.replace(version, meta=sealed, listing=seal_listing(bucket_key, context, meta))
         versions = tuple(changed if other is version else other for other in record.versions)
         return record_change(ObjectRecord(versions), value.payload if value is not None else b"")
 

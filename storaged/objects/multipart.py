@@ -10,7 +10,6 @@ name the *object's* register as their owner, for that is where they end; until t
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Set
 
 import msgspec
@@ -118,7 +117,7 @@ async def put_part(
     row_name = part_name(bucket.id, upload.record.upload_id, number)
     algorithm = upload.record.checksum_algorithm
     if algorithm and algorithm not in checks.algorithms:
-        checks = dataclasses.replace(checks, algorithms=(*checks.algorithms, algorithm))
+        checks = msgspec.structs.replace(checks, algorithms=(*checks.algorithms, algorithm))
     data_id = plane.entropy(DATA_ID_BYTES)
     async with sealed_body(plane, bucket, owner, body, checks, dek=upload.dek, data_id=data_id, number=number) as sealed:
         digest, now_ms = sealed.digest, plane.clock.wall_ms()

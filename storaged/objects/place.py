@@ -217,6 +217,14 @@ def enough_copies(layout: Layout, replicas: Sequence[str], synced: frozenset[str
     return _left(layout.domain_by_disk.get(disk_id, disk_id) for disk_id in durable) >= COPIES.k
 
 
+def copies_rule(layout: Layout, replicas: Sequence[str], writable: Writable) -> Callable[[frozenset[str]], bool]:
+    """``enough_copies`` as a function of what is synced. Replicas in distinct domains, as those of a ring partition are, need any two copies, whatever is away."""
+    if len({layout.domain_by_disk.get(disk_id, disk_id) for disk_id in replicas}) < len(replicas):
+        return lambda synced: enough_copies(layout, replicas, synced, writable)
+    counted = frozenset(replicas)
+    return lambda synced: len(counted & synced) > COPIES.k
+
+
 def spare(layout: Layout, profile: Profile, alive: Mapping[int, str]) -> tuple[int, int]:
     """How many more disks, and how many more failure domains, may fail, whichever they are, before the block can't be read.
 

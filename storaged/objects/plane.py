@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from storaged.clock import Clock
@@ -148,6 +149,11 @@ async def cancel_all(tasks: set[asyncio.Task[Any]] | list[asyncio.Task[Any]]) ->
         await asyncio.gather(*pending, return_exceptions=True)
 
 
+@lru_cache(maxsize=256)
+def _canonical(profile: str) -> str:
+    return str(Profile.parse(profile))
+
+
 @dataclass
 class ObjectPlane:
     """The ports below, and what all requests share. See ``service.ObjectService`` for who fills it."""
@@ -186,6 +192,10 @@ class ObjectPlane:
 
     def target_of(self, bucket: BucketRecord) -> Profile:
         return Profile.parse(bucket.profile or self.layouts.current.profile)
+
+    def target_text(self, bucket: BucketRecord) -> str:
+        """``target_of`` as a PartEntry has it."""
+        return _canonical(bucket.profile or self.layouts.current.profile)
 
     def check_age(self, started: float, created_ms: int) -> None:
         """``started`` in monotonic seconds, ``created_ms`` on the wall. Raises ServiceUnavailable for a request too old to be sure that its fragments are still there.

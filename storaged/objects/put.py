@@ -16,33 +16,35 @@ import xxhash
 
 from storaged import trace
 from storaged.errors import EntityTooLarge
-from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.fragments.ports import FragmentHeader, FragmentId, encode_copies
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome, SmallCopies
 from storaged.objects import place
-from storaged.objects.api import Body, BodyChecks, NewMeta, PutResult, WriteConditions
-from storaged.objects.body import BodyReader
-from storaged.objects.checksums import FULL_OBJECT, BodyDigest, Digest
+from storaged.objects.api import NO_WRITE_CONDITIONS, Body, BodyChecks, NewMeta, PutResult, WriteConditions
+from storaged.objects.body import BodyReader, whole_of
+from storaged.objects.checksums import FULL_OBJECT, BodyDigest, Digest, digest_of
 from storaged.objects.commit import commit
-from storaged.objects.conditions import NO_WRITE_CONDITIONS, check_write, needs_etag
-from storaged.objects.geometry import chunk_bytes_for
+from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import BucketKey
 from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Run, Version
 from storaged.objects.retire import retire_replaced
-from storaged.objects.seal import SALT_BYTES, TAG_BYTES, PartSealer
+from storaged.objects.seal import SALT_BYTES, TAG_BYTES, seal_part
 from storaged.objects.versions import (
+    EMPTY,
     BucketKeys,
     Place,
-    VersionSealer,
+    change_with_keys,
     current_of,
     decode_record,
     meta_of,
     record_change,
+    seal_version,
     with_keys,
 )
 from storaged.objects.writer import PartWriter, RunsChanged
-from storaged.wire import encode
+from storaged.wire import Buffer
 
 DEK_BYTES = 32
 
@@ -54,6 +56,13 @@ class Sealed(NamedTuple):
     digest: Digest
     small: SmallCopies | None = None
     writer: PartWriter | None = None
+
+
+class Small(NamedTuple):
+    """A body that is one chunk: kept in its entry, or as ``copies`` beside the register."""
+
+    entry: PartEntry
+    copies: SmallCopies | None = None
 
 
 async def put(
@@ -68,25 +77,86 @@ async def put(
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
     """Stores an object. When this returns it is durable, and every later read sees it. When it raises, nothing was changed (OutcomeUnknown says when that is not sure)."""
-    name = object_name(bucket.id, bucket.shards, key)
-    where = Place(bucket.id, key)
-    keys = BucketKeys(plane, bucket)
-    newest = await keys.newest()
-    await check_early(plane, name, where, keys, conditions)
-    dek, data_id = plane.entropy(DEK_BYTES), plane.entropy(DATA_ID_BYTES)
-    async with sealed_body(plane, bucket, name, body, checks, dek=dek, data_id=data_id) as sealed:
-        digest, modified_ms = sealed.digest, plane.clock.wall_ms()
-        sealer = VersionSealer(plane, where, newest, dek, NULL_VERSION, data_id)
-        kind = FULL_OBJECT if digest.checksums else ""
-        version = sealer.version(
-            meta_of(meta, digest.etag, digest.checksums, kind, digest.size),
-            size=digest.size,
-            owner=owner,
-            modified_ms=modified_ms,
-            parts=(sealed.entry,),
-        )
-        await commit_version(plane, bucket, name, where, keys, version, sealed, conditions)
+    name, where = object_name(bucket.id, bucket.shards, key), Place(bucket.id, key)
+    bucket_key = plane.keys.bucket_key_at_hand(bucket.id) or await plane.keys.bucket_key(bucket.id)
+    if conditions != NO_WRITE_CONDITIONS:
+        await check_early(plane, name, where, BucketKeys(plane, bucket), conditions)
+    fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
+    write = _Write(plane, bucket, name, where, bucket_key, fresh[:DEK_BYTES], fresh[DEK_BYTES:], meta, owner, conditions)
+    size = checks.size
+    if size is not None and size <= plane.limits.small_sealed_bytes_max - TAG_BYTES:
+        with trace.span("receive"):
+            plain = await whole_of(body, size)
+        with trace.span("digest"):
+            digest = digest_of(plain, checks)
+        small = seal_small(plane, bucket, name, plain, write.dek, write.data_id, 1)
+        if small is not None:
+            return await _commit_put(write, Sealed(small.entry, digest, small.copies))
+        body, checks = _again(plain), BodyChecks(size=size, algorithms=tuple(digest.checksums))
+    async with sealed_body(plane, bucket, name, body, checks, dek=write.dek, data_id=write.data_id) as sealed:
+        return await _commit_put(write, sealed)
+
+
+class _Write(NamedTuple):
+    """What a PUT knows before it has read the body."""
+
+    plane: ObjectPlane
+    bucket: BucketRecord
+    name: RegisterName
+    where: Place
+    bucket_key: BucketKey
+    dek: bytes
+    data_id: bytes
+    meta: NewMeta
+    owner: str
+    conditions: WriteConditions
+
+
+async def _commit_put(write: _Write, sealed: Sealed) -> PutResult:
+    plane, digest = write.plane, sealed.digest
+    modified_ms = plane.clock.wall_ms()
+    kind = FULL_OBJECT if digest.checksums else ""
+    version = seal_version(
+        plane,
+        write.where,
+        write.bucket_key,
+        write.dek,
+        meta_of(write.meta, digest.etag, digest.checksums, kind, digest.size),
+        version_id=NULL_VERSION,
+        context_id=write.data_id,
+        owner=write.owner,
+        modified_ms=modified_ms,
+        parts=(sealed.entry,),
+    )
+    await _commit_version(write, version, sealed)
     return PutResult(digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms)
+
+
+async def _commit_version(write: _Write, version: Version, sealed: Sealed) -> None:
+    """Makes ``version`` the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
+    plane, conditions = write.plane, write.conditions
+    keys = BucketKeys(plane, write.bucket)
+    record = ObjectRecord((version,))
+    change = record_change(record, sealed.small.data_id if sealed.small is not None else b"")
+    judged: tuple[Value | None, ObjectRecord] = (None, EMPTY)
+
+    def update(value: Value | None, entry: PartEntry = sealed.entry) -> Change:
+        nonlocal judged
+        judged = value, decode_record(value)  # what cannot be read must not be replaced
+        if conditions != NO_WRITE_CONDITIONS:
+            check_write(conditions, current_of(write.where, judged[1], keys, with_etag=needs_etag(conditions)))
+        if entry is sealed.entry:
+            return change
+        return record_change(ObjectRecord((msgspec.structs.replace(version, parts=(entry,)),)))
+
+    if sealed.writer is None:
+        outcome = await change_with_keys(plane.registers, keys, write.name, update, small=sealed.small)
+        plane.counters.bytes_in += sealed.digest.size
+    else:
+        outcome, _ = await commit_sealed(plane, keys, write.name, update, sealed)
+    before = judged[1] if outcome.before is judged[0] else decode_record(outcome.before)
+    if before.versions:
+        retire_replaced(plane, write.bucket, write.name, before, record)
 
 
 async def check_early(plane: ObjectPlane, name: RegisterName, where: Place, keys: BucketKeys, conditions: WriteConditions) -> None:
@@ -125,11 +195,10 @@ async def sealed_body(
             count = await reader.fill(head)
         if reader.ended:
             with trace.span("digest"):
-                digest.update(head[:count])
-                found = digest.finish()
-            form = _small_form(plane, bucket, name, head[:count], dek, data_id, number or 1)
-            if form is not None:
-                yield Sealed(form[0], found, form[1])
+                found = digest_of(head[:count], checks)
+            small = seal_small(plane, bucket, name, head[:count], dek, data_id, number or 1)
+            if small is not None:
+                yield Sealed(small.entry, found, small.copies)
                 return
             digest, checks = BodyDigest(BodyChecks(algorithms=tuple(found.checksums))), BodyChecks(size=count)
         reader.unread(head[:count])
@@ -152,68 +221,41 @@ async def sealed_body(
             raise
 
 
-def _small_form(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: memoryview, dek: bytes, data_id: bytes, number: int
-) -> tuple[PartEntry, SmallCopies | None] | None:
-    """A body that stays in the record, or goes along with the prepare as whole copies; None when too few of the register's disks can take copies now."""
-    sealer = PartSealer(dek, data_id, number, chunk_bytes_for(len(plain), 1), plane.entropy(SALT_BYTES))
+async def _again(plain: Buffer) -> AsyncIterator[Buffer]:
+    yield plain
+
+
+def seal_small(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: Buffer, dek: bytes, data_id: bytes, number: int
+) -> Small | None:
+    """Seals a body that is one chunk, to stay in the record or to go along with the prepare; None when too few of the register's disks can take copies now."""
     with trace.span("seal"):
-        sealed = sealer.seal(0, plain)
-    target = str(plane.target_of(bucket))
+        header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
+    target = plane.target_text(bucket)
     if len(sealed) <= plane.limits.inline_sealed_bytes_max:
         plane.counters.puts_inline += 1
-        return PartEntry(number, data_id, len(plain), sealer.header, 1, target, (), sealed), None
+        return Small(PartEntry(number, data_id, len(plain), header, 1, target, (), sealed))
     layout = plane.layouts.current
     replicas = layout.replicas_of(name.partition)
     writable = plane.liveness.disk_writable
-    if not place.enough_copies(layout, replicas, frozenset(filter(writable, replicas)), writable):
+    enough = place.copies_rule(layout, replicas, writable)
+    if not enough(frozenset(filter(writable, replicas))):
         return None
     plane.counters.puts_small += 1
     copies = len(replicas)
-    hashes, owner, now_ms = (xxhash.xxh3_128_digest(sealed),), name.pack(), plane.clock.wall_ms()
-    fragments = [
-        (
-            encode(
-                FragmentHeader(
-                    FragmentId(data_id, 0, 1, copies - 1, position).pack(),
-                    owner,
-                    sealer.header,
-                    hashes,
-                    sealer.chunk_bytes,
-                    len(sealed),
-                    now_ms,
-                )
-            ),
-            [sealed],
-        )
-        for position in range(copies)
-    ]
-    run = Run(0, 1, 1, copies - 1, layout.epoch)
-    entry = PartEntry(number, data_id, len(plain), sealer.header, 1, target, (run,), small=True)
-    return entry, SmallCopies(data_id, fragments, lambda synced: place.enough_copies(layout, replicas, synced, writable))
-
-
-async def commit_version(
-    plane: ObjectPlane,
-    bucket: BucketRecord,
-    name: RegisterName,
-    where: Place,
-    keys: BucketKeys,
-    version: Version,
-    sealed: Sealed,
-    conditions: WriteConditions,
-) -> None:
-    """Makes ``version`` the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
-
-    def update(value: Value | None, entry: PartEntry) -> Change:
-        record = decode_record(value)  # what cannot be read must not be replaced
-        if conditions != NO_WRITE_CONDITIONS:
-            check_write(conditions, current_of(where, record, keys, with_etag=needs_etag(conditions)))
-        payload = sealed.small.data_id if sealed.small is not None else b""
-        return record_change(ObjectRecord((msgspec.structs.replace(version, parts=(entry,)),)), payload)
-
-    outcome, _ = await commit_sealed(plane, keys, name, update, sealed)
-    retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
+    copy = FragmentHeader(
+        FragmentId(data_id, 0, 1, copies - 1, 0).pack(),
+        name.pack(),
+        header,
+        (xxhash.xxh3_128_digest(sealed),),
+        1 << header[5],
+        len(sealed),
+        plane.clock.wall_ms(),
+    )
+    payload = [sealed]
+    fragments = [(encoded, payload) for encoded in encode_copies(copy, copies)]
+    entry = PartEntry(number, data_id, len(plain), header, 1, target, (Run(0, 1, 1, copies - 1, layout.epoch),), small=True)
+    return Small(entry, SmallCopies(data_id, fragments, enough))
 
 
 async def commit_sealed(

@@ -13,7 +13,7 @@ import msgspec
 
 from storaged.errors import DataDamaged, NoSuchKey, NoSuchVersion
 from storaged.meta.names import Change, RegisterName, Value, Visibility
-from storaged.meta.ports import Outcome, Registers
+from storaged.meta.ports import Outcome, Registers, SmallCopies
 from storaged.objects.api import NewMeta, ObjectInfo
 from storaged.objects.conditions import Current
 from storaged.objects.plane import ObjectPlane
@@ -72,12 +72,17 @@ async def with_keys(keys: BucketKeys, attempt: Callable[[], T]) -> T:
 
 
 async def change_with_keys(
-    registers: Registers, keys: BucketKeys, name: RegisterName, update: Callable[[Value | None], Change | None]
+    registers: Registers,
+    keys: BucketKeys,
+    name: RegisterName,
+    update: Callable[[Value | None], Change | None],
+    *,
+    small: SmallCopies | None = None,
 ) -> Outcome:
     """``registers.change`` for an update that may raise KeyNeeded."""
     while True:
         try:
-            return await registers.change(name, update)
+            return await registers.change(name, update, small=small)
         except KeyNeeded as needed:
             await keys.load(needed.version)
 
@@ -132,55 +137,52 @@ def meta_of(new: NewMeta, etag: str, checksums: dict[str, str], checksum_type: s
     return SealedMeta(etag, dict(new.headers), dict(new.user), dict(new.tags), checksums, checksum_type, new.storage_class, size=size)
 
 
-class VersionSealer:
-    """Makes sealed fields of one version, all under its data key and its context."""
+def seal_meta(plane: ObjectPlane, dek: bytes, context: bytes, meta: SealedMeta) -> bytes:
+    return seal_message(dek, META_LABEL, context, encode(meta), plane.entropy(SALT_BYTES))
 
-    def __init__(self, plane: ObjectPlane, place: Place, key: BucketKey, dek: bytes, version_id: str, context_id: bytes) -> None:
-        self._plane = plane
-        self._key = key
-        self._dek = dek
-        self._version_id = version_id
-        self._context_id = context_id
-        self._context = place.context(version_id, context_id)
 
-    def version(
-        self,
-        meta: SealedMeta,
-        *,
-        size: int,
-        owner: str,
-        modified_ms: int,
-        parts: tuple[PartEntry, ...],
-        manifest: bytes = b"",
-        multipart: bool = False,
-        part_count: int = 1,
-        pages: tuple[bytes, ...] = (),
-    ) -> Version:
-        return Version(
-            self._version_id,
-            False,
-            modified_ms,
-            size,
-            owner,
-            self._key.version,
-            self._context_id,
-            self._key.wrap(self._dek, self._context),
-            self.meta(meta),
-            self.listing(meta),
-            parts,
-            manifest,
-            multipart,
-            part_count,
-            pages,
-        )
+def seal_listing(key: BucketKey, context: bytes, meta: SealedMeta) -> bytes:
+    """What a list prints of it."""
+    algorithm = next(iter(meta.checksums), "")
+    return key.seal_list(encode(SealedList(meta.etag, algorithm, meta.checksum_type, meta.storage_class)), context)
 
-    def meta(self, meta: SealedMeta) -> bytes:
-        return seal_message(self._dek, META_LABEL, self._context, encode(meta), self._plane.entropy(SALT_BYTES))
 
-    def listing(self, meta: SealedMeta) -> bytes:
-        algorithm = next(iter(meta.checksums), "")
-        field = SealedList(meta.etag, algorithm, meta.checksum_type, meta.storage_class)
-        return self._key.seal_list(encode(field), self._context)
+def seal_version(
+    plane: ObjectPlane,
+    place: Place,
+    key: BucketKey,
+    dek: bytes,
+    meta: SealedMeta,
+    *,
+    version_id: str,
+    context_id: bytes,
+    owner: str,
+    modified_ms: int,
+    parts: tuple[PartEntry, ...],
+    manifest: bytes = b"",
+    multipart: bool = False,
+    part_count: int = 1,
+    pages: tuple[bytes, ...] = (),
+) -> Version:
+    """A version whose sealed fields are all under its data key and its context."""
+    context = place.context(version_id, context_id)
+    return Version(
+        version_id,
+        False,
+        modified_ms,
+        meta.size,
+        owner,
+        key.version,
+        context_id,
+        key.wrap(dek, context),
+        seal_meta(plane, dek, context, meta),
+        seal_listing(key, context, meta),
+        parts,
+        manifest,
+        multipart,
+        part_count,
+        pages,
+    )
 
 
 class OpenedVersion(NamedTuple):

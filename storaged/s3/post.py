@@ -6,8 +6,9 @@ import base64
 import hmac
 import re
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
 from urllib.parse import urlencode, urlsplit, urlunsplit
+
+from msgspec.structs import replace
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, Principal, PutResult

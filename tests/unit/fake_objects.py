@@ -6,10 +6,11 @@ import base64
 import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 
 from awscrt import checksums as crt
+from msgspec.structs import replace
 
 from storaged import errors
 from storaged.objects import api

@@ -33,7 +33,7 @@ from storaged.fragments.format import (
     trailer_holds,
     trailer_start,
 )
-from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.fragments.ports import FragmentHeader, FragmentId, encode_copies
 from storaged.wire import encode
 
 DISK = "00112233445566aa"
@@ -151,3 +151,12 @@ def test_slices_cut_any_buffers_at_any_width() -> None:
             at += count
         assert [b"".join(piece) for piece in slices(pieces, width)] == [data[i : i + width] for i in range(0, 1000, width)]
     assert cell_sums([memoryview(data[:300]), memoryview(data[300:])], 128) == cell_sums([memoryview(data)], 128)
+
+
+@pytest.mark.parametrize("owner", [b"o", b"o" * 300])
+@pytest.mark.parametrize("length", [1, 1 << 15, 1 << 40])
+def test_copies_headers_differ_in_their_position_only(owner: bytes, length: int) -> None:
+    def header(position: int) -> FragmentHeader:
+        return FragmentHeader(FragmentId(b"d" * 16, 0, 1, 4, position).pack(), owner, bytes(64), (bytes(16),), 8192, length, 1 << 41)
+
+    assert encode_copies(header(0), 5) == [encode(header(position)) for position in range(5)]

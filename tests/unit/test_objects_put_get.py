@@ -18,6 +18,7 @@ from storaged.errors import (
     EntityTooLarge,
     IncompleteBody,
     InvalidRange,
+    InvalidRequest,
     NoSuchKey,
     NotModified,
     PreconditionFailed,
@@ -113,6 +114,66 @@ async def test_an_object_of_any_size_class_comes_back_whole(size: int, sized: bo
     assert not world.damage
     assert objects.plane.fill_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == objects.plane.get_buffers.bytes_leased == 0
     assert objects.plane.fill_buffers.transfers == objects.plane.put_buffers.transfers == objects.plane.get_buffers.transfers == 0
+    await objects.close()
+
+
+class Whole:
+    """An ``api.WholeBody`` that has ``data``, whatever was declared; ``asked`` counts."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.asked = 0
+        self._pieces = pieces(data)
+
+    def __aiter__(self) -> AsyncIterator[Buffer]:
+        return self._pieces
+
+    async def __anext__(self) -> Buffer:
+        return await anext(self._pieces)
+
+    async def whole(self) -> Buffer:
+        self.asked += 1
+        return memoryview(self.data)
+
+
+@pytest.mark.parametrize("size", BORDERS)
+async def test_a_body_that_can_be_had_whole_is_asked_for_that_when_it_is_small(size: int) -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    world.keys.late = True
+    body = Whole(os.urandom(size))
+    result = await objects.put(bucket, b"key", body, NewMeta(), BodyChecks(size=size), owner=OWNER)
+    assert (result.etag, result.size) == (hashlib.md5(body.data).hexdigest(), size)
+    assert body.asked == (size <= 16 * KIB - 16)
+    assert await got(objects, bucket) == body.data
+    await objects.close()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("checks", "error"),
+    [
+        (BodyChecks(size=4097), IncompleteBody),
+        (BodyChecks(size=4095), IncompleteBody),
+        (BodyChecks(size=4096, md5=bytes(16)), BadDigest),
+        (BodyChecks(size=4096, sha256="0" * 64), XAmzContentSHA256Mismatch),
+        (BodyChecks(size=4096, checksums={"CRC32": "AAAAAA=="}), BadDigest),
+        (BodyChecks(size=4096, algorithms=("CRC32",), trailing=lambda: {"CRC32": "AAAAAA=="}), BadDigest),
+        (BodyChecks(size=4096, trailing=lambda: {"CRC32": "AAAAAA=="}), InvalidRequest),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+async def test_a_small_body_that_is_not_what_was_declared_changes_nothing(checks: BodyChecks, error: type[Exception], whole: bool) -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(4096)
+    await put(objects, bucket, b"before")
+    with pytest.raises(error):
+        await objects.put(bucket, b"key", Whole(data) if whole else pieces(data), NewMeta(), checks, owner=OWNER)
+    assert await got(objects, bucket) == b"before"
+    assert objects.statistics().puts_small == 0
     await objects.close()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry, Profile
 from storaged.errors import ServiceUnavailable
-from storaged.objects.place import Placement, acceptable, choose, disks_of, enough_copies, first_choice, spare
+from storaged.objects.place import Placement, acceptable, choose, copies_rule, disks_of, enough_copies, first_choice, spare
 from storaged.objects.records import Run
 
 TARGETS = (Profile(4, 2), Profile(2, 1), Profile(3, 2), Profile(1, 2), Profile(1, 1))
@@ -218,6 +218,17 @@ def test_two_copies_in_one_rack_are_enough_only_while_the_other_racks_replica_is
     replicas, synced = ("r0d0", "r0d1", "r1d0"), frozenset({"r0d0", "r0d1"})
     assert not enough_copies(layout, replicas, synced, lambda disk: True)
     assert enough_copies(layout, replicas, synced, lambda disk: disk != "r1d0")
+
+
+@pytest.mark.parametrize("racks", RACKS, ids=str)
+def test_the_rule_made_for_a_registers_replicas_judges_copies_as_the_general_one_does(racks):
+    layout = layout_of(racks)
+    ids = [disk.id for disk in layout.disks]
+    for replicas in [layout.replicas_of(3), *combinations(ids, 3)]:
+        for away in [frozenset(away) for count in range(3) for away in combinations(replicas, count)]:
+            rule = copies_rule(layout, replicas, lambda disk, away=away: disk not in away)
+            for synced in [frozenset(synced) for count in range(5) for synced in combinations(ids, count)]:
+                assert rule(synced) == enough_copies(layout, replicas, synced, lambda disk, away=away: disk not in away)
 
 
 @pytest.mark.parametrize(
