@@ -53,11 +53,20 @@ Handler = Callable[[Any, Call], Awaitable[Message | Reply]]
 class again when it derives from PeerError."""
 
 
+Answer = Callable[[Message | Reply | Exception], None]
+"""``answer(outcome)``: called once, on the event loop, with what the handler would have returned or raised. It does not raise."""
+
+Begin = Callable[[Any, Call, Answer], bool]
+"""``begin(request, call, answer)``: takes the request on and answers, now or later; False: nothing was done, since that would need waiting first.
+Raises what the handler would raise, when it was not taken on."""
+
+
 class Method(NamedTuple):
     """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them).
 
-    ``at_once``, where there is one, is asked first: it answers on the event loop what needs no waiting, without the task that the handler runs in, and
-    returns None for everything else. ``for_strangers``: also answers a certified node that the layout in force does not name (yet, or any more).
+    Two shorter ways to an answer are tried before the task that the handler runs in. ``at_once`` answers on the event loop what needs no waiting, and returns
+    None for everything else. ``begin`` takes on what a writer thread will answer by a callback; once taken on, it is carried out even when the caller cancels.
+    ``for_strangers``: also answers a certified node that the layout in force does not name (yet, or any more).
     """
 
     request: type[Message]
@@ -65,6 +74,7 @@ class Method(NamedTuple):
     roles: frozenset[str] = frozenset({"storage", "gateway"})
     at_once: Callable[[Any, Call], Message | Reply | None] | None = None
     for_strangers: bool = False
+    begin: Begin | None = None
 
 
 Methods = Mapping[str, Method]

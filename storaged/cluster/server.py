@@ -30,7 +30,7 @@ from msgspec import MsgspecError
 from storaged.cluster import faults, identity
 from storaged.cluster.connection import SMALL_BODY_BYTES, Connection, describe, measure
 from storaged.cluster.framing import HANDSHAKE_BYTES_MAX, PROTOCOL_VERSION, FrameError, Header, Hello, Kind, Verdict
-from storaged.cluster.ports import Admission, Call, Membership, Method, Methods, PeerIdentity, Reply
+from storaged.cluster.ports import Admission, Begin, Call, Membership, Method, Methods, PeerIdentity, Reply
 from storaged.errors import CertificateRefused, PortInUse, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.units import MIB
@@ -120,7 +120,9 @@ class Budget:
 
 
 class _Running(NamedTuple):
-    task: asyncio.Task[None]
+    """``task``: None for what was taken on without one, which nobody can cancel."""
+
+    task: asyncio.Task[None] | None
     deadline: float
 
 
@@ -197,7 +199,7 @@ class ServerConnection(Connection):
             self._begin(header, head, body)
         elif header.kind == Kind.CANCEL:
             running = self.running.get(header.request_id)
-            if running is not None:
+            if running is not None and running.task is not None:
                 running.task.cancel()
         else:
             try:
@@ -244,6 +246,8 @@ class ServerConnection(Connection):
             if method.at_once is not None and self._answered_at_once(request_id, name, method.at_once, request, call):
                 self._release(header.body_bytes)
                 return
+            if method.begin is not None and self._begun(request_id, header.body_bytes, name, method.begin, request, call):
+                return
             task = self.loop.create_task(self._serve(request_id, name, method, request, call))
             self.running[request_id] = _Running(task, deadline)
             # Not a finally in the task: one that is cancelled before its first step never gets there.
@@ -266,6 +270,29 @@ class ServerConnection(Connection):
         else:
             return answer is not None
         return True
+
+    def _begun(self, request_id: int, size: int, name: bytes, begin: Begin, request: Message, call: Call) -> bool:
+        self.running[request_id] = _Running(None, call.deadline)
+        try:
+            if begin(request, call, partial(self._begun_answered, request_id, size, name)):
+                return True
+        except Exception as error:
+            self._begun_answered(request_id, size, name, error)
+            return True
+        del self.running[request_id]
+        return False
+
+    def _begun_answered(self, request_id: int, size: int, name: bytes, outcome: Message | Reply | Exception) -> None:
+        del self.running[request_id]
+        if isinstance(outcome, Exception):
+            if not isinstance(outcome, StoragedError):
+                log.error("call failed", peer=self.peer.name if self.peer else "", method=name.decode(), exc_info=outcome)
+            self._fail(request_id, outcome)
+        else:
+            self._answer(request_id, outcome)
+        self._release(size)
+        if self.server.drained is not None:
+            self.server.look_whether_drained()
 
     def _answer(self, request_id: int, answer: Message | Reply) -> None:
         message, body = answer if isinstance(answer, Reply) else (answer, ())
@@ -318,7 +345,8 @@ class ServerConnection(Connection):
             self.server.budget.release(held)
         self._receiving_bytes, self._granted = 0, None
         for running in list(self.running.values()):
-            running.task.cancel()
+            if running.task is not None:
+                running.task.cancel()
         self._give_up(ConnectionResetError(self.reason))
         self.server.gone(self)
 
@@ -371,6 +399,8 @@ class RpcServer:
         self._accepting: list[asyncio.Task[None]] = []
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._refused = 0
+        self.drained: asyncio.Event | None = None
+        """While the server stops: set when nothing runs any more."""
         self._bytes_in_gone = 0
         self._bytes_out_gone = 0
 
@@ -411,12 +441,16 @@ class RpcServer:
         for connection in connections:
             if connection.transport is not None and not connection.reader.waiting:
                 connection.transport.pause_reading()
-        running = [entry.task for connection in connections for entry in connection.running.values()]
+        running = [entry.task for connection in connections for entry in connection.running.values() if entry.task is not None]
         if running:
             _done, late = await asyncio.wait(running, timeout=self.limits.drain_s)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        if any(connection.running for connection in connections):
+            self.drained = asyncio.Event()  # what was taken on without a task: a writer thread answers it
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.drained.wait(), self.limits.drain_s)
         for connection in connections:
             connection.close("this node is stopping")
         if connections:
@@ -462,6 +496,10 @@ class RpcServer:
             bytes_out=self._bytes_out_gone + sum(connection.bytes_out for connection in connections),
             peers=tuple(sorted(connection.peer.name for connection in connections if connection.peer is not None)),
         )
+
+    def look_whether_drained(self) -> None:
+        if self.drained is not None and not any(connection.running for connection in self._connections):
+            self.drained.set()
 
     # Letting peers in.
 
@@ -571,7 +609,7 @@ class RpcServer:
             if connection.stalled_s(now) > self.limits.stall_timeout_s:
                 connection.abort("the peer made no progress")
             for entry in list(connection.running.values()):
-                if entry.deadline < now:
+                if entry.deadline < now and entry.task is not None:
                     entry.task.cancel()
         self._sweep_timer = self.loop.call_later(SWEEP_S, self._sweep)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
+from storaged.fragments.engine import Write
 from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStore
 from storaged.units import MIB
-from storaged.wire import Buffer, decode
+from storaged.wire import Buffer, decode, encode
 
 COPY_BYTES_MAX = MIB
 """A copy is loaded whole; what is kept as copies is far smaller."""
@@ -24,20 +25,42 @@ class CopyStore(FragmentStore, Protocol):
     def peek(self, fragment: FragmentId) -> CellRead | None: ...
 
 
+class Loaded(NamedTuple):
+    """A whole copy: the encoded header of its fragment, and the payload."""
+
+    header: bytes
+    payload: memoryview
+
+
+def copy_write(header: bytes, payload: Sequence[Buffer]) -> Write:
+    """What the log appends for a copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT)."""
+    return Write.of(_parse(header), payload)
+
+
+def at_position(header: bytes, position: int) -> bytes:
+    """The same copy's header for another of the replicas."""
+    parsed = _parse(header)
+    moved = FragmentId.unpack(parsed.id)._replace(position=position)
+    return encode(msgspec.structs.replace(parsed, id=moved.pack()))
+
+
+def _parse(header: bytes) -> FragmentHeader:
+    try:
+        return decode(header, FragmentHeader)
+    except msgspec.MsgspecError as error:
+        raise PeerRefused(f"not a fragment's header: {error}", remote_code="BAD_FRAGMENT") from None
+
+
 class Payloads:
-    """The two functions that a replica is given, over one disk's fragments."""
+    """What a replica is given over one disk's fragments."""
 
     def __init__(self, store: CopyStore) -> None:
         self._store = store
 
     async def store_payload(self, header: bytes, payload: Sequence[Buffer] | Buffer) -> None:
         """Writes and syncs the copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT), DiskUnusable, FragmentDamaged."""
-        try:
-            parsed = decode(header, FragmentHeader)
-        except msgspec.MsgspecError as error:
-            raise PeerRefused(f"not a fragment's header: {error}", remote_code="BAD_FRAGMENT") from None
         pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
-        await self._store.write(parsed, pieces, sync=True)
+        await self._store.write(_parse(header), pieces, sync=True)
 
     def peek_payload(self, data_id: bytes) -> memoryview | None:
         """The whole copy when it is in memory; None otherwise, whatever the reason."""
@@ -48,7 +71,7 @@ class Payloads:
             return None
         return None if found is None else _joined(found)
 
-    async def load_payload(self, data_id: bytes) -> memoryview | None:
+    async def load_payload(self, data_id: bytes) -> Loaded | None:
         """The whole copy, every cell verified; None when this disk has none, or not whole (its damage has been reported)."""
         fragment = self._store.find_copy(data_id)
         if fragment is None:
@@ -57,7 +80,8 @@ class Payloads:
             found = await self._store.read(fragment, 0, COPY_BYTES_MAX)
         except (FragmentMissing, FragmentDamaged):
             return None
-        return _joined(found)
+        payload = _joined(found)
+        return None if payload is None else Loaded(encode(found.header), payload)
 
 
 def _joined(found: CellRead) -> memoryview | None:

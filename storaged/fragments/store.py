@@ -3,6 +3,9 @@
 Every write, delete and sync that arrives while the disk is busy goes into the next group: one vectored write, one fdatasync if anyone asked to
 be durable, one wake-up of the event loop. A lone request waits for nobody. Reads of what is in the page cache are answered on the
 event loop (preadv2 with RWF_NOWAIT never blocks); the rest goes to the reading threads.
+
+A small object's copy comes with a *companion*, the record that names it: once the group is durable, the same thread hands all companions of the group to
+``commit_companions`` (the disk's metadata store), and one wake-up of the event loop tells of both. No record is ever on a disk before its copy.
 """
 
 from __future__ import annotations
@@ -46,6 +49,12 @@ OVERLAYS_MAX = 4
 
 OnDamage = Callable[[FragmentId, int], None]
 
+CommitCompanions = Callable[[Sequence[Any]], StoragedError | None]
+"""Called in the writer thread; all are durable when it returns None."""
+
+Kept = Callable[[StoragedError | None, StoragedError | None], None]
+"""``kept(write, companion)``: why the fragment was not written (its companion was not committed then), and why the companion was not."""
+
 
 @dataclass(frozen=True)
 class FragmentStatistics:
@@ -74,10 +83,13 @@ class _Job:
     ``token`` is popped once: by the writer thread when it begins, or by the caller when it gives up before that.
     """
 
-    future: asyncio.Future[Any]
+    future: asyncio.Future[Any] | None
     write: Write | None = None
     call: Callable[[], Any] | None = None
     sync: bool = False
+    companion: Any = None
+    kept: Kept | None = None
+    """Instead of the future, when there is a companion."""
     token: list[None] = field(default_factory=lambda: [None])
     served: asyncio.Future[None] | None = None
     """Done when the writer has finished with a job whose caller gave up while it was at it."""
@@ -121,6 +133,7 @@ class LocalFragmentStore:
         self._groups = self._writes = self._checkpoint_count = 0
         self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s
         self._closed = False
+        self.commit_companions: CommitCompanions = _no_companions
         self._thread = threading.Thread(target=self._run, name="fragment-write", daemon=True)
         self._thread.start()
 
@@ -176,6 +189,17 @@ class LocalFragmentStore:
             await self._submit(_Job(self._loop.create_future(), write=write, sync=sync))
         finally:
             self._give_bytes(write.payload_bytes)
+
+    def write_with(self, write: Write, companion: Any, kept: Kept) -> bool:
+        """Writes and syncs a fragment, then commits its companion; then ``kept`` is told on the event loop. False: nothing was begun, since it would have to wait
+        for room first. Raises DiskUnusable."""
+        self._refuse_when_closed()
+        count = write.payload_bytes
+        if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
+            return False
+        self._queued_bytes += count
+        self._arrive(_Job(None, write=write, sync=True, companion=companion, kept=kept))
+        return True
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         self._refuse_when_closed()
@@ -311,16 +335,21 @@ class LocalFragmentStore:
 
     async def _submit(self, job: _Job) -> Any:
         """A caller that gives up gets its buffers back at once when the writer has not begun with them, else when it has finished."""
-        self._arriving.append(job)
-        if len(self._arriving) == 1:
-            self._loop.call_soon(self._hand_over)
+        future = job.future
+        assert future is not None
+        self._arrive(job)
         try:
-            return await job.future
+            return await future
         except asyncio.CancelledError:
-            if job.future.cancelled() and not job.claim():
+            if future.cancelled() and not job.claim():
                 job.served = self._loop.create_future()
                 await job.served
             raise
+
+    def _arrive(self, job: _Job) -> None:
+        self._arriving.append(job)
+        if len(self._arriving) == 1:
+            self._loop.call_soon(self._hand_over)
 
     def _hand_over(self) -> None:
         """Everything that this turn of the loop brought goes to the writer thread at once. Handed over one by one, the first would wake it, it would ask for
@@ -328,6 +357,22 @@ class LocalFragmentStore:
         if self._arriving:
             jobs, self._arriving = self._arriving, []
             self._queue.put(jobs)
+
+    def _resolve(self, answers: list[tuple[_Job, Any]], uncommitted: StoragedError | None) -> None:
+        for job, answer in answers:
+            if job.kept is not None:
+                assert job.write is not None
+                self._give_bytes(job.write.payload_bytes)
+                job.kept(answer, uncommitted)
+                continue
+            assert job.future is not None
+            if job.future.done():
+                if job.served is not None and not job.served.done():
+                    job.served.set_result(None)
+            elif isinstance(answer, BaseException):
+                job.future.set_exception(answer)
+            else:
+                job.future.set_result(answer)
 
     async def _take_bytes(self, count: int) -> None:
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
@@ -430,15 +475,27 @@ class LocalFragmentStore:
                 self._deliver(now)
             if later:
                 refusal = _answer(self._engine.sync)
-                self._deliver([(job, refusal if isinstance(refusal, BaseException) else answer) for job, answer in later])
+                if isinstance(refusal, BaseException):
+                    later = [(job, refusal) for job, _ in later]
+                self._finish(later, committed=not isinstance(refusal, BaseException))
         except Exception as error:
             # A mistake of ours or a damaged index: nobody may wait for ever, and nothing more may be written on top of it.
             self._engine.fail(f"{type(error).__name__}: {error}", lasting=False)
             self._deliver([(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in jobs])
 
-    def _deliver(self, answers: list[tuple[_Job, Any]]) -> None:
+    def _finish(self, answers: list[tuple[_Job, Any]], committed: bool) -> None:
+        """``committed``: the log is durable, so companions follow; who has none does not wait for them."""
+        paired = [(job, answer) for job, answer in answers if job.kept is not None] if committed else []
+        if not paired:
+            self._deliver(answers)
+            return
+        if len(paired) < len(answers):
+            self._deliver([(job, answer) for job, answer in answers if job.kept is None])
+        self._deliver(paired, self.commit_companions([job.companion for job, _ in paired]))
+
+    def _deliver(self, answers: list[tuple[_Job, Any]], uncommitted: StoragedError | None = None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(_resolve, answers)
+            self._loop.call_soon_threadsafe(self._resolve, answers, uncommitted)
 
     def _rest(self) -> float | None:
         """Seconds until there is something to tend; None: nothing."""
@@ -517,15 +574,8 @@ def _answer(call: Callable[[], Any]) -> Any:
         return error
 
 
-def _resolve(answers: list[tuple[_Job, Any]]) -> None:
-    for job, answer in answers:
-        if job.future.done():
-            if job.served is not None and not job.served.done():
-                job.served.set_result(None)
-        elif isinstance(answer, BaseException):
-            job.future.set_exception(answer)
-        else:
-            job.future.set_result(answer)
+def _no_companions(_companions: Sequence[Any]) -> StoragedError | None:
+    return DiskUnusable("this store was not told where companions go", state="failed")
 
 
 def _bounded(ids: Sequence[FragmentId]) -> Sequence[FragmentId]:

@@ -26,6 +26,7 @@ from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import (
     ZERO_BALLOT,
     Ballot,
+    Copy,
     Outcome,
     Reading,
     Replica,
@@ -34,7 +35,7 @@ from storaged.meta.ports import (
     SmallCopies,
     Update,
 )
-from storaged.meta.proposal import Proposal, Surroundings, View
+from storaged.meta.proposal import Fragments, Proposal, Surroundings, View
 from storaged.meta.register import (
     CALL_BYTES,
     RULES,
@@ -49,12 +50,16 @@ from storaged.meta.register import (
     shown,
 )
 from storaged.meta.rounds import Answers, Suspects, TaskPool, Turns
+from storaged.wire import Buffer
 
 DEADLINE_S = 10.0
 CALL_TIMEOUT_S = 5.0
 
 HEDGE_S = 0.05
 """A read asks one more replica when those asked have not answered by then: well above a healthy fsync, well below what a person notices."""
+
+CARRY_S = 1.0
+"""So long a settling round looks for the copy of an unconfirmed small object; who has it has just answered."""
 
 AGREEMENT_S = 2.0
 """Who has not said by then what it holds counts as away."""
@@ -116,8 +121,10 @@ class RingClient:
         hedge_s: float = HEDGE_S,
         rules: Rules = RULES,
         on_missed: Callable[[RegisterName], None] = lambda name: None,
+        copy_at: Callable[[bytes, int], bytes] = lambda header, index: header,
     ) -> None:
-        """``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up."""
+        """``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``copy_at``: the fragment
+        header of one replica's small copy, made to fit the replica of another index."""
         self._layouts = layouts
         self._replicas = replicas
         self._clock = clock if clock is not None else SystemClock()
@@ -126,6 +133,7 @@ class RingClient:
         self._call_timeout_s = call_timeout_s
         self._hedge_s = hedge_s
         self._rules = rules
+        self._copy_at = copy_at
         self._pool = TaskPool()
         self._turns = Turns()
         self._suspects = Suspects(self._clock)
@@ -143,6 +151,7 @@ class RingClient:
             call_timeout_s=call_timeout_s,
             rules=rules,
             counts=self._counts,
+            carry=self._carry,
             on_missed=on_missed,
         )
 
@@ -210,7 +219,9 @@ class RingClient:
             return Reading(value)
         payload = seen.payloads.get(value.payload)
         if payload is None:
-            payload = await self._fetch_payload(view, name, value.payload, seen, deadline)
+            asked = {disk for disk, reply in seen.replies.items() if reply.value is not None}
+            copy = await self._fetch_copy(view, name, value.payload, asked, deadline)
+            payload = None if copy is None else copy.payload
         return Reading(value, payload)
 
     async def _pause_for_layout(self, deadline: float) -> None:
@@ -260,17 +271,23 @@ class RingClient:
                 ask(waiting.pop(0), True)
 
     async def _settle_seen(self, view: View, name: RegisterName, seen: _Seen, nonce: bytes, deadline: float) -> Value | None:
-        """Rule 4: the newest value is accepted by a majority before it is told."""
+        """Rule 4: the newest value is accepted by a majority before it is told; the small copy that it names goes along, for its writer may have reached one replica."""
         self._counts["replays"] += 1
         newest = max(seen.accepted.values())
         value = _value_at(seen, newest)
         if value is None or newest.epoch != view.epoch:
             return await self._identity(name, nonce, deadline, commit=False)
         accepted = {disk for disk, ballot in seen.accepted.items() if ballot == newest}
+        fragments: Fragments | None = ()
+        if value.payload and self._rules.copies_travel:
+            fragments = await self._carry(view, name, value.payload, deadline)
+            if fragments is None:
+                return await self._identity(name, nonce, deadline, commit=False)
         answers: Answers[messages.AcceptReply] = Answers(self._replicas, self._pool, self._suspects)
-        for disk in view.disks:
+        for index, disk in enumerate(view.disks):
             if disk not in accepted:
-                self._ask_accept(answers, messages.Accept(disk, name, newest, value, nonce, identity=True), deadline)
+                header, body = fragments[index] if fragments else (b"", ())
+                self._ask_accept(answers, messages.Accept(disk, name, newest, value, nonce, True, header), body, deadline)
         if not self._rules.replay_confirmed:
             return value
         while not has_majority(view.groups, accepted):
@@ -288,9 +305,15 @@ class RingClient:
             log.error("replicas differ under one ballot", register=name.pack().hex(), ballot=str(ballot))
             raise DataDamaged("Two replicas of this key hold different values under one ballot; neither is believed.")
 
-    async def _fetch_payload(self, view: View, name: RegisterName, data_id: bytes, seen: _Seen, deadline: float) -> memoryview | None:
-        """The small copy from any replica that has one; those that were asked and had none come last."""
-        asked = {disk for disk, reply in seen.replies.items() if reply.value is not None}
+    async def _carry(self, view: View, name: RegisterName, data_id: bytes, deadline: float) -> Fragments | None:
+        """The small copy, for each replica; None when none gives it in time."""
+        copy = await self._fetch_copy(view, name, data_id, set(), min(deadline, self._clock.monotonic() + CARRY_S))
+        if copy is None:
+            return None
+        return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(len(view.disks))]
+
+    async def _fetch_copy(self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float) -> Copy | None:
+        """The small copy from any replica that has one; those that were ``asked`` and had none come last."""
         order = self._suspects.last(sorted(view.disks, key=asked.__contains__))
         answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
         while order or answers.pending:
@@ -301,7 +324,7 @@ class RingClient:
                 return None
             answer = await answers.next(min(self._hedge_s, remaining_s) if order else remaining_s)
             if answer is not None and not isinstance(answer[1], StoragedError) and answer[1][0].payload == data_id:
-                return answer[1][1]
+                return Copy(answer[1][0].header, answer[1][1])
         return None
 
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
@@ -452,9 +475,11 @@ class RingClient:
         timeout_s = self._call_timeout(deadline)
         answers.post(request, lambda replica: replica.read(request, timeout_s=timeout_s), timeout_s=timeout_s)
 
-    def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept, deadline: float) -> None:
+    def _ask_accept(
+        self, answers: Answers[messages.AcceptReply], request: messages.Accept, body: Sequence[Buffer], deadline: float
+    ) -> None:
         timeout_s = self._call_timeout(deadline)
-        answers.post(request, lambda replica: replica.accept(request, timeout_s=timeout_s), timeout_s=timeout_s)
+        answers.post(request, lambda replica: replica.accept(request, body, timeout_s=timeout_s), body=body, timeout_s=timeout_s)
 
     def _ask_page(self, answers: Answers[messages.PageReply], request: messages.PageGet, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)

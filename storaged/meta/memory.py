@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import xxhash
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
-from storaged.errors import DiskUnusable
+from storaged.errors import DiskUnusable, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch, StoredPage
+from storaged.meta.ports import Done, Fence, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.rowvalue import pack_row, unpack_row
 
 SLICE_ROWS_MAX = 10_000
@@ -56,6 +56,7 @@ class MemoryMetaStore:
         self._meta: dict[str, bytes] = {}
         self._pending: list[_Pending] = []
         self._turn = asyncio.Lock()
+        self._posted: set[asyncio.Task[None]] = set()
         self._crashes = 0
         self._reason = ""
 
@@ -120,6 +121,20 @@ class MemoryMetaStore:
             if not key or key.startswith("\0"):
                 raise ValueError(f"not a name for a small value: {key!r}")
         await self._write(entry)
+
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        self._refuse_when_unusable()
+        task = asyncio.get_running_loop().create_task(self._post(batch, done))
+        self._posted.add(task)
+        task.add_done_callback(self._posted.discard)
+
+    async def _post(self, batch: StoreBatch, done: Done) -> None:
+        try:
+            await self.commit(batch)
+        except StoragedError as error:
+            done(error)
+        else:
+            done(None)
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
         self._refuse_when_unusable()
@@ -187,5 +202,7 @@ class MemoryMetaStore:
 
     async def close(self) -> None:
         """Waits for commits on their way."""
+        if self._posted:
+            await asyncio.wait(tuple(self._posted))
         async with self._turn:
             pass

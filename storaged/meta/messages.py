@@ -14,31 +14,32 @@ PAGES_A_CHECK = 256
 
 
 class Prepare(Message, frozen=True):
-    """``header``: the encoded header of a fragment record whose payload is the request's bulk body; the replica stores and syncs it whatever it
-    says to the ballot. ``nonce``: of the fence, for settling rounds in a fenced scope."""
+    """``nonce``: of the fence, for settling rounds in a fenced scope."""
 
     disk: str
     name: RegisterName
     ballot: Ballot
     nonce: bytes = b""
-    header: bytes = b""
 
 
 class PrepareReply(Message, frozen=True):
     """``promised``: the lowest ballot that would not be refused (a hint when the verdict is PREEMPTED or DAMAGED). ``accepted`` and ``value``: the
-    register's state here when the verdict is OK. The payload is acknowledged apart from the promise: ``payload_synced``, or why not."""
+    register's state here when the verdict is OK."""
 
     verdict: int
     promised: Ballot = ZERO_BALLOT
     accepted: Ballot = ZERO_BALLOT
     value: Value | None = None
-    payload_synced: bool = False
-    payload_error: str = ""
     final: bool = False
 
 
 class Accept(Message, frozen=True):
-    """``identity``: the value is one that was accepted before (a settling round); only these pass a fence, with its ``nonce``."""
+    """``identity``: the value is one that was accepted before (a settling round); only these pass a fence, with its ``nonce``.
+
+    ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small object that the value names. The
+    replica syncs it before it commits the value. When it cannot, it refuses the value (UNSTORED), unless the round only settles: a register can be settled
+    whatever became of its copies.
+    """
 
     disk: str
     name: RegisterName
@@ -46,14 +47,17 @@ class Accept(Message, frozen=True):
     value: Value
     nonce: bytes = b""
     identity: bool = False
+    header: bytes = b""
 
 
 class AcceptReply(Message, frozen=True):
-    """OK: the value is durable here under the ballot."""
+    """OK: the value is durable here under the ballot. ``copy_synced``: and so is the copy that came with it; ``copy_error``: why not."""
 
     verdict: int
     promised: Ballot = ZERO_BALLOT
     final: bool = False
+    copy_synced: bool = False
+    copy_error: str = ""
 
 
 class Read(Message, frozen=True):
@@ -69,13 +73,15 @@ class Read(Message, frozen=True):
 
 
 class ReadReply(Message, frozen=True):
-    """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the copy in the bulk body, or empty."""
+    """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the copy in the bulk body, or empty.
+    ``header``: the copy's encoded fragment header, when a copy was asked for by its data id."""
 
     verdict: int
     accepted: Ballot = ZERO_BALLOT
     digest: bytes = b""
     value: Value | None = None
     payload: bytes = b""
+    header: bytes = b""
 
 
 class PagePut(Message, frozen=True):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from storaged.cluster.ports import Then
+from storaged.errors import StoragedError
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.wire import Buffer, Message
 
@@ -52,10 +53,12 @@ class ReplicaState(NamedTuple):
 
 
 class SmallCopies(NamedTuple):
-    """A small object's sealed bytes, to be stored and synced by every replica of the register along with the prepare.
+    """A small object's sealed bytes, to be stored by every replica of the register along with the accept, and synced before the record that names them.
 
-    ``record`` is the complete fragment record body for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
-    ``enough`` judges the disk ids that have synced theirs (the acknowledge rule); accept is sent only when it holds.
+    ``fragments`` has (encoded fragment header, payload) for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
+    ``enough`` judges the disk ids that have synced theirs (the acknowledge rule): ``change`` succeeds only when it holds beside the majority.
+    A replica that can't store its copy accepts nothing, so the copies of a record are on a majority of its replicas from the moment it is chosen. A settling round
+    that meets a record which no majority has confirmed yet carries the copy along to the replicas that it writes to.
     The buffers are not to be reused afterwards: a slow replica's copy may still be on its way when ``change`` returns.
     """
 
@@ -88,6 +91,7 @@ class Registers(Protocol):
         are still there and renews their age, for what pre-empted this change may have been the collector; it raises when they are gone. Raises ServiceUnavailable when no majority answered a prepare (nothing changed),
         OutcomeUnknown when an accept may have been applied and could not be settled, NoSuchBucket when the scope is fenced
         (unless ``settling_nonce`` is the fence's, with which values can be settled but not changed), and what ``update`` raises.
+        A change with ``small`` whose copies could not be synced where they must be is of unknown outcome too.
         """
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
@@ -226,11 +230,9 @@ class Replica(Protocol):
     Raises PeerUnreachable, DiskUnusable (failed, foreign, retired or unknown to its node), PeerRefused.
     """
 
-    async def prepare(
-        self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0
-    ) -> messages.PrepareReply: ...
+    async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply: ...
 
-    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply: ...
+    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply: ...
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
         """The bulk bytes are the payload, when there is one."""
@@ -262,6 +264,34 @@ class Replicas(Protocol):
 
     def replica(self, disk_id: str) -> Replica:
         """Raises DiskUnusable for a disk that no known layout names."""
+
+
+Done = Callable[[StoragedError | None], None]
+"""Told once, on the event loop: None when all went well. It must not raise."""
+
+
+class Copy(NamedTuple):
+    """A small object's copy as one disk has it: the encoded header of its fragment, and the whole payload, verified."""
+
+    header: bytes
+    payload: memoryview
+
+
+class Copies(Protocol):
+    """The small copies of one replica's disk."""
+
+    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
+        """Makes a copy durable, and after it commits the batch to the replica's store; then calls ``done`` on the event loop."""
+
+    def peek(self, data_id: bytes) -> memoryview | None:
+        """The copy's payload, when it is in memory; None when it is not, or not whole: ``load`` says which."""
+
+    async def load(self, data_id: bytes) -> Copy | None:
+        """None when this disk has none that is whole. Raises StoragedError when it does not answer."""
+
+
+Kept = Callable[[StoragedError | None, StoragedError | None], None]
+"""``done(copy, batch)``: why the copy was not stored (then the batch was not committed either), and why the batch was not. It must not raise."""
 
 
 class MetaStore(Protocol):
@@ -298,6 +328,10 @@ class MetaStore(Protocol):
 
         Raises DiskUnusable when the disk refused; the store is then read-only for ever.
         """
+
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        """As ``commit``, but returns at once and calls ``done`` on the event loop with None, or with what ``commit`` raises. Raises ValueError, DiskUnusable
+        for what was not even begun."""
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
         """Deletes those of these pages whose ``created_ms`` is still the one given: what was put again meanwhile stays. How many, durably. Raises as ``commit``."""

@@ -6,13 +6,18 @@ Theory of operation
     (a higher ballot, a newer layout, replicas that do not answer) begins a new attempt, after a pause that grows and is drawn at random, until the deadline.
     Once an accept has been sent, nothing but a later prepare can tell what became of it: ``Lineage`` judges that, and where it cannot the outcome is
     unknown and the caller is told so.
+
+    The copies of a small object go with the accept, and a replica that cannot store its copy accepts nothing: from the moment that a record is chosen, a majority
+    of its replicas have had its copy. What keeps that true is that nobody helps a record on without its copy: a value that a prepare found, which no majority has
+    confirmed yet, is accepted anew together with the copy of the replica that told of it. The change succeeds when the acknowledge rule holds for those that
+    have synced their copy, besides the majority; where it cannot hold any more the outcome is unknown: the record stands, on fewer copies than it should have.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from storaged import trace
@@ -44,6 +49,9 @@ BACKOFF_MAX_S = 0.5
 STRAGGLERS_S = 0.05
 """How long a settling round waits for the replicas beyond the majority, to learn of damaged rows and of higher promises."""
 
+CARRY_TRIES = 2
+"""So often a round begins again because the copy of an unconfirmed record was not to be had; then the record is settled without it."""
+
 ALL_REPLICAS_TRIES = 2
 """How often a settling round begins again, with a higher ballot, for a replica that refuses although a majority has promised: one that has restarted refuses
 everything below its high-water ballot, and is the one that lags."""
@@ -71,9 +79,15 @@ class Surroundings:
     call_timeout_s: float
     rules: Rules
     counts: dict[str, int]
+    carry: Callable[[View, RegisterName, bytes, float], Awaitable[Fragments | None]]
+    """``await carry(view, name, data_id, deadline)``: the copy of a small object from whichever replica has it, for all of them; None when none gives it."""
     on_missed: Callable[[RegisterName], None] = lambda name: None
     """Told when a replica did not take a new value or a small copy that it should have: it lags, though a majority may have confirmed the write. Settling
     rounds don't tell: they are what follows."""
+
+
+Fragments = Sequence[tuple[bytes, Sequence[Buffer]]]
+"""(encoded fragment header, payload) of a small copy for each replica index, as in ``SmallCopies``."""
 
 
 @dataclass
@@ -83,7 +97,6 @@ class _Promises:
     answers: Answers[messages.PrepareReply]
     value: Value | None = None
     settled: bool = False
-    synced: set[str] = field(default_factory=set)
     damaged_below: int = 0
 
 
@@ -133,8 +146,10 @@ class Proposal:
             around.counts["unknown"] += 1
             raise OutcomeUnknown("The write met others at the same key and may have been applied before them. Read, or retry.")
         if standing is Standing.APPLIED and found is not None:
-            if not promises.settled and not await self._accept(view, ballot, found, identity=True):
-                return None
+            if not promises.settled or self.small is not None:
+                again = self.small.fragments if self.small is not None else await self._carried(view, promises)
+                if again is None or not await self._accept(view, ballot, found, again, identity=True):
+                    return None
             return Outcome(shown(self.lineage.base_of(found)), found)
         value = shown(found)
         try:
@@ -145,25 +160,41 @@ class Proposal:
             return None
         if change is None:
             return Outcome(value, value) if await self._settle(view, ballot, promises) else None
-        if self.small is not None:
-            with trace.span("sync"):
-                await self._copies_synced(promises, self.small)
         if self.ready is not None:
             await self._fragments_synced(self.ready)
         if self.lineage.exhausted:
             raise self._gave_up("too many attempts were pre-empted")
+        fragments: Fragments | None = ()
+        if self.small is not None:
+            fragments = self.small.fragments
+        elif found is not None and change.payload == found.payload:
+            fragments = await self._carried(view, promises)
+        if fragments is None:
+            return None
         changed = self.lineage.attempt(found, change)
         with trace.span("accept"):
-            accepted = await self._accept(view, ballot, changed, identity=False)
+            accepted = await self._accept(view, ballot, changed, fragments, identity=False)
         return Outcome(value, changed) if accepted else None
+
+    async def _carried(self, view: View, promises: _Promises) -> Fragments | None:
+        """The copy that the value found names, when no majority has confirmed the value: its writer may have reached a single replica. None: who told of the value
+        does not give its copy, and may be gone; the next attempt does without it, if it can. A copy that stays lost does not hold up the register for ever."""
+        value = promises.value
+        if promises.settled or value is None or not value.payload or not self.around.rules.copies_travel:
+            return ()
+        found = await self.around.carry(view, self.name, value.payload, self.deadline)
+        if found is None and self._tries >= CARRY_TRIES:
+            self.around.on_missed(self.name)
+            return ()
+        return found
 
     # --- prepare -------------------------------------------------------------------------------------------------------
 
     async def _prepare(self, view: View, ballot: Ballot) -> _Promises | None:
         around = self.around
         answers: Answers[messages.PrepareReply] = Answers(around.replicas, around.pool, around.suspects)
-        for index, disk in enumerate(view.disks):
-            self._ask_promise(answers, disk, ballot, index)
+        for disk in view.disks:
+            self._ask_promise(answers, messages.Prepare(disk, self.name, ballot, self.nonce))
         promises = _Promises(answers)
         promised: dict[str, messages.PrepareReply] = {}
         failed: dict[str, Verdict | None] = {}
@@ -179,7 +210,7 @@ class Proposal:
             if isinstance(reply, StoragedError):
                 failed[disk] = None
                 continue
-            self._note(promises, disk, reply)
+            self._note(promises, reply)
             final = final or reply.final
             if reply.verdict == Verdict.OK:
                 promised[disk] = reply
@@ -195,33 +226,12 @@ class Proposal:
         promises.settled = settled_ballot(view.groups, accepted) == highest.accepted
         return promises
 
-    def _ask_promise(self, answers: Answers[messages.PrepareReply], disk: str, ballot: Ballot, index: int) -> None:
-        """A new attempt sends the small copies again: what an earlier one stored may have been collected if this process slept in between."""
-        header: bytes = b""
-        body: Sequence[Buffer] = ()
-        if self.small is not None and index < len(self.small.fragments):
-            header, body = self.small.fragments[index]
-        request, timeout_s = messages.Prepare(disk, self.name, ballot, self.nonce, header), self._call_timeout_s()
-        answers.post(
-            request,
-            lambda replica: replica.prepare(request, body, timeout_s=timeout_s),
-            body=body,
-            timeout_s=timeout_s,
-            heard=self._hear_copy if header else None,
-        )
+    def _ask_promise(self, answers: Answers[messages.PrepareReply], request: messages.Prepare) -> None:
+        timeout_s = self._call_timeout_s()
+        answers.post(request, lambda replica: replica.prepare(request, timeout_s=timeout_s), timeout_s=timeout_s)
 
-    def _hear_copy(self, answer: messages.PrepareReply | StoragedError) -> None:
-        if isinstance(answer, StoragedError) or not answer.payload_synced:
-            self.around.on_missed(self.name)
-
-    def _hear_accept(self, answer: messages.AcceptReply | StoragedError) -> None:
-        if isinstance(answer, StoragedError) or answer.verdict != Verdict.OK:
-            self.around.on_missed(self.name)
-
-    def _note(self, promises: _Promises, disk: str, reply: messages.PrepareReply) -> None:
+    def _note(self, promises: _Promises, reply: messages.PrepareReply) -> None:
         """What is worth knowing of an answer, whether it promised or not."""
-        if reply.payload_synced:
-            promises.synced.add(disk)
         if reply.verdict in (Verdict.PREEMPTED, Verdict.DAMAGED):
             self._above = max(self._above, reply.promised.counter)
         if reply.verdict == Verdict.DAMAGED:
@@ -243,19 +253,8 @@ class Proposal:
             answer = await promises.answers.next(min(STRAGGLERS_S, self.remaining_s()))
             if answer is None:
                 return
-            disk, reply = answer
-            if not isinstance(reply, StoragedError):
-                self._note(promises, disk, reply)
-
-    async def _copies_synced(self, promises: _Promises, small: SmallCopies) -> None:
-        """Returns when enough replicas have synced their copy; raises when they will not."""
-        while not small.enough(frozenset(promises.synced)):
-            answer = await promises.answers.next(self.remaining_s())
-            if answer is None:
-                raise self._gave_up(f"only {len(promises.synced)} of its replicas have synced the object's copy")
-            disk, reply = answer
-            if not isinstance(reply, StoragedError):
-                self._note(promises, disk, reply)
+            if not isinstance(answer[1], StoragedError):
+                self._note(promises, answer[1])
 
     async def _fragments_synced(self, ready: asyncio.Future[None]) -> None:
         """The barrier; the time it takes is not the register's and does not count against the deadline."""
@@ -285,30 +284,37 @@ class Proposal:
             return True
         value = promises.value if promises.value is not None else NEVER
         self.around.counts["identity_rounds"] += 1
-        return await self._accept(view, ballot, value, identity=True)
+        fragments = await self._carried(view, promises)
+        return fragments is not None and await self._accept(view, ballot, value, fragments, identity=True)
 
-    async def _accept(self, view: View, ballot: Ballot, value: Value, *, identity: bool) -> bool:
-        """True: a majority has it on disk. False: it was refused, or too few answer; it may have been applied."""
+    async def _accept(self, view: View, ballot: Ballot, value: Value, fragments: Fragments, *, identity: bool) -> bool:
+        """True: a majority has it on disk, and its copies are where they must be. False: it was refused, or too few answer; it may have been applied."""
         around = self.around
         answers: Answers[messages.AcceptReply] = Answers(around.replicas, around.pool, around.suspects)
-        for disk in view.disks:
-            self._ask_accept(answers, messages.Accept(disk, self.name, ballot, value, self.nonce, identity))
+        for index, disk in enumerate(view.disks):
+            header, body = fragments[index] if index < len(fragments) else (b"", ())
+            self._ask_accept(answers, messages.Accept(disk, self.name, ballot, value, self.nonce, identity, header), body)
         accepted: set[str] = set()
+        synced: set[str] = set()
         failed: set[str] = set()
         fenced: set[str] = set()
-        while not has_majority(view.groups, accepted):
+        while not has_majority(view.groups, accepted) or (self.small is not None and not self.small.enough(frozenset(synced))):
             if out_of_reach(view.groups, fenced):
                 raise self._fenced(final=False)
             if out_of_reach(view.groups, failed):
                 return False
-            answer = await answers.next(self.remaining_s(), short_of_majority(view.groups, accepted))
+            answer = await answers.next(self.remaining_s(), max(short_of_majority(view.groups, accepted), 1))
             if answer is None:
+                if has_majority(view.groups, accepted):
+                    raise self._gave_up(f"only {len(synced)} of its replicas have synced the object's copy")
                 raise self._gave_up("no majority of its replicas confirmed the write in time")
             disk, reply = answer
             if isinstance(reply, StoragedError):
                 failed.add(disk)
             elif reply.verdict == Verdict.OK:
                 accepted.add(disk)
+                if reply.copy_synced:
+                    synced.add(disk)
             else:
                 failed.add(disk)
                 if reply.verdict == Verdict.FENCED:
@@ -318,10 +324,22 @@ class Proposal:
                     self._above = max(self._above, reply.promised.counter)
         return True
 
-    def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept) -> None:
+    def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept, body: Sequence[Buffer]) -> None:
         timeout_s = self._call_timeout_s()
-        heard = None if request.identity else self._hear_accept
-        answers.post(request, lambda replica: replica.accept(request, timeout_s=timeout_s), timeout_s=timeout_s, heard=heard)
+
+        def heard(answer: messages.AcceptReply | StoragedError) -> None:
+            """Settling rounds don't tell of replicas that lag: they are what follows. Of copies they tell."""
+            took = not isinstance(answer, StoragedError) and answer.verdict == Verdict.OK
+            if not (took or request.identity) or (request.header and not (took and answer.copy_synced)):  # type: ignore[union-attr]
+                self.around.on_missed(self.name)
+
+        answers.post(
+            request,
+            lambda replica: replica.accept(request, body, timeout_s=timeout_s),
+            body=body,
+            timeout_s=timeout_s,
+            heard=None if request.identity and not request.header else heard,
+        )
 
     # --- time ----------------------------------------------------------------------------------------------------------
 

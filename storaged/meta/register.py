@@ -60,6 +60,8 @@ class Rules:
     """9, 11. A disk that is not the one the node had, blank or retired, answers nothing."""
     fence_by_epoch: bool = True
     """10. Acceptors refuse requests of a layout epoch before their own."""
+    copies_travel: bool = True
+    """12. Nobody helps a record on that no majority has confirmed without the small copy that it names."""
 
 
 RULES = Rules()
@@ -77,6 +79,8 @@ class Verdict(IntEnum):
     """This ballot was seen here with another value: somebody broke rule 8, or bits flipped. Refused, and an alarm is counted."""
     DAMAGED = 5
     """The row's checksum does not hold: what was accepted here is unknown, so this acceptor counts for nothing until a newer value replaces it."""
+    UNSTORED = 6
+    """The disk does not take the small copy that the value names (it is full): nothing was accepted."""
 
 
 # --- acceptor -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Poster, Reply, Then
+from storaged.cluster.ports import Answer, Call, Caller, Layouts, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
 from storaged.meta import messages
 from storaged.meta.ports import Replica
@@ -34,12 +34,12 @@ class RemoteReplica:
         method, reply = _POSTED[type(request)]
         return self._poster.post(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
 
-    async def prepare(self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.PrepareReply:
-        reply, _ = await self._caller.call(self.node, "meta.prepare", request, messages.PrepareReply, body=body, timeout_s=timeout_s)
+    async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply:
+        reply, _ = await self._caller.call(self.node, "meta.prepare", request, messages.PrepareReply, timeout_s=timeout_s)
         return reply
 
-    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply:
-        reply, _ = await self._caller.call(self.node, "meta.accept", request, messages.AcceptReply, timeout_s=timeout_s)
+    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
+        reply, _ = await self._caller.call(self.node, "meta.accept", request, messages.AcceptReply, body=body, timeout_s=timeout_s)
         return reply
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
@@ -112,8 +112,8 @@ class ReplicaHost:
     def methods(self) -> Methods:
         """What the node registers: storage nodes and gateways may call all of it."""
         return {
-            "meta.prepare": Method(messages.Prepare, self._prepare),
-            "meta.accept": Method(messages.Accept, self._accept),
+            "meta.prepare": Method(messages.Prepare, self._prepare, at_once=self._prepare_at_once),
+            "meta.accept": Method(messages.Accept, self._accept, begin=self._begin_accept),
             "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
             "meta.page_put": Method(messages.PagePut, self._page_put),
             "meta.page_get": Method(messages.PageGet, self._page_get),
@@ -124,11 +124,17 @@ class ReplicaHost:
             "meta.scan": Method(ScanRequest, self._scan),
         }
 
-    async def _prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply:
-        return await self._of(request.disk).prepare(request, (call.body,) if len(call.body) else ())
+    def _prepare_at_once(self, request: messages.Prepare, _call: Call) -> messages.PrepareReply | None:
+        return self._of(request.disk).prepare_at_once(request)
 
-    async def _accept(self, request: messages.Accept, _call: Call) -> messages.AcceptReply:
-        return await self._of(request.disk).accept(request)
+    async def _prepare(self, request: messages.Prepare, _call: Call) -> messages.PrepareReply:
+        return await self._of(request.disk).prepare(request)
+
+    def _begin_accept(self, request: messages.Accept, call: Call, answer: Answer) -> bool:
+        return self._of(request.disk).begin_accept(request, (call.body,), answer)
+
+    async def _accept(self, request: messages.Accept, call: Call) -> messages.AcceptReply:
+        return await self._of(request.disk).accept(request, (call.body,))
 
     def _read_at_once(self, request: messages.Read, _call: Call) -> Reply | None:
         found = self._of(request.disk).read_at_once(request)

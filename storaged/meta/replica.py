@@ -3,6 +3,8 @@
 Theory of operation
     Accepted values are rows of the store, and the store shows only what is synced. While an accept of a register is on its way to the disk,
     every other request for that register waits: an accept that nobody was told of yet must not be missing from a prepare's answer (rule 1).
+    The small copy that comes with an accept is synced first, and only then is the row committed that names it: no disk has a record without having had its copy.
+    A fence is answered when what was judged before it has arrived or failed, for that may still be at its copy when the fence is on disk.
     Promises are kept in memory alone, for they change with every prepare and a sync costs a thousand times more than the promise. Instead a
     *high-water ballot* above all of them is on disk, written in blocks ahead; after a restart it counts as promised for every register (rule 2).
     The table of promises is bounded: what is evicted raises the floor under all registers, which costs somebody a retry and nothing else.
@@ -13,11 +15,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import msgspec
 import structlog
 import xxhash
 
@@ -26,7 +28,7 @@ from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, StoragedE
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Fence, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
     COUNTER_MAX,
     HIGH_WATER_BLOCK_US,
@@ -69,14 +71,7 @@ META_LIFTED = "lifted "
 NONCE_BYTES_MAX = 64
 NODE_CHARS_MAX = 63
 
-StorePayload = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
-"""``await store_payload(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk refused."""
-
-PeekPayload = Callable[[bytes], memoryview | None]
-"""``peek_payload(data_id)``: the same copy, verified, when it is in memory; None when it is not, or not whole: ``load_payload`` says which."""
-
-LoadPayload = Callable[[bytes], Awaitable[memoryview | None]]
-"""``await load_payload(data_id)``: this disk's copy of a small object, verified; None when it has none that is whole."""
+AnswerAccept = Callable[[messages.AcceptReply | Exception], None]
 
 
 @dataclass(frozen=True)
@@ -104,9 +99,7 @@ class LocalReplica:
         disk: str,
         store: MetaStore,
         *,
-        store_payload: StorePayload | None = None,
-        load_payload: LoadPayload | None = None,
-        peek_payload: PeekPayload | None = None,
+        copies: Copies | None = None,
         promises_max: int = PROMISES_MAX,
         rules: Rules = RULES,
         clock: Clock | None = None,
@@ -114,14 +107,12 @@ class LocalReplica:
         """Raises DiskForeign when the store's own record of its promises is damaged (rule 9)."""
         self.disk = disk
         self._store = store
-        self._store_payload = store_payload
-        self._load_payload = load_payload
-        self._peek_payload = peek_payload
+        self._copies = copies
         self._promises_max = promises_max
         self._rules = rules
         self._clock = clock if clock is not None else SystemClock()
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
-        self._in_flight: dict[RegisterName, asyncio.Future[None]] = {}
+        self._in_flight: dict[RegisterName, asyncio.Future[None] | None] = {}
         self._fences_unsynced: dict[bytes, Fence] = {}
         self._lifted_unsynced: dict[bytes, bytes] = {}
         self._fences_known: dict[bytes, Fence | None] = {}
@@ -169,7 +160,7 @@ class LocalReplica:
         """Answers nothing from now on; returns when what was on its way to the disk has arrived. The store stays open."""
         self._silent = self._silent or "closed"
         while self._tasks or self._in_flight:
-            waiting: list[asyncio.Future[Any]] = [*self._tasks, *self._in_flight.values()]
+            waiting: list[asyncio.Future[Any]] = [*self._tasks, *map(self._arrival, self._in_flight)]
             await asyncio.wait(waiting)
 
     async def retire(self) -> None:
@@ -183,105 +174,162 @@ class LocalReplica:
         self._check_answers()
         self._floor = max(self._floor, Ballot(epoch, self._clock.wall_ms() * 1000, "", b""))
         await self._raise_high_water(self._floor)
-        if self._in_flight:
-            await asyncio.wait(tuple(self._in_flight.values()))
+        await self._all_arrived()
 
     # --- the three requests of the protocol ----------------------------------------------------------------------------
 
-    async def prepare(self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.PrepareReply:
-        self._counts["prepares"] += 1
-        self._validate(request.name, request.ballot)
-        if not request.header:
-            return await self._promise(request)
-        if request.name in self._in_flight:
-            reply, error = await self._promise_beside(request, body)
-        else:  # the promise waits for nothing
-            reply = await self._promise(request)
-            error = await self._keep_payload(request.header, body)
-        return msgspec.structs.replace(reply, payload_synced=not error, payload_error=error)
-
-    async def _promise_beside(self, request: messages.Prepare, body: Sequence[Buffer]) -> tuple[messages.PrepareReply, str]:
-        """The copy is stored while the promise waits for an accept that is on its way to the disk."""
-        storing = asyncio.ensure_future(self._keep_payload(request.header, body))
-        try:
-            return await self._promise(request), await storing
-        finally:
-            if not storing.done():
-                storing.cancel()
-                await asyncio.wait((storing,))
-
-    async def _promise(self, request: messages.Prepare) -> messages.PrepareReply:
-        name, ballot = request.name, request.ballot
+    async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply:
         while True:
-            await self._quiet(name)
-            slot, acceptor = self._acceptor(name)
-            verdict = judge_prepare(acceptor, ballot, request.nonce, self._rules)
-            if verdict is not Verdict.OK:
-                self._counts["refused"] += 1
-                return messages.PrepareReply(verdict, acceptor.lowest, final=acceptor.fence is not None and acceptor.fence.final)
-            if not needs_high_water(ballot, self._high_water):
-                break
-            await self._raise_high_water(ballot)
-        self._remember(name, ballot)
+            await self._quiet(request.name)
+            reply = self.prepare_at_once(request)
+            if reply is not None:
+                return reply
+            if request.name not in self._in_flight:
+                await self._raise_high_water(request.ballot)
+
+    def prepare_at_once(self, request: messages.Prepare) -> messages.PrepareReply | None:
+        """None: an accept on its way to the disk, or a higher high-water ballot, has to be waited for."""
+        self._check_answers()
+        name, ballot = request.name, request.ballot
+        if name in self._in_flight:
+            return None
+        self._validate(name, ballot)
+        slot, acceptor = self._acceptor(name)
+        verdict = judge_prepare(acceptor, ballot, request.nonce, self._rules)
+        if verdict is not Verdict.OK:
+            self._counts["prepares"] += 1
+            self._counts["refused"] += 1
+            return messages.PrepareReply(verdict, acceptor.lowest, final=acceptor.fence is not None and acceptor.fence.final)
+        if needs_high_water(ballot, self._high_water):
+            return None
+        self._counts["prepares"] += 1
+        if ballot != acceptor.accepted:  # else what was accepted binds as the promise would, and an accept is judged by it
+            self._remember(name, ballot)
         if needs_high_water(ballot, self._high_water, HIGH_WATER_BLOCK_US // 2) and self._raising is None:
             self._raising = self._own(self._write_high_water(ballot))
         if slot is None:
             return messages.PrepareReply(Verdict.OK, ballot)
         return messages.PrepareReply(Verdict.OK, ballot, slot.ballot, slot.value)
 
-    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply:
-        self._counts["accepts"] += 1
+    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
+        answered: asyncio.Future[messages.AcceptReply] = asyncio.get_running_loop().create_future()
+        while not self.begin_accept(request, body, partial(_resolve, answered)):
+            await self._quiet(request.name)
+            if request.header:
+                await self._raise_high_water(request.ballot)
+        return await answered
+
+    def begin_accept(self, request: messages.Accept, body: Sequence[Buffer], answer: AnswerAccept) -> bool:
+        """Judges, and lets the disk write; ``answer`` is told what ``accept`` returns or raises. Whoever goes away meanwhile, what was begun arrives.
+
+        False: another accept of this register, or a higher high-water ballot, has to be waited for first. Raises when nothing was begun.
+        """
+        self._check_answers()
         name, ballot, value = request.name, request.ballot, request.value
+        if name in self._in_flight or (request.header and needs_high_water(ballot, self._high_water)):
+            return False
+        self._counts["accepts"] += 1
         self._validate(name, ballot)
         if len(value.body) > VALUE_BYTES_MAX:
             raise InvalidRequest(f"A value of {len(value.body)} bytes; the limit is {VALUE_BYTES_MAX}.")
         if not Visibility.TOMBSTONE <= value.visibility <= Visibility.LIVE:
             raise InvalidRequest(f"No visibility {value.visibility}.")
-        await self._quiet(name)
-        _slot, acceptor = self._acceptor(name)
+        acceptor = self._promised_to(name, ballot)
         verdict = judge_accept(acceptor, ballot, value, request.nonce, request.identity, self._rules)
         if verdict is not Verdict.OK:
-            self._counts["refused"] += 1
-            if verdict is Verdict.CONFLICT:
-                self._counts["conflicts"] += 1
-                log.error("one ballot with two values", disk=self.disk, ballot=str(ballot), register=name.pack().hex())
-            return messages.AcceptReply(verdict, acceptor.lowest, acceptor.fence is not None and acceptor.fence.final)
-        if ballot == acceptor.accepted:
-            return messages.AcceptReply(Verdict.OK, ballot)
-        batch = StoreBatch(slots=[Slot(name, ballot, value)])
+            answer(self._refused(verdict, acceptor, name, ballot))
+            return True
+        if ballot == acceptor.accepted and not request.header:
+            answer(messages.AcceptReply(Verdict.OK, ballot))
+            return True
+        batch = StoreBatch([Slot(name, ballot, value)])
         if needs_high_water(ballot, self._high_water):
             batch.meta[META_HIGH_WATER] = encode(self._next_high_water(ballot))
         if not self._rules.sync_before_answer:
             self._remember(name, ballot)
-            self._own(self._commit(batch))
-            return messages.AcceptReply(Verdict.OK, ballot)
-        self._in_flight[name] = asyncio.get_running_loop().create_future()
+            answer(messages.AcceptReply(Verdict.OK, ballot, copy_synced=bool(request.header)))
+            if request.header and self._copies is not None:
+                self._copies.keep(request.header, body, batch, lambda _copy, _batch: None)
+            else:
+                self._own(self._commit(batch))
+            return True
+        self._in_flight[name] = None
         try:
-            error = await self._write_slot(name, ballot, batch)
-        except asyncio.CancelledError:
-            # Nobody waits any more, but the batch may be on its way. It is written again: until that is through, nothing is said about the register.
-            if batch.meta:
-                batch = StoreBatch(batch.slots, meta={META_HIGH_WATER: encode(self._next_high_water(ballot))})
-            self._own(self._write_slot(name, ballot, batch))
-            raise
-        self._raise_if(error)
-        return messages.AcceptReply(Verdict.OK, ballot)
+            if request.header:
+                self._keep_copy(request, body, batch, answer)
+            else:
+                self._store.post(batch, partial(self._arrived, request, batch, answer, ""))
+        except Exception as error:
+            self._arrived(request, batch, answer, "", error)
+        return True
+
+    def _promised_to(self, name: RegisterName, ballot: Ballot) -> Acceptor:
+        """A register that is promised to this very ballot has accepted nothing since, and before that something lower: the row need not be read again."""
+        if self._promises.get(name) != ballot:
+            return self._acceptor(name)[1]
+        return Acceptor(max(ballot, self._floor), ZERO_BALLOT, None, self._epoch, self._fence_of(name.scope))
+
+    def _refused(self, verdict: Verdict, acceptor: Acceptor, name: RegisterName, ballot: Ballot) -> messages.AcceptReply:
+        self._counts["refused"] += 1
+        if verdict is Verdict.CONFLICT:
+            self._counts["conflicts"] += 1
+            log.error("one ballot with two values", disk=self.disk, ballot=str(ballot), register=name.pack().hex())
+        return messages.AcceptReply(verdict, acceptor.lowest, acceptor.fence is not None and acceptor.fence.final)
+
+    def _keep_copy(self, request: messages.Accept, body: Sequence[Buffer], batch: StoreBatch, answer: AnswerAccept) -> None:
+        """The copy, then the row. A settling round writes the row even where the copy can't be stored."""
+
+        def kept(refusal: StoragedError | None, error: StoragedError | None) -> None:
+            if refusal is None:
+                self._arrived(request, batch, answer, "", error)
+            elif request.identity:
+                try:
+                    self._check_answers()
+                    self._store.post(batch, partial(self._arrived, request, batch, answer, refusal.message))
+                except Exception as failure:
+                    self._arrived(request, batch, answer, "", failure)
+            else:
+                self._let_go(request.name)
+                self._counts["refused"] += 1
+                answer(messages.AcceptReply(Verdict.UNSTORED, copy_error=refusal.message))
+
+        if self._copies is None:
+            kept(DiskUnusable(f"Disk {self.disk} keeps no small copies."), None)
+        else:
+            self._copies.keep(request.header, body, batch, kept)
+
+    def _arrived(self, request: messages.Accept, batch: StoreBatch, answer: AnswerAccept, copy_error: str, error: Exception | None) -> None:
+        """The row is on disk, or the store refused it and nobody knows what it holds."""
+        if error is not None:
+            self._fail(error.message if isinstance(error, StoragedError) else f"{type(error).__name__}: {error}")
+            self._let_go(request.name)
+            answer(error)
+            return
+        name, ballot = request.name, request.ballot
+        if batch.meta:
+            self._high_water = max(self._high_water, decode(batch.meta[META_HIGH_WATER], Ballot))
+        if self._promises.get(name, ballot) <= ballot:
+            self._promises.pop(name, None)
+        self._let_go(name)
+        answer(messages.AcceptReply(Verdict.OK, ballot, False, bool(request.header) and not copy_error, copy_error))
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
         await self._quiet(request.name)
         acceptor, verdict, data_id = self._judge_read(request)
-        payload = await self._payload(data_id) if data_id else None
-        return self._read_reply(request, acceptor, verdict, data_id, payload)
+        copy = await self._load(data_id) if data_id else None
+        if copy is None:
+            return self._read_reply(request, acceptor, verdict, b"", None)
+        return self._read_reply(request, acceptor, verdict, data_id, copy.payload, copy.header)
 
     def read_at_once(self, request: messages.Read) -> tuple[messages.ReadReply, memoryview] | None:
         """The same answer, when neither the disk nor an accept on its way has to be waited for; else None."""
         self._check_answers()
-        if request.name in self._in_flight:
+        if request.name in self._in_flight or request.data_id:
             return None
         acceptor, verdict, data_id = self._judge_read(request)
         payload = None
         if data_id:
-            payload = self._peek_payload(data_id) if self._peek_payload is not None else None
+            payload = self._copies.peek(data_id) if self._copies is not None else None
             if payload is None:
                 return None
         return self._read_reply(request, acceptor, verdict, data_id, payload)
@@ -295,15 +343,17 @@ class LocalReplica:
         return acceptor, verdict, request.data_id or (slot.value.payload if slot is not None and request.want_payload else b"")
 
     def _read_reply(
-        self, request: messages.Read, acceptor: Acceptor, verdict: Verdict, data_id: bytes, payload: memoryview | None
+        self, request: messages.Read, acceptor: Acceptor, verdict: Verdict, data_id: bytes, payload: memoryview | None, header: bytes = b""
     ) -> tuple[messages.ReadReply, memoryview]:
         self._counts["reads"] += 1
         if verdict is not Verdict.OK:
             self._counts["refused"] += 1
             return messages.ReadReply(verdict), NO_BYTES
         value = acceptor.value if request.full else None
-        reply = messages.ReadReply(verdict, acceptor.accepted, digest_of(acceptor.value), value, data_id if payload is not None else b"")
-        return reply, payload if payload is not None else NO_BYTES
+        digest = digest_of(acceptor.value)
+        if payload is None:
+            return messages.ReadReply(verdict, acceptor.accepted, digest, value), NO_BYTES
+        return messages.ReadReply(verdict, acceptor.accepted, digest, value, data_id, header if request.data_id else b""), payload
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
         """Rows as they are on disk: what was answered OK is among them."""
@@ -372,6 +422,7 @@ class LocalReplica:
                 del self._fences_unsynced[scope]
 
         await self._durably(StoreBatch(fences=[fence]), synced)
+        await self._all_arrived()
         return messages.FenceReply(True)
 
     async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
@@ -402,6 +453,7 @@ class LocalReplica:
         epoch = self._epoch
         if epoch > self._epoch_durable:
             await self._durably(StoreBatch(meta={META_EPOCH: epoch.to_bytes(8, "big")}))
+            await self._all_arrived()
             self._epoch_durable = max(self._epoch_durable, epoch)
         return messages.EpochReply(self._epoch_durable)
 
@@ -451,24 +503,14 @@ class LocalReplica:
             self._floor = max(self._floor, evicted)
             self._counts["evicted"] += 1
 
-    async def _payload(self, data_id: bytes) -> memoryview | None:
-        if self._load_payload is None:
+    async def _load(self, data_id: bytes) -> Copy | None:
+        if self._copies is None:
             return None
         try:
-            return await self._load_payload(data_id)
+            return await self._copies.load(data_id)
         except StoragedError as error:
             log.warning("small copy not readable", disk=self.disk, data_id=data_id.hex(), reason=error.message)
             return None
-
-    async def _keep_payload(self, header: bytes, body: Sequence[Buffer]) -> str:
-        """Empty when the copy is durable, else the reason."""
-        if self._store_payload is None:
-            return f"Disk {self.disk} keeps no small copies."
-        try:
-            await self._store_payload(header, body)
-        except StoragedError as error:
-            return error.message
-        return ""
 
     # --- waiting, writing ----------------------------------------------------------------------------------------------
 
@@ -494,9 +536,27 @@ class LocalReplica:
     async def _quiet(self, name: RegisterName) -> None:
         """Returns when no accept of this register is on its way to the disk; raises when this replica must not answer."""
         self._check_answers()
-        while (writing := self._in_flight.get(name)) is not None:
-            await asyncio.wait((writing,))
+        while name in self._in_flight:
+            await asyncio.wait((self._arrival(name),))
             self._check_answers()
+
+    def _arrival(self, name: RegisterName) -> asyncio.Future[None]:
+        """Done when the accept of this register that is on its way has arrived, or failed."""
+        future = self._in_flight[name]
+        if future is None:
+            future = self._in_flight[name] = asyncio.get_running_loop().create_future()
+        return future
+
+    def _let_go(self, name: RegisterName) -> None:
+        """Ends the wait of everybody else for this register."""
+        waited_for = self._in_flight.pop(name)
+        if waited_for is not None:
+            waited_for.set_result(None)
+
+    async def _all_arrived(self) -> None:
+        """What was on its way when this was called."""
+        if self._in_flight:
+            await asyncio.wait(tuple(map(self._arrival, self._in_flight)))
 
     def _own(self, work: Coroutine[Any, Any, StoragedError | None]) -> asyncio.Task[StoragedError | None]:
         """A task that outlives the request that began it: what is on its way to the disk arrives, whoever still waits for it."""
@@ -535,23 +595,6 @@ class LocalReplica:
 
         self._raise_if(await asyncio.shield(self._own(write())))
 
-    async def _write_slot(self, name: RegisterName, ballot: Ballot, batch: StoreBatch) -> StoragedError | None:
-        """Ends the wait of everybody else for this register, unless it is cancelled itself."""
-        try:
-            error = await self._commit(batch)
-        except asyncio.CancelledError:
-            raise
-        except BaseException:
-            self._in_flight.pop(name).set_result(None)
-            raise
-        if error is None:
-            if batch.meta:
-                self._high_water = max(self._high_water, decode(batch.meta[META_HIGH_WATER], Ballot))
-            if self._promises.get(name, ballot) <= ballot:
-                self._promises.pop(name, None)
-        self._in_flight.pop(name).set_result(None)
-        return error
-
     async def _raise_high_water(self, ballot: Ballot) -> None:
         """Returns when the high-water ballot on disk lies above ``ballot``; many that wait share one commit."""
         while needs_high_water(ballot, self._high_water):
@@ -573,3 +616,12 @@ class LocalReplica:
             return error
         finally:
             self._raising = None
+
+
+def _resolve(answered: asyncio.Future[messages.AcceptReply], outcome: messages.AcceptReply | Exception) -> None:
+    if answered.done():
+        return  # nobody waits any more
+    if isinstance(outcome, Exception):
+        answered.set_exception(outcome)
+    else:
+        answered.set_result(outcome)

@@ -35,6 +35,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ import lmdb
 import xxhash
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import Done, Fence, RowDamaged, Slot, StoreBatch
 from storaged.meta.rowkey import SEGMENT_BYTES, find, link_key, row_key, split, walk
 from storaged.meta.rowvalue import NAME_PREFIX_BYTES, open_small, pack_row, seal_small, unpack_row
 from storaged.units import GIB
@@ -89,11 +90,11 @@ class MetaStoreStatistics:
     damaged_rows: int
 
 
-@dataclass
-class _Entry:
+@dataclass(slots=True)
+class Ready:
     """One batch on its way: rows still want their node, everything else is ready. ``value`` None deletes."""
 
-    future: asyncio.Future[None]
+    done: Done
     rows: list[tuple[RegisterName, bytes]] = field(default_factory=list)
     others: list[tuple[bytes, bytes, bytes | None]] = field(default_factory=list)
     stale_pages: Sequence[tuple[bytes, int]] = ()
@@ -138,8 +139,9 @@ class LmdbMetaStore:
         self._map_bytes = map_bytes
         self._reader_roots: dict[bytes, int] = {}
         self._writer_roots: dict[bytes, int] = {}
-        self._queue: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
-        self._arriving: list[_Entry] = []
+        self._queue: queue.SimpleQueue[list[Ready] | None] = queue.SimpleQueue()
+        self._arriving: list[Ready] = []
+        self._committing = threading.Lock()
         self._room = asyncio.Semaphore(QUEUED_BATCHES_MAX)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock_file = _lock(self.directory)
@@ -354,28 +356,48 @@ class LmdbMetaStore:
 
         A caller that is cancelled leaves its batch in the queue: it is written, and nobody is told.
         """
-        await self._enqueue(_prepare(batch, asyncio.get_running_loop().create_future()))
+        future = asyncio.get_running_loop().create_future()
+        await self._wait_for(self.ready(batch, partial(_settle, future)), future)
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
-        entry = _Entry(asyncio.get_running_loop().create_future(), stale_pages=pages)
-        await self._enqueue(entry)
+        future = asyncio.get_running_loop().create_future()
+        entry = Ready(partial(_settle, future), stale_pages=pages)
+        await self._wait_for(entry, future)
         return entry.deleted
 
-    async def _enqueue(self, entry: _Entry) -> None:
-        loop = asyncio.get_running_loop()
+    async def _wait_for(self, entry: Ready, future: asyncio.Future[None]) -> None:
+        async with self._room:
+            self._enqueue(entry)
+            await future
+
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        """As the port says. It does not wait for room: who posts is bounded by what RPC lets in."""
+        self._enqueue(self.ready(batch, done))
+
+    def _enqueue(self, entry: Ready) -> None:
         self._refuse_when_unusable()
-        await self._room.acquire()
-        try:
-            self._refuse_when_unusable()
-        except DiskUnusable:
-            self._room.release()
-            raise
+        loop = asyncio.get_running_loop()
         self._queued += 1
         self._arriving.append(entry)
         if len(self._arriving) == 1 or loop is not self._loop:
             loop.call_soon(self._hand_over)
         self._loop = loop
-        await entry.future
+
+    def ready(self, batch: StoreBatch, done: Done) -> Ready:
+        """A batch as ``commit_here`` takes it. Raises as ``post``."""
+        self._refuse_when_unusable()
+        return _prepare(batch, done)
+
+    def commit_here(self, group: Sequence[Ready]) -> StoragedError | None:
+        """Commits in the caller's thread, which is none of the event loop's; nobody's ``done`` is called. Not ordered with what was posted.
+
+        A disk's other writer thread commits like this the records whose data it has just synced: one thread, one wake-up for both.
+        """
+        self._commit_group(group, sum(entry.operations for entry in group))
+        return self._failure() if self._reason else None
+
+    def _failure(self) -> DiskUnusable:
+        return DiskUnusable(f"the metadata store in {self.directory} failed: {self._reason}")
 
     def _hand_over(self) -> None:
         """Everything that this turn of the loop brought goes to the writer thread at once, so that it is not woken for the first of a burst alone."""
@@ -389,10 +411,10 @@ class LmdbMetaStore:
 
     def _write(self) -> None:
         """The writer thread: one group after the other until the end mark."""
-        backlog: deque[_Entry] = deque()
+        backlog: deque[Ready] = deque()
         last = False
         while backlog or not last:
-            group: list[_Entry] = []
+            group: list[Ready] = []
             operations = 0
             while operations < GROUP_OPERATIONS_MAX:
                 if backlog:
@@ -413,21 +435,22 @@ class LmdbMetaStore:
             self._commit_group(group, operations)
             assert self._loop is not None
             with contextlib.suppress(RuntimeError):  # the loop is gone, and with it everyone who waited
-                self._loop.call_soon_threadsafe(self._deliver, group, self._reason)
+                self._loop.call_soon_threadsafe(self._deliver, group)
 
-    def _commit_group(self, group: list[_Entry], operations: int) -> None:
-        if self._reason:
-            return
-        try:
-            with self._env.begin(write=True) as transaction:
-                for entry in group:
-                    self._apply(transaction, entry)
-        except (lmdb.Error, RowDamaged) as error:
-            self._fail(error)
-            return
-        self._commits += 1
-        self._operations += operations
-        self._largest_group = max(self._largest_group, operations)
+    def _commit_group(self, group: Sequence[Ready], operations: int) -> None:
+        with self._committing:
+            if self._reason:
+                return
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for entry in group:
+                        self._apply(transaction, entry)
+            except (lmdb.Error, RowDamaged) as error:
+                self._fail(error)
+                return
+            self._commits += 1
+            self._operations += operations
+            self._largest_group = max(self._largest_group, operations)
 
     def _fail(self, error: Exception) -> None:
         self._reason = str(error) or type(error).__name__
@@ -435,18 +458,14 @@ class LmdbMetaStore:
             with contextlib.suppress(OSError):  # a disk that refuses this too is noticed at its next start
                 (self.directory / "failed").write_text(self._reason + "\n")
 
-    def _deliver(self, group: list[_Entry], reason: str) -> None:
+    def _deliver(self, group: list[Ready]) -> None:
+        """A store that has failed says so of everything that it had in hand, also of what just went through: nobody must rely on a disk like that."""
         self._queued -= len(group)
+        error = self._failure() if self._reason else None
         for entry in group:
-            self._room.release()
-            if entry.future.done():
-                continue
-            if reason:
-                entry.future.set_exception(DiskUnusable(f"the metadata store in {self.directory} failed: {reason}"))
-            else:
-                entry.future.set_result(None)
+            entry.done(error)
 
-    def _apply(self, transaction: Transaction, entry: _Entry) -> None:
+    def _apply(self, transaction: Transaction, entry: Ready) -> None:
         put, rows = transaction.put, self._rows
         for name, row in entry.rows:
             node, segment = self._writer_root(transaction, name), name.key
@@ -511,8 +530,17 @@ class LmdbMetaStore:
         os.close(self._lock_file)
 
 
-def _prepare(batch: StoreBatch, future: asyncio.Future[None]) -> _Entry:
-    entry = _Entry(future, [(slot.name, pack_row(slot)) for slot in batch.slots])
+def _settle(future: asyncio.Future[None], error: StoragedError | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+
+
+def _prepare(batch: StoreBatch, done: Done) -> Ready:
+    entry = Ready(done, [(slot.name, pack_row(slot)) for slot in batch.slots])
     others = entry.others
     for fence in batch.fences:
         others.append((b"fences", fence.scope, seal_small(fence.scope, bytes([fence.final]) + fence.nonce)))

@@ -7,7 +7,7 @@ directory: a disk whose store is another one, older, or gone must not answer, si
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,15 @@ from storaged.cluster.ports import DiskStatus
 from storaged.config import Config, DiskSection
 from storaged.errors import DirectoryInUse, DiskForeign, IndexDamaged, StoragedError
 from storaged.fragments.engine import StoreLimits
-from storaged.fragments.payloads import Payloads
+from storaged.fragments.payloads import Payloads, copy_write
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.store import LocalFragmentStore
+from storaged.meta.copies import LoadCopy, PlainCopies
+from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
 from storaged.node.system import StoreLedger
+from storaged.wire import Buffer
 
 log = structlog.get_logger("disks")
 
@@ -45,6 +48,47 @@ class LocalDisk:
         await self.replica.close()
         await self.fragments.close()
         await self.meta.close()
+
+
+class DiskCopies(PlainCopies):
+    """Small copies that one thread makes durable along with the records that name them: the fragment log's, which commits to the metadata store behind its sync.
+
+    The store's own thread commits what comes without a copy. The two share the store's write lock, nothing is ordered between them but what the replica orders:
+    one accept of a register at a time, and a fence waits for the accepts that were judged before it.
+    """
+
+    def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:
+        payloads = Payloads(fragments)
+        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.peek_payload)
+        self._log = fragments
+        self._records = meta
+        fragments.commit_companions = meta.commit_here
+
+    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
+        try:
+            record = self._records.ready(batch, _told)
+        except StoragedError as error:
+            done(None, error)
+            return
+        try:
+            begun = self._log.write_with(copy_write(header, body), record, done)
+        except StoragedError as error:
+            done(error, None)
+            return
+        if not begun:  # there is no room in the log's queue: wait for it
+            super().keep(header, body, batch, done)
+
+
+def load_of(payloads: Payloads) -> LoadCopy:
+    async def load(data_id: bytes) -> Copy | None:
+        found = await payloads.load_payload(data_id)
+        return None if found is None else Copy(*found)
+
+    return load
+
+
+def _told(_error: StoragedError | None) -> None:
+    """Of a record that is committed beside its copy the log's thread tells."""
 
 
 @dataclass
@@ -113,16 +157,8 @@ async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock
     except BaseException:
         await meta.close()
         raise
-    payloads = Payloads(fragments)
     try:
-        replica = LocalReplica(
-            section.id,
-            meta,
-            store_payload=payloads.store_payload,
-            load_payload=payloads.load_payload,
-            peek_payload=payloads.peek_payload,
-            clock=clock,
-        )
+        replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments), clock=clock)
     except BaseException:
         await asyncio.gather(fragments.close(), meta.close())
         raise

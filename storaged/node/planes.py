@@ -23,6 +23,7 @@ from storaged.cluster.ports import DiskStatus, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
 from storaged.config import Config, split_address
 from storaged.errors import CertificateRefused, ConfigInvalid, LayoutRefused, PortInUse, ServiceUnavailable, StoragedError
+from storaged.fragments.payloads import at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.ids import INCARNATION_BYTES, system_entropy
@@ -157,7 +158,7 @@ class Node:
         self._methods.update(ReplicaHost(replicas).methods())
         self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas)
-        self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock, on_missed=self._missed)
+        self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock, on_missed=self._missed, copy_at=at_position)
         self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)

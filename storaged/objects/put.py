@@ -1,6 +1,6 @@
 """The path of a PUT: read top to bottom.
 
-A body of up to 1 KiB sealed stays in the record; one of up to 16 KiB is kept as whole copies beside its register, written along with the prepare; a larger one
+A body of up to 1 KiB sealed stays in the record; one of up to 16 KiB is kept as whole copies beside its register, written along with the accept; a larger one
 is coded and spread block by block (``writer``), and its barrier overlaps the prepare.
 """
 
@@ -50,7 +50,7 @@ DEK_BYTES = 32
 
 
 class Sealed(NamedTuple):
-    """A version about to be committed: how its entry may still change at the barrier, and what goes with the prepare."""
+    """A version about to be committed: how its entry may still change at the barrier, and what goes with the accept."""
 
     entry: PartEntry
     digest: Digest
@@ -228,7 +228,7 @@ async def _again(plain: Buffer) -> AsyncIterator[Buffer]:
 def seal_small(
     plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: Buffer, dek: bytes, data_id: bytes, number: int
 ) -> Small | None:
-    """Seals a body that is one chunk, to stay in the record or to go along with the prepare; None when too few of the register's disks can take copies now."""
+    """Seals a body that is one chunk, to stay in the record or to go along with the accept; None when too few of the register's disks can take copies now."""
     with trace.span("seal"):
         header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     target = plane.target_text(bucket)

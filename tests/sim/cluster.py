@@ -17,10 +17,12 @@ from typing import Any
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Call, PeerIdentity, Reply, T
-from storaged.errors import DiskForeign, PeerError, PeerRefused, PeerTimeout, PeerUnreachable, StoragedError
+from storaged.cluster.ports import Answer, Call, Method, PeerIdentity, Reply, T
+from storaged.errors import DiskForeign, DiskUnusable, PeerError, PeerRefused, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.meta.client import RingClient
+from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.ports import Copy
 from storaged.meta.register import RULES, Rules
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.meta.replica import LocalReplica
@@ -58,6 +60,7 @@ class Weather:
     lose: float = 0.0
     duplicate: float = 0.0
     slow: float = 0.0
+    full: float = 0.0
     sync_ms: float = 4.0
 
 
@@ -101,20 +104,24 @@ class PayloadDisk:
         self._world = world
         self.synced: dict[bytes, bytes] = {}
 
-    def bound_to(self, life: int, node: StorageNode) -> tuple[Any, Any]:
-        """``store_payload`` and ``load_payload`` for one life of the process."""
+    def bound_to(self, life: int, node: StorageNode) -> PlainCopies:
+        """For one life of the process. Now and then the disk takes no copy: it is full."""
 
         async def store(header: bytes, body: Sequence[Buffer]) -> None:
             content = b"".join(bytes(piece) for piece in body)
+            full = self._world.random.random() < self._world.weather.full
             await self._world.sync()
-            if node.life == life and node.up:
-                self.synced[header] = content
+            if node.life != life or not node.up:
+                raise DiskUnusable("the process died")
+            if full:
+                raise DiskUnusable("the disk is full")
+            self.synced[header] = content
 
-        async def load(data_id: bytes) -> memoryview | None:
+        async def load(data_id: bytes) -> Copy | None:
             found = self.synced.get(data_id)
-            return None if found is None else memoryview(found)
+            return None if found is None else Copy(data_id, memoryview(found))
 
-        return store, load
+        return PlainCopies(node.store, store, load)
 
 
 class StorageNode:
@@ -141,14 +148,12 @@ class StorageNode:
     def start(self) -> None:
         self.life += 1
         self.world.note("start", self.name)
-        store_payload, load_payload = self.payloads.bound_to(self.life, self)
         try:
             self.replica = LocalReplica.open(
                 self.disk,
                 self.store,
                 self._expected_store_id,
-                store_payload=store_payload,
-                load_payload=load_payload,
+                copies=self.payloads.bound_to(self.life, self),
                 promises_max=3,
                 rules=self.world.rules,
             )
@@ -162,6 +167,7 @@ class StorageNode:
         """Some prefix of the commits on their way reaches the disk; nobody hears of it."""
         self.world.note("crash", self.name)
         self.up = False
+        self.replica._fail("the process died")  # nothing of this life may begin another write
         for handler in tuple(self._handlers):
             handler.cancel()
         self.store.crash(self.world.random.choice((0, 0, 1, 2)))
@@ -170,24 +176,40 @@ class StorageNode:
         """A request arrives; ``answer(reply bytes or error, bulk)`` sends the reply."""
         if not self.up:
             return
-        task = self.world.loop.create_task(self._handle(method, request, body, answer, self.life))
+        entry, life = self.methods[method], self.life
+        asked, call = decode(request, entry.request), Call(NOBODY, memoryview(body), 0.0)
+
+        def reply(outcome: Message | Reply | Exception) -> None:
+            if not self.up or self.life != life:
+                return
+            if isinstance(outcome, Reply):
+                answer(encode(outcome.message), b"".join(bytes(piece) for piece in outcome.body))
+            elif isinstance(outcome, Message):
+                answer(encode(outcome), b"")
+            elif isinstance(outcome, StoragedError):
+                answer(outcome, b"")
+            else:
+                raise outcome
+
+        try:
+            found = entry.at_once(asked, call) if entry.at_once is not None else None
+            if found is not None:
+                reply(found)
+                return
+            if entry.begin is not None and entry.begin(asked, call, reply):
+                return
+        except StoragedError as error:
+            reply(error)
+            return
+        task = self.world.loop.create_task(self._handle(entry, asked, call, reply))
         self._handlers[task] = None
         task.add_done_callback(lambda done: self._handlers.pop(done, None))
 
-    async def _handle(self, method: str, request: bytes, body: bytes, answer: Any, life: int) -> None:
-        entry = self.methods[method]
-        outcome: bytes | StoragedError
-        bulk = b""
+    async def _handle(self, entry: Method, request: Message, call: Call, reply: Answer) -> None:
         try:
-            reply = await entry.handler(decode(request, entry.request), Call(NOBODY, memoryview(body), 0.0))
-            if isinstance(reply, Reply):
-                outcome, bulk = encode(reply.message), b"".join(bytes(piece) for piece in reply.body)
-            else:
-                outcome = encode(reply)
+            reply(await entry.handler(request, call))
         except StoragedError as error:
-            outcome = error
-        if self.up and self.life == life:
-            answer(outcome, bulk)
+            reply(error)
 
 
 class NetworkCaller:

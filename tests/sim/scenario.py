@@ -67,6 +67,7 @@ class Scenario:
         self._names = {key: system_name("sim/" + key) for key in KEYS}
         self._last_seen: dict[str, Content] = dict.fromkeys(KEYS)
         self._serial = 0
+        self._room_and_no_swap = True
         self.layout = make_layout(1, FIRST_SEEDS)
 
     # --- workload ------------------------------------------------------------------------------------------------------
@@ -113,6 +114,8 @@ class Scenario:
         client = gateway.client
         if operation.kind is Kind.READ:
             reading = await client.read(name, want_payload=self.random.random() < 0.3)
+            if reading.value is not None:
+                self._look_for_copies(reading.value.payload)
             if reading.payload is not None and reading.value is not None and bytes(reading.payload) != reading.value.body:
                 self._complain(f"the small copy of {reading.value.body!r} is {bytes(reading.payload)!r}")
             return content_of(reading.value)
@@ -124,7 +127,15 @@ class Scenario:
             outcome = await client.change(name, _compare_and_set(operation.expected, operation.new or b"", data_id), small=small)
         else:
             outcome = await client.change(name, _put(operation.new or b"", data_id), small=small, ready=self._barrier())
+        self._look_for_copies(data_id)
         return content_of(outcome.before)
+
+    def _look_for_copies(self, data_id: bytes) -> None:
+        """What was told or confirmed has its copy on two disks, unless disks were full or swapped."""
+        if data_id and self._room_and_no_swap:
+            holders = [node.name for node in self.world.nodes.values() if data_id in node.payloads.synced]
+            if len(holders) < 2:
+                self._complain(f"a small object was told of with its copy on {holders} alone")
 
     def _small_copies(self, content: bytes) -> tuple[SmallCopies | None, bytes]:
         if self.random.random() >= 0.3:
@@ -191,7 +202,8 @@ class Scenario:
 
     def _weather(self) -> Weather:
         level = self.random.choice((0.0, 0.02, 0.1, 0.25))
-        return Weather(level * self.random.random(), level * self.random.random(), level, self.random.choice((1.0, 4.0, 15.0)))
+        full = 0.0 if self._room_and_no_swap else self.random.choice((0.0, 0.1, 0.5))
+        return Weather(level * self.random.random(), level * self.random.random(), level, full, self.random.choice((1.0, 4.0, 15.0)))
 
     async def move(self, gateways: list[Gateway]) -> None:
         """A layout change with a pause: fence a majority of the old replicas, copy every register, let the new layout be known. Until then nobody writes."""
@@ -262,8 +274,9 @@ class Scenario:
         for disk in DISKS:
             StorageNode(self.world, "n" + disk[1:], disk)
         gateways = [Gateway(self.world, f"g{index}", self.layout) for index in range(GATEWAYS)]
-        self.world.weather = self._weather()
         special = self.random.random()
+        self._room_and_no_swap = 0.25 <= special < 0.9
+        self.world.weather = self._weather()
         nemesis = self.world.loop.create_task(self.nemesis(wipe=special < 0.25))
         moving = self.world.loop.create_task(self.move(gateways)) if special > 0.7 else None
         await asyncio.gather(*(self.gateway_life(gateway) for gateway in gateways))

@@ -29,6 +29,7 @@ SEED_BUDGETS = {
     "ballots_unique": 200,
     "foreign_refused": 200,
     "fence_by_epoch": 200,
+    "copies_travel": 400,
 }
 """How many seeds a run without the rule may take to show it; about five times what it took when this was written."""
 

@@ -25,12 +25,14 @@ from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
 from storaged.maintain.survey import BlockPlace, blocks_of
 from storaged.meta.client import RingClient
+from storaged.meta.copies import PlainCopies
 from storaged.meta.listing import RingScanner
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, object_name
 from storaged.meta.ports import RowDamaged
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.meta.replica import LocalReplica
+from storaged.node.disks import load_of
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
 from storaged.objects.buckets import BucketService
 from storaged.objects.manifest import parts_of
@@ -111,7 +113,7 @@ class StorageNode:
         for disk, meta in self.meta.items():
             copies = Payloads(self.fragments[disk])
             self.replicas[disk] = LocalReplica(
-                disk, meta, store_payload=copies.store_payload, load_payload=copies.load_payload, clock=cluster.clock
+                disk, meta, copies=PlainCopies(meta, copies.store_payload, load_of(copies)), clock=cluster.clock
             )
         caller = LocalCaller(cluster, self.name)
         directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)

@@ -93,7 +93,7 @@ class TestPayloads:
             await payloads.store_payload(encode(made.header), [made.payload[:100], made.payload[100:]])
             found = await payloads.load_payload(made.id.data_id)
             assert found is not None
-            assert bytes(found) == made.payload
+            assert bytes(found.payload) == made.payload
         assert await payloads.load_payload(b"\0" * 16) is None
 
     async def test_a_copy_is_found_after_a_restart_and_gone_after_its_deletion(self, tmp_path: Path) -> None:
@@ -104,7 +104,8 @@ class TestPayloads:
         store = await LocalFragmentStore.open(tmp_path / "d", DISK)
         found = await Payloads(store).load_payload(made.id.data_id)
         assert found is not None
-        assert bytes(found) == made.payload
+        assert bytes(found.payload) == made.payload
+        assert found.header == encode(made.header)
         await store.delete([made.id])
         assert await Payloads(store).load_payload(made.id.data_id) is None
         await store.close()

@@ -10,12 +10,22 @@ from pathlib import Path
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.errors import DataDamaged, FragmentMissing, NoSuchBucket, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, SlowDown
+from storaged.errors import (
+    DataDamaged,
+    DiskUnusable,
+    FragmentMissing,
+    NoSuchBucket,
+    OutcomeUnknown,
+    PeerUnreachable,
+    ServiceUnavailable,
+    SlowDown,
+)
 from storaged.meta import messages
 from storaged.meta.client import RingClient
+from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Replica, SmallCopies
+from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies
 from storaged.meta.register import Verdict
 from storaged.meta.replica import LocalReplica
 from storaged.meta.rounds import Turns
@@ -26,6 +36,7 @@ from storaged.wire import Buffer
 DISKS = ("d0", "d1", "d2")
 SCOPE = b"b" * 16
 NAME = RegisterName(Table.OBJECT, SCOPE, 0, b"key")
+OTHER = RegisterName(Table.OBJECT, SCOPE, 0, b"other")
 
 
 class Unreliable:
@@ -37,6 +48,7 @@ class Unreliable:
         self.deaf: set[str] = set()
         self.calls: list[str] = []
         self.prepares: list[messages.Prepare] = []
+        self.accepts: list[messages.Accept] = []
         self.gate: asyncio.Event | None = None
         self.carried_out: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
@@ -52,12 +64,13 @@ class Unreliable:
             raise PeerUnreachable("the answer was lost")
         return answer
 
-    async def prepare(self, request: messages.Prepare, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.PrepareReply:
+    async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply:
         self.prepares.append(request)
-        return await self._pass("prepare", lambda: self.inner.prepare(request, body))  # type: ignore[return-value]
+        return await self._pass("prepare", lambda: self.inner.prepare(request))  # type: ignore[return-value]
 
-    async def accept(self, request: messages.Accept, *, timeout_s: float = 10.0) -> messages.AcceptReply:
-        return await self._pass("accept", lambda: self.inner.accept(request))  # type: ignore[return-value]
+    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
+        self.accepts.append(request)
+        return await self._pass("accept", lambda: self.inner.accept(request, body))  # type: ignore[return-value]
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
         return await self._pass("read", lambda: self.inner.read(request))  # type: ignore[return-value]
@@ -103,6 +116,7 @@ class Ring:
     def __init__(self) -> None:
         self.layouts = Layouts()
         self.copies: dict[str, dict[bytes, bytes]] = {disk: {} for disk in DISKS}
+        self.full: set[str] = set()
         self.stores = {disk: MemoryMetaStore() for disk in DISKS}
         self.replicas = {disk: Unreliable(self._replica(disk)) for disk in DISKS}
         self.order = self.layouts.current.replicas_of(NAME.partition)
@@ -113,12 +127,14 @@ class Ring:
         copies = self.copies[disk]
 
         async def store(header: bytes, body: Sequence[Buffer]) -> None:
+            if disk in self.full:
+                raise DiskUnusable("full")
             copies[header] = b"".join(bytes(piece) for piece in body)
 
-        async def load(data_id: bytes) -> memoryview | None:
-            return memoryview(copies[data_id]) if data_id in copies else None
+        async def load(data_id: bytes) -> Copy | None:
+            return Copy(data_id, memoryview(copies[data_id])) if data_id in copies else None
 
-        return LocalReplica(disk, self.stores[disk], store_payload=store, load_payload=load)
+        return LocalReplica(disk, self.stores[disk], copies=PlainCopies(self.stores[disk], store, load))
 
     def replica(self, disk_id: str) -> Replica:
         return self.replicas[disk_id]
@@ -496,7 +512,7 @@ def put_small(_: Value | None) -> Change:
     return Change(b"record", Visibility.LIVE, b"D" * 16)
 
 
-async def test_a_small_object_is_written_with_the_prepare_and_read_with_the_record(ring: Ring) -> None:
+async def test_a_small_object_is_written_with_the_accept_and_read_with_the_record(ring: Ring) -> None:
     client = ring.client()
     await client.change(NAME, put_small, small=small_copies(b"payload"))
     reading = await client.read(NAME, want_payload=True)
@@ -520,21 +536,80 @@ async def test_a_replica_with_the_record_and_without_the_copy_is_passed_over(rin
     assert (await client.read(NAME, want_payload=True)).payload is None
 
 
-async def test_without_enough_synced_copies_nothing_is_accepted(ring: Ring) -> None:
+async def test_without_enough_synced_copies_a_change_is_not_confirmed(ring: Ring) -> None:
     client = ring.client()
     ring.third.away = True
-    with pytest.raises(ServiceUnavailable):
+    with pytest.raises(OutcomeUnknown):
         await client.change(NAME, put_small, small=small_copies(b"payload", needed=3))
-    assert all(ring.held(replica) is None for replica in ring.replicas.values())
-    assert (await client.read(NAME)).value is None
+
+
+async def test_a_replica_that_cannot_store_its_copy_accepts_nothing(ring: Ring) -> None:
+    missed: list[RegisterName] = []
+    client = RingClient(ring.layouts, ring, node="gw", hedge_s=0.01, on_missed=missed.append)
+    ring.full.add(ring.third.inner.disk)
+    await client.change(NAME, put_small, small=small_copies(b"payload"))
+    await asyncio.sleep(0.01)
+    assert ring.held(ring.third) is None
+    assert [bool(ring.copies[disk]) for disk in ring.order] == [True, True, False]
+    assert missed == [NAME]
+    await client.close()
+
+
+async def test_a_failed_condition_stores_no_copy(ring: Ring) -> None:
+    def refuse(_: Value | None) -> Change:
+        raise FragmentMissing("the condition failed")
+
+    with pytest.raises(FragmentMissing):
+        await ring.client().change(NAME, refuse, small=small_copies(b"payload"))
+    assert not any(ring.copies.values())
+
+
+async def test_a_record_that_reached_one_replica_is_settled_together_with_its_copy(ring: Ring) -> None:
+    await alone_on_the_first(ring)
+    ring.second.away = True
+    reading = await ring.client("gw2").read(NAME, want_payload=True)
+    assert reading.value is not None
+    assert [bool(ring.copies[disk]) for disk in ring.order] == [True, False, True]
+
+
+async def test_a_change_that_keeps_the_copy_of_an_unconfirmed_record_carries_it_along(ring: Ring) -> None:
+    await alone_on_the_first(ring)
+    await ring.client("gw2").change(NAME, lambda value: Change(b"tagged", Visibility.LIVE, b"D" * 16))
+    await asyncio.sleep(0.01)
+    assert all(ring.copies.values())
+
+
+async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_disk_is_full(ring: Ring) -> None:
+    await alone_on_the_first(ring)
+    ring.full.update(ring.order[1:])
+    settled = await ring.client("gw2").settle(NAME)
+    assert settled is not None
+    assert settled.payload == b"D" * 16
+    assert [bool(ring.copies[disk]) for disk in ring.order] == [True, False, False]
+
+
+async def alone_on_the_first(ring: Ring) -> None:
+    """A writer died when its accept had reached one replica."""
+    at = Ballot(1, 10, "dead", b"12345678")
+    value = Value(1, b"o" * 16, Visibility.LIVE, b"record", b"D" * 16)
+    accept = messages.Accept(ring.first.inner.disk, NAME, at, value, header=b"D" * 16)
+    assert (await ring.first.inner.accept(accept, [b"payload"])).copy_synced
 
 
 async def test_a_preempted_change_sends_its_copies_again(ring: Ring) -> None:
+    client = ring.client()
     ahead = Ballot(1, 10**17, "other", b"12345678")
-    for replica in ring.replicas.values():
-        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, ahead))
-    await ring.client().change(NAME, put_small, small=small_copies(b"payload"))
-    assert [bool(request.header) for request in ring.first.prepares] == [True, True]
+
+    def update(value: Value | None) -> Change:
+        if not ring.first.accepts:
+            for replica in ring.replicas.values():
+                assert replica.inner.prepare_at_once(messages.Prepare(replica.inner.disk, NAME, ahead)) is not None
+        return put_small(value)
+
+    for replica in ring.replicas.values():  # so that the promise above costs no high-water ballot
+        await replica.inner.prepare(messages.Prepare(replica.inner.disk, OTHER, ahead))
+    await client.change(NAME, update, small=small_copies(b"payload"))
+    assert [bool(request.header) for request in ring.first.accepts] == [True, True]
 
 
 # --- fences, layouts, pages ---------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import xxhash
 from storaged.cluster.ports import Call, PeerIdentity, Reply
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest
 from storaged.meta import messages
+from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy
 from storaged.meta.register import HIGH_WATER_BLOCK_US, Verdict
 from storaged.meta.remote import ReplicaHost
 from storaged.meta.replica import LocalReplica
@@ -413,29 +414,75 @@ class Copies:
             raise DiskUnusable("full")
         self.held[header] = b"".join(bytes(piece) for piece in body)
 
-    async def load(self, data_id: bytes) -> memoryview | None:
+    async def load(self, data_id: bytes) -> Copy | None:
         held = self.held.get(data_id)
-        return None if held is None else memoryview(held)
+        return None if held is None else Copy(data_id, memoryview(held))
+
+    def over(self, store: MemoryMetaStore) -> LocalReplica:
+        return LocalReplica("d", store, copies=PlainCopies(store, self.store, self.load))
 
 
-async def test_a_copy_is_stored_whatever_the_ballot_and_acknowledged_apart_from_it() -> None:
-    copies = Copies()
-    replica = LocalReplica("d", MemoryMetaStore(), store_payload=copies.store, load_payload=copies.load)
-    promised = await replica.prepare(prepare(ballot(10), header=b"D1"), [b"pay", b"load"])
-    refused = await replica.prepare(prepare(ballot(9), header=b"D2"), [b"second"])
-    assert (promised.verdict, promised.payload_synced) == (Verdict.OK, True)
-    assert (refused.verdict, refused.payload_synced) == (Verdict.PREEMPTED, True)
-    assert copies.held == {b"D1": b"payload", b"D2": b"second"}
+def with_copy(at: Ballot, header: bytes, *, identity: bool = False) -> messages.Accept:
+    return messages.Accept("d", NAME, at, value(payload=header), b"", identity, header)
+
+
+async def test_a_copy_comes_with_the_accept_and_is_stored_only_where_that_is_not_refused() -> None:
+    copies, store = Copies(), MemoryMetaStore()
+    replica = copies.over(store)
+    await replica.prepare(prepare(ballot(10)))
+    accepted = await replica.accept(with_copy(ballot(10), b"D1"), [b"pay", b"load"])
+    refused = await replica.accept(with_copy(ballot(9), b"D2"), [b"second"])
+    assert (accepted.verdict, accepted.copy_synced) == (Verdict.OK, True)
+    assert (refused.verdict, refused.copy_synced) == (Verdict.PREEMPTED, False)
+    assert copies.held == {b"D1": b"payload"}
+
+
+async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_but_by_a_settling_round() -> None:
+    copies, store = Copies(), MemoryMetaStore()
+    replica = copies.over(store)
     copies.fails = True
-    failed = await replica.prepare(prepare(ballot(11), header=b"D3"), [b"third"])
-    assert (failed.verdict, failed.payload_synced, failed.payload_error) == (Verdict.OK, False, "full")
+    refused = await replica.accept(with_copy(ballot(10), b"D"), [b"payload"])
+    assert (refused.verdict, refused.copy_synced, refused.copy_error) == (Verdict.UNSTORED, False, "full")
+    assert store.get(NAME) is None
+    settled = await replica.accept(with_copy(ballot(11), b"D", identity=True), [b"payload"])
+    assert (settled.verdict, settled.copy_synced, settled.copy_error) == (Verdict.OK, False, "full")
+    assert store.get(NAME) is not None
+    assert (await read(replica)).value == value(payload=b"D")
+
+
+async def test_while_a_copy_is_being_stored_its_register_waits_and_a_fence_is_not_answered() -> None:
+    copies, store, disk = Copies(), MemoryMetaStore(), SlowDisk()
+    replica = copies.over(store)
+    await replica.prepare(prepare(ballot(10)))
+    disk.open.clear()
+    inner = copies.store
+
+    async def slow(header: bytes, body: Sequence[Buffer]) -> None:
+        await disk.sync()
+        await inner(header, body)
+
+    copies.store = slow  # type: ignore[method-assign]
+    replica = copies.over(store)
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10**14), b"D"), [b"payload"]))
+    await settle_tasks()
+    reading = asyncio.create_task(read(replica))
+    fencing = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"nonce")))
+    ending = asyncio.create_task(replica.fence_epoch(messages.EpochFence("d", 1)))
+    await settle_tasks()
+    assert [task.done() for task in (accepting, reading, fencing, ending)] == [False] * 4
+    disk.open.set()
+    assert (await accepting).copy_synced
+    assert (await reading).value == value(payload=b"D")
+    assert (await fencing).done
+    await ending
 
 
 async def test_a_read_brings_the_copy_that_the_value_names_or_says_that_there_is_none() -> None:
     copies = Copies()
-    replica = LocalReplica("d", MemoryMetaStore(), store_payload=copies.store, load_payload=copies.load)
-    await replica.prepare(prepare(ballot(10), header=b"D"), [b"payload"])
-    await replica.accept(accept(ballot(10), value(payload=b"D")))
+    replica = copies.over(MemoryMetaStore())
+    await replica.accept(with_copy(ballot(10), b"D"), [b"payload"])
+    by_id, _ = await replica.read(messages.Read("d", NAME, 1, full=False, data_id=b"D"))
+    assert (by_id.payload, by_id.header) == (b"D", b"D")
     reply, body = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
     assert (reply.payload, bytes(body)) == (b"D", b"payload")
     del copies.held[b"D"]
@@ -500,13 +547,14 @@ async def test_when_promises_are_ended_every_ballot_drawn_before_is_refused_and_
 
 async def test_a_host_answers_for_its_own_disks_only() -> None:
     copies = Copies()
-    replica = LocalReplica("d", MemoryMetaStore(), store_payload=copies.store, load_payload=copies.load)
+    replica = copies.over(MemoryMetaStore())
     methods = ReplicaHost({"d": replica}).methods()
     call = Call(PeerIdentity("gw", "FR", "s", "r", ("gateway",)), memoryview(b"payload"), 0.0)
-    reply = await methods["meta.prepare"].handler(prepare(ballot(10), header=b"D"), call)
+    reply = await methods["meta.prepare"].handler(prepare(ballot(10)), call)
     assert isinstance(reply, messages.PrepareReply)
-    assert reply.payload_synced
-    await methods["meta.accept"].handler(accept(ballot(10), value(payload=b"D")), call)
+    accepted = await methods["meta.accept"].handler(with_copy(ballot(10), b"D"), call)
+    assert isinstance(accepted, messages.AcceptReply)
+    assert accepted.copy_synced
     answer = await methods["meta.read"].handler(messages.Read("d", NAME, 1, want_payload=True), call)
     assert isinstance(answer, Reply)
     assert b"".join(bytes(piece) for piece in answer.body) == b"payload"
