@@ -129,6 +129,14 @@ class World:
             self.ports.values.popitem()
             self.ports.copies.popitem()
 
+    def cold_head(self) -> None:
+        self.objects.plane.opened.clear()
+        self.head()
+
+    def cold_get(self) -> None:
+        self.objects.plane.opened.clear()
+        self.get()
+
     def head(self) -> None:
         assert at_once(self.objects.head(BUCKET, b"key")).size == len(self.plain)
 
@@ -140,6 +148,7 @@ def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]
     """(name, the path, its floor, what that is)."""
     world = World()
     info, key, nonce, plain = bytes(120), bytes(32), bytes(12), world.plain
+    ready = AESGCM(key)
 
     def open_message() -> None:
         aead = AESGCM(HKDFExpand(SHA512(), 76, info).derive(key)[:32])
@@ -153,6 +162,9 @@ def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]
         native_head()
         AESGCM(HKDFExpand(SHA512(), 76, info).derive(key)[:32]).encrypt(nonce, plain, None)
 
+    def native_open() -> None:
+        ready.encrypt(nonce, plain, None)
+
     def native_put() -> None:
         hashlib.md5(plain, usedforsecurity=False).digest()
         system_entropy(132)
@@ -161,6 +173,8 @@ def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]
 
     return [
         ("objects: PUT 4 KiB without ring and HTTP", world.put, native_put, "MD5, three keys derived, four sealings"),
-        ("objects: HEAD without ring and HTTP", world.head, native_head, "two keys derived, two openings"),
-        ("objects: GET 4 KiB without ring and HTTP", world.get, native_get, "three keys derived, three openings"),
+        ("objects: HEAD without ring and HTTP", world.cold_head, native_head, "two keys derived, two openings"),
+        ("objects: GET 4 KiB without ring and HTTP", world.cold_get, native_get, "three keys derived, three openings"),
+        ("objects: HEAD, opened lately", world.head, lambda: None, "nothing"),
+        ("objects: GET 4 KiB, opened lately", world.get, native_open, "one opening"),
     ]

@@ -54,6 +54,7 @@ _COMMITMENT_BYTES = 32
 assert len(MAGIC) + 4 + SALT_BYTES == _PREFIX_BYTES
 assert _PREFIX_BYTES + _COMMITMENT_BYTES == HEADER_BYTES
 _MATERIAL_BYTES = KEY_BYTES + _NONCE_BYTES + _COMMITMENT_BYTES
+assert (KEY_BYTES, _NONCE_BYTES) == (32, 12)
 _SHA512 = SHA512()
 _HEADS = {1 << log: MAGIC + bytes((SUITE, log, 0, 0)) for log in range(12, 17)}
 
@@ -115,17 +116,11 @@ def header_chunk_bytes(header: Buffer) -> int:
     return 1 << header[5]
 
 
-class _Derived(NamedTuple):
-    cipher: AESGCM
-    nonce: bytes
-    commitment: bytes
-
-
-def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> _Derived:
+def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> bytes:
+    """K || N || commitment."""
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
-    material = HKDFExpand(_SHA512, _MATERIAL_BYTES, b"%b\0%b%b" % (label.encode(), prefix, context)).derive(key)
-    return _Derived(AESGCM(material[:32]), material[32:44], material[44:])
+    return HKDFExpand(_SHA512, _MATERIAL_BYTES, b"".join((label.encode(), b"\0", prefix, context))).derive(key)
 
 
 def _prefix(chunk_bytes: int, salt: bytes) -> bytes:
@@ -143,22 +138,39 @@ def seal_one(key: bytes, label: str, context: bytes, chunk_bytes: int, plaintext
     prefix = _prefix(chunk_bytes, salt)
     if len(plaintext) >= chunk_bytes - TAG_BYTES:
         raise ValueError(f"{len(plaintext)} bytes fill a chunk of {chunk_bytes}: the stream needs another")
-    cipher, nonce, commitment = _derive(key, label, prefix, context)
-    return prefix + commitment, cipher.encrypt(nonce, plaintext, None)
+    material = _derive(key, label, prefix, context)
+    return prefix + material[44:], AESGCM(material[:32]).encrypt(material[32:44], plaintext, None)
+
+
+class StreamKey(NamedTuple):
+    """What a stream's chunks open with, derived, its header's commitment verified. ``chunk_bytes`` is C."""
+
+    key: bytes
+    nonce: bytes
+    chunk_bytes: int
+
+    def open_only(self, chunk: Buffer) -> bytes:
+        """The plaintext of a stream that is shorter than a chunk. Raises SealBroken, also for a full chunk."""
+        if not TAG_BYTES <= len(chunk) < self.chunk_bytes:
+            raise SealBroken(f"{len(chunk)} bytes are not the only chunk of a stream", index=0)
+        try:
+            return AESGCM(self.key).decrypt(self.nonce, chunk, None)
+        except InvalidTag:
+            raise SealBroken("chunk 0 does not open", index=0) from None
+
+
+def stream_key(key: bytes, label: str, context: bytes, header: bytes) -> StreamKey:
+    """Raises SealBroken for a wrong key, context or header; the commitment is compared in constant time."""
+    chunk_bytes = header_chunk_bytes(header)
+    material = _derive(key, label, header[:_PREFIX_BYTES], context)
+    if not hmac.compare_digest(material[44:], header[_PREFIX_BYTES:]):
+        raise SealBroken("the header does not commit to this key and context")
+    return StreamKey(material[:32], material[32:44], chunk_bytes)
 
 
 def open_one(key: bytes, label: str, context: bytes, header: bytes, chunk: Buffer) -> bytes:
     """The plaintext of a stream that is shorter than a chunk: what an ``Opener`` makes of it, without one. Raises SealBroken, also for a full chunk."""
-    chunk_bytes = header_chunk_bytes(header)
-    cipher, nonce, commitment = _derive(key, label, header[:_PREFIX_BYTES], context)
-    if not hmac.compare_digest(commitment, header[_PREFIX_BYTES:]):
-        raise SealBroken("the header does not commit to this key and context")
-    if not TAG_BYTES <= len(chunk) < chunk_bytes:
-        raise SealBroken(f"{len(chunk)} bytes are not the only chunk of a stream", index=0)
-    try:
-        return cipher.decrypt(nonce, chunk, None)
-    except InvalidTag:
-        raise SealBroken("chunk 0 does not open", index=0) from None
+    return stream_key(key, label, context, header).open_only(chunk)
 
 
 class Sealer:
@@ -170,10 +182,11 @@ class Sealer:
 
     def __init__(self, key: bytes, label: str, context: bytes, chunk_bytes: int, salt: bytes) -> None:
         prefix = _prefix(chunk_bytes, salt)
-        self._cipher, nonce, commitment = _derive(key, label, prefix, context)
-        self._nonce = int.from_bytes(nonce, "big")
+        material = _derive(key, label, prefix, context)
+        self._cipher = AESGCM(material[:32])
+        self._nonce = int.from_bytes(material[32:44], "big")
         self._next = 0
-        self.header = prefix + commitment
+        self.header = prefix + material[44:]
         """The 64 bytes of the stream's header."""
         self.chunk_bytes = chunk_bytes
         self.plain_bytes = chunk_bytes - TAG_BYTES
@@ -225,13 +238,11 @@ class Opener:
     """
 
     def __init__(self, key: bytes, label: str, context: bytes, header: Buffer, size: int | None = None) -> None:
-        raw = bytes(header)
-        self.chunk_bytes = header_chunk_bytes(raw)
+        derived = stream_key(key, label, context, bytes(header))
+        self.chunk_bytes = derived.chunk_bytes
         self.plain_bytes = self.chunk_bytes - TAG_BYTES
-        self._cipher, nonce, commitment = _derive(key, label, raw[:_PREFIX_BYTES], context)
-        self._nonce = int.from_bytes(nonce, "big")
-        if not hmac.compare_digest(commitment, raw[_PREFIX_BYTES:]):
-            raise SealBroken("the header does not commit to this key and context")
+        self._cipher = AESGCM(derived.key)
+        self._nonce = int.from_bytes(derived.nonce, "big")
         self._chunks = None if size is None else chunk_count(size, self.chunk_bytes)
         self._last_bytes = 0 if size is None else size % self.plain_bytes + TAG_BYTES
 

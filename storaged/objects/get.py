@@ -17,11 +17,12 @@ from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
 from storaged.objects.buffers import Lease, Transfer, window_bytes_for
 from storaged.objects.conditions import NO_READ_CONDITIONS, check_copy_source, check_read
 from storaged.objects.manifest import bound_parts_of, parts_of, sealed_parts_of
+from storaged.objects.opened import Opened
 from storaged.objects.plane import ObjectPlane, cancel_all
 from storaged.objects.ports import SealBroken
 from storaged.objects.reader import HedgeDelay, PartReader, Window
 from storaged.objects.records import BucketRecord, PartEntry, SealedPart
-from storaged.objects.seal import PartOpener
+from storaged.objects.seal import part_key
 from storaged.objects.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
@@ -38,11 +39,12 @@ READ_AGAIN_MAX = 3
 
 
 class Found(NamedTuple):
-    """A version as a read found it; ``copy``: a small object's sealed bytes, when a replica sent them along."""
+    """A version as a read found it; ``copy``: a small object's sealed bytes, when a replica sent them along; ``kept``: where what follows from it is remembered."""
 
     name: RegisterName
     opened: OpenedVersion
     copy: Buffer | None
+    kept: Opened | None
 
 
 class Span(NamedTuple):
@@ -57,10 +59,19 @@ async def find(plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id:
     """Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable."""
     name = object_name(bucket.id, bucket.shards, key)
     with trace.span("record"):
-        reading = await plane.registers.read(name, want_payload=want_payload)
-    version = find_version(decode_record(reading.value), version_id)
-    bucket_key = await plane.keys.bucket_key(bucket.id, version.bucket_key)
-    return Found(name, open_version(Place(bucket.id, key), version, bucket_key), reading.payload)
+        value, payload = await plane.registers.read(name, want_payload=want_payload)
+    place, keys = Place(bucket.id, key), plane.keys
+    kept = plane.opened.get(place, value) if value is not None and not version_id else None
+    if kept is not None and keys.bucket_key_at_hand(bucket.id, kept.opened.version.bucket_key) is kept.bucket_key:
+        return Found(name, kept.opened, payload, kept)
+    version = find_version(decode_record(value), version_id)
+    bucket_key = keys.bucket_key_at_hand(bucket.id, version.bucket_key) or await keys.bucket_key(bucket.id, version.bucket_key)
+    opened = open_version(place, version, bucket_key)
+    if value is None or version_id:
+        return Found(name, opened, payload, None)
+    kept = Opened(value, bucket_key, opened)
+    plane.opened.keep(place, kept)
+    return Found(name, opened, payload, kept)
 
 
 async def head(
@@ -74,8 +85,9 @@ async def head(
 ) -> ObjectInfo:
     """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber."""
     found = await find(plane, bucket, key, version_id)
-    check_read(conditions, found.opened.meta.etag, found.opened.version.modified_ms)
-    info = await _info(plane, bucket, key, found)
+    if conditions != NO_READ_CONDITIONS:
+        check_read(conditions, found.opened.meta.etag, found.opened.version.modified_ms)
+    info = _info_at_hand(key, found) or await _info(plane, bucket, key, found)
     if part_number is not None:
         _span_of_part(info, part_number)
     return info
@@ -97,14 +109,15 @@ async def get(
     found = await find(plane, bucket, key, version_id, want_payload=True)
     for attempt in range(READ_AGAIN_MAX):
         meta, version = found.opened.meta, found.opened.version
-        (check_copy_source if as_copy_source else check_read)(conditions, meta.etag, version.modified_ms)
-        info = await _info(plane, bucket, key, found)
+        if conditions != NO_READ_CONDITIONS:
+            (check_copy_source if as_copy_source else check_read)(conditions, meta.etag, version.modified_ms)
+        info = _info_at_hand(key, found) or await _info(plane, bucket, key, found)
         wanted = _span_of_part(info, part_number) if part_number is not None else span_of(span, version.size)
         plain = _at_hand(found)
         if plain is not None:
             plane.counters.gets += 1
             plane.counters.bytes_out += wanted.length
-            return HeldStream(info, wanted, plain[wanted.first : wanted.first + wanted.length])
+            return HeldStream(info, wanted, plain[wanted.first : wanted.first + wanted.length] if wanted.partial else plain)
         stream = VerifiedStream(plane, hedge, bucket, found, info, wanted, as_copy_source=as_copy_source)
         try:
             await stream.open()
@@ -142,6 +155,18 @@ def _span_of_part(info: ObjectInfo, part_number: int) -> Span:
     return Span(sum(sizes[: part_number - 1]), sizes[part_number - 1], True)
 
 
+def _info_at_hand(key: bytes, found: Found) -> ObjectInfo | None:
+    """None when the object's parts are listed on pages of their own, which are read each time: they may be 10,000."""
+    opened, kept = found.opened, found.kept
+    if opened.meta.parts_page:
+        return None
+    if kept is None:
+        return info_of(key, opened, opened.meta.parts)
+    if kept.info is None:
+        kept.info = info_of(key, opened, opened.meta.parts)
+    return kept.info
+
+
 async def _info(plane: ObjectPlane, bucket: BucketRecord, key: bytes, found: Found) -> ObjectInfo:
     opened = found.opened
     context = Place(bucket.id, key).context_of(opened.version)
@@ -169,23 +194,30 @@ class _Piece(NamedTuple):
 def _at_hand(found: Found) -> bytes | None:
     """The plaintext of an object whose sealed bytes came with its record, in one chunk. None for any other, and when it does not open: a replica may lie, and
     its neighbours are asked the long way."""
-    parts = found.opened.version.parts
-    if len(parts) != 1 or found.opened.version.manifest:
+    (version, dek, _), kept = found.opened, found.kept
+    if len(version.parts) != 1 or version.manifest:
         return None
-    part = parts[0]
+    part = version.parts[0]
     sealed = part.inline or (found.copy if part.small else None)
     if not sealed:
         return None
     try:
         with trace.span("open"):
-            opener = PartOpener(found.opened.dek, part.header, part.data_id, part.number, part.size)
-            return opener.open(0, sealed) if part.size < opener.plain_bytes else None
+            stream = kept.key if kept is not None else None
+            if stream is None:
+                stream = part_key(dek, part.header, part.data_id, part.number)
+                if kept is not None:
+                    kept.key = stream
+            plain = stream.open_only(sealed)
+            return plain if len(plain) == part.size else None
     except SealBroken:
         return None
 
 
 class HeldStream:
     """An ``api.ObjectStream`` of a small object: all that is asked for is in memory, opened."""
+
+    __slots__ = ("first", "held", "info", "length", "partial")
 
     def __init__(self, info: ObjectInfo, span: Span, plain: bytes) -> None:
         self.info = info

@@ -22,8 +22,10 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Fences, Pages, Registers, Scanner
 from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
 from storaged.objects.buffers import BufferPool
+from storaged.objects.opened import OpenedLately
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
+from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 
 P = ParamSpec("P")
@@ -70,8 +72,15 @@ class ObjectLimits:
     bucket_cache_s: float = 1.0
     user_cache_s: float = 1.0
     cache_entries_max: int = 4096
+    opened_bytes_max: int = 16 * MIB
+    """Of records opened lately: some 4,000 keys, at 3.5 KiB each."""
     upload_keep_ms: int = 86_400_000
     """A finished upload's rows are kept this long, so that a repeated Complete gets its answer."""
+
+    @property
+    def small_bytes_max(self) -> int:
+        """The largest body that is kept whole: as much as is allowed, and one chunk holds."""
+        return min(self.small_sealed_bytes_max, CHUNK_BYTES_MAX - 1) - TAG_BYTES
 
 
 class Damage(NamedTuple):
@@ -179,6 +188,7 @@ class ObjectPlane:
         self.fill_buffers = BufferPool(self.limits.fill_buffer_bytes_max, self.limits.buffer_wait_s)
         self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
+        self.opened = OpenedLately(self.limits.opened_bytes_max)
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
 
     async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -210,4 +220,5 @@ class ObjectPlane:
 
     async def close(self) -> None:
         await self.background.close()
+        self.opened.clear()
         self.threads.shutdown(wait=True)

@@ -84,7 +84,7 @@ async def put(
     fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
     write = _Write(plane, bucket, name, where, bucket_key, fresh[:DEK_BYTES], fresh[DEK_BYTES:], meta, owner, conditions)
     size = checks.size
-    if size is not None and size <= plane.limits.small_sealed_bytes_max - TAG_BYTES:
+    if size is not None and size <= plane.limits.small_bytes_max:
         with trace.span("receive"):
             plain = await whole_of(body, size)
         with trace.span("digest"):
@@ -188,7 +188,7 @@ async def sealed_body(
     if checks.size is not None and checks.size > bytes_max:
         raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
     reader, digest = BodyReader(body, bytes_max), BodyDigest(checks)
-    small_max = (limits.inline_sealed_bytes_max if number else limits.small_sealed_bytes_max) - TAG_BYTES
+    small_max = limits.inline_sealed_bytes_max - TAG_BYTES if number else limits.small_bytes_max
     if checks.size is None or checks.size <= small_max:
         head = memoryview(bytearray((small_max if checks.size is None else checks.size) + 1))
         with trace.span("receive"):

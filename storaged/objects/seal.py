@@ -10,7 +10,7 @@ from storaged.ids import DATA_ID_BYTES
 from storaged.sov1 import HEADER_BYTES as HEADER_BYTES
 from storaged.sov1 import SALT_BYTES as SALT_BYTES
 from storaged.sov1 import TAG_BYTES as TAG_BYTES
-from storaged.sov1 import Opener, SealBroken, Sealer, chunk_bytes_for, open_one, seal_one
+from storaged.sov1 import Opener, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
 from storaged.sov1 import open_message as open_message
 from storaged.sov1 import seal_message as seal_message
 from storaged.wire import Buffer
@@ -30,11 +30,9 @@ def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, s
     return seal_one(dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes_for(len(plaintext), 1), plaintext, salt)
 
 
-def open_part(dek: bytes, header: bytes, data_id: bytes, part_number: int, size: int, chunk: Buffer) -> bytes:
-    """The ``size`` bytes of plaintext of a part that is one chunk. Raises SealBroken, also when the chunk is of another size."""
-    if len(chunk) != size + TAG_BYTES:
-        raise SealBroken(f"{len(chunk)} bytes are not the only chunk of {size}", index=0)
-    return open_one(dek, PART_LABEL, _part_context(data_id, part_number), header, chunk)
+def part_key(dek: bytes, header: bytes, data_id: bytes, part_number: int) -> StreamKey:
+    """What opens a part that is one chunk. Raises SealBroken when the header does not commit to this key, data id and part number."""
+    return stream_key(dek, PART_LABEL, _part_context(data_id, part_number), header)
 
 
 class PartSealer(Sealer):

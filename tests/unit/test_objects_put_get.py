@@ -117,6 +117,19 @@ async def test_an_object_of_any_size_class_comes_back_whole(size: int, sized: bo
     await objects.close()
 
 
+@pytest.mark.parametrize("size", [CELL - 1, CELL, CELL + 1])
+@pytest.mark.parametrize("sized", [True, False])
+async def test_a_body_that_fills_a_chunk_is_no_small_one_whatever_the_limit_is(size: int, sized: bool) -> None:
+    world = World(small_sealed_bytes_max=64 * KIB)
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(size)
+    await put(objects, bucket, data, sized=sized)
+    assert entry_of(world).small == (size < CELL)
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
 class Whole:
     """An ``api.WholeBody`` that has ``data``, whatever was declared; ``asked`` counts."""
 

@@ -10,7 +10,7 @@ import pytest
 from storaged.keys.keyfile import Argon2Cost, Credential, Passphrase, _unlock
 from storaged.keys.keyring import BUCKET_KEY_LABEL, SECRET_LABEL, Keyring, UnwrappedBucketKey, _Box
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.seal import HEADER_BYTES, META_LABEL, PartOpener, PartSealer, open_message, open_part, seal_message, seal_part
+from storaged.objects.seal import HEADER_BYTES, META_LABEL, PartOpener, PartSealer, open_message, part_key, seal_message, seal_part
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "seal.json").read_text())
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
@@ -246,15 +246,16 @@ def test_a_part_of_one_chunk_is_sealed_and_opened_in_one_step_as_by_a_sealer_and
     assert (header, chunk) == (sealer.header, sealer.seal(0, plain))
     assert size < chunk_bytes - 16
     assert chunk_bytes == 4096 or size >= chunk_bytes // 2 - 16
-    assert open_part(DEK, header, DATA_ID, 3, size, chunk) == plain
-    assert open_part(DEK, header, DATA_ID, 3, size, memoryview(chunk)) == plain
+    key = part_key(DEK, header, DATA_ID, 3)
+    assert key.open_only(chunk) == key.open_only(memoryview(chunk)) == plain
     for dek, data_id, number in ((b"K" * 32, DATA_ID, 3), (DEK, b"I" * 16, 3), (DEK, DATA_ID, 2)):
         with pytest.raises(SealBroken, match="does not commit"):
-            open_part(dek, header, data_id, number, size, chunk)
-    with pytest.raises(SealBroken, match="only chunk"):
-        open_part(DEK, header, DATA_ID, 3, size + 1, chunk)
+            part_key(dek, header, data_id, number)
     with pytest.raises(SealBroken, match="does not open"):
-        open_part(DEK, header, DATA_ID, 3, size, chunk[:-1] + bytes([chunk[-1] ^ 1]))
+        key.open_only(chunk[:-1] + bytes([chunk[-1] ^ 1]))
+    for length in (0, 15):
+        with pytest.raises(SealBroken, match="only chunk"):
+            key.open_only(bytes(length))
 
 
 def test_what_fills_a_chunk_is_no_part_of_one_chunk():
@@ -262,4 +263,4 @@ def test_what_fills_a_chunk_is_no_part_of_one_chunk():
         seal_part(DEK, DATA_ID, 1, bytes(65_520), SALT)
     header, sealed = sealed_part(bytes(4080))
     with pytest.raises(SealBroken, match="only chunk"):
-        open_part(DEK, header, DATA_ID, 1, 4080, sealed[:4096])
+        part_key(DEK, header, DATA_ID, 1).open_only(sealed[:4096])

@@ -1,0 +1,159 @@
+"""A record that was opened lately is not opened again, and what is told of a key is never older than its register."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from storaged.errors import DataDamaged, KeyringUnavailable, NoSuchKey, ServiceUnavailable
+from storaged.meta.names import Value, Visibility, object_name
+from storaged.objects.api import BodyChecks, NewMeta, ObjectInfo, RangeSpec
+from storaged.objects.opened import ENTRY_BYTES, Opened, OpenedLately
+from storaged.objects.records import BucketRecord
+from storaged.objects.service import ObjectService
+from storaged.wire import Buffer
+from tests.unit.fakes_objects import FakeBucketKey, World
+
+OWNER = "f" * 64
+SIZES = [100, 5000, 300_000]
+
+
+class Rig:
+    """One bucket on fakes; ``unwraps`` counts how often a data key was unwrapped."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
+        self.world = World(**limits)
+        self.objects = ObjectService(self.world.plane())
+        self.bucket = BucketRecord("b", b"B" * 16, OWNER, 1, "active", 16, "eu-fr-1")
+        self.world.keys.newest[self.bucket.id] = 1
+        self.unwraps = 0
+        unwrap = FakeBucketKey.unwrap
+
+        def counted(key: FakeBucketKey, wrapped: bytes, context: bytes) -> bytes:
+            self.unwraps += 1
+            return unwrap(key, wrapped, context)
+
+        monkeypatch.setattr(FakeBucketKey, "unwrap", counted)
+
+    async def put(self, data: bytes, key: bytes = b"key", **meta: str) -> None:
+        async def pieces() -> AsyncIterator[Buffer]:
+            yield data
+
+        await self.objects.put(self.bucket, key, pieces(), NewMeta(user=meta), BodyChecks(size=len(data)), owner=OWNER)
+
+    async def got(self, key: bytes = b"key", span: RangeSpec | None = None) -> tuple[bytes, ObjectInfo]:
+        stream = await self.objects.get(self.bucket, key, span=span)
+        return b"".join([bytes(piece) async for piece in stream.chunks()]), stream.info
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_key_that_is_read_again_is_opened_once(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    rig = Rig(monkeypatch)
+    data = os.urandom(size)
+    await rig.put(data, name="value")
+    info = await rig.objects.head(rig.bucket, b"key")
+    assert (info.size, info.user) == (size, {"name": "value"})
+    for _ in range(3):
+        assert await rig.got() == (data, info)
+        assert (await rig.got(span=RangeSpec(10, 19)))[0] == data[10:20]
+        assert await rig.objects.head(rig.bucket, b"key") == info
+    assert rig.unwraps == 1
+    await rig.objects.close()
+    assert len(rig.objects.plane.opened) == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_what_changed_shows_at_once(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    rig = Rig(monkeypatch)
+    other = ObjectService(rig.world.plane())
+    for n in range(3):
+        data = os.urandom(size)
+        await rig.put(data, round=str(n))
+        seen, info = await rig.got()
+        assert (seen, info.user) == (data, {"round": str(n)})
+        await other.set_tags(rig.bucket, b"key", {"n": str(n)})
+        assert (await rig.objects.head(rig.bucket, b"key")).tags == {"n": str(n)}
+        assert (await rig.got())[0] == data
+    await other.delete(rig.bucket, b"key")
+    for read in (rig.objects.head, rig.objects.get):
+        with pytest.raises(NoSuchKey):
+            await read(rig.bucket, b"key")  # type: ignore[operator]
+    await rig.objects.close()
+    await other.close()
+
+
+async def test_a_deleted_key_whose_row_still_has_its_body_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    await rig.put(b"data")
+    await rig.got()
+    name = object_name(rig.bucket.id, rig.bucket.shards, b"key")
+    value = rig.world.ring.values[name]
+    rig.world.ring.values[name] = Value(value.sequence + 1, value.operation, Visibility.TOMBSTONE, value.body)
+    with pytest.raises(NoSuchKey):
+        await rig.objects.head(rig.bucket, b"key")
+    await rig.objects.close()
+
+
+async def test_nothing_is_told_of_a_record_whose_key_is_no_longer_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    await rig.put(b"data")
+    await rig.got()
+    del rig.world.keys.newest[rig.bucket.id]
+    with pytest.raises(KeyringUnavailable):
+        await rig.objects.head(rig.bucket, b"key")
+    rig.world.keys.newest[rig.bucket.id] = 1
+    rig.world.keys._keys[1] = FakeBucketKey(1)  # released anew
+    assert (await rig.got())[0] == b"data"
+    assert rig.unwraps == 2
+    await rig.objects.close()
+
+
+async def test_one_record_under_two_keys_opens_for_the_one_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    await rig.put(b"data")
+    await rig.got()
+    value = rig.world.ring.values[object_name(rig.bucket.id, rig.bucket.shards, b"key")]
+    rig.world.ring.values[object_name(rig.bucket.id, rig.bucket.shards, b"other")] = value
+    with pytest.raises(DataDamaged):
+        await rig.objects.head(rig.bucket, b"other")
+    assert (await rig.got())[0] == b"data"
+    await rig.objects.close()
+
+
+async def test_a_copy_that_does_not_open_is_not_believed_the_second_time_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    data = os.urandom(5000)
+    await rig.put(data)
+    assert (await rig.got())[0] == data
+    for disk in rig.world.disks.disks.values():
+        for fragment in disk.fragments:
+            disk.flip(fragment, 0, lie=True)
+    for _ in range(2):
+        with pytest.raises((DataDamaged, ServiceUnavailable)):
+            await rig.got()
+    await rig.objects.close()
+
+
+async def test_memory_for_opened_records_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, opened_bytes_max=12 * (ENTRY_BYTES + 3 * 800))
+    for n in range(20):
+        await rig.put(b"data", b"%d" % n)
+        assert (await rig.got(b"%d" % n))[0] == b"data"
+        assert (await rig.got(b"0"))[0] == b"data"
+    kept: Any = rig.objects.plane.opened
+    assert 6 <= len(kept) < 20
+    assert rig.unwraps == 20  # the key that is read all the time stays
+    await rig.put(bytes(900), b"1")
+    assert (await rig.got(b"1"))[0] == bytes(900)
+    await rig.objects.close()
+
+
+def test_an_entry_larger_than_all_the_memory_is_not_kept() -> None:
+    lately, value = OpenedLately(10_000), Value(1, b"", Visibility.LIVE, bytes(9000))
+    made: Any = Opened(value, FakeBucketKey(1), None)  # type: ignore[arg-type]
+    lately.keep((b"b", b"k"), made)
+    assert lately.get((b"b", b"k"), value) is None
+    assert len(lately) == 0
