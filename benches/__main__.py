@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shape", default="cluster", help="cluster (four processes), single (one process, six disks), or both with a comma"
     )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes of the cluster's gateway")
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"comma separated: {', '.join(ROWS)}")
     parser.add_argument("--scale", type=float, default=1.0, help="how much work, relative to the default")
     parser.add_argument(
@@ -73,7 +74,7 @@ def servers_of(wanted: argparse.Namespace) -> list[Make]:
     if wanted.endpoint:
         makes: list[Make] = [lambda: endpoint(wanted.endpoint, wanted.access, wanted.secret, wanted.region)]
     else:
-        makes = [lambda: storaged_cluster(wanted.dir)] if "cluster" in wanted.shape else []
+        makes = [lambda: storaged_cluster(wanted.dir, workers=wanted.workers)] if "cluster" in wanted.shape else []
         makes += [lambda: storaged_single(wanted.dir)] if "single" in wanted.shape else []
     if wanted.peer:
         makes += [lambda: seaweedfs_durable(wanted.dir), lambda: seaweedfs_default(wanted.dir)]

@@ -177,19 +177,27 @@ class _Storaged:
 
 
 def _processes(status: dict[str, Any]) -> dict[str, int]:
-    return {node["name"]: node["pid"] for node in status["nodes"] if node.get("pid")}
+    """Those of the nodes, and the further workers of gateways: ``gateway``, ``gateway-2``."""
+    found = {}
+    for node in status["nodes"]:
+        if node.get("pid"):
+            found[node["name"]] = node["pid"]
+            children = Path(f"/proc/{node['pid']}/task/{node['pid']}/children").read_text().split()
+            found.update({f"{node['name']}-{number}": int(pid) for number, pid in enumerate(children, 2)})
+    return found
 
 
 @contextlib.contextmanager
 def storaged_cluster(
-    parent: Path | None = None, *, tree: Path | None = None, spans: Path | None = None, name: str = "storaged, cluster"
+    parent: Path | None = None, *, tree: Path | None = None, spans: Path | None = None, name: str = "storaged, cluster", workers: int = 1
 ) -> Iterator[Server]:
-    """``storaged dev``: three storage nodes in three racks, a gateway. ``lose`` kills a rack."""
+    """``storaged dev``: three storage nodes in three racks, a gateway of so many processes. ``lose`` kills a rack."""
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
         storaged = _Storaged(home, home / "s3", tree, spans)
         try:
-            storaged.start("dev", str(storaged.directory), "--s3-port", str(free_port()), "--admin-port", str(free_port()))
+            several = ("--workers", str(workers)) if workers > 1 else ()
+            storaged.start("dev", str(storaged.directory), "--s3-port", str(free_port()), "--admin-port", str(free_port()), *several)
             status = storaged.status("HEALTHY")
             known = json.loads(storaged.run("env", "--json"))
             target = Target(known["endpoint"], known["access_key"], known["secret_key"], known["region"])

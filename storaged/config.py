@@ -7,7 +7,7 @@ Paths are relative to the file's own folder, so that a node's folder can be move
     [cluster]  identity (the folder with this node's certificate, the cluster's authority and the layout)
     [[disks]]  id, directory            (role storage; one table a disk)
     [rpc]      listen
-    [s3]       listen, region, domains, tls_certificate, tls_key       (role gateway)
+    [s3]       listen, workers, region, domains, tls_certificate, tls_key   (role gateway)
     [admin]    listen
     [keys]     keyring, credential or passphrase                       (role gateway)
     [audit]    directory
@@ -63,9 +63,10 @@ class RpcSection(msgspec.Struct, frozen=True):
 
 
 class S3Section(msgspec.Struct, frozen=True):
-    """``domains``: names under which buckets appear as the first label of the host (virtual-host style)."""
+    """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``: processes that share the port."""
 
     listen: str = "127.0.0.1:8333"
+    workers: int = 1
     region: str = "eu-fr-1"
     domains: list[str] = []
     tls_certificate: str = ""
@@ -94,7 +95,7 @@ class AuditSection(msgspec.Struct, frozen=True):
 
 
 class LimitsSection(msgspec.Struct, frozen=True):
-    """Bounds of one process. ``meta_map_bytes`` is address space for a disk's LMDB, taken from the disk only as rows are written.
+    """Bounds of one node; those of S3 are shared out among a gateway's workers. ``meta_map_bytes`` is address space for a disk's LMDB, taken from the disk only as rows are written.
     ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the file system."""
 
     s3_requests_max: int = 1024
@@ -388,6 +389,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("rpc", "listen"): _check_address,
     ("s3", "listen"): _check_address,
     ("s3", "region"): _check_region,
+    ("s3", "workers"): _between(1, 64),
     ("admin", "listen"): _check_loopback,
     ("audit", "file_bytes_max"): _size_between(64 * KIB, GIB),
     ("limits", "s3_requests_max"): _between(1, 100_000),
@@ -433,6 +435,11 @@ def _check_together(values: dict[str, Any], document: dict[str, Any], lines: dic
     s3 = values.get("s3", {})
     if bool(s3.get("tls_certificate")) != bool(s3.get("tls_key")):
         yield Mistake(lines.get(("s3",), 0), "[s3] wants both tls_certificate and tls_key, or neither")
+    if "storage" in roles and s3.get("workers", 1) > 1:
+        yield Mistake(
+            lines.get(("s3", "workers"), 0),
+            "s3.workers: a node with disks is one process; give the gateway a node of its own to have several",
+        )
 
 
 def _absolute(text: str, base: Path) -> str:

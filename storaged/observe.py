@@ -14,12 +14,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import IO, Any, NamedTuple, TextIO
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import IO, Any, NamedTuple, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -127,12 +129,14 @@ def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = Non
 
 
 class Described(NamedTuple):
-    """One metric: ``kind`` counter, gauge or histogram; ``buckets`` in the metric's own unit."""
+    """One metric: ``kind`` counter, gauge or histogram; ``buckets`` in the metric's own unit. ``together``: what a gauge of a node with several processes is,
+    ``own`` (the first process's), ``sum``, ``max``, or ``count`` (a sum that those which have ended still count in). Counters and histograms are counts."""
 
     kind: str
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    together: str = "own"
 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -148,15 +152,22 @@ METRICS: dict[str, Described] = {
     "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
     "storaged_s3_requests_total": Described("counter", "S3 requests answered.", ("operation", "status")),
     "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",), _SECONDS),
-    "storaged_s3_in_flight": Described("gauge", "S3 requests being answered; past limits.s3_requests_max further ones get SlowDown."),
-    "storaged_s3_connections": Described("gauge", "Open connections of S3 clients."),
+    "storaged_s3_in_flight": Described(
+        "gauge", "S3 requests being answered; past limits.s3_requests_max further ones get SlowDown.", together="sum"
+    ),
+    "storaged_s3_connections": Described("gauge", "Open connections of S3 clients.", together="sum"),
     "storaged_s3_received_bytes_total": Described("counter", "Bytes of request bodies."),
     "storaged_s3_sent_bytes_total": Described("counter", "Bytes of answer bodies."),
     "storaged_object_events": Described(
-        "gauge", "Events of the object plane since the start: blocks_fallback are writes below their target profile.", ("event",)
+        "gauge",
+        "Events of the object plane since the start: blocks_fallback are writes below their target profile.",
+        ("event",),
+        together="count",
     ),
+    "storaged_workers": Described("gauge", "Processes that serve the S3 port, those being started again left out."),
+    "storaged_worker_restarts_total": Described("counter", "Processes that ended unasked and were started again."),
     "storaged_fragments_damaged_total": Described("counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)),
-    "storaged_loop_lag_seconds": Described("gauge", "How late the event loop ran the last time it was measured."),
+    "storaged_loop_lag_seconds": Described("gauge", "How late the event loop ran the last time it was measured.", together="max"),
 }
 
 
@@ -185,6 +196,83 @@ class Metrics:
     def histogram(self, name: str) -> Histogram:
         found: Histogram = self._by_name[name]
         return found
+
+
+Labels = tuple[tuple[str, str], ...]
+Samples = dict[tuple[str, Labels], float]
+"""A process's metrics by sample name (``storaged_s3_request_seconds_bucket``) and labels, sorted."""
+
+_TOGETHER = {
+    "process_virtual_memory_bytes": "sum",
+    "process_resident_memory_bytes": "sum",
+    "process_open_fds": "sum",
+    **{name: told.together for name, told in METRICS.items() if told.kind == "gauge"},
+}
+
+
+def _together(family: Metric) -> str:
+    return "count" if family.type in ("counter", "histogram") else _TOGETHER.get(family.name, "own")
+
+
+def samples_of(registry: CollectorRegistry) -> Samples:
+    """What other processes of the node may add to their own (``exposition``)."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in registry.collect()
+        if _together(family) != "own"
+        for sample in family.samples
+    }
+
+
+def counts_of(samples: Samples, registry: CollectorRegistry) -> Samples:
+    """Those that go on counting when their process has ended."""
+    counting = {name for family in registry.collect() if _together(family) == "count" for name in _sample_names(family)}
+    return {key: value for key, value in samples.items() if key[0] in counting}
+
+
+def _sample_names(family: Metric) -> list[str]:
+    return [family.name + suffix for suffix in ("", "_total", "_bucket", "_sum", "_count")]
+
+
+class _Together:
+    """A registry for ``generate_latest``: one process's, with what others counted."""
+
+    def __init__(self, own: CollectorRegistry, others: Sequence[Samples]) -> None:
+        self._own = own
+        self._others = others
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._own.collect():
+            how = _together(family)
+            if how == "own" or not self._others:
+                yield family
+                continue
+            merged: Samples = {
+                (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+                for sample in family.samples
+                if not sample.name.endswith("_created")
+            }
+            names = frozenset(_sample_names(family))
+            for other in self._others:
+                for key, value in other.items():
+                    if key[0] in names:
+                        merged[key] = max(merged.get(key, value), value) if how == "max" else merged.get(key, 0.0) + value
+            told = Metric(family.name, family.documentation, family.type)
+            for (name, labels), value in sorted(merged.items(), key=_histogram_order):
+                told.add_sample(name, dict(labels), value)
+            yield told
+
+
+def _histogram_order(item: tuple[tuple[str, Labels], float]) -> tuple[Labels, str, float]:
+    """By labels, then buckets from below, as Prometheus wants them."""
+    (name, labels), _ = item
+    edge = dict(labels).get("le")
+    return tuple(label for label in labels if label[0] != "le"), name, float(edge) if edge is not None else 0.0
+
+
+def exposition(registry: CollectorRegistry, others: Sequence[Samples] = ()) -> bytes:
+    """Prometheus' text: the process's own metrics, and those of the node's other processes added to them."""
+    return generate_latest(cast(CollectorRegistry, _Together(registry, others)))
 
 
 SPANS_FILE = "STORAGED_SPANS"

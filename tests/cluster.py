@@ -34,6 +34,8 @@ class Cluster:
     s3_port: int = 0
     home: Path | None = None
     """A HOME of its own, so that trying a cluster changes nobody's defaults."""
+    options: tuple[str, ...] = ()
+    """Of ``storaged dev``."""
     settings: dict[str, Any] = field(default_factory=dict)
     _process: subprocess.Popen[str] | None = None
 
@@ -49,7 +51,7 @@ class Cluster:
             self.s3_port = free_port()
         log = (self.directory.parent / (self.directory.name + ".log")).open("a")
         self._process = subprocess.Popen(
-            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port())],
+            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port()), *self.options],
             env=self.environment(), stdout=log, stderr=log, text=True, start_new_session=True,
         )  # fmt: skip
         log.close()

@@ -23,7 +23,7 @@ from typing import Any
 
 import structlog
 from aiohttp import web
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
@@ -31,7 +31,7 @@ from storaged.config import split_address
 from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName, OperatorError, PortInUse, StoragedError
 from storaged.objects.api import Principal
 from storaged.objects.names import bucket_name_valid
-from storaged.observe import Metrics
+from storaged.observe import Metrics, exposition
 
 BODY_BYTES_MAX = 64 * 1024
 
@@ -133,7 +133,8 @@ class AdminServer:
 
     async def _metric_text(self, _request: web.Request) -> web.Response:
         self._metrics.gauge("storaged_ready").set(self._services.ready()[0])
-        return web.Response(body=generate_latest(self._metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        others = await self._services.other_samples() if self._services.other_samples is not None else ()
+        return web.Response(body=exposition(self._metrics.registry, others), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _status(self, _request: web.Request) -> web.Response:
         return web.json_response(await self._services.status())

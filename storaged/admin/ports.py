@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from storaged.objects.api import Buckets, Users
+from storaged.observe import Samples
 
 
 class Jobs(Protocol):
@@ -37,5 +38,7 @@ class Services:
     """(kind, fields) -> on disk in the audit log: before what it tells of is done. None: nothing is administered here."""
     checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
     """All nodes' signed checkpoints of their audit logs, encoded."""
+    other_samples: Callable[[], Awaitable[Sequence[Samples]]] | None = None
+    """The metrics of this node's further processes, to be added to this one's."""
     authority: str = ""
     """The cluster's authority certificate, PEM."""

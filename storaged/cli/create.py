@@ -126,10 +126,15 @@ def storage_config(node: NodePlan, directory: str, listen: str, extra: str = "")
     return _head(node, directory) + f"{disks}\n[rpc]\nlisten = {_quoted(listen)}\n{extra}"
 
 
-def gateway_config(node: NodePlan, directory: str, s3_listen: str, region: str, keys: dict[str, str], extra: str = "") -> str:
+def gateway_config(
+    node: NodePlan, directory: str, s3_listen: str, region: str, keys: dict[str, str], extra: str = "", *, workers: int = 1
+) -> str:
     """A gateway's configuration as TOML; ``keys`` are the options of its [keys] section."""
+    several = f"workers = {workers}\n" if workers > 1 else ""
     options = "".join(f"{name} = {_quoted(value)}\n" for name, value in keys.items())
-    return _head(node, directory) + f"\n[s3]\nlisten = {_quoted(s3_listen)}\nregion = {_quoted(region)}\n\n[keys]\n{options}{extra}"
+    return (
+        _head(node, directory) + f"\n[s3]\nlisten = {_quoted(s3_listen)}\nregion = {_quoted(region)}\n{several}\n[keys]\n{options}{extra}"
+    )
 
 
 def _head(node: NodePlan, directory: str) -> str:

@@ -47,7 +47,7 @@ class DevGroup(click.Group):
 
 @click.group(cls=DevGroup)
 def dev() -> None:
-    """A whole cluster on this machine, for trying: storaged dev [DIR] [--detach] [--s3-port N] [--admin-port N].
+    """A whole cluster on this machine, for trying: storaged dev [DIR] [--detach] [--s3-port N] [--admin-port N] [--workers N].
 
     Three storage nodes of two disks each in three racks, and a gateway that alone has keys. Everything listens on 127.0.0.1 only.
     """
@@ -62,8 +62,11 @@ def dev() -> None:
 @click.option(
     "--admin-port", type=click.IntRange(1, 65535), default=None, help=f"Port of health and metrics (default {ADMIN_PORT}, or what DIR had)."
 )
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=None, help="Processes of the gateway that share its port (default 1, or what DIR had)."
+)
 @click.pass_obj
-def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | None, admin_port: int | None) -> None:
+def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | None, admin_port: int | None, workers: int | None) -> None:
     """Start the cluster in DIR (made at first), or the last one. This is what `storaged dev DIR` does."""
     place = (directory or (Path(named) if named else None) or default_place()).expanduser().absolute()
     if directory is None and named is None:
@@ -72,11 +75,11 @@ def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | N
         except NotRunning:
             pass
     if detach:
-        _detach(place, s3_port, admin_port)
+        _detach(place, s3_port, admin_port, workers)
         return
     import asyncio
 
-    new = prepare(place, s3_port, admin_port)
+    new = prepare(place, s3_port, admin_port, workers)
     record_default(place)
     asyncio.run(_supervise(place, new))
 
@@ -122,7 +125,7 @@ def check_place(place: Path) -> None:
         raise OperatorError(f"{place} is neither empty nor a cluster of `storaged dev` (it holds {strangers[0]}); name another directory")
 
 
-def prepare(place: Path, s3_port: int | None, admin_port: int | None) -> bool:
+def prepare(place: Path, s3_port: int | None, admin_port: int | None, workers: int | None = None) -> bool:
     """Makes the cluster's files unless they are there; settles its ports. Says whether it is new. Raises DirectoryInUse, PortInUse, OperatorError."""
     check_place(place)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -141,11 +144,12 @@ def prepare(place: Path, s3_port: int | None, admin_port: int | None) -> bool:
         if admin_port:
             raise
         (admin,) = _free_ports(1, {s3})  # nobody has been told this one: another trial cluster may run beside it
+    count = workers or known.get("workers", 1)
     if new:
-        _create(place, s3, admin)
-    elif (s3, admin) != (known["s3_port"], known["admin_port"]):
-        known.update(s3_port=s3, admin_port=admin)
-        _write_gateway(place, s3, admin)
+        _create(place, s3, admin, count)
+    elif (s3, admin, count) != (known["s3_port"], known["admin_port"], known.get("workers", 1)):
+        known.update(s3_port=s3, admin_port=admin, workers=count)
+        _write_gateway(place, s3, admin, count)
         _write_json(place / "dev.json", known)
     return new
 
@@ -161,7 +165,7 @@ def _check_free(port: int) -> None:
             raise PortInUse(f"127.0.0.1:{port} is already in use by another program") from None
 
 
-def _create(place: Path, s3: int, admin: int) -> None:
+def _create(place: Path, s3: int, admin: int, workers: int) -> None:
     import secrets
 
     from storaged.cli import create as files
@@ -177,7 +181,7 @@ def _create(place: Path, s3: int, admin: int) -> None:
     plan.nodes.append(files.NodePlan(GATEWAY[0], GATEWAY[1], ("gateway",)))
     for node in plan.nodes:
         files.issue_node(authority, node, place / node.name, files.storage_config(node, ".", node.address) if node.disks else "")
-    _write_gateway(place, s3, admin)
+    _write_gateway(place, s3, admin, workers)
     layout = files.layout_of(plan)
     files.sign_layout(authority, layout, [place / node.name for node in plan.nodes])
     plan.epoch = layout.epoch
@@ -192,6 +196,7 @@ def _create(place: Path, s3: int, admin: int) -> None:
         "bucket": BUCKET,
         "s3_port": s3,
         "admin_port": admin,
+        "workers": workers,
         "prepared": False,
         "nodes": [{"name": node.name, "rack": node.location, "roles": list(node.roles)} for node in plan.nodes],
     }
@@ -199,12 +204,13 @@ def _create(place: Path, s3: int, admin: int) -> None:
     (place / CREATING).unlink()
 
 
-def _write_gateway(place: Path, s3: int, admin: int) -> None:
+def _write_gateway(place: Path, s3: int, admin: int, workers: int) -> None:
     from storaged.cli import create as files
 
     node = files.NodePlan(GATEWAY[0], GATEWAY[1], ("gateway",))
     keys = {"keyring": "keys/keyring", "credential": "keys/credential"}
-    text = files.gateway_config(node, ".", f"127.0.0.1:{s3}", REGION, keys, f'\n[admin]\nlisten = "127.0.0.1:{admin}"\n')
+    extra = f'\n[admin]\nlisten = "127.0.0.1:{admin}"\n'
+    text = files.gateway_config(node, ".", f"127.0.0.1:{s3}", REGION, keys, extra, workers=workers)
     files.write_private(place / GATEWAY[0] / "config.toml", text.encode())
 
 
@@ -274,7 +280,7 @@ def banner(place: Path, new: bool) -> str:
     )
 
 
-def _detach(place: Path, s3_port: int | None, admin_port: int | None) -> None:
+def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: int | None) -> None:
     from storaged.cli.supervisor import control
 
     check_place(place)  # before its log is begun anew
@@ -282,6 +288,7 @@ def _detach(place: Path, s3_port: int | None, admin_port: int | None) -> None:
     arguments = [sys.executable, "-m", "storaged", "dev", "up", str(place)]
     arguments += ["--s3-port", str(s3_port)] if s3_port else []
     arguments += ["--admin-port", str(admin_port)] if admin_port else []
+    arguments += ["--workers", str(workers)] if workers else []
     with (place / "dev.log").open("wb") as log:
         child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # noqa: S603  # our own interpreter and module, no shell
     deadline = time.monotonic() + START_TIMEOUT_S

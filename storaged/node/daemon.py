@@ -16,7 +16,9 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
@@ -33,6 +35,10 @@ from storaged.node.planes import Node
 from storaged.units import MIB
 
 LOOP_LAG_EVERY_S = 1.0
+USABLE_WAIT_S = 2.0
+"""How long a further worker waits for its keyring before it takes connections: in a cluster that runs it is open by then, and no client is told 503 by a
+worker that has just been started again."""
+
 EXIT_DEFECT = 70
 """EX_SOFTWARE of sysexits(3)."""
 _PR_SET_PDEATHSIG = 1
@@ -54,30 +60,49 @@ log = structlog.get_logger("node")
 
 def run_node(path: Path, *, end_with_parent: bool = False) -> int:
     """Runs until it is told to stop; the process's exit code. Raises StoragedError for what is wrong before it runs."""
-    config = configuration.load(path)
-    os.umask(0o077)  # what lies on disks tells names and sizes: to nobody but this user, wherever the disks are mounted
-    if config.gateway:
-        with contextlib.suppress(ValueError, OSError):  # a system call filter may forbid it; then the unit has set the limit
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would have the keys
     if end_with_parent:
-        _end_with_parent()
-    _keep_memory()
-    _allow_connections()
+        _end_with_parent(signal.SIGTERM)
+    config = _begin(path)
     observe.setup_logging(config.log.level, config.log.format, node=config.node.name)
     directory = Path(config.node.directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = lock_directory(directory)
     try:
+        return _run(_main(config, None))
+    finally:
+        os.close(lock)
+
+
+def run_worker(path: Path, number: int, door: int, talk: int) -> int:
+    """A further process of a gateway, under the first one's lock; ``door`` and ``talk`` are its descriptors of what ``node.workers`` describes."""
+    _end_with_parent(signal.SIGKILL)
+    config = _begin(path)
+    observe.setup_logging(config.log.level, config.log.format, node=config.node.name, worker=str(number))
+    return _run(_main(config, (number, door, talk)))
+
+
+def _begin(path: Path) -> Config:
+    """The configuration, and what a process of storaged is to the system."""
+    config = configuration.load(path)
+    os.umask(0o077)  # what lies on disks tells names and sizes: to nobody but this user, wherever the disks are mounted
+    if config.gateway:
+        with contextlib.suppress(ValueError, OSError):  # a system call filter may forbid it; then the unit has set the limit
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would have the keys
+    _keep_memory()
+    _allow_connections()
+    return config
+
+
+def _run(work: Coroutine[Any, Any, None]) -> int:
+    try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_main(config))
+            runner.run(work)
     except BaseExceptionGroup as group:
         _, unforeseen = group.split(StoragedError)
         if unforeseen is None:
             raise _first(group) from None
         log.error("the node ends: this is a defect of storaged", exc_info=group)
         return EXIT_DEFECT
-    finally:
-        os.close(lock)
     return 0
 
 
@@ -115,15 +140,16 @@ def _first(group: BaseExceptionGroup[BaseException]) -> StoragedError:
     return error
 
 
-def _end_with_parent() -> None:
-    """SIGTERM when the process that started us ends, however it ends (prctl(2))."""
+def _end_with_parent(number: signal.Signals) -> None:
+    """That signal when the process that started us ends, however it ends (prctl(2))."""
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent or parent == 1:
         sys.exit(1)
 
 
-async def _main(config: Config) -> None:
+async def _main(config: Config, worker: tuple[int, int, int] | None) -> None:
+    """``worker``: number, door and talk of a further process of a gateway."""
     own = load_identity(Path(config.cluster.identity))
     _check_identity(config, own.name, own.peer.roles)
     observe.setup_spans(config.node.name)
@@ -133,7 +159,13 @@ async def _main(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     loop.add_signal_handler(signal.SIGHUP, reloading.set)
-    node = Node(config, own, SystemClock())
+    leader = None
+    if worker is not None:
+        from storaged.node.leader import Leader
+
+        leader = Leader(*worker)
+        await leader.open()
+    node = Node(config, own, SystemClock(), leader)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(notifier.close)
         await node.open(stack)
@@ -142,6 +174,11 @@ async def _main(config: Config) -> None:
             tasks.append(group.create_task(notifier.feed_watchdog()))
             tasks.append(group.create_task(_measure_lag(node.metrics)))
             tasks.append(group.create_task(_reload_when_asked(node, reloading, notifier)))
+            if leader is not None:
+                tasks.append(group.create_task(leader.serve(node.metrics, reloading, stopping)))
+                if node.gateway is not None:
+                    await node.gateway.usable(USABLE_WAIT_S)
+                leader.ready()
             notifier.ready(f"{', '.join(config.node.roles)} of cluster {own.cluster}")
             log.info("ready", roles=",".join(config.node.roles), cluster=own.cluster, disks=len(config.disks), pid=os.getpid())
             _tune_interpreter()

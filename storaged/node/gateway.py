@@ -7,6 +7,7 @@ here: a missing or different keyring is KEYRING_MISMATCH until it is restored (a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -29,6 +30,7 @@ from storaged.keys.ports import AlreadyThere, Audit
 from storaged.node.housekeeping import housekeep
 from storaged.node.protection import protection_of
 from storaged.node.system import ClusterRecord, SystemPaths, Taken
+from storaged.node.workers import Workers
 from storaged.objects.buckets import BucketService
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, KeyService
@@ -38,6 +40,7 @@ from storaged.objects.where import Whereabouts, where
 from storaged.observe import Metrics
 from storaged.s3.app import RequestDone, S3App
 from storaged.s3.limits import Limits
+from storaged.units import MIB
 from storaged.wire import decode, encode
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
+BUFFER_BYTES_MIN = 16 * MIB
 
 log = structlog.get_logger("gateway")
 
@@ -55,6 +59,7 @@ class LateKeys:
     def __init__(self) -> None:
         self.keyring: keys.Keyring | None = None
         self.reason = "the keyring is not open yet"
+        self.opened = asyncio.Event()
 
     def _open(self) -> KeyService:
         if self.keyring is None:
@@ -158,6 +163,7 @@ class Unlocker:
                 raise KeyringMismatch(f"the keyring is {material.keyring_id.hex()}; this cluster was created with {known.keyring.hex()}")
         self._late.keyring = keys.Keyring(material, _KeyRegisters(self._paths), audit=self._audit, clock=self._clock)
         self.problem = self._late.reason = ""
+        self._late.opened.set()
         log.info("the keyring is open", keyring=material.keyring_id.hex())
 
 
@@ -182,6 +188,8 @@ class Gateway:
         self._config = node.config
         self._late = LateKeys()
         self._context: ssl.SSLContext | None = None
+        self.workers: Workers | None = None
+        """The gateway's further processes, where it has any and is the first."""
         self._drained = False
 
     @property
@@ -213,7 +221,7 @@ class Gateway:
             keys=self._late,
             clock=node.clock,
             entropy=system_entropy,
-            limits=ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max),
+            limits=shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers),
             on_damage=self._damaged,
             on_degraded=node.maintain.hint,
         )
@@ -231,24 +239,59 @@ class Gateway:
             domains=config.s3.domains,
             clock=node.clock,
             entropy=system_entropy,
-            limits=Limits(requests_max=config.limits.s3_requests_max),
+            limits=shared_limits(config.limits.s3_requests_max, config.s3.workers),
             on_request=observer(node.metrics),
         )
         if config.s3.tls_certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.minimum_version = ssl.TLSVersion.TLSv1_2
             load_certificate(self._context, config)
-        host, port = split_address(config.s3.listen)
-        await self._app.start(host, port, ssl=self._context)
+        await self._open_port()
         app = self._app
         node.metrics.gauge("storaged_s3_in_flight").set_function(lambda: app.statistics().requests_in_flight)
         node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
 
+    async def _open_port(self) -> None:
+        node, s3 = self._node, self._config.s3
+        host, port = split_address(s3.listen)
+        if node.leader is not None:
+            self._app.open(self._context)
+            node.leader.take_connections(self._app.adopt)
+        elif s3.workers == 1:
+            await self._app.start(host, port, ssl=self._context)
+        else:
+            self._app.open(self._context)
+            note = node.audit.note
+            self.workers = Workers(
+                self._config.path,
+                s3.workers,
+                node.incarnation,
+                node.metrics,
+                adopt=self._app.adopt,
+                audit=self._audit,
+                note=lambda kind, fields: note(kind, **fields),
+            )
+            self.workers.listen(host, port)
+            await self.workers.start()
+
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._unlocker.run(), self._node.maintain.run(), housekeep(self.objects.plane, self.buckets)]
+        found = [self._unlocker.run(), self._node.maintain.run()]
+        if self._node.leader is None:
+            found.append(housekeep(self.objects.plane, self.buckets))
+        if self.workers is not None:
+            found.append(self.workers.run())
+        return found
+
+    async def usable(self, wait_s: float) -> None:
+        """Returns when S3 does not answer 503 any more, or after ``wait_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._late.opened.wait()
 
     def offer(self, services: Services) -> None:
         """What the admin API may ask of a gateway."""
+        if self.workers is not None:
+            services.other_samples = self.workers.gather
         services.audit = self._audit
         services.users = self.users
         services.buckets = self.buckets
@@ -275,19 +318,42 @@ class Gateway:
         if self._context is not None:
             load_certificate(self._context, config)
         self._unlocker.again()
+        if self.workers is not None:
+            self.workers.reload()
 
     async def drain(self) -> None:
         """No new requests; those in flight are finished."""
         if not self._drained:
             self._drained = True
-            await self._app.close(self._config.limits.drain_s)
+            drain_s = self._config.limits.drain_s
+            if self.workers is None:
+                await self._app.close(drain_s)
+            else:
+                await asyncio.gather(self.workers.drain(drain_s), self._app.close(drain_s))
 
     async def close(self) -> None:
+        if self.workers is not None:
+            await self.workers.close()
         if hasattr(self, "_app"):
             await self.drain()
             await self.objects.close()
         if self._late.keyring is not None:
             self._late.keyring.close()
+
+
+def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
+    """A worker's part of what all of a gateway may hold in buffers; never less than a few large transfers need."""
+    return dataclasses.replace(
+        limits,
+        put_buffer_bytes_max=max(limits.put_buffer_bytes_max // workers, BUFFER_BYTES_MIN),
+        get_buffer_bytes_max=max(limits.get_buffer_bytes_max // workers, BUFFER_BYTES_MIN),
+    )
+
+
+def shared_limits(requests_max: int, workers: int) -> Limits:
+    """A worker's part; connections are handed out in turn, so that each gets as many."""
+    limits = Limits()
+    return dataclasses.replace(limits, requests_max=-(-requests_max // workers), connections_max=-(-limits.connections_max // workers))
 
 
 def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:

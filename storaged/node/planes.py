@@ -41,6 +41,7 @@ from storaged.wire import encode
 
 if TYPE_CHECKING:
     from storaged.node.gateway import Gateway
+    from storaged.node.leader import Leader
 
 DISK_STATUS_EVERY_S = 0.5
 CHECKPOINT_TIMEOUT_S = 3.0
@@ -53,11 +54,13 @@ log = structlog.get_logger("node")
 class Node:
     """``open`` builds and starts everything (what it started is closed by the stack, in reverse), ``work`` are the tasks, ``drain`` ends the front first."""
 
-    def __init__(self, config: Config, own: Identity, clock: Clock) -> None:
+    def __init__(self, config: Config, own: Identity, clock: Clock, leader: Leader | None = None) -> None:
+        """``leader``: the first process of the gateway that this one is a further worker of."""
         self.config = config
         self.own = own
         self.clock = clock
         self.metrics = observe.Metrics()
+        self.leader = leader
         self.incarnation = system_entropy(INCARNATION_BYTES)
         self.directory = Path(config.node.directory)
         self.disks = Disks()
@@ -92,6 +95,8 @@ class Node:
             self.gateway = Gateway(self)
             stack.push_async_callback(self.gateway.close)
             await self.gateway.open()
+        if self.leader is not None:
+            return
         self.reports = Reports(self)
         admin = AdminServer(self.reports.services(), self.metrics)
         stack.push_async_callback(admin.close)
@@ -99,7 +104,8 @@ class Node:
 
     async def _open_layouts(self) -> None:
         files = LayoutFiles(self.directory / "layouts")
-        self.layouts = LayoutBook(self.own.administration, self.own.cluster, known=files.load(), persist=files.save)
+        persist = files.save if self.leader is None else None
+        self.layouts = LayoutBook(self.own.administration, self.own.cluster, known=files.load(), persist=persist)
         await self._learn_operators()
         self._follow_policy(self.layouts.current)
         self.layouts.watch(self._follow_policy)
@@ -143,8 +149,16 @@ class Node:
             incarnation=self.incarnation,
             on_refusal=self._refused,
         )
+        leader = self.leader
         self.membership = Membership(
-            self.own.name, self.incarnation, self.pool, self.layouts, disks=lambda: self._disk_statuses, links=self.pool, clock=self.clock
+            self.own.name,
+            leader.incarnation if leader is not None else self.incarnation,
+            self.pool,
+            self.layouts,
+            disks=lambda: self._disk_statuses,
+            links=self.pool,
+            clock=self.clock,
+            pid=leader.pid if leader is not None else None,
         )
         self._methods.update(self.membership.methods())
 
@@ -163,7 +177,7 @@ class Node:
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
-        self.audit = AuditLog(
+        self.audit: AuditLog | Leader = self.leader or AuditLog(
             Path(self.config.audit.directory or self.directory / "audit"),
             self.own.name,
             self.incarnation,
@@ -229,7 +243,9 @@ class Node:
         if self.maintenance is not None:
             found.append(self.maintenance.run())
         if self.gateway is not None:
-            found.extend([*self.gateway.work(), self._keep_layout_register(), self.reports.watch()])
+            found.extend(self.gateway.work())
+            if self.leader is None:
+                found.extend([self._keep_layout_register(), self.reports.watch()])
         return found
 
     async def drain(self) -> None:
@@ -252,8 +268,10 @@ class Node:
         self.pool.renew(own)
         if self._server is not None:
             self._server.renew(own)
-        observe.setup_logging(config.log.level, config.log.format, node=config.node.name)
+        worker = {"worker": str(self.leader.number)} if self.leader is not None else {}
+        observe.setup_logging(config.log.level, config.log.format, stream=None, node=config.node.name, **worker)
         fixed = [name for name in ("node", "disks", "rpc", "admin", "limits") if getattr(config, name) != getattr(self.config, name)]
+        fixed += ["s3"] if (config.s3.listen, config.s3.workers) != (self.config.s3.listen, self.config.s3.workers) else []
         if fixed:
             log.warning("some changes need a restart", sections=",".join(fixed))
         self.config, self.own = config, own

@@ -172,6 +172,9 @@ class Reports:
                 checks.append(self._round_trip(entry.name, entry.location, known.rtt_min_ms))
         if node.gateway is not None:
             checks.append(self._keys())
+            if (workers := node.gateway.workers) is not None:
+                state = "ok" if workers.serving == workers.count else "fail"
+                checks.append(_check("workers", state, f"{workers.serving} of {workers.count} serve", "The log says why one ended."))
         checks.append(await asyncio.to_thread(_fsync, node.directory))
         return checks
 

@@ -113,6 +113,8 @@ def test_a_line_that_is_not_toml_does_not_hide_the_other_mistakes() -> None:
         (("[rpc]", "[limits]\nreserve_bytes = -1\n[rpc]"), "negative"),
         (("[rpc]", "[limits]\ndrain_s = true\n[rpc]"), "a number"),
         (("[rpc]", '[s3]\ntls_key = "k"\n[rpc]'), "both"),
+        (("[rpc]", "[s3]\nworkers = 2\n[rpc]"), "a node with disks is one process"),
+        (("[rpc]", "[s3]\nworkers = 0\n[rpc]"), "outside 1 .. 64"),
         (("[rpc]", "[rpcs]"), "did you mean 'rpc'"),
     ],
 )

@@ -92,6 +92,32 @@ def test_metrics_are_those_described_and_no_others() -> None:
         metrics.gauge("storaged_unheard_of")
 
 
+def test_what_several_processes_counted_is_one_nodes_and_goes_on_when_one_has_ended() -> None:
+    processes = [observe.Metrics() for _ in range(3)]
+    for number, metrics in enumerate(processes, 1):
+        metrics.counter("storaged_s3_requests_total").labels("GetObject", "200").inc(number)
+        metrics.histogram("storaged_s3_request_seconds").labels("GetObject").observe(0.003)
+        metrics.gauge("storaged_s3_connections").set(10 * number)
+        metrics.gauge("storaged_loop_lag_seconds").set(number / 10)
+        metrics.gauge("storaged_ready").set(number == 1)
+        metrics.gauge("storaged_object_events").labels("gets").set(number)
+    processes[2].counter("storaged_s3_requests_total").labels("PutObject", "200").inc()
+    first, second, ended = processes
+    ended_counts = observe.counts_of(observe.samples_of(ended.registry), first.registry)
+    text = observe.exposition(first.registry, [observe.samples_of(second.registry), ended_counts]).decode()
+    lines = text.splitlines()
+    assert 'storaged_s3_requests_total{operation="GetObject",status="200"} 6.0' in lines
+    assert 'storaged_s3_requests_total{operation="PutObject",status="200"} 1.0' in lines
+    assert 'storaged_s3_request_seconds_count{operation="GetObject"} 3.0' in lines
+    assert "storaged_s3_connections 30.0" in lines
+    assert "storaged_loop_lag_seconds 0.2" in lines
+    assert "storaged_ready 1.0" in lines
+    assert 'storaged_object_events{event="gets"} 6.0' in lines
+    edges = [line.split('le="')[1].split('"')[0] for line in lines if line.startswith("storaged_s3_request_seconds_bucket")]
+    assert edges == ["0.001", "0.0025", *edges[2:-1], "+Inf"]
+    assert [float(edge) for edge in edges] == sorted(map(float, edges))
+
+
 def test_spans_cost_nothing_unless_they_are_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     assert observe.span_recorder("storaged") is None

@@ -1,0 +1,141 @@
+"""Several processes behind one S3 port: a further worker's side. ``workers`` has the theory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+
+from storaged.errors import AuditUnwritable
+from storaged.node.workers import LINE_BYTES_MAX, encode_samples
+from storaged.observe import Metrics, samples_of
+
+log = structlog.get_logger("workers")
+
+
+class Leader:
+    """The gateway's first process, to the worker ``number``. Its audit log is this worker's too: ``append`` and ``note`` are ``AuditLog``'s.
+
+    ``door`` and ``talk`` are the descriptors that this process was started with.
+    """
+
+    def __init__(self, number: int, door: int, talk: int) -> None:
+        self.number = number
+        self.pid = 0
+        self.incarnation = b""
+        self._door = socket.socket(fileno=door)
+        self._door.setblocking(False)
+        self._door.set_inheritable(False)
+        self._talk = socket.socket(fileno=talk)
+        self._talk.set_inheritable(False)
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._audits: dict[int, asyncio.Future[str]] = {}
+        self._last = 0
+        self._taken = 0
+        """Connections that the first process has not been told of yet: it need not keep them any longer."""
+        self._adopted: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Returns when the first process has said who it is."""
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._talk, limit=LINE_BYTES_MAX)
+        hello = json.loads(await self._reader.readline() or b"{}")
+        if hello.get("do") != "hello":
+            raise AuditUnwritable("the gateway's first process has ended")
+        self.pid, self.incarnation = hello["pid"], bytes.fromhex(hello["incarnation"])
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(json.dumps(message).encode() + b"\n")
+
+    def ready(self) -> None:
+        self._tell({"tell": "ready"})
+
+    async def serve(self, metrics: Metrics, reloading: asyncio.Event, stopping: asyncio.Event) -> None:
+        """Obeys until the first process ends, which ends this one."""
+        assert self._reader is not None
+        with contextlib.suppress(ConnectionError):
+            while line := await self._reader.readline():
+                told = json.loads(line)
+                if told["do"] == "metrics":
+                    self._tell({"tell": "metrics", "samples": encode_samples(samples_of(metrics.registry))})
+                elif told["do"] == "reload":
+                    reloading.set()
+                elif told["do"] == "audited" and (waiting := self._audits.pop(told["id"], None)) and not waiting.done():
+                    waiting.set_result(told["error"])
+        for waiting in self._audits.values():
+            if not waiting.done():
+                waiting.set_result("the gateway's first process has ended")
+        self._audits.clear()
+        self._writer = None
+        stopping.set()
+
+    # --- connections --------------------------------------------------------------------------------------------------------
+
+    def take_connections(self, adopt: Callable[[socket.socket], Awaitable[None]]) -> None:
+        """``adopt`` serves every connection that comes through the door."""
+
+        async def serve(connection: socket.socket) -> None:
+            try:
+                await adopt(connection)
+            except OSError as error:
+                log.debug("a connection broke before its first request", reason=str(error))
+                connection.close()
+
+        def come_in() -> None:
+            try:
+                message, descriptors, _, _ = socket.recv_fds(self._door, 1, 1)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                message = b""
+            if not message:
+                loop.remove_reader(self._door)
+                return
+            self._taken += 1
+            with contextlib.suppress(OSError):  # the first process is busy: it is told with the next one
+                self._door.send(b"t" * self._taken)
+                self._taken = 0
+            for descriptor in descriptors:
+                connection = socket.socket(fileno=descriptor)
+                connection.setblocking(False)
+                task = loop.create_task(serve(connection))
+                self._adopted.add(task)
+                task.add_done_callback(self._adopted.discard)
+
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._door, come_in)
+
+    # --- the audit log ------------------------------------------------------------------------------------------------------
+
+    async def append(self, kind: str, /, **fields: Any) -> None:
+        """On disk, in the first process's log, when it returns. Raises AuditUnwritable."""
+        self._last += 1
+        waiting: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if self._writer is None:
+            raise AuditUnwritable("the gateway's first process has ended")
+        self._audits[self._last] = waiting
+        self._tell({"tell": "audit", "id": self._last, "kind": kind, "fields": fields})
+        if error := await waiting:
+            raise AuditUnwritable(error)
+
+    def note(self, kind: str, /, **fields: Any) -> None:
+        """What nothing waits for."""
+        self._tell({"tell": "note", "kind": kind, "fields": fields})
+
+    async def start(self) -> None:
+        """The log is open."""
+
+    async def close(self) -> None:
+        """No further connections, no further entries."""
+        asyncio.get_running_loop().remove_reader(self._door)
+        for task in self._adopted:
+            task.cancel()
+        self._door.close()
+        if self._writer is not None:
+            self._writer.close()

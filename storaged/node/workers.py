@@ -1,0 +1,397 @@
+"""Several processes behind one S3 port: the first one's side.
+
+Theory of operation. A gateway with ``[s3] workers = N`` is N processes of one node. The first holds the node's lock, the port, the admin API and the audit log, and
+does what is done once a node (housekeeping, the layout's register, status); it serves requests as the others do. It starts the others
+(``storaged run CONFIG --worker NUMBER``), each a gateway of its own over the ring: own connections, caches and keys in memory, and an incarnation of its own, so that
+no two ballots are alike. To the cluster's membership they are one node, under the first one's pid and incarnation.
+
+The first accepts every client and hands the connections out in turn (SCM_RIGHTS). Sockets that share a port by SO_REUSEPORT are chosen by a hash: of four connections
+all four go to one of two processes every eighth time, and those that wait in the queue of a process that dies are reset. With one listening socket that
+all inherit, a burst of connections is taken by whoever wakes first, all 64 of them now and then. A hand-over costs some 30 us, once a connection.
+
+A worker that dies takes its requests in flight with it; the others go on, and it is started again. A connection that it was handed and had not taken yet
+(it answers each with a byte) is handed to another. When the first dies the kernel ends the others
+(PR_SET_PDEATHSIG), and the service manager starts all anew.
+
+Each worker has two sockets to the first: ``door``, which brings connections, and ``talk``, JSON lines:
+
+    to the worker     {"do": "hello", pid, incarnation}   {"do": "metrics"}   {"do": "reload"}   {"do": "audited", id, error}
+    from the worker   {"tell": "ready"}   {"tell": "metrics", samples}   {"tell": "audit", id, kind, fields}   {"tell": "note", kind, fields}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import structlog
+
+from storaged.errors import OperatorError, PortInUse, StoragedError
+from storaged.observe import Metrics, Samples, counts_of
+
+LINE_BYTES_MAX = 4 * 1024 * 1024
+READY_TIMEOUT_S = 30.0
+ENDING_S = 10.0
+"""On top of the time that requests in flight are given."""
+
+RESTART_FIRST_S, RESTART_MAX_S = 0.2, 10.0
+METRICS_TIMEOUT_S = 1.0
+METRICS_EVERY_S = 10.0
+"""What a worker counted since the last look is lost when it is killed."""
+
+BACKLOG = 1024
+ACCEPTED_AT_ONCE_MAX = 64
+REFUSED_PAUSE_S = 1.0
+"""When there are no descriptors left, accepting again at once would fail again."""
+
+log = structlog.get_logger("workers")
+
+Adopt = Callable[[socket.socket], Awaitable[None]]
+
+
+def encode_samples(samples: Samples) -> list[Any]:
+    return [[name, labels, value] for (name, labels), value in samples.items()]
+
+
+def decode_samples(told: list[Any]) -> Samples:
+    return {(name, tuple((key, text) for key, text in labels)): value for name, labels, value in told}
+
+
+class Worker:
+    """One further process, as often as it is started. ``number`` counts from 2: the first process is the first worker."""
+
+    def __init__(
+        self,
+        number: int,
+        command: list[str],
+        hello: Mapping[str, Any],
+        hear: Callable[[Worker, dict[str, Any]], None],
+        give: Callable[[socket.socket], None],
+    ) -> None:
+        self.number = number
+        self.ready = asyncio.Event()
+        """It serves, or has ended."""
+        self.serving = False
+        self.served = False
+        """It has come up at least once."""
+        self.samples: Samples = {}
+        """As it last told them."""
+        self.process: asyncio.subprocess.Process | None = None
+        self._command = command
+        self._hello = hello
+        self._hear = hear
+        self._give = give
+        self._door: socket.socket | None = None
+        self._handed: deque[socket.socket] = deque()
+        """Given away and not taken yet."""
+        self._talk: asyncio.StreamWriter | None = None
+        self._metrics: asyncio.Future[None] | None = None
+
+    async def run(self) -> int:
+        """Starts it and returns its exit code when it has ended, negative for a signal. Raises OSError when it cannot be started."""
+        self.ready.clear()
+        door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        talk, its_talk = socket.socketpair()
+        with door, talk:
+            door.setblocking(False)
+            with its_door, its_talk:
+                descriptors = (its_door.fileno(), its_talk.fileno())
+                process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    *("--worker", str(self.number), "--door", str(descriptors[0]), "--talk", str(descriptors[1])),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=descriptors,
+                )
+            reader, self._talk = await asyncio.open_unix_connection(sock=talk, limit=LINE_BYTES_MAX)
+            self.process, self._door = process, door
+            loop = asyncio.get_running_loop()
+            loop.add_reader(door, self._taken)
+            self.tell({"do": "hello", **self._hello})
+            listening = asyncio.create_task(self._listen(reader))
+            try:
+                return await process.wait()
+            finally:
+                self.serving, self._door, self.process = False, None, None
+                loop.remove_reader(door)
+                if process.returncode is None:
+                    process.kill()
+                listening.cancel()
+                self._talk.close()
+                self.ready.set()
+                while self._handed:
+                    self._give(self._handed.popleft())
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ConnectionError):
+            while line := await reader.readline():
+                told = json.loads(line)
+                if told["tell"] == "ready":
+                    self.serving = self.served = True
+                    self.ready.set()
+                elif told["tell"] == "metrics":
+                    self.samples = decode_samples(told["samples"])
+                    if self._metrics is not None and not self._metrics.done():
+                        self._metrics.set_result(None)
+                else:
+                    self._hear(self, told)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        if self._talk is not None and not self._talk.is_closing():
+            self._talk.write(json.dumps(message).encode() + b"\n")
+
+    def hand(self, connection: socket.socket) -> bool:
+        """Gives a client's connection away; False when the worker does not take it now."""
+        if self._door is None or not self.serving:
+            return False
+        try:
+            socket.send_fds(self._door, [b"c"], [connection.fileno()])
+        except OSError:
+            return False
+        self._handed.append(connection)
+        return True
+
+    def _taken(self) -> None:
+        assert self._door is not None
+        try:
+            taken = len(self._door.recv(ACCEPTED_AT_ONCE_MAX))
+        except BlockingIOError:
+            return
+        except OSError:
+            taken = 0
+        if not taken:
+            asyncio.get_running_loop().remove_reader(self._door)  # it has closed its end, and will end
+        for _ in range(min(taken, len(self._handed))):
+            self._handed.popleft().close()
+
+    async def ask_metrics(self) -> None:
+        """``samples`` anew; as they were when it does not answer in time."""
+        if not self.serving:
+            return
+        if self._metrics is None or self._metrics.done():
+            self._metrics = asyncio.get_running_loop().create_future()
+            self.tell({"do": "metrics"})
+        await asyncio.wait([self._metrics], timeout=METRICS_TIMEOUT_S)
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+class Workers:
+    """All workers of a gateway and its listening socket. Use: ``listen``, ``start``, ``run`` as a task; ``drain`` and ``close`` at the end.
+
+    ``audit`` and ``note`` write to the node's audit log what a worker asks for.
+    """
+
+    def __init__(
+        self,
+        config_path: str,
+        count: int,
+        incarnation: bytes,
+        metrics: Metrics,
+        *,
+        adopt: Adopt,
+        audit: Callable[[str, Mapping[str, str]], Awaitable[None]],
+        note: Callable[[str, Mapping[str, Any]], None],
+    ) -> None:
+        command = [sys.executable, "-m", "storaged", "run", config_path]
+        hello = {"pid": os.getpid(), "incarnation": incarnation.hex()}
+        self._others = [Worker(number, command, hello, self._hear, self._give) for number in range(2, count + 1)]
+        self._metrics = metrics
+        self._adopt = adopt
+        self._audit = audit
+        self._note = note
+        self._listener: socket.socket | None = None
+        self._turn = 0
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watchers: list[asyncio.Task[None]] = []
+        self._past: Counter[Any] = Counter()
+        """What those counted that have ended."""
+        self._restarts = metrics.counter("storaged_worker_restarts_total")
+        metrics.gauge("storaged_workers").set_function(lambda: float(self.serving))
+
+    @property
+    def serving(self) -> int:
+        """Processes that take connections, this one included."""
+        return 1 + sum(worker.serving for worker in self._others)
+
+    @property
+    def count(self) -> int:
+        return 1 + len(self._others)
+
+    def listen(self, host: str, port: int) -> None:
+        """Takes the port; nobody is accepted yet. Raises PortInUse, OSError."""
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setblocking(False)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # which the accepted ones inherit
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUse(f"{host}:{port} is already in use by another program.") from None
+            raise
+        self._listener = listener
+
+    async def start(self) -> None:
+        """Returns when all serve. Raises OperatorError when one does not come up."""
+        self._watchers = [asyncio.create_task(self._keep(worker)) for worker in self._others]
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                for worker in self._others:
+                    await worker.ready.wait()
+        except TimeoutError:
+            raise OperatorError(
+                f"{self.serving} of {self.count} workers came up within {READY_TIMEOUT_S:.0f} s; the log says why"
+            ) from None
+        if late := [str(worker.number) for worker in self._others if not worker.serving]:
+            raise OperatorError(f"worker {', '.join(late)} did not start; its last lines above say why")
+        assert self._listener is not None
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    async def run(self) -> None:
+        """Until cancelled. Keeps what the workers count, in case one dies."""
+        while True:
+            ended, _ = await asyncio.wait(self._watchers, timeout=METRICS_EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
+            for watcher in ended:
+                watcher.result()
+            if len(ended) == len(self._watchers):
+                return  # the gateway stops
+            await self.gather()
+
+    # --- connections --------------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        for _ in range(ACCEPTED_AT_ONCE_MAX):
+            try:
+                connection, _address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.error("connections are not accepted for a moment", reason=str(error))
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self._listener)
+                loop.call_later(REFUSED_PAUSE_S, self._accept_again)
+                return
+            connection.setblocking(False)
+            self._give(connection)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _give(self, connection: socket.socket) -> None:
+        """To the next in turn; to another one when that one is away."""
+        for _ in self._others:
+            self._turn = (self._turn + 1) % self.count
+            if not self._turn:
+                break
+            if self._others[self._turn - 1].hand(connection):
+                return
+        self._spawn(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        try:
+            await self._adopt(connection)
+        except OSError as error:
+            log.debug("a connection broke before its first request", reason=str(error))
+            connection.close()
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- processes ----------------------------------------------------------------------------------------------------------
+
+    async def _keep(self, worker: Worker) -> None:
+        """Starts it, again whenever it ends, until the gateway stops. One that never served is not tried again: ``start`` has failed."""
+        pause_s = RESTART_FIRST_S
+        while not self._stopping:
+            began = asyncio.get_running_loop().time()
+            try:
+                code = await worker.run()
+            except OSError as error:
+                log.error("a worker cannot be started", worker=worker.number, reason=str(error))
+                code = 1
+            self._past.update(counts_of(worker.samples, self._metrics.registry))
+            worker.samples = {}
+            if self._stopping or not worker.served:
+                return
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            log.error("a worker ended and is started again", worker=worker.number, how=how)
+            self._restarts.inc()
+            lived_s = asyncio.get_running_loop().time() - began
+            pause_s = RESTART_FIRST_S if lived_s > RESTART_MAX_S else min(2 * pause_s, RESTART_MAX_S)
+            await asyncio.sleep(pause_s)
+
+    def _hear(self, worker: Worker, told: dict[str, Any]) -> None:
+        if told["tell"] == "audit":
+            self._spawn(self._write_audit(worker, told))
+        elif told["tell"] == "note":
+            self._note(told["kind"], told["fields"])
+
+    async def _write_audit(self, worker: Worker, told: dict[str, Any]) -> None:
+        error = ""
+        try:
+            await self._audit(told["kind"], told["fields"])
+        except StoragedError as refused:
+            error = refused.message
+        worker.tell({"do": "audited", "id": told["id"], "error": error})
+
+    async def gather(self) -> list[Samples]:
+        """What the others have counted, and those that have ended."""
+        await asyncio.gather(*(worker.ask_metrics() for worker in self._others))
+        return [dict(self._past), *(worker.samples for worker in self._others)]
+
+    def reload(self) -> None:
+        for worker in self._others:
+            worker.tell({"do": "reload"})
+
+    def stop_accepting(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+
+    async def drain(self, drain_s: float) -> None:
+        """Every worker finishes its requests and ends; one that has not after ``drain_s`` and a little is killed."""
+        self.stop_accepting()
+        self._stopping = True
+        for worker in self._others:
+            worker.signal(signal.SIGTERM)
+        running = [watcher for worker, watcher in zip(self._others, self._watchers, strict=False) if worker.process is not None]
+        if running:
+            _, late = await asyncio.wait(running, timeout=drain_s + ENDING_S)
+            if late:
+                log.error("workers did not end and are killed", count=len(late))
+
+    async def close(self) -> None:
+        """Nothing of it is left afterwards. Safe to call twice."""
+        self.stop_accepting()
+        self._stopping = True
+        for worker in self._others:
+            worker.signal(signal.SIGKILL)
+        running = [watcher for worker, watcher in zip(self._others, self._watchers, strict=False) if worker.process is not None]
+        if running:
+            await asyncio.wait(running, timeout=ENDING_S)
+        for task in [*self._watchers, *self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._watchers, *self._tasks, return_exceptions=True)

@@ -1,0 +1,183 @@
+"""A gateway of three processes on one port: what an operator, a client and a killer of processes see."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster
+
+WORKERS = 3
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    found = Cluster(Path(tmp_path_factory.mktemp("workers")) / "s3", options=("--workers", str(WORKERS)))
+    try:
+        yield found.start()
+    finally:
+        found.stop()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def processes(cluster: Cluster) -> list[int]:
+    first = cluster.pids()["gateway"]
+    return [first, *children(first)]
+
+
+def connections_of(pid: int, port: int) -> int:
+    """Established connections of clients that the process has open, by the kernel's tables."""
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[1].split(":")[1], 16) == port and fields[3] == "01":
+            inodes.add(f"socket:[{fields[9]}]")
+    found = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found += os.readlink(descriptor) in inodes
+        except OSError:
+            continue
+    return found
+
+
+def metrics(cluster: Cluster) -> str:
+    port = json.loads((cluster.directory / "dev.json").read_text())["admin_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        told: str = answer.read().decode()
+    return told
+
+
+def metric(cluster: Cluster, line: str) -> float:
+    found = re.search(rf"^{re.escape(line)} (\S+)$", metrics(cluster), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def asking(cluster: Cluster) -> http.client.HTTPConnection:
+    """A connection that has had an answer (a refusal: it is not signed) and stays open."""
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.s3_port, timeout=10)
+    connection.request("GET", "/")
+    assert connection.getresponse().read()
+    return connection
+
+
+def serving(cluster: Cluster) -> bool:
+    return metric(cluster, "storaged_workers") == WORKERS
+
+
+def test_connections_are_handed_out_in_turn_and_what_all_count_is_one_nodes(several: Cluster) -> None:
+    pids = processes(several)
+    assert len(pids) == WORKERS
+    refused = 'storaged_s3_requests_total{operation="ListBuckets",status="403"}'
+    before = metric(several, refused)
+    open_connections = [asking(several) for _ in range(9)]
+    assert [connections_of(pid, several.s3_port) for pid in pids] == [3, 3, 3]
+    assert metric(several, refused) == before + 9
+    assert metric(several, "storaged_s3_connections") == 9
+    for connection in open_connections:
+        connection.close()
+
+
+def test_what_one_process_wrote_every_other_reads(several: Cluster) -> None:
+    clients = [several.boto3(connections=1) for _ in range(2 * WORKERS)]
+    for number, client in enumerate(clients):
+        client.put_object(Bucket="demo", Key=f"by-{number}", Body=b"%d" % number * 5000)
+        for other in clients:
+            assert other.get_object(Bucket="demo", Key=f"by-{number}")["Body"].read() == b"%d" % number * 5000
+    clients[0].create_bucket(Bucket="by-one-process")
+    for client in clients:
+        client.head_bucket(Bucket="by-one-process")
+
+
+def test_a_killed_process_costs_its_own_requests_and_comes_back(several: Cluster) -> None:
+    asked = 'storaged_s3_requests_total{operation="ListBuckets",status="403"}'
+    before, restarts = metric(several, asked), metric(several, "storaged_worker_restarts_total")
+    victim = processes(several)[1]
+    os.kill(victim, signal.SIGKILL)
+    for _ in range(30):
+        asking(several).close()
+    several.wait_until(lambda: serving(several), 30, "all workers serving again")
+    assert victim not in processes(several)
+    assert len(processes(several)) == WORKERS
+    assert metric(several, "storaged_worker_restarts_total") == restarts + 1
+    assert metric(several, asked) >= before + 30
+    assert "workers" in several.run("doctor", check=False).stdout
+    assert several.status()["verdict"] == "HEALTHY"
+    several.boto3(attempts=1).list_buckets()
+
+
+def test_a_reload_reaches_every_process_and_the_audit_log_is_one(several: Cluster) -> None:
+    first = several.pids()["gateway"]
+    log = several.directory / "gateway" / "log"
+    already = log.read_text().count("configuration reloaded")
+    os.kill(first, signal.SIGHUP)
+    several.wait_until(lambda: log.read_text().count("configuration reloaded") == already + WORKERS, 10, "a reload of all")
+    lines = log.read_text().splitlines()
+    assert any("configuration reloaded" in line and "worker=2" in line for line in lines)
+    for client in [several.boto3(connections=1) for _ in range(WORKERS)]:
+        client.put_object(Bucket="demo", Key="audited", Body=b"x")
+    audit = several.directory / "gateway" / "audit"
+    released = sum(path.read_bytes().count(b'"kind":"key.release"') for path in audit.iterdir())
+    assert released >= WORKERS  # each process is given the bucket's key for itself
+    assert "every entry follows" in several.run("audit", "verify", str(audit)).stdout
+
+
+def put_slowly(cluster: Cluster, number: int, begun: Any) -> int:
+    """An upload whose second half comes a while after the first."""
+    client = cluster.boto3()
+    url = client.generate_presigned_url("put_object", Params={"Bucket": "demo", "Key": f"slow-{number}"})
+    path = url.split(str(cluster.s3_port), 1)[1]
+    with socket.create_connection(("127.0.0.1", cluster.s3_port)) as connection:
+        head = f"PUT {path} HTTP/1.1\r\nHost: 127.0.0.1:{cluster.s3_port}\r\nContent-Length: 10\r\n\r\n12345"
+        connection.sendall(head.encode())
+        begun.append(number)
+        time.sleep(1.5)
+        connection.sendall(b"67890")
+        with connection.makefile("rb") as answer:
+            return int(answer.readline().split()[1])
+
+
+def test_stopping_lets_every_process_finish_its_requests(several: Cluster) -> None:
+    pids, begun = processes(several), list[int]()
+    with ThreadPoolExecutor(2 * WORKERS) as threads:
+        uploads = [threads.submit(put_slowly, several, number, begun) for number in range(2 * WORKERS)]
+        several.wait_until(lambda: len(begun) == 2 * WORKERS, 10, "uploads under way")
+        time.sleep(0.3)
+        several.run("dev", "stop", "gateway")
+        assert [upload.result() for upload in uploads] == [200] * 2 * WORKERS
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    several.run("dev", "start", "gateway")
+    several.wait_healthy()
+    assert several.boto3(attempts=3).get_object(Bucket="demo", Key="slow-0")["Body"].read() == b"1234567890"
+
+
+def test_no_process_outlives_the_first_and_the_gateway_starts_again_at_once(several: Cluster) -> None:
+    pids = processes(several)
+    os.kill(pids[0], signal.SIGKILL)
+    several.wait_until(lambda: not [pid for pid in pids if alive(pid)], 5, "the end of all workers")
+    several.run("dev", "start", "gateway")
+    several.wait_healthy()
+    assert serving(several)
+    assert len(processes(several)) == WORKERS
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
