@@ -89,6 +89,14 @@ class WholeBody(Protocol):
         memory stays as it is until the call that was given this body returns. Raises what the pieces would raise."""
 
 
+class FillingBody(Protocol):
+    """What a Body may be besides: one that goes straight to where its reader wants it, without a buffer between the socket and there."""
+
+    async def fill(self, view: memoryview) -> int:
+        """Bytes put into ``view``: as many as fit, fewer only at the end of the body. ``view`` belongs to the body until this returns or raises. Raises what the
+        pieces would raise."""
+
+
 class ObjectInfo(NamedTuple):
     """A version as a HEAD answers it."""
 

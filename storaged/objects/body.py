@@ -19,10 +19,11 @@ async def whole_of(body: Body, size: int) -> Buffer:
 
 
 class BodyReader:
-    """Fills buffers from a body's pieces, and refuses what is longer than ``bytes_max``."""
+    """Fills buffers from a body, and refuses what is longer than ``bytes_max``. Asks it as an ``api.FillingBody`` when it is one."""
 
     def __init__(self, body: Body, bytes_max: int) -> None:
         self._body = body
+        self._fill: Callable[[memoryview], Awaitable[int]] | None = getattr(body, "fill", None)
         self._rest: memoryview = memoryview(b"")
         self._unread: memoryview = memoryview(b"")
         self._bytes_max = bytes_max
@@ -42,7 +43,10 @@ class BodyReader:
         if filled:
             view[:filled] = self._unread[:filled]
             self._unread = self._unread[filled:]
-        while filled < len(view):
+        if self._fill is not None and filled < len(view):
+            filled += await self._fill(view[filled:])
+            self.ended = filled < len(view)
+        while filled < len(view) and not self.ended:
             if not self._rest:
                 piece = await anext(self._body, None)
                 if piece is None:

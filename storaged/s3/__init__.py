@@ -2,7 +2,8 @@
 
 The way of a request, and the module that has each step:
 
-    connection  aiohttp's parser, broken HTTP            app        the order of all that follows
+    http        the grammar of HTTP/1.1 (pure)           connection sockets, time limits
+    app         the order of all that follows
     request     target, bucket, key: bytes, never normalised
     auth        sigv4 (pure), chunked: who asks, and what the body must prove
     routes      which operation                          context    may they use this bucket?

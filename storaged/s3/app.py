@@ -16,10 +16,7 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
-
-from aiohttp import web
-from aiohttp.http import HttpVersion11
+from typing import NamedTuple
 
 from storaged import errors, trace
 from storaged.clock import Clock
@@ -28,17 +25,19 @@ from storaged.objects.api import Buckets, Objects, Users
 from storaged.s3 import routes, xml
 from storaged.s3.auth import authenticate
 from storaged.s3.body import RequestBody
-from storaged.s3.connection import Connections, TracedConnection
+from storaged.s3.connection import Connection, Connections
 from storaged.s3.context import Front, owned_bucket
+from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.post import is_form, post_object
 from storaged.s3.reply import Reply, xml_reply
-from storaged.s3.request import Request, lower_headers, parse_target, split_path, virtual_bucket
+from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
 from storaged.s3.send import Sender
 
 log = logging.getLogger("storaged.s3")
 
 BACKLOG = 1024
+IDS_DRAWN = 256
 
 _SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
 
@@ -80,23 +79,6 @@ class Statistics:
     """Refused with SlowDown, since too many were in flight."""
 
 
-class _Sent:
-    """Tells aiohttp that the answer is out already, and whether the connection goes on."""
-
-    __slots__ = ("keep_alive",)
-
-    def __init__(self, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-
-    async def prepare(self, request: web.BaseRequest) -> None: ...
-
-    async def write_eof(self) -> None: ...
-
-
-_KEEP = cast(web.StreamResponse, _Sent(True))
-_CLOSE = cast(web.StreamResponse, _Sent(False))
-
-
 class S3App:
     """One S3 endpoint. ``domains``: those whose subdomains are buckets (virtual-host style). ``on_request`` is called after each answer, and must not block."""
 
@@ -124,10 +106,10 @@ class S3App:
         self._server: asyncio.Server | None = None
         self._connections: Connections | None = None
         self._ssl: ssl.SSLContext | None = None
-        self._busy: dict[object, int] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._draining = False
+        self._answered = asyncio.Event()
+        """Set after each answer while draining."""
+        self._ids: list[str] = []
         self._in_flight = 0
         self._requests_total = 0
         self._refused_total = 0
@@ -147,21 +129,8 @@ class S3App:
 
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
         """Takes connections that are handed to ``adopt``; does not listen."""
-        limits = self._limits
         self._ssl = ssl
-        self._connections = Connections(
-            self._handle,
-            connections_max=limits.connections_max,
-            new_id=self._new_id,
-            access_log=None,
-            keepalive_timeout=limits.headers_s,
-            max_line_size=limits.header_line_bytes_max,
-            max_field_size=limits.header_line_bytes_max,
-            max_headers=limits.headers_max,
-            read_bufsize=limits.read_buffer_bytes,
-            lingering_time=0.0,
-            auto_decompress=False,
-        )
+        self._connections = Connections(self._converse, self._limits)
         return self._connections
 
     async def adopt(self, accepted: socket.socket) -> None:
@@ -178,94 +147,98 @@ class S3App:
             self._server.close()
         if self._connections is None:
             return
-        for connection in self._connections.connections:
-            if connection not in self._busy:
-                connection.force_close()
+        for connection in self._connections.open:
+            if connection.idle:
+                connection.transport.close()
         try:
             async with asyncio.timeout(drain_s):
-                await self._idle.wait()
+                while self._in_flight:
+                    await self._answered.wait()
+                    self._answered.clear()
         except TimeoutError:
             log.warning("%d requests were still in flight after %.0f s and are broken off", self._in_flight, drain_s)
-        await self._connections.shutdown(0.1)
+        await self._connections.close()
         self._connections = None
         self._server = None
 
     def statistics(self) -> Statistics:
-        open_now = len(self._connections.connections) if self._connections else 0
+        open_now = len(self._connections.open) if self._connections else 0
         return Statistics(open_now, self._in_flight, self._requests_total, self._refused_total)
 
     def _new_id(self) -> str:
-        return self._entropy(8).hex().upper()
+        """16 hexadecimal digits. Random bytes are drawn for many at a time: each draw is a system call."""
+        if not self._ids:
+            drawn = self._entropy(8 * IDS_DRAWN).hex().upper()
+            self._ids = [drawn[start : start + 16] for start in range(0, 16 * IDS_DRAWN, 16)]
+        return self._ids.pop()
 
-    async def _handle(self, raw: web.BaseRequest) -> web.StreamResponse:
-        """aiohttp's entry: counts the request in and out, whatever happens to it."""
-        connection = raw.protocol
-        self._requests_total += 1
-        self._in_flight += 1
-        self._busy[connection] = 1
-        self._idle.clear()
+    async def _converse(self, connection: Connection) -> None:
+        """The task of one connection: request after request. Counts them in and out, whatever happens to them."""
+        limits = self._limits
         try:
-            return await self._serve(raw)
+            keep = True
+            while keep and not self._draining:
+                try:
+                    raw = await connection.next_head()
+                    if raw is None:
+                        break
+                    found: Head | errors.S3Error = parse_head(raw, limits)
+                except errors.S3Error as error:
+                    found = error
+                self._requests_total += 1
+                self._in_flight += 1
+                try:
+                    keep = await self._serve(connection, found)
+                finally:
+                    self._in_flight -= 1
+                    if self._draining:
+                        self._answered.set()
+        except Exception:
+            log.exception("a connection failed outside of its requests' handlers")
+            connection.transport.abort()
         finally:
-            del self._busy[connection]
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+            connection.transport.close()
 
-    async def _serve(self, raw: web.BaseRequest) -> web.StreamResponse:
+    async def _serve(self, connection: Connection, head: Head | errors.S3Error) -> bool:
+        """Answers one request; True when the connection can carry another."""
         started_s = self._clock.monotonic()
-        spans = trace.begin(getattr(raw.protocol, "heard_ns", 0)) if trace.on else None
-        request = Request(
-            id=self._new_id(),
-            method=raw.method,
-            raw_target=raw.raw_path.encode("utf-8", "surrogateescape"),
-            remote=raw.remote or "",
-            secure=raw.secure,
-        )
-        reply = await self._answer(raw, request)
-        may_keep = raw.keep_alive and not self._draining
+        spans = trace.begin(connection.heard_ns) if trace.on else None
+        if isinstance(head, errors.S3Error):
+            request = Request(self._new_id(), "", b"/", connection.remote, connection.secure)
+            reply, may_keep = self.error_reply(request, head), False
+        else:
+            request = Request(
+                self._new_id(), head.method, head.target, connection.remote, connection.secure, head.headers, modern=head.modern
+            )
+            body = request._body = RequestBody(
+                connection, head.length, connection.go_on if head.expects else None, self._limits, declared=head.declared
+            )
+            if not body.complete:
+                connection.open_body(body)
+            reply = await self._answer(request)
+            may_keep = head.keep_alive and not self._draining
         with trace.span("reply"):
-            sent = await self._sender.send(raw, request, reply, may_keep)
+            sent = await self._sender.send(connection, request, reply, may_keep)
         if self._on_request is not None:
             self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s, spans)
-        if spans is not None and isinstance(raw.protocol, TracedConnection):
-            raw.protocol.heard_ns = 0
-        return _KEEP if sent.keep_alive and not self._draining else _CLOSE
+        connection.heard_ns = 0
+        return sent.keep_alive
 
-    async def _answer(self, raw: web.BaseRequest, request: Request) -> Reply:
+    async def _answer(self, request: Request) -> Reply:
         """Never raises but for cancellation: every failure has an answer."""
         try:
-            self._receive(raw, request)
             if self._in_flight > self._limits.requests_max:
                 self._refused_total += 1
                 raise errors.SlowDown()
+            request.target = parse_target(request.raw_target)
+            bucket = virtual_bucket(request.headers.get("host", ""), self._domains) if self._domains else ""
+            request.bucket, request.key = split_path(request.target.raw_path, bucket)
             return await self._dispatch(request)
         except errors.S3Error as error:
             return self.error_reply(request, error)
-        except asyncio.CancelledError:
-            raise
         except Exception:
             log.exception("%s failed, request %s", request.operation, request.id)
             return self.error_reply(request, errors.InternalError())
-
-    def _receive(self, raw: web.BaseRequest, request: Request) -> None:
-        """Takes the request apart; nothing is read of its body."""
-        headers = lower_headers(raw.headers, self._limits.header_section_bytes_max)
-        request.headers = headers
-        length_text = headers.get("content-length", "")
-        chunked = "transfer-encoding" in headers
-        length = None if chunked else int(length_text) if length_text else 0
-        awaited = headers.get("expect", "").lower() == "100-continue" and raw.version >= HttpVersion11
-        request._body = RequestBody(
-            raw.content,
-            length,
-            self._sender.continuation(raw) if awaited else None,
-            self._limits,
-            self._clock,
-            declared=bool(length_text) or chunked,
-        )
-        request.target = parse_target(request.raw_target)
-        request.bucket, request.key = split_path(request.target.raw_path, virtual_bucket(headers.get("host", ""), self._domains))
 
     async def _dispatch(self, request: Request) -> Reply:
         front = self._front
@@ -316,7 +289,7 @@ class S3App:
                     remote=request.remote,
                     status=reply.status,
                     code=reply.code,
-                    bytes_in=request._body.bytes_read if request._body else 0,
+                    bytes_in=request._body.bytes_come if request._body else 0,
                     bytes_out=bytes_out,
                     duration_s=self._clock.monotonic() - started_s,
                     complete=complete,

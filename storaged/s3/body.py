@@ -1,65 +1,169 @@
-"""Bodies as they arrive: 100-continue, time-outs, aws-chunked framing, the hash that was signed, and what is left unread.
+"""Bodies as they arrive: 100-continue, framing, the hash that was signed, and what is left unread.
 
-``aiohttp``'s parser has taken HTTP's own framing away and holds the client back at ``Limits.read_buffer_bytes``.
+The connection feeds what it receives; whoever reads gets it as pieces, as a whole, or straight from the socket into memory of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
-from aiohttp import StreamReader
-
-from storaged.clock import Clock
-from storaged.errors import IncompleteBody, MaxMessageLengthExceeded, RequestTimeout, XAmzContentSHA256Mismatch
+from storaged.errors import MaxMessageLengthExceeded, S3Error, XAmzContentSHA256Mismatch
 from storaged.s3.chunked import ChunkedDecoder
+from storaged.s3.http import Chunks
 from storaged.s3.limits import Limits
 from storaged.units import KIB
 from storaged.wire import Buffer
 
 HASH_INLINE_BYTES_MAX = 64 * KIB
-"""SHA-256 of this takes 32 us: less than going to a thread and back. A longer object is hashed where its blocks are sealed, in a thread anyway."""
+"""SHA-256 of this takes 32 us: less than going to a thread and back."""
+
+UNKNOWN_BYTES = 1 << 62
+"""The length of what follows a request that was none, or whose body's framing was broken."""
+
+WHOLE_BYTES_MAX = 64 * KIB
+"""More than anything that is asked for as a whole has."""
+
+DIRECT_BYTES_MIN = 16 * KIB
+"""A reader's memory that has less room than this is filled by copying."""
 
 
-class RequestBody:
+class Source(Protocol):
+    """What a body asks of its connection."""
+
+    def hold_back(self) -> None: ...
+
+    def body_done(self) -> None: ...
+
+    async def heard(self, body: RequestBody) -> None: ...
+
+
+class RequestBody(AsyncIterator[Buffer]):
     """The body of one request. Nothing is read, and no ``100 Continue`` sent, before somebody asks for it: by then the request is authenticated.
 
-    ``length``: Content-Length, or None when it comes in HTTP chunks. ``continue_now``: sends the interim answer; None when the client does not wait for one.
+    ``length``: Content-Length, or None when it comes in HTTP chunks. ``declared`` False: neither came, which HTTP takes for an empty body.
+    ``continue_now``: sends the interim answer; None when the client does not wait for one.
     """
 
     def __init__(
-        self,
-        stream: StreamReader,
-        length: int | None,
-        continue_now: Callable[[], None] | None,
-        limits: Limits,
-        clock: Clock,
-        *,
-        declared: bool = True,
+        self, source: Source, length: int | None, continue_now: Callable[[], None] | None, limits: Limits, *, declared: bool = True
     ) -> None:
-        self._stream = stream
+        self._source = source
         self._limits = limits
-        self._clock = clock
         self._continue_now = continue_now
-        self._waited_s = 0.0
+        self._chunks = Chunks() if length is None else None
+        self._left = length or 0
+        self._come: deque[Buffer] = deque()
+        self._decoded_ahead: deque[Buffer] = deque()
+        self._decoder_done = False
+        self._rest: Buffer = b""
+        self._kept_bytes = 0
+        self._direct_bytes = 0
+        self._error: S3Error | None = None
+        self._budget: int | None = None
         self.length = length
         self.declared = declared
-        """False: neither Content-Length nor Transfer-Encoding came, which HTTP takes for an empty body."""
-        self.bytes_read = 0
+        self.complete = length == 0
+        """All of it has arrived."""
+        self.bytes_come = 0
+        """Of the body as it was sent, so far."""
+        self.destination: memoryview | None = None
+        """Where the connection puts what comes next."""
+        self.waiter: asyncio.Future[None] | None = None
+        self.waited_s = 0.0
         self.sha256 = ""
         """Hex of what the body must hash to; empty when it was not signed."""
         self.decoder: ChunkedDecoder | None = None
+
+    # --- the connection's side ----------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        """As much has come unread as may be kept."""
+        return self._kept_bytes > self._limits.read_buffer_bytes
+
+    @property
+    def failed(self) -> bool:
+        """No more of it will come, though it is not complete."""
+        return self._error is not None
+
+    def feed(self, data: bytes) -> bytes:
+        """Takes what belongs to the body, and returns what follows it."""
+        if self._chunks is None:
+            if len(data) <= self._left:
+                rest = b""
+            else:
+                data, rest = data[: self._left], data[self._left :]
+            self._left -= len(data)
+            if data:
+                self._keep(data)
+            ended = not self._left
+        else:
+            try:
+                pieces, rest = self._chunks.feed(data)
+            except S3Error as error:
+                self.fail(error)
+                return b""
+            for piece in pieces:
+                self._keep(piece)
+            ended = self._chunks.ended
+        if ended:
+            self._end()
+        elif self.full and self.waiter is None:
+            self._source.hold_back()
+        if self.waiter is not None and (ended or self._come or self._budget is not None):
+            self._wake()
+        return rest
+
+    def received(self, count: int) -> None:
+        """``count`` bytes have come into ``destination``."""
+        destination = self.destination
+        assert destination is not None
+        self._left -= count
+        self._direct_bytes += count
+        self.bytes_come += count
+        if self._left and count < len(destination):
+            self.destination = destination[count:]
+            return
+        self.destination = None
+        if not self._left:
+            self._end()
+        self._wake()
+
+    def fail(self, error: S3Error) -> None:
+        """No more of it will come."""
+        if self.complete or self._error is not None:
+            return
+        self._error = error
+        self.destination = None
+        self._source.body_done()
+        self._wake()
+
+    def _keep(self, data: Buffer) -> None:
+        self.bytes_come += len(data)
+        if self._budget is not None:
+            self._budget -= len(data)
+        else:
+            self._come.append(data)
+            self._kept_bytes += len(data)
+
+    def _end(self) -> None:
+        self.complete = True
+        self._source.body_done()
+
+    def _wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    # --- the reader's side --------------------------------------------------------------------------------------------------
 
     @property
     def awaited(self) -> bool:
         """The client waits for ``100 Continue`` and has not been told to go on."""
         return self._continue_now is not None
-
-    @property
-    def complete(self) -> bool:
-        """All of it has arrived."""
-        return self._stream.is_eof()
 
     def go_on(self) -> None:
         """Sends ``100 Continue`` if the client waits for it; once."""
@@ -67,118 +171,121 @@ class RequestBody:
             self._continue_now()
             self._continue_now = None
 
-    async def _next(self) -> bytes:
-        """What has arrived, at least one byte; empty at the end. Raises IncompleteBody, RequestTimeout."""
-        stream = self._stream
-        try:
-            piece = stream.read_nowait()  # what needs no waiting needs no timer
-            if not piece and not stream.is_eof():
-                piece = await self._wait()
-        except TimeoutError:
-            raise RequestTimeout() from None
-        except (asyncio.CancelledError, IncompleteBody, RequestTimeout):
-            raise
-        except Exception as error:  # the parser's or the transport's: the client went away or broke HTTP's framing
-            raise IncompleteBody() from error
-        self.bytes_read += len(piece)
-        return piece
-
-    async def _wait(self) -> bytes:
-        allowed_s = self._limits.body_idle_s + self.bytes_read / self._limits.body_rate_min_bytes_s - self._waited_s
-        if allowed_s <= 0:
-            raise RequestTimeout()
-        before = self._clock.monotonic()
-        async with asyncio.timeout(min(allowed_s, self._limits.body_idle_s)):
-            piece = await self._stream.readany()
-        self._waited_s += self._clock.monotonic() - before
+    async def _next(self) -> Buffer:
+        """What has arrived, at least one byte; empty at the end. Raises IncompleteBody, RequestTimeout, BadRequest."""
+        while not self._come:
+            if self.complete:
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._source.heard(self)
+        piece = self._come.popleft()
+        self._kept_bytes -= len(piece)
         return piece
 
     def hand_over_sha256(self) -> str:
-        """What a long body was signed as, for whoever reads it to verify instead of this front; empty when the front does it, or nothing was signed."""
-        if self.length is not None and self.length <= HASH_INLINE_BYTES_MAX:
-            return ""
+        """What the body was signed as, for whoever reads and hashes it anyway to verify; empty when nothing was signed, or chunk by chunk."""
         expected, self.sha256 = self.sha256, ""
         return expected
 
-    async def pieces(self) -> AsyncIterator[Buffer]:
-        """The object's bytes. The last piece comes only after everything that the front can check holds: signed hash (unless that was handed over), chunk
-        signatures, framing, length."""
+    async def __anext__(self) -> Buffer:
+        """The next bytes of the object. The last come only after chunk signatures, framing and length hold; the hash that was signed is not checked here."""
         self.go_on()
-        source = self._decoded() if self.decoder else self._plain()
-        if not self.sha256:
-            async for piece in source:
-                yield piece
-            return
-        digest = hashlib.sha256()
-        held: Buffer = b""
-        async for piece in source:
-            if len(piece) <= HASH_INLINE_BYTES_MAX:
-                digest.update(piece)
-                if held:
-                    yield held
-            else:
-                hashing = asyncio.get_running_loop().run_in_executor(None, digest.update, piece)
+        piece = self._rest or await (self._next() if self.decoder is None else self._decoded(self.decoder))
+        self._rest = b""
+        if not piece:
+            raise StopAsyncIteration
+        return piece
+
+    async def fill(self, view: memoryview) -> int:
+        """See ``api.FillingBody``."""
+        self.go_on()
+        filled = 0
+        while filled < len(view):
+            if self._can_go_direct(len(view) - filled):
+                self.destination = view[filled : filled + self._left]
+                self._direct_bytes = 0
                 try:
-                    if held:
-                        yield held
+                    await self._source.heard(self)
                 finally:
-                    await hashing
-            held = piece
-        if digest.hexdigest() != self.sha256:
-            raise XAmzContentSHA256Mismatch(ClientComputedContentSHA256=self.sha256, S3ComputedContentSHA256=digest.hexdigest())
-        if held:
-            yield held
+                    self.destination = None
+                filled += self._direct_bytes
+                continue
+            piece = await anext(self, None)
+            if piece is None:
+                break
+            count = min(len(view) - filled, len(piece))
+            if count < len(piece):
+                whole = memoryview(piece)
+                piece, self._rest = whole[:count], whole[count:]
+            view[filled : filled + count] = piece
+            filled += count
+        return filled
 
-    async def _plain(self) -> AsyncIterator[Buffer]:
-        if self.length == 0:
-            return
-        while piece := await self._next():
-            yield piece
+    def _can_go_direct(self, room_bytes: int) -> bool:
+        """Nothing lies here that comes first, and the bytes need no decoding."""
+        waiting = not (self._rest or self._come or self.complete or self._error)
+        return waiting and self._chunks is None and self.decoder is None and room_bytes >= DIRECT_BYTES_MIN
 
-    async def _decoded(self) -> AsyncIterator[Buffer]:
-        decoder = self.decoder
-        assert decoder is not None
-        held: Buffer = b""
-        while piece := await self._next():
+    async def whole(self) -> Buffer:
+        """See ``api.WholeBody``: for a body whose declared size is small. One that turns out longer is cut, so that its reader finds it wrong."""
+        self.go_on()
+        if self.decoder is None and self.complete and len(self._come) == 1:
+            return self._come.popleft()
+        pieces, size = [], 0
+        async for piece in self:
+            pieces.append(piece)
+            size += len(piece)
+            if size > WHOLE_BYTES_MAX:
+                break
+        return b"".join(pieces)
+
+    async def _decoded(self, decoder: ChunkedDecoder) -> Buffer:
+        """At least one byte of what the client put into chunks; empty at the end."""
+        while not self._decoded_ahead or (len(self._decoded_ahead) == 1 and not self._decoder_done):
+            piece = await self._next()
+            if not piece:
+                if not self._decoder_done:
+                    decoder.finish()
+                    self._decoder_done = True
+                break
             if decoder.signed and len(piece) > HASH_INLINE_BYTES_MAX:
-                released = await asyncio.get_running_loop().run_in_executor(None, decoder.feed, piece)
+                self._decoded_ahead += await asyncio.get_running_loop().run_in_executor(None, decoder.feed, piece)
             else:
-                released = decoder.feed(piece)
-            for data in released:
-                if held:
-                    yield held
-                held = data
-        decoder.finish()
-        if held:
-            yield held
+                self._decoded_ahead += decoder.feed(piece)
+        return self._decoded_ahead.popleft() if self._decoded_ahead else b""
 
     async def read(self, bytes_max: int) -> bytes:
-        """All of a small body. Raises MaxMessageLengthExceeded."""
+        """All of a small body, verified. Raises MaxMessageLengthExceeded, XAmzContentSHA256Mismatch."""
         if self.length is not None and self.length > bytes_max:
             raise MaxMessageLengthExceeded()
         pieces = []
         size = 0
-        async for piece in self.pieces():
+        async for piece in self:
             size += len(piece)
             if size > bytes_max:
                 raise MaxMessageLengthExceeded()
             pieces.append(piece)
-        return b"".join(pieces)
+        data = b"".join(pieces)
+        if self.sha256:
+            digest = hashlib.sha256()
+            if size > HASH_INLINE_BYTES_MAX:
+                await asyncio.to_thread(digest.update, data)
+            else:
+                digest.update(data)
+            if digest.hexdigest() != self.sha256:
+                raise XAmzContentSHA256Mismatch(ClientComputedContentSHA256=self.sha256, S3ComputedContentSHA256=digest.hexdigest())
+        return data
 
     async def discard(self, bytes_max: int, seconds_max: float) -> bool:
         """Throws away what comes, within bounds. True when the body has ended, so that the connection can carry another request."""
-        budget = bytes_max
+        self._budget = bytes_max - self._kept_bytes
+        self._come.clear()
+        self._kept_bytes = 0
         try:
             async with asyncio.timeout(seconds_max):
-                while budget > 0 and not self._stream.at_eof():
-                    piece = await self._stream.readany()
-                    if not piece:
-                        break
-                    budget -= len(piece)
+                while not self.complete and self._error is None and self._budget > 0:
+                    await self._source.heard(self)
         except TimeoutError:
             return False
-        except asyncio.CancelledError:
-            raise
-        except Exception:  # the client is gone, and nothing of it is needed any more
-            return False
-        return self._stream.at_eof()
+        return self.complete

@@ -1,82 +1,326 @@
-"""Connections: aiohttp's HTTP/1.1 parser and writer, with S3's answers to broken HTTP and a bound on their number."""
+"""Connections of clients: bytes in and out of a socket, one request after the other, with back-pressure and time limits.
+
+Theory of operation. A connection is a protocol of the event loop and one task, which lives as long as the connection: the loop's callbacks put bytes where they
+belong (a head, or the body of the request being answered) and wake the task only when it has something to do. So a small request costs one wake-up.
+
+All connections read into one buffer, from which a head is copied at once; only the bytes of a large body are received straight into its reader's memory
+(``RequestBody.fill``). What a client sends while nobody reads is kept up to ``Limits.read_buffer_bytes``; then its socket is no longer read.
+
+The transport keeps nothing of what is written unless the socket is full: its high-water mark is the lowest, so that a buffer may be used again after ``drained``.
+
+No request has timers. A connection says what it waits for (``phase``) and counts its progress; a sweep over all connections, a few times in each limit's
+time, ends those that made none for too long.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
-
-from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
 
 from storaged import trace
-from storaged.errors import BadRequest, InternalError, RequestHeaderSectionTooLarge, S3Error
-from storaged.s3 import xml
+from storaged.errors import IncompleteBody, RequestTimeout
+from storaged.s3.body import RequestBody
+from storaged.s3.http import HEAD_END, broken_so_far
+from storaged.s3.limits import Limits
+from storaged.units import KIB
 
 log = logging.getLogger("storaged.s3")
 
-NewId = Callable[[], str]
+RECEIVE_BYTES = 256 * KIB
+"""Of one system call, for all but large bodies."""
+SWEEPS_PER_LIMIT = 4
+SWEEP_EVERY_S_MAX = 1.0
+
+WORKING, HEAD, BODY, SEND = range(4)
+"""Phases: what a connection waits for. Working: nothing that its client owes."""
 
 
-class Connection(web.RequestHandler):
-    """Answers requests that cannot be parsed with S3's error document, and closes: what follows cannot be trusted to be a request."""
+class Connection(asyncio.BufferedProtocol):
+    """One client. Its task calls ``next_head``, reads ``body``, and ``write``s."""
 
-    __slots__ = ("_new_id",)
-
-    def __init__(self, manager: web.Server, *, new_id: NewId, **options: object) -> None:
-        super().__init__(manager, **options)  # type: ignore[arg-type]
-        self._new_id = new_id
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        if status >= 500:  # the application answers its own failures; this one got past it
-            log.error("request failed outside of its handler", exc_info=exc)
-        if request.writer.output_size > 0:
-            raise ConnectionError("The answer has begun: there is no place for another.")
-        error: S3Error = BadRequest()
-        if status >= 500:
-            error = InternalError()
-        elif isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
-            error = RequestHeaderSectionTooLarge()
-        request_id = self._new_id()
-        body = xml.error_document(error.code, error.message, {}, "/", request_id, "")
-        answer = web.Response(
-            status=error.status, body=body, content_type="application/xml", headers={"x-amz-request-id": request_id, "Server": "storaged"}
-        )
-        answer.force_close()
-        return answer
-
-
-class TracedConnection(Connection):
-    """Notes when a request's first byte comes (``time.perf_counter_ns``; 0 between requests). Used when spans are on, so that nobody else pays for it."""
-
-    __slots__ = ("heard_ns",)
-
-    def __init__(self, manager: web.Server, *, new_id: NewId, **options: object) -> None:
-        super().__init__(manager, new_id=new_id, **options)
+    def __init__(self, others: Connections) -> None:
+        self._others = others
+        self._limits = others.limits
+        self._scratch = others.scratch
+        self._input = b""
+        self._body: RequestBody | None = None
+        self._heard: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._held_back = False
+        self._ended = False
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.remote = ""
+        self.secure = False
+        self.lost = False
+        self.paused = False
+        """The transport could not write all that it was given; see ``drained``."""
         self.heard_ns = 0
+        """When spans are on: when the first byte of a request came (``time.perf_counter_ns``), 0 between requests."""
+        self.phase = WORKING
+        self.progress = 0
+        self.progress_seen = -1
+        self.progress_s = 0.0
 
-    def data_received(self, data: bytes) -> None:
-        self.heard_ns = self.heard_ns or time.perf_counter_ns()
-        super().data_received(data)
+    # --- the loop's callbacks -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        if not self._others.admit(self):
+            self.lost = True
+            self.transport.abort()
+            return
+        peer = transport.get_extra_info("peername")
+        self.remote = peer[0] if isinstance(peer, tuple) else ""
+        self.secure = transport.get_extra_info("ssl_object") is not None
+        # TLS has copied what it encrypted; with a limit of 0 it would pause at an empty buffer, for ever
+        self.transport.set_write_buffer_limits(high=1 if self.secure else 0)
+        self._others.begin(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        body = self._body
+        return self._scratch if body is None or body.destination is None else body.destination
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if trace.on and not self.heard_ns:
+            self.heard_ns = time.perf_counter_ns()
+        body = self._body
+        if body is None:
+            self._on_head(bytes(self._scratch[:nbytes]))
+        elif body.destination is not None:
+            body.received(nbytes)
+        else:
+            self._input = body.feed(bytes(self._scratch[:nbytes]))
+
+    def _on_head(self, data: bytes) -> None:
+        waiter = self._heard
+        if not self._input:
+            self.progress += 1  # the first bytes of a head: the time for the rest of it begins
+        else:
+            data = self._input + data
+        self._input = data
+        if waiter is None:
+            if len(data) > self._limits.read_buffer_bytes:
+                self.hold_back()
+        elif not waiter.done() and (HEAD_END in data or broken_so_far(data, self._limits)):
+            waiter.set_result(None)
+
+    def eof_received(self) -> bool:
+        """The client sends no more. If it did so with requests under way, it may still want their answers: then the transport stays open."""
+        self._ended = True
+        if self._body is not None:
+            self._body.fail(IncompleteBody())
+        if self._heard is None:
+            return not self.secure
+        self._wake(self._heard)
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = self._ended = True
+        if self._body is not None:
+            self._body.fail(IncompleteBody())
+        self._wake(self._heard)
+        if self._room is not None and not self._room.done():
+            self._room.set_exception(ConnectionResetError("The client has gone."))
+        self._others.forget(self)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self._wake(self._room)
+
+    # --- what the connection's task does ------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """No request has been heard of."""
+        return self._heard is not None and not self._heard.done()
+
+    async def next_head(self) -> bytes | None:
+        """What stands before the empty line of the next request; None when there will be none. Raises S3Error when what came can't be one."""
+        fresh = True
+        while True:
+            data = self._input
+            if fresh and data.startswith(b"\r\n"):
+                self._input = data = data[2:]
+                fresh = False
+            end = data.find(HEAD_END)
+            if end >= 0:
+                self._input = data[end + 4 :]
+                return data[:end]
+            if data and (error := broken_so_far(data, self._limits)) is not None:
+                raise error
+            if self._ended:
+                return None
+            if self._held_back:
+                self._take_on()
+            self._heard = asyncio.get_running_loop().create_future()
+            self.phase = HEAD
+            self.progress += 1
+            try:
+                await self._heard
+            finally:
+                self._heard = None
+                self.phase = WORKING
+                self.progress += 1
+
+    def open_body(self, body: RequestBody) -> None:
+        """What comes next belongs to ``body``, until it is complete."""
+        self._input = body.feed(self._input)
+        if body.complete:
+            return
+        self._body = body
+        if self._ended:
+            body.fail(IncompleteBody())
+        elif self._held_back and not body.full:
+            self._take_on()
+
+    def body_done(self) -> None:
+        """All of the body has come, or no more will."""
+        self._body = None
+
+    def hold_back(self) -> None:
+        """Reads no more from the socket, so that the client has to wait."""
+        if not self._held_back and not self._ended:
+            self._held_back = True
+            self.transport.pause_reading()
+
+    def _take_on(self) -> None:
+        self._held_back = False
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    async def heard(self, body: RequestBody) -> None:
+        """Waits until something of ``body`` has come: until its destination is full, if it has one. Raises what the body failed with."""
+        if self._held_back:
+            self._take_on()
+        waiter = body.waiter = asyncio.get_running_loop().create_future()
+        self.phase = BODY
+        self.progress += 1
+        try:
+            await waiter
+        finally:
+            body.waiter = None
+            self.phase = WORKING
+            self.progress += 1
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Raises ConnectionResetError. See ``paused``: when it is set, ``drained`` must be awaited before ``data`` is used again."""
+        if self.lost or self.transport.is_closing():
+            raise ConnectionResetError("The client has gone.")
+        self.transport.write(data)
+
+    def go_on(self) -> None:
+        """``100 Continue``."""
+        if not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    async def drained(self) -> None:
+        """Until all that was written has been taken. Raises ConnectionResetError, and TimeoutError for a client that does not take it."""
+        while self.paused:
+            if self.lost:
+                raise ConnectionResetError("The client has gone.")
+            self._room = asyncio.get_running_loop().create_future()
+            self.phase = SEND
+            self.progress += 1
+            try:
+                await self._room
+            finally:
+                self._room = None
+                self.phase = WORKING
+                self.progress += 1
+
+    def end_writing(self) -> None:
+        """Tells the client that the answer was the last, while what it still sends is read."""
+        if not self.transport.is_closing() and self.transport.can_write_eof():
+            with contextlib.suppress(OSError):  # the client has gone already
+                self.transport.write_eof()
+
+    # --- time limits --------------------------------------------------------------------------------------------------------
+
+    def expire(self) -> None:
+        """What was waited for did not come in time."""
+        if self.phase == HEAD:
+            self.transport.close()
+        elif self.phase == SEND and self._room is not None and not self._room.done():
+            self._room.set_exception(TimeoutError("The client takes nothing."))
+        elif self.phase == BODY and self._body is not None:
+            self._body.fail(RequestTimeout())
+
+    def too_slow(self, waited_s: float) -> bool:
+        """Counts ``waited_s`` more seconds of waiting for the body, which must be earned by what comes."""
+        body = self._body
+        if body is None:
+            return False
+        body.waited_s += waited_s
+        return body.waited_s > self._limits.body_idle_s + body.bytes_come / self._limits.body_rate_min_bytes_s
+
+    @staticmethod
+    def _wake(waiter: asyncio.Future[None] | None) -> None:
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
-class Connections(web.Server):
-    """Makes a Connection for each client, up to ``connections_max``; further ones are closed at once."""
+class Connections:
+    """The connections of one listening socket: makes them, up to ``Limits.connections_max``, runs ``converse`` for each, and ends those that keep it waiting."""
 
-    def __init__(self, handler: Callable[..., object], *, connections_max: int, new_id: NewId, **options: object) -> None:
-        super().__init__(handler, **options)  # type: ignore[arg-type]
-        self._connections_max = connections_max
-        self._options = options
-        self._new_id = new_id
+    def __init__(self, converse: Callable[[Connection], Coroutine[Any, Any, None]], limits: Limits) -> None:
+        self.limits = limits
+        self.scratch = memoryview(bytearray(RECEIVE_BYTES))
+        self.open: set[Connection] = set()
+        self._converse = converse
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._patience_s = {HEAD: limits.headers_s, BODY: limits.body_idle_s, SEND: limits.send_idle_s}
+        self._every_s = min(SWEEP_EVERY_S_MAX, *(limit_s / SWEEPS_PER_LIMIT for limit_s in self._patience_s.values()))
+        self._timer: asyncio.TimerHandle | None = None
 
-    def __call__(self) -> web.RequestHandler:
-        kind = TracedConnection if trace.on else Connection
-        return kind(self, loop=asyncio.get_running_loop(), new_id=self._new_id, **self._options)
+    def __call__(self) -> Connection:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._every_s, self._sweep)
+        return Connection(self)
 
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        if len(self._connections) > self._connections_max:
-            transport.abort()
+    def admit(self, connection: Connection) -> bool:
+        """False: there are too many."""
+        if len(self.open) >= self.limits.connections_max:
+            return False
+        self.open.add(connection)
+        return True
+
+    def begin(self, connection: Connection) -> None:
+        task = asyncio.get_running_loop().create_task(self._converse(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def forget(self, connection: Connection) -> None:
+        self.open.discard(connection)
+
+    async def close(self) -> None:
+        """Breaks all connections, and waits until their tasks have ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for connection in self.open:
+            connection.transport.abort()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        self._timer = loop.call_later(self._every_s, self._sweep)
+        for connection in self.open:
+            phase = connection.phase
+            if phase == WORKING:
+                continue
+            if connection.progress != connection.progress_seen:
+                connection.progress_seen = connection.progress
+                connection.progress_s = now_s
+            elif now_s - connection.progress_s > self._patience_s[phase]:
+                connection.expire()
+            if phase == BODY and connection.too_slow(self._every_s):
+                connection.expire()

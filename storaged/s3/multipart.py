@@ -58,9 +58,7 @@ async def put_part(front: Front, request: Request) -> Reply:
     h.refuse_unsupported(request.headers)
     number = h.integer("partNumber", request.query.get("partNumber", ""), 1, PARTS_MAX)
     checks = upload_checks(request, PART_BYTES_MAX)
-    result = await front.objects.put_part(
-        request.bucket_record, request.key, request.query["uploadId"], number, request.body.pieces(), checks
-    )
+    result = await front.objects.put_part(request.bucket_record, request.key, request.query["uploadId"], number, request.body, checks)
     answer = stored_headers(result)
     answer.pop("x-amz-checksum-type", None)
     return Reply(headers=answer)

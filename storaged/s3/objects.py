@@ -88,7 +88,7 @@ async def put_object(front: Front, request: Request) -> Reply:
     checks = upload_checks(request, PART_BYTES_MAX)
     conditions = h.write_conditions(request.headers)
     result = await front.objects.put(
-        request.bucket_record, request.key, request.body.pieces(), meta, checks, owner=request.who.user_id, conditions=conditions
+        request.bucket_record, request.key, request.body, meta, checks, owner=request.who.user_id, conditions=conditions
     )
     return Reply(headers=stored_headers(result))
 

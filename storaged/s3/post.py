@@ -33,7 +33,7 @@ def is_form(headers: Mapping[str, str]) -> bool:
 
 async def post_object(front: Front, request: Request) -> Reply:
     """The fields say who and what, the policy says whether; then the file is stored as PutObject would."""
-    form = FormReader(request.body.pieces(), boundary_of(request.headers["content-type"]))
+    form = FormReader(request.body, boundary_of(request.headers["content-type"]))
     await form.read_fields()
     fields = form.fields
     if "key" in fields:

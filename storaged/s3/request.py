@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
-from multidict import CIMultiDictProxy
-
-from storaged.errors import InvalidURI, KeyTooLongError, RequestHeaderSectionTooLarge
+from storaged.errors import InvalidURI, KeyTooLongError
 from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
 from storaged.s3.body import RequestBody
@@ -97,19 +95,6 @@ def virtual_bucket(host: str, domains: Sequence[str]) -> str:
     return ""
 
 
-def lower_headers(headers: CIMultiDictProxy[str], bytes_max: int) -> dict[str, str]:
-    """By lower-case name; several of one name are joined by commas, as signing wants it. Raises RequestHeaderSectionTooLarge."""
-    found: dict[str, str] = {}
-    size = 0
-    for name, value in headers.items():
-        size += len(name) + len(value) + 4
-        lower = name.lower()
-        found[lower] = f"{found[lower]},{value}" if lower in found else value
-    if size > bytes_max:
-        raise RequestHeaderSectionTooLarge(MaxSizeAllowed=str(bytes_max))
-    return found
-
-
 @dataclass(slots=True)
 class Request:
     """What handlers get. ``bucket_record`` is set, and belongs to ``who``, wherever a handler works on a bucket that must exist."""
@@ -125,6 +110,8 @@ class Request:
     key: bytes = b""
     who: Principal = ANONYMOUS
     operation: str = "Unknown"
+    modern: bool = True
+    """HTTP/1.1."""
     _body: RequestBody | None = None
     _bucket_record: BucketRecord | None = None
 

@@ -1,7 +1,7 @@
 """Sending answers: one write for a small one, piece by piece with back-pressure for an object; and what becomes of a body nobody read.
 
-A piece of an object may lie in a pooled buffer that is used again when the next is asked for. So the transport may keep nothing: its high-water mark is 0,
-and each piece has gone to the kernel (or through TLS) before the next is taken.
+A piece of an object may lie in a pooled buffer that is used again when the next is asked for. So the transport may keep nothing: each piece has gone to the
+kernel (or through TLS) before the next is taken, see ``connection``.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable
 from typing import NamedTuple
-
-from aiohttp import web
-from aiohttp.http import HttpVersion11
 
 from storaged.clock import Clock
 from storaged.errors import DataDamaged, S3Error
 from storaged.objects.api import ObjectStream
 from storaged.s3 import xml
+from storaged.s3.body import UNKNOWN_BYTES, RequestBody
+from storaged.s3.connection import Connection
 from storaged.s3.headers import http_time
 from storaged.s3.limits import Limits
 from storaged.s3.reply import REASONS, XML_TYPE, Reply
@@ -47,107 +45,95 @@ class Sender:
         self._limits = limits
         self._clock = clock
         self._host_id = host_id
+        self._second = -1
+        self._common = ""
+        """Lines that all answers of one second have."""
 
-    def continuation(self, raw: web.BaseRequest) -> Callable[[], None]:
-        def go_on() -> None:
-            if raw.transport is not None and not raw.transport.is_closing():
-                raw.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-        return go_on
-
-    async def send(self, raw: web.BaseRequest, request: Request, reply: Reply, may_keep: bool) -> Sent:
+    async def send(self, connection: Connection, request: Request, reply: Reply, may_keep: bool) -> Sent:
         """Never raises but for cancellation: a client that has gone is no error of ours."""
         body = request._body
         if body is not None and body.awaited and reply.status < 300:
             body.go_on()  # asked for it and is welcome: some clients insist, even when nothing more was needed of them
         keep = may_keep and self._can_drain(request)
-        bytes_out = 0
-        complete = False
+        bytes_out, complete = 0, False
         try:
             if reply.stream is None:
-                head = self._head(raw, request, reply, keep)
+                data = self._head(request, reply, keep)
                 payload = b"" if request.method == "HEAD" or reply.status in (204, 304) else reply.body
-                await self._write(raw, head + payload if len(payload) <= JOIN_BYTES_MAX else head)
-                if len(payload) > JOIN_BYTES_MAX:
-                    await self._write(raw, payload)
-                bytes_out = len(payload)
-                complete = True
+                if len(payload) <= JOIN_BYTES_MAX:
+                    connection.write(data + payload)
+                else:
+                    connection.write(data)
+                    connection.write(payload)
+                if connection.paused:
+                    await connection.drained()
+                bytes_out, complete = len(payload), True
             else:
-                reply, bytes_out, complete = await self._send_stream(raw, request, reply, reply.stream, keep)
+                reply, bytes_out, complete = await self._send_stream(connection, request, reply, reply.stream, keep)
         except (ConnectionError, TimeoutError):
             pass
         except ValueError:
             log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
         if not complete:
-            if raw.transport is not None:
-                raw.transport.abort()
+            connection.transport.abort()
             return Sent(reply, bytes_out, False, False)
-        if body is not None and not body.complete:
-            keep = await self._drain(raw, request, keep)
+        if body is None or not body.complete:
+            if body is not None and keep:
+                keep = await body.discard(self._limits.drain_bytes_max, self._limits.linger_s)
+            else:
+                await self._linger(connection)
         return Sent(reply, bytes_out, True, keep)
 
     # --- heads ----------------------------------------------------------------------------------------------------------
 
-    def _head(self, raw: web.BaseRequest, request: Request, reply: Reply, keep: bool) -> bytes:
-        lines = [
-            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, 'Unknown')}\r\n"
-            f"x-amz-request-id: {request.id}\r\nx-amz-id-2: {self._host_id}\r\n"
-            f"Date: {http_time(self._clock.wall_ms() // 1000)}\r\nServer: storaged\r\n"
-        ]
+    def _head(self, request: Request, reply: Reply, keep: bool) -> bytes:
+        """Raises ValueError for what must not be in a header."""
+        status, second = reply.status, self._clock.wall_ms() // 1000
+        if second != self._second:
+            self._second = second
+            self._common = f"x-amz-id-2: {self._host_id}\r\nDate: {http_time(second)}\r\nServer: storaged\r\n"
+        text = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nx-amz-request-id: {request.id}\r\n{self._common}"
         for name, value in reply.headers.items():
-            if _CONTROL.search(value):
+            if not value.isprintable() and _CONTROL.search(value):
                 raise ValueError(f"control character in the value of {name}")
-            lines.append(f"{name}: {value}\r\n")
-        if reply.status not in (204, 304):
+            text += f"{name}: {value}\r\n"
+        if status not in (204, 304):
             length = len(reply.body) if reply.length is None else reply.length
             if length >= 0:
-                lines.append(f"Content-Length: {length}\r\n")
+                text += f"Content-Length: {length}\r\n"
         if not keep:
-            lines.append("Connection: close\r\n")
-        elif raw.version < HttpVersion11:
-            lines.append("Connection: keep-alive\r\n")
-        lines.append("\r\n")
-        return "".join(lines).encode("utf-8", "surrogateescape")
+            text += "Connection: close\r\n"
+        elif not request.modern:
+            text += "Connection: keep-alive\r\n"
+        return (text + "\r\n").encode("utf-8", "surrogateescape")
 
     # --- bodies ---------------------------------------------------------------------------------------------------------
 
-    async def _write(self, raw: web.BaseRequest, data: bytes | bytearray | memoryview) -> None:
-        """Raises ConnectionError, and TimeoutError for a client that takes nothing."""
-        transport = raw.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError("The client has gone.")
-        transport.write(data)
-        if raw.protocol.writing_paused:
-            async with asyncio.timeout(self._limits.send_idle_s):
-                await raw.writer.drain()
-
     async def _send_stream(
-        self, raw: web.BaseRequest, request: Request, reply: Reply, stream: ObjectStream, keep: bool
+        self, connection: Connection, request: Request, reply: Reply, stream: ObjectStream, keep: bool
     ) -> tuple[Reply, int, bool]:
         """(the reply, bytes sent, whether it was all). A failure before the first byte becomes a proper answer; a later one breaks the connection, so that
         no client takes a part for the whole."""
         sent = 0
         head = b""
         try:
-            head = self._head(raw, request, reply, keep)
+            head = self._head(request, reply, keep)
             async for piece in stream.chunks():
-                if head:
-                    if raw.transport is not None:
-                        # TLS has copied what it encrypted; with a limit of 0 it would pause at an empty buffer, for ever
-                        raw.transport.set_write_buffer_limits(high=1 if request.secure else 0)
-                    if len(piece) <= JOIN_BYTES_MAX:
-                        await self._write(raw, b"".join((head, piece)))
-                    else:
-                        await self._write(raw, head)
-                        await self._write(raw, piece)
-                    head = b""
+                if not head:
+                    connection.write(piece)
+                elif len(piece) <= JOIN_BYTES_MAX:
+                    connection.write(b"".join((head, piece)))
                 else:
-                    await self._write(raw, piece)
+                    connection.write(head)
+                    connection.write(piece)
+                head = b""
+                if connection.paused:
+                    await connection.drained()
                 sent += len(piece)
             if sent != stream.length:
                 raise DataDamaged(f"{sent} of {stream.length} bytes were read")
             if head:
-                await self._write(raw, head)
+                connection.write(head)
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -155,7 +141,7 @@ class Sender:
             if not head:
                 return reply, sent, False
             failure = self._failure(request, error)
-            await self._write(raw, self._head(raw, request, failure, keep) + failure.body)
+            connection.write(self._head(request, failure, keep) + failure.body)
             return failure, len(failure.body), True
         finally:
             await stream.close()
@@ -175,18 +161,13 @@ class Sender:
             return False
         if body.complete:
             return True
-        if body.awaited:
+        if body.awaited or body.failed:
             return False
-        return body.length is None or body.length - body.bytes_read <= self._limits.drain_bytes_max
+        return body.length is None or body.length - body.bytes_come <= self._limits.drain_bytes_max
 
-    async def _drain(self, raw: web.BaseRequest, request: Request, keep: bool) -> bool:
-        """Reads the rest of a body away after its answer. Closing with unread bytes would reset the connection, and the client might never see the answer."""
-        body = request._body
-        assert body is not None
-        if keep:
-            return await body.discard(self._limits.drain_bytes_max, self._limits.linger_s)
-        transport = raw.transport
-        if transport is not None and transport.can_write_eof() and not transport.is_closing():
-            transport.write_eof()
-        await body.discard(self._limits.linger_bytes_max, self._limits.linger_s)
-        return False
+    async def _linger(self, connection: Connection) -> None:
+        """Throws away what a client still sends after its last answer: closing with unread bytes would reset the connection, and it might never see the answer."""
+        connection.end_writing()
+        rest = RequestBody(connection, UNKNOWN_BYTES, None, self._limits)
+        connection.open_body(rest)
+        await rest.discard(self._limits.linger_bytes_max, self._limits.linger_s)

@@ -1,0 +1,18 @@
+"""Which event loops run the tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import pytest
+import uvloop
+
+SOCKETS = frozenset({"test_s3_http", "test_s3_hostile"})
+"""Modules that test what goes over sockets: on the loop that serves in production, too."""
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    if item.path.stem in SOCKETS:
+        return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
