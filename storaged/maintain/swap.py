@@ -17,7 +17,7 @@ from storaged.maintain.context import MaintainContext
 from storaged.maintain.mend import CannotMend, Move
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.objects.manifest import manifest_pages, parts_of, write_manifest
-from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Run, Version
+from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, Run, Version, decode_object, encode_object
 from storaged.wire import decode, encode
 
 TOUCHES_A_CALL = 4000
@@ -79,7 +79,7 @@ async def _moved(context: MaintainContext, owner: RegisterName, value: Value | N
         for move in moves:
             entry = apply_move(entry, move) if entry is not None else None
         return encode(msgspec.structs.replace(row, entry=entry)) if entry is not None else None
-    record = decode(value.body, ObjectRecord)
+    record = decode_object(value.body)
     versions, left = [], len(moves)
     by_data: dict[bytes, list[Move]] = {}
     for move in moves:
@@ -96,7 +96,7 @@ async def _moved(context: MaintainContext, owner: RegisterName, value: Value | N
         if left != before:
             version = await _with_parts(context, owner, version, parts)
         versions.append(version)
-    return encode(ObjectRecord(tuple(versions))) if left == 0 else None
+    return encode_object(ObjectRecord(tuple(versions))) if left == 0 else None
 
 
 async def _with_parts(context: MaintainContext, owner: RegisterName, version: Version, parts: Sequence[PartEntry]) -> Version:

@@ -49,11 +49,12 @@ from storaged.objects.records import (
     SealedPart,
     UploadRecord,
     Version,
+    decode_version,
 )
 from storaged.objects.retire import retire_parts, retire_replaced
 from storaged.objects.uploads import COMPLETING, DONE, OPEN, OpenedUpload, decode_upload, open_upload, part_rows, upload_text
 from storaged.objects.versions import BucketKeys, KeyNeeded, current_of, decode_record, open_version, record_change, seal_version
-from storaged.wire import decode, encode
+from storaged.wire import encode
 
 ATTEMPTS_MAX = 12
 
@@ -125,7 +126,7 @@ async def complete(
         version = await _make_version(plane, name, upload, chosen, owner, checksums or {}, checksum_type, declared_size)
         held.hashes = version.pages
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest, held))
-    version = decode(upload.record.pinned, Version)
+    version = decode_version(upload.record.pinned)
     if resumed:
         held.hashes = version.pages
         await held.renew()
@@ -373,7 +374,7 @@ async def finish(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload)
     """After an abort met a Complete: whether that one took effect, in which case the upload is Done after all."""
     name = object_name(bucket.id, bucket.shards, upload.place.key)
     record = decode_record(await plane.registers.settle(name))
-    version = decode(upload.record.pinned, Version)
+    version = decode_version(upload.record.pinned)
     if all(version.context_id != other.context_id for other in record.versions):
         return False
     await _done(plane, bucket, upload, version)

@@ -6,10 +6,14 @@ listing prints (SealedList). See FORMATS.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 
 from storaged.cluster.layout import Profile
-from storaged.wire import Message
+from storaged.meta.heads import message_of, with_head
+from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
 PARTS_INLINE_MAX = 32
@@ -52,7 +56,47 @@ class Version(Message, frozen=True):
     """One version of an object. ``parts`` holds up to 32; a longer manifest is the chain of pages that ``manifest`` names (xxh3-128, newest first; each page
     is a PartsPage). ``wrapped_key`` is the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the first part or of the upload).
     ``meta`` is a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``), ``listing`` a sealed SealedList. ``pages``: the hashes of all pages that the version
-    needs, those of ``manifest`` and those of what is sealed about its parts: storage nodes, which can't open the latter, keep what is named here."""
+    needs, those of ``manifest`` and those of what is sealed about its parts: storage nodes, which can't open the latter, keep what is named here.
+
+    The fields up to ``listing`` are what a list prints: ``ListedFields``."""
+
+    version_id: str
+    modified_ms: int
+    size: int
+    owner: str
+    bucket_key: int
+    context_id: bytes
+    listing: bytes
+    delete_marker: bool
+    wrapped_key: bytes
+    meta: bytes
+    parts: tuple[PartEntry, ...] = ()
+    manifest: bytes = b""
+    multipart: bool = False
+    part_count: int = 1
+    pages: tuple[bytes, ...] = ()
+
+
+class ObjectRecord(Message, frozen=True):
+    """The versions of one key, newest first. No versions: deleted (the register then is a tombstone). ``encode_object`` makes a register's body of it."""
+
+    versions: tuple[Version, ...]
+
+
+class ListedFields(NamedTuple):
+    """The first fields of a Version."""
+
+    version_id: str
+    modified_ms: int
+    size: int
+    owner: str
+    bucket_key: int
+    context_id: bytes
+    listing: bytes
+
+
+class _VersionOfOld(Message, frozen=True):
+    """A Version as it lay in records before these had a head."""
 
     version_id: str
     delete_marker: bool
@@ -70,11 +114,66 @@ class Version(Message, frozen=True):
     part_count: int = 1
     pages: tuple[bytes, ...] = ()
 
+    def renewed(self) -> Version:
+        return Version(**{name: getattr(self, name) for name in Version.__struct_fields__})
 
-class ObjectRecord(Message, frozen=True):
-    """The versions of one key, newest first. No versions: deleted (the register then is a tombstone)."""
 
-    versions: tuple[Version, ...]
+class _ObjectRecordOfOld(Message, frozen=True):
+    versions: tuple[_VersionOfOld, ...]
+
+
+assert ListedFields._fields == Version.__struct_fields__[: len(ListedFields._fields)]
+assert len(Version.__struct_fields__) < 16, "the array of a version begins with one byte"
+
+
+def encode_object(record: ObjectRecord) -> bytes:
+    """The body of an object's register, whose head are the ListedFields of the newest version."""
+    listed = _listed(record.versions[0])
+    start = 3 if len(record.versions) < 16 else 5  # the arrays of the record, of the versions, of the first one
+    return with_head(encode(record), start, start + len(encode(listed)) - 1)
+
+
+def decode_object(body: bytes) -> ObjectRecord:
+    """Raises msgspec.MsgspecError."""
+    message = message_of(body)
+    if message is not None:
+        return decode(message, ObjectRecord)
+    return ObjectRecord(tuple(version.renewed() for version in decode(body, _ObjectRecordOfOld).versions))
+
+
+def decode_version(data: bytes) -> Version:
+    """A version by itself, as an upload that is being completed pins it. Raises msgspec.MsgspecError."""
+    try:
+        return decode(data, Version)
+    except msgspec.ValidationError:
+        return decode(data, _VersionOfOld).renewed()
+
+
+def decode_heads(heads: Sequence[bytes]) -> list[ListedFields]:
+    """What is to be listed of rows, from their bodies' heads, or the whole bodies of those that have none. Raises msgspec.MsgspecError."""
+    try:
+        return decode(
+            b"\xdd" + len(heads).to_bytes(4, "big") + b"\x97".join([b"", *heads]), list[ListedFields]
+        )  # an array of arrays of seven
+    except msgspec.MsgspecError:
+        return [_listed_fields(head) for head in heads]
+
+
+def _listed_fields(head: bytes) -> ListedFields:
+    """A head begins with a version id, a text, and a body with an array: neither decodes as the other."""
+    try:
+        return decode(b"\x97" + head, ListedFields)
+    except msgspec.MsgspecError:
+        versions = decode_object(head).versions
+        if not versions:
+            raise msgspec.ValidationError("a listed record has no version") from None
+        return _listed(versions[0])
+
+
+def _listed(version: Version) -> ListedFields:
+    return ListedFields(
+        version.version_id, version.modified_ms, version.size, version.owner, version.bucket_key, version.context_id, version.listing
+    )
 
 
 class PartsPage(Message, frozen=True):

@@ -22,7 +22,7 @@ from storaged.errors import DataDamaged, NoSuchBucket
 from storaged.meta.names import RegisterName, Table, Value, upload_name
 from storaged.meta.ports import Pages, Registers, Scanner
 from storaged.objects.manifest import checked, parts_of
-from storaged.objects.records import ObjectRecord, PartEntry, PartRecord, UploadRecord, Version
+from storaged.objects.records import PartEntry, PartRecord, UploadRecord, Version, decode_object, decode_version
 from storaged.objects.uploads import COMPLETING, OPEN, ROWS_PER_SCAN, decode_upload, part_rows
 from storaged.objects.versions import decode_record
 from storaged.wire import decode
@@ -34,10 +34,10 @@ def versions_in(record: bytes, table: int) -> tuple[Version, ...]:
         return ()
     try:
         if table == Table.OBJECT:
-            return decode(record, ObjectRecord).versions
+            return decode_object(record).versions
         if table == Table.UPLOAD:
             upload = decode(record, UploadRecord)
-            return (decode(upload.pinned, Version),) if upload.state == COMPLETING and upload.pinned else ()
+            return (decode_version(upload.pinned),) if upload.state == COMPLETING and upload.pinned else ()
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"A record cannot be read: {error}") from None
     return ()

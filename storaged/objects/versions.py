@@ -18,7 +18,17 @@ from storaged.objects.api import NewMeta, ObjectInfo
 from storaged.objects.conditions import Current
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, SealedList, SealedMeta, SealedPart, Version
+from storaged.objects.records import (
+    BucketRecord,
+    ObjectRecord,
+    PartEntry,
+    SealedList,
+    SealedMeta,
+    SealedPart,
+    Version,
+    decode_object,
+    encode_object,
+)
 from storaged.objects.seal import META_LABEL, SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
 
@@ -106,7 +116,7 @@ def decode_record(value: Value | None) -> ObjectRecord:
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return EMPTY
     try:
-        return decode(value.body, ObjectRecord)
+        return decode_object(value.body)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of this key cannot be read: {error}") from None
 
@@ -116,7 +126,7 @@ def record_change(record: ObjectRecord, payload: bytes = b"") -> Change:
     if not record.versions:
         return Change(b"", Visibility.TOMBSTONE)
     hidden = record.versions[0].delete_marker
-    return Change(encode(record), Visibility.HIDDEN if hidden else Visibility.LIVE, payload)
+    return Change(encode_object(record), Visibility.HIDDEN if hidden else Visibility.LIVE, payload)
 
 
 def find_version(record: ObjectRecord, version_id: str) -> Version:
@@ -168,15 +178,15 @@ def seal_version(
     context = place.context(version_id, context_id)
     return Version(
         version_id,
-        False,
         modified_ms,
         meta.size,
         owner,
         key.version,
         context_id,
+        seal_listing(key, context, meta),
+        False,
         key.wrap(dek, context),
         seal_meta(plane, dek, context, meta),
-        seal_listing(key, context, meta),
         parts,
         manifest,
         multipart,

@@ -37,7 +37,7 @@ from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
 from storaged.objects.buckets import BucketService
 from storaged.objects.manifest import parts_of
 from storaged.objects.plane import ObjectLimits, ObjectPlane
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object
 from storaged.objects.references import live_references
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer, Message, decode, encode
@@ -320,7 +320,7 @@ class Cluster:
     async def record(self, bucket: BucketRecord, key: bytes) -> ObjectRecord:
         value = (await self.gateway.ring.read(object_name(bucket.id, bucket.shards, key))).value
         assert value is not None
-        return decode(value.body, ObjectRecord)
+        return decode_object(value.body)
 
     async def entry(self, bucket: BucketRecord, key: bytes) -> PartEntry:
         return (await self.record(bucket, key)).versions[0].parts[0]

@@ -13,7 +13,7 @@ from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.service import Ask
 from storaged.meta.names import Change, RegisterName, object_name, part_name, system_name, upload_name
-from storaged.objects.records import BucketRecord, ObjectRecord, PartRecord, UploadRecord
+from storaged.objects.records import BucketRecord, ObjectRecord, PartRecord, UploadRecord, encode_object
 from storaged.wire import encode
 from tests.unit.ring_cluster import Cluster, run
 
@@ -469,7 +469,7 @@ def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
                 msgspec.structs.replace(entry, runs=(msgspec.structs.replace(entry.runs[0], count=2**62),)),
             )
         ):
-            body = encode(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
+            body = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
             await forge(object_name(bucket.id, bucket.shards, b"evil-%d" % number), body)
         upload_id = bytes([3]) * 16
         await forge(upload_name(bucket.id, b"evil", upload_id), encode(UploadRecord(b"", "open", "", 0, 1, b"", b"", b"")))

@@ -34,11 +34,11 @@ from storaged.errors import (
 from storaged.meta.names import Change, RegisterName, Table, object_name
 from storaged.objects import multipart
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta, PutResult, RangeSpec, WriteConditions
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, PartRecord
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, PartRecord, decode_object, encode_object
 from storaged.objects.references import live_references, parts_in, references
 from storaged.objects.service import ObjectService
 from storaged.objects.uploads import parse_upload_id, part_rows
-from storaged.wire import decode, encode
+from storaged.wire import encode
 from tests.unit.fakes_objects import World
 from tests.unit.test_objects_put_get import OWNER, bucket_of, got, pieces, put
 
@@ -136,7 +136,7 @@ async def test_a_record_whose_parts_are_not_those_that_were_completed_is_refused
     name = object_name(bucket.id, bucket.shards, b"key")
     value = (await world.ring.read(name)).value
     assert value is not None
-    version = decode(value.body, ObjectRecord).versions[0]
+    version = decode_object(value.body).versions[0]
     first, second, third = version.parts
     changed = {
         "swapped": {"parts": (second, first, third)},
@@ -146,7 +146,7 @@ async def test_a_record_whose_parts_are_not_those_that_were_completed_is_refused
         "flattened": {"parts": (third, second, first), "multipart": False, "part_count": 1},
         "resized": {"parts": (msgspec.structs.replace(first, size=69_999), second, msgspec.structs.replace(third, size=70_001))},
     }[liar]
-    forged = encode(ObjectRecord((msgspec.structs.replace(version, **changed),)))
+    forged = encode_object(ObjectRecord((msgspec.structs.replace(version, **changed),)))
     await world.ring.change(name, lambda _value: Change(forged))
     whole = datas[0] + b"x" * 70_000 + datas[2]
     with pytest.raises(DataDamaged):
@@ -166,11 +166,11 @@ async def test_a_single_body_is_the_one_part_that_its_record_is_bound_to() -> No
     name = object_name(bucket.id, bucket.shards, b"key")
     value = (await world.ring.read(name)).value
     assert value is not None
-    version = decode(value.body, ObjectRecord).versions[0]
+    version = decode_object(value.body).versions[0]
     assert await got(objects, bucket) == data
     (only,) = version.parts
     for parts in ((), (msgspec.structs.replace(only, data_id=bytes(16)),), (msgspec.structs.replace(only, size=50_000), only)):
-        forged = encode(ObjectRecord((msgspec.structs.replace(version, parts=parts),)))
+        forged = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=parts),)))
         await world.ring.change(name, lambda _value, forged=forged: Change(forged))
         with pytest.raises(DataDamaged):
             await got(objects, bucket)
@@ -223,9 +223,9 @@ async def test_a_record_that_cannot_be_is_damage_to_whoever_reads_or_repairs_it(
     name = object_name(bucket.id, bucket.shards, b"key")
     value = (await world.ring.read(name)).value
     assert value is not None
-    version = decode(value.body, ObjectRecord).versions[0]
+    version = decode_object(value.body).versions[0]
     forged = forge(version.parts[0])
-    body = encode(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
+    body = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
     await world.ring.change(name, lambda _value: Change(body))
     with pytest.raises(DataDamaged):
         await got(objects, bucket)
@@ -333,14 +333,12 @@ async def test_a_complete_that_was_interrupted_is_taken_up_again_by_the_same_req
         await complete(objects, bucket, upload_id, parts[:1])
     name = object_name(bucket.id, bucket.shards, b"key")
     await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"another"), BodyChecks(7))  # replaces a row, not what is pinned
-    pinned = (
-        {part.data_id for part in decode(world.ring.values[name].body, ObjectRecord).versions[0].parts} if table == Table.UPLOAD else set()
-    )
+    pinned = {part.data_id for part in decode_object(world.ring.values[name].body).versions[0].parts} if table == Table.UPLOAD else set()
     assert pinned <= await live_references(world.ring, world.ring, world.ring, name)
     result = await complete(objects, bucket, upload_id, parts)
     assert await complete(objects, bucket, upload_id, parts) == result
     assert await got(objects, bucket) == b"a" * 1000 + b"b" * 2000
-    version = decode(world.ring.values[name].body, ObjectRecord).versions[0]
+    version = decode_object(world.ring.values[name].body).versions[0]
     assert {part.data_id for part in version.parts} <= await live_references(world.ring, world.ring, world.ring, name)
     await objects.close()
 

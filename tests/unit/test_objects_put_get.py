@@ -29,9 +29,9 @@ from storaged.fragments.ports import FragmentId
 from storaged.meta.names import RegisterName, object_name
 from storaged.meta.ports import Outcome, Reading, Update
 from storaged.objects.api import BodyChecks, NewMeta, PutResult, RangeSpec, ReadConditions, WriteConditions
-from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry
+from storaged.objects.records import BucketRecord, PartEntry, decode_object
 from storaged.objects.service import ObjectService
-from storaged.wire import Buffer, decode
+from storaged.wire import Buffer
 from tests.unit.fakes_objects import World, layout_of
 
 KIB, MIB = 1024, 1024 * 1024
@@ -75,7 +75,7 @@ async def got(objects: ObjectService, bucket: BucketRecord, *, key: bytes = b"ke
 
 def entry_of(world: World) -> PartEntry:
     (value,) = [value for name, value in world.ring.values.items() if name.key == b"key"]
-    return decode(value.body, ObjectRecord).versions[0].parts[0]
+    return decode_object(value.body).versions[0].parts[0]
 
 
 BORDERS = [
@@ -655,7 +655,7 @@ async def test_an_object_replaced_before_the_first_byte_is_read_from_its_new_rec
         world.ring.read = read  # type: ignore[method-assign]
         assert found.value is not None
         await put(objects, bucket, new)
-        for disk, fragment in world.disks.of(decode(found.value.body, ObjectRecord).versions[0].context_id):
+        for disk, fragment in world.disks.of(decode_object(found.value.body).versions[0].context_id):
             del world.disks.disks[disk].fragments[fragment]
         return found
 

@@ -1,0 +1,69 @@
+"""Bodies of objects' registers: what is written now, and what was written before bodies had heads."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from storaged.meta.heads import head_of
+from storaged.objects.records import (
+    ListedFields,
+    ObjectRecord,
+    PartEntry,
+    Run,
+    Version,
+    decode_heads,
+    decode_object,
+    decode_version,
+    encode_object,
+)
+from storaged.wire import encode
+
+PART = PartEntry(1, b"d" * 16, 5, b"h" * 64, 1, "4+2", (Run(0, 1, 1, 2, 1),), small=True)
+
+
+def version(number: int = 1, **changed: object) -> Version:
+    made = Version(f"v{number}", 1_700_000_000_000, 5, "owner", 1, b"c" * 16, b"listed %d" % number, False, b"w" * 112, b"meta", (PART,))
+    return msgspec.structs.replace(made, **changed)
+
+
+def fields_of(version: Version) -> ListedFields:
+    return ListedFields(*(getattr(version, name) for name in ListedFields._fields))
+
+
+def of_old(version: Version) -> list[object]:
+    """As a version was encoded before: its list field between the metadata and the parts, what tells a delete marker second."""
+    v = version
+    return [v.version_id, v.delete_marker, v.modified_ms, v.size, v.owner, v.bucket_key, v.context_id, v.wrapped_key, v.meta, v.listing, v.parts,
+            v.manifest, v.multipart, v.part_count, v.pages]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 32])
+def test_the_head_of_a_record_is_what_a_list_prints_of_its_newest_version(count: int) -> None:
+    record = ObjectRecord(tuple(version(number) for number in range(count)))
+    body = encode_object(record)
+    assert decode_object(body) == record
+    assert decode_heads([head_of(body)]) == [fields_of(record.versions[0])]
+    assert len(head_of(body)) < 60
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_a_record_from_before_there_were_heads_is_read_and_listed(count: int) -> None:
+    versions = [version(number) for number in range(count)]
+    body = encode([[of_old(version) for version in versions]])
+    assert decode_object(body) == ObjectRecord(tuple(versions))
+    newer = encode_object(ObjectRecord((version(99),)))
+    assert decode_heads([head_of(newer), head_of(body)]) == [fields_of(version(99)), fields_of(versions[0])]
+
+
+def test_a_version_that_an_upload_pinned_is_read_in_both_forms() -> None:
+    assert decode_version(encode(version())) == version()
+    assert decode_version(encode(of_old(version()))) == version()
+
+
+@pytest.mark.parametrize("head", [b"", b"\x00", b"\x91\x90", b"\xa2v1", encode("v1") + encode(1) * 12])
+def test_what_is_neither_a_head_nor_a_record_is_refused(head: bytes) -> None:
+    good = head_of(encode_object(ObjectRecord((version(),))))
+    for heads in ([head], [good, head], [head, good]):
+        with pytest.raises(msgspec.MsgspecError):
+            decode_heads(heads)
