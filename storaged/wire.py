@@ -5,6 +5,7 @@ What is written to disk or sent to a peer derives from :class:`Message`; FORMATS
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,3 +32,8 @@ def decode(data: Buffer, kind: type[T]) -> T:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
     result: T = decoder.decode(data)
     return result
+
+
+def decode_all(values: Sequence[Buffer], kind: type[T]) -> list[T]:
+    """Many encoded values in one call. Raises as ``decode``, unless they are as many values of ``kind``, and nothing besides."""
+    return decode(b"\xdd" + len(values).to_bytes(4, "big") + b"".join(values), list[kind])  # type: ignore[valid-type]

@@ -86,6 +86,15 @@ class _Box:
         nonce = self._entropy(NONCE_BYTES)
         return nonce + self._cipher.encrypt(nonce, plaintext, self._label + context)
 
+    def open_all(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+        decrypt, label = self._cipher.decrypt, self._label
+        try:
+            return [
+                decrypt(field[:NONCE_BYTES], field[NONCE_BYTES:], label + context) for field, context in zip(sealed, contexts, strict=True)
+            ]
+        except (InvalidTag, ValueError):
+            raise SealBroken("one of them does not open under this key and its context") from None
+
     def open(self, sealed: bytes, context: bytes) -> bytes:
         if len(sealed) < NONCE_BYTES + TAG_BYTES:
             raise SealBroken("too short to be sealed")
@@ -127,6 +136,9 @@ class UnwrappedBucketKey:
 
     def open_list(self, sealed: bytes, context: bytes) -> bytes:
         return self._list.open(sealed, context)
+
+    def open_lists(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+        return self._list.open_all(sealed, contexts)
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil, sqrt
+from typing import Any
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.meta.names import RegisterName, Visibility
-from storaged.meta.ports import ListPage, Registers, Replicas, Row
+from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row
 from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
 from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, bounded, common_end, reported
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1
 ROUNDS_MAX = 64
 """A page that is not full after this many rounds is given as it is, to go on from there: 64 rounds are half a million deleted keys."""
+
+Filled = tuple[list[bytes], list[Any], tuple[bytes, ...], bytes | None]
+"""Keys, their values or heads, common prefixes, where the next page begins."""
 
 SHARE_ROWS_MIN = 8
 WALK_ROWS = 500
@@ -80,11 +84,32 @@ class RingScanner:
     ) -> ListPage:
         """As the port says. ``limit`` up to 4,095; 0 gives an empty last page. A page may be short, even empty, with ``next_after`` set: then
         so many deleted keys lay in between that it is better to come back."""
+        visible = Visibility.HIDDEN if hidden else Visibility.LIVE
+        keys, held, prefixes, next_after = await self._filled(
+            Query(table, scope, prefix, delimiter, visible, settling_nonce), shards, after, limit
+        )
+        return ListPage(tuple(map(Row, keys, held)), prefixes, next_after)
+
+    async def list_heads(
+        self,
+        table: int,
+        scope: bytes,
+        shards: Sequence[int],
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> HeadPage:
+        """As the port says; limits as for ``list_page``."""
+        query = Query(table, scope, prefix, delimiter, Visibility.LIVE, heads=True)
+        return HeadPage(*await self._filled(query, shards, after, limit))
+
+    async def _filled(self, query: Query, shards: Sequence[int], after: bytes, limit: int) -> Filled:
         if not 0 <= limit <= PAGE_ROWS_MAX:
             raise ValueError(f"a page has 0 to {PAGE_ROWS_MAX} entries, not {limit}")
         if limit == 0:
-            return ListPage()
-        query = Query(table, scope, prefix, delimiter, Visibility.HIDDEN if hidden else Visibility.LIVE, settling_nonce)
+            return [], [], (), None
         page = _Page(query, [self._reader.feed(query, shard, after) for shard in shards], limit)
         for turn in range(ROUNDS_MAX):
             asked = page.behind()
@@ -141,14 +166,15 @@ class RingScanner:
 
 
 class _Page:
-    """A page while it is filled. ``entries``: key -> row, or common prefix -> None."""
+    """A page while it is filled. ``entries``: key -> its value, or head; common prefix -> None. ``whole`` and ``cut_short``: the keys, what is held of them, the common
+    prefixes, and where the next page begins."""
 
     def __init__(self, query: Query, feeds: list[Feed], limit: int) -> None:
         self._query = query
         self._feeds = feeds
         self._limit = limit
         self._need = limit + 1  # one more tells whether there is a next page
-        self._entries: dict[bytes, Row | None] = {}
+        self._entries: dict[bytes, Any] = {}
         self._names: list[bytes] = []
 
     def behind(self) -> list[Feed]:
@@ -166,11 +192,11 @@ class _Page:
 
     def add(self, feed: Feed, piece: Piece) -> None:
         if self._query.delimiter:
-            for row in piece.rows:
-                group = common_prefix(row.key, self._query.prefix, self._query.delimiter)
-                self._entries[group or row.key] = None if group else row
+            for key, held in zip(piece.keys, piece.held, strict=True):
+                group = common_prefix(key, self._query.prefix, self._query.delimiter)
+                self._entries[group or key] = None if group else held
         else:
-            self._entries.update((row.key, row) for row in piece.rows)
+            self._entries.update(zip(piece.keys, piece.held, strict=True))
         feed.through, feed.done = self._jumped(piece.through), piece.done
 
     def _jumped(self, through: bytes) -> bytes:
@@ -178,26 +204,30 @@ class _Page:
         group = common_prefix(through, self._query.prefix, self._query.delimiter)
         return list_after_prefix(group) if group and group in self._entries else through
 
-    def whole(self) -> ListPage:
-        return self._listed(self._names[: self._limit], len(self._names) > self._limit)
+    def whole(self) -> Filled:
+        return self._filled(self._names[: self._limit], len(self._names) > self._limit)
 
-    def cut_short(self) -> ListPage:
+    def cut_short(self) -> Filled:
         """What is certain, and where to go on."""
         if not self.behind():
             return self.whole()
         known = self._jumped(min(feed.through for feed in self._feeds if not feed.done))
         names = self._names[: bisect_right(self._names, known)]
         if len(names) > self._limit:
-            return self._listed(names[: self._limit], True)
-        return replace(self._listed(names, False), next_after=known)
+            return self._filled(names[: self._limit], True)
+        keys, held, prefixes, _ = self._filled(names, False)
+        return keys, held, prefixes, known
 
-    def _listed(self, names: list[bytes], more: bool) -> ListPage:
-        rows = [self._entries[name] for name in names]
-        prefixes = tuple(name for name, row in zip(names, rows, strict=True) if row is None)
+    def _filled(self, names: list[bytes], more: bool) -> Filled:
+        held = [self._entries[name] for name in names]
         next_after = None
         if more:
-            next_after = list_after_prefix(names[-1]) if rows[-1] is None else names[-1]
-        return ListPage(tuple(row for row in rows if row is not None), prefixes, next_after)
+            next_after = list_after_prefix(names[-1]) if held[-1] is None else names[-1]
+        if not self._query.delimiter:
+            return names, held, (), next_after
+        prefixes = tuple(name for name, entry in zip(names, held, strict=True) if entry is None)
+        keys = [name for name, entry in zip(names, held, strict=True) if entry is not None]
+        return keys, [entry for entry in held if entry is not None], prefixes, next_after
 
 
 def _unanimous(rows: list[ScanRow], replicas: int) -> bool:

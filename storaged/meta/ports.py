@@ -143,6 +143,15 @@ class ListPage:
     next_after: bytes | None = None
 
 
+class HeadPage(NamedTuple):
+    """As ListPage, with the heads of the bodies (``meta.heads``) in place of values: ``heads[i]`` is of ``keys[i]``."""
+
+    keys: Sequence[bytes]
+    heads: Sequence[bytes]
+    prefixes: Sequence[bytes] = ()
+    next_after: bytes | None = None
+
+
 class Scanner(Protocol):
     async def list_page(
         self,
@@ -162,6 +171,19 @@ class Scanner(Protocol):
         ``settling_nonce`` is the fence's, for the scan that decides whether a bucket being deleted is empty: rows of a fenced scope settle only with it.
         A row that a majority does not agree on is settled before it is emitted. Raises ServiceUnavailable when a shard has no majority.
         """
+
+    async def list_heads(
+        self,
+        table: int,
+        scope: bytes,
+        shards: Sequence[int],
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> HeadPage:
+        """The LIVE rows that ``list_page`` would give, of each no more than its body's head, or the whole body where that has none."""
 
 
 class Fences(Protocol):
@@ -256,7 +278,7 @@ class PostingReplica(Replica, Protocol):
     """What a replica may do besides: be asked without a task."""
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
-        """A Prepare, Accept or Read, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
+        """A Prepare, Accept, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
 
 
 class Replicas(Protocol):
@@ -319,6 +341,9 @@ class MetaStore(Protocol):
 
     def slice(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """As scan, but (key, the row's bytes as rowvalue lays them out, unverified): what ``meta.scan`` makes digests and pages of."""
+
+    def columns(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> tuple[list[bytes], list[bytes]]:
+        """As slice, but the keys and the rows apart, for work on all rows at once."""
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Every (table, scope, shard) that has rows here, for repair's walk."""

@@ -16,6 +16,7 @@ _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
     messages.Prepare: ("meta.prepare", messages.PrepareReply),
     messages.Accept: ("meta.accept", messages.AcceptReply),
     messages.Read: ("meta.read", messages.ReadReply),
+    ScanRequest: ("meta.scan", ScanReply),
 }
 
 
@@ -121,7 +122,7 @@ class ReplicaHost:
             "meta.fence": Method(messages.FenceSet, self._fence),
             "meta.unfence": Method(messages.FenceLift, self._unfence),
             "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
-            "meta.scan": Method(ScanRequest, self._scan),
+            "meta.scan": Method(ScanRequest, self._scan, at_once=self._scan_at_once),
         }
 
     def _prepare_at_once(self, request: messages.Prepare, _call: Call) -> messages.PrepareReply | None:
@@ -161,6 +162,9 @@ class ReplicaHost:
 
     async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
         return await self._of(request.disk).fence_epoch(request)
+
+    def _scan_at_once(self, request: ScanRequest, _call: Call) -> ScanReply:
+        return self._of(request.disk).scan_at_once(request)
 
     async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
         return await self._of(request.disk).scan(request)

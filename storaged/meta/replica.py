@@ -356,6 +356,9 @@ class LocalReplica:
         return messages.ReadReply(verdict, acceptor.accepted, digest, value, data_id, header if request.data_id else b""), payload
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
+        return self.scan_at_once(request)
+
+    def scan_at_once(self, request: ScanRequest) -> ScanReply:
         """Rows as they are on disk: what was answered OK is among them."""
         self._check_answers()
         if request.epoch < self._epoch and self._rules.fence_by_epoch:

@@ -18,12 +18,14 @@ neither). Equal names, ballots and values give equal bytes, so the check also st
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 import xxhash
 
 from storaged import wire
+from storaged.meta.heads import HEAD_MARK, LEAD_BYTES, head_of
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
 from storaged.meta.ports import Ballot, RowDamaged, Slot
 from storaged.wire import Buffer
@@ -32,6 +34,9 @@ ROW_VERSION = 1
 CHECK_BYTES = 8
 NAME_PREFIX_BYTES = 18
 
+STAMP_BYTES = 10
+"""Format version, check and visibility of a row: what stands for it where replicas compare rows."""
+
 _HEAD = struct.Struct(">BQQBB")
 _CHECK_AT = 1
 _BODY_AT = _CHECK_AT + CHECK_BYTES
@@ -39,7 +44,14 @@ _BALLOT_AT = _BODY_AT + 1
 _ROW_BYTES_MIN = _BODY_AT + _HEAD.size
 
 assert _HEAD.size == 19
+assert STAMP_BYTES == _BALLOT_AT
 assert _ROW_BYTES_MIN == 28
+
+_LEAD = struct.Struct(">xBH17xB2xBBH")
+"""The beginning of a value whose body has a head: array, sequence, header of the operation's id, id and visibility, header of the body, its lead."""
+
+_LEAD_AT = _LEAD.size - LEAD_BYTES
+_unpack_lead = _LEAD.unpack_from
 
 _hash = xxhash.xxh3_64_intdigest
 _check = xxhash.xxh3_64_digest
@@ -80,6 +92,43 @@ def intact(name_prefix: bytes, key: bytes, row: bytes) -> bool:
 def visibility_of(row: bytes) -> int:
     """Of an intact row."""
     return row[_BODY_AT]
+
+
+def stamps_of(rows: Sequence[bytes]) -> bytes:
+    """The stamps of rows, one behind the other."""
+    return b"".join([row[:STAMP_BYTES] for row in rows])
+
+
+def sound_rows(seed: int, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
+    """Whether all of these are what ``sound_check`` calls sound. A page has a thousand of them: one expression a row."""
+    found = [
+        _check(row[_BODY_AT:] + key, seed) == row[_CHECK_AT:_BODY_AT] and row[0] == ROW_VERSION for key, row in zip(keys, rows, strict=True)
+    ]
+    return False not in found
+
+
+def heads_of(rows: Sequence[bytes]) -> list[bytes]:
+    """Of intact rows: each body's head, or the whole body where it has none (``meta.heads``).
+
+    A head is found where it nearly always is, behind a sequence number below 128, an operation's id of 16 bytes and a body of 256 to 65,535
+    bytes; the value is decoded where it is not.
+    """
+    heads = []
+    for row in rows:
+        at = _ROW_BYTES_MIN + row[26] + row[27]
+        try:
+            sequence, operation, body, mark, start, end = _unpack_lead(row, at)
+        except struct.error:  # a short one
+            mark = 0
+        if mark == HEAD_MARK and sequence < 0x80 and operation == 0xC410 and body == 0xC5:
+            heads.append(row[at + _LEAD_AT + start : at + _LEAD_AT + end])
+        else:
+            heads.append(_head_of_row(row))
+    return heads
+
+
+def _head_of_row(row: bytes) -> bytes:
+    return head_of(wire.decode(row_parts(row).value, Value).body)
 
 
 class RowParts(NamedTuple):

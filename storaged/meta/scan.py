@@ -10,6 +10,7 @@ same rows stop at the same place, so equal (digest, through, done) mean equal an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import msgspec
@@ -18,7 +19,7 @@ import xxhash
 from storaged import wire
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
 from storaged.meta.ports import MetaStore, RowDamaged
-from storaged.meta.rowvalue import row_parts, seed_of, sound_check, visibility_of
+from storaged.meta.rowvalue import STAMP_BYTES, heads_of, row_parts, seed_of, sound_check, sound_rows, stamps_of, visibility_of
 from storaged.wire import Message
 
 SHARDS_MAX = 256
@@ -35,6 +36,10 @@ class Want(IntEnum):
     """The rows that count as entries."""
     ALL = 2
     """Every row looked at, to find out where replicas differ."""
+    STAMPS = 3
+    """As DIGEST, of rows that nobody verified."""
+    HEADS = 4
+    """Of the rows that count as entries the keys, and the heads of the bodies (``meta.heads``)."""
 
 
 class ShardAsk(Message, frozen=True):
@@ -72,7 +77,8 @@ class ScanRow(Message, frozen=True):
 
 class ShardSlice(Message, frozen=True):
     """``through``: everything up to and including this key was looked at (but for what common prefixes stand for); ``done``: to the shard's end.
-    ``rows`` is a list of ScanRow in msgpack, decoded only when it is used. ``unreadable``: the shard can't be scanned here, nothing else counts."""
+    ``rows`` is a list of ScanRow in msgpack, decoded only when it is used; ``keys`` and ``heads`` belong together, when heads were wanted.
+    ``unreadable``: the shard can't be scanned here, nothing else counts."""
 
     shard: int
     through: bytes
@@ -81,6 +87,8 @@ class ShardSlice(Message, frozen=True):
     rows: bytes = b""
     looked_at: int = 0
     unreadable: bool = False
+    keys: Sequence[bytes] = ()
+    heads: Sequence[bytes] = ()
 
 
 class ScanReply(Message, frozen=True):
@@ -119,18 +127,51 @@ def scan_store(store: MetaStore, request: ScanRequest) -> ScanReply:
 
 
 def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
-    scan = _ShardScan(request, ask)
-    step = _SLICE_ROWS_WITH_DELIMITER if request.delimiter else ask.limit + 1
     try:
-        while not scan.finished:
-            limit = min(step, scan.rows_left)
-            batch = store.slice(request.table, request.scope, ask.shard, after=scan.through, prefix=request.prefix, limit=limit)
-            scan.take(batch)
-            scan.finished = scan.finished or len(batch) < limit
-            step = min(2 * step, EXAMINE_MAX) if not scan.jumped else _SLICE_ROWS_WITH_DELIMITER
+        found = _plain(store, request, ask) if ask.want in (Want.STAMPS, Want.HEADS) and ask.limit and not request.delimiter else None
+        return _look(store, request, ask) if found is None else found
     except RowDamaged:
         return ShardSlice(ask.shard, ask.after, False, 0, unreadable=True)
+
+
+def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice | None:
+    """What ``_look`` would answer, when all rows are visible, whole, and together small enough; else None."""
+    limit = min(ask.limit, ask.examine_max)
+    keys, rows = store.columns(request.table, request.scope, ask.shard, after=ask.after, prefix=request.prefix, limit=limit + 1)
+    more = len(rows) > limit
+    if more:
+        del keys[limit:], rows[limit:]
+    if not rows:
+        return ShardSlice(ask.shard, ask.after, True, xxhash.xxh3_64_intdigest(b""))
+    stamps = stamps_of(rows)
+    if (
+        len(stamps) < STAMP_BYTES * len(rows)
+        or min(stamps[STAMP_BYTES - 1 :: STAMP_BYTES]) < request.visible
+        or sum(map(len, rows)) >= ask.bytes_max
+    ):
+        return None
+    digest = xxhash.xxh3_64_intdigest(stamps)
+    if ask.want == Want.STAMPS:
+        return ShardSlice(ask.shard, keys[-1], not more, digest, looked_at=len(rows))
+    if not sound_rows(_seed(request, ask), keys, rows):
+        return None
+    return ShardSlice(ask.shard, keys[-1], not more, digest, looked_at=len(rows), keys=keys, heads=heads_of(rows))
+
+
+def _look(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
+    scan = _ShardScan(request, ask)
+    step = _SLICE_ROWS_WITH_DELIMITER if request.delimiter else ask.limit + 1
+    while not scan.finished:
+        limit = min(step, scan.rows_left)
+        batch = store.slice(request.table, request.scope, ask.shard, after=scan.through, prefix=request.prefix, limit=limit)
+        scan.take(batch)
+        scan.finished = scan.finished or len(batch) < limit
+        step = min(2 * step, EXAMINE_MAX) if not scan.jumped else _SLICE_ROWS_WITH_DELIMITER
     return scan.slice()
+
+
+def _seed(request: ScanRequest, ask: ShardAsk) -> int:
+    return seed_of(RegisterName(request.table, request.scope, ask.shard, b"").pack())
 
 
 class _ShardScan:
@@ -142,22 +183,24 @@ class _ShardScan:
         self.jumped = False
         self._request = request
         self._ask = ask
-        self._seed = seed_of(RegisterName(request.table, request.scope, ask.shard, b"").pack())
+        self._seed = _seed(request, ask)
         self._damaged_mark = b"damaged at " + request.disk.encode()
-        self._checks: list[bytes] = []
+        self._stamps: list[bytes] = []
+        self._shown: list[tuple[bytes, bytes]] = []
         self._rows: list[tuple[bytes, bytes, int, msgspec.Raw | None]] = []
         self._entries = self._bytes = 0
         self._more = False
 
     @property
     def rows_left(self) -> int:
-        return self._ask.examine_max - len(self._checks) + 1
+        return self._ask.examine_max - len(self._stamps) + 1
 
     def take(self, batch: list[tuple[bytes, bytes]]) -> None:
         """The one loop over rows. Locals, and no calls that can be avoided: a page of 1,000 keys is 4,000 rows here, on all replicas together."""
-        request, ask, seed, checks = self._request, self._ask, self._seed, self._checks
-        visible, delimiter, everything = request.visible, request.delimiter, ask.want == Want.ALL
-        entries, looked_at, size, through = self._entries, len(checks), self._bytes, self.through
+        request, ask, seed, stamps = self._request, self._ask, self._seed, self._stamps
+        visible, delimiter, everything, heads = request.visible, request.delimiter, ask.want == Want.ALL, ask.want == Want.HEADS
+        verified, shipped = ask.want != Want.STAMPS, ask.want == Want.VISIBLE
+        entries, looked_at, size, through = self._entries, len(stamps), self._bytes, self.through
         group = b""
         self.jumped = False
         for key, row in batch:
@@ -168,13 +211,12 @@ class _ShardScan:
                 break
             looked_at += 1
             through, group = key, b""
-            check = sound_check(seed, key, row)
-            if not check:
-                checks.append(self._damaged_mark)
+            if (verified or len(row) < STAMP_BYTES) and not sound_check(seed, key, row):
+                stamps.append(self._damaged_mark)
                 if everything:
                     self._rows.append((key, b"", 0, None))
                 continue
-            checks.append(check)
+            stamps.append(row[:STAMP_BYTES])
             size += len(row)
             shown = visibility_of(row) >= visible
             if shown:
@@ -182,7 +224,9 @@ class _ShardScan:
                 if delimiter and (group := common_prefix(key, request.prefix, delimiter)):
                     through = list_after_prefix(group)
                     self.jumped = True
-            if everything or (shown and ask.want):
+            if shown and heads:
+                self._shown.append((key, row))
+            elif everything or (shown and shipped):
                 visibility, ballot, value = row_parts(row)
                 self._rows.append((key, ballot, visibility, msgspec.Raw(value)))
         self._entries, self._bytes, self.through = entries, size, through
@@ -192,7 +236,9 @@ class _ShardScan:
             shard=self._ask.shard,
             through=self.through,
             done=not self._more,
-            digest=xxhash.xxh3_64_intdigest(b"".join(self._checks)),
-            rows=wire.encode(self._rows) if self._ask.want else b"",
-            looked_at=len(self._checks),
+            digest=xxhash.xxh3_64_intdigest(b"".join(self._stamps)),
+            rows=wire.encode(self._rows) if self._rows else b"",
+            looked_at=len(self._stamps),
+            keys=[key for key, _ in self._shown],
+            heads=heads_of([row for _, row in self._shown]),
         )

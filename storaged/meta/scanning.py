@@ -1,9 +1,9 @@
 """Settled pieces of shards: what a majority of each shard's replicas agrees on, and the rest settled through its registers.
 
 Theory of operation
-    In one round each shard's rows come from one replica (the *supplier*), digests from the others. When a majority has the same digest, the same
-    ballots of the same keys lie on a majority, so every row is settled, and every key that isn't there isn't. Otherwise all rows are fetched from
-    all replicas: a key that a majority holds at one ballot (or that a majority never heard of) is settled, each of the others is read
+    Each shard's rows come from one replica (the *supplier*), digests from others. When a majority has the same digest, the same
+    ballots of the same keys lie on a majority, so every row is settled, and every key that isn't there isn't. At first a bare majority is asked, which is all that
+    a page mostly takes; then everybody. When no majority agrees, all rows are fetched from all replicas: a key that a majority holds at one ballot (or that a majority never heard of) is settled, each of the others is read
     through its register, which settles it. Taking the newest instead would list an object that the next GET denies.
 
     A common prefix stands for its keys when one of them is visible and settled. Where replicas differ inside of it, none has looked behind its own first visible
@@ -16,14 +16,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
+from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Registers, Replicas, Row
+from storaged.meta.ports import Registers, Replica, Replicas
 from storaged.meta.scan import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice, Want, common_prefix, decode_rows
 from storaged.units import MIB
 
@@ -34,12 +36,15 @@ ROUND_BYTES_MAX = 3 * MIB
 
 SETTLING_MAX = 32
 HEDGE_S = 0.05
-"""How long a round waits for the rest once every shard has answers from a majority."""
+"""How long a round waits for the rest once every shard has answers from a majority, and at the least for a bare majority."""
+
+PATIENCE = 4
+"""A bare majority that was asked is waited for this many times longer than it usually takes: where all are busy, asking more of them makes it worse."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """``visible``: the least Visibility that counts. ``settling_nonce`` of the scope's fence, if it has one."""
+    """``visible``: the least Visibility that counts. ``settling_nonce`` of the scope's fence, if it has one. ``heads``: of values no more than the head of the body."""
 
     table: int
     scope: bytes
@@ -47,16 +52,23 @@ class Query:
     delimiter: bytes
     visible: int
     settling_nonce: bytes = b""
+    heads: bool = False
+
+    @property
+    def rows(self) -> Want:
+        """What the supplier of rows is asked for."""
+        return Want.HEADS if self.heads else Want.VISIBLE
 
 
 @dataclass
 class Feed:
-    """One shard while it is read: known up to ``through``, or to its end."""
+    """One shard while it is read: known up to ``through``, or to its end. ``first``: a bare majority of its disks, the supplier among them, to be asked first."""
 
     shard: int
     disks: tuple[str, ...]
     supplier: str
     through: bytes
+    first: Sequence[str] = ()
     done: bool = False
 
     @property
@@ -65,9 +77,10 @@ class Feed:
 
 
 class Piece(NamedTuple):
-    """A settled piece of a shard: its visible rows (of common prefixes: the first), and up to where it goes."""
+    """A settled piece of a shard: the keys of its visible rows (of common prefixes: the first) with their values, or heads, and up to where it goes."""
 
-    rows: Sequence[Row]
+    keys: Sequence[bytes]
+    held: Sequence[Value] | Sequence[bytes]
     through: bytes
     done: bool
 
@@ -76,6 +89,47 @@ Answers = dict[int, dict[str, ShardSlice]]
 """shard -> disk -> what it answered."""
 
 Enough = Callable[[Answers], bool]
+Wanted = Callable[[Feed, str], Want | None]
+"""What to ask of a disk about a shard; None: nothing."""
+
+
+class _Round:
+    """Requests that are out together, and what came of them. ``ended`` is done when every one was answered, or ``enough`` says so, or it was told to."""
+
+    def __init__(self, feeds: Sequence[Feed], requests: int, enough: Enough, hedge_s: float, *, hurry_s: float | None) -> None:
+        """Ends ``hedge_s`` after every feed has answers from a majority; with ``hurry_s`` in any case so long after its beginning."""
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self.answers: Answers = {feed.shard: {} for feed in feeds}
+        self._feeds = feeds
+        self._left = requests
+        self._enough = enough
+        self._hedge_s = hedge_s
+        self._timer = self._loop.call_later(hurry_s, self.end) if hurry_s is not None else None
+
+    def heard(self, request: ScanRequest, answer: Any, _bulk: object = None) -> None:
+        """A refusal, an error, or an answer to something else than was asked counts for nothing."""
+        if self.ended.done():
+            return
+        self._left -= 1
+        if (
+            isinstance(answer, ScanReply)
+            and not answer.verdict
+            and [piece.shard for piece in answer.slices] == [ask.shard for ask in request.shards]
+        ):
+            for piece in answer.slices:
+                if not piece.unreadable:
+                    self.answers[piece.shard][request.disk] = piece
+        if not self._left or self._enough(self.answers):
+            self.end()
+        elif self._timer is None and all(len(self.answers[feed.shard]) >= feed.majority for feed in self._feeds):
+            self._timer = self._loop.call_later(self._hedge_s, self.end)
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.ended.done():
+            self.ended.set_result(None)
 
 
 class ShardReader:
@@ -99,31 +153,23 @@ class ShardReader:
         self._timeout_s = timeout_s
         self._hedge_s = hedge_s
         self._examine_max = examine_max
+        self._usual_s = 0.0
 
     def feed(self, query: Query, shard: int, after: bytes) -> Feed:
         disks = self._layouts.current.replicas_of(RegisterName(query.table, query.scope, shard, b"").partition)
         alive = [disk for disk in disks if self._liveness.disk_readable(disk)] or list(disks)
-        return Feed(shard, disks, alive[shard % len(alive)], after)
+        first = shard % len(alive)
+        order = alive[first:] + alive[:first]
+        return Feed(shard, disks, order[0], after, order[: len(disks) // 2 + 1])
 
     async def pieces(self, query: Query, feeds: Sequence[Feed], limit: int) -> list[Piece]:
         """What each feed holds next, about ``limit`` entries of each. Raises ServiceUnavailable when one has no majority."""
         found: dict[int, Piece] = {}
-        waiting = list(feeds)
+        await self._bare_majority(query, feeds, limit, found)
+        waiting = [feed for feed in feeds if feed.shard not in found]
         for _ in range(2):
-            answers = await self._ask_for_agreement(query, waiting, limit)
-            again = []
-            for feed in waiting:
-                agreed = agreeing(feed, answers[feed.shard])
-                if feed.supplier in agreed:
-                    answer = answers[feed.shard][feed.supplier]
-                    rows = [Row(row.key, row.value) for row in _decoded(answer) if row.value is not None]
-                    found[feed.shard] = Piece(rows, answer.through, answer.done)
-                elif agreed:  # the supplier lags or is away: the same once more, from one of those that agree
-                    feed.supplier = agreed[0]
-                    again.append(feed)
-            waiting = again
-            if not waiting:
-                break
+            if waiting:
+                waiting = await self._everybody(query, waiting, limit, found)
         differing = [feed for feed in feeds if feed.shard not in found]
         if differing:
             answers = await self.ask_all(query, differing, limit, Want.ALL)
@@ -131,26 +177,55 @@ class ShardReader:
                 found[feed.shard] = await self._settled(query, feed, list(answers[feed.shard].values()))
         return [found[feed.shard] for feed in feeds]
 
+    async def _bare_majority(self, query: Query, feeds: Sequence[Feed], limit: int, found: dict[int, Piece]) -> None:
+        """The common case: those who are asked first agree, and each of them is asked once."""
+        rows = query.rows
+
+        def want(feed: Feed, disk: str) -> Want | None:
+            return rows if disk == feed.supplier else Want.STAMPS if disk in feed.first else None
+
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        answers = await self._ask(query, feeds, limit, want, lambda _answers: False, hurry_s=max(self._hedge_s, PATIENCE * self._usual_s))
+        self._usual_s += (loop.time() - began - self._usual_s) / 8
+        for feed in feeds:
+            told = answers[feed.shard]
+            if feed.supplier in agreeing(feed, told):
+                found[feed.shard] = _piece(query, told[feed.supplier])
+            elif told and feed.supplier not in told:  # it does not answer, or not in time
+                feed.supplier = next(iter(told))
+
+    async def _everybody(self, query: Query, feeds: Sequence[Feed], limit: int, found: dict[int, Piece]) -> list[Feed]:
+        """The feeds whose supplier lags or is away: the same once more, from one of those that agree."""
+        rows, asked = query.rows, self._worth_asking(feeds)
+
+        def want(feed: Feed, disk: str) -> Want | None:
+            return None if disk not in asked else rows if disk == feed.supplier else Want.STAMPS
+
+        def enough(answers: Answers) -> bool:
+            return all(feed.supplier in agreeing(feed, answers[feed.shard]) for feed in feeds)
+
+        answers = await self._ask(query, feeds, limit, want, enough)
+        again = []
+        for feed in feeds:
+            agreed = agreeing(feed, answers[feed.shard])
+            if feed.supplier in agreed:
+                found[feed.shard] = _piece(query, answers[feed.shard][feed.supplier])
+            elif agreed:
+                feed.supplier = agreed[0]
+                again.append(feed)
+        return again
+
     async def ask_all(self, query: Query, feeds: Sequence[Feed], limit: int, want: Want) -> Answers:
         """Asks every replica of every feed for the same, and waits for all of them, though not long for the last ones.
 
         Raises ServiceUnavailable when a feed has no majority.
         """
-        everyone = {disk for feed in feeds for disk in feed.disks}
-        answers = await self._ask(query, feeds, limit, lambda _feed, _disk: want, everyone, lambda _answers: False)
+        answers = await self._ask(query, feeds, limit, lambda _feed, _disk: want, lambda _answers: False)
         for feed in feeds:
             if len(answers[feed.shard]) < feed.majority:
                 raise ServiceUnavailable(f"Only {len(answers[feed.shard])} of {len(feed.disks)} replicas of an index shard answer.")
         return answers
-
-    async def _ask_for_agreement(self, query: Query, feeds: Sequence[Feed], limit: int) -> Answers:
-        def want(feed: Feed, disk: str) -> Want:
-            return Want.VISIBLE if disk == feed.supplier else Want.DIGEST
-
-        def enough(answers: Answers) -> bool:
-            return all(feed.supplier in agreeing(feed, answers[feed.shard]) for feed in feeds)
-
-        return await self._ask(query, feeds, limit, want, self._worth_asking(feeds), enough)
 
     def _worth_asking(self, feeds: Sequence[Feed]) -> set[str]:
         """Disks that are thought to be away are left out while every shard has a majority without them."""
@@ -158,17 +233,15 @@ class ShardReader:
         alive = {disk for disk in everyone if self._liveness.disk_readable(disk)}
         return alive if all(sum(disk in alive for disk in feed.disks) >= feed.majority for feed in feeds) else everyone
 
-    def _requests(
-        self, query: Query, feeds: Sequence[Feed], limit: int, want: Callable[[Feed, str], Want], disks: set[str]
-    ) -> list[ScanRequest]:
+    def _requests(self, query: Query, feeds: Sequence[Feed], limit: int, want: Wanted) -> list[ScanRequest]:
         examine_max = min(self._examine_max, max(2 * limit, self._examine_max // len(feeds)))
         bytes_max = ROUND_BYTES_MAX // len(feeds)
         asks: dict[str, list[ShardAsk]] = {}
         for feed in feeds:
             for disk in feed.disks:
-                if disk in disks:
-                    ask = ShardAsk(feed.shard, feed.through, limit, want(feed, disk), examine_max, bytes_max)
-                    asks.setdefault(disk, []).append(ask)
+                wanted = want(feed, disk)
+                if wanted is not None:
+                    asks.setdefault(disk, []).append(ShardAsk(feed.shard, feed.through, limit, wanted, examine_max, bytes_max))
         epoch = self._layouts.current.epoch
         return [
             ScanRequest(disk, epoch, query.table, query.scope, tuple(shards), query.prefix, query.delimiter, query.visible)
@@ -176,47 +249,45 @@ class ShardReader:
         ]
 
     async def _ask(
-        self,
-        query: Query,
-        feeds: Sequence[Feed],
-        limit: int,
-        want: Callable[[Feed, str], Want],
-        disks: set[str],
-        enough: Enough,
+        self, query: Query, feeds: Sequence[Feed], limit: int, want: Wanted, enough: Enough, *, hurry_s: float | None = None
     ) -> Answers:
-        """Until ``enough``, or everybody answered, or a moment after every feed has a majority of answers."""
-        answers: Answers = {feed.shard: {} for feed in feeds}
-        arrived: asyncio.Queue[tuple[ScanRequest, ScanReply | None]] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._ask_one(request, arrived)) for request in self._requests(query, feeds, limit, want, disks)]
-        give_up_at: float | None = None
+        """Until ``enough``, or everybody answered, or a moment passed (``_Round``)."""
+        requests = self._requests(query, feeds, limit, want)
+        asked = _Round(feeds, len(requests), enough, self._hedge_s, hurry_s=hurry_s)
+        tasks: list[asyncio.Task[None]] = []
         try:
-            for _ in tasks:
-                async with asyncio.timeout_at(give_up_at):
-                    request, reply = await arrived.get()
-                _note_reply(answers, request, reply)
-                if enough(answers):
-                    break
-                if give_up_at is None and all(len(answers[feed.shard]) >= feed.majority for feed in feeds):
-                    give_up_at = asyncio.get_running_loop().time() + self._hedge_s
-        except TimeoutError:
-            pass
+            for request in requests:
+                self._send(request, asked, tasks)
+            await asked.ended
         finally:
+            asked.end()
             for task in tasks:
                 task.cancel()
-            ended = await asyncio.gather(*tasks, return_exceptions=True)
-        for result in ended:
+            failed = await asyncio.gather(*tasks, return_exceptions=True) if tasks else ()
+        for result in failed:
             if isinstance(result, Exception):
                 raise result
-        return answers
+        return asked.answers
 
-    async def _ask_one(self, request: ScanRequest, arrived: asyncio.Queue[tuple[ScanRequest, ScanReply | None]]) -> None:
-        reply = None
+    def _send(self, request: ScanRequest, asked: _Round, tasks: list[asyncio.Task[None]]) -> None:
+        """Without a task where the replica can be asked without one. Whoever can't be reached counts as away; a majority does without, or the caller is told."""
         try:
-            reply = await self._replicas.replica(request.disk).scan(request, timeout_s=self._timeout_s)
-        except StoragedError:
-            pass  # it counts as away; a majority does without it, or the caller is told
+            replica = self._replicas.replica(request.disk)
+        except StoragedError as error:
+            asked.heard(request, error)
+            return
+        post = getattr(replica, "post", None)
+        if post is None or not post(request, partial(asked.heard, request), timeout_s=self._timeout_s):
+            tasks.append(asyncio.create_task(self._call(replica, request, asked)))
+
+    async def _call(self, replica: Replica, request: ScanRequest, asked: _Round) -> None:
+        answer: ScanReply | StoragedError | None = None
+        try:
+            answer = await replica.scan(request, timeout_s=self._timeout_s)
+        except StoragedError as error:
+            answer = error
         finally:
-            arrived.put_nowait((request, reply))
+            asked.heard(request, answer)
 
     async def _settled(self, query: Query, feed: Feed, answers: list[ShardSlice]) -> Piece:
         through, done = common_end(answers)
@@ -271,13 +342,13 @@ def reported(answers: Iterable[list[ScanRow]], through: bytes, done: bool) -> di
     return dict(sorted(found.items()))
 
 
-def _note_reply(answers: Answers, request: ScanRequest, reply: ScanReply | None) -> None:
-    """A refusal, or an answer to something else than was asked, counts for nothing."""
-    if reply is None or reply.verdict or [piece.shard for piece in reply.slices] != [ask.shard for ask in request.shards]:
-        return
-    for piece in reply.slices:
-        if not piece.unreadable:
-            answers[piece.shard][request.disk] = piece
+def _piece(query: Query, answer: ShardSlice) -> Piece:
+    if query.heads:
+        if len(answer.keys) != len(answer.heads):
+            raise ServiceUnavailable("A replica's answer to a scan cannot be read: its keys and heads do not belong together.")
+        return Piece(answer.keys, answer.heads, answer.through, answer.done)
+    rows = [(row.key, row.value) for row in _decoded(answer) if row.value is not None]
+    return Piece([key for key, _ in rows], [value for _, value in rows], answer.through, answer.done)
 
 
 def _decoded(answer: ShardSlice) -> list[ScanRow]:
@@ -306,16 +377,18 @@ def _horizons(query: Query, answers: list[list[ScanRow]], through: bytes, done: 
 
 
 def _assemble(query: Query, values: dict[bytes, Value | None], horizons: dict[bytes, bytes], through: bytes, done: bool) -> Piece:
-    rows: list[Row] = []
+    keys: list[bytes] = []
     shown: set[bytes] = set()
     for key, value in values.items():
         group = common_prefix(key, query.prefix, query.delimiter)
         if value is not None and value.visibility >= query.visible:
-            rows.append(Row(key, value))
+            keys.append(key)
             shown.add(group)
         if group and group not in shown and horizons.get(group) == key:
-            return Piece(rows, key, False)  # what stood for the prefix turned out not to be visible: look behind it
-    return Piece(rows, through, done)
+            through, done = key, False  # what stood for the prefix turned out not to be visible: look behind it
+            break
+    found = [value for key in keys if (value := values[key]) is not None]
+    return Piece(keys, [head_of(value.body) for value in found] if query.heads else found, through, done)
 
 
 async def bounded(work: Sequence[Coroutine[Any, Any, T]], limit: int) -> list[T]:

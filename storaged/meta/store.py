@@ -318,6 +318,10 @@ class LmdbMetaStore:
         except lmdb.Error as error:
             raise self._unreadable(error) from None
 
+    def columns(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> tuple[list[bytes], list[bytes]]:
+        found = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
+        return [key for key, _ in found], [row for _, row in found]
+
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
         return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]

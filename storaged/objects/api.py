@@ -153,7 +153,9 @@ class ObjectStream(Protocol):
         """Gives buffers back; safe to call twice, needed when ``chunks`` was not exhausted."""
 
 
-class ListedObject(Struct, frozen=True):
+class ListedObject(NamedTuple):
+    """A tuple, since a page has a thousand of them."""
+
     key: bytes
     version_id: str
     size: int

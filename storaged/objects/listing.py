@@ -1,27 +1,72 @@
-"""Listings: rows come in key order from the ring's scanner; only what a list prints is opened."""
+"""Listings: rows come in key order from the ring's scanner; only what a list prints is opened.
+
+A page of current objects is worked on as columns: the heads of all records are decoded in one call, and all list fields opened in one. Versions come from whole records.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import msgspec
+
+from storaged.errors import DataDamaged
 from storaged.meta.names import Table, object_name
-from storaged.meta.ports import ListPage
 from storaged.objects.api import ListedObject, Listing
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord, ObjectRecord, Version
+from storaged.objects.ports import SealBroken, pack_context
+from storaged.objects.records import BucketRecord, ListedFields, ObjectRecord, SealedList, Version, decode_heads
 from storaged.objects.versions import BucketKeys, Place, decode_record, open_listing
+from storaged.wire import decode_all
 
 
 async def list_objects(
     plane: ObjectPlane, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
 ) -> Listing:
-    """Current objects with key > ``after``, and common prefixes, together at most ``limit``."""
-    page = await _page(plane, bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit, hidden=False)
+    """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged for a record that can't be read or opened."""
+    page = await plane.scanner.list_heads(
+        Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit
+    )
+    try:
+        rows = decode_heads(page.heads)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of a listed key cannot be read: {error}") from None
     keys = BucketKeys(plane, bucket)
-    found = []
-    for row in page.rows:
-        record = decode_record(row.value)
-        if record.versions:
-            found.append(await _listed(keys, bucket, row.key, record.versions[0], latest=True))
-    return Listing(found, page.prefixes, page.next_after)
+    try:
+        printed = decode_all(await _opened(keys, bucket, page.keys, rows), SealedList)
+    except (SealBroken, msgspec.MsgspecError) as error:
+        raise DataDamaged(f"The list field of a key does not open: {error}") from None
+    make, kind = tuple.__new__, ListedObject
+    listed = [
+        make(
+            kind,
+            (key, version, size, modified_ms, field.etag, field.storage_class, field.algorithm, field.checksum_type, owner, True, False),
+        )
+        for key, (version, modified_ms, size, owner, _, _, _), field in zip(page.keys, rows, printed, strict=True)
+    ]
+    return Listing(listed, page.prefixes, page.next_after)
+
+
+async def _opened(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], rows: Sequence[ListedFields]) -> list[bytes]:
+    """The list fields of these rows. Mostly all are under one version of the bucket's key."""
+    contexts = _contexts(bucket, names, rows)
+    versions = {row[4] for row in rows}
+    if len(versions) == 1:
+        return (await keys.load(versions.pop())).open_lists([row[6] for row in rows], contexts)
+    opened = [b""] * len(rows)
+    for version in sorted(versions):
+        held = [index for index, row in enumerate(rows) if row[4] == version]
+        key = await keys.load(version)
+        for index, plain in zip(held, key.open_lists([rows[index][6] for index in held], [contexts[index] for index in held]), strict=True):
+            opened[index] = plain
+    return opened
+
+
+def _contexts(bucket: BucketRecord, names: Sequence[bytes], rows: Sequence[ListedFields]) -> list[bytes]:
+    """``Place.context`` of every row, in one expression."""
+    first, join = pack_context(b"", (bucket.id,)), b"".join
+    lengths = {length: length.to_bytes(4, "big") for length in {*map(len, names), *[len(row[5]) for row in rows]}}
+    ids = {version: pack_context(b"", (version.encode(),)) for version in {row[0] for row in rows}}
+    return [join((first, lengths[len(key)], key, ids[row[0]], lengths[len(row[5])], row[5])) for key, row in zip(names, rows, strict=True)]
 
 
 async def list_versions(
@@ -43,19 +88,19 @@ async def list_versions(
         ids = [version.version_id for version in record.versions]
         if after_version in ids:
             found += await _listed_versions(keys, bucket, after, record, skip=ids.index(after_version) + 1)
-    room = max(0, limit - len(found))
-    page = await _page(plane, bucket, prefix=prefix, after=after, delimiter=delimiter, limit=room, hidden=True)
+    page = await plane.scanner.list_page(
+        Table.OBJECT,
+        bucket.id,
+        range(bucket.shards),
+        prefix=prefix,
+        after=after,
+        delimiter=delimiter,
+        limit=max(0, limit - len(found)),
+        hidden=True,
+    )
     for row in page.rows:
         found += await _listed_versions(keys, bucket, row.key, decode_record(row.value))
     return Listing(found, page.prefixes, page.next_after)
-
-
-async def _page(
-    plane: ObjectPlane, bucket: BucketRecord, *, prefix: bytes, after: bytes, delimiter: bytes, limit: int, hidden: bool
-) -> ListPage:
-    return await plane.scanner.list_page(
-        Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit, hidden=hidden
-    )
 
 
 async def _listed_versions(

@@ -33,6 +33,9 @@ class BucketKey(Protocol):
 
     def open_list(self, sealed: bytes, context: bytes) -> bytes: ...
 
+    def open_lists(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+        """What a page of a listing prints, each field with its context. Raises SealBroken when one of them does not open."""
+
 
 class KeyService(Protocol):
     """Keys never leave the process that has this. Raises KeyringUnavailable when it is closed or not this cluster's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storaged import errors
@@ -40,7 +41,7 @@ class _Ask:
             f"{'<EncodingType>url</EncodingType>' if self.url else ''}"
         )
 
-    def prefixes(self, prefixes: list[bytes] | tuple[bytes, ...]) -> str:
+    def prefixes(self, prefixes: Sequence[bytes]) -> str:
         return "".join(f"<CommonPrefixes><Prefix>{self.key(prefix)}</Prefix></CommonPrefixes>" for prefix in prefixes)
 
     def after(self, marker: bytes) -> bytes:
@@ -69,19 +70,20 @@ async def _page(front: Front, request: Request, ask: _Ask, after: bytes) -> List
     )
 
 
-def _rows(ask: _Ask, objects: list[ListedObject], owner: str) -> str:
-    return "".join(
-        f"<Contents><Key>{ask.key(item.key)}</Key><LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
-        f"<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item)}<Size>{item.size}</Size>{owner}"
-        f"<StorageClass>{item.storage_class}</StorageClass></Contents>"
-        for item in objects
-    )
+def _rows(ask: _Ask, objects: Sequence[ListedObject], owner: str) -> list[str]:
+    """A thousand at a time: what can be done for all keys, times and kinds of checksum at once is done before the one expression a row."""
+    names = xml.escape_keys([item[0] for item in objects], ask.url)
+    times = xml.iso_times([item[3] for item in objects])
+    sums = {kind: _checksum(*kind) for kind in {item[6:8] for item in objects}}
+    return [
+        f"<Contents><Key>{name}</Key><LastModified>{time}</LastModified><ETag>&quot;{etag}&quot;</ETag>{sums[algorithm, kind]}"
+        f"<Size>{size}</Size>{owner}<StorageClass>{storage_class}</StorageClass></Contents>"
+        for name, time, (_, _, size, _, etag, storage_class, algorithm, kind, _, _, _) in zip(names, times, objects, strict=True)
+    ]
 
 
-def _checksum(item: ListedObject) -> str:
-    if not item.algorithm:
-        return ""
-    return f"<ChecksumAlgorithm>{item.algorithm}</ChecksumAlgorithm><ChecksumType>{item.checksum_type}</ChecksumType>"
+def _checksum(algorithm: str, checksum_type: str) -> str:
+    return f"<ChecksumAlgorithm>{algorithm}</ChecksumAlgorithm><ChecksumType>{checksum_type}</ChecksumType>" if algorithm else ""
 
 
 def _following(page: Listing) -> bytes | None:
@@ -104,8 +106,8 @@ async def list_objects_v1(front: Front, request: Request) -> Reply:
             ask.common(request.bucket, plain_prefix=True),
             f"<Marker>{ask.key(marker)}</Marker>{next_marker}<MaxKeys>{ask.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            _rows(ask, list(page.objects), xml.owner(request.who.user_id, request.who.display_name)),
-            ask.prefixes(list(page.prefixes)),
+            *_rows(ask, page.objects, xml.owner(request.who.user_id, request.who.display_name)),
+            ask.prefixes(page.prefixes),
         )
     )
 
@@ -129,8 +131,8 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
             xml.element("ContinuationToken", token) if token is not None else "",
             f"<NextContinuationToken>{_to_token(page.next_after)}</NextContinuationToken>" if page.next_after is not None else "",
             f"<StartAfter>{ask.key(start_after)}</StartAfter>" if start_after else "",
-            _rows(ask, list(page.objects), owner),
-            ask.prefixes(list(page.prefixes)),
+            *_rows(ask, page.objects, owner),
+            ask.prefixes(page.prefixes),
         )
     )
 
@@ -177,7 +179,7 @@ async def list_versions(front: Front, request: Request) -> Reply:
             f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}{next_markers}<MaxKeys>{ask.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
             "".join(_version(ask, item, request) for item in page.objects),
-            ask.prefixes(list(page.prefixes)),
+            ask.prefixes(page.prefixes),
         )
     )
 
@@ -191,7 +193,7 @@ def _version(ask: _Ask, item: ListedObject, request: Request) -> str:
     if item.delete_marker:
         return f"<DeleteMarker>{head}{owner}</DeleteMarker>"
     return (
-        f"<Version>{head}<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item)}<Size>{item.size}</Size>{owner}"
+        f"<Version>{head}<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item.algorithm, item.checksum_type)}<Size>{item.size}</Size>{owner}"
         f"<StorageClass>{item.storage_class}</StorageClass></Version>"
     )
 

@@ -70,3 +70,14 @@ def test_documents_read_with_the_namespace_with_a_prefix_and_without() -> None:
 def test_too_many_elements_are_refused() -> None:
     with pytest.raises(MalformedXML):
         xml.parse(b"<a>" + b"<b/>" * xml.ELEMENTS_MAX + b"</a>", "a")
+
+
+@given(st.lists(st.one_of(st.text("ab/.-~_\n", max_size=4), st.text(st.characters(codec="utf-8"), max_size=8)), max_size=4), st.booleans())
+def test_many_keys_are_escaped_as_each_of_them_is(keys: list[str], url: bool) -> None:
+    packed = [key.encode() for key in keys]
+    assert xml.escape_keys(packed, url) == [xml.escape_key(key, url) for key in packed]
+
+
+@given(st.lists(st.integers(0, 253_402_300_799_999)))
+def test_many_times_are_written_as_each_of_them_is(times_ms: list[int]) -> None:
+    assert xml.iso_times(times_ms) == [xml.iso_time(time_ms) for time_ms in times_ms]

@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import DataDamaged, DiskUnusable, FragmentMissing, KeyringUnavailable, NoSuchBucket, PeerUnreachable
 from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
+from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Value, Visibility
-from storaged.meta.ports import ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
+from storaged.meta.ports import HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
 from storaged.wire import Buffer, decode
@@ -356,6 +357,20 @@ class FakeRing:
                 last = key
         return ListPage(tuple(rows), tuple(prefixes), None)
 
+    async def list_heads(
+        self,
+        table: int,
+        scope: bytes,
+        shards: Sequence[int],
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> HeadPage:
+        page = await self.list_page(table, scope, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+        return HeadPage([row.key for row in page.rows], [head_of(row.value.body) for row in page.rows], page.prefixes, page.next_after)
+
 
 class FakeBucketKey:
     def __init__(self, version: int) -> None:
@@ -381,6 +396,9 @@ class FakeBucketKey:
             return self._key.decrypt(sealed[:12], sealed[12:], context)
         except InvalidTag:
             raise SealBroken("wrong key or context") from None
+
+    def open_lists(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+        return [self.open_list(field, context) for field, context in zip(sealed, contexts, strict=True)]
 
 
 class FakeKeys:

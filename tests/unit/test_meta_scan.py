@@ -55,9 +55,25 @@ async def test_it_shows_visible_rows_and_looks_at_all() -> None:
     assert row.value == Value(1, b"o" * 16, LIVE, b"body of a")
 
 
-async def test_all_three_ways_of_asking_give_the_same_digest() -> None:
-    store = await store_of({b"a": LIVE, b"b": GONE, b"c": LIVE})
-    assert len({(piece.digest, piece.through, piece.done) for piece in (scan(store, want=want) for want in Want)}) == 1
+@pytest.mark.parametrize("rows", [{b"a": LIVE, b"b": GONE, b"c": LIVE}, {b"a": LIVE, b"b": LIVE, b"c": LIVE}, {}])
+@pytest.mark.parametrize(
+    "bounds", [{}, {"limit": 2}, {"limit": 3}, {"limit": 0}, {"examine_max": 2}, {"bytes_max": 1}, {"after": b"a"}, {"delimiter": b"b"}]
+)
+async def test_all_ways_of_asking_give_the_same_digest_and_stop_at_the_same_place(rows: dict[bytes, int], bounds: dict[str, int]) -> None:
+    store = await store_of(rows)
+    pieces = [scan(store, want=want, **bounds) for want in Want]  # type: ignore[arg-type]
+    assert len({(piece.digest, piece.through, piece.done, piece.looked_at) for piece in pieces}) == 1
+    assert keys(pieces[Want.VISIBLE]) == list(pieces[Want.HEADS].keys)
+    assert [row.value.body for row in decode_rows(pieces[Want.VISIBLE].rows) if row.value] == list(pieces[Want.HEADS].heads)
+
+
+async def test_a_replica_of_which_stamps_are_wanted_need_not_verify_its_rows_but_one_that_ships_them_does() -> None:
+    sound, damaged = [await store_of({b"a": LIVE, b"b": LIVE}) for _ in range(2)]
+    damaged.damage(RegisterName(Table.OBJECT, SCOPE, 0, b"a"))
+    assert scan(damaged, want=Want.STAMPS) == scan(sound, want=Want.STAMPS)
+    for want in (Want.HEADS, Want.VISIBLE, Want.ALL, Want.DIGEST):
+        assert scan(damaged, want=want).digest != scan(sound, want=want).digest
+    assert list(scan(damaged, want=Want.HEADS).keys) == [b"b"]
 
 
 async def test_a_tombstone_at_another_ballot_is_another_digest() -> None:
