@@ -192,7 +192,7 @@ class ClientConnection(Connection):
         if not self.is_open:
             raise self._counted(PeerUnreachable(f"The connection to {self.node} broke: {self.reason}."))
         future: asyncio.Future[tuple[Any, memoryview]] = self.loop.create_future()
-        request_id = self.post(prefix, request, reply, body, size, deadline, partial(_resolve, future))
+        request_id = self.post(prefix, encode(request), reply, body, size, deadline, partial(_resolve, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -204,12 +204,12 @@ class ClientConnection(Connection):
         return self.queued_bytes <= self.limits.queued_bytes_max and len(self.pending) < self.limits.calls_per_connection_max
 
     def post(
-        self, prefix: bytes, request: Message, reply: type[Message], body: tuple[Buffer, ...], size: int, deadline: float, then: Then
+        self, prefix: bytes, encoded: bytes, reply: type[Message], body: tuple[Buffer, ...], size: int, deadline: float, then: Then
     ) -> int:
-        """Sends a request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
+        """Sends an encoded request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
         remaining_ms = int((deadline - self.loop.time()) * 1000)
         request_id = self._last_id = self._last_id + 1
-        self.send(Kind.REQUEST, request_id, prefix + encode(request), body, size, min(max(remaining_ms, 1), DEADLINE_MS_MAX))
+        self.send(Kind.REQUEST, request_id, prefix + encoded, body, size, min(max(remaining_ms, 1), DEADLINE_MS_MAX))
         self.pending[request_id] = _Pending(then, reply, deadline, prefix)
         if self._expiry is None or deadline < self._expiry.when():
             self._set_expiry(deadline)
@@ -542,13 +542,27 @@ class RpcPool:
         timeout_s: float = 10.0,
     ) -> bool:
         """See ``ports.Poster``."""
+        return self.post_encoded(node, method, encode(request), reply, then, body=body, timeout_s=timeout_s)
+
+    def post_encoded(
+        self,
+        node: str,
+        method: str,
+        encoded: bytes,
+        reply: type[Message],
+        then: Then,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> bool:
+        """See ``ports.Poster``."""
         link = self._links.get(node)
         connection = link.connection if link is not None else None
         if connection is None or not connection.is_open or not connection.has_room:
             return False
         self.calls.total += 1
         pieces, size = measure(body) if body else ((), 0)
-        connection.post(self._prefix(method), request, reply, pieces, size, self.loop.time() + timeout_s, then)
+        connection.post(self._prefix(method), encoded, reply, pieces, size, self.loop.time() + timeout_s, then)
         return True
 
     def _prefix(self, method: str) -> bytes:

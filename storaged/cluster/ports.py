@@ -122,6 +122,19 @@ class Poster(Protocol):
         """As ``call``, but returns at once and hands the outcome to ``then``. False: nothing was sent, since that would need waiting (no connection, no
         room in it) or the node is this one; ``call`` does that. Raises ValueError when the request is over a frame's limits."""
 
+    def post_encoded(
+        self,
+        node: str,
+        method: str,
+        encoded: bytes,
+        reply: type[Message],
+        then: Then,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> bool:
+        """As ``post``, with a request that is encoded already: what goes to three nodes is encoded once."""
+
 
 @dataclass(frozen=True)
 class DiskStatus:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -36,6 +37,7 @@ from storaged.meta.ports import (
     Update,
 )
 from storaged.meta.proposal import Fragments, Proposal, Surroundings, View
+from storaged.meta.quick import QuickChange, QuickRead
 from storaged.meta.register import (
     CALL_BYTES,
     RULES,
@@ -49,7 +51,7 @@ from storaged.meta.register import (
     settled_ballot,
     shown,
 )
-from storaged.meta.rounds import Answers, Suspects, TaskPool, Turns
+from storaged.meta.rounds import Answers, Courier, Suspects, TaskPool, Turns
 from storaged.wire import Buffer
 
 DEADLINE_S = 10.0
@@ -135,6 +137,9 @@ class RingClient:
         self._rules = rules
         self._copy_at = copy_at
         self._pool = TaskPool()
+        self._courier = Courier(replicas, self._pool)
+        self._hedges: deque[tuple[float, QuickRead]] = deque()
+        self._hedge_timer: asyncio.TimerHandle | None = None
         self._turns = Turns()
         self._suspects = Suspects(self._clock)
         self._counts = dict.fromkeys(
@@ -156,6 +161,8 @@ class RingClient:
         )
 
     async def close(self) -> None:
+        if self._hedge_timer is not None:
+            self._hedge_timer.cancel()
         await self._pool.close()
 
     def statistics(self) -> ClientStatistics:
@@ -182,14 +189,36 @@ class RingClient:
         deadline = self._deadline()
         barrier = None if ready is None else asyncio.ensure_future(ready)
         try:
-            async with self._turns.turn(name, self._deadline_s):
-                lineage = Lineage(self._entropy(CALL_BYTES), self._rules)
-                proposal = Proposal(self._around, name, lineage, deadline, update, small, barrier, renew, settling_nonce)
-                return await proposal.run()
+            await self._turns.take(name, self._deadline_s)
+            try:
+                return await self._in_turn(name, update, small, barrier, renew, settling_nonce, deadline)
+            finally:
+                self._turns.release(name)
         finally:
             if barrier is not None and barrier is not ready:
                 barrier.cancel()
                 await asyncio.gather(barrier, return_exceptions=True)
+
+    async def _in_turn(
+        self,
+        name: RegisterName,
+        update: Update,
+        small: SmallCopies | None,
+        barrier: asyncio.Future[None] | None,
+        renew: Callable[[], Awaitable[None]] | None,
+        nonce: bytes,
+        deadline: float,
+    ) -> Outcome:
+        lineage, above = Lineage(self._entropy(CALL_BYTES), self._rules), 0
+        view = self._view(name)
+        if barrier is None and not nonce and len(view.groups) == 1:
+            quick = QuickChange(self._around, self._courier, view, name, update, small, lineage, self._call_timeout(deadline))
+            outcome = await quick.run()
+            if outcome is not None:
+                return outcome
+            above = quick.above
+        proposal = Proposal(self._around, name, lineage, deadline, update, small, barrier, renew, nonce, _above=above)
+        return await proposal.run(again=lineage.open or above > 0)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         return await self._identity(name, settling_nonce, self._deadline(), commit=True)
@@ -204,7 +233,16 @@ class RingClient:
         self._counts["reads"] += 1
         deadline = self._deadline()
         view = self._view(name)
-        seen = await self._hear(view, name, want_payload, deadline)
+        if len(view.groups) == 1:
+            quick = QuickRead(view)
+            self._hedge_soon(quick)
+            if await quick.run(self._courier, self._suspects, name, want_payload, self._call_timeout_s):
+                value = quick.value
+                if not want_payload or value is None or not value.payload:
+                    return Reading(value)
+                if quick.payload[0] == value.payload:
+                    return Reading(value, quick.payload[1])
+        seen = await self._hear(view, name, want_payload, deadline, everybody=True)
         while seen is None:
             await self._pause_for_layout(deadline)
             view = self._view(name)
@@ -224,14 +262,29 @@ class RingClient:
             payload = None if copy is None else copy.payload
         return Reading(value, payload)
 
+    def _hedge_soon(self, read: QuickRead) -> None:
+        """One timer for all reads: they have the same patience, so they lose it in the order in which they began."""
+        self._hedges.append((self._clock.monotonic() + self._hedge_s, read))
+        if self._hedge_timer is None:
+            self._hedge_timer = asyncio.get_running_loop().call_later(self._hedge_s, self._hedge)
+
+    def _hedge(self) -> None:
+        now, hedges = self._clock.monotonic(), self._hedges
+        while hedges and (hedges[0][1].done or hedges[0][0] <= now):
+            hedges.popleft()[1].hedge()
+        self._hedge_timer = None
+        if hedges:
+            self._hedge_timer = asyncio.get_running_loop().call_later(max(hedges[0][0] - now, 0.001), self._hedge)
+
     async def _pause_for_layout(self, deadline: float) -> None:
         """The replicas follow a newer layout than this node has heard of; it will."""
         if self._clock.monotonic() + LAYOUT_PAUSE_S >= deadline:
             raise ServiceUnavailable("The replicas of this key follow a newer layout than this node knows. Retry.")
         await asyncio.sleep(self._around.jitter() * LAYOUT_PAUSE_S)
 
-    async def _hear(self, view: View, name: RegisterName, want_payload: bool, deadline: float) -> _Seen | None:
-        """Asks until a majority agrees and its value is here, or all have answered that will; None when the layout is out of date.
+    async def _hear(self, view: View, name: RegisterName, want_payload: bool, deadline: float, *, everybody: bool = False) -> _Seen | None:
+        """Asks until a majority agrees and its value is here, or all have answered that will; None when the layout is out of date. ``everybody`` is asked for
+        the value at once, after a first round that did not find one, or took long.
 
         Raises ServiceUnavailable without a majority.
         """
@@ -239,13 +292,13 @@ class RingClient:
         answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
         order = self._suspects.last(view.disks)
         needed = len(order) // 2 + 1 if len(view.groups) == 1 else len(order)
-        waiting = order[needed:]
+        waiting = [] if everybody else order[needed:]
 
         def ask(disk: str, full: bool) -> None:
             self._ask_read(answers, messages.Read(disk, name, view.epoch, full, full and want_payload), deadline)
 
-        for index, disk in enumerate(order[:needed]):
-            ask(disk, index == 0)
+        for index, disk in enumerate(order[: len(order) - len(waiting)]):
+            ask(disk, index == 0 or everybody)
         while True:
             if out_of_reach(view.groups, seen.failed):
                 if seen.stale:

@@ -121,15 +121,17 @@ class Proposal:
     def remaining_s(self) -> float:
         return self.deadline - self.around.clock.monotonic()
 
-    async def run(self) -> Outcome:
-        """Raises as ``Registers.change``."""
+    async def run(self, *, again: bool = False) -> Outcome:
+        """Raises as ``Registers.change``. ``again``: an attempt was made already, and somebody was in its way."""
         while True:
+            if again:
+                await self._pause()
+                if self.renew is not None and (self.ready is None or self.ready.done()):
+                    await self._fragments_renewed(self.renew)
             outcome = await self._attempt()
             if outcome is not None:
                 return outcome
-            await self._pause()
-            if self.renew is not None and (self.ready is None or self.ready.done()):
-                await self._fragments_renewed(self.renew)
+            again = True
 
     async def _attempt(self) -> Outcome | None:
         """None: begin again, with a higher ballot."""

@@ -10,7 +10,7 @@ from storaged.meta import messages
 from storaged.meta.ports import Replica
 from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import ScanReply, ScanRequest
-from storaged.wire import Buffer, Message
+from storaged.wire import Buffer, Message, encode
 
 _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
     messages.Prepare: ("meta.prepare", messages.PrepareReply),
@@ -28,12 +28,23 @@ class RemoteReplica:
         self._poster = caller if isinstance(caller, Poster) else None
         self.node = node
         self.disk = disk
+        self._starts: dict[type[Message], bytes] = {}
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         if self._poster is None:
             return False
         method, reply = _POSTED[type(request)]
         return self._poster.post(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
+
+    def post_tail(self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
+        """As ``post``, of a request that several replicas get: its encoding before the disk (``first``) and behind it."""
+        if self._poster is None:
+            return False
+        method, reply = _POSTED[kind]
+        start = self._starts.get(kind)
+        if start is None:
+            start = self._starts[kind] = first + encode(self.disk)
+        return self._poster.post_encoded(self.node, method, start + tail, reply, then, body=body, timeout_s=timeout_s)
 
     async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply:
         reply, _ = await self._caller.call(self.node, "meta.prepare", request, messages.PrepareReply, timeout_s=timeout_s)

@@ -24,6 +24,7 @@ import structlog
 import xxhash
 
 from storaged.clock import Clock, SystemClock
+from storaged.cluster.ports import Then
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, StoragedError
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
@@ -46,7 +47,7 @@ from storaged.meta.register import (
 )
 from storaged.meta.scan import ScanReply, ScanRequest, scan_store
 from storaged.units import MIB
-from storaged.wire import Buffer, decode, encode
+from storaged.wire import Buffer, Message, decode, encode
 
 log = structlog.get_logger(__name__)
 
@@ -333,6 +334,24 @@ class LocalReplica:
             if payload is None:
                 return None
         return self._read_reply(request, acceptor, verdict, data_id, payload)
+
+    def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+        """See ``ports.PostingReplica``: for a proposer in the same process."""
+        try:
+            if isinstance(request, messages.Accept):
+                return self.begin_accept(request, body, lambda outcome: then(outcome, NO_BYTES))
+            if isinstance(request, messages.Prepare):
+                promise = self.prepare_at_once(request)
+                if promise is not None:
+                    then(promise, NO_BYTES)
+                return promise is not None
+            found = self.read_at_once(request) if isinstance(request, messages.Read) else None
+            if found is not None:
+                then(*found)
+            return found is not None
+        except StoragedError as error:
+            then(error, NO_BYTES)
+            return True
 
     def _judge_read(self, request: messages.Read) -> tuple[Acceptor, Verdict, bytes]:
         """What is known, whether it may be told, and the data id of the copy to be sent along, or nothing."""

@@ -13,15 +13,23 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from storaged.clock import Clock
+from storaged.cluster.ports import Then
 from storaged.errors import PeerUnreachable, SlowDown, StoragedError
 from storaged.meta.messages import Accept, Prepare, Read
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Replica, Replicas
-from storaged.wire import Buffer
+from storaged.wire import Buffer, encode
 
 T = TypeVar("T")
 Ask = Prepare | Accept | Read
+Heard = Callable[[str, Any, memoryview], None]
+"""``heard(disk, answer, bulk)``: the reply, or a StoragedError in its place. It must not raise."""
+
+NO_BYTES = memoryview(b"")
+NO_BODY: Sequence[Buffer] = ()
 
 CALLS_MAX = 16_384
 """Calls to replicas in flight from one client; beyond it the oldest are given up."""
@@ -161,6 +169,63 @@ class Answers(Generic[T]):
         return self._inbox.popleft()
 
 
+class Courier:
+    """Takes one request to several replicas, encoded once for those of other nodes, and their answers to a callback."""
+
+    def __init__(self, replicas: Replicas, pool: TaskPool) -> None:
+        self._replicas = replicas
+        self._pool = pool
+
+    def ask_each(
+        self,
+        request: Ask,
+        disks: Sequence[str],
+        heard: Heard,
+        *,
+        timeout_s: float,
+        fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = (),
+    ) -> None:
+        """``request`` names no disk. ``heard(disk, answer, bulk)`` is called once for each of ``disks``, perhaps before this returns. ``fragments``: an accept's
+        (header, body) for each disk, by its index."""
+        encoded = encode(request)
+        kind, first, rest = type(request), encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
+        for index, disk in enumerate(disks):
+            then = partial(heard, disk)
+            try:
+                replica = self._replicas.replica(disk)
+            except StoragedError as error:
+                then(error, NO_BYTES)
+                continue
+            tail, header, body = rest, b"", NO_BODY
+            if index < len(fragments):
+                header, body = fragments[index]
+                tail = rest[:-2] + encode(header)  # an accept's last field
+            post = getattr(replica, "post_tail", None)
+            if post is not None and post(kind, first, tail, then, body, timeout_s):
+                continue
+            changes = {"disk": disk, "header": header} if header else {"disk": disk}
+            asked = msgspec.structs.replace(request, **changes)
+            post = getattr(replica, "post", None)
+            if post is None or not post(asked, then, body=body, timeout_s=timeout_s):
+                self._pool.start(_call(replica, asked, body, timeout_s, then))
+
+
+async def _call(replica: Replica, request: Ask, body: Sequence[Buffer], timeout_s: float, then: Then) -> None:
+    answer: Any = PeerUnreachable(f"The call to disk {request.disk} was given up.")
+    bulk = NO_BYTES
+    try:
+        if isinstance(request, Read):
+            answer, bulk = await replica.read(request, timeout_s=timeout_s)
+        elif isinstance(request, Accept):
+            answer = await replica.accept(request, body, timeout_s=timeout_s)
+        else:
+            answer = await replica.prepare(request, timeout_s=timeout_s)
+    except StoragedError as error:
+        answer = error
+    finally:
+        then(answer, bulk)
+
+
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
@@ -171,29 +236,44 @@ class Turns:
 
     def __init__(self, waiting_max: int = TURNS_MAX) -> None:
         self._waiting_max = waiting_max
-        self._turns: dict[RegisterName, tuple[asyncio.Lock, list[int]]] = {}
+        self._waiting: dict[RegisterName, deque[asyncio.Future[None]] | None] = {}
+
+    async def take(self, name: RegisterName, timeout_s: float) -> None:
+        """``release`` ends the turn. Raises SlowDown when too many wait for this register, or the turn did not come in time."""
+        if name not in self._waiting:
+            self._waiting[name] = None
+            return
+        waiting = self._waiting[name]
+        if waiting is None:
+            waiting = self._waiting[name] = deque()
+        if len(waiting) + 1 >= self._waiting_max:
+            raise SlowDown(f"{len(waiting) + 1} changes of this key are waiting. Please reduce your request rate.")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.append(turn)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.release(name)  # it came too late
+            else:
+                waiting.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise SlowDown("Other changes of this key took too long. Please reduce your request rate.") from None
+            raise
+
+    def release(self, name: RegisterName) -> None:
+        waiting = self._waiting[name]
+        if waiting:
+            waiting.popleft().set_result(None)
+        else:
+            del self._waiting[name]
 
     @asynccontextmanager
     async def turn(self, name: RegisterName, timeout_s: float) -> AsyncIterator[None]:
-        """Raises SlowDown when too many wait for this register, or the turn did not come in time."""
-        lock, users = self._turns.get(name) or self._turns.setdefault(name, (asyncio.Lock(), [0]))
-        if users[0] >= self._waiting_max:
-            raise SlowDown(f"{users[0]} changes of this key are waiting. Please reduce your request rate.")
-        users[0] += 1
+        """Raises as ``take``."""
+        await self.take(name, timeout_s)
         try:
-            try:
-                if lock.locked():
-                    async with asyncio.timeout(timeout_s):
-                        await lock.acquire()
-                else:
-                    await lock.acquire()
-            except TimeoutError:
-                raise SlowDown("Other changes of this key took too long. Please reduce your request rate.") from None
-            try:
-                yield
-            finally:
-                lock.release()
+            yield
         finally:
-            users[0] -= 1
-            if users[0] == 0:
-                del self._turns[name]
+            self.release(name)

@@ -1,0 +1,266 @@
+"""The common case of a change and of a read: everybody answers, nobody is in the way. Callbacks that count answers, and one future.
+
+Theory of operation
+    ``QuickChange`` is the first attempt of ``proposal.Proposal`` and ``QuickRead`` the first round of ``RingClient._hear``, written straight: the requests leave
+    encoded once for all replicas, each answer is a call of ``_promised``, ``_accepted`` or ``_told`` on the event loop, and the one that completes the
+    majority does what comes next. No task, timer or future belongs to a call: whatever happens to it, its replica answers or the RPC layer does.
+
+    What is not the common case (a refusal, replicas that differ, too few that answer, a joint layout) is not decided here: ``run`` returns None, and the general
+    code begins anew with what this attempt has left behind: its lineage, once an accept was sent, and the highest ballot that was in its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Literal
+
+from storaged import trace
+from storaged.errors import PeerUnreachable, StoragedError
+from storaged.meta.messages import Accept, AcceptReply, Prepare, PrepareReply, Read, ReadReply
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import ZERO_BALLOT, Outcome, SmallCopies, Update
+from storaged.meta.proposal import Surroundings, View
+from storaged.meta.register import Lineage, Verdict, shown
+from storaged.meta.rounds import Courier, Suspects
+
+Stage = Literal["prepare", "accept", "over"]
+OK = int(Verdict.OK)
+
+
+class QuickChange:
+    """``await run()`` once."""
+
+    __slots__ = (
+        "_answers",
+        "_around",
+        "_asking",
+        "_ballot",
+        "_base",
+        "_began_ns",
+        "_changed",
+        "_courier",
+        "_early",
+        "_failed",
+        "_future",
+        "_majority",
+        "_name",
+        "_outcome",
+        "_promises",
+        "_small",
+        "_stage",
+        "_synced",
+        "_timeout_s",
+        "_trace",
+        "_update",
+        "_view",
+        "above",
+        "lineage",
+    )
+
+    def __init__(
+        self,
+        around: Surroundings,
+        courier: Courier,
+        view: View,
+        name: RegisterName,
+        update: Update,
+        small: SmallCopies | None,
+        lineage: Lineage,
+        timeout_s: float,
+    ) -> None:
+        self.lineage = lineage
+        self.above = 0
+        """The counter of the highest ballot that was in the way."""
+        self._around = around
+        self._courier = courier
+        self._view = view
+        self._name = name
+        self._update = update
+        self._small = small
+        self._timeout_s = timeout_s
+        self._majority = len(view.disks) // 2 + 1
+        self._stage: Stage = "prepare"
+        self._promises: list[PrepareReply] = []
+        self._synced: list[str] = []
+        self._answers = self._failed = 0
+        self._asking = False
+        self._early: list[tuple[Any, str, Any]] = []
+        self._future: asyncio.Future[None] | None = None
+        self._outcome: Outcome | Exception | None = None
+        self._trace = trace.current() if trace.on else None
+        self._began_ns = 0
+
+    async def run(self) -> Outcome | None:
+        """None: not the common case. Raises what ``update`` raises, after the value that it judged was settled."""
+        around = self._around
+        self._ballot = around.ballots.next(self._view.epoch, 0, around.clock.wall_ms() * 1000)
+        self._mark("")
+        self._ask(Prepare("", self._name, self._ballot), self._promised, ())
+        if self._stage != "over":
+            self._future = asyncio.get_running_loop().create_future()
+            await self._future
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+    def _ask(self, request: Prepare | Accept, heard: Any, fragments: Any) -> None:
+        """What answers at once (a replica of this process) is looked at when all have been asked."""
+        self._asking = True
+        self._courier.ask_each(request, self._view.disks, heard, timeout_s=self._timeout_s, fragments=fragments)
+        self._asking = False
+        early, self._early = self._early, []
+        for handle, disk, answer in early:
+            handle(disk, answer)
+
+    def _promised(self, disk: str, answer: PrepareReply | StoragedError, _bulk: object = None) -> None:
+        if self._asking:
+            self._early.append((self._promised, disk, answer))
+            return
+        if self._stage != "prepare":
+            return  # it promised later than a majority did
+        if isinstance(answer, StoragedError):
+            self._lost(disk, answer)
+        elif answer.verdict != OK:
+            self.above = max(self.above, answer.promised.counter)
+            self._end(None)
+            return
+        else:
+            self._promises.append(answer)
+            if len(self._promises) == self._majority:
+                self._decide()
+                return
+        if self._failed + self._majority > len(self._view.disks):
+            self._end(None)
+
+    def _decide(self) -> None:
+        """The change is applied to what a majority has told, and proposed."""
+        self._mark("prepare")
+        best = self._promises[0]
+        settled = True
+        for reply in self._promises:
+            if reply.accepted != best.accepted:
+                settled = False
+                if reply.accepted > best.accepted:
+                    best = reply
+        found = best.value
+        value = shown(found)
+        try:
+            change = self._update(value)
+        except Exception as error:
+            self._end(error if settled else None)
+            return
+        if change is None:
+            self._end(Outcome(value, value) if settled else None)
+            return
+        small = self._small
+        if not settled and small is None and change.payload:
+            self._end(None)  # it may have to carry a copy along
+            return
+        self._base = value
+        self._changed = self.lineage.attempt(found, change)
+        self._stage = "accept"
+        self._answers = self._failed = 0
+        accept = Accept("", self._name, self._ballot, self._changed)
+        self._ask(accept, self._accepted, () if small is None else small.fragments)
+
+    def _accepted(self, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None) -> None:
+        if self._asking:
+            self._early.append((self._accepted, disk, answer))
+            return
+        small = self._small
+        if isinstance(answer, StoragedError):
+            self._lost(disk, answer)
+            self._around.on_missed(self._name)
+        elif answer.verdict != OK or (small is not None and not answer.copy_synced):
+            self._failed += 1
+            self.above = max(self.above, answer.promised.counter)
+            self._around.on_missed(self._name)
+        else:
+            self._answers += 1
+            self._synced.append(disk)
+            if self._stage == "accept" and self._answers >= self._majority and (small is None or small.enough(frozenset(self._synced))):
+                self._mark("accept")
+                self._end(Outcome(self._base, self._changed))
+                return
+        if self._stage == "accept" and (
+            self._failed + self._majority > len(self._view.disks) or self._failed + self._answers == len(self._view.disks)
+        ):
+            self._end(None)
+
+    def _lost(self, disk: str, error: StoragedError) -> None:
+        self._failed += 1
+        if isinstance(error, PeerUnreachable):
+            self._around.suspects.add(disk)
+
+    def _end(self, outcome: Outcome | Exception | None) -> None:
+        self._stage = "over"
+        self._outcome = outcome
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def _mark(self, name: str) -> None:
+        if self._trace is not None:
+            now_ns = time.perf_counter_ns()
+            if name:
+                self._trace.note(name, self._began_ns, now_ns)
+            self._began_ns = now_ns
+
+
+class QuickRead:
+    """``await run()`` once; ``hedge`` ends it when it takes long."""
+
+    __slots__ = ("_conflict", "_future", "_replies", "_view", "done", "payload", "value")
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._replies: list[ReadReply] = []
+        self._future: asyncio.Future[None] | None = None
+        self._conflict = False
+        self.done = False
+        self.value: Value | None = None
+        self.payload: tuple[bytes, memoryview] = (b"", memoryview(b""))
+        """Data id and bytes of the small copy that came along, if one did."""
+
+    async def run(self, courier: Courier, suspects: Suspects, name: RegisterName, want_payload: bool, timeout_s: float) -> bool:
+        """Whether a majority reports one ballot, with one digest: then ``value`` is settled (None: never written)."""
+        view = self._view
+        needed = len(view.disks) // 2 + 1
+        order = suspects.last(view.disks)
+        courier.ask_each(Read("", name, view.epoch, True, want_payload), order[:1], self._told, timeout_s=timeout_s)
+        courier.ask_each(Read("", name, view.epoch, False), order[1:needed], self._told, timeout_s=timeout_s)
+        if not self.done and len(self._replies) < needed:
+            self._future = asyncio.get_running_loop().create_future()
+            await self._future
+        self.done = True
+        return not self._conflict and len(self._replies) == needed and self._agreed()
+
+    def _agreed(self) -> bool:
+        first = self._replies[0]
+        for reply in self._replies:
+            if reply.accepted != first.accepted or reply.digest != first.digest:
+                return False
+        for reply in self._replies:
+            if reply.value is not None:
+                self.value = shown(reply.value)
+                return True
+        return first.accepted == ZERO_BALLOT
+
+    def _told(self, _disk: str, answer: ReadReply | StoragedError, bulk: memoryview) -> None:
+        if self.done:
+            return
+        if isinstance(answer, StoragedError) or answer.verdict != OK:
+            self._conflict = True
+            self.hedge()
+            return
+        self._replies.append(answer)
+        if answer.payload:
+            self.payload = (answer.payload, bulk)
+        if len(self._replies) == len(self._view.disks) // 2 + 1:
+            self.hedge()
+
+    def hedge(self) -> None:
+        """There is nothing more to wait for, or no patience left."""
+        self.done = True
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
