@@ -47,7 +47,7 @@ from storaged.fragments.format import (
     segment_seed,
 )
 from storaged.fragments.index import Checkpoint, Entry, Index, Position
-from storaged.fragments.ports import FragmentHeader, Usage
+from storaged.fragments.ports import FragmentHeader, Retirement, Usage
 from storaged.fragments.reader import Reader
 from storaged.units import MIB, format_size
 from storaged.wire import encode
@@ -326,10 +326,14 @@ class Engine:
         if notes:
             self._raise(self.note(notes))
 
-    def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+    def retire(self, entries: Sequence[Retirement]) -> None:
         """An entry that is on the list already stays as it is: its delay has begun."""
-        if self.index.retired(data_id) is None:
-            self._raise(self.note([Retire(data_id, owner, due_ms)]))
+        fresh: dict[bytes, Note] = {}
+        for data_id, owner, due_ms in entries:
+            if data_id not in fresh and self.index.retired(data_id) is None:
+                fresh[data_id] = Retire(data_id, owner, due_ms)
+        if fresh:
+            self._raise(self.note(list(fresh.values())))
 
     def unretire(self, data_id: bytes) -> None:
         notes = self._unretire(data_id)

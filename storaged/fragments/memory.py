@@ -12,7 +12,7 @@ import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments.engine import Write
-from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.wire import Buffer
 
 
@@ -94,9 +94,10 @@ class MemoryFragmentStore:
                 kept.header = msgspec.structs.replace(kept.header, created_ms=max(now_ms, kept.header.created_ms + 1))
         return await self.stat(ids)
 
-    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+    async def retire(self, entries: Sequence[Retirement]) -> None:
         self._refuse_read_only()
-        self._retired.setdefault(data_id, (owner, due_ms))
+        for data_id, owner, due_ms in entries:
+            self._retired.setdefault(data_id, (owner, due_ms))
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         due = sorted((due_ms, data_id, owner) for data_id, (owner, due_ms) in self._retired.items() if due_ms <= now_ms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storaged.fragments.ports import FragmentHeader, FragmentStat, Usage
+from storaged.fragments.ports import FragmentHeader, FragmentStat, Retirement, Usage
 from storaged.wire import Message
 
 MISSING_CELL = -1
@@ -62,10 +62,13 @@ class ReadReply(Message, frozen=True):
 
 
 class RetireRequest(Message, frozen=True):
+    """``more``: further entries of (data id, owner, due ms)."""
+
     disk: str
     data_id: bytes
     owner: bytes
     due_ms: int
+    more: tuple[Retirement, ...] = ()
 
 
 class UnretireRequest(Message, frozen=True):

@@ -84,6 +84,17 @@ class FragmentStat(Message, frozen=True):
     created_ms: int = 0
 
 
+RETIREMENTS_MAX = 1000
+
+
+class Retirement(NamedTuple):
+    """A data id for a garbage list: the packed name of the register that referred to it, and when the collector may judge it (wall clock)."""
+
+    data_id: bytes
+    owner: bytes
+    due_ms: int
+
+
 class CellRead(NamedTuple):
     """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold (the store has quarantined it and told repair)."""
 
@@ -130,8 +141,9 @@ class FragmentStore(Protocol):
         """As stat, and renews the age of those that are there (a proposer whose accept was refused calls this before it prepares again): ``created_ms`` becomes
         ``now_ms``, or one more than it was when that is later."""
 
-    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
-        """Puts all fragments of a data id on this disk's garbage list: to be judged and deleted by the collector, not before ``due_ms``. Durable."""
+    async def retire(self, entries: Sequence[Retirement]) -> None:
+        """Puts data ids on this disk's garbage list, up to ``RETIREMENTS_MAX`` at once: all their fragments here are to be judged and deleted by the collector, not
+        before ``due_ms``. One that is on the list already stays as it is: its delay has begun. Durable."""
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         """(data id, owner) of garbage that is due."""

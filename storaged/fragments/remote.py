@@ -27,7 +27,7 @@ from storaged.fragments.messages import (
     UsageRequest,
     WriteRequest,
 )
-from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, FragmentStore, Usage
+from storaged.fragments.ports import RETIREMENTS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, FragmentStore, Retirement, Usage
 from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
@@ -87,8 +87,9 @@ class RemoteFragmentStore:
             raise PeerRefused(f"disk {self._disk} did not answer for the fragments that it was asked about", remote_code="BAD_REPLY")
         return list(reply.stats)
 
-    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
-        await self._ask("fragment.retire", RetireRequest(self._disk, data_id, owner, due_ms), Done)
+    async def retire(self, entries: Sequence[Retirement]) -> None:
+        if entries:
+            await self._ask("fragment.retire", RetireRequest(self._disk, *entries[0], tuple(entries[1:])), Done)
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         reply, _ = await self._ask("fragment.retired", RetiredRequest(self._disk, now_ms, limit), RetiredReply)
@@ -171,8 +172,10 @@ class FragmentHost:
         return StatsReply(tuple(await self._store(request.disk).touch(_unpack(request.ids), request.now_ms)))
 
     async def _retire(self, request: RetireRequest, _call: Call) -> Done:
-        await self._store(request.disk).retire(request.data_id, request.owner, request.due_ms)
-        return Done(1)
+        if len(request.more) >= RETIREMENTS_MAX:
+            raise PeerRefused(f"{len(request.more) + 1} retirements are more than {RETIREMENTS_MAX} at once", remote_code="BAD_REQUEST")
+        await self._store(request.disk).retire([Retirement(request.data_id, request.owner, request.due_ms), *request.more])
+        return Done(1 + len(request.more))
 
     async def _retired(self, request: RetiredRequest, _call: Call) -> RetiredReply:
         entries = await self._store(request.disk).retired(request.now_ms, min(request.limit, RETIRED_PAGE_MAX))

@@ -30,7 +30,7 @@ from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine, StoreLimits, Write
 from storaged.fragments.files import Files, PosixFiles
 from storaged.fragments.index import Checkpoint, Entry, Index, Position
-from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
+from storaged.fragments.ports import RETIREMENTS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.fragments.recovery import Report
 from storaged.units import GIB, KIB
 from storaged.wire import Buffer
@@ -245,8 +245,10 @@ class LocalFragmentStore:
         await self._call(functools.partial(self._engine.touch, keys, now_ms))
         return await self.stat(ids)
 
-    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
-        await self._call(functools.partial(self._engine.retire, data_id, owner, due_ms))
+    async def retire(self, entries: Sequence[Retirement]) -> None:
+        if len(entries) > RETIREMENTS_MAX:
+            raise ValueError(f"{len(entries)} retirements are more than {RETIREMENTS_MAX} at once")
+        await self._call(functools.partial(self._engine.retire, entries))
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         self._refuse_when_closed()

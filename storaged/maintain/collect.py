@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from storaged.errors import NoSuchBucket, StoragedError
-from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore
+from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore, Retirement
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.survey import claims
 from storaged.maintain.walk import Buckets, entries_of, open_uploads
@@ -213,7 +213,7 @@ class Collector:
             value = None
         entries = [entry for entry in await self._entries(owner, value) if entry.data_id == fragment.data_id]
         if not entries:
-            await store.retire(fragment.data_id, header.owner, self._context.clock.wall_ms())
+            await store.retire([Retirement(fragment.data_id, header.owner, self._context.clock.wall_ms())])
         elif not self._names(owner, entries, header, disk):
             self.deleted_fragments += await store.delete([fragment], created_ms=[stat.created_ms])
         else:

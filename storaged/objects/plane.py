@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from storaged.clock import Clock
 from storaged.cluster.layout import Profile
@@ -21,7 +21,11 @@ from storaged.ids import Entropy
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Fences, Pages, Registers, Scanner
 from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
+from storaged.objects.background import Background as Background
+from storaged.objects.background import Counters as Counters
+from storaged.objects.background import cancel_all as cancel_all
 from storaged.objects.buffers import BufferPool
+from storaged.objects.garbage import Garbage
 from storaged.objects.opened import OpenedLately
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
@@ -98,66 +102,6 @@ class Damage(NamedTuple):
 OnDamage = Callable[[Damage], None]
 
 
-@dataclass
-class Counters:
-    """Events since the process started; ``ObjectService.statistics`` returns a copy."""
-
-    puts_inline: int = 0
-    puts_small: int = 0
-    puts_coded: int = 0
-    gets: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    writes_failed: int = 0
-    writes_late: int = 0
-    blocks_fallback: int = 0
-    blocks_rebuilt_at_barrier: int = 0
-    reads_hedged: int = 0
-    cells_reconstructed: int = 0
-    cells_lied: int = 0
-    background_dropped: int = 0
-
-
-class Background:
-    """Owns work that no caller waits for: retiring replaced data, cleaning up after failures. Bounded; what does not fit is dropped and counted,
-    which is allowed only for work that a sweep does as well."""
-
-    def __init__(self, tasks_max: int, counters: Counters) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._tasks_max = tasks_max
-        self._counters = counters
-        self._closed = False
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._closed or len(self._tasks) >= self._tasks_max:
-            self._counters.background_dropped += 1
-            work.close()
-            return
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def settle(self) -> None:
-        """Returns when everything spawned so far has ended."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
-
-    async def close(self, timeout_s: float = 5.0) -> None:
-        self._closed = True
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=timeout_s)
-        await cancel_all(self._tasks)
-
-
-async def cancel_all(tasks: set[asyncio.Task[Any]] | list[asyncio.Task[Any]]) -> None:
-    """Cancels what is not done and waits for it; results and exceptions are taken and dropped."""
-    pending = list(tasks)
-    for task in pending:
-        task.cancel()
-    if pending:
-        await asyncio.gather(*pending, return_exceptions=True)
-
-
 @lru_cache(maxsize=256)
 def _canonical(profile: str) -> str:
     return str(Profile.parse(profile))
@@ -186,6 +130,7 @@ class ObjectPlane:
         self.counters = Counters()
         self.background = Background(self.limits.background_tasks_max, self.counters)
         self.fill_buffers = BufferPool(self.limits.fill_buffer_bytes_max, self.limits.buffer_wait_s)
+        self.garbage = Garbage(self.stores, self.background, self.limits.write_timeout_s)
         self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
         self.opened = OpenedLately(self.limits.opened_bytes_max)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from storaged.errors import StoragedError
+from storaged.fragments.ports import RETIREMENTS_MAX, Retirement
 from storaged.meta.names import RegisterName
 from storaged.objects import place
+from storaged.objects.garbage import retire_all
+from storaged.objects.geometry import problem_of
 from storaged.objects.manifest import parts_of
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Version
-from storaged.objects.writer import retire_one
-
-RETIRES_IN_FLIGHT_MAX = 16
 
 
 def replaced_versions(before: ObjectRecord, after: ObjectRecord) -> list[Version]:
@@ -38,16 +37,23 @@ def disks_holding(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, 
     return disks
 
 
-async def retire_parts(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]) -> None:
-    """Puts parts on their disks' garbage lists, due after the delay that readers are given. Best effort."""
+def retirements(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]
+) -> Iterator[tuple[str, Retirement]]:
+    """(disk, entry of its garbage list) of every disk that holds one of these parts, due after the delay that readers are given."""
     owner, due_ms = name.pack(), plane.clock.wall_ms() + plane.limits.retire_delay_ms
-    gate = asyncio.Semaphore(RETIRES_IN_FLIGHT_MAX)
+    for part in parts:
+        entry = Retirement(part.data_id, owner, due_ms)
+        for disk in disks_holding(plane, bucket, name, part):
+            yield disk, entry
 
-    async def one(disk: str, data_id: bytes) -> None:
-        async with gate:
-            await retire_one(plane, disk, data_id, owner, due_ms)
 
-    await asyncio.gather(*(one(disk, part.data_id) for part in parts for disk in disks_holding(plane, bucket, name, part)))
+async def retire_parts(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]) -> None:
+    """Puts parts on their disks' garbage lists. Best effort."""
+    by_disk: dict[str, list[Retirement]] = {}
+    for disk, entry in retirements(plane, bucket, name, parts):
+        by_disk.setdefault(disk, []).append(entry)
+    await retire_all(plane.stores, by_disk, plane.limits.write_timeout_s)
 
 
 async def retire_versions(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, versions: list[Version]) -> None:
@@ -57,7 +63,7 @@ async def retire_versions(plane: ObjectPlane, bucket: BucketRecord, name: Regist
         try:
             async for part in parts_of(plane.pages, name, version):
                 batch.append(part)
-                if len(batch) == 256:
+                if len(batch) == RETIREMENTS_MAX:
                     await retire_parts(plane, bucket, name, batch)
                     batch = []
         except StoragedError:
@@ -68,6 +74,12 @@ async def retire_versions(plane: ObjectPlane, bucket: BucketRecord, name: Regist
 
 def retire_replaced(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, before: ObjectRecord, after: ObjectRecord) -> None:
     """Hands what a committed change replaced to the background."""
-    versions = [version for version in replaced_versions(before, after) if version.manifest or any(part.runs for part in version.parts)]
-    if versions:
-        plane.background.spawn(retire_versions(plane, bucket, name, versions))
+    paged = []
+    for version in replaced_versions(before, after):
+        if version.manifest:
+            paged.append(version)
+        else:
+            for disk, entry in retirements(plane, bucket, name, (part for part in version.parts if part.runs and not problem_of(part))):
+                plane.garbage.add(disk, entry)
+    if paged:
+        plane.background.spawn(retire_versions(plane, bucket, name, paged))

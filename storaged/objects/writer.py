@@ -19,12 +19,13 @@ import xxhash
 from storaged import trace
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError, ServiceUnavailable
-from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement
 from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
 from storaged.objects.assemble import assemble, empty_fragments
 from storaged.objects.body import BodyReader
 from storaged.objects.buffers import Lease, Transfer, block_size_for
+from storaged.objects.garbage import retire_all
 from storaged.objects.geometry import BlockShape
 from storaged.objects.plane import ObjectPlane, cancel_all
 from storaged.objects.records import PartEntry, Run
@@ -438,7 +439,8 @@ class PartWriter:
         """After a failure: puts what was written on its disks' garbage lists. Disks that don't answer are left to the sweep of orphans."""
         disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}
         due_ms = self._plane.clock.wall_ms() + self._plane.limits.retire_delay_ms
-        await asyncio.gather(*(retire_one(self._plane, disk, self._data_id, self._owner, due_ms) for disk in disks))
+        entry = Retirement(self._data_id, self._owner, due_ms)
+        await retire_all(self._plane.stores, {disk: [entry] for disk in disks}, self._plane.limits.write_timeout_s)
 
     async def still_there(self) -> None:
         """Sees that the fragments exist, and renews their age, before an accept that was refused is tried again: the collector may have judged them in
@@ -467,12 +469,3 @@ class PartWriter:
 def _is_as_written(fragment: bytes, state: BlockState, position: int) -> bool:
     """Whether a fragment read back is the one that was written. Copies (k = 1) have one hash for all."""
     return xxhash.xxh3_128_digest(fragment) == state.hashes[position if len(state.hashes) > 1 else 0]
-
-
-async def retire_one(plane: ObjectPlane, disk: str, data_id: bytes, owner: bytes, due_ms: int) -> None:
-    """Best effort: the orphan sweep finds what this misses."""
-    try:
-        async with asyncio.timeout(plane.limits.write_timeout_s):
-            await plane.stores.store(disk).retire(data_id, owner, due_ms)
-    except (PeerError, TimeoutError):
-        return

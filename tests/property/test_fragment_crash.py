@@ -21,6 +21,7 @@ from storaged.fragments import recovery
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine, StoreLimits, Write
 from storaged.fragments.index import Checkpoint, Entry, Index, Position
+from storaged.fragments.ports import Retirement
 from tests.unit.fragment_world import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
@@ -100,7 +101,7 @@ class World:
         fate = self.garbage.setdefault(data_id, Fate())
         if self.index.retired(data_id) is None:
             fate.since.append(self.rng.randint(0, 9))
-            self.engine.retire(data_id, b"owner", fate.since[-1] or 0)
+            self.engine.retire([Retirement(data_id, b"owner", fate.since[-1] or 0)])
         else:
             fate.since.append(None)
             self.engine.unretire(data_id)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import DataDamaged, DiskUnusable, FragmentMissing, KeyringUnavailable, NoSuchBucket, PeerUnreachable
-from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Usage
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Value, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
@@ -145,9 +145,9 @@ class FakeDisk:
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         return await self.stat(ids)
 
-    async def retire(self, data_id: bytes, owner: bytes, due_ms: int) -> None:
+    async def retire(self, entries: Sequence[Retirement]) -> None:
         await self._enter()
-        self.garbage[data_id] = (owner, due_ms)
+        self.garbage.update({data_id: (owner, due_ms) for data_id, owner, due_ms in entries})
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         return [(data_id, owner) for data_id, (owner, due) in self.garbage.items() if due <= now_ms][:limit]

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from storaged.errors import FragmentDamaged, FragmentMissing, PeerRefused
-from storaged.fragments.ports import FragmentId, FragmentStore, Health
+from storaged.fragments.ports import RETIREMENTS_MAX, FragmentId, FragmentStore, Health, Retirement
 from tests.unit.fragment_world import Made, make
 
 Damage = Callable[[Made, int], Awaitable[None]]
@@ -117,20 +117,32 @@ class FragmentStoreSuite:
         assert [stat.health for stat in await store.stat([one.id for one in made])] == [Health.OK, Health.OK, Health.MISSING]
 
     async def test_garbage_is_listed_when_it_is_due_the_longest_due_first(self, store: FragmentStore) -> None:
-        await store.retire(b"b" * 16, b"owner-b", 200)
-        await store.retire(b"a" * 16, b"owner-a", 300)
-        await store.retire(b"c" * 16, b"owner-c", 100)
-        await store.retire(b"c" * 16, b"owner-c", 999)  # its delay began with the first
+        await store.retire([Retirement(b"b" * 16, b"owner-b", 200)])
+        await store.retire([Retirement(b"a" * 16, b"owner-a", 300)])
+        await store.retire([Retirement(b"c" * 16, b"owner-c", 100)])
+        await store.retire([Retirement(b"c" * 16, b"owner-c", 999)])  # its delay began with the first
         assert await store.retired(250, 10) == [(b"c" * 16, b"owner-c"), (b"b" * 16, b"owner-b")]
         assert await store.retired(1000, 1) == [(b"c" * 16, b"owner-c")]
         await store.unretire(b"c" * 16)
         await store.unretire(b"z" * 16)
         assert await store.retired(1000, 10) == [(b"b" * 16, b"owner-b"), (b"a" * 16, b"owner-a")]
 
+    async def test_many_go_on_the_garbage_list_at_once_each_with_its_own_delay(self, store: FragmentStore) -> None:
+        await store.retire([])
+        await store.retire([Retirement(b"a" * 16, b"owner-a", 300)])
+        entries = [Retirement(n.to_bytes(16, "big"), b"owner", 400 + n) for n in range(RETIREMENTS_MAX - 2)]
+        await store.retire([Retirement(b"a" * 16, b"other", 1), Retirement(b"b" * 16, b"owner-b", 200), *entries])
+        assert await store.retired(399, 10) == [(b"b" * 16, b"owner-b"), (b"a" * 16, b"owner-a")]
+        assert await store.retired(5000, 5000) == [
+            (b"b" * 16, b"owner-b"),
+            (b"a" * 16, b"owner-a"),
+            *((one.data_id, one.owner) for one in entries),
+        ]
+
     async def test_deleting_the_last_fragment_of_a_data_id_ends_its_garbage_entry(self, store: FragmentStore) -> None:
         first = await self.put(store, block=0)
         second = await self.put(store, data_id=first.id.data_id, block=1)
-        await store.retire(first.id.data_id, b"owner", 0)
+        await store.retire([Retirement(first.id.data_id, b"owner", 0)])
         await store.delete([first.id])
         assert await store.retired(1, 10) == [(first.id.data_id, b"owner")]
         await store.delete([second.id])

@@ -17,7 +17,7 @@ from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import StoreLimits
 from storaged.fragments.files import PosixFiles
 from storaged.fragments.offline import check, rebuild_index
-from storaged.fragments.ports import FragmentId, Health
+from storaged.fragments.ports import FragmentId, Health, Retirement
 from storaged.fragments.recovery import Step
 from storaged.fragments.store import LocalFragmentStore
 from storaged.units import KIB, MIB
@@ -58,7 +58,7 @@ def bytes_held(directory: Path) -> int:
 async def test_everything_is_there_after_a_clean_restart_that_replays_nothing(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         made = [await put(store, length) for length in (0, 10, 4112, 200_000)]
-        await store.retire(b"r" * 16, b"owner", 5)
+        await store.retire([Retirement(b"r" * 16, b"owner", 5)])
         await store.touch([made[1].id], 7777)
     async with opened(tmp_path) as store:
         assert store.report.records == 0
@@ -150,8 +150,8 @@ async def test_a_lost_index_is_rebuilt_equal_from_the_segments(tmp_path: Path) -
         await store.touch([one.id for one in made[1::3]], 9_000)
         for one in made[2::6]:
             await store.write(one.header, [one.payload], sync=True)
-        await store.retire(b"a" * 16, b"owner-a", 1)
-        await store.retire(b"b" * 16, b"owner-b", 2)
+        await store.retire([Retirement(b"a" * 16, b"owner-a", 1)])
+        await store.retire([Retirement(b"b" * 16, b"owner-b", 2)])
         await store.unretire(b"a" * 16)
         stats = await store.stat([one.id for one in made])
         headers = [header async for header in store.scan()]
@@ -364,7 +364,7 @@ async def test_a_failed_write_or_sync_makes_the_disk_read_only_for_good(tmp_path
             await put(store)
         assert refused.value.details["state"] == "read-only"
         files.fail.clear()
-        for attempt in (store.delete([made.id]), store.touch([made.id], 5), store.retire(b"x" * 16, b"", 0), put(store)):
+        for attempt in (store.delete([made.id]), store.touch([made.id], 5), store.retire([Retirement(b"x" * 16, b"", 0)]), put(store)):
             with pytest.raises(DiskUnusable):
                 await attempt
         usage = await store.usage()

@@ -12,7 +12,7 @@ import pytest
 
 from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.memory import MemoryFragmentStore
-from storaged.fragments.ports import FragmentHeader, FragmentId, Health
+from storaged.fragments.ports import FragmentHeader, FragmentId, Health, Retirement
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.messages import FenceSet
 from storaged.meta.names import Change, RegisterName, Value, object_name, system_name
@@ -101,7 +101,7 @@ def test_what_a_record_refers_to_stays_whoever_put_it_on_the_list() -> None:
         entry = await cluster.entry(bucket, b"k")
         before = await cluster.fragments(entry.data_id)
         for disk, fragment in before:
-            await cluster.store(disk).retire(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)
+            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)])
         assert await collect(cluster) == 0
         assert await cluster.fragments(entry.data_id) == before
         assert [await cluster.store(disk).retired(1 << 62, 10) for disk, _ in before] == [[]] * len(before)
@@ -133,7 +133,7 @@ def test_without_a_majority_nothing_is_deleted_and_the_rest_of_the_list_is_judge
 def test_an_entry_that_names_no_register_harms_nobody() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
-        await cluster.store("a0").retire(os.urandom(16), b"nonsense", 0)
+        await cluster.store("a0").retire([Retirement(os.urandom(16), b"nonsense", 0)])
         await cluster.put(bucket, b"k", os.urandom(SMALL))
         await cluster.objects.delete(bucket, b"k")
         await cluster.leap(RETIRE_S + 10)
@@ -185,7 +185,7 @@ def test_what_was_touched_after_the_collector_looked_is_not_deleted() -> None:
         task, wake = await sleeping_put(cluster, bucket, b"k", data := os.urandom(LARGE))
         node = cluster.nodes["na"]
         for disk, fragment in await cluster.fragments():
-            await cluster.store(disk).retire(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)
+            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)])
         judge = node.maintenance.collector._referenced
 
         async def slow(owner: RegisterName, data_id: bytes) -> bool:

@@ -1,0 +1,98 @@
+"""What is replaced goes to the garbage lists: gathered, bounded, and not lost at an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from storaged.fragments.ports import Retirement
+from storaged.objects import garbage
+from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.records import BucketRecord
+from storaged.objects.service import ObjectService
+from storaged.wire import Buffer
+from tests.unit.fakes_objects import FakeDisk, World
+
+OWNER = "f" * 64
+
+
+class Rig:
+    """One bucket on fakes; ``calls`` are those of ``retire``: (disk, entries)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world = World()
+        self.objects = ObjectService(self.world.plane())
+        self.bucket = BucketRecord("b", b"B" * 16, OWNER, 1, "active", 16, "eu-fr-1")
+        self.world.keys.newest[self.bucket.id] = 1
+        self.calls: list[tuple[str, int]] = []
+        retire = FakeDisk.retire
+
+        async def counted(disk: FakeDisk, entries: Sequence[Retirement]) -> None:
+            self.calls.append((disk.name, len(entries)))
+            await retire(disk, entries)
+
+        monkeypatch.setattr(FakeDisk, "retire", counted)
+
+    async def put(self, key: bytes, size: int = 5000) -> None:
+        async def pieces() -> AsyncIterator[Buffer]:
+            yield os.urandom(size)
+
+        await self.objects.put(self.bucket, key, pieces(), NewMeta(), BodyChecks(size=size), owner=OWNER)
+
+    def listed(self) -> int:
+        return sum(len(disk.garbage) for disk in self.world.disks.disks.values())
+
+
+async def test_what_many_overwrites_replace_within_a_moment_goes_to_each_disk_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    keys = [b"%d" % n for n in range(40)]
+    for _ in range(2):
+        await asyncio.gather(*(rig.put(key) for key in keys))
+    await rig.objects.delete(rig.bucket, keys[0])
+    await rig.objects.plane.background.settle()
+    assert len(rig.calls) == len({disk for disk, _ in rig.calls}) == 6
+    assert rig.listed() == 41 * 3
+    await rig.put(keys[1])
+    await rig.objects.plane.background.settle()
+    assert len(rig.calls) == 9
+    await rig.objects.close()
+
+
+async def test_objects_in_their_record_leave_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    for _ in range(3):
+        await rig.put(b"key", 100)
+    await rig.objects.delete(rig.bucket, b"key")
+    await rig.objects.plane.background.settle()
+    assert not rig.calls
+    await rig.objects.close()
+
+
+async def test_what_waits_is_sent_when_the_plane_is_closed_and_what_comes_later_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    for _ in range(2):
+        await rig.put(b"key")
+    await rig.objects.close()
+    assert rig.listed() == 3
+    rig.objects.plane.garbage.add("a0", Retirement(bytes(16), b"owner", 0))
+    assert (rig.listed(), rig.objects.statistics().background_dropped) == (3, 1)
+
+
+async def test_no_more_wait_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "WAITING_MAX", 10)
+    rig = Rig(monkeypatch)
+    for n in range(15):
+        rig.objects.plane.garbage.add("a0", Retirement(n.to_bytes(16, "big"), b"owner", 0))
+    rig.world.disks.disks["a0"].down = True
+    rig.objects.plane.garbage.add("b0", Retirement(bytes(16), b"owner", 0))
+    await rig.objects.plane.background.settle()
+    assert rig.calls == [("a0", 10)]
+    assert rig.objects.statistics().background_dropped == 6
+    assert rig.listed() == 0
+    rig.objects.plane.garbage.add("b0", Retirement(bytes(16), b"owner", 0))
+    await rig.objects.plane.background.settle()
+    assert rig.listed() == 1
+    await rig.objects.close()
