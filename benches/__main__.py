@@ -25,6 +25,8 @@ from benches.servers import Server, endpoint, seaweedfs_binary, seaweedfs_defaul
 CONNECTIONS_MAX = 4096
 
 Make = Callable[[], AbstractContextManager[Server]]
+TREE = Path(__file__).resolve().parents[1]
+"""What is measured is what this file belongs to, whatever the environment has installed."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,8 +76,8 @@ def servers_of(wanted: argparse.Namespace) -> list[Make]:
     if wanted.endpoint:
         makes: list[Make] = [lambda: endpoint(wanted.endpoint, wanted.access, wanted.secret, wanted.region)]
     else:
-        makes = [lambda: storaged_cluster(wanted.dir, workers=wanted.workers)] if "cluster" in wanted.shape else []
-        makes += [lambda: storaged_single(wanted.dir)] if "single" in wanted.shape else []
+        makes = [lambda: storaged_cluster(wanted.dir, tree=TREE, workers=wanted.workers)] if "cluster" in wanted.shape else []
+        makes += [lambda: storaged_single(wanted.dir, tree=TREE)] if "single" in wanted.shape else []
     if wanted.peer:
         makes += [lambda: seaweedfs_durable(wanted.dir), lambda: seaweedfs_default(wanted.dir)]
     return makes
