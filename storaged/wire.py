@@ -5,6 +5,7 @@ What is written to disk or sent to a peer derives from :class:`Message`; FORMATS
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,16 @@ import msgspec
 Buffer = bytes | bytearray | memoryview
 
 T = TypeVar("T")
+
+_new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_char_p, ctypes.c_ssize_t), ctypes.py_object
+
+
+def unfilled(size: int) -> bytearray:
+    """``size`` bytes of whatever the memory held: for who overwrites all of them before anybody looks. ``bytearray(size)`` writes zeros, which costs a byte
+    of a body about as much as being received or read."""
+    found: bytearray = _new_bytearray(None, size)
+    return found
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True):

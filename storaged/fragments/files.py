@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from storaged.errors import DirectoryInUse
-from storaged.wire import Buffer
+from storaged.wire import Buffer, unfilled
 
 IOV_MAX = 1024
 OPEN_FILES_MAX = 512
@@ -162,7 +162,7 @@ class PosixSegmentFile:
             return data
 
     def read_cached(self, offset: int, length: int) -> Buffer | None:
-        buffer = bytearray(length)
+        buffer = unfilled(length)
         with self._lease() as fd:
             try:
                 count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)

@@ -12,7 +12,7 @@ import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments.engine import Write
-from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
+from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.wire import Buffer
 
 
@@ -141,7 +141,7 @@ class MemoryFragmentStore:
         prefix = data_id + b"\0\0\0\0\x01"
         return next((FragmentId.unpack(key) for key in self._fragments if key.startswith(prefix)), None)
 
-    def peek(self, fragment: FragmentId) -> CellRead | None:
+    def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
         """Nothing is read without its simulated latency."""
         return None
 

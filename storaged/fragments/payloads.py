@@ -9,7 +9,7 @@ import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
 from storaged.fragments.engine import Write
-from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStore
+from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, NearStore
 from storaged.units import MIB
 from storaged.wire import Buffer, decode, encode
 
@@ -17,12 +17,10 @@ COPY_BYTES_MAX = MIB
 """A copy is loaded whole; what is kept as copies is far smaller."""
 
 
-class CopyStore(FragmentStore, Protocol):
+class CopyStore(NearStore, Protocol):
     """A local body: it can find a copy without knowing which of the replicas it was made for."""
 
     def find_copy(self, data_id: bytes) -> FragmentId | None: ...
-
-    def peek(self, fragment: FragmentId) -> CellRead | None: ...
 
 
 class Loaded(NamedTuple):

@@ -18,6 +18,9 @@ from storaged.wire import Buffer, Message, encode
 
 _PACKED_BYTES = 23
 
+CELLS_MAX = 1 << 20
+"""More than a fragment has: all of its cells."""
+
 
 class FragmentId(NamedTuple):
     """Which fragment: ``position`` 0..k-1 is data, k..k+m-1 parity (any copy when k is 1). A block recoded under another profile has other fragments."""
@@ -96,10 +99,12 @@ class Retirement(NamedTuple):
 
 
 class CellRead(NamedTuple):
-    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold (the store has quarantined it and told repair)."""
+    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold (the store has quarantined it and told repair). ``whole``: all of them one
+    after the other, where they lie so in memory."""
 
     header: FragmentHeader
     cells: tuple[memoryview | None, ...]
+    whole: memoryview | None = None
 
 
 class Usage(Message, frozen=True):
@@ -167,6 +172,13 @@ class FragmentStore(Protocol):
     async def usage(self) -> Usage: ...
 
     async def close(self) -> None: ...
+
+
+class NearStore(FragmentStore, Protocol):
+    """A body on this very node."""
+
+    def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
+        """As ``read`` when that needs no waiting, and nothing was found damaged; else None."""
 
 
 class FragmentStores(Protocol):

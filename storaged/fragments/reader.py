@@ -35,6 +35,7 @@ class Cells(NamedTuple):
     header: FragmentHeader
     cells: tuple[memoryview | None, ...]
     bad: tuple[int, ...]
+    whole: memoryview | None = None
 
 
 class _NotCached(Exception):
@@ -140,7 +141,7 @@ class Reader:
             else:
                 cells.append(None)
                 bad.append(cell)
-        return Cells(header, tuple(cells), tuple(bad))
+        return Cells(header, tuple(cells), tuple(bad), None if bad else cell_data[: end - start])
 
     def _piecewise(self, key: bytes, entry: Entry, file: SegmentFile, first: int, last: int) -> Cells | None:
         """The drive could not read some of it: every cell on its own, so that a bad sector costs one cell."""

@@ -27,7 +27,17 @@ from storaged.fragments.messages import (
     UsageRequest,
     WriteRequest,
 )
-from storaged.fragments.ports import RETIREMENTS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, FragmentStore, Retirement, Usage
+from storaged.fragments.ports import (
+    RETIREMENTS_MAX,
+    CellRead,
+    FragmentHeader,
+    FragmentId,
+    FragmentStat,
+    FragmentStore,
+    NearStore,
+    Retirement,
+    Usage,
+)
 from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
@@ -127,14 +137,14 @@ class RemoteFragmentStore:
 class FragmentHost:
     """Answers for the disks of this node. ``stores`` is read at every call, so that a disk may join or leave."""
 
-    def __init__(self, stores: Mapping[str, FragmentStore]) -> None:
+    def __init__(self, stores: Mapping[str, NearStore]) -> None:
         self._stores = stores
 
     def methods(self) -> Methods:
         return {
             "fragment.write": Method(WriteRequest, self._write),
             "fragment.sync": Method(IdsRequest, self._sync),
-            "fragment.read": Method(ReadRequest, self._read),
+            "fragment.read": Method(ReadRequest, self._read, at_once=self._peek),
             "fragment.stat": Method(IdsRequest, self._stat),
             "fragment.touch": Method(TouchRequest, self._touch),
             "fragment.retire": Method(RetireRequest, self._retire),
@@ -146,7 +156,7 @@ class FragmentHost:
             "fragment.usage": Method(UsageRequest, self._usage),
         }
 
-    def _store(self, disk_id: str) -> FragmentStore:
+    def _store(self, disk_id: str) -> NearStore:
         store = self._stores.get(disk_id)
         if store is None:
             raise DiskUnusable(f"this node does not serve disk {disk_id}", state="failed")
@@ -161,9 +171,11 @@ class FragmentHost:
         return Done(len(request.ids))
 
     async def _read(self, request: ReadRequest, _call: Call) -> Reply:
-        found = await self._store(request.disk).read(_unpack((request.id,))[0], request.first_cell, request.count)
-        lengths = tuple(MISSING_CELL if cell is None else len(cell) for cell in found.cells)
-        return Reply(ReadReply(found.header, lengths), [cell for cell in found.cells if cell is not None])
+        return _reply(await self._store(request.disk).read(_unpack((request.id,))[0], request.first_cell, request.count))
+
+    def _peek(self, request: ReadRequest, _call: Call) -> Reply | None:
+        found = self._store(request.disk).peek(_unpack((request.id,))[0], request.first_cell, request.count)
+        return None if found is None else _reply(found)
 
     async def _stat(self, request: IdsRequest, _call: Call) -> StatsReply:
         return StatsReply(tuple(await self._store(request.disk).stat(_unpack(request.ids))))
@@ -200,6 +212,12 @@ class FragmentHost:
 
     async def _usage(self, request: UsageRequest, _call: Call) -> UsageReply:
         return UsageReply(await self._store(request.disk).usage())
+
+
+def _reply(found: CellRead) -> Reply:
+    lengths = tuple([MISSING_CELL if cell is None else len(cell) for cell in found.cells])
+    pieces = [cell for cell in found.cells if cell is not None] if found.whole is None else [found.whole]
+    return Reply(ReadReply(found.header, lengths), pieces)
 
 
 def _unpack(ids: Sequence[bytes]) -> list[FragmentId]:

@@ -130,6 +130,7 @@ class Sender:
                 if connection.paused:
                     await connection.drained()
                 sent += len(piece)
+                del piece  # else the view keeps its memory from being used again while the next one is waited for
             if sent != stream.length:
                 raise DataDamaged(f"{sent} of {stream.length} bytes were read")
             if head:

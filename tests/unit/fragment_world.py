@@ -68,6 +68,20 @@ def make(
     return Made(found, header, payload)
 
 
+def flip_on_disk(directory: Path, made: Made, cell: int) -> None:
+    """Flips a bit in the middle of one cell, in the last record of it in the segments."""
+    content = made.cells[cell]
+    for path in sorted((directory / "segments").iterdir(), reverse=True):
+        data = path.read_bytes()
+        at = data.rfind(content)
+        if at >= 0:
+            with path.open("r+b") as file:
+                file.seek(at + len(content) // 2)
+                file.write(bytes([data[at + len(content) // 2] ^ 0x10]))
+            return
+    raise AssertionError("the cell is in no segment")
+
+
 class Loopback:
     """A Caller whose network is a function call: everything is encoded and decoded on the way, as it would be."""
 

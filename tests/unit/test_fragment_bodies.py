@@ -12,21 +12,7 @@ from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
 from tests.unit.fragment_store_suite import Damage, FragmentStoreSuite
-from tests.unit.fragment_world import DISK, Loopback, Made
-
-
-def flip_on_disk(directory: Path, made: Made, cell: int) -> None:
-    """Flips a bit in the middle of one cell, in the last record of it in the segments."""
-    content = made.cells[cell]
-    for path in sorted((directory / "segments").iterdir(), reverse=True):
-        data = path.read_bytes()
-        at = data.rfind(content)
-        if at >= 0:
-            with path.open("r+b") as file:
-                file.seek(at + len(content) // 2)
-                file.write(bytes([data[at + len(content) // 2] ^ 0x10]))
-            return
-    raise AssertionError("the cell is in no segment")
+from tests.unit.fragment_world import DISK, Loopback, Made, flip_on_disk
 
 
 class TestLocal(FragmentStoreSuite):

@@ -21,7 +21,7 @@ from storaged.fragments.ports import FragmentId, Health, Retirement
 from storaged.fragments.recovery import Step
 from storaged.fragments.store import LocalFragmentStore
 from storaged.units import KIB, MIB
-from tests.unit.fragment_world import DISK, Made, SimulatedFiles, make
+from tests.unit.fragment_world import DISK, Made, SimulatedFiles, flip_on_disk, make
 
 RNG = random.Random(11)
 
@@ -497,3 +497,21 @@ async def test_a_disk_whose_directory_is_gone_is_read_only_and_says_so(tmp_path:
             await put(store)
         assert await content(store, made) == made.payload
         assert store.statistics().usage.state == "read-only"
+
+
+async def test_a_fragment_of_a_block_is_read_without_waiting_while_it_is_cached_and_whole(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        made = await put(store, 12 * 64 * KIB, cell_bytes=64 * KIB)
+        found = store.peek(made.id)
+        assert found is not None
+        assert found == await store.read(made.id, 0, 12)
+        assert found.whole == b"".join(cell for cell in found.cells if cell is not None) == made.payload
+        some = store.peek(made.id, 3, 2)
+        assert some is not None
+        assert some.whole == made.payload[3 * 64 * KIB : 5 * 64 * KIB]
+        large = await put(store, 17 * 64 * KIB, cell_bytes=64 * KIB)
+        assert store.peek(large.id) is None  # it would hold up others
+        assert await content(store, large) == large.payload
+        flip_on_disk(tmp_path, made, 2)
+        assert store.peek(made.id) is None
+        assert [cell is None for cell in (await store.read(made.id, 0, 12)).cells] == [number == 2 for number in range(12)]
