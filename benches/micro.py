@@ -28,7 +28,7 @@ import structlog
 import uvloop
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from benches import micro_objects
+from benches import micro_front, micro_objects
 from benches.s3client import Connection, Target, connect, signed_head
 from storaged.clock import SystemClock
 from storaged.cluster import identity
@@ -146,6 +146,10 @@ def sealing() -> list[Measured]:
 
 def object_plane() -> list[Measured]:
     return [Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_objects.paths()]
+
+
+async def front() -> list[Measured]:
+    return [Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_front.paths()]
 
 
 def coding() -> list[Measured]:
@@ -398,7 +402,7 @@ async def segments() -> list[Measured]:
 
 
 PATHS: dict[str, Callable[[], list[Measured] | Coroutine[Any, Any, list[Measured]]]] = {
-    "signature": signature_check, "http": http, "seal": sealing, "objects": object_plane, "code": coding, "rpc": rpc,
+    "signature": signature_check, "front": front, "http": http, "seal": sealing, "objects": object_plane, "code": coding, "rpc": rpc,
     "register": registers, "lmdb": lmdb_batch, "segment": segments, "list": list_page,
 }  # fmt: skip
 

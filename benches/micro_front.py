@@ -1,0 +1,135 @@
+"""What the S3 front itself costs a request: from the bytes of its head to the bytes of its answer, counted and timed as in production, without a socket, the loop,
+or an object plane behind it. The head is as boto3 writes it. Nothing waits, so a request is driven by one ``send``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import botocore.auth  # type: ignore[import-untyped]
+from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+from botocore.credentials import Credentials  # type: ignore[import-untyped]
+
+from storaged.clock import SystemClock
+from storaged.ids import system_entropy
+from storaged.node.gateway import observer
+from storaged.objects.api import Body, Buckets, ObjectInfo, Objects, Principal, PutResult, Users
+from storaged.objects.get import HeldStream, Span
+from storaged.objects.records import BucketRecord
+from storaged.observe import Metrics
+from storaged.s3.app import S3App
+from storaged.s3.connection import Connection
+from storaged.s3.http import HEAD_END
+from storaged.units import KIB
+
+ACCESS, SECRET, REGION = "MICROACCESSKEY", "micro/secret", "eu-fr-1"
+BUCKET = BucketRecord("bench", b"bucket of micro.", "user", 0, "active", 16, REGION)
+
+
+class _Plane:
+    """One bucket with one object of 4 KiB, and one user; all at hand."""
+
+    def __init__(self) -> None:
+        self.plain = os.urandom(4 * KIB)
+        self.info = ObjectInfo(
+            b"key", "null", 4 * KIB, 1_700_000_000_000, "0" * 32, {"content-type": "image/jpeg"}, {}, {}, {}, "", "STANDARD", 0
+        )
+        self.who = Principal("user", "user", ACCESS)
+
+    def at_hand(self, name: str) -> Any:
+        return BUCKET if name == BUCKET.name else (self.who, SECRET)
+
+    async def head(self, bucket: BucketRecord, key: bytes, **options: object) -> ObjectInfo:
+        return self.info
+
+    async def get(self, bucket: BucketRecord, key: bytes, **options: object) -> HeldStream:
+        return HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
+
+    async def put(self, bucket: BucketRecord, key: bytes, body: Body, meta: object, checks: object, **options: object) -> PutResult:
+        assert len(await body.whole()) == len(self.plain)  # type: ignore[attr-defined]
+        return PutResult("0" * 32)
+
+
+class _Transport:
+    """Takes what is written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written = data
+
+    def get_extra_info(self, name: str) -> object:
+        return ("127.0.0.1", 1) if name == "peername" else None
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None: ...
+
+
+def boto_request(method: str, body: bytes) -> bytes:
+    url = f"http://127.0.0.1:9000/{BUCKET.name}/photos/2026/00000123.jpg"
+    headers = {"User-Agent": "Boto3/1.40.0 md/Botocore#1.40.0 ua/2.1 os/linux#6.1 md/arch#x86_64 lang/python#3.11.7 md/pyimpl#CPython m/b,Z,D,e cfg/retry-mode#standard Botocore/1.40.0"}  # fmt: skip
+    if method == "PUT":
+        headers |= {"Content-Type": "image/jpeg"}
+    request = AWSRequest(method, url, headers=headers, data=body)
+    botocore.auth.S3SigV4Auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
+    lines = [f"{method} {url.removeprefix('http://127.0.0.1:9000')} HTTP/1.1", "Host: 127.0.0.1:9000", "Accept-Encoding: identity"]
+    lines += [f"{name}: {value}" for name, value in request.headers.items()]
+    lines += ["amz-sdk-invocation-id: 7d64ee3e-7ec4-4d20-9f2a-a8ae93f8f8e9", "amz-sdk-request: attempt=1"]
+    if method == "PUT":
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + HEAD_END + body
+
+
+class Exchange:
+    """One request, again and again on one connection."""
+
+    def __init__(self, method: str, plane: _Plane) -> None:
+        app = S3App(
+            cast(Objects, plane), cast(Buckets, plane), cast(Users, plane), region=REGION, clock=SystemClock(), entropy=system_entropy,
+            on_request=observer(Metrics()),
+        )  # fmt: skip
+        self.request = boto_request(method, plane.plain if method == "PUT" else b"")
+        connections = app.open()
+        connections.begin = lambda connection: None  # type: ignore[method-assign]
+        self.transport = _Transport()
+        self.connection = Connection(connections)
+        self.connection.connection_made(cast(Any, self.transport))
+        self.task = app._converse(self.connection)
+        self.room = self.connection.get_buffer(-1)
+        self.room[: len(self.request)] = self.request
+
+    def __call__(self) -> None:
+        """The bytes have come: they are answered. The task is the loop's otherwise, and waits for the next ones."""
+        self.connection.buffer_updated(len(self.request))
+        self.task.send(None)
+
+    def begin(self) -> None:
+        self.task.send(None)
+        self()
+        assert self.transport.written.startswith(b"HTTP/1.1 200 OK\r\n"), self.transport.written
+
+
+def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]:
+    """(name, the path, its floor, what that is). To be called with an event loop running: connections make futures."""
+    plane = _Plane()
+    found: list[tuple[str, Callable[[], object], Callable[[], object], str]] = []
+    canonical, text, key = bytes(230), bytes(130), bytes(32)
+
+    def native() -> None:
+        hashlib.sha256(canonical).hexdigest()
+        hmac.digest(key, text, "sha256").hex()
+
+    for method in ("HEAD", "GET", "PUT"):
+        exchange = Exchange(method, plane)
+        exchange.begin()
+        found.append((f"front: {method}, without socket and objects", exchange, native, "one SHA-256, one HMAC"))
+    return found
