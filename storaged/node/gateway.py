@@ -409,8 +409,10 @@ def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
         count, time = children(request.operation or "none", request.status)
         count.inc()
         time.observe(request.duration_s)
-        received.inc(request.bytes_in)
-        sent.inc(request.bytes_out)
+        if request.bytes_in:
+            received.inc(request.bytes_in)
+        if request.bytes_out:
+            sent.inc(request.bytes_out)
         if record is not None:
             told: dict[str, str | int] = {
                 "http.response.status_code": request.status,

@@ -14,19 +14,21 @@ import logging
 import re
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from storaged import errors, trace
 from storaged.clock import Clock
 from storaged.ids import Entropy
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.s3 import routes, xml
-from storaged.s3.auth import authenticate
+from storaged.s3.auth import admit, admit_anonymous, claim_of
 from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
-from storaged.s3.context import Front, owned_bucket
+from storaged.s3.context import Front, check_owner, existing_bucket
 from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.post import is_form, post_object
@@ -42,32 +44,56 @@ IDS_DRAWN = 256
 _SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
 
 
-class RequestDone(NamedTuple):
-    """What is known of a request after its answer: for the access log and for metrics. ``code`` is the S3 error's, or empty."""
+class RequestDone(Struct):
+    """What is known of a request after its answer: for the access log and for metrics. Most of it is read only when somebody wants to know."""
 
-    request_id: str
-    operation: str
-    method: str
-    raw_target: bytes
-    bucket: str
-    user_id: str
-    access_key: str
-    remote: str
-    status: int
-    code: str
+    request: Request
+    reply: Reply
     bytes_in: int
     bytes_out: int
     duration_s: float
     complete: bool
     """The client got all of the answer."""
+    trace: trace.Trace | None = None
+    """Where the time went, when spans are on."""
+
+    @property
+    def request_id(self) -> str:
+        return self.request.id
+
+    @property
+    def operation(self) -> str:
+        return self.request.operation
+
+    @property
+    def method(self) -> str:
+        return self.request.method
+
+    @property
+    def bucket(self) -> str:
+        return self.request.bucket
+
+    @property
+    def access_key(self) -> str:
+        return self.request.who.access_key
+
+    @property
+    def remote(self) -> str:
+        return self.request.remote
+
+    @property
+    def status(self) -> int:
+        return self.reply.status
+
+    @property
+    def code(self) -> str:
+        """The S3 error's, or empty."""
+        return self.reply.code
 
     @property
     def target(self) -> str:
         """Path and query without signatures."""
-        return _SECRETS.sub(r"\1=-", self.raw_target.decode("utf-8", "replace"))
-
-    trace: trace.Trace | None = None
-    """Where the time went, when spans are on."""
+        return _SECRETS.sub(r"\1=-", self.request.raw_target.decode("utf-8", "replace"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,58 +229,69 @@ class S3App:
         """Answers one request; True when the connection can carry another."""
         started_s = self._clock.monotonic()
         spans = trace.begin(connection.heard_ns) if trace.on else None
-        if isinstance(head, errors.S3Error):
-            request = Request(self._new_id(), "", b"/", connection.remote, connection.secure)
-            reply, may_keep = self.error_reply(request, head), False
-        else:
-            request = Request(
-                self._new_id(), head.method, head.target, connection.remote, connection.secure, head.headers, modern=head.modern
-            )
-            body = request._body = RequestBody(
-                connection, head.length, connection.go_on if head.expects else None, self._limits, declared=head.declared
-            )
+        if isinstance(head, Head):
+            body = RequestBody(connection, head.length, connection.go_on if head.expects else None, self._limits, declared=head.declared)
             if not body.complete:
                 connection.open_body(body)
-            reply = await self._answer(request)
+            request = Request(
+                self._new_id(), head.method, head.target, connection.remote, connection.secure, head.headers, modern=head.modern, _body=body
+            )
+            reply = await self._answer(request, spans)
             may_keep = head.keep_alive and not self._draining
-        with trace.span("reply"):
-            sent = await self._sender.send(connection, request, reply, may_keep)
+        else:
+            request = Request(self._new_id(), "", b"/", connection.remote, connection.secure)
+            reply, may_keep = self.error_reply(request, head), False
+        began_ns = time.perf_counter_ns() if spans is not None else 0
+        sent = await self._sender.send(connection, request, reply, may_keep)
+        if spans is not None:
+            spans.note("reply", began_ns, time.perf_counter_ns())
+            connection.heard_ns = 0
         if self._on_request is not None:
-            self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s, spans)
-        connection.heard_ns = 0
+            bytes_in = request._body.bytes_come if request._body is not None else 0
+            duration_s = self._clock.monotonic() - started_s
+            try:
+                self._on_request(RequestDone(request, sent.reply, bytes_in, sent.bytes_out, duration_s, sent.complete, spans))
+            except Exception:
+                log.exception("the observer of requests failed")
         return sent.keep_alive
 
-    async def _answer(self, request: Request) -> Reply:
+    async def _answer(self, request: Request, spans: trace.Trace | None) -> Reply:
         """Never raises but for cancellation: every failure has an answer."""
+        front = self._front
         try:
             if self._in_flight > self._limits.requests_max:
                 self._refused_total += 1
                 raise errors.SlowDown()
-            request.target = parse_target(request.raw_target)
+            target = request.target = parse_target(request.raw_target)
             bucket = virtual_bucket(request.headers.get("host", ""), self._domains) if self._domains else ""
-            request.bucket, request.key = split_path(request.target.raw_path, bucket)
-            return await self._dispatch(request)
+            request.bucket, request.key = split_path(target.raw_path, bucket)
+            if request.method == "POST" and request.bucket and not request.key and is_form(request.headers):
+                request.operation = "PostObject"
+                return await post_object(front, request)
+            route = routes.find(request.method, request.bucket, request.key, target.query)
+            request.operation = route.operation
+            began_ns = time.perf_counter_ns() if spans is not None else 0
+            if route.signed:
+                claim = claim_of(request, front.region)
+                if claim is None:
+                    admit_anonymous(request)
+                else:
+                    who, secret = front.users.at_hand(claim.access_key) or await front.users.lookup(claim.access_key)
+                    admit(request, claim, who, secret, self._clock.wall_ms())
+            if spans is not None:
+                signed_ns = time.perf_counter_ns()
+                spans.note("sign", began_ns, signed_ns)
+            if route.needs_bucket:
+                request._bucket_record = front.buckets.at_hand(request.bucket) or await existing_bucket(front, request.bucket)
+                check_owner(request._bucket_record, request.who, request.headers.get("x-amz-expected-bucket-owner", ""))
+            if spans is not None:
+                spans.note("bucket", signed_ns, time.perf_counter_ns())
+            return await route.handler(front, request)
         except errors.S3Error as error:
             return self.error_reply(request, error)
         except Exception:
             log.exception("%s failed, request %s", request.operation, request.id)
             return self.error_reply(request, errors.InternalError())
-
-    async def _dispatch(self, request: Request) -> Reply:
-        front = self._front
-        if request.method == "POST" and request.bucket and not request.key and is_form(request.headers):
-            request.operation = "PostObject"
-            return await post_object(front, request)
-        route = routes.find(request.method, request.bucket, request.key, request.query)
-        request.operation = route.operation
-        if route.signed:
-            with trace.span("sign"):
-                await authenticate(request, front.users, front.region, self._clock)
-        if route.needs_bucket:
-            with trace.span("bucket"):
-                owner = request.headers.get("x-amz-expected-bucket-owner", "")
-                request._bucket_record = await owned_bucket(front, request.who, request.bucket, owner)
-        return await route.handler(front, request)
 
     def error_reply(self, request: Request, error: errors.S3Error) -> Reply:
         """The error as S3 says it; for HEAD and 304 in headers alone."""
@@ -273,28 +310,3 @@ class S3App:
         if error.status == 503:
             reply.headers["Retry-After"] = "1"
         return reply
-
-    def _observe(self, request: Request, reply: Reply, bytes_out: int, complete: bool, started_s: float, spans: trace.Trace | None) -> None:
-        assert self._on_request is not None
-        try:
-            self._on_request(
-                RequestDone(
-                    request_id=request.id,
-                    operation=request.operation,
-                    method=request.method,
-                    raw_target=request.raw_target,
-                    bucket=request.bucket,
-                    user_id=request.who.user_id,
-                    access_key=request.who.access_key,
-                    remote=request.remote,
-                    status=reply.status,
-                    code=reply.code,
-                    bytes_in=request._body.bytes_come if request._body else 0,
-                    bytes_out=bytes_out,
-                    duration_s=self._clock.monotonic() - started_s,
-                    complete=complete,
-                    trace=spans,
-                )
-            )
-        except Exception:
-            log.exception("the observer of requests failed")

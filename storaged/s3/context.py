@@ -29,13 +29,20 @@ Handler = Callable[[Front, Request], Awaitable[Reply]]
 
 
 async def owned_bucket(front: Front, who: Principal, name: str, expected_owner: str = "") -> BucketRecord:
-    """The bucket, if ``who`` may use it: a user sees only their own. ``expected_owner``: x-amz-expected-bucket-owner, which must hold.
+    """The bucket, if ``who`` may use it. Raises NoSuchBucket, InvalidBucketName, AccessDenied."""
+    bucket = await existing_bucket(front, name)
+    check_owner(bucket, who, expected_owner)
+    return bucket
 
-    Raises NoSuchBucket, InvalidBucketName, AccessDenied.
-    """
+
+async def existing_bucket(front: Front, name: str) -> BucketRecord:
+    """Raises NoSuchBucket, InvalidBucketName."""
     if not bucket_name_possible(name):
         raise InvalidBucketName(BucketName=name)
-    bucket = front.buckets.at_hand(name) or await front.buckets.get(name)
+    return front.buckets.at_hand(name) or await front.buckets.get(name)
+
+
+def check_owner(bucket: BucketRecord, who: Principal, expected_owner: str = "") -> None:
+    """A user sees only their own buckets. ``expected_owner``: x-amz-expected-bucket-owner, which must hold. Raises AccessDenied."""
     if not who.access_key or who.user_id != bucket.owner or (expected_owner and expected_owner != bucket.owner):
         raise AccessDenied()
-    return bucket

@@ -22,7 +22,16 @@ from storaged.errors import (
     InvalidTag,
     MetadataTooLarge,
 )
-from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks, NewMeta, RangeSpec, ReadConditions, WriteConditions
+from storaged.objects.api import (
+    CHECKSUM_ALGORITHMS,
+    NO_READ_CONDITIONS,
+    NO_WRITE_CONDITIONS,
+    BodyChecks,
+    NewMeta,
+    RangeSpec,
+    ReadConditions,
+    WriteConditions,
+)
 
 USER_PREFIX = "x-amz-meta-"
 USER_BYTES_MAX = 2048
@@ -42,6 +51,7 @@ TAG_VALUE_CHARS_MAX = 256
 
 CHECKSUM_BYTES = {"CRC32": 4, "CRC32C": 4, "CRC64NVME": 8, "SHA1": 20, "SHA256": 32}
 CHECKSUM_HEADERS = {f"x-amz-checksum-{name.lower()}": name for name in CHECKSUM_ALGORITHMS}
+_CHECKSUM_NAMES = frozenset(CHECKSUM_HEADERS)
 CHECKSUM_ELEMENTS = {f"Checksum{name}": name for name in CHECKSUM_ALGORITHMS}
 
 CANNED_ACLS = frozenset(
@@ -57,6 +67,15 @@ _UNSUPPORTED = {
     "x-amz-server-side-encryption-context": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
     "x-amz-server-side-encryption-bucket-key-enabled": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
 }
+_ORDINARY = frozenset(
+    {
+        "host", "accept", "accept-encoding", "user-agent", "authorization", "connection", "content-length", "content-type", "content-md5", "expect",
+        "x-amz-date", "x-amz-content-sha256", "x-amz-decoded-content-length", "x-amz-trailer", "x-amz-sdk-checksum-algorithm", "x-amz-checksum-mode",
+        "amz-sdk-invocation-id", "amz-sdk-request",
+    }
+)  # fmt: skip
+"""Headers that most requests have: none of them asks for anything that is not there."""
+
 _KMS_KEY = "x-amz-server-side-encryption-aws-kms-key-id"
 _SSE_C = "x-amz-server-side-encryption-customer-"
 _SSE_C_SOURCE = "x-amz-copy-source-server-side-encryption-customer-"
@@ -119,8 +138,8 @@ def etag(text: str) -> str:
 
 def read_conditions(headers: Mapping[str, str], prefix: str = "") -> ReadConditions:
     """If-Match and its relatives; with ``prefix`` ``x-amz-copy-source-`` those of a copy's source."""
-    if not any(prefix + name in headers for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")):
-        return _NO_READ_CONDITIONS
+    if not prefix and _READ_CONDITIONS.isdisjoint(headers):
+        return NO_READ_CONDITIONS
     return ReadConditions(
         if_match=etag_list(headers.get(prefix + "if-match", "")),
         if_none_match=etag_list(headers.get(prefix + "if-none-match", "")),
@@ -129,8 +148,7 @@ def read_conditions(headers: Mapping[str, str], prefix: str = "") -> ReadConditi
     )
 
 
-_NO_READ_CONDITIONS = ReadConditions()
-_NO_WRITE_CONDITIONS = WriteConditions()
+_READ_CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
 
 
 def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
@@ -138,7 +156,7 @@ def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
     if "if-match" not in headers and "if-none-match" not in headers:
         if "if-modified-since" in headers or "if-unmodified-since" in headers:
             raise errors.NotImplemented("If-Modified-Since and If-Unmodified-Since are not implemented for writes.")
-        return _NO_WRITE_CONDITIONS
+        return NO_WRITE_CONDITIONS
     return WriteConditions(if_match=etag(headers.get("if-match", "")), if_none_match=etag(headers.get("if-none-match", "")))
 
 
@@ -146,7 +164,7 @@ def delete_conditions(headers: Mapping[str, str]) -> WriteConditions:
     size = headers.get("x-amz-if-match-size", "")
     modified = headers.get("x-amz-if-match-last-modified-time", "")
     if not size and not modified and "if-match" not in headers:
-        return _NO_WRITE_CONDITIONS
+        return NO_WRITE_CONDITIONS
     modified_ms = parse_time(modified) if modified else None
     if modified and modified_ms is None:
         raise InvalidArgument(
@@ -282,9 +300,9 @@ def check_checksum(algorithm: str, value: str, where: str) -> str:
 
 def declared_checksums(headers: Mapping[str, str]) -> dict[str, str]:
     """At most one x-amz-checksum-*, checked for its form."""
-    found = {name: algorithm for name, algorithm in CHECKSUM_HEADERS.items() if name in headers}
-    if not found:
+    if _CHECKSUM_NAMES.isdisjoint(headers):
         return {}
+    found = {name: algorithm for name, algorithm in CHECKSUM_HEADERS.items() if name in headers}
     if len(found) > 1:
         raise InvalidRequest("Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed.")
     ((name, algorithm),) = found.items()
@@ -342,7 +360,7 @@ def body_checks(headers: Mapping[str, str], size: int | None, trailing: tuple[st
 def refuse_unsupported(headers: Mapping[str, str]) -> None:
     """Headers that ask for what does not exist here: answered, never ignored. Raises NotImplemented, InvalidArgument, InvalidRequest."""
     for name in headers:
-        if not name.startswith("x-amz-"):
+        if name in _ORDINARY or not name.startswith("x-amz-"):
             continue
         if name.startswith((_SSE_C, _SSE_C_SOURCE)):
             check_customer_key(headers)
@@ -385,7 +403,7 @@ def check_customer_key(headers: Mapping[str, str]) -> None:
 def refuse_read_encryption(headers: Mapping[str, str]) -> None:
     """Reads name no encryption but the customer's. Raises InvalidRequest, and for SSE-C what a write would get."""
     for name in headers:
-        if name.startswith("x-amz-server-side-encryption"):
+        if name not in _ORDINARY and name.startswith("x-amz-server-side-encryption"):
             if name.startswith(_SSE_C):
                 check_customer_key(headers)
                 raise InvalidRequest("The encryption parameters are not applicable to this object.")

@@ -53,6 +53,8 @@ _OVERRIDES = {
 
 def version_of(request: Request) -> str:
     """versionId: absent, or ``null`` where there never was versioning. Raises InvalidArgument for an empty one."""
+    if not request.query:
+        return ""
     version = request.query.get("versionId")
     if version == "":
         raise errors.InvalidArgument("Version id cannot be the empty string", ArgumentName="versionId", ArgumentValue="")
@@ -163,6 +165,8 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
 
 
 def _part_number(request: Request) -> int | None:
+    if not request.query:
+        return None
     text = request.query.get("partNumber")
     if text is None:
         return None
@@ -171,22 +175,23 @@ def _part_number(request: Request) -> int | None:
     return h.integer("partNumber", text, 1, 10_000)
 
 
-def _overrides(request: Request, headers: Headers) -> None:
+def _overrides(request: Request) -> Headers:
     """response-* parameters; anonymous requests may not have them."""
-    for name, header in _OVERRIDES.items():
+    headers: Headers = {}
+    for name, header in _OVERRIDES.items() if request.query else ():
         if name in request.query:
             if not request.who.access_key:
                 raise errors.InvalidRequest("Request specific response headers cannot be used for anonymous GET requests.")
             headers[header] = checked_header(name, request.query[name])
+    return headers
 
 
 async def get_object(front: Front, request: Request) -> Reply:
     headers = request.headers
     h.refuse_read_encryption(headers)
-    overrides: Headers = {}
-    _overrides(request, overrides)
+    overrides = _overrides(request)
     part_number = _part_number(request)
-    span = h.parse_range(headers.get("range", ""))
+    span = h.parse_range(headers["range"]) if "range" in headers else None
     conditions = h.read_conditions(headers)
     stream = await _open(front, request, conditions, span, part_number)
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], stream.info):
@@ -196,7 +201,8 @@ async def get_object(front: Front, request: Request) -> Reply:
         info = stream.info
         whole = not stream.partial and part_number is None
         answer = object_headers(info, checksums=whole and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
-        answer.update(overrides)
+        if overrides:
+            answer.update(overrides)
         if part_number is not None:
             _describe_part(request, info, part_number, answer)
         if stream.partial:
@@ -245,8 +251,7 @@ async def head_object(front: Front, request: Request) -> Reply:
     """As GetObject, range included; the length is the one that GET would send."""
     headers = request.headers
     h.refuse_read_encryption(headers)
-    overrides: Headers = {}
-    _overrides(request, overrides)
+    overrides = _overrides(request)
     part_number = _part_number(request)
     info = await front.objects.head(
         request.bucket_record,
@@ -255,7 +260,7 @@ async def head_object(front: Front, request: Request) -> Reply:
         conditions=h.read_conditions(headers),
         part_number=part_number,
     )
-    span = h.parse_range(headers.get("range", ""))
+    span = h.parse_range(headers["range"]) if "range" in headers else None
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], info):
         span = None
     first, length = 0, info.size
@@ -266,7 +271,8 @@ async def head_object(front: Front, request: Request) -> Reply:
         length = info.parts[part_number - 1].size
     partial = span is not None or part_number is not None
     answer = object_headers(info, checksums=not partial and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
-    answer.update(overrides)
+    if overrides:
+        answer.update(overrides)
     if part_number is not None:
         _describe_part(request, info, part_number, answer)
     if partial and length:

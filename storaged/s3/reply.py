@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from storaged.errors import InvalidArgument
 from storaged.objects.api import ObjectInfo, ObjectStream, PutResult
@@ -24,8 +25,7 @@ REASONS = {
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 
 
-@dataclass(slots=True)
-class Reply:
+class Reply(Struct):
     """``stream`` instead of ``body`` for an object's bytes. ``length`` is Content-Length when it is not the body's own (HEAD)."""
 
     status: int = 200

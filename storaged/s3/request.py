@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
+
+from msgspec import Struct, field
 
 from storaged.errors import InvalidURI, KeyTooLongError
 from storaged.objects.api import Principal
@@ -20,8 +21,7 @@ PARAMETERS_MAX = 128
 ANONYMOUS = Principal(user_id="", display_name="anonymous")
 
 
-@dataclass(slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """``raw_path`` is what canonicalisation begins with; ``pairs`` are the decoded parameters in order, ``query`` the first of each name as text."""
 
     raw_path: bytes
@@ -95,8 +95,10 @@ def virtual_bucket(host: str, domains: Sequence[str]) -> str:
     return ""
 
 
-@dataclass(slots=True)
-class Request:
+NO_TARGET = Target(b"/", (), {})
+
+
+class Request(Struct):
     """What handlers get. ``bucket_record`` is set, and belongs to ``who``, wherever a handler works on a bucket that must exist."""
 
     id: str
@@ -105,7 +107,7 @@ class Request:
     remote: str
     secure: bool
     headers: dict[str, str] = field(default_factory=dict)
-    target: Target = field(default_factory=lambda: Target(b"/", (), {}))
+    target: Target = NO_TARGET
     bucket: str = ""
     key: bytes = b""
     who: Principal = ANONYMOUS

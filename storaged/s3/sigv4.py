@@ -56,8 +56,8 @@ _COMPONENTS = frozenset({"Credential", "SignedHeaders", "Signature"})
 _REMEMBERED_CHARS_MAX = 1024
 """Longer ones are taken apart each time: what strangers send must not fill the memory."""
 
-_Claimed = tuple[str, str, str, str, tuple[str, ...]]
-"""Access key, date, region, service, and the signed headers."""
+_Claimed = tuple[str, str, str, str, str, tuple[str, ...]]
+"""Access key, date, region, service, scope, and the signed headers."""
 
 Pairs = Sequence[tuple[bytes, bytes]]
 """Query parameters, decoded, in the order they came."""
@@ -70,14 +70,11 @@ class Claim(NamedTuple):
     date: str
     region: str
     service: str
+    scope: str
     signed_headers: tuple[str, ...]
     signature: str
     timestamp: str
     expires_s: int | None = None
-
-    @property
-    def scope(self) -> str:
-        return f"{self.date}/{self.region}/{self.service}/aws4_request"
 
     @property
     def presigned(self) -> bool:
@@ -102,17 +99,17 @@ def claim_from_header(authorization: str, headers: Mapping[str, str]) -> Claim:
         raise InvalidRequest("The authorization mechanism you have provided is not supported. Please use AWS4-HMAC-SHA256.")
     before, name, signature = authorization.rpartition("Signature=")
     if name and signature.isalnum() and len(before) <= _REMEMBERED_CHARS_MAX:
-        access_key, date, region, service, signed = _before_signature(before)
+        claimed = _before_signature(before)
     else:
         components = _components(authorization[len(ALGORITHM) :])
         signature = components["Signature"]
-        access_key, date, region, service, signed = _claimed(components)
+        claimed = _claimed(components)
     timestamp = _timestamp_from_headers(headers)
-    if timestamp[:8] != date:
+    if timestamp[:8] != claimed[1]:
         raise AuthorizationHeaderMalformed("The authorization header is malformed; the credential's date is not the request's.")
-    if "host" not in signed:
+    if "host" not in claimed[5]:
         raise AuthorizationHeaderMalformed("The authorization header is malformed; the Host header must be signed.")
-    return Claim(access_key, date, region, service, signed, signature, timestamp)
+    return Claim(*claimed, signature, timestamp)
 
 
 @lru_cache(maxsize=1024)
@@ -122,7 +119,12 @@ def _before_signature(text: str) -> _Claimed:
 
 
 def _claimed(components: Mapping[str, str]) -> _Claimed:
-    return *_credential(components["Credential"], AuthorizationHeaderMalformed), tuple(components["SignedHeaders"].lower().split(";"))
+    access_key, date, region, service = _credential(components["Credential"], AuthorizationHeaderMalformed)
+    return access_key, date, region, service, _scope(date, region, service), tuple(components["SignedHeaders"].lower().split(";"))
+
+
+def _scope(date: str, region: str, service: str) -> str:
+    return f"{date}/{region}/{service}/aws4_request"
 
 
 def _components(text: str) -> dict[str, str]:
@@ -172,7 +174,8 @@ def claim_from_query(query: Mapping[str, str]) -> Claim:
     signed = tuple(query["X-Amz-SignedHeaders"].lower().split(";"))
     if "host" not in signed:
         raise AuthorizationQueryParametersError("The Host header must be signed.")
-    return Claim(access_key, date, region, service, signed, query["X-Amz-Signature"], timestamp, expires_s)
+    scope = _scope(date, region, service)
+    return Claim(access_key, date, region, service, scope, signed, query["X-Amz-Signature"], timestamp, expires_s)
 
 
 def _credential(text: str, malformed: type[S3Error]) -> tuple[str, str, str, str]:
@@ -217,12 +220,13 @@ _timestamp_ms = lru_cache(maxsize=256)(timestamp_ms)
 
 def check_scope(claim: Claim, region: str) -> None:
     """Raises AuthorizationHeaderMalformed (or its counterpart for presigned URLs), with the Region that would be right."""
+    if claim.service == SERVICE and claim.region == region:
+        return
     malformed = AuthorizationQueryParametersError if claim.presigned else AuthorizationHeaderMalformed
     where = "Error parsing the X-Amz-Credential parameter" if claim.presigned else "The authorization header is malformed"
     if claim.service != SERVICE:
         raise malformed(f'{where}; incorrect service "{claim.service}". This endpoint belongs to "{SERVICE}".')
-    if claim.region != region:
-        raise malformed(f"{where}; the region '{claim.region}' is wrong; expecting '{region}'", Region=region)
+    raise malformed(f"{where}; the region '{claim.region}' is wrong; expecting '{region}'", Region=region)
 
 
 def check_time(claim: Claim, now_ms: int) -> None:
