@@ -82,8 +82,20 @@ class _Ports:
         return Outcome(before, after)
 
 
-async def _pieces(plain: bytes) -> AsyncIterator[Buffer]:
-    yield plain
+class _Body:
+    """An ``api.WholeBody``, as the S3 front's are."""
+
+    def __init__(self, plain: bytes) -> None:
+        self._plain = plain
+
+    def __aiter__(self) -> AsyncIterator[Buffer]:
+        return self
+
+    async def __anext__(self) -> Buffer:
+        raise AssertionError("a small body is asked for whole")
+
+    async def whole(self) -> Buffer:
+        return self._plain
 
 
 def at_once(work: Coroutine[Any, Any, T]) -> T:
@@ -116,14 +128,15 @@ class World:
             )
         )
         self.plain = os.urandom(4 * KIB)
+        self.sha256 = hashlib.sha256(self.plain).hexdigest()
         self.numbers = iter(range(10**12))
         self.put(b"key")
 
     def put(self, key: bytes = b"") -> None:
-        checks = BodyChecks(size=len(self.plain))
+        checks = BodyChecks(size=len(self.plain), sha256=self.sha256)
         meta = NewMeta({"content-type": "application/octet-stream"})
         key = key or b"photos/2026/%08d.jpg" % next(self.numbers)
-        result = at_once(self.objects.put(BUCKET, key, _pieces(self.plain), meta, checks, owner="f" * 64))
+        result = at_once(self.objects.put(BUCKET, key, _Body(self.plain), meta, checks, owner="f" * 64))
         assert result.size == len(self.plain)
         if key != b"key":
             self.ports.values.popitem()
@@ -167,12 +180,13 @@ def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]
 
     def native_put() -> None:
         hashlib.md5(plain, usedforsecurity=False).digest()
+        hashlib.sha256(plain).digest()
         system_entropy(132)
         native_get()
         AESGCM(key).encrypt(nonce, info, None)
 
     return [
-        ("objects: PUT 4 KiB without ring and HTTP", world.put, native_put, "MD5, three keys derived, four sealings"),
+        ("objects: PUT 4 KiB without ring and HTTP", world.put, native_put, "MD5, SHA-256, three keys derived, four sealings"),
         ("objects: HEAD without ring and HTTP", world.cold_head, native_head, "two keys derived, two openings"),
         ("objects: GET 4 KiB without ring and HTTP", world.cold_get, native_get, "three keys derived, three openings"),
         ("objects: HEAD, opened lately", world.head, lambda: None, "nothing"),

@@ -123,12 +123,14 @@ class BodyDigest:
 
 def digest_of(plain: Buffer, checks: BodyChecks) -> Digest:
     """What a BodyDigest finds of a body that is here whole; it raises the same."""
-    if checks.algorithms or checks.checksums or checks.trailing is not None or checks.sha256:
+    if checks.algorithms or checks.checksums or checks.trailing is not None:
         digest = BodyDigest(checks)
         digest.update(plain)
         return digest.finish()
     if checks.size is not None and len(plain) != checks.size:
         raise IncompleteBody(f"The body has {len(plain)} bytes; {checks.size} were declared.")
+    if checks.sha256 and (computed := hashlib.sha256(plain).hexdigest()) != checks.sha256:
+        raise XAmzContentSHA256Mismatch(ClientComputedContentSHA256=checks.sha256, S3ComputedContentSHA256=computed)
     md5 = hashlib.md5(plain, usedforsecurity=False)
     if checks.md5 is not None and md5.digest() != checks.md5:
         raise BadDigest("The Content-MD5 you specified did not match what we received.")

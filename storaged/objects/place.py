@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from storaged.cluster.layout import Layout, Profile, placement_group
 from storaged.errors import ServiceUnavailable
+from storaged.fragments.ports import FragmentId
+from storaged.ids import DATA_ID_BYTES
 from storaged.objects.records import Run
 
 Writable = Callable[[str], bool]
@@ -223,6 +225,26 @@ def copies_rule(layout: Layout, replicas: Sequence[str], writable: Writable) -> 
         return lambda synced: enough_copies(layout, replicas, synced, writable)
     counted = frozenset(replicas)
     return lambda synced: len(counted & synced) > COPIES.k
+
+
+class CopyPlan(NamedTuple):
+    """How small objects of one ring partition are kept under ``layout``: on ``replicas``, as the one run of ``runs``. ``enough`` is the rule for their copies,
+    ``id_tail`` what stands behind the data id in the id of the first copy."""
+
+    layout: Layout
+    replicas: tuple[str, ...]
+    runs: tuple[Run, ...]
+    enough: Callable[[frozenset[str]], bool]
+    id_tail: bytes
+
+
+def copy_plan(layout: Layout, partition: int, writable: Writable) -> CopyPlan:
+    replicas = layout.replicas_of(partition)
+    more = len(replicas) - 1
+    first = FragmentId(bytes(DATA_ID_BYTES), 0, 1, more, 0)
+    return CopyPlan(
+        layout, replicas, (Run(0, 1, 1, more, layout.epoch),), copies_rule(layout, replicas, writable), first.pack()[DATA_ID_BYTES:]
+    )
 
 
 def spare(layout: Layout, profile: Profile, alive: Mapping[int, str]) -> tuple[int, int]:

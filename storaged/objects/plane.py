@@ -20,6 +20,7 @@ from storaged.fragments.ports import FragmentId, FragmentStores
 from storaged.ids import Entropy
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Fences, Pages, Registers, Scanner
+from storaged.objects import place
 from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
 from storaged.objects.background import Background as Background
 from storaged.objects.background import Counters as Counters
@@ -133,6 +134,7 @@ class ObjectPlane:
         self.garbage = Garbage(self.stores, self.background, self.limits.write_timeout_s)
         self.put_buffers = BufferPool(self.limits.put_buffer_bytes_max, self.limits.buffer_wait_s)
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
+        self._copy_plans: dict[tuple[bytes, int], place.CopyPlan] = {}
         self.opened = OpenedLately(self.limits.opened_bytes_max)
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
 
@@ -151,6 +153,16 @@ class ObjectPlane:
     def target_text(self, bucket: BucketRecord) -> str:
         """``target_of`` as a PartEntry has it."""
         return _canonical(bucket.profile or self.layouts.current.profile)
+
+    def copy_plan(self, name: RegisterName) -> place.CopyPlan:
+        """Of the register's partition under the layout in force."""
+        shard, layout = (name.scope, name.shard), self.layouts.current
+        plan = self._copy_plans.get(shard)
+        if plan is None or plan.layout is not layout:
+            if len(self._copy_plans) >= self.limits.cache_entries_max:
+                self._copy_plans.clear()
+            plan = self._copy_plans[shard] = place.copy_plan(layout, name.partition, self.liveness.disk_writable)
+        return plan
 
     def check_age(self, started: float, created_ms: int) -> None:
         """``started`` in monotonic seconds, ``created_ms`` on the wall. Raises ServiceUnavailable for a request too old to be sure that its fragments are still there.

@@ -16,11 +16,10 @@ import xxhash
 
 from storaged import trace
 from storaged.errors import EntityTooLarge
-from storaged.fragments.ports import FragmentHeader, FragmentId, encode_copies
+from storaged.fragments.ports import FragmentHeader, encode_copies
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome, SmallCopies
-from storaged.objects import place
 from storaged.objects.api import NO_WRITE_CONDITIONS, Body, BodyChecks, NewMeta, PutResult, WriteConditions
 from storaged.objects.body import BodyReader, whole_of
 from storaged.objects.checksums import FULL_OBJECT, BodyDigest, Digest, digest_of
@@ -28,7 +27,7 @@ from storaged.objects.commit import commit
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
-from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Run, Version
+from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Version
 from storaged.objects.retire import retire_replaced
 from storaged.objects.seal import SALT_BYTES, TAG_BYTES, seal_part
 from storaged.objects.versions import (
@@ -58,13 +57,6 @@ class Sealed(NamedTuple):
     writer: PartWriter | None = None
 
 
-class Small(NamedTuple):
-    """A body that is one chunk: kept in its entry, or as ``copies`` beside the register."""
-
-    entry: PartEntry
-    copies: SmallCopies | None = None
-
-
 async def put(
     plane: ObjectPlane,
     bucket: BucketRecord,
@@ -89,9 +81,9 @@ async def put(
             plain = await whole_of(body, size)
         with trace.span("digest"):
             digest = digest_of(plain, checks)
-        small = seal_small(plane, bucket, name, plain, write.dek, write.data_id, 1)
-        if small is not None:
-            return await _commit_put(write, Sealed(small.entry, digest, small.copies))
+        sealed = seal_small(plane, bucket, name, plain, digest, write.dek, write.data_id, 1)
+        if sealed is not None:
+            return await _commit_put(write, sealed)
         body, checks = _again(plain), BodyChecks(size=size, algorithms=tuple(digest.checksums))
     async with sealed_body(plane, bucket, name, body, checks, dek=write.dek, data_id=write.data_id) as sealed:
         return await _commit_put(write, sealed)
@@ -196,9 +188,9 @@ async def sealed_body(
         if reader.ended:
             with trace.span("digest"):
                 found = digest_of(head[:count], checks)
-            small = seal_small(plane, bucket, name, head[:count], dek, data_id, number or 1)
-            if small is not None:
-                yield Sealed(small.entry, found, small.copies)
+            sealed = seal_small(plane, bucket, name, head[:count], found, dek, data_id, number or 1)
+            if sealed is not None:
+                yield sealed
                 return
             digest, checks = BodyDigest(BodyChecks(algorithms=tuple(found.checksums))), BodyChecks(size=count)
         reader.unread(head[:count])
@@ -226,25 +218,21 @@ async def _again(plain: Buffer) -> AsyncIterator[Buffer]:
 
 
 def seal_small(
-    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: Buffer, dek: bytes, data_id: bytes, number: int
-) -> Small | None:
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: Buffer, digest: Digest, dek: bytes, data_id: bytes, number: int
+) -> Sealed | None:
     """Seals a body that is one chunk, to stay in the record or to go along with the accept; None when too few of the register's disks can take copies now."""
     with trace.span("seal"):
         header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     target = plane.target_text(bucket)
     if len(sealed) <= plane.limits.inline_sealed_bytes_max:
         plane.counters.puts_inline += 1
-        return Small(PartEntry(number, data_id, len(plain), header, 1, target, (), sealed))
-    layout = plane.layouts.current
-    replicas = layout.replicas_of(name.partition)
-    writable = plane.liveness.disk_writable
-    enough = place.copies_rule(layout, replicas, writable)
-    if not enough(frozenset(filter(writable, replicas))):
+        return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
+    plan = plane.copy_plan(name)
+    if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.replicas))):
         return None
     plane.counters.puts_small += 1
-    copies = len(replicas)
     copy = FragmentHeader(
-        FragmentId(data_id, 0, 1, copies - 1, 0).pack(),
+        data_id + plan.id_tail,
         name.pack(),
         header,
         (xxhash.xxh3_128_digest(sealed),),
@@ -253,9 +241,9 @@ def seal_small(
         plane.clock.wall_ms(),
     )
     payload = [sealed]
-    fragments = [(encoded, payload) for encoded in encode_copies(copy, copies)]
-    entry = PartEntry(number, data_id, len(plain), header, 1, target, (Run(0, 1, 1, copies - 1, layout.epoch),), small=True)
-    return Small(entry, SmallCopies(data_id, fragments, enough))
+    fragments = [(encoded, payload) for encoded in encode_copies(copy, len(plan.replicas))]
+    entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, small=True)
+    return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
 
 
 async def commit_sealed(
