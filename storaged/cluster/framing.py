@@ -37,7 +37,7 @@ from enum import Enum, IntEnum
 from typing import Final, NamedTuple
 
 from storaged.units import KIB, MIB
-from storaged.wire import Message
+from storaged.wire import Message, unfilled
 
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = b"SR"
@@ -241,7 +241,7 @@ class FrameReader:
         """The rest of this frame goes into memory of its own."""
         here = self._end - self._start
         self._head = memoryview(bytearray(header.head_bytes))
-        self._body = memoryview(bytearray(header.body_bytes)) if header.body_bytes else _EMPTY
+        self._body = memoryview(unfilled(header.body_bytes)) if header.body_bytes else _EMPTY
         in_head = min(here, header.head_bytes)
         self._head[:in_head] = self._view[self._start : self._start + in_head]
         if here > in_head:
