@@ -250,13 +250,14 @@ class Engine:
             for position, _ in pending:
                 answers[position] = error
             return
-        for write, where, sequence in placed:
+        known = self.index.lookup_all([write.key for write, _, _ in placed])  # the keys of a group are distinct
+        for (write, where, sequence), before in zip(placed, known, strict=True):
             header = write.header
             entry = Entry(
                 self.active, where.offset, where.record_bytes, where.payload_start, write.payload_bytes, header.cell_bytes,
                 sequence, header.created_ms,
             )  # fmt: skip
-            old = self.index.put(write.key, entry)
+            old = self.index.replace(write.key, before, entry)
             if old is not None:
                 self._garbage(old)
 

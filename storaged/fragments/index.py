@@ -208,6 +208,24 @@ class Index:
         except (lmdb.CorruptedError, lmdb.PageNotFoundError):
             return BROKEN
 
+    def lookup_all(self, keys: Sequence[bytes]) -> list[Entry | None]:
+        """As ``lookup`` of each, in one snapshot: every call into LMDB gives the interpreter away, and a busy one takes its time to give it back."""
+        overlay, frozen = self.overlay.fragments, self.frozen.fragments if self.frozen is not None else {}
+        found = [overlay.get(key, BROKEN) for key in keys]
+        found = [frozen.get(key, BROKEN) if entry is BROKEN else entry for key, entry in zip(keys, found, strict=True)]
+        if BROKEN not in found:
+            return found
+        fragments = self._db["fragments"]
+        try:
+            with self._env.begin(buffers=True) as txn:
+                for index, key in enumerate(keys):
+                    if found[index] is BROKEN:
+                        value = txn.get(key, db=fragments)
+                        found[index] = None if value is None else _unpack(key, value)
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError):
+            return [self.lookup(key) for key in keys]
+        return found
+
     def find_copy(self, data_id: bytes) -> bytes | None:
         """The key of block 0's whole copy (k = 1) of a data id, whatever its m and position."""
         for overlay in (self.overlay, self.frozen):
@@ -325,7 +343,10 @@ class Index:
 
     def put(self, key: bytes, entry: Entry) -> Entry | None:
         """A record of this fragment is in the log. Returns the entry that it replaced. An older record than the known one only casts a shadow."""
-        old = self.lookup(key)
+        return self.replace(key, self.lookup(key), entry)
+
+    def replace(self, key: bytes, old: Entry | None, entry: Entry) -> Entry | None:
+        """``put`` for who has looked up what is known."""
         if old is not None and old.segment:
             if old.sequence > entry.sequence:
                 self._set(key, old._replace(shadows=self._shadows(old.shadows, entry.segment)))

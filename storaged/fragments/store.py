@@ -135,6 +135,10 @@ class LocalFragmentStore:
         self._loop = loop
         self._queue: queue.SimpleQueue[list[_Job] | _Committed | _Stop] = queue.SimpleQueue()
         self._arriving: list[_Job] = []
+        self._handing = False
+        """``_hand_over`` is about to be called."""
+        self._committing = False
+        """Copies with companions have been handed over, and no answer to any of them has come back."""
         self._backlog: deque[_Job] = deque()  # the writer thread's
         self._queued_bytes = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -359,14 +363,22 @@ class LocalFragmentStore:
             raise
 
     def _arrive(self, job: _Job) -> None:
+        """While copies with companions are being committed, further ones wait for that group's answer: the loop that takes it hands over all that came meanwhile.
+        A loop that is busy so makes groups as large as its own turns, whose commit costs little more than that of one; one that is idle takes the answer at
+        once. Everything else (bytes of large objects, deletions) goes to the writer thread within this turn of the loop, and takes along what waits."""
         self._arriving.append(job)
-        if len(self._arriving) == 1:
+        if job.kept is not None and self._committing:
+            return
+        if not self._handing:
+            self._handing = True
             self._loop.call_soon(self._hand_over)
 
     def _hand_over(self) -> None:
         """Everything that this turn of the loop brought goes to the writer thread at once. Handed over one by one, the first would wake it, it would ask for
         the interpreter and get it in the middle of the burst, and what belongs in one group would be synced in several."""
+        self._handing = False
         if self._arriving:
+            self._committing = self._committing or any(job.kept is not None for job in self._arriving)
             jobs, self._arriving = self._arriving, []
             self._queue.put(jobs)
 
@@ -375,6 +387,7 @@ class LocalFragmentStore:
             if job.kept is not None:
                 assert job.write is not None
                 self._give_bytes(job.write.payload_bytes)
+                self._committing = False
                 job.kept(answer, uncommitted)
                 continue
             assert job.future is not None
@@ -385,6 +398,9 @@ class LocalFragmentStore:
                 job.future.set_exception(answer)
             else:
                 job.future.set_result(answer)
+        if self._arriving and not self._handing:
+            self._handing = True
+            self._loop.call_soon(self._hand_over)
 
     async def _take_bytes(self, count: int) -> None:
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):

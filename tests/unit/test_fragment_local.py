@@ -6,15 +6,25 @@ import asyncio
 import contextlib
 import random
 import shutil
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, FragmentDamaged, FragmentMissing, IndexDamaged, OperatorError
+from storaged.errors import (
+    DirectoryInUse,
+    DiskForeign,
+    DiskUnusable,
+    FragmentDamaged,
+    FragmentMissing,
+    IndexDamaged,
+    OperatorError,
+    StoragedError,
+)
 from storaged.fragments.compact import Compactor
-from storaged.fragments.engine import StoreLimits
+from storaged.fragments.engine import StoreLimits, Write
 from storaged.fragments.files import PosixFiles
 from storaged.fragments.offline import check, rebuild_index
 from storaged.fragments.ports import FragmentId, Health, Retirement
@@ -515,3 +525,45 @@ async def test_a_fragment_of_a_block_is_read_without_waiting_while_it_is_cached_
         flip_on_disk(tmp_path, made, 2)
         assert store.peek(made.id) is None
         assert [cell is None for cell in (await store.read(made.id, 0, 12)).cells] == [number == 2 for number in range(12)]
+
+
+async def test_copies_that_come_while_others_are_committed_are_one_group_and_what_is_no_copy_does_not_wait_for_them(tmp_path: Path) -> None:
+    """The disk's thread is held at the commit of the first copy's companion; ten come meanwhile, one in each turn of the loop."""
+    groups: list[list[str]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def commit(companions: Sequence[str]) -> None:
+        groups.append(list(companions))
+        begun.set()
+        assert go_on.wait(10)
+
+    async with opened(tmp_path) as store:
+        store.commit_companions = commit
+        kept: list[tuple[str, object, object]] = []
+        all_kept = asyncio.Event()
+
+        def keep(name: str) -> Made:
+            made = make(RNG)
+
+            def done(refusal: StoragedError | None, error: StoragedError | None) -> None:
+                kept.append((name, refusal, error))
+                if len(kept) == 11:
+                    all_kept.set()
+
+            assert store.write_with(Write.of(made.header, [made.payload]), name, done)
+            return made
+
+        made = [keep("first")]
+        assert await asyncio.to_thread(begun.wait, 10)
+        for number in range(10):
+            made.append(keep(f"{number}"))
+            await asyncio.sleep(0)
+        large = asyncio.create_task(put(store, 200_000))
+        await asyncio.sleep(0.01)
+        assert not kept
+        go_on.set()
+        await asyncio.wait_for(all_kept.wait(), 10)
+        await asyncio.wait_for(large, 10)
+        assert groups == [["first"], [f"{number}" for number in range(10)]]
+        assert kept == [(name, None, None) for name in ("first", *map(str, range(10)))]
+        assert [await content(store, one) for one in made] == [one.payload for one in made]
