@@ -173,7 +173,7 @@ class S3App:
             self._server.close()
         if self._connections is None:
             return
-        for connection in self._connections.open:
+        for connection in tuple(self._connections.open):
             if connection.idle:
                 connection.transport.close()
         try:

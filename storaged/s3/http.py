@@ -131,7 +131,9 @@ def _lower(name: str) -> str:
     if not _TOKEN.fullmatch(name):
         raise BadRequest()
     lower = name.lower()
-    if len(_names) < _NAMES_MAX and len(name) <= _NAME_CHARS_MAX:
+    if len(name) <= _NAME_CHARS_MAX:
+        if len(_names) >= _NAMES_MAX:
+            _names.clear()  # somebody makes names up; those that clients use are soon back
         _names[name] = lower
     return lower
 

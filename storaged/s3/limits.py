@@ -35,6 +35,6 @@ class Limits:
     """How long the unread rest of a longer body is thrown away after the answer, so that the client reads the answer and not a reset."""
     linger_bytes_max: int = 256 * MIB
     read_buffer_bytes: int = 64 * KIB
-    """Of one connection, before back-pressure reaches its socket: twice this, and what the last read brought (up to 256 KB) on top."""
+    """Of one connection, unread, before back-pressure reaches its socket; what the last read brought (up to 64 KiB) comes on top."""
     deletes_in_flight_max: int = 32
     """Of one DeleteObjects."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import random
 import re
+import ssl
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from storaged.errors import BadRequest, RequestHeaderSectionTooLarge
+from storaged.errors import BadRequest, IncompleteBody, RequestHeaderSectionTooLarge, RequestTimeout
+from storaged.objects.api import Body, BodyChecks, PutResult
 from storaged.objects.body import BodyReader
 from storaged.s3.body import RequestBody
 from storaged.s3.http import Chunks, parse_head
 from storaged.s3.limits import Limits
 from tests.unit.s3_world import ACCESS, REGION, World, s3_world
-from tests.unit.test_s3_http import read_head, signed, until
+from tests.unit.test_s3_http import certificate, read_head, signed, until
 
 LIMITS = Limits()
 HOST = b"Host: h\r\n"
@@ -246,6 +250,19 @@ async def test_requests_sent_in_one_go_are_answered_in_their_order(world: World)
     assert len(world.objects.of(await world.buckets.get("bucket"))) == 20
 
 
+async def test_requests_sent_in_one_go_do_not_keep_others_waiting(world: World) -> None:
+    reader, writer = await connect(world)
+    other_reader, other = await connect(world)
+    writer.write(b"HEAD /first HTTP/1.1\r\nHost: h\r\n\r\n" * 1000)
+    other.write(b"HEAD /other HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+    await asyncio.wait_for(other_reader.read(), 5)
+    await until(lambda: len(world.done) == 1001)
+    assert [done.target for done in world.done].index("/other") < 100
+    writer.close()
+    other.close()
+    del reader
+
+
 async def test_one_empty_line_before_a_request_is_passed_over(world: World) -> None:
     request = signed(world, "PUT", "/bucket/k", body=b"x")
     last = signed(world, "GET", "/bucket/k", headers={"Connection": "close"})
@@ -404,6 +421,66 @@ async def test_a_large_body_goes_straight_into_its_readers_memory() -> None:
         assert found == plain
         assert body.bytes_come == len(plain)
         assert socket.direct > len(plain) // 4
+
+
+class _Blocks:
+    """The object plane's ``put``, as it reads a large body: block by block, each in memory that is used again."""
+
+    def __init__(self) -> None:
+        self.found = b""
+        self.failed: list[Exception] = []
+
+    async def put(self, bucket: object, key: bytes, body: Body, meta: object, checks: BodyChecks, **_: object) -> PutResult:
+        reader, block = BodyReader(body, 1 << 30), memoryview(bytearray(300_000))
+        try:
+            while not reader.ended:
+                count = await reader.fill(block)
+                await asyncio.sleep(0.001)
+                self.found += block[:count]
+        except Exception as error:
+            self.failed.append(error)
+            raise
+        assert hashlib.sha256(self.found).hexdigest() == checks.sha256
+        return PutResult("0" * 32)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_large_body_comes_through_a_socket_into_blocks_and_what_follows_it_is_the_next_request(
+    secure: bool, tmp_path: Path
+) -> None:
+    path = certificate(tmp_path)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(path)
+    client = ssl.create_default_context(cafile=str(path))
+    async with s3_world(tls=server if secure else None) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        for size in (300_000, 299_999, 2_500_001):
+            blocks = _Blocks()
+            world.objects.put = blocks.put  # type: ignore[method-assign, assignment]
+            body = random.Random(size).randbytes(size)
+            reader, writer = await asyncio.open_connection("localhost", world.port, ssl=client if secure else None)
+            writer.write(signed(world, "PUT", "/bucket/k", body=body) + signed(world, "HEAD", "/bucket/none"))
+            assert b"200 OK" in await read_head(reader)
+            assert b"404 Not Found" in await read_head(reader)
+            writer.close()
+            assert blocks.found == body
+
+
+async def test_a_large_body_that_stops_or_breaks_off_is_told_to_its_reader(world: World) -> None:
+    blocks = _Blocks()
+    world.objects.put = blocks.put  # type: ignore[method-assign, assignment]
+    request = signed(world, "PUT", "/bucket/k", body=bytes(1_000_000))
+    reader, writer = await connect(world)
+    writer.write(request[:-1000])
+    assert b"<Code>RequestTimeout</Code>" in await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    reader, writer = await connect(world)
+    writer.write(request[:-1000])
+    await writer.drain()
+    writer.transport.abort()
+    await until(lambda: len(blocks.failed) == 2)
+    assert [type(error) for error in blocks.failed] == [RequestTimeout, IncompleteBody]
+    del reader
 
 
 async def test_uploads_of_any_size_arrive_whole_through_a_socket(world: World) -> None:
