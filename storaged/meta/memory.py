@@ -18,8 +18,8 @@ from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Done, Fence, RowDamaged, Slot, StoreBatch, StoredPage
-from storaged.meta.rowvalue import pack_row, unpack_row
+from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch, StoredPage
+from storaged.meta.rowvalue import columns_of, pack_row, stamps_in, unpack_row
 
 SLICE_ROWS_MAX = 10_000
 
@@ -99,9 +99,13 @@ class MemoryMetaStore:
             found.append((key, held.rows[key]))
         return found
 
-    def columns(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> tuple[list[bytes], list[bytes]]:
-        found = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
-        return [key for key, _ in found], [row for _, row in found]
+    def columns(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
+    ) -> tuple[list[bytes], list[bytes], bool]:
+        return columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
+
+    def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
+        return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)

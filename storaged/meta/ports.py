@@ -316,6 +316,16 @@ Kept = Callable[[StoragedError | None, StoragedError | None], None]
 """``done(copy, batch)``: why the copy was not stored (then the batch was not committed either), and why the batch was not. It must not raise."""
 
 
+class Stamps(NamedTuple):
+    """Of some rows in order: their stamps one behind the other, how many, their bytes together, the last one's key (empty without rows), and whether there are more."""
+
+    stamps: bytes
+    rows: int
+    row_bytes: int
+    last: bytes
+    more: bool
+
+
 class MetaStore(Protocol):
     """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
 
@@ -342,8 +352,13 @@ class MetaStore(Protocol):
     def slice(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """As scan, but (key, the row's bytes as rowvalue lays them out, unverified): what ``meta.scan`` makes digests and pages of."""
 
-    def columns(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> tuple[list[bytes], list[bytes]]:
-        """As slice, but the keys and the rows apart, for work on all rows at once."""
+    def columns(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
+    ) -> tuple[list[bytes], list[bytes], bool]:
+        """As slice, but the keys and the rows apart, for work on all of them at once; and whether there are more."""
+
+    def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
+        """Of the rows that ``columns`` would give what stands for them (``rowvalue.stamps_of``), without reading the rest of them."""
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Every (table, scope, shard) that has rows here, for repair's walk."""

@@ -27,7 +27,7 @@ import xxhash
 from storaged import wire
 from storaged.meta.heads import HEAD_MARK, LEAD_BYTES, head_of
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
-from storaged.meta.ports import Ballot, RowDamaged, Slot
+from storaged.meta.ports import Ballot, RowDamaged, Slot, Stamps
 from storaged.wire import Buffer
 
 ROW_VERSION = 1
@@ -41,11 +41,11 @@ _HEAD = struct.Struct(">BQQBB")
 _CHECK_AT = 1
 _BODY_AT = _CHECK_AT + CHECK_BYTES
 _BALLOT_AT = _BODY_AT + 1
-_ROW_BYTES_MIN = _BODY_AT + _HEAD.size
+ROW_BYTES_MIN = _BODY_AT + _HEAD.size
 
 assert _HEAD.size == 19
 assert STAMP_BYTES == _BALLOT_AT
-assert _ROW_BYTES_MIN == 28
+assert ROW_BYTES_MIN == 28
 
 _LEAD = struct.Struct(">xBH17xB2xBBH")
 """The beginning of a value whose body has a head: array, sequence, header of the operation's id, id and visibility, header of the body, its lead."""
@@ -99,12 +99,22 @@ def stamps_of(rows: Sequence[bytes]) -> bytes:
     return b"".join([row[:STAMP_BYTES] for row in rows])
 
 
+def stamps_in(keys: Sequence[bytes], rows: Sequence[bytes], more: bool) -> Stamps:
+    """The stamps of columns."""
+    return Stamps(stamps_of(rows), len(rows), sum(map(len, rows)), keys[-1] if keys else b"", more)
+
+
+def columns_of(entries: Sequence[tuple[bytes, bytes]], limit: int) -> tuple[list[bytes], list[bytes], bool]:
+    """Keys and rows of the first ``limit`` entries, and whether there are more."""
+    return [key for key, _ in entries[:limit]], [row for _, row in entries[:limit]], len(entries) > limit
+
+
 def sound_rows(seed: int, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
-    """Whether all of these are what ``sound_check`` calls sound. A page has a thousand of them: one expression a row."""
-    found = [
-        _check(row[_BODY_AT:] + key, seed) == row[_CHECK_AT:_BODY_AT] and row[0] == ROW_VERSION for key, row in zip(keys, rows, strict=True)
-    ]
-    return False not in found
+    """Whether all of these are what ``sound_check`` calls sound."""
+    for key, row in zip(keys, rows, strict=True):
+        if row[_CHECK_AT:_BODY_AT] != _check(row[_BODY_AT:] + key, seed) or row[0] != ROW_VERSION:
+            return False
+    return True
 
 
 def heads_of(rows: Sequence[bytes]) -> list[bytes]:
@@ -115,7 +125,7 @@ def heads_of(rows: Sequence[bytes]) -> list[bytes]:
     """
     heads = []
     for row in rows:
-        at = _ROW_BYTES_MIN + row[26] + row[27]
+        at = ROW_BYTES_MIN + row[26] + row[27]
         try:
             sequence, operation, body, mark, start, end = _unpack_lead(row, at)
         except struct.error:  # a short one
@@ -141,7 +151,7 @@ class RowParts(NamedTuple):
 
 def row_parts(row: bytes) -> RowParts:
     """Of an intact row."""
-    end = _ROW_BYTES_MIN + row[26] + row[27]
+    end = ROW_BYTES_MIN + row[26] + row[27]
     return RowParts(row[_BODY_AT], row[_BALLOT_AT:end], row[end:])
 
 
@@ -151,13 +161,13 @@ def unpack_row(name: RegisterName, row: bytes) -> Slot:
     if not intact(name.pack()[:NAME_PREFIX_BYTES], key, row):
         raise RowDamaged(f"the row of {name} does not match its check")
     _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
-    node_end = _ROW_BYTES_MIN + node_bytes
+    node_end = ROW_BYTES_MIN + node_bytes
     end = node_end + incarnation_bytes
     try:
         value = wire.decode(row[end:], Value)
     except msgspec.MsgspecError as error:
         raise RowDamaged(f"the row of {name} holds no value: {error}") from None
-    return Slot(name, Ballot(epoch, counter, row[_ROW_BYTES_MIN:node_end].decode(), row[node_end:end]), value)
+    return Slot(name, Ballot(epoch, counter, row[ROW_BYTES_MIN:node_end].decode(), row[node_end:end]), value)
 
 
 def seal_small(context: bytes, body: Buffer) -> bytes:

@@ -19,7 +19,7 @@ import xxhash
 from storaged import wire
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
 from storaged.meta.ports import MetaStore, RowDamaged
-from storaged.meta.rowvalue import STAMP_BYTES, heads_of, row_parts, seed_of, sound_check, sound_rows, stamps_of, visibility_of
+from storaged.meta.rowvalue import STAMP_BYTES, heads_of, row_parts, seed_of, sound_check, sound_rows, stamps_in, visibility_of
 from storaged.wire import Message
 
 SHARDS_MAX = 256
@@ -136,26 +136,24 @@ def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardS
 
 def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice | None:
     """What ``_look`` would answer, when all rows are visible, whole, and together small enough; else None."""
-    limit = min(ask.limit, ask.examine_max)
-    keys, rows = store.columns(request.table, request.scope, ask.shard, after=ask.after, prefix=request.prefix, limit=limit + 1)
-    more = len(rows) > limit
-    if more:
-        del keys[limit:], rows[limit:]
-    if not rows:
-        return ShardSlice(ask.shard, ask.after, True, xxhash.xxh3_64_intdigest(b""))
-    stamps = stamps_of(rows)
-    if (
-        len(stamps) < STAMP_BYTES * len(rows)
-        or min(stamps[STAMP_BYTES - 1 :: STAMP_BYTES]) < request.visible
-        or sum(map(len, rows)) >= ask.bytes_max
-    ):
+    limit, shipped = min(ask.limit, ask.examine_max), ask.want == Want.HEADS
+    keys: list[bytes] = []
+    rows: list[bytes] = []
+    read = (request.table, request.scope, ask.shard)
+    if shipped:
+        keys, rows, more = store.columns(*read, after=ask.after, prefix=request.prefix, limit=limit)
+        seen = stamps_in(keys, rows, more)
+    else:
+        seen = store.stamps(*read, after=ask.after, prefix=request.prefix, limit=limit)
+    visibilities = seen.stamps[STAMP_BYTES - 1 :: STAMP_BYTES]
+    if len(visibilities) < seen.rows or min(visibilities, default=request.visible) < request.visible or seen.row_bytes >= ask.bytes_max:
         return None
-    digest = xxhash.xxh3_64_intdigest(stamps)
-    if ask.want == Want.STAMPS:
-        return ShardSlice(ask.shard, keys[-1], not more, digest, looked_at=len(rows))
-    if not sound_rows(_seed(request, ask), keys, rows):
+    if shipped and not sound_rows(_seed(request, ask), keys, rows):
         return None
-    return ShardSlice(ask.shard, keys[-1], not more, digest, looked_at=len(rows), keys=keys, heads=heads_of(rows))
+    digest = xxhash.xxh3_64_intdigest(seen.stamps)
+    return ShardSlice(
+        ask.shard, seen.last or ask.after, not seen.more, digest, looked_at=seen.rows, keys=keys, heads=heads_of(rows) if rows else ()
+    )
 
 
 def _look(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:

@@ -33,7 +33,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -48,9 +48,10 @@ from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, StoragedE
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Done, Fence, RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch
 from storaged.meta.rowkey import SEGMENT_BYTES, find, link_key, row_key, split, walk
-from storaged.meta.rowvalue import NAME_PREFIX_BYTES, open_small, pack_row, seal_small, unpack_row
+from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, open_small, pack_row, seal_small, stamps_in, unpack_row
+from storaged.meta.stretch import columns_at, stamps_at
 from storaged.units import GIB
 
 MAP_BYTES_DEFAULT = 64 * GIB
@@ -309,18 +310,38 @@ class LmdbMetaStore:
         root = self._root(RegisterName(table, scope, shard, b"").pack())
         if root is None:
             return []
+        with self._reading() as transaction:
+            return walk(_Rows(transaction, self._rows), root, after=after, prefix=prefix, limit=limit)
+
+    @contextlib.contextmanager
+    def _reading(self, *, buffers: bool = False) -> Iterator[Transaction]:
+        """A snapshot of the rows. Raises RowDamaged where it meets damage."""
         try:
-            with self._begin(self._rows) as transaction:
-                return walk(_Rows(transaction, self._rows), root, after=after, prefix=prefix, limit=limit)
+            with self._begin(self._rows, buffers=buffers) as transaction:
+                yield transaction
         except RowDamaged:
             self._damaged += 1
             raise
         except lmdb.Error as error:
             raise self._unreadable(error) from None
 
-    def columns(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> tuple[list[bytes], list[bytes]]:
-        found = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
-        return [key for key, _ in found], [row for _, row in found]
+    def columns(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
+    ) -> tuple[list[bytes], list[bytes], bool]:
+        root = self._root(RegisterName(table, scope, shard, b"").pack())
+        if root is None:
+            return [], [], False
+        with self._reading() as transaction:
+            found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
+        return found or columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
+
+    def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
+        root = self._root(RegisterName(table, scope, shard, b"").pack())
+        if root is None:
+            return Stamps(b"", 0, 0, b"", False)
+        with self._reading(buffers=True) as transaction:
+            found = stamps_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
+        return found or stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from msgspec import Struct, field
 
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 from storaged.wire import Buffer
 
 CHECKSUM_ALGORITHMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256")
@@ -153,9 +153,7 @@ class ObjectStream(Protocol):
         """Gives buffers back; safe to call twice, needed when ``chunks`` was not exhausted."""
 
 
-class ListedObject(NamedTuple):
-    """A tuple, since a page has a thousand of them."""
-
+class ListedVersion(Struct, frozen=True):
     key: bytes
     version_id: str
     size: int
@@ -170,9 +168,20 @@ class ListedObject(NamedTuple):
 
 
 class Listing(Struct, frozen=True):
-    objects: Sequence[ListedObject]
-    prefixes: Sequence[bytes]
-    next_after: bytes | None
+    """Current objects in the order of their keys, as columns: a page has a thousand rows, and none is an object of its own."""
+
+    keys: Sequence[bytes] = ()
+    sizes: Sequence[int] = ()
+    modified_ms: Sequence[int] = ()
+    printed: Sequence[SealedList] = ()
+    prefixes: Sequence[bytes] = ()
+    next_after: bytes | None = None
+
+
+class VersionListing(Struct, frozen=True):
+    versions: Sequence[ListedVersion] = ()
+    prefixes: Sequence[bytes] = ()
+    next_after: bytes | None = None
 
 
 class UploadInfo(Struct, frozen=True):
@@ -329,7 +338,7 @@ class Objects(Protocol):
         after_version: str = "",
         delimiter: bytes = b"",
         limit: int = 1000,
-    ) -> Listing: ...
+    ) -> VersionListing: ...
 
     async def create_upload(
         self, bucket: BucketRecord, key: bytes, meta: NewMeta, *, owner: str, algorithm: str = "", checksum_type: str = ""

@@ -6,15 +6,16 @@ A page of current objects is worked on as columns: the heads of all records are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import msgspec
 
 from storaged.errors import DataDamaged
 from storaged.meta.names import Table, object_name
-from storaged.objects.api import ListedObject, Listing
+from storaged.objects.api import ListedVersion, Listing, VersionListing
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.records import BucketRecord, ListedFields, ObjectRecord, SealedList, Version, decode_heads
+from storaged.objects.records import BucketRecord, ObjectRecord, SealedList, Version, decode_heads
 from storaged.objects.versions import BucketKeys, Place, decode_record, open_listing
 from storaged.wire import decode_all
 
@@ -26,47 +27,43 @@ async def list_objects(
     page = await plane.scanner.list_heads(
         Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit
     )
+    if not page.keys:
+        return Listing(prefixes=page.prefixes, next_after=page.next_after)
     try:
-        rows = decode_heads(page.heads)
+        columns = zip(*decode_heads(page.heads), strict=True)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of a listed key cannot be read: {error}") from None
-    keys = BucketKeys(plane, bucket)
+    version_ids, times_ms, sizes, _, key_versions, context_ids, sealed = columns
+    contexts = _contexts(bucket, page.keys, version_ids, context_ids)
     try:
-        printed = decode_all(await _opened(keys, bucket, page.keys, rows), SealedList)
+        printed = decode_all(await _opened(BucketKeys(plane, bucket), key_versions, sealed, contexts), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
-    make, kind = tuple.__new__, ListedObject
-    listed = [
-        make(
-            kind,
-            (key, version, size, modified_ms, field.etag, field.storage_class, field.algorithm, field.checksum_type, owner, True, False),
-        )
-        for key, (version, modified_ms, size, owner, _, _, _), field in zip(page.keys, rows, printed, strict=True)
-    ]
-    return Listing(listed, page.prefixes, page.next_after)
+    return Listing(page.keys, sizes, times_ms, printed, page.prefixes, page.next_after)
 
 
-async def _opened(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], rows: Sequence[ListedFields]) -> list[bytes]:
-    """The list fields of these rows. Mostly all are under one version of the bucket's key."""
-    contexts = _contexts(bucket, names, rows)
-    versions = {row[4] for row in rows}
+def _contexts(bucket: BucketRecord, keys: Sequence[bytes], version_ids: Sequence[str], context_ids: Sequence[bytes]) -> list[bytes]:
+    """``Place.context`` of every row: bucket id, key, version id, context id, each behind its length."""
+    first = pack_context(b"", (bucket.id,))
+    lengths = {length: length.to_bytes(4, "big") for length in {*map(len, keys), *map(len, context_ids)}}
+    versions = {version_id: pack_context(b"", (version_id.encode(),)) for version_id in set(version_ids)}
+    before_keys, before_ids = map(lengths.__getitem__, map(len, keys)), map(lengths.__getitem__, map(len, context_ids))
+    fields = zip(repeat(first), before_keys, keys, map(versions.__getitem__, version_ids), before_ids, context_ids)
+    return list(map(b"".join, fields))
+
+
+async def _opened(keys: BucketKeys, key_versions: Sequence[int], sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+    """What the list fields hold. Mostly all are under one version of the bucket's key."""
+    versions = set(key_versions)
     if len(versions) == 1:
-        return (await keys.load(versions.pop())).open_lists([row[6] for row in rows], contexts)
-    opened = [b""] * len(rows)
+        return (await keys.load(versions.pop())).open_lists(sealed, contexts)
+    opened = [b""] * len(sealed)
     for version in sorted(versions):
-        held = [index for index, row in enumerate(rows) if row[4] == version]
-        key = await keys.load(version)
-        for index, plain in zip(held, key.open_lists([rows[index][6] for index in held], [contexts[index] for index in held]), strict=True):
-            opened[index] = plain
+        held = [index for index, its in enumerate(key_versions) if its == version]
+        plain = (await keys.load(version)).open_lists([sealed[index] for index in held], [contexts[index] for index in held])
+        for index, text in zip(held, plain, strict=True):
+            opened[index] = text
     return opened
-
-
-def _contexts(bucket: BucketRecord, names: Sequence[bytes], rows: Sequence[ListedFields]) -> list[bytes]:
-    """``Place.context`` of every row, in one expression."""
-    first, join = pack_context(b"", (bucket.id,)), b"".join
-    lengths = {length: length.to_bytes(4, "big") for length in {*map(len, names), *[len(row[5]) for row in rows]}}
-    ids = {version: pack_context(b"", (version.encode(),)) for version in {row[0] for row in rows}}
-    return [join((first, lengths[len(key)], key, ids[row[0]], lengths[len(row[5])], row[5])) for key, row in zip(names, rows, strict=True)]
 
 
 async def list_versions(
@@ -78,10 +75,10 @@ async def list_versions(
     after_version: str = "",
     delimiter: bytes = b"",
     limit: int = 1000,
-) -> Listing:
+) -> VersionListing:
     """Every version, newest first within a key, behind (``after``, ``after_version``). With a version given, what is left of that key comes first."""
     keys = BucketKeys(plane, bucket)
-    found: list[ListedObject] = []
+    found: list[ListedVersion] = []
     if after_version and limit:
         name = object_name(bucket.id, bucket.shards, after)
         record = decode_record((await plane.registers.read(name)).value)
@@ -100,20 +97,20 @@ async def list_versions(
     )
     for row in page.rows:
         found += await _listed_versions(keys, bucket, row.key, decode_record(row.value))
-    return Listing(found, page.prefixes, page.next_after)
+    return VersionListing(found, page.prefixes, page.next_after)
 
 
 async def _listed_versions(
     keys: BucketKeys, bucket: BucketRecord, key: bytes, record: ObjectRecord, *, skip: int = 0
-) -> list[ListedObject]:
+) -> list[ListedVersion]:
     return [await _listed(keys, bucket, key, version, latest=index == 0) for index, version in enumerate(record.versions) if index >= skip]
 
 
-async def _listed(keys: BucketKeys, bucket: BucketRecord, key: bytes, version: Version, *, latest: bool) -> ListedObject:
+async def _listed(keys: BucketKeys, bucket: BucketRecord, key: bytes, version: Version, *, latest: bool) -> ListedVersion:
     if version.delete_marker:
-        return ListedObject(key, version.version_id, 0, version.modified_ms, "", "", "", "", version.owner, latest, True)
+        return ListedVersion(key, version.version_id, 0, version.modified_ms, "", "", "", "", version.owner, latest, True)
     printed = open_listing(Place(bucket.id, key), version, await keys.load(version.bucket_key))
-    return ListedObject(
+    return ListedVersion(
         key,
         version.version_id,
         version.size,

@@ -223,7 +223,7 @@ class SealedMeta(Message, frozen=True):
     size: int = -1
 
 
-class SealedList(Message, frozen=True):
+class SealedList(Message, frozen=True, gc=False):
     """What a list prints: ETag (hex, ``-N`` for multipart), checksum algorithm and type, storage class."""
 
     etag: str

@@ -19,6 +19,7 @@ from storaged.objects.api import (
     RangeSpec,
     ReadConditions,
     UploadInfo,
+    VersionListing,
     WriteConditions,
 )
 from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
@@ -134,7 +135,7 @@ class ObjectService:
         after_version: str = "",
         delimiter: bytes = b"",
         limit: int = 1000,
-    ) -> Listing:
+    ) -> VersionListing:
         return await listing.list_versions(
             self.plane, bucket, prefix=prefix, after=after, after_version=after_version, delimiter=delimiter, limit=limit
         )

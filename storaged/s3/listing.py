@@ -6,9 +6,12 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
+
+from msgspec.structs import astuple
 
 from storaged import errors
-from storaged.objects.api import ListedObject, Listing, UploadInfo
+from storaged.objects.api import ListedVersion, Listing, UploadInfo, VersionListing
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
@@ -64,29 +67,37 @@ def _ask(request: Request, limit_name: str = "max-keys") -> _Ask:
 
 async def _page(front: Front, request: Request, ask: _Ask, after: bytes) -> Listing:
     if ask.limit == 0:
-        return Listing((), (), None)
+        return Listing()
     return await front.objects.list_objects(
         request.bucket_record, prefix=ask.prefix, after=ask.after(after), delimiter=ask.delimiter, limit=ask.limit
     )
 
 
-def _rows(ask: _Ask, objects: Sequence[ListedObject], owner: str) -> list[str]:
-    """A thousand at a time: what can be done for all keys, times and kinds of checksum at once is done before the one expression a row."""
-    names = xml.escape_keys([item[0] for item in objects], ask.url)
-    times = xml.iso_times([item[3] for item in objects])
-    sums = {kind: _checksum(*kind) for kind in {item[6:8] for item in objects}}
+def _rows(ask: _Ask, page: Listing, owner: str) -> list[str]:
+    """A thousand at a time: what can be done for all keys, times and kinds of objects at once is done before the one expression a row."""
+    names, times = xml.escape_keys(page.keys, ask.url), xml.iso_times(page.modified_ms)
+    etags, algorithms, types, classes = zip(*map(astuple, page.printed), strict=True) if page.keys else ((), (), (), ())
+    kinds = {kind: _around_size(*kind, owner) for kind in set(zip(algorithms, types, classes, strict=True))}
+    around = repeat(*kinds.values()) if len(kinds) == 1 else map(kinds.__getitem__, zip(algorithms, types, classes, strict=True))
     return [
-        f"<Contents><Key>{name}</Key><LastModified>{time}</LastModified><ETag>&quot;{etag}&quot;</ETag>{sums[algorithm, kind]}"
-        f"<Size>{size}</Size>{owner}<StorageClass>{storage_class}</StorageClass></Contents>"
-        for name, time, (_, _, size, _, etag, storage_class, algorithm, kind, _, _, _) in zip(names, times, objects, strict=True)
+        f"<Contents><Key>{name}</Key><LastModified>{time}</LastModified><ETag>&quot;{etag}{before}{size}{behind}"
+        for name, time, etag, size, (before, behind) in zip(names, times, etags, page.sizes, around, strict=False)
     ]
+
+
+def _around_size(algorithm: str, checksum_type: str, storage_class: str, owner: str) -> tuple[str, str]:
+    """What stands before and behind an object's size."""
+    return (
+        f"&quot;</ETag>{_checksum(algorithm, checksum_type)}<Size>",
+        f"</Size>{owner}<StorageClass>{storage_class}</StorageClass></Contents>",
+    )
 
 
 def _checksum(algorithm: str, checksum_type: str) -> str:
     return f"<ChecksumAlgorithm>{algorithm}</ChecksumAlgorithm><ChecksumType>{checksum_type}</ChecksumType>" if algorithm else ""
 
 
-def _following(page: Listing) -> bytes | None:
+def _following(page: Listing | VersionListing) -> bytes | None:
     """The marker of the next page as a client can send it: a key, or the common prefix that ended this page. (A page may be short, even empty, and not the
     last one: the object plane does not look at too many deleted keys in one go.)"""
     return None if page.next_after is None else page.next_after.rstrip(_BEYOND)
@@ -98,7 +109,7 @@ async def list_objects_v1(front: Front, request: Request) -> Reply:
     marker = request.query.get("marker", "").encode()
     page = await _page(front, request, ask, marker)
     following = _following(page)
-    last = page.objects[-1].key if page.objects else b""
+    last = page.keys[-1] if page.keys else b""
     next_marker = f"<NextMarker>{ask.key(following)}</NextMarker>" if following is not None and (ask.delimiter or following != last) else ""
     return xml_reply(
         xml.document(
@@ -106,7 +117,7 @@ async def list_objects_v1(front: Front, request: Request) -> Reply:
             ask.common(request.bucket, plain_prefix=True),
             f"<Marker>{ask.key(marker)}</Marker>{next_marker}<MaxKeys>{ask.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            *_rows(ask, page.objects, xml.owner(request.who.user_id, request.who.display_name)),
+            *_rows(ask, page, xml.owner(request.who.user_id, request.who.display_name)),
             ask.prefixes(page.prefixes),
         )
     )
@@ -126,12 +137,12 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
         xml.document(
             "ListBucketResult",
             ask.common(request.bucket),
-            f"<MaxKeys>{ask.limit}</MaxKeys><KeyCount>{len(page.objects) + len(page.prefixes)}</KeyCount>",
+            f"<MaxKeys>{ask.limit}</MaxKeys><KeyCount>{len(page.keys) + len(page.prefixes)}</KeyCount>",
             xml.boolean("IsTruncated", truncated),
             xml.element("ContinuationToken", token) if token is not None else "",
             f"<NextContinuationToken>{_to_token(page.next_after)}</NextContinuationToken>" if page.next_after is not None else "",
             f"<StartAfter>{ask.key(start_after)}</StartAfter>" if start_after else "",
-            *_rows(ask, page.objects, owner),
+            *_rows(ask, page, owner),
             ask.prefixes(page.prefixes),
         )
     )
@@ -157,7 +168,7 @@ async def list_versions(front: Front, request: Request) -> Reply:
     version_marker = request.query.get("version-id-marker", "")
     if version_marker and not key_marker:
         raise errors.InvalidArgument("A version-id marker cannot be specified without a key marker.", ArgumentName="version-id-marker")
-    page = Listing((), (), None)
+    page = VersionListing()
     if ask.limit:
         page = await front.objects.list_versions(
             request.bucket_record,
@@ -170,7 +181,7 @@ async def list_versions(front: Front, request: Request) -> Reply:
     following = _following(page)
     next_markers = ""
     if following is not None:
-        version = page.objects[-1].version_id if page.objects and page.objects[-1].key == following else ""
+        version = page.versions[-1].version_id if page.versions and page.versions[-1].key == following else ""
         next_markers = f"<NextKeyMarker>{ask.key(following)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
     return xml_reply(
         xml.document(
@@ -178,13 +189,13 @@ async def list_versions(front: Front, request: Request) -> Reply:
             ask.common(request.bucket),
             f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}{next_markers}<MaxKeys>{ask.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            "".join(_version(ask, item, request) for item in page.objects),
+            "".join(_version(ask, item, request) for item in page.versions),
             ask.prefixes(page.prefixes),
         )
     )
 
 
-def _version(ask: _Ask, item: ListedObject, request: Request) -> str:
+def _version(ask: _Ask, item: ListedVersion, request: Request) -> str:
     head = (
         f"<Key>{ask.key(item.key)}</Key><VersionId>{xml.escape(item.version_id)}</VersionId>{xml.boolean('IsLatest', item.latest)}"
         f"<LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from functools import lru_cache
+from itertools import repeat
 from urllib.parse import quote_from_bytes
 from xml.parsers import expat
 
@@ -91,6 +92,7 @@ class _Days(dict[int, str]):
         return text
 
 
+_DAY_MS = 86_400_000
 _FIRST_DAY = date(1970, 1, 1).toordinal()
 _MINUTES = [f"{minute // 60:02d}:{minute % 60:02d}:" for minute in range(1440)]
 _SECONDS = [f"{second:02d}." for second in range(60)]
@@ -101,7 +103,8 @@ def iso_times(times_ms: Iterable[int]) -> list[str]:
     """``iso_time`` of many: they have days in common, and the rest is looked up."""
     days = _Days()
     return [
-        f"{days[ms // 86_400_000]}{_MINUTES[ms // 60_000 % 1440]}{_SECONDS[ms // 1000 % 60]}{_MILLISECONDS[ms % 1000]}" for ms in times_ms
+        f"{days[day]}{_MINUTES[ms // 60_000]}{_SECONDS[ms // 1000 % 60]}{_MILLISECONDS[ms % 1000]}"
+        for day, ms in map(divmod, times_ms, repeat(_DAY_MS))
     ]
 
 

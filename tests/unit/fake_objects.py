@@ -19,7 +19,7 @@ from storaged.objects.api import (
     BodyChecks,
     CompletedPart,
     DeleteResult,
-    ListedObject,
+    ListedVersion,
     Listing,
     NewMeta,
     ObjectInfo,
@@ -29,9 +29,10 @@ from storaged.objects.api import (
     RangeSpec,
     ReadConditions,
     UploadInfo,
+    VersionListing,
     WriteConditions,
 )
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 
 PIECE_BYTES = 64 * 1024
 ANY_READ = ReadConditions()
@@ -321,7 +322,21 @@ class FakeObjects:
     async def list_objects(
         self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
     ) -> Listing:
-        found: list[ListedObject] = []
+        found = self._listed(bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+        rows = found.versions
+        return Listing(
+            [row.key for row in rows],
+            [row.size for row in rows],
+            [row.modified_ms for row in rows],
+            [SealedList(row.etag, row.algorithm, row.checksum_type, row.storage_class) for row in rows],
+            found.prefixes,
+            found.next_after,
+        )
+
+    def _listed(
+        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+    ) -> VersionListing:
+        found: list[ListedVersion] = []
         prefixes: list[bytes] = []
         last = b""
         for key in sorted(self.of(bucket)):
@@ -332,7 +347,7 @@ class FakeObjects:
             if group and prefixes and prefixes[-1] == group:
                 continue
             if len(found) + len(prefixes) == limit:
-                return Listing(found, prefixes, last)
+                return VersionListing(found, prefixes, last)
             if group:
                 prefixes.append(group)
                 last = group + b"\xff" * 20
@@ -340,18 +355,18 @@ class FakeObjects:
                 info = self.of(bucket)[key].info
                 name = next(iter(info.checksums), "")
                 found.append(
-                    ListedObject(
+                    ListedVersion(
                         key, NULL_VERSION, info.size, info.modified_ms, info.etag, info.storage_class, name, info.checksum_type, info.owner
                     )
                 )
                 last = key
-        return Listing(found, prefixes, None)
+        return VersionListing(found, prefixes, None)
 
     async def list_versions(
         self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", after_version: str = "", delimiter: bytes = b"",
         limit: int = 1000,
-    ) -> Listing:  # fmt: skip
-        return await self.list_objects(bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+    ) -> VersionListing:  # fmt: skip
+        return self._listed(bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
 
     # --- multipart ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,129 @@
+"""What a page of a listing costs: a replica's part, and the gateway's, from its replicas' answers as they lie in frames to the XML.
+
+The rows are those of a bucket of 20,000 objects of 4 KiB, sealed under one bucket key. The answers are recorded once; nothing waits, so a page is driven by one ``send``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from storaged.clock import SystemClock
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.ids import system_entropy
+from storaged.keys.keyring import UnwrappedBucketKey
+from storaged.meta.listing import RingScanner
+from storaged.meta.names import Value, Visibility, object_name
+from storaged.meta.ports import Ballot, MetaStore, Slot
+from storaged.meta.scan import ScanReply, ScanRequest, scan_store
+from storaged.objects import listing as objects_listing
+from storaged.objects.api import Buckets, Objects, Users
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Run, SealedMeta, encode_object
+from storaged.objects.versions import Place, seal_version
+from storaged.s3 import listing
+from storaged.s3.context import Front
+from storaged.s3.limits import Limits
+from storaged.s3.request import Request, parse_target
+from storaged.wire import decode, encode
+
+T = TypeVar("T")
+
+BUCKET = BucketRecord("bench", b"bucket of micro.", "user", 0, "active", 16, "eu-fr-1")
+OBJECTS = 20_000
+
+
+def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
+    """One for every object of the bucket."""
+    plane = cast(ObjectPlane, _Plane(entropy))
+    key, found = UnwrappedBucketKey(1, bytes(32), entropy), []
+    for number in range(OBJECTS):
+        name = object_name(BUCKET.id, BUCKET.shards, b"photos/2026/%08d" % number)
+        data_id = entropy(16)
+        meta = SealedMeta(
+            entropy(16).hex(),
+            {"content-type": "binary/octet-stream"},
+            checksums={"CRC64NVME": "rosUhgp5mIg="},
+            checksum_type="FULL_OBJECT",
+            size=4096,
+        )
+        entry = PartEntry(1, data_id, 4096, entropy(64), 1, "4+2", (Run(0, 1, 1, 2, 1),), small=True)
+        version = seal_version(plane, Place(BUCKET.id, name.key), key, bytes(32), meta, version_id="null", context_id=data_id, owner="a" * 32,
+                               modified_ms=1_700_000_000_000 + 7 * number, parts=(entry,))  # fmt: skip
+        value = Value(1, entropy(16), Visibility.LIVE, encode_object(ObjectRecord((version,))), data_id)
+        found.append(Slot(name, Ballot(1, 1_700_000_000_000_000 + number, "gateway", b"incarnat"), value))
+    return found
+
+
+class _Plane:
+    """As much of the object plane as sealing asks for."""
+
+    def __init__(self, entropy: Callable[[int], bytes]) -> None:
+        self.entropy = entropy
+
+
+class Ring:
+    """Layouts, replicas, liveness, keys: three nodes with two disks each, that answer at once what they answered before."""
+
+    def __init__(self, store: MetaStore) -> None:
+        self.store = store
+        self.asked: list[ScanRequest] = []
+        nodes = tuple(NodeEntry(f"n{rack}", f"FR/par1/{rack}", "127.0.0.1:1", ("storage",)) for rack in "abc")
+        disks = tuple(DiskEntry(f"{rack}{number:015}", f"n{rack}", 1) for rack in "abc" for number in range(2))
+        self.current = Layout("bench", 1, nodes, disks, tuple(disk.id for disk in disks[::2]))
+        self.key = UnwrappedBucketKey(1, bytes(32), system_entropy)
+        self.keys = self
+        self.scanner = RingScanner(cast(Any, self), cast(Any, self), cast(Any, self), cast(Any, self))
+        self._known: dict[bytes, bytes] = {}
+
+    def disk_readable(self, disk: str) -> bool:
+        return True
+
+    def replica(self, disk: str) -> Ring:
+        return self
+
+    def post(self, request: ScanRequest, then: Callable[[Any, memoryview], None], *, timeout_s: float) -> bool:
+        asked = encode(request)
+        if asked not in self._known:
+            self.asked.append(request)
+            self._known[asked] = encode(scan_store(self.store, request))
+        then(decode(self._known[asked], ScanReply), memoryview(b""))
+        return True
+
+    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+        return self.key
+
+    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+        return self.key
+
+    async def list_objects(self, bucket: BucketRecord, **options: Any) -> Any:
+        return await objects_listing.list_objects(cast(ObjectPlane, self), bucket, **options)
+
+
+def finished(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What it returns, when it waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        return cast(T, ended.value)
+    raise AssertionError("the page waits for something")
+
+
+class Page:
+    """A page from the middle of the bucket, again and again."""
+
+    def __init__(self, store: MetaStore) -> None:
+        self.ring = Ring(store)
+        self.request = Request("0", "GET", b"/bench?list-type=2&start-after=photos/2026/00007000", "", False)
+        self.request.target, self.request.bucket = parse_target(self.request.raw_target), "bench"
+        self.request._bucket_record = BUCKET
+        self._front = Front(cast(Objects, self.ring), cast(Buckets, None), cast(Users, None), "eu-fr-1", SystemClock(), Limits())
+
+    def gateway(self) -> bytes:
+        """From the replicas' answers, as they lie in frames, to the XML."""
+        return finished(listing.list_objects_v2(self._front, self.request)).body
+
+    def replicas(self) -> int:
+        """What all replicas together do for it, but for receiving and sending. Returns the rows that they look at."""
+        return sum(piece.looked_at for request in self.ring.asked for piece in scan_store(self.ring.store, request).slices)
