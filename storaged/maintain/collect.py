@@ -6,30 +6,42 @@ commit a reference to what was just deleted; it looks at its fragments again (``
 collector looked is not deleted. While an upload for the key is open nothing is judged: a part's row may be on its way. Without a majority nothing is deleted.
 
 Two ways lead here: the garbage lists that writers fill (``retire``), and a sweep of fragments that are older than any request may live.
+
+A batch of a garbage list is judged in five steps: which fragments are there, and how old (anything written or touched later is not deleted); the same of the other
+copies of small objects; which keys have uploads; a round for each register; the deletions, in one call a disk. The disk of a register's first replica has its small
+objects on its list earlier than the others have: it deletes their copies too, so that a round is made once, not three times. What it misses the others find.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 
 from storaged.errors import NoSuchBucket, StoragedError
-from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore, Retirement
+from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore, Health, Retirement
+from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.survey import claims
 from storaged.maintain.walk import Buckets, entries_of, open_uploads
-from storaged.meta.names import RegisterName, Value
+from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import RowDamaged
 from storaged.objects.records import PartEntry
+from storaged.objects.uploads import COMPLETING, OPEN, decode_upload
 
-Referenced = Callable[[RegisterName, bytes], Awaitable[bool]]
-"""(owner, data id) -> whether the owner's register, or an upload for its key, refers to it; judged behind an identity round.
+Live = Callable[[RegisterName, bool], Awaitable[set[bytes]]]
+"""(owner, whether uploads for its key are to be looked at) -> the data ids that the owner's register, or an upload, refers to; judged behind an identity round.
 
 Raises StoragedError when that can't be known now, NoSuchBucket with the detail ``final`` for a bucket that is gone for good."""
 
 SWEEP_PAGE = 500
 FEW = 2
 """What is asked for first of one data id: most have one fragment on a disk, and every header is a read."""
+
+UPLOADS_A_SHARD_MAX = 1000
+"""Open uploads of a shard that are listed at once for all keys of a batch; where there are more each key is asked about."""
+
+DELETES_AT_ONCE = 2000
 
 RESTS_MAX = 10_000
 GONE_MAX = 10_000
@@ -38,12 +50,22 @@ _NAME_BYTES_MIN = 19
 """A packed register name with a key of one byte."""
 
 
+@dataclass
+class _Entry:
+    """A data id on a garbage list: its fragments here, and ``copies`` on other disks, each with its age as it was before anything was judged."""
+
+    data_id: bytes
+    fragments: list[FragmentId]
+    ages: list[int]
+    copies: list[tuple[str, FragmentId, int]] = field(default_factory=list)
+
+
 class Collector:
     """Judges and deletes on this node's disks."""
 
-    def __init__(self, context: MaintainContext, referenced: Referenced) -> None:
+    def __init__(self, context: MaintainContext, live: Live) -> None:
         self._context = context
-        self._referenced = referenced
+        self._live = live
         self._buckets = Buckets()
         self._rests: dict[bytes, float] = {}
         """Data ids on garbage lists that could not be judged, and until when they are left alone: they must not keep others from being judged."""
@@ -73,7 +95,7 @@ class Collector:
         for disk, store in self._context.local_fragments.items():
             failures: list[str] = []
             try:
-                while await self._collect_some(store, failures):
+                while await self._collect_some(disk, store, failures):
                     pass
             except (StoragedError, TimeoutError) as error:
                 failures.append(str(error))
@@ -81,54 +103,135 @@ class Collector:
                 self._context.log(f"{len(failures)} entries of disk {disk}'s garbage list can't be judged now, the first: {failures[0]}")
         return self.deleted_fragments - before
 
-    async def _collect_some(self, store: FragmentStore, failures: list[str]) -> bool:
+    async def _collect_some(self, disk: str, store: FragmentStore, failures: list[str]) -> bool:
         """One batch; False when there is nothing left that could be judged now."""
         limits = self._context.limits
         due = await store.retired(self._context.clock.wall_ms(), limits.collect_batch + len(self._rests))
         batch = [(data_id, owner) for data_id, owner in due if data_id not in self._rests][: limits.collect_batch]
-        queue = iter(batch)
+        by_owner: dict[RegisterName, list[_Entry]] = {}
+        rest: set[bytes] = set()
+        for data_id, packed in batch:
+            try:
+                owner = _owner_of(packed)
+                fragments = await _fragments_of(store, data_id)
+                ages = [stat.created_ms for stat in await store.stat(fragments)]
+            except (StoragedError, ValueError, TimeoutError) as error:
+                failures.append(str(error))
+                rest.add(data_id)
+            else:
+                by_owner.setdefault(owner, []).append(_Entry(data_id, fragments, ages))
+        await self._find_copies(disk, by_owner)
+        uploads = await self._uploads_in({(owner.scope, owner.shard) for owner in by_owner})
+        dead: list[_Entry] = []
+        queue = iter(by_owner.items())
 
         async def worker() -> None:
-            for data_id, owner in queue:
-                if not await self._judged(store, data_id, owner, failures) and len(self._rests) < RESTS_MAX:
-                    self._rests[data_id] = self._context.clock.monotonic() + limits.retry_max_s / 10
+            for owner, entries in queue:
+                keys = uploads.get((owner.scope, owner.shard))
+                try:
+                    judged = await self._judge(store, owner, entries, None if keys is None else owner.key in keys)
+                except (StoragedError, ValueError, TimeoutError) as error:
+                    failures.extend([str(error)] * len(entries))
+                    rest.update(entry.data_id for entry in entries)
+                else:
+                    dead.extend(judged[0])
+                    rest.update(judged[1])
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(limits.collect_at_once, len(batch))):
+            for _ in range(min(limits.collect_at_once, len(by_owner))):
                 group.create_task(worker())
+        rest |= await self._delete(store, dead)
+        until = self._context.clock.monotonic() + limits.retry_max_s / 10
+        self._rests.update(dict.fromkeys(list(rest)[: max(0, RESTS_MAX - len(self._rests))], until))
         return bool(batch) and len(self._rests) < RESTS_MAX
 
-    async def _judged(self, store: FragmentStore, data_id: bytes, owner: bytes, failures: list[str]) -> bool:
-        """True when the data id is off the list."""
-        try:
-            while True:
-                page = await _fragments_of(store, data_id)
-                ages = [stat.created_ms for stat in await store.stat(page)]
-                dead = await self._is_dead(_owner_of(owner), data_id)
-                if not dead:
-                    if dead is False:
-                        self.kept += 1
-                        await store.unretire(data_id)
-                    return dead is False
-                deleted = await store.delete(page, created_ms=ages) if page else 0
-                self.deleted_fragments += deleted
-                if deleted < len(page):
-                    return False  # touched since we looked: somebody is about to refer to it, or did
-                if len(page) < SWEEP_PAGE:
-                    await store.unretire(data_id)
-                    return True
-        except (StoragedError, ValueError, TimeoutError) as error:
-            failures.append(str(error))
-            return False
+    async def _find_copies(self, disk: str, by_owner: dict[RegisterName, list[_Entry]]) -> None:
+        """Notes the other copies of small objects, as far as their disks answer."""
+        asked: dict[str, list[tuple[_Entry, FragmentId]]] = {}
+        for owner, entries in by_owner.items():
+            others = [replica for replica in self._context.layouts.current.replicas_of(owner.partition) if replica != disk]
+            for entry in entries:
+                if len(entry.fragments) == 1 and owner.table == Table.OBJECT and (own := entry.fragments[0]).k == 1 and own.block == 0:
+                    copies = [own._replace(position=position) for position in range(own.m + 1) if position != own.position]
+                    for other in others:
+                        asked.setdefault(other, []).extend((entry, copy) for copy in copies)
+        for other, wanted in asked.items():
+            try:
+                stats = await self._context.stores.store(other).stat([copy for _, copy in wanted])
+            except (StoragedError, TimeoutError):
+                continue
+            for (entry, copy), stat in zip(wanted, stats, strict=True):
+                if stat.health != Health.MISSING:
+                    entry.copies.append((other, copy, stat.created_ms))
 
-    async def _is_dead(self, owner: RegisterName, data_id: bytes) -> bool | None:
-        """Whether nothing refers to a data id, nor ever will; None when that can't be said now."""
+    async def _uploads_in(self, shards: set[tuple[bytes, int]]) -> dict[tuple[bytes, int], set[bytes]]:
+        """By shard the keys for which an upload is open. A shard of which that can't be said in one go is left out."""
+        found: dict[tuple[bytes, int], set[bytes]] = {}
+        for scope, shard in shards:
+            try:
+                page = await self._context.scanner.list_page(Table.UPLOAD, scope, [shard], limit=UPLOADS_A_SHARD_MAX)
+                records = [(row.key, decode_upload(row.value)) for row in page.rows]
+                if page.next_after is None:
+                    found[scope, shard] = {
+                        key[: -UPLOAD_ID_BYTES - 1] for key, record in records if record is not None and record.state in (OPEN, COMPLETING)
+                    }
+            except (StoragedError, TimeoutError):
+                continue
+        return found
+
+    async def _judge(
+        self, store: FragmentStore, owner: RegisterName, entries: list[_Entry], uploads: bool | None
+    ) -> tuple[list[_Entry], list[bytes]]:
+        """(what nothing refers to, nor ever will; data ids that can't be judged now). What is referred to comes off the list. ``uploads``: whether some are open
+        for the key; None: to be found out here. Raises StoragedError when nothing can be said."""
         try:
-            async for _ in open_uploads(self._context, owner):
-                return False if await self._referenced(owner, data_id) else None
-            return not await self._referenced(owner, data_id)
+            if uploads is None:
+                uploads = False
+                async for _ in open_uploads(self._context, owner):
+                    uploads = True
+                    break
+            live = await self._live(owner, uploads)
         except NoSuchBucket as error:
-            return True if error.details.get("final") or await self._is_gone(owner.scope) else None
+            if error.details.get("final") or await self._is_gone(owner.scope):
+                return entries, []
+            return [], [entry.data_id for entry in entries]
+        for entry in entries:
+            if entry.data_id in live:
+                self.kept += 1
+                await store.unretire(entry.data_id)
+        others = [entry for entry in entries if entry.data_id not in live]
+        return ([], [entry.data_id for entry in others]) if uploads else (others, [])
+
+    async def _delete(self, store: FragmentStore, dead: list[_Entry]) -> set[bytes]:
+        """Deletes fragments that are as old as they were. Returns the data ids of which one was touched since: somebody is about to refer to it, or did. Of more
+        than ``SWEEP_PAGE`` fragments the others come in the next batch."""
+        aged = [(fragment, age) for entry in dead for fragment, age in zip(entry.fragments, entry.ages, strict=True)]
+        left: set[bytes] = set()
+        for start in range(0, len(aged), DELETES_AT_ONCE):
+            some = aged[start : start + DELETES_AT_ONCE]
+            deleted = await self._delete_on(store, some)
+            if deleted < len(some):
+                stats = await store.stat([fragment for fragment, _ in some])
+                left |= {fragment.data_id for (fragment, _), stat in zip(some, stats, strict=True) if stat.health != Health.MISSING}
+        for entry in dead:
+            if not entry.fragments:
+                await store.unretire(entry.data_id)
+        copies: dict[str, list[tuple[FragmentId, int]]] = {}
+        for entry in dead:
+            for disk, copy, age in entry.copies:
+                copies.setdefault(disk, []).append((copy, age))
+        for disk, some in copies.items():
+            try:
+                for start in range(0, len(some), DELETES_AT_ONCE):
+                    await self._delete_on(self._context.stores.store(disk), some[start : start + DELETES_AT_ONCE])
+            except (StoragedError, TimeoutError):
+                continue  # its own list has them
+        return left
+
+    async def _delete_on(self, store: FragmentStore, aged: Sequence[tuple[FragmentId, int]]) -> int:
+        deleted = await store.delete([fragment for fragment, _ in aged], created_ms=[age for _, age in aged])
+        self.deleted_fragments += deleted
+        return deleted
 
     async def _is_gone(self, bucket: bytes) -> bool:
         """Whether a bucket that was just seen to be fenced has left the directory, and so was deleted for good: a gateway that died before it made the fence

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
 from storaged.errors import PeerError, PeerRefused, StoragedError
 from storaged.fragments.ports import FragmentId
-from storaged.maintain.collect import Collector, Referenced
+from storaged.maintain.collect import Collector, Live
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.pagesweep import PageSweep
 from storaged.maintain.repair import Repair
@@ -65,13 +65,13 @@ class MaintainStatus(Message, frozen=True):
 class Maintenance:
     """Owns repair, scrub and collection. ``run`` until cancelled."""
 
-    def __init__(self, context: MaintainContext, scanner: RingScanner, referenced: Referenced, caller: Caller) -> None:
+    def __init__(self, context: MaintainContext, scanner: RingScanner, live: Live, caller: Caller) -> None:
         self._context = context
         self._caller = caller
         self._others = MaintainClient(caller, context.layouts, context.liveness)
         self.repair = Repair(context, scanner)
         self.scrub = Scrub(context, self.hint, self.repair.wake)
-        self.collector = Collector(context, referenced)
+        self.collector = Collector(context, live)
         self.page_sweep = PageSweep(context, scanner)
         self._seen = (frozenset[str](), frozenset[str]())
         self._told: set[str] = {context.node}

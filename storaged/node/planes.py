@@ -211,10 +211,10 @@ class Node:
             log=structlog.get_logger("maintain").info,
         )
 
-        async def referenced(owner: RegisterName, data_id: bytes) -> bool:
-            return data_id in await live_references(self.ring, self.scanner, self.ring, owner)
+        async def live(owner: RegisterName, uploads: bool) -> set[bytes]:
+            return await live_references(self.ring, self.scanner, self.ring, owner, uploads=uploads)
 
-        self.maintenance = Maintenance(context, self.scanner, referenced, self.pool)
+        self.maintenance = Maintenance(context, self.scanner, live, self.pool)
         self._methods.update(self.maintenance.methods())
 
     async def _listen(self) -> None:

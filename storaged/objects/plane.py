@@ -71,6 +71,8 @@ class ObjectLimits:
     """Half the age from which an unclaimed fragment counts as an orphan; an older request is refused at its barrier."""
     retire_delay_ms: int = 3_600_000
     """Replaced data stays this long, for readers in the middle of it."""
+    retire_follow_ms: int = 600_000
+    """Later than its first replica do the others have a small object on their garbage lists: the collector of the first deletes all copies."""
     threads: int = 4
     background_tasks_max: int = 256
     buckets_per_user_max: int = 1000

@@ -126,7 +126,7 @@ async def _commit_put(write: _Write, sealed: Sealed) -> PutResult:
 
 async def _commit_version(write: _Write, version: Version, sealed: Sealed) -> None:
     """Makes ``version`` the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
-    plane, conditions = write.plane, write.conditions
+    plane, conditions, started = write.plane, write.conditions, write.plane.clock.monotonic()
     keys = BucketKeys(plane, write.bucket)
     record = ObjectRecord((version,))
     change = record_change(record, sealed.small.data_id if sealed.small is not None else b"")
@@ -134,6 +134,8 @@ async def _commit_version(write: _Write, version: Version, sealed: Sealed) -> No
 
     def update(value: Value | None, entry: PartEntry = sealed.entry) -> Change:
         nonlocal judged
+        if sealed.small is not None:  # a proposer that slept must not write anew what a collector is about to delete
+            plane.check_age(started, version.modified_ms)
         judged = value, decode_record(value)  # what cannot be read must not be replaced
         if conditions != NO_WRITE_CONDITIONS:
             check_write(conditions, current_of(write.where, judged[1], keys, with_etag=needs_etag(conditions)))

@@ -65,13 +65,14 @@ async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) 
             yield part
 
 
-async def live_references(registers: Registers, scanner: Scanner, pages: Pages, owner: RegisterName) -> set[bytes]:
-    """Every data id that is referred to from the object of ``owner`` or an upload for it, now and after every proposal that was under way.
+async def live_references(registers: Registers, scanner: Scanner, pages: Pages, owner: RegisterName, *, uploads: bool = True) -> set[bytes]:
+    """Every data id that is referred to from the object of ``owner`` or an upload for it, now and after every proposal that was under way. ``uploads`` False: none
+    was open for the key when the caller looked, after it had got the data ids that it asks about.
 
     Of a bucket that was deleted for good there are none. Raises ServiceUnavailable, DataDamaged when this can't be known: then nothing may be deleted.
     """
     found: set[bytes] = set()
-    async for upload in _uploads_for(scanner, owner):
+    async for upload in _uploads_for(scanner, owner) if uploads else _none():
         async for part in parts_in(pages, owner, upload.value.body, Table.UPLOAD):
             found.add(part.data_id)
         async for row in part_rows(scanner, owner.scope, upload.record.upload_id):
@@ -87,6 +88,11 @@ async def live_references(registers: Registers, scanner: Scanner, pages: Pages, 
         async for part in parts_of(pages, owner, version):
             found.add(part.data_id)
     return found
+
+
+async def _none() -> AsyncIterator[_UploadRow]:
+    return
+    yield
 
 
 class _UploadRow(NamedTuple):

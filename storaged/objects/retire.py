@@ -42,10 +42,12 @@ def retirements(
 ) -> Iterator[tuple[str, Retirement]]:
     """(disk, entry of its garbage list) of every disk that holds one of these parts, due after the delay that readers are given."""
     owner, due_ms = name.pack(), plane.clock.wall_ms() + plane.limits.retire_delay_ms
+    first = plane.layouts.current.replicas_of(name.partition)[:1]
     for part in parts:
         entry = Retirement(part.data_id, owner, due_ms)
+        later = entry._replace(due_ms=due_ms + plane.limits.retire_follow_ms) if part.small else entry
         for disk in disks_holding(plane, bucket, name, part):
-            yield disk, entry
+            yield disk, entry if disk in first else later
 
 
 async def retire_parts(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, parts: Iterable[PartEntry]) -> None:

@@ -135,11 +135,11 @@ class StorageNode:
             log=self.log.append,
         )
 
-        async def referenced(owner: RegisterName, data_id: bytes) -> bool:
-            return data_id in await live_references(context.registers, context.scanner, context.pages, owner)
+        async def live(owner: RegisterName, uploads: bool) -> set[bytes]:
+            return await live_references(context.registers, context.scanner, context.pages, owner, uploads=uploads)
 
         self.context = context
-        self.maintenance = Maintenance(context, scanner, referenced, caller)
+        self.maintenance = Maintenance(context, scanner, live, caller)
         self.methods: dict[str, Method] = {
             **ReplicaHost(self.replicas).methods(),
             **FragmentHost(self.stores).methods(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -27,6 +28,7 @@ SMALL, LARGE = 5_000, 1_500_000
 PART = 60_000
 """One block of one stripe, all of whose cells hold something."""
 RETIRE_S = ObjectLimits().retire_delay_ms / 1000
+FOLLOW_S = ObjectLimits().retire_follow_ms / 1000
 ORPHAN_S = MaintainLimits().orphan_age_ms / 1000
 
 
@@ -67,6 +69,101 @@ def test_replaced_and_deleted_data_goes_after_the_delay(size: int) -> None:
         await cluster.leap(RETIRE_S + 10)
         await collect(cluster)
         assert await cluster.fragments(second) == []
+
+    run(scenario)
+
+
+def test_small_objects_are_judged_once_and_a_batch_costs_few_calls() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        keys = [b"key%d" % number for number in range(20)]
+        for _ in range(3):
+            for key in keys:
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        await cluster.leap(RETIRE_S + 60)
+        calls: Counter[str] = Counter()
+
+        async def count(source: str, node: str, method: str, request: object) -> None:
+            calls[method] += 1
+
+        cluster.intercept = count
+        assert await collect(cluster) == 2 * 20 * 3
+        # a round of each of 20 registers, and per disk a question about the copies and a deletion on each of the others
+        assert calls["meta.accept"] <= 3 * 20
+        assert calls["fragment.stat"] <= 6 * 4
+        assert calls["fragment.delete"] <= 6 * 4
+        assert len(await cluster.fragments()) == 3 * 20
+        calls.clear()
+        await cluster.leap(FOLLOW_S + 60)
+        assert await collect(cluster) == 0
+        assert not calls["meta.accept"]
+        for key in keys:
+            assert await cluster.is_whole(bucket, key)
+
+    run(scenario)
+
+
+def test_what_the_first_replicas_collector_missed_the_others_find_later() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        old = (await cluster.entry(bucket, b"k")).data_id
+        first, *_ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shards, b"k").partition)
+        await cluster.put(bucket, b"k", data := os.urandom(SMALL))
+        await cluster.leap(RETIRE_S + 60)
+        await cluster.kill(cluster.layouts.current.node_of(first))
+        assert await collect(cluster) == 0
+        await cluster.leap(FOLLOW_S)
+        assert await collect(cluster) == 2
+        assert [disk for disk, _ in await cluster.fragments(old)] == [first]
+        cluster.start(cluster.layouts.current.node_of(first), maintain=False)
+        await cluster.pass_s(5)
+        assert await collect(cluster) == 1
+        assert await cluster.fragments(old) == []
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_a_copy_elsewhere_that_was_written_anew_since_the_collector_looked_stays() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        old = (await cluster.entry(bucket, b"k")).data_id
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        first, other, _ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shards, b"k").partition)
+        collector = cluster.nodes[cluster.layouts.current.node_of(first)].maintenance.collector
+        judge = collector._live
+
+        async def touched(owner: RegisterName, uploads: bool) -> set[bytes]:
+            found = await judge(owner, uploads)
+            await cluster.store(other).touch([fragment for disk, fragment in await cluster.fragments(old) if disk == other], 1 << 42)
+            return found
+
+        collector._live = touched
+        await cluster.leap(RETIRE_S + 60)
+        assert await collector.collect_due() == 2
+        assert [disk for disk, _ in await cluster.fragments(old)] == [other]
+        await cluster.leap(FOLLOW_S)
+        await collect(cluster)
+        assert await cluster.fragments(old) == []
+
+    run(scenario)
+
+
+def test_while_an_upload_for_the_key_is_open_nothing_of_it_is_judged_and_other_keys_are() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for key in (b"k", b"other"):
+            for _ in range(2):
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        upload, *_ = await upload_parts(cluster, bucket, b"k", {1: PART})
+        await cluster.leap(RETIRE_S + 60)
+        assert await collect(cluster) == 3
+        await cluster.objects.abort(bucket, b"k", upload)
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert len(await cluster.fragments()) == 2 * 3
 
     run(scenario)
 
@@ -186,15 +283,15 @@ def test_what_was_touched_after_the_collector_looked_is_not_deleted() -> None:
         node = cluster.nodes["na"]
         for disk, fragment in await cluster.fragments():
             await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)])
-        judge = node.maintenance.collector._referenced
+        judge = node.maintenance.collector._live
 
-        async def slow(owner: RegisterName, data_id: bytes) -> bool:
-            found = await judge(owner, data_id)
+        async def slow(owner: RegisterName, uploads: bool) -> set[bytes]:
+            found = await judge(owner, uploads)
             wake.set()  # the gateway's accept is refused now; it looks at its fragments, and proposes again, while this collector is still on its way
             await asyncio.sleep(3)
             return found
 
-        node.maintenance.collector._referenced = slow
+        node.maintenance.collector._live = slow
         assert await node.maintenance.collector.collect_due() == 0
         await task
         await collect(cluster)

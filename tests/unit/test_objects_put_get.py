@@ -26,7 +26,7 @@ from storaged.errors import (
     XAmzContentSHA256Mismatch,
 )
 from storaged.fragments.ports import FragmentId
-from storaged.meta.names import RegisterName, object_name
+from storaged.meta.names import RegisterName, Value, object_name
 from storaged.meta.ports import Outcome, Reading, Update
 from storaged.objects.api import BodyChecks, NewMeta, PutResult, RangeSpec, ReadConditions, WriteConditions
 from storaged.objects.records import BucketRecord, PartEntry, decode_object
@@ -247,6 +247,23 @@ async def test_what_is_replaced_or_deleted_goes_to_the_garbage_lists_of_its_disk
     assert not (await objects.delete(bucket, b"key")).existed
     with pytest.raises(NoSuchKey):
         await objects.head(bucket, b"key")
+    await objects.close()
+
+
+async def test_a_small_put_that_slept_for_half_a_day_does_not_propose_again() -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    await put(objects, bucket, b"before")
+
+    async def sleep(name: RegisterName) -> None:
+        world.clock.ahead_s += 13 * 3600
+        world.ring.values[name] = Value(9, b"other", 2, world.ring.values[name].body)
+
+    world.ring.interfere = sleep
+    with pytest.raises(ServiceUnavailable, match="longer than is safe"):
+        await put(objects, bucket, os.urandom(5000))
+    assert await got(objects, bucket) == b"before"
     await objects.close()
 
 
