@@ -128,10 +128,11 @@ class Cluster:
         }
 
     def boto3(self, **options: Any) -> Any:
-        """An S3 client of boto3 without its own retries, so that every failure shows."""
+        """An S3 client of boto3 without its own retries, so that every failure shows. ``keys``: another user's than the cluster's own."""
         import boto3
         from botocore.config import Config
 
+        access_key, secret_key = options.pop("keys", (self.settings["access_key"], self.settings["secret_key"]))
         config = Config(
             retries={"max_attempts": options.pop("attempts", 1), "mode": "standard"},
             max_pool_connections=options.pop("connections", 16),
@@ -142,7 +143,7 @@ class Cluster:
             "s3",
             endpoint_url=self.settings["endpoint"],
             region_name=self.settings["region"],
-            aws_access_key_id=self.settings["access_key"],
-            aws_secret_access_key=self.settings["secret_key"],
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
             config=config,
         )

@@ -63,7 +63,10 @@ def dev() -> None:
     "--admin-port", type=click.IntRange(1, 65535), default=None, help=f"Port of health and metrics (default {ADMIN_PORT}, or what DIR had)."
 )
 @click.option(
-    "--workers", type=click.IntRange(1, 64), default=None, help="Processes of the gateway that share its port (default 1, or what DIR had)."
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=None,
+    help="Processes of the gateway that share its port (default half the cores, 4 at most, or what DIR had).",
 )
 @click.pass_obj
 def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | None, admin_port: int | None, workers: int | None) -> None:
@@ -82,6 +85,11 @@ def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | N
     new = prepare(place, s3_port, admin_port, workers)
     record_default(place)
     asyncio.run(_supervise(place, new))
+
+
+def default_workers() -> int:
+    """Half the cores, for the storage nodes and the clients are here too. With two cores a second process gained nothing and took 75 MiB."""
+    return max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 def default_place() -> Path:
@@ -144,10 +152,10 @@ def prepare(place: Path, s3_port: int | None, admin_port: int | None, workers: i
         if admin_port:
             raise
         (admin,) = _free_ports(1, {s3})  # nobody has been told this one: another trial cluster may run beside it
-    count = workers or known.get("workers", 1)
+    count = workers or known.get("workers") or default_workers()
     if new:
         _create(place, s3, admin, count)
-    elif (s3, admin, count) != (known["s3_port"], known["admin_port"], known.get("workers", 1)):
+    elif (s3, admin, count) != (known["s3_port"], known["admin_port"], known.get("workers")):
         known.update(s3_port=s3, admin_port=admin, workers=count)
         _write_gateway(place, s3, admin, count)
         _write_json(place / "dev.json", known)

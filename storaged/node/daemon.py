@@ -175,7 +175,7 @@ async def _main(config: Config, worker: tuple[int, int, int] | None) -> None:
             tasks.append(group.create_task(_measure_lag(node.metrics)))
             tasks.append(group.create_task(_reload_when_asked(node, reloading, notifier)))
             if leader is not None:
-                tasks.append(group.create_task(leader.serve(node.metrics, reloading, stopping)))
+                tasks.append(group.create_task(leader.serve(node, reloading, stopping)))
                 if node.gateway is not None:
                     await node.gateway.usable(USABLE_WAIT_S)
                 leader.ready()

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
-BUFFER_BYTES_MIN = 16 * MIB
+BUFFER_BYTES_MIN = 8 * MIB
 
 log = structlog.get_logger("gateway")
 
@@ -223,6 +223,7 @@ class Gateway:
             entropy=system_entropy,
             limits=shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers),
             on_damage=self._damaged,
+            on_changed=self._changed,
             on_degraded=node.maintain.hint,
         )
         self.objects = ObjectService(plane)
@@ -270,6 +271,7 @@ class Gateway:
                 adopt=self._app.adopt,
                 audit=self._audit,
                 note=lambda kind, fields: note(kind, **fields),
+                forget=self.forget,
             )
             self.workers.listen(host, port)
             await self.workers.start()
@@ -304,6 +306,17 @@ class Gateway:
     async def _where(self, bucket_name: str, key: bytes) -> dict[str, Any]:
         bucket = await self.buckets.get(bucket_name)
         return where_document(bucket_name, await where(self.objects.plane, bucket, key))
+
+    async def _changed(self, kind: str, key: str) -> None:
+        """Returns when no process of this gateway goes by what was before."""
+        if self.workers is not None:
+            await self.workers.forget(kind, key)
+        elif self._node.leader is not None:
+            await self._node.leader.forget(kind, key)
+
+    def forget(self, kind: str, key: str) -> None:
+        """Another process of this gateway has changed the bucket or user."""
+        (self.buckets if kind == "bucket" else self.users).forget(key)
 
     def _damaged(self, damage: Damage) -> None:
         """A read found a fragment wanting: whoever looks after its register repairs it."""
@@ -342,12 +355,9 @@ class Gateway:
 
 
 def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
-    """A worker's part of what all of a gateway may hold in buffers; never less than a few large transfers need."""
-    return dataclasses.replace(
-        limits,
-        put_buffer_bytes_max=max(limits.put_buffer_bytes_max // workers, BUFFER_BYTES_MIN),
-        get_buffer_bytes_max=max(limits.get_buffer_bytes_max // workers, BUFFER_BYTES_MIN),
-    )
+    """A worker's part of what all of a gateway may hold in memory; never less than a few large transfers need."""
+    shared = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max", "opened_bytes_max")
+    return dataclasses.replace(limits, **{name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in shared})
 
 
 def shared_limits(requests_max: int, workers: int) -> Limits:

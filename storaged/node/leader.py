@@ -7,13 +7,18 @@ import contextlib
 import json
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from storaged.errors import AuditUnwritable
 from storaged.node.workers import LINE_BYTES_MAX, encode_samples
-from storaged.observe import Metrics, samples_of
+from storaged.observe import samples_of
+
+if TYPE_CHECKING:
+    from storaged.node.planes import Node
+
+ENDED = "the gateway's first process has ended"
 
 log = structlog.get_logger("workers")
 
@@ -35,7 +40,8 @@ class Leader:
         self._talk.set_inheritable(False)
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.StreamReader | None = None
-        self._audits: dict[int, asyncio.Future[str]] = {}
+        self._waiting: dict[int, asyncio.Future[str]] = {}
+        """Of what was asked of the first process."""
         self._last = 0
         self._taken = 0
         """Connections that the first process has not been told of yet: it need not keep them any longer."""
@@ -46,7 +52,7 @@ class Leader:
         self._reader, self._writer = await asyncio.open_unix_connection(sock=self._talk, limit=LINE_BYTES_MAX)
         hello = json.loads(await self._reader.readline() or b"{}")
         if hello.get("do") != "hello":
-            raise AuditUnwritable("the gateway's first process has ended")
+            raise AuditUnwritable(ENDED)
         self.pid, self.incarnation = hello["pid"], bytes.fromhex(hello["incarnation"])
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -56,22 +62,26 @@ class Leader:
     def ready(self) -> None:
         self._tell({"tell": "ready"})
 
-    async def serve(self, metrics: Metrics, reloading: asyncio.Event, stopping: asyncio.Event) -> None:
+    async def serve(self, node: Node, reloading: asyncio.Event, stopping: asyncio.Event) -> None:
         """Obeys until the first process ends, which ends this one."""
+        assert node.gateway is not None
         assert self._reader is not None
         with contextlib.suppress(ConnectionError):
             while line := await self._reader.readline():
                 told = json.loads(line)
                 if told["do"] == "metrics":
-                    self._tell({"tell": "metrics", "samples": encode_samples(samples_of(metrics.registry))})
+                    self._tell({"tell": "metrics", "samples": encode_samples(samples_of(node.metrics.registry))})
                 elif told["do"] == "reload":
                     reloading.set()
-                elif told["do"] == "audited" and (waiting := self._audits.pop(told["id"], None)) and not waiting.done():
+                elif told["do"] == "forget":
+                    node.gateway.forget(told["kind"], told["key"])
+                    self._tell({"tell": "forgotten", "id": told["id"]})
+                elif told["do"] == "done" and (waiting := self._waiting.pop(told["id"], None)) and not waiting.done():
                     waiting.set_result(told["error"])
-        for waiting in self._audits.values():
+        for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_result("the gateway's first process has ended")
-        self._audits.clear()
+                waiting.set_result(ENDED)
+        self._waiting.clear()
         self._writer = None
         stopping.set()
 
@@ -111,17 +121,25 @@ class Leader:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._door, come_in)
 
+    async def _ask(self, message: dict[str, Any]) -> str:
+        """Why the first process did not do it; empty when it did."""
+        if self._writer is None:
+            return ENDED
+        self._last += 1
+        waiting: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._waiting[self._last] = waiting
+        self._tell({**message, "id": self._last})
+        return await waiting
+
+    async def forget(self, kind: str, key: str) -> None:
+        """Every other process of this gateway has forgotten what it knew of it (or has ended) when this returns."""
+        await self._ask({"tell": "forget", "kind": kind, "key": key})
+
     # --- the audit log ------------------------------------------------------------------------------------------------------
 
     async def append(self, kind: str, /, **fields: Any) -> None:
         """On disk, in the first process's log, when it returns. Raises AuditUnwritable."""
-        self._last += 1
-        waiting: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        if self._writer is None:
-            raise AuditUnwritable("the gateway's first process has ended")
-        self._audits[self._last] = waiting
-        self._tell({"tell": "audit", "id": self._last, "kind": kind, "fields": fields})
-        if error := await waiting:
+        if error := await self._ask({"tell": "audit", "kind": kind, "fields": fields}):
             raise AuditUnwritable(error)
 
     def note(self, kind: str, /, **fields: Any) -> None:

@@ -15,8 +15,12 @@ A worker that dies takes its requests in flight with it; the others go on, and i
 
 Each worker has two sockets to the first: ``door``, which brings connections, and ``talk``, JSON lines:
 
-    to the worker     {"do": "hello", pid, incarnation}   {"do": "metrics"}   {"do": "reload"}   {"do": "audited", id, error}
-    from the worker   {"tell": "ready"}   {"tell": "metrics", samples}   {"tell": "audit", id, kind, fields}   {"tell": "note", kind, fields}
+    to the worker     {"do": "hello", pid, incarnation}   {"do": "metrics"}   {"do": "reload"}   {"do": "forget", id, kind, key}   {"do": "done", id, error}
+    from the worker   {"tell": "ready"}   {"tell": "metrics", samples}   {"tell": "forgotten", id}   {"tell": "note", kind, fields}
+                      {"tell": "audit", id, kind, fields}, {"tell": "forget", id, kind, key}: answered by ``done``
+
+What processes remember of buckets and users for a moment is forgotten by all of them before the one that changed it answers (``forget``): to a client of the port
+they are one gateway.
 """
 
 from __future__ import annotations
@@ -47,6 +51,9 @@ RESTART_FIRST_S, RESTART_MAX_S = 0.2, 10.0
 METRICS_TIMEOUT_S = 1.0
 METRICS_EVERY_S = 10.0
 """What a worker counted since the last look is lost when it is killed."""
+
+FORGET_TIMEOUT_S = 1.0
+"""For so long processes remember buckets and users (``ObjectLimits``)."""
 
 BACKLOG = 1024
 ACCEPTED_AT_ONCE_MAX = 64
@@ -95,6 +102,8 @@ class Worker:
         """Given away and not taken yet."""
         self._talk: asyncio.StreamWriter | None = None
         self._metrics: asyncio.Future[None] | None = None
+        self._forgetting: dict[int, asyncio.Future[None]] = {}
+        self._last = 0
 
     async def run(self) -> int:
         """Starts it and returns its exit code when it has ended, negative for a signal. Raises OSError when it cannot be started."""
@@ -127,6 +136,10 @@ class Worker:
                 listening.cancel()
                 self._talk.close()
                 self.ready.set()
+                for waiting in self._forgetting.values():
+                    if not waiting.done():
+                        waiting.set_result(None)
+                self._forgetting.clear()
                 while self._handed:
                     self._give(self._handed.popleft())
 
@@ -141,6 +154,9 @@ class Worker:
                     self.samples = decode_samples(told["samples"])
                     if self._metrics is not None and not self._metrics.done():
                         self._metrics.set_result(None)
+                elif told["tell"] == "forgotten":
+                    if (waiting := self._forgetting.pop(told["id"], None)) and not waiting.done():
+                        waiting.set_result(None)
                 else:
                     self._hear(self, told)
 
@@ -172,6 +188,17 @@ class Worker:
         for _ in range(min(taken, len(self._handed))):
             self._handed.popleft().close()
 
+    async def forget(self, kind: str, key: str) -> None:
+        """Returns when it has, or has ended; what hangs is not waited for longer than it remembers anyway."""
+        if not self.serving:
+            return  # it has been asked for nothing yet
+        self._last += 1
+        number, waiting = self._last, asyncio.get_running_loop().create_future()
+        self._forgetting[number] = waiting
+        self.tell({"do": "forget", "id": number, "kind": kind, "key": key})
+        await asyncio.wait([waiting], timeout=FORGET_TIMEOUT_S)
+        self._forgetting.pop(number, None)
+
     async def ask_metrics(self) -> None:
         """``samples`` anew; as they were when it does not answer in time."""
         if not self.serving:
@@ -190,7 +217,7 @@ class Worker:
 class Workers:
     """All workers of a gateway and its listening socket. Use: ``listen``, ``start``, ``run`` as a task; ``drain`` and ``close`` at the end.
 
-    ``audit`` and ``note`` write to the node's audit log what a worker asks for.
+    ``audit`` and ``note`` write to the node's audit log what a worker asks for; ``forget(kind, key)`` is told of what a worker has changed.
     """
 
     def __init__(
@@ -203,6 +230,7 @@ class Workers:
         adopt: Adopt,
         audit: Callable[[str, Mapping[str, str]], Awaitable[None]],
         note: Callable[[str, Mapping[str, Any]], None],
+        forget: Callable[[str, str], None],
     ) -> None:
         command = [sys.executable, "-m", "storaged", "run", config_path]
         hello = {"pid": os.getpid(), "incarnation": incarnation.hex()}
@@ -211,6 +239,7 @@ class Workers:
         self._adopt = adopt
         self._audit = audit
         self._note = note
+        self._forget = forget
         self._listener: socket.socket | None = None
         self._turn = 0
         self._stopping = False
@@ -345,6 +374,8 @@ class Workers:
     def _hear(self, worker: Worker, told: dict[str, Any]) -> None:
         if told["tell"] == "audit":
             self._spawn(self._write_audit(worker, told))
+        elif told["tell"] == "forget":
+            self._spawn(self._forget_everywhere(worker, told))
         elif told["tell"] == "note":
             self._note(told["kind"], told["fields"])
 
@@ -354,7 +385,16 @@ class Workers:
             await self._audit(told["kind"], told["fields"])
         except StoragedError as refused:
             error = refused.message
-        worker.tell({"do": "audited", "id": told["id"], "error": error})
+        worker.tell({"do": "done", "id": told["id"], "error": error})
+
+    async def forget(self, kind: str, key: str, *, but: Worker | None = None) -> None:
+        """Every other process (``but`` the one that asked) forgets what it knows of a bucket or user that was changed."""
+        await asyncio.gather(*(worker.forget(kind, key) for worker in self._others if worker is not but))
+
+    async def _forget_everywhere(self, worker: Worker, told: dict[str, Any]) -> None:
+        self._forget(told["kind"], told["key"])
+        await self.forget(told["kind"], told["key"], but=worker)
+        worker.tell({"do": "done", "id": told["id"], "error": ""})
 
     async def gather(self) -> list[Samples]:
         """What the others have counted, and those that have ended."""

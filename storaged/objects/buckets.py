@@ -96,8 +96,16 @@ class BucketService:
         try:
             await self._plane.registers.change(name, update)
         finally:
-            self._recent.forget(record.name)
+            await self._changed(record.name)
         return after if done else None
+
+    async def _changed(self, name: str) -> None:
+        self._recent.forget(name)
+        await self._plane.on_changed("bucket", name)
+
+    def forget(self, name: str) -> None:
+        """Another process of this gateway has changed it."""
+        self._recent.forget(name)
 
     # --- api ----------------------------------------------------------------------------------------------------------
 
@@ -138,7 +146,7 @@ class BucketService:
         try:
             outcome = await self._plane.registers.change(register, update)
         finally:
-            self._recent.forget(name)
+            await self._changed(name)
         made = self._decode(register, outcome.after)
         assert made is not None
         return made
@@ -296,7 +304,7 @@ class BucketService:
         try:
             await self._plane.registers.change(name, update)
         finally:
-            self._recent.forget(bucket.name)
+            await self._changed(bucket.name)
 
     async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None:
         """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged."""

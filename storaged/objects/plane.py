@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -110,6 +110,10 @@ def _canonical(profile: str) -> str:
     return str(Profile.parse(profile))
 
 
+async def _nobody(_kind: str, _key: str) -> None:
+    """A gateway of one process."""
+
+
 @dataclass
 class ObjectPlane:
     """The ports below, and what all requests share. See ``service.ObjectService`` for who fills it."""
@@ -126,6 +130,9 @@ class ObjectPlane:
     entropy: Entropy
     limits: ObjectLimits = field(default_factory=ObjectLimits)
     on_damage: OnDamage = lambda damage: None
+    on_changed: Callable[[str, str], Awaitable[None]] = _nobody
+    """``await on_changed(kind, key)``: a ``bucket`` of this name, or a ``user`` of this access key, has just been changed, and who else serves this gateway's port must not
+    go by what it remembers (``BucketService.forget``, ``UserService.forget``). The answer to who changed it waits for this."""
     on_degraded: Callable[[RegisterName], None] = lambda name: None
     """Told of a register whose data was just committed with fewer fragments, or under another profile, than it should have."""
 

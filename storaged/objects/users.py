@@ -117,8 +117,16 @@ class UserService:
             return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
 
         await self._plane.registers.change(register, update)
-        self._recent.forget(access_key)
+        await self._changed(access_key)
         return Principal(plain.user_id, name, access_key), secret_key
+
+    async def _changed(self, access_key: str) -> None:
+        self._recent.forget(access_key)
+        await self._plane.on_changed("user", access_key)
+
+    def forget(self, access_key: str) -> None:
+        """Another process of this gateway has changed it."""
+        self._recent.forget(access_key)
 
     async def _claim(self, name: str, access_key: str) -> None:
         register, now_ms = system_name(NAME_PREFIX + name), self._plane.clock.wall_ms()
@@ -160,7 +168,7 @@ class UserService:
         if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing, and is not authenticated
             raise InvalidArgument(f"There is no user {name_or_access_key}.")
         await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
-        self._recent.forget(access_key)
+        await self._changed(access_key)
 
         def release(value: Value | None) -> Change | None:
             held = _decode_claim(value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from tests.cluster import Cluster
 
@@ -102,6 +103,26 @@ def test_what_one_process_wrote_every_other_reads(several: Cluster) -> None:
     clients[0].create_bucket(Bucket="by-one-process")
     for client in clients:
         client.head_bucket(Bucket="by-one-process")
+
+
+def test_a_deleted_bucket_and_a_removed_user_are_gone_in_every_process_at_once(several: Cluster) -> None:
+    user = json.loads(several.run("user", "add", "short-lived", "--json").stdout)
+    clients = [several.boto3(connections=1) for _ in range(WORKERS)]
+    others = [several.boto3(connections=1, keys=(user["access_key"], user["secret_key"])) for _ in range(WORKERS)]
+    for number in range(WORKERS):
+        clients[number].create_bucket(Bucket="short-lived")
+        for client in clients:
+            client.list_objects_v2(Bucket="short-lived")
+        clients[number].delete_bucket(Bucket="short-lived")
+        for client in clients:
+            with pytest.raises(ClientError, match="NoSuchBucket"):
+                client.list_objects_v2(Bucket="short-lived")
+    for other in others:
+        other.list_buckets()
+    several.run("user", "remove", "short-lived")
+    for other in others:
+        with pytest.raises(ClientError, match="InvalidAccessKeyId"):
+            other.list_buckets()
 
 
 def test_a_killed_process_costs_its_own_requests_and_comes_back(several: Cluster) -> None:
