@@ -145,7 +145,7 @@ class S3App:
         connections = self.open(ssl)
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                connections, host, port, ssl=ssl, reuse_port=reuse_port, backlog=BACKLOG
+                connections, host, port, ssl=ssl, reuse_port=reuse_port, backlog=BACKLOG, ssl_handshake_timeout=self._handshake_s
             )
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
@@ -159,12 +159,18 @@ class S3App:
         self._connections = Connections(self._converse, self._limits)
         return self._connections
 
+    @property
+    def _handshake_s(self) -> float | None:
+        return self._limits.handshake_s if self._ssl is not None else None
+
     async def adopt(self, accepted: socket.socket) -> None:
         """Serves a client's connection that somebody else accepted; after ``close`` it is closed. Raises OSError when it is broken already."""
         if self._connections is None or self._draining:
             accepted.close()
             return
-        await asyncio.get_running_loop().connect_accepted_socket(self._connections, accepted, ssl=self._ssl)
+        await asyncio.get_running_loop().connect_accepted_socket(
+            self._connections, accepted, ssl=self._ssl, ssl_handshake_timeout=self._handshake_s
+        )
 
     async def close(self, drain_s: float) -> None:
         """Stops listening, lets the requests in flight finish for up to ``drain_s`` seconds, then breaks what is left. Safe to call twice."""

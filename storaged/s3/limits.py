@@ -21,6 +21,8 @@ class Limits:
     header_section_bytes_max: int = 32 * KIB
     xml_bytes_max: int = 2 * MIB
     """1,000 keys of 1 KiB to delete, or 10,000 parts to complete: MaxMessageLengthExceeded."""
+    handshake_s: float = 20.0
+    """A TLS handshake that takes longer ends its connection. Those under way are not counted among ``connections_max``."""
     headers_s: float = 75.0
     """An idle connection, or one that has not finished its request's headers, is closed after this long."""
     body_idle_s: float = 30.0

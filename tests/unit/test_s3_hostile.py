@@ -312,6 +312,16 @@ async def test_idle_connections_and_trickled_heads_are_closed_in_time(world: Wor
     await until(lambda: world.app.statistics().connections == 0)
 
 
+async def test_a_tls_handshake_that_is_never_made_is_given_up(tmp_path: Path) -> None:
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate(tmp_path))
+    async with s3_world(Limits(handshake_s=0.3), tls=server) as world:
+        reader, writer = await connect(world)
+        writer.write(b"\x16\x03\x01")
+        assert await asyncio.wait_for(reader.read(), 3) == b""
+        writer.close()
+
+
 async def test_a_body_that_trickles_is_a_timeout_however_steadily_it_comes() -> None:
     async with s3_world(Limits(body_idle_s=0.3, body_rate_min_bytes_s=100, linger_s=0.2)) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
