@@ -1,5 +1,6 @@
-"""One connection between two nodes, either side of it: frames in through a FrameReader, frames out in one write per loop turn.
+"""One connection between two nodes, either side of it: frames in through a FrameReader, frames out in one write for all that a turn of the loop brought.
 
+A frame that has no company to wait for leaves at once (``alone``), and what was answered while a read was looked at leaves with the end of that read.
 Small frames (a prepare, a ping, an answer without bulk) are joined and go first; bodies follow in slices as the transport takes them, so
 that a vote never queues behind many megabytes. TLS encrypts what it is given at once: after the write the caller's buffers are free.
 """
@@ -53,6 +54,9 @@ def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
 class Connection(asyncio.BufferedProtocol):
     """Common to both sides. Subclasses decide on frames (``admit``, ``deliver``) and clean up in ``closed``."""
 
+    answers = False
+    """What leaves answers what was just read, so there is no more to come before the next read."""
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.reader = FrameReader(self._admit, self._deliver)
@@ -71,6 +75,7 @@ class Connection(asyncio.BufferedProtocol):
         self._slices: list[Buffer] = []  # of the large frame being written, last slice first
         self._sliced: tuple[int, int] | None = None  # its id and size
         self._flush_scheduled = False
+        self._reading = False
         self._paused = False
         self._paused_since = 0.0
 
@@ -92,6 +97,10 @@ class Connection(asyncio.BufferedProtocol):
     def sent(self, request_id: int, size: int) -> None:
         """A large body has left for the transport."""
 
+    def alone(self) -> bool:
+        """Whether no other frame is likely to leave in this turn of the loop."""
+        return False
+
     # The transport's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -105,10 +114,14 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self.bytes_in += nbytes
         self.heard = self.loop.time()
+        self._reading = True
         try:
             self.reader.received(nbytes)
         except FrameError as error:
             self.broken(error)
+        self._reading = False
+        if self._small or self._large:
+            self._schedule(now=self.answers)
 
     def eof_received(self) -> bool:
         return False
@@ -172,8 +185,12 @@ class Connection(asyncio.BufferedProtocol):
             self._slices = [bytes(piece) for piece in self._slices]
         return False
 
-    def _schedule(self) -> None:
-        if not self._flush_scheduled:
+    def _schedule(self, *, now: bool = False) -> None:
+        if self._flush_scheduled or self._reading:
+            return
+        if now or self.alone():
+            self._flush()
+        else:
             self._flush_scheduled = True
             self.loop.call_soon(self._flush)
 

@@ -129,6 +129,8 @@ class _Running(NamedTuple):
 class ServerConnection(Connection):
     """One peer. ``peer`` is set once it is welcome."""
 
+    answers = True
+
     def __init__(self, server: RpcServer) -> None:
         super().__init__(server.loop)
         self.server = server
@@ -254,6 +256,9 @@ class ServerConnection(Connection):
             task.add_done_callback(partial(self._finished, request_id, header.body_bytes))
 
     # Answers.
+
+    def alone(self) -> bool:
+        return not self.running
 
     def _answered_at_once(
         self, request_id: int, name: bytes, at_once: Callable[[Any, Call], Message | Reply | None], request: Message, call: Call

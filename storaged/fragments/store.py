@@ -149,6 +149,7 @@ class LocalFragmentStore:
         self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s
         self._closed = False
         self.commit_companions: CommitCompanions = _no_companions
+        self._kept_last = 0
         self._thread = threading.Thread(target=self._run, name="fragment-write", daemon=True)
         self._thread.start()
 
@@ -212,8 +213,11 @@ class LocalFragmentStore:
         count = write.payload_bytes
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
             return False
+        alone = (
+            not self._queued_bytes and self._kept_last == 1
+        )  # as the one before it was: the next turn of the loop is unlikely to bring company
         self._queued_bytes += count
-        self._arrive(_Job(None, write=write, sync=True, companion=companion, kept=kept))
+        self._arrive(_Job(None, write=write, sync=True, companion=companion, kept=kept), alone=alone)
         return True
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
@@ -362,14 +366,17 @@ class LocalFragmentStore:
                 await job.served
             raise
 
-    def _arrive(self, job: _Job) -> None:
+    def _arrive(self, job: _Job, *, alone: bool = False) -> None:
         """While copies with companions are being committed, further ones wait for that group's answer: the loop that takes it hands over all that came meanwhile.
         A loop that is busy so makes groups as large as its own turns, whose commit costs little more than that of one; one that is idle takes the answer at
-        once. Everything else (bytes of large objects, deletions) goes to the writer thread within this turn of the loop, and takes along what waits."""
+        once. Everything else (bytes of large objects, deletions) goes to the writer thread within this turn of the loop, and takes along what waits; one that
+        is ``alone`` goes now."""
         self._arriving.append(job)
         if job.kept is not None and self._committing:
             return
-        if not self._handing:
+        if alone:
+            self._hand_over()
+        elif not self._handing:
             self._handing = True
             self._loop.call_soon(self._hand_over)
 
@@ -383,6 +390,7 @@ class LocalFragmentStore:
             self._queue.put(jobs)
 
     def _resolve(self, answers: list[tuple[_Job, Any]], uncommitted: StoragedError | None) -> None:
+        self._kept_last = len(answers)
         for job, answer in answers:
             if job.kept is not None:
                 assert job.write is not None
