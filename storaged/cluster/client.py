@@ -27,8 +27,13 @@ from storaged.cluster import faults, identity
 from storaged.cluster.connection import Connection, describe, measure
 from storaged.cluster.framing import (
     DEADLINE_MS_MAX,
+    ERROR,
     HANDSHAKE_BYTES_MAX,
     PROTOCOL_VERSION,
+    REPLY,
+    REQUEST,
+    SKIP,
+    TAKE,
     ErrorHead,
     FrameError,
     Header,
@@ -132,8 +137,8 @@ class ClientConnection(Connection):
     # Frames in.
 
     def admit(self, header: Header) -> Verdict:
-        if header.kind in (Kind.REPLY, Kind.ERROR):
-            return Verdict.TAKE if header.request_id in self.pending else Verdict.SKIP
+        if header.kind == REPLY or header.kind == ERROR:
+            return TAKE if header.request_id in self.pending else SKIP
         if (
             header.kind not in (Kind.WELCOME, Kind.REFUSED)
             or header.body_bytes
@@ -141,7 +146,7 @@ class ClientConnection(Connection):
             or self.hello.done()
         ):
             raise FrameError(f"a {Kind(header.kind).name} frame does not belong here")
-        return Verdict.TAKE
+        return TAKE
 
     def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
         pending = self.pending.pop(header.request_id, None)
@@ -149,7 +154,7 @@ class ClientConnection(Connection):
             self._greet(header, head)
         else:
             try:
-                if header.kind == Kind.REPLY:
+                if header.kind == REPLY:
                     pending.then(decode(head, pending.reply), body)
                 else:
                     self._fail(pending, faults.from_head(decode(head, ErrorHead), self.node))
@@ -216,7 +221,7 @@ class ClientConnection(Connection):
         """Sends an encoded request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
         remaining_ms = int((deadline - self.loop.time()) * 1000)
         request_id = self._last_id = self._last_id + 1
-        self.send(Kind.REQUEST, request_id, prefix + encoded, body, size, min(max(remaining_ms, 1), DEADLINE_MS_MAX))
+        self.send(REQUEST, request_id, prefix + encoded, body, size, min(max(remaining_ms, 1), DEADLINE_MS_MAX))
         self.pending[request_id] = _Pending(then, reply, deadline, prefix)
         if self._expiry is None or deadline < self._expiry.when():
             self._set_expiry(deadline)

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Sequence
 from typing import Any, cast
 
-from storaged.cluster.framing import FrameError, FrameReader, Header, Kind, Verdict, pack_header
+from storaged.cluster.framing import FrameError, FrameReader, Header, Verdict, pack_header
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
@@ -59,7 +59,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.reader = FrameReader(self._admit, self._deliver)
+        self.reader = FrameReader(self.admit, self._deliver)
         self.transport: asyncio.Transport | None = None
         self.lost = loop.create_future()
         """Done when the connection is gone; never an exception."""
@@ -75,6 +75,7 @@ class Connection(asyncio.BufferedProtocol):
         self._slices: list[Buffer] = []  # of the large frame being written, last slice first
         self._sliced: tuple[int, int] | None = None  # its id and size
         self._flush_scheduled = False
+        self._ended = False  # by this side: nothing is delivered any more
         self._reading = False
         self._paused = False
         self._paused_since = 0.0
@@ -157,7 +158,7 @@ class Connection(asyncio.BufferedProtocol):
     def is_open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing()
 
-    def send(self, kind: Kind, request_id: int, head: bytes, body: tuple[Buffer, ...] = (), size: int = 0, deadline_ms: int = 0) -> None:
+    def send(self, kind: int, request_id: int, head: bytes, body: tuple[Buffer, ...] = (), size: int = 0, deadline_ms: int = 0) -> None:
         """Queues a frame (``body`` and ``size`` as :func:`measure` gives them). Raises ValueError when it is over the limits."""
         header = pack_header(kind, request_id, len(head), size, deadline_ms)
         if self.transport is None:
@@ -236,6 +237,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self, reason: str) -> None:
         """Ends the connection now; what is queued is lost."""
+        self._ended = True
         if not self.reason:
             self.reason = reason
         if self.transport is not None:
@@ -243,6 +245,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def close(self, reason: str) -> None:
         """Ends it once what the transport holds has left."""
+        self._ended = True
         if not self.reason:
             self.reason = reason
         if self.transport is not None:
@@ -259,11 +262,8 @@ class Connection(asyncio.BufferedProtocol):
         tls: ssl.SSLObject | None = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
         return (tls.getpeercert(binary_form=True) or b"") if tls is not None else b""
 
-    def _admit(self, header: Header) -> Verdict:
-        return self.admit(header)
-
     def _deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
-        if self.is_open:
+        if not self._ended:
             self.deliver(header, head, body)
 
 

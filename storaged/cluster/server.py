@@ -29,7 +29,20 @@ from msgspec import MsgspecError
 
 from storaged.cluster import faults, identity
 from storaged.cluster.connection import SMALL_BODY_BYTES, Connection, describe, measure
-from storaged.cluster.framing import HANDSHAKE_BYTES_MAX, PROTOCOL_VERSION, FrameError, Header, Hello, Kind, Verdict
+from storaged.cluster.framing import (
+    CANCEL,
+    HANDSHAKE_BYTES_MAX,
+    PROTOCOL_VERSION,
+    REPLY,
+    REQUEST,
+    TAKE,
+    WAIT,
+    FrameError,
+    Header,
+    Hello,
+    Kind,
+    Verdict,
+)
 from storaged.cluster.ports import Admission, Begin, Call, Membership, Method, Methods, PeerIdentity, Reply
 from storaged.errors import CertificateRefused, PortInUse, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
@@ -150,10 +163,10 @@ class ServerConnection(Connection):
         if self.peer is None:
             if header.kind != Kind.HELLO or header.head_bytes > HANDSHAKE_BYTES_MAX or header.body_bytes or self.hello.done():
                 raise FrameError("the peer did not begin with a handshake")
-            return Verdict.TAKE
-        if header.kind == Kind.CANCEL and not header.head_bytes and not header.body_bytes:
-            return Verdict.TAKE
-        if header.kind != Kind.REQUEST:
+            return TAKE
+        if header.kind != REQUEST:
+            if header.kind == CANCEL and not header.head_bytes and not header.body_bytes:
+                return TAKE
             raise FrameError(f"a {Kind(header.kind).name} frame does not belong here")
         size = header.body_bytes
         if self._granted is not None:
@@ -161,12 +174,12 @@ class ServerConnection(Connection):
         elif not self._has_room(size):
             self._blocked = True
             return self._wait()
-        elif not self.server.budget.take(size):
+        elif size and not self.server.budget.take(size):
             self.server.budget.wait(size, self)
             return self._wait()
         self.inflight_bytes += size
         self._receiving_bytes = size
-        return Verdict.TAKE
+        return TAKE
 
     def _has_room(self, size: int) -> bool:
         limits = self.server.limits
@@ -177,7 +190,7 @@ class ServerConnection(Connection):
     def _wait(self) -> Verdict:
         if self.transport is not None:
             self.transport.pause_reading()
-        return Verdict.WAIT
+        return WAIT
 
     def granted(self, size: int) -> None:
         """The server's budget has room for the body that this connection waits with."""
@@ -196,10 +209,10 @@ class ServerConnection(Connection):
             self.transport.resume_reading()
 
     def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
-        if header.kind == Kind.REQUEST:
+        if header.kind == REQUEST:
             self._receiving_bytes = 0
             self._begin(header, head, body)
-        elif header.kind == Kind.CANCEL:
+        elif header.kind == CANCEL:
             running = self.running.get(header.request_id)
             if running is not None and running.task is not None:
                 running.task.cancel()
@@ -217,23 +230,8 @@ class ServerConnection(Connection):
         self.server.calls += 1
         name_bytes = head[0] if head else 0
         name = bytes(head[1 : 1 + name_bytes])
-        method = self.server.methods_by_name.get(name)
         try:
-            if method is None:
-                raise faults.refused(
-                    faults.UNKNOWN_METHOD, f"{self.server.identity.name} has no method {name.decode('ascii', 'replace')!r}."
-                )
-            if not self.roles and not method.for_strangers:
-                raise faults.refused(
-                    faults.NOT_A_MEMBER,
-                    f"The layout in force at {self.server.identity.name} does not name {self.peer.name} where it stands.",
-                )
-            if method.roles.isdisjoint(self.roles or self.peer.roles):
-                needed = ", ".join(sorted(method.roles)) or "no one"
-                raise faults.refused(
-                    faults.ROLE_REFUSED,
-                    f"{name.decode()} is for {needed}; {self.peer.name} is {', '.join(sorted(self.roles or self.peer.roles))}.",
-                )
+            method = self._method(name)
             request = decode(head[1 + name_bytes :], method.request)
         except MsgspecError as error:
             self._fail(request_id, faults.refused(faults.BAD_MESSAGE, f"The request to {name.decode()} does not decode: {error}"))
@@ -246,7 +244,8 @@ class ServerConnection(Connection):
             deadline = self.loop.time() + header.deadline_ms / 1000
             call = Call(self.peer, body, deadline)
             if method.at_once is not None and self._answered_at_once(request_id, name, method.at_once, request, call):
-                self._release(header.body_bytes)
+                if header.body_bytes:
+                    self._release(header.body_bytes)
                 return
             if method.begin is not None and self._begun(request_id, header.body_bytes, name, method.begin, request, call):
                 return
@@ -259,6 +258,27 @@ class ServerConnection(Connection):
 
     def alone(self) -> bool:
         return not self.running
+
+    def _method(self, name: bytes) -> Method:
+        """Raises PeerRefused for one that there is not, or that this peer may not call."""
+        method = self.server.methods_by_name.get(name)
+        if method is not None and not method.roles.isdisjoint(self.roles):
+            return method
+        assert self.peer is not None
+        if method is None:
+            raise faults.refused(faults.UNKNOWN_METHOD, f"{self.server.identity.name} has no method {name.decode('ascii', 'replace')!r}.")
+        if not self.roles and not method.for_strangers:
+            raise faults.refused(
+                faults.NOT_A_MEMBER,
+                f"The layout in force at {self.server.identity.name} does not name {self.peer.name} where it stands.",
+            )
+        if method.roles.isdisjoint(self.roles or self.peer.roles):
+            needed = ", ".join(sorted(method.roles)) or "no one"
+            raise faults.refused(
+                faults.ROLE_REFUSED,
+                f"{name.decode()} is for {needed}; {self.peer.name} is {', '.join(sorted(self.roles or self.peer.roles))}.",
+            )
+        return method
 
     def _answered_at_once(
         self, request_id: int, name: bytes, at_once: Callable[[Any, Call], Message | Reply | None], request: Message, call: Call
@@ -305,7 +325,7 @@ class ServerConnection(Connection):
             pieces, reply_bytes = measure(body)
             self._send_bulk(request_id, encode(message), pieces, reply_bytes)
         else:
-            self.send(Kind.REPLY, request_id, encode(message))
+            self.send(REPLY, request_id, encode(message))
 
     async def _serve(self, request_id: int, name: bytes, method: Method, request: Message, call: Call) -> None:
         try:

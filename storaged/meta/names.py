@@ -45,7 +45,12 @@ class RegisterName(NamedTuple):
 
     def pack(self) -> bytes:
         """table (1) || scope (16) || shard (1) || key: unambiguous, since only the key varies in length."""
-        return bytes([self.table]) + self.scope + bytes([self.shard]) + self.key
+        return self.prefix + self.key
+
+    @property
+    def prefix(self) -> bytes:
+        """What ``pack`` begins with, 18 bytes: the same for all keys of one table, scope and shard."""
+        return bytes((self.table,)) + self.scope + bytes((self.shard,))
 
     @classmethod
     def unpack(cls, data: bytes) -> RegisterName:

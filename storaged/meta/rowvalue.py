@@ -66,11 +66,11 @@ def pack_row(slot: Slot) -> bytes:
     node = ballot.node.encode()
     try:
         head = _HEAD.pack(value.visibility, ballot.epoch, ballot.counter, len(node), len(ballot.incarnation))
-        packed = name.pack()
+        prefix = name.prefix
     except (struct.error, ValueError) as error:
         raise ValueError(f"a row cannot hold {ballot} of {name}: {error}") from None
     body = b"".join((head, node, ballot.incarnation, wire.encode(value)))
-    return b"\x01" + _check(body + name.key, seed_of(packed[:NAME_PREFIX_BYTES])) + body
+    return b"\x01" + _check(body + name.key, seed_of(prefix)) + body
 
 
 def seed_of(name_prefix: bytes) -> int:
@@ -158,7 +158,7 @@ def row_parts(row: bytes) -> RowParts:
 def unpack_row(name: RegisterName, row: bytes) -> Slot:
     """Raises RowDamaged."""
     key = name.key
-    if not intact(name.pack()[:NAME_PREFIX_BYTES], key, row):
+    if not intact(name.prefix, key, row):
         raise RowDamaged(f"the row of {name} does not match its check")
     _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
     node_end = ROW_BYTES_MIN + node_bytes

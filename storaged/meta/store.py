@@ -256,7 +256,7 @@ class LmdbMetaStore:
             raise
 
     def get(self, name: RegisterName) -> Slot | None:
-        root = self._root(name.pack()[:NAME_PREFIX_BYTES])
+        root = self._root(name.prefix)
         if root is None:
             return None
         try:
@@ -509,7 +509,7 @@ class LmdbMetaStore:
                 entry.deleted += 1
 
     def _writer_root(self, transaction: Transaction, name: RegisterName) -> int:
-        scope_key = name.pack()[:NAME_PREFIX_BYTES]
+        scope_key = name.prefix
         root = self._writer_roots.get(scope_key)
         if root is None:
             sealed = transaction.get(scope_key, db=self._databases[b"nodes"])
