@@ -11,9 +11,9 @@ digest    MD5, SHA-256 and checksums of a block
 seal      encryption
 code      parity and the fragments' hashes
 send      a block's fragments go to their disks
-prepare   a majority of the register's replicas promise; small copies travel along
-sync      fragments, or small copies, become durable
-accept    a majority has the record on disk
+prepare   a majority of the register's replicas promise
+sync      fragments become durable
+accept    a majority has the record on disk, and before it the small copy that travels along
 record    a register is read
 fetch     cells of a window are read from disks
 open      a window is authenticated and decrypted

@@ -235,6 +235,34 @@ class Index:
         found = self._stored(data_id + b"\0\0\0\0\x01")
         return next((key for key in found if self.lookup(key) is not None), None)
 
+    def copy_entry(self, data_id: bytes) -> tuple[bytes, Entry] | None:
+        """As ``find_copy``, with the entry, in one look-up."""
+        key = self.overlay.copies.get(data_id)
+        entry = self.overlay.fragments.get(key) if key is not None else None
+        if key is not None and entry is not None:
+            return key, entry
+        if self.frozen is not None or key is not None:
+            key = self.find_copy(data_id)
+            entry = self.lookup(key) if key is not None else None
+            return None if key is None or entry is None else (key, entry)
+        prefix = data_id + b"\0\0\0\0\x01"
+        try:
+            with self._env.begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
+                more = cursor.set_range(prefix)
+                while more:
+                    key, value = cursor.item()
+                    if not key.startswith(prefix):
+                        break
+                    entry = self.overlay.fragments.get(key, BROKEN)
+                    if entry is BROKEN:
+                        entry = _unpack(key, value)
+                    if entry is not None:
+                        return key, entry
+                    more = cursor.next()
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError):
+            pass  # the slow way says what is wrong
+        return None
+
     def of(self, data_ids: Collection[bytes]) -> set[bytes]:
         """The keys of all fragments of these data ids."""
         overlay, frozen = self.overlay, self.frozen

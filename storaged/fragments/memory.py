@@ -145,6 +145,10 @@ class MemoryFragmentStore:
         """Nothing is read without its simulated latency."""
         return None
 
+    def peek_copy(self, data_id: bytes) -> memoryview | None:
+        """As ``peek``."""
+        return None
+
     def _used(self) -> int:
         return sum(len(kept.payload) for kept in self._fragments.values())
 

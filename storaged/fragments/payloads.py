@@ -22,6 +22,8 @@ class CopyStore(NearStore, Protocol):
 
     def find_copy(self, data_id: bytes) -> FragmentId | None: ...
 
+    def peek_copy(self, data_id: bytes) -> memoryview | None: ...
+
 
 class Loaded(NamedTuple):
     """A whole copy: the encoded header of its fragment, and the payload."""
@@ -63,11 +65,9 @@ class Payloads:
     def peek_payload(self, data_id: bytes) -> memoryview | None:
         """The whole copy when it is in memory; None otherwise, whatever the reason."""
         try:
-            fragment = self._store.find_copy(data_id)
-            found = None if fragment is None else self._store.peek(fragment)
-        except (FragmentMissing, FragmentDamaged, DiskUnusable):
+            return self._store.peek_copy(data_id)
+        except DiskUnusable:
             return None
-        return None if found is None else _joined(found)
 
     async def load_payload(self, data_id: bytes) -> Loaded | None:
         """The whole copy, every cell verified; None when this disk has none, or not whole (its damage has been reported)."""

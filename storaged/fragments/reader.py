@@ -11,6 +11,7 @@ from storaged.errors import FragmentDamaged, FragmentMissing
 from storaged.fragments.files import SegmentFile
 from storaged.fragments.format import (
     FRAGMENT,
+    KEY_BYTES,
     FormatError,
     cell_holds,
     parse_body,
@@ -25,6 +26,9 @@ from storaged.wire import Buffer
 
 MOVED_RETRIES_MAX = 8
 """How often a fragment may be moved by compaction while it is read, before it is called damaged."""
+
+ID_AT = 3
+"""Where a fragment's id begins in its encoded header: behind the array's and the byte string's marks (both of one length, since an id has 23 bytes)."""
 
 Segments = Callable[[int], SegmentFile | None]
 
@@ -50,6 +54,7 @@ class Reader:
         self._index = index
         self._segments = segments
         self._on_damage = on_damage
+        self._seeds: dict[int, int] = {}
 
     def read(self, key: bytes, first: int, count: int, *, cached: bool = False) -> Cells | None:
         """Cells ``first .. first + count - 1``. With ``cached``: None at once when they are not all in memory and whole.
@@ -78,6 +83,40 @@ class Reader:
             raise FragmentDamaged(f"the head of fragment {key.hex()} is damaged on the disk")
         self._report(key, failed.bad)
         return failed
+
+    def cached_copy(self, data_id: bytes, bytes_max: int) -> memoryview | None:
+        """All of a small object's copy, verified as ``read`` does but for its header's fields, when it is in the page cache and whole. None for anything else,
+        of which ``read`` says what it is."""
+        found = self._index.copy_entry(data_id)
+        if found is None:
+            return None
+        key, entry = found
+        file = self._segments(entry.segment)
+        count, start = entry.payload_bytes, entry.payload_start
+        if file is None or count > bytes_max:
+            return None
+        try:
+            data = file.read_cached(entry.offset, start + count)
+        except OSError:
+            return None
+        if data is None:
+            return None
+        seed = self._seeds.get(entry.segment)
+        if seed is None:
+            seed = self._seeds[entry.segment] = segment_seed(self._index.disk_id, entry.segment)
+        head = parse_head(data, 0, entry.offset, seed)
+        if head is None or head.kind != FRAGMENT or head.sequence != entry.sequence:
+            return None
+        if head.payload_bytes != count or head.cell_bytes != entry.cell_bytes or head.payload_start != start:
+            return None
+        body = parse_body(head, data, 0, seed)
+        if body is None or body[0][ID_AT : ID_AT + KEY_BYTES] != key:
+            return None
+        payload = memoryview(data)[start:]
+        for cell, at in enumerate(range(0, count, entry.cell_bytes)):
+            if not cell_holds(payload[at : at + entry.cell_bytes], body[1], cell):
+                return None
+        return payload
 
     def header(self, key: bytes) -> FragmentHeader:
         """Raises as read."""

@@ -252,6 +252,11 @@ class LocalFragmentStore:
         found = self._engine.reader.read(key, first_cell, count, cached=True)
         return None if found is None else CellRead(found.header, found.cells, found.whole)
 
+    def peek_copy(self, data_id: bytes) -> memoryview | None:
+        """The payload of a whole copy (k = 1) of a data id's only block, when it is in the page cache and whole; never waits for the disk. Raises DiskUnusable."""
+        self._refuse_when_closed()
+        return self._engine.reader.cached_copy(data_id, INLINE_READ_BYTES_MAX)
+
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         self._refuse_when_closed()
         if len(ids) <= INLINE_IDS_MAX:

@@ -110,6 +110,34 @@ class TestPayloads:
         assert await Payloads(store).load_payload(made.id.data_id) is None
         await store.close()
 
+    async def test_a_copy_in_memory_is_told_at_once_while_it_is_whole_and_there(self, tmp_path: Path) -> None:
+        rng = random.Random(11)
+        kept = [make(rng, size, k=1, m=2, position=2) for size in (1, 4112, 9000)]
+        store = await LocalFragmentStore.open(tmp_path / "d", DISK)
+        for _ in range(2):  # from the overlay, then from the index
+            for made in kept:
+                await Payloads(store).store_payload(encode(made.header), made.payload)
+            for made in kept:
+                found = Payloads(store).peek_payload(made.id.data_id)
+                assert found is not None
+                assert bytes(found) == made.payload
+            await store.close()
+            store = await LocalFragmentStore.open(tmp_path / "d", DISK)
+            assert [bytes(Payloads(store).peek_payload(made.id.data_id) or b"") for made in kept] == [made.payload for made in kept]
+        assert Payloads(store).peek_payload(b"\0" * 16) is None
+        await store.delete([kept[0].id])
+        assert Payloads(store).peek_payload(kept[0].id.data_id) is None
+        entry = store._index.lookup(kept[2].id.pack())
+        assert entry is not None
+        file = store._engine.segments[entry.segment]
+        for at in (entry.payload_start + 8999, 4, 60, 100):
+            byte = file.read(entry.offset + at, 1)
+            file.write([bytes([byte[0] ^ 1])], entry.offset + at)
+            assert Payloads(store).peek_payload(kept[2].id.data_id) is None, at
+            file.write([byte], entry.offset + at)
+        assert Payloads(store).peek_payload(kept[2].id.data_id) is not None
+        await store.close()
+
     async def test_fragments_of_coded_blocks_are_no_copies(self, store: LocalFragmentStore) -> None:
         made = make(random.Random(6), k=2, m=1)
         await store.write(made.header, [made.payload], sync=True)
