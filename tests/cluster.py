@@ -34,8 +34,8 @@ class Cluster:
     s3_port: int = 0
     home: Path | None = None
     """A HOME of its own, so that trying a cluster changes nobody's defaults."""
-    options: tuple[str, ...] = ()
-    """Of ``storaged dev``."""
+    workers: int = 1
+    """Processes of the gateway: on a machine with many cores ``storaged dev`` would choose more."""
     settings: dict[str, Any] = field(default_factory=dict)
     _process: subprocess.Popen[str] | None = None
 
@@ -51,7 +51,7 @@ class Cluster:
             self.s3_port = free_port()
         log = (self.directory.parent / (self.directory.name + ".log")).open("a")
         self._process = subprocess.Popen(
-            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port()), *self.options],
+            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port()), "--workers", str(self.workers)],
             env=self.environment(), stdout=log, stderr=log, text=True, start_new_session=True,
         )  # fmt: skip
         log.close()
@@ -112,6 +112,13 @@ class Cluster:
 
     def pids(self) -> Mapping[str, int]:
         return {node["name"]: node["pid"] for node in self.status()["nodes"] if node.get("pid")}
+
+    def further_workers(self) -> list[int]:
+        """The pids of the gateway's processes but its first."""
+        first = self.pids().get("gateway")
+        if first is None:
+            return []
+        return [int(child) for child in Path(f"/proc/{first}/task/{first}/children").read_text().split()]
 
     @property
     def endpoint(self) -> str:

@@ -24,7 +24,7 @@ def main() -> int:
         print(line, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="storaged-chaos-") as folder:
-        cluster = Cluster(Path(folder) / "s3").start()
+        cluster = Cluster(Path(folder) / "s3", workers=2).start()
         try:
             if arguments.scenario == "kill":
                 return len(kill_nodes(cluster, arguments.seconds, seed=arguments.seed, say=say).violations())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +22,8 @@ def workload_on(cluster: Cluster, bucket: str, **options: int | bool) -> Workloa
 
 
 def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool = True, say: Report = print) -> Tally:
-    """kill -9 of a random node (the gateway too) under load, again and again; at most one is away at a time. Then everything is read back."""
+    """kill -9 of a random node (the gateway too, and one of its further workers) under load, again and again; at most one is away at a time. Then everything is read
+    back."""
     source = random.Random(seed)
     workload = workload_on(cluster, f"kill-{seed}", seed=seed)
     workload.start()
@@ -29,9 +32,12 @@ def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool
     try:
         while time.monotonic() < end:
             time.sleep(source.uniform(0.5, 3))
-            victim = source.choice(["n1", "n2", "n3", "gateway"] if gateway else ["n1", "n2", "n3"])
-            cluster.run("dev", "kill", victim)
+            victim = source.choice(["n1", "n2", "n3", "gateway", "worker"] if gateway else ["n1", "n2", "n3"])
             kills += 1
+            if victim == "worker":
+                _kill_a_worker(cluster, source)
+                continue
+            cluster.run("dev", "kill", victim)
             time.sleep(source.uniform(0.2, 4))
             cluster.run("dev", "start", victim)
             # The next victim falls only when this one takes part again: two of three racks are the least the store promises to live on.
@@ -44,6 +50,15 @@ def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool
     workload.read_everything()
     say(f"{kills} kills in {seconds:.0f} s; {workload.tally.summary()}")
     return workload.tally
+
+
+def _kill_a_worker(cluster: Cluster, source: random.Random) -> None:
+    """It comes back by itself."""
+    workers = cluster.further_workers()
+    if workers:
+        victim = source.choice(workers)
+        os.kill(victim, signal.SIGKILL)
+        cluster.wait_until(lambda: victim not in (now := cluster.further_workers()) and len(now) == len(workers), 60, "a worker to be back")
 
 
 def _all_up(cluster: Cluster) -> bool:

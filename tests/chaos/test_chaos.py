@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def chaos_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(Path(tmp_path_factory.mktemp("chaos")) / "s3").start()
+    cluster = Cluster(Path(tmp_path_factory.mktemp("chaos")) / "s3", workers=2).start()
     yield cluster
     cluster.stop()
 

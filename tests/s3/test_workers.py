@@ -25,20 +25,15 @@ WORKERS = 3
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    found = Cluster(Path(tmp_path_factory.mktemp("workers")) / "s3", options=("--workers", str(WORKERS)))
+    found = Cluster(Path(tmp_path_factory.mktemp("workers")) / "s3", workers=WORKERS)
     try:
         yield found.start()
     finally:
         found.stop()
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def processes(cluster: Cluster) -> list[int]:
-    first = cluster.pids()["gateway"]
-    return [first, *children(first)]
+    return [cluster.pids()["gateway"], *cluster.further_workers()]
 
 
 def connections_of(pid: int, port: int) -> int:
