@@ -256,7 +256,7 @@ class Turns:
         except BaseException as error:
             if turn.done() and not turn.cancelled():
                 self.release(name)  # it came too late
-            else:
+            elif turn in waiting:
                 waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise SlowDown("Other changes of this key took too long. Please reduce your request rate.") from None
@@ -264,10 +264,12 @@ class Turns:
 
     def release(self, name: RegisterName) -> None:
         waiting = self._waiting[name]
-        if waiting:
-            waiting.popleft().set_result(None)
-        else:
-            del self._waiting[name]
+        while waiting:
+            turn = waiting.popleft()
+            if not turn.done():  # else its waiter was cancelled in this turn of the loop, and has not run since
+                turn.set_result(None)
+                return
+        del self._waiting[name]
 
     @asynccontextmanager
     async def turn(self, name: RegisterName, timeout_s: float) -> AsyncIterator[None]:

@@ -453,6 +453,21 @@ async def test_too_many_waiters_for_one_register_are_told_to_slow_down() -> None
     await waiting
 
 
+async def test_a_turn_goes_past_a_waiter_that_was_cancelled_in_the_moment_of_its_release() -> None:
+    turns = Turns()
+    await turns.take(NAME, 1.0)
+    gone = [asyncio.create_task(_take(turns)) for _ in range(2)]
+    stays = asyncio.create_task(_take(turns))
+    await asyncio.sleep(0)
+    for waiter in gone:
+        waiter.cancel()
+    turns.release(NAME)
+    await stays
+    assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*gone, return_exceptions=True))
+    async with asyncio.timeout(1):
+        await _take(turns)
+
+
 async def _take(turns: Turns) -> None:
     async with turns.turn(NAME, 1.0):
         pass
