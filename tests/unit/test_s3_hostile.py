@@ -240,6 +240,37 @@ def test_random_bytes_are_refused_or_are_heads_that_mean_what_they_say() -> None
     assert taken > 100
 
 
+MUTATIONS = (
+    b"\xff", b"\xc3\xa9", b"\xd9\xa5", b"\xc2\xb2", b"\xed\xa0\x80", b"%", b"%00", b"%ff", b"&", b"=", b"?", b"/", b",", b";", b" ", b"\t", b":", b"\r\n",
+    b"\r\n\r\n", b"9", b"-1", b'"', b"<", b"*", b"e", b"",
+)  # fmt: skip
+
+
+async def test_requests_with_a_few_bytes_changed_are_never_a_failure_of_ours(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    chance = random.Random(5)
+    good = [
+        signed(world, "PUT", "/bucket/k", body=b"hello", headers={"x-amz-meta-a": "b", "x-amz-tagging": "a=b", "If-None-Match": "*"}),
+        signed(world, "GET", "/bucket/k?versionId=null&partNumber=1", headers={"Range": "bytes=0-1"}),
+        signed(world, "GET", "/bucket?list-type=2&prefix=a&max-keys=5"),
+        signed(world, "POST", "/bucket?delete", body=b"<Delete><Object><Key>a</Key></Object></Delete>"),
+        b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nx-amz-trailer: x-amz-checksum-crc32\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"GET /bucket/k?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK%2F20261125%2Feu-fr-1%2Fs3%2Faws4_request&X-Amz-Date=20261125T160000Z"
+        b"&X-Amz-Expires=100&X-Amz-SignedHeaders=host&X-Amz-Signature=ab HTTP/1.1\r\nHost: h\r\n\r\n",
+    ]
+    for _ in range(300):
+        raw = bytearray(chance.choice(good))
+        for _ in range(chance.choice((1, 1, 2, 5))):
+            at = chance.randrange(len(raw))
+            raw[at : at + chance.choice((0, 1, 2))] = chance.choice(MUTATIONS)
+        reader, writer = await connect(world)
+        writer.write(raw)
+        answer = await asyncio.wait_for(reader.read(12), 5)
+        assert answer[9:12] not in (b"500", b"503"), bytes(raw)
+        writer.transport.abort()
+    await until(lambda: world.app.statistics().connections == 0)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 # --- connections ------------------------------------------------------------------------------------------------------------
 
 
