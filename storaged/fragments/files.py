@@ -204,6 +204,8 @@ def _write_all(fd: int, buffers: list[Buffer], offset: int) -> int:
     while buffers:
         count = os.pwritev(fd, buffers, offset)
         offset += count
+        if count == sum(map(len, buffers)):
+            break
         while buffers and count >= len(buffers[0]):
             count -= len(buffers.pop(0))
         if count:

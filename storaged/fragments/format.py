@@ -14,7 +14,7 @@ chunk, which the reader authenticates.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -243,6 +243,8 @@ def slices(payload: Sequence[memoryview], width: int) -> Iterator[list[memoryvie
 
 def cell_sums(payload: Sequence[memoryview], cell_bytes: int) -> bytes:
     """8 bytes a cell: xxh3-64, big-endian."""
+    if len(payload) == 1 and len(payload[0]) <= cell_bytes:
+        return xxhash.xxh3_64_digest(payload[0])
     sums: list[bytes] = []
     for piece in slices(payload, cell_bytes):
         if len(piece) == 1:
@@ -255,8 +257,10 @@ def cell_sums(payload: Sequence[memoryview], cell_bytes: int) -> bytes:
     return b"".join(sums)
 
 
-def payload_hash(payload: Iterable[Buffer]) -> bytes:
+def payload_hash(payload: Sequence[Buffer]) -> bytes:
     """xxh3-128 of a whole fragment, 16 bytes."""
+    if len(payload) == 1:
+        return xxhash.xxh3_128_digest(payload[0])
     state = xxhash.xxh3_128()
     for buffer in payload:
         state.update(buffer)

@@ -213,9 +213,8 @@ class LocalFragmentStore:
         count = write.payload_bytes
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
             return False
-        alone = (
-            not self._queued_bytes and self._kept_last == 1
-        )  # as the one before it was: the next turn of the loop is unlikely to bring company
+        # As the one before it was: the next turn of the loop is unlikely to bring company.
+        alone = not self._queued_bytes and self._kept_last == 1
         self._queued_bytes += count
         self._arrive(_Job(None, write=write, sync=True, companion=companion, kept=kept), alone=alone)
         return True
