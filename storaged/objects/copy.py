@@ -9,7 +9,7 @@ from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
 from storaged.objects.get import get
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.put import put
-from storaged.objects.reader import HedgeDelay
+from storaged.objects.reads import HedgeDelay
 from storaged.objects.records import BucketRecord
 from storaged.wire import Buffer
 

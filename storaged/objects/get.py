@@ -20,7 +20,8 @@ from storaged.objects.manifest import bound_parts_of, parts_of, sealed_parts_of
 from storaged.objects.opened import Opened
 from storaged.objects.plane import ObjectPlane, cancel_all
 from storaged.objects.ports import SealBroken
-from storaged.objects.reader import HedgeDelay, PartReader, Window
+from storaged.objects.reader import PartReader, Window
+from storaged.objects.reads import HedgeDelay
 from storaged.objects.records import BucketRecord, PartEntry, SealedPart
 from storaged.objects.seal import part_key
 from storaged.objects.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version

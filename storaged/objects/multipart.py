@@ -35,7 +35,7 @@ from storaged.objects.copy import body_of
 from storaged.objects.get import get
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.put import DEK_BYTES, commit_sealed, sealed_body
-from storaged.objects.reader import HedgeDelay
+from storaged.objects.reads import HedgeDelay
 from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
 from storaged.objects.references import live_references
 from storaged.objects.retire import retire_parts

@@ -9,7 +9,6 @@ one opens, and the disks whose cells differ from that are reported.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
@@ -21,8 +20,9 @@ from storaged.fragments.ports import FragmentId
 from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
 from storaged.objects.geometry import BlockShape, PartShape
-from storaged.objects.plane import Damage, ObjectPlane, cancel_all
+from storaged.objects.plane import Damage, ObjectPlane
 from storaged.objects.ports import SealBroken
+from storaged.objects.reads import HedgeDelay, Reads
 from storaged.objects.records import BucketRecord, PartEntry, Run
 from storaged.objects.seal import PartOpener
 from storaged.wire import Buffer
@@ -42,24 +42,6 @@ class Window(NamedTuple):
     cells: int
     plain_start: int
     plain_bytes: int
-
-
-class HedgeDelay:
-    """How long a read may take before others are asked: about the 95th percentile of recent reads, never below the floor.
-
-    Moves up by 19 steps for a read that took longer and down by one for each that did not, which settles where one in twenty is longer
-    (stochastic quantile estimation, Robbins and Monro 1951).
-    """
-
-    STEP = 0.01
-
-    def __init__(self, floor_s: float) -> None:
-        self._floor_s = floor_s
-        self.seconds = floor_s
-
-    def saw(self, seconds: float) -> None:
-        scale = self.seconds * self.STEP
-        self.seconds = max(self._floor_s, self.seconds + (19 * scale if seconds > self.seconds else -scale))
 
 
 Moved = Callable[[PartEntry], Awaitable[PartEntry | None]]
@@ -267,14 +249,11 @@ class _WindowJob:
     async def _gather(
         self, start: dict[int, tuple[int, int]], spares: list[int], first: int, last: int, wanted: list[tuple[int, int]]
     ) -> None:
-        began: dict[asyncio.Task[bool], float] = {}
-        pending: set[asyncio.Task[bool]] = set()
+        reads, limit_s = Reads(self._hedge), self._plane.limits.read_timeout_s
 
         def ask(position: int, row: int, count: int) -> None:
             self._asked[position] = (row, count)
-            task = asyncio.create_task(self._read(position, row, count))
-            began[task] = self._plane.clock.monotonic()
-            pending.add(task)
+            reads.begin(position, self._read(position, row, count))
 
         def ask_spares(count: int) -> None:
             """More fragments, over all stripes of the window; a data fragment of which only some stripes were asked is asked again for all."""
@@ -288,24 +267,24 @@ class _WindowJob:
             for position, (row, count) in start.items():
                 if not self._doubtful(position):
                     ask(position, row, count)
-            ask_spares(len(start) - len(pending))
+            ask_spares(len(start) - len(reads))
             while not self._complete(wanted):
-                if not pending:
+                if not reads:
                     ask_spares(1)
-                if not pending:
+                if not reads:
                     raise DataDamaged(f"Block {self._block} of this object has too few readable fragments.")
-                done, _ = await asyncio.wait(pending, timeout=self._hedge.seconds if spares else None, return_when=asyncio.FIRST_COMPLETED)
-                pending -= done
-                for task in done:
-                    if task.result():
-                        self._hedge.saw(self._plane.clock.monotonic() - began[task])
-                    else:
-                        ask_spares(1)
-                if not done:
+                more = await reads.turn(self._hedge.seconds if spares else reads.left_s(limit_s))
+                for position in reads.give_up(limit_s):
+                    self._bad.add(self.disks[position])
+                    more += 1
+                if reads.stalled and spares:
                     self._plane.counters.reads_hedged += 1
-                    ask_spares(len(pending))
+                    more += len(reads)
+                if more:
+                    reads.eager = True
+                    ask_spares(more)
         finally:
-            await cancel_all(pending)
+            await reads.close()
 
     def _complete(self, wanted: list[tuple[int, int]]) -> bool:
         return all(position in self.cells[stripe] or len(self.known(stripe)) >= self.k for stripe, position in wanted)
@@ -326,15 +305,14 @@ class _WindowJob:
         disk = self.disks[position]
         fragment = FragmentId(self._data_id, self._block, self.k, self.profile.m, position)
         try:
-            async with asyncio.timeout(self._plane.limits.read_timeout_s):
-                found = await self._plane.stores.store(disk).read(fragment, row, count)
+            found = await self._plane.stores.store(disk).read(fragment, row, count)
         except FragmentMissing:
             self._report(position, -1, "missing")
             return False
         except FragmentDamaged:
             self._report(position, -1, "checksum")
             return False
-        except (PeerError, TimeoutError):
+        except PeerError:
             self._bad.add(disk)
             return False
         whole = len(found.cells) == count
@@ -374,11 +352,15 @@ class _WindowJob:
     async def fetch_all(self, stripe: int) -> None:
         """Every cell of a stripe that can be had, read anew: a rebuilt one may come from the liar."""
         self.cells[stripe] = {}
-        tasks = [asyncio.create_task(self._read(position, stripe, 1)) for position in range(self.profile.n)]
+        reads, limit_s = Reads(self._hedge), self._plane.limits.read_timeout_s
         try:
-            await asyncio.gather(*tasks)
+            for position in range(self.profile.n):
+                reads.begin(position, self._read(position, stripe, 1))
+            while reads:
+                await reads.turn(reads.left_s(limit_s))
+                self._bad.update(self.disks[position] for position in reads.give_up(limit_s))
         finally:
-            await cancel_all(tasks)
+            await reads.close()
 
     def adopt(self, stripe: int, honest: dict[int, Buffer]) -> list[int]:
         """Makes the stripe what these k cells say. Returns the positions whose cells were others, and reports them."""

@@ -25,7 +25,7 @@ from storaged.objects.api import (
 from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
 from storaged.objects.get import HeldStream, VerifiedStream
 from storaged.objects.plane import Counters, ObjectPlane
-from storaged.objects.reader import HedgeDelay
+from storaged.objects.reads import HedgeDelay
 from storaged.objects.records import BucketRecord
 
 

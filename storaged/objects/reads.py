@@ -1,0 +1,124 @@
+"""The reads of one window that are under way together.
+
+Theory of operation. Whoever waits for them is woken when there is something to decide: one failed, all have come, or none came for a while. So a window whose
+disks all answer costs one wake-up and one timer, however many fragments it has. A read that takes too long is given up by the waiter, not by a timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from storaged.objects.plane import cancel_all
+
+
+class HedgeDelay:
+    """How long a read may take before others are asked: about the 95th percentile of recent reads, never below the floor.
+
+    Moves up by 19 steps for a read that took longer and down by one for each that did not, which settles where one in twenty is longer
+    (stochastic quantile estimation, Robbins and Monro 1951).
+    """
+
+    STEP = 0.01
+
+    def __init__(self, floor_s: float) -> None:
+        self._floor_s = floor_s
+        self.seconds = floor_s
+
+    def saw(self, seconds: float) -> None:
+        scale = self.seconds * self.STEP
+        self.seconds = max(self._floor_s, self.seconds + (19 * scale if seconds > self.seconds else -scale))
+
+
+class Reads:
+    """Reads of ``position``s: coroutines that return whether all came whole. ``close`` ends those that are left."""
+
+    def __init__(self, hedge: HedgeDelay) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._hedge = hedge
+        self._pending: dict[asyncio.Task[bool], tuple[float, int]] = {}
+        self._given_up: list[asyncio.Task[bool]] = []
+        self._error: BaseException | None = None
+        self._failed = 0
+        self._turn: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._patience_s = 0.0
+        self._heard_at = 0.0
+        self.stalled = False
+        """The last turn ended because none came."""
+        self.eager = False
+        """More is read than is needed: every read that comes may be the last one that was missing."""
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def begin(self, position: int, reading: Coroutine[Any, Any, bool]) -> None:
+        task = self._loop.create_task(reading)
+        self._pending[task] = (self._loop.time(), position)
+        task.add_done_callback(self._done)
+
+    async def turn(self, patience_s: float) -> int:
+        """Waits until a read failed, none is left, or (when ``eager``) one came; or for ``patience_s`` without any. Returns how many failed. Raises what a read raised."""
+        self.stalled = False
+        if self._pending and not self._failed and self._error is None:
+            self._turn = self._loop.create_future()
+            self._patience_s = patience_s
+            self._heard_at = self._loop.time()
+            self._timer = self._loop.call_later(patience_s, self._look)
+            try:
+                await self._turn
+            finally:
+                self._turn = None
+                self._timer.cancel()
+        if self._error is not None:
+            raise self._error
+        failed, self._failed = self._failed, 0
+        return failed
+
+    def give_up(self, limit_s: float) -> list[int]:
+        """Ends reads that began longer ago; their positions."""
+        before = self._loop.time() - limit_s
+        late = [(task, position) for task, (began, position) in self._pending.items() if began <= before]
+        for task, _ in late:
+            del self._pending[task]
+            task.cancel()
+            self._given_up.append(task)
+        return [position for _, position in late]
+
+    def left_s(self, limit_s: float) -> float:
+        """Until the oldest read has taken ``limit_s``."""
+        return max(0.0, min(began for began, _ in self._pending.values()) + limit_s - self._loop.time())
+
+    async def close(self) -> None:
+        left = [*self._pending, *self._given_up]
+        self._pending.clear()
+        if left:
+            await cancel_all(left)
+
+    def _done(self, task: asyncio.Task[bool]) -> None:
+        asked = self._pending.pop(task, None)
+        if asked is None:
+            return
+        self._heard_at = self._loop.time()
+        if not task.cancelled() and task.exception() is not None:
+            self._error = task.exception()
+        elif task.cancelled() or not task.result():
+            self._failed += 1
+        else:
+            self._hedge.saw(self._heard_at - asked[0])
+            if self._pending and not self.eager:
+                return
+        self._wake()
+
+    def _look(self) -> None:
+        left_s = self._heard_at + self._patience_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self.stalled = True
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
