@@ -37,7 +37,7 @@ from storaged.meta.ports import (
     Update,
 )
 from storaged.meta.proposal import Fragments, Proposal, Surroundings, View
-from storaged.meta.quick import QuickChange, QuickRead
+from storaged.meta.quick import Deadlines, QuickChange, QuickRead
 from storaged.meta.register import (
     CALL_BYTES,
     RULES,
@@ -140,6 +140,7 @@ class RingClient:
         self._courier = Courier(replicas, self._pool)
         self._hedges: deque[tuple[float, QuickRead]] = deque()
         self._hedge_timer: asyncio.TimerHandle | None = None
+        self._deadlines = Deadlines(deadline_s)
         self._turns = Turns()
         self._suspects = Suspects(self._clock)
         self._counts = dict.fromkeys(
@@ -213,7 +214,7 @@ class RingClient:
         view = self._view(name)
         if barrier is None and not nonce and len(view.groups) == 1:
             quick = QuickChange(self._around, self._courier, view, name, update, small, lineage, self._call_timeout(deadline))
-            outcome = await quick.run()
+            outcome = await self._deadlines.run(quick)
             if outcome is not None:
                 return outcome
             above = quick.above

@@ -3,7 +3,8 @@
 Theory of operation
     ``QuickChange`` is the first attempt of ``proposal.Proposal`` and ``QuickRead`` the first round of ``RingClient._hear``, written straight: the requests leave
     encoded once for all replicas, each answer is a call of ``_promised``, ``_accepted`` or ``_told`` on the event loop, and the one that completes the
-    majority does what comes next. No task, timer or future belongs to a call: whatever happens to it, its replica answers or the RPC layer does.
+    majority does what comes next. No task, timer or future belongs to a call: whatever happens to it, its replica answers or the RPC layer does, or ``Deadlines``
+    ends the change.
 
     What is not the common case (a refusal, replicas that differ, too few that answer, a joint layout) is not decided here: ``run`` returns None, and the general
     code begins anew with what this attempt has left behind: its lineage, once an accept was sent, and the highest ballot that was in its way.
@@ -99,7 +100,10 @@ class QuickChange:
         self._ask(Prepare("", self._name, self._ballot), self._promised, ())
         if self._stage != "over":
             self._future = asyncio.get_running_loop().create_future()
-            await self._future
+            try:
+                await self._future
+            finally:
+                self._stage = "over"  # who goes away before anything was proposed proposes nothing any more
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
@@ -199,12 +203,46 @@ class QuickChange:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
+    def give_up(self) -> None:
+        """There is no time left."""
+        if self._stage != "over":
+            self._end(None)
+
     def _mark(self, name: str) -> None:
         if self._trace is not None:
             now_ns = time.perf_counter_ns()
             if name:
                 self._trace.note(name, self._began_ns, now_ns)
             self._began_ns = now_ns
+
+
+class Deadlines:
+    """Ends changes that take longer than ``limit_s``, whatever their replicas do. One timer for all: they have the same patience, so they lose it in the order in
+    which they began."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._ends: dict[QuickChange, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self, change: QuickChange) -> Outcome | None:
+        loop = asyncio.get_running_loop()
+        self._ends[change] = loop.time() + self._limit_s
+        if self._timer is None:
+            self._timer = loop.call_later(self._limit_s, self._expire, loop)
+        try:
+            return await change.run()
+        finally:
+            del self._ends[change]
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        for change, end in self._ends.items():
+            if end > now:
+                self._timer = loop.call_at(end, self._expire, loop)
+                return
+            change.give_up()
 
 
 class QuickRead:

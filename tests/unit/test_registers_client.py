@@ -40,12 +40,13 @@ OTHER = RegisterName(Table.OBJECT, SCOPE, 0, b"other")
 
 
 class Unreliable:
-    """A replica in front of which calls are lost: ``away`` loses the call, ``deaf`` methods are carried out and their answers lost."""
+    """A replica in front of which calls are lost: ``away`` loses the call, ``deaf`` methods are carried out and their answers lost, ``stuck`` ones never end."""
 
     def __init__(self, inner: LocalReplica) -> None:
         self.inner = inner
         self.away = False
         self.deaf: set[str] = set()
+        self.stuck: set[str] = set()
         self.calls: list[str] = []
         self.prepares: list[messages.Prepare] = []
         self.accepts: list[messages.Accept] = []
@@ -58,6 +59,8 @@ class Unreliable:
             raise PeerUnreachable("away")
         if self.gate is not None:
             await self.gate.wait()
+        if method in self.stuck:  # as a replica of this process whose disk hangs: no timeout of a call ends that
+            await asyncio.Event().wait()
         answer = await call()
         self.carried_out[method].set()
         if method in self.deaf:
@@ -345,6 +348,34 @@ async def test_a_condition_that_fails_ends_the_barrier(ring: Ring) -> None:
     with pytest.raises(Refused):
         await slow_update_then_refuse()
     assert ended.is_set()
+
+
+async def test_a_change_that_is_cancelled_before_it_proposed_anything_proposes_nothing(ring: Ring) -> None:
+    client = ring.client()
+    gate = asyncio.Event()
+    for replica in ring.replicas.values():
+        replica.gate = gate
+    change = asyncio.create_task(client.change(NAME, put(b"nobody waits for this")))
+    await asyncio.sleep(0.01)
+    change.cancel()
+    await asyncio.wait((change,))
+    gate.set()
+    await asyncio.sleep(0.01)
+    assert [replica.calls for replica in ring.replicas.values()] == [["prepare"]] * 3
+    assert (await client.read(NAME)).value is None
+
+
+@pytest.mark.parametrize("stuck", ["prepare", "accept"])
+async def test_a_change_whose_replicas_never_answer_ends_at_its_deadline_and_gives_its_turn_back(ring: Ring, stuck: str) -> None:
+    client = ring.client(deadline_s=0.2)
+    for replica in (ring.first, ring.second):
+        replica.stuck.add(stuck)
+    async with asyncio.timeout(5):
+        with pytest.raises(ServiceUnavailable if stuck == "prepare" else OutcomeUnknown):
+            await client.change(NAME, put(b"one"))
+        for replica in (ring.first, ring.second):
+            replica.stuck.clear()
+        assert (await client.change(NAME, put(b"two"))).after is not None
 
 
 async def test_a_lost_answer_is_found_again_and_the_change_applied_once(ring: Ring) -> None:
