@@ -394,7 +394,7 @@ class FakeBucketKey:
     def open_list(self, sealed: bytes, context: bytes) -> bytes:
         try:
             return self._key.decrypt(sealed[:12], sealed[12:], context)
-        except InvalidTag:
+        except (InvalidTag, ValueError):
             raise SealBroken("wrong key or context") from None
 
     def open_lists(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:

@@ -355,6 +355,9 @@ async def test_list_fields_open_in_their_context_only_and_differ_each_time(rig):
     ):
         with pytest.raises(SealBroken):
             key.open_list(broken, pack_context(b"", context))
+        with pytest.raises(SealBroken):
+            key.open_lists([sealed, broken], [pack_context(b"", [b"k", b"v"]), pack_context(b"", context)])
+    assert key.open_lists([sealed, sealed], [pack_context(b"", [b"k", b"v"])] * 2) == [b"etag"] * 2
 
 
 async def test_a_key_under_another_buckets_name_does_not_open(rig):

@@ -67,6 +67,34 @@ async def test_rows_come_from_one_replica_and_digests_from_the_others() -> None:
     assert Want.ALL not in wants
 
 
+async def test_a_page_of_agreeing_replicas_asks_no_more_than_a_bare_majority() -> None:
+    ring = Ring()
+    await ring.fill([b"k%03d" % number for number in range(100)])
+    await page_of(ring)
+    asked = [ask.shard for scan in ring.scans for ask in scan.shards]
+    assert sorted(asked) == sorted([*SHARDS, *SHARDS])
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+async def test_whichever_replica_hangs_or_lags_the_page_is_the_same(position: int) -> None:
+    for trouble in ("hangs", "lags"):
+        ring = Ring()
+        keys = [b"k%03d" % number for number in range(40)]
+        await ring.fill(keys)
+        late = name_of(b"late")
+        disks = ring.replicas_of(late)
+        if trouble == "hangs":
+            ring.hung = {disks[position]}
+        else:
+            for disk in disks[:position] + disks[position + 1 :]:
+                await ring.put(disk, late, value_of(2), 2)
+            keys.append(b"late")
+        assert keys_of(await page_of(ring)) == keys
+        heads = await ring.scanner.list_heads(Table.OBJECT, BUCKET, SHARDS)
+        assert list(heads.keys) == keys
+        assert set(heads.heads) == {value_of(1).body} | ({value_of(2).body} if trouble == "lags" else set())
+
+
 async def test_a_page_that_ends_with_the_last_key_is_the_last_page() -> None:
     ring = Ring()
     keys = [b"k%d" % number for number in range(8)]

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
+import msgspec
 import pytest
 
 from storaged.errors import (
@@ -26,10 +27,10 @@ from storaged.errors import (
     XAmzContentSHA256Mismatch,
 )
 from storaged.fragments.ports import FragmentId
-from storaged.meta.names import RegisterName, Value, object_name
+from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome, Reading, Update
 from storaged.objects.api import BodyChecks, NewMeta, PutResult, RangeSpec, ReadConditions, WriteConditions
-from storaged.objects.records import BucketRecord, PartEntry, decode_object
+from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
 from tests.unit.fakes_objects import World, layout_of
@@ -799,4 +800,38 @@ async def test_copies_do_not_wait_for_each_other_when_memory_is_short() -> None:
     await asyncio.gather(*(objects.copy(bucket, b"key", bucket, b"copy%d" % n, owner=OWNER, meta=None) for n in range(12)))
     assert await got(objects, bucket, key=b"copy11") == data
     assert objects.plane.get_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == 0
+    await objects.close()
+
+
+async def test_a_page_whose_keys_are_sealed_under_several_versions_of_the_buckets_key_prints_all_of_them() -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    for number in range(6):
+        world.keys.newest[bucket.id] = 1 + number % 3
+        await put(objects, bucket, b"%d" % number, key=b"k%d" % number)
+    page = await objects.list_objects(bucket)
+    assert list(page.keys) == [b"k%d" % number for number in range(6)]
+    assert [field.etag for field in page.printed] == [hashlib.md5(b"%d" % number).hexdigest() for number in range(6)]
+    assert list(page.sizes) == [1] * 6
+    await objects.close()
+
+
+@pytest.mark.parametrize("broken", ["moved", "garbage", "list field"])
+async def test_a_listed_record_that_is_not_its_keys_is_refused_by_name_of_what_is_wrong(broken: str) -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    for key in (b"a", b"b", b"c"):
+        await put(objects, bucket, b"data", key=key)
+    name, other = (object_name(bucket.id, bucket.shards, key) for key in (b"b", b"c"))
+    record = decode_object(world.ring.values[name].body)
+    body = {
+        "moved": world.ring.values[other].body,
+        "garbage": b"\x00",
+        "list field": encode_object(ObjectRecord((msgspec.structs.replace(record.versions[0], listing=b"short"),))),
+    }[broken]
+    await world.ring.change(name, lambda _value: Change(body))
+    with pytest.raises(DataDamaged, match="read" if broken == "garbage" else "open"):
+        await objects.list_objects(bucket)
     await objects.close()
