@@ -41,6 +41,10 @@ HEDGE_S = 0.05
 PATIENCE = 4
 """A bare majority that was asked is waited for this many times longer than it usually takes: where all are busy, asking more of them makes it worse."""
 
+PATIENCE_HEDGES_MAX = 40
+"""Nor is it waited for longer than so many times ``HEDGE_S`` (2 s): rounds that one of them never answered took as long as they were given, and would make the next
+ones longer."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -186,7 +190,8 @@ class ShardReader:
 
         loop = asyncio.get_running_loop()
         began = loop.time()
-        answers = await self._ask(query, feeds, limit, want, lambda _answers: False, hurry_s=max(self._hedge_s, PATIENCE * self._usual_s))
+        hurry_s = min(max(self._hedge_s, PATIENCE * self._usual_s), PATIENCE_HEDGES_MAX * self._hedge_s)
+        answers = await self._ask(query, feeds, limit, want, lambda _answers: False, hurry_s=hurry_s)
         self._usual_s += (loop.time() - began - self._usual_s) / 8
         for feed in feeds:
             told = answers[feed.shard]

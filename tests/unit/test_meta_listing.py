@@ -11,6 +11,7 @@ from storaged.meta.listing import ROUNDS_MAX, share_of
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import ListPage
 from storaged.meta.scan import Want, list_after_prefix
+from tests.sim.virtual import VirtualLoop, run
 from tests.unit.meta_ring import BUCKET, Ring, value_of
 
 SHARDS = range(4)
@@ -357,3 +358,20 @@ def test_a_share_is_a_little_more_than_the_mean_and_doubles_with_every_turn() ->
     assert 1001 / 16 < share_of(1001, 16, 0) < 90
     assert share_of(1001, 16, 1) == 2 * share_of(1001, 16, 0)
     assert share_of(1, 16, 0) == 8
+
+
+def test_pages_beside_a_disk_that_never_answers_do_not_get_slower_and_slower() -> None:
+    loop = VirtualLoop()
+
+    async def pages() -> list[float]:
+        ring = Ring()
+        await ring.fill([b"k%03d" % number for number in range(20)])
+        ring.hung = {ring.replicas_of(name_of(b"k"))[0]}
+        took = []
+        for _ in range(60):
+            began = loop.time()
+            assert len(keys_of(await page_of(ring))) == 20
+            took.append(loop.time() - began)
+        return took
+
+    assert max(run(loop, pages())) < 1.0  # 40 hedges of 10 ms, and the round that asks everybody
