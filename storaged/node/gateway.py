@@ -259,6 +259,7 @@ class Gateway:
             self._app.open(self._context)
             node.leader.take_connections(self._app.adopt)
         elif s3.workers == 1:
+            node.metrics.gauge("storaged_workers").set(1)
             await self._app.start(host, port, ssl=self._context)
         else:
             self._app.open(self._context)

@@ -34,7 +34,7 @@ import signal
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -54,6 +54,9 @@ METRICS_EVERY_S = 10.0
 
 FORGET_TIMEOUT_S = 1.0
 """For so long processes remember buckets and users (``ObjectLimits``)."""
+
+HANGS_S = 30.0
+"""A worker that has said nothing for so long, although it was asked, hangs, and is killed: what WatchdogSec= is for the first process."""
 
 BACKLOG = 1024
 ACCEPTED_AT_ONCE_MAX = 64
@@ -104,6 +107,7 @@ class Worker:
         self._metrics: asyncio.Future[None] | None = None
         self._forgetting: dict[int, asyncio.Future[None]] = {}
         self._last = 0
+        self._heard_at = 0.0
 
     async def run(self) -> int:
         """Starts it and returns its exit code when it has ended, negative for a signal. Raises OSError when it cannot be started."""
@@ -146,6 +150,7 @@ class Worker:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(ConnectionError):
             while line := await reader.readline():
+                self._heard_at = asyncio.get_running_loop().time()
                 told = json.loads(line)
                 if told["tell"] == "ready":
                     self.serving = self.served = True
@@ -208,6 +213,10 @@ class Worker:
             self.tell({"do": "metrics"})
         await asyncio.wait([self._metrics], timeout=METRICS_TIMEOUT_S)
 
+    def silent_s(self) -> float:
+        """How long it has said nothing; 0 for one that does not serve."""
+        return asyncio.get_running_loop().time() - self._heard_at if self.serving else 0.0
+
     def signal(self, number: signal.Signals) -> None:
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -231,8 +240,13 @@ class Workers:
         audit: Callable[[str, Mapping[str, str]], Awaitable[None]],
         note: Callable[[str, Mapping[str, Any]], None],
         forget: Callable[[str, str], None],
+        command: Sequence[str] = (sys.executable, "-m", "storaged", "run"),
+        look_every_s: float = METRICS_EVERY_S,
+        hangs_s: float = HANGS_S,
     ) -> None:
-        command = [sys.executable, "-m", "storaged", "run", config_path]
+        command = [*command, config_path]
+        self._look_every_s = look_every_s
+        self._hangs_s = hangs_s
         hello = {"pid": os.getpid(), "incarnation": incarnation.hex()}
         self._others = [Worker(number, command, hello, self._hear, self._give) for number in range(2, count + 1)]
         self._metrics = metrics
@@ -295,14 +309,18 @@ class Workers:
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     async def run(self) -> None:
-        """Until cancelled. Keeps what the workers count, in case one dies."""
+        """Until cancelled. Keeps what the workers count, in case one dies, and ends those that hang."""
         while True:
-            ended, _ = await asyncio.wait(self._watchers, timeout=METRICS_EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
+            ended, _ = await asyncio.wait(self._watchers, timeout=self._look_every_s, return_when=asyncio.FIRST_EXCEPTION)
             for watcher in ended:
                 watcher.result()
             if len(ended) == len(self._watchers):
                 return  # the gateway stops
             await self.gather()
+            for worker in self._others:
+                if worker.silent_s() > self._hangs_s:
+                    log.error("a worker hangs and is killed", worker=worker.number, silent_s=round(worker.silent_s()))
+                    worker.signal(signal.SIGKILL)
 
     # --- connections --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,149 @@
+"""The first process's side of a gateway's workers, over small programs that stand for the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import pytest
+
+from storaged.errors import AuditUnwritable, OperatorError
+from storaged.node.workers import Workers
+from storaged.observe import Metrics
+
+WORKER = """
+import json, os, socket, sys, time
+behaviour, options = sys.argv[1], dict(zip(sys.argv[3::2], sys.argv[4::2]))
+door, talk = (socket.socket(fileno=int(options[name])) for name in ("--door", "--talk"))
+lines = talk.makefile("rb")
+assert json.loads(lines.readline())["pid"] == os.getppid()
+say = lambda **message: talk.sendall(json.dumps(message).encode() + b"\\n")
+if behaviour == "fails":
+    sys.exit(3)
+say(tell="ready")
+if behaviour == "audits":
+    for number, kind in enumerate(("fine", "refused")):
+        say(tell="audit", id=number, kind=kind, fields={})
+        said = json.loads(lines.readline())
+        assert (said["do"], said["id"], bool(said["error"])) == ("done", number, kind == "refused"), said
+    say(tell="note", kind="over", fields={})
+while behaviour != "takes none":
+    _, descriptors, _, _ = socket.recv_fds(door, 1, 1)
+    if not descriptors:
+        break
+    door.send(b"t")
+    with socket.socket(fileno=descriptors[0]) as client:
+        client.sendall(b"worker")
+time.sleep(60)
+"""
+
+
+@contextlib.asynccontextmanager
+async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers, list[str], int]]:
+    """Workers of two processes that ``listen``, what was told of audit and notes, and the port."""
+    told: list[str] = []
+
+    async def adopt(connection: socket.socket) -> None:
+        connection.sendall(b"first")
+        connection.close()
+
+    async def audit(kind: str, _fields: Mapping[str, str]) -> None:
+        told.append(kind)
+        if kind == "refused":
+            raise AuditUnwritable("the disk is full")
+
+    workers = Workers(
+        "config.toml",
+        2,
+        b"\1" * 8,
+        Metrics(),
+        adopt=adopt,
+        audit=audit,
+        note=lambda kind, _fields: told.append(kind),
+        forget=lambda _kind, _key: None,
+        command=(sys.executable, "-c", WORKER, behaviour),
+        **options,
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers.listen("127.0.0.1", port)
+    try:
+        yield workers, told, port
+    finally:
+        await workers.close()
+
+
+async def answer(port: int) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    finally:
+        writer.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited 10 s")
+
+
+async def test_clients_are_served_in_turn_by_both_processes() -> None:
+    async with gateway("serves") as (workers, _, port):
+        await workers.start()
+        assert workers.serving == 2
+        answers = [await answer(port) for _ in range(6)]
+        assert sorted(answers) == [b"first"] * 3 + [b"worker"] * 3
+        assert answers[:2] != answers[1:3]
+
+
+async def test_a_connection_that_a_dead_worker_had_not_taken_is_served_by_another() -> None:
+    async with gateway("takes none") as (workers, _, port):
+        await workers.start()
+        asked = [asyncio.create_task(answer(port)) for _ in range(4)]
+        done, waiting = await asyncio.wait(asked, timeout=1)
+        assert (len(done), len(waiting)) == (2, 2)
+        workers._others[0].signal(signal.SIGKILL)
+        assert [await one for one in asked] == [b"first"] * 4
+
+
+async def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
+    async with gateway("serves", look_every_s=0.05, hangs_s=0.3) as (workers, _, _port):
+        await workers.start()
+        first = workers._others[0].process
+        assert first is not None
+        running = asyncio.create_task(workers.run())  # the program never answers what it is asked for its metrics
+        assert await asyncio.wait_for(first.wait(), 20) == -signal.SIGKILL
+        await until(lambda: workers._others[0].process not in (None, first))
+        running.cancel()
+
+
+async def test_what_a_worker_asks_to_be_audited_is_and_it_is_told_of_a_refusal() -> None:
+    async with gateway("audits") as (workers, told, _port):
+        await workers.start()
+        await until(lambda: "over" in told)
+        assert told == ["fine", "refused", "over"]
+
+
+async def test_a_gateway_whose_worker_does_not_come_up_does_not_start() -> None:
+    async with gateway("fails") as (workers, _, _port):
+        with pytest.raises(OperatorError, match="worker 2 did not start"):
+            await workers.start()
+
+
+async def test_nothing_is_left_of_workers_that_do_not_end_in_time() -> None:
+    async with gateway("takes none") as (workers, _, port):
+        await workers.start()
+        process = workers._others[0].process
+        assert process is not None
+        await workers.close()
+        assert process.returncode == -signal.SIGKILL
+        with pytest.raises(OSError, match="Connect call failed"):
+            await asyncio.open_connection("127.0.0.1", port)
