@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Answer, Call, Method, PeerIdentity, Reply, T
+from storaged.cluster.ports import Answer, Call, Method, PeerIdentity, Reply, T, Then
 from storaged.errors import DiskForeign, DiskUnusable, PeerError, PeerRefused, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.meta.client import RingClient
 from storaged.meta.copies import PlainCopies
@@ -213,7 +213,7 @@ class StorageNode:
 
 
 class NetworkCaller:
-    """``cluster.ports.Caller`` of one process, until it dies."""
+    """``cluster.ports.Caller`` and ``Poster`` of one process, until it dies. Now and then a post is refused, as when a connection has no room."""
 
     def __init__(self, world: World, name: str) -> None:
         self._world = world
@@ -253,6 +253,55 @@ class NetworkCaller:
             raise PeerRefused(outcome.message, outcome.code)
         return decode(outcome, reply), memoryview(payload)
 
+    def post(
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[Message],
+        then: Then,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> bool:
+        return self.post_encoded(node, method, encode(request), reply, then, body=body, timeout_s=timeout_s)
+
+    def post_encoded(
+        self,
+        node: str,
+        method: str,
+        encoded: bytes,
+        reply: type[Message],
+        then: Then,
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
+    ) -> bool:
+        target = self._world.nodes[node]
+        if not self.alive or not target.up or self._world.random.random() < 0.1:
+            return False
+        bulk = b"".join(bytes(piece) for piece in body)
+        waiting = [then]
+
+        def told(outcome: bytes | StoragedError, payload: bytes) -> None:
+            if not waiting:
+                return
+            waiting.pop()
+            timer.cancel()
+            if isinstance(outcome, bytes):
+                then(decode(outcome, reply), memoryview(payload))
+            elif isinstance(outcome, PeerError):
+                then(outcome, memoryview(b""))
+            else:
+                then(PeerRefused(outcome.message, outcome.code), memoryview(b""))
+
+        def answer(outcome: bytes | StoragedError, payload: bytes) -> None:
+            self._send(node, self.name, method, outcome, lambda: told(outcome, payload))
+
+        timer = self._world.loop.call_later(timeout_s, told, PeerTimeout("no answer in time"), b"")
+        self._send(self.name, node, method, encoded, lambda: target.deliver(method, encoded, bulk, answer))
+        return True
+
     def _send(self, source: str, target: str, method: str, content: bytes | StoragedError, arrive: Any) -> None:
         world = self._world
         if not self.alive:
@@ -282,11 +331,13 @@ def _expire(answered: asyncio.Future[Any]) -> None:
 
 
 class Gateway:
-    """One process with a ring client. After ``crash`` its calls reach nobody, and a new life has a new incarnation."""
+    """One process with a ring client. After ``crash`` its calls reach nobody, and a new life has a new incarnation. ``node``: a storage node in the same process,
+    whose replica is asked without the network, and which dies and comes back with it."""
 
-    def __init__(self, world: World, name: str, layout: Layout) -> None:
+    def __init__(self, world: World, name: str, layout: Layout, node: StorageNode | None = None) -> None:
         self._world = world
         self.name = name
+        self._node = node
         self.layouts = Layouts(layout)
         self._skew_ms = world.random.randint(-5000, 5000)
         self.life = 0
@@ -296,7 +347,10 @@ class Gateway:
         self.life += 1
         world = self._world
         self.caller = NetworkCaller(world, self.name)
-        self.directory = ReplicaDirectory(self.layouts, self.caller)
+        node = self._node
+        if node is not None and not node.up:
+            node.start()
+        self.directory = ReplicaDirectory(self.layouts, self.caller, None if node is None else {node.disk: node.replica})
         self.client = RingClient(
             self.layouts,
             self.directory,
@@ -313,4 +367,6 @@ class Gateway:
     async def crash(self) -> None:
         self._world.note("crash", self.name)
         self.caller.alive = False
+        if self._node is not None:
+            self._node.crash()
         await self.client.close()

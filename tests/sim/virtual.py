@@ -74,4 +74,16 @@ def run(loop: VirtualLoop, main: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(main)
     finally:
+        loop.run_until_complete(_end_all(loop))
         loop.close()
+
+
+async def _end_all(loop: VirtualLoop) -> None:
+    """What is still under way ends while there is a loop: in the order in which it began, since ``all_tasks`` is a set."""
+    current = asyncio.current_task()
+    tasks = sorted(
+        (task for task in asyncio.all_tasks(loop) if task is not current), key=lambda task: (len(task.get_name()), task.get_name())
+    )
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
