@@ -107,15 +107,17 @@ class RequestBody(AsyncIterator[Buffer]):
             except S3Error as error:
                 self.fail(error)
                 return b""
-            for piece in pieces:
-                self._keep(piece)
+            if pieces:
+                alone = len(pieces) == 1 and 2 * len(pieces[0]) > len(data)
+                self._keep(pieces[0] if alone else b"".join(pieces))  # a view of a byte takes 200, and keeps what it was cut from
             ended = self._chunks.ended
         if ended:
             self._end()
-        elif self.full and self.waiter is None:
-            self._source.hold_back()
         if self.waiter is not None and (ended or self._come or self._budget is not None):
             self._wake()
+        if not ended and (self.full or self._chunks is not None) and (self.waiter is None or self.waiter.done()):
+            # until the reader wants more: one readiness of the socket may bring dozens of reads, and tiny chunks take long to decode
+            self._source.hold_back()
         return rest
 
     def received(self, count: int) -> None:

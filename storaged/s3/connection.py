@@ -8,8 +8,8 @@ All connections read into one buffer, from which a head is copied at once; only 
 
 The transport keeps nothing of what is written unless the socket is full: its high-water mark is the lowest, so that a buffer may be used again after ``drained``.
 
-No request has timers. A connection says what it waits for (``phase``) and counts its progress; a sweep over all connections, a few times in each limit's
-time, ends those that made none for too long.
+No request has timers. A connection says what it waits for (``phase``) and what has moved since (``moved``); a sweep over all connections, a few times in each
+limit's time, ends those where nothing did for too long, or too little (``too_slow``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
@@ -36,6 +38,10 @@ chunks take 40 ms to decode."""
 SWEEPS_PER_LIMIT = 4
 SWEEP_EVERY_S_MAX = 1.0
 
+_TCP_INFO = getattr(socket, "TCP_INFO", None)
+_BYTES_ACKED = slice(120, 128)
+"""Of Linux's ``struct tcp_info`` (linux/tcp.h): ``tcpi_bytes_acked``."""
+
 WORKING, HEAD, BODY, SEND = range(4)
 """Phases: what a connection waits for. Working: nothing that its client owes."""
 
@@ -44,8 +50,8 @@ class Connection(asyncio.BufferedProtocol):
     """One client. Its task calls ``next_head``, reads ``body``, and ``write``s."""
 
     __slots__ = (
-        "_body", "_ended", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_waited", "heard_ns", "lost", "paused", "phase",
-        "progress", "progress_s", "progress_seen", "remote", "secure", "transport",
+        "_body", "_ended", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_send_waited_s", "_taken_before", "_waited",
+        "heard_ns", "lost", "moved_s", "moved_seen", "paused", "phase", "progress", "remote", "secure", "transport",
     )  # fmt: skip
 
     def __init__(self, others: Connections) -> None:
@@ -70,8 +76,10 @@ class Connection(asyncio.BufferedProtocol):
         """When spans are on: when the first byte of a request came (``time.perf_counter_ns``), 0 between requests."""
         self.phase = WORKING
         self.progress = 0
-        self.progress_seen = -1
-        self.progress_s = 0.0
+        self.moved_seen = (-1, 0)
+        self.moved_s = 0.0
+        self._send_waited_s = 0.0
+        self._taken_before = 0
 
     # --- the loop's callbacks -----------------------------------------------------------------------------------------------
 
@@ -105,26 +113,27 @@ class Connection(asyncio.BufferedProtocol):
 
     def _on_head(self, data: bytes) -> None:
         waiter = self._heard
+        awaited = waiter is not None and not waiter.done()
         if not self._input:
             self.progress += 1  # the first bytes of a head: the time for the rest of it begins
         else:
             data = self._input + data
         self._input = data
-        if waiter is None:
-            if len(data) > self._limits.read_buffer_bytes:
-                self.hold_back()
-        elif not waiter.done() and (HEAD_END in data or broken_so_far(data, self._limits)):
-            waiter.set_result(None)
+        if awaited and (HEAD_END in data or broken_so_far(data, self._limits)):
+            self._wake(waiter)
+            awaited = False
+        if not awaited and len(data) > self._limits.read_buffer_bytes:
+            self.hold_back()  # also before the task has run: one readiness of the socket may bring dozens of reads
 
     def eof_received(self) -> bool:
         """The client sends no more. If it did so with requests under way, it may still want their answers: then the transport stays open."""
         self._ended = True
         if self._body is not None:
             self._body.fail(IncompleteBody())
-        if self._heard is None:
-            return not self.secure
-        self._wake(self._heard)
-        return False
+        if self.idle:
+            self._wake(self._heard)
+            return False
+        return not self.secure
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = self._ended = True
@@ -240,6 +249,7 @@ class Connection(asyncio.BufferedProtocol):
             if self.lost:
                 raise ConnectionResetError("The client has gone.")
             self._room = asyncio.get_running_loop().create_future()
+            self._send_waited_s = 0.0
             self.phase = SEND
             self.progress += 1
             try:
@@ -266,13 +276,36 @@ class Connection(asyncio.BufferedProtocol):
         elif self.phase == BODY and self._body is not None:
             self._body.fail(RequestTimeout())
 
+    def moved(self) -> tuple[int, int]:
+        """Another value whenever what is waited for has moved: a block that fills, or a window that is taken, wakes nobody before it is done."""
+        if self.phase == BODY and self._body is not None:
+            return self.progress, self._body.bytes_come
+        return self.progress, self._taken() if self.phase == SEND else 0
+
+    def _taken(self) -> int:
+        """Bytes that the client's end has acknowledged so far, those of TLS included; 0 where the kernel does not tell."""
+        if _TCP_INFO is None:
+            return 0
+        try:
+            info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_ACKED.stop)
+        except OSError:
+            return 0
+        return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
+
     def too_slow(self, waited_s: float) -> bool:
-        """Counts ``waited_s`` more seconds of waiting for the body, which must be earned by what comes."""
+        """Counts ``waited_s`` more seconds of waiting for a body or for what was sent to be taken, which must be earned by what moves."""
+        limits = self._limits
+        if self.phase == SEND:
+            taken = self._taken()
+            if not self._send_waited_s:
+                self._taken_before = taken
+            self._send_waited_s += waited_s
+            return self._send_waited_s > limits.send_idle_s + (taken - self._taken_before) / limits.rate_min_bytes_s
         body = self._body
-        if body is None:
+        if self.phase != BODY or body is None:
             return False
         body.waited_s += waited_s
-        return body.waited_s > self._limits.body_idle_s + body.bytes_come / self._limits.body_rate_min_bytes_s
+        return body.waited_s > limits.body_idle_s + body.bytes_come / limits.rate_min_bytes_s
 
     @staticmethod
     def _wake(waiter: asyncio.Future[None] | None) -> None:
@@ -331,10 +364,11 @@ class Connections:
             phase = connection.phase
             if phase == WORKING:
                 continue
-            if connection.progress != connection.progress_seen:
-                connection.progress_seen = connection.progress
-                connection.progress_s = now_s
-            elif now_s - connection.progress_s > self._patience_s[phase]:
+            moved = connection.moved()
+            if moved != connection.moved_seen:
+                connection.moved_seen = moved
+                connection.moved_s = now_s
+            elif now_s - connection.moved_s > self._patience_s[phase]:
                 connection.expire()
-            if phase == BODY and connection.too_slow(self._every_s):
+            if connection.too_slow(self._every_s):
                 connection.expire()

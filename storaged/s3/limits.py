@@ -27,10 +27,11 @@ class Limits:
     """An idle connection, or one that has not finished its request's headers, is closed after this long."""
     body_idle_s: float = 30.0
     """Without a byte of the body: RequestTimeout."""
-    body_rate_min_bytes_s: int = 1 * KIB
-    """Time spent waiting for a body's bytes beyond ``body_idle_s`` must be earned at this rate: RequestTimeout."""
     send_idle_s: float = 60.0
     """A client that takes nothing for so long is disconnected."""
+    rate_min_bytes_s: int = 1 * KIB
+    """Time spent waiting for a client's bytes beyond ``body_idle_s`` must be earned at this rate: RequestTimeout. So must time spent waiting for it to
+    take a piece of an answer, beyond ``send_idle_s``."""
     drain_bytes_max: int = 1 * MIB
     """Of an unread body, so that a connection can be kept after an error."""
     linger_s: float = 10.0

@@ -135,6 +135,7 @@ class Sender:
                 raise DataDamaged(f"{sent} of {stream.length} bytes were read")
             if head:
                 connection.write(head)
+                await connection.drained()
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -143,6 +144,7 @@ class Sender:
                 return reply, sent, False
             failure = self._failure(request, error)
             connection.write(self._head(request, failure, keep) + failure.body)
+            await connection.drained()
             return failure, len(failure.body), True
         finally:
             await stream.close()

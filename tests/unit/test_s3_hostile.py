@@ -354,7 +354,7 @@ async def test_a_tls_handshake_that_is_never_made_is_given_up(tmp_path: Path) ->
 
 
 async def test_a_body_that_trickles_is_a_timeout_however_steadily_it_comes() -> None:
-    async with s3_world(Limits(body_idle_s=0.3, body_rate_min_bytes_s=100, linger_s=0.2)) as world:
+    async with s3_world(Limits(body_idle_s=0.3, rate_min_bytes_s=100, linger_s=0.2)) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
         reader, writer = await connect(world)
         request = signed(world, "PUT", "/bucket/k", body=bytes(1000))

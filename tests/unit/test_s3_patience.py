@@ -1,0 +1,193 @@
+"""Slow clients and fast ones on the S3 port: who makes progress is waited for, and what nobody takes or reads is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import ssl
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from storaged.objects.api import NewMeta
+from storaged.s3.body import RequestBody
+from storaged.s3.connection import Connection, Connections
+from storaged.s3.limits import Limits
+from tests.unit import fake_objects
+from tests.unit.s3_world import ACCESS, REGION, World, s3_world
+from tests.unit.test_s3_hostile import _Blocks, _Socket
+from tests.unit.test_s3_http import certificate, read_head, signed
+
+
+async def make_bucket(world: World, **objects: bytes) -> None:
+    """``bucket``, and what is in it."""
+    bucket = await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+    for key, data in objects.items():
+        world.objects.store(bucket, key.encode(), data, NewMeta(), "0" * 32, bucket.owner)
+
+
+def contexts(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Server's, client's."""
+    path = certificate(directory)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(path)
+    return server, ssl.create_default_context(cafile=str(path))
+
+
+async def test_a_slow_client_may_take_longer_for_a_block_than_it_may_be_silent() -> None:
+    """Bytes that go straight into a block are progress too, long before the block is full."""
+    async with s3_world(Limits(body_idle_s=0.3)) as world:
+        await make_bucket(world)
+        blocks = _Blocks()
+        world.objects.put = blocks.put  # type: ignore[method-assign, assignment]
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        request = signed(world, "PUT", "/bucket/k", body=bytes(400_000))
+        writer.write(request[:-400_000])
+        for _ in range(20):
+            writer.write(bytes(20_000))
+            await asyncio.sleep(0.06)
+        assert b"200 OK" in await read_head(reader)
+        writer.close()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_slow_client_may_take_longer_for_a_piece_than_it_may_take_nothing(
+    secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_objects, "PIECE_BYTES", 24 << 20)
+    server, client = contexts(tmp_path) if secure else (None, None)
+    async with s3_world(Limits(send_idle_s=0.4), tls=server) as world:
+        await make_bucket(world, big=bytes(48 << 20))
+        reader, writer = await asyncio.open_connection("localhost", world.port, ssl=client)
+        writer.write(signed(world, "GET", "/bucket/big"))
+        await read_head(reader)
+        left = 48 << 20
+        while left:
+            got = await reader.read(1 << 20)
+            assert got, f"disconnected with {left} bytes left"
+            left -= len(got)
+            await asyncio.sleep(len(got) / (16 << 20))
+        writer.close()
+
+
+async def test_a_client_that_takes_next_to_nothing_is_disconnected() -> None:
+    async with s3_world(Limits(send_idle_s=0.3, rate_min_bytes_s=50 << 20)) as world:
+        await make_bucket(world, big=bytes(64 << 20))
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1024)
+        writer.write(signed(world, "GET", "/bucket/big"))
+        while await reader.read(20_000):  # noqa: ASYNC110 - the pauses are the client's
+            await asyncio.sleep(0.005)
+        assert [done.complete for done in world.done] == [False]
+        writer.close()
+
+
+async def test_answers_that_nobody_takes_hold_up_the_requests_behind_them() -> None:
+    """Those of empty objects, too, which have nothing but a head."""
+    async with s3_world() as world:
+        await make_bucket(world, none=b"")
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", world.port))
+        client.setblocking(False)
+        requests = signed(world, "GET", "/bucket/none") * 20_000
+        sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(client, requests))
+        await asyncio.sleep(0.5)
+        while True:
+            answered = len(world.done)
+            await asyncio.sleep(0.3)
+            if answered == len(world.done):
+                break
+        assert answered < 20_000
+        (connection,) = world.app._connections.open
+        assert connection.transport.get_write_buffer_size() < 4096
+        sending.cancel()
+        client.close()
+
+
+async def test_a_client_that_ends_its_side_before_its_request_is_seen_gets_its_answer() -> None:
+    """As when a read was full, and the next one, at once, finds the end."""
+
+    async def converse(connection: Connection) -> None:
+        await connection.next_head()
+
+    connections = Connections(converse, Limits())
+    connection = connections()
+    connection.connection_made(_Transport())
+    await asyncio.sleep(0)
+    request = b"HEAD / HTTP/1.0\r\n\r\n"
+    connection.get_buffer(-1)[: len(request)] = request
+    connection.buffer_updated(len(request))
+    assert connection.eof_received()
+    await connections.close()
+
+
+class _Transport(asyncio.Transport):
+    reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def abort(self) -> None: ...
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+
+async def test_requests_that_come_at_once_are_not_all_taken_before_the_first_is_seen() -> None:
+    """A readiness of the socket may bring dozens of reads before any task runs."""
+
+    async def converse(connection: Connection) -> None:
+        await connection.next_head()
+
+    connections = Connections(converse, Limits())
+    connection, transport = connections(), _Transport()
+    connection.connection_made(transport)
+    await asyncio.sleep(0)
+    reads = 0
+    while transport.reading:
+        reads += 1
+        assert reads <= 2
+        view = connection.get_buffer(-1)
+        view[:] = (b"HEAD / HTTP/1.1\r\n\r\n" * 5000)[: len(view)]
+        connection.buffer_updated(len(view))
+    await connections.close()
+
+
+async def test_chunks_that_come_at_once_are_taken_read_by_read_and_kept_in_little_more_than_their_bytes() -> None:
+    source = _Socket([])
+    body = RequestBody(source, None, None, Limits())
+    data = b"1\r\nx\r\n" * 10_000
+    body.waiter = asyncio.get_running_loop().create_future()
+    body.feed(b"1")
+    assert not source.held_back  # nothing for who waits
+    assert not body.waiter.done()
+    tracemalloc.start()
+    try:
+        body.feed(data[1:])
+        assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        tracemalloc.stop()
+    assert source.held_back
+    assert body.waiter.done()
+    body.feed(b"0\r\n\r\n")
+    assert bytes(await body.whole()) == b"x" * 10_000
+
+
+async def test_a_body_in_chunks_is_the_same_however_it_is_cut() -> None:
+    chance = random.Random(5)
+    for _ in range(200):
+        plain = chance.randbytes(chance.randrange(1, 3000))
+        sent, at = b"", 0
+        while at < len(plain):
+            size = chance.choice((1, 2, 500))
+            piece = plain[at : at + size]
+            sent += b"%x\r\n%b\r\n" % (len(piece), piece)
+            at += size
+        sent += b"0\r\n\r\n"
+        body, at = RequestBody(_Socket([]), None, None, Limits()), 0
+        while at < len(sent):
+            size = chance.choice((1, 3, 700, 2000))
+            assert body.feed(sent[at : at + size]) == b""
+            at += size
+        assert await body.whole() == plain
