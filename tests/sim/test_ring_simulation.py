@@ -27,7 +27,7 @@ SEED_BUDGETS = {
     "failed_condition_settles": 200,
     "retry_by_lineage": 100,
     "ballots_unique": 200,
-    "foreign_refused": 200,
+    "foreign_refused": 500,
     "fence_by_epoch": 200,
     "copies_travel": 400,
 }
