@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from storaged.errors import AuditUnwritable
-from storaged.node.workers import LINE_BYTES_MAX, encode_samples
+from storaged.node.workers import LINE_BYTES_MAX, TOLD_AT_ONCE_MAX, encode_samples
 from storaged.observe import samples_of
 
 if TYPE_CHECKING:
     from storaged.node.planes import Node
 
+TELL_AGAIN_S = 0.01
 ENDED = "the gateway's first process has ended"
 
 log = structlog.get_logger("workers")
@@ -45,6 +46,7 @@ class Leader:
         self._last = 0
         self._taken = 0
         """Connections that the first process has not been told of yet: it need not keep them any longer."""
+        self._telling: asyncio.TimerHandle | None = None
         self._adopted: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -108,9 +110,8 @@ class Leader:
                 loop.remove_reader(self._door)
                 return
             self._taken += 1
-            with contextlib.suppress(OSError):  # the first process is busy: it is told with the next one
-                self._door.send(b"t" * self._taken)
-                self._taken = 0
+            if self._telling is None:
+                self._tell_taken()
             for descriptor in descriptors:
                 connection = socket.socket(fileno=descriptor)
                 connection.setblocking(False)
@@ -120,6 +121,17 @@ class Leader:
 
         loop = asyncio.get_running_loop()
         loop.add_reader(self._door, come_in)
+
+    def _tell_taken(self) -> None:
+        """Until it is told the first process keeps a connection open: its client would not see that this one closes it."""
+        self._telling = None
+        try:
+            while self._taken:
+                self._taken -= self._door.send(b"t" * min(self._taken, TOLD_AT_ONCE_MAX))
+        except BlockingIOError:  # it is busy
+            self._telling = asyncio.get_running_loop().call_later(TELL_AGAIN_S, self._tell_taken)
+        except OSError:
+            pass  # it has ended
 
     async def _ask(self, message: dict[str, Any]) -> str:
         """Why the first process did not do it; empty when it did."""
@@ -152,6 +164,8 @@ class Leader:
     async def close(self) -> None:
         """No further connections, no further entries."""
         asyncio.get_running_loop().remove_reader(self._door)
+        if self._telling is not None:
+            self._telling.cancel()
         for task in self._adopted:
             task.cancel()
         self._door.close()

@@ -60,6 +60,7 @@ HANGS_S = 30.0
 
 BACKLOG = 1024
 ACCEPTED_AT_ONCE_MAX = 64
+TOLD_AT_ONCE_MAX = 4096
 REFUSED_PAUSE_S = 1.0
 """When there are no descriptors left, accepting again at once would fail again."""
 
@@ -183,15 +184,14 @@ class Worker:
     def _taken(self) -> None:
         assert self._door is not None
         try:
-            taken = len(self._door.recv(ACCEPTED_AT_ONCE_MAX))
+            while taken := len(self._door.recv(TOLD_AT_ONCE_MAX)):
+                for _ in range(min(taken, len(self._handed))):
+                    self._handed.popleft().close()
         except BlockingIOError:
             return
         except OSError:
-            taken = 0
-        if not taken:
-            asyncio.get_running_loop().remove_reader(self._door)  # it has closed its end, and will end
-        for _ in range(min(taken, len(self._handed))):
-            self._handed.popleft().close()
+            pass
+        asyncio.get_running_loop().remove_reader(self._door)  # it has closed its end, and will end
 
     async def forget(self, kind: str, key: str) -> None:
         """Returns when it has, or has ended; what hangs is not waited for longer than it remembers anyway."""
