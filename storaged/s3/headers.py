@@ -60,7 +60,7 @@ CANNED_ACLS = frozenset(
 OWNER_ONLY_ACLS = frozenset({"private", "bucket-owner-full-control"})
 
 _TAG_TEXT = re.compile(r"[\w\s+\-=.:/@]*")
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
 _UNSUPPORTED = {
     "x-amz-website-redirect-location": "Static websites are not implemented.",
     "x-amz-write-offset-bytes": "Appending to objects is not implemented.",

@@ -126,12 +126,8 @@ def _answer(request: Request, fields: Mapping[str, str], result: PutResult) -> R
     scheme = "https" if request.secure else "http"
     location = f"{scheme}://{request.headers.get('host', '')}/{request.bucket}/{xml.escape_key(request.key, url=True)}"
     redirect = fields.get("success_action_redirect") or fields.get("redirect") or ""
-    if redirect and not _CONTROL.search(redirect):
-        parts = urlsplit(redirect)
-        if parts.scheme in ("http", "https") and parts.netloc:
-            query = urlencode({"bucket": request.bucket, "key": key, "etag": f'"{result.etag}"'})
-            target = urlunsplit(parts._replace(query=f"{parts.query}&{query}" if parts.query else query))
-            return Reply(303, {**headers, "Location": target})
+    if target := _redirect(redirect, urlencode({"bucket": request.bucket, "key": key, "etag": f'"{result.etag}"'})):
+        return Reply(303, {**headers, "Location": target})
     headers["Location"] = location
     status = fields.get("success_action_status", "204")
     if status == "201":
@@ -141,3 +137,14 @@ def _answer(request: Request, fields: Mapping[str, str], result: PutResult) -> R
         )
         return xml_reply(f"{xml.DECLARATION}<PostResponse>{content}</PostResponse>".encode(), 201, headers)
     return Reply(200 if status == "200" else 204, headers)
+
+
+def _redirect(url: str, query: str) -> str:
+    """``url`` with what it is to be told; empty for what is no web address: the object is stored, and its client gets an ordinary answer."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    if parts.scheme not in ("http", "https") or not parts.netloc or _CONTROL.search(url):
+        return ""
+    return urlunsplit(parts._replace(query=f"{parts.query}&{query}" if parts.query else query))

@@ -15,6 +15,7 @@ import pytest_asyncio
 from botocore import UNSIGNED  # type: ignore[import-untyped]
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
+from storaged.s3.headers import parse_range
 from tests.unit.s3_world import ACCESS_ALT, REGION, SECRET_ALT, World, s3_world
 
 PART = 5 * 1024 * 1024
@@ -111,6 +112,7 @@ async def test_large_bodies_stream_both_ways_and_are_hashed_off_the_loop(world: 
             assert got["ContentRange"] == f"bytes {first}-{last}/{len(body)}"
         assert client.get_object(Bucket="bucket", Key="big", Range="bytes=0-1,5-6")["ContentLength"] == len(body)
         assert client.head_object(Bucket="bucket", Key="big", Range="bytes=5-9")["ContentLength"] == 5
+        assert parse_range("bytes=\u0665-\u0669") is None  # digits, but not HTTP's
         assert refused(client.get_object, Bucket="bucket", Key="big", Range="bytes=9000001-") == (416, "InvalidRange")
 
     await asyncio.to_thread(run)

@@ -53,12 +53,17 @@ def signed_form(document: dict[str, Any], fields: dict[str, str], data: bytes = 
     return form({"AWSAccessKeyId": ACCESS, "policy": encoded, "signature": signature, **fields}, data)
 
 
+class _Staying(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 async def post(world: World, body: bytes) -> tuple[int, bytes, Any]:
     def run() -> tuple[int, bytes, Any]:
         request = urllib.request.Request(f"{world.endpoint}/bucket", data=body, method="POST")
         request.add_header("Content-Type", f"multipart/form-data; boundary={BOUNDARY}")
         try:
-            with urllib.request.urlopen(request) as answer:
+            with urllib.request.build_opener(_Staying).open(request) as answer:
                 return answer.status, answer.read(), answer.headers
         except urllib.error.HTTPError as error:
             return error.code, error.read(), error.headers
@@ -142,6 +147,19 @@ async def test_forms_that_the_policy_does_not_allow_are_refused(
     answer, body, _ = await post(world, signed_form(document, fields))
     assert (answer, b"<Code>" + code + b"</Code>" in body) == (status, True)
     assert await stored(world, b"k") is None
+
+
+async def test_a_form_is_sent_on_to_a_web_address_and_nowhere_else(world: World) -> None:
+    for url, status, location in (
+        ("https://h/p?a=1", 303, "https://h/p?a=1&bucket=bucket&key=k"),
+        ("javascript:x", 204, "/bucket/k"),
+        ("http://[", 204, "/bucket/k"),
+        ("http://h\r\nX: y", 204, "/bucket/k"),
+    ):
+        fields = {"key": "k", "success_action_redirect": url}
+        answer = await post(world, signed_form(policy({"key": "k"}, {"success_action_redirect": url}), fields))
+        assert answer[0] == status
+        assert location in answer[2]["Location"]
 
 
 async def test_forms_without_a_signature_a_file_or_an_end_are_refused(world: World) -> None:
