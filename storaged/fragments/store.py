@@ -202,6 +202,7 @@ class LocalFragmentStore:
         self._refuse_when_closed()
         await self._take_bytes(write.payload_bytes)
         try:
+            self._refuse_when_closed()
             await self._submit(_Job(self._loop.create_future(), write=write, sync=sync))
         finally:
             self._give_bytes(write.payload_bytes)
@@ -503,6 +504,7 @@ class LocalFragmentStore:
 
     def _serve(self, jobs: list[_Job]) -> None:
         answers: list[tuple[_Job, Any]] = []
+        left = jobs
         try:
             writes = [job for job in jobs if job.write is not None]
             self._writes += len(writes)
@@ -513,6 +515,7 @@ class LocalFragmentStore:
             later = [(job, answer) for job, answer in answers if job.sync and not isinstance(answer, BaseException)]
             if now:
                 self._deliver(now)
+                left = [job for job, _ in later]
             if later:
                 refusal = _answer(self._engine.sync)
                 if isinstance(refusal, BaseException):
@@ -521,7 +524,7 @@ class LocalFragmentStore:
         except Exception as error:
             # A mistake of ours or a damaged index: nobody may wait for ever, and nothing more may be written on top of it.
             self._engine.fail(f"{type(error).__name__}: {error}", lasting=False)
-            self._deliver([(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in jobs])
+            self._deliver([(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in left])
 
     def _finish(self, answers: list[tuple[_Job, Any]], committed: bool) -> None:
         """``committed``: the log is durable, so companions follow; who has none does not wait for them."""

@@ -567,3 +567,37 @@ async def test_copies_that_come_while_others_are_committed_are_one_group_and_wha
         assert groups == [["first"], [f"{number}" for number in range(10)]]
         assert kept == [(name, None, None) for name in ("first", *map(str, range(10)))]
         assert [await content(store, one) for one in made] == [one.payload for one in made]
+
+
+async def test_each_copy_is_told_of_once_when_committing_its_group_fails_unexpectedly(tmp_path: Path) -> None:
+    kept: list[tuple[str, bool, bool]] = []
+    told = asyncio.Event()
+
+    def commit(_companions: Sequence[str]) -> StoragedError | None:
+        raise RuntimeError("a mistake")
+
+    async with opened(tmp_path) as store:
+        store.commit_companions = commit
+        good, bad = make(RNG, k=1, m=2), make(RNG, k=1, m=2)
+        for name, made, payload in (("bad", bad, bytes(len(bad.payload))), ("good", good, good.payload)):
+
+            def done(write: StoragedError | None, companion: StoragedError | None, name: str = name) -> None:
+                kept.append((name, write is not None, companion is not None))
+                if name == "good":
+                    told.set()
+
+            assert store.write_with(Write.of(made.header, [payload]), name, done)
+        await asyncio.wait_for(told.wait(), 10)
+        await asyncio.sleep(0.05)
+        assert kept == [("bad", True, False), ("good", True, False)]
+
+
+async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp_path: Path) -> None:
+    store = await LocalFragmentStore.open(tmp_path, DISK, limits=StoreLimits(queue_bytes_max=10_000))
+    writes = [asyncio.create_task(put(store, 9_000)) for _ in range(5)]
+    await asyncio.sleep(0)
+    await store.close()
+    await asyncio.wait_for(writes[0], 10)
+    for write in writes[1:]:
+        with pytest.raises(DiskUnusable):
+            await asyncio.wait_for(write, 10)
