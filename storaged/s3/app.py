@@ -34,7 +34,7 @@ from storaged.s3.limits import Limits
 from storaged.s3.post import is_form, post_object
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
-from storaged.s3.send import Sender
+from storaged.s3.send import Sender, Sent
 
 log = logging.getLogger("storaged.s3")
 
@@ -220,19 +220,21 @@ class S3App:
                 self._requests_total += 1
                 self._in_flight += 1
                 try:
-                    keep = await self._serve(connection, found)
+                    request, sent = await self._serve(connection, found)
                 finally:
                     self._in_flight -= 1
                     if self._draining:
                         self._answered.set()
+                # not counted: or strangers could have everybody's places, without a signature, by not sending what they said they would
+                keep = sent.keep_alive if not sent.unread else await self._sender.take_rest(connection, request, sent)
         except Exception:
             log.exception("a connection failed outside of its requests' handlers")
             connection.transport.abort()
         finally:
             connection.transport.close()
 
-    async def _serve(self, connection: Connection, head: Head | errors.S3Error) -> bool:
-        """Answers one request; True when the connection can carry another."""
+    async def _serve(self, connection: Connection, head: Head | errors.S3Error) -> tuple[Request, Sent]:
+        """Answers one request."""
         started_s = self._clock.monotonic()
         spans = trace.begin(connection.heard_ns) if trace.on else None
         if isinstance(head, Head):
@@ -259,7 +261,7 @@ class S3App:
                 self._on_request(RequestDone(request, sent.reply, bytes_in, sent.bytes_out, duration_s, sent.complete, spans))
             except Exception:
                 log.exception("the observer of requests failed")
-        return sent.keep_alive
+        return request, sent
 
     async def _answer(self, request: Request, spans: trace.Trace | None) -> Reply:
         """Never raises but for cancellation: every failure has an answer."""

@@ -36,6 +36,8 @@ class Sent(NamedTuple):
     bytes_out: int
     complete: bool
     keep_alive: bool
+    unread: bool
+    """The client may still be sending; see ``take_rest``."""
 
 
 class Sender:
@@ -76,13 +78,7 @@ class Sender:
             log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
         if not complete:
             connection.transport.abort()
-            return Sent(reply, bytes_out, False, False)
-        if body is None or not body.complete:
-            if body is not None and keep:
-                keep = await body.discard(self._limits.drain_bytes_max, self._limits.linger_s)
-            else:
-                await self._linger(connection)
-        return Sent(reply, bytes_out, True, keep)
+        return Sent(reply, bytes_out, complete, keep and complete, complete and (body is None or not body.complete))
 
     # --- heads ----------------------------------------------------------------------------------------------------------
 
@@ -167,6 +163,13 @@ class Sender:
         if body.awaited or body.failed:
             return False
         return body.length is None or body.length - body.bytes_come <= self._limits.drain_bytes_max
+
+    async def take_rest(self, connection: Connection, request: Request, sent: Sent) -> bool:
+        """Throws away what is left of the body, within bounds; True when the connection can carry another request."""
+        if sent.keep_alive:
+            return await request.body.discard(self._limits.drain_bytes_max, self._limits.linger_s)
+        await self._linger(connection)
+        return False
 
     async def _linger(self, connection: Connection) -> None:
         """Throws away what a client still sends after its last answer: closing with unread bytes would reset the connection, and it might never see the answer."""

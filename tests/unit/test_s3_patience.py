@@ -191,3 +191,19 @@ async def test_a_body_in_chunks_is_the_same_however_it_is_cut() -> None:
             assert body.feed(sent[at : at + size]) == b""
             at += size
         assert await body.whole() == plain
+
+
+async def test_who_is_waited_for_after_an_answer_takes_nobodys_place() -> None:
+    async with s3_world(Limits(requests_max=2)) as world:
+        await make_bucket(world, k=b"hello")
+        writers = []
+        for request in (b"nonsense\r\n\r\n", b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n", b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 9999999\r\n\r\n"):  # fmt: skip
+            reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+            writer.write(request)
+            assert b" 40" in await read_head(reader)
+            writers.append(writer)
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(signed(world, "GET", "/bucket/k"))
+        assert b" 200 OK" in await read_head(reader)
+        for each in (*writers, writer):
+            each.close()
