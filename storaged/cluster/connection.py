@@ -189,7 +189,7 @@ class Connection(asyncio.BufferedProtocol):
     def _schedule(self, *, now: bool = False) -> None:
         if self._flush_scheduled or self._reading:
             return
-        if now or self.alone():
+        if now or (not self._large and self.alone()):  # of a block several fragments go to a node in one turn
             self._flush()
         else:
             self._flush_scheduled = True
