@@ -133,6 +133,7 @@ class ClientConnection(Connection):
         self._last_id = 0
         self._room: list[asyncio.Future[None]] = []
         self._expiry: asyncio.TimerHandle | None = None  # of the call that expires first
+        self._expires_at = 0.0
 
     # Frames in.
 
@@ -223,7 +224,7 @@ class ClientConnection(Connection):
         request_id = self._last_id = self._last_id + 1
         self.send(REQUEST, request_id, prefix + encoded, body, size, min(max(remaining_ms, 1), DEADLINE_MS_MAX))
         self.pending[request_id] = _Pending(then, reply, deadline, prefix)
-        if self._expiry is None or deadline < self._expiry.when():
+        if self._expiry is None or deadline < self._expires_at:
             self._set_expiry(deadline)
         return request_id
 
@@ -232,6 +233,7 @@ class ClientConnection(Connection):
         if self._expiry is not None:
             self._expiry.cancel()
         self._expiry = self.loop.call_at(deadline, self._expire)
+        self._expires_at = deadline  # a timer of uvloop that rings at once does not say when
 
     def _expire(self) -> None:
         self._expiry = None

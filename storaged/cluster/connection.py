@@ -88,6 +88,9 @@ class Connection(asyncio.BufferedProtocol):
     def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
         raise NotImplementedError
 
+    def dropped(self, header: Header) -> None:
+        """A frame that was admitted has come after this side had ended the connection."""
+
     def broken(self, error: FrameError) -> None:
         """The peer broke the protocol."""
         self.abort(str(error))
@@ -263,7 +266,9 @@ class Connection(asyncio.BufferedProtocol):
         return (tls.getpeercert(binary_form=True) or b"") if tls is not None else b""
 
     def _deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
-        if not self._ended:
+        if self._ended:
+            self.dropped(header)
+        else:
             self.deliver(header, head, body)
 
 

@@ -222,6 +222,10 @@ class ServerConnection(Connection):
             except MsgspecError as error:
                 raise FrameError(f"the handshake does not decode: {error}") from error
 
+    def dropped(self, header: Header) -> None:
+        self._receiving_bytes = 0
+        self._release(header.body_bytes)
+
     def _begin(self, header: Header, head: memoryview, body: memoryview) -> None:
         request_id = header.request_id
         if request_id in self.running:

@@ -89,6 +89,29 @@ async def test_the_largest_body_goes_through_and_one_byte_more_is_refused_before
     assert (await pair.call("t.echo", "still there"))[0].text == "still there"
 
 
+async def test_calls_without_time_left_expire_and_the_next_ones_go_out(pair: Pair) -> None:
+    await pair.call("t.echo")
+    answers: list[object] = []
+    for timeout_s in (0.0, 0.0001, 5.0):
+        assert pair.pool.post("n1", "t.echo", Note("x"), Note, lambda answer, _bulk: answers.append(answer), timeout_s=timeout_s)
+    await until(lambda: len(answers) == 3)
+    assert Note("x") in answers
+    assert all(isinstance(answer, PeerTimeout | Note) for answer in answers)
+
+
+async def test_what_arrives_after_a_connection_was_ended_holds_no_room(pair: Pair) -> None:
+    await pair.call("t.echo")
+    (connection,) = pair.server._connections
+    connection.abort("a test")
+    for request_id in (101, 102, 103):
+        head = b"\x06t.echo" + encode(Note("late"))
+        frame = pack_header(Kind.REQUEST, request_id, len(head), 5000) + head + bytes(5000)
+        connection.get_buffer(len(frame))[: len(frame)] = frame
+        connection.buffer_updated(len(frame))
+    await connection.lost
+    assert pair.server.statistics().inflight_bytes == 0
+
+
 async def test_many_calls_at_once_each_get_their_own_answer(pair: Pair) -> None:
     async def one(number: int) -> None:
         sent = number.to_bytes(4, "big") * (number * 37 % 9000)
