@@ -245,7 +245,10 @@ class ClientConnection(Connection):
             self._set_expiry(min(entry.deadline for entry in self.pending.values()))
 
     def _fail(self, entry: _Pending, error: PeerError) -> None:
-        entry.then(self._counted(error), NO_BYTES)
+        try:
+            entry.then(self._counted(error), NO_BYTES)
+        except Exception:  # a mistake; others that wait are told all the same
+            log.exception("telling of a failed call failed", peer=self.node)
 
     def _counted(self, error: PeerError) -> PeerError:
         self.calls.saw(error)

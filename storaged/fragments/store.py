@@ -401,7 +401,10 @@ class LocalFragmentStore:
                 assert job.write is not None
                 self._give_bytes(job.write.payload_bytes)
                 self._committing = False
-                job.kept(answer, uncommitted)
+                try:
+                    job.kept(answer, uncommitted)
+                except Exception as error:  # a mistake; its neighbours are told all the same
+                    self._loop.call_exception_handler({"message": "telling of a copy failed", "exception": error})
                 continue
             assert job.future is not None
             if job.future.done():

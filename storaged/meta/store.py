@@ -488,7 +488,10 @@ class LmdbMetaStore:
         self._queued -= len(group)
         error = self._failure() if self._reason else None
         for entry in group:
-            entry.done(error)
+            try:
+                entry.done(error)
+            except Exception as mistake:  # its neighbours are told all the same
+                asyncio.get_running_loop().call_exception_handler({"message": "telling of a commit failed", "exception": mistake})
 
     def _apply(self, transaction: Transaction, entry: Ready) -> None:
         put, rows = transaction.put, self._rows

@@ -601,3 +601,19 @@ async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp
     for write in writes[1:]:
         with pytest.raises(DiskUnusable):
             await asyncio.wait_for(write, 10)
+
+
+async def test_a_callback_that_raises_keeps_its_news_from_no_other_copy(tmp_path: Path) -> None:
+    told, troubles = asyncio.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: troubles.append(context["exception"]))
+
+    def mistaken(_write: StoragedError | None, _companion: StoragedError | None) -> None:
+        raise RuntimeError("a mistake")
+
+    async with opened(tmp_path) as store:
+        store.commit_companions = lambda _companions: None
+        for kept in (mistaken, lambda _write, _companion: told.set()):
+            made = make(RNG, k=1, m=2)
+            assert store.write_with(Write.of(made.header, [made.payload]), None, kept)
+        await asyncio.wait_for(told.wait(), 10)
+    assert [str(error) for error in troubles] == ["a mistake"]

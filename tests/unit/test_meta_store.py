@@ -14,7 +14,7 @@ from typing import Any
 import lmdb
 import pytest
 
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.store import LmdbMetaStore
@@ -300,3 +300,18 @@ async def test_a_file_that_was_cut_off_is_refused_or_read_where_it_is_whole_and_
                 outcomes.add("refused")
         assert size < len(whole) // 2 or outcomes == {"read", "refused"}
         await store.close()
+
+
+async def test_a_callback_that_raises_keeps_its_news_from_no_other_commit(tmp_path: Path) -> None:
+    told, troubles = asyncio.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: troubles.append(context["exception"]))
+
+    def mistaken(_error: StoragedError | None) -> None:
+        raise RuntimeError("a mistake")
+
+    store = LmdbMetaStore(tmp_path)
+    store.post(StoreBatch(meta={"one": b"1"}), mistaken)
+    store.post(StoreBatch(meta={"two": b"2"}), lambda _error: told.set())
+    await asyncio.wait_for(told.wait(), 10)
+    await store.close()
+    assert [str(error) for error in troubles] == ["a mistake"]

@@ -99,6 +99,24 @@ async def test_calls_without_time_left_expire_and_the_next_ones_go_out(pair: Pai
     assert all(isinstance(answer, PeerTimeout | Note) for answer in answers)
 
 
+async def test_a_callback_that_raises_keeps_its_news_from_nobody_else(pair: Pair) -> None:
+    await pair.call("t.echo")
+    told: list[object] = []
+
+    def mistaken(_answer: object, _bulk: object) -> None:
+        raise RuntimeError("a mistake")
+
+    for then in (mistaken, lambda answer, _bulk: told.append(answer)):
+        for timeout_s in (0.01, 60.0):
+            assert pair.pool.post("n1", "t.hold", Note("x"), Note, then, timeout_s=timeout_s)
+    await until(lambda: len(told) == 1)
+    assert isinstance(told[0], PeerTimeout)
+    for connection in pair.server._connections:
+        connection.abort("a test")
+    await until(lambda: len(told) == 2)
+    assert isinstance(told[1], PeerUnreachable)
+
+
 async def test_what_arrives_after_a_connection_was_ended_holds_no_room(pair: Pair) -> None:
     await pair.call("t.echo")
     (connection,) = pair.server._connections
