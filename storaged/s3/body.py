@@ -31,6 +31,10 @@ DIRECT_BYTES_MIN = 16 * KIB
 """A reader's memory that has less room than this is filled by copying."""
 
 
+CRUMBS = 64
+"""So many chunks in one read are tiny ones, which take long to decode: others have their turn before the next."""
+
+
 class Source(Protocol):
     """What a body asks of its connection."""
 
@@ -92,6 +96,7 @@ class RequestBody(AsyncIterator[Buffer]):
 
     def feed(self, data: bytes) -> bytes:
         """Takes what belongs to the body, and returns what follows it."""
+        crumbs = False
         if self._chunks is None:
             if len(data) <= self._left:
                 rest = b""
@@ -110,14 +115,13 @@ class RequestBody(AsyncIterator[Buffer]):
             if pieces:
                 alone = len(pieces) == 1 and 2 * len(pieces[0]) > len(data)
                 self._keep(pieces[0] if alone else b"".join(pieces))  # a view of a byte takes 200, and keeps what it was cut from
-            ended = self._chunks.ended
+            ended, crumbs = self._chunks.ended, len(pieces) > CRUMBS
         if ended:
             self._end()
         if self.waiter is not None and (ended or self._come or self._budget is not None):
             self._wake()
-        if not ended and (self.full or self._chunks is not None) and (self.waiter is None or self.waiter.done()):
-            # until the reader wants more: one readiness of the socket may bring dozens of reads, and tiny chunks take long to decode
-            self._source.hold_back()
+        if not ended and (self.full or crumbs) and (self.waiter is None or self.waiter.done()):
+            self._source.hold_back()  # until the reader wants more: one readiness of the socket may bring dozens of reads
         return rest
 
     def received(self, count: int) -> None:
