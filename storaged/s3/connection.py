@@ -114,12 +114,13 @@ class Connection(asyncio.BufferedProtocol):
     def _on_head(self, data: bytes) -> None:
         waiter = self._heard
         awaited = waiter is not None and not waiter.done()
-        if not self._input:
+        seen = len(self._input)
+        if not seen:
             self.progress += 1  # the first bytes of a head: the time for the rest of it begins
         else:
             data = self._input + data
         self._input = data
-        if awaited and (HEAD_END in data or broken_so_far(data, self._limits)):
+        if awaited and (data.find(HEAD_END, max(seen - 3, 0)) >= 0 or broken_so_far(data, self._limits, seen)):
             self._wake(waiter)
             awaited = False
         if not awaited and len(data) > self._limits.read_buffer_bytes:

@@ -33,6 +33,7 @@ from storaged.s3.limits import Limits
 from storaged.units import KIB
 
 HEAD_END = b"\r\n\r\n"
+CR = 13
 
 CHUNK_LINE_BYTES_MAX = 1 * KIB
 """Of a chunk's size and its extensions, which mean nothing here."""
@@ -108,10 +109,13 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
     return Head(_METHODS.get(words[0]) or _method(words[0]), words[1], headers, length, declared, keep_alive, expects, modern)
 
 
-def broken_so_far(data: bytes, limits: Limits) -> Exception | None:
-    """Why the beginning of a head, which has not ended yet, can't become one that is taken: nobody waits for the rest then."""
+def broken_so_far(data: bytes, limits: Limits, seen: int = 0) -> Exception | None:
+    """Why the beginning of a head, which has not ended yet, can't become one that is taken: nobody waits for the rest then. ``seen``: so many of the bytes
+    were found right before, and are not looked at again: heads may come byte by byte."""
     if len(data) > limits.header_line_bytes_max + limits.header_section_bytes_max:
         return RequestHeaderSectionTooLarge(MaxSizeAllowed=str(limits.header_section_bytes_max))
+    if seen:
+        data = data[seen - 1 if data[seen - 1] == CR else seen :]
     if data.translate(None, _ALLOWED).strip(b"\r\n") or data.count(b"\n") != data.count(b"\r\n"):
         return BadRequest()
     return None

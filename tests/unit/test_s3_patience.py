@@ -6,6 +6,7 @@ import asyncio
 import random
 import socket
 import ssl
+import timeit
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from storaged.objects.api import NewMeta
 from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
+from storaged.s3.http import broken_so_far
 from storaged.s3.limits import Limits
 from tests.unit import fake_objects
 from tests.unit.s3_world import ACCESS, REGION, World, s3_world
@@ -207,3 +209,17 @@ async def test_who_is_waited_for_after_an_answer_takes_nobodys_place() -> None:
         assert b" 200 OK" in await read_head(reader)
         for each in (*writers, writer):
             each.close()
+
+
+def test_the_beginning_of_a_head_is_judged_the_same_however_it_comes() -> None:
+    chance = random.Random(9)
+    for _ in range(3000):
+        data, seen, found = b"".join(chance.choices((b"a", b"\r\n", b"\r", b"\n", b"\0"), (30, 10, 1, 1, 0.3), k=12)), 0, False
+        cuts = sorted(chance.sample(range(1, len(data) + 1), chance.randrange(1, 4)))
+        for cut in (*cuts, len(data)):
+            found = found or broken_so_far(data[:cut], Limits(), seen) is not None
+            seen = cut
+        assert found == any(broken_so_far(data[:cut], Limits()) for cut in (*cuts, len(data)))
+    large, limits = b"GET / HTTP/1.1\r\nx: " + b"y" * 45_000, Limits()
+    whole = min(timeit.repeat(lambda: broken_so_far(large, limits), number=20))
+    assert min(timeit.repeat(lambda: broken_so_far(large, limits, len(large) - 1), number=20)) < whole / 5
