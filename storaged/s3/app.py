@@ -187,8 +187,10 @@ class S3App:
                 while self._in_flight:
                     await self._answered.wait()
                     self._answered.clear()
+                await self._connections.flushed()
         except TimeoutError:
-            log.warning("%d requests were still in flight after %.0f s and are broken off", self._in_flight, drain_s)
+            if self._in_flight:
+                log.warning("%d requests were still in flight after %.0f s and are broken off", self._in_flight, drain_s)
         await self._connections.close()
         self._connections = None
         self._server = None

@@ -35,6 +35,7 @@ log = logging.getLogger("storaged.s3")
 RECEIVE_BYTES = 64 * KIB
 """Of one system call, unless a large body goes straight to its reader. It also bounds what strangers make the loop do at a time: this many bytes of the tiniest
 chunks take 40 ms to decode."""
+FLUSH_LOOK_S = 0.25
 SWEEPS_PER_LIMIT = 4
 SWEEP_EVERY_S_MAX = 1.0
 
@@ -281,14 +282,15 @@ class Connection(asyncio.BufferedProtocol):
         """Another value whenever what is waited for has moved: a block that fills, or a window that is taken, wakes nobody before it is done."""
         if self.phase == BODY and self._body is not None:
             return self.progress, self._body.bytes_come
-        return self.progress, self._taken() if self.phase == SEND else 0
+        return self.progress, self.taken() if self.phase == SEND else 0
 
-    def _taken(self) -> int:
+    def taken(self) -> int:
         """Bytes that the client's end has acknowledged so far, those of TLS included; 0 where the kernel does not tell."""
-        if _TCP_INFO is None:
+        connected = self.transport.get_extra_info("socket")
+        if _TCP_INFO is None or connected is None:
             return 0
         try:
-            info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_ACKED.stop)
+            info = connected.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_ACKED.stop)
         except OSError:
             return 0
         return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
@@ -297,7 +299,7 @@ class Connection(asyncio.BufferedProtocol):
         """Counts ``waited_s`` more seconds of waiting for a body or for what was sent to be taken, which must be earned by what moves."""
         limits = self._limits
         if self.phase == SEND:
-            taken = self._taken()
+            taken = self.taken()
             if not self._send_waited_s:
                 self._taken_before = taken
             self._send_waited_s += waited_s
@@ -346,6 +348,13 @@ class Connections:
 
     def forget(self, connection: Connection) -> None:
         self.open.discard(connection)
+
+    async def flushed(self) -> None:
+        """Returns when no client takes anything any more: what TLS was given it passes on when the socket has room, and does not tell when it has."""
+        before: dict[Connection, int] | None = None
+        while (now := {connection: connection.taken() for connection in self.open if connection.secure}) and now != before:
+            before = now
+            await asyncio.sleep(FLUSH_LOOK_S)
 
     async def close(self) -> None:
         """Breaks all connections, and waits until their tasks have ended."""

@@ -223,3 +223,22 @@ def test_the_beginning_of_a_head_is_judged_the_same_however_it_comes() -> None:
     large, limits = b"GET / HTTP/1.1\r\nx: " + b"y" * 45_000, Limits()
     whole = min(timeit.repeat(lambda: broken_so_far(large, limits), number=20))
     assert min(timeit.repeat(lambda: broken_so_far(large, limits, len(large) - 1), number=20)) < whole / 5
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_an_answer_that_is_on_its_way_when_the_server_ends_arrives_whole(
+    secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop's TLS takes a piece at once, and passes it on when the socket has room."""
+    monkeypatch.setattr(fake_objects, "PIECE_BYTES", 16 << 20)
+    server, client = contexts(tmp_path) if secure else (None, None)
+    async with s3_world(tls=server) as world:
+        await make_bucket(world, big=bytes(16 << 20))
+        reader, writer = await asyncio.open_connection("localhost", world.port, ssl=client)
+        writer.write(signed(world, "GET", "/bucket/big"))
+        await read_head(reader)
+        closing = asyncio.create_task(world.app.close(5))
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(reader.readexactly(16 << 20), 5)
+        writer.close()
+        await asyncio.wait_for(closing, 3)
