@@ -26,6 +26,8 @@ ADMIN_PORT = 8334
 START_TIMEOUT_S = 60.0
 COUNT_TIMEOUT_S = 2.0
 COUNT_POLL_S = 0.1
+SEEN_TIMEOUT_S = 10.0
+SEEN_POLL_S = 0.05
 RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
 GATEWAY = ("gateway", "FR/par1/a")
 DISKS_EACH = 2
@@ -338,7 +340,25 @@ def _ask(named: str | None, action: str, name: str = "") -> list[str]:
 @click.pass_obj
 def start(named: str | None, name: str) -> None:
     """Start a node, or the storage nodes of a rack, that were stopped or killed."""
-    click.echo(f"started {', '.join(_ask(named, 'start', name))}")
+    started = _ask(named, "start", name)
+    _wait_until_seen(find_directory(named), started)
+    click.echo(f"started {', '.join(started)}")
+
+
+def _wait_until_seen(place: Path, names: list[str]) -> None:
+    """Returns when the gateway has heard of these nodes too, so that a ``status`` asked next does not tell of them as down; not when there is no gateway
+    to hear, or when they are not heard for some other reason, which ``status`` tells."""
+    from storaged.cli.client import gateway
+
+    deadline = time.monotonic() + SEEN_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            up = {node["name"] for node in gateway(place, "GET", "/v1/status")["nodes"] if node["state"] == "up"}
+        except OperatorError:
+            return
+        if up.issuperset(names):
+            return
+        time.sleep(SEEN_POLL_S)
 
 
 @dev.command("stop")

@@ -249,6 +249,7 @@ def test_a_killed_rack_is_named_and_nothing_stops_until_it_is_back(cluster: Clus
     assert "storaged dev start n2" in cluster.run("status", check=False).stdout
     round_trip(cluster, "rack/during")
     assert cluster.run("dev", "start", "FR/par2/b").stdout.strip() == "started n2"
+    assert node_of(cluster.status(), "n2")["state"] == "up"  # a start returns when the gateway has heard of it
     assert cluster.run("repair", "status", "--wait").returncode == 0
     cluster.wait_healthy()
 
