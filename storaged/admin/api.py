@@ -212,11 +212,11 @@ class AdminServer:
         return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries)})
 
     async def _user(self, named: str) -> Principal:
-        """By access key or name. Raises InvalidArgument."""
+        """By access key, else by name: nobody becomes another by taking that one's key for a name. Raises InvalidArgument."""
         assert self._services.users is not None
-        for who in await self._services.users.list_users():
-            if named in (who.access_key, who.display_name):
-                return who
+        known = await self._services.users.list_users()
+        for who in (*(who for who in known if who.access_key == named), *(who for who in known if who.display_name == named)):
+            return who
         raise InvalidArgument(f"there is no user {named!r}")
 
     async def _backup(self, request: web.Request) -> web.Response:

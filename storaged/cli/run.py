@@ -9,17 +9,23 @@ import click
 
 @click.command()
 @click.argument("config", metavar="CONFIG.toml", type=click.Path(path_type=Path))
-@click.option("--end-with-parent", is_flag=True, hidden=True, help="Stop when the starting process ends (used by `storaged dev`).")
+@click.option(
+    "--parent",
+    type=int,
+    default=0,
+    hidden=True,
+    help="The process that starts this one, which ends with it (used by `storaged dev`, and for workers).",
+)
 @click.option("--worker", type=int, default=0, hidden=True, help="The number of a further process of a gateway (used by its first one).")
 @click.option("--door", type=int, default=-1, hidden=True)
 @click.option("--talk", type=int, default=-1, hidden=True)
-def run(config: Path, end_with_parent: bool, worker: int, door: int, talk: int) -> int:
+def run(config: Path, parent: int, worker: int, door: int, talk: int) -> int:
     """Run the node that CONFIG.toml describes, in the foreground. SIGTERM drains and ends it, SIGHUP reloads the configuration."""
     from storaged.node.daemon import run_node, run_worker
 
     if worker:
-        return run_worker(config, worker, door, talk)
-    return run_node(config, end_with_parent=end_with_parent)
+        return run_worker(config, parent, worker, door, talk)
+    return run_node(config, parent=parent)
 
 
 @click.group("config")

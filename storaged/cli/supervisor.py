@@ -59,7 +59,7 @@ class NodeProcess:
             log_path.replace(self.directory / "log.1")
         with log_path.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "storaged", "run", str(self.directory / "config.toml"), "--end-with-parent"),
+                *(sys.executable, "-m", "storaged", "run", str(self.directory / "config.toml"), "--parent", str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

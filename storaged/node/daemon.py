@@ -58,10 +58,10 @@ measured, and the median of a lone PUT fell by a fifth on two busy cores."""
 log = structlog.get_logger("node")
 
 
-def run_node(path: Path, *, end_with_parent: bool = False) -> int:
-    """Runs until it is told to stop; the process's exit code. Raises StoragedError for what is wrong before it runs."""
-    if end_with_parent:
-        _end_with_parent(signal.SIGTERM)
+def run_node(path: Path, *, parent: int = 0) -> int:
+    """Runs until it is told to stop, or until the process ``parent`` ends that started it; the exit code. Raises StoragedError for what is wrong before it runs."""
+    if parent:
+        _end_with(parent, signal.SIGTERM)
     config = _begin(path)
     observe.setup_logging(config.log.level, config.log.format, node=config.node.name)
     directory = Path(config.node.directory)
@@ -73,9 +73,9 @@ def run_node(path: Path, *, end_with_parent: bool = False) -> int:
         os.close(lock)
 
 
-def run_worker(path: Path, number: int, door: int, talk: int) -> int:
+def run_worker(path: Path, parent: int, number: int, door: int, talk: int) -> int:
     """A further process of a gateway, under the first one's lock; ``door`` and ``talk`` are its descriptors of what ``node.workers`` describes."""
-    _end_with_parent(signal.SIGKILL)
+    _end_with(parent, signal.SIGKILL)
     config = _begin(path)
     observe.setup_logging(config.log.level, config.log.format, node=config.node.name, worker=str(number))
     return _run(_main(config, (number, door, talk)))
@@ -140,12 +140,11 @@ def _first(group: BaseExceptionGroup[BaseException]) -> StoragedError:
     return error
 
 
-def _end_with_parent(number: signal.Signals) -> None:
-    """That signal when the process that started us ends, however it ends (prctl(2))."""
-    parent = os.getppid()
+def _end_with(parent: int, number: signal.Signals) -> None:
+    """That signal when the process that started us ends, however it ends (prctl(2)). It says its pid: it may have ended before this, and may rightly be 1."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if os.getppid() != parent or parent == 1:
-        sys.exit(1)
+    if os.getppid() != parent:
+        sys.exit(f"process {parent}, which started this one, has ended")
 
 
 async def _main(config: Config, worker: tuple[int, int, int] | None) -> None:

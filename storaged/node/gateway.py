@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
 BUFFER_BYTES_MIN = 8 * MIB
+"""Of each of a worker's three pools."""
 
 log = structlog.get_logger("gateway")
 
@@ -210,6 +211,7 @@ class Gateway:
         """Opens the audit log and the S3 port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
         node, config = self._node, self._config
         self._unlocker = Unlocker(config, node.own.cluster, node.paths, self._late, self._audit, node.clock)
+        limits = shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers)
         plane = ObjectPlane(
             registers=node.ring,
             pages=node.ring,
@@ -221,7 +223,7 @@ class Gateway:
             keys=self._late,
             clock=node.clock,
             entropy=system_entropy,
-            limits=shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers),
+            limits=limits,
             on_damage=self._damaged,
             on_changed=self._changed,
             on_degraded=node.maintain.hint,
@@ -253,7 +255,7 @@ class Gateway:
         node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
 
     async def _open_port(self) -> None:
-        node, s3 = self._node, self._config.s3
+        node, s3, limits = self._node, self._config.s3, self.objects.plane.limits
         host, port = split_address(s3.listen)
         if node.leader is not None:
             self._app.open(self._context)
@@ -273,6 +275,7 @@ class Gateway:
                 audit=self._audit,
                 note=lambda kind, fields: note(kind, **fields),
                 forget=self.forget,
+                remembers_s=max(limits.bucket_cache_s, limits.user_cache_s),
             )
             self.workers.listen(host, port)
             await self.workers.start()
@@ -346,19 +349,21 @@ class Gateway:
                 await asyncio.gather(self.workers.drain(drain_s), self._app.close(drain_s))
 
     async def close(self) -> None:
+        if hasattr(self, "_app"):
+            await self.drain()
         if self.workers is not None:
             await self.workers.close()
         if hasattr(self, "_app"):
-            await self.drain()
             await self.objects.close()
         if self._late.keyring is not None:
             self._late.keyring.close()
 
 
 def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
-    """A worker's part of what all of a gateway may hold in memory; never less than a few large transfers need."""
-    shared = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max", "opened_bytes_max")
-    return dataclasses.replace(limits, **{name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in shared})
+    """A worker's part of what all of a gateway may hold in memory; of buffers never less than a few large transfers need."""
+    buffers = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max")
+    shares = {name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in buffers}
+    return dataclasses.replace(limits, opened_bytes_max=limits.opened_bytes_max // workers, **shares)
 
 
 def shared_limits(requests_max: int, workers: int) -> Limits:

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from storaged.errors import AuditUnwritable
-from storaged.node.workers import LINE_BYTES_MAX, TOLD_AT_ONCE_MAX, encode_samples
+from storaged.node.workers import LINE_BYTES_MAX, NOT_TAKEN, TAKEN, TOLD_AT_ONCE_MAX, encode_samples
 from storaged.observe import samples_of
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Leader:
         self._waiting: dict[int, asyncio.Future[str]] = {}
         """Of what was asked of the first process."""
         self._last = 0
-        self._taken = 0
-        """Connections that the first process has not been told of yet: it need not keep them any longer."""
+        self._answers = bytearray()
+        """TAKEN or NOT_TAKEN for each connection that the first process has not been told of yet: it keeps it until then."""
         self._telling: asyncio.TimerHandle | None = None
         self._adopted: set[asyncio.Task[None]] = set()
 
@@ -89,15 +89,8 @@ class Leader:
 
     # --- connections --------------------------------------------------------------------------------------------------------
 
-    def take_connections(self, adopt: Callable[[socket.socket], Awaitable[None]]) -> None:
+    def take_connections(self, adopt: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
         """``adopt`` serves every connection that comes through the door."""
-
-        async def serve(connection: socket.socket) -> None:
-            try:
-                await adopt(connection)
-            except OSError as error:
-                log.debug("a connection broke before its first request", reason=str(error))
-                connection.close()
 
         def come_in() -> None:
             try:
@@ -109,13 +102,15 @@ class Leader:
             if not message:
                 loop.remove_reader(self._door)
                 return
-            self._taken += 1
+            if not descriptors:
+                log.error("a connection is left to another process: there is no descriptor for it")
+            self._answers.append(TAKEN if descriptors else NOT_TAKEN)
             if self._telling is None:
                 self._tell_taken()
             for descriptor in descriptors:
                 connection = socket.socket(fileno=descriptor)
                 connection.setblocking(False)
-                task = loop.create_task(serve(connection))
+                task = loop.create_task(adopt(connection))
                 self._adopted.add(task)
                 task.add_done_callback(self._adopted.discard)
 
@@ -126,8 +121,8 @@ class Leader:
         """Until it is told the first process keeps a connection open: its client would not see that this one closes it."""
         self._telling = None
         try:
-            while self._taken:
-                self._taken -= self._door.send(b"t" * min(self._taken, TOLD_AT_ONCE_MAX))
+            while self._answers:
+                del self._answers[: self._door.send(self._answers[:TOLD_AT_ONCE_MAX])]
         except BlockingIOError:  # it is busy
             self._telling = asyncio.get_running_loop().call_later(TELL_AGAIN_S, self._tell_taken)
         except OSError:

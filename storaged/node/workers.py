@@ -7,10 +7,10 @@ no two ballots are alike. To the cluster's membership they are one node, under t
 
 The first accepts every client and hands the connections out in turn (SCM_RIGHTS). Sockets that share a port by SO_REUSEPORT are chosen by a hash: of four connections
 all four go to one of two processes every eighth time, and those that wait in the queue of a process that dies are reset. With one listening socket that
-all inherit, a burst of connections is taken by whoever wakes first, all 64 of them now and then. A hand-over costs some 30 us, once a connection.
+all inherit, a burst of connections is taken by whoever wakes first, all 64 of them now and then. A hand-over costs some 16 us, once a connection.
 
 A worker that dies takes its requests in flight with it; the others go on, and it is started again. A connection that it was handed and had not taken yet
-(it answers each with a byte) is handed to another. When the first dies the kernel ends the others
+(it answers each with a byte) is handed to another, as is one for which it has no descriptor left. When the first dies the kernel ends the others
 (PR_SET_PDEATHSIG), and the service manager starts all anew.
 
 Each worker has two sockets to the first: ``door``, which brings connections, and ``talk``, JSON lines:
@@ -27,20 +27,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import signal
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import structlog
 
-from storaged.errors import OperatorError, PortInUse, StoragedError
+from storaged.errors import OperatorError, StoragedError
 from storaged.observe import Metrics, Samples, counts_of
+from storaged.s3.listen import listen
 
 LINE_BYTES_MAX = 4 * 1024 * 1024
 READY_TIMEOUT_S = 30.0
@@ -52,21 +52,20 @@ METRICS_TIMEOUT_S = 1.0
 METRICS_EVERY_S = 10.0
 """What a worker counted since the last look is lost when it is killed."""
 
-FORGET_TIMEOUT_S = 1.0
-"""For so long processes remember buckets and users (``ObjectLimits``)."""
-
 HANGS_S = 30.0
 """A worker that has said nothing for so long, although it was asked, hangs, and is killed: what WatchdogSec= is for the first process."""
 
-BACKLOG = 1024
 ACCEPTED_AT_ONCE_MAX = 64
 TOLD_AT_ONCE_MAX = 4096
+TAKEN, NOT_TAKEN = b"tn"
+"""A worker's answers to a connection: it serves it; it could not receive it (it has no descriptor left)."""
+
 REFUSED_PAUSE_S = 1.0
 """When there are no descriptors left, accepting again at once would fail again."""
 
 log = structlog.get_logger("workers")
 
-Adopt = Callable[[socket.socket], Awaitable[None]]
+Adopt = Callable[[socket.socket], Coroutine[Any, Any, None]]
 
 
 def encode_samples(samples: Samples) -> list[Any]:
@@ -87,6 +86,7 @@ class Worker:
         hello: Mapping[str, Any],
         hear: Callable[[Worker, dict[str, Any]], None],
         give: Callable[[socket.socket], None],
+        remembers_s: float,
     ) -> None:
         self.number = number
         self.ready = asyncio.Event()
@@ -101,6 +101,7 @@ class Worker:
         self._hello = hello
         self._hear = hear
         self._give = give
+        self._remembers_s = remembers_s
         self._door: socket.socket | None = None
         self._handed: deque[socket.socket] = deque()
         """Given away and not taken yet."""
@@ -121,7 +122,16 @@ class Worker:
                 descriptors = (its_door.fileno(), its_talk.fileno())
                 process = await asyncio.create_subprocess_exec(
                     *self._command,
-                    *("--worker", str(self.number), "--door", str(descriptors[0]), "--talk", str(descriptors[1])),
+                    *(
+                        "--parent",
+                        str(os.getpid()),
+                        "--worker",
+                        str(self.number),
+                        "--door",
+                        str(descriptors[0]),
+                        "--talk",
+                        str(descriptors[1]),
+                    ),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=descriptors,
                 )
@@ -149,22 +159,30 @@ class Worker:
                     self._give(self._handed.popleft())
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ConnectionError):
-            while line := await reader.readline():
-                self._heard_at = asyncio.get_running_loop().time()
-                told = json.loads(line)
-                if told["tell"] == "ready":
-                    self.serving = self.served = True
-                    self.ready.set()
-                elif told["tell"] == "metrics":
-                    self.samples = decode_samples(told["samples"])
-                    if self._metrics is not None and not self._metrics.done():
-                        self._metrics.set_result(None)
-                elif told["tell"] == "forgotten":
-                    if (waiting := self._forgetting.pop(told["id"], None)) and not waiting.done():
-                        waiting.set_result(None)
-                else:
-                    self._hear(self, told)
+        try:
+            await self._obey(reader)
+        except ConnectionError:
+            pass  # it has ended
+        except Exception:
+            log.exception("what a worker says is not understood; it is killed", worker=self.number)
+            self.signal(signal.SIGKILL)
+
+    async def _obey(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            self._heard_at = asyncio.get_running_loop().time()
+            told = json.loads(line)
+            if told["tell"] == "ready":
+                self.serving = self.served = True
+                self.ready.set()
+            elif told["tell"] == "metrics":
+                self.samples = decode_samples(told["samples"])
+                if self._metrics is not None and not self._metrics.done():
+                    self._metrics.set_result(None)
+            elif told["tell"] == "forgotten":
+                if (waiting := self._forgetting.pop(told["id"], None)) and not waiting.done():
+                    waiting.set_result(None)
+            else:
+                self._hear(self, told)
 
     def tell(self, message: dict[str, Any]) -> None:
         if self._talk is not None and not self._talk.is_closing():
@@ -184,9 +202,13 @@ class Worker:
     def _taken(self) -> None:
         assert self._door is not None
         try:
-            while taken := len(self._door.recv(TOLD_AT_ONCE_MAX)):
-                for _ in range(min(taken, len(self._handed))):
-                    self._handed.popleft().close()
+            while told := self._door.recv(TOLD_AT_ONCE_MAX):
+                for answer in told[: len(self._handed)]:
+                    connection = self._handed.popleft()
+                    if answer == NOT_TAKEN:
+                        self._give(connection)
+                    else:
+                        connection.close()
         except BlockingIOError:
             return
         except OSError:
@@ -194,14 +216,14 @@ class Worker:
         asyncio.get_running_loop().remove_reader(self._door)  # it has closed its end, and will end
 
     async def forget(self, kind: str, key: str) -> None:
-        """Returns when it has, or has ended; what hangs is not waited for longer than it remembers anyway."""
+        """Returns when it has, or has ended; one that hangs is not waited for longer than it remembers anyway."""
         if not self.serving:
             return  # it has been asked for nothing yet
         self._last += 1
         number, waiting = self._last, asyncio.get_running_loop().create_future()
         self._forgetting[number] = waiting
         self.tell({"do": "forget", "id": number, "kind": kind, "key": key})
-        await asyncio.wait([waiting], timeout=FORGET_TIMEOUT_S)
+        await asyncio.wait([waiting], timeout=self._remembers_s)
         self._forgetting.pop(number, None)
 
     async def ask_metrics(self) -> None:
@@ -224,9 +246,10 @@ class Worker:
 
 
 class Workers:
-    """All workers of a gateway and its listening socket. Use: ``listen``, ``start``, ``run`` as a task; ``drain`` and ``close`` at the end.
+    """All workers of a gateway and its listening sockets. Use: ``listen``, ``start``, ``run`` as a task; ``drain`` and ``close`` at the end.
 
     ``audit`` and ``note`` write to the node's audit log what a worker asks for; ``forget(kind, key)`` is told of what a worker has changed.
+    ``remembers_s``: how long a process goes by what it remembers of a bucket or a user.
     """
 
     def __init__(
@@ -240,6 +263,7 @@ class Workers:
         audit: Callable[[str, Mapping[str, str]], Awaitable[None]],
         note: Callable[[str, Mapping[str, Any]], None],
         forget: Callable[[str, str], None],
+        remembers_s: float,
         command: Sequence[str] = (sys.executable, "-m", "storaged", "run"),
         look_every_s: float = METRICS_EVERY_S,
         hangs_s: float = HANGS_S,
@@ -248,13 +272,13 @@ class Workers:
         self._look_every_s = look_every_s
         self._hangs_s = hangs_s
         hello = {"pid": os.getpid(), "incarnation": incarnation.hex()}
-        self._others = [Worker(number, command, hello, self._hear, self._give) for number in range(2, count + 1)]
+        self._others = [Worker(number, command, hello, self._hear, self._give, remembers_s) for number in range(2, count + 1)]
         self._metrics = metrics
         self._adopt = adopt
         self._audit = audit
         self._note = note
         self._forget = forget
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._turn = 0
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -275,22 +299,7 @@ class Workers:
 
     def listen(self, host: str, port: int) -> None:
         """Takes the port; nobody is accepted yet. Raises PortInUse, OSError."""
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setblocking(False)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # which the accepted ones inherit
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-        except OSError as error:
-            listener.close()
-            if error.errno == errno.EADDRINUSE:
-                raise PortInUse(f"{host}:{port} is already in use by another program.") from None
-            raise
-        self._listener = listener
+        self._listeners = listen(host, port)
 
     async def start(self) -> None:
         """Returns when all serve. Raises OperatorError when one does not come up."""
@@ -305,8 +314,7 @@ class Workers:
             ) from None
         if late := [str(worker.number) for worker in self._others if not worker.serving]:
             raise OperatorError(f"worker {', '.join(late)} did not start; its last lines above say why")
-        assert self._listener is not None
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        self._accept_again()
 
     async def run(self) -> None:
         """Until cancelled. Keeps what the workers count, in case one dies, and ends those that hang."""
@@ -324,25 +332,25 @@ class Workers:
 
     # --- connections --------------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTED_AT_ONCE_MAX):
             try:
-                connection, _address = self._listener.accept()
+                connection, _address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
                 log.error("connections are not accepted for a moment", reason=str(error))
                 loop = asyncio.get_running_loop()
-                loop.remove_reader(self._listener)
+                for each in self._listeners:
+                    loop.remove_reader(each)
                 loop.call_later(REFUSED_PAUSE_S, self._accept_again)
                 return
             connection.setblocking(False)
             self._give(connection)
 
     def _accept_again(self) -> None:
-        if self._listener is not None:
-            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        for listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _give(self, connection: socket.socket) -> None:
         """To the next in turn; to another one when that one is away."""
@@ -352,14 +360,7 @@ class Workers:
                 break
             if self._others[self._turn - 1].hand(connection):
                 return
-        self._spawn(self._serve(connection))
-
-    async def _serve(self, connection: socket.socket) -> None:
-        try:
-            await self._adopt(connection)
-        except OSError as error:
-            log.debug("a connection broke before its first request", reason=str(error))
-            connection.close()
+        self._spawn(self._adopt(connection))
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -386,8 +387,10 @@ class Workers:
             log.error("a worker ended and is started again", worker=worker.number, how=how)
             self._restarts.inc()
             lived_s = asyncio.get_running_loop().time() - began
-            pause_s = RESTART_FIRST_S if lived_s > RESTART_MAX_S else min(2 * pause_s, RESTART_MAX_S)
+            if lived_s > RESTART_MAX_S:
+                pause_s = RESTART_FIRST_S
             await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RESTART_MAX_S)
 
     def _hear(self, worker: Worker, told: dict[str, Any]) -> None:
         if told["tell"] == "audit":
@@ -403,6 +406,9 @@ class Workers:
             await self._audit(told["kind"], told["fields"])
         except StoragedError as refused:
             error = refused.message
+        except Exception as defect:  # the worker must not wait for ever
+            log.exception("an entry cannot be audited", worker=worker.number, kind=told["kind"])
+            error = f"{type(defect).__name__}: {defect}"
         worker.tell({"do": "done", "id": told["id"], "error": error})
 
     async def forget(self, kind: str, key: str, *, but: Worker | None = None) -> None:
@@ -424,13 +430,13 @@ class Workers:
             worker.tell({"do": "reload"})
 
     def stop_accepting(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is not None:
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()
 
     async def drain(self, drain_s: float) -> None:
-        """Every worker finishes its requests and ends; one that has not after ``drain_s`` and a little is killed."""
+        """Every worker finishes its requests and ends; returns when all have, or after ``drain_s`` and a little. ``close`` kills those that have not."""
         self.stop_accepting()
         self._stopping = True
         for worker in self._others:
@@ -439,7 +445,7 @@ class Workers:
         if running:
             _, late = await asyncio.wait(running, timeout=drain_s + ENDING_S)
             if late:
-                log.error("workers did not end and are killed", count=len(late))
+                log.error("workers did not end in time", count=len(late))
 
     async def close(self) -> None:
         """Nothing of it is left afterwards. Safe to call twice."""

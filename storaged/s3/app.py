@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
 import logging
 import re
 import socket
@@ -31,6 +30,7 @@ from storaged.s3.connection import Connection, Connections
 from storaged.s3.context import Front, check_owner, existing_bucket
 from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
+from storaged.s3.listen import BACKLOG, listen
 from storaged.s3.post import is_form, post_object
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
@@ -38,7 +38,6 @@ from storaged.s3.send import Sender, Sent
 
 log = logging.getLogger("storaged.s3")
 
-BACKLOG = 1024
 IDS_DRAWN = 256
 
 _SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
@@ -129,7 +128,7 @@ class S3App:
         self._on_request = on_request
         self._host_id = base64.b64encode(entropy(24)).decode()
         self._sender = Sender(self._limits, clock, self._host_id)
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._connections: Connections | None = None
         self._ssl: ssl.SSLContext | None = None
         self._draining = False
@@ -140,18 +139,16 @@ class S3App:
         self._requests_total = 0
         self._refused_total = 0
 
-    async def start(self, host: str, port: int, ssl: ssl.SSLContext | None = None, reuse_port: bool = False) -> int:
+    async def start(self, host: str, port: int, ssl: ssl.SSLContext | None = None) -> int:
         """Listens; returns the port (``port`` 0: any that is free). Raises PortInUse."""
+        listeners = listen(host, port)
         connections = self.open(ssl)
-        try:
-            self._server = await asyncio.get_running_loop().create_server(
-                connections, host, port, ssl=ssl, reuse_port=reuse_port, backlog=BACKLOG, ssl_handshake_timeout=self._handshake_s
+        for listener in listeners:
+            server = await asyncio.get_running_loop().create_server(
+                connections, sock=listener, ssl=ssl, backlog=BACKLOG, ssl_handshake_timeout=self._handshake_s
             )
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise errors.PortInUse(f"{host}:{port} is already in use by another program.") from None
-            raise
-        return int(self._server.sockets[0].getsockname()[1])
+            self._servers.append(server)
+        return int(listeners[0].getsockname()[1])
 
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
         """Takes connections that are handed to ``adopt``; does not listen."""
@@ -164,19 +161,23 @@ class S3App:
         return self._limits.handshake_s if self._ssl is not None else None
 
     async def adopt(self, accepted: socket.socket) -> None:
-        """Serves a client's connection that somebody else accepted; after ``close`` it is closed. Raises OSError when it is broken already."""
+        """Serves a client's connection that somebody else accepted. After ``close``, and when it broke before its first request, it is closed."""
         if self._connections is None or self._draining:
             accepted.close()
             return
-        await asyncio.get_running_loop().connect_accepted_socket(
-            self._connections, accepted, ssl=self._ssl, ssl_handshake_timeout=self._handshake_s
-        )
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._connections, accepted, ssl=self._ssl, ssl_handshake_timeout=self._handshake_s
+            )
+        except OSError as error:
+            log.debug("a connection broke before its first request: %s", error)
+            accepted.close()
 
     async def close(self, drain_s: float) -> None:
         """Stops listening, lets the requests in flight finish for up to ``drain_s`` seconds, then breaks what is left. Safe to call twice."""
         self._draining = True
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         if self._connections is None:
             return
         for connection in tuple(self._connections.open):
@@ -193,7 +194,7 @@ class S3App:
                 log.warning("%d requests were still in flight after %.0f s and are broken off", self._in_flight, drain_s)
         await self._connections.close()
         self._connections = None
-        self._server = None
+        self._servers.clear()
 
     def statistics(self) -> Statistics:
         open_now = len(self._connections.open) if self._connections else 0

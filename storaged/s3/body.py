@@ -21,9 +21,6 @@ from storaged.wire import Buffer
 HASH_INLINE_BYTES_MAX = 64 * KIB
 """SHA-256 of this takes 32 us: less than going to a thread and back."""
 
-UNKNOWN_BYTES = 1 << 62
-"""The length of what follows a request that was none, or whose body's framing was broken."""
-
 WHOLE_BYTES_MAX = 64 * KIB
 """More than anything that is asked for as a whole has."""
 

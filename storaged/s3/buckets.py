@@ -53,7 +53,8 @@ def _from_token(token: str) -> str:
 
 
 async def create_bucket(front: Front, request: Request) -> Reply:
-    """One's own bucket again: 200, as in AWS's first region and as most tools expect. ``x-storaged-countries`` (``FR,DE``) narrows where its data may lie."""
+    """One's own bucket again: 200, as in AWS's first region and as most tools expect. ``x-storaged-countries`` (``FR,DE``) narrows where its data may lie: a bucket that
+    has others already is refused (BucketAlreadyOwnedByYou)."""
     if not request.who.access_key:
         raise errors.AccessDenied()
     name = request.bucket
@@ -74,7 +75,8 @@ async def create_bucket(front: Front, request: Request) -> Reply:
     try:
         await front.buckets.create(request.who, name, region=front.region, countries=countries)
     except errors.BucketAlreadyOwnedByYou:
-        pass
+        if countries and (await front.buckets.get(name)).countries != countries:
+            raise  # whoever asks for countries must not believe that they are in force
     return Reply(headers={"Location": f"/{name}"})
 
 

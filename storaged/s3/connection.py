@@ -279,7 +279,7 @@ class Connection(asyncio.BufferedProtocol):
             self._body.fail(RequestTimeout())
 
     def moved(self) -> tuple[int, int]:
-        """Another value whenever what is waited for has moved: a block that fills, or a window that is taken, wakes nobody before it is done."""
+        """Another value whenever what is waited for has moved: a block that fills, or a window that is taken, wakes nobody before it is done. Second: its bytes."""
         if self.phase == BODY and self._body is not None:
             return self.progress, self._body.bytes_come
         return self.progress, self.taken() if self.phase == SEND else 0
@@ -295,20 +295,19 @@ class Connection(asyncio.BufferedProtocol):
             return 0
         return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
 
-    def too_slow(self, waited_s: float) -> bool:
-        """Counts ``waited_s`` more seconds of waiting for a body or for what was sent to be taken, which must be earned by what moves."""
+    def too_slow(self, waited_s: float, amount: int) -> bool:
+        """Counts ``waited_s`` more seconds of waiting for a body or for what was sent to be taken, which must be earned by what moves: ``amount``, from ``moved``."""
         limits = self._limits
         if self.phase == SEND:
-            taken = self.taken()
             if not self._send_waited_s:
-                self._taken_before = taken
+                self._taken_before = amount
             self._send_waited_s += waited_s
-            return self._send_waited_s > limits.send_idle_s + (taken - self._taken_before) / limits.rate_min_bytes_s
+            return self._send_waited_s > limits.send_idle_s + (amount - self._taken_before) / limits.rate_min_bytes_s
         body = self._body
         if self.phase != BODY or body is None:
             return False
         body.waited_s += waited_s
-        return body.waited_s > limits.body_idle_s + body.bytes_come / limits.rate_min_bytes_s
+        return body.waited_s > limits.body_idle_s + amount / limits.rate_min_bytes_s
 
     @staticmethod
     def _wake(waiter: asyncio.Future[None] | None) -> None:
@@ -380,5 +379,5 @@ class Connections:
                 connection.moved_s = now_s
             elif now_s - connection.moved_s > self._patience_s[phase]:
                 connection.expire()
-            if connection.too_slow(self._every_s):
+            if connection.too_slow(self._every_s, moved[1]):
                 connection.expire()

@@ -17,12 +17,11 @@ from storaged.s3 import sigv4, xml
 from storaged.s3.context import Front, owned_bucket
 from storaged.s3.form import FormReader, boundary_of
 from storaged.s3.policy import Policy, check_policy, parse_policy
-from storaged.s3.reply import Reply, stored_headers, xml_reply
+from storaged.s3.reply import CONTROL, Reply, stored_headers, xml_reply
 from storaged.s3.request import ANONYMOUS, Request, check_key
 from storaged.s3.tags import tags_from
 from storaged.wire import Buffer
 
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 """What RFC 9110 lets a header be called: a name of other letters would come back from GetObject as another header, or break its answer."""
 
@@ -97,7 +96,7 @@ def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
     if fields.get("acl"):
         said["x-amz-acl"] = fields["acl"]
     for name, value in said.items():
-        if not _TOKEN.fullmatch(name) or _CONTROL.search(value):
+        if not _TOKEN.fullmatch(name) or CONTROL.search(value):
             raise errors.InvalidArgument(
                 "Form fields that become headers have a header's name, and no control characters in their value.", ArgumentName=name[:100]
             )
@@ -145,6 +144,6 @@ def _redirect(url: str, query: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return ""
-    if parts.scheme not in ("http", "https") or not parts.netloc or _CONTROL.search(url):
+    if parts.scheme not in ("http", "https") or not parts.netloc or CONTROL.search(url):
         return ""
     return urlunsplit(parts._replace(query=f"{parts.query}&{query}" if parts.query else query))

@@ -22,7 +22,8 @@ REASONS = {
     412: "Precondition Failed", 416: "Requested Range Not Satisfiable", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
 }  # fmt: skip
 
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
+CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
+"""What may not stand in a header's value."""
 
 
 class Reply(Struct):
@@ -46,7 +47,7 @@ def xml_reply(body: bytes, status: int = 200, headers: Headers | None = None) ->
 
 def checked_header(name: str, value: str) -> str:
     """A value that came in a query and goes out as a header. Raises InvalidArgument for control characters (header injection)."""
-    if _CONTROL.search(value):
+    if CONTROL.search(value):
         raise InvalidArgument("Header values cannot contain control characters.", ArgumentName=name)
     return value
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from typing import NamedTuple
 
 from storaged.clock import Clock
 from storaged.errors import DataDamaged, S3Error
 from storaged.objects.api import ObjectStream
 from storaged.s3 import xml
-from storaged.s3.body import UNKNOWN_BYTES, RequestBody
+from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection
 from storaged.s3.headers import http_time
 from storaged.s3.limits import Limits
-from storaged.s3.reply import REASONS, XML_TYPE, Reply
+from storaged.s3.reply import CONTROL, REASONS, XML_TYPE, Reply
 from storaged.s3.request import Request
 from storaged.units import KIB
 
@@ -28,7 +27,8 @@ log = logging.getLogger("storaged.s3")
 JOIN_BYTES_MAX = 64 * KIB
 """Up to here copying head and body together is cheaper than a second system call."""
 
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
+UNKNOWN_BYTES = 1 << 62
+"""The length of what a client sends after its last answer."""
 
 
 class Sent(NamedTuple):
@@ -90,7 +90,7 @@ class Sender:
             self._common = f"x-amz-id-2: {self._host_id}\r\nDate: {http_time(second)}\r\nServer: storaged\r\n"
         text = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nx-amz-request-id: {request.id}\r\n{self._common}"
         for name, value in reply.headers.items():
-            if not value.isprintable() and _CONTROL.search(value):
+            if not value.isprintable() and CONTROL.search(value):
                 raise ValueError(f"control character in the value of {name}")
             text += f"{name}: {value}\r\n"
         if status not in (204, 304):

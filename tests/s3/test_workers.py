@@ -120,7 +120,7 @@ def test_a_deleted_bucket_and_a_removed_user_are_gone_in_every_process_at_once(s
             other.list_buckets()
 
 
-def test_a_killed_process_costs_its_own_requests_and_comes_back(several: Cluster) -> None:
+def test_a_killed_process_comes_back_and_what_it_counted_stays(several: Cluster) -> None:
     asked = 'storaged_s3_requests_total{operation="ListBuckets",status="403"}'
     before, restarts = metric(several, asked), metric(several, "storaged_worker_restarts_total")
     victim = processes(several)[1]
@@ -154,7 +154,7 @@ def test_a_reload_reaches_every_process_and_the_audit_log_is_one(several: Cluste
 
 
 def put_slowly(cluster: Cluster, number: int, begun: Any) -> int:
-    """An upload whose second half comes a while after the first."""
+    """The status of an upload whose second half comes a while after the first; 0 when the connection broke."""
     client = cluster.boto3()
     url = client.generate_presigned_url("put_object", Params={"Bucket": "demo", "Key": f"slow-{number}"})
     path = url.split(str(cluster.s3_port), 1)[1]
@@ -163,20 +163,44 @@ def put_slowly(cluster: Cluster, number: int, begun: Any) -> int:
         connection.sendall(head.encode())
         begun.append(number)
         time.sleep(1.5)
-        connection.sendall(b"67890")
-        with connection.makefile("rb") as answer:
-            return int(answer.readline().split()[1])
+        try:
+            connection.sendall(b"67890")
+            with connection.makefile("rb") as answer:
+                return int(answer.readline().split()[1])
+        except (ConnectionError, IndexError):
+            return 0
 
 
-def test_stopping_lets_every_process_finish_its_requests(several: Cluster) -> None:
-    pids, begun = processes(several), list[int]()
+def uploads_in_all(cluster: Cluster, threads: ThreadPoolExecutor, number: int) -> list[Any]:
+    """So many slow uploads under way, in turn in each process."""
+    begun = list[int]()
+    uploads = [threads.submit(put_slowly, cluster, each, begun) for each in range(number)]
+    cluster.wait_until(lambda: len(begun) == number, 10, "uploads under way")
+    time.sleep(0.3)
+    return uploads
+
+
+def test_a_killed_process_costs_its_own_requests_and_no_others(several: Cluster) -> None:
     with ThreadPoolExecutor(2 * WORKERS) as threads:
-        uploads = [threads.submit(put_slowly, several, number, begun) for number in range(2 * WORKERS)]
-        several.wait_until(lambda: len(begun) == 2 * WORKERS, 10, "uploads under way")
-        time.sleep(0.3)
-        several.run("dev", "stop", "gateway")
+        uploads = uploads_in_all(several, threads, 2 * WORKERS)
+        os.kill(processes(several)[1], signal.SIGKILL)
+        assert sorted(upload.result() for upload in uploads) == [0] * 2 + [200] * 2 * (WORKERS - 1)
+    several.wait_until(lambda: serving(several), 30, "all workers serving again")
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_stopping_lets_every_process_finish_its_requests(several: Cluster, everybody: bool) -> None:
+    """systemd tells all processes of a unit to end, and all at once."""
+    pids = processes(several)
+    with ThreadPoolExecutor(2 * WORKERS) as threads:
+        uploads = uploads_in_all(several, threads, 2 * WORKERS)
+        if everybody:
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+        else:
+            several.run("dev", "stop", "gateway")
         assert [upload.result() for upload in uploads] == [200] * 2 * WORKERS
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    several.wait_until(lambda: not [pid for pid in pids if alive(pid)], 10, "the end of all processes")
     several.run("dev", "start", "gateway")
     several.wait_healthy()
     assert several.boto3(attempts=3).get_object(Bucket="demo", Key="slow-0")["Body"].read() == b"1234567890"

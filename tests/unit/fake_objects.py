@@ -127,7 +127,9 @@ class FakeBuckets:
     ) -> BucketRecord:
         if name in self.by_name:
             raise errors.BucketAlreadyOwnedByYou() if self.by_name[name].owner == who.user_id else errors.BucketAlreadyExists()
-        bucket = BucketRecord(name, hashlib.md5(name.encode()).digest(), who.user_id, self.objects.now_ms(), "active", 16, region)
+        bucket = BucketRecord(
+            name, hashlib.md5(name.encode()).digest(), who.user_id, self.objects.now_ms(), "active", 16, region, countries=countries
+        )
         self.by_name[name] = bucket
         return bucket
 

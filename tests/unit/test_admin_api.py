@@ -177,6 +177,12 @@ async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: 
     assert len((await ask(tmp_path, "GET", "/v1/users"))["users"]) == 1
 
 
+async def test_a_bucket_is_for_whose_access_key_is_given_not_for_who_took_that_for_a_name(node: Node, tmp_path: Path) -> None:
+    await ask(tmp_path, "POST", "/v1/users", body={"name": "AK1", "access_key": "AK0", "secret_key": "given"})
+    await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
+    assert (await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"}))["owner"] == "alice"
+
+
 async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(node: Node, tmp_path: Path) -> None:
     made = await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
     assert made == {"user_id": "0" * 64, "access_key": "AK1", "secret_key": "given"}

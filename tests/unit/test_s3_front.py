@@ -357,6 +357,17 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
         client.meta.events.unregister("before-parameter-build.s3")
         for name in names:
             assert refused(client.create_bucket, Bucket=name) == (400, "InvalidBucketName")
+        client.create_bucket(Bucket="bucket")
+
+        def narrowed(params: dict[str, Any], **_: Any) -> None:
+            params["headers"]["x-storaged-countries"] = "FR, DE"
+
+        client.meta.events.register("before-call.s3.CreateBucket", narrowed)
+        assert refused(client.create_bucket, Bucket="bucket") == (409, "BucketAlreadyOwnedByYou"), "it would not lie there alone"
+        client.create_bucket(Bucket="narrow")
+        client.create_bucket(Bucket="narrow")
+        client.meta.events.unregister("before-call.s3.CreateBucket", narrowed)
+        client.create_bucket(Bucket="narrow")
         answer = refused(client.create_bucket, Bucket="elsewhere", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
         assert answer == (400, "InvalidLocationConstraint")
         assert client.get_bucket_location(Bucket="bucket")["LocationConstraint"] == REGION

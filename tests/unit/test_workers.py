@@ -12,26 +12,38 @@ from typing import Any
 
 import pytest
 
-from storaged.errors import AuditUnwritable, OperatorError
+from storaged.errors import AuditUnwritable, OperatorError, PortInUse
+from storaged.node.gateway import BUFFER_BYTES_MIN, shared_limits, shared_out
 from storaged.node.workers import Workers
+from storaged.objects.plane import ObjectLimits
 from storaged.observe import Metrics
+from storaged.s3.limits import Limits
+from storaged.s3.listen import listen
 
 WORKER = """
-import json, os, socket, sys, time
+import json, os, signal, socket, sys, time
 behaviour, options = sys.argv[1], dict(zip(sys.argv[3::2], sys.argv[4::2]))
 door, talk = (socket.socket(fileno=int(options[name])) for name in ("--door", "--talk"))
 lines = talk.makefile("rb")
-assert json.loads(lines.readline())["pid"] == os.getppid()
+assert json.loads(lines.readline())["pid"] == os.getppid() == int(options["--parent"])
 say = lambda **message: talk.sendall(json.dumps(message).encode() + b"\\n")
 if behaviour == "fails":
     sys.exit(3)
 say(tell="ready")
 if behaviour == "audits":
-    for number, kind in enumerate(("fine", "refused")):
+    for number, kind in enumerate(("fine", "refused", "broken")):
         say(tell="audit", id=number, kind=kind, fields={})
         said = json.loads(lines.readline())
-        assert (said["do"], said["id"], bool(said["error"])) == ("done", number, kind == "refused"), said
+        assert (said["do"], said["id"], bool(said["error"])) == ("done", number, kind != "fine"), said
     say(tell="note", kind="over", fields={})
+if behaviour == "babbles":
+    talk.sendall(b"what?\\n")
+if behaviour == "does not end":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say(tell="note", kind="deaf", fields={})
+while behaviour == "has no descriptors":
+    door.recv(1)
+    door.send(b"n")
 while behaviour != "takes none":
     _, descriptors, _, _ = socket.recv_fds(door, 1, 1)
     if not descriptors:
@@ -56,6 +68,8 @@ async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers
         told.append(kind)
         if kind == "refused":
             raise AuditUnwritable("the disk is full")
+        if kind == "broken":
+            raise ValueError("a defect")
 
     workers = Workers(
         "config.toml",
@@ -66,6 +80,7 @@ async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers
         audit=audit,
         note=lambda kind, _fields: told.append(kind),
         forget=lambda _kind, _key: None,
+        remembers_s=1.0,
         command=(sys.executable, "-c", WORKER, behaviour),
         **options,
     )
@@ -129,7 +144,65 @@ async def test_what_a_worker_asks_to_be_audited_is_and_it_is_told_of_a_refusal()
     async with gateway("audits") as (workers, told, _port):
         await workers.start()
         await until(lambda: "over" in told)
-        assert told == ["fine", "refused", "over"]
+        assert told == ["fine", "refused", "broken", "over"]
+
+
+async def test_a_connection_that_a_worker_cannot_receive_is_served_by_another() -> None:
+    async with gateway("has no descriptors") as (workers, _, port):
+        await workers.start()
+        assert [await answer(port) for _ in range(6)] == [b"first"] * 6
+
+
+async def test_a_worker_that_is_not_understood_is_killed_and_started_again() -> None:
+    async with gateway("babbles") as (workers, _, _port):
+        await workers.start()
+        first = workers._others[0].process
+        assert first is not None
+        assert await asyncio.wait_for(first.wait(), 20) == -signal.SIGKILL
+        await until(lambda: workers._others[0].process not in (None, first))
+
+
+async def test_a_worker_that_does_not_end_is_waited_for_no_longer_than_it_may_take_and_then_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway("does not end") as (workers, told, _port):
+        await workers.start()
+        await until(lambda: "deaf" in told)
+        process = workers._others[0].process
+        assert process is not None
+        monkeypatch.setattr("storaged.node.workers.ENDING_S", 0.2)
+        await asyncio.wait_for(workers.drain(0.1), 10)
+        assert process.returncode is None
+        monkeypatch.undo()
+        await workers.close()
+        assert process.returncode == -signal.SIGKILL
+
+
+async def test_a_name_with_two_addresses_is_listened_to_at_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: both)
+    listeners = listen("both", 0)
+    monkeypatch.undo()
+    ports = {listener.getsockname()[1] for listener in listeners}
+    assert len(ports) == 1
+    for listener in listeners:
+        with socket.create_connection(listener.getsockname()):
+            listener.accept()[0].close()
+    with pytest.raises(PortInUse):
+        listen("127.0.0.2", ports.pop())
+    for listener in listeners:
+        listener.close()
+
+
+def test_processes_share_what_one_may_hold_and_take() -> None:
+    whole, quarter, many = (shared_out(ObjectLimits(), count) for count in (1, 4, 64))
+    assert whole == ObjectLimits()
+    for pool in ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max"):
+        assert getattr(quarter, pool) == max(getattr(whole, pool) // 4, BUFFER_BYTES_MIN)
+        assert getattr(many, pool) == BUFFER_BYTES_MIN, "a large transfer finds room in any process"
+    assert (quarter.opened_bytes_max, many.opened_bytes_max) == (whole.opened_bytes_max // 4, whole.opened_bytes_max // 64)
+    one, each = Limits(), shared_limits(10, 4)
+    assert shared_limits(one.requests_max, 1) == one
+    assert each.requests_max == 3, "ten are never fewer"
+    assert 4 * each.connections_max >= one.connections_max
 
 
 async def test_a_gateway_whose_worker_does_not_come_up_does_not_start() -> None:
