@@ -54,11 +54,13 @@ class again when it derives from PeerError."""
 
 
 Answer = Callable[[Message | Reply | Exception], None]
-"""``answer(outcome)``: called once, on the event loop, with what the handler would have returned or raised. It does not raise."""
+"""``answer(outcome)``: called once, on the event loop, with what the handler would have returned or raised. It does not raise. When the call was let go
+meanwhile (withdrawn, its deadline passed, the peer is gone) the outcome goes nowhere."""
 
 Begin = Callable[[Any, Call, Answer], bool]
 """``begin(request, call, answer)``: takes the request on and answers, now or later; False: nothing was done, since that would need waiting first.
-Raises what the handler would raise, when it was not taken on."""
+Raises what the handler would raise, when it was not taken on. What was taken on may have to wait for a disk that never answers, longer than the server counts it:
+its number and bytes are bounded by whoever takes it on."""
 
 
 class Method(NamedTuple):

@@ -5,10 +5,16 @@ extension and the admission policy (jurisdiction), and the handshake (same clust
 refusal is sent when there is somebody to send it to, logged, and handed to ``on_refusal`` for the audit log. A certificate outlives a membership: what a peer
 may call follows from the layout in force (``membership``), and is judged again, for connections that stand too, whenever that changes (``judge_again``).
 
-Requests then run as tasks. What they hold in memory is bounded twice, per connection and per server: before a body is received its bytes are taken
+A request is answered in one of three ways (``ports.Method``): at once, on the event loop, where nothing needs waiting; by a callback, of what ``begin`` took on,
+mostly a disk's writer thread; else by a task. A task ends early, cancelled, when its caller withdraws the call, its deadline has passed or the connection is gone.
+What was taken on can't be stopped: it is then let go instead, its place and its bytes are free, and an answer that comes after all goes nowhere. A stopping
+server waits for tasks and for what it did not let go, each for ``drain_s``.
+
+What requests hold in memory is bounded twice, per connection and per server: before a body is received its bytes are taken
 from both budgets, answers with large bodies count until they have left, and when a budget is used up the server stops reading from that
 connection: TCP carries the back-pressure to the caller. A single body larger than a budget is admitted when nothing else is in flight; answers
-of handlers that run already come on top, so their number is bounded too.
+of handlers that run already come on top, so their number is bounded too. What a disk that hangs still holds of calls that were let go is in no budget of the
+server's, for a budget that never comes back would end the traffic with the node's other disks: whoever takes calls on bounds what it has in hand itself.
 """
 
 from __future__ import annotations
@@ -133,10 +139,11 @@ class Budget:
 
 
 class _Running(NamedTuple):
-    """``task``: None for what was taken on without one, which nobody can cancel."""
+    """``task``: None for what was taken on without one. ``size``: of the body that comes free when it is let go; a task's callback sees to its own."""
 
     task: asyncio.Task[None] | None
     deadline: float
+    size: int = 0
 
 
 class ServerConnection(Connection):
@@ -214,8 +221,8 @@ class ServerConnection(Connection):
             self._begin(header, head, body)
         elif header.kind == CANCEL:
             running = self.running.get(header.request_id)
-            if running is not None and running.task is not None:
-                running.task.cancel()
+            if running is not None:
+                self.end_early(header.request_id, running)
         else:
             try:
                 self.hello.set_result(decode(head, Hello))
@@ -301,17 +308,19 @@ class ServerConnection(Connection):
         return True
 
     def _begun(self, request_id: int, size: int, name: bytes, begin: Begin, request: Message, call: Call) -> bool:
-        self.running[request_id] = _Running(None, call.deadline)
+        running = self.running[request_id] = _Running(None, call.deadline, size)
         try:
-            if begin(request, call, partial(self._begun_answered, request_id, size, name)):
+            if begin(request, call, partial(self._begun_answered, request_id, running, name)):
                 return True
         except Exception as error:
-            self._begun_answered(request_id, size, name, error)
+            self._begun_answered(request_id, running, name, error)
             return True
         del self.running[request_id]
         return False
 
-    def _begun_answered(self, request_id: int, size: int, name: bytes, outcome: Message | Reply | Exception) -> None:
+    def _begun_answered(self, request_id: int, running: _Running, name: bytes, outcome: Message | Reply | Exception) -> None:
+        if self.running.get(request_id) is not running:
+            return  # it was let go
         del self.running[request_id]
         if isinstance(outcome, Exception):
             if not isinstance(outcome, StoragedError):
@@ -319,7 +328,18 @@ class ServerConnection(Connection):
             self._fail(request_id, outcome)
         else:
             self._answer(request_id, outcome)
-        self._release(size)
+        self._release(running.size)
+        if self.server.drained is not None:
+            self.server.look_whether_drained()
+
+    def end_early(self, request_id: int, running: _Running) -> None:
+        """Nobody waits for this call any more."""
+        if running.task is not None:
+            running.task.cancel()
+            return
+        del self.running[request_id]
+        self.server.calls_cancelled += 1
+        self._release(running.size)
         if self.server.drained is not None:
             self.server.look_whether_drained()
 
@@ -373,9 +393,8 @@ class ServerConnection(Connection):
         for held in (self._receiving_bytes, self._granted or 0):
             self.server.budget.release(held)
         self._receiving_bytes, self._granted = 0, None
-        for running in list(self.running.values()):
-            if running.task is not None:
-                running.task.cancel()
+        for request_id, running in list(self.running.items()):
+            self.end_early(request_id, running)
         self._give_up(ConnectionResetError(self.reason))
         self.server.gone(self)
 
@@ -637,9 +656,8 @@ class RpcServer:
         for connection in list(self._connections):
             if connection.stalled_s(now) > self.limits.stall_timeout_s:
                 connection.abort("the peer made no progress")
-            for entry in list(connection.running.values()):
-                if entry.deadline < now and entry.task is not None:
-                    entry.task.cancel()
+            for request_id, running in [entry for entry in connection.running.items() if entry[1].deadline < now]:
+                connection.end_early(request_id, running)
         self._sweep_timer = self.loop.call_later(SWEEP_S, self._sweep)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from storaged.errors import StoragedError
+import structlog
+
+from storaged.errors import DiskUnusable, StoragedError
 from storaged.meta.ports import Copy, Kept, MetaStore, StoreBatch
 from storaged.wire import Buffer
+
+log = structlog.get_logger(__name__)
 
 StoreCopy = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
 """``await store(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk refused."""
@@ -42,14 +46,19 @@ class PlainCopies:
         task.add_done_callback(self._tasks.discard)
 
     async def _keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
+        """Whatever happens, ``done`` is told: the register waits for it."""
+        refusal: StoragedError | None = None
+        failure: StoragedError | None = None
         try:
-            await self._store(header, body)
+            try:
+                await self._store(header, body)
+            except StoragedError as error:
+                refusal = error
+            else:
+                await self._meta.commit(batch)
         except StoragedError as error:
-            done(error, None)
-            return
-        try:
-            await self._meta.commit(batch)
-        except StoragedError as error:
-            done(None, error)
-        else:
-            done(None, None)
+            failure = error
+        except Exception as error:
+            log.exception("keeping a small copy failed unexpectedly")
+            failure = DiskUnusable(f"Keeping a small copy failed unexpectedly: {type(error).__name__}: {error}")
+        done(refusal, failure)

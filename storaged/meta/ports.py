@@ -370,8 +370,8 @@ class MetaStore(Protocol):
         """
 
     def post(self, batch: StoreBatch, done: Done) -> None:
-        """As ``commit``, but returns at once and calls ``done`` on the event loop with None, or with what ``commit`` raises. Raises ValueError, DiskUnusable
-        for what was not even begun."""
+        """As ``commit``, but returns at once and calls ``done`` on the event loop with None, or with what ``commit`` raises. Raises ValueError, DiskUnusable,
+        or SlowDown (too many wait for this disk), for what was not even begun."""
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
         """Deletes those of these pages whose ``created_ms`` is still the one given: what was put again meanwhile stays. How many, durably. Raises as ``commit``."""

@@ -25,7 +25,7 @@ import xxhash
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.ports import Then
-from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, StoragedError
+from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown, StoragedError
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Visibility
@@ -56,6 +56,11 @@ PROMISES_MAX = 65_536
 
 FENCES_KNOWN_MAX = 4_096
 """Buckets of which it is remembered whether they are fenced; only this replica changes that."""
+
+WRITES_MAX = 4_096
+WRITE_BYTES_MAX = 64 * MIB
+"""Accepts and pages on their way to one disk, and the bytes of their values, copies and pages. Nothing of this ends before the disk has answered, whoever still
+waits for it: a disk that hangs holds no more than this. Seconds of work for one that doesn't."""
 
 NO_BYTES = memoryview(b"")
 VALUE_BYTES_MAX = 4 * MIB
@@ -114,6 +119,7 @@ class LocalReplica:
         self._clock = clock if clock is not None else SystemClock()
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
         self._in_flight: dict[RegisterName, asyncio.Future[None] | None] = {}
+        self._bytes_in_flight = 0
         self._fences_unsynced: dict[bytes, Fence] = {}
         self._lifted_unsynced: dict[bytes, bytes] = {}
         self._fences_known: dict[bytes, Fence | None] = {}
@@ -223,7 +229,8 @@ class LocalReplica:
     def begin_accept(self, request: messages.Accept, body: Sequence[Buffer], answer: AnswerAccept) -> bool:
         """Judges, and lets the disk write; ``answer`` is told what ``accept`` returns or raises. Whoever goes away meanwhile, what was begun arrives.
 
-        False: another accept of this register, or a higher high-water ballot, has to be waited for first. Raises when nothing was begun.
+        False: another accept of this register, or a higher high-water ballot, has to be waited for first. Raises when nothing was begun: SlowDown when the disk
+        has as much in hand as may be.
         """
         self._check_answers()
         name, ballot, value = request.name, request.ballot, request.value
@@ -243,6 +250,8 @@ class LocalReplica:
         if ballot == acceptor.accepted and not request.header:
             answer(messages.AcceptReply(Verdict.OK, ballot))
             return True
+        size = len(value.body) + sum(map(len, body))
+        self._check_room(size)
         batch = StoreBatch([Slot(name, ballot, value)])
         if needs_high_water(ballot, self._high_water):
             batch.meta[META_HIGH_WATER] = encode(self._next_high_water(ballot))
@@ -255,14 +264,20 @@ class LocalReplica:
                 self._own(self._commit(batch))
             return True
         self._in_flight[name] = None
+        self._bytes_in_flight += size
         try:
             if request.header:
-                self._keep_copy(request, body, batch, answer)
+                self._keep_copy(request, body, batch, size, answer)
             else:
-                self._store.post(batch, partial(self._arrived, request, batch, answer, ""))
+                self._store.post(batch, partial(self._arrived, request, batch, size, answer, ""))
         except Exception as error:
-            self._arrived(request, batch, answer, "", error)
+            self._arrived(request, batch, size, answer, "", error)
         return True
+
+    def _check_room(self, size: int) -> None:
+        count = len(self._in_flight) + len(self._tasks)
+        if count >= WRITES_MAX or (count and self._bytes_in_flight + size > WRITE_BYTES_MAX):
+            raise SlowDown(f"Disk {self.disk} has not written yet what it was given: {count} writes, {self._bytes_in_flight} bytes.")
 
     def _promised_to(self, name: RegisterName, ballot: Ballot) -> Acceptor:
         """A register that is promised to this very ballot has accepted nothing since, and before that something lower: the row need not be read again."""
@@ -277,20 +292,20 @@ class LocalReplica:
             log.error("one ballot with two values", disk=self.disk, ballot=str(ballot), register=name.pack().hex())
         return messages.AcceptReply(verdict, acceptor.lowest, acceptor.fence is not None and acceptor.fence.final)
 
-    def _keep_copy(self, request: messages.Accept, body: Sequence[Buffer], batch: StoreBatch, answer: AnswerAccept) -> None:
+    def _keep_copy(self, request: messages.Accept, body: Sequence[Buffer], batch: StoreBatch, size: int, answer: AnswerAccept) -> None:
         """The copy, then the row. A settling round writes the row even where the copy can't be stored."""
 
         def kept(refusal: StoragedError | None, error: StoragedError | None) -> None:
             if refusal is None:
-                self._arrived(request, batch, answer, "", error)
+                self._arrived(request, batch, size, answer, "", error)
             elif request.identity:
                 try:
                     self._check_answers()
-                    self._store.post(batch, partial(self._arrived, request, batch, answer, refusal.message))
+                    self._store.post(batch, partial(self._arrived, request, batch, size, answer, refusal.message))
                 except Exception as failure:
-                    self._arrived(request, batch, answer, "", failure)
+                    self._arrived(request, batch, size, answer, "", failure)
             else:
-                self._let_go(request.name)
+                self._let_go(request.name, size)
                 self._counts["refused"] += 1
                 answer(messages.AcceptReply(Verdict.UNSTORED, copy_error=refusal.message))
 
@@ -299,19 +314,22 @@ class LocalReplica:
         else:
             self._copies.keep(request.header, body, batch, kept)
 
-    def _arrived(self, request: messages.Accept, batch: StoreBatch, answer: AnswerAccept, copy_error: str, error: Exception | None) -> None:
-        """The row is on disk, or the store refused it and nobody knows what it holds."""
+    def _arrived(
+        self, request: messages.Accept, batch: StoreBatch, size: int, answer: AnswerAccept, copy_error: str, error: Exception | None
+    ) -> None:
+        """The row is on disk, or the store refused it and nobody knows what it holds; SlowDown: it had no room for it, and has not begun."""
         if error is not None:
-            self._fail(error.message if isinstance(error, StoragedError) else f"{type(error).__name__}: {error}")
-            self._let_go(request.name)
-            answer(error)
+            if not isinstance(error, SlowDown):
+                self._fail(error)
+            self._let_go(request.name, size)
+            answer(error if isinstance(error, StoragedError) else DiskUnusable(f"Disk {self.disk} failed unexpectedly."))
             return
         name, ballot = request.name, request.ballot
         if batch.meta:
             self._high_water = max(self._high_water, decode(batch.meta[META_HIGH_WATER], Ballot))
         if self._promises.get(name, ballot) <= ballot:
             self._promises.pop(name, None)
-        self._let_go(name)
+        self._let_go(name, size)
         answer(messages.AcceptReply(Verdict.OK, ballot, False, bool(request.header) and not copy_error, copy_error))
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
@@ -395,7 +413,8 @@ class LocalReplica:
             raise InvalidRequest(f"A page of {len(request.body)} bytes; the limit is {PAGE_BYTES_MAX}.")
         if xxhash.xxh3_128_digest(request.body) != request.page_hash:
             raise InvalidRequest("The page's bytes are not those that its hash names.")
-        await self._durably(StoreBatch(pages=[StoredPage(request.page_hash, request.body, self._clock.wall_ms())]))
+        self._check_room(len(request.body))
+        await self._durably(StoreBatch(pages=[StoredPage(request.page_hash, request.body, self._clock.wall_ms())]), size=len(request.body))
         return messages.PageReply()
 
     async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply:
@@ -569,8 +588,9 @@ class LocalReplica:
             future = self._in_flight[name] = asyncio.get_running_loop().create_future()
         return future
 
-    def _let_go(self, name: RegisterName) -> None:
+    def _let_go(self, name: RegisterName, size: int) -> None:
         """Ends the wait of everybody else for this register."""
+        self._bytes_in_flight -= size
         waited_for = self._in_flight.pop(name)
         if waited_for is not None:
             waited_for.set_result(None)
@@ -591,30 +611,36 @@ class LocalReplica:
         try:
             await self._store.commit(batch)
         except StoragedError as error:
-            self._fail(error.message)
+            self._fail(error)
             return error
         except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(error)
             raise
         return None
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, error: Exception) -> None:
         if not self._silent:
+            expected = isinstance(error, StoragedError)
+            reason = error.message if isinstance(error, StoragedError) else f"{type(error).__name__}: {error}"
             self._silent = f"its store refused a write, and what it acknowledged is uncertain ({reason})"
-            log.error("replica falls silent", disk=self.disk, reason=reason)
+            log.error("replica falls silent", disk=self.disk, reason=reason, exc_info=None if expected else error)
 
     @staticmethod
     def _raise_if(error: StoragedError | None) -> None:
         if error is not None:
             raise error
 
-    async def _durably(self, batch: StoreBatch, then: Callable[[], None] | None = None) -> None:
+    async def _durably(self, batch: StoreBatch, then: Callable[[], None] | None = None, *, size: int = 0) -> None:
         async def write() -> StoragedError | None:
-            error = await self._commit(batch)
+            try:
+                error = await self._commit(batch)
+            finally:
+                self._bytes_in_flight -= size
             if error is None and then is not None:
                 then()
             return error
 
+        self._bytes_in_flight += size
         self._raise_if(await asyncio.shield(self._own(write())))
 
     async def _raise_high_water(self, ballot: Ballot) -> None:

@@ -44,7 +44,7 @@ import lmdb
 import xxhash
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, StoragedError
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta.names import RegisterName, Table
@@ -396,7 +396,9 @@ class LmdbMetaStore:
             await future
 
     def post(self, batch: StoreBatch, done: Done) -> None:
-        """As the port says. It does not wait for room: who posts is bounded by what RPC lets in."""
+        """As the port says. It does not wait for room: beyond ``QUEUED_BATCHES_MAX`` it raises SlowDown."""
+        if self._queued >= QUEUED_BATCHES_MAX:
+            raise SlowDown(f"{self._queued} batches wait for the metadata store in {self.directory}.")
         self._enqueue(self.ready(batch, done))
 
     def _enqueue(self, entry: Ready) -> None:

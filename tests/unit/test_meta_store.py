@@ -14,7 +14,8 @@ from typing import Any
 import lmdb
 import pytest
 
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, StoragedError
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, SlowDown, StoragedError
+from storaged.meta import store as store_module
 from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.store import LmdbMetaStore
@@ -315,3 +316,21 @@ async def test_a_callback_that_raises_keeps_its_news_from_no_other_commit(tmp_pa
     await asyncio.wait_for(told.wait(), 10)
     await store.close()
     assert [str(error) for error in troubles] == ["a mistake"]
+
+
+async def test_posts_beyond_the_bound_are_refused_while_the_disk_hangs_and_harm_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "QUEUED_BATCHES_MAX", 3)
+    store = LmdbMetaStore(tmp_path)
+    told: list[StoragedError | None] = []
+    store._committing.acquire()  # the disk hangs
+    for number in range(3):
+        store.post(StoreBatch(meta={f"m{number}": b"1"}), told.append)
+    with pytest.raises(SlowDown):
+        store.post(StoreBatch(meta={"beyond": b"1"}), told.append)
+    store._committing.release()
+    await store.commit(StoreBatch(meta={"after": b"1"}))
+    assert told == [None] * 3
+    assert (store.get_meta("m2"), store.get_meta("beyond"), store.get_meta("after")) == (b"1", None, b"1")
+    await store.close()

@@ -12,12 +12,13 @@ import pytest
 import xxhash
 
 from storaged.cluster.ports import Call, PeerIdentity, Reply
-from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest
+from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown
 from storaged.meta import messages
+from storaged.meta import replica as replica_module
 from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy, Done, StoreBatch
 from storaged.meta.register import HIGH_WATER_BLOCK_US, Verdict
 from storaged.meta.remote import ReplicaHost
 from storaged.meta.replica import LocalReplica
@@ -399,6 +400,53 @@ async def test_close_waits_for_what_is_on_its_way_to_the_disk() -> None:
     assert store.get(NAME) is not None
 
 
+async def test_a_disk_that_hangs_is_given_so_much_and_no_more_and_goes_on_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "WRITES_MAX", 3)
+    monkeypatch.setattr(replica_module, "WRITE_BYTES_MAX", 1000)
+    disk = SlowDisk()
+    replica = LocalReplica("d", MemoryMetaStore(sync=disk.sync))
+    await replica.accept(accept(ballot(10), value()))
+    disk.open.clear()
+    names = [RegisterName(Table.OBJECT, SCOPE, 3, b"%d" % number) for number in range(4)]
+    large = asyncio.create_task(replica.accept(accept(ballot(11), value(b"x" * 999), names[0])))
+    await settle_tasks()
+    with pytest.raises(SlowDown):
+        await replica.accept(accept(ballot(11), value(b"xx"), names[1]))
+    page = b"page"
+    with pytest.raises(SlowDown):
+        await replica.page_put(messages.PagePut("d", xxhash.xxh3_128_digest(page), page))
+    small = [asyncio.create_task(replica.accept(accept(ballot(11), value(b""), name))) for name in names[1:3]]
+    await settle_tasks()
+    for _ in range(2):
+        with pytest.raises(SlowDown):
+            await replica.accept(accept(ballot(11), value(b""), names[3]))
+    heard: list[object] = []
+    assert replica.post(accept(ballot(11), value(b""), names[3]), lambda answer, _bulk: heard.append(answer))
+    assert [type(answer) for answer in heard] == [SlowDown]
+    disk.open.set()
+    assert [reply.verdict for reply in await asyncio.gather(large, *small)] == [Verdict.OK] * 3
+    assert (await replica.accept(accept(ballot(12), value(b"y" * 1000), names[3]))).verdict == Verdict.OK
+    await replica.page_put(messages.PagePut("d", xxhash.xxh3_128_digest(page), page))
+    assert (replica.statistics().state, replica._bytes_in_flight) == ("ok", 0)
+
+
+class FullStore(MemoryMetaStore):
+    """Takes no posts."""
+
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        raise SlowDown("4096 batches wait")
+
+
+async def test_a_store_that_has_no_room_refuses_an_accept_and_its_replica_goes_on() -> None:
+    store = FullStore()
+    replica = LocalReplica("d", store)
+    with pytest.raises(SlowDown):
+        await replica.accept(accept(ballot(10), value()))
+    assert (await replica.prepare(prepare(ballot(11)))).verdict == Verdict.OK
+    assert replica.statistics().state == "ok"
+    assert replica.statistics().accepts_in_flight == 0
+
+
 # --- small copies and pages ---------------------------------------------------------------------------------------------
 
 
@@ -448,6 +496,40 @@ async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_but_by_a_sett
     assert (settled.verdict, settled.copy_synced, settled.copy_error) == (Verdict.OK, False, "full")
     assert store.get(NAME) is not None
     assert (await read(replica)).value == value(payload=b"D")
+
+
+async def test_a_copy_that_fails_in_a_way_that_nobody_foresaw_ends_its_accept_and_the_replica() -> None:
+    copies = Copies()
+    replica = copies.over(MemoryMetaStore())
+
+    async def broken(_header: bytes, _body: Sequence[Buffer]) -> None:
+        raise RuntimeError("a mistake")
+
+    copies.store = broken  # type: ignore[method-assign]
+    replica = copies.over(MemoryMetaStore())
+    heard: list[object] = []
+    async with asyncio.timeout(5):
+        with pytest.raises(DiskUnusable):
+            await replica.accept(with_copy(ballot(10), b"D"), [b"payload"])
+        with pytest.raises(DiskUnusable):
+            await replica.prepare(prepare(ballot(11)))
+        await replica.close()
+    assert replica.post(prepare(ballot(12)), lambda answer, _bulk: heard.append(answer))
+    assert [type(answer) for answer in heard] == [DiskUnusable]
+
+
+class MistakenStore(MemoryMetaStore):
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        raise RuntimeError("a mistake")
+
+
+async def test_a_proposer_in_the_same_process_hears_of_an_unforeseen_failure_as_of_an_unusable_disk() -> None:
+    replica = LocalReplica("d", MistakenStore())
+    heard: list[object] = []
+    assert replica.post(accept(ballot(10), value()), lambda answer, _bulk: heard.append(answer))
+    assert [type(answer) for answer in heard] == [DiskUnusable]
+    async with asyncio.timeout(5):
+        await replica.close()
 
 
 async def test_while_a_copy_is_being_stored_its_register_waits_and_a_fence_is_not_answered() -> None:

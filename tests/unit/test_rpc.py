@@ -17,7 +17,7 @@ from storaged.cluster import identity
 from storaged.cluster.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
 from storaged.cluster.layout import Layout, NodeEntry, standing_of
 from storaged.cluster.policy import Policy
-from storaged.cluster.ports import Method
+from storaged.cluster.ports import Answer, Call, Method, Methods
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
 from storaged.errors import (
     CertificateRefused,
@@ -259,6 +259,81 @@ async def test_a_call_cancelled_at_once_leaves_nothing_behind(pair: Pair) -> Non
     await until(lambda: pair.server.statistics().handlers_running == 0)
     assert pair.server.statistics().inflight_bytes == 0
     assert pair.pool.statistics().links[0].calls_pending == 0
+
+
+class Hung:
+    """A method that takes calls on and answers when it is told to, or never."""
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+
+    def begin(self, _request: Note, _call: Call, answer: Answer) -> bool:
+        self.answers.append(answer)
+        return True
+
+    def methods(self) -> Methods:
+        service = Service()
+        return {**service.methods(), "t.begin": Method(Note, service.hold, begin=self.begin)}
+
+
+async def test_calls_that_a_hung_disk_took_on_end_with_their_deadlines_and_other_calls_go_on(world: World) -> None:
+    hung = Hung()
+    async with (
+        serving(world.node("n1"), hung.methods()) as server,
+        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
+    ):
+        limits = server.limits
+        size = limits.inflight_bytes_per_connection_max // limits.handlers_per_connection_max // 2
+        calls = [
+            asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(size)], timeout_s=0.5))
+            for _ in range(2 * limits.handlers_per_connection_max)
+        ]
+        await until(lambda: server.statistics().connections_waiting == 1)
+        assert len(hung.answers) == limits.handlers_per_connection_max
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {PeerTimeout}
+        assert (await pool.call("n1", "t.echo", Note("on"), Note, timeout_s=5))[0].text == "on"
+        await until(lambda: server.statistics().handlers_running == 0)
+        assert server.statistics().inflight_bytes == 0
+        for answer in hung.answers:
+            answer(Note("late"))
+        assert (await pool.call("n1", "t.echo", Note("still"), Note))[0].text == "still"
+        assert pool.statistics().links[0].connects == 1
+        assert server.statistics().inflight_bytes == 0
+
+
+async def test_a_withdrawn_call_that_was_taken_on_is_let_go_at_once_and_its_answer_goes_nowhere(world: World) -> None:
+    hung = Hung()
+    async with (
+        serving(world.node("n1"), hung.methods()) as server,
+        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
+    ):
+        call = asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(MIB)], timeout_s=60))
+        await until(lambda: bool(hung.answers))
+        assert server.statistics().inflight_bytes == MIB
+        call.cancel()
+        await until(lambda: server.statistics().handlers_running == 0)
+        assert (server.statistics().inflight_bytes, server.statistics().calls_cancelled) == (0, 1)
+        hung.answers[0](Note("late"))
+        assert (await pool.call("n1", "t.echo", Note("on"), Note))[0].text == "on"
+        assert server.statistics().inflight_bytes == 0
+
+
+async def test_what_was_taken_on_holds_nothing_when_its_connection_is_gone(world: World) -> None:
+    hung = Hung()
+    async with (
+        serving(world.node("n1"), hung.methods()) as server,
+        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
+    ):
+        call = asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(MIB)], timeout_s=60))
+        await until(lambda: bool(hung.answers))
+        for connection in server._connections:
+            connection.abort("a test")
+        with pytest.raises(PeerUnreachable):
+            await call
+        await until(lambda: server.statistics().inflight_bytes == 0)
+        hung.answers[0](Note("late"))
+        assert server.statistics().inflight_bytes == 0
 
 
 async def test_an_answer_that_comes_too_late_is_skipped_and_harms_nobody(world: World) -> None:
