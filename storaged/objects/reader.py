@@ -10,6 +10,7 @@ one opens, and the disks whose cells differ from that are reported.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
 
@@ -273,11 +274,11 @@ class _WindowJob:
                     ask_spares(1)
                 if not reads:
                     raise DataDamaged(f"Block {self._block} of this object has too few readable fragments.")
-                more = await reads.turn(self._hedge.seconds if spares else reads.left_s(limit_s))
+                more = await reads.turn(limit_s, patience_s=self._hedge.seconds if spares else math.inf)
                 for position in reads.give_up(limit_s):
                     self._bad.add(self.disks[position])
                     more += 1
-                if reads.stalled and spares:
+                if reads.stalled:
                     self._plane.counters.reads_hedged += 1
                     more += len(reads)
                 if more:
@@ -357,7 +358,7 @@ class _WindowJob:
             for position in range(self.profile.n):
                 reads.begin(position, self._read(position, stripe, 1))
             while reads:
-                await reads.turn(reads.left_s(limit_s))
+                await reads.turn(limit_s)
                 self._bad.update(self.disks[position] for position in reads.give_up(limit_s))
         finally:
             await reads.close()

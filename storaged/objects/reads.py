@@ -1,12 +1,14 @@
 """The reads of one window that are under way together.
 
-Theory of operation. Whoever waits for them is woken when there is something to decide: one failed, all have come, or none came for a while. So a window whose
-disks all answer costs one wake-up and one timer, however many fragments it has. A read that takes too long is given up by the waiter, not by a timer of its own.
+Theory of operation. Whoever waits for them is woken when there is something to decide: one failed, all have come, none came for a while, or the oldest has taken
+as long as any may. So a window whose disks all answer costs one wake-up and one timer, however many fragments it has. A read that takes too long is given up by the
+waiter, not by a timer of its own; its time runs from when it was begun, whatever comes meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from typing import Any
 
@@ -43,7 +45,7 @@ class Reads:
         self._failed = 0
         self._turn: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._patience_s = 0.0
+        self._patience_s = self._limit_s = math.inf
         self._heard_at = 0.0
         self.stalled = False
         """The last turn ended because none came."""
@@ -58,14 +60,15 @@ class Reads:
         self._pending[task] = (self._loop.time(), position)
         task.add_done_callback(self._done)
 
-    async def turn(self, patience_s: float) -> int:
-        """Waits until a read failed, none is left, or (when ``eager``) one came; or for ``patience_s`` without any. Returns how many failed. Raises what a read raised."""
+    async def turn(self, limit_s: float, *, patience_s: float = math.inf) -> int:
+        """Waits until a read failed, none is left, or (when ``eager``) one came; until none came for ``patience_s`` (``stalled``); or until the oldest has taken
+        ``limit_s``, and is to be given up. Returns how many failed. Raises what a read raised."""
         self.stalled = False
         if self._pending and not self._failed and self._error is None:
             self._turn = self._loop.create_future()
-            self._patience_s = patience_s
+            self._patience_s, self._limit_s = patience_s, limit_s
             self._heard_at = self._loop.time()
-            self._timer = self._loop.call_later(patience_s, self._look)
+            self._timer = self._loop.call_at(self._due(), self._look)
             try:
                 await self._turn
             finally:
@@ -78,17 +81,13 @@ class Reads:
 
     def give_up(self, limit_s: float) -> list[int]:
         """Ends reads that began longer ago; their positions."""
-        before = self._loop.time() - limit_s
-        late = [(task, position) for task, (began, position) in self._pending.items() if began <= before]
+        now = self._loop.time()
+        late = [(task, position) for task, (began, position) in self._pending.items() if began + limit_s <= now]
         for task, _ in late:
             del self._pending[task]
             task.cancel()
             self._given_up.append(task)
         return [position for _, position in late]
-
-    def left_s(self, limit_s: float) -> float:
-        """Until the oldest read has taken ``limit_s``."""
-        return max(0.0, min(began for began, _ in self._pending.values()) + limit_s - self._loop.time())
 
     async def close(self) -> None:
         left = [*self._pending, *self._given_up]
@@ -111,12 +110,18 @@ class Reads:
                 return
         self._wake()
 
+    def _due(self) -> float:
+        """When there is something to decide if no more comes."""
+        return min(self._heard_at + self._patience_s, min(began for began, _ in self._pending.values()) + self._limit_s)
+
     def _look(self) -> None:
-        left_s = self._heard_at + self._patience_s - self._loop.time()
-        if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._look)
+        if self._turn is None or self._turn.done():
+            return
+        now, due = self._loop.time(), self._due()
+        if due > now:
+            self._timer = self._loop.call_at(due, self._look)
         else:
-            self.stalled = True
+            self.stalled = self._heard_at + self._patience_s <= now
             self._wake()
 
     def _wake(self) -> None:

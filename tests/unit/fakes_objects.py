@@ -75,7 +75,7 @@ class Stored:
 
 @dataclass
 class FakeDisk:
-    """A fragment store. ``down``: unreachable; ``full``: refuses writes; ``hang``: an event that operations wait for; ``on_write``: called before each write with its number."""
+    """A fragment store. ``down``: unreachable; ``full``: refuses writes; ``hang``: an event that operations wait for; ``slow_s``: how long all take; ``on_write``: called before each write with its number."""
 
     name: str
     fragments: dict[FragmentId, Stored] = field(default_factory=dict)
@@ -84,6 +84,7 @@ class FakeDisk:
     full: bool = False
     fail_sync: bool = False
     hang: asyncio.Event | None = None
+    slow_s: float = 0.0
     on_write: Callable[[int], None] | None = None
     writes: int = 0
     reads: int = 0
@@ -91,7 +92,7 @@ class FakeDisk:
     async def _enter(self) -> None:
         if self.hang is not None:
             await self.hang.wait()
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.slow_s)
         if self.down:
             raise PeerUnreachable(f"{self.name} is down")
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
+from storaged.errors import DataDamaged
 from storaged.objects.reads import HedgeDelay, Reads
+from storaged.objects.service import ObjectService
+from tests.unit.fakes_objects import World
+from tests.unit.test_objects_put_get import bucket_of, got, put
 
 
 class Disk:
@@ -63,7 +68,7 @@ async def test_a_waiter_is_woken_at_once_by_a_read_that_failed() -> None:
 
 async def test_reads_that_come_one_after_the_other_put_off_the_alarm() -> None:
     reads, disks = begun(4)
-    turn = asyncio.create_task(reads.turn(0.1))
+    turn = asyncio.create_task(reads.turn(5.0, patience_s=0.1))
     for disk in disks[:3]:
         await asyncio.sleep(0.06)
         disk.answer.set_result(True)
@@ -91,11 +96,24 @@ async def test_a_read_that_takes_too_long_is_given_up_and_ended() -> None:
     late = Disk()
     reads.begin(7, late.read())
     assert reads.give_up(1.0) == []
-    assert 0 < reads.left_s(1.0) < 1.0
     assert reads.give_up(0.01) == [0, 1]
     assert len(reads) == 1
     await reads.close()
     assert [disk.cancelled for disk in (*disks, late)] == [True, True, False]  # the last never began
+
+
+async def test_reads_that_come_do_not_give_another_more_time() -> None:
+    reads, disks = begun(3)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    turn = asyncio.create_task(reads.turn(0.1))
+    await asyncio.sleep(0.08)
+    disks[0].answer.set_result(True)
+    assert await turn == 0
+    assert 0.09 < loop.time() - started < 0.16
+    assert (len(reads), reads.stalled) == (2, False)
+    assert reads.give_up(0.1) == [1, 2]
+    await reads.close()
 
 
 async def test_an_error_of_a_read_reaches_the_waiter() -> None:
@@ -104,3 +122,54 @@ async def test_an_error_of_a_read_reaches_the_waiter() -> None:
     with pytest.raises(RuntimeError, match="a mistake"):
         await reads.turn(5.0)
     await reads.close()
+
+
+LIMIT_S, SLOW_S = 0.6, 0.4
+"""A disk that takes ``SLOW_S`` answers before one that hangs is given up, and must not put that off."""
+
+
+async def test_disks_that_hang_are_given_up_after_the_time_of_one_read_however_late_the_others_come() -> None:
+    world = World(read_timeout_s=LIMIT_S)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    await put(objects, bucket, os.urandom(300_000))
+    for name, disk in world.disks.disks.items():
+        if name in ("a0", "b0", "c0"):
+            disk.hang = asyncio.Event()
+        else:
+            disk.slow_s = SLOW_S
+    started = asyncio.get_running_loop().time()
+    with pytest.raises(DataDamaged, match="too few readable fragments"):
+        await got(objects, bucket)
+    # the fragments beyond the first four are asked for after the hedge delays, of 0.02 s; each has its own time
+    assert LIMIT_S < asyncio.get_running_loop().time() - started < LIMIT_S + SLOW_S - 0.1
+    await objects.close()
+
+
+async def test_a_disk_that_hangs_while_others_are_so_slow_that_no_hedge_comes_first_is_given_up_as_soon() -> None:
+    world = World(read_timeout_s=LIMIT_S, hedge_floor_s=LIMIT_S)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    await put(objects, bucket, data := os.urandom(200_000))
+    for disk in world.disks.disks.values():
+        disk.slow_s = SLOW_S
+    next(disk for disk in world.disks.disks.values() for f in disk.fragments if f.position == 0).hang = asyncio.Event()
+    started = asyncio.get_running_loop().time()
+    assert await got(objects, bucket) == data
+    assert LIMIT_S + SLOW_S < asyncio.get_running_loop().time() - started < LIMIT_S + 2 * SLOW_S - 0.1
+    await objects.close()
+
+
+async def test_a_disk_that_hangs_while_a_liar_is_looked_for_is_given_up_after_the_time_of_one_read() -> None:
+    world = World(read_timeout_s=LIMIT_S)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    await put(objects, bucket, data := os.urandom(300_000))
+    places = {fragment.position: (disk, fragment) for disk in world.disks.disks.values() for fragment in disk.fragments}
+    liar, fragment = places[0]
+    liar.flip(fragment, 0, lie=True)
+    places[5][0].hang = asyncio.Event()
+    for position in range(5):
+        places[position][0].slow_s = SLOW_S
+    started = asyncio.get_running_loop().time()
+    assert await got(objects, bucket) == data
+    assert SLOW_S + LIMIT_S < asyncio.get_running_loop().time() - started < SLOW_S + LIMIT_S + SLOW_S - 0.1
+    assert {(damage.disk, damage.reason) for damage in world.damage} == {(liar.name, "lied")}
+    await objects.close()
