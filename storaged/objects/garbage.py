@@ -15,7 +15,7 @@ from storaged.objects.background import Background
 
 GATHER_S = 0.1
 WAITING_MAX = 8192
-"""Entries gathered: at 100 bytes and a key each, some megabytes. More are dropped, and counted."""
+"""Entries gathered or on their way: at 100 bytes and a key each, some megabytes. More are dropped, and counted."""
 
 
 async def retire_on(stores: FragmentStores, disk: str, entries: Sequence[Retirement], timeout_s: float) -> None:
@@ -34,31 +34,35 @@ async def retire_all(stores: FragmentStores, by_disk: Mapping[str, Sequence[Reti
 
 
 class Garbage:
-    """Gathers entries, and sends them in the background."""
+    """Gathers entries, and sends them in the background: one batch at a time, so that a disk that does not answer holds back what is gathered meanwhile, and what
+    is gathered and on its way is ``WAITING_MAX`` at most."""
 
     def __init__(self, stores: FragmentStores, background: Background, timeout_s: float) -> None:
         self._stores = stores
         self._background = background
         self._timeout_s = timeout_s
         self._waiting: dict[str, list[Retirement]] = {}
-        self._count = 0
-        self._gathering = False
+        self._held = 0
+        """Entries that wait or are on their way."""
+        self._sending = False
 
     def add(self, disk: str, entry: Retirement) -> None:
-        if self._count >= WAITING_MAX:
+        if self._held >= WAITING_MAX:
             self._background.drop()
             return
-        if not self._gathering:
-            if not self._background.spawn(self._gathered()):
+        if not self._sending:
+            if not self._background.spawn(self._send()):
                 return
-            self._gathering = True
+            self._sending = True
         self._waiting.setdefault(disk, []).append(entry)
-        self._count += 1
+        self._held += 1
 
-    async def _gathered(self) -> None:
+    async def _send(self) -> None:
         try:
-            await asyncio.sleep(GATHER_S)
-        finally:
-            waiting, self._waiting = self._waiting, {}
-            self._count, self._gathering = 0, False
-        await retire_all(self._stores, waiting, self._timeout_s)
+            while self._waiting:
+                await asyncio.sleep(GATHER_S)
+                batch, self._waiting = self._waiting, {}
+                await retire_all(self._stores, batch, self._timeout_s)
+                self._held -= sum(map(len, batch.values()))
+        finally:  # when it is ended, what is left is lost with the process
+            self._waiting, self._held, self._sending = {}, 0, False

@@ -22,8 +22,8 @@ OWNER = "f" * 64
 class Rig:
     """One bucket on fakes; ``calls`` are those of ``retire``: (disk, entries)."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.world = World()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
+        self.world = World(**limits)  # type: ignore[arg-type]
         self.objects = ObjectService(self.world.plane())
         self.bucket = BucketRecord("b", b"B" * 16, OWNER, 1, "active", 16, "eu-fr-1")
         self.world.keys.newest[self.bucket.id] = 1
@@ -95,4 +95,28 @@ async def test_no_more_wait_than_there_is_room_for(monkeypatch: pytest.MonkeyPat
     rig.objects.plane.garbage.add("b0", Retirement(bytes(16), b"owner", 0))
     await rig.objects.plane.background.settle()
     assert rig.listed() == 1
+    await rig.objects.close()
+
+
+async def test_a_disk_that_hangs_has_one_batch_on_its_way_and_what_comes_meanwhile_is_bounded_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(garbage, "WAITING_MAX", 10)
+    monkeypatch.setattr(garbage, "GATHER_S", 0.01)
+    rig = Rig(monkeypatch, write_timeout_s=30.0)
+    hang = rig.world.disks.disks["a0"].hang = asyncio.Event()
+    plane = rig.objects.plane
+    for n in range(20):
+        plane.garbage.add("a0", Retirement(n.to_bytes(16, "big"), b"owner", 0))
+        if n % 4 == 3:
+            await asyncio.sleep(0.05)
+            assert len(plane.background._tasks) == 1
+    assert rig.calls == [("a0", 4)]
+    assert rig.objects.statistics().background_dropped == 10
+    hang.set()
+    await plane.background.settle()
+    assert (rig.calls, rig.listed()) == ([("a0", 4), ("a0", 6)], 10)
+    plane.garbage.add("b0", Retirement(bytes(16), b"owner", 0))
+    await plane.background.settle()
+    assert (rig.calls[2:], rig.objects.statistics().background_dropped) == ([("b0", 1)], 10)
     await rig.objects.close()
