@@ -42,7 +42,7 @@ from storaged.objects.versions import (
     seal_version,
     with_keys,
 )
-from storaged.objects.writer import PartWriter, RunsChanged
+from storaged.objects.writer import OnPlain, PartWriter, RunsChanged
 from storaged.wire import Buffer
 
 DEK_BYTES = 32
@@ -55,6 +55,15 @@ class Sealed(NamedTuple):
     digest: Digest
     small: SmallCopies | None = None
     writer: PartWriter | None = None
+
+
+class _Source(NamedTuple):
+    """A body to be coded: what reads it (``size`` bytes, when that is known), and what digests it on the way."""
+
+    reader: BodyReader
+    size: int | None
+    update: OnPlain
+    finish: Callable[[], Digest]
 
 
 async def put(
@@ -84,7 +93,8 @@ async def put(
         sealed = seal_small(plane, bucket, name, plain, digest, write.dek, write.data_id, 1)
         if sealed is not None:
             return await _commit_put(write, sealed)
-        body, checks = _again(plain), BodyChecks(size=size, algorithms=tuple(digest.checksums))
+        async with _coded(plane, bucket, name, _digested(plain, digest), write.dek, write.data_id, 1) as sealed:
+            return await _commit_put(write, sealed)
     async with sealed_body(plane, bucket, name, body, checks, dek=write.dek, data_id=write.data_id) as sealed:
         return await _commit_put(write, sealed)
 
@@ -175,63 +185,83 @@ async def sealed_body(
 ) -> AsyncIterator[Sealed]:
     """Reads, verifies and seals a body in the form that its size asks for. What was written is discarded when the caller's commit raises.
 
-    ``name`` is the object's register. ``number``: of an upload's part, which is never kept as copies beside a register; 0 for a whole object.
+    ``name`` is the object's register. ``number``: of an upload's part, which is never kept as copies beside a register; 0 for a whole object, one that is known to
+    be larger than ``small_bytes_max`` or of unknown size.
     """
     limits = plane.limits
     bytes_max = limits.part_bytes_max if number else limits.put_bytes_max
     if checks.size is not None and checks.size > bytes_max:
         raise EntityTooLarge(MaxSizeAllowed=str(bytes_max), ProposedSize=str(checks.size))
     reader, digest = BodyReader(body, bytes_max), BodyDigest(checks)
+    source = _Source(reader, checks.size, digest.update, digest.finish)
     small_max = limits.inline_sealed_bytes_max - TAG_BYTES if number else limits.small_bytes_max
     if checks.size is None or checks.size <= small_max:
         head = memoryview(bytearray((small_max if checks.size is None else checks.size) + 1))
         with trace.span("receive"):
             count = await reader.fill(head)
         if reader.ended:
+            plain = head[:count]
             with trace.span("digest"):
-                found = digest_of(head[:count], checks)
-            sealed = seal_small(plane, bucket, name, head[:count], found, dek, data_id, number or 1)
+                found = digest_of(plain, checks)
+            sealed = seal_small(plane, bucket, name, plain, found, dek, data_id, number or 1)
             if sealed is not None:
                 yield sealed
                 return
-            digest, checks = BodyDigest(BodyChecks(algorithms=tuple(found.checksums))), BodyChecks(size=count)
-        reader.unread(head[:count])
+            source = _digested(plain, found)
+        else:
+            reader.unread(head[:count])
+    async with _coded(plane, bucket, name, source, dek, data_id, number or 1) as sealed:
+        yield sealed
+
+
+@contextlib.asynccontextmanager
+async def _coded(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, source: _Source, dek: bytes, data_id: bytes, number: int
+) -> AsyncIterator[Sealed]:
+    """The body coded and on its way to the disks; discarded when the caller's commit raises."""
     async with PartWriter(
         plane,
         owner=name,
         data_id=data_id,
-        number=number or 1,
+        number=number,
         dek=dek,
         target=plane.target_of(bucket),
-        size=checks.size,
+        size=source.size,
         countries=bucket.countries,
     ) as writer:
         try:
-            await writer.write(reader, digest.update)
+            await writer.write(source.reader, source.update)
             plane.counters.puts_coded += 1
-            yield Sealed(writer.entry(), digest.finish(), writer=writer)
+            yield Sealed(writer.entry(), source.finish(), writer=writer)
         except BaseException:
             plane.background.spawn(writer.discard())
             raise
 
 
-async def _again(plain: Buffer) -> AsyncIterator[Buffer]:
+def _digested(plain: Buffer, digest: Digest) -> _Source:
+    """A body that is here whole, and was verified: a small one that can't be kept as copies now."""
+    return _Source(BodyReader(_once(plain), digest.size), digest.size, lambda _plain: None, lambda: digest)
+
+
+async def _once(plain: Buffer) -> AsyncIterator[Buffer]:
     yield plain
 
 
 def seal_small(
     plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, plain: Buffer, digest: Digest, dek: bytes, data_id: bytes, number: int
 ) -> Sealed | None:
-    """Seals a body that is one chunk, to stay in the record or to go along with the accept; None when too few of the register's disks can take copies now."""
+    """Seals a body that is one chunk, to stay in the record or to go along with the accept; None when too few of the register's disks can take copies now, and
+    nothing was done."""
+    target, inline = plane.target_text(bucket), len(plain) + TAG_BYTES <= plane.limits.inline_sealed_bytes_max
+    if not inline:
+        plan = plane.copy_plan(name)
+        if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.replicas))):
+            return None
     with trace.span("seal"):
         header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
-    target = plane.target_text(bucket)
-    if len(sealed) <= plane.limits.inline_sealed_bytes_max:
+    if inline:
         plane.counters.puts_inline += 1
         return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
-    plan = plane.copy_plan(name)
-    if not plan.enough(frozenset(filter(plane.liveness.disk_writable, plan.replicas))):
-        return None
     plane.counters.puts_small += 1
     copy = FragmentHeader(
         data_id + plan.id_tail,

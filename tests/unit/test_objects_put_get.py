@@ -7,7 +7,7 @@ import base64
 import hashlib
 import os
 import zlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -29,8 +29,11 @@ from storaged.errors import (
 from storaged.fragments.ports import FragmentId
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome, Reading, Update
+from storaged.objects import put as put_module
 from storaged.objects.api import BodyChecks, NewMeta, PutResult, RangeSpec, ReadConditions, WriteConditions
+from storaged.objects.checksums import BodyDigest
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object, encode_object
+from storaged.objects.seal import PartSealer
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
 from tests.unit.fakes_objects import World, layout_of
@@ -535,6 +538,40 @@ async def test_small_objects_are_coded_when_the_registers_disks_are_full() -> No
     await put(objects, bucket, data[::-1])
     assert not entry_of(world).small
     assert await got(objects, bucket) == data[::-1]
+    await objects.close()
+
+
+@pytest.mark.parametrize("sized", [True, False])
+async def test_a_small_object_that_is_coded_is_digested_once_and_sealed_once(monkeypatch: pytest.MonkeyPatch, sized: bool) -> None:
+    calls: list[str] = []
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return real(*args, **options)
+
+        return call
+
+    world = World(layout_of((3, 3, 3)))
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(5000)
+    await put(objects, bucket, data)
+    for disk, _ in world.disks.of(entry_of(world).data_id)[:2]:
+        world.disks.disks[disk].full = True
+    monkeypatch.setattr(put_module, "digest_of", counted("digest", put_module.digest_of))
+    monkeypatch.setattr(put_module, "seal_part", counted("seal_part", put_module.seal_part))
+    monkeypatch.setattr(BodyDigest, "update", counted("update", BodyDigest.update))
+    monkeypatch.setattr(PartSealer, "seal_block", counted("seal_block", PartSealer.seal_block))
+    checks = BodyChecks(
+        size=5000 if sized else None, checksums={"CRC32": base64.b64encode(zlib.crc32(data[::-1]).to_bytes(4, "big")).decode()}
+    )
+    result = await objects.put(bucket, b"key", pieces(data[::-1]), NewMeta(), checks, owner=OWNER)
+    assert calls == ["digest", "update", "seal_block"]  # the second is the first's: there is a checksum besides the MD5
+    assert (result.etag, result.checksums) == (hashlib.md5(data[::-1]).hexdigest(), checks.checksums)
+    assert not entry_of(world).small
+    assert await got(objects, bucket) == data[::-1]
+    assert (await objects.head(bucket, b"key")).checksums == checks.checksums
     await objects.close()
 
 
