@@ -6,7 +6,8 @@
     HKDF of a bucket key    the list key, for what a listing prints                                BucketKey.seal_list
 
 A bucket key is committed to its register before anything is sealed under it, and so a backup of the keyring file covers buckets that were created after it.
-Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``; cached use asks nobody.
+Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``; cached use asks nobody. One that expired is forgotten when it is
+asked for, or when any other is released.
 """
 
 from __future__ import annotations
@@ -300,7 +301,10 @@ class Keyring:
         await self._audit("key.release", self._facts(bucket_id, versions=",".join(map(str, versions))))
         self.material  # noqa: B018 - it may have been closed meanwhile: then nothing is kept
         self._released += 1
-        cached = self._cache[bucket_id] = _Cached(self._clock.monotonic() + self._cache_ttl_s, newest, versions)
+        now = self._clock.monotonic()
+        for expired in [other for other, held in self._cache.items() if now >= held.expires]:
+            del self._cache[expired]
+        cached = self._cache[bucket_id] = _Cached(now + self._cache_ttl_s, newest, versions)
         while len(self._cache) > self._buckets_cached_max:
             self._cache.popitem(last=False)
         return cached

@@ -63,8 +63,11 @@ async def find(plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id:
         value, payload = await plane.registers.read(name, want_payload=want_payload)
     place, keys = Place(bucket.id, key), plane.keys
     kept = plane.opened.get(place, value) if value is not None and not version_id else None
-    if kept is not None and keys.bucket_key_at_hand(bucket.id, kept.opened.version.bucket_key) is kept.bucket_key:
-        return Found(name, kept.opened, payload, kept)
+    if kept is not None:
+        bucket_key = keys.bucket_key_at_hand(bucket.id, kept.opened.version.bucket_key)
+        if bucket_key is not None and bucket_key is kept.bucket_key():
+            return Found(name, kept.opened, payload, kept)
+        plane.opened.drop(place)
     version = find_version(decode_record(value), version_id)
     bucket_key = keys.bucket_key_at_hand(bucket.id, version.bucket_key) or await keys.bucket_key(bucket.id, version.bucket_key)
     opened = open_version(place, version, bucket_key)

@@ -3,10 +3,15 @@
 A client that downloads a large object asks for it in many ranges, and most ask HEAD before GET; each request reads the record from a majority anyway, but need not
 decode it, unwrap its key and open its metadata anew. An entry counts only for the very bytes that it was made of, under the very key that opened them: so it is never
 stale, and of no use once the bucket's key is no longer held (``KeyService.bucket_key_at_hand``). What is kept is in memory only, and bounded.
+
+An entry has a data key in the clear, so it lives no longer than the bucket's key in this process: entries do not hold that, and go with it, be it that it expired, was
+pushed out, or that the keyring was closed.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -23,7 +28,7 @@ ENTRY_BYTES = 2048
 
 
 class Opened:
-    """A key's current version, opened: ``body`` and ``visibility`` are those of the register's value, ``bucket_key`` what opened it. ``info`` and ``key`` (of the
+    """A key's current version, opened: ``body`` and ``visibility`` are those of the register's value, ``bucket_key()`` what opened it, or None when that has gone. ``info`` and ``key`` (of the
     only part) are filled in by who needs them first. The key, not its cipher: that takes another 7 KiB, and saves 1 us."""
 
     __slots__ = ("body", "bucket_key", "info", "key", "opened", "visibility")
@@ -31,7 +36,7 @@ class Opened:
     def __init__(self, value: Value, bucket_key: BucketKey, opened: OpenedVersion) -> None:
         self.body = value.body
         self.visibility = value.visibility
-        self.bucket_key = bucket_key
+        self.bucket_key = weakref.ref(bucket_key)
         self.opened = opened
         self.info: ObjectInfo | None = None
         self.key: StreamKey | None = None
@@ -44,6 +49,8 @@ class OpenedLately:
         self._bytes_max = bytes_max
         self._bytes = 0
         self._kept: OrderedDict[tuple[bytes, bytes], Opened] = OrderedDict()
+        self._keys: dict[int, weakref.ref[BucketKey]] = {}
+        """By ``id``, every bucket key of an entry: tells when it has gone."""
 
     def get(self, place: tuple[bytes, bytes], value: Value) -> Opened | None:
         """None unless it was made of this very value. The caller compares ``bucket_key`` with the one that is at hand."""
@@ -54,16 +61,31 @@ class OpenedLately:
         return found
 
     def keep(self, place: tuple[bytes, bytes], opened: Opened) -> None:
-        before = self._kept.pop(place, None)
-        if before is not None:
-            self._bytes -= _cost(before)
+        bucket_key = opened.bucket_key()
+        if bucket_key is None:
+            return
+        self.drop(place)
         self._kept[place] = opened
         self._bytes += _cost(opened)
         while self._bytes > self._bytes_max:
             self._bytes -= _cost(self._kept.popitem(last=False)[1])
+        if id(bucket_key) not in self._keys:
+            self._keys[id(bucket_key)] = weakref.ref(bucket_key, functools.partial(self._gone, id(bucket_key)))
+
+    def drop(self, place: tuple[bytes, bytes]) -> None:
+        before = self._kept.pop(place, None)
+        if before is not None:
+            self._bytes -= _cost(before)
+
+    def _gone(self, key_id: int, _key: weakref.ref[BucketKey]) -> None:
+        del self._keys[key_id]
+        for place, opened in list(self._kept.items()):
+            if opened.bucket_key() is None:
+                self.drop(place)
 
     def clear(self) -> None:
         self._kept.clear()
+        self._keys.clear()
         self._bytes = 0
 
     def __len__(self) -> int:

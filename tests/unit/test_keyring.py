@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import stat
+import weakref
 from pathlib import Path
 
 import pytest
@@ -462,6 +463,19 @@ async def test_a_cancelled_reader_leaves_the_others_their_key(rig):
     first.cancel()
     assert (await second).version == 1
     assert first.cancelled()
+
+
+async def test_a_key_that_expired_is_forgotten_when_another_is_released(material):
+    rig = Rig(material)
+    first, second = bytes(16), bytes([1]) * 16
+    for bucket in (first, second):
+        await rig.keyring.create_bucket_key(bucket)
+    held = weakref.ref(await rig.keyring.bucket_key(first))
+    assert held() is not None
+    rig.clock.now = 301.0
+    await rig.keyring.bucket_key(second)
+    assert held() is None
+    assert rig.keyring.statistics().buckets_cached == 1
 
 
 async def test_the_cache_is_bounded(material):

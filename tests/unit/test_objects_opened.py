@@ -104,10 +104,32 @@ async def test_nothing_is_told_of_a_record_whose_key_is_no_longer_held(monkeypat
     del rig.world.keys.newest[rig.bucket.id]
     with pytest.raises(KeyringUnavailable):
         await rig.objects.head(rig.bucket, b"key")
+    assert len(rig.objects.plane.opened) == 0
     rig.world.keys.newest[rig.bucket.id] = 1
     rig.world.keys._keys[1] = FakeBucketKey(1)  # released anew
     assert (await rig.got())[0] == b"data"
     assert rig.unwraps == 2
+    await rig.objects.close()
+
+
+async def test_data_keys_are_forgotten_with_the_buckets_key_that_opened_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    lately = rig.objects.plane.opened
+    for key in (b"1", b"2", b"3"):
+        await rig.put(b"data", key)
+        await rig.got(key)
+    rig.world.keys.newest[rig.bucket.id] = 2
+    await rig.world.keys.bucket_key(rig.bucket.id)
+    await rig.put(b"data", b"2")
+    await rig.got(b"2")
+    assert len(lately) == 3
+    del rig.world.keys._keys[1]
+    assert len(lately) == 1
+    assert (await rig.got(b"2"))[0] == b"data"
+    assert rig.unwraps == 4
+    rig.world.keys._keys.clear()
+    assert len(lately) == 0
+    assert lately._bytes == 0
     await rig.objects.close()
 
 
@@ -152,8 +174,8 @@ async def test_memory_for_opened_records_is_bounded(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_entry_larger_than_all_the_memory_is_not_kept() -> None:
-    lately, value = OpenedLately(10_000), Value(1, b"", Visibility.LIVE, bytes(9000))
-    made: Any = Opened(value, FakeBucketKey(1), None)  # type: ignore[arg-type]
+    lately, value, bucket_key = OpenedLately(10_000), Value(1, b"", Visibility.LIVE, bytes(9000)), FakeBucketKey(1)
+    made: Any = Opened(value, bucket_key, None)  # type: ignore[arg-type]
     lately.keep((b"b", b"k"), made)
     assert lately.get((b"b", b"k"), value) is None
     assert len(lately) == 0
