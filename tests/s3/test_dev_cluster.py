@@ -67,10 +67,8 @@ def test_a_new_cluster_is_healthy_and_says_where_everything_is(cluster: Cluster)
     for name in RACKS:
         node = node_of(found, name)
         assert (node["roles"], node["state"], node["directory"]) == (["storage"], "up", str(cluster.directory / name))
-        assert Path(f"/proc/{node['pid']}/cmdline").read_bytes().split(b"\0")[-4:-2] == [
-            b"run",
-            str(cluster.directory / name / "config.toml").encode(),
-        ]
+        words = Path(f"/proc/{node['pid']}/cmdline").read_bytes().split(b"\0")
+        assert words[words.index(b"run") :][:3] == [b"run", str(cluster.directory / name / "config.toml").encode(), b"--parent"]
         assert len(node["disks"]) == 2
         for disk in node["disks"]:
             assert disk["state"] == "ok"
