@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore, Health, Retirement
-from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.survey import claims
-from storaged.maintain.walk import Buckets, entries_of, open_uploads
+from storaged.maintain.walk import Buckets, entries_of
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import RowDamaged
 from storaged.objects.records import PartEntry
-from storaged.objects.uploads import COMPLETING, OPEN, decode_upload
+from storaged.objects.uploads import living_upload, living_uploads
 
 Live = Callable[[RegisterName, bool], Awaitable[set[bytes]]]
 """(owner, whether uploads for its key are to be looked at) -> the data ids that the owner's register, or an upload, refers to; judged behind an identity round.
@@ -170,11 +169,9 @@ class Collector:
         for scope, shard in shards:
             try:
                 page = await self._context.scanner.list_page(Table.UPLOAD, scope, [shard], limit=UPLOADS_A_SHARD_MAX)
-                records = [(row.key, decode_upload(row.value)) for row in page.rows]
+                uploads = [living_upload(row.key, row.value) for row in page.rows]
                 if page.next_after is None:
-                    found[scope, shard] = {
-                        key[: -UPLOAD_ID_BYTES - 1] for key, record in records if record is not None and record.state in (OPEN, COMPLETING)
-                    }
+                    found[scope, shard] = {upload.key for upload in uploads if upload is not None}
             except (StoragedError, TimeoutError):
                 continue
         return found
@@ -187,7 +184,7 @@ class Collector:
         try:
             if uploads is None:
                 uploads = False
-                async for _ in open_uploads(self._context, owner):
+                async for _ in living_uploads(self._context.scanner, owner):
                     uploads = True
                     break
             live = await self._live(owner, uploads)

@@ -26,7 +26,7 @@ from storaged.meta.ports import MetaStore, RowDamaged
 from storaged.objects.place import Placement, choose
 from storaged.objects.records import BucketRecord, PartEntry
 from storaged.objects.references import parts_in
-from storaged.objects.uploads import COMPLETING, OPEN, decode_upload
+from storaged.objects.uploads import living_upload, living_uploads
 from storaged.wire import decode
 
 ROWS_A_SLICE = 200
@@ -99,21 +99,11 @@ async def entries_of(context: MaintainContext, name: RegisterName, value: Value 
             yield entry
 
 
-async def open_uploads(context: MaintainContext, owner: RegisterName) -> AsyncIterator[bytes]:
-    """Ids of the uploads for an object's key that may still become the object. Raises ServiceUnavailable, DataDamaged."""
-    after: bytes | None = owner.key + b"\0"
-    while after is not None:
-        page = await context.scanner.list_page(Table.UPLOAD, owner.scope, [owner.shard], prefix=owner.key + b"\0", after=after, limit=1000)
-        for row in page.rows:
-            record = decode_upload(row.value)
-            if record is not None and record.state in (OPEN, COMPLETING) and row.key == owner.key + b"\0" + record.upload_id:
-                yield record.upload_id
-        after = page.next_after
-
-
 async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIterator[tuple[RegisterName, Value]]:
-    """The rows of parts of open uploads for an object's key: fragments of parts name the object as their owner. Raises as ``open_uploads``."""
-    async for upload_id in open_uploads(context, owner):
+    """The rows of parts of open uploads for an object's key: fragments of parts name the object as their owner. Raises ServiceUnavailable,
+    DataDamaged."""
+    async for upload in living_uploads(context.scanner, owner):
+        upload_id = upload.record.upload_id
         after: bytes | None = upload_id
         while after is not None:
             page = await context.scanner.list_page(Table.PART, owner.scope, [owner.shard], prefix=upload_id, after=after, limit=1000)
@@ -147,12 +137,12 @@ class Walker:
         while store is not None and (rows := store.scan(Table.UPLOAD, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE)):
             for row in rows:
                 try:
-                    record = decode_upload(row.value)
+                    upload = living_upload(row.name.key, row.value)
                 except DataDamaged as error:  # one upload's parts are not looked at; all else is
                     self._context.log(f"the record of an upload for {row.name.key[:80]!r} cannot be read: {error}")
                     continue
-                if record is not None and record.state in (OPEN, COMPLETING):
-                    found.add(record.upload_id)
+                if upload is not None:
+                    found.add(upload.record.upload_id)
             after = rows[-1].name.key
             await asyncio.sleep(0)
         return frozenset(found)

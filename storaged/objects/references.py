@@ -14,16 +14,15 @@ never will be, for a data id is proposed only by the request that drew it, and t
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import NamedTuple
 
 import msgspec
 
 from storaged.errors import DataDamaged, NoSuchBucket
-from storaged.meta.names import RegisterName, Table, Value, upload_name
+from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Pages, Registers, Scanner
 from storaged.objects.manifest import checked, parts_of
 from storaged.objects.records import PartEntry, PartRecord, UploadRecord, Version, decode_object, decode_version
-from storaged.objects.uploads import COMPLETING, OPEN, ROWS_PER_SCAN, decode_upload, part_rows
+from storaged.objects.uploads import COMPLETING, LivingUpload, living_uploads, part_rows
 from storaged.objects.versions import decode_record
 from storaged.wire import decode
 
@@ -72,7 +71,7 @@ async def live_references(registers: Registers, scanner: Scanner, pages: Pages, 
     Of a bucket that was deleted for good there are none. Raises ServiceUnavailable, DataDamaged when this can't be known: then nothing may be deleted.
     """
     found: set[bytes] = set()
-    async for upload in _uploads_for(scanner, owner) if uploads else _none():
+    async for upload in living_uploads(scanner, owner) if uploads else _none():
         async for part in parts_in(pages, owner, upload.value.body, Table.UPLOAD):
             found.add(part.data_id)
         async for row in part_rows(scanner, owner.scope, upload.record.upload_id):
@@ -90,25 +89,6 @@ async def live_references(registers: Registers, scanner: Scanner, pages: Pages, 
     return found
 
 
-async def _none() -> AsyncIterator[_UploadRow]:
+async def _none() -> AsyncIterator[LivingUpload]:
     return
     yield
-
-
-class _UploadRow(NamedTuple):
-    record: UploadRecord
-    value: Value
-
-
-async def _uploads_for(scanner: Scanner, owner: RegisterName) -> AsyncIterator[_UploadRow]:
-    """Uploads for this key that may still become an object."""
-    prefix = owner.key + b"\0"
-    length = len(upload_name(owner.scope, owner.key, bytes([owner.shard]) + bytes(15)).key)
-    start: bytes | None = prefix
-    while start is not None:
-        page = await scanner.list_page(Table.UPLOAD, owner.scope, [owner.shard], prefix=prefix, after=start, limit=ROWS_PER_SCAN)
-        for row in page.rows:
-            record = decode_upload(row.value)
-            if len(row.key) == length and record is not None and record.state in (OPEN, COMPLETING):
-                yield _UploadRow(record, row.value)
-        start = page.next_after

@@ -115,6 +115,39 @@ def decode_upload(value: Value | None) -> UploadRecord | None:
     return record
 
 
+class LivingUpload(NamedTuple):
+    """An upload that may still become the object ``key``."""
+
+    key: bytes
+    record: UploadRecord
+    value: Value
+    """The row's, of which ``record`` is the body."""
+
+
+def living_upload(row_key: bytes, value: Value) -> LivingUpload | None:
+    """What the row of an upload holds; None of one that has ended. Raises DataDamaged, also for a row that holds another upload's record."""
+    record = decode_upload(value)
+    if record is None or record.state not in (OPEN, COMPLETING):
+        return None
+    key = row_key[: -UPLOAD_ID_BYTES - 1]
+    if row_key != key + b"\0" + record.upload_id:
+        raise DataDamaged("The record of this upload is not the one of its row.")
+    return LivingUpload(key, record, value)
+
+
+async def living_uploads(scanner: Scanner, owner: RegisterName) -> AsyncIterator[LivingUpload]:
+    """Uploads that may still become the object of ``owner``. Raises ServiceUnavailable, DataDamaged."""
+    prefix = owner.key + b"\0"
+    start: bytes | None = prefix
+    while start is not None:
+        page = await scanner.list_page(Table.UPLOAD, owner.scope, [owner.shard], prefix=prefix, after=start, limit=ROWS_PER_SCAN)
+        for row in page.rows:
+            upload = living_upload(row.key, row.value)
+            if upload is not None and upload.key == owner.key:
+                yield upload
+        start = page.next_after
+
+
 async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> OpenedUpload:
     """An upload in any state but forgotten. Raises NoSuchUpload, DataDamaged."""
     raw = parse_upload_id(upload_id)
