@@ -15,7 +15,7 @@ objects on its list earlier than the others have: it deletes their copies too, s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from storaged.errors import NoSuchBucket, StoragedError
@@ -122,27 +122,36 @@ class Collector:
         await self._find_copies(disk, by_owner)
         uploads = await self._uploads_in({(owner.scope, owner.shard) for owner in by_owner})
         dead: list[_Entry] = []
-        queue = iter(by_owner.items())
+
+        async def judge(owner: RegisterName, entries: list[_Entry]) -> None:
+            keys = uploads.get((owner.scope, owner.shard))
+            try:
+                judged = await self._judge(store, owner, entries, None if keys is None else owner.key in keys)
+            except (StoragedError, ValueError, TimeoutError) as error:
+                failures.extend([str(error)] * len(entries))
+                rest.update(entry.data_id for entry in entries)
+            else:
+                dead.extend(judged[0])
+                rest.update(judged[1])
+
+        await self._at_once(judge(owner, entries) for owner, entries in by_owner.items())
+        try:
+            rest |= await self._delete(store, dead)
+        finally:
+            until = self._context.clock.monotonic() + limits.retry_max_s / 10
+            self._rests.update(dict.fromkeys(list(rest)[: max(0, RESTS_MAX - len(self._rests))], until))
+        return bool(batch) and len(self._rests) < RESTS_MAX
+
+    async def _at_once(self, work: Iterator[Awaitable[None]]) -> None:
+        """Does all, ``collect_at_once`` at a time; each is made when its turn comes."""
 
         async def worker() -> None:
-            for owner, entries in queue:
-                keys = uploads.get((owner.scope, owner.shard))
-                try:
-                    judged = await self._judge(store, owner, entries, None if keys is None else owner.key in keys)
-                except (StoragedError, ValueError, TimeoutError) as error:
-                    failures.extend([str(error)] * len(entries))
-                    rest.update(entry.data_id for entry in entries)
-                else:
-                    dead.extend(judged[0])
-                    rest.update(judged[1])
+            for some in work:
+                await some
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(limits.collect_at_once, len(by_owner))):
+            for _ in range(self._context.limits.collect_at_once):
                 group.create_task(worker())
-        rest |= await self._delete(store, dead)
-        until = self._context.clock.monotonic() + limits.retry_max_s / 10
-        self._rests.update(dict.fromkeys(list(rest)[: max(0, RESTS_MAX - len(self._rests))], until))
-        return bool(batch) and len(self._rests) < RESTS_MAX
 
     async def _find_copies(self, disk: str, by_owner: dict[RegisterName, list[_Entry]]) -> None:
         """Notes the other copies of small objects, as far as their disks answer."""
@@ -166,14 +175,17 @@ class Collector:
     async def _uploads_in(self, shards: set[tuple[bytes, int]]) -> dict[tuple[bytes, int], set[bytes]]:
         """By shard the keys for which an upload is open. A shard of which that can't be said in one go is left out."""
         found: dict[tuple[bytes, int], set[bytes]] = {}
-        for scope, shard in shards:
+
+        async def ask(scope: bytes, shard: int) -> None:
             try:
                 page = await self._context.scanner.list_page(Table.UPLOAD, scope, [shard], limit=UPLOADS_A_SHARD_MAX)
                 uploads = [living_upload(row.key, row.value) for row in page.rows]
-                if page.next_after is None:
-                    found[scope, shard] = {upload.key for upload in uploads if upload is not None}
             except (StoragedError, TimeoutError):
-                continue
+                return
+            if page.next_after is None:
+                found[scope, shard] = {upload.key for upload in uploads if upload is not None}
+
+        await self._at_once(ask(scope, shard) for scope, shard in shards)
         return found
 
     async def _judge(

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import os
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import msgspec
 import pytest
 
-from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
+from storaged.errors import DiskUnusable, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.memory import MemoryFragmentStore
 from storaged.fragments.ports import FragmentHeader, FragmentId, Health, Retirement
+from storaged.maintain import collect as collect_module
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.messages import FenceSet
-from storaged.meta.names import Change, RegisterName, Value, object_name, system_name
+from storaged.meta.names import Change, RegisterName, Value, object_name, system_name, upload_name
 from storaged.meta.ports import RowDamaged
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord
+from storaged.objects.uploads import parse_upload_id, upload_text
 from storaged.wire import encode
 from tests.unit.ring_cluster import WHO, Cluster, body_of, run
 
@@ -164,6 +168,140 @@ def test_while_an_upload_for_the_key_is_open_nothing_of_it_is_judged_and_other_k
         await cluster.leap(RETIRE_S + 60)
         await collect(cluster)
         assert len(await cluster.fragments()) == 2 * 3
+
+    run(scenario)
+
+
+def neighbours(bucket: BucketRecord, key: bytes, count: int) -> list[bytes]:
+    """Other keys of the key's shard."""
+    shard = object_name(bucket.id, bucket.shards, key).shard
+    names = (object_name(bucket.id, bucket.shards, b"other%d" % number) for number in range(10_000))
+    return [name.key for name in itertools.islice((name for name in names if name.shard == shard), count)]
+
+
+def test_what_is_more_than_fits_one_question_or_one_deletion_is_judged_and_deleted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bound in ("UPLOADS_A_SHARD_MAX", "DELETES_AT_ONCE", "SWEEP_PAGE"):
+        monkeypatch.setattr(collect_module, bound, 2)
+    deletes: list[int] = []
+    delete = MemoryFragmentStore.delete
+
+    async def counted(store: MemoryFragmentStore, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
+        deletes.append(len(ids))
+        return await delete(store, ids, created_ms=created_ms)
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        keys = neighbours(bucket, b"k", 8)
+        for key in (b"k", *keys):
+            for _ in range(2):
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        large = keys[0]
+        await cluster.put(bucket, large, os.urandom(3 * LARGE))
+        data_id = (await cluster.entry(bucket, large)).data_id
+        assert max(Counter(disk for disk, _ in await cluster.fragments(data_id)).values()) > 2 * 2
+        await cluster.put(bucket, large, os.urandom(SMALL))
+        uploads = [(await upload_parts(cluster, bucket, b"k", {1: PART}))[0] for _ in range(3)]
+        kept = await cluster.fragments((await cluster.entry(bucket, b"k")).data_id)
+        before = len(await cluster.fragments())
+        await cluster.leap(RETIRE_S + FOLLOW_S + 60)
+        monkeypatch.setattr(MemoryFragmentStore, "delete", counted)
+        assert await collect(cluster) > 0
+        assert await cluster.fragments(data_id) == []
+        # all current objects, the replaced one of the key with uploads, and its parts
+        parts = 3 * len({disk for disk, _ in await cluster.fragments()})
+        assert len(await cluster.fragments()) == (9 + 1) * 3 + parts < before
+        assert max(deletes) == 2
+        for upload in uploads:
+            await cluster.objects.abort(bucket, b"k", upload)
+        await cluster.leap(RETIRE_S + FOLLOW_S + 60)
+        await collect(cluster)
+        assert len(await cluster.fragments()) == 9 * 3
+        assert await cluster.fragments((await cluster.entry(bucket, b"k")).data_id) == kept
+        for key in (b"k", *keys):
+            assert await cluster.is_whole(bucket, key)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("damage", ["unreadable", "another's"])
+def test_a_damaged_row_of_an_upload_keeps_its_own_keys_garbage_and_no_others(damage: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        (other,) = neighbours(bucket, b"k", 1)
+        for key in (b"k", other):
+            for _ in range(2):
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        upload, another = [
+            parse_upload_id((await cluster.objects.create_upload(bucket, b"k", NewMeta(), owner=WHO.user_id)).upload_id) for _ in range(2)
+        ]
+        row = upload_name(bucket.id, b"k", upload)
+        foreign = (await cluster.gateway.ring.read(upload_name(bucket.id, b"k", another))).value
+        assert foreign is not None
+        body = b"not a record" if damage == "unreadable" else foreign.body
+        await cluster.gateway.ring.change(row, lambda value: Change(body))
+        await cluster.objects.abort(bucket, b"k", upload_text(another))
+        await cluster.leap(RETIRE_S + FOLLOW_S + 60)
+        assert await collect(cluster) == 3
+        assert len(await cluster.fragments()) == 3 * 3
+
+    run(scenario)
+
+
+def test_what_could_not_be_judged_is_left_alone_for_a_while_although_the_disk_refused_the_deletions_of_its_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        await cluster.objects.delete(bucket, b"k")
+        await cluster.store("a0").retire([Retirement(os.urandom(16), b"nonsense", 0)])
+        await cluster.leap(RETIRE_S + 60)
+        node = cluster.nodes["na"]
+        before = len(await cluster.fragments())
+
+        async def gone(ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
+            raise DiskUnusable("the disk is gone")
+
+        monkeypatch.setattr(cluster.store("a0"), "delete", gone)
+        for failures in (2, 1):
+            node.log.clear()
+            await node.maintenance.collector.collect_due()
+            assert [line.split(" ")[0] for line in node.log if "disk a0's garbage list" in line] == [str(failures)]
+        monkeypatch.undo()
+        assert before > len(await cluster.fragments()) > 0
+        await cluster.pass_s(MaintainLimits().retry_max_s)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_shards_are_asked_for_their_uploads_side_by_side() -> None:
+    under_way = most = 0
+
+    async def scenario(cluster: Cluster) -> None:
+        nonlocal most
+        bucket = await cluster.bucket()
+        for number in range(40):
+            await cluster.put(bucket, b"key%d" % number, os.urandom(SMALL))
+            await cluster.objects.delete(bucket, b"key%d" % number)
+        await cluster.leap(RETIRE_S + 60)
+        for node in cluster.nodes.values():
+            scanner = node.context.scanner
+            list_page = scanner.list_page
+
+            async def counted(*args: Any, list_page: Any = list_page, **options: Any) -> Any:
+                nonlocal under_way, most
+                under_way += 1
+                most = max(most, under_way)
+                try:
+                    return await list_page(*args, **options)
+                finally:
+                    under_way -= 1
+
+            scanner.list_page = counted  # type: ignore[method-assign]
+        assert await collect(cluster) == 3 * 40
+        assert 4 < most <= MaintainLimits().collect_at_once
 
     run(scenario)
 
