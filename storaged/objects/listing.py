@@ -5,7 +5,8 @@ A page of current objects is worked on as columns: the heads of all records are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 
 import msgspec
@@ -23,23 +24,47 @@ from storaged.wire import decode_all
 async def list_objects(
     plane: ObjectPlane, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
 ) -> Listing:
-    """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged for a record that can't be read or opened."""
+    """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged, which names the key, for a record that can't
+    be read or opened."""
     page = await plane.scanner.list_heads(
         Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit
     )
     if not page.keys:
         return Listing(prefixes=page.prefixes, next_after=page.next_after)
+    keys = BucketKeys(plane, bucket)
     try:
-        columns = zip(*decode_heads(page.heads), strict=True)
+        columns = await _columns(keys, bucket, page.keys, page.heads)
+    except DataDamaged:
+        for key, head in zip(page.keys, page.heads, strict=True):  # which one it is shows row by row
+            with _named(key):
+                await _columns(keys, bucket, [key], [head])
+        raise
+    return Listing(page.keys, *columns, page.prefixes, page.next_after)
+
+
+async def _columns(
+    keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]
+) -> tuple[Sequence[int], Sequence[int], Sequence[SealedList]]:
+    """(sizes, times in ms, what is printed) of rows. Raises DataDamaged."""
+    try:
+        columns = zip(*decode_heads(heads), strict=True)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of a listed key cannot be read: {error}") from None
     version_ids, times_ms, sizes, _, key_versions, context_ids, sealed = columns
-    contexts = _contexts(bucket, page.keys, version_ids, context_ids)
+    contexts = _contexts(bucket, names, version_ids, context_ids)
     try:
-        printed = decode_all(await _opened(BucketKeys(plane, bucket), key_versions, sealed, contexts), SealedList)
+        return sizes, times_ms, decode_all(await _opened(keys, key_versions, sealed, contexts), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
-    return Listing(page.keys, sizes, times_ms, printed, page.prefixes, page.next_after)
+
+
+@contextmanager
+def _named(key: bytes) -> Iterator[None]:
+    """Tells the key of a row that is damaged."""
+    try:
+        yield
+    except DataDamaged as error:
+        raise DataDamaged(f"{error} (key {key.decode(errors='replace')!r})", **error.details) from None
 
 
 def _contexts(bucket: BucketRecord, keys: Sequence[bytes], version_ids: Sequence[str], context_ids: Sequence[bytes]) -> list[bytes]:
@@ -76,7 +101,8 @@ async def list_versions(
     delimiter: bytes = b"",
     limit: int = 1000,
 ) -> VersionListing:
-    """Every version, newest first within a key, behind (``after``, ``after_version``). With a version given, what is left of that key comes first."""
+    """Every version, newest first within a key, behind (``after``, ``after_version``). With a version given, what is left of that key comes first.
+    Raises as ``list_objects``."""
     keys = BucketKeys(plane, bucket)
     found: list[ListedVersion] = []
     if after_version and limit:
@@ -96,7 +122,8 @@ async def list_versions(
         hidden=True,
     )
     for row in page.rows:
-        found += await _listed_versions(keys, bucket, row.key, decode_record(row.value))
+        with _named(row.key):
+            found += await _listed_versions(keys, bucket, row.key, decode_record(row.value))
     return VersionListing(found, page.prefixes, page.next_after)
 
 
