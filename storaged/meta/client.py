@@ -36,7 +36,7 @@ from storaged.meta.ports import (
     SmallCopies,
     Update,
 )
-from storaged.meta.proposal import Fragments, Proposal, Surroundings, View
+from storaged.meta.proposal import Fragments, Proposal, Surroundings, View, post_accept
 from storaged.meta.quick import Deadlines, QuickChange, QuickRead
 from storaged.meta.register import (
     CALL_BYTES,
@@ -52,7 +52,6 @@ from storaged.meta.register import (
     shown,
 )
 from storaged.meta.rounds import Answers, Courier, Suspects, TaskPool, Turns
-from storaged.wire import Buffer
 
 DEADLINE_S = 10.0
 CALL_TIMEOUT_S = 5.0
@@ -341,7 +340,8 @@ class RingClient:
         for index, disk in enumerate(view.disks):
             if disk not in accepted:
                 header, body = fragments[index] if fragments else (b"", ())
-                self._ask_accept(answers, messages.Accept(disk, name, newest, value, nonce, True, header), body, deadline)
+                accept = messages.Accept(disk, name, newest, value, nonce, True, header)
+                post_accept(answers, accept, body, self._call_timeout(deadline), self._around.on_missed)
         if not self._rules.replay_confirmed:
             return value
         while not has_majority(view.groups, accepted):
@@ -528,12 +528,6 @@ class RingClient:
     def _ask_read(self, answers: Answers[_ReadAnswer], request: messages.Read, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)
         answers.post(request, lambda replica: replica.read(request, timeout_s=timeout_s), timeout_s=timeout_s)
-
-    def _ask_accept(
-        self, answers: Answers[messages.AcceptReply], request: messages.Accept, body: Sequence[Buffer], deadline: float
-    ) -> None:
-        timeout_s = self._call_timeout(deadline)
-        answers.post(request, lambda replica: replica.accept(request, body, timeout_s=timeout_s), body=body, timeout_s=timeout_s)
 
     def _ask_page(self, answers: Answers[messages.PageReply], request: messages.PageGet, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)

@@ -83,11 +83,34 @@ class Surroundings:
     """``await carry(view, name, data_id, deadline)``: the copy of a small object from whichever replica has it, for all of them; None when none gives it."""
     on_missed: Callable[[RegisterName], None] = lambda name: None
     """Told when a replica did not take a new value or a small copy that it should have: it lags, though a majority may have confirmed the write. Settling
-    rounds don't tell: they are what follows."""
+    rounds tell of copies alone: for replicas that lag they are what follows."""
 
 
 Fragments = Sequence[tuple[bytes, Sequence[Buffer]]]
 """(encoded fragment header, payload) of a small copy for each replica index, as in ``SmallCopies``."""
+
+
+def post_accept(
+    answers: Answers[messages.AcceptReply],
+    request: messages.Accept,
+    body: Sequence[Buffer],
+    timeout_s: float,
+    on_missed: Callable[[RegisterName], None],
+) -> None:
+    """Asks a replica to accept; ``on_missed`` is told as in ``Surroundings``."""
+
+    def heard(answer: messages.AcceptReply | StoragedError) -> None:
+        took = not isinstance(answer, StoragedError) and answer.verdict == Verdict.OK
+        if not (took or request.identity) or (request.header and not (took and answer.copy_synced)):  # type: ignore[union-attr]
+            on_missed(request.name)
+
+    answers.post(
+        request,
+        lambda replica: replica.accept(request, body, timeout_s=timeout_s),
+        body=body,
+        timeout_s=timeout_s,
+        heard=None if request.identity and not request.header else heard,
+    )
 
 
 @dataclass
@@ -327,21 +350,7 @@ class Proposal:
         return True
 
     def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept, body: Sequence[Buffer]) -> None:
-        timeout_s = self._call_timeout_s()
-
-        def heard(answer: messages.AcceptReply | StoragedError) -> None:
-            """Settling rounds don't tell of replicas that lag: they are what follows. Of copies they tell."""
-            took = not isinstance(answer, StoragedError) and answer.verdict == Verdict.OK
-            if not (took or request.identity) or (request.header and not (took and answer.copy_synced)):  # type: ignore[union-attr]
-                self.around.on_missed(self.name)
-
-        answers.post(
-            request,
-            lambda replica: replica.accept(request, body, timeout_s=timeout_s),
-            body=body,
-            timeout_s=timeout_s,
-            heard=None if request.identity and not request.header else heard,
-        )
+        post_accept(answers, request, body, self._call_timeout_s(), self.around.on_missed)
 
     # --- time ----------------------------------------------------------------------------------------------------------
 

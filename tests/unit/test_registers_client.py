@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,8 +143,8 @@ class Ring:
     def replica(self, disk_id: str) -> Replica:
         return self.replicas[disk_id]
 
-    def client(self, node: str = "gw", deadline_s: float = 5.0) -> RingClient:
-        made = RingClient(self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=0.01, jitter=lambda: 0.9)
+    def client(self, node: str = "gw", deadline_s: float = 5.0, **options: Any) -> RingClient:
+        made = RingClient(self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=0.01, jitter=lambda: 0.9, **options)
         self.clients.append(made)
         return made
 
@@ -625,13 +626,21 @@ async def test_a_change_that_keeps_the_copy_of_an_unconfirmed_record_carries_it_
     assert all(ring.copies.values())
 
 
-async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_disk_is_full(ring: Ring) -> None:
+@pytest.mark.parametrize("how", ["settle", "read"])
+async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_disk_is_full(ring: Ring, how: str) -> None:
     await alone_on_the_first(ring)
     ring.full.update(ring.order[1:])
-    settled = await ring.client("gw2").settle(NAME)
+    ring.second.away = how == "read"  # else two that know nothing may be heard first, and are right
+    missed: list[RegisterName] = []
+    client = ring.client("gw2", on_missed=missed.append)
+    settled = await client.settle(NAME) if how == "settle" else (await client.read(NAME)).value
     assert settled is not None
     assert settled.payload == b"D" * 16
     assert [bool(ring.copies[disk]) for disk in ring.order] == [True, False, False]
+    async with asyncio.timeout(5):
+        while len(missed) < 2:  # noqa: ASYNC110  (the last answer may come after the round)
+            await asyncio.sleep(0.001)
+    assert set(missed) == {NAME}
 
 
 async def alone_on_the_first(ring: Ring) -> None:
