@@ -202,7 +202,8 @@ def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> Blo
 
 def window_bytes_for(transfers: int, left: float) -> int:
     """Sealed bytes read and opened at once by a download: a whole block while few are in flight, 512 KiB when there are many (256 KiB cost 30% more
-    CPU a byte), less when ``left`` of the memory (1.0: all of it) would soon be gone, in the end a single cell: eighty downloads find room in the default pool."""
+    CPU a byte), less when ``left`` of the memory (1.0: all of it) would soon be gone, in the end a single cell. In the default pool 128 downloads have room for
+    the windows that their count allows; while some hold larger ones, from when they were few, 78 do, and others wait for a turn."""
     by_count = 48 if transfers <= 4 else 16 if transfers <= 16 else 8 if transfers <= 64 else 4
     by_memory = next(cells for above, cells in WINDOW_SHARES if left >= above)
     return min(by_count, by_memory) * CHUNK_BYTES_MAX

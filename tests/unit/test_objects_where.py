@@ -101,11 +101,13 @@ async def test_a_pool_keeps_little_when_its_last_transfer_has_ended() -> None:
 
 def test_windows_shrink_so_that_every_download_can_have_one() -> None:
     bytes_max = ObjectLimits().get_buffer_bytes_max
+    for transfers in range(1, 129):
+        assert window_bytes_for(transfers, 1.0) * transfers <= bytes_max
     leased = downloads = 0
     while leased + window_bytes_for(downloads + 1, 1 - leased / bytes_max) <= bytes_max:
         leased += window_bytes_for(downloads + 1, 1 - leased / bytes_max)
         downloads += 1
-    assert downloads >= 75
+    assert downloads >= 78
     assert [window_bytes_for(transfers, 1.0) // 64 / 1024 for transfers in (1, 5, 17, 65)] == [48, 16, 8, 4]
 
 
