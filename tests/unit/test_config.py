@@ -134,11 +134,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         config.load(tmp_path / "absent.toml")
 
 
+def check_listed(mistakes: list[config.Mistake], text: str) -> None:
+    """Each says something, of a line of the text or of what is missing, which comes last; nothing is said twice."""
+    assert all(mistake.message.strip() for mistake in mistakes)
+    assert all(0 <= mistake.line <= text.count("\n") + 1 for mistake in mistakes)
+    places = [mistake.line or text.count("\n") + 2 for mistake in mistakes]
+    assert places == sorted(places)
+    assert len(set(mistakes)) == len(mistakes)
+
+
 @given(st.text(max_size=200))
 def test_no_text_makes_the_reader_fail_otherwise_than_by_listing_mistakes(text: str) -> None:
-    mistakes_of(text)
+    check_listed(mistakes_of(text), text)
 
 
 @given(st.lists(st.sampled_from(STORAGE.splitlines()), max_size=14).map("\n".join))
 def test_shuffled_lines_are_listed_or_accepted(text: str) -> None:
-    mistakes_of(text)
+    check_listed(mistakes_of(text), text)
