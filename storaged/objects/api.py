@@ -81,8 +81,8 @@ Body = AsyncIterator[Buffer]
 
 
 class WholeBody(Protocol):
-    """What a Body may be besides. ``put`` asks for the whole when its size was declared and is at most ``ObjectLimits.small_sealed_bytes_max``, and then for no piece:
-    such an object needs no generator, no copy, and one pass."""
+    """What a Body may be besides. ``put`` asks for the whole when its size was declared and is at most ``ObjectLimits.small_bytes_max``, and then for no piece: such an
+    object needs no generator, no copy, and one pass."""
 
     async def whole(self) -> Buffer:
         """All bytes of the body, once everything that the pieces would be checked against holds: as many as were declared, or the caller finds them wrong. The

@@ -1,9 +1,9 @@
 """Writing one part: sealed, coded and spread over disks, block by block, with a bounded number of blocks in memory.
 
 Theory of operation. A block is filled from the body, then hashed, sealed and coded in one call in a thread, then sent to its disks while the next one is
-filled, in the same memory: what is sent lies in other memory, leased when the block is full, so that a slow client keeps only plaintext. A block counts as written when the fragments that reached their disks satisfy the acknowledge rule (``place.acceptable``); a disk that refuses or is
-late is left out of the rest of the part, and the block's missing fragments go to others, under another profile when the living disks can't hold the
-target. ``barrier`` syncs every disk. A disk that fails there (or died after it had taken earlier blocks) may leave blocks short: those are read back from
+filled, in the same memory: what is sent lies in other memory, leased when the block is full, so that a slow client keeps only plaintext. A block counts as
+written when the fragments that reached their disks satisfy the acknowledge rule (``place.acceptable``); a disk that refuses or is late is left out of the rest
+of the part, and the block's missing fragments go to others, under another profile when the living disks can't hold the target. ``barrier`` syncs every disk. A disk that fails there (or died after it had taken earlier blocks) may leave blocks short: those are read back from
 their survivors, coded anew for the living disks, and synced too. Nothing is acknowledged before every block satisfies the rule with synced fragments.
 """
 
