@@ -185,9 +185,9 @@ class BlockSize(NamedTuple):
 def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> BlockSize:
     """Of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext is free (1.0: all of it).
 
-    Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more than the part needs. ``cells_max`` while
-    four transfers are in flight, then 12, and smaller cells when memory gets short: a block takes 768 KiB, at last 96. 75 uploads find room in the default pool,
-    each of which may keep its share as long as its client likes.
+    Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more than the part needs. Four uploads get
+    ``cells_max`` in the default pool (two in each half of it, when two workers share it), others 12, and smaller cells when memory gets short: a block takes 768
+    KiB, at last 96. 75 uploads find room in the default pool, each of which may keep its share as long as its client likes.
     """
     cell_bytes, unit = chunk_bytes_for(size, k), math.lcm(12, k)
     share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))

@@ -140,6 +140,17 @@ def test_blocks_hold_whole_stripes_of_every_fallback_and_shrink_as_memory_fills(
     assert block_size_for(4, 100_000, 0.5, 48) == block_size_for(4, 100_000, 1.0, 48) == (32768, 12)
 
 
+@pytest.mark.parametrize(("workers", "uploads"), [(1, 4), (2, 2)])
+async def test_the_first_uploads_get_blocks_of_full_size(workers: int, uploads: int) -> None:
+    pool = BufferPool(ObjectLimits().fill_buffer_bytes_max // workers, wait_s=1)
+    sizes: list[int] = []
+    for _ in range(uploads + 1):
+        block = block_size_for(4, None, pool.left, 48)
+        assert pool.try_lease(block.cells * (block.cell_bytes - 16)) is not None
+        sizes.append(block.cells)
+    assert sizes == [48] * uploads + [12]
+
+
 @pytest.mark.parametrize(("k", "uploads_min"), [(2, 75), (4, 75), (8, 64)])
 async def test_shares_leave_every_upload_some(k: int, uploads_min: int) -> None:
     pool = BufferPool(ObjectLimits().fill_buffer_bytes_max, wait_s=1)
