@@ -14,7 +14,8 @@ from typing import Any
 from storaged.errors import ConditionalRequestConflict
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Outcome, SmallCopies
-from storaged.objects.plane import ObjectPlane, cancel_all
+from storaged.objects.background import cancel_all
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.versions import BucketKeys, KeyNeeded
 
 ATTEMPTS_MAX = 12

@@ -32,12 +32,13 @@ from storaged.errors import (
 )
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
 from storaged.meta.ports import Outcome
-from storaged.objects.api import CompletedPart, PutResult, WriteConditions
+from storaged.objects.api import NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
+from storaged.objects.background import cancel_all
 from storaged.objects.checksums import multipart_checksum, multipart_etag
 from storaged.objects.commit import ProposedAgain
-from storaged.objects.conditions import NO_WRITE_CONDITIONS, check_write, needs_etag
+from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.manifest import renew_pages, write_manifest, write_sealed_parts
-from storaged.objects.plane import ObjectPlane, cancel_all
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.put import check_early
 from storaged.objects.records import (
     NULL_VERSION,

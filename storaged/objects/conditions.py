@@ -8,9 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed
-from storaged.objects.api import NO_READ_CONDITIONS as NO_READ_CONDITIONS
-from storaged.objects.api import NO_WRITE_CONDITIONS as NO_WRITE_CONDITIONS
-from storaged.objects.api import ReadConditions, WriteConditions
+from storaged.objects.api import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS, ReadConditions, WriteConditions
 
 
 class Current(NamedTuple):

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 
-from storaged.objects.api import BodyChecks, NewMeta, ObjectStream, PutResult, ReadConditions, WriteConditions
-from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
+from storaged.objects.api import (
+    NO_READ_CONDITIONS,
+    NO_WRITE_CONDITIONS,
+    BodyChecks,
+    NewMeta,
+    ObjectStream,
+    PutResult,
+    ReadConditions,
+    WriteConditions,
+)
 from storaged.objects.get import get
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.put import put

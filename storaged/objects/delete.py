@@ -8,8 +8,8 @@ import msgspec
 
 from storaged.errors import NoSuchVersion
 from storaged.meta.names import Change, Value, object_name
-from storaged.objects.api import DeleteResult, WriteConditions
-from storaged.objects.conditions import NO_WRITE_CONDITIONS, check_write, needs_etag
+from storaged.objects.api import NO_WRITE_CONDITIONS, DeleteResult, WriteConditions
+from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, SealedMeta
 from storaged.objects.retire import retire_replaced

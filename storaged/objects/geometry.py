@@ -19,10 +19,7 @@ from typing import NamedTuple
 from storaged.cluster.layout import Profile
 from storaged.ids import DATA_ID_BYTES
 from storaged.objects.records import PartEntry
-from storaged.sov1 import HEADER_BYTES, MAGIC, TAG_BYTES, chunk_count, header_chunk_bytes
-from storaged.sov1 import chunk_bytes_for as chunk_bytes_for
-from storaged.sov1 import chunks_size as chunks_size
-from storaged.sov1 import sealed_size as sealed_size
+from storaged.sov1 import HEADER_BYTES, MAGIC, TAG_BYTES, chunk_count, chunks_size, header_chunk_bytes
 
 FRAGMENTS_MAX = 255
 """Of a block: a fragment's position is one byte."""

@@ -13,12 +13,13 @@ from typing import NamedTuple
 from storaged import trace
 from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange, StoragedError
 from storaged.meta.names import RegisterName, object_name
-from storaged.objects.api import ObjectInfo, RangeSpec, ReadConditions
+from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions
+from storaged.objects.background import cancel_all
 from storaged.objects.buffers import Lease, Transfer, window_bytes_for
-from storaged.objects.conditions import NO_READ_CONDITIONS, check_copy_source, check_read
+from storaged.objects.conditions import check_copy_source, check_read
 from storaged.objects.manifest import bound_parts_of, parts_of, sealed_parts_of
 from storaged.objects.opened import Opened
-from storaged.objects.plane import ObjectPlane, cancel_all
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.reader import PartReader, Window
 from storaged.objects.reads import HedgeDelay

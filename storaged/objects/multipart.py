@@ -19,6 +19,7 @@ from storaged.ids import DATA_ID_BYTES, new_upload_id
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name, part_name, shard_of, upload_name
 from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
+    NO_READ_CONDITIONS,
     Body,
     BodyChecks,
     NewMeta,
@@ -30,7 +31,6 @@ from storaged.objects.api import (
 )
 from storaged.objects.checksums import COMPOSITE, FULL_OBJECT, can_be_full_object, default_type
 from storaged.objects.complete import finish
-from storaged.objects.conditions import NO_READ_CONDITIONS
 from storaged.objects.copy import body_of
 from storaged.objects.get import get
 from storaged.objects.plane import ObjectPlane

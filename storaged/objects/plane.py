@@ -22,9 +22,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Fences, Pages, Registers, Scanner
 from storaged.objects import place
 from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
-from storaged.objects.background import Background as Background
-from storaged.objects.background import Counters as Counters
-from storaged.objects.background import cancel_all as cancel_all
+from storaged.objects.background import Background, Counters
 from storaged.objects.buffers import BufferPool
 from storaged.objects.garbage import Garbage
 from storaged.objects.opened import OpenedLately

@@ -12,7 +12,7 @@ import math
 from collections.abc import Coroutine
 from typing import Any
 
-from storaged.objects.plane import cancel_all
+from storaged.objects.background import cancel_all
 
 
 class HedgeDelay:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from storaged.objects import complete, copy, delete, get, listing, multipart, put
 from storaged.objects.api import (
+    NO_READ_CONDITIONS,
+    NO_WRITE_CONDITIONS,
     Body,
     BodyChecks,
     CompletedPart,
@@ -22,9 +24,9 @@ from storaged.objects.api import (
     VersionListing,
     WriteConditions,
 )
-from storaged.objects.conditions import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS
+from storaged.objects.background import Counters
 from storaged.objects.get import HeldStream, VerifiedStream
-from storaged.objects.plane import Counters, ObjectPlane
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.reads import HedgeDelay
 from storaged.objects.records import BucketRecord
 

@@ -23,11 +23,12 @@ from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement
 from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
 from storaged.objects.assemble import assemble, empty_fragments
+from storaged.objects.background import cancel_all
 from storaged.objects.body import BodyReader
 from storaged.objects.buffers import Lease, Transfer, block_size_for
 from storaged.objects.garbage import retire_all
 from storaged.objects.geometry import BlockShape
-from storaged.objects.plane import ObjectPlane, cancel_all
+from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry, Run
 from storaged.objects.seal import SALT_BYTES, PartSealer
 from storaged.sov1 import chunk_count
