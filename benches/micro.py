@@ -49,12 +49,13 @@ from storaged.objects.api import Buckets, Listing, ObjectInfo, Objects, Principa
 from storaged.objects.get import HeldStream, Span
 from storaged.objects.ports import pack_context
 from storaged.objects.records import BucketRecord, SealedList
-from storaged.objects.seal import open_message, seal_message, seal_part
+from storaged.objects.seal import seal_part
 from storaged.s3 import listing, sigv4
 from storaged.s3.app import S3App
 from storaged.s3.context import Front
 from storaged.s3.limits import Limits
 from storaged.s3.request import Request, parse_target
+from storaged.sov1 import open_message, seal_message
 from storaged.units import KIB, MIB
 from storaged.wire import Message
 

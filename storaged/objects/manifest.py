@@ -19,7 +19,7 @@ from storaged.meta.ports import Pages
 from storaged.objects.geometry import problem_of
 from storaged.objects.ports import SealBroken
 from storaged.objects.records import PARTS_INLINE_MAX, PartEntry, PartsPage, SealedMeta, SealedPart, SealedPartsPage, Version
-from storaged.objects.seal import SALT_BYTES, open_message, seal_message
+from storaged.sov1 import SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
 
 T = TypeVar("T")

@@ -39,7 +39,7 @@ from storaged.objects.reads import HedgeDelay
 from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
 from storaged.objects.references import live_references
 from storaged.objects.retire import retire_parts
-from storaged.objects.seal import META_LABEL, SALT_BYTES, seal_message
+from storaged.objects.seal import META_LABEL
 from storaged.objects.uploads import (
     ABORTED,
     COMPLETING,
@@ -55,6 +55,7 @@ from storaged.objects.uploads import (
     upload_text,
 )
 from storaged.objects.versions import BucketKeys, Place, meta_of
+from storaged.sov1 import SALT_BYTES, seal_message
 from storaged.wire import decode, encode
 
 FORGETS_IN_FLIGHT_MAX = 32

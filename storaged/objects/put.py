@@ -29,7 +29,7 @@ from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey
 from storaged.objects.records import NULL_VERSION, BucketRecord, ObjectRecord, PartEntry, Version
 from storaged.objects.retire import retire_replaced
-from storaged.objects.seal import SALT_BYTES, TAG_BYTES, seal_part
+from storaged.objects.seal import seal_part
 from storaged.objects.versions import (
     EMPTY,
     BucketKeys,
@@ -43,6 +43,7 @@ from storaged.objects.versions import (
     with_keys,
 )
 from storaged.objects.writer import OnPlain, PartWriter, RunsChanged
+from storaged.sov1 import SALT_BYTES, TAG_BYTES
 from storaged.wire import Buffer
 
 DEK_BYTES = 32

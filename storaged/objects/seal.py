@@ -7,12 +7,7 @@ through the wrap of the data key, so that parts need not be sealed again when th
 from __future__ import annotations
 
 from storaged.ids import DATA_ID_BYTES
-from storaged.sov1 import HEADER_BYTES as HEADER_BYTES
-from storaged.sov1 import SALT_BYTES as SALT_BYTES
-from storaged.sov1 import TAG_BYTES as TAG_BYTES
 from storaged.sov1 import Opener, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
-from storaged.sov1 import open_message as open_message
-from storaged.sov1 import seal_message as seal_message
 from storaged.wire import Buffer
 
 PART_LABEL = "sov.part.v1"

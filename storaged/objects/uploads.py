@@ -18,8 +18,9 @@ from storaged.objects.manifest import checked
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord
-from storaged.objects.seal import META_LABEL, SALT_BYTES, open_message, seal_message
+from storaged.objects.seal import META_LABEL
 from storaged.objects.versions import Place
+from storaged.sov1 import SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
 
 T = TypeVar("T")

@@ -29,7 +29,8 @@ from storaged.objects.records import (
     decode_object,
     encode_object,
 )
-from storaged.objects.seal import META_LABEL, SALT_BYTES, open_message, seal_message
+from storaged.objects.seal import META_LABEL
+from storaged.sov1 import SALT_BYTES, open_message, seal_message
 from storaged.wire import decode, encode
 
 T = TypeVar("T")

@@ -30,8 +30,8 @@ from storaged.objects.garbage import retire_all
 from storaged.objects.geometry import BlockShape
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.records import PartEntry, Run
-from storaged.objects.seal import SALT_BYTES, PartSealer
-from storaged.sov1 import chunk_count
+from storaged.objects.seal import PartSealer
+from storaged.sov1 import SALT_BYTES, chunk_count
 from storaged.wire import Buffer
 
 ATTEMPTS_MAX = 6

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from storaged.cluster.layout import Profile
 from storaged.objects.geometry import BlockShape, PartShape
 from storaged.objects.ports import pack_context
-from storaged.objects.seal import PartOpener, PartSealer, open_message, seal_message
-from storaged.sov1 import chunk_bytes_for, chunks_size, sealed_size
+from storaged.objects.seal import PartOpener, PartSealer
+from storaged.sov1 import chunk_bytes_for, chunks_size, open_message, seal_message, sealed_size
 
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
 CHUNKS = [4096, 8192, 16384, 32768, 65536]

@@ -10,7 +10,8 @@ import pytest
 from storaged.keys.keyfile import Argon2Cost, Credential, Passphrase, _unlock
 from storaged.keys.keyring import BUCKET_KEY_LABEL, SECRET_LABEL, Keyring, UnwrappedBucketKey, _Box
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.seal import HEADER_BYTES, META_LABEL, PartOpener, PartSealer, open_message, part_key, seal_message, seal_part
+from storaged.objects.seal import META_LABEL, PartOpener, PartSealer, part_key, seal_part
+from storaged.sov1 import HEADER_BYTES, open_message, seal_message
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "seal.json").read_text())
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
