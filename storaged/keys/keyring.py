@@ -34,7 +34,6 @@ from storaged.sov1 import (
     HEADER_BYTES,
     KEY_BYTES,
     SALT_BYTES,
-    TAG_BYTES,
     SealBroken,
     open_message,
     open_one,
@@ -88,21 +87,17 @@ class _Box:
         return nonce + self._cipher.encrypt(nonce, plaintext, self._label + context)
 
     def open_all(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+        """Each with its context. Raises SealBroken when one does not open, or is too short to hold anything."""
         decrypt, label = self._cipher.decrypt, self._label
         try:
             return [
                 decrypt(field[:NONCE_BYTES], field[NONCE_BYTES:], label + context) for field, context in zip(sealed, contexts, strict=True)
             ]
         except (InvalidTag, ValueError):
-            raise SealBroken("one of them does not open under this key and its context") from None
+            raise SealBroken("does not open under this key and its context") from None
 
     def open(self, sealed: bytes, context: bytes) -> bytes:
-        if len(sealed) < NONCE_BYTES + TAG_BYTES:
-            raise SealBroken("too short to be sealed")
-        try:
-            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], self._label + context)
-        except InvalidTag:
-            raise SealBroken("does not open under this key and context") from None
+        return self.open_all((sealed,), (context,))[0]
 
 
 class UnwrappedBucketKey:
