@@ -451,15 +451,12 @@ async def test_a_store_that_has_no_room_refuses_an_accept_and_its_replica_goes_o
 
 
 class Copies:
-    """Small copies of one disk; ``fails`` makes it refuse them."""
+    """Small copies of one disk. What a replica does with them is in ``test_small_copies``."""
 
     def __init__(self) -> None:
         self.held: dict[bytes, bytes] = {}
-        self.fails = False
 
     async def store(self, header: bytes, body: Sequence[Buffer]) -> None:
-        if self.fails:
-            raise DiskUnusable("full")
         self.held[header] = b"".join(bytes(piece) for piece in body)
 
     async def load(self, data_id: bytes) -> Copy | None:
@@ -470,32 +467,8 @@ class Copies:
         return LocalReplica("d", store, copies=PlainCopies(store, self.store, self.load))
 
 
-def with_copy(at: Ballot, header: bytes, *, identity: bool = False) -> messages.Accept:
-    return messages.Accept("d", NAME, at, value(payload=header), b"", identity, header)
-
-
-async def test_a_copy_comes_with_the_accept_and_is_stored_only_where_that_is_not_refused() -> None:
-    copies, store = Copies(), MemoryMetaStore()
-    replica = copies.over(store)
-    await replica.prepare(prepare(ballot(10)))
-    accepted = await replica.accept(with_copy(ballot(10), b"D1"), [b"pay", b"load"])
-    refused = await replica.accept(with_copy(ballot(9), b"D2"), [b"second"])
-    assert (accepted.verdict, accepted.copy_synced) == (Verdict.OK, True)
-    assert (refused.verdict, refused.copy_synced) == (Verdict.PREEMPTED, False)
-    assert copies.held == {b"D1": b"payload"}
-
-
-async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_but_by_a_settling_round() -> None:
-    copies, store = Copies(), MemoryMetaStore()
-    replica = copies.over(store)
-    copies.fails = True
-    refused = await replica.accept(with_copy(ballot(10), b"D"), [b"payload"])
-    assert (refused.verdict, refused.copy_synced, refused.copy_error) == (Verdict.UNSTORED, False, "full")
-    assert store.get(NAME) is None
-    settled = await replica.accept(with_copy(ballot(11), b"D", identity=True), [b"payload"])
-    assert (settled.verdict, settled.copy_synced, settled.copy_error) == (Verdict.OK, False, "full")
-    assert store.get(NAME) is not None
-    assert (await read(replica)).value == value(payload=b"D")
+def with_copy(at: Ballot, header: bytes) -> messages.Accept:
+    return messages.Accept("d", NAME, at, value(payload=header), b"", False, header)
 
 
 async def test_a_copy_that_fails_in_a_way_that_nobody_foresaw_ends_its_accept_and_the_replica() -> None:
@@ -530,47 +503,6 @@ async def test_a_proposer_in_the_same_process_hears_of_an_unforeseen_failure_as_
     assert [type(answer) for answer in heard] == [DiskUnusable]
     async with asyncio.timeout(5):
         await replica.close()
-
-
-async def test_while_a_copy_is_being_stored_its_register_waits_and_a_fence_is_not_answered() -> None:
-    copies, store, disk = Copies(), MemoryMetaStore(), SlowDisk()
-    replica = copies.over(store)
-    await replica.prepare(prepare(ballot(10)))
-    disk.open.clear()
-    inner = copies.store
-
-    async def slow(header: bytes, body: Sequence[Buffer]) -> None:
-        await disk.sync()
-        await inner(header, body)
-
-    copies.store = slow  # type: ignore[method-assign]
-    replica = copies.over(store)
-    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10**14), b"D"), [b"payload"]))
-    await settle_tasks()
-    reading = asyncio.create_task(read(replica))
-    fencing = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"nonce")))
-    ending = asyncio.create_task(replica.fence_epoch(messages.EpochFence("d", 1)))
-    await settle_tasks()
-    assert [task.done() for task in (accepting, reading, fencing, ending)] == [False] * 4
-    disk.open.set()
-    assert (await accepting).copy_synced
-    assert (await reading).value == value(payload=b"D")
-    assert (await fencing).done
-    await ending
-
-
-async def test_a_read_brings_the_copy_that_the_value_names_or_says_that_there_is_none() -> None:
-    copies = Copies()
-    replica = copies.over(MemoryMetaStore())
-    await replica.accept(with_copy(ballot(10), b"D"), [b"payload"])
-    by_id, _ = await replica.read(messages.Read("d", NAME, 1, full=False, data_id=b"D"))
-    assert (by_id.payload, by_id.header) == (b"D", b"D")
-    reply, body = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
-    assert (reply.payload, bytes(body)) == (b"D", b"payload")
-    del copies.held[b"D"]
-    reply, body = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
-    assert (reply.payload, bytes(body)) == (b"", b"")
-    assert reply.value == value(payload=b"D")
 
 
 async def test_pages_are_kept_under_their_own_hash_alone() -> None:

@@ -1,0 +1,312 @@
+"""Small copies and the records that name them, over both bodies: coroutines beside a store in memory, and a disk's own log and LMDB environment."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from storaged.errors import DiskUnusable, StoragedError
+from storaged.fragments.engine import StoreLimits
+from storaged.fragments.store import LocalFragmentStore
+from storaged.meta import messages
+from storaged.meta.copies import PlainCopies
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.names import RegisterName, Table, Value, Visibility
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, MetaStore
+from storaged.meta.register import Verdict
+from storaged.meta.replica import LocalReplica
+from storaged.meta.store import LmdbMetaStore
+from storaged.node.disks import DiskCopies
+from storaged.wire import Buffer, encode
+from tests.unit.fragment_world import DISK, SimulatedFiles, make
+
+SCOPE = b"s" * 16
+NAME = RegisterName(Table.OBJECT, SCOPE, 3, b"key")
+OTHER = RegisterName(Table.OBJECT, SCOPE, 3, b"other")
+RNG = random.Random(5)
+
+
+@dataclass(frozen=True)
+class Small:
+    """A small object's copy: its data id, its encoded fragment header, its payload."""
+
+    data_id: bytes
+    header: bytes
+    payload: bytes
+
+
+def small(length: int = 100) -> Small:
+    made = make(RNG, length, k=1, m=2)
+    return Small(made.id.data_id, encode(made.header), made.payload)
+
+
+class Disk(Protocol):
+    """What a test does to a body. ``hold``: no record gets to its disk until ``go_on``, though its copy may."""
+
+    meta: MetaStore
+    copies: Copies
+
+    def set_full(self, full: bool) -> None: ...
+
+    def hold(self) -> None: ...
+
+    def go_on(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class PlainDisk:
+    def __init__(self, _directory: Path) -> None:
+        self._held: dict[bytes, memoryview] = {}
+        self._full = False
+        self._open = asyncio.Event()
+        self._open.set()
+        self.meta = MemoryMetaStore(sync=self._sync)
+        self.copies = PlainCopies(self.meta, self._store, self._load)
+
+    async def _sync(self) -> None:
+        await self._open.wait()
+
+    async def _store(self, header: bytes, body: Sequence[Buffer]) -> None:
+        if self._full:
+            raise DiskUnusable("the disk is full")
+        self._held[header] = memoryview(b"".join(body))
+
+    async def _load(self, data_id: bytes) -> Copy | None:
+        return next((Copy(header, payload) for header, payload in self._held.items() if data_id in header), None)
+
+    def set_full(self, full: bool) -> None:
+        self._full = full
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    def go_on(self) -> None:
+        self._open.set()
+
+    async def close(self) -> None:
+        await self.meta.close()
+
+
+class LogDisk:
+    """Both stores as a node opens them. ``held``: set while a commit is being held up."""
+
+    def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, files: SimulatedFiles | None) -> None:
+        self.meta = meta
+        self.fragments = fragments
+        self._files = files
+        self.copies = DiskCopies(meta, fragments)
+        self._commit = fragments.commit_companions
+        self._open = threading.Event()
+        self._open.set()
+        self.held = threading.Event()
+        fragments.commit_companions = self._held_up
+
+    @classmethod
+    async def opened(cls, directory: Path, *, simulated: bool = True, map_bytes: int = 1 << 26, **limits: int) -> LogDisk:
+        meta = LmdbMetaStore(directory / "meta", map_bytes=map_bytes)
+        files = SimulatedFiles() if simulated else None
+        fragments = await LocalFragmentStore.open(directory / "fragments", DISK, files=files, limits=StoreLimits(**limits))
+        return cls(meta, fragments, files)
+
+    def _held_up(self, companions: Sequence[Any]) -> StoragedError | None:
+        if not self._open.is_set():
+            self.held.set()
+            assert self._open.wait(10)
+        return self._commit(companions)
+
+    def set_full(self, full: bool) -> None:
+        assert self._files is not None
+        self._files.limit = 1 if full else 0
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    def go_on(self) -> None:
+        self._open.set()
+
+    async def close(self) -> None:
+        self._open.set()
+        await self.fragments.close()
+        await self.meta.close()
+
+
+@pytest.fixture(params=["plain", "log"])
+async def disk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Disk]:
+    (tmp_path / "fragments").mkdir()
+    opened: Disk = PlainDisk(tmp_path) if request.param == "plain" else await LogDisk.opened(tmp_path)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "fragments").mkdir()
+    return tmp_path
+
+
+def ballot(counter: int) -> Ballot:
+    return Ballot(1, counter, "gw", b"incarnat")
+
+
+def value(copy: Small, body: bytes = b"v") -> Value:
+    return Value(1, b"o" * 16, Visibility.LIVE, body, copy.data_id)
+
+
+def with_copy(at: Ballot, copy: Small, name: RegisterName = NAME, *, identity: bool = False) -> messages.Accept:
+    return messages.Accept("d", name, at, value(copy), b"", identity, copy.header)
+
+
+async def settle_tasks() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def payload_at(replica: LocalReplica, name: RegisterName = NAME) -> tuple[bytes, bytes]:
+    reply, body = await replica.read(messages.Read("d", name, 1, want_payload=True))
+    return reply.payload, bytes(body)
+
+
+async def test_a_copy_comes_with_the_accept_and_is_stored_only_where_that_is_not_refused(disk: Disk) -> None:
+    replica, first, second = LocalReplica("d", disk.meta, copies=disk.copies), small(), small()
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    accepted = await replica.accept(with_copy(ballot(10), first), [first.payload[:3], first.payload[3:]])
+    refused = await replica.accept(with_copy(ballot(9), second), [second.payload])
+    assert (accepted.verdict, accepted.copy_synced) == (Verdict.OK, True)
+    assert (refused.verdict, refused.copy_synced) == (Verdict.PREEMPTED, False)
+    assert await disk.copies.load(second.data_id) is None
+    assert await payload_at(replica) == (first.data_id, first.payload)
+
+
+async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_but_by_a_settling_round(disk: Disk) -> None:
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    disk.set_full(True)
+    refused = await replica.accept(with_copy(ballot(10), copy), [copy.payload])
+    assert (refused.verdict, refused.copy_synced, "full" in refused.copy_error) == (Verdict.UNSTORED, False, True)
+    assert disk.meta.get(NAME) is None
+    settled = await replica.accept(with_copy(ballot(11), copy, identity=True), [copy.payload])
+    assert (settled.verdict, settled.copy_synced, "full" in settled.copy_error) == (Verdict.OK, False, True)
+    reply, body = await replica.read(messages.Read("d", NAME, 1, want_payload=True))
+    assert (reply.value, reply.payload, bytes(body)) == (value(copy), b"", b"")
+    disk.set_full(False)
+    again = await replica.accept(with_copy(ballot(12), copy), [copy.payload])
+    assert (again.verdict, again.copy_synced, replica.statistics().state) == (Verdict.OK, True, "ok")
+    assert await payload_at(replica) == (copy.data_id, copy.payload)
+
+
+async def test_what_is_no_copy_is_refused_and_its_replica_goes_on(directory: Path) -> None:
+    disk = await LogDisk.opened(directory)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    for header, payload in ((b"not a header", copy.payload), (copy.header, copy.payload[1:]), (copy.header, bytes(100))):
+        request = messages.Accept("d", NAME, ballot(10), value(copy), b"", False, header)
+        assert (await replica.accept(request, [payload])).verdict == Verdict.UNSTORED
+    assert disk.meta.get(NAME) is None
+    assert (await replica.accept(with_copy(ballot(10), copy), [copy.payload])).copy_synced
+    await disk.close()
+
+
+async def test_while_a_copy_is_being_stored_its_register_waits_and_a_fence_is_not_answered(disk: Disk) -> None:
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold()
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
+    await settle_tasks()
+    reading = asyncio.create_task(payload_at(replica))
+    fencing = asyncio.create_task(replica.fence(messages.FenceSet("d", SCOPE, b"nonce")))
+    ending = asyncio.create_task(replica.fence_epoch(messages.EpochFence("d", 1)))
+    await asyncio.sleep(0.02)
+    assert [task.done() for task in (accepting, reading, fencing, ending)] == [False] * 4
+    assert disk.meta.get(NAME) is None
+    disk.go_on()
+    async with asyncio.timeout(10):
+        assert (await accepting).copy_synced
+        assert await reading == (copy.data_id, copy.payload)
+        assert (await fencing).done
+        await ending
+
+
+async def test_a_read_brings_the_copy_that_it_names_with_its_header_or_says_that_there_is_none(disk: Disk) -> None:
+    replica, copy, unknown = LocalReplica("d", disk.meta, copies=disk.copies), small(), small()
+    await replica.accept(with_copy(ballot(10), copy), [copy.payload])
+    by_id, body = await replica.read(messages.Read("d", NAME, 1, full=False, data_id=copy.data_id))
+    assert (by_id.payload, by_id.header, bytes(body)) == (copy.data_id, copy.header, copy.payload)
+    missing, body = await replica.read(messages.Read("d", NAME, 1, full=False, data_id=unknown.data_id))
+    assert (missing.payload, bytes(body)) == (b"", b"")
+
+
+async def test_a_record_that_the_store_refused_behind_its_copy_makes_the_replica_silent(directory: Path) -> None:
+    disk = await LogDisk.opened(directory, map_bytes=1 << 20)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    too_much = messages.Accept("d", NAME, ballot(10), value(copy, b"x" * (2 << 20)), b"", False, copy.header)
+    with pytest.raises(DiskUnusable):
+        await replica.accept(too_much, [copy.payload])
+    assert disk.meta.get(NAME) is None
+    with pytest.raises(DiskUnusable):
+        await replica.prepare(messages.Prepare("d", OTHER, ballot(11)))
+    async with asyncio.timeout(10):
+        await replica.close()
+        await disk.close()
+
+
+async def test_a_copy_for_which_the_logs_queue_has_no_room_waits_and_is_kept(directory: Path) -> None:
+    disk = await LogDisk.opened(directory, queue_bytes_max=1000)
+    replica, names = LocalReplica("d", disk.meta, copies=disk.copies), (NAME, OTHER)
+    begun: list[bool] = []
+    write_with = disk.fragments.write_with
+
+    def seen(*arguments: Any) -> bool:
+        begun.append(write_with(*arguments))
+        return begun[-1]
+
+    disk.fragments.write_with = seen  # type: ignore[method-assign]
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold()
+    copies = [small(900), small(900)]
+    accepting = [
+        asyncio.create_task(replica.accept(with_copy(ballot(10), copy, name), [copy.payload]))
+        for copy, name in zip(copies, names, strict=True)
+    ]
+    assert await asyncio.to_thread(disk.held.wait, 10)
+    await settle_tasks()
+    assert begun == [True, False]
+    assert not any(task.done() for task in accepting)
+    disk.go_on()
+    async with asyncio.timeout(10):
+        assert [(reply.verdict, reply.copy_synced) for reply in await asyncio.gather(*accepting)] == [(Verdict.OK, True)] * 2
+    for copy, name in zip(copies, names, strict=True):
+        assert await payload_at(replica, name) == (copy.data_id, copy.payload)
+    await disk.close()
+
+
+async def test_a_process_that_dies_between_the_copy_and_its_record_leaves_a_copy_that_nothing_names(directory: Path) -> None:
+    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold()
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
+    assert await asyncio.to_thread(disk.held.wait, 10)
+    died = directory / "died"
+    for name in ("meta", "fragments"):
+        await asyncio.to_thread(shutil.copytree, directory / name, died / name)
+    disk.go_on()
+    await accepting
+    await disk.close()
+
+    found = await LogDisk.opened(died, simulated=False, reserve_bytes=1)
+    assert found.meta.get(NAME) is None
+    assert [header async for header in found.fragments.scan()] != []
+    loaded = await found.copies.load(copy.data_id)
+    assert loaded is not None
+    assert bytes(loaded.payload) == copy.payload
+    returned = LocalReplica("d", found.meta, copies=found.copies)
+    reply = await returned.prepare(messages.Prepare("d", NAME, ballot(2 * 10**15)))
+    assert (reply.verdict, reply.accepted) == (Verdict.OK, ZERO_BALLOT)
+    await found.close()
