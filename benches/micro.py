@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import hmac
 import logging
 import os
 import statistics
@@ -29,6 +28,7 @@ import uvloop
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from benches import micro_front, micro_listing, micro_objects
+from benches.micro_world import ACCESS, REGION, SCOPE, SECRET, OneObject, finished, list_request, signature_floor
 from benches.s3client import Connection, Target, connect, signed_head
 from storaged.clock import SystemClock
 from storaged.cluster import identity
@@ -45,8 +45,7 @@ from storaged.meta.ports import Ballot, Slot, StoreBatch
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
 from storaged.objects import erasure
-from storaged.objects.api import Buckets, Listing, ObjectInfo, Objects, Principal, Users
-from storaged.objects.get import HeldStream, Span
+from storaged.objects.api import Buckets, Listing, Objects, Users
 from storaged.objects.ports import pack_context
 from storaged.objects.records import BucketRecord, SealedList
 from storaged.objects.seal import seal_part
@@ -54,7 +53,7 @@ from storaged.s3 import listing, sigv4
 from storaged.s3.app import S3App
 from storaged.s3.context import Front
 from storaged.s3.limits import Limits
-from storaged.s3.request import Request, parse_target
+from storaged.s3.request import parse_target
 from storaged.sov1 import open_message, seal_message
 from storaged.units import KIB, MIB
 from storaged.wire import Message
@@ -72,10 +71,6 @@ FIGURES = {
     "page": (200.0, "1,000 keys as XML by f-strings: 0.2 ms"),
     "md5": (4096 / 920, "MD5: 0.92 GB/s"),
 }
-
-ACCESS, SECRET, REGION = "MICRO", "micro/secret", "eu-fr-1"
-SCOPE = b"bucket of micro."
-BUCKET = BucketRecord("bench", SCOPE, "user", 0, "active", 16, REGION)
 
 
 class Measured(NamedTuple):
@@ -119,12 +114,7 @@ def signature_check() -> list[Measured]:
         sigv4.verify(claim, SECRET, "GET", target.raw_path, target.pairs, headers, payload)
         sigv4.check_signed_headers(claim, headers)
 
-    def native() -> None:
-        hashlib.sha256(canonical).hexdigest()
-        hmac.digest(key, text, "sha256").hex()
-
-    canonical, text, key = bytes(230), bytes(130), bytes(32)
-    return [Measured("signature check", least_us(check), least_us(native), "one SHA-256, one HMAC")]
+    return [Measured("signature check", least_us(check), least_us(signature_floor), "one SHA-256, one HMAC")]
 
 
 def sealing() -> list[Measured]:
@@ -171,17 +161,10 @@ class _Page:
 
 def list_page() -> list[Measured]:
     front = Front(cast(Objects, _Page()), cast(Buckets, None), cast(Users, None), REGION, SystemClock(), Limits())
-    request = Request("0", "GET", b"/bench?list-type=2", "", False)
-    request.target, request.bucket = parse_target(request.raw_target), "bench"
-    request._bucket_record = BUCKET
+    request = list_request("list-type=2")
 
     def render() -> None:
-        coroutine = listing.list_objects_v2(front, request)
-        try:
-            coroutine.send(None)
-        except StopIteration:
-            return
-        raise AssertionError("the page waits for something")
+        finished(listing.list_objects_v2(front, request))
 
     return [figure("page of 1,000 keys as XML", least_us(render, calls=5), "page")]
 
@@ -213,30 +196,9 @@ class _Side:
         self._loop.close()
 
 
-class _World:
-    """One bucket with one object of 4 KiB, and one user."""
-
-    def __init__(self) -> None:
-        self.plain = os.urandom(4 * KIB)
-        self.info = ObjectInfo(b"key", "null", 4 * KIB, 1_700_000_000_000, "0" * 32, {}, {}, {}, {}, "", "STANDARD", 0)
-        self.who = Principal("user", "user", ACCESS)
-
-    def at_hand(self, name: str) -> BucketRecord | tuple[Principal, str]:
-        return (self.who, SECRET) if name == ACCESS else BUCKET
-
-    async def lookup(self, access_key: str) -> tuple[Principal, str]:
-        return self.who, SECRET
-
-    async def head(self, bucket: BucketRecord, key: bytes, **options: object) -> ObjectInfo:
-        return self.info
-
-    async def get(self, bucket_or_name: BucketRecord | str, key: bytes = b"", **options: object) -> BucketRecord | HeldStream:
-        return BUCKET if isinstance(bucket_or_name, str) else HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
-
-
 async def http() -> list[Measured]:
     """A request's parsing, signature and answer, without anything behind it."""
-    world, side = _World(), _Side()
+    world, side = OneObject(), _Side()
     app = S3App(cast(Objects, world), cast(Buckets, world), cast(Users, world), region=REGION, clock=SystemClock(), entropy=system_entropy)
     port = await side.run(app.start("127.0.0.1", 0))
     target = Target(f"http://127.0.0.1:{port}", ACCESS, SECRET, REGION)
@@ -387,7 +349,7 @@ async def pages() -> list[Measured]:
             Measured(
                 "page of 1,000: the gateway's part",
                 least_us(page.gateway, calls=5),
-                opening + 200,
+                opening + FIGURES["page"][0],
                 "1,000 list fields opened, XML by f-strings",
             ),
             Measured(

@@ -4,9 +4,6 @@ or an object plane behind it. The head is as boto3 writes it. Nothing waits, so 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,44 +11,15 @@ import botocore.auth  # type: ignore[import-untyped]
 from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
+from benches.micro_world import ACCESS, BUCKET, REGION, SECRET, OneObject, signature_floor
 from storaged.clock import SystemClock
 from storaged.ids import system_entropy
 from storaged.node.gateway import observer
-from storaged.objects.api import Body, Buckets, ObjectInfo, Objects, Principal, PutResult, Users
-from storaged.objects.get import HeldStream, Span
-from storaged.objects.records import BucketRecord
+from storaged.objects.api import Buckets, Objects, Users
 from storaged.observe import Metrics
 from storaged.s3.app import S3App
 from storaged.s3.connection import Connection
 from storaged.s3.http import HEAD_END
-from storaged.units import KIB
-
-ACCESS, SECRET, REGION = "MICROACCESSKEY", "micro/secret", "eu-fr-1"
-BUCKET = BucketRecord("bench", b"bucket of micro.", "user", 0, "active", 16, REGION)
-
-
-class _Plane:
-    """One bucket with one object of 4 KiB, and one user; all at hand."""
-
-    def __init__(self) -> None:
-        self.plain = os.urandom(4 * KIB)
-        self.info = ObjectInfo(
-            b"key", "null", 4 * KIB, 1_700_000_000_000, "0" * 32, {"content-type": "image/jpeg"}, {}, {}, {}, "", "STANDARD", 0
-        )
-        self.who = Principal("user", "user", ACCESS)
-
-    def at_hand(self, name: str) -> Any:
-        return BUCKET if name == BUCKET.name else (self.who, SECRET)
-
-    async def head(self, bucket: BucketRecord, key: bytes, **options: object) -> ObjectInfo:
-        return self.info
-
-    async def get(self, bucket: BucketRecord, key: bytes, **options: object) -> HeldStream:
-        return HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
-
-    async def put(self, bucket: BucketRecord, key: bytes, body: Body, meta: object, checks: object, **options: object) -> PutResult:
-        assert len(await body.whole()) == len(self.plain)  # type: ignore[attr-defined]
-        return PutResult("0" * 32)
 
 
 class _Transport:
@@ -92,7 +60,7 @@ def boto_request(method: str, body: bytes) -> bytes:
 class Exchange:
     """One request, again and again on one connection."""
 
-    def __init__(self, method: str, plane: _Plane) -> None:
+    def __init__(self, method: str, plane: OneObject) -> None:
         app = S3App(
             cast(Objects, plane), cast(Buckets, plane), cast(Users, plane), region=REGION, clock=SystemClock(), entropy=system_entropy,
             on_request=observer(Metrics()),
@@ -120,16 +88,10 @@ class Exchange:
 
 def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]:
     """(name, the path, its floor, what that is). To be called with an event loop running: connections make futures."""
-    plane = _Plane()
+    plane = OneObject()
     found: list[tuple[str, Callable[[], object], Callable[[], object], str]] = []
-    canonical, text, key = bytes(230), bytes(130), bytes(32)
-
-    def native() -> None:
-        hashlib.sha256(canonical).hexdigest()
-        hmac.digest(key, text, "sha256").hex()
-
     for method in ("HEAD", "GET", "PUT"):
         exchange = Exchange(method, plane)
         exchange.begin()
-        found.append((f"front: {method}, without socket and objects", exchange, native, "one SHA-256, one HMAC"))
+        found.append((f"front: {method}, without socket and objects", exchange, signature_floor, "one SHA-256, one HMAC"))
     return found

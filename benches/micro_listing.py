@@ -6,12 +6,11 @@ The rows are those of a bucket of 20,000 objects of 4 KiB, sealed under one buck
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, cast
 
+from benches.micro_world import BUCKET, REGION, OneKey, finished, list_request, three_racks
 from storaged.clock import SystemClock
-from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.ids import system_entropy
 from storaged.keys.keyring import UnwrappedBucketKey
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import Value, Visibility, object_name
@@ -25,12 +24,8 @@ from storaged.objects.versions import Place, seal_version
 from storaged.s3 import listing
 from storaged.s3.context import Front
 from storaged.s3.limits import Limits
-from storaged.s3.request import Request, parse_target
 from storaged.wire import decode, encode
 
-T = TypeVar("T")
-
-BUCKET = BucketRecord("bench", b"bucket of micro.", "user", 0, "active", 16, "eu-fr-1")
 OBJECTS = 20_000
 
 
@@ -64,16 +59,13 @@ class _Plane:
 
 
 class Ring:
-    """Layouts, replicas, liveness, keys: three nodes with two disks each, that answer at once what they answered before."""
+    """Layouts, replicas, liveness: three nodes with two disks each, that answer at once what they answered before."""
 
     def __init__(self, store: MetaStore) -> None:
         self.store = store
         self.asked: list[ScanRequest] = []
-        nodes = tuple(NodeEntry(f"n{rack}", f"FR/par1/{rack}", "127.0.0.1:1", ("storage",)) for rack in "abc")
-        disks = tuple(DiskEntry(f"{rack}{number:015}", f"n{rack}", 1) for rack in "abc" for number in range(2))
-        self.current = Layout("bench", 1, nodes, disks, tuple(disk.id for disk in disks[::2]))
-        self.key = UnwrappedBucketKey(1, bytes(32), system_entropy)
-        self.keys = self
+        self.current = three_racks()
+        self.keys = OneKey()
         self.scanner = RingScanner(cast(Any, self), cast(Any, self), cast(Any, self), cast(Any, self))
         self._known: dict[bytes, bytes] = {}
 
@@ -91,23 +83,8 @@ class Ring:
         then(decode(self._known[asked], ScanReply), memoryview(b""))
         return True
 
-    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
-        return self.key
-
-    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
-        return self.key
-
     async def list_objects(self, bucket: BucketRecord, **options: Any) -> Any:
         return await objects_listing.list_objects(cast(ObjectPlane, self), bucket, **options)
-
-
-def finished(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What it returns, when it waits for nothing."""
-    try:
-        coroutine.send(None)
-    except StopIteration as ended:
-        return cast(T, ended.value)
-    raise AssertionError("the page waits for something")
 
 
 class Page:
@@ -115,10 +92,8 @@ class Page:
 
     def __init__(self, store: MetaStore) -> None:
         self.ring = Ring(store)
-        self.request = Request("0", "GET", b"/bench?list-type=2&start-after=photos/2026/00007000", "", False)
-        self.request.target, self.request.bucket = parse_target(self.request.raw_target), "bench"
-        self.request._bucket_record = BUCKET
-        self._front = Front(cast(Objects, self.ring), cast(Buckets, None), cast(Users, None), "eu-fr-1", SystemClock(), Limits())
+        self.request = list_request("list-type=2&start-after=photos/2026/00007000")
+        self._front = Front(cast(Objects, self.ring), cast(Buckets, None), cast(Users, None), REGION, SystemClock(), Limits())
 
     def gateway(self) -> bytes:
         """From the replicas' answers, as they lie in frames, to the XML."""

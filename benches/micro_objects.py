@@ -7,54 +7,40 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar, cast
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from benches.micro_world import BUCKET, OneKey, finished, three_racks
 from storaged.clock import SystemClock
-from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts
 from storaged.ids import system_entropy
-from storaged.keys.keyring import UnwrappedBucketKey
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Outcome, Reading, SmallCopies, Update
 from storaged.objects.api import BodyChecks, NewMeta
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from storaged.units import KIB
 from storaged.wire import Buffer
 
-T = TypeVar("T")
-
-BUCKET = BucketRecord("bench", b"bucket of micro.", "user", 0, "active", 16, "eu-fr-1")
-
 
 class _Ports:
-    """Registers, layout, liveness and keys of one process."""
+    """Registers, layout and liveness of one process."""
 
     def __init__(self) -> None:
-        nodes = tuple(NodeEntry(f"n{rack}", f"FR/par1/{rack}", "127.0.0.1:1", ("storage",)) for rack in "abc")
-        disks = tuple(DiskEntry(f"{rack}{number:015}", f"n{rack}", 1) for rack in "abc" for number in range(2))
-        self.current = Layout("bench", 1, nodes, disks, tuple(disk.id for disk in disks[::2]))
+        self.current = three_racks()
         self.values: dict[RegisterName, Value] = {}
         self.copies: dict[bytes, memoryview] = {}
-        self.key = UnwrappedBucketKey(1, os.urandom(32), system_entropy)
 
     def at(self, epoch: int) -> Layout:
         return self.current
 
     def disk_writable(self, disk_id: str) -> bool:
         return True
-
-    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
-        return self.key
-
-    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
-        return self.key
 
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         value = self.values.get(name)
@@ -98,15 +84,6 @@ class _Body:
         return self._plain
 
 
-def at_once(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never waits."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        return cast(T, done.value)
-    raise AssertionError("it waits for something")
-
-
 class World:
     """An object plane, and one stored object of 4 KiB under ``b"key"``."""
 
@@ -122,7 +99,7 @@ class World:
                 stores=unused,
                 liveness=cast(Any, ports),
                 layouts=cast(Layouts, ports),
-                keys=cast(Any, ports),
+                keys=OneKey(),
                 clock=SystemClock(),
                 entropy=system_entropy,
             )
@@ -136,7 +113,7 @@ class World:
         checks = BodyChecks(size=len(self.plain), sha256=self.sha256)
         meta = NewMeta({"content-type": "application/octet-stream"})
         key = key or b"photos/2026/%08d.jpg" % next(self.numbers)
-        result = at_once(self.objects.put(BUCKET, key, _Body(self.plain), meta, checks, owner="f" * 64))
+        result = finished(self.objects.put(BUCKET, key, _Body(self.plain), meta, checks, owner="f" * 64))
         assert result.size == len(self.plain)
         if key != b"key":
             self.ports.values.popitem()
@@ -151,10 +128,10 @@ class World:
         self.get()
 
     def head(self) -> None:
-        assert at_once(self.objects.head(BUCKET, b"key")).size == len(self.plain)
+        assert finished(self.objects.head(BUCKET, b"key")).size == len(self.plain)
 
     def get(self) -> None:
-        assert at_once(self.objects.get(BUCKET, b"key")).held == self.plain
+        assert finished(self.objects.get(BUCKET, b"key")).held == self.plain
 
 
 def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]:

@@ -1,0 +1,93 @@
+"""What the micro-benchmarks stand on: one user, one bucket, one object of 4 KiB, one key, three racks; all at hand, so that a path can be driven without a loop."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Coroutine
+from typing import Any, TypeVar, cast
+
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.ids import system_entropy
+from storaged.keys.keyring import UnwrappedBucketKey
+from storaged.objects.api import Body, ObjectInfo, Principal, PutResult
+from storaged.objects.get import HeldStream, Span
+from storaged.objects.records import BucketRecord
+from storaged.s3.request import Request, parse_target
+from storaged.units import KIB
+
+T = TypeVar("T")
+
+ACCESS, SECRET, REGION = "MICROACCESSKEY", "micro/secret", "eu-fr-1"
+SCOPE = b"bucket of micro."
+BUCKET = BucketRecord("bench", SCOPE, "user", 0, "active", 16, REGION)
+
+_CANONICAL, _TEXT, _KEY = bytes(230), bytes(130), bytes(32)
+
+
+def finished(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never waits."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return cast(T, done.value)
+    raise AssertionError("it waits for something")
+
+
+def signature_floor() -> None:
+    """What a signature costs at the least: one SHA-256, one HMAC."""
+    hashlib.sha256(_CANONICAL).hexdigest()
+    hmac.digest(_KEY, _TEXT, "sha256").hex()
+
+
+def three_racks() -> Layout:
+    """Three nodes with two disks each; the first of each has the register's replica."""
+    nodes = tuple(NodeEntry(f"n{rack}", f"FR/par1/{rack}", "127.0.0.1:1", ("storage",)) for rack in "abc")
+    disks = tuple(DiskEntry(f"{rack}{number:015}", f"n{rack}", 1) for rack in "abc" for number in range(2))
+    return Layout("bench", 1, nodes, disks, tuple(disk.id for disk in disks[::2]))
+
+
+def list_request(query: str) -> Request:
+    """GET of the bucket, as far as the port has come with it when the bucket was found."""
+    request = Request("0", "GET", b"/bench?" + query.encode(), "", False)
+    request.target, request.bucket = parse_target(request.raw_target), BUCKET.name
+    request._bucket_record = BUCKET
+    return request
+
+
+class OneKey:
+    """A key service whose buckets have one key."""
+
+    def __init__(self) -> None:
+        self.key = UnwrappedBucketKey(1, bytes(32), system_entropy)
+
+    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+        return self.key
+
+    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+        return self.key
+
+
+class OneObject:
+    """Objects, buckets and users of the S3 front: one of each."""
+
+    def __init__(self) -> None:
+        self.plain = os.urandom(4 * KIB)
+        self.info = ObjectInfo(
+            b"key", "null", 4 * KIB, 1_700_000_000_000, "0" * 32, {"content-type": "image/jpeg"}, {}, {}, {}, "", "STANDARD", 0
+        )
+        self.who = Principal("user", "user", ACCESS)
+
+    def at_hand(self, name: str) -> BucketRecord | tuple[Principal, str]:
+        return BUCKET if name == BUCKET.name else (self.who, SECRET)
+
+    async def head(self, bucket: BucketRecord, key: bytes, **options: object) -> ObjectInfo:
+        return self.info
+
+    async def get(self, bucket: BucketRecord, key: bytes, **options: object) -> HeldStream:
+        return HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
+
+    async def put(self, bucket: BucketRecord, key: bytes, body: Body, meta: object, checks: object, **options: object) -> PutResult:
+        assert len(await body.whole()) == len(self.plain)  # type: ignore[attr-defined]
+        return PutResult("0" * 32)
