@@ -155,14 +155,21 @@ class ClientConnection(Connection):
             self._greet(header, head)
         else:
             try:
-                if header.kind == REPLY:
-                    pending.then(decode(head, pending.reply), body)
-                else:
-                    self._fail(pending, faults.from_head(decode(head, ErrorHead), self.node))
+                answer: Any = decode(head, pending.reply) if header.kind == REPLY else self._counted(self._error_in(head))
             except MsgspecError as error:
-                self._fail(pending, faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
+                answer = self._counted(faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
+            self._tell(pending, answer, body)
         if self._room:
             self._make_room()
+
+    def _error_in(self, head: memoryview) -> PeerError:
+        return faults.from_head(decode(head, ErrorHead), self.node)
+
+    def _tell(self, entry: _Pending, answer: Any, body: memoryview) -> None:
+        try:
+            entry.then(answer, body)
+        except Exception:  # a mistake of who asked: others that wait are told all the same, and keep their connection
+            log.exception("telling of a call's answer failed", peer=self.node, method=entry.prefix[1:].decode())
 
     def _greet(self, header: Header, head: memoryview) -> None:
         if self.hello.done():
@@ -245,10 +252,7 @@ class ClientConnection(Connection):
             self._set_expiry(min(entry.deadline for entry in self.pending.values()))
 
     def _fail(self, entry: _Pending, error: PeerError) -> None:
-        try:
-            entry.then(self._counted(error), NO_BYTES)
-        except Exception:  # a mistake; others that wait are told all the same
-            log.exception("telling of a failed call failed", peer=self.node)
+        self._tell(entry, self._counted(error), NO_BYTES)
 
     def _counted(self, error: PeerError) -> PeerError:
         self.calls.saw(error)

@@ -93,17 +93,17 @@ class QuickChange:
         self._began_ns = 0
 
     async def run(self) -> Outcome | None:
-        """None: not the common case. Raises what ``update`` raises, after the value that it judged was settled."""
+        """None: not the common case. Raises what ``update`` raises, after the value that it judged was settled; and what else goes wrong here unforeseen."""
         around = self._around
         self._ballot = around.ballots.next(self._view.epoch, 0, around.clock.wall_ms() * 1000)
         self._mark("")
-        self._ask(Prepare("", self._name, self._ballot), self._promised, ())
-        if self._stage != "over":
-            self._future = asyncio.get_running_loop().create_future()
-            try:
+        try:
+            self._ask(Prepare("", self._name, self._ballot), self._promised, ())
+            if self._stage != "over":
+                self._future = asyncio.get_running_loop().create_future()
                 await self._future
-            finally:
-                self._stage = "over"  # who goes away before anything was proposed proposes nothing any more
+        finally:
+            self._stage = "over"  # who goes away before anything was proposed proposes nothing any more
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
@@ -111,8 +111,10 @@ class QuickChange:
     def _ask(self, request: Prepare | Accept, heard: Any, fragments: Any) -> None:
         """What answers at once (a replica of this process) is looked at when all have been asked."""
         self._asking = True
-        self._courier.ask_each(request, self._view.disks, heard, timeout_s=self._timeout_s, fragments=fragments)
-        self._asking = False
+        try:
+            self._courier.ask_each(request, self._view.disks, heard, timeout_s=self._timeout_s, fragments=fragments)
+        finally:
+            self._asking = False
         early, self._early = self._early, []
         for handle, disk, answer in early:
             handle(disk, answer)
@@ -123,6 +125,12 @@ class QuickChange:
             return
         if self._stage != "prepare":
             return  # it promised later than a majority did
+        try:
+            self._count_promise(disk, answer)
+        except Exception as mistake:  # of ours: who waits is told, not only who brought the answer
+            self._end(mistake)
+
+    def _count_promise(self, disk: str, answer: PrepareReply | StoragedError) -> None:
         if isinstance(answer, StoragedError):
             self._lost(disk, answer)
         elif answer.verdict != OK:
@@ -172,6 +180,14 @@ class QuickChange:
         if self._asking:
             self._early.append((self._accepted, disk, answer))
             return
+        try:
+            self._count_accept(disk, answer)
+        except Exception as mistake:
+            if self._stage == "over":
+                raise
+            self._end(mistake)
+
+    def _count_accept(self, disk: str, answer: AcceptReply | StoragedError) -> None:
         small = self._small
         if isinstance(answer, StoragedError):
             self._lost(disk, answer)

@@ -643,6 +643,18 @@ async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_
     assert set(missed) == {NAME}
 
 
+async def test_a_mistake_in_what_judges_a_change_ends_it_at_once_and_gives_its_turn_back(ring: Ring) -> None:
+    def mistaken(_disks: frozenset[str]) -> bool:
+        raise RuntimeError("a mistake")
+
+    client = ring.client()
+    copies = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, mistaken)
+    async with asyncio.timeout(2):  # less than the change's own deadline
+        with pytest.raises(RuntimeError, match="a mistake"):
+            await client.change(NAME, lambda _: Change(b"one", payload=b"D" * 16), small=copies)
+        await client.change(NAME, put(b"two"))
+
+
 async def alone_on_the_first(ring: Ring) -> None:
     """A writer died when its accept had reached one replica."""
     at = Ballot(1, 10, "dead", b"12345678")

@@ -106,6 +106,10 @@ async def test_a_callback_that_raises_keeps_its_news_from_nobody_else(pair: Pair
     def mistaken(_answer: object, _bulk: object) -> None:
         raise RuntimeError("a mistake")
 
+    for method in ("t.echo", "t.fail"):
+        assert pair.pool.post("n1", method, Note("x"), Note, mistaken)
+        assert (await pair.call("t.echo", "after"))[0].text == "after"
+    assert [link.connects for link in pair.pool.statistics().links] == [1]
     for then in (mistaken, lambda answer, _bulk: told.append(answer)):
         for timeout_s in (0.01, 60.0):
             assert pair.pool.post("n1", "t.hold", Note("x"), Note, then, timeout_s=timeout_s)
