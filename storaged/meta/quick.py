@@ -27,6 +27,7 @@ from storaged.meta.rounds import Courier, Suspects
 
 Stage = Literal["prepare", "accept", "over"]
 OK = int(Verdict.OK)
+PREEMPTED = int(Verdict.PREEMPTED)
 
 
 class QuickChange:
@@ -134,7 +135,7 @@ class QuickChange:
         if isinstance(answer, StoragedError):
             self._lost(disk, answer)
         elif answer.verdict != OK:
-            self.above = max(self.above, answer.promised.counter)
+            self._refused(answer)
             self._end(None)
             return
         else:
@@ -194,7 +195,7 @@ class QuickChange:
             self._around.on_missed(self._name)
         elif answer.verdict != OK or (small is not None and not answer.copy_synced):
             self._failed += 1
-            self.above = max(self.above, answer.promised.counter)
+            self._refused(answer)
             self._around.on_missed(self._name)
         else:
             self._answers += 1
@@ -207,6 +208,11 @@ class QuickChange:
             self._failed + self._majority > len(self._view.disks) or self._failed + self._answers == len(self._view.disks)
         ):
             self._end(None)
+
+    def _refused(self, answer: PrepareReply | AcceptReply) -> None:
+        self.above = max(self.above, answer.promised.counter)
+        if answer.verdict == PREEMPTED and self._stage != "over":
+            self._around.counts["preempted"] += 1
 
     def _lost(self, disk: str, error: StoragedError) -> None:
         self._failed += 1

@@ -454,6 +454,24 @@ async def test_changes_of_one_process_wait_for_their_turn_and_never_preempt_each
     assert client.statistics().preempted == 0
 
 
+@pytest.mark.parametrize("stage", ["prepare", "accept"])
+async def test_a_first_attempt_that_others_were_in_the_way_of_is_counted_as_preempted(ring: Ring, stage: str) -> None:
+    client, other = ring.client(), Ballot(1, 2**60, "other", b"12345678")
+
+    def between(_: Value | None) -> Change:
+        """The accepts of the first attempt meet a promise that came behind its own."""
+        if client.statistics().preempted == 0 and stage == "accept":
+            for replica in ring.replicas.values():
+                assert replica.inner.prepare_at_once(messages.Prepare(replica.inner.disk, NAME, other)) is not None
+        return Change(b"one")
+
+    for replica in ring.replicas.values():  # of the other register: so that a promise so high does not wait for the disk
+        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME if stage == "prepare" else OTHER, other))
+    await client.change(NAME, between)
+    assert client.statistics().preempted > 0
+    assert len(ring.first.prepares) == 2
+
+
 async def test_gateways_that_compete_apply_every_acknowledged_change_exactly_once(ring: Ring) -> None:
     clients = [ring.client(f"gw{index}") for index in range(3)]
 
