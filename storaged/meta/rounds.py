@@ -41,6 +41,11 @@ SUSPECT_S = 5.0
 """For how long a replica that did not answer is asked last."""
 
 
+# ``Courier`` puts requests together of encoded pieces.
+assert Prepare.__struct_fields__[0] == Accept.__struct_fields__[0] == Read.__struct_fields__[0] == "disk"
+assert Accept.__struct_fields__[-1] == "header"
+
+
 class TaskPool:
     """Owns tasks. Insertion order is kept, so that whatever is done to all of them is done in the same order in every run."""
 
