@@ -14,7 +14,7 @@ from storaged.maintain.swap import replace_blocks
 from storaged.objects.place import choose
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import MAGIC, SUITE
-from tests.unit.fakes_objects import layout_of
+from tests.unit.object_world import layout_of
 
 LAYOUT = layout_of((3, 3, 3))
 HEADER = MAGIC + bytes([SUITE, 16, 0, 0]) + bytes(56)

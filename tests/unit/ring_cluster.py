@@ -42,7 +42,7 @@ from storaged.objects.references import live_references
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer, Message, decode, encode
 from tests.sim.virtual import VirtualClock, VirtualLoop
-from tests.unit.fakes_objects import FakeKeys
+from tests.unit.object_world import FakeKeys
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)

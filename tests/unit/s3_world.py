@@ -15,7 +15,7 @@ from botocore.config import Config  # type: ignore[import-untyped]
 from storaged.clock import SystemClock
 from storaged.s3.app import RequestDone, S3App
 from storaged.s3.limits import Limits
-from tests.unit.fake_objects import FakeBuckets, FakeObjects, FakeUsers
+from tests.unit.fake_object_service import FakeBuckets, FakeObjects, FakeUsers
 
 REGION = "eu-fr-1"
 ACCESS, SECRET = "AKMAIN", "main/secret+key"

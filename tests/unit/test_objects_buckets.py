@@ -26,7 +26,7 @@ from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.users import CLAIM_STALE_MS, NameClaim, UserService
 from storaged.wire import decode, encode
-from tests.unit.fakes_objects import FakeClock, World
+from tests.unit.object_world import FakeClock, World
 from tests.unit.test_objects_put_get import got, put
 
 ANNE, BEN = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 from storaged.fragments.ports import Retirement
 from storaged.objects import garbage
-from storaged.objects.api import BodyChecks, NewMeta
-from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
-from storaged.wire import Buffer
-from tests.unit.fakes_objects import FakeDisk, World
-
-OWNER = "f" * 64
+from tests.unit.object_world import FakeDisk, World, bucket_of, put
 
 
 class Rig:
@@ -25,8 +20,7 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
         self.world = World(**limits)  # type: ignore[arg-type]
         self.objects = ObjectService(self.world.plane())
-        self.bucket = BucketRecord("b", b"B" * 16, OWNER, 1, "active", 16, "eu-fr-1")
-        self.world.keys.newest[self.bucket.id] = 1
+        self.bucket = bucket_of(self.world)
         self.calls: list[tuple[str, int]] = []
         retire = FakeDisk.retire
 
@@ -37,10 +31,7 @@ class Rig:
         monkeypatch.setattr(FakeDisk, "retire", counted)
 
     async def put(self, key: bytes, size: int = 5000) -> None:
-        async def pieces() -> AsyncIterator[Buffer]:
-            yield os.urandom(size)
-
-        await self.objects.put(self.bucket, key, pieces(), NewMeta(), BodyChecks(size=size), owner=OWNER)
+        await put(self.objects, self.bucket, os.urandom(size), key=key)
 
     def listed(self) -> int:
         return sum(len(disk.garbage) for disk in self.world.disks.disks.values())

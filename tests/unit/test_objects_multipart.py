@@ -39,7 +39,7 @@ from storaged.objects.references import live_references, parts_in, references
 from storaged.objects.service import ObjectService
 from storaged.objects.uploads import parse_upload_id, part_rows
 from storaged.wire import encode
-from tests.unit.fakes_objects import World
+from tests.unit.object_world import World
 from tests.unit.test_objects_put_get import OWNER, bucket_of, got, pieces, put
 
 

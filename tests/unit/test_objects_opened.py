@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,12 +11,9 @@ from storaged.errors import DataDamaged, KeyringUnavailable, NoSuchKey, ServiceU
 from storaged.meta.names import Value, Visibility, object_name
 from storaged.objects.api import BodyChecks, NewMeta, ObjectInfo, RangeSpec
 from storaged.objects.opened import ENTRY_BYTES, Opened, OpenedLately
-from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
-from storaged.wire import Buffer
-from tests.unit.fakes_objects import FakeBucketKey, World
+from tests.unit.object_world import OWNER, FakeBucketKey, World, bucket_of, pieces
 
-OWNER = "f" * 64
 SIZES = [100, 5000, 300_000]
 
 
@@ -27,8 +23,7 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
         self.world = World(**limits)
         self.objects = ObjectService(self.world.plane())
-        self.bucket = BucketRecord("b", b"B" * 16, OWNER, 1, "active", 16, "eu-fr-1")
-        self.world.keys.newest[self.bucket.id] = 1
+        self.bucket = bucket_of(self.world)
         self.unwraps = 0
         unwrap = FakeBucketKey.unwrap
 
@@ -39,10 +34,7 @@ class Rig:
         monkeypatch.setattr(FakeBucketKey, "unwrap", counted)
 
     async def put(self, data: bytes, key: bytes = b"key", **meta: str) -> None:
-        async def pieces() -> AsyncIterator[Buffer]:
-            yield data
-
-        await self.objects.put(self.bucket, key, pieces(), NewMeta(user=meta), BodyChecks(size=len(data)), owner=OWNER)
+        await self.objects.put(self.bucket, key, pieces(data), NewMeta(user=meta), BodyChecks(size=len(data)), owner=OWNER)
 
     async def got(self, key: bytes = b"key", span: RangeSpec | None = None) -> tuple[bytes, ObjectInfo]:
         stream = await self.objects.get(self.bucket, key, span=span)

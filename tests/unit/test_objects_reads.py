@@ -12,8 +12,7 @@ import pytest
 from storaged.errors import DataDamaged
 from storaged.objects.reads import HedgeDelay, Reads
 from storaged.objects.service import ObjectService
-from tests.unit.fakes_objects import World
-from tests.unit.test_objects_put_get import bucket_of, got, put
+from tests.unit.object_world import World, bucket_of, got, put
 
 
 class Disk:

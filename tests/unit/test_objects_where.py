@@ -14,7 +14,7 @@ from storaged.objects.conditions import Current, check_copy_source, check_write
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.service import ObjectService
 from storaged.objects.where import where
-from tests.unit.fakes_objects import World
+from tests.unit.object_world import World
 from tests.unit.test_objects_put_get import bucket_of, entry_of, put
 
 

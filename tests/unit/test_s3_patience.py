@@ -16,7 +16,7 @@ from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
 from storaged.s3.http import broken_so_far
 from storaged.s3.limits import Limits
-from tests.unit import fake_objects
+from tests.unit import fake_object_service
 from tests.unit.s3_world import ACCESS, REGION, World, s3_world
 from tests.unit.test_s3_hostile import _Blocks, _Socket
 from tests.unit.test_s3_http import certificate, read_head, signed
@@ -57,7 +57,7 @@ async def test_a_slow_client_may_take_longer_for_a_block_than_it_may_be_silent()
 async def test_a_slow_client_may_take_longer_for_a_piece_than_it_may_take_nothing(
     secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fake_objects, "PIECE_BYTES", 24 << 20)
+    monkeypatch.setattr(fake_object_service, "PIECE_BYTES", 24 << 20)
     server, client = contexts(tmp_path) if secure else (None, None)
     async with s3_world(Limits(send_idle_s=0.4), tls=server) as world:
         await make_bucket(world, big=bytes(48 << 20))
@@ -228,7 +228,7 @@ async def test_an_answer_that_is_on_its_way_when_the_server_ends_arrives_whole(
     secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event loop's TLS takes a piece at once, and passes it on when the socket has room."""
-    monkeypatch.setattr(fake_objects, "PIECE_BYTES", 16 << 20)
+    monkeypatch.setattr(fake_object_service, "PIECE_BYTES", 16 << 20)
     server, client = contexts(tmp_path) if secure else (None, None)
     async with s3_world(tls=server) as world:
         await make_bucket(world, big=bytes(16 << 20))

@@ -23,9 +23,14 @@ from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, Fragm
 from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Value, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
+from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, PutResult, RangeSpec, WriteConditions
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
+from storaged.objects.records import BucketRecord, PartEntry, decode_object
+from storaged.objects.service import ObjectService
 from storaged.wire import Buffer, decode
+
+OWNER = "f" * 64
 
 
 def layout_of(racks: Sequence[int] = (2, 2, 2), profile: str = "4+2", epoch: int = 1) -> Layout:
@@ -469,3 +474,45 @@ class World:
             limits=self.limits,
             on_damage=self.damage.append,
         )
+
+
+def bucket_of(world: World) -> BucketRecord:
+    bucket = BucketRecord("b", b"B" * 16, OWNER, 1, "active", 16, "eu-fr-1")
+    world.keys.newest[bucket.id] = 1
+    return bucket
+
+
+async def pieces(data: bytes, size: int = 100_000) -> AsyncIterator[Buffer]:
+    """A body whose pieces are overwritten when the next is asked for, as the port allows."""
+    for at in range(0, len(data), size):
+        piece = bytearray(data[at : at + size])
+        yield piece
+        piece[:] = b"\xee" * len(piece)
+
+
+async def put(
+    objects: ObjectService,
+    bucket: BucketRecord,
+    data: bytes | AsyncIterator[Buffer],
+    *,
+    key: bytes = b"key",
+    sized: bool = True,
+    conditions: WriteConditions = NO_WRITE_CONDITIONS,
+) -> PutResult:
+    """``sized``: its size is declared. One that comes as an iterator has none."""
+    checks = BodyChecks(size=len(data) if isinstance(data, bytes) and sized else None)
+    body = pieces(data) if isinstance(data, bytes) else data
+    return await objects.put(bucket, key, body, NewMeta(), checks, owner=OWNER, conditions=conditions)
+
+
+async def got(objects: ObjectService, bucket: BucketRecord, *, key: bytes = b"key", span: RangeSpec | None = None) -> bytes:
+    stream = await objects.get(bucket, key, span=span)
+    data = b"".join([bytes(piece) async for piece in stream.chunks()])
+    assert len(data) == stream.length
+    return data
+
+
+def entry_of(world: World) -> PartEntry:
+    """The only part of the object ``key``."""
+    (value,) = [value for name, value in world.ring.values.items() if name.key == b"key"]
+    return decode_object(value.body).versions[0].parts[0]

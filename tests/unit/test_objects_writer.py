@@ -1,0 +1,254 @@
+"""Writes while disks fail: they die, hang, forget, are full or away, or are late."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import itertools
+import os
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from storaged.errors import ServiceUnavailable
+from storaged.fragments.ports import FragmentHeader
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Outcome, Update
+from storaged.objects import put as put_module
+from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.checksums import BodyDigest
+from storaged.objects.seal import PartSealer
+from storaged.objects.service import ObjectService
+from storaged.wire import Buffer
+from tests.unit.object_world import OWNER, World, bucket_of, entry_of, got, layout_of, pieces, put
+
+KIB, MIB = 1024, 1024 * 1024
+CELL = 64 * KIB - 16
+
+
+@pytest.mark.parametrize("rack", "abc")
+@pytest.mark.parametrize("suspected", [True, False])
+@pytest.mark.parametrize("size", [5000, 200_000, 7 * MIB])
+async def test_a_rack_that_is_away_stops_neither_writes_nor_reads(rack: str, suspected: bool, size: int) -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(size)
+    await put(objects, bucket, data, key=b"before")
+    world.disks.rack_down(rack, suspected=suspected)
+    assert await got(objects, bucket, key=b"before") == data
+    await put(objects, bucket, data)
+    assert await got(objects, bucket) == data
+    for disk in list(world.disks.disks.values()):  # whichever disk dies next
+        if disk.down:
+            continue
+        disk.down = True
+        assert await got(objects, bucket) == data
+        disk.down = False
+    await objects.close()
+
+
+@pytest.mark.parametrize("moment", range(1, 5))
+@pytest.mark.parametrize("victims", [("a0",), ("b0", "b1"), ("a1", "c0")])
+async def test_disks_that_die_during_an_upload_leave_it_acknowledged_and_safe(moment: int, victims: tuple[str, ...]) -> None:
+    world = World(block_cells_max=12)
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(12 * CELL * 4 + 77)
+
+    def kill(number: int) -> None:
+        if number == moment:
+            for name in victims:
+                world.disks.disks[name].down = True
+
+    world.disks.disks[victims[0]].on_write = kill
+    await put(objects, bucket, data)
+    world.disks.suspected.update(victims)
+    assert await got(objects, bucket) == data
+    for disk in world.disks.disks.values():
+        if not disk.down:
+            disk.down = True
+            assert await got(objects, bucket) == data
+            disk.down = False
+    await objects.close()
+
+
+@pytest.mark.parametrize("victims", [("a0",), ("b0", "b1"), ("a0", "b0")])
+async def test_a_disk_whose_sync_fails_at_the_barrier_has_its_blocks_rebuilt_elsewhere(victims: tuple[str, ...]) -> None:
+    world = World(block_cells_max=12)
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(12 * CELL * 3 + 5)
+    for name in victims:
+        world.disks.disks[name].fail_sync = True
+    await put(objects, bucket, data)
+    assert objects.plane.counters.blocks_rebuilt_at_barrier >= 4
+    for name in victims:
+        world.disks.disks[name].down = True
+    for run in entry_of(world).runs:
+        assert run.profile != (4, 2)
+    for disk in world.disks.disks.values():
+        if not disk.down:
+            disk.down = True
+            assert await got(objects, bucket) == data
+            disk.down = False
+    assert all(stored.synced for name, disk in world.disks.disks.items() if name not in victims for stored in disk.fragments.values())
+    await objects.close()
+
+
+async def test_a_node_that_restarts_and_forgets_before_the_barrier_is_noticed() -> None:
+    world = World(block_cells_max=12)
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(12 * CELL * 3)
+
+    async def body() -> AsyncIterator[Buffer]:
+        yield data[: 30 * CELL]
+        await asyncio.sleep(0.05)
+        for name in ("c0", "c1"):
+            world.disks.disks[name].fragments.clear()
+        yield data[30 * CELL :]
+
+    await objects.put(bucket, b"key", body(), NewMeta(), BodyChecks(len(data)), owner=OWNER)
+    world.disks.rack_down("a")
+    assert await got(objects, bucket) == data
+    await objects.close()
+
+
+async def test_a_hanging_disk_delays_a_write_by_no_more_than_the_grace() -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    hang = world.disks.disks["b1"].hang = asyncio.Event()
+    data = os.urandom(300_000)
+    async with asyncio.timeout(5):
+        await put(objects, bucket, data)
+        assert await got(objects, bucket) == data
+    hang.set()
+    await objects.close()
+
+
+async def test_a_write_that_the_next_failure_would_lose_is_refused_and_changes_nothing() -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    await put(objects, bucket, b"old")
+    for name in ("a0", "a1", "b0", "b1", "c0"):
+        world.disks.disks[name].full = True
+    for size in (5000, 300_000):
+        with pytest.raises(ServiceUnavailable):
+            await put(objects, bucket, os.urandom(size))
+    assert await got(objects, bucket) == b"old"
+    await objects.close()
+
+
+async def test_small_objects_are_coded_when_the_registers_disks_are_full() -> None:
+    world = World(layout_of((3, 3, 3)))
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(9000)
+    await put(objects, bucket, data)
+    for disk, _ in world.disks.of(entry_of(world).data_id)[:2]:
+        world.disks.disks[disk].full = True
+    await put(objects, bucket, data[::-1])
+    assert not entry_of(world).small
+    assert await got(objects, bucket) == data[::-1]
+    await objects.close()
+
+
+@pytest.mark.parametrize("sized", [True, False])
+async def test_a_small_object_that_is_coded_is_digested_once_and_sealed_once(monkeypatch: pytest.MonkeyPatch, sized: bool) -> None:
+    calls: list[str] = []
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return real(*args, **options)
+
+        return call
+
+    world = World(layout_of((3, 3, 3)))
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(5000)
+    await put(objects, bucket, data)
+    for disk, _ in world.disks.of(entry_of(world).data_id)[:2]:
+        world.disks.disks[disk].full = True
+    monkeypatch.setattr(put_module, "digest_of", counted("digest", put_module.digest_of))
+    monkeypatch.setattr(put_module, "seal_part", counted("seal_part", put_module.seal_part))
+    monkeypatch.setattr(BodyDigest, "update", counted("update", BodyDigest.update))
+    monkeypatch.setattr(PartSealer, "seal_block", counted("seal_block", PartSealer.seal_block))
+    checks = BodyChecks(
+        size=5000 if sized else None, checksums={"CRC32": base64.b64encode(zlib.crc32(data[::-1]).to_bytes(4, "big")).decode()}
+    )
+    result = await objects.put(bucket, b"key", pieces(data[::-1]), NewMeta(), checks, owner=OWNER)
+    assert calls == ["digest", "update", "seal_block"]  # the second is the first's: there is a checksum besides the MD5
+    assert (result.etag, result.checksums) == (hashlib.md5(data[::-1]).hexdigest(), checks.checksums)
+    assert not entry_of(world).small
+    assert await got(objects, bucket) == data[::-1]
+    assert (await objects.head(bucket, b"key")).checksums == checks.checksums
+    await objects.close()
+
+
+async def test_a_request_that_took_too_long_is_refused_at_its_barrier() -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+
+    async def slow() -> AsyncIterator[Buffer]:
+        yield bytes(50_000)
+        world.clock.ahead_s += 13 * 3600
+        yield bytes(50_000)
+
+    with pytest.raises(ServiceUnavailable):
+        await objects.put(bucket, b"key", slow(), NewMeta(), BodyChecks(100_000), owner=OWNER)
+    assert not world.ring.values
+    await objects.close()
+
+
+@pytest.mark.parametrize("clock", ["monotonic", "wall"])
+async def test_a_process_that_slept_between_its_barrier_and_its_promise_commits_nothing(clock: str) -> None:
+    """A suspended machine's monotonic clock stands still, and a wall clock may be set back: either one is enough."""
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    real = world.ring.change
+
+    async def sleepy(name: RegisterName, update: Update, *, ready: Awaitable[None] | None = None, **more: Any) -> Outcome:
+        assert ready is not None
+        await ready
+        if clock == "wall":
+            world.clock.wall += 25 * 3_600_000
+        else:
+            world.clock.ahead_s += 25 * 3600
+        return await real(name, update, ready=ready, **more)
+
+    world.ring.change = sleepy  # type: ignore[method-assign]
+    with pytest.raises(ServiceUnavailable):
+        await objects.put(bucket, b"key", pieces(bytes(100_000)), NewMeta(), BodyChecks(100_000), owner=OWNER)
+    assert not world.ring.values
+    await objects.close()
+
+
+async def test_what_a_late_write_still_refers_to_is_not_written_over() -> None:
+    world = World(block_cells_max=12)
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    kept: list[tuple[bytes, Sequence[Buffer]]] = []
+    writes = itertools.count()
+    for disk in world.disks.disks.values():
+        write = disk.write
+
+        async def remembered(header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, write: object = write) -> None:
+            if next(writes) % 5 == 0:
+                kept.append((b"".join(payload), payload))
+            await write(header, payload, sync=sync)  # type: ignore[operator]
+
+        disk.write = remembered  # type: ignore[method-assign]
+    for number in range(3):
+        await put(objects, bucket, os.urandom(4 * MIB), key=b"key%d" % number)
+    assert len(kept) > 10
+    assert all(b"".join(payload) == before for before, payload in kept)
+    await objects.close()
