@@ -5,7 +5,7 @@ be durable, one wake-up of the event loop. A lone request waits for nobody. Read
 event loop (preadv2 with RWF_NOWAIT never blocks); the rest goes to the reading threads.
 
 A small object's copy comes with a *companion*, the record that names it: once the group is durable, the same thread hands all companions of the group to
-``commit_companions`` (the disk's metadata store), and one wake-up of the event loop tells of both. No record is ever on a disk before its copy.
+``commit_companions`` (the disk's metadata store), and one wake-up of the event loop tells of both. No companion is ever on a disk before its copy.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class SmallCopies(NamedTuple):
     ``fragments`` has (encoded fragment header, payload) for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
     ``enough`` judges the disk ids that have synced theirs (the acknowledge rule): ``change`` succeeds only when it holds beside the majority.
     A replica that can't store its copy accepts nothing, so the copies of a record are on a majority of its replicas from the moment it is chosen. A settling round
-    that meets a record which no majority has confirmed yet carries the copy along to the replicas that it writes to.
+    that meets a record which no majority has confirmed yet carries the copy along to the replicas that it writes to. There is one exception (``meta.proposal``).
     The buffers are not to be reused afterwards: a slow replica's copy may still be on its way when ``change`` returns.
     """
 

@@ -9,7 +9,9 @@ Theory of operation
 
     The copies of a small object go with the accept, and a replica that cannot store its copy accepts nothing: from the moment that a record is chosen, a majority
     of its replicas have had its copy. What keeps that true is that nobody helps a record on without its copy: a value that a prepare found, which no majority has
-    confirmed yet, is accepted anew together with the copy of the replica that told of it. The change succeeds when the acknowledge rule holds for those that
+    confirmed yet, is accepted anew together with the copy of the replica that told of it. *The exception*: a copy that can't be had holds up no register for ever.
+    A settling round writes the row also where the replica can't store the copy, and a round for which nobody gives the copy, ``CARRY_TRIES`` times over, goes on
+    without it; such a record may be confirmed with its copy on fewer replicas, or on none that answers, and repair is told (``on_missed``). The change succeeds when the acknowledge rule holds for those that
     have synced their copy, besides the majority; where it cannot hold any more the outcome is unknown: the record stands, on fewer copies than it should have.
 """
 

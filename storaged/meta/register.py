@@ -61,7 +61,7 @@ class Rules:
     fence_by_epoch: bool = True
     """10. Acceptors refuse requests of a layout epoch before their own."""
     copies_travel: bool = True
-    """12. Nobody helps a record on that no majority has confirmed without the small copy that it names."""
+    """12. Nobody helps a record on that no majority has confirmed without the small copy that it names, but by the exception in ``meta.proposal``."""
 
 
 RULES = Rules()

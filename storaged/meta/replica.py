@@ -3,7 +3,8 @@
 Theory of operation
     Accepted values are rows of the store, and the store shows only what is synced. While an accept of a register is on its way to the disk,
     every other request for that register waits: an accept that nobody was told of yet must not be missing from a prepare's answer (rule 1).
-    The small copy that comes with an accept is synced first, and only then is the row committed that names it: no disk has a record without having had its copy.
+    The small copy that comes with an accept is synced first, and only then is the row committed that names it: no disk has a record without having had its copy,
+    but by the exception that ``meta.proposal`` names.
     A fence is answered when what was judged before it has arrived or failed, for that may still be at its copy when the fence is on disk.
     Promises are kept in memory alone, for they change with every prepare and a sync costs a thousand times more than the promise. Instead a
     *high-water ballot* above all of them is on disk, written in blocks ahead; after a restart it counts as promised for every register (rule 2).
@@ -294,6 +295,7 @@ class LocalReplica:
 
     def _keep_copy(self, request: messages.Accept, body: Sequence[Buffer], batch: StoreBatch, size: int, answer: AnswerAccept) -> None:
         """The copy, then the row. A settling round writes the row even where the copy can't be stored."""
+        assert META_HIGH_WATER not in batch.meta, "it could overtake a higher one"
 
         def kept(refusal: StoragedError | None, error: StoragedError | None) -> None:
             if refusal is None:
@@ -651,7 +653,8 @@ class LocalReplica:
             self._raise_if(await asyncio.shield(self._raising))
 
     def _next_high_water(self, ballot: Ballot) -> Ballot:
-        """Never lower than one that is already on its way: commits keep their order, and the last one stays."""
+        """Never lower than one that is already on its way: what is posted to the store keeps its order, and the last one stays. A batch that comes with a copy is
+        committed by another thread, in no order with these, and so never carries one (``_keep_copy``)."""
         self._high_water_issued = max(self._high_water_issued, high_water_for(ballot))
         return self._high_water_issued
 

@@ -2,8 +2,8 @@
 
 Theory of operation
     LMDB runs with its default, synced flags: a commit that returned is on the disk, and readers see nothing before that. One process owns
-    an environment (``lock`` is flocked for as long as it is open), and one thread in it writes. Commits are grouped by what has arrived: while one
-    is being synced the next collects, a lone one never waits. The results of a whole group reach the event loop in one call.
+    an environment (``lock`` is flocked for as long as it is open), and one thread of it writes at a time: the store's own, or the fragment log's (``commit_here``),
+    in no order between the two. Commits are grouped by what has arrived: while one is being synced the next collects, a lone one never waits. The results of a whole group reach the event loop in one call.
 
     Readers are short: every get and every slice is a snapshot of its own, closed before it returns, so the file never grows for one.
 
