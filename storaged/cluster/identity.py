@@ -30,6 +30,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -322,15 +323,25 @@ def renew(context: ssl.SSLContext, identity: Identity) -> None:
         raise CertificateRefused(f"{identity.directory / 'node.crt'} and its key do not load: {error}") from error
 
 
+_CALLED_PER_RECORD = ("read", "write", "pending")
+
+
 class _DirectSSLObject(ssl.SSLObject):
-    """Called for every record of 16 KiB: without a Python function in between."""
+    """Called for every record of 16 KiB: without a Python function in between. ``_create`` and ``_sslobj`` are not public: where a Python has them not (3.11 to 3.13
+    do), this is an SSLObject as any other."""
 
     @classmethod
     def _create(cls, *arguments: Any, **named: Any) -> _DirectSSLObject:
         made = super()._create(*arguments, **named)  # type: ignore[misc]
-        native = made._sslobj
-        made.read, made.write, made.pending = native.read, native.write, native.pending
+        made.__dict__.update(_native_calls(made))
         return made  # type: ignore[no-any-return]
+
+
+def _native_calls(made: object) -> dict[str, Callable[..., Any]]:
+    """What does an SSLObject's work for each record, by its name there; nothing when it is not where it is looked for."""
+    native = getattr(made, "_sslobj", None)
+    found = {name: getattr(native, name, None) for name in _CALLED_PER_RECORD}
+    return {name: call for name, call in found.items() if call is not None}
 
 
 def _context(protocol: int, identity: Identity) -> ssl.SSLContext:

@@ -74,6 +74,29 @@ async def test_a_call_brings_its_answer_and_tells_the_handler_who_asks(pair: Pai
     assert bytes(pair.service.last.body) == b"abcde"
 
 
+@pytest.mark.parametrize("native", [True, False])
+async def test_bodies_come_back_whether_or_not_a_python_has_what_spares_a_call_for_each_record(
+    world: World, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    found: list[int] = []
+
+    def calls(made: object) -> dict[str, Any]:
+        shortcuts = native_calls(made if native else object())
+        found.append(len(shortcuts))
+        return shortcuts
+
+    native_calls = identity._native_calls
+    monkeypatch.setattr(identity, "_native_calls", calls)
+    sent = os.urandom(300 * KIB)
+    async with (
+        serving(world.node("n1"), Service()) as server,
+        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
+    ):
+        _answer, body = await pool.call("n1", "t.mirror", Note(""), Note, body=[sent])
+        assert bytes(body) == sent
+    assert set(found) == {3 if native else 0}
+
+
 @pytest.mark.parametrize("size", [0, 1, 16 * KIB, 16 * KIB + 1, 300 * KIB, 5 * MIB + 7])
 async def test_bodies_of_any_size_come_back_as_they_were_sent(pair: Pair, size: int) -> None:
     sent = os.urandom(size)
