@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -37,7 +36,7 @@ from storaged.meta.ports import (
     Update,
 )
 from storaged.meta.proposal import Fragments, Proposal, Surroundings, View, post_accept
-from storaged.meta.quick import Deadlines, QuickChange, QuickRead
+from storaged.meta.quick import Patience, QuickChange, QuickRead
 from storaged.meta.register import (
     CALL_BYTES,
     RULES,
@@ -137,9 +136,7 @@ class RingClient:
         self._copy_at = copy_at
         self._pool = TaskPool()
         self._courier = Courier(replicas, self._pool)
-        self._hedges: deque[tuple[float, QuickRead]] = deque()
-        self._hedge_timer: asyncio.TimerHandle | None = None
-        self._deadlines = Deadlines(deadline_s)
+        self._patience = Patience()
         self._turns = Turns()
         self._suspects = Suspects(self._clock)
         self._counts = dict.fromkeys(
@@ -161,8 +158,7 @@ class RingClient:
         )
 
     async def close(self) -> None:
-        if self._hedge_timer is not None:
-            self._hedge_timer.cancel()
+        self._patience.close()
         await self._pool.close()
 
     def statistics(self) -> ClientStatistics:
@@ -213,7 +209,11 @@ class RingClient:
         view = self._view(name)
         if barrier is None and not nonce and len(view.groups) == 1:
             quick = QuickChange(self._around, self._courier, view, name, update, small, lineage, self._call_timeout(deadline))
-            outcome = await self._deadlines.run(quick)
+            self._patience.begin(quick, deadline - self._clock.monotonic())
+            try:
+                outcome = await quick.run()
+            finally:
+                self._patience.end(quick)
             if outcome is not None:
                 return outcome
             above = quick.above
@@ -235,8 +235,12 @@ class RingClient:
         view = self._view(name)
         if len(view.groups) == 1:
             quick = QuickRead(view)
-            self._hedge_soon(quick)
-            if await quick.run(self._courier, self._suspects, name, want_payload, self._call_timeout_s):
+            self._patience.begin(quick, self._hedge_s)
+            try:
+                agreed = await quick.run(self._courier, self._suspects, name, want_payload, self._call_timeout_s)
+            finally:
+                self._patience.end(quick)
+            if agreed:
                 value = quick.value
                 if not want_payload or value is None or not value.payload:
                     return Reading(value)
@@ -261,20 +265,6 @@ class RingClient:
             copy = await self._fetch_copy(view, name, value.payload, asked, deadline)
             payload = None if copy is None else copy.payload
         return Reading(value, payload)
-
-    def _hedge_soon(self, read: QuickRead) -> None:
-        """One timer for all reads: they have the same patience, so they lose it in the order in which they began."""
-        self._hedges.append((self._clock.monotonic() + self._hedge_s, read))
-        if self._hedge_timer is None:
-            self._hedge_timer = asyncio.get_running_loop().call_later(self._hedge_s, self._hedge)
-
-    def _hedge(self) -> None:
-        now, hedges = self._clock.monotonic(), self._hedges
-        while hedges and (hedges[0][1].done or hedges[0][0] <= now):
-            hedges.popleft()[1].hedge()
-        self._hedge_timer = None
-        if hedges:
-            self._hedge_timer = asyncio.get_running_loop().call_later(max(hedges[0][0] - now, 0.001), self._hedge)
 
     async def _pause_for_layout(self, deadline: float) -> None:
         """The replicas follow a newer layout than this node has heard of; it will."""

@@ -3,7 +3,7 @@
 Theory of operation
     ``QuickChange`` is the first attempt of ``proposal.Proposal`` and ``QuickRead`` the first round of ``RingClient._hear``, written straight: the requests leave
     encoded once for all replicas, each answer is a call of ``_promised``, ``_accepted`` or ``_told`` on the event loop, and the one that completes the
-    majority does what comes next. No task, timer or future belongs to a call: whatever happens to it, its replica answers or the RPC layer does, or ``Deadlines``
+    majority does what comes next. No task, timer or future belongs to a call: whatever happens to it, its replica answers or the RPC layer does, or ``Patience``
     ends the change.
 
     What is not the common case (a refusal, replicas that differ, too few that answer, a joint layout) is not decided here: ``run`` returns None, and the general
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from storaged import trace
 from storaged.errors import PeerUnreachable, StoragedError
@@ -238,37 +238,54 @@ class QuickChange:
             self._began_ns = now_ns
 
 
-class Deadlines:
-    """Ends changes that take longer than ``limit_s``, whatever their replicas do. One timer for all: they have the same patience, so they lose it in the order in
-    which they began."""
+class Impatient(Protocol):
+    def give_up(self) -> None:
+        """There is no time left. Maybe it is over already."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._ends: dict[QuickChange, float] = {}
+
+class Patience:
+    """Ends what waits too long, whatever its replicas do. One timer for all: it rings for the one whose time is over first, and most have ended by then."""
+
+    def __init__(self) -> None:
+        self._ends: dict[Impatient, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = 0.0
 
-    async def run(self, change: QuickChange) -> Outcome | None:
+    def begin(self, waiting: Impatient, limit_s: float) -> None:
+        """``end`` is to be called in any case."""
         loop = asyncio.get_running_loop()
-        self._ends[change] = loop.time() + self._limit_s
-        if self._timer is None:
-            self._timer = loop.call_later(self._limit_s, self._expire, loop)
-        try:
-            return await change.run()
-        finally:
-            del self._ends[change]
+        end = self._ends[waiting] = loop.time() + limit_s
+        if self._timer is None or end < self._rings_at:
+            self._ring_at(loop, end)
 
-    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+    def end(self, waiting: Impatient) -> None:
+        del self._ends[waiting]
+
+    def _ring_at(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
+        self.close()
+        self._timer = loop.call_at(at, self._ring, loop)
+        self._rings_at = at
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         now = loop.time()
-        for change, end in self._ends.items():
-            if end > now:
-                self._timer = loop.call_at(end, self._expire, loop)
-                return
-            change.give_up()
+        later = []
+        for waiting, end in self._ends.items():  # who gives up calls ``end`` in a later turn of the loop
+            if end <= now:
+                waiting.give_up()
+            else:
+                later.append(end)
+        if later:
+            self._ring_at(loop, min(later))
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class QuickRead:
-    """``await run()`` once; ``hedge`` ends it when it takes long."""
+    """``await run()`` once; ``give_up`` ends it when it takes long: others are to be asked then."""
 
     __slots__ = ("_conflict", "_future", "_replies", "_view", "done", "payload", "value")
 
@@ -311,15 +328,15 @@ class QuickRead:
             return
         if isinstance(answer, StoragedError) or answer.verdict != OK:
             self._conflict = True
-            self.hedge()
+            self.give_up()
             return
         self._replies.append(answer)
         if answer.payload:
             self.payload = (answer.payload, bulk)
         if len(self._replies) == len(self._view.disks) // 2 + 1:
-            self.hedge()
+            self.give_up()
 
-    def hedge(self) -> None:
+    def give_up(self) -> None:
         """There is nothing more to wait for, or no patience left."""
         self.done = True
         if self._future is not None and not self._future.done():

@@ -379,6 +379,25 @@ async def test_a_change_whose_replicas_never_answer_ends_at_its_deadline_and_giv
         assert (await client.change(NAME, put(b"two"))).after is not None
 
 
+async def test_a_change_that_waited_for_its_turn_has_no_more_time_than_any_other(ring: Ring) -> None:
+    client, loop = ring.client(deadline_s=1.0), asyncio.get_running_loop()
+
+    async def barrier() -> None:
+        await asyncio.sleep(0.8)
+
+    before = asyncio.create_task(client.change(NAME, put(b"one"), ready=barrier()))
+    await asyncio.sleep(0)
+    began = loop.time()
+    waiting = asyncio.create_task(client.change(NAME, put(b"two")))
+    await ring.first.carried_out["prepare"].wait()
+    for replica in (ring.first, ring.second):
+        replica.stuck.add("prepare")
+    with pytest.raises(ServiceUnavailable):
+        await waiting
+    assert loop.time() - began < 1.4
+    assert (await before).after is not None
+
+
 async def test_a_lost_answer_is_found_again_and_the_change_applied_once(ring: Ring) -> None:
     client = ring.client()
     for replica in (ring.first, ring.second):
