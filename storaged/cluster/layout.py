@@ -28,9 +28,6 @@ PARTITIONS = 1024
 SYSTEM_PARTITION = PARTITIONS
 """One more partition holds buckets, users, keys, the layout; its replicas are the layout's seed disks."""
 
-PLACEMENT_GROUPS = 4096
-"""A data id's first 12 bits name its placement group; preference lists are cached by group."""
-
 SHARDS_DEFAULT = 16
 
 

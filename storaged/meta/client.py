@@ -516,8 +516,7 @@ class RingClient:
         return max(0.001, min(self._call_timeout_s, deadline - self._clock.monotonic()))
 
     def _ask_read(self, answers: Answers[_ReadAnswer], request: messages.Read, deadline: float) -> None:
-        timeout_s = self._call_timeout(deadline)
-        answers.post(request, lambda replica: replica.read(request, timeout_s=timeout_s), timeout_s=timeout_s)
+        answers.post(request, timeout_s=self._call_timeout(deadline))
 
     def _ask_page(self, answers: Answers[messages.PageReply], request: messages.PageGet, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)

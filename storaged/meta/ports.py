@@ -8,7 +8,7 @@ objects, maintain
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -281,6 +281,13 @@ class PostingReplica(Replica, Protocol):
         """A Prepare, Accept, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
 
 
+class TailReplica(PostingReplica, Protocol):
+    """What a replica of another node may do besides: be asked with an encoding that it shares with others."""
+
+    def post_tail(self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
+        """As ``post``, of a request whose encoding before the disk is ``first`` (the same for all of its kind), and behind it ``tail``."""
+
+
 class Replicas(Protocol):
     """Every disk's acceptor by disk id."""
 
@@ -381,6 +388,3 @@ class MetaStore(Protocol):
 
 class RowDamaged(Exception):
     """A row's checksum does not hold."""
-
-
-AsyncRows = AsyncIterator[Row]

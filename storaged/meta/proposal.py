@@ -106,13 +106,7 @@ def post_accept(
         if not (took or request.identity) or (request.header and not (took and answer.copy_synced)):  # type: ignore[union-attr]
             on_missed(request.name)
 
-    answers.post(
-        request,
-        lambda replica: replica.accept(request, body, timeout_s=timeout_s),
-        body=body,
-        timeout_s=timeout_s,
-        heard=None if request.identity and not request.header else heard,
-    )
+    answers.post(request, body=body, timeout_s=timeout_s, heard=None if request.identity and not request.header else heard)
 
 
 @dataclass
@@ -254,8 +248,7 @@ class Proposal:
         return promises
 
     def _ask_promise(self, answers: Answers[messages.PrepareReply], request: messages.Prepare) -> None:
-        timeout_s = self._call_timeout_s()
-        answers.post(request, lambda replica: replica.prepare(request, timeout_s=timeout_s), timeout_s=timeout_s)
+        answers.post(request, timeout_s=self._call_timeout_s())
 
     def _note(self, promises: _Promises, reply: messages.PrepareReply) -> None:
         """What is worth knowing of an answer, whether it promised or not."""

@@ -21,7 +21,7 @@ _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
 
 
 class RemoteReplica:
-    """``ports.PostingReplica`` over RPC: one disk of another node."""
+    """``ports.TailReplica`` over RPC: one disk of another node."""
 
     def __init__(self, caller: Caller, node: str, disk: str) -> None:
         self._caller = caller
@@ -37,7 +37,7 @@ class RemoteReplica:
         return self._poster.post(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
 
     def post_tail(self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
-        """As ``post``, of a request that several replicas get: its encoding before the disk (``first``) and behind it."""
+        """See ``ports.TailReplica``."""
         if self._poster is None:
             return False
         method, reply = _POSTED[kind]

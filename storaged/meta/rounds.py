@@ -21,6 +21,7 @@ from storaged.errors import PeerUnreachable, SlowDown, StoragedError
 from storaged.meta.messages import Accept, Prepare, Read
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Replica, Replicas
+from storaged.meta.scan import ScanRequest
 from storaged.wire import Buffer, encode
 
 T = TypeVar("T")
@@ -110,41 +111,34 @@ class Answers(Generic[T]):
         self.pending += 1
         self._pool.start(self._run(disk, call))
 
-    def post(
-        self,
-        request: Ask,
-        call: Callable[[Replica], Awaitable[T]],
-        *,
-        body: Sequence[Buffer] = (),
-        timeout_s: float,
-        heard: Callable[[Any], None] | None = None,
-    ) -> None:
-        """As ``ask``, but without a task where the replica can be asked without one. ``heard`` sees the answer too, also one that nobody waits for any more."""
+    def post(self, request: Ask, *, body: Sequence[Buffer] = (), timeout_s: float, heard: Callable[[Any], None] | None = None) -> None:
+        """As ``ask``, of a request that may need no task. ``heard`` sees the answer too, also one that nobody waits for any more."""
         self.pending += 1
-        disk = request.disk
+        then = partial(self._posted, request.disk, heard, isinstance(request, Read))
         try:
-            replica = self._replicas.replica(disk)
+            replica = self._replicas.replica(request.disk)
         except StoragedError as error:
-            self._arrived(disk, heard, error)
+            then(error, NO_BYTES)
             return
-        post = getattr(replica, "post", None)
-        bulk = isinstance(request, Read)
-        if post is None or not post(request, partial(self._posted, disk, heard, bulk), body=body, timeout_s=timeout_s):
-            self._pool.start(self._run(disk, call, heard))
+        work = ask_one(replica, request, then, body, timeout_s)
+        if work is not None:
+            self._pool.start(work)
 
     def _posted(self, disk: str, heard: Callable[[Any], None] | None, bulk: bool, answer: Any, payload: memoryview) -> None:
-        self._arrived(disk, heard, (answer, payload) if bulk and not isinstance(answer, StoragedError) else answer)
+        self._arrived(disk, (answer, payload) if bulk and not isinstance(answer, StoragedError) else answer)
+        if heard is not None:
+            heard(answer)
 
-    async def _run(self, disk: str, call: Callable[[Replica], Awaitable[T]], heard: Callable[[Any], None] | None = None) -> None:
+    async def _run(self, disk: str, call: Callable[[Replica], Awaitable[T]]) -> None:
         answer: T | StoragedError | None = None
         try:
             answer = await call(self._replicas.replica(disk))
         except StoragedError as error:
             answer = error
         finally:
-            self._arrived(disk, heard, answer if answer is not None else PeerUnreachable(f"The call to disk {disk} was given up."))
+            self._arrived(disk, answer if answer is not None else PeerUnreachable(f"The call to disk {disk} was given up."))
 
-    def _arrived(self, disk: str, heard: Callable[[Any], None] | None, answer: Any) -> None:
+    def _arrived(self, disk: str, answer: Any) -> None:
         failed = isinstance(answer, StoragedError)
         if isinstance(answer, PeerUnreachable):
             self._suspects.add(disk)
@@ -152,8 +146,6 @@ class Answers(Generic[T]):
         waiter, arrived = self._waiter, len(self._inbox)
         if waiter is not None and not waiter.done() and (failed or arrived >= self._wanted or arrived >= self.pending):
             waiter.set_result(None)
-        if heard is not None:
-            heard(answer)
 
     async def next(self, timeout_s: float, wanted: int = 1) -> tuple[str, T | StoragedError] | None:
         """The next answer; None when none came in time or none is to come. ``wanted``: so many are needed, so that waking up for fewer is no use, but for an
@@ -210,12 +202,22 @@ class Courier:
                 continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)
-            post = getattr(replica, "post", None)
-            if post is None or not post(asked, then, body=body, timeout_s=timeout_s):
-                self._pool.start(_call(replica, asked, body, timeout_s, then))
+            work = ask_one(replica, asked, then, body, timeout_s)
+            if work is not None:
+                self._pool.start(work)
 
 
-async def _call(replica: Replica, request: Ask, body: Sequence[Buffer], timeout_s: float, then: Then) -> None:
+def ask_one(
+    replica: Replica, request: Ask | ScanRequest, then: Then, body: Sequence[Buffer], timeout_s: float
+) -> Coroutine[Any, Any, None] | None:
+    """Asks without a task where the replica can be asked without one, and is done; else the work that asks, for a task. ``then`` is told once in either case."""
+    post = getattr(replica, "post", None)
+    if post is not None and post(request, then, body=body, timeout_s=timeout_s):
+        return None
+    return _call(replica, request, then, body, timeout_s)
+
+
+async def _call(replica: Replica, request: Ask | ScanRequest, then: Then, body: Sequence[Buffer], timeout_s: float) -> None:
     answer: Any = PeerUnreachable(f"The call to disk {request.disk} was given up.")
     bulk = NO_BYTES
     try:
@@ -223,8 +225,10 @@ async def _call(replica: Replica, request: Ask, body: Sequence[Buffer], timeout_
             answer, bulk = await replica.read(request, timeout_s=timeout_s)
         elif isinstance(request, Accept):
             answer = await replica.accept(request, body, timeout_s=timeout_s)
-        else:
+        elif isinstance(request, Prepare):
             answer = await replica.prepare(request, timeout_s=timeout_s)
+        else:
+            answer = await replica.scan(request, timeout_s=timeout_s)
     except StoragedError as error:
         answer = error
     finally:

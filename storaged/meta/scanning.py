@@ -25,7 +25,8 @@ from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Registers, Replica, Replicas
+from storaged.meta.ports import Registers, Replicas
+from storaged.meta.rounds import ask_one
 from storaged.meta.scan import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice, Want, common_prefix, decode_rows
 from storaged.units import MIB
 
@@ -281,18 +282,9 @@ class ShardReader:
         except StoragedError as error:
             asked.heard(request, error)
             return
-        post = getattr(replica, "post", None)
-        if post is None or not post(request, partial(asked.heard, request), timeout_s=self._timeout_s):
-            tasks.append(asyncio.create_task(self._call(replica, request, asked)))
-
-    async def _call(self, replica: Replica, request: ScanRequest, asked: _Round) -> None:
-        answer: ScanReply | StoragedError | None = None
-        try:
-            answer = await replica.scan(request, timeout_s=self._timeout_s)
-        except StoragedError as error:
-            answer = error
-        finally:
-            asked.heard(request, answer)
+        work = ask_one(replica, request, partial(asked.heard, request), (), self._timeout_s)
+        if work is not None:
+            tasks.append(asyncio.create_task(work))
 
     async def _settled(self, query: Query, feed: Feed, answers: list[ShardSlice]) -> Piece:
         through, done = common_end(answers)
