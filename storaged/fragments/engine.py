@@ -205,9 +205,9 @@ class Engine:
 
     # --- appending ----------------------------------------------------------------------------------------------------------
 
-    def append(self, writes: Sequence[Write]) -> list[StoragedError | None]:
+    def append(self, writes: Sequence[Write], *, into_reserve: bool = False) -> list[StoragedError | None]:
         """One answer a write: None when it is in the log (not yet durable) and in the index, else why not."""
-        refusal = self._refusal(sum(write.payload_bytes + len(write.message) for write in writes))
+        refusal = None if into_reserve else self._refusal(sum(write.payload_bytes + len(write.message) for write in writes))
         if refusal is not None:
             return [refusal] * len(writes)
         answers: list[StoragedError | None] = [None] * len(writes)
@@ -358,6 +358,17 @@ class Engine:
             raise self._unusable() from error
         self.syncs += 1
         self.synced = self.end
+
+    def sync_apart(self) -> None:
+        """As ``sync`` but for what ``synced`` says, and in any thread: through a descriptor of its own, so that the writer hears of a failure as well. What is
+        not in the active segment was synced when that was begun."""
+        file = self.segments.get(self.active)
+        if file is None or self.failure:
+            return
+        try:
+            file.sync_apart()
+        except OSError as error:
+            self.fail(f"fdatasync of segment {self.active}: {error.strerror or error}")
 
     # --- the active segment ---------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,9 @@ class SegmentFile(Protocol):
 
     def sync(self) -> None: ...
 
+    def sync_apart(self) -> None:
+        """As ``sync``, but a failure is reported to ``sync`` too: the kernel tells each descriptor of it once. Nothing when the file is gone."""
+
     def drop_cache(self, offset: int) -> None:
         """A hint: what is read from ``offset`` on should come from the drive."""
 
@@ -185,6 +188,14 @@ class PosixSegmentFile:
     def sync(self) -> None:
         with self._lease() as fd:
             os.fdatasync(fd)
+
+    def sync_apart(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
     def drop_cache(self, offset: int) -> None:
         with self._lease() as fd, contextlib.suppress(OSError):

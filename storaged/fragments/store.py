@@ -4,8 +4,9 @@ Every write, delete and sync that arrives while the disk is busy goes into the n
 be durable, one wake-up of the event loop. A lone request waits for nobody. Reads of what is in the page cache are answered on the
 event loop (preadv2 with RWF_NOWAIT never blocks); the rest goes to the reading threads.
 
-A small object's copy comes with a *companion*, the record that names it: once the group is durable, the same thread hands all companions of the group to
-``commit_companions`` (the disk's metadata store), and one wake-up of the event loop tells of both. No companion is ever on a disk before its copy.
+A small object's copy comes with a *companion*, the record that names it, which holds the copy as well. It is appended as everything else is, but not synced: the same
+thread hands all companions of the group to ``commit_companions`` (the disk's metadata store), which makes record and copy durable in one write to its own log, and one wake-up
+of the event loop tells of both. Before a copy leaves that log, ``sync_apart`` has synced this one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ OVERLAYS_MAX = 4
 OnDamage = Callable[[FragmentId, int], None]
 
 CommitCompanions = Callable[[Sequence[Any]], StoragedError | None]
-"""Called in the writer thread; all are durable when it returns None."""
+"""Called in the writer thread; all are durable when it returns None, and so are the copies that came with them."""
 
 Kept = Callable[[StoragedError | None, StoragedError | None], None]
 """``kept(write, companion)``: why the fragment was not written (its companion was not committed then), and why the companion was not."""
@@ -208,8 +209,8 @@ class LocalFragmentStore:
             self._give_bytes(write.payload_bytes)
 
     def write_with(self, write: Write, companion: Any, kept: Kept) -> bool:
-        """Writes and syncs a fragment, then commits its companion; then ``kept`` is told on the event loop. False: nothing was begun, since it would have to wait
-        for room first. Raises DiskUnusable."""
+        """Writes a fragment, and commits its companion, which makes both durable; then ``kept`` is told on the event loop. False: nothing was begun, since it would
+        have to wait for room first. Raises DiskUnusable."""
         self._refuse_when_closed()
         count = write.payload_bytes
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
@@ -217,7 +218,7 @@ class LocalFragmentStore:
         # As the one before it was: the next turn of the loop is unlikely to bring company.
         alone = not self._queued_bytes and self._kept_last == 1
         self._queued_bytes += count
-        self._arrive(_Job(None, write=write, sync=True, companion=companion, kept=kept), alone=alone)
+        self._arrive(_Job(None, write=write, companion=companion, kept=kept), alone=alone)
         return True
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
@@ -319,6 +320,32 @@ class LocalFragmentStore:
         await asyncio.to_thread(self._shut)
 
     # --- beside the port ------------------------------------------------------------------------------------------------------
+
+    async def restore(self, copies: Sequence[tuple[FragmentHeader, bytes]]) -> None:
+        """Appends and syncs those of these copies that the disk does not have whole, also where it is full up to its reserve: they were acknowledged.
+
+        Raises DiskUnusable when there is no room at all; nothing on a disk that is read-only, whose fragments count as lost.
+        """
+        await self._call(functools.partial(self._restore, copies))
+
+    def _restore(self, copies: Sequence[tuple[FragmentHeader, bytes]]) -> None:
+        engine = self._engine
+        for header, payload in copies:
+            if engine.failure:
+                return
+            try:
+                if not engine.reader.verify(header.id):
+                    continue
+            except (FragmentMissing, FragmentDamaged):
+                pass
+            refusal = engine.append([Write.of(header, [payload])], into_reserve=True)[0]
+            if refusal is not None and not engine.failure:
+                raise refusal
+
+    def sync_apart(self) -> None:
+        """Everything appended before the call is durable when it returns, or the disk is read-only and what it holds counts as lost. In any thread, also while the
+        writer thread waits for the caller."""
+        self._engine.sync_apart()
 
     def find_copy(self, data_id: bytes) -> FragmentId | None:
         """The whole copy (k = 1) of a data id's only block, if this disk has one; about 3 us."""
@@ -514,30 +541,22 @@ class LocalFragmentStore:
             results = self._engine.append([job.write for job in writes if job.write is not None])
             answers.extend(zip(writes, results, strict=True))
             answers.extend((job, _answer(job.call) if job.call is not None else None) for job in jobs if job.write is None)
-            now = [(job, answer) for job, answer in answers if not job.sync or isinstance(answer, BaseException)]
+            paired = [(job, answer) for job, answer in answers if job.kept is not None and answer is None]
             later = [(job, answer) for job, answer in answers if job.sync and not isinstance(answer, BaseException)]
-            if now:
-                self._deliver(now)
-                left = [job for job, _ in later]
+            if len(paired) + len(later) < len(answers):
+                rest = {id(job) for job, _ in (*paired, *later)}
+                self._deliver([(job, answer) for job, answer in answers if id(job) not in rest])
+                left = [job for job in left if id(job) in rest]
             if later:
                 refusal = _answer(self._engine.sync)
-                if isinstance(refusal, BaseException):
-                    later = [(job, refusal) for job, _ in later]
-                self._finish(later, committed=not isinstance(refusal, BaseException))
+                self._deliver([(job, refusal) for job, _ in later] if isinstance(refusal, BaseException) else later)
+                left = [job for job, _ in paired]
+            if paired:
+                self._deliver(paired, self.commit_companions([job.companion for job, _ in paired]))
         except Exception as error:
             # A mistake of ours or a damaged index: nobody may wait for ever, and nothing more may be written on top of it.
             self._engine.fail(f"{type(error).__name__}: {error}", lasting=False)
             self._deliver([(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in left])
-
-    def _finish(self, answers: list[tuple[_Job, Any]], committed: bool) -> None:
-        """``committed``: the log is durable, so companions follow; who has none does not wait for them."""
-        paired = [(job, answer) for job, answer in answers if job.kept is not None] if committed else []
-        if not paired:
-            self._deliver(answers)
-            return
-        if len(paired) < len(answers):
-            self._deliver([(job, answer) for job, answer in answers if job.kept is None])
-        self._deliver(paired, self.commit_companions([job.companion for job, _ in paired]))
 
     def _deliver(self, answers: list[tuple[_Job, Any]], uncommitted: StoragedError | None = None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

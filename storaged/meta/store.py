@@ -1,11 +1,16 @@
-"""One disk's acceptor state in LMDB.
+"""One disk's acceptor state in LMDB, behind a redo log.
 
 Theory of operation
-    LMDB runs with its default, synced flags: a commit that returned is on the disk, and readers see nothing before that. One process owns
-    an environment (``lock`` is flocked for as long as it is open), and one thread of it writes at a time: the store's own, or the fragment log's (``commit_here``),
-    in no order between the two. Commits are grouped by what has arrived: while one is being synced the next collects, a lone one never waits. The results of a whole group reach the event loop in one call.
+    A batch is durable when it is in the redo log (``meta.redo``). From then on it is read from an *overlay* in memory, which lies over LMDB, until a
+    *checkpoint* has put it there: one commit of LMDB, with its default, synced flags, for what many groups brought within a second or so. It writes a page of the
+    tree once that many of them touch, in the order of the keys. A start reads the overlay from the log again.
 
-    Readers are short: every get and every slice is a snapshot of its own, closed before it returns, so the file never grows for one.
+    Groups are what has arrived: while one is being written the next collects, a lone one never waits. The results of a whole group reach the event loop in
+    one call. Readers are short: every get and every slice is a snapshot of its own, closed before it returns, so the file never grows for one. One process owns a
+    store (``lock`` is flocked for as long as it is open). Pages of manifests are large and rare, and go to LMDB at once.
+
+    The small copy that comes with a row lies in the log beside it. It is in the disk's fragment store too by then, but not synced there: a checkpoint has
+    that done before it takes the row from the log, and a start gives the copies in the log back before there is a checkpoint. So nothing has a row without its copy.
 
     sub-database   key                               value
     rows           rowkey's node || segment          rowvalue's row; a link: check || node (u64 BE)
@@ -15,8 +20,9 @@ Theory of operation
     pages          xxh3-128 of the page              created ms (u64 BE) || the page
     meta           name                              check || value
                    NUL "identity"                    check || store id (16) || starts (u64 BE)
+                   NUL "redo"                        check || ``redo.Mark``
 
-    A commit that fails ends the store's life as a writer: what the disk did with it is unknown, so it stays read-only until it is opened
+    A write that fails ends the store's life as a writer: what the disk did with it is unknown, so it stays read-only until it is opened
     again. A failure that isn't mere lack of space is noted beside it (``failed``), and then it is never opened again: after a failed sync the
     kernel forgets which pages are dirty (Rebello et al., ATC'20), and a disk whose promises are in doubt joins only as a new one.
 
@@ -28,29 +34,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import errno
 import os
 import queue
+import struct
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import lmdb
+import msgspec
 import xxhash
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
-from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, SlowDown, StoragedError
+from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
+from storaged.meta import pending
+from storaged.meta.apply import Applier
 from storaged.meta.names import RegisterName, Table
+from storaged.meta.opening import (
+    IDENTITY,
+    STORE_ID_BYTES,
+    SUB_DATABASES,
+    Database,
+    Transaction,
+    compare,
+    lock,
+    read_identity,
+    sync_directory,
+    unopened,
+)
+from storaged.meta.pending import Overlay, Ready
 from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch
-from storaged.meta.rowkey import SEGMENT_BYTES, find, link_key, row_key, split, walk
-from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, open_small, pack_row, seal_small, stamps_in, unpack_row
+from storaged.meta.redo import HALF_BYTES, Mark, RedoLog
+from storaged.meta.rowkey import SEGMENT_BYTES, find, row_key, walk
+from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, open_small, seal_small, stamps_in, unpack_row
 from storaged.meta.stretch import columns_at, stamps_at
 from storaged.units import GIB
 
@@ -58,30 +82,30 @@ MAP_BYTES_DEFAULT = 64 * GIB
 """Address space, not disk space: the file is as long as what was ever in use at once."""
 
 GROUP_OPERATIONS_MAX = 128
-"""A commit with its sync costs about 1.2 ms whatever its size, and 128 puts about as much again: more in one commit only adds waiting."""
+"""More in one write to the log only adds waiting."""
+
+CHECKPOINT_S = 1.0
+CHECKPOINT_BYTES = HALF_BYTES // 2
+"""A checkpoint follows the first change within so many seconds, or after so much of log: it bounds the memory of the overlay and the time of a start."""
 
 QUEUED_BATCHES_MAX = 4096
 SLICE_ROWS_MAX = 10_000
 ROOTS_CACHED_MAX = 65_536
 
-STORE_ID_BYTES = 16
 PAGE_AGE_BYTES = 8
-_IDENTITY = b"\0identity"
-_NEXT_NODE = b"next"
-_SUB_DATABASES = (b"rows", b"nodes", b"fences", b"pages", b"meta")
+_REDO = b"\0redo"
 _OUT_OF_SPACE = (lmdb.MapFullError, lmdb.DiskError)
-
-Transaction = Any
-Database = Any
 
 
 @dataclass(frozen=True)
 class MetaStoreStatistics:
-    """``state``: ok, read-only. ``bytes_used`` of ``map_bytes``; ``largest_group`` in operations; ``damaged_rows`` met since it was opened."""
+    """``state``: ok, read-only. ``commits``: groups of the log. ``rows`` and ``bytes_used`` (of ``map_bytes``) as of the last checkpoint; ``largest_group`` in
+    operations; ``damaged_rows`` met since it was opened."""
 
     state: str
     reason: str
     commits: int
+    checkpoints: int
     operations: int
     largest_group: int
     queued_batches: int
@@ -89,21 +113,6 @@ class MetaStoreStatistics:
     bytes_used: int
     map_bytes: int
     damaged_rows: int
-
-
-@dataclass(slots=True)
-class Ready:
-    """One batch on its way: rows still want their node, everything else is ready. ``value`` None deletes."""
-
-    done: Done
-    rows: list[tuple[RegisterName, bytes]] = field(default_factory=list)
-    others: list[tuple[bytes, bytes, bytes | None]] = field(default_factory=list)
-    stale_pages: Sequence[tuple[bytes, int]] = ()
-    deleted: int = 0
-
-    @property
-    def operations(self) -> int:
-        return len(self.rows) + len(self.others) + len(self.stale_pages)
 
 
 class _Rows:
@@ -139,20 +148,33 @@ class LmdbMetaStore:
         self._commits = self._operations = self._largest_group = self._queued = self._damaged = 0
         self._map_bytes = map_bytes
         self._reader_roots: dict[bytes, int] = {}
-        self._writer_roots: dict[bytes, int] = {}
         self._queue: queue.SimpleQueue[list[Ready] | None] = queue.SimpleQueue()
         self._arriving: list[Ready] = []
-        self._committing = threading.Lock()
+        self._log = threading.Condition()
+        """Held by whoever writes to the redo log or changes what is an overlay; told of what a checkpoint waits for, and of its end."""
+        self._writing = threading.Lock()
+        """Held by whoever writes to LMDB."""
+        self._fresh = self._frozen = Overlay()
+        """What is durable and not yet in LMDB: what came last, over what a checkpoint is putting there."""
+        self._fresh_bytes = 0
+        self._fresh_since = 0.0
+        self._log_full = self._stopping = False
+        self._restorable: list[tuple[bytes, bytes]] = []
+        self._checkpoints = 0
+        self.sync_copies: Callable[[], None] = _no_copies
+        """Called in a thread of this store's: makes all copies durable where they belong that came with what is in the log."""
         self._room = asyncio.Semaphore(QUEUED_BATCHES_MAX)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock_file = _lock(self.directory)
+        self._lock_file = lock(self.directory)
         try:
             self._open(map_bytes, entropy)
         except BaseException:
             os.close(self._lock_file)
             raise
         self._writer = threading.Thread(target=self._write, name=f"meta-writer {self.directory.name}", daemon=True)
+        self._checkpointer = threading.Thread(target=self._keep_checkpoints, name=f"meta-checkpoint {self.directory.name}", daemon=True)
         self._writer.start()
+        self._checkpointer.start()
 
     @classmethod
     def open_or_refuse(
@@ -174,7 +196,7 @@ class LmdbMetaStore:
                 raise DiskForeign(f"the metadata store that was in {directory} is gone")
             if not file.stat().st_size:
                 raise DiskForeign(f"the metadata store in {directory} is blank, although one was in use there")
-            _compare(directory, expected_identity)
+            compare(directory, expected_identity)
         return cls(directory, map_bytes=map_bytes, entropy=entropy)
 
     def _open(self, map_bytes: int, entropy: Entropy) -> None:
@@ -182,33 +204,61 @@ class LmdbMetaStore:
         if failed.exists():
             raise DiskForeign(f"the metadata store in {self.directory} failed before and is not used again: {failed.read_text().strip()}")
         try:
-            self._env = lmdb.open(str(self.directory), map_size=map_bytes, max_dbs=len(_SUB_DATABASES), max_spare_txns=8)
+            self._env = lmdb.open(str(self.directory), map_size=map_bytes, max_dbs=len(SUB_DATABASES), max_spare_txns=8)
         except lmdb.Error as error:
-            raise _unopened(self.directory, error) from None
+            raise unopened(self.directory, error) from None
         try:
             reach_end(self._env, self.directory)
             self._env.reader_check()
-            self._databases: dict[bytes, Database] = {name: self._env.open_db(name) for name in _SUB_DATABASES}
+            self._databases: dict[bytes, Database] = {name: self._env.open_db(name) for name in SUB_DATABASES}
             self._rows = self._databases[b"rows"]
-            self.identity = self._count_start(entropy)
-            _sync_directory(self.directory)
+            self._applier = Applier(self._databases)
+            self._start(entropy)
         except lmdb.Error as error:
             self._env.close()
-            raise _unopened(self.directory, error) from None
+            raise unopened(self.directory, error) from None
         except BaseException:
             self._env.close()
             raise
 
-    def _count_start(self, entropy: Entropy) -> bytes:
+    def _start(self, entropy: Entropy) -> None:
+        """Reads the log, then counts the start."""
         meta = self._databases[b"meta"]
-        with self._env.begin(write=True) as transaction:
-            known = _read_identity(self.directory, transaction, meta)
-            store_id, starts = (
-                (known[:STORE_ID_BYTES], int.from_bytes(known[STORE_ID_BYTES:], "big")) if known else (entropy(STORE_ID_BYTES), 0)
-            )
-            identity = store_id + (starts + 1).to_bytes(8, "big")
-            transaction.put(_IDENTITY, seal_small(_IDENTITY, identity), db=meta)
-        return identity
+        with self._env.begin() as transaction:
+            known = read_identity(self.directory, transaction, meta)
+            mark = self._mark_in(transaction)
+        store_id, starts = (
+            (known[:STORE_ID_BYTES], int.from_bytes(known[STORE_ID_BYTES:], "big")) if known else (entropy(STORE_ID_BYTES), 0)
+        )
+        self.identity = store_id + (starts + 1).to_bytes(8, "big")
+        self._redo = RedoLog(self.directory, store_id, mark)
+        try:
+            for body in self._redo.bodies:
+                entries = pending.decode_group(body)
+                self._fresh.add(entries)
+                self._fresh_bytes += len(body)
+                self._restorable.extend(entry.copy for entry in entries if entry.copy is not None)
+            self._redo.bodies.clear()
+            with self._env.begin(write=True) as transaction:
+                transaction.put(IDENTITY, seal_small(IDENTITY, self.identity), db=meta)
+                self._put_mark(transaction, Mark(mark.applied if mark is not None else 0, self._redo.sequence, closed=False))
+            sync_directory(self.directory)
+        except msgspec.MsgspecError as error:
+            self._redo.close()
+            raise DiskForeign(f"the redo log in {self.directory} holds what is no group: {error}") from None
+        except BaseException:
+            self._redo.close()
+            raise
+
+    def _mark_in(self, transaction: Transaction) -> Mark | None:
+        sealed = transaction.get(_REDO, db=self._databases[b"meta"])
+        try:
+            return None if sealed is None else Mark.unpack(open_small(_REDO, sealed))
+        except (RowDamaged, struct.error) as error:
+            raise DiskForeign(f"the metadata store in {self.directory} does not say what its redo log must hold: {error}") from None
+
+    def _put_mark(self, transaction: Transaction, mark: Mark) -> None:
+        transaction.put(_REDO, seal_small(_REDO, mark.pack()), db=self._databases[b"meta"])
 
     @property
     def store_id(self) -> bytes:
@@ -256,7 +306,15 @@ class LmdbMetaStore:
             raise
 
     def get(self, name: RegisterName) -> Slot | None:
-        root = self._root(name.prefix)
+        prefix = name.prefix
+        for overlay in (
+            self._fresh,
+            self._frozen,
+        ):  # in this order: what leaves the first is in the second by then, and what leaves that is in LMDB
+            table = overlay.rows.get(prefix)
+            if table is not None and (pending_row := table.get(name.key)) is not None:
+                return unpack_row(name, pending_row)
+        root = self._root(prefix)
         if root is None:
             return None
         try:
@@ -301,24 +359,34 @@ class LmdbMetaStore:
         return self._get_small(b"meta", key.encode())
 
     def _get_small(self, database: bytes, key: bytes) -> bytes | None:
-        sealed = self._read(database, key)
+        for overlay in (self._fresh, self._frozen):
+            if (database, key) in overlay.others:
+                sealed = overlay.others[database, key]
+                break
+        else:
+            sealed = self._read(database, key)
         return None if sealed is None else self._opened(key, sealed)
 
     def slice(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         if limit > SLICE_ROWS_MAX:
             raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} rows, not {limit}: a long reader keeps the file growing")
-        root = self._root(RegisterName(table, scope, shard, b"").pack())
-        if root is None:
-            return []
-        with self._reading() as transaction:
-            return walk(_Rows(transaction, self._rows), root, after=after, prefix=prefix, limit=limit)
+        name_prefix = RegisterName(table, scope, shard, b"").prefix
+        with self._reading(name_prefix) as (transaction, root, tables):
+            rows = [] if root is None else walk(_Rows(transaction, self._rows), root, after=after, prefix=prefix, limit=limit)
+        return pending.merged(rows, tables, after=after, prefix=prefix, limit=limit) if tables else rows
 
     @contextlib.contextmanager
-    def _reading(self, *, buffers: bool = False) -> Iterator[Transaction]:
-        """A snapshot of the rows. Raises RowDamaged where it meets damage."""
+    def _reading(self, name_prefix: bytes, *, buffers: bool = False) -> Iterator[tuple[Transaction, int | None, list[pending.Table]]]:
+        """A snapshot of the rows, the root of these in it, and what lies over it, oldest first. Raises RowDamaged where it meets damage."""
         try:
-            with self._begin(self._rows, buffers=buffers) as transaction:
-                yield transaction
+            while True:
+                fresh, frozen = self._fresh, self._frozen
+                root = self._root(name_prefix)
+                with self._begin(self._rows, buffers=buffers) as transaction:
+                    if fresh is self._fresh and frozen is self._frozen:  # else LMDB may have more than these lie over
+                        tables = [table for overlay in (frozen, fresh) if (table := overlay.rows.get(name_prefix)) is not None]
+                        yield transaction, root, tables
+                        return
         except RowDamaged:
             self._damaged += 1
             raise
@@ -328,19 +396,17 @@ class LmdbMetaStore:
     def columns(
         self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
     ) -> tuple[list[bytes], list[bytes], bool]:
-        root = self._root(RegisterName(table, scope, shard, b"").pack())
-        if root is None:
-            return [], [], False
-        with self._reading() as transaction:
-            found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
+        found = None
+        with self._reading(RegisterName(table, scope, shard, b"").prefix) as (transaction, root, tables):
+            if root is not None and not tables:
+                found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
         return found or columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
-        root = self._root(RegisterName(table, scope, shard, b"").pack())
-        if root is None:
-            return Stamps(b"", 0, 0, b"", False)
-        with self._reading(buffers=True) as transaction:
-            found = stamps_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
+        found = None
+        with self._reading(RegisterName(table, scope, shard, b"").prefix, buffers=True) as (transaction, root, tables):
+            if root is not None and not tables:
+                found = stamps_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
         return found or stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
@@ -349,12 +415,13 @@ class LmdbMetaStore:
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Raises RowDamaged."""
+        keys = {key for overlay in (self._fresh, self._frozen) for key in list(overlay.rows)}
         try:
             with self._begin(self._databases[b"nodes"]) as transaction:
-                keys = [key for key in transaction.cursor().iternext(keys=True, values=False) if len(key) == NAME_PREFIX_BYTES]
+                keys.update(bytes(key) for key in transaction.cursor().iternext(keys=True, values=False) if len(key) == NAME_PREFIX_BYTES)
         except lmdb.Error as error:
             raise self._unreadable(error) from None
-        found = [(key[0], bytes(key[1:17]), key[17]) for key in keys]
+        found = [(key[0], key[1:17], key[17]) for key in sorted(keys)]
         return found if partition is None else [entry for entry in found if _partition(entry) == partition]
 
     def statistics(self) -> MetaStoreStatistics:
@@ -365,6 +432,7 @@ class LmdbMetaStore:
             state="read-only" if self._reason else "ok",
             reason=self._reason,
             commits=self._commits,
+            checkpoints=self._checkpoints,
             operations=self._operations,
             largest_group=self._largest_group,
             queued_batches=self._queued,
@@ -413,12 +481,12 @@ class LmdbMetaStore:
     def ready(self, batch: StoreBatch, done: Done) -> Ready:
         """A batch as ``commit_here`` takes it. Raises as ``post``."""
         self._refuse_when_unusable()
-        return _prepare(batch, done)
+        return pending.ready(batch, done)
 
     def commit_here(self, group: Sequence[Ready]) -> StoragedError | None:
         """Commits in the caller's thread, which is none of the event loop's; nobody's ``done`` is called. Not ordered with what was posted.
 
-        A disk's other writer thread commits like this the records whose data it has just synced: one thread, one wake-up for both.
+        A disk's other writer thread commits like this the records that come with copies: one thread, one write and one wake-up for both.
         """
         self._commit_group(group, sum(entry.operations for entry in group))
         return self._failure() if self._reason else None
@@ -465,23 +533,57 @@ class LmdbMetaStore:
                 self._loop.call_soon_threadsafe(self._deliver, group)
 
     def _commit_group(self, group: Sequence[Ready], operations: int) -> None:
-        with self._committing:
-            if self._reason:
-                return
-            try:
-                with self._env.begin(write=True) as transaction:
-                    for entry in group:
-                        self._apply(transaction, entry)
-            except (lmdb.Error, RowDamaged) as error:
-                self._fail(error)
-                return
-            self._commits += 1
-            self._operations += operations
-            self._largest_group = max(self._largest_group, operations)
+        if self._reason:
+            return
+        try:
+            self._commit_pages([entry for entry in group if entry.pages or entry.stale_pages])
+            self._log_group([entry for entry in group if entry.rows or entry.others])
+        except Exception as error:  # a mistake of ours too: nobody may wait for ever
+            self._fail(error)
+            return
+        self._operations += operations
+        self._largest_group = max(self._largest_group, operations)
+
+    def _log_group(self, group: Sequence[Ready]) -> None:
+        """Raises OSError."""
+        for body, entries in pending.encode_groups(group):
+            with self._log:
+                while not self._reason and not self._redo.fits(len(body)) and not self._redo.turn():
+                    self._log_full = True
+                    self._log.notify_all()
+                    self._log.wait()
+                if self._reason:
+                    return
+                self._redo.append(body)
+                if not self._fresh_bytes:
+                    self._fresh_since = time.monotonic()
+                    self._log.notify_all()
+                self._fresh_bytes += len(body)
+                self._fresh.add(entries)
+                self._commits += 1
+                if self._fresh_bytes >= CHECKPOINT_BYTES:
+                    self._log.notify_all()
+
+    def _commit_pages(self, group: Sequence[Ready]) -> None:
+        """Raises lmdb.Error."""
+        if not group:
+            return
+        pages = self._databases[b"pages"]
+        with self._writing, self._env.begin(write=True, db=pages) as transaction:
+            for entry in group:
+                for page in entry.pages:
+                    transaction.put(page.page_hash, page.created_ms.to_bytes(PAGE_AGE_BYTES, "big") + page.body)
+                for page_hash, created_ms in entry.stale_pages:
+                    stored = transaction.get(page_hash)
+                    if stored is not None and stored[:PAGE_AGE_BYTES] == created_ms.to_bytes(PAGE_AGE_BYTES, "big"):
+                        transaction.delete(page_hash)
+                        entry.deleted += 1
 
     def _fail(self, error: Exception) -> None:
-        self._reason = str(error) or type(error).__name__
-        if not isinstance(error, _OUT_OF_SPACE):
+        with self._log:
+            self._reason = str(error) or type(error).__name__
+            self._log.notify_all()
+        if not isinstance(error, _OUT_OF_SPACE) and getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):  # a disk that refuses this too is noticed at its next start
                 (self.directory / "failed").write_text(self._reason + "\n")
 
@@ -495,58 +597,64 @@ class LmdbMetaStore:
             except Exception as mistake:  # its neighbours are told all the same
                 asyncio.get_running_loop().call_exception_handler({"message": "telling of a commit failed", "exception": mistake})
 
-    def _apply(self, transaction: Transaction, entry: Ready) -> None:
-        put, rows = transaction.put, self._rows
-        for name, row in entry.rows:
-            node, segment = self._writer_root(transaction, name), name.key
-            if len(segment) > SEGMENT_BYTES:
-                node, segment = self._writer_node(transaction, node, segment)
-            put(row_key(node, segment), row, db=rows)
-        for database, key, value in entry.others:
-            if value is None:
-                transaction.delete(key, db=self._databases[database])
-            else:
-                put(key, value, db=self._databases[database])
-        for page_hash, created_ms in entry.stale_pages:
-            stored = transaction.get(page_hash, db=self._databases[b"pages"])
-            if stored is not None and stored[:PAGE_AGE_BYTES] == created_ms.to_bytes(PAGE_AGE_BYTES, "big"):
-                transaction.delete(page_hash, db=self._databases[b"pages"])
-                entry.deleted += 1
+    # --- checkpoints --------------------------------------------------------------------------------------------------------
 
-    def _writer_root(self, transaction: Transaction, name: RegisterName) -> int:
-        scope_key = name.prefix
-        root = self._writer_roots.get(scope_key)
-        if root is None:
-            sealed = transaction.get(scope_key, db=self._databases[b"nodes"])
-            if sealed is None:
-                root = self._new_node(transaction)
-                transaction.put(scope_key, seal_small(scope_key, root.to_bytes(8, "big")), db=self._databases[b"nodes"])
-            else:
-                root = int.from_bytes(open_small(scope_key, sealed), "big")
-            if len(self._writer_roots) >= ROOTS_CACHED_MAX:
-                self._writer_roots.clear()
-            self._writer_roots[scope_key] = root
-        return root
+    def restorable(self) -> Sequence[tuple[bytes, bytes]]:
+        """Encoded fragment headers and payloads of the copies that a start found in the log: the disk's fragment store may not have them.
+        There is no checkpoint until it is told that they are there (``copies_restored``)."""
+        return self._restorable
 
-    def _writer_node(self, transaction: Transaction, node: int, key: bytes) -> tuple[int, bytes]:
-        """The node and segment of a long key; links that are missing are made."""
-        links, segment = split(key)
-        for part in links:
-            link = link_key(node, part)
-            sealed = transaction.get(link, db=self._rows)
-            if sealed is None:
-                node = self._new_node(transaction)
-                transaction.put(link, seal_small(link, node.to_bytes(8, "big")), db=self._rows)
-            else:
-                node = int.from_bytes(open_small(link, sealed), "big")
-        return node, segment
+    def copies_restored(self) -> None:
+        with self._log:
+            self._restorable = []
+            self._log.notify_all()
 
-    def _new_node(self, transaction: Transaction) -> int:
-        nodes = self._databases[b"nodes"]
-        sealed = transaction.get(_NEXT_NODE, db=nodes)
-        node = 1 if sealed is None else int.from_bytes(open_small(_NEXT_NODE, sealed), "big")
-        transaction.put(_NEXT_NODE, seal_small(_NEXT_NODE, (node + 1).to_bytes(8, "big")), db=nodes)
-        return node
+    async def checkpoint(self) -> None:
+        """Everything acknowledged before is in LMDB when it returns, unless the disk has failed."""
+        await asyncio.to_thread(self._checkpoint)
+
+    def _keep_checkpoints(self) -> None:
+        """The checkpoint thread, until the store is closed."""
+        while True:
+            with self._log:
+                while not self._stopping and (wait_s := self._until_checkpoint()) != 0:
+                    self._log.wait(wait_s)
+                if self._stopping:
+                    break
+            self._checkpoint()
+        self._checkpoint(last=True)
+
+    def _until_checkpoint(self) -> float | None:
+        """Seconds; None: for ever, as far as can be told now."""
+        if self._reason or self._restorable or not (self._fresh_bytes or self._log_full):
+            return None
+        if self._log_full or self._fresh_bytes >= CHECKPOINT_BYTES:
+            return 0
+        return max(0.0, self._fresh_since + CHECKPOINT_S - time.monotonic())
+
+    def _checkpoint(self, *, last: bool = False) -> None:
+        with self._writing:
+            with self._log:
+                if self._reason or self._restorable:
+                    return
+                self._frozen = self._fresh  # in this order, for whoever reads meanwhile
+                self._fresh = Overlay()
+                self._fresh_bytes = 0
+                self._log_full = False
+                sequence = self._redo.sequence
+            try:
+                self.sync_copies()
+                with self._env.begin(write=True) as transaction:
+                    self._applier.apply(transaction, self._frozen)
+                    self._put_mark(transaction, Mark(sequence, self._redo.sequence, closed=last))
+            except Exception as error:  # a mistake of ours too: nobody may wait for ever
+                self._fail(error)
+                return
+            with self._log:
+                self._redo.applied(sequence)
+                self._frozen = Overlay()
+                self._checkpoints += 1
+                self._log.notify_all()
 
     async def close(self) -> None:
         """What was queued is written first. Safe to call twice."""
@@ -555,9 +663,21 @@ class LmdbMetaStore:
         self._closing = True
         self._hand_over()
         self._queue.put(None)
-        await asyncio.to_thread(self._writer.join)
+        await asyncio.to_thread(self._shut)
+
+    def _shut(self) -> None:
+        self._writer.join()
+        with self._log:
+            self._stopping = True
+            self._log.notify_all()
+        self._checkpointer.join()
         self._env.close()
+        self._redo.close()
         os.close(self._lock_file)
+
+
+def _no_copies() -> None:
+    """No copies come with what is stored here."""
 
 
 def _settle(future: asyncio.Future[None], error: StoragedError | None) -> None:
@@ -569,83 +689,6 @@ def _settle(future: asyncio.Future[None], error: StoragedError | None) -> None:
         future.set_result(None)
 
 
-def _prepare(batch: StoreBatch, done: Done) -> Ready:
-    entry = Ready(done, [(slot.name, pack_row(slot)) for slot in batch.slots])
-    others = entry.others
-    for fence in batch.fences:
-        others.append((b"fences", fence.scope, seal_small(fence.scope, bytes([fence.final]) + fence.nonce)))
-    others.extend((b"fences", scope, None) for scope in batch.unfence)
-    for page in batch.pages:
-        if xxhash.xxh3_128_digest(page.body) != page.page_hash:
-            raise ValueError("a page must be stored under its own hash")
-        others.append((b"pages", page.page_hash, page.created_ms.to_bytes(PAGE_AGE_BYTES, "big") + page.body))
-    for key, value in batch.meta.items():
-        if not key or key.startswith("\0"):
-            raise ValueError(f"not a name for a small value: {key!r}")
-        others.append((b"meta", key.encode(), seal_small(key.encode(), value)))
-    return entry
-
-
 def _partition(entry: tuple[int, bytes, int]) -> int:
     table, scope, shard = entry
     return SYSTEM_PARTITION if table == Table.SYSTEM else partition_of(scope, shard)
-
-
-def _lock(directory: Path) -> int:
-    """Raises DirectoryInUse, DiskUnusable."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _sync_directory(directory.parent)
-        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DiskUnusable(f"no metadata store can be opened in {directory}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise DirectoryInUse(f"another process uses the metadata store in {directory}") from None
-    return descriptor
-
-
-def _compare(directory: Path, expected: bytes) -> None:
-    """Raises DiskForeign unless the store in ``directory`` is the expected one, no older than it was; reads only."""
-    descriptor = _lock(directory)
-    try:
-        with lmdb.open(str(directory), readonly=True, max_dbs=len(_SUB_DATABASES), create=False) as environment:
-            reach_end(environment, directory)
-            try:
-                meta = environment.open_db(b"meta", create=False)
-            except lmdb.NotFoundError:
-                raise DiskForeign(f"the metadata store in {directory} is blank, although one was in use there") from None
-            with environment.begin() as transaction:
-                found = _read_identity(directory, transaction, meta)
-    except lmdb.Error as error:
-        raise _unopened(directory, error) from None
-    finally:
-        os.close(descriptor)
-    if found is None or found[:STORE_ID_BYTES] != expected[:STORE_ID_BYTES]:
-        raise DiskForeign(f"the metadata store in {directory} is another one than was in use there")
-    if int.from_bytes(found[STORE_ID_BYTES:], "big") < int.from_bytes(expected[STORE_ID_BYTES:], "big"):
-        raise DiskForeign(f"the metadata store in {directory} is an older copy of the one that was in use there")
-
-
-def _read_identity(directory: Path, transaction: Transaction, meta: Database) -> bytes | None:
-    sealed = transaction.get(_IDENTITY, db=meta)
-    try:
-        return None if sealed is None else open_small(_IDENTITY, sealed)
-    except RowDamaged as error:
-        raise DiskForeign(f"the metadata store in {directory} does not say which it is: {error}") from None
-
-
-def _unopened(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
-    if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
-        return DiskForeign(f"what is in {directory} is no metadata store: {error}")
-    return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,15 +18,15 @@ from storaged.cluster.ports import DiskStatus
 from storaged.config import Config, DiskSection
 from storaged.errors import DirectoryInUse, DiskForeign, IndexDamaged, StoragedError
 from storaged.fragments.engine import StoreLimits
-from storaged.fragments.payloads import Payloads, copy_write
-from storaged.fragments.ports import FragmentId
+from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
+from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.copies import LoadCopy, PlainCopies
 from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
 from storaged.node.system import StoreLedger
-from storaged.wire import Buffer
+from storaged.wire import Buffer, decode
 
 log = structlog.get_logger("disks")
 
@@ -51,10 +51,10 @@ class LocalDisk:
 
 
 class DiskCopies(PlainCopies):
-    """Small copies that one thread makes durable along with the records that name them: the fragment log's, which commits to the metadata store behind its sync.
+    """Small copies that are made durable along with the records that name them, by the thread of the fragment log, in one write to the redo log of the metadata store.
 
-    The store's own thread commits what comes without a copy. The two share the store's write lock, nothing is ordered between them but what the replica orders:
-    one accept of a register at a time, and a fence waits for the accepts that were judged before it.
+    The store's own thread commits what comes without a copy. Nothing is ordered between the two but what the replica orders: one accept of a register at a
+    time, and a fence waits for the accepts that were judged before it.
     """
 
     def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:
@@ -63,6 +63,7 @@ class DiskCopies(PlainCopies):
         self._log = fragments
         self._records = meta
         fragments.commit_companions = meta.commit_here
+        meta.sync_copies = fragments.sync_apart
 
     def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
         try:
@@ -70,13 +71,23 @@ class DiskCopies(PlainCopies):
         except StoragedError as error:
             done(None, error)
             return
+        record.copy = header, body
         try:
-            begun = self._log.write_with(copy_write(header, body), record, done)
+            write = copy_write(header, body)
+            begun = write.payload_bytes <= COPY_BYTES_MAX and self._log.write_with(write, record, done)
         except StoragedError as error:
             done(error, None)
             return
-        if not begun:  # there is no room in the log's queue: wait for it
+        if not begun:  # there is no room in the log's queue: wait for it; or it is larger than the redo log takes
             super().keep(header, body, batch, done)
+
+
+async def restore_copies(meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:
+    """Gives the fragment store the copies that lie in the redo log. Raises DiskUnusable when it has no room for them: nothing is lost then, they stay in the log."""
+    copies = meta.restorable()
+    if copies:
+        await fragments.restore([(decode(header, FragmentHeader), payload) for header, payload in copies])
+    meta.copies_restored()
 
 
 def load_of(payloads: Payloads) -> LoadCopy:
@@ -158,6 +169,7 @@ async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock
         await meta.close()
         raise
     try:
+        await restore_copies(meta, fragments)
         replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments), clock=clock)
     except BaseException:
         await asyncio.gather(fragments.close(), meta.close())

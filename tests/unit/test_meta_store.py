@@ -63,6 +63,7 @@ async def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
 
 async def test_commits_that_arrive_while_one_is_synced_share_the_next(store: LmdbMetaStore) -> None:
     await asyncio.gather(*(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))])) for number in range(500)))
+    await store.checkpoint()
     seen = store.statistics()
     assert (seen.operations, seen.rows, seen.queued_batches) == (500, 500, 0)
     assert seen.commits <= 100
@@ -222,20 +223,24 @@ async def test_a_damaged_link_refuses_the_keys_behind_it_and_no_others(tmp_path:
     await store.close()
 
 
-async def test_a_full_map_makes_it_read_only_but_readable_and_usable_after_a_restart(tmp_path: Path) -> None:
+async def test_a_full_map_makes_it_read_only_but_readable_and_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 20)
-    kept = slot_of(name_of(b"kept"))
-    await store.commit(StoreBatch(slots=[kept]))
-    with pytest.raises(DiskUnusable, match="MDB_MAP_FULL"):
-        await store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number), body=b"x" * 4000) for number in range(1000)]))
+    slots = [slot_of(name_of(b"%d" % number), body=b"x" * 4000) for number in range(1000)]
+    await store.commit(StoreBatch(slots=slots, meta={"floor": b"1"}))
+    await store.checkpoint()
     with pytest.raises(DiskUnusable, match="MDB_MAP_FULL"):
         await store.commit(StoreBatch(slots=[slot_of(name_of(b"late"))]))
-    assert store.get(kept.name) == kept
-    assert store.get(name_of(b"0")) is None
-    assert store.statistics().state == "read-only"
-    store = await reopened(store)
-    assert store.statistics().state == "ok"
+    for map_bytes in (1 << 20, 1 << 20, 1 << 26):
+        assert [store.get(slot.name) for slot in slots] == slots
+        assert store.get_meta("floor") == b"1"
+        assert store.get(name_of(b"late")) is None
+        await store.close()
+        store = LmdbMetaStore.open_or_refuse(store.directory, store.identity, map_bytes=map_bytes)
+        assert store.statistics().state == "ok"
+        await store.checkpoint()
+        assert store.statistics().state == ("ok" if map_bytes > 1 << 20 else "read-only")
     await store.commit(StoreBatch(slots=[slot_of(name_of(b"late"))]))
+    assert [store.get(slot.name) for slot in slots] == slots
     await store.close()
 
 
@@ -324,12 +329,12 @@ async def test_posts_beyond_the_bound_are_refused_while_the_disk_hangs_and_harm_
     monkeypatch.setattr(store_module, "QUEUED_BATCHES_MAX", 3)
     store = LmdbMetaStore(tmp_path)
     told: list[StoragedError | None] = []
-    store._committing.acquire()  # the disk hangs
+    store._log.acquire()  # the disk hangs
     for number in range(3):
         store.post(StoreBatch(meta={f"m{number}": b"1"}), told.append)
     with pytest.raises(SlowDown):
         store.post(StoreBatch(meta={"beyond": b"1"}), told.append)
-    store._committing.release()
+    store._log.release()
     await store.commit(StoreBatch(meta={"after": b"1"}))
     assert told == [None] * 3
     assert (store.get_meta("m2"), store.get_meta("beyond"), store.get_meta("after")) == (b"1", None, b"1")

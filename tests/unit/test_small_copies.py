@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import shutil
 import threading
@@ -21,10 +22,11 @@ from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, MetaStore
+from storaged.meta.redo import RedoLog
 from storaged.meta.register import Verdict
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
-from storaged.node.disks import DiskCopies
+from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import Buffer, encode
 from tests.unit.fragment_world import DISK, SimulatedFiles, make
 
@@ -242,12 +244,18 @@ async def test_a_read_brings_the_copy_that_it_names_with_its_header_or_says_that
     assert (missing.payload, bytes(body)) == (b"", b"")
 
 
-async def test_a_record_that_the_store_refused_behind_its_copy_makes_the_replica_silent(directory: Path) -> None:
-    disk = await LogDisk.opened(directory, map_bytes=1 << 20)
+async def test_a_record_that_the_store_refused_with_its_copy_makes_the_replica_silent(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = await LogDisk.opened(directory)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
-    too_much = messages.Accept("d", NAME, ballot(10), value(copy, b"x" * (2 << 20)), b"", False, copy.header)
-    with pytest.raises(DiskUnusable):
-        await replica.accept(too_much, [copy.payload])
+
+    def broken(_log: RedoLog, _body: bytes) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(RedoLog, "append", broken)
+    with pytest.raises(DiskUnusable, match="Input/output"):
+        await replica.accept(with_copy(ballot(10), copy), [copy.payload])
     assert disk.meta.get(NAME) is None
     with pytest.raises(DiskUnusable):
         await replica.prepare(messages.Prepare("d", OTHER, ballot(11)))
@@ -286,6 +294,17 @@ async def test_a_copy_for_which_the_logs_queue_has_no_room_waits_and_is_kept(dir
     await disk.close()
 
 
+async def died(disk: LogDisk, directory: Path) -> LogDisk:
+    """The disk as a process finds it whose predecessor was killed now."""
+    place = directory / "died"
+    for name in ("meta", "fragments"):
+        await asyncio.to_thread(shutil.copytree, directory / name, place / name)
+    await disk.close()
+    found = await LogDisk.opened(place, simulated=False, reserve_bytes=1)
+    await restore_copies(found.meta, found.fragments)
+    return found
+
+
 async def test_a_process_that_dies_between_the_copy_and_its_record_leaves_a_copy_that_nothing_names(directory: Path) -> None:
     disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
@@ -293,14 +312,8 @@ async def test_a_process_that_dies_between_the_copy_and_its_record_leaves_a_copy
     disk.hold()
     accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
     assert await asyncio.to_thread(disk.held.wait, 10)
-    died = directory / "died"
-    for name in ("meta", "fragments"):
-        await asyncio.to_thread(shutil.copytree, directory / name, died / name)
-    disk.go_on()
+    found = await died(disk, directory)
     await accepting
-    await disk.close()
-
-    found = await LogDisk.opened(died, simulated=False, reserve_bytes=1)
     assert found.meta.get(NAME) is None
     assert [header async for header in found.fragments.scan()] != []
     loaded = await found.copies.load(copy.data_id)
@@ -310,3 +323,86 @@ async def test_a_process_that_dies_between_the_copy_and_its_record_leaves_a_copy
     reply = await returned.prepare(messages.Prepare("d", NAME, ballot(2 * 10**15)))
     assert (reply.verdict, reply.accepted) == (Verdict.OK, ZERO_BALLOT)
     await found.close()
+
+
+@pytest.mark.parametrize("lost", ["nothing", "its tail", "every segment", "the bytes of one copy"])
+@pytest.mark.parametrize("full", [False, True])
+async def test_copies_whose_own_log_was_not_synced_come_back_from_the_redo_log(directory: Path, lost: str, full: bool) -> None:
+    """What power takes from a segment that nobody synced, and a disk that is full up to its reserve when it returns."""
+    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+    replica, copies = LocalReplica("d", disk.meta, copies=disk.copies), [small(5000) for _ in range(8)]
+    names = [NAME._replace(key=b"key%d" % number) for number in range(8)]
+    for name, copy in zip(names[:4], copies[:4], strict=True):
+        await replica.accept(with_copy(ballot(10), copy, name), [copy.payload])
+    await disk.meta.checkpoint()
+    for name, copy in zip(names[4:], copies[4:], strict=True):
+        await replica.accept(with_copy(ballot(10), copy, name), [copy.payload])
+    place = directory / "died"
+    for part in ("meta", "fragments"):
+        await asyncio.to_thread(shutil.copytree, directory / part, place / part)
+    await disk.close()
+    [segment] = (place / "fragments" / "segments").iterdir()
+    data = bytearray(segment.read_bytes())
+    at = data.index(copies[5].payload)
+    if lost == "its tail":
+        del data[at + 1000 :]
+    elif lost == "the bytes of one copy":
+        data[at : at + 5000] = bytes(5000)
+    segment.write_bytes(data)
+    if lost == "every segment":
+        segment.unlink()
+    found = await LogDisk.opened(place, simulated=False, reserve_bytes=1 << 50 if full else 1)
+    await found.meta.checkpoint()
+    assert found.meta.statistics().checkpoints == 0, "the copies are not back yet"
+    await restore_copies(found.meta, found.fragments)
+    await found.meta.checkpoint()
+    returned = LocalReplica("d", found.meta, copies=found.copies)
+    for number in range(4 if lost == "every segment" else 0, 8):
+        assert await payload_at(returned, names[number]) == (copies[number].data_id, copies[number].payload)
+    again = await died(found, place)
+    assert again.meta.restorable() == []
+    returned = LocalReplica("d", again.meta, copies=again.copies)
+    assert await payload_at(returned, names[7]) == (copies[7].data_id, copies[7].payload)
+    await again.close()
+
+
+async def test_copies_for_which_there_is_no_room_at_all_stay_in_the_redo_log_and_the_disk_is_refused(directory: Path) -> None:
+    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    await replica.accept(with_copy(ballot(10), copy), [copy.payload])
+    place = directory / "died"
+    await asyncio.to_thread(shutil.copytree, directory / "meta", place / "meta")
+    await disk.close()
+    (place / "fragments").mkdir()
+    for full in (True, True, False):
+        found = await LogDisk.opened(place)
+        found.set_full(full)
+        if full:
+            with pytest.raises(DiskUnusable, match="full"):
+                await restore_copies(found.meta, found.fragments)
+            await found.meta.checkpoint()
+        else:
+            await restore_copies(found.meta, found.fragments)
+            assert await payload_at(LocalReplica("d", found.meta, copies=found.copies)) == (copy.data_id, copy.payload)
+        await found.close()
+
+
+async def test_a_checkpoint_waits_for_the_copies_own_log(directory: Path) -> None:
+    """And not for the thread that writes it: that may be waiting for the checkpoint."""
+    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    order: list[str] = []
+    sync_copies, apply = disk.meta.sync_copies, disk.meta._applier.apply
+    disk.meta.sync_copies = lambda: (order.append("copies"), sync_copies())[1]
+    disk.meta._applier.apply = lambda *arguments: (order.append("rows"), apply(*arguments))[1]  # type: ignore[method-assign]
+    await replica.accept(with_copy(ballot(10), copy), [copy.payload])
+    other = small()
+    disk.hold()
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), other, OTHER), [other.payload]))
+    assert await asyncio.to_thread(disk.held.wait, 10)
+    async with asyncio.timeout(10):
+        await disk.meta.checkpoint()
+    assert order == ["copies", "rows"]
+    disk.go_on()
+    assert (await accepting).copy_synced
+    await disk.close()

@@ -1,0 +1,82 @@
+"""Whether the metadata store in a directory may be used, and by whom."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
+from storaged.mapped import reach_end
+from storaged.meta.ports import RowDamaged
+from storaged.meta.rowvalue import open_small
+
+STORE_ID_BYTES = 16
+IDENTITY = b"\0identity"
+SUB_DATABASES = (b"rows", b"nodes", b"fences", b"pages", b"meta")
+
+Transaction = Any
+Database = Any
+
+
+def lock(directory: Path) -> int:
+    """Raises DirectoryInUse, DiskUnusable."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        sync_directory(directory.parent)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DiskUnusable(f"no metadata store can be opened in {directory}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise DirectoryInUse(f"another process uses the metadata store in {directory}") from None
+    return descriptor
+
+
+def compare(directory: Path, expected: bytes) -> None:
+    """Raises DiskForeign unless the store in ``directory`` is the expected one, no older than it was; reads only."""
+    descriptor = lock(directory)
+    try:
+        with lmdb.open(str(directory), readonly=True, max_dbs=len(SUB_DATABASES), create=False) as environment:
+            reach_end(environment, directory)
+            try:
+                meta = environment.open_db(b"meta", create=False)
+            except lmdb.NotFoundError:
+                raise DiskForeign(f"the metadata store in {directory} is blank, although one was in use there") from None
+            with environment.begin() as transaction:
+                found = read_identity(directory, transaction, meta)
+    except lmdb.Error as error:
+        raise unopened(directory, error) from None
+    finally:
+        os.close(descriptor)
+    if found is None or found[:STORE_ID_BYTES] != expected[:STORE_ID_BYTES]:
+        raise DiskForeign(f"the metadata store in {directory} is another one than was in use there")
+    if int.from_bytes(found[STORE_ID_BYTES:], "big") < int.from_bytes(expected[STORE_ID_BYTES:], "big"):
+        raise DiskForeign(f"the metadata store in {directory} is an older copy of the one that was in use there")
+
+
+def read_identity(directory: Path, transaction: Transaction, meta: Database) -> bytes | None:
+    sealed = transaction.get(IDENTITY, db=meta)
+    try:
+        return None if sealed is None else open_small(IDENTITY, sealed)
+    except RowDamaged as error:
+        raise DiskForeign(f"the metadata store in {directory} does not say which it is: {error}") from None
+
+
+def unopened(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
+    if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
+        return DiskForeign(f"what is in {directory} is no metadata store: {error}")
+    return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")
+
+
+def sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""What is durable in the redo log and not yet in LMDB: how a batch looks there, and how it is read meanwhile. Pure.
+
+One thread at a time adds to an overlay, while the event loop reads it: each look at one of its tables is a single step of the interpreter, and a table never shrinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import xxhash
+
+from storaged.meta.ports import Done, StoreBatch, StoredPage
+from storaged.meta.redo import BODY_BYTES_MAX
+from storaged.meta.rowvalue import pack_row, seal_small
+from storaged.units import MIB
+from storaged.wire import Buffer, encode
+
+Table = dict[bytes, bytes]
+Copy = tuple[bytes, Sequence[Buffer]]
+"""(encoded fragment header, payload) of a small object's copy."""
+
+ENTRY_BYTES_MAX = BODY_BYTES_MAX - 5
+"""What is left of a group for one entry, behind the header of the array."""
+
+BATCH_BYTES_MAX = ENTRY_BYTES_MAX - 2 * MIB
+"""Of rows and small values in one batch: it fits a group together with a copy of up to a MiB, and what says where each begins."""
+
+
+@dataclass(slots=True)
+class Ready:
+    """One batch on its way, ready for the disk. ``rows``: (table || scope || shard, key, row). ``others``: (sub-database, key, value; None deletes).
+
+    Pages are written to LMDB directly, and so are not among what is logged; ``deleted`` says how many of ``stale_pages`` were.
+    """
+
+    done: Done
+    rows: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)
+    others: list[tuple[bytes, bytes, bytes | None]] = field(default_factory=list)
+    pages: Sequence[StoredPage] = ()
+    stale_pages: Sequence[tuple[bytes, int]] = ()
+    copy: Copy | None = None
+    deleted: int = 0
+
+    @property
+    def operations(self) -> int:
+        return len(self.rows) + len(self.others) + len(self.pages) + len(self.stale_pages)
+
+
+class Logged(msgspec.Struct, array_like=True, frozen=True):
+    """A batch in the log: ``rows`` and ``others`` as in Ready; ``copy``: the encoded fragment header and the payload of a small copy, or nothing."""
+
+    rows: list[tuple[bytes, bytes, bytes]]
+    others: list[tuple[bytes, bytes, bytes | None]]
+    copy: tuple[bytes, bytes] | None
+
+
+_decoder = msgspec.msgpack.Decoder(list[Logged])
+
+
+def ready(batch: StoreBatch, done: Done) -> Ready:
+    """Raises ValueError for what can't be stored."""
+    entry = Ready(done, [(slot.name.prefix, slot.name.key, pack_row(slot)) for slot in batch.slots], pages=batch.pages)
+    for fence in batch.fences:
+        entry.others.append((b"fences", fence.scope, seal_small(fence.scope, bytes([fence.final]) + fence.nonce)))
+    entry.others.extend((b"fences", scope, None) for scope in batch.unfence)
+    for page in batch.pages:
+        if xxhash.xxh3_128_digest(page.body) != page.page_hash:
+            raise ValueError("a page must be stored under its own hash")
+    for name, value in batch.meta.items():
+        if not name or name.startswith("\0"):
+            raise ValueError(f"not a name for a small value: {name!r}")
+        entry.others.append((b"meta", name.encode(), seal_small(name.encode(), value)))
+    size = sum(len(row) + len(key) for _, key, row in entry.rows) + sum(len(value or b"") for _, _, value in entry.others)
+    if size > BATCH_BYTES_MAX:
+        raise ValueError(f"a batch of {size} bytes; the redo log takes {BATCH_BYTES_MAX}")
+    return entry
+
+
+def encode_groups(entries: Sequence[Ready]) -> Iterator[tuple[bytes, Sequence[Ready]]]:
+    """As few groups of the log as these fit: a body, and what is in it."""
+    group: list[msgspec.Raw] = []
+    first = size = 0
+    for index, entry in enumerate(entries):
+        copy = None
+        if entry.copy is not None:
+            header, payload = entry.copy
+            copy = header, payload[0] if len(payload) == 1 else b"".join(payload)
+        encoded = encode((entry.rows, entry.others, copy))
+        if group and size + len(encoded) > ENTRY_BYTES_MAX:
+            yield encode(group), entries[first:index]
+            first, group, size = index, [], 0
+        group.append(msgspec.Raw(encoded))
+        size += len(encoded)
+    if group:
+        yield encode(group), entries[first:]
+
+
+def decode_group(body: Buffer) -> list[Logged]:
+    """Raises msgspec.MsgspecError."""
+    return _decoder.decode(body)
+
+
+class Overlay:
+    """The newest of what some groups of the log say."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, Table] = {}
+        """By table || scope || shard, then by key."""
+        self.others: dict[tuple[bytes, bytes], bytes | None] = {}
+
+    def add(self, entries: Iterable[Ready | Logged]) -> None:
+        rows, others = self.rows, self.others
+        for entry in entries:
+            for prefix, key, row in entry.rows:
+                table = rows.get(prefix)
+                if table is None:
+                    table = rows[prefix] = {}
+                table[key] = row
+            for database, key, value in entry.others:
+                others[database, key] = value
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.others)
+
+
+def merged(
+    stored: list[tuple[bytes, bytes]], tables: Sequence[Table], *, after: bytes, prefix: bytes, limit: int
+) -> list[tuple[bytes, bytes]]:
+    """A slice of LMDB (the first ``limit`` rows with key > ``after`` and the prefix) with what ``tables``, oldest first, say beside or instead of its rows."""
+    bound = stored[-1][0] if len(stored) >= limit else None  # behind it LMDB may have rows that were not read
+    found = dict(stored)
+    for table in tables:
+        for key in list(table):
+            if key > after and key.startswith(prefix) and (bound is None or key <= bound):
+                found[key] = table[key]
+    return sorted(found.items())[:limit]

@@ -1,0 +1,206 @@
+"""A disk's redo log: what was acknowledged and is not in LMDB yet, in a file that is made once and written over and over.
+
+Theory of operation
+    A commit of LMDB writes every page of the tree that it touches and syncs twice; a segment that grows drags the file system's own journal along. So what a
+    group of batches changes, and the small copies that come with them, go into this log first, with one write that is durable when it returns, to blocks
+    that have long been the file's. They are acknowledged then, and reach LMDB later, many groups in one commit (a *checkpoint*).
+
+    The file (FORMATS.md, Redo log) has a header and two halves. A *group* begins on a page of its own, so that a write that is torn harms no other; its head
+    and body have checks that are seeded with the store and the place; groups are numbered without a gap for as long as the store lives. Groups fill one half
+    while the checkpoint of what is in the other is made. A half is written over only when LMDB has everything that is in it.
+
+    A group is written when the one before it is durable. So after a crash only the last can be torn, and it was never acknowledged: it is left out. Any sign of a group
+    behind a gap is damage to something acknowledged, and the disk may then have forgotten what it promised: it is refused (rule 9), as is a log that is gone,
+    another store's, or shorter than LMDB knows it to have been.
+
+The idea is as old as ARIES (Mohan et al., TODS 17(1), 1992); two preallocated logs in turn are how InnoDB and XFS keep the file system out of the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from storaged.errors import DiskForeign, DiskUnusable
+from storaged.meta.opening import sync_directory
+from storaged.units import KIB, MIB
+from storaged.wire import Buffer
+
+PAGE_BYTES = 4 * KIB
+HALF_BYTES = 8 * MIB
+FILE_NAME = "redo"
+
+VERSION = 1
+_MAGIC = b"SOVREDO\n"
+_GROUP_MAGIC = b"SORG"
+_FILE = struct.Struct(">8sHHI16sQ")
+"""Magic, version, 0, pages of a half, store id, check of all this."""
+
+_HEAD = struct.Struct(">4sIQQQ")
+"""Magic, bytes of the body, number, check of the body, check of all this."""
+
+_HEAD_CHECKED = _HEAD.size - 8
+_MASK = 2**64 - 1
+_ZEROS = bytes(PAGE_BYTES)
+
+assert _FILE.size == 40
+assert _HEAD.size == 32
+
+BODY_BYTES_MAX = HALF_BYTES - PAGE_BYTES - _HEAD.size
+"""A group of any size up to this fits a half."""
+
+
+class Mark(NamedTuple):
+    """What LMDB knows of its log. It has the changes of all groups up to ``applied``; ``written`` were durable when it was told; ``closed``: there were no others."""
+
+    applied: int
+    written: int
+    closed: bool
+
+    def pack(self) -> bytes:
+        return struct.pack(">QQ?", *self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Mark:
+        """Raises struct.error."""
+        return cls(*struct.unpack(">QQ?", data))
+
+
+class RedoLog:
+    """The log of one store. Called by one thread at a time."""
+
+    def __init__(self, directory: Path, store_id: bytes, mark: Mark | None) -> None:
+        """Opens the log, or makes one for a store that has none yet (``mark`` None) or needs none (it was closed).
+
+        ``bodies`` are then those of all groups behind ``mark.applied``, in order. Raises DiskForeign, DiskUnusable.
+        """
+        self._path = directory / FILE_NAME
+        self._seed = xxhash.xxh3_64_intdigest(store_id + _MAGIC)
+        self._applied = mark.applied if mark is not None else 0
+        self.sequence = self._applied
+        """The number of the last group that is durable."""
+        self._half = 0
+        self._ends = [0, 0]
+        """How far each half is written, from its beginning."""
+        self._lasts = [0, 0]
+        """The number of the last group in each half."""
+        self.bodies: list[bytes] = []
+        try:
+            if mark is None or (mark.closed and not self._path.exists()):
+                _make(self._path, store_id)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DiskForeign(f"the redo log that was in {directory} is gone, and with it what the disk had acknowledged last") from None
+        except OSError as error:
+            raise DiskUnusable(f"no redo log can be opened in {directory}: {error.strerror or error}") from None
+        try:
+            self._recover(store_id, mark)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def fits(self, body_bytes: int) -> bool:
+        """Whether a group of this size fits what is left of the half."""
+        return self._ends[self._half] + _pages(body_bytes) <= HALF_BYTES
+
+    def append(self, body: Buffer) -> None:
+        """Durable when it returns. Raises OSError; what the disk has then is unknown."""
+        at = PAGE_BYTES + self._half * HALF_BYTES + self._ends[self._half]
+        size = _pages(len(body))
+        head = _HEAD.pack(_GROUP_MAGIC, len(body), self.sequence + 1, xxhash.xxh3_64_intdigest(body, self._seed), 0)[:_HEAD_CHECKED]
+        head += xxhash.xxh3_64_digest(head, (self._seed + at) & _MASK)
+        padding = size - len(head) - len(body)
+        if os.pwritev(self._fd, [head, body, _ZEROS[:padding]], at, os.RWF_DSYNC) != size:
+            raise OSError(errno.EIO, "a write to the redo log was cut short")
+        self.sequence += 1
+        self._ends[self._half] += size
+        self._lasts[self._half] = self.sequence
+
+    def turn(self) -> bool:
+        """Goes on in the other half; False while LMDB does not have everything in that."""
+        other = 1 - self._half
+        if self._lasts[other] > self._applied:
+            return False
+        self._half, self._ends[other] = other, 0
+        return True
+
+    def applied(self, sequence: int) -> None:
+        """LMDB durably has all groups up to this one."""
+        self._applied = sequence
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    # --- start ------------------------------------------------------------------------------------------------------------
+
+    def _recover(self, store_id: bytes, mark: Mark | None) -> None:
+        try:
+            data = os.pread(self._fd, PAGE_BYTES + 2 * HALF_BYTES, 0)
+        except OSError as error:
+            raise DiskUnusable(f"{self._path} cannot be read: {error.strerror or error}") from None
+        if data[: _FILE.size] != _file_header(store_id) or len(data) < PAGE_BYTES + 2 * HALF_BYTES:
+            raise DiskForeign(f"{self._path} is not the redo log of the store beside it")
+        places = self._places(data)
+        while found := next((place for place in places.get(self.sequence + 1, ()) if self._whole(data, place)), None):
+            self.sequence += 1
+            self.bodies.append(data[found.at : found.at + found.length])
+            self._half, self._ends[found.half], self._lasts[found.half] = found.half, found.end, self.sequence
+        if max(places, default=0) > self.sequence + 1:
+            raise DiskForeign(f"{self._path} is damaged at group {self.sequence + 1}, which the disk had acknowledged")
+        if mark is not None and self.sequence < mark.written:
+            raise DiskForeign(f"{self._path} ends at group {self.sequence}, and the disk had acknowledged group {mark.written}")
+
+    def _places(self, data: bytes) -> dict[int, list[_Place]]:
+        """By number, where a head stands that holds. The beginning of a torn group may still be there beside the one that took its number."""
+        found: dict[int, list[_Place]] = {}
+        for at in range(PAGE_BYTES, len(data), PAGE_BYTES):
+            magic, length, sequence, body, check = _HEAD.unpack_from(data, at)
+            if magic == _GROUP_MAGIC and check == xxhash.xxh3_64_intdigest(data[at : at + _HEAD_CHECKED], (self._seed + at) & _MASK):
+                half, offset = divmod(at - PAGE_BYTES, HALF_BYTES)
+                found.setdefault(sequence, []).append(_Place(half, at + _HEAD.size, length, offset + _pages(length), body))
+        return found
+
+    def _whole(self, data: bytes, place: _Place) -> bool:
+        body = memoryview(data)[place.at : place.at + place.length]
+        return place.end <= HALF_BYTES and xxhash.xxh3_64_intdigest(body, self._seed) == place.check
+
+
+class _Place(NamedTuple):
+    """``at``, ``length`` and ``check`` of the body in the file; ``end`` of the group in its half."""
+
+    half: int
+    at: int
+    length: int
+    end: int
+    check: int
+
+
+def _pages(body_bytes: int) -> int:
+    return -(-(_HEAD.size + body_bytes) // PAGE_BYTES) * PAGE_BYTES
+
+
+def _file_header(store_id: bytes) -> bytes:
+    raw = _FILE.pack(_MAGIC, VERSION, 0, HALF_BYTES // PAGE_BYTES, store_id, 0)[:-8]
+    return raw + xxhash.xxh3_64_digest(raw)
+
+
+def _make(path: Path, store_id: bytes) -> None:
+    """The file appears whole. It is filled with zeros, for a block that has only been set aside costs a change of the file system's own log when it is written first."""
+    fresh = path.with_suffix(".new")
+    fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        zeros = bytes(MIB)
+        os.pwrite(fd, _file_header(store_id).ljust(PAGE_BYTES, b"\0"), 0)
+        for at in range(PAGE_BYTES, PAGE_BYTES + 2 * HALF_BYTES, MIB):
+            if os.pwrite(fd, zeros, at) != MIB:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    fresh.rename(path)
+    sync_directory(path.parent)

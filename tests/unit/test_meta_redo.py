@@ -1,0 +1,439 @@
+"""The redo log, and the store over it: what is acknowledged is there after any end of the process, and is read the same wherever it lies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import re
+import shutil
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storaged.errors import DiskForeign, DiskUnusable
+from storaged.meta import pending, redo
+from storaged.meta import store as store_module
+from storaged.meta.names import Table
+from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
+from storaged.meta.redo import PAGE_BYTES, Mark, RedoLog
+from storaged.meta.store import LmdbMetaStore
+from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of
+
+STORE_ID = bytes(range(16))
+HALF = 16 * PAGE_BYTES
+
+
+@pytest.fixture
+def small_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Halves of 16 pages."""
+    with small():
+        yield
+
+
+@contextlib.contextmanager
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redo, "HALF_BYTES", HALF)
+        patch.setattr(store_module, "CHECKPOINT_BYTES", HALF // 2)
+        patch.setattr(pending, "ENTRY_BYTES_MAX", HALF - 200)
+        yield
+
+
+UNCLOSED = Mark(0, 0, closed=False)
+
+
+def opened(directory: Path, mark: Mark | None = UNCLOSED) -> RedoLog:
+    return RedoLog(directory, STORE_ID, mark)
+
+
+def fresh(directory: Path) -> RedoLog:
+    return opened(directory, None)
+
+
+def body_of(number: int, length: int = 100) -> bytes:
+    return random.Random(number).randbytes(length)
+
+
+# --- the log alone ------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_come_back_in_order_and_those_that_lmdb_has_do_not(tmp_path: Path, small_log: None) -> None:
+    log = fresh(tmp_path)
+    bodies = [body_of(number, number * 700) for number in range(10)]
+    for body in bodies:
+        log.append(body)
+    log.close()
+    for applied in range(11):
+        again = opened(tmp_path, Mark(applied, 10, False))
+        assert again.bodies == bodies[applied:]
+        assert again.sequence == 10
+        again.close()
+
+
+def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path, small_log: None) -> None:
+    log = fresh(tmp_path)
+    written = 0
+    for _ in range(7):
+        while log.fits(5000):
+            log.append(body_of(written := written + 1, 5000))
+        if not log.turn():
+            assert written == 2 * (HALF // 8192)
+            break
+    log.applied(3)
+    assert not log.turn()
+    log.applied(HALF // 8192)
+    assert log.turn()
+    log.append(b"new")
+    assert not log.turn()
+    log.close()
+    again = opened(tmp_path, Mark(HALF // 8192, written, False))
+    assert again.bodies == [body_of(number, 5000) for number in range(HALF // 8192 + 1, written + 1)] + [b"new"]
+    again.close()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    sizes=st.lists(st.integers(0, 3 * PAGE_BYTES), min_size=1, max_size=40),
+    applied_every=st.integers(1, 9),
+    torn=st.randoms(use_true_random=False),
+    restarts=st.sets(st.integers(0, 39)),
+)
+def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], applied_every: int, torn: random.Random, restarts: set[int]
+) -> None:
+    """The last write reaches the disk as any of its sectors; the next goes on from there. A group that was written whole may come back though it was not acknowledged."""
+    directory = tmp_path_factory.mktemp("redo")
+    with small():
+        log, applied = fresh(directory), 0
+        bodies: dict[int, bytes] = {}
+        for number, size in enumerate(sizes):
+            body = body_of(number, size)
+            if number and number % applied_every == 0:
+                applied = log.sequence
+                log.applied(applied)
+            if not log.fits(size) and not log.turn():
+                applied = log.sequence
+                log.applied(applied)
+                assert log.turn()
+            before = (directory / redo.FILE_NAME).read_bytes()
+            log.append(body)
+            bodies[log.sequence] = body
+            if number in restarts:
+                after = bytearray((directory / redo.FILE_NAME).read_bytes())
+                for at in range(0, len(after), 512):
+                    if torn.random() < 0.5:
+                        after[at : at + 512] = before[at : at + 512]
+                (directory / redo.FILE_NAME).write_bytes(after)
+                acknowledged = log.sequence - 1
+                log.close()
+                log = opened(directory, Mark(min(applied, acknowledged), min(applied, acknowledged), False))
+                assert log.sequence in (acknowledged, acknowledged + 1)
+                assert log.bodies == [bodies[sequence] for sequence in range(min(applied, acknowledged) + 1, log.sequence + 1)]
+        log.close()
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_damage_before_the_last_group_refuses_the_disk(tmp_path: Path, small_log: None, where: str) -> None:
+    log = fresh(tmp_path)
+    for number in range(5):
+        log.append(body_of(number, 5000))
+    log.close()
+    whole = (tmp_path / redo.FILE_NAME).read_bytes()
+    for group in range(5):
+        data = bytearray(whole)
+        data[PAGE_BYTES + group * 8192 + (9 if where == "head" else 4000)] ^= 1
+        (tmp_path / redo.FILE_NAME).write_bytes(data)
+        if group < 4:
+            with pytest.raises(DiskForeign, match=f"damaged at group {group + 1}"):
+                opened(tmp_path)
+            opened(tmp_path, Mark(group + 1, 5, False)).close()  # LMDB has it
+        else:
+            assert len(opened(tmp_path).bodies) == 4  # as a torn write
+            with pytest.raises(DiskForeign, match="acknowledged group 5"):
+                opened(tmp_path, Mark(0, 5, False))
+
+
+def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, small_log: None) -> None:
+    log = fresh(tmp_path)
+    log.append(b"group")
+    log.close()
+    with pytest.raises(DiskForeign, match="not the redo log"):
+        RedoLog(tmp_path, bytes(16), Mark(0, 0, False))
+    file = tmp_path / redo.FILE_NAME
+    os.truncate(file, PAGE_BYTES + HALF)
+    with pytest.raises(DiskForeign, match="not the redo log"):
+        opened(tmp_path)
+    file.unlink()
+    with pytest.raises(DiskForeign, match="gone"):
+        opened(tmp_path)
+    with pytest.raises(DiskForeign, match="gone"):
+        opened(tmp_path, Mark(1, 1, False))
+    again = opened(tmp_path, Mark(1, 1, True))  # it was closed: nothing of it is missed
+    again.append(b"next")
+    again.close()
+    assert opened(tmp_path, Mark(1, 1, False)).bodies == [b"next"]
+
+
+def test_a_log_whose_disk_refuses_to_read_is_unusable_and_not_foreign(tmp_path: Path, small_log: None) -> None:
+    (tmp_path / redo.FILE_NAME).mkdir()
+    with pytest.raises(DiskUnusable):
+        opened(tmp_path)
+
+
+# --- the store over it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def store(tmp_path: Path, small_log: None) -> AsyncIterator[LmdbMetaStore]:
+    made = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    yield made
+    await made.close()
+
+
+def killed(store: LmdbMetaStore, place: Path) -> LmdbMetaStore:
+    """The store as a process finds it whose predecessor was killed now."""
+    shutil.copytree(store.directory, place)
+    return LmdbMetaStore.open_or_refuse(place, store.identity, map_bytes=1 << 26)
+
+
+async def test_what_was_acknowledged_is_there_after_a_kill_and_after_another(store: LmdbMetaStore, tmp_path: Path) -> None:
+    slots = [slot_of(name_of(b"key%04d" % number * (1 + 100 * (number % 2))), number) for number in range(300)]
+    for slot in slots:
+        await store.commit(StoreBatch([slot], fences=[Fence(BUCKET, b"%d" % slot.ballot.counter, final=False)], meta={"high": b"1"}))
+    await store.commit(StoreBatch(unfence=[BUCKET], fences=[Fence(OTHER, b"n", final=True)]))
+    assert store.statistics().checkpoints >= 1
+    for place in ("first", "second", "third"):
+        after = killed(store, tmp_path / place)
+        assert [after.get(slot.name) for slot in slots] == slots
+        assert (after.get_fence(BUCKET), after.get_fence(OTHER), after.get_meta("high")) == (None, Fence(OTHER, b"n", True), b"1")
+        late = slot_of(name_of(place.encode()), 7)
+        await after.commit(StoreBatch([late]))
+        slots.append(late)
+        store = after
+    await store.close()
+
+
+async def test_writers_wait_for_the_checkpoint_when_both_halves_are_full_and_for_nothing_else(
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_, begun = threading.Event(), threading.Event()
+
+    def held_up() -> None:
+        begun.set()
+        assert open_.wait(10)
+
+    store.sync_copies = held_up
+    written: list[int] = []
+
+    async def write() -> None:
+        for number in range(60):
+            await store.commit(StoreBatch([slot_of(name_of(b"%d" % number), body=bytes(3000))]))
+            written.append(number)
+
+    writing = asyncio.create_task(write())
+    assert await asyncio.to_thread(begun.wait, 10)
+    await asyncio.sleep(0.2)
+    assert 16 <= len(written) < 40, "what fits two halves of 16 pages"
+    assert [store.get(name_of(b"%d" % number)) is not None for number in written] == [True] * len(written)
+    page = page_of(b"page")
+    store.sync_copies = lambda: None
+    open_.set()
+    async with asyncio.timeout(10):
+        await writing
+        await store.commit(StoreBatch(pages=[page]))
+    assert store.get_page(page.page_hash) == b"page"
+    await store.checkpoint()
+    assert store.statistics().rows == 60
+
+
+async def test_a_checkpoint_that_fails_wakes_writers_that_wait_for_it_and_keeps_what_was_acknowledged(
+    store: LmdbMetaStore, tmp_path: Path
+) -> None:
+    go_on = threading.Event()
+
+    def fail() -> None:
+        assert go_on.wait(10)
+        raise RowDamaged("a link is damaged")
+
+    store.sync_copies = fail
+    slots = [slot_of(name_of(b"%d" % number), body=bytes(3000)) for number in range(60)]
+    writing = [asyncio.create_task(store.commit(StoreBatch([slot]))) for slot in slots]
+    await asyncio.sleep(0.2)
+    go_on.set()
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(*writing, return_exceptions=True)
+    kept = [slot for slot, result in zip(slots, results, strict=True) if result is None]
+    assert all(isinstance(result, DiskUnusable) for result in results if result is not None)
+    assert store.statistics().state == "read-only"
+    assert [store.get(slot.name) for slot in kept] == kept
+    with pytest.raises(DiskForeign, match="a link is damaged"):
+        killed(store, tmp_path / "again")
+
+
+async def test_a_store_from_before_there_were_logs_gets_one(tmp_path: Path) -> None:
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    slot = slot_of(name_of(b"k"))
+    await store.commit(StoreBatch([slot]))
+    await store.checkpoint()
+    with store._env.begin(write=True, db=store._databases[b"meta"]) as transaction:
+        transaction.delete(b"\0redo")
+    (tmp_path / "meta" / redo.FILE_NAME).unlink()
+    after = killed(store, tmp_path / "old")
+    assert after.get(slot.name) == slot
+    await after.commit(StoreBatch([slot_of(name_of(b"new"))]))
+    assert (tmp_path / "old" / redo.FILE_NAME).exists()
+    await after.close()
+    await store.close()
+
+
+async def test_a_log_put_back_from_before_is_refused(store: LmdbMetaStore, tmp_path: Path) -> None:
+    """As far as LMDB can tell: by what it was told at the last checkpoint or start."""
+    await store.commit(StoreBatch([slot_of(name_of(b"a"))]))
+    old = (store.directory / redo.FILE_NAME).read_bytes()
+    hold, reached = threading.Event(), threading.Event()
+    store.sync_copies = lambda: (reached.set(), hold.wait(10))[0]  # type: ignore[misc]
+    running = asyncio.ensure_future(store.checkpoint())
+    await asyncio.to_thread(reached.wait, 10)
+    await store.commit(StoreBatch([slot_of(name_of(b"b"))]))
+    hold.set()
+    await running
+    after = killed(store, tmp_path / "sound")
+    assert after.get(name_of(b"b")) is not None
+    await after.close()
+    (store.directory / redo.FILE_NAME).write_bytes(old)
+    with pytest.raises(DiskForeign, match="acknowledged group 2"):
+        killed(store, tmp_path / "again")
+
+
+async def test_a_batch_that_no_group_takes_is_refused_before_anything_is_stored(store: LmdbMetaStore) -> None:
+    with pytest.raises(ValueError, match="redo log takes"):
+        await store.commit(StoreBatch([slot_of(name_of(b"%d" % number), body=bytes(1 << 20)) for number in range(9)]))
+    assert store.get(name_of(b"1")) is None
+    await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
+
+
+KEYS = [b"a", b"a/1", b"a/2", b"b" * 480, b"b" * 481, b"b" * 700, b"b" * 961, b"c", b"c/1", b"\xff" * 500]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["put", "put", "put", "checkpoint", "begin", "kill", "close"]), st.sampled_from(KEYS), st.integers(0, 1)),
+        min_size=3,
+        max_size=30,
+    )
+)
+async def test_wherever_rows_lie_they_are_read_as_one(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, bytes, int]]
+) -> None:
+    """In LMDB, on the way there (a checkpoint that has begun and not ended), above that, or in any number of them."""
+    directory = tmp_path_factory.mktemp("store")
+    with small():
+        store = LmdbMetaStore(directory / "0", map_bytes=1 << 26)
+        model: dict[tuple[int, bytes], Slot] = {}
+        hold: threading.Event | None = None
+        running: asyncio.Future[None] | None = None
+        for count, (step, key, shard) in enumerate(steps):
+            if step == "put":
+                slot = slot_of(name_of(key, shard=shard), count + 1)
+                await store.commit(StoreBatch([slot]))
+                model[shard, key] = slot
+            elif step == "begin" and running is None:
+                hold, reached = threading.Event(), threading.Event()
+                store.sync_copies = lambda hold=hold, reached=reached: (reached.set(), hold.wait(10))[0]  # type: ignore[misc]
+                running = asyncio.ensure_future(store.checkpoint())
+                await asyncio.to_thread(reached.wait, 10)
+            elif step == "kill":
+                after = killed(store, directory / str(count + 1))
+                if hold is not None:
+                    hold.set()
+                await store.close()
+                store, hold, running = after, None, None
+            elif step in ("checkpoint", "close") and hold is not None:
+                hold.set()
+                assert running is not None
+                await running
+                store.sync_copies = lambda: None
+                hold = running = None
+            elif step == "checkpoint":
+                await store.checkpoint()
+            elif step == "close":
+                await store.close()
+                store = LmdbMetaStore.open_or_refuse(store.directory, store.identity, map_bytes=1 << 26)
+            _compare(store, model)
+        if hold is not None:
+            hold.set()
+        await store.close()
+    shutil.rmtree(directory)
+
+
+def _compare(store: LmdbMetaStore, model: dict[tuple[int, bytes], Slot]) -> None:
+    for shard in (0, 1):
+        rows = {key: slot for (where, key), slot in model.items() if where == shard}
+        for key in KEYS:
+            assert store.get(name_of(key, shard=shard)) == rows.get(key)
+        for after, prefix, limit in (
+            (b"", b"", 99),
+            (b"", b"", 3),
+            (b"a/1", b"", 4),
+            (b"", b"b", 2),
+            (b"b" * 480, b"b", 9),
+            (b"", b"c/", 1),
+        ):
+            expected = [rows[key] for key in sorted(rows) if key > after and key.startswith(prefix)]
+            where = {"after": after, "prefix": prefix, "limit": limit}
+            assert store.scan(Table.OBJECT, BUCKET, shard, **where) == expected[:limit]
+            keys, columns, more = store.columns(Table.OBJECT, BUCKET, shard, **where)
+            assert (keys, more) == ([slot.name.key for slot in expected[:limit]], len(expected) > limit)
+            stamps = store.stamps(Table.OBJECT, BUCKET, shard, **where)
+            assert (stamps.rows, stamps.more, stamps.row_bytes) == (len(keys), more, sum(map(len, columns)))
+    assert store.scopes() == sorted({(Table.OBJECT, BUCKET, shard) for shard, _ in model})
+
+
+# --- the bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def documented() -> list[bytes]:
+    """The file's header, and the first group of FORMATS.md's example."""
+    text = (Path(redo.__file__).parents[1] / "FORMATS.md").read_text()
+    block = re.search(r"<!-- redo vector -->\s*```\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    return [bytes.fromhex(line.split("  ")[0]) for line in block[1].splitlines()]
+
+
+def example() -> pending.Ready:
+    made = pending.ready(StoreBatch(meta={"epoch": (2).to_bytes(8, "big")}), lambda _error: None)
+    made.rows.append((bytes([1]) + STORE_ID + bytes([3]), b"photos/1.jpg", b"the row"))
+    made.copy = b"a header", [b"the ", b"copy"]
+    return made
+
+
+def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_path: Path) -> None:
+    header, head, *body = documented()
+    log = fresh(tmp_path)
+    for logged, _ in pending.encode_groups([example()]):
+        log.append(logged)
+    log.close()
+    written = (tmp_path / redo.FILE_NAME).read_bytes()
+    assert len(written) == (1 + 2 * 2048) * 4096
+    assert written[:4096] == header + bytes(4056)
+    group = head + b"".join(body)
+    assert written[4096 : 4096 + len(group) + 1] == group + b"\0"
+    seed = xxhash.xxh3_64_intdigest(STORE_ID + b"SOVREDO\n")
+    assert header[32:] == xxhash.xxh3_64_digest(header[:32])
+    assert head[16:24] == xxhash.xxh3_64_digest(b"".join(body), seed)
+    assert head[24:] == xxhash.xxh3_64_digest(head[:24], (seed + 4096) % 2**64)
+
+
+def test_the_documented_group_is_read_back() -> None:
+    [logged] = pending.decode_group(b"".join(documented()[2:]))
+    made = example()
+    assert (logged.rows, logged.others, logged.copy) == (made.rows, made.others, (b"a header", b"the copy"))
