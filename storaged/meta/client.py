@@ -1,7 +1,7 @@
 """The ring as a gateway or a maintenance task uses it: registers, pages and fences, by majorities of their replicas.
 
-A read asks a bare majority, the record from one replica and ballots from the others; a third is asked when one is slow, away, or does not agree. When a
-majority reports one ballot the value is settled and the read has cost one round trip. Where answers differ, the newest value is first accepted by a
+A read asks a bare majority, the row of one replica and the checks of others' rows (``meta.reads``); a third is asked when one is slow, away, or does not agree. When
+a majority reports one ballot the value is settled and the read has cost one round trip. Where answers differ, the newest value is first accepted by a
 majority at its own ballot, which needs no promise; when that is refused, by an identity round (``meta.proposal``).
 """
 
@@ -37,6 +37,7 @@ from storaged.meta.ports import (
 )
 from storaged.meta.proposal import Fragments, Proposal, Surroundings, View, post_accept
 from storaged.meta.quick import Patience, QuickChange, QuickRead
+from storaged.meta.reads import RowReader
 from storaged.meta.register import (
     CALL_BYTES,
     RULES,
@@ -51,6 +52,7 @@ from storaged.meta.register import (
     shown,
 )
 from storaged.meta.rounds import Answers, Courier, Suspects, TaskPool, Turns
+from storaged.meta.rowvalue import value_of
 
 DEADLINE_S = 10.0
 CALL_TIMEOUT_S = 5.0
@@ -136,6 +138,7 @@ class RingClient:
         self._copy_at = copy_at
         self._pool = TaskPool()
         self._courier = Courier(replicas, self._pool)
+        self._rows = RowReader(replicas, self._pool)
         self._patience = Patience()
         self._turns = Turns()
         self._suspects = Suspects(self._clock)
@@ -234,18 +237,18 @@ class RingClient:
         deadline = self._deadline()
         view = self._view(name)
         if len(view.groups) == 1:
-            quick = QuickRead(view)
+            quick = QuickRead()
             self._patience.begin(quick, self._hedge_s)
             try:
-                agreed = await quick.run(self._courier, self._suspects, name, want_payload, self._call_timeout_s)
+                agreed = await quick.run(self._rows, view, self._suspects, name, want_payload, self._call_timeout_s)
             finally:
                 self._patience.end(quick)
             if agreed:
-                value = quick.value
+                value = shown(value_of(quick.row)) if quick.row else None
                 if not want_payload or value is None or not value.payload:
                     return Reading(value)
-                if quick.payload[0] == value.payload:
-                    return Reading(value, quick.payload[1])
+                if len(quick.copy):
+                    return Reading(value, quick.copy)
         seen = await self._hear(view, name, want_payload, deadline, everybody=True)
         while seen is None:
             await self._pause_for_layout(deadline)

@@ -19,7 +19,7 @@ from storaged.errors import DiskUnusable, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch, StoredPage
-from storaged.meta.rowvalue import columns_of, pack_row, stamps_in, unpack_row
+from storaged.meta.rowvalue import columns_of, intact, pack_row, stamps_in, unpack_row
 
 SLICE_ROWS_MAX = 10_000
 
@@ -68,6 +68,15 @@ class MemoryMetaStore:
         shard = self._shards.get(name[:3])
         row = None if shard is None else shard.rows.get(name.key)
         return None if row is None else unpack_row(name, row)
+
+    def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for packed in names:
+            name = RegisterName.unpack(packed)
+            shard = self._shards.get(name[:3])
+            row = b"" if shard is None else shard.rows.get(name.key, b"")
+            found.append(row if not row or intact(name.prefix, name.key, row) else None)
+        return found
 
     def get_fence(self, scope: bytes) -> Fence | None:
         return self._fences.get(scope)

@@ -84,6 +84,24 @@ class ReadReply(Message, frozen=True):
     header: bytes = b""
 
 
+class Reads(Message, frozen=True):
+    """Many registers at the disks of one node. ``asks``: for each of ``disks``, what is asked (``reads``: CHECK, ROW, COPY) || the register's packed name.
+    ``wait``: of a single ask, that the answer is worth waiting for."""
+
+    epoch: int
+    disks: list[str]
+    asks: list[list[bytes]]
+    wait: bool = False
+
+
+class ReadsReply(Message, frozen=True):
+    """``found``: for each ask of each disk the row or its check as ``rowvalue`` lays them out, empty when there is none; None: it can't be told (at once).
+    ``copies``: of each ask for a copy that was found, in order, how many bytes of the bulk body are its copy; 0: it is not here."""
+
+    found: list[list[bytes | None]]
+    copies: list[int]
+
+
 class PagePut(Message, frozen=True):
     """``page_hash`` is the xxh3-128 of ``body``; another body is refused."""
 

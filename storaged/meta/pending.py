@@ -125,6 +125,16 @@ class Overlay:
         return bool(self.rows or self.others)
 
 
+def row_of(overlays: tuple[Overlay, Overlay], prefix: bytes, key: bytes) -> bytes | None:
+    """The row of a register that has not reached LMDB. ``overlays``: the fresh one, then the frozen one: what leaves the first is in the second by then, and what
+    leaves that is in LMDB."""
+    for overlay in overlays:
+        table = overlay.rows.get(prefix)
+        if table is not None and (row := table.get(key)) is not None:
+            return row
+    return None
+
+
 def merged(
     stored: list[tuple[bytes, bytes]], tables: Sequence[Table], *, after: bytes, prefix: bytes, limit: int
 ) -> list[tuple[bytes, bytes]]:

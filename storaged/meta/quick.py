@@ -1,7 +1,7 @@
 """The common case of a change and of a read: everybody answers, nobody is in the way. Callbacks that count answers, and one future.
 
 Theory of operation
-    ``QuickChange`` is the first attempt of ``proposal.Proposal`` and ``QuickRead`` the first round of ``RingClient._hear``, written straight: the requests leave
+    ``QuickChange`` is the first attempt of ``proposal.Proposal`` and ``QuickRead`` the first round of a read, written straight: the requests leave
     encoded once for all replicas, each answer is a call of ``_promised``, ``_accepted`` or ``_told`` on the event loop, and the one that completes the
     majority does what comes next. No task, timer or future belongs to a call: whatever happens to it, its replica answers or the RPC layer does, or ``Patience``
     ends the change.
@@ -18,12 +18,14 @@ from typing import Any, Literal, Protocol
 
 from storaged import trace
 from storaged.errors import PeerUnreachable, StoragedError
-from storaged.meta.messages import Accept, AcceptReply, Prepare, PrepareReply, Read, ReadReply
-from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import ZERO_BALLOT, Outcome, SmallCopies, Update
+from storaged.meta.messages import Accept, AcceptReply, Prepare, PrepareReply
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Outcome, SmallCopies, Update
 from storaged.meta.proposal import Surroundings, View
+from storaged.meta.reads import CHECK, COPY, ROW, RowReader
 from storaged.meta.register import Lineage, Verdict, shown
-from storaged.meta.rounds import Courier, Suspects
+from storaged.meta.rounds import NO_BYTES, Courier, Suspects
+from storaged.meta.rowvalue import check_of
 
 Stage = Literal["prepare", "accept", "over"]
 OK = int(Verdict.OK)
@@ -287,53 +289,48 @@ class Patience:
 class QuickRead:
     """``await run()`` once; ``give_up`` ends it when it takes long: others are to be asked then."""
 
-    __slots__ = ("_conflict", "_future", "_replies", "_view", "done", "payload", "value")
+    __slots__ = ("_checks", "_conflict", "_future", "_needed", "copy", "done", "row")
 
-    def __init__(self, view: View) -> None:
-        self._view = view
-        self._replies: list[ReadReply] = []
+    def __init__(self) -> None:
+        self._checks: list[bytes] = []
+        self._needed = 0
         self._future: asyncio.Future[None] | None = None
         self._conflict = False
         self.done = False
-        self.value: Value | None = None
-        self.payload: tuple[bytes, memoryview] = (b"", memoryview(b""))
-        """Data id and bytes of the small copy that came along, if one did."""
+        self.row = b""
+        """The settled row; empty: never written."""
+        self.copy = NO_BYTES
+        """The small copy that came along, if one did."""
 
-    async def run(self, courier: Courier, suspects: Suspects, name: RegisterName, want_payload: bool, timeout_s: float) -> bool:
-        """Whether a majority reports one ballot, with one digest: then ``value`` is settled (None: never written)."""
-        view = self._view
-        needed = len(view.disks) // 2 + 1
+    async def run(self, reader: RowReader, view: View, suspects: Suspects, name: RegisterName, want_copy: bool, timeout_s: float) -> bool:
+        """Whether a majority reports one ballot with one value, or none: then ``row`` is settled."""
+        needed = self._needed = len(view.disks) // 2 + 1
         order = suspects.last(view.disks)
-        courier.ask_each(Read("", name, view.epoch, True, want_payload), order[:1], self._told, timeout_s=timeout_s)
-        courier.ask_each(Read("", name, view.epoch, False), order[1:needed], self._told, timeout_s=timeout_s)
-        if not self.done and len(self._replies) < needed:
+        packed = name.pack()
+        reader.ask(order[0], (COPY if want_copy else ROW) + packed, view.epoch, self._told_row, timeout_s)
+        for disk in order[1:needed]:
+            reader.ask(disk, CHECK + packed, view.epoch, self._told_check, timeout_s)
+        if not self.done:
             self._future = asyncio.get_running_loop().create_future()
             await self._future
-        self.done = True
-        return not self._conflict and len(self._replies) == needed and self._agreed()
+        return not self._conflict and len(self._checks) == needed
 
-    def _agreed(self) -> bool:
-        first = self._replies[0]
-        for reply in self._replies:
-            if reply.accepted != first.accepted or reply.digest != first.digest:
-                return False
-        for reply in self._replies:
-            if reply.value is not None:
-                self.value = shown(reply.value)
-                return True
-        return first.accepted == ZERO_BALLOT
+    def _told_row(self, found: bytes | StoragedError | None, copy: memoryview) -> None:
+        if isinstance(found, bytes):
+            self.row, self.copy = found, copy
+            found = check_of(found)
+        self._told_check(found, copy)
 
-    def _told(self, _disk: str, answer: ReadReply | StoragedError, bulk: memoryview) -> None:
+    def _told_check(self, found: bytes | StoragedError | None, _copy: memoryview) -> None:
         if self.done:
             return
-        if isinstance(answer, StoragedError) or answer.verdict != OK:
+        checks = self._checks
+        if not isinstance(found, bytes) or (checks and found != checks[0]):
             self._conflict = True
             self.give_up()
             return
-        self._replies.append(answer)
-        if answer.payload:
-            self.payload = (answer.payload, bulk)
-        if len(self._replies) == len(self._view.disks) // 2 + 1:
+        checks.append(found)
+        if len(checks) == self._needed:
             self.give_up()
 
     def give_up(self) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from storaged.cluster.ports import Answer, Call, Caller, Layouts, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
-from storaged.meta import messages
+from storaged.meta import messages, reads
 from storaged.meta.ports import Replica
+from storaged.meta.reads import NodeReads, Told
 from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import ScanReply, ScanRequest
 from storaged.wire import Buffer, Message, encode
@@ -23,9 +24,10 @@ _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
 class RemoteReplica:
     """``ports.TailReplica`` over RPC: one disk of another node."""
 
-    def __init__(self, caller: Caller, node: str, disk: str) -> None:
+    def __init__(self, caller: Caller, node: str, disk: str, reads: NodeReads | None = None) -> None:
         self._caller = caller
         self._poster = caller if isinstance(caller, Poster) else None
+        self._reads = reads
         self.node = node
         self.disk = disk
         self._starts: dict[type[Message], bytes] = {}
@@ -45,6 +47,13 @@ class RemoteReplica:
         if start is None:
             start = self._starts[kind] = first + encode(self.disk)
         return self._poster.post_encoded(self.node, method, start + tail, reply, then, body=body, timeout_s=timeout_s)
+
+    def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:
+        """See ``reads.RowReader.ask``. False: this can't be asked without a task."""
+        if self._reads is None:
+            return False
+        self._reads.ask(self.disk, ask, epoch, told, timeout_s)
+        return True
 
     async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply:
         reply, _ = await self._caller.call(self.node, "meta.prepare", request, messages.PrepareReply, timeout_s=timeout_s)
@@ -94,6 +103,7 @@ class ReplicaDirectory:
         self._caller = caller
         self._local = local if local is not None else {}
         self._remote: dict[str, RemoteReplica] = {}
+        self._reads: dict[str, NodeReads] = {}
 
     def replica(self, disk_id: str) -> Replica:
         local = self._local.get(disk_id)
@@ -105,8 +115,14 @@ class ReplicaDirectory:
             raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {self._layouts.current.epoch}.")
         found = self._remote.get(disk_id)
         if found is None or found.node != entry.node:
-            found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id)
+            found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, self._reads_of(entry.node))
         return found
+
+    def _reads_of(self, node: str) -> NodeReads | None:
+        reads = self._reads.get(node)
+        if reads is None and isinstance(self._caller, Poster):
+            reads = self._reads[node] = NodeReads(self._caller, node)
+        return reads
 
 
 class ReplicaHost:
@@ -127,6 +143,7 @@ class ReplicaHost:
             "meta.prepare": Method(messages.Prepare, self._prepare, at_once=self._prepare_at_once),
             "meta.accept": Method(messages.Accept, self._accept, begin=self._begin_accept),
             "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
+            "meta.reads": Method(messages.Reads, self._reads, at_once=self._reads_at_once),
             "meta.page_put": Method(messages.PagePut, self._page_put),
             "meta.page_get": Method(messages.PageGet, self._page_get),
             "meta.page_check": Method(messages.PageCheck, self._page_check),
@@ -155,6 +172,16 @@ class ReplicaHost:
     async def _read(self, request: messages.Read, _call: Call) -> Reply:
         reply, payload = await self._of(request.disk).read(request)
         return Reply(reply, (payload,) if len(payload) else ())
+
+    def _reads_at_once(self, request: messages.Reads, _call: Call) -> Reply | None:
+        reply, copies = reads.tell(self.replicas, request)
+        if request.wait and any(row is None for rows in reply.found for row in rows):
+            return None
+        return Reply(reply, copies)
+
+    async def _reads(self, request: messages.Reads, _call: Call) -> Reply:
+        reply, copy = await reads.tell_in_time(self._of(request.disks[0]), request)
+        return Reply(reply, (copy,) if len(copy) else ())
 
     async def _page_put(self, request: messages.PagePut, _call: Call) -> messages.PageReply:
         return await self._of(request.disk).page_put(request)

@@ -350,10 +350,24 @@ class LocalReplica:
         acceptor, verdict, data_id = self._judge_read(request)
         payload = None
         if data_id:
-            payload = self._copies.peek(data_id) if self._copies is not None else None
+            payload = self.peek(data_id)
             if payload is None:
                 return None
         return self._read_reply(request, acceptor, verdict, data_id, payload)
+
+    def rows_at_once(self, epoch: int, names: Sequence[bytes]) -> list[bytes | None]:
+        """Of each packed name the row as it is stored, or empty; None where ``read`` would have to wait, or would refuse."""
+        if self._silent or (epoch < self._epoch and self._rules.fence_by_epoch):
+            return [None] * len(names)
+        self._counts["reads"] += len(names)
+        found = self._store.rows(names)
+        if self._in_flight:
+            return [None if RegisterName.unpack(name) in self._in_flight else row for name, row in zip(names, found, strict=True)]
+        return found
+
+    def peek(self, data_id: bytes) -> memoryview | None:
+        """A small copy that is in memory."""
+        return self._copies.peek(data_id) if self._copies is not None else None
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         """See ``ports.PostingReplica``: for a proposer in the same process."""

@@ -84,6 +84,16 @@ def sound_check(seed: int, key: bytes, row: bytes) -> bytes:
     return check if _check(row[_BODY_AT:] + key, seed) == check and row[0] == ROW_VERSION else b""
 
 
+def check_of(row: bytes) -> bytes:
+    """What stands for a row, its ballot and its register's name: equal for equal ones. Empty for no row."""
+    return row[_CHECK_AT:_BODY_AT]
+
+
+def value_of(row: bytes) -> Value:
+    """Of an intact row."""
+    return wire.decode(row[ROW_BYTES_MIN + row[26] + row[27] :], Value)
+
+
 def intact(name_prefix: bytes, key: bytes, row: bytes) -> bool:
     """Whether a row is whole and belongs to the register ``name_prefix || key`` (table, scope, shard, then the key)."""
     return bool(sound_check(seed_of(name_prefix), key, row))

@@ -57,6 +57,7 @@ from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta import pending
 from storaged.meta.apply import Applier
+from storaged.meta.lookup import StoredRows, stored_row
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.opening import (
     IDENTITY,
@@ -73,8 +74,8 @@ from storaged.meta.opening import (
 from storaged.meta.pending import Overlay, Ready
 from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch
 from storaged.meta.redo import HALF_BYTES, Mark, RedoLog
-from storaged.meta.rowkey import SEGMENT_BYTES, find, row_key, walk
-from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, open_small, seal_small, stamps_in, unpack_row
+from storaged.meta.rowkey import walk
+from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, intact, open_small, seal_small, stamps_in, unpack_row
 from storaged.meta.stretch import columns_at, stamps_at
 from storaged.units import GIB
 
@@ -113,25 +114,6 @@ class MetaStoreStatistics:
     bytes_used: int
     map_bytes: int
     damaged_rows: int
-
-
-class _Rows:
-    """``rowkey.Rows`` over one read transaction."""
-
-    def __init__(self, transaction: Transaction, database: Database) -> None:
-        self._transaction = transaction
-        self._database = database
-
-    def get(self, key: bytes) -> bytes | None:
-        value: bytes | None = self._transaction.get(key, db=self._database)
-        return value
-
-    def read(self, first: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-        cursor = self._transaction.cursor(db=self._database)
-        return list(islice(cursor.iternext(), limit)) if cursor.set_range(first) else []
-
-    def child(self, link: bytes, value: bytes) -> int:
-        return int.from_bytes(open_small(link, value), "big")
 
 
 class LmdbMetaStore:
@@ -306,30 +288,54 @@ class LmdbMetaStore:
             raise
 
     def get(self, name: RegisterName) -> Slot | None:
-        prefix = name.prefix
-        for overlay in (
-            self._fresh,
-            self._frozen,
-        ):  # in this order: what leaves the first is in the second by then, and what leaves that is in LMDB
-            table = overlay.rows.get(prefix)
-            if table is not None and (pending_row := table.get(name.key)) is not None:
-                return unpack_row(name, pending_row)
-        root = self._root(prefix)
-        if root is None:
-            return None
+        prefix, key = name.prefix, name.key
+        row = pending.row_of((self._fresh, self._frozen), prefix, key)
+        if row is None:
+            root = self._root(prefix)
+            if root is None:
+                return None
+            try:
+                with self._begin(self._rows) as transaction:
+                    row = stored_row(transaction, root, key)
+            except lmdb.Error as error:
+                raise self._unreadable(error) from None
+            except RowDamaged:
+                self._damaged += 1
+                raise
+            if not row:
+                return None
         try:
-            with self._begin(self._rows) as transaction:
-                if len(name.key) <= SEGMENT_BYTES:
-                    row = transaction.get(row_key(root, name.key))
-                else:
-                    key = find(_Rows(transaction, self._rows), root, name.key)
-                    row = None if key is None else transaction.get(key)
-            return None if row is None else unpack_row(name, row)
+            return unpack_row(name, row)
         except RowDamaged:
             self._damaged += 1
             raise
-        except lmdb.Error as error:
-            raise self._unreadable(error) from None
+
+    def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
+        parts = [(name[:NAME_PREFIX_BYTES], name[NAME_PREFIX_BYTES:]) for name in names]
+        overlays = (self._fresh, self._frozen)
+        found: list[bytes | None] = [pending.row_of(overlays, prefix, key) for prefix, key in parts]
+        missing = [index for index, row in enumerate(found) if row is None]
+        if missing:
+            try:
+                with self._begin(self._rows) as transaction:
+                    for index in missing:
+                        found[index] = self._stored_row(transaction, *parts[index])
+            except lmdb.Error as error:  # the transaction reads nothing more after a damaged page
+                if len(names) > 1:
+                    return [row for name in names for row in self.rows((name,))]
+                self._unreadable(error)
+        return found
+
+    def _stored_row(self, transaction: Transaction, prefix: bytes, key: bytes) -> bytes | None:
+        try:
+            root = self._root(prefix)
+            row = b"" if root is None else stored_row(transaction, root, key)
+            if not row or intact(prefix, key, row):
+                return row
+        except RowDamaged:
+            pass
+        self._damaged += 1
+        return None
 
     def get_fence(self, scope: bytes) -> Fence | None:
         sealed = self._get_small(b"fences", scope)
@@ -372,7 +378,7 @@ class LmdbMetaStore:
             raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} rows, not {limit}: a long reader keeps the file growing")
         name_prefix = RegisterName(table, scope, shard, b"").prefix
         with self._reading(name_prefix) as (transaction, root, tables):
-            rows = [] if root is None else walk(_Rows(transaction, self._rows), root, after=after, prefix=prefix, limit=limit)
+            rows = [] if root is None else walk(StoredRows(transaction), root, after=after, prefix=prefix, limit=limit)
         return pending.merged(rows, tables, after=after, prefix=prefix, limit=limit) if tables else rows
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ FIRST_SEED = int(os.environ.get("STORAGED_SIM_FIRST", "1"))
 
 SEED_BUDGETS = {
     "sync_before_answer": 100,
-    "promises_survive_restart": 400,
+    "promises_survive_restart": 1200,
     "read_same_ballot": 200,
     "replay_confirmed": 200,
     "failed_condition_settles": 200,

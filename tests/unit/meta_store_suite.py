@@ -11,7 +11,7 @@ import xxhash
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch, StoredPage
-from storaged.meta.rowvalue import intact, row_parts, stamps_in
+from storaged.meta.rowvalue import check_of, intact, pack_row, row_parts, stamps_in, value_of
 
 BUCKET = bytes(range(16))
 OTHER = bytes(range(1, 17))
@@ -48,6 +48,19 @@ async def test_a_committed_slot_reads_back_as_it_was(store: MetaStore, key: byte
     slot = slot_of(name_of(key), body=b"x" * 700, payload=b"p" * 16)
     await store.commit(StoreBatch(slots=[slot]))
     assert store.get(slot.name) == slot
+
+
+async def test_rows_are_told_by_their_packed_names_as_they_are_stored(store: MetaStore) -> None:
+    keys = [b"k", b"\0", b"a" * 480, b"a" * 481, b"a" * 1041]
+    slots = [slot_of(name_of(key, shard=number % 2), body=b"x" * 700) for number, key in enumerate(keys)]
+    await store.commit(StoreBatch(slots=slots))
+    absent = [name_of(b"no"), name_of(b"k", shard=1), name_of(b"k", OTHER), name_of(b"a" * 482)]
+    found = store.rows([slot.name.pack() for slot in slots] + [name.pack() for name in absent])
+    assert found == [pack_row(slot) for slot in slots] + [b""] * len(absent)
+    assert [check_of(row) for row in found if row] == [pack_row(slot)[1:9] for slot in slots]
+    assert [value_of(row) for row in found if row] == [slot.value for slot in slots]
+    assert check_of(b"") == b""
+    assert store.rows([]) == []
 
 
 async def test_the_same_key_in_another_table_scope_or_shard_is_another_register(store: MetaStore) -> None:

@@ -111,6 +111,7 @@ async def test_a_damaged_row_is_refused() -> None:
     store.damage(name_of(b"k"))
     with pytest.raises(RowDamaged):
         store.get(name_of(b"k"))
+    assert store.rows([name_of(b"k").pack()]) == [None]
 
 
 async def test_a_cancelled_commit_is_written_with_the_next() -> None:

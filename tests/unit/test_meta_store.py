@@ -18,6 +18,7 @@ from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, SlowDown,
 from storaged.meta import store as store_module
 from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
+from storaged.meta.rowvalue import pack_row
 from storaged.meta.store import LmdbMetaStore
 from tests.unit.meta_store_suite import *  # noqa: F403
 from tests.unit.meta_store_suite import BUCKET, name_of, page_of, slot_of
@@ -170,9 +171,10 @@ async def test_a_flipped_bit_in_a_row_is_found_and_counted(tmp_path: Path) -> No
         with pytest.raises(RowDamaged):
             read()
     assert store.get(names[1]) == slot_of(names[1])
+    assert store.rows([name.pack() for name in names]) == [None, pack_row(slot_of(names[1]))]
     with pytest.raises(RowDamaged):
         store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=9)
-    assert store.statistics().damaged_rows == 3
+    assert store.statistics().damaged_rows == 4
     await store.commit(StoreBatch(slots=[slot_of(names[0], 2)]))
     assert store.get(names[0]) == slot_of(names[0], 2)
     await store.close()
@@ -220,6 +222,8 @@ async def test_a_damaged_link_refuses_the_keys_behind_it_and_no_others(tmp_path:
     assert store.get(short) == slot_of(short)
     with pytest.raises(RowDamaged):
         store.get(long)
+    assert store.rows([long.pack(), short.pack()]) == [None, pack_row(slot_of(short))]
+    assert store.statistics().damaged_rows == 2
     await store.close()
 
 
@@ -281,7 +285,8 @@ async def test_a_page_that_is_none_any_more_is_damage_and_other_rows_are_read(tm
         store.get(names[500])
     assert store.get(names[0]) == slot_of(names[0])
     assert store.get(names[999]) == slot_of(names[999])
-    assert store.statistics().damaged_rows == 1
+    assert store.rows([name.pack() for name in names[499:1000:250]]) == [None, pack_row(slot_of(names[749])), pack_row(slot_of(names[999]))]
+    assert store.statistics().damaged_rows == 2
     await store.close()
 
 

@@ -1,0 +1,34 @@
+"""Rows in LMDB, within one read transaction of the rows."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from storaged.meta.opening import Transaction
+from storaged.meta.rowkey import SEGMENT_BYTES, find, row_key
+from storaged.meta.rowvalue import open_small
+
+
+class StoredRows:
+    """``rowkey.Rows``."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        self._transaction = transaction
+
+    def get(self, key: bytes) -> bytes | None:
+        value: bytes | None = self._transaction.get(key)
+        return value
+
+    def read(self, first: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        cursor = self._transaction.cursor()
+        return list(islice(cursor.iternext(), limit)) if cursor.set_range(first) else []
+
+    def child(self, link: bytes, value: bytes) -> int:
+        return int.from_bytes(open_small(link, value), "big")
+
+
+def stored_row(transaction: Transaction, root: int, key: bytes) -> bytes:
+    """The row of a key under a root, as it is; empty: there is none. Raises RowDamaged, lmdb.Error."""
+    at = row_key(root, key) if len(key) <= SEGMENT_BYTES else find(StoredRows(transaction), root, key)
+    row: bytes = b"" if at is None else transaction.get(at, b"")
+    return row

@@ -1,0 +1,250 @@
+"""Rows asked of many disks: one message a node and a turn of the loop, and what becomes of what can't be told at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import pytest
+
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.ports import Call, PeerIdentity, Reply, Then
+from storaged.errors import InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
+from storaged.meta import messages
+from storaged.meta.client import RingClient
+from storaged.meta.copies import PlainCopies
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.names import RegisterName, Table, Value, Visibility
+from storaged.meta.ports import Ballot, Copy, Slot, StoreBatch
+from storaged.meta.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
+from storaged.meta.remote import ReplicaDirectory, ReplicaHost
+from storaged.meta.replica import LocalReplica
+from storaged.meta.rowvalue import check_of, pack_row
+from storaged.wire import Buffer, Message, decode, encode
+
+T = TypeVar("T", bound=Message)
+SCOPE = b"s" * 16
+NODES = ("na", "nb", "nc")
+DISKS = tuple(f"{node}{number}" for node in NODES for number in (0, 1))
+CALL = Call(PeerIdentity("gw", "FR", "s", "r", ("gateway",)), memoryview(b""), 0.0)
+
+
+def name_of(number: int) -> RegisterName:
+    return RegisterName(Table.OBJECT, SCOPE, number % 16, b"key %d" % number)
+
+
+def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", payload: bytes = b"") -> Slot:
+    return Slot(name, Ballot(1, counter, "gw", b"incarnat"), Value(counter, b"o" * 16, Visibility.LIVE, body, payload))
+
+
+class World:
+    """Three nodes with two disks each, and a network between them and a gateway that counts messages and can lose them."""
+
+    def __init__(self) -> None:
+        nodes = tuple(NodeEntry(node, f"FR/par1/{node}", "", ("storage",)) for node in NODES)
+        self.current = Layout("test", 1, nodes, tuple(DiskEntry(disk, disk[:2], 1) for disk in DISKS), DISKS[:3])
+        self.gates = {disk: asyncio.Event() for disk in DISKS}
+        for gate in self.gates.values():
+            gate.set()
+        self.stores = {disk: MemoryMetaStore(sync=gate.wait) for disk, gate in self.gates.items()}
+        self.in_memory: dict[bytes, bytes] = {}
+        self.on_disk: dict[bytes, bytes] = {}
+        self.replicas = {disk: LocalReplica(disk, store, copies=self._copies(store)) for disk, store in self.stores.items()}
+        self.hosts = {node: ReplicaHost({disk: self.replicas[disk] for disk in DISKS if disk[:2] == node}) for node in NODES}
+        self.away: set[str] = set()
+        self.messages: list[tuple[str, str, Any]] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.client = RingClient(self, ReplicaDirectory(self, self), node="gw", hedge_s=5.0, deadline_s=5.0)
+
+    def _copies(self, store: MemoryMetaStore) -> PlainCopies:
+        async def load(data_id: bytes) -> Copy | None:
+            found = self.on_disk.get(data_id)
+            return None if found is None else Copy(b"header", memoryview(found))
+
+        async def refuse(header: bytes, body: Sequence[Buffer]) -> None:
+            raise AssertionError
+
+        def peek(data_id: bytes) -> memoryview | None:
+            found = self.in_memory.get(data_id)
+            return None if found is None else memoryview(found)
+
+        return PlainCopies(store, refuse, load, peek)
+
+    def at(self, epoch: int) -> Layout:
+        return self.current
+
+    async def write(self, *slots: Slot) -> None:
+        for slot in slots:
+            for disk in self.current.replicas_of(slot.name.partition):
+                await self.stores[disk].commit(StoreBatch([slot]))
+
+    # As ``cluster.ports.Caller`` and ``Poster``.
+
+    async def call(self, node: str, method: str, request: Message, reply: type[T], **more: Any) -> tuple[T, memoryview]:
+        answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not self.post(node, method, request, reply, lambda answer, bulk: answered.set_result((answer, bulk)), **more):
+            raise PeerUnreachable(f"{node} is away")
+        answer, bulk = await answered
+        if isinstance(answer, StoragedError):
+            raise answer
+        return answer, bulk
+
+    def post(self, node: str, method: str, request: Message, reply: type[Message], then: Then, **more: Any) -> bool:
+        if node in self.away:
+            return False
+        self.messages.append((node, method, request))
+        task = asyncio.get_running_loop().create_task(self._serve(node, method, encode(request), reply, then))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return True
+
+    def post_encoded(self, *args: Any, **more: Any) -> bool:
+        raise AssertionError("this is about reads")
+
+    async def _serve(self, node: str, method: str, encoded: bytes, reply: type[Message], then: Then) -> None:
+        entry = self.hosts[node].methods()[method]
+        request = decode(encoded, entry.request)
+        try:
+            answer = entry.at_once(request, CALL) if entry.at_once is not None else None
+            if answer is None:
+                answer = await entry.handler(request, CALL)
+        except StoragedError as error:
+            then(PeerRefused(error.message, error.code), memoryview(b""))
+            return
+        message, body = answer if isinstance(answer, Reply) else (answer, ())
+        then(decode(encode(message), reply), memoryview(b"".join(bytes(piece) for piece in body)))
+
+
+@pytest.fixture
+async def world() -> Any:
+    made = World()
+    yield made
+    await made.client.close()
+
+
+def of(world: World, name: RegisterName) -> tuple[str, ...]:
+    return world.current.replicas_of(name.partition)
+
+
+async def test_what_is_read_in_one_turn_of_the_loop_travels_in_one_message_a_node(world: World) -> None:
+    slots = [slot_of(name_of(number)) for number in range(40)]
+    await world.write(*slots)
+    found = await asyncio.gather(*(world.client.read(slot.name) for slot in slots))
+    assert [reading.value for reading in found] == [slot.value for slot in slots]
+    assert sorted(node for node, _, _ in world.messages) == list(NODES)
+    asks = [ask for _, _, request in world.messages for asks in request.asks for ask in asks]
+    assert sorted(ask[:1] for ask in asks) == [CHECK] * 40 + [ROW] * 40
+
+
+async def test_what_was_never_written_is_read_in_one_round_trip(world: World) -> None:
+    assert (await world.client.read(name_of(1), want_payload=True)) == (None, None)
+    assert [method for _, method, _ in world.messages] == ["meta.reads"] * 2
+
+
+async def test_copies_come_along_each_with_its_row(world: World) -> None:
+    plain = {bytes([65 + number]) * 16: bytes([number]) * (number * 100) for number in range(5)}
+    world.in_memory = {data_id: copy for data_id, copy in plain.items() if copy}
+    slots = [slot_of(name_of(number), payload=data_id) for number, data_id in enumerate(plain)]
+    slots[0] = slot_of(name_of(0), body=b"inline")
+    await world.write(*slots)
+    found = await asyncio.gather(*(world.client.read(slot.name, want_payload=True) for slot in slots), world.client.read(slots[3].name))
+    assert [bytes(reading.payload or b"") for reading in found] == [*plain.values(), b""]
+    assert all(reading.value == slot.value for reading, slot in zip(found, [*slots, slots[3]], strict=True))
+
+
+async def test_a_copy_that_is_not_in_memory_is_waited_for_in_a_message_of_its_own(world: World) -> None:
+    data_id = b"D" * 16
+    world.on_disk[data_id] = b"sealed"
+    slot, other = slot_of(name_of(1), payload=data_id), slot_of(name_of(2))
+    await world.write(slot, other)
+    found, beside = await asyncio.gather(world.client.read(slot.name, want_payload=True), world.client.read(other.name))
+    assert found == (slot.value, b"sealed")
+    assert beside.value == other.value
+    assert [[[ask[:1] for ask in asks] for asks in request.asks] for _, _, request in world.messages if request.wait] == [[[COPY]]]
+
+
+async def test_an_accept_on_its_way_to_the_disk_is_waited_for(world: World) -> None:
+    name = name_of(1)
+    await world.write(slot_of(name))
+    disk = of(world, name)[1]
+    world.gates[disk].clear()
+    newer = slot_of(name, 2)
+    accepting = asyncio.create_task(world.replicas[disk].accept(messages.Accept(disk, name, newer.ballot, newer.value)))
+    await asyncio.sleep(0)
+    reading = asyncio.create_task(world.client.read(name))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    world.gates[disk].set()
+    await accepting
+    assert (await reading).value == slot_of(name).value  # two of three never heard of the newer one, so it was told to nobody
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_a_damaged_row_or_one_that_differs_or_a_node_that_is_away_costs_another_round(world: World, which: int) -> None:
+    damaged, differs, away = name_of(1), name_of(2), name_of(3)
+    slots = [slot_of(name) for name in (damaged, differs, away)]
+    await world.write(*slots)
+    world.stores[of(world, damaged)[which]].damage(damaged)
+    assert (await world.client.read(damaged)).value == slots[0].value
+    newer = slot_of(differs, 2)
+    for disk in (of(world, differs)[which], of(world, differs)[2]):
+        await world.stores[disk].commit(StoreBatch([newer]))
+    assert (await world.client.read(differs)).value == newer.value
+    world.away = {of(world, away)[which][:2]}
+    assert (await world.client.read(away)).value == slots[2].value
+
+
+async def test_rows_that_do_not_fit_into_one_answer_are_asked_for_alone(world: World) -> None:
+    slots = [slot_of(name_of(number), body=bytes([number]) * (READS_BYTES_MAX // 3)) for number in range(12)]
+    await world.write(*slots)
+    found = await asyncio.gather(*(world.client.read(slot.name) for slot in slots))
+    assert [reading.value for reading in found] == [slot.value for slot in slots]
+    assert any(request.wait for _, _, request in world.messages)
+
+
+async def test_no_message_has_more_registers_than_a_node_takes(world: World) -> None:
+    slots = [slot_of(name_of(number)) for number in range(3 * READS_MAX)]
+    for slot in slots:
+        await world.write(slot)
+    await asyncio.gather(*(world.client.read(slot.name) for slot in slots))
+    assert max(sum(map(len, request.asks)) for _, _, request in world.messages) == READS_MAX
+
+
+def test_what_is_no_request_for_rows_is_refused() -> None:
+    at_once = ReplicaHost({}).methods()["meta.reads"].at_once
+    assert at_once is not None
+    ask = ROW + name_of(1).pack()
+    for disks, asks, wait in (
+        ([], [], False),
+        ([], [], True),
+        (["d"], [], False),
+        (["d"], [[ask], [ask]], False),
+        (["d"], [[ask] * (READS_MAX + 1)], False),
+        (["d"], [[ask, ask]], True),
+    ):
+        with pytest.raises(InvalidRequest):
+            at_once(messages.Reads(1, disks, asks, wait), CALL)
+    replica = LocalReplica("d", MemoryMetaStore())
+    at_once = ReplicaHost({"d": replica}).methods()["meta.reads"].at_once
+    assert at_once is not None
+    for short in (b"", ROW, ROW + bytes(18)):
+        with pytest.raises(InvalidRequest):
+            at_once(messages.Reads(1, ["d"], [[ask, short]]), CALL)
+
+
+async def test_disks_that_follow_a_newer_layout_or_are_not_in_use_tell_nothing(world: World) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    disk = of(world, slot.name)[0]
+    at_once = world.hosts[disk[:2]].methods()["meta.reads"].at_once
+    assert at_once is not None
+    ask = CHECK + slot.name.pack()
+    assert at_once(messages.Reads(1, [disk, "other"], [[ask], [ask]]), CALL) == Reply(
+        messages.ReadsReply([[check_of(pack_row(slot))], [None]], []), []
+    )
+    await world.replicas[disk].fence_epoch(messages.EpochFence(disk, 2))
+    assert at_once(messages.Reads(1, [disk], [[ask]]), CALL) == Reply(messages.ReadsReply([[None]], []), [])
+    await world.replicas[disk].close()
+    assert at_once(messages.Reads(2, [disk], [[ask]]), CALL) == Reply(messages.ReadsReply([[None]], []), [])
