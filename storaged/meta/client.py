@@ -211,8 +211,12 @@ class RingClient:
         lineage, above = Lineage(self._entropy(CALL_BYTES), self._rules), 0
         view = self._view(name)
         if barrier is None and not nonce and len(view.groups) == 1:
-            quick = QuickChange(self._around, self._courier, view, name, update, small, lineage, self._call_timeout(deadline))
-            self._patience.begin(quick, deadline - self._clock.monotonic())
+            limit_s = deadline - self._clock.monotonic()
+            patience_s = min(self._hedge_s, limit_s / 2)
+            quick = QuickChange(
+                self._around, self._courier, view, name, update, small, lineage, self._call_timeout(deadline), limit_s - patience_s
+            )
+            self._patience.begin(quick, patience_s)
             try:
                 outcome = await quick.run()
             finally:

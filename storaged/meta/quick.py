@@ -2,9 +2,12 @@
 
 Theory of operation
     ``QuickChange`` is the first attempt of ``proposal.Proposal`` and ``QuickRead`` the first round of a read, written straight: the requests leave
-    encoded once for all replicas, each answer is a call of ``_promised``, ``_accepted`` or ``_told`` on the event loop, and the one that completes the
+    encoded once for all that are asked, each answer is a call of ``_promised``, ``_accepted`` or ``_told`` on the event loop, and the one that completes the
     majority does what comes next. No task, timer or future belongs to a call: whatever happens to it, its replica answers or the RPC layer does, or ``Patience``
     ends the change.
+
+    A majority is asked for a promise, as for a read, and the rest only when one of them fails or takes long; what is then proposed goes to all, for it binds a replica that
+    has promised nothing just as well.
 
     What is not the common case (a refusal, replicas that differ, too few that answer, a joint layout) is not decided here: ``run`` returns None, and the general
     code begins anew with what this attempt has left behind: its lineage, once an accept was sent, and the highest ballot that was in its way.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from storaged import trace
@@ -47,6 +51,7 @@ class QuickChange:
         "_early",
         "_failed",
         "_future",
+        "_limit_s",
         "_majority",
         "_name",
         "_outcome",
@@ -56,6 +61,7 @@ class QuickChange:
         "_synced",
         "_timeout_s",
         "_trace",
+        "_unasked",
         "_update",
         "_view",
         "above",
@@ -72,7 +78,9 @@ class QuickChange:
         small: SmallCopies | None,
         lineage: Lineage,
         timeout_s: float,
+        limit_s: float,
     ) -> None:
+        """``limit_s``: how long it may go on when it has begun to take long."""
         self.lineage = lineage
         self.above = 0
         """The counter of the highest ballot that was in the way."""
@@ -83,7 +91,9 @@ class QuickChange:
         self._update = update
         self._small = small
         self._timeout_s = timeout_s
+        self._limit_s = limit_s
         self._majority = len(view.disks) // 2 + 1
+        self._unasked: list[str] = []
         self._stage: Stage = "prepare"
         self._promises: list[PrepareReply] = []
         self._synced: list[str] = []
@@ -97,11 +107,12 @@ class QuickChange:
 
     async def run(self) -> Outcome | None:
         """None: not the common case. Raises what ``update`` raises, after the value that it judged was settled; and what else goes wrong here unforeseen."""
-        around = self._around
+        around, order = self._around, self._around.suspects.last(self._view.disks)
+        order, self._unasked = order[: self._majority], order[self._majority :]
         self._ballot = around.ballots.next(self._view.epoch, 0, around.clock.wall_ms() * 1000)
         self._mark("")
         try:
-            self._ask(Prepare("", self._name, self._ballot), self._promised, ())
+            self._ask(Prepare("", self._name, self._ballot), self._promised, order, ())
             if self._stage != "over":
                 self._future = asyncio.get_running_loop().create_future()
                 await self._future
@@ -111,11 +122,11 @@ class QuickChange:
             raise self._outcome
         return self._outcome
 
-    def _ask(self, request: Prepare | Accept, heard: Any, fragments: Any) -> None:
+    def _ask(self, request: Prepare | Accept, heard: Any, disks: Sequence[str], fragments: Any) -> None:
         """What answers at once (a replica of this process) is looked at when all have been asked."""
         self._asking = True
         try:
-            self._courier.ask_each(request, self._view.disks, heard, timeout_s=self._timeout_s, fragments=fragments)
+            self._courier.ask_each(request, disks, heard, timeout_s=self._timeout_s, fragments=fragments)
         finally:
             self._asking = False
         early, self._early = self._early, []
@@ -136,6 +147,7 @@ class QuickChange:
     def _count_promise(self, disk: str, answer: PrepareReply | StoragedError) -> None:
         if isinstance(answer, StoragedError):
             self._lost(disk, answer)
+            self._ask_the_rest()
         elif answer.verdict != OK:
             self._refused(answer)
             self._end(None)
@@ -147,6 +159,11 @@ class QuickChange:
                 return
         if self._failed + self._majority > len(self._view.disks):
             self._end(None)
+
+    def _ask_the_rest(self) -> None:
+        rest, self._unasked = self._unasked, []
+        if rest:
+            self._ask(Prepare("", self._name, self._ballot), self._promised, rest, ())
 
     def _decide(self) -> None:
         """The change is applied to what a majority has told, and proposed."""
@@ -177,7 +194,7 @@ class QuickChange:
         self._stage = "accept"
         self._answers = self._failed = 0
         accept = Accept("", self._name, self._ballot, self._changed)
-        self._ask(accept, self._accepted, () if small is None else small.fragments)
+        self._ask(accept, self._accepted, self._view.disks, () if small is None else small.fragments)
 
     def _accepted(self, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None) -> None:
         if self._asking:
@@ -227,10 +244,14 @@ class QuickChange:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
-    def give_up(self) -> None:
-        """There is no time left."""
-        if self._stage != "over":
+    def give_up(self) -> float:
+        """The first time it only asks the rest; then there is no time left."""
+        more_s, self._limit_s = self._limit_s, 0.0
+        if self._stage == "prepare" and more_s:
+            self._ask_the_rest()
+        elif self._stage != "over" and not more_s:
             self._end(None)
+        return more_s if self._stage != "over" else 0.0
 
     def _mark(self, name: str) -> None:
         if self._trace is not None:
@@ -241,8 +262,8 @@ class QuickChange:
 
 
 class Impatient(Protocol):
-    def give_up(self) -> None:
-        """There is no time left. Maybe it is over already."""
+    def give_up(self) -> float:
+        """It takes long. For how many seconds it goes on nevertheless: 0 when it has ended, now or before."""
 
 
 class Patience:
@@ -273,9 +294,9 @@ class Patience:
         now = loop.time()
         later = []
         for waiting, end in self._ends.items():  # who gives up calls ``end`` in a later turn of the loop
-            if end <= now:
-                waiting.give_up()
-            else:
+            if end <= now and (more_s := waiting.give_up()):
+                end = self._ends[waiting] = now + more_s
+            if end > now:
                 later.append(end)
         if later:
             self._ring_at(loop, min(later))
@@ -333,8 +354,9 @@ class QuickRead:
         if len(checks) == self._needed:
             self.give_up()
 
-    def give_up(self) -> None:
+    def give_up(self) -> float:
         """There is nothing more to wait for, or no patience left."""
         self.done = True
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
+        return 0.0

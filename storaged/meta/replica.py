@@ -213,11 +213,15 @@ class LocalReplica:
         self._counts["prepares"] += 1
         if ballot != acceptor.accepted:  # else what was accepted binds as the promise would, and an accept is judged by it
             self._remember(name, ballot)
-        if needs_high_water(ballot, self._high_water, HIGH_WATER_BLOCK_US // 2) and self._raising is None:
-            self._raising = self._own(self._write_high_water(ballot))
+        self._raise_ahead(ballot)
         if slot is None:
             return messages.PrepareReply(Verdict.OK, ballot)
         return messages.PrepareReply(Verdict.OK, ballot, slot.ballot, slot.value)
+
+    def _raise_ahead(self, ballot: Ballot) -> None:
+        """Long before a ballot has to wait for it."""
+        if needs_high_water(ballot, self._high_water, HIGH_WATER_BLOCK_US // 2) and self._raising is None:
+            self._raising = self._own(self._write_high_water(ballot))
 
     async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
         answered: asyncio.Future[messages.AcceptReply] = asyncio.get_running_loop().create_future()
@@ -253,6 +257,8 @@ class LocalReplica:
             return True
         size = len(value.body) + sum(map(len, body))
         self._check_room(size)
+        if request.header:
+            self._raise_ahead(ballot)
         batch = StoreBatch([Slot(name, ballot, value)])
         if needs_high_water(ballot, self._high_water):
             batch.meta[META_HIGH_WATER] = encode(self._next_high_water(ballot))

@@ -603,7 +603,21 @@ async def test_a_small_object_is_written_with_the_accept_and_read_with_the_recor
     assert reading.payload is not None
     assert bytes(reading.payload) == b"payload"
     await asyncio.sleep(0.01)
-    assert all(replica.calls.count("prepare") == 1 for replica in ring.replicas.values())
+    replicas = (ring.first, ring.second, ring.third)
+    assert [(replica.calls.count("prepare"), replica.calls.count("accept")) for replica in replicas] == [(1, 1), (1, 1), (0, 1)]
+    assert all(ring.copies.values())
+
+
+@pytest.mark.parametrize("how", ["stuck", "away"])
+async def test_the_third_replica_is_asked_for_a_promise_when_one_of_two_is_slow_or_gone(ring: Ring, how: str) -> None:
+    client = ring.client()
+    ring.first.away = how == "away"
+    if how == "stuck":
+        ring.first.stuck.add("prepare")
+    async with asyncio.timeout(2):
+        await client.change(NAME, put(b"one"))
+        assert (await client.read(NAME)).value == (await client.change(NAME, lambda _: None)).after
+    assert ring.third.calls.count("prepare") >= 1
 
 
 async def test_a_replica_with_the_record_and_without_the_copy_is_passed_over(ring: Ring) -> None:
