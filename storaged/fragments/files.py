@@ -113,6 +113,14 @@ class PosixSegmentFile:
 
     @contextlib.contextmanager
     def _lease(self) -> Iterator[int]:
+        fd = self._take()
+        try:
+            yield fd
+        finally:
+            self._give_back()
+
+    def _take(self) -> int:
+        """The descriptor, open until ``_give_back``."""
         fresh = False
         with self._lock:
             if self._fd < 0:
@@ -123,15 +131,19 @@ class PosixSegmentFile:
             self._closing = False
             self._readers += 1
             fd = self._fd
-        try:
-            if fresh:
+        if fresh:
+            try:
                 self._opened(self)
-            yield fd
-        finally:
-            with self._lock:
-                self._readers -= 1
-                if not self._readers and (self._closing or self._removed):
-                    self._close_now()
+            except BaseException:
+                self._give_back()
+                raise
+        return fd
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._readers -= 1
+            if not self._readers and (self._closing or self._removed):
+                self._close_now()
 
     def _close_now(self) -> None:
         if self._fd >= 0:
@@ -166,14 +178,16 @@ class PosixSegmentFile:
 
     def read_cached(self, offset: int, length: int) -> Buffer | None:
         buffer = unfilled(length)
-        with self._lease() as fd:
-            try:
-                count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
-            except OSError as error:
-                # EAGAIN: not in memory. EOPNOTSUPP: the file system cannot tell. Others are the blocking read's to report.
-                if error.errno == errno.ENOENT:
-                    raise
-                return None
+        fd = self._take()
+        try:
+            count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            # EAGAIN: not in memory. EOPNOTSUPP: the file system cannot tell. Others are the blocking read's to report.
+            if error.errno == errno.ENOENT:
+                raise
+            return None
+        finally:
+            self._give_back()
         return buffer if count == length else None
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:

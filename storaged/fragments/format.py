@@ -37,6 +37,9 @@ MARK = 3
 KEY_BYTES = 23
 """Of a packed FragmentId."""
 
+ID_AT = 3
+"""Where a fragment's id begins in its encoded header: behind the array's and the byte string's marks (both of one length, since an id has 23 bytes)."""
+
 ALIGNMENT = 8
 PAGE = 4 * KIB
 LARGE = 64 * KIB
@@ -188,6 +191,33 @@ def parse_body(head: Head, data: Buffer, at: int, seed: int) -> tuple[memoryview
     if len(body) < head.body_bytes or xxhash.xxh3_64_intdigest(body, seed) != head.body_check:
         return None
     return body[: head.message_bytes], body[head.message_bytes :]
+
+
+def whole_payload(
+    data: Buffer, key: bytes, offset: int, seed: int, payload_bytes: int, cell_bytes: int, payload_start: int, sequence: int
+) -> memoryview | None:
+    """The payload of the fragment ``key`` whose record, up to its trailer, is ``data`` and stands at ``offset`` of its segment; None unless the record holds, has
+    these sizes and this sequence, and every cell holds. What ``parse_head``, ``parse_body`` and ``cell_holds`` say, in one pass."""
+    magic, kind, _zero, _flags, message, payload, cell, record, _synced, found, body_check, check = _HEAD.unpack_from(data)
+    if magic != RECORD_MAGIC or kind != FRAGMENT or payload != payload_bytes or cell != cell_bytes or found != sequence or not cell:
+        return None
+    view = memoryview(data)
+    body_end = HEAD_BYTES + message + 8 * -(-payload // cell)
+    whole = align(body_end) == payload_start and record >= payload_start + align(payload) + TRAILER_BYTES and not record % ALIGNMENT
+    if not whole or check != xxhash.xxh3_64_intdigest(view[:48], (seed + offset) & _MASK):
+        return None
+    if body_check != xxhash.xxh3_64_intdigest(view[HEAD_BYTES:body_end], seed):
+        return None
+    sums = HEAD_BYTES + message
+    if view[HEAD_BYTES + ID_AT : HEAD_BYTES + ID_AT + KEY_BYTES] != key:
+        return None
+    plain = view[payload_start:]
+    if payload <= cell:
+        return plain if xxhash.xxh3_64_digest(plain) == view[sums:body_end] else None
+    for index, at in enumerate(range(0, payload, cell)):
+        if not cell_holds(plain[at : at + cell], view[sums:body_end], index):
+            return None
+    return plain
 
 
 def trailer_holds(head: Head, data: Buffer) -> bool:

@@ -11,13 +11,13 @@ from storaged.errors import FragmentDamaged, FragmentMissing
 from storaged.fragments.files import SegmentFile
 from storaged.fragments.format import (
     FRAGMENT,
-    KEY_BYTES,
     FormatError,
     cell_holds,
     parse_body,
     parse_fragment,
     parse_head,
     segment_seed,
+    whole_payload,
 )
 from storaged.fragments.index import HEAD_CELL, Entry, Index
 from storaged.fragments.ports import FragmentHeader
@@ -27,8 +27,6 @@ from storaged.wire import Buffer
 MOVED_RETRIES_MAX = 8
 """How often a fragment may be moved by compaction while it is read, before it is called damaged."""
 
-ID_AT = 3
-"""Where a fragment's id begins in its encoded header: behind the array's and the byte string's marks (both of one length, since an id has 23 bytes)."""
 
 Segments = Callable[[int], SegmentFile | None]
 
@@ -104,19 +102,7 @@ class Reader:
         seed = self._seeds.get(entry.segment)
         if seed is None:
             seed = self._seeds[entry.segment] = segment_seed(self._index.disk_id, entry.segment)
-        head = parse_head(data, 0, entry.offset, seed)
-        if head is None or head.kind != FRAGMENT or head.sequence != entry.sequence:
-            return None
-        if head.payload_bytes != count or head.cell_bytes != entry.cell_bytes or head.payload_start != start:
-            return None
-        body = parse_body(head, data, 0, seed)
-        if body is None or body[0][ID_AT : ID_AT + KEY_BYTES] != key:
-            return None
-        payload = memoryview(data)[start:]
-        for cell, at in enumerate(range(0, count, entry.cell_bytes)):
-            if not cell_holds(payload[at : at + entry.cell_bytes], body[1], cell):
-                return None
-        return payload
+        return whole_payload(data, key, entry.offset, seed, count, entry.cell_bytes, start, entry.sequence)
 
     def header(self, key: bytes) -> FragmentHeader:
         """Raises as read."""

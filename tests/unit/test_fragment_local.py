@@ -617,3 +617,30 @@ async def test_a_callback_that_raises_keeps_its_news_from_no_other_copy(tmp_path
             assert store.write_with(Write.of(made.header, [made.payload]), None, kept)
         await asyncio.wait_for(told.wait(), 10)
     assert [str(error) for error in troubles] == ["a mistake"]
+
+
+@pytest.mark.parametrize(("length", "cell_bytes"), [(4112, 8192), (9000, 4096)])
+async def test_a_copy_in_memory_is_told_when_every_byte_of_its_record_holds(tmp_path: Path, length: int, cell_bytes: int) -> None:
+    """Each byte is flipped in turn, up to the end of the payload; what lies behind it is not read."""
+    made = make(RNG, length, k=1, m=2, cell_bytes=cell_bytes)
+    async with opened(tmp_path) as store:
+        await store.write(made.header, [made.payload], sync=True)
+        found = store.peek_copy(made.id.data_id)
+        if found is None:
+            pytest.skip("this file system can't tell what is in memory")
+        assert bytes(found) == made.payload
+        assert store.peek_copy(bytes(16)) is None
+        [path] = segment_paths(tmp_path)
+        data = path.read_bytes()
+        payload_at = data.index(made.payload)
+        begin = data.rindex(b"SOR1", 0, payload_at)
+        positions = [*range(begin, payload_at), payload_at, payload_at + cell_bytes // 2, payload_at + length - 1]
+        padding = {at for at in range(payload_at - 7, payload_at) if not any(data[at:payload_at])}
+        with path.open("r+b", buffering=0) as file:
+            for at in positions:
+                file.seek(at)
+                file.write(bytes([data[at] ^ 0x10]))
+                assert (store.peek_copy(made.id.data_id) is not None) == (at in padding), at - begin
+                file.seek(at)
+                file.write(data[at : at + 1])
+        assert store.peek_copy(made.id.data_id) == made.payload
