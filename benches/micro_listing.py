@@ -1,6 +1,7 @@
 """What a page of a listing costs: a replica's part, and the gateway's, from its replicas' answers as they lie in frames to the XML.
 
 The rows are those of a bucket of 20,000 objects of 4 KiB, sealed under one bucket key. The answers are recorded once; nothing waits, so a page is driven by one ``send``.
+Each part is told for a page that is asked for the first time, and for one that has not changed since it was asked for last.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from storaged.keys.keyring import UnwrappedBucketKey
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import Value, Visibility, object_name
 from storaged.meta.ports import Ballot, MetaStore, Slot
-from storaged.meta.scan import ScanReply, ScanRequest, scan_store
+from storaged.meta.scan import DigestsKept, ScanReply, ScanRequest, scan_store
 from storaged.objects import listing as objects_listing
 from storaged.objects.api import Buckets, Objects, Users
-from storaged.objects.plane import ObjectPlane
+from storaged.objects.listed import ListedLately
+from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Run, SealedMeta, encode_object
 from storaged.objects.versions import Place, seal_version
 from storaged.s3 import listing
@@ -67,6 +69,7 @@ class Ring:
         self.current = three_racks()
         self.keys = OneKey()
         self.scanner = RingScanner(cast(Any, self), cast(Any, self), cast(Any, self), cast(Any, self))
+        self.listed = ListedLately(ObjectLimits().listed_bytes_max)
         self._known: dict[bytes, bytes] = {}
 
     def disk_readable(self, disk: str) -> bool:
@@ -77,8 +80,8 @@ class Ring:
 
     def post(self, request: ScanRequest, then: Callable[[Any, memoryview], None], *, timeout_s: float) -> bool:
         asked = encode(request)
+        self.asked.append(request)
         if asked not in self._known:
-            self.asked.append(request)
             self._known[asked] = encode(scan_store(self.store, request))
         then(decode(self._known[asked], ScanReply), memoryview(b""))
         return True
@@ -97,8 +100,15 @@ class Page:
 
     def gateway(self) -> bytes:
         """From the replicas' answers, as they lie in frames, to the XML."""
+        self.ring.asked.clear()
         return finished(listing.list_objects_v2(self._front, self.request)).body
 
-    def replicas(self) -> int:
-        """What all replicas together do for it, but for receiving and sending. Returns the rows that they look at."""
-        return sum(piece.looked_at for request in self.ring.asked for piece in scan_store(self.ring.store, request).slices)
+    def gateway_at_first(self) -> bytes:
+        """The same, of a page that nobody asked for before."""
+        self.ring.scanner.forget(BUCKET.id)
+        self.ring.listed.clear()
+        return self.gateway()
+
+    def replicas(self, digests: DigestsKept | None = None) -> int:
+        """What all replicas together do for the page that was asked for last, but for receiving and sending. Returns the rows that it is about."""
+        return sum(piece.looked_at for request in self.ring.asked for piece in scan_store(self.ring.store, request, digests).slices)

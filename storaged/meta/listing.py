@@ -19,8 +19,9 @@ from typing import Any
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.meta.names import RegisterName, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row
+from storaged.meta.remembered import PIECES_BYTES_MAX, Remembered
 from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
-from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, bounded, common_end, reported
+from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, Span, bounded, common_end, reported
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1
 ROUNDS_MAX = 64
@@ -63,11 +64,23 @@ class RingScanner:
         hedge_s: float = HEDGE_S,
         share: Callable[[int, int, int], int] = share_of,
         examine_max: int = EXAMINE_MAX,
+        remembered_bytes_max: int = PIECES_BYTES_MAX,
     ) -> None:
-        """``share(entries, feeds, turn)``: how many entries to ask of each feed; ``examine_max``: rows that a replica looks at for one of them."""
+        """``share(entries, feeds, turn)``: how many entries to ask of each feed; ``examine_max``: rows that a replica looks at for one of them;
+        ``remembered_bytes_max``: memory for pieces that were listed lately."""
         self._registers = registers
         self._share = share
-        self._reader = ShardReader(layouts, replicas, registers, liveness, timeout_s=timeout_s, hedge_s=hedge_s, examine_max=examine_max)
+        self._remembered = Remembered(remembered_bytes_max)
+        self._reader = ShardReader(
+            layouts,
+            replicas,
+            registers,
+            liveness,
+            timeout_s=timeout_s,
+            hedge_s=hedge_s,
+            examine_max=examine_max,
+            remembered=self._remembered,
+        )
 
     async def list_page(
         self,
@@ -104,6 +117,10 @@ class RingScanner:
         """As the port says; limits as for ``list_page``."""
         query = Query(table, scope, prefix, delimiter, Visibility.LIVE, heads=True)
         return HeadPage(*await self._filled(query, shards, after, limit))
+
+    def forget(self, scope: bytes) -> None:
+        """As the port says."""
+        self._remembered.forget(scope)
 
     async def _filled(self, query: Query, shards: Sequence[int], after: bytes, limit: int) -> Filled:
         if not 0 <= limit <= PAGE_ROWS_MAX:
@@ -151,10 +168,11 @@ class RingScanner:
         feed = self._reader.feed(query, shard, b"")
         found = CatchUp()
         while not feed.done:
-            answers = (await self._reader.ask_all(query, [feed], WALK_ROWS, Want.DIGEST))[shard]
+            span = Span(feed, feed.through, WALK_ROWS)
+            [answers] = await self._reader.ask_all(query, [span], Want.DIGEST)
             found.away |= set(feed.disks) - set(answers)
             if len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) > 1:
-                answers = (await self._reader.ask_all(query, [feed], WALK_ROWS, Want.ALL))[shard]
+                [answers] = await self._reader.ask_all(query, [span], Want.ALL)
                 through, done = common_end(answers.values())
                 rows = reported([decode_rows(answer.rows) for answer in answers.values()], through, done)
                 differing = [RegisterName(table, scope, shard, key) for key, seen in rows.items() if not _unanimous(seen, len(answers))]

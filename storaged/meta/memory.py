@@ -34,6 +34,7 @@ class _Shard:
 
     keys: list[bytes] = field(default_factory=list)
     rows: dict[bytes, bytes] = field(default_factory=dict)
+    changes: int = 0
 
 
 @dataclass
@@ -116,6 +117,10 @@ class MemoryMetaStore:
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
         return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
 
+    def changes(self, table: int, scope: bytes, shard: int) -> int:
+        held = self._shards.get((table, scope, shard))
+        return 0 if held is None else held.changes
+
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
         return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
@@ -184,6 +189,7 @@ class MemoryMetaStore:
                 if name.key not in shard.rows:
                     insort(shard.keys, name.key)
                 shard.rows[name.key] = row
+                shard.changes += 1
             self._fences.update((fence.scope, fence) for fence in entry.batch.fences)
             for scope in entry.batch.unfence:
                 self._fences.pop(scope, None)

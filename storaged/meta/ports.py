@@ -183,7 +183,11 @@ class Scanner(Protocol):
         delimiter: bytes = b"",
         limit: int = 1000,
     ) -> HeadPage:
-        """The LIVE rows that ``list_page`` would give, of each no more than its body's head, or the whole body where that has none."""
+        """The LIVE rows that ``list_page`` would give, of each no more than its body's head, or the whole body where that has none. What was listed is remembered,
+        in bounded memory, to be confirmed by a majority when it is listed again."""
+
+    def forget(self, scope: bytes) -> None:
+        """What is remembered of a bucket's listings."""
 
 
 class Fences(Protocol):
@@ -369,6 +373,9 @@ class MetaStore(Protocol):
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
         """Of the rows that ``columns`` would give what stands for them (``rowvalue.stamps_of``), without reading the rest of them."""
+
+    def changes(self, table: int, scope: bytes, shard: int) -> int:
+        """Read before a snapshot, and the same later: whatever that snapshot showed of the shard's rows is still so, but for damage."""
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Every (table, scope, shard) that has rows here, for repair's walk."""

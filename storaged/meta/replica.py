@@ -46,7 +46,7 @@ from storaged.meta.register import (
     judge_read,
     needs_high_water,
 )
-from storaged.meta.scan import ScanReply, ScanRequest, scan_store
+from storaged.meta.scan import DigestsKept, ScanReply, ScanRequest, scan_store
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 
@@ -114,6 +114,7 @@ class LocalReplica:
         """Raises DiskForeign when the store's own record of its promises is damaged (rule 9)."""
         self.disk = disk
         self._store = store
+        self._digests = DigestsKept()
         self._copies = copies
         self._promises_max = promises_max
         self._rules = rules
@@ -423,7 +424,7 @@ class LocalReplica:
         if request.epoch < self._epoch and self._rules.fence_by_epoch:
             return ScanReply(Verdict.EPOCH)
         try:
-            return scan_store(self._store, request)
+            return scan_store(self._store, request, self._digests)
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
 

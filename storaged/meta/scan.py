@@ -5,13 +5,18 @@ and stops at the ``limit``-th entry, or after ``examine_max`` rows or ``bytes_ma
 behind a common prefix stands for all of them: the scan seeks behind the prefix instead of reading through it.
 
 Every row looked at goes into the digest, not only the visible ones: a tombstone that only a minority has is a disagreement, too. Replicas that hold the
-same rows stop at the same place, so equal (digest, through, done) mean equal answers, and nothing but one replica's rows needs to be sent.
+same rows stop at the same place, so equal (digest, through, done) mean equal answers, and nothing but one replica's rows needs to be sent; nor those, to
+an asker that has them from before and says so (``known``).
+
+A disk keeps what ranges came to when they were looked at last (``DigestsKept``): where nothing was written to a shard since, they are not looked at again.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import msgspec
 import xxhash
@@ -20,11 +25,18 @@ from storaged import wire
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
 from storaged.meta.ports import MetaStore, RowDamaged
 from storaged.meta.rowvalue import STAMP_BYTES, heads_of, row_parts, seed_of, sound_check, sound_rows, stamps_in, visibility_of
+from storaged.units import MIB
 from storaged.wire import Message
 
 SHARDS_MAX = 256
 LIMIT_MAX = 4_096
 EXAMINE_MAX = 8_192
+
+DIGESTS_BYTES_MAX = 4 * MIB
+"""Of one disk: about 8,000 ranges, half a million rows of listings."""
+
+_DIGEST_BYTES = 500
+"""What is kept of a range, but for the keys that it goes from and to."""
 
 _SLICE_ROWS_WITH_DELIMITER = 16
 """The first step of a scan that may jump: rows read behind the jump's start are wasted, 16 of them cost about as much as the seek."""
@@ -43,7 +55,8 @@ class Want(IntEnum):
 
 
 class ShardAsk(Message, frozen=True):
-    """``after`` is exclusive; ``limit`` counts entries (visible rows, or common prefixes)."""
+    """``after`` is exclusive; ``limit`` counts entries (visible rows, or common prefixes). ``known``: with HEADS, the digest of an answer that the asker still has: one
+    that would have the same comes without keys and heads. 0: none."""
 
     shard: int
     after: bytes
@@ -51,6 +64,7 @@ class ShardAsk(Message, frozen=True):
     want: int
     examine_max: int
     bytes_max: int
+    known: int = 0
 
 
 class ScanRequest(Message, frozen=True):
@@ -114,8 +128,66 @@ def decode_rows(rows: bytes) -> list[ScanRow]:
     return wire.decode(rows, list[ScanRow]) if rows else []
 
 
-def scan_store(store: MetaStore, request: ScanRequest) -> ScanReply:
-    """Blocks for about a microsecond a row. Raises ValueError for a request beyond the limits above."""
+class _Looked(NamedTuple):
+    """A range as it was at that count of changes. ``row_bytes`` of all rows looked at; ``slice`` without rows; ``cost``: about the memory that it takes."""
+
+    changes: int
+    row_bytes: int
+    slice: ShardSlice
+    cost: int
+
+
+class DigestsKept:
+    """What the ranges of one disk's shards that were asked for lately came to, in about ``bytes_max`` of memory."""
+
+    def __init__(self, bytes_max: int = DIGESTS_BYTES_MAX) -> None:
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._kept: OrderedDict[tuple[object, ...], _Looked] = OrderedDict()
+
+    def answer(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
+        """To an ask for STAMPS or HEADS."""
+        place = (request.table, request.scope, request.prefix, request.delimiter, request.visible, ask.shard, ask.after, ask.limit)
+        changes = store.changes(request.table, request.scope, ask.shard)
+        looked = self._kept.get(place)
+        if looked is not None and looked.changes == changes and _whole(ask, looked.slice, looked.row_bytes):
+            self._kept.move_to_end(place)
+            found, row_bytes = looked.slice, looked.row_bytes
+        elif ask.want == Want.STAMPS or ask.known:
+            found, row_bytes = _looked_at(store, request, ask, Want.STAMPS)
+            self._keep(place, ask, changes, found, row_bytes)
+        else:
+            found = None
+        if found is not None and (ask.want == Want.STAMPS or found.digest == ask.known):
+            return found
+        answer, row_bytes = _looked_at(store, request, ask, Want.HEADS)
+        if found is None:
+            bare = ShardSlice(ask.shard, answer.through, answer.done, answer.digest, looked_at=answer.looked_at)
+            self._keep(place, ask, changes, bare, row_bytes)
+        return answer
+
+    def _keep(self, place: tuple[object, ...], ask: ShardAsk, changes: int, found: ShardSlice, row_bytes: int) -> None:
+        before = self._kept.pop(place, None)
+        if before is not None:
+            self._bytes -= before.cost
+        if _whole(ask, found, row_bytes):
+            cost = _DIGEST_BYTES + len(found.through) + sum(len(part) for part in place if isinstance(part, bytes))
+            self._kept[place] = _Looked(changes, row_bytes, found, cost)
+            self._bytes += cost
+            while self._bytes > self._bytes_max:
+                self._bytes -= self._kept.popitem(last=False)[1].cost
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def _whole(ask: ShardAsk, found: ShardSlice, row_bytes: int) -> bool:
+    """Whether such an answer ends at the ask's ``limit`` or at the shard's end, so that other bounds wide enough change nothing of it."""
+    return row_bytes < ask.bytes_max and found.looked_at < ask.examine_max
+
+
+def scan_store(store: MetaStore, request: ScanRequest, kept: DigestsKept | None = None) -> ScanReply:
+    """Blocks for about a microsecond a row, but for what ``kept`` tells of them. Raises ValueError for a request beyond the limits above."""
     if len(request.shards) > SHARDS_MAX:
         raise ValueError(f"a scan covers at most {SHARDS_MAX} shards, not {len(request.shards)}")
     for ask in request.shards:
@@ -123,20 +195,27 @@ def scan_store(store: MetaStore, request: ScanRequest) -> ScanReply:
             raise ValueError(
                 f"a scan looks at 1 to {EXAMINE_MAX} rows for up to {LIMIT_MAX} entries, not {ask.examine_max} for {ask.limit}"
             )
-    return ScanReply(slices=tuple(_scan_shard(store, request, ask) for ask in request.shards))
+    return ScanReply(slices=tuple([_scan_shard(store, request, ask, kept) for ask in request.shards]))
 
 
-def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
+def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, kept: DigestsKept | None) -> ShardSlice:
     try:
-        found = _plain(store, request, ask) if ask.want in (Want.STAMPS, Want.HEADS) and ask.limit and not request.delimiter else None
-        return _look(store, request, ask) if found is None else found
+        if kept is not None and ask.want in (Want.STAMPS, Want.HEADS):
+            return kept.answer(store, request, ask)
+        return _looked_at(store, request, ask, ask.want)[0]
     except RowDamaged:
         return ShardSlice(ask.shard, ask.after, False, 0, unreadable=True)
 
 
-def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice | None:
+def _looked_at(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int]:
+    """With the bytes of all rows that were looked at."""
+    found = _plain(store, request, ask, want) if want in (Want.STAMPS, Want.HEADS) and ask.limit and not request.delimiter else None
+    return _look(store, request, ask, want) if found is None else found
+
+
+def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int] | None:
     """What ``_look`` would answer, when all rows are visible, whole, and together small enough; else None."""
-    limit, shipped = min(ask.limit, ask.examine_max), ask.want == Want.HEADS
+    limit, shipped = min(ask.limit, ask.examine_max), want == Want.HEADS
     keys: list[bytes] = []
     rows: list[bytes] = []
     read = (request.table, request.scope, ask.shard)
@@ -151,13 +230,13 @@ def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice 
     if shipped and not sound_rows(_seed(request, ask), keys, rows):
         return None
     digest = xxhash.xxh3_64_intdigest(seen.stamps)
-    return ShardSlice(
-        ask.shard, seen.last or ask.after, not seen.more, digest, looked_at=seen.rows, keys=keys, heads=heads_of(rows) if rows else ()
-    )
+    heads = heads_of(rows) if rows else ()
+    found = ShardSlice(ask.shard, seen.last or ask.after, not seen.more, digest, looked_at=seen.rows, keys=keys, heads=heads)
+    return found, seen.row_bytes
 
 
-def _look(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
-    scan = _ShardScan(request, ask)
+def _look(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int]:
+    scan = _ShardScan(request, ask, want)
     step = _SLICE_ROWS_WITH_DELIMITER if request.delimiter else ask.limit + 1
     while not scan.finished:
         limit = min(step, scan.rows_left)
@@ -165,7 +244,7 @@ def _look(store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
         scan.take(batch)
         scan.finished = scan.finished or len(batch) < limit
         step = min(2 * step, EXAMINE_MAX) if not scan.jumped else _SLICE_ROWS_WITH_DELIMITER
-    return scan.slice()
+    return scan.slice(), scan.row_bytes
 
 
 def _seed(request: ScanRequest, ask: ShardAsk) -> int:
@@ -175,18 +254,19 @@ def _seed(request: ScanRequest, ask: ShardAsk) -> int:
 class _ShardScan:
     """How far the scan of one shard is. It ends on seeing a row more than it may take, or none: only then it knows whether it is done."""
 
-    def __init__(self, request: ScanRequest, ask: ShardAsk) -> None:
+    def __init__(self, request: ScanRequest, ask: ShardAsk, want: int) -> None:
         self.through = ask.after
         self.finished = False
         self.jumped = False
         self._request = request
         self._ask = ask
+        self._want = want
         self._seed = _seed(request, ask)
         self._damaged_mark = b"damaged at " + request.disk.encode()
         self._stamps: list[bytes] = []
         self._shown: list[tuple[bytes, bytes]] = []
         self._rows: list[tuple[bytes, bytes, int, msgspec.Raw | None]] = []
-        self._entries = self._bytes = 0
+        self._entries = self.row_bytes = 0
         self._more = False
 
     @property
@@ -195,10 +275,10 @@ class _ShardScan:
 
     def take(self, batch: list[tuple[bytes, bytes]]) -> None:
         """The one loop over rows. Locals, and no calls that can be avoided: a page of 1,000 keys is 4,000 rows here, on all replicas together."""
-        request, ask, seed, stamps = self._request, self._ask, self._seed, self._stamps
-        visible, delimiter, everything, heads = request.visible, request.delimiter, ask.want == Want.ALL, ask.want == Want.HEADS
-        verified, shipped = ask.want != Want.STAMPS, ask.want == Want.VISIBLE
-        entries, looked_at, size, through = self._entries, len(stamps), self._bytes, self.through
+        request, ask, want, seed, stamps = self._request, self._ask, self._want, self._seed, self._stamps
+        visible, delimiter, everything, heads = request.visible, request.delimiter, want == Want.ALL, want == Want.HEADS
+        verified, shipped = want != Want.STAMPS, want == Want.VISIBLE
+        entries, looked_at, size, through = self._entries, len(stamps), self.row_bytes, self.through
         group = b""
         self.jumped = False
         for key, row in batch:
@@ -227,7 +307,7 @@ class _ShardScan:
             elif everything or (shown and shipped):
                 visibility, ballot, value = row_parts(row)
                 self._rows.append((key, ballot, visibility, msgspec.Raw(value)))
-        self._entries, self._bytes, self.through = entries, size, through
+        self._entries, self.row_bytes, self.through = entries, size, through
 
     def slice(self) -> ShardSlice:
         return ShardSlice(

@@ -6,6 +6,9 @@ Theory of operation
     a page mostly takes; then everybody. When no majority agrees, all rows are fetched from all replicas: a key that a majority holds at one ballot (or that a majority never heard of) is settled, each of the others is read
     through its register, which settles it. Taking the newest instead would list an object that the next GET denies.
 
+    Of heads, what was settled like this is remembered (``meta.remembered``), and asked for again with its digest: the supplier sends rows only when its own is another,
+    and the same majority has to say the same, in this very request. The ranges that a piece is put together from are asked for in one go (``Span``).
+
     A common prefix stands for its keys when one of them is visible and settled. Where replicas differ inside of it, none has looked behind its own first visible
     key, so nothing is concluded about what lies behind the smallest of these: if no key up to there turns out to be visible, the piece ends there.
 """
@@ -13,9 +16,10 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,8 +30,9 @@ from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Registers, Replicas
+from storaged.meta.remembered import Held, Place, Remembered
 from storaged.meta.rounds import ask_one
-from storaged.meta.scan import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice, Want, common_prefix, decode_rows
+from storaged.meta.scan import SHARDS_MAX, ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice, Want, common_prefix, decode_rows
 from storaged.units import MIB
 
 T = TypeVar("T")
@@ -90,24 +95,46 @@ class Piece(NamedTuple):
     done: bool
 
 
-Answers = dict[int, dict[str, ShardSlice]]
-"""shard -> disk -> what it answered."""
+@dataclass(slots=True)
+class Span:
+    """A range of a shard that is asked for in one go: ``limit`` entries behind ``after``. ``supplier`` of its rows. ``known``: what it was before. ``piece``: what it is,
+    once that is settled."""
 
-Enough = Callable[[Answers], bool]
-Wanted = Callable[[Feed, str], Want | None]
-"""What to ask of a disk about a shard; None: nothing."""
+    feed: Feed
+    after: bytes
+    limit: int
+    known: Held | None = None
+    piece: Piece | None = None
+    supplier: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.supplier = self.feed.supplier
+
+
+Answers = dict[str, ShardSlice]
+"""disk -> what it answered about a span."""
+
+Enough = Callable[[Sequence[Answers]], bool]
+"""Of the answers about each span, in order."""
+
+Wanted = Callable[[Span, str], Want | None]
+"""What to ask of a disk about a span; None: nothing."""
 
 
 class _Round:
     """Requests that are out together, and what came of them. ``ended`` is done when every one was answered, or ``enough`` says so, or it was told to."""
 
-    def __init__(self, feeds: Sequence[Feed], requests: int, enough: Enough, hedge_s: float, *, hurry_s: float | None) -> None:
-        """Ends ``hedge_s`` after every feed has answers from a majority; with ``hurry_s`` in any case so long after its beginning."""
+    def __init__(
+        self, spans: Sequence[Span], asked: dict[str, list[int]], enough: Enough, hedge_s: float, *, hurry_s: float | None
+    ) -> None:
+        """``asked``: the spans that each disk is asked about. Ends ``hedge_s`` after every span has answers from a majority; with ``hurry_s`` in any case so long
+        after its beginning."""
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
-        self.answers: Answers = {feed.shard: {} for feed in feeds}
-        self._feeds = feeds
-        self._left = requests
+        self.answers: list[Answers] = [{} for _ in spans]
+        self._spans = spans
+        self._asked = asked
+        self._left = len(asked)
         self._enough = enough
         self._hedge_s = hedge_s
         self._timer = self._loop.call_later(hurry_s, self.end) if hurry_s is not None else None
@@ -122,12 +149,12 @@ class _Round:
             and not answer.verdict
             and [piece.shard for piece in answer.slices] == [ask.shard for ask in request.shards]
         ):
-            for piece in answer.slices:
+            for at, piece in zip(self._asked[request.disk], answer.slices, strict=True):
                 if not piece.unreadable:
-                    self.answers[piece.shard][request.disk] = piece
+                    self.answers[at][request.disk] = piece
         if not self._left or self._enough(self.answers):
             self.end()
-        elif self._timer is None and all(len(self.answers[feed.shard]) >= feed.majority for feed in self._feeds):
+        elif self._timer is None and all(len(told) >= span.feed.majority for span, told in zip(self._spans, self.answers, strict=True)):
             self._timer = self._loop.call_later(self._hedge_s, self.end)
 
     def end(self) -> None:
@@ -150,6 +177,7 @@ class ShardReader:
         timeout_s: float,
         hedge_s: float,
         examine_max: int,
+        remembered: Remembered,
     ) -> None:
         self._layouts = layouts
         self._replicas = replicas
@@ -158,6 +186,7 @@ class ShardReader:
         self._timeout_s = timeout_s
         self._hedge_s = hedge_s
         self._examine_max = examine_max
+        self._remembered = remembered
         self._usual_s = 0.0
 
     def feed(self, query: Query, shard: int, after: bytes) -> Feed:
@@ -169,68 +198,86 @@ class ShardReader:
 
     async def pieces(self, query: Query, feeds: Sequence[Feed], limit: int) -> list[Piece]:
         """What each feed holds next, about ``limit`` entries of each. Raises ServiceUnavailable when one has no majority."""
-        found: dict[int, Piece] = {}
-        await self._bare_majority(query, feeds, limit, found)
-        waiting = [feed for feed in feeds if feed.shard not in found]
+        spans_max = max(1, SHARDS_MAX // len(feeds))
+        runs = [self._spans(query, feed, limit, spans_max) for feed in feeds]
+        spans = [span for run in runs for span in run]
+        await self._bare_majority(query, spans)
+        waiting = [span for span in spans if span.piece is None]
         for _ in range(2):
             if waiting:
-                waiting = await self._everybody(query, waiting, limit, found)
-        differing = [feed for feed in feeds if feed.shard not in found]
+                waiting = await self._everybody(query, waiting)
+        differing = [span for span in spans if span.piece is None]
         if differing:
-            answers = await self.ask_all(query, differing, limit, Want.ALL)
-            for feed in differing:
-                found[feed.shard] = await self._settled(query, feed, list(answers[feed.shard].values()))
-        return [found[feed.shard] for feed in feeds]
+            answers = await self.ask_all(query, differing, Want.ALL)
+            for span, told in zip(differing, answers, strict=True):
+                if span.known is not None:  # replicas that keep on differing would have it asked for again, and never get behind it
+                    self._remembered.drop(span.known)
+                span.piece = await self._settled(query, span.feed, list(told.values()))
+        return [_joined(run) for run in runs]
 
-    async def _bare_majority(self, query: Query, feeds: Sequence[Feed], limit: int, found: dict[int, Piece]) -> None:
+    def _spans(self, query: Query, feed: Feed, limit: int, spans_max: int) -> list[Span]:
+        """What is remembered of the feed's next ``limit`` entries, and when that is less, as many that follow: whoever goes on behind this page finds them."""
+        if not query.heads:
+            return [Span(feed, feed.through, limit)]
+        after, spans, wanting = feed.through, [], limit
+        for known in self._remembered.along(_place(query, feed.shard), after, limit, spans_max):
+            spans.append(Span(feed, known.after, known.limit, known))
+            if known.done:
+                return spans
+            wanting -= len(known.keys) - bisect_right(known.keys, after)
+            after = known.through
+        if wanting > 0 and len(spans) < spans_max:
+            spans.append(Span(feed, after, limit))
+        return spans
+
+    async def _bare_majority(self, query: Query, spans: Sequence[Span]) -> None:
         """The common case: those who are asked first agree, and each of them is asked once."""
         rows = query.rows
 
-        def want(feed: Feed, disk: str) -> Want | None:
-            return rows if disk == feed.supplier else Want.STAMPS if disk in feed.first else None
+        def want(span: Span, disk: str) -> Want | None:
+            return rows if disk == span.supplier else Want.STAMPS if disk in span.feed.first else None
 
         loop = asyncio.get_running_loop()
         began = loop.time()
         hurry_s = min(max(self._hedge_s, PATIENCE * self._usual_s), PATIENCE_HEDGES_MAX * self._hedge_s)
-        answers = await self._ask(query, feeds, limit, want, lambda _answers: False, hurry_s=hurry_s)
+        answers = await self._ask(query, spans, want, lambda _answers: False, hurry_s=hurry_s)
         self._usual_s += (loop.time() - began - self._usual_s) / 8
-        for feed in feeds:
-            told = answers[feed.shard]
-            if feed.supplier in agreeing(feed, told):
-                found[feed.shard] = _piece(query, told[feed.supplier])
-            elif told and feed.supplier not in told:  # it does not answer, or not in time
-                feed.supplier = next(iter(told))
+        for span, told in zip(spans, answers, strict=True):
+            if span.supplier in agreeing(span.feed, told):
+                span.piece = self._piece(query, span, told[span.supplier])
+            elif told and span.supplier not in told:  # it does not answer, or not in time
+                span.supplier = span.feed.supplier = next(iter(told))
 
-    async def _everybody(self, query: Query, feeds: Sequence[Feed], limit: int, found: dict[int, Piece]) -> list[Feed]:
-        """The feeds whose supplier lags or is away: the same once more, from one of those that agree."""
-        rows, asked = query.rows, self._worth_asking(feeds)
+    async def _everybody(self, query: Query, spans: Sequence[Span]) -> list[Span]:
+        """The spans whose supplier lags or is away: the same once more, from one of those that agree."""
+        rows, asked = query.rows, self._worth_asking([span.feed for span in spans])
 
-        def want(feed: Feed, disk: str) -> Want | None:
-            return None if disk not in asked else rows if disk == feed.supplier else Want.STAMPS
+        def want(span: Span, disk: str) -> Want | None:
+            return None if disk not in asked else rows if disk == span.supplier else Want.STAMPS
 
-        def enough(answers: Answers) -> bool:
-            return all(feed.supplier in agreeing(feed, answers[feed.shard]) for feed in feeds)
+        def enough(answers: Sequence[Answers]) -> bool:
+            return all(span.supplier in agreeing(span.feed, told) for span, told in zip(spans, answers, strict=True))
 
-        answers = await self._ask(query, feeds, limit, want, enough)
+        answers = await self._ask(query, spans, want, enough)
         again = []
-        for feed in feeds:
-            agreed = agreeing(feed, answers[feed.shard])
-            if feed.supplier in agreed:
-                found[feed.shard] = _piece(query, answers[feed.shard][feed.supplier])
+        for span, told in zip(spans, answers, strict=True):
+            agreed = agreeing(span.feed, told)
+            if span.supplier in agreed:
+                span.piece = self._piece(query, span, told[span.supplier])
             elif agreed:
-                feed.supplier = agreed[0]
-                again.append(feed)
+                span.supplier = span.feed.supplier = agreed[0]
+                again.append(span)
         return again
 
-    async def ask_all(self, query: Query, feeds: Sequence[Feed], limit: int, want: Want) -> Answers:
-        """Asks every replica of every feed for the same, and waits for all of them, though not long for the last ones.
+    async def ask_all(self, query: Query, spans: Sequence[Span], want: Want) -> list[Answers]:
+        """Asks every replica of every span's shard for the same, and waits for all of them, though not long for the last ones.
 
-        Raises ServiceUnavailable when a feed has no majority.
+        Raises ServiceUnavailable when a shard has no majority.
         """
-        answers = await self._ask(query, feeds, limit, lambda _feed, _disk: want, lambda _answers: False)
-        for feed in feeds:
-            if len(answers[feed.shard]) < feed.majority:
-                raise ServiceUnavailable(f"Only {len(answers[feed.shard])} of {len(feed.disks)} replicas of an index shard answer.")
+        answers = await self._ask(query, spans, lambda _span, _disk: want, lambda _answers: False)
+        for span, told in zip(spans, answers, strict=True):
+            if len(told) < span.feed.majority:
+                raise ServiceUnavailable(f"Only {len(told)} of {len(span.feed.disks)} replicas of an index shard answer.")
         return answers
 
     def _worth_asking(self, feeds: Sequence[Feed]) -> set[str]:
@@ -239,27 +286,33 @@ class ShardReader:
         alive = {disk for disk in everyone if self._liveness.disk_readable(disk)}
         return alive if all(sum(disk in alive for disk in feed.disks) >= feed.majority for feed in feeds) else everyone
 
-    def _requests(self, query: Query, feeds: Sequence[Feed], limit: int, want: Wanted) -> list[ScanRequest]:
-        examine_max = min(self._examine_max, max(2 * limit, self._examine_max // len(feeds)))
-        bytes_max = ROUND_BYTES_MAX // len(feeds)
+    def _requests(self, query: Query, spans: Sequence[Span], want: Wanted) -> tuple[list[ScanRequest], dict[str, list[int]]]:
+        """With the spans, by their numbers, that each disk is asked about."""
+        examine_max = self._examine_max // len(spans)
+        bytes_max = ROUND_BYTES_MAX // len(spans)
         asks: dict[str, list[ShardAsk]] = {}
-        for feed in feeds:
+        asked: dict[str, list[int]] = {}
+        for number, span in enumerate(spans):
+            feed, known = span.feed, span.known.digest if span.known is not None else 0
             for disk in feed.disks:
-                wanted = want(feed, disk)
+                wanted = want(span, disk)
                 if wanted is not None:
-                    asks.setdefault(disk, []).append(ShardAsk(feed.shard, feed.through, limit, wanted, examine_max, bytes_max))
+                    examined = min(self._examine_max, max(2 * span.limit, examine_max))
+                    asks.setdefault(disk, []).append(ShardAsk(feed.shard, span.after, span.limit, wanted, examined, bytes_max, known))
+                    asked.setdefault(disk, []).append(number)
         epoch = self._layouts.current.epoch
-        return [
+        requests = [
             ScanRequest(disk, epoch, query.table, query.scope, tuple(shards), query.prefix, query.delimiter, query.visible)
             for disk, shards in asks.items()
         ]
+        return requests, asked
 
     async def _ask(
-        self, query: Query, feeds: Sequence[Feed], limit: int, want: Wanted, enough: Enough, *, hurry_s: float | None = None
-    ) -> Answers:
+        self, query: Query, spans: Sequence[Span], want: Wanted, enough: Enough, *, hurry_s: float | None = None
+    ) -> list[Answers]:
         """Until ``enough``, or everybody answered, or a moment passed (``_Round``)."""
-        requests = self._requests(query, feeds, limit, want)
-        asked = _Round(feeds, len(requests), enough, self._hedge_s, hurry_s=hurry_s)
+        requests, disks = self._requests(query, spans, want)
+        asked = _Round(spans, disks, enough, self._hedge_s, hurry_s=hurry_s)
         tasks: list[asyncio.Task[None]] = []
         try:
             for request in requests:
@@ -308,11 +361,49 @@ class ShardReader:
         values |= zip(doubtful, await bounded(settle, SETTLING_MAX), strict=True)
         return _assemble(query, values, horizons, through, done)
 
+    def _piece(self, query: Query, span: Span, answer: ShardSlice) -> Piece:
+        """What a supplier answered that a majority agrees with."""
+        if not query.heads:
+            rows = [(row.key, row.value) for row in _decoded(answer) if row.value is not None]
+            return Piece([key for key, _ in rows], [value for _, value in rows], answer.through, answer.done)
+        if len(answer.keys) != len(answer.heads):
+            raise ServiceUnavailable("A replica's answer to a scan cannot be read: its keys and heads do not belong together.")
+        held = span.known
+        if held is None or held.digest != answer.digest or held.done != answer.done:
+            known = held is not None and held.digest == answer.digest
+            keys, heads = (held.keys, held.heads) if held is not None and known else (answer.keys, answer.heads)
+            held = Held(_place(query, span.feed.shard), span.after, span.limit, answer.digest, keys, heads, answer.through, answer.done)
+            self._remembered.keep(held)
+        return Piece(held.keys, held.heads, answer.through, answer.done)
+
     async def _read(self, name: RegisterName, settling_nonce: bytes) -> Value | None:
         return (await self._registers.read(name, settling_nonce=settling_nonce)).value
 
 
-def agreeing(feed: Feed, answers: dict[str, ShardSlice]) -> list[str]:
+def _place(query: Query, shard: int) -> Place:
+    return Place(query.table, query.scope, shard, query.prefix, query.delimiter, query.visible)
+
+
+def _joined(run: Sequence[Span]) -> Piece:
+    """The pieces of a feed's spans, as far as each begins no later than the one before it ends: that may have changed since it was remembered."""
+    reached, done = run[0].feed.through, False
+    keys: list[bytes] = []
+    held: list[Any] = []
+    for span in run:
+        piece = span.piece
+        assert piece is not None
+        if span.after > reached:
+            break
+        first = bisect_right(piece.keys, reached)
+        keys += piece.keys[first:]
+        held += piece.held[first:]
+        reached, done = max(reached, piece.through), piece.done
+        if done:
+            break
+    return Piece(keys, held, reached, done)
+
+
+def agreeing(feed: Feed, answers: Answers) -> list[str]:
     """The disks of a majority that answered the same, or none."""
     if len(answers) < feed.majority:
         return []
@@ -337,15 +428,6 @@ def reported(answers: Iterable[list[ScanRow]], through: bytes, done: bool) -> di
             if done or row.key <= through:
                 found.setdefault(row.key, []).append(row)
     return dict(sorted(found.items()))
-
-
-def _piece(query: Query, answer: ShardSlice) -> Piece:
-    if query.heads:
-        if len(answer.keys) != len(answer.heads):
-            raise ServiceUnavailable("A replica's answer to a scan cannot be read: its keys and heads do not belong together.")
-        return Piece(answer.keys, answer.heads, answer.through, answer.done)
-    rows = [(row.key, row.value) for row in _decoded(answer) if row.value is not None]
-    return Piece([key for key, _ in rows], [value for _, value in rows], answer.through, answer.done)
 
 
 def _decoded(answer: ShardSlice) -> list[ScanRow]:

@@ -51,14 +51,13 @@ import lmdb
 import msgspec
 import xxhash
 
-from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta import pending
 from storaged.meta.apply import Applier
 from storaged.meta.lookup import StoredRows, stored_row
-from storaged.meta.names import RegisterName, Table
+from storaged.meta.names import RegisterName
 from storaged.meta.opening import (
     IDENTITY,
     STORE_ID_BYTES,
@@ -138,6 +137,7 @@ class LmdbMetaStore:
         """Held by whoever writes to LMDB."""
         self._fresh = self._frozen = Overlay()
         """What is durable and not yet in LMDB: what came last, over what a checkpoint is putting there."""
+        self._changes = pending.Changes()
         self._fresh_bytes = 0
         self._fresh_since = 0.0
         self._log_full = self._stopping = False
@@ -419,6 +419,9 @@ class LmdbMetaStore:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
         return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
 
+    def changes(self, table: int, scope: bytes, shard: int) -> int:
+        return self._changes.of(RegisterName(table, scope, shard, b"").prefix)
+
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Raises RowDamaged."""
         keys = {key for overlay in (self._fresh, self._frozen) for key in list(overlay.rows)}
@@ -428,7 +431,7 @@ class LmdbMetaStore:
         except lmdb.Error as error:
             raise self._unreadable(error) from None
         found = [(key[0], key[1:17], key[17]) for key in sorted(keys)]
-        return found if partition is None else [entry for entry in found if _partition(entry) == partition]
+        return found if partition is None else [entry for entry in found if RegisterName(*entry, b"").partition == partition]
 
     def statistics(self) -> MetaStoreStatistics:
         with self._begin(self._rows) as transaction:
@@ -565,7 +568,7 @@ class LmdbMetaStore:
                     self._fresh_since = time.monotonic()
                     self._log.notify_all()
                 self._fresh_bytes += len(body)
-                self._fresh.add(entries)
+                self._changes.add(self._fresh, entries)
                 self._commits += 1
                 if self._fresh_bytes >= CHECKPOINT_BYTES:
                     self._log.notify_all()
@@ -693,8 +696,3 @@ def _settle(future: asyncio.Future[None], error: StoragedError | None) -> None:
         future.set_exception(error)
     else:
         future.set_result(None)
-
-
-def _partition(entry: tuple[int, bytes, int]) -> int:
-    table, scope, shard = entry
-    return SYSTEM_PARTITION if table == Table.SYSTEM else partition_of(scope, shard)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from msgspec import Struct, field
 
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
 from storaged.wire import Buffer
 
 CHECKSUM_ALGORITHMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256")
@@ -167,13 +167,23 @@ class ListedVersion(Struct, frozen=True):
     delete_marker: bool = False
 
 
+class ListedObject(Struct, gc=False):
+    """A current object as listings show it. ``kind``: checksum algorithm and type, storage class. ``head``: what it was made of. ``text``: whoever prints it may leave here
+    what it printed; the object plane keeps it with the rest."""
+
+    size: int
+    modified_ms: int
+    etag: str
+    kind: tuple[str, str, str]
+    head: bytes = b""
+    text: str = ""
+
+
 class Listing(Struct, frozen=True):
-    """Current objects in the order of their keys, as columns: a page has a thousand rows, and none is an object of its own."""
+    """Current objects in the order of their keys, and common prefixes."""
 
     keys: Sequence[bytes] = ()
-    sizes: Sequence[int] = ()
-    modified_ms: Sequence[int] = ()
-    printed: Sequence[SealedList] = ()
+    objects: Sequence[ListedObject] = ()
     prefixes: Sequence[bytes] = ()
     next_after: bytes | None = None
 

@@ -1,19 +1,23 @@
 """Listings: rows come in key order from the ring's scanner; only what a list prints is opened.
 
-A page of current objects is worked on as columns: the heads of all records are decoded in one call, and all list fields opened in one. Versions come from whole records.
+Of a page of current objects the rows that are not known from before are worked on as columns: the heads of all records are decoded in one call, and all list fields
+opened in one. Versions come from whole records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import repeat
+from typing import cast
 
 import msgspec
+from msgspec.structs import astuple
 
 from storaged.errors import DataDamaged
 from storaged.meta.names import Table, object_name
-from storaged.objects.api import ListedVersion, Listing, VersionListing
+from storaged.objects.api import ListedObject, ListedVersion, Listing, VersionListing
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
 from storaged.objects.records import BucketRecord, ObjectRecord, SealedList, Version, decode_heads
@@ -32,20 +36,29 @@ async def list_objects(
     if not page.keys:
         return Listing(prefixes=page.prefixes, next_after=page.next_after)
     keys = BucketKeys(plane, bucket)
-    try:
-        columns = await _columns(keys, bucket, page.keys, page.heads)
-    except DataDamaged:
-        for key, head in zip(page.keys, page.heads, strict=True):  # which one it is shows row by row
-            with _named(key):
-                await _columns(keys, bucket, [key], [head])
-        raise
-    return Listing(page.keys, *columns, page.prefixes, page.next_after)
+    newest = await keys.newest()
+    plane.listed.meet(newest, partial(plane.scanner.forget, bucket.id))
+    found = plane.listed.find(newest, page.keys, page.heads)
+    new = [index for index, row in enumerate(found) if row is None] if None in found else ()
+    if new:
+        names, heads = (
+            (page.keys, page.heads) if len(new) == len(found) else ([page.keys[at] for at in new], [page.heads[at] for at in new])
+        )
+        try:
+            opened = await _rows(keys, bucket, names, heads)
+        except DataDamaged:
+            for key, head in zip(names, heads, strict=True):  # which one it is shows row by row
+                with _named(key):
+                    await _rows(keys, bucket, [key], [head])
+            raise
+        for index, key, row in zip(new, names, opened, strict=True):
+            found[index] = row
+            plane.listed.keep(newest, key, row)
+    return Listing(page.keys, cast(list[ListedObject], found), page.prefixes, page.next_after)
 
 
-async def _columns(
-    keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]
-) -> tuple[Sequence[int], Sequence[int], Sequence[SealedList]]:
-    """(sizes, times in ms, what is printed) of rows. Raises DataDamaged."""
+async def _rows(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> list[ListedObject]:
+    """What heads hold. Raises DataDamaged."""
     try:
         columns = zip(*decode_heads(heads), strict=True)
     except msgspec.MsgspecError as error:
@@ -53,9 +66,13 @@ async def _columns(
     version_ids, times_ms, sizes, _, key_versions, context_ids, sealed = columns
     contexts = _contexts(bucket, names, version_ids, context_ids)
     try:
-        return sizes, times_ms, decode_all(await _opened(keys, key_versions, sealed, contexts), SealedList)
+        printed = decode_all(await _opened(keys, key_versions, sealed, contexts), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
+    etags, *kinds = zip(*map(astuple, printed), strict=True)
+    known: dict[tuple[str, str, str], tuple[str, str, str]] = {}
+    shared = [known.setdefault(kind, kind) for kind in zip(*kinds, strict=True)]
+    return list(map(ListedObject, sizes, times_ms, etags, shared, heads))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MI
 from storaged.objects.background import Background, Counters
 from storaged.objects.buffers import BufferPool
 from storaged.objects.garbage import Garbage
+from storaged.objects.listed import ListedLately
 from storaged.objects.opened import OpenedLately
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
@@ -79,6 +80,8 @@ class ObjectLimits:
     cache_entries_max: int = 4096
     opened_bytes_max: int = 16 * MIB
     """Of records opened lately: some 4,000 keys, at 3.5 KiB each."""
+    listed_bytes_max: int = 12 * MIB
+    """Of rows listed lately: some 16,000, with keys of 30 bytes. Their heads and keys are in the scanner's memory too."""
     upload_keep_ms: int = 86_400_000
     """A finished upload's rows are kept this long, so that a repeated Complete gets its answer."""
 
@@ -143,6 +146,7 @@ class ObjectPlane:
         self.get_buffers = BufferPool(self.limits.get_buffer_bytes_max, self.limits.buffer_wait_s)
         self._copy_plans: dict[tuple[bytes, int], place.CopyPlan] = {}
         self.opened = OpenedLately(self.limits.opened_bytes_max)
+        self.listed = ListedLately(self.limits.listed_bytes_max)
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
 
     async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -185,4 +189,5 @@ class ObjectPlane:
     async def close(self) -> None:
         await self.background.close()
         self.opened.clear()
+        self.listed.clear()
         self.threads.shutdown(wait=True)

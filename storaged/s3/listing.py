@@ -6,12 +6,9 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
-
-from msgspec.structs import astuple
 
 from storaged import errors
-from storaged.objects.api import ListedVersion, Listing, UploadInfo, VersionListing
+from storaged.objects.api import ListedObject, ListedVersion, Listing, UploadInfo, VersionListing
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
@@ -74,23 +71,26 @@ async def _page(front: Front, request: Request, ask: _Ask, after: bytes) -> List
 
 
 def _rows(ask: _Ask, page: Listing, owner: str) -> list[str]:
-    """A thousand at a time: what can be done for all keys, times and kinds of objects at once is done before the one expression a row."""
-    names, times = xml.escape_keys(page.keys, ask.url), xml.iso_times(page.modified_ms)
-    etags, algorithms, types, classes = zip(*map(astuple, page.printed), strict=True) if page.keys else ((), (), (), ())
-    kinds = {kind: _around_size(*kind, owner) for kind in set(zip(algorithms, types, classes, strict=True))}
-    around = repeat(*kinds.values()) if len(kinds) == 1 else map(kinds.__getitem__, zip(algorithms, types, classes, strict=True))
-    return [
-        f"<Contents><Key>{name}</Key><LastModified>{time}</LastModified><ETag>&quot;{etag}{before}{size}{behind}"
-        for name, time, etag, size, (before, behind) in zip(names, times, etags, page.sizes, around, strict=False)
-    ]
+    """What was printed of an object before is taken as it is; the rest a thousand at a time: what can be done for all times and kinds at once is done before the one
+    expression a row."""
+    names = xml.escape_keys(page.keys, ask.url)
+    new = [row for row in page.objects if not row.text]
+    if new:
+        _print(new)
+    return [f"<Contents><Key>{name}{row.text}{owner}</Contents>" for name, row in zip(names, page.objects, strict=True)]
 
 
-def _around_size(algorithm: str, checksum_type: str, storage_class: str, owner: str) -> tuple[str, str]:
+def _print(rows: Sequence[ListedObject]) -> None:
+    """Leaves in each what a list says of it, from the end of its key to its storage class."""
+    around = {kind: _around_size(*kind) for kind in {row.kind for row in rows}}
+    for row, time in zip(rows, xml.iso_times([row.modified_ms for row in rows]), strict=True):
+        before, behind = around[row.kind]
+        row.text = f"</Key><LastModified>{time}</LastModified><ETag>&quot;{row.etag}{before}{row.size}{behind}"
+
+
+def _around_size(algorithm: str, checksum_type: str, storage_class: str) -> tuple[str, str]:
     """What stands before and behind an object's size."""
-    return (
-        f"&quot;</ETag>{_checksum(algorithm, checksum_type)}<Size>",
-        f"</Size>{owner}<StorageClass>{storage_class}</StorageClass></Contents>",
-    )
+    return f"&quot;</ETag>{_checksum(algorithm, checksum_type)}<Size>", f"</Size><StorageClass>{storage_class}</StorageClass>"
 
 
 def _checksum(algorithm: str, checksum_type: str) -> str:

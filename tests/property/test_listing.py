@@ -206,3 +206,64 @@ def test_after_catching_up_all_replicas_that_answer_hold_the_same_rows(case: Cas
             assert (again.settled, again.rows, ring.settled) == (0, len(held[0]), [])
 
     asyncio.run(run())
+
+
+@dataclass
+class Step:
+    """A write to at least a majority of a key's replicas, or a page."""
+
+    key: bytes
+    visibility: int
+    missed: int
+    page: tuple[bytes, bytes, int] | None
+    """Prefix, delimiter, limit of a page after ``key``."""
+
+
+STEPS = st.builds(
+    Step,
+    key=KEYS,
+    visibility=VISIBILITIES,
+    missed=st.sampled_from([0, 1, 2, 3, 3, 3]),
+    page=st.one_of(
+        st.none(),
+        st.tuples(st.sampled_from([b"", b"", b"a"]), st.sampled_from([b"", b"", b"/", b"a"]), st.integers(1, 12)),
+        st.just((b"", b"", 8)),
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(STEPS, min_size=5, max_size=60), st.integers(1, 4), st.integers(1, 5), st.sampled_from([0, 3000, 1 << 20]))
+def test_pages_between_writes_are_those_of_a_sorted_dict_whatever_is_remembered(
+    steps: list[Step], shards: int, share: int, memory: int
+) -> None:
+    async def run() -> None:
+        ring = Ring(share=lambda _entries, _feeds, _turn: share, remembered_bytes_max=memory)
+        truth: dict[bytes, Value] = {}
+        for counter, step in enumerate(steps, 1):
+            if step.page is None:
+                name = RegisterName(Table.OBJECT, BUCKET, shard_of(step.key, shards), step.key)
+                truth[step.key] = value_of(counter, step.visibility)
+                for index, disk in enumerate(ring.replicas_of(name)):
+                    if index != step.missed:
+                        await ring.put(disk, name, truth[step.key], counter)
+                continue
+            prefix, delimiter, limit = step.page
+            for after in (b"", step.key):
+                entries: dict[bytes, bytes | None] = {}
+                for key, value in sorted(truth.items()):
+                    if key > after and key.startswith(prefix) and value.visibility == Visibility.LIVE:
+                        group = common_prefix(key, prefix, delimiter)
+                        entries[group or key] = None if group else value.body
+                shown: dict[bytes, bytes | None] = {}
+                following: bytes | None = after
+                while following is not None and len(shown) < len(entries):
+                    page = await ring.scanner.list_heads(
+                        Table.OBJECT, BUCKET, range(shards), prefix=prefix, after=following, delimiter=delimiter, limit=limit
+                    )
+                    assert page.next_after is None or page.next_after > following
+                    shown |= dict.fromkeys(page.prefixes) | dict(zip(page.keys, page.heads, strict=True))
+                    following = page.next_after
+                assert dict(sorted(shown.items())) == entries
+
+    asyncio.run(run())

@@ -19,6 +19,7 @@ from storaged.objects.api import (
     BodyChecks,
     CompletedPart,
     DeleteResult,
+    ListedObject,
     ListedVersion,
     Listing,
     NewMeta,
@@ -32,7 +33,7 @@ from storaged.objects.api import (
     VersionListing,
     WriteConditions,
 )
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
 
 PIECE_BYTES = 64 * 1024
 ANY_READ = ReadConditions()
@@ -328,9 +329,7 @@ class FakeObjects:
         rows = found.versions
         return Listing(
             [row.key for row in rows],
-            [row.size for row in rows],
-            [row.modified_ms for row in rows],
-            [SealedList(row.etag, row.algorithm, row.checksum_type, row.storage_class) for row in rows],
+            [ListedObject(row.size, row.modified_ms, row.etag, (row.algorithm, row.checksum_type, row.storage_class)) for row in rows],
             found.prefixes,
             found.next_after,
         )

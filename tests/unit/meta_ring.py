@@ -11,7 +11,7 @@ from storaged.meta.listing import RingScanner
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Reading, RowDamaged, Slot, StoreBatch
-from storaged.meta.scan import ScanReply, ScanRequest, scan_store
+from storaged.meta.scan import DigestsKept, ScanReply, ScanRequest, scan_store
 
 BUCKET = b"bucket of a test"
 
@@ -27,16 +27,18 @@ def value_of(counter: int, visibility: int = Visibility.LIVE) -> Value:
 
 
 class Ring:
-    """Layouts, Replicas, Registers and Liveness in one. ``scans`` and ``reads`` tell what the scanner asked."""
+    """Layouts, Replicas, Registers and Liveness in one. ``scans`` and ``reads`` tell what the scanner asked, ``sent`` how many heads it was sent."""
 
     def __init__(self, **limits: Any) -> None:
         self.current = layout_of_six()
         self.stores = {disk.id: MemoryMetaStore() for disk in self.current.disks}
+        self.digests = {disk.id: DigestsKept() for disk in self.current.disks}
         self.down: set[str] = set()
         self.thought_down: set[str] = set()
         self.hung: set[str] = set()
         self.verdicts: dict[str, int] = {}
         self.scans: list[ScanRequest] = []
+        self.sent = 0
         self.reads: list[RegisterName] = []
         self.settled: list[RegisterName] = []
         self.scanner = RingScanner(self, self, self, self, hedge_s=0.01, **limits)  # type: ignore[arg-type]
@@ -120,4 +122,6 @@ class _Disk:
             raise PeerUnreachable
         if self._disk in self._ring.verdicts:
             return ScanReply(verdict=self._ring.verdicts[self._disk])
-        return scan_store(self._ring.stores[self._disk], request)
+        reply = scan_store(self._ring.stores[self._disk], request, self._ring.digests[self._disk])
+        self._ring.sent += sum(len(piece.heads) for piece in reply.slices)
+        return reply

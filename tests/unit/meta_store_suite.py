@@ -231,3 +231,17 @@ async def test_a_batch_with_anything_that_cannot_be_stored_is_refused_whole(stor
         await store.commit(batch)
     await store.commit(StoreBatch())
     assert store.get(name_of(b"good")) is None
+
+
+async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_where_nothing_is_written(store: MetaStore) -> None:
+    def counts() -> list[int]:
+        return [store.changes(Table.OBJECT, scope, shard) for scope, shard in ((BUCKET, 0), (BUCKET, 1), (OTHER, 0))]
+
+    await store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))]))
+    first = counts()
+    await store.commit(StoreBatch(slots=[slot_of(name_of(b"k"), 2)]))
+    second = counts()
+    assert second[0] != first[0]
+    assert second[1:] == first[1:]
+    await store.commit(StoreBatch(pages=[page_of(b"page")], fences=[Fence(BUCKET, b"nonce", False)], meta={"name": b"value"}))
+    assert counts() == second

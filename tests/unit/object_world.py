@@ -377,6 +377,9 @@ class FakeRing:
         page = await self.list_page(table, scope, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
         return HeadPage([row.key for row in page.rows], [head_of(row.value.body) for row in page.rows], page.prefixes, page.next_after)
 
+    def forget(self, scope: bytes) -> None:
+        """Nothing is remembered."""
+
 
 class FakeBucketKey:
     def __init__(self, version: int) -> None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
-from storaged.meta.scan import ScanRequest, ShardAsk, ShardSlice, Want, common_prefix, decode_rows, list_after_prefix, scan_store
+from storaged.meta.scan import (
+    DigestsKept,
+    ScanRequest,
+    ShardAsk,
+    ShardSlice,
+    Want,
+    common_prefix,
+    decode_rows,
+    list_after_prefix,
+    scan_store,
+)
 
 SCOPE = b"bucket of a test"
 
@@ -32,9 +44,11 @@ def scan(
     examine_max: int = 1000,
     bytes_max: int = 1 << 20,
     disk: str = "d",
+    known: int = 0,
+    kept: DigestsKept | None = None,
 ) -> ShardSlice:
-    ask = ShardAsk(0, after, limit, want, examine_max, bytes_max)
-    [piece] = scan_store(store, ScanRequest(disk, 1, Table.OBJECT, SCOPE, (ask,), b"", delimiter, Visibility.LIVE)).slices
+    ask = ShardAsk(0, after, limit, want, examine_max, bytes_max, known)
+    [piece] = scan_store(store, ScanRequest(disk, 1, Table.OBJECT, SCOPE, (ask,), b"", delimiter, Visibility.LIVE), kept).slices
     return piece
 
 
@@ -144,3 +158,74 @@ def test_a_common_prefix_ends_with_the_first_delimiter_behind_the_prefix() -> No
     assert common_prefix(b"a/b/c", b"a", b"") == b""
     assert common_prefix(b"abc", b"", b"/") == b""
     assert common_prefix(b"a--b", b"", b"--") == b"a--"
+
+
+# --- what is kept of ranges that were looked at -----------------------------------------------------------------------
+
+
+class Counting(MemoryMetaStore):
+    """Counts how often its rows are looked at."""
+
+    looks = 0
+
+    def slice(self, *args: Any, **bounds: Any) -> list[tuple[bytes, bytes]]:
+        self.looks += 1
+        return super().slice(*args, **bounds)
+
+
+async def put(store: MemoryMetaStore, key: bytes, visibility: int = LIVE, counter: int = 1) -> None:
+    value = Value(1, b"o" * 16, visibility, b"body of " + key)
+    name = RegisterName(Table.OBJECT, SCOPE, 0, key)
+    await store.commit(StoreBatch(slots=[Slot(name, Ballot(1, counter, "n", b"incarnat"), value)]))
+
+
+async def test_a_range_is_looked_at_again_only_after_a_write_to_its_shard() -> None:
+    store, kept = Counting(), DigestsKept()
+    for key in (b"a", b"b", b"c"):
+        await put(store, key)
+    first = scan(store, want=Want.STAMPS, limit=2, kept=kept)
+    looks = store.looks
+    assert scan(store, want=Want.STAMPS, limit=2, kept=kept) == first
+    assert store.looks == looks
+    await put(store, b"b", GONE, 2)
+    assert scan(store, want=Want.STAMPS, limit=2, kept=kept) == scan(store, want=Want.STAMPS, limit=2) != first
+
+
+async def test_rows_that_the_asker_has_are_not_sent_and_others_are() -> None:
+    store, kept = await store_of({b"a": LIVE, b"b": LIVE}), DigestsKept()
+    first = scan(store, want=Want.HEADS, kept=kept)
+    assert list(first.keys) == [b"a", b"b"]
+    for again in (
+        scan(store, want=Want.HEADS, known=first.digest, kept=kept),
+        scan(store, want=Want.HEADS, known=first.digest, kept=DigestsKept()),
+    ):
+        assert (list(again.keys), list(again.heads)) == ([], [])
+        assert (again.digest, again.through, again.done, again.looked_at) == (first.digest, first.through, first.done, 2)
+    assert scan(store, want=Want.HEADS, known=first.digest ^ 1, kept=kept) == first
+    await put(store, b"c")
+    assert list(scan(store, want=Want.HEADS, known=first.digest, kept=kept).keys) == [b"a", b"b", b"c"]
+
+
+async def test_a_range_that_was_cut_short_is_looked_at_again_where_it_may_go_further() -> None:
+    store, kept = await store_of({b"a": GONE, b"b": LIVE, b"c": LIVE}), DigestsKept()
+    for bounds in ({"bytes_max": 1}, {"examine_max": 2}, {}, {"bytes_max": 1}, {"examine_max": 2}):
+        assert scan(store, want=Want.STAMPS, kept=kept, **bounds) == scan(store, want=Want.STAMPS, **bounds)  # type: ignore[arg-type]
+
+
+async def test_what_is_kept_of_ranges_is_bounded_and_those_used_last_stay() -> None:
+    store, kept = Counting(), DigestsKept(bytes_max=10_000)
+    await put(store, b"a" * 100)
+    for number in range(100):
+        scan(store, want=Want.STAMPS, after=b"%03d" % number, kept=kept)
+        scan(store, want=Want.STAMPS, after=b"the same", kept=kept)
+    assert store.looks == 101
+    assert 5 < len(kept) < 25
+
+
+async def test_rows_are_verified_whenever_they_are_sent_whatever_is_kept_of_them() -> None:
+    store, kept = await store_of({b"a": LIVE, b"b": LIVE}), DigestsKept()
+    before = scan(store, want=Want.HEADS, kept=kept)
+    store.damage(RegisterName(Table.OBJECT, SCOPE, 0, b"a"))
+    after = scan(store, want=Want.HEADS, kept=kept)
+    assert list(after.keys) == [b"b"]
+    assert after.digest != before.digest

@@ -1,0 +1,179 @@
+"""What a scanner remembers of listings: pieces that are sent again only when they changed, and never believed by themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from storaged.meta.names import RegisterName, Table, Visibility
+from storaged.meta.ports import HeadPage
+from storaged.meta.remembered import Held, Place, Remembered
+from tests.unit.meta_ring import BUCKET, Ring, value_of
+
+SHARDS = range(4)
+KEYS = [b"k%03d" % number for number in range(100)]
+PLACE = Place(Table.OBJECT, BUCKET, 0, b"", b"", Visibility.LIVE)
+
+
+async def heads_of(ring: Ring, *, after: bytes = b"", limit: int = 1000, prefix: bytes = b"", delimiter: bytes = b"") -> HeadPage:
+    return await ring.scanner.list_heads(Table.OBJECT, BUCKET, SHARDS, after=after, limit=limit, prefix=prefix, delimiter=delimiter)
+
+
+async def filled() -> Ring:
+    ring = Ring()
+    await ring.fill(KEYS)
+    return ring
+
+
+async def test_of_a_page_that_is_asked_for_again_no_row_is_sent_but_a_majority_is_asked() -> None:
+    ring = await filled()
+    first = await heads_of(ring)
+    assert ring.sent == 100
+    asks = len([ask for scan in ring.scans for ask in scan.shards])
+    ring.scans.clear()
+    assert await heads_of(ring) == first
+    assert ring.sent == 100
+    assert len([ask for scan in ring.scans for ask in scan.shards]) == asks == 2 * len(SHARDS)
+
+
+@pytest.mark.parametrize("visibility", [Visibility.LIVE, Visibility.TOMBSTONE])
+async def test_a_write_to_one_shard_is_seen_and_that_shards_rows_alone_are_sent_in_the_same_round(visibility: int) -> None:
+    ring = await filled()
+    await heads_of(ring)
+    ring.sent = 0
+    ring.scans.clear()
+    name = RegisterName(Table.OBJECT, BUCKET, 1, KEYS[41])
+    await ring.put_everywhere(name, visibility, counter=2)
+    page = await heads_of(ring)
+    assert list(page.keys) == [key for key in KEYS if visibility == Visibility.LIVE or key != name.key]
+    assert (value_of(2).body in page.heads) == (visibility == Visibility.LIVE)
+    assert ring.sent == 25 - (visibility == Visibility.TOMBSTONE)
+    assert len({scan.disk for scan in ring.scans}) == len(ring.scans), "one round was enough"
+
+
+async def test_what_a_majority_does_not_confirm_is_not_listed_whoever_supplied_it_before() -> None:
+    ring = await filled()
+    await heads_of(ring)
+    name = RegisterName(Table.OBJECT, BUCKET, 0, KEYS[0])
+    for missed in range(3):
+        for index, disk in enumerate(ring.replicas_of(name)):
+            if index != missed:
+                await ring.put(disk, name, value_of(2 + missed, Visibility.TOMBSTONE if missed != 1 else Visibility.LIVE), 2 + missed)
+        assert (KEYS[0] in (await heads_of(ring)).keys) == (missed == 1)
+    assert ring.reads == []
+
+
+async def test_pages_in_order_have_every_row_sent_once_and_pages_from_anywhere_behind_none() -> None:
+    ring = await filled()
+    after: bytes | None = b""
+    found: list[bytes] = []
+    while after is not None:
+        page = await heads_of(ring, after=after, limit=10)
+        found += page.keys
+        after = page.next_after
+    assert found == KEYS
+    assert ring.sent == 100
+    for first in range(0, 99, 7):
+        assert list((await heads_of(ring, after=KEYS[first], limit=30)).keys) == KEYS[first + 1 : first + 31]
+    assert ring.sent == 100
+
+
+async def test_what_is_appended_behind_the_last_piece_is_listed() -> None:
+    ring = await filled()
+    await heads_of(ring)
+    for number, key in enumerate((b"l", b"m", b"n", b"o", b"k0505")):
+        await ring.put_everywhere(RegisterName(Table.OBJECT, BUCKET, number % 4, key))
+        assert list((await heads_of(ring)).keys) == sorted([*KEYS, *[b"l", b"m", b"n", b"o", b"k0505"][: number + 1]])
+
+
+@pytest.mark.parametrize("lagging", [0, 1, 2])
+async def test_whichever_replica_lags_a_page_over_what_is_remembered_and_what_is_not_is_whole(lagging: int) -> None:
+    ring = await filled()
+    await heads_of(ring, limit=40)
+    for key in (b"k0001", b"k099a", b"l"):
+        for index, disk in enumerate(ring.replicas_of(RegisterName(Table.OBJECT, BUCKET, 0, key))):
+            if index != lagging:
+                await ring.put(disk, RegisterName(Table.OBJECT, BUCKET, 0, key), value_of(1), 1)
+    assert list((await heads_of(ring)).keys) == sorted([*KEYS, b"k0001", b"k099a", b"l"])
+
+
+async def test_a_page_goes_on_behind_a_piece_that_its_replicas_keep_on_differing_about() -> None:
+    ring = await filled()
+    await heads_of(ring, limit=40)
+    for missed, key in enumerate((b"k0001", b"k0002", b"k0003")):  # each on a majority, and no two replicas alike
+        for index, disk in enumerate(ring.replicas_of(RegisterName(Table.OBJECT, BUCKET, 0, key))):
+            if index != missed:
+                await ring.put(disk, RegisterName(Table.OBJECT, BUCKET, 0, key), value_of(1), 1)
+    assert list((await heads_of(ring, after=KEYS[30], limit=20)).keys) == KEYS[31:51]
+    assert list((await heads_of(ring, limit=10)).keys) == sorted([*KEYS, b"k0001", b"k0002", b"k0003"])[:10]
+
+
+async def test_behind_a_common_prefix_that_was_listed_from_its_beginning_a_page_may_begin_inside_of_it() -> None:
+    ring = Ring()
+    await ring.fill([b"a/1", b"a/2", b"a/3", b"b"])
+    assert (await heads_of(ring, delimiter=b"/")).prefixes == (b"a/",)
+    assert (await heads_of(ring, delimiter=b"/", after=b"a/2")).prefixes == (b"a/",)
+    assert (await heads_of(ring, delimiter=b"/", after=b"a/3")).prefixes == ()
+
+
+async def test_a_forgotten_bucket_is_sent_again_and_others_are_not() -> None:
+    ring = await filled()
+    await heads_of(ring)
+    ring.scanner.forget(b"another bucket..")
+    await heads_of(ring)
+    assert ring.sent == 100
+    ring.scanner.forget(BUCKET)
+    await heads_of(ring)
+    assert ring.sent == 200
+
+
+# --- the memory by itself ---------------------------------------------------------------------------------------------
+
+
+def piece(after: bytes, keys: list[bytes], *, done: bool = False, place: Place = PLACE) -> Held:
+    return Held(place, after, len(keys), 1, keys, [b"head"] * len(keys), keys[-1] if keys else after, done)
+
+
+def test_pieces_are_found_along_from_inside_of_the_first_one_until_enough_is_known() -> None:
+    memory = Remembered()
+    first, second, last = piece(b"", [b"a", b"c"]), piece(b"c", [b"e", b"g"]), piece(b"g", [b"i"], done=True)
+    for each in (last, first, second):
+        memory.keep(each)
+    assert memory.along(PLACE, b"", 2, 9) == [first]
+    assert memory.along(PLACE, b"", 3, 9) == [first, second]
+    assert memory.along(PLACE, b"b", 2, 9) == [first, second]
+    assert memory.along(PLACE, b"c", 9, 9) == [second, last]
+    assert memory.along(PLACE, b"z", 9, 9) == [last]
+    assert memory.along(PLACE, b"", 9, 2) == [first, second]
+    memory.drop(second)
+    memory.drop(second)
+    assert memory.along(PLACE, b"b", 9, 9) == [first]
+    assert memory.along(PLACE, b"d", 9, 9) == []
+    assert memory.along(PLACE._replace(prefix=b"a"), b"", 9, 9) == []
+
+
+def test_with_a_delimiter_a_piece_serves_only_who_begins_where_it_begins() -> None:
+    memory, place = Remembered(), PLACE._replace(delimiter=b"/")
+    first = piece(b"", [b"a", b"c"], place=place)
+    memory.keep(first)
+    assert memory.along(place, b"", 1, 9) == [first]
+    assert memory.along(place, b"b", 1, 9) == []
+
+
+def test_a_piece_that_begins_where_another_did_takes_its_place() -> None:
+    memory = Remembered()
+    memory.keep(piece(b"", [b"a", b"c"]))
+    second = piece(b"", [b"b"])
+    memory.keep(second)
+    assert len(memory) == 1
+    assert memory.along(PLACE, b"", 1, 9) == [second]
+
+
+def test_the_memory_is_bounded_and_those_used_last_stay() -> None:
+    memory = Remembered(bytes_max=10 * piece(b"000", [b"000"]).cost)
+    for number in range(1, 50):
+        memory.keep(piece(b"%03d" % number, [b"%03d~" % number]))
+        assert len(memory.along(PLACE, b"001", 1, 9)) == 1
+    assert len(memory) == 9 or len(memory) == 10
+    assert memory.along(PLACE, b"002", 1, 9) == []
+    memory.keep(piece(b"", [b"a" * 100_000]))
+    assert len(memory) == 0

@@ -1,0 +1,114 @@
+"""Rows of listings are opened once, show what changed at once, and are forgotten with the bucket's key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from storaged.errors import DataDamaged, KeyringUnavailable
+from storaged.meta.names import Change, object_name
+from storaged.objects.api import BodyChecks, ListedObject, NewMeta
+from storaged.objects.listed import ROW_BYTES, ListedLately
+from storaged.objects.records import BucketRecord
+from storaged.objects.service import ObjectService
+from storaged.wire import Buffer
+from tests.unit.object_world import FakeBucketKey, World
+
+
+class Rig:
+    """One bucket on fakes; ``opened`` counts the list fields that were opened, ``forgotten`` the times that the scanner was told to forget the bucket."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world = World()
+        self.objects = ObjectService(self.world.plane())
+        self.bucket = BucketRecord("b", b"B" * 16, "f" * 64, 1, "active", 16, "eu-fr-1")
+        self.world.keys.newest[self.bucket.id] = 1
+        self.opened = 0
+        self.forgotten: list[bytes] = []
+        open_lists = FakeBucketKey.open_lists
+
+        def counted(key: FakeBucketKey, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+            self.opened += len(sealed)
+            return open_lists(key, sealed, contexts)
+
+        monkeypatch.setattr(FakeBucketKey, "open_lists", counted)
+        monkeypatch.setattr(self.objects.plane.scanner, "forget", self.forgotten.append)
+
+    async def put(self, data: bytes, key: bytes) -> None:
+        async def pieces() -> AsyncIterator[Buffer]:
+            yield data
+
+        await self.objects.put(self.bucket, key, pieces(), NewMeta(), BodyChecks(size=len(data)), owner="f" * 64)
+
+    async def listed(self) -> dict[bytes, tuple[str, int]]:
+        page = await self.objects.list_objects(self.bucket)
+        return {key: (row.etag, row.size) for key, row in zip(page.keys, page.objects, strict=True)}
+
+
+def etag(data: bytes) -> tuple[str, int]:
+    return hashlib.md5(data).hexdigest(), len(data)
+
+
+async def test_of_a_bucket_that_is_listed_again_only_what_changed_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    truth = {b"k%d" % number: b"%d" % number for number in range(5)}
+    for key, data in truth.items():
+        await rig.put(data, key)
+    for _ in range(3):
+        assert await rig.listed() == {key: etag(data) for key, data in truth.items()}
+    assert rig.opened == 5
+    truth |= {b"k3": b"another", b"k9": b"new"}
+    for key in (b"k3", b"k9"):
+        await rig.put(truth[key], key)
+    await rig.objects.delete(rig.bucket, b"k1")
+    del truth[b"k1"]
+    assert await rig.listed() == {key: etag(data) for key, data in truth.items()}
+    assert rig.opened == 7
+    await rig.objects.close()
+
+
+async def test_another_keys_record_is_not_taken_for_one_that_was_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    for key in (b"a", b"b"):
+        await rig.put(key, key)
+    await rig.listed()
+    first, second = (object_name(rig.bucket.id, rig.bucket.shards, key) for key in (b"a", b"b"))
+    body = rig.world.ring.values[second].body
+    await rig.world.ring.change(first, lambda _value: Change(body))
+    with pytest.raises(DataDamaged, match="'a'"):
+        await rig.listed()
+    await rig.objects.close()
+
+
+async def test_rows_and_what_the_scanner_remembers_are_forgotten_with_the_buckets_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    await rig.put(b"data", b"k")
+    for _ in range(2):
+        await rig.listed()
+    assert (rig.opened, rig.forgotten) == (1, [])
+    rig.world.keys._keys.clear()
+    assert rig.forgotten == [rig.bucket.id]
+    assert await rig.listed() == {b"k": etag(b"data")}
+    assert rig.opened == 2
+    del rig.world.keys.newest[rig.bucket.id]
+    with pytest.raises(KeyringUnavailable):
+        await rig.listed()
+    await rig.objects.close()
+
+
+def test_the_rows_kept_are_bounded_and_those_in_use_stay() -> None:
+    lately, bucket_key = ListedLately(20 * (ROW_BYTES + 8)), FakeBucketKey(1)
+    for number in range(100):
+        key = b"%04d" % number
+        lately.keep(bucket_key, key, ListedObject(number, 0, "", ("", "", ""), b"head"))
+        [row] = lately.find(bucket_key, [b"0000"], [b"head"])
+        assert row is not None
+        assert row.size == 0
+    kept = [row for row in lately.find(bucket_key, [b"%04d" % number for number in range(100)], [b"head"] * 100) if row is not None]
+    assert 10 <= len(kept) <= 20
+    assert lately.find(bucket_key, [b"0000", b"0099"], [b"daeh", b"head"]) == [None, kept[-1]]
+    assert lately.find(FakeBucketKey(2), [b"0000"], [b"head"]) == [None]
+    lately.clear()
+    assert lately.find(bucket_key, [b"0000"], [b"head"]) == [None]
