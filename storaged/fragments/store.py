@@ -105,6 +105,8 @@ class _Job:
     token: list[None] = field(default_factory=lambda: [None])
     served: asyncio.Future[None] | None = None
     """Done when the writer has finished with a job whose caller gave up while it was at it."""
+    over: bool = False
+    """The writer has finished with it, and the loop knows."""
 
     def claim(self) -> bool:
         try:
@@ -393,7 +395,7 @@ class LocalFragmentStore:
         try:
             return await future
         except asyncio.CancelledError:
-            if future.cancelled() and not job.claim():
+            if future.cancelled() and not job.claim() and not job.over:
                 job.served = self._loop.create_future()
                 await job.served
             raise
@@ -434,6 +436,7 @@ class LocalFragmentStore:
                     self._loop.call_exception_handler({"message": "telling of a copy failed", "exception": error})
                 continue
             assert job.future is not None
+            job.over = True  # a caller that was cancelled in this very turn of the loop has not said yet that it waits for that
             if job.future.done():
                 if job.served is not None and not job.served.done():
                     job.served.set_result(None)

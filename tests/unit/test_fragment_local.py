@@ -644,3 +644,15 @@ async def test_a_copy_in_memory_is_told_when_every_byte_of_its_record_holds(tmp_
                 file.seek(at)
                 file.write(data[at : at + 1])
         assert store.peek_copy(made.id.data_id) == made.payload
+
+
+async def test_a_caller_that_is_cancelled_in_the_turn_that_brings_its_answer_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as store:
+        made, resolve = make(RNG), store._resolve
+        writing = asyncio.ensure_future(store.write(made.header, [made.payload], sync=True))
+        monkeypatch.setattr(store, "_resolve", lambda *arguments: (writing.cancel(), resolve(*arguments)))
+        await asyncio.wait((writing,), timeout=5)
+        assert writing.cancelled()
+        assert store.statistics().queued_bytes == 0
