@@ -25,7 +25,10 @@ ENTRY_BYTES_MAX = BODY_BYTES_MAX - 5
 """What is left of a group for one entry, behind the header of the array."""
 
 BATCH_BYTES_MAX = ENTRY_BYTES_MAX - 2 * MIB
-"""Of rows and small values in one batch: it fits a group together with a copy of up to a MiB, and what says where each begins."""
+"""Of rows and small values in one batch: it fits a group together with a copy of up to a MiB."""
+
+ENTRY_OVERHEAD = 32
+"""A row's prefix, and what says how long each part is, take no more."""
 
 CHANGE_COUNTS = 4_096
 
@@ -74,7 +77,8 @@ def ready(batch: StoreBatch, done: Done) -> Ready:
         if not name or name.startswith("\0"):
             raise ValueError(f"not a name for a small value: {name!r}")
         entry.others.append((b"meta", name.encode(), seal_small(name.encode(), value)))
-    size = sum(len(row) + len(key) for _, key, row in entry.rows) + sum(len(value or b"") for _, _, value in entry.others)
+    size = sum(len(key) + len(row) + ENTRY_OVERHEAD for _, key, row in entry.rows)
+    size += sum(len(key) + len(value or b"") + ENTRY_OVERHEAD for _, key, value in entry.others)
     if size > BATCH_BYTES_MAX:
         raise ValueError(f"a batch of {size} bytes; the redo log takes {BATCH_BYTES_MAX}")
     return entry
@@ -163,7 +167,7 @@ def merged(
     stored: list[tuple[bytes, bytes]], tables: Sequence[Table], *, after: bytes, prefix: bytes, limit: int
 ) -> list[tuple[bytes, bytes]]:
     """A slice of LMDB (the first ``limit`` rows with key > ``after`` and the prefix) with what ``tables``, oldest first, say beside or instead of its rows."""
-    bound = stored[-1][0] if len(stored) >= limit else None  # behind it LMDB may have rows that were not read
+    bound = stored[-1][0] if stored and len(stored) >= limit else None  # behind it LMDB may have rows that were not read
     found = dict(stored)
     for table in tables:
         for key in list(table):

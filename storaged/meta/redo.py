@@ -140,6 +140,9 @@ class RedoLog:
 
     def _recover(self, store_id: bytes, mark: Mark | None) -> None:
         try:
+            # A process that was killed may have left its last group in the page cache alone: what counts from now on must be on the drive, and be read from there.
+            os.fdatasync(self._fd)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             data = os.pread(self._fd, PAGE_BYTES + 2 * HALF_BYTES, 0)
         except OSError as error:
             raise DiskUnusable(f"{self._path} cannot be read: {error.strerror or error}") from None

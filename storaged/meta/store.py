@@ -140,7 +140,7 @@ class LmdbMetaStore:
         self._changes = pending.Changes()
         self._fresh_bytes = 0
         self._fresh_since = 0.0
-        self._log_full = self._stopping = False
+        self._log_full = self._stopping = self._closed = False
         self._restorable: list[tuple[bytes, bytes]] = []
         self._checkpoints = 0
         self.sync_copies: Callable[[], None] = _no_copies
@@ -498,10 +498,10 @@ class LmdbMetaStore:
         A disk's other writer thread commits like this the records that come with copies: one thread, one write and one wake-up for both.
         """
         self._commit_group(group, sum(entry.operations for entry in group))
-        return self._failure() if self._reason else None
+        return self._failure() if self._reason or self._closed else None
 
     def _failure(self) -> DiskUnusable:
-        return DiskUnusable(f"the metadata store in {self.directory} failed: {self._reason}")
+        return DiskUnusable(f"the metadata store in {self.directory} failed: {self._reason or 'it is closed'}")
 
     def _hand_over(self) -> None:
         """Everything that this turn of the loop brought goes to the writer thread at once, so that it is not woken for the first of a burst alone."""
@@ -557,11 +557,11 @@ class LmdbMetaStore:
         """Raises OSError."""
         for body, entries in pending.encode_groups(group):
             with self._log:
-                while not self._reason and not self._redo.fits(len(body)) and not self._redo.turn():
+                while not (self._reason or self._closed) and not self._redo.fits(len(body)) and not self._redo.turn():
                     self._log_full = True
                     self._log.notify_all()
                     self._log.wait()
-                if self._reason:
+                if self._reason or self._closed:
                     return
                 self._redo.append(body)
                 if not self._fresh_bytes:
@@ -644,7 +644,7 @@ class LmdbMetaStore:
     def _checkpoint(self, *, last: bool = False) -> None:
         with self._writing:
             with self._log:
-                if self._reason or self._restorable:
+                if self._reason or self._restorable or self._closed:
                     return
                 self._frozen = self._fresh  # in this order, for whoever reads meanwhile
                 self._fresh = Overlay()
@@ -680,8 +680,11 @@ class LmdbMetaStore:
             self._stopping = True
             self._log.notify_all()
         self._checkpointer.join()
-        self._env.close()
-        self._redo.close()
+        with self._writing, self._log:  # whoever comes late finds it closed, not a descriptor that is somebody else's by now
+            self._closed = True
+            self._log.notify_all()
+            self._env.close()
+            self._redo.close()
         os.close(self._lock_file)
 
 

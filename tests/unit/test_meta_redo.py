@@ -9,8 +9,9 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -188,6 +189,22 @@ def test_a_log_whose_disk_refuses_to_read_is_unusable_and_not_foreign(tmp_path: 
         opened(tmp_path)
 
 
+def test_what_a_start_reads_is_on_the_drive(tmp_path: Path, small_log: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was killed in a write may leave it in the page cache alone; what comes behind it must not outlive it."""
+    log = fresh(tmp_path)
+    log.append(b"group")
+    log.close()
+    calls: list[str] = []
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (calls.append(name), call(*arguments))[1]
+
+    for name in ("fdatasync", "posix_fadvise", "pread"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    opened(tmp_path).close()
+    assert calls == ["fdatasync", "posix_fadvise", "pread"]
+
+
 # --- the store over it --------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +291,7 @@ async def test_a_checkpoint_that_fails_wakes_writers_that_wait_for_it_and_keeps_
     assert all(isinstance(result, DiskUnusable) for result in results if result is not None)
     assert store.statistics().state == "read-only"
     assert [store.get(slot.name) for slot in kept] == kept
+    await store.close()  # what failed is noted by then
     with pytest.raises(DiskForeign, match="a link is damaged"):
         killed(store, tmp_path / "again")
 
@@ -396,6 +414,24 @@ def _compare(store: LmdbMetaStore, model: dict[tuple[int, bytes], Slot]) -> None
             stamps = store.stamps(Table.OBJECT, BUCKET, shard, **where)
             assert (stamps.rows, stamps.more, stamps.row_bytes) == (len(keys), more, sum(map(len, columns)))
     assert store.scopes() == sorted({(Table.OBJECT, BUCKET, shard) for shard, _ in model})
+
+
+async def test_nobody_reaches_a_store_that_is_closed(store: LmdbMetaStore) -> None:
+    """Neither the thread that commits records with their copies, nor who asks for a checkpoint: what they would write to is somebody else's by then."""
+    late = store.ready(StoreBatch([slot_of(name_of(b"late"))]), lambda _error: None)
+    await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
+    await store.close()
+    assert isinstance(store.commit_here([late]), DiskUnusable)
+    await store.checkpoint()
+    again = LmdbMetaStore.open_or_refuse(store.directory, store.identity, map_bytes=1 << 26)
+    assert (again.get(name_of(b"k")) is not None, again.get(name_of(b"late"))) == (True, None)
+    await again.close()
+
+
+async def test_a_slice_of_no_rows_is_empty_also_while_rows_are_on_their_way(store: LmdbMetaStore) -> None:
+    slot = slot_of(name_of(b"k"))
+    await store.commit(StoreBatch([slot]))
+    assert store.slice(*slot.name[:3], after=b"", prefix=b"", limit=0) == []
 
 
 # --- the bytes ----------------------------------------------------------------------------------------------------------------
