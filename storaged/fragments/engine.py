@@ -139,9 +139,12 @@ class Engine:
         self.index = index
         self.limits = limits
         self.failure = ""
+        self._lost = False
+        """It failed in a way that lasts: what it holds need not be on the drive."""
         self.segments: dict[int, SegmentFile] = {}
         self.active = 0
         self.end = self.synced = Position(0, 0)
+        self._synced_apart = Position(0, 0)
         self.compacting = 0
         self.stuck: set[int] = set()
         self.holes: deque[Hole] = deque()
@@ -177,6 +180,7 @@ class Engine:
         if report.failure and not self.failure:
             self.fail(report.failure)
         if self.failure:
+            self._lost = True
             self.synced = Position(0, 0)  # what is in the page cache of a disk that failed need not be on the drive
         if not self.failure:
             self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
@@ -361,20 +365,26 @@ class Engine:
 
     def sync_apart(self) -> None:
         """As ``sync`` but for what ``synced`` says, and in any thread: through a descriptor of its own, so that the writer hears of a failure as well. What is
-        not in the active segment was synced when that was begun."""
-        file = self.segments.get(self.active)
-        if file is None or self.failure:
+        not in the active segment was synced when that was begun. Also on a disk that takes no writes for a reason that a restart ends: it is believed then."""
+        end = self.end
+        file = self.segments.get(end.segment)
+        if file is None or self._lost:
             return
         try:
             file.sync_apart()
         except OSError as error:
-            self.fail(f"fdatasync of segment {self.active}: {error.strerror or error}")
+            if isinstance(error, FileNotFoundError) and end.segment != self.active:
+                return  # sealed, emptied and removed meanwhile
+            self.fail(f"fdatasync of segment {end.segment}: {error.strerror or error}")
+        else:
+            self._synced_apart = end
 
     # --- the active segment ---------------------------------------------------------------------------------------------------
 
     def _writer(self) -> RecordWriter:
-        synced = self.synced.offset if self.synced.segment == self.active else 0
-        return RecordWriter(self.end.offset, segment_seed(self.index.disk_id, self.active), synced)
+        synced = max(self.synced, self._synced_apart)
+        border = synced.offset if synced.segment == self.active else 0
+        return RecordWriter(self.end.offset, segment_seed(self.index.disk_id, self.active), border)
 
     def _write_out(self, writer: RecordWriter) -> StoragedError | None:
         """Writes and advances the end. ENOSPC is taken back; any other error is the disk's last."""
@@ -458,6 +468,7 @@ class Engine:
         """The disk is read-only from now on; ``lasting``: after a restart too, because what it holds can no longer be believed to be on the drive."""
         self.failure = reason
         if lasting:
+            self._lost = True
             self.files.mark_failed(reason)
 
     def _unusable(self) -> DiskUnusable:

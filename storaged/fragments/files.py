@@ -62,7 +62,7 @@ class SegmentFile(Protocol):
     def sync(self) -> None: ...
 
     def sync_apart(self) -> None:
-        """As ``sync``, but a failure is reported to ``sync`` too: the kernel tells each descriptor of it once. Nothing when the file is gone."""
+        """As ``sync``, in any thread, but a failure is reported to ``sync`` too: the kernel tells each descriptor of it once. Raises FileNotFoundError when it is gone."""
 
     def drop_cache(self, offset: int) -> None:
         """A hint: what is read from ``offset`` on should come from the drive."""
@@ -204,12 +204,11 @@ class PosixSegmentFile:
             os.fdatasync(fd)
 
     def sync_apart(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
 
     def drop_cache(self, offset: int) -> None:
         with self._lease() as fd, contextlib.suppress(OSError):

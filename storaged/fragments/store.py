@@ -552,7 +552,9 @@ class LocalFragmentStore:
                 left = [job for job in left if id(job) in rest]
             if later:
                 refusal = _answer(self._engine.sync)
-                self._deliver([(job, refusal) for job, _ in later] if isinstance(refusal, BaseException) else later)
+                if isinstance(refusal, BaseException):  # copies count as lost there, too
+                    later, paired = [(job, refusal) for job, _ in (*later, *paired)], []
+                self._deliver(later)
                 left = [job for job, _ in paired]
             if paired:
                 self._deliver(paired, self.commit_companions([job.companion for job, _ in paired]))

@@ -110,6 +110,10 @@ class World:
         self.engine.sync()
         self.settle()
 
+    def sync_apart(self) -> None:
+        self.engine.sync_apart()
+        self.settle()
+
     def begin_checkpoint(self) -> None:
         if self.checkpoint is None:
             self.checkpoint = self.engine.freeze()
@@ -129,7 +133,7 @@ class World:
 
     def act(self) -> None:
         acts: list[Callable[[], None]] = [
-            self.write, self.write, self.write, self.delete, self.retire, self.sync, self.sync, self.begin_checkpoint,
+            self.write, self.write, self.write, self.delete, self.retire, self.sync, self.sync_apart, self.begin_checkpoint,
             self.end_checkpoint, self.compact, self.compact, self.punch, self.punch,
         ]  # fmt: skip
         self.rng.choice(acts)()

@@ -166,6 +166,9 @@ class SimulatedFile:
         disk.written.clear()
         self._files.step("synced")
 
+    def sync_apart(self) -> None:
+        self.sync()
+
     def drop_cache(self, offset: int) -> None:
         return
 

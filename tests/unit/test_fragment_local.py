@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import random
 import shutil
 import threading
@@ -656,3 +657,48 @@ async def test_a_caller_that_is_cancelled_in_the_turn_that_brings_its_answer_doe
         await asyncio.wait((writing,), timeout=5)
         assert writing.cancelled()
         assert store.statistics().queued_bytes == 0
+
+
+async def test_what_was_synced_apart_is_damaged_and_not_torn_when_it_does_not_hold(tmp_path: Path) -> None:
+    """Nobody else synced the segment: the head of a later record says how far it was durable."""
+    files = SimulatedFiles()
+    store = await LocalFragmentStore.open(tmp_path, DISK, files=files)
+    first, second = make(RNG), make(RNG)
+    await store.write(first.header, [first.payload])
+    store.sync_apart()
+    await store.write(second.header, [second.payload])
+    left = SimulatedFiles()
+    left.disks = copy.deepcopy(files.disks)
+    await store.close()
+    [disk] = left.disks.values()
+    disk.now[disk.now.index(first.payload) + 100] ^= 1
+    (tmp_path / "again").mkdir()
+    async with opened(tmp_path / "again", files=left) as found:
+        assert found.report.torn_bytes == 0
+        assert (await found.verify(first.id)).health == Health.DAMAGED
+        assert await content(found, second) == second.payload
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+async def test_what_is_to_be_believed_after_a_restart_is_synced_apart_also_on_a_disk_that_takes_no_writes(
+    tmp_path: Path, lasting: bool
+) -> None:
+    files = SimulatedFiles()
+    async with opened(tmp_path, files=files) as store:
+        made = make(RNG)
+        await store.write(made.header, [made.payload])
+        store._engine.fail("a reason", lasting=lasting)
+        store.sync_apart()
+        [disk] = files.disks.values()
+        assert (made.payload in disk.durable) is not lasting
+        files.fail["sync"] = 0
+        store.sync_apart()
+        assert ("simulated failure" in files.failed) is not lasting
+
+
+async def test_a_segment_that_is_gone_from_under_the_disk_was_not_synced(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await put(store)
+        (tmp_path / "segments").rename(tmp_path / "elsewhere")
+        store.sync_apart()
+        assert (await store.usage()).state == "read-only"

@@ -406,3 +406,21 @@ async def test_a_checkpoint_waits_for_the_copies_own_log(directory: Path) -> Non
     disk.go_on()
     assert (await accepting).copy_synced
     await disk.close()
+
+
+async def test_a_sync_that_fails_refuses_the_copies_of_its_group(directory: Path) -> None:
+    """They would be acknowledged on a disk that is known to have failed."""
+    disk = await LogDisk.opened(directory)
+    replica, first, second = LocalReplica("d", disk.meta, copies=disk.copies), small(), small()
+    await replica.accept(with_copy(ballot(10), first, OTHER), [first.payload])
+    assert disk._files is not None
+    disk._files.fail["sync"] = 0
+    other = make(RNG)
+    writing = asyncio.ensure_future(disk.fragments.write(other.header, [other.payload], sync=True))
+    await asyncio.sleep(0)
+    reply = await replica.accept(with_copy(ballot(10), second), [second.payload])
+    assert (reply.verdict, reply.copy_synced) == (Verdict.UNSTORED, False)
+    with pytest.raises(DiskUnusable):
+        await writing
+    assert disk.meta.get(NAME) is None
+    await disk.close()
