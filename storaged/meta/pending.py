@@ -5,6 +5,7 @@ One thread at a time adds to an overlay, while the event loop reads it: each loo
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,24 @@ from storaged.meta.rowvalue import pack_row, seal_small
 from storaged.units import MIB
 from storaged.wire import Buffer, encode
 
-Table = dict[bytes, bytes]
+
+class Table(dict[bytes, bytes]):
+    """Rows by key, of one table || scope || shard."""
+
+    __slots__ = ("_ordered",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ordered: list[bytes] = []
+
+    def ordered(self) -> list[bytes]:
+        """The keys in their order: a listing reads a table once for every few rows. By the event loop alone."""
+        known = self._ordered
+        if len(known) < len(self):  # it never shrinks, and tells its keys in the order in which they came
+            self._ordered = known = sorted(known + list(self)[len(known) :])
+        return known
+
+
 Copy = tuple[bytes, Sequence[Buffer]]
 """(encoded fragment header, payload) of a small object's copy."""
 
@@ -122,7 +140,7 @@ class Overlay:
             for prefix, key, row in entry.rows:
                 table = rows.get(prefix)
                 if table is None:
-                    table = rows[prefix] = {}
+                    table = rows[prefix] = Table()
                 table[key] = row
             for database, key, value in entry.others:
                 others[database, key] = value
@@ -170,7 +188,10 @@ def merged(
     bound = stored[-1][0] if stored and len(stored) >= limit else None  # behind it LMDB may have rows that were not read
     found = dict(stored)
     for table in tables:
-        for key in list(table):
-            if key > after and key.startswith(prefix) and (bound is None or key <= bound):
-                found[key] = table[key]
+        keys = table.ordered()
+        first = max(bisect_right(keys, after), bisect_left(keys, prefix))
+        for key in keys[first : first + limit]:
+            if not key.startswith(prefix) or (bound is not None and key > bound):
+                break
+            found[key] = table[key]
     return sorted(found.items())[:limit]

@@ -338,6 +338,27 @@ async def test_a_batch_that_no_group_takes_is_refused_before_anything_is_stored(
     await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    stored=st.sets(st.binary(min_size=1, max_size=2)),
+    added=st.lists(st.lists(st.tuples(st.integers(0, 1), st.binary(min_size=1, max_size=2)), max_size=5), min_size=1, max_size=5),
+    after=st.binary(max_size=2),
+    prefix=st.binary(max_size=1),
+    limit=st.integers(0, 5),
+)
+def test_tables_that_grow_between_looks_are_merged_in_the_order_of_their_keys(
+    stored: set[bytes], added: list[list[tuple[int, bytes]]], after: bytes, prefix: bytes, limit: int
+) -> None:
+    below = {key: b"stored" for key in stored if key > after and key.startswith(prefix)}
+    tables = [pending.Table(), pending.Table()]
+    for step, rows in enumerate(added):
+        for which, key in rows:
+            tables[which][key] = b"%d of %d" % (step, which)
+        everything = {**below, **tables[0], **tables[1]}
+        expected = [(key, everything[key]) for key in sorted(everything) if key > after and key.startswith(prefix)][:limit]
+        assert pending.merged(sorted(below.items())[:limit], tables, after=after, prefix=prefix, limit=limit) == expected
+
+
 KEYS = [b"a", b"a/1", b"a/2", b"b" * 480, b"b" * 481, b"b" * 700, b"b" * 961, b"c", b"c/1", b"\xff" * 500]
 
 
