@@ -141,6 +141,8 @@ class Engine:
         self.failure = ""
         self._lost = False
         """It failed in a way that lasts: what it holds need not be on the drive."""
+        self._marked = True
+        """A start will know of that."""
         self.segments: dict[int, SegmentFile] = {}
         self.active = 0
         self.end = self.synced = Position(0, 0)
@@ -365,10 +367,12 @@ class Engine:
 
     def sync_apart(self) -> None:
         """As ``sync`` but for what ``synced`` says, and in any thread: through a descriptor of its own, so that the writer hears of a failure as well. What is
-        not in the active segment was synced when that was begun. Also on a disk that takes no writes for a reason that a restart ends: it is believed then."""
+        not in the active segment was synced when that was begun. Also on a disk that takes no writes for a reason that a restart ends: it is believed then.
+        Raises DiskUnusable on one that has failed for good where that could not be noted: a start would believe it."""
         end = self.end
         file = self.segments.get(end.segment)
         if file is None or self._lost:
+            self._raise(None if self._marked else self._unusable())
             return
         try:
             file.sync_apart()
@@ -376,6 +380,7 @@ class Engine:
             if isinstance(error, FileNotFoundError) and end.segment != self.active:
                 return  # sealed, emptied and removed meanwhile
             self.fail(f"fdatasync of segment {end.segment}: {error.strerror or error}")
+            self._raise(None if self._marked else self._unusable())
         else:
             self._synced_apart = end
 
@@ -469,7 +474,7 @@ class Engine:
         self.failure = reason
         if lasting:
             self._lost = True
-            self.files.mark_failed(reason)
+            self._marked = self.files.mark_failed(reason)
 
     def _unusable(self) -> DiskUnusable:
         if self.failure:

@@ -91,8 +91,8 @@ class Files(Protocol):
     def reserve(self, count: int) -> bool:
         """Keeps (or, with 0, gives back) this many bytes for notes on a full disk. False when there was nothing to give, or no space to take."""
 
-    def mark_failed(self, reason: str) -> None:
-        """Best effort: the next start reads it by ``failure`` and stays read-only."""
+    def mark_failed(self, reason: str) -> bool:
+        """Best effort: the next start reads it by ``failure`` and stays read-only. Whether it is on the drive."""
 
     def failure(self) -> str: ...
 
@@ -310,12 +310,15 @@ class PosixFiles:
             return False
         return True
 
-    def mark_failed(self, reason: str) -> None:
-        with contextlib.suppress(OSError):
-            path = self.directory / "FAILED"
+    def mark_failed(self, reason: str) -> bool:
+        path = self.directory / "FAILED"
+        try:
             path.write_text(reason + "\n")
             sync_path(path)
             sync_path(self.directory)
+        except OSError:
+            return False
+        return True
 
     def failure(self) -> str:
         try:

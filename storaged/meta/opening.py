@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
 
@@ -16,10 +17,39 @@ from storaged.meta.rowvalue import open_small
 
 STORE_ID_BYTES = 16
 IDENTITY = b"\0identity"
+REDO = b"\0redo"
+_MARK = struct.Struct(">QQQ?")
 SUB_DATABASES = (b"rows", b"nodes", b"fences", b"pages", b"meta")
 
 Transaction = Any
 Database = Any
+
+
+class Mark(NamedTuple):
+    """What LMDB knows of its redo log. It has the changes of all groups up to ``applied``; ``written`` were durable when it was told; ``closed``: there were no others.
+    ``starts``: of the store when it was told."""
+
+    applied: int
+    written: int
+    starts: int
+    closed: bool
+
+    def pack(self) -> bytes:
+        return _MARK.pack(*self)
+
+
+def read_mark(directory: Path, transaction: Transaction, meta: Database, starts: int) -> Mark | None:
+    """None: the store has no log yet. Raises DiskForeign when it is damaged, or a program that knows of no log has opened the store since there was something in it."""
+    sealed = transaction.get(REDO, db=meta)
+    try:
+        mark = None if sealed is None else Mark(*_MARK.unpack(open_small(REDO, sealed)))
+    except (RowDamaged, struct.error) as error:
+        raise DiskForeign(f"the metadata store in {directory} does not say what its redo log must hold: {error}") from None
+    if mark is not None and not mark.closed and mark.starts != starts:
+        raise DiskForeign(
+            f"the metadata store in {directory} was opened by an older version while its redo log held what it had acknowledged"
+        )
+    return mark
 
 
 def lock(directory: Path) -> int:
@@ -56,7 +86,7 @@ def compare(directory: Path, expected: bytes) -> None:
         os.close(descriptor)
     if found is None or found[:STORE_ID_BYTES] != expected[:STORE_ID_BYTES]:
         raise DiskForeign(f"the metadata store in {directory} is another one than was in use there")
-    if int.from_bytes(found[STORE_ID_BYTES:], "big") < int.from_bytes(expected[STORE_ID_BYTES:], "big"):
+    if split_identity(found)[1] < split_identity(expected)[1]:
         raise DiskForeign(f"the metadata store in {directory} is an older copy of the one that was in use there")
 
 
@@ -66,6 +96,11 @@ def read_identity(directory: Path, transaction: Transaction, meta: Database) -> 
         return None if sealed is None else open_small(IDENTITY, sealed)
     except RowDamaged as error:
         raise DiskForeign(f"the metadata store in {directory} does not say which it is: {error}") from None
+
+
+def split_identity(identity: bytes) -> tuple[bytes, int]:
+    """Store id, and how often the store was opened."""
+    return identity[:STORE_ID_BYTES], int.from_bytes(identity[STORE_ID_BYTES:], "big")
 
 
 def unopened(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:

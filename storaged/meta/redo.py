@@ -27,7 +27,7 @@ from typing import NamedTuple
 import xxhash
 
 from storaged.errors import DiskForeign, DiskUnusable
-from storaged.meta.opening import sync_directory
+from storaged.meta.opening import Mark, sync_directory
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
@@ -53,22 +53,6 @@ assert _HEAD.size == 32
 
 BODY_BYTES_MAX = HALF_BYTES - PAGE_BYTES - _HEAD.size
 """A group of any size up to this fits a half."""
-
-
-class Mark(NamedTuple):
-    """What LMDB knows of its log. It has the changes of all groups up to ``applied``; ``written`` were durable when it was told; ``closed``: there were no others."""
-
-    applied: int
-    written: int
-    closed: bool
-
-    def pack(self) -> bytes:
-        return struct.pack(">QQ?", *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Mark:
-        """Raises struct.error."""
-        return cls(*struct.unpack(">QQ?", data))
 
 
 class RedoLog:

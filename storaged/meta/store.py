@@ -20,7 +20,7 @@ Theory of operation
     pages          xxh3-128 of the page              created ms (u64 BE) || the page
     meta           name                              check || value
                    NUL "identity"                    check || store id (16) || starts (u64 BE)
-                   NUL "redo"                        check || ``redo.Mark``
+                   NUL "redo"                        check || ``opening.Mark``
 
     A write that fails ends the store's life as a writer: what the disk did with it is unknown, so it stays read-only until it is opened
     again. A failure that isn't mere lack of space is noted beside it (``failed``), and then it is never opened again: after a failed sync the
@@ -37,7 +37,6 @@ import contextlib
 import errno
 import os
 import queue
-import struct
 import threading
 import time
 from collections import deque
@@ -60,19 +59,23 @@ from storaged.meta.lookup import StoredRows, stored_row
 from storaged.meta.names import RegisterName
 from storaged.meta.opening import (
     IDENTITY,
+    REDO,
     STORE_ID_BYTES,
     SUB_DATABASES,
     Database,
+    Mark,
     Transaction,
     compare,
     lock,
     read_identity,
+    read_mark,
+    split_identity,
     sync_directory,
     unopened,
 )
 from storaged.meta.pending import Overlay, Ready
 from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch
-from storaged.meta.redo import HALF_BYTES, Mark, RedoLog
+from storaged.meta.redo import HALF_BYTES, RedoLog
 from storaged.meta.rowkey import walk
 from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, intact, open_small, seal_small, stamps_in, unpack_row
 from storaged.meta.stretch import columns_at, stamps_at
@@ -93,7 +96,6 @@ SLICE_ROWS_MAX = 10_000
 ROOTS_CACHED_MAX = 65_536
 
 PAGE_AGE_BYTES = 8
-_REDO = b"\0redo"
 _OUT_OF_SPACE = (lmdb.MapFullError, lmdb.DiskError)
 
 
@@ -135,6 +137,7 @@ class LmdbMetaStore:
         """Held by whoever writes to the redo log or changes what is an overlay; told of what a checkpoint waits for, and of its end."""
         self._writing = threading.Lock()
         """Held by whoever writes to LMDB."""
+        self._checkpointing = threading.Lock()
         self._fresh = self._frozen = Overlay()
         """What is durable and not yet in LMDB: what came last, over what a checkpoint is putting there."""
         self._changes = pending.Changes()
@@ -208,10 +211,8 @@ class LmdbMetaStore:
         meta = self._databases[b"meta"]
         with self._env.begin() as transaction:
             known = read_identity(self.directory, transaction, meta)
-            mark = self._mark_in(transaction)
-        store_id, starts = (
-            (known[:STORE_ID_BYTES], int.from_bytes(known[STORE_ID_BYTES:], "big")) if known else (entropy(STORE_ID_BYTES), 0)
-        )
+            store_id, starts = split_identity(known) if known else (entropy(STORE_ID_BYTES), 0)
+            mark = read_mark(self.directory, transaction, meta, starts)
         self.identity = store_id + (starts + 1).to_bytes(8, "big")
         self._redo = RedoLog(self.directory, store_id, mark)
         try:
@@ -223,7 +224,7 @@ class LmdbMetaStore:
             self._redo.bodies.clear()
             with self._env.begin(write=True) as transaction:
                 transaction.put(IDENTITY, seal_small(IDENTITY, self.identity), db=meta)
-                self._put_mark(transaction, Mark(mark.applied if mark is not None else 0, self._redo.sequence, closed=False))
+                self._put_mark(transaction, mark.applied if mark is not None else 0)
             sync_directory(self.directory)
         except msgspec.MsgspecError as error:
             self._redo.close()
@@ -232,15 +233,9 @@ class LmdbMetaStore:
             self._redo.close()
             raise
 
-    def _mark_in(self, transaction: Transaction) -> Mark | None:
-        sealed = transaction.get(_REDO, db=self._databases[b"meta"])
-        try:
-            return None if sealed is None else Mark.unpack(open_small(_REDO, sealed))
-        except (RowDamaged, struct.error) as error:
-            raise DiskForeign(f"the metadata store in {self.directory} does not say what its redo log must hold: {error}") from None
-
-    def _put_mark(self, transaction: Transaction, mark: Mark) -> None:
-        transaction.put(_REDO, seal_small(_REDO, mark.pack()), db=self._databases[b"meta"])
+    def _put_mark(self, transaction: Transaction, applied: int, *, closed: bool = False) -> None:
+        mark = Mark(applied, self._redo.sequence, split_identity(self.identity)[1], closed)
+        transaction.put(REDO, seal_small(REDO, mark.pack()), db=self._databases[b"meta"])
 
     @property
     def store_id(self) -> bytes:
@@ -642,7 +637,7 @@ class LmdbMetaStore:
         return max(0.0, self._fresh_since + CHECKPOINT_S - time.monotonic())
 
     def _checkpoint(self, *, last: bool = False) -> None:
-        with self._writing:
+        with self._checkpointing:
             with self._log:
                 if self._reason or self._restorable or self._closed:
                     return
@@ -653,9 +648,9 @@ class LmdbMetaStore:
                 sequence = self._redo.sequence
             try:
                 self.sync_copies()
-                with self._env.begin(write=True) as transaction:
+                with self._writing, self._env.begin(write=True) as transaction:
                     self._applier.apply(transaction, self._frozen)
-                    self._put_mark(transaction, Mark(sequence, self._redo.sequence, closed=last))
+                    self._put_mark(transaction, sequence, closed=last)
             except Exception as error:  # a mistake of ours too: nobody may wait for ever
                 self._fail(error)
                 return
@@ -680,7 +675,11 @@ class LmdbMetaStore:
             self._stopping = True
             self._log.notify_all()
         self._checkpointer.join()
-        with self._writing, self._log:  # whoever comes late finds it closed, not a descriptor that is somebody else's by now
+        with (
+            self._checkpointing,
+            self._writing,
+            self._log,
+        ):  # whoever comes late finds it closed, not a descriptor that is somebody else's by now
             self._closed = True
             self._log.notify_all()
             self._env.close()

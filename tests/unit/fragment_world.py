@@ -281,8 +281,9 @@ class SimulatedFiles:
         self.reserved = count
         return True
 
-    def mark_failed(self, reason: str) -> None:
+    def mark_failed(self, reason: str) -> bool:
         self.failed = reason
+        return True
 
     def failure(self) -> str:
         return self.failed

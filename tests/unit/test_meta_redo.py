@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -22,8 +23,10 @@ from storaged.errors import DiskForeign, DiskUnusable
 from storaged.meta import pending, redo
 from storaged.meta import store as store_module
 from storaged.meta.names import Table
+from storaged.meta.opening import IDENTITY, Mark
 from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
-from storaged.meta.redo import PAGE_BYTES, Mark, RedoLog
+from storaged.meta.redo import PAGE_BYTES, RedoLog
+from storaged.meta.rowvalue import open_small, seal_small
 from storaged.meta.store import LmdbMetaStore
 from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of
 
@@ -47,7 +50,7 @@ def small() -> Iterator[None]:
         yield
 
 
-UNCLOSED = Mark(0, 0, closed=False)
+UNCLOSED = Mark(0, 0, 1, closed=False)
 
 
 def opened(directory: Path, mark: Mark | None = UNCLOSED) -> RedoLog:
@@ -72,7 +75,7 @@ def test_groups_come_back_in_order_and_those_that_lmdb_has_do_not(tmp_path: Path
         log.append(body)
     log.close()
     for applied in range(11):
-        again = opened(tmp_path, Mark(applied, 10, False))
+        again = opened(tmp_path, Mark(applied, 10, 1, closed=False))
         assert again.bodies == bodies[applied:]
         assert again.sequence == 10
         again.close()
@@ -94,7 +97,7 @@ def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path,
     log.append(b"new")
     assert not log.turn()
     log.close()
-    again = opened(tmp_path, Mark(HALF // 8192, written, False))
+    again = opened(tmp_path, Mark(HALF // 8192, written, 1, closed=False))
     assert again.bodies == [body_of(number, 5000) for number in range(HALF // 8192 + 1, written + 1)] + [b"new"]
     again.close()
 
@@ -134,7 +137,7 @@ def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
                 (directory / redo.FILE_NAME).write_bytes(after)
                 acknowledged = log.sequence - 1
                 log.close()
-                log = opened(directory, Mark(min(applied, acknowledged), min(applied, acknowledged), False))
+                log = opened(directory, Mark(min(applied, acknowledged), min(applied, acknowledged), 1, closed=False))
                 assert log.sequence in (acknowledged, acknowledged + 1)
                 assert log.bodies == [bodies[sequence] for sequence in range(min(applied, acknowledged) + 1, log.sequence + 1)]
         log.close()
@@ -155,11 +158,11 @@ def test_damage_before_the_last_group_refuses_the_disk(tmp_path: Path, small_log
         if group < 4:
             with pytest.raises(DiskForeign, match=f"damaged at group {group + 1}"):
                 opened(tmp_path)
-            opened(tmp_path, Mark(group + 1, 5, False)).close()  # LMDB has it
+            opened(tmp_path, Mark(group + 1, 5, 1, closed=False)).close()  # LMDB has it
         else:
             assert len(opened(tmp_path).bodies) == 4  # as a torn write
             with pytest.raises(DiskForeign, match="acknowledged group 5"):
-                opened(tmp_path, Mark(0, 5, False))
+                opened(tmp_path, Mark(0, 5, 1, closed=False))
 
 
 def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, small_log: None) -> None:
@@ -167,7 +170,7 @@ def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, sma
     log.append(b"group")
     log.close()
     with pytest.raises(DiskForeign, match="not the redo log"):
-        RedoLog(tmp_path, bytes(16), Mark(0, 0, False))
+        RedoLog(tmp_path, bytes(16), Mark(0, 0, 1, closed=False))
     file = tmp_path / redo.FILE_NAME
     os.truncate(file, PAGE_BYTES + HALF)
     with pytest.raises(DiskForeign, match="not the redo log"):
@@ -176,11 +179,11 @@ def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, sma
     with pytest.raises(DiskForeign, match="gone"):
         opened(tmp_path)
     with pytest.raises(DiskForeign, match="gone"):
-        opened(tmp_path, Mark(1, 1, False))
-    again = opened(tmp_path, Mark(1, 1, True))  # it was closed: nothing of it is missed
+        opened(tmp_path, Mark(1, 1, 1, closed=False))
+    again = opened(tmp_path, Mark(1, 1, 1, closed=True))  # it was closed: nothing of it is missed
     again.append(b"next")
     again.close()
-    assert opened(tmp_path, Mark(1, 1, False)).bodies == [b"next"]
+    assert opened(tmp_path, Mark(1, 1, 1, closed=False)).bodies == [b"next"]
 
 
 def test_a_log_whose_disk_refuses_to_read_is_unusable_and_not_foreign(tmp_path: Path, small_log: None) -> None:
@@ -329,6 +332,40 @@ async def test_a_log_put_back_from_before_is_refused(store: LmdbMetaStore, tmp_p
     (store.directory / redo.FILE_NAME).write_bytes(old)
     with pytest.raises(DiskForeign, match="acknowledged group 2"):
         killed(store, tmp_path / "again")
+
+
+async def test_a_store_that_an_older_version_opened_over_an_unfinished_log_is_refused(store: LmdbMetaStore, tmp_path: Path) -> None:
+    """It knows of no log: what it then wrote would be replaced by what lies there."""
+    await store.commit(StoreBatch([slot_of(name_of(b"a"))]))
+    shutil.copytree(store.directory, tmp_path / "killed")
+    await store.checkpoint()
+    await store.close()
+    for place, refused in ((tmp_path / "killed", True), (store.directory, False)):
+        with lmdb.open(str(place), max_dbs=5, map_size=1 << 26) as environment:
+            meta = environment.open_db(b"meta", create=False)
+            with environment.begin(write=True, db=meta) as transaction:
+                known = open_small(IDENTITY, transaction.get(IDENTITY))
+                transaction.put(IDENTITY, seal_small(IDENTITY, known[:16] + (known[23] + 1).to_bytes(8, "big")))
+        if refused:
+            with pytest.raises(DiskForeign, match="older version"):
+                LmdbMetaStore(place, map_bytes=1 << 26)
+        else:
+            again = LmdbMetaStore(place, map_bytes=1 << 26)
+            assert again.get(name_of(b"a")) is not None
+            await again.close()
+
+
+async def test_a_page_does_not_wait_for_the_copies_of_a_checkpoint(store: LmdbMetaStore) -> None:
+    hold, reached = threading.Event(), threading.Event()
+    store.sync_copies = lambda: (reached.set(), hold.wait(10))[0]  # type: ignore[misc]
+    running = asyncio.ensure_future(store.checkpoint())
+    await asyncio.to_thread(reached.wait, 10)
+    page = page_of(b"page")
+    async with asyncio.timeout(5):
+        await store.commit(StoreBatch(pages=[page]))
+    assert store.get_page(page.page_hash) == b"page"
+    hold.set()
+    await running
 
 
 async def test_a_batch_that_no_group_takes_is_refused_before_anything_is_stored(store: LmdbMetaStore) -> None:

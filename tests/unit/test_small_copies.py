@@ -28,7 +28,7 @@ from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import Buffer, encode
-from tests.unit.fragment_world import DISK, SimulatedFiles, make
+from tests.unit.fragment_world import DISK, SimulatedFile, SimulatedFiles, make
 
 SCOPE = b"s" * 16
 NAME = RegisterName(Table.OBJECT, SCOPE, 3, b"key")
@@ -423,4 +423,23 @@ async def test_a_sync_that_fails_refuses_the_copies_of_its_group(directory: Path
     with pytest.raises(DiskUnusable):
         await writing
     assert disk.meta.get(NAME) is None
+    await disk.close()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+async def test_copies_stay_in_the_redo_log_when_their_own_could_not_be_synced_and_nothing_will_say_so(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    disk = await LogDisk.opened(directory)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+
+    def broken(_file: SimulatedFile) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    await replica.accept(with_copy(ballot(10), copy), [copy.payload])
+    monkeypatch.setattr(SimulatedFile, "sync_apart", broken)
+    monkeypatch.setattr(SimulatedFiles, "mark_failed", lambda _files, _reason: noted)
+    await disk.meta.checkpoint()
+    assert disk.meta.statistics().checkpoints == (1 if noted else 0)
+    assert disk.meta.statistics().state == ("ok" if noted else "read-only")
     await disk.close()
