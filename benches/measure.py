@@ -59,7 +59,9 @@ class Stage:
             return rows.getting(target, bucket, prefix, self.bodies(row.size_bytes), count)
         if row.kind == "head":
             return rows.heading(target, bucket, prefix, count, source.size_bytes)
-        return rows.listing(target, bucket, prefix, count)
+        if row.kind == "list-written":
+            return rows.listing_written(target, bucket, prefix, count, self.bodies(source.size_bytes), source.size_bytes)
+        return rows.listing(target, bucket, prefix, count, in_order=row.kind == "list-first")
 
     async def measure(self, row: Row) -> Result:
         """Runs a row, and reads some of what it wrote back."""

@@ -7,7 +7,7 @@ Each part is told for a page that is asked for the first time, and for one that 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from benches.micro_world import BUCKET, REGION, OneKey, finished, list_request, three_racks
@@ -26,7 +26,7 @@ from storaged.objects.versions import Place, seal_version
 from storaged.s3 import listing
 from storaged.s3.context import Front
 from storaged.s3.limits import Limits
-from storaged.wire import decode, encode
+from storaged.wire import Buffer, decode, encode
 
 OBJECTS = 20_000
 
@@ -78,7 +78,7 @@ class Ring:
     def replica(self, disk: str) -> Ring:
         return self
 
-    def post(self, request: ScanRequest, then: Callable[[Any, memoryview], None], *, timeout_s: float) -> bool:
+    def post(self, request: ScanRequest, then: Callable[[Any, memoryview], None], *, body: Sequence[Buffer] = (), timeout_s: float) -> bool:
         asked = encode(request)
         self.asked.append(request)
         if asked not in self._known:

@@ -50,6 +50,9 @@ ROWS = {
         Row("get-4k-64", "get", 64, 16000, 2200, 4 * KIB, "put-4k-64"),
         Row("head-64", "head", 64, 16000, 2200, 0, "put-4k-64"),
         Row("list-1000-4", "list", 4, 400, 40, 0, "put-4k-64"),
+        Row("list-written-4", "list-written", 4, 800, 80, 0, "put-4k-64"),
+        Row("put-4k-many", "put", 64, 40_000, 4_000, 4 * KIB),
+        Row("list-first-4", "list-first", 4, 40, 4, 0, "put-4k-many"),
         Row("put-64m-4", "put", 4, 12, 4, 64 * MIB),
         Row("get-64m-4", "get", 4, 24, 8, 64 * MIB, "put-64m-4"),
         Row("put-256m-64", "put", 64, 64, 64, 256 * MIB),
@@ -58,8 +61,8 @@ ROWS = {
         Row("get-64m-4-degraded", "get", 4, 24, 8, 64 * MIB, "put-64m-4", degraded=True),
     )
 }
-HEAVY = ("put-256m-64", "get-256m-64")
-"""Only when asked for: 16 GiB each way, for the memory of 64 large transfers at once."""
+HEAVY = ("put-256m-64", "get-256m-64", "list-written-4", "put-4k-many", "list-first-4")
+"""Only when asked for: 16 GiB each way, for the memory of 64 large transfers at once; 40,000 objects, for pages of which none was listed before."""
 
 DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
 
@@ -329,12 +332,12 @@ def heading(target: Target, bucket: str, prefix: str, count: int, size: int) -> 
     return head
 
 
-def listing(target: Target, bucket: str, prefix: str, count: int) -> Operation:
-    """Pages of 1,000 from somewhere in the bucket; the keys of the page are checked."""
+def listing(target: Target, bucket: str, prefix: str, count: int, *, in_order: bool = False) -> Operation:
+    """Pages of 1,000 from somewhere in the bucket, or one behind the other; the keys of the page are checked."""
     sign = Signer(target)
 
     def page(number: int) -> Ask:
-        first = number * 1009 % max(count - 1001, 1)
+        first = min(number * 1000, count - 2) if in_order else number * 1009 % max(count - 1001, 1)
         wanted, next_key = min(1000, count - first - 1), f"{prefix}{first + 1:08d}".encode()
 
         def check(answered: Connection) -> None:
@@ -346,3 +349,16 @@ def listing(target: Target, bucket: str, prefix: str, count: int) -> Operation:
         return Ask(sign.head("GET", f"/{bucket}", query), check=check)
 
     return page
+
+
+def listing_written(target: Target, bucket: str, prefix: str, count: int, bodies: Bodies, size: int) -> Operation:
+    """By turns a page of ``listing``, and the same bytes once more under a key that is on such a page."""
+    page, sign, path = listing(target, bucket, prefix, count), Signer(target), path_of(bucket, prefix)
+
+    def either(number: int) -> Ask:
+        if number % 2:
+            return page(number // 2)
+        key = (number // 2 * 1009 + 500) % count
+        return Ask(sign.head("PUT", f"{path}{key:08d}", sha256=bodies.sha256(key), length=size), bodies.of(key))
+
+    return either

@@ -45,14 +45,15 @@ class ListedLately:
         for index, row in enumerate(_matching(old, keys, heads)):
             if row is not None and known[index] is None:
                 known[index] = row
-                self.keep(bucket_key, keys[index], row)
+                self.keep(bucket_key, [keys[index]], [row])
         return known
 
-    def keep(self, bucket_key: BucketKey, key: bytes, row: ListedObject) -> None:
+    def keep(self, bucket_key: BucketKey, keys: Sequence[bytes], rows: Sequence[ListedObject]) -> None:
+        """No more at a time than a page has."""
         if self._bytes >= self._bytes_max // 2:
             self._old, self._young, self._bytes = self._young, WeakKeyDictionary(), 0
-        self._young.setdefault(bucket_key, {})[key] = row
-        self._bytes += ROW_BYTES + len(key) + len(row.head)
+        self._young.setdefault(bucket_key, {}).update(zip(keys, rows, strict=True))
+        self._bytes += len(rows) * ROW_BYTES + sum(map(len, keys)) + sum([len(row.head) for row in rows])
 
     def clear(self) -> None:
         self._young.clear()

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
 from typing import cast
 
 import msgspec
-from msgspec.structs import astuple
 
 from storaged.errors import DataDamaged
 from storaged.meta.names import Table, object_name
 from storaged.objects.api import ListedObject, ListedVersion, Listing, VersionListing
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.records import BucketRecord, ObjectRecord, SealedList, Version, decode_heads
+from storaged.objects.records import BucketRecord, ListedFields, ObjectRecord, SealedList, Version, decode_heads
 from storaged.objects.versions import BucketKeys, Place, decode_record, open_listing
 from storaged.wire import decode_all
 
@@ -39,40 +37,44 @@ async def list_objects(
     newest = await keys.newest()
     plane.listed.meet(newest, partial(plane.scanner.forget, bucket.id))
     found = plane.listed.find(newest, page.keys, page.heads)
-    new = [index for index, row in enumerate(found) if row is None] if None in found else ()
-    if new:
-        names, heads = (
-            (page.keys, page.heads) if len(new) == len(found) else ([page.keys[at] for at in new], [page.heads[at] for at in new])
-        )
-        try:
-            opened = await _rows(keys, bucket, names, heads)
-        except DataDamaged:
-            for key, head in zip(names, heads, strict=True):  # which one it is shows row by row
-                with _named(key):
-                    await _rows(keys, bucket, [key], [head])
-            raise
-        for index, key, row in zip(new, names, opened, strict=True):
+    if None in found:
+        new = [index for index, row in enumerate(found) if row is None]
+        names, heads = [page.keys[index] for index in new], [page.heads[index] for index in new]
+        rows = await _rows(keys, bucket, names, heads)
+        plane.listed.keep(newest, names, rows)
+        for index, row in zip(new, rows, strict=True):
             found[index] = row
-            plane.listed.keep(newest, key, row)
     return Listing(page.keys, cast(list[ListedObject], found), page.prefixes, page.next_after)
 
 
 async def _rows(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> list[ListedObject]:
-    """What heads hold. Raises DataDamaged."""
+    """What heads hold. Raises DataDamaged, which names the key."""
     try:
-        columns = zip(*decode_heads(heads), strict=True)
+        return await _rows_at_once(keys, bucket, names, heads)
+    except DataDamaged:
+        for name, head in zip(names, heads, strict=True):  # which one it is shows row by row
+            with _named(name):
+                await _rows_at_once(keys, bucket, [name], [head])
+        raise
+
+
+async def _rows_at_once(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> list[ListedObject]:
+    """Raises DataDamaged."""
+    try:
+        fields = decode_heads(heads)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of a listed key cannot be read: {error}") from None
-    version_ids, times_ms, sizes, _, key_versions, context_ids, sealed = columns
-    contexts = _contexts(bucket, names, version_ids, context_ids)
+    contexts = _contexts(bucket, names, fields)
     try:
-        printed = decode_all(await _opened(keys, key_versions, sealed, contexts), SealedList)
+        printed = decode_all(await _opened(keys, fields, contexts), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
-    etags, *kinds = zip(*map(astuple, printed), strict=True)
-    known: dict[tuple[str, str, str], tuple[str, str, str]] = {}
-    shared = [known.setdefault(kind, kind) for kind in zip(*kinds, strict=True)]
-    return list(map(ListedObject, sizes, times_ms, etags, shared, heads))
+    kinds = [(field.algorithm, field.checksum_type, field.storage_class) for field in printed]
+    shared = {kind: kind for kind in kinds}
+    return [
+        ListedObject(its.size, its.modified_ms, field.etag, shared[kind], head)
+        for its, field, kind, head in zip(fields, printed, kinds, heads, strict=True)
+    ]
 
 
 @contextmanager
@@ -84,25 +86,26 @@ def _named(key: bytes) -> Iterator[None]:
         raise DataDamaged(f"{error} (key {key.decode(errors='replace')!r})", **error.details) from None
 
 
-def _contexts(bucket: BucketRecord, keys: Sequence[bytes], version_ids: Sequence[str], context_ids: Sequence[bytes]) -> list[bytes]:
+def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields]) -> list[bytes]:
     """``Place.context`` of every row: bucket id, key, version id, context id, each behind its length."""
     first = pack_context(b"", (bucket.id,))
-    lengths = {length: length.to_bytes(4, "big") for length in {*map(len, keys), *map(len, context_ids)}}
-    versions = {version_id: pack_context(b"", (version_id.encode(),)) for version_id in set(version_ids)}
-    before_keys, before_ids = map(lengths.__getitem__, map(len, keys)), map(lengths.__getitem__, map(len, context_ids))
-    fields = zip(repeat(first), before_keys, keys, map(versions.__getitem__, version_ids), before_ids, context_ids)
-    return list(map(b"".join, fields))
+    lengths = {length: length.to_bytes(4, "big") for length in {*map(len, keys), *[len(its.context_id) for its in fields]}}
+    versions = {version_id: pack_context(b"", (version_id.encode(),)) for version_id in {its.version_id for its in fields}}
+    return [
+        b"".join((first, lengths[len(key)], key, versions[its.version_id], lengths[len(its.context_id)], its.context_id))
+        for key, its in zip(keys, fields, strict=True)
+    ]
 
 
-async def _opened(keys: BucketKeys, key_versions: Sequence[int], sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
+async def _opened(keys: BucketKeys, fields: Sequence[ListedFields], contexts: Sequence[bytes]) -> list[bytes]:
     """What the list fields hold. Mostly all are under one version of the bucket's key."""
-    versions = set(key_versions)
+    versions = {its.bucket_key for its in fields}
     if len(versions) == 1:
-        return (await keys.load(versions.pop())).open_lists(sealed, contexts)
-    opened = [b""] * len(sealed)
+        return (await keys.load(versions.pop())).open_lists([its.listing for its in fields], contexts)
+    opened = [b""] * len(fields)
     for version in sorted(versions):
-        held = [index for index, its in enumerate(key_versions) if its == version]
-        plain = (await keys.load(version)).open_lists([sealed[index] for index in held], [contexts[index] for index in held])
+        held = [index for index, its in enumerate(fields) if its.bucket_key == version]
+        plain = (await keys.load(version)).open_lists([fields[index].listing for index in held], [contexts[index] for index in held])
         for index, text in zip(held, plain, strict=True):
             opened[index] = text
     return opened

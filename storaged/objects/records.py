@@ -7,7 +7,6 @@ listing prints (SealedList). See FORMATS.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
 
@@ -83,8 +82,8 @@ class ObjectRecord(Message, frozen=True):
     versions: tuple[Version, ...]
 
 
-class ListedFields(NamedTuple):
-    """The first fields of a Version."""
+class ListedFields(Message, frozen=True, gc=False):
+    """The first fields of a Version. (A thousand at a time: the collector need not know of them.)"""
 
     version_id: str
     modified_ms: int
@@ -122,7 +121,7 @@ class _ObjectRecordOfOld(Message, frozen=True):
     versions: tuple[_VersionOfOld, ...]
 
 
-assert ListedFields._fields == Version.__struct_fields__[: len(ListedFields._fields)]
+assert ListedFields.__struct_fields__ == Version.__struct_fields__[: len(ListedFields.__struct_fields__)]
 assert len(Version.__struct_fields__) < 16, "the array of a version begins with one byte"
 
 

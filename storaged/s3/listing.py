@@ -82,8 +82,9 @@ def _rows(ask: _Ask, page: Listing, owner: str) -> list[str]:
 
 def _print(rows: Sequence[ListedObject]) -> None:
     """Leaves in each what a list says of it, from the end of its key to its storage class."""
+    times = xml.iso_times([row.modified_ms for row in rows])
     around = {kind: _around_size(*kind) for kind in {row.kind for row in rows}}
-    for row, time in zip(rows, xml.iso_times([row.modified_ms for row in rows]), strict=True):
+    for row, time in zip(rows, times, strict=True):
         before, behind = around[row.kind]
         row.text = f"</Key><LastModified>{time}</LastModified><ETag>&quot;{row.etag}{before}{row.size}{behind}"
 

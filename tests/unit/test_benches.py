@@ -128,6 +128,21 @@ async def test_an_honest_server_passes_every_row_and_every_operation_is_counted(
     assert all(0 < result.p50_ms <= result.p99_ms <= result.max_ms for result in results)
 
 
+async def test_pages_between_writes_and_pages_in_order_are_checked_as_the_others_are() -> None:
+    names = ("list-written-4", "list-first-4")
+    async with serving() as (_, target):
+        assert [(result.row, result.operations, result.errors) for result in await rows_of(target, names)] == [
+            ("list-written-4", 80, 0),
+            ("list-first-4", 4, 0),
+        ]
+    async with serving() as (small, target):
+        small.lie, small.about = "one-key-less", re.compile("GET /.*list-type")
+        for name in names:
+            assert [(result.row, result.operations < 80 and result.errors > 0) for result in await rows_of(target, (name,))] == [
+                (name, True)
+            ]
+
+
 async def test_a_chunked_answer_is_as_good_as_one_with_a_length() -> None:
     async with serving("chunked", "GET /") as (_, target):
         assert [result.errors for result in await rows_of(target, ("get-4k-64", "list-1000-4"))] == [0, 0]

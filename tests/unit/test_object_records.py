@@ -28,7 +28,7 @@ def version(number: int = 1, **changed: object) -> Version:
 
 
 def fields_of(version: Version) -> ListedFields:
-    return ListedFields(*(getattr(version, name) for name in ListedFields._fields))
+    return ListedFields(*(getattr(version, name) for name in ListedFields.__struct_fields__))
 
 
 def of_old(version: Version) -> list[object]:

@@ -102,7 +102,7 @@ def test_the_rows_kept_are_bounded_and_those_in_use_stay() -> None:
     lately, bucket_key = ListedLately(20 * (ROW_BYTES + 8)), FakeBucketKey(1)
     for number in range(100):
         key = b"%04d" % number
-        lately.keep(bucket_key, key, ListedObject(number, 0, "", ("", "", ""), b"head"))
+        lately.keep(bucket_key, [key], [ListedObject(number, 0, "", ("", "", ""), b"head")])
         [row] = lately.find(bucket_key, [b"0000"], [b"head"])
         assert row is not None
         assert row.size == 0
