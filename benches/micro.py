@@ -46,9 +46,9 @@ from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import DigestsKept
 from storaged.meta.store import CHECKPOINT_S, LmdbMetaStore
 from storaged.objects import erasure
-from storaged.objects.api import Buckets, ListedObject, Listing, Objects, Users
+from storaged.objects.api import Buckets, Listing, Objects, Show, Users
 from storaged.objects.ports import pack_context
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import BucketRecord, SealedList
 from storaged.objects.seal import seal_part
 from storaged.s3 import listing, sigv4
 from storaged.s3.app import S3App
@@ -153,11 +153,11 @@ class _Page:
     """As much of ``Objects`` as a listing asks for."""
 
     def __init__(self) -> None:
-        keys = [b"photos/2026/%06d.jpg" % n for n in range(1000)]
-        self._page = Listing(keys, [ListedObject(4096, 1_700_000_000_000 + 7 * n, "0" * 32, ("", "", "STANDARD")) for n in range(1000)])
+        self._keys = [b"photos/2026/%06d.jpg" % n for n in range(1000)]
+        self._columns = [4096] * 1000, [1_700_000_000_000 + 7 * n for n in range(1000)], [SealedList("0" * 32)] * 1000
 
-    async def list_objects(self, bucket: BucketRecord, **options: object) -> Listing:
-        return self._page
+    async def list_objects(self, bucket: BucketRecord, *, show: Show, **options: object) -> Listing:
+        return Listing(self._keys, show(*self._columns))
 
 
 def list_page() -> list[Measured]:

@@ -8,11 +8,11 @@ Checksum algorithms are named CRC32, CRC32C, CRC64NVME, SHA1, SHA256; their valu
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct, field
 
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 from storaged.wire import Buffer
 
 CHECKSUM_ALGORITHMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256")
@@ -167,23 +167,25 @@ class ListedVersion(Struct, frozen=True):
     delete_marker: bool = False
 
 
-class ListedObject(Struct, gc=False):
-    """A current object as listings show it. ``kind``: checksum algorithm and type, storage class. ``head``: what it was made of. ``text``: whoever prints it may leave here
-    what it printed; the object plane keeps it with the rest."""
-
+class ListedObject(NamedTuple):
     size: int
     modified_ms: int
-    etag: str
-    kind: tuple[str, str, str]
-    head: bytes = b""
-    text: str = ""
+    printed: SealedList
+
+
+Show = Callable[[Sequence[int], Sequence[int], Sequence[SealedList]], Sequence[Any]]
+"""Makes of objects' sizes, times and list fields what the caller of a listing wants of each. A pure function: what it made is kept, and given again (``objects.listed``)."""
+
+
+def as_rows(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> Sequence[ListedObject]:
+    return list(map(ListedObject, sizes, times_ms, printed))
 
 
 class Listing(Struct, frozen=True):
-    """Current objects in the order of their keys, and common prefixes."""
+    """Current objects in the order of their keys, as columns: the keys, and what ``show`` made of each; and common prefixes."""
 
     keys: Sequence[bytes] = ()
-    objects: Sequence[ListedObject] = ()
+    shown: Sequence[Any] = ()
     prefixes: Sequence[bytes] = ()
     next_after: bytes | None = None
 
@@ -335,7 +337,14 @@ class Objects(Protocol):
         """Returns the version id."""
 
     async def list_objects(
-        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+        show: Show = as_rows,
     ) -> Listing:
         """Current objects with key > ``after``."""
 

@@ -1,4 +1,4 @@
-"""Rows of listings that were opened lately, so that listing a bucket again opens, and prints, only what is new in it.
+"""What was shown of rows of listings lately, so that listing a bucket again opens, and prints, only what is new in it.
 
 A row counts only for the very head that it was made of, at its own key, and while the bucket key is held that was at hand when it was opened: so it is never stale, and
 goes with that key, as what a read opened does (``objects.opened``). What is kept is in memory only, and bounded.
@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from operator import eq
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from storaged.objects.api import ListedObject
+from storaged.objects.api import Show
 from storaged.objects.ports import BucketKey
 
 ROW_BYTES = 600
-"""What a row takes besides its key and head, printed text included."""
+"""What a row takes besides its key and head: what the S3 front shows of it, and its places in two tables."""
 
-Rows = dict[bytes, ListedObject]
+
+class _Rows:
+    """By key: the head of each row, and what was shown of it."""
+
+    __slots__ = ("heads", "shown")
+
+    def __init__(self) -> None:
+        self.heads: dict[bytes, bytes] = {}
+        self.shown: dict[bytes, Any] = {}
+
+
+_Generation = WeakKeyDictionary[BucketKey, dict[Show, _Rows]]
 
 
 class ListedLately:
@@ -27,8 +40,8 @@ class ListedLately:
         self._bytes_max = bytes_max
         self._bytes = 0
         self._met: WeakSet[BucketKey] = WeakSet()
-        self._young: WeakKeyDictionary[BucketKey, Rows] = WeakKeyDictionary()
-        self._old: WeakKeyDictionary[BucketKey, Rows] = WeakKeyDictionary()
+        self._young: _Generation = WeakKeyDictionary()
+        self._old: _Generation = WeakKeyDictionary()
 
     def meet(self, bucket_key: BucketKey, gone: Callable[[], None]) -> None:
         """``gone`` is called when the key was let go of, so that what else is remembered of its bucket goes with it."""
@@ -36,24 +49,30 @@ class ListedLately:
             self._met.add(bucket_key)
             weakref.finalize(bucket_key, gone).atexit = False
 
-    def find(self, bucket_key: BucketKey, keys: Sequence[bytes], heads: Sequence[bytes]) -> list[ListedObject | None]:
-        """Of each key the row, if it was made of this head."""
-        known = _matching(self._young.get(bucket_key, {}), keys, heads)
-        old = self._old.get(bucket_key)
-        if not old or None not in known:
-            return known
-        for index, row in enumerate(_matching(old, keys, heads)):
-            if row is not None and known[index] is None:
-                known[index] = row
-                self.keep(bucket_key, [keys[index]], [row])
+    def find(self, bucket_key: BucketKey, show: Show, keys: Sequence[bytes], heads: Sequence[bytes]) -> list[Any]:
+        """Of each key what ``show`` made of it, if that was of this head; else None."""
+        known = _matching(self._young, bucket_key, show, keys, heads)
+        if None in known and bucket_key in self._old:
+            old = _matching(self._old, bucket_key, show, keys, heads)
+            again = [index for index, shown in enumerate(old) if shown is not None and known[index] is None]
+            for index in again:
+                known[index] = old[index]
+            self.keep(
+                bucket_key, show, [keys[index] for index in again], [heads[index] for index in again], [old[index] for index in again]
+            )
         return known
 
-    def keep(self, bucket_key: BucketKey, keys: Sequence[bytes], rows: Sequence[ListedObject]) -> None:
+    def keep(self, bucket_key: BucketKey, show: Show, keys: Sequence[bytes], heads: Sequence[bytes], shown: Sequence[Any]) -> None:
         """No more at a time than a page has."""
         if self._bytes >= self._bytes_max // 2:
             self._old, self._young, self._bytes = self._young, WeakKeyDictionary(), 0
-        self._young.setdefault(bucket_key, {}).update(zip(keys, rows, strict=True))
-        self._bytes += len(rows) * ROW_BYTES + sum(map(len, keys)) + sum([len(row.head) for row in rows])
+        shows = self._young.get(bucket_key)
+        if shows is None:
+            shows = self._young[bucket_key] = {}
+        rows = shows.setdefault(show, _Rows())
+        rows.heads.update(zip(keys, heads, strict=True))
+        rows.shown.update(zip(keys, shown, strict=True))
+        self._bytes += len(keys) * ROW_BYTES + sum(map(len, keys)) + sum(map(len, heads))
 
     def clear(self) -> None:
         self._young.clear()
@@ -61,5 +80,10 @@ class ListedLately:
         self._bytes = 0
 
 
-def _matching(rows: Rows, keys: Sequence[bytes], heads: Sequence[bytes]) -> list[ListedObject | None]:
-    return [row if row is not None and row.head == head else None for row, head in zip(map(rows.get, keys), heads, strict=True)]
+def _matching(generation: _Generation, bucket_key: BucketKey, show: Show, keys: Sequence[bytes], heads: Sequence[bytes]) -> list[Any]:
+    rows = generation.get(bucket_key, {}).get(show)
+    if rows is None:
+        return [None] * len(keys)
+    shown = list(map(rows.shown.get, keys))
+    same = list(map(eq, map(rows.heads.get, keys), heads))
+    return shown if all(same) else [its if equal else None for its, equal in zip(shown, same, strict=True)]

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
 
 import msgspec
 
 from storaged.errors import DataDamaged
 from storaged.meta.names import Table, object_name
-from storaged.objects.api import ListedObject, ListedVersion, Listing, VersionListing
+from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
 from storaged.objects.records import BucketRecord, ListedFields, ObjectRecord, SealedList, Version, decode_heads
@@ -24,7 +23,14 @@ from storaged.wire import decode_all
 
 
 async def list_objects(
-    plane: ObjectPlane, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    *,
+    prefix: bytes = b"",
+    after: bytes = b"",
+    delimiter: bytes = b"",
+    limit: int = 1000,
+    show: Show = as_rows,
 ) -> Listing:
     """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged, which names the key, for a record that can't
     be read or opened."""
@@ -36,45 +42,43 @@ async def list_objects(
     keys = BucketKeys(plane, bucket)
     newest = await keys.newest()
     plane.listed.meet(newest, partial(plane.scanner.forget, bucket.id))
-    found = plane.listed.find(newest, page.keys, page.heads)
-    if None in found:
-        new = [index for index, row in enumerate(found) if row is None]
+    shown = plane.listed.find(newest, show, page.keys, page.heads)
+    if None in shown:
+        new = [index for index, its in enumerate(shown) if its is None]
         names, heads = [page.keys[index] for index in new], [page.heads[index] for index in new]
-        rows = await _rows(keys, bucket, names, heads)
-        plane.listed.keep(newest, names, rows)
-        for index, row in zip(new, rows, strict=True):
-            found[index] = row
-    return Listing(page.keys, cast(list[ListedObject], found), page.prefixes, page.next_after)
+        made = show(*await _columns(keys, bucket, names, heads))
+        plane.listed.keep(newest, show, names, heads, made)
+        for index, its in zip(new, made, strict=True):
+            shown[index] = its
+    return Listing(page.keys, shown, page.prefixes, page.next_after)
 
 
-async def _rows(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> list[ListedObject]:
+Columns = tuple[Sequence[int], Sequence[int], Sequence[SealedList]]
+"""Sizes, times in ms, what is printed."""
+
+
+async def _columns(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> Columns:
     """What heads hold. Raises DataDamaged, which names the key."""
     try:
-        return await _rows_at_once(keys, bucket, names, heads)
+        return await _opened(keys, bucket, names, heads)
     except DataDamaged:
         for name, head in zip(names, heads, strict=True):  # which one it is shows row by row
             with _named(name):
-                await _rows_at_once(keys, bucket, [name], [head])
+                await _opened(keys, bucket, [name], [head])
         raise
 
 
-async def _rows_at_once(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> list[ListedObject]:
+async def _opened(keys: BucketKeys, bucket: BucketRecord, names: Sequence[bytes], heads: Sequence[bytes]) -> Columns:
     """Raises DataDamaged."""
     try:
         fields = decode_heads(heads)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of a listed key cannot be read: {error}") from None
-    contexts = _contexts(bucket, names, fields)
     try:
-        printed = decode_all(await _opened(keys, fields, contexts), SealedList)
+        printed = decode_all(await _list_fields(keys, fields, _contexts(bucket, names, fields)), SealedList)
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The list field of a key does not open: {error}") from None
-    kinds = [(field.algorithm, field.checksum_type, field.storage_class) for field in printed]
-    shared = {kind: kind for kind in kinds}
-    return [
-        ListedObject(its.size, its.modified_ms, field.etag, shared[kind], head)
-        for its, field, kind, head in zip(fields, printed, kinds, heads, strict=True)
-    ]
+    return [its.size for its in fields], [its.modified_ms for its in fields], printed
 
 
 @contextmanager
@@ -97,7 +101,7 @@ def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[List
     ]
 
 
-async def _opened(keys: BucketKeys, fields: Sequence[ListedFields], contexts: Sequence[bytes]) -> list[bytes]:
+async def _list_fields(keys: BucketKeys, fields: Sequence[ListedFields], contexts: Sequence[bytes]) -> list[bytes]:
     """What the list fields hold. Mostly all are under one version of the bucket's key."""
     versions = {its.bucket_key for its in fields}
     if len(versions) == 1:

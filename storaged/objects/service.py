@@ -20,9 +20,11 @@ from storaged.objects.api import (
     PutResult,
     RangeSpec,
     ReadConditions,
+    Show,
     UploadInfo,
     VersionListing,
     WriteConditions,
+    as_rows,
 )
 from storaged.objects.background import Counters
 from storaged.objects.get import HeldStream, VerifiedStream
@@ -124,9 +126,16 @@ class ObjectService:
         return await delete.set_tags(self.plane, bucket, key, tags, version_id=version_id)
 
     async def list_objects(
-        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+        show: Show = as_rows,
     ) -> Listing:
-        return await listing.list_objects(self.plane, bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+        return await listing.list_objects(self.plane, bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit, show=show)
 
     async def list_versions(
         self,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storaged import errors
-from storaged.objects.api import ListedObject, ListedVersion, Listing, UploadInfo, VersionListing
+from storaged.objects.api import ListedVersion, Listing, UploadInfo, VersionListing
+from storaged.objects.records import SealedList
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
@@ -66,27 +67,31 @@ async def _page(front: Front, request: Request, ask: _Ask, after: bytes) -> List
     if ask.limit == 0:
         return Listing()
     return await front.objects.list_objects(
-        request.bucket_record, prefix=ask.prefix, after=ask.after(after), delimiter=ask.delimiter, limit=ask.limit
+        request.bucket_record, prefix=ask.prefix, after=ask.after(after), delimiter=ask.delimiter, limit=ask.limit, show=_shown
     )
 
 
 def _rows(ask: _Ask, page: Listing, owner: str) -> list[str]:
-    """What was printed of an object before is taken as it is; the rest a thousand at a time: what can be done for all times and kinds at once is done before the one
-    expression a row."""
     names = xml.escape_keys(page.keys, ask.url)
-    new = [row for row in page.objects if not row.text]
-    if new:
-        _print(new)
-    return [f"<Contents><Key>{name}{row.text}{owner}</Contents>" for name, row in zip(names, page.objects, strict=True)]
+    return [f"<Contents><Key>{name}{shown}{owner}</Contents>" for name, shown in zip(names, page.shown, strict=True)]
 
 
-def _print(rows: Sequence[ListedObject]) -> None:
-    """Leaves in each what a list says of it, from the end of its key to its storage class."""
-    times = xml.iso_times([row.modified_ms for row in rows])
-    around = {kind: _around_size(*kind) for kind in {row.kind for row in rows}}
-    for row, time in zip(rows, times, strict=True):
-        before, behind = around[row.kind]
-        row.text = f"</Key><LastModified>{time}</LastModified><ETag>&quot;{row.etag}{before}{row.size}{behind}"
+def _shown(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> list[str]:
+    """What a list says of each object, from the end of its key to its storage class. A thousand at a time: what can be done for all times and kinds of objects at once is
+    done before the one expression a row."""
+    times = xml.iso_times(times_ms)
+    kinds = [(its.algorithm, its.checksum_type, its.storage_class) for its in printed]
+    around = {kind: _around_size(*kind) for kind in set(kinds)}
+    if len(around) == 1:
+        [(before, behind)] = around.values()
+        return [
+            f"</Key><LastModified>{time}</LastModified><ETag>&quot;{its.etag}{before}{size}{behind}"
+            for time, its, size in zip(times, printed, sizes, strict=True)
+        ]
+    return [
+        f"</Key><LastModified>{time}</LastModified><ETag>&quot;{its.etag}{around[kind][0]}{size}{around[kind][1]}"
+        for time, its, size, kind in zip(times, printed, sizes, kinds, strict=True)
+    ]
 
 
 def _around_size(algorithm: str, checksum_type: str, storage_class: str) -> tuple[str, str]:

@@ -84,15 +84,20 @@ def iso_time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
 
 
-class _Days(dict[int, str]):
-    """Days since 1970 -> ``2009-10-12T``, each made once."""
+class _Seconds(dict[int, str]):
+    """Seconds since 1970 -> ``2009-10-12T17:50:30.``, each made once."""
 
-    def __missing__(self, day: int) -> str:
-        text = self[day] = date.fromordinal(_FIRST_DAY + day).isoformat() + "T"
+    def __init__(self) -> None:
+        super().__init__()
+        self._days: dict[int, str] = {}
+
+    def __missing__(self, second: int) -> str:
+        day, of_day = divmod(second, 86_400)
+        date_text = self._days.get(day) or self._days.setdefault(day, date.fromordinal(_FIRST_DAY + day).isoformat() + "T")
+        text = self[second] = f"{date_text}{_MINUTES[of_day // 60]}{_SECONDS[of_day % 60]}"
         return text
 
 
-_DAY_MS = 86_400_000
 _FIRST_DAY = date(1970, 1, 1).toordinal()
 _MINUTES = [f"{minute // 60:02d}:{minute % 60:02d}:" for minute in range(1440)]
 _SECONDS = [f"{second:02d}." for second in range(60)]
@@ -100,12 +105,9 @@ _MILLISECONDS = [f"{millisecond:03d}Z" for millisecond in range(1000)]
 
 
 def iso_times(times_ms: Iterable[int]) -> list[str]:
-    """``iso_time`` of many: they have days in common, and the rest is looked up."""
-    days = _Days()
-    return [
-        f"{days[day]}{_MINUTES[ms // 60_000]}{_SECONDS[ms // 1000 % 60]}{_MILLISECONDS[ms % 1000]}"
-        for day, ms in map(divmod, times_ms, repeat(_DAY_MS))
-    ]
+    """``iso_time`` of many: they have days in common, and mostly seconds, and the rest is looked up."""
+    seconds = _Seconds()
+    return [f"{seconds[second]}{_MILLISECONDS[ms]}" for second, ms in map(divmod, times_ms, repeat(1000))]
 
 
 def owner(user_id: str, display_name: str, tag: str = "Owner") -> str:

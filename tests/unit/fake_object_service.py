@@ -19,7 +19,6 @@ from storaged.objects.api import (
     BodyChecks,
     CompletedPart,
     DeleteResult,
-    ListedObject,
     ListedVersion,
     Listing,
     NewMeta,
@@ -29,11 +28,13 @@ from storaged.objects.api import (
     PutResult,
     RangeSpec,
     ReadConditions,
+    Show,
     UploadInfo,
     VersionListing,
     WriteConditions,
+    as_rows,
 )
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedPart
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 
 PIECE_BYTES = 64 * 1024
 ANY_READ = ReadConditions()
@@ -323,13 +324,24 @@ class FakeObjects:
     # --- listings -----------------------------------------------------------------------------------------------------
 
     async def list_objects(
-        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+        show: Show = as_rows,
     ) -> Listing:
         found = self._listed(bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
         rows = found.versions
         return Listing(
             [row.key for row in rows],
-            [ListedObject(row.size, row.modified_ms, row.etag, (row.algorithm, row.checksum_type, row.storage_class)) for row in rows],
+            show(
+                [row.size for row in rows],
+                [row.modified_ms for row in rows],
+                [SealedList(row.etag, row.algorithm, row.checksum_type, row.storage_class) for row in rows],
+            ),
             found.prefixes,
             found.next_after,
         )
