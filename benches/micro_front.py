@@ -76,9 +76,11 @@ class Exchange:
         self.room[: len(self.request)] = self.request
 
     def __call__(self) -> None:
-        """The bytes have come: they are answered. The task is the loop's otherwise, and waits for the next ones."""
+        """The bytes have come: they are answered, by callbacks or by the task, which is the loop's otherwise, and waits for the next ones."""
+        self.transport.written = b""
         self.connection.buffer_updated(len(self.request))
-        self.task.send(None)
+        if not self.transport.written:
+            self.task.send(None)
 
     def begin(self) -> None:
         self.task.send(None)

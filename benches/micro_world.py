@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
 from storaged.keys.keyring import UnwrappedBucketKey
-from storaged.objects.api import Body, ObjectInfo, Principal, PutResult
+from storaged.objects.api import Body, ObjectInfo, Principal, PutResult, Soon
 from storaged.objects.get import HeldStream, Span
 from storaged.objects.records import BucketRecord
 from storaged.s3.request import Request, parse_target
@@ -87,6 +87,9 @@ class OneObject:
 
     async def get(self, bucket: BucketRecord, key: bytes, **options: object) -> HeldStream:
         return HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
+
+    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+        then(HeldStream(self.info, Span(0, 4 * KIB, False), self.plain) if want_plain else self.info)
 
     async def put(self, bucket: BucketRecord, key: bytes, body: Body, meta: object, checks: object, **options: object) -> PutResult:
         assert len(await body.whole()) == len(self.plain)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -241,18 +242,17 @@ class RingClient:
         deadline = self._deadline()
         view = self._view(name)
         if len(view.groups) == 1:
-            quick = QuickRead()
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            quick = QuickRead(partial(_wake, over))
             self._patience.begin(quick, self._hedge_s)
             try:
-                agreed = await quick.run(self._rows, view, self._suspects, name, want_payload, self._call_timeout_s)
+                quick.ask(self._rows, view, self._suspects, name.pack(), want_payload, self._call_timeout_s)
+                await over
             finally:
                 self._patience.end(quick)
-            if agreed:
-                value = shown(value_of(quick.row)) if quick.row else None
-                if not want_payload or value is None or not value.payload:
-                    return Reading(value)
-                if len(quick.copy):
-                    return Reading(value, quick.copy)
+            reading = _reading_of(quick, want_payload)
+            if reading is not None:
+                return reading
         seen = await self._hear(view, name, want_payload, deadline, everybody=True)
         while seen is None:
             await self._pause_for_layout(deadline)
@@ -272,6 +272,25 @@ class RingClient:
             copy = await self._fetch_copy(view, name, value.payload, asked, deadline)
             payload = None if copy is None else copy.payload
         return Reading(value, payload)
+
+    def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+        """See ``ports.Registers``."""
+        try:
+            view = self._view(name)
+        except StoragedError:  # ``read`` says so
+            then(None)
+            return
+        if len(view.groups) > 1:
+            then(None)
+            return
+        self._counts["reads"] += 1
+        quick = QuickRead(partial(self._read_over, want_payload, then))
+        self._patience.begin(quick, self._hedge_s)
+        quick.ask(self._rows, view, self._suspects, name.pack(), want_payload, self._call_timeout_s)
+
+    def _read_over(self, want_payload: bool, then: Callable[[Reading | None], None], quick: QuickRead) -> None:
+        self._patience.end(quick)
+        then(_reading_of(quick, want_payload))
 
     async def _pause_for_layout(self, deadline: float) -> None:
         """The replicas follow a newer layout than this node has heard of; it will."""
@@ -532,6 +551,21 @@ class RingClient:
 
 def _keep(_value: Value | None) -> None:
     """The update of a settling round."""
+
+
+def _reading_of(quick: QuickRead, want_payload: bool) -> Reading | None:
+    """What the common case has found; None: it was not one, or the copy is missing."""
+    if not quick.agreed:
+        return None
+    value = shown(value_of(quick.row)) if quick.row else None
+    if not want_payload or value is None or not value.payload:
+        return Reading(value)
+    return Reading(value, quick.copy) if len(quick.copy) else None
+
+
+def _wake(over: asyncio.Future[None], _quick: QuickRead) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def _value_at(seen: _Seen, ballot: Ballot) -> Value | None:

@@ -74,6 +74,9 @@ class Registers(Protocol):
         Raises ServiceUnavailable without a majority, NoSuchBucket when it must settle a register of a fenced scope without the fence's nonce.
         """
 
+    def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+        """As ``read``, without a task: ``then`` is told, perhaps before this returns, and must not raise. None: it is not the common case, so ``read`` is to be called."""
+
     async def change(
         self,
         name: RegisterName,

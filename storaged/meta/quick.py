@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from storaged import trace
@@ -293,7 +293,7 @@ class Patience:
         self._timer = None
         now = loop.time()
         later = []
-        for waiting, end in self._ends.items():  # who gives up calls ``end`` in a later turn of the loop
+        for waiting, end in list(self._ends.items()):  # who gives up calls ``end``, maybe at once
             if end <= now and (more_s := waiting.give_up()):
                 end = self._ends[waiting] = now + more_s
             if end > now:
@@ -308,33 +308,30 @@ class Patience:
 
 
 class QuickRead:
-    """``await run()`` once; ``give_up`` ends it when it takes long: others are to be asked then."""
+    """``ask`` once; ``then`` is told when it is over. ``give_up`` ends it when it takes long: others are to be asked then."""
 
-    __slots__ = ("_checks", "_conflict", "_future", "_needed", "copy", "done", "row")
+    __slots__ = ("_checks", "_needed", "_then", "agreed", "copy", "done", "row")
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[QuickRead], None]) -> None:
+        """``then`` must not raise."""
+        self._then = then
         self._checks: list[bytes] = []
         self._needed = 0
-        self._future: asyncio.Future[None] | None = None
-        self._conflict = False
         self.done = False
+        self.agreed = False
+        """A majority reports one ballot with one value, or none: ``row`` is settled."""
         self.row = b""
-        """The settled row; empty: never written."""
+        """Empty: never written."""
         self.copy = NO_BYTES
         """The small copy that came along, if one did."""
 
-    async def run(self, reader: RowReader, view: View, suspects: Suspects, name: RegisterName, want_copy: bool, timeout_s: float) -> bool:
-        """Whether a majority reports one ballot with one value, or none: then ``row`` is settled."""
+    def ask(self, reader: RowReader, view: View, suspects: Suspects, packed: bytes, want_copy: bool, timeout_s: float) -> None:
+        """Of the register with this packed name. It may be over before this returns."""
         needed = self._needed = len(view.disks) // 2 + 1
         order = suspects.last(view.disks)
-        packed = name.pack()
         reader.ask(order[0], (COPY if want_copy else ROW) + packed, view.epoch, self._told_row, timeout_s)
         for disk in order[1:needed]:
             reader.ask(disk, CHECK + packed, view.epoch, self._told_check, timeout_s)
-        if not self.done:
-            self._future = asyncio.get_running_loop().create_future()
-            await self._future
-        return not self._conflict and len(self._checks) == needed
 
     def _told_row(self, found: bytes | StoragedError | None, copy: memoryview) -> None:
         if isinstance(found, bytes):
@@ -347,16 +344,16 @@ class QuickRead:
             return
         checks = self._checks
         if not isinstance(found, bytes) or (checks and found != checks[0]):
-            self._conflict = True
             self.give_up()
             return
         checks.append(found)
         if len(checks) == self._needed:
+            self.agreed = True
             self.give_up()
 
     def give_up(self) -> float:
         """There is nothing more to wait for, or no patience left."""
-        self.done = True
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
+        if not self.done:
+            self.done = True
+            self._then(self)
         return 0.0

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct, field
 
+from storaged.errors import StoragedError
+from storaged.meta.ports import Reading as Reading
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 from storaged.wire import Buffer
 
@@ -274,6 +276,11 @@ class Users(Protocol):
         """Who it was. Buckets stay, and belong to whoever is added with this user id. Raises InvalidArgument."""
 
 
+Soon = ObjectStream | ObjectInfo | Reading | StoragedError | None
+"""What ``Objects.read_soon`` tells: the whole object, held; what is known of it, when that was enough; its record, when there is more to be waited for than that:
+to be passed to ``get`` or ``head``; what these would raise; None: nothing, and they are to be called."""
+
+
 class Objects(Protocol):
     """Every call names the bucket by its record. All are linearizable per key."""
 
@@ -297,8 +304,9 @@ class Objects(Protocol):
         version_id: str = "",
         conditions: ReadConditions = NO_READ_CONDITIONS,
         part_number: int | None = None,
+        reading: Reading | None = None,
     ) -> ObjectInfo:
-        """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber. ``parts`` is filled in."""
+        """``reading``: what ``read_soon`` told. Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber. ``parts`` is filled in."""
 
     async def get(
         self,
@@ -309,8 +317,12 @@ class Objects(Protocol):
         conditions: ReadConditions = NO_READ_CONDITIONS,
         span: RangeSpec | None = None,
         part_number: int | None = None,
+        reading: Reading | None = None,
     ) -> ObjectStream:
         """As head, and InvalidRange, DataDamaged, ServiceUnavailable."""
+
+    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+        """The current version, without a task: ``then`` is told, perhaps before this returns, and must not raise."""
 
     async def delete(
         self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = NO_WRITE_CONDITIONS

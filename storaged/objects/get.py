@@ -7,23 +7,24 @@ everything that can go wrong until then is a proper answer; the next window is r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
 from typing import NamedTuple
 
 from storaged import trace
 from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange, StoragedError
 from storaged.meta.names import RegisterName, object_name
-from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions
+from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions, Reading, Soon
 from storaged.objects.background import cancel_all
 from storaged.objects.buffers import Lease, Transfer, window_bytes_for
 from storaged.objects.conditions import check_copy_source, check_read
 from storaged.objects.manifest import bound_parts_of, parts_of, sealed_parts_of
 from storaged.objects.opened import Opened
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.ports import SealBroken
+from storaged.objects.ports import BucketKey, SealBroken
 from storaged.objects.reader import PartReader, Window
 from storaged.objects.reads import HedgeDelay
-from storaged.objects.records import BucketRecord, PartEntry, SealedPart
+from storaged.objects.records import BucketRecord, PartEntry, SealedPart, Version
 from storaged.objects.seal import part_key
 from storaged.objects.versions import OpenedVersion, Place, decode_record, find_version, info_of, open_version
 from storaged.units import KIB, MIB
@@ -57,26 +58,105 @@ class Span(NamedTuple):
     partial: bool
 
 
-async def find(plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, *, want_payload: bool = False) -> Found:
-    """Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable."""
+async def find(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, *, want_payload: bool = False, reading: Reading | None = None
+) -> Found:
+    """``reading``: of the key's register, when it was just read. Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable."""
     name = object_name(bucket.id, bucket.shards, key)
-    with trace.span("record"):
-        value, payload = await plane.registers.read(name, want_payload=want_payload)
-    place, keys = Place(bucket.id, key), plane.keys
-    kept = plane.opened.get(place, value) if value is not None and not version_id else None
-    if kept is not None:
-        bucket_key = keys.bucket_key_at_hand(bucket.id, kept.opened.version.bucket_key)
-        if bucket_key is not None and bucket_key is kept.bucket_key():
-            return Found(name, kept.opened, payload, kept)
-        plane.opened.drop(place)
-    version = find_version(decode_record(value), version_id)
-    bucket_key = keys.bucket_key_at_hand(bucket.id, version.bucket_key) or await keys.bucket_key(bucket.id, version.bucket_key)
+    if reading is None:
+        with trace.span("record"):
+            reading = await plane.registers.read(name, want_payload=want_payload)
+    found = _kept(plane, name, bucket, key, version_id, reading)
+    if found is not None:
+        return found
+    version = find_version(decode_record(reading.value), version_id)
+    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, version.bucket_key) or await plane.keys.bucket_key(bucket.id, version.bucket_key)
+    return _opened(plane, name, bucket, key, version, version_id, bucket_key, reading)
+
+
+def _kept(plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, version_id: str, reading: Reading) -> Found | None:
+    """When the record was opened lately."""
+    value, payload = reading
+    if value is None or version_id:
+        return None
+    place = Place(bucket.id, key)
+    kept = plane.opened.get(place, value)
+    if kept is None:
+        return None
+    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, kept.opened.version.bucket_key)
+    if bucket_key is not None and bucket_key is kept.bucket_key():
+        return Found(name, kept.opened, payload, kept)
+    plane.opened.drop(place)
+    return None
+
+
+def _opened(
+    plane: ObjectPlane,
+    name: RegisterName,
+    bucket: BucketRecord,
+    key: bytes,
+    version: Version,
+    version_id: str,
+    bucket_key: BucketKey,
+    reading: Reading,
+) -> Found:
+    """Raises DataDamaged."""
+    value, payload = reading
+    place = Place(bucket.id, key)
     opened = open_version(place, version, bucket_key)
     if value is None or version_id:
         return Found(name, opened, payload, None)
     kept = Opened(value, bucket_key, opened)
     plane.opened.keep(place, kept)
     return Found(name, opened, payload, kept)
+
+
+def read_soon(plane: ObjectPlane, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+    """See ``api.Objects``."""
+    name = object_name(bucket.id, bucket.shards, key)
+    plane.registers.read_soon(name, want_plain, partial(_read, plane, name, bucket, key, want_plain, then))
+
+
+def _read(
+    plane: ObjectPlane,
+    name: RegisterName,
+    bucket: BucketRecord,
+    key: bytes,
+    want_plain: bool,
+    then: Callable[[Soon], None],
+    reading: Reading | None,
+) -> None:
+    answer: Soon = None
+    if reading is not None:
+        try:
+            answer = _in_memory(plane, name, bucket, key, want_plain, reading)
+        except StoragedError as error:
+            answer = error
+        except Exception:  # the long way meets it again, where somebody tells of it
+            answer = None
+    then(answer)
+
+
+def _in_memory(
+    plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: bytes, want_plain: bool, reading: Reading
+) -> HeldStream | ObjectInfo | Reading:
+    """The whole current version, or what is known of it; the reading when there is something to wait for first. Raises NoSuchKey, DataDamaged."""
+    found = _kept(plane, name, bucket, key, "", reading)
+    if found is None:
+        version = find_version(decode_record(reading.value), "")
+        bucket_key = plane.keys.bucket_key_at_hand(bucket.id, version.bucket_key)
+        if bucket_key is None:
+            return reading
+        found = _opened(plane, name, bucket, key, version, "", bucket_key, reading)
+    info = _info_at_hand(key, found)
+    if info is None or not want_plain:
+        return info or reading
+    plain = _at_hand(found)
+    if plain is None:
+        return reading
+    plane.counters.gets += 1
+    plane.counters.bytes_out += len(plain)
+    return HeldStream(info, Span(0, len(plain), False), plain)
 
 
 async def head(
@@ -87,9 +167,10 @@ async def head(
     version_id: str = "",
     conditions: ReadConditions = NO_READ_CONDITIONS,
     part_number: int | None = None,
+    reading: Reading | None = None,
 ) -> ObjectInfo:
     """Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber."""
-    found = await find(plane, bucket, key, version_id)
+    found = await find(plane, bucket, key, version_id, reading=reading)
     if conditions != NO_READ_CONDITIONS:
         check_read(conditions, found.opened.meta.etag, found.opened.version.modified_ms)
     info = _info_at_hand(key, found) or await _info(plane, bucket, key, found)
@@ -109,9 +190,10 @@ async def get(
     span: RangeSpec | None = None,
     part_number: int | None = None,
     as_copy_source: bool = False,
+    reading: Reading | None = None,
 ) -> HeldStream | VerifiedStream:
     """Opens an object for reading. Raises as head, and InvalidRange, DataDamaged, ServiceUnavailable."""
-    found = await find(plane, bucket, key, version_id, want_payload=True)
+    found = await find(plane, bucket, key, version_id, want_payload=True, reading=reading)
     for attempt in range(READ_AGAIN_MAX):
         meta, version = found.opened.meta, found.opened.version
         if conditions != NO_READ_CONDITIONS:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from storaged.meta.ports import Reading
 from storaged.objects import complete, copy, delete, get, listing, multipart, put
 from storaged.objects.api import (
     NO_READ_CONDITIONS,
@@ -21,6 +22,7 @@ from storaged.objects.api import (
     RangeSpec,
     ReadConditions,
     Show,
+    Soon,
     UploadInfo,
     VersionListing,
     WriteConditions,
@@ -69,8 +71,14 @@ class ObjectService:
         version_id: str = "",
         conditions: ReadConditions = NO_READ_CONDITIONS,
         part_number: int | None = None,
+        reading: Reading | None = None,
     ) -> ObjectInfo:
-        return await get.head(self.plane, bucket, key, version_id=version_id, conditions=conditions, part_number=part_number)
+        return await get.head(
+            self.plane, bucket, key, version_id=version_id, conditions=conditions, part_number=part_number, reading=reading
+        )
+
+    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+        get.read_soon(self.plane, bucket, key, want_plain, then)
 
     async def get(
         self,
@@ -81,9 +89,18 @@ class ObjectService:
         conditions: ReadConditions = NO_READ_CONDITIONS,
         span: RangeSpec | None = None,
         part_number: int | None = None,
+        reading: Reading | None = None,
     ) -> HeldStream | VerifiedStream:
         return await get.get(
-            self.plane, self._hedge, bucket, key, version_id=version_id, conditions=conditions, span=span, part_number=part_number
+            self.plane,
+            self._hedge,
+            bucket,
+            key,
+            version_id=version_id,
+            conditions=conditions,
+            span=span,
+            part_number=part_number,
+            reading=reading,
         )
 
     async def delete(

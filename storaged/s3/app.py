@@ -16,13 +16,15 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
 
 from msgspec import Struct
 
 from storaged import errors, trace
 from storaged.clock import Clock
 from storaged.ids import Entropy
-from storaged.objects.api import Buckets, Objects, Users
+from storaged.objects.api import Buckets, ObjectInfo, Objects, ObjectStream, Reading, Soon, Users
 from storaged.s3 import routes, xml
 from storaged.s3.auth import admit, admit_anonymous, claim_of
 from storaged.s3.body import RequestBody
@@ -32,7 +34,7 @@ from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.listen import BACKLOG, listen
 from storaged.s3.post import is_form, post_object
-from storaged.s3.reply import Reply, xml_reply
+from storaged.s3.reply import Reply, object_headers, xml_reply
 from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
 from storaged.s3.send import Sender, Sent
 
@@ -41,6 +43,24 @@ log = logging.getLogger("storaged.s3")
 IDS_DRAWN = 256
 
 _SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
+
+
+_READS = (b"GET /", b"HEAD /")
+_READ_HEADERS = frozenset(
+    {
+        "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",
+        "content-type", "host", "user-agent", "x-amz-content-sha256", "x-amz-date", "x-amz-user-agent",
+    }
+)  # fmt: skip
+"""With these alone a GET or HEAD asks for a whole object, whatever they say beside who asks."""
+
+
+class _Begun(NamedTuple):
+    """A request that was authenticated, and found to be allowed."""
+
+    request: Request
+    route: routes.Route
+    started_s: float
 
 
 class RequestDone(Struct):
@@ -153,7 +173,7 @@ class S3App:
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
         """Takes connections that are handed to ``adopt``; does not listen."""
         self._ssl = ssl
-        self._connections = Connections(self._converse, self._limits)
+        self._connections = Connections(self._converse, self._limits, self._begin_soon)
         return self._connections
 
     @property
@@ -217,17 +237,14 @@ class S3App:
                     raw = await connection.next_head()
                     if raw is None:
                         break
-                    found: Head | errors.S3Error = parse_head(raw, limits)
+                    found: Head | _Begun | errors.S3Error = parse_head(raw, limits) if isinstance(raw, bytes) else cast(_Begun, raw)
                 except errors.S3Error as error:
                     found = error
-                self._requests_total += 1
-                self._in_flight += 1
+                self._came()
                 try:
                     request, sent = await self._serve(connection, found)
                 finally:
-                    self._in_flight -= 1
-                    if self._draining:
-                        self._answered.set()
+                    self._went()
                 # not counted: or strangers could have everybody's places, without a signature, by not sending what they said they would
                 keep = sent.keep_alive if not sent.unread else await self._sender.take_rest(connection, request, sent)
         except Exception:
@@ -236,19 +253,95 @@ class S3App:
         finally:
             connection.transport.close()
 
-    async def _serve(self, connection: Connection, head: Head | errors.S3Error) -> tuple[Request, Sent]:
+    def _came(self) -> None:
+        self._requests_total += 1
+        self._in_flight += 1
+
+    def _went(self) -> None:
+        self._in_flight -= 1
+        if self._draining:
+            self._answered.set()
+
+    # --- by callbacks -------------------------------------------------------------------------------------------------------
+
+    def _begin_soon(self, connection: Connection, raw: bytes) -> bool:
+        """Takes on a GET or HEAD that asks for a whole object and nothing else, when who asks, and the bucket, are in memory. Whatever is refused, or not
+        understood, is left to the task, which says why."""
+        if self._draining or trace.on or self._in_flight >= self._limits.requests_max or not raw.startswith(_READS):
+            return False
+        front = self._front
+        try:
+            head = parse_head(raw, self._limits)
+            if head.length or not head.keep_alive or not head.headers.keys() <= _READ_HEADERS or b"?" in head.target:
+                return False
+            request = self._request_of(connection, head)
+            self._locate(request)
+            claim = claim_of(request, front.region)
+            known = front.users.at_hand(claim.access_key) if claim is not None else None
+            bucket = front.buckets.at_hand(request.bucket)
+            if claim is None or known is None or bucket is None or not request.key:
+                return False
+            admit(request, claim, *known, self._clock.wall_ms())
+            check_owner(bucket, request.who)
+            route = routes.find(request.method, request.bucket, request.key, {})
+        except Exception:  # the task meets it again
+            return False
+        request.operation, request._bucket_record = route.operation, bucket
+        self._came()
+        begun = _Begun(request, route, self._clock.monotonic())
+        front.objects.read_soon(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
+        return True
+
+    def _read(self, connection: Connection, begun: _Begun, found: Soon) -> None:
+        """Answers what was begun, or leaves the rest to the connection's task."""
+        request = begun.request
+        if (
+            found is None
+            or isinstance(found, Reading)
+            or (isinstance(found, errors.StoragedError) and not isinstance(found, errors.NoSuchKey))
+        ):
+            request.reading = found if isinstance(found, Reading) else None
+            self._requests_total -= 1  # the task counts it
+            self._went()
+            connection.hand_over(begun)
+            return
+        keep, bytes_out, complete = not self._draining, 0, False
+        reply = Reply(500)
+        try:
+            reply = self._reply_of(request, found)
+            bytes_out, complete = self._sender.put(connection, request, reply, keep), True
+        except ConnectionError:
+            connection.transport.abort()
+        except Exception:
+            log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
+            connection.transport.abort()
+        self._went()
+        self._observe(request, Sent(reply, bytes_out, complete, keep, False), begun.started_s, None)
+        connection.answered(keep=keep and complete)
+
+    def _reply_of(self, request: Request, found: ObjectStream | ObjectInfo | errors.NoSuchKey) -> Reply:
+        if isinstance(found, ObjectInfo):
+            return Reply(200, object_headers(found, checksums=False), length=found.size)
+        if isinstance(found, errors.NoSuchKey):
+            return self.error_reply(request, found)
+        return Reply(200, object_headers(found.info, checksums=False), found.held or b"")
+
+    # --- by the connection's task -------------------------------------------------------------------------------------------
+
+    async def _serve(self, connection: Connection, head: Head | _Begun | errors.S3Error) -> tuple[Request, Sent]:
         """Answers one request."""
         started_s = self._clock.monotonic()
         spans = trace.begin(connection.heard_ns) if trace.on else None
         if isinstance(head, Head):
-            body = RequestBody(connection, head.length, connection.go_on if head.expects else None, self._limits, declared=head.declared)
-            if not body.complete:
-                connection.open_body(body)
-            request = Request(
-                self._new_id(), head.method, head.target, connection.remote, connection.secure, head.headers, modern=head.modern, _body=body
-            )
+            request = self._request_of(connection, head)
+            if head.length != 0:
+                connection.open_body(request.body)
             reply = await self._answer(request, spans)
             may_keep = head.keep_alive and not self._draining
+        elif isinstance(head, _Begun):
+            request, route, started_s = head
+            reply = await self._answer(request, None, route)
+            may_keep = not self._draining
         else:
             request = Request(self._new_id(), "", b"/", connection.remote, connection.secure)
             reply, may_keep = self.error_reply(request, head), False
@@ -257,29 +350,46 @@ class S3App:
         if spans is not None:
             spans.note("reply", began_ns, time.perf_counter_ns())
             connection.heard_ns = 0
-        if self._on_request is not None:
-            bytes_in = request._body.bytes_come if request._body is not None else 0
-            duration_s = self._clock.monotonic() - started_s
-            try:
-                self._on_request(RequestDone(request, sent.reply, bytes_in, sent.bytes_out, duration_s, sent.complete, spans))
-            except Exception:
-                log.exception("the observer of requests failed")
+        self._observe(request, sent, started_s, spans)
         return request, sent
 
-    async def _answer(self, request: Request, spans: trace.Trace | None) -> Reply:
-        """Never raises but for cancellation: every failure has an answer."""
+    def _request_of(self, connection: Connection, head: Head) -> Request:
+        body = RequestBody(connection, head.length, connection.go_on if head.expects else None, self._limits, declared=head.declared)
+        return Request(
+            self._new_id(), head.method, head.target, connection.remote, connection.secure, head.headers, modern=head.modern, _body=body
+        )
+
+    def _observe(self, request: Request, sent: Sent, started_s: float, spans: trace.Trace | None) -> None:
+        if self._on_request is None:
+            return
+        bytes_in = request._body.bytes_come if request._body is not None else 0
+        try:
+            self._on_request(
+                RequestDone(request, sent.reply, bytes_in, sent.bytes_out, self._clock.monotonic() - started_s, sent.complete, spans)
+            )
+        except Exception:
+            log.exception("the observer of requests failed")
+
+    def _locate(self, request: Request) -> None:
+        """Its target, bucket and key. Raises InvalidURI, KeyTooLongError."""
+        target = request.target = parse_target(request.raw_target)
+        bucket = virtual_bucket(request.headers.get("host", ""), self._domains) if self._domains else ""
+        request.bucket, request.key = split_path(target.raw_path, bucket)
+
+    async def _answer(self, request: Request, spans: trace.Trace | None, route: routes.Route | None = None) -> Reply:
+        """``route``: of a request that was authenticated and found to be allowed. Never raises but for cancellation: every failure has an answer."""
         front = self._front
         try:
             if self._in_flight > self._limits.requests_max:
                 self._refused_total += 1
                 raise errors.SlowDown()
-            target = request.target = parse_target(request.raw_target)
-            bucket = virtual_bucket(request.headers.get("host", ""), self._domains) if self._domains else ""
-            request.bucket, request.key = split_path(target.raw_path, bucket)
+            if route is not None:
+                return await route.handler(front, request)
+            self._locate(request)
             if request.method == "POST" and request.bucket and not request.key and is_form(request.headers):
                 request.operation = "PostObject"
                 return await post_object(front, request)
-            route = routes.find(request.method, request.bucket, request.key, target.query)
+            route = routes.find(request.method, request.bucket, request.key, request.query)
             request.operation = route.operation
             began_ns = time.perf_counter_ns() if spans is not None else 0
             if route.signed:

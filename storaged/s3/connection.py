@@ -1,7 +1,8 @@
 """Connections of clients: bytes in and out of a socket, one request after the other, with back-pressure and time limits.
 
 Theory of operation. A connection is a protocol of the event loop and one task, which lives as long as the connection: the loop's callbacks put bytes where they
-belong (a head, or the body of the request being answered) and wake the task only when it has something to do. So a small request costs one wake-up.
+belong (a head, or the body of the request being answered) and wake the task only when it has something to do. So a small request costs one wake-up; or none: a
+head that has come is first offered to ``Connections.begin_soon``, which may answer it by callbacks, and ends that with ``answered``, or with ``hand_over`` to the task.
 
 All connections read into one buffer, from which a head is copied at once; only the bytes of a large body are received straight into its reader's memory
 (``RequestBody.fill``). What a client sends while nobody reads is kept up to ``Limits.read_buffer_bytes``; then its socket is no longer read.
@@ -51,7 +52,7 @@ class Connection(asyncio.BufferedProtocol):
     """One client. Its task calls ``next_head``, reads ``body``, and ``write``s."""
 
     __slots__ = (
-        "_body", "_ended", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_send_waited_s", "_taken_before", "_waited",
+        "_answering", "_begun", "_body", "_ended", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_send_waited_s", "_taken_before", "_waited",
         "heard_ns", "lost", "moved_s", "moved_seen", "paused", "phase", "progress", "remote", "secure", "transport",
     )  # fmt: skip
 
@@ -67,6 +68,9 @@ class Connection(asyncio.BufferedProtocol):
         """The loop has run since the last request."""
         self._held_back = False
         self._ended = False
+        self._answering = False
+        """A request is being answered by callbacks; the task waits."""
+        self._begun: object | None = None
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.remote = ""
         self.secure = False
@@ -114,7 +118,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _on_head(self, data: bytes) -> None:
         waiter = self._heard
-        awaited = waiter is not None and not waiter.done()
+        awaited = self.idle
         seen = len(self._input)
         if not seen:
             self.progress += 1  # the first bytes of a head: the time for the rest of it begins
@@ -122,10 +126,43 @@ class Connection(asyncio.BufferedProtocol):
             data = self._input + data
         self._input = data
         if awaited and (data.find(HEAD_END, max(seen - 3, 0)) >= 0 or broken_so_far(data, self._limits, seen)):
-            self._wake(waiter)
+            if not self._begin_soon(data):
+                self._wake(waiter)
             awaited = False
         if not awaited and len(data) > self._limits.read_buffer_bytes:
             self.hold_back()  # also before the task has run: one readiness of the socket may bring dozens of reads
+
+    def _begin_soon(self, data: bytes) -> bool:
+        """Whether the request whose head this is, and all that has come, is answered by callbacks."""
+        begin = self._others.begin_soon
+        if begin is None or data.find(HEAD_END) != len(data) - len(HEAD_END):
+            return False
+        self._answering = True
+        self._input = b""
+        self.phase = WORKING
+        if begin(self, data[: -len(HEAD_END)]):
+            return True
+        self._answering = False
+        self._input = data
+        self.phase = HEAD
+        return False
+
+    def answered(self, *, keep: bool) -> None:
+        """The answer of a request that was begun by ``begin_soon`` has been written; ``keep``: others may follow."""
+        self._answering = False
+        if not keep:
+            self.transport.close()
+            return
+        self.phase = HEAD
+        self.progress += 1
+        if self._input or self._ended or self.paused:
+            self._wake(self._heard)
+
+    def hand_over(self, begun: object) -> None:
+        """The task goes on with a request that was begun by ``begin_soon``: ``next_head`` returns it."""
+        self._answering = False
+        self._begun = begun
+        self._wake(self._heard)
 
     def eof_received(self) -> bool:
         """The client sends no more. If it did so with requests under way, it may still want their answers: then the transport stays open."""
@@ -158,12 +195,18 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def idle(self) -> bool:
         """No request has been heard of."""
-        return self._heard is not None and not self._heard.done()
+        return self._heard is not None and not self._heard.done() and not self._answering
 
-    async def next_head(self) -> bytes | None:
-        """What stands before the empty line of the next request; None when there will be none. Raises S3Error when what came can't be one."""
+    async def next_head(self) -> object | None:
+        """What stands before the empty line of the next request, or what was handed over; None when there will be none. Raises S3Error when what came can't be
+        a head."""
         fresh = True
         while True:
+            if self._begun is not None:
+                begun, self._begun = self._begun, None
+                return begun
+            if self.paused and not await self._drained_in_time():
+                return None
             data = self._input
             if fresh and data.startswith(b"\r\n"):
                 self._input = data = data[2:]
@@ -261,6 +304,14 @@ class Connection(asyncio.BufferedProtocol):
                 self.phase = WORKING
                 self.progress += 1
 
+    async def _drained_in_time(self) -> bool:
+        try:
+            await self.drained()
+        except (ConnectionError, TimeoutError):
+            self.transport.abort()
+            return False
+        return True
+
     def end_writing(self) -> None:
         """Tells the client that the answer was the last, while what it still sends is read."""
         if not self.transport.is_closing() and self.transport.can_write_eof():
@@ -318,8 +369,16 @@ class Connection(asyncio.BufferedProtocol):
 class Connections:
     """The connections of one listening socket: makes them, up to ``Limits.connections_max``, runs ``converse`` for each, and ends those that keep it waiting."""
 
-    def __init__(self, converse: Callable[[Connection], Coroutine[Any, Any, None]], limits: Limits) -> None:
+    def __init__(
+        self,
+        converse: Callable[[Connection], Coroutine[Any, Any, None]],
+        limits: Limits,
+        begin_soon: Callable[[Connection, bytes], bool] | None = None,
+    ) -> None:
+        """``begin_soon(connection, head)``: whether it takes the request on, to call ``Connection.answered`` or ``hand_over``, perhaps before it returns. It must
+        not raise."""
         self.limits = limits
+        self.begin_soon = begin_soon
         self.scratch = memoryview(bytearray(RECEIVE_BYTES))
         self.open: set[Connection] = set()
         self._converse = converse

@@ -234,7 +234,13 @@ async def _open(
     front: Front, request: Request, conditions: ReadConditions, span: RangeSpec | None, part_number: int | None
 ) -> ObjectStream:
     return await front.objects.get(
-        request.bucket_record, request.key, version_id=version_of(request), conditions=conditions, span=span, part_number=part_number
+        request.bucket_record,
+        request.key,
+        version_id=version_of(request),
+        conditions=conditions,
+        span=span,
+        part_number=part_number,
+        reading=request.reading,
     )
 
 
@@ -259,6 +265,7 @@ async def head_object(front: Front, request: Request) -> Reply:
         version_id=version_of(request),
         conditions=h.read_conditions(headers),
         part_number=part_number,
+        reading=request.reading,
     )
     span = h.parse_range(headers["range"]) if "range" in headers else None
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], info):

@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 from msgspec import Struct, field
 
 from storaged.errors import InvalidURI, KeyTooLongError
-from storaged.objects.api import Principal
+from storaged.objects.api import Principal, Reading
 from storaged.objects.records import BucketRecord
 from storaged.s3.body import RequestBody
 
@@ -116,6 +116,8 @@ class Request(Struct):
     """HTTP/1.1."""
     _body: RequestBody | None = None
     _bucket_record: BucketRecord | None = None
+    reading: Reading | None = None
+    """Of the object's record, when it was read before the handler began."""
 
     @property
     def query(self) -> dict[str, str]:

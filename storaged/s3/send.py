@@ -51,6 +51,17 @@ class Sender:
         self._common = ""
         """Lines that all answers of one second have."""
 
+    def put(self, connection: Connection, request: Request, reply: Reply, keep: bool) -> int:
+        """Writes an answer that is no stream; the bytes of its body. Raises ConnectionResetError, ValueError. See ``Connection.paused``."""
+        data = self._head(request, reply, keep)
+        payload = b"" if request.method == "HEAD" or reply.status in (204, 304) else reply.body
+        if len(payload) <= JOIN_BYTES_MAX:
+            connection.write(data + payload)
+        else:
+            connection.write(data)
+            connection.write(payload)
+        return len(payload)
+
     async def send(self, connection: Connection, request: Request, reply: Reply, may_keep: bool) -> Sent:
         """Never raises but for cancellation: a client that has gone is no error of ours."""
         body = request._body
@@ -60,16 +71,10 @@ class Sender:
         bytes_out, complete = 0, False
         try:
             if reply.stream is None:
-                data = self._head(request, reply, keep)
-                payload = b"" if request.method == "HEAD" or reply.status in (204, 304) else reply.body
-                if len(payload) <= JOIN_BYTES_MAX:
-                    connection.write(data + payload)
-                else:
-                    connection.write(data)
-                    connection.write(payload)
+                bytes_out = self.put(connection, request, reply, keep)
                 if connection.paused:
                     await connection.drained()
-                bytes_out, complete = len(payload), True
+                complete = True
             else:
                 reply, bytes_out, complete = await self._send_stream(connection, request, reply, reply.stream, keep)
         except (ConnectionError, TimeoutError):

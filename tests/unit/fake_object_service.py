@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import zlib
@@ -28,12 +29,15 @@ from storaged.objects.api import (
     PutResult,
     RangeSpec,
     ReadConditions,
+    Reading,
     Show,
+    Soon,
     UploadInfo,
     VersionListing,
     WriteConditions,
     as_rows,
 )
+from storaged.objects.get import HeldStream, Span
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 
 PIECE_BYTES = 64 * 1024
@@ -65,6 +69,9 @@ class Upload:
     meta: NewMeta
     parts: dict[int, tuple[PartInfo, bytes]] = field(default_factory=dict)
     done: tuple[list[CompletedPart], PutResult] | None = None
+
+
+HELD_BYTES_MAX = 16 * 1024
 
 
 class FakeStream:
@@ -169,6 +176,10 @@ class FakeObjects:
         self.uploads: dict[str, Upload] = {}
         self.streams: list[FakeStream] = []
         self.fail_after: int | None = None
+        self.soon: Callable[[Callable[[], None]], object] = lambda tell: asyncio.get_running_loop().call_soon(tell)
+        """When ``read_soon`` tells."""
+        self.told: list[Soon] = []
+        self.readings: list[Reading | None] = []
         self._upload_numbers = count(1)
 
     def of(self, bucket: BucketRecord) -> dict[bytes, Stored]:
@@ -251,7 +262,7 @@ class FakeObjects:
 
     async def head(
         self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: ReadConditions = ANY_READ,
-        part_number: int | None = None,
+        part_number: int | None = None, reading: Reading | None = None,
     ) -> ObjectInfo:  # fmt: skip
         info = self.find(bucket, key, version_id).info
         self.check_read(info, conditions)
@@ -259,10 +270,34 @@ class FakeObjects:
             raise errors.InvalidPartNumber()
         return info
 
+    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+        """What is small is held; the rest is to be asked for, as is what shall break off."""
+
+        def tell() -> None:
+            found: Soon
+            try:
+                stored = self.find(bucket, key, "")
+            except errors.S3Error as error:
+                found = error
+            else:
+                small = len(stored.data) <= HELD_BYTES_MAX and self.fail_after is None
+                found = (
+                    stored.info
+                    if not want_plain
+                    else HeldStream(stored.info, Span(0, len(stored.data), False), stored.data)
+                    if small
+                    else None
+                )
+            self.told.append(found)
+            then(found)
+
+        self.soon(tell)
+
     async def get(
         self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: ReadConditions = ANY_READ,
-        span: RangeSpec | None = None, part_number: int | None = None,
+        span: RangeSpec | None = None, part_number: int | None = None, reading: Reading | None = None,
     ) -> FakeStream:  # fmt: skip
+        self.readings.append(reading)
         info = await self.head(bucket, key, version_id=version_id, conditions=conditions, part_number=part_number)
         first, length, partial = 0, info.size, False
         if part_number is not None:

@@ -251,6 +251,11 @@ class FakeRing:
             payload = await self._load(name, value.payload)
         return Reading(value, payload)
 
+    def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
+        asyncio.get_running_loop().create_task(self.read(name, want_payload=want_payload)).add_done_callback(
+            lambda task: then(task.result())
+        )
+
     async def _load(self, name: RegisterName, data_id: bytes) -> memoryview | None:
         for disk in self.layouts.current.replicas_of(name.partition):
             if self.disks.disk_readable(disk) and not self.disks.disks[disk].down:

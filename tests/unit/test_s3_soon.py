@@ -1,0 +1,212 @@
+"""GETs and HEADs that are answered by callbacks: the same answers as by a task, and what becomes of a connection meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from storaged.objects.api import NewMeta, Reading
+from storaged.objects.get import HeldStream
+from storaged.s3.connection import HEAD, WORKING, Connection
+from storaged.s3.limits import Limits
+from tests.unit.s3_world import ACCESS, REGION, World, s3_world
+from tests.unit.test_s3_http import read_head, signed, until
+
+META = NewMeta({"content-type": "text/plain", "cache-control": "no-store"}, {"color": "blue"}, {"a": "b"})
+SMALL, LARGE = b"small" * 100, bytes(range(256)) * 400
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with s3_world() as made:
+        await fill(made)
+        yield made
+
+
+async def fill(world: World) -> None:
+    bucket = await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+    for key, data in {"small": SMALL, "other": SMALL[1:], "large": LARGE, "empty": b""}.items():
+        world.objects.store(bucket, key.encode(), data, META, "0" * 32, bucket.owner)
+
+
+async def ask_once(world: World, method: str, target: str, **headers: str) -> tuple[bytes, bytes]:
+    """Without ``Connection: close``, which the task answers: the client's end is closed behind the request."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, method, target, headers=headers))
+    writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return re.sub(rb"(x-amz-request-id|Date): [^\r]*\r\n", b"", head), re.sub(rb"<RequestId>\w+<", b"<RequestId><", body)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("key", ["small", "empty", "large", "none"])
+async def test_the_answer_is_the_one_that_the_task_gives(world: World, method: str, key: str) -> None:
+    soon = await ask_once(world, method, f"/bucket/{key}")
+    assert len(world.objects.told) == 1
+    by_task = await ask_once(world, method, f"/bucket/{key}", **{"x-unknown": "1"})
+    assert len(world.objects.told) == 1
+    assert soon == by_task
+    assert [(done.operation, done.status, done.code, done.bytes_out, done.complete) for done in world.done[:1]] == [
+        (done.operation, done.status, done.code, done.bytes_out, done.complete) for done in world.done[1:]
+    ]
+    statistics = world.app.statistics()
+    assert (statistics.requests_in_flight, statistics.requests_total) == (0, 2)
+
+
+async def test_what_is_held_is_answered_without_the_task(world: World) -> None:
+    head, body = await ask_once(world, "GET", "/bucket/small")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"x-amz-meta-color: blue\r\n" in head
+    assert body == SMALL
+    assert isinstance(world.objects.told[0], HeldStream)
+    assert world.objects.readings == []
+
+
+async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading(None)
+    monkeypatch.setattr(world.objects, "read_soon", lambda bucket, key, want_plain, then: then(reading))
+    _, body = await ask_once(world, "GET", "/bucket/large")
+    assert body == LARGE
+    assert world.objects.readings == [reading]
+
+
+@pytest.mark.parametrize(
+    ("target", "headers", "status"),
+    [
+        ("/bucket/small", {"Range": "bytes=1-2"}, b"206"),
+        ("/bucket/small", {"If-None-Match": '"' + "0" * 32 + '"'}, b"304"),
+        ("/bucket/small", {"x-amz-expected-bucket-owner": "somebody"}, b"403"),
+        ("/bucket/small?versionId=nothing", {}, b"404"),
+        ("/bucket/small?partNumber=1", {}, b"206"),
+        ("/elsewhere/small", {}, b"404"),
+        ("/bucket", {}, b"200"),
+    ],
+)
+async def test_whatever_else_is_asked_is_the_tasks(world: World, target: str, headers: dict[str, str], status: bytes) -> None:
+    head, _ = await ask_once(world, "GET", target, **headers)
+    assert head.split(b" ")[1] == status
+    assert world.objects.told == []
+
+
+@pytest.mark.parametrize("change", [(b"Signature=", b"Signature=0"), (b"Credential=AKMAIN", b"Credential=NOBODY"), (b"Host: ", b"Host: x")])
+async def test_who_is_not_who_they_say_is_told_nothing(world: World, change: tuple[bytes, bytes]) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, "GET", "/bucket/small").replace(*change))
+    assert (await read_head(reader)).startswith(b"HTTP/1.1 403 ")
+    assert world.objects.told == []
+    writer.close()
+
+
+class Held:
+    """``read_soon`` tells when it is let go."""
+
+    def __init__(self, world: World) -> None:
+        self.waiting: list[Callable[[], None]] = []
+        world.objects.soon = self.waiting.append
+
+    def go(self) -> None:
+        self.waiting.pop(0)()
+
+
+async def test_requests_that_come_together_are_answered_one_after_the_other(world: World) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    for _ in range(3):
+        writer.write(b"".join(signed(world, "GET", f"/bucket/{key}") for key in ("small", "other", "large", "empty")))
+        for body in (SMALL, SMALL[1:], LARGE, b""):
+            assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+            assert await reader.readexactly(len(body)) == body
+    writer.close()
+
+
+async def test_a_request_that_comes_while_one_is_answered_waits_for_its_turn(world: World) -> None:
+    held = Held(world)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, "GET", "/bucket/small"))
+    await until(lambda: len(held.waiting) == 1)
+    second = signed(world, "GET", "/bucket/other")
+    for piece in (second[:50], second[50:]):
+        writer.write(piece)
+        await asyncio.sleep(0.02)
+    assert len(held.waiting) == 1
+    held.go()
+    for body in (SMALL, SMALL[1:]):
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert await reader.readexactly(len(body)) == body
+    writer.close()
+
+
+async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
+    held = Held(world)
+    for answer_last in (False, True):
+        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(signed(world, "GET", "/bucket/small" if answer_last else "/bucket/large"))
+        await until(lambda: len(held.waiting) == 1)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        await until(lambda: world.app.statistics().connections == 0)
+        held.go()
+        await until(lambda: world.app.statistics().requests_in_flight == 0)
+    assert [(done.status, done.complete) for done in world.done] == [(200, False)]
+
+
+async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World) -> None:
+    held = Held(world)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, "GET", "/bucket/small"))
+    await until(lambda: len(held.waiting) == 1)
+    closing = asyncio.create_task(world.app.close(5.0))
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    held.go()
+    head = await read_head(reader)
+    assert b"Connection: close\r\n" in head
+    assert await reader.read() == SMALL
+    await closing
+    writer.close()
+
+
+async def test_more_than_may_be_in_flight_are_told_to_slow_down() -> None:
+    async with s3_world(Limits(requests_max=1)) as world:
+        await fill(world)
+        held = Held(world)
+        first, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        writer.write(signed(world, "GET", "/bucket/small"))
+        await until(lambda: len(held.waiting) == 1)
+        head, _ = await ask_once(world, "GET", "/bucket/other")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        held.go()
+        assert (await read_head(first)).startswith(b"HTTP/1.1 200 OK\r\n")
+        writer.close()
+
+
+async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_has(world: World) -> None:
+    held = Held(world)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, "GET", "/bucket/small"))
+    await until(lambda: len(held.waiting) == 1)
+    [connection] = world.app._connections.open  # type: ignore[union-attr]
+    assert isinstance(connection, Connection)
+    assert connection.phase == WORKING
+    assert not connection.idle
+    connection.pause_writing()  # as a transport does whose socket is full
+    held.go()
+    await asyncio.sleep(0.02)
+    writer.write(signed(world, "GET", "/bucket/other"))
+    await asyncio.sleep(0.05)
+    assert held.waiting == []
+    connection.resume_writing()
+    await until(lambda: len(held.waiting) == 1 or len(world.done) == 2)
+    if held.waiting:
+        held.go()
+    for body in (SMALL, SMALL[1:]):
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert await reader.readexactly(len(body)) == body
+    await until(lambda: connection.phase == HEAD)
+    writer.close()
