@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -290,16 +290,16 @@ class ShardReader:
         """With the spans, by their numbers, that each disk is asked about."""
         examine_max = self._examine_max // len(spans)
         bytes_max = ROUND_BYTES_MAX // len(spans)
-        asks: dict[str, list[ShardAsk]] = {}
-        asked: dict[str, list[int]] = {}
+        asks: dict[str, list[ShardAsk]] = defaultdict(list)
+        asked: dict[str, list[int]] = defaultdict(list)
         for number, span in enumerate(spans):
-            feed, known = span.feed, span.known.digest if span.known is not None else 0
-            for disk in feed.disks:
+            shard, known = span.feed.shard, span.known.digest if span.known is not None else 0
+            examined = min(self._examine_max, max(2 * span.limit, examine_max))
+            for disk in span.feed.disks:
                 wanted = want(span, disk)
                 if wanted is not None:
-                    examined = min(self._examine_max, max(2 * span.limit, examine_max))
-                    asks.setdefault(disk, []).append(ShardAsk(feed.shard, span.after, span.limit, wanted, examined, bytes_max, known))
-                    asked.setdefault(disk, []).append(number)
+                    asks[disk].append(ShardAsk(shard, span.after, span.limit, wanted, examined, bytes_max, known))
+                    asked[disk].append(number)
         epoch = self._layouts.current.epoch
         requests = [
             ScanRequest(disk, epoch, query.table, query.scope, tuple(shards), query.prefix, query.delimiter, query.visible)
@@ -387,6 +387,8 @@ def _place(query: Query, shard: int) -> Place:
 def _joined(run: Sequence[Span]) -> Piece:
     """The pieces of a feed's spans, as far as each begins no later than the one before it ends: that may have changed since it was remembered."""
     reached, done = run[0].feed.through, False
+    if len(run) == 1 and (piece := run[0].piece) is not None and run[0].after == reached:
+        return piece
     keys: list[bytes] = []
     held: list[Any] = []
     for span in run:
@@ -407,6 +409,12 @@ def agreeing(feed: Feed, answers: Answers) -> list[str]:
     """The disks of a majority that answered the same, or none."""
     if len(answers) < feed.majority:
         return []
+    if len(answers) == feed.majority:  # mostly: those that were asked first
+        first, *others = answers.values()
+        for other in others:
+            if other.digest != first.digest or other.through != first.through or other.done != first.done:
+                return []
+        return list(answers)
     same: dict[tuple[int, bytes, bool], list[str]] = {}
     for disk, answer in answers.items():
         same.setdefault((answer.digest, answer.through, answer.done), []).append(disk)

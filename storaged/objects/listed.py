@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from storaged.objects.api import Show
 from storaged.objects.ports import BucketKey
 
-ROW_BYTES = 600
+ROW_BYTES = 450
 """What a row takes besides its key and head: what the S3 front shows of it, and its places in two tables."""
 
 

@@ -43,7 +43,11 @@ async def list_objects(
     newest = await keys.newest()
     plane.listed.meet(newest, partial(plane.scanner.forget, bucket.id))
     shown = plane.listed.find(newest, show, page.keys, page.heads)
-    if None in shown:
+    missing = shown.count(None)
+    if missing == len(shown):
+        shown = list(show(*await _columns(keys, bucket, page.keys, page.heads)))
+        plane.listed.keep(newest, show, page.keys, page.heads, shown)
+    elif missing:
         new = [index for index, its in enumerate(shown) if its is None]
         names, heads = [page.keys[index] for index in new], [page.heads[index] for index in new]
         made = show(*await _columns(keys, bucket, names, heads))
@@ -93,10 +97,14 @@ def _named(key: bytes) -> Iterator[None]:
 def _contexts(bucket: BucketRecord, keys: Sequence[bytes], fields: Sequence[ListedFields]) -> list[bytes]:
     """``Place.context`` of every row: bucket id, key, version id, context id, each behind its length."""
     first = pack_context(b"", (bucket.id,))
-    lengths = {length: length.to_bytes(4, "big") for length in {*map(len, keys), *[len(its.context_id) for its in fields]}}
-    versions = {version_id: pack_context(b"", (version_id.encode(),)) for version_id in {its.version_id for its in fields}}
+    before = {length: first + length.to_bytes(4, "big") for length in set(map(len, keys))}
+    kinds = {(its.version_id, len(its.context_id)) for its in fields}
+    behind = {kind: pack_context(b"", (kind[0].encode(),)) + kind[1].to_bytes(4, "big") for kind in kinds}
+    if len(behind) == 1:
+        [same] = behind.values()
+        return [b"".join((before[len(key)], key, same, its.context_id)) for key, its in zip(keys, fields, strict=True)]
     return [
-        b"".join((first, lengths[len(key)], key, versions[its.version_id], lengths[len(its.context_id)], its.context_id))
+        b"".join((before[len(key)], key, behind[its.version_id, len(its.context_id)], its.context_id))
         for key, its in zip(keys, fields, strict=True)
     ]
 

@@ -80,8 +80,8 @@ class ObjectLimits:
     cache_entries_max: int = 4096
     opened_bytes_max: int = 16 * MIB
     """Of records opened lately: some 4,000 keys, at 3.5 KiB each."""
-    listed_bytes_max: int = 12 * MIB
-    """Of rows listed lately: some 16,000, with keys of 30 bytes. Their heads and keys are in the scanner's memory too."""
+    listed_bytes_max: int = 16 * MIB
+    """Of rows listed lately: some 25,000, with keys of 30 bytes. Their heads and keys are in the scanner's memory too."""
     upload_keep_ms: int = 86_400_000
     """A finished upload's rows are kept this long, so that a repeated Complete gets its answer."""
 
