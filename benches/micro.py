@@ -44,7 +44,7 @@ from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
 from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import DigestsKept
-from storaged.meta.store import CHECKPOINT_S, LmdbMetaStore
+from storaged.meta.store import LmdbMetaStore
 from storaged.objects import erasure
 from storaged.objects.api import Buckets, Listing, Objects, Show, Users
 from storaged.objects.ports import pack_context
@@ -341,7 +341,7 @@ async def pages() -> list[Measured]:
         rows = micro_listing.slots()
         for at in range(0, len(rows), 1000):
             await store.commit(StoreBatch(rows[at : at + 1000]))
-        await asyncio.sleep(2 * CHECKPOINT_S)  # until they are where nearly all rows of a bucket are
+        await store.checkpoint()  # they are where nearly all rows of a bucket are
         page = micro_listing.Page(store)
         assert page.gateway_at_first().count(b"<Key>") == page.gateway().count(b"<Key>") == 1000
         cipher, field = AESGCM(bytes(32)), AESGCM(bytes(32)).encrypt(bytes(12), bytes(60), bytes(110))

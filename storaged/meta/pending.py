@@ -181,6 +181,16 @@ def row_of(overlays: tuple[Overlay, Overlay], prefix: bytes, key: bytes) -> byte
     return None
 
 
+def touched(tables: Sequence[Table], *, after: bytes, prefix: bytes, through: bytes | None) -> bool:
+    """Whether ``tables`` have rows with key > ``after`` and the prefix, up to ``through`` (None: anywhere)."""
+    for table in tables:
+        keys = table.ordered()
+        first = max(bisect_right(keys, after), bisect_left(keys, prefix))
+        if first < len(keys) and keys[first].startswith(prefix) and (through is None or keys[first] <= through):
+            return True
+    return False
+
+
 def merged(
     stored: list[tuple[bytes, bytes]], tables: Sequence[Table], *, after: bytes, prefix: bytes, limit: int
 ) -> list[tuple[bytes, bytes]]:

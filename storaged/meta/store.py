@@ -397,18 +397,18 @@ class LmdbMetaStore:
     def columns(
         self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
     ) -> tuple[list[bytes], list[bytes], bool]:
-        found = None
         with self._reading(RegisterName(table, scope, shard, b"").prefix) as (transaction, root, tables):
-            if root is not None and not tables:
-                found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
-        return found or columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
+            found = None if root is None else columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
+        if found and not pending.touched(tables, after=after, prefix=prefix, through=found[0][-1] if found[2] else None):
+            return found
+        return columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
-        found = None
         with self._reading(RegisterName(table, scope, shard, b"").prefix, buffers=True) as (transaction, root, tables):
-            if root is not None and not tables:
-                found = stamps_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
-        return found or stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
+            found = None if root is None else stamps_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
+        if found and not pending.touched(tables, after=after, prefix=prefix, through=found.last if found.more else None):
+            return found
+        return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)

@@ -92,27 +92,27 @@ async def test_a_scan_goes_in_key_order_from_behind_after_within_the_prefix(stor
     assert scan(after=b"a", prefix=b"b", limit=1) == [b"b"]
 
 
-async def test_columns_and_stamps_are_those_of_a_slice(store: MetaStore) -> None:
-    """With keys of one stretch and such that lie behind links, other shards before and behind, and snapshots that end anywhere."""
-    keys = [
-        b"a",
-        b"a\0",
-        b"ab",
-        b"b",
-        b"b" * 480,
-        b"b" * 481,
-        b"b" * 961,
-        b"b" * 479 + b"c",
-        b"ba",
-        b"c",
-        b"c/1",
-        b"c/2",
-        b"c/3",
-        b"\xff" * 490,
-    ]
-    slots = [slot_of(name_of(key), body=b"of " + key[:9], visibility=index % 3) for index, key in enumerate(keys)]
-    others = [slot_of(name_of(key, shard=shard)) for shard in (1, 2) for key in (b"a", b"c/4", b"\xff")]
-    await store.commit(StoreBatch(slots=[*others[:3], *slots, *others[3:]]))
+ROW_KEYS = [
+    b"a",
+    b"a\0",
+    b"ab",
+    b"b",
+    b"b" * 480,
+    b"b" * 481,
+    b"b" * 961,
+    b"b" * 479 + b"c",
+    b"ba",
+    b"c",
+    b"c/1",
+    b"c/2",
+    b"c/3",
+    b"\xff" * 490,
+]
+"""Of one stretch, and such that lie behind links."""
+
+
+def check_columns_and_stamps(store: MetaStore) -> None:
+    """They are those of a slice, of snapshots that end anywhere."""
     for after, prefix, limit in itertools.product(
         [b"", b"a", b"b" * 480, b"b" * 500, b"c", b"c/2"], [b"", b"a", b"b", b"b" * 480, b"c", b"c/"], range(1, 16)
     ):
@@ -121,6 +121,14 @@ async def test_columns_and_stamps_are_those_of_a_slice(store: MetaStore) -> None
         expected = [key for key, _ in entries[:limit]], [row for _, row in entries[:limit]], len(entries) > limit
         assert store.columns(Table.OBJECT, BUCKET, 0, **where, limit=limit) == expected
         assert store.stamps(Table.OBJECT, BUCKET, 0, **where, limit=limit) == stamps_in(*expected)
+
+
+async def test_columns_and_stamps_are_those_of_a_slice(store: MetaStore) -> None:
+    """With other shards before and behind."""
+    slots = [slot_of(name_of(key), body=b"of " + key[:9], visibility=index % 3) for index, key in enumerate(ROW_KEYS)]
+    others = [slot_of(name_of(key, shard=shard)) for shard in (1, 2) for key in (b"a", b"c/4", b"\xff")]
+    await store.commit(StoreBatch(slots=[*others[:3], *slots, *others[3:]]))
+    check_columns_and_stamps(store)
     assert store.columns(Table.OBJECT, OTHER, 0, after=b"", prefix=b"", limit=5) == ([], [], False)
     assert store.stamps(Table.OBJECT, OTHER, 0, after=b"", prefix=b"", limit=5) == stamps_in([], [], False)
 

@@ -21,7 +21,7 @@ from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.rowvalue import pack_row
 from storaged.meta.store import LmdbMetaStore
 from tests.unit.meta_store_suite import *  # noqa: F403
-from tests.unit.meta_store_suite import BUCKET, name_of, page_of, slot_of
+from tests.unit.meta_store_suite import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of
 
 
 @pytest.fixture
@@ -43,6 +43,19 @@ def raw(directory: Path, database: bytes) -> Iterator[Any]:
 async def reopened(store: LmdbMetaStore) -> LmdbMetaStore:
     await store.close()
     return LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+
+
+@pytest.mark.parametrize("late", [1, 2, 3, 5, 13])
+async def test_columns_and_stamps_are_those_of_a_slice_wherever_rows_lie_in_the_log(store: LmdbMetaStore, late: int) -> None:
+    stored = [slot_of(name_of(key), body=b"of " + key[:9]) for index, key in enumerate(ROW_KEYS) if index % late or index % 2]
+    await store.commit(StoreBatch(slots=stored))
+    await store.checkpoint()
+    check_columns_and_stamps(store)
+    logged = [
+        slot_of(name_of(key), 2, body=b"of " + key[:5], visibility=index % 3) for index, key in enumerate(ROW_KEYS) if not index % late
+    ]
+    await store.commit(StoreBatch(slots=logged))
+    check_columns_and_stamps(store)
 
 
 async def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
