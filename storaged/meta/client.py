@@ -19,6 +19,7 @@ import structlog
 import xxhash
 
 from storaged.clock import Clock, SystemClock
+from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts
 from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
@@ -69,6 +70,9 @@ AGREEMENT_S = 2.0
 
 LAYOUT_PAUSE_S = 0.05
 """Between two tries of a read whose replicas follow a newer layout; drawn at random up to it."""
+
+VIEWS_MAX = 16_384
+"""Table, scope and shard whose replicas are remembered: a thousand buckets'."""
 
 T = TypeVar("T")
 
@@ -142,6 +146,9 @@ class RingClient:
         self._rows = RowReader(replicas, self._pool)
         self._patience = Patience()
         self._turns = Turns()
+        self._viewed: Layout | None = None
+        self._views: dict[tuple[int, bytes, int], View] = {}
+        """Of the layout ``_viewed``, by table, scope and shard."""
         self._suspects = Suspects(self._clock)
         self._counts = dict.fromkeys(
             ("reads", "changes", "replays", "identity_rounds", "preempted", "unknown", "unavailable", "digest_conflicts"), 0
@@ -170,8 +177,14 @@ class RingClient:
 
     def _view(self, name: RegisterName) -> View:
         layout = self._layouts.current
-        disks = layout.replicas_of(name.partition)
-        return View(layout.epoch, (disks,), disks)
+        if layout is not self._viewed or len(self._views) >= VIEWS_MAX:
+            self._viewed, self._views = layout, {}
+        where = name[:3]
+        view = self._views.get(where)
+        if view is None:
+            disks = layout.replicas_of(name.partition)
+            view = self._views[where] = View(layout.epoch, (disks,), disks)
+        return view
 
     # --- registers -----------------------------------------------------------------------------------------------------
 
