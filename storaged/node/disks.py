@@ -21,7 +21,7 @@ from storaged.fragments.engine import StoreLimits
 from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import LocalFragmentStore
-from storaged.meta.copies import LoadCopy, PlainCopies
+from storaged.meta.copies import CopiesToldLately, LoadCopy, PlainCopies
 from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
@@ -57,9 +57,9 @@ class DiskCopies(PlainCopies):
     time, and a fence waits for the accepts that were judged before it.
     """
 
-    def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:
+    def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None) -> None:
         payloads = Payloads(fragments)
-        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.peek_payload)
+        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.peek_payload, told)
         self._log = fragments
         self._records = meta
         fragments.commit_companions = meta.commit_here
@@ -131,7 +131,10 @@ async def open_disks(config: Config, clock: Clock, on_cell: OnCell) -> Disks:
     """Opens every configured disk. A refused one is logged and reported; raises DirectoryInUse when another process has one: that is a mistake of setup."""
     ledger = StoreLedger(Path(config.node.directory))
     disks = Disks()
-    opened = await asyncio.gather(*(_open(section, config, ledger, clock, on_cell) for section in config.disks), return_exceptions=True)
+    told = CopiesToldLately()
+    opened = await asyncio.gather(
+        *(_open(section, config, ledger, clock, on_cell, told) for section in config.disks), return_exceptions=True
+    )
     failure: BaseException | None = None
     for section, result in zip(config.disks, opened, strict=True):
         if isinstance(result, LocalDisk):
@@ -150,7 +153,9 @@ async def open_disks(config: Config, clock: Clock, on_cell: OnCell) -> Disks:
     return disks
 
 
-async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock: Clock, on_cell: OnCell) -> LocalDisk:
+async def _open(
+    section: DiskSection, config: Config, ledger: StoreLedger, clock: Clock, on_cell: OnCell, told: CopiesToldLately
+) -> LocalDisk:
     directory, limits = Path(section.directory), config.limits
     expected = ledger.identity(section.id)
     if expected is None:
@@ -170,7 +175,7 @@ async def _open(section: DiskSection, config: Config, ledger: StoreLedger, clock
         raise
     try:
         await restore_copies(meta, fragments)
-        replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments), clock=clock)
+        replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments, told), clock=clock)
     except BaseException:
         await asyncio.gather(fragments.close(), meta.close())
         raise

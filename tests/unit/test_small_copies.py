@@ -18,7 +18,7 @@ from storaged.errors import DiskUnusable, StoragedError
 from storaged.fragments.engine import StoreLimits
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta import messages
-from storaged.meta.copies import PlainCopies
+from storaged.meta.copies import ENTRY_BYTES, CopiesToldLately, PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, MetaStore
@@ -443,3 +443,42 @@ async def test_copies_stay_in_the_redo_log_when_their_own_could_not_be_synced_an
     assert disk.meta.statistics().checkpoints == (1 if noted else 0)
     assert disk.meta.statistics().state == ("ok" if noted else "read-only")
     await disk.close()
+
+
+def test_copies_told_lately_are_the_last_ones_and_of_bounded_size() -> None:
+    told = CopiesToldLately(10 * (1000 + ENTRY_BYTES))
+    payloads = {bytes([number]) * 16: memoryview(bytes([number]) * 1000) for number in range(30)}
+    first = bytes(16)
+    for data_id, payload in payloads.items():
+        assert told.get(data_id) is None
+        told.keep(data_id, payload)
+        assert told.get(first) == payloads[first]  # asked for again and again, it stays
+    assert len(told) == 10
+    assert [data_id[0] for data_id in payloads if told.get(data_id) is not None] == [0, *range(21, 30)]
+    told.keep(b"large" * 4, memoryview(bytes(20_000)))
+    assert len(told) == 0
+    nothing = CopiesToldLately(0)
+    nothing.keep(first, payloads[first])
+    assert nothing.get(first) is None
+
+
+async def test_a_copy_is_read_from_its_disk_once_for_all_disks_of_a_node(tmp_path: Path) -> None:
+    told = CopiesToldLately()
+    asked: list[bytes] = []
+
+    def peek(data_id: bytes) -> memoryview | None:
+        asked.append(data_id)
+        return memoryview(b"sealed") if data_id == b"D" * 16 else None
+
+    async def store(header: bytes, body: Sequence[Buffer]) -> None: ...
+
+    async def load(data_id: bytes) -> Copy | None:
+        return None
+
+    meta = MemoryMetaStore()
+    disks = [PlainCopies(meta, store, load, peek, told) for _ in range(2)]
+    for _ in range(2):
+        for disk in disks:
+            assert disk.peek(b"D" * 16) == b"sealed"
+            assert disk.peek(b"E" * 16) is None
+    assert asked == [b"D" * 16] + [b"E" * 16] * 4
