@@ -7,6 +7,7 @@ themselves have to be looked at one by one. None where they are not: ``walk`` do
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from itertools import islice
 from typing import Any
 
@@ -29,12 +30,15 @@ def columns_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit:
         return None
     entries = list(islice(cursor.iternext(), limit))
     bound = row_key(root, prefix)
-    if len(entries) < limit or not entries[-1][0].startswith(bound):
-        return None
+    if entries[-1][0].startswith(bound):
+        more = len(entries) == limit and cursor.next() and cursor.key().startswith(bound)
+    else:
+        more = False
+        del entries[bisect_left(entries, True, key=lambda entry: not entry[0].startswith(bound)) :]
     keys = [key[NODE_BYTES:] for key, _ in entries]
-    if max(map(len, keys)) > SEGMENT_BYTES:
+    if max(map(len, keys), default=0) > SEGMENT_BYTES:
         return None
-    return keys, [row for _, row in entries], cursor.next() and cursor.key().startswith(bound)
+    return keys, [row for _, row in entries], more
 
 
 def stamps_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps | None:
@@ -42,11 +46,18 @@ def stamps_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit: 
     if not _set(cursor, root, after, prefix):
         return None
     rows = list(islice(cursor.iternext(keys=False), limit))
-    last, bound, sizes = bytes(cursor.key()), row_key(root, prefix), list(map(len, rows))
-    if len(rows) < limit or not last.startswith(bound) or min(sizes) < ROW_BYTES_MIN:
+    last, bound, more = bytes(cursor.key()), row_key(root, prefix), False
+    if len(rows) == limit and last.startswith(bound):
+        more = cursor.next() and bytes(cursor.key()).startswith(bound)
+    else:
+        _set(cursor, root, after, prefix)
+        keys = list(map(bytes, islice(cursor.iternext(values=False), limit)))
+        del rows[bisect_left(keys, True, key=lambda key: not key.startswith(bound)) :]
+        last = keys[len(rows) - 1] if rows else b""
+    sizes = list(map(len, rows))
+    if min(sizes, default=ROW_BYTES_MIN) < ROW_BYTES_MIN:
         return None
-    stamps = b"".join([_stamp(row)[0] for row in rows])
-    return Stamps(stamps, limit, sum(sizes), last[NODE_BYTES:], cursor.next() and bytes(cursor.key()).startswith(bound))
+    return Stamps(b"".join([_stamp(row)[0] for row in rows]), len(rows), sum(sizes), last[NODE_BYTES:], more)
 
 
 def _set(cursor: Cursor, root: int, after: bytes, prefix: bytes) -> bool:
