@@ -19,7 +19,7 @@ from typing import Any
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.meta.names import RegisterName, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row
-from storaged.meta.remembered import PIECES_BYTES_MAX, Remembered
+from storaged.meta.remembered import PIECES_BYTES_MAX, Held, Remembered
 from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
 from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, Span, bounded, common_end, reported
 
@@ -98,7 +98,7 @@ class RingScanner:
         """As the port says. ``limit`` up to 4,095; 0 gives an empty last page. A page may be short, even empty, with ``next_after`` set: then
         so many deleted keys lay in between that it is better to come back."""
         visible = Visibility.HIDDEN if hidden else Visibility.LIVE
-        keys, held, prefixes, next_after = await self._filled(
+        (keys, held, prefixes, next_after), _ = await self._filled(
             Query(table, scope, prefix, delimiter, visible, settling_nonce), shards, after, limit
         )
         return ListPage(tuple(map(Row, keys, held)), prefixes, next_after)
@@ -116,26 +116,28 @@ class RingScanner:
     ) -> HeadPage:
         """As the port says; limits as for ``list_page``."""
         query = Query(table, scope, prefix, delimiter, Visibility.LIVE, heads=True)
-        return HeadPage(*await self._filled(query, shards, after, limit))
+        filled, again = await self._filled(query, shards, after, limit)
+        return HeadPage(*filled, again)
 
     def forget(self, scope: bytes) -> None:
         """As the port says."""
         self._remembered.forget(scope)
 
-    async def _filled(self, query: Query, shards: Sequence[int], after: bytes, limit: int) -> Filled:
+    async def _filled(self, query: Query, shards: Sequence[int], after: bytes, limit: int) -> tuple[Filled, bool]:
+        """And whether most of it was listed before."""
         if not 0 <= limit <= PAGE_ROWS_MAX:
             raise ValueError(f"a page has 0 to {PAGE_ROWS_MAX} entries, not {limit}")
         if limit == 0:
-            return [], [], (), None
+            return ([], [], (), None), False
         page = _Page(query, [self._reader.feed(query, shard, after) for shard in shards], limit)
         for turn in range(ROUNDS_MAX):
             asked = page.behind()
             if not asked:
-                return page.whole()
+                return page.whole(), page.again
             share = min(limit + 1, self._share(page.wanting(), len(asked), turn))
             for feed, piece in zip(asked, await self._reader.pieces(query, asked, share), strict=True):
                 page.add(feed, piece)
-        return page.cut_short()
+        return page.cut_short(), page.again
 
     async def scan_all(
         self,
@@ -194,6 +196,13 @@ class _Page:
         self._need = limit + 1  # one more tells whether there is a next page
         self._entries: dict[bytes, Any] = {}
         self._names: list[bytes] = []
+        self._parts: list[Held] = []
+        self._pieces = self._again = 0
+
+    @property
+    def again(self) -> bool:
+        """Was most of it listed before?"""
+        return 2 * self._again > self._pieces
 
     def behind(self) -> list[Feed]:
         """The feeds that may still hold something for this page."""
@@ -216,6 +225,9 @@ class _Page:
         else:
             self._entries.update(zip(piece.keys, piece.held, strict=True))
         feed.through, feed.done = self._jumped(piece.through), piece.done
+        self._parts += piece.parts
+        self._pieces += 1
+        self._again += piece.again
 
     def _jumped(self, through: bytes) -> bytes:
         """Behind the common prefix that ``through`` lies in, when that is on the page already."""
@@ -237,6 +249,8 @@ class _Page:
         return keys, held, prefixes, known
 
     def _filled(self, names: list[bytes], more: bool) -> Filled:
+        for part in self._parts:
+            part.listed = max(part.listed, names[-1] if names else b"")
         held = [self._entries[name] for name in names]
         next_after = None
         if more:

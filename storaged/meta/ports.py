@@ -147,12 +147,14 @@ class ListPage:
 
 
 class HeadPage(NamedTuple):
-    """As ListPage, with the heads of the bodies (``meta.heads``) in place of values: ``heads[i]`` is of ``keys[i]``."""
+    """As ListPage, with the heads of the bodies (``meta.heads``) in place of values: ``heads[i]`` is of ``keys[i]``. ``again``: most of it was listed before, and so may be
+    once more."""
 
     keys: Sequence[bytes]
     heads: Sequence[bytes]
     prefixes: Sequence[bytes] = ()
     next_after: bytes | None = None
+    again: bool = False
 
 
 class Scanner(Protocol):

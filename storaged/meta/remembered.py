@@ -35,9 +35,10 @@ class Place(NamedTuple):
 
 
 class Held:
-    """A piece: the answer to an ask for ``limit`` entries behind ``after``, whose digest it had. Its keys and heads, and up to where it goes."""
+    """A piece: the answer to an ask for ``limit`` entries behind ``after``, whose digest it had. Its keys and heads, and up to where it goes. ``listed``: up to where
+    it was on pages."""
 
-    __slots__ = ("after", "cost", "digest", "done", "heads", "keys", "limit", "place", "through")
+    __slots__ = ("after", "cost", "digest", "done", "heads", "keys", "limit", "listed", "place", "through")
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Held:
         self.heads = heads
         self.through = through
         self.done = done
+        self.listed = b""
         self.cost = _PIECE_BYTES + len(through) + len(keys) * _ROW_BYTES + sum(map(len, keys)) + sum(map(len, heads))
 
 

@@ -87,12 +87,15 @@ class Feed:
 
 
 class Piece(NamedTuple):
-    """A settled piece of a shard: the keys of its visible rows (of common prefixes: the first) with their values, or heads, and up to where it goes."""
+    """A settled piece of a shard: the keys of its visible rows (of common prefixes: the first) with their values, or heads, and up to where it goes. ``parts``:
+    what is remembered of it. ``again``: it was on a page before."""
 
     keys: Sequence[bytes]
     held: Sequence[Value] | Sequence[bytes]
     through: bytes
     done: bool
+    parts: Sequence[Held] = ()
+    again: bool = False
 
 
 @dataclass(slots=True)
@@ -374,6 +377,9 @@ class ShardReader:
             keys, heads = (held.keys, held.heads) if held is not None and known else (answer.keys, answer.heads)
             held = Held(_place(query, span.feed.shard), span.after, span.limit, answer.digest, keys, heads, answer.through, answer.done)
             self._remembered.keep(held)
+            if span.known is not None:
+                held.listed = span.known.listed
+            span.known = held
         return Piece(held.keys, held.heads, answer.through, answer.done)
 
     async def _read(self, name: RegisterName, settling_nonce: bytes) -> Value | None:
@@ -387,8 +393,6 @@ def _place(query: Query, shard: int) -> Place:
 def _joined(run: Sequence[Span]) -> Piece:
     """The pieces of a feed's spans, as far as each begins no later than the one before it ends: that may have changed since it was remembered."""
     reached, done = run[0].feed.through, False
-    if len(run) == 1 and (piece := run[0].piece) is not None and run[0].after == reached:
-        return piece
     keys: list[bytes] = []
     held: list[Any] = []
     for span in run:
@@ -402,7 +406,8 @@ def _joined(run: Sequence[Span]) -> Piece:
         reached, done = max(reached, piece.through), piece.done
         if done:
             break
-    return Piece(keys, held, reached, done)
+    parts = [span.known for span in run if span.known is not None]
+    return Piece(keys, held, reached, done, parts, bool(parts) and run[0].feed.through < parts[0].listed)
 
 
 def agreeing(feed: Feed, answers: Answers) -> list[str]:

@@ -1,5 +1,6 @@
 """What was shown of rows of listings lately, so that listing a bucket again opens, and prints, only what is new in it.
 
+It is kept when a page is mostly of what was listed before: a bucket that is listed once, from one end to the other, pays nothing for it, and pushes nothing out.
 A row counts only for the very head that it was made of, at its own key, and while the bucket key is held that was at hand when it was opened: so it is never stale, and
 goes with that key, as what a read opened does (``objects.opened``). What is kept is in memory only, and bounded.
 """

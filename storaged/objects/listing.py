@@ -46,12 +46,14 @@ async def list_objects(
     missing = shown.count(None)
     if missing == len(shown):
         shown = list(show(*await _columns(keys, bucket, page.keys, page.heads)))
-        plane.listed.keep(newest, show, page.keys, page.heads, shown)
+        if page.again:
+            plane.listed.keep(newest, show, page.keys, page.heads, shown)
     elif missing:
         new = [index for index, its in enumerate(shown) if its is None]
         names, heads = [page.keys[index] for index in new], [page.heads[index] for index in new]
         made = show(*await _columns(keys, bucket, names, heads))
-        plane.listed.keep(newest, show, names, heads, made)
+        if page.again:
+            plane.listed.keep(newest, show, names, heads, made)
         for index, its in zip(new, made, strict=True):
             shown[index] = its
     return Listing(page.keys, shown, page.prefixes, page.next_after)

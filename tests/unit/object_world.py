@@ -218,6 +218,9 @@ class FakeDisks:
 class FakeRing:
     """Registers, Pages, Scanner and Fences of one process. ``interfere``: called between prepare and accept; when it changes the key, the change is pre-empted."""
 
+    again = True
+    """What pages of heads say of themselves."""
+
     def __init__(self, layouts: FakeLayouts, disks: FakeDisks) -> None:
         self.layouts = layouts
         self.disks = disks
@@ -380,7 +383,9 @@ class FakeRing:
         limit: int = 1000,
     ) -> HeadPage:
         page = await self.list_page(table, scope, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
-        return HeadPage([row.key for row in page.rows], [head_of(row.value.body) for row in page.rows], page.prefixes, page.next_after)
+        return HeadPage(
+            [row.key for row in page.rows], [head_of(row.value.body) for row in page.rows], page.prefixes, page.next_after, again=self.again
+        )
 
     def forget(self, scope: bytes) -> None:
         """Nothing is remembered."""

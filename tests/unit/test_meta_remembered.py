@@ -29,8 +29,9 @@ async def test_of_a_page_that_is_asked_for_again_no_row_is_sent_but_a_majority_i
     first = await heads_of(ring)
     assert ring.sent == 100
     asks = len([ask for scan in ring.scans for ask in scan.shards])
-    ring.scans.clear()
-    assert await heads_of(ring) == first
+    for _ in range(2):
+        ring.scans.clear()
+        assert (await heads_of(ring))[:-1] == first[:-1]
     assert ring.sent == 100
     assert len([ask for scan in ring.scans for ask in scan.shards]) == asks == 2 * len(SHARDS)
 
@@ -70,8 +71,10 @@ async def test_pages_in_order_have_every_row_sent_once_and_pages_from_anywhere_b
         page = await heads_of(ring, after=after, limit=10)
         found += page.keys
         after = page.next_after
+        assert not page.again
     assert found == KEYS
     assert ring.sent == 100
+    assert (await heads_of(ring)).again
     for first in range(0, 99, 7):
         assert list((await heads_of(ring, after=KEYS[first], limit=30)).keys) == KEYS[first + 1 : first + 31]
     assert ring.sent == 100

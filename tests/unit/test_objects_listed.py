@@ -69,6 +69,16 @@ async def test_of_a_bucket_that_is_listed_again_only_what_changed_is_opened(monk
     await rig.objects.close()
 
 
+async def test_of_a_bucket_that_is_listed_for_the_first_time_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    await rig.put(b"data", b"k")
+    monkeypatch.setattr(rig.objects.plane.scanner, "again", False)
+    for times in (1, 2):
+        assert await rig.listed() == {b"k": etag(b"data")}
+        assert rig.opened == times
+    await rig.objects.close()
+
+
 async def test_another_keys_record_is_not_taken_for_one_that_was_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch)
     for key in (b"a", b"b"):
