@@ -288,13 +288,12 @@ class S3App:
             return False
         request.operation, request._bucket_record = route.operation, bucket
         self._came()
-        begun = _Begun(request, route, self._clock.monotonic())
-        front.objects.read_soon(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
+        then = partial(self._read, connection, request, route, self._clock.monotonic())
+        front.objects.read_soon(bucket, request.key, head.method == "GET", then)
         return True
 
-    def _read(self, connection: Connection, begun: _Begun, found: Soon) -> None:
+    def _read(self, connection: Connection, request: Request, route: routes.Route, started_s: float, found: Soon) -> None:
         """Answers what was begun, or leaves the rest to the connection's task."""
-        request = begun.request
         if (
             found is None
             or isinstance(found, Reading)
@@ -303,7 +302,7 @@ class S3App:
             request.reading = found if isinstance(found, Reading) else None
             self._requests_total -= 1  # the task counts it
             self._went()
-            connection.hand_over(begun)
+            connection.hand_over(_Begun(request, route, started_s))
             return
         keep, bytes_out, complete = not self._draining, 0, False
         reply = Reply(500)
@@ -316,7 +315,7 @@ class S3App:
             log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
             connection.transport.abort()
         self._went()
-        self._observe(request, Sent(reply, bytes_out, complete, keep, False), begun.started_s, None)
+        self._observe(request, reply, bytes_out, complete, started_s, None)
         connection.answered(keep=keep and complete)
 
     def _reply_of(self, request: Request, found: ObjectStream | ObjectInfo | errors.NoSuchKey) -> Reply:
@@ -350,7 +349,7 @@ class S3App:
         if spans is not None:
             spans.note("reply", began_ns, time.perf_counter_ns())
             connection.heard_ns = 0
-        self._observe(request, sent, started_s, spans)
+        self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s, spans)
         return request, sent
 
     def _request_of(self, connection: Connection, head: Head) -> Request:
@@ -359,14 +358,12 @@ class S3App:
             self._new_id(), head.method, head.target, connection.remote, connection.secure, head.headers, modern=head.modern, _body=body
         )
 
-    def _observe(self, request: Request, sent: Sent, started_s: float, spans: trace.Trace | None) -> None:
+    def _observe(self, request: Request, reply: Reply, bytes_out: int, complete: bool, started_s: float, spans: trace.Trace | None) -> None:
         if self._on_request is None:
             return
         bytes_in = request._body.bytes_come if request._body is not None else 0
         try:
-            self._on_request(
-                RequestDone(request, sent.reply, bytes_in, sent.bytes_out, self._clock.monotonic() - started_s, sent.complete, spans)
-            )
+            self._on_request(RequestDone(request, reply, bytes_in, bytes_out, self._clock.monotonic() - started_s, complete, spans))
         except Exception:
             log.exception("the observer of requests failed")
 

@@ -125,22 +125,24 @@ class Connection(asyncio.BufferedProtocol):
         else:
             data = self._input + data
         self._input = data
-        if awaited and (data.find(HEAD_END, max(seen - 3, 0)) >= 0 or broken_so_far(data, self._limits, seen)):
-            if not self._begin_soon(data):
-                self._wake(waiter)
-            awaited = False
+        if awaited:
+            end = data.find(HEAD_END, max(seen - 3, 0))
+            if end >= 0 or broken_so_far(data, self._limits, seen):
+                if not self._begin_soon(data, end):
+                    self._wake(waiter)
+                awaited = False
         if not awaited and len(data) > self._limits.read_buffer_bytes:
             self.hold_back()  # also before the task has run: one readiness of the socket may bring dozens of reads
 
-    def _begin_soon(self, data: bytes) -> bool:
-        """Whether the request whose head this is, and all that has come, is answered by callbacks."""
+    def _begin_soon(self, data: bytes, end: int) -> bool:
+        """Whether the request whose head this is, up to ``end``, and all that has come, is answered by callbacks."""
         begin = self._others.begin_soon
-        if begin is None or data.find(HEAD_END) != len(data) - len(HEAD_END):
+        if begin is None or end < 0 or end != len(data) - len(HEAD_END):
             return False
         self._answering = True
         self._input = b""
         self.phase = WORKING
-        if begin(self, data[: -len(HEAD_END)]):
+        if begin(self, data[:end]):
             return True
         self._answering = False
         self._input = data
