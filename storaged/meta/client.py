@@ -570,7 +570,10 @@ def _reading_of(quick: QuickRead, want_payload: bool) -> Reading | None:
     """What the common case has found; None: it was not one, or the copy is missing."""
     if not quick.agreed:
         return None
-    value = shown(value_of(quick.row)) if quick.row else None
+    try:
+        value = shown(value_of(quick.row)) if quick.row else None
+    except (msgspec.MsgspecError, IndexError):  # some node's mistake, with a check that is right: others are asked
+        return None
     if not want_payload or value is None or not value.payload:
         return Reading(value)
     return Reading(value, quick.copy) if len(quick.copy) else None

@@ -16,7 +16,7 @@ from storaged.meta.client import RingClient
 from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Copy, Slot, StoreBatch
+from storaged.meta.ports import Ballot, Copy, Reading, Slot, StoreBatch
 from storaged.meta.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.meta.replica import LocalReplica
@@ -194,6 +194,19 @@ async def test_a_damaged_row_or_one_that_differs_or_a_node_that_is_away_costs_an
     assert (await world.client.read(differs)).value == newer.value
     world.away = {of(world, away)[which][:2]}
     assert (await world.client.read(away)).value == slots[2].value
+
+
+@pytest.mark.parametrize("end", [b"", b"\xff" * 60])
+async def test_a_node_that_tells_a_right_check_and_no_row_ends_nobodys_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch, end: bytes
+) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    monkeypatch.setattr(MemoryMetaStore, "rows", lambda self, names: [pack_row(slot)[:9] + end] * len(names))
+    soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
+    world.client.read_soon(slot.name, False, soon.set_result)
+    assert await asyncio.wait_for(soon, 2) is None
+    assert (await world.client.read(slot.name)).value == slot.value
 
 
 async def test_rows_that_do_not_fit_into_one_answer_are_asked_for_alone(world: World) -> None:
