@@ -61,6 +61,8 @@ class _Begun(NamedTuple):
     request: Request
     route: routes.Route
     started_s: float
+    written: Sent | None = None
+    """Its answer, of which the client has not taken everything yet."""
 
 
 class RequestDone(Struct):
@@ -240,7 +242,8 @@ class S3App:
                     found: Head | _Begun | errors.S3Error = parse_head(raw, limits) if isinstance(raw, bytes) else cast(_Begun, raw)
                 except errors.S3Error as error:
                     found = error
-                self._came()
+                if not isinstance(found, _Begun):  # that was counted when it was begun, and has kept its place
+                    self._came()
                 try:
                     request, sent = await self._serve(connection, found)
                 finally:
@@ -300,9 +303,8 @@ class S3App:
             or (isinstance(found, errors.StoragedError) and not isinstance(found, errors.NoSuchKey))
         ):
             request.reading = found if isinstance(found, Reading) else None
-            self._requests_total -= 1  # the task counts it
-            self._went()
-            connection.hand_over(_Begun(request, route, started_s))
+            if not connection.hand_over(_Begun(request, route, started_s)):
+                self._went()
             return
         keep, bytes_out, complete = not self._draining, 0, False
         reply = Reply(500)
@@ -314,9 +316,12 @@ class S3App:
         except Exception:
             log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
             connection.transport.abort()
+        keep = keep and complete
+        if connection.paused and connection.hand_over(_Begun(request, route, started_s, Sent(reply, bytes_out, complete, keep, False))):
+            return
         self._went()
         self._observe(request, reply, bytes_out, complete, started_s, None)
-        connection.answered(keep=keep and complete)
+        connection.answered(keep=keep)
 
     def _reply_of(self, request: Request, found: ObjectStream | ObjectInfo | errors.NoSuchKey) -> Reply:
         if isinstance(found, ObjectInfo):
@@ -338,7 +343,11 @@ class S3App:
             reply = await self._answer(request, spans)
             may_keep = head.keep_alive and not self._draining
         elif isinstance(head, _Begun):
-            request, route, started_s = head
+            request, route, started_s, written = head
+            if written is not None:
+                sent = await self._sender.finish(connection, written)
+                self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s, None)
+                return request, sent
             reply = await self._answer(request, None, route)
             may_keep = not self._draining
         else:
@@ -377,11 +386,11 @@ class S3App:
         """``route``: of a request that was authenticated and found to be allowed. Never raises but for cancellation: every failure has an answer."""
         front = self._front
         try:
+            if route is not None:
+                return await route.handler(front, request)
             if self._in_flight > self._limits.requests_max:
                 self._refused_total += 1
                 raise errors.SlowDown()
-            if route is not None:
-                return await route.handler(front, request)
             self._locate(request)
             if request.method == "POST" and request.bucket and not request.key and is_form(request.headers):
                 request.operation = "PostObject"

@@ -157,14 +157,17 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.phase = HEAD
         self.progress += 1
-        if self._input or self._ended or self.paused:
+        if self._input or self._ended:
             self._wake(self._heard)
 
-    def hand_over(self, begun: object) -> None:
-        """The task goes on with a request that was begun by ``begin_soon``: ``next_head`` returns it."""
+    def hand_over(self, begun: object) -> bool:
+        """The task goes on with a request that was begun by ``begin_soon``: ``next_head`` returns it. False: there is no task any more, for the client has gone."""
         self._answering = False
+        if self._heard is None:
+            return False
         self._begun = begun
         self._wake(self._heard)
+        return True
 
     def eof_received(self) -> bool:
         """The client sends no more. If it did so with requests under way, it may still want their answers: then the transport stays open."""
@@ -207,8 +210,6 @@ class Connection(asyncio.BufferedProtocol):
             if self._begun is not None:
                 begun, self._begun = self._begun, None
                 return begun
-            if self.paused and not await self._drained_in_time():
-                return None
             data = self._input
             if fresh and data.startswith(b"\r\n"):
                 self._input = data = data[2:]
@@ -305,14 +306,6 @@ class Connection(asyncio.BufferedProtocol):
                 self._room = None
                 self.phase = WORKING
                 self.progress += 1
-
-    async def _drained_in_time(self) -> bool:
-        try:
-            await self.drained()
-        except (ConnectionError, TimeoutError):
-            self.transport.abort()
-            return False
-        return True
 
     def end_writing(self) -> None:
         """Tells the client that the answer was the last, while what it still sends is read."""

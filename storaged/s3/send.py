@@ -85,6 +85,15 @@ class Sender:
             connection.transport.abort()
         return Sent(reply, bytes_out, complete, keep and complete, complete and (body is None or not body.complete))
 
+    async def finish(self, connection: Connection, sent: Sent) -> Sent:
+        """Waits until the client has taken an answer that was ``put``. Raises as ``send``."""
+        try:
+            await connection.drained()
+        except (ConnectionError, TimeoutError):
+            connection.transport.abort()
+            return sent._replace(complete=False, keep_alive=False)
+        return sent
+
     # --- heads ----------------------------------------------------------------------------------------------------------
 
     def _head(self, request: Request, reply: Reply, keep: bool) -> bytes:

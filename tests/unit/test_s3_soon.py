@@ -172,6 +172,49 @@ async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World)
     writer.close()
 
 
+async def test_a_server_that_ends_waits_for_what_was_left_to_the_task(world: World) -> None:
+    held = Held(world)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, "GET", "/bucket/large"))
+    await until(lambda: len(held.waiting) == 1)
+    closing = asyncio.create_task(world.app.close(5.0))
+    await asyncio.sleep(0.05)
+    held.go()
+    assert b"Connection: close\r\n" in await read_head(reader)
+    assert await reader.read() == LARGE
+    await closing
+    statistics = world.app.statistics()
+    assert (statistics.requests_in_flight, statistics.requests_total) == (0, 1)
+    writer.close()
+
+
+async def test_a_server_that_ends_waits_for_a_client_that_has_not_taken_its_answer(world: World) -> None:
+    bucket = world.buckets.by_name["bucket"]
+    body = b"m" * 16_000
+    world.objects.store(bucket, b"middling", body, META, "0" * 32, bucket.owner)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", world.port))
+    client.setblocking(False)
+    await until(lambda: world.app.statistics().connections == 1)
+    [connection] = world.app._connections.open  # type: ignore[union-attr]
+    connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(client, signed(world, "GET", "/bucket/middling"))
+    await until(lambda: connection.paused)
+    assert world.done == []
+    closing = asyncio.create_task(world.app.close(5.0))
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    answer = b""
+    while piece := await loop.sock_recv(client, 4096):
+        answer += piece
+    assert answer.endswith(b"\r\n\r\n" + body)
+    await closing
+    assert [(done.status, done.complete) for done in world.done] == [(200, True)]
+    client.close()
+
+
 async def test_more_than_may_be_in_flight_are_told_to_slow_down() -> None:
     async with s3_world(Limits(requests_max=1)) as world:
         await fill(world)
