@@ -17,6 +17,7 @@ import xxhash
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.errors import DiskUnusable, StoragedError
 from storaged.ids import Entropy, system_entropy
+from storaged.meta.changes import Changes
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch, StoredPage
 from storaged.meta.rowvalue import columns_of, intact, pack_row, stamps_in, unpack_row
@@ -34,7 +35,6 @@ class _Shard:
 
     keys: list[bytes] = field(default_factory=list)
     rows: dict[bytes, bytes] = field(default_factory=dict)
-    changes: int = 0
 
 
 @dataclass
@@ -58,6 +58,7 @@ class MemoryMetaStore:
         self._pending: list[_Pending] = []
         self._turn = asyncio.Lock()
         self._posted: set[asyncio.Task[None]] = set()
+        self.changes = Changes()
         self._crashes = 0
         self._reason = ""
 
@@ -116,10 +117,6 @@ class MemoryMetaStore:
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
         return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
-
-    def changes(self, table: int, scope: bytes, shard: int) -> int:
-        held = self._shards.get((table, scope, shard))
-        return 0 if held is None else held.changes
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
@@ -184,12 +181,12 @@ class MemoryMetaStore:
 
     def _apply(self, count: int) -> None:
         for entry in self._pending[:count]:
-            for name, row in entry.rows:
-                shard = self._shards.setdefault(name[:3], _Shard())
-                if name.key not in shard.rows:
-                    insort(shard.keys, name.key)
-                shard.rows[name.key] = row
-                shard.changes += 1
+            with self.changes.counting([(name.prefix, name.key) for name, _ in entry.rows]):
+                for name, row in entry.rows:
+                    shard = self._shards.setdefault(name[:3], _Shard())
+                    if name.key not in shard.rows:
+                        insort(shard.keys, name.key)
+                    shard.rows[name.key] = row
             self._fences.update((fence.scope, fence) for fence in entry.batch.fences)
             for scope in entry.batch.unfence:
                 self._fences.pop(scope, None)

@@ -48,8 +48,6 @@ BATCH_BYTES_MAX = ENTRY_BYTES_MAX - 2 * MIB
 ENTRY_OVERHEAD = 32
 """A row's prefix, and what says how long each part is, take no more."""
 
-CHANGE_COUNTS = 4_096
-
 
 @dataclass(slots=True)
 class Ready:
@@ -147,28 +145,6 @@ class Overlay:
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.others)
-
-
-class Changes:
-    """How often something was written to each shard, since the store was opened. Shards share counts by hash: whose count has moved may have changed."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * CHANGE_COUNTS
-
-    def of(self, prefix: bytes) -> int:
-        """``prefix``: table || scope || shard."""
-        return self._counts[hash(prefix) % CHANGE_COUNTS]
-
-    def add(self, overlay: Overlay, entries: Sequence[Ready]) -> None:
-        """Counts what is added to an overlay before, so that nothing that was seen until then counts any more, and after: what is seen in between may be a part of it."""
-        changed = {hash(prefix) % CHANGE_COUNTS for entry in entries for prefix, _, _ in entry.rows}
-        self._count(changed)
-        overlay.add(entries)
-        self._count(changed)
-
-    def _count(self, changed: Iterable[int]) -> None:
-        for at in changed:
-            self._counts[at] += 1
 
 
 def row_of(overlays: tuple[Overlay, Overlay], prefix: bytes, key: bytes) -> bytes | None:

@@ -19,6 +19,7 @@ from storaged.wire import Buffer, Message
 
 if TYPE_CHECKING:
     from storaged.meta import messages
+    from storaged.meta.changes import Changes
     from storaged.meta.scan import ScanReply, ScanRequest
 
 Update = Callable[[Value | None], Change | None]
@@ -345,6 +346,9 @@ class Stamps(NamedTuple):
 class MetaStore(Protocol):
     """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
 
+    changes: Changes
+    """Tells whether what was read of rows is still so, but for damage."""
+
     @property
     def store_id(self) -> bytes:
         """16 random bytes, as old as the store."""
@@ -378,9 +382,6 @@ class MetaStore(Protocol):
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
         """Of the rows that ``columns`` would give what stands for them (``rowvalue.stamps_of``), without reading the rest of them."""
-
-    def changes(self, table: int, scope: bytes, shard: int) -> int:
-        """Read before a snapshot, and the same later: whatever that snapshot showed of the shard's rows is still so, but for damage."""
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Every (table, scope, shard) that has rows here, for repair's walk."""

@@ -8,7 +8,7 @@ Every row looked at goes into the digest, not only the visible ones: a tombstone
 same rows stop at the same place, so equal (digest, through, done) mean equal answers, and nothing but one replica's rows needs to be sent; nor those, to
 an asker that has them from before and says so (``known``).
 
-A disk keeps what ranges came to when they were looked at last (``DigestsKept``): where nothing was written to a shard since, they are not looked at again.
+A disk keeps what ranges came to when they were looked at last (``DigestsKept``): those in which nothing was written since are not looked at again.
 """
 
 from __future__ import annotations
@@ -136,6 +136,15 @@ class _Looked(NamedTuple):
     slice: ShardSlice
     cost: int
 
+    def holds(self, store: MetaStore, request: ScanRequest, ask: ShardAsk, name_prefix: bytes, changes: int) -> bool:
+        """Whether that is still what is to be answered, the count being ``changes`` now."""
+        if not _whole(ask, self.slice, self.row_bytes):
+            return False
+        through = None if self.slice.done else self.slice.through
+        return self.changes == changes or not store.changes.since(
+            self.changes, name_prefix, after=ask.after, key_prefix=request.prefix, through=through
+        )
+
 
 class DigestsKept:
     """What the ranges of one disk's shards that were asked for lately came to, in about ``bytes_max`` of memory."""
@@ -148,11 +157,14 @@ class DigestsKept:
     def answer(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
         """To an ask for STAMPS or HEADS."""
         place = (request.table, request.scope, request.prefix, request.delimiter, request.visible, ask.shard, ask.after, ask.limit)
-        changes = store.changes(request.table, request.scope, ask.shard)
+        name_prefix = RegisterName(request.table, request.scope, ask.shard, b"").prefix
+        changes = store.changes.of(name_prefix)
         looked = self._kept.get(place)
-        if looked is not None and looked.changes == changes and _whole(ask, looked.slice, looked.row_bytes):
-            self._kept.move_to_end(place)
+        if looked is not None and looked.holds(store, request, ask, name_prefix, changes):
             found, row_bytes = looked.slice, looked.row_bytes
+            self._kept.move_to_end(place)
+            if looked.changes != changes:
+                self._kept[place] = looked._replace(changes=changes)
         elif ask.want == Want.STAMPS or ask.known:
             found, row_bytes = _looked_at(store, request, ask, Want.STAMPS)
             self._keep(place, ask, changes, found, row_bytes)

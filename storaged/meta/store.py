@@ -55,6 +55,7 @@ from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta import pending
 from storaged.meta.apply import Applier
+from storaged.meta.changes import Changes
 from storaged.meta.lookup import StoredRows, stored_row
 from storaged.meta.names import RegisterName
 from storaged.meta.opening import (
@@ -140,7 +141,7 @@ class LmdbMetaStore:
         self._checkpointing = threading.Lock()
         self._fresh = self._frozen = Overlay()
         """What is durable and not yet in LMDB: what came last, over what a checkpoint is putting there."""
-        self._changes = pending.Changes()
+        self.changes = Changes()
         self._fresh_bytes = 0
         self._fresh_since = 0.0
         self._log_full = self._stopping = self._closed = False
@@ -414,9 +415,6 @@ class LmdbMetaStore:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
         return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
 
-    def changes(self, table: int, scope: bytes, shard: int) -> int:
-        return self._changes.of(RegisterName(table, scope, shard, b"").prefix)
-
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Raises RowDamaged."""
         keys = {key for overlay in (self._fresh, self._frozen) for key in list(overlay.rows)}
@@ -563,7 +561,8 @@ class LmdbMetaStore:
                     self._fresh_since = time.monotonic()
                     self._log.notify_all()
                 self._fresh_bytes += len(body)
-                self._changes.add(self._fresh, entries)
+                with self.changes.counting([(prefix, key) for entry in entries for prefix, key, _ in entry.rows]):
+                    self._fresh.add(entries)
                 self._commits += 1
                 if self._fresh_bytes >= CHECKPOINT_BYTES:
                     self._log.notify_all()

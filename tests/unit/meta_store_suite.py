@@ -243,7 +243,7 @@ async def test_a_batch_with_anything_that_cannot_be_stored_is_refused_whole(stor
 
 async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_where_nothing_is_written(store: MetaStore) -> None:
     def counts() -> list[int]:
-        return [store.changes(Table.OBJECT, scope, shard) for scope, shard in ((BUCKET, 0), (BUCKET, 1), (OTHER, 0))]
+        return [store.changes.of(name_of(b"", scope, shard).prefix) for scope, shard in ((BUCKET, 0), (BUCKET, 1), (OTHER, 0))]
 
     await store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))]))
     first = counts()
@@ -253,3 +253,5 @@ async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_
     assert second[1:] == first[1:]
     await store.commit(StoreBatch(pages=[page_of(b"page")], fences=[Fence(BUCKET, b"nonce", False)], meta={"name": b"value"}))
     assert counts() == second
+    for after, through, changed in ((b"", None, True), (b"j", b"k", True), (b"k", None, False), (b"", b"j", False)):
+        assert store.changes.since(first[0], name_of(b"").prefix, after=after, key_prefix=b"", through=through) == changed

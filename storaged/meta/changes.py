@@ -1,0 +1,94 @@
+"""What was written to a disk's shards lately, so that what was found of their rows before can be known to be so still, without looking. In memory only.
+
+Theory of operation
+    A shard's *count* moves before its rows change and once more after, so a count that is read before a snapshot of the rows and is the same later stands for that
+    snapshot: nothing changed since. Shards share counts by hash; whose count has moved may have changed. Beside each count lie the keys that were written last, with what
+    the count was after them: what was found of a range is still so when none of the keys written since is in it. A write that was under way when the count was read is
+    among these.
+
+    One thread at a time writes; the event loop reads meanwhile, each look at a table being a single step of the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+COUNTS = 4_096
+KEYS_OF_ONE_MAX = 64
+KEYS_MAX = 32_768
+"""Of all shards together: 4 MiB at most, with keys of 30 bytes."""
+
+
+class _Written:
+    """``keys``: (count after it, table || scope || shard, key), oldest first. ``forgotten``: the count after the last one that is not there any more."""
+
+    __slots__ = ("forgotten", "keys")
+
+    def __init__(self, forgotten: int) -> None:
+        self.keys: deque[tuple[int, bytes, bytes]] = deque()
+        self.forgotten = forgotten
+
+
+class Changes:
+    """Of one store since it was opened. ``prefix`` is always a shard's: table || scope || shard."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * COUNTS
+        self._written: dict[int, _Written] = {}
+        self._keys = 0
+
+    def of(self, prefix: bytes) -> int:
+        """The shard's count."""
+        return self._counts[hash(prefix) % COUNTS]
+
+    def since(self, count: int, prefix: bytes, *, after: bytes, key_prefix: bytes, through: bytes | None) -> bool:
+        """May rows with key > ``after`` and the prefix, up to ``through`` (None: to the end), have changed since the count was this?"""
+        at = hash(prefix) % COUNTS
+        if self._counts[at] == count:
+            return False
+        written = self._written.get(at)
+        if written is None:
+            return True
+        keys = list(written.keys)
+        if written.forgotten > count:
+            return True
+        return any(
+            then > count and shard == prefix and key > after and key.startswith(key_prefix) and (through is None or key <= through)
+            for then, shard, key in keys
+        )
+
+    @contextmanager
+    def counting(self, rows: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
+        """While rows, (prefix, key), change."""
+        if self._keys + len(rows) > KEYS_MAX:
+            for at, full in self._written.items():
+                self._forget(full, self._counts[at])
+        touched = set()
+        for prefix, key in rows:
+            at = hash(prefix) % COUNTS
+            touched.add(at)
+            written = self._written.get(at)
+            if written is None:
+                written = self._written[at] = _Written(self._counts[at])
+            written.keys.append((self._counts[at] + 2, prefix, key))
+            self._keys += 1
+            if len(written.keys) > KEYS_OF_ONE_MAX:
+                written.forgotten = written.keys[0][0]
+                written.keys.popleft()
+                self._keys -= 1
+        self._count(touched)
+        try:
+            yield
+        finally:
+            self._count(touched)
+
+    def _forget(self, written: _Written, count: int) -> None:
+        written.forgotten = count
+        self._keys -= len(written.keys)
+        written.keys.clear()
+
+    def _count(self, touched: set[int]) -> None:
+        for at in touched:
+            self._counts[at] += 1
