@@ -35,10 +35,11 @@ class Place(NamedTuple):
 
 
 class Held:
-    """A piece: the answer to an ask for ``limit`` entries behind ``after``, whose digest it had. Its keys and heads, and up to where it goes. ``listed``: up to where
-    it was on pages."""
+    """A piece: the answer to an ask for ``limit`` entries behind ``after``, whose digest it had. Its keys and heads, and up to where it goes. ``bounds``: the rows and
+    bytes that the ask allowed. It is asked for again with the same: with narrower ones a piece that did not change would end earlier, and be sent once more.
+    ``listed``: up to where it was on pages."""
 
-    __slots__ = ("after", "cost", "digest", "done", "heads", "keys", "limit", "listed", "place", "through")
+    __slots__ = ("after", "bounds", "cost", "digest", "done", "heads", "keys", "limit", "listed", "place", "through")
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Held:
         heads: Sequence[bytes],
         through: bytes,
         done: bool,
+        bounds: tuple[int, int],
     ) -> None:
         self.place = place
         self.after = after
@@ -59,6 +61,7 @@ class Held:
         self.heads = heads
         self.through = through
         self.done = done
+        self.bounds = bounds
         self.listed = b""
         self.cost = _PIECE_BYTES + len(through) + len(keys) * _ROW_BYTES + sum(map(len, keys)) + sum(map(len, heads))
 

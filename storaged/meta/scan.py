@@ -32,6 +32,9 @@ SHARDS_MAX = 256
 LIMIT_MAX = 4_096
 EXAMINE_MAX = 8_192
 
+CHANGED_BYTES_MAX = MIB
+"""Of keys and heads in one reply that the asker knows otherwise: mostly nothing of it has changed, and so more is asked for than a message takes."""
+
 DIGESTS_BYTES_MAX = 4 * MIB
 """Of one disk: about 8,000 ranges, half a million rows of listings."""
 
@@ -92,7 +95,7 @@ class ScanRow(Message, frozen=True):
 class ShardSlice(Message, frozen=True):
     """``through``: everything up to and including this key was looked at (but for what common prefixes stand for); ``done``: to the shard's end.
     ``rows`` is a list of ScanRow in msgpack, decoded only when it is used; ``keys`` and ``heads`` belong together, when heads were wanted.
-    ``unreadable``: the shard can't be scanned here, nothing else counts."""
+    ``unreadable``: the shard can't be scanned here, or the reply is full; nothing else counts."""
 
     shard: int
     through: bytes
@@ -198,8 +201,10 @@ def _whole(ask: ShardAsk, found: ShardSlice, row_bytes: int) -> bool:
     return row_bytes < ask.bytes_max and found.looked_at < ask.examine_max
 
 
-def scan_store(store: MetaStore, request: ScanRequest, kept: DigestsKept | None = None) -> ScanReply:
-    """Blocks for about a microsecond a row, but for what ``kept`` tells of them. Raises ValueError for a request beyond the limits above."""
+def scan_store(
+    store: MetaStore, request: ScanRequest, kept: DigestsKept | None = None, *, changed_bytes_max: int = CHANGED_BYTES_MAX
+) -> ScanReply:
+    """Blocks for about a microsecond a row, but for what ``kept`` tells of them. Of what the asker knew and what changed no more is sent than fits. Raises ValueError for a request beyond the limits above."""
     if len(request.shards) > SHARDS_MAX:
         raise ValueError(f"a scan covers at most {SHARDS_MAX} shards, not {len(request.shards)}")
     for ask in request.shards:
@@ -207,7 +212,17 @@ def scan_store(store: MetaStore, request: ScanRequest, kept: DigestsKept | None 
             raise ValueError(
                 f"a scan looks at 1 to {EXAMINE_MAX} rows for up to {LIMIT_MAX} entries, not {ask.examine_max} for {ask.limit}"
             )
-    return ScanReply(slices=tuple([_scan_shard(store, request, ask, kept) for ask in request.shards]))
+    slices, left = [], changed_bytes_max
+    for ask in request.shards:
+        found = _scan_shard(store, request, ask, kept)
+        if ask.known and found.keys:
+            size = sum(map(len, found.keys)) + sum(map(len, found.heads))
+            if size > left:
+                found = ShardSlice(ask.shard, ask.after, False, 0, unreadable=True)
+            else:
+                left -= size
+        slices.append(found)
+    return ScanReply(slices=tuple(slices))
 
 
 def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, kept: DigestsKept | None) -> ShardSlice:

@@ -101,13 +101,14 @@ class Piece(NamedTuple):
 @dataclass(slots=True)
 class Span:
     """A range of a shard that is asked for in one go: ``limit`` entries behind ``after``. ``supplier`` of its rows. ``known``: what it was before. ``piece``: what it is,
-    once that is settled."""
+    once that is settled. ``bounds``: the rows and bytes that it was asked for with last."""
 
     feed: Feed
     after: bytes
     limit: int
     known: Held | None = None
     piece: Piece | None = None
+    bounds: tuple[int, int] = (0, 0)
     supplier: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -211,10 +212,12 @@ class ShardReader:
                 waiting = await self._everybody(query, waiting)
         differing = [span for span in spans if span.piece is None]
         if differing:
-            answers = await self.ask_all(query, differing, Want.ALL)
-            for span, told in zip(differing, answers, strict=True):
+            for span in differing:
                 if span.known is not None:  # replicas that keep on differing would have it asked for again, and never get behind it
                     self._remembered.drop(span.known)
+                    span.known = None
+            answers = await self.ask_all(query, differing, Want.ALL)
+            for span, told in zip(differing, answers, strict=True):
                 span.piece = await self._settled(query, span.feed, list(told.values()))
         return [_joined(run) for run in runs]
 
@@ -290,18 +293,22 @@ class ShardReader:
         return alive if all(sum(disk in alive for disk in feed.disks) >= feed.majority for feed in feeds) else everyone
 
     def _requests(self, query: Query, spans: Sequence[Span], want: Wanted) -> tuple[list[ScanRequest], dict[str, list[int]]]:
-        """With the spans, by their numbers, that each disk is asked about."""
-        examine_max = self._examine_max // len(spans)
-        bytes_max = ROUND_BYTES_MAX // len(spans)
+        """With the spans, by their numbers, that each disk is asked about. What is known has the bounds that it had: mostly nothing is sent of it, and were it more than
+        a message takes, the replica leaves it out (``scan_store``)."""
+        new = max(1, sum(span.known is None for span in spans))
+        examine_max, bytes_max = self._examine_max // new, ROUND_BYTES_MAX // new
         asks: dict[str, list[ShardAsk]] = defaultdict(list)
         asked: dict[str, list[int]] = defaultdict(list)
         for number, span in enumerate(spans):
             shard, known = span.feed.shard, span.known.digest if span.known is not None else 0
-            examined = min(self._examine_max, max(2 * span.limit, examine_max))
+            if span.known is None:
+                span.bounds = min(self._examine_max, max(2 * span.limit, examine_max)), bytes_max
+            else:
+                span.bounds = span.known.bounds
             for disk in span.feed.disks:
                 wanted = want(span, disk)
                 if wanted is not None:
-                    asks[disk].append(ShardAsk(shard, span.after, span.limit, wanted, examined, bytes_max, known))
+                    asks[disk].append(ShardAsk(shard, span.after, span.limit, wanted, *span.bounds, known))
                     asked[disk].append(number)
         epoch = self._layouts.current.epoch
         requests = [
@@ -375,7 +382,9 @@ class ShardReader:
         if held is None or held.digest != answer.digest or held.done != answer.done:
             known = held is not None and held.digest == answer.digest
             keys, heads = (held.keys, held.heads) if held is not None and known else (answer.keys, answer.heads)
-            held = Held(_place(query, span.feed.shard), span.after, span.limit, answer.digest, keys, heads, answer.through, answer.done)
+            held = Held(
+                _place(query, span.feed.shard), span.after, span.limit, answer.digest, keys, heads, answer.through, answer.done, span.bounds
+            )
             self._remembered.keep(held)
             if span.known is not None:
                 held.listed = span.known.listed

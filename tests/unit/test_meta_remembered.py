@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from storaged.meta.names import RegisterName, Table, Visibility
+from storaged.meta.heads import with_head
+from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage
 from storaged.meta.remembered import Held, Place, Remembered
+from storaged.meta.scan import scan_store
+from tests.unit import meta_ring
 from tests.unit.meta_ring import BUCKET, Ring, value_of
 
 SHARDS = range(4)
@@ -80,6 +85,48 @@ async def test_pages_in_order_have_every_row_sent_once_and_pages_from_anywhere_b
     assert ring.sent == 100
 
 
+async def scattered(ring: Ring, *, deleted: int, body: bytes) -> None:
+    """``KEYS`` with large bodies in one shard, that many deleted keys before each."""
+    for number, key in enumerate(KEYS):
+        for gone in range(deleted):
+            await ring.put_everywhere(RegisterName(Table.OBJECT, BUCKET, 0, b"%s-%d" % (key, gone)), Visibility.TOMBSTONE)
+        value = Value(1, b"o" * 16, Visibility.LIVE, with_head(b"head %03d" % number + body, 0, 8))
+        name = RegisterName(Table.OBJECT, BUCKET, 0, key)
+        for disk in ring.replicas_of(name):
+            await ring.put(disk, name, value, 1)
+
+
+@pytest.mark.parametrize(("deleted", "body"), [(0, bytes(65_000)), (9, b"")])
+async def test_pieces_that_lie_on_one_page_are_known_on_it_however_much_each_of_them_was_looked_through(deleted: int, body: bytes) -> None:
+    ring = Ring(examine_max=500)
+    await scattered(ring, deleted=deleted, body=body)
+    for after in (b"", KEYS[29], KEYS[59]):
+        page = await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], after=after, limit=30)
+        assert len(page.keys) == 30
+    ring.sent = 0
+    ring.scans.clear()
+    for first in (5, 40, 17, 29, 3, 55):
+        page = await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], after=KEYS[first], limit=30)
+        assert list(page.keys) == KEYS[first + 1 : first + 31]
+    assert (ring.sent, len(ring.scans)) == (0, 2 * 6)
+
+
+async def test_of_what_is_known_and_changed_a_reply_holds_as_much_as_a_message_takes_and_a_page_is_whole_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(meta_ring, "scan_store", partial(scan_store, changed_bytes_max=100))
+    ring = await filled()
+    for after in (b"", KEYS[29], KEYS[59]):
+        await heads_of(ring, after=after, limit=30)
+    changed = KEYS[5::10]
+    for number in range(5, 100, 10):
+        await ring.put_everywhere(RegisterName(Table.OBJECT, BUCKET, number % 4, KEYS[number]), counter=2)
+    page = await heads_of(ring)
+    assert list(page.keys) == KEYS
+    assert [key for key, head in zip(page.keys, page.heads, strict=True) if head == value_of(2).body] == changed
+    assert ring.reads == []
+
+
 async def test_what_is_appended_behind_the_last_piece_is_listed() -> None:
     ring = await filled()
     await heads_of(ring)
@@ -133,7 +180,7 @@ async def test_a_forgotten_bucket_is_sent_again_and_others_are_not() -> None:
 
 
 def piece(after: bytes, keys: list[bytes], *, done: bool = False, place: Place = PLACE) -> Held:
-    return Held(place, after, len(keys), 1, keys, [b"head"] * len(keys), keys[-1] if keys else after, done)
+    return Held(place, after, len(keys), 1, keys, [b"head"] * len(keys), keys[-1] if keys else after, done, (1, 1))
 
 
 def test_pieces_are_found_along_from_inside_of_the_first_one_until_enough_is_known() -> None:
