@@ -2,7 +2,7 @@
 
 Theory of operation
     A shard's *count* moves before its rows change and once more after, so a count that is read before a snapshot of the rows and is the same later stands for that
-    snapshot: nothing changed since. Shards share counts by hash; whose count has moved may have changed. Beside each count lie the keys that were written last, with what
+    snapshot: nothing changed since. An odd count stands for nothing: rows change while it is this. Shards share counts by hash; whose count has moved may have changed. Beside each count lie the keys that were written last, with what
     the count was after them: what was found of a range is still so when none of the keys written since is in it. A write that was under way when the count was read is
     among these.
 
@@ -46,7 +46,7 @@ class Changes:
     def since(self, count: int, prefix: bytes, *, after: bytes, key_prefix: bytes, through: bytes | None) -> bool:
         """May rows with key > ``after`` and the prefix, up to ``through`` (None: to the end), have changed since the count was this?"""
         at = hash(prefix) % COUNTS
-        if self._counts[at] == count:
+        if self._counts[at] == count and not count % 2:
             return False
         written = self._written.get(at)
         if written is None:

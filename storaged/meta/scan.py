@@ -139,14 +139,12 @@ class _Looked(NamedTuple):
     slice: ShardSlice
     cost: int
 
-    def holds(self, store: MetaStore, request: ScanRequest, ask: ShardAsk, name_prefix: bytes, changes: int) -> bool:
-        """Whether that is still what is to be answered, the count being ``changes`` now."""
+    def holds(self, store: MetaStore, request: ScanRequest, ask: ShardAsk, name_prefix: bytes) -> bool:
+        """Whether that is still what is to be answered."""
         if not _whole(ask, self.slice, self.row_bytes):
             return False
         through = None if self.slice.done else self.slice.through
-        return self.changes == changes or not store.changes.since(
-            self.changes, name_prefix, after=ask.after, key_prefix=request.prefix, through=through
-        )
+        return not store.changes.since(self.changes, name_prefix, after=ask.after, key_prefix=request.prefix, through=through)
 
 
 class DigestsKept:
@@ -163,7 +161,7 @@ class DigestsKept:
         name_prefix = RegisterName(request.table, request.scope, ask.shard, b"").prefix
         changes = store.changes.of(name_prefix)
         looked = self._kept.get(place)
-        if looked is not None and looked.holds(store, request, ask, name_prefix, changes):
+        if looked is not None and looked.holds(store, request, ask, name_prefix):
             found, row_bytes = looked.slice, looked.row_bytes
             self._kept.move_to_end(place)
             if looked.changes != changes:

@@ -44,6 +44,8 @@ def test_a_write_that_is_under_way_counts_for_who_begins_before_it_and_who_begin
     with changes.counting([(SHARD, b"k")]):
         meanwhile = changes.of(SHARD)
         assert changed(changes, before)
+        assert changed(changes, meanwhile), "the rows that it wrote may have come after a look at them"
+        assert not changed(changes, meanwhile, after=b"k")
     assert changed(changes, before)
     assert changed(changes, meanwhile)
     assert not changed(changes, meanwhile, after=b"k")
