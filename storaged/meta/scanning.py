@@ -219,7 +219,7 @@ class ShardReader:
             answers = await self.ask_all(query, differing, Want.ALL)
             for span, told in zip(differing, answers, strict=True):
                 span.piece = await self._settled(query, span.feed, list(told.values()))
-        return [_joined(run) for run in runs]
+        return [_joined(run, exactly=bool(query.delimiter)) for run in runs]
 
     def _spans(self, query: Query, feed: Feed, limit: int, spans_max: int) -> list[Span]:
         """What is remembered of the feed's next ``limit`` entries, and when that is less, as many that follow: whoever goes on behind this page finds them."""
@@ -399,15 +399,16 @@ def _place(query: Query, shard: int) -> Place:
     return Place(query.table, query.scope, shard, query.prefix, query.delimiter, query.visible)
 
 
-def _joined(run: Sequence[Span]) -> Piece:
-    """The pieces of a feed's spans, as far as each begins no later than the one before it ends: that may have changed since it was remembered."""
+def _joined(run: Sequence[Span], *, exactly: bool) -> Piece:
+    """The pieces of a feed's spans, as far as each begins no later than the one before it ends: that may have changed since it was remembered. ``exactly``: nor earlier.
+    With a delimiter a key stands for all behind it, also where the piece before, told later, has found that this one is gone."""
     reached, done = run[0].feed.through, False
     keys: list[bytes] = []
     held: list[Any] = []
     for span in run:
         piece = span.piece
         assert piece is not None
-        if span.after > reached:
+        if span.after > reached or (exactly and span.after < reached):
             break
         first = bisect_right(piece.keys, reached)
         keys += piece.keys[first:]

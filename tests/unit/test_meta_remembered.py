@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage
 from storaged.meta.remembered import Held, Place, Remembered
 from storaged.meta.scan import scan_store
+from storaged.meta.scanning import Query, ShardReader, Span
 from tests.unit import meta_ring
 from tests.unit.meta_ring import BUCKET, Ring, value_of
 
@@ -163,6 +165,30 @@ async def test_behind_a_common_prefix_that_was_listed_from_its_beginning_a_page_
     assert (await heads_of(ring, delimiter=b"/")).prefixes == (b"a/",)
     assert (await heads_of(ring, delimiter=b"/", after=b"a/2")).prefixes == (b"a/",)
     assert (await heads_of(ring, delimiter=b"/", after=b"a/3")).prefixes == ()
+
+
+async def test_a_common_prefix_stays_though_a_piece_ends_inside_of_it_and_the_next_one_was_told_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share = 2
+    ring = Ring(share=lambda _entries, _feeds, _turn: share, examine_max=4)
+    names = {key: RegisterName(Table.OBJECT, BUCKET, 0, key) for key in (b"a", b"b", b"c/0", b"c/1", b"c/2", b"d")}
+    for key, name in names.items():
+        await ring.put_everywhere(name, Visibility.TOMBSTONE if key == b"c/0" else Visibility.LIVE)
+    await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], delimiter=b"/", limit=3)
+    await ring.put_everywhere(names[b"a"], Visibility.TOMBSTONE, counter=2)
+    for disk in ring.replicas_of(names[b"b"])[1:]:  # the first one lags, and so the first piece takes a second round
+        await ring.put(disk, names[b"b"], value_of(2), 2)
+    share, everybody = 4, ShardReader._everybody
+
+    async def first_deleted(reader: ShardReader, query: Query, spans: Sequence[Span]) -> list[Span]:
+        assert len(spans) == 1
+        await ring.put_everywhere(names[b"c/1"], Visibility.TOMBSTONE, counter=2)
+        return await everybody(reader, query, spans)
+
+    monkeypatch.setattr(ShardReader, "_everybody", first_deleted)
+    page = await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], delimiter=b"/", limit=3)
+    assert (list(page.keys), page.prefixes) == ([b"b", b"d"], (b"c/",))
 
 
 async def test_a_forgotten_bucket_is_sent_again_and_others_are_not() -> None:
