@@ -40,6 +40,10 @@ T = TypeVar("T")
 ROUND_BYTES_MAX = 3 * MIB
 """All shards of a round together, below the 4 MiB that a message may have."""
 
+SPANS_MAX = 4
+"""Of one shard in a round. A page takes two or three where it is put together from what is remembered; among deleted keys there would be no end of them, and a replica
+that has to look at all of them again does nothing else meanwhile: 30,000 rows at most."""
+
 SETTLING_MAX = 32
 HEDGE_S = 0.05
 """How long a round waits for the rest once every shard has answers from a majority, and at the least for a bare majority."""
@@ -202,7 +206,7 @@ class ShardReader:
 
     async def pieces(self, query: Query, feeds: Sequence[Feed], limit: int) -> list[Piece]:
         """What each feed holds next, about ``limit`` entries of each. Raises ServiceUnavailable when one has no majority."""
-        spans_max = max(1, SHARDS_MAX // len(feeds))
+        spans_max = max(1, min(SPANS_MAX, SHARDS_MAX // len(feeds)))
         runs = [self._spans(query, feed, limit, spans_max) for feed in feeds]
         spans = [span for run in runs for span in run]
         await self._bare_majority(query, spans)

@@ -129,6 +129,25 @@ async def test_of_what_is_known_and_changed_a_reply_holds_as_much_as_a_message_t
     assert ring.reads == []
 
 
+async def test_among_many_deleted_keys_a_round_asks_for_a_few_ranges_and_what_has_not_changed_is_not_sent_again() -> None:
+    ring = Ring()
+    keys = [b"k%04d" % number for number in range(1200)]
+    await ring.fill(keys, visibility=Visibility.TOMBSTONE)
+    shown = keys[::60]
+    for index in range(0, 1200, 60):
+        await ring.put_everywhere(RegisterName(Table.OBJECT, BUCKET, index % 4, keys[index]), counter=2)
+    for _ in range(3):
+        after: bytes | None = b""
+        found: list[bytes] = []
+        while after is not None:
+            page = await heads_of(ring, after=after, limit=7)
+            found += page.keys
+            after = page.next_after
+        assert found == shown
+    assert ring.sent == len(shown)
+    assert max(len(scan.shards) for scan in ring.scans) <= 4 * len(SHARDS)
+
+
 async def test_what_is_appended_behind_the_last_piece_is_listed() -> None:
     ring = await filled()
     await heads_of(ring)
