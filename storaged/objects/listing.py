@@ -12,7 +12,7 @@ from functools import partial
 
 import msgspec
 
-from storaged.errors import DataDamaged
+from storaged.errors import DataDamaged, StoragedError
 from storaged.meta.names import Table, object_name
 from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
@@ -37,11 +37,23 @@ async def list_objects(
     page = await plane.scanner.list_heads(
         Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit
     )
-    if not page.keys:
+    forget = partial(plane.scanner.forget, bucket.id)
+    if (
+        not page.keys
+    ):  # common prefixes, say, which need no key; but what they were found by is remembered, and goes with the key that is held, or now
+        held = plane.keys.bucket_key_at_hand(bucket.id)
+        if held is None:
+            forget()
+        else:
+            plane.listed.meet(held, forget)
         return Listing(prefixes=page.prefixes, next_after=page.next_after)
     keys = BucketKeys(plane, bucket)
-    newest = await keys.newest()
-    plane.listed.meet(newest, partial(plane.scanner.forget, bucket.id))
+    try:
+        newest = await keys.newest()
+    except StoragedError:
+        forget()
+        raise
+    plane.listed.meet(newest, forget)
     shown = plane.listed.find(newest, show, page.keys, page.heads)
     missing = shown.count(None)
     if missing == len(shown):

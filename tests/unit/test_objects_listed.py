@@ -105,6 +105,21 @@ async def test_rows_and_what_the_scanner_remembers_are_forgotten_with_the_bucket
     del rig.world.keys.newest[rig.bucket.id]
     with pytest.raises(KeyringUnavailable):
         await rig.listed()
+    assert rig.forgotten == 2 * [rig.bucket.id]
+    await rig.objects.close()
+
+
+async def test_what_common_prefixes_were_found_by_is_forgotten_with_the_buckets_key_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    await rig.put(b"data", b"a/k")
+    for _ in range(2):
+        assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
+    assert rig.forgotten == []
+    rig.world.keys._keys.clear()
+    assert rig.forgotten == [rig.bucket.id]
+    assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
+    assert rig.forgotten == 2 * [rig.bucket.id]
+    assert rig.opened == 0
     await rig.objects.close()
 
 
