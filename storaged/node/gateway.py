@@ -363,7 +363,8 @@ def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
     """A worker's part of what all of a gateway may hold in memory; of buffers never less than a few large transfers need."""
     buffers = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max")
     shares = {name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in buffers}
-    return dataclasses.replace(limits, opened_bytes_max=limits.opened_bytes_max // workers, **shares)
+    shares |= {name: getattr(limits, name) // workers for name in ("opened_bytes_max", "listed_bytes_max")}
+    return dataclasses.replace(limits, **shares)
 
 
 def shared_limits(requests_max: int, workers: int) -> Limits:

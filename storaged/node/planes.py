@@ -32,6 +32,7 @@ from storaged.maintain.service import MaintainClient, Maintenance
 from storaged.meta.client import RingClient
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import RegisterName
+from storaged.meta.remembered import PIECES_BYTES_MAX
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.node.disks import Disks, open_disks
 from storaged.node.reports import Reports
@@ -173,7 +174,8 @@ class Node:
         self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas)
         self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock, on_missed=self._missed, copy_at=at_position)
-        self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership)
+        remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
+        self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership, remembered_bytes_max=remembered_bytes_max)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)

@@ -199,6 +199,7 @@ def test_processes_share_what_one_may_hold_and_take() -> None:
         assert getattr(quarter, pool) == max(getattr(whole, pool) // 4, BUFFER_BYTES_MIN)
         assert getattr(many, pool) == BUFFER_BYTES_MIN, "a large transfer finds room in any process"
     assert (quarter.opened_bytes_max, many.opened_bytes_max) == (whole.opened_bytes_max // 4, whole.opened_bytes_max // 64)
+    assert (quarter.listed_bytes_max, many.listed_bytes_max) == (whole.listed_bytes_max // 4, whole.listed_bytes_max // 64)
     one, each = Limits(), shared_limits(10, 4)
     assert shared_limits(one.requests_max, 1) == one
     assert each.requests_max == 3, "ten are never fewer"
