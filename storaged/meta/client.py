@@ -256,10 +256,10 @@ class RingClient:
         view = self._view(name)
         if len(view.groups) == 1:
             over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            quick = QuickRead(partial(_wake, over))
+            quick = QuickRead(partial(_wake, over), self._suspects)
             self._patience.begin(quick, self._hedge_s)
             try:
-                quick.ask(self._rows, view, self._suspects, name.pack(), want_payload, self._call_timeout_s)
+                quick.ask(self._rows, view, name.pack(), want_payload, self._call_timeout_s)
                 await over
             finally:
                 self._patience.end(quick)
@@ -297,9 +297,9 @@ class RingClient:
             then(None)
             return
         self._counts["reads"] += 1
-        quick = QuickRead(partial(self._read_over, want_payload, then))
+        quick = QuickRead(partial(self._read_over, want_payload, then), self._suspects)
         self._patience.begin(quick, self._hedge_s)
-        quick.ask(self._rows, view, self._suspects, name.pack(), want_payload, self._call_timeout_s)
+        quick.ask(self._rows, view, name.pack(), want_payload, self._call_timeout_s)
 
     def _read_over(self, want_payload: bool, then: Callable[[Reading | None], None], quick: QuickRead) -> None:
         self._patience.end(quick)
@@ -346,9 +346,12 @@ class RingClient:
                     return seen
                 ask(next(disk for disk, its in accepted.items() if its == newest), True)
             wanted = max(needed - len(accepted), 1)
-            answer = await answers.next(min(self._hedge_s, remaining_s) if waiting else remaining_s, wanted)
+            enough = not waiting and ballot is None and has_majority(view.groups, accepted)
+            answer = await answers.next(min(self._hedge_s, remaining_s) if waiting or enough else remaining_s, wanted)
             if answer is not None:
                 _note(seen, *answer)
+            elif enough and _value_at(seen, max(accepted.values())) is not None:
+                return seen  # it can be settled without whoever takes long
             if waiting and (answer is None or answer[0] in seen.failed or len(set(seen.accepted.values())) > 1):
                 ask(waiting.pop(0), True)
 

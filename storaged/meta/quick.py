@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from storaged import trace
@@ -308,15 +309,19 @@ class Patience:
 
 
 class QuickRead:
-    """``ask`` once; ``then`` is told when it is over. ``give_up`` ends it when it takes long: others are to be asked then."""
+    """``ask`` once; ``then`` is told when it is over. ``give_up`` ends it when it takes long: others are to be asked then, and whoever was waited for
+    comes last for a while, or each read would wait for them anew."""
 
-    __slots__ = ("_checks", "_needed", "_then", "agreed", "copy", "done", "row")
+    __slots__ = ("_check", "_first", "_silent", "_suspects", "_then", "agreed", "copy", "done", "row")
 
-    def __init__(self, then: Callable[[QuickRead], None]) -> None:
+    def __init__(self, then: Callable[[QuickRead], None], suspects: Suspects) -> None:
         """``then`` must not raise."""
         self._then = then
-        self._checks: list[bytes] = []
-        self._needed = 0
+        self._suspects = suspects
+        self._first = ""
+        self._silent: list[str] = []
+        """Whoever was asked and has not answered."""
+        self._check: bytes | None = None
         self.done = False
         self.agreed = False
         """A majority reports one ballot with one value, or none: ``row`` is settled."""
@@ -325,35 +330,40 @@ class QuickRead:
         self.copy = NO_BYTES
         """The small copy that came along, if one did."""
 
-    def ask(self, reader: RowReader, view: View, suspects: Suspects, packed: bytes, want_copy: bool, timeout_s: float) -> None:
+    def ask(self, reader: RowReader, view: View, packed: bytes, want_copy: bool, timeout_s: float) -> None:
         """Of the register with this packed name. It may be over before this returns."""
-        needed = self._needed = len(view.disks) // 2 + 1
-        order = suspects.last(view.disks)
-        reader.ask(order[0], (COPY if want_copy else ROW) + packed, view.epoch, self._told_row, timeout_s)
-        for disk in order[1:needed]:
-            reader.ask(disk, CHECK + packed, view.epoch, self._told_check, timeout_s)
+        asked = self._suspects.last(view.disks)[: len(view.disks) // 2 + 1]
+        self._first, self._silent = asked[0], asked.copy()
+        reader.ask(self._first, (COPY if want_copy else ROW) + packed, view.epoch, self._told_row, timeout_s)
+        for disk in asked[1:]:
+            reader.ask(disk, CHECK + packed, view.epoch, partial(self._told_check, disk), timeout_s)
 
     def _told_row(self, found: bytes | StoragedError | None, copy: memoryview) -> None:
         if isinstance(found, bytes):
             self.row, self.copy = found, copy
             found = check_of(found)
-        self._told_check(found, copy)
+        self._told_check(self._first, found, copy)
 
-    def _told_check(self, found: bytes | StoragedError | None, _copy: memoryview) -> None:
+    def _told_check(self, disk: str, found: bytes | StoragedError | None, _copy: memoryview) -> None:
         if self.done:
             return
-        checks = self._checks
-        if not isinstance(found, bytes) or (checks and found != checks[0]):
-            self.give_up()
+        check = self._check
+        if not isinstance(found, bytes) or (check is not None and found != check):
+            self._end()
             return
-        checks.append(found)
-        if len(checks) == self._needed:
+        self._check = found
+        self._silent.remove(disk)
+        if not self._silent:
             self.agreed = True
-            self.give_up()
+            self._end()
 
     def give_up(self) -> float:
-        """There is nothing more to wait for, or no patience left."""
         if not self.done:
-            self.done = True
-            self._then(self)
+            for disk in self._silent:
+                self._suspects.add(disk)
+            self._end()
         return 0.0
+
+    def _end(self) -> None:
+        self.done = True
+        self._then(self)

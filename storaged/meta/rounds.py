@@ -86,12 +86,12 @@ class Suspects:
         self._until[disk] = self._clock.monotonic() + SUSPECT_S
 
     def last(self, disks: Iterable[str]) -> list[str]:
-        """``disks`` in their order, suspects behind the others."""
+        """``disks`` in their order, suspects behind the others, the one suspected last as the last: others may be back."""
         if not self._until:
             return list(disks)
         now = self._clock.monotonic()
-        self._until = {disk: until for disk, until in self._until.items() if until > now}
-        return sorted(disks, key=self._until.__contains__)
+        still = self._until = {disk: until for disk, until in self._until.items() if until > now}
+        return sorted(disks, key=lambda disk: still.get(disk, 0.0))
 
 
 class Answers(Generic[T]):

@@ -261,3 +261,60 @@ async def test_disks_that_follow_a_newer_layout_or_are_not_in_use_tell_nothing(w
     assert at_once(messages.Reads(1, [disk], [[ask]]), CALL) == Reply(messages.ReadsReply([[None]], []), [])
     await world.replicas[disk].close()
     assert at_once(messages.Reads(2, [disk], [[ask]]), CALL) == Reply(messages.ReadsReply([[None]], []), [])
+
+
+def hang(world: World, node: str) -> RingClient:
+    """The node takes what it is sent, and answers nothing. A client that hedges."""
+    post = world.post
+
+    def posted(to: str, method: str, request: Message, reply: type[Message], then: Then, **more: Any) -> bool:
+        if to != node:
+            return post(to, method, request, reply, then, **more)
+        world.messages.append((to, method, request))
+        return True
+
+    world.post = posted  # type: ignore[method-assign]
+    return RingClient(world, ReplicaDirectory(world, world), node="gw", hedge_s=0.05, deadline_s=5.0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_a_node_that_does_not_answer_is_waited_for_once(world: World, which: int) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    hung = of(world, slot.name)[which][:2]
+    client = hang(world, hung)
+    soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
+    client.read_soon(slot.name, False, soon.set_result)
+    assert await asyncio.wait_for(soon, 2) is None
+    for _ in range(3):
+        assert (await client.read(slot.name)).value == slot.value
+    assert [to for to, _, _ in world.messages].count(hung) == 1
+    await client.close()
+
+
+async def test_who_was_waited_for_last_is_asked_last(world: World) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    first, second, third = of(world, slot.name)
+    for hung, comes_back in ((first, second), (second, first)):
+        client = hang(world, hung[:2])
+        client._suspects.add(comes_back)
+        await asyncio.sleep(0.01)
+        assert (await client.read(slot.name)).value == slot.value
+        world.messages.clear()
+        assert (await client.read(slot.name)).value == slot.value
+        assert sorted(to for to, _, _ in world.messages) == sorted((comes_back[:2], third[:2]))
+        await client.close()
+        del world.post  # type: ignore[attr-defined]
+
+
+async def test_what_two_replicas_tell_differently_is_settled_without_a_third_that_does_not_answer(world: World) -> None:
+    old, new = slot_of(name_of(1)), slot_of(name_of(1), 2)
+    await world.write(old)
+    first, second, third = of(world, old.name)
+    await world.stores[second].commit(StoreBatch([new]))
+    client = hang(world, third[:2])
+    world.post_encoded = lambda *args, **more: False  # type: ignore[method-assign]
+    assert (await asyncio.wait_for(client.read(old.name), 2)).value == new.value
+    assert world.stores[first].get(old.name) == new
+    await client.close()
