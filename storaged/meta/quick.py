@@ -57,6 +57,7 @@ class QuickChange:
         "_name",
         "_outcome",
         "_promises",
+        "_silent",
         "_small",
         "_stage",
         "_synced",
@@ -95,6 +96,8 @@ class QuickChange:
         self._limit_s = limit_s
         self._majority = len(view.disks) // 2 + 1
         self._unasked: list[str] = []
+        self._silent: list[str] = []
+        """Whoever was asked for a promise first and has not answered."""
         self._stage: Stage = "prepare"
         self._promises: list[PrepareReply] = []
         self._synced: list[str] = []
@@ -110,6 +113,7 @@ class QuickChange:
         """None: not the common case. Raises what ``update`` raises, after the value that it judged was settled; and what else goes wrong here unforeseen."""
         around, order = self._around, self._around.suspects.last(self._view.disks)
         order, self._unasked = order[: self._majority], order[self._majority :]
+        self._silent = order.copy()
         self._ballot = around.ballots.next(self._view.epoch, 0, around.clock.wall_ms() * 1000)
         self._mark("")
         try:
@@ -146,6 +150,8 @@ class QuickChange:
             self._end(mistake)
 
     def _count_promise(self, disk: str, answer: PrepareReply | StoragedError) -> None:
+        if disk in self._silent:
+            self._silent.remove(disk)
         if isinstance(answer, StoragedError):
             self._lost(disk, answer)
             self._ask_the_rest()
@@ -246,9 +252,11 @@ class QuickChange:
             self._future.set_result(None)
 
     def give_up(self) -> float:
-        """The first time it only asks the rest; then there is no time left."""
+        """The first time it only asks the rest, and whoever was waited for comes last for a while; then there is no time left."""
         more_s, self._limit_s = self._limit_s, 0.0
         if self._stage == "prepare" and more_s:
+            for disk in self._silent:
+                self._around.suspects.add(disk)
             self._ask_the_rest()
         elif self._stage != "over" and not more_s:
             self._end(None)

@@ -618,6 +618,8 @@ async def test_the_third_replica_is_asked_for_a_promise_when_one_of_two_is_slow_
         await client.change(NAME, put(b"one"))
         assert (await client.read(NAME)).value == (await client.change(NAME, lambda _: None)).after
     assert ring.third.calls.count("prepare") >= 1
+    await client.change(NAME, put(b"two"))
+    assert ring.first.calls.count("prepare") == 1  # it is asked last for a while
 
 
 async def test_a_replica_with_the_record_and_without_the_copy_is_passed_over(ring: Ring) -> None:
