@@ -15,10 +15,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from storaged.units import MIB
+
 COUNTS = 4_096
 KEYS_OF_ONE_MAX = 64
-KEYS_MAX = 32_768
-"""Of all shards together: 4 MiB at most, with keys of 30 bytes."""
+BYTES_MAX = 6 * MIB
+"""Of all shards together: 15,000 keys of 30 bytes, when every count has some."""
+
+_KEY_BYTES = 200
+_WRITTEN_BYTES = 900
+"""What is kept of a key besides it, and of a count."""
 
 
 class _Written:
@@ -37,7 +43,7 @@ class Changes:
     def __init__(self) -> None:
         self._counts = [0] * COUNTS
         self._written: dict[int, _Written] = {}
-        self._keys = 0
+        self._bytes = 0
 
     def of(self, prefix: bytes) -> int:
         """The shard's count."""
@@ -62,9 +68,8 @@ class Changes:
     @contextmanager
     def counting(self, rows: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
         """While rows, (prefix, key), change."""
-        if self._keys + len(rows) > KEYS_MAX:
-            for at, full in self._written.items():
-                self._forget(full, self._counts[at])
+        if self._bytes > BYTES_MAX:
+            self._written, self._bytes = {}, 0
         touched = set()
         for prefix, key in rows:
             at = hash(prefix) % COUNTS
@@ -72,22 +77,18 @@ class Changes:
             written = self._written.get(at)
             if written is None:
                 written = self._written[at] = _Written(self._counts[at])
+                self._bytes += _WRITTEN_BYTES
             written.keys.append((self._counts[at] + 2, prefix, key))
-            self._keys += 1
+            self._bytes += _KEY_BYTES + len(key)
             if len(written.keys) > KEYS_OF_ONE_MAX:
                 written.forgotten = written.keys[0][0]
-                written.keys.popleft()
-                self._keys -= 1
+                _, _, oldest = written.keys.popleft()
+                self._bytes -= _KEY_BYTES + len(oldest)
         self._count(touched)
         try:
             yield
         finally:
             self._count(touched)
-
-    def _forget(self, written: _Written, count: int) -> None:
-        written.forgotten = count
-        self._keys -= len(written.keys)
-        written.keys.clear()
 
     def _count(self, touched: set[int]) -> None:
         for at in touched:

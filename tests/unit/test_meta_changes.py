@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
-from storaged.meta.changes import KEYS_MAX, KEYS_OF_ONE_MAX, Changes
+import pytest
+
+from storaged.meta.changes import BYTES_MAX, KEYS_OF_ONE_MAX, Changes
 
 SHARD, OTHER = b"one shard", b"another one"
 
@@ -71,13 +74,21 @@ def test_who_comes_after_more_writes_than_are_remembered_is_told_that_anything_m
         write(changes, b"%04d" % number)
     assert changed(changes, counts[0], after=b"9")
     assert not changed(changes, counts[-KEYS_OF_ONE_MAX], after=b"9")
+
+
+@pytest.mark.parametrize("key_bytes", [30, 1024])
+def test_what_is_remembered_of_many_shards_is_bounded_whatever_their_keys_are(key_bytes: int) -> None:
+    tracemalloc.start()
     many = Changes()
     count = many.of(SHARD)
     write(many, b"k")
-    for number in range(KEYS_MAX):
-        write(many, b"k", shard=b"%d" % number)
+    for number in range(50_000):
+        write(many, b"%0*d" % (key_bytes, number), shard=b"shard%013d" % (number % 3000))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 1.2 * BYTES_MAX
     assert changed(many, count, after=b"k")
-    assert sum(len(written.keys) for written in many._written.values()) <= KEYS_MAX
+    assert not changed(many, many.of(SHARD), after=b"k")
 
 
 def test_no_change_is_ever_missed() -> None:
