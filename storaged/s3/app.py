@@ -305,6 +305,7 @@ class S3App:
             request.reading = found if isinstance(found, Reading) else None
             if not connection.hand_over(_Begun(request, route, started_s)):
                 self._went()
+                self._observe(request, Reply(), 0, False, started_s, None)
             return
         keep, bytes_out, complete = not self._draining, 0, False
         reply = Reply(500)

@@ -153,7 +153,8 @@ async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
         await until(lambda: world.app.statistics().connections == 0)
         held.go()
         await until(lambda: world.app.statistics().requests_in_flight == 0)
-    assert [(done.status, done.complete) for done in world.done] == [(200, False)]
+    assert [(done.status, done.bytes_out, done.complete) for done in world.done] == [(200, 0, False)] * 2
+    assert world.app.statistics().requests_total == 2
 
 
 async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World) -> None:
