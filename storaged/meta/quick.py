@@ -255,8 +255,9 @@ class QuickChange:
         """The first time it only asks the rest, and whoever was waited for comes last for a while; then there is no time left."""
         more_s, self._limit_s = self._limit_s, 0.0
         if self._stage == "prepare" and more_s:
-            for disk in self._silent:
-                self._around.suspects.add(disk)
+            if self._promises:  # when nobody has answered, it may be this process that is late
+                for disk in self._silent:
+                    self._around.suspects.add(disk)
             self._ask_the_rest()
         elif self._stage != "over" and not more_s:
             self._end(None)
@@ -367,8 +368,9 @@ class QuickRead:
 
     def give_up(self) -> float:
         if not self.done:
-            for disk in self._silent:
-                self._suspects.add(disk)
+            if self._check is not None:  # when nobody has answered, it may be this process that is late
+                for disk in self._silent:
+                    self._suspects.add(disk)
             self._end()
         return 0.0
 

@@ -318,3 +318,16 @@ async def test_what_two_replicas_tell_differently_is_settled_without_a_third_tha
     assert (await asyncio.wait_for(client.read(old.name), 2)).value == new.value
     assert world.stores[first].get(old.name) == new
     await client.close()
+
+
+async def test_when_nobody_answers_nobody_is_asked_last(world: World) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    first, second, _ = of(world, slot.name)
+    hang(world, first[:2])
+    client = hang(world, second[:2])
+    soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
+    client.read_soon(slot.name, False, soon.set_result)
+    assert await asyncio.wait_for(soon, 2) is None
+    assert client._suspects.last((first, second, "other")) == [first, second, "other"]
+    await client.close()
