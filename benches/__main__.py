@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +19,16 @@ from benches.measure import BURDEN_S_MAX, flat, measure
 from benches.report import flat_markdown, line, markdown, summarize
 from benches.rows import DEFAULT_ROWS, ROWS, Result
 from benches.s3client import SILENCE_S_MAX, WrongAnswer
-from benches.servers import Server, endpoint, seaweedfs_binary, seaweedfs_default, seaweedfs_durable, storaged_cluster, storaged_single
+from benches.servers import (
+    Server,
+    end_on_sigterm,
+    endpoint,
+    seaweedfs_binary,
+    seaweedfs_default,
+    seaweedfs_durable,
+    storaged_cluster,
+    storaged_single,
+)
 
 CONNECTIONS_MAX = 4096
 
@@ -118,7 +126,7 @@ def one_server(make: Make, wanted: argparse.Namespace, found: dict[str, list[Res
 
 def main(arguments: list[str] | None = None) -> int:
     wanted = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped and folders removed
+    end_on_sigterm()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard >= CONNECTIONS_MAX > soft:  # a thousand connections are one of the stages
         resource.setrlimit(resource.RLIMIT_NOFILE, (CONNECTIONS_MAX, hard))

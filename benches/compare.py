@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from benches.measure import measure
 from benches.report import is_large, line, speed
 from benches.rows import ROWS, Result
 from benches.s3client import WrongAnswer
-from benches.servers import Server, storaged_cluster, storaged_single
+from benches.servers import Server, end_on_sigterm, storaged_cluster, storaged_single
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = "put-4k-64,get-4k-64,put-64m-4,get-64m-4,list-1000-4"
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = wanted.rows.split(",")
     if unknown := [name for name in rows if name not in ROWS]:
         parser.error(f"unknown rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_on_sigterm()
     make = storaged_cluster if wanted.shape == "cluster" else storaged_single
     found: tuple[dict[str, list[Result]], dict[str, list[Result]]] = ({}, {})
     fine = True

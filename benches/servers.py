@@ -109,12 +109,25 @@ def await_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 6
     raise SystemExit(f"nothing listens on port {port} after {timeout_s:.0f} s")
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM ends this process as an exception does: servers are stopped and folders removed, which a second one does not interrupt."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+    """Also when whoever stops it is interrupted meanwhile: then at once."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+    finally:
+        if process.poll() is None:
             process.kill()
             process.wait(10)
 
@@ -313,10 +326,11 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
         (folder / label).mkdir()
         with (folder / f"{label}.log").open("wb") as log:
             process = subprocess.Popen([weed, *arguments], stdout=log, stderr=log, cwd=folder / label)
+        stack.callback(stop, process)
         processes[label] = process
         return process
 
-    try:
+    with contextlib.ExitStack() as stack:
         copies = ("-defaultReplication=020",) if durable else ()
         await_port(
             master, start("master", "master", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={master}", f"-mdir={folder}/master", *copies)
@@ -353,9 +367,6 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
             {process_name: process.pid for process_name, process in processes.items()},
             folder,
         )
-    finally:
-        for process in reversed(processes.values()):
-            stop(process)
 
 
 @contextlib.contextmanager

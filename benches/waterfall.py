@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ import uvloop
 from benches import rows
 from benches.rows import KIB, MIB, Bodies
 from benches.s3client import WrongAnswer
-from benches.servers import Server, storaged_cluster, storaged_single
+from benches.servers import Server, end_on_sigterm, storaged_cluster, storaged_single
 
 WIDTH = 64
 Spans = Sequence[tuple[str, int, int]]
@@ -112,7 +111,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path)
     wanted = parser.parse_args()
     sizes = [int(size) for size in wanted.sizes.split(",")]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_on_sigterm()
     make = storaged_cluster if wanted.shape == "cluster" else storaged_single
     with tempfile.TemporaryDirectory(prefix="storaged-spans-") as place:
         spans = Path(place) / "spans"

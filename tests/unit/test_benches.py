@@ -20,7 +20,7 @@ from benches.measure import flat, measure
 from benches.report import flat_markdown, markdown, summarize
 from benches.rows import Bodies, Result, drive, getting, putting
 from benches.s3client import Ask, Connection, Target, WrongAnswer, connect, signed_head
-from benches.servers import Server, storaged_cluster
+from benches.servers import Server, stop, storaged_cluster
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("put-4k-1", "put-4k-64", "get-4k-64", "head-64", "list-1000-4")
@@ -379,3 +379,25 @@ def test_a_worktree_of_a_revision_is_there_for_the_comparison_and_gone_after_it(
     assert git("worktree", "list").count("\n") == 1
     with pytest.raises(SystemExit, match="nonsense"), compare.worktree("nonsense"):
         pass
+
+
+def test_a_server_is_stopped_although_whoever_waits_for_its_end_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by SIGTERM while servers are being stopped: the others are stopped as well."""
+    processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(3)]
+    wait = subprocess.Popen.wait
+    interrupted: list[int] = []
+
+    def waiting(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if not interrupted:
+            interrupted.append(process.pid)
+            raise SystemExit(143)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", waiting)
+    stack = contextlib.ExitStack()
+    for process in processes:
+        stack.callback(stop, process)
+    with pytest.raises(SystemExit):
+        stack.close()
+    assert interrupted == [processes[-1].pid]
+    assert all(process.poll() is not None for process in processes)
