@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+import weakref
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,17 @@ class Background:
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=timeout_s)
         await cancel_all(self._tasks)
+
+
+def when_gone(thing: object, then: Callable[[], None]) -> None:
+    """``then`` is called on this event loop soon after nobody has ``thing`` any more. Where that shows it is only said: in whatever thread collects garbage, or on
+    the loop, in the middle of a change to the very table that ``then`` is to change."""
+    weakref.finalize(thing, _say, asyncio.get_running_loop(), then).atexit = False
+
+
+def _say(loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and its tables with it
+        loop.call_soon_threadsafe(then)
 
 
 async def cancel_all(tasks: set[asyncio.Task[Any]] | list[asyncio.Task[Any]]) -> None:

@@ -7,13 +7,13 @@ goes with that key, as what a read opened does (``objects.opened``). What is kep
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from operator import eq
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from storaged.objects.api import Show
+from storaged.objects.background import when_gone
 from storaged.objects.ports import BucketKey
 
 ROW_BYTES = 450
@@ -45,10 +45,10 @@ class ListedLately:
         self._old: _Generation = WeakKeyDictionary()
 
     def meet(self, bucket_key: BucketKey, gone: Callable[[], None]) -> None:
-        """``gone`` is called when the key was let go of, so that what else is remembered of its bucket goes with it."""
+        """``gone`` is called on this event loop soon after the key was let go of, so that what else is remembered of its bucket goes with it."""
         if bucket_key not in self._met:
             self._met.add(bucket_key)
-            weakref.finalize(bucket_key, gone).atexit = False
+            when_gone(bucket_key, gone)
 
     def find(self, bucket_key: BucketKey, show: Show, keys: Sequence[bytes], heads: Sequence[bytes]) -> list[Any]:
         """Of each key what ``show`` made of it, if that was of this head; else None."""

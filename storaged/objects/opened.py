@@ -4,19 +4,20 @@ A client that downloads a large object asks for it in many ranges, and most ask 
 decode it, unwrap its key and open its metadata anew. An entry counts only for the very bytes that it was made of, under the very key that opened them: so it is never
 stale, and of no use once the bucket's key is no longer held (``KeyService.bucket_key_at_hand``). What is kept is in memory only, and bounded.
 
-An entry has a data key in the clear, so it lives no longer than the bucket's key in this process: entries do not hold that, and go with it, be it that it expired, was
-pushed out, or that the keyring was closed.
+An entry has a data key in the clear, so it lives no longer than the bucket's key in this process, but for a turn of the event loop: entries do not hold that key, and
+go with it, be it that it expired, was pushed out, or that the keyring was closed.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from storaged.meta.names import Value
 from storaged.objects.api import ObjectInfo
+from storaged.objects.background import when_gone
 from storaged.objects.ports import BucketKey
 from storaged.sov1 import StreamKey
 
@@ -49,8 +50,8 @@ class OpenedLately:
         self._bytes_max = bytes_max
         self._bytes = 0
         self._kept: OrderedDict[tuple[bytes, bytes], Opened] = OrderedDict()
-        self._keys: dict[int, weakref.ref[BucketKey]] = {}
-        """By ``id``, every bucket key of an entry: tells when it has gone."""
+        self._met: WeakSet[BucketKey] = WeakSet()
+        """The bucket keys of entries, each watched since its first."""
 
     def get(self, place: tuple[bytes, bytes], value: Value) -> Opened | None:
         """None unless it was made of this very value. The caller compares ``bucket_key`` with the one that is at hand."""
@@ -69,23 +70,22 @@ class OpenedLately:
         self._bytes += _cost(opened)
         while self._bytes > self._bytes_max:
             self._bytes -= _cost(self._kept.popitem(last=False)[1])
-        if id(bucket_key) not in self._keys:
-            self._keys[id(bucket_key)] = weakref.ref(bucket_key, functools.partial(self._gone, id(bucket_key)))
+        if bucket_key not in self._met:
+            self._met.add(bucket_key)
+            when_gone(bucket_key, self._drop_orphans)
 
     def drop(self, place: tuple[bytes, bytes]) -> None:
         before = self._kept.pop(place, None)
         if before is not None:
             self._bytes -= _cost(before)
 
-    def _gone(self, key_id: int, _key: weakref.ref[BucketKey]) -> None:
-        del self._keys[key_id]
+    def _drop_orphans(self) -> None:
         for place, opened in list(self._kept.items()):
             if opened.bucket_key() is None:
                 self.drop(place)
 
     def clear(self) -> None:
         self._kept.clear()
-        self._keys.clear()
         self._bytes = 0
 
     def __len__(self) -> int:

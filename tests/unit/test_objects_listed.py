@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -99,6 +101,7 @@ async def test_rows_and_what_the_scanner_remembers_are_forgotten_with_the_bucket
         await rig.listed()
     assert (rig.opened, rig.forgotten) == (1, [])
     rig.world.keys._keys.clear()
+    await asyncio.sleep(0)
     assert rig.forgotten == [rig.bucket.id]
     assert await rig.listed() == {b"k": etag(b"data")}
     assert rig.opened == 2
@@ -116,11 +119,20 @@ async def test_what_common_prefixes_were_found_by_is_forgotten_with_the_buckets_
         assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
     assert rig.forgotten == []
     rig.world.keys._keys.clear()
+    await asyncio.sleep(0)
     assert rig.forgotten == [rig.bucket.id]
     assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
     assert rig.forgotten == 2 * [rig.bucket.id]
     assert rig.opened == 0
     await rig.objects.close()
+
+
+async def test_what_the_scanner_remembers_is_forgotten_on_the_loop_whichever_thread_lets_go_of_the_key_last() -> None:
+    lately, held, threads = ListedLately(1000), [FakeBucketKey(1)], list[int]()
+    lately.meet(held[0], lambda: threads.append(threading.get_ident()))
+    await asyncio.to_thread(held.clear)
+    await asyncio.sleep(0)
+    assert threads == [threading.get_ident()]
 
 
 def another(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> Sequence[int]:

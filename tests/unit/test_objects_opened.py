@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -116,13 +119,47 @@ async def test_data_keys_are_forgotten_with_the_buckets_key_that_opened_them(mon
     await rig.got(b"2")
     assert len(lately) == 3
     del rig.world.keys._keys[1]
+    await asyncio.sleep(0)
     assert len(lately) == 1
     assert (await rig.got(b"2"))[0] == b"data"
     assert rig.unwraps == 4
     rig.world.keys._keys.clear()
+    await asyncio.sleep(0)
     assert len(lately) == 0
     assert lately._bytes == 0
     await rig.objects.close()
+
+
+async def test_data_keys_are_forgotten_on_the_loop_whichever_thread_lets_go_of_the_buckets_key_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lately, threads = OpenedLately(10_000), list[int]()
+    drop = OpenedLately.drop
+
+    def dropped(self: OpenedLately, place: tuple[bytes, bytes]) -> None:
+        threads.append(threading.get_ident())
+        drop(self, place)
+
+    held, value = [FakeBucketKey(1)], Value(1, b"", Visibility.LIVE, b"body")
+    lately.keep((b"b", b"k"), Opened(value, held[0], None))  # type: ignore[arg-type]
+    monkeypatch.setattr(OpenedLately, "drop", dropped)
+    await asyncio.to_thread(held.clear)
+    await asyncio.sleep(0)
+    assert (len(lately), threads) == (0, [threading.get_ident()])
+
+
+def test_a_key_that_is_let_go_of_after_the_loop_ended_troubles_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    lately, held = OpenedLately(10_000), [FakeBucketKey(1)]
+
+    async def keep() -> None:
+        lately.keep((b"b", b"k"), Opened(Value(1, b"", Visibility.LIVE, b"body"), held[0], None))  # type: ignore[arg-type]
+
+    with asyncio.Runner() as runner:
+        runner.run(keep())
+    troubles: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", troubles.append)
+    held.clear()
+    assert troubles == []
 
 
 async def test_one_record_under_two_keys_opens_for_the_one_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +202,7 @@ async def test_memory_for_opened_records_is_bounded(monkeypatch: pytest.MonkeyPa
     await rig.objects.close()
 
 
-def test_an_entry_larger_than_all_the_memory_is_not_kept() -> None:
+async def test_an_entry_larger_than_all_the_memory_is_not_kept() -> None:
     lately, value, bucket_key = OpenedLately(10_000), Value(1, b"", Visibility.LIVE, bytes(9000)), FakeBucketKey(1)
     made: Any = Opened(value, bucket_key, None)  # type: ignore[arg-type]
     lately.keep((b"b", b"k"), made)
