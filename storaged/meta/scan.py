@@ -202,7 +202,8 @@ def _whole(ask: ShardAsk, found: ShardSlice, row_bytes: int) -> bool:
 def scan_store(
     store: MetaStore, request: ScanRequest, kept: DigestsKept | None = None, *, changed_bytes_max: int = CHANGED_BYTES_MAX
 ) -> ScanReply:
-    """Blocks for about a microsecond a row, but for what ``kept`` tells of them. Of what the asker knew and what changed no more is sent than fits. Raises ValueError for a request beyond the limits above."""
+    """Blocks for about a microsecond a row, but for what ``kept`` tells of them. Of what the asker knew and what changed no more is sent than fits.
+    Raises ValueError for a request beyond the limits above."""
     if len(request.shards) > SHARDS_MAX:
         raise ValueError(f"a scan covers at most {SHARDS_MAX} shards, not {len(request.shards)}")
     for ask in request.shards:

@@ -12,7 +12,7 @@ from functools import partial
 
 import msgspec
 
-from storaged.errors import DataDamaged, StoragedError
+from storaged.errors import DataDamaged, KeyringUnavailable
 from storaged.meta.names import Table, object_name
 from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
@@ -34,26 +34,16 @@ async def list_objects(
 ) -> Listing:
     """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged, which names the key, for a record that can't
     be read or opened."""
-    page = await plane.scanner.list_heads(
-        Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit
-    )
-    forget = partial(plane.scanner.forget, bucket.id)
-    if (
-        not page.keys
-    ):  # common prefixes, say, which need no key; but what they were found by is remembered, and goes with the key that is held, or now
-        held = plane.keys.bucket_key_at_hand(bucket.id)
-        if held is None:
-            forget()
-        else:
-            plane.listed.meet(held, forget)
-        return Listing(prefixes=page.prefixes, next_after=page.next_after)
     keys = BucketKeys(plane, bucket)
     try:
+        page = await plane.scanner.list_heads(
+            Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit
+        )
+        if not page.keys:  # common prefixes, say, which need no key
+            return Listing(prefixes=page.prefixes, next_after=page.next_after)
         newest = await keys.newest()
-    except StoragedError:
-        forget()
-        raise
-    plane.listed.meet(newest, forget)
+    finally:
+        _forgotten_with_its_key(plane, bucket)
     shown = plane.listed.find(newest, show, page.keys, page.heads)
     missing = shown.count(None)
     if missing == len(shown):
@@ -69,6 +59,19 @@ async def list_objects(
         for index, its in zip(new, made, strict=True):
             shown[index] = its
     return Listing(page.keys, shown, page.prefixes, page.next_after)
+
+
+def _forgotten_with_its_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
+    """What the scanner remembers of a bucket, be it of a listing that failed, goes when the key that is held is let go of; when none is held, now."""
+    forget = partial(plane.scanner.forget, bucket.id)
+    try:
+        held = plane.keys.bucket_key_at_hand(bucket.id)
+    except KeyringUnavailable:
+        held = None
+    if held is None:
+        forget()
+    else:
+        plane.listed.meet(held, forget)
 
 
 Columns = tuple[Sequence[int], Sequence[int], Sequence[SealedList]]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from storaged.errors import DataDamaged, KeyringUnavailable
+from storaged.errors import DataDamaged, KeyringUnavailable, ServiceUnavailable
 from storaged.meta.names import Change, object_name
 from storaged.objects.api import BodyChecks, NewMeta, as_rows
 from storaged.objects.listed import ROW_BYTES, ListedLately
@@ -133,6 +133,42 @@ async def test_what_the_scanner_remembers_is_forgotten_on_the_loop_whichever_thr
     await asyncio.to_thread(held.clear)
     await asyncio.sleep(0)
     assert threads == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("failure", [ServiceUnavailable("no majority"), asyncio.CancelledError()])
+async def test_what_a_listing_that_failed_has_left_with_the_scanner_is_forgotten_with_the_buckets_key_or_at_once(
+    monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    rig = Rig(monkeypatch)
+
+    async def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(rig.objects.plane.scanner, "list_heads", fail)
+    with pytest.raises(type(failure)):
+        await rig.listed()
+    assert rig.forgotten == [rig.bucket.id]
+    await rig.put(b"data", b"k")
+    with pytest.raises(type(failure)):
+        await rig.listed()
+    assert rig.forgotten == [rig.bucket.id]
+    rig.world.keys._keys.clear()
+    await asyncio.sleep(0)
+    assert rig.forgotten == 2 * [rig.bucket.id]
+    await rig.objects.close()
+
+
+async def test_a_keyring_that_is_closed_meanwhile_leaves_nothing_with_the_scanner_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    await rig.put(b"data", b"a/k")
+
+    def closed(bucket_id: bytes, version: int = 0) -> None:
+        raise KeyringUnavailable("The keyring is closed.")
+
+    monkeypatch.setattr(rig.world.keys, "bucket_key_at_hand", closed)
+    assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
+    assert rig.forgotten == [rig.bucket.id]
+    await rig.objects.close()
 
 
 def another(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> Sequence[int]:
