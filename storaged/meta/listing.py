@@ -11,7 +11,7 @@ Theory of operation
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Any
@@ -138,27 +138,6 @@ class RingScanner:
             for feed, piece in zip(asked, await self._reader.pieces(query, asked, share), strict=True):
                 page.add(feed, piece)
         return page.cut_short(), page.again
-
-    async def scan_all(
-        self,
-        table: int,
-        scope: bytes,
-        shards: Sequence[int],
-        *,
-        prefix: bytes = b"",
-        after: bytes = b"",
-        hidden: bool = True,
-        settling_nonce: bytes = b"",
-    ) -> AsyncIterator[Row]:
-        """Every settled row with key > ``after``, hidden ones included, in slices: what the consumer does in between holds nothing open."""
-        position: bytes | None = after
-        while position is not None:
-            page = await self.list_page(
-                table, scope, shards, prefix=prefix, after=position, limit=WALK_ROWS, hidden=hidden, settling_nonce=settling_nonce
-            )
-            for row in page.rows:
-                yield row
-            position = page.next_after
 
     async def catch_up(self, table: int, scope: bytes, shard: int, *, settling_nonce: bytes = b"") -> CatchUp:
         """Brings the replicas of one shard to the same rows: slices of all that answer are compared by digest, and each key that one of them lacks,

@@ -65,6 +65,9 @@ class Held:
         self.listed = b""
         self.cost = _PIECE_BYTES + len(through) + len(keys) * _ROW_BYTES + sum(map(len, keys)) + sum(map(len, heads))
 
+    def entries_behind(self, after: bytes) -> int:
+        return len(self.keys) - bisect_right(self.keys, after)
+
 
 class _Shard:
     """Its pieces by where they begin."""
@@ -95,7 +98,7 @@ class Remembered:
                 break
             found.append(piece)
             self._used.move_to_end(piece)
-            entries -= len(piece.keys) - bisect_right(piece.keys, after)
+            entries -= piece.entries_behind(after)
             if piece.done:
                 break
             after = piece.through

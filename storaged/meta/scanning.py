@@ -234,7 +234,7 @@ class ShardReader:
             spans.append(Span(feed, known.after, known.limit, known))
             if known.done:
                 return spans
-            wanting -= len(known.keys) - bisect_right(known.keys, after)
+            wanting -= known.entries_behind(after)
             after = known.through
         if wanting > 0 and len(spans) < spans_max:
             spans.append(Span(feed, after, limit))
@@ -384,15 +384,14 @@ class ShardReader:
             raise ServiceUnavailable("A replica's answer to a scan cannot be read: its keys and heads do not belong together.")
         held = span.known
         if held is None or held.digest != answer.digest or held.done != answer.done:
-            known = held is not None and held.digest == answer.digest
-            keys, heads = (held.keys, held.heads) if held is not None and known else (answer.keys, answer.heads)
-            held = Held(
-                _place(query, span.feed.shard), span.after, span.limit, answer.digest, keys, heads, answer.through, answer.done, span.bounds
-            )
-            self._remembered.keep(held)
-            if span.known is not None:
-                held.listed = span.known.listed
-            span.known = held
+            # Rows that are the same were not sent again, though the shard may go on behind them now, or no longer.
+            its = held if held is not None and held.digest == answer.digest else answer
+            place, through, done = _place(query, span.feed.shard), answer.through, answer.done
+            new = Held(place, span.after, span.limit, answer.digest, its.keys, its.heads, through, done, span.bounds)
+            if held is not None:
+                new.listed = held.listed
+            self._remembered.keep(new)
+            span.known = held = new
         return Piece(held.keys, held.heads, answer.through, answer.done)
 
     async def _read(self, name: RegisterName, settling_nonce: bytes) -> Value | None:
