@@ -131,7 +131,7 @@ def _read(
         try:
             answer = _in_memory(plane, name, bucket, key, want_plain, reading)
         except StoragedError as error:
-            answer = error
+            answer = error.with_traceback(None)  # that holds this frame, which holds the answer: garbage that waits for the collector
         except Exception:  # the long way meets it again, where somebody tells of it
             answer = None
     then(answer)
@@ -154,9 +154,7 @@ def _in_memory(
     plain = _at_hand(found)
     if plain is None:
         return reading
-    plane.counters.gets += 1
-    plane.counters.bytes_out += len(plain)
-    return HeldStream(info, Span(0, len(plain), False), plain)
+    return _held(plane, info, span_of(None, len(plain)), plain)
 
 
 async def head(
@@ -202,9 +200,7 @@ async def get(
         wanted = _span_of_part(info, part_number) if part_number is not None else span_of(span, version.size)
         plain = _at_hand(found)
         if plain is not None:
-            plane.counters.gets += 1
-            plane.counters.bytes_out += wanted.length
-            return HeldStream(info, wanted, plain[wanted.first : wanted.first + wanted.length] if wanted.partial else plain)
+            return _held(plane, info, wanted, plain)
         stream = VerifiedStream(plane, hedge, bucket, found, info, wanted, as_copy_source=as_copy_source)
         try:
             await stream.open()
@@ -299,6 +295,12 @@ def _at_hand(found: Found) -> bytes | None:
             return plain if len(plain) == part.size else None
     except SealBroken:
         return None
+
+
+def _held(plane: ObjectPlane, info: ObjectInfo, wanted: Span, plain: bytes) -> HeldStream:
+    plane.counters.gets += 1
+    plane.counters.bytes_out += wanted.length
+    return HeldStream(info, wanted, plain[wanted.first : wanted.first + wanted.length] if wanted.partial else plain)
 
 
 class HeldStream:
