@@ -27,7 +27,6 @@ from storaged.wire import Buffer
 MOVED_RETRIES_MAX = 8
 """How often a fragment may be moved by compaction while it is read, before it is called damaged."""
 
-
 Segments = Callable[[int], SegmentFile | None]
 
 

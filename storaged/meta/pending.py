@@ -143,9 +143,6 @@ class Overlay:
             for database, key, value in entry.others:
                 others[database, key] = value
 
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.others)
-
 
 def row_of(overlays: tuple[Overlay, Overlay], prefix: bytes, key: bytes) -> bytes | None:
     """The row of a register that has not reached LMDB. ``overlays``: the fresh one, then the frozen one: what leaves the first is in the second by then, and what

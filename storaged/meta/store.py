@@ -54,7 +54,7 @@ from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta import pending
-from storaged.meta.apply import Applier
+from storaged.meta.apply import ROOTS_CACHED_MAX, Applier
 from storaged.meta.changes import Changes
 from storaged.meta.lookup import StoredRows, stored_row
 from storaged.meta.names import RegisterName
@@ -94,7 +94,6 @@ CHECKPOINT_BYTES = HALF_BYTES // 2
 
 QUEUED_BATCHES_MAX = 4096
 SLICE_ROWS_MAX = 10_000
-ROOTS_CACHED_MAX = 65_536
 
 PAGE_AGE_BYTES = 8
 _OUT_OF_SPACE = (lmdb.MapFullError, lmdb.DiskError)
@@ -409,7 +408,7 @@ class LmdbMetaStore:
             found = None if root is None else stamps_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
         if found and not pending.touched(tables, after=after, prefix=prefix, through=found.last if found.more else None):
             return found
-        return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
+        return stamps_in(*columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit))
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
