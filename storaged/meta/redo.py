@@ -93,7 +93,10 @@ class RedoLog:
         return self._ends[self._half] + _pages(body_bytes) <= HALF_BYTES
 
     def append(self, body: Buffer) -> None:
-        """Durable when it returns. Raises OSError; what the disk has then is unknown."""
+        """Durable when it returns. Raises OSError; what the disk has then is unknown. Raises ValueError for what does not fit: behind the half begins what was
+        acknowledged in the other."""
+        if not self.fits(len(body)):
+            raise ValueError(f"a group of {len(body)} bytes does not fit what is left of its half")
         at = PAGE_BYTES + self._half * HALF_BYTES + self._ends[self._half]
         size = _pages(len(body))
         head = _HEAD.pack(_GROUP_MAGIC, len(body), self.sequence + 1, xxhash.xxh3_64_intdigest(body, self._seed), 0)[:_HEAD_CHECKED]

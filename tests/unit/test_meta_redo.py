@@ -102,6 +102,21 @@ def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path,
     again.close()
 
 
+def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_written_over(tmp_path: Path, small_log: None) -> None:
+    log = fresh(tmp_path)
+    log.append(body_of(1, HALF - 2 * PAGE_BYTES))
+    assert log.turn()
+    log.append(b"in the other half")
+    log.applied(1)
+    assert log.turn()
+    with pytest.raises(ValueError, match="does not fit"):
+        log.append(bytes(HALF))
+    log.close()
+    again = opened(tmp_path, Mark(1, 2, 1, closed=False))
+    assert again.bodies == [b"in the other half"]
+    again.close()
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     sizes=st.lists(st.integers(0, 3 * PAGE_BYTES), min_size=1, max_size=40),
