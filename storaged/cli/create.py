@@ -6,13 +6,13 @@ its own cluster. A node's folder holds everything the node needs to start and ca
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
 from storaged.cluster import identity
 from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
+from storaged.durable import replace_file
 from storaged.errors import OperatorError
 from storaged.ids import new_disk_id
 from storaged.wire import encode
@@ -150,11 +150,4 @@ def _quoted(text: str) -> str:
 def write_private(path: Path, content: bytes) -> None:
     """A whole file or none, synced, readable by its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, content)

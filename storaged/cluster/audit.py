@@ -26,6 +26,7 @@ import structlog
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.audit_format import ENTRY_BYTES_MAX, GENESIS, Checkpoint, Head, make_line, parse_line
 from storaged.cluster.audit_verify import AuditProblem, AuditReport, verify
+from storaged.durable import sync_path
 from storaged.errors import AuditUnwritable
 from storaged.units import MIB
 
@@ -285,7 +286,7 @@ class AuditLog:
             self._descriptor = -1
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             self._durable_bytes = 0
-            _sync_directory(self.directory)
+            sync_path(self.directory)
         data = memoryview(b"".join(item.line for item in batch))
         size = len(data)
         while data:
@@ -370,12 +371,3 @@ def _last_head(directory: Path) -> tuple[Head | None, int, int]:
         if head is not None:
             return head, torn_bytes, last_ordinal
     return None, torn_bytes, last_ordinal
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)

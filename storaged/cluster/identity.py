@@ -27,7 +27,6 @@ Files of an authority: ``authority.key``, ``authority.crt``, ``administration.ke
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
 from collections.abc import Callable
@@ -47,6 +46,7 @@ from msgspec import MsgspecError
 from storaged.cluster.layout import Layout, Location
 from storaged.cluster.policy import outside_eu_law
 from storaged.cluster.ports import PeerIdentity
+from storaged.durable import replace_file
 from storaged.errors import CertificateRefused, JurisdictionRefused, LayoutRefused, OperatorError
 from storaged.wire import Message, decode, encode
 
@@ -145,10 +145,10 @@ def create_authority(directory: Path, cluster: str, *, now: datetime | None = No
         .sign(key, hashes.SHA256())
     )
     administration = ed25519.Ed25519PrivateKey.generate()
-    _write(directory / "administration.key", _private_pem(administration), 0o600)
-    _write(directory / "administration.pub", _public_pem(administration.public_key()), 0o644)
-    _write(directory / "authority.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-    _write(directory / "authority.key", _private_pem(key), 0o600)
+    replace_file(directory / "administration.key", _private_pem(administration), 0o600)
+    replace_file(directory / "administration.pub", _public_pem(administration.public_key()), 0o644)
+    replace_file(directory / "authority.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    replace_file(directory / "authority.key", _private_pem(key), 0o600)
     return Authority(directory, cluster, key, certificate, administration)
 
 
@@ -198,10 +198,10 @@ def issue(
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = certify(authority, peer, key.public_key(), days=days, now=now or datetime.now(UTC))
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _write(directory / "administration.pub", _public_pem(authority.administration.public_key()), 0o644)
-    _write(directory / "authority.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-    _write(directory / "node.key", _private_pem(key), 0o600)
-    _write(directory / "node.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    replace_file(directory / "administration.pub", _public_pem(authority.administration.public_key()), 0o644)
+    replace_file(directory / "authority.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    replace_file(directory / "node.key", _private_pem(key), 0o600)
+    replace_file(directory / "node.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
     return Identity(directory, identity_of(certificate), certificate.not_valid_after_utc, authority.administration.public_key())
 
 
@@ -444,20 +444,3 @@ def _private_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) ->
 
 def _public_pem(key: ed25519.Ed25519PublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Replaces a file by one that is whole and synced, and never readable by others on the way there."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

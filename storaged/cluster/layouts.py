@@ -7,7 +7,6 @@ history and changes nothing, and a second one under an epoch already known is re
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from msgspec import MsgspecError
 
 from storaged.cluster.identity import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
 from storaged.cluster.layout import Layout
+from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.wire import decode, encode
 
@@ -127,15 +127,4 @@ class LayoutFiles:
     def _write(self, epoch: int, content: bytes) -> None:
         assert len(content) <= LAYOUT_BYTES_MAX + 1024
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"layout-{epoch:012d}.signed"
-        temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        parent = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        replace_file(self.directory / f"layout-{epoch:012d}.signed", content, 0o666)

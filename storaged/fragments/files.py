@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from storaged.durable import sync_path
 from storaged.errors import DirectoryInUse
 from storaged.wire import Buffer, unfilled
 
@@ -333,12 +334,3 @@ class PosixFiles:
         for file in files:
             file.close()
         os.close(self._lock_fd)
-
-
-def sync_path(path: Path) -> None:
-    """fsync of a file or a directory."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

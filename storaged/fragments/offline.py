@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from storaged.durable import sync_path
 from storaged.errors import FragmentDamaged, IndexDamaged
 from storaged.fragments.engine import Engine, StoreLimits
-from storaged.fragments.files import Files, PosixFiles, sync_path
+from storaged.fragments.files import Files, PosixFiles
 from storaged.fragments.format import SEGMENT_HEADER_BYTES, FormatError, parse_segment_header, segment_seed
 from storaged.fragments.index import HEAD_CELL, Index
 from storaged.fragments.ports import FragmentId

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from storaged.clock import Clock, SystemClock
+from storaged.durable import sync_path
 from storaged.errors import FileExists, KeyringDamaged, KeyringMismatch, OperatorError, WrongPassphrase
 from storaged.ids import Entropy, system_entropy
 from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_context, seal_message
@@ -345,7 +346,7 @@ def _write_new(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise OperatorError(f"{path} cannot be written: {error.strerror}.") from None
         raise
-    _sync_directory(path.parent)
+    sync_path(path.parent)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -354,12 +355,4 @@ def _replace(path: Path, data: bytes) -> None:
     fresh.unlink(missing_ok=True)
     _write_new(fresh, data)
     fresh.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(path.parent)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import lmdb
 
+from storaged.durable import sync_path
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
 from storaged.mapped import reach_end
 from storaged.meta.ports import RowDamaged
@@ -56,7 +57,7 @@ def lock(directory: Path) -> int:
     """Raises DirectoryInUse, DiskUnusable."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        sync_directory(directory.parent)
+        sync_path(directory.parent)
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise DiskUnusable(f"no metadata store can be opened in {directory}: {error.strerror}") from None
@@ -107,11 +108,3 @@ def unopened(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
     if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
         return DiskForeign(f"what is in {directory} is no metadata store: {error}")
     return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")
-
-
-def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 import xxhash
 
+from storaged.durable import sync_path
 from storaged.errors import DiskForeign, DiskUnusable
-from storaged.meta.opening import Mark, sync_directory
+from storaged.meta.opening import Mark
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
@@ -193,4 +194,4 @@ def _make(path: Path, store_id: bytes) -> None:
     finally:
         os.close(fd)
     fresh.rename(path)
-    sync_directory(path.parent)
+    sync_path(path.parent)

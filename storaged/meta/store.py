@@ -50,6 +50,7 @@ import lmdb
 import msgspec
 import xxhash
 
+from storaged.durable import sync_path
 from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
@@ -71,7 +72,6 @@ from storaged.meta.opening import (
     read_identity,
     read_mark,
     split_identity,
-    sync_directory,
     unopened,
 )
 from storaged.meta.pending import Overlay, Ready
@@ -225,7 +225,7 @@ class LmdbMetaStore:
             with self._env.begin(write=True) as transaction:
                 transaction.put(IDENTITY, seal_small(IDENTITY, self.identity), db=meta)
                 self._put_mark(transaction, mark.applied if mark is not None else 0)
-            sync_directory(self.directory)
+            sync_path(self.directory)
         except msgspec.MsgspecError as error:
             self._redo.close()
             raise DiskForeign(f"the redo log in {self.directory} holds what is no group: {error}") from None

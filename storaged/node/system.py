@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import structlog
 from storaged.cluster.identity import Identity, SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
+from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
@@ -121,21 +121,4 @@ class StoreLedger:
     def record(self, disk_id: str, identity: bytes) -> None:
         """Durable when it returns; before the disk answers anything."""
         self._known[disk_id] = identity.hex()
-        write_durably(self._path, json.dumps(self._known, indent=2).encode() + b"\n")
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """A whole file or the one before, synced with its directory entry, readable by its owner alone."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+        replace_file(self._path, json.dumps(self._known, indent=2).encode() + b"\n")

@@ -1,0 +1,31 @@
+"""What is written is there after a crash: a name that was made or replaced is durable once its directory is synced."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync_path(path: Path) -> None:
+    """fsync of a file or a directory. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this returns. Raises OSError.
+
+    It has its mode, less the umask, before it has a byte: nobody else reads a key on the way there.
+    """
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_path(path.parent)
