@@ -13,7 +13,7 @@ from benches.s3client import SILENCE_S_MAX, connect
 from benches.servers import Server
 
 LATE_S = 1.5
-"""What servers still do with what was written counts for the row that wrote it: a storage node has it in LMDB after a second."""
+"""What servers still do with what was written counts for what wrote it, be it a row or a burden: a storage node has it in LMDB after a second."""
 
 MEMORY_SAMPLE_S = 0.2
 
@@ -68,7 +68,14 @@ class Stage:
 
     async def measure(self, row: Row) -> Result:
         """Runs a row, and reads some of what it wrote back."""
-        result = await self.run(row.name, self.operation(row), in_flight=row.in_flight, total=row.count(self.scale), size=row.size_bytes)
+        result = await self.run(
+            row.name,
+            self.operation(row),
+            in_flight=row.in_flight,
+            total=row.count(self.scale),
+            size=row.size_bytes,
+            writes=row.writes,
+        )
         if row.kind == "put" and not result.errors:
             total = row.count(self.scale)
             read = rows.getting(self.server.target, self.bucket, self.prefix(row), self.bodies(row.size_bytes), total)
@@ -88,13 +95,14 @@ class Stage:
         in_flight: int,
         total: int,
         size: int = 0,
+        writes: bool = False,
         seconds_max: float = 0.0,
         say: Callable[[str], None] | None = None,
     ) -> Result:
         """Any operation as a row of that name, with what it cost the server's processes; see ``drive``."""
         server = self.server
         server.forget_peaks()
-        cpu, disk = server.cpu_seconds(), server.disk_bytes() if size else 0
+        cpu, disk = server.cpu_seconds(), server.disk_bytes() if writes and size else 0
         own = server.own_bytes()
         sampler = asyncio.create_task(_sample_memory(server, own))
         try:
@@ -109,13 +117,13 @@ class Stage:
                 seconds_max=seconds_max,
                 say=say,
             )
-            if size and "put" in name:
+            if writes:
                 await asyncio.sleep(LATE_S)
         finally:
             sampler.cancel()
         result.cpu_s = {process: now - cpu.get(process, 0.0) for process, now in server.cpu_seconds().items()}
         result.peak_bytes, result.own_bytes = server.peak_bytes(), own
-        if result.bytes and server.folder is not None and "put" in name:
+        if writes and result.bytes and server.folder is not None:
             result.disk_bytes_per_byte = (server.disk_bytes() - disk) / result.bytes
         return result
 
@@ -188,7 +196,9 @@ async def flat(
 
     async def burden(name: str, operation: Operation, in_flight: int, total: int, size: int = 0) -> int:
         """How many operations it came to; 0 after a failure."""
-        result = await stage.run(name, operation, in_flight=in_flight, total=total, size=size, seconds_max=seconds_max, say=say)
+        result = await stage.run(
+            name, operation, in_flight=in_flight, total=total, size=size, writes=True, seconds_max=seconds_max, say=say
+        )
         on_result(result)
         stages[-1][1].append(result)
         return 0 if result.errors else result.operations

@@ -26,8 +26,8 @@ Operation = Callable[[int], Ask]
 
 @dataclass(frozen=True)
 class Row:
-    """``total`` operations at scale 1, at least ``least``, ``in_flight`` at a time, each with ``size_bytes`` of body. ``writes``: the prefix of the keys it
-    makes; ``reads``: the row whose objects it reads. ``degraded``: after a rack (cluster) or a disk (single) was taken away."""
+    """``total`` operations at scale 1, at least ``least``, ``in_flight`` at a time, each with ``size_bytes`` of body. ``reads``: the row whose objects
+    it reads. ``degraded``: after a rack (cluster) or a disk (single) was taken away."""
 
     name: str
     kind: str
@@ -40,6 +40,10 @@ class Row:
 
     def count(self, scale: float) -> int:
         return max(int(self.total * scale), self.least)
+
+    @property
+    def writes(self) -> bool:
+        return self.kind in ("put", "list-written")
 
 
 ROWS = {

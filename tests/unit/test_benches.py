@@ -111,6 +111,11 @@ async def serving(lie: str = "", about: str = "") -> AsyncIterator[tuple[SmallSe
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benches.measure.LATE_S", 0.001)
+
+
 async def rows_of(target: Target, names: tuple[str, ...] = SMALL) -> list[Result]:
     return await measure(Server("small", target), names, 0.0001, lambda _result: None, silence_s_max=0.4)
 
@@ -141,6 +146,27 @@ async def test_pages_between_writes_and_pages_in_order_are_checked_as_the_others
             assert [(result.row, result.operations < 80 and result.errors > 0) for result in await rows_of(target, (name,))] == [
                 (name, True)
             ]
+
+
+async def test_what_servers_write_late_is_waited_for_by_whatever_wrote_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    late_s, sleep, told = 0.0123, asyncio.sleep, list[str]()
+
+    async def noting(delay: float) -> None:
+        if delay == late_s:
+            told.append("late")
+        await sleep(delay)
+
+    monkeypatch.setattr("benches.measure.LATE_S", late_s)
+    monkeypatch.setattr(asyncio, "sleep", noting)
+    names = ("put-4k-1", "put-4k-64", "get-4k-64", "list-1000-4", "list-written-4")
+    async with serving() as (_, target):
+        await measure(Server("small", target), names, 0.0001, lambda result: told.append(result.row))
+        assert told == ["late", "put-4k-64", "late", "put-4k-1", "get-4k-64", "list-1000-4", "late", "list-written-4"]
+        told.clear()
+        await flat(Server("small", target), 300, 0.0001, lambda result: told.append(result.row), lambda _line: None)
+    rows = ["late", "put-4k-64", "get-4k-64", "head-64", "list-1000-4"]
+    burdens = [["late", name] for name in ("fill-4k-64", "overwrite-4", "bucket-4")]
+    assert told == ["late", *rows, *burdens[0], *rows, *burdens[1], *rows, *burdens[2], *rows, *rows]
 
 
 async def test_a_chunked_answer_is_as_good_as_one_with_a_length() -> None:
