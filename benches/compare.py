@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=["cluster", "single"], default="cluster")
     parser.add_argument("--dir", type=Path)
     wanted = parser.parse_args(arguments)
-    rows = wanted.rows.split(",")
+    rows = list(dict.fromkeys(wanted.rows.split(",")))
     if unknown := [name for name in rows if name not in ROWS]:
         parser.error(f"unknown rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     end_on_sigterm()
@@ -111,16 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one(making: contextlib.AbstractContextManager[Server], rows: Sequence[str], scale: float, found: dict[str, list[Result]]) -> bool:
+    """One run of one side; False when something failed. ``found`` gets one result a row in any case, so that the sides' results stay pairs."""
+    results: list[Result] = []
     with making as server:
         name = server.name
         try:
             results = uvloop.run(measure(server, rows, scale, lambda result: print(line(name, result), flush=True)))
         except (WrongAnswer, OSError) as error:
             print(f"{name}: {error}", file=sys.stderr)
-            return False
-    for result in results:
-        found.setdefault(result.row, []).append(result)
-    return not any(result.errors for result in results)
+    measured = {result.row: result for result in results}
+    for row in rows:
+        found.setdefault(row, []).append(measured.get(row) or Result(row, errors=1, first_error=f"{row} was not measured"))
+    return bool(results) and not any(result.errors for result in results)
 
 
 if __name__ == "__main__":

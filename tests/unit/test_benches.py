@@ -386,6 +386,25 @@ def test_a_comparison_takes_the_ratio_of_each_pair_and_leaves_failed_runs_out() 
     assert told.splitlines()[-1].endswith("| failed | failed | failed |")
 
 
+def test_a_run_that_failed_half_way_does_not_shift_the_pairs_of_later_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = iter(
+        ([Result("put-4k-1", operations=1)], [Result("put-4k-64", errors=1)], OSError("no bucket"), [Result("put-4k-1", operations=4)])
+    )
+
+    async def measured(*_args: object) -> list[Result]:
+        run = next(runs)
+        if isinstance(run, OSError):
+            raise run
+        return run
+
+    monkeypatch.setattr(compare, "measure", measured)
+    found: dict[str, list[Result]] = {}
+    server = contextlib.nullcontext(Server("some", Target("http://127.0.0.1:1", "a", "s")))
+    assert [compare._one(server, ["put-4k-1"], 1.0, found) for _ in range(4)] == [True, False, False, True]
+    assert [(result.operations, result.errors) for result in found["put-4k-1"]] == [(1, 0), (0, 1), (0, 1), (4, 0)]
+    assert list(found) == ["put-4k-1"]
+
+
 def test_a_worktree_of_a_revision_is_there_for_the_comparison_and_gone_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
