@@ -40,9 +40,11 @@ TREE = Path(__file__).resolve().parents[1]
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benches/run", description=__doc__)
     parser.add_argument(
-        "--shape", default="cluster", help="cluster (four processes), single (one process, six disks), or both with a comma"
+        "--shape",
+        default="cluster",
+        help="cluster (three storage nodes and a gateway), single (one process, six disks), or both with a comma",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes of the cluster's gateway")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes of the cluster's gateway (default: half the cores, 4 at most)")
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"comma separated: {', '.join(ROWS)}")
     parser.add_argument("--scale", type=float, default=1.0, help="how much work, relative to the default")
     parser.add_argument(

@@ -202,14 +202,20 @@ def _processes(status: dict[str, Any]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def storaged_cluster(
-    parent: Path | None = None, *, tree: Path | None = None, spans: Path | None = None, name: str = "storaged, cluster", workers: int = 1
+    parent: Path | None = None,
+    *,
+    tree: Path | None = None,
+    spans: Path | None = None,
+    name: str = "storaged, cluster",
+    workers: int | None = None,
 ) -> Iterator[Server]:
-    """``storaged dev``: three storage nodes in three racks, a gateway of so many processes. ``lose`` kills a rack."""
+    """``storaged dev``: three storage nodes in three racks, a gateway of so many processes (None: as many as the command chooses itself; old revisions know no other).
+    ``lose`` kills a rack."""
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
         storaged = _Storaged(home, home / "s3", tree, spans)
         try:
-            several = ("--workers", str(workers)) if workers > 1 else ()
+            several = () if workers is None else ("--workers", str(workers))
             storaged.start("dev", str(storaged.directory), "--s3-port", str(free_port()), "--admin-port", str(free_port()), *several)
             status = storaged.status("HEALTHY")
             known = json.loads(storaged.run("env", "--json"))
