@@ -5,18 +5,19 @@ equal values under one name (``rowvalue``). All asks of one turn of the loop for
 one: with sixty-four requests in flight a frame would cost either end more than the row that it carries.
 
 Such a message waits for nothing. What can't be told at once (an accept on its way to the disk, a small copy that is not in memory), or not at all (a damaged row,
-an older layout), is told as None, and asked again in a message of its own, for which the node takes its time.
+a disk that fails, an older layout), is told as None, and asked again in a message of its own, for which the node takes its time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 from storaged.cluster.ports import Poster
-from storaged.errors import InvalidRequest, PeerUnreachable, StoragedError
+from storaged.errors import DiskUnusable, InvalidRequest, PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import ZERO_BALLOT, Replica, Replicas, Slot
@@ -53,11 +54,11 @@ def tell(replicas: Mapping[str, LocalReplica], request: messages.Reads) -> tuple
     room = READS_BYTES_MAX
     for disk, asks in zip(request.disks, request.asks, strict=True):
         replica = replicas.get(disk)
-        if replica is None:
-            found.append([None] * len(asks))
-        else:
-            rows, room = rows_at_once(replica, request.epoch, asks, copies, room)
-            found.append(rows)
+        rows: list[bytes | None] = [None] * len(asks)
+        if replica is not None:
+            with contextlib.suppress(DiskUnusable):  # who asks for its rows alone is told; the node's other disks tell theirs
+                rows, room = rows_at_once(replica, request.epoch, asks, copies, room)
+        found.append(rows)
     return messages.ReadsReply(found, [len(copy) for copy in copies]), copies
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, PeerIdentity, Reply, Then
-from storaged.errors import InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
+from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.copies import PlainCopies
@@ -261,6 +261,24 @@ async def test_disks_that_follow_a_newer_layout_or_are_not_in_use_tell_nothing(w
     assert at_once(messages.Reads(1, [disk], [[ask]]), CALL) == Reply(messages.ReadsReply([[None]], []), [])
     await world.replicas[disk].close()
     assert at_once(messages.Reads(2, [disk], [[ask]]), CALL) == Reply(messages.ReadsReply([[None]], []), [])
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+async def test_a_disk_that_cannot_be_read_costs_the_others_of_its_node_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    slots = [slot_of(name_of(number)) for number in range(40)]
+    await world.write(*slots)
+
+    def fail(names: Sequence[bytes]) -> list[bytes | None]:
+        raise DiskUnusable
+
+    bad = f"na{broken}"
+    monkeypatch.setattr(world.stores[bad], "rows", fail)
+    found = await asyncio.gather(*(world.client.read(slot.name) for slot in slots))
+    assert [reading.value for reading in found] == [slot.value for slot in slots]
+    assert {method for _, method, _ in world.messages} == {"meta.reads"}
+    assert {disk for _, _, request in world.messages if request.wait for disk in request.disks} == {bad}
 
 
 def hang(world: World, node: str) -> RingClient:
