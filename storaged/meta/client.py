@@ -296,14 +296,16 @@ class RingClient:
         if len(view.groups) > 1:
             then(None)
             return
-        self._counts["reads"] += 1
         quick = QuickRead(partial(self._read_over, want_payload, then), self._suspects)
         self._patience.begin(quick, self._hedge_s)
         quick.ask(self._rows, view, name.pack(), want_payload, self._call_timeout_s)
 
     def _read_over(self, want_payload: bool, then: Callable[[Reading | None], None], quick: QuickRead) -> None:
         self._patience.end(quick)
-        then(_reading_of(quick, want_payload))
+        reading = _reading_of(quick, want_payload)
+        if reading is not None:  # else it is ``read`` next, which counts
+            self._counts["reads"] += 1
+        then(reading)
 
     async def _pause_for_layout(self, deadline: float) -> None:
         """The replicas follow a newer layout than this node has heard of; it will."""

@@ -281,6 +281,20 @@ async def test_a_disk_that_cannot_be_read_costs_the_others_of_its_node_nothing(
     assert {disk for _, _, request in world.messages if request.wait for disk in request.disks} == {bad}
 
 
+async def test_a_read_is_counted_once_whichever_way_it_ends(world: World) -> None:
+    name = name_of(1)
+    for which in (2, 0):  # of the two that are asked at first none, then one, differs
+        await world.stores[of(world, name)[which]].commit(StoreBatch([slot_of(name)]))
+        before = world.client.statistics().reads
+        soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
+        world.client.read_soon(name, False, soon.set_result)
+        agreed = await soon is not None
+        assert agreed == (which == 2)
+        if not agreed:
+            await world.client.read(name)
+        assert world.client.statistics().reads == before + 1
+
+
 def hang(world: World, node: str) -> RingClient:
     """The node takes what it is sent, and answers nothing. A client that hedges."""
     post = world.post
