@@ -20,7 +20,7 @@ from storaged.ids import BUCKET_ID_BYTES, UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.pages import PageKeeper, PagesOf, pages_in
 from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing import RingScanner, every_row
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import MetaStore, RowDamaged
 from storaged.objects.place import Placement, choose
@@ -64,27 +64,19 @@ class Buckets:
         """Raises ServiceUnavailable when the system partition has no majority."""
         found: dict[bytes, BucketRecord] = {}
         unreadable = 0
-        after: bytes | None = b""
-        prefix = system_name(BUCKETS)
-        while after is not None:
-            page = await context.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix.key, after=after, limit=1000, hidden=True)
-            for row in page.rows:
-                try:
-                    record = decode(row.value.body, BucketRecord)
-                except msgspec.MsgspecError as error:
-                    context.log(f"the record of bucket {row.key!r} cannot be read: {error}")
-                    unreadable += 1
-                    continue
-                if (
-                    len(record.id) != BUCKET_ID_BYTES
-                    or not 1 <= record.shards <= SHARDS_MAX
-                    or row.key != prefix.key + record.name.encode()
-                ):
-                    context.log(f"the record of bucket {row.key!r} cannot be: its id, its {record.shards} shards or its name")
-                    unreadable += 1
-                    continue
-                found[record.id] = record
-            after = page.next_after
+        prefix = system_name(BUCKETS).key
+        async for row in every_row(context.scanner, Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, hidden=True):
+            try:
+                record = decode(row.value.body, BucketRecord)
+            except msgspec.MsgspecError as error:
+                context.log(f"the record of bucket {row.key!r} cannot be read: {error}")
+                unreadable += 1
+                continue
+            if len(record.id) != BUCKET_ID_BYTES or not 1 <= record.shards <= SHARDS_MAX or row.key != prefix + record.name.encode():
+                context.log(f"the record of bucket {row.key!r} cannot be: its id, its {record.shards} shards or its name")
+                unreadable += 1
+                continue
+            found[record.id] = record
         self.by_id, self.unreadable = found, unreadable
 
     def countries_of(self, scope: bytes) -> tuple[str, ...]:
@@ -104,12 +96,8 @@ async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIte
     DataDamaged."""
     async for upload in living_uploads(context.scanner, owner):
         upload_id = upload.record.upload_id
-        after: bytes | None = upload_id
-        while after is not None:
-            page = await context.scanner.list_page(Table.PART, owner.scope, [owner.shard], prefix=upload_id, after=after, limit=1000)
-            for row in page.rows:
-                yield RegisterName(Table.PART, owner.scope, owner.shard, row.key), row.value
-            after = page.next_after
+        async for row in every_row(context.scanner, Table.PART, owner.scope, [owner.shard], prefix=upload_id):
+            yield RegisterName(Table.PART, owner.scope, owner.shard, row.key), row.value
 
 
 class Walker:

@@ -11,14 +11,14 @@ Theory of operation
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Any
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.meta.names import RegisterName, Visibility
-from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row
+from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row, Scanner
 from storaged.meta.remembered import PIECES_BYTES_MAX, Held, Remembered
 from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
 from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, Span, bounded, common_end, reported
@@ -32,6 +32,7 @@ Filled = tuple[list[bytes], list[Any], tuple[bytes, ...], bytes | None]
 
 SHARE_ROWS_MIN = 8
 WALK_ROWS = 500
+ROWS_A_PAGE = 1_000
 
 
 def share_of(entries: int, feeds: int, turn: int) -> int:
@@ -162,6 +163,18 @@ class RingScanner:
             feed.through, feed.done = common_end(answers.values())
             found.rows += max(answer.looked_at for answer in answers.values())
         return found
+
+
+async def every_row(
+    scanner: Scanner, table: int, scope: bytes, shards: Sequence[int], *, prefix: bytes = b"", after: bytes = b"", hidden: bool = False
+) -> AsyncIterator[Row]:
+    """The rows of ``Scanner.list_page``, page by page: what the consumer does in between holds nothing open. Raises as that."""
+    start: bytes | None = after
+    while start is not None:
+        page = await scanner.list_page(table, scope, shards, prefix=prefix, after=start, limit=ROWS_A_PAGE, hidden=hidden)
+        for row in page.rows:
+            yield row
+        start = page.next_after
 
 
 class _Page:

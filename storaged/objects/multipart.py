@@ -16,6 +16,7 @@ import msgspec
 
 from storaged.errors import InvalidArgument, InvalidRange, InvalidRequest, NoSuchUpload, StoragedError
 from storaged.ids import DATA_ID_BYTES, new_upload_id
+from storaged.meta.listing import ROWS_A_PAGE, every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name, part_name, shard_of, upload_name
 from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
@@ -44,7 +45,6 @@ from storaged.objects.uploads import (
     ABORTED,
     COMPLETING,
     OPEN,
-    ROWS_PER_SCAN,
     UPLOAD_VERSION,
     OpenedUpload,
     decode_upload,
@@ -254,7 +254,7 @@ async def list_uploads(
     marker = (after_key, after_upload)
     start: bytes | None = _row_after(after_key, after_upload, delimiter)
     while start is not None:
-        page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), prefix=prefix, after=start, limit=ROWS_PER_SCAN)
+        page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), prefix=prefix, after=start, limit=ROWS_A_PAGE)
         start = page.next_after
         for row in page.rows:
             key = row.key[: -len(upload_name(b"", b"", bytes(16)).key)]
@@ -301,19 +301,15 @@ def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
 async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
     """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many uploads. Safe to run anywhere, any time."""
     now_ms, forgotten = plane.clock.wall_ms(), 0
-    start: bytes | None = b""
-    while start is not None:
-        page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), after=start, limit=ROWS_PER_SCAN, hidden=True)
-        start = page.next_after
-        for row in page.rows:
-            record = decode_upload(row.value)
-            if record is None or not is_older(record, now_ms, plane.limits.upload_keep_ms):
-                continue
-            key = row.key[: -1 - len(record.upload_id)]
-            owner = object_name(bucket.id, bucket.shards, key)
-            kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
-            await _forget_parts(plane, bucket, owner, record.upload_id, kept)
-            name = upload_name(bucket.id, key, record.upload_id)
-            await plane.registers.change(name, lambda value: Change(b"", Visibility.TOMBSTONE))
-            forgotten += 1
+    async for row in every_row(plane.scanner, Table.UPLOAD, bucket.id, range(bucket.shards), hidden=True):
+        record = decode_upload(row.value)
+        if record is None or not is_older(record, now_ms, plane.limits.upload_keep_ms):
+            continue
+        key = row.key[: -1 - len(record.upload_id)]
+        owner = object_name(bucket.id, bucket.shards, key)
+        kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
+        await _forget_parts(plane, bucket, owner, record.upload_id, kept)
+        name = upload_name(bucket.id, key, record.upload_id)
+        await plane.registers.change(name, lambda value: Change(b"", Visibility.TOMBSTONE))
+        forgotten += 1
     return forgotten

@@ -11,6 +11,7 @@ import msgspec
 
 from storaged.errors import DataDamaged, NoSuchUpload
 from storaged.ids import UPLOAD_ID_BYTES
+from storaged.meta.listing import every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility, upload_name
 from storaged.meta.ports import Row, Scanner
 from storaged.objects.api import UploadInfo
@@ -31,7 +32,6 @@ PART_LABEL = "sov.partmeta.v1"
 RESULT_LABEL = "sov.result.v1"
 UPLOAD_VERSION = "\0upload"
 """Stands where a version id does in the context of an upload's key; no version has this id."""
-ROWS_PER_SCAN = 1000
 
 
 class OpenedUpload(NamedTuple):
@@ -138,15 +138,10 @@ def living_upload(row_key: bytes, value: Value) -> LivingUpload | None:
 
 async def living_uploads(scanner: Scanner, owner: RegisterName) -> AsyncIterator[LivingUpload]:
     """Uploads that may still become the object of ``owner``. Raises ServiceUnavailable, DataDamaged."""
-    prefix = owner.key + b"\0"
-    start: bytes | None = prefix
-    while start is not None:
-        page = await scanner.list_page(Table.UPLOAD, owner.scope, [owner.shard], prefix=prefix, after=start, limit=ROWS_PER_SCAN)
-        for row in page.rows:
-            upload = living_upload(row.key, row.value)
-            if upload is not None and upload.key == owner.key:
-                yield upload
-        start = page.next_after
+    async for row in every_row(scanner, Table.UPLOAD, owner.scope, [owner.shard], prefix=owner.key + b"\0"):
+        upload = living_upload(row.key, row.value)
+        if upload is not None and upload.key == owner.key:
+            yield upload
 
 
 async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> OpenedUpload:
@@ -185,9 +180,6 @@ def decode_part(row: Row) -> PartRecord:
 
 async def part_rows(scanner: Scanner, scope: bytes, upload_id: bytes, *, after: int = 0) -> AsyncIterator[PartRecord]:
     """The parts of an upload by number, from behind number ``after``."""
-    start: bytes | None = upload_id + after.to_bytes(2, "big")
-    while start is not None:
-        page = await scanner.list_page(Table.PART, scope, [upload_id[0]], prefix=upload_id, after=start, limit=ROWS_PER_SCAN)
-        for row in page.rows:
-            yield decode_part(row)
-        start = page.next_after
+    start = upload_id + after.to_bytes(2, "big")
+    async for row in every_row(scanner, Table.PART, scope, [upload_id[0]], prefix=upload_id, after=start):
+        yield decode_part(row)

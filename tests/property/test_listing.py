@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storaged.meta.listing import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
 from storaged.meta.scan import common_prefix
-from tests.unit.meta_ring import BUCKET, Ring, all_keys, value_of
+from tests.unit.meta_ring import BUCKET, Ring, value_of
 
 PIECES = st.sampled_from([b"a", b"b", b"/", b"//", b"\0", b"\xff", b"a" * 479, b"\xff" * 30, b"photos/2026/"])
 KEYS = st.one_of(
@@ -177,7 +178,7 @@ def test_the_pages_of_diverging_replicas_are_those_of_a_sorted_dict(case: Case) 
 def test_a_walk_over_everything_gives_every_row_once_and_settles_no_more_than_it_must(case: Case) -> None:
     async def run() -> tuple[list[bytes], set[bytes]]:
         ring = await ring_of(case)
-        rows = await all_keys(ring, case.shards, hidden=True)
+        rows = [row.key async for row in every_row(ring.scanner, Table.OBJECT, BUCKET, range(case.shards), hidden=True)]
         return rows, {name.key for name in ring.reads}
 
     rows, read = asyncio.run(run())

@@ -106,17 +106,6 @@ class Ring:
             await self.put_everywhere(RegisterName(Table.OBJECT, BUCKET, index % shards, key), visibility)
 
 
-async def all_keys(ring: Ring, shards: int, *, hidden: bool) -> list[bytes]:
-    """Of the bucket, page by page."""
-    found: list[bytes] = []
-    after: bytes | None = b""
-    while after is not None:
-        page = await ring.scanner.list_page(Table.OBJECT, BUCKET, range(shards), after=after, limit=500, hidden=hidden)
-        found += [row.key for row in page.rows]
-        after = page.next_after
-    return found
-
-
 class _Disk:
     def __init__(self, ring: Ring, disk: str) -> None:
         self._ring = ring

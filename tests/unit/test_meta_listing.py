@@ -7,12 +7,12 @@ import asyncio
 import pytest
 
 from storaged.errors import ServiceUnavailable
-from storaged.meta.listing import ROUNDS_MAX, share_of
+from storaged.meta.listing import ROUNDS_MAX, every_row, share_of
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import ListPage
 from storaged.meta.scan import Want, list_after_prefix
 from tests.sim.virtual import VirtualLoop, run
-from tests.unit.meta_ring import BUCKET, Ring, all_keys, value_of
+from tests.unit.meta_ring import BUCKET, Ring, value_of
 
 SHARDS = range(4)
 
@@ -324,12 +324,14 @@ async def test_a_failure_to_settle_reaches_the_caller_as_it_is() -> None:
         await page_of(ring, shards=range(1))
 
 
-async def test_hidden_rows_are_on_as_many_pages_as_they_take_when_they_are_asked_for() -> None:
+async def test_a_walk_shows_hidden_rows_when_asked_and_goes_on_over_many_pages() -> None:
     ring = Ring()
     keys = [b"k%04d" % number for number in range(1100)]
     await ring.fill(keys, shards=1, visibility=Visibility.HIDDEN)
     for hidden, expected in ((True, keys), (False, [])):
-        assert await all_keys(ring, 1, hidden=hidden) == expected
+        assert [row.key async for row in every_row(ring.scanner, Table.OBJECT, BUCKET, range(1), hidden=hidden)] == expected
+    behind = every_row(ring.scanner, Table.OBJECT, BUCKET, range(1), prefix=b"k00", after=keys[97], hidden=True)
+    assert [row.key async for row in behind] == keys[98:100]
 
 
 async def test_catching_up_settles_exactly_what_a_returned_replica_missed_and_names_who_is_away() -> None:
