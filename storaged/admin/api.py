@@ -215,9 +215,10 @@ class AdminServer:
         """By access key, else by name: nobody becomes another by taking that one's key for a name. Raises InvalidArgument."""
         assert self._services.users is not None
         known = await self._services.users.list_users()
-        for who in (*(who for who in known if who.access_key == named), *(who for who in known if who.display_name == named)):
-            return who
-        raise InvalidArgument(f"there is no user {named!r}")
+        found = [who for who in known if who.access_key == named] or [who for who in known if who.display_name == named]
+        if not found:
+            raise InvalidArgument(f"there is no user {named!r}")
+        return found[0]
 
     async def _backup(self, request: web.Request) -> web.Response:
         if self._services.key_backup is None:

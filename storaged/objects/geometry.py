@@ -148,11 +148,6 @@ class PartShape:
         return -(-self.cells // self.block_cells)
 
     @property
-    def block_plain_bytes(self) -> int:
-        """Plaintext bytes of a full block."""
-        return self.block_cells * self.plain_bytes
-
-    @property
     def sealed_bytes(self) -> int:
         """All cells, without the header."""
         return chunks_size(self.size, self.cell_bytes)

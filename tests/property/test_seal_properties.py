@@ -29,11 +29,10 @@ def test_what_was_sealed_block_by_block_opens_chunk_by_chunk_and_in_blocks(size,
     plain = random.Random(size).randbytes(size)
     sealer = PartSealer(DEK, DATA_ID, 1, chunk, SALT)
     shape = PartShape(size, chunk, block_cells)
-    sealed = bytearray()
+    sealed, block_bytes = bytearray(), block_cells * shape.plain_bytes
     for block in range(shape.blocks):
         out = memoryview(bytearray(shape.block(block).sealed_bytes))
-        start = block * shape.block_plain_bytes
-        piece = plain[start : start + shape.block_plain_bytes]
+        piece = plain[block * block_bytes : (block + 1) * block_bytes]
         assert sealer.seal_block(block * block_cells, piece, out, last=block == shape.blocks - 1) == len(out)
         sealed += out
     assert 64 + len(sealed) == sealed_size(size, chunk)
