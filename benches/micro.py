@@ -134,7 +134,7 @@ def sealing() -> list[Measured]:
     ]  # fmt: skip
 
 
-def object_plane() -> list[Measured]:
+async def object_plane() -> list[Measured]:
     return [Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_objects.paths()]
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from benches import compare
+from benches import compare, micro
 from benches.compare import ratios, spread, table
 from benches.measure import flat, measure
 from benches.report import flat_markdown, markdown, summarize
@@ -403,6 +404,26 @@ def test_a_run_that_failed_half_way_does_not_shift_the_pairs_of_later_runs(monke
     assert [compare._one(server, ["put-4k-1"], 1.0, found) for _ in range(4)] == [True, False, False, True]
     assert [(result.operations, result.errors) for result in found["put-4k-1"]] == [(1, 0), (0, 1), (0, 1), (4, 0)]
     assert list(found) == ["put-4k-1"]
+
+
+@pytest.mark.parametrize("name", micro.PATHS)
+async def test_every_hot_path_can_be_taken_on_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``benches.micro`` does it, but once."""
+
+    def once_us(work: Callable[[], object], **_: int) -> float:
+        work()
+        return 1.0
+
+    async def wall_once_us(work: Callable[[], Awaitable[object]], _operations: int) -> float:
+        await work()
+        return 1.0
+
+    monkeypatch.setattr(micro, "least_us", once_us)
+    monkeypatch.setattr(micro, "wall_us", wall_once_us)
+    path = micro.PATHS[name]
+    found = await path() if inspect.iscoroutinefunction(path) else await asyncio.to_thread(path)
+    assert found
+    assert all(row.us > 0 and row.floor_us > 0 for row in found)
 
 
 def test_a_worktree_of_a_revision_is_there_for_the_comparison_and_gone_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
