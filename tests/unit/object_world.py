@@ -12,6 +12,7 @@ import hmac
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import xxhash
 from cryptography.exceptions import InvalidTag
@@ -371,18 +372,8 @@ class FakeRing:
                 last = key
         return ListPage(tuple(rows), tuple(prefixes), None)
 
-    async def list_heads(
-        self,
-        table: int,
-        scope: bytes,
-        shards: Sequence[int],
-        *,
-        prefix: bytes = b"",
-        after: bytes = b"",
-        delimiter: bytes = b"",
-        limit: int = 1000,
-    ) -> HeadPage:
-        page = await self.list_page(table, scope, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+    async def list_heads(self, table: int, scope: bytes, shards: Sequence[int], **bounds: Any) -> HeadPage:
+        page = await self.list_page(table, scope, shards, **bounds)
         return HeadPage(
             [row.key for row in page.rows], [head_of(row.value.body) for row in page.rows], page.prefixes, page.next_after, again=self.again
         )

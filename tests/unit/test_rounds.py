@@ -8,13 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from storaged.cluster.ports import Then
 from storaged.meta.messages import Accept, Prepare, Read
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Replica
 from storaged.meta.remote import RemoteReplica
 from storaged.meta.rounds import Courier, TaskPool
-from storaged.wire import Buffer, Message, encode
+from storaged.wire import Buffer, encode
 
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
 BALLOT = Ballot(1, 10**15, "gw", b"incarnat")
@@ -34,17 +33,7 @@ class Wire:
     def post(self, *_arguments: Any, **_options: Any) -> bool:
         raise AssertionError("it is encoded already")
 
-    def post_encoded(
-        self,
-        node: str,
-        method: str,
-        encoded: bytes,
-        reply: type[Message],
-        then: Then,
-        *,
-        body: Sequence[Buffer] = (),
-        timeout_s: float = 10.0,
-    ) -> bool:
+    def post_encoded(self, node: str, method: str, encoded: bytes, *_arguments: Any, body: Sequence[Buffer] = (), **_options: Any) -> bool:
         self.sent.append((node, method, encoded, body))
         return True
 

@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,9 @@ async def test_calls_that_a_hung_disk_took_on_end_with_their_deadlines_and_other
         assert server.statistics().inflight_bytes == 0
 
 
-async def test_a_withdrawn_call_that_was_taken_on_is_let_go_at_once_and_its_answer_goes_nowhere(world: World) -> None:
+@asynccontextmanager
+async def one_taken_on(world: World) -> AsyncIterator[tuple[RpcServer, RpcPool, Hung, asyncio.Task[Any]]]:
+    """A call with a large body, on its way until it is ended or answered."""
     hung = Hung()
     async with (
         serving(world.node("n1"), hung.methods()) as server,
@@ -337,6 +340,11 @@ async def test_a_withdrawn_call_that_was_taken_on_is_let_go_at_once_and_its_answ
     ):
         call = asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(MIB)], timeout_s=60))
         await until(lambda: bool(hung.answers))
+        yield server, pool, hung, call
+
+
+async def test_a_withdrawn_call_that_was_taken_on_is_let_go_at_once_and_its_answer_goes_nowhere(world: World) -> None:
+    async with one_taken_on(world) as (server, pool, hung, call):
         assert server.statistics().inflight_bytes == MIB
         call.cancel()
         await until(lambda: server.statistics().handlers_running == 0)
@@ -347,13 +355,7 @@ async def test_a_withdrawn_call_that_was_taken_on_is_let_go_at_once_and_its_answ
 
 
 async def test_what_was_taken_on_holds_nothing_when_its_connection_is_gone(world: World) -> None:
-    hung = Hung()
-    async with (
-        serving(world.node("n1"), hung.methods()) as server,
-        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
-    ):
-        call = asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(MIB)], timeout_s=60))
-        await until(lambda: bool(hung.answers))
+    async with one_taken_on(world) as (server, _, hung, call):
         for connection in server._connections:
             connection.abort("a test")
         with pytest.raises(PeerUnreachable):

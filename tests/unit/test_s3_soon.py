@@ -109,7 +109,15 @@ class Held:
 
     def __init__(self, world: World) -> None:
         self.waiting: list[Callable[[], None]] = []
+        self._world = world
         world.objects.soon = self.waiting.append
+
+    async def ask(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A client whose answer waits to be let go."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._world.port)
+        writer.write(signed(self._world, "GET", f"/bucket/{key}"))
+        await until(lambda: len(self.waiting) == 1)
+        return reader, writer
 
     def go(self) -> None:
         self.waiting.pop(0)()
@@ -127,9 +135,7 @@ async def test_requests_that_come_together_are_answered_one_after_the_other(worl
 
 async def test_a_request_that_comes_while_one_is_answered_waits_for_its_turn(world: World) -> None:
     held = Held(world)
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-    writer.write(signed(world, "GET", "/bucket/small"))
-    await until(lambda: len(held.waiting) == 1)
+    reader, writer = await held.ask("small")
     second = signed(world, "GET", "/bucket/other")
     for piece in (second[:50], second[50:]):
         writer.write(piece)
@@ -145,9 +151,7 @@ async def test_a_request_that_comes_while_one_is_answered_waits_for_its_turn(wor
 async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
     held = Held(world)
     for answer_last in (False, True):
-        _, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(signed(world, "GET", "/bucket/small" if answer_last else "/bucket/large"))
-        await until(lambda: len(held.waiting) == 1)
+        _, writer = await held.ask("small" if answer_last else "large")
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
         await until(lambda: world.app.statistics().connections == 0)
@@ -159,9 +163,7 @@ async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
 
 async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World) -> None:
     held = Held(world)
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-    writer.write(signed(world, "GET", "/bucket/small"))
-    await until(lambda: len(held.waiting) == 1)
+    reader, writer = await held.ask("small")
     closing = asyncio.create_task(world.app.close(5.0))
     await asyncio.sleep(0.05)
     assert not closing.done()
@@ -175,9 +177,7 @@ async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World)
 
 async def test_a_server_that_ends_waits_for_what_was_left_to_the_task(world: World) -> None:
     held = Held(world)
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-    writer.write(signed(world, "GET", "/bucket/large"))
-    await until(lambda: len(held.waiting) == 1)
+    reader, writer = await held.ask("large")
     closing = asyncio.create_task(world.app.close(5.0))
     await asyncio.sleep(0.05)
     held.go()
@@ -220,9 +220,7 @@ async def test_more_than_may_be_in_flight_are_told_to_slow_down() -> None:
     async with s3_world(Limits(requests_max=1)) as world:
         await fill(world)
         held = Held(world)
-        first, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(signed(world, "GET", "/bucket/small"))
-        await until(lambda: len(held.waiting) == 1)
+        first, writer = await held.ask("small")
         head, _ = await ask_once(world, "GET", "/bucket/other")
         assert head.startswith(b"HTTP/1.1 503 ")
         held.go()
@@ -232,9 +230,7 @@ async def test_more_than_may_be_in_flight_are_told_to_slow_down() -> None:
 
 async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_has(world: World) -> None:
     held = Held(world)
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-    writer.write(signed(world, "GET", "/bucket/small"))
-    await until(lambda: len(held.waiting) == 1)
+    reader, writer = await held.ask("small")
     [connection] = world.app._connections.open  # type: ignore[union-attr]
     assert isinstance(connection, Connection)
     assert connection.phase == WORKING
