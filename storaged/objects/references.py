@@ -22,7 +22,7 @@ from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Pages, Registers, Scanner
 from storaged.objects.manifest import checked, parts_of
 from storaged.objects.records import PartEntry, PartRecord, UploadRecord, Version, decode_object, decode_version
-from storaged.objects.uploads import COMPLETING, LivingUpload, living_uploads, part_rows
+from storaged.objects.uploads import COMPLETING, living_uploads, part_rows
 from storaged.objects.versions import decode_record
 from storaged.wire import decode
 
@@ -71,11 +71,12 @@ async def live_references(registers: Registers, scanner: Scanner, pages: Pages, 
     Of a bucket that was deleted for good there are none. Raises ServiceUnavailable, DataDamaged when this can't be known: then nothing may be deleted.
     """
     found: set[bytes] = set()
-    async for upload in living_uploads(scanner, owner) if uploads else _none():
-        async for part in parts_in(pages, owner, upload.value.body, Table.UPLOAD):
-            found.add(part.data_id)
-        async for row in part_rows(scanner, owner.scope, upload.record.upload_id):
-            found.add(row.entry.data_id)
+    if uploads:
+        async for upload in living_uploads(scanner, owner):
+            async for part in parts_in(pages, owner, upload.value.body, Table.UPLOAD):
+                found.add(part.data_id)
+            async for row in part_rows(scanner, owner.scope, upload.record.upload_id):
+                found.add(row.entry.data_id)
     try:
         value = await registers.settle(owner)
     except NoSuchBucket as error:
@@ -87,8 +88,3 @@ async def live_references(registers: Registers, scanner: Scanner, pages: Pages, 
         async for part in parts_of(pages, owner, version):
             found.add(part.data_id)
     return found
-
-
-async def _none() -> AsyncIterator[LivingUpload]:
-    return
-    yield
