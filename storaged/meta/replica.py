@@ -240,10 +240,10 @@ class LocalReplica:
         """
         self._check_answers()
         name, ballot, value = request.name, request.ballot, request.value
+        self._validate(name, ballot)
         if name in self._in_flight or (request.header and needs_high_water(ballot, self._high_water)):
             return False
         self._counts["accepts"] += 1
-        self._validate(name, ballot)
         if len(value.body) > VALUE_BYTES_MAX:
             raise InvalidRequest(f"A value of {len(value.body)} bytes; the limit is {VALUE_BYTES_MAX}.")
         if not Visibility.TOMBSTONE <= value.visibility <= Visibility.LIVE:

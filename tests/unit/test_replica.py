@@ -306,6 +306,7 @@ async def test_a_fence_binds_from_the_moment_it_is_asked_and_is_answered_after_w
         lambda replica: replica.accept(accept(ballot(10, node="n" * 256), value())),
         lambda replica: replica.accept(accept(ballot(10)._replace(incarnation=b"i" * 256), value())),
         lambda replica: replica.accept(accept(ballot(10, epoch=2**64 - 1), value())),
+        lambda replica: replica.accept(msgspec.structs.replace(accept(ballot(10, epoch=2**62 + 1), value()), header=b"of a copy")),
         lambda replica: replica.accept(accept(ballot(10), msgspec.structs.replace(value(), visibility=256))),
         lambda replica: replica.accept(accept(ballot(10), value(), NAME._replace(shard=256))),
         lambda replica: replica.prepare(prepare(ballot(10), NAME._replace(table=-1))),
@@ -320,6 +321,8 @@ async def test_what_no_store_can_hold_is_refused_and_harms_nothing(
     with pytest.raises(InvalidRequest):
         await call(replica)
     assert (await replica.accept(accept(ballot(11), value()))).verdict == Verdict.OK
+    again = LocalReplica("d", store)
+    assert (await again.accept(accept(ballot(11 + 3 * HIGH_WATER_BLOCK_US), value()))).verdict == Verdict.OK
     await store.close()
 
 
