@@ -22,17 +22,15 @@ from functools import partial
 from typing import Any
 
 import structlog
-import xxhash
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.ports import Then
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown, StoragedError
-from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
-from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Visibility
+from storaged.meta.bounds import check_epoch, check_fence, check_name, check_page, check_pages, check_value
+from storaged.meta.names import RegisterName
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Fence, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
-    COUNTER_MAX,
     HIGH_WATER_BLOCK_US,
     RULES,
     Acceptor,
@@ -64,8 +62,6 @@ WRITE_BYTES_MAX = 64 * MIB
 waits for it: a disk that hangs holds no more than this. Seconds of work for one that doesn't."""
 
 NO_BYTES = memoryview(b"")
-VALUE_BYTES_MAX = 4 * MIB
-PAGE_BYTES_MAX = 4 * MIB
 PAGES_A_TURN = 16
 """Pages checked between two looks of the loop at other requests."""
 
@@ -74,9 +70,6 @@ META_EPOCH = "epoch"
 META_RETIRED = "retired"
 META_LIFTED = "lifted "
 """With the scope's hexadecimal digits: the highest nonce whose fence was lifted."""
-
-NONCE_BYTES_MAX = 64
-NODE_CHARS_MAX = 63
 
 AnswerAccept = Callable[[messages.AcceptReply | Exception], None]
 
@@ -202,7 +195,7 @@ class LocalReplica:
         name, ballot = request.name, request.ballot
         if name in self._in_flight:
             return None
-        self._validate(name, ballot)
+        check_name(name, ballot)
         slot, acceptor = self._acceptor(name)
         verdict = judge_prepare(acceptor, ballot, request.nonce, self._rules)
         if verdict is not Verdict.OK:
@@ -240,14 +233,11 @@ class LocalReplica:
         """
         self._check_answers()
         name, ballot, value = request.name, request.ballot, request.value
-        self._validate(name, ballot)
+        check_name(name, ballot)
         if name in self._in_flight or (request.header and needs_high_water(ballot, self._high_water)):
             return False
         self._counts["accepts"] += 1
-        if len(value.body) > VALUE_BYTES_MAX:
-            raise InvalidRequest(f"A value of {len(value.body)} bytes; the limit is {VALUE_BYTES_MAX}.")
-        if not Visibility.TOMBSTONE <= value.visibility <= Visibility.LIVE:
-            raise InvalidRequest(f"No visibility {value.visibility}.")
+        check_value(value)
         acceptor = self._promised_to(name, ballot)
         verdict = judge_accept(acceptor, ballot, value, request.nonce, request.identity, self._rules)
         if verdict is not Verdict.OK:
@@ -432,10 +422,7 @@ class LocalReplica:
 
     async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply:
         self._check_answers()
-        if len(request.body) > PAGE_BYTES_MAX:
-            raise InvalidRequest(f"A page of {len(request.body)} bytes; the limit is {PAGE_BYTES_MAX}.")
-        if xxhash.xxh3_128_digest(request.body) != request.page_hash:
-            raise InvalidRequest("The page's bytes are not those that its hash names.")
+        check_page(request)
         self._check_room(len(request.body))
         await self._durably(StoreBatch(pages=[StoredPage(request.page_hash, request.body, self._clock.wall_ms())]), size=len(request.body))
         return messages.PageReply()
@@ -445,8 +432,7 @@ class LocalReplica:
         return messages.PageReply(self._page(request.page_hash))
 
     async def page_check(self, request: messages.PageCheck, *, timeout_s: float = 10.0) -> messages.PagesMissing:
-        if len(request.hashes) > messages.PAGES_A_CHECK:
-            raise InvalidRequest(f"{len(request.hashes)} pages to check; the limit is {messages.PAGES_A_CHECK}.")
+        check_pages(request)
         missing = []
         for index, page_hash in enumerate(request.hashes):
             if index % PAGES_A_TURN == 0:
@@ -470,7 +456,8 @@ class LocalReplica:
         or stand in for the fence that somebody else relies on, and be lifted under them.
         """
         self._check_answers()
-        scope, nonce = self._validate_fence(request), request.nonce
+        check_fence(request)
+        scope, nonce = request.scope, request.nonce
         present = self._fence_of(scope)
         if present is not None and present.final and present.nonce != nonce:
             return messages.FenceReply(False)
@@ -492,7 +479,8 @@ class LocalReplica:
     async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
         """In force until the lifting is on disk, and with it that this nonce is over. A fence with a higher nonce, or a final one, stays."""
         self._check_answers()
-        scope, nonce = self._validate_fence(request), request.nonce
+        check_fence(request)
+        scope, nonce = request.scope, request.nonce
         present = self._fence_of(scope)
         if present is not None and (present.final or nonce < present.nonce):
             return messages.FenceReply(False)
@@ -511,8 +499,7 @@ class LocalReplica:
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
         """In force at once; answered when it is on disk, and with it everything accepted before."""
         self._check_answers()
-        if not 0 <= request.epoch <= COUNTER_MAX:
-            raise InvalidRequest(f"An epoch lies in 0..2^62, not {request.epoch}.")
+        check_epoch(request.epoch)
         self._epoch = max(self._epoch, request.epoch)
         epoch = self._epoch
         if epoch > self._epoch_durable:
@@ -577,21 +564,6 @@ class LocalReplica:
             return None
 
     # --- waiting, writing ----------------------------------------------------------------------------------------------
-
-    def _validate(self, name: RegisterName, ballot: Ballot) -> None:
-        """What the store could not hold is refused here: a batch that it refuses makes this replica silent."""
-        if not 0 < len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16 or not (0 <= name.table <= 255 and 0 <= name.shard <= 255):
-            raise InvalidRequest("Not the name of a register.")
-        if not 0 < ballot.counter <= COUNTER_MAX or not 0 <= ballot.epoch <= COUNTER_MAX:
-            raise InvalidRequest(f"A ballot's counter lies in 1..2^62, its epoch in 0..2^62, not {ballot.counter} and {ballot.epoch}.")
-        if len(ballot.node) > NODE_CHARS_MAX or len(ballot.incarnation) > INCARNATION_BYTES:
-            raise InvalidRequest(f"A ballot's node has at most {NODE_CHARS_MAX} characters, its incarnation {INCARNATION_BYTES} bytes.")
-
-    @staticmethod
-    def _validate_fence(request: messages.FenceSet | messages.FenceLift) -> bytes:
-        if len(request.scope) != 16 or not 0 < len(request.nonce) <= NONCE_BYTES_MAX:
-            raise InvalidRequest("Not a fence of a bucket.")
-        return request.scope
 
     def _check_answers(self) -> None:
         if self._silent:

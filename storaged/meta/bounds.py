@@ -1,0 +1,59 @@
+"""What no acceptor takes, whoever asks: looked at before anything is judged, for a batch that the store refuses makes a replica silent. Pure.
+
+Everything here raises InvalidRequest.
+"""
+
+from __future__ import annotations
+
+import xxhash
+
+from storaged.errors import InvalidRequest
+from storaged.ids import INCARNATION_BYTES
+from storaged.meta import messages
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value, Visibility
+from storaged.meta.ports import Ballot
+from storaged.meta.register import COUNTER_MAX
+from storaged.units import MIB
+
+VALUE_BYTES_MAX = 4 * MIB
+PAGE_BYTES_MAX = 4 * MIB
+NONCE_BYTES_MAX = 64
+NODE_CHARS_MAX = 63
+
+
+def check_name(name: RegisterName, ballot: Ballot) -> None:
+    if not 0 < len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16 or not (0 <= name.table <= 255 and 0 <= name.shard <= 255):
+        raise InvalidRequest("Not the name of a register.")
+    if not 0 < ballot.counter <= COUNTER_MAX or not 0 <= ballot.epoch <= COUNTER_MAX:
+        raise InvalidRequest(f"A ballot's counter lies in 1..2^62, its epoch in 0..2^62, not {ballot.counter} and {ballot.epoch}.")
+    if len(ballot.node) > NODE_CHARS_MAX or len(ballot.incarnation) > INCARNATION_BYTES:
+        raise InvalidRequest(f"A ballot's node has at most {NODE_CHARS_MAX} characters, its incarnation {INCARNATION_BYTES} bytes.")
+
+
+def check_value(value: Value) -> None:
+    if len(value.body) > VALUE_BYTES_MAX:
+        raise InvalidRequest(f"A value of {len(value.body)} bytes; the limit is {VALUE_BYTES_MAX}.")
+    if not Visibility.TOMBSTONE <= value.visibility <= Visibility.LIVE:
+        raise InvalidRequest(f"No visibility {value.visibility}.")
+
+
+def check_page(request: messages.PagePut) -> None:
+    if len(request.body) > PAGE_BYTES_MAX:
+        raise InvalidRequest(f"A page of {len(request.body)} bytes; the limit is {PAGE_BYTES_MAX}.")
+    if xxhash.xxh3_128_digest(request.body) != request.page_hash:
+        raise InvalidRequest("The page's bytes are not those that its hash names.")
+
+
+def check_pages(request: messages.PageCheck) -> None:
+    if len(request.hashes) > messages.PAGES_A_CHECK:
+        raise InvalidRequest(f"{len(request.hashes)} pages to check; the limit is {messages.PAGES_A_CHECK}.")
+
+
+def check_fence(request: messages.FenceSet | messages.FenceLift) -> None:
+    if len(request.scope) != 16 or not 0 < len(request.nonce) <= NONCE_BYTES_MAX:
+        raise InvalidRequest("Not a fence of a bucket.")
+
+
+def check_epoch(epoch: int) -> None:
+    if not 0 <= epoch <= COUNTER_MAX:
+        raise InvalidRequest(f"An epoch lies in 0..2^62, not {epoch}.")
