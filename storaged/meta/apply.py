@@ -1,9 +1,12 @@
-"""Puts an overlay into LMDB: rows get their node, and what is small its sub-database."""
+"""Puts into LMDB what a batch or an overlay holds: rows get their node, what is small its sub-database, pages their age."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from storaged.meta.lookup import PAGE_AGE_BYTES
 from storaged.meta.opening import Database, Transaction
-from storaged.meta.pending import Overlay
+from storaged.meta.pending import Overlay, Ready
 from storaged.meta.rowkey import SEGMENT_BYTES, link_key, row_key, split
 from storaged.meta.rowvalue import open_small, seal_small
 
@@ -66,3 +69,15 @@ class Applier:
         node = 1 if sealed is None else int.from_bytes(open_small(_NEXT_NODE, sealed), "big")
         transaction.put(_NEXT_NODE, seal_small(_NEXT_NODE, (node + 1).to_bytes(8, "big")), db=nodes)
         return node
+
+
+def apply_pages(transaction: Transaction, entries: Sequence[Ready]) -> None:
+    """Puts pages, and deletes stale ones, which it counts. Raises lmdb.Error."""
+    for entry in entries:
+        for page in entry.pages:
+            transaction.put(page.page_hash, page.created_ms.to_bytes(PAGE_AGE_BYTES, "big") + page.body)
+        for page_hash, created_ms in entry.stale_pages:
+            stored = transaction.get(page_hash)
+            if stored is not None and stored[:PAGE_AGE_BYTES] == created_ms.to_bytes(PAGE_AGE_BYTES, "big"):
+                transaction.delete(page_hash)
+                entry.deleted += 1

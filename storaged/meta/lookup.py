@@ -1,4 +1,4 @@
-"""Rows in LMDB, within one read transaction of the rows."""
+"""Rows and pages in LMDB, each within one read transaction of their sub-database."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from itertools import islice
 from storaged.meta.opening import Transaction
 from storaged.meta.rowkey import SEGMENT_BYTES, find, row_key
 from storaged.meta.rowvalue import open_small
+
+PAGE_AGE_BYTES = 8
+"""Before each page stands when it was put last."""
 
 
 class StoredRows:
@@ -32,3 +35,11 @@ def stored_row(transaction: Transaction, root: int, key: bytes) -> bytes:
     at = row_key(root, key) if len(key) <= SEGMENT_BYTES else find(StoredRows(transaction), root, key)
     row: bytes = b"" if at is None else transaction.get(at, b"")
     return row
+
+
+def page_ages(transaction: Transaction, after: bytes, limit: int) -> list[tuple[bytes, int]]:
+    """As ``MetaStore.pages``. With buffers no more than the first bytes of each page are touched. Raises lmdb.Error."""
+    cursor = transaction.cursor()
+    found = islice(cursor.iternext(), limit + 1) if cursor.set_range(after) else ()
+    ages = [(bytes(key), int.from_bytes(value[:PAGE_AGE_BYTES], "big")) for key, value in found]
+    return [page for page in ages if page[0] > after][:limit]

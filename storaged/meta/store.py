@@ -43,7 +43,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import lmdb
@@ -55,9 +54,9 @@ from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta import pending
-from storaged.meta.apply import ROOTS_CACHED_MAX, Applier
+from storaged.meta.apply import ROOTS_CACHED_MAX, Applier, apply_pages
 from storaged.meta.changes import Changes
-from storaged.meta.lookup import StoredRows, stored_row
+from storaged.meta.lookup import PAGE_AGE_BYTES, StoredRows, page_ages, stored_row
 from storaged.meta.names import RegisterName
 from storaged.meta.opening import (
     IDENTITY,
@@ -95,7 +94,6 @@ CHECKPOINT_BYTES = HALF_BYTES // 2
 QUEUED_BATCHES_MAX = 4096
 SLICE_ROWS_MAX = 10_000
 
-PAGE_AGE_BYTES = 8
 _OUT_OF_SPACE = (lmdb.MapFullError, lmdb.DiskError)
 
 
@@ -348,13 +346,10 @@ class LmdbMetaStore:
         if limit > SLICE_ROWS_MAX:
             raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} pages, not {limit}: a long reader keeps the file growing")
         try:
-            with self._begin(self._databases[b"pages"], buffers=True) as transaction:  # only the first bytes of each page are looked at
-                cursor = transaction.cursor()
-                found = islice(cursor.iternext(), limit + 1) if cursor.set_range(after) else ()
-                ages = [(bytes(key), int.from_bytes(value[:PAGE_AGE_BYTES], "big")) for key, value in found]
+            with self._begin(self._databases[b"pages"], buffers=True) as transaction:
+                return page_ages(transaction, after, limit)
         except lmdb.Error as error:
             raise self._unreadable(error) from None
-        return [page for page in ages if page[0] > after][:limit]
 
     def get_meta(self, key: str) -> bytes | None:
         return self._get_small(b"meta", key.encode())
@@ -570,16 +565,8 @@ class LmdbMetaStore:
         """Raises lmdb.Error."""
         if not group:
             return
-        pages = self._databases[b"pages"]
-        with self._writing, self._env.begin(write=True, db=pages) as transaction:
-            for entry in group:
-                for page in entry.pages:
-                    transaction.put(page.page_hash, page.created_ms.to_bytes(PAGE_AGE_BYTES, "big") + page.body)
-                for page_hash, created_ms in entry.stale_pages:
-                    stored = transaction.get(page_hash)
-                    if stored is not None and stored[:PAGE_AGE_BYTES] == created_ms.to_bytes(PAGE_AGE_BYTES, "big"):
-                        transaction.delete(page_hash)
-                        entry.deleted += 1
+        with self._writing, self._env.begin(write=True, db=self._databases[b"pages"]) as transaction:
+            apply_pages(transaction, group)
 
     def _fail(self, error: Exception) -> None:
         with self._log:
