@@ -37,7 +37,7 @@ class Accept(Message, frozen=True):
     """``identity``: the value is one that was accepted before (a settling round); only these pass a fence, with its ``nonce``.
 
     ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small object that the value names. The
-    replica syncs it before it commits the value. When it cannot, it refuses the value (UNSTORED), unless the round only settles: a register can be settled
+    replica makes it durable with the value or before it. When it cannot, it refuses the value (UNSTORED), unless the round only settles: a register can be settled
     whatever became of its copies.
     """
 

@@ -54,7 +54,7 @@ class ReplicaState(NamedTuple):
 
 
 class SmallCopies(NamedTuple):
-    """A small object's sealed bytes, to be stored by every replica of the register along with the accept, and synced before the record that names them.
+    """A small object's sealed bytes, to be stored by every replica of the register along with the accept, and durable with the record that names them or before it.
 
     ``fragments`` has (encoded fragment header, payload) for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
     ``enough`` judges the disk ids that have synced theirs (the acknowledge rule): ``change`` succeeds only when it holds beside the majority.
@@ -320,7 +320,7 @@ class Copies(Protocol):
     """The small copies of one replica's disk."""
 
     def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
-        """Makes a copy durable, and after it commits the batch to the replica's store; then calls ``done`` on the event loop."""
+        """Commits the batch to the replica's store and makes the copy durable, with it or before; then calls ``done`` on the event loop."""
 
     def peek(self, data_id: bytes) -> memoryview | None:
         """The copy's payload, when it is in memory; None when it is not, or not whole: ``load`` says which."""
@@ -354,7 +354,7 @@ class MetaStore(Protocol):
         """16 random bytes, as old as the store."""
 
     def get(self, name: RegisterName) -> Slot | None:
-        """Raises RowDamaged when the row's CRC does not hold (the replica then answers nothing for it, and is repaired by settling)."""
+        """Raises RowDamaged when the row's check does not hold (the replica then answers nothing for it, and is repaired by settling)."""
 
     def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
         """Of each packed name the row's bytes as rowvalue lays them out, verified; empty when there is none; None when it is damaged. One short snapshot."""
@@ -403,4 +403,4 @@ class MetaStore(Protocol):
 
 
 class RowDamaged(Exception):
-    """A row's checksum does not hold."""
+    """The check of a row, a page or a small value does not hold."""

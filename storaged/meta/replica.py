@@ -3,7 +3,7 @@
 Theory of operation
     Accepted values are rows of the store, and the store shows only what is synced. While an accept of a register is on its way to the disk,
     every other request for that register waits: an accept that nobody was told of yet must not be missing from a prepare's answer (rule 1).
-    The small copy that comes with an accept is synced first, and only then is the row committed that names it: no disk has a record without having had its copy,
+    The small copy that comes with an accept is durable with the row that names it, or before it: no disk has a record without having had its copy,
     but by the exception that ``meta.proposal`` names.
     A fence is answered when what was judged before it has arrived or failed, for that may still be at its copy when the fence is on disk.
     Promises are kept in memory alone, for they change with every prepare and a sync costs a thousand times more than the promise. Instead a

@@ -1,6 +1,6 @@
 """The disks of this node: opened one by one, so that one that is foreign or broken is reported and the others go on.
 
-A disk's directory holds ``meta`` (its LMDB environment) and ``fragments`` (its segment log). Which metadata store a disk had is kept in the node's own
+A disk's directory holds ``meta`` (its LMDB environment and its redo log) and ``fragments`` (its segment log). Which metadata store a disk had is kept in the node's own
 directory: a disk whose store is another one, older, or gone must not answer, since it may have forgotten promises.
 """
 
