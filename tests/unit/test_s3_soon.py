@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import struct
@@ -159,6 +160,21 @@ async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
         await until(lambda: world.app.statistics().requests_in_flight == 0)
     assert [(done.status, done.bytes_out, done.complete) for done in world.done] == [(200, 0, False)] * 2
     assert world.app.statistics().requests_total == 2
+
+
+@pytest.mark.parametrize("header", [{}, {"x-unknown": "1"}], ids=["soon", "task"])
+async def test_an_answer_that_must_not_be_sent_ends_the_connection_and_is_counted(world: World, header: dict[str, str]) -> None:
+    bucket = world.buckets.by_name["bucket"]
+    world.objects.store(bucket, b"wrong", SMALL, NewMeta(user={"color": "blue\r\nSet-Cookie: a"}), "0" * 32, bucket.owner)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(signed(world, "GET", "/bucket/wrong", headers=header))
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    await until(lambda: world.app.statistics().connections == 0)
+    assert len(world.objects.told) == (not header)
+    assert [(done.status, done.bytes_out, done.complete) for done in world.done] == [(200, 0, False)]
+    assert world.app.statistics().requests_in_flight == 0
+    writer.close()
 
 
 async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World) -> None:
