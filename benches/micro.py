@@ -331,7 +331,7 @@ async def lmdb_batch() -> list[Measured]:
             ballot, value = Ballot(1, 1, "g", b"incarnat"), Value(1, bytes(16), Visibility.LIVE, bytes(500))
             return StoreBatch([Slot(_name(next(numbers)), ballot, value) for _ in range(rows)])
 
-        written = figure("LMDB: 128 rows in one commit", await wall_us(lambda: store.commit(batch(128)), 128), "lmdb-128")
+        written = figure("metadata: 128 rows in one commit", await wall_us(lambda: store.commit(batch(128)), 128), "lmdb-128")
     return [written]
 
 
