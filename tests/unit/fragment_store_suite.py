@@ -82,6 +82,9 @@ class FragmentStoreSuite:
             await store.write(made.header, [bytes(len(made.payload))], sync=True)
         with pytest.raises(PeerRefused):
             await store.write(msgspec.structs.replace(made.header, cell_bytes=0), [made.payload])
+        for created_ms in (-1, 2**64 - 1):
+            with pytest.raises(PeerRefused):
+                await store.write(msgspec.structs.replace(made.header, created_ms=created_ms), [made.payload], sync=True)
         assert [stat.health for stat in await store.stat([made.id])] == [Health.MISSING]
 
     async def test_the_newer_record_of_an_id_wins(self, store: FragmentStore) -> None:
