@@ -56,8 +56,8 @@ REFUSED_BYTES_MAX = MIB
 """A disk that refused writes stays full until so much more is free than its reserve (or what was refused, when that is less): between the two it would take some
 writes and refuse others, and the cluster would not know whether to count on it."""
 
-CREATED_MS_MAX = 1 << 63
-"""The index has 64 bits for it, and a touch adds to it."""
+TIME_MS_MAX = 1 << 63
+"""The index has 64 bits for when a fragment was created or is due, and a touch adds to it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Write:
             reason = f"the header announces {header.length} bytes, the payload has {count}"
         elif not 1 <= header.cell_bytes <= PAYLOAD_BYTES_MAX or count > PAYLOAD_BYTES_MAX:
             reason = f"cells of {header.cell_bytes} and a payload of {count} bytes; both are limited to {PAYLOAD_BYTES_MAX}"
-        elif not 0 <= header.created_ms <= CREATED_MS_MAX:
+        elif not 0 <= header.created_ms <= TIME_MS_MAX:
             reason = f"it was created at {header.created_ms} ms; a time lies in 0..2^63"
         if reason:
             raise PeerRefused(f"not a fragment: {reason}", remote_code="BAD_FRAGMENT")

@@ -22,6 +22,7 @@ from storaged.errors import (
     FragmentMissing,
     IndexDamaged,
     OperatorError,
+    PeerRefused,
     StoragedError,
 )
 from storaged.fragments.compact import Compactor
@@ -363,6 +364,20 @@ async def test_a_write_that_finds_no_space_is_taken_back_whole(tmp_path: Path) -
         again = await put(store, 100)
         assert await content(store, made) == made.payload
         assert await content(store, again) == again.payload
+
+
+@pytest.mark.parametrize("time_ms", [-1, 2**64 - 1])
+async def test_a_time_that_the_index_cannot_hold_is_refused_and_harms_nothing(tmp_path: Path, time_ms: int) -> None:
+    async with opened(tmp_path) as store:
+        made = await put(store)
+        with pytest.raises(PeerRefused):
+            await store.touch([made.id], time_ms)
+        with pytest.raises(PeerRefused):
+            await store.retire([Retirement(made.id.data_id, b"owner", time_ms)])
+        await store.touch([made.id], 1)
+        await store.retire([Retirement(made.id.data_id, b"owner", 1)])
+    async with opened(tmp_path) as store:
+        assert (await store.usage()).state == "ok"
 
 
 @pytest.mark.parametrize("kind", ["write", "sync"])
