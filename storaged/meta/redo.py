@@ -191,6 +191,9 @@ def _make(path: Path, store_id: bytes) -> None:
             if os.pwrite(fd, zeros, at) != MIB:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
+    except OSError:
+        fresh.unlink(missing_ok=True)  # a disk that has no room for all of it needs what it took
+        raise
     finally:
         os.close(fd)
     fresh.rename(path)

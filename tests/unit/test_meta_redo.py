@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import re
@@ -328,6 +329,42 @@ async def test_a_store_from_before_there_were_logs_gets_one(tmp_path: Path) -> N
     assert (tmp_path / "old" / redo.FILE_NAME).exists()
     await after.close()
     await store.close()
+
+
+async def test_a_disk_that_has_no_room_for_a_log_is_unusable_until_it_has(
+    tmp_path: Path, small_log: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 2], at))
+        with pytest.raises(DiskUnusable, match="No space"):
+            LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    assert not list((tmp_path / "meta").glob("redo*"))
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
+    await store.close()
+
+
+async def test_a_write_to_the_log_that_finds_no_space_ends_the_writer_until_the_next_start(
+    store: LmdbMetaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = slot_of(name_of(b"first")), slot_of(name_of(b"second"))
+    await store.commit(StoreBatch([first]))
+
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full)
+        with pytest.raises(DiskUnusable, match="No space"):
+            await store.commit(StoreBatch([second]))
+    with pytest.raises(DiskUnusable, match="takes no writes"):
+        await store.commit(StoreBatch([second]))
+    assert (store.get(first.name), store.get(second.name)) == (first, None)
+    after = killed(store, tmp_path / "again")
+    assert after.get(first.name) == first
+    await after.commit(StoreBatch([second]))
+    await after.close()
 
 
 async def test_a_log_put_back_from_before_is_refused(store: LmdbMetaStore, tmp_path: Path) -> None:

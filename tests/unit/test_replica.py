@@ -476,7 +476,6 @@ def with_copy(at: Ballot, header: bytes) -> messages.Accept:
 
 async def test_a_copy_that_fails_in_a_way_that_nobody_foresaw_ends_its_accept_and_the_replica() -> None:
     copies = Copies()
-    replica = copies.over(MemoryMetaStore())
 
     async def broken(_header: bytes, _body: Sequence[Buffer]) -> None:
         raise RuntimeError("a mistake")
