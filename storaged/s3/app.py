@@ -30,6 +30,7 @@ from storaged.s3.auth import admit, admit_anonymous, claim_of
 from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
 from storaged.s3.context import Front, check_owner, existing_bucket
+from storaged.s3.headers import wants_checksums
 from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.listen import BACKLOG, listen
@@ -49,10 +50,10 @@ _READS = (b"GET /", b"HEAD /")
 _READ_HEADERS = frozenset(
     {
         "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",
-        "content-type", "host", "user-agent", "x-amz-content-sha256", "x-amz-date", "x-amz-user-agent",
+        "content-type", "host", "user-agent", "x-amz-checksum-mode", "x-amz-content-sha256", "x-amz-date", "x-amz-user-agent",
     }
 )  # fmt: skip
-"""With these alone a GET or HEAD asks for a whole object, whatever they say beside who asks."""
+"""With these alone a GET or HEAD asks for a whole object, whatever they say beside who asks, and whether checksums are wanted. They are what SDKs send."""
 
 
 class _Begun(NamedTuple):
@@ -325,11 +326,12 @@ class S3App:
         connection.answered(keep=keep)
 
     def _reply_of(self, request: Request, found: ObjectStream | ObjectInfo | errors.NoSuchKey) -> Reply:
-        if isinstance(found, ObjectInfo):
-            return Reply(200, object_headers(found, checksums=False), length=found.size)
         if isinstance(found, errors.NoSuchKey):
             return self.error_reply(request, found)
-        return Reply(200, object_headers(found.info, checksums=False), found.held or b"")
+        checksums = wants_checksums(request.headers)
+        if isinstance(found, ObjectInfo):
+            return Reply(200, object_headers(found, checksums=checksums), length=found.size)
+        return Reply(200, object_headers(found.info, checksums=checksums), found.held or b"")
 
     # --- by the connection's task -------------------------------------------------------------------------------------------
 

@@ -136,6 +136,10 @@ def etag(text: str) -> str:
     return text.strip().removeprefix("W/").strip('"')
 
 
+def wants_checksums(headers: Mapping[str, str]) -> bool:
+    return headers.get("x-amz-checksum-mode", "").upper() == "ENABLED"
+
+
 def read_conditions(headers: Mapping[str, str], prefix: str = "") -> ReadConditions:
     """If-Match and its relatives; with ``prefix`` ``x-amz-copy-source-`` those of a copy's source."""
     if not prefix and _READ_CONDITIONS.isdisjoint(headers):

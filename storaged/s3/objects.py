@@ -200,7 +200,7 @@ async def get_object(front: Front, request: Request) -> Reply:
     try:
         info = stream.info
         whole = not stream.partial and part_number is None
-        answer = object_headers(info, checksums=whole and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
+        answer = object_headers(info, checksums=whole and h.wants_checksums(headers))
         if overrides:
             answer.update(overrides)
         if part_number is not None:
@@ -220,7 +220,7 @@ def _describe_part(request: Request, info: ObjectInfo, number: int, answer: Head
     """The n-th part of a multipart upload, with its own checksum; or all of an object that was not uploaded in parts, which is its part 1."""
     if info.part_count:
         answer["x-amz-mp-parts-count"] = str(info.part_count)
-    if request.headers.get("x-amz-checksum-mode", "").upper() != "ENABLED":
+    if not h.wants_checksums(request.headers):
         return
     if not info.part_count:
         checksum_headers(info.checksums, info.checksum_type, answer)
@@ -277,7 +277,7 @@ async def head_object(front: Front, request: Request) -> Reply:
         first = sum(part.size for part in info.parts[: part_number - 1])
         length = info.parts[part_number - 1].size
     partial = span is not None or part_number is not None
-    answer = object_headers(info, checksums=not partial and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED")
+    answer = object_headers(info, checksums=not partial and h.wants_checksums(headers))
     if overrides:
         answer.update(overrides)
     if part_number is not None:

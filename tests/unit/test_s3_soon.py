@@ -15,6 +15,7 @@ from storaged.objects.api import NewMeta, Reading
 from storaged.objects.get import HeldStream
 from storaged.s3.connection import HEAD, WORKING, Connection
 from storaged.s3.limits import Limits
+from tests.unit.fake_object_service import checksum
 from tests.unit.s3_world import ACCESS, REGION, World, s3_world
 from tests.unit.test_s3_http import read_head, signed, until
 
@@ -32,7 +33,8 @@ async def world() -> AsyncIterator[World]:
 async def fill(world: World) -> None:
     bucket = await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
     for key, data in {"small": SMALL, "other": SMALL[1:], "large": LARGE, "empty": b""}.items():
-        world.objects.store(bucket, key.encode(), data, META, "0" * 32, bucket.owner)
+        sums = {"CRC32": checksum("CRC32", data)}
+        world.objects.store(bucket, key.encode(), data, META, "0" * 32, bucket.owner, checksums=sums, checksum_type="FULL_OBJECT")
 
 
 async def ask_once(world: World, method: str, target: str, **headers: str) -> tuple[bytes, bytes]:
@@ -48,10 +50,13 @@ async def ask_once(world: World, method: str, target: str, **headers: str) -> tu
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("key", ["small", "empty", "large", "none"])
-async def test_the_answer_is_the_one_that_the_task_gives(world: World, method: str, key: str) -> None:
-    soon = await ask_once(world, method, f"/bucket/{key}")
+@pytest.mark.parametrize("mode", ["", "ENABLED", "enabled", "DISABLED"])
+async def test_the_answer_is_the_one_that_the_task_gives(world: World, method: str, key: str, mode: str) -> None:
+    headers = {"x-amz-checksum-mode": mode} if mode else {}
+    soon = await ask_once(world, method, f"/bucket/{key}", **headers)
+    assert (b"x-amz-checksum-crc32: " in soon[0]) == (mode.upper() == "ENABLED" and key != "none")
     assert len(world.objects.told) == 1
-    by_task = await ask_once(world, method, f"/bucket/{key}", **{"x-unknown": "1"})
+    by_task = await ask_once(world, method, f"/bucket/{key}", **headers, **{"x-unknown": "1"})
     assert len(world.objects.told) == 1
     assert soon == by_task
     assert [(done.operation, done.status, done.code, done.bytes_out, done.complete) for done in world.done[:1]] == [
@@ -67,6 +72,20 @@ async def test_what_is_held_is_answered_without_the_task(world: World) -> None:
     assert b"x-amz-meta-color: blue\r\n" in head
     assert body == SMALL
     assert isinstance(world.objects.told[0], HeldStream)
+    assert world.objects.readings == []
+
+
+async def test_what_an_sdk_asks_with_is_answered_without_the_task(world: World) -> None:
+    client = world.client()
+
+    def run() -> None:
+        got = client.get_object(Bucket="bucket", Key="small")
+        assert (got["Body"].read(), got["ChecksumCRC32"], got["ChecksumType"]) == (SMALL, checksum("CRC32", SMALL), "FULL_OBJECT")
+        for more in ({}, {"ChecksumMode": "ENABLED"}):
+            assert ("ChecksumCRC32" in client.head_object(Bucket="bucket", Key="small", **more)) == bool(more)
+
+    await asyncio.to_thread(run)
+    assert len(world.objects.told) == 3
     assert world.objects.readings == []
 
 
