@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import pytest
 
@@ -18,78 +19,75 @@ from storaged.node.leader import Leader
 from storaged.node.workers import NOT_TAKEN, TAKEN, Worker
 
 
-def worker_at(door: socket.socket, given: list[socket.socket]) -> Worker:
-    """The first process's side of a worker that serves behind this door."""
-    worker = Worker(2, [], {}, lambda *_: None, given.append, 1.0)
-    worker._door, worker.serving = door, True
-    return worker
+class Doorway(NamedTuple):
+    """A worker that serves behind a door, and the first process's side of it. ``given``: what came back; ``taken``: what the worker adopted, and closed."""
+
+    worker: Worker
+    door: socket.socket
+    accepted: socket.socket
+    given: list[socket.socket]
+    taken: list[int]
+
+
+@contextlib.asynccontextmanager
+async def doorway() -> AsyncIterator[Doorway]:
+    with contextlib.ExitStack() as stack:
+        door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        talk, its_talk = socket.socketpair()
+        client, accepted = socket.socketpair()
+        for each in (door, talk, client, accepted):
+            stack.enter_context(each)
+        door.setblocking(False)
+        given: list[socket.socket] = []
+        taken: list[int] = []
+        worker = Worker(2, [], {}, lambda *_: None, given.append, 1.0)
+        worker._door, worker.serving = door, True
+        leader = Leader(2, its_door.detach(), its_talk.detach())
+
+        async def adopt(connection: socket.socket) -> None:
+            taken.append(connection.fileno())
+            connection.close()
+
+        leader.take_connections(adopt)
+        yield Doorway(worker, door, accepted, given, taken)
+        await leader.close()
 
 
 async def test_of_a_storm_of_connections_all_are_given_up_by_the_process_that_accepted_them() -> None:
     """Its descriptor would keep a connection open that the worker has closed."""
-    door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    talk, its_talk = socket.socketpair()
-    door.setblocking(False)
-    given: list[socket.socket] = []
-    worker = worker_at(door, given)
-    leader = Leader(2, its_door.detach(), its_talk.detach())
-    taken = 0
-
-    async def adopt(connection: socket.socket) -> None:
-        nonlocal taken
-        taken += 1
-        connection.close()
-
-    leader.take_connections(adopt)
-    client, accepted = socket.socketpair()
-    handed = [accepted.dup() for _ in range(700)]
-    for connection in handed:
-        while not worker.hand(connection):  # noqa: ASYNC110
-            await asyncio.sleep(0)
-    async with asyncio.timeout(5):
-        while taken < 700:  # noqa: ASYNC110 - it happens on the other side of a socket
-            await asyncio.sleep(0)
-        asyncio.get_running_loop().add_reader(door, worker._taken)
-        while worker._handed:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    asyncio.get_running_loop().remove_reader(door)
-    assert taken == 700
-    assert [connection.fileno() for connection in handed] == [-1] * 700
-    assert not given
-    await leader.close()
-    for each in (door, talk, client, accepted):
-        each.close()
+    async with doorway() as (worker, door, accepted, given, taken):
+        handed = [accepted.dup() for _ in range(700)]
+        for connection in handed:
+            while not worker.hand(connection):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            while len(taken) < 700:  # noqa: ASYNC110 - it happens on the other side of a socket
+                await asyncio.sleep(0)
+            asyncio.get_running_loop().add_reader(door, worker._taken)
+            while worker._handed:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        asyncio.get_running_loop().remove_reader(door)
+        assert len(taken) == 700
+        assert [connection.fileno() for connection in handed] == [-1] * 700
+        assert not given
 
 
 async def test_a_connection_for_which_a_worker_has_no_descriptor_goes_to_another_process() -> None:
     """The kernel delivers the byte without the descriptor then."""
-    door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    talk, its_talk = socket.socketpair()
-    door.setblocking(False)
-    given: list[socket.socket] = []
-    worker = worker_at(door, given)
-    leader = Leader(2, its_door.detach(), its_talk.detach())
-
-    async def adopt(connection: socket.socket) -> None:
-        connection.close()
-
-    leader.take_connections(adopt)
-    client, accepted = socket.socketpair()
-    first, second = accepted.dup(), accepted.dup()
-    assert worker.hand(first)
-    door.send(b"c")
-    worker._handed.append(second)
-    async with asyncio.timeout(5):
-        while worker._handed:
-            worker._taken()
-            await asyncio.sleep(0.01)
-    assert first.fileno() == -1
-    assert given == [second]
-    assert second.fileno() != -1
-    assert TAKEN != NOT_TAKEN
-    await leader.close()
-    for each in (door, talk, client, accepted, second):
-        each.close()
+    async with doorway() as (worker, door, accepted, given, _):
+        first, second = accepted.dup(), accepted.dup()
+        assert worker.hand(first)
+        door.send(b"c")
+        worker._handed.append(second)
+        async with asyncio.timeout(5):
+            while worker._handed:
+                worker._taken()
+                await asyncio.sleep(0.01)
+        assert first.fileno() == -1
+        assert given == [second]
+        assert second.fileno() != -1
+        assert TAKEN != NOT_TAKEN
+        second.close()
 
 
 @contextlib.asynccontextmanager
