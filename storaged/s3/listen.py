@@ -11,11 +11,19 @@ BACKLOG = 1024
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """One for each address of the name ``host``, all with one port (``port`` 0: any that is free). Raises PortInUse, OSError."""
+    """One for each address of the name ``host`` that this machine's kernel knows the family of, all with one port (``port`` 0: any that is free).
+    Raises PortInUse, OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)  # /etc/hosts may have a line twice
     listeners: list[socket.socket] = []
     try:
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            listener = socket.socket(family, socket.SOCK_STREAM)
+        for number, (family, address) in enumerate(addresses, 1):
+            try:
+                listener = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:  # names have addresses of IPv6 where the kernel has none
+                if error.errno == errno.EAFNOSUPPORT and (listeners or number < len(addresses)):
+                    continue
+                raise
             listeners.append(listener)
             listener.setblocking(False)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

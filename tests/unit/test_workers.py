@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import sys
@@ -190,6 +191,32 @@ async def test_a_name_with_two_addresses_is_listened_to_at_both(monkeypatch: pyt
         listen("127.0.0.2", ports.pop())
     for listener in listeners:
         listener.close()
+
+
+async def test_a_name_is_listened_to_where_the_machine_can_and_once_at_an_address_that_it_has_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    strange = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))
+    make = socket.socket
+
+    def without_ipv6(family: int = -1, *rest: Any, **options: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return make(family, *rest, **options)
+
+    for names in ([here, here], [strange, here], [here, strange]):
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "getaddrinfo", lambda *_args, names=names, **_options: names)
+            patched.setattr(socket, "socket", without_ipv6)
+            (listener,) = listen("name", 0)
+        assert listener.getsockname()[0] == "127.0.0.1"
+        listener.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "getaddrinfo", lambda *_args, **_options: [strange])
+        patched.setattr(socket, "socket", without_ipv6)
+        with pytest.raises(OSError, match="not supported"):
+            listen("name", 0)
 
 
 def test_processes_share_what_one_may_hold_and_take() -> None:
