@@ -152,7 +152,8 @@ class LocalFragmentStore:
         self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s
         self._closed = False
         self.commit_companions: CommitCompanions = _no_companions
-        self._kept_last = 0
+        self._answered_last = 0
+        """Of how many requests the loop was told last, at once."""
         self._thread = threading.Thread(target=self._run, name="fragment-write", daemon=True)
         self._thread.start()
 
@@ -218,7 +219,7 @@ class LocalFragmentStore:
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
             return False
         # As the one before it was: the next turn of the loop is unlikely to bring company.
-        alone = not self._queued_bytes and self._kept_last == 1
+        alone = not self._queued_bytes and self._answered_last == 1
         self._queued_bytes += count
         self._arrive(_Job(None, write=write, companion=companion, kept=kept), alone=alone)
         return True
@@ -427,7 +428,7 @@ class LocalFragmentStore:
             self._queue.put(jobs)
 
     def _resolve(self, answers: list[tuple[_Job, Any]], uncommitted: StoragedError | None) -> None:
-        self._kept_last = len(answers)
+        self._answered_last = len(answers)
         for job, answer in answers:
             if job.kept is not None:
                 assert job.write is not None

@@ -127,7 +127,6 @@ class LmdbMetaStore:
         self._reason = ""
         self._closing = False
         self._commits = self._operations = self._largest_group = self._queued = self._damaged = 0
-        self._map_bytes = map_bytes
         self._reader_roots: dict[bytes, int] = {}
         self._queue: queue.SimpleQueue[list[Ready] | None] = queue.SimpleQueue()
         self._arriving: list[Ready] = []
