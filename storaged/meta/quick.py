@@ -123,9 +123,13 @@ class QuickChange:
                 await self._future
         finally:
             self._stage = "over"  # who goes away before anything was proposed proposes nothing any more
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+        outcome, self._outcome = self._outcome, None
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+        finally:
+            del outcome  # an exception has this frame, and the frame may not have it: the copies would wait for the collector
 
     def _ask(self, request: Prepare | Accept, heard: Any, disks: Sequence[str], fragments: Any) -> None:
         """What answers at once (a replica of this process) is looked at when all have been asked."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from storaged.errors import (
     NoSuchBucket,
     OutcomeUnknown,
     PeerUnreachable,
+    PreconditionFailed,
     ServiceUnavailable,
     SlowDown,
 )
@@ -694,6 +697,30 @@ async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_
         while len(missed) < 2:  # noqa: ASYNC110  (the last answer may come after the round)
             await asyncio.sleep(0.001)
     assert set(missed) == {NAME}
+
+
+async def test_a_change_that_is_refused_leaves_no_garbage_and_its_copies_with_it(ring: Ring) -> None:
+    client, refusals = ring.client(), list[weakref.ref[Exception]]()
+
+    def noted(refusal: Exception) -> Exception:
+        refusals.append(weakref.ref(refusal))
+        return refusal
+
+    def refuse(_value: Value | None) -> Change:
+        raise noted(PreconditionFailed())  # no variable of this frame has it
+
+    copies = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, lambda _disks: True)
+    gc.disable()
+    try:
+        refused = False
+        try:
+            await client.change(NAME, refuse, small=copies)
+        except PreconditionFailed:
+            refused = True
+        assert refused
+        assert [refusal() for refusal in refusals] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_a_mistake_in_what_judges_a_change_ends_it_at_once_and_gives_its_turn_back(ring: Ring) -> None:
