@@ -301,7 +301,7 @@ def _name(number: int) -> RegisterName:
 
 
 async def registers() -> list[Measured]:
-    """An accept is a row in a synced commit; many that come at once share it."""
+    """An accept is a row in a group of the redo log; many that come at once share its one synced write."""
     async with _meta_store() as store:
         replica = LocalReplica("d0", store)
         numbers = iter(range(10**9))

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -369,6 +370,36 @@ def test_a_server_that_does_not_come_up_leaves_no_process_and_no_file(tmp_path: 
     )
     with pytest.raises(SystemExit, match="did not become HEALTHY"), storaged_cluster(place, tree=tree):
         pass
+    assert list(place.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+def test_sigterm_while_a_server_starts_leaves_no_process_and_no_file_and_a_second_one_changes_nothing(tmp_path: Path) -> None:
+    tree, place, pid_file = tmp_path / "tree", tmp_path / "place", tmp_path / "pid"
+    (tree / "storaged").mkdir(parents=True)
+    place.mkdir()
+    (tree / "storaged" / "__init__.py").touch()
+    (tree / "storaged" / "__main__.py").write_text(
+        "import os, sys, time\n"
+        "if sys.argv[1] != 'dev':\n    sys.exit(1)\n"
+        f"with open({str(tmp_path / 'new')!r}, 'w') as file:\n    file.write(str(os.getpid()))\n"
+        f"os.rename({str(tmp_path / 'new')!r}, {str(pid_file)!r})\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.5)\n"
+    )
+    program = (
+        "from pathlib import Path\nfrom benches.servers import end_on_sigterm, storaged_cluster\nend_on_sigterm()\n"
+        f"with storaged_cluster(Path({str(place)!r}), tree=Path({str(tree)!r})):\n    pass\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    while not pid_file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
     assert list(place.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
