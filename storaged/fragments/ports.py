@@ -47,7 +47,8 @@ class FragmentId(NamedTuple):
 class FragmentHeader(Message, frozen=True):
     """What a fragment carries besides its cells.
 
-    ``owner`` is the packed name of the register that refers to it (an object's, or an upload part's). ``part_header`` are the 64 bytes of the SOV1 header.
+    ``owner`` is the packed name of the register that refers to it (an object's, or an upload part's). ``part_header`` are the 64 bytes of the SOV1 header,
+    empty in the copy of a small object: its record, which lies on the same disk, has them.
     ``hashes`` are the xxh3-128 (16 bytes each) of all k+m fragments of the block, in position order; copies (k = 1) carry one.
     ``created_ms`` is when it was written (wall clock), renewed by ``touch``. ``cell_bytes`` is C, ``length`` the payload's bytes.
     """

@@ -138,9 +138,9 @@ class Mender:
 
     async def _write(self, owner: bytes, place: BlockPlace, position: int, whole: Buffer, hashes: tuple[bytes, ...], *, sync: bool) -> None:
         now_ms = self._context.clock.wall_ms()
-        header = FragmentHeader(
-            place.fragment(position).pack(), owner, place.entry.header, hashes, place.shape.cell_bytes, len(whole), now_ms
-        )
+        entry = place.entry
+        part_header = b"" if entry.small else entry.header
+        header = FragmentHeader(place.fragment(position).pack(), owner, part_header, hashes, place.shape.cell_bytes, len(whole), now_ms)
         async with asyncio.timeout(self._context.limits.call_timeout_s):
             await self._context.stores.store(place.disks[position]).write(header, [whole], sync=sync)
 

@@ -267,7 +267,7 @@ def seal_small(
     copy = FragmentHeader(
         data_id + plan.id_tail,
         name.pack(),
-        header,
+        b"",
         (xxhash.xxh3_128_digest(sealed),),
         1 << header[5],
         len(sealed),

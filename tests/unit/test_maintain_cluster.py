@@ -133,6 +133,26 @@ def test_a_lie_that_only_the_gateway_can_see_is_replaced(key: bytes) -> None:
     run(scenario)
 
 
+def test_a_rebuilt_copy_carries_what_it_was_written_with_and_no_more() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, _ = await filled(cluster, 1)
+        where = list((await cluster.places(bucket, b"small-0"))[0].fragments)
+        fragment, disk = where[0]
+        written = cluster.store(disk)._fragments[fragment.pack()]
+        assert written.header.part_header == b"", "it is in the record, on the same disk"
+        await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        await cluster.settled()
+        rebuilt = cluster.store(disk)._fragments[fragment.pack()]
+        assert rebuilt.payload == written.payload
+        assert msgspec.structs.replace(rebuilt.header, created_ms=0) == msgspec.structs.replace(written.header, created_ms=0)
+        whole = (await cluster.places(bucket, b"large-0"))[0]
+        fragment, disk = next(iter(whole.fragments))
+        assert cluster.store(disk)._fragments[fragment.pack()].header.part_header == whole.entry.header
+
+    run(scenario)
+
+
 def test_a_copy_that_is_outvoted_is_not_copied() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket, objects = await filled(cluster, 1)
