@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from storaged import trace
-from storaged.errors import PeerUnreachable, StoragedError
+from storaged.errors import StoragedError
 from storaged.meta.messages import Accept, AcceptReply, Prepare, PrepareReply
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Outcome, SmallCopies, Update
@@ -246,8 +246,7 @@ class QuickChange:
 
     def _lost(self, disk: str, error: StoragedError) -> None:
         self._failed += 1
-        if isinstance(error, PeerUnreachable):
-            self._around.suspects.add(disk)
+        self._around.suspects.saw(disk, error)
 
     def _end(self, outcome: Outcome | Exception | None) -> None:
         self._stage = "over"
@@ -360,6 +359,8 @@ class QuickRead:
     def _told_check(self, disk: str, found: bytes | StoragedError | None, _copy: memoryview) -> None:
         if self.done:
             return
+        if isinstance(found, StoragedError):
+            self._suspects.saw(disk, found)
         check = self._check
         if not isinstance(found, bytes) or (check is not None and found != check):
             self._end()

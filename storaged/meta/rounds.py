@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -17,7 +17,7 @@ import msgspec
 
 from storaged.clock import Clock
 from storaged.cluster.ports import Then
-from storaged.errors import PeerUnreachable, SlowDown, StoragedError
+from storaged.errors import DiskUnusable, PeerUnreachable, SlowDown, StoragedError
 from storaged.meta.messages import Accept, Prepare, Read
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Replica, Replicas
@@ -39,7 +39,7 @@ TURNS_MAX = 1_024
 """Changes that wait for one register in one process; beyond it the client is told to slow down."""
 
 SUSPECT_S = 5.0
-"""For how long a replica that did not answer is asked last."""
+"""For how long a replica that did not answer, or whose disk is out of use, is asked last."""
 
 
 # ``Courier`` puts requests together of encoded pieces.
@@ -76,7 +76,7 @@ class TaskPool:
 
 
 class Suspects:
-    """Replicas that did not answer lately: a hint for the order of asking."""
+    """Replicas that could not answer lately: a hint for the order of asking."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -85,9 +85,14 @@ class Suspects:
     def add(self, disk: str) -> None:
         self._until[disk] = self._clock.monotonic() + SUSPECT_S
 
-    def last(self, disks: Iterable[str]) -> list[str]:
+    def saw(self, disk: str, error: StoragedError) -> None:
+        """It did not answer, or its node says that the disk is out of use: so it would be for whoever asks next. Other errors are of one request."""
+        if isinstance(error, PeerUnreachable | DiskUnusable):
+            self.add(disk)
+
+    def last(self, disks: Sequence[str]) -> list[str]:
         """``disks`` in their order, suspects behind the others, the one suspected last as the last: others may be back."""
-        if not self._until:
+        if self._until.keys().isdisjoint(disks):
             return list(disks)
         now = self._clock.monotonic()
         still = self._until = {disk: until for disk, until in self._until.items() if until > now}
@@ -140,8 +145,8 @@ class Answers(Generic[T]):
 
     def _arrived(self, disk: str, answer: Any) -> None:
         failed = isinstance(answer, StoragedError)
-        if isinstance(answer, PeerUnreachable):
-            self._suspects.add(disk)
+        if failed:
+            self._suspects.saw(disk, answer)
         self._inbox.append((disk, answer))
         waiter, arrived = self._waiter, len(self._inbox)
         if waiter is not None and not waiter.done() and (failed or arrived >= self._wanted or arrived >= self.pending):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 
@@ -109,6 +109,9 @@ class World:
             answer = entry.at_once(request, CALL) if entry.at_once is not None else None
             if answer is None:
                 answer = await entry.handler(request, CALL)
+        except DiskUnusable as error:
+            then(error, memoryview(b""))
+            return
         except StoragedError as error:
             then(PeerRefused(error.message, error.code), memoryview(b""))
             return
@@ -338,6 +341,28 @@ async def test_who_was_waited_for_last_is_asked_last(world: World) -> None:
         assert sorted(to for to, _, _ in world.messages) == sorted((comes_back[:2], third[:2]))
         await client.close()
         del world.post  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("how", ["refused by its node", "away with its node"])
+async def test_a_disk_that_is_out_of_use_is_noticed_by_the_first_read_and_asked_last_by_those_behind_it(
+    world: World, which: int, how: str
+) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    gone = of(world, slot.name)[which]
+    if how == "refused by its node":
+        del cast(dict[str, LocalReplica], world.hosts[gone[:2]].replicas)[gone]
+    else:
+        world.away.add(gone[:2])
+    assert (await world.client.read(slot.name)).value == slot.value
+    world.messages.clear()
+    soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
+    world.client.read_soon(slot.name, False, soon.set_result)
+    found = await asyncio.wait_for(soon, 2)
+    assert found is not None
+    assert found.value == slot.value
+    assert sorted(to for to, _, _ in world.messages) == sorted(disk[:2] for disk in of(world, slot.name) if disk != gone)
 
 
 async def test_what_two_replicas_tell_differently_is_settled_without_a_third_that_does_not_answer(world: World) -> None:
