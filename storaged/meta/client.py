@@ -24,6 +24,7 @@ from storaged.cluster.ports import Layouts
 from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta import messages
+from storaged.meta.changing import Changed, Changing
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import (
     ZERO_BALLOT,
@@ -37,15 +38,13 @@ from storaged.meta.ports import (
     SmallCopies,
     Update,
 )
-from storaged.meta.proposal import Fragments, Proposal, Surroundings, View, post_accept
-from storaged.meta.quick import Patience, QuickChange, QuickRead
+from storaged.meta.proposal import Fragments, Surroundings, View, post_accept
+from storaged.meta.quick import Patience, QuickRead
 from storaged.meta.reads import RowReader
 from storaged.meta.register import (
-    CALL_BYTES,
     RULES,
     Ballots,
     Groups,
-    Lineage,
     Rules,
     Verdict,
     has_majority,
@@ -53,7 +52,7 @@ from storaged.meta.register import (
     settled_ballot,
     shown,
 )
-from storaged.meta.rounds import Answers, Courier, Suspects, TaskPool, Turns
+from storaged.meta.rounds import Answers, Courier, Suspects, TaskPool
 from storaged.meta.rowvalue import value_of
 
 DEADLINE_S = 10.0
@@ -135,17 +134,14 @@ class RingClient:
         self._layouts = layouts
         self._replicas = replicas
         self._clock = clock if clock is not None else SystemClock()
-        self._entropy = entropy
         self._deadline_s = deadline_s
         self._call_timeout_s = call_timeout_s
         self._hedge_s = hedge_s
         self._rules = rules
         self._copy_at = copy_at
         self._pool = TaskPool()
-        self._courier = Courier(replicas, self._pool)
         self._rows = RowReader(replicas, self._pool)
         self._patience = Patience()
-        self._turns = Turns()
         self._viewed: Layout | None = None
         self._views: dict[tuple[int, bytes, int], View] = {}
         """Of the layout ``_viewed``, by table, scope and shard."""
@@ -167,8 +163,10 @@ class RingClient:
             carry=self._carry,
             on_missed=on_missed,
         )
+        self._changing = Changing(self._around, Courier(replicas, self._pool), self._patience, entropy, deadline_s, hedge_s)
 
     async def close(self) -> None:
+        self._changing.close()
         self._patience.close()
         await self._pool.close()
 
@@ -198,57 +196,13 @@ class RingClient:
         renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
     ) -> Outcome:
-        self._counts["changes"] += 1
-        deadline = self._deadline()
-        barrier = None if ready is None else asyncio.ensure_future(ready)
-        try:
-            await self._turns.take(name, self._deadline_s)
-            try:
-                return await self._in_turn(name, update, small, barrier, renew, settling_nonce, deadline)
-            finally:
-                self._turns.release(name)
-        finally:
-            if barrier is not None and barrier is not ready:
-                barrier.cancel()
-                await asyncio.gather(barrier, return_exceptions=True)
+        return await self._changing.change(name, update, small, ready, renew, settling_nonce)
 
-    async def _in_turn(
-        self,
-        name: RegisterName,
-        update: Update,
-        small: SmallCopies | None,
-        barrier: asyncio.Future[None] | None,
-        renew: Callable[[], Awaitable[None]] | None,
-        nonce: bytes,
-        deadline: float,
-    ) -> Outcome:
-        lineage, above = Lineage(self._entropy(CALL_BYTES), self._rules), 0
-        view = self._view(name)
-        if barrier is None and not nonce and len(view.groups) == 1:
-            limit_s = deadline - self._clock.monotonic()
-            patience_s = min(self._hedge_s, limit_s / 2)
-            quick = QuickChange(
-                self._around, self._courier, view, name, update, small, lineage, self._call_timeout(deadline), limit_s - patience_s
-            )
-            self._patience.begin(quick, patience_s)
-            try:
-                outcome = await quick.run()
-            finally:
-                self._patience.end(quick)
-            if outcome is not None:
-                return outcome
-            above = quick.above
-        proposal = Proposal(self._around, name, lineage, deadline, update, small, barrier, renew, nonce, _above=above)
-        return await proposal.run(again=lineage.open or above > 0)
+    def change_soon(self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None) -> bool:
+        return self._changing.begin(name, update, then, small)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
-        return await self._identity(name, settling_nonce, self._deadline(), commit=True)
-
-    async def _identity(self, name: RegisterName, nonce: bytes, deadline: float, *, commit: bool) -> Value | None:
-        async with self._turns.turn(name, self._deadline_s):
-            lineage = Lineage(b"", self._rules)
-            proposal = Proposal(self._around, name, lineage, deadline, _keep, nonce=nonce, settling=True, commit=commit)
-            return (await proposal.run()).after
+        return await self._changing.identity(name, settling_nonce, self._deadline(), commit=True)
 
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         self._counts["reads"] += 1
@@ -363,13 +317,13 @@ class RingClient:
         newest = max(seen.accepted.values())
         value = _value_at(seen, newest)
         if value is None or newest.epoch != view.epoch:
-            return await self._identity(name, nonce, deadline, commit=False)
+            return await self._changing.identity(name, nonce, deadline, commit=False)
         accepted = {disk for disk, ballot in seen.accepted.items() if ballot == newest}
         fragments: Fragments | None = ()
         if value.payload and self._rules.copies_travel:
             fragments = await self._carry(view, name, value.payload, deadline)
             if fragments is None:
-                return await self._identity(name, nonce, deadline, commit=False)
+                return await self._changing.identity(name, nonce, deadline, commit=False)
         answers: Answers[messages.AcceptReply] = Answers(self._replicas, self._pool, self._suspects)
         for index, disk in enumerate(view.disks):
             if disk not in accepted:
@@ -381,7 +335,7 @@ class RingClient:
         while not has_majority(view.groups, accepted):
             answer = await answers.next(deadline - self._clock.monotonic())
             if answer is None:
-                return await self._identity(name, nonce, deadline, commit=False)
+                return await self._changing.identity(name, nonce, deadline, commit=False)
             disk, reply = answer
             if not isinstance(reply, StoragedError) and reply.verdict == Verdict.OK:
                 accepted.add(disk)
@@ -565,10 +519,6 @@ class RingClient:
     def _ask_page(self, answers: Answers[messages.PageReply], request: messages.PageGet, deadline: float) -> None:
         timeout_s = self._call_timeout(deadline)
         answers.ask(request.disk, lambda replica: replica.page_get(request, timeout_s=timeout_s))
-
-
-def _keep(_value: Value | None) -> None:
-    """The update of a settling round."""
 
 
 def _reading_of(quick: QuickRead, want_payload: bool) -> Reading | None:

@@ -98,6 +98,12 @@ class Registers(Protocol):
         A change with ``small`` whose copies could not be synced where they must be is of unknown outcome too.
         """
 
+    def change_soon(
+        self, name: RegisterName, update: Update, then: Callable[[Outcome | Exception], None], *, small: SmallCopies | None = None
+    ) -> bool:
+        """As ``change``, without a task where nobody is in the way: ``then`` is told its outcome or what it would raise, once, perhaps before this returns, and must not
+        raise. False: nothing was begun, and ``change`` is to be called: somebody else of this process changes the register now, or its replicas are being exchanged."""
+
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         """A committed identity round at a new ballot: afterwards no earlier promise or unfinished accept can take effect, so what the value
         does not refer to may be deleted. Also brings replicas that lag or whose row is damaged up to date.

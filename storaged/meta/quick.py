@@ -1,4 +1,4 @@
-"""The common case of a change and of a read: everybody answers, nobody is in the way. Callbacks that count answers, and one future.
+"""The common case of a change and of a read: everybody answers, nobody is in the way. Callbacks that count answers.
 
 Theory of operation
     ``QuickChange`` is the first attempt of ``proposal.Proposal`` and ``QuickRead`` the first round of a read, written straight: the requests leave
@@ -9,7 +9,7 @@ Theory of operation
     A majority is asked for a promise, as for a read, and the rest only when one of them fails or takes long; what is then proposed goes to all, for it binds a replica that
     has promised nothing just as well.
 
-    What is not the common case (a refusal, replicas that differ, too few that answer, a joint layout) is not decided here: ``run`` returns None, and the general
+    What is not the common case (a refusal, replicas that differ, too few that answer, a joint layout) is not decided here: the outcome is None, and the general
     code begins anew with what this attempt has left behind: its lineage, once an accept was sent, and the highest ballot that was in its way.
 """
 
@@ -33,12 +33,13 @@ from storaged.meta.rounds import NO_BYTES, Courier, Suspects
 from storaged.meta.rowvalue import check_of
 
 Stage = Literal["prepare", "accept", "over"]
+Changed = Callable[[Outcome | Exception | None], None]
 OK = int(Verdict.OK)
 PREEMPTED = int(Verdict.PREEMPTED)
 
 
 class QuickChange:
-    """``await run()`` once."""
+    """``begin`` once, or ``await run()``."""
 
     __slots__ = (
         "_answers",
@@ -51,23 +52,22 @@ class QuickChange:
         "_courier",
         "_early",
         "_failed",
-        "_future",
         "_limit_s",
         "_majority",
-        "_name",
-        "_outcome",
         "_promises",
         "_silent",
-        "_small",
         "_stage",
         "_synced",
+        "_then",
         "_timeout_s",
         "_trace",
         "_unasked",
-        "_update",
         "_view",
         "above",
         "lineage",
+        "name",
+        "small",
+        "update",
     )
 
     def __init__(
@@ -89,9 +89,9 @@ class QuickChange:
         self._around = around
         self._courier = courier
         self._view = view
-        self._name = name
-        self._update = update
-        self._small = small
+        self.name = name
+        self.update = update
+        self.small = small
         self._timeout_s = timeout_s
         self._limit_s = limit_s
         self._majority = len(view.disks) // 2 + 1
@@ -104,26 +104,31 @@ class QuickChange:
         self._answers = self._failed = 0
         self._asking = False
         self._early: list[tuple[Any, str, Any]] = []
-        self._future: asyncio.Future[None] | None = None
-        self._outcome: Outcome | Exception | None = None
+        self._then: Changed | None = None
         self._trace = trace.current() if trace.on else None
         self._began_ns = 0
 
-    async def run(self) -> Outcome | None:
-        """None: not the common case. Raises what ``update`` raises, after the value that it judged was settled; and what else goes wrong here unforeseen."""
+    def begin(self, then: Changed) -> None:
+        """``then(outcome)`` is told once, perhaps before this returns, and must not raise. None: not the common case. An exception: what ``update`` raised, after the value
+        that it judged was settled, or what else went wrong here unforeseen."""
         around, order = self._around, self._around.suspects.last(self._view.disks)
         order, self._unasked = order[: self._majority], order[self._majority :]
         self._silent = order.copy()
         self._ballot = around.ballots.next(self._view.epoch, 0, around.clock.wall_ms() * 1000)
         self._mark("")
+        self._then = then
+        self._ask(Prepare("", self.name, self._ballot), self._promised, order, ())
+
+    async def run(self) -> Outcome | None:
+        """What ``begin`` tells. Raises the exception that it tells."""
+        told: list[Outcome | Exception | None] = []
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            self._ask(Prepare("", self._name, self._ballot), self._promised, order, ())
-            if self._stage != "over":
-                self._future = asyncio.get_running_loop().create_future()
-                await self._future
+            self.begin(partial(_wake, over, told))
+            await over
         finally:
             self._stage = "over"  # who goes away before anything was proposed proposes nothing any more
-        outcome, self._outcome = self._outcome, None
+        outcome = told.pop()
         try:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -174,7 +179,7 @@ class QuickChange:
     def _ask_the_rest(self) -> None:
         rest, self._unasked = self._unasked, []
         if rest:
-            self._ask(Prepare("", self._name, self._ballot), self._promised, rest, ())
+            self._ask(Prepare("", self.name, self._ballot), self._promised, rest, ())
 
     def _decide(self) -> None:
         """The change is applied to what a majority has told, and proposed."""
@@ -189,14 +194,14 @@ class QuickChange:
         found = best.value
         value = shown(found)
         try:
-            change = self._update(value)
+            change = self.update(value)
         except Exception as error:
             self._end(error if settled else None)
             return
         if change is None:
             self._end(Outcome(value, value) if settled else None)
             return
-        small = self._small
+        small = self.small
         if not settled and small is None and change.payload:
             self._end(None)  # it may have to carry a copy along
             return
@@ -204,7 +209,7 @@ class QuickChange:
         self._changed = self.lineage.attempt(found, change)
         self._stage = "accept"
         self._answers = self._failed = 0
-        accept = Accept("", self._name, self._ballot, self._changed)
+        accept = Accept("", self.name, self._ballot, self._changed)
         self._ask(accept, self._accepted, self._view.disks, () if small is None else small.fragments)
 
     def _accepted(self, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None) -> None:
@@ -219,14 +224,14 @@ class QuickChange:
             self._end(mistake)
 
     def _count_accept(self, disk: str, answer: AcceptReply | StoragedError) -> None:
-        small = self._small
+        small = self.small
         if isinstance(answer, StoragedError):
             self._lost(disk, answer)
-            self._around.on_missed(self._name)
+            self._around.on_missed(self.name)
         elif answer.verdict != OK or (small is not None and not answer.copy_synced):
             self._failed += 1
             self._refused(answer)
-            self._around.on_missed(self._name)
+            self._around.on_missed(self.name)
         else:
             self._answers += 1
             self._synced.append(disk)
@@ -250,9 +255,9 @@ class QuickChange:
 
     def _end(self, outcome: Outcome | Exception | None) -> None:
         self._stage = "over"
-        self._outcome = outcome
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
+        then, self._then = self._then, None
+        if then is not None:
+            then(outcome)
 
     def give_up(self) -> float:
         """The first time it only asks the rest, and whoever was waited for comes last for a while; then there is no time left."""
@@ -272,6 +277,12 @@ class QuickChange:
             if name:
                 self._trace.note(name, self._began_ns, now_ns)
             self._began_ns = now_ns
+
+
+def _wake(over: asyncio.Future[None], told: list[Outcome | Exception | None], outcome: Outcome | Exception | None) -> None:
+    if not over.done():  # it is, when who waited was cancelled
+        told.append(outcome)
+        over.set_result(None)
 
 
 class Impatient(Protocol):

@@ -252,10 +252,16 @@ class Turns:
         self._waiting_max = waiting_max
         self._waiting: dict[RegisterName, deque[asyncio.Future[None]] | None] = {}
 
+    def take_soon(self, name: RegisterName) -> bool:
+        """Whether it is nobody else's turn: then ``release`` ends it."""
+        if name in self._waiting:
+            return False
+        self._waiting[name] = None
+        return True
+
     async def take(self, name: RegisterName, timeout_s: float) -> None:
         """``release`` ends the turn. Raises SlowDown when too many wait for this register, or the turn did not come in time."""
-        if name not in self._waiting:
-            self._waiting[name] = None
+        if self.take_soon(name):
             return
         waiting = self._waiting[name]
         if waiting is None:

@@ -12,8 +12,9 @@ import structlog.testing
 
 from storaged.errors import OutcomeUnknown, S3Error, StoragedError
 from storaged.meta import messages
+from storaged.meta.client import RingClient
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
-from storaged.meta.ports import ZERO_BALLOT, Ballot, SmallCopies
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Outcome, SmallCopies, Update
 from storaged.meta.register import RULES, Rules, Verdict
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
 from tests.sim.linear import Content, Kind, Operation, linearizable
@@ -140,15 +141,33 @@ class Scenario:
                 self._complain(f"the small copy of {reading.value.body!r} is {bytes(reading.payload)!r}")
             return content_of(reading.value)
         if operation.kind is Kind.DELETE:
-            outcome = await client.change(name, _delete)
+            outcome = await self._change(client, name, _delete)
             return content_of(outcome.before)
         small, data_id = self._small_copies(operation.new or b"")
         if operation.kind is Kind.CAS:
-            outcome = await client.change(name, _compare_and_set(operation.expected, operation.new or b"", data_id), small=small)
+            outcome = await self._change(client, name, _compare_and_set(operation.expected, operation.new or b"", data_id), small)
+        elif (barrier := self._barrier()) is not None:
+            outcome = await client.change(name, _put(operation.new or b"", data_id), small=small, ready=barrier)
         else:
-            outcome = await client.change(name, _put(operation.new or b"", data_id), small=small, ready=self._barrier())
+            outcome = await self._change(client, name, _put(operation.new or b"", data_id), small)
         self._look_for_copies(data_id)
         return content_of(outcome.before)
+
+    async def _change(self, client: RingClient, name: RegisterName, update: Update, small: SmallCopies | None = None) -> Outcome:
+        """By a task, or by callbacks."""
+        told: asyncio.Future[Outcome] = self.world.loop.create_future()
+
+        def then(outcome: Outcome | Exception) -> None:
+            if told.done():
+                return
+            if isinstance(outcome, Exception):
+                told.set_exception(outcome)
+            else:
+                told.set_result(outcome)
+
+        if self.random.random() < 0.5 and client.change_soon(name, update, then, small=small):
+            return await told
+        return await client.change(name, update, small=small)
 
     def _look_for_copies(self, data_id: bytes) -> None:
         """What was told or confirmed has its copy on two disks, unless disks were full or swapped."""

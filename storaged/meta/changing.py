@@ -1,0 +1,163 @@
+"""Changes of registers by one process: in turn, first as the common case (``quick``), and from there, where it was none, as ``proposal`` has it.
+
+A process never pre-empts itself: changes of one register wait for each other (``rounds.Turns``). Who can wait has a task and awaits ``change``; who has none asks for
+``begin``, and is told by a callback. It costs a task only where the common case ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from storaged.errors import OutcomeUnknown, ServiceUnavailable, StoragedError
+from storaged.ids import Entropy
+from storaged.meta.names import RegisterName, Value
+from storaged.meta.ports import Outcome, SmallCopies, Update
+from storaged.meta.proposal import Proposal, Surroundings, View
+from storaged.meta.quick import Patience, QuickChange
+from storaged.meta.register import CALL_BYTES, Lineage
+from storaged.meta.rounds import Courier, Turns
+
+Changed = Callable[[Outcome | Exception], None]
+
+
+class Changing:
+    """``ports.Registers`` as far as it changes something."""
+
+    def __init__(
+        self, around: Surroundings, courier: Courier, patience: Patience, entropy: Entropy, deadline_s: float, hedge_s: float
+    ) -> None:
+        self._around = around
+        self._courier = courier
+        self._patience = patience
+        self._entropy = entropy
+        self._deadline_s = deadline_s
+        self._hedge_s = hedge_s
+        self._turns = Turns()
+        self._closed = False
+
+    def close(self) -> None:
+        """Nothing is begun by callbacks any more, and what was begun goes on with no task."""
+        self._closed = True
+
+    async def change(
+        self,
+        name: RegisterName,
+        update: Update,
+        small: SmallCopies | None,
+        ready: Awaitable[None] | None,
+        renew: Callable[[], Awaitable[None]] | None,
+        nonce: bytes,
+    ) -> Outcome:
+        """See ``ports.Registers``."""
+        self._around.counts["changes"] += 1
+        deadline = self._deadline()
+        barrier = None if ready is None else asyncio.ensure_future(ready)
+        try:
+            await self._turns.take(name, self._deadline_s)
+            try:
+                return await self._in_turn(name, update, small, barrier, renew, nonce, deadline)
+            finally:
+                self._turns.release(name)
+        finally:
+            if barrier is not None and barrier is not ready:
+                barrier.cancel()
+                await asyncio.gather(barrier, return_exceptions=True)
+
+    async def _in_turn(
+        self,
+        name: RegisterName,
+        update: Update,
+        small: SmallCopies | None,
+        barrier: asyncio.Future[None] | None,
+        renew: Callable[[], Awaitable[None]] | None,
+        nonce: bytes,
+        deadline: float,
+    ) -> Outcome:
+        view = self._around.view(name)
+        if barrier is not None or nonce or len(view.groups) > 1:
+            lineage = Lineage(self._entropy(CALL_BYTES), self._around.rules)
+            return await Proposal(self._around, name, lineage, deadline, update, small, barrier, renew, nonce).run()
+        quick = self._quick(view, name, update, small, deadline)
+        try:
+            outcome = await quick.run()
+        finally:
+            self._patience.end(quick)
+        return outcome if outcome is not None else await self._go_on(quick, deadline)
+
+    def begin(self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None) -> bool:
+        """See ``ports.Registers.change_soon``."""
+        try:
+            view = self._around.view(name)
+        except StoragedError:  # ``change`` says so
+            return False
+        if len(view.groups) > 1 or self._closed or not self._turns.take_soon(name):
+            return False
+        self._around.counts["changes"] += 1
+        deadline = self._deadline()
+        quick = self._quick(view, name, update, small, deadline)
+        try:
+            quick.begin(partial(self._over, quick, deadline, then))
+        except BaseException:  # a mistake of ours
+            self._patience.end(quick)
+            self._turns.release(name)
+            raise
+        return True
+
+    def _over(self, quick: QuickChange, deadline: float, then: Changed, outcome: Outcome | Exception | None) -> None:
+        self._patience.end(quick)
+        if outcome is None and not self._closed:
+            self._around.pool.start(self._go_on_for(quick, deadline, then))
+            return
+        self._turns.release(quick.name)
+        then(_given_up(quick) if outcome is None else outcome)
+
+    async def _go_on_for(self, quick: QuickChange, deadline: float, then: Changed) -> None:
+        outcome: Outcome | Exception | None = None
+        try:
+            outcome = await self._go_on(quick, deadline)
+        except Exception as error:
+            outcome = error
+        finally:
+            self._turns.release(quick.name)
+            then(_given_up(quick) if outcome is None else outcome)
+            del outcome  # an exception has this frame, and the frame may not have it
+
+    def _go_on(self, quick: QuickChange, deadline: float) -> Awaitable[Outcome]:
+        """With what the first attempt has left behind."""
+        lineage, above = quick.lineage, quick.above
+        proposal = Proposal(self._around, quick.name, lineage, deadline, quick.update, quick.small, _above=above)
+        return proposal.run(again=lineage.open or above > 0)
+
+    def _quick(self, view: View, name: RegisterName, update: Update, small: SmallCopies | None, deadline: float) -> QuickChange:
+        """A first attempt, known to ``_patience``, which is to be told of its end."""
+        around = self._around
+        limit_s = deadline - around.clock.monotonic()
+        patience_s = min(self._hedge_s, limit_s / 2)
+        lineage = Lineage(self._entropy(CALL_BYTES), around.rules)
+        timeout_s = max(0.001, min(around.call_timeout_s, limit_s))
+        quick = QuickChange(around, self._courier, view, name, update, small, lineage, timeout_s, limit_s - patience_s)
+        self._patience.begin(quick, patience_s)
+        return quick
+
+    async def identity(self, name: RegisterName, nonce: bytes, deadline: float, *, commit: bool) -> Value | None:
+        """A settling round; see ``ports.Registers.settle``."""
+        async with self._turns.turn(name, self._deadline_s):
+            lineage = Lineage(b"", self._around.rules)
+            proposal = Proposal(self._around, name, lineage, deadline, _keep, nonce=nonce, settling=True, commit=commit)
+            return (await proposal.run()).after
+
+    def _deadline(self) -> float:
+        return self._around.clock.monotonic() + self._deadline_s
+
+
+def _given_up(quick: QuickChange) -> StoragedError:
+    """What is told of a change with which this process does not go on."""
+    if quick.lineage.open:
+        return OutcomeUnknown("This node stops before it has learned what became of the change.")
+    return ServiceUnavailable("This node stops. Nothing was changed. Retry.")
+
+
+def _keep(_value: Value | None) -> None:
+    """The update of a settling round."""

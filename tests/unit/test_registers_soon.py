@@ -1,0 +1,183 @@
+"""A change without a task: told what one with a task returns or raises, once, whatever its replicas do; and it gives its turn back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncIterator
+
+import pytest
+
+from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailable
+from storaged.meta import messages
+from storaged.meta.client import RingClient
+from storaged.meta.names import Change, Value
+from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
+from tests.unit.test_registers_client import NAME, Refused, Ring, fail_with, put
+
+COPIES = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, lambda disks: len(disks) >= 2)
+
+
+@pytest.fixture
+async def ring() -> AsyncIterator[Ring]:
+    made = Ring()
+    yield made
+    for client in made.clients:
+        await client.close()
+
+
+def begun(client: RingClient, update: Update, small: SmallCopies | None = None) -> asyncio.Future[Outcome | Exception]:
+    """What ``change_soon`` tells. A second telling is an InvalidStateError."""
+    told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
+    assert client.change_soon(NAME, update, told.set_result, small=small)
+    return told
+
+
+async def test_what_was_changed_is_told_and_read_back_and_counted(ring: Ring) -> None:
+    client = ring.client()
+    first = await begun(client, put(b"one"))
+    second = await begun(client, lambda _: Change(b"two", payload=b"D" * 16), COPIES)
+    assert isinstance(first, Outcome)
+    assert isinstance(second, Outcome)
+    assert (first.before, second.before) == (None, first.after)
+    assert (await client.read(NAME)).value == second.after
+    assert sum(map(len, ring.copies.values())) >= 2
+    assert client.statistics().changes == 2
+    assert client.statistics().calls_in_flight <= 1  # the third replica's
+
+
+async def test_nothing_is_begun_while_it_is_somebody_elses_turn(ring: Ring) -> None:
+    client = ring.client()
+    first = begun(client, put(b"one"))
+    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
+    waiting = asyncio.create_task(client.change(NAME, put(b"two")))
+    await asyncio.sleep(0)
+    assert isinstance(await first, Outcome)
+    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
+    outcome = await waiting
+    assert outcome.before is not None
+    assert outcome.before.body == b"one"
+    assert isinstance(await begun(client, put(b"three")), Outcome)
+    assert client.statistics().preempted == 0
+
+
+async def test_nothing_is_begun_while_replicas_are_being_exchanged(ring: Ring) -> None:
+    client = ring.client()
+    view = client._view(NAME)
+    client._views[NAME[:3]] = view._replace(groups=(view.disks, view.disks))
+    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
+
+
+@pytest.mark.parametrize("stage", ["prepare", "accept"])
+async def test_a_change_that_others_are_in_the_way_of_goes_on_and_is_told_once(ring: Ring, stage: str) -> None:
+    client, other = ring.client(), Ballot(1, 2**60, "other", b"12345678")
+
+    def between(_: Value | None) -> Change:
+        if client.statistics().preempted == 0 and stage == "accept":
+            for replica in ring.replicas.values():
+                assert replica.inner.prepare_at_once(messages.Prepare(replica.inner.disk, NAME, other)) is not None
+        return Change(b"one", payload=b"D" * 16)
+
+    for replica in ring.replicas.values():
+        await replica.inner.prepare(
+            messages.Prepare(replica.inner.disk, NAME if stage == "prepare" else NAME._replace(key=b"other"), other)
+        )
+    outcome = await begun(client, between, COPIES)
+    assert isinstance(outcome, Outcome)
+    assert client.statistics().preempted > 0
+    assert (await client.read(NAME)).value == outcome.after
+    assert isinstance(await begun(client, put(b"two")), Outcome)
+
+
+async def test_a_replica_that_is_away_is_not_noticed(ring: Ring) -> None:
+    client = ring.client()
+    ring.second.away = True
+    assert isinstance(await begun(client, put(b"one")), Outcome)
+    assert isinstance(await begun(client, lambda _: Change(b"two", payload=b"D" * 16), COPIES), Outcome)
+
+
+async def test_what_the_update_raises_is_told_and_changes_nothing(ring: Ring) -> None:
+    client = ring.client()
+    assert isinstance(await begun(client, fail_with(Refused()), COPIES), Refused)
+    assert (await client.read(NAME)).value is None
+    await begun(client, put(b"one"))
+    ring.second.away = True  # so that what the refusal rests on is not settled by the first round alone
+    await ring.accept_at(ring.third, b"half", 2**59, sequence=2)
+    assert isinstance(await begun(client, fail_with(Refused())), Refused)
+    assert isinstance(await begun(client, put(b"two")), Outcome)
+
+
+async def test_an_update_that_declines_changes_nothing(ring: Ring) -> None:
+    client = ring.client()
+    written = await begun(client, put(b"one"))
+    assert isinstance(written, Outcome)
+    assert await begun(client, lambda _: None) == Outcome(written.after, written.after)
+
+
+@pytest.mark.parametrize("stuck", ["prepare", "accept"])
+async def test_a_change_whose_replicas_never_answer_is_told_at_its_deadline(ring: Ring, stuck: str) -> None:
+    client = ring.client(deadline_s=0.2)
+    for replica in (ring.first, ring.second):
+        replica.stuck.add(stuck)
+    async with asyncio.timeout(5):
+        told = await begun(client, put(b"one"))
+        assert isinstance(told, OutcomeUnknown if stuck == "accept" else ServiceUnavailable)
+        for replica in (ring.first, ring.second):
+            replica.stuck.clear()
+        assert isinstance(await begun(client, put(b"two")), Outcome)
+
+
+@pytest.mark.parametrize("stuck", ["prepare", "accept"])
+@pytest.mark.parametrize("later", [False, True], ids=["in the first round", "when it has gone on"])
+async def test_a_client_that_closes_tells_what_it_does_not_go_on_with(ring: Ring, stuck: str, later: bool) -> None:
+    client = ring.client(deadline_s=0.3)
+    for replica in ring.replicas.values():
+        replica.stuck.add(stuck)
+    told = begun(client, put(b"one"))
+    await asyncio.sleep(0.2 if later else 0.005)
+    assert not told.done()
+    await client.close()
+    outcome = await asyncio.wait_for(told, 1)
+    assert isinstance(outcome, ServiceUnavailable)
+    assert isinstance(outcome, OutcomeUnknown) == (stuck == "accept")
+    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
+
+
+async def test_a_mistake_in_what_judges_it_is_told_and_gives_its_turn_back(ring: Ring) -> None:
+    def mistaken(_disks: frozenset[str]) -> bool:
+        raise RuntimeError("a mistake")
+
+    client = ring.client()
+    async with asyncio.timeout(2):
+        found = await begun(client, lambda _: Change(b"one", payload=b"D" * 16), COPIES._replace(enough=mistaken))
+        assert isinstance(found, RuntimeError)
+        assert isinstance(await begun(client, put(b"two")), Outcome)
+
+
+@pytest.mark.parametrize("settled", [True, False], ids=["in the first round", "when it has gone on"])
+async def test_a_refusal_leaves_no_garbage(ring: Ring, settled: bool) -> None:
+    client, refusals = ring.client(), list[weakref.ref[Exception]]()
+    over = asyncio.Event()
+
+    def noted(refusal: Exception) -> Exception:
+        refusals.append(weakref.ref(refusal))
+        return refusal
+
+    def refuse(_value: Value | None) -> Change:
+        raise noted(PreconditionFailed())  # no variable of this frame has it
+
+    def then(outcome: Outcome | Exception) -> None:
+        assert isinstance(outcome, PreconditionFailed)
+        over.set()
+
+    if not settled:
+        await ring.accept_at(ring.first, b"half", 1)
+    gc.disable()
+    try:
+        assert client.change_soon(NAME, refuse, then, small=COPIES._replace(enough=lambda _disks: True))
+        await asyncio.wait_for(over.wait(), 5)
+        await asyncio.sleep(0)
+        assert [refusal() for refusal in refusals] == [None] * len(refusals)
+    finally:
+        gc.enable()
