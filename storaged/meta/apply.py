@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from storaged.meta.heap import Heap
 from storaged.meta.lookup import PAGE_AGE_BYTES
 from storaged.meta.opening import Database, Transaction
 from storaged.meta.pending import Overlay, Ready
@@ -20,21 +21,23 @@ class Applier:
     def __init__(self, databases: dict[bytes, Database]) -> None:
         self._databases = databases
         self._rows = databases[b"rows"]
+        self._heap = Heap(self._rows, databases[b"heap"])
         self._roots: dict[bytes, int] = {}
 
     def apply(self, transaction: Transaction, overlay: Overlay) -> None:
         """In the order of the keys, so that neighbours share their page's copy. Raises lmdb.Error, RowDamaged."""
-        put, rows = transaction.put, self._rows
+        rows: list[tuple[bytes, bytes, bytes, bytes]] = []
         for prefix in sorted(overlay.rows):
             root = self._root(transaction, prefix)
             for key, row in sorted(overlay.rows[prefix].items()):
                 node, segment = (root, key) if len(key) <= SEGMENT_BYTES else self._node(transaction, root, key)
-                put(row_key(node, segment), row, db=rows)
+                rows.append((row_key(node, segment), prefix, key, row))
+        self._heap.put(transaction, rows)
         for (database, key), value in overlay.others.items():
             if value is None:
                 transaction.delete(key, db=self._databases[database])
             else:
-                put(key, value, db=self._databases[database])
+                transaction.put(key, value, db=self._databases[database])
 
     def _root(self, transaction: Transaction, scope_key: bytes) -> int:
         root = self._roots.get(scope_key)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import islice
 
-from storaged.meta.opening import Transaction
+from storaged.meta.heap import row_of
+from storaged.meta.opening import Database, Transaction
 from storaged.meta.rowkey import SEGMENT_BYTES, find, row_key
 from storaged.meta.rowvalue import open_small
 
@@ -30,11 +31,10 @@ class StoredRows:
         return int.from_bytes(open_small(link, value), "big")
 
 
-def stored_row(transaction: Transaction, root: int, key: bytes) -> bytes:
+def stored_row(transaction: Transaction, heap: Database, root: int, key: bytes) -> bytes:
     """The row of a key under a root, as it is; empty: there is none. Raises RowDamaged, lmdb.Error."""
     at = row_key(root, key) if len(key) <= SEGMENT_BYTES else find(StoredRows(transaction), root, key)
-    row: bytes = b"" if at is None else transaction.get(at, b"")
-    return row
+    return b"" if at is None else row_of(transaction, heap, transaction.get(at, b""))
 
 
 def page_ages(transaction: Transaction, after: bytes, limit: int) -> list[tuple[bytes, int]]:

@@ -19,8 +19,11 @@ from storaged.meta.rowvalue import open_small
 STORE_ID_BYTES = 16
 IDENTITY = b"\0identity"
 REDO = b"\0redo"
-_MARK = struct.Struct(">QQQ?")
-SUB_DATABASES = (b"rows", b"nodes", b"fences", b"pages", b"meta")
+_MARK = struct.Struct(">QQQ?B")
+SUB_DATABASES = (b"rows", b"heap", b"nodes", b"fences", b"pages", b"meta")
+
+LAYOUT = 1
+"""How the rows lie: 0 without a heap (its mark ends before this), 1 as ``meta.heap`` says. A store of layout 0 is one of layout 1 whose heap is empty."""
 
 Transaction = Any
 Database = Any
@@ -28,7 +31,7 @@ Database = Any
 
 class Mark(NamedTuple):
     """What LMDB knows of its redo log. It has the changes of all groups up to ``applied``; ``written`` were durable when it was told; ``closed``: there were no others.
-    ``starts``: of the store when it was told."""
+    ``starts``: of the store when it was told. Behind it lies the layout, so that a program that does not know it refuses the store."""
 
     applied: int
     written: int
@@ -36,17 +39,24 @@ class Mark(NamedTuple):
     closed: bool
 
     def pack(self) -> bytes:
-        return _MARK.pack(*self)
+        return _MARK.pack(*self, LAYOUT)
 
 
 def read_mark(directory: Path, transaction: Transaction, meta: Database, starts: int) -> Mark | None:
-    """None: the store has no log yet. Raises DiskForeign when it is damaged, or a program that knows of no log has opened the store since there was something in it."""
+    """None: the store has no log yet. Raises DiskForeign when it is damaged, a later program has written the store, or one that knows of no log has opened it since
+    there was something in it."""
     sealed = transaction.get(REDO, db=meta)
+    if sealed is None:
+        return None
     try:
-        mark = None if sealed is None else Mark(*_MARK.unpack(open_small(REDO, sealed)))
+        packed = open_small(REDO, sealed)
+        applied, written, starts_then, closed, layout = _MARK.unpack(packed if len(packed) != _MARK.size - 1 else packed + b"\0")
     except (RowDamaged, struct.error) as error:
         raise DiskForeign(f"the metadata store in {directory} does not say what its redo log must hold: {error}") from None
-    if mark is not None and not mark.closed and mark.starts != starts:
+    if layout > LAYOUT:
+        raise DiskForeign(f"the metadata store in {directory} was written by a later version: its layout is {layout}, {LAYOUT} is known")
+    mark = Mark(applied, written, starts_then, closed)
+    if not mark.closed and mark.starts != starts:
         raise DiskForeign(
             f"the metadata store in {directory} was opened by an older version while its redo log held what it had acknowledged"
         )

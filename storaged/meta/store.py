@@ -13,7 +13,8 @@ Theory of operation
     that done before it takes the row from the log, and a start gives the copies in the log back before there is a checkpoint. So nothing has a row without its copy.
 
     sub-database   key                               value
-    rows           rowkey's node || segment          rowvalue's row; a link: check || node (u64 BE)
+    rows           rowkey's node || segment          rowvalue's row, or ``heap``'s reference to it; a link: check || node (u64 BE)
+    heap           number                            rowvalue's row
     nodes          table || scope || shard           check || root node (u64 BE)
                    "next"                            check || the next node to give out (u64 BE)
     fences         scope                             check || final (u8) || nonce
@@ -56,6 +57,7 @@ from storaged.mapped import reach_end
 from storaged.meta import pending
 from storaged.meta.apply import ROOTS_CACHED_MAX, Applier, apply_pages
 from storaged.meta.changes import Changes
+from storaged.meta.heap import rows_of
 from storaged.meta.lookup import PAGE_AGE_BYTES, StoredRows, page_ages, stored_row
 from storaged.meta.names import RegisterName
 from storaged.meta.opening import (
@@ -193,7 +195,7 @@ class LmdbMetaStore:
             reach_end(self._env, self.directory)
             self._env.reader_check()
             self._databases: dict[bytes, Database] = {name: self._env.open_db(name) for name in SUB_DATABASES}
-            self._rows = self._databases[b"rows"]
+            self._rows, self._heap = self._databases[b"rows"], self._databases[b"heap"]
             self._applier = Applier(self._databases)
             self._start(entropy)
         except lmdb.Error as error:
@@ -288,7 +290,7 @@ class LmdbMetaStore:
                 return None
             try:
                 with self._begin(self._rows) as transaction:
-                    row = stored_row(transaction, root, key)
+                    row = stored_row(transaction, self._heap, root, key)
             except lmdb.Error as error:
                 raise self._unreadable(error) from None
             except RowDamaged:
@@ -321,7 +323,7 @@ class LmdbMetaStore:
     def _stored_row(self, transaction: Transaction, prefix: bytes, key: bytes) -> bytes | None:
         try:
             root = self._root(prefix)
-            row = b"" if root is None else stored_row(transaction, root, key)
+            row = b"" if root is None else stored_row(transaction, self._heap, root, key)
             if not row or intact(prefix, key, row):
                 return row
         except RowDamaged:
@@ -367,7 +369,8 @@ class LmdbMetaStore:
             raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} rows, not {limit}: a long reader keeps the file growing")
         name_prefix = RegisterName(table, scope, shard, b"").prefix
         with self._reading(name_prefix) as (transaction, root, tables):
-            rows = [] if root is None else walk(StoredRows(transaction), root, after=after, prefix=prefix, limit=limit)
+            found = [] if root is None else walk(StoredRows(transaction), root, after=after, prefix=prefix, limit=limit)
+            rows = list(zip([key for key, _ in found], rows_of(transaction, self._heap, [value for _, value in found]), strict=True))
         return pending.merged(rows, tables, after=after, prefix=prefix, limit=limit) if tables else rows
 
     @contextlib.contextmanager
@@ -393,8 +396,8 @@ class LmdbMetaStore:
     ) -> tuple[list[bytes], list[bytes], bool]:
         with self._reading(RegisterName(table, scope, shard, b"").prefix) as (transaction, root, tables):
             found = None if root is None else columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
-        if found and not pending.touched(tables, after=after, prefix=prefix, through=found[0][-1] if found[2] else None):
-            return found
+            if found and not pending.touched(tables, after=after, prefix=prefix, through=found[0][-1] if found[2] else None):
+                return found[0], rows_of(transaction, self._heap, found[1]), found[2]
         return columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:

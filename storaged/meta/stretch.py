@@ -6,26 +6,20 @@ themselves have to be looked at one by one. None where they are not: ``walk`` do
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_left
 from itertools import islice
 from typing import Any
 
+from storaged.meta.heap import REFERENCE_BYTES, stamps_of
 from storaged.meta.ports import Stamps
 from storaged.meta.rowkey import NODE_BYTES, SEGMENT_BYTES, row_key
-from storaged.meta.rowvalue import ROW_BYTES_MIN, STAMP_BYTES
 
 Cursor = Any
 """``lmdb.Cursor``."""
 
-_stamp = struct.Struct(f"{STAMP_BYTES}s").unpack_from
-
-assert ROW_BYTES_MIN > STAMP_BYTES
-assert ROW_BYTES_MIN > 2 * 8, "the value of a link is shorter than any row"
-
 
 def columns_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit: int) -> tuple[list[bytes], list[bytes], bool] | None:
-    """Keys and rows of the ``limit`` rows under ``root`` with key > ``after`` and the prefix, and whether there are more."""
+    """Keys and values of the ``limit`` rows under ``root`` with key > ``after`` and the prefix, and whether there are more."""
     if not _set(cursor, root, after, prefix):
         return None
     entries = list(islice(cursor.iternext(), limit))
@@ -38,26 +32,26 @@ def columns_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit:
     keys = [key[NODE_BYTES:] for key, _ in entries]
     if max(map(len, keys), default=0) > SEGMENT_BYTES:
         return None
-    return keys, [row for _, row in entries], more
+    return keys, [value for _, value in entries], more
 
 
 def stamps_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps | None:
-    """The stamps of these rows. The cursor gives buffers: of 700 bytes a row no more than the stamp is touched."""
+    """The stamps of these rows. The cursor gives buffers: of a row that is not in the heap no more than the stamp is touched."""
     if not _set(cursor, root, after, prefix):
         return None
-    rows = list(islice(cursor.iternext(keys=False), limit))
+    values = list(islice(cursor.iternext(keys=False), limit))
     last, bound, more = bytes(cursor.key()), row_key(root, prefix), False
-    if len(rows) == limit and last.startswith(bound):
+    if len(values) == limit and last.startswith(bound):
         more = cursor.next() and bytes(cursor.key()).startswith(bound)
     else:
         _set(cursor, root, after, prefix)
         keys = list(map(bytes, islice(cursor.iternext(values=False), limit)))
-        del rows[bisect_left(keys, True, key=lambda key: not key.startswith(bound)) :]
-        last = keys[len(rows) - 1] if rows else b""
-    sizes = list(map(len, rows))
-    if min(sizes, default=ROW_BYTES_MIN) < ROW_BYTES_MIN:
-        return None
-    return Stamps(b"".join([_stamp(row)[0] for row in rows]), len(rows), sum(sizes), last[NODE_BYTES:], more)
+        del values[bisect_left(keys, True, key=lambda key: not key.startswith(bound)) :]
+        last = keys[len(values) - 1] if values else b""
+    if min(map(len, values), default=REFERENCE_BYTES) < REFERENCE_BYTES:
+        return None  # a link
+    stamps, row_bytes = stamps_of(values)
+    return Stamps(stamps, len(values), row_bytes, last[NODE_BYTES:], more)
 
 
 def _set(cursor: Cursor, root: int, after: bytes, prefix: bytes) -> bool:

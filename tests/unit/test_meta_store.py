@@ -34,7 +34,7 @@ async def store(tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
 @contextmanager
 def raw(directory: Path, database: bytes) -> Iterator[Any]:
     """The closed store's own LMDB, to do to it what a bad disk does."""
-    with lmdb.open(str(directory), max_dbs=5, map_size=1 << 30) as environment:
+    with lmdb.open(str(directory), max_dbs=6, map_size=1 << 30) as environment:
         opened = environment.open_db(database, create=False)
         with environment.begin(write=True, db=opened) as transaction:
             yield transaction
