@@ -6,7 +6,7 @@ What is written to disk or sent to a peer derives from :class:`Message`; FORMATS
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,19 +30,29 @@ class Message(msgspec.Struct, array_like=True, frozen=True):
     """Base of everything stored or sent. Fields are positional: new ones go last and have a default."""
 
 
+class _Decoders(dict[Any, Callable[[Buffer], Any]]):
+    """The decoder of each type, made when it is first asked for."""
+
+    def __missing__(self, kind: Any) -> Callable[[Buffer], Any]:
+        found = self[kind] = msgspec.msgpack.Decoder(kind).decode
+        return found
+
+
 _encoder = msgspec.msgpack.Encoder()
-_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+_decoders = _Decoders()
 
 encode = _encoder.encode
 
 
 def decode(data: Buffer, kind: type[T]) -> T:
     """Raises msgspec.ValidationError or msgspec.DecodeError (both msgspec.MsgspecError) when ``data`` is not a ``kind``."""
-    decoder = _decoders.get(kind)
-    if decoder is None:
-        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
-    result: T = decoder.decode(data)
+    result: T = _decoders[kind](data)
     return result
+
+
+def decoder_of(kind: type[T]) -> Callable[[Buffer], T]:
+    """``decode`` of one type, for who decodes many."""
+    return _decoders[kind]
 
 
 def decode_all(values: Sequence[Buffer], kind: type[T]) -> list[T]:

@@ -18,7 +18,7 @@ import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from msgspec import MsgspecError
@@ -36,7 +36,6 @@ from storaged.cluster.framing import (
     TAKE,
     ErrorHead,
     FrameError,
-    Header,
     Hello,
     Kind,
     Verdict,
@@ -46,12 +45,14 @@ from storaged.cluster.server import OnRefusal
 from storaged.errors import CertificateRefused, JurisdictionRefused, PeerError, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.units import MIB
-from storaged.wire import Buffer, Message, decode, encode
+from storaged.wire import Buffer, Message, decode, decoder_of, encode
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T", bound=Message)
 NO_BYTES = memoryview(b"")
+
+_ANSWERS = (REPLY, ERROR)
 
 ALONE_CALLS_MAX = 2
 """With so few calls out, another frame in this turn of the loop is unlikely: a lone PUT has two at one node for a moment, sixty-four have twenty."""
@@ -111,13 +112,8 @@ class _Calls:
             self.failed += 1
 
 
-class _Pending(NamedTuple):
-    """A call that waits for its answer, to be given to ``then``. ``prefix``: the method's name as it was sent."""
-
-    then: Then
-    reply: type[Message]
-    deadline: float
-    prefix: bytes
+_Pending = tuple[Then, Callable[[memoryview], Message], float, str]
+"""A call that waits for its answer: who is told, how the answer is decoded, its deadline, its method."""
 
 
 class ClientConnection(Connection):
@@ -137,45 +133,43 @@ class ClientConnection(Connection):
 
     # Frames in.
 
-    def admit(self, header: Header) -> Verdict:
-        if header.kind == REPLY or header.kind == ERROR:
-            return TAKE if header.request_id in self.pending else SKIP
-        if (
-            header.kind not in (Kind.WELCOME, Kind.REFUSED)
-            or header.body_bytes
-            or header.head_bytes > 2 * HANDSHAKE_BYTES_MAX
-            or self.hello.done()
-        ):
-            raise FrameError(f"a {Kind(header.kind).name} frame does not belong here")
+    def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
+        if kind in _ANSWERS:
+            return TAKE if request_id in self.pending else SKIP
+        if kind not in (Kind.WELCOME, Kind.REFUSED) or body_bytes or head_bytes > 2 * HANDSHAKE_BYTES_MAX or self.hello.done():
+            raise FrameError(f"a {Kind(kind).name} frame does not belong here")
         return TAKE
 
-    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
-        pending = self.pending.pop(header.request_id, None)
+    def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
+        pending = self.pending.pop(request_id, None)
         if pending is None:
-            self._greet(header, head)
-        else:
-            try:
-                answer: Any = decode(head, pending.reply) if header.kind == REPLY else self._counted(self._error_in(head))
-            except MsgspecError as error:
-                answer = self._counted(faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
-            self._tell(pending, answer, body)
+            self._greet(kind, head)
+            return
+        then, decode_reply, _deadline, method = pending
+        answer: Any
+        try:
+            answer = decode_reply(head) if kind == REPLY else self._counted(self._error_in(head))
+        except MsgspecError as error:
+            answer = self._counted(faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
+        try:
+            then(answer, body)
+        except Exception:
+            self._log_mistake(method)
         if self._room:
             self._make_room()
 
     def _error_in(self, head: memoryview) -> PeerError:
         return faults.from_head(decode(head, ErrorHead), self.node)
 
-    def _tell(self, entry: _Pending, answer: Any, body: memoryview) -> None:
-        try:
-            entry.then(answer, body)
-        except Exception:  # a mistake of who asked: others that wait are told all the same, and keep their connection
-            log.exception("telling of a call's answer failed", peer=self.node, method=entry.prefix[1:].decode())
+    def _log_mistake(self, method: str) -> None:
+        """Of who asked: others that wait are told all the same, and keep their connection."""
+        log.exception("telling of a call's answer failed", peer=self.node, method=method)
 
-    def _greet(self, header: Header, head: memoryview) -> None:
+    def _greet(self, kind: int, head: memoryview) -> None:
         if self.hello.done():
             return  # an answer whose caller left while it was being received
         try:
-            if header.kind == Kind.WELCOME:
+            if kind == Kind.WELCOME:
                 self.hello.set_result(decode(head, Hello))
             else:
                 refusal = decode(head, ErrorHead)
@@ -203,16 +197,15 @@ class ClientConnection(Connection):
     def alone(self) -> bool:
         return len(self.pending) <= ALONE_CALLS_MAX
 
-    async def call(
-        self, prefix: bytes, request: Message, reply: type[T], body: tuple[Buffer, ...], size: int, deadline: float
-    ) -> tuple[T, memoryview]:
-        """Raises PeerError; ValueError when the request is over a frame's limits."""
+    async def call(self, method: str, request: bytes, reply: type[T], body: Sequence[Buffer], deadline: float) -> tuple[T, memoryview]:
+        """``request``: the frame's head, whole. Raises PeerError; ValueError when the request is over a frame's limits."""
         while self.is_open and not self.has_room:
             await self._wait_for_room(deadline)
         if not self.is_open:
             raise self._counted(PeerUnreachable(f"The connection to {self.node} broke: {self.reason}."))
         future: asyncio.Future[tuple[Any, memoryview]] = self.loop.create_future()
-        request_id = self.post(prefix, encode(request), reply, body, size, deadline, partial(_resolve, future))
+        timeout_s = max(deadline - self.loop.time(), 0.001)
+        request_id = self.post(method, request, decoder_of(reply), body, timeout_s, partial(_resolve, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -224,13 +217,23 @@ class ClientConnection(Connection):
         return self.queued_bytes <= self.limits.queued_bytes_max and len(self.pending) < self.limits.calls_per_connection_max
 
     def post(
-        self, prefix: bytes, encoded: bytes, reply: type[Message], body: tuple[Buffer, ...], size: int, deadline: float, then: Then
+        self,
+        method: str,
+        head: bytes,
+        decode_reply: Callable[[memoryview], Message],
+        body: Sequence[Buffer],
+        timeout_s: float,
+        then: Then,
     ) -> int:
-        """Sends an encoded request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
-        remaining_ms = int((deadline - self.loop.time()) * 1000)
+        """Sends a request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
         request_id = self._last_id = self._last_id + 1
-        self.send(REQUEST, request_id, prefix + encoded, body, size, min(max(remaining_ms, 1), DEADLINE_MS_MAX))
-        self.pending[request_id] = _Pending(then, reply, deadline, prefix)
+        deadline_ms = min(int(timeout_s * 1000) or 1, DEADLINE_MS_MAX)
+        if body:
+            self.send(REQUEST, request_id, head, *measure(body), deadline_ms)
+        else:
+            self.send(REQUEST, request_id, head, (), 0, deadline_ms)
+        deadline = self.loop.time() + timeout_s
+        self.pending[request_id] = (then, decode_reply, deadline, method)
         if self._expiry is None or deadline < self._expires_at:
             self._set_expiry(deadline)
         return request_id
@@ -245,14 +248,18 @@ class ClientConnection(Connection):
     def _expire(self) -> None:
         self._expiry = None
         now = self.loop.time()
-        for request_id, entry in [(request_id, entry) for request_id, entry in self.pending.items() if entry.deadline <= now]:
+        for request_id, entry in [(request_id, entry) for request_id, entry in self.pending.items() if entry[2] <= now]:
             if self._abandon(request_id) is not None:
-                self._fail(entry, PeerTimeout(f"{self.node} did not answer {entry.prefix[1:].decode()} in time."))
+                self._fail(entry, PeerTimeout(f"{self.node} did not answer {entry[3]} in time."))
         if self.pending:
-            self._set_expiry(min(entry.deadline for entry in self.pending.values()))
+            self._set_expiry(min(deadline for _then, _decode, deadline, _method in self.pending.values()))
 
     def _fail(self, entry: _Pending, error: PeerError) -> None:
-        self._tell(entry, self._counted(error), NO_BYTES)
+        then, _decode_reply, _deadline, method = entry
+        try:
+            then(self._counted(error), NO_BYTES)
+        except Exception:
+            self._log_mistake(method)
 
     def _counted(self, error: PeerError) -> PeerError:
         self.calls.saw(error)
@@ -416,6 +423,27 @@ class _Link:
         )
 
 
+class Line:
+    """``ports.Line`` over a pool's connections."""
+
+    __slots__ = ("_decode_reply", "_method", "_node", "_pool", "_start")
+
+    def __init__(self, pool: RpcPool, node: str, method: str, start: bytes, decode_reply: Callable[[memoryview], Message]) -> None:
+        self._pool = pool
+        self._node = node
+        self._method = method
+        self._start = start
+        self._decode_reply = decode_reply
+
+    def post(self, rest: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
+        connection = self._pool.open_connection(self._node)
+        if connection is None:
+            return False
+        self._pool.calls.total += 1
+        connection.post(self._method, self._start + rest, self._decode_reply, body, timeout_s, then)
+        return True
+
+
 class RpcPool:
     """A ``Caller`` over mutual TLS. A call to ``local_name`` goes straight to ``local_methods``.
 
@@ -539,7 +567,6 @@ class RpcPool:
             except PeerError as error:
                 self.calls.saw(error)
                 raise
-        pieces, size = measure(body) if body else ((), 0)
         deadline = self.loop.time() + timeout_s
         link = self._links.get(node)
         connection = link.connection if link is not None else None
@@ -549,7 +576,7 @@ class RpcPool:
             except PeerError as error:
                 self.calls.saw(error)
                 raise
-        return await connection.call(self._prefix(method), request, reply, pieces, size, deadline)
+        return await connection.call(method, self._prefix(method) + encode(request), reply, body, deadline)
 
     def post(
         self,
@@ -563,28 +590,19 @@ class RpcPool:
         timeout_s: float = 10.0,
     ) -> bool:
         """See ``ports.Poster``."""
-        return self.post_encoded(node, method, encode(request), reply, then, body=body, timeout_s=timeout_s)
+        return self.line(node, method, reply, b"").post(encode(request), then, body, timeout_s)
 
-    def post_encoded(
-        self,
-        node: str,
-        method: str,
-        encoded: bytes,
-        reply: type[Message],
-        then: Then,
-        *,
-        body: Sequence[Buffer] = (),
-        timeout_s: float = 10.0,
-    ) -> bool:
+    def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
         """See ``ports.Poster``."""
+        return Line(self, node, method, self._prefix(method) + start, decoder_of(reply))
+
+    def open_connection(self, node: str) -> ClientConnection | None:
+        """With room for another call."""
         link = self._links.get(node)
-        connection = link.connection if link is not None else None
-        if connection is None or not connection.is_open or not connection.has_room:
-            return False
-        self.calls.total += 1
-        pieces, size = measure(body) if body else ((), 0)
-        connection.post(self._prefix(method), encoded, reply, pieces, size, self.loop.time() + timeout_s, then)
-        return True
+        if link is None:
+            return None
+        connection = link.connection
+        return connection if connection is not None and connection.is_open and connection.has_room else None
 
     def _prefix(self, method: str) -> bytes:
         prefix = self._prefixes.get(method)

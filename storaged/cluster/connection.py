@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Sequence
 from typing import Any, cast
 
-from storaged.cluster.framing import FrameError, FrameReader, Header, Verdict, pack_header
+from storaged.cluster.framing import FrameError, FrameReader, Verdict, pack_header
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
@@ -36,6 +36,8 @@ counts a closed window too (TCP_USER_TIMEOUT), and a peer whose disk is slow may
 
 def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
     """The body's buffers as flat bytes without empty ones, and their total length."""
+    if len(body) == 1 and type(body[0]) is bytes and body[0]:
+        return tuple(body), len(body[0])  # a small object's copy, mostly
     flat: list[Buffer] = []
     size = 0
     for piece in body:
@@ -59,7 +61,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.reader = FrameReader(self.admit, self._deliver)
+        self.reader = FrameReader(self.admit, self.deliver)
         self.transport: asyncio.Transport | None = None
         self.lost = loop.create_future()
         """Done when the connection is gone; never an exception."""
@@ -75,20 +77,19 @@ class Connection(asyncio.BufferedProtocol):
         self._slices: list[Buffer] = []  # of the large frame being written, last slice first
         self._sliced: tuple[int, int] | None = None  # its id and size
         self._flush_scheduled = False
-        self._ended = False  # by this side: nothing is delivered any more
         self._reading = False
         self._paused = False
         self._paused_since = 0.0
 
     # What subclasses say.
 
-    def admit(self, header: Header) -> Verdict:
+    def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
         raise NotImplementedError
 
-    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
+    def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         raise NotImplementedError
 
-    def dropped(self, header: Header) -> None:
+    def dropped(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         """A frame that was admitted has come after this side had ended the connection."""
 
     def broken(self, error: FrameError) -> None:
@@ -240,7 +241,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self, reason: str) -> None:
         """Ends the connection now; what is queued is lost."""
-        self._ended = True
+        self.reader.deliver = self.dropped
         if not self.reason:
             self.reason = reason
         if self.transport is not None:
@@ -248,7 +249,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def close(self, reason: str) -> None:
         """Ends it once what the transport holds has left."""
-        self._ended = True
+        self.reader.deliver = self.dropped
         if not self.reason:
             self.reason = reason
         if self.transport is not None:
@@ -264,12 +265,6 @@ class Connection(asyncio.BufferedProtocol):
         """DER, as TLS verified it."""
         tls: ssl.SSLObject | None = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
         return (tls.getpeercert(binary_form=True) or b"") if tls is not None else b""
-
-    def _deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
-        if self._ended:
-            self.dropped(header)
-        else:
-            self.deliver(header, head, body)
 
 
 def _slice(piece: Buffer) -> Sequence[Buffer]:

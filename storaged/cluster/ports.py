@@ -124,18 +124,15 @@ class Poster(Protocol):
         """As ``call``, but returns at once and hands the outcome to ``then``. False: nothing was sent, since that would need waiting (no connection, no
         room in it) or the node is this one; ``call`` does that. Raises ValueError when the request is over a frame's limits."""
 
-    def post_encoded(
-        self,
-        node: str,
-        method: str,
-        encoded: bytes,
-        reply: type[Message],
-        then: Then,
-        *,
-        body: Sequence[Buffer] = (),
-        timeout_s: float = 10.0,
-    ) -> bool:
-        """As ``post``, with a request that is encoded already: what goes to three nodes is encoded once."""
+    def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
+        """For requests that are encoded already, and all begin with ``start``: what goes to three nodes is encoded once."""
+
+
+class Line(Protocol):
+    """One method of one node, for who calls it often."""
+
+    def post(self, rest: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
+        """As ``Poster.post``. ``rest``: the encoded request behind its start."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,6 @@ from storaged.cluster.framing import (
     TAKE,
     WAIT,
     FrameError,
-    Header,
     Hello,
     Kind,
     Verdict,
@@ -157,6 +156,8 @@ class ServerConnection(Connection):
         self.peer: PeerIdentity | None = None
         self.roles: frozenset[str] = frozenset()
         """In which the layout in force knows the peer."""
+        self._methods: dict[bytes, Method] = {}
+        """What it may call in these roles."""
         self.hello: asyncio.Future[Hello] = self.loop.create_future()
         self.running: dict[int, _Running] = {}
         self.inflight_bytes = 0
@@ -166,26 +167,27 @@ class ServerConnection(Connection):
 
     # Frames in.
 
-    def admit(self, header: Header) -> Verdict:
-        if self.peer is None:
-            if header.kind != Kind.HELLO or header.head_bytes > HANDSHAKE_BYTES_MAX or header.body_bytes or self.hello.done():
-                raise FrameError("the peer did not begin with a handshake")
-            return TAKE
-        if header.kind != REQUEST:
-            if header.kind == CANCEL and not header.head_bytes and not header.body_bytes:
-                return TAKE
-            raise FrameError(f"a {Kind(header.kind).name} frame does not belong here")
-        size = header.body_bytes
+    def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
+        if kind != REQUEST or self.peer is None:
+            return self._admit_other(kind, head_bytes, body_bytes)
         if self._granted is not None:
             self._granted = None
-        elif not self._has_room(size):
+        elif not self._has_room(body_bytes):
             self._blocked = True
             return self._wait()
-        elif size and not self.server.budget.take(size):
-            self.server.budget.wait(size, self)
+        elif body_bytes and not self.server.budget.take(body_bytes):
+            self.server.budget.wait(body_bytes, self)
             return self._wait()
-        self.inflight_bytes += size
-        self._receiving_bytes = size
+        self.inflight_bytes += body_bytes
+        self._receiving_bytes = body_bytes
+        return TAKE
+
+    def _admit_other(self, kind: int, head_bytes: int, body_bytes: int) -> Verdict:
+        if self.peer is None:
+            if kind != Kind.HELLO or head_bytes > HANDSHAKE_BYTES_MAX or body_bytes or self.hello.done():
+                raise FrameError("the peer did not begin with a handshake")
+        elif kind != CANCEL or head_bytes or body_bytes:
+            raise FrameError(f"a {Kind(kind).name} frame does not belong here")
         return TAKE
 
     def _has_room(self, size: int) -> bool:
@@ -215,66 +217,68 @@ class ServerConnection(Connection):
         if not self.reader.waiting and self.is_open:
             self.transport.resume_reading()
 
-    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
-        if header.kind == REQUEST:
+    def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
+        if kind == REQUEST:
             self._receiving_bytes = 0
-            self._begin(header, head, body)
-        elif header.kind == CANCEL:
-            running = self.running.get(header.request_id)
+            self._begin(request_id, deadline_ms, head, body)
+        elif kind == CANCEL:
+            running = self.running.get(request_id)
             if running is not None:
-                self.end_early(header.request_id, running)
+                self.end_early(request_id, running)
         else:
             try:
                 self.hello.set_result(decode(head, Hello))
             except MsgspecError as error:
                 raise FrameError(f"the handshake does not decode: {error}") from error
 
-    def dropped(self, header: Header) -> None:
+    def dropped(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         self._receiving_bytes = 0
-        self._release(header.body_bytes)
+        self._release(len(body))
 
-    def _begin(self, header: Header, head: memoryview, body: memoryview) -> None:
-        request_id = header.request_id
+    def _begin(self, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         if request_id in self.running:
             raise FrameError(f"request id {request_id} is in use")
         assert self.peer is not None
         self.server.calls += 1
-        name_bytes = head[0] if head else 0
-        name = bytes(head[1 : 1 + name_bytes])
+        size = len(body)
+        name_end = 1 + (head[0] if head else 0)
+        name = bytes(head[1:name_end])
         try:
-            method = self._method(name)
-            request = decode(head[1 + name_bytes :], method.request)
+            method = self._methods.get(name) or self._method(name)
+            request = decode(head[name_end:], method.request)
         except MsgspecError as error:
             self._fail(request_id, faults.refused(faults.BAD_MESSAGE, f"The request to {name.decode()} does not decode: {error}"))
-            self._release(header.body_bytes)
+            self._release(size)
+            return
         except StoragedError as error:
             log.warning("call refused", peer=self.peer.name, code=getattr(error, "remote_code", error.code), reason=error.message)
             self._fail(request_id, error)
-            self._release(header.body_bytes)
-        else:
-            deadline = self.loop.time() + header.deadline_ms / 1000
-            call = Call(self.peer, body, deadline)
-            if method.at_once is not None and self._answered_at_once(request_id, name, method.at_once, request, call):
-                if header.body_bytes:
-                    self._release(header.body_bytes)
-                return
-            if method.begin is not None and self._begun(request_id, header.body_bytes, name, method.begin, request, call):
-                return
-            task = self.loop.create_task(self._serve(request_id, name, method, request, call))
-            self.running[request_id] = _Running(task, deadline)
-            # Not a finally in the task: one that is cancelled before its first step never gets there.
-            task.add_done_callback(partial(self._finished, request_id, header.body_bytes))
+            self._release(size)
+            return
+        call = Call(self.peer, body, self.loop.time() + deadline_ms / 1000)
+        if method.at_once is not None and self._answered_at_once(request_id, name, method.at_once, request, call):
+            if size:
+                self._release(size)
+            return
+        if method.begin is not None and self._begun(request_id, size, name, method.begin, request, call):
+            return
+        task = self.loop.create_task(self._serve(request_id, name, method, request, call))
+        self.running[request_id] = _Running(task, call.deadline)
+        # Not a finally in the task: one that is cancelled before its first step never gets there.
+        task.add_done_callback(partial(self._finished, request_id, size))
 
     # Answers.
 
     def alone(self) -> bool:
         return not self.running
 
+    def know_as(self, roles: frozenset[str]) -> None:
+        self.roles = roles
+        self._methods = {name: method for name, method in self.server.methods_by_name.items() if not method.roles.isdisjoint(roles)}
+
     def _method(self, name: bytes) -> Method:
-        """Raises PeerRefused for one that there is not, or that this peer may not call."""
+        """What is not among those of its roles. Raises PeerRefused for one that there is not, or that this peer may not call."""
         method = self.server.methods_by_name.get(name)
-        if method is not None and not method.roles.isdisjoint(self.roles):
-            return method
         assert self.peer is not None
         if method is None:
             raise faults.refused(faults.UNKNOWN_METHOD, f"{self.server.identity.name} has no method {name.decode('ascii', 'replace')!r}.")
@@ -518,7 +522,7 @@ class RpcServer:
         for connection in list(self._connections):
             peer = connection.peer
             assert peer is not None
-            connection.roles = self._membership(peer)
+            connection.know_as(self._membership(peer))
             try:
                 self._admission(peer)
             except StoragedError as error:
@@ -628,7 +632,7 @@ class RpcServer:
         if not connection.is_open:
             return
         connection.peer = peer
-        connection.roles = self._membership(peer)
+        connection.know_as(self._membership(peer))
         self._connections.add(connection)
         own = self.identity
         connection.send(Kind.WELCOME, 0, encode(Hello(own.cluster, own.name, self._incarnation, PROTOCOL_VERSION)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from storaged.cluster.ports import Answer, Call, Caller, Layouts, Method, Methods, Poster, Reply, Then
+from storaged.cluster.layout import Layout
+from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
 from storaged.meta import messages, reads
 from storaged.meta.ports import Replica
@@ -30,7 +31,7 @@ class RemoteReplica:
         self._reads = reads
         self.node = node
         self.disk = disk
-        self._starts: dict[type[Message], bytes] = {}
+        self._lines: dict[type[Message], Line] = {}
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         if self._poster is None:
@@ -40,13 +41,13 @@ class RemoteReplica:
 
     def post_tail(self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
         """See ``ports.TailReplica``."""
-        if self._poster is None:
-            return False
-        method, reply = _POSTED[kind]
-        start = self._starts.get(kind)
-        if start is None:
-            start = self._starts[kind] = first + encode(self.disk)
-        return self._poster.post_encoded(self.node, method, start + tail, reply, then, body=body, timeout_s=timeout_s)
+        line = self._lines.get(kind)
+        if line is None:
+            if self._poster is None:
+                return False
+            method, reply = _POSTED[kind]
+            line = self._lines[kind] = self._poster.line(self.node, method, reply, first + encode(self.disk))
+        return line.post(tail, then, body, timeout_s)
 
     def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:
         """See ``reads.RowReader.ask``. False: this can't be asked without a task."""
@@ -103,19 +104,30 @@ class ReplicaDirectory:
         self._caller = caller
         self._local = local if local is not None else {}
         self._remote: dict[str, RemoteReplica] = {}
+        self._layout: Layout | None = None
+        """The one that ``_remote`` is of."""
         self._reads: dict[str, NodeReads] = {}
 
     def replica(self, disk_id: str) -> Replica:
         local = self._local.get(disk_id)
         if local is not None:
             return local
-        entry = self._layouts.current.disk_by_id.get(disk_id)
+        layout = self._layouts.current
+        if layout is self._layout:
+            found = self._remote.get(disk_id)
+            if found is not None:
+                return found
+        return self._look_up(layout, disk_id)
+
+    def _look_up(self, layout: Layout, disk_id: str) -> RemoteReplica:
+        if layout is not self._layout:
+            self._layout = layout
+            nodes = {disk_id: entry.node for disk_id, entry in layout.disk_by_id.items()}
+            self._remote = {disk_id: known for disk_id, known in self._remote.items() if nodes.get(disk_id) == known.node}
+        entry = layout.disk_by_id.get(disk_id)
         if entry is None:
-            self._remote.pop(disk_id, None)
-            raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {self._layouts.current.epoch}.")
-        found = self._remote.get(disk_id)
-        if found is None or found.node != entry.node:
-            found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, self._reads_of(entry.node))
+            raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {layout.epoch}.")
+        found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, self._reads_of(entry.node))
         return found
 
     def _reads_of(self, node: str) -> NodeReads | None:

@@ -191,19 +191,20 @@ class Courier:
         (header, body) for each disk, by its index."""
         encoded = encode(request)
         kind, first, rest = type(request), encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
+        replica_of, carrying = self._replicas.replica, len(fragments)
         for index, disk in enumerate(disks):
             then = partial(heard, disk)
             try:
-                replica = self._replicas.replica(disk)
+                replica: Any = replica_of(disk)
             except StoragedError as error:
                 then(error, NO_BYTES)
                 continue
             tail, header, body = rest, b"", NO_BODY
-            if index < len(fragments):
+            if index < carrying:
                 header, body = fragments[index]
                 tail = rest[:-2] + encode(header)  # an accept's last field
-            post = getattr(replica, "post_tail", None)
-            if post is not None and post(kind, first, tail, then, body, timeout_s):
+            post_tail = getattr(replica, "post_tail", None)
+            if post_tail is not None and post_tail(kind, first, tail, then, body, timeout_s):
                 continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Answer, Call, Method, PeerIdentity, Reply, T, Then
+from storaged.cluster.ports import Answer, Call, Line, Method, PeerIdentity, Reply, T, Then
 from storaged.errors import DiskForeign, DiskUnusable, PeerError, PeerRefused, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.meta.client import RingClient
 from storaged.meta.copies import PlainCopies
@@ -264,18 +264,13 @@ class NetworkCaller:
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> bool:
-        return self.post_encoded(node, method, encode(request), reply, then, body=body, timeout_s=timeout_s)
+        return self.post_encoded(node, method, encode(request), reply, then, body, timeout_s)
+
+    def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
+        return SimulatedLine(self, node, method, reply, start)
 
     def post_encoded(
-        self,
-        node: str,
-        method: str,
-        encoded: bytes,
-        reply: type[Message],
-        then: Then,
-        *,
-        body: Sequence[Buffer] = (),
-        timeout_s: float = 10.0,
+        self, node: str, method: str, encoded: bytes, reply: type[Message], then: Then, body: Sequence[Buffer], timeout_s: float
     ) -> bool:
         target = self._world.nodes[node]
         if not self.alive or not target.up or self._world.random.random() < 0.1:
@@ -328,6 +323,17 @@ def _resolve(answered: asyncio.Future[Any], outcome: bytes | StoragedError, payl
 def _expire(answered: asyncio.Future[Any]) -> None:
     if not answered.done():
         answered.set_exception(PeerTimeout("no answer in time"))
+
+
+class SimulatedLine:
+    def __init__(self, caller: NetworkCaller, node: str, method: str, reply: type[Message], start: bytes) -> None:
+        self._caller = caller
+        self._to = (node, method)
+        self._reply = reply
+        self._start = start
+
+    def post(self, rest: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
+        return self._caller.post_encoded(*self._to, self._start + rest, self._reply, then, body, timeout_s)
 
 
 class Gateway:

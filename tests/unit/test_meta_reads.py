@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Call, PeerIdentity, Reply, Then
+from storaged.cluster.ports import Call, Line, PeerIdentity, Reply, Then
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import RingClient
@@ -99,7 +100,7 @@ class World:
         task.add_done_callback(self.tasks.discard)
         return True
 
-    def post_encoded(self, *args: Any, **more: Any) -> bool:
+    def line(self, *args: Any) -> Line:
         raise AssertionError("this is about reads")
 
     async def _serve(self, node: str, method: str, encoded: bytes, reply: type[Message], then: Then) -> None:
@@ -371,7 +372,7 @@ async def test_what_two_replicas_tell_differently_is_settled_without_a_third_tha
     first, second, third = of(world, old.name)
     await world.stores[second].commit(StoreBatch([new]))
     client = hang(world, third[:2])
-    world.post_encoded = lambda *args, **more: False  # type: ignore[method-assign]
+    world.line = lambda *args: SimpleNamespace(post=lambda *args: False)  # type: ignore[assignment,method-assign,return-value]
     assert (await asyncio.wait_for(client.read(old.name), 2)).value == new.value
     assert world.stores[first].get(old.name) == new
     await client.close()

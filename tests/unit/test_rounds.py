@@ -8,12 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from storaged.cluster.ports import Line, Then
 from storaged.meta.messages import Accept, Prepare, Read
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Replica
 from storaged.meta.remote import RemoteReplica
 from storaged.meta.rounds import Courier, TaskPool
-from storaged.wire import Buffer, encode
+from storaged.wire import Buffer, Message, encode
 
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
 BALLOT = Ballot(1, 10**15, "gw", b"incarnat")
@@ -33,9 +34,15 @@ class Wire:
     def post(self, *_arguments: Any, **_options: Any) -> bool:
         raise AssertionError("it is encoded already")
 
-    def post_encoded(self, node: str, method: str, encoded: bytes, *_arguments: Any, body: Sequence[Buffer] = (), **_options: Any) -> bool:
-        self.sent.append((node, method, encoded, body))
-        return True
+    def line(self, node: str, method: str, _reply: type[Message], start: bytes) -> Line:
+        wire = self
+
+        class Kept:
+            def post(self, rest: bytes, _then: Then, body: Sequence[Buffer], _timeout_s: float) -> bool:
+                wire.sent.append((node, method, start + rest, body))
+                return True
+
+        return Kept()
 
 
 class Directory:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from storaged.cluster.connection import SLICE_BYTES, SMALL_BODY_BYTES, Connection, measure
-from storaged.cluster.framing import FrameReader, Header, Kind, Verdict
+from storaged.cluster.framing import FrameReader, Kind, Verdict
 from storaged.units import MIB
 from storaged.wire import Buffer
 
@@ -50,10 +50,10 @@ class Sender(Connection):
         transport.protocol = self
         self.connection_made(cast(asyncio.Transport, transport))
 
-    def admit(self, header: Header) -> Verdict:
+    def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
         return Verdict.TAKE
 
-    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
+    def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         pass
 
     def closed(self) -> None:
@@ -67,7 +67,8 @@ def frames_in(writes: list[bytes]) -> list[tuple[int, bytes, bytes]]:
     """What a reader makes of it: (request id, head, body)."""
     found: list[tuple[int, bytes, bytes]] = []
     reader = FrameReader(
-        lambda header: Verdict.TAKE, lambda header, head, body: found.append((header.request_id, bytes(head), bytes(body)))
+        lambda *header: Verdict.TAKE,
+        lambda kind, request_id, deadline_ms, head, body: found.append((request_id, bytes(head), bytes(body))),
     )
     stream = memoryview(b"".join(writes))
     while stream:

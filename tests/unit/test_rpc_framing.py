@@ -12,11 +12,9 @@ from storaged.cluster.framing import (
     HEADER_BYTES,
     FrameError,
     FrameReader,
-    Header,
     Kind,
     Verdict,
     pack_header,
-    unpack_header,
 )
 
 SCRATCH = 64
@@ -38,16 +36,16 @@ def wire_of(frames: list[tuple[Kind, int, bytes, bytes, int]]) -> bytes:
 class Sink:
     def __init__(self, scratch_bytes: int = SCRATCH) -> None:
         self.frames: list[tuple[int, int, bytes, bytes, int]] = []
-        self.asked: list[Header] = []
+        self.asked: list[tuple[int, int]] = []
         self.verdicts: list[Verdict] = []
         self.reader = FrameReader(self.admit, self.deliver, scratch_bytes)
 
-    def admit(self, header: Header) -> Verdict:
-        self.asked.append(header)
+    def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
+        self.asked.append((head_bytes, body_bytes))
         return self.verdicts.pop(0) if self.verdicts else Verdict.TAKE
 
-    def deliver(self, header: Header, head: memoryview, body: memoryview) -> None:
-        self.frames.append((header.kind, header.request_id, bytes(head), bytes(body), header.deadline_ms))
+    def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
+        self.frames.append((kind, request_id, bytes(head), bytes(body), deadline_ms))
 
     def feed(self, data: bytes, most: int) -> int:
         """Gives up to ``most`` bytes; how many were taken."""
@@ -109,9 +107,9 @@ def test_bytes_that_are_no_frames_are_refused_or_stay_within_bounds(data: bytes)
             at += sink.feed(data[at:], 64)
     except FrameError:
         return
-    for header in sink.asked:
-        assert header.head_bytes <= HEAD_BYTES_MAX
-        assert header.body_bytes <= BODY_BYTES_MAX
+    for head_bytes, body_bytes in sink.asked:
+        assert head_bytes <= HEAD_BYTES_MAX
+        assert body_bytes <= BODY_BYTES_MAX
 
 
 @pytest.mark.parametrize(
@@ -136,13 +134,15 @@ def test_a_frame_over_the_limits_is_not_made() -> None:
         pack_header(Kind.REQUEST, 1, HEAD_BYTES_MAX + 1)
     with pytest.raises(ValueError):
         pack_header(Kind.REQUEST, 1, 0, BODY_BYTES_MAX + 1)
-    assert unpack_header(pack_header(Kind.REQUEST, 1, HEAD_BYTES_MAX, BODY_BYTES_MAX)).body_bytes == BODY_BYTES_MAX
+    sink = Sink()
+    sink.feed(pack_header(Kind.REQUEST, 1, HEAD_BYTES_MAX, BODY_BYTES_MAX), 64)
+    assert sink.asked == [(HEAD_BYTES_MAX, BODY_BYTES_MAX)]
 
 
 def test_a_large_body_is_received_into_memory_of_its_announced_size_without_another_copy() -> None:
     sink = Sink()
     bodies: list[memoryview] = []
-    sink.reader = FrameReader(sink.admit, lambda header, head, body: bodies.append(body), SCRATCH)
+    sink.reader = FrameReader(sink.admit, lambda kind, request_id, deadline_ms, head, body: bodies.append(body), SCRATCH)
     header = pack_header(Kind.REPLY, 1, 2, 1000)
     first = sink.reader.buffer()
     first[: len(header) + 2] = header + b"hd"
