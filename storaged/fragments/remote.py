@@ -82,7 +82,7 @@ class RemoteFragmentStore:
         for length in reply.lengths:
             cells.append(None if length == MISSING_CELL else body[at : at + length])
             at += max(length, 0)
-        return CellRead(reply.header, tuple(cells))
+        return CellRead(reply.header, tuple(cells), None if MISSING_CELL in reply.lengths else body)
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         reply, _ = await self._ask("fragment.stat", IdsRequest(self._disk, _pack(ids)), StatsReply)

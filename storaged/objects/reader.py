@@ -2,7 +2,8 @@
 
 Theory of operation. A window is some consecutive data cells of one block. The data fragments that hold them are read, and nothing is decoded when they all
 answer. When one is known to be away, fails, or has not answered after the hedge delay, further fragments are read (parity, and data of the same stripes), until every wanted
-cell is there or its stripe has k cells to rebuild it from. Cells come verified against their checksums by the disk; then every chunk is opened. A chunk that
+cell is there or its stripe has k cells to rebuild it from. Cells come verified against their checksums by the disk; then every chunk is opened, stripe after stripe: what a
+stripe lacks is rebuilt just before its chunks are opened, into memory that the next one uses again, so that it never leaves the processor's cache. A chunk that
 does not open although its checksum holds was altered with its checksum, so the disk lies: the cell is rebuilt from other fragments, in every combination until
 one opens, and the disks whose cells differ from that are reported.
 """
@@ -11,13 +12,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from storaged import trace
 from storaged.cluster.layout import Profile
 from storaged.errors import DataDamaged, FragmentDamaged, FragmentMissing, PeerError
-from storaged.fragments.ports import FragmentId
+from storaged.fragments.ports import CellRead, FragmentId
 from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
 from storaged.objects.geometry import BlockShape, PartShape
@@ -98,14 +99,14 @@ class PartReader:
         if self._entry.inline:
             try:
                 with trace.span("open"):
-                    self._open(window, {0: {0: self._entry.inline}}, 1, out)
+                    self._open(window, [{0: self._entry.inline}], 1, out)
             except SealBroken as error:
                 raise DataDamaged(f"The body in the record does not open: {error}") from None
             return
         if self._entry.small and self._copy is not None:
             try:
                 with trace.span("open"):
-                    self._open(window, {0: {0: self._copy}}, 1, out)
+                    self._open(window, [{0: self._copy}], 1, out)
                 return
             except SealBroken:
                 self._copy = None  # a replica that lies: its neighbours are asked below
@@ -149,7 +150,7 @@ class PartReader:
             try:
                 with trace.span("open"):
                     # on the loop: 6 us a cell, less than a thread costs that has to get the interpreter back after each
-                    self._open(window, job.cells, job.k, out)
+                    self._open(window, job.stripes(), job.k, out)
                 return
             except SealBroken as broken:
                 if broken.index is None:
@@ -157,12 +158,17 @@ class PartReader:
                 cell = broken.index - window.block * self.shape.block_cells
             await self._outwit(window, job, cell)
 
-    def _open(self, window: Window, cells: Cells, k: int, out: memoryview) -> None:
+    def _open(self, window: Window, stripes: Iterable[Mapping[int, Buffer]], k: int, out: memoryview) -> None:
+        """``stripes``: of each stripe of the window the data cells, by position."""
         at, index = 0, window.block * self.shape.block_cells + window.first
-        for cell in range(window.first, window.first + window.cells):
-            stripe, position = divmod(cell, k)
-            at += self._opener.open_into(index, cells[stripe][position], out[at:])
-            index += 1
+        first, left = window.first % k, window.cells
+        for cells in stripes:
+            end = min(k, first + left)
+            for position in range(first, end):
+                at += self._opener.open_into(index, cells[position], out[at:])
+                index += 1
+            left -= end - first
+            first = 0
 
     async def _outwit(self, window: Window, job: _WindowJob, cell: int) -> None:
         """A chunk does not open: finds the cells with which the whole stripe opens, and who lied."""
@@ -220,15 +226,17 @@ class _WindowJob:
         self.k = run.k
         self.disks = disks
         self._bad = bad
-        self._block = 0
+        self._window = Window(0, 0, 0, 0, 0)
         self.cells: Cells = {}
         self._asked: dict[int, tuple[int, int]] = {}
+        self._runs: dict[int, erasure.Run] = {}
+        """By position, what was read last of each fragment, where it lies in one piece."""
+        self._solver: tuple[tuple[int, ...], list[int], erasure.StripeSolver] | None = None
 
     async def fetch(self, window: Window) -> None:
-        """Until every wanted cell is there, read or rebuilt. Raises DataDamaged."""
-        self._block = window.block
+        """Until every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged."""
+        self._window = window
         first, last = window.first // self.k, (window.first + window.cells - 1) // self.k
-        wanted = [divmod(cell, self.k) for cell in range(window.first, window.first + window.cells)]
         self.cells = {stripe: {} for stripe in range(first, last + 1)}
         if self.k == 1:
             spares = self._order(range(self.profile.n))
@@ -236,8 +244,47 @@ class _WindowJob:
         else:
             start = {position: (row, count) for position, row, count in self.shape.holders(self.k, window.first, window.cells)}
             spares = self._order(p for p in range(self.profile.n) if self.shape.fragment_cells(self.profile, p))
-        await self._gather(start, spares, first, last, wanted)
-        self._rebuild(wanted)
+        await self._gather(start, spares, first, last)
+
+    def stripes(self) -> Iterator[Mapping[int, Buffer]]:
+        """Of each stripe of the window the data cells, by position. Those that did not come are rebuilt from k others (one stripe is at most k + m cells:
+        microseconds), in memory that the next stripe's overwrite."""
+        for stripe, cells in self.cells.items():
+            missing = self._missing(stripe)
+            yield self._rebuild(stripe, missing) if missing else cells
+
+    def _missing(self, stripe: int) -> list[int]:
+        """Positions of the window's data cells that have not come."""
+        window, k, cells = self._window, self.k, self.cells[stripe]
+        start = window.first - stripe * k
+        return [position for position in range(max(start, 0), min(start + window.cells, k)) if position not in cells]
+
+    def _rebuild(self, stripe: int, missing: list[int]) -> Mapping[int, Buffer]:
+        found = self.known(stripe)
+        if self.k == 1:
+            return {0: next(iter(found.values()))}
+        self._plane.counters.cells_reconstructed += len(missing)
+        solver = self._solver_of(tuple(sorted(found)[: self.k]), missing)
+        rebuilt: Mapping[int, Buffer]
+        if solver is not None and solver.first <= stripe < solver.end:
+            rebuilt = solver.solve(stripe)
+        else:
+            rebuilt = erasure.reconstruct(self.profile, found, missing, self.shape.stripe_length(self.k, stripe))
+        for position, cell in rebuilt.items():
+            found[position] = memoryview(cell)[: self._length(stripe, position)]
+        return found
+
+    def _solver_of(self, survivors: tuple[int, ...], missing: list[int]) -> erasure.StripeSolver | None:
+        known = self._solver
+        if known is not None and known[0] == survivors and known[1] == missing:
+            return known[2]
+        if not all(map(self._runs.__contains__, survivors)):
+            return None
+        solver = erasure.StripeSolver(
+            self.profile, self.shape.cell_bytes, {position: self._runs[position] for position in survivors}, missing
+        )
+        self._solver = survivors, missing, solver
+        return solver
 
     def _order(self, positions: Iterator[int] | range) -> list[int]:
         """Disks that can be read first; those that were found bad in this request last."""
@@ -247,14 +294,14 @@ class _WindowJob:
     def _doubtful(self, position: int) -> bool:
         return self.disks[position] in self._bad or not self._plane.liveness.disk_readable(self.disks[position])
 
-    async def _gather(
-        self, start: dict[int, tuple[int, int]], spares: list[int], first: int, last: int, wanted: list[tuple[int, int]]
-    ) -> None:
+    async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int], first: int, last: int) -> None:
         reads, limit_s = Reads(self._hedge), self._plane.limits.read_timeout_s
 
         def ask(position: int, row: int, count: int) -> None:
             self._asked[position] = (row, count)
-            reads.begin(position, self._read(position, row, count))
+            count = min(count, self.shape.fragment_cells(self.profile, position) - row)
+            if count > 0 and not self._read_at_once(position, row, count):
+                reads.begin(position, self._read(position, row, count))
 
         def ask_spares(count: int) -> None:
             """More fragments, over all stripes of the window; a data fragment of which only some stripes were asked is asked again for all."""
@@ -268,12 +315,13 @@ class _WindowJob:
             for position, (row, count) in start.items():
                 if not self._doubtful(position):
                     ask(position, row, count)
-            ask_spares(len(start) - len(reads))
-            while not self._complete(wanted):
+            ask_spares(len(start) - len(self._asked))
+            while not self._complete():
                 if not reads:
+                    if not spares:
+                        raise DataDamaged(f"Block {self._window.block} of this object has too few readable fragments.")
                     ask_spares(1)
-                if not reads:
-                    raise DataDamaged(f"Block {self._block} of this object has too few readable fragments.")
+                    continue
                 more = await reads.turn(limit_s, patience_s=self._hedge.seconds if spares else math.inf)
                 for position in reads.give_up(limit_s):
                     self._bad.add(self.disks[position])
@@ -287,8 +335,9 @@ class _WindowJob:
         finally:
             await reads.close()
 
-    def _complete(self, wanted: list[tuple[int, int]]) -> bool:
-        return all(position in self.cells[stripe] or len(self.known(stripe)) >= self.k for stripe, position in wanted)
+    def _complete(self) -> bool:
+        k = self.k
+        return all(len(cells) >= k or not self._missing(stripe) or len(self.known(stripe)) >= k for stripe, cells in self.cells.items())
 
     def known(self, stripe: int) -> dict[int, Buffer]:
         """The stripe's cells at hand; data cells behind the end of the block are known to be zeros."""
@@ -298,15 +347,21 @@ class _WindowJob:
                 found[position] = b""
         return found
 
+    def _read_at_once(self, position: int, row: int, count: int) -> bool:
+        """Whether every cell asked for is there now: from a disk of this very process, which has them in memory. Whatever is wrong, ``_read`` meets it again."""
+        try:
+            store = self._plane.stores.store(self.disks[position])
+            peek = getattr(store, "peek", None)
+            found = peek(self._fragment(position), row, count) if peek is not None else None
+        except PeerError:
+            return False
+        return found is not None and self._take(position, row, count, found)
+
     async def _read(self, position: int, row: int, count: int) -> bool:
         """True when every cell asked for came whole."""
-        count = min(count, self.shape.fragment_cells(self.profile, position) - row)
-        if count <= 0:
-            return True
         disk = self.disks[position]
-        fragment = FragmentId(self._data_id, self._block, self.k, self.profile.m, position)
         try:
-            found = await self._plane.stores.store(disk).read(fragment, row, count)
+            found = await self._plane.stores.store(disk).read(self._fragment(position), row, count)
         except FragmentMissing:
             self._report(position, -1, "missing")
             return False
@@ -316,6 +371,10 @@ class _WindowJob:
         except PeerError:
             self._bad.add(disk)
             return False
+        return self._take(position, row, count, found)
+
+    def _take(self, position: int, row: int, count: int, found: CellRead) -> bool:
+        """True when every cell asked for came whole."""
         whole = len(found.cells) == count
         for offset, cell in enumerate(found.cells[:count]):
             if cell is not None and len(cell) == self._length(row + offset, position):
@@ -323,6 +382,8 @@ class _WindowJob:
             else:
                 self._report(position, row + offset, "checksum")
                 whole = False
+        if whole and found.whole is not None:
+            self._runs[position] = erasure.Run(row, found.whole)
         return whole
 
     def _length(self, stripe: int, position: int) -> int:
@@ -330,25 +391,11 @@ class _WindowJob:
             return self.shape.cell_length(stripe * self.k + position)
         return self.shape.stripe_length(self.k, stripe) if self.k > 1 else self.shape.cell_length(stripe)
 
-    def _report(self, position: int, cell: int, reason: str) -> None:
-        fragment = FragmentId(self._data_id, self._block, self.k, self.profile.m, position)
-        self._plane.on_damage(Damage(self._owner, fragment, self.disks[position], cell, reason))
+    def _fragment(self, position: int) -> FragmentId:
+        return FragmentId(self._data_id, self._window.block, self.k, self.profile.m, position)
 
-    def _rebuild(self, wanted: list[tuple[int, int]]) -> None:
-        """Wanted cells that did not come, from k others of their stripe. One stripe is at most k + m cells: microseconds."""
-        missing: dict[int, list[int]] = {}
-        for stripe, position in wanted:
-            if position not in self.cells[stripe]:
-                missing.setdefault(stripe, []).append(position)
-        for stripe, positions in missing.items():
-            known = self.known(stripe)
-            if self.k == 1:
-                self.cells[stripe][0] = next(iter(known.values()))
-                continue
-            rebuilt = erasure.reconstruct(self.profile, known, positions, self.shape.stripe_length(self.k, stripe))
-            for position, cell in rebuilt.items():
-                self.cells[stripe][position] = memoryview(cell)[: self._length(stripe, position)]
-            self._plane.counters.cells_reconstructed += len(positions)
+    def _report(self, position: int, cell: int, reason: str) -> None:
+        self._plane.on_damage(Damage(self._owner, self._fragment(position), self.disks[position], cell, reason))
 
     async def fetch_all(self, stripe: int) -> None:
         """Every cell of a stripe that can be had, read anew: a rebuilt one may come from the liar."""
@@ -356,7 +403,8 @@ class _WindowJob:
         reads, limit_s = Reads(self._hedge), self._plane.limits.read_timeout_s
         try:
             for position in range(self.profile.n):
-                reads.begin(position, self._read(position, stripe, 1))
+                if stripe < self.shape.fragment_cells(self.profile, position):
+                    reads.begin(position, self._read(position, stripe, 1))
             while reads:
                 await reads.turn(limit_s)
                 self._bad.update(self.disks[position] for position in reads.give_up(limit_s))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
-from storaged.objects.erasure import encode_block, fragment_hashes, fragment_slices, parity_length, reconstruct
+from storaged.objects.erasure import Run, StripeSolver, encode_block, fragment_hashes, fragment_slices, parity_length, reconstruct
 from storaged.objects.geometry import BlockShape
 
 ALL_PROFILES = [Profile(k, m) for k in range(1, 9) for m in range(1, 5)]
@@ -88,6 +88,31 @@ def test_any_k_fragments_give_back_all_the_others(block, data):
     for position in wanted:
         assert len(rebuilt[position]) == length
         assert rebuilt[position] == fragments[position].ljust(length, b"\0")
+
+
+@settings(max_examples=100, deadline=None)
+@given(blocks.filter(lambda drawn: drawn[0].k > 1), st.data())
+def test_stripe_after_stripe_any_k_runs_of_cells_give_back_what_they_do_at_once(block, data):
+    profile, cell_bytes, sealed = block
+    fragments = fragments_of(profile, cell_bytes, sealed)
+    kept = data.draw(st.permutations(range(profile.n)))[: profile.k]
+    wanted = [position for position in range(profile.n) if position not in kept]
+    runs = {}
+    for position in kept:
+        first = data.draw(st.integers(0, 3))
+        runs[position] = Run(first, memoryview(fragments[position])[first * cell_bytes :])
+    solver = StripeSolver(profile, cell_bytes, runs, wanted)
+    whole = {position: fragments[position] for position in kept}
+    truth = reconstruct(profile, whole, wanted, parity_length(profile, cell_bytes, len(sealed)))
+    assert solver.first == max(run.first for run in runs.values())
+    for stripe in range(solver.first, solver.end):
+        solved = solver.solve(stripe)
+        assert list(solved) == wanted
+        for position in wanted:
+            assert solved[position] == truth[position][stripe * cell_bytes : (stripe + 1) * cell_bytes]
+    for stripe in (solver.first - 1, max(solver.end, solver.first)):
+        with pytest.raises(ValueError, match=f"stripe {stripe} is not one of"):
+            solver.solve(stripe)
 
 
 @pytest.mark.parametrize("profile", ALL_PROFILES, ids=str)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import DataDamaged, DiskUnusable, FragmentMissing, KeyringUnavailable, NoSuchBucket, PeerUnreachable
-from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
+from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Value, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
@@ -94,6 +94,8 @@ class FakeDisk:
     on_write: Callable[[int], None] | None = None
     writes: int = 0
     reads: int = 0
+    scattered: bool = False
+    """Its cells do not lie one behind the other."""
 
     async def _enter(self) -> None:
         if self.hang is not None:
@@ -129,14 +131,21 @@ class FakeDisk:
     async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
         self.reads += 1
         await self._enter()
+        return self._cells(fragment, first_cell, count)
+
+    def _cells(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
         stored = self.fragments.get(fragment)
         if stored is None:
             raise FragmentMissing(str(fragment))
         span = range(first_cell, min(first_cell + count, len(stored.cells)))
-        return CellRead(
-            stored.header,
-            tuple(memoryview(stored.cells[i]) if xxhash.xxh3_64_intdigest(stored.cells[i]) == stored.sums[i] else None for i in span),
-        )
+        whole = memoryview(b"".join(stored.cells[i] for i in span))
+        cells: list[memoryview | None] = []
+        at = 0
+        for i in span:
+            end = at + len(stored.cells[i])
+            cells.append(whole[at:end] if xxhash.xxh3_64_intdigest(whole[at:end]) == stored.sums[i] else None)
+            at = end
+        return CellRead(stored.header, tuple(cells), None if self.scattered or None in cells else whole)
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         await self._enter()
@@ -189,11 +198,26 @@ class FakeDisk:
             stored.sums[cell] = xxhash.xxh3_64_intdigest(stored.cells[cell])
 
 
+class NearDisk(FakeDisk):
+    """A ``NearStore``: a disk of this very node."""
+
+    peeks = 0
+
+    def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
+        self.peeks += 1
+        if self.hang is not None or self.slow_s:
+            return None
+        if self.down:
+            raise DiskUnusable(f"{self.name} is not in use")
+        found = self._cells(fragment, first_cell, count)
+        return None if None in found.cells else found
+
+
 class FakeDisks:
     """All disks; also the cluster's Liveness: ``suspected`` are those that heartbeats call dead."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.disks = {disk.id: FakeDisk(disk.id) for disk in layout.disks}
+    def __init__(self, layout: Layout, kind: type[FakeDisk] = FakeDisk) -> None:
+        self.disks = {disk.id: kind(disk.id) for disk in layout.disks}
         self.suspected: set[str] = set()
 
     def store(self, disk_id: str) -> FakeDisk:
@@ -453,9 +477,9 @@ FAST = ObjectLimits(late_grace_s=0.02, write_timeout_s=0.3, sync_timeout_s=0.3, 
 class World:
     """An object plane on fakes. A context manager that closes it."""
 
-    def __init__(self, layout: Layout | None = None, **limits: object) -> None:
+    def __init__(self, layout: Layout | None = None, *, disks: type[FakeDisk] = FakeDisk, **limits: object) -> None:
         self.layouts = FakeLayouts(layout or layout_of())
-        self.disks = FakeDisks(self.layouts.current)
+        self.disks = FakeDisks(self.layouts.current, disks)
         self.ring = FakeRing(self.layouts, self.disks)
         self.keys = FakeKeys()
         self.clock = FakeClock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import itertools
 import os
 import zlib
 from collections.abc import AsyncIterator
@@ -32,7 +33,7 @@ from storaged.objects.api import BodyChecks, NewMeta, RangeSpec, ReadConditions,
 from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
-from tests.unit.object_world import OWNER, World, bucket_of, entry_of, got, pieces, put
+from tests.unit.object_world import OWNER, FakeDisk, NearDisk, World, bucket_of, entry_of, got, pieces, put
 
 KIB, MIB = 1024, 1024 * 1024
 CELL = 64 * KIB - 16
@@ -367,10 +368,11 @@ async def test_read_conditions_answer_304_and_412_in_the_order_of_the_rfc() -> N
 # --- disks that damage and lie -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("disks", [FakeDisk, NearDisk])
 @pytest.mark.parametrize("lie", [False, True])
 @pytest.mark.parametrize("size", [60_000, 4 * MIB])
-async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(lie: bool, size: int) -> None:
-    world = World()
+async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(lie: bool, size: int, disks: type[FakeDisk]) -> None:
+    world = World(disks=disks)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     data = os.urandom(size)
@@ -391,6 +393,59 @@ async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(l
         for position in bad:
             stored = world.disks.disks[held[position][0]].fragments[held[position][1]]
             stored.cells, stored.sums = kept[position], sums[position]
+    await objects.close()
+
+
+@pytest.mark.parametrize("disks", [FakeDisk, NearDisk])
+@pytest.mark.parametrize("known", [True, False], ids=["known to be away", "not noticed yet"])
+@pytest.mark.parametrize("scattered", [False, True])
+async def test_any_two_disks_may_be_away_whatever_is_asked_for(disks: type[FakeDisk], known: bool, scattered: bool) -> None:
+    world = World(disks=disks)
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    for size in (70_000, 4 * CELL + 1, 68 * CELL - 5, 4 * MIB + 77):
+        data = os.urandom(size)
+        await put(objects, bucket, data)
+        for disk in world.disks.disks.values():
+            disk.scattered = scattered
+        for away in itertools.combinations(world.disks.disks, 2):
+            for name, disk in world.disks.disks.items():
+                disk.down = name in away
+            world.disks.suspected = set(away) if known else set()
+            assert await got(objects, bucket) == data
+            for span in (RangeSpec(size - 1, None), RangeSpec(size // 3, size // 3 + CELL), RangeSpec(size // 2, size - 2)):
+                assert await got(objects, bucket, span=span) == data[span.first : len(data) if span.last is None else span.last + 1]
+        for disk in world.disks.disks.values():
+            disk.down = False
+        world.disks.suspected = set()
+    assert objects.plane.counters.cells_reconstructed
+    await objects.close()
+
+
+async def test_a_short_last_cell_that_is_rebuilt_is_as_short_as_it_was() -> None:
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(68 * CELL - 5)  # two blocks; the last stripe has all of its cells
+    await put(objects, bucket, data)
+    world.disks.suspected = {disk for disk, f in world.disks.of(entry_of(world).data_id) if (f.block, f.position) == (1, 3)}
+    assert await got(objects, bucket) == data
+    assert sum(disk.reads for disk in world.disks.disks.values()) == 2 * 4  # one of another length would not open, and be looked for
+    await objects.close()
+
+
+async def test_what_disks_of_this_node_have_in_memory_is_taken_without_a_wait() -> None:
+    world = World(disks=NearDisk)
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    data = os.urandom(4 * MIB)
+    await put(objects, bucket, data)
+    assert await got(objects, bucket) == data
+    assert not any(disk.reads for disk in world.disks.disks.values())
+    for disk in world.disks.disks.values():
+        disk.slow_s = 0.001
+    assert await got(objects, bucket) == data
+    assert sum(disk.reads for disk in world.disks.disks.values()) == 8
     await objects.close()
 
 
