@@ -18,8 +18,8 @@ log = structlog.get_logger(__name__)
 StoreCopy = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
 """``await store(header, payload)``: a fragment record, durable when it returns. Raises a StoragedError when the disk refused."""
 
-TOLD_BYTES_MAX = 16 * MIB
-"""About 3,800 copies of 4 KiB. Reading one from the page cache and verifying it costs a storage node as much as the rest of a read."""
+TOLD_BYTES_A_DISK, TOLD_BYTES_MAX = 8 * MIB, 64 * MIB
+"""About 1,900 copies of 4 KiB for each disk of a node, up to 15,000. Reading one from the page cache and verifying it costs a storage node as much as the rest of a read."""
 
 ENTRY_BYTES = 512
 """What a kept payload takes beside its bytes: the head of its record, which lies before it, and the objects that hold it."""
@@ -38,7 +38,7 @@ class CopiesToldLately:
     A data id never has other bytes, so nothing here is ever stale. What becomes of a copy on its disk meanwhile, scrub finds.
     """
 
-    def __init__(self, bytes_max: int = TOLD_BYTES_MAX) -> None:
+    def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
         self._kept: OrderedDict[bytes, memoryview] = OrderedDict()

@@ -21,7 +21,7 @@ from storaged.fragments.engine import StoreLimits
 from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import LocalFragmentStore
-from storaged.meta.copies import CopiesToldLately, LoadCopy, PlainCopies
+from storaged.meta.copies import TOLD_BYTES_A_DISK, TOLD_BYTES_MAX, CopiesToldLately, LoadCopy, PlainCopies
 from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
@@ -131,7 +131,7 @@ async def open_disks(config: Config, clock: Clock, on_cell: OnCell) -> Disks:
     """Opens every configured disk. A refused one is logged and reported; raises DirectoryInUse when another process has one: that is a mistake of setup."""
     ledger = StoreLedger(Path(config.node.directory))
     disks = Disks()
-    told = CopiesToldLately()
+    told = CopiesToldLately(min(TOLD_BYTES_A_DISK * len(config.disks), TOLD_BYTES_MAX))
     opened = await asyncio.gather(
         *(_open(section, config, ledger, clock, on_cell, told) for section in config.disks), return_exceptions=True
     )

@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from storaged import trace
 from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange, StoragedError
 from storaged.meta.names import RegisterName, object_name
@@ -104,6 +106,9 @@ def _opened(
     value, payload = reading
     place = Place(bucket.id, key)
     opened = open_version(place, version, bucket_key)
+    opened = opened._replace(
+        version=msgspec.structs.replace(version, listing=b"", wrapped_key=b"", meta=b"")
+    )  # read, and of no further use
     if value is None or version_id:
         return Found(name, opened, payload, None)
     kept = Opened(value, bucket_key, opened)

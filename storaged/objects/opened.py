@@ -24,8 +24,9 @@ from storaged.sov1 import StreamKey
 if TYPE_CHECKING:
     from storaged.objects.versions import OpenedVersion
 
-ENTRY_BYTES = 2048
-"""What an entry takes besides what comes from its record, which is there about three times: encoded, decoded, and opened."""
+ENTRY_BYTES = 1536
+"""What an entry takes besides what comes from its record, which is there encoded, decoded but for what was sealed, and opened: 2.6 times, as measured with metadata of
+40 bytes and of 1,600."""
 
 
 class Opened:
@@ -93,4 +94,4 @@ class OpenedLately:
 
 
 def _cost(opened: Opened) -> int:
-    return ENTRY_BYTES + 3 * len(opened.body)
+    return ENTRY_BYTES + len(opened.body) * 8 // 3

@@ -78,8 +78,8 @@ class ObjectLimits:
     bucket_cache_s: float = 1.0
     user_cache_s: float = 1.0
     cache_entries_max: int = 4096
-    opened_bytes_max: int = 32 * MIB
-    """Of records opened lately: some 9,000 keys, at 3.5 KiB each."""
+    opened_bytes_max: int = 24 * MIB
+    """Of records opened lately: some 8,000 keys, at 3 KiB each."""
     listed_bytes_max: int = 16 * MIB
     """Of rows listed lately: some 25,000, with keys of 30 bytes. Their heads and keys are in the scanner's memory too."""
     upload_keep_ms: int = 86_400_000

@@ -463,7 +463,7 @@ def test_copies_told_lately_are_the_last_ones_and_of_bounded_size() -> None:
 
 
 async def test_a_copy_is_read_from_its_disk_once_for_all_disks_of_a_node(tmp_path: Path) -> None:
-    told = CopiesToldLately()
+    told = CopiesToldLately(1 << 20)
     asked: list[bytes] = []
 
     def peek(data_id: bytes) -> memoryview | None:
