@@ -13,12 +13,10 @@ import functools
 import logging
 import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from prometheus_client import Counter, Histogram
 
 from storaged import keys, observe
 from storaged.admin.ports import Services
@@ -411,25 +409,15 @@ def load_certificate(context: ssl.SSLContext, config: Config) -> None:
 
 def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
     """Counts each answer, and writes the access log at level debug (errors of ours at warning)."""
-    requests = metrics.counter("storaged_s3_requests_total")
-    seconds = metrics.histogram("storaged_s3_request_seconds")
-    received, sent = metrics.counter("storaged_s3_received_bytes_total"), metrics.counter("storaged_s3_sent_bytes_total")
+    tallies = metrics.requests
     access = structlog.get_logger("s3")
     level = logging.getLogger("storaged.s3")
     record = observe.span_recorder("storaged.s3")
 
-    @lru_cache(maxsize=1024)
-    def children(operation: str, status: int) -> tuple[Counter, Histogram]:
-        return requests.labels(operation, str(status)), seconds.labels(operation)
-
     def done(request: RequestDone) -> None:
-        count, time = children(request.operation or "none", request.status)
-        count.inc()
-        time.observe(request.duration_s)
-        if request.bytes_in:
-            received.inc(request.bytes_in)
-        if request.bytes_out:
-            sent.inc(request.bytes_out)
+        tallies.answered(request.operation or "none", request.status, request.duration_s)
+        tallies.bytes_in += request.bytes_in
+        tallies.bytes_out += request.bytes_out
         if record is not None:
             told: dict[str, str | int] = {
                 "http.response.status_code": request.status,

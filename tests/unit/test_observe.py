@@ -9,6 +9,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from storaged import observe
 
@@ -86,34 +87,61 @@ def test_auto_chooses_by_where_the_lines_go() -> None:
 
 def test_metrics_are_those_described_and_no_others() -> None:
     metrics = observe.Metrics()
-    metrics.counter("storaged_s3_requests_total").labels("GetObject", "200").inc()
+    metrics.requests.answered("GetObject", 200, 0.5)
     assert metrics.registry.get_sample_value("storaged_s3_requests_total", {"operation": "GetObject", "status": "200"}) == 1.0
     with pytest.raises(KeyError):
         metrics.gauge("storaged_unheard_of")
 
 
+def test_requests_are_told_as_prometheus_own_counters_and_histograms_would_tell_them() -> None:
+    metrics, registry = observe.Metrics(), CollectorRegistry()
+    count = Counter(
+        "storaged_s3_requests_total", observe.METRICS["storaged_s3_requests_total"].help, ("operation", "status"), registry=registry
+    )
+    time = observe.METRICS["storaged_s3_request_seconds"]
+    seconds = Histogram("storaged_s3_request_seconds", time.help, ("operation",), buckets=time.buckets, registry=registry)
+    for operation, status, took_s in (
+        ("GetObject", 200, 0.001),
+        ("GetObject", 404, 0.00100001),
+        ("GetObject", 200, 0.0),
+        ("none", 400, 99.0),
+        ("none", 400, 30.0),
+    ):
+        count.labels(operation, str(status)).inc()
+        seconds.labels(operation).observe(took_s)
+        metrics.requests.answered(operation, status, took_s)
+    metrics.requests.bytes_in += 7
+
+    def lines(told: CollectorRegistry) -> list[str]:
+        text = observe.exposition(told).decode().splitlines()
+        return [line for line in text if "storaged_s3_request" in line and "_created" not in line]
+
+    assert lines(metrics.registry) == lines(registry)
+    assert metrics.registry.get_sample_value("storaged_s3_received_bytes_total") == 7
+
+
 def test_what_several_processes_counted_is_one_nodes_and_goes_on_when_one_has_ended() -> None:
     processes = [observe.Metrics() for _ in range(3)]
     for number, metrics in enumerate(processes, 1):
-        metrics.counter("storaged_s3_requests_total").labels("GetObject", "200").inc(number)
-        metrics.histogram("storaged_s3_request_seconds").labels("GetObject").observe(0.003)
+        for _ in range(number):
+            metrics.requests.answered("GetObject", 200, 0.003)
         metrics.gauge("storaged_s3_connections").set(10 * number)
         metrics.gauge("storaged_loop_lag_seconds").set(number / 10)
         metrics.gauge("storaged_ready").set(number == 1)
         metrics.gauge("storaged_object_events").labels("gets").set(number)
-    processes[2].counter("storaged_s3_requests_total").labels("PutObject", "200").inc()
+    processes[2].requests.answered("PutObject", 200, 0.003)
     first, second, ended = processes
     ended_counts = observe.counts_of(observe.samples_of(ended.registry), first.registry)
     text = observe.exposition(first.registry, [observe.samples_of(second.registry), ended_counts]).decode()
     lines = text.splitlines()
     assert 'storaged_s3_requests_total{operation="GetObject",status="200"} 6.0' in lines
     assert 'storaged_s3_requests_total{operation="PutObject",status="200"} 1.0' in lines
-    assert 'storaged_s3_request_seconds_count{operation="GetObject"} 3.0' in lines
+    assert 'storaged_s3_request_seconds_count{operation="GetObject"} 6.0' in lines
     assert "storaged_s3_connections 30.0" in lines
     assert "storaged_loop_lag_seconds 0.2" in lines
     assert "storaged_ready 1.0" in lines
     assert 'storaged_object_events{event="gets"} 6.0' in lines
-    edges = [line.split('le="')[1].split('"')[0] for line in lines if line.startswith("storaged_s3_request_seconds_bucket")]
+    edges = [line.split('le="')[1].split('"')[0] for line in lines if 'operation="GetObject"} ' in line and "_bucket{" in line]
     assert edges == ["0.001", "0.0025", *edges[2:-1], "+Inf"]
     assert [float(edge) for edge in edges] == sorted(map(float, edges))
 
