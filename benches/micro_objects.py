@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, cast
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -21,11 +21,10 @@ from storaged.cluster.ports import Layouts
 from storaged.ids import system_entropy
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Outcome, Reading, SmallCopies, Update
-from storaged.objects.api import BodyChecks, NewMeta
+from storaged.objects.api import BodyChecks, NewMeta, PutResult
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.service import ObjectService
 from storaged.units import KIB
-from storaged.wire import Buffer
 
 
 class _Ports:
@@ -46,16 +45,9 @@ class _Ports:
         value = self.values.get(name)
         return Reading(value, self.copies.get(value.payload) if want_payload and value is not None else None)
 
-    async def change(
-        self,
-        name: RegisterName,
-        update: Update,
-        *,
-        small: SmallCopies | None = None,
-        ready: Awaitable[None] | None = None,
-        renew: Callable[[], Awaitable[None]] | None = None,
-        settling_nonce: bytes = b"",
-    ) -> Outcome:
+    def change_soon(
+        self, name: RegisterName, update: Update, then: Callable[[Outcome | Exception], None], *, small: SmallCopies | None = None
+    ) -> bool:
         before = self.values.get(name)
         change = update(before)
         assert change is not None
@@ -65,23 +57,8 @@ class _Ports:
         assert small.enough(frozenset(replicas[:2]))
         self.copies[small.data_id] = memoryview(b"".join(small.fragments[0][1]))
         after = self.values[name] = Value((before.sequence if before else 0) + 1, bytes(16), change.visibility, change.body, change.payload)
-        return Outcome(before, after)
-
-
-class _Body:
-    """An ``api.WholeBody``, as the S3 front's are."""
-
-    def __init__(self, plain: bytes) -> None:
-        self._plain = plain
-
-    def __aiter__(self) -> AsyncIterator[Buffer]:
-        return self
-
-    async def __anext__(self) -> Buffer:
-        raise AssertionError("a small body is asked for whole")
-
-    async def whole(self) -> Buffer:
-        return self._plain
+        then(Outcome(before, after))
+        return True
 
 
 class World:
@@ -113,8 +90,9 @@ class World:
         checks = BodyChecks(size=len(self.plain), sha256=self.sha256)
         meta = NewMeta({"content-type": "application/octet-stream"})
         key = key or b"photos/2026/%08d.jpg" % next(self.numbers)
-        result = finished(self.objects.put(BUCKET, key, _Body(self.plain), meta, checks, owner="f" * 64))
-        assert result.size == len(self.plain)
+        told: list[PutResult | Exception] = []
+        assert self.objects.put_soon(BUCKET, key, self.plain, meta, checks, told.append, owner="f" * 64)
+        assert isinstance(told[0], PutResult)
         if key != b"key":
             self.ports.values.popitem()
             self.ports.copies.popitem()

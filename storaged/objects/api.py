@@ -296,6 +296,25 @@ class Objects(Protocol):
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult: ...
 
+    @property
+    def small_bytes_max(self) -> int:
+        """The largest body that ``put_soon`` takes."""
+
+    def put_soon(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        plain: Buffer,
+        meta: NewMeta,
+        checks: BodyChecks,
+        then: Callable[[PutResult | Exception], None],
+        *,
+        owner: str,
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    ) -> bool:
+        """As ``put``, of a small body that is here whole, without a task: ``then`` is told its result or what it would raise, once, perhaps before this returns, and must
+        not raise. ``plain`` stays as it is until then. False, or an exception: nothing was begun, and ``put`` is to be called."""
+
     async def head(
         self,
         bucket: BucketRecord,

@@ -7,8 +7,8 @@ is coded and spread block by block (``writer``), and its barrier overlaps the pr
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -79,13 +79,11 @@ async def put(
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
     """Stores an object. When this returns it is durable, and every later read sees it. When it raises, nothing was changed (OutcomeUnknown says when that is not sure)."""
-    name, where = object_name(bucket.id, bucket.shards, key), Place(bucket.id, key)
     bucket_key = plane.keys.bucket_key_at_hand(bucket.id) or await plane.keys.bucket_key(bucket.id)
+    write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)
+    name, size = write.name, checks.size
     if conditions != NO_WRITE_CONDITIONS:
-        await check_early(plane, name, where, BucketKeys(plane, bucket), conditions)
-    fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
-    write = _Write(plane, bucket, name, where, bucket_key, fresh[:DEK_BYTES], fresh[DEK_BYTES:], meta, owner, conditions)
-    size = checks.size
+        await check_early(plane, name, write.where, BucketKeys(plane, bucket), conditions)
     if size is not None and size <= plane.limits.small_bytes_max:
         with trace.span("receive"):
             plain = await whole_of(body, size)
@@ -98,6 +96,44 @@ async def put(
             return await _commit_put(write, sealed)
     async with sealed_body(plane, bucket, name, body, checks, dek=write.dek, data_id=write.data_id) as sealed:
         return await _commit_put(write, sealed)
+
+
+def put_soon(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    plain: Buffer,
+    meta: NewMeta,
+    checks: BodyChecks,
+    then: Callable[[PutResult | Exception], None],
+    *,
+    owner: str,
+    conditions: WriteConditions = NO_WRITE_CONDITIONS,
+) -> bool:
+    """See ``api.Objects``. Of a condition it is enough that the commit judges it: there is no body left to be spared."""
+    bucket_key = plane.keys.bucket_key_at_hand(bucket.id)
+    if bucket_key is None or len(plain) > plane.limits.small_bytes_max or needs_etag(conditions):
+        return False
+    write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)
+    sealed = seal_small(plane, bucket, write.name, plain, digest_of(plain, checks), write.dek, write.data_id, 1)
+    if sealed is None:
+        return False
+    replacing, result = _replacing(write, sealed)
+    return plane.registers.change_soon(write.name, replacing.update, partial(_put_over, replacing, result, then), small=sealed.small)
+
+
+def _put_over(
+    replacing: _Replacing, result: PutResult, then: Callable[[PutResult | Exception], None], outcome: Outcome | Exception
+) -> None:
+    if isinstance(outcome, Exception):
+        then(outcome)
+        return
+    try:
+        replacing.over(outcome)
+    except Exception as error:
+        then(error)
+        return
+    then(result)
 
 
 class _Write(NamedTuple):
@@ -115,12 +151,31 @@ class _Write(NamedTuple):
     conditions: WriteConditions
 
 
+def _write_of(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, bucket_key: BucketKey, meta: NewMeta, owner: str, conditions: WriteConditions
+) -> _Write:
+    name, where = object_name(bucket.id, bucket.shards, key), Place(bucket.id, key)
+    fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
+    return _Write(plane, bucket, name, where, bucket_key, fresh[:DEK_BYTES], fresh[DEK_BYTES:], meta, owner, conditions)
+
+
 async def _commit_put(write: _Write, sealed: Sealed) -> PutResult:
-    plane, digest = write.plane, sealed.digest
-    modified_ms = plane.clock.wall_ms()
+    plane = write.plane
+    replacing, result = _replacing(write, sealed)
+    if sealed.writer is None:
+        outcome = await change_with_keys(plane.registers, replacing.keys, write.name, replacing.update, small=sealed.small)
+    else:
+        outcome, _ = await commit_sealed(plane, replacing.keys, write.name, replacing.update, sealed)
+    replacing.over(outcome)
+    return result
+
+
+def _replacing(write: _Write, sealed: Sealed) -> tuple[_Replacing, PutResult]:
+    """What is to be committed, and what the client is told when it was."""
+    digest, modified_ms = sealed.digest, write.plane.clock.wall_ms()
     kind = FULL_OBJECT if digest.checksums else ""
     version = seal_version(
-        plane,
+        write.plane,
         write.where,
         write.bucket_key,
         write.dek,
@@ -131,37 +186,55 @@ async def _commit_put(write: _Write, sealed: Sealed) -> PutResult:
         modified_ms=modified_ms,
         parts=(sealed.entry,),
     )
-    await _commit_version(write, version, sealed)
-    return PutResult(digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms)
+    return _Replacing(write, version, sealed), PutResult(digest.etag, NULL_VERSION, digest.size, digest.checksums, kind, modified_ms)
 
 
-async def _commit_version(write: _Write, version: Version, sealed: Sealed) -> None:
-    """Makes ``version`` the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
-    plane, conditions, started = write.plane, write.conditions, write.plane.clock.monotonic()
-    keys = BucketKeys(plane, write.bucket)
-    record = ObjectRecord((version,))
-    change = record_change(record, sealed.small.data_id if sealed.small is not None else b"")
-    judged: tuple[Value | None, ObjectRecord] = (None, EMPTY)
+class _Replacing:
+    """A version that becomes the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
 
-    def update(value: Value | None, entry: PartEntry = sealed.entry) -> Change:
-        nonlocal judged
+    __slots__ = ("_change", "_found", "_judged", "_record", "_sealed", "_started", "_version", "_write", "keys")
+
+    def __init__(self, write: _Write, version: Version, sealed: Sealed) -> None:
+        self.keys = BucketKeys(write.plane, write.bucket)
+        self._write = write
+        self._version = version
+        self._sealed = sealed
+        self._started = write.plane.clock.monotonic()
+        self._record = ObjectRecord((version,))
+        self._change = record_change(self._record, sealed.small.data_id if sealed.small is not None else b"")
+        self._judged: Value | None = None
+        self._found = EMPTY
+
+    def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
+        """``entry``: of the body, when it is no longer where it was when it was sealed."""
+        write, sealed = self._write, self._sealed
         if sealed.small is not None:  # a proposer that slept must not write anew what a collector is about to delete
-            plane.check_age(started, version.modified_ms)
-        judged = value, decode_record(value)  # what cannot be read must not be replaced
+            write.plane.check_age(self._started, self._version.modified_ms)
+        self._judged, self._found = value, decode_record(value)  # what cannot be read must not be replaced
+        conditions = write.conditions
         if conditions != NO_WRITE_CONDITIONS:
-            check_write(conditions, current_of(write.where, judged[1], keys, with_etag=needs_etag(conditions)))
-        if entry is sealed.entry:
-            return change
-        return record_change(ObjectRecord((msgspec.structs.replace(version, parts=(entry,)),)))
+            check_write(conditions, current_of(write.where, self._found, self.keys, with_etag=needs_etag(conditions)))
+        if entry is None or entry is sealed.entry:
+            return self._change
+        return record_change(ObjectRecord((msgspec.structs.replace(self._version, parts=(entry,)),)))
 
-    if sealed.writer is None:
-        outcome = await change_with_keys(plane.registers, keys, write.name, update, small=sealed.small)
-        plane.counters.bytes_in += sealed.digest.size
-    else:
-        outcome, _ = await commit_sealed(plane, keys, write.name, update, sealed)
-    before = judged[1] if outcome.before is judged[0] else decode_record(outcome.before)
-    if before.versions:
-        retire_replaced(plane, write.bucket, write.name, before, record)
+    def over(self, outcome: Outcome) -> None:
+        """It is committed. Raises DataDamaged for a record found in its place that can't be read."""
+        write = self._write
+        if self._sealed.writer is None:  # else ``commit_sealed`` has counted it
+            _count_put(write.plane, self._sealed)
+        before = self._found if outcome.before is self._judged else decode_record(outcome.before)
+        if before.versions:
+            retire_replaced(write.plane, write.bucket, write.name, before, self._record)
+
+
+def _count_put(plane: ObjectPlane, sealed: Sealed) -> None:
+    counters = plane.counters
+    counters.bytes_in += sealed.digest.size
+    if sealed.small is not None:
+        counters.puts_small += 1
+    elif sealed.entry.inline:
+        counters.puts_inline += 1
 
 
 async def check_early(plane: ObjectPlane, name: RegisterName, where: Place, keys: BucketKeys, conditions: WriteConditions) -> None:
@@ -261,9 +334,7 @@ def seal_small(
     with trace.span("seal"):
         header, sealed = seal_part(dek, data_id, number, plain, plane.entropy(SALT_BYTES))
     if inline:
-        plane.counters.puts_inline += 1
         return Sealed(PartEntry(number, data_id, digest.size, header, 1, target, (), sealed), digest)
-    plane.counters.puts_small += 1
     copy = FragmentHeader(
         data_id + plan.id_tail,
         name.pack(),
@@ -291,7 +362,7 @@ async def commit_sealed(
                 plane,
                 keys,
                 name,
-                functools.partial(_with_entry, update, entry, writer),
+                partial(_with_entry, update, entry, writer),
                 ready=writer.barrier if writer else None,
                 still_there=writer.still_there if writer else None,
                 small=sealed.small,
@@ -300,7 +371,7 @@ async def commit_sealed(
             assert writer is not None
             entry = writer.entry()
         else:
-            plane.counters.bytes_in += sealed.digest.size
+            _count_put(plane, sealed)
             if writer is not None and writer.degraded:
                 plane.on_degraded(name)
             return outcome, entry

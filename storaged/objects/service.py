@@ -33,6 +33,7 @@ from storaged.objects.get import HeldStream, VerifiedStream
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.reads import HedgeDelay
 from storaged.objects.records import BucketRecord
+from storaged.wire import Buffer
 
 
 class ObjectService:
@@ -62,6 +63,24 @@ class ObjectService:
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
         return await put.put(self.plane, bucket, key, body, meta, checks, owner=owner, conditions=conditions)
+
+    @property
+    def small_bytes_max(self) -> int:
+        return self.plane.limits.small_bytes_max
+
+    def put_soon(
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        plain: Buffer,
+        meta: NewMeta,
+        checks: BodyChecks,
+        then: Callable[[PutResult | Exception], None],
+        *,
+        owner: str,
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    ) -> bool:
+        return put.put_soon(self.plane, bucket, key, plain, meta, checks, then, owner=owner, conditions=conditions)
 
     async def head(
         self,

@@ -24,7 +24,19 @@ from msgspec import Struct
 from storaged import errors, trace
 from storaged.clock import Clock
 from storaged.ids import Entropy
-from storaged.objects.api import Buckets, ObjectInfo, Objects, ObjectStream, Reading, Soon, Users
+from storaged.objects.api import (
+    BodyChecks,
+    Buckets,
+    NewMeta,
+    ObjectInfo,
+    Objects,
+    ObjectStream,
+    PutResult,
+    Reading,
+    Soon,
+    Users,
+    WriteConditions,
+)
 from storaged.s3 import routes, xml
 from storaged.s3.auth import admit, admit_anonymous, claim_of
 from storaged.s3.body import RequestBody
@@ -34,8 +46,9 @@ from storaged.s3.headers import wants_checksums
 from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.listen import BACKLOG, listen
+from storaged.s3.objects import put_asked
 from storaged.s3.post import is_form, post_object
-from storaged.s3.reply import Reply, object_headers, xml_reply
+from storaged.s3.reply import Reply, object_headers, stored_headers, xml_reply
 from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
 from storaged.s3.send import Sender, Sent
 
@@ -268,15 +281,23 @@ class S3App:
 
     # --- by callbacks -------------------------------------------------------------------------------------------------------
 
-    def _begin_soon(self, connection: Connection, raw: bytes) -> bool:
-        """Takes on a GET or HEAD that asks for a whole object and nothing else, when who asks, and the bucket, are in memory. Whatever is refused, or not
-        understood, is left to the task, which says why."""
-        if self._draining or trace.on or self._in_flight >= self._limits.requests_max or not raw.startswith(_READS):
+    def _begin_soon(self, connection: Connection, raw: bytes, more: int) -> bool:
+        """Takes on a GET or HEAD that asks for a whole object and nothing else, and a PUT of a small one, when who asks, and the bucket, are in memory. Whatever is
+        refused, or not understood, is left to the task, which says why."""
+        writes = raw.startswith(b"PUT /")
+        if self._draining or trace.on or self._in_flight >= self._limits.requests_max or not (writes or raw.startswith(_READS)):
             return False
         front = self._front
         try:
             head = parse_head(raw, self._limits)
-            if head.length or not head.keep_alive or not head.headers.keys() <= _READ_HEADERS or b"?" in head.target:
+            length, headers = head.length, head.headers
+            if length is None or more > length or not head.keep_alive or b"?" in head.target:
+                return False
+            if (
+                length > front.objects.small_bytes_max or "x-amz-copy-source" in headers
+                if writes
+                else length or not headers.keys() <= _READ_HEADERS
+            ):
                 return False
             request = self._request_of(connection, head)
             self._locate(request)
@@ -286,32 +307,73 @@ class S3App:
             if claim is None or known is None or bucket is None or not request.key:
                 return False
             admit(request, claim, *known, self._clock.wall_ms())
-            check_owner(bucket, request.who)
+            check_owner(bucket, request.who, headers.get("x-amz-expected-bucket-owner", ""))
+            asked = put_asked(request) if writes and request.body.decoder is None else None
+            if writes and asked is None:
+                return False
             route = routes.find(request.method, request.bucket, request.key, {})
         except Exception:  # the task meets it again
             return False
         request.operation, request._bucket_record = route.operation, bucket
         self._came()
-        then = partial(self._read, connection, request, route, self._clock.monotonic())
-        front.objects.read_soon(bucket, request.key, head.method == "GET", then)
+        begun = _Begun(request, route, self._clock.monotonic())
+        if asked is None:
+            front.objects.read_soon(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
+            return True
+        body, written = request.body, partial(self._write, connection, begun, *asked)
+        if length:
+            connection.open_body(body)
+        body.go_on()
+        if body.complete:
+            written()
+        else:
+            connection.when_whole(body, written)
         return True
 
-    def _read(self, connection: Connection, request: Request, route: routes.Route, started_s: float, found: Soon) -> None:
+    def _write(self, connection: Connection, begun: _Begun, meta: NewMeta, checks: BodyChecks, conditions: WriteConditions) -> None:
+        """All of the body has come, or no more will."""
+        request = begun.request
+        plain, then = request.body.at_hand(), partial(self._written, connection, begun)
+        try:
+            if plain is not None and self._front.objects.put_soon(
+                request.bucket_record, request.key, plain, meta, checks, then, owner=request.who.user_id, conditions=conditions
+            ):
+                return
+        except Exception:  # the task meets it again
+            log.debug("a PUT is left to its connection's task", exc_info=True)
+        self._leave(connection, begun)
+
+    def _written(self, connection: Connection, begun: _Begun, told: PutResult | Exception) -> None:
+        reply = self._failure(begun.request, told) if isinstance(told, Exception) else Reply(headers=stored_headers(told))
+        self._end_soon(connection, begun, reply)
+
+    def _read(self, connection: Connection, begun: _Begun, found: Soon) -> None:
         """Answers what was begun, or leaves the rest to the connection's task."""
+        request = begun.request
         if (
             found is None
             or isinstance(found, Reading)
             or (isinstance(found, errors.StoragedError) and not isinstance(found, errors.NoSuchKey))
         ):
             request.reading = found if isinstance(found, Reading) else None
-            if not connection.hand_over(_Begun(request, route, started_s)):
-                self._went()
-                self._observe(request, Reply(), 0, False, started_s, None)
+            self._leave(connection, begun)
             return
-        keep, bytes_out, complete = not self._draining, 0, False
-        reply = Reply(500)
         try:
             reply = self._reply_of(request, found)
+        except Exception as error:
+            reply = self._failure(request, error)
+        self._end_soon(connection, begun, reply)
+
+    def _leave(self, connection: Connection, begun: _Begun) -> None:
+        """To the connection's task, unless its client has gone."""
+        if not connection.hand_over(begun):
+            self._went()
+            self._observe(begun.request, Reply(), 0, False, begun.started_s, None)
+
+    def _end_soon(self, connection: Connection, begun: _Begun, reply: Reply) -> None:
+        """Sends the answer to what was begun."""
+        request, keep, bytes_out, complete = begun.request, not self._draining, 0, False
+        try:
             bytes_out, complete = self._sender.put(connection, request, reply, keep), True
         except ConnectionError:
             connection.transport.abort()
@@ -319,10 +381,10 @@ class S3App:
             log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
             connection.transport.abort()
         keep = keep and complete
-        if connection.paused and connection.hand_over(_Begun(request, route, started_s, Sent(reply, bytes_out, complete, keep, False))):
+        if connection.paused and connection.hand_over(begun._replace(written=Sent(reply, bytes_out, complete, keep, False))):
             return
         self._went()
-        self._observe(request, reply, bytes_out, complete, started_s, None)
+        self._observe(request, reply, bytes_out, complete, begun.started_s, None)
         connection.answered(keep=keep)
 
     def _reply_of(self, request: Request, found: ObjectStream | ObjectInfo | errors.NoSuchKey) -> Reply:
@@ -417,11 +479,15 @@ class S3App:
             if spans is not None:
                 spans.note("bucket", signed_ns, time.perf_counter_ns())
             return await route.handler(front, request)
-        except errors.S3Error as error:
+        except Exception as error:
+            return self._failure(request, error)
+
+    def _failure(self, request: Request, error: Exception) -> Reply:
+        """What was not expected is told to the log alone."""
+        if isinstance(error, errors.S3Error):
             return self.error_reply(request, error)
-        except Exception:
-            log.exception("%s failed, request %s", request.operation, request.id)
-            return self.error_reply(request, errors.InternalError())
+        log.error("%s failed, request %s", request.operation, request.id, exc_info=error)
+        return self.error_reply(request, errors.InternalError())
 
     def error_reply(self, request: Request, error: errors.S3Error) -> Reply:
         """The error as S3 says it; for HEAD and 304 in headers alone."""

@@ -74,6 +74,8 @@ class RequestBody(AsyncIterator[Buffer]):
         self.destination: memoryview | None = None
         """Where the connection puts what comes next."""
         self.waiter: asyncio.Future[None] | None = None
+        self.then: Callable[[], None] | None = None
+        """Who is told, once, that all has come or no more will; see ``Connection.when_whole``."""
         self.waited_s = 0.0
         self.sha256 = ""
         """Hex of what the body must hash to; empty when it was not signed."""
@@ -144,6 +146,14 @@ class RequestBody(AsyncIterator[Buffer]):
         self.destination = None
         self._source.body_done()
         self._wake()
+        if self.then is not None:
+            self.tell()
+
+    def tell(self) -> None:
+        """Calls ``then``."""
+        then, self.then = self.then, None
+        if then is not None:
+            then()
 
     def _keep(self, data: Buffer) -> None:
         self.bytes_come += len(data)
@@ -186,10 +196,13 @@ class RequestBody(AsyncIterator[Buffer]):
         self._kept_bytes -= len(piece)
         return piece
 
-    def hand_over_sha256(self) -> str:
-        """What the body was signed as, for whoever reads and hashes it anyway to verify; empty when nothing was signed, or chunk by chunk."""
-        expected, self.sha256 = self.sha256, ""
-        return expected
+    def at_hand(self) -> Buffer | None:
+        """The whole body as it was sent, when all of it has come and none was read; it can be read as ever. None when it failed, or is to be decoded."""
+        if not self.complete or self.decoder is not None:
+            return None
+        if len(self._come) > 1:
+            self._come = deque((b"".join(self._come),))
+        return self._come[0] if self._come else b""
 
     async def __anext__(self) -> Buffer:
         """The next bytes of the object. The last come only after chunk signatures, framing and length hold; the hash that was signed is not checked here."""

@@ -3,6 +3,7 @@
 Theory of operation. A connection is a protocol of the event loop and one task, which lives as long as the connection: the loop's callbacks put bytes where they
 belong (a head, or the body of the request being answered) and wake the task only when it has something to do. So a small request costs one wake-up; or none: a
 head that has come is first offered to ``Connections.begin_soon``, which may answer it by callbacks, and ends that with ``answered``, or with ``hand_over`` to the task.
+A body that it waits for is fed as ever; ``when_whole`` tells when all has come.
 
 All connections read into one buffer, from which a head is copied at once; only the bytes of a large body are received straight into its reader's memory
 (``RequestBody.fill``). What a client sends while nobody reads is kept up to ``Limits.read_buffer_bytes``; then its socket is no longer read.
@@ -22,6 +23,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, cast
 
 from storaged import trace
@@ -115,6 +117,8 @@ class Connection(asyncio.BufferedProtocol):
             body.received(nbytes)
         else:
             self._input = body.feed(bytes(self._scratch[:nbytes]))
+            if body.then is not None and body.complete:
+                body.tell()
 
     def _on_head(self, data: bytes) -> None:
         waiter = self._heard
@@ -128,26 +132,38 @@ class Connection(asyncio.BufferedProtocol):
         if awaited:
             end = data.find(HEAD_END, max(seen - 3, 0))
             if end >= 0 or broken_so_far(data, self._limits, seen):
-                if not self._begin_soon(data, end):
-                    self._wake(waiter)
+                if end >= 0 and self._begin_soon(data, end):
+                    return
+                self._wake(waiter)
                 awaited = False
         if not awaited and len(data) > self._limits.read_buffer_bytes:
             self.hold_back()  # also before the task has run: one readiness of the socket may bring dozens of reads
 
     def _begin_soon(self, data: bytes, end: int) -> bool:
-        """Whether the request whose head this is, up to ``end``, and all that has come, is answered by callbacks."""
+        """Whether the request whose head ends at ``end`` of all that has come is answered by callbacks."""
         begin = self._others.begin_soon
-        if begin is None or end < 0 or end != len(data) - len(HEAD_END):
+        if begin is None:
             return False
         self._answering = True
-        self._input = b""
+        self._input = data[end + len(HEAD_END) :]
         self.phase = WORKING
-        if begin(self, data[:end]):
+        if begin(self, data[:end], len(self._input)):
             return True
         self._answering = False
         self._input = data
         self.phase = HEAD
         return False
+
+    def when_whole(self, body: RequestBody, then: Callable[[], None]) -> None:
+        """``then`` is called once all of ``body``, which was opened, has come, or no more will."""
+        body.then = partial(self._body_over, then)
+        self.phase = BODY
+        self.progress += 1
+
+    def _body_over(self, then: Callable[[], None]) -> None:
+        self.phase = WORKING
+        self.progress += 1
+        then()
 
     def answered(self, *, keep: bool) -> None:
         """The answer of a request that was begun by ``begin_soon`` has been written; ``keep``: others may follow."""
@@ -163,7 +179,7 @@ class Connection(asyncio.BufferedProtocol):
     def hand_over(self, begun: object) -> bool:
         """The task goes on with a request that was begun by ``begin_soon``: ``next_head`` returns it. False: there is no task any more, for the client has gone."""
         self._answering = False
-        if self._heard is None:
+        if self._heard is None or self._heard.cancelled():
             return False
         self._begun = begun
         self._wake(self._heard)
@@ -368,10 +384,10 @@ class Connections:
         self,
         converse: Callable[[Connection], Coroutine[Any, Any, None]],
         limits: Limits,
-        begin_soon: Callable[[Connection, bytes], bool] | None = None,
+        begin_soon: Callable[[Connection, bytes, int], bool] | None = None,
     ) -> None:
-        """``begin_soon(connection, head)``: whether it takes the request on, to call ``Connection.answered`` or ``hand_over``, perhaps before it returns. It must
-        not raise."""
+        """``begin_soon(connection, head, more)``: whether it takes the request on, to call ``Connection.answered`` or ``hand_over``, perhaps before it returns. ``more``:
+        so many bytes have come behind the head; who takes the request on takes them all (``open_body``). It must not raise."""
         self.limits = limits
         self.begin_soon = begin_soon
         self.scratch = memoryview(bytearray(RECEIVE_BYTES))

@@ -11,6 +11,7 @@ from storaged import errors
 from storaged.objects.api import (
     PART_BYTES_MAX,
     BodyChecks,
+    NewMeta,
     ObjectInfo,
     ObjectStream,
     RangeSpec,
@@ -80,15 +81,18 @@ def upload_checks(request: Request, bytes_max: int) -> BodyChecks:
         raise errors.EntityTooLarge(ProposedSize=str(size), MaxSizeAllowed=str(bytes_max))
     trailing = h.trailing_names(headers) if decoder is not None else ()
     checks = h.body_checks(headers, size, trailing, decoder.trailers if decoder is not None else None)
-    signed = body.hand_over_sha256()
-    return replace(checks, sha256=signed) if signed else checks
+    return replace(checks, sha256=body.sha256) if body.sha256 else checks
+
+
+def put_asked(request: Request) -> tuple[NewMeta, BodyChecks, WriteConditions]:
+    """What PutObject asks for. Raises as ``upload_checks``, and for headers that are wrong or ask for what does not exist."""
+    headers = request.headers
+    h.refuse_unsupported(headers)
+    return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), h.write_conditions(headers)
 
 
 async def put_object(front: Front, request: Request) -> Reply:
-    h.refuse_unsupported(request.headers)
-    meta = h.new_meta(request.headers)
-    checks = upload_checks(request, PART_BYTES_MAX)
-    conditions = h.write_conditions(request.headers)
+    meta, checks, conditions = put_asked(request)
     result = await front.objects.put(
         request.bucket_record, request.key, request.body, meta, checks, owner=request.who.user_id, conditions=conditions
     )

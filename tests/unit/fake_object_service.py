@@ -39,6 +39,7 @@ from storaged.objects.api import (
 )
 from storaged.objects.get import HeldStream, Span
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
+from storaged.wire import Buffer
 
 PIECE_BYTES = 64 * 1024
 ANY_READ = ReadConditions()
@@ -72,6 +73,10 @@ class Upload:
 
 
 HELD_BYTES_MAX = 16 * 1024
+
+
+async def pieces_of(data: bytes) -> AsyncIterator[Buffer]:
+    yield data
 
 
 class FakeStream:
@@ -177,8 +182,10 @@ class FakeObjects:
         self.streams: list[FakeStream] = []
         self.fail_after: int | None = None
         self.soon: Callable[[Callable[[], None]], object] = lambda tell: asyncio.get_running_loop().call_soon(tell)
-        """When ``read_soon`` tells."""
+        """When ``read_soon`` and ``put_soon`` tell."""
         self.told: list[Soon] = []
+        self.busy = False
+        self.put_told: list[PutResult | Exception] = []
         self.readings: list[Reading | None] = []
         self._upload_numbers = count(1)
 
@@ -252,6 +259,31 @@ class FakeObjects:
         self.check_write(self.of(bucket).get(key), conditions)
         kind = "FULL_OBJECT" if computed else ""
         return self.store(bucket, key, data, meta, hashlib.md5(data).hexdigest(), owner, checksums=computed, checksum_type=kind)
+
+    small_bytes_max = HELD_BYTES_MAX
+
+    def put_soon(
+        self, bucket: BucketRecord, key: bytes, plain: Buffer, meta: NewMeta, checks: BodyChecks, then: Callable[[PutResult | Exception], None], *,
+        owner: str, conditions: WriteConditions = ANY_WRITE,
+    ) -> bool:  # fmt: skip
+        """Judged at once, stored when it tells; ``busy``: not taken on."""
+        if self.busy:
+            return False
+        data, work = bytes(plain), self.put(bucket, key, pieces_of(bytes(plain)), meta, checks, owner=owner, conditions=conditions)
+        assert checks.size == len(data)
+        try:
+            work.send(None)
+        except StopIteration as done:
+            found: PutResult | Exception = done.value
+        except errors.PreconditionFailed as error:
+            found = error
+
+        def tell() -> None:
+            self.put_told.append(found)
+            then(found)
+
+        self.soon(tell)
+        return True
 
     def find(self, bucket: BucketRecord, key: bytes, version_id: str) -> Stored:
         if version_id not in ("", NULL_VERSION):

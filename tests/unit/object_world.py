@@ -253,6 +253,8 @@ class FakeRing:
         self.pages: dict[bytes, bytes] = {}
         self.fences: dict[bytes, tuple[bytes, bool]] = {}
         self.replica_away = False
+        self.busy = False
+        """It is somebody else's turn at every register."""
         self.interfere: Callable[[RegisterName], Awaitable[None]] | None = None
         self.rounds: dict[RegisterName, int] = {}
         """Identity rounds: a proposal begun before one is refused."""
@@ -327,6 +329,15 @@ class FakeRing:
             after = Value(sequence, os.urandom(16), change.visibility, change.body, change.payload)
             self.values[name] = after
             return Outcome(before, after)
+
+    def change_soon(
+        self, name: RegisterName, update: Update, then: Callable[[Outcome | Exception], None], *, small: SmallCopies | None = None
+    ) -> bool:
+        if self.busy:
+            return False
+        task = asyncio.get_running_loop().create_task(self.change(name, update, small=small))
+        task.add_done_callback(lambda done: then(done.exception() or done.result()))  # type: ignore[arg-type]
+        return True
 
     async def _copies(self, name: RegisterName, small: SmallCopies) -> None:
         synced = set()

@@ -1,4 +1,4 @@
-"""A read without a task tells what one with a task tells, or what that one goes on from."""
+"""A read or a write without a task tells what one with a task tells, or what that one goes on from."""
 
 from __future__ import annotations
 
@@ -6,16 +6,40 @@ import asyncio
 import gc
 import os
 import weakref
+from collections.abc import AsyncIterator
+from typing import Any
 
+import msgspec
 import pytest
 
-from storaged.errors import DataDamaged, NoSuchKey
+from storaged.errors import BadDigest, DataDamaged, IncompleteBody, NoSuchBucket, NoSuchKey, PreconditionFailed, XAmzContentSHA256Mismatch
 from storaged.meta.names import Value, object_name
-from storaged.objects.api import ObjectInfo, Reading, Soon
+from storaged.objects.api import (
+    NO_WRITE_CONDITIONS,
+    BodyChecks,
+    NewMeta,
+    ObjectInfo,
+    ObjectStream,
+    PutResult,
+    Reading,
+    Soon,
+    WriteConditions,
+)
 from storaged.objects.get import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
-from tests.unit.object_world import World, bucket_of, put
+from storaged.wire import Buffer
+from tests.unit.object_world import OWNER, World, bucket_of, put
+
+META = NewMeta({"content-type": "text/plain"}, {"color": "blue"}, {"a": "b"})
+
+
+async def whole(data: bytes) -> AsyncIterator[Buffer]:
+    yield data
+
+
+async def read_all(stream: ObjectStream) -> bytes:
+    return b"".join([bytes(piece) async for piece in stream.chunks()])
 
 
 async def soon(objects: ObjectService, bucket: BucketRecord, want_plain: bool = True) -> Soon:
@@ -100,4 +124,97 @@ async def test_that_there_is_no_such_object_is_told_and_leaves_no_garbage() -> N
         assert (kind, held()) == (NoSuchKey, None)
     finally:
         gc.enable()
+    await objects.close()
+
+
+async def with_key_at_hand(world: World) -> tuple[ObjectService, BucketRecord]:
+    objects, bucket = ObjectService(world.plane()), bucket_of(world)
+    await world.keys.bucket_key(bucket.id)
+    return objects, bucket
+
+
+async def put_now(
+    objects: ObjectService,
+    bucket: BucketRecord,
+    data: bytes,
+    meta: NewMeta = META,
+    conditions: WriteConditions = NO_WRITE_CONDITIONS,
+    **checks: Any,
+) -> PutResult | Exception:
+    told: asyncio.Future[PutResult | Exception] = asyncio.get_running_loop().create_future()
+    asked = BodyChecks(size=len(data), **checks)
+    assert objects.put_soon(bucket, b"key", data, meta, asked, told.set_result, owner=OWNER, conditions=conditions)
+    return await told
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, 16 * 1024 - 16])
+async def test_a_small_object_is_written_as_by_put_and_counted_once(size: int) -> None:
+    world = World()
+    objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(size)
+    assert objects.small_bytes_max == 16 * 1024 - 16
+    before = await objects.put(bucket, b"key", whole(data), META, BodyChecks(size=size), owner=OWNER)
+    first, one = await objects.head(bucket, b"key"), objects.statistics()
+    after = await put_now(objects, bucket, data)
+    assert isinstance(after, PutResult)
+    second, two = await objects.head(bucket, b"key"), objects.statistics()
+    assert msgspec.structs.replace(after, modified_ms=0) == msgspec.structs.replace(before, modified_ms=0)
+    assert second._replace(modified_ms=0) == first._replace(modified_ms=0)
+    assert (await read_all(await objects.get(bucket, b"key"))) == data
+    assert [(n.puts_inline + n.puts_small, n.bytes_in) for n in (one, two)] == [(1, size), (2, 2 * size)]
+    await asyncio.sleep(0.2)
+    await objects.plane.background.settle()
+    garbage = {data_id for disk in world.disks.disks.values() for data_id in disk.garbage}
+    assert len(garbage) == (size > 1024)  # what was replaced, where it lay on disks
+    await objects.close()
+
+
+async def test_what_is_judged_at_the_commit_refuses_and_changes_nothing() -> None:
+    world = World()
+    objects, bucket = await with_key_at_hand(world)
+    new = WriteConditions(if_none_match="*")
+    assert isinstance(await put_now(objects, bucket, b"one", conditions=new), PutResult)
+    assert isinstance(await put_now(objects, bucket, b"two", conditions=new), PreconditionFailed)
+    assert isinstance(await put_now(objects, bucket, b"three", conditions=WriteConditions(if_match="*")), PutResult)
+    assert (await read_all(await objects.get(bucket, b"key"))) == b"three"
+    name = object_name(bucket.id, bucket.shards, b"key")
+    value = world.ring.values[name]
+    world.ring.values[name] = Value(value.sequence, value.operation, value.visibility, b"no record")
+    assert isinstance(await put_now(objects, bucket, b"four"), DataDamaged)
+    world.ring.fences[bucket.id] = (bytes(16), False)
+    del world.ring.values[name]
+    assert isinstance(await put_now(objects, bucket, b"five"), NoSuchBucket)
+    await objects.close()
+
+
+async def test_a_body_that_is_not_what_was_declared_is_raised_and_begins_nothing() -> None:
+    world = World()
+    objects, bucket = await with_key_at_hand(world)
+    wrong: list[tuple[type[Exception], dict[str, Any]]] = [
+        (BadDigest, {"md5": bytes(16)}), (XAmzContentSHA256Mismatch, {"sha256": "0" * 64}), (BadDigest, {"checksums": {"CRC32": "AAAAAA=="}}),
+    ]  # fmt: skip
+    for error, checks in wrong:
+        with pytest.raises(error):
+            await put_now(objects, bucket, b"data", **checks)
+    with pytest.raises(IncompleteBody):
+        objects.put_soon(bucket, b"key", b"dat", META, BodyChecks(size=4), lambda _: pytest.fail("told"), owner=OWNER)
+    assert world.ring.values == {}
+    await objects.close()
+
+
+@pytest.mark.parametrize("why", ["turn", "key", "disks", "etag", "size"])
+async def test_what_is_no_common_case_is_left_to_put(why: str) -> None:
+    world = World()
+    (objects, bucket), data = await with_key_at_hand(world), os.urandom(5000)
+    conditions = WriteConditions(if_match="0" * 32) if why == "etag" else NO_WRITE_CONDITIONS
+    world.ring.busy, world.keys.late = why == "turn", why == "key"
+    if why == "disks":
+        for rack in "ab":
+            world.disks.rack_down(rack)
+    if why == "size":
+        data *= 4
+    before = objects.statistics()
+    asked = BodyChecks(size=len(data))
+    assert not objects.put_soon(bucket, b"key", data, META, asked, lambda _: pytest.fail("told"), owner=OWNER, conditions=conditions)
+    assert objects.statistics() == before
+    assert world.ring.values == {}
     await objects.close()
