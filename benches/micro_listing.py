@@ -14,9 +14,10 @@ from benches.micro_world import BUCKET, REGION, OneKey, finished, list_request, 
 from storaged.clock import SystemClock
 from storaged.keys.keyring import UnwrappedBucketKey
 from storaged.meta.listing import RingScanner
+from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Value, Visibility, object_name
 from storaged.meta.ports import Ballot, MetaStore, Slot
-from storaged.meta.scan import DigestsKept, ScanReply, ScanRequest, scan_store
+from storaged.meta.scan import DigestsKept, scan_store
 from storaged.objects import listing as objects_listing
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.objects.listed import ListedLately

@@ -17,10 +17,11 @@ from math import ceil, sqrt
 from typing import Any
 
 from storaged.cluster.ports import Layouts, Liveness
+from storaged.meta.messages import ScanRow
 from storaged.meta.names import RegisterName, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row, Scanner
 from storaged.meta.remembered import PIECES_BYTES_MAX, Held, Remembered
-from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, ScanRow, Want, common_prefix, decode_rows, list_after_prefix
+from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, Want, common_prefix, decode_rows, list_after_prefix
 from storaged.meta.scanning import HEDGE_S, SETTLING_MAX, Feed, Piece, Query, ShardReader, Span, bounded, common_end, reported
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1

@@ -1,9 +1,11 @@
-"""What proposers and acceptors say to each other: the requests and replies of ``meta.*`` methods.
+"""What proposers and acceptors say to each other: the requests and replies of ``meta.*`` methods (``scan`` tells what its own mean).
 
 Every request names the disk it is for: a node has several, each its own acceptor. ``verdict`` in replies is ``register.Verdict``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import ZERO_BALLOT, Ballot
@@ -164,3 +166,61 @@ class EpochReply(Message, frozen=True):
     """The epoch in force on that disk, which may be a later one; durable."""
 
     epoch: int
+
+
+class ShardAsk(Message, frozen=True):
+    """``after`` is exclusive; ``limit`` counts entries (visible rows, or common prefixes). ``known``: with HEADS, the digest of an answer that the asker still has: one
+    that would have the same comes without keys and heads. 0: none."""
+
+    shard: int
+    after: bytes
+    limit: int
+    want: int
+    examine_max: int
+    bytes_max: int
+    known: int = 0
+
+
+class ScanRequest(Message, frozen=True):
+    """``visible``: rows with at least this Visibility are entries. ``epoch`` of the asker's layout."""
+
+    disk: str
+    epoch: int
+    table: int
+    scope: bytes
+    shards: tuple[ShardAsk, ...]
+    prefix: bytes = b""
+    delimiter: bytes = b""
+    visible: int = 0
+
+
+class ScanRow(Message, frozen=True):
+    """``ballot``: 18 bytes and more, comparable for equality; empty when the row is damaged here, and the value is None then."""
+
+    key: bytes
+    ballot: bytes
+    visibility: int
+    value: Value | None
+
+
+class ShardSlice(Message, frozen=True):
+    """``through``: everything up to and including this key was looked at (but for what common prefixes stand for); ``done``: to the shard's end.
+    ``rows`` is a list of ScanRow in msgpack, decoded only when it is used; ``keys`` and ``heads`` belong together, when heads were wanted.
+    ``unreadable``: the shard can't be scanned here, or the reply is full; nothing else counts."""
+
+    shard: int
+    through: bytes
+    done: bool
+    digest: int
+    rows: bytes = b""
+    looked_at: int = 0
+    unreadable: bool = False
+    keys: Sequence[bytes] = ()
+    heads: Sequence[bytes] = ()
+
+
+class ScanReply(Message, frozen=True):
+    """``verdict`` is ``register.Verdict``; slices only when it is OK (0), one for every shard asked, in that order."""
+
+    verdict: int = 0
+    slices: tuple[ShardSlice, ...] = ()

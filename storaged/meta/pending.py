@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 import xxhash
 
-from storaged.meta.ports import Done, StoreBatch, StoredPage
+from storaged.meta.ports import Done, Logged, StoreBatch, StoredPage
 from storaged.meta.redo import BODY_BYTES_MAX
 from storaged.meta.rowvalue import pack_row, seal_small
 from storaged.units import MIB
@@ -67,14 +67,6 @@ class Ready:
     @property
     def operations(self) -> int:
         return len(self.rows) + len(self.others) + len(self.pages) + len(self.stale_pages)
-
-
-class Logged(msgspec.Struct, array_like=True, frozen=True):
-    """A batch in the log: ``rows`` and ``others`` as in Ready; ``copy``: the encoded fragment header and the payload of a small copy, or nothing."""
-
-    rows: list[tuple[bytes, bytes, bytes]]
-    others: list[tuple[bytes, bytes, bytes | None]]
-    copy: tuple[bytes, bytes] | None
 
 
 _decoder = msgspec.msgpack.Decoder(list[Logged])

@@ -20,7 +20,7 @@ from storaged.wire import Buffer, Message
 if TYPE_CHECKING:
     from storaged.meta import messages
     from storaged.meta.changes import Changes
-    from storaged.meta.scan import ScanReply, ScanRequest
+    from storaged.meta.messages import ScanReply, ScanRequest
 
 Update = Callable[[Value | None], Change | None]
 """Pure: the settled value (None: never written) -> what it should become, or None to leave it as it is.
@@ -260,6 +260,14 @@ class StoreBatch:
     unfence: list[bytes] = field(default_factory=list)
     pages: list[StoredPage] = field(default_factory=list)
     meta: dict[str, bytes] = field(default_factory=dict)
+
+
+class Logged(Message, frozen=True):
+    """A batch in the redo log: ``rows`` and ``others`` as in ``pending.Ready``; ``copy``: the encoded fragment header and the payload of a small copy, or nothing."""
+
+    rows: list[tuple[bytes, bytes, bytes]]
+    others: list[tuple[bytes, bytes, bytes | None]]
+    copy: tuple[bytes, bytes] | None
 
 
 class Replica(Protocol):

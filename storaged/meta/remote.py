@@ -8,10 +8,10 @@ from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
 from storaged.meta import messages, reads
+from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.ports import Replica
 from storaged.meta.reads import NodeReads, Told
 from storaged.meta.replica import LocalReplica
-from storaged.meta.scan import ScanReply, ScanRequest
 from storaged.wire import Buffer, Message, encode
 
 _POSTED: dict[type[Message], tuple[str, type[Message]]] = {

@@ -28,6 +28,7 @@ from storaged.cluster.ports import Then
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown, StoragedError
 from storaged.meta import messages
 from storaged.meta.bounds import check_epoch, check_fence, check_name, check_page, check_pages, check_value
+from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Fence, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
@@ -44,7 +45,7 @@ from storaged.meta.register import (
     judge_read,
     needs_high_water,
 )
-from storaged.meta.scan import DigestsKept, ScanReply, ScanRequest, scan_store
+from storaged.meta.scan import DigestsKept, scan_store
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 

@@ -18,10 +18,9 @@ import msgspec
 from storaged.clock import Clock
 from storaged.cluster.ports import Then
 from storaged.errors import DiskUnusable, PeerUnreachable, SlowDown, StoragedError
-from storaged.meta.messages import Accept, Prepare, Read
+from storaged.meta.messages import Accept, Prepare, Read, ScanRequest
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Replica, Replicas
-from storaged.meta.scan import ScanRequest
 from storaged.wire import Buffer, encode
 
 T = TypeVar("T")

@@ -14,7 +14,6 @@ A disk keeps what ranges came to when they were looked at last (``DigestsKept``)
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -22,11 +21,11 @@ import msgspec
 import xxhash
 
 from storaged import wire
-from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
+from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName
 from storaged.meta.ports import MetaStore, RowDamaged
 from storaged.meta.rowvalue import STAMP_BYTES, heads_of, row_parts, seed_of, sound_check, sound_rows, stamps_in, visibility_of
 from storaged.units import MIB
-from storaged.wire import Message
 
 SHARDS_MAX = 256
 LIMIT_MAX = 4_096
@@ -55,64 +54,6 @@ class Want(IntEnum):
     """As DIGEST, of rows that nobody verified."""
     HEADS = 4
     """Of the rows that count as entries the keys, and the heads of the bodies (``meta.heads``)."""
-
-
-class ShardAsk(Message, frozen=True):
-    """``after`` is exclusive; ``limit`` counts entries (visible rows, or common prefixes). ``known``: with HEADS, the digest of an answer that the asker still has: one
-    that would have the same comes without keys and heads. 0: none."""
-
-    shard: int
-    after: bytes
-    limit: int
-    want: int
-    examine_max: int
-    bytes_max: int
-    known: int = 0
-
-
-class ScanRequest(Message, frozen=True):
-    """``visible``: rows with at least this Visibility are entries. ``epoch`` of the asker's layout."""
-
-    disk: str
-    epoch: int
-    table: int
-    scope: bytes
-    shards: tuple[ShardAsk, ...]
-    prefix: bytes = b""
-    delimiter: bytes = b""
-    visible: int = 0
-
-
-class ScanRow(Message, frozen=True):
-    """``ballot``: 18 bytes and more, comparable for equality; empty when the row is damaged here, and the value is None then."""
-
-    key: bytes
-    ballot: bytes
-    visibility: int
-    value: Value | None
-
-
-class ShardSlice(Message, frozen=True):
-    """``through``: everything up to and including this key was looked at (but for what common prefixes stand for); ``done``: to the shard's end.
-    ``rows`` is a list of ScanRow in msgpack, decoded only when it is used; ``keys`` and ``heads`` belong together, when heads were wanted.
-    ``unreadable``: the shard can't be scanned here, or the reply is full; nothing else counts."""
-
-    shard: int
-    through: bytes
-    done: bool
-    digest: int
-    rows: bytes = b""
-    looked_at: int = 0
-    unreadable: bool = False
-    keys: Sequence[bytes] = ()
-    heads: Sequence[bytes] = ()
-
-
-class ScanReply(Message, frozen=True):
-    """``verdict`` is ``register.Verdict``; slices only when it is OK (0), one for every shard asked, in that order."""
-
-    verdict: int = 0
-    slices: tuple[ShardSlice, ...] = ()
 
 
 def list_after_prefix(prefix: bytes) -> bytes:

@@ -28,11 +28,12 @@ import msgspec
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
 from storaged.meta.heads import head_of
+from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Registers, Replicas
 from storaged.meta.remembered import Held, Place, Remembered
 from storaged.meta.rounds import ask_one
-from storaged.meta.scan import SHARDS_MAX, ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice, Want, common_prefix, decode_rows
+from storaged.meta.scan import SHARDS_MAX, Want, common_prefix, decode_rows
 from storaged.units import MIB
 
 T = TypeVar("T")

@@ -36,8 +36,9 @@ from storaged.objects.service import ObjectService
 from storaged.objects.users import UserService
 from storaged.objects.where import Whereabouts, where
 from storaged.observe import Metrics
-from storaged.s3.app import RequestDone, S3App
+from storaged.s3.app import S3App
 from storaged.s3.limits import Limits
+from storaged.s3.request import RequestDone
 from storaged.units import MIB
 from storaged.wire import decode, encode
 

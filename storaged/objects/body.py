@@ -15,7 +15,8 @@ async def whole_of(body: Body, size: int) -> Buffer:
     if whole is not None:
         return await whole()
     head = memoryview(bytearray(size + 1))
-    return head[: await BodyReader(body, size + 1).fill(head)]
+    filled = await BodyReader(body, size + 1).fill(head)
+    return head[:filled]
 
 
 class BodyReader:

@@ -90,22 +90,22 @@ class BodyDigest:
                 raise InvalidRequest(f"The checksum algorithm {name} is not known.")
             if name not in self._sums:
                 self._sums[name] = _ALGORITHMS[name].new()
-        self._signed = self._sums.get("SHA256") or hashlib.sha256() if checks.sha256 else None
+        self._signed_hash = self._sums.get("SHA256") or hashlib.sha256() if checks.sha256 else None
 
     def update(self, piece: Buffer) -> None:
         self.size += len(piece)
         self._md5.update(piece)
         for checksum in self._sums.values():
             checksum.update(piece)
-        if self._signed is not None and "SHA256" not in self._sums:
-            self._signed.update(piece)
+        if self._signed_hash is not None and "SHA256" not in self._sums:
+            self._signed_hash.update(piece)
 
     def finish(self) -> Digest:
         """Raises IncompleteBody, XAmzContentSHA256Mismatch, BadDigest, InvalidRequest (a trailer of an algorithm that was not announced), and what the trailer raises."""
         declared = dict(self._checks.checksums)
         if self._checks.size is not None and self.size != self._checks.size:
             raise IncompleteBody(f"The body has {self.size} bytes; {self._checks.size} were declared.")
-        if self._signed is not None and (computed := self._signed.digest().hex()) != self._checks.sha256:
+        if self._signed_hash is not None and (computed := self._signed_hash.digest().hex()) != self._checks.sha256:
             raise XAmzContentSHA256Mismatch(ClientComputedContentSHA256=self._checks.sha256, S3ComputedContentSHA256=computed)
         if self._checks.trailing is not None:
             declared.update(self._checks.trailing())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import re
 import socket
 import ssl
 import time
@@ -18,8 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
-
-from msgspec import Struct
 
 from storaged import errors, trace
 from storaged.clock import Clock
@@ -49,15 +46,12 @@ from storaged.s3.listen import BACKLOG, listen
 from storaged.s3.objects import put_asked
 from storaged.s3.post import is_form, post_object
 from storaged.s3.reply import Reply, object_headers, stored_headers, xml_reply
-from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
+from storaged.s3.request import Request, RequestDone, parse_target, split_path, virtual_bucket
 from storaged.s3.send import Sender, Sent
 
 log = logging.getLogger("storaged.s3")
 
 IDS_DRAWN = 256
-
-_SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
-
 
 _READS = (b"GET /", b"HEAD /")
 _READ_HEADERS = frozenset(
@@ -77,58 +71,6 @@ class _Begun(NamedTuple):
     started_s: float
     written: Sent | None = None
     """Its answer, of which the client has not taken everything yet."""
-
-
-class RequestDone(Struct):
-    """What is known of a request after its answer: for the access log and for metrics. Most of it is read only when somebody wants to know."""
-
-    request: Request
-    reply: Reply
-    bytes_in: int
-    bytes_out: int
-    duration_s: float
-    complete: bool
-    """The client got all of the answer."""
-    trace: trace.Trace | None = None
-    """Where the time went, when spans are on."""
-
-    @property
-    def request_id(self) -> str:
-        return self.request.id
-
-    @property
-    def operation(self) -> str:
-        return self.request.operation
-
-    @property
-    def method(self) -> str:
-        return self.request.method
-
-    @property
-    def bucket(self) -> str:
-        return self.request.bucket
-
-    @property
-    def access_key(self) -> str:
-        return self.request.who.access_key
-
-    @property
-    def remote(self) -> str:
-        return self.request.remote
-
-    @property
-    def status(self) -> int:
-        return self.reply.status
-
-    @property
-    def code(self) -> str:
-        """The S3 error's, or empty."""
-        return self.reply.code
-
-    @property
-    def target(self) -> str:
-        """Path and query without signatures."""
-        return _SECRETS.sub(r"\1=-", self.request.raw_target.decode("utf-8", "replace"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
 from msgspec import Struct, field
 
+from storaged import trace
 from storaged.errors import InvalidURI, KeyTooLongError
 from storaged.objects.api import Principal, Reading
 from storaged.objects.records import BucketRecord
 from storaged.s3.body import RequestBody
+from storaged.s3.reply import Reply
 
 KEY_BYTES_MAX = 1024
 PARAMETERS_MAX = 128
@@ -95,6 +98,8 @@ def virtual_bucket(host: str, domains: Sequence[str]) -> str:
     return ""
 
 
+_SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
+
 NO_TARGET = Target(b"/", (), {})
 
 
@@ -137,3 +142,55 @@ class Request(Struct):
     def resource(self) -> str:
         """As errors name it: the path, without the query."""
         return self.raw_target.partition(b"?")[0].decode("utf-8", "replace")
+
+
+class RequestDone(Struct):
+    """What is known of a request after its answer: for the access log and for metrics. Most of it is read only when somebody wants to know."""
+
+    request: Request
+    reply: Reply
+    bytes_in: int
+    bytes_out: int
+    duration_s: float
+    complete: bool
+    """The client got all of the answer."""
+    trace: trace.Trace | None = None
+    """Where the time went, when spans are on."""
+
+    @property
+    def request_id(self) -> str:
+        return self.request.id
+
+    @property
+    def operation(self) -> str:
+        return self.request.operation
+
+    @property
+    def method(self) -> str:
+        return self.request.method
+
+    @property
+    def bucket(self) -> str:
+        return self.request.bucket
+
+    @property
+    def access_key(self) -> str:
+        return self.request.who.access_key
+
+    @property
+    def remote(self) -> str:
+        return self.request.remote
+
+    @property
+    def status(self) -> int:
+        return self.reply.status
+
+    @property
+    def code(self) -> str:
+        """The S3 error's, or empty."""
+        return self.reply.code
+
+    @property
+    def target(self) -> str:
+        """Path and query without signatures."""
+        return _SECRETS.sub(r"\1=-", self.request.raw_target.decode("utf-8", "replace"))

@@ -9,9 +9,10 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import PeerUnreachable, ServiceUnavailable
 from storaged.meta.listing import RingScanner
 from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Reading, RowDamaged, Slot, StoreBatch
-from storaged.meta.scan import DigestsKept, ScanReply, ScanRequest, scan_store
+from storaged.meta.scan import DigestsKept, scan_store
 
 BUCKET = b"bucket of a test"
 

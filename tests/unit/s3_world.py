@@ -13,8 +13,9 @@ import boto3  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
 
 from storaged.clock import SystemClock
-from storaged.s3.app import RequestDone, S3App
+from storaged.s3.app import S3App
 from storaged.s3.limits import Limits
+from storaged.s3.request import RequestDone
 from tests.unit.fake_object_service import FakeBuckets, FakeObjects, FakeUsers
 
 REGION = "eu-fr-1"

@@ -28,12 +28,12 @@ from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies
 from storaged.meta.register import Verdict
 from storaged.meta.replica import LocalReplica
 from storaged.meta.rounds import Turns
-from storaged.meta.scan import ScanReply, ScanRequest
 from storaged.meta.store import LmdbMetaStore
 from storaged.wire import Buffer
 

@@ -17,12 +17,13 @@ from storaged.meta import messages
 from storaged.meta import replica as replica_module
 from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.messages import ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy, Done, StoreBatch
 from storaged.meta.register import HIGH_WATER_BLOCK_US, Verdict
 from storaged.meta.remote import ReplicaHost
 from storaged.meta.replica import LocalReplica
-from storaged.meta.scan import ScanRequest, ShardAsk, Want
+from storaged.meta.scan import Want
 from storaged.meta.store import LmdbMetaStore
 from storaged.wire import Buffer
 
