@@ -112,7 +112,7 @@ def put_soon(
 ) -> bool:
     """See ``api.Objects``. Of a condition it is enough that the commit judges it: there is no body left to be spared."""
     bucket_key = plane.keys.bucket_key_at_hand(bucket.id)
-    if bucket_key is None or len(plain) > plane.limits.small_bytes_max or needs_etag(conditions):
+    if bucket_key is None or len(plain) > plane.limits.small_bytes_max or (conditions != NO_WRITE_CONDITIONS and needs_etag(conditions)):
         return False
     write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)
     sealed = seal_small(plane, bucket, write.name, plain, digest_of(plain, checks), write.dek, write.data_id, 1)

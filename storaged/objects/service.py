@@ -41,6 +41,7 @@ class ObjectService:
 
     def __init__(self, plane: ObjectPlane) -> None:
         self.plane = plane
+        self.small_bytes_max = plane.limits.small_bytes_max
         self._hedge = HedgeDelay(plane.limits.hedge_floor_s)
 
     def statistics(self) -> Counters:
@@ -63,10 +64,6 @@ class ObjectService:
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
         return await put.put(self.plane, bucket, key, body, meta, checks, owner=owner, conditions=conditions)
-
-    @property
-    def small_bytes_max(self) -> int:
-        return self.plane.limits.small_bytes_max
 
     def put_soon(
         self,

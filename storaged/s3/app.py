@@ -250,10 +250,10 @@ class S3App:
                 return False
             admit(request, claim, *known, self._clock.wall_ms())
             check_owner(bucket, request.who, headers.get("x-amz-expected-bucket-owner", ""))
-            asked = put_asked(request) if writes and request.body.decoder is None else None
-            if writes and asked is None:
+            route, body = routes.find(request.method, request.bucket, request.key, {}), request.body
+            if writes and body.decoder is not None:
                 return False
-            route = routes.find(request.method, request.bucket, request.key, {})
+            asked = put_asked(request) if writes else None
         except Exception:  # the task meets it again
             return False
         request.operation, request._bucket_record = route.operation, bucket
@@ -262,19 +262,18 @@ class S3App:
         if asked is None:
             front.objects.read_soon(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
             return True
-        body, written = request.body, partial(self._write, connection, begun, *asked)
         if length:
             connection.open_body(body)
         body.go_on()
         if body.complete:
-            written()
+            self._write(connection, begun, asked)
         else:
-            connection.when_whole(body, written)
+            connection.when_whole(body, partial(self._write, connection, begun, asked))
         return True
 
-    def _write(self, connection: Connection, begun: _Begun, meta: NewMeta, checks: BodyChecks, conditions: WriteConditions) -> None:
+    def _write(self, connection: Connection, begun: _Begun, asked: tuple[NewMeta, BodyChecks, WriteConditions]) -> None:
         """All of the body has come, or no more will."""
-        request = begun.request
+        request, (meta, checks, conditions) = begun.request, asked
         plain, then = request.body.at_hand(), partial(self._written, connection, begun)
         try:
             if plain is not None and self._front.objects.put_soon(

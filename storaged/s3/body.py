@@ -49,6 +49,11 @@ class RequestBody(AsyncIterator[Buffer]):
     ``continue_now``: sends the interim answer; None when the client does not wait for one.
     """
 
+    __slots__ = (
+        "_budget", "_chunks", "_come", "_continue_now", "_decoded_ahead", "_decoder_done", "_direct_bytes", "_error", "_kept_bytes", "_left", "_limits", "_rest",
+        "_source", "bytes_come", "complete", "declared", "decoder", "destination", "length", "sha256", "then", "waited_s", "waiter",
+    )  # fmt: skip
+
     def __init__(
         self, source: Source, length: int | None, continue_now: Callable[[], None] | None, limits: Limits, *, declared: bool = True
     ) -> None:

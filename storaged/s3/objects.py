@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from storaged import errors
 from storaged.objects.api import (
+    NO_WRITE_CONDITIONS,
     PART_BYTES_MAX,
     BodyChecks,
     NewMeta,
@@ -84,9 +85,21 @@ def upload_checks(request: Request, bytes_max: int) -> BodyChecks:
     return replace(checks, sha256=body.sha256) if body.sha256 else checks
 
 
+_PLAIN = frozenset(
+    {
+        "accept", "accept-encoding", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length", "content-type", "expect",
+        "host", "user-agent", "x-amz-content-sha256", "x-amz-date",
+    }
+)  # fmt: skip
+"""With these alone a PUT says nothing of its object but its type and size."""
+
+
 def put_asked(request: Request) -> tuple[NewMeta, BodyChecks, WriteConditions]:
     """What PutObject asks for. Raises as ``upload_checks``, and for headers that are wrong or ask for what does not exist."""
-    headers = request.headers
+    headers, body = request.headers, request.body
+    if headers.keys() <= _PLAIN and body.declared and body.decoder is None and (body.length or 0) <= PART_BYTES_MAX:
+        kind = headers.get("content-type")
+        return NewMeta({"content-type": h.readable(kind)} if kind else {}), BodyChecks(body.length, sha256=body.sha256), NO_WRITE_CONDITIONS
     h.refuse_unsupported(headers)
     return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), h.write_conditions(headers)
 

@@ -14,9 +14,12 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from storaged import errors
-from storaged.objects.api import PutResult
+from storaged.objects.api import PART_BYTES_MAX, PutResult
+from storaged.s3.body import RequestBody
 from storaged.s3.connection import BODY, HEAD, Connection
 from storaged.s3.limits import Limits
+from storaged.s3.objects import put_asked
+from storaged.s3.request import Request
 from tests.unit.fake_object_service import HELD_BYTES_MAX, checksum
 from tests.unit.s3_world import ACCESS, REGION, World, s3_world
 from tests.unit.test_s3_http import read_head, signed, until
@@ -363,3 +366,22 @@ async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_ha
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
     await until(lambda: connection.phase == HEAD)
     writer.close()
+
+
+@pytest.mark.parametrize("kind", [{}, {"content-type": "image/jpeg"}, {"content-type": ""}, {"content-type": "caf\udce9"}])
+@pytest.mark.parametrize("length", [0, 5, None, PART_BYTES_MAX + 1])
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("sha256", ["", "0" * 64])
+def test_headers_that_say_little_are_understood_as_among_others(
+    kind: dict[str, str], length: int | None, declared: bool, sha256: str
+) -> None:
+    def asked(headers: dict[str, str]) -> object:
+        body = RequestBody(None, length, None, Limits(), declared=declared)  # type: ignore[arg-type]
+        body.sha256 = sha256
+        try:
+            return put_asked(Request("", "PUT", b"/", "", False, headers, _body=body))
+        except errors.S3Error as error:
+            return type(error), error.details
+
+    common = {"host": "h", "x-amz-date": "20260101T000000Z", "x-amz-content-sha256": sha256, **kind}
+    assert asked(common) == asked({**common, "x-amz-storage-class": "STANDARD"})
