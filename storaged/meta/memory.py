@@ -71,14 +71,14 @@ class MemoryMetaStore:
         row = None if shard is None else shard.rows.get(name.key)
         return None if row is None else unpack_row(name, row)
 
+    def row(self, name: bytes) -> bytes | None:
+        register = RegisterName.unpack(name)
+        shard = self._shards.get(register[:3])
+        row = b"" if shard is None else shard.rows.get(register.key, b"")
+        return row if not row or intact(register.prefix, register.key, row) else None
+
     def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
-        found: list[bytes | None] = []
-        for packed in names:
-            name = RegisterName.unpack(packed)
-            shard = self._shards.get(name[:3])
-            row = b"" if shard is None else shard.rows.get(name.key, b"")
-            found.append(row if not row or intact(name.prefix, name.key, row) else None)
-        return found
+        return [self.row(name) for name in names]
 
     def get_fence(self, scope: bytes) -> Fence | None:
         return self._fences.get(scope)

@@ -370,6 +370,9 @@ class MetaStore(Protocol):
     def get(self, name: RegisterName) -> Slot | None:
         """Raises RowDamaged when the row's check does not hold (the replica then answers nothing for it, and is repaired by settling)."""
 
+    def row(self, name: bytes) -> bytes | None:
+        """As ``rows``, of one name."""
+
     def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
         """Of each packed name the row's bytes as rowvalue lays them out, verified; empty when there is none; None when it is damaged. One short snapshot."""
 

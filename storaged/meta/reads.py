@@ -33,6 +33,7 @@ CHECK, ROW, COPY = b"\0", b"\1", b"\2"
 _SHORTEST: Final = bytes(1 + NAME_PREFIX_BYTES + 1)
 _COPY: Final = COPY[0]
 _CHECK: Final = CHECK[0]
+_ROW: Final = ROW[0]
 
 READS_MAX = 256
 """Registers in one message."""
@@ -179,6 +180,25 @@ def _heard_in_time(told: Told, answer: messages.ReadsReply | StoragedError, bulk
         told(answer.found[0][0] if answer.found and answer.found[0] else None, bulk)
 
 
+def _told_here(replica: LocalReplica, ask: bytes, epoch: int, told: Told) -> bool:
+    """What a replica of this process tells at once. False: something has to be waited for. Raises DiskUnusable."""
+    row = replica.row_at_once(epoch, ask[1:])
+    if row is None:
+        return False
+    form = ask[0]
+    if not row or form == _ROW:
+        told(row, NO_BYTES)
+    elif form == _CHECK:
+        told(check_of(row), NO_BYTES)
+    else:
+        data_id = value_of(row).payload
+        copy = replica.peek(data_id) if data_id else NO_BYTES
+        if copy is None:
+            return False
+        told(row, copy)
+    return True
+
+
 class RowReader:
     """Asks replicas for rows, wherever they are."""
 
@@ -190,14 +210,12 @@ class RowReader:
         """``told`` is called once, perhaps before this returns."""
         try:
             replica: Any = self._replicas.replica(disk)
-            row_soon = getattr(replica, "row_soon", None)
-            if row_soon is not None and row_soon(ask, epoch, told, timeout_s):
-                return
             if isinstance(replica, LocalReplica):
-                copies: list[Buffer] = []
-                row = rows_at_once(replica, epoch, (ask,), copies, READS_BYTES_MAX)[0][0]
-                if row is not None:
-                    told(row, memoryview(copies[0]) if copies else NO_BYTES)
+                if _told_here(replica, ask, epoch, told):
+                    return
+            else:
+                row_soon = getattr(replica, "row_soon", None)
+                if row_soon is not None and row_soon(ask, epoch, told, timeout_s):
                     return
         except StoragedError as error:
             told(error, NO_BYTES)

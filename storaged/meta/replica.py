@@ -363,6 +363,15 @@ class LocalReplica:
             return [None if RegisterName.unpack(name) in self._in_flight else row for name, row in zip(names, found, strict=True)]
         return found
 
+    def row_at_once(self, epoch: int, name: bytes) -> bytes | None:
+        """As ``rows_at_once``, of one name."""
+        if self._silent or (epoch < self._epoch and self._rules.fence_by_epoch):
+            return None
+        self._counts["reads"] += 1
+        if self._in_flight and RegisterName.unpack(name) in self._in_flight:
+            return None
+        return self._store.row(name)
+
     def peek(self, data_id: bytes) -> memoryview | None:
         """A small copy that is in memory."""
         return self._copies.peek(data_id) if self._copies is not None else None

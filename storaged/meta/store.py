@@ -304,6 +304,18 @@ class LmdbMetaStore:
             self._damaged += 1
             raise
 
+    def row(self, name: bytes) -> bytes | None:
+        prefix, key = name[:NAME_PREFIX_BYTES], name[NAME_PREFIX_BYTES:]
+        found = pending.row_of((self._fresh, self._frozen), prefix, key)
+        if found is not None:
+            return found
+        try:
+            with self._begin(self._rows) as transaction:
+                return self._stored_row(transaction, prefix, key)
+        except lmdb.Error as error:
+            self._unreadable(error)
+            return None
+
     def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
         parts = [(name[:NAME_PREFIX_BYTES], name[NAME_PREFIX_BYTES:]) for name in names]
         overlays = (self._fresh, self._frozen)
@@ -316,7 +328,7 @@ class LmdbMetaStore:
                         found[index] = self._stored_row(transaction, *parts[index])
             except lmdb.Error as error:  # the transaction reads nothing more after a damaged page
                 if len(names) > 1:
-                    return [row for name in names for row in self.rows((name,))]
+                    return [self.row(name) for name in names]
                 self._unreadable(error)
         return found
 

@@ -61,6 +61,7 @@ async def test_rows_are_told_by_their_packed_names_as_they_are_stored(store: Met
     assert [value_of(row) for row in found if row] == [slot.value for slot in slots]
     assert check_of(b"") == b""
     assert store.rows([]) == []
+    assert [store.row(name.pack()) for name in (*[slot.name for slot in slots], *absent)] == found
 
 
 async def test_the_same_key_in_another_table_scope_or_shard_is_another_register(store: MetaStore) -> None:

@@ -168,6 +168,23 @@ async def test_a_copy_that_is_not_in_memory_is_waited_for_in_a_message_of_its_ow
     assert [[[ask[:1] for ask in asks] for asks in request.asks] for _, _, request in world.messages if request.wait] == [[[COPY]]]
 
 
+async def test_replicas_of_this_process_tell_what_they_have_in_memory_before_the_question_returns(world: World) -> None:
+    slot = slot_of(name_of(1), payload=b"D" * 16)
+    await world.write(slot)
+    client = RingClient(world, ReplicaDirectory(world, world, world.replicas), node="gw", deadline_s=5.0)
+    found: list[Reading | None] = []
+    client.read_soon(name_of(2), True, found.append)
+    client.read_soon(slot.name, False, found.append)
+    world.in_memory[b"D" * 16] = b"sealed"
+    client.read_soon(slot.name, True, found.append)
+    assert found == [Reading(None), Reading(slot.value), Reading(slot.value, memoryview(b"sealed"))]
+    del world.in_memory[b"D" * 16]
+    world.on_disk[b"D" * 16] = b"sealed"
+    assert await client.read(slot.name, want_payload=True) == Reading(slot.value, memoryview(b"sealed"))
+    assert not world.messages
+    await client.close()
+
+
 async def test_an_accept_on_its_way_to_the_disk_is_waited_for(world: World) -> None:
     name = name_of(1)
     await world.write(slot_of(name))
