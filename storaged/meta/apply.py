@@ -21,7 +21,7 @@ class Applier:
     def __init__(self, databases: dict[bytes, Database]) -> None:
         self._databases = databases
         self._rows = databases[b"rows"]
-        self._heap = Heap(self._rows, databases[b"heap"])
+        self._heap = Heap(self._rows, databases[b"heap"], databases[b"meta"])
         self._roots: dict[bytes, int] = {}
 
     def apply(self, transaction: Transaction, overlay: Overlay) -> None:

@@ -14,6 +14,9 @@ Theory of operation
                                              14      8      the row's number (u64 BE)
     heap           number (u64 BE)       a row
 
+    The next number stands in ``meta`` too. The end of the heap alone does not tell it: one flipped bit there, or a page whose write was lost, and numbers that others have would
+    be given again, to rows that nobody finds then.
+
     A reference whose row is gone, or is not the one that it stands for, is taken for the row: no check holds for it, so it is damage to everyone who verifies.
 """
 
@@ -25,7 +28,7 @@ from typing import Any
 
 from storaged.meta.opening import Database, Transaction
 from storaged.meta.ports import RowDamaged
-from storaged.meta.rowvalue import ROW_BYTES_MIN, STAMP_BYTES, intact
+from storaged.meta.rowvalue import ROW_BYTES_MIN, STAMP_BYTES, intact, open_small, seal_small
 from storaged.wire import Buffer
 
 Cursor = Any
@@ -33,6 +36,9 @@ Cursor = Any
 
 INLINE_ROW_BYTES_MAX = 127
 """With its share of pages that are not full, a row of this size takes as much in the tree as a reference and the row in the heap."""
+
+NEXT_NUMBER = b"\0heap"
+"""In ``meta``: check || the next number to give out (u64 BE)."""
 
 NUMBER_BYTES = 8
 _NUMBER_AT = STAMP_BYTES + 4
@@ -81,9 +87,10 @@ def rows_of(transaction: Transaction, heap: Database, values: Sequence[bytes]) -
 class Heap:
     """What a store's checkpoints put into ``rows`` and ``heap``, one at a time. A transaction that is not committed must be the last: numbers are given once."""
 
-    def __init__(self, rows: Database, heap: Database) -> None:
+    def __init__(self, rows: Database, heap: Database, meta: Database) -> None:
         self._rows = rows
         self._heap = heap
+        self._meta = meta
         self._next = 0
 
     def put(self, transaction: Transaction, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> None:
@@ -93,7 +100,7 @@ class Heap:
         entries: list[tuple[bytes, bytes]] = []
         with transaction.cursor(self._rows) as tree, transaction.cursor(self._heap) as heap:
             numbers = self._numbers(tree, heap, rows)
-            following = self._next or (int.from_bytes(heap.key(), "big") + 1 if heap.last() else 1)
+            following = self._next or self._following(transaction, heap)
             for at, _, _, row in rows:
                 number = numbers.get(at)
                 if len(row) <= INLINE_ROW_BYTES_MAX:
@@ -112,7 +119,17 @@ class Heap:
             heap.putmulti(changed)
             if heap.putmulti(fresh, append=True)[1] != len(fresh):
                 raise RowDamaged("the heap of rows has numbers that nobody was given")
+        if fresh:
+            transaction.put(NEXT_NUMBER, seal_small(NEXT_NUMBER, following.to_bytes(NUMBER_BYTES, "big")), db=self._meta)
         self._next = following
+
+    def _following(self, transaction: Transaction, heap: Cursor) -> int:
+        last = int.from_bytes(heap.key(), "big") if heap.last() else 0
+        try:
+            told = int.from_bytes(open_small(NEXT_NUMBER, transaction.get(NEXT_NUMBER, b"", db=self._meta)), "big")
+        except RowDamaged:  # or never told: there was nothing yet
+            told = 1
+        return max(told, last + 1)
 
     @staticmethod
     def _numbers(tree: Cursor, heap: Cursor, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> dict[bytes, bytes]:

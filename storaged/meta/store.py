@@ -22,6 +22,7 @@ Theory of operation
     meta           name                              check || value
                    NUL "identity"                    check || store id (16) || starts (u64 BE)
                    NUL "redo"                        check || ``opening.Mark``
+                   NUL "heap"                        check || the next number to give out (u64 BE)
 
     A write that fails ends the store's life as a writer: what the disk did with it is unknown, so it stays read-only until it is opened
     again. A failure that isn't mere lack of space is noted beside it (``failed``), and then it is never opened again: after a failed sync the

@@ -110,6 +110,39 @@ async def test_numbers_go_on_after_a_restart_and_no_row_is_written_over(tmp_path
         assert [int.from_bytes(key, "big") for key, _ in transaction.cursor(db=heap_)] == list(range(1, 16))
 
 
+async def test_numbers_go_on_behind_those_that_were_given_also_when_the_end_of_the_heap_is_damaged(tmp_path: Path) -> None:
+    """One bit of the last key, flipped in the file: every row that came after the next start would take the number of another."""
+    old = [slot_of(name_of(b"%03d" % number), 1, LONG) for number in range(200)]
+    await stored(tmp_path, *old)
+    data = (tmp_path / "data.mdb").read_bytes()
+    entry = (200).to_bytes(8, "big") + pack_row(old[-1])
+    assert entry in data
+    (tmp_path / "data.mdb").write_bytes(data.replace(entry, (200 - 128).to_bytes(8, "big") + pack_row(old[-1])))
+    store = open_store(tmp_path)
+    fresh = [slot_of(name_of(b"fresh %03d" % number), 1, LONG) for number in range(200)]
+    await store.commit(StoreBatch(fresh))
+    await store.checkpoint()
+    assert [store.get(slot.name) for slot in fresh] == fresh
+    pages_before = 200 - 8  # what lies in the last one is hard to find there
+    assert [store.get(slot.name) for slot in old[:pages_before]] == old[:pages_before]
+    await store.close()
+
+
+async def test_the_end_of_the_heap_tells_the_next_number_when_what_stands_beside_it_is_damaged(tmp_path: Path) -> None:
+    slots = [slot_of(name_of(b"%d" % number), 1, LONG) for number in range(2)]
+    await stored(tmp_path, slots[0])
+    with lmdb.open(str(tmp_path), max_dbs=6, map_size=1 << 26) as environment:
+        meta = environment.open_db(b"meta", create=False)
+        with environment.begin(write=True, db=meta) as transaction:
+            sealed = transaction.get(heap.NEXT_NUMBER)
+            assert open_small(heap.NEXT_NUMBER, sealed) == (2).to_bytes(8, "big")
+            transaction.put(heap.NEXT_NUMBER, sealed[:-1] + b"\0")
+    await stored(tmp_path, slots[1])
+    store = open_store(tmp_path)
+    assert [store.get(slot.name) for slot in slots] == slots
+    await store.close()
+
+
 async def test_a_checkpoint_stops_at_a_heap_that_ends_behind_what_it_knows(tmp_path: Path) -> None:
     """It would write over somebody's row."""
     store = open_store(tmp_path)
