@@ -6,8 +6,8 @@ written that was not authenticated first.
 
     python unseal.py --key-file dek.hex --data-id 0011..ff --part 1 sealed.bin -o plain.bin
 
-The input is the 64-byte header followed by the chunks in their order. A record and every fragment keep the header apart from the chunks: give it with --header then,
-and the chunks alone as input. Exit status: 0 opened, 1 does not open, 2 wrong arguments or files.
+The input is the 64-byte header followed by the chunks in their order. A record keeps the header apart from the chunks, and so does every
+fragment but the copy of a small object, whose record alone has it: give it with --header then, and the chunks alone as input. Exit status: 0 opened, 1 does not open, 2 wrong arguments or files.
 """
 
 from __future__ import annotations
