@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import xxhash
 
-from storaged.meta.ports import Done, Logged, StoreBatch, StoredPage
+from storaged.meta.ports import Done, Logged, Slot, StoreBatch, StoredPage
 from storaged.meta.redo import BODY_BYTES_MAX
 from storaged.meta.rowvalue import pack_row, seal_small
 from storaged.units import MIB
@@ -57,8 +57,8 @@ class Ready:
     """
 
     done: Done
-    rows: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)
-    others: list[tuple[bytes, bytes, bytes | None]] = field(default_factory=list)
+    rows: Sequence[tuple[bytes, bytes, bytes]] = ()
+    others: Sequence[tuple[bytes, bytes, bytes | None]] = ()
     pages: Sequence[StoredPage] = ()
     stale_pages: Sequence[tuple[bytes, int]] = ()
     copy: Copy | None = None
@@ -74,22 +74,45 @@ _decoder = msgspec.msgpack.Decoder(list[Logged])
 
 def ready(batch: StoreBatch, done: Done) -> Ready:
     """Raises ValueError for what can't be stored."""
-    entry = Ready(done, [(slot.name.prefix, slot.name.key, pack_row(slot)) for slot in batch.slots], pages=batch.pages)
-    for fence in batch.fences:
-        entry.others.append((b"fences", fence.scope, seal_small(fence.scope, bytes([fence.final]) + fence.nonce)))
-    entry.others.extend((b"fences", scope, None) for scope in batch.unfence)
+    rows = [_packed(slot) for slot in batch.slots]
+    others = _others_of(batch) if batch.meta or batch.fences or batch.unfence else ()
     for page in batch.pages:
         if xxhash.xxh3_128_digest(page.body) != page.page_hash:
             raise ValueError("a page must be stored under its own hash")
+    size = 0
+    for _, key, row in rows:
+        size += len(key) + len(row) + ENTRY_OVERHEAD
+    for _, key, value in others:
+        size += len(key) + len(value or b"") + ENTRY_OVERHEAD
+    if size > BATCH_BYTES_MAX:
+        raise ValueError(f"a batch of {size} bytes; the redo log takes {BATCH_BYTES_MAX}")
+    return Ready(done, rows, others, batch.pages)
+
+
+_packed_last: tuple[Slot, tuple[bytes, bytes, bytes]] | None = None
+
+
+def _packed(slot: Slot) -> tuple[bytes, bytes, bytes]:
+    """The replicas of one process are given the very same value under the very same ballot, one behind the other: what was packed for the first serves the others."""
+    global _packed_last
+    last = _packed_last
+    if last is not None and last[0].value is slot.value and last[0].ballot is slot.ballot and last[0].name is slot.name:
+        return last[1]
+    row = slot.name.prefix, slot.name.key, pack_row(slot)
+    _packed_last = slot, row
+    return row
+
+
+def _others_of(batch: StoreBatch) -> list[tuple[bytes, bytes, bytes | None]]:
+    others: list[tuple[bytes, bytes, bytes | None]] = [
+        (b"fences", fence.scope, seal_small(fence.scope, bytes([fence.final]) + fence.nonce)) for fence in batch.fences
+    ]
+    others.extend((b"fences", scope, None) for scope in batch.unfence)
     for name, value in batch.meta.items():
         if not name or name.startswith("\0"):
             raise ValueError(f"not a name for a small value: {name!r}")
-        entry.others.append((b"meta", name.encode(), seal_small(name.encode(), value)))
-    size = sum(len(key) + len(row) + ENTRY_OVERHEAD for _, key, row in entry.rows)
-    size += sum(len(key) + len(value or b"") + ENTRY_OVERHEAD for _, key, value in entry.others)
-    if size > BATCH_BYTES_MAX:
-        raise ValueError(f"a batch of {size} bytes; the redo log takes {BATCH_BYTES_MAX}")
-    return entry
+        others.append((b"meta", name.encode(), seal_small(name.encode(), value)))
+    return others
 
 
 def encode_groups(entries: Sequence[Ready]) -> Iterator[tuple[bytes, Sequence[Ready]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from storaged.cluster.ports import Then
 from storaged.errors import StoragedError
@@ -251,14 +251,14 @@ class StoredPage(NamedTuple):
     created_ms: int
 
 
-@dataclass
+@dataclass(slots=True)
 class StoreBatch:
     """What one group commit writes. A page that is there already gets the new age. ``meta`` are small named values (high-water ballot, epoch fence, store id)."""
 
-    slots: list[Slot] = field(default_factory=list)
-    fences: list[Fence] = field(default_factory=list)
-    unfence: list[bytes] = field(default_factory=list)
-    pages: list[StoredPage] = field(default_factory=list)
+    slots: Sequence[Slot] = ()
+    fences: Sequence[Fence] = ()
+    unfence: Sequence[bytes] = ()
+    pages: Sequence[StoredPage] = ()
     meta: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -303,6 +303,18 @@ class PostingReplica(Replica, Protocol):
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         """A Prepare, Accept, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
+
+
+Heard = Callable[[str, Any, memoryview], None]
+"""``heard(disk, answer, bulk)``: the reply, or a StoragedError in its place. It must not raise."""
+
+
+class HereReplica(PostingReplica, Protocol):
+    """What a replica of this process may do besides: be asked with a request that it shares with others."""
+
+    def ask_here(self, request: Message, header: bytes, body: Sequence[Buffer], heard: Heard) -> bool:
+        """A Prepare or Accept that names no disk, and an accept's header and body for this one. ``heard`` is told once, perhaps before this returns. False: something
+        has to be waited for, so the replica's method of that name is to be called instead."""
 
 
 class TailReplica(PostingReplica, Protocol):

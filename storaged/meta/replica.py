@@ -27,10 +27,11 @@ from storaged.clock import Clock, SystemClock
 from storaged.cluster.ports import Then
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown, StoragedError
 from storaged.meta import messages
+from storaged.meta.accepting import AnswerAccept, Writing
 from storaged.meta.bounds import check_epoch, check_fence, check_name, check_page, check_pages, check_value
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Fence, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Fence, Heard, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
     HIGH_WATER_BLOCK_US,
     RULES,
@@ -71,8 +72,6 @@ META_EPOCH = "epoch"
 META_RETIRED = "retired"
 META_LIFTED = "lifted "
 """With the scope's hexadecimal digits: the highest nonce whose fence was lifted."""
-
-AnswerAccept = Callable[[messages.AcceptReply | Exception], None]
 
 
 @dataclass(frozen=True)
@@ -226,16 +225,19 @@ class LocalReplica:
                 await self._raise_high_water(request.ballot)
         return await answered
 
-    def begin_accept(self, request: messages.Accept, body: Sequence[Buffer], answer: AnswerAccept) -> bool:
-        """Judges, and lets the disk write; ``answer`` is told what ``accept`` returns or raises. Whoever goes away meanwhile, what was begun arrives.
+    def begin_accept(self, request: messages.Accept, body: Sequence[Buffer], answer: AnswerAccept, header: bytes = b"") -> bool:
+        """Judges, and lets the disk write; ``answer`` is told what ``accept`` returns or raises. Whoever goes away meanwhile, what was begun arrives. ``header``: of the
+        copy for this replica, when the request is one for several.
 
         False: another accept of this register, or a higher high-water ballot, has to be waited for first. Raises when nothing was begun: SlowDown when the disk
         has as much in hand as may be.
         """
         self._check_answers()
         name, ballot, value = request.name, request.ballot, request.value
+        header = header or request.header
         check_name(name, ballot)
-        if name in self._in_flight or (request.header and needs_high_water(ballot, self._high_water)):
+        above = needs_high_water(ballot, self._high_water)
+        if name in self._in_flight or (header and above):
             return False
         self._counts["accepts"] += 1
         check_value(value)
@@ -244,33 +246,37 @@ class LocalReplica:
         if verdict is not Verdict.OK:
             answer(self._refused(verdict, acceptor, name, ballot))
             return True
-        if ballot == acceptor.accepted and not request.header:
+        if ballot == acceptor.accepted and not header:
             answer(messages.AcceptReply(Verdict.OK, ballot))
             return True
         size = len(value.body) + sum(map(len, body))
         self._check_room(size)
-        if request.header:
+        if header:
             self._raise_ahead(ballot)
-        batch = StoreBatch([Slot(name, ballot, value)])
-        if needs_high_water(ballot, self._high_water):
+        batch = StoreBatch((Slot(name, ballot, value),))
+        if above:
             batch.meta[META_HIGH_WATER] = encode(self._next_high_water(ballot))
         if not self._rules.sync_before_answer:
             self._remember(name, ballot)
-            answer(messages.AcceptReply(Verdict.OK, ballot, copy_synced=bool(request.header)))
-            if request.header and self._copies is not None:
-                self._copies.keep(request.header, body, batch, lambda _copy, _batch: None)
+            answer(messages.AcceptReply(Verdict.OK, ballot, copy_synced=bool(header)))
+            if header and self._copies is not None:
+                self._copies.keep(header, body, batch, lambda _copy, _batch: None)
             else:
                 self._own(self._commit(batch))
             return True
         self._in_flight[name] = None
         self._bytes_in_flight += size
+        writing = Writing(self, name, ballot, request.identity, batch, size, bool(header), answer)
         try:
-            if request.header:
-                self._keep_copy(request, body, batch, size, answer)
+            if not header:
+                self._store.post(batch, writing.stored)
+            elif self._copies is None:
+                writing.kept(DiskUnusable(f"Disk {self.disk} keeps no small copies."), None)
             else:
-                self._store.post(batch, partial(self._arrived, request, batch, size, answer, ""))
+                assert not above, "a high-water ballot could overtake a higher one"
+                self._copies.keep(header, body, batch, writing.kept)
         except Exception as error:
-            self._arrived(request, batch, size, answer, "", error)
+            writing.stored(error)
         return True
 
     def _check_room(self, size: int) -> None:
@@ -291,46 +297,36 @@ class LocalReplica:
             log.error("one ballot with two values", disk=self.disk, ballot=str(ballot), register=name.pack().hex())
         return messages.AcceptReply(verdict, acceptor.lowest, acceptor.fence is not None and acceptor.fence.final)
 
-    def _keep_copy(self, request: messages.Accept, body: Sequence[Buffer], batch: StoreBatch, size: int, answer: AnswerAccept) -> None:
-        """The copy, then the row. A settling round writes the row even where the copy can't be stored."""
-        assert META_HIGH_WATER not in batch.meta, "it could overtake a higher one"
-
-        def kept(refusal: StoragedError | None, error: StoragedError | None) -> None:
-            if refusal is None:
-                self._arrived(request, batch, size, answer, "", error)
-            elif request.identity:
-                try:
-                    self._check_answers()
-                    self._store.post(batch, partial(self._arrived, request, batch, size, answer, refusal.message))
-                except Exception as failure:
-                    self._arrived(request, batch, size, answer, "", failure)
-            else:
-                self._let_go(request.name, size)
-                self._counts["refused"] += 1
-                answer(messages.AcceptReply(Verdict.UNSTORED, copy_error=refusal.message))
-
-        if self._copies is None:
-            kept(DiskUnusable(f"Disk {self.disk} keeps no small copies."), None)
-        else:
-            self._copies.keep(request.header, body, batch, kept)
-
-    def _arrived(
-        self, request: messages.Accept, batch: StoreBatch, size: int, answer: AnswerAccept, copy_error: str, error: Exception | None
-    ) -> None:
+    def arrived(self, writing: Writing, error: Exception | None) -> None:
         """The row is on disk, or the store refused it and nobody knows what it holds; SlowDown: it had no room for it, and has not begun."""
         if error is not None:
             if not isinstance(error, SlowDown):
                 self._fail(error)
-            self._let_go(request.name, size)
-            answer(error if isinstance(error, StoragedError) else DiskUnusable(f"Disk {self.disk} failed unexpectedly."))
+            self._let_go(writing.name, writing.size)
+            writing.answer(error if isinstance(error, StoragedError) else DiskUnusable(f"Disk {self.disk} failed unexpectedly."))
             return
-        name, ballot = request.name, request.ballot
-        if batch.meta:
-            self._high_water = max(self._high_water, decode(batch.meta[META_HIGH_WATER], Ballot))
+        name, ballot, meta = writing.name, writing.ballot, writing.batch.meta
+        if meta:
+            self._high_water = max(self._high_water, decode(meta[META_HIGH_WATER], Ballot))
         if self._promises.get(name, ballot) <= ballot:
             self._promises.pop(name, None)
-        self._let_go(name, size)
-        answer(messages.AcceptReply(Verdict.OK, ballot, False, bool(request.header) and not copy_error, copy_error))
+        self._let_go(name, writing.size)
+        copy_error = writing.copy_error
+        writing.answer(messages.AcceptReply(Verdict.OK, ballot, False, writing.copied and not copy_error, copy_error))
+
+    def copy_refused(self, writing: Writing, refusal: StoragedError) -> None:
+        """A settling round writes the row even where the copy can't be stored."""
+        if writing.identity:
+            try:
+                self._check_answers()
+                writing.copy_error = refusal.message
+                self._store.post(writing.batch, writing.stored)
+            except Exception as failure:
+                self.arrived(writing, failure)
+        else:
+            self._let_go(writing.name, writing.size)
+            self._counts["refused"] += 1
+            writing.answer(messages.AcceptReply(Verdict.UNSTORED, copy_error=refusal.message))
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
         await self._quiet(request.name)
@@ -375,6 +371,21 @@ class LocalReplica:
     def peek(self, data_id: bytes) -> memoryview | None:
         """A small copy that is in memory."""
         return self._copies.peek(data_id) if self._copies is not None else None
+
+    def ask_here(self, request: Message, header: bytes, body: Sequence[Buffer], heard: Heard) -> bool:
+        """See ``ports.HereReplica``."""
+        try:
+            if isinstance(request, messages.Accept):
+                disk = self.disk
+                return self.begin_accept(request, body, lambda outcome: heard(disk, outcome, NO_BYTES), header)
+            promise = self.prepare_at_once(request) if isinstance(request, messages.Prepare) else None
+            if promise is None:
+                return False
+        except StoragedError as error:
+            heard(self.disk, error, NO_BYTES)
+            return True
+        heard(self.disk, promise, NO_BYTES)
+        return True
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         """See ``ports.PostingReplica``: for a proposer in the same process."""

@@ -20,14 +20,11 @@ from storaged.cluster.ports import Then
 from storaged.errors import DiskUnusable, PeerUnreachable, SlowDown, StoragedError
 from storaged.meta.messages import Accept, Prepare, Read, ScanRequest
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import Replica, Replicas
+from storaged.meta.ports import Heard, Replica, Replicas
 from storaged.wire import Buffer, encode
 
 T = TypeVar("T")
 Ask = Prepare | Accept | Read
-Heard = Callable[[str, Any, memoryview], None]
-"""``heard(disk, answer, bulk)``: the reply, or a StoragedError in its place. It must not raise."""
-
 NO_BYTES = memoryview(b"")
 NO_BODY: Sequence[Buffer] = ()
 
@@ -188,23 +185,27 @@ class Courier:
     ) -> None:
         """``request`` names no disk. ``heard(disk, answer, bulk)`` is called once for each of ``disks``, perhaps before this returns. ``fragments``: an accept's
         (header, body) for each disk, by its index."""
-        encoded = encode(request)
-        kind, first, rest = type(request), encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
-        replica_of, carrying = self._replicas.replica, len(fragments)
+        kind, replica_of, carrying = type(request), self._replicas.replica, len(fragments)
+        encoded = b""
         for index, disk in enumerate(disks):
-            then = partial(heard, disk)
             try:
                 replica: Any = replica_of(disk)
             except StoragedError as error:
-                then(error, NO_BYTES)
+                heard(disk, error, NO_BYTES)
                 continue
-            tail, header, body = rest, b"", NO_BODY
-            if index < carrying:
-                header, body = fragments[index]
-                tail = rest[:-2] + encode(header)  # an accept's last field
+            header, body = fragments[index] if index < carrying else (b"", NO_BODY)
+            ask_here = getattr(replica, "ask_here", None)
+            if ask_here is not None and ask_here(request, header, body, heard):
+                continue
+            then = partial(heard, disk)
             post_tail = getattr(replica, "post_tail", None)
-            if post_tail is not None and post_tail(kind, first, tail, then, body, timeout_s):
-                continue
+            if post_tail is not None:
+                encoded = encoded or encode(request)
+                first, tail = encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
+                if index < carrying:
+                    tail = tail[:-2] + encode(header)  # an accept's last field
+                if post_tail(kind, first, tail, then, body, timeout_s):
+                    continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)
             work = ask_one(replica, asked, then, body, timeout_s)

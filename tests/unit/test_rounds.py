@@ -1,7 +1,8 @@
-"""What one request to several replicas is on the wire."""
+"""What one request to several replicas is on the wire, and to those of the same process."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,16 +10,21 @@ import msgspec
 import pytest
 
 from storaged.cluster.ports import Line, Then
-from storaged.meta.messages import Accept, Prepare, Read
+from storaged.meta.copies import PlainCopies
+from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Replica
+from storaged.meta.ports import Ballot, Replica, Slot
+from storaged.meta.register import Verdict
 from storaged.meta.remote import RemoteReplica
+from storaged.meta.replica import LocalReplica
 from storaged.meta.rounds import Courier, TaskPool
 from storaged.wire import Buffer, Message, encode
 
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
 BALLOT = Ballot(1, 10**15, "gw", b"incarnat")
 VALUE = Value(1, b"o" * 16, Visibility.LIVE, b"body", b"d" * 16)
+NEXT = BALLOT._replace(counter=BALLOT.counter + 1)
 DISKS = ("d", "0" * 16, "x" * 40)
 
 
@@ -80,3 +86,50 @@ def test_each_replica_is_sent_the_request_with_its_own_disk_and_header(
             expected = encode(msgspec.structs.replace(request_, **changes))
             assert wire.sent[index] == ("n" + disk, method, expected, bodies[index] if headers else ())
         assert len(wire.sent) == len(DISKS)
+
+
+class Here:
+    """Three replicas of this process, and the copies that they were given."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[tuple[bytes, bytes]]] = {disk: [] for disk in DISKS}
+        self.stores = {disk: MemoryMetaStore() for disk in DISKS}
+        self.replicas = {disk: LocalReplica(disk, store, copies=self._copies(disk, store)) for disk, store in self.stores.items()}
+
+    def _copies(self, disk: str, store: MemoryMetaStore) -> PlainCopies:
+        async def keep(header: bytes, body: Sequence[Buffer]) -> None:
+            self.kept[disk].append((header, b"".join(body)))
+
+        async def load(_data_id: bytes) -> None:
+            return None
+
+        return PlainCopies(store, keep, load)
+
+    def replica(self, disk_id: str) -> Replica:
+        return self.replicas[disk_id]
+
+
+async def test_replicas_of_this_process_share_a_request_and_each_keeps_its_own_copy() -> None:
+    here, pool = Here(), TaskPool()
+    courier = Courier(here, pool)
+    heard: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+
+    def ask(request: Prepare | Accept, disks: Sequence[str], fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = ()) -> None:
+        courier.ask_each(request, disks, lambda disk, answer, _: heard.put_nowait((disk, answer)), timeout_s=1.0, fragments=fragments)
+
+    async def answers(count: int) -> list[tuple[str, Any]]:
+        return [await heard.get() for _ in range(count)]
+
+    ask(Prepare("", NAME, BALLOT), DISKS)  # the first promises wait for a high-water ballot on disk
+    assert {disk: answer.verdict for disk, answer in await answers(3)} == dict.fromkeys(DISKS, Verdict.OK)
+    copies = [(b"header %d" % index, [b"pay", b"load %d" % index]) for index in range(len(DISKS))]
+    ask(Accept("", NAME, BALLOT, VALUE), DISKS, copies)
+    ask(Prepare("", NAME, NEXT), DISKS[:1])
+    assert heard.empty()
+    found = await answers(4)
+    assert here.kept == {disk: [(header, b"".join(body))] for disk, (header, body) in zip(DISKS, copies, strict=True)}
+    assert {disk: answer.copy_synced for disk, answer in found if isinstance(answer, AcceptReply)} == dict.fromkeys(DISKS, True)
+    [promise] = [answer for _, answer in found if not isinstance(answer, AcceptReply)]
+    assert (promise.accepted, promise.value) == (BALLOT, VALUE)  # it waited for what was on its way
+    assert [store.get(NAME) for store in here.stores.values()] == [Slot(NAME, BALLOT, VALUE)] * 3
+    await pool.close()
