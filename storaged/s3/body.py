@@ -124,7 +124,7 @@ class RequestBody(AsyncIterator[Buffer]):
             self._end()
         if self.waiter is not None and (ended or self._come or self._budget is not None):
             self._wake()
-        if not ended and (self.full or crumbs) and (self.waiter is None or self.waiter.done()):
+        if not ended and (self.full or crumbs) and (self.waiter is None or self.waiter.done()) and self.then is None:
             self._source.hold_back()  # until the reader wants more: one readiness of the socket may bring dozens of reads
         return rest
 

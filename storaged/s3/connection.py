@@ -155,8 +155,10 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def when_whole(self, body: RequestBody, then: Callable[[], None]) -> None:
-        """``then`` is called once all of ``body``, which was opened, has come, or no more will."""
+        """``then`` is called once all of ``body``, which was opened, has come, or no more will. It is kept whole, however large."""
         body.then = partial(self._body_over, then)
+        if self._held_back:
+            self._take_on()
         self.phase = BODY
         self.progress += 1
 
@@ -199,6 +201,8 @@ class Connection(asyncio.BufferedProtocol):
         self.lost = self._ended = True
         if self._body is not None:
             self._body.fail(IncompleteBody())
+        if self._answering:
+            self._input = b""  # nobody is left to be answered, and it must not overtake the request under way
         self._wake(self._heard)
         if self._room is not None and not self._room.done():
             self._room.set_exception(ConnectionResetError("The client has gone."))

@@ -267,6 +267,22 @@ async def test_a_client_that_goes_while_its_object_is_written_is_nobodys_trouble
     assert kept(world) == {b"key": SMALL}
 
 
+async def test_what_a_client_that_has_gone_sent_behind_does_not_overtake_what_is_under_way(world: World) -> None:
+    held = Held(world)
+    _, writer = await held.ask("key")
+    [connection] = world.app._connections.open  # type: ignore[union-attr]
+    writer.write(signed(world, "PUT", "/bucket/key", body=b"later"))
+    await until(lambda: connection._input != b"")
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+    await until(lambda: world.app.statistics().connections == 0)
+    await asyncio.sleep(0.02)
+    held.go()
+    assert [done.status for done in world.done] == [200]
+    assert kept(world) == {b"key": SMALL}
+    assert world.app.statistics().requests_in_flight == 0
+
+
 @pytest.mark.parametrize("told", [errors.ServiceUnavailable("Retry."), RuntimeError("a mistake")], ids=["unavailable", "mistake"])
 async def test_what_fails_is_told_as_by_the_task(world: World, told: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_options: object) -> bool:
@@ -338,12 +354,16 @@ async def test_a_body_larger_than_what_is_kept_unread_holds_nothing_back() -> No
     async with s3_world(Limits(read_buffer_bytes=1024)) as world:
         await make_bucket(world)
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        for how in ("whole", "behind", "body", "whole"):
-            for piece in in_pieces(signed(world, "PUT", "/bucket/key", body=bytes(9000)), how):
+        request = signed(world, "PUT", "/bucket/key", body=bytes(9000))
+        for pieces in (
+            *(in_pieces(request, how) for how in ("whole", "behind", "body", "whole")),
+            (request[:4000], request[4000:8000], request[8000:]),
+        ):
+            for piece in pieces:
                 writer.write(piece)
                 await asyncio.sleep(0.01)
             assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
-        assert len(world.objects.put_told) == 4
+        assert len(world.objects.put_told) == 5
         writer.close()
 
 
