@@ -7,6 +7,7 @@ replica. They belong to a ``TaskPool``, which bounds them and takes them down wi
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -48,7 +49,7 @@ class TaskPool:
 
     def __init__(self, limit: int = CALLS_MAX) -> None:
         self._limit = limit
-        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._tasks: dict[asyncio.Task[None], Coroutine[Any, Any, None]] = {}
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -57,7 +58,7 @@ class TaskPool:
         if len(self._tasks) >= self._limit:
             next(iter(self._tasks)).cancel()
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks[task] = None
+        self._tasks[task] = work
         task.add_done_callback(self._forget)
 
     def _forget(self, task: asyncio.Task[None]) -> None:
@@ -65,10 +66,12 @@ class TaskPool:
 
     async def close(self) -> None:
         while self._tasks:
-            tasks = tuple(self._tasks)
-            for task in tasks:
+            await asyncio.sleep(0)
+            # one that has not begun would end without a word to whoever waits for its answer
+            begun = [task for task, work in self._tasks.items() if inspect.getcoroutinestate(work) != inspect.CORO_CREATED]
+            for task in begun:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*begun, return_exceptions=True)
 
 
 class Suspects:

@@ -144,6 +144,18 @@ async def test_a_client_that_closes_tells_what_it_does_not_go_on_with(ring: Ring
     assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_client_that_closes_at_once_tells_all_the_same(ring: Ring, turns: int) -> None:
+    client = ring.client(deadline_s=0.3)
+    for replica in ring.replicas.values():
+        replica.deaf.add("accept")
+    told = begun(client, put(b"one"))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await client.close()
+    assert isinstance(await asyncio.wait_for(told, 1), ServiceUnavailable)
+
+
 async def test_a_mistake_in_what_judges_it_is_told_and_gives_its_turn_back(ring: Ring) -> None:
     def mistaken(_disks: frozenset[str]) -> bool:
         raise RuntimeError("a mistake")
