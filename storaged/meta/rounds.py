@@ -7,7 +7,6 @@ replica. They belong to a ``TaskPool``, which bounds them and takes them down wi
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -49,7 +48,7 @@ class TaskPool:
 
     def __init__(self, limit: int = CALLS_MAX) -> None:
         self._limit = limit
-        self._tasks: dict[asyncio.Task[None], Coroutine[Any, Any, None]] = {}
+        self._tasks: dict[asyncio.Task[None], None] = {}
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -58,7 +57,7 @@ class TaskPool:
         if len(self._tasks) >= self._limit:
             next(iter(self._tasks)).cancel()
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks[task] = work
+        self._tasks[task] = None
         task.add_done_callback(self._forget)
 
     def _forget(self, task: asyncio.Task[None]) -> None:
@@ -66,12 +65,11 @@ class TaskPool:
 
     async def close(self) -> None:
         while self._tasks:
-            await asyncio.sleep(0)
-            # one that has not begun would end without a word to whoever waits for its answer
-            begun = [task for task, work in self._tasks.items() if inspect.getcoroutinestate(work) != inspect.CORO_CREATED]
-            for task in begun:
+            tasks = tuple(self._tasks)
+            await asyncio.sleep(0)  # one that has not begun would end without a word to whoever waits for its answer
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*begun, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Suspects:
