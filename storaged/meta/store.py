@@ -82,7 +82,7 @@ from storaged.meta.redo import HALF_BYTES, RedoLog
 from storaged.meta.rowkey import walk
 from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, intact, open_small, seal_small, stamps_in, unpack_row
 from storaged.meta.stretch import columns_at, stamps_at
-from storaged.units import GIB
+from storaged.units import GIB, MIB
 
 MAP_BYTES_DEFAULT = 64 * GIB
 """Address space, not disk space: the file is as long as what was ever in use at once."""
@@ -97,7 +97,8 @@ CHECKPOINT_BYTES = HALF_BYTES // 2
 QUEUED_BATCHES_MAX = 4096
 SLICE_ROWS_MAX = 10_000
 
-_OUT_OF_SPACE = (lmdb.MapFullError, lmdb.DiskError)
+FULL_BYTES = 16 * MIB
+"""A file system with less than this free is full: a write that was cut short took the rest, but for what others gave back since."""
 
 
 @dataclass(frozen=True)
@@ -587,9 +588,20 @@ class LmdbMetaStore:
         with self._log:
             self._reason = str(error) or type(error).__name__
             self._log.notify_all()
-        if not isinstance(error, _OUT_OF_SPACE) and getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT):
+        if not self._lacks_space(error):
             with contextlib.suppress(OSError):  # a disk that refuses this too is noticed at its next start
                 (self.directory / "failed").write_text(self._reason + "\n")
+
+    def _lacks_space(self, error: Exception) -> bool:
+        """Also when the file system was full in the middle of a write: that is cut short then, which LMDB calls EIO."""
+        code = getattr(error, "errno", None) or getattr(error, "code", None)
+        if code != errno.EIO:
+            return isinstance(error, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT)
+        try:
+            space = os.statvfs(self.directory)
+        except OSError:
+            return False
+        return space.f_bavail * space.f_frsize < FULL_BYTES
 
     def _deliver(self, group: list[Ready]) -> None:
         """A store that has failed says so of everything that it had in hand, also of what just went through: nobody must rely on a disk like that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import shutil
 import struct
@@ -280,6 +281,37 @@ async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_aga
     await store.close()
     with pytest.raises(DiskForeign, match="failed before"):
         LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+
+
+@pytest.mark.parametrize("free", [0, 1 << 30])
+async def test_a_checkpoint_that_is_cut_short_is_lack_of_space_where_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """LMDB calls both EIO. A disk that was full goes on when it is opened again; one that has room and does not write is given up."""
+    store = LmdbMetaStore(tmp_path / "meta")
+    slots = [slot_of(name_of(b"%02d" % number), body=b"x" * 100_000) for number in range(10)]
+    monkeypatch.setattr(store_module, "CHECKPOINT_S", 60)
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((1, 1, free, free, free, 0, 0, 0, 0, 255)))
+    for slot in slots:
+        await store.commit(StoreBatch(slots=[slot]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        await store.checkpoint()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Input/output error" in store.statistics().reason
+    assert [store.get(slot.name) for slot in slots] == slots
+    await store.close()
+    if free:
+        with pytest.raises(DiskForeign, match="failed before"):
+            LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+        return
+    store = LmdbMetaStore.open_or_refuse(store.directory, store.identity)
+    await store.checkpoint()
+    assert store.statistics().state == "ok"
+    assert [store.get(slot.name) for slot in slots] == slots
+    await store.close()
 
 
 async def test_a_page_that_is_none_any_more_is_damage_and_other_rows_are_read(tmp_path: Path) -> None:
