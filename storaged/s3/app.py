@@ -13,7 +13,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -61,6 +61,10 @@ _READ_HEADERS = frozenset(
     }
 )  # fmt: skip
 """With these alone a GET or HEAD asks for a whole object, whatever they say beside who asks, and whether checksums are wanted. They are what SDKs send."""
+
+
+_SAYS_NOTHING = {"x-id"}
+"""Parameters with the operation's name, which some SDKs send."""
 
 
 class _Begun(NamedTuple):
@@ -233,16 +237,14 @@ class S3App:
         try:
             head = parse_head(raw, self._limits)
             length, headers = head.length, head.headers
-            if length is None or more > length or not head.keep_alive or b"?" in head.target:
+            if not head.keep_alive or (length is not None and more > length):
                 return False
-            if (
-                length > front.objects.small_bytes_max or "x-amz-copy-source" in headers
-                if writes
-                else length or not headers.keys() <= _READ_HEADERS
-            ):
+            if self._beyond_soon(length, headers) if writes else length or not headers.keys() <= _READ_HEADERS:
                 return False
             request = self._request_of(connection, head)
             self._locate(request)
+            if request.query and request.query.keys() != _SAYS_NOTHING:
+                return False
             claim = claim_of(request, front.region)
             known = front.users.at_hand(claim.access_key) if claim is not None else None
             bucket = front.buckets.at_hand(request.bucket)
@@ -251,9 +253,9 @@ class S3App:
             admit(request, claim, *known, self._clock.wall_ms())
             check_owner(bucket, request.who, headers.get("x-amz-expected-bucket-owner", ""))
             route, body = routes.find(request.method, request.bucket, request.key, {}), request.body
-            if writes and body.decoder is not None:
-                return False
             asked = put_asked(request) if writes else None
+            if asked is not None and (asked[1].size is None or asked[1].size > front.objects.small_bytes_max):
+                return False
         except Exception:  # the task meets it again
             return False
         request.operation, request._bucket_record = route.operation, bucket
@@ -262,7 +264,7 @@ class S3App:
         if asked is None:
             front.objects.read_soon(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
             return True
-        if length:
+        if length != 0:
             connection.open_body(body)
         body.go_on()
         if body.complete:
@@ -270,6 +272,12 @@ class S3App:
         else:
             connection.when_whole(body, partial(self._write, connection, begun, asked))
         return True
+
+    def _beyond_soon(self, length: int | None, headers: Mapping[str, str]) -> bool:
+        """Of a PUT: a copy, or an object that is not small. One in aws-chunked form says its size in a header."""
+        if length is None or length > self._front.objects.small_bytes_max:
+            return "x-amz-copy-source" in headers or "x-amz-decoded-content-length" not in headers
+        return "x-amz-copy-source" in headers
 
     def _write(self, connection: Connection, begun: _Begun, asked: tuple[NewMeta, BodyChecks, WriteConditions]) -> None:
         """All of the body has come, or no more will."""

@@ -94,6 +94,11 @@ class RequestBody(AsyncIterator[Buffer]):
         return self._kept_bytes > self._limits.read_buffer_bytes
 
     @property
+    def bounded(self) -> bool:
+        """What comes is the object and no more, of declared size."""
+        return self._chunks is None and self.decoder is None
+
+    @property
     def failed(self) -> bool:
         """No more of it will come, though it is not complete."""
         return self._error is not None
@@ -124,7 +129,7 @@ class RequestBody(AsyncIterator[Buffer]):
             self._end()
         if self.waiter is not None and (ended or self._come or self._budget is not None):
             self._wake()
-        if not ended and (self.full or crumbs) and (self.waiter is None or self.waiter.done()) and self.then is None:
+        if not ended and (self.full or crumbs) and (self.waiter is None or self.waiter.done()) and (self.then is None or not self.bounded):
             self._source.hold_back()  # until the reader wants more: one readiness of the socket may bring dozens of reads
         return rest
 
@@ -192,22 +197,38 @@ class RequestBody(AsyncIterator[Buffer]):
     async def _next(self) -> Buffer:
         """What has arrived, at least one byte; empty at the end. Raises IncompleteBody, RequestTimeout, BadRequest."""
         while not self._come:
-            if self.complete:
-                return b""
             if self._error is not None:
                 raise self._error
+            if self.complete:
+                return b""
             await self._source.heard(self)
         piece = self._come.popleft()
         self._kept_bytes -= len(piece)
         return piece
 
     def at_hand(self) -> Buffer | None:
-        """The whole body as it was sent, when all of it has come and none was read; it can be read as ever. None when it failed, or is to be decoded."""
-        if not self.complete or self.decoder is not None:
+        """The whole object of a small body, when all of that has come and none was read; it can be read as ever. None when something is wrong with it, which whoever
+        reads it is told."""
+        if not self.complete or self._error is not None:
             return None
-        if len(self._come) > 1:
-            self._come = deque((b"".join(self._come),))
-        return self._come[0] if self._come else b""
+        if self.decoder is not None and not self._decoder_done:
+            try:
+                self._decoded_ahead.extend(self.decoder.feed(b"".join(self._come)))
+                self.decoder.finish()
+            except S3Error as error:
+                self._decoded_ahead.clear()
+                self._error = error
+                return None
+            finally:
+                self._come.clear()
+                self._kept_bytes = 0
+            self._decoder_done = True
+        pieces = self._come if self.decoder is None else self._decoded_ahead
+        if len(pieces) > 1:
+            whole = b"".join(pieces)
+            pieces.clear()
+            pieces.append(whole)
+        return pieces[0] if pieces else b""
 
     async def __anext__(self) -> Buffer:
         """The next bytes of the object. The last come only after chunk signatures, framing and length hold; the hash that was signed is not checked here."""

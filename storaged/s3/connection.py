@@ -117,7 +117,7 @@ class Connection(asyncio.BufferedProtocol):
             body.received(nbytes)
         else:
             self._input = body.feed(bytes(self._scratch[:nbytes]))
-            if body.then is not None and body.complete:
+            if body.then is not None and (body.complete or self._held_back):
                 body.tell()
 
     def _on_head(self, data: bytes) -> None:
@@ -155,7 +155,11 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def when_whole(self, body: RequestBody, then: Callable[[], None]) -> None:
-        """``then`` is called once all of ``body``, which was opened, has come, or no more will. It is kept whole, however large."""
+        """``then`` is called once all of ``body``, which was opened, has come; no more will; or more than may be kept of one that does not say how long it is as it is
+        sent, which the task reads then. One that says so is kept whole."""
+        if body.failed or (self._held_back and body.full and not body.bounded):
+            then()
+            return
         body.then = partial(self._body_over, then)
         if self._held_back:
             self._take_on()

@@ -327,9 +327,12 @@ async def test_over_tls_boto3_sends_checksums_in_trailers_and_they_are_verified(
             assert got["ContentEncoding"] == "gzip"
             assert got["ChecksumCRC32"] == put["ChecksumCRC32"]
             assert client.put_object(Bucket="bucket", Key="empty", Body=b"")["ETag"]
+            client.put_object(Bucket="bucket", Key="small", Body=b"small")
+            assert client.get_object(Bucket="bucket", Key="small")["Body"].read() == b"small"
             return seen
 
         seen = await asyncio.to_thread(run)
+        assert len(world.objects.put_told) == 2  # the small ones, by callbacks
         assert "STREAMING-UNSIGNED-PAYLOAD-TRAILER" in seen["x-amz-content-sha256"]
 
 

@@ -10,8 +10,12 @@ import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
+import botocore.auth  # type: ignore[import-untyped]
 import pytest
+from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
@@ -21,7 +25,7 @@ from storaged.s3.limits import Limits
 from storaged.s3.objects import put_asked
 from storaged.s3.request import Request
 from tests.unit.fake_object_service import HELD_BYTES_MAX, checksum
-from tests.unit.s3_world import ACCESS, REGION, World, s3_world
+from tests.unit.s3_world import ACCESS, REGION, SECRET, World, s3_world
 from tests.unit.test_s3_http import read_head, signed, until
 
 SMALL = b"small" * 100
@@ -166,7 +170,7 @@ async def test_who_waits_to_be_told_to_go_on_is_told_once(world: World) -> None:
     ("target", "body", "headers"),
     [
         ("/bucket/key", bytes(HELD_BYTES_MAX + 1), {}),
-        ("/bucket/key?x-id=PutObject", SMALL, {}),
+        ("/bucket/key?x-id=PutObject&x-unknown=1", SMALL, {}),
         ("/bucket/key", SMALL, {"Connection": "close"}),
         ("/bucket/key", SMALL, {"x-amz-copy-source": "/bucket/other"}),
     ],
@@ -179,7 +183,7 @@ async def test_whatever_else_is_asked_is_the_tasks(world: World, target: str, bo
     assert len(world.objects.put_told) == 1
 
 
-async def test_a_chunked_body_is_the_tasks(world: World) -> None:
+async def test_a_body_of_unknown_size_is_the_tasks(world: World) -> None:
     request = signed(world, "PUT", "/bucket/key", body=b"small", send_body=False)
     request = request.replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"5\r\nsmall\r\n0\r\n\r\n"
     assert b"200 OK" in await ask(world, request)
@@ -405,3 +409,91 @@ def test_headers_that_say_little_are_understood_as_among_others(
 
     common = {"host": "h", "x-amz-date": "20260101T000000Z", "x-amz-content-sha256": sha256, **kind}
     assert asked(common) == asked({**common, "x-amz-storage-class": "STANDARD"})
+
+
+def chunked(world: World, data: bytes, sum_of: bytes, *, end: bytes = b"\r\n", size: int | None = None) -> bytes:
+    """A PUT as SDKs send it over TLS: in one chunk, unsigned, with the checksum behind it."""
+    framed = b"%x\r\n%b\r\n0\r\nx-amz-checksum-crc32:%b\r\n" % (len(data), data, checksum("CRC32", sum_of).encode()) if data else b"0\r\n"
+    framed = (framed if data else framed + b"x-amz-checksum-crc32:%b\r\n" % checksum("CRC32", sum_of).encode()) + end
+    headers = {
+        "Content-Encoding": "aws-chunked", "x-amz-trailer": "x-amz-checksum-crc32", "x-amz-sdk-checksum-algorithm": "CRC32",
+        "x-amz-decoded-content-length": str(len(data) if size is None else size),
+    }  # fmt: skip
+    request = AWSRequest("PUT", f"{world.endpoint}/bucket/key", headers=headers)
+    request.context["checksum"] = {"request_algorithm": {"in": "trailer"}}
+    botocore.auth.S3SigV4Auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
+    lines = ["PUT /bucket/key HTTP/1.1", f"Host: 127.0.0.1:{world.port}", *(f"{name}: {value}" for name, value in request.headers.items())]
+    return "\r\n".join([*lines, f"Content-Length: {len(framed)}"]).encode() + b"\r\n\r\n" + framed
+
+
+@pytest.mark.parametrize("how", ["whole", "behind", "body"])
+@pytest.mark.parametrize("data", [b"", SMALL, bytes(HELD_BYTES_MAX)])
+async def test_a_body_in_the_chunks_of_sdks_is_answered_without_the_task(world: World, how: str, data: bytes) -> None:
+    answers = []
+    for world.objects.busy in (False, True):
+        answers.append(await ask(world, *in_pieces(chunked(world, data, data), how)))
+        assert kept(world) == {b"key": data}
+        assert world.objects.of(world.buckets.by_name["bucket"]).pop(b"key").info.checksums == {"CRC32": checksum("CRC32", data)}
+    assert b"x-amz-checksum-crc32: " in answers[0]
+    assert answers[0] == answers[1]
+    assert len(world.objects.put_told) == 1
+
+
+@pytest.mark.parametrize("how", ["whole", "behind", "body"])
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"sum_of": b"other"}, b"BadDigest"),
+        ({"size": 4}, b"IncompleteBody"),
+        ({"end": b"color:blue\r\n\r\n"}, b"MalformedTrailerError"),
+        ({"end": b"\r\ndata"}, b"InvalidRequest"),
+    ],
+    ids=["checksum", "size", "trailer", "behind"],
+)
+async def test_what_is_wrong_with_chunks_is_told_as_by_the_task(world: World, how: str, wrong: dict[str, Any], code: bytes) -> None:
+    answers = []
+    for world.objects.busy in (False, True):
+        answers.append(await ask(world, *in_pieces(chunked(world, SMALL, **{"sum_of": SMALL, **wrong}), how)))
+    assert b"<Code>" + code + b"<" in answers[0]
+    assert answers[0] == answers[1]
+    assert kept(world) == {}
+    assert world.app.statistics().requests_in_flight == 0
+
+
+def over_http_chunks(request: bytes) -> bytes:
+    """As boto3 sends it over TLS: the length of what is framed is not told."""
+    head, _, framed = request.partition(b"\r\n\r\n")
+    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    cut = len(framed) // 2
+    pieces = [piece for piece in (framed[:cut], framed[cut:]) if piece]
+    return head + b"\r\n\r\n" + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("how", ["whole", "behind", "body"])
+async def test_a_body_in_chunks_within_chunks_is_answered_without_the_task(world: World, how: str) -> None:
+    request = over_http_chunks(chunked(world, SMALL, SMALL))
+    *pieces, last = in_pieces(request, how)
+    answer = await ask(world, *pieces, last + signed(world, "GET", "/bucket/key"))  # and what comes right behind it
+    assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
+    assert answer.endswith(SMALL)
+    assert len(world.objects.put_told) == 1
+
+
+async def test_a_body_that_turns_out_long_or_in_crumbs_is_the_tasks(world: World) -> None:
+    for framed in (bytes(300_000), b""):
+        crumbs = b"1\r\nx\r\n" * 5000
+        small = over_http_chunks(chunked(world, SMALL, SMALL)).partition(b"\r\n\r\n")[0]
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(framed), framed) if framed else crumbs + b"0\r\n\r\n"
+        answer = await ask(world, small + b"\r\n\r\n" + body)
+        assert answer.startswith(b"HTTP/1.1 400 "), answer
+    assert kept(world) == {}
+    assert world.objects.put_told == []
+    assert world.app.statistics().requests_in_flight == 0
+
+
+async def test_the_name_that_some_sdks_give_the_operation_says_nothing(world: World) -> None:
+    for method, body in (("PUT", SMALL), ("GET", b"")):
+        answer = await ask(world, signed(world, method, f"/bucket/key?x-id={method.title()}Object", body=body))
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(SMALL)
+    assert (len(world.objects.put_told), len(world.objects.told)) == (1, 1)
