@@ -23,6 +23,7 @@ import lmdb
 
 from storaged.errors import DiskUnusable, FragmentDamaged, OperatorError, PeerRefused, StoragedError
 from storaged.fragments import recovery
+from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files, SegmentFile, Space
 from storaged.fragments.format import (
     KEY_BYTES,
@@ -46,7 +47,7 @@ from storaged.fragments.format import (
     payload_hash,
     segment_seed,
 )
-from storaged.fragments.index import Checkpoint, Entry, Index, Position
+from storaged.fragments.index import Checkpoint, Index, Position
 from storaged.fragments.ports import FragmentHeader, Retirement, Usage
 from storaged.fragments.reader import Reader
 from storaged.units import MIB, format_size

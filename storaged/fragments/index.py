@@ -16,7 +16,6 @@ used from any thread.
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,23 +24,22 @@ from typing import Any, NamedTuple
 
 import lmdb
 import msgspec
-import xxhash
 
 from storaged.errors import DiskForeign, IndexDamaged
+from storaged.fragments.entry import BROKEN, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import KEY_BYTES, Delete, Note, Retire, Touch
 from storaged.mapped import reach_end
 from storaged.units import GIB
 from storaged.wire import Message, decode, encode
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+"""1 knew but one form of an entry. An index of it is read, and says 2 from its next checkpoint on, so that a program that knows no other form refuses it."""
+
 HEAD_CELL = -1
 """In the damage list: the record's head does not hold, so none of its cells can be read."""
 
 DAMAGED_FRAGMENTS_MAX = 100_000
 """Beyond that the disk is beyond repair, and every damaged fragment is found again when it is read."""
-
-_ENTRY = struct.Struct(">6I2Q")
-_CHECK = struct.Struct(">I")
 
 
 class Position(NamedTuple):
@@ -49,27 +47,6 @@ class Position(NamedTuple):
 
     segment: int
     offset: int
-
-
-class Entry(NamedTuple):
-    """Where a fragment is. ``payload_start`` is relative to ``offset``. Segment 0 does not exist: the entry itself was damaged."""
-
-    segment: int
-    offset: int
-    record_bytes: int
-    payload_start: int
-    payload_bytes: int
-    cell_bytes: int
-    sequence: int
-    created_ms: int
-    shadows: tuple[int, ...] = ()
-
-    @property
-    def cells(self) -> int:
-        return -(-self.payload_bytes // self.cell_bytes) if self.payload_bytes else 0
-
-
-BROKEN = Entry(0, 0, 0, 0, 0, 1, 0, 0)
 
 
 class RetireRow(Message, frozen=True):
@@ -181,7 +158,7 @@ class Index:
             self.damaged = {bytes(key): frozenset(decode(value, tuple[int, ...])) for key, value in txn.cursor(db=self._db["damaged"])}
         if row.disk_id != self.disk_id:
             raise DiskForeign(f"the fragment index belongs to disk {row.disk_id}, not to {self.disk_id}")
-        if row.version != INDEX_VERSION:
+        if not 1 <= row.version <= INDEX_VERSION:
             raise IndexDamaged(f"the fragment index has version {row.version}, this program knows {INDEX_VERSION}")
         for number, use in self.segments.items():
             self._count(use, 1)
@@ -204,7 +181,7 @@ class Index:
         try:
             with self._env.begin(buffers=True) as txn:
                 value = txn.get(key, db=self._db["fragments"])
-                return None if value is None else _unpack(key, value)
+                return None if value is None else unpack_entry(key, value)
         except (lmdb.CorruptedError, lmdb.PageNotFoundError):
             return BROKEN
 
@@ -221,7 +198,7 @@ class Index:
                 for index, key in enumerate(keys):
                     if found[index] is BROKEN:
                         value = txn.get(key, db=fragments)
-                        found[index] = None if value is None else _unpack(key, value)
+                        found[index] = None if value is None else unpack_entry(key, value)
         except (lmdb.CorruptedError, lmdb.PageNotFoundError):
             return [self.lookup(key) for key in keys]
         return found
@@ -255,7 +232,7 @@ class Index:
                         break
                     entry = self.overlay.fragments.get(key, BROKEN)
                     if entry is BROKEN:
-                        entry = _unpack(key, value)
+                        entry = unpack_entry(key, value)
                     if entry is not None:
                         return key, entry
                     more = cursor.next()
@@ -574,21 +551,6 @@ def _write_fragments(txn: Any, db: Any, entries: dict[bytes, Entry | None]) -> N
         if entry is None:
             txn.delete(key, db=db)
         else:
-            put.append((key, _pack(key, entry)))
+            put.append((key, pack_entry(key, entry)))
     with txn.cursor(db=db) as cursor:
         cursor.putmulti(put)
-
-
-def _pack(key: bytes, entry: Entry) -> bytes:
-    """40 bytes, the shadows (u32 each), and the low half of xxh3-64 over key and all of that: a misplaced or flipped value is not believed."""
-    raw = _ENTRY.pack(*entry[:8]) + struct.pack(f">{len(entry.shadows)}I", *entry.shadows)
-    return raw + _CHECK.pack(xxhash.xxh3_64_intdigest(key + raw) & 0xFFFFFFFF)
-
-
-def _unpack(key: bytes, value: Any) -> Entry:
-    raw = bytes(value)
-    body = raw[:-4]
-    if len(body) < _ENTRY.size or len(body) % 4 or _CHECK.unpack(raw[-4:])[0] != xxhash.xxh3_64_intdigest(key + body) & 0xFFFFFFFF:
-        return BROKEN
-    shadows = struct.unpack_from(f">{(len(body) - _ENTRY.size) // 4}I", body, _ENTRY.size)
-    return Entry._make((*_ENTRY.unpack_from(body), shadows))

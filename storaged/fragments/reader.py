@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from storaged.errors import FragmentDamaged, FragmentMissing
+from storaged.fragments.entry import Entry
 from storaged.fragments.files import SegmentFile
 from storaged.fragments.format import (
     FRAGMENT,
@@ -19,7 +20,7 @@ from storaged.fragments.format import (
     segment_seed,
     whole_payload,
 )
-from storaged.fragments.index import HEAD_CELL, Entry, Index
+from storaged.fragments.index import HEAD_CELL, Index
 from storaged.fragments.ports import FragmentHeader
 from storaged.units import MIB
 from storaged.wire import Buffer

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from storaged.errors import DiskForeign
+from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files, SegmentFile
 from storaged.fragments.format import (
     FRAGMENT,
@@ -30,7 +31,7 @@ from storaged.fragments.format import (
     parse_segment_header,
     segment_seed,
 )
-from storaged.fragments.index import Entry, Index, Position
+from storaged.fragments.index import Index, Position
 from storaged.fragments.scan import Found, Gap, scan, whole
 
 

@@ -29,8 +29,9 @@ from storaged.clock import Clock, SystemClock
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused, StoragedError
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import TIME_MS_MAX, Engine, StoreLimits, Write
+from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files, PosixFiles
-from storaged.fragments.index import Checkpoint, Entry, Index, Position
+from storaged.fragments.index import Checkpoint, Index, Position
 from storaged.fragments.ports import (
     CELLS_MAX,
     RETIREMENTS_MAX,

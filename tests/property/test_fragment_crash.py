@@ -20,7 +20,8 @@ import pytest
 from storaged.fragments import recovery
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine, StoreLimits, Write
-from storaged.fragments.index import Checkpoint, Entry, Index, Position
+from storaged.fragments.entry import Entry
+from storaged.fragments.index import Checkpoint, Index, Position
 from storaged.fragments.ports import Retirement
 from tests.unit.fragment_world import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
 
