@@ -1,7 +1,7 @@
 """Changes of registers by one process: in turn, first as the common case (``quick``), and from there, where it was none, as ``proposal`` has it.
 
 A process never pre-empts itself: changes of one register wait for each other (``rounds.Turns``). Who can wait has a task and awaits ``change``; who has none asks for
-``begin``, and is told by a callback. It costs a task only where the common case ends.
+``begin``, and is told by a callback. It costs a task only where it has to wait for its turn, and where the common case ends.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from storaged.meta.register import CALL_BYTES, Lineage
 from storaged.meta.rounds import Courier, Turns
 
 Changed = Callable[[Outcome | Exception], None]
+STOPPED = "This node stops before it has learned what became of the change."
 
 
 class Changing:
@@ -92,8 +93,11 @@ class Changing:
             view = self._around.view(name)
         except StoragedError:  # ``change`` says so
             return False
-        if len(view.groups) > 1 or self._closed or not self._turns.take_soon(name):
+        if self._closed:
             return False
+        if len(view.groups) > 1 or not self._turns.take_soon(name):
+            self._around.pool.start(self._change_for(name, update, small, then))
+            return True
         self._around.counts["changes"] += 1
         deadline = self._deadline()
         quick = self._quick(view, name, update, small, deadline)
@@ -104,6 +108,16 @@ class Changing:
             self._turns.release(name)
             raise
         return True
+
+    async def _change_for(self, name: RegisterName, update: Update, small: SmallCopies | None, then: Changed) -> None:
+        outcome: Outcome | Exception = OutcomeUnknown(STOPPED)
+        try:
+            outcome = await self.change(name, update, small, None, None, b"")
+        except Exception as error:
+            outcome = error
+        finally:
+            then(outcome)
+            del outcome  # an exception has this frame, and the frame may not have it
 
     def _over(self, quick: QuickChange, deadline: float, then: Changed, outcome: Outcome | Exception | None) -> None:
         self._patience.end(quick)
@@ -155,7 +169,7 @@ class Changing:
 def _given_up(quick: QuickChange) -> StoragedError:
     """What is told of a change with which this process does not go on."""
     if quick.lineage.open:
-        return OutcomeUnknown("This node stops before it has learned what became of the change.")
+        return OutcomeUnknown(STOPPED)
     return ServiceUnavailable("This node stops. Nothing was changed. Retry.")
 
 

@@ -102,7 +102,7 @@ class Registers(Protocol):
         self, name: RegisterName, update: Update, then: Callable[[Outcome | Exception], None], *, small: SmallCopies | None = None
     ) -> bool:
         """As ``change``, without a task where nobody is in the way: ``then`` is told its outcome or what it would raise, once, perhaps before this returns, and must not
-        raise. False: nothing was begun, and ``change`` is to be called: somebody else of this process changes the register now, or its replicas are being exchanged."""
+        raise. False: nothing was begun, and ``change`` is to be called, which says why."""
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         """A committed identity round at a new ballot: afterwards no earlier promise or unfinished accept can take effect, so what the value

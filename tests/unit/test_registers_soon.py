@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailable
+from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailable, SlowDown
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.names import Change, Value
@@ -47,26 +47,45 @@ async def test_what_was_changed_is_told_and_read_back_and_counted(ring: Ring) ->
     assert client.statistics().calls_in_flight <= 1  # the third replica's
 
 
-async def test_nothing_is_begun_while_it_is_somebody_elses_turn(ring: Ring) -> None:
+async def test_who_comes_while_it_is_somebody_elses_turn_waits_for_its_own(ring: Ring) -> None:
     client = ring.client()
-    first = begun(client, put(b"one"))
-    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
-    waiting = asyncio.create_task(client.change(NAME, put(b"two")))
+    first, second = begun(client, put(b"one")), begun(client, lambda _: Change(b"two", payload=b"D" * 16), COPIES)
+    third = asyncio.create_task(client.change(NAME, put(b"three")))
     await asyncio.sleep(0)
-    assert isinstance(await first, Outcome)
-    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
-    outcome = await waiting
-    assert outcome.before is not None
-    assert outcome.before.body == b"one"
-    assert isinstance(await begun(client, put(b"three")), Outcome)
+    fourth = begun(client, fail_with(Refused()))
+    befores = [outcome.before for outcome in (await first, await second, await third) if isinstance(outcome, Outcome)]
+    assert [value and value.body for value in befores] == [None, b"one", b"two"]
+    assert isinstance(await fourth, Refused)
     assert client.statistics().preempted == 0
+    assert client.statistics().changes == 4
 
 
-async def test_nothing_is_begun_while_replicas_are_being_exchanged(ring: Ring) -> None:
+async def test_turns_are_as_many_as_for_tasks(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = ring.client()
+    monkeypatch.setattr(client._changing._turns, "_waiting_max", 2)
+    told = [begun(client, put(b"one")) for _ in range(4)]
+    outcomes = [await outcome for outcome in told]
+    assert [isinstance(outcome, Outcome) for outcome in outcomes] == [True, True, False, False]
+    assert all(isinstance(outcome, SlowDown) for outcome in outcomes[2:])
+
+
+async def test_while_replicas_are_being_exchanged_it_takes_a_task(ring: Ring) -> None:
     client = ring.client()
     view = client._view(NAME)
     client._views[NAME[:3]] = view._replace(groups=(view.disks, view.disks))
-    assert not client.change_soon(NAME, put(b"never"), lambda _: pytest.fail("told"))
+    assert isinstance(await begun(client, put(b"one")), Outcome)
+    assert (await client.read(NAME)).value is not None
+
+
+async def test_what_waits_for_its_turn_when_its_client_closes_is_told(ring: Ring) -> None:
+    client = ring.client()
+    for replica in ring.replicas.values():
+        replica.stuck.add("prepare")
+    told = [begun(client, put(b"one")) for _ in range(2)]
+    await asyncio.sleep(0.005)
+    await client.close()
+    outcomes = [await asyncio.wait_for(outcome, 1) for outcome in told]
+    assert all(isinstance(outcome, ServiceUnavailable) for outcome in outcomes)
 
 
 @pytest.mark.parametrize("stage", ["prepare", "accept"])
