@@ -97,11 +97,13 @@ class RemoteReplica:
 
 
 class ReplicaDirectory:
-    """``ports.Replicas``: this node's disks without the network, every other disk of the layout through ``caller``."""
+    """``ports.Replicas``: this node's disks without the network, every other disk of the layout through ``caller``. A disk of this ``node`` that is not among ``local``
+    is out of use, and nobody is asked."""
 
-    def __init__(self, layouts: Layouts, caller: Caller, local: Mapping[str, Replica] | None = None) -> None:
+    def __init__(self, layouts: Layouts, caller: Caller, local: Mapping[str, Replica] | None = None, *, node: str = "") -> None:
         self._layouts = layouts
         self._caller = caller
+        self._node = node
         self._local = local if local is not None else {}
         self._remote: dict[str, RemoteReplica] = {}
         self._layout: Layout | None = None
@@ -127,6 +129,8 @@ class ReplicaDirectory:
         entry = layout.disk_by_id.get(disk_id)
         if entry is None:
             raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {layout.epoch}.")
+        if entry.node == self._node:
+            raise DiskUnusable(f"Disk {disk_id} is not in use on this node.")
         found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, self._reads_of(entry.node))
         return found
 

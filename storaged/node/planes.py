@@ -172,7 +172,7 @@ class Node:
         fragments = {disk.id: disk.fragments for disk in self.disks.used.values()}
         self._methods.update(ReplicaHost(replicas).methods())
         self._methods.update(FragmentHost(fragments).methods())
-        directory = ReplicaDirectory(self.layouts, self.pool, replicas)
+        directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock, on_missed=self._missed, copy_at=at_position)
         remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
         self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership, remembered_bytes_max=remembered_bytes_max)

@@ -19,7 +19,7 @@ from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Copy, Reading, Slot, StoreBatch
 from storaged.meta.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
-from storaged.meta.remote import ReplicaDirectory, ReplicaHost
+from storaged.meta.remote import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.meta.replica import LocalReplica
 from storaged.meta.rowvalue import check_of, pack_row
 from storaged.wire import Buffer, Message, decode, encode
@@ -381,6 +381,22 @@ async def test_a_disk_that_is_out_of_use_is_noticed_by_the_first_read_and_asked_
     assert found is not None
     assert found.value == slot.value
     assert sorted(to for to, _, _ in world.messages) == sorted(disk[:2] for disk in of(world, slot.name) if disk != gone)
+
+
+async def test_a_disk_of_this_node_that_is_out_of_use_is_asked_nothing(world: World) -> None:
+    slot = slot_of(name_of(1))
+    await world.write(slot)
+    gone = of(world, slot.name)[0]
+    node = gone[:2]
+    used = {disk: replica for disk, replica in world.replicas.items() if disk != gone}
+    directory = ReplicaDirectory(world, world, {disk: replica for disk, replica in used.items() if disk[:2] == node}, node=node)
+    with pytest.raises(DiskUnusable, match="not in use on this node"):
+        directory.replica(gone)
+    assert isinstance(directory.replica(next(disk for disk in DISKS if disk[:2] != node)), RemoteReplica)
+    client = RingClient(world, directory, node=node, deadline_s=5.0)
+    assert (await client.read(slot.name)).value == slot.value
+    assert node not in {to for to, _, _ in world.messages}
+    await client.close()
 
 
 async def test_what_two_replicas_tell_differently_is_settled_without_a_third_that_does_not_answer(world: World) -> None:
