@@ -211,12 +211,13 @@ class RingClient:
         if len(view.groups) == 1:
             over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             quick = QuickRead(partial(_wake, over), self._suspects)
-            self._patience.begin(quick, self._hedge_s)
-            try:
-                quick.ask(self._rows, view, name.pack(), want_payload, self._call_timeout_s)
-                await over
-            finally:
-                self._patience.end(quick)
+            quick.ask(self._rows, view, name.pack(), want_payload, self._call_timeout_s)
+            if not quick.done:
+                self._patience.begin(quick, self._hedge_s)
+                try:
+                    await over
+                finally:
+                    self._patience.end(quick)
             reading = _reading_of(quick, want_payload)
             if reading is not None:
                 return reading
@@ -251,8 +252,9 @@ class RingClient:
             then(None)
             return
         quick = QuickRead(partial(self._read_over, want_payload, then), self._suspects)
-        self._patience.begin(quick, self._hedge_s)
         quick.ask(self._rows, view, name.pack(), want_payload, self._call_timeout_s)
+        if not quick.done:  # replicas of this process have answered by now
+            self._patience.begin(quick, self._hedge_s)
 
     def _read_over(self, want_payload: bool, then: Callable[[Reading | None], None], quick: QuickRead) -> None:
         self._patience.end(quick)

@@ -299,14 +299,15 @@ class Patience:
         self._rings_at = 0.0
 
     def begin(self, waiting: Impatient, limit_s: float) -> None:
-        """``end`` is to be called in any case."""
+        """``end`` is to be called when it is over, whatever comes of it."""
         loop = asyncio.get_running_loop()
         end = self._ends[waiting] = loop.time() + limit_s
         if self._timer is None or end < self._rings_at:
             self._ring_at(loop, end)
 
     def end(self, waiting: Impatient) -> None:
-        del self._ends[waiting]
+        """Also of who never began to wait."""
+        self._ends.pop(waiting, None)
 
     def _ring_at(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
         self.close()
