@@ -585,10 +585,11 @@ class LmdbMetaStore:
             apply_pages(transaction, group)
 
     def _fail(self, error: Exception) -> None:
+        lacks_space = self._lacks_space(error)
         with self._log:
-            self._reason = str(error) or type(error).__name__
+            self._reason = (str(error) or type(error).__name__) + (" (no space is left)" if lacks_space else "")
             self._log.notify_all()
-        if not self._lacks_space(error):
+        if not lacks_space:
             with contextlib.suppress(OSError):  # a disk that refuses this too is noticed at its next start
                 (self.directory / "failed").write_text(self._reason + "\n")
 
