@@ -137,7 +137,12 @@ class Repair:
                 except StoragedError as error:
                     failures.append(str(error))
                 if where.table != Table.SYSTEM:
-                    self.findings.replace(where.prefix, await self._judged_range(where))
+                    try:
+                        self.findings.replace(where.prefix, await self._judged_range(where))
+                    except (
+                        RowDamaged
+                    ) as error:  # a page of the local store, or what leads to its rows: the other ranges are looked at all the same
+                        failures.append(str(error))
                 self.walk_job.advance()
             self.findings.keep_only(where.prefix for where in ranges)
         except (StoragedError, RowDamaged, TimeoutError) as error:

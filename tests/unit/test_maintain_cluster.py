@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import msgspec
 import pytest
 
+from storaged.cluster.layout import partition_of
 from storaged.cluster.ports import Call, PeerIdentity
 from storaged.errors import PeerUnreachable, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainLimits
 from storaged.maintain.service import Ask
-from storaged.meta.names import Change, RegisterName, object_name, part_name, system_name, upload_name
+from storaged.meta.names import Change, RegisterName, Table, object_name, part_name, system_name, upload_name
+from storaged.meta.ports import RowDamaged
 from storaged.objects.records import BucketRecord, ObjectRecord, PartRecord, UploadRecord, encode_object
 from storaged.wire import encode
 from tests.unit.ring_cluster import Cluster, run
@@ -149,6 +152,37 @@ def test_a_rebuilt_copy_carries_what_it_was_written_with_and_no_more() -> None:
         whole = (await cluster.places(bucket, b"large-0"))[0]
         fragment, disk = next(iter(whole.fragments))
         assert cluster.store(disk)._fragments[fragment.pack()].header.part_header == whole.entry.header
+
+    run(scenario)
+
+
+def test_a_range_that_its_disk_cannot_read_keeps_no_other_from_being_looked_at() -> None:
+    """A page of the store that is none any more: no slice of the range is read, nor are the keys in it known."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 4)
+        keys = {object_name(bucket.id, bucket.shards, key).shard: key for key in objects if key.startswith(b"large")}
+        leaders = {
+            shard: node
+            for node in cluster.nodes.values()
+            for shard in range(bucket.shards)
+            if node.context.leads(partition_of(bucket.id, shard))
+        }
+        broken, shard = next((other, shard) for shard in keys for other in range(shard) if leaders[other] is leaders[shard])
+        for meta in leaders[shard].meta.values():
+
+            def unreadable(*where: Any, real: Any = meta.slice, **bounds: Any) -> Any:
+                if where == (Table.OBJECT, bucket.id, broken):
+                    raise RowDamaged("a page that is none")
+                return real(*where, **bounds)
+
+            meta.slice = unreadable  # type: ignore[method-assign]
+        fragment, disk = next(iter((await cluster.places(bucket, keys[shard]))[0].fragments))
+        await cluster.store(disk).delete([fragment])
+        cluster.maintain()
+        await cluster.pass_s(60)
+        assert await cluster.is_whole(bucket, keys[shard])
+        assert any("check of all objects" in line and "failures" in line for line in leaders[shard].log)
 
     run(scenario)
 
