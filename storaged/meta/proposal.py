@@ -305,11 +305,12 @@ class Proposal:
         value = promises.value if promises.value is not None else NEVER
         self.around.counts["identity_rounds"] += 1
         fragments = await self._carried(view, promises)
-        return fragments is not None and await self._accept(view, ballot, value, fragments, identity=True)
+        return fragments is not None and await self._accept(view, ballot, value, fragments, identity=True, own=False)
 
-    async def _accept(self, view: View, ballot: Ballot, value: Value, fragments: Fragments, *, identity: bool) -> bool:
-        """True: a majority has it on disk, and its copies are where they must be. False: it was refused, or too few answer; it may have been applied."""
-        around = self.around
+    async def _accept(self, view: View, ballot: Ballot, value: Value, fragments: Fragments, *, identity: bool, own: bool = True) -> bool:
+        """True: a majority has it on disk, and its copies are where they must be. False: it was refused, or too few answer; it may have been applied.
+        ``own``: the value is of this change."""
+        around, small = self.around, self.small if own else None
         answers: Answers[messages.AcceptReply] = Answers(around.replicas, around.pool, around.suspects)
         for index, disk in enumerate(view.disks):
             header, body = fragments[index] if index < len(fragments) else (b"", ())
@@ -318,7 +319,7 @@ class Proposal:
         synced: set[str] = set()
         failed: set[str] = set()
         fenced: set[str] = set()
-        while not has_majority(view.groups, accepted) or (self.small is not None and not self.small.enough(frozenset(synced))):
+        while not has_majority(view.groups, accepted) or (small is not None and not small.enough(frozenset(synced))):
             if out_of_reach(view.groups, fenced):
                 raise self._fenced(final=False)
             if out_of_reach(view.groups, failed):

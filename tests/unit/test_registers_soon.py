@@ -127,6 +127,20 @@ async def test_what_the_update_raises_is_told_and_changes_nothing(ring: Ring) ->
     assert isinstance(await begun(client, put(b"two")), Outcome)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+async def test_a_small_object_that_is_refused_waits_for_no_copy_of_its_own_where_it_settles_what_it_found(ring: Ring, copied: bool) -> None:
+    client = ring.client(deadline_s=1.0)
+    await ring.accept_at(ring.first, b"half", 1)
+    ring.third.away = True
+    small = COPIES if copied else None
+    assert isinstance(await begun(client, fail_with(Refused()), small), Refused)
+    with pytest.raises(Refused):
+        await client.change(NAME, fail_with(Refused()), small=small)
+    reading = await client.read(NAME)
+    assert reading.value is not None
+    assert reading.value.body == b"half"
+
+
 async def test_an_update_that_declines_changes_nothing(ring: Ring) -> None:
     client = ring.client()
     written = await begun(client, put(b"one"))
