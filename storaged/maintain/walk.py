@@ -29,7 +29,10 @@ from storaged.objects.references import parts_in
 from storaged.objects.uploads import living_upload, living_uploads
 from storaged.wire import decode
 
-ROWS_A_SLICE = 200
+ROWS_A_SLICE = 64
+REST_S_MAX = 0.1
+"""Whoever goes through many rows looks at so many, some 50 us each, and rests as long as that took: a node of one process answers its clients meanwhile, and after
+a start with a disk gone all rows are looked at."""
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
@@ -169,6 +172,7 @@ class Walker:
         store, after = self._context.local_meta[where.disk], b""
         uploads = await self.open_uploads_of(where.scope, where.shard) if where.table == Table.PART else frozenset()
         while True:
+            began = self._context.clock.monotonic()
             try:
                 slots = store.scan(where.table, where.scope, where.shard, after=after, prefix=b"", limit=ROWS_A_SLICE)
                 found = [(slot.name, slot.value) for slot in slots]
@@ -182,7 +186,7 @@ class Walker:
                 if value.visibility != Visibility.TOMBSTONE and (where.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in uploads)
             ]
             after = found[-1][0].key
-            await asyncio.sleep(0)
+            await asyncio.sleep(min(self._context.clock.monotonic() - began, REST_S_MAX))
 
     async def _settled_rows(self, store: MetaStore, where: Range, after: bytes) -> list[tuple[RegisterName, Value]]:
         """The next slice where a row is damaged: only the keys are taken from here."""
