@@ -68,7 +68,7 @@ class RequestBody(AsyncIterator[Buffer]):
         self._rest: Buffer = b""
         self._kept_bytes = 0
         self._direct_bytes = 0
-        self._error: S3Error | None = None
+        self._error: Exception | None = None
         self._budget: int | None = None
         self.length = length
         self.declared = declared
@@ -215,7 +215,7 @@ class RequestBody(AsyncIterator[Buffer]):
             try:
                 self._decoded_ahead.extend(self.decoder.feed(b"".join(self._come)))
                 self.decoder.finish()
-            except S3Error as error:
+            except Exception as error:  # also a mistake of ours: nobody else would tell of it, or answer
                 self._decoded_ahead.clear()
                 self._error = error
                 return None

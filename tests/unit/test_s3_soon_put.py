@@ -20,6 +20,7 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
 from storaged.s3.body import RequestBody
+from storaged.s3.chunked import ChunkedDecoder
 from storaged.s3.connection import BODY, HEAD, Connection
 from storaged.s3.limits import Limits
 from storaged.s3.objects import put_asked
@@ -458,6 +459,20 @@ async def test_what_is_wrong_with_chunks_is_told_as_by_the_task(world: World, ho
     assert answers[0] == answers[1]
     assert kept(world) == {}
     assert world.app.statistics().requests_in_flight == 0
+
+
+@pytest.mark.parametrize("how", ["whole", "body"])
+async def test_a_mistake_in_decoding_is_answered_and_leaves_nothing_in_flight(
+    world: World, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(_decoder: ChunkedDecoder, _piece: object) -> list[bytes]:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(ChunkedDecoder, "feed", mistaken)
+    for world.objects.busy in (False, True):
+        assert b"<Code>InternalError<" in await ask(world, *in_pieces(chunked(world, SMALL, SMALL), how))
+    assert world.app.statistics().requests_in_flight == 0
+    assert [done.status for done in world.done] == [500, 500]
 
 
 def over_http_chunks(request: bytes) -> bytes:
