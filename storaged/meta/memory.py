@@ -62,9 +62,14 @@ class MemoryMetaStore:
         self._crashes = 0
         self._reason = ""
 
+    large = False
+
     @property
     def store_id(self) -> bytes:
         return self.identity[:16]
+
+    def warm(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
+        """All of it is in memory."""
 
     def get(self, name: RegisterName) -> Slot | None:
         shard = self._shards.get(name[:3])

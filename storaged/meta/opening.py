@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -15,6 +16,7 @@ from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
 from storaged.mapped import reach_end
 from storaged.meta.ports import RowDamaged
 from storaged.meta.rowvalue import open_small
+from storaged.units import MIB
 
 STORE_ID_BYTES = 16
 IDENTITY = b"\0identity"
@@ -24,6 +26,9 @@ SUB_DATABASES = (b"rows", b"heap", b"nodes", b"fences", b"pages", b"meta")
 
 LAYOUT = 1
 """How the rows lie: 0 without a heap (its mark ends before this), 1 as ``meta.heap`` says. A store of layout 0 is one of layout 1 whose heap is empty."""
+
+FULL_BYTES = 16 * MIB
+"""A file system with less than this free is full: a write that was cut short took the rest, but for what others gave back since."""
 
 Transaction = Any
 Database = Any
@@ -118,3 +123,15 @@ def unopened(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
     if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
         return DiskForeign(f"what is in {directory} is no metadata store: {error}")
     return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")
+
+
+def lacks_space(directory: Path, error: Exception) -> bool:
+    """Whether that is why a store could not write. Also when the file system was full in the middle of a write: that is cut short then, which LMDB calls EIO."""
+    code = getattr(error, "errno", None) or getattr(error, "code", None)
+    if code != errno.EIO:
+        return isinstance(error, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT)
+    try:
+        space = os.statvfs(directory)
+    except OSError:
+        return False
+    return space.f_bavail * space.f_frsize < FULL_BYTES

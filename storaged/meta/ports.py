@@ -369,6 +369,24 @@ class Stamps(NamedTuple):
     more: bool
 
 
+@dataclass(frozen=True)
+class MetaStoreStatistics:
+    """``state``: ok, read-only. ``commits``: groups of the log. ``rows`` and ``bytes_used`` (of ``map_bytes``) as of the last checkpoint; ``largest_group`` in
+    operations; ``damaged_rows`` met since it was opened."""
+
+    state: str
+    reason: str
+    commits: int
+    checkpoints: int
+    operations: int
+    largest_group: int
+    queued_batches: int
+    rows: int
+    bytes_used: int
+    map_bytes: int
+    damaged_rows: int
+
+
 class MetaStore(Protocol):
     """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
 
@@ -408,6 +426,13 @@ class MetaStore(Protocol):
         self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
     ) -> tuple[list[bytes], list[bytes], bool]:
         """As slice, but the keys and the rows apart, for work on all of them at once; and whether there are more."""
+
+    @property
+    def large(self) -> bool:
+        """Whether reading many rows may wait for the disk: ``warm`` is to be called first, in another thread."""
+
+    def warm(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
+        """Has in memory what ``columns`` reads, or not ``whole``: ``stamps``; from any thread. Raises nothing: what can't be read is found by who reads it."""
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
         """Of the rows that ``columns`` would give what stands for them (``rowvalue.stamps_of``), without reading the rest of them."""

@@ -217,8 +217,9 @@ class ReplicaHost:
     async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
         return await self._of(request.disk).fence_epoch(request)
 
-    def _scan_at_once(self, request: ScanRequest, _call: Call) -> ScanReply:
-        return self._of(request.disk).scan_at_once(request)
+    def _scan_at_once(self, request: ScanRequest, _call: Call) -> ScanReply | None:
+        replica = self._of(request.disk)
+        return replica.scan_at_once(request) if replica.scans_at_once(request) else None
 
     async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
         return await self._of(request.disk).scan(request)

@@ -46,7 +46,7 @@ from storaged.meta.register import (
     judge_read,
     needs_high_water,
 )
-from storaged.meta.scan import DigestsKept, scan_store
+from storaged.meta.scan import DigestsKept, cold_asks, scan_store, warm_up
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 
@@ -108,6 +108,7 @@ class LocalReplica:
         self.disk = disk
         self._store = store
         self._digests = DigestsKept()
+        self._warming = asyncio.Lock()
         self._copies = copies
         self._promises_max = promises_max
         self._rules = rules
@@ -427,7 +428,14 @@ class LocalReplica:
         return messages.ReadReply(verdict, acceptor.accepted, digest, value, data_id, header if request.data_id else b""), payload
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
+        if asks := cold_asks(self._store, request, self._digests):
+            async with self._warming:  # one thread of the pool at a time: others have use for it too
+                await asyncio.to_thread(warm_up, self._store, request, asks)
         return self.scan_at_once(request)
+
+    def scans_at_once(self, request: ScanRequest) -> bool:
+        """Whether ``scan_at_once`` finds in memory what it reads, as far as one can tell."""
+        return not cold_asks(self._store, request, self._digests)
 
     def scan_at_once(self, request: ScanRequest) -> ScanReply:
         """Rows as they are on disk: what was answered OK is among them."""

@@ -14,6 +14,7 @@ A disk keeps what ranges came to when they were looked at last (``DigestsKept``)
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -96,9 +97,16 @@ class DigestsKept:
         self._bytes = 0
         self._kept: OrderedDict[tuple[object, ...], _Looked] = OrderedDict()
 
+    def at_hand(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> bool:
+        """Whether the answer is known without a look at the rows."""
+        looked = self._kept.get(_place(request, ask)) if ask.want in (Want.STAMPS, Want.HEADS) else None
+        if looked is None or not (ask.want == Want.STAMPS or looked.slice.digest == ask.known):
+            return False
+        return looked.holds(store, request, ask, RegisterName(request.table, request.scope, ask.shard, b"").prefix)
+
     def answer(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
         """To an ask for STAMPS or HEADS."""
-        place = (request.table, request.scope, request.prefix, request.delimiter, request.visible, ask.shard, ask.after, ask.limit)
+        place = _place(request, ask)
         name_prefix = RegisterName(request.table, request.scope, ask.shard, b"").prefix
         changes = store.changes.of(name_prefix)
         looked = self._kept.get(place)
@@ -135,6 +143,10 @@ class DigestsKept:
         return len(self._kept)
 
 
+def _place(request: ScanRequest, ask: ShardAsk) -> tuple[object, ...]:
+    return (request.table, request.scope, request.prefix, request.delimiter, request.visible, ask.shard, ask.after, ask.limit)
+
+
 def _whole(ask: ShardAsk, found: ShardSlice, row_bytes: int) -> bool:
     """Whether such an answer ends at the ask's ``limit`` or at the shard's end, so that other bounds wide enough change nothing of it."""
     return row_bytes < ask.bytes_max and found.looked_at < ask.examine_max
@@ -163,6 +175,18 @@ def scan_store(
                 left -= size
         slices.append(found)
     return ScanReply(slices=tuple(slices))
+
+
+def cold_asks(store: MetaStore, request: ScanRequest, kept: DigestsKept) -> Sequence[ShardAsk]:
+    """Those of which ``warm_up`` is to be called in another thread before ``scan_store``."""
+    return [ask for ask in request.shards[:SHARDS_MAX] if not kept.at_hand(store, request, ask)] if store.large else ()
+
+
+def warm_up(store: MetaStore, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
+    for ask in asks:
+        limit = min(ask.limit, ask.examine_max, LIMIT_MAX)
+        whole = ask.want != Want.STAMPS and not ask.known  # of what the asker knows mostly nothing has changed
+        store.warm(request.table, request.scope, ask.shard, after=ask.after, prefix=request.prefix, limit=limit, whole=whole)
 
 
 def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, kept: DigestsKept | None) -> ShardSlice:

@@ -36,14 +36,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +68,7 @@ from storaged.meta.opening import (
     Mark,
     Transaction,
     compare,
+    lacks_space,
     lock,
     read_identity,
     read_mark,
@@ -77,12 +76,13 @@ from storaged.meta.opening import (
     unopened,
 )
 from storaged.meta.pending import Overlay, Ready
-from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch
+from storaged.meta.ports import Done, Fence, MetaStoreStatistics, RowDamaged, Slot, Stamps, StoreBatch
 from storaged.meta.redo import HALF_BYTES, RedoLog
 from storaged.meta.rowkey import walk
 from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, intact, open_small, seal_small, stamps_in, unpack_row
 from storaged.meta.stretch import columns_at, stamps_at
-from storaged.units import GIB, MIB
+from storaged.meta.warm import Warmer
+from storaged.units import GIB
 
 MAP_BYTES_DEFAULT = 64 * GIB
 """Address space, not disk space: the file is as long as what was ever in use at once."""
@@ -96,27 +96,6 @@ CHECKPOINT_BYTES = HALF_BYTES // 2
 
 QUEUED_BATCHES_MAX = 4096
 SLICE_ROWS_MAX = 10_000
-
-FULL_BYTES = 16 * MIB
-"""A file system with less than this free is full: a write that was cut short took the rest, but for what others gave back since."""
-
-
-@dataclass(frozen=True)
-class MetaStoreStatistics:
-    """``state``: ok, read-only. ``commits``: groups of the log. ``rows`` and ``bytes_used`` (of ``map_bytes``) as of the last checkpoint; ``largest_group`` in
-    operations; ``damaged_rows`` met since it was opened."""
-
-    state: str
-    reason: str
-    commits: int
-    checkpoints: int
-    operations: int
-    largest_group: int
-    queued_batches: int
-    rows: int
-    bytes_used: int
-    map_bytes: int
-    damaged_rows: int
 
 
 class LmdbMetaStore:
@@ -199,6 +178,7 @@ class LmdbMetaStore:
             self._databases: dict[bytes, Database] = {name: self._env.open_db(name) for name in SUB_DATABASES}
             self._rows, self._heap = self._databases[b"rows"], self._databases[b"heap"]
             self._applier = Applier(self._databases)
+            self._warmer = Warmer(self._env, self._rows, self._heap)
             self._start(entropy)
         except lmdb.Error as error:
             self._env.close()
@@ -421,6 +401,15 @@ class LmdbMetaStore:
             return found
         return stamps_in(*columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit))
 
+    @property
+    def large(self) -> bool:
+        return self._warmer.large
+
+    def warm(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
+        root = self._reader_roots.get(RegisterName(table, scope, shard, b"").prefix)
+        if root is not None:  # else it is the first time, and the tree is looked up in passing
+            self._warmer.look(root, after=after, prefix=prefix, limit=limit, whole=whole)
+
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
         return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
@@ -585,24 +574,13 @@ class LmdbMetaStore:
             apply_pages(transaction, group)
 
     def _fail(self, error: Exception) -> None:
-        lacks_space = self._lacks_space(error)
+        full = lacks_space(self.directory, error)
         with self._log:
-            self._reason = (str(error) or type(error).__name__) + (" (no space is left)" if lacks_space else "")
+            self._reason = (str(error) or type(error).__name__) + (" (no space is left)" if full else "")
             self._log.notify_all()
-        if not lacks_space:
+        if not full:
             with contextlib.suppress(OSError):  # a disk that refuses this too is noticed at its next start
                 (self.directory / "failed").write_text(self._reason + "\n")
-
-    def _lacks_space(self, error: Exception) -> bool:
-        """Also when the file system was full in the middle of a write: that is cut short then, which LMDB calls EIO."""
-        code = getattr(error, "errno", None) or getattr(error, "code", None)
-        if code != errno.EIO:
-            return isinstance(error, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT)
-        try:
-            space = os.statvfs(self.directory)
-        except OSError:
-            return False
-        return space.f_bavail * space.f_frsize < FULL_BYTES
 
     def _deliver(self, group: list[Ready]) -> None:
         """A store that has failed says so of everything that it had in hand, also of what just went through: nobody must rely on a disk like that."""
@@ -695,6 +673,7 @@ class LmdbMetaStore:
         ):  # whoever comes late finds it closed, not a descriptor that is somebody else's by now
             self._closed = True
             self._log.notify_all()
+            self._warmer.close()
             self._env.close()
             self._redo.close()
         os.close(self._lock_file)

@@ -1,0 +1,60 @@
+"""Ranges of a large store are read by a thread before the event loop reads them: what is not in the page cache comes from the disk meanwhile, and nobody else waits.
+
+LMDB reads through a memory map, and a page that is not in memory holds up whoever touches it: 0.1 ms on an SSD, 10 on a disk that turns. A point read touches
+a handful. A page of a listing touches up to one for each row, for rows lie in the order in which they were first written (``heap``): a tenth of a second of an
+event loop, if none of them is in memory. Of a store that is small enough to be there as a rule nothing is read ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import lmdb
+
+from storaged.meta.heap import rows_of
+from storaged.meta.opening import Database
+from storaged.meta.stretch import columns_at
+from storaged.units import MIB
+
+LARGE_BYTES = 256 * MIB
+"""Of LMDB's file, those in use: some 300,000 rows."""
+
+
+class Warmer:
+    """Of one environment. ``look`` may run in any thread, and one at a time does."""
+
+    def __init__(self, environment: Any, rows: Database, heap: Database) -> None:
+        self._environment = environment
+        self._rows = rows
+        self._heap = heap
+        self._page_bytes = environment.stat()["psize"]
+        self._lock = threading.Lock()
+        self._closed = False
+        self.looks = 0
+
+    @property
+    def large(self) -> bool:
+        return bool(self._environment.info()["last_pgno"] * self._page_bytes >= LARGE_BYTES)
+
+    def look(self, root: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
+        """Touches what ``columns`` of that stretch would read, else (not ``whole``) ``stamps``. What can't be read is found by who reads it."""
+        with self._lock:
+            if self._closed:
+                return
+            self.looks += 1
+            with contextlib.suppress(lmdb.Error), self._environment.begin(db=self._rows) as transaction:
+                found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
+                if found is not None and whole:
+                    rows_of(transaction, self._heap, sorted(found[1], key=_number))
+
+    def close(self) -> None:
+        """Returns when nothing is being read; from now on nothing is."""
+        with self._lock:
+            self._closed = True
+
+
+def _number(value: bytes) -> bytes:
+    """Of a reference, so that the heap is read from its beginning to its end."""
+    return value[-8:]

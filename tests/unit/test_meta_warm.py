@@ -1,0 +1,101 @@
+"""Ranges of a store that may not be in memory are read by a thread first; what is answered is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+
+from storaged.cluster.ports import Call, PeerIdentity
+from storaged.meta import warm
+from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
+from storaged.meta.ports import StoreBatch
+from storaged.meta.remote import ReplicaHost
+from storaged.meta.replica import LocalReplica
+from storaged.meta.scan import Want
+from storaged.meta.store import LmdbMetaStore
+from tests.unit.meta_store_suite import name_of, slot_of
+
+CALL = Call(PeerIdentity("gw", "FR", "paris", "r1", ("gateway",)), memoryview(b""), 0.0)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
+    store = LmdbMetaStore(tmp_path, map_bytes=1 << 26)
+    await store.commit(StoreBatch([slot_of(name_of(b"k%03d" % number), body=b"x" * 600) for number in range(300)]))
+    await store.checkpoint()
+    yield store
+    await store.close()
+
+
+def request(want: Want) -> ScanRequest:
+    name = name_of(b"")
+    ask = ShardAsk(name.shard, b"", 1000, want, 8000, 1 << 20)
+    return ScanRequest("d", 1, name.table, name.scope, (ask,))
+
+
+async def answer(host: ReplicaHost, asked: ScanRequest) -> tuple[ScanReply, bool]:
+    """And whether it was given at once."""
+    method = host.methods()["meta.scan"]
+    assert method.at_once is not None
+    found: Any = method.at_once(asked, CALL)
+    if found is not None:
+        return found, True
+    found = await method.handler(asked, CALL)
+    return found, False
+
+
+@pytest.mark.parametrize("want", list(Want))
+async def test_a_large_stores_ranges_are_read_by_a_thread_first_and_told_as_a_small_ones(
+    store: LmdbMetaStore, want: Want, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ReplicaHost({"d": LocalReplica("d", store)})
+    expected, at_once = await answer(small, request(want))
+    assert at_once
+    assert store._warmer.looks == 0
+    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    large = ReplicaHost({"d": LocalReplica("d", store)})
+    assert await answer(large, request(want)) == (expected, False)
+    assert store._warmer.looks == 1
+    again, at_once = await answer(large, request(want))
+    assert again == expected
+    assert at_once == (want == Want.STAMPS), "what a range came to is kept; its rows are read again"
+
+
+async def test_what_cannot_be_read_is_found_by_who_reads_it(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: Any) -> None:
+        raise lmdb.CorruptedError("a page")
+
+    name = name_of(b"")
+    assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
+    monkeypatch.setattr(warm, "rows_of", broken)
+    store.warm(*name[:3], after=b"", prefix=b"", limit=9, whole=True)
+    assert store._warmer.looks == 1
+
+
+async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after_that(
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, may_end = threading.Event(), threading.Event()
+
+    def slow(*_arguments: Any) -> None:
+        reading.set()
+        may_end.wait(10)
+
+    name = name_of(b"")
+    assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
+    monkeypatch.setattr(warm, "rows_of", slow)
+    looking = asyncio.create_task(asyncio.to_thread(store.warm, *name[:3], after=b"", prefix=b"", limit=9, whole=True))
+    await asyncio.to_thread(reading.wait, 10)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    may_end.set()
+    await asyncio.gather(looking, closing)
+    store.warm(*name[:3], after=b"", prefix=b"", limit=9, whole=True)
+    assert store._warmer.looks == 1
