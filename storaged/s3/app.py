@@ -317,7 +317,9 @@ class S3App:
         """To the connection's task, unless its client has gone."""
         if not connection.hand_over(begun):
             self._went()
-            self._observe(begun.request, Reply(), 0, False, begun.started_s, None)
+            # of a server that ends the log must not say 200: nothing was stored
+            reply = self.error_reply(begun.request, errors.ServiceUnavailable()) if self._draining else Reply()
+            self._observe(begun.request, reply, 0, False, begun.started_s, None)
 
     def _end_soon(self, connection: Connection, begun: _Begun, reply: Reply) -> None:
         """Sends the answer to what was begun."""

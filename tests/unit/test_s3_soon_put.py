@@ -337,7 +337,8 @@ async def test_a_server_that_ends_does_not_wait_for_ever_for_a_body(world: World
     await until(lambda: world.app.statistics().requests_in_flight == 1)
     await asyncio.wait_for(world.app.close(0.05), 5)
     await until(lambda: world.app.statistics().requests_in_flight == 0)
-    assert [done.complete for done in world.done] == [False]
+    assert [(done.status, done.code, done.complete) for done in world.done] == [(503, "ServiceUnavailable", False)]
+    assert kept(world) == {}
     writer.close()
 
 
