@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from storaged.errors import ConditionalRequestConflict
+from storaged.errors import SlowDown
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Outcome, SmallCopies
 from storaged.objects.background import cancel_all
@@ -38,7 +38,7 @@ async def commit(
     small: SmallCopies | None = None,
 ) -> Outcome:
     """``registers.change`` of a version's data. ``ready``: the barrier, run beside the first prepare; its exceptions are raised here. ``still_there``: checked
-    before every further proposal. Raises what ``update`` raises, and ConditionalRequestConflict when others change the key all the time."""
+    before every further proposal. Raises what ``update`` raises, and SlowDown, which clients try again, when others change the key all the time."""
     barrier = asyncio.ensure_future(ready()) if ready is not None else None
     try:
         for attempt in range(ATTEMPTS_MAX):
@@ -61,7 +61,7 @@ async def commit(
     finally:
         if barrier is not None:
             await cancel_all([barrier])
-    raise ConditionalRequestConflict("Others change this key all the time; it was not written.")
+    raise SlowDown("Others change this key all the time; it was not written. Please reduce your request rate.")
 
 
 class _Once:

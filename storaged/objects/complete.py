@@ -29,6 +29,7 @@ from storaged.errors import (
     NoSuchUpload,
     PreconditionFailed,
     ServiceUnavailable,
+    SlowDown,
 )
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
 from storaged.meta.ports import Outcome
@@ -343,7 +344,7 @@ async def _commit(
             await held.renew()
         finally:
             await cancel_all([guard])
-    raise ConditionalRequestConflict("Others change this key all the time; the upload was not completed.")
+    raise SlowDown("Others change this key all the time; the upload was not completed. Please reduce your request rate.")
 
 
 async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: asyncio.Event) -> None:

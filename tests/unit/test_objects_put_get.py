@@ -24,12 +24,14 @@ from storaged.errors import (
     NotModified,
     PreconditionFailed,
     ServiceUnavailable,
+    SlowDown,
     XAmzContentSHA256Mismatch,
 )
 from storaged.fragments.ports import FragmentId
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Reading
-from storaged.objects.api import BodyChecks, NewMeta, RangeSpec, ReadConditions, WriteConditions
+from storaged.objects import commit
+from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, RangeSpec, ReadConditions, WriteConditions
 from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
@@ -335,6 +337,28 @@ async def test_an_unconditional_put_that_was_preempted_sees_its_fragments_again_
     world.ring.interfere = rival_and_collector
     with pytest.raises(ServiceUnavailable):
         await put(objects, bucket, data[::-1])
+    assert await got(objects, bucket) == b"rival"
+    await objects.close()
+
+
+@pytest.mark.parametrize("conditions", [NO_WRITE_CONDITIONS, WriteConditions(if_match="*")])
+async def test_a_put_that_others_come_before_every_time_is_to_be_tried_again(
+    conditions: WriteConditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "BACKOFF_FIRST_S", 0.0)
+    world = World()
+    objects = ObjectService(world.plane())
+    bucket = bucket_of(world)
+    await put(objects, bucket, b"first")
+
+    async def rival(name: object) -> None:
+        await put(objects, bucket, b"rival")
+        world.ring.interfere = rival
+
+    world.ring.interfere = rival
+    with pytest.raises(SlowDown):  # clients do by themselves
+        await put(objects, bucket, os.urandom(100_000), conditions=conditions)
+    world.ring.interfere = None
     assert await got(objects, bucket) == b"rival"
     await objects.close()
 
