@@ -159,7 +159,7 @@ class PartReader:
             await self._outwit(window, job, cell)
 
     def _open(self, window: Window, stripes: Iterable[Mapping[int, Buffer]], k: int, out: memoryview) -> None:
-        """``stripes``: of each stripe of the window the data cells, by position."""
+        """``stripes``: of each stripe of the window the data cells, by position. Raises SealBroken, also when they end before the window does."""
         at, index = 0, window.block * self.shape.block_cells + window.first
         first, left = window.first % k, window.cells
         for cells in stripes:
@@ -169,6 +169,8 @@ class PartReader:
                 index += 1
             left -= end - first
             first = 0
+        if left:  # what is behind in ``out`` was never written: it is what another request left there
+            raise SealBroken(f"{left} of its chunks are not there")
 
     async def _outwit(self, window: Window, job: _WindowJob, cell: int) -> None:
         """A chunk does not open: finds the cells with which the whole stripe opens, and who lied."""

@@ -490,6 +490,25 @@ async def test_a_lying_copy_of_a_small_object_is_replaced_by_its_neighbour() -> 
     await objects.close()
 
 
+async def test_a_record_that_has_less_of_a_part_than_its_size_says_is_refused_and_nobodys_memory_sent_for_it() -> None:
+    """Where a part lies is in the clear. Who gives the first of its sealed chunks for all of it gives one that opens."""
+    world = World()
+    objects, bucket, size = ObjectService(world.plane()), bucket_of(world), 5 * CELL
+    await put(objects, bucket, os.urandom(size), key=b"other")
+    assert len(await got(objects, bucket, key=b"other")) == size
+    await put(objects, bucket, os.urandom(size))
+    (name,) = [name for name in world.ring.values if name.key == b"key"]
+    (version,) = decode_object(world.ring.values[name].body).versions
+    (first,) = [(disk, fragment) for disk, fragment in world.disks.of(version.parts[0].data_id) if fragment.position == 0]
+    chunk = world.disks.disks[first[0]].fragments[first[1]].cells[0]
+    part = msgspec.structs.replace(version.parts[0], inline=chunk, runs=())
+    body = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=(part,)),)))
+    await world.ring.change(name, lambda _value: Change(body))
+    with pytest.raises(DataDamaged):
+        await objects.get(bucket, b"key")
+    await objects.close()
+
+
 async def test_too_much_damage_is_refused_before_the_first_byte_and_never_served() -> None:
     world = World()
     objects = ObjectService(world.plane())
