@@ -29,7 +29,7 @@ from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown,
 from storaged.meta import messages
 from storaged.meta.accepting import AnswerAccept, Writing
 from storaged.meta.bounds import check_epoch, check_fence, check_name, check_page, check_pages, check_value
-from storaged.meta.messages import ScanReply, ScanRequest
+from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Fence, Heard, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
@@ -428,13 +428,25 @@ class LocalReplica:
         return messages.ReadReply(verdict, acceptor.accepted, digest, value, data_id, header if request.data_id else b""), payload
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
+        self._check_answers()
         if asks := cold_asks(self._store, request, self._digests):
-            async with self._warming:  # one thread of the pool at a time: others have use for it too
-                await asyncio.to_thread(warm_up, self._store, request, asks)
+            await self._warm(request, asks)
         return self.scan_at_once(request)
+
+    async def _warm(self, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
+        """One thread of the pool at a time, for others have use for it too; so the turn ends with the thread, whoever has given up waiting for it."""
+        await self._warming.acquire()
+        try:
+            reading = asyncio.get_running_loop().run_in_executor(None, warm_up, self._store, request, asks)
+        except BaseException:
+            self._warming.release()
+            raise
+        reading.add_done_callback(lambda _: self._warming.release())
+        await asyncio.shield(reading)
 
     def scans_at_once(self, request: ScanRequest) -> bool:
         """Whether ``scan_at_once`` finds in memory what it reads, as far as one can tell."""
+        self._check_answers()
         return not cold_asks(self._store, request, self._digests)
 
     def scan_at_once(self, request: ScanRequest) -> ScanReply:

@@ -12,6 +12,7 @@ import lmdb
 import pytest
 
 from storaged.cluster.ports import Call, PeerIdentity
+from storaged.errors import DiskUnusable
 from storaged.meta import warm
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
 from storaged.meta.ports import StoreBatch
@@ -99,3 +100,45 @@ async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after
     await asyncio.gather(looking, closing)
     store.warm(*name[:3], after=b"", prefix=b"", limit=9, whole=True)
     assert store._warmer.looks == 1
+
+
+async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, may_end, begun = threading.Event(), threading.Event(), 0
+    replica = LocalReplica("d", store)
+    await replica.scan(request(Want.ALL))
+    warmed = store.warm
+
+    def slow(*_arguments: Any) -> None:
+        reading.set()
+        may_end.wait(10)
+
+    def counted(*place: Any, **bounds: Any) -> None:
+        nonlocal begun
+        begun += 1
+        warmed(*place, **bounds)
+
+    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(warm, "rows_of", slow)
+    monkeypatch.setattr(store, "warm", counted)
+    for _ in range(3):
+        scanning = asyncio.create_task(replica.scan(request(Want.ALL)))
+        await asyncio.sleep(0.05)
+        scanning.cancel()
+        await asyncio.gather(scanning, return_exceptions=True)
+    assert reading.is_set()
+    assert begun == 1
+    may_end.set()
+    assert len((await replica.scan(request(Want.ALL))).slices) == 1
+    assert begun == 2
+
+
+async def test_a_replica_that_answers_nothing_says_so_of_a_scan_whatever_became_of_its_store(store: LmdbMetaStore) -> None:
+    replica = LocalReplica("d", store)
+    await replica.close()
+    await store.close()
+    with pytest.raises(DiskUnusable):
+        replica.scans_at_once(request(Want.STAMPS))
+    with pytest.raises(DiskUnusable):
+        await replica.scan(request(Want.STAMPS))
