@@ -237,6 +237,7 @@ class ServerConnection(Connection):
 
     def _begin(self, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         if request_id in self.running:
+            self._release(len(body))
             raise FrameError(f"request id {request_id} is in use")
         assert self.peer is not None
         self.server.calls += 1

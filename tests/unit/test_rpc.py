@@ -159,6 +159,19 @@ async def test_what_arrives_after_a_connection_was_ended_holds_no_room(pair: Pai
     assert pair.server.statistics().inflight_bytes == 0
 
 
+async def test_a_peer_that_uses_a_requests_id_again_is_disconnected_and_holds_no_room(pair: Pair) -> None:
+    await pair.call("t.echo")
+    (connection,) = pair.server._connections
+    for _ in range(2):
+        head = b"\x06t.hold" + encode(Note("twice"))
+        frame = pack_header(Kind.REQUEST, 101, len(head), 5000, 60_000) + head + bytes(5000)
+        connection.get_buffer(len(frame))[: len(frame)] = frame
+        connection.buffer_updated(len(frame))
+    await connection.lost
+    await until(lambda: pair.server.statistics().calls_cancelled == 1)
+    assert pair.server.statistics().inflight_bytes == 0
+
+
 async def test_many_calls_at_once_each_get_their_own_answer(pair: Pair) -> None:
     async def one(number: int) -> None:
         sent = number.to_bytes(4, "big") * (number * 37 % 9000)
