@@ -185,6 +185,8 @@ def cold_asks(store: MetaStore, request: ScanRequest, kept: DigestsKept) -> Sequ
 def warm_up(store: MetaStore, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
     for ask in asks:
         limit = min(ask.limit, ask.examine_max, LIMIT_MAX)
+        if limit < 1:
+            continue  # there is nothing to be read, or the request is refused
         whole = ask.want != Want.STAMPS and not ask.known  # of what the asker knows mostly nothing has changed
         store.warm(request.table, request.scope, ask.shard, after=ask.after, prefix=request.prefix, limit=limit, whole=whole)
 

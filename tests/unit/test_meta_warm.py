@@ -142,3 +142,13 @@ async def test_a_replica_that_answers_nothing_says_so_of_a_scan_whatever_became_
         replica.scans_at_once(request(Want.STAMPS))
     with pytest.raises(DiskUnusable):
         await replica.scan(request(Want.STAMPS))
+
+
+async def test_a_scan_for_no_entries_is_answered_by_a_large_store_as_by_a_small_one(
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica, name = LocalReplica("d", store), name_of(b"")
+    asked = ScanRequest("d", 1, name.table, name.scope, (ShardAsk(name.shard, b"", 0, Want.ALL, 8000, 1 << 20),))
+    expected = await replica.scan(asked)
+    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    assert await replica.scan(asked) == expected
