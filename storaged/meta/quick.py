@@ -110,14 +110,18 @@ class QuickChange:
 
     def begin(self, then: Changed) -> None:
         """``then(outcome)`` is told once, perhaps before this returns, and must not raise. None: not the common case. An exception: what ``update`` raised, after the value
-        that it judged was settled, or what else went wrong here unforeseen."""
+        that it judged was settled, or what else went wrong here unforeseen. What it raises is told to nobody else."""
         around, order = self._around, self._around.suspects.last(self._view.disks)
         order, self._unasked = order[: self._majority], order[self._majority :]
         self._silent = order.copy()
         self._ballot = around.ballots.next(self._view.epoch, 0, around.clock.wall_ms() * 1000)
         self._mark("")
         self._then = then
-        self._ask(Prepare("", self.name, self._ballot), self._promised, order, ())
+        try:
+            self._ask(Prepare("", self.name, self._ballot), self._promised, order, ())
+        except BaseException:  # a mistake of ours: who began it is told, and whoever was asked answers nobody
+            self._stage, self._then = "over", None
+            raise
 
     async def run(self) -> Outcome | None:
         """What ``begin`` tells. Raises the exception that it tells."""

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -198,6 +199,24 @@ async def test_a_mistake_in_what_judges_it_is_told_and_gives_its_turn_back(ring:
         found = await begun(client, lambda _: Change(b"one", payload=b"D" * 16), COPIES._replace(enough=mistaken))
         assert isinstance(found, RuntimeError)
         assert isinstance(await begun(client, put(b"two")), Outcome)
+
+
+async def test_a_mistake_in_asking_leaves_nothing_that_goes_on(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = ring.client()
+    courier = client._changing._courier
+    ask_each = courier.ask_each
+
+    def mistaken(*asked: Any, **options: Any) -> None:
+        ask_each(*asked, **options)
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(courier, "ask_each", mistaken)
+    with pytest.raises(RuntimeError):
+        client.change_soon(NAME, put(b"one"), lambda _: pytest.fail("told"))
+    monkeypatch.undo()
+    await asyncio.sleep(0.02)
+    assert (await client.read(NAME)).value is None
+    assert isinstance(await begun(client, put(b"two")), Outcome)
 
 
 @pytest.mark.parametrize("settled", [True, False], ids=["in the first round", "when it has gone on"])
