@@ -196,8 +196,8 @@ class Tallies(Collector):
     def answered(self, operation: str, status: int, seconds: float) -> None:
         counts = self._counts.get(operation)
         if counts is None:
-            counts = self._counts[operation] = {}
             self._seconds[operation] = ([0] * (len(_SECONDS) + 1), [0.0])
+            counts = self._counts[operation] = {}  # last: ``collect`` takes what is here to be there too
         counts[status] = counts.get(status, 0) + 1
         buckets, total = self._seconds[operation]
         buckets[bisect_left(_SECONDS, seconds)] += 1
