@@ -47,6 +47,7 @@ from storaged.meta.register import (
     needs_high_water,
 )
 from storaged.meta.scan import DigestsKept, cold_asks, scan_store, warm_up
+from storaged.meta.warm import THREADS
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 
@@ -434,10 +435,10 @@ class LocalReplica:
         return self.scan_at_once(request)
 
     async def _warm(self, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
-        """One thread of the pool at a time, for others have use for it too; so the turn ends with the thread, whoever has given up waiting for it."""
+        """One thread at a time, for other disks have use for them too; so the turn ends with the thread, whoever has given up waiting for it."""
         await self._warming.acquire()
         try:
-            reading = asyncio.get_running_loop().run_in_executor(None, warm_up, self._store, request, asks)
+            reading = asyncio.get_running_loop().run_in_executor(THREADS, warm_up, self._store, request, asks)
         except BaseException:
             self._warming.release()
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lmdb
@@ -20,6 +21,9 @@ from storaged.units import MIB
 
 LARGE_BYTES = 256 * MIB
 """Of LMDB's file, those in use: some 300,000 rows."""
+
+THREADS = ThreadPoolExecutor(8, thread_name_prefix="meta-warm")
+"""Of all disks of the process, for ``Warmer.look``: seconds on a disk that turns. The loop's own threads, six on two processors, hash bodies and write the audit log."""
 
 
 class Warmer:

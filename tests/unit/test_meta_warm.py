@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,26 @@ async def test_a_scan_for_no_entries_is_answered_by_a_large_store_as_by_a_small_
     expected = await replica.scan(asked)
     monkeypatch.setattr(warm, "LARGE_BYTES", 0)
     assert await replica.scan(asked) == expected
+
+
+async def test_reading_ahead_takes_no_thread_from_those_who_hash_and_log(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    reading, may_end = threading.Event(), threading.Event()
+    replica = LocalReplica("d", store)
+    await replica.scan(request(Want.ALL))
+
+    def slow(*_arguments: Any) -> None:
+        reading.set()
+        may_end.wait(10)
+
+    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(warm, "rows_of", slow)
+    scanning = asyncio.create_task(replica.scan(request(Want.ALL)))
+    await asyncio.sleep(0.05)
+    try:
+        assert reading.is_set()
+        async with asyncio.timeout(1):
+            await asyncio.to_thread(lambda: None)
+    finally:
+        may_end.set()
+    await scanning
