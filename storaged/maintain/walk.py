@@ -30,9 +30,9 @@ from storaged.objects.uploads import living_upload, living_uploads
 from storaged.wire import decode
 
 ROWS_A_SLICE = 64
-REST_S_MAX = 0.1
+REST_S_MAX = 0.005
 """Whoever goes through many rows looks at so many, some 50 us each, and rests as long as that took: a node of one process answers its clients meanwhile, and after
-a start with a disk gone all rows are looked at."""
+a start with a disk gone all rows are looked at. No longer than the work can have been: what a slice waits for other nodes is a rest already."""
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 

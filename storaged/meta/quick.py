@@ -321,12 +321,10 @@ class Patience:
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         now = loop.time()
-        later = []
         for waiting, end in list(self._ends.items()):  # who gives up calls ``end``, maybe at once
             if end <= now and (more_s := waiting.give_up()):
-                end = self._ends[waiting] = now + more_s
-            if end > now:
-                later.append(end)
+                self._ends[waiting] = now + more_s
+        later = [end for end in self._ends.values() if end > now]  # also of what began meanwhile
         if later:
             self._ring_at(loop, min(later))
 
