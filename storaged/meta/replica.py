@@ -29,9 +29,10 @@ from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown,
 from storaged.meta import messages
 from storaged.meta.accepting import AnswerAccept, Writing
 from storaged.meta.bounds import check_epoch, check_fence, check_name, check_page, check_pages, check_value
+from storaged.meta.fences import Fences
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Fence, Heard, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Heard, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
     HIGH_WATER_BLOCK_US,
     RULES,
@@ -56,9 +57,6 @@ log = structlog.get_logger(__name__)
 PROMISES_MAX = 65_536
 """Prepared and not yet accepted registers at one disk; about 20 MiB when full."""
 
-FENCES_KNOWN_MAX = 4_096
-"""Buckets of which it is remembered whether they are fenced; only this replica changes that."""
-
 WRITES_MAX = 4_096
 WRITE_BYTES_MAX = 64 * MIB
 """Accepts and pages on their way to one disk, and the bytes of their values, copies and pages. Nothing of this ends before the disk has answered, whoever still
@@ -71,8 +69,6 @@ PAGES_A_TURN = 16
 META_HIGH_WATER = "high_water"
 META_EPOCH = "epoch"
 META_RETIRED = "retired"
-META_LIFTED = "lifted "
-"""With the scope's hexadecimal digits: the highest nonce whose fence was lifted."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +113,7 @@ class LocalReplica:
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
         self._in_flight: dict[RegisterName, asyncio.Future[None] | None] = {}
         self._bytes_in_flight = 0
-        self._fences_unsynced: dict[bytes, Fence] = {}
-        self._lifted_unsynced: dict[bytes, bytes] = {}
-        self._fences_known: dict[bytes, Fence | None] = {}
+        self._fences = Fences(disk, store)
         self._tasks: dict[asyncio.Task[StoragedError | None], None] = {}
         self._raising: asyncio.Task[StoragedError | None] | None = None
         self._counts = dict.fromkeys(("prepares", "accepts", "reads", "refused", "evicted", "damaged", "conflicts"), 0)
@@ -290,7 +284,7 @@ class LocalReplica:
         """A register that is promised to this very ballot has accepted nothing since, and before that something lower: the row need not be read again."""
         if self._promises.get(name) != ballot:
             return self._acceptor(name)[1]
-        return Acceptor(max(ballot, self._floor), ZERO_BALLOT, None, self._epoch, self._fence_of(name.scope))
+        return Acceptor(max(ballot, self._floor), ZERO_BALLOT, None, self._epoch, self._fences.of(name.scope))
 
     def _refused(self, verdict: Verdict, acceptor: Acceptor, name: RegisterName, ballot: Ballot) -> messages.AcceptReply:
         self._counts["refused"] += 1
@@ -492,50 +486,24 @@ class LocalReplica:
             return None
 
     async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
-        """In force for every accept that is judged from now on; answered when it is on disk, and with it everything accepted before.
-
-        Nonces of a scope grow. What comes late, with a nonce that was lifted or is lower than the one in force, is refused: it would stay for ever,
-        or stand in for the fence that somebody else relies on, and be lifted under them.
-        """
+        """In force for every accept that is judged from now on; answered when it is on disk, and with it everything accepted before."""
         self._check_answers()
         check_fence(request)
-        scope, nonce = request.scope, request.nonce
-        present = self._fence_of(scope)
-        if present is not None and present.final and present.nonce != nonce:
+        write = self._fences.set(request)
+        if write is None:
             return messages.FenceReply(False)
-        final = request.final or (present is not None and present.final)
-        if not final and (nonce <= self._lifted(scope) or (present is not None and nonce < present.nonce)):
-            return messages.FenceReply(False)
-        fence = Fence(scope, nonce, final)
-        self._fences_unsynced[scope] = fence
-
-        def synced() -> None:
-            self._fences_known.pop(scope, None)
-            if self._fences_unsynced.get(scope) is fence:
-                del self._fences_unsynced[scope]
-
-        await self._durably(StoreBatch(fences=[fence]), synced)
+        await self._durably(*write)
         await self._all_arrived()
         return messages.FenceReply(True)
 
     async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
-        """In force until the lifting is on disk, and with it that this nonce is over. A fence with a higher nonce, or a final one, stays."""
+        """In force until the lifting is on disk."""
         self._check_answers()
         check_fence(request)
-        scope, nonce = request.scope, request.nonce
-        present = self._fence_of(scope)
-        if present is not None and (present.final or nonce < present.nonce):
-            return messages.FenceReply(False)
-        if present is None and nonce <= self._lifted(scope) and scope not in self._lifted_unsynced:
-            return messages.FenceReply(True)
-        lifted = self._lifted_unsynced[scope] = max(nonce, self._lifted(scope))
-
-        def synced() -> None:
-            self._fences_known.pop(scope, None)
-            if self._lifted_unsynced.get(scope) is lifted:
-                del self._lifted_unsynced[scope]
-
-        await self._durably(StoreBatch(unfence=[scope], meta={META_LIFTED + scope.hex(): lifted}), synced)
+        write = self._fences.lift(request)
+        if isinstance(write, bool):
+            return messages.FenceReply(write)
+        await self._durably(*write)
         return messages.FenceReply(True)
 
     async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
@@ -554,7 +522,7 @@ class LocalReplica:
 
     def _acceptor(self, name: RegisterName) -> tuple[Slot | None, Acceptor]:
         promised = max(self._promises.get(name, ZERO_BALLOT), self._floor)
-        fence = self._fence_of(name.scope)
+        fence = self._fences.of(name.scope)
         try:
             slot = self._store.get(name)
         except RowDamaged:
@@ -564,29 +532,6 @@ class LocalReplica:
         if slot is None:
             return None, Acceptor(promised, ZERO_BALLOT, None, self._epoch, fence)
         return slot, Acceptor(promised, slot.ballot, slot.value, self._epoch, fence)
-
-    def _fence_of(self, scope: bytes) -> Fence | None:
-        unsynced = self._fences_unsynced.get(scope)
-        if unsynced is not None:
-            return unsynced
-        try:
-            return self._fences_known[scope]
-        except KeyError:
-            pass
-        try:
-            fence = self._store.get_fence(scope)
-        except RowDamaged as error:
-            raise DiskUnusable(f"Disk {self.disk} can't tell whether a bucket is fenced: {error}") from None
-        if len(self._fences_known) >= FENCES_KNOWN_MAX:
-            self._fences_known.clear()
-        self._fences_known[scope] = fence
-        return fence
-
-    def _lifted(self, scope: bytes) -> bytes:
-        try:
-            return self._lifted_unsynced.get(scope) or self._store.get_meta(META_LIFTED + scope.hex()) or b""
-        except RowDamaged as error:
-            raise DiskUnusable(f"Disk {self.disk} can't tell which fences were lifted: {error}") from None
 
     def _remember(self, name: RegisterName, ballot: Ballot) -> None:
         self._promises[name] = ballot
@@ -689,7 +634,7 @@ class LocalReplica:
 
     def _next_high_water(self, ballot: Ballot) -> Ballot:
         """Never lower than one that is already on its way: what is posted to the store keeps its order, and the last one stays. A batch that comes with a copy is
-        committed by another thread, in no order with these, and so never carries one (``_keep_copy``)."""
+        committed by another thread, in no order with these, and so never carries one (``begin_accept``)."""
         self._high_water_issued = max(self._high_water_issued, high_water_for(ballot))
         return self._high_water_issued
 

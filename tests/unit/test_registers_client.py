@@ -796,7 +796,7 @@ async def test_lifting_a_fence_tells_when_a_replica_that_is_away_still_has_it(ri
     assert not await client.unfence(SCOPE, 16, b"nonce")
     ring.replicas["d2"].away = False
     assert await client.unfence(SCOPE, 16, b"nonce")
-    assert all(replica.inner._fence_of(SCOPE) is None for replica in ring.replicas.values())
+    assert all(replica.inner._fences.of(SCOPE) is None for replica in ring.replicas.values())
 
 
 async def test_a_fence_needs_a_majority_of_every_shards_replicas(ring: Ring) -> None:
