@@ -203,8 +203,7 @@ class ClientConnection(Connection):
         if not self.is_open:
             raise self._counted(PeerUnreachable(f"The connection to {self.node} broke: {self.reason}."))
         future: asyncio.Future[tuple[Any, memoryview]] = self.loop.create_future()
-        timeout_s = max(deadline - self.loop.time(), 0.001)
-        request_id = self.post(method, request, decoder_of(reply), body, timeout_s, partial(_resolve, future))
+        request_id = self.post(method, request, decoder_of(reply), body, deadline - self.loop.time(), partial(_resolve, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -226,7 +225,7 @@ class ClientConnection(Connection):
     ) -> int:
         """Sends a request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
         request_id = self._last_id = self._last_id + 1
-        deadline_ms = min(int(timeout_s * 1000) or 1, DEADLINE_MS_MAX)
+        deadline_ms = min(max(int(timeout_s * 1000), 1), DEADLINE_MS_MAX)
         if body:
             self.send(REQUEST, request_id, head, *measure(body), deadline_ms)
         else:
