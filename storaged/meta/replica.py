@@ -385,21 +385,15 @@ class LocalReplica:
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         """See ``ports.PostingReplica``: for a proposer in the same process."""
+        if not isinstance(request, messages.Read):
+            return self.ask_here(request, b"", body, lambda _disk, answer, bulk: then(answer, bulk))
         try:
-            if isinstance(request, messages.Accept):
-                return self.begin_accept(request, body, lambda outcome: then(outcome, NO_BYTES))
-            if isinstance(request, messages.Prepare):
-                promise = self.prepare_at_once(request)
-                if promise is not None:
-                    then(promise, NO_BYTES)
-                return promise is not None
-            found = self.read_at_once(request) if isinstance(request, messages.Read) else None
-            if found is not None:
-                then(*found)
-            return found is not None
+            found: tuple[Any, memoryview] | None = self.read_at_once(request)
         except StoragedError as error:
-            then(error, NO_BYTES)
-            return True
+            found = error, NO_BYTES
+        if found is not None:
+            then(*found)
+        return found is not None
 
     def _judge_read(self, request: messages.Read) -> tuple[Acceptor, Verdict, bytes]:
         """What is known, whether it may be told, and the data id of the copy to be sent along, or nothing."""
