@@ -1,7 +1,7 @@
 """One disk's segment log and index, without threads or event loop: what is done to the disk, and in which order.
 
 Everything here is called from one thread at a time (the store's writer thread; a simulation; an offline tool), but ``reader`` and ``sync_apart``, which any
-thread may use, and ``commit``.
+thread may use, and ``commit``, which one other thread may run beside it.
 
 Theory of operation. ``append`` and ``note`` put records at the end of the active segment and then change the index's overlay; ``sync`` makes
 all of them durable by one fdatasync. A fragment's place is its proof of durability: what lies before ``synced`` is safe. When the active

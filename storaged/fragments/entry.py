@@ -13,7 +13,7 @@
     27      4      check                                      40+4n   4      check
 
 The first kind has no such segments, and R follows from the rest: payload, padding and trailer. Its 31 bytes are no length of the second kind. The check is the low half of xxh3-64 over key
-and all before it: a misplaced or flipped entry is not believed. With the fragment's key and what LMDB adds an entry takes 64 bytes of a page, 77 in the other form, which indexes of version 1 have alone.
+and all before it: a misplaced or flipped entry is not believed. With the fragment's key and what LMDB adds an entry takes 64 bytes of a page, 78 in the other form, which indexes of version 1 have alone.
 """
 
 from __future__ import annotations
