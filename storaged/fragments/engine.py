@@ -61,6 +61,12 @@ TIME_MS_MAX = 1 << 63
 """The index has 64 bits for when a fragment was created or is due, and a touch adds to it."""
 
 
+def check_time(time_ms: int) -> None:
+    """Raises PeerRefused."""
+    if not 0 <= time_ms <= TIME_MS_MAX:
+        raise PeerRefused(f"{time_ms} ms; a time lies in 0..2^63", remote_code="BAD_REQUEST")
+
+
 @dataclass(frozen=True)
 class StoreLimits:
     """Sizes in bytes unless said otherwise.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
-from storaged.fragments.engine import Write
+from storaged.fragments.engine import Write, check_time
 from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.wire import Buffer
 
@@ -86,6 +86,7 @@ class MemoryFragmentStore:
         return [self._stat(fragment.pack()) for fragment in ids]
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
+        check_time(now_ms)
         self._refuse_read_only()
         for fragment in ids:
             for kept in {
@@ -95,6 +96,8 @@ class MemoryFragmentStore:
         return await self.stat(ids)
 
     async def retire(self, entries: Sequence[Retirement]) -> None:
+        for entry in entries:
+            check_time(entry.due_ms)
         self._refuse_read_only()
         for data_id, owner, due_ms in entries:
             self._retired.setdefault(data_id, (owner, due_ms))

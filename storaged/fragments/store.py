@@ -28,7 +28,7 @@ import lmdb
 from storaged.clock import Clock, SystemClock
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused, StoragedError
 from storaged.fragments.compact import Compactor
-from storaged.fragments.engine import TIME_MS_MAX, Engine, StoreLimits, Write
+from storaged.fragments.engine import Engine, StoreLimits, Write, check_time
 from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files, PosixFiles
 from storaged.fragments.index import Checkpoint, Index, Position
@@ -270,7 +270,7 @@ class LocalFragmentStore:
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         keys = [fragment.pack() for fragment in _bounded(ids)]
-        _check_time(now_ms)
+        check_time(now_ms)
         await self._call(functools.partial(self._engine.touch, keys, now_ms))
         return await self.stat(ids)
 
@@ -278,7 +278,7 @@ class LocalFragmentStore:
         if len(entries) > RETIREMENTS_MAX:
             raise ValueError(f"{len(entries)} retirements are more than {RETIREMENTS_MAX} at once")
         for entry in entries:
-            _check_time(entry.due_ms)
+            check_time(entry.due_ms)
         await self._call(functools.partial(self._engine.retire, entries))
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
@@ -657,8 +657,3 @@ def _bounded(ids: Sequence[FragmentId]) -> Sequence[FragmentId]:
     if len(ids) > BATCH_IDS_MAX:
         raise PeerRefused(f"{len(ids)} fragments in one request; at most {BATCH_IDS_MAX}", remote_code="BAD_REQUEST")
     return ids
-
-
-def _check_time(time_ms: int) -> None:
-    if not 0 <= time_ms <= TIME_MS_MAX:
-        raise PeerRefused(f"{time_ms} ms; a time lies in 0..2^63", remote_code="BAD_REQUEST")

@@ -87,6 +87,17 @@ class FragmentStoreSuite:
                 await store.write(msgspec.structs.replace(made.header, created_ms=created_ms), [made.payload], sync=True)
         assert [stat.health for stat in await store.stat([made.id])] == [Health.MISSING]
 
+    @pytest.mark.parametrize("time_ms", [-1, 2**64 - 1])
+    async def test_a_touch_or_a_retirement_at_a_time_that_no_store_can_hold_is_refused(self, store: FragmentStore, time_ms: int) -> None:
+        made = await self.put(store)
+        before = await store.stat([made.id])
+        with pytest.raises(PeerRefused):
+            await store.touch([made.id], time_ms)
+        with pytest.raises(PeerRefused):
+            await store.retire([Retirement(made.id.data_id, b"owner", time_ms)])
+        assert await store.stat([made.id]) == before
+        assert await store.retired(2**63, 10) == []
+
     async def test_the_newer_record_of_an_id_wins(self, store: FragmentStore) -> None:
         old = await self.put(store, 5000)
         new = make(self.rng, 6000, fragment=old.id)
