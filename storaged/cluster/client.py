@@ -39,7 +39,7 @@ from storaged.cluster.framing import (
     Verdict,
 )
 from storaged.cluster.heads import ErrorHead, Hello
-from storaged.cluster.ports import Admission, Call, Methods, PeerIdentity, Reply, Then
+from storaged.cluster.ports import Admission, Call, Line, Methods, PeerIdentity, Reply, Then
 from storaged.cluster.server import OnRefusal
 from storaged.errors import CertificateRefused, JurisdictionRefused, PeerError, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
@@ -421,27 +421,6 @@ class _Link:
         )
 
 
-class Line:
-    """``ports.Line`` over a pool's connections."""
-
-    __slots__ = ("_decode_reply", "_method", "_node", "_pool", "_start")
-
-    def __init__(self, pool: RpcPool, node: str, method: str, start: bytes, decode_reply: Callable[[memoryview], Message]) -> None:
-        self._pool = pool
-        self._node = node
-        self._method = method
-        self._start = start
-        self._decode_reply = decode_reply
-
-    def post(self, rest: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
-        connection = self._pool.open_connection(self._node)
-        if connection is None:
-            return False
-        self._pool.calls.total += 1
-        connection.post(self._method, self._start + rest, self._decode_reply, body, timeout_s, then)
-        return True
-
-
 class RpcPool:
     """A ``Caller`` over mutual TLS. A call to ``local_name`` goes straight to ``local_methods``.
 
@@ -588,19 +567,30 @@ class RpcPool:
         timeout_s: float = 10.0,
     ) -> bool:
         """See ``ports.Poster``."""
-        return self.line(node, method, reply, b"").post(encode(request), then, body, timeout_s)
+        return self._post(node, method, decoder_of(reply), self._prefix(method), encode(request), then, body, timeout_s)
 
     def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
         """See ``ports.Poster``."""
-        return Line(self, node, method, self._prefix(method) + start, decoder_of(reply))
+        return partial(self._post, node, method, decoder_of(reply), self._prefix(method) + start)
 
-    def open_connection(self, node: str) -> ClientConnection | None:
-        """With room for another call."""
+    def _post(
+        self,
+        node: str,
+        method: str,
+        decode_reply: Callable[[memoryview], Message],
+        start: bytes,
+        rest: bytes,
+        then: Then,
+        body: Sequence[Buffer],
+        timeout_s: float,
+    ) -> bool:
         link = self._links.get(node)
-        if link is None:
-            return None
-        connection = link.connection
-        return connection if connection is not None and connection.is_open and connection.has_room else None
+        connection = link.connection if link is not None else None
+        if connection is None or not connection.is_open or not connection.has_room:
+            return False
+        self.calls.total += 1
+        connection.post(method, start + rest, decode_reply, body, timeout_s, then)
+        return True
 
     def _prefix(self, method: str) -> bytes:
         prefix = self._prefixes.get(method)

@@ -86,6 +86,9 @@ Methods = Mapping[str, Method]
 Then = Callable[[Any, memoryview], None]
 """``then(answer, bulk)``: called once, on the event loop, with the reply and its bulk bytes, or with a PeerError and none. It must not raise."""
 
+Line = Callable[[bytes, Then, Sequence[Buffer], float], bool]
+"""``line(rest, then, body, timeout_s)``: one method of one node, for who calls it often; as ``Poster.post``. ``rest``: the encoded request behind its start."""
+
 
 class Caller(Protocol):
     """Calls methods on other nodes by name (or on this one, without the network)."""
@@ -126,13 +129,6 @@ class Poster(Protocol):
 
     def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
         """For requests that are encoded already, and all begin with ``start``: what goes to three nodes is encoded once."""
-
-
-class Line(Protocol):
-    """One method of one node, for who calls it often."""
-
-    def post(self, rest: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
-        """As ``Poster.post``. ``rest``: the encoded request behind its start."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class RemoteReplica:
                 return False
             method, reply = _POSTED[kind]
             line = self._lines[kind] = self._poster.line(self.node, method, reply, first + encode(self.disk))
-        return line.post(tail, then, body, timeout_s)
+        return line(tail, then, body, timeout_s)
 
     def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:
         """See ``reads.RowReader.ask``. False: this can't be asked without a task."""

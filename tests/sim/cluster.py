@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -264,18 +265,26 @@ class NetworkCaller:
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> bool:
-        return self.post_encoded(node, method, encode(request), reply, then, body, timeout_s)
+        return self._post(node, method, reply, encode(request), b"", then, body, timeout_s)
 
     def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
-        return SimulatedLine(self, node, method, reply, start)
+        return partial(self._post, node, method, reply, start)
 
-    def post_encoded(
-        self, node: str, method: str, encoded: bytes, reply: type[Message], then: Then, body: Sequence[Buffer], timeout_s: float
+    def _post(
+        self,
+        node: str,
+        method: str,
+        reply: type[Message],
+        start: bytes,
+        rest: bytes,
+        then: Then,
+        body: Sequence[Buffer],
+        timeout_s: float,
     ) -> bool:
         target = self._world.nodes[node]
         if not self.alive or not target.up or self._world.random.random() < 0.1:
             return False
-        bulk = b"".join(bytes(piece) for piece in body)
+        encoded, bulk = start + rest, b"".join(bytes(piece) for piece in body)
         waiting = [then]
 
         def told(outcome: bytes | StoragedError, payload: bytes) -> None:
@@ -323,17 +332,6 @@ def _resolve(answered: asyncio.Future[Any], outcome: bytes | StoragedError, payl
 def _expire(answered: asyncio.Future[Any]) -> None:
     if not answered.done():
         answered.set_exception(PeerTimeout("no answer in time"))
-
-
-class SimulatedLine:
-    def __init__(self, caller: NetworkCaller, node: str, method: str, reply: type[Message], start: bytes) -> None:
-        self._caller = caller
-        self._to = (node, method)
-        self._reply = reply
-        self._start = start
-
-    def post(self, rest: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
-        return self._caller.post_encoded(*self._to, self._start + rest, self._reply, then, body, timeout_s)
 
 
 class Gateway:

@@ -41,14 +41,11 @@ class Wire:
         raise AssertionError("it is encoded already")
 
     def line(self, node: str, method: str, _reply: type[Message], start: bytes) -> Line:
-        wire = self
+        def post(rest: bytes, _then: Then, body: Sequence[Buffer], _timeout_s: float) -> bool:
+            self.sent.append((node, method, start + rest, body))
+            return True
 
-        class Kept:
-            def post(self, rest: bytes, _then: Then, body: Sequence[Buffer], _timeout_s: float) -> bool:
-                wire.sent.append((node, method, start + rest, body))
-                return True
-
-        return Kept()
+        return post
 
 
 class Directory:
