@@ -209,9 +209,7 @@ class Courier:
                     continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)
-            work = ask_one(replica, asked, then, body, timeout_s)
-            if work is not None:
-                self._pool.start(work)
+            self._pool.start(_call(replica, asked, then, body, timeout_s))  # it has said no: ``post`` would again
 
 
 def ask_one(
