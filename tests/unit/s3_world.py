@@ -1,16 +1,22 @@
-"""An S3 front on the in-memory object plane, on a loopback port, with real boto3 in threads."""
+"""An S3 front on the in-memory object plane, on a loopback port, with real boto3 in threads, and clients that send bytes."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import re
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import boto3  # type: ignore[import-untyped]
+import botocore.auth  # type: ignore[import-untyped]
+from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
+from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged.clock import SystemClock
 from storaged.s3.app import S3App
@@ -76,3 +82,65 @@ async def s3_world(limits: Limits | None = None, domains: tuple[str, ...] = (), 
         yield World(app, port, objects, buckets, users, done)
     finally:
         await app.close(0.5)
+
+
+def signed(
+    world: World, method: str, target: str, *, body: bytes = b"", headers: dict[str, str] | None = None, send_body: bool = True
+) -> bytes:
+    """A signed request as bytes; ``headers`` are signed too."""
+    request = AWSRequest(method, f"{world.endpoint}{target}", headers=headers or {}, data=body)
+    botocore.auth.S3SigV4Auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
+    lines = [f"{method} {target} HTTP/1.1", f"Host: 127.0.0.1:{world.port}"]
+    lines += [f"{name}: {value}" for name, value in request.headers.items()]
+    if method == "PUT" or body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + (body if send_body else b"")
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 - what is waited for happens on the other side of a socket
+            await asyncio.sleep(0.005)
+
+
+async def read_head(reader: asyncio.StreamReader) -> bytes:
+    return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+
+
+async def ask(world: World, *pieces: bytes) -> bytes:
+    """All that is answered to what is sent piece by piece, until the server closes, but for what differs from answer to answer. The client's end is closed behind it:
+    ``Connection: close`` is for the task."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    for index, piece in enumerate(pieces):
+        if index:
+            await asyncio.sleep(0.02)
+        writer.write(piece)
+    writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return re.sub(rb"<RequestId>\w+<", b"<RequestId><", re.sub(rb"(x-amz-request-id|Date): [^\r]*\r\n", b"", answer))
+
+
+def break_off(writer: asyncio.StreamWriter) -> None:
+    """As a client does that is killed: with a reset."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+class Held:
+    """``read_soon`` and ``put_soon`` tell when they are let go."""
+
+    def __init__(self, world: World) -> None:
+        self.waiting: list[Callable[[], None]] = []
+        self._world = world
+        world.objects.soon = self.waiting.append
+
+    async def ask(self, method: str, key: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A client whose answer waits to be let go."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._world.port)
+        writer.write(signed(self._world, method, f"/bucket/{key}", body=body))
+        await until(lambda: len(self.waiting) == 1)
+        return reader, writer
+
+    def go(self) -> None:
+        self.waiting.pop(0)()

@@ -21,8 +21,8 @@ from storaged.objects.body import BodyReader
 from storaged.s3.body import RequestBody
 from storaged.s3.http import Chunks, parse_head
 from storaged.s3.limits import Limits
-from tests.unit.s3_world import ACCESS, REGION, World, s3_world
-from tests.unit.test_s3_http import certificate, read_head, signed, until
+from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed, until
+from tests.unit.test_s3_http import certificate
 
 LIMITS = Limits()
 HOST = b"Host: h\r\n"

@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import boto3  # type: ignore[import-untyped]
-import botocore.auth  # type: ignore[import-untyped]
 import pytest
 import pytest_asyncio
-from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
-from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from storaged import errors
 from storaged.s3.limits import Limits
-from tests.unit.s3_world import ACCESS, REGION, SECRET, World, s3_world
+from tests.unit.s3_world import ACCESS, REGION, SECRET, World, read_head, s3_world, signed, until
 
 
 @pytest_asyncio.fixture
@@ -31,29 +28,6 @@ async def world() -> AsyncIterator[World]:
     async with s3_world(limits) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
         yield world
-
-
-def signed(
-    world: World, method: str, target: str, *, body: bytes = b"", headers: dict[str, str] | None = None, send_body: bool = True
-) -> bytes:
-    """A signed request as bytes; ``headers`` are signed too."""
-    request = AWSRequest(method, f"{world.endpoint}{target}", headers=headers or {}, data=body)
-    botocore.auth.S3SigV4Auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
-    lines = [f"{method} {target} HTTP/1.1", f"Host: 127.0.0.1:{world.port}"]
-    lines += [f"{name}: {value}" for name, value in request.headers.items()]
-    if method == "PUT" or body:
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + (body if send_body else b"")
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():  # noqa: ASYNC110 - what is waited for happens on the other side of a socket
-            await asyncio.sleep(0.005)
-
-
-async def read_head(reader: asyncio.StreamReader) -> bytes:
-    return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
 
 
 async def test_100_continue_comes_after_authentication_and_also_for_an_empty_body(world: World) -> None:

@@ -17,9 +17,9 @@ from storaged.s3.connection import Connection, Connections
 from storaged.s3.http import broken_so_far
 from storaged.s3.limits import Limits
 from tests.unit import fake_object_service
-from tests.unit.s3_world import ACCESS, REGION, World, s3_world
+from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed
 from tests.unit.test_s3_hostile import _Blocks, _Socket
-from tests.unit.test_s3_http import certificate, read_head, signed
+from tests.unit.test_s3_http import certificate
 
 
 async def make_bucket(world: World, **objects: bytes) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import socket
-import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -16,8 +14,7 @@ from storaged.objects.get import HeldStream
 from storaged.s3.connection import HEAD, WORKING, Connection
 from storaged.s3.limits import Limits
 from tests.unit.fake_object_service import checksum
-from tests.unit.s3_world import ACCESS, REGION, World, s3_world
-from tests.unit.test_s3_http import read_head, signed, until
+from tests.unit.s3_world import ACCESS, REGION, Held, World, ask, break_off, read_head, s3_world, signed, until
 
 META = NewMeta({"content-type": "text/plain", "cache-control": "no-store"}, {"color": "blue"}, {"a": "b"})
 SMALL, LARGE = b"small" * 100, bytes(range(256)) * 400
@@ -38,14 +35,8 @@ async def fill(world: World) -> None:
 
 
 async def ask_once(world: World, method: str, target: str, **headers: str) -> tuple[bytes, bytes]:
-    """Without ``Connection: close``, which the task answers: the client's end is closed behind the request."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-    writer.write(signed(world, method, target, headers=headers))
-    writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 10)
-    writer.close()
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return re.sub(rb"(x-amz-request-id|Date): [^\r]*\r\n", b"", head), re.sub(rb"<RequestId>\w+<", b"<RequestId><", body)
+    head, _, body = (await ask(world, signed(world, method, target, headers=headers))).partition(b"\r\n\r\n")
+    return head, body
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -124,25 +115,6 @@ async def test_who_is_not_who_they_say_is_told_nothing(world: World, change: tup
     writer.close()
 
 
-class Held:
-    """``read_soon`` tells when it is let go."""
-
-    def __init__(self, world: World) -> None:
-        self.waiting: list[Callable[[], None]] = []
-        self._world = world
-        world.objects.soon = self.waiting.append
-
-    async def ask(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A client whose answer waits to be let go."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._world.port)
-        writer.write(signed(self._world, "GET", f"/bucket/{key}"))
-        await until(lambda: len(self.waiting) == 1)
-        return reader, writer
-
-    def go(self) -> None:
-        self.waiting.pop(0)()
-
-
 async def test_requests_that_come_together_are_answered_one_after_the_other(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     for _ in range(3):
@@ -155,7 +127,7 @@ async def test_requests_that_come_together_are_answered_one_after_the_other(worl
 
 async def test_a_request_that_comes_while_one_is_answered_waits_for_its_turn(world: World) -> None:
     held = Held(world)
-    reader, writer = await held.ask("small")
+    reader, writer = await held.ask("GET", "small")
     second = signed(world, "GET", "/bucket/other")
     for piece in (second[:50], second[50:]):
         writer.write(piece)
@@ -171,9 +143,8 @@ async def test_a_request_that_comes_while_one_is_answered_waits_for_its_turn(wor
 async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
     held = Held(world)
     for answer_last in (False, True):
-        _, writer = await held.ask("small" if answer_last else "large")
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        writer.transport.abort()
+        _, writer = await held.ask("GET", "small" if answer_last else "large")
+        break_off(writer)
         await until(lambda: world.app.statistics().connections == 0)
         held.go()
         await until(lambda: world.app.statistics().requests_in_flight == 0)
@@ -198,7 +169,7 @@ async def test_an_answer_that_must_not_be_sent_ends_the_connection_and_is_counte
 
 async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World) -> None:
     held = Held(world)
-    reader, writer = await held.ask("small")
+    reader, writer = await held.ask("GET", "small")
     closing = asyncio.create_task(world.app.close(5.0))
     await asyncio.sleep(0.05)
     assert not closing.done()
@@ -212,7 +183,7 @@ async def test_a_server_that_ends_waits_for_what_is_being_answered(world: World)
 
 async def test_a_server_that_ends_waits_for_what_was_left_to_the_task(world: World) -> None:
     held = Held(world)
-    reader, writer = await held.ask("large")
+    reader, writer = await held.ask("GET", "large")
     closing = asyncio.create_task(world.app.close(5.0))
     await asyncio.sleep(0.05)
     held.go()
@@ -255,7 +226,7 @@ async def test_more_than_may_be_in_flight_are_told_to_slow_down() -> None:
     async with s3_world(Limits(requests_max=1)) as world:
         await fill(world)
         held = Held(world)
-        first, writer = await held.ask("small")
+        first, writer = await held.ask("GET", "small")
         head, _ = await ask_once(world, "GET", "/bucket/other")
         assert head.startswith(b"HTTP/1.1 503 ")
         held.go()
@@ -265,7 +236,7 @@ async def test_more_than_may_be_in_flight_are_told_to_slow_down() -> None:
 
 async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_has(world: World) -> None:
     held = Held(world)
-    reader, writer = await held.ask("small")
+    reader, writer = await held.ask("GET", "small")
     [connection] = world.app._connections.open  # type: ignore[union-attr]
     assert isinstance(connection, Connection)
     assert connection.phase == WORKING

@@ -7,9 +7,7 @@ import base64
 import hashlib
 import itertools
 import re
-import socket
-import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import botocore.auth  # type: ignore[import-untyped]
@@ -26,8 +24,7 @@ from storaged.s3.limits import Limits
 from storaged.s3.objects import put_asked
 from storaged.s3.request import Request
 from tests.unit.fake_object_service import HELD_BYTES_MAX, checksum
-from tests.unit.s3_world import ACCESS, REGION, SECRET, World, s3_world
-from tests.unit.test_s3_http import read_head, signed, until
+from tests.unit.s3_world import ACCESS, REGION, SECRET, Held, World, ask, break_off, read_head, s3_world, signed, until
 
 SMALL = b"small" * 100
 MD5 = base64.b64encode(hashlib.md5(SMALL).digest()).decode()
@@ -46,19 +43,6 @@ async def make_bucket(world: World) -> None:
 
 def kept(world: World) -> dict[bytes, bytes]:
     return {key: stored.data for key, stored in world.objects.of(world.buckets.by_name["bucket"]).items()}
-
-
-async def ask(world: World, *pieces: bytes) -> bytes:
-    """All that is answered to what is sent piece by piece, until the server closes, but for what differs from answer to answer."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-    for index, piece in enumerate(pieces):
-        if index:
-            await asyncio.sleep(0.02)
-        writer.write(piece)
-    writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 10)
-    writer.close()
-    return re.sub(rb"<RequestId>\w+<", b"<RequestId><", re.sub(rb"(x-amz-request-id|Date): [^\r]*\r\n", b"", answer))
 
 
 def in_pieces(request: bytes, how: str) -> tuple[bytes, ...]:
@@ -234,36 +218,16 @@ async def test_a_client_that_goes_in_the_middle_of_its_body_leaves_nothing(world
     head, body = in_pieces(signed(world, "PUT", "/bucket/key", body=SMALL), "behind")
     writer.write(head + body[:10])
     await until(lambda: world.app.statistics().requests_in_flight == 1)
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+    break_off(writer)
     await until(lambda: world.app.statistics().connections == 0 and world.app.statistics().requests_in_flight == 0)
     assert kept(world) == {}
     assert [done.complete for done in world.done] == [False]
 
 
-class Held:
-    """``put_soon`` tells when it is let go."""
-
-    def __init__(self, world: World) -> None:
-        self.waiting: list[Callable[[], None]] = []
-        self._world = world
-        world.objects.soon = self.waiting.append
-
-    async def ask(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._world.port)
-        writer.write(signed(self._world, "PUT", f"/bucket/{key}", body=SMALL))
-        await until(lambda: len(self.waiting) == 1)
-        return reader, writer
-
-    def go(self) -> None:
-        self.waiting.pop(0)()
-
-
 async def test_a_client_that_goes_while_its_object_is_written_is_nobodys_trouble(world: World) -> None:
     held = Held(world)
-    _, writer = await held.ask("key")
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+    _, writer = await held.ask("PUT", "key", SMALL)
+    break_off(writer)
     await until(lambda: world.app.statistics().connections == 0)
     assert world.app.statistics().requests_in_flight == 1
     held.go()
@@ -274,12 +238,11 @@ async def test_a_client_that_goes_while_its_object_is_written_is_nobodys_trouble
 
 async def test_what_a_client_that_has_gone_sent_behind_does_not_overtake_what_is_under_way(world: World) -> None:
     held = Held(world)
-    _, writer = await held.ask("key")
+    _, writer = await held.ask("PUT", "key", SMALL)
     [connection] = world.app._connections.open  # type: ignore[union-attr]
     writer.write(signed(world, "PUT", "/bucket/key", body=b"later"))
     await until(lambda: connection._input != b"")
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+    break_off(writer)
     await until(lambda: world.app.statistics().connections == 0)
     await asyncio.sleep(0.02)
     held.go()
@@ -319,7 +282,7 @@ async def test_what_cannot_be_begun_is_left_to_the_task(world: World, monkeypatc
 
 async def test_a_server_that_ends_waits_for_what_is_being_written(world: World) -> None:
     held = Held(world)
-    reader, writer = await held.ask("key")
+    reader, writer = await held.ask("PUT", "key", SMALL)
     closing = asyncio.create_task(world.app.close(5.0))
     await asyncio.sleep(0.05)
     assert not closing.done()
@@ -375,7 +338,7 @@ async def test_a_body_larger_than_what_is_kept_unread_holds_nothing_back() -> No
 
 async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_has(world: World) -> None:
     held = Held(world)
-    reader, writer = await held.ask("key")
+    reader, writer = await held.ask("PUT", "key", SMALL)
     [connection] = world.app._connections.open  # type: ignore[union-attr]
     assert isinstance(connection, Connection)
     connection.pause_writing()  # as a transport does whose socket is full
