@@ -11,7 +11,6 @@ a disk that fails, an older layout), is told as None, and asked again in a messa
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -57,8 +56,11 @@ def tell(replicas: Mapping[str, LocalReplica], request: messages.Reads) -> tuple
         replica = replicas.get(disk)
         rows: list[bytes | None] = [None] * len(asks)
         if replica is not None:
-            with contextlib.suppress(DiskUnusable):  # who asks for its rows alone is told; the node's other disks tell theirs
+            before = len(copies)
+            try:
                 rows, room = rows_at_once(replica, request.epoch, asks, copies, room)
+            except DiskUnusable:  # who asks for its rows alone is told; the node's other disks tell theirs
+                del copies[before:]
         found.append(rows)
     return messages.ReadsReply(found, [len(copy) for copy in copies]), copies
 

@@ -302,6 +302,27 @@ async def test_a_disk_that_cannot_be_read_costs_the_others_of_its_node_nothing(
     assert {disk for _, _, request in world.messages if request.wait for disk in request.disks} == {bad}
 
 
+@pytest.mark.parametrize("bad", ["na0", "na1"])
+async def test_of_a_disk_that_cannot_tell_all_its_copies_none_is_taken_for_one_of_another_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    slots = [slot_of(name_of(number), payload=b"%016d" % number) for number in range(40)]
+    await world.write(*slots)
+    world.in_memory = {slot.value.payload: slot.value.payload * number for number, slot in enumerate(slots, 1)}
+    broken = [slot for slot in slots if of(world, slot.name)[0] == bad][-1]
+    peek = world.replicas[bad].peek
+
+    def fail(data_id: bytes) -> memoryview | None:
+        if data_id == broken.value.payload:
+            raise DiskUnusable
+        return peek(data_id)
+
+    monkeypatch.setattr(world.replicas[bad], "peek", fail)
+    world.on_disk = world.in_memory
+    found = await asyncio.gather(*(world.client.read(slot.name, want_payload=True) for slot in slots))
+    assert [bytes(reading.payload or b"") for reading in found] == [world.in_memory[slot.value.payload] for slot in slots]
+
+
 async def test_a_read_is_counted_once_whichever_way_it_ends(world: World) -> None:
     name = name_of(1)
     for which in (2, 0):  # of the two that are asked at first none, then one, differs
