@@ -1,7 +1,7 @@
 """Changes of registers by one process: in turn, first as the common case (``quick``), and from there, where it was none, as ``proposal`` has it.
 
-A process never pre-empts itself: changes of one register wait for each other (``rounds.Turns``). Who can wait has a task and awaits ``change``; who has none asks for
-``begin``, and is told by a callback. It costs a task only where it has to wait for its turn, and where the common case ends.
+A process never pre-empts itself: changes of one register wait for each other (``rounds.Turns``). Who can wait has a task and awaits ``change``; who has none calls
+``change_soon``, and is told by a callback. It costs a task only where it has to wait for its turn, and where the common case ends.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from functools import partial
 from storaged.errors import OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.ids import Entropy
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Outcome, SmallCopies, Update
+from storaged.meta.ports import Changed, Outcome, SmallCopies, Update
 from storaged.meta.proposal import Proposal, Surroundings, View
 from storaged.meta.quick import Patience, QuickChange
 from storaged.meta.register import CALL_BYTES, Lineage
 from storaged.meta.rounds import Courier, Turns
 
-Changed = Callable[[Outcome | Exception], None]
 STOPPED = "This node stops before it has learned what became of the change."
 
 
@@ -87,8 +86,8 @@ class Changing:
             self._patience.end(quick)
         return outcome if outcome is not None else await self._go_on(quick, deadline)
 
-    def begin(self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None) -> bool:
-        """See ``ports.Registers.change_soon``."""
+    def change_soon(self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None) -> bool:
+        """See ``ports.Registers``."""
         try:
             view = self._around.view(name)
         except StoragedError:  # ``change`` says so

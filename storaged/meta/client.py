@@ -24,11 +24,12 @@ from storaged.cluster.ports import Layouts
 from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta import messages
-from storaged.meta.changing import Changed, Changing
+from storaged.meta.changing import Changing
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import (
     ZERO_BALLOT,
     Ballot,
+    Changed,
     Copy,
     Outcome,
     Reading,
@@ -199,7 +200,7 @@ class RingClient:
         return await self._changing.change(name, update, small, ready, renew, settling_nonce)
 
     def change_soon(self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None) -> bool:
-        return self._changing.begin(name, update, then, small)
+        return self._changing.change_soon(name, update, then, small)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         return await self._changing.identity(name, settling_nonce, self._deadline(), commit=True)

@@ -44,6 +44,10 @@ class Outcome(NamedTuple):
     after: Value | None
 
 
+Changed = Callable[[Outcome | Exception], None]
+"""``changed(outcome)``: what ``change`` would return or raise."""
+
+
 class ReplicaState(NamedTuple):
     """``state``: ``current`` (has the newest value any replica reported), ``behind``, ``empty`` (never heard of the register), ``damaged``, or ``away``.
     ``has_payload``: it holds the copy of the small object that the newest value names."""
@@ -98,9 +102,7 @@ class Registers(Protocol):
         A change with ``small`` whose copies could not be synced where they must be is of unknown outcome too.
         """
 
-    def change_soon(
-        self, name: RegisterName, update: Update, then: Callable[[Outcome | Exception], None], *, small: SmallCopies | None = None
-    ) -> bool:
+    def change_soon(self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None) -> bool:
         """As ``change``, without a task where nobody is in the way: ``then`` is told its outcome or what it would raise, once, perhaps before this returns, and must not
         raise. False: nothing was begun, and ``change`` is to be called, which says why."""
 

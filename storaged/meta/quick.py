@@ -33,7 +33,7 @@ from storaged.meta.rounds import NO_BYTES, Courier, Suspects
 from storaged.meta.rowvalue import check_of
 
 Stage = Literal["prepare", "accept", "over"]
-Changed = Callable[[Outcome | Exception | None], None]
+Tried = Callable[[Outcome | Exception | None], None]
 OK = int(Verdict.OK)
 PREEMPTED = int(Verdict.PREEMPTED)
 
@@ -104,11 +104,11 @@ class QuickChange:
         self._answers = self._failed = 0
         self._asking = False
         self._early: list[tuple[Any, str, Any]] = []
-        self._then: Changed | None = None
+        self._then: Tried | None = None
         self._trace = trace.current() if trace.on else None
         self._began_ns = 0
 
-    def begin(self, then: Changed) -> None:
+    def begin(self, then: Tried) -> None:
         """``then(outcome)`` is told once, perhaps before this returns, and must not raise. None: not the common case. An exception: what ``update`` raised, after the value
         that it judged was settled, or what else went wrong here unforeseen. What it raises is told to nobody else."""
         around, order = self._around, self._around.suspects.last(self._view.disks)
