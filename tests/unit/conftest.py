@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
-SOCKETS = frozenset({"test_s3_http", "test_s3_hostile", "test_s3_patience"})
+SOCKETS = frozenset({"test_s3_http", "test_s3_hostile", "test_s3_patience", "test_s3_soon", "test_s3_soon_put"})
 """Modules that test what goes over sockets: on the loop that serves in production, too."""
 
 
