@@ -178,7 +178,7 @@ class LmdbMetaStore:
             self._databases: dict[bytes, Database] = {name: self._env.open_db(name) for name in SUB_DATABASES}
             self._rows, self._heap = self._databases[b"rows"], self._databases[b"heap"]
             self._applier = Applier(self._databases)
-            self._warmer = Warmer(self._env, self._rows, self._heap)
+            self._warmer = Warmer(self._env, self._databases)
             self._start(entropy)
         except lmdb.Error as error:
             self._env.close()
@@ -406,9 +406,7 @@ class LmdbMetaStore:
         return self._warmer.large
 
     def warm(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
-        root = self._reader_roots.get(RegisterName(table, scope, shard, b"").prefix)
-        if root is not None:  # else it is the first time, and the tree is looked up in passing
-            self._warmer.look(root, after=after, prefix=prefix, limit=limit, whole=whole)
+        self._warmer.look(RegisterName(table, scope, shard, b"").prefix, after=after, prefix=prefix, limit=limit, whole=whole)
 
     def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
         rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)

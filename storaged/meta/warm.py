@@ -16,6 +16,8 @@ import lmdb
 
 from storaged.meta.heap import rows_of
 from storaged.meta.opening import Database
+from storaged.meta.ports import RowDamaged
+from storaged.meta.rowvalue import open_small
 from storaged.meta.stretch import columns_at
 from storaged.units import MIB
 
@@ -29,10 +31,9 @@ THREADS = ThreadPoolExecutor(8, thread_name_prefix="meta-warm")
 class Warmer:
     """Of one environment. ``look`` may run in any thread, and one at a time does."""
 
-    def __init__(self, environment: Any, rows: Database, heap: Database) -> None:
+    def __init__(self, environment: Any, databases: dict[bytes, Database]) -> None:
         self._environment = environment
-        self._rows = rows
-        self._heap = heap
+        self._rows, self._heap, self._nodes = (databases[name] for name in (b"rows", b"heap", b"nodes"))
         self._page_bytes = environment.stat()["psize"]
         self._lock = threading.Lock()
         self._closed = False
@@ -42,13 +43,17 @@ class Warmer:
     def large(self) -> bool:
         return bool(self._environment.info()["last_pgno"] * self._page_bytes >= LARGE_BYTES)
 
-    def look(self, root: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
+    def look(self, name_prefix: bytes, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
         """Touches what ``columns`` of that stretch would read, else (not ``whole``) ``stamps``. What can't be read is found by who reads it."""
         with self._lock:
             if self._closed:
                 return
             self.looks += 1
-            with contextlib.suppress(lmdb.Error), self._environment.begin(db=self._rows) as transaction:
+            with contextlib.suppress(lmdb.Error, RowDamaged), self._environment.begin(db=self._rows) as transaction:
+                sealed = transaction.get(name_prefix, db=self._nodes)
+                if sealed is None:
+                    return
+                root = int.from_bytes(open_small(name_prefix, sealed), "big")
                 found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
                 if found is not None and whole:
                     rows_of(transaction, self._heap, sorted(found[1], key=_number))

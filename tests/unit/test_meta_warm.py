@@ -176,3 +176,19 @@ async def test_reading_ahead_takes_no_thread_from_those_who_hash_and_log(store: 
     finally:
         may_end.set()
     await scanning
+
+
+async def test_what_is_read_for_the_first_time_since_a_start_is_read_by_a_thread_first_too(
+    tmp_path: Path, store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is in memory then."""
+    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    touched: list[int] = []
+    rows_of = warm.rows_of
+    monkeypatch.setattr(warm, "rows_of", lambda *where: touched.append(len(where[2])) or rows_of(*where))
+    await LocalReplica("d", store).scan(request(Want.ALL))
+    await store.close()
+    started = LmdbMetaStore(tmp_path, map_bytes=1 << 26)
+    await LocalReplica("d", started).scan(request(Want.ALL))
+    await started.close()
+    assert touched == [300, 300]
