@@ -19,14 +19,15 @@ import asyncio
 from storaged.cluster.layout import partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.slices import slices
 from storaged.maintain.walk import Buckets
 from storaged.meta.listing import RingScanner
-from storaged.meta.names import Table, Visibility
+from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import MetaStore, RowDamaged, Slot
+from storaged.meta.rowvalue import unpack_row
 from storaged.objects.references import versions_in
 
 PAGES_A_SLICE = 1000
-ROWS_A_SLICE = 200
 CANDIDATES_MAX = 250_000
 """Old pages compared with the rows in one pass: some 40 MiB of hashes and ages."""
 UNNAMED_MAX = 100_000
@@ -105,12 +106,9 @@ class PageSweep:
         for table, scope, shard in store.scopes():
             if table not in (Table.OBJECT, Table.UPLOAD):
                 continue
-            after = b""
-            while rows := store.scan(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
-                for row in rows:
-                    _spare(row, pages)
-                after = rows[-1].name.key
-                await asyncio.sleep(0)
+            async for rows in slices(self._context.clock, store, table, scope, shard):
+                for key, row in rows:
+                    _spare(unpack_row(RegisterName(table, scope, shard, key), row), pages)
 
     async def _delete(self, disk: str, store: MetaStore, pages: _Pages) -> None:
         """Raises RowDamaged, StoragedError when it can't be known what is named."""

@@ -139,9 +139,8 @@ class Repair:
                 if where.table != Table.SYSTEM:
                     try:
                         self.findings.replace(where.prefix, await self._judged_range(where))
-                    except (
-                        RowDamaged
-                    ) as error:  # a page of the local store, or what leads to its rows: the other ranges are looked at all the same
+                    except RowDamaged as error:
+                        # A page of the local store, or what leads to its rows: the other ranges are looked at all the same.
                         failures.append(str(error))
                 self.walk_job.advance()
             self.findings.keep_only(where.prefix for where in ranges)

@@ -12,12 +12,12 @@ from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStore, Health
 from storaged.maintain.context import MaintainContext, wait_for
 from storaged.maintain.runner import Job, Pace
+from storaged.maintain.slices import slices
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import MetaStore, RowDamaged, StoreBatch
 from storaged.meta.rowvalue import intact
 
 PAGE = 200
-ROWS_A_SLICE = 500
 NOTE_POSITION_S = 60.0
 
 _FINISHED = "scrub-finished-ms"
@@ -120,14 +120,13 @@ class Scrub:
         for table, scope, shard in scopes:
             after, prefix = b"", RegisterName(table, scope, shard, b"").pack()
             try:
-                while rows := store.slice(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
+                async for rows in slices(self._context.clock, store, table, scope, shard):
                     for key, row in rows:
                         if not intact(prefix, key, row):
                             self.damaged += 1
                             self._context.log(f"scrub: damaged row {key[:80]!r} on disk {disk}")
                             self._hint(prefix + key)
                     after = rows[-1][0]
-                    await asyncio.sleep(0)
             except RowDamaged as error:
                 self.damaged += 1
                 self._context.log(

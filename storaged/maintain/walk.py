@@ -19,20 +19,18 @@ from storaged.fragments.ports import FragmentId, FragmentStat, Health
 from storaged.ids import BUCKET_ID_BYTES, UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.pages import PageKeeper, PagesOf, pages_in
+from storaged.maintain.slices import slices
 from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
 from storaged.meta.listing import RingScanner, every_row
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
-from storaged.meta.ports import MetaStore, RowDamaged
+from storaged.meta.ports import RowDamaged
+from storaged.meta.rowvalue import unpack_row
 from storaged.objects.place import Placement, choose
 from storaged.objects.records import BucketRecord, PartEntry
 from storaged.objects.references import parts_in
 from storaged.objects.uploads import living_upload, living_uploads
 from storaged.wire import decode
 
-ROWS_A_SLICE = 64
-REST_S_MAX = 0.005
-"""Whoever goes through many rows looks at so many, some 50 us each, and rests as long as that took: a node of one process answers its clients meanwhile, and after
-a start with a disk gone all rows are looked at. No longer than the work can have been: what a slice waits for other nodes is a rest already."""
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
 
@@ -123,19 +121,20 @@ class Walker:
     async def open_uploads_of(self, scope: bytes, shard: int) -> frozenset[bytes]:
         """Ids of the uploads of one shard that may still become an object, by the rows of the disk that leads there. The rows of other uploads' parts are
         kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads. Raises RowDamaged."""
-        store, after = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard))), b""
+        store = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard)))
         found: set[bytes] = set()
-        while store is not None and (rows := store.scan(Table.UPLOAD, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE)):
-            for row in rows:
+        if store is None:
+            return frozenset()
+        async for rows in slices(self._context.clock, store, Table.UPLOAD, scope, shard):
+            for key, row in rows:
+                slot = unpack_row(RegisterName(Table.UPLOAD, scope, shard, key), row)
                 try:
-                    upload = living_upload(row.name.key, row.value)
+                    upload = living_upload(key, slot.value)
                 except DataDamaged as error:  # one upload's parts are not looked at; all else is
-                    self._context.log(f"the record of an upload for {row.name.key[:80]!r} cannot be read: {error}")
+                    self._context.log(f"the record of an upload for {key[:80]!r} cannot be read: {error}")
                     continue
                 if upload is not None:
                     found.add(upload.record.upload_id)
-            after = rows[-1].name.key
-            await asyncio.sleep(0)
         return frozenset(found)
 
     async def is_counted(self, name: RegisterName) -> bool:
@@ -169,30 +168,24 @@ class Walker:
     async def rows(self, where: Range) -> AsyncIterator[list[tuple[RegisterName, Value]]]:
         """Slices of a range from the local store, without tombstones and parts of uploads that ended. A slice with a damaged row is read from a majority, which
         rewrites the row."""
-        store, after = self._context.local_meta[where.disk], b""
+        store = self._context.local_meta[where.disk]
         uploads = await self.open_uploads_of(where.scope, where.shard) if where.table == Table.PART else frozenset()
-        while True:
-            began = self._context.clock.monotonic()
+        async for rows in slices(self._context.clock, store, where.table, where.scope, where.shard):
+            names = [RegisterName(where.table, where.scope, where.shard, key) for key, _ in rows]
             try:
-                slots = store.scan(where.table, where.scope, where.shard, after=after, prefix=b"", limit=ROWS_A_SLICE)
-                found = [(slot.name, slot.value) for slot in slots]
+                found = [(name, unpack_row(name, row).value) for name, (_, row) in zip(names, rows, strict=True)]
             except RowDamaged:
-                found = await self._settled_rows(store, where, after)
-            if not found:
-                return
+                found = await self._settled_rows(names)
             yield [
                 (name, value)
                 for name, value in found
                 if value.visibility != Visibility.TOMBSTONE and (where.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in uploads)
             ]
-            after = found[-1][0].key
-            await asyncio.sleep(min(self._context.clock.monotonic() - began, REST_S_MAX))
 
-    async def _settled_rows(self, store: MetaStore, where: Range, after: bytes) -> list[tuple[RegisterName, Value]]:
-        """The next slice where a row is damaged: only the keys are taken from here."""
+    async def _settled_rows(self, names: Sequence[RegisterName]) -> list[tuple[RegisterName, Value]]:
+        """Those of a slice where a row is damaged: only the keys are taken from here."""
         found = []
-        for key, _ in store.slice(where.table, where.scope, where.shard, after=after, prefix=b"", limit=ROWS_A_SLICE):
-            name = RegisterName(where.table, where.scope, where.shard, key)
+        for name in names:
             value = await self._context.registers.settle(name)
             found.append((name, value or Value(0, b"", Visibility.TOMBSTONE, b"")))
         return found

@@ -25,7 +25,7 @@ LARGE_BYTES = 256 * MIB
 """Of LMDB's file, those in use: some 300,000 rows."""
 
 THREADS = ThreadPoolExecutor(8, thread_name_prefix="meta-warm")
-"""Of all disks of the process, for ``Warmer.look``: seconds on a disk that turns. The loop's own threads, six on two processors, hash bodies and write the audit log."""
+"""Of all disks of the process, for ``MetaStore.warm``: seconds on a disk that turns. The loop's own threads, six on two processors, hash bodies and write the audit log."""
 
 
 class Warmer:
@@ -41,7 +41,10 @@ class Warmer:
 
     @property
     def large(self) -> bool:
-        return bool(self._environment.info()["last_pgno"] * self._page_bytes >= LARGE_BYTES)
+        """Not of one that is closed: who reads it is told."""
+        with contextlib.suppress(lmdb.Error):
+            return bool(self._environment.info()["last_pgno"] * self._page_bytes >= LARGE_BYTES)
+        return False
 
     def look(self, name_prefix: bytes, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
         """Touches what ``columns`` of that stretch would read, else (not ``whole``) ``stamps``. What can't be read is found by who reads it."""

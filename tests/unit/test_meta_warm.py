@@ -192,3 +192,13 @@ async def test_what_is_read_for_the_first_time_since_a_start_is_read_by_a_thread
     await LocalReplica("d", started).scan(request(Want.ALL))
     await started.close()
     assert touched == [300, 300]
+
+
+async def test_a_store_that_is_closed_is_not_large(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes through its rows meanwhile is told by the read that the disk is out of use."""
+    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    assert store.large
+    await store.close()
+    assert not store.large
+    with pytest.raises(DiskUnusable):
+        store.slice(*name_of(b"")[:3], after=b"", prefix=b"", limit=1)
