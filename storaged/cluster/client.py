@@ -34,11 +34,12 @@ from storaged.cluster.framing import (
     REQUEST,
     SKIP,
     TAKE,
+    ErrorHead,
     FrameError,
+    Hello,
     Kind,
     Verdict,
 )
-from storaged.cluster.heads import ErrorHead, Hello
 from storaged.cluster.ports import Admission, Call, Line, Methods, PeerIdentity, Reply, Then
 from storaged.cluster.server import OnRefusal
 from storaged.errors import CertificateRefused, JurisdictionRefused, PeerError, PeerTimeout, PeerUnreachable, StoragedError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from storaged.cluster.heads import ErrorHead
+from storaged.cluster.framing import ErrorHead
 from storaged.errors import PeerError, PeerRefused, StoragedError
 
 INTERNAL = "INTERNAL"

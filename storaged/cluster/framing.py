@@ -39,7 +39,7 @@ from enum import Enum, IntEnum
 from typing import Final
 
 from storaged.units import KIB, MIB
-from storaged.wire import unfilled
+from storaged.wire import Message, unfilled
 
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = b"SR"
@@ -83,6 +83,24 @@ class Verdict(Enum):
 TAKE, SKIP, WAIT = Verdict
 REQUEST, REPLY, ERROR, CANCEL = int(Kind.REQUEST), int(Kind.REPLY), int(Kind.ERROR), int(Kind.CANCEL)
 """A member is found through its enum's class at twice the price of a global, and every frame asks for some."""
+
+
+class Hello(Message, frozen=True):
+    """Who is at this end. ``incarnation`` is 8 random bytes per process start; ``version`` the highest protocol version spoken."""
+
+    cluster: str
+    name: str
+    incarnation: bytes
+    version: int
+
+
+class ErrorHead(Message, frozen=True):
+    """An error as it crosses the wire: the class's code, its message and details, and ``remote_code`` of a PeerRefused that is passed on."""
+
+    code: str
+    message: str
+    details: dict[str, str]
+    remote_code: str = ""
 
 
 Admit = Callable[[int, int, int, int], Verdict]

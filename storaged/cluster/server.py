@@ -44,10 +44,10 @@ from storaged.cluster.framing import (
     TAKE,
     WAIT,
     FrameError,
+    Hello,
     Kind,
     Verdict,
 )
-from storaged.cluster.heads import Hello
 from storaged.cluster.ports import Admission, Begin, Call, Membership, Method, Methods, PeerIdentity, Reply
 from storaged.errors import CertificateRefused, PortInUse, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy

@@ -15,8 +15,7 @@ import pytest
 import uvloop
 
 from storaged.cluster import identity
-from storaged.cluster.framing import PROTOCOL_VERSION, Kind, pack_header
-from storaged.cluster.heads import Hello
+from storaged.cluster.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
 from storaged.cluster.layout import Layout, NodeEntry, standing_of
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Answer, Call, Method, Methods
