@@ -28,14 +28,6 @@ import xxhash
 from storaged.cluster.layout import Profile
 from storaged.wire import Buffer, unfilled
 
-
-class Run(NamedTuple):
-    """Consecutive cells of a fragment, one behind the other in memory, of the stripes from ``first`` on."""
-
-    first: int
-    cells: memoryview
-
-
 FRAGMENTS_MAX = 255
 """GF(2^8) has that many non-zero elements; the Cauchy matrix has one row a fragment."""
 
@@ -249,13 +241,20 @@ def reconstruct(profile: Profile, present: Mapping[int, Buffer], wanted: Sequenc
     return result
 
 
+class CellRun(NamedTuple):
+    """Consecutive cells of a fragment, one behind the other in memory, of the stripes from ``first`` on."""
+
+    first: int
+    cells: memoryview
+
+
 class StripeSolver:
     """Computes cells of one stripe after the other from k fragments of their block, into memory of its own: the next stripe's overwrite them.
 
     A cell goes from here to where it is opened without having left the processor's cache, and a stripe costs one native call and little else.
     """
 
-    def __init__(self, profile: Profile, cell_bytes: int, runs: Mapping[int, Run], wanted: Sequence[int]) -> None:
+    def __init__(self, profile: Profile, cell_bytes: int, runs: Mapping[int, CellRun], wanted: Sequence[int]) -> None:
         """``runs``: of each of the k fragments, by position. ``wanted``: positions of the cells to be computed. Raises ValueError, BufferError."""
         _check(profile)
         if len(runs) != profile.k or profile.k == 1:

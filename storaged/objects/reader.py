@@ -123,10 +123,10 @@ class PartReader:
     async def _fetched(self, window: Window) -> _WindowJob:
         run = self._run_of(window.block)
         job = _WindowJob(
-            self._plane, self._hedge, self._owner, self._entry, self.shape.block(window.block), run, self._disks(run), self._bad
+            self._plane, self._hedge, self._owner, self._entry, window, self.shape.block(window.block), run, self._disks(run), self._bad
         )
         with trace.span("fetch"):
-            await job.fetch(window)
+            await job.fetch()
         return job
 
     def _run_of(self, block: int) -> Run:
@@ -214,6 +214,7 @@ class _WindowJob:
         hedge: HedgeDelay,
         owner: RegisterName,
         entry: PartEntry,
+        window: Window,
         shape: BlockShape,
         run: Run,
         disks: tuple[str, ...],
@@ -228,25 +229,23 @@ class _WindowJob:
         self.k = run.k
         self.disks = disks
         self._bad = bad
-        self._window = Window(0, 0, 0, 0, 0)
-        self.cells: Cells = {}
+        self._window = window
+        self.cells: Cells = {stripe: {} for stripe in range(window.first // run.k, (window.first + window.cells - 1) // run.k + 1)}
         self._asked: dict[int, tuple[int, int]] = {}
-        self._runs: dict[int, erasure.Run] = {}
+        self._runs: dict[int, erasure.CellRun] = {}
         """By position, what was read last of each fragment, where it lies in one piece."""
         self._solver: tuple[tuple[int, ...], list[int], erasure.StripeSolver] | None = None
 
-    async def fetch(self, window: Window) -> None:
+    async def fetch(self) -> None:
         """Until every wanted cell is there, or enough of its stripe to rebuild it. Raises DataDamaged."""
-        self._window = window
-        first, last = window.first // self.k, (window.first + window.cells - 1) // self.k
-        self.cells = {stripe: {} for stripe in range(first, last + 1)}
+        window = self._window
         if self.k == 1:
             spares = self._order(range(self.profile.n))
-            start = {spares[0]: (first, last - first + 1)}
+            start = {spares[0]: (window.first, window.cells)}
         else:
             start = {position: (row, count) for position, row, count in self.shape.holders(self.k, window.first, window.cells)}
             spares = self._order(p for p in range(self.profile.n) if self.shape.fragment_cells(self.profile, p))
-        await self._gather(start, spares, first, last)
+        await self._gather(start, spares)
 
     def stripes(self) -> Iterator[Mapping[int, Buffer]]:
         """Of each stripe of the window the data cells, by position. Those that did not come are rebuilt from k others (one stripe is at most k + m cells:
@@ -296,8 +295,9 @@ class _WindowJob:
     def _doubtful(self, position: int) -> bool:
         return self.disks[position] in self._bad or not self._plane.liveness.disk_readable(self.disks[position])
 
-    async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int], first: int, last: int) -> None:
+    async def _gather(self, start: dict[int, tuple[int, int]], spares: list[int]) -> None:
         reads, limit_s = Reads(self._hedge), self._plane.limits.read_timeout_s
+        every = min(self.cells), len(self.cells)
 
         def ask(position: int, row: int, count: int) -> None:
             self._asked[position] = (row, count)
@@ -309,8 +309,8 @@ class _WindowJob:
             """More fragments, over all stripes of the window; a data fragment of which only some stripes were asked is asked again for all."""
             while spares and count:
                 position = spares.pop(0)
-                if self._asked.get(position) != (first, last - first + 1):
-                    ask(position, first, last - first + 1)
+                if self._asked.get(position) != every:
+                    ask(position, *every)
                     count -= 1
 
         try:
@@ -385,7 +385,7 @@ class _WindowJob:
                 self._report(position, row + offset, "checksum")
                 whole = False
         if whole and found.whole is not None:
-            self._runs[position] = erasure.Run(row, found.whole)
+            self._runs[position] = erasure.CellRun(row, found.whole)
         return whole
 
     def _length(self, stripe: int, position: int) -> int:

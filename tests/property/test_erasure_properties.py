@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
-from storaged.objects.erasure import Run, StripeSolver, encode_block, fragment_hashes, fragment_slices, parity_length, reconstruct
+from storaged.objects.erasure import CellRun, StripeSolver, encode_block, fragment_hashes, fragment_slices, parity_length, reconstruct
 from storaged.objects.geometry import BlockShape
 
 ALL_PROFILES = [Profile(k, m) for k in range(1, 9) for m in range(1, 5)]
@@ -100,7 +100,7 @@ def test_stripe_after_stripe_any_k_runs_of_cells_give_back_what_they_do_at_once(
     runs = {}
     for position in kept:
         first = data.draw(st.integers(0, 3))
-        runs[position] = Run(first, memoryview(fragments[position])[first * cell_bytes :])
+        runs[position] = CellRun(first, memoryview(fragments[position])[first * cell_bytes :])
     solver = StripeSolver(profile, cell_bytes, runs, wanted)
     whole = {position: fragments[position] for position in kept}
     truth = reconstruct(profile, whole, wanted, parity_length(profile, cell_bytes, len(sealed)))

@@ -6,7 +6,7 @@ import pytest
 
 from storaged.cluster.layout import Profile
 from storaged.objects import erasure
-from storaged.objects.erasure import Run, StripeSolver, encode_block, fragment_slices, parity_length, reconstruct
+from storaged.objects.erasure import CellRun, StripeSolver, encode_block, fragment_slices, parity_length, reconstruct
 
 PROFILE, CELL = Profile(4, 2), 64
 
@@ -88,7 +88,7 @@ def test_reconstruction_that_cannot_be_is_refused(present, wanted, message):
 @pytest.mark.parametrize("positions", [range(3), range(5)])
 def test_stripes_are_solved_from_k_fragments_and_no_other_number(positions):
     with pytest.raises(ValueError, match="fragments are not what"):
-        StripeSolver(PROFILE, CELL, {position: Run(0, memoryview(bytes(CELL))) for position in positions}, [5])
+        StripeSolver(PROFILE, CELL, {position: CellRun(0, memoryview(bytes(CELL))) for position in positions}, [5])
 
 
 def test_parity_that_does_not_fit_its_buffers_is_refused():
