@@ -16,16 +16,21 @@ def sync_path(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this returns. Raises OSError.
+    """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this returns. Raises OSError: of what could
+    not be written nothing is left, be it half a key on a full disk.
 
     It has its mode, less the umask, before it has a byte: nobody else reads a key on the way there.
     """
     temporary = path.with_name(path.name + ".new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_path(path.parent)
