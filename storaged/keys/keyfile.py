@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from storaged.clock import Clock, SystemClock
-from storaged.durable import sync_path
+from storaged.durable import replace_file, sync_path
 from storaged.errors import FileExists, KeyringDamaged, KeyringMismatch, OperatorError, WrongPassphrase
 from storaged.ids import Entropy, system_entropy
 from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_context, seal_message
@@ -192,7 +192,10 @@ def backup(
         raise KeyringDamaged(f"The backup {path} does not read back as it was written.")
     fields = _parse(material.path)
     fields["backed_up_epoch"] = max(_covered(fields), material.newest.epoch)
-    _replace(material.path, _dump(fields))
+    try:
+        replace_file(material.path, _dump(fields))
+    except OSError as error:
+        raise OperatorError(f"{material.path} cannot be written: {error.strerror}.") from None
     material.backed_up_epoch = max(material.backed_up_epoch, material.newest.epoch)
 
 
@@ -346,13 +349,4 @@ def _write_new(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise OperatorError(f"{path} cannot be written: {error.strerror}.") from None
         raise
-    sync_path(path.parent)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Atomically: after a crash the file is the old one or the new one."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
-    _write_new(fresh, data)
-    fresh.replace(path)
     sync_path(path.parent)
