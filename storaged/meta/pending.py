@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import msgspec
 import xxhash
 
-from storaged.meta.ports import Done, Logged, Slot, StoreBatch, StoredPage
+from storaged.meta.ports import Done, Slot, StoreBatch, StoredPage
 from storaged.meta.redo import BODY_BYTES_MAX
 from storaged.meta.rowvalue import pack_row, seal_small
 from storaged.units import MIB
-from storaged.wire import Buffer, encode
+from storaged.wire import Buffer, Message, encode
 
 
 class Table(dict[bytes, bytes]):
@@ -67,6 +67,14 @@ class Ready:
     @property
     def operations(self) -> int:
         return len(self.rows) + len(self.others) + len(self.pages) + len(self.stale_pages)
+
+
+class Logged(Message, frozen=True):
+    """A batch in the redo log: ``rows`` and ``others`` as in ``Ready``; ``copy``: the encoded fragment header and the payload of a small copy, or nothing."""
+
+    rows: list[tuple[bytes, bytes, bytes]]
+    others: list[tuple[bytes, bytes, bytes | None]]
+    copy: tuple[bytes, bytes] | None
 
 
 _decoder = msgspec.msgpack.Decoder(list[Logged])

@@ -264,14 +264,6 @@ class StoreBatch:
     meta: dict[str, bytes] = field(default_factory=dict)
 
 
-class Logged(Message, frozen=True):
-    """A batch in the redo log: ``rows`` and ``others`` as in ``pending.Ready``; ``copy``: the encoded fragment header and the payload of a small copy, or nothing."""
-
-    rows: list[tuple[bytes, bytes, bytes]]
-    others: list[tuple[bytes, bytes, bytes | None]]
-    copy: tuple[bytes, bytes] | None
-
-
 class Replica(Protocol):
     """One disk as an acceptor: ``meta.replica`` in this process, ``meta.remote`` over RPC. Refusals are verdicts in the replies.
 
