@@ -187,7 +187,8 @@ def warm_up(store: MetaStore, request: ScanRequest, asks: Sequence[ShardAsk]) ->
         limit = min(ask.limit, ask.examine_max, LIMIT_MAX)
         if limit < 1:
             continue  # there is nothing to be read, or the request is refused
-        whole = ask.want != Want.STAMPS and not ask.known  # of what the asker knows mostly nothing has changed
+        stamps = ask.want == Want.STAMPS or ask.known  # of what the asker knows mostly nothing has changed
+        whole = not stamps or bool(request.delimiter)  # ``_look`` goes through the rows themselves
         store.warm(request.table, request.scope, ask.shard, after=ask.after, prefix=request.prefix, limit=limit, whole=whole)
 
 
