@@ -132,17 +132,17 @@ def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = Non
 
 
 class Described(NamedTuple):
-    """One metric: ``kind`` counter, gauge or histogram; ``buckets`` in the metric's own unit. ``together``: what a gauge of a node with several processes is,
-    ``own`` (the first process's), ``sum``, ``max``, or ``count`` (a sum that those which have ended still count in). Counters and histograms are counts."""
+    """One metric: ``kind`` counter, gauge or histogram. ``together``: what a gauge of a node with several processes is, ``own`` (the first process's), ``sum``,
+    ``max``, or ``count`` (a sum that those which have ended still count in). Counters and histograms are counts."""
 
     kind: str
     help: str
     labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
     together: str = "own"
 
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper edges of the buckets of ``storaged_s3_request_seconds``."""
 
 METRICS: dict[str, Described] = {
     "storaged_info": Described("gauge", "Always 1; says what runs here.", ("node", "version", "roles")),
@@ -154,7 +154,7 @@ METRICS: dict[str, Described] = {
     "storaged_disk_bytes": Described("gauge", "Bytes of a local disk's fragment store.", ("disk", "kind")),
     "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
     "storaged_s3_requests_total": Described("counter", "S3 requests answered.", ("operation", "status")),
-    "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",), _SECONDS),
+    "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",)),
     "storaged_s3_in_flight": Described(
         "gauge", "S3 requests being answered; past limits.s3_requests_max further ones get SlowDown.", together="sum"
     ),
@@ -189,18 +189,18 @@ class Tallies(Collector):
         self._counts: dict[str, dict[int, int]] = {}
         """By operation and status."""
         self._seconds: dict[str, tuple[list[int], list[float]]] = {}
-        """By operation: how many answers took as long as each bucket says and no less, and the sum of all."""
+        """By operation: how many answers each bucket is the lowest for, and the sum of all their seconds."""
         self.bytes_in = 0
         self.bytes_out = 0
 
     def answered(self, operation: str, status: int, seconds: float) -> None:
         counts = self._counts.get(operation)
         if counts is None:
-            self._seconds[operation] = ([0] * (len(_SECONDS) + 1), [0.0])
+            self._seconds[operation] = ([0] * (len(REQUEST_SECONDS) + 1), [0.0])
             counts = self._counts[operation] = {}  # last: ``collect`` takes what is here to be there too
         counts[status] = counts.get(status, 0) + 1
         buckets, total = self._seconds[operation]
-        buckets[bisect_left(_SECONDS, seconds)] += 1
+        buckets[bisect_left(REQUEST_SECONDS, seconds)] += 1
         total[0] += seconds
 
     def collect(self) -> Iterator[Metric]:
@@ -212,7 +212,7 @@ class Tallies(Collector):
             for status, count in list(counts.items()):
                 counted.add_metric([operation, str(status)], count)
             buckets, total = self._seconds[operation]
-            edges = [*map(str, _SECONDS), "+Inf"]
+            edges = [*map(str, REQUEST_SECONDS), "+Inf"]
             timed.add_metric([operation], list(zip(edges, accumulate(buckets), strict=True)), total[0])
         yield counted
         yield timed

@@ -99,7 +99,7 @@ def test_requests_are_told_as_prometheus_own_counters_and_histograms_would_tell_
         "storaged_s3_requests_total", observe.METRICS["storaged_s3_requests_total"].help, ("operation", "status"), registry=registry
     )
     time = observe.METRICS["storaged_s3_request_seconds"]
-    seconds = Histogram("storaged_s3_request_seconds", time.help, ("operation",), buckets=time.buckets, registry=registry)
+    seconds = Histogram("storaged_s3_request_seconds", time.help, ("operation",), buckets=observe.REQUEST_SECONDS, registry=registry)
     for operation, status, took_s in (
         ("GetObject", 200, 0.001),
         ("GetObject", 404, 0.00100001),
