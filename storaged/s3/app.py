@@ -239,7 +239,7 @@ class S3App:
             length, headers = head.length, head.headers
             if not head.keep_alive or (length is not None and more > length):
                 return False
-            if self._beyond_soon(length, headers) if writes else length or not headers.keys() <= _READ_HEADERS:
+            if not (self._may_be_small(length, headers) if writes else not length and headers.keys() <= _READ_HEADERS):
                 return False
             request = self._request_of(connection, head)
             self._locate(request)
@@ -273,11 +273,11 @@ class S3App:
             connection.when_whole(body, partial(self._write, connection, begun, asked))
         return True
 
-    def _beyond_soon(self, length: int | None, headers: Mapping[str, str]) -> bool:
-        """Of a PUT: a copy, or an object that is not small. One in aws-chunked form says its size in a header."""
-        if length is None or length > self._front.objects.small_bytes_max:
-            return "x-amz-copy-source" in headers or "x-amz-decoded-content-length" not in headers
-        return "x-amz-copy-source" in headers
+    def _may_be_small(self, length: int | None, headers: Mapping[str, str]) -> bool:
+        """Of a PUT, before it costs anything: no copy, and of a small object, which one in aws-chunked form says in a header."""
+        if "x-amz-copy-source" in headers:
+            return False
+        return (length is not None and length <= self._front.objects.small_bytes_max) or "x-amz-decoded-content-length" in headers
 
     def _write(self, connection: Connection, begun: _Begun, asked: tuple[NewMeta, BodyChecks, WriteConditions]) -> None:
         """All of the body has come, or no more will."""
