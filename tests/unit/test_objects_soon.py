@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import weakref
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -19,7 +18,6 @@ from storaged.objects.api import (
     BodyChecks,
     NewMeta,
     ObjectInfo,
-    ObjectStream,
     PutResult,
     Reading,
     Soon,
@@ -28,18 +26,9 @@ from storaged.objects.api import (
 from storaged.objects.get import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
-from storaged.wire import Buffer
-from tests.unit.object_world import OWNER, World, bucket_of, put
+from tests.unit.object_world import OWNER, World, bucket_of, got, pieces, put
 
 META = NewMeta({"content-type": "text/plain"}, {"color": "blue"}, {"a": "b"})
-
-
-async def whole(data: bytes) -> AsyncIterator[Buffer]:
-    yield data
-
-
-async def read_all(stream: ObjectStream) -> bytes:
-    return b"".join([bytes(piece) async for piece in stream.chunks()])
 
 
 async def soon(objects: ObjectService, bucket: BucketRecord, want_plain: bool = True) -> Soon:
@@ -152,14 +141,14 @@ async def test_a_small_object_is_written_as_by_put_and_counted_once(size: int) -
     world = World()
     objects, bucket, data = ObjectService(world.plane()), bucket_of(world), os.urandom(size)
     assert objects.small_bytes_max == 16 * 1024 - 16
-    before = await objects.put(bucket, b"key", whole(data), META, BodyChecks(size=size), owner=OWNER)
+    before = await objects.put(bucket, b"key", pieces(data), META, BodyChecks(size=size), owner=OWNER)
     first, one = await objects.head(bucket, b"key"), objects.statistics()
     after = await put_now(objects, bucket, data)
     assert isinstance(after, PutResult)
     second, two = await objects.head(bucket, b"key"), objects.statistics()
     assert msgspec.structs.replace(after, modified_ms=0) == msgspec.structs.replace(before, modified_ms=0)
     assert second._replace(modified_ms=0) == first._replace(modified_ms=0)
-    assert (await read_all(await objects.get(bucket, b"key"))) == data
+    assert await got(objects, bucket) == data
     assert [(n.puts_inline + n.puts_small, n.bytes_in) for n in (one, two)] == [(1, size), (2, 2 * size)]
     await asyncio.sleep(0.2)
     await objects.plane.background.settle()
@@ -175,7 +164,7 @@ async def test_what_is_judged_at_the_commit_refuses_and_changes_nothing() -> Non
     assert isinstance(await put_now(objects, bucket, b"one", conditions=new), PutResult)
     assert isinstance(await put_now(objects, bucket, b"two", conditions=new), PreconditionFailed)
     assert isinstance(await put_now(objects, bucket, b"three", conditions=WriteConditions(if_match="*")), PutResult)
-    assert (await read_all(await objects.get(bucket, b"key"))) == b"three"
+    assert await got(objects, bucket) == b"three"
     name = object_name(bucket.id, bucket.shards, b"key")
     value = world.ring.values[name]
     world.ring.values[name] = Value(value.sequence, value.operation, value.visibility, b"no record")
