@@ -158,9 +158,11 @@ class Scenario:
         told: asyncio.Future[Outcome] = self.world.loop.create_future()
 
         def then(outcome: Outcome | Exception) -> None:
-            if told.done():
+            if told.cancelled():
                 return
-            if isinstance(outcome, Exception):
+            if told.done():
+                self._complain(f"a change was told twice: {told}, then {outcome}")
+            elif isinstance(outcome, Exception):
                 told.set_exception(outcome)
             else:
                 told.set_result(outcome)
