@@ -123,10 +123,6 @@ class MemoryMetaStore:
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
         return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
 
-    def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
-        rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
-        return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
-
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         return [
             (table, scope, shard)

@@ -410,11 +410,9 @@ class MetaStore(Protocol):
 
     def get_meta(self, key: str) -> bytes | None: ...
 
-    def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
-        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short snapshot. Raises RowDamaged."""
-
     def slice(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-        """As scan, but (key, the row's bytes as rowvalue lays them out, unverified): what ``meta.scan`` makes digests and pages of."""
+        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short snapshot: (key, the row's bytes as rowvalue lays them
+        out, unverified). Raises RowDamaged where a page or a link is."""
 
     def columns(
         self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int

@@ -408,10 +408,6 @@ class LmdbMetaStore:
     def warm(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
         self._warmer.look(RegisterName(table, scope, shard, b"").prefix, after=after, prefix=prefix, limit=limit, whole=whole)
 
-    def scan(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
-        rows = self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
-        return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
-
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Raises RowDamaged."""
         keys = {key for overlay in (self._fresh, self._frozen) for key in list(overlay.rows)}

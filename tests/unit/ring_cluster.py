@@ -42,6 +42,7 @@ from storaged.objects.references import live_references
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer, Message, decode, encode
 from tests.sim.virtual import VirtualClock, VirtualLoop
+from tests.unit.meta_store_suite import slots_in
 from tests.unit.object_world import FakeKeys
 
 T = TypeVar("T")
@@ -381,7 +382,7 @@ class Cluster:
         found = {}
         meta = self.meta(disk)
         for table, scope, shard in meta.scopes():
-            for slot in meta.scan(table, scope, shard, after=b"", prefix=b"", limit=10_000):
+            for slot in slots_in(meta, table, scope, shard, after=b"", prefix=b"", limit=10_000):
                 found[slot.name.pack()] = (slot.value.sequence, slot.value.visibility)
         return found
 

@@ -20,7 +20,7 @@ from storaged.meta.ports import RowDamaged, Slot, StoreBatch
 from storaged.meta.rowkey import row_key
 from storaged.meta.rowvalue import open_small, pack_row, seal_small
 from storaged.meta.store import LmdbMetaStore
-from tests.unit.meta_store_suite import BUCKET, name_of, slot_of
+from tests.unit.meta_store_suite import BUCKET, name_of, slot_of, slots_in
 
 LONG, SHORT = b"x" * 600, b""
 KEYS = [b"a", b"b", b"c" * 480, b"c" * 481, b"c" * 1000, b"d"]
@@ -53,7 +53,7 @@ async def assert_damaged(directory: Path, damaged: Slot, whole: Slot) -> None:
         store.get(damaged.name)
     assert store.rows([damaged.name.pack(), whole.name.pack()]) == [None, pack_row(whole)]
     with pytest.raises(RowDamaged):
-        store.scan(*damaged.name[:3], after=b"", prefix=b"", limit=9)
+        slots_in(store, *damaged.name[:3], after=b"", prefix=b"", limit=9)
     mended = slot_of(damaged.name, 7, LONG)
     await store.commit(StoreBatch([mended]))
     await store.checkpoint()
@@ -179,7 +179,7 @@ async def test_a_store_from_before_there_was_a_heap_is_read_and_moves_row_by_row
         store = open_store(tmp_path)
         assert [store.get(slot.name) for slot in slots] == slots
         where = {"after": b"", "prefix": b"", "limit": 9}
-        assert store.scan(*slots[0].name[:3], **where) == slots
+        assert slots_in(store, *slots[0].name[:3], **where) == slots
         stamps = store.stamps(*slots[0].name[:3], **where)
         assert stamps.stamps == b"".join(pack_row(slot)[:10] for slot in slots)
         assert stamps.row_bytes == sum(len(pack_row(slot)) for slot in slots)

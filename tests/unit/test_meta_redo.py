@@ -29,7 +29,7 @@ from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
 from storaged.meta.redo import PAGE_BYTES, RedoLog
 from storaged.meta.rowvalue import open_small, seal_small
 from storaged.meta.store import LmdbMetaStore
-from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of
+from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
 
 STORE_ID = bytes(range(16))
 HALF = 16 * PAGE_BYTES
@@ -518,7 +518,7 @@ def _compare(store: LmdbMetaStore, model: dict[tuple[int, bytes], Slot]) -> None
         ):
             expected = [rows[key] for key in sorted(rows) if key > after and key.startswith(prefix)]
             where = {"after": after, "prefix": prefix, "limit": limit}
-            assert store.scan(Table.OBJECT, BUCKET, shard, **where) == expected[:limit]
+            assert slots_in(store, Table.OBJECT, BUCKET, shard, **where) == expected[:limit]
             keys, columns, more = store.columns(Table.OBJECT, BUCKET, shard, **where)
             assert (keys, more) == ([slot.name.key for slot in expected[:limit]], len(expected) > limit)
             stamps = store.stamps(Table.OBJECT, BUCKET, shard, **where)

@@ -21,8 +21,8 @@ from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.rowvalue import pack_row
 from storaged.meta.store import LmdbMetaStore
-from tests.unit.meta_store_suite import *  # noqa: F403
-from tests.unit.meta_store_suite import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of
+from tests.unit.meta_store_suite import *  # noqa: F403, slots_in
+from tests.unit.meta_store_suite import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ async def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     assert store.get_meta("floor") == b"9"
     late = slot_of(name_of(b"k" * 1040))
     await store.commit(StoreBatch(slots=[late]))
-    assert store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=9) == [*slots[:3], late, slots[3]]
+    assert slots_in(store, Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=9) == [*slots[:3], late, slots[3]]
     await store.close()
 
 
@@ -187,7 +187,7 @@ async def test_a_flipped_bit_in_a_row_is_found_and_counted(tmp_path: Path) -> No
     assert store.get(names[1]) == slot_of(names[1])
     assert store.rows([name.pack() for name in names]) == [None, pack_row(slot_of(names[1]))]
     with pytest.raises(RowDamaged):
-        store.scan(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=9)
+        slots_in(store, Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=9)
     assert store.statistics().damaged_rows == 4
     assert [store.row(name.pack()) for name in names] == [None, pack_row(slot_of(names[1]))]
     await store.commit(StoreBatch(slots=[slot_of(names[0], 2)]))
