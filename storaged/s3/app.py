@@ -39,7 +39,7 @@ from storaged.s3.auth import admit, admit_anonymous, claim_of
 from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
 from storaged.s3.context import Front, check_owner, existing_bucket
-from storaged.s3.headers import wants_checksums
+from storaged.s3.headers import INCIDENTAL, wants_checksums
 from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.listen import BACKLOG, listen
@@ -54,13 +54,8 @@ log = logging.getLogger("storaged.s3")
 IDS_DRAWN = 256
 
 _READS = (b"GET /", b"HEAD /")
-_READ_HEADERS = frozenset(
-    {
-        "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",
-        "content-type", "host", "user-agent", "x-amz-checksum-mode", "x-amz-content-sha256", "x-amz-date", "x-amz-user-agent",
-    }
-)  # fmt: skip
-"""With these alone a GET or HEAD asks for a whole object, whatever they say beside who asks, and whether checksums are wanted. They are what SDKs send."""
+_READ_HEADERS = INCIDENTAL | {"x-amz-checksum-mode"}
+"""With these alone a GET or HEAD asks for a whole object, and perhaps for its checksums. They are what SDKs send."""
 
 
 _SAYS_NOTHING = {"x-id"}

@@ -67,13 +67,16 @@ _UNSUPPORTED = {
     "x-amz-server-side-encryption-context": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
     "x-amz-server-side-encryption-bucket-key-enabled": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
 }
-_ORDINARY = frozenset(
+INCIDENTAL = frozenset(
     {
-        "host", "accept", "accept-encoding", "user-agent", "authorization", "connection", "content-length", "content-type", "content-md5", "expect",
-        "x-amz-date", "x-amz-content-sha256", "x-amz-decoded-content-length", "x-amz-trailer", "x-amz-sdk-checksum-algorithm", "x-amz-checksum-mode",
-        "amz-sdk-invocation-id", "amz-sdk-request",
+        "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",
+        "content-type", "host", "user-agent", "x-amz-content-sha256", "x-amz-date", "x-amz-user-agent",
     }
 )  # fmt: skip
+"""Headers that say who asks, and with what. Of an object they say its type and size."""
+_ORDINARY = INCIDENTAL | {
+    "content-md5", "expect", "x-amz-checksum-mode", "x-amz-decoded-content-length", "x-amz-sdk-checksum-algorithm", "x-amz-trailer",
+}  # fmt: skip
 """Headers that most requests have: none of them asks for anything that is not there."""
 
 _KMS_KEY = "x-amz-server-side-encryption-aws-kms-key-id"

@@ -85,12 +85,7 @@ def upload_checks(request: Request, bytes_max: int) -> BodyChecks:
     return replace(checks, sha256=body.sha256) if body.sha256 else checks
 
 
-_PLAIN = frozenset(
-    {
-        "accept", "accept-encoding", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length", "content-type", "expect",
-        "host", "user-agent", "x-amz-content-sha256", "x-amz-date",
-    }
-)  # fmt: skip
+_PLAIN = h.INCIDENTAL | {"expect"}
 """With these alone a PUT says nothing of its object but its type and size."""
 
 
