@@ -49,8 +49,10 @@ async def doorway() -> AsyncIterator[Doorway]:
             connection.close()
 
         leader.take_connections(adopt)
-        yield Doorway(worker, door, accepted, given, taken)
-        await leader.close()
+        try:
+            yield Doorway(worker, door, accepted, given, taken)
+        finally:
+            await leader.close()
 
 
 async def test_of_a_storm_of_connections_all_are_given_up_by_the_process_that_accepted_them() -> None:
