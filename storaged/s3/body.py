@@ -100,7 +100,7 @@ class RequestBody(AsyncIterator[Buffer]):
 
     @property
     def failed(self) -> bool:
-        """No more of it will come, though it is not complete."""
+        """No more of it will come, though it is not complete; or it is, and ``at_hand`` found it wrong."""
         return self._error is not None
 
     def feed(self, data: bytes) -> bytes:

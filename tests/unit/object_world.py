@@ -254,7 +254,7 @@ class FakeRing:
         self.fences: dict[bytes, tuple[bytes, bool]] = {}
         self.replica_away = False
         self.busy = False
-        """It is somebody else's turn at every register."""
+        """``change_soon`` takes nothing on."""
         self.interfere: Callable[[RegisterName], Awaitable[None]] | None = None
         self.rounds: dict[RegisterName, int] = {}
         """Identity rounds: a proposal begun before one is refused."""

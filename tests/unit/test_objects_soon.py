@@ -190,12 +190,12 @@ async def test_a_body_that_is_not_what_was_declared_is_raised_and_begins_nothing
     await objects.close()
 
 
-@pytest.mark.parametrize("why", ["turn", "key", "disks", "etag", "size"])
+@pytest.mark.parametrize("why", ["ring", "key", "disks", "etag", "size"])
 async def test_what_is_no_common_case_is_left_to_put(why: str) -> None:
     world = World()
     (objects, bucket), data = await with_key_at_hand(world), os.urandom(5000)
     conditions = WriteConditions(if_match="0" * 32) if why == "etag" else NO_WRITE_CONDITIONS
-    world.ring.busy, world.keys.late = why == "turn", why == "key"
+    world.ring.busy, world.keys.late = why == "ring", why == "key"
     if why == "disks":
         for rack in "ab":
             world.disks.rack_down(rack)
