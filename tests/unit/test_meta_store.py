@@ -21,7 +21,7 @@ from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.rowvalue import pack_row
 from storaged.meta.store import LmdbMetaStore
-from tests.unit.meta_store_suite import *  # noqa: F403, slots_in
+from tests.unit.meta_store_suite import *  # noqa: F403
 from tests.unit.meta_store_suite import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in
 
 
