@@ -58,6 +58,10 @@ def refer(row: Buffer, number: bytes) -> bytes:
     return _REFERENCE.pack(bytes(row[:STAMP_BYTES]), len(row), number)
 
 
+def number_in(reference: bytes) -> bytes:
+    return reference[_NUMBER_AT:]
+
+
 def stamps_of(values: Sequence[Buffer]) -> tuple[bytes, int]:
     """Of the rows that values of ``rows`` are, or stand for: their stamps one behind the other, and their bytes together. Nothing is read in the heap."""
     if set(map(len, values)) - {REFERENCE_BYTES}:
@@ -70,7 +74,7 @@ def row_of(transaction: Transaction, heap: Database, value: bytes) -> bytes:
     """The row that a value of ``rows`` is, or stands for. Raises lmdb.Error."""
     if len(value) != REFERENCE_BYTES:
         return value
-    row: bytes = transaction.get(value[_NUMBER_AT:], b"", heap)
+    row: bytes = transaction.get(number_in(value), b"", heap)
     return row if row[:STAMP_BYTES] == value[:STAMP_BYTES] else value
 
 
@@ -134,7 +138,7 @@ class Heap:
     @staticmethod
     def _numbers(tree: Cursor, heap: Cursor, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> dict[bytes, bytes]:
         """By their keys in ``rows``, of those that are in the heap. A reference that is damaged may name somebody else's row: it counts for nothing then."""
-        found = {at: value[_NUMBER_AT:] for at, value in tree.getmulti([at for at, *_ in rows]) if len(value) == REFERENCE_BYTES}
+        found = {at: number_in(value) for at, value in tree.getmulti([at for at, *_ in rows]) if len(value) == REFERENCE_BYTES}
         if found:
             known = dict(heap.getmulti(list(found.values())))
             names = {at: (prefix, key) for at, prefix, key, _ in rows}

@@ -14,7 +14,7 @@ from typing import Any
 
 import lmdb
 
-from storaged.meta.heap import rows_of
+from storaged.meta.heap import number_in, rows_of
 from storaged.meta.opening import Database
 from storaged.meta.ports import RowDamaged
 from storaged.meta.rowvalue import open_small
@@ -59,14 +59,9 @@ class Warmer:
                 root = int.from_bytes(open_small(name_prefix, sealed), "big")
                 found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
                 if found is not None and whole:
-                    rows_of(transaction, self._heap, sorted(found[1], key=_number))
+                    rows_of(transaction, self._heap, sorted(found[1], key=number_in))  # from the heap's beginning to its end
 
     def close(self) -> None:
         """Returns when nothing is being read; from now on nothing is."""
         with self._lock:
             self._closed = True
-
-
-def _number(value: bytes) -> bytes:
-    """Of a reference, so that the heap is read from its beginning to its end."""
-    return value[-8:]
