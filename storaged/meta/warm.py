@@ -24,6 +24,9 @@ from storaged.units import MIB
 LARGE_BYTES = 256 * MIB
 """Of LMDB's file, those in use: some 300,000 rows."""
 
+ROWS_A_STEP = 64
+"""Between two looks whether the store is to be closed: some seconds at most, where each row is a page of a disk that turns."""
+
 THREADS = ThreadPoolExecutor(8, thread_name_prefix="meta-warm")
 """Of all disks of the process, for ``MetaStore.warm``: seconds on a disk that turns. The loop's own threads, six on two processors, hash bodies and write the audit log."""
 
@@ -58,10 +61,14 @@ class Warmer:
                     return
                 root = int.from_bytes(open_small(name_prefix, sealed), "big")
                 found = columns_at(transaction.cursor(), root, after=after, prefix=prefix, limit=limit)
-                if found is not None and whole:
-                    rows_of(transaction, self._heap, sorted(found[1], key=number_in))  # from the heap's beginning to its end
+                values = sorted(found[1], key=number_in) if found is not None and whole else ()  # from the heap's beginning to its end
+                for start in range(0, len(values), ROWS_A_STEP):
+                    if self._closed:
+                        return
+                    rows_of(transaction, self._heap, values[start : start + ROWS_A_STEP])
 
     def close(self) -> None:
-        """Returns when nothing is being read; from now on nothing is."""
+        """Returns when nothing is being read, soon; from now on nothing is."""
+        self._closed = True
         with self._lock:
-            self._closed = True
+            pass

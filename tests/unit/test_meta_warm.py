@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,22 +84,25 @@ async def test_what_cannot_be_read_is_found_by_who_reads_it(store: LmdbMetaStore
 async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after_that(
     store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading, may_end = threading.Event(), threading.Event()
+    reading, may_end, rows = threading.Event(), threading.Event(), 0
 
-    def slow(*_arguments: Any) -> None:
+    def slow(_transaction: Any, _heap: Any, values: Sequence[bytes]) -> None:
+        nonlocal rows
+        rows += len(values)
         reading.set()
         may_end.wait(10)
 
     name = name_of(b"")
     assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
     monkeypatch.setattr(warm, "rows_of", slow)
-    looking = asyncio.create_task(asyncio.to_thread(store.warm, *name[:3], after=b"", prefix=b"", limit=9, whole=True))
+    looking = asyncio.create_task(asyncio.to_thread(store.warm, *name[:3], after=b"", prefix=b"", limit=300, whole=True))
     await asyncio.to_thread(reading.wait, 10)
     closing = asyncio.create_task(store.close())
     await asyncio.sleep(0.05)
     assert not closing.done()
     may_end.set()
     await asyncio.gather(looking, closing)
+    assert 0 < rows < 300, "the rest of a long look is not waited for"
     store.warm(*name[:3], after=b"", prefix=b"", limit=9, whole=True)
     assert store._warmer.looks == 1
 
