@@ -191,23 +191,24 @@ async def test_what_is_read_for_the_first_time_since_a_start_is_read_by_a_thread
     rows_of = warm.rows_of
     monkeypatch.setattr(warm, "rows_of", lambda *where: touched.append(len(where[2])) or rows_of(*where))
     await LocalReplica("d", store).scan(request(Want.ALL))
+    assert sum(touched) == 300
     await store.close()
     started = LmdbMetaStore(tmp_path, map_bytes=1 << 26)
     await LocalReplica("d", started).scan(request(Want.ALL))
     await started.close()
-    assert touched == [300, 300]
+    assert sum(touched) == 600
 
 
-@pytest.mark.parametrize(("delimiter", "touched"), [(b"", []), (b"/", [300])])
+@pytest.mark.parametrize(("delimiter", "touched"), [(b"", 0), (b"/", 300)])
 async def test_where_a_scan_with_a_delimiter_reads_whole_rows_so_does_the_thread(
-    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch, delimiter: bytes, touched: list[int]
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch, delimiter: bytes, touched: int
 ) -> None:
     """Also for what otherwise comes from the tree alone."""
     monkeypatch.setattr(warm, "LARGE_BYTES", 0)
     found: list[int] = []
     monkeypatch.setattr(warm, "rows_of", lambda _transaction, _heap, values: found.append(len(values)))
     await LocalReplica("d", store).scan(msgspec.structs.replace(request(Want.STAMPS), delimiter=delimiter))
-    assert found == touched
+    assert sum(found) == touched
 
 
 async def test_a_store_that_is_closed_is_not_large(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
