@@ -224,7 +224,15 @@ class ClientConnection(Connection):
         timeout_s: float,
         then: Then,
     ) -> int:
-        """Sends a request on an open connection; its id. Raises ValueError when it is over a frame's limits."""
+        """Sends a request; its id, or 0 when the connection is not open or has no room. Raises ValueError when it is over a frame's limits."""
+        transport, pending, limits = self.transport, self.pending, self.limits
+        if (
+            transport is None
+            or transport.is_closing()
+            or self.queued_bytes > limits.queued_bytes_max
+            or len(pending) >= limits.calls_per_connection_max
+        ):
+            return 0
         request_id = self._last_id = self._last_id + 1
         deadline_ms = min(max(int(timeout_s * 1000), 1), DEADLINE_MS_MAX)
         if body:
@@ -232,7 +240,7 @@ class ClientConnection(Connection):
         else:
             self.send(REQUEST, request_id, head, (), 0, deadline_ms)
         deadline = self.loop.time() + timeout_s
-        self.pending[request_id] = (then, decode_reply, deadline, method)
+        pending[request_id] = (then, decode_reply, deadline, method)
         if self._expiry is None or deadline < self._expires_at:
             self._set_expiry(deadline)
         return request_id
@@ -587,10 +595,9 @@ class RpcPool:
     ) -> bool:
         link = self._links.get(node)
         connection = link.connection if link is not None else None
-        if connection is None or not connection.is_open or not connection.has_room:
+        if connection is None or not connection.post(method, start + rest, decode_reply, body, timeout_s, then):
             return False
         self.calls.total += 1
-        connection.post(method, start + rest, decode_reply, body, timeout_s, then)
         return True
 
     def _prefix(self, method: str) -> bytes:

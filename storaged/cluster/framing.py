@@ -208,38 +208,38 @@ class FrameReader:
 
     def _parse(self) -> None:
         admit, scratch, view = self._admit, self._scratch, self._view
-        while not self.waiting:
-            start, end = self._start, self._end
-            if self._skip_bytes:
-                skipped = min(self._skip_bytes, end - start)
-                self._skip_bytes -= skipped
-                start = self._start = start + skipped
-            head_start = start + HEADER_BYTES
-            if head_start > end:
-                break
+        start, end = self._start, self._end
+        if self._skip_bytes:
+            start = self._skip(start, self._skip_bytes)
+        while not self.waiting and (head_start := start + HEADER_BYTES) <= end:
             first, request_id, head_bytes, body_bytes, deadline_ms = _HEADER.unpack_from(scratch, start)
             kind = _KINDS.get(first)
             if kind is None or head_bytes > HEAD_BYTES_MAX or body_bytes > BODY_BYTES_MAX:
                 raise _complain(scratch[start:head_start])
             verdict = admit(kind, request_id, head_bytes, body_bytes)
-            if verdict is WAIT:
-                self.waiting = True
-                break
             body_start = head_start + head_bytes
             body_end = body_start + body_bytes
-            if verdict is SKIP:
-                self._start = head_start
-                self._skip_bytes = head_bytes + body_bytes
-            elif body_end <= end:
-                self._start = body_end
+            if verdict is TAKE and body_end <= end:
+                start = self._start = body_end
                 body = memoryview(bytes(view[body_start:body_end])) if body_bytes else _EMPTY
                 self.deliver(kind, request_id, deadline_ms, view[head_start:body_start], body)
+            elif verdict is WAIT:
+                self.waiting = True
+            elif verdict is SKIP:
+                start = self._skip(head_start, head_bytes + body_bytes)
             else:
                 self._start = head_start
                 self._read_apart(kind, request_id, deadline_ms, head_bytes, body_bytes)
-                break
-        if self._start == self._end:
+                return
+        self._start = start
+        if start == end:
             self._start = self._end = 0
+
+    def _skip(self, start: int, size: int) -> int:
+        """Where to go on: behind ``size`` bytes from ``start`` on, or at the end of what has come, with the rest to be skipped when it comes."""
+        here = min(size, self._end - start)
+        self._skip_bytes = size - here
+        return start + here
 
     def _read_apart(self, kind: int, request_id: int, deadline_ms: int, head_bytes: int, body_bytes: int) -> None:
         """The rest of this frame goes into memory of its own."""

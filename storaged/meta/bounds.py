@@ -22,11 +22,13 @@ NODE_CHARS_MAX = 63
 
 
 def check_name(name: RegisterName, ballot: Ballot) -> None:
-    if not 0 < len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16 or not (0 <= name.table <= 255 and 0 <= name.shard <= 255):
+    table, scope, shard, key = name
+    if not 0 < len(key) <= KEY_BYTES_MAX or len(scope) != 16 or not (0 <= table <= 255 and 0 <= shard <= 255):
         raise InvalidRequest("Not the name of a register.")
-    if not 0 < ballot.counter <= COUNTER_MAX or not 0 <= ballot.epoch <= COUNTER_MAX:
-        raise InvalidRequest(f"A ballot's counter lies in 1..2^62, its epoch in 0..2^62, not {ballot.counter} and {ballot.epoch}.")
-    if len(ballot.node) > NODE_CHARS_MAX or len(ballot.incarnation) > INCARNATION_BYTES:
+    epoch, counter, node, incarnation = ballot
+    if not 0 < counter <= COUNTER_MAX or not 0 <= epoch <= COUNTER_MAX:
+        raise InvalidRequest(f"A ballot's counter lies in 1..2^62, its epoch in 0..2^62, not {counter} and {epoch}.")
+    if len(node) > NODE_CHARS_MAX or len(incarnation) > INCARNATION_BYTES:
         raise InvalidRequest(f"A ballot's node has at most {NODE_CHARS_MAX} characters, its incarnation {INCARNATION_BYTES} bytes.")
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import cast
 
-from storaged.cluster.connection import SLICE_BYTES, SMALL_BODY_BYTES, Connection, measure
+from storaged.cluster.connection import EARLY_FRAMES, SLICE_BYTES, SMALL_BODY_BYTES, Connection, measure
 from storaged.cluster.framing import FrameReader, Kind, Verdict
 from storaged.units import MIB
 from storaged.wire import Buffer
@@ -83,12 +83,31 @@ def frames_in(writes: list[bytes]) -> list[tuple[int, bytes, bytes]]:
 async def test_frames_of_one_loop_turn_leave_in_one_write() -> None:
     transport = Transport()
     sender = Sender(transport)
-    for number in range(1, 50):
+    for number in range(1, EARLY_FRAMES):
         sender.send(Kind.REQUEST, number, b"head%d" % number, (b"body",), 4)
     assert transport.writes == []
     await asyncio.sleep(0)
     assert len(transport.writes) == 1
-    assert frames_in(transport.writes) == [(number, b"head%d" % number, b"body") for number in range(1, 50)]
+    assert frames_in(transport.writes) == [(number, b"head%d" % number, b"body") for number in range(1, EARLY_FRAMES)]
+
+
+async def test_of_a_long_turn_frames_leave_before_it_has_ended_but_not_while_bodies_wait() -> None:
+    transport = Transport()
+    sender = Sender(transport)
+    for number in range(1, 2 * EARLY_FRAMES + 2):
+        sender.send(Kind.REQUEST, number, b"head%d" % number)
+    assert [len(frames_in([data])) for data in transport.writes] == [EARLY_FRAMES, EARLY_FRAMES]
+    await asyncio.sleep(0)
+    assert [number for number, _head, _body in frames_in(transport.writes)] == list(range(1, 2 * EARLY_FRAMES + 2))
+    transport.writes.clear()
+    transport.room_bytes = 0
+    sender.pause_writing()
+    for number in range(100, 100 + 2 * EARLY_FRAMES):
+        sender.send(Kind.REQUEST, number, b"head")
+    assert transport.writes == []
+    sender.resume_writing()
+    await asyncio.sleep(0)
+    assert [number for number, _head, _body in frames_in(transport.writes)] == list(range(100, 100 + 2 * EARLY_FRAMES))
 
 
 async def test_small_frames_overtake_bodies_that_wait() -> None:
