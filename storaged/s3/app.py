@@ -58,6 +58,9 @@ _READ_HEADERS = INCIDENTAL | {"x-amz-checksum-mode"}
 """With these alone a GET or HEAD asks for a whole object, and perhaps for its checksums. They are what SDKs send."""
 
 
+ALONE_MAX = 2
+"""With so few requests in flight, an answer leaves at once: nobody else's is likely to leave in this turn of the loop."""
+
 _SAYS_NOTHING = {"x-id"}
 """Parameters with the operation's name, which some SDKs send."""
 
@@ -159,7 +162,7 @@ class S3App:
             return
         for connection in tuple(self._connections.open):
             if connection.idle:
-                connection.transport.close()
+                connection.close()
         try:
             async with asyncio.timeout(drain_s):
                 while self._in_flight:
@@ -209,7 +212,7 @@ class S3App:
             log.exception("a connection failed outside of its requests' handlers")
             connection.transport.abort()
         finally:
-            connection.transport.close()
+            connection.close()
 
     def _came(self) -> None:
         self._requests_total += 1
@@ -320,7 +323,7 @@ class S3App:
         """Sends the answer to what was begun."""
         request, keep, bytes_out, complete = begun.request, not self._draining, 0, False
         try:
-            bytes_out, complete = self._sender.put(connection, request, reply, keep), True
+            bytes_out, complete = self._sender.put(connection, request, reply, keep, soon=self._in_flight > ALONE_MAX), True
         except ConnectionError:
             connection.transport.abort()
         except Exception:
