@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 
+class Unfinished(Exception):
+    """What was acknowledged is safe where it is, and can't be put where it belongs before a restart. No reason to give up the disk."""
+
+
 def sync_path(path: Path) -> None:
     """fsync of a file or a directory. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

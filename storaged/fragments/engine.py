@@ -1,6 +1,6 @@
 """One disk's segment log and index, without threads or event loop: what is done to the disk, and in which order.
 
-Everything here is called from one thread at a time (the store's writer thread; a simulation; an offline tool), but ``reader`` and ``sync_apart``, which any
+Everything here is called from one thread at a time (the store's writer thread, or its event loop; a simulation; an offline tool), but ``reader`` and ``sync_apart``, which any
 thread may use, and ``commit``, which one other thread may run beside it.
 
 Theory of operation. ``append`` and ``note`` put records at the end of the active segment and then change the index's overlay; ``sync`` makes
@@ -57,6 +57,9 @@ REFUSED_BYTES_MAX = MIB
 """A disk that refused writes stays full until so much more is free than its reserve (or what was refused, when that is less): between the two it would take some
 writes and refuse others, and the cluster would not know whether to count on it."""
 
+AT_ONCE_CELLS_MAX = 4096
+"""Their sums take 2 ms. Who sends a fragment says how large its cells are."""
+
 TIME_MS_MAX = 1 << 63
 """The index has 64 bits for when a fragment was created or is due, and a touch adds to it."""
 
@@ -106,8 +109,12 @@ class Write:
     @classmethod
     def of(cls, header: FragmentHeader, payload: Sequence[bytes | bytearray | memoryview]) -> Write:
         """Raises PeerRefused (BAD_FRAGMENT) when header and payload contradict each other."""
-        views = [memoryview(buffer).cast("B") for buffer in payload if len(buffer)]
-        count = sum(len(view) for view in views)
+        first = payload[0] if len(payload) == 1 else None
+        if type(first) is memoryview and first.format == "B" and len(first) == first.nbytes > 0:
+            views, count = [first], len(first)  # of a copy, mostly
+        else:
+            views = [memoryview(buffer).cast("B") for buffer in payload if len(buffer)]
+            count = sum([len(view) for view in views])
         reason = ""
         if len(header.id) != KEY_BYTES:
             reason = f"a fragment id has {KEY_BYTES} bytes, not {len(header.id)}"
@@ -169,6 +176,13 @@ class Engine:
         self._checkpointed_bytes = 0
         self._reserve_ready = False
         self._refused_bytes = 0
+        self.spare_bytes = 0
+        """That fragments might have taken when that was last looked at."""
+
+    @property
+    def lost(self) -> bool:
+        """It failed in a way that lasts: what it holds counts as lost, now and after a restart."""
+        return self._lost
 
     def segment(self, number: int) -> SegmentFile | None:
         return self.segments.get(number)
@@ -223,8 +237,15 @@ class Engine:
 
     # --- appending ----------------------------------------------------------------------------------------------------------
 
-    def append(self, writes: Sequence[Write], *, into_reserve: bool = False) -> list[StoragedError | None]:
-        """One answer a write: None when it is in the log (not yet durable) and in the index, else why not."""
+    def takes(self, writes: Sequence[Write]) -> bool:
+        """Whether the active segment has room for them, so that ``append`` waits for no disk but where the page cache does, and takes no long time."""
+        if sum([write.payload_bytes // write.header.cell_bytes for write in writes]) > AT_ONCE_CELLS_MAX:
+            return False
+        need = sum([RecordWriter.bytes_max(len(write.message), write.payload_bytes, write.header.cell_bytes) for write in writes])
+        return bool(self.active) and not self.failure and self.limits.segment_bytes - self.end.offset >= need
+
+    def append(self, writes: Sequence[Write], *, into_reserve: bool = False, checked: bool = False) -> list[StoragedError | None]:
+        """One answer a write: None when it is in the log (not yet durable) and in the index, else why not. ``checked``: they match their hashes."""
         refusal = None if into_reserve else self._refusal(sum(write.payload_bytes + len(write.message) for write in writes))
         if refusal is not None:
             return [refusal] * len(writes)
@@ -234,7 +255,7 @@ class Engine:
         room = 0
         for position, write in enumerate(writes):
             need = RecordWriter.bytes_max(len(write.message), write.payload_bytes, write.header.cell_bytes)
-            if not write.matches_hash():
+            if not checked and not write.matches_hash():
                 answers[position] = FragmentDamaged(
                     f"the payload of {write.key.hex()} is not what the hashes in its header say; not written"
                 )
@@ -421,10 +442,18 @@ class Engine:
         self.end = Position(self.active, writer.end)
         self.appended_bytes += writer.end - writer.start
         self.index.grow(self.active, writer.end)
-        if writer.end - self._dirty_from >= self.limits.writeback_bytes:
-            file.start_writeback(self._dirty_from, writer.end - self._dirty_from)
-            self._dirty_from = writer.end
         return None
+
+    @property
+    def write_back_due(self) -> bool:
+        return self.end.offset - self._dirty_from >= self.limits.writeback_bytes
+
+    def write_back(self) -> None:
+        """Has the kernel begin with what was written since it was told last, when that is much. It may wait for the disk."""
+        if self.write_back_due:
+            end = self.end.offset
+            self.segments[self.active].start_writeback(self._dirty_from, end - self._dirty_from)
+            self._dirty_from = end
 
     def _make_room(self, need: int) -> int:
         """Bytes that the active segment takes, a new one begun if need be; less than ``need`` only when the disk refused."""
@@ -470,15 +499,21 @@ class Engine:
 
     def _refusal(self, count: int) -> StoragedError | None:
         """Why new fragments are refused now, if they are."""
+        refusal = self.refusal(count)
+        if refusal is None and not self._reserve_ready:
+            self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
+        return refusal
+
+    def refusal(self, count: int) -> StoragedError | None:
+        """Why so many bytes more would be refused now, if they would. In any thread."""
         if self.failure:
             return self._unusable()
         space = self._space()
         reserve = space.total // 20 if self.limits.reserve_bytes is None else self.limits.reserve_bytes
-        if space.free - count < reserve:
+        self.spare_bytes = space.free - reserve
+        if self.spare_bytes < count:
             self._refused_bytes = min(count, REFUSED_BYTES_MAX)
             return self._unusable()
-        if not self._reserve_ready:
-            self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
         return None
 
     def fail(self, reason: str, *, lasting: bool = True) -> None:

@@ -41,7 +41,7 @@ class Space(NamedTuple):
 
 
 class SegmentFile(Protocol):
-    """One segment. Reads come from any thread, everything else from the store's writer thread. All may raise OSError."""
+    """One segment. Reads come from any thread, everything else from one at a time. All may raise OSError."""
 
     def size(self) -> int: ...
 

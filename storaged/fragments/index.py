@@ -10,7 +10,7 @@ compaction made has its original's number, and the later place wins. For every f
 in which older records of it lie, so that the note that deletes it one day says how long it must be kept.
 
 A reader takes the overlay first and the frozen one after it: a freeze fills the second before it empties the first.
-Changes are made by the owner (the store's writer thread, or recovery); ``lookup``, ``scan``, ``due``, ``find_copy`` and the damage list may be
+Changes are made by the owner (who has the engine in hand, or recovery); ``lookup``, ``scan``, ``due``, ``find_copy`` and the damage list may be
 used from any thread.
 """
 
@@ -34,6 +34,9 @@ from storaged.wire import Message, decode, encode
 
 INDEX_VERSION = 2
 """1 knew but one form of an entry. An index of it is read, and says 2 from its next checkpoint on, so that a program that knows no other form refuses it."""
+
+WHOLE_COPY = b"\0\0\0\0\x01"
+"""In a key, behind the data id: block 0, k = 1."""
 
 HEAD_CELL = -1
 """In the damage list: the record's head does not hold, so none of its cells can be read."""
@@ -209,7 +212,7 @@ class Index:
             key = overlay.copies.get(data_id) if overlay is not None else None
             if key is not None and self.lookup(key) is not None:
                 return key
-        found = self._stored(data_id + b"\0\0\0\0\x01")
+        found = self._stored(data_id + WHOLE_COPY)
         return next((key for key in found if self.lookup(key) is not None), None)
 
     def copy_entry(self, data_id: bytes) -> tuple[bytes, Entry] | None:
@@ -222,7 +225,7 @@ class Index:
             key = self.find_copy(data_id)
             entry = self.lookup(key) if key is not None else None
             return None if key is None or entry is None else (key, entry)
-        prefix = data_id + b"\0\0\0\0\x01"
+        prefix = data_id + WHOLE_COPY
         try:
             with self._env.begin() as txn, txn.cursor(db=self._db["fragments"]) as cursor:
                 more = cursor.set_range(prefix)

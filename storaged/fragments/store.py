@@ -4,9 +4,9 @@ Every write, delete and sync that arrives while the disk is busy goes into the n
 be durable, one wake-up of the event loop. A lone request waits for nobody. Reads of what is in the page cache are answered on the
 event loop (preadv2 with RWF_NOWAIT never blocks); the rest goes to the reading threads.
 
-A small object's copy comes with a *companion*, the record that names it, which holds the copy as well. It is appended as everything else is, but not synced: the same
-thread hands all companions of the group to ``commit_companions`` (the disk's metadata store), which makes record and copy durable in one write to its own log, and one wake-up
-of the event loop tells of both. Before a copy leaves that log, ``sync_apart`` has synced this one.
+A small object's copy is durable elsewhere when it comes (``keep``): the disk's metadata store has it in its own log, beside the record that names it. So nobody waits for it here. It is
+found from then on, and appended with others within a tenth of a second (*later* copies): each group costs the thread, and the loop whose interpreter it takes, as much as many copies do. Before a copy leaves that
+log, ``sync_apart`` has appended and synced it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from typing import Any, TypeVar
 import lmdb
 
 from storaged.clock import Clock, SystemClock
+from storaged.durable import Unfinished
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused, StoragedError
 from storaged.fragments.compact import Compactor
 from storaged.fragments.engine import Engine, StoreLimits, Write, check_time
 from storaged.fragments.entry import Entry
 from storaged.fragments.files import Files, PosixFiles
-from storaged.fragments.index import Checkpoint, Index, Position
+from storaged.fragments.index import WHOLE_COPY, Checkpoint, Index, Position
 from storaged.fragments.ports import (
     CELLS_MAX,
     RETIREMENTS_MAX,
@@ -44,7 +45,7 @@ from storaged.fragments.ports import (
     Usage,
 )
 from storaged.fragments.recovery import Report
-from storaged.units import GIB, MIB
+from storaged.units import GIB, KIB, MIB
 from storaged.wire import Buffer
 
 T = TypeVar("T")
@@ -62,11 +63,17 @@ OVERLAYS_MAX = 4
 
 OnDamage = Callable[[FragmentId, int], None]
 
-CommitCompanions = Callable[[Sequence[Any]], StoragedError | None]
-"""Called in the writer thread; all are durable when it returns None, and so are the copies that came with them."""
+LATER_S = 0.1
+LATER_WRITES_MAX = 32
+LATER_BYTES_MAX = 512 * KIB
+"""Copies that are durable elsewhere are appended so late, or when so many have come."""
 
-Kept = Callable[[StoragedError | None, StoragedError | None], None]
-"""``kept(write, companion)``: why the fragment was not written (its companion was not committed then), and why the companion was not."""
+SLOW_S = 0.02
+SLOW_FOR_S = 10.0
+
+SPACE_LOOK_S = 0.1
+SPACE_LOOK_PART = 64
+"""How much is free is asked so often, and whenever copies have taken such a part of it."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +103,10 @@ class _Job:
     ``token`` is popped once: by the writer thread when it begins, or by the caller when it gives up before that.
     """
 
-    future: asyncio.Future[Any] | None
+    future: asyncio.Future[Any]
     write: Write | None = None
     call: Callable[[], Any] | None = None
     sync: bool = False
-    companion: Any = None
-    kept: Kept | None = None
-    """Instead of the future, when there is a companion."""
     token: list[None] = field(default_factory=lambda: [None])
     served: asyncio.Future[None] | None = None
     """Done when the writer has finished with a job whose caller gave up while it was at it."""
@@ -127,6 +131,18 @@ class _Stop:
     pass
 
 
+class _Appended:
+    """Somebody waits until what was kept before is appended."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.error: Unfinished | None = None
+
+    def tell(self, error: Unfinished | None) -> None:
+        self.error = error
+        self.event.set()
+
+
 class LocalFragmentStore:
     """A FragmentStore in a directory. Open it with :meth:`open`."""
 
@@ -137,12 +153,26 @@ class LocalFragmentStore:
         self._compactor = Compactor(engine)
         self._clock = clock
         self._loop = loop
-        self._queue: queue.SimpleQueue[list[_Job] | _Committed | _Stop] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Job] | _Committed | _Appended | _Stop] = queue.SimpleQueue()
         self._arriving: list[_Job] = []
-        self._handing = False
-        """``_hand_over`` is about to be called."""
-        self._committing = False
-        """Copies with companions have been handed over, and no answer to any of them has come back."""
+        self._later: dict[bytes, Write] = {}
+        """By key: what was kept, until the index has it. The event loop's."""
+        self._later_copies: dict[bytes, Write] = {}
+        """By data id: the whole copies among them."""
+        self._unappended: deque[Write] = deque()
+        """What was kept and nobody has begun to append."""
+        self._unplaced: list[Write] = []
+        """What somebody is appending, and what could not be appended. Theirs who have the engine in hand; a write is always in one of the two until the index has it."""
+        self._unappended_bytes = 0
+        """Since the writer thread was last woken for them."""
+        self._later_timer: asyncio.TimerHandle | None = None
+        self._hands = threading.Lock()
+        """Held by whoever does something with the engine."""
+        self._slow_until_s = 0.0
+        self._space_due_s = 0.0
+        self._space_bytes = 0
+        self._coming_bytes = 0
+        """Of copies that were not refused, and are being made durable elsewhere."""
         self._backlog: deque[_Job] = deque()  # the writer thread's
         self._queued_bytes = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -152,9 +182,8 @@ class LocalFragmentStore:
         self._groups = self._writes = self._checkpoint_count = 0
         self._compact_at: float | None = clock.monotonic() + engine.limits.compact_rest_s
         self._closed = False
-        self.commit_companions: CommitCompanions = _no_companions
-        self._answered_last = 0
-        """Of how many requests the loop was told last, at once."""
+        self._over = False
+        """Nobody appends any more."""
         self._thread = threading.Thread(target=self._run, name="fragment-write", daemon=True)
         self._thread.start()
 
@@ -212,21 +241,83 @@ class LocalFragmentStore:
         finally:
             self._give_bytes(write.payload_bytes)
 
-    def write_with(self, write: Write, companion: Any, kept: Kept) -> bool:
-        """Writes a fragment, and commits its companion, which makes both durable; then ``kept`` is told on the event loop. False: nothing was begun, since it would
-        have to wait for room first. Raises DiskUnusable."""
-        self._refuse_when_closed()
-        count = write.payload_bytes
-        if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
+    def refusal(self, write: Write) -> StoragedError | None:
+        """Why ``keep`` may not be told of it, if there is a reason; on the event loop. None: ``keep`` is told of it, or ``withdraw``."""
+        if self._closed:
+            return DiskUnusable("the fragment store is closed", state="failed")
+        if not write.matches_hash():
+            return FragmentDamaged(f"the payload of {write.key.hex()} is not what the hashes in its header say; not written")
+        engine = self._engine
+        if engine.failure or self._space_bytes < write.payload_bytes or self._loop.time() >= self._space_due_s:
+            self._space_bytes = 0
+            coming = self._coming_bytes + sum([kept.payload_bytes for kept in self._later.values()])
+            refusal = engine.refusal(write.payload_bytes + coming)
+            if refusal is not None:
+                return refusal
+            self._space_bytes, self._space_due_s = engine.spare_bytes // SPACE_LOOK_PART, self._loop.time() + SPACE_LOOK_S
+        self._space_bytes -= write.payload_bytes
+        self._coming_bytes += write.payload_bytes
+        return None
+
+    def withdraw(self, write: Write) -> None:
+        """It was not refused, and does not come."""
+        self._coming_bytes -= write.payload_bytes
+
+    def keep(self, writes: Sequence[Write]) -> None:
+        """Takes on copies that are durable elsewhere until ``sync_apart`` returns, and that there was no reason to refuse: they are found now, and appended later. On the event loop."""
+        for write in writes:
+            key = write.key
+            self._later[key] = write
+            if key[16:21] == WHOLE_COPY:
+                self._later_copies[key[:16]] = write
+            self._unappended_bytes += write.payload_bytes
+            self._coming_bytes -= write.payload_bytes
+        self._unappended.extend(writes)
+        if len(self._unappended) >= LATER_WRITES_MAX or self._unappended_bytes >= LATER_BYTES_MAX:
+            if not self._append_here():
+                self._append_later()
+        elif self._later_timer is None:
+            self._later_timer = self._loop.call_later(LATER_S, self._append_later)
+
+    def _append_later(self) -> None:
+        """Now."""
+        if self._later_timer is not None:
+            self._later_timer.cancel()
+            self._later_timer = None
+        self._unappended_bytes = 0
+        self._queue.put([])
+
+    def _append_here(self) -> bool:
+        """On the event loop, into the page cache of a disk that has just made a write durable; False: it is for the thread, which has the disk in hand, or must wait for it.
+
+        The thread would take as long, and the interpreter from the loop many times. Where a write to the page cache was slow, since the kernel has too much to write already,
+        the thread does it for a while.
+        """
+        now = self._loop.time()
+        if self._closed or now < self._slow_until_s or not self._hands.acquire(blocking=False):
             return False
-        # As the one before it was: the next turn of the loop is unlikely to bring company.
-        alone = not self._queued_bytes and self._answered_last == 1
-        self._queued_bytes += count
-        self._arrive(_Job(None, write=write, companion=companion, kept=kept), alone=alone)
+        try:
+            if self._unplaced or not self._engine.takes(self._unappended):
+                return False
+            self._appended(self._append_kept())
+        finally:
+            self._hands.release()
+        self._unappended_bytes = 0
+        if self._loop.time() - now > SLOW_S:
+            self._slow_until_s = now + SLOW_FOR_S
+        if self._engine.write_back_due:
+            self._queue.put([])  # and for a checkpoint of the index, now and then
         return True
+
+    async def _settle(self, ids: Sequence[FragmentId] | None = None) -> None:
+        """Whatever was kept before, of these ids or at all, is in the index when it returns, or could not be appended."""
+        later = self._later
+        if later and (ids is None or any(fragment.pack() in later for fragment in ids)):
+            await self._submit(_Job(self._loop.create_future()))
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         self._refuse_when_closed()
+        await self._settle(ids)
         durable = True
         for fragment in ids:
             entry = self._index.lookup(fragment.pack())
@@ -240,6 +331,7 @@ class LocalFragmentStore:
         at_once = self.peek(fragment, first_cell, count)
         if at_once is not None:
             return at_once
+        await self._settle([fragment])
         found = await self._in_reader(self._engine.reader.read, fragment.pack(), first_cell, count)
         assert found is not None
         return CellRead(found.header, found.cells, found.whole)
@@ -251,6 +343,8 @@ class LocalFragmentStore:
         """
         self._refuse_when_closed()
         key = fragment.pack()
+        if key in self._later:
+            return None
         entry = self._index.lookup(key)
         if entry is None or min(count * entry.cell_bytes, entry.payload_bytes) > INLINE_READ_BYTES_MAX:
             return None
@@ -260,10 +354,14 @@ class LocalFragmentStore:
     def peek_copy(self, data_id: bytes) -> memoryview | None:
         """The payload of a whole copy (k = 1) of a data id's only block, when it is in the page cache and whole; never waits for the disk. Raises DiskUnusable."""
         self._refuse_when_closed()
+        later = self._later_copies.get(data_id)
+        if later is not None:
+            return later.payload[0] if len(later.payload) == 1 else memoryview(b"".join(later.payload))
         return self._engine.reader.cached_copy(data_id, INLINE_READ_BYTES_MAX)
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         self._refuse_when_closed()
+        await self._settle(ids)
         if len(ids) <= INLINE_IDS_MAX:
             return self._stat(ids)
         return await self._in_reader(self._stat, _bounded(ids))
@@ -283,6 +381,7 @@ class LocalFragmentStore:
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         self._refuse_when_closed()
+        await self._settle()
         return await self._in_reader(self._index.due, now_ms, limit)
 
     async def unretire(self, data_id: bytes) -> None:
@@ -296,6 +395,7 @@ class LocalFragmentStore:
         """A fragment whose head is damaged comes as its id and length, with everything else empty."""
         while limit > 0:
             self._refuse_when_closed()
+            await self._settle()
             page = await self._in_reader(self._headers, after, min(limit, 1000))
             if not page:
                 return
@@ -307,6 +407,7 @@ class LocalFragmentStore:
 
     async def verify(self, fragment: FragmentId) -> FragmentStat:
         self._refuse_when_closed()
+        await self._settle([fragment])
         key = fragment.pack()
         try:
             await self._in_reader(self._engine.reader.verify, key)
@@ -322,6 +423,8 @@ class LocalFragmentStore:
         if self._closed:
             return
         self._closed = True
+        if self._later_timer is not None:
+            self._later_timer.cancel()
         self._hand_over()
         self._queue.put(_Stop())
         await asyncio.to_thread(self._shut)
@@ -350,13 +453,22 @@ class LocalFragmentStore:
                 raise refusal
 
     def sync_apart(self) -> None:
-        """Everything appended before the call is durable when it returns, or the disk is read-only and what it holds counts as lost. In any thread, also while the
-        writer thread waits for the caller."""
+        """Everything that was appended or kept before the call is durable when it returns, or the disk is read-only and what it holds counts as lost. In any thread but the
+        event loop's and the writer's. Raises Unfinished when what was kept can't be appended before a restart."""
+        if self._unappended or self._unplaced:
+            appended = _Appended()
+            self._queue.put(appended)
+            while not appended.event.wait(1.0):
+                if self._over or not (self._closed or self._thread.is_alive()):
+                    appended.tell(self._unfinished())
+            if appended.error is not None:
+                raise appended.error
         self._engine.sync_apart()
 
     def find_copy(self, data_id: bytes) -> FragmentId | None:
         """The whole copy (k = 1) of a data id's only block, if this disk has one; about 3 us."""
-        key = self._index.find_copy(data_id)
+        later = self._later_copies.get(data_id)
+        key = later.key if later is not None else self._index.find_copy(data_id)
         return None if key is None else FragmentId.unpack(key)
 
     def statistics(self) -> FragmentStatistics:
@@ -395,7 +507,6 @@ class LocalFragmentStore:
     async def _submit(self, job: _Job) -> Any:
         """A caller that gives up gets its buffers back at once when the writer has not begun with them, else when it has finished."""
         future = job.future
-        assert future is not None
         self._arrive(job)
         try:
             return await future
@@ -405,42 +516,20 @@ class LocalFragmentStore:
                 await job.served
             raise
 
-    def _arrive(self, job: _Job, *, alone: bool = False) -> None:
-        """While copies with companions are being committed, further ones wait for that group's answer: the loop that takes it hands over all that came meanwhile.
-        A loop that is busy so makes groups as large as its own turns, whose commit costs little more than that of one; one that is idle takes the answer at
-        once. Everything else (bytes of large objects, deletions) goes to the writer thread within this turn of the loop, and takes along what waits; one that
-        is ``alone`` goes now."""
+    def _arrive(self, job: _Job) -> None:
         self._arriving.append(job)
-        if job.kept is not None and self._committing:
-            return
-        if alone:
-            self._hand_over()
-        elif not self._handing:
-            self._handing = True
+        if len(self._arriving) == 1:
             self._loop.call_soon(self._hand_over)
 
     def _hand_over(self) -> None:
         """Everything that this turn of the loop brought goes to the writer thread at once. Handed over one by one, the first would wake it, it would ask for
         the interpreter and get it in the middle of the burst, and what belongs in one group would be synced in several."""
-        self._handing = False
         if self._arriving:
-            self._committing = self._committing or any(job.kept is not None for job in self._arriving)
             jobs, self._arriving = self._arriving, []
             self._queue.put(jobs)
 
-    def _resolve(self, answers: list[tuple[_Job, Any]], uncommitted: StoragedError | None) -> None:
-        self._answered_last = len(answers)
+    def _resolve(self, answers: list[tuple[_Job, Any]]) -> None:
         for job, answer in answers:
-            if job.kept is not None:
-                assert job.write is not None
-                self._give_bytes(job.write.payload_bytes)
-                self._committing = False
-                try:
-                    job.kept(answer, uncommitted)
-                except Exception as error:  # a mistake; its neighbours are told all the same
-                    self._loop.call_exception_handler({"message": "telling of a copy failed", "exception": error})
-                continue
-            assert job.future is not None
             job.over = True  # a caller that was cancelled in this very turn of the loop has not said yet that it waits for that
             if job.future.done():
                 if job.served is not None and not job.served.done():
@@ -449,9 +538,14 @@ class LocalFragmentStore:
                 job.future.set_exception(answer)
             else:
                 job.future.set_result(answer)
-        if self._arriving and not self._handing:
-            self._handing = True
-            self._loop.call_soon(self._hand_over)
+
+    def _appended(self, writes: Sequence[Write]) -> None:
+        """The index has them, or the disk has failed: they count as lost there."""
+        for write in writes:
+            if self._later.get(write.key) is write:
+                del self._later[write.key]
+            if self._later_copies.get(write.key[:16]) is write:
+                del self._later_copies[write.key[:16]]
 
     async def _take_bytes(self, count: int) -> None:
         if self._waiting or (self._queued_bytes and self._queued_bytes + count > self._engine.limits.queue_bytes_max):
@@ -507,17 +601,24 @@ class LocalFragmentStore:
     def _run(self) -> None:
         stopping = False
         while not stopping:
-            jobs, stopping = self._collect()
-            if jobs:
-                self._groups += 1
-                self._serve(jobs)
-            if not stopping:
-                self._tend(busy=bool(jobs))
+            jobs, waiting, stopping = self._collect()
+            with self._hands:
+                kept = bool(self._unappended)
+                if kept or self._unplaced:
+                    self._tell(self._appended, self._append_kept())
+                for appended in waiting:
+                    appended.tell(self._unfinished())
+                if jobs:
+                    self._groups += 1
+                    self._serve(jobs)
+                if not stopping:
+                    self._tend(busy=bool(jobs) or kept)
 
-    def _collect(self) -> tuple[list[_Job], bool]:
+    def _collect(self) -> tuple[list[_Job], list[_Appended], bool]:
         """What has arrived, up to the bounds of a group; waits for the first, or until there is something to tend."""
         limits = self._engine.limits
         jobs: list[_Job] = []
+        waiting: list[_Appended] = []
         size = 0
         timeout = self._rest()
         while len(jobs) < limits.batch_writes_max and size < limits.batch_bytes_max:
@@ -532,13 +633,42 @@ class LocalFragmentStore:
             except queue.Empty:
                 break
             if isinstance(item, _Stop):
-                return jobs, True
+                return jobs, waiting, True
             if isinstance(item, _Committed):
-                self._committed(item)
-                timeout = 0
+                with self._hands:
+                    self._committed(item)
+            elif isinstance(item, _Appended):
+                waiting.append(item)
             else:
                 self._backlog.extend(item)
-        return jobs, False
+            timeout = 0
+        return jobs, waiting, False
+
+    def _append_kept(self) -> list[Write]:
+        """Those of them that are done with. They are acknowledged: the space that is held back for deletions is for them, too."""
+        engine, writes = self._engine, self._unplaced
+        while self._unappended:
+            writes.append(self._unappended[0])
+            self._unappended.popleft()
+        left = writes
+        if not engine.failure:
+            try:
+                refusals = engine.append(writes, into_reserve=True, checked=True)
+            except Exception as error:
+                engine.fail(f"{type(error).__name__}: {error}", lasting=False)
+            else:
+                self._writes += len(writes)
+                left = [write for write, refusal in zip(writes, refusals, strict=True) if refusal is not None]
+        self._unplaced = [] if engine.lost else left
+        unplaced = set(map(id, self._unplaced))
+        return [write for write in writes if id(write) not in unplaced]
+
+    def _unfinished(self) -> Unfinished | None:
+        """What ``sync_apart`` raises, if anything."""
+        left = len(self._unplaced) + (len(self._unappended) if self._over else 0)
+        if not left or self._engine.lost:
+            return None
+        return Unfinished(f"{left} copies that were acknowledged are in no segment yet: {self._engine.failure or 'there is no room'}")
 
     def _serve(self, jobs: list[_Job]) -> None:
         answers: list[tuple[_Job, Any]] = []
@@ -549,28 +679,24 @@ class LocalFragmentStore:
             results = self._engine.append([job.write for job in writes if job.write is not None])
             answers.extend(zip(writes, results, strict=True))
             answers.extend((job, _answer(job.call) if job.call is not None else None) for job in jobs if job.write is None)
-            paired = [(job, answer) for job, answer in answers if job.kept is not None and answer is None]
             later = [(job, answer) for job, answer in answers if job.sync and not isinstance(answer, BaseException)]
-            if len(paired) + len(later) < len(answers):
-                rest = {id(job) for job, _ in (*paired, *later)}
-                self._deliver([(job, answer) for job, answer in answers if id(job) not in rest])
-                left = [job for job in left if id(job) in rest]
+            if len(later) < len(answers):
+                rest = {id(job) for job, _ in later}
+                self._tell(self._resolve, [(job, answer) for job, answer in answers if id(job) not in rest])
+                left = [job for job, _ in later]
             if later:
                 refusal = _answer(self._engine.sync)
-                if isinstance(refusal, BaseException):  # copies count as lost there, too
-                    later, paired = [(job, refusal) for job, _ in (*later, *paired)], []
-                self._deliver(later)
-                left = [job for job, _ in paired]
-            if paired:
-                self._deliver(paired, self.commit_companions([job.companion for job, _ in paired]))
+                if isinstance(refusal, BaseException):
+                    later = [(job, refusal) for job, _ in later]
+                self._tell(self._resolve, later)
         except Exception as error:
             # A mistake of ours or a damaged index: nobody may wait for ever, and nothing more may be written on top of it.
             self._engine.fail(f"{type(error).__name__}: {error}", lasting=False)
-            self._deliver([(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in left])
+            self._tell(self._resolve, [(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in left])
 
-    def _deliver(self, answers: list[tuple[_Job, Any]], uncommitted: StoragedError | None = None) -> None:
+    def _tell(self, whom: Callable[[Any], None], what: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._resolve, answers, uncommitted)
+            self._loop.call_soon_threadsafe(whom, what)
 
     def _rest(self) -> float | None:
         """Seconds until there is something to tend; None: nothing."""
@@ -587,6 +713,7 @@ class LocalFragmentStore:
         if engine.failure:
             return
         try:
+            engine.write_back()
             self._tend_checkpoint()
             for _ in range(1 if busy else 16):
                 if not engine.punch():
@@ -626,6 +753,10 @@ class LocalFragmentStore:
     def _shut(self) -> None:
         self._thread.join()
         self._checkpoints.shutdown(wait=True)
+        with self._hands:
+            if self._unappended or self._unplaced:
+                self._tell(self._appended, self._append_kept())
+        self._over = True
         late: list[_Job] = []
         while True:
             try:
@@ -636,7 +767,9 @@ class LocalFragmentStore:
                 self._committed(item)
             elif isinstance(item, list):
                 late.extend(job for job in item if job.claim())
-        self._deliver([(job, DiskUnusable("the fragment store is closed", state="failed")) for job in late])
+            elif isinstance(item, _Appended):
+                item.tell(self._unfinished())
+        self._tell(self._resolve, [(job, DiskUnusable("the fragment store is closed", state="failed")) for job in late])
         self._readers.shutdown(wait=True)
         self._engine.close()
 
@@ -647,10 +780,6 @@ def _answer(call: Callable[[], Any]) -> Any:
         return call()
     except StoragedError as error:
         return error
-
-
-def _no_companions(_companions: Sequence[Any]) -> StoragedError | None:
-    return DiskUnusable("this store was not told where companions go", state="failed")
 
 
 def _bounded(ids: Sequence[FragmentId]) -> Sequence[FragmentId]:

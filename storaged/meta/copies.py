@@ -1,4 +1,4 @@
-"""Small copies over any fragment store: one wait after the other, a task for each. A disk's own writer thread does better (``node.disks``)."""
+"""Small copies over any fragment store: one wait after the other, a task for each. A disk's own log does better (``node.disks``)."""
 
 from __future__ import annotations
 

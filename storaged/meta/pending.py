@@ -6,8 +6,9 @@ One thread at a time adds to an overlay, while the event loop reads it: each loo
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import xxhash
@@ -61,12 +62,19 @@ class Ready:
     others: Sequence[tuple[bytes, bytes, bytes | None]] = ()
     pages: Sequence[StoredPage] = ()
     stale_pages: Sequence[tuple[bytes, int]] = ()
+    size: int = 0
+    """Bytes of the rows, small values and copy, and a little more."""
     copy: Copy | None = None
+    kept: Any = None
+    """What is told to keep the copy, once it is durable here (``LmdbMetaStore.keep_copies``)."""
+    operations: int = 0
+    """Rows, small values and pages."""
     deleted: int = 0
 
     @property
-    def operations(self) -> int:
-        return len(self.rows) + len(self.others) + len(self.pages) + len(self.stale_pages)
+    def changes_rows(self) -> bool:
+        """Rows or small values: it goes to the log."""
+        return bool(self.rows or self.others)
 
 
 class Logged(Message, frozen=True):
@@ -94,7 +102,7 @@ def ready(batch: StoreBatch, done: Done) -> Ready:
         size += len(key) + len(value or b"") + ENTRY_OVERHEAD
     if size > BATCH_BYTES_MAX:
         raise ValueError(f"a batch of {size} bytes; the redo log takes {BATCH_BYTES_MAX}")
-    return Ready(done, rows, others, batch.pages)
+    return Ready(done, rows, others, batch.pages, size=size, operations=len(rows) + len(others) + len(batch.pages))
 
 
 _packed_last: tuple[Slot, tuple[bytes, bytes, bytes]] | None = None
@@ -123,23 +131,16 @@ def _others_of(batch: StoreBatch) -> list[tuple[bytes, bytes, bytes | None]]:
     return others
 
 
-def encode_groups(entries: Sequence[Ready]) -> Iterator[tuple[bytes, Sequence[Ready]]]:
-    """As few groups of the log as these fit: a body, and what is in it."""
-    group: list[msgspec.Raw] = []
-    first = size = 0
-    for index, entry in enumerate(entries):
+def encode_group(entries: Sequence[Ready]) -> bytes:
+    """The body of a group of the log. ``size`` of a single entry, or of all together up to a MiB, is what a group takes."""
+    group: list[tuple[Any, Any, Any]] = []
+    for entry in entries:
         copy = None
         if entry.copy is not None:
             header, payload = entry.copy
             copy = header, payload[0] if len(payload) == 1 else b"".join(payload)
-        encoded = encode((entry.rows, entry.others, copy))
-        if group and size + len(encoded) > ENTRY_BYTES_MAX:
-            yield encode(group), entries[first:index]
-            first, group, size = index, [], 0
-        group.append(msgspec.Raw(encoded))
-        size += len(encoded)
-    if group:
-        yield encode(group), entries[first:]
+        group.append((entry.rows, entry.others, copy))
+    return encode(group)
 
 
 def decode_group(body: Buffer) -> list[Logged]:

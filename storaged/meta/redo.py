@@ -18,6 +18,7 @@ The idea is as old as ARIES (Mohan et al., TODS 17(1), 1992); two preallocated l
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import struct
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from storaged.aio import DirectFile, Done, NotTaken
 from storaged.durable import sync_path
 from storaged.errors import DiskForeign, DiskUnusable
 from storaged.meta.opening import Mark
@@ -55,12 +57,15 @@ assert _HEAD.size == 32
 BODY_BYTES_MAX = HALF_BYTES - PAGE_BYTES - _HEAD.size
 """A group of any size up to this fits a half."""
 
+DIRECT_BODY_BYTES_MAX = 2 * MIB
+"""A larger group is rare, and not for the event loop: it takes a millisecond to encode, check and copy."""
+
 
 class RedoLog:
     """The log of one store. Called by one thread at a time."""
 
-    def __init__(self, directory: Path, store_id: bytes, mark: Mark | None) -> None:
-        """Opens the log, or makes one for a store that has none yet (``mark`` None) or needs none (it was closed).
+    def __init__(self, directory: Path, store_id: bytes, mark: Mark | None, *, direct: bool = True) -> None:
+        """Opens the log, or makes one for a store that has none yet (``mark`` None) or needs none (it was closed). ``direct``: ``begin`` is wanted.
 
         ``bodies`` are then those of all groups behind ``mark.applied``, in order. Raises DiskForeign, DiskUnusable.
         """
@@ -83,8 +88,10 @@ class RedoLog:
             raise DiskForeign(f"the redo log that was in {directory} is gone, and with it what the disk had acknowledged last") from None
         except OSError as error:
             raise DiskUnusable(f"no redo log can be opened in {directory}: {error.strerror or error}") from None
+        self._direct: DirectFile | None = None
         try:
             self._recover(store_id, mark)
+            self._direct = DirectFile.open(self._path, _pages(DIRECT_BODY_BYTES_MAX)) if direct else None
         except BaseException:
             os.close(self._fd)
             raise
@@ -93,21 +100,44 @@ class RedoLog:
         """Whether a group of this size fits what is left of the half."""
         return self._ends[self._half] + _pages(body_bytes) <= HALF_BYTES
 
+    def begin(self, loop: asyncio.AbstractEventLoop, body: Buffer, done: Done) -> bool:
+        """As ``write``, but without a thread: ``done`` is called on the loop. False, and ``done`` told of NotTaken: it is for ``write``. One at a time. Raises ValueError as ``write``."""
+        direct = self._direct
+        if direct is None or direct.blocks or len(body) > DIRECT_BODY_BYTES_MAX:
+            return False
+        at, pieces = self._laid_out(body)
+        try:
+            direct.write(loop, pieces, at, done)
+        except NotTaken:
+            return False
+        return True
+
+    def write(self, body: Buffer) -> None:
+        """The next group is durable when it returns; ``wrote`` makes it the last. Raises OSError; what the disk has then is unknown. Raises ValueError for what does not
+        fit: behind the half begins what was acknowledged in the other."""
+        at, pieces = self._laid_out(body)
+        if os.pwritev(self._fd, pieces, at, os.RWF_DSYNC) != _pages(len(body)):
+            raise OSError(errno.EIO, "a write to the redo log was cut short")
+
+    def wrote(self, body_bytes: int) -> None:
+        """A group with a body of this size is durable."""
+        self.sequence += 1
+        self._ends[self._half] += _pages(body_bytes)
+        self._lasts[self._half] = self.sequence
+
     def append(self, body: Buffer) -> None:
-        """Durable when it returns. Raises OSError; what the disk has then is unknown. Raises ValueError for what does not fit: behind the half begins what was
-        acknowledged in the other."""
+        """``write`` and ``wrote``."""
+        self.write(body)
+        self.wrote(len(body))
+
+    def _laid_out(self, body: Buffer) -> tuple[int, list[Buffer]]:
+        """Where the next group goes, and what is written there."""
         if not self.fits(len(body)):
             raise ValueError(f"a group of {len(body)} bytes does not fit what is left of its half")
         at = PAGE_BYTES + self._half * HALF_BYTES + self._ends[self._half]
-        size = _pages(len(body))
         head = _HEAD.pack(_GROUP_MAGIC, len(body), self.sequence + 1, xxhash.xxh3_64_intdigest(body, self._seed), 0)[:_HEAD_CHECKED]
         head += xxhash.xxh3_64_digest(head, (self._seed + at) & _MASK)
-        padding = size - len(head) - len(body)
-        if os.pwritev(self._fd, [head, body, _ZEROS[:padding]], at, os.RWF_DSYNC) != size:
-            raise OSError(errno.EIO, "a write to the redo log was cut short")
-        self.sequence += 1
-        self._ends[self._half] += size
-        self._lasts[self._half] = self.sequence
+        return at, [head, body, _ZEROS[: _pages(len(body)) - len(head) - len(body)]]
 
     def turn(self) -> bool:
         """Goes on in the other half; False while LMDB does not have everything in that."""
@@ -121,7 +151,14 @@ class RedoLog:
         """LMDB durably has all groups up to this one."""
         self._applied = sequence
 
+    def detach(self) -> None:
+        """``begin`` is not called any more, and nothing that was begun is under way. On the loop."""
+        if self._direct is not None:
+            self._direct.detach()
+
     def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         os.close(self._fd)
 
     # --- start ------------------------------------------------------------------------------------------------------------

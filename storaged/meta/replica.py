@@ -627,8 +627,8 @@ class LocalReplica:
             self._raise_if(await asyncio.shield(self._raising))
 
     def _next_high_water(self, ballot: Ballot) -> Ballot:
-        """Never lower than one that is already on its way: what is posted to the store keeps its order, and the last one stays. A batch that comes with a copy is
-        committed by another thread, in no order with these, and so never carries one (``begin_accept``)."""
+        """Never lower than one that is already on its way: what is posted to the store keeps its order, and the last one stays. A batch that comes with a copy may
+        have to wait for that first, in no order with these, and so never carries one (``begin_accept``)."""
         self._high_water_issued = max(self._high_water_issued, high_water_for(ballot))
         return self._high_water_issued
 

@@ -5,12 +5,13 @@ Theory of operation
     *checkpoint* has put it there: one commit of LMDB, with its default, synced flags, for what many groups brought within a second or so. It writes a page of the
     tree once that many of them touch, in the order of the keys. A start reads the overlay from the log again.
 
-    Groups are what has arrived: while one is being written the next collects, a lone one never waits. The results of a whole group reach the event loop in
-    one call. Readers are short: every get and every slice is a snapshot of its own, closed before it returns, so the file never grows for one. One process owns a
-    store (``lock`` is flocked for as long as it is open). Pages of manifests are large and rare, and go to LMDB at once.
+    Groups are what has arrived: while one is being written the next collects, a lone one never waits. The event loop lays a group out and gives it to the kernel, which tells
+    it when the group is durable (``storaged.aio``); a thread would have to get the interpreter twice for that, from a loop that has other things to do. Where the kernel can't, and
+    for pages, which LMDB has to sync, there is one all the same. Readers are short: every get and every slice is a snapshot of its own, closed before it returns, so the file never
+    grows for one. One process owns a store (``lock`` is flocked for as long as it is open). Pages of manifests are large and rare, and go to LMDB at once.
 
-    The small copy that comes with a row lies in the log beside it. It is in the disk's fragment store too by then, but not synced there: a checkpoint has
-    that done before it takes the row from the log, and a start gives the copies in the log back before there is a checkpoint. So nothing has a row without its copy.
+    The small copy that comes with a row lies in the log beside it. The disk's fragment store is told of it when it is durable here (``keep_copies``), before anybody reads the row, and has it
+    appended and synced before a checkpoint takes the row from the log (``sync_copies``); a start gives the copies in the log back before there is a checkpoint. So nothing has a row without its copy.
 
     sub-database   key                               value
     rows           rowkey's node || segment          rowvalue's row, or ``heap``'s reference to it; a link: check || node (u64 BE)
@@ -40,16 +41,17 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgspec
 import xxhash
 
-from storaged.durable import sync_path
+from storaged.aio import NotTaken
+from storaged.durable import Unfinished, sync_path
 from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
@@ -82,13 +84,14 @@ from storaged.meta.rowkey import walk
 from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, intact, open_small, seal_small, stamps_in, unpack_row
 from storaged.meta.stretch import columns_at, stamps_at
 from storaged.meta.warm import Warmer
-from storaged.units import GIB
+from storaged.units import GIB, MIB
 
 MAP_BYTES_DEFAULT = 64 * GIB
 """Address space, not disk space: the file is as long as what was ever in use at once."""
 
 GROUP_OPERATIONS_MAX = 128
-"""More in one write to the log only adds waiting."""
+GROUP_BYTES_MAX = MIB
+"""More in one write to the log only adds waiting. A single batch may be larger."""
 
 CHECKPOINT_S = 1.0
 CHECKPOINT_BYTES = HALF_BYTES // 2
@@ -101,8 +104,10 @@ SLICE_ROWS_MAX = 10_000
 class LmdbMetaStore:
     """``MetaStore`` on LMDB. Opening blocks for a few milliseconds; use ``open_or_refuse`` for a disk that was known before."""
 
-    def __init__(self, directory: Path, *, map_bytes: int = MAP_BYTES_DEFAULT, entropy: Entropy = system_entropy) -> None:
-        """Opens the store, or makes one where there is none.
+    def __init__(
+        self, directory: Path, *, map_bytes: int = MAP_BYTES_DEFAULT, entropy: Entropy = system_entropy, direct: bool = True
+    ) -> None:
+        """Opens the store, or makes one where there is none. ``direct``: the log is written without a thread where that can be had.
 
         Raises DirectoryInUse, DiskForeign (it failed before, or what is there is no store), DiskUnusable (the disk refuses).
         """
@@ -111,10 +116,22 @@ class LmdbMetaStore:
         self._closing = False
         self._commits = self._operations = self._largest_group = self._queued = self._damaged = 0
         self._reader_roots: dict[bytes, int] = {}
-        self._queue: queue.SimpleQueue[list[Ready] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], None], Callable[[Exception | None], None]] | None] = queue.SimpleQueue()
         self._arriving: list[Ready] = []
+        self._arriving_pages: list[Ready] = []
+        self._logging: list[Ready] = []
+        """The group that is being written to the log."""
+        self._paging: list[Ready] = []
+        """The group whose pages are being put into LMDB."""
+        self._rows_behind_pages = 0
+        """How many with pages, or behind them, change rows as well. What comes after these waits with them: batches are applied in their order."""
+        self._going_on = False
+        """``_go_on`` is about to be called."""
+        self._told_last = 0
+        """Of how many batches the loop was told last, at once."""
+        self._drained: asyncio.Future[None] | None = None
         self._log = threading.Condition()
-        """Held by whoever writes to the redo log or changes what is an overlay; told of what a checkpoint waits for, and of its end."""
+        """Held for a moment by whoever changes what is in which overlay, and how far the redo log is written; told of what a checkpoint waits for, and of its end."""
         self._writing = threading.Lock()
         """Held by whoever writes to LMDB."""
         self._checkpointing = threading.Lock()
@@ -127,16 +144,19 @@ class LmdbMetaStore:
         self._restorable: list[tuple[bytes, bytes]] = []
         self._checkpoints = 0
         self.sync_copies: Callable[[], None] = _no_copies
-        """Called in a thread of this store's: makes all copies durable where they belong that came with what is in the log."""
+        """Called in a thread of this store's: makes all copies durable where they belong that ``keep_copies`` was told of. Raises Unfinished when that
+        has to wait for a restart: they stay in the log, and the store takes no more."""
+        self.keep_copies: Callable[[Sequence[Any]], None] = _nowhere
+        """Called on the event loop with what came with copies (``Ready.kept``), when these are durable in the log, and before anybody reads their rows. It must not raise."""
         self._room = asyncio.Semaphore(QUEUED_BATCHES_MAX)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock_file = lock(self.directory)
         try:
-            self._open(map_bytes, entropy)
+            self._open(map_bytes, entropy, direct)
         except BaseException:
             os.close(self._lock_file)
             raise
-        self._writer = threading.Thread(target=self._write, name=f"meta-writer {self.directory.name}", daemon=True)
+        self._writer = threading.Thread(target=self._work, name=f"meta-writer {self.directory.name}", daemon=True)
         self._checkpointer = threading.Thread(target=self._keep_checkpoints, name=f"meta-checkpoint {self.directory.name}", daemon=True)
         self._writer.start()
         self._checkpointer.start()
@@ -164,7 +184,7 @@ class LmdbMetaStore:
             compare(directory, expected_identity)
         return cls(directory, map_bytes=map_bytes, entropy=entropy)
 
-    def _open(self, map_bytes: int, entropy: Entropy) -> None:
+    def _open(self, map_bytes: int, entropy: Entropy, direct: bool) -> None:
         failed = self.directory / "failed"
         if failed.exists():
             raise DiskForeign(f"the metadata store in {self.directory} failed before and is not used again: {failed.read_text().strip()}")
@@ -179,7 +199,7 @@ class LmdbMetaStore:
             self._rows, self._heap = self._databases[b"rows"], self._databases[b"heap"]
             self._applier = Applier(self._databases)
             self._warmer = Warmer(self._env, self._databases)
-            self._start(entropy)
+            self._start(entropy, direct)
         except lmdb.Error as error:
             self._env.close()
             raise unopened(self.directory, error) from None
@@ -187,7 +207,7 @@ class LmdbMetaStore:
             self._env.close()
             raise
 
-    def _start(self, entropy: Entropy) -> None:
+    def _start(self, entropy: Entropy, direct: bool) -> None:
         """Reads the log, then counts the start."""
         meta = self._databases[b"meta"]
         with self._env.begin() as transaction:
@@ -195,7 +215,7 @@ class LmdbMetaStore:
             store_id, starts = split_identity(known) if known else (entropy(STORE_ID_BYTES), 0)
             mark = read_mark(self.directory, transaction, meta, starts)
         self.identity = store_id + (starts + 1).to_bytes(8, "big")
-        self._redo = RedoLog(self.directory, store_id, mark)
+        self._redo = RedoLog(self.directory, store_id, mark, direct=direct)
         try:
             for body in self._redo.bodies:
                 entries = pending.decode_group(body)
@@ -449,7 +469,7 @@ class LmdbMetaStore:
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
         future = asyncio.get_running_loop().create_future()
-        entry = Ready(partial(_settle, future), stale_pages=pages)
+        entry = Ready(partial(_settle, future), stale_pages=pages, operations=len(pages))
         await self._wait_for(entry, future)
         return entry.deleted
 
@@ -458,133 +478,215 @@ class LmdbMetaStore:
             self._enqueue(entry)
             await future
 
-    def post(self, batch: StoreBatch, done: Done) -> None:
-        """As the port says. It does not wait for room: beyond ``QUEUED_BATCHES_MAX`` it raises SlowDown."""
-        if self._queued >= QUEUED_BATCHES_MAX:
-            raise SlowDown(f"{self._queued} batches wait for the metadata store in {self.directory}.")
-        self._enqueue(self.ready(batch, done))
-
-    def _enqueue(self, entry: Ready) -> None:
-        self._refuse_when_unusable()
-        loop = asyncio.get_running_loop()
-        self._queued += 1
-        self._arriving.append(entry)
-        if len(self._arriving) == 1 or loop is not self._loop:
-            loop.call_soon(self._hand_over)
-        self._loop = loop
-
     def ready(self, batch: StoreBatch, done: Done) -> Ready:
-        """A batch as ``commit_here`` takes it. Raises as ``post``."""
+        """A batch as ``post_ready`` takes it. Raises as ``post``."""
         self._refuse_when_unusable()
         return pending.ready(batch, done)
 
-    def commit_here(self, group: Sequence[Ready]) -> StoragedError | None:
-        """Commits in the caller's thread, which is none of the event loop's; nobody's ``done`` is called. Not ordered with what was posted.
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        """As the port says. It does not wait for room: beyond ``QUEUED_BATCHES_MAX`` it raises SlowDown."""
+        self.post_ready(self.ready(batch, done))
 
-        A disk's other writer thread commits like this the records that come with copies: one thread, one write and one wake-up for both.
-        """
-        self._commit_group(group, sum(entry.operations for entry in group))
-        return self._failure() if self._reason or self._closed else None
+    def post_ready(self, entry: Ready) -> None:
+        """As ``post``."""
+        if self._queued >= QUEUED_BATCHES_MAX:
+            raise SlowDown(f"{self._queued} batches wait for the metadata store in {self.directory}.")
+        self._enqueue(entry)
 
-    def _failure(self) -> DiskUnusable:
-        return DiskUnusable(f"the metadata store in {self.directory} failed: {self._reason or 'it is closed'}")
-
-    def _hand_over(self) -> None:
-        """Everything that this turn of the loop brought goes to the writer thread at once, so that it is not woken for the first of a burst alone."""
-        if self._arriving:
-            entries, self._arriving = self._arriving, []
-            self._queue.put(entries)
+    def _enqueue(self, entry: Ready) -> None:
+        """A lone one leaves now: as the one before it was, so that the next turn of the loop is unlikely to bring company."""
+        self._refuse_when_unusable()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._going_on = loop, False
+        alone = not self._queued and self._told_last == 1
+        self._queued += 1
+        behind = (self._paging or self._arriving_pages) and (self._rows_behind_pages or not entry.operations)
+        if entry.pages or entry.stale_pages or behind:
+            self._arriving_pages.append(entry)
+            self._rows_behind_pages += entry.changes_rows
+        else:
+            self._arriving.append(entry)
+        if alone:
+            self._go_on()
+        else:
+            self._go_on_soon()
 
     def _refuse_when_unusable(self) -> None:
         if self._reason or self._closing:
             raise DiskUnusable(f"the metadata store in {self.directory} takes no writes: {self._reason or 'it is being closed'}")
 
-    def _write(self) -> None:
-        """The writer thread: one group after the other until the end mark."""
-        backlog: deque[Ready] = deque()
-        last = False
-        while backlog or not last:
-            group: list[Ready] = []
-            operations = 0
-            while operations < GROUP_OPERATIONS_MAX:
-                if backlog:
-                    entry = backlog.popleft()
-                    group.append(entry)
-                    operations += entry.operations
-                    continue
-                try:
-                    more = None if last else self._queue.get(block=not group)
-                except queue.Empty:
-                    break
-                if more is None:
-                    last = True
-                    break
-                backlog.extend(more)
-            if not group:
-                break
-            self._commit_group(group, operations)
+    def _go_on_soon(self) -> None:
+        """With everything that this turn of the loop brings: begun with the first of a burst alone, it would have the others wait."""
+        if not self._going_on:
+            self._going_on = True
             assert self._loop is not None
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it everyone who waited
-                self._loop.call_soon_threadsafe(self._deliver, group)
+            self._loop.call_soon(self._go_on)
 
-    def _commit_group(self, group: Sequence[Ready], operations: int) -> None:
+    def _go_on(self) -> None:
+        """Begins the next group of each kind, unless one is being written."""
+        self._going_on = False
         if self._reason:
+            left = self._arriving_pages + self._arriving if not self._paging else self._arriving
+            self._arriving_pages, self._arriving = self._arriving_pages if self._paging else [], []
+            self._deliver(left)
             return
+        if self._arriving_pages and not self._paging:
+            self._paging, self._arriving_pages = self._arriving_pages, []
+            self._call(partial(self._commit_pages, self._paging), self._paged)
+        if self._arriving and not self._logging:
+            self._log_group(self._next_group())
+
+    def _next_group(self) -> list[Ready]:
+        operations = size = count = 0
+        for entry in self._arriving:
+            operations += entry.operations
+            size += entry.size
+            if count and (operations > GROUP_OPERATIONS_MAX or size > GROUP_BYTES_MAX):
+                break
+            count += 1
+        group, self._arriving = self._arriving[:count], self._arriving[count:]
+        return group
+
+    def _log_group(self, group: list[Ready]) -> None:
+        self._logging = group
         try:
-            self._commit_pages([entry for entry in group if entry.pages or entry.stale_pages])
-            self._log_group([entry for entry in group if entry.rows or entry.others])
+            self._begin_group(group)
         except Exception as error:  # a mistake of ours too: nobody may wait for ever
-            self._fail(error)
+            self._logged(0, error)
+
+    def _begin_group(self, group: list[Ready]) -> None:
+        body = pending.encode_group([entry for entry in group if entry.rows or entry.others])
+        if len(body) == 1:  # nobody changes anything
+            self._logged(0, None)
             return
+        with self._log:
+            room = self._redo.fits(len(body)) or self._redo.turn()
+            if not room:
+                self._log_full = True
+                self._log.notify_all()
+        if not room:  # a checkpoint makes some
+            self._logging, self._arriving = [], group + self._arriving
+            return
+        assert self._loop is not None
+        if not self._redo.begin(self._loop, body, partial(self._begun, body)):
+            self._write_in_thread(body)
+
+    def _begun(self, body: bytes, error: OSError | None) -> None:
+        if isinstance(error, NotTaken):
+            self._write_in_thread(body)
+        else:
+            self._logged(len(body), error)
+
+    def _write_in_thread(self, body: bytes) -> None:
+        self._call(partial(self._redo.write, body), partial(self._logged, len(body)))
+
+    def _logged(self, body_bytes: int, error: Exception | None) -> None:
+        """The group is durable, or nobody knows what the disk has of it."""
+        if error is None and not self._reason and body_bytes:
+            try:
+                self._show(self._logging, body_bytes)
+            except Exception as mistake:
+                error = mistake
+        if error is not None and not self._reason:  # it is noted on that disk, for which the loop does not wait
+            self._call(partial(self._fail, error), partial(self._logged, 0))
+            return
+        group, self._logging = self._logging, []
+        self._deliver(group)
+        if self._arriving or self._arriving_pages:
+            self._go_on_soon()
+
+    def _show(self, group: list[Ready], body_bytes: int) -> None:
+        """From now on it is read. The copies first, each of which somebody asks for who has read its row, and which a checkpoint that takes the row has synced."""
+        copies = [entry.kept for entry in group if entry.kept is not None]
+        if copies:
+            self.keep_copies(copies)
+        with self._log:
+            self._redo.wrote(body_bytes)
+            if not self._fresh_bytes:
+                self._fresh_since = time.monotonic()
+                self._log.notify_all()
+            self._fresh_bytes += body_bytes
+            with self.changes.counting([(prefix, key) for entry in group for prefix, key, _ in entry.rows]):
+                self._fresh.add(group)
+            if self._fresh_bytes >= CHECKPOINT_BYTES:
+                self._log.notify_all()
+        self._commits += 1
+        self._count(group)
+
+    def _count(self, group: Sequence[Ready]) -> None:
+        operations = sum([entry.operations for entry in group])
         self._operations += operations
         self._largest_group = max(self._largest_group, operations)
 
-    def _log_group(self, group: Sequence[Ready]) -> None:
-        """Raises OSError."""
-        for body, entries in pending.encode_groups(group):
-            with self._log:
-                while not (self._reason or self._closed) and not self._redo.fits(len(body)) and not self._redo.turn():
-                    self._log_full = True
-                    self._log.notify_all()
-                    self._log.wait()
-                if self._reason or self._closed:
-                    return
-                self._redo.append(body)
-                if not self._fresh_bytes:
-                    self._fresh_since = time.monotonic()
-                    self._log.notify_all()
-                self._fresh_bytes += len(body)
-                with self.changes.counting([(prefix, key) for entry in entries for prefix, key, _ in entry.rows]):
-                    self._fresh.add(entries)
-                self._commits += 1
-                if self._fresh_bytes >= CHECKPOINT_BYTES:
-                    self._log.notify_all()
+    def _paged(self, error: Exception | None) -> None:
+        """Pages are in LMDB. What else came with them goes to the log now, and who waits for all that came before, behind it."""
+        group, self._paging = self._paging, []
+        if error is None:
+            left = [entry for entry in group if entry.changes_rows or not entry.operations]
+            self._rows_behind_pages -= sum([entry.changes_rows for entry in left])
+            self._arriving.extend(left)
+            group = [entry for entry in group if entry.operations and not entry.changes_rows]
+            self._count(group)
+        self._deliver(group)
+        if self._arriving or self._arriving_pages:
+            self._go_on_soon()
 
     def _commit_pages(self, group: Sequence[Ready]) -> None:
         """Raises lmdb.Error."""
-        if not group:
-            return
         with self._writing, self._env.begin(write=True, db=self._databases[b"pages"]) as transaction:
             apply_pages(transaction, group)
 
+    def _call(self, work: Callable[[], None], then: Callable[[Exception | None], None]) -> None:
+        """In the writer thread; ``then(error)`` on the loop. An error is the store's end (``_fail``)."""
+        self._calls.put((work, then))
+
+    def _work(self) -> None:
+        """The writer thread, until the end mark."""
+        while (job := self._calls.get()) is not None:
+            work, then = job
+            failure: Exception | None = None
+            try:
+                work()
+            except Exception as error:
+                self._fail(error)
+                failure = error
+            assert self._loop is not None
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it everyone who waited
+                self._loop.call_soon_threadsafe(then, failure)
+
+    def _failure(self) -> DiskUnusable:
+        return DiskUnusable(f"the metadata store in {self.directory} failed: {self._reason}")
+
     def _fail(self, error: Exception) -> None:
+        """In any thread but the event loop's: it writes to a disk that may not answer."""
         full = lacks_space(self.directory, error)
         with self._log:
             self._reason = (str(error) or type(error).__name__) + (" (no space is left)" if full else "")
             self._log.notify_all()
-        if not full:
+        if not full and not isinstance(error, Unfinished):
             with contextlib.suppress(OSError):  # a disk that refuses this too is noticed at its next start
                 (self.directory / "failed").write_text(self._reason + "\n")
+        self._wake()
 
-    def _deliver(self, group: list[Ready]) -> None:
+    def _wake(self) -> None:
+        """A checkpoint has ended, or the store has failed: whoever waits is to go on. In any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it everyone who waited
+                self._loop.call_soon_threadsafe(self._go_on)
+
+    def _deliver(self, group: Sequence[Ready]) -> None:
         """A store that has failed says so of everything that it had in hand, also of what just went through: nobody must rely on a disk like that."""
         self._queued -= len(group)
+        self._told_last = len(group)
         error = self._failure() if self._reason else None
         for entry in group:
             try:
                 entry.done(error)
             except Exception as mistake:  # its neighbours are told all the same
                 asyncio.get_running_loop().call_exception_handler({"message": "telling of a commit failed", "exception": mistake})
+        if self._drained is not None and not self._queued and not self._drained.done():
+            self._drained.set_result(None)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------------
 
@@ -644,14 +746,18 @@ class LmdbMetaStore:
                 self._frozen = Overlay()
                 self._checkpoints += 1
                 self._log.notify_all()
+            self._wake()
 
     async def close(self) -> None:
         """What was queued is written first. Safe to call twice."""
         if self._closing:
             return
         self._closing = True
-        self._hand_over()
-        self._queue.put(None)
+        if self._queued:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+        self._redo.detach()
+        self._calls.put(None)
         await asyncio.to_thread(self._shut)
 
     def _shut(self) -> None:
@@ -675,6 +781,10 @@ class LmdbMetaStore:
 
 def _no_copies() -> None:
     """No copies come with what is stored here."""
+
+
+def _nowhere(_copies: Sequence[Any]) -> None:
+    raise AssertionError("this store was not told where copies go")
 
 
 def _settle(future: asyncio.Future[None], error: StoragedError | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -51,35 +52,47 @@ class LocalDisk:
 
 
 class DiskCopies(PlainCopies):
-    """Small copies that are made durable along with the records that name them, by the thread of the fragment log, in one write to the redo log of the metadata store.
-
-    The store's own thread commits what comes without a copy. Nothing is ordered between the two but what the replica orders: one accept of a register at a
-    time, and a fence waits for the accepts that were judged before it.
-    """
+    """Small copies that lie beside the records that name them, in one group of the metadata store's redo log, until they are in the fragment store."""
 
     def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None) -> None:
         payloads = Payloads(fragments)
         super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.peek_payload, told)
-        self._log = fragments
+        self._fragments = fragments
         self._records = meta
-        fragments.commit_companions = meta.commit_here
+        meta.keep_copies = fragments.keep
         meta.sync_copies = fragments.sync_apart
 
     def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
         try:
-            record = self._records.ready(batch, _told)
+            record = self._records.ready(batch, partial(done, None))
         except StoragedError as error:
             done(None, error)
             return
-        record.copy = header, body
+        body = [_own(piece) for piece in body]
         try:
             write = copy_write(header, body)
-            begun = write.payload_bytes <= COPY_BYTES_MAX and self._log.write_with(write, record, done)
+            refusal = self._fragments.refusal(write)
         except StoragedError as error:
-            done(error, None)
-            return
-        if not begun:  # there is no room in the log's queue: wait for it; or it is larger than the redo log takes
+            refusal = error
+        if refusal is not None:
+            done(refusal, None)
+        elif write.payload_bytes > COPY_BYTES_MAX:  # the redo log takes none that large
+            self._fragments.withdraw(write)
             super().keep(header, body, batch, done)
+        else:
+            record.copy, record.kept = (header, body), write
+            record.size += len(header) + write.payload_bytes
+            try:
+                self._records.post_ready(record)
+            except StoragedError:
+                self._fragments.withdraw(write)
+                raise
+
+
+def _own(piece: Buffer) -> Buffer:
+    """A copy is kept for longer than its sender knows: in bytes that nobody changes."""
+    owner = piece.obj if isinstance(piece, memoryview) else piece
+    return piece if isinstance(owner, bytes) else bytes(piece)
 
 
 async def restore_copies(meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:
@@ -96,10 +109,6 @@ def load_of(payloads: Payloads) -> LoadCopy:
         return None if found is None else Copy(*found)
 
     return load
-
-
-def _told(_error: StoragedError | None) -> None:
-    """Of a record that is committed beside its copy the log's thread tells."""
 
 
 @dataclass

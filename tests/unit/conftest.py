@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
-SOCKETS = frozenset({"test_s3_http", "test_s3_hostile", "test_s3_patience", "test_s3_soon", "test_s3_soon_put"})
-"""Modules that test what goes over sockets: on the loop that serves in production, too."""
+HEARD = frozenset({"test_aio", "test_s3_http", "test_s3_hostile", "test_s3_patience", "test_s3_soon", "test_s3_soon_put"})
+"""Modules that test what a loop hears of from the kernel, by sockets or an eventfd: on the loop that serves in production, too."""
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    if item.path.stem in SOCKETS:
+    if item.path.stem in HEARD:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}

@@ -221,12 +221,31 @@ async def test_scopes_names_every_shard_that_has_rows_and_can_be_asked_by_partit
     assert (Table.OBJECT, BUCKET, 2) in store.scopes(partition_of(BUCKET, 2))
 
 
-async def test_an_empty_batch_waits_for_everything_before_it(store: MetaStore) -> None:
-    before = asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))])))
+@pytest.mark.parametrize("turns", [0, 1, 3])
+@pytest.mark.parametrize("pages", [0, 1, 20])
+async def test_an_empty_batch_waits_for_everything_before_it(store: MetaStore, pages: int, turns: int) -> None:
+    page = page_of(b"page" * 1000)
+    before = [asyncio.ensure_future(store.commit(StoreBatch(pages=[page_of(b"%d" % number)]))) for number in range(pages)]
+    before.append(asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))], pages=[page] if pages else []))))
     await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
     await store.commit(StoreBatch())
     assert store.get(name_of(b"k")) is not None
-    await before
+    assert not pages or store.get_page(page.page_hash) == page.body
+    await asyncio.gather(*before)
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+async def test_the_later_of_two_commits_wins_also_where_the_first_brings_a_page(store: MetaStore, turns: int) -> None:
+    name, commits = name_of(b"k"), []
+    for counter in range(30):
+        pages = [page_of(b"%d" % counter)] if counter % 3 == 0 else []
+        commits.append(asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name, counter)], pages=pages))))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    await asyncio.gather(*commits)
+    assert store.get(name) == slot_of(name, 29)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import contextlib
 import copy
 import random
 import shutil
-import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,9 @@ from storaged.errors import (
     IndexDamaged,
     OperatorError,
     PeerRefused,
-    StoragedError,
 )
 from storaged.fragments.compact import Compactor
-from storaged.fragments.engine import StoreLimits, Write
+from storaged.fragments.engine import StoreLimits
 from storaged.fragments.files import PosixFiles
 from storaged.fragments.offline import check, rebuild_index
 from storaged.fragments.ports import FragmentId, Health, Retirement
@@ -543,71 +541,6 @@ async def test_a_fragment_of_a_block_is_read_without_waiting_while_it_is_cached_
         assert [cell is None for cell in (await store.read(made.id, 0, 12)).cells] == [number == 2 for number in range(12)]
 
 
-async def test_copies_that_come_while_others_are_committed_are_one_group_and_what_is_no_copy_does_not_wait_for_them(tmp_path: Path) -> None:
-    """The disk's thread is held at the commit of the first copy's companion; ten come meanwhile, one in each turn of the loop."""
-    groups: list[list[str]] = []
-    begun, go_on = threading.Event(), threading.Event()
-
-    def commit(companions: Sequence[str]) -> None:
-        groups.append(list(companions))
-        begun.set()
-        assert go_on.wait(10)
-
-    async with opened(tmp_path) as store:
-        store.commit_companions = commit
-        kept: list[tuple[str, object, object]] = []
-        all_kept = asyncio.Event()
-
-        def keep(name: str) -> Made:
-            made = make(RNG)
-
-            def done(refusal: StoragedError | None, error: StoragedError | None) -> None:
-                kept.append((name, refusal, error))
-                if len(kept) == 11:
-                    all_kept.set()
-
-            assert store.write_with(Write.of(made.header, [made.payload]), name, done)
-            return made
-
-        made = [keep("first")]
-        assert await asyncio.to_thread(begun.wait, 10)
-        for number in range(10):
-            made.append(keep(f"{number}"))
-            await asyncio.sleep(0)
-        large = asyncio.create_task(put(store, 200_000))
-        await asyncio.sleep(0.01)
-        assert not kept
-        go_on.set()
-        await asyncio.wait_for(all_kept.wait(), 10)
-        await asyncio.wait_for(large, 10)
-        assert groups == [["first"], [f"{number}" for number in range(10)]]
-        assert kept == [(name, None, None) for name in ("first", *map(str, range(10)))]
-        assert [await content(store, one) for one in made] == [one.payload for one in made]
-
-
-async def test_each_copy_is_told_of_once_when_committing_its_group_fails_unexpectedly(tmp_path: Path) -> None:
-    kept: list[tuple[str, bool, bool]] = []
-    told = asyncio.Event()
-
-    def commit(_companions: Sequence[str]) -> StoragedError | None:
-        raise RuntimeError("a mistake")
-
-    async with opened(tmp_path) as store:
-        store.commit_companions = commit
-        good, bad = make(RNG, k=1, m=2), make(RNG, k=1, m=2)
-        for name, made, payload in (("bad", bad, bytes(len(bad.payload))), ("good", good, good.payload)):
-
-            def done(write: StoragedError | None, companion: StoragedError | None, name: str = name) -> None:
-                kept.append((name, write is not None, companion is not None))
-                if name == "good":
-                    told.set()
-
-            assert store.write_with(Write.of(made.header, [payload]), name, done)
-        await asyncio.wait_for(told.wait(), 10)
-        await asyncio.sleep(0.05)
-        assert kept == [("bad", True, False), ("good", True, False)]
-
-
 async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp_path: Path) -> None:
     store = await LocalFragmentStore.open(tmp_path, DISK, limits=StoreLimits(queue_bytes_max=10_000))
     writes = [asyncio.create_task(put(store, 9_000)) for _ in range(5)]
@@ -617,22 +550,6 @@ async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp
     for write in writes[1:]:
         with pytest.raises(DiskUnusable):
             await asyncio.wait_for(write, 10)
-
-
-async def test_a_callback_that_raises_keeps_its_news_from_no_other_copy(tmp_path: Path) -> None:
-    told, troubles = asyncio.Event(), []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: troubles.append(context["exception"]))
-
-    def mistaken(_write: StoragedError | None, _companion: StoragedError | None) -> None:
-        raise RuntimeError("a mistake")
-
-    async with opened(tmp_path) as store:
-        store.commit_companions = lambda _companions: None
-        for kept in (mistaken, lambda _write, _companion: told.set()):
-            made = make(RNG, k=1, m=2)
-            assert store.write_with(Write.of(made.header, [made.payload]), None, kept)
-        await asyncio.wait_for(told.wait(), 10)
-    assert [str(error) for error in troubles] == ["a mistake"]
 
 
 @pytest.mark.parametrize(("length", "cell_bytes"), [(4112, 8192), (9000, 4096)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -20,7 +21,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.errors import DiskForeign, DiskUnusable
+from storaged.aio import WORSE_IN_A_ROW_MAX, DirectFile, Done
+from storaged.errors import DiskForeign, DiskUnusable, StoragedError
 from storaged.meta import pending, redo
 from storaged.meta import store as store_module
 from storaged.meta.names import Table
@@ -29,6 +31,7 @@ from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
 from storaged.meta.redo import PAGE_BYTES, RedoLog
 from storaged.meta.rowvalue import open_small, seal_small
 from storaged.meta.store import LmdbMetaStore
+from tests.unit.disk_world import HeldLog
 from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
 
 STORE_ID = bytes(range(16))
@@ -47,7 +50,7 @@ def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", HALF)
         patch.setattr(store_module, "CHECKPOINT_BYTES", HALF // 2)
-        patch.setattr(pending, "ENTRY_BYTES_MAX", HALF - 200)
+        patch.setattr(store_module, "GROUP_BYTES_MAX", HALF // 2)
         yield
 
 
@@ -224,12 +227,71 @@ def test_what_a_start_reads_is_on_the_drive(tmp_path: Path, small_log: None, mon
     assert calls == ["fdatasync", "posix_fadvise", "pread"]
 
 
+async def begun(log: RedoLog, body: bytes) -> None:
+    """The group was written without a thread."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[OSError | None] = loop.create_future()
+    if not log.begin(loop, body, ended.set_result):
+        pytest.skip("this machine, or this file system, has no asynchronous direct writes")
+    assert not ended.done()
+    assert await asyncio.wait_for(ended, 10) is None
+    log.wrote(len(body))
+
+
+async def test_what_was_written_without_a_thread_is_what_a_thread_writes(tmp_path: Path, small_log: None) -> None:
+    """Byte for byte; and one may go on where the other was."""
+    logs = []
+    for place in ("begun", "appended", "mixed"):
+        (tmp_path / place).mkdir()
+        logs.append(fresh(tmp_path / place))
+    for number in range(40):
+        body = body_of(number, number * 300)
+        for log in logs:
+            if not log.fits(len(body)):
+                log.applied(log.sequence)
+                assert log.turn()
+        await begun(logs[0], body)
+        logs[1].append(body)
+        if number % 3:
+            await begun(logs[2], body)
+        else:
+            logs[2].append(body)
+    sequence = {log.sequence for log in logs}
+    assert sequence == {40}
+    for log in logs:
+        log.detach()
+        log.close()
+    first, *others = [(tmp_path / place / redo.FILE_NAME).read_bytes() for place in ("begun", "appended", "mixed")]
+    assert [other == first for other in others] == [True, True]
+    again = opened(tmp_path / "begun", Mark(30, 40, 1, closed=False))
+    assert again.bodies == [body_of(number, number * 300) for number in range(30, 40)]
+    again.close()
+
+
+async def test_nothing_is_begun_that_is_for_a_thread(tmp_path: Path) -> None:
+    """A large group; any, where there are no asynchronous writes, or they are not asynchronous."""
+    loop, told = asyncio.get_running_loop(), []
+    log = fresh(tmp_path)
+    assert not log.begin(loop, bytes(redo.DIRECT_BODY_BYTES_MAX + 1), told.append)
+    await begun(log, bytes(redo.DIRECT_BODY_BYTES_MAX))
+    assert log._direct is not None
+    log._direct._worse = WORSE_IN_A_ROW_MAX
+    assert not log.begin(loop, b"group", told.append)
+    log.detach()
+    log.close()
+    without = RedoLog(tmp_path, STORE_ID, UNCLOSED, direct=False)
+    assert not without.begin(loop, b"group", told.append)
+    without.detach()
+    without.close()
+    assert told == []
+
+
 # --- the store over it --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def store(tmp_path: Path, small_log: None) -> AsyncIterator[LmdbMetaStore]:
-    made = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+@pytest.fixture(params=[True, False], ids=["direct", "by a thread"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path, small_log: None) -> AsyncIterator[LmdbMetaStore]:
+    made = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26, direct=request.param)
     yield made
     await made.close()
 
@@ -354,8 +416,12 @@ async def test_a_write_to_the_log_that_finds_no_space_ends_the_writer_until_the_
     def full(*_arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def full_later(_file: DirectFile, loop: asyncio.AbstractEventLoop, _pieces: object, _at: int, done: Done) -> None:
+        loop.call_soon(done, OSError(errno.ENOSPC, "No space left on device"))
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
+        patch.setattr(DirectFile, "write", full_later)
         with pytest.raises(DiskUnusable, match="No space"):
             await store.commit(StoreBatch([second]))
     with pytest.raises(DiskUnusable, match="takes no writes"):
@@ -527,14 +593,133 @@ def _compare(store: LmdbMetaStore, model: dict[tuple[int, bytes], Slot]) -> None
 
 
 async def test_nobody_reaches_a_store_that_is_closed(store: LmdbMetaStore) -> None:
-    """Neither the thread that commits records with their copies, nor who asks for a checkpoint: what they would write to is somebody else's by then."""
-    late = store.ready(StoreBatch([slot_of(name_of(b"late"))]), lambda _error: None)
+    """Neither who had a record ready with its copy, nor who asks for a checkpoint: what they would write to is somebody else's by then."""
+    told: list[StoragedError | None] = []
+    late = store.ready(StoreBatch([slot_of(name_of(b"late"))]), told.append)
     await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
     await store.close()
-    assert isinstance(store.commit_here([late]), DiskUnusable)
+    with pytest.raises(DiskUnusable, match="closed"):
+        store.post_ready(late)
     await store.checkpoint()
+    assert told == []
     again = LmdbMetaStore.open_or_refuse(store.directory, store.identity, map_bytes=1 << 26)
     assert (again.get(name_of(b"k")) is not None, again.get(name_of(b"late"))) == (True, None)
+    await again.close()
+
+
+def writes_of_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The threads that wrote to a log, from now on."""
+    names: list[str] = []
+    pwritev = os.pwritev
+
+    def noted(*arguments: Any) -> int:
+        names.append(threading.current_thread().name)
+        return pwritev(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", noted)
+    return names
+
+
+async def test_a_store_goes_on_by_its_thread_where_the_file_system_turns_out_to_block(
+    store: LmdbMetaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = [slot_of(name_of(b"%d" % number)) for number in range(3)]
+    threads = writes_of_threads(monkeypatch)
+    await store.commit(StoreBatch([slots[0]]))
+    direct = store._redo._direct
+    assert threads == ([] if direct is not None else ["meta-writer meta"])
+    if direct is not None:
+        direct._worse = WORSE_IN_A_ROW_MAX
+    await store.commit(StoreBatch([slots[1]]))
+    await store.commit(StoreBatch([slots[2]]))
+    assert threads[-2:] == ["meta-writer meta"] * 2
+    after = killed(store, tmp_path / "after")
+    assert [after.get(slot.name) for slot in slots] == slots
+    await after.close()
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EINVAL])
+async def test_a_write_that_the_kernel_does_not_begin_is_the_threads_and_no_failure_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """It has no memory for a request, or knows no durable ones."""
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    direct = store._redo._direct
+    if direct is None:
+        pytest.skip("this machine, or this file system, has no asynchronous direct writes")
+    slots, call = [slot_of(name_of(b"%d" % number)) for number in range(3)], direct._call
+
+    def refused(number: ctypes.c_long, *arguments: Any) -> int:
+        if number.value == direct._submit:
+            ctypes.set_errno(code)
+            return -1
+        return call(number, *arguments)
+
+    threads = writes_of_threads(monkeypatch)
+    await store.commit(StoreBatch([slots[0]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "_call", refused)
+        await store.commit(StoreBatch([slots[1]]))
+    await store.commit(StoreBatch([slots[2]]))
+    assert (threads, store.statistics().state) == (["meta-writer meta"], "ok")
+    after = killed(store, tmp_path / "after")
+    assert [after.get(slot.name) for slot in slots] == slots
+    await after.close()
+    await store.close()
+
+
+async def test_a_large_group_is_written_by_the_thread_and_small_ones_before_and_behind_it_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
+    threads = writes_of_threads(monkeypatch)
+    names = [name_of(b"small"), name_of(b"large"), name_of(b"small")]
+    bodies = [b"first", bytes(redo.DIRECT_BODY_BYTES_MAX + 1), b"second"]
+    slots = [slot_of(name, number, body) for number, (name, body) in enumerate(zip(names, bodies, strict=True))]
+    await asyncio.gather(*(store.commit(StoreBatch([slot])) for slot in slots))
+    assert "meta-writer meta" in threads
+    after = killed(store, tmp_path / "after")
+    for found in (store, after):
+        assert [found.get(slot.name) for slot in slots[1:]] == slots[1:]
+    await after.close()
+    await store.close()
+
+
+async def test_what_comes_while_a_group_is_written_is_the_next_group(store: LmdbMetaStore) -> None:
+    """In the order in which it came, whatever a turn of the loop brings; and is not read before it is durable."""
+    log = HeldLog(store)
+    log.hold()
+    told: list[int] = []
+    for number in range(20):
+        slot = slot_of(name_of(b"k"), number)
+        store.post(StoreBatch([slot]), lambda error, number=number: told.append(number) if error is None else None)
+        if not number:
+            await log.held.wait()
+        await asyncio.sleep(0)
+    assert (told, store.get(name_of(b"k")), log.groups) == ([], None, 1)
+    log.go_on()
+    await store.commit(StoreBatch())
+    assert told == list(range(20))
+    assert log.groups == 2
+    assert store.get(name_of(b"k")) == slot_of(name_of(b"k"), 19)
+
+
+async def test_a_store_that_is_closed_writes_first_what_it_has_in_hand(store: LmdbMetaStore, tmp_path: Path) -> None:
+    """Also when one group is on its way, another collects, and neither was told of."""
+    log = HeldLog(store)
+    log.hold()
+    slots = [slot_of(name_of(b"%d" % number)) for number in range(5)]
+    writing = [asyncio.ensure_future(store.commit(StoreBatch([slot]))) for slot in slots]
+    await log.held.wait()
+    closing = asyncio.ensure_future(store.close())
+    await asyncio.sleep(0.02)
+    assert not closing.done()
+    log.go_on()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*writing)
+        await closing
+    again = killed(store, tmp_path / "again")
+    assert [again.get(slot.name) for slot in slots] == slots
     await again.close()
 
 
@@ -565,8 +750,7 @@ def example() -> pending.Ready:
 def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_path: Path) -> None:
     header, head, *body = documented()
     log = fresh(tmp_path)
-    for logged, _ in pending.encode_groups([example()]):
-        log.append(logged)
+    log.append(pending.encode_group([example()]))
     log.close()
     written = (tmp_path / redo.FILE_NAME).read_bytes()
     assert len(written) == (1 + 2 * 2048) * 4096

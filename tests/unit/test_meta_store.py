@@ -21,13 +21,14 @@ from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.rowvalue import pack_row
 from storaged.meta.store import LmdbMetaStore
+from tests.unit.disk_world import HeldLog
 from tests.unit.meta_store_suite import *  # noqa: F403
 from tests.unit.meta_store_suite import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in
 
 
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
-    opened = LmdbMetaStore(tmp_path / "meta")
+@pytest.fixture(params=[True, False], ids=["direct", "by a thread"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
+    opened = LmdbMetaStore(tmp_path / "meta", direct=request.param)
     yield opened
     await opened.close()
 
@@ -85,8 +86,7 @@ async def test_commits_that_arrive_while_one_is_synced_share_the_next(store: Lmd
     assert seen.largest_group <= 128
 
 
-async def test_close_writes_what_was_queued(tmp_path: Path) -> None:
-    store = LmdbMetaStore(tmp_path / "meta")
+async def test_close_writes_what_was_queued(store: LmdbMetaStore) -> None:
     waiting = [asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))]))) for number in range(20)]
     await asyncio.sleep(0)
     await store.close()
@@ -263,8 +263,7 @@ async def test_a_full_map_makes_it_read_only_but_readable_and_loses_nothing_that
     await store.close()
 
 
-async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_again(tmp_path: Path) -> None:
-    store = LmdbMetaStore(tmp_path / "meta")
+async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_again(store: LmdbMetaStore) -> None:
     kept = slot_of(name_of(b"kept"))
     await store.commit(StoreBatch(slots=[kept]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -375,18 +374,20 @@ async def test_a_callback_that_raises_keeps_its_news_from_no_other_commit(tmp_pa
 
 
 async def test_posts_beyond_the_bound_are_refused_while_the_disk_hangs_and_harm_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "QUEUED_BATCHES_MAX", 3)
-    store = LmdbMetaStore(tmp_path)
+    log = HeldLog(store)
     told: list[StoragedError | None] = []
-    store._log.acquire()  # the disk hangs
+    log.hold()
     for number in range(3):
         store.post(StoreBatch(meta={f"m{number}": b"1"}), told.append)
+        await asyncio.sleep(0)
+    await log.held.wait()
     with pytest.raises(SlowDown):
         store.post(StoreBatch(meta={"beyond": b"1"}), told.append)
-    store._log.release()
+    assert told == []
+    log.go_on()
     await store.commit(StoreBatch(meta={"after": b"1"}))
     assert told == [None] * 3
     assert (store.get_meta("m2"), store.get_meta("beyond"), store.get_meta("after")) == (b"1", None, b"1")
-    await store.close()

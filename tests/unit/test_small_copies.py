@@ -6,29 +6,28 @@ import asyncio
 import errno
 import random
 import shutil
-import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import pytest
 
-from storaged.errors import DiskUnusable, StoragedError
-from storaged.fragments.engine import StoreLimits
-from storaged.fragments.store import LocalFragmentStore
+from storaged.errors import DiskUnusable, SlowDown, StoragedError
+from storaged.fragments import store as fragment_store
+from storaged.fragments.payloads import COPY_BYTES_MAX
 from storaged.meta import messages
+from storaged.meta import store as store_module
 from storaged.meta.copies import ENTRY_BYTES, CopiesToldLately, PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, MetaStore
-from storaged.meta.redo import RedoLog
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, MetaStore, StoreBatch
 from storaged.meta.register import Verdict
 from storaged.meta.replica import LocalReplica
-from storaged.meta.store import LmdbMetaStore
-from storaged.node.disks import DiskCopies, restore_copies
+from storaged.node.disks import restore_copies
 from storaged.wire import Buffer, encode
-from tests.unit.fragment_world import DISK, SimulatedFile, SimulatedFiles, make
+from tests.unit.disk_world import LogDisk, died
+from tests.unit.fragment_world import SimulatedFile, SimulatedFiles, make
 
 SCOPE = b"s" * 16
 NAME = RegisterName(Table.OBJECT, SCOPE, 3, b"key")
@@ -51,7 +50,7 @@ def small(length: int = 100) -> Small:
 
 
 class Disk(Protocol):
-    """What a test does to a body. ``hold``: no record gets to its disk until ``go_on``, though its copy may."""
+    """What a test does to a body. ``hold``: no record gets to its disk until ``go_on``."""
 
     meta: MetaStore
     copies: Copies
@@ -95,49 +94,6 @@ class PlainDisk:
         self._open.set()
 
     async def close(self) -> None:
-        await self.meta.close()
-
-
-class LogDisk:
-    """Both stores as a node opens them. ``held``: set while a commit is being held up."""
-
-    def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, files: SimulatedFiles | None) -> None:
-        self.meta = meta
-        self.fragments = fragments
-        self._files = files
-        self.copies = DiskCopies(meta, fragments)
-        self._commit = fragments.commit_companions
-        self._open = threading.Event()
-        self._open.set()
-        self.held = threading.Event()
-        fragments.commit_companions = self._held_up
-
-    @classmethod
-    async def opened(cls, directory: Path, *, simulated: bool = True, map_bytes: int = 1 << 26, **limits: int) -> LogDisk:
-        meta = LmdbMetaStore(directory / "meta", map_bytes=map_bytes)
-        files = SimulatedFiles() if simulated else None
-        fragments = await LocalFragmentStore.open(directory / "fragments", DISK, files=files, limits=StoreLimits(**limits))
-        return cls(meta, fragments, files)
-
-    def _held_up(self, companions: Sequence[Any]) -> StoragedError | None:
-        if not self._open.is_set():
-            self.held.set()
-            assert self._open.wait(10)
-        return self._commit(companions)
-
-    def set_full(self, full: bool) -> None:
-        assert self._files is not None
-        self._files.limit = 1 if full else 0
-
-    def hold(self) -> None:
-        self._open.clear()
-
-    def go_on(self) -> None:
-        self._open.set()
-
-    async def close(self) -> None:
-        self._open.set()
-        await self.fragments.close()
         await self.meta.close()
 
 
@@ -244,19 +200,18 @@ async def test_a_read_brings_the_copy_that_it_names_with_its_header_or_says_that
     assert (missing.payload, bytes(body)) == (b"", b"")
 
 
-async def test_a_record_that_the_store_refused_with_its_copy_makes_the_replica_silent(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_record_that_the_store_refused_with_its_copy_makes_the_replica_silent(directory: Path) -> None:
     disk = await LogDisk.opened(directory)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
-
-    def broken(_log: RedoLog, _body: bytes) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(RedoLog, "append", broken)
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold()
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
+    await disk.held.wait()
+    disk.go_on(OSError(errno.EIO, "Input/output error"))
     with pytest.raises(DiskUnusable, match="Input/output"):
-        await replica.accept(with_copy(ballot(10), copy), [copy.payload])
+        await accepting
     assert disk.meta.get(NAME) is None
+    assert disk.fragments.find_copy(copy.data_id) is None
     with pytest.raises(DiskUnusable):
         await replica.prepare(messages.Prepare("d", OTHER, ballot(11)))
     async with asyncio.timeout(10):
@@ -264,64 +219,189 @@ async def test_a_record_that_the_store_refused_with_its_copy_makes_the_replica_s
         await disk.close()
 
 
-async def test_a_copy_for_which_the_logs_queue_has_no_room_waits_and_is_kept(directory: Path) -> None:
-    disk = await LogDisk.opened(directory, queue_bytes_max=1000)
-    replica, names = LocalReplica("d", disk.meta, copies=disk.copies), (NAME, OTHER)
-    begun: list[bool] = []
-    write_with = disk.fragments.write_with
+async def test_copies_that_come_while_a_group_is_written_are_one_group(directory: Path) -> None:
+    """One comes in each turn of the loop, while the first is held up on its way to the log; a record without a copy goes with them, a large fragment waits for none."""
+    disk = await LogDisk.opened(directory)
+    told: list[str] = []
 
-    def seen(*arguments: Any) -> bool:
-        begun.append(write_with(*arguments))
-        return begun[-1]
+    def keep(name: str, copy: Small) -> None:
+        def done(refusal: StoragedError | None, error: StoragedError | None) -> None:
+            assert (refusal, error) == (None, None)
+            told.append(name)
 
-    disk.fragments.write_with = seen  # type: ignore[method-assign]
-    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+        disk.copies.keep(copy.header, [copy.payload], StoreBatch(meta={name: b"1"}), done)
+
+    copies = [small() for _ in range(11)]
     disk.hold()
-    copies = [small(900), small(900)]
-    accepting = [
-        asyncio.create_task(replica.accept(with_copy(ballot(10), copy, name), [copy.payload]))
-        for copy, name in zip(copies, names, strict=True)
-    ]
-    assert await asyncio.to_thread(disk.held.wait, 10)
-    await settle_tasks()
-    assert begun == [True, False]
-    assert not any(task.done() for task in accepting)
+    keep("first", copies[0])
+    await disk.held.wait()
+    for number, copy in enumerate(copies[1:]):
+        keep(f"{number}", copy)
+        await asyncio.sleep(0)
+    alone = asyncio.ensure_future(disk.meta.commit(StoreBatch(meta={"alone": b"1"})))
+    large = make(RNG, 200_000)
+    async with asyncio.timeout(10):
+        await disk.fragments.write(large.header, [large.payload], sync=True)
+    assert not told
+    assert not any(disk.fragments.find_copy(copy.data_id) for copy in copies)
     disk.go_on()
     async with asyncio.timeout(10):
-        assert [(reply.verdict, reply.copy_synced) for reply in await asyncio.gather(*accepting)] == [(Verdict.OK, True)] * 2
-    for copy, name in zip(copies, names, strict=True):
+        await alone
+    assert told == ["first", *map(str, range(10))]
+    assert disk.log.groups == 2
+    for copy in copies:
+        loaded = await disk.copies.load(copy.data_id)
+        assert loaded is not None
+        assert (loaded.header, bytes(loaded.payload)) == (copy.header, copy.payload)
+    await disk.close()
+
+
+async def test_each_copy_is_told_of_once_when_writing_its_group_fails_unexpectedly(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = await LogDisk.opened(directory)
+    told: list[tuple[str, bool, bool]] = []
+
+    def mistaken(*_arguments: object) -> bool:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(disk.meta._redo, "begin", mistaken)
+    for name, payload_byte in (("bad", 1), ("good", 0)):
+        copy = small()
+        payload = bytes([copy.payload[0] ^ payload_byte]) + copy.payload[1:]
+
+        def done(refusal: StoragedError | None, error: StoragedError | None, name: str = name) -> None:
+            told.append((name, refusal is not None, error is not None))
+
+        disk.copies.keep(copy.header, [payload], StoreBatch(meta={name: b"1"}), done)
+    await asyncio.sleep(0.05)
+    assert told == [("bad", True, False), ("good", False, True)]
+    assert disk.meta.statistics().state == "read-only"
+    await disk.close()
+
+
+async def test_a_callback_that_raises_keeps_its_news_from_no_other_copy(directory: Path) -> None:
+    told, troubles = asyncio.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: troubles.append(context["exception"]))
+
+    def mistaken(_refusal: StoragedError | None, _error: StoragedError | None) -> None:
+        raise RuntimeError("a mistake")
+
+    disk = await LogDisk.opened(directory)
+    for name, done in (("one", mistaken), ("two", lambda _refusal, _error: told.set())):
+        copy = small()
+        disk.copies.keep(copy.header, [copy.payload], StoreBatch(meta={name: b"1"}), done)
+    await asyncio.wait_for(told.wait(), 10)
+    await disk.close()
+    assert [str(error) for error in troubles] == ["a mistake"]
+
+
+async def test_a_copy_for_which_the_stores_queue_has_no_room_is_refused_and_harms_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "QUEUED_BATCHES_MAX", 1)
+    disk = await LogDisk.opened(directory)
+    replica, copies = LocalReplica("d", disk.meta, copies=disk.copies), [small(), small()]
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold()
+    first = asyncio.create_task(replica.accept(with_copy(ballot(10), copies[0]), [copies[0].payload]))
+    await disk.held.wait()
+    with pytest.raises(SlowDown):
+        await replica.accept(with_copy(ballot(10), copies[1], OTHER), [copies[1].payload])
+    disk.go_on()
+    async with asyncio.timeout(10):
+        assert (await first).copy_synced
+        assert (await replica.accept(with_copy(ballot(10), copies[1], OTHER), [copies[1].payload])).copy_synced
+    for copy, name in zip(copies, (NAME, OTHER), strict=True):
         assert await payload_at(replica, name) == (copy.data_id, copy.payload)
     await disk.close()
 
 
-async def died(disk: LogDisk, directory: Path) -> LogDisk:
-    """The disk as a process finds it whose predecessor was killed now."""
-    place = directory / "died"
-    for name in ("meta", "fragments"):
-        await asyncio.to_thread(shutil.copytree, directory / name, place / name)
+async def test_a_copy_larger_than_the_redo_log_takes_is_synced_where_it_belongs_before_its_record(directory: Path) -> None:
+    disk = await LogDisk.opened(directory)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small(COPY_BYTES_MAX + 1)
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    disk.hold()
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
+    async with asyncio.timeout(10):
+        await disk.held.wait()
+    assert disk.files is not None
+    assert any(copy.payload in segment.durable for segment in disk.files.disks.values())
+    disk.go_on()
+    assert (await accepting).copy_synced
+    assert await payload_at(replica) == (copy.data_id, copy.payload)
     await disk.close()
-    found = await LogDisk.opened(place, simulated=False, reserve_bytes=1)
-    await restore_copies(found.meta, found.fragments)
-    return found
 
 
-async def test_a_process_that_dies_between_the_copy_and_its_record_leaves_a_copy_that_nothing_names(directory: Path) -> None:
+async def test_a_senders_buffer_that_is_used_again_changes_no_copy(directory: Path) -> None:
+    """The body of a request is valid until it is answered; the copy is found in memory and appended after that, and written to the log before."""
+    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+    replica, copies = LocalReplica("d", disk.meta, copies=disk.copies), [small(5000), small(5000)]
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    buffer = bytearray(copies[0].payload)
+    await replica.accept(with_copy(ballot(10), copies[0]), [memoryview(buffer)[:3000], memoryview(buffer)[3000:]])
+    buffer[:] = bytes(len(buffer))
+    buffer = bytearray(copies[1].payload)
+    disk.hold()
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copies[1], OTHER), [buffer]))
+    await disk.held.wait()
+    buffer[:] = bytes(len(buffer))
+    disk.go_on()
+    assert (await accepting).copy_synced
+    for _ in range(2):
+        for copy, name in zip(copies, (NAME, OTHER), strict=True):
+            assert await payload_at(replica, name) == (copy.data_id, copy.payload)
+        await disk.fragments._settle()  # what was kept is appended then
+    found = await died(disk, directory)
+    assert [bytes(payload) for _, payload in found.meta.restorable()] == []
+    for copy in copies:
+        loaded = await found.copies.load(copy.data_id)
+        assert loaded is not None
+        assert bytes(loaded.payload) == copy.payload
+    await found.close()
+
+
+async def test_a_process_that_dies_before_the_log_has_them_leaves_neither_copy_nor_record(directory: Path) -> None:
     disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
     await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
     disk.hold()
     accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
-    assert await asyncio.to_thread(disk.held.wait, 10)
+    await disk.held.wait()
+    assert disk.copies.peek(copy.data_id) is None
     found = await died(disk, directory)
     await accepting
     assert found.meta.get(NAME) is None
-    assert [header async for header in found.fragments.scan()] != []
-    loaded = await found.copies.load(copy.data_id)
-    assert loaded is not None
-    assert bytes(loaded.payload) == copy.payload
+    assert [header async for header in found.fragments.scan()] == []
+    assert await found.copies.load(copy.data_id) is None
     returned = LocalReplica("d", found.meta, copies=found.copies)
     reply = await returned.prepare(messages.Prepare("d", NAME, ballot(2 * 10**15)))
     assert (reply.verdict, reply.accepted) == (Verdict.OK, ZERO_BALLOT)
+    await found.close()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("direct", [True, False])
+async def test_a_process_that_dies_after_the_log_has_them_and_before_the_copy_is_appended_leaves_both(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, answered: bool, direct: bool
+) -> None:
+    monkeypatch.setattr(fragment_store, "LATER_S", 60)
+    disk = await LogDisk.opened(directory, simulated=False, direct=direct, reserve_bytes=1)
+    replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
+    await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
+    if not answered:
+        disk.hold(written=True)
+    accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
+    if answered:
+        assert (await accepting).copy_synced
+    else:
+        await disk.held.wait()
+    assert not any(copy.payload in path.read_bytes() for path in (directory / "fragments" / "segments").iterdir())
+    found = await died(disk, directory)
+    await accepting
+    returned = LocalReplica("d", found.meta, copies=found.copies)
+    assert await payload_at(returned) == (copy.data_id, copy.payload)
+    assert [header.id[:16] async for header in found.fragments.scan()] == [copy.data_id]
     await found.close()
 
 
@@ -337,6 +417,7 @@ async def test_copies_whose_own_log_was_not_synced_come_back_from_the_redo_log(d
     await disk.meta.checkpoint()
     for name, copy in zip(names[4:], copies[4:], strict=True):
         await replica.accept(with_copy(ballot(10), copy, name), [copy.payload])
+    await disk.fragments._settle()  # what was kept is appended then
     place = directory / "died"
     for part in ("meta", "fragments"):
         await asyncio.to_thread(shutil.copytree, directory / part, place / part)
@@ -387,41 +468,45 @@ async def test_copies_for_which_there_is_no_room_at_all_stay_in_the_redo_log_and
         await found.close()
 
 
-async def test_a_checkpoint_waits_for_the_copies_own_log(directory: Path) -> None:
-    """And not for the thread that writes it: that may be waiting for the checkpoint."""
-    disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
+async def test_a_checkpoint_waits_for_the_copies_own_log(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for a group that is on its way to the redo log: that may be waiting for the checkpoint."""
+    monkeypatch.setattr(fragment_store, "LATER_S", 60)
+    disk = await LogDisk.opened(directory)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
     order: list[str] = []
     sync_copies, apply = disk.meta.sync_copies, disk.meta._applier.apply
-    disk.meta.sync_copies = lambda: (order.append("copies"), sync_copies())[1]
-    disk.meta._applier.apply = lambda *arguments: (order.append("rows"), apply(*arguments))[1]  # type: ignore[method-assign]
+
+    def durable() -> bool:
+        assert disk.files is not None
+        return any(copy.payload in segment.durable for segment in list(disk.files.disks.values()))
+
+    disk.meta.sync_copies = lambda: (order.append(f"copies {durable()}"), sync_copies())[1]
+    disk.meta._applier.apply = lambda *arguments: (order.append(f"rows {durable()}"), apply(*arguments))[1]  # type: ignore[method-assign]
     await replica.accept(with_copy(ballot(10), copy), [copy.payload])
     other = small()
     disk.hold()
     accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), other, OTHER), [other.payload]))
-    assert await asyncio.to_thread(disk.held.wait, 10)
+    await disk.held.wait()
     async with asyncio.timeout(10):
         await disk.meta.checkpoint()
-    assert order == ["copies", "rows"]
+    assert order == ["copies False", "rows True"]
     disk.go_on()
     assert (await accepting).copy_synced
     await disk.close()
 
 
-async def test_a_sync_that_fails_refuses_the_copies_of_its_group(directory: Path) -> None:
-    """They would be acknowledged on a disk that is known to have failed."""
+async def test_a_disk_that_is_known_to_have_failed_takes_no_copies(directory: Path) -> None:
+    """They would be acknowledged, and count as lost: also when it was asked just before how much room it has."""
     disk = await LogDisk.opened(directory)
     replica, first, second = LocalReplica("d", disk.meta, copies=disk.copies), small(), small()
-    await replica.accept(with_copy(ballot(10), first, OTHER), [first.payload])
-    assert disk._files is not None
-    disk._files.fail["sync"] = 0
+    assert (await replica.accept(with_copy(ballot(10), first, OTHER), [first.payload])).copy_synced
+    assert disk.files is not None
+    disk.files.fail["sync"] = 0
     other = make(RNG)
-    writing = asyncio.ensure_future(disk.fragments.write(other.header, [other.payload], sync=True))
-    await asyncio.sleep(0)
+    with pytest.raises(DiskUnusable):
+        await disk.fragments.write(other.header, [other.payload], sync=True)
     reply = await replica.accept(with_copy(ballot(10), second), [second.payload])
     assert (reply.verdict, reply.copy_synced) == (Verdict.UNSTORED, False)
-    with pytest.raises(DiskUnusable):
-        await writing
     assert disk.meta.get(NAME) is None
     await disk.close()
 
