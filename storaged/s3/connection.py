@@ -38,10 +38,6 @@ log = logging.getLogger("storaged.s3")
 RECEIVE_BYTES = 64 * KIB
 """Of one system call, unless a large body goes straight to its reader. It also bounds what strangers make the loop do at a time: this many bytes of the tiniest
 chunks take 40 ms to decode."""
-SOON_BYTES_MAX = 64 * KIB
-SOON_MAX = 16
-"""So many answers leave one behind the other. The first may wake the client, which costs more than to send (30 us where the processor is virtual); who sends each as it is ready wakes it for each."""
-
 FLUSH_LOOK_S = 0.25
 SWEEPS_PER_LIMIT = 4
 SWEEP_EVERY_S_MAX = 1.0
@@ -58,7 +54,7 @@ class Connection(asyncio.BufferedProtocol):
     """One client. Its task calls ``next_head``, reads ``body``, and ``write``s."""
 
     __slots__ = (
-        "_answering", "_begun", "_body", "_ended", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_send_waited_s", "_taken_before", "_unsent", "_waited",
+        "_answering", "_begun", "_body", "_ended", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_send_waited_s", "_taken_before", "_waited",
         "heard_ns", "lost", "moved_s", "moved_seen", "paused", "phase", "progress", "remote", "secure", "transport",
     )  # fmt: skip
 
@@ -77,8 +73,6 @@ class Connection(asyncio.BufferedProtocol):
         self._answering = False
         """A request is being answered by callbacks; the task waits."""
         self._begun: object | None = None
-        self._unsent = b""
-        """An answer that leaves with others (``Connections.send_soon``)."""
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.remote = ""
         self.secure = False
@@ -181,7 +175,7 @@ class Connection(asyncio.BufferedProtocol):
         """The answer of a request that was begun by ``begin_soon`` has been written; ``keep``: others may follow."""
         self._answering = False
         if not keep:
-            self.close()
+            self.transport.close()
             return
         self.phase = HEAD
         self.progress += 1
@@ -209,7 +203,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = self._ended = True
-        self._unsent = b""
         if self._body is not None:
             self._body.fail(IncompleteBody())
         if self._answering:
@@ -315,34 +308,11 @@ class Connection(asyncio.BufferedProtocol):
         """Raises ConnectionResetError. See ``paused``: when it is set, ``drained`` must be awaited before ``data`` is used again."""
         if self.lost or self.transport.is_closing():
             raise ConnectionResetError("The client has gone.")
-        self.send()
         self.transport.write(data)
-
-    def write_soon(self, data: bytes) -> None:
-        """As ``write``, of a whole answer: it leaves with those that others are given in this turn of the loop."""
-        if self.paused or self._unsent or len(data) > SOON_BYTES_MAX or self.lost or self.transport.is_closing():
-            self.write(data)
-        else:
-            self._unsent = data
-            self._others.send_soon(self)
-
-    def send(self) -> None:
-        """What was to leave soon leaves now."""
-        data = self._unsent
-        if data:
-            self._unsent = b""
-            if not self.transport.is_closing():
-                self.transport.write(data)
-
-    def close(self) -> None:
-        """Once what was written has left."""
-        self.send()
-        self.transport.close()
 
     def go_on(self) -> None:
         """``100 Continue``."""
         if not self.transport.is_closing():
-            self.send()
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def drained(self) -> None:
@@ -363,7 +333,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def end_writing(self) -> None:
         """Tells the client that the answer was the last, while what it still sends is read."""
-        self.send()
         if not self.transport.is_closing() and self.transport.can_write_eof():
             with contextlib.suppress(OSError):  # the client has gone already
                 self.transport.write_eof()
@@ -373,7 +342,7 @@ class Connection(asyncio.BufferedProtocol):
     def expire(self) -> None:
         """What was waited for did not come in time."""
         if self.phase == HEAD:
-            self.close()
+            self.transport.close()
         elif self.phase == SEND and self._room is not None and not self._room.done():
             self._room.set_exception(TimeoutError("The client takes nothing."))
         elif self.phase == BODY and self._body is not None:
@@ -436,7 +405,6 @@ class Connections:
         self._patience_s = {HEAD: limits.headers_s, BODY: limits.body_idle_s, SEND: limits.send_idle_s}
         self._every_s = min(SWEEP_EVERY_S_MAX, *(limit_s / SWEEPS_PER_LIMIT for limit_s in self._patience_s.values()))
         self._timer: asyncio.TimerHandle | None = None
-        self._to_send: list[Connection] = []
 
     def __call__(self) -> Connection:
         if self._timer is None:
@@ -454,19 +422,6 @@ class Connections:
         task = asyncio.get_running_loop().create_task(self._converse(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def send_soon(self, connection: Connection) -> None:
-        """At the end of this turn of the loop, or with so many others."""
-        self._to_send.append(connection)
-        if len(self._to_send) == 1:
-            asyncio.get_running_loop().call_soon(self._send_all)
-        elif len(self._to_send) >= SOON_MAX:
-            self._send_all()
-
-    def _send_all(self) -> None:
-        connections, self._to_send = self._to_send, []
-        for connection in connections:
-            connection.send()
 
     def forget(self, connection: Connection) -> None:
         self.open.discard(connection)

@@ -51,12 +51,12 @@ class Sender:
         self._common = ""
         """Lines that all answers of one second have."""
 
-    def put(self, connection: Connection, request: Request, reply: Reply, keep: bool, *, soon: bool = False) -> int:
-        """Writes an answer that is no stream; the bytes of its body. ``soon``: a small one with others. Raises ConnectionResetError, ValueError. See ``Connection.paused``."""
+    def put(self, connection: Connection, request: Request, reply: Reply, keep: bool) -> int:
+        """Writes an answer that is no stream; the bytes of its body. Raises ConnectionResetError, ValueError. See ``Connection.paused``."""
         data = self._head(request, reply, keep)
         payload = b"" if request.method == "HEAD" or reply.status in (204, 304) else reply.body
         if len(payload) <= JOIN_BYTES_MAX:
-            (connection.write_soon if soon else connection.write)(data + payload)
+            connection.write(data + payload)
         else:
             connection.write(data)
             connection.write(payload)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, S
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, Reading, StoreBatch
 from storaged.meta.replica import META_HIGH_WATER
+from storaged.node import daemon
 from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
 from storaged.node.reports import _private
@@ -206,3 +210,25 @@ async def test_a_keyring_that_is_not_the_clusters_opens_nothing_until_it_is_rest
         assert late.open_secret(late.seal_secret(b"x", []), []) == b"x"
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_given_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import os, sys\n"
+        "from storaged.node import daemon\n"
+        "os.sched_setscheduler(0, int(sys.argv[1]), os.sched_param(0))\n"
+        "daemon._do_not_push()\n"
+        "print(os.sched_getscheduler(0))\n"
+    )
+
+    def policy_after(policy: int) -> int:
+        return int(subprocess.run([sys.executable, "-c", script, str(policy)], check=True, capture_output=True, text=True).stdout)
+
+    assert policy_after(os.SCHED_OTHER) == os.SCHED_BATCH
+    assert policy_after(os.SCHED_IDLE) == os.SCHED_IDLE
+
+    def forbidden(*_arguments: object) -> None:
+        raise PermissionError("a system call filter")
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    daemon._do_not_push()

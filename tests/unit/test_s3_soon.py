@@ -11,6 +11,7 @@ import pytest
 
 from storaged.objects.api import NewMeta, Reading
 from storaged.objects.get import HeldStream
+from storaged.s3 import app
 from storaged.s3.connection import HEAD, WORKING, Connection
 from storaged.s3.limits import Limits
 from tests.unit.fake_object_service import checksum
@@ -20,8 +21,11 @@ META = NewMeta({"content-type": "text/plain", "cache-control": "no-store"}, {"co
 SMALL, LARGE = b"small" * 100, bytes(range(256)) * 400
 
 
-@pytest.fixture
-async def world() -> AsyncIterator[World]:
+@pytest.fixture(params=["at once", "with others"])
+async def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """Answers leave as they do with few requests in flight, and with many."""
+    if request.param == "with others":
+        monkeypatch.setattr(app, "ALONE_MAX", 0)
     async with s3_world() as made:
         await fill(made)
         yield made
@@ -257,3 +261,54 @@ async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_ha
         assert await reader.readexactly(len(body)) == body
     await until(lambda: connection.phase == HEAD)
     writer.close()
+
+
+async def test_answers_of_one_turn_of_the_loop_leave_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    end_all = app.S3App._end_all
+
+    def counted(front: app.S3App) -> None:
+        together.append(len(front._ending))
+        end_all(front)
+
+    monkeypatch.setattr(app.S3App, "_end_all", counted)
+    async with s3_world() as world:
+        await fill(world)
+        held = Held(world)
+        clients = [await asyncio.open_connection("127.0.0.1", world.port) for _ in range(app.ENDING_MAX + 4)]
+        for _, writer in clients:
+            writer.write(signed(world, "GET", "/bucket/small"))
+        await until(lambda: len(held.waiting) == len(clients))
+        while held.waiting:
+            held.go()
+        assert together == [app.ENDING_MAX]
+        assert world.app.statistics().requests_in_flight == 4, "until they have left"
+        for reader, writer in clients:
+            assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+            assert await reader.readexactly(len(SMALL)) == SMALL
+            writer.close()
+        assert world.app.statistics().requests_in_flight == 0
+
+
+async def test_a_client_that_goes_before_its_answer_leaves_keeps_no_other_from_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "ALONE_MAX", 0)
+    async with s3_world() as world:
+        await fill(world)
+        held = Held(world)
+        clients = [await asyncio.open_connection("127.0.0.1", world.port) for _ in range(3)]
+        for _, writer in clients:
+            writer.write(signed(world, "GET", "/bucket/small"))
+        await until(lambda: len(held.waiting) == 3)
+        while held.waiting:
+            held.go()
+        gone = next(iter(world.app._connections.open))  # type: ignore[union-attr]
+        gone.transport.abort()
+        bodies = []
+        for reader, writer in clients:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                await read_head(reader)
+                bodies.append(await reader.readexactly(len(SMALL)))
+            writer.close()
+        assert bodies == [SMALL, SMALL]
+        assert sorted(done.complete for done in world.done) == [False, True, True]
+        assert world.app.statistics().requests_in_flight == 0

@@ -17,6 +17,7 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
+from storaged.s3 import app
 from storaged.s3.body import RequestBody
 from storaged.s3.chunked import ChunkedDecoder
 from storaged.s3.connection import BODY, HEAD, Connection
@@ -31,8 +32,11 @@ SMALL = b"small" * 100
 MD5 = base64.b64encode(hashlib.md5(SMALL).digest()).decode()
 
 
-@pytest.fixture
-async def world() -> AsyncIterator[World]:
+@pytest.fixture(params=["at once", "with others"])
+async def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """Answers leave as they do with few requests in flight, and with many."""
+    if request.param == "with others":
+        monkeypatch.setattr(app, "ALONE_MAX", 0)
     async with s3_world(Limits(body_idle_s=0.3, linger_s=0.5)) as made:
         await make_bucket(made)
         yield made
@@ -233,6 +237,7 @@ async def test_a_client_that_goes_while_its_object_is_written_is_nobodys_trouble
     await until(lambda: world.app.statistics().connections == 0)
     assert world.app.statistics().requests_in_flight == 1
     held.go()
+    await asyncio.sleep(0)
     assert world.app.statistics().requests_in_flight == 0
     assert [(done.status, done.complete) for done in world.done] == [(200, False)]
     assert kept(world) == {b"key": SMALL}
@@ -248,6 +253,7 @@ async def test_what_a_client_that_has_gone_sent_behind_does_not_overtake_what_is
     await until(lambda: world.app.statistics().connections == 0)
     await asyncio.sleep(0.02)
     held.go()
+    await asyncio.sleep(0)
     assert [done.status for done in world.done] == [200]
     assert kept(world) == {b"key": SMALL}
     assert world.app.statistics().requests_in_flight == 0
