@@ -67,7 +67,7 @@ class Method(NamedTuple):
     """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them).
 
     Two shorter ways to an answer are tried before the task that the handler runs in. ``at_once`` answers on the event loop what needs no waiting, and returns
-    None for everything else. ``begin`` takes on what a writer thread will answer by a callback; once taken on, it is carried out even when the caller cancels.
+    None for everything else. ``begin`` takes on what is answered by a callback when a disk has written it; once taken on, it is carried out even when the caller cancels.
     ``for_strangers``: also answers a certified node that the layout in force does not name (yet, or any more).
     """
 

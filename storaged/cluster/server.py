@@ -6,7 +6,7 @@ refusal is sent when there is somebody to send it to, logged, and handed to ``on
 may call follows from the layout in force (``membership``), and is judged again, for connections that stand too, whenever that changes (``judge_again``).
 
 A request is answered in one of three ways (``ports.Method``): at once, on the event loop, where nothing needs waiting; by a callback, of what ``begin`` took on,
-mostly a disk's writer thread; else by a task. A task ends early, cancelled, when its caller withdraws the call, its deadline has passed or the connection is gone.
+mostly when a disk has written it; else by a task. A task ends early, cancelled, when its caller withdraws the call, its deadline has passed or the connection is gone.
 What was taken on can't be stopped: it is then let go instead, its place and its bytes are free, and an answer that comes after all goes nowhere. A stopping
 server waits for tasks and for what it did not let go, each for ``drain_s``.
 
@@ -501,7 +501,7 @@ class RpcServer:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         if any(connection.running for connection in connections):
-            self.drained = asyncio.Event()  # what was taken on without a task: a writer thread answers it
+            self.drained = asyncio.Event()  # what was taken on without a task: a disk answers it
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.drained.wait(), self.limits.drain_s)
         for connection in connections:

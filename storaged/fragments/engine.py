@@ -158,8 +158,8 @@ class Engine:
         self.index = index
         self.limits = limits
         self.failure = ""
-        self._lost = False
-        """It failed in a way that lasts: what it holds need not be on the drive."""
+        self.lost = False
+        """It failed in a way that lasts: what it holds need not be on the drive, and counts as lost, now and after a restart."""
         self._marked = True
         """A start will know of that."""
         self.segments: dict[int, SegmentFile] = {}
@@ -178,11 +178,6 @@ class Engine:
         self._refused_bytes = 0
         self.spare_bytes = 0
         """That fragments might have taken when that was last looked at."""
-
-    @property
-    def lost(self) -> bool:
-        """It failed in a way that lasts: what it holds counts as lost, now and after a restart."""
-        return self._lost
 
     def segment(self, number: int) -> SegmentFile | None:
         return self.segments.get(number)
@@ -208,7 +203,7 @@ class Engine:
         if report.failure and not self.failure:
             self.fail(report.failure)
         if self.failure:
-            self._lost = True
+            self.lost = True
             self.synced = Position(0, 0)  # what is in the page cache of a disk that failed need not be on the drive
         if not self.failure:
             self._reserve_ready = self.files.reserve(self.limits.note_reserve_bytes)
@@ -404,7 +399,7 @@ class Engine:
         Raises DiskUnusable on one that has failed for good where that could not be noted: a start would believe it."""
         end = self.end
         file = self.segments.get(end.segment)
-        if file is None or self._lost:
+        if file is None or self.lost:
             self._raise(None if self._marked else self._unusable())
             return
         try:
@@ -520,7 +515,7 @@ class Engine:
         """The disk is read-only from now on; ``lasting``: after a restart too, because what it holds can no longer be believed to be on the drive."""
         self.failure = reason
         if lasting:
-            self._lost = True
+            self.lost = True
             self._marked = self.files.mark_failed(reason)
 
     def _unusable(self) -> DiskUnusable:

@@ -70,6 +70,7 @@ LATER_BYTES_MAX = 512 * KIB
 
 SLOW_S = 0.02
 SLOW_FOR_S = 10.0
+"""When the loop has taken so long to append copies to the page cache, the thread does it for so long."""
 
 SPACE_LOOK_S = 0.1
 SPACE_LOOK_PART = 64

@@ -6,7 +6,7 @@ Theory of operation
     the count was after them: what was found of a range is still so when none of the keys written since is in it. A write that was under way when the count was read is
     among these.
 
-    One thread at a time writes; the event loop reads meanwhile, each look at a table being a single step of the interpreter.
+    The event loop writes and reads. Another thread may read meanwhile, each look at a table being a single step of the interpreter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is durable in the redo log and not yet in LMDB: how a batch looks there, and how it is read meanwhile. Pure.
 
-One thread at a time adds to an overlay, while the event loop reads it: each look at one of its tables is a single step of the interpreter, and a table never shrinks.
+The event loop adds to an overlay, one thread at a start, and both may be read by a checkpoint's thread: each look at one of its tables is a single step of the interpreter, and a table never shrinks.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Theory of operation
     A commit of LMDB writes every page of the tree that it touches and syncs twice; a segment that grows drags the file system's own journal along. So what a
-    group of batches changes, and the small copies that come with them, go into this log first, with one write that is durable when it returns, to blocks
-    that have long been the file's. They are acknowledged then, and reach LMDB later, many groups in one commit (a *checkpoint*).
+    group of batches changes, and the small copies that come with them, go into this log first, with one synced write to blocks
+    that have long been the file's: the kernel's, while the event loop goes on (``begin``, ``storaged.aio``), or a thread's (``write``). They are acknowledged then, and reach LMDB later, many groups in one commit (a *checkpoint*).
 
     The file (FORMATS.md, Redo log) has a header and two halves. A *group* begins on a page of its own, so that a write that is torn harms no other; its head
     and body have checks that are seeded with the store and the place; groups are numbered without a gap for as long as the store lives. Groups fill one half
@@ -58,11 +58,11 @@ BODY_BYTES_MAX = HALF_BYTES - PAGE_BYTES - _HEAD.size
 """A group of any size up to this fits a half."""
 
 DIRECT_BODY_BYTES_MAX = 2 * MIB
-"""A larger group is rare, and not for the event loop: it takes a millisecond to encode, check and copy."""
+"""A larger group is rare, and a thread's: the event loop would take a millisecond to check and copy it."""
 
 
 class RedoLog:
-    """The log of one store. Called by one thread at a time."""
+    """The log of one store. One group at a time is written; what says how far it is written changes under the store's lock (``wrote``, ``turn``, ``applied``)."""
 
     def __init__(self, directory: Path, store_id: bytes, mark: Mark | None, *, direct: bool = True) -> None:
         """Opens the log, or makes one for a store that has none yet (``mark`` None) or needs none (it was closed). ``direct``: ``begin`` is wanted.
@@ -126,7 +126,7 @@ class RedoLog:
         self._lasts[self._half] = self.sequence
 
     def append(self, body: Buffer) -> None:
-        """``write`` and ``wrote``."""
+        """``write`` and ``wrote``, for who has no loop."""
         self.write(body)
         self.wrote(len(body))
 

@@ -215,14 +215,20 @@ async def test_a_loop_hears_of_nothing_that_was_detached(direct: DirectFile, mon
     assert heard == 2
 
 
-async def test_news_of_nothing_is_taken_for_nothing(direct: DirectFile) -> None:
+async def test_news_of_nothing_is_taken_for_nothing(direct: DirectFile, path: Path) -> None:
     """As when a loop hears of an event that was read already, or before the kernel has written it down."""
     direct._heard()
-    await write(direct, [bytes(BLOCK_BYTES)], 0)
+    await write(direct, [b"1" * BLOCK_BYTES], 0)
     for _ in range(2):
         os.eventfd_write(direct._told, 1)
         await asyncio.sleep(0.01)
-    await write(direct, [bytes(BLOCK_BYTES)], 0)
+        assert direct._done is None
+    told: list[OSError | None] = []
+    direct.write(asyncio.get_running_loop(), [b"2" * BLOCK_BYTES], 0, told.append)
+    os.eventfd_write(direct._told, 1)
+    await asyncio.sleep(0.1)
+    assert told == [None]
+    assert content(path)[:BLOCK_BYTES] == b"2" * BLOCK_BYTES
 
 
 def test_another_loop_may_go_on_where_one_has_ended(direct: DirectFile, path: Path) -> None:
