@@ -125,11 +125,6 @@ class RedoLog:
         self._ends[self._half] += _pages(body_bytes)
         self._lasts[self._half] = self.sequence
 
-    def append(self, body: Buffer) -> None:
-        """``write`` and ``wrote``, for who has no loop."""
-        self.write(body)
-        self.wrote(len(body))
-
     def _laid_out(self, body: Buffer) -> tuple[int, list[Buffer]]:
         """Where the next group goes, and what is written there."""
         if not self.fits(len(body)):

@@ -65,6 +65,12 @@ def fresh(directory: Path) -> RedoLog:
     return opened(directory, None)
 
 
+def append(log: RedoLog, body: bytes) -> None:
+    """As a store without a loop would."""
+    log.write(body)
+    log.wrote(len(body))
+
+
 def body_of(number: int, length: int = 100) -> bytes:
     return random.Random(number).randbytes(length)
 
@@ -76,7 +82,7 @@ def test_groups_come_back_in_order_and_those_that_lmdb_has_do_not(tmp_path: Path
     log = fresh(tmp_path)
     bodies = [body_of(number, number * 700) for number in range(10)]
     for body in bodies:
-        log.append(body)
+        append(log, body)
     log.close()
     for applied in range(11):
         again = opened(tmp_path, Mark(applied, 10, 1, closed=False))
@@ -90,7 +96,7 @@ def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path,
     written = 0
     for _ in range(7):
         while log.fits(5000):
-            log.append(body_of(written := written + 1, 5000))
+            append(log, body_of(written := written + 1, 5000))
         if not log.turn():
             assert written == 2 * (HALF // 8192)
             break
@@ -98,7 +104,7 @@ def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path,
     assert not log.turn()
     log.applied(HALF // 8192)
     assert log.turn()
-    log.append(b"new")
+    append(log, b"new")
     assert not log.turn()
     log.close()
     again = opened(tmp_path, Mark(HALF // 8192, written, 1, closed=False))
@@ -108,13 +114,13 @@ def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path,
 
 def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_written_over(tmp_path: Path, small_log: None) -> None:
     log = fresh(tmp_path)
-    log.append(body_of(1, HALF - 2 * PAGE_BYTES))
+    append(log, body_of(1, HALF - 2 * PAGE_BYTES))
     assert log.turn()
-    log.append(b"in the other half")
+    append(log, b"in the other half")
     log.applied(1)
     assert log.turn()
     with pytest.raises(ValueError, match="does not fit"):
-        log.append(bytes(HALF))
+        append(log, bytes(HALF))
     log.close()
     again = opened(tmp_path, Mark(1, 2, 1, closed=False))
     assert again.bodies == [b"in the other half"]
@@ -146,7 +152,7 @@ def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
                 log.applied(applied)
                 assert log.turn()
             before = (directory / redo.FILE_NAME).read_bytes()
-            log.append(body)
+            append(log, body)
             bodies[log.sequence] = body
             if number in restarts:
                 after = bytearray((directory / redo.FILE_NAME).read_bytes())
@@ -167,7 +173,7 @@ def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
 def test_damage_before_the_last_group_refuses_the_disk(tmp_path: Path, small_log: None, where: str) -> None:
     log = fresh(tmp_path)
     for number in range(5):
-        log.append(body_of(number, 5000))
+        append(log, body_of(number, 5000))
     log.close()
     whole = (tmp_path / redo.FILE_NAME).read_bytes()
     for group in range(5):
@@ -186,7 +192,7 @@ def test_damage_before_the_last_group_refuses_the_disk(tmp_path: Path, small_log
 
 def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, small_log: None) -> None:
     log = fresh(tmp_path)
-    log.append(b"group")
+    append(log, b"group")
     log.close()
     with pytest.raises(DiskForeign, match="not the redo log"):
         RedoLog(tmp_path, bytes(16), Mark(0, 0, 1, closed=False))
@@ -200,7 +206,7 @@ def test_a_log_that_is_gone_or_another_or_shorter_is_refused(tmp_path: Path, sma
     with pytest.raises(DiskForeign, match="gone"):
         opened(tmp_path, Mark(1, 1, 1, closed=False))
     again = opened(tmp_path, Mark(1, 1, 1, closed=True))  # it was closed: nothing of it is missed
-    again.append(b"next")
+    append(again, b"next")
     again.close()
     assert opened(tmp_path, Mark(1, 1, 1, closed=False)).bodies == [b"next"]
 
@@ -214,7 +220,7 @@ def test_a_log_whose_disk_refuses_to_read_is_unusable_and_not_foreign(tmp_path: 
 def test_what_a_start_reads_is_on_the_drive(tmp_path: Path, small_log: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was killed in a write may leave it in the page cache alone; what comes behind it must not outlive it."""
     log = fresh(tmp_path)
-    log.append(b"group")
+    append(log, b"group")
     log.close()
     calls: list[str] = []
 
@@ -251,11 +257,11 @@ async def test_what_was_written_without_a_thread_is_what_a_thread_writes(tmp_pat
                 log.applied(log.sequence)
                 assert log.turn()
         await begun(logs[0], body)
-        logs[1].append(body)
+        append(logs[1], body)
         if number % 3:
             await begun(logs[2], body)
         else:
-            logs[2].append(body)
+            append(logs[2], body)
     sequence = {log.sequence for log in logs}
     assert sequence == {40}
     for log in logs:
@@ -750,7 +756,7 @@ def example() -> pending.Ready:
 def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_path: Path) -> None:
     header, head, *body = documented()
     log = fresh(tmp_path)
-    log.append(pending.encode_group([example()]))
+    append(log, pending.encode_group([example()]))
     log.close()
     written = (tmp_path / redo.FILE_NAME).read_bytes()
     assert len(written) == (1 + 2 * 2048) * 4096
