@@ -51,7 +51,10 @@ class BucketService:
 
     def __init__(self, plane: ObjectPlane) -> None:
         self._plane = plane
-        self._recent: Recent[str, BucketRecord] = Recent(plane.clock, plane.limits.bucket_cache_s, plane.limits.cache_entries_max)
+        limits = plane.limits
+        self._recent: Recent[str, BucketRecord] = Recent(
+            plane.clock, limits.bucket_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
+        )
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -168,7 +171,7 @@ class BucketService:
 
     async def get(self, name: str) -> BucketRecord:
         """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
-        return await self._recent.get(name, lambda: self._load(name))
+        return await self._recent.get(name)
 
     def at_hand(self, name: str) -> BucketRecord | None:
         return self._recent.at_hand(name)

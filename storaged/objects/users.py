@@ -47,7 +47,10 @@ class UserService:
 
     def __init__(self, plane: ObjectPlane) -> None:
         self._plane = plane
-        self._recent: Recent[str, tuple[Principal, str]] = Recent(plane.clock, plane.limits.user_cache_s, plane.limits.cache_entries_max)
+        limits = plane.limits
+        self._recent: Recent[str, tuple[Principal, str]] = Recent(
+            plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
+        )
 
     def _decode(self, name: RegisterName, value: Value | None) -> UserRecord | None:
         """Raises DataDamaged for a record that no gateway of this cluster made."""
@@ -71,7 +74,7 @@ class UserService:
 
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """Raises InvalidAccessKeyId."""
-        return await self._recent.get(access_key, lambda: self._load(access_key))
+        return await self._recent.get(access_key)
 
     def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
         return self._recent.at_hand(access_key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +23,7 @@ from storaged.errors import (
 from storaged.meta.names import Change, RegisterName, Table, system_name
 from storaged.objects.api import NewMeta, Principal
 from storaged.objects.buckets import BucketService
-from storaged.objects.recent import Recent
+from storaged.objects.recent import RENEWALS_MAX, Recent
 from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.users import CLAIM_STALE_MS, NameClaim, UserService
@@ -296,25 +298,142 @@ async def test_lookups_are_kept_for_a_moment_and_shared_while_they_load() -> Non
         await users.lookup(anne.access_key)
 
 
+def not_spawned(work: Coroutine[Any, Any, None]) -> bool:
+    work.close()
+    return False
+
+
+async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_not_expires() -> None:
+    clock, spawned, loads = FakeClock(), list[asyncio.Task[None]](), 0
+
+    def spawn(work: Coroutine[Any, Any, None]) -> bool:
+        spawned.append(asyncio.create_task(work))
+        return True
+
+    async def load(_key: str) -> int:
+        nonlocal loads
+        loads += 1
+        if loads == 3:
+            raise ServiceUnavailable
+        return loads
+
+    recent = Recent[str, int](clock, 1.0, 10, load, spawn)
+    assert recent.at_hand("key") is None
+    assert await recent.get("key") == 1
+    clock.ahead_s += 0.5
+    assert recent.at_hand("key") == 1
+    assert not spawned
+    clock.ahead_s += 0.2
+    assert [recent.at_hand("key") for _ in range(3)] == [1, 1, 1]
+    assert await recent.get("key") == 1
+    await asyncio.gather(*spawned)
+    assert (len(spawned), recent.at_hand("key")) == (1, 2)
+    clock.ahead_s += 0.7  # behind the end of the first
+    assert recent.at_hand("key") == 2
+    await asyncio.gather(*spawned)
+    assert (len(spawned), loads) == (2, 3)  # a failure is nobody's, and the value lives as long as it would
+    clock.ahead_s += 0.2
+    assert recent.at_hand("key") == 2
+    await asyncio.gather(*spawned)
+    assert recent.at_hand("key") == 4
+    clock.ahead_s += 1.0
+    assert recent.at_hand("key") is None
+
+
+async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
+    clock, spawned, gone = FakeClock(), list[asyncio.Task[None]](), False
+
+    def spawn(work: Coroutine[Any, Any, None]) -> bool:
+        spawned.append(asyncio.create_task(work))
+        return True
+
+    async def load(_key: str) -> int:
+        if gone:
+            raise NoSuchBucket
+        return 1
+
+    recent = Recent[str, int](clock, 1.0, 10, load, spawn)
+    await recent.get("key")
+    clock.ahead_s += 0.7
+    gone = True
+    assert recent.at_hand("key") == 1
+    await asyncio.gather(*spawned)
+    assert recent.at_hand("key") is None
+
+
+async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_time() -> None:
+    clock, spawned, spawns = FakeClock(), list[asyncio.Task[None]](), True
+    hang = asyncio.Event()
+
+    def spawn(work: Coroutine[Any, Any, None]) -> bool:
+        if spawns:
+            spawned.append(asyncio.create_task(work))
+            return True
+        return not_spawned(work)
+
+    async def load(key: str) -> str:
+        if spawned:
+            await hang.wait()
+        return key
+
+    recent = Recent[str, str](clock, 1.0, 1000, load, spawn)
+    keys = [str(number) for number in range(3 * RENEWALS_MAX)]
+    for key in keys:
+        await recent.get(key)
+    clock.ahead_s += 0.7
+    spawns = False
+    assert [recent.at_hand(key) for key in keys] == keys
+    spawns = True
+    assert [recent.at_hand(key) for key in keys] == keys
+    assert len(spawned) == RENEWALS_MAX
+    hang.set()
+    await asyncio.gather(*spawned)
+    assert [recent.at_hand(key) for key in keys] == keys
+    assert len(spawned) > RENEWALS_MAX
+    await asyncio.gather(*spawned)
+
+
+async def test_what_is_being_loaded_is_not_loaded_anew_besides() -> None:
+    clock, spawned, loads = FakeClock(), list[asyncio.Task[None]](), 0
+
+    def spawn(work: Coroutine[Any, Any, None]) -> bool:
+        spawned.append(asyncio.create_task(work))
+        return True
+
+    async def load(_key: str) -> int:
+        nonlocal loads
+        loads += 1
+        await asyncio.sleep(0.01)
+        return loads
+
+    recent = Recent[str, int](clock, 1.0, 10, load, spawn)
+    await recent.get("key")
+    clock.ahead_s += 0.7
+    assert recent.at_hand("key") == 1
+    clock.ahead_s += 0.7  # it has expired before the renewal has begun
+    assert await asyncio.gather(recent.get("key"), recent.get("key"), *spawned) == [2, 2, None]
+    assert loads == 2
+
+
 async def test_all_who_wait_for_a_load_end_when_they_are_cancelled_together_and_go_on_when_only_the_loader_is() -> None:
-    recent = Recent[str, int](FakeClock(), 1.0, 10)
     loads = 0
     hang = asyncio.Event()
 
-    async def load() -> int:
+    async def load(_key: str) -> int:
         nonlocal loads
         loads += 1
         await hang.wait()
         return 1
 
-    tasks = [asyncio.create_task(recent.get("key", load)) for _ in range(3)]
+    recent = Recent[str, int](FakeClock(), 1.0, 10, load, not_spawned)
+    tasks = [asyncio.create_task(recent.get("key")) for _ in range(3)]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     done, pending = await asyncio.wait(tasks, timeout=0.2)
     assert not pending
     assert all(task.cancelled() for task in done)
-    tasks = [asyncio.create_task(recent.get("key", load)) for _ in range(3)]
+    tasks = [asyncio.create_task(recent.get("key")) for _ in range(3)]
     await asyncio.sleep(0)
     tasks[0].cancel()
     for _ in range(5):
