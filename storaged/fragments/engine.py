@@ -107,8 +107,8 @@ class Write:
     payload_bytes: int
 
     @classmethod
-    def of(cls, header: FragmentHeader, payload: Sequence[bytes | bytearray | memoryview]) -> Write:
-        """Raises PeerRefused (BAD_FRAGMENT) when header and payload contradict each other."""
+    def of(cls, header: FragmentHeader, payload: Sequence[bytes | bytearray | memoryview], message: bytes = b"") -> Write:
+        """``message``: the header's encoding, where that is known. Raises PeerRefused (BAD_FRAGMENT) when header and payload contradict each other."""
         first = payload[0] if len(payload) == 1 else None
         if type(first) is memoryview and first.format == "B" and len(first) == first.nbytes > 0:
             views, count = [first], len(first)  # of a copy, mostly
@@ -126,7 +126,7 @@ class Write:
             reason = f"it was created at {header.created_ms} ms; a time lies in 0..2^63"
         if reason:
             raise PeerRefused(f"not a fragment: {reason}", remote_code="BAD_FRAGMENT")
-        return cls(header.id, header, encode(header), views, count)
+        return cls(header.id, header, message or encode(header), views, count)
 
     def matches_hash(self) -> bool:
         """Whether the payload is what the block's hashes say it is. Copies share one hash."""
@@ -272,26 +272,27 @@ class Engine:
         """Of distinct fragments, for which the active segment has room."""
         if not pending:
             return
-        writer = self._writer()
+        writer, index = self._writer(), self.index
         placed: list[tuple[Write, Placed, int]] = []
+        sequence = index.sequence
         for _, write in pending:
-            self.index.sequence += 1
-            sums = cell_sums(write.payload, write.header.cell_bytes)
-            where = writer.fragment(write.message, sums, write.payload, write.payload_bytes, write.header.cell_bytes, self.index.sequence)
-            placed.append((write, where, self.index.sequence))
+            sequence += 1
+            cell_bytes = write.header.cell_bytes
+            sums = cell_sums(write.payload, cell_bytes)
+            where = writer.fragment(write.message, sums, write.payload, write.payload_bytes, cell_bytes, sequence)
+            placed.append((write, where, sequence))
+        index.sequence = sequence
         error = self._write_out(writer)
         if error is not None:
             for position, _ in pending:
                 answers[position] = error
             return
-        known = self.index.lookup_all([write.key for write, _, _ in placed])  # the keys of a group are distinct
-        for (write, where, sequence), before in zip(placed, known, strict=True):
+        known = index.lookup_all([write.key for _, write in pending])  # the keys of a group are distinct
+        active = self.active
+        for (write, (offset, record_bytes, payload_start), sequence), before in zip(placed, known, strict=True):
             header = write.header
-            entry = Entry(
-                self.active, where.offset, where.record_bytes, where.payload_start, write.payload_bytes, header.cell_bytes,
-                sequence, header.created_ms,
-            )  # fmt: skip
-            old = self.index.replace(write.key, before, entry)
+            entry = Entry(active, offset, record_bytes, payload_start, write.payload_bytes, header.cell_bytes, sequence, header.created_ms)
+            old = index.replace(write.key, before, entry)
             if old is not None:
                 self._garbage(old)
 

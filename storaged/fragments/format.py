@@ -54,6 +54,8 @@ _SEGMENT = struct.Struct(">8sHH4x16sQQ8xQ")
 _HEAD = struct.Struct(">4sBBHIIIIQQQQ")
 _TRAILER = struct.Struct(">4sIQ")
 _CHECK = struct.Struct(">Q")
+_HEAD_CHECKED = struct.Struct(_HEAD.format[:-1])
+"""Without the check of the head itself."""
 SEGMENT_HEADER_BYTES = 64
 HEAD_BYTES = 56
 TRAILER_BYTES = 16
@@ -61,6 +63,8 @@ assert _SEGMENT.size == SEGMENT_HEADER_BYTES
 assert _HEAD.size == HEAD_BYTES
 assert _TRAILER.size == TRAILER_BYTES
 assert _CHECK.size == 8
+assert _HEAD_CHECKED.size == HEAD_BYTES - _CHECK.size
+_ZEROS = bytes(ALIGNMENT)
 
 
 class FormatError(Exception):
@@ -315,18 +319,21 @@ class RecordWriter:
         """No record of these sizes takes more, filler included."""
         cells = -(-payload_bytes // cell_bytes) if payload_bytes else 0
         filler = PAGE + HEAD_BYTES if payload_bytes >= LARGE else 0
-        return align(HEAD_BYTES + message_bytes + 8 * cells) + align(payload_bytes) + TRAILER_BYTES + filler
+        head = HEAD_BYTES + message_bytes + 8 * cells
+        return head + -head % ALIGNMENT + payload_bytes + -payload_bytes % ALIGNMENT + TRAILER_BYTES + filler
 
     def fragment(
         self, message: bytes, sums: bytes, payload: Sequence[Buffer], payload_bytes: int, cell_bytes: int, sequence: int
     ) -> Placed:
-        payload_start = align(HEAD_BYTES + len(message) + len(sums))
+        payload_start = HEAD_BYTES + len(message) + len(sums)
+        payload_start += -payload_start % ALIGNMENT
         if payload_bytes >= LARGE:
             self._fill_to_page(payload_start)
-        record_bytes = payload_start + align(payload_bytes) + TRAILER_BYTES
+        padding = -payload_bytes % ALIGNMENT
+        record_bytes = payload_start + payload_bytes + padding + TRAILER_BYTES
         check = self._head(FRAGMENT, message, sums, payload_bytes, cell_bytes, record_bytes, sequence)
-        self.buffers.extend(payload)
-        self.buffers.append(bytes(align(payload_bytes) - payload_bytes) + _TRAILER.pack(TRAILER_MAGIC, record_bytes, check))
+        self.buffers += payload
+        self.buffers.append(_ZEROS[:padding] + _TRAILER.pack(TRAILER_MAGIC, record_bytes, check))
         return self._placed(record_bytes, payload_start)
 
     def notes(self, message: bytes, sequence: int) -> Placed:
@@ -346,13 +353,13 @@ class RecordWriter:
             self.mark(gap if gap >= HEAD_BYTES else gap + PAGE)
 
     def _head(self, kind: int, message: bytes, sums: bytes, payload_bytes: int, cell_bytes: int, record_bytes: int, sequence: int) -> int:
-        body = message + sums
-        raw = _HEAD.pack(
+        body, seed = message + sums, self._seed
+        raw = _HEAD_CHECKED.pack(
             RECORD_MAGIC, kind, 0, 0, len(message), payload_bytes, cell_bytes, record_bytes, self._synced_end, sequence,
-            xxhash.xxh3_64_intdigest(body, self._seed), 0,
-        )[:-8]  # fmt: skip
-        check = xxhash.xxh3_64_intdigest(raw, (self._seed + self.end) & _MASK)
-        self.buffers.append(raw + _CHECK.pack(check) + body + bytes(-(HEAD_BYTES + len(body)) % ALIGNMENT))
+            xxhash.xxh3_64_intdigest(body, seed),
+        )  # fmt: skip
+        check = xxhash.xxh3_64_intdigest(raw, (seed + self.end) & _MASK)
+        self.buffers.append(b"".join((raw, _CHECK.pack(check), body, _ZEROS[: -(HEAD_BYTES + len(body)) % ALIGNMENT])))
         return check
 
     def _placed(self, record_bytes: int, payload_start: int) -> Placed:

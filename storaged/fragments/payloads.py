@@ -9,9 +9,13 @@ import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
 from storaged.fragments.engine import Write
+from storaged.fragments.format import ID_AT, KEY_BYTES
 from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, NearStore
-from storaged.units import MIB
+from storaged.units import KIB, MIB
 from storaged.wire import Buffer, decode, encode
+
+HEADER_BYTES_MAX = 4 * KIB
+"""An encoded header that is longer, or not laid out as ours, is encoded anew for the disk."""
 
 COPY_BYTES_MAX = MIB
 """A copy is loaded whole; what is kept as copies is far smaller."""
@@ -34,7 +38,9 @@ class Loaded(NamedTuple):
 
 def copy_write(header: bytes, payload: Sequence[Buffer]) -> Write:
     """What the log appends for a copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT)."""
-    return Write.of(_parse(header), payload)
+    parsed = _parse(header)
+    plain = len(header) <= HEADER_BYTES_MAX and header[ID_AT : ID_AT + KEY_BYTES] == parsed.id  # as everybody here encodes it
+    return Write.of(parsed, payload, header if plain else b"")
 
 
 def at_position(header: bytes, position: int) -> bytes:

@@ -23,7 +23,7 @@ NODE_CHARS_MAX = 63
 
 def check_name(name: RegisterName, ballot: Ballot) -> None:
     table, scope, shard, key = name
-    if not 0 < len(key) <= KEY_BYTES_MAX or len(scope) != 16 or not (0 <= table <= 255 and 0 <= shard <= 255):
+    if not 0 < len(key) <= KEY_BYTES_MAX or len(scope) != 16 or (table | shard) & ~0xFF:  # a negative number has these bits
         raise InvalidRequest("Not the name of a register.")
     epoch, counter, node, incarnation = ballot
     if not 0 < counter <= COUNTER_MAX or not 0 <= epoch <= COUNTER_MAX:

@@ -12,7 +12,7 @@ Theory of operation
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from storaged.units import MIB
@@ -35,6 +35,10 @@ class _Written:
     def __init__(self, forgotten: int) -> None:
         self.keys: deque[tuple[int, bytes, bytes]] = deque()
         self.forgotten = forgotten
+
+
+Touched = set[int]
+"""Counts that are odd."""
 
 
 class Changes:
@@ -68,28 +72,37 @@ class Changes:
     @contextmanager
     def counting(self, rows: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
         """While rows, (prefix, key), change."""
-        if self._bytes > BYTES_MAX:
-            self._written, self._bytes = {}, 0
-        touched = set()
-        for prefix, key in rows:
-            at = hash(prefix) % COUNTS
-            touched.add(at)
-            written = self._written.get(at)
-            if written is None:
-                written = self._written[at] = _Written(self._counts[at])
-                self._bytes += _WRITTEN_BYTES
-            written.keys.append((self._counts[at] + 2, prefix, key))
-            self._bytes += _KEY_BYTES + len(key)
-            if len(written.keys) > KEYS_OF_ONE_MAX:
-                written.forgotten = written.keys[0][0]
-                _, _, oldest = written.keys.popleft()
-                self._bytes -= _KEY_BYTES + len(oldest)
-        self._count(touched)
+        touched = self.begin(rows)
         try:
             yield
         finally:
-            self._count(touched)
+            self.end(touched)
 
-    def _count(self, touched: set[int]) -> None:
+    def begin(self, rows: Iterable[tuple[bytes, bytes]]) -> Touched:
+        """Before rows, (prefix, key), change; ``end`` is to follow, whatever comes of it."""
+        if self._bytes > BYTES_MAX:
+            self._written, self._bytes = {}, 0
+        counts, all_written, size = self._counts, self._written, 0
+        touched: Touched = set()
+        for prefix, key in rows:
+            at = hash(prefix) % COUNTS
+            touched.add(at)
+            written = all_written.get(at)
+            if written is None:
+                written = all_written[at] = _Written(counts[at])
+                size += _WRITTEN_BYTES
+            keys = written.keys
+            keys.append((counts[at] + 2, prefix, key))
+            size += _KEY_BYTES + len(key)
+            if len(keys) > KEYS_OF_ONE_MAX:
+                written.forgotten = keys[0][0]  # before it is gone, for who looks meanwhile
+                _, _, oldest = keys.popleft()
+                size -= _KEY_BYTES + len(oldest)
+        self._bytes += size
+        self.end(touched)
+        return touched
+
+    def end(self, touched: Touched) -> None:
+        counts = self._counts
         for at in touched:
-            self._counts[at] += 1
+            counts[at] += 1

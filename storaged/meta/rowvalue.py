@@ -55,22 +55,23 @@ _unpack_lead = _LEAD.unpack_from
 
 _hash = xxhash.xxh3_64_intdigest
 _check = xxhash.xxh3_64_digest
-_unpack_head = _HEAD.unpack_from
+_pack_head, _unpack_head = _HEAD.pack, _HEAD.unpack_from
 
 
-def pack_row(slot: Slot) -> bytes:
-    """Raises ValueError for what no row can hold: a key over 1,041 bytes, a scope that isn't 16, a ballot out of range."""
-    name, ballot, value = slot.name, slot.ballot, slot.value
-    if not 1 <= len(name.key) <= KEY_BYTES_MAX or len(name.scope) != 16:
-        raise ValueError(f"a register has a scope of 16 bytes and a key of 1 to {KEY_BYTES_MAX}, not {len(name.scope)} and {len(name.key)}")
-    node = ballot.node.encode()
+def pack_row(slot: Slot, prefix: bytes = b"") -> bytes:
+    """``prefix``: the name's, where that is known. Raises ValueError for what no row can hold: a key over 1,041 bytes, a scope that isn't 16, a ballot out of range."""
+    name, ballot, value = slot
+    key, (epoch, counter, proposer, incarnation) = name.key, ballot
+    if not 1 <= len(key) <= KEY_BYTES_MAX or len(name.scope) != 16:
+        raise ValueError(f"a register has a scope of 16 bytes and a key of 1 to {KEY_BYTES_MAX}, not {len(name.scope)} and {len(key)}")
+    node = proposer.encode()
     try:
-        head = _HEAD.pack(value.visibility, ballot.epoch, ballot.counter, len(node), len(ballot.incarnation))
-        prefix = name.prefix
+        head = _pack_head(value.visibility, epoch, counter, len(node), len(incarnation))
+        prefix = prefix or name.prefix
     except (struct.error, ValueError) as error:
         raise ValueError(f"a row cannot hold {ballot} of {name}: {error}") from None
-    body = b"".join((head, node, ballot.incarnation, wire.encode(value)))
-    return b"\x01" + _check(body + name.key, seed_of(prefix)) + body
+    body = b"".join((head, node, incarnation, wire.encode(value)))
+    return b"\x01" + _check(body + key, _hash(prefix)) + body
 
 
 def seed_of(name_prefix: bytes) -> int:

@@ -607,8 +607,11 @@ class LmdbMetaStore:
                 self._fresh_since = time.monotonic()
                 self._log.notify_all()
             self._fresh_bytes += body_bytes
-            with self.changes.counting([(prefix, key) for entry in group for prefix, key, _ in entry.rows]):
+            touched = self.changes.begin([row[:2] for entry in group for row in entry.rows])
+            try:
                 self._fresh.add(group)
+            finally:
+                self.changes.end(touched)
             if self._fresh_bytes >= CHECKPOINT_BYTES:
                 self._log.notify_all()
         self._commits += 1

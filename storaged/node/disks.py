@@ -90,9 +90,9 @@ class DiskCopies(PlainCopies):
 
 
 def _own(piece: Buffer) -> Buffer:
-    """A copy is kept for longer than its sender knows: in bytes that nobody changes."""
+    """A copy is kept for longer than its sender knows: in bytes that nobody changes, and that are no part of more."""
     owner = piece.obj if isinstance(piece, memoryview) else piece
-    return piece if isinstance(owner, bytes) else bytes(piece)
+    return piece if isinstance(owner, bytes) and len(owner) == len(piece) else bytes(piece)
 
 
 async def restore_copies(meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:

@@ -9,17 +9,20 @@ import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from storaged.durable import Unfinished
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments import store as store_module
 from storaged.fragments.engine import StoreLimits, Write
-from storaged.fragments.ports import FragmentId, Health
+from storaged.fragments.format import KEY_BYTES
+from storaged.fragments.payloads import HEADER_BYTES_MAX, copy_write
+from storaged.fragments.ports import FragmentHeader, FragmentId, Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import StoreBatch
-from storaged.node.disks import restore_copies
+from storaged.node.disks import _own, restore_copies
 from storaged.units import GIB, KIB, MIB
 from storaged.wire import encode
 from tests.unit.disk_world import LogDisk
@@ -802,3 +805,24 @@ async def test_how_much_is_free_is_asked_now_and_then_and_when_much_has_come(tmp
     assert isinstance(refusal, DiskUnusable)
     assert refusal.details["state"] == "full"
     await store.close()
+
+
+def test_a_copy_is_kept_in_bytes_of_its_own_unless_they_are() -> None:
+    whole = bytes(100)
+    assert _own(whole) is whole
+    alone = memoryview(whole)
+    assert _own(alone) is alone
+    part = _own(memoryview(b"a message with several copies")[10:14])
+    assert part == b"with"
+    assert isinstance(part, bytes)
+    assert isinstance(_own(memoryview(bytearray(whole))), bytes)
+
+
+def test_a_header_that_is_not_encoded_as_ours_is_encoded_anew() -> None:
+    header = FragmentHeader(bytes(KEY_BYTES), b"owner", b"", (), 4096, 4, 1)
+    ours = encode(header)
+    assert copy_write(ours, [b"data"]).message is ours
+    other = ours[:1] + b"\xc5" + KEY_BYTES.to_bytes(2, "big") + ours[3:]
+    assert copy_write(other, [b"data"]).message == ours
+    longer = msgspec.msgpack.encode([*msgspec.msgpack.decode(ours), bytes(HEADER_BYTES_MAX)])
+    assert copy_write(longer, [b"data"]).message == ours
