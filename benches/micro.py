@@ -312,14 +312,23 @@ async def registers() -> list[Measured]:
             await replica.prepare(messages.Prepare("d0", name, ballot))
             await replica.accept(messages.Accept("d0", name, ballot, Value(1, bytes(16), Visibility.LIVE, bytes(500))))
 
+        async def create() -> None:
+            number = next(numbers)
+            value = Value(1, bytes(16), Visibility.LIVE, bytes(500))
+            await replica.accept(messages.Create("d0", _name(number), Ballot(1, number + 1, "g", b"incarnat"), value))
+
         async def many() -> None:
             await asyncio.gather(*(accept() for _ in range(64)))
 
-        lone, together = await wall_us(accept, 1), await wall_us(many, 64)
+        async def many_created() -> None:
+            await asyncio.gather(*(create() for _ in range(64)))
+
+        lone, together, created = await wall_us(accept, 1), await wall_us(many, 64), await wall_us(many_created, 64)
         await replica.close()
     return [
         Measured("register: promise and accept, alone", lone, 1e6 / 650, "one synced LMDB commit: 500 to 800 a second"),
         figure("register: promise and accept, 64 at once", together, "lmdb-16"),
+        figure("register: create, 64 at once", created, "lmdb-16"),
     ]
 
 

@@ -46,7 +46,13 @@ class _Ports:
         return Reading(value, self.copies.get(value.payload) if want_payload and value is not None else None)
 
     def change_soon(
-        self, name: RegisterName, update: Update, then: Callable[[Outcome | Exception], None], *, small: SmallCopies | None = None
+        self,
+        name: RegisterName,
+        update: Update,
+        then: Callable[[Outcome | Exception], None],
+        *,
+        small: SmallCopies | None = None,
+        regardless: bool = False,
     ) -> bool:
         before = self.values.get(name)
         change = update(before)

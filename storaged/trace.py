@@ -14,6 +14,7 @@ send      a block's fragments go to their disks
 prepare   a majority of the register's replicas promise
 sync      fragments become durable
 accept    a majority has the record on disk, and before it the small copy that travels along
+create    both in one, for a key that is probably new
 record    a register is read
 fetch     cells of a window are read from disks
 open      a window is authenticated and decrypted

@@ -24,7 +24,7 @@ import structlog
 from msgspec import MsgspecError
 
 from storaged.cluster import faults, identity
-from storaged.cluster.connection import Connection, describe, measure
+from storaged.cluster.connection import SMALL_BODY_BYTES, URGENT_BODY_BYTES, Connection, describe, measure
 from storaged.cluster.framing import (
     DEADLINE_MS_MAX,
     ERROR,
@@ -223,6 +223,7 @@ class ClientConnection(Connection):
         body: Sequence[Buffer],
         timeout_s: float,
         then: Then,
+        small_bytes_max: int = SMALL_BODY_BYTES,
     ) -> int:
         """Sends a request; its id, or 0 when the connection is not open or has no room. Raises ValueError when it is over a frame's limits."""
         transport, pending, limits = self.transport, self.pending, self.limits
@@ -236,7 +237,7 @@ class ClientConnection(Connection):
         request_id = self._last_id = self._last_id + 1
         deadline_ms = min(max(int(timeout_s * 1000), 1), DEADLINE_MS_MAX)
         if body:
-            self.send(REQUEST, request_id, head, *measure(body), deadline_ms)
+            self.send(REQUEST, request_id, head, *measure(body), deadline_ms, small_bytes_max)
         else:
             self.send(REQUEST, request_id, head, (), 0, deadline_ms)
         deadline = self.loop.time() + timeout_s
@@ -578,9 +579,10 @@ class RpcPool:
         """See ``ports.Poster``."""
         return self._post(node, method, decoder_of(reply), self._prefix(method), encode(request), then, body, timeout_s)
 
-    def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
+    def line(self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
         """See ``ports.Poster``."""
-        return partial(self._post, node, method, decoder_of(reply), self._prefix(method) + start)
+        small_bytes_max = URGENT_BODY_BYTES if urgent else SMALL_BODY_BYTES
+        return partial(self._post, node, method, decoder_of(reply), self._prefix(method) + start, small_bytes_max=small_bytes_max)
 
     def _post(
         self,
@@ -592,10 +594,11 @@ class RpcPool:
         then: Then,
         body: Sequence[Buffer],
         timeout_s: float,
+        small_bytes_max: int = SMALL_BODY_BYTES,
     ) -> bool:
         link = self._links.get(node)
         connection = link.connection if link is not None else None
-        if connection is None or not connection.post(method, start + rest, decode_reply, body, timeout_s, then):
+        if connection is None or not connection.post(method, start + rest, decode_reply, body, timeout_s, then, small_bytes_max):
             return False
         self.calls.total += 1
         return True

@@ -20,6 +20,9 @@ from storaged.wire import Buffer
 SMALL_BODY_BYTES = 16 * KIB
 """Bodies up to this size are copied into the joined write: one TLS record, and cheaper than a write of their own."""
 
+URGENT_BODY_BYTES = 256 * KIB
+"""Bodies up to this size too, where their sender says so: what many small PUTs have in common must not wait behind fragments."""
+
 SLICE_BYTES = 256 * KIB
 """Larger bodies are handed to TLS in slices of this size, with a look at the transport's fill in between."""
 
@@ -165,14 +168,24 @@ class Connection(asyncio.BufferedProtocol):
     def is_open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing()
 
-    def send(self, kind: int, request_id: int, head: bytes, body: tuple[Buffer, ...] = (), size: int = 0, deadline_ms: int = 0) -> None:
-        """Queues a frame (``body`` and ``size`` as :func:`measure` gives them). Raises ValueError when it is over the limits."""
+    def send(
+        self,
+        kind: int,
+        request_id: int,
+        head: bytes,
+        body: tuple[Buffer, ...] = (),
+        size: int = 0,
+        deadline_ms: int = 0,
+        small_bytes_max: int = SMALL_BODY_BYTES,
+    ) -> None:
+        """Queues a frame (``body`` and ``size`` as :func:`measure` gives them); before larger ones when the body is no larger than ``small_bytes_max``. Raises ValueError when
+        it is over the limits."""
         header = pack_header(kind, request_id, len(head), size, deadline_ms)
         if self.transport is None:
-            if size > SMALL_BODY_BYTES:
+            if size > small_bytes_max:
                 self.sent(request_id, size)
             return
-        if size <= SMALL_BODY_BYTES:
+        if size <= small_bytes_max:
             small = self._small
             small[request_id] = b"".join((header, head, *body))
             if len(small) >= EARLY_FRAMES:

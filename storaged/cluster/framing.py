@@ -3,7 +3,7 @@
 A frame is a fixed header, a head (a msgpack message) and a body (raw bytes)::
 
     0   2  magic "SR"
-    2   1  protocol version: 1
+    2   1  protocol version: 2
     3   1  kind
     4   8  request id, chosen by the caller, never reused on a connection
     12  4  head length, <= 4 MiB
@@ -41,7 +41,8 @@ from typing import Final
 from storaged.units import KIB, MIB
 from storaged.wire import Message, unfilled
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
+"""2: creates. A proposer of version 1 would help one on as if promises had been asked for, so the two do not talk."""
 MAGIC: Final = b"SR"
 HEAD_BYTES_MAX: Final = 4 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB

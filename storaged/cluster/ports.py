@@ -127,8 +127,9 @@ class Poster(Protocol):
         """As ``call``, but returns at once and hands the outcome to ``then``. False: nothing was sent, since that would need waiting (no connection, no
         room in it) or the node is this one; ``call`` does that. Raises ValueError when the request is over a frame's limits."""
 
-    def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
-        """For requests that are encoded already, and all begin with ``start``: what goes to three nodes is encoded once."""
+    def line(self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
+        """For requests that are encoded already, and all begin with ``start``: what goes to three nodes is encoded once. ``urgent``: bodies of up to 256 KiB wait for no larger
+        ones, as those of up to 16 KiB never do."""
 
 
 @dataclass(frozen=True)

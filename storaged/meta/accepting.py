@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from storaged.errors import StoragedError
-from storaged.meta.messages import AcceptReply
+from storaged.meta.messages import Accept, AcceptReply
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Ballot, StoreBatch
 
@@ -19,7 +20,7 @@ AnswerAccept = Callable[[AcceptReply | Exception], None]
 class Writing:
     """An accept on its way to the disk. ``size`` in bytes, of its value and copy; ``copied``: it came with one."""
 
-    __slots__ = ("_replica", "answer", "ballot", "batch", "copied", "copy_error", "identity", "name", "size")
+    __slots__ = ("_again", "_answer", "_replica", "arrival", "ballot", "batch", "copied", "copy_error", "identity", "name", "size")
 
     def __init__(
         self,
@@ -39,8 +40,28 @@ class Writing:
         self.batch = batch
         self.size = size
         self.copied = copied
-        self.answer = answer
+        self._answer = answer
+        self._again: list[AnswerAccept] = []
         self.copy_error = ""
+        self.arrival: asyncio.Future[None] | None = None
+        """Of who waits for it to arrive, or to fail."""
+
+    def joined(self, request: Accept, header: bytes, answer: AnswerAccept) -> bool:
+        """Whether the request is the very one that is being written, come again: then ``answer`` is told what becomes of it."""
+        same = (
+            request.ballot == self.ballot
+            and request.identity == self.identity
+            and bool(header) == self.copied
+            and request.value == self.batch.slots[0].value
+        )
+        if same:
+            self._again.append(answer)
+        return same
+
+    def answer(self, outcome: AcceptReply | Exception) -> None:
+        self._answer(outcome)
+        for again in self._again:
+            again(outcome)
 
     def stored(self, error: Exception | None) -> None:
         """``ports.Done``."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TypeVar
 
 from storaged.errors import OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.ids import Entropy
-from storaged.meta.names import RegisterName, Value
+from storaged.meta.create import Novelty, QuickCreate
+from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Changed, Outcome, SmallCopies, Update
 from storaged.meta.proposal import Proposal, Surroundings, View
 from storaged.meta.quick import Patience, QuickChange
 from storaged.meta.register import CALL_BYTES, Lineage
 from storaged.meta.rounds import Courier, Turns
+
+Q = TypeVar("Q", QuickChange, QuickCreate)
 
 STOPPED = "This node stops before it has learned what became of the change."
 
@@ -26,7 +30,14 @@ class Changing:
     """``ports.Registers`` as far as it changes something."""
 
     def __init__(
-        self, around: Surroundings, courier: Courier, patience: Patience, entropy: Entropy, deadline_s: float, hedge_s: float
+        self,
+        around: Surroundings,
+        courier: Courier,
+        patience: Patience,
+        entropy: Entropy,
+        deadline_s: float,
+        hedge_s: float,
+        novelty: Novelty,
     ) -> None:
         self._around = around
         self._courier = courier
@@ -35,6 +46,7 @@ class Changing:
         self._deadline_s = deadline_s
         self._hedge_s = hedge_s
         self._turns = Turns()
+        self._novelty = novelty
         self._closed = False
 
     def close(self) -> None:
@@ -49,6 +61,7 @@ class Changing:
         ready: Awaitable[None] | None,
         renew: Callable[[], Awaitable[None]] | None,
         nonce: bytes,
+        regardless: bool = False,
     ) -> Outcome:
         """See ``ports.Registers``."""
         self._around.counts["changes"] += 1
@@ -57,7 +70,7 @@ class Changing:
         try:
             await self._turns.take(name, self._deadline_s)
             try:
-                return await self._in_turn(name, update, small, barrier, renew, nonce, deadline)
+                return await self._in_turn(name, update, small, barrier, renew, nonce, regardless, deadline)
             finally:
                 self._turns.release(name)
         finally:
@@ -73,20 +86,48 @@ class Changing:
         barrier: asyncio.Future[None] | None,
         renew: Callable[[], Awaitable[None]] | None,
         nonce: bytes,
+        regardless: bool,
         deadline: float,
     ) -> Outcome:
         view = self._around.view(name)
         if barrier is not None or nonce or len(view.groups) > 1:
             lineage = Lineage(self._entropy(CALL_BYTES), self._around.rules)
             return await Proposal(self._around, name, lineage, deadline, update, small, barrier, renew, nonce).run()
-        quick = self._quick(view, name, update, small, deadline)
+        change = self._to_create(name, update, regardless)
+        behind: tuple[Lineage, int] | tuple[()] = ()
+        if change is not None:
+            create = self._quick(QuickCreate, view, name, update, small, deadline)
+            try:
+                outcome = await create.run(change)
+            finally:
+                self._patience.end(create)
+            self._saw(create, outcome)
+            if outcome is not None:
+                return outcome
+            behind = create.lineage, create.above
+        quick = self._quick(QuickChange, view, name, update, small, deadline, *behind)
         try:
             outcome = await quick.run()
         finally:
             self._patience.end(quick)
-        return outcome if outcome is not None else await self._go_on(quick, deadline)
+        outcome = outcome if outcome is not None else await self._go_on(quick, deadline)
+        if regardless and change is None:
+            self._novelty.saw(name, outcome.before is None)
+        return outcome
 
-    def change_soon(self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None) -> bool:
+    def _to_create(self, name: RegisterName, update: Update, regardless: bool) -> Change | None:
+        """What is to be created; None for what is to ask first."""
+        if not regardless or not self._novelty.likely(name):
+            return None
+        try:
+            return update(None)
+        except Exception:  # it will say so again when it is asked with what is there
+            return None
+
+    def _saw(self, create: QuickCreate, outcome: Outcome | Exception | None) -> None:
+        self._novelty.saw(create.name, isinstance(outcome, Outcome) and not create.ahead)
+
+    def change_soon(self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None, regardless: bool) -> bool:
         """See ``ports.Registers``."""
         try:
             view = self._around.view(name)
@@ -95,31 +136,54 @@ class Changing:
         if self._closed:
             return False
         if len(view.groups) > 1 or not self._turns.take_soon(name):
-            self._around.pool.start(self._change_for(name, update, small, then))
+            self._around.pool.start(self._change_for(name, update, small, regardless, then))
             return True
         self._around.counts["changes"] += 1
         deadline = self._deadline()
-        quick = self._quick(view, name, update, small, deadline)
+        change = self._to_create(name, update, regardless)
+        begin: Callable[[], None]
+        quick: QuickChange | QuickCreate
+        if change is not None:
+            quick = create = self._quick(QuickCreate, view, name, update, small, deadline)
+            begin = partial(create.begin, change, partial(self._create_over, create, view, deadline, then))
+        else:
+            quick = asking = self._quick(QuickChange, view, name, update, small, deadline)
+            begin = partial(asking.begin, partial(self._over, asking, deadline, then, regardless))
         try:
-            quick.begin(partial(self._over, quick, deadline, then))
+            begin()
         except BaseException:  # a mistake of ours
             self._patience.end(quick)
             self._turns.release(name)
             raise
         return True
 
-    async def _change_for(self, name: RegisterName, update: Update, small: SmallCopies | None, then: Changed) -> None:
+    def _create_over(self, create: QuickCreate, view: View, deadline: float, then: Changed, outcome: Outcome | Exception | None) -> None:
+        self._patience.end(create)
+        self._saw(create, outcome)
+        if outcome is None and not self._closed:
+            quick = self._quick(QuickChange, view, create.name, create.update, create.small, deadline, create.lineage, create.above)
+            try:
+                quick.begin(partial(self._over, quick, deadline, then, False))
+            except Exception as mistake:  # of ours: nobody else would tell who waits
+                self._over(quick, deadline, then, False, mistake)
+            return
+        self._turns.release(create.name)
+        then(_given_up(create) if outcome is None else outcome)
+
+    async def _change_for(self, name: RegisterName, update: Update, small: SmallCopies | None, regardless: bool, then: Changed) -> None:
         outcome: Outcome | Exception = OutcomeUnknown(STOPPED)
         try:
-            outcome = await self.change(name, update, small, None, None, b"")
+            outcome = await self.change(name, update, small, None, None, b"", regardless)
         except Exception as error:
             outcome = error
         finally:
             then(outcome)
             del outcome  # an exception has this frame, and the frame may not have it
 
-    def _over(self, quick: QuickChange, deadline: float, then: Changed, outcome: Outcome | Exception | None) -> None:
+    def _over(self, quick: QuickChange, deadline: float, then: Changed, regardless: bool, outcome: Outcome | Exception | None) -> None:
         self._patience.end(quick)
+        if regardless and isinstance(outcome, Outcome):
+            self._novelty.saw(quick.name, outcome.before is None)
         if outcome is None and not self._closed:
             self._around.pool.start(self._go_on_for(quick, deadline, then))
             return
@@ -143,14 +207,24 @@ class Changing:
         proposal = Proposal(self._around, quick.name, lineage, deadline, quick.update, quick.small, _above=above)
         return proposal.run(again=lineage.open or above > 0)
 
-    def _quick(self, view: View, name: RegisterName, update: Update, small: SmallCopies | None, deadline: float) -> QuickChange:
-        """A first attempt, known to ``_patience``, which is to be told of its end."""
+    def _quick(
+        self,
+        kind: Callable[..., Q],
+        view: View,
+        name: RegisterName,
+        update: Update,
+        small: SmallCopies | None,
+        deadline: float,
+        lineage: Lineage | None = None,
+        *above: int,
+    ) -> Q:
+        """An attempt, known to ``_patience``, which is to be told of its end."""
         around = self._around
-        limit_s = deadline - around.clock.monotonic()
+        limit_s = max(0.0, deadline - around.clock.monotonic())
         patience_s = min(self._hedge_s, limit_s / 2)
-        lineage = Lineage(self._entropy(CALL_BYTES), around.rules)
+        lineage = lineage or Lineage(self._entropy(CALL_BYTES), around.rules)
         timeout_s = max(0.001, min(around.call_timeout_s, limit_s))
-        quick = QuickChange(around, self._courier, view, name, update, small, lineage, timeout_s, limit_s - patience_s)
+        quick = kind(around, self._courier, view, name, update, small, lineage, timeout_s, limit_s - patience_s, *above)
         self._patience.begin(quick, patience_s)
         return quick
 
@@ -165,7 +239,7 @@ class Changing:
         return self._around.clock.monotonic() + self._deadline_s
 
 
-def _given_up(quick: QuickChange) -> StoragedError:
+def _given_up(quick: QuickChange | QuickCreate) -> StoragedError:
     """What is told of a change with which this process does not go on."""
     if quick.lineage.open:
         return OutcomeUnknown(STOPPED)

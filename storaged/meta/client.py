@@ -25,6 +25,7 @@ from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta import messages
 from storaged.meta.changing import Changing
+from storaged.meta.create import Novelty
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import (
     ZERO_BALLOT,
@@ -48,6 +49,7 @@ from storaged.meta.register import (
     Groups,
     Rules,
     Verdict,
+    created,
     has_majority,
     out_of_reach,
     settled_ballot,
@@ -127,6 +129,7 @@ class RingClient:
         call_timeout_s: float = CALL_TIMEOUT_S,
         hedge_s: float = HEDGE_S,
         rules: Rules = RULES,
+        novelty: Novelty | None = None,
         on_missed: Callable[[RegisterName], None] = lambda name: None,
         copy_at: Callable[[bytes, int], bytes] = lambda header, index: header,
     ) -> None:
@@ -164,7 +167,9 @@ class RingClient:
             carry=self._carry,
             on_missed=on_missed,
         )
-        self._changing = Changing(self._around, Courier(replicas, self._pool), self._patience, entropy, deadline_s, hedge_s)
+        self._changing = Changing(
+            self._around, Courier(replicas, self._pool), self._patience, entropy, deadline_s, hedge_s, novelty or Novelty()
+        )
 
     async def close(self) -> None:
         self._changing.close()
@@ -196,11 +201,14 @@ class RingClient:
         ready: Awaitable[None] | None = None,
         renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
+        regardless: bool = False,
     ) -> Outcome:
-        return await self._changing.change(name, update, small, ready, renew, settling_nonce)
+        return await self._changing.change(name, update, small, ready, renew, settling_nonce, regardless)
 
-    def change_soon(self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None) -> bool:
-        return self._changing.change_soon(name, update, then, small)
+    def change_soon(
+        self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None, regardless: bool = False
+    ) -> bool:
+        return self._changing.change_soon(name, update, then, small, regardless)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         return await self._changing.identity(name, settling_nonce, self._deadline(), commit=True)
@@ -328,10 +336,12 @@ class RingClient:
             if fragments is None:
                 return await self._changing.identity(name, nonce, deadline, commit=False)
         answers: Answers[messages.AcceptReply] = Answers(self._replicas, self._pool, self._suspects)
+        # what was created is helped on as it came: whoever holds something refuses, and then it is for another ballot
+        accept_of = messages.Create if created(value) and self._rules.create_into_nothing else messages.Accept
         for index, disk in enumerate(view.disks):
             if disk not in accepted:
                 header, body = fragments[index] if fragments else (b"", ())
-                accept = messages.Accept(disk, name, newest, value, nonce, True, header)
+                accept = accept_of(disk, name, newest, value, nonce, True, header)
                 post_accept(answers, accept, body, self._call_timeout(deadline), self._around.on_missed)
         if not self._rules.replay_confirmed:
             return value

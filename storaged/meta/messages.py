@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from storaged.cluster.framing import ErrorHead
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import ZERO_BALLOT, Ballot
 from storaged.wire import Message
@@ -52,6 +53,18 @@ class Accept(Message, frozen=True):
     header: bytes = b""
 
 
+class Create(Accept, frozen=True):
+    """An Accept for which no promise was asked: to be taken by who has accepted nothing for this register (``register``)."""
+
+
+class Accepts(Message, frozen=True):
+    """Many at the disks of one node. ``sizes``: of each how many bytes of the bulk body are its copy; ``creates``: whether it is a Create."""
+
+    accepts: list[Accept]
+    sizes: list[int]
+    creates: list[bool]
+
+
 class AcceptReply(Message, frozen=True):
     """OK: the value is durable here under the ballot. ``copy_synced``: and so is the copy that came with it; ``copy_error``: why not."""
 
@@ -60,6 +73,13 @@ class AcceptReply(Message, frozen=True):
     final: bool = False
     copy_synced: bool = False
     copy_error: str = ""
+
+
+class AcceptsReply(Message, frozen=True):
+    """Of each in order; None: that can't be told at once, and it is to be asked by itself, or it is among the ``errors``, by its place."""
+
+    replies: list[AcceptReply | None]
+    errors: dict[int, ErrorHead]
 
 
 class Read(Message, frozen=True):

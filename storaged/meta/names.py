@@ -91,7 +91,7 @@ class Visibility(IntEnum):
 
 
 class Value(Message, frozen=True):
-    """What a register holds. ``sequence`` grows by one with every change and survives deletes; ``operation`` is the id of the change
+    """What a register holds. ``sequence`` grows with every change and survives deletes; ``operation`` is the id of the change
     that made it, so that a proposer can tell its own change from another's after an unknown outcome. ``payload`` is the data id (16 bytes)
     of a small object whose copies lie in the fragment stores of this register's replicas, or empty."""
 

@@ -38,7 +38,8 @@ class Reading(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """``before``: the settled value that the update saw last. ``after``: what the register holds now (``before`` when nothing changed)."""
+    """``before``: the settled value that the update saw last; None too when it saw none and yet has overwritten something (``change_soon``). ``after``: what the register holds
+    now (``before`` when nothing changed)."""
 
     before: Value | None
     after: Value | None
@@ -91,6 +92,7 @@ class Registers(Protocol):
         ready: Awaitable[None] | None = None,
         renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
+        regardless: bool = False,
     ) -> Outcome:
         """Compare-and-set: prepare, ``update`` on what the prepare found, accept; the answer comes after a majority has it on disk.
 
@@ -100,15 +102,20 @@ class Registers(Protocol):
         OutcomeUnknown when an accept may have been applied and could not be settled, NoSuchBucket when the scope is fenced
         (unless ``settling_nonce`` is the fence's, with which values can be settled but not changed), and what ``update`` raises.
         A change with ``small`` whose copies could not be synced where they must be is of unknown outcome too.
+
+        ``regardless``: whatever the register holds, ``update`` makes the same change of it. So it may be proposed before anybody was asked, in one round trip, where the
+        register was probably never written. What it then overtakes unseen (``register``) is not in the outcome, and its data is left to the collector.
         """
 
-    def change_soon(self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None) -> bool:
+    def change_soon(
+        self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None, regardless: bool = False
+    ) -> bool:
         """As ``change``, without a task where nobody is in the way: ``then`` is told its outcome or what it would raise, once, perhaps before this returns, and must not
         raise. False: nothing was begun, and ``change`` is to be called, which says why."""
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
         """A committed identity round at a new ballot: afterwards no earlier promise or unfinished accept can take effect, so what the value
-        does not refer to may be deleted. Also brings replicas that lag or whose row is damaged up to date.
+        does not refer to may be deleted (but for a create that was begun less than a minute before: data is given longer than that). Also brings replicas that lag or whose row is damaged up to date.
 
         Raises ServiceUnavailable when it could not be committed; NoSuchBucket for a fenced scope, with the detail ``final`` when the fence stays for ever.
         """
@@ -272,7 +279,8 @@ class Replica(Protocol):
 
     async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply: ...
 
-    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply: ...
+    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
+        """Or a Create."""
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
         """The bulk bytes are the payload, when there is one."""
@@ -296,7 +304,7 @@ class PostingReplica(Replica, Protocol):
     """What a replica may do besides: be asked without a task."""
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
-        """A Prepare, Accept, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
+        """A Prepare, Accept, Create, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
 
 
 Heard = Callable[[str, Any, memoryview], None]
@@ -307,7 +315,7 @@ class HereReplica(PostingReplica, Protocol):
     """What a replica of this process may do besides: be asked with a request that it shares with others."""
 
     def ask_here(self, request: Message, header: bytes, body: Sequence[Buffer], heard: Heard) -> bool:
-        """A Prepare or Accept that names no disk, and an accept's header and body for this one. ``heard`` is told once, perhaps before this returns. False: something
+        """A Prepare, Accept or Create that names no disk, and an accept's header and body for this one. ``heard`` is told once, perhaps before this returns. False: something
         has to be waited for, so the replica's method of that name is to be called instead."""
 
 

@@ -22,12 +22,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
+
 from storaged import trace
 from storaged.clock import Clock
 from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.meta import messages
 from storaged.meta.names import RegisterName, Value
-from storaged.meta.ports import Ballot, Outcome, Replicas, SmallCopies, Update
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Outcome, Replicas, SmallCopies, Update
 from storaged.meta.register import (
     NEVER,
     Ballots,
@@ -38,6 +40,7 @@ from storaged.meta.register import (
     Verdict,
     has_majority,
     out_of_reach,
+    overtaken,
     settled_ballot,
     short_of_majority,
     shown,
@@ -111,10 +114,13 @@ def post_accept(
 
 @dataclass
 class _Promises:
-    """What a prepare brought. ``value`` has the highest accepted ballot of the majority; ``settled``: all of a majority reported that ballot."""
+    """What a prepare brought. ``value`` has the highest accepted ballot of the majority, ``ballot``; ``settled``: all of a majority reported that ballot. ``beneath``: what
+    ``value``, which was created, has overtaken (rule 14)."""
 
     answers: Answers[messages.PrepareReply]
+    ballot: Ballot = ZERO_BALLOT
     value: Value | None = None
+    beneath: Value | None = None
     settled: bool = False
     damaged_below: int = 0
 
@@ -162,7 +168,7 @@ class Proposal:
         if promises is None:
             return None
         found = promises.value
-        standing = self.lineage.judge(found, promises.settled)
+        standing = self.lineage.judge(found, promises.ballot, promises.settled)
         if standing is Standing.UNKNOWN:
             around.counts["unknown"] += 1
             raise OutcomeUnknown("The write met others at the same key and may have been applied before them. Read, or retry.")
@@ -243,8 +249,14 @@ class Proposal:
                 return None
         accepted = {disk: reply.accepted for disk, reply in promised.items()}
         highest = max(promised.values(), key=lambda reply: reply.accepted)
-        promises.value = highest.value
+        promises.ballot, promises.value = highest.accepted, highest.value
         promises.settled = settled_ballot(view.groups, accepted) == highest.accepted
+        if not promises.settled:
+            lost_at = self.lineage.lost_at()
+            told = [(reply.accepted, reply.value) for reply in promised.values() if reply.accepted != lost_at]
+            promises.beneath = overtaken(told, promises.ballot, promises.value, around.rules)
+            if promises.beneath is not None and promises.value is not None:
+                promises.value = msgspec.structs.replace(promises.value, sequence=promises.beneath.sequence + 1)
         return promises
 
     def _ask_promise(self, answers: Answers[messages.PrepareReply], request: messages.Prepare) -> None:

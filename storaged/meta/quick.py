@@ -10,7 +10,8 @@ Theory of operation
     has promised nothing just as well.
 
     What is not the common case (a refusal, replicas that differ, too few that answer, a joint layout) is not decided here: the outcome is None, and the general
-    code begins anew with what this attempt has left behind: its lineage, once an accept was sent, and the highest ballot that was in its way.
+    code begins anew with what this attempt has left behind: its lineage, once an accept was sent, and the highest ballot that was in its way. A create (``meta.create``)
+    may have come before; then what it has left behind is this one's to begin with.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Outcome, SmallCopies, Update
 from storaged.meta.proposal import Surroundings, View
 from storaged.meta.reads import CHECK, COPY, ROW, RowReader
-from storaged.meta.register import Lineage, Verdict, shown
+from storaged.meta.register import Lineage, Standing, Verdict, created, shown
 from storaged.meta.rounds import NO_BYTES, Courier, Suspects
 from storaged.meta.rowvalue import check_of
 
@@ -81,10 +82,11 @@ class QuickChange:
         lineage: Lineage,
         timeout_s: float,
         limit_s: float,
+        above: int = 0,
     ) -> None:
         """``limit_s``: how long it may go on when it has begun to take long."""
         self.lineage = lineage
-        self.above = 0
+        self.above = above
         """The counter of the highest ballot that was in the way."""
         self._around = around
         self._courier = courier
@@ -114,7 +116,7 @@ class QuickChange:
         around, order = self._around, self._around.suspects.last(self._view.disks)
         order, self._unasked = order[: self._majority], order[self._majority :]
         self._silent = order.copy()
-        self._ballot = around.ballots.next(self._view.epoch, 0, around.clock.wall_ms() * 1000)
+        self._ballot = around.ballots.next(self._view.epoch, self.above, around.clock.wall_ms() * 1000)
         self._mark("")
         self._then = then
         try:
@@ -196,21 +198,28 @@ class QuickChange:
                 if reply.accepted > best.accepted:
                     best = reply
         found = best.value
+        lineage = self.lineage
+        sure = settled and not lineage.open  # a create that is still out there may come above what was found
+        if (lineage.open and lineage.judge(found, best.accepted, settled) is not Standing.CLEAR) or (
+            not settled and found is not None and created(found)
+        ):
+            self._end(None)
+            return
         value = shown(found)
         try:
             change = self.update(value)
         except Exception as error:
-            self._end(error if settled else None)
+            self._end(error if sure else None)
             return
         if change is None:
-            self._end(Outcome(value, value) if settled else None)
+            self._end(Outcome(value, value) if sure else None)
             return
         small = self.small
         if not settled and small is None and change.payload:
             self._end(None)  # it may have to carry a copy along
             return
         self._base = value
-        self._changed = self.lineage.attempt(found, change)
+        self._changed = lineage.attempt(found, change)
         self._stage = "accept"
         self._answers = self._failed = 0
         accept = Accept("", self.name, self._ballot, self._changed)
@@ -322,7 +331,7 @@ class Patience:
         self._timer = None
         now = loop.time()
         for waiting, end in list(self._ends.items()):  # who gives up calls ``end``, maybe at once
-            if end <= now and (more_s := waiting.give_up()):
+            if end <= now and (more_s := waiting.give_up()) > 0:
                 self._ends[waiting] = now + more_s
         later = [end for end in self._ends.values() if end > now]  # also of what began meanwhile
         if later:

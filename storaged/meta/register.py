@@ -9,12 +9,22 @@ away. There is no log and no leader. A change is two rounds under one ballot tha
 Two majorities share an acceptor, so a later prepare sees whatever was chosen before. All that can go wrong lies in the small print, which is
 why each rule is a switch: a simulation turns it off and must then find a history that is not linearizable. Production passes nothing.
 
+A *create* is both rounds in one, for a change that is the same whatever it finds:
+
+    create(b,v)  an acceptor that has accepted nothing for this register, and promised nothing above b, accepts v with the sequence 1; one that has refuses (HELD)
+
+Where a majority takes it this is a change on a register that was never written: each of them, asked for a promise, would have promised and had nothing to tell. What was
+chosen before, a majority holds, so a majority refuses. But a minority that had missed it may take the create, which then lies there under a higher
+ballot than what was chosen, and on a lower sequence. Whoever finds it there carries it on: that is an overwriting, by a change that did not ask what it
+overwrites, and is not yet told of. It gets the sequence behind what it overtakes (rule 14), for the sequences of chosen values must grow. (They grow by one, but there: and a
+create that was chosen is chosen again with a higher one, when whoever carries it on sees one of its replicas alone, and at another what has lost against it.)
+
 The acceptor is a table (``judge_prepare``, ``judge_accept``, ``judge_read``): its rows are tried from top to bottom, the first that matches answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -22,7 +32,7 @@ from typing import NamedTuple
 import xxhash
 
 from storaged.meta.names import Change, Value, Visibility
-from storaged.meta.ports import Ballot, Fence
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
 from storaged.wire import encode
 
 COUNTER_MAX = 1 << 62
@@ -33,7 +43,9 @@ HIGH_WATER_BLOCK_US = 10_000_000
 refused once before they have caught up with it."""
 
 CALL_BYTES = 14
-"""An operation id of 16 bytes is 14 random bytes of the call and the number of its attempt (u16 BE)."""
+"""An operation id of 16 bytes is 14 random bytes of the call and the number of its attempt (u16 BE); a create is number 0."""
+
+_CREATE = bytes(2)
 
 ATTEMPTS_MAX = 0xFFFF
 
@@ -62,6 +74,10 @@ class Rules:
     """10. Acceptors refuse requests of a layout epoch before their own."""
     copies_travel: bool = True
     """12. Nobody helps a record on that no majority has confirmed without the small copy that it names, but by the exception in ``meta.proposal``."""
+    create_into_nothing: bool = True
+    """13. An acceptor that holds anything for a register takes no create there."""
+    created_goes_behind: bool = True
+    """14. A created value that is found above another is carried on with the sequence behind that."""
 
 
 RULES = Rules()
@@ -81,6 +97,10 @@ class Verdict(IntEnum):
     """The row's checksum does not hold: what was accepted here is unknown, so this acceptor counts for nothing until a newer value replaces it."""
     UNSTORED = 6
     """The disk does not take the small copy that the value names (it is full): nothing was accepted."""
+    HELD = 7
+    """A create, and something was accepted here below its ballot, or is not known not to have been: it was not taken here, and never will be."""
+    AHEAD = 8
+    """A create whose ballot lies too far ahead of this acceptor's clock."""
 
 
 # --- acceptor -----------------------------------------------------------------------------------------------------------
@@ -127,6 +147,13 @@ def judge_accept(acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes,
     return Verdict.OK
 
 
+def judge_create(acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES) -> Verdict:
+    verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules)
+    if verdict is Verdict.OK and acceptor.accepted not in (ZERO_BALLOT, ballot) and rules.create_into_nothing:
+        return Verdict.HELD
+    return Verdict.HELD if acceptor.damaged else verdict
+
+
 def judge_read(acceptor: Acceptor, epoch: int, rules: Rules = RULES) -> Verdict:
     if epoch < acceptor.epoch and rules.fence_by_epoch:
         return Verdict.EPOCH
@@ -140,9 +167,9 @@ def floor_of(high_water: Ballot) -> Ballot:
     return Ballot(high_water.epoch, high_water.counter, "", b"")
 
 
-def needs_high_water(ballot: Ballot, high_water: Ballot, margin_us: int = 0) -> bool:
-    """Whether a promise of ``ballot`` must wait for a higher high-water ballot on disk (with a margin: whether it is time to write one)."""
-    return (ballot.epoch, ballot.counter + margin_us) >= (high_water.epoch, high_water.counter)
+def needs_high_water(ballot: Ballot, high_water: Ballot) -> bool:
+    """Whether a promise of ``ballot`` must wait for a higher high-water ballot on disk."""
+    return ballot[:2] >= high_water[:2]
 
 
 def high_water_for(ballot: Ballot) -> Ballot:
@@ -193,10 +220,25 @@ def settled_ballot(groups: Groups, accepted: Mapping[str, Ballot], rules: Rules 
     return None
 
 
+def overtaken(told: Iterable[tuple[Ballot, Value | None]], newest: Ballot, value: Value | None, rules: Rules = RULES) -> Value | None:
+    """The value with the highest sequence beneath a created one that was found at ``newest`` (rule 14); None when it is no created one, or there is nothing beneath."""
+    if value is None or not created(value) or not rules.created_goes_behind:
+        return None
+    beneath = [
+        other for ballot, other in told if ballot < newest and other is not None and other.sequence and other.operation != value.operation
+    ]
+    return max(beneath, key=lambda other: other.sequence, default=None)
+
+
 # --- proposer -----------------------------------------------------------------------------------------------------------
 
 NEVER = Value(0, b"", Visibility.TOMBSTONE, b"")
 """What an identity round commits for a register that was never written: sequence 0 means never written, and settled to be so."""
+
+
+def created(value: Value) -> bool:
+    """Whether it may have been accepted by a create."""
+    return value.sequence == 1 and value.operation[CALL_BYTES:] == _CREATE
 
 
 def shown(value: Value | None) -> Value | None:
@@ -236,9 +278,12 @@ class Standing(IntEnum):
 class Lineage:
     """The attempts of one change, and what can be told of them later (rule 6).
 
-    The chosen values of a register form a chain in which ``sequence`` grows by one; at each sequence there is one value. An attempt at sequence s can
+    The chosen values of a register form a chain in which ``sequence`` grows; at each sequence there is one value. An attempt at sequence s can
     be an ancestor only of values with a higher sequence. So a value found that is not one of ours and whose sequence is no higher than that of our lowest attempt
     does not descend from us. If it is moreover settled, attempts at its own sequence have lost for good.
+
+    A create knows no base, and may yet be carried on behind anything that has a lower ballot (rule 14). So it is told by the ballot: what has a lower one does not descend
+    from it, whatever the sequence, and does not end it either.
     """
 
     call: bytes
@@ -246,6 +291,8 @@ class Lineage:
     _bases: dict[bytes, Value | None] = field(default_factory=dict)
     _sequences: dict[bytes, int] = field(default_factory=dict)
     _count: int = 0
+    _created: tuple[bytes, Ballot] | None = None
+    _lost: bool = False
 
     @property
     def open(self) -> bool:
@@ -261,6 +308,25 @@ class Lineage:
         self._sequences[operation] = sequence
         return Value(sequence, operation, change.visibility, change.body, change.payload)
 
+    def create(self, change: Change, ballot: Ballot) -> Value:
+        """The value to be created: ``change`` on nothing."""
+        operation = self.call + _CREATE
+        self._created = operation, ballot
+        self._bases[operation] = None
+        self._sequences[operation] = 1
+        return Value(1, operation, change.visibility, change.body, change.payload)
+
+    def create_held(self, everywhere: bool) -> None:
+        """A majority has refused the create for good: where it was taken nevertheless it is not chosen, unless somebody carries it on, at another ballot. ``everywhere``: every
+        replica has, and it is over."""
+        self._lost = True
+        if everywhere and self._created is not None:
+            self._sequences.pop(self._created[0], None)
+
+    def lost_at(self) -> Ballot | None:
+        """The ballot at which the create is not chosen and will not be."""
+        return self._created[1] if self._created is not None and self._lost else None
+
     @property
     def exhausted(self) -> bool:
         return self._count >= ATTEMPTS_MAX
@@ -269,15 +335,19 @@ class Lineage:
         """The value that an applied attempt was built on."""
         return self._bases[applied.operation]
 
-    def judge(self, found: Value | None, settled: bool) -> Standing:
-        """``settled``: a majority reported ``found`` under one ballot."""
+    def judge(self, found: Value | None, ballot: Ballot, settled: bool) -> Standing:
+        """``found`` was accepted at ``ballot``. ``settled``: a majority reported it under that one."""
         if not self._sequences or not self.rules.retry_by_lineage:
             return Standing.CLEAR
         if found is not None and found.operation in self._sequences:
             return Standing.APPLIED
         sequence = found.sequence if found is not None else 0
-        if sequence > min(self._sequences.values()):
+        create, created_at = self._created or (b"", ballot)
+        below = ballot < created_at
+        if any([sequence > own and not (below and operation == create) for operation, own in self._sequences.items()]):  # noqa: C419
             return Standing.UNKNOWN
         if settled:
-            self._sequences = {operation: own for operation, own in self._sequences.items() if own != sequence}
+            self._sequences = {
+                operation: own for operation, own in self._sequences.items() if own != sequence or (below and operation == create)
+            }
         return Standing.CLEAR

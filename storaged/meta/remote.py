@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
 from storaged.meta import messages, reads
+from storaged.meta.accepts import ALONE_MAX, NodeAccepts, begin_accepts
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.ports import Replica
 from storaged.meta.reads import NodeReads, Told
@@ -17,21 +20,26 @@ from storaged.wire import Buffer, Message, encode
 _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
     messages.Prepare: ("meta.prepare", messages.PrepareReply),
     messages.Accept: ("meta.accept", messages.AcceptReply),
+    messages.Create: ("meta.create", messages.AcceptReply),
     messages.Read: ("meta.read", messages.ReadReply),
     ScanRequest: ("meta.scan", ScanReply),
 }
 
 
+_TOGETHER = (messages.Accept, messages.Create)
+
+
 class RemoteReplica:
     """``ports.TailReplica`` over RPC: one disk of another node."""
 
-    def __init__(self, caller: Caller, node: str, disk: str, reads: NodeReads | None = None) -> None:
+    def __init__(self, caller: Caller, node: str, disk: str, reads: NodeReads | None = None, accepts: NodeAccepts | None = None) -> None:
         self._caller = caller
         self._poster = caller if isinstance(caller, Poster) else None
         self._reads = reads
+        self._accepts = accepts
         self.node = node
         self.disk = disk
-        self._lines: dict[type[Message], Line] = {}
+        self._lines: dict[type[Message], tuple[bytes, Line]] = {}
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         if self._poster is None:
@@ -41,12 +49,16 @@ class RemoteReplica:
 
     def post_tail(self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
         """See ``ports.TailReplica``."""
-        line = self._lines.get(kind)
-        if line is None:
+        known = self._lines.get(kind)
+        if known is None:
             if self._poster is None:
                 return False
             method, reply = _POSTED[kind]
-            line = self._lines[kind] = self._poster.line(self.node, method, reply, first + encode(self.disk))
+            start = first + encode(self.disk)
+            known = self._lines[kind] = start, self._poster.line(self.node, method, reply, start)
+        start, line = known
+        if kind in _TOGETHER and self._accepts is not None:
+            return self._accepts.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))
         return line(tail, then, body, timeout_s)
 
     def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:
@@ -61,7 +73,8 @@ class RemoteReplica:
         return reply
 
     async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
-        reply, _ = await self._caller.call(self.node, "meta.accept", request, messages.AcceptReply, body=body, timeout_s=timeout_s)
+        method, _reply = _POSTED[type(request)]
+        reply, _ = await self._caller.call(self.node, method, request, messages.AcceptReply, body=body, timeout_s=timeout_s)
         return reply
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
@@ -100,15 +113,24 @@ class ReplicaDirectory:
     """``ports.Replicas``: this node's disks without the network, every other disk of the layout through ``caller``. A disk of this ``node`` that is not among ``local``
     is out of use, and nobody is asked."""
 
-    def __init__(self, layouts: Layouts, caller: Caller, local: Mapping[str, Replica] | None = None, *, node: str = "") -> None:
+    def __init__(
+        self,
+        layouts: Layouts,
+        caller: Caller,
+        local: Mapping[str, Replica] | None = None,
+        *,
+        node: str = "",
+        alone_max: int = ALONE_MAX,
+    ) -> None:
         self._layouts = layouts
         self._caller = caller
         self._node = node
+        self._alone_max = alone_max
         self._local = local if local is not None else {}
         self._remote: dict[str, RemoteReplica] = {}
         self._layout: Layout | None = None
         """The one that ``_remote`` is of."""
-        self._reads: dict[str, NodeReads] = {}
+        self._gathering: dict[str, tuple[NodeReads, NodeAccepts]] = {}
 
     def replica(self, disk_id: str) -> Replica:
         local = self._local.get(disk_id)
@@ -131,14 +153,15 @@ class ReplicaDirectory:
             raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {layout.epoch}.")
         if entry.node == self._node:
             raise DiskUnusable(f"Disk {disk_id} is not in use on this node.")
-        found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, self._reads_of(entry.node))
+        found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, *self._together(entry.node))
         return found
 
-    def _reads_of(self, node: str) -> NodeReads | None:
-        reads = self._reads.get(node)
-        if reads is None and isinstance(self._caller, Poster):
-            reads = self._reads[node] = NodeReads(self._caller, node)
-        return reads
+    def _together(self, node: str) -> tuple[NodeReads, NodeAccepts] | tuple[()]:
+        """What gathers the asks for all disks of one node."""
+        together = self._gathering.get(node)
+        if together is None and isinstance(self._caller, Poster):
+            together = self._gathering[node] = NodeReads(self._caller, node), NodeAccepts(self._caller, node, self._alone_max)
+        return together or ()
 
 
 class ReplicaHost:
@@ -158,6 +181,8 @@ class ReplicaHost:
         return {
             "meta.prepare": Method(messages.Prepare, self._prepare, at_once=self._prepare_at_once),
             "meta.accept": Method(messages.Accept, self._accept, begin=self._begin_accept),
+            "meta.create": Method(messages.Create, self._accept, begin=self._begin_accept),
+            "meta.accepts": Method(messages.Accepts, self._accepts, begin=partial(begin_accepts, self._of)),
             "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
             "meta.reads": Method(messages.Reads, self._reads, at_once=self._reads_at_once),
             "meta.page_put": Method(messages.PagePut, self._page_put),
@@ -180,6 +205,14 @@ class ReplicaHost:
 
     async def _accept(self, request: messages.Accept, call: Call) -> messages.AcceptReply:
         return await self._of(request.disk).accept(request, (call.body,))
+
+    async def _accepts(self, request: messages.Accepts, call: Call) -> Message | Reply:
+        answered: asyncio.Future[Message | Reply | Exception] = asyncio.get_running_loop().create_future()
+        begin_accepts(self._of, request, call, lambda outcome: None if answered.done() else answered.set_result(outcome))
+        outcome = await answered
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _read_at_once(self, request: messages.Read, _call: Call) -> Reply | None:
         found = self._of(request.disk).read_at_once(request)

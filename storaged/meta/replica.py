@@ -43,6 +43,7 @@ from storaged.meta.register import (
     floor_of,
     high_water_for,
     judge_accept,
+    judge_create,
     judge_prepare,
     judge_read,
     needs_high_water,
@@ -61,6 +62,10 @@ WRITES_MAX = 4_096
 WRITE_BYTES_MAX = 64 * MIB
 """Accepts and pages on their way to one disk, and the bytes of their values, copies and pages. Nothing of this ends before the disk has answered, whoever still
 waits for it: a disk that hangs holds no more than this. Seconds of work for one that doesn't."""
+
+CREATE_AHEAD_US = 60_000_000
+"""A create's ballot may lie so far ahead of this node's clock, no more. A settling round ends what was promised before it, but of a create nobody has heard: that it comes
+after all, and is too late, is known by its age alone."""
 
 NO_BYTES = memoryview(b"")
 PAGES_A_TURN = 16
@@ -111,7 +116,7 @@ class LocalReplica:
         self._rules = rules
         self._clock = clock if clock is not None else SystemClock()
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
-        self._in_flight: dict[RegisterName, asyncio.Future[None] | None] = {}
+        self._in_flight: dict[RegisterName, Writing] = {}
         self._bytes_in_flight = 0
         self._fences = Fences(disk, store)
         self._tasks: dict[asyncio.Task[StoragedError | None], None] = {}
@@ -121,7 +126,8 @@ class LocalReplica:
             stored, epoch, retired = (store.get_meta(name) for name in (META_HIGH_WATER, META_EPOCH, META_RETIRED))
         except RowDamaged as error:
             raise DiskForeign(f"The metadata store of disk {disk} does not tell what was promised there: {error}") from None
-        self._high_water = self._high_water_issued = decode(stored, Ballot) if stored is not None else ZERO_BALLOT
+        self._set_high_water(decode(stored, Ballot) if stored is not None else ZERO_BALLOT)
+        self._high_water_issued = self._high_water
         self._floor = floor_of(self._high_water) if rules.promises_survive_restart else ZERO_BALLOT
         self._epoch = self._epoch_durable = int.from_bytes(epoch, "big") if epoch is not None else 0
         self._silent = "retired from the ring" if retired and rules.foreign_refused else ""
@@ -198,19 +204,20 @@ class LocalReplica:
             self._counts["prepares"] += 1
             self._counts["refused"] += 1
             return messages.PrepareReply(verdict, acceptor.lowest, final=acceptor.fence is not None and acceptor.fence.final)
-        if needs_high_water(ballot, self._high_water):
-            return None
+        if ballot[:2] >= self._near_high_water:
+            if needs_high_water(ballot, self._high_water):
+                return None
+            self._raise_ahead(ballot)
         self._counts["prepares"] += 1
         if ballot != acceptor.accepted:  # else what was accepted binds as the promise would, and an accept is judged by it
             self._remember(name, ballot)
-        self._raise_ahead(ballot)
         if slot is None:
             return messages.PrepareReply(Verdict.OK, ballot)
         return messages.PrepareReply(Verdict.OK, ballot, slot.ballot, slot.value)
 
     def _raise_ahead(self, ballot: Ballot) -> None:
         """Long before a ballot has to wait for it."""
-        if needs_high_water(ballot, self._high_water, HIGH_WATER_BLOCK_US // 2) and self._raising is None:
+        if self._raising is None:
             self._raising = self._own(self._write_high_water(ballot))
 
     async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
@@ -221,24 +228,38 @@ class LocalReplica:
                 await self._raise_high_water(request.ballot)
         return await answered
 
-    def begin_accept(self, request: messages.Accept, body: Sequence[Buffer], answer: AnswerAccept, header: bytes = b"") -> bool:
+    def begin_accept(
+        self, request: messages.Accept, body: Sequence[Buffer], answer: AnswerAccept, header: bytes = b"", *, create: bool = False
+    ) -> bool:
         """Judges, and lets the disk write; ``answer`` is told what ``accept`` returns or raises. Whoever goes away meanwhile, what was begun arrives. ``header``: of the
-        copy for this replica, when the request is one for several.
+        copy for this replica, when the request is one for several. ``create``: the request is one, whatever its type.
 
         False: another accept of this register, or a higher high-water ballot, has to be waited for first. Raises when nothing was begun: SlowDown when the disk
         has as much in hand as may be.
         """
-        self._check_answers()
+        if self._silent:
+            self._check_answers()
         name, ballot, value = request.name, request.ballot, request.value
         header = header or request.header
         check_name(name, ballot)
-        above = needs_high_water(ballot, self._high_water)
-        if name in self._in_flight or (header and above):
+        near = ballot[:2] >= self._near_high_water
+        above = near and needs_high_water(ballot, self._high_water)
+        writing = self._in_flight.get(name)
+        if writing is not None:
+            return writing.joined(request, header, answer)
+        if header and above:
+            self._raise_ahead(ballot)
             return False
         self._counts["accepts"] += 1
         check_value(value)
-        acceptor = self._promised_to(name, ballot)
-        verdict = judge_accept(acceptor, ballot, value, request.nonce, request.identity, self._rules)
+        if create or isinstance(request, messages.Create):
+            acceptor = self._acceptor(name)[1]
+            verdict = judge_create(acceptor, ballot, value, request.nonce, request.identity, self._rules)
+            if verdict is Verdict.OK and ballot.counter > self._clock.wall_ms() * 1000 + CREATE_AHEAD_US:
+                verdict = Verdict.AHEAD
+        else:
+            acceptor = self._promised_to(name, ballot)
+            verdict = judge_accept(acceptor, ballot, value, request.nonce, request.identity, self._rules)
         if verdict is not Verdict.OK:
             answer(self._refused(verdict, acceptor, name, ballot))
             return True
@@ -247,7 +268,7 @@ class LocalReplica:
             return True
         size = len(value.body) + sum(map(len, body))
         self._check_room(size)
-        if header:
+        if header and near:
             self._raise_ahead(ballot)
         batch = StoreBatch((Slot(name, ballot, value),))
         if above:
@@ -260,9 +281,8 @@ class LocalReplica:
             else:
                 self._own(self._commit(batch))
             return True
-        self._in_flight[name] = None
         self._bytes_in_flight += size
-        writing = Writing(self, name, ballot, request.identity, batch, size, bool(header), answer)
+        writing = self._in_flight[name] = Writing(self, name, ballot, request.identity, batch, size, bool(header), answer)
         try:
             if not header:
                 self._store.post(batch, writing.stored)
@@ -298,15 +318,15 @@ class LocalReplica:
         if error is not None:
             if not isinstance(error, SlowDown):
                 self._fail(error)
-            self._let_go(writing.name, writing.size)
+            self._let_go(writing)
             writing.answer(error if isinstance(error, StoragedError) else DiskUnusable(f"Disk {self.disk} failed unexpectedly."))
             return
         name, ballot, meta = writing.name, writing.ballot, writing.batch.meta
         if meta:
-            self._high_water = max(self._high_water, decode(meta[META_HIGH_WATER], Ballot))
+            self._set_high_water(max(self._high_water, decode(meta[META_HIGH_WATER], Ballot)))
         if self._promises.get(name, ballot) <= ballot:
             self._promises.pop(name, None)
-        self._let_go(name, writing.size)
+        self._let_go(writing)
         copy_error = writing.copy_error
         writing.answer(messages.AcceptReply(Verdict.OK, ballot, False, writing.copied and not copy_error, copy_error))
 
@@ -320,7 +340,7 @@ class LocalReplica:
             except Exception as failure:
                 self.arrived(writing, failure)
         else:
-            self._let_go(writing.name, writing.size)
+            self._let_go(writing)
             self._counts["refused"] += 1
             writing.answer(messages.AcceptReply(Verdict.UNSTORED, copy_error=refusal.message))
 
@@ -559,17 +579,17 @@ class LocalReplica:
 
     def _arrival(self, name: RegisterName) -> asyncio.Future[None]:
         """Done when the accept of this register that is on its way has arrived, or failed."""
-        future = self._in_flight[name]
-        if future is None:
-            future = self._in_flight[name] = asyncio.get_running_loop().create_future()
-        return future
+        writing = self._in_flight[name]
+        if writing.arrival is None:
+            writing.arrival = asyncio.get_running_loop().create_future()
+        return writing.arrival
 
-    def _let_go(self, name: RegisterName, size: int) -> None:
-        """Ends the wait of everybody else for this register."""
-        self._bytes_in_flight -= size
-        waited_for = self._in_flight.pop(name)
-        if waited_for is not None:
-            waited_for.set_result(None)
+    def _let_go(self, writing: Writing) -> None:
+        """Ends the wait of everybody else for its register."""
+        self._bytes_in_flight -= writing.size
+        del self._in_flight[writing.name]
+        if writing.arrival is not None:
+            writing.arrival.set_result(None)
 
     async def _all_arrived(self) -> None:
         """What was on its way when this was called."""
@@ -619,6 +639,11 @@ class LocalReplica:
         self._bytes_in_flight += size
         self._raise_if(await asyncio.shield(self._own(write())))
 
+    def _set_high_water(self, ballot: Ballot) -> None:
+        self._high_water = ballot
+        self._near_high_water = ballot.epoch, ballot.counter - HIGH_WATER_BLOCK_US // 2
+        """From this epoch and counter on it is time to write a higher one."""
+
     async def _raise_high_water(self, ballot: Ballot) -> None:
         """Returns when the high-water ballot on disk lies above ``ballot``; many that wait share one commit."""
         while needs_high_water(ballot, self._high_water):
@@ -637,7 +662,7 @@ class LocalReplica:
         try:
             error = await self._commit(StoreBatch(meta={META_HIGH_WATER: encode(high_water)}))
             if error is None:
-                self._high_water = max(self._high_water, high_water)
+                self._set_high_water(max(self._high_water, high_water))
             return error
         finally:
             self._raising = None

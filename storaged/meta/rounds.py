@@ -18,7 +18,7 @@ import msgspec
 from storaged.clock import Clock
 from storaged.cluster.ports import Then
 from storaged.errors import DiskUnusable, PeerUnreachable, SlowDown, StoragedError
-from storaged.meta.messages import Accept, Prepare, Read, ScanRequest
+from storaged.meta.messages import Accept, Create, Prepare, Read, ScanRequest
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Heard, Replica, Replicas
 from storaged.wire import Buffer, encode
@@ -40,7 +40,7 @@ SUSPECT_S = 5.0
 
 # ``Courier`` puts requests together of encoded pieces.
 assert Prepare.__struct_fields__[0] == Accept.__struct_fields__[0] == Read.__struct_fields__[0] == "disk"
-assert Accept.__struct_fields__[-1] == "header"
+assert Accept.__struct_fields__[-1] == Create.__struct_fields__[-1] == "header"
 
 
 class TaskPool:

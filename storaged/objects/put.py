@@ -119,7 +119,8 @@ def put_soon(
     if sealed is None:
         return False
     replacing, result = _replacing(write, sealed)
-    return plane.registers.change_soon(write.name, replacing.update, partial(_put_over, replacing, result, then), small=sealed.small)
+    over = partial(_put_over, replacing, result, then)
+    return plane.registers.change_soon(write.name, replacing.update, over, small=sealed.small, regardless=replacing.regardless)
 
 
 def _put_over(
@@ -163,7 +164,9 @@ async def _commit_put(write: _Write, sealed: Sealed) -> PutResult:
     plane = write.plane
     replacing, result = _replacing(write, sealed)
     if sealed.writer is None:
-        outcome = await change_with_keys(plane.registers, replacing.keys, write.name, replacing.update, small=sealed.small)
+        outcome = await change_with_keys(
+            plane.registers, replacing.keys, write.name, replacing.update, small=sealed.small, regardless=replacing.regardless
+        )
     else:
         outcome, _ = await commit_sealed(plane, replacing.keys, write.name, replacing.update, sealed)
     replacing.over(outcome)
@@ -204,6 +207,11 @@ class _Replacing:
         self._change = record_change(self._record, sealed.small.data_id if sealed.small is not None else b"")
         self._judged: Value | None = None
         self._found = EMPTY
+
+    @property
+    def regardless(self) -> bool:
+        """It replaces whatever is there (what cannot be read, but that is found by who asks first)."""
+        return self._write.conditions == NO_WRITE_CONDITIONS
 
     def update(self, value: Value | None, entry: PartEntry | None = None) -> Change:
         """``entry``: of the body, when it is no longer where it was when it was sealed."""

@@ -89,11 +89,12 @@ async def change_with_keys(
     update: Callable[[Value | None], Change | None],
     *,
     small: SmallCopies | None = None,
+    regardless: bool = False,
 ) -> Outcome:
     """``registers.change`` for an update that may raise KeyNeeded."""
     while True:
         try:
-            return await registers.change(name, update, small=small)
+            return await registers.change(name, update, small=small, regardless=regardless)
         except KeyNeeded as needed:
             await keys.load(needed.version)
 

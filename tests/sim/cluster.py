@@ -20,9 +20,12 @@ import xxhash
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Answer, Call, Line, Method, PeerIdentity, Reply, T, Then
 from storaged.errors import DiskForeign, DiskUnusable, PeerError, PeerRefused, PeerTimeout, PeerUnreachable, StoragedError
+from storaged.meta.accepts import ALONE_MAX
 from storaged.meta.client import RingClient
 from storaged.meta.copies import PlainCopies
+from storaged.meta.create import Novelty
 from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.names import RegisterName
 from storaged.meta.ports import Copy
 from storaged.meta.register import RULES, Rules
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
@@ -267,7 +270,7 @@ class NetworkCaller:
     ) -> bool:
         return self._post(node, method, reply, encode(request), b"", then, body, timeout_s)
 
-    def line(self, node: str, method: str, reply: type[Message], start: bytes) -> Line:
+    def line(self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
         return partial(self._post, node, method, reply, start)
 
     def _post(
@@ -334,6 +337,17 @@ def _expire(answered: asyncio.Future[Any]) -> None:
         answered.set_exception(PeerTimeout("no answer in time"))
 
 
+class Guess(Novelty):
+    """Takes registers for new that are not, and the other way round."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    def likely(self, name: RegisterName) -> bool:
+        return self._world.random.random() < 0.7
+
+
 class Gateway:
     """One process with a ring client. After ``crash`` its calls reach nobody, and a new life has a new incarnation. ``node``: a storage node in the same process,
     whose replica is asked without the network, and which dies and comes back with it."""
@@ -354,7 +368,10 @@ class Gateway:
         node = self._node
         if node is not None and not node.up:
             node.start()
-        self.directory = ReplicaDirectory(self.layouts, self.caller, None if node is None else {node.disk: node.replica})
+        together = -1 if world.random.random() < 0.5 else ALONE_MAX
+        self.directory = ReplicaDirectory(
+            self.layouts, self.caller, None if node is None else {node.disk: node.replica}, alone_max=together
+        )
         self.client = RingClient(
             self.layouts,
             self.directory,
@@ -366,6 +383,7 @@ class Gateway:
             call_timeout_s=0.3,
             hedge_s=0.02,
             rules=world.rules,
+            novelty=Guess(world),
         )
 
     async def crash(self) -> None:

@@ -33,6 +33,8 @@ class Operation:
     expected: Content = None
     returned: int = -1
     observed: Content = None
+    blind: bool = False
+    """A PUT that does not know what it replaced."""
 
     @property
     def open(self) -> bool:
@@ -40,7 +42,7 @@ class Operation:
 
     def step(self, state: Content) -> tuple[bool, Content]:
         """Whether it could take effect on ``state``, and what the register holds then."""
-        if not self.open and self.observed != state:
+        if not self.open and not self.blind and self.observed != state:
             return False, state
         if self.kind is Kind.READ or (self.kind is Kind.CAS and state != self.expected):
             return True, state

@@ -8,14 +8,15 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import structlog.testing
 
 from storaged.errors import OutcomeUnknown, S3Error, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Outcome, SmallCopies, Update
-from storaged.meta.register import RULES, Rules, Verdict
+from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
+from storaged.meta.register import RULES, Rules, Verdict, overtaken
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
 from tests.sim.linear import Content, Kind, Operation, linearizable
 from tests.sim.virtual import VirtualLoop, run
@@ -102,6 +103,8 @@ class Scenario:
             observed = await self._unless_it_leaves(self._carry_out(gateway, operation))
         except ConditionFailed as failed:
             observed = failed.observed
+            if operation.kind is Kind.PUT:
+                operation.kind = Kind.READ  # of what it refuses to replace
         except (OutcomeUnknown, ClientLeft):
             self.found.unknown += 1
             self.world.note("unknown", kind, key)
@@ -149,11 +152,15 @@ class Scenario:
         elif (barrier := self._barrier()) is not None:
             outcome = await client.change(name, _put(operation.new or b"", data_id), small=small, ready=barrier)
         else:
-            outcome = await self._change(client, name, _put(operation.new or b"", data_id), small)
+            put = _put_unless_held if self.random.random() < 0.1 else _put
+            outcome = await self._change(client, name, put(operation.new or b"", data_id), small, regardless=True)
+            operation.blind = outcome.before is None and outcome.after is not None and outcome.after.sequence > 1
         self._look_for_copies(data_id)
         return content_of(outcome.before)
 
-    async def _change(self, client: RingClient, name: RegisterName, update: Update, small: SmallCopies | None = None) -> Outcome:
+    async def _change(
+        self, client: RingClient, name: RegisterName, update: Update, small: SmallCopies | None = None, *, regardless: bool = False
+    ) -> Outcome:
         """By a task, or by callbacks."""
         told: asyncio.Future[Outcome] = self.world.loop.create_future()
 
@@ -167,7 +174,7 @@ class Scenario:
             else:
                 told.set_result(outcome)
 
-        if self.random.random() < 0.5 and client.change_soon(name, update, then, small=small):
+        if self.random.random() < 0.5 and client.change_soon(name, update, then, small=small, regardless=regardless):
             return await told
         return await client.change(name, update, small=small)
 
@@ -270,7 +277,7 @@ class Scenario:
         return reply.epoch >= 2
 
     async def _copy(self, mover: Gateway, name: RegisterName, fenced: list[str]) -> None:
-        newest: tuple[Ballot, Value | None] = (ZERO_BALLOT, None)
+        told: list[tuple[Ballot, Value | None]] = []
         heard: list[str] = []
         while len(heard) < 2:
             for disk in fenced:
@@ -281,10 +288,13 @@ class Scenario:
                     continue
                 if disk not in heard:
                     heard.append(disk)
-                    newest = max(newest, (reply.accepted, reply.value), key=lambda pair: pair[0])
-        ballot, value = newest
+                    told.append((reply.accepted, reply.value))
+        ballot, value = max(told, key=lambda pair: pair[0])
         if value is None:
             return
+        beneath = overtaken(told, ballot, value, self.world.rules)
+        if beneath is not None:
+            value = msgspec.structs.replace(value, sequence=beneath.sequence + 1)
         if value.payload:
             self._carry_copies(value.payload)
         target = Ballot(2, ballot.counter, "mover", b"\0" * 8)
@@ -380,6 +390,11 @@ def _delete(value: Value | None) -> Change | None:
 
 def _put(content: bytes, data_id: bytes) -> Callable[[Value | None], Change | None]:
     return lambda _value: Change(content, Visibility.LIVE, data_id)
+
+
+def _put_unless_held(content: bytes, data_id: bytes) -> Callable[[Value | None], Change | None]:
+    """As a PUT that finds a record which it can't read."""
+    return _compare_and_set(None, content, data_id)
 
 
 def _compare_and_set(expected: Content, content: bytes, data_id: bytes) -> Callable[[Value | None], Change | None]:

@@ -30,6 +30,8 @@ SEED_BUDGETS = {
     "foreign_refused": 500,
     "fence_by_epoch": 200,
     "copies_travel": 400,
+    "create_into_nothing": 100,
+    "created_goes_behind": 1000,
 }
 """How many seeds a run without the rule may take to show it; about five times what it took when this was written."""
 

@@ -255,6 +255,8 @@ class FakeRing:
         self.replica_away = False
         self.busy = False
         """``change_soon`` takes nothing on."""
+        self.regardless: list[bool] = []
+        """Of each change."""
         self.interfere: Callable[[RegisterName], Awaitable[None]] | None = None
         self.rounds: dict[RegisterName, int] = {}
         """Identity rounds: a proposal begun before one is refused."""
@@ -303,13 +305,16 @@ class FakeRing:
         ready: Awaitable[None] | None = None,
         renew: Callable[[], Awaitable[None]] | None = None,
         settling_nonce: bytes = b"",
+        regardless: bool = False,
     ) -> Outcome:
         first = True
+        self.regardless.append(regardless)
         while True:
             if not first and renew is not None:
                 await renew()
             before, rounds = self.values.get(name), self.rounds.get(name, 0)
             change = update(before)
+            assert not regardless or change == update(None)
             if change is None:
                 return Outcome(before, before)
             if small is not None:
@@ -331,11 +336,17 @@ class FakeRing:
             return Outcome(before, after)
 
     def change_soon(
-        self, name: RegisterName, update: Update, then: Callable[[Outcome | Exception], None], *, small: SmallCopies | None = None
+        self,
+        name: RegisterName,
+        update: Update,
+        then: Callable[[Outcome | Exception], None],
+        *,
+        small: SmallCopies | None = None,
+        regardless: bool = False,
     ) -> bool:
         if self.busy:
             return False
-        task = asyncio.get_running_loop().create_task(self.change(name, update, small=small))
+        task = asyncio.get_running_loop().create_task(self.change(name, update, small=small, regardless=regardless))
         task.add_done_callback(lambda done: then(done.exception() or done.result()))  # type: ignore[arg-type]
         return True
 

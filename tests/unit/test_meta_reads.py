@@ -100,8 +100,11 @@ class World:
         task.add_done_callback(self.tasks.discard)
         return True
 
-    def line(self, *args: Any) -> Line:
-        raise AssertionError("this is about reads")
+    def line(self, *_args: Any, **_options: Any) -> Line:
+        def post(*_: Any) -> bool:
+            raise AssertionError("this is about reads")
+
+        return post
 
     async def _serve(self, node: str, method: str, encoded: bytes, reply: type[Message], then: Then) -> None:
         entry = self.hosts[node].methods()[method]
@@ -426,7 +429,7 @@ async def test_what_two_replicas_tell_differently_is_settled_without_a_third_tha
     first, second, third = of(world, old.name)
     await world.stores[second].commit(StoreBatch([new]))
     client = hang(world, third[:2])
-    world.line = lambda *args: SimpleNamespace(post=lambda *args: False)  # type: ignore[assignment,method-assign,return-value]
+    world.line = lambda *_args, **_options: SimpleNamespace(post=lambda *args: False)  # type: ignore[assignment,method-assign,return-value]
     assert (await asyncio.wait_for(client.read(old.name), 2)).value == new.value
     assert world.stores[first].get(old.name) == new
     await client.close()

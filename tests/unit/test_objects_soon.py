@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import weakref
@@ -206,4 +207,29 @@ async def test_what_is_no_common_case_is_left_to_put(why: str) -> None:
     assert not objects.put_soon(bucket, b"key", data, META, asked, lambda _: pytest.fail("told"), owner=OWNER, conditions=conditions)
     assert objects.statistics() == before
     assert world.ring.values == {}
+    await objects.close()
+
+
+@pytest.mark.parametrize("soon", [True, False])
+@pytest.mark.parametrize("size", [100, 5000])
+async def test_only_a_put_without_conditions_is_proposed_whatever_is_there(size: int, soon: bool) -> None:
+    world = World()
+    objects, bucket = await with_key_at_hand(world)
+    data = os.urandom(size)
+
+    async def put_with(conditions: WriteConditions) -> bool:
+        before = len(world.ring.regardless)
+        if soon:
+            await put_now(objects, bucket, data, conditions=conditions)
+        else:
+            with contextlib.suppress(PreconditionFailed):
+                await objects.put(bucket, b"key", pieces(data), META, BodyChecks(size=size), owner=OWNER, conditions=conditions)
+        return len(world.ring.regardless) > before and world.ring.regardless[-1]
+
+    assert not await put_with(WriteConditions(if_none_match="*"))
+    assert await put_with(NO_WRITE_CONDITIONS)
+    assert await put_with(NO_WRITE_CONDITIONS)
+    assert not await put_with(WriteConditions(if_none_match="*"))
+    await objects.delete(bucket, b"key")
+    assert not world.ring.regardless[-1]
     await objects.close()

@@ -145,42 +145,42 @@ def test_an_attempt_has_the_next_sequence_and_its_own_operation_id() -> None:
 
 
 def test_without_attempts_every_value_is_clear() -> None:
-    assert lineage().judge(value(9), settled=False) is Standing.CLEAR
+    assert lineage().judge(value(9), ballot(1), settled=False) is Standing.CLEAR
 
 
 def test_a_found_attempt_is_applied_and_knows_what_it_was_built_on() -> None:
     own = lineage()
     attempt = own.attempt(value(3), Change(b"x"))
-    assert own.judge(attempt, settled=False) is Standing.APPLIED
+    assert own.judge(attempt, ballot(1), settled=False) is Standing.APPLIED
     assert own.base_of(attempt) == value(3)
 
 
 def test_the_base_or_a_rival_at_the_same_sequence_is_clear_and_anything_later_is_unknown() -> None:
     own = lineage()
     own.attempt(value(3), Change(b"x"))
-    assert own.judge(value(3), settled=True) is Standing.CLEAR
-    assert own.judge(value(4), settled=False) is Standing.CLEAR
-    assert own.judge(value(5), settled=False) is Standing.UNKNOWN
+    assert own.judge(value(3), ballot(1), settled=True) is Standing.CLEAR
+    assert own.judge(value(4), ballot(1), settled=False) is Standing.CLEAR
+    assert own.judge(value(5), ballot(1), settled=False) is Standing.UNKNOWN
 
 
 def test_a_second_attempt_after_an_unsettled_rival_still_counts_the_first() -> None:
     own = lineage()
     own.attempt(value(3), Change(b"x"))
     rival = value(4)
-    assert own.judge(rival, settled=False) is Standing.CLEAR
+    assert own.judge(rival, ballot(1), settled=False) is Standing.CLEAR
     own.attempt(rival, Change(b"x"))
-    assert own.judge(value(5), settled=True) is Standing.UNKNOWN
+    assert own.judge(value(5), ballot(1), settled=True) is Standing.UNKNOWN
 
 
 def test_a_settled_rival_ends_the_attempts_at_its_sequence() -> None:
     own = lineage()
     own.attempt(value(3), Change(b"x"))
     rival = value(4)
-    assert own.judge(rival, settled=True) is Standing.CLEAR
+    assert own.judge(rival, ballot(1), settled=True) is Standing.CLEAR
     assert not own.open
     own.attempt(rival, Change(b"x"))
-    assert own.judge(value(5), settled=False) is Standing.CLEAR
-    assert own.judge(value(6), settled=False) is Standing.UNKNOWN
+    assert own.judge(value(5), ballot(1), settled=False) is Standing.CLEAR
+    assert own.judge(value(6), ballot(1), settled=False) is Standing.UNKNOWN
 
 
 def test_a_register_settled_as_never_written_shows_nothing() -> None:

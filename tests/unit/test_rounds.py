@@ -40,7 +40,7 @@ class Wire:
     def post(self, *_arguments: Any, **_options: Any) -> bool:
         raise AssertionError("it is encoded already")
 
-    def line(self, node: str, method: str, _reply: type[Message], start: bytes) -> Line:
+    def line(self, node: str, method: str, _reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
         def post(rest: bytes, _then: Then, body: Sequence[Buffer], _timeout_s: float) -> bool:
             self.sent.append((node, method, start + rest, body))
             return True

@@ -544,7 +544,7 @@ async def raw_connection(world: World, server: RpcServer) -> tuple[asyncio.Strea
     ("hello", "complaint"),
     [
         (Hello("c2", "raw", bytes(8), PROTOCOL_VERSION), b"belongs to cluster 'c2'"),
-        (Hello("c1", "raw", bytes(8), PROTOCOL_VERSION + 1), b"speaks protocol version 2"),
+        (Hello("c1", "raw", bytes(8), PROTOCOL_VERSION + 1), b"speaks protocol version 3"),
         (Hello("c1", "n7", bytes(8), PROTOCOL_VERSION), b"introduces itself as 'n7'"),
     ],
 )

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import cast
 
-from storaged.cluster.connection import EARLY_FRAMES, SLICE_BYTES, SMALL_BODY_BYTES, Connection, measure
+from storaged.cluster.connection import EARLY_FRAMES, SLICE_BYTES, SMALL_BODY_BYTES, URGENT_BODY_BYTES, Connection, measure
 from storaged.cluster.framing import FrameReader, Kind, Verdict
 from storaged.units import MIB
 from storaged.wire import Buffer
@@ -187,3 +187,19 @@ def test_measure_drops_empty_pieces_and_counts_bytes() -> None:
     wide = memoryview(bytearray(32)).cast("I")
     pieces, size = measure([b"", memoryview(bytearray(0)).cast("I"), wide, b"abc", memoryview(b""), bytearray(b"d")])
     assert (size, [len(piece) for piece in pieces]) == (36, [32, 3, 1])
+
+
+async def test_an_urgent_body_leaves_before_larger_ones_that_came_first() -> None:
+    transport = Transport(room_bytes=1)
+    sender = Sender(transport)
+    sender.send(Kind.REQUEST, 1, b"fragment", (bytes(MIB),), MIB)
+    sender.send(Kind.REQUEST, 2, b"fragment", (bytes(MIB),), MIB)
+    sender.send(Kind.REQUEST, 3, b"accepts", (bytes(5 * SMALL_BODY_BYTES),), 5 * SMALL_BODY_BYTES, 0, URGENT_BODY_BYTES)
+    sender.send(Kind.REQUEST, 4, b"beyond", (bytes(URGENT_BODY_BYTES + 1),), URGENT_BODY_BYTES + 1, 0, URGENT_BODY_BYTES)
+    while len(frames_in(transport.writes)) < 4:
+        await asyncio.sleep(0)
+        transport.room_bytes = 1
+        sender.resume_writing()
+    assert [request_id for request_id, _head, _body in frames_in(transport.writes)] == [3, 1, 2, 4]
+    assert [request_id for request_id, _size in sender.left] == [1, 2, 4]
+    assert sender.queued_bytes == 0
