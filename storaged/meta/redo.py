@@ -35,7 +35,12 @@ from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
 PAGE_BYTES = 4 * KIB
-HALF_BYTES = 8 * MIB
+HALF_BYTES = 16 * MIB
+"""Of a new log; a log says of what size its halves are. What fills one before LMDB has the other waits."""
+
+_HALF_BYTES_MIN, _HALF_BYTES_MAX = 8 * MIB, 64 * MIB
+"""The first logs had halves of 8 MiB."""
+
 FILE_NAME = "redo"
 
 VERSION = 1
@@ -54,8 +59,8 @@ _ZEROS = bytes(PAGE_BYTES)
 assert _FILE.size == 40
 assert _HEAD.size == 32
 
-BODY_BYTES_MAX = HALF_BYTES - PAGE_BYTES - _HEAD.size
-"""A group of any size up to this fits a half."""
+BODY_BYTES_MAX = _HALF_BYTES_MIN - PAGE_BYTES - _HEAD.size
+"""A group of any size up to this fits a half of any log."""
 
 DIRECT_BODY_BYTES_MAX = 2 * MIB
 """A larger group is rare, and a thread's: the event loop would take a millisecond to check and copy it."""
@@ -74,6 +79,7 @@ class RedoLog:
         self._applied = mark.applied if mark is not None else 0
         self.sequence = self._applied
         """The number of the last group that is durable."""
+        self.half_bytes = 0
         self._half = 0
         self._ends = [0, 0]
         """How far each half is written, from its beginning."""
@@ -98,7 +104,7 @@ class RedoLog:
 
     def fits(self, body_bytes: int) -> bool:
         """Whether a group of this size fits what is left of the half."""
-        return self._ends[self._half] + _pages(body_bytes) <= HALF_BYTES
+        return self._ends[self._half] + _pages(body_bytes) <= self.half_bytes
 
     def begin(self, loop: asyncio.AbstractEventLoop, body: Buffer, done: Done) -> bool:
         """As ``write``, but without a thread: ``done`` is called on the loop. False, and ``done`` told of NotTaken: it is for ``write``. One at a time. Raises ValueError as ``write``."""
@@ -129,7 +135,7 @@ class RedoLog:
         """Where the next group goes, and what is written there."""
         if not self.fits(len(body)):
             raise ValueError(f"a group of {len(body)} bytes does not fit what is left of its half")
-        at = PAGE_BYTES + self._half * HALF_BYTES + self._ends[self._half]
+        at = PAGE_BYTES + self._half * self.half_bytes + self._ends[self._half]
         head = _HEAD.pack(_GROUP_MAGIC, len(body), self.sequence + 1, xxhash.xxh3_64_intdigest(body, self._seed), 0)[:_HEAD_CHECKED]
         head += xxhash.xxh3_64_digest(head, (self._seed + at) & _MASK)
         return at, [head, body, _ZEROS[: _pages(len(body)) - len(head) - len(body)]]
@@ -163,10 +169,11 @@ class RedoLog:
             # A process that was killed may have left its last group in the page cache alone: what counts from now on must be on the drive, and be read from there.
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            data = os.pread(self._fd, PAGE_BYTES + 2 * HALF_BYTES, 0)
+            self.half_bytes = _half_bytes_in(os.pread(self._fd, _FILE.size, 0), store_id)
+            data = os.pread(self._fd, PAGE_BYTES + 2 * self.half_bytes, 0)
         except OSError as error:
             raise DiskUnusable(f"{self._path} cannot be read: {error.strerror or error}") from None
-        if data[: _FILE.size] != _file_header(store_id) or len(data) < PAGE_BYTES + 2 * HALF_BYTES:
+        if not self.half_bytes or len(data) < PAGE_BYTES + 2 * self.half_bytes:
             raise DiskForeign(f"{self._path} is not the redo log of the store beside it")
         places = self._places(data)
         while found := next((place for place in places.get(self.sequence + 1, ()) if self._whole(data, place)), None):
@@ -184,13 +191,13 @@ class RedoLog:
         for at in range(PAGE_BYTES, len(data), PAGE_BYTES):
             magic, length, sequence, body, check = _HEAD.unpack_from(data, at)
             if magic == _GROUP_MAGIC and check == xxhash.xxh3_64_intdigest(data[at : at + _HEAD_CHECKED], (self._seed + at) & _MASK):
-                half, offset = divmod(at - PAGE_BYTES, HALF_BYTES)
+                half, offset = divmod(at - PAGE_BYTES, self.half_bytes)
                 found.setdefault(sequence, []).append(_Place(half, at + _HEAD.size, length, offset + _pages(length), body))
         return found
 
     def _whole(self, data: bytes, place: _Place) -> bool:
         body = memoryview(data)[place.at : place.at + place.length]
-        return place.end <= HALF_BYTES and xxhash.xxh3_64_intdigest(body, self._seed) == place.check
+        return place.end <= self.half_bytes and xxhash.xxh3_64_intdigest(body, self._seed) == place.check
 
 
 class _Place(NamedTuple):
@@ -207,9 +214,19 @@ def _pages(body_bytes: int) -> int:
     return -(-(_HEAD.size + body_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
-def _file_header(store_id: bytes) -> bytes:
-    raw = _FILE.pack(_MAGIC, VERSION, 0, HALF_BYTES // PAGE_BYTES, store_id, 0)[:-8]
+def _file_header(store_id: bytes, half_bytes: int) -> bytes:
+    raw = _FILE.pack(_MAGIC, VERSION, 0, half_bytes // PAGE_BYTES, store_id, 0)[:-8]
     return raw + xxhash.xxh3_64_digest(raw)
+
+
+def _half_bytes_in(header: bytes, store_id: bytes) -> int:
+    """What the log of this store says of its halves; 0: it is another's, or damaged."""
+    if len(header) != _FILE.size:
+        return 0
+    half_bytes: int = _FILE.unpack(header)[3] * PAGE_BYTES
+    if half_bytes != HALF_BYTES and not _HALF_BYTES_MIN <= half_bytes <= _HALF_BYTES_MAX:
+        return 0
+    return half_bytes if header == _file_header(store_id, half_bytes) else 0
 
 
 def _make(path: Path, store_id: bytes) -> None:
@@ -218,7 +235,7 @@ def _make(path: Path, store_id: bytes) -> None:
     fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         zeros = bytes(MIB)
-        os.pwrite(fd, _file_header(store_id).ljust(PAGE_BYTES, b"\0"), 0)
+        os.pwrite(fd, _file_header(store_id, HALF_BYTES).ljust(PAGE_BYTES, b"\0"), 0)
         for at in range(PAGE_BYTES, PAGE_BYTES + 2 * HALF_BYTES, MIB):
             if os.pwrite(fd, zeros, at) != MIB:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -79,7 +79,7 @@ from storaged.meta.opening import (
 )
 from storaged.meta.pending import Overlay, Ready
 from storaged.meta.ports import Done, Fence, MetaStoreStatistics, RowDamaged, Slot, Stamps, StoreBatch
-from storaged.meta.redo import HALF_BYTES, RedoLog
+from storaged.meta.redo import RedoLog
 from storaged.meta.rowkey import walk
 from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, intact, open_small, seal_small, stamps_in, unpack_row
 from storaged.meta.stretch import columns_at, stamps_at
@@ -94,7 +94,6 @@ GROUP_BYTES_MAX = MIB
 """More in one write to the log only adds waiting. A single batch may be larger."""
 
 CHECKPOINT_S = 1.0
-CHECKPOINT_BYTES = HALF_BYTES // 2
 """A checkpoint follows the first change within so many seconds, or after so much of log: it bounds the memory of the overlay and the time of a start."""
 
 QUEUED_BATCHES_MAX = 4096
@@ -612,7 +611,7 @@ class LmdbMetaStore:
                 self._fresh.add(group)
             finally:
                 self.changes.end(touched)
-            if self._fresh_bytes >= CHECKPOINT_BYTES:
+            if self._fresh_bytes >= self._redo.half_bytes // 2:
                 self._log.notify_all()
         self._commits += 1
         self._count(group)
@@ -722,7 +721,7 @@ class LmdbMetaStore:
         """Seconds; None: for ever, as far as can be told now."""
         if self._reason or self._restorable or not (self._fresh_bytes or self._log_full):
             return None
-        if self._log_full or self._fresh_bytes >= CHECKPOINT_BYTES:
+        if self._log_full or self._fresh_bytes >= self._redo.half_bytes // 2:
             return 0
         return max(0.0, self._fresh_since + CHECKPOINT_S - time.monotonic())
 

@@ -56,7 +56,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything that is bounded meets its bound: halves of 16 pages, groups and appends of a few copies."""
     with monkeypatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", 16 * PAGE_BYTES)
-        patch.setattr(record_store, "CHECKPOINT_BYTES", 8 * PAGE_BYTES)
         patch.setattr(record_store, "GROUP_BYTES_MAX", 4 * PAGE_BYTES)
         patch.setattr(fragment_store, "LATER_S", 0.004)
         patch.setattr(fragment_store, "LATER_WRITES_MAX", 5)

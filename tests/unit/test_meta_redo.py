@@ -31,6 +31,7 @@ from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
 from storaged.meta.redo import PAGE_BYTES, RedoLog
 from storaged.meta.rowvalue import open_small, seal_small
 from storaged.meta.store import LmdbMetaStore
+from storaged.units import MIB
 from tests.unit.disk_world import HeldLog
 from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
 
@@ -49,7 +50,6 @@ def small_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", HALF)
-        patch.setattr(store_module, "CHECKPOINT_BYTES", HALF // 2)
         patch.setattr(store_module, "GROUP_BYTES_MAX", HALF // 2)
         yield
 
@@ -230,7 +230,7 @@ def test_what_a_start_reads_is_on_the_drive(tmp_path: Path, small_log: None, mon
     for name in ("fdatasync", "posix_fadvise", "pread"):
         monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
     opened(tmp_path).close()
-    assert calls == ["fdatasync", "posix_fadvise", "pread"]
+    assert calls == ["fdatasync", "posix_fadvise", "pread", "pread"]
 
 
 async def begun(log: RedoLog, body: bytes) -> None:
@@ -759,7 +759,7 @@ def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_p
     append(log, pending.encode_group([example()]))
     log.close()
     written = (tmp_path / redo.FILE_NAME).read_bytes()
-    assert len(written) == (1 + 2 * 2048) * 4096
+    assert len(written) == (1 + 2 * 4096) * 4096
     assert written[:4096] == header + bytes(4056)
     group = head + b"".join(body)
     assert written[4096 : 4096 + len(group) + 1] == group + b"\0"
@@ -773,3 +773,35 @@ def test_the_documented_group_is_read_back() -> None:
     [logged] = pending.decode_group(b"".join(documented()[2:]))
     made = example()
     assert (logged.rows, logged.others, logged.copy) == (made.rows, made.others, (b"a header", b"the copy"))
+
+
+def test_a_log_with_smaller_halves_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As disks have it that were made before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(redo, "HALF_BYTES", 8 * MIB)
+        log = opened(tmp_path, None)
+        assert log.half_bytes == 8 * MIB
+        append(log, b"first")
+        log.close()
+    log = opened(tmp_path)
+    assert (log.half_bytes, log.bodies) == (8 * MIB, [b"first"])
+    large = bytes(3 * MIB)
+    for _ in range(2):
+        append(log, large)
+    assert not log.fits(len(large))
+    assert log.turn()
+    append(log, large)
+    log.close()
+    assert (tmp_path / redo.FILE_NAME).stat().st_size == PAGE_BYTES + 16 * MIB
+    log = opened(tmp_path)
+    assert [len(body) for body in log.bodies] == [5, len(large), len(large), len(large)]
+    log.close()
+
+
+@pytest.mark.parametrize("pages", [0, 1, 2047, 16_385, 2**32 - 1])
+def test_a_log_whose_halves_are_of_no_size_is_refused(tmp_path: Path, pages: int) -> None:
+    opened(tmp_path, None).close()
+    with (tmp_path / redo.FILE_NAME).open("r+b") as file:
+        file.write(redo._file_header(STORE_ID, pages * PAGE_BYTES))
+    with pytest.raises(DiskForeign):
+        opened(tmp_path)
