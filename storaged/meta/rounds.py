@@ -187,7 +187,7 @@ class Courier:
         """``request`` names no disk. ``heard(disk, answer, bulk)`` is called once for each of ``disks``, perhaps before this returns. ``fragments``: an accept's
         (header, body) for each disk, by its index."""
         kind, replica_of, carrying = type(request), self._replicas.replica, len(fragments)
-        encoded = b""
+        first = tail = stem = b""
         for index, disk in enumerate(disks):
             try:
                 replica: Any = replica_of(disk)
@@ -201,11 +201,11 @@ class Courier:
             then = partial(heard, disk)
             post_tail = getattr(replica, "post_tail", None)
             if post_tail is not None:
-                encoded = encoded or encode(request)
-                first, tail = encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
-                if index < carrying:
-                    tail = tail[:-2] + encode(header)  # an accept's last field
-                if post_tail(kind, first, tail, then, body, timeout_s):
+                if not first:
+                    encoded = encode(request)
+                    first, tail = encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
+                    stem = tail[:-2]  # an accept's last field is its header, empty here
+                if post_tail(kind, first, stem + encode(header) if index < carrying else tail, then, body, timeout_s):
                     continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)
