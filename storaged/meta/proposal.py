@@ -114,13 +114,12 @@ def post_accept(
 
 @dataclass
 class _Promises:
-    """What a prepare brought. ``value`` has the highest accepted ballot of the majority, ``ballot``; ``settled``: all of a majority reported that ballot. ``beneath``: what
-    ``value``, which was created, has overtaken (rule 14)."""
+    """What a prepare brought. ``value`` has the highest accepted ballot of the majority, ``ballot``; where it was created, its sequence lies behind what it has overtaken
+    (rule 14). ``settled``: all of a majority reported that ballot."""
 
     answers: Answers[messages.PrepareReply]
     ballot: Ballot = ZERO_BALLOT
     value: Value | None = None
-    beneath: Value | None = None
     settled: bool = False
     damaged_below: int = 0
 
@@ -254,9 +253,9 @@ class Proposal:
         if not promises.settled:
             lost_at = self.lineage.lost_at()
             told = [(reply.accepted, reply.value) for reply in promised.values() if reply.accepted != lost_at]
-            promises.beneath = overtaken(told, promises.ballot, promises.value, around.rules)
-            if promises.beneath is not None and promises.value is not None:
-                promises.value = msgspec.structs.replace(promises.value, sequence=promises.beneath.sequence + 1)
+            beneath = overtaken(told, promises.ballot, promises.value, around.rules)
+            if beneath is not None and promises.value is not None:
+                promises.value = msgspec.structs.replace(promises.value, sequence=beneath.sequence + 1)
         return promises
 
     def _ask_promise(self, answers: Answers[messages.PrepareReply], request: messages.Prepare) -> None:
