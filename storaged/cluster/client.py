@@ -227,7 +227,7 @@ class ClientConnection(Connection):
     ) -> int:
         """Sends a request; its id, or 0 when the connection is not open or has no room. Raises ValueError when it is over a frame's limits."""
         transport, pending, limits = self.transport, self.pending, self.limits
-        if (  # ``is_open`` and ``has_room``, without their calls: five times a small PUT
+        if (  # ``is_open`` and ``has_room``, without their calls: for every frame
             transport is None
             or transport.is_closing()
             or self.queued_bytes > limits.queued_bytes_max

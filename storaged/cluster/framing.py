@@ -28,7 +28,7 @@ are parsed in a scratch buffer that is used again and again; what does not fit g
 so that a body of megabytes is never copied after TLS decrypted it. Before any of that memory exists, ``admit`` sees what the header says and decides: TAKE
 it, SKIP it (nobody waits for it any more), or WAIT (no room: the reader stops, the caller pauses the transport and calls ``resume`` later).
 
-A small PUT is ten frames, of which each passes here twice: a header is numbers on the stack, checked by one look-up of its first four bytes.
+A lone small PUT is six frames, of which each passes here twice: a header is numbers on the stack, checked by one look-up of its first four bytes.
 """
 
 from __future__ import annotations

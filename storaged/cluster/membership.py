@@ -240,9 +240,6 @@ class Membership:
         return peer.state == "up"
 
     def disk_writable(self, disk_id: str) -> bool:
-        known = self._disk_states.get(disk_id)
-        if known is not None:  # as ``_disk_state``, without another call: three times a small PUT
-            return known[1] in WRITABLE and self._peers[known[0]].state == "up"
         return self._disk_state(disk_id) in WRITABLE
 
     def disk_readable(self, disk_id: str) -> bool:

@@ -111,7 +111,7 @@ class Caller(Protocol):
 
 @runtime_checkable
 class Poster(Protocol):
-    """What a Caller may do besides: ask without a task. A small PUT makes six calls, and a task costs more than the frame that it sends."""
+    """What a Caller may do besides: ask without a task. A small PUT makes three to six calls, and a task costs more than the frame that it sends."""
 
     def post(
         self,

@@ -91,10 +91,11 @@ class Changing:
     ) -> Outcome:
         view = self._around.view(name)
         if barrier is not None or nonce or len(view.groups) > 1:
-            lineage = Lineage(self._entropy(CALL_BYTES), self._around.rules)
-            return await Proposal(self._around, name, lineage, deadline, update, small, barrier, renew, nonce).run()
+            asking = Lineage(self._entropy(CALL_BYTES), self._around.rules)
+            return await Proposal(self._around, name, asking, deadline, update, small, barrier, renew, nonce).run()
         change = self._to_create(name, update, regardless)
-        behind: tuple[Lineage, int] | tuple[()] = ()
+        lineage: Lineage | None = None
+        above = 0
         if change is not None:
             create = self._quick(QuickCreate, view, name, update, small, deadline)
             try:
@@ -104,8 +105,8 @@ class Changing:
             self._saw(create, outcome)
             if outcome is not None:
                 return outcome
-            behind = create.lineage, create.above
-        quick = self._quick(QuickChange, view, name, update, small, deadline, *behind)
+            lineage, above = create.lineage, create.above
+        quick = self._quick(QuickChange, view, name, update, small, deadline, lineage, above)
         try:
             outcome = await quick.run()
         finally:
@@ -216,7 +217,7 @@ class Changing:
         small: SmallCopies | None,
         deadline: float,
         lineage: Lineage | None = None,
-        *above: int,
+        above: int = 0,
     ) -> Q:
         """An attempt, known to ``_patience``, which is to be told of its end."""
         around = self._around
@@ -224,7 +225,7 @@ class Changing:
         patience_s = min(self._hedge_s, limit_s / 2)
         lineage = lineage or Lineage(self._entropy(CALL_BYTES), around.rules)
         timeout_s = max(0.001, min(around.call_timeout_s, limit_s))
-        quick = kind(around, self._courier, view, name, update, small, lineage, timeout_s, limit_s - patience_s, *above)
+        quick = kind(around, self._courier, view, name, update, small, lineage, timeout_s, limit_s - patience_s, above)
         self._patience.begin(quick, patience_s)
         return quick
 

@@ -8,19 +8,15 @@ Theory of operation
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from storaged import trace
 from storaged.errors import StoragedError
 from storaged.meta.messages import AcceptReply, Create
 from storaged.meta.names import Change, RegisterName
-from storaged.meta.ports import Outcome, SmallCopies, Update
-from storaged.meta.proposal import Surroundings, View
-from storaged.meta.register import Lineage, Verdict
-from storaged.meta.rounds import Courier
+from storaged.meta.ports import Outcome
+from storaged.meta.quick import Attempt, Tried, told_by
+from storaged.meta.register import Verdict
 
 NEW_AT_LEAST = 0.75
 """Of the latest changes of a bucket's registers: a create that is refused costs more than twice what one that is taken spares."""
@@ -35,9 +31,6 @@ AHEAD = int(Verdict.AHEAD)
 
 AHEAD_MAX_US = 10_000_000
 """With a ballot further ahead of this clock a change asks first: creates are refused by clocks, promises never are."""
-
-
-Created = Callable[[Outcome | Exception | None], None]
 
 
 class Novelty:
@@ -58,83 +51,33 @@ class Novelty:
         rates[scope] = rate + (new - rate) / NEW_OF_LATE
 
 
-class QuickCreate:
-    """``begin`` once."""
+class QuickCreate(Attempt):
+    """``begin`` once, or ``await run()``."""
 
-    __slots__ = (
-        "_around",
-        "_asking",
-        "_courier",
-        "_decisive",
-        "_failed",
-        "_held",
-        "_impatient",
-        "_limit_s",
-        "_majority",
-        "_refused",
-        "_synced",
-        "_taken",
-        "_then",
-        "_timeout_s",
-        "_trace_began",
-        "_value",
-        "_view",
-        "above",
-        "ahead",
-        "lineage",
-        "name",
-        "small",
-        "update",
-    )
+    __slots__ = ("_asking", "_decisive", "_held", "_impatient", "_refused", "_taken", "_value", "ahead")
 
-    def __init__(
-        self,
-        around: Surroundings,
-        courier: Courier,
-        view: View,
-        name: RegisterName,
-        update: Update,
-        small: SmallCopies | None,
-        lineage: Lineage,
-        timeout_s: float,
-        limit_s: float,
-    ) -> None:
-        """As ``QuickChange``."""
-        self.lineage = lineage
-        self.above = 0
+    def __init__(self, *given: Any) -> None:
+        """As ``Attempt``."""
+        super().__init__(*given)
         self.ahead = False
         """Its ballot was too far ahead of a clock, here or at a replica."""
-        self.name = name
-        self.update = update
-        self.small = small
-        self._around = around
-        self._courier = courier
-        self._view = view
-        self._timeout_s = timeout_s
-        self._limit_s = limit_s
-        self._majority = len(view.disks) // 2 + 1
-        self._decisive = len(view.disks) + 1 - self._majority
+        self._decisive = len(self._view.disks) + 1 - self._majority
         """With fewer answers nothing is decided."""
-        self._synced: list[str] = []
-        self._failed = self._refused = self._held = 0
-        self._impatient = False
-        self._asking = False
-        self._taken = False
-        self._then: Created | None = None
+        self._refused = self._held = 0
+        self._asking = self._impatient = self._taken = False
 
-    def begin(self, change: Change, then: Created) -> None:
+    def begin(self, change: Change, then: Tried) -> None:
         """``change`` is what ``update`` makes of nothing. ``then(outcome)`` is told once, perhaps before this returns, and must not raise. None: it was not taken, as far as is
         known. An exception: what went wrong here unforeseen."""
-        around, view, small = self._around, self._view, self.small
-        now_us = around.clock.wall_ms() * 1000
-        ballot = around.ballots.next(view.epoch, 0, now_us)
+        view, small = self._view, self.small
+        ballot = self._next_ballot()
         self._then = then
-        if ballot.counter > now_us + AHEAD_MAX_US:
+        if ballot.counter > self._around.clock.wall_ms() * 1000 + AHEAD_MAX_US:
             self.ahead = True
             self._end(None)
             return
         self._value = self.lineage.create(change, ballot)
-        self._trace_began = (trace.current(), time.perf_counter_ns()) if trace.on else None
+        self._mark("")
         self._asking = True
         try:
             request = Create("", self.name, ballot, self._value)
@@ -148,17 +91,7 @@ class QuickCreate:
 
     async def run(self, change: Change) -> Outcome | None:
         """What ``begin`` tells. Raises the exception that it tells."""
-        told: list[Outcome | Exception | None] = []
-        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.begin(change, partial(_wake, over, told))
-        await over
-        outcome = told.pop()
-        try:
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-        finally:
-            del outcome  # an exception has this frame, and the frame may not have it
+        return await told_by(partial(self.begin, change))
 
     def _heard(self, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None) -> None:
         try:
@@ -202,10 +135,7 @@ class QuickCreate:
             self._taken = True
             if self._failed:
                 self._around.on_missed(self.name)
-            if self._trace_began is not None:
-                current, began_ns = self._trace_began
-                if current is not None:
-                    current.note("create", began_ns, time.perf_counter_ns())
+            self._mark("create")
             self._end(Outcome(None, self._value))
         elif self._failed + self._majority > len(disks) or self._failed + taken == len(disks) or (self._impatient and self._refused):
             self._note_held()
@@ -229,9 +159,3 @@ class QuickCreate:
             self._note_held()
             self._end(None)
         return more_s if self._then is not None else 0.0
-
-
-def _wake(over: asyncio.Future[None], told: list[Outcome | Exception | None], outcome: Outcome | Exception | None) -> None:
-    if not over.done():  # it is, when who waited was cancelled
-        told.append(outcome)
-        over.set_result(None)

@@ -91,11 +91,6 @@ _decoder = msgspec.msgpack.Decoder(list[Logged])
 def ready(batch: StoreBatch, done: Done) -> Ready:
     """Raises ValueError for what can't be stored."""
     rows = [_packed(slot) for slot in batch.slots]
-    if len(rows) == 1 and not (batch.meta or batch.pages or batch.fences or batch.unfence):  # an accept, mostly
-        _, key, row = rows[0]
-        size = len(key) + len(row) + ENTRY_OVERHEAD
-        if size <= BATCH_BYTES_MAX:
-            return Ready(done, rows, size=size, operations=1)
     others = _others_of(batch) if batch.meta or batch.fences or batch.unfence else ()
     for page in batch.pages:
         if xxhash.xxh3_128_digest(page.body) != page.page_hash:

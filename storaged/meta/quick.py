@@ -26,7 +26,7 @@ from storaged import trace
 from storaged.errors import StoragedError
 from storaged.meta.messages import Accept, AcceptReply, Prepare, PrepareReply
 from storaged.meta.names import RegisterName
-from storaged.meta.ports import Outcome, SmallCopies, Update
+from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
 from storaged.meta.proposal import Surroundings, View
 from storaged.meta.reads import CHECK, COPY, ROW, RowReader
 from storaged.meta.register import Lineage, Standing, Verdict, created, shown
@@ -39,30 +39,20 @@ OK = int(Verdict.OK)
 PREEMPTED = int(Verdict.PREEMPTED)
 
 
-class QuickChange:
-    """``begin`` once, or ``await run()``."""
+class Attempt:
+    """What every attempt at a change has, and is known by when it is over: what the next one goes on with."""
 
     __slots__ = (
-        "_answers",
         "_around",
-        "_asking",
-        "_ballot",
-        "_base",
         "_began_ns",
-        "_changed",
         "_courier",
-        "_early",
         "_failed",
         "_limit_s",
         "_majority",
-        "_promises",
-        "_silent",
-        "_stage",
         "_synced",
         "_then",
         "_timeout_s",
         "_trace",
-        "_unasked",
         "_view",
         "above",
         "lineage",
@@ -88,35 +78,68 @@ class QuickChange:
         self.lineage = lineage
         self.above = above
         """The counter of the highest ballot that was in the way."""
-        self._around = around
-        self._courier = courier
-        self._view = view
         self.name = name
         self.update = update
         self.small = small
+        self._around = around
+        self._courier = courier
+        self._view = view
         self._timeout_s = timeout_s
         self._limit_s = limit_s
         self._majority = len(view.disks) // 2 + 1
+        self._synced: list[str] = []
+        self._failed = 0
+        self._then: Tried | None = None
+        self._trace = trace.current() if trace.on else None
+        self._began_ns = 0
+
+    def _next_ballot(self) -> Ballot:
+        around = self._around
+        return around.ballots.next(self._view.epoch, self.above, around.clock.wall_ms() * 1000)
+
+    def _mark(self, name: str) -> None:
+        if self._trace is not None:
+            now_ns = time.perf_counter_ns()
+            if name:
+                self._trace.note(name, self._began_ns, now_ns)
+            self._began_ns = now_ns
+
+
+class QuickChange(Attempt):
+    """``begin`` once, or ``await run()``."""
+
+    __slots__ = (
+        "_answers",
+        "_asking",
+        "_ballot",
+        "_base",
+        "_changed",
+        "_early",
+        "_promises",
+        "_silent",
+        "_stage",
+        "_unasked",
+    )
+
+    def __init__(self, *given: Any) -> None:
+        """As ``Attempt``."""
+        super().__init__(*given)
         self._unasked: list[str] = []
         self._silent: list[str] = []
         """Whoever was asked for a promise first and has not answered."""
         self._stage: Stage = "prepare"
         self._promises: list[PrepareReply] = []
-        self._synced: list[str] = []
-        self._answers = self._failed = 0
+        self._answers = 0
         self._asking = False
         self._early: list[tuple[Any, str, Any]] = []
-        self._then: Tried | None = None
-        self._trace = trace.current() if trace.on else None
-        self._began_ns = 0
 
     def begin(self, then: Tried) -> None:
         """``then(outcome)`` is told once, perhaps before this returns, and must not raise. None: not the common case. An exception: what ``update`` raised, after the value
         that it judged was settled, or what else went wrong here unforeseen. What it raises is told to nobody else."""
-        around, order = self._around, self._around.suspects.last(self._view.disks)
+        order = self._around.suspects.last(self._view.disks)
         order, self._unasked = order[: self._majority], order[self._majority :]
         self._silent = order.copy()
-        self._ballot = around.ballots.next(self._view.epoch, self.above, around.clock.wall_ms() * 1000)
+        self._ballot = self._next_ballot()
         self._mark("")
         self._then = then
         try:
@@ -127,20 +150,10 @@ class QuickChange:
 
     async def run(self) -> Outcome | None:
         """What ``begin`` tells. Raises the exception that it tells."""
-        told: list[Outcome | Exception | None] = []
-        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            self.begin(partial(_wake, over, told))
-            await over
+            return await told_by(self.begin)
         finally:
             self._stage = "over"  # who goes away before anything was proposed proposes nothing any more
-        outcome = told.pop()
-        try:
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-        finally:
-            del outcome  # an exception has this frame, and the frame may not have it: the copies would wait for the collector
 
     def _ask(self, request: Prepare | Accept, heard: Any, disks: Sequence[str], fragments: Any) -> None:
         """What answers at once (a replica of this process) is looked at when all have been asked."""
@@ -284,12 +297,20 @@ class QuickChange:
             self._end(None)
         return more_s if self._stage != "over" else 0.0
 
-    def _mark(self, name: str) -> None:
-        if self._trace is not None:
-            now_ns = time.perf_counter_ns()
-            if name:
-                self._trace.note(name, self._began_ns, now_ns)
-            self._began_ns = now_ns
+
+async def told_by(begin: Callable[[Tried], None]) -> Outcome | None:
+    """What ``begin(then)`` tells. Raises the exception that it tells."""
+    told: list[Outcome | Exception | None] = []
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    begin(partial(_wake, over, told))
+    await over
+    outcome = told.pop()
+    try:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+    finally:
+        del outcome  # an exception has this frame, and the frame may not have it: the copies would wait for the collector
 
 
 def _wake(over: asyncio.Future[None], told: list[Outcome | Exception | None], outcome: Outcome | Exception | None) -> None:

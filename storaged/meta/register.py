@@ -19,7 +19,7 @@ ballot than what was chosen, and on a lower sequence. Whoever finds it there car
 overwrites, and is not yet told of. It gets the sequence behind what it overtakes (rule 14), for the sequences of chosen values must grow. (They grow by one, but there: and a
 create that was chosen is chosen again with a higher one, when whoever carries it on sees one of its replicas alone, and at another what has lost against it.)
 
-The acceptor is a table (``judge_prepare``, ``judge_accept``, ``judge_read``): its rows are tried from top to bottom, the first that matches answers.
+The acceptor is a table (``judge_prepare``, ``judge_accept``, ``judge_create``, ``judge_read``): its rows are tried from top to bottom, the first that matches answers.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Verdict(IntEnum):
     UNSTORED = 6
     """The disk does not take the small copy that the value names (it is full): nothing was accepted."""
     HELD = 7
-    """A create, and something was accepted here below its ballot, or is not known not to have been: it was not taken here, and never will be."""
+    """A create, and something was accepted here below its ballot: it was not taken here, and never will be."""
     AHEAD = 8
     """A create whose ballot lies too far ahead of this acceptor's clock."""
 
@@ -149,9 +149,13 @@ def judge_accept(acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes,
 
 def judge_create(acceptor: Acceptor, ballot: Ballot, value: Value, nonce: bytes, identity: bool, rules: Rules = RULES) -> Verdict:
     verdict = judge_accept(acceptor, ballot, value, nonce, identity, rules)
-    if verdict is Verdict.OK and acceptor.accepted not in (ZERO_BALLOT, ballot) and rules.create_into_nothing:
+    if verdict is not Verdict.OK:
+        return verdict
+    if acceptor.damaged:
+        return Verdict.DAMAGED
+    if acceptor.accepted not in (ZERO_BALLOT, ballot) and rules.create_into_nothing:
         return Verdict.HELD
-    return Verdict.HELD if acceptor.damaged else verdict
+    return Verdict.OK
 
 
 def judge_read(acceptor: Acceptor, epoch: int, rules: Rules = RULES) -> Verdict:

@@ -28,9 +28,9 @@ from storaged.meta.register import (
 )
 from storaged.meta.replica import CREATE_AHEAD_US, LocalReplica
 from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, put
+from tests.unit.test_registers_soon import COPIES
+from tests.unit.test_registers_soon import begun as soon
 from tests.unit.test_replica import FixedClock
-
-COPIES = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, lambda disks: len(disks) >= 2)
 
 
 def at(counter: int, epoch: int = 1) -> Ballot:
@@ -65,8 +65,8 @@ NOTHING = Acceptor(ZERO_BALLOT, ZERO_BALLOT, None, 1)
         (NOTHING._replace(accepted=at(11), value=written(1)), Verdict.PREEMPTED),
         (NOTHING._replace(epoch=2), Verdict.EPOCH),
         (NOTHING._replace(fence=Fence(b"s" * 16, b"nonce", False)), Verdict.FENCED),
-        (NOTHING._replace(damaged=True), Verdict.HELD),
-        (NOTHING._replace(damaged=True, promised=at(99)), Verdict.HELD),
+        (NOTHING._replace(damaged=True), Verdict.DAMAGED),
+        (NOTHING._replace(damaged=True, promised=at(99)), Verdict.PREEMPTED),
     ],
 )
 def test_a_create_is_taken_by_who_holds_nothing(acceptor: Acceptor, verdict: Verdict) -> None:
@@ -186,7 +186,8 @@ async def test_an_acceptor_with_a_damaged_row_takes_no_create(monkeypatch: pytes
         raise RowDamaged
 
     monkeypatch.setattr(store, "get", damaged)
-    assert (await replica.accept(create(at(10)))).verdict == Verdict.HELD
+    verdict = (await replica.accept(create(at(10)))).verdict
+    assert verdict not in (Verdict.OK, Verdict.HELD), "what it held is unknown: it may have been this"
 
 
 async def test_an_acceptor_takes_no_create_from_far_in_the_future() -> None:
@@ -223,9 +224,7 @@ class Always(Novelty):
 
 
 def begun(client: RingClient, update: Update, small: SmallCopies | None = None) -> asyncio.Future[Outcome | Exception]:
-    told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
-    assert client.change_soon(NAME, update, told.set_result, small=small, regardless=True)
-    return told
+    return soon(client, update, small, regardless=True)
 
 
 async def applied(client: RingClient, update: Update, small: SmallCopies | None = None) -> Outcome:
@@ -277,9 +276,7 @@ async def test_creates_are_given_up_for_a_bucket_that_is_overwritten(ring: Ring)
 
 async def test_a_change_that_says_nothing_of_what_is_there_creates_nothing(ring: Ring) -> None:
     client = ring.client()
-    told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
-    assert client.change_soon(NAME, put(b"one"), told.set_result)
-    assert isinstance(await told, Outcome)
+    assert isinstance(await soon(client, put(b"one")), Outcome)
     assert prepares(ring) >= 2
 
 
@@ -347,9 +344,7 @@ async def test_whoever_finds_a_create_that_lies_above_what_was_chosen_carries_it
     elif way == "change":
         value = (await client.change(NAME, put(b"next"))).before
     else:
-        told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
-        assert client.change_soon(NAME, put(b"next"), told.set_result)
-        outcome = await told
+        outcome = await soon(client, put(b"next"))
         assert isinstance(outcome, Outcome)
         value = outcome.before
     assert value == Value(8, NEW.operation, NEW.visibility, NEW.body)
@@ -581,9 +576,7 @@ async def test_where_a_clock_is_slow_changes_soon_ask_first_again(ring: Ring) ->
     ring.third.inner._clock = FixedClock(1)
     for number in range(2 * NEW_OF_LATE):
         name = NAME._replace(key=b"key %d" % number)
-        told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
-        assert client.change_soon(name, put(b"one"), told.set_result, regardless=True)
-        assert isinstance(await told, Outcome)
+        assert isinstance(await soon(client, put(b"one"), regardless=True, name=name), Outcome)
     creates = [request for request in ring.third.accepts if isinstance(request, messages.Create)]
     assert 0 < len(creates) < NEW_OF_LATE
 

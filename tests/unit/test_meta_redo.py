@@ -805,3 +805,21 @@ def test_a_log_whose_halves_are_of_no_size_is_refused(tmp_path: Path, pages: int
         file.write(redo._file_header(STORE_ID, pages * PAGE_BYTES))
     with pytest.raises(DiskForeign):
         opened(tmp_path)
+
+
+async def test_a_store_goes_on_with_a_log_that_has_smaller_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round and round in it, and through a start."""
+    with monkeypatch.context() as patch:
+        patch.setattr(redo, "HALF_BYTES", 8 * MIB)
+        store = LmdbMetaStore(tmp_path)
+        await store.commit(StoreBatch([slot_of(name_of(b"0"))]))
+        await store.close()
+    store = LmdbMetaStore(tmp_path)
+    for number in range(1, 41):
+        await store.commit(StoreBatch([slot_of(name_of(b"%d" % number), body=bytes(MIB))]))
+    assert store.statistics().checkpoints >= 40 // 8
+    await store.close()
+    assert (tmp_path / redo.FILE_NAME).stat().st_size == PAGE_BYTES + 16 * MIB
+    store = LmdbMetaStore(tmp_path)
+    assert all(store.get(name_of(b"%d" % number)) is not None for number in range(41))
+    await store.close()

@@ -298,17 +298,21 @@ async def test_lookups_are_kept_for_a_moment_and_shared_while_they_load() -> Non
         await users.lookup(anne.access_key)
 
 
+class Spawned(list[asyncio.Task[None]]):
+    """The background, as ``Recent`` knows it: what it was given."""
+
+    def __call__(self, work: Coroutine[Any, Any, None]) -> bool:
+        self.append(asyncio.create_task(work))
+        return True
+
+
 def not_spawned(work: Coroutine[Any, Any, None]) -> bool:
     work.close()
     return False
 
 
 async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_not_expires() -> None:
-    clock, spawned, loads = FakeClock(), list[asyncio.Task[None]](), 0
-
-    def spawn(work: Coroutine[Any, Any, None]) -> bool:
-        spawned.append(asyncio.create_task(work))
-        return True
+    clock, spawned, loads = FakeClock(), Spawned(), 0
 
     async def load(_key: str) -> int:
         nonlocal loads
@@ -317,7 +321,7 @@ async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_
             raise ServiceUnavailable
         return loads
 
-    recent = Recent[str, int](clock, 1.0, 10, load, spawn)
+    recent = Recent[str, int](clock, 1.0, 10, load, spawned)
     assert recent.at_hand("key") is None
     assert await recent.get("key") == 1
     clock.ahead_s += 0.5
@@ -341,18 +345,14 @@ async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_
 
 
 async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
-    clock, spawned, gone = FakeClock(), list[asyncio.Task[None]](), False
-
-    def spawn(work: Coroutine[Any, Any, None]) -> bool:
-        spawned.append(asyncio.create_task(work))
-        return True
+    clock, spawned, gone = FakeClock(), Spawned(), False
 
     async def load(_key: str) -> int:
         if gone:
             raise NoSuchBucket
         return 1
 
-    recent = Recent[str, int](clock, 1.0, 10, load, spawn)
+    recent = Recent[str, int](clock, 1.0, 10, load, spawned)
     await recent.get("key")
     clock.ahead_s += 0.7
     gone = True
@@ -362,14 +362,11 @@ async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
 
 
 async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_time() -> None:
-    clock, spawned, spawns = FakeClock(), list[asyncio.Task[None]](), True
+    clock, spawned, spawns = FakeClock(), Spawned(), True
     hang = asyncio.Event()
 
     def spawn(work: Coroutine[Any, Any, None]) -> bool:
-        if spawns:
-            spawned.append(asyncio.create_task(work))
-            return True
-        return not_spawned(work)
+        return spawned(work) if spawns else not_spawned(work)
 
     async def load(key: str) -> str:
         if spawned:
@@ -394,11 +391,7 @@ async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_t
 
 
 async def test_what_is_being_loaded_is_not_loaded_anew_besides() -> None:
-    clock, spawned, loads = FakeClock(), list[asyncio.Task[None]](), 0
-
-    def spawn(work: Coroutine[Any, Any, None]) -> bool:
-        spawned.append(asyncio.create_task(work))
-        return True
+    clock, spawned, loads = FakeClock(), Spawned(), 0
 
     async def load(_key: str) -> int:
         nonlocal loads
@@ -406,7 +399,7 @@ async def test_what_is_being_loaded_is_not_loaded_anew_besides() -> None:
         await asyncio.sleep(0.01)
         return loads
 
-    recent = Recent[str, int](clock, 1.0, 10, load, spawn)
+    recent = Recent[str, int](clock, 1.0, 10, load, spawned)
     await recent.get("key")
     clock.ahead_s += 0.7
     assert recent.at_hand("key") == 1

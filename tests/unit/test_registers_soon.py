@@ -13,7 +13,7 @@ import pytest
 from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailable, SlowDown
 from storaged.meta import messages
 from storaged.meta.client import RingClient
-from storaged.meta.names import Change, Value
+from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
 from tests.unit.test_registers_client import NAME, Refused, Ring, fail_with, put
 
@@ -28,10 +28,12 @@ async def ring() -> AsyncIterator[Ring]:
         await client.close()
 
 
-def begun(client: RingClient, update: Update, small: SmallCopies | None = None) -> asyncio.Future[Outcome | Exception]:
+def begun(
+    client: RingClient, update: Update, small: SmallCopies | None = None, *, regardless: bool = False, name: RegisterName = NAME
+) -> asyncio.Future[Outcome | Exception]:
     """What ``change_soon`` tells. A second telling is an InvalidStateError."""
     told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
-    assert client.change_soon(NAME, update, told.set_result, small=small)
+    assert client.change_soon(name, update, told.set_result, small=small, regardless=regardless)
     return told
 
 
