@@ -185,6 +185,14 @@ class _Storaged:
                 raise SystemExit(f"storaged did not become {' or '.join(verdicts)}: {found.get('verdict')}\n" + self.log()[-3000:])
             time.sleep(0.2)
 
+    def prepared(self) -> None:
+        """Waits until ``storaged dev`` has made its user, which it does once the cluster takes writes."""
+        end = time.monotonic() + STATES_TIMEOUT_S
+        while not json.loads((self.directory / "dev.json").read_text())["prepared"]:
+            if time.monotonic() > end:
+                raise SystemExit("storaged dev did not make its user\n" + self.log()[-3000:])
+            time.sleep(0.05)
+
     def log(self) -> str:
         return (self.home / "log").read_text(errors="replace")
 
@@ -218,6 +226,7 @@ def storaged_cluster(
             several = () if workers is None else ("--workers", str(workers))
             storaged.start("dev", str(storaged.directory), "--s3-port", str(free_port()), "--admin-port", str(free_port()), *several)
             status = storaged.status("HEALTHY")
+            storaged.prepared()
             known = json.loads(storaged.run("env", "--json"))
             target = Target(known["endpoint"], known["access_key"], known["secret_key"], known["region"])
             server = Server(name, target, _processes(status), storaged.directory)
