@@ -56,6 +56,10 @@ class Cluster:
         )  # fmt: skip
         log.close()
         self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "a healthy cluster")
+        made = self.directory / "dev.json"
+        self.wait_until(
+            lambda: json.loads(made.read_text())["prepared"], timeout_s, "its user and its bucket"
+        )  # made at the very first start, a moment later
         self.settings = json.loads(self.run("env", "--json").stdout)
         return self
 

@@ -1,6 +1,6 @@
 """The process above a trial cluster's nodes: starts them, tells who died, and obeys ``storaged dev stop|kill|start``.
 
-Theory of operation. Each node is ``storaged run CONFIG`` in a session of its own (so that Ctrl-C reaches this process alone) and ends with it
+Theory of operation. Each node is ``storaged run CONFIG`` in a process group of its own (so that Ctrl-C reaches this process alone) and ends with it
 (prctl PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the sd_notify protocol that only this process knows. A node that dies is reported and
 stays down: trying what happens then is what the cluster is for. Control is one JSON line each way over ``DIR/dev.sock``.
 """
@@ -28,6 +28,11 @@ READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 40.0
 LOG_BYTES_MAX = 32 * 1024 * 1024
 REQUEST_BYTES_MAX = 4096
+
+STORAGE_NICE = 10
+"""All nodes are on one machine here. Storage nodes give way to the gateway and to clients, for all of them wait for those: else two nodes at work hold both cores of a small
+machine while the gateway has the next requests for them in hand, and have nothing to do when it had its turn. Three nodes together keep a quarter of a core (sched(7)). On a
+server, ``CPUWeight`` of the gateway's unit says so."""
 
 
 class NodeProcess:
@@ -63,7 +68,7 @@ class NodeProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                process_group=0,  # in one session: Linux would give each of several as much as the others, whatever their nice values (sched(7), autogroup)
                 env={**os.environ, "NOTIFY_SOCKET": "@" + name},
             )
 
@@ -72,6 +77,8 @@ class NodeProcess:
         with contextlib.suppress(BlockingIOError):
             if b"READY=1" in self._notify.recv(4096).split(b"\n") and self.state == "starting":
                 self.state = "ready"
+                if self.process is not None and "gateway" not in self.node.roles:
+                    _give_way(self.process.pid)
                 self.ready.set()
 
     async def ended(self) -> int:
@@ -94,6 +101,14 @@ class NodeProcess:
                 return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
         except OSError:
             return ""
+
+
+def _give_way(pid: int) -> None:
+    """All threads of the process, of which Linux keeps a nice value each. Not before it is ready: whoever looks for a node that starts late waits for a second."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0) + STORAGE_NICE
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), nice)
 
 
 class Supervisor:

@@ -17,6 +17,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from storaged.cli.client import request
+from storaged.cli.supervisor import STORAGE_NICE
 from tests.cluster import RACKS, STORAGED, Cluster, free_port
 
 
@@ -110,6 +111,14 @@ def inodes_of(cluster: Cluster) -> set[str]:
             if target.startswith("socket:["):
                 found.add(target[8:-1])
     return found
+
+
+def test_storage_nodes_give_way_to_the_gateway_in_its_session(cluster: Cluster) -> None:
+    pids = cluster.pids()
+    own = os.getpriority(os.PRIO_PROCESS, pids["gateway"])
+    assert {os.getpriority(os.PRIO_PROCESS, pids[name]) - own for name in RACKS} == {STORAGE_NICE}
+    assert len({os.getsid(pid) for pid in pids.values()}) == 1
+    assert len({os.getpgid(pid) for pid in pids.values()}) == 4
 
 
 def test_no_storage_process_has_code_that_handles_keys(cluster: Cluster) -> None:
