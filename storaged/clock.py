@@ -20,8 +20,7 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's own clocks."""
 
-    def monotonic(self) -> float:
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)  # no frame of ours around it: a request asks for it ten times
 
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000

@@ -180,7 +180,10 @@ class Membership:
         self._began_ms = self._clock.wall_ms()
         self._peers: dict[str, _Peer] = {}
         self._gone: set[asyncio.Task[None]] = set()
-        self._disk_states: dict[str, tuple[str, str]] = {}
+        self._disk_states: dict[str, str] = {}
+        """Of the disks of other nodes, as they report them; empty while their node is away."""
+        self._writable: frozenset[str] = frozenset()
+        """Those among them that take new fragments."""
         self._watchers: list[Callable[[NodeStatus], None]] = []
         self._running = False
 
@@ -240,7 +243,7 @@ class Membership:
         return peer.state == "up"
 
     def disk_writable(self, disk_id: str) -> bool:
-        return self._disk_state(disk_id) in WRITABLE
+        return disk_id in self._writable or self._disk_state(disk_id) in WRITABLE
 
     def disk_readable(self, disk_id: str) -> bool:
         return self._disk_state(disk_id) in READABLE
@@ -249,8 +252,7 @@ class Membership:
         """The state that a disk's node reports; empty when the node is away or never named the disk."""
         known = self._disk_states.get(disk_id)
         if known is not None:
-            node, state = known
-            return state if self._peers[node].state == "up" else ""
+            return known
         for disk in self._own_disks():
             if disk.id == disk_id:
                 return disk.state
@@ -275,11 +277,12 @@ class Membership:
         """A node speaks for the disks that the layout gives it, and for no others."""
         homes = self._layouts.current.disk_by_id
         self._disk_states = {
-            disk.id: (peer.name, disk.state)
+            disk.id: disk.state if peer.state == "up" else ""
             for peer in self._peers.values()
             for disk in peer.disks
             if disk.id in homes and homes[disk.id].node == peer.name
         }
+        self._writable = frozenset(disk_id for disk_id, state in self._disk_states.items() if state in WRITABLE)
 
     def _stop(self, peer: _Peer) -> None:
         if peer.task is not None:
@@ -352,6 +355,8 @@ class Membership:
         peer.state, peer.reason = state, reason
         if changed or anew:
             peer.since_ms = self._clock.wall_ms()
+        if changed:
+            self._index_disks()
         (log.info if state == "up" else log.warning)("node is " + state, peer=peer.name, reason=reason, restarted=anew)
         for watcher in self._watchers:
             watcher(self.status(peer.name))

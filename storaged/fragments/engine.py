@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lmdb
+from msgspec import Struct
 
 from storaged.errors import DiskUnusable, FragmentDamaged, OperatorError, PeerRefused, StoragedError
 from storaged.fragments import recovery
@@ -96,8 +97,7 @@ class StoreLimits:
     read_threads: int = 4
 
 
-@dataclass(slots=True)
-class Write:
+class Write(Struct):
     """A fragment to be appended, prepared where its caller runs."""
 
     key: bytes
@@ -105,6 +105,8 @@ class Write:
     message: bytes
     payload: list[memoryview]
     payload_bytes: int
+    room: int
+    """Bytes of the segment that its record takes at most."""
 
     @classmethod
     def of(cls, header: FragmentHeader, payload: Sequence[bytes | bytearray | memoryview], message: bytes = b"") -> Write:
@@ -115,18 +117,17 @@ class Write:
         else:
             views = [memoryview(buffer).cast("B") for buffer in payload if len(buffer)]
             count = sum([len(view) for view in views])
-        reason = ""
-        if len(header.id) != KEY_BYTES:
-            reason = f"a fragment id has {KEY_BYTES} bytes, not {len(header.id)}"
-        elif count != header.length:
-            reason = f"the header announces {header.length} bytes, the payload has {count}"
-        elif not 1 <= header.cell_bytes <= PAYLOAD_BYTES_MAX or count > PAYLOAD_BYTES_MAX:
-            reason = f"cells of {header.cell_bytes} and a payload of {count} bytes; both are limited to {PAYLOAD_BYTES_MAX}"
-        elif not 0 <= header.created_ms <= TIME_MS_MAX:
-            reason = f"it was created at {header.created_ms} ms; a time lies in 0..2^63"
-        if reason:
-            raise PeerRefused(f"not a fragment: {reason}", remote_code="BAD_FRAGMENT")
-        return cls(header.id, header, message or encode(header), views, count)
+        key = header.id
+        if len(key) != KEY_BYTES:
+            raise _not_a_fragment(f"a fragment id has {KEY_BYTES} bytes, not {len(key)}")
+        if count != header.length:
+            raise _not_a_fragment(f"the header announces {header.length} bytes, the payload has {count}")
+        if not 1 <= header.cell_bytes <= PAYLOAD_BYTES_MAX or count > PAYLOAD_BYTES_MAX:
+            raise _not_a_fragment(f"cells of {header.cell_bytes} and a payload of {count} bytes; both are limited to {PAYLOAD_BYTES_MAX}")
+        if not 0 <= header.created_ms <= TIME_MS_MAX:
+            raise _not_a_fragment(f"it was created at {header.created_ms} ms; a time lies in 0..2^63")
+        message = message or encode(header)
+        return cls(key, header, message, views, count, RecordWriter.bytes_max(len(message), count, header.cell_bytes))
 
     def matches_hash(self) -> bool:
         """Whether the payload is what the block's hashes say it is. Copies share one hash."""
@@ -135,6 +136,10 @@ class Write:
             return True
         expected = hashes[0] if k == 1 and len(hashes) == 1 else hashes[position] if position < len(hashes) else b""
         return payload_hash(self.payload) == expected
+
+
+def _not_a_fragment(reason: str) -> PeerRefused:
+    return PeerRefused(f"not a fragment: {reason}", remote_code="BAD_FRAGMENT")
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,10 @@ class Engine:
         """Whether the active segment has room for them, so that ``append`` waits for no disk but where the page cache does, and takes no long time."""
         if sum([write.payload_bytes // write.header.cell_bytes for write in writes]) > AT_ONCE_CELLS_MAX:
             return False
-        need = sum([RecordWriter.bytes_max(len(write.message), write.payload_bytes, write.header.cell_bytes) for write in writes])
+        return self._has_room(writes)
+
+    def _has_room(self, writes: Sequence[Write]) -> bool:
+        need = sum([write.room for write in writes])
         return bool(self.active) and not self.failure and self.limits.segment_bytes - self.end.offset >= need
 
     def append(self, writes: Sequence[Write], *, into_reserve: bool = False, checked: bool = False) -> list[StoragedError | None]:
@@ -245,11 +253,14 @@ class Engine:
         if refusal is not None:
             return [refusal] * len(writes)
         answers: list[StoragedError | None] = [None] * len(writes)
+        if checked and self._has_room(writes) and len({write.key for write in writes}) == len(writes):
+            self._append_some(list(enumerate(writes)), answers)
+            return answers
         pending: list[tuple[int, Write]] = []
         keys: set[bytes] = set()
         room = 0
         for position, write in enumerate(writes):
-            need = RecordWriter.bytes_max(len(write.message), write.payload_bytes, write.header.cell_bytes)
+            need = write.room
             if not checked and not write.matches_hash():
                 answers[position] = FragmentDamaged(
                     f"the payload of {write.key.hex()} is not what the hashes in its header say; not written"

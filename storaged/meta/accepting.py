@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 from storaged.errors import StoragedError
 from storaged.meta.messages import Accept, AcceptReply
 from storaged.meta.names import RegisterName
@@ -17,34 +19,22 @@ if TYPE_CHECKING:
 AnswerAccept = Callable[[AcceptReply | Exception], None]
 
 
-class Writing:
+class Writing(Struct):
     """An accept on its way to the disk. ``size`` in bytes, of its value and copy; ``copied``: it came with one."""
 
-    __slots__ = ("_again", "_answer", "_replica", "arrival", "ballot", "batch", "copied", "copy_error", "identity", "name", "size")
-
-    def __init__(
-        self,
-        replica: LocalReplica,
-        name: RegisterName,
-        ballot: Ballot,
-        identity: bool,
-        batch: StoreBatch,
-        size: int,
-        copied: bool,
-        answer: AnswerAccept,
-    ) -> None:
-        self._replica = replica
-        self.name = name
-        self.ballot = ballot
-        self.identity = identity
-        self.batch = batch
-        self.size = size
-        self.copied = copied
-        self._answer = answer
-        self._again: list[AnswerAccept] = []
-        self.copy_error = ""
-        self.arrival: asyncio.Future[None] | None = None
-        """Of who waits for it to arrive, or to fail."""
+    replica: LocalReplica
+    name: RegisterName
+    ballot: Ballot
+    identity: bool
+    batch: StoreBatch
+    size: int
+    copied: bool
+    told: AnswerAccept
+    again: list[AnswerAccept] = []
+    """Of the same accept, come again."""
+    copy_error: str = ""
+    arrival: asyncio.Future[None] | None = None
+    """Of who waits for it to arrive, or to fail."""
 
     def joined(self, request: Accept, header: bytes, answer: AnswerAccept) -> bool:
         """Whether the request is the very one that is being written, come again: then ``answer`` is told what becomes of it."""
@@ -55,21 +45,21 @@ class Writing:
             and request.value == self.batch.slots[0].value
         )
         if same:
-            self._again.append(answer)
+            self.again.append(answer)
         return same
 
     def answer(self, outcome: AcceptReply | Exception) -> None:
-        self._answer(outcome)
-        for again in self._again:
-            again(outcome)
+        self.told(outcome)
+        for told in self.again:
+            told(outcome)
 
     def stored(self, error: Exception | None) -> None:
         """``ports.Done``."""
-        self._replica.arrived(self, error)
+        self.replica.arrived(self, error)
 
     def kept(self, refusal: StoragedError | None, error: StoragedError | None) -> None:
         """``ports.Kept``: the copy, then the row."""
         if refusal is None:
-            self._replica.arrived(self, error)
+            self.replica.arrived(self, error)
         else:
-            self._replica.copy_refused(self, refusal)
+            self.replica.copy_refused(self, refusal)

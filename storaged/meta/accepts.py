@@ -23,7 +23,7 @@ from storaged.errors import InvalidRequest, PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.replica import LocalReplica
 from storaged.meta.rounds import NO_BYTES
-from storaged.units import MIB
+from storaged.units import KIB
 from storaged.wire import Buffer, encode
 
 log = structlog.get_logger(__name__)
@@ -37,8 +37,8 @@ ALONE_MAX = 2
 TOGETHER_S = 1.0
 """So long the fast ones wait for the slow: for a disk that hangs, not for one that is busy, which would be asked again and be busier. Most that wait here have other replicas."""
 
-BYTES_MAX = MIB
-"""Of encoded requests: more go on in another message, and one that is larger by itself."""
+ENCODED_BYTES_MAX = 64 * KIB
+"""Of a request without its copy: a longer one, of a record of very many parts, goes by itself."""
 
 ACCEPTS_MAX = 256
 """What a node takes in one message."""
@@ -55,23 +55,20 @@ class NodeAccepts:
         self._node = node
         self._alone_max = alone_max
         self._gathered: list[_Asked] = []
-        self._bytes = 0
         self._out = 0
 
     def ask(self, asked: _Asked) -> bool:
         """False: nothing was asked, since that would need waiting. Raises ValueError when the request is over a frame's limits."""
         gathered = self._gathered
-        _create, encoded, line, rest, body, then, timeout_s = asked
-        size = len(encoded)
-        if size > BYTES_MAX or (self._out <= self._alone_max and not gathered):
+        if (self._out <= self._alone_max and not gathered) or len(asked[1]) > ENCODED_BYTES_MAX:
+            _create, _encoded, line, rest, body, then, timeout_s = asked
             sent = line(rest, partial(self._heard_one, then), body, timeout_s)
             self._out += sent
             return sent
         gathered.append(asked)
-        self._bytes += size
         if len(gathered) == 1:
             asyncio.get_running_loop().call_soon(self._send)
-        elif len(gathered) >= TOGETHER_MAX or self._bytes > BYTES_MAX:
+        elif len(gathered) >= TOGETHER_MAX:
             self._send()
         return True
 
@@ -80,7 +77,7 @@ class NodeAccepts:
         then(answer, bulk)
 
     def _send(self) -> None:
-        gathered, self._gathered, self._bytes = self._gathered, [], 0
+        gathered, self._gathered = self._gathered, []
         if not gathered:
             return  # they have left already
         requests: list[bytes] = [b"\x93\xdc", len(gathered).to_bytes(2, "big")]

@@ -97,7 +97,7 @@ class Changing:
         lineage: Lineage | None = None
         above = 0
         if change is not None:
-            create = self._quick(QuickCreate, view, name, update, small, deadline)
+            create = self._quick(QuickCreate, view, name, update, small, self._left_s(deadline))
             try:
                 outcome = await create.run(change)
             finally:
@@ -106,7 +106,7 @@ class Changing:
             if outcome is not None:
                 return outcome
             lineage, above = create.lineage, create.above
-        quick = self._quick(QuickChange, view, name, update, small, deadline, lineage, above)
+        quick = self._quick(QuickChange, view, name, update, small, self._left_s(deadline), lineage, above)
         try:
             outcome = await quick.run()
         finally:
@@ -145,10 +145,10 @@ class Changing:
         begin: Callable[[], None]
         quick: QuickChange | QuickCreate
         if change is not None:
-            quick = create = self._quick(QuickCreate, view, name, update, small, deadline)
+            quick = create = self._quick(QuickCreate, view, name, update, small, self._deadline_s)
             begin = partial(create.begin, change, partial(self._create_over, create, view, deadline, then))
         else:
-            quick = asking = self._quick(QuickChange, view, name, update, small, deadline)
+            quick = asking = self._quick(QuickChange, view, name, update, small, self._deadline_s)
             begin = partial(asking.begin, partial(self._over, asking, deadline, then, regardless))
         try:
             begin()
@@ -162,7 +162,8 @@ class Changing:
         self._patience.end(create)
         self._saw(create, outcome)
         if outcome is None and not self._closed:
-            quick = self._quick(QuickChange, view, create.name, create.update, create.small, deadline, create.lineage, create.above)
+            limit_s, lineage = self._left_s(deadline), create.lineage
+            quick = self._quick(QuickChange, view, create.name, create.update, create.small, limit_s, lineage, create.above)
             try:
                 quick.begin(partial(self._over, quick, deadline, then, False))
             except Exception as mistake:  # of ours: nobody else would tell who waits
@@ -215,16 +216,15 @@ class Changing:
         name: RegisterName,
         update: Update,
         small: SmallCopies | None,
-        deadline: float,
+        limit_s: float,
         lineage: Lineage | None = None,
         above: int = 0,
     ) -> Q:
-        """An attempt, known to ``_patience``, which is to be told of its end."""
+        """An attempt of up to ``limit_s``, known to ``_patience``, which is to be told of its end."""
         around = self._around
-        limit_s = max(0.0, deadline - around.clock.monotonic())
-        patience_s = min(self._hedge_s, limit_s / 2)
+        patience_s = self._hedge_s if self._hedge_s < limit_s / 2 else limit_s / 2
         lineage = lineage or Lineage(self._entropy(CALL_BYTES), around.rules)
-        timeout_s = max(0.001, min(around.call_timeout_s, limit_s))
+        timeout_s = around.call_timeout_s if around.call_timeout_s < limit_s else max(0.001, limit_s)
         quick = kind(around, self._courier, view, name, update, small, lineage, timeout_s, limit_s - patience_s, above)
         self._patience.begin(quick, patience_s)
         return quick
@@ -235,6 +235,9 @@ class Changing:
             lineage = Lineage(b"", self._around.rules)
             proposal = Proposal(self._around, name, lineage, deadline, _keep, nonce=nonce, settling=True, commit=commit)
             return (await proposal.run()).after
+
+    def _left_s(self, deadline: float) -> float:
+        return max(0.0, deadline - self._around.clock.monotonic())
 
     def _deadline(self) -> float:
         return self._around.clock.monotonic() + self._deadline_s

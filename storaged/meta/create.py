@@ -9,7 +9,6 @@ Theory of operation
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from storaged.errors import StoragedError
 from storaged.meta.messages import AcceptReply, Create
@@ -46,6 +45,8 @@ class Novelty:
     def saw(self, name: RegisterName, new: bool) -> None:
         rates, scope = self._rates, name.scope
         rate = rates.get(scope, 1.0)
+        if rate == new:
+            return
         if len(rates) >= SCOPES_MAX and scope not in rates:
             rates.clear()
         rates[scope] = rate + (new - rate) / NEW_OF_LATE
@@ -56,35 +57,32 @@ class QuickCreate(Attempt):
 
     __slots__ = ("_asking", "_decisive", "_held", "_impatient", "_refused", "_taken", "_value", "ahead")
 
-    def __init__(self, *given: Any) -> None:
-        """As ``Attempt``."""
-        super().__init__(*given)
-        self.ahead = False
-        """Its ballot was too far ahead of a clock, here or at a replica."""
-        self._decisive = len(self._view.disks) + 1 - self._majority
-        """With fewer answers nothing is decided."""
-        self._refused = self._held = 0
-        self._asking = self._impatient = self._taken = False
-
     def begin(self, change: Change, then: Tried) -> None:
         """``change`` is what ``update`` makes of nothing. ``then(outcome)`` is told once, perhaps before this returns, and must not raise. None: it was not taken, as far as is
         known. An exception: what went wrong here unforeseen."""
-        view, small = self._view, self.small
-        ballot = self._next_ballot()
+        view, small, now_us = self._view, self.small, self._around.clock.wall_ms() * 1000
+        ballot = self._next_ballot(now_us)
         self._then = then
-        if ballot.counter > self._around.clock.wall_ms() * 1000 + AHEAD_MAX_US:
-            self.ahead = True
+        self.ahead = ballot.counter > now_us + AHEAD_MAX_US
+        """Its ballot was too far ahead of a clock, here or at a replica."""
+        self._decisive = len(view.disks) + 1 - self._majority
+        """With fewer answers nothing is decided."""
+        self._refused = self._held = 0
+        self._impatient = self._taken = False
+        if self.ahead:
             self._end(None)
             return
         self._value = self.lineage.create(change, ballot)
-        self._mark("")
+        if self._trace is not None:
+            self._mark("")
         self._asking = True
         try:
             request = Create("", self.name, ballot, self._value)
             fragments = () if small is None else small.fragments
             self._courier.ask_each(request, view.disks, self._heard, timeout_s=self._timeout_s, fragments=fragments)
             self._asking = False
-            self._look()
+            if self._synced or self._failed:  # replicas of this process
+                self._look()
         except BaseException:  # a mistake of ours: who began it is told, and whoever was asked answers nobody
             self._then = None
             raise
@@ -95,23 +93,19 @@ class QuickCreate(Attempt):
 
     def _heard(self, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None) -> None:
         try:
-            self._count(disk, answer)
+            if not isinstance(answer, StoragedError) and answer.verdict == OK and (answer.copy_synced or self.small is None):
+                self._synced.append(disk)
+            else:
+                self._failed += 1
+                self._note_failed(disk, answer)
+            if self._then is None or self._asking:
+                return
+            if len(self._synced) + self._failed >= self._decisive or self._impatient:
+                self._look()
         except Exception as mistake:  # of ours: who waits is told, not only who brought the answer
             if self._then is None:
                 raise
             self._end(mistake)
-
-    def _count(self, disk: str, answer: AcceptReply | StoragedError) -> None:
-        synced = self._synced
-        if not isinstance(answer, StoragedError) and answer.verdict == OK and (answer.copy_synced or self.small is None):
-            synced.append(disk)
-            if self._then is None:
-                return
-        else:
-            self._failed += 1
-            self._note_failed(disk, answer)
-        if self._then is not None and not self._asking and (len(synced) + self._failed >= self._decisive or self._impatient):
-            self._look()
 
     def _note_failed(self, disk: str, answer: AcceptReply | StoragedError) -> None:
         if isinstance(answer, StoragedError):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import xxhash
+from msgspec import Struct
 
 from storaged.meta.ports import Done, Slot, StoreBatch, StoredPage
 from storaged.meta.redo import BODY_BYTES_MAX
@@ -50,8 +50,7 @@ ENTRY_OVERHEAD = 32
 """A row's prefix, and what says how long each part is, take no more."""
 
 
-@dataclass(slots=True)
-class Ready:
+class Ready(Struct):
     """One batch on its way, ready for the disk. ``rows``: (table || scope || shard, key, row). ``others``: (sub-database, key, value; None deletes).
 
     Pages are written to LMDB directly, and so are not among what is logged; ``deleted`` says how many of ``stale_pages`` were.
@@ -91,6 +90,10 @@ _decoder = msgspec.msgpack.Decoder(list[Logged])
 def ready(batch: StoreBatch, done: Done) -> Ready:
     """Raises ValueError for what can't be stored."""
     rows = [_packed(slot) for slot in batch.slots]
+    if len(rows) == 1 and not (batch.meta or batch.fences or batch.unfence or batch.pages):  # a change of a register
+        _, key, row = rows[0]
+        if (size := len(key) + len(row) + ENTRY_OVERHEAD) <= BATCH_BYTES_MAX:
+            return Ready(done, rows, size=size, operations=1)
     others = _others_of(batch) if batch.meta or batch.fences or batch.unfence else ()
     for page in batch.pages:
         if xxhash.xxh3_128_digest(page.body) != page.page_hash:

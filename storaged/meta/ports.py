@@ -9,8 +9,10 @@ objects, maintain
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from msgspec import Struct
 
 from storaged.cluster.ports import Then
 from storaged.errors import StoragedError
@@ -260,15 +262,14 @@ class StoredPage(NamedTuple):
     created_ms: int
 
 
-@dataclass(slots=True)
-class StoreBatch:
+class StoreBatch(Struct):
     """What one group commit writes. A page that is there already gets the new age. ``meta`` are small named values (high-water ballot, epoch fence, store id)."""
 
     slots: Sequence[Slot] = ()
     fences: Sequence[Fence] = ()
     unfence: Sequence[bytes] = ()
     pages: Sequence[StoredPage] = ()
-    meta: dict[str, bytes] = field(default_factory=dict)
+    meta: dict[str, bytes] = {}
 
 
 class Replica(Protocol):

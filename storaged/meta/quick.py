@@ -93,9 +93,8 @@ class Attempt:
         self._trace = trace.current() if trace.on else None
         self._began_ns = 0
 
-    def _next_ballot(self) -> Ballot:
-        around = self._around
-        return around.ballots.next(self._view.epoch, self.above, around.clock.wall_ms() * 1000)
+    def _next_ballot(self, now_us: int) -> Ballot:
+        return self._around.ballots.next(self._view.epoch, self.above, now_us)
 
     def _mark(self, name: str) -> None:
         if self._trace is not None:
@@ -139,7 +138,7 @@ class QuickChange(Attempt):
         order = self._around.suspects.last(self._view.disks)
         order, self._unasked = order[: self._majority], order[self._majority :]
         self._silent = order.copy()
-        self._ballot = self._next_ballot()
+        self._ballot = self._next_ballot(self._around.clock.wall_ms() * 1000)
         self._mark("")
         self._then = then
         try:

@@ -25,11 +25,12 @@ The acceptor is a table (``judge_prepare``, ``judge_accept``, ``judge_create``, 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 import xxhash
+from msgspec import Struct
 
 from storaged.meta.names import Change, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
@@ -278,8 +279,7 @@ class Standing(IntEnum):
     """The value has moved on, possibly from one of them."""
 
 
-@dataclass
-class Lineage:
+class Lineage(Struct):
     """The attempts of one change, and what can be told of them later (rule 6).
 
     The chosen values of a register form a chain in which ``sequence`` grows; at each sequence there is one value. An attempt at sequence s can
@@ -292,8 +292,8 @@ class Lineage:
 
     call: bytes
     rules: Rules = RULES
-    _bases: dict[bytes, Value | None] = field(default_factory=dict)
-    _sequences: dict[bytes, int] = field(default_factory=dict)
+    _bases: dict[bytes, Value | None] = {}
+    _sequences: dict[bytes, int] = {}
     _count: int = 0
     _created: tuple[bytes, Ballot] | None = None
     _lost: bool = False

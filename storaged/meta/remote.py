@@ -26,9 +26,6 @@ _POSTED: dict[type[Message], tuple[str, type[Message]]] = {
 }
 
 
-_TOGETHER = (messages.Accept, messages.Create)
-
-
 class RemoteReplica:
     """``ports.TailReplica`` over RPC: one disk of another node."""
 
@@ -39,7 +36,8 @@ class RemoteReplica:
         self._accepts = accepts
         self.node = node
         self.disk = disk
-        self._lines: dict[type[Message], tuple[bytes, Line]] = {}
+        self._lines: dict[type[Message], tuple[bytes, Line, bool]] = {}
+        """By what is asked: how its encoding begins, the line that it takes by itself, and whether it goes with others of its node."""
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         if self._poster is None:
@@ -55,10 +53,11 @@ class RemoteReplica:
                 return False
             method, reply = _POSTED[kind]
             start = first + encode(self.disk)
-            known = self._lines[kind] = start, self._poster.line(self.node, method, reply, start)
-        start, line = known
-        if kind in _TOGETHER and self._accepts is not None:
-            return self._accepts.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))
+            together = reply is messages.AcceptReply and self._accepts is not None
+            known = self._lines[kind] = start, self._poster.line(self.node, method, reply, start), together
+        start, line, together = known
+        if together:
+            return self._accepts.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))  # type: ignore[union-attr]
         return line(tail, then, body, timeout_s)
 
     def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:

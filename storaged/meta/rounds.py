@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -26,7 +27,7 @@ from storaged.wire import Buffer, encode
 T = TypeVar("T")
 Ask = Prepare | Accept | Read
 NO_BYTES = memoryview(b"")
-NO_BODY: Sequence[Buffer] = ()
+NO_FRAGMENT: tuple[bytes, Sequence[Buffer]] = (b"", ())
 
 CALLS_MAX = 16_384
 """Calls to replicas in flight from one client; beyond it the oldest are given up."""
@@ -186,15 +187,14 @@ class Courier:
     ) -> None:
         """``request`` names no disk. ``heard(disk, answer, bulk)`` is called once for each of ``disks``, perhaps before this returns. ``fragments``: an accept's
         (header, body) for each disk, by its index."""
-        kind, replica_of, carrying = type(request), self._replicas.replica, len(fragments)
+        kind, replica_of = type(request), self._replicas.replica
         first = tail = stem = b""
-        for index, disk in enumerate(disks):
+        for disk, (header, body) in zip(disks, chain(fragments, repeat(NO_FRAGMENT)), strict=False):
             try:
                 replica: Any = replica_of(disk)
             except StoragedError as error:
                 heard(disk, error, NO_BYTES)
                 continue
-            header, body = fragments[index] if index < carrying else (b"", NO_BODY)
             ask_here = getattr(replica, "ask_here", None)
             if ask_here is not None and ask_here(request, header, body, heard):
                 continue
@@ -205,7 +205,7 @@ class Courier:
                     encoded = encode(request)
                     first, tail = encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
                     stem = tail[:-2]  # an accept's last field is its header, empty here
-                if post_tail(kind, first, stem + encode(header) if index < carrying else tail, then, body, timeout_s):
+                if post_tail(kind, first, stem + encode(header) if header else tail, then, body, timeout_s):
                     continue
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)

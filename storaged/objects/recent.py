@@ -41,6 +41,7 @@ class Recent(Generic[K, V]):
         self._load_of = load
         self._spawn = spawn
         self._seconds = seconds
+        self._fresh_s = seconds * RENEWED_AFTER
         self._entries_max = entries_max
         self._kept: OrderedDict[K, tuple[float, V]] = OrderedDict()
         """With the time of its loading."""
@@ -53,9 +54,11 @@ class Recent(Generic[K, V]):
         if kept is None:
             return None
         age_s = self._clock.monotonic() - kept[0]
+        if age_s < self._fresh_s:
+            return kept[1]
         if age_s >= self._seconds:
             return None
-        if age_s >= self._seconds * RENEWED_AFTER and key not in self._renewing and len(self._renewing) < RENEWALS_MAX:
+        if key not in self._renewing and len(self._renewing) < RENEWALS_MAX:
             self._renewing.add(key)
             if not self._spawn(self._renew(key)):
                 self._renewing.discard(key)
