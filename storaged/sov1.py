@@ -58,7 +58,6 @@ _MATERIAL_BYTES = KEY_BYTES + _NONCE_BYTES + _COMMITMENT_BYTES
 assert (KEY_BYTES, _NONCE_BYTES) == (32, 12)
 _SHA512 = SHA512()
 _HEADS = {1 << log: MAGIC + bytes((SUITE, log, 0, 0)) for log in range(12, 17)}
-_CHUNK_BYTES = {head: chunk_bytes for chunk_bytes, head in _HEADS.items()}
 
 
 class SealBroken(Exception):
@@ -106,16 +105,13 @@ def chunks_size(size: int, chunk_bytes: int) -> int:
 
 def header_chunk_bytes(header: Buffer) -> int:
     """C, from a header of 64 bytes. Raises SealBroken when it is not one of SOV1."""
-    known = _CHUNK_BYTES.get(bytes(header[:8]))
-    if known is None or len(header) != HEADER_BYTES:
-        raise _no_header(header)
-    return known
-
-
-def _no_header(header: Buffer) -> SealBroken:
     if len(header) != HEADER_BYTES or header[:4] != MAGIC:
-        return SealBroken("not an SOV1 header")
-    return SealBroken(f"SOV1 suite {header[4]} is not known" if header[4] != SUITE else "malformed SOV1 header")
+        raise SealBroken("not an SOV1 header")
+    if header[4] != SUITE:
+        raise SealBroken(f"SOV1 suite {header[4]} is not known")
+    if not 12 <= header[5] <= 16 or header[6] or header[7]:
+        raise SealBroken("malformed SOV1 header")
+    return 1 << header[5]
 
 
 def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> bytes:
