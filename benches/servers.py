@@ -189,7 +189,7 @@ class _Storaged:
         """Waits until ``storaged dev`` has made its user, which it does once the cluster takes writes."""
         end = time.monotonic() + STATES_TIMEOUT_S
         while not json.loads((self.directory / "dev.json").read_text())["prepared"]:
-            if time.monotonic() > end:
+            if time.monotonic() > end or self.process is None or self.process.poll() is not None:
                 raise SystemExit("storaged dev did not make its user\n" + self.log()[-3000:])
             time.sleep(0.05)
 

@@ -30,9 +30,9 @@ LOG_BYTES_MAX = 32 * 1024 * 1024
 REQUEST_BYTES_MAX = 4096
 
 STORAGE_NICE = 10
-"""All nodes are on one machine here. Storage nodes give way to the gateway and to clients, for all of them wait for those: else two nodes at work hold both cores of a small
-machine while the gateway has the next requests for them in hand, and have nothing to do when it had its turn. Three nodes together keep a quarter of a core (sched(7)). On a
-server, ``CPUWeight`` of the gateway's unit says so."""
+"""All nodes are on one machine here, in one session, and storage nodes give way to the gateway, on which all of them wait: else two that are at work hold both cores of a small
+machine while it has the next requests for them in hand, and when it had its turn they have nothing to do. Three of them together keep a quarter of a core (sched(7)). Towards
+other sessions Linux weighs the whole cluster as one program (autogroup). On a server, ``CPUWeight`` of the gateway's unit does this."""
 
 
 class NodeProcess:
@@ -104,11 +104,13 @@ class NodeProcess:
 
 
 def _give_way(pid: int) -> None:
-    """All threads of the process, of which Linux keeps a nice value each. Not before it is ready: whoever looks for a node that starts late waits for a second."""
+    """All threads of the process, of which Linux keeps a nice value each; those that it makes later have that of the one that makes them. Once it is ready, not before: a gateway
+    that comes up ahead of its storage nodes does not find them, and looks again a second later."""
     nice = os.getpriority(os.PRIO_PROCESS, 0) + STORAGE_NICE
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
-            os.setpriority(os.PRIO_PROCESS, int(thread), nice)
+            with contextlib.suppress(OSError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, int(thread), nice)
 
 
 class Supervisor:

@@ -181,7 +181,7 @@ class Membership:
         self._peers: dict[str, _Peer] = {}
         self._gone: set[asyncio.Task[None]] = set()
         self._disk_states: dict[str, str] = {}
-        """Of the disks of other nodes, as they report them; empty while their node is away."""
+        """Of the disks of other nodes, as these report them; the empty string while a disk's node is away."""
         self._writable: frozenset[str] = frozenset()
         """Those among them that take new fragments."""
         self._watchers: list[Callable[[NodeStatus], None]] = []

@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from storaged.cluster import faults
-from storaged.cluster.framing import ErrorHead
+from storaged.cluster.framing import HEAD_BYTES_MAX, ErrorHead
 from storaged.cluster.ports import Answer, Call, Line, Poster, Then
 from storaged.errors import InvalidRequest, PeerUnreachable, StoragedError
 from storaged.meta import messages
@@ -39,6 +39,8 @@ TOGETHER_S = 1.0
 
 ENCODED_BYTES_MAX = 64 * KIB
 """Of a request without its copy: a longer one, of a record of very many parts, goes by itself."""
+
+assert TOGETHER_MAX * ENCODED_BYTES_MAX < HEAD_BYTES_MAX // 2, "all of them fit the head of a frame"
 
 ACCEPTS_MAX = 256
 """What a node takes in one message."""

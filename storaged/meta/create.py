@@ -81,7 +81,7 @@ class QuickCreate(Attempt):
             fragments = () if small is None else small.fragments
             self._courier.ask_each(request, view.disks, self._heard, timeout_s=self._timeout_s, fragments=fragments)
             self._asking = False
-            if self._synced or self._failed:  # replicas of this process
+            if self._synced or self._failed:  # replicas of this process, and disks that are out of use
                 self._look()
         except BaseException:  # a mistake of ours: who began it is told, and whoever was asked answers nobody
             self._then = None

@@ -211,7 +211,7 @@ class _Replacing:
 
     @property
     def keys(self) -> BucketKeys:
-        """Of what it judges; most judge nothing."""
+        """Of what it judges, made when somebody asks for them."""
         if self._keys is None:
             self._keys = BucketKeys(self._write.plane, self._write.bucket)
         return self._keys
