@@ -48,7 +48,6 @@ CHUNK_BYTES_MIN = 4 * 1024
 CHUNK_BYTES_MAX = 64 * 1024
 CHUNKS_MAX = 2**32
 
-_LOG_MIN, _LOG_MAX = CHUNK_BYTES_MIN.bit_length() - 1, CHUNK_BYTES_MAX.bit_length() - 1
 _PREFIX_BYTES = 32
 _NONCE_BYTES = 12
 _COMMITMENT_BYTES = 32
@@ -82,10 +81,13 @@ def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
 def chunk_bytes_for(size: int | None, k: int) -> int:
     """The smallest power of two C in 4 .. 64 KiB with k * (C - 16) > ``size``: a short stream has small chunks, so that k cells of it are not mostly
     padding. 64 KiB for a longer stream, or one of unknown length (None)."""
-    if size is None:
-        return CHUNK_BYTES_MAX
-    bits = (size // k + TAG_BYTES).bit_length()  # k * (C - 16) > size exactly when C > size // k + 16
-    return CHUNK_BYTES_MIN if bits < _LOG_MIN else CHUNK_BYTES_MAX if bits > _LOG_MAX else 1 << bits
+    if size is not None:
+        chunk = CHUNK_BYTES_MIN
+        while chunk < CHUNK_BYTES_MAX:
+            if k * (chunk - TAG_BYTES) > size:
+                return chunk
+            chunk *= 2
+    return CHUNK_BYTES_MAX
 
 
 def chunk_count(size: int, chunk_bytes: int) -> int:
@@ -133,9 +135,9 @@ def _prefix(chunk_bytes: int, salt: bytes) -> bytes:
 
 def seal_one(key: bytes, label: str, context: bytes, chunk_bytes: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
     """(header, chunk) of a stream that is shorter than a chunk: what a ``Sealer`` makes of it, without one. ``salt``: 24 fresh random bytes."""
+    prefix = _prefix(chunk_bytes, salt)
     if len(plaintext) >= chunk_bytes - TAG_BYTES:
         raise ValueError(f"{len(plaintext)} bytes fill a chunk of {chunk_bytes}: the stream needs another")
-    prefix = _prefix(chunk_bytes, salt)
     material = _derive(key, label, prefix, context)
     return prefix + material[44:], AESGCM(material[:32]).encrypt(material[32:44], plaintext, None)
 

@@ -56,10 +56,8 @@ class Cluster:
         )  # fmt: skip
         log.close()
         self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "a healthy cluster")
-        made = self.directory / "dev.json"
-        self.wait_until(
-            lambda: json.loads(made.read_text())["prepared"], timeout_s, "its user and its bucket"
-        )  # made at the very first start, a moment later
+        first = self.directory / "dev.json"  # at its very first start a cluster is healthy a moment before its user is there
+        self.wait_until(lambda: json.loads(first.read_text())["prepared"], timeout_s, "its user and its bucket")
         self.settings = json.loads(self.run("env", "--json").stdout)
         return self
 

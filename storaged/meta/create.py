@@ -46,7 +46,7 @@ class Novelty:
         rates, scope = self._rates, name.scope
         rate = rates.get(scope, 1.0)
         if rate == new:
-            return
+            return  # as it was all the time
         if len(rates) >= SCOPES_MAX and scope not in rates:
             rates.clear()
         rates[scope] = rate + (new - rate) / NEW_OF_LATE
@@ -73,8 +73,7 @@ class QuickCreate(Attempt):
             self._end(None)
             return
         self._value = self.lineage.create(change, ballot)
-        if self._trace is not None:
-            self._mark("")
+        self._mark("")
         self._asking = True
         try:
             request = Create("", self.name, ballot, self._value)

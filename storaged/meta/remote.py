@@ -36,8 +36,8 @@ class RemoteReplica:
         self._accepts = accepts
         self.node = node
         self.disk = disk
-        self._lines: dict[type[Message], tuple[bytes, Line, bool]] = {}
-        """By what is asked: how its encoding begins, the line that it takes by itself, and whether it goes with others of its node."""
+        self._lines: dict[type[Message], tuple[bytes, Line, NodeAccepts | None]] = {}
+        """By what is asked: how its encoding begins, the line that it takes by itself, and with what it goes to its node when it has company."""
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         if self._poster is None:
@@ -53,12 +53,12 @@ class RemoteReplica:
                 return False
             method, reply = _POSTED[kind]
             start = first + encode(self.disk)
-            together = reply is messages.AcceptReply and self._accepts is not None
+            together = self._accepts if reply is messages.AcceptReply else None
             known = self._lines[kind] = start, self._poster.line(self.node, method, reply, start), together
         start, line, together = known
-        if together:
-            return self._accepts.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))  # type: ignore[union-attr]
-        return line(tail, then, body, timeout_s)
+        if together is None:
+            return line(tail, then, body, timeout_s)
+        return together.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))
 
     def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:
         """See ``reads.RowReader.ask``. False: this can't be asked without a task."""

@@ -94,7 +94,7 @@ GROUP_BYTES_MAX = MIB
 """More in one write to the log only adds waiting. A single batch may be larger."""
 
 CHECKPOINT_S = 1.0
-"""A checkpoint follows the first change within so many seconds, or after so much of log: it bounds the memory of the overlay and the time of a start."""
+"""A checkpoint follows the first change within so many seconds, or when half of the log's half is full: it bounds the memory of the overlay and the time of a start."""
 
 QUEUED_BATCHES_MAX = 4096
 SLICE_ROWS_MAX = 10_000

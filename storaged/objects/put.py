@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from itertools import repeat
 from typing import NamedTuple
 
 import msgspec
@@ -196,10 +195,10 @@ def _replacing(write: _Write, sealed: Sealed) -> tuple[_Replacing, PutResult]:
 class _Replacing:
     """A version that becomes the object's only one (versions are not kept), when the conditions hold on what it replaces, once its data is durable."""
 
-    __slots__ = ("_change", "_found", "_judged", "_keys", "_record", "_sealed", "_started", "_version", "_write")
+    __slots__ = ("_change", "_found", "_judged", "_record", "_sealed", "_started", "_version", "_write", "keys")
 
     def __init__(self, write: _Write, version: Version, sealed: Sealed) -> None:
-        self._keys: BucketKeys | None = None
+        self.keys = BucketKeys(write.plane, write.bucket)
         self._write = write
         self._version = version
         self._sealed = sealed
@@ -208,13 +207,6 @@ class _Replacing:
         self._change = record_change(self._record, sealed.small.data_id if sealed.small is not None else b"")
         self._judged: Value | None = None
         self._found = EMPTY
-
-    @property
-    def keys(self) -> BucketKeys:
-        """Of what it judges, made when somebody asks for them."""
-        if self._keys is None:
-            self._keys = BucketKeys(self._write.plane, self._write.bucket)
-        return self._keys
 
     @property
     def regardless(self) -> bool:
@@ -360,7 +352,8 @@ def seal_small(
         len(sealed),
         plane.clock.wall_ms(),
     )
-    fragments = list(zip(encode_copies(copy, len(plan.replicas)), repeat([sealed])))
+    payload = [sealed]
+    fragments = [(encoded, payload) for encoded in encode_copies(copy, len(plan.replicas))]
     entry = PartEntry(number, data_id, digest.size, header, 1, target, plan.runs, small=True)
     return Sealed(entry, digest, SmallCopies(data_id, fragments, plan.enough))
 

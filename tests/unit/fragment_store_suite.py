@@ -74,6 +74,7 @@ class FragmentStoreSuite:
         assert [stat.id for stat in stats] == [second.id.pack(), absent.id.pack(), first.id.pack()]
 
     async def test_a_payload_that_is_not_what_its_header_says_is_refused(self, store: FragmentStore) -> None:
+        await self.put(store, 10)  # there is room for more behind it
         made = make(self.rng)
         with pytest.raises(PeerRefused) as short:
             await store.write(made.header, [made.payload[:-1]])

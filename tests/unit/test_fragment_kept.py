@@ -275,6 +275,21 @@ async def test_of_one_fragment_that_is_kept_twice_or_also_written_the_last_count
     await store.close()
 
 
+async def test_one_fragment_twice_among_what_is_appended_at_once_counts_once(tmp_path: Path, much_later: None) -> None:
+    store = await opened(tmp_path)
+    keep(store, small())
+    await append_all(store)  # there is room for more behind it
+    first = small(created_ms=1)
+    second = small(700, created_ms=2, fragment=first.id)
+    keep(store, first, second)
+    await append_all(store)
+    assert await is_there(store, second)
+    usage = await store.usage()
+    assert usage.fragments == 2
+    assert usage.garbage_bytes >= len(first.payload)
+    await store.close()
+
+
 async def test_a_copy_in_pieces_is_told_as_one(tmp_path: Path, much_later: None) -> None:
     store = await opened(tmp_path)
     made = small(9000)
