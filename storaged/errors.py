@@ -51,13 +51,22 @@ class S3Error(StoragedError):
 
 
 class NotModified(S3Error):
-    """Not Modified"""
+    """Not Modified
+
+    The object is the one that the client has: If-None-Match names its ETag, or it has not changed since If-Modified-Since.
+    """
 
     status = 304
 
 
 class AccessDenied(S3Error):
-    """Access Denied"""
+    """Access Denied
+
+    The key of the request may not do this: the bucket belongs to another user, the request is not signed, or what was signed
+    (a presigned URL, a form's policy) is over or does not allow it.
+    """
+
+    hint = "`storaged bucket list` shows whose a bucket is; `storaged user list` shows who has which access key."
 
     status = 403
 
@@ -135,11 +144,22 @@ class InvalidAction(S3Error):
 
 
 class InvalidArgument(S3Error):
-    """Invalid Argument"""
+    """Invalid Argument
+
+    A header, a parameter or a field of the request has a value that S3 does not allow. The message of the answer names it,
+    and nothing was changed.
+    """
+
+    hint = "Read the message of the answer: it says which value, and what is allowed."
 
 
 class InvalidBucketName(S3Error):
     """The specified bucket is not valid."""
+
+    hint = (
+        "A bucket's name has 3 to 63 characters: lower-case letters, digits, dots and hyphens. It begins and ends with a letter "
+        "or digit, is no IP address, has no two dots in a row, and does not begin with xn-- or sthree-."
+    )
 
 
 class InvalidBucketState(S3Error):
@@ -181,7 +201,13 @@ class InvalidRange(S3Error):
 
 
 class InvalidRequest(S3Error):
-    """Invalid Request"""
+    """Invalid Request
+
+    The request is well formed, but its parts do not go together: a header without the one that it needs, or two that
+    exclude each other. The message of the answer says which, and nothing was changed.
+    """
+
+    hint = "Read the message of the answer: it says what is missing or too much."
 
 
 class InvalidPolicyDocument(S3Error):
@@ -462,6 +488,22 @@ class NotRunning(OperatorError):
     hint = "Start it with `storaged dev DIR`, or name another with --dir or STORAGED_DIR."
 
 
+class NotATrialCluster(OperatorError):
+    """This command is about trial clusters (`storaged dev`), and the directory is not one's."""
+
+    code = "NOT_A_TRIAL_CLUSTER"
+    exit_code = 2
+    hint = "On a server: `storaged user add NAME` prints a user's keys, and [s3] of the gateway's config.toml has the address."
+
+
+class SeveralClusters(OperatorError):
+    """Several trial clusters run on this machine, and the command names none of them."""
+
+    code = "SEVERAL_CLUSTERS"
+    exit_code = 2
+    hint = "Name the one that you mean: `storaged --dir DIR ...`, or set STORAGED_DIR (`storaged --dir DIR env` prints it)."
+
+
 class AmbiguousName(OperatorError):
     """The name matches no node or rack, or more than one."""
 
@@ -500,7 +542,10 @@ class DiskForeign(OperatorError):
     """The disk's store is not the one this node had under this name: its promises are unknown, so it must not answer."""
 
     code = "DISK_FOREIGN"
-    hint = "Put back the disk or the mount that was there, and restart its node. If it is gone: the other disks go on without it, and repair rebuilds there what they can hold."
+    hint = (
+        "Put back the disk or the mount that was there, and restart its node. If it is gone: repair rebuilds its fragments on other "
+        "disks, but not its replicas of records; those stay one short, and keys that lose another replica stop."
+    )
 
 
 class DiskReadOnly(OperatorError):

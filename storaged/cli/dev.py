@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from storaged.cli.target import find_directory, read_dev, record_default
-from storaged.errors import DirectoryInUse, NotRunning, OperatorError, PortInUse, every_error
+from storaged.cli.target import command_for, find_directory, read_dev, record_default, remembered
+from storaged.errors import DirectoryInUse, NotATrialCluster, NotRunning, OperatorError, PortInUse, every_error
 
 REGION = "eu-fr-1"
 BUCKET = "demo"
@@ -32,6 +32,11 @@ RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
 GATEWAY = ("gateway", "FR/par1/a")
 DISKS_EACH = 2
 CREATING = ".creating"
+AWS_FUNCTION = (
+    "# aws before 2.13 (1.29) does not know AWS_ENDPOINT_URL and would ask Amazon\n"
+    'aws() { command aws --endpoint-url "$AWS_ENDPOINT_URL" "$@"; }\n'
+)
+"""For the aws command of Debian 11 and 12. Newer ones take the endpoint from the environment, and from the option alike."""
 MISSPELT = 0.75
 """A word this much like an action (difflib's ratio) is the action misspelt, and not a directory: ``strat``, ``sotp``."""
 
@@ -73,12 +78,8 @@ def dev() -> None:
 @click.pass_obj
 def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | None, admin_port: int | None, workers: int | None) -> None:
     """Start the cluster in DIR (made at first), or the last one. This is what `storaged dev DIR` does."""
-    place = (directory or (Path(named) if named else None) or default_place()).expanduser().absolute()
-    if directory is None and named is None:
-        try:
-            place = find_directory(None)
-        except NotRunning:
-            pass
+    chosen = directory or (Path(named) if named else None) or next(iter(remembered()), None) or default_place()
+    place = chosen.expanduser().absolute()
     if detach:
         _detach(place, s3_port, admin_port, workers)
         return
@@ -115,7 +116,7 @@ async def _supervise(place: Path, new: bool) -> None:
 def _dev_of(place: Path) -> dict[str, Any]:
     found = read_dev(place)
     if found is None:
-        raise NotRunning(f"{place} holds no cluster of `storaged dev`")
+        raise NotATrialCluster(f"{place} holds no cluster of `storaged dev`")
     return found
 
 
@@ -286,7 +287,7 @@ def banner(place: Path, new: bool) -> str:
         f"  nodes   {nodes_up}/{len(storage)}      disks  {disks_ok}/{len(disks)}      metadata  {found['metadata']}      "
         f"keys  {'new' if new else 'kept'}, in the gateway only ({shown})\n"
         f"  S3      http://127.0.0.1:{known['s3_port']}    health and metrics  http://127.0.0.1:{known['admin_port']}/metrics\n"
-        f'  bucket  {known["bucket"]}                     next, in another shell:  eval "$(storaged env)"\n'
+        f'  bucket  {known["bucket"]}                     next, in another shell:  eval "$({command_for(place)} env)"\n'
     )
 
 
@@ -342,7 +343,7 @@ def start(named: str | None, name: str) -> None:
     """Start a node, or the storage nodes of a rack, that were stopped or killed."""
     started = _ask(named, "start", name)
     _wait_until_seen(find_directory(named), started)
-    click.echo(f"started {', '.join(started)}")
+    click.echo(f"started {', '.join(started)} of {find_directory(named)}")
 
 
 def _wait_until_seen(place: Path, names: list[str]) -> None:
@@ -367,7 +368,7 @@ def _wait_until_seen(place: Path, names: list[str]) -> None:
 def stop(named: str | None, name: str | None) -> None:
     """Stop a node, or the storage nodes of a rack (SIGTERM); without a name, the whole cluster."""
     if name:
-        click.echo(f"stopped {', '.join(_ask(named, 'stop', name))}")
+        click.echo(f"stopped {', '.join(_ask(named, 'stop', name))} of {find_directory(named)}")
         return
     from storaged.admin.place import running_pid
     from storaged.cli.supervisor import STOP_TIMEOUT_S
@@ -379,7 +380,7 @@ def stop(named: str | None, name: str | None) -> None:
         if time.monotonic() > deadline:
             raise OperatorError(f"the cluster in {place} is still stopping; see {place / 'dev.log'}")
         time.sleep(0.05)
-    click.echo("stopped")
+    click.echo(f"stopped the cluster in {place}")
 
 
 @dev.command("kill")
@@ -387,7 +388,7 @@ def stop(named: str | None, name: str | None) -> None:
 @click.pass_obj
 def kill(named: str | None, name: str) -> None:
     """Kill a node, or the storage nodes of a rack, as a power failure would (SIGKILL)."""
-    click.echo(f"killed {', '.join(_ask(named, 'kill', name))}")
+    click.echo(f"killed {', '.join(_ask(named, 'kill', name))} of {find_directory(named)}")
 
 
 # --- settings for clients ---------------------------------------------------------------------------------------------------
@@ -411,11 +412,17 @@ def _render(client: str, found: dict[str, str], place: Path) -> str:
     host = endpoint.removeprefix("http://")
     aws = (
         f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\n"
-        f"export AWS_DEFAULT_REGION={region}\nexport AWS_ENDPOINT_URL={endpoint}\n"
+        f"export AWS_DEFAULT_REGION={region}\nexport AWS_ENDPOINT_URL={endpoint}\n{AWS_FUNCTION}"
+    )
+    profile = (
+        f"# or for good: in ~/.aws/credentials\n#   [storaged]\n#   aws_access_key_id = {access}\n"
+        f"#   aws_secret_access_key = {secret}\n"
+        f"# and in ~/.aws/config; then: aws --profile storaged s3 ls s3://{bucket}/\n"
+        f"#   [profile storaged]\n#   region = {region}\n#   endpoint_url = {endpoint}\n"
     )
     return {
         "shell": aws + f"export STORAGED_DIR={shlex.quote(str(place))}\n",
-        "aws": aws + f"# aws s3 ls s3://{bucket}/\n",
+        "aws": aws + f"# aws s3 ls s3://{bucket}/\n" + profile,
         "boto3": (
             f"import boto3\n\ns3 = boto3.client(\n    's3',\n    endpoint_url={endpoint!r},\n    region_name={region!r},\n"
             f"    aws_access_key_id={access!r},\n    aws_secret_access_key={secret!r},\n)\nprint(s3.list_objects_v2(Bucket={bucket!r}))\n"
@@ -448,6 +455,8 @@ def _render(client: str, found: dict[str, str], place: Path) -> str:
 def env(named: str | None, as_json: bool, client: str | None) -> None:
     """Print the settings S3 clients need; for a shell: eval "$(storaged env)"."""
     place = find_directory(named)
+    if read_dev(place) is None:
+        raise NotATrialCluster(f"{place} is a server's node: the secret keys of its users are shown once, when they are made")
     found = settings(place)
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -5,15 +5,18 @@ Each command lives in a module of its group and is imported when it is called, s
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from storaged import __version__
-from storaged.errors import StoragedError
+from storaged.errors import OperatorError, StoragedError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("storaged.cli.operate:audit", "Check the hash-chained audit log."),
@@ -49,6 +52,14 @@ class LazyGroup(click.Group):
         found: click.Command = getattr(importlib.import_module(module), attribute)
         return found
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Raises UsageError for a command that does not exist, with the names that are near to it."""
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS)
+            suggestion = f" Did you mean {' or '.join(near)}?" if near else " `storaged --help` lists them."
+            raise click.UsageError(f"There is no command {args[0]!r}.{suggestion}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
@@ -61,7 +72,7 @@ class LazyGroup(click.Group):
     "directory",
     metavar="DIR",
     default=None,
-    help="The cluster's (or a node's) directory; else STORAGED_DIR, else the last `storaged dev`.",
+    help="The cluster's (or a node's) directory; else STORAGED_DIR, else the trial cluster that runs, or ran last.",
 )
 @click.pass_context
 def cli(ctx: click.Context, directory: str | None) -> None:
@@ -69,8 +80,13 @@ def cli(ctx: click.Context, directory: str | None) -> None:
     ctx.obj = directory or os.environ.get("STORAGED_DIR") or None
 
 
-def report(error: StoragedError) -> None:
-    """Message, code and hint on standard error."""
+def report(error: StoragedError, *, as_json: bool = False) -> None:
+    """Message, code and hint on standard error; with ``--json`` also as a document on standard output.
+
+    A script that asked for JSON reads one document in every case: the answer, or ``{"error": {code, message, hint}}``.
+    """
+    if as_json:
+        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}, indent=2))
     click.echo(f"storaged: {error.message}", err=True)
     if error.hint:
         click.echo(f"  {error.hint}", err=True)
@@ -78,8 +94,15 @@ def report(error: StoragedError) -> None:
         click.echo(f"  More: storaged explain {error.code}", err=True)
 
 
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether ``--json`` is among the options: a command that failed cannot be asked any more."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in options
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line and exits: 0 fine, 1 refused, 2 wrong usage or down, 130 interrupted."""
+    as_json = _wants_json(sys.argv[1:] if arguments is None else arguments)
     try:
         result: Any = cli.main(args=arguments, prog_name="storaged", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
@@ -91,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         sys.exit(130)
     except StoragedError as error:
-        report(error)
+        report(error, as_json=as_json)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("STORAGED_TRACEBACK"):
             raise
         place = f" {error.filename}" if error.filename else ""
-        click.echo(f"storaged: {error.strerror or error}{place}", err=True)
+        report(OperatorError(f"{error.strerror or error}{place}"), as_json=as_json)
         sys.exit(1)
 
 

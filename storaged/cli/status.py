@@ -13,7 +13,7 @@ import click
 
 from storaged.admin.place import running_pid
 from storaged.cli.client import gateway
-from storaged.cli.target import find_directory, nodes_of, read_dev
+from storaged.cli.target import command_for, find_directory, nodes_of, read_dev
 from storaged.errors import NotRunning, OperatorError
 from storaged.units import format_duration, format_size
 
@@ -55,7 +55,7 @@ def _configured_disks(node_directory: Path) -> list[tuple[str, str]]:
 def _start(place: Path, dev: dict[str, Any] | None, name: str) -> str:
     if dev is None:
         return "systemctl start storaged-gateway"
-    return f"storaged dev start {name}" if running_pid(place) else f"storaged dev {shlex.quote(str(place))}"
+    return f"{command_for(place)} dev start {name}" if running_pid(place) else f"storaged dev {shlex.quote(str(place))}"
 
 
 def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any]:
@@ -100,8 +100,11 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
     }
 
 
-def render(found: dict[str, Any], dev: bool) -> str:
-    """Five seconds' worth of reading: verdict, what can be done, each problem with its next command."""
+def render(found: dict[str, Any], command: str = "") -> str:
+    """Five seconds' worth of reading: verdict, what can be done, each problem with its next command.
+
+    ``command``: how a command about this trial cluster begins; empty for servers, whose nodes systemd starts.
+    """
     known = "" if found["objects_counted"] else " (still counting)"
     away = f"{found['objects_unreadable']} waiting for disks that are away, " if found["objects_unreadable"] else ""
     counts = f"{found['objects_lost']} lost, {away}{_count(found['objects_below_target'])} below target{known}"
@@ -125,7 +128,7 @@ def render(found: dict[str, Any], dev: bool) -> str:
         what = "down" if entry["code"] == "NODE_DOWN" else entry["code"]
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
         name = entry["subject"].split("/")[-1]
-        following = f"storaged dev start {name}" if dev and answered and entry["code"] == "NODE_DOWN" else entry["hint"]
+        following = f"{command} dev start {name}" if command and answered and entry["code"] == "NODE_DOWN" else entry["hint"]
         lines.append(f"  Next: {following}       Why: storaged explain {entry['code']}")
     lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
     return "\n".join(lines)
@@ -149,10 +152,10 @@ def render_job(job: dict[str, Any]) -> str:
 def status(named: str | None, as_json: bool, watch: bool) -> None:
     """Is the data safe, and what to do now. Exit code: 0 healthy, 1 degraded or at risk, 2 down."""
     place = find_directory(named)
-    dev = read_dev(place) is not None
+    command = command_for(place) if read_dev(place) is not None else ""
     while True:
         found = fetch(place)
-        text = json.dumps(found, indent=None if watch else 2) if as_json else render(found, dev)
+        text = json.dumps(found, indent=None if watch else 2) if as_json else render(found, command)
         if watch and not as_json and sys.stdout.isatty():
             click.clear()
         click.echo(text)

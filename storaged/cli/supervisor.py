@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from storaged.admin.place import bind_private, lock_directory, short_path
-from storaged.cli.target import NodeName, nodes_of, resolve
+from storaged.cli.target import NodeName, command_for, nodes_of, resolve
 from storaged.errors import OperatorError, StoragedError
 
 CONTROL_NAME = "dev.sock"
@@ -179,9 +179,8 @@ class Supervisor:
             node.state = "dead"
             if was_ready:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                self._say(
-                    f"{node.node.name} {how}; its log is {node.directory / 'log'}; start it with: storaged dev start {node.node.name}"
-                )
+                again = f"{command_for(self.directory)} dev start {node.node.name}"
+                self._say(f"{node.node.name} {how}; its log is {node.directory / 'log'}; start it with: {again}")
 
     async def stop(self, names: Sequence[str]) -> None:
         """SIGTERM, so that requests in flight are finished; SIGKILL for one that has not ended after STOP_TIMEOUT_S."""

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from storaged.admin.place import LOCK_NAME, SOCKET_NAME
-from storaged.errors import AmbiguousName, NotRunning
+from storaged.admin.place import LOCK_NAME, SOCKET_NAME, running_pid
+from storaged.durable import replace_file
+from storaged.errors import AmbiguousName, NotRunning, SeveralClusters
+
+REMEMBERED_MAX = 32
+"""Trial clusters whose directories are kept for a user."""
 
 
 class NodeName(NamedTuple):
@@ -59,28 +64,60 @@ def state_directory() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "storaged"
 
 
+def remembered() -> list[Path]:
+    """Directories of this user's trial clusters that still exist, the one started last first."""
+    try:
+        lines = (state_directory() / "directory").read_text().splitlines()
+    except OSError:
+        return []
+    return [Path(line) for line in dict.fromkeys(lines) if line and Path(line).is_dir()]
+
+
 def record_default(directory: Path) -> None:
-    """Later commands without --dir mean this cluster. A home that cannot be written is no reason to fail: STORAGED_DIR does the same."""
+    """Puts this cluster first in the list that commands without --dir choose from.
+
+    A home that cannot be written is no reason to fail: STORAGED_DIR does the same.
+    """
     try:
         place = state_directory()
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (place / "directory").write_text(f"{directory.absolute()}\n")
+        known = [directory.absolute(), *(path for path in remembered() if path != directory.absolute())]
+        replace_file(place / "directory", "".join(f"{path}\n" for path in known[:REMEMBERED_MAX]).encode())
     except OSError:
         pass
 
 
+def default_directory() -> Path:
+    """The trial cluster that runs; when none does, the one that ran last.
+
+    Raises NotRunning when there never was one, SeveralClusters when more than one runs: the one started last need not be
+    the one that is meant.
+    """
+    known = remembered()
+    if not known:
+        raise NotRunning("no cluster is named, and none was started on this machine")
+    running = [path for path in known if running_pid(path) is not None]
+    if len(running) > 1:
+        raise SeveralClusters("several trial clusters run: " + ", ".join(sorted(map(str, running))))
+    return (running or known)[0]
+
+
 def find_directory(given: str | None) -> Path:
-    """--dir or STORAGED_DIR, else the recorded default. Raises NotRunning when there is none, or it holds no cluster."""
-    if given:
-        directory = Path(given).expanduser().absolute()
-    else:
-        try:
-            directory = Path((state_directory() / "directory").read_text().strip())
-        except OSError:
-            raise NotRunning("no cluster is named, and none was started on this machine") from None
+    """--dir or STORAGED_DIR, else the default. Raises NotRunning when it holds no cluster, or what ``default_directory`` raises."""
+    directory = Path(given).expanduser().absolute() if given else default_directory()
     if not any((directory / name).exists() for name in ("dev.json", "config.toml", SOCKET_NAME, LOCK_NAME)):
         raise NotRunning(f"{directory} holds no cluster and no node")
     return directory
+
+
+def command_for(directory: Path) -> str:
+    """How a command about ``directory`` begins, for hints: with --dir, unless this shell's commands mean it already."""
+    try:
+        named = os.environ.get("STORAGED_DIR")
+        meant = Path(named).expanduser().absolute() if named else default_directory()
+    except (NotRunning, SeveralClusters):
+        meant = None
+    return "storaged" if meant == directory.absolute() else f"storaged --dir {shlex.quote(str(directory))}"
 
 
 def read_dev(directory: Path) -> dict[str, Any] | None:

@@ -245,7 +245,7 @@ def test_health_readiness_and_metrics_answer_over_http(cluster: Cluster) -> None
 def test_a_killed_rack_is_named_and_nothing_stops_until_it_is_back(cluster: Cluster) -> None:
     round_trip(cluster, "rack/before")
     pid = cluster.pids()["n2"]
-    assert cluster.run("dev", "kill", "par2").stdout.strip() == "killed n2"
+    assert cluster.run("dev", "kill", "par2").stdout.strip() == f"killed n2 of {cluster.directory}"
     assert not Path(f"/proc/{pid}").exists()
     cluster.wait_until(lambda: "NODE_DOWN" in problem_codes(cluster.status()), 15, "the dead node to be noticed")
     done = cluster.run("status", "--json", check=False)
@@ -257,7 +257,7 @@ def test_a_killed_rack_is_named_and_nothing_stops_until_it_is_back(cluster: Clus
     assert node_of(found, "n2")["pid"] is None
     assert "storaged dev start n2" in cluster.run("status", check=False).stdout
     round_trip(cluster, "rack/during")
-    assert cluster.run("dev", "start", "FR/par2/b").stdout.strip() == "started n2"
+    assert cluster.run("dev", "start", "FR/par2/b").stdout.strip() == f"started n2 of {cluster.directory}"
     assert node_of(cluster.status(), "n2")["state"] == "up"  # a start returns when the gateway has heard of it
     assert cluster.run("repair", "status", "--wait").returncode == 0
     cluster.wait_healthy()

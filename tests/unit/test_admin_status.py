@@ -53,7 +53,7 @@ def test_a_rack_away_is_degraded_and_names_the_node() -> None:
     assert found["problems"][0]["subject"] == "FR/par2/b/n2"
     assert found["problems"][0]["since"] == NOW - 4000
     assert [disk["state"] for disk in found["nodes"][1]["disks"]] == ["down", "down"]
-    text = render(found, dev=True)
+    text = render(found, command="storaged")
     assert "writes OK (2+2)" in text
     assert "storaged dev start n2" in text
     assert "down 4 s" in text
@@ -68,7 +68,7 @@ def test_two_racks_away_is_down_since_registers_have_no_majority() -> None:
 def test_refused_writes_are_at_risk() -> None:
     found = judge(facts(profile=None, write_reason="too few disks"), NOW)
     assert found["verdict"] == "AT_RISK"
-    assert "writes refused: too few disks" in render(found, dev=False)
+    assert "writes refused: too few disks" in render(found)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_what_repair_counted_decides(counted: Durability, verdict: str) -> None:
     found = judge(facts(durability=counted), NOW)
     assert found["verdict"] == verdict
     assert found["objects_below_target"] == counted.objects_below_target
-    assert f"{counted.objects_lost} lost" in render(found, dev=True)
+    assert f"{counted.objects_lost} lost" in render(found, command="storaged")
 
 
 def test_what_waits_for_disks_that_are_away_is_told_apart_from_what_is_lost() -> None:
     found = judge(facts(durability=Durability(5, objects_unreadable=4)), NOW)
     assert (found["objects_lost"], found["objects_unreadable"], found["reads"]) == (0, 4, "stopped for some objects")
     assert codes(found) == ["OBJECTS_UNREADABLE", "OBJECTS_BELOW_TARGET"]
-    assert "0 lost, 4 waiting for disks that are away, 5 objects below target" in render(found, dev=True)
+    assert "0 lost, 4 waiting for disks that are away, 5 objects below target" in render(found, command="storaged")
 
 
 def test_problems_are_dated_from_when_they_were_first_seen_and_anew_when_they_return() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 from storaged import config
 from storaged.cli import create
 from storaged.cli.main import cli, main
+from storaged.cli.operate import explained
 from storaged.cluster import identity
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.errors import FileExists, KeyringMismatch, OperatorError, WrongPassphrase
+from storaged.errors import FileExists, KeyringMismatch, OperatorError, WrongPassphrase, every_error
 from storaged.keys import open_keyring
 from storaged.wire import decode
 
@@ -194,6 +196,42 @@ def test_status_of_a_stopped_trial_cluster_lists_its_nodes_and_is_down(capsys: p
     assert {entry["code"] for entry in found["problems"]} == {"NOT_RUNNING", "NODE_DOWN"}
     code, out, _ = outcome(capsys, "--dir", str(tmp_path), "status")
     assert out.startswith("DOWN")
+
+
+def test_a_script_that_asks_for_json_gets_its_error_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments in (("status", "--json"), ("user", "list", "--json"), ("where", "s3://b/k", "--json")):
+        code, out, shown = outcome(capsys, "--dir", str(tmp_path), *arguments)
+        assert (code, json.loads(out)["error"]["code"]) == (2, "NOT_RUNNING")
+        assert json.loads(out)["error"]["hint"]
+        assert "no cluster" in shown
+    (tmp_path / "config.toml").touch()
+    (tmp_path / "admin.sock").symlink_to("admin.sock")  # connecting fails with an error that no command expects
+    code, out, _ = outcome(capsys, "--dir", str(tmp_path), "user", "list", "--json")
+    assert (code, json.loads(out)["error"]["code"]) == (1, "OPERATOR_ERROR")
+    code, out, _ = outcome(capsys, "--dir", str(tmp_path), "user", "list")
+    assert (code, out) == (1, "")
+
+
+def test_a_misspelt_command_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, shown = outcome(capsys, "statsu")
+    assert code == 2
+    assert "Did you mean status" in shown
+    code, _, shown = outcome(capsys, "frobnicate")
+    assert (code, "storaged --help" in shown) == (2, True)
+
+
+def test_settings_of_a_server_are_refused_with_where_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    code, _, shown = outcome(capsys, "--dir", str(tmp_path), "env")
+    assert code == 2
+    assert "storaged user add" in shown
+
+
+def test_an_explanation_says_more_than_its_code() -> None:
+    for kind in every_error():
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", kind.code).lower().split()
+        said = set(re.findall(r"[a-z']+", explained(kind.code).split("\n", 1)[1].lower()))
+        assert len(said - set(words)) >= 3, f"{kind.code}: {explained(kind.code)}"
 
 
 def test_every_code_can_be_explained_and_a_misspelt_one_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:

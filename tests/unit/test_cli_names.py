@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 
 from storaged.admin.place import lock_directory, running_pid, short_path
-from storaged.cli.target import NodeName, find_directory, gateway_directory, record_default, resolve
-from storaged.errors import AmbiguousName, DirectoryInUse, NotRunning
+from storaged.cli.target import (
+    NodeName,
+    command_for,
+    find_directory,
+    gateway_directory,
+    record_default,
+    remembered,
+    resolve,
+)
+from storaged.errors import AmbiguousName, DirectoryInUse, NotRunning, SeveralClusters
 
 NODES = [
     NodeName("n1", "FR/par1/a", ("storage",)),
@@ -63,6 +71,40 @@ def test_the_last_trial_cluster_is_the_default(tmp_path: Path, monkeypatch: pyte
     record_default(cluster)
     assert find_directory(None) == cluster
     assert gateway_directory(cluster) == cluster / "gw"
+
+
+def trial_cluster(place: Path) -> Path:
+    place.mkdir()
+    (place / "dev.json").write_text(json.dumps({"nodes": []}))
+    record_default(place)
+    return place
+
+
+def test_the_trial_cluster_that_runs_comes_before_the_one_started_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("STORAGED_DIR", raising=False)
+    first, second = trial_cluster(tmp_path / "first"), trial_cluster(tmp_path / "second")
+    assert find_directory(None) == second
+    lock = lock_directory(first)
+    assert find_directory(None) == first
+    assert (command_for(first), command_for(second)) == ("storaged", f"storaged --dir {second}")
+    os.close(lock)
+    assert remembered() == [second, first]
+
+
+def test_with_two_running_clusters_a_command_must_name_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("STORAGED_DIR", raising=False)
+    first, second = trial_cluster(tmp_path / "first"), trial_cluster(tmp_path / "second")
+    locks = [lock_directory(first), lock_directory(second)]
+    with pytest.raises(SeveralClusters, match=f"{first}, {second}"):
+        find_directory(None)
+    assert command_for(first) == f"storaged --dir {first}"
+    assert find_directory(str(first)) == first
+    monkeypatch.setenv("STORAGED_DIR", str(first))
+    assert command_for(first) == "storaged"
+    for lock in locks:
+        os.close(lock)
 
 
 def test_a_directory_without_a_cluster_is_refused(tmp_path: Path) -> None:
