@@ -11,7 +11,7 @@ Everything fails closed: what is missing, unknown, mistyped or lower-case is a r
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from storaged.cluster.ports import PeerIdentity
 from storaged.errors import JurisdictionRefused
@@ -54,42 +54,45 @@ def outside_eu_law(country: object) -> str:
 
 
 class Policy:
-    """The countries that a cluster, or a bucket in it, allows: a part of :data:`EU_LAW`, never more.
+    """The countries where nodes may be, and the jurisdictions that their operators may be under: parts of :data:`EU_LAW`, never more.
 
     Immutable. An empty selection admits nobody; :meth:`of` is how configuration and layouts say "no narrower than EU law".
     """
 
-    __slots__ = ("countries",)
+    __slots__ = ("countries", "jurisdictions")
 
     countries: frozenset[str]
+    jurisdictions: frozenset[str]
 
-    def __init__(self, countries: Iterable[str] = EU_LAW) -> None:
+    def __init__(self, countries: Iterable[str] = EU_LAW, jurisdictions: Iterable[str] = EU_LAW) -> None:
         """Raises JurisdictionRefused that names the first country outside EU law."""
-        if isinstance(countries, str):
-            raise JurisdictionRefused(f"a policy is a list of countries, not the text {countries!r}")
-        chosen = frozenset(countries)
-        for country in sorted(chosen, key=repr):
-            if reason := outside_eu_law(country):
-                raise JurisdictionRefused(f"The policy cannot allow {country!r}: {reason}.")
-        object.__setattr__(self, "countries", chosen)
+        for name, listed in (("countries", countries), ("jurisdictions", jurisdictions)):
+            if isinstance(listed, str):
+                raise JurisdictionRefused(f"a policy is a list of {name}, not the text {listed!r}")
+            chosen = frozenset(listed)
+            for country in sorted(chosen, key=repr):
+                if reason := outside_eu_law(country):
+                    raise JurisdictionRefused(f"The policy cannot allow {country!r}: {reason}.")
+            object.__setattr__(self, name, chosen)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a policy is immutable")
 
     @classmethod
-    def of(cls, countries: Iterable[str]) -> Policy:
+    def of(cls, countries: Iterable[str], jurisdictions: Iterable[str] = ()) -> Policy:
         """As configuration writes it: an empty list means all of EU law."""
-        chosen = tuple(countries) if not isinstance(countries, str) else countries
-        return cls(chosen) if chosen else cls()
+        first, second = (given if isinstance(given, str) else tuple(given) or EU_LAW for given in (countries, jurisdictions))
+        return cls(first, second)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Policy) and self.countries == other.countries
+        return isinstance(other, Policy) and (self.countries, self.jurisdictions) == (other.countries, other.jurisdictions)
 
     def __hash__(self) -> int:
-        return hash(self.countries)
+        return hash((self.countries, self.jurisdictions))
 
     def __repr__(self) -> str:
-        return f"Policy({sorted(self.countries)})"
+        narrowed = "" if self.jurisdictions == EU_LAW else f", {sorted(self.jurisdictions)}"
+        return f"Policy({sorted(self.countries)}{narrowed})"
 
     def narrow(self, countries: Iterable[str]) -> Policy:
         """This policy within ``countries`` (none named: unchanged). Raises JurisdictionRefused when one of them is not allowed here already."""
@@ -99,7 +102,7 @@ class Policy:
         beyond = sorted(narrower.countries - self.countries)
         if beyond:
             raise JurisdictionRefused(f"{', '.join(beyond)} is not among the countries allowed here: {', '.join(sorted(self.countries))}.")
-        return narrower
+        return Policy(narrower.countries, self.jurisdictions)
 
     def refusal(self, country: object) -> str:
         """Why a country is not admitted; empty when it is."""
@@ -107,6 +110,14 @@ class Policy:
         if not reason and country not in self.countries:
             allowed = ", ".join(sorted(self.countries)) or "none"
             reason = f"{country} is not among the countries allowed here: {allowed}"
+        return reason
+
+    def jurisdiction_refusal(self, jurisdiction: object) -> str:
+        """Why an operator under this law is not admitted; empty when it is."""
+        reason = outside_eu_law(jurisdiction)
+        if not reason and jurisdiction not in self.jurisdictions:
+            allowed = ", ".join(sorted(self.jurisdictions)) or "none"
+            reason = f"{jurisdiction} is not among the jurisdictions allowed here: {allowed}"
         return reason
 
     def admits(self, country: object) -> bool:
@@ -119,5 +130,68 @@ class Policy:
         """
         if reason := self.refusal(peer.country):
             raise JurisdictionRefused(f"Node {peer.name!r} is not certified inside the policy: {reason}.")
-        if reason := outside_eu_law(peer.jurisdiction):
-            raise JurisdictionRefused(f"The operator of node {peer.name!r} is not certified to be under EU law: {reason}.")
+        if reason := self.jurisdiction_refusal(peer.jurisdiction):
+            raise JurisdictionRefused(f"The operator of node {peer.name!r} is not certified to be inside the policy: {reason}.")
+
+
+class KeyHolder(NamedTuple):
+    """A gateway that asks for keys, as its certificate describes it. Valid while ``valid_from_ms <= now < valid_until_ms`` (wall clock)."""
+
+    country: str
+    jurisdiction: str
+    valid_from_ms: int
+    valid_until_ms: int
+
+    def valid_at(self, now_ms: int) -> bool:
+        return self.valid_from_ms <= now_ms < self.valid_until_ms
+
+
+class ReleaseRefusal(NamedTuple):
+    """The rule that refuses a key, and its reason: one of RELEASE_RULES."""
+
+    rule: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.reason}"
+
+
+POLICY_RULE, CERTIFICATE_RULE, VALIDITY_RULE = "policy", "certificate", "certificate validity"
+CLUSTER_COUNTRIES_RULE, CLUSTER_JURISDICTIONS_RULE, BUCKET_COUNTRIES_RULE = "cluster countries", "cluster jurisdictions", "bucket countries"
+RELEASE_RULES: Final = (
+    POLICY_RULE,
+    CERTIFICATE_RULE,
+    VALIDITY_RULE,
+    CLUSTER_COUNTRIES_RULE,
+    CLUSTER_JURISDICTIONS_RULE,
+    BUCKET_COUNTRIES_RULE,
+)
+"""In the order in which they are asked."""
+
+
+def release_refusal(policy: Policy | None, holder: KeyHolder | None, bucket_countries: Iterable[str], now_ms: int) -> ReleaseRefusal | None:
+    """Whether a gateway may be given the key of a bucket; None when it may, else the first rule that refuses. Fails closed.
+
+    ``policy`` None: it is not known, or could not be read. ``holder`` None: no certificate is known. ``bucket_countries`` are those of the authenticated bucket
+    record; none named: the bucket is no narrower than the cluster. They bind the country where the gateway is. Its operator's jurisdiction is bound by the
+    cluster's policy. ``now_ms``: wall clock, milliseconds since 1970.
+    """
+    if policy is None:
+        return ReleaseRefusal(POLICY_RULE, "the cluster's policy is not known")
+    if holder is None:
+        return ReleaseRefusal(CERTIFICATE_RULE, "this gateway's certificate is not known")
+    if not holder.valid_at(now_ms):
+        when = "is not valid yet" if now_ms < holder.valid_from_ms else "has expired"
+        return ReleaseRefusal(VALIDITY_RULE, f"this gateway's certificate {when}")
+    if reason := policy.refusal(holder.country):
+        return ReleaseRefusal(CLUSTER_COUNTRIES_RULE, reason)
+    if reason := policy.jurisdiction_refusal(holder.jurisdiction):
+        return ReleaseRefusal(CLUSTER_JURISDICTIONS_RULE, reason)
+    if isinstance(bucket_countries, str):
+        return ReleaseRefusal(BUCKET_COUNTRIES_RULE, f"the bucket's countries are a list, not the text {bucket_countries!r}")
+    wanted = frozenset(bucket_countries)
+    if wanted and holder.country not in wanted:
+        return ReleaseRefusal(
+            BUCKET_COUNTRIES_RULE, f"this gateway is in {holder.country}, and the bucket is bound to {', '.join(sorted(wanted))}"
+        )
+    return None
