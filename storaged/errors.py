@@ -271,7 +271,10 @@ class MissingContentLength(S3Error):
 
 
 class MissingRequestBodyError(S3Error):
-    """Request Body is empty."""
+    """Request Body is empty.
+
+    The operation takes a document (XML), and the request brought none.
+    """
 
 
 class MissingSecurityHeader(S3Error):

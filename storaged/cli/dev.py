@@ -407,7 +407,8 @@ def settings(place: Path) -> dict[str, str]:
     }
 
 
-def _render(client: str, found: dict[str, str], place: Path) -> str:
+def render_settings(client: str, found: dict[str, str], place: Path) -> str:
+    """The set-up of one client (``shell``: what ``storaged env`` prints), from ``settings``."""
     endpoint, region, access, secret, bucket = (found[name] for name in ("endpoint", "region", "access_key", "secret_key", "bucket"))
     host = endpoint.removeprefix("http://")
     aws = (
@@ -461,4 +462,4 @@ def env(named: str | None, as_json: bool, client: str | None) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        click.echo(_render(client or "shell", found, place), nl=False)
+        click.echo(render_settings(client or "shell", found, place), nl=False)
