@@ -53,6 +53,8 @@ class NodeFacts:
     directory: str = ""
     skew_ms: int = 0
     disks: Sequence[DiskStatus] = ()
+    reason: str = ""
+    """Why it is down: it does not answer, or is refused."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
         yield problem(QuorumLost, f"{headless} partitions", now_ms)
     for node in facts.nodes:
         if not node.up:
-            yield problem(NodeDown, f"{node.rack}/{node.name}", node.since_ms)
+            yield problem(NodeDown, f"{node.rack}/{node.name}", node.since_ms, node.reason)
             continue
         if abs(node.skew_ms) > SKEW_MS_MAX:
             yield problem(ClockSkewed, f"{node.rack}/{node.name}", now_ms, f"{node.skew_ms / 1000:+.1f} s from this gateway's clock")

@@ -90,6 +90,34 @@ def issue(directory: Path, name: str, rack: str, roles: str, address: str, disks
     click.echo(f"  When all nodes are there: storaged cluster layout {directory}")
 
 
+@cluster.command("methods")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def methods(as_json: bool) -> None:
+    """Print which role may call which RPC method, why, and what a hostile storage node can do with it."""
+    import json
+
+    from storaged.cluster import authority
+
+    rows = [
+        {
+            "method": name,
+            "callers": sorted(row.callers),
+            "any_certified_node": row.strangers,
+            "served_by": sorted(row.served_by),
+            "why": row.why,
+            "harm": row.harm,
+        }
+        for name, row in authority.METHODS.items()
+    ]
+    if as_json:
+        click.echo(json.dumps({"methods": rows}, indent=2))
+        return
+    for name, row in authority.METHODS.items():
+        click.echo(f"{name:19} {authority.callers_of(row):26} {row.why}")
+        if row.harm:
+            click.echo(f"{'':46} hostile storage node: {row.harm}")
+
+
 @cluster.command("layout")
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def layout(directory: Path) -> None:

@@ -3,7 +3,7 @@
 A frame is a fixed header, a head (a msgpack message) and a body (raw bytes)::
 
     0   2  magic "SR"
-    2   1  protocol version: 2
+    2   1  protocol version: 3
     3   1  kind
     4   8  request id, chosen by the caller, never reused on a connection
     12  4  head length, <= 4 MiB
@@ -41,8 +41,9 @@ from typing import Final
 from storaged.units import KIB, MIB
 from storaged.wire import Message, unfilled
 
-PROTOCOL_VERSION: Final = 2
-"""2: creates. A proposer of version 1 would help one on as if promises had been asked for, so the two do not talk."""
+PROTOCOL_VERSION: Final = 3
+"""2: creates. 3: authority by a table of methods, by certificate for registers of the system table, and ballots that name their caller. Nodes of different versions do
+not talk: what one refuses the other would count on."""
 MAGIC: Final = b"SR"
 HEAD_BYTES_MAX: Final = 4 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB

@@ -36,6 +36,7 @@ from typing import Protocol
 import structlog
 
 from storaged.clock import Clock, SystemClock
+from storaged.cluster.authority import grant
 from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
@@ -188,11 +189,12 @@ class Membership:
         self._running = False
 
     def methods(self) -> Methods:
-        return {
-            "cluster.ping": Method(Ping, self._on_ping, for_strangers=True),
-            "cluster.layout": Method(LayoutAfter, self._on_layout, for_strangers=True),
-            "cluster.offer": Method(SignedLayout, self._on_offer, for_strangers=True),
+        methods = {
+            "cluster.ping": Method(Ping, self._on_ping),
+            "cluster.layout": Method(LayoutAfter, self._on_layout),
+            "cluster.offer": Method(SignedLayout, self._on_offer),
         }
+        return grant(methods)
 
     async def start(self) -> None:
         self._running = True

@@ -33,7 +33,7 @@ class PeerIdentity(NamedTuple):
 class Call(NamedTuple):
     """The circumstances of one request: who asks, the bulk bytes that came with it, and when the asker gives up.
 
-    ``body`` is valid until the handler returns. ``deadline`` is in the server's monotonic seconds.
+    ``peer.roles`` are those that the layout in force gives it too, none for a stranger. ``body`` is valid until the handler returns. ``deadline`` is in the server's monotonic seconds.
     """
 
     peer: PeerIdentity
@@ -64,7 +64,8 @@ its number and bytes are bounded by whoever takes it on."""
 
 
 class Method(NamedTuple):
-    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them).
+    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them): none, until ``cluster.authority.grant`` gave it what the
+    table says.
 
     Two shorter ways to an answer are tried before the task that the handler runs in. ``at_once`` answers on the event loop what needs no waiting, and returns
     None for everything else. ``begin`` takes on what is answered by a callback when a disk has written it; once taken on, it is carried out even when the caller cancels.
@@ -73,14 +74,14 @@ class Method(NamedTuple):
 
     request: type[Message]
     handler: Handler
-    roles: frozenset[str] = frozenset({"storage", "gateway"})
+    roles: frozenset[str] = frozenset()
     at_once: Callable[[Any, Call], Message | Reply | None] | None = None
     for_strangers: bool = False
     begin: Begin | None = None
 
 
 Methods = Mapping[str, Method]
-"""Method name (``meta.prepare``, ``fragment.write``) -> Method. ``node.py`` merges every plane's and registers them."""
+"""Method name (``meta.prepare``, ``fragment.write``) -> Method. ``node`` merges every plane's and registers them."""
 
 
 Then = Callable[[Any, memoryview], None]

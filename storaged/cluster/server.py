@@ -156,6 +156,8 @@ class ServerConnection(Connection):
         self.peer: PeerIdentity | None = None
         self.roles: frozenset[str] = frozenset()
         """In which the layout in force knows the peer."""
+        self.caller: PeerIdentity | None = None
+        """The peer with the roles in which the layout in force knows it: what handlers see."""
         self._methods: dict[bytes, Method] = {}
         """What it may call in these roles."""
         self.hello: asyncio.Future[Hello] = self.loop.create_future()
@@ -240,6 +242,7 @@ class ServerConnection(Connection):
             self._release(len(body))
             raise FrameError(f"request id {request_id} is in use")
         assert self.peer is not None
+        assert self.caller is not None
         self.server.calls += 1
         size = len(body)
         name_end = 1 + (head[0] if head else 0)
@@ -256,7 +259,7 @@ class ServerConnection(Connection):
             self._fail(request_id, error)
             self._release(size)
             return
-        call = Call(self.peer, body, self.loop.time() + deadline_ms / 1000)
+        call = Call(self.caller, body, self.loop.time() + deadline_ms / 1000)
         if method.at_once is not None and self._answered_at_once(request_id, name, method.at_once, request, call):
             if size:
                 self._release(size)
@@ -274,7 +277,9 @@ class ServerConnection(Connection):
         return not self.running
 
     def know_as(self, roles: frozenset[str]) -> None:
+        assert self.peer is not None
         self.roles = roles
+        self.caller = self.peer._replace(roles=tuple(sorted(roles)))
         self._methods = {name: method for name, method in self.server.methods_by_name.items() if not method.roles.isdisjoint(roles)}
 
     def _method(self, name: bytes) -> Method:
@@ -288,11 +293,11 @@ class ServerConnection(Connection):
                 faults.NOT_A_MEMBER,
                 f"The layout in force at {self.server.identity.name} does not name {self.peer.name} where it stands.",
             )
-        if method.roles.isdisjoint(self.roles or self.peer.roles):
+        if method.roles.isdisjoint(self.roles) and not method.for_strangers:
             needed = ", ".join(sorted(method.roles)) or "no one"
             raise faults.refused(
                 faults.ROLE_REFUSED,
-                f"{name.decode()} is for {needed}; {self.peer.name} is {', '.join(sorted(self.roles or self.peer.roles))}.",
+                f"{name.decode()} is for {needed}; {self.peer.name} is {', '.join(sorted(self.roles))}.",
             )
         return method
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TypeVar
 
+from storaged.cluster.authority import grant
 from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Reply
 from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused
 from storaged.fragments.format import KEY_BYTES
@@ -141,7 +142,8 @@ class FragmentHost:
         self._stores = stores
 
     def methods(self) -> Methods:
-        return {
+        """What a storage node registers."""
+        methods = {
             "fragment.write": Method(WriteRequest, self._write),
             "fragment.sync": Method(IdsRequest, self._sync),
             "fragment.read": Method(ReadRequest, self._read, at_once=self._peek),
@@ -155,6 +157,7 @@ class FragmentHost:
             "fragment.verify": Method(IdsRequest, self._verify),
             "fragment.usage": Method(UsageRequest, self._usage),
         }
+        return grant(methods)
 
     def _store(self, disk_id: str) -> NearStore:
         store = self._stores.get(disk_id)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from storaged.cluster.authority import grant
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
 from storaged.errors import PeerError, PeerRefused, StoragedError
 from storaged.fragments.ports import FragmentId
@@ -204,12 +205,13 @@ class Maintenance:
             self.repair.wake()
             return Done()
 
-        return {
+        methods = {
             "maintain.status": Method(Ask, status),
             "maintain.scrub": Method(Ask, scrub),
             "maintain.hint": Method(Ask, hint),
             "maintain.wake": Method(Ask, wake),
         }
+        return grant(methods)
 
 
 class MaintainClient:

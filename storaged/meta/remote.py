@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from storaged.cluster.authority import grant
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
@@ -176,8 +177,8 @@ class ReplicaHost:
         return found
 
     def methods(self) -> Methods:
-        """What the node registers: storage nodes and gateways may call all of it."""
-        return {
+        """What a storage node registers."""
+        methods = {
             "meta.prepare": Method(messages.Prepare, self._prepare, at_once=self._prepare_at_once),
             "meta.accept": Method(messages.Accept, self._accept, begin=self._begin_accept),
             "meta.create": Method(messages.Create, self._accept, begin=self._begin_accept),
@@ -192,6 +193,7 @@ class ReplicaHost:
             "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
             "meta.scan": Method(ScanRequest, self._scan, at_once=self._scan_at_once),
         }
+        return grant(methods)
 
     def _prepare_at_once(self, request: messages.Prepare, _call: Call) -> messages.PrepareReply | None:
         return self._of(request.disk).prepare_at_once(request)

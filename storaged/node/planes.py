@@ -13,6 +13,7 @@ import structlog
 from storaged import __version__, observe
 from storaged.admin.api import AdminServer
 from storaged.clock import Clock
+from storaged.cluster import authority
 from storaged.cluster.audit import AuditLog, Checkpoint
 from storaged.cluster.identity import Identity, NodeSigner, load_identity
 from storaged.cluster.layout import Layout, standing_of
@@ -170,8 +171,9 @@ class Node:
     def _build_ring(self) -> None:
         replicas = {disk.id: disk.replica for disk in self.disks.used.values()}
         fragments = {disk.id: disk.fragments for disk in self.disks.used.values()}
-        self._methods.update(ReplicaHost(replicas).methods())
-        self._methods.update(FragmentHost(fragments).methods())
+        if self.config.storage:
+            self._methods.update(ReplicaHost(replicas).methods())
+            self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock, on_missed=self._missed, copy_at=at_position)
         remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
@@ -221,6 +223,7 @@ class Node:
 
     async def _listen(self) -> None:
         host, port = split_address(self.config.rpc.listen)
+        authority.check_registered(self._methods, self.config.node.roles)
         self._server = RpcServer(
             self.own,
             self._methods,

@@ -97,6 +97,7 @@ class Reports:
                     directory,
                     skew_ms,
                     known.disks,
+                    known.reason,
                 )
             )
         return facts

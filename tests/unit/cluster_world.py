@@ -20,6 +20,7 @@ from storaged.errors import FragmentMissing, NoSuchBucket
 from storaged.wire import Message
 
 EU = Policy().admit
+ROLES = frozenset({"storage", "gateway"})
 
 
 class Note(Message, frozen=True):
@@ -106,7 +107,7 @@ class Service:
             "t.hold": self.hold,
             "t.fail": self.fail,
         }
-        found = {name: Method(Note, handler) for name, handler in every.items()}
+        found = {name: Method(Note, handler, ROLES) for name, handler in every.items()}
         found["t.gateways"] = Method(Note, self.echo, frozenset({"gateway"}))
         return found
 

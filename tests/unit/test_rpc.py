@@ -31,7 +31,7 @@ from storaged.errors import (
 )
 from storaged.units import KIB, MIB
 from storaged.wire import encode
-from tests.unit.cluster_world import Note, Service, World, pooled, serving, until
+from tests.unit.cluster_world import ROLES, Note, Service, World, pooled, serving, until
 
 
 @pytest.fixture(params=["uvloop", "asyncio"])
@@ -314,7 +314,7 @@ class Hung:
 
     def methods(self) -> Methods:
         service = Service()
-        return {**service.methods(), "t.begin": Method(Note, service.hold, begin=self.begin)}
+        return {**service.methods(), "t.begin": Method(Note, service.hold, ROLES, begin=self.begin)}
 
 
 async def test_calls_that_a_hung_disk_took_on_end_with_their_deadlines_and_other_calls_go_on(world: World) -> None:
@@ -473,7 +473,7 @@ async def test_a_narrower_policy_refuses_another_member_state_on_either_side(wor
 async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_the_layout(world: World) -> None:
     """A certificate is valid for years; a node that was removed must not be able to read, write or delete with it, on a connection that stands either."""
     service, members = Service(), {"gw": frozenset({"gateway"})}
-    methods = {**service.methods(), "t.open": Method(Note, service.echo, for_strangers=True)}
+    methods = {**service.methods(), "t.open": Method(Note, service.echo, ROLES, for_strangers=True)}
     async with (
         serving(world.node("n1"), methods, membership=lambda peer: members.get(peer.name, frozenset())) as server,
         pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
@@ -544,7 +544,7 @@ async def raw_connection(world: World, server: RpcServer) -> tuple[asyncio.Strea
     ("hello", "complaint"),
     [
         (Hello("c2", "raw", bytes(8), PROTOCOL_VERSION), b"belongs to cluster 'c2'"),
-        (Hello("c1", "raw", bytes(8), PROTOCOL_VERSION + 1), b"speaks protocol version 3"),
+        (Hello("c1", "raw", bytes(8), PROTOCOL_VERSION + 1), b"speaks protocol version 4"),
         (Hello("c1", "n7", bytes(8), PROTOCOL_VERSION), b"introduces itself as 'n7'"),
     ],
 )
@@ -561,7 +561,7 @@ async def test_a_handshake_that_does_not_fit_is_answered_with_the_reason(world: 
         assert refusals == [("raw", "CERTIFICATE_REFUSED")]
 
 
-@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n", pack_header(Kind.REQUEST, 1, 0), b"SR\x02" + bytes(40)])
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n", pack_header(Kind.REQUEST, 1, 0), b"SR\x03" + bytes(40)])
 async def test_a_peer_that_does_not_begin_with_a_handshake_is_refused(world: World, sent: bytes) -> None:
     async with serving(world.node("n1"), Service()) as server:
         reader, writer = await raw_connection(world, server)
@@ -570,6 +570,35 @@ async def test_a_peer_that_does_not_begin_with_a_handshake_is_refused(world: Wor
         writer.close()
         assert answer[3] == Kind.REFUSED
         assert server.statistics().calls == 0
+
+
+async def test_a_node_of_the_version_before_is_refused_and_reads_why(world: World) -> None:
+    """What it understands of the answer is its header: the version there is what its own log names."""
+    refusals: list[str] = []
+    async with serving(world.node("n1"), Service(), on_refusal=lambda _peer, error: refusals.append(error.message)) as server:
+        reader, writer = await raw_connection(world, server)
+        head = encode(Hello("c1", "raw", bytes(8), 2))
+        writer.write(b"SR\x02" + pack_header(Kind.HELLO, 0, len(head))[3:] + head)
+        answer = await reader.read()
+        writer.close()
+        assert answer[:4] == b"SR\x03" + bytes([Kind.REFUSED])
+        assert refusals == ["The handshake failed: the peer speaks protocol version 2, this daemon 3."]
+
+
+async def test_a_server_of_the_version_before_counts_as_away_with_the_versions_as_the_reason(world: World) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert (await reader.readexactly(4))[:3] == b"SR\x03"
+        writer.write(b"SR\x02" + pack_header(Kind.REFUSED, 0, 0)[3:])
+        await reader.read()
+        writer.close()
+
+    context = identity.server_context(world.node("n1"))
+    async with (
+        await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context) as old,
+        pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{old.sockets[0].getsockname()[1]}"}) as pool,
+    ):
+        with pytest.raises(PeerUnreachable, match="the peer speaks protocol version 2, this daemon 3"):
+            await pool.call("n1", "t.echo", Note(""), Note)
 
 
 async def test_somebody_who_says_nothing_or_speaks_no_tls_is_disconnected(world: World) -> None:

@@ -116,8 +116,8 @@ def test_bytes_that_are_no_frames_are_refused_or_stay_within_bounds(data: bytes)
     ("raw", "complaint"),
     [
         (b"GET / HTTP/1.1\r\nHost: a\r\n", "not a storaged frame"),
-        (b"SR\x03" + pack_header(Kind.HELLO, 0, 0)[3:], "protocol version 3"),
-        (b"SR\x02\x63" + pack_header(Kind.HELLO, 0, 0)[4:], "unknown kind"),
+        (b"SR\x02" + pack_header(Kind.HELLO, 0, 0)[3:], "protocol version 2"),
+        (b"SR\x03\x63" + pack_header(Kind.HELLO, 0, 0)[4:], "unknown kind"),
         (pack_header(Kind.HELLO, 0, 0)[:12] + (HEAD_BYTES_MAX + 1).to_bytes(4, "big") + bytes(8), "over the limit"),
         (pack_header(Kind.HELLO, 0, 0)[:16] + (BODY_BYTES_MAX + 1).to_bytes(4, "big") + bytes(4), "over the limit"),
     ],
@@ -155,4 +155,4 @@ def test_a_large_body_is_received_into_memory_of_its_announced_size_without_anot
 
 
 def test_the_header_is_laid_out_as_documented() -> None:
-    assert pack_header(Kind.REQUEST, 0x0102030405060708, 0x11, 0x22, 0x33).hex() == "535202040102030405060708000000110000002200000033"
+    assert pack_header(Kind.REQUEST, 0x0102030405060708, 0x11, 0x22, 0x33).hex() == "535203040102030405060708000000110000002200000033"
