@@ -13,7 +13,9 @@ Refused, and why:
 * a name or a method that is no token, a line without a colon, a request line that is not three words
 * Content-Length that is not plain digits, or comes twice, even with one value; with Transfer-Encoding; Transfer-Encoding in HTTP/1.0: where does the body end?
 * Transfer-Encoding that is not ``chunked`` alone: 501 NotImplemented
-* no Host, or two, in HTTP/1.1 (RFC 9112 3.2); versions other than HTTP/1.0 and HTTP/1.1
+* a byte that is not ASCII in Connection, Content-Length, Expect, Host, Transfer-Encoding: Unicode knows more digits, spaces, and lower cases of ``k``
+* no Host, or two, in HTTP/1.1 (RFC 9112 3.2); one that is no host; versions other than HTTP/1.0 and HTTP/1.1
+* a target in absolute form whose host is not that of the Host header (RFC 9112 3.2.2; else it is taken, and means its path)
 * a chunk's size that is not 1 to 15 hexadecimal digits, or is not followed by CRLF or ``;``; data not followed by CRLF; a trailer that is no header
 * more than ``Limits`` allows of bytes, lines, and headers: 400 RequestHeaderSectionTooLarge
 
@@ -29,6 +31,7 @@ from typing import NamedTuple
 
 from storaged import errors
 from storaged.errors import BadRequest, RequestHeaderSectionTooLarge
+from storaged.s3.authority import check_host, origin_form
 from storaged.s3.limits import Limits
 from storaged.units import KIB
 
@@ -98,15 +101,21 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
                 raise BadRequest(f"There is more than one {lower} header.")
             value = f"{headers[lower]},{value}"
         headers[lower] = value
-    if modern and "host" not in headers:
+    host = headers.get("host")
+    if host is not None:
+        check_host(host)
+    elif modern:
         raise BadRequest("The Host header is missing.")
+    target = words[1]
+    if not target.startswith(b"/"):
+        target = origin_form(target, headers)
     length, declared = _framing(headers, modern)
     keep_alive, expects = modern, False
     if "connection" in headers:
         keep_alive = _keep_alive(headers["connection"], modern)
     if "expect" in headers:
-        expects = modern and headers["expect"].lower() == "100-continue"
-    return Head(_METHODS.get(words[0]) or _method(words[0]), words[1], headers, length, declared, keep_alive, expects, modern)
+        expects = modern and _ascii_lower(headers["expect"]) == "100-continue"
+    return Head(_METHODS.get(words[0]) or _method(words[0]), target, headers, length, declared, keep_alive, expects, modern)
 
 
 def broken_so_far(data: bytes, limits: Limits, seen: int = 0) -> Exception | None:
@@ -156,7 +165,7 @@ def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool
     if "transfer-encoding" in headers:
         if text is not None or not modern:
             raise BadRequest("Transfer-Encoding does not go with Content-Length, nor with HTTP/1.0.")
-        if headers["transfer-encoding"].lower() != "chunked":
+        if _ascii_lower(headers["transfer-encoding"]) != "chunked":
             raise errors.NotImplemented("The only Transfer-Encoding is chunked.")
         return None, True
     if text is None:
@@ -166,8 +175,16 @@ def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool
     return int(text), True
 
 
+def _ascii_lower(value: str) -> str:
+    """Of a header that decides where a request ends. Beyond ASCII, letters have lower cases, and white space is, what another
+    parser does not think so: ``chun\u212aed`` would be ``chunked``. Raises BadRequest."""
+    if not value.isascii():
+        raise BadRequest("A header that says how the request is framed has bytes that are not ASCII.")
+    return value.lower()
+
+
 def _keep_alive(connection: str, modern: bool) -> bool:
-    options = [option.strip() for option in connection.lower().split(",")]
+    options = [option.strip(" \t") for option in _ascii_lower(connection).split(",")]
     return "close" not in options if modern else "keep-alive" in options and "close" not in options
 
 

@@ -1,0 +1,123 @@
+"""Heads are understood from bytes: no rule of Unicode makes one word of another, and a target in absolute form is what it names."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from storaged import errors
+from storaged.s3.http import parse_head
+from storaged.s3.limits import Limits
+from storaged.s3.request import parse_target
+from tests.unit.s3_world import ACCESS, REGION, World, s3_world, signed
+
+LIMITS = Limits()
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    async with s3_world(Limits(headers_s=0.4, body_idle_s=0.4)) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        yield world
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Transfer-Encoding: chun\u212aed",  # KELVIN SIGN, whose lower case is k
+        "Transfer-Encoding: chunked\u00a0",
+        "Transfer-Encoding: chunked\u0085",
+        "Content-Length: 5\u00a0",
+        "Content-Length: \u0665",
+        "Connection: \u212aeep-alive",
+        "Connection: close\u3000",
+        "Expect: 100-continue\u00a0",
+        "Host: h\u00e9",
+    ],
+)
+async def test_a_framing_header_with_a_byte_that_is_not_ascii_is_no_request(world: World, line: str) -> None:
+    host = "" if line.startswith("Host") else "Host: h\r\n"
+    head = f"PUT /bucket/k HTTP/1.1\r\n{host}{line}\r\n\r\n".encode()
+    answer = await world.raw(head + b"0\r\n\r\n" + signed(world, "GET", "/bucket/smuggled"))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("letter", [chr(code) for code in range(0x80, 0x3000) if chr(code).lower().isascii() or chr(code).isspace()])
+def test_no_letter_is_taken_for_one_of_ascii(letter: str) -> None:
+    for value in (f"chun{letter}ed", f"{letter}chunked", f"chunked{letter}"):
+        with pytest.raises(errors.BadRequest):
+            parse_head(f"PUT / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: {value}".encode(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "host", ["h", "h:80", "h:", "", "127.0.0.1:9000", "[::1]", "[::1]:80", "a-b.c_d.example", "bucket.s3.example.eu", "h%41", "[v1.a:b]"]
+)
+def test_a_host_is_a_name_or_an_address_and_perhaps_a_port(host: str) -> None:
+    assert parse_head(b"GET / HTTP/1.1\r\nHost: %s" % host.encode(), LIMITS).headers["host"] == host
+
+
+@pytest.mark.parametrize(
+    "host", ["a b", "a,b", "a/b", "u@h", "h:80x", "h:-1", "::1", "[::1", "[::1]x", "h:\u0661", "h%4", "h?x", "h#", "[a]", "h\\"]
+)
+def test_what_is_no_host_is_refused(host: str) -> None:
+    with pytest.raises(errors.BadRequest):
+        parse_head(b"GET / HTTP/1.1\r\nHost: %s" % host.encode(), LIMITS)
+
+
+# --- RFC 9112 3.2.2 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [
+        ("http://h/b/k?x=1", "h", b"/b/k?x=1"),
+        ("HTTPS://h/b/k", "h", b"/b/k"),
+        ("http://H:80/", "h", b"/"),
+        ("https://h/", "h:443", b"/"),
+        ("http://h:/a", "h", b"/a"),
+        ("http://h:9000//a", "h:9000", b"//a"),
+        ("http://[::1]:9000/a", "[::1]:9000", b"/a"),
+        ("http://h", "h", b"/"),
+        ("http://h?x=1", "h", b"/?x=1"),
+    ],
+)
+def test_a_target_in_absolute_form_means_its_path(target: str, host: str, path: bytes) -> None:
+    head = parse_head(f"GET {target} HTTP/1.1\r\nHost: {host}".encode(), LIMITS)
+    assert head.target == path
+    assert head.headers["host"] == host
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        ("http://other/b/k", "h"),
+        ("http://h:81/", "h"),
+        ("http://h/", "h:443"),
+        ("https://h/", "h:80"),
+        ("http://u@h/", "h"),
+        ("http:///b/k", ""),
+        ("http://h h/", "h"),
+        ("ftp://h/k", "h"),
+        ("http:/h/k", "h"),
+        ("h:80", "h"),
+        ("*", "h"),
+    ],
+)
+def test_a_target_that_contradicts_its_host_or_is_of_another_form_is_refused(target: str, host: str) -> None:
+    with pytest.raises(errors.S3Error):
+        parse_target(parse_head(f"GET {target} HTTP/1.1\r\nHost: {host}".encode(), LIMITS).target)
+
+
+def test_in_http_1_0_an_absolute_target_names_the_host() -> None:
+    assert parse_head(b"GET http://h:80/a HTTP/1.0", LIMITS).headers["host"] == "h:80"
+
+
+async def test_a_signed_request_in_absolute_form_is_answered(world: World) -> None:
+    await world.raw(signed(world, "PUT", "/bucket/k", body=b"data").replace(b"Host:", b"Connection: close\r\nHost:", 1))
+    request = signed(world, "GET", "/bucket/k").replace(b"GET /", f"GET {world.endpoint}/".encode(), 1)
+    answer = await world.raw(request.replace(b"Host:", b"Connection: close\r\nHost:", 1))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b"\r\n\r\ndata")
