@@ -37,7 +37,7 @@ def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
     plane = cast(ObjectPlane, _Plane(entropy))
     key, found = UnwrappedBucketKey(1, bytes(32), entropy), []
     for number in range(OBJECTS):
-        name = object_name(BUCKET.id, BUCKET.shards, b"photos/2026/%08d" % number)
+        name = object_name(BUCKET.id, BUCKET.shard_numbers, b"photos/2026/%08d" % number)
         data_id = entropy(16)
         meta = SealedMeta(
             entropy(16).hex(),

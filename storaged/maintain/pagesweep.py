@@ -125,7 +125,7 @@ class PageSweep:
         if self._buckets.unreadable:
             raise DataDamaged("the record of a bucket cannot be read")
         for bucket in list(self._buckets.by_id.values()):
-            for shard in range(bucket.shards):
+            for shard in bucket.shard_numbers:
                 if disk in self._context.layouts.current.replicas_of(partition_of(bucket.id, shard)):
                     for table in (Table.UPLOAD, Table.OBJECT):
                         await self._catch_up(disk, table, bucket.id, shard)

@@ -150,7 +150,7 @@ class Walker:
         if system in self._context.local_meta:
             found.append(Range(system, Table.SYSTEM, SYSTEM_SCOPE, 0))
         for bucket in self.buckets.by_id.values():
-            for shard in range(bucket.shards):
+            for shard in bucket.shard_numbers:
                 disk = self._context.leader_of(partition_of(bucket.id, shard))
                 if disk in self._context.local_meta:
                     found += [Range(disk, table, bucket.id, shard) for table in (Table.OBJECT, Table.UPLOAD, Table.PART)]

@@ -452,13 +452,13 @@ class RingClient:
 
     # --- fences --------------------------------------------------------------------------------------------------------
 
-    async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         def fence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.FenceReply]]:
             return lambda replica: replica.fence(messages.FenceSet(disk, scope, nonce, final), timeout_s=timeout_s)
 
         await self._fence_all(scope, shards, fence)
 
-    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> bool:
+    async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         def unfence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.FenceReply]]:
             return lambda replica: replica.unfence(messages.FenceLift(disk, scope, nonce), timeout_s=timeout_s)
 
@@ -467,14 +467,14 @@ class RingClient:
     async def _fence_all(
         self,
         scope: bytes,
-        shards: int,
+        shards: Sequence[int],
         call: Callable[[str, float], Callable[[Replica], Awaitable[messages.FenceReply]]],
         *,
         linger: bool = False,
     ) -> bool:
         """A fence is a disk's, for all rows of the scope: each disk is asked once, and every shard needs its majority. With ``linger`` the others are
         waited for too (those known to be away answer at once); whether all did is the answer."""
-        views = [self._view(RegisterName(Table.OBJECT, scope, shard, b"")) for shard in range(shards)]
+        views = [self._view(RegisterName(Table.OBJECT, scope, shard, b"")) for shard in shards]
         disks = tuple(dict.fromkeys(disk for view in views for disk in view.disks))
         quorums = [view.groups for view in views]
         done = await self._gather(disks, quorums, call, lambda reply: reply.done, self._deadline(), linger=linger)

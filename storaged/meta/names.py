@@ -4,7 +4,7 @@ A register is named by (table, scope, shard, key). ``scope`` is the bucket's id 
 The shard decides the ring partition; rows of one (table, scope, shard) are kept in the order of ``key`` by every replica.
 
     table    key                                  shard                                  value (objects/records.py)
-    OBJECT   the S3 key, UTF-8, 1..1024 bytes     xxh3-64(key) mod the bucket's shards   ObjectRecord
+    OBJECT   the S3 key, UTF-8, 1..1024 bytes     numbers[xxh3-64(key) mod their count]  ObjectRecord
     UPLOAD   S3 key || 0x00 || upload id (16)     the object's shard = upload id[0]      UploadRecord
     PART     upload id (16) || number (u16 BE)    upload id[0]                           PartRecord
     SYSTEM   a path: bucket/NAME, user/KEY, ...   0 (the system partition)               by prefix
@@ -12,6 +12,7 @@ The shard decides the ring partition; rows of one (table, scope, shard) are kept
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -60,12 +61,14 @@ class RegisterName(NamedTuple):
         return cls(data[0], data[1:17], data[17], data[18:])
 
 
-def shard_of(key: bytes, shards: int) -> int:
-    return xxhash.xxh3_64_intdigest(key) % shards
+def shard_of(key: bytes, numbers: Sequence[int]) -> int:
+    """The shard that a key belongs to: one of the bucket's shard ``numbers`` (``BucketRecord.shard_numbers``)."""
+    return numbers[xxhash.xxh3_64_intdigest(key) % len(numbers)]
 
 
-def object_name(bucket_id: bytes, shards: int, key: bytes) -> RegisterName:
-    return RegisterName(Table.OBJECT, bucket_id, shard_of(key, shards), key)
+def object_name(bucket_id: bytes, numbers: Sequence[int], key: bytes) -> RegisterName:
+    """``numbers``: the bucket's shard numbers, as for ``shard_of``."""
+    return RegisterName(Table.OBJECT, bucket_id, shard_of(key, numbers), key)
 
 
 def upload_name(bucket_id: bytes, key: bytes, upload_id: bytes) -> RegisterName:

@@ -216,10 +216,10 @@ class Scanner(Protocol):
 class Fences(Protocol):
     """A bucket's fence, by its id, on a majority of the replicas of every shard (object, upload and part rows alike)."""
 
-    async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         """Durable refusal of every accept but settling ones with this nonce; ``final`` makes it stay for ever (after Deleted)."""
 
-    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> bool:
+    async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         """On the way back to Active only; a final fence stays. True when every replica has lifted it: one that was away keeps its fence, and refuses the
         bucket when it returns, so this must be asked again until then."""
 

@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
-from storaged.cluster.layout import SHARDS_DEFAULT, partition_of
-from storaged.cluster.policy import outside_eu_law
+from storaged.cluster.policy import Policy
 from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
@@ -35,14 +34,14 @@ from storaged.objects.multipart import abort, list_uploads
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.recent import Recent
-from storaged.objects.records import BucketRecord
+from storaged.objects.records import BucketRecord, authenticated_bytes
+from storaged.objects.shards import draw
 from storaged.wire import decode, encode
 
 ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
 PREFIX = "bucket/"
 NONCE_BYTES = 8
 """Random, behind the sequence number."""
-ID_DRAWS_MAX = 64
 EMPTYING_ROUNDS_MAX = 8
 
 
@@ -63,11 +62,10 @@ class BucketService:
         if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
             return None
         try:
-            record = decode(value.body, BucketRecord)
+            record, covered = decode(value.body, BucketRecord), authenticated_bytes(value.body)
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
-        unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
-        if not self._plane.keys.verify(_context(name, value.sequence), unsigned, record.authenticator):
+        if not self._plane.keys.verify(_context(name, value.sequence), covered, record.authenticator):
             raise DataDamaged("The record of this bucket is not authentic.")
         return record
 
@@ -115,11 +113,13 @@ class BucketService:
     async def create(
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
-        """Its key is made, and committed, before the name is taken. Raises InvalidArgument for a country that EU law does not cover, BucketAlreadyOwnedByYou,
-        BucketAlreadyExists, TooManyBuckets, and ServiceUnavailable when the ring or the disks have no place inside the countries."""
+        """Its key is made, and committed, before the name is taken. Raises InvalidArgument for a country that the cluster's policy does not allow,
+        BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, and ServiceUnavailable when no partition of the ring lies inside the countries."""
+        layout = self._plane.layouts.current
+        policy = Policy.of(layout.countries)
         for country in countries:
-            if reason := outside_eu_law(country):
-                raise InvalidArgument(f"A bucket's countries are those where EU law applies: {reason}.")
+            if reason := policy.refusal(country):
+                raise InvalidArgument(f"A bucket's countries are some of those that the cluster allows: {reason}.")
         register = system_name(PREFIX + name)
         existing = self._decode(register, (await self._plane.registers.read(register)).value)
         if existing is not None and (existing.state == DELETING or existing.nonce):
@@ -128,17 +128,19 @@ class BucketService:
         owned, _ = await self.list_buckets(who, limit=self._plane.limits.buckets_per_user_max)
         if len(owned) >= self._plane.limits.buckets_per_user_max:
             raise TooManyBuckets
+        drawn = draw(layout, countries, lambda: self._plane.entropy(BUCKET_ID_BYTES))
         record = BucketRecord(
             name,
-            self._draw_id(countries),
+            drawn.bucket_id,
             who.user_id,
             self._plane.clock.wall_ms(),
             ACTIVE,
-            SHARDS_DEFAULT,
+            drawn.shards,
             region,
             countries,
-            self._plane.layouts.current.profile,
+            layout.profile,
             object_lock=object_lock,
+            shard_list=drawn.shard_list,
         )
         await self._plane.keys.create_bucket_key(record.id)
 
@@ -158,16 +160,6 @@ class BucketService:
     def _refuse_existing(who: Principal, existing: BucketRecord | None) -> None:
         if existing is not None:
             raise BucketAlreadyOwnedByYou if existing.owner == who.user_id else BucketAlreadyExists
-
-    def _draw_id(self, countries: tuple[str, ...]) -> bytes:
-        """A random id whose every shard has its replicas inside the bucket's countries: small objects live beside them."""
-        layout = self._plane.layouts.current
-        for _ in range(ID_DRAWS_MAX):
-            bucket_id = self._plane.entropy(BUCKET_ID_BYTES)
-            replicas = {disk for shard in range(SHARDS_DEFAULT) for disk in layout.replicas_of(partition_of(bucket_id, shard))}
-            if not countries or all(layout.country_of(disk) in countries for disk in replicas):
-                return bucket_id
-        raise ServiceUnavailable(f"The ring has no replicas that lie wholly in {', '.join(countries)}; the bucket was not created.")
 
     async def get(self, name: str) -> BucketRecord:
         """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
@@ -236,7 +228,7 @@ class BucketService:
             if await self._emptied(record):
                 deleted = await self._step(record, msgspec.structs.replace(record, state=DELETED))
                 if deleted is not None:
-                    await plane.fences.fence(record.id, record.shards, record.nonce, final=True)
+                    await plane.fences.fence(record.id, record.shard_numbers, record.nonce, final=True)
                     return None
             else:
                 await self._step(record, msgspec.structs.replace(record, state=ACTIVE))
@@ -245,7 +237,7 @@ class BucketService:
                 return None
             record = current
         if record.state == ACTIVE and record.nonce:
-            if not await plane.fences.unfence(record.id, record.shards, record.nonce):
+            if not await plane.fences.unfence(record.id, record.shard_numbers, record.nonce):
                 return record  # the nonce stays until the last replica, away now, has lifted its fence too
             opened = msgspec.structs.replace(record, nonce=b"")
             return await self._step(record, opened) or await self._current(record)
@@ -260,7 +252,7 @@ class BucketService:
     async def _emptied(self, bucket: BucketRecord) -> bool:
         """Fences the bucket and says whether it is empty; uploads that are still open are aborted before, for behind the fence nothing changes."""
         await self._abort_uploads(bucket)
-        await self._plane.fences.fence(bucket.id, bucket.shards, bucket.nonce)
+        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
         if not await self._is_empty(bucket, bucket.nonce):
             return False
         return not await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False)
@@ -273,7 +265,7 @@ class BucketService:
         start: bytes | None = b""
         while start is not None:
             page = await self._plane.scanner.list_page(
-                table, bucket.id, range(bucket.shards), after=start, limit=1, hidden=hidden, settling_nonce=nonce
+                table, bucket.id, bucket.shard_numbers, after=start, limit=1, hidden=hidden, settling_nonce=nonce
             )
             if page.rows:
                 return True

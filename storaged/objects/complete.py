@@ -118,7 +118,7 @@ async def complete(
         raise NoSuchUpload(UploadId=upload_id)
     if record.state == COMPLETING and record.request_digest != digest:
         raise ConditionalRequestConflict("Another request is completing this upload.")
-    name, keys = object_name(bucket.id, bucket.shards, key), BucketKeys(plane, bucket)
+    name, keys = object_name(bucket.id, bucket.shard_numbers, key), BucketKeys(plane, bucket)
     held = _HeldPages(plane, name)
     resumed = record.state == COMPLETING
     rows = await _rows(plane, bucket, upload)
@@ -374,7 +374,7 @@ async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, 
 
 async def finish(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> bool:
     """After an abort met a Complete: whether that one took effect, in which case the upload is Done after all."""
-    name = object_name(bucket.id, bucket.shards, upload.place.key)
+    name = object_name(bucket.id, bucket.shard_numbers, upload.place.key)
     record = decode_record(await plane.registers.settle(name))
     version = decode_version(upload.record.pinned)
     if all(version.context_id != other.context_id for other in record.versions):

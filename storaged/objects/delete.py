@@ -31,7 +31,7 @@ async def delete(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = NO_WRITE_CONDITIONS
 ) -> DeleteResult:
     """Deletes an object; what is not there is deleted already. Its data goes to the garbage lists. Raises PreconditionFailed, NoSuchKey (a condition on nothing)."""
-    name, where = object_name(bucket.id, bucket.shards, key), Place(bucket.id, key)
+    name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
     if version_id not in ("", NULL_VERSION):
         raise NoSuchVersion(VersionId=version_id)
@@ -51,7 +51,7 @@ async def change_meta(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, alter: Callable[[SealedMeta], SealedMeta]
 ) -> str:
     """Seals altered metadata into a version, whose data stays. Returns the version id. Raises NoSuchKey, NoSuchVersion."""
-    name, where = object_name(bucket.id, bucket.shards, key), Place(bucket.id, key)
+    name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     keys = BucketKeys(plane, bucket)
 
     def update(value: Value | None) -> Change:

@@ -64,7 +64,7 @@ async def find(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, version_id: str, *, want_payload: bool = False, reading: Reading | None = None
 ) -> Found:
     """``reading``: of the key's register, when it was just read. Raises NoSuchKey, NoSuchVersion, DataDamaged, ServiceUnavailable."""
-    name = object_name(bucket.id, bucket.shards, key)
+    name = object_name(bucket.id, bucket.shard_numbers, key)
     if reading is None:
         with trace.span("record"):
             reading = await plane.registers.read(name, want_payload=want_payload)
@@ -118,7 +118,7 @@ def _opened(
 
 def read_soon(plane: ObjectPlane, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
     """See ``api.Objects``."""
-    name = object_name(bucket.id, bucket.shards, key)
+    name = object_name(bucket.id, bucket.shard_numbers, key)
     plane.registers.read_soon(name, want_plain, partial(_read, plane, name, bucket, key, want_plain, then))
 
 

@@ -37,7 +37,7 @@ async def list_objects(
     keys = BucketKeys(plane, bucket)
     try:
         page = await plane.scanner.list_heads(
-            Table.OBJECT, bucket.id, range(bucket.shards), prefix=prefix, after=after, delimiter=delimiter, limit=limit
+            Table.OBJECT, bucket.id, bucket.shard_numbers, prefix=prefix, after=after, delimiter=delimiter, limit=limit
         )
         if not page.keys:  # common prefixes, say, which need no key
             return Listing(prefixes=page.prefixes, next_after=page.next_after)
@@ -155,7 +155,7 @@ async def list_versions(
     keys = BucketKeys(plane, bucket)
     found: list[ListedVersion] = []
     if after_version and limit:
-        name = object_name(bucket.id, bucket.shards, after)
+        name = object_name(bucket.id, bucket.shard_numbers, after)
         record = decode_record((await plane.registers.read(name)).value)
         ids = [version.version_id for version in record.versions]
         if after_version in ids:
@@ -163,7 +163,7 @@ async def list_versions(
     page = await plane.scanner.list_page(
         Table.OBJECT,
         bucket.id,
-        range(bucket.shards),
+        bucket.shard_numbers,
         prefix=prefix,
         after=after,
         delimiter=delimiter,

@@ -66,7 +66,7 @@ async def create_upload(
 ) -> UploadInfo:
     """Raises InvalidRequest for a checksum that can't be."""
     kind = _checked_type(algorithm, checksum_type)
-    upload_id = new_upload_id(shard_of(key, bucket.shards), plane.entropy)
+    upload_id = new_upload_id(shard_of(key, bucket.shard_numbers), plane.entropy)
     bucket_key = await plane.keys.bucket_key(bucket.id)
     dek = plane.entropy(DEK_BYTES)
     context = Place(bucket.id, key).context(UPLOAD_VERSION, upload_id)
@@ -114,7 +114,7 @@ async def put_part(
     upload = await open_upload(plane, bucket, key, upload_id)
     if upload.record.state not in (OPEN, COMPLETING):  # a Complete may still fail on its condition, and the upload go on
         raise NoSuchUpload(UploadId=upload_id)
-    owner = object_name(bucket.id, bucket.shards, key)
+    owner = object_name(bucket.id, bucket.shard_numbers, key)
     row_name = part_name(bucket.id, upload.record.upload_id, number)
     algorithm = upload.record.checksum_algorithm
     if algorithm and algorithm not in checks.algorithms:
@@ -193,7 +193,7 @@ async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id:
 
 async def drop_parts(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> None:
     """Retires every part of an aborted upload, and forgets its rows. What fails here ``forget_finished_uploads`` does later."""
-    owner = object_name(bucket.id, bucket.shards, upload.place.key)
+    owner = object_name(bucket.id, bucket.shard_numbers, upload.place.key)
     try:
         await _forget_parts(plane, bucket, owner, upload.record.upload_id, frozenset())
     except StoragedError:
@@ -254,7 +254,7 @@ async def list_uploads(
     marker = (after_key, after_upload)
     start: bytes | None = _row_after(after_key, after_upload, delimiter)
     while start is not None:
-        page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, range(bucket.shards), prefix=prefix, after=start, limit=ROWS_A_PAGE)
+        page = await plane.scanner.list_page(Table.UPLOAD, bucket.id, bucket.shard_numbers, prefix=prefix, after=start, limit=ROWS_A_PAGE)
         start = page.next_after
         for row in page.rows:
             key = row.key[: -len(upload_name(b"", b"", bytes(16)).key)]
@@ -301,12 +301,12 @@ def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
 async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
     """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many uploads. Safe to run anywhere, any time."""
     now_ms, forgotten = plane.clock.wall_ms(), 0
-    async for row in every_row(plane.scanner, Table.UPLOAD, bucket.id, range(bucket.shards), hidden=True):
+    async for row in every_row(plane.scanner, Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True):
         record = decode_upload(row.value)
         if record is None or not is_older(record, now_ms, plane.limits.upload_keep_ms):
             continue
         key = row.key[: -1 - len(record.upload_id)]
-        owner = object_name(bucket.id, bucket.shards, key)
+        owner = object_name(bucket.id, bucket.shard_numbers, key)
         kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
         await _forget_parts(plane, bucket, owner, record.upload_id, kept)
         name = upload_name(bucket.id, key, record.upload_id)

@@ -155,7 +155,7 @@ class _Write(NamedTuple):
 def _write_of(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, bucket_key: BucketKey, meta: NewMeta, owner: str, conditions: WriteConditions
 ) -> _Write:
-    name, where = object_name(bucket.id, bucket.shards, key), Place(bucket.id, key)
+    name, where = object_name(bucket.id, bucket.shard_numbers, key), Place(bucket.id, key)
     fresh = plane.entropy(DEK_BYTES + DATA_ID_BYTES)
     return _Write(plane, bucket, name, where, bucket_key, fresh[:DEK_BYTES], fresh[DEK_BYTES:], meta, owner, conditions)
 

@@ -7,6 +7,7 @@ listing prints (SealedList). See FORMATS.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -232,8 +233,12 @@ class SealedList(Message, frozen=True, gc=False):
 
 
 class BucketRecord(Message, frozen=True):
-    """``bucket/NAME`` in the system table. ``state``: active, deleting, deleted. ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields);
-    a record that does not verify is refused. ``countries`` empty: whatever the cluster's policy allows."""
+    """``bucket/NAME`` in the system table. ``state``: active, deleting, deleted. ``countries`` empty: whatever the cluster's policy allows.
+
+    ``shards``: how many index shards there are. ``shard_list``: their numbers, one byte each, where the bucket has countries: the partitions of
+    these lie inside them. Empty: 0 up to ``shards``; so it was in all buckets at first.
+    ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields); a record that does not verify is refused.
+    ``signature``: what a node without keys verifies, over the public part (``objects.public``), by the key that ``signer`` names."""
 
     name: str
     id: bytes
@@ -248,6 +253,29 @@ class BucketRecord(Message, frozen=True):
     object_lock: bool = False
     tags: bytes = b""
     authenticator: bytes = b""
+    shard_list: bytes = b""
+    signer: bytes = b""
+    signature: bytes = b""
+
+    @property
+    def shard_numbers(self) -> bytes:
+        """The numbers of the index shards: a key's shard is the one at (hash of the key) modulo their count."""
+        return self.shard_list or _FIRST_SHARDS[: self.shards]
+
+
+_FIRST_SHARDS = bytes(range(256))
+_AUTHENTICATOR_AT = BucketRecord.__struct_fields__.index("authenticator")
+
+
+def authenticated_bytes(body: bytes) -> bytes:
+    """What the authenticator of a bucket's record is over: the record as it lies in ``body``, with an empty authenticator.
+
+    It has as many fields as when it was written: records from before have fewer. Raises msgspec.MsgspecError."""
+    fields = decode(body, list[Any])
+    if len(fields) <= _AUTHENTICATOR_AT:
+        raise msgspec.ValidationError("the record ends before its authenticator")
+    fields[_AUTHENTICATOR_AT] = b""
+    return encode(fields)
 
 
 class UserRecord(Message, frozen=True):

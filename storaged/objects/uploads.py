@@ -147,7 +147,7 @@ async def living_uploads(scanner: Scanner, owner: RegisterName) -> AsyncIterator
 async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> OpenedUpload:
     """An upload in any state but forgotten. Raises NoSuchUpload, DataDamaged."""
     raw = parse_upload_id(upload_id)
-    if raw[0] >= bucket.shards:
+    if raw[0] not in bucket.shard_numbers:
         raise NoSuchUpload(UploadId=upload_id)
     name = upload_name(bucket.id, key, raw)
     record = decode_upload((await plane.registers.read(name)).value)

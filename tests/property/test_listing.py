@@ -96,7 +96,7 @@ async def ring_of(case: Case) -> Ring:
         if case.noticed:
             ring.thought_down.add(case.down)
     for key, state in case.keys.items():
-        name = RegisterName(Table.OBJECT, BUCKET, shard_of(key, case.shards), key)
+        name = RegisterName(Table.OBJECT, BUCKET, shard_of(key, range(case.shards)), key)
         seen: list[int | None] = []
         for index, disk in enumerate(ring.replicas_of(name)):
             counter = state.counters[index]
@@ -243,7 +243,7 @@ def test_pages_between_writes_are_those_of_a_sorted_dict_whatever_is_remembered(
         truth: dict[bytes, Value] = {}
         for counter, step in enumerate(steps, 1):
             if step.page is None:
-                name = RegisterName(Table.OBJECT, BUCKET, shard_of(step.key, shards), step.key)
+                name = RegisterName(Table.OBJECT, BUCKET, shard_of(step.key, range(shards)), step.key)
                 truth[step.key] = value_of(counter, step.visibility)
                 for index, disk in enumerate(ring.replicas_of(name)):
                     if index != step.missed:

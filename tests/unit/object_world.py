@@ -370,10 +370,10 @@ class FakeRing:
             raise DataDamaged
         return self.pages[page_hash]
 
-    async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         self.fences[scope] = (nonce, final)
 
-    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> bool:
+    async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         held = self.fences.get(scope)
         if held == (nonce, False):
             del self.fences[scope]

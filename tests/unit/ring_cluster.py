@@ -319,7 +319,7 @@ class Cluster:
         return b"".join([bytes(piece) async for piece in stream.chunks()])
 
     async def record(self, bucket: BucketRecord, key: bytes) -> ObjectRecord:
-        value = (await self.gateway.ring.read(object_name(bucket.id, bucket.shards, key))).value
+        value = (await self.gateway.ring.read(object_name(bucket.id, bucket.shard_numbers, key))).value
         assert value is not None
         return decode_object(value.body)
 
@@ -341,7 +341,7 @@ class Cluster:
 
     async def places(self, bucket: BucketRecord, key: bytes) -> list[BlockPlace]:
         """Where the object's blocks are, by its record."""
-        name = object_name(bucket.id, bucket.shards, key)
+        name = object_name(bucket.id, bucket.shard_numbers, key)
         found: list[BlockPlace] = []
         for version in (await self.record(bucket, key)).versions:
             async for part in parts_of(self.gateway.ring, name, version):

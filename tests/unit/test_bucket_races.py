@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -30,11 +31,11 @@ class Fences:
             self.reached[step].set()
             await self.held[step].wait()
 
-    async def fence(self, scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+    async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         await self._gate("final" if final else "fence")
         await self._ring.fence(scope, shards, nonce, final=final)
 
-    async def unfence(self, scope: bytes, shards: int, nonce: bytes) -> bool:
+    async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         await self._gate("unfence")
         return await self._ring.unfence(scope, shards, nonce)
 

@@ -82,7 +82,7 @@ def test_a_block_with_too_few_fragments_is_lost_until_they_return() -> None:
         assert await cluster.settled() == (1, 1)
         disk, kept = stolen[0]
         await cluster.store(disk).write(kept.header, [kept.payload], sync=True)
-        cluster.gateway.maintain.hint(object_name(bucket.id, bucket.shards, b"large-0"))
+        cluster.gateway.maintain.hint(object_name(bucket.id, bucket.shard_numbers, b"large-0"))
         assert await cluster.settled() == (0, 0)
         assert await cluster.is_whole(bucket, b"large-0")
 
@@ -129,7 +129,7 @@ def test_a_lie_that_only_the_gateway_can_see_is_replaced(key: bytes) -> None:
         for fragment, disk in list((await cluster.places(bucket, key))[0].fragments)[:1]:
             cluster.forge(disk, fragment)
             assert await cluster.get(bucket, key) == objects[key]
-            cluster.gateway.maintain.hint(object_name(bucket.id, bucket.shards, key), fragment)
+            cluster.gateway.maintain.hint(object_name(bucket.id, bucket.shard_numbers, key), fragment)
             await cluster.pass_s(3.0)
             assert cluster.holds(disk, fragment)
 
@@ -161,11 +161,11 @@ def test_a_range_that_its_disk_cannot_read_keeps_no_other_from_being_looked_at()
 
     async def scenario(cluster: Cluster) -> None:
         bucket, objects = await filled(cluster, 4)
-        keys = {object_name(bucket.id, bucket.shards, key).shard: key for key in objects if key.startswith(b"large")}
+        keys = {object_name(bucket.id, bucket.shard_numbers, key).shard: key for key in objects if key.startswith(b"large")}
         leaders = {
             shard: node
             for node in cluster.nodes.values()
-            for shard in range(bucket.shards)
+            for shard in bucket.shard_numbers
             if node.context.leads(partition_of(bucket.id, shard))
         }
         broken, shard = next((other, shard) for shard in keys for other in range(shard) if leaders[other] is leaders[shard])
@@ -524,7 +524,7 @@ def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
             )
         ):
             body = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
-            await forge(object_name(bucket.id, bucket.shards, b"evil-%d" % number), body)
+            await forge(object_name(bucket.id, bucket.shard_numbers, b"evil-%d" % number), body)
         upload_id = bytes([3]) * 16
         await forge(upload_name(bucket.id, b"evil", upload_id), encode(UploadRecord(b"", "open", "", 0, 1, b"", b"", b"")))
         await forge(part_name(bucket.id, upload_id, 1), encode(PartRecord(msgspec.structs.replace(entry, block_cells=0), 0, b"")))
@@ -547,5 +547,5 @@ def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
     run(scenario)
 
 
-NAME = (b"B" * 16, 16, b"key")
+NAME = (b"B" * 16, range(16), b"key")
 NO_CALL = Call(PeerIdentity("n", "FR", "s", "r", ("storage",)), memoryview(b""), 0.0)

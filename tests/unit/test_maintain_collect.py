@@ -112,7 +112,7 @@ def test_what_the_first_replicas_collector_missed_the_others_find_later() -> Non
         bucket = await cluster.bucket()
         await cluster.put(bucket, b"k", os.urandom(SMALL))
         old = (await cluster.entry(bucket, b"k")).data_id
-        first, *_ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shards, b"k").partition)
+        first, *_ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shard_numbers, b"k").partition)
         await cluster.put(bucket, b"k", data := os.urandom(SMALL))
         await cluster.leap(RETIRE_S + 60)
         await cluster.kill(cluster.layouts.current.node_of(first))
@@ -135,7 +135,7 @@ def test_a_copy_elsewhere_that_was_written_anew_since_the_collector_looked_stays
         await cluster.put(bucket, b"k", os.urandom(SMALL))
         old = (await cluster.entry(bucket, b"k")).data_id
         await cluster.put(bucket, b"k", os.urandom(SMALL))
-        first, other, _ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shards, b"k").partition)
+        first, other, _ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shard_numbers, b"k").partition)
         collector = cluster.nodes[cluster.layouts.current.node_of(first)].maintenance.collector
         judge = collector._live
 
@@ -174,8 +174,8 @@ def test_while_an_upload_for_the_key_is_open_nothing_of_it_is_judged_and_other_k
 
 def neighbours(bucket: BucketRecord, key: bytes, count: int) -> list[bytes]:
     """Other keys of the key's shard."""
-    shard = object_name(bucket.id, bucket.shards, key).shard
-    names = (object_name(bucket.id, bucket.shards, b"other%d" % number) for number in range(10_000))
+    shard = object_name(bucket.id, bucket.shard_numbers, key).shard
+    names = (object_name(bucket.id, bucket.shard_numbers, b"other%d" % number) for number in range(10_000))
     return [name.key for name in itertools.islice((name for name in names if name.shard == shard), count)]
 
 
@@ -336,7 +336,7 @@ def test_what_a_record_refers_to_stays_whoever_put_it_on_the_list() -> None:
         entry = await cluster.entry(bucket, b"k")
         before = await cluster.fragments(entry.data_id)
         for disk, fragment in before:
-            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)])
+            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)])
         assert await collect(cluster) == 0
         assert await cluster.fragments(entry.data_id) == before
         assert [await cluster.store(disk).retired(1 << 62, 10) for disk, _ in before] == [[]] * len(before)
@@ -420,7 +420,7 @@ def test_what_was_touched_after_the_collector_looked_is_not_deleted() -> None:
         task, wake = await sleeping_put(cluster, bucket, b"k", data := os.urandom(LARGE))
         node = cluster.nodes["na"]
         for disk, fragment in await cluster.fragments():
-            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shards, b"k").pack(), 0)])
+            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)])
         judge = node.maintenance.collector._live
 
         async def slow(owner: RegisterName, uploads: bool) -> set[bytes]:
@@ -530,7 +530,7 @@ def test_garbage_of_a_bucket_goes_although_the_gateway_that_deleted_it_died_befo
         await sweep(cluster)
         await collect(cluster)
         assert await cluster.fragments() == []
-        await cluster.gateway.ring.settle(object_name(other.id, other.shards, b"open for writing"))
+        await cluster.gateway.ring.settle(object_name(other.id, other.shard_numbers, b"open for writing"))
 
     run(scenario)
 
@@ -755,7 +755,7 @@ def test_scrub_finds_flips_in_fragments_and_rows_and_all_is_mended() -> None:
             cluster.store(disk).damage(fragment, 0)
         part = next(where for where in await cluster.fragments() if owner_of(cluster, where) == b"upload")
         cluster.store(part[0]).damage(part[1], 0)
-        name = object_name(bucket.id, bucket.shards, b"large")
+        name = object_name(bucket.id, bucket.shard_numbers, b"large")
         row_disk = cluster.layouts.current.replicas_of(name.partition)[1]
         cluster.nodes[cluster.layouts.current.node_of(row_disk)].meta[row_disk].damage(name)
         assert await cluster.gateway.maintain.start_scrub() == ["na", "nb", "nc"]
@@ -833,7 +833,7 @@ def test_a_row_that_a_gateway_changes_is_never_undone_by_repair() -> None:
         bucket = await cluster.bucket()
         cluster.maintain()
         await cluster.settled()
-        name = object_name(bucket.id, bucket.shards, b"counter")
+        name = object_name(bucket.id, bucket.shard_numbers, b"counter")
         for index in range(30):
             await cluster.gateway.ring.change(name, functools.partial(_next, index))
             cluster.nodes["na"].maintenance.repair.wake()

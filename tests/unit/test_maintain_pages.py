@@ -54,7 +54,7 @@ async def version_of(cluster: Cluster, bucket: BucketRecord, key: bytes = b"many
 
 
 def replicas(cluster: Cluster, bucket: BucketRecord, key: bytes = b"many") -> tuple[str, ...]:
-    return cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shards, key).partition)
+    return cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shard_numbers, key).partition)
 
 
 def disk_in(cluster: Cluster, rack: str, bucket: BucketRecord, key: bytes = b"many") -> str:
@@ -85,7 +85,7 @@ def test_a_version_lists_all_pages_of_its_parts_and_a_short_manifest_has_none() 
         assert not (await version_of(cluster, bucket, b"few")).pages
         whole = await many(cluster, bucket, count=300)
         version = await version_of(cluster, bucket)
-        name = object_name(bucket.id, bucket.shards, b"many")
+        name = object_name(bucket.id, bucket.shard_numbers, b"many")
         chain = [page async for page, _ in manifest_pages(cluster.gateway.ring, name, version)]
         assert (len(chain), len(version.pages)) == (2, 3)
         assert set(chain) < set(version.pages) == kept(cluster)
@@ -360,7 +360,7 @@ def test_a_page_that_is_put_again_between_the_look_and_the_deletion_stays() -> N
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
         await many(cluster, bucket)
-        name = object_name(bucket.id, bucket.shards, b"many")
+        name = object_name(bucket.id, bucket.shard_numbers, b"many")
         pages = (await version_of(cluster, bucket)).pages
         again = await cluster.gateway.ring.get_page(name, pages[0])
         await cluster.objects.delete(bucket, b"many")
@@ -388,7 +388,7 @@ def test_a_disk_that_missed_the_row_learns_of_it_before_it_deletes() -> None:
         cluster.intercept = None
         pages = set((await version_of(cluster, bucket)).pages)
         assert pages <= set(cluster.pages(late))
-        assert object_name(bucket.id, bucket.shards, b"many").pack() not in cluster.rows(late)
+        assert object_name(bucket.id, bucket.shard_numbers, b"many").pack() not in cluster.rows(late)
         await cluster.leap(ORPHAN_S + 60)
         assert await cluster.nodes["nc"].maintenance.page_sweep.once() == 0
         assert pages <= set(cluster.pages(late))
@@ -409,7 +409,7 @@ def test_without_a_majority_or_with_a_damaged_row_no_page_is_swept() -> None:
         assert len(cluster.nodes["nc"].log) == 1
         cluster.start("na", "nb", maintain=False)
         for disk in replicas(cluster, bucket):
-            cluster.meta(disk).damage(object_name(bucket.id, bucket.shards, b"many"))
+            cluster.meta(disk).damage(object_name(bucket.id, bucket.shard_numbers, b"many"))
         assert await sweep(cluster) == 0
         assert kept(cluster) == before
 
@@ -467,7 +467,7 @@ def test_a_complete_that_is_taken_up_again_or_was_in_the_way_of_others_renews_it
         assert await cluster.get(bucket, b"many") == whole
 
         other_id, other_parts, _ = await uploaded(cluster, bucket, b"other")
-        name = object_name(bucket.id, bucket.shards, b"other")
+        name = object_name(bucket.id, bucket.shard_numbers, b"other")
         settled_at, settled = 0, asyncio.Event()
 
         async def interfere(source: str, node: str, method: str, request: object) -> None:

@@ -61,7 +61,7 @@ class Run:
             content = with_head(content + bytes(self.random.choice((0, 300))), 0, len(content))
         try:
             outcome = await gateway.client.change(
-                object_name(BUCKET, SHARDS, key), (lambda _: Change(content)) if kind is Kind.PUT else delete
+                object_name(BUCKET, range(SHARDS), key), (lambda _: Change(content)) if kind is Kind.PUT else delete
             )
         except OutcomeUnknown:
             return

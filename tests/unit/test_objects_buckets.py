@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -20,15 +20,15 @@ from storaged.errors import (
     ServiceUnavailable,
     TooManyBuckets,
 )
-from storaged.meta.names import Change, RegisterName, Table, system_name
-from storaged.objects.api import NewMeta, Principal
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.objects.api import BodyChecks, NewMeta, Principal
 from storaged.objects.buckets import BucketService
 from storaged.objects.recent import RENEWALS_MAX, Recent
 from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.users import CLAIM_STALE_MS, NameClaim, UserService
 from storaged.wire import decode, encode
-from tests.unit.object_world import FakeClock, World
+from tests.unit.object_world import FakeClock, World, layout_of, pieces
 from tests.unit.test_objects_put_get import got, put
 
 ANNE, BEN = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")
@@ -55,6 +55,23 @@ async def test_a_name_belongs_to_the_first_who_takes_it() -> None:
     assert sum(isinstance(result, BucketRecord) for result in results) == 1
     with pytest.raises(NoSuchBucket):
         await buckets.get("other")
+
+
+async def test_a_record_from_before_it_had_a_list_of_shards_is_authentic_and_keeps_its_shards() -> None:
+    """It ends with its authenticator, of which the tag is over the thirteen fields that there were."""
+    world, objects, buckets = world_of()
+    name = system_name("bucket/old")
+    fields: list[Any] = ["old", b"O" * 16, ANNE.user_id, 1, "active", 16, "eu-fr-1", (), "4+2", b"", False, b"", b""]
+    fields[12] = world.keys.authenticate((name.pack(), (1).to_bytes(8, "big")), encode(fields))
+    world.ring.values[name] = Value(1, b"o" * 16, Visibility.LIVE, encode(fields))
+    world.keys.newest[b"O" * 16] = 1
+    old = await buckets.get("old")
+    assert old.shard_numbers == bytes(range(16))
+    await put(objects, old, b"data")
+    assert {row.shard for row in world.ring.values if row.table == Table.OBJECT} <= set(range(16))
+    await buckets.set_tags(old, {"a": "b"})
+    assert await buckets.get_tags(await buckets.get("old")) == {"a": "b"}
+    await objects.close()
 
 
 async def test_buckets_are_listed_by_owner_in_pages() -> None:
@@ -134,14 +151,14 @@ async def test_a_deletion_that_was_interrupted_anywhere_is_finished_by_another_g
     bucket = await buckets.create(ANNE, "b", region="eu-fr-1")
     real_fence, real_unfence = world.ring.fence, world.ring.unfence
 
-    async def fence(scope: bytes, shards: int, nonce: bytes, *, final: bool = False) -> None:
+    async def fence(scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         if step == ("fence-final" if final else "fence"):
             raise ServiceUnavailable
         if not empty and not final:
             await put(objects, bucket, b"slipped in")
         await real_fence(scope, shards, nonce, final=final)
 
-    async def unfence(scope: bytes, shards: int, nonce: bytes) -> bool:
+    async def unfence(scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
         raise ServiceUnavailable
 
     world.ring.fence = fence  # type: ignore[method-assign]
@@ -203,6 +220,33 @@ async def test_bucket_tags_are_sealed_and_kept_apart_from_deletion() -> None:
     await buckets.delete(bucket)
     with pytest.raises(NoSuchBucket):
         await buckets.set_tags(bucket, {})
+
+
+async def test_a_bucket_of_three_french_racks_beside_a_german_one_works_and_none_of_its_registers_leaves_france() -> None:
+    layout = layout_of((2, 2, 2, 2))
+    german = msgspec.structs.replace(layout.nodes[3], location="DE/sited/d")
+    world = World(msgspec.structs.replace(layout, nodes=(*layout.nodes[:3], german)))
+    plane = world.plane()
+    objects, buckets = ObjectService(plane), BucketService(plane)
+    bucket = await buckets.create(ANNE, "fr", region="eu-fr-1", countries=("FR",))
+    assert len(bucket.shard_numbers) == 16
+    keys = sorted(b"key-%d" % number for number in range(60))
+    for key in keys:
+        await put(objects, bucket, b"data of " + key, key=key)
+        assert await got(objects, bucket, key=key) == b"data of " + key
+    assert list((await objects.list_objects(bucket)).keys) == keys
+    upload = await objects.create_upload(bucket, b"many", NewMeta(), owner="o")
+    await objects.put_part(bucket, b"many", upload.upload_id, 1, pieces(b"x" * 9000), BodyChecks(size=9000))
+    uploads, _, _ = await objects.list_uploads(bucket)
+    assert [found.upload_id for found in uploads] == [upload.upload_id]
+    for row in world.ring.values:
+        if row.table != Table.SYSTEM:
+            assert row.shard in bucket.shard_numbers
+            assert all(world.layouts.current.country_of(disk) == "FR" for disk in world.layouts.current.replicas_of(row.partition))
+    for key in keys:
+        await objects.delete(bucket, key)
+    await buckets.delete(bucket)
+    await objects.close()
 
 
 async def test_countries_that_the_ring_does_not_cover_are_refused() -> None:

@@ -86,7 +86,7 @@ async def test_another_keys_record_is_not_taken_for_one_that_was_opened(monkeypa
     for key in (b"a", b"b"):
         await rig.put(key, key)
     await rig.listed()
-    first, second = (object_name(rig.bucket.id, rig.bucket.shards, key) for key in (b"a", b"b"))
+    first, second = (object_name(rig.bucket.id, rig.bucket.shard_numbers, key) for key in (b"a", b"b"))
     body = rig.world.ring.values[second].body
     await rig.world.ring.change(first, lambda _value: Change(body))
     with pytest.raises(DataDamaged, match="'a'"):

@@ -113,7 +113,7 @@ async def test_ten_thousand_parts_are_kept_in_pages() -> None:
     assert await got(objects, bucket, span=RangeSpec(49_990, 49_999)) == datas[-2] + datas[-1]
     info = await objects.head(bucket, b"key", part_number=10_000)
     assert (len(info.parts), info.parts[-1].etag) == (10_000, hashlib.md5(datas[-1]).hexdigest())
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     assert len(world.ring.values[name].body) < 2000
     assert len(await live_references(world.ring, world.ring, world.ring, name)) == 10_000
     with pytest.raises(InvalidArgument):
@@ -133,7 +133,7 @@ async def test_a_record_whose_parts_are_not_those_that_were_completed_is_refused
     parts[1] = CompletedPart(2, again.etag)
     await complete(objects, bucket, upload_id, parts)
     assert await got(objects, bucket) == datas[0] + b"x" * 70_000 + datas[2]
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     value = (await world.ring.read(name)).value
     assert value is not None
     version = decode_object(value.body).versions[0]
@@ -163,7 +163,7 @@ async def test_a_single_body_is_the_one_part_that_its_record_is_bound_to() -> No
     world, objects, bucket = world_of()
     data = os.urandom(100_000)
     await put(objects, bucket, data)
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     value = (await world.ring.read(name)).value
     assert value is not None
     version = decode_object(value.body).versions[0]
@@ -220,7 +220,7 @@ async def test_a_record_that_cannot_be_is_damage_to_whoever_reads_or_repairs_it(
     """Where parts lie has no authenticator. Whatever a storage node writes there must cost one key, and not the gateway that reads it or the node that repairs it."""
     world, objects, bucket = world_of()
     await put(objects, bucket, os.urandom(100_000))
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     value = (await world.ring.read(name)).value
     assert value is not None
     version = decode_object(value.body).versions[0]
@@ -331,7 +331,7 @@ async def test_a_complete_that_was_interrupted_is_taken_up_again_by_the_same_req
     await stopped_before_done(world, objects, bucket, upload_id, parts, table)
     with pytest.raises(ConditionalRequestConflict):
         await complete(objects, bucket, upload_id, parts[:1])
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"another"), BodyChecks(7))  # replaces a row, not what is pinned
     pinned = {part.data_id for part in decode_object(world.ring.values[name].body).versions[0].parts} if table == Table.UPLOAD else set()
     assert pinned <= await live_references(world.ring, world.ring, world.ring, name)
@@ -390,7 +390,7 @@ async def test_an_abort_that_comes_between_promise_and_accept_wins_or_loses_whol
         await complete(objects, bucket, upload_id, parts)
     with pytest.raises(NoSuchKey):
         await objects.head(bucket, b"key")
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     assert not await live_references(world.ring, world.ring, world.ring, name)
     await objects.close()
 
@@ -554,14 +554,14 @@ async def test_finished_uploads_are_forgotten_after_a_day_and_take_no_data_with_
 
 async def test_references_follow_a_part_from_its_row_to_the_object() -> None:
     world, objects, bucket = world_of()
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     upload_id, parts = await uploaded(objects, bucket, [os.urandom(3000)])
     (data_id,) = {f.data_id for disk in world.disks.disks.values() for f in disk.fragments}
     (row,) = [value for register, value in world.ring.values.items() if register.table == Table.PART]
     assert references(row.body, Table.PART) == {data_id}
     assert {store.header.owner for disk in world.disks.disks.values() for store in disk.fragments.values()} == {name.pack()}
     assert await live_references(world.ring, world.ring, world.ring, name) == {data_id}
-    other = object_name(bucket.id, bucket.shards, b"other")
+    other = object_name(bucket.id, bucket.shard_numbers, b"other")
     assert not await live_references(world.ring, world.ring, world.ring, other)
     await complete(objects, bucket, upload_id, parts)
     assert references(world.ring.values[name].body, Table.OBJECT) == {data_id}

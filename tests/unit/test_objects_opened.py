@@ -84,7 +84,7 @@ async def test_a_deleted_key_whose_row_still_has_its_body_is_not_found(monkeypat
     rig = Rig(monkeypatch)
     await rig.put(b"data")
     await rig.got()
-    name = object_name(rig.bucket.id, rig.bucket.shards, b"key")
+    name = object_name(rig.bucket.id, rig.bucket.shard_numbers, b"key")
     value = rig.world.ring.values[name]
     rig.world.ring.values[name] = Value(value.sequence + 1, value.operation, Visibility.TOMBSTONE, value.body)
     with pytest.raises(NoSuchKey):
@@ -166,8 +166,8 @@ async def test_one_record_under_two_keys_opens_for_the_one_it_was_made_for(monke
     rig = Rig(monkeypatch)
     await rig.put(b"data")
     await rig.got()
-    value = rig.world.ring.values[object_name(rig.bucket.id, rig.bucket.shards, b"key")]
-    rig.world.ring.values[object_name(rig.bucket.id, rig.bucket.shards, b"other")] = value
+    value = rig.world.ring.values[object_name(rig.bucket.id, rig.bucket.shard_numbers, b"key")]
+    rig.world.ring.values[object_name(rig.bucket.id, rig.bucket.shard_numbers, b"other")] = value
     with pytest.raises(DataDamaged):
         await rig.objects.head(rig.bucket, b"other")
     assert (await rig.got())[0] == b"data"

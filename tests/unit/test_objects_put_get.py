@@ -663,7 +663,7 @@ async def test_a_record_moved_to_another_key_does_not_open() -> None:
     bucket = bucket_of(world)
     await put(objects, bucket, b"secret")
     (name,) = world.ring.values
-    other = object_name(bucket.id, bucket.shards, b"other")
+    other = object_name(bucket.id, bucket.shard_numbers, b"other")
     world.ring.values[other] = world.ring.values[name]
     with pytest.raises(DataDamaged):
         await objects.get(bucket, b"other")
@@ -708,7 +708,7 @@ async def test_a_listed_record_that_is_not_its_keys_is_refused_by_name_of_what_i
     bucket = bucket_of(world)
     for key in (b"a", b"b", b"c"):
         await put(objects, bucket, b"data", key=key)
-    name, other = (object_name(bucket.id, bucket.shards, key) for key in (b"b", b"c"))
+    name, other = (object_name(bucket.id, bucket.shard_numbers, key) for key in (b"b", b"c"))
     record = decode_object(world.ring.values[name].body)
     body = {
         "moved": world.ring.values[other].body,

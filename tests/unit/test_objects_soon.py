@@ -91,7 +91,7 @@ async def test_a_record_that_cannot_be_read_is_told_of() -> None:
     world = World()
     objects, bucket = ObjectService(world.plane()), bucket_of(world)
     await put(objects, bucket, b"data")
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     value = world.ring.values[name]
     world.ring.values[name] = Value(value.sequence, value.operation, value.visibility, b"no record")
     assert isinstance(await soon(objects, bucket), DataDamaged)
@@ -166,7 +166,7 @@ async def test_what_is_judged_at_the_commit_refuses_and_changes_nothing() -> Non
     assert isinstance(await put_now(objects, bucket, b"two", conditions=new), PreconditionFailed)
     assert isinstance(await put_now(objects, bucket, b"three", conditions=WriteConditions(if_match="*")), PutResult)
     assert await got(objects, bucket) == b"three"
-    name = object_name(bucket.id, bucket.shards, b"key")
+    name = object_name(bucket.id, bucket.shard_numbers, b"key")
     value = world.ring.values[name]
     world.ring.values[name] = Value(value.sequence, value.operation, value.visibility, b"no record")
     assert isinstance(await put_now(objects, bucket, b"four"), DataDamaged)

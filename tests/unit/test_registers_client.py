@@ -765,7 +765,7 @@ async def test_a_preempted_change_sends_its_copies_again(ring: Ring) -> None:
 async def test_a_fenced_bucket_can_be_read_and_settled_with_its_nonce_but_not_changed(ring: Ring) -> None:
     client = ring.client(deadline_s=1.0)
     written = (await client.change(NAME, put(b"one"))).after
-    await client.fence(SCOPE, 16, b"nonce")
+    await client.fence(SCOPE, range(16), b"nonce")
     with pytest.raises(NoSuchBucket):
         await client.change(NAME, put(b"two"))
     with pytest.raises(NoSuchBucket):
@@ -774,15 +774,15 @@ async def test_a_fenced_bucket_can_be_read_and_settled_with_its_nonce_but_not_ch
         await client.change(NAME, put(b"two"), settling_nonce=b"nonce")
     assert await client.settle(NAME, settling_nonce=b"nonce") == written
     assert (await client.read(NAME)).value == written
-    await client.unfence(SCOPE, 16, b"nonce")
+    await client.unfence(SCOPE, range(16), b"nonce")
     assert (await client.change(NAME, put(b"two"))).before == written
 
 
 async def test_a_final_fence_stays_and_says_so(ring: Ring) -> None:
     client = ring.client()
-    await client.fence(SCOPE, 16, b"nonce", final=True)
+    await client.fence(SCOPE, range(16), b"nonce", final=True)
     with pytest.raises(ServiceUnavailable):
-        await client.unfence(SCOPE, 16, b"nonce")
+        await client.unfence(SCOPE, range(16), b"nonce")
     with pytest.raises(NoSuchBucket) as refused:
         await client.settle(NAME)
     assert refused.value.details == {"final": "true"}
@@ -790,19 +790,19 @@ async def test_a_final_fence_stays_and_says_so(ring: Ring) -> None:
 
 async def test_lifting_a_fence_tells_when_a_replica_that_is_away_still_has_it(ring: Ring) -> None:
     client = ring.client()
-    await client.fence(SCOPE, 16, b"nonce")
+    await client.fence(SCOPE, range(16), b"nonce")
     await asyncio.sleep(0.01)
     ring.replicas["d2"].away = True
-    assert not await client.unfence(SCOPE, 16, b"nonce")
+    assert not await client.unfence(SCOPE, range(16), b"nonce")
     ring.replicas["d2"].away = False
-    assert await client.unfence(SCOPE, 16, b"nonce")
+    assert await client.unfence(SCOPE, range(16), b"nonce")
     assert all(replica.inner._fences.of(SCOPE) is None for replica in ring.replicas.values())
 
 
 async def test_a_fence_needs_a_majority_of_every_shards_replicas(ring: Ring) -> None:
     ring.first.away = ring.second.away = True
     with pytest.raises(ServiceUnavailable):
-        await ring.client().fence(SCOPE, 16, b"nonce")
+        await ring.client().fence(SCOPE, range(16), b"nonce")
 
 
 async def test_a_client_behind_the_layout_tries_again_when_it_has_learned_of_the_new_one(ring: Ring) -> None:
