@@ -18,6 +18,8 @@ open under one key only (AES-GCM alone does not: https://eprint.iacr.org/2020/14
     sov.part.v1       a part of an object          objects.seal
     sov.meta.v1       metadata in a record         objects.seal
     sov.parts.v1      parts of a long manifest     objects.manifest
+    sov.partmeta.v1   the secrets of a part's row  objects.uploads
+    sov.result.v1     answer of a Complete         objects.uploads
     sov.key.v1        a wrapped data key           keys
     sov.bucketkey.v1  a wrapped bucket key         keys
     sov.keyring.v1    the keyring file's body      keys
@@ -121,6 +123,13 @@ def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> bytes:
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
     return HKDFExpand(_SHA512, _MATERIAL_BYTES, b"".join((label.encode(), b"\0", prefix, context))).derive(key)
+
+
+def derive_key(key: bytes, label: str, context: bytes) -> bytes:
+    """32 bytes: HKDF-Expand-SHA512(key, label || 0x00 || context). Without ``key`` (32 bytes) they can't be told from random ones."""
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+    return HKDFExpand(_SHA512, KEY_BYTES, b"".join((label.encode(), b"\0", context))).derive(key)
 
 
 def _prefix(chunk_bytes: int, salt: bytes) -> bytes:

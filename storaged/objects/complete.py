@@ -5,12 +5,16 @@ client, makes the same one, whose pages it renews first. The object's register i
 promise on the object and its accept a Complete looks whether the upload is still Completing: an abort changes that first and settles the object afterwards, so of the
 two exactly one wins. When a Complete that is taken up again finds the object changed since the version was pinned, and not by it, whether the first try took effect
 and was overwritten can't be known: the upload is opened again and the client told of the conflict.
+
+Equal requests at the same time: the one whose pin comes first makes the object. The others wait for its answer, up to a second, and then take it up again as
+above, so all of them give the same answer. A request that names other parts waits as long, and is then refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -54,17 +58,33 @@ from storaged.objects.records import (
     decode_version,
 )
 from storaged.objects.retire import retire_parts, retire_replaced
-from storaged.objects.uploads import COMPLETING, DONE, OPEN, OpenedUpload, decode_upload, open_upload, part_rows, upload_text
+from storaged.objects.uploads import (
+    COMPLETING,
+    DONE,
+    OPEN,
+    OpenedUpload,
+    decode_upload,
+    open_upload,
+    part_rows,
+    renew_digest,
+    upload_text,
+)
 from storaged.objects.versions import BucketKeys, KeyNeeded, current_of, decode_record, open_version, record_change, seal_version
 from storaged.wire import encode
 
 ATTEMPTS_MAX = 12
+WAITS_MAX = 6
+"""0.02 s, doubled each time, half of it at random: up to 1.3 s for another request that completes the same upload."""
 
 Rows = dict[int, tuple[PartRecord, SealedPart]]
 
 
 class _Moved(Exception):
     """The object changed since the version was pinned, and does not hold it."""
+
+
+class _Overtaken(Exception):
+    """Another request has pinned, reopened or finished the upload: what its record says now decides."""
 
 
 class _HeldPages:
@@ -109,23 +129,53 @@ async def complete(
 
     Raises NoSuchUpload, MalformedXML (no parts), InvalidPart, InvalidPartOrder, EntityTooSmall, EntityTooLarge, BadDigest, InvalidRequest, and as the conditions do.
     """
-    digest = _request_digest(parts, checksums or {}, checksum_type, declared_size)
-    upload = await open_upload(plane, bucket, key, upload_id)
-    record = upload.record
-    if record.state == DONE and record.request_digest == digest:
-        return _answer(upload.open_result())
-    if record.state not in (OPEN, COMPLETING):
-        raise NoSuchUpload(UploadId=upload_id)
-    if record.state == COMPLETING and record.request_digest != digest:
-        raise ConditionalRequestConflict("Another request is completing this upload.")
-    name, keys = object_name(bucket.id, bucket.shard_numbers, key), BucketKeys(plane, bucket)
+    request = _request_digest(parts, checksums or {}, checksum_type, declared_size)
+    waits = 0
+    for _ in range(ATTEMPTS_MAX):
+        upload = await open_upload(plane, bucket, key, upload_id)
+        record, digest = upload.record, upload.keyed(request)
+        equal = hmac.compare_digest(upload.renewed(record).request_digest, digest)
+        if record.state == DONE and equal:
+            await renew_digest(plane, upload)
+            return _answer(upload.open_result())
+        if record.state not in (OPEN, COMPLETING):
+            raise NoSuchUpload(UploadId=upload_id)
+        if record.state == COMPLETING and waits < WAITS_MAX:
+            await asyncio.sleep(0.01 * 2**waits * (1 + plane.entropy(1)[0] / 255))
+            waits += 1
+            continue
+        if not equal and record.state == COMPLETING:
+            raise ConditionalRequestConflict("Another request is completing this upload with other parts. Retry when it has ended.")
+        try:
+            return await _complete_once(
+                plane, bucket, upload, digest, parts, owner, checksums or {}, checksum_type, declared_size, conditions
+            )
+        except _Overtaken:
+            continue
+    raise SlowDown("Others complete this upload all the time. Please reduce your request rate.")
+
+
+async def _complete_once(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    upload: OpenedUpload,
+    digest: bytes,
+    parts: Sequence[CompletedPart],
+    owner: str,
+    checksums: Mapping[str, str],
+    checksum_type: str,
+    declared_size: int | None,
+    conditions: WriteConditions,
+) -> PutResult:
+    """Raises _Overtaken, and as ``complete``."""
+    name, keys = object_name(bucket.id, bucket.shard_numbers, upload.place.key), BucketKeys(plane, bucket)
     held = _HeldPages(plane, name)
-    resumed = record.state == COMPLETING
+    resumed = upload.record.state == COMPLETING
     rows = await _rows(plane, bucket, upload)
     if not resumed:
         await check_early(plane, name, upload.place, keys, conditions)
         chosen = await plane.in_thread(_chosen, plane, rows, parts)
-        version = await _make_version(plane, name, upload, chosen, owner, checksums or {}, checksum_type, declared_size)
+        version = await _make_version(plane, name, upload, chosen, owner, checksums, checksum_type, declared_size)
         held.hashes = version.pages
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest, held))
     version = decode_version(upload.record.pinned)
@@ -139,7 +189,8 @@ async def complete(
         raise
     except _Moved:
         await plane.registers.settle(name)
-        await _reopen(plane, upload)
+        if await _reopen(plane, upload) == DONE:
+            raise _Overtaken from None
         raise ConditionalRequestConflict(
             "The object changed while this upload was being completed. Read it, then retry or abort."
         ) from None
@@ -157,6 +208,7 @@ def _answer(result: CompleteResult) -> PutResult:
 
 
 def _request_digest(parts: Sequence[CompletedPart], checksums: Mapping[str, str], checksum_type: str, size: int | None) -> bytes:
+    """Computable from content: it never leaves the gateway but keyed (``OpenedUpload.keyed``)."""
     said = [(part.number, part.etag, sorted(part.checksums.items())) for part in parts]
     return hashlib.sha256(msgspec.msgpack.encode([said, sorted(checksums.items()), checksum_type, size])).digest()
 
@@ -260,16 +312,16 @@ def _checksums(record: UploadRecord, parts: Sequence[SealedPart], declared: Mapp
 async def _pin(
     plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, digest: bytes, held: _HeldPages
 ) -> UploadRecord:
-    """Open -> Completing. Raises NoSuchUpload, ConditionalRequestConflict."""
+    """Open -> Completing. Raises NoSuchUpload, _Overtaken."""
     before = (await plane.registers.read(name)).value
     sequence = before.sequence if before is not None else 0
 
     def update(value: Value | None) -> Change:
         record = decode_upload(value)
-        if record is None or record.state not in (OPEN, COMPLETING):
+        if record is None or record.state not in (OPEN, COMPLETING, DONE):
             raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
-        if record.state == COMPLETING:
-            raise ConditionalRequestConflict("Another request is completing this upload.")
+        if record.state != OPEN:
+            raise _Overtaken
         held.check_age()
         pinned = msgspec.structs.replace(
             record,
@@ -286,11 +338,14 @@ async def _pin(
     return record
 
 
-async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> None:
-    """Completing -> Open, after a condition that did not hold: the client may abort, or complete again."""
+async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> str:
+    """Completing -> Open, after a condition that did not hold: the client may abort, or complete again. Returns the state that was found."""
+    found = ""
 
     def update(value: Value | None) -> Change | None:
+        nonlocal found
         record = decode_upload(value)
+        found = record.state if record is not None else ""
         if record is None or record.state != COMPLETING or record.pinned != upload.record.pinned:
             return None
         opened = msgspec.structs.replace(
@@ -299,6 +354,7 @@ async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> None:
         return Change(encode(opened))
 
     await plane.registers.change(upload.name, update)
+    return found
 
 
 async def _commit(
@@ -351,8 +407,10 @@ async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: 
     """Looks at the upload after the object's replicas have promised: see the theory of operation."""
     await promised.wait()
     record = decode_upload((await plane.registers.read(upload.name)).value)
-    if record is None or record.state not in (COMPLETING, DONE) or (record.state == COMPLETING and record.pinned != upload.record.pinned):
+    if record is None or record.state not in (OPEN, COMPLETING, DONE):
         raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
+    if record.state == OPEN or (record.state == COMPLETING and record.pinned != upload.record.pinned):
+        raise _Overtaken
 
 
 async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, version: Version) -> CompleteResult:
@@ -365,7 +423,7 @@ async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, 
         record = decode_upload(value)
         if record is None or record.state == DONE:
             return None
-        done = msgspec.structs.replace(record, state=DONE, result=sealed, pinned=b"", changed_ms=plane.clock.wall_ms())
+        done = msgspec.structs.replace(upload.renewed(record), state=DONE, result=sealed, pinned=b"", changed_ms=plane.clock.wall_ms())
         return Change(encode(done), Visibility.HIDDEN)
 
     await plane.registers.change(upload.name, update)

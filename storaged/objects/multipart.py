@@ -48,9 +48,11 @@ from storaged.objects.uploads import (
     UPLOAD_VERSION,
     OpenedUpload,
     decode_upload,
+    has_bare_digest,
     open_upload,
     parse_upload_id,
     part_rows,
+    renew_digest,
     unseal_upload,
     upload_text,
 )
@@ -182,7 +184,7 @@ async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id:
             raise NoSuchUpload(UploadId=upload_id)
         nonlocal before
         before = record
-        changed = msgspec.structs.replace(record, state=ABORTED, changed_ms=plane.clock.wall_ms())
+        changed = msgspec.structs.replace(upload.renewed(record), state=ABORTED, changed_ms=plane.clock.wall_ms())
         return Change(encode(changed), Visibility.HIDDEN)
 
     await plane.registers.change(upload.name, update)
@@ -299,13 +301,20 @@ def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
 
 
 async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
-    """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many uploads. Safe to run anywhere, any time."""
+    """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many uploads. Safe to run anywhere, any time.
+
+    Records from before get their digest keyed (``renew_digest``)."""
     now_ms, forgotten = plane.clock.wall_ms(), 0
     async for row in every_row(plane.scanner, Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True):
         record = decode_upload(row.value)
-        if record is None or not is_older(record, now_ms, plane.limits.upload_keep_ms):
+        if record is None:
             continue
         key = row.key[: -1 - len(record.upload_id)]
+        if has_bare_digest(record):
+            name = upload_name(bucket.id, key, record.upload_id)
+            await renew_digest(plane, await unseal_upload(plane, bucket, key, name, record))
+        if not is_older(record, now_ms, plane.limits.upload_keep_ms):
+            continue
         owner = object_name(bucket.id, bucket.shard_numbers, key)
         kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
         await _forget_parts(plane, bucket, owner, record.upload_id, kept)

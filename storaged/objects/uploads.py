@@ -12,7 +12,7 @@ import msgspec
 from storaged.errors import DataDamaged, NoSuchUpload
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.meta.listing import every_row
-from storaged.meta.names import RegisterName, Table, Value, Visibility, upload_name
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, upload_name
 from storaged.meta.ports import Row, Scanner
 from storaged.objects.api import UploadInfo
 from storaged.objects.manifest import checked
@@ -21,7 +21,7 @@ from storaged.objects.ports import BucketKey, SealBroken, pack_context
 from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord
 from storaged.objects.seal import META_LABEL
 from storaged.objects.versions import Place
-from storaged.sov1 import SALT_BYTES, open_message, seal_message
+from storaged.sov1 import SALT_BYTES, derive_key, open_message, seal_message
 from storaged.wire import decode, encode
 
 T = TypeVar("T")
@@ -30,6 +30,10 @@ OPEN, COMPLETING, DONE, ABORTED = "open", "completing", "done", "aborted"
 
 PART_LABEL = "sov.partmeta.v1"
 RESULT_LABEL = "sov.result.v1"
+REQUEST_LABEL = "sov.request.v1"
+_KEYED = b"\x01"
+"""First byte of a keyed digest of a request, which has 33 bytes. Digests of 32 bytes are from before: a bare SHA-256, computable from content."""
+_BARE_DIGEST_BYTES = 32
 UPLOAD_VERSION = "\0upload"
 """Stands where a version id does in the context of an upload's key; no version has this id."""
 
@@ -69,6 +73,18 @@ class OpenedUpload(NamedTuple):
         if not part.names(row.entry):
             raise DataDamaged("The row of a part says otherwise than what is sealed in it.")
         return part
+
+    def keyed(self, request: bytes) -> bytes:
+        """The form in which a Complete's digest (SHA-256, 32 bytes) is kept: without the upload's key it says nothing about the parts."""
+        context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
+        return _KEYED + derive_key(self.dek, REQUEST_LABEL, context + request)
+
+    def renewed(self, record: UploadRecord) -> UploadRecord:
+        """A record of this upload without a bare digest: it is keyed."""
+        bare = record.request_digest
+        if len(bare) != _BARE_DIGEST_BYTES:
+            return record
+        return msgspec.structs.replace(record, request_digest=self.keyed(bare))
 
     def seal_result(self, plane: ObjectPlane, result: CompleteResult) -> bytes:
         context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
@@ -166,6 +182,25 @@ async def unseal_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, na
     except SealBroken as error:
         raise DataDamaged(f"The record of this upload does not open: {error}") from None
     return OpenedUpload(name, place, record, bucket_key, dek, _opened(dek, META_LABEL, context, record.meta, SealedMeta))
+
+
+def has_bare_digest(record: UploadRecord) -> bool:
+    """Whether a record from before still has a digest of its parts that a storage node could test guesses with."""
+    return len(record.request_digest) == _BARE_DIGEST_BYTES
+
+
+async def renew_digest(plane: ObjectPlane, upload: OpenedUpload) -> None:
+    """Keys the digest of a record from before, in place; does nothing to others."""
+    if not has_bare_digest(upload.record):
+        return
+
+    def update(value: Value | None) -> Change | None:
+        record = decode_upload(value)
+        if value is None or record is None or not has_bare_digest(record):
+            return None
+        return Change(encode(upload.renewed(record)), value.visibility)
+
+    await plane.registers.change(upload.name, update)
 
 
 def decode_part(row: Row) -> PartRecord:
