@@ -12,7 +12,7 @@ Paths are relative to the file's own folder, so that a node's folder can be move
     [keys]     keyring, credential or passphrase                       (role gateway)
     [audit]    directory
     [limits]   bounds with their unit in the name
-    [log]      level, format
+    [log]      level, format, access, slow_ms
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class AuditSection(msgspec.Struct, frozen=True):
 
 
 class LimitsSection(msgspec.Struct, frozen=True):
-    """Bounds of one node; those of S3 are shared out among a gateway's workers. ``meta_map_bytes`` is address space for a disk's LMDB, taken from the disk only as rows are written.
+    """Bounds of one node; those of S3 are shared out among a gateway's workers. ``recode_delay_s``: how long a disk may be away before repair recodes
+    blocks for the others. ``meta_map_bytes`` is address space for a disk's LMDB, taken from the disk only as rows are written.
     ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the file system."""
 
     s3_requests_max: int = 1024
@@ -105,13 +106,20 @@ class LimitsSection(msgspec.Struct, frozen=True):
     reserve_bytes: int = 0
     drain_s: float = 25.0
     small_object_bytes_max: int = 16 * KIB
+    recode_delay_s: float = 600.0
 
 
 class LogSection(msgspec.Struct, frozen=True):
-    """``auto``: journal format under systemd, colour on a terminal, logfmt else."""
+    """``auto``: journal format under systemd, colour on a terminal, logfmt else.
+
+    ``access``: a line at level info for every S3 request. ``slow_ms``: a warning for a request that takes longer, beyond the
+    time that its bytes may take; 0 for none.
+    """
 
     level: str = "info"
     format: str = "auto"
+    access: bool = False
+    slow_ms: int = 10_000
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -397,6 +405,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("limits", "meta_map_bytes"): _size_between(16 * MIB, 64 * 1024 * GIB),
     ("limits", "segment_bytes"): _size_between(8 * MIB, 4 * GIB),
     ("limits", "drain_s"): _between(0, 600),
+    ("limits", "recode_delay_s"): _between(10, 30 * 86_400),
     ("limits", "small_object_bytes_max"): _size_between(0, 64 * KIB),
     ("log", "level"): _one_of(*LOG_LEVELS),
     ("log", "format"): _one_of(*LOG_FORMATS),

@@ -8,7 +8,8 @@ DOWN       some keys can be neither read nor written now (no majority of their r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from storaged.errors import (
     QuorumLost,
     StoragedError,
 )
+from storaged.units import format_duration
 
 SKEW_MS_MAX = 5_000
 _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
@@ -55,6 +57,32 @@ class NodeFacts:
     disks: Sequence[DiskStatus] = ()
     reason: str = ""
     """Why it is down: it does not answer, or is refused."""
+    silent: bool = False
+    """This gateway can't hear of it: a gateway that no node calls, since it has no address."""
+
+    @property
+    def state(self) -> str:
+        return "up" if self.up else "unknown" if self.silent else "down"
+
+
+@dataclass(frozen=True)
+class RepairWaits:
+    """Why repair mends nothing more now. ``recode_in_s`` is None when nothing will be recoded while ``disks`` are away."""
+
+    disks: tuple[str, ...]
+    recode_in_s: float | None
+    recode_delay_s: float
+
+    def __str__(self) -> str:
+        if not self.disks:
+            return ""
+        some = ", ".join(self.disks[:3]) + (f" and {len(self.disks) - 3} more" if len(self.disks) > 3 else "")
+        then = (
+            f"; what other disks can hold is recoded for them in {format_duration(self.recode_in_s)}"
+            if self.recode_in_s is not None
+            else "; no other disks can hold more than they do"
+        )
+        return f"repair waits for disk{'s' if len(self.disks) > 1 else ''} {some}{then}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,7 @@ class Durability:
     objects_lost: int = 0
     counted: bool = True
     objects_unreadable: int = 0
+    waits: RepairWaits | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +110,44 @@ class Facts:
     jobs: Sequence[dict[str, Any]] = field(default_factory=tuple)
 
 
-def partitions_without_quorum(layout: Layout, alive: Callable[[str], bool]) -> int:
-    """How many partitions of the ring (the system's among them) have no majority of living replicas."""
-    count = 0
+@dataclass(frozen=True)
+class RingHealth:
+    """``stopped``: partitions of the ring, the system's among them, without a majority of living replicas. ``by_disk`` and
+    ``by_domain``: how many more would stop if that disk, or that failure domain, went now."""
+
+    stopped: int
+    by_disk: Mapping[str, int]
+    by_domain: Mapping[str, int]
+
+
+def ring_health(layout: Layout, alive: Callable[[str], bool]) -> RingHealth:
+    """Counts partitions. Replicas of one partition are in distinct domains, so that a domain costs what its disks cost."""
+    stopped = 0
+    by_disk: Counter[str] = Counter()
+    by_domain: Counter[str] = Counter()
     for partition in (*range(PARTITIONS), SYSTEM_PARTITION):
         replicas = layout.replicas_of(partition)
-        count += sum(map(alive, replicas)) <= len(replicas) // 2
-    return count
+        living = [disk for disk in replicas if alive(disk)]
+        spare = len(living) - (len(replicas) // 2 + 1)
+        stopped += spare < 0
+        if spare == 0:
+            by_disk.update(living)
+            by_domain.update(layout.domain_by_disk[disk] for disk in living)
+    return RingHealth(stopped, by_disk, by_domain)
+
+
+def _next_failure(layout: Layout, ring: RingHealth) -> dict[str, Any]:
+    """The disk and the failure domain whose loss would stop most partitions; empty names and 0 when none would."""
+    disk, by_disk = max(ring.by_disk.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+    domain, by_domain = max(ring.by_domain.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+    return {
+        "disk": disk,
+        "disk_partitions": by_disk,
+        "domain": domain,
+        "domain_partitions": by_domain,
+        "domain_kind": layout.domain_kind,
+        "partitions": PARTITIONS + 1,
+    }
 
 
 def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
@@ -97,7 +157,8 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
     def alive(disk_id: str) -> bool:
         return disk_id in disk_by_id and disk_by_id[disk_id].state in ("ok", "full")
 
-    headless = partitions_without_quorum(facts.layout, alive)
+    ring = ring_health(facts.layout, alive)
+    headless = ring.stopped
     problems = list(_problems(facts, headless, disk_by_id, now_ms))
     durability = facts.durability
     if facts.keyring_problem or headless:
@@ -112,6 +173,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
         "epoch": facts.layout.epoch,
         "time_ms": now_ms,
         "metadata": "quorum" if not headless else f"{headless} of {PARTITIONS + 1} partitions without quorum",
+        "next_failure": _next_failure(facts.layout, ring),
         "reads": _reads(facts, headless),
         "writes": facts.write_profile if not headless and not facts.keyring_problem else None,
         "writes_reason": facts.write_reason,
@@ -140,6 +202,8 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
     if headless:
         yield problem(QuorumLost, f"{headless} partitions", now_ms)
     for node in facts.nodes:
+        if node.state == "unknown":
+            continue
         if not node.up:
             yield problem(NodeDown, f"{node.rack}/{node.name}", node.since_ms, node.reason)
             continue
@@ -157,7 +221,8 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
     if facts.durability.objects_unreadable:
         yield problem(ObjectsUnreadable, _objects(facts.durability.objects_unreadable), now_ms)
     if facts.durability.objects_below_target:
-        yield problem(ObjectsBelowTarget, _objects(facts.durability.objects_below_target), now_ms)
+        detail = str(facts.durability.waits or "")
+        yield problem(ObjectsBelowTarget, _objects(facts.durability.objects_below_target), now_ms, detail)
     if not facts.durability.counted:
         yield problem(ObjectsNotCounted, "objects", now_ms)
 
@@ -207,7 +272,7 @@ def _node_document(node: NodeFacts, layout: Layout) -> dict[str, Any]:
         "name": node.name,
         "rack": node.rack,
         "roles": list(node.roles),
-        "state": "up" if node.up else "down",
+        "state": node.state,
         "since": node.since_ms,
         "pid": node.pid,
         "directory": node.directory,

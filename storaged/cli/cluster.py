@@ -9,6 +9,9 @@ import click
 
 from storaged.errors import OperatorError
 
+ADMIN_GATEWAY = "127.0.0.1:8334"
+ADMIN_STORAGE = "127.0.0.1:8335"
+
 
 @click.group()
 def cluster() -> None:
@@ -47,12 +50,36 @@ def create(directory: Path, name: str | None, profile: str) -> None:
 @click.argument("name")
 @click.option("--rack", required=True, help="COUNTRY/SITE/RACK, such as FR/par1/a.")
 @click.option("--roles", required=True, help="storage, gateway, or both with a comma.")
-@click.option("--address", default="", help="HOST:PORT where other nodes call it (storage).")
+@click.option(
+    "--address",
+    default="",
+    help="HOST:PORT where other nodes call it. Storage nodes need one; with one, gateways see each other in `status`.",
+)
 @click.option("--disk", "disks", multiple=True, metavar="DIRECTORY[:WEIGHT]", help="A disk's directory on that server; once a disk.")
 @click.option("--jurisdiction", default="", help="Country whose law the operator is under (default: the rack's).")
 @click.option("--state", default="", help="The node's own directory (default: /var/lib/storaged/NODE).")
-def issue(directory: Path, name: str, rack: str, roles: str, address: str, disks: tuple[str, ...], jurisdiction: str, state: str) -> None:
-    """Make a node's folder, DIRECTORY/nodes/NAME: certificate and configuration, to be copied to /etc/storaged/NAME."""
+@click.option(
+    "--admin",
+    default=None,
+    metavar="HOST:PORT",
+    help=f"Loopback address of health and metrics (default {ADMIN_GATEWAY}, of a storage node {ADMIN_STORAGE}; 'none': no such port).",
+)
+def issue(
+    directory: Path,
+    name: str,
+    rack: str,
+    roles: str,
+    address: str,
+    disks: tuple[str, ...],
+    jurisdiction: str,
+    state: str,
+    admin: str | None,
+) -> None:
+    """Make a node's folder, DIRECTORY/nodes/NAME: certificate and configuration, to be copied to /etc/storaged/NAME.
+
+    For a node that is a member already this makes a new certificate, and what its configuration would be now as
+    config.issued.toml: the folder has no config.toml then, so that copying it leaves the one that the server has.
+    """
     from storaged.cli import create as files
     from storaged.cluster import identity
     from storaged.config import parse, split_address
@@ -63,29 +90,38 @@ def issue(directory: Path, name: str, rack: str, roles: str, address: str, disks
     if known is not None and disks:
         raise OperatorError(f"{name} is a member already: its disks stay those it has. Without --disk its certificate is renewed.")
     role_names = tuple(role.strip() for role in roles.split(","))
-    if "storage" in role_names:
-        try:
-            split_address(address)
-        except ValueError as error:
-            raise OperatorError(f"--address: {error}") from None
+    if admin is None:
+        admin = ADMIN_GATEWAY if "gateway" in role_names else ADMIN_STORAGE
+    for option, value in (("--address", address), ("--admin", "" if admin == "none" else admin)):
+        if value or (option == "--address" and "storage" in role_names):
+            try:
+                split_address(value)
+            except ValueError as error:
+                raise OperatorError(f"{option}: {error}") from None
     node = files.NodePlan(name, files.parse_location(rack), role_names, address, jurisdiction, files.new_disks(list(disks)))
     if known is not None:
         node.disks = known.disks
     folder, place = directory / "nodes" / name, state or f"/var/lib/storaged/{name}"
+    health = f"\n[admin]\nlisten = {files.quoted(admin)}\n" if admin != "none" else ""
     if "gateway" in role_names:
-        text = files.gateway_config(
-            node, place, "127.0.0.1:8333", "eu-fr-1", {"keyring": f"{place}/keys/keyring", "credential": "$CREDENTIALS_DIRECTORY/keyring"}
-        )
+        keys = {"keyring": f"{place}/keys/keyring", "credential": "$CREDENTIALS_DIRECTORY/keyring"}
+        text = files.gateway_config(node, place, "127.0.0.1:8333", "eu-fr-1", keys, health)
         if "storage" in role_names:
             text += files.storage_config(node, place, address).split('identity = "identity"\n', 1)[1]
+        elif address:
+            text += f"\n[rpc]\nlisten = {files.quoted(address)}\n"
     else:
-        text = files.storage_config(node, place, address)
+        text = files.storage_config(node, place, address, health)
     _, mistakes = parse(text, folder)
     if mistakes:
         raise OperatorError("this node could not run:\n" + "\n".join(f"  {mistake.message}" for mistake in mistakes))
-    files.issue_node(authority, node, folder, text)
+    files.issue_node(authority, node, folder, text, member=known is not None)
     plan.nodes = [other for other in plan.nodes if other.name != name] + [node]
     files.save_plan(directory, plan)
+    if known is not None:
+        click.echo(f"{name}: a new certificate is in {folder}; config.issued.toml there is what its configuration would be now")
+        click.echo(f"  If its address changed: storaged cluster layout {directory}. Then: {_copy(folder, name)}")
+        return
     click.echo(f"{name}: certificate and configuration are in {folder}")
     click.echo(f"  When all nodes are there: storaged cluster layout {directory}")
 
@@ -116,6 +152,28 @@ def methods(as_json: bool) -> None:
         click.echo(f"{name:19} {authority.callers_of(row):26} {row.why}")
         if row.harm:
             click.echo(f"{'':46} hostile storage node: {row.harm}")
+
+
+@cluster.command("renew")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("name")
+def renew(directory: Path, name: str) -> None:
+    """Make a new certificate for the member NAME, as it was issued, and nothing else: its configuration and disks stay."""
+    from storaged.cli import create as files
+    from storaged.cluster import identity
+
+    node = next((node for node in files.load_plan(directory).nodes if node.name == name), None)
+    if node is None:
+        raise OperatorError(f"{name!r} is no member of this cluster; new ones are made with: storaged cluster issue")
+    folder = directory / "nodes" / name
+    files.issue_node(identity.load_authority(directory), node, folder, None, member=True)
+    click.echo(f"{name}: a new certificate is in {folder / 'identity'}")
+    click.echo(f"  Next: {_copy(folder, name)}")
+
+
+def _copy(folder: Path, name: str) -> str:
+    """Only what is signed: the configuration on the server may have been edited."""
+    return f"copy {folder / 'identity'}/ to /etc/storaged/{name}/identity/ on its server, and reload the node"
 
 
 @cluster.command("layout")

@@ -86,10 +86,17 @@ def new_disks(directories: list[str]) -> list[DiskPlan]:
     return found
 
 
-def issue_node(authority: identity.Authority, node: NodePlan, folder: Path, config_text: str) -> None:
-    """Certificate and configuration of one node into ``folder``."""
+def issue_node(authority: identity.Authority, node: NodePlan, folder: Path, config_text: str | None, *, member: bool = False) -> None:
+    """Certificate and configuration of one node into ``folder``.
+
+    ``member``: its server has a configuration, perhaps an edited one. It gets none from here that would replace it when the
+    folder is copied: ``config_text``, if any, goes into config.issued.toml.
+    """
     identity.issue(authority, folder / "identity", name=node.name, location=node.location, roles=node.roles, jurisdiction=node.jurisdiction)
-    write_private(folder / "config.toml", config_text.encode())
+    if member:
+        (folder / "config.toml").unlink(missing_ok=True)
+    if config_text is not None:
+        write_private(folder / ("config.issued.toml" if member else "config.toml"), config_text.encode())
 
 
 def layout_of(plan: ClusterPlan) -> Layout:
@@ -122,8 +129,8 @@ def sign_layout(authority: identity.Authority, layout: Layout, folders: list[Pat
 
 def storage_config(node: NodePlan, directory: str, listen: str, extra: str = "") -> str:
     """A storage node's configuration as TOML. ``extra`` is appended as it is."""
-    disks = "".join(f'\n[[disks]]\nid = "{disk.id}"\ndirectory = {_quoted(disk.directory)}\n' for disk in node.disks)
-    return _head(node, directory) + f"{disks}\n[rpc]\nlisten = {_quoted(listen)}\n{extra}"
+    disks = "".join(f'\n[[disks]]\nid = "{disk.id}"\ndirectory = {quoted(disk.directory)}\n' for disk in node.disks)
+    return _head(node, directory) + f"{disks}\n[rpc]\nlisten = {quoted(listen)}\n{extra}"
 
 
 def gateway_config(
@@ -131,18 +138,16 @@ def gateway_config(
 ) -> str:
     """A gateway's configuration as TOML; ``keys`` are the options of its [keys] section."""
     several = f"workers = {workers}\n" if workers > 1 else ""
-    options = "".join(f"{name} = {_quoted(value)}\n" for name, value in keys.items())
-    return (
-        _head(node, directory) + f"\n[s3]\nlisten = {_quoted(s3_listen)}\nregion = {_quoted(region)}\n{several}\n[keys]\n{options}{extra}"
-    )
+    options = "".join(f"{name} = {quoted(value)}\n" for name, value in keys.items())
+    return _head(node, directory) + f"\n[s3]\nlisten = {quoted(s3_listen)}\nregion = {quoted(region)}\n{several}\n[keys]\n{options}{extra}"
 
 
 def _head(node: NodePlan, directory: str) -> str:
-    roles = ", ".join(_quoted(role) for role in node.roles)
-    return f'[node]\nname = {_quoted(node.name)}\ndirectory = {_quoted(directory)}\nroles = [{roles}]\n\n[cluster]\nidentity = "identity"\n'
+    roles = ", ".join(quoted(role) for role in node.roles)
+    return f'[node]\nname = {quoted(node.name)}\ndirectory = {quoted(directory)}\nroles = [{roles}]\n\n[cluster]\nidentity = "identity"\n'
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A TOML basic string: JSON's escapes are a subset of TOML's."""
     return msgspec.json.encode(text).decode()
 

@@ -205,6 +205,8 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
             click.echo(render_job(job))
         counting = "" if found["objects_counted"] else " (still counting)"
         click.echo(f"{found['objects_below_target']} objects below target, {found['objects_lost']} lost{counting}")
+        if found["objects_below_target"] and found["waits"]["reason"]:
+            click.echo(f"{found['waits']['reason']} (limits.recode_delay_s)")
     sys.exit(int(bool(found["objects_below_target"]) or not found["objects_counted"]))
 
 

@@ -122,6 +122,7 @@ def render(found: dict[str, Any], command: str = "") -> str:
     lines = [f"{found['verdict'].replace('_', ' ')}  {counts}; reads {found['reads']}, {writes}"]
     up, good = sum(node["state"] == "up" for node in storage), sum(disk["state"] in ("ok", "full") for disk in disks)
     lines.append(f"  nodes {up}/{len(storage)}   disks {good}/{len(disks)}   metadata {found['metadata']}   used {format_size(used)}")
+    lines.extend(_next_failure(found))
     for entry in found["problems"]:
         age = format_duration(max(0.0, (found["time_ms"] - entry["since"]) / 1000))
         detail = f": {entry['detail']}" if entry["detail"] else ""
@@ -132,6 +133,15 @@ def render(found: dict[str, Any], command: str = "") -> str:
         lines.append(f"  Next: {following}       Why: storaged explain {entry['code']}")
     lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
     return "\n".join(lines)
+
+
+def _next_failure(found: dict[str, Any]) -> list[str]:
+    """A line while the loss of one more disk would stop part of the ring: what an operator must not do now."""
+    risk = found.get("next_failure")
+    if not risk or not risk["disk_partitions"]:
+        return []
+    rack = f"; the {risk['domain_kind']} {risk['domain']}: {risk['domain_partitions']}" if risk["domain_kind"] != "disk" else ""
+    return [f"  one more disk stops up to {risk['disk_partitions']} of {risk['partitions']} partitions (disk {risk['disk']}{rack})"]
 
 
 def _count(number: int) -> str:

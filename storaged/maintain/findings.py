@@ -144,6 +144,10 @@ class Findings:
         """Something can be mended that did not fail again and again."""
         return any(finding.mendable and self._failures(finding.name) < HOPELESS for finding in self)
 
+    def movable_later(self) -> bool:
+        """Something waits only for disks to have been away long enough."""
+        return any(finding.movable and not finding.mendable for finding in self)
+
     def _failures(self, name: bytes) -> int:
         rest = self._rests.get(name)
         return rest.failures if rest is not None else 0

@@ -26,12 +26,26 @@ from storaged.meta.listing import RingScanner
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import RowDamaged
 from storaged.objects.place import Placement
+from storaged.wire import Message
 
 BLOCKS_A_SLICE = 64
 """Blocks of one run that are looked at, and recoded, together: what is in memory of a large object, and what is done anew after an interruption."""
 
 BLOCKS_A_SWAP = 512
 """Blocks recoded before the record is changed: a change of a record with many parts writes its manifest anew."""
+
+NO_RECODING_S = -1.0
+"""Of ``Waits.recode_in_s``: nothing will be recoded."""
+
+
+class Waits(Message, frozen=True):
+    """Why repair mends nothing more now. ``disks_away``: take no new fragments. ``recode_in_s``: seconds until blocks are
+    recoded for the other disks, NO_RECODING_S when that would not help. ``recode_delay_s``: the setting behind it."""
+
+    disks_away: tuple[str, ...] = ()
+    recode_in_s: float = NO_RECODING_S
+    recode_delay_s: float = 0.0
+
 
 REFUSALS = (CannotMend, StoragedError, RowDamaged, TimeoutError)
 
@@ -350,6 +364,14 @@ class Repair:
         if name.table == Table.OBJECT:  # a part's row may be copied into the object just now: what it left is swept later
             for move in moves:
                 self.leavings.add(name, move)
+
+    def waits(self) -> Waits:
+        """What keeps repair from mending more now: disks that are away, and when blocks are recoded without them."""
+        now, delay_s = self._context.clock.monotonic(), self._context.limits.recode_delay_s
+        later = [delay_s - (now - since) for since in self._away_since.values()]
+        pending = [left for left in later if left > 0]
+        recode_in_s = min(pending) if pending and self.findings.movable_later() else NO_RECODING_S
+        return Waits(tuple(sorted(self._away_since)), recode_in_s, delay_s)
 
     # --- disks that are away ----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from storaged.fragments.ports import FragmentId
 from storaged.maintain.collect import Collector, Live
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.pagesweep import PageSweep
-from storaged.maintain.repair import Repair
+from storaged.maintain.repair import Repair, Waits
 from storaged.maintain.runner import JobReport
 from storaged.maintain.scrub import Scrub
 from storaged.meta.listing import RingScanner
@@ -61,6 +61,7 @@ class MaintainStatus(Message, frozen=True):
     registers_settled: int = 0
     parts_below_target: int = 0
     unreadable: int = 0
+    waits: Waits = Waits()
 
 
 class Maintenance:
@@ -177,6 +178,7 @@ class Maintenance:
             repair.walker.settled,
             findings.parts_below_target,
             findings.unreadable,
+            repair.waits(),
         )
 
     def methods(self) -> Methods:

@@ -10,15 +10,14 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import logging
 import ssl
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from storaged import keys, observe
+from storaged import keys
 from storaged.admin.ports import Services
 from storaged.clock import Clock
 from storaged.config import Config, split_address
@@ -27,6 +26,7 @@ from storaged.ids import system_entropy
 from storaged.keys.ports import AlreadyThere, Audit
 from storaged.node.housekeeping import housekeep
 from storaged.node.protection import protection_of
+from storaged.node.requestlog import RequestLog
 from storaged.node.system import ClusterRecord, SystemPaths, Taken
 from storaged.node.workers import Workers
 from storaged.objects.buckets import BucketService
@@ -35,10 +35,8 @@ from storaged.objects.ports import BucketKey, KeyService
 from storaged.objects.service import ObjectService
 from storaged.objects.users import UserService
 from storaged.objects.where import Whereabouts, where
-from storaged.observe import Metrics
 from storaged.s3.app import S3App
 from storaged.s3.limits import Limits
-from storaged.s3.request import RequestDone
 from storaged.units import MIB
 from storaged.wire import decode, encode
 
@@ -191,6 +189,7 @@ class Gateway:
         self.workers: Workers | None = None
         """The gateway's further processes, where it has any and is the first."""
         self._drained = False
+        self._requests = RequestLog(node.metrics, node.config.log)
 
     @property
     def keyring(self) -> keys.Keyring | None:
@@ -242,7 +241,7 @@ class Gateway:
             clock=node.clock,
             entropy=system_entropy,
             limits=shared_limits(config.limits.s3_requests_max, config.s3.workers),
-            on_request=observer(node.metrics),
+            on_request=self._requests,
         )
         if config.s3.tls_certificate:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -333,6 +332,8 @@ class Gateway:
         """A new TLS certificate, and another look for a keyring. Raises ConfigInvalid and keeps the old certificate."""
         if self._context is not None:
             load_certificate(self._context, config)
+            log.info("the S3 port presents the certificate of the file", file=config.s3.tls_certificate)
+        self._requests.configure(config.log)
         self._unlocker.again()
         if self.workers is not None:
             self.workers.reload()
@@ -406,47 +407,3 @@ def load_certificate(context: ssl.SSLContext, config: Config) -> None:
             target.load_cert_chain(config.s3.tls_certificate, config.s3.tls_key)
         except (OSError, ssl.SSLError) as error:
             raise ConfigInvalid(f"s3.tls_certificate {config.s3.tls_certificate} and its key do not load: {error}") from None
-
-
-def observer(metrics: Metrics) -> Callable[[RequestDone], None]:
-    """Counts each answer, and writes the access log at level debug (errors of ours at warning)."""
-    tallies = metrics.requests
-    access = structlog.get_logger("s3")
-    level = logging.getLogger("storaged.s3")
-    record = observe.span_recorder("storaged.s3")
-
-    def done(request: RequestDone) -> None:
-        tallies.answered(request.operation or "none", request.status, request.duration_s)
-        tallies.bytes_in += request.bytes_in
-        tallies.bytes_out += request.bytes_out
-        if record is not None:
-            told: dict[str, str | int] = {
-                "http.response.status_code": request.status,
-                "storaged.request_id": request.request_id,
-                "storaged.bucket": request.bucket,
-                "storaged.code": request.code,
-                "storaged.bytes_in": request.bytes_in,
-                "storaged.bytes_out": request.bytes_out,
-            }
-            record(request.operation or request.method, request.duration_s, told, request.trace)
-        ours = request.status >= 500 and request.code != "NotImplemented"
-        if not ours and not level.isEnabledFor(logging.DEBUG):
-            return
-        tell = access.warning if ours else access.debug
-        tell(
-            "answered",
-            id=request.request_id,
-            operation=request.operation,
-            method=request.method,
-            target=request.target,
-            status=request.status,
-            code=request.code,
-            remote=request.remote,
-            user=request.access_key,
-            bytes_in=request.bytes_in,
-            bytes_out=request.bytes_out,
-            ms=round(request.duration_s * 1000, 1),
-            complete=request.complete,
-        )
-
-    return done

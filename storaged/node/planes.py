@@ -28,7 +28,7 @@ from storaged.fragments.payloads import at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.ids import INCARNATION_BYTES, system_entropy
-from storaged.maintain.context import MaintainContext
+from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
 from storaged.meta.client import RingClient
 from storaged.meta.listing import RingScanner
@@ -212,6 +212,7 @@ class Node:
             local_meta={disk.id: disk.meta for disk in self.disks.used.values()},
             local_fragments={disk.id: disk.fragments for disk in self.disks.used.values()},
             end_promises=lambda disk: self.disks.used[disk].replica.end_promises(self.layouts.current.epoch),
+            limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),
             log=structlog.get_logger("maintain").info,
         )
 
@@ -279,7 +280,10 @@ class Node:
         fixed += ["s3"] if (config.s3.listen, config.s3.workers) != (self.config.s3.listen, self.config.s3.workers) else []
         if fixed:
             log.warning("some changes need a restart", sections=",".join(fixed))
+        renewed = own.expires != self.own.expires
         self.config, self.own = config, own
+        if renewed:
+            log.info("this node presents a new certificate", expires=own.expires.isoformat())
         await self._learn_operators()
 
     async def _close_network(self) -> None:

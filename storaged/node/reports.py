@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storaged.admin.ports import Services
-from storaged.admin.status import SKEW_MS_MAX, Durability, Facts, FirstSeen, NodeFacts, judge
-from storaged.cluster.layout import Profile
+from storaged.admin.status import SKEW_MS_MAX, Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
+from storaged.cluster.layout import NodeEntry, Profile
 from storaged.errors import ClockSkewed, KeyringMismatch, KeysNotBackedUp, ServiceUnavailable, StoragedError
+from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.runner import JobReport
 from storaged.maintain.service import MaintainStatus
 from storaged.meta.names import SYSTEM_SCOPE, Table
@@ -98,9 +99,16 @@ class Reports:
                     skew_ms,
                     known.disks,
                     known.reason,
+                    silent=self._silent(entry),
                 )
             )
         return facts
+
+    def _silent(self, entry: NodeEntry) -> bool:
+        """A gateway that is never called tells storage nodes alone that it is there."""
+        own = self._node
+        hears = "storage" in own.own.peer.roles
+        return not entry.address and "storage" not in entry.roles and entry.name != own.own.name and not hears
 
     def _durability(self, told: Sequence[MaintainStatus]) -> Durability:
         """Sums over all storage nodes that answer; ``counted`` only when each of them has looked at the disks as they are now."""
@@ -110,7 +118,7 @@ class Reports:
         below, risk, lost, unreadable = (
             sum(getattr(status, name) for status in told) for name in ("below_target", "at_risk", "lost", "unreadable")
         )
-        return Durability(below, risk, lost, counted, unreadable)
+        return Durability(below, risk, lost, counted, unreadable, _waits(told))
 
     def _write_profile(self) -> tuple[str | None, str]:
         """What a write would use now, the weakest of a sample of placement groups; or why it would be refused."""
@@ -140,6 +148,7 @@ class Reports:
             "objects_unreadable": durability.objects_unreadable,
             "fragments_rebuilt": sum(status.fragments_rebuilt for status in told),
             "bytes_rebuilt": sum(status.bytes_rebuilt for status in told),
+            "waits": waits_document(durability.waits),
             "jobs": jobs_of(told),
         }
 
@@ -162,6 +171,10 @@ class Reports:
         checks = [self._certificate(), _private(self._secret_files())]
         for entry in node.layouts.current.nodes:
             known = node.membership.status(entry.name)
+            if known.state != "up" and self._silent(entry):
+                detail = "not known here: it has no address, so that no other gateway can call it"
+                checks.append(_check(f"node {entry.name}", "ok", detail, ""))
+                continue
             if known.state != "up":
                 checks.append(
                     _check(f"node {entry.name}", "fail", f"does not answer: {known.reason}", "Start it; see `storaged explain NODE_DOWN`.")
@@ -184,7 +197,7 @@ class Reports:
         days = (own.expires - datetime.now(UTC)).days
         state = "ok" if days >= CERTIFICATE_DAYS_MIN else "warn" if days > 0 else "fail"
         return _check(
-            f"certificate of {own.name}", state, f"expires in {days} days", "Renew it: `storaged cluster issue`, then reload the node."
+            f"certificate of {own.name}", state, f"expires in {days} days", "Renew it: `storaged cluster renew`, then reload the node."
         )
 
     def _secret_files(self) -> list[Path]:
@@ -216,6 +229,26 @@ class Reports:
         if told.newest_epoch > told.backed_up_epoch:
             return _check("key backup", "warn", f"epoch {told.newest_epoch} is in no backup ({KeysNotBackedUp.code})", KeysNotBackedUp.hint)
         return _check("key backup", "ok", f"covers epoch {told.backed_up_epoch}", "")
+
+
+def _waits(told: Sequence[MaintainStatus]) -> RepairWaits | None:
+    """What all nodes together wait for; None when no disk is away."""
+    disks = tuple(sorted({disk for status in told for disk in status.waits.disks_away}))
+    later = [status.waits.recode_in_s for status in told if status.waits.recode_in_s != NO_RECODING_S]
+    delay_s = max((status.waits.recode_delay_s for status in told), default=0.0)
+    return RepairWaits(disks, min(later, default=None), delay_s) if disks else None
+
+
+def waits_document(waits: RepairWaits | None) -> dict[str, Any]:
+    """``recode_in_s`` null: nothing will be recoded. ``reason``: the same as a sentence, empty when no disk is away."""
+    if waits is None:
+        return {"disks": [], "recode_in_s": None, "reason": ""}
+    return {
+        "disks": list(waits.disks),
+        "recode_in_s": waits.recode_in_s,
+        "recode_delay_s": waits.recode_delay_s,
+        "reason": str(waits),
+    }
 
 
 def jobs_of(told: Sequence[MaintainStatus]) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, judge
+from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cli.status import render
-from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import every_error
 
@@ -149,3 +149,44 @@ def test_every_problem_can_be_explained() -> None:
         durability=Durability(1, 1, 1),
     )
     assert set(codes(judge(all_wrong, NOW))) <= known
+
+
+def test_a_second_gateway_that_no_node_calls_is_unknown_and_no_problem() -> None:
+    second = NodeFacts("gw2", "FR/par1/a", ("gateway",), False, NOW, silent=True)
+    found = judge(dataclasses.replace(facts(), nodes=[*facts().nodes, second]), NOW)
+    assert (found["verdict"], found["nodes"][-1]["state"]) == ("HEALTHY", "unknown")
+    heard = dataclasses.replace(second, silent=False)
+    assert codes(judge(dataclasses.replace(facts(), nodes=[*facts().nodes, heard]), NOW)) == ["NODE_DOWN"]
+
+
+def stopped_without(disks: set[str]) -> int:
+    """Counted one by one, as the definition says."""
+    partitions = (*range(PARTITIONS), SYSTEM_PARTITION)
+    return sum(2 * len(set(LAYOUT.replicas_of(one)) - disks) <= len(LAYOUT.replicas_of(one)) for one in partitions)
+
+
+def test_status_says_what_the_next_lost_disk_would_stop() -> None:
+    assert judge(facts(), NOW)["next_failure"]["disk_partitions"] == 0
+    assert "one more disk" not in render(judge(facts(), NOW))
+    found = judge(facts(node("n2", disk_state="failed")), NOW)
+    worst = found["next_failure"]
+    away = {"n2-1"}
+    others = {disk.id for disk in LAYOUT.disks} - away
+    assert worst["disk_partitions"] == stopped_without(away | {worst["disk"]}) == max(stopped_without(away | {one}) for one in others)
+    domains = set(LAYOUT.domain_by_disk.values())
+    by_domain = {name: stopped_without(away | {d for d, where in LAYOUT.domain_by_disk.items() if where == name}) for name in domains}
+    assert worst["domain_partitions"] == by_domain[worst["domain"]] == max(by_domain.values())
+    assert f"one more disk stops up to {worst['disk_partitions']} of {PARTITIONS + 1} partitions" in render(found)
+
+
+@pytest.mark.parametrize(
+    ("waits", "said"),
+    [
+        (RepairWaits(("n2-1",), 420.0, 600.0), "repair waits for disk n2-1; what other disks can hold is recoded for them in 7 min"),
+        (RepairWaits(("a", "b", "c", "d"), None, 600.0), "repair waits for disks a, b, c and 1 more; no other disks can hold"),
+    ],
+)
+def test_status_says_why_repair_waits(waits: RepairWaits, said: str) -> None:
+    found = judge(facts(durability=Durability(3, waits=waits)), NOW)
+    assert said in found["problems"][0]["detail"]
+    assert said in render(found)

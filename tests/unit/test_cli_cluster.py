@@ -77,6 +77,38 @@ def test_a_renewed_node_keeps_its_disks(authority: Path) -> None:
         call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/x")
 
 
+def test_renewing_leaves_the_configuration_of_the_server_alone(authority: Path) -> None:
+    issue_three(authority)
+    folder = authority / "nodes" / "n1"
+    before, plan = (folder / "identity" / "node.crt").read_bytes(), create.load_plan(authority)
+    call("cluster", "renew", str(authority), "n1")
+    assert (folder / "identity" / "node.crt").read_bytes() != before
+    assert create.load_plan(authority) == plan
+    assert not (folder / "config.toml").exists()
+    call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "10.0.9.1:7400")
+    assert not (folder / "config.toml").exists()
+    assert 'listen = "10.0.9.1:7400"' in (folder / "config.issued.toml").read_text()
+    with pytest.raises(OperatorError, match="no member"):
+        call("cluster", "renew", str(authority), "n9")
+
+
+def test_issued_nodes_serve_health_and_metrics_on_loopback(authority: Path) -> None:
+    issue_three(authority)
+    listens = {name: config.load(authority / "nodes" / name / "config.toml").admin.listen for name in ("n1", "gateway")}
+    assert listens == {"n1": "127.0.0.1:8335", "gateway": "127.0.0.1:8334"}
+    call("cluster", "issue", str(authority), "n4", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/d",
+         "--admin", "none")  # fmt: skip
+    assert config.load(authority / "nodes" / "n4" / "config.toml").admin.listen == ""
+    with pytest.raises(OperatorError, match="--admin"):
+        call("cluster", "issue", str(authority), "n5", "--rack", "FR/par1/a", "--roles", "gateway", "--admin", "nowhere")
+
+
+def test_a_gateway_with_an_address_can_be_called_by_others(authority: Path) -> None:
+    call("cluster", "issue", str(authority), "gw2", "--rack", "FR/par1/a", "--roles", "gateway", "--address", "10.0.1.9:7400")
+    assert config.load(authority / "nodes" / "gw2" / "config.toml").rpc.listen == "10.0.1.9:7400"
+    assert create.load_plan(authority).nodes[0].address == "10.0.1.9:7400"
+
+
 def test_a_layout_that_cannot_hold_the_profile_is_refused_with_the_numbers(authority: Path) -> None:
     call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/d1")
     with pytest.raises(OperatorError, match=r"4\+2 needs 6 disks"):

@@ -13,6 +13,7 @@ from storaged.cluster.ports import Call, PeerIdentity
 from storaged.errors import PeerUnreachable, StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.maintain.context import MaintainLimits
+from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.service import Ask
 from storaged.meta.names import Change, RegisterName, Table, object_name, part_name, system_name, upload_name
 from storaged.meta.ports import RowDamaged
@@ -216,6 +217,12 @@ def test_a_rack_that_is_away_for_a_short_time_moves_nothing() -> None:
         assert (below, lost) == (4, 0)
         await cluster.pass_s(DELAY_S - 60)
         assert await cluster.fragments() == before
+        away = {disk.id for disk in cluster.layouts.current.disks if disk.node == "nb"}
+        waits = [status.waits for status in await cluster.statuses()]
+        assert all(set(one.disks_away) == away for one in waits)
+        due = [one.recode_in_s for one in waits if one.recode_in_s != NO_RECODING_S]
+        assert due
+        assert all(0 < seconds <= 60 for seconds in due)
         cluster.start("nb")
         assert await cluster.settled() == (0, 0)
         assert await cluster.fragments() == before

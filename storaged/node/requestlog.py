@@ -1,0 +1,86 @@
+"""What the log and the metrics say of S3 requests: counters always; access and slow-operation log as configured.
+
+The logger is ``s3``. Each line is one answered request.
+
+    answered   with ``[log] access = true`` at level info, else at debug
+    slow       at warning: took longer than ``[log] slow_ms``, with the time that its bytes may take added
+    failed     at warning, always: the store's own failures (5xx other than NotImplemented)
+
+No line holds a key, a secret, a signature or content. Names of buckets and objects are in ``target``.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import structlog
+
+from storaged import observe
+from storaged.config import LogSection
+from storaged.observe import Metrics
+from storaged.s3.request import RequestDone
+from storaged.units import MIB
+
+SLOW_BYTES_PER_S = 4 * MIB
+"""A client's own pace: a request that moves bytes may take a second more for each so many. A 5 GiB upload is not slow."""
+
+
+class RequestLog:
+    """Called with every answered request, on the event loop. One a process."""
+
+    def __init__(self, metrics: Metrics, settings: LogSection) -> None:
+        self._tallies = metrics.requests
+        self._log = structlog.get_logger("s3")
+        self._level = logging.getLogger("storaged.s3")
+        self._record = observe.span_recorder("storaged.s3")
+        self.configure(settings)
+
+    def configure(self, settings: LogSection) -> None:
+        """Also while it runs, at a reload."""
+        self._access = settings.access
+        self._slow_s = settings.slow_ms / 1000
+
+    def __call__(self, done: RequestDone) -> None:
+        self._tallies.answered(done.operation or "none", done.status, done.duration_s)
+        self._tallies.bytes_in += done.bytes_in
+        self._tallies.bytes_out += done.bytes_out
+        if self._record is not None:
+            facts: dict[str, str | int] = {
+                "http.response.status_code": done.status,
+                "storaged.request_id": done.request_id,
+                "storaged.bucket": done.bucket,
+                "storaged.code": done.code,
+                "storaged.bytes_in": done.bytes_in,
+                "storaged.bytes_out": done.bytes_out,
+            }
+            self._record(done.operation or done.method, done.duration_s, facts, done.trace)
+        if done.status >= 500 and done.code != "NotImplemented":
+            self._log.warning("failed", **fields_of(done))
+        elif self._slow_s and self._is_slow(done):
+            self._log.warning("slow", **fields_of(done))
+        elif self._access:
+            self._log.info("answered", **fields_of(done))
+        elif self._level.isEnabledFor(logging.DEBUG):
+            self._log.debug("answered", **fields_of(done))
+
+    def _is_slow(self, done: RequestDone) -> bool:
+        over_s = done.duration_s - self._slow_s
+        return over_s > 0 and over_s > (done.bytes_in + done.bytes_out) / SLOW_BYTES_PER_S
+
+
+def fields_of(done: RequestDone) -> dict[str, str | int | float | bool]:
+    """The fields of a line. ``ms``: from the request's first byte to the answer's last."""
+    return {
+        "id": done.request_id,
+        "operation": done.operation,
+        "method": done.method,
+        "target": done.target,
+        "status": done.status,
+        "code": done.code,
+        "remote": done.remote,
+        "user": done.access_key,
+        "bytes_in": done.bytes_in,
+        "bytes_out": done.bytes_out,
+        "ms": round(done.duration_s * 1000, 1),
+        "complete": done.complete,
+    }
