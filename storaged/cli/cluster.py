@@ -25,8 +25,20 @@ def cluster() -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--cluster", "name", default=None, help="The cluster's id (default: a random one). It is in every certificate.")
 @click.option("--profile", default="4+2", show_default=True, help="How many data and parity fragments a block has.")
-def create(directory: Path, name: str | None, profile: str) -> None:
-    """Make the authority and the administration key of a new cluster in DIRECTORY."""
+@click.option(
+    "--countries", default="", metavar="FR,DE", help="Admit nodes in these countries only, and place no data elsewhere (default: the EU)."
+)
+@click.option(
+    "--jurisdictions",
+    default="",
+    metavar="FR,DE",
+    help="Admit nodes only where their operator is under the law of these (default: the EU).",
+)
+def create(directory: Path, name: str | None, profile: str, countries: str, jurisdictions: str) -> None:
+    """Make the authority and the administration key of a new cluster in DIRECTORY.
+
+    --countries and --jurisdictions are the cluster's policy: every layout is signed with them, and nodes, placement and the release of keys follow it.
+    """
     from storaged.cli import create as files
     from storaged.cluster import identity
     from storaged.cluster.layout import Profile
@@ -37,8 +49,9 @@ def create(directory: Path, name: str | None, profile: str) -> None:
         raise OperatorError(f"{profile!r} is not a profile such as 4+2") from None
     if k < 1 or m < 1:
         raise OperatorError(f"{profile!r}: a profile has at least one data and one parity fragment")
+    where, whose = files.parse_countries(countries), files.parse_countries(jurisdictions)
     authority = identity.create_authority(directory, name or f"c-{secrets.token_hex(6)}")
-    files.save_plan(directory, files.ClusterPlan(authority.cluster, profile))
+    files.save_plan(directory, files.ClusterPlan(authority.cluster, profile, countries=where, jurisdictions=whose))
     click.echo(
         f"cluster {authority.cluster}: authority and administration key are in {directory}. Keep this folder offline, and a copy of it."
     )
@@ -101,6 +114,7 @@ def issue(
     node = files.NodePlan(name, files.parse_location(rack), role_names, address, jurisdiction, files.new_disks(list(disks)))
     if known is not None:
         node.disks = known.disks
+    plan.admit(node)
     folder, place = directory / "nodes" / name, state or f"/var/lib/storaged/{name}"
     health = f"\n[admin]\nlisten = {files.quoted(admin)}\n" if admin != "none" else ""
     if "gateway" in role_names:

@@ -12,6 +12,8 @@ import msgspec
 
 from storaged.cluster import identity
 from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
+from storaged.cluster.policy import Policy
+from storaged.cluster.ports import PeerIdentity
 from storaged.durable import replace_file
 from storaged.errors import OperatorError
 from storaged.ids import new_disk_id
@@ -42,12 +44,25 @@ class NodePlan(msgspec.Struct):
 
 
 class ClusterPlan(msgspec.Struct):
-    """``epoch`` is that of the last layout signed, 0 when none was."""
+    """``epoch`` is that of the last layout signed, 0 when none was. ``countries`` and ``jurisdictions``: as in the layout."""
 
     cluster: str
     profile: str = "4+2"
     epoch: int = 0
     nodes: list[NodePlan] = []
+    countries: tuple[str, ...] = ()
+    jurisdictions: tuple[str, ...] = ()
+
+    @property
+    def policy(self) -> Policy:
+        """Raises JurisdictionRefused for a list that names what is outside EU law."""
+        return Policy.of(self.countries, self.jurisdictions)
+
+    def admit(self, node: NodePlan) -> None:
+        """Raises JurisdictionRefused, with the reason, for a node that this cluster would not admit."""
+        place = Location.parse(node.location)
+        peer = PeerIdentity(node.name, place.country, place.site, place.rack, node.roles, node.jurisdiction or place.country)
+        self.policy.admit(peer)
 
 
 def load_plan(authority_directory: Path) -> ClusterPlan:
@@ -64,6 +79,13 @@ def load_plan(authority_directory: Path) -> ClusterPlan:
 
 def save_plan(authority_directory: Path, plan: ClusterPlan) -> None:
     write_private(authority_directory / REGISTER_NAME, msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
+
+
+def parse_countries(text: str) -> tuple[str, ...]:
+    """``FR,DE``: country codes in alphabetical order, each once. Raises JurisdictionRefused for one where EU law does not apply."""
+    found = tuple(sorted({code.strip() for code in text.split(",") if code.strip()}))
+    Policy.of(found)
+    return found
 
 
 def parse_location(text: str) -> str:
@@ -100,10 +122,13 @@ def issue_node(authority: identity.Authority, node: NodePlan, folder: Path, conf
 
 
 def layout_of(plan: ClusterPlan) -> Layout:
-    """The layout of all nodes in the plan, at the epoch after the plan's. Raises OperatorError with every reason why it cannot work."""
+    """The layout of all nodes in the plan, at the epoch after the plan's. Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a
+    node that its policy does not admit."""
+    for node in plan.nodes:
+        plan.admit(node)
     nodes = tuple(NodeEntry(node.name, node.location, node.address, tuple(node.roles)) for node in plan.nodes)
     disks = tuple(DiskEntry(disk.id, node.name, disk.weight) for node in plan.nodes for disk in node.disks)
-    bare = Layout(plan.cluster, plan.epoch + 1, nodes, disks, (), plan.profile)
+    bare = Layout(plan.cluster, plan.epoch + 1, nodes, disks, (), plan.profile, countries=plan.countries, jurisdictions=plan.jurisdictions)
     layout = msgspec.structs.replace(bare, seeds=seeds_of(bare))
     problems = problems_of(layout)
     if problems:

@@ -86,7 +86,10 @@ class DiskEntry(Message, frozen=True):
 
 
 class Layout(Message, frozen=True, dict=True):
-    """``profile`` is the default target, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd)."""
+    """``profile`` is the default target, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd).
+
+    ``countries``: where nodes may be, and data may lie; ``jurisdictions``: whose law their operators may be under. Empty: all where EU law
+    applies. See ``cluster.policy``."""
 
     cluster: str
     epoch: int
@@ -96,6 +99,7 @@ class Layout(Message, frozen=True, dict=True):
     profile: str = "4+2"
     countries: tuple[str, ...] = ()
     replicas: int = 3
+    jurisdictions: tuple[str, ...] = ()
 
     @cached_property
     def node_by_name(self) -> dict[str, NodeEntry]:
@@ -125,8 +129,16 @@ class Layout(Message, frozen=True, dict=True):
     def node_of(self, disk_id: str) -> str:
         return self.disk_by_id[disk_id].node
 
+    @cached_property
+    def country_by_disk(self) -> dict[str, str]:
+        return {disk.id: Location.parse(self.node_by_name[disk.node].location).country for disk in self.disks}
+
     def country_of(self, disk_id: str) -> str:
-        return Location.parse(self.node_by_name[self.node_of(disk_id)].location).country
+        return self.country_by_disk[disk_id]
+
+    def allows(self, country: str) -> bool:
+        """Whether data may lie in a country, as far as this layout narrows that."""
+        return not self.countries or country in self.countries
 
     @cached_property
     def _rings(self) -> dict[int, tuple[str, ...]]:
@@ -208,4 +220,9 @@ def problems_of(layout: Layout) -> list[str]:
     if len(layout.seeds) < 3 or len(layout.seeds) % 2 == 0 or len(layout.seeds) > 7:
         found.append(f"the system partition wants 3, 5 or 7 seed disks; {len(layout.seeds)} are named")
     found.extend(f"seed disk {seed} is not in the layout" for seed in layout.seeds if seed not in layout.disk_by_id)
+    found.extend(
+        f"node {node.name} is in {node.location}; the cluster's countries are {', '.join(layout.countries)}"
+        for node in layout.nodes
+        if not layout.allows(Location.parse(node.location).country)
+    )
     return found

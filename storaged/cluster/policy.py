@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from storaged.cluster.layout import Layout
 from storaged.cluster.ports import PeerIdentity
 from storaged.errors import JurisdictionRefused
 
@@ -132,6 +133,13 @@ class Policy:
             raise JurisdictionRefused(f"Node {peer.name!r} is not certified inside the policy: {reason}.")
         if reason := self.jurisdiction_refusal(peer.jurisdiction):
             raise JurisdictionRefused(f"The operator of node {peer.name!r} is not certified to be inside the policy: {reason}.")
+
+
+def policy_of(layout: Layout) -> Policy:
+    """The policy that a signed layout states. One from before it had countries or jurisdictions: all of EU law.
+
+    Raises JurisdictionRefused for a layout that names a country outside EU law."""
+    return Policy.of(layout.countries, layout.jurisdictions)
 
 
 class KeyHolder(NamedTuple):

@@ -19,7 +19,7 @@ from storaged.cluster.identity import Identity, NodeSigner, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
-from storaged.cluster.policy import Policy
+from storaged.cluster.policy import policy_of
 from storaged.cluster.ports import DiskStatus, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
 from storaged.config import Config, split_address
@@ -114,7 +114,7 @@ class Node:
 
     def _follow_policy(self, layout: Layout) -> None:
         """Who is admitted follows from the layout in force. Raises JurisdictionRefused for one that names a country outside EU law."""
-        self._policy = Policy.of(layout.countries)
+        self._policy = policy_of(layout)
         if self._server is not None:
             self._server.judge_again()
 

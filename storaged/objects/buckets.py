@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
-from storaged.cluster.policy import Policy
+from storaged.cluster.policy import policy_of
 from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
@@ -116,7 +116,7 @@ class BucketService:
         """Its key is made, and committed, before the name is taken. Raises InvalidArgument for a country that the cluster's policy does not allow,
         BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, and ServiceUnavailable when no partition of the ring lies inside the countries."""
         layout = self._plane.layouts.current
-        policy = Policy.of(layout.countries)
+        policy = policy_of(layout)
         for country in countries:
             if reason := policy.refusal(country):
                 raise InvalidArgument(f"A bucket's countries are some of those that the cluster allows: {reason}.")

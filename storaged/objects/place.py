@@ -42,7 +42,8 @@ class Placement(NamedTuple):
 
 
 def _eligible(layout: Layout, disk_id: str, countries: Sequence[str]) -> bool:
-    return layout.disk_by_id[disk_id].state == "active" and (not countries or layout.country_of(disk_id) in countries)
+    country = layout.country_of(disk_id)
+    return layout.disk_by_id[disk_id].state == "active" and layout.allows(country) and (not countries or country in countries)
 
 
 def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from storaged import config
@@ -17,9 +18,10 @@ from storaged.cli.main import cli, main
 from storaged.cli.operate import explained
 from storaged.cluster import identity
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.errors import FileExists, KeyringMismatch, OperatorError, WrongPassphrase, every_error
+from storaged.cluster.policy import EU_LAW, Policy, policy_of
+from storaged.errors import FileExists, JurisdictionRefused, KeyringMismatch, OperatorError, WrongPassphrase, every_error
 from storaged.keys import open_keyring
-from storaged.wire import decode
+from storaged.wire import decode, encode
 
 
 def call(*arguments: str) -> None:
@@ -55,6 +57,61 @@ def test_folders_hold_a_certificate_a_checked_configuration_and_the_signed_layou
     assert [disk.weight for disk in layout.disks] == [1000, 4000] * 3
     assert len(layout.seeds) == 3
     assert config.load(authority / "nodes" / "gateway" / "config.toml").gateway
+
+
+def test_countries_and_jurisdictions_of_a_cluster_are_in_its_signed_layout_and_bind_every_node(tmp_path: Path) -> None:
+    place = tmp_path / "authority"
+    call("cluster", "create", str(place), "--cluster", "eu-1", "--countries", "FR, DE", "--jurisdictions", "FR")
+    issue_three(place)
+    for rack, jurisdiction, said in (
+        ("IT/mil/a", "FR", "IT is not among the countries allowed here: DE, FR"),
+        ("FR/par1/d", "HU", "HU is not among the jurisdictions allowed here: FR"),
+        ("DE/fra/a", "", "DE is not among the jurisdictions allowed here: FR"),
+    ):
+        with pytest.raises(JurisdictionRefused, match=said):
+            call("cluster", "issue", str(place), "other", "--rack", rack, "--roles", "gateway", "--jurisdiction", jurisdiction)
+    call("cluster", "issue", str(place), "other", "--rack", "DE/fra/a", "--roles", "gateway", "--jurisdiction", "FR")
+    call("cluster", "layout", str(place))
+    own = identity.load_identity(place / "nodes/n1/identity")
+    layout = identity.verify_layout(
+        decode((own.directory / create.LAYOUT_NAME).read_bytes(), identity.SignedLayout), own.administration, "eu-1"
+    )
+    assert (layout.countries, layout.jurisdictions) == (("DE", "FR"), ("FR",))
+    policy = policy_of(layout)
+    policy.admit(own.peer)
+    for changed in ({"jurisdiction": "HU"}, {"country": "IT"}, {"jurisdiction": ""}):
+        with pytest.raises(JurisdictionRefused):
+            policy.admit(own.peer._replace(**changed))
+
+
+def test_a_plan_whose_nodes_leave_its_countries_gets_no_layout(authority: Path) -> None:
+    issue_three(authority)
+    plan = create.load_plan(authority)
+    for narrowed, said in (
+        ({"countries": ("DE",)}, "FR is not among the countries"),
+        ({"jurisdictions": ("DE",)}, "FR is not among the jur"),
+    ):
+        for name, allowed in narrowed.items():
+            create.save_plan(authority, msgspec.structs.replace(plan, **{name: allowed}))
+        with pytest.raises(JurisdictionRefused, match=said):
+            call("cluster", "layout", str(authority))
+
+
+@pytest.mark.parametrize("option", ["--countries", "--jurisdictions"])
+def test_a_cluster_is_not_made_for_countries_outside_the_union(tmp_path: Path, option: str) -> None:
+    for outside in ("CH", "fr", "FR,US"):
+        with pytest.raises(JurisdictionRefused):
+            call("cluster", "create", str(tmp_path / "authority"), option, outside)
+    assert not (tmp_path / "authority").exists()
+
+
+def test_a_layout_from_before_it_had_jurisdictions_allows_all_of_the_union() -> None:
+    """Its message ends with the number of replicas, or before."""
+    fields = ["c", 1, [], [], [], "4+2", ["FR"], 3]
+    layout = decode(encode(fields), Layout)
+    assert (layout.countries, layout.jurisdictions) == (("FR",), ())
+    assert policy_of(layout) == Policy(["FR"], EU_LAW)
+    assert policy_of(decode(encode(fields[:6]), Layout)) == Policy()
 
 
 def test_private_files_are_readable_by_their_owner_alone(authority: Path) -> None:

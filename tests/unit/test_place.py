@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
+import msgspec
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry, Profile
@@ -245,3 +246,15 @@ def test_spare_counts_the_worst_disks_and_the_worst_racks_that_may_still_fail(po
 def test_spare_of_copies_is_all_but_one():
     layout = layout_of((1, 1, 1))
     assert spare(layout, Profile(1, 2), {0: "r0d0", 1: "r1d0", 2: "r2d0"}) == (2, 2)
+
+
+def test_nothing_is_placed_outside_the_countries_of_the_layout_whatever_a_bucket_names():
+    mixed = layout_of((2, 2, 2, 2), countries=("FR", "DE", "FR", "DE"))
+    narrowed = msgspec.structs.replace(mixed, countries=("FR",))
+    for data_id in data_ids(40):
+        placement = choose(narrowed, data_id, Profile(2, 1), lambda disk: True)
+        assert {narrowed.country_of(disk) for disk in placement.disks} == {"FR"}
+        assert {narrowed.country_of(disk) for disk in first_choice(narrowed, data_id, Profile(2, 1))} == {"FR"}
+        with pytest.raises(ServiceUnavailable):
+            choose(narrowed, data_id, Profile(1, 1), lambda disk: True, ("DE",))
+    assert {mixed.country_of(disk) for disk in choose(mixed, data_ids(1)[0], Profile(4, 2), lambda disk: True).disks} == {"FR", "DE"}
