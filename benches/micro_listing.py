@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from benches.micro_world import BUCKET, REGION, OneKey, finished, list_request, three_racks
 from storaged.clock import SystemClock
-from storaged.keys.keyring import UnwrappedBucketKey
+from storaged.keys.bucketkey import UnwrappedBucketKey
 from storaged.meta.listing import RingScanner
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Value, Visibility, object_name

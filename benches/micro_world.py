@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
-from storaged.keys.keyring import UnwrappedBucketKey
+from storaged.keys.bucketkey import UnwrappedBucketKey
 from storaged.objects.api import ObjectInfo, Principal, PutResult, Soon
 from storaged.objects.get import HeldStream, Span
 from storaged.objects.records import BucketRecord
@@ -63,10 +63,10 @@ class OneKey:
     def __init__(self) -> None:
         self.key = UnwrappedBucketKey(1, bytes(32), system_entropy)
 
-    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
         return self.key
 
-    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
+    async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
         return self.key
 
 

@@ -447,6 +447,13 @@ class KeyringUnavailable(ServiceUnavailable):
     hint = "See KEYRING_MISMATCH: `storaged explain KEYRING_MISMATCH`."
 
 
+class KeyReleaseRefused(KeyringUnavailable):
+    """The policy does not allow this gateway to have the key: the message names the rule."""
+
+    code = "ServiceUnavailable"
+    hint = "See KEY_RELEASE_REFUSED: `storaged explain KEY_RELEASE_REFUSED`."
+
+
 class DataDamaged(ServiceUnavailable):
     """Too many fragments of this object are missing or damaged to read it now. Nothing unverified was sent."""
 
@@ -670,6 +677,18 @@ class KeysNotBackedUp(Condition):
 
     code = "KEYS_NOT_BACKED_UP"
     hint = "Run `storaged keys backup FILE` and keep the file and its passphrase off this machine."
+
+
+class KeyReleasesRefused(Condition):
+    """The policy does not allow this gateway to have keys: certificate, countries and jurisdictions do not agree, or the certificate is not valid now."""
+
+    code = "KEY_RELEASE_REFUSED"
+    hint = (
+        "The rule and its reason are in `storaged doctor`, in the answer to the client (503) and in the audit log (key.refused). "
+        "certificate validity: check the clock, or issue a new certificate (`storaged cluster issue`) and reload. "
+        "cluster countries, cluster jurisdictions: this gateway is not certified inside the policy of the layout in force. "
+        "bucket countries: use a gateway in one of the bucket's countries."
+    )
 
 
 class ClockSkewed(Condition):

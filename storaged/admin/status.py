@@ -22,6 +22,7 @@ from storaged.errors import (
     DiskFull,
     DiskReadOnly,
     IndexDamaged,
+    KeyReleasesRefused,
     KeyringMismatch,
     NodeDown,
     ObjectsBelowTarget,
@@ -108,6 +109,8 @@ class Facts:
     keyring_problem: str = ""
     durability: Durability = Durability()
     jobs: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    key_refusal: str = ""
+    """Why the policy does not allow this gateway to have keys now."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
     headless = ring.stopped
     problems = list(_problems(facts, headless, disk_by_id, now_ms))
     durability = facts.durability
-    if facts.keyring_problem or headless:
+    if facts.keyring_problem or facts.key_refusal or headless:
         verdict = "DOWN"
     elif facts.write_profile is None or durability.objects_lost or durability.objects_unreadable or durability.objects_at_risk:
         verdict = "AT_RISK"
@@ -175,7 +178,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
         "metadata": "quorum" if not headless else f"{headless} of {PARTITIONS + 1} partitions without quorum",
         "next_failure": _next_failure(facts.layout, ring),
         "reads": _reads(facts, headless),
-        "writes": facts.write_profile if not headless and not facts.keyring_problem else None,
+        "writes": facts.write_profile if not headless and not facts.keyring_problem and not facts.key_refusal else None,
         "writes_reason": facts.write_reason,
         "objects_below_target": durability.objects_below_target,
         "objects_at_risk": durability.objects_at_risk,
@@ -189,7 +192,7 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
 
 
 def _reads(facts: Facts, headless: int) -> str:
-    if facts.keyring_problem:
+    if facts.keyring_problem or facts.key_refusal:
         return "stopped"
     if headless:
         return "stopped for some keys"
@@ -199,6 +202,8 @@ def _reads(facts: Facts, headless: int) -> str:
 def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], now_ms: int) -> Iterable[dict[str, Any]]:
     if facts.keyring_problem:
         yield problem(KeyringMismatch, "keyring", now_ms, facts.keyring_problem)
+    if facts.key_refusal:
+        yield problem(KeyReleasesRefused, "keys", now_ms, facts.key_refusal)
     if headless:
         yield problem(QuorumLost, f"{headless} partitions", now_ms)
     for node in facts.nodes:

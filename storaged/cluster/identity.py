@@ -44,7 +44,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import MsgspecError
 
 from storaged.cluster.layout import Layout, Location
-from storaged.cluster.policy import outside_eu_law
+from storaged.cluster.policy import KeyHolder, outside_eu_law
 from storaged.cluster.ports import PeerIdentity
 from storaged.durable import replace_file
 from storaged.errors import CertificateRefused, JurisdictionRefused, LayoutRefused, OperatorError
@@ -97,6 +97,7 @@ class Identity:
     peer: PeerIdentity
     expires: datetime
     administration: ed25519.Ed25519PublicKey
+    valid_from: datetime
 
     @property
     def cluster(self) -> str:
@@ -105,6 +106,12 @@ class Identity:
     @property
     def name(self) -> str:
         return self.peer.name
+
+    @property
+    def key_holder(self) -> KeyHolder:
+        """What the policy judges when this node asks for a key."""
+        from_ms, until_ms = (int(moment.timestamp() * 1000) for moment in (self.valid_from, self.expires))
+        return KeyHolder(self.peer.country, self.peer.jurisdiction, from_ms, until_ms)
 
 
 class SignedLayout(Message, frozen=True):
@@ -202,7 +209,7 @@ def issue(
     replace_file(directory / "authority.crt", authority.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
     replace_file(directory / "node.key", _private_pem(key), 0o600)
     replace_file(directory / "node.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-    return Identity(directory, identity_of(certificate), certificate.not_valid_after_utc, authority.administration.public_key())
+    return _identity(directory, certificate, authority.administration.public_key())
 
 
 def certify(authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePublicKey, *, days: int, now: datetime) -> x509.Certificate:
@@ -256,7 +263,12 @@ def load_identity(directory: Path, *, now: datetime | None = None) -> Identity:
         raise CertificateRefused(f"{directory / 'node.key'} is not the key of {directory / 'node.crt'}.")
     if certificate.not_valid_after_utc <= (now or datetime.now(UTC)):
         raise CertificateRefused(f"{directory / 'node.crt'} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; issue a new one.")
-    return Identity(directory, identity_of(certificate), certificate.not_valid_after_utc, administration)
+    return _identity(directory, certificate, administration)
+
+
+def _identity(directory: Path, certificate: x509.Certificate, administration: ed25519.Ed25519PublicKey) -> Identity:
+    peer = identity_of(certificate)
+    return Identity(directory, peer, certificate.not_valid_after_utc, administration, certificate.not_valid_before_utc)
 
 
 def identity_of(certificate: x509.Certificate | bytes) -> PeerIdentity:

@@ -2,12 +2,13 @@
 
     keyring file (keyfile)  epoch keys, record key, secret key
     register key/BUCKET_ID  versions of the bucket's key, each wrapped under an epoch key          BucketKeys
-    record of an object     its data key, wrapped under a bucket key version                       BucketKey.wrap
-    HKDF of a bucket key    the list key, for what a listing prints                                BucketKey.seal_list
 
 A bucket key is committed to its register before anything is sealed under it, and so a backup of the keyring file covers buckets that were created after it.
-Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``; cached use asks nobody. One that expired is forgotten when it is
-asked for, or when any other is released.
+Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``. One that expired is forgotten when it is asked for, or when any
+other is released.
+
+Every release asks the policy (``cluster.policy.release_refusal``), that of a kept key too: its decision is kept with the key, for the countries that it was made for,
+as long as neither policy nor certificate changes and the certificate is valid by the wall clock. What is refused is forgotten, and audited.
 """
 
 from __future__ import annotations
@@ -19,122 +20,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA512
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from storaged.clock import Clock
-from storaged.errors import KeyringUnavailable, StoragedError
+from storaged.cluster.policy import BUCKET_COUNTRIES_RULE, KeyHolder, Policy, ReleaseRefusal, release_refusal
+from storaged.errors import KeyReleaseRefused, KeyringUnavailable, StoragedError
 from storaged.ids import BUCKET_ID_BYTES, Entropy, system_entropy
+from storaged.keys.bucketkey import BUCKET_KEY_LABEL, BucketKeys, FieldBox, UnwrappedBucketKey, WrappedBucketKey
 from storaged.keys.keyfile import KeyMaterial
 from storaged.keys.ports import AlreadyThere, Audit, SystemRegisters
-from storaged.sov1 import (
-    CHUNK_BYTES_MIN,
-    HEADER_BYTES,
-    KEY_BYTES,
-    SALT_BYTES,
-    SealBroken,
-    open_message,
-    open_one,
-    pack_context,
-    seal_message,
-    seal_one,
-    sealed_size,
-)
-from storaged.wire import Message, decode, encode
+from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_context, seal_message
+from storaged.wire import decode, encode
 
-WRAP_LABEL = "sov.key.v1"
-BUCKET_KEY_LABEL = "sov.bucketkey.v1"
-LIST_LABEL = b"sov.list.v1\0"
 RECORD_LABEL = b"sov.record.v1\0"
 SECRET_LABEL = b"sov.secret.v1\0"
 
-WRAPPED_KEY_BYTES = sealed_size(KEY_BYTES, CHUNK_BYTES_MIN)
-assert WRAPPED_KEY_BYTES == 112
-
-NONCE_BYTES = 12
 CACHE_TTL_S = 300.0
 BUCKETS_CACHED_MAX = 4096
-
-
-class WrappedBucketKey(Message, frozen=True):
-    """One version: 112 bytes under the key of ``epoch``, bound to (keyring id, bucket id, version, epoch)."""
-
-    version: int
-    epoch: int
-    created_ms: int
-    wrapped: bytes
-
-
-class BucketKeys(Message, frozen=True):
-    """The register ``key/BUCKET_ID`` (hex): versions in ascending order."""
-
-    bucket_id: bytes
-    versions: tuple[WrappedBucketKey, ...]
-
-
-class _Box:
-    """AES-256-GCM under one key with random 96-bit nonces: nonce || ciphertext || tag; the label and the packed context are the associated data."""
-
-    def __init__(self, key: bytes, label: bytes, entropy: Entropy) -> None:
-        self._cipher = AESGCM(key)
-        self._label = label
-        self._entropy = entropy
-
-    def seal(self, plaintext: bytes, context: bytes) -> bytes:
-        nonce = self._entropy(NONCE_BYTES)
-        return nonce + self._cipher.encrypt(nonce, plaintext, self._label + context)
-
-    def open_all(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
-        """Each with its context. Raises SealBroken when one does not open, or is too short to hold anything."""
-        decrypt, label = self._cipher.decrypt, self._label
-        try:
-            return [
-                decrypt(field[:NONCE_BYTES], field[NONCE_BYTES:], label + context) for field, context in zip(sealed, contexts, strict=True)
-            ]
-        except (InvalidTag, ValueError):
-            raise SealBroken("does not open under this key and its context") from None
-
-    def open(self, sealed: bytes, context: bytes) -> bytes:
-        return self.open_all((sealed,), (context,))[0]
-
-
-class UnwrappedBucketKey:
-    """``objects.ports.BucketKey``: one version of a bucket's key in the clear, in memory only."""
-
-    def __init__(self, version: int, key: bytes, entropy: Entropy) -> None:
-        self._version = version
-        self._key = key
-        self._entropy = entropy
-        self._list = _Box(HKDFExpand(SHA512(), KEY_BYTES, LIST_LABEL).derive(key), LIST_LABEL, entropy)
-
-    def __repr__(self) -> str:
-        return f"UnwrappedBucketKey(version={self._version})"
-
-    @property
-    def version(self) -> int:
-        return self._version
-
-    def wrap(self, dek: bytes, context: bytes) -> bytes:
-        if len(dek) != KEY_BYTES:
-            raise ValueError(f"a data key has {KEY_BYTES} bytes, not {len(dek)}")
-        header, chunk = seal_one(self._key, WRAP_LABEL, context, CHUNK_BYTES_MIN, dek, self._entropy(SALT_BYTES))
-        return header + chunk
-
-    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        if len(wrapped) != WRAPPED_KEY_BYTES:
-            raise SealBroken(f"a wrapped key has {WRAPPED_KEY_BYTES} bytes, not {len(wrapped)}")
-        return open_one(self._key, WRAP_LABEL, context, wrapped[:HEADER_BYTES], wrapped[HEADER_BYTES:])
-
-    def seal_list(self, plaintext: bytes, context: bytes) -> bytes:
-        return self._list.seal(plaintext, context)
-
-    def open_list(self, sealed: bytes, context: bytes) -> bytes:
-        return self._list.open(sealed, context)
-
-    def open_lists(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
-        return self._list.open_all(sealed, contexts)
+REFUSALS_TOLD_MAX = 1024
+REFUSAL_QUIET_S = 60.0
+"""The same refusal is not audited again for so long: clients that try again must not fill the log."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +58,8 @@ class _Cached:
     expires: float
     newest: int
     versions: Mapping[int, UnwrappedBucketKey]
+    permitted: tuple[str, ...] | None = None
+    """Countries of the bucket's record when the policy last allowed this key; None: it has not been asked."""
 
 
 class _Loading:
@@ -174,10 +80,13 @@ class Keyring:
         *,
         audit: Audit,
         clock: Clock,
+        policy: Policy | None,
+        holder: KeyHolder | None,
         entropy: Entropy = system_entropy,
         cache_ttl_s: float = CACHE_TTL_S,
         buckets_cached_max: int = BUCKETS_CACHED_MAX,
     ) -> None:
+        """``policy``: of the layout in force, None when it can't be read. ``holder``: this gateway's certificate. See ``judge_by``."""
         self._open: KeyMaterial | None = material
         self._keyring_id = material.keyring_id
         self._registers = registers
@@ -188,7 +97,10 @@ class Keyring:
         self._buckets_cached_max = buckets_cached_max
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()
         self._loading: dict[bytes, _Loading] = {}
-        self._secrets: _Box | None = _Box(material.secret_key, SECRET_LABEL, entropy)
+        self._secrets: FieldBox | None = FieldBox(material.secret_key, SECRET_LABEL, entropy)
+        self._policy = policy
+        self._holder = holder
+        self._refusals_told: OrderedDict[tuple[bytes, str], float] = OrderedDict()
         self._released = 0
         self._last = (material.newest.epoch, material.backed_up_epoch)
 
@@ -202,11 +114,22 @@ class Keyring:
             raise KeyringUnavailable("The keyring is closed.")
         return self._open
 
-    async def create_bucket_key(self, bucket_id: bytes) -> None:
+    def judge_by(self, policy: Policy | None, holder: KeyHolder | None) -> None:
+        """A layout came into force, or a certificate was exchanged. Kept keys that the new ones refuse are forgotten."""
+        self._policy, self._holder = policy, holder
+        for bucket_id in [other for other, held in self._cache.items() if held.permitted is None or self.refusal(held.permitted)]:
+            del self._cache[bucket_id]
+
+    def refusal(self, countries: tuple[str, ...] = ()) -> ReleaseRefusal | None:
+        """Why keys of a bucket of these countries are not released here now; none named: of a bucket that is no narrower than the cluster."""
+        return release_refusal(self._policy, self._holder, countries, self._clock.wall_ms())
+
+    async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
         """See KeyService. Asked again after an unknown outcome, it keeps the key that is there. Raises KeyringUnavailable when that is not this keyring's."""
         if len(bucket_id) != BUCKET_ID_BYTES:
             raise ValueError(f"a bucket id has {BUCKET_ID_BYTES} bytes, not {len(bucket_id)}")
         epoch = self.material.newest
+        await self._permit(bucket_id, countries)
         context = self._wrap_context(bucket_id, 1, epoch.epoch)
         wrapped = seal_message(epoch.key, BUCKET_KEY_LABEL, context, self._entropy(KEY_BYTES), self._entropy(SALT_BYTES))
         record = BucketKeys(bucket_id, (WrappedBucketKey(1, epoch.epoch, self._clock.wall_ms(), wrapped),))
@@ -214,18 +137,24 @@ class Keyring:
         try:
             await self._registers.create(self._path(bucket_id), encode(record))
         except AlreadyThere:
-            await self.bucket_key(bucket_id)
+            await self.bucket_key(bucket_id, countries)
 
-    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey:
-        """See KeyService. Raises KeyringUnavailable when the bucket has no such key or it is not under this keyring, ServiceUnavailable without a majority."""
-        cached = self._lookup(bucket_id) or await self._load(bucket_id)
+    async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
+        """See KeyService. Raises KeyringUnavailable when the bucket has no such key or it is not under this keyring, KeyReleaseRefused when the policy refuses it,
+        ServiceUnavailable without a majority."""
+        cached = self._lookup(bucket_id, countries)
+        if cached is None:
+            await self._permit(bucket_id, countries)
+            cached = self._kept(bucket_id) or await self._load(bucket_id)
+            self._require(countries)  # the policy may have changed while the register was read
+            cached.permitted = countries
         key = cached.versions.get(version or cached.newest)
         if key is None:
             raise KeyringUnavailable(f"Bucket {bucket_id.hex()} has no key of version {version}; its newest is {cached.newest}.")
         return key
 
-    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> UnwrappedBucketKey | None:
-        cached = self._lookup(bucket_id)
+    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey | None:
+        cached = self._lookup(bucket_id, countries)
         return None if cached is None else cached.versions.get(version or cached.newest)
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
@@ -238,7 +167,10 @@ class Keyring:
         return self._secret_box().seal(plaintext, pack_context(b"", context))
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
-        return self._secret_box().open(sealed, pack_context(b"", context))
+        """What it opens is a secret that it gives out: raises KeyReleaseRefused where the cluster's policy would refuse a key."""
+        box = self._secret_box()
+        self._require(())
+        return box.open(sealed, pack_context(b"", context))
 
     def close(self) -> None:
         """Forgets every key. Everything that is asked afterwards raises KeyringUnavailable."""
@@ -251,13 +183,47 @@ class Keyring:
         newest, backed_up = self._last if self._open is None else (self._open.newest.epoch, self._open.backed_up_epoch)
         return KeyringStatistics(self._keyring_id.hex(), newest, backed_up, len(self._cache), self._released, self._open is None)
 
-    def _secret_box(self) -> _Box:
+    def _secret_box(self) -> FieldBox:
         if self._secrets is None:
             raise KeyringUnavailable("The keyring is closed.")
         return self._secrets
 
-    def _lookup(self, bucket_id: bytes) -> _Cached | None:
-        self.material  # noqa: B018 - a closed keyring has nothing, cached or not
+    def _require(self, countries: tuple[str, ...]) -> None:
+        if (refusal := self.refusal(countries)) is not None:
+            raise KeyReleaseRefused(f"The policy does not allow this gateway to have this key. Rule {refusal}.", Rule=refusal.rule)
+
+    async def _permit(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
+        """Raises KeyReleaseRefused; a key that was kept is forgotten then, and the refusal is audited, once a minute for a bucket and rule."""
+        refusal = self.refusal(countries)
+        if refusal is None:
+            return
+        if refusal.rule == BUCKET_COUNTRIES_RULE:
+            self._cache.pop(bucket_id, None)
+        else:
+            self._cache.clear()
+        told, now = (bucket_id, refusal.rule), self._clock.monotonic()
+        if now >= self._refusals_told.get(told, now):
+            self._refusals_told[told] = now + REFUSAL_QUIET_S
+            self._refusals_told.move_to_end(told)
+            while len(self._refusals_told) > REFUSALS_TOLD_MAX:
+                self._refusals_told.popitem(last=False)
+            await self._audit("key.refused", self._facts(bucket_id, rule=refusal.rule, reason=refusal.reason))
+        self._require(countries)
+
+    def _lookup(self, bucket_id: bytes, countries: tuple[str, ...]) -> _Cached | None:
+        """A kept key that the policy has allowed, while the certificate is valid. No allocation: every request comes through here."""
+        if self._open is None:
+            raise KeyringUnavailable("The keyring is closed.")
+        cached = self._cache.get(bucket_id)
+        if cached is None or (cached.permitted is not countries and cached.permitted != countries):
+            return None
+        holder = self._holder
+        if holder is None or not holder.valid_from_ms <= self._clock.wall_ms() < holder.valid_until_ms:
+            return None
+        return self._kept(bucket_id)
+
+    def _kept(self, bucket_id: bytes) -> _Cached | None:
+        """Whatever the policy says: the caller asks it."""
         cached = self._cache.get(bucket_id)
         if cached is None:
             return None
@@ -273,7 +239,7 @@ class Keyring:
             await loading.done.wait()
             if loading.failure is not None:
                 raise loading.failure
-            if (cached := self._lookup(bucket_id)) is not None:
+            if (cached := self._kept(bucket_id)) is not None:
                 return cached
         loading = self._loading[bucket_id] = _Loading()
         try:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import ssl
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import structlog
 from storaged import keys
 from storaged.admin.ports import Services
 from storaged.clock import Clock
+from storaged.cluster.policy import KeyHolder, Policy
 from storaged.config import Config, split_address
 from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
 from storaged.ids import system_entropy
@@ -64,14 +65,14 @@ class LateKeys:
             raise KeyringUnavailable(f"Nothing can be sealed or opened: {self.reason.rstrip('.')}.")
         return self.keyring
 
-    async def create_bucket_key(self, bucket_id: bytes) -> None:
-        await self._open().create_bucket_key(bucket_id)
+    async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
+        await self._open().create_bucket_key(bucket_id, countries)
 
-    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> BucketKey:
-        return await self._open().bucket_key(bucket_id, version)
+    async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
+        return await self._open().bucket_key(bucket_id, countries, version)
 
-    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> BucketKey | None:
-        return self._open().bucket_key_at_hand(bucket_id, version)
+    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey | None:
+        return self._open().bucket_key_at_hand(bucket_id, countries, version)
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
         return self._open().authenticate(context, message)
@@ -105,13 +106,24 @@ class _KeyRegisters:
 class Unlocker:
     """Opens the keyring, and lets it be used once the register ``cluster`` names it."""
 
-    def __init__(self, config: Config, cluster: str, paths: SystemPaths, late: LateKeys, audit: Audit, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        cluster: str,
+        paths: SystemPaths,
+        late: LateKeys,
+        audit: Audit,
+        clock: Clock,
+        judged_by: Callable[[], tuple[Policy, KeyHolder]],
+    ) -> None:
+        """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring opens."""
         self._config = config
         self._cluster = cluster
         self._paths = paths
         self._late = late
         self._audit = audit
         self._clock = clock
+        self._judged_by = judged_by
         self.problem = ""
         """Why the keyring cannot be used, when that will not mend itself; empty while it is being opened, and when it is open."""
         self._again = asyncio.Event()
@@ -159,7 +171,10 @@ class Unlocker:
                 raise KeyringMismatch(f"the ring belongs to the cluster {known.cluster}, this gateway to {self._cluster}")
             if known.keyring != material.keyring_id:
                 raise KeyringMismatch(f"the keyring is {material.keyring_id.hex()}; this cluster was created with {known.keyring.hex()}")
-        self._late.keyring = keys.Keyring(material, _KeyRegisters(self._paths), audit=self._audit, clock=self._clock)
+        policy, holder = self._judged_by()
+        self._late.keyring = keys.Keyring(
+            material, _KeyRegisters(self._paths), audit=self._audit, clock=self._clock, policy=policy, holder=holder
+        )
         self.problem = self._late.reason = ""
         self._late.opened.set()
         log.info("the keyring is open", keyring=material.keyring_id.hex())
@@ -208,7 +223,7 @@ class Gateway:
     async def open(self) -> None:
         """Opens the audit log and the S3 port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
         node, config = self._node, self._config
-        self._unlocker = Unlocker(config, node.own.cluster, node.paths, self._late, self._audit, node.clock)
+        self._unlocker = Unlocker(config, node.own.cluster, node.paths, self._late, self._audit, node.clock, self._judged_by)
         limits = shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers)
         plane = ObjectPlane(
             registers=node.ring,
@@ -291,6 +306,20 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._late.opened.wait()
+
+    def _judged_by(self) -> tuple[Policy, KeyHolder]:
+        return self._node.policy, self._node.own.key_holder
+
+    def judge_keys(self) -> None:
+        """Another layout is in force, or this node has another certificate: whether keys may be here is asked anew."""
+        if self._late.keyring is not None:
+            self._late.keyring.judge_by(*self._judged_by())
+
+    @property
+    def key_refusal(self) -> str:
+        """Why the policy does not allow keys here now; empty when it does, and while the keyring is not open. A bucket's countries may still refuse its key."""
+        refusal = self._late.keyring.refusal() if self._late.keyring is not None else None
+        return "" if refusal is None else str(refusal)
 
     def offer(self, services: Services) -> None:
         """What the admin API may ask of a gateway."""

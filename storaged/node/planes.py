@@ -19,11 +19,19 @@ from storaged.cluster.identity import Identity, NodeSigner, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
-from storaged.cluster.policy import policy_of
+from storaged.cluster.policy import Policy, policy_of
 from storaged.cluster.ports import DiskStatus, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
 from storaged.config import Config, split_address
-from storaged.errors import CertificateRefused, ConfigInvalid, LayoutRefused, PortInUse, ServiceUnavailable, StoragedError
+from storaged.errors import (
+    CertificateRefused,
+    ConfigInvalid,
+    JurisdictionRefused,
+    LayoutRefused,
+    PortInUse,
+    ServiceUnavailable,
+    StoragedError,
+)
 from storaged.fragments.payloads import at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
@@ -113,10 +121,23 @@ class Node:
         self.layouts.watch(self._follow_policy)
 
     def _follow_policy(self, layout: Layout) -> None:
-        """Who is admitted follows from the layout in force. Raises JurisdictionRefused for one that names a country outside EU law."""
-        self._policy = policy_of(layout)
+        """Who is admitted, and who is given keys, follows from the layout in force. Raises JurisdictionRefused for one that names a country outside EU law: such a
+        policy admits nobody."""
+        try:
+            self._policy = policy_of(layout)
+        except JurisdictionRefused:
+            self._policy = Policy(())
+            raise
+        finally:
+            if self.gateway is not None:
+                self.gateway.judge_keys()
         if self._server is not None:
             self._server.judge_again()
+
+    @property
+    def policy(self) -> Policy:
+        """Of the layout in force."""
+        return self._policy
 
     def _admit(self, peer: PeerIdentity) -> None:
         """An ``Admission``."""
@@ -284,6 +305,8 @@ class Node:
         self.config, self.own = config, own
         if renewed:
             log.info("this node presents a new certificate", expires=own.expires.isoformat())
+        if self.gateway is not None:
+            self.gateway.judge_keys()
         await self._learn_operators()
 
     async def _close_network(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from storaged.admin.ports import Services
 from storaged.admin.status import SKEW_MS_MAX, Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cluster.layout import NodeEntry, Profile
-from storaged.errors import ClockSkewed, KeyringMismatch, KeysNotBackedUp, ServiceUnavailable, StoragedError
+from storaged.errors import ClockSkewed, KeyReleasesRefused, KeyringMismatch, KeysNotBackedUp, ServiceUnavailable, StoragedError
 from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.runner import JobReport
 from storaged.maintain.service import MaintainStatus
@@ -69,7 +69,17 @@ class Reports:
         told = await node.maintain.statuses()
         profile, reason = self._write_profile()
         problem = node.gateway.problem if node.gateway is not None else ""
-        facts = Facts(node.layouts.current, self._nodes(), profile, reason, problem, self._durability(told), jobs_of(told))
+        refusal = node.gateway.key_refusal if node.gateway is not None else ""
+        facts = Facts(
+            node.layouts.current,
+            self._nodes(),
+            profile,
+            reason,
+            problem,
+            self._durability(told),
+            jobs_of(told),
+            key_refusal=refusal,
+        )
         return self._seen.date(judge(facts, node.clock.wall_ms()))
 
     async def watch(self) -> None:
@@ -186,6 +196,8 @@ class Reports:
                 checks.append(self._round_trip(entry.name, entry.location, known.rtt_min_ms))
         if node.gateway is not None:
             checks.append(self._keys())
+            refusal = node.gateway.key_refusal
+            checks.append(_check("key release", "fail" if refusal else "ok", refusal or "the policy allows it", KeyReleasesRefused.hint))
             if (workers := node.gateway.workers) is not None:
                 state = "ok" if workers.serving == workers.count else "fail"
                 checks.append(_check("workers", state, f"{workers.serving} of {workers.count} serve", "The log says why one ended."))

@@ -142,7 +142,7 @@ class BucketService:
             object_lock=object_lock,
             shard_list=drawn.shard_list,
         )
-        await self._plane.keys.create_bucket_key(record.id)
+        await self._plane.keys.create_bucket_key(record.id, record.countries)
 
         def update(value: Value | None) -> Change:
             self._refuse_existing(who, self._decode(register, value))

@@ -415,7 +415,7 @@ async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: 
 
 async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, version: Version) -> CompleteResult:
     """Completing (or Aborted, when the abort came too late) -> Done."""
-    meta = open_version(upload.place, version, await plane.keys.bucket_key(bucket.id, version.bucket_key)).meta
+    meta = open_version(upload.place, version, await plane.keys.bucket_key(bucket.id, bucket.countries, version.bucket_key)).meta
     result = CompleteResult(meta.etag, version.version_id, version.size, meta.checksums, meta.checksum_type, version.modified_ms)
     sealed = upload.seal_result(plane, result)
 

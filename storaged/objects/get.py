@@ -72,7 +72,10 @@ async def find(
     if found is not None:
         return found
     version = find_version(decode_record(reading.value), version_id)
-    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, version.bucket_key) or await plane.keys.bucket_key(bucket.id, version.bucket_key)
+    keys, countries = plane.keys, bucket.countries
+    bucket_key = keys.bucket_key_at_hand(bucket.id, countries, version.bucket_key)
+    if bucket_key is None:
+        bucket_key = await keys.bucket_key(bucket.id, countries, version.bucket_key)
     return _opened(plane, name, bucket, key, version, version_id, bucket_key, reading)
 
 
@@ -85,7 +88,7 @@ def _kept(plane: ObjectPlane, name: RegisterName, bucket: BucketRecord, key: byt
     kept = plane.opened.get(place, value)
     if kept is None:
         return None
-    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, kept.opened.version.bucket_key)
+    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries, kept.opened.version.bucket_key)
     if bucket_key is not None and bucket_key is kept.bucket_key():
         return Found(name, kept.opened, payload, kept)
     plane.opened.drop(place)
@@ -149,7 +152,7 @@ def _in_memory(
     found = _kept(plane, name, bucket, key, "", reading)
     if found is None:
         version = find_version(decode_record(reading.value), "")
-        bucket_key = plane.keys.bucket_key_at_hand(bucket.id, version.bucket_key)
+        bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries, version.bucket_key)
         if bucket_key is None:
             return reading
         found = _opened(plane, name, bucket, key, version, "", bucket_key, reading)

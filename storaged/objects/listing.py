@@ -65,7 +65,7 @@ def _forgotten_with_its_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
     """What the scanner remembers of a bucket, be it of a listing that failed, goes when the key that is held is let go of; when none is held, now."""
     forget = partial(plane.scanner.forget, bucket.id)
     try:
-        held = plane.keys.bucket_key_at_hand(bucket.id)
+        held = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries)
     except KeyringUnavailable:
         held = None
     if held is None:

@@ -69,7 +69,7 @@ async def create_upload(
     """Raises InvalidRequest for a checksum that can't be."""
     kind = _checked_type(algorithm, checksum_type)
     upload_id = new_upload_id(shard_of(key, bucket.shard_numbers), plane.entropy)
-    bucket_key = await plane.keys.bucket_key(bucket.id)
+    bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
     dek = plane.entropy(DEK_BYTES)
     context = Place(bucket.id, key).context(UPLOAD_VERSION, upload_id)
     now_ms = plane.clock.wall_ms()

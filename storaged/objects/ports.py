@@ -38,15 +38,17 @@ class BucketKey(Protocol):
 
 
 class KeyService(Protocol):
-    """Keys never leave the process that has this. Raises KeyringUnavailable when it is closed or not this cluster's."""
+    """Keys never leave the process that has this. Raises KeyringUnavailable when it is closed or not this cluster's, KeyReleaseRefused when the policy does not
+    allow this gateway to have the key. ``countries`` are those of the authenticated bucket record."""
 
-    async def create_bucket_key(self, bucket_id: bytes) -> None:
+    async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
         """Makes version 1, wrapped under the epoch key, and commits it to the system register ``key/BUCKET_ID`` before it returns; audited."""
 
-    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> BucketKey:
-        """The newest version (0), or the one named; cached, so that no object path waits for the register twice. Audited on release, not on cached use."""
+    async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
+        """The newest version (0), or the one named; cached, so that no object path waits for the register twice.
+        The policy is asked each time. Audited on release and when it is refused, not on cached use."""
 
-    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> BucketKey | None:
+    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey | None:
         """What ``bucket_key`` would answer without waiting; None when it would wait, or refuse."""
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:

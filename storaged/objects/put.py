@@ -79,7 +79,7 @@ async def put(
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> PutResult:
     """Stores an object. When this returns it is durable, and every later read sees it. When it raises, nothing was changed (OutcomeUnknown says when that is not sure)."""
-    bucket_key = plane.keys.bucket_key_at_hand(bucket.id) or await plane.keys.bucket_key(bucket.id)
+    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries) or await plane.keys.bucket_key(bucket.id, bucket.countries)
     write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)
     name, size = write.name, checks.size
     if conditions != NO_WRITE_CONDITIONS:
@@ -111,7 +111,7 @@ def put_soon(
     conditions: WriteConditions = NO_WRITE_CONDITIONS,
 ) -> bool:
     """See ``api.Objects``. Of a condition it is enough that the commit judges it: there is no body left to be spared."""
-    bucket_key = plane.keys.bucket_key_at_hand(bucket.id)
+    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries)
     if bucket_key is None or len(plain) > plane.limits.small_bytes_max or (conditions != NO_WRITE_CONDITIONS and needs_etag(conditions)):
         return False
     write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)

@@ -175,7 +175,7 @@ async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, uplo
 async def unseal_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, name: RegisterName, record: UploadRecord) -> OpenedUpload:
     """Raises DataDamaged."""
     place = Place(bucket.id, key)
-    bucket_key = await plane.keys.bucket_key(bucket.id, record.bucket_key)
+    bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries, record.bucket_key)
     context = place.context(UPLOAD_VERSION, record.upload_id)
     try:
         dek = bucket_key.unwrap(record.wrapped_key, context)

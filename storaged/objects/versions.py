@@ -51,18 +51,18 @@ class BucketKeys:
 
     def __init__(self, plane: ObjectPlane, bucket: BucketRecord) -> None:
         self._plane = plane
-        self._bucket_id = bucket.id
+        self._bucket = bucket
         self._known: dict[int, BucketKey] = {}
 
     async def newest(self) -> BucketKey:
-        key = await self._plane.keys.bucket_key(self._bucket_id)
+        key = await self._plane.keys.bucket_key(self._bucket.id, self._bucket.countries)
         self._known[key.version] = key
         return key
 
     async def load(self, version: int) -> BucketKey:
         key = self._known.get(version)
         if key is None:
-            key = self._known[version] = await self._plane.keys.bucket_key(self._bucket_id, version)
+            key = self._known[version] = await self._plane.keys.bucket_key(self._bucket.id, self._bucket.countries, version)
         return key
 
     def at_hand(self, version: int) -> BucketKey:

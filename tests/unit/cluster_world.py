@@ -45,7 +45,7 @@ class World:
         certificate = identity.certify(self.authority, peer, key.public_key(), days=1, now=datetime.now(UTC))
         (own.directory / "node.key").write_bytes(identity._private_pem(key))
         (own.directory / "node.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        return identity.Identity(own.directory, peer, own.expires, own.administration)
+        return identity.Identity(own.directory, peer, own.expires, own.administration, own.valid_from)
 
 
 class Service:

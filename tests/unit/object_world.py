@@ -465,16 +465,16 @@ class FakeKeys:
         self.late = False
         self._keys: dict[int, FakeBucketKey] = {}
 
-    async def create_bucket_key(self, bucket_id: bytes) -> None:
+    async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
         self.newest[bucket_id] = 1
 
-    async def bucket_key(self, bucket_id: bytes, version: int = 0) -> FakeBucketKey:
+    async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> FakeBucketKey:
         if bucket_id not in self.newest:
             raise KeyringUnavailable
         version = version or self.newest[bucket_id]
         return self._keys.setdefault(version, FakeBucketKey(version))
 
-    def bucket_key_at_hand(self, bucket_id: bytes, version: int = 0) -> FakeBucketKey | None:
+    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> FakeBucketKey | None:
         if self.late or bucket_id not in self.newest:
             return None
         return self._keys.get(version or self.newest[bucket_id])

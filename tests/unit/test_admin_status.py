@@ -38,6 +38,14 @@ def codes(found: dict[str, Any]) -> list[str]:
     return [entry["code"] for entry in found["problems"]]
 
 
+def test_a_gateway_that_the_policy_denies_its_keys_is_down_and_says_the_rule() -> None:
+    found = judge(facts(key_refusal="certificate validity: this gateway's certificate has expired"), NOW)
+    assert found["verdict"] == "DOWN"
+    assert (found["reads"], found["writes"]) == ("stopped", None)
+    assert codes(found) == ["KEY_RELEASE_REFUSED"]
+    assert "expired" in found["problems"][0]["detail"]
+
+
 def test_all_well_is_healthy() -> None:
     found = judge(facts(), NOW)
     assert found["verdict"] == "HEALTHY"
@@ -146,6 +154,7 @@ def test_every_problem_can_be_explained() -> None:
         node("n2", up=False),
         node("n3", up=False),
         keyring_problem="x",
+        key_refusal="x",
         durability=Durability(1, 1, 1),
     )
     assert set(codes(judge(all_wrong, NOW))) <= known

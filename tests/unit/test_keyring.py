@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from storaged.cluster.policy import KeyHolder, Policy
 from storaged.errors import (
     FileExists,
     KeyringDamaged,
@@ -33,8 +34,8 @@ from storaged.keys import (
     open_keyring,
     restore,
 )
+from storaged.keys.bucketkey import WRAPPED_KEY_BYTES, BucketKeys
 from storaged.keys.keyfile import ARGON2_COST
-from storaged.keys.keyring import WRAPPED_KEY_BYTES, BucketKeys
 from storaged.objects.ports import WRAPPED_KEY_BYTES as PORT_WRAPPED_KEY_BYTES
 from storaged.objects.ports import BucketKey, KeyService, SealBroken, pack_context
 from storaged.wire import decode, encode
@@ -76,9 +77,13 @@ class HandClock:
         return 1_700_000_000_000 + int(self.now * 1000)
 
 
+FRANCE = KeyHolder("FR", "FR", 0, 2**50)
+
+
 class Rig:
     def __init__(self, material, **options) -> None:
         self.registers, self.clock, self.entries = Registers(), HandClock(), []
+        options = {"policy": Policy(), "holder": FRANCE} | options
         self.keyring = Keyring(material, self.registers, audit=self.audit, clock=self.clock, **options)
 
     async def audit(self, kind, fields) -> None:
@@ -310,21 +315,21 @@ def test_it_is_the_key_service_that_objects_ask_for(rig):
 
 
 async def test_a_bucket_key_is_committed_before_its_creation_returns_and_its_wraps_open_after_a_restart(rig, material):
-    await rig.keyring.create_bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
     assert list(rig.registers.values) == ["key/" + BUCKET.hex()]
-    key: BucketKey = await rig.keyring.bucket_key(BUCKET)
+    key: BucketKey = await rig.keyring.bucket_key(BUCKET, ())
     wrapped = key.wrap(b"d" * 32, pack_context(b"", [b"bucket", b"key"]))
     assert len(wrapped) == WRAPPED_KEY_BYTES
     again = Rig(open_keyring(material.path, CREDENTIAL))
     again.registers.values = rig.registers.values
-    reopened = await again.keyring.bucket_key(BUCKET, 1)
+    reopened = await again.keyring.bucket_key(BUCKET, (), 1)
     assert reopened.unwrap(wrapped, pack_context(b"", [b"bucket", b"key"])) == b"d" * 32
     assert reopened.version == 1
 
 
 async def test_a_wrap_opens_only_in_its_own_context_whole_and_unaltered(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
-    key = await rig.keyring.bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
+    key = await rig.keyring.bucket_key(BUCKET, ())
     wrapped = key.wrap(b"d" * 32, pack_context(b"", [b"ab", b"c"]))
     for context in ([b"a", b"bc"], [b"ab"], [b"ab", b"c", b""], [b"abc"]):
         with pytest.raises(SealBroken):
@@ -342,8 +347,8 @@ async def test_a_wrap_opens_only_in_its_own_context_whole_and_unaltered(rig):
 
 
 async def test_list_fields_open_in_their_context_only_and_differ_each_time(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
-    key = await rig.keyring.bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
+    key = await rig.keyring.bucket_key(BUCKET, ())
     sealed = key.seal_list(b"etag", pack_context(b"", [b"k", b"v"]))
     assert len(sealed) == 12 + 4 + 16
     assert sealed != key.seal_list(b"etag", pack_context(b"", [b"k", b"v"]))
@@ -361,32 +366,32 @@ async def test_list_fields_open_in_their_context_only_and_differ_each_time(rig):
 
 
 async def test_a_key_under_another_buckets_name_does_not_open(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
     other = bytes(16)
     rig.registers.values["key/" + other.hex()] = rig.registers.values["key/" + BUCKET.hex()]
     with pytest.raises(KeyringUnavailable, match="does not open under keyring"):
-        await rig.keyring.bucket_key(other)
+        await rig.keyring.bucket_key(other, ())
     assert rig.entries[-1][0] == "key.refused"
 
 
 async def test_another_keyring_opens_no_bucket_key_and_makes_no_new_one(rig, tmp_path):
-    await rig.keyring.create_bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
     stranger = Rig(create_keyring(tmp_path / "other", CREDENTIAL))
     stranger.registers.values = rig.registers.values
     before = dict(rig.registers.values)
     with pytest.raises(KeyringUnavailable):
-        await stranger.keyring.bucket_key(BUCKET)
+        await stranger.keyring.bucket_key(BUCKET, ())
     with pytest.raises(KeyringUnavailable):
-        await stranger.keyring.create_bucket_key(BUCKET)
+        await stranger.keyring.create_bucket_key(BUCKET, ())
     assert stranger.registers.values == before
 
 
 async def test_an_unknown_bucket_or_version_or_epoch_or_a_broken_record_is_unavailable_and_says_which(rig):
     with pytest.raises(KeyringUnavailable, match="No key is kept"):
-        await rig.keyring.bucket_key(BUCKET)
-    await rig.keyring.create_bucket_key(BUCKET)
+        await rig.keyring.bucket_key(BUCKET, ())
+    await rig.keyring.create_bucket_key(BUCKET, ())
     with pytest.raises(KeyringUnavailable, match="no key of version 2; its newest is 1"):
-        await rig.keyring.bucket_key(BUCKET, 2)
+        await rig.keyring.bucket_key(BUCKET, (), 2)
     path = "key/" + BUCKET.hex()
     entry = decode(rig.registers.values[path], BucketKeys).versions[0]
     later = type(entry)(entry.version, 9, entry.created_ms, entry.wrapped)
@@ -398,24 +403,24 @@ async def test_an_unknown_bucket_or_version_or_epoch_or_a_broken_record_is_unava
         rig.registers.values[path] = value
         rig.clock.now += 1e6
         with pytest.raises(KeyringUnavailable, match=message):
-            await rig.keyring.bucket_key(BUCKET)
+            await rig.keyring.bucket_key(BUCKET, ())
 
 
 async def test_creating_again_after_an_unknown_outcome_keeps_the_key(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
     before = dict(rig.registers.values)
-    await rig.keyring.create_bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
     assert rig.registers.values == before
 
 
 async def test_keys_are_cached_for_their_time_and_audited_on_release_only(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
     for _ in range(3):
-        await rig.keyring.bucket_key(BUCKET)
+        await rig.keyring.bucket_key(BUCKET, ())
     assert rig.registers.reads == 1
     assert [kind for kind, _ in rig.entries] == ["key.create", "key.release"]
     rig.clock.now = 300.0
-    await rig.keyring.bucket_key(BUCKET)
+    await rig.keyring.bucket_key(BUCKET, ())
     assert rig.registers.reads == 2
     assert [kind for kind, _ in rig.entries] == ["key.create", "key.release", "key.release"]
     assert rig.entries[-1][1] == {"keyring": rig.keyring.statistics().keyring_id, "bucket": BUCKET.hex(), "versions": "1"}
@@ -429,35 +434,35 @@ async def test_a_key_whose_release_cannot_be_audited_is_not_released(material):
         if failing:
             raise OSError("disk full")
 
-    keyring = Keyring(material, registers, audit=audit, clock=HandClock())
-    await keyring.create_bucket_key(BUCKET)
+    keyring = Keyring(material, registers, audit=audit, clock=HandClock(), policy=Policy(), holder=FRANCE)
+    await keyring.create_bucket_key(BUCKET, ())
     failing = True
     with pytest.raises(OSError, match="disk full"):
-        await keyring.bucket_key(BUCKET)
+        await keyring.bucket_key(BUCKET, ())
     assert keyring.statistics().buckets_cached == 0
 
 
 async def test_a_thousand_who_ask_at_once_cause_one_read(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
-    keys = await asyncio.gather(*(rig.keyring.bucket_key(BUCKET) for _ in range(1000)))
+    await rig.keyring.create_bucket_key(BUCKET, ())
+    keys = await asyncio.gather(*(rig.keyring.bucket_key(BUCKET, ()) for _ in range(1000)))
     assert rig.registers.reads == 1
     assert len(set(map(id, keys))) == 1
 
 
 async def test_those_who_wait_share_the_failure_and_the_next_asks_again(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
     rig.registers.failure = ServiceUnavailable("no majority")
-    answers = await asyncio.gather(*(rig.keyring.bucket_key(BUCKET) for _ in range(10)), return_exceptions=True)
+    answers = await asyncio.gather(*(rig.keyring.bucket_key(BUCKET, ()) for _ in range(10)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [ServiceUnavailable] * 10
     assert rig.registers.reads == 1
     rig.registers.failure = None
-    assert (await rig.keyring.bucket_key(BUCKET)).version == 1
+    assert (await rig.keyring.bucket_key(BUCKET, ())).version == 1
 
 
 async def test_a_cancelled_reader_leaves_the_others_their_key(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
-    first = asyncio.ensure_future(rig.keyring.bucket_key(BUCKET))
-    second = asyncio.ensure_future(rig.keyring.bucket_key(BUCKET))
+    await rig.keyring.create_bucket_key(BUCKET, ())
+    first = asyncio.ensure_future(rig.keyring.bucket_key(BUCKET, ()))
+    second = asyncio.ensure_future(rig.keyring.bucket_key(BUCKET, ()))
     await asyncio.sleep(0)
     first.cancel()
     assert (await second).version == 1
@@ -468,11 +473,11 @@ async def test_a_key_that_expired_is_forgotten_when_another_is_released(material
     rig = Rig(material)
     first, second = bytes(16), bytes([1]) * 16
     for bucket in (first, second):
-        await rig.keyring.create_bucket_key(bucket)
-    held = weakref.ref(await rig.keyring.bucket_key(first))
+        await rig.keyring.create_bucket_key(bucket, ())
+    held = weakref.ref(await rig.keyring.bucket_key(first, ()))
     assert held() is not None
     rig.clock.now = 301.0
-    await rig.keyring.bucket_key(second)
+    await rig.keyring.bucket_key(second, ())
     assert held() is None
     assert rig.keyring.statistics().buckets_cached == 1
 
@@ -481,8 +486,8 @@ async def test_the_cache_is_bounded(material):
     rig = Rig(material, buckets_cached_max=3)
     for number in range(10):
         bucket = bytes([number]) * 16
-        await rig.keyring.create_bucket_key(bucket)
-        await rig.keyring.bucket_key(bucket)
+        await rig.keyring.create_bucket_key(bucket, ())
+        await rig.keyring.bucket_key(bucket, ())
     assert rig.keyring.statistics().buckets_cached == 3
 
 
@@ -510,14 +515,14 @@ def test_secrets_open_only_for_the_register_they_were_sealed_for(rig):
 
 
 async def test_a_closed_keyring_answers_nothing_not_even_from_its_cache(rig):
-    await rig.keyring.create_bucket_key(BUCKET)
-    await rig.keyring.bucket_key(BUCKET)
+    await rig.keyring.create_bucket_key(BUCKET, ())
+    await rig.keyring.bucket_key(BUCKET, ())
     sealed = rig.keyring.seal_secret(b"s", [])
     rig.keyring.close()
     with pytest.raises(KeyringUnavailable):
-        await rig.keyring.bucket_key(BUCKET)
+        await rig.keyring.bucket_key(BUCKET, ())
     with pytest.raises(KeyringUnavailable):
-        await rig.keyring.create_bucket_key(BUCKET)
+        await rig.keyring.create_bucket_key(BUCKET, ())
     for call in (lambda: rig.keyring.authenticate([], b""), lambda: rig.keyring.open_secret(sealed, []), lambda: rig.keyring.material):
         with pytest.raises(KeyringUnavailable):
             call()
@@ -526,9 +531,9 @@ async def test_a_closed_keyring_answers_nothing_not_even_from_its_cache(rig):
 
 async def test_one_backup_covers_buckets_created_after_it(tmp_path, rig, material):
     backup(material, tmp_path / "backup", "far away", cost=CHEAP)
-    await rig.keyring.create_bucket_key(BUCKET)
-    wrapped = (await rig.keyring.bucket_key(BUCKET)).wrap(b"d" * 32, pack_context(b"", []))
+    await rig.keyring.create_bucket_key(BUCKET, ())
+    wrapped = (await rig.keyring.bucket_key(BUCKET, ())).wrap(b"d" * 32, pack_context(b"", []))
     os.remove(material.path)
     again = Rig(restore(Path(tmp_path / "backup"), "far away", tmp_path / "restored"))
     again.registers.values = rig.registers.values
-    assert (await again.keyring.bucket_key(BUCKET)).unwrap(wrapped, pack_context(b"", [])) == b"d" * 32
+    assert (await again.keyring.bucket_key(BUCKET, ())).unwrap(wrapped, pack_context(b"", [])) == b"d" * 32

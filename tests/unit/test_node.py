@@ -18,6 +18,7 @@ from storaged.clock import SystemClock
 from storaged.cluster.identity import SignedLayout, create_authority, sign_layout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.policy import KeyHolder, Policy
 from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, ServiceUnavailable
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, Reading, StoreBatch
@@ -163,9 +164,12 @@ def make_keyring(place: Path) -> bytes:
     return keys.create_keyring(place / "keyring", keys.Credential.create(place / "credential")).keyring_id
 
 
+HOLDER = KeyHolder("FR", "FR", 0, 2**50)
+
+
 async def opened(loaded: config.Config, registers: Registers, cluster: str = "c1") -> tuple[LateKeys, Unlocker, asyncio.Task[None]]:
     late = LateKeys()
-    unlocker = Unlocker(loaded, cluster, SystemPaths(registers), late, no_audit, SystemClock())  # type: ignore[arg-type]
+    unlocker = Unlocker(loaded, cluster, SystemPaths(registers), late, no_audit, SystemClock(), lambda: (Policy(), HOLDER))  # type: ignore[arg-type]
     task = asyncio.create_task(unlocker.run())
     while not task.done() and not unlocker.problem:  # noqa: ASYNC110  # the problem is told to people, not to tasks
         await asyncio.sleep(0.005)

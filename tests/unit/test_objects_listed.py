@@ -162,7 +162,7 @@ async def test_a_keyring_that_is_closed_meanwhile_leaves_nothing_with_the_scanne
     rig = Rig(monkeypatch)
     await rig.put(b"data", b"a/k")
 
-    def closed(bucket_id: bytes, version: int = 0) -> None:
+    def closed(bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> None:
         raise KeyringUnavailable("The keyring is closed.")
 
     monkeypatch.setattr(rig.world.keys, "bucket_key_at_hand", closed)

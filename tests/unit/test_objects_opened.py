@@ -114,7 +114,7 @@ async def test_data_keys_are_forgotten_with_the_buckets_key_that_opened_them(mon
         await rig.put(b"data", key)
         await rig.got(key)
     rig.world.keys.newest[rig.bucket.id] = 2
-    await rig.world.keys.bucket_key(rig.bucket.id)
+    await rig.world.keys.bucket_key(rig.bucket.id, ())
     await rig.put(b"data", b"2")
     await rig.got(b"2")
     assert len(lately) == 3

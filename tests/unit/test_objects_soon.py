@@ -119,7 +119,7 @@ async def test_that_there_is_no_such_object_is_told_and_leaves_no_garbage() -> N
 
 async def with_key_at_hand(world: World) -> tuple[ObjectService, BucketRecord]:
     objects, bucket = ObjectService(world.plane()), bucket_of(world)
-    await world.keys.bucket_key(bucket.id)
+    await world.keys.bucket_key(bucket.id, ())
     return objects, bucket
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from storaged.keys.bucketkey import BUCKET_KEY_LABEL, FieldBox, UnwrappedBucketKey
 from storaged.keys.keyfile import Argon2Cost, Credential, Passphrase, _unlock
-from storaged.keys.keyring import BUCKET_KEY_LABEL, SECRET_LABEL, Keyring, UnwrappedBucketKey, _Box
+from storaged.keys.keyring import SECRET_LABEL, Keyring
 from storaged.objects.ports import SealBroken, pack_context
 from storaged.objects.seal import META_LABEL, PartOpener, PartSealer, part_key, seal_part
 from storaged.sov1 import HEADER_BYTES, open_message, seal_message
@@ -74,7 +75,7 @@ def test_bucket_keys_secrets_and_authenticators_are_made_as_documented():
     context = Keyring._wrap_context(type("K", (), {"_keyring_id": hexed(vector["keyring_id"])})(), hexed(vector["bucket_id"]), 1, 1)
     assert open_message(hexed(vector["epoch_key"]), BUCKET_KEY_LABEL, context, hexed(vector["wrapped"])) == hexed(vector["bucket_key"])
     vector = VECTORS["secret"]
-    box = _Box(hexed(vector["secret_key"]), SECRET_LABEL, lambda count: hexed(vector["nonce"])[:count])
+    box = FieldBox(hexed(vector["secret_key"]), SECRET_LABEL, lambda count: hexed(vector["nonce"])[:count])
     assert box.seal(hexed(vector["plaintext"]), packed(vector["context"])) == hexed(vector["sealed"])
     vector = VECTORS["authenticator"]
     material = type("M", (), {"record_key": hexed(vector["record_key"])})()
