@@ -14,6 +14,7 @@ from msgspec import Struct, field
 
 from storaged.errors import StoragedError
 from storaged.meta.ports import Reading as Reading
+from storaged.objects.etags import Condition
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 from storaged.wire import Buffer
 
@@ -34,20 +35,21 @@ class Principal(Struct, frozen=True):
 
 
 class ReadConditions(Struct, frozen=True):
-    """If-Match, If-None-Match (ETags without quotes, or ``*``; several when a list was sent), If-(Un)Modified-Since in milliseconds. Evaluated as RFC 9110 and AWS do."""
+    """If-Match, If-None-Match, If-(Un)Modified-Since in milliseconds. Evaluated as RFC 9110 and AWS do."""
 
-    if_match: tuple[str, ...] = ()
-    if_none_match: tuple[str, ...] = ()
+    if_match: Condition = None
+    if_none_match: Condition = None
     if_modified_since_ms: int | None = None
     if_unmodified_since_ms: int | None = None
 
 
 class WriteConditions(Struct, frozen=True):
-    """If-Match (an ETag, or ``*``: exists) and If-None-Match (``*``: must not exist; an ETag: must differ) of PUT, Complete, Delete and Copy destinations;
-    x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) of Delete."""
+    """If-Match (``ANY``: the object must exist) and If-None-Match (``ANY``: it must not exist; tags: it must have another)
+    of PUT, Complete, Delete and Copy destinations; x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) of
+    Delete."""
 
-    if_match: str = ""
-    if_none_match: str = ""
+    if_match: Condition = None
+    if_none_match: Condition = None
     if_match_size: int | None = None
     if_match_modified_ms: int | None = None
 

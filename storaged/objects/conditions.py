@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed
 from storaged.objects.api import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS, ReadConditions, WriteConditions
+from storaged.objects.etags import Tags, matches_strongly, matches_weakly
 
 
 class Current(NamedTuple):
@@ -24,13 +25,13 @@ def check_read(conditions: ReadConditions, etag: str, modified_ms: int) -> None:
     if conditions == NO_READ_CONDITIONS:
         return
     modified_s = modified_ms // 1000
-    if conditions.if_match:
-        if not _matches(conditions.if_match, etag):
+    if conditions.if_match is not None:
+        if not matches_strongly(conditions.if_match, etag):
             raise PreconditionFailed(Condition="If-Match")
     elif conditions.if_unmodified_since_ms is not None and modified_s > conditions.if_unmodified_since_ms // 1000:
         raise PreconditionFailed(Condition="If-Unmodified-Since")
-    if conditions.if_none_match:
-        if _matches(conditions.if_none_match, etag):
+    if conditions.if_none_match is not None:
+        if matches_weakly(conditions.if_none_match, etag):
             raise NotModified(ETag=etag)
     elif conditions.if_modified_since_ms is not None and modified_s <= conditions.if_modified_since_ms // 1000:
         raise NotModified(ETag=etag)
@@ -49,14 +50,14 @@ def check_write(conditions: WriteConditions, current: Current | None) -> None:
     if conditions == NO_WRITE_CONDITIONS:
         return
     if current is None:
-        if conditions.if_match:
+        if conditions.if_match is not None:
             raise NoSuchKey
         if conditions.if_match_size is not None or conditions.if_match_modified_ms is not None:
             raise PreconditionFailed
         return
-    if conditions.if_match and not _matches((conditions.if_match,), current.etag):
+    if conditions.if_match is not None and not matches_strongly(conditions.if_match, current.etag):
         raise PreconditionFailed(Condition="If-Match")
-    if conditions.if_none_match and _matches((conditions.if_none_match,), current.etag):
+    if conditions.if_none_match is not None and matches_weakly(conditions.if_none_match, current.etag):
         raise PreconditionFailed(Condition="If-None-Match")
     if conditions.if_match_size is not None and conditions.if_match_size != current.size:
         raise PreconditionFailed(Condition="x-amz-if-match-size")
@@ -66,8 +67,4 @@ def check_write(conditions: WriteConditions, current: Current | None) -> None:
 
 def needs_etag(conditions: WriteConditions) -> bool:
     """Whether the current ETag, which is sealed, has to be opened to decide."""
-    return any(tag not in ("", "*") for tag in (conditions.if_match, conditions.if_none_match))
-
-
-def _matches(tags: tuple[str, ...], etag: str) -> bool:
-    return any(tag in ("*", etag) for tag in tags)
+    return isinstance(conditions.if_match, Tags) or isinstance(conditions.if_none_match, Tags)

@@ -8,7 +8,9 @@ from msgspec.structs import replace
 
 from storaged import errors
 from storaged.objects.api import NewMeta, PutResult
+from storaged.objects.etags import tag
 from storaged.objects.records import BucketRecord
+from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front, owned_bucket
@@ -51,7 +53,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
     replace_tags = _directive(headers, "x-amz-tagging-directive")
     given = h.new_meta(headers)
     bucket, key, version = await _source(front, request)
-    conditions = h.read_conditions(headers, "x-amz-copy-source-")
+    conditions = c.source_conditions(headers)
     itself = bucket.id == request.bucket_record.id and key == request.key
     if (
         itself
@@ -67,7 +69,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
     meta: NewMeta | None = given if replace_meta else None
     if meta is None and "x-amz-storage-class" in headers:
         info = await front.objects.head(bucket, key, version_id=version, conditions=conditions)
-        conditions = replace(conditions, if_match=(info.etag,))  # what was read for its metadata is what gets copied
+        conditions = replace(conditions, if_match=tag(info.etag))  # what was read for its metadata is what gets copied
         meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
     result = await front.objects.copy(
         bucket,
@@ -80,7 +82,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
         tags=given.tags if replace_tags else None,
         algorithm=h.algorithm_named(headers, "x-amz-checksum-algorithm"),
         source_conditions=conditions,
-        conditions=h.write_conditions(headers),
+        conditions=c.write_conditions(headers),
     )
     answer = _copied_headers(version)
     version_header(result.version_id, answer)
@@ -102,7 +104,7 @@ async def upload_part_copy(front: Front, request: Request) -> Reply:
         request.query["uploadId"],
         number,
         version_id=version,
-        source_conditions=h.read_conditions(headers, "x-amz-copy-source-"),
+        source_conditions=c.source_conditions(headers),
     )
     return xml_reply(_result("CopyPartResult", result), headers=_copied_headers(version))
 

@@ -7,8 +7,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from email.utils import formatdate, parsedate_to_datetime
+from email.utils import formatdate
 from functools import lru_cache
 from urllib.parse import parse_qsl
 
@@ -24,13 +23,9 @@ from storaged.errors import (
 )
 from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
-    NO_READ_CONDITIONS,
-    NO_WRITE_CONDITIONS,
     BodyChecks,
     NewMeta,
     RangeSpec,
-    ReadConditions,
-    WriteConditions,
 )
 
 USER_PREFIX = "x-amz-meta-"
@@ -106,82 +101,11 @@ def http_time(seconds: int) -> str:
     return formatdate(seconds, usegmt=True)
 
 
-def parse_http_time(text: str) -> int | None:
-    """Milliseconds; None for what is no date (RFC 9110: such a condition is ignored)."""
-    try:
-        moment = parsedate_to_datetime(text)
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 1000
-
-
-def parse_time(text: str) -> int | None:
-    """An HTTP date or ISO 8601, in milliseconds; None for anything else."""
-    found = parse_http_time(text)
-    if found is not None:
-        return found
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
-
-
-# --- conditions and ranges -------------------------------------------------------------------------------------------------
-
-
-def etag_list(text: str) -> tuple[str, ...]:
-    """``"a", W/"b"`` -> ("a", "b"); ``*`` stays."""
-    return tuple(etag(item) for item in text.split(",") if item.strip()) if text else ()
-
-
-def etag(text: str) -> str:
-    return text.strip().removeprefix("W/").strip('"')
+# --- ranges ----------------------------------------------------------------------------------------------------------------
 
 
 def wants_checksums(headers: Mapping[str, str]) -> bool:
     return headers.get("x-amz-checksum-mode", "").upper() == "ENABLED"
-
-
-def read_conditions(headers: Mapping[str, str], prefix: str = "") -> ReadConditions:
-    """If-Match and its relatives; with ``prefix`` ``x-amz-copy-source-`` those of a copy's source."""
-    if not prefix and _READ_CONDITIONS.isdisjoint(headers):
-        return NO_READ_CONDITIONS
-    return ReadConditions(
-        if_match=etag_list(headers.get(prefix + "if-match", "")),
-        if_none_match=etag_list(headers.get(prefix + "if-none-match", "")),
-        if_modified_since_ms=parse_http_time(headers.get(prefix + "if-modified-since", "")),
-        if_unmodified_since_ms=parse_http_time(headers.get(prefix + "if-unmodified-since", "")),
-    )
-
-
-_READ_CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
-
-
-def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
-    """Of PUT, Complete, Copy destinations. Raises NotImplemented for dates, as AWS does."""
-    if "if-match" not in headers and "if-none-match" not in headers:
-        if "if-modified-since" in headers or "if-unmodified-since" in headers:
-            raise errors.NotImplemented("If-Modified-Since and If-Unmodified-Since are not implemented for writes.")
-        return NO_WRITE_CONDITIONS
-    return WriteConditions(if_match=etag(headers.get("if-match", "")), if_none_match=etag(headers.get("if-none-match", "")))
-
-
-def delete_conditions(headers: Mapping[str, str]) -> WriteConditions:
-    size = headers.get("x-amz-if-match-size", "")
-    modified = headers.get("x-amz-if-match-last-modified-time", "")
-    if not size and not modified and "if-match" not in headers:
-        return NO_WRITE_CONDITIONS
-    modified_ms = parse_time(modified) if modified else None
-    if modified and modified_ms is None:
-        raise InvalidArgument(
-            "x-amz-if-match-last-modified-time is not a date", ArgumentName="x-amz-if-match-last-modified-time", ArgumentValue=modified
-        )
-    return WriteConditions(
-        if_match=etag(headers.get("if-match", "")),
-        if_match_size=integer("x-amz-if-match-size", size, 0, 2**63) if size else None,
-        if_match_modified_ms=modified_ms,
-    )
 
 
 def parse_range(text: str) -> RangeSpec | None:

@@ -6,6 +6,7 @@ import asyncio
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PARTS_MAX, CompletedPart
+from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
@@ -105,7 +106,7 @@ async def complete(front: Front, request: Request) -> Reply:
     """A second, equal Complete is answered as the first was."""
     headers = request.headers
     h.refuse_unsupported(headers)
-    conditions = h.write_conditions(headers)
+    conditions = c.write_conditions(headers)
     data = await request.body.read(front.limits.xml_bytes_max)
     if not data.strip():
         raise errors.MalformedXML("You must specify at least one part")
@@ -154,7 +155,7 @@ def _completed_parts(data: bytes) -> list[CompletedPart]:
             parts.pop()  # named twice, as after a part was sent again: the later line counts
         previous = number
         checksums = {h.CHECKSUM_ELEMENTS[name]: value for name, value in found.items() if name in h.CHECKSUM_ELEMENTS and value}
-        parts.append(CompletedPart(number, h.etag(found["ETag"]), checksums))
+        parts.append(CompletedPart(number, c.parse_tag(found["ETag"].strip()) or "", checksums))
     return parts
 
 

@@ -20,6 +20,7 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.records import SealedPart
+from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.acl import own_acl
@@ -96,7 +97,7 @@ def put_asked(request: Request) -> tuple[NewMeta, BodyChecks, WriteConditions]:
         kind = headers.get("content-type")
         return NewMeta({"content-type": h.readable(kind)} if kind else {}), BodyChecks(body.length, sha256=body.sha256), NO_WRITE_CONDITIONS
     h.refuse_unsupported(headers)
-    return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), h.write_conditions(headers)
+    return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
 
 
 async def put_object(front: Front, request: Request) -> Reply:
@@ -110,7 +111,7 @@ async def put_object(front: Front, request: Request) -> Reply:
 async def delete_object(front: Front, request: Request) -> Reply:
     """Deleting what is not there succeeds."""
     result = await front.objects.delete(
-        request.bucket_record, request.key, version_id=version_of(request), conditions=h.delete_conditions(request.headers)
+        request.bucket_record, request.key, version_id=version_of(request), conditions=c.delete_conditions(request.headers)
     )
     headers: Headers = {}
     version_header(result.version_id, headers)
@@ -150,16 +151,9 @@ async def _delete_entry(front: Front, request: Request, entry: dict[str, str], q
     named = f"<Key>{xml.escape(entry['Key'])}</Key>{xml.optional('VersionId', version)}"
     try:
         check_key(key)
-        modified = entry.get("LastModifiedTime", "")
-        modified_ms = h.parse_time(modified) if modified else None
-        if modified and modified_ms is None:
-            raise errors.InvalidArgument("LastModifiedTime is not a date")
-        conditions = WriteConditions(
-            if_match=h.etag(entry.get("ETag", "")),
-            if_match_size=h.integer("Size", entry["Size"], 0, 2**63) if entry.get("Size") else None,
-            if_match_modified_ms=modified_ms,
-        )
-        result = await front.objects.delete(request.bucket_record, key, version_id=version, conditions=conditions)
+        if "VersionId" in entry and not version:
+            raise errors.InvalidArgument("Version id cannot be the empty string")
+        result = await front.objects.delete(request.bucket_record, key, version_id=version, conditions=c.entry_conditions(entry))
     except errors.S3Error as error:
         return f"<Error>{named}{xml.element('Code', error.code)}{xml.element('Message', error.message)}</Error>"
     except Exception:
@@ -204,7 +198,7 @@ async def get_object(front: Front, request: Request) -> Reply:
     overrides = _overrides(request)
     part_number = _part_number(request)
     span = h.parse_range(headers["range"]) if "range" in headers else None
-    conditions = h.read_conditions(headers)
+    conditions = c.read_conditions(headers)
     stream = await _open(front, request, conditions, span, part_number)
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], stream.info):
         await stream.close()
@@ -257,11 +251,10 @@ async def _open(
 
 
 def _still_same(if_range: str, info: ObjectInfo) -> bool:
-    """If-Range: an ETag (strong comparison), or the very date of Last-Modified."""
-    text = if_range.strip()
-    if text.startswith('"'):
-        return text.strip('"') == info.etag
-    moment_ms = h.parse_http_time(text)
+    """If-Range: one strong entity tag, or the very date of Last-Modified (RFC 9110, section 13.1.5)."""
+    if c.parse_tag(if_range) == info.etag:
+        return True
+    moment_ms = c.parse_http_time(if_range)
     return moment_ms is not None and moment_ms == info.modified_ms // 1000 * 1000
 
 
@@ -275,7 +268,7 @@ async def head_object(front: Front, request: Request) -> Reply:
         request.bucket_record,
         request.key,
         version_id=version_of(request),
-        conditions=h.read_conditions(headers),
+        conditions=c.read_conditions(headers),
         part_number=part_number,
         reading=request.reading,
     )
@@ -324,7 +317,7 @@ async def get_attributes(front: Front, request: Request) -> Reply:
     marker_text = headers.get("x-amz-part-number-marker", "")
     marker = h.integer("x-amz-part-number-marker", marker_text, 0, 2**31 - 1) if marker_text else 0
     info = await front.objects.head(
-        request.bucket_record, request.key, version_id=version_of(request), conditions=h.read_conditions(headers)
+        request.bucket_record, request.key, version_id=version_of(request), conditions=c.read_conditions(headers)
     )
     content = []
     if "ETag" in wanted:

@@ -37,6 +37,7 @@ from storaged.objects.api import (
     WriteConditions,
     as_rows,
 )
+from storaged.objects.etags import ANY, Tags
 from storaged.objects.get import HeldStream, Span
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 from storaged.wire import Buffer
@@ -198,25 +199,26 @@ class FakeObjects:
     def check_read(info: ObjectInfo, conditions: ReadConditions) -> None:
         c = conditions
         seconds = info.modified_ms // 1000
-        if c.if_match and "*" not in c.if_match and info.etag not in c.if_match:
+        if isinstance(c.if_match, Tags) and info.etag not in c.if_match.strong:
             raise errors.PreconditionFailed(Condition="If-Match")
-        if not c.if_match and c.if_unmodified_since_ms is not None and seconds > c.if_unmodified_since_ms // 1000:
+        if c.if_match is None and c.if_unmodified_since_ms is not None and seconds > c.if_unmodified_since_ms // 1000:
             raise errors.PreconditionFailed(Condition="If-Unmodified-Since")
-        if c.if_none_match and ("*" in c.if_none_match or info.etag in c.if_none_match):
+        if c.if_none_match == ANY or (isinstance(c.if_none_match, Tags) and info.etag in (*c.if_none_match.strong, *c.if_none_match.weak)):
             raise errors.NotModified(ETag=info.etag)
-        if not c.if_none_match and c.if_modified_since_ms is not None and seconds <= c.if_modified_since_ms // 1000:
+        if c.if_none_match is None and c.if_modified_since_ms is not None and seconds <= c.if_modified_since_ms // 1000:
             raise errors.NotModified(ETag=info.etag)
 
     @staticmethod
     def check_write(current: Stored | None, conditions: WriteConditions) -> None:
         c = conditions
-        if c.if_match and current is None:
+        if c.if_match is not None and current is None:
             raise errors.NoSuchKey()
         if current is None:
             return
-        if c.if_match and c.if_match not in ("*", current.info.etag):
+        etag = current.info.etag
+        if isinstance(c.if_match, Tags) and etag not in c.if_match.strong:
             raise errors.PreconditionFailed(Condition="If-Match")
-        if c.if_none_match and c.if_none_match in ("*", current.info.etag):
+        if c.if_none_match == ANY or (isinstance(c.if_none_match, Tags) and etag in (*c.if_none_match.strong, *c.if_none_match.weak)):
             raise errors.PreconditionFailed(Condition="If-None-Match")
         if c.if_match_size is not None and c.if_match_size != current.info.size:
             raise errors.PreconditionFailed(Condition="x-amz-if-match-size")

@@ -34,6 +34,7 @@ from storaged.errors import (
 from storaged.meta.names import Change, RegisterName, Table, object_name
 from storaged.objects import multipart
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta, PutResult, RangeSpec, WriteConditions
+from storaged.objects.etags import ANY, tag
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, PartRecord, decode_object, encode_object
 from storaged.objects.references import live_references, parts_in, references
 from storaged.objects.service import ObjectService
@@ -295,13 +296,13 @@ async def test_conditions_of_complete_are_judged_at_its_commit_and_the_upload_st
 
     world.ring.interfere = rival
     with pytest.raises(PreconditionFailed):
-        await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_none_match="*"))
+        await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_none_match=ANY))
     assert await got(objects, bucket) == b"rival"
     assert [part.number for part in (await objects.list_parts(bucket, b"key", upload_id))[1]] == [1]
     with pytest.raises(PreconditionFailed):
-        await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_match="0" * 32))
+        await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_match=tag("0" * 32)))
     etag = hashlib.md5(b"rival").hexdigest()
-    await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_match=etag))
+    await complete(objects, bucket, upload_id, parts, conditions=WriteConditions(if_match=tag(etag)))
     assert await got(objects, bucket) == b"a" * 1000
     await objects.close()
 

@@ -32,6 +32,7 @@ from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Reading
 from storaged.objects import commit
 from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, RangeSpec, ReadConditions, WriteConditions
+from storaged.objects.etags import ANY, Tags, tag
 from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
@@ -304,15 +305,15 @@ async def test_write_conditions_are_judged_on_what_the_commit_finds_not_on_what_
 
         world.ring.interfere = rival
         with pytest.raises(PreconditionFailed):
-            await put(objects, bucket, data, conditions=WriteConditions(if_none_match="*"))
+            await put(objects, bucket, data, conditions=WriteConditions(if_none_match=ANY))
         assert await got(objects, bucket) == data[::-1]
         etag = hashlib.md5(data[::-1]).hexdigest()
-        await put(objects, bucket, data, conditions=WriteConditions(if_match=etag))
+        await put(objects, bucket, data, conditions=WriteConditions(if_match=tag(etag)))
         with pytest.raises(PreconditionFailed):
-            await put(objects, bucket, data, conditions=WriteConditions(if_match=etag))
-        await objects.delete(bucket, b"key", conditions=WriteConditions(if_match=hashlib.md5(data).hexdigest(), if_match_size=size))
+            await put(objects, bucket, data, conditions=WriteConditions(if_match=tag(etag)))
+        await objects.delete(bucket, b"key", conditions=WriteConditions(if_match=tag(hashlib.md5(data).hexdigest()), if_match_size=size))
         with pytest.raises(NoSuchKey):
-            await put(objects, bucket, data, conditions=WriteConditions(if_match=etag))
+            await put(objects, bucket, data, conditions=WriteConditions(if_match=tag(etag)))
     await objects.close()
 
 
@@ -341,7 +342,7 @@ async def test_an_unconditional_put_that_was_preempted_sees_its_fragments_again_
     await objects.close()
 
 
-@pytest.mark.parametrize("conditions", [NO_WRITE_CONDITIONS, WriteConditions(if_match="*")])
+@pytest.mark.parametrize("conditions", [NO_WRITE_CONDITIONS, WriteConditions(if_match=ANY)])
 async def test_a_put_that_others_come_before_every_time_is_to_be_tried_again(
     conditions: WriteConditions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,21 +372,21 @@ async def test_read_conditions_answer_304_and_412_in_the_order_of_the_rfc() -> N
     at = result.modified_ms
     for call in (objects.head, objects.get):
         for conditions in (
-            ReadConditions(if_none_match=(result.etag,)),
-            ReadConditions(if_none_match=("*",)),
+            ReadConditions(if_none_match=tag(result.etag)),
+            ReadConditions(if_none_match=ANY),
             ReadConditions(if_modified_since_ms=at),
-            ReadConditions(if_match=(result.etag,), if_none_match=("other", result.etag)),
+            ReadConditions(if_match=tag(result.etag), if_none_match=Tags(("other", result.etag))),
         ):
             with pytest.raises(NotModified):
                 await call(bucket, b"key", conditions=conditions)
         for conditions in (
-            ReadConditions(if_match=("other",), if_none_match=(result.etag,)),
+            ReadConditions(if_match=tag("other"), if_none_match=tag(result.etag)),
             ReadConditions(if_unmodified_since_ms=at - 5000),
         ):
             with pytest.raises(PreconditionFailed):
                 await call(bucket, b"key", conditions=conditions)
-        await objects.head(bucket, b"key", conditions=ReadConditions(if_match=(result.etag,), if_unmodified_since_ms=at - 5000))
-        await objects.head(bucket, b"key", conditions=ReadConditions(if_none_match=("other",), if_modified_since_ms=at + 5000))
+        await objects.head(bucket, b"key", conditions=ReadConditions(if_match=tag(result.etag), if_unmodified_since_ms=at - 5000))
+        await objects.head(bucket, b"key", conditions=ReadConditions(if_none_match=tag("other"), if_modified_since_ms=at + 5000))
     await objects.close()
 
 
@@ -619,7 +620,7 @@ async def test_a_copy_has_its_own_data_and_survives_the_source() -> None:
         assert await got(objects, bucket, key=b"dst") == data
         with pytest.raises(PreconditionFailed):
             await objects.copy(
-                bucket, b"dst", bucket, b"x", owner=OWNER, meta=None, source_conditions=ReadConditions(if_none_match=(info.etag,))
+                bucket, b"dst", bucket, b"x", owner=OWNER, meta=None, source_conditions=ReadConditions(if_none_match=tag(info.etag))
             )
     await objects.close()
 

@@ -24,6 +24,7 @@ from storaged.objects.api import (
     Soon,
     WriteConditions,
 )
+from storaged.objects.etags import ANY, tag
 from storaged.objects.get import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
@@ -161,10 +162,10 @@ async def test_a_small_object_is_written_as_by_put_and_counted_once(size: int) -
 async def test_what_is_judged_at_the_commit_refuses_and_changes_nothing() -> None:
     world = World()
     objects, bucket = await with_key_at_hand(world)
-    new = WriteConditions(if_none_match="*")
+    new = WriteConditions(if_none_match=ANY)
     assert isinstance(await put_now(objects, bucket, b"one", conditions=new), PutResult)
     assert isinstance(await put_now(objects, bucket, b"two", conditions=new), PreconditionFailed)
-    assert isinstance(await put_now(objects, bucket, b"three", conditions=WriteConditions(if_match="*")), PutResult)
+    assert isinstance(await put_now(objects, bucket, b"three", conditions=WriteConditions(if_match=ANY)), PutResult)
     assert await got(objects, bucket) == b"three"
     name = object_name(bucket.id, bucket.shard_numbers, b"key")
     value = world.ring.values[name]
@@ -195,7 +196,7 @@ async def test_a_body_that_is_not_what_was_declared_is_raised_and_begins_nothing
 async def test_what_is_no_common_case_is_left_to_put(why: str) -> None:
     world = World()
     (objects, bucket), data = await with_key_at_hand(world), os.urandom(5000)
-    conditions = WriteConditions(if_match="0" * 32) if why == "etag" else NO_WRITE_CONDITIONS
+    conditions = WriteConditions(if_match=tag("0" * 32)) if why == "etag" else NO_WRITE_CONDITIONS
     world.ring.busy, world.keys.late = why == "ring", why == "key"
     if why == "disks":
         for rack in "ab":
@@ -226,10 +227,10 @@ async def test_only_a_put_without_conditions_is_proposed_whatever_is_there(size:
                 await objects.put(bucket, b"key", pieces(data), META, BodyChecks(size=size), owner=OWNER, conditions=conditions)
         return len(world.ring.regardless) > before and world.ring.regardless[-1]
 
-    assert not await put_with(WriteConditions(if_none_match="*"))
+    assert not await put_with(WriteConditions(if_none_match=ANY))
     assert await put_with(NO_WRITE_CONDITIONS)
     assert await put_with(NO_WRITE_CONDITIONS)
-    assert not await put_with(WriteConditions(if_none_match="*"))
+    assert not await put_with(WriteConditions(if_none_match=ANY))
     await objects.delete(bucket, b"key")
     assert not world.ring.regardless[-1]
     await objects.close()

@@ -11,6 +11,7 @@ from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
 from storaged.objects.api import ReadConditions, WriteConditions
 from storaged.objects.buffers import IDLE_BYTES_MAX, BufferPool, Lease, Transfer, block_size_for, window_bytes_for
 from storaged.objects.conditions import Current, check_copy_source, check_write
+from storaged.objects.etags import ANY, tag
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.service import ObjectService
 from storaged.objects.where import where
@@ -169,28 +170,28 @@ def test_write_conditions_as_a_table() -> None:
     current = Current("e1", 10, 5_000)
     good = [
         WriteConditions(),
-        WriteConditions(if_match="e1"),
-        WriteConditions(if_match="*"),
-        WriteConditions(if_none_match="e2"),
+        WriteConditions(if_match=tag("e1")),
+        WriteConditions(if_match=ANY),
+        WriteConditions(if_none_match=tag("e2")),
         WriteConditions(if_match_size=10, if_match_modified_ms=5_999),
     ]
     for conditions in good:
         check_write(conditions, current)
     for conditions in (
-        WriteConditions(if_match="e2"),
-        WriteConditions(if_none_match="*"),
-        WriteConditions(if_none_match="e1"),
+        WriteConditions(if_match=tag("e2")),
+        WriteConditions(if_none_match=ANY),
+        WriteConditions(if_none_match=tag("e1")),
         WriteConditions(if_match_size=9),
         WriteConditions(if_match_modified_ms=1),
     ):
         with pytest.raises(PreconditionFailed):
             check_write(conditions, current)
-    check_write(WriteConditions(if_none_match="*"), None)
+    check_write(WriteConditions(if_none_match=ANY), None)
     with pytest.raises(NoSuchKey):
-        check_write(WriteConditions(if_match="*"), None)
+        check_write(WriteConditions(if_match=ANY), None)
 
 
 def test_a_copy_answers_412_where_a_read_answers_304() -> None:
     with pytest.raises(PreconditionFailed):
-        check_copy_source(ReadConditions(if_none_match=("e",)), "e", 0)
+        check_copy_source(ReadConditions(if_none_match=tag("e")), "e", 0)
     assert not issubclass(PreconditionFailed, NotModified)

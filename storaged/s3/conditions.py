@@ -1,0 +1,185 @@
+"""Conditions of S3 requests: the one parser of entity tags and dates, and what each operation accepts of them. Pure.
+
+A header that is there and names nothing is a condition that no object fulfils, never no condition: a write that asks
+for ``If-Match: ""`` must not overwrite.
+
+| operation | accepts | refuses |
+|---|---|---|
+| GetObject, HeadObject, GetObjectAttributes | all four; what is no date is ignored (RFC 9110, 13.1.3) | |
+| PutObject, CopyObject, CompleteMultipartUpload | If-Match, ``If-None-Match: *`` | 501: other If-None-Match, dates |
+| copy sources | x-amz-copy-source-if-* | 400: tags or dates that cannot be read |
+| DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: malformed values |
+| DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: malformed values |
+
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from storaged.errors import InvalidArgument, NotImplemented
+from storaged.objects.api import NO_READ_CONDITIONS, NO_WRITE_CONDITIONS, ReadConditions, WriteConditions
+from storaged.objects.etags import ANY, NO_TAG, AnyTag, Condition, Tags
+from storaged.s3.headers import integer
+
+NAMES = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
+SOURCE_PREFIX = "x-amz-copy-source-"
+
+DATE_CHARS_MAX = 64
+"""Longer than any date: the standard library's parser is not run on hostile text of any length."""
+
+_ITEM = re.compile(r'[ \t]*(W/)?(?:"([^"]*)"|([^",\s]+))[ \t]*(?:,|$)')
+"""An entity tag, quoted as RFC 9110 wants it, or bare as many S3 clients send it."""
+_EMPTY_ITEM = re.compile(r"[ \t]*(?:,|$)")
+
+
+def parse_tags(text: str) -> AnyTag | Tags:
+    """``*``, or a list of entity tags. Text that is neither as a whole is ``NO_TAG``: it names no object's tag."""
+    if text.strip(" \t") == "*":
+        return ANY
+    strong: list[str] = []
+    weak: list[str] = []
+    position = 0
+    while position < len(text):
+        if empty := _EMPTY_ITEM.match(text, position):
+            position = empty.end()
+            continue
+        item = _ITEM.match(text, position)
+        if item is None or item[3] == "*":
+            return NO_TAG
+        (weak if item[1] else strong).append(item[2] if item[2] is not None else item[3])
+        position = item.end()
+    return Tags(tuple(strong), tuple(weak)) if strong or weak else NO_TAG
+
+
+def parse_tag(text: str) -> str | None:
+    """The opaque tag of a single strong entity tag; None for anything else."""
+    found = parse_tags(text)
+    return found.strong[0] if isinstance(found, Tags) and len(found.strong) == 1 and not found.weak else None
+
+
+def parse_http_time(text: str) -> int | None:
+    """Milliseconds of an HTTP date (RFC 9110, section 5.6.7); None for anything else."""
+    if len(text) > DATE_CHARS_MAX:
+        return None
+    try:
+        moment = parsedate_to_datetime(text)
+        return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 1000
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def parse_time(text: str) -> int | None:
+    """An HTTP date or ISO 8601, in milliseconds; None for anything else."""
+    found = parse_http_time(text)
+    if found is not None:
+        return found
+    try:
+        moment = datetime.fromisoformat(text)
+        return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        return None
+
+
+def read_conditions(headers: Mapping[str, str]) -> ReadConditions:
+    """If-Match and its relatives. A malformed If-Match fails; the others are ignored then (RFC 9110, section 13)."""
+    if NAMES.isdisjoint(headers):
+        return NO_READ_CONDITIONS
+    return ReadConditions(
+        if_match=_tags(headers, "if-match"),
+        if_none_match=_tags(headers, "if-none-match"),
+        if_modified_since_ms=parse_http_time(headers.get("if-modified-since", "")),
+        if_unmodified_since_ms=parse_http_time(headers.get("if-unmodified-since", "")),
+    )
+
+
+def source_conditions(headers: Mapping[str, str]) -> ReadConditions:
+    """Of a copy's source. A condition that can't be read must not let the copy happen. Raises InvalidArgument."""
+    none_match = _tags(headers, SOURCE_PREFIX + "if-none-match")
+    if none_match == NO_TAG:
+        raise _malformed(SOURCE_PREFIX + "if-none-match", headers[SOURCE_PREFIX + "if-none-match"], "is not an entity tag")
+    return ReadConditions(
+        if_match=_tags(headers, SOURCE_PREFIX + "if-match"),
+        if_none_match=none_match,
+        if_modified_since_ms=_date(headers, SOURCE_PREFIX + "if-modified-since"),
+        if_unmodified_since_ms=_date(headers, SOURCE_PREFIX + "if-unmodified-since"),
+    )
+
+
+def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
+    """Of PutObject, CompleteMultipartUpload, and copies' destinations.
+
+    Raises NotImplemented for a date, and for If-None-Match with anything but ``*``.
+    """
+    if NAMES.isdisjoint(headers):
+        return NO_WRITE_CONDITIONS
+    _refuse(headers, "if-modified-since", "if-unmodified-since")
+    none_match = _tags(headers, "if-none-match")
+    if isinstance(none_match, Tags):
+        raise unsupported("if-none-match")
+    return WriteConditions(if_match=_tags(headers, "if-match"), if_none_match=none_match)
+
+
+def delete_conditions(headers: Mapping[str, str]) -> WriteConditions:
+    """Of DeleteObject. Raises InvalidArgument, NotImplemented."""
+    _refuse(headers, "if-none-match", "if-modified-since", "if-unmodified-since")
+    return deletion(
+        headers.get("if-match"),
+        headers.get("x-amz-if-match-size"),
+        headers.get("x-amz-if-match-last-modified-time"),
+        ("x-amz-if-match-size", "x-amz-if-match-last-modified-time"),
+    )
+
+
+def entry_conditions(entry: Mapping[str, str]) -> WriteConditions:
+    """Of one entry of DeleteObjects. Raises InvalidArgument."""
+    etag = entry.get("ETag")
+    return deletion(
+        etag.strip() if etag is not None else None, entry.get("Size"), entry.get("LastModifiedTime"), ("Size", "LastModifiedTime")
+    )
+
+
+def deletion(etag: str | None, size: str | None, modified: str | None, names: tuple[str, str]) -> WriteConditions:
+    """None: not asked for. ``names``: of the size and the time, as errors call them. Raises InvalidArgument."""
+    if etag is None and size is None and modified is None:
+        return NO_WRITE_CONDITIONS
+    modified_ms = parse_time(modified) if modified is not None else None
+    if modified is not None and modified_ms is None:
+        raise _malformed(names[1], modified, "is not a date")
+    return WriteConditions(
+        if_match=parse_tags(etag) if etag is not None else None,
+        if_match_size=integer(names[0], size, 0, 2**63) if size is not None else None,
+        if_match_modified_ms=modified_ms,
+    )
+
+
+def unsupported(name: str) -> NotImplemented:
+    """AWS's answer to a header that an operation does not have."""
+    return NotImplemented("A header you provided implies functionality that is not implemented", Header=name)
+
+
+def _refuse(headers: Mapping[str, str], *names: str) -> None:
+    for name in names:
+        if name in headers:
+            raise unsupported(name)
+
+
+def _tags(headers: Mapping[str, str], name: str) -> Condition:
+    return parse_tags(headers[name]) if name in headers else None
+
+
+def _date(headers: Mapping[str, str], name: str) -> int | None:
+    if name not in headers:
+        return None
+    found = parse_http_time(headers[name])
+    if found is None:
+        raise _malformed(name, headers[name], "is not a date")
+    return found
+
+
+def _malformed(name: str, value: str, why: str) -> InvalidArgument:
+    return InvalidArgument(f"{name} {why}", ArgumentName=name, ArgumentValue=value)
