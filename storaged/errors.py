@@ -594,10 +594,24 @@ class JurisdictionRefused(OperatorError):
 
 
 class LayoutRefused(OperatorError):
-    """The layout is not signed by this cluster's administration key, or is not newer than the one in force."""
+    """A layout was offered that the node does not take: it is not signed by this cluster's administration key, is a second one under an epoch that is
+    known, or would move replicas or disks, which this release can't do. The node goes on with the layout that it has; nothing is lost."""
 
     code = "LAYOUT_REFUSED"
-    hint = "Layouts are signed where the administration key is (`storaged cluster layout`); a node keeps the one it has until a newer one verifies."
+    hint = (
+        "Put the cluster's layout back where the wrong one was offered from (`layout.signed` beside the node's certificate), and reload. "
+        "Only addresses, roles and nodes without disks may change."
+    )
+
+
+class LayoutMovesData(OperatorError):
+    """The new layout would move replicas or disks of a cluster that is in use. This release can't carry over what lies there, so it would be lost."""
+
+    code = "LAYOUT_MOVES_DATA"
+    hint = (
+        "Disks, storage nodes, racks and weights stay as they are in the last layout. Take back what differs (`storaged cluster remove DIRECTORY NODE` for "
+        "a node that was issued too much). Addresses, certificates and gateways may change."
+    )
 
 
 class AuditUnwritable(OperatorError):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
     ClockSkewed,
@@ -24,6 +25,7 @@ from storaged.errors import (
     IndexDamaged,
     KeyReleasesRefused,
     KeyringMismatch,
+    LayoutRefused,
     NodeDown,
     ObjectsBelowTarget,
     ObjectsLost,
@@ -60,6 +62,8 @@ class NodeFacts:
     """Why it is down: it does not answer, or is refused."""
     silent: bool = False
     """This gateway can't hear of it: a gateway that no node calls, since it has no address."""
+    refused: Sequence[RefusedLayout] = ()
+    """Layouts that it was offered and does not take."""
 
     @property
     def state(self) -> str:
@@ -217,6 +221,9 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
         for disk in node.disks:
             if disk.state != "ok":
                 yield problem(_DISK_PROBLEMS.get(disk.state, DiskDown), f"{node.rack}/{node.name}/{disk.id}", now_ms, disk.reason)
+        for refused in node.refused:
+            detail = f"layout {refused.epoch}, offered by {refused.source}: {refused.reason}"
+            yield problem(LayoutRefused, f"{node.rack}/{node.name}", now_ms, detail)
         told = {disk.id for disk in node.disks}
         for entry in facts.layout.disks:
             if entry.node == node.name and entry.id not in told:

@@ -129,8 +129,13 @@ def issue(
     _, mistakes = parse(text, folder)
     if mistakes:
         raise OperatorError("this node could not run:\n" + "\n".join(f"  {mistake.message}" for mistake in mistakes))
+    if known is not None:
+        plan.nodes[plan.nodes.index(known)] = node
+    else:
+        plan.nodes.append(node)
+    if (last := files.last_layout(authority, plan)) is not None:
+        files.layout_of(plan, last)  # refused before anything is made: no layout could ever name this node
     files.issue_node(authority, node, folder, text, member=known is not None)
-    plan.nodes = [other for other in plan.nodes if other.name != name] + [node]
     files.save_plan(directory, plan)
     if known is not None:
         click.echo(f"{name}: a new certificate is in {folder}; config.issued.toml there is what its configuration would be now")
@@ -190,16 +195,41 @@ def _copy(folder: Path, name: str) -> str:
     return f"copy {folder / 'identity'}/ to /etc/storaged/{name}/identity/ on its server, and reload the node"
 
 
+@cluster.command("remove")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("name")
+def remove(directory: Path, name: str) -> None:
+    """Take a node without disks out of the list that layouts are made from: the next layout shuts it out.
+
+    A storage node that the last layout names can't be taken out: its disks' data would be lost.
+    """
+    from storaged.cli import create as files
+    from storaged.cluster import identity
+
+    plan = files.load_plan(directory)
+    if name not in [node.name for node in plan.nodes]:
+        raise OperatorError(f"{name} is no node of this cluster; there are: {', '.join(node.name for node in plan.nodes)}")
+    plan.nodes = [node for node in plan.nodes if node.name != name]
+    if (last := files.last_layout(identity.load_authority(directory), plan)) is not None:
+        files.layout_of(plan, last)
+    files.save_plan(directory, plan)
+    click.echo(f"{name} is no longer in the list; its certificate is still valid until it expires.")
+    click.echo(f"  Next, to shut it out: storaged cluster layout {directory}")
+
+
 @cluster.command("layout")
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def layout(directory: Path) -> None:
-    """Sign a layout of all issued nodes and put it into each node's folder."""
+    """Sign a layout of all issued nodes and put it into each node's folder.
+
+    Once a cluster has a layout, later ones may change addresses, and nodes without disks, alone: one that would move data is refused.
+    """
     from storaged.cli import create as files
     from storaged.cluster import identity
 
     plan = files.load_plan(directory)
     authority = identity.load_authority(directory)
-    signed = files.layout_of(plan)
+    signed = files.layout_of(plan, files.last_layout(authority, plan))
     files.sign_layout(authority, signed, [directory / "nodes" / node.name for node in plan.nodes])
     plan.epoch = signed.epoch
     files.save_plan(directory, plan)

@@ -1,7 +1,7 @@
 """The files of a cluster: its authority, each node's folder (certificate and configuration), the signed layout.
 
-``cluster.json`` in the authority's directory is the list that the layout is made from; it is written by ``storaged cluster``, and by ``storaged dev`` for
-its own cluster. A node's folder holds everything the node needs to start and can be copied to its server as it is.
+``cluster.json`` in the authority's directory is the list that the layout is made from, ``layout.signed`` beside it the last one that was signed; both are written by
+``storaged cluster``, and by ``storaged dev`` for its own cluster. A node's folder holds everything the node needs to start and can be copied to its server as it is.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import msgspec
 
 from storaged.cluster import identity
 from storaged.cluster.layout import DiskEntry, Layout, Location, NodeEntry, problems_of
+from storaged.cluster.moves import moves_between
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import PeerIdentity
 from storaged.durable import replace_file
-from storaged.errors import OperatorError
+from storaged.errors import LayoutMovesData, LayoutRefused, OperatorError
 from storaged.ids import new_disk_id
-from storaged.wire import encode
+from storaged.wire import decode, encode
 
 REGISTER_NAME = "cluster.json"
 LAYOUT_NAME = "layout.signed"
@@ -121,15 +122,46 @@ def issue_node(authority: identity.Authority, node: NodePlan, folder: Path, conf
         write_private(folder / ("config.issued.toml" if member else "config.toml"), config_text.encode())
 
 
-def layout_of(plan: ClusterPlan) -> Layout:
-    """The layout of all nodes in the plan, at the epoch after the plan's. Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a
-    node that its policy does not admit."""
+def last_layout(authority: identity.Authority, plan: ClusterPlan) -> Layout | None:
+    """The newest layout that was signed here; None when none ever was. Raises OperatorError when ``plan`` knows of one that is not here any more.
+
+    It lies beside the authority's keys, and (from before it did) in the nodes' folders. A plan that was put back from a backup may be older than it.
+    """
+    newest: Layout | None = None
+    for path in (authority.directory / LAYOUT_NAME, *sorted(authority.directory.glob(f"nodes/*/identity/{LAYOUT_NAME}"))):
+        try:
+            signed = decode(path.read_bytes(), identity.SignedLayout)
+            layout = identity.verify_layout(signed, authority.administration.public_key(), authority.cluster)
+        except FileNotFoundError:
+            continue
+        except (msgspec.MsgspecError, LayoutRefused) as error:
+            raise OperatorError(f"{path} is no layout of this cluster: {error}. Move it away.") from None
+        if newest is None or layout.epoch > newest.epoch:
+            newest = layout
+    if plan.epoch > (newest.epoch if newest is not None else 0):
+        raise OperatorError(
+            f"layout {plan.epoch} was signed, and is not here any more, so that nothing can be compared with it. "
+            f"Copy {LAYOUT_NAME} from a node (it lies beside its certificate) to {authority.directory / LAYOUT_NAME}."
+        )
+    return newest
+
+
+def layout_of(plan: ClusterPlan, last: Layout | None = None) -> Layout:
+    """The layout of all nodes in the plan, at the epoch after the plan's and that of ``last``, the one that was signed before (see ``last_layout``).
+
+    Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a node that its policy does not admit, LayoutMovesData when it would move
+    a replica or a disk against ``last``.
+    """
     for node in plan.nodes:
         plan.admit(node)
+    epoch = 1 + max(plan.epoch, last.epoch if last is not None else 0)
     nodes = tuple(NodeEntry(node.name, node.location, node.address, tuple(node.roles)) for node in plan.nodes)
     disks = tuple(DiskEntry(disk.id, node.name, disk.weight) for node in plan.nodes for disk in node.disks)
-    bare = Layout(plan.cluster, plan.epoch + 1, nodes, disks, (), plan.profile, countries=plan.countries, jurisdictions=plan.jurisdictions)
-    layout = msgspec.structs.replace(bare, seeds=seeds_of(bare))
+    bare = Layout(plan.cluster, epoch, nodes, disks, (), plan.profile, countries=plan.countries, jurisdictions=plan.jurisdictions)
+    kept = last is not None and all(seed in bare.disk_by_id for seed in last.seeds)
+    layout = msgspec.structs.replace(bare, seeds=last.seeds if last is not None and kept else seeds_of(bare))
+    if last is not None and (moves := moves_between(last, layout)):
+        raise LayoutMovesData(f"this layout would move data against layout {last.epoch}, and nothing is signed: {moves}")
     problems = problems_of(layout)
     if problems:
         raise OperatorError("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -146,8 +178,9 @@ def seeds_of(layout: Layout) -> tuple[str, ...]:
 
 
 def sign_layout(authority: identity.Authority, layout: Layout, folders: list[Path]) -> None:
-    """Signs, and puts the result into each node's identity, where the node finds it at its next start or reload."""
+    """Signs, keeps the result beside the authority's keys, and puts it into each node's identity, where the node finds it at its next start or reload."""
     signed = encode(identity.sign_layout(layout, authority.administration))
+    write_private(authority.directory / LAYOUT_NAME, signed)
     for folder in folders:
         write_private(folder / "identity" / LAYOUT_NAME, signed)
 

@@ -178,9 +178,9 @@ class Layout(Message, frozen=True, dict=True):
         return {}
 
     def _ranked(self, salt: bytes) -> list[str]:
-        def score(disk: DiskEntry) -> float:
+        def score(disk: DiskEntry) -> tuple[float, str]:
             draw = (xxhash.xxh3_64_intdigest(disk.id.encode() + salt) + 1) / (2**64 + 2)
-            return -max(disk.weight, 1) / math.log(draw)
+            return -max(disk.weight, 1) / math.log(draw), disk.id  # the id: the order of the layout's list never decides
 
         return [disk.id for disk in sorted(self.disks, key=score, reverse=True)]
 

@@ -1,12 +1,17 @@
 """The layouts that this node knows: the one in force, and the earlier ones that records still name.
 
-A layout is believed for its signature alone, whoever brings it. Epochs only grow: a layout that is older than the one in force joins the
+A layout is believed for its signature, from any sender. Epochs only grow: a layout that is older than the one in force joins the
 history and changes nothing, and a second one under an epoch already known is refused, since one of the two was not meant to exist.
+
+A newer layout that would move a replica or a disk (``cluster.moves``) is refused too, because nothing would carry over what lies there: the node goes on with the
+layout that it has. The layouts that a node used are in its directory, so that it knows at its next start which one that is. What was refused, and
+who offered it, is kept for ``status``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
@@ -14,8 +19,10 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
 
+from storaged.clock import Clock, SystemClock
 from storaged.cluster.identity import LAYOUT_BYTES_MAX, SignedLayout, verify_layout
 from storaged.cluster.layout import Layout
+from storaged.cluster.moves import RefusedLayout, moves_between
 from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.wire import decode, encode
@@ -25,19 +32,44 @@ log = structlog.get_logger(__name__)
 HISTORY_MAX = 4096
 """Layouts kept in memory: a change every day for eleven years."""
 
+REFUSALS_MAX = 16
+"""Sources whose refused layouts are kept for ``status``."""
+
+REASON_CHARS_MAX = 500
+PEER = "node "
+"""How the name of a source begins that is a peer."""
+
+OFFER_LASTS_S = 60.0
+"""A peer that goes by another layout offers it at every ping: one that has not for so long has stopped."""
+
+DIGEST_BYTES = 16
+
 Persist = Callable[[int, SignedLayout], Awaitable[None]]
 """``await persist(epoch, signed)`` returns when the layout is durable."""
 
 
 class LayoutBook:
-    """Implements ``Layouts``. ``known`` are those read at start (see :class:`LayoutFiles`); each is verified again."""
+    """Implements ``Layouts``. ``known`` are those that this node has used (see :class:`LayoutFiles`); each is verified again.
+
+    ``on_refusal(refused)`` is called once for each layout that is refused, and again when the reason changes.
+    """
 
     def __init__(
-        self, administration: Ed25519PublicKey, cluster: str, *, known: Iterable[SignedLayout] = (), persist: Persist | None = None
+        self,
+        administration: Ed25519PublicKey,
+        cluster: str,
+        *,
+        known: Iterable[SignedLayout] = (),
+        persist: Persist | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        self.on_refusal: Callable[[RefusedLayout], None] = lambda _refused: None
         self._administration = administration
         self._cluster = cluster
         self._persist = persist
+        self._clock = clock or SystemClock()
+        self._refused: dict[str, tuple[float, bytes, RefusedLayout]] = {}
+        """Source -> when it was offered last (monotonic), the digest of what was offered, and what is wrong with it."""
         self._signed: dict[int, SignedLayout] = {}
         self._layouts: dict[int, Layout] = {}
         self._current: Layout | None = None
@@ -58,6 +90,20 @@ class LayoutBook:
         """Of the layout in force; 0 when there is none."""
         return self._current.epoch if self._current is not None else 0
 
+    @property
+    def digest(self) -> bytes:
+        """Of the layout in force, so that two nodes notice that they go by different ones of one epoch. Empty when there is none."""
+        return _digest_of(self._signed[self._current.epoch]) if self._current is not None else b""
+
+    def refusals(self) -> tuple[RefusedLayout, ...]:
+        """What was refused and is still being offered, as far as is known."""
+        now = self._clock.monotonic()
+        return tuple(
+            refused
+            for offered, _, refused in self._refused.values()
+            if not refused.source.startswith(PEER) or now - offered < OFFER_LASTS_S
+        )
+
     def at(self, epoch: int) -> Layout:
         return self._layouts[epoch]
 
@@ -70,21 +116,56 @@ class LayoutBook:
         """``watcher(layout)`` is called for each layout that comes into force."""
         self._watchers.append(watcher)
 
-    async def learn(self, signed: SignedLayout) -> bool:
-        """Verifies, persists, then uses. True when it is new to this node. Raises LayoutRefused."""
-        layout = verify_layout(signed, self._administration, self._cluster)
+    async def learn(self, signed: SignedLayout, source: str) -> bool:
+        """Verifies, persists, then uses. True when it is new to this node. ``source``: who offers it, as an operator is told.
+
+        Raises LayoutRefused: the layout is not signed by this cluster, is another one of an epoch that is known, or would move a replica or a disk of the one in
+        force. The node goes on with what it has, and ``refusals`` says so.
+        """
+        digest = _digest_of(signed)
+        if (known := self._refused.get(source)) is not None and known[1] == digest and known[2].epoch > self.epoch:
+            self._refused[source] = (self._clock.monotonic(), digest, known[2])
+            raise LayoutRefused(known[2].reason)
+        epoch = 0
+        try:
+            layout = verify_layout(signed, self._administration, self._cluster)
+            epoch = layout.epoch
+            new = await self._learn(layout, signed)
+        except LayoutRefused as error:
+            self.refuse(epoch, source, error.message, digest)
+            raise
+        self._refused.pop(source, None)
+        return new
+
+    def refuse(self, epoch: int, source: str, reason: str, digest: bytes = b"") -> None:
+        """Notes, logs and reports that a layout is not taken; a repetition only renews the note."""
+        refused = RefusedLayout(epoch, source, reason[:REASON_CHARS_MAX])
+        known = self._refused.get(source)
+        if known is None and len(self._refused) >= REFUSALS_MAX:
+            del self._refused[min(self._refused, key=lambda name: self._refused[name][0])]
+        self._refused[source] = (self._clock.monotonic(), digest, refused)
+        if known is None or known[2] != refused:
+            log.error("a layout is refused", epoch=epoch, source=source, reason=refused.reason, in_force=self.epoch)
+            self.on_refusal(refused)
+
+    def agrees(self, source: str) -> None:
+        """The peer ``source`` goes by the layout in force, or by an older one: what it offered before counts no more."""
+        self._refused.pop(source, None)
+
+    async def _learn(self, layout: Layout, signed: SignedLayout) -> bool:
         if layout.epoch < 1:
             raise LayoutRefused("Epochs are numbered from 1.")
         async with self._learning:
             known = self._signed.get(layout.epoch)
             if known is not None:
                 if known.payload != signed.payload:
-                    log.error("two layouts were signed under one epoch", epoch=layout.epoch)
                     raise LayoutRefused(f"Another layout is known under epoch {layout.epoch}; this one is not taken.")
                 return False
+            in_force = layout.epoch > self.epoch
+            if in_force and self._current is not None and (moves := await asyncio.to_thread(moves_between, self._current, layout)):
+                raise LayoutRefused(f"Layout {layout.epoch} would move data against layout {self.epoch}: {moves}.")
             if self._persist is not None:
                 await self._persist(layout.epoch, signed)
-            in_force = layout.epoch > self.epoch
             self._adopt(layout, signed)
         if in_force:
             log.info("layout in force", epoch=layout.epoch, nodes=len(layout.nodes), disks=len(layout.disks))
@@ -100,6 +181,10 @@ class LayoutBook:
         if len(self._signed) > HISTORY_MAX:
             oldest = min(self._signed)
             del self._signed[oldest], self._layouts[oldest]
+
+
+def _digest_of(signed: SignedLayout) -> bytes:
+    return hashlib.sha256(signed.payload).digest()[:DIGEST_BYTES]
 
 
 class LayoutFiles:

@@ -14,7 +14,8 @@ down       missed three pings in a row; or its connection broke and the attempt 
 A ping that is late while other bytes do arrive is not counted as missed: behind a long body it is queued, not lost.
 
 Each ping carries the epoch of the layout in force. Whoever knows a newer one passes it on, epoch by epoch, so that a node that was away gets the
-history too. A gateway without an address of its own is known by the pings that it sends.
+history too. A gateway without an address of its own is known by the pings that it sends. Layouts that a node refuses (``cluster.layouts``) go with its answers, so that
+``status`` names them; so does a digest of the one in force, which shows two nodes that they go by different ones of one epoch.
 
 These three methods are all that a certified node gets which the layout in force does not name: so a node that has just been added can bring the layout
 that names it, and one that was removed learns that it was.
@@ -39,7 +40,8 @@ from storaged.clock import Clock, SystemClock
 from storaged.cluster.authority import grant
 from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
-from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.layouts import PEER, LayoutBook
+from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, Caller, DiskStatus, Method, Methods
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
 from storaged.wire import Message
@@ -76,6 +78,8 @@ class Ping(Message, frozen=True):
     pid: int
     wall_ms: int
     epoch: int
+    digest: bytes = b""
+    """Of that layout; empty: not said."""
 
 
 class Pong(Message, frozen=True):
@@ -85,6 +89,8 @@ class Pong(Message, frozen=True):
     wall_ms: int
     epoch: int
     disks: tuple[DiskReport, ...] = ()
+    digest: bytes = b""
+    refused: tuple[RefusedLayout, ...] = ()
 
 
 class LayoutAfter(Message, frozen=True):
@@ -120,6 +126,8 @@ class NodeStatus:
     rtt_min_ms: float | None = None
     clock_skew_ms: float | None = None
     disks: tuple[DiskStatus, ...] = ()
+    refused: tuple[RefusedLayout, ...] = ()
+    """Layouts that it does not take."""
 
 
 class Links(Protocol):
@@ -141,6 +149,9 @@ class _Peer:
     pid: int = 0
     epoch: int = 0
     disks: tuple[DiskStatus, ...] = ()
+    refused: tuple[RefusedLayout, ...] = ()
+    complaint: str = ""
+    """Why layouts could not be exchanged with it when that was last tried; logged once."""
     rtt_min_ms: float | None = None
     samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     """(round trip, skew) in milliseconds."""
@@ -225,14 +236,23 @@ class Membership:
     def status(self, node: str) -> NodeStatus:
         """Raises KeyError for a node that is in no layout."""
         if node == self._node:
-            return NodeStatus(
-                node, "up", self._began_ms, "", self._incarnation, self._pid, self._layouts.epoch, 0.0, 0.0, tuple(self._own_disks())
-            )
+            epoch, disks, refused = self._layouts.epoch, tuple(self._own_disks()), self._layouts.refusals()
+            return NodeStatus(node, "up", self._began_ms, "", self._incarnation, self._pid, epoch, 0.0, 0.0, disks, refused)
         peer = self._peers[node]
         self._age_inbound(peer)
         skew = min(peer.samples)[1] if peer.samples else None
         return NodeStatus(
-            node, peer.state, peer.since_ms, peer.reason, peer.incarnation, peer.pid, peer.epoch, peer.rtt_min_ms, skew, peer.disks
+            node,
+            peer.state,
+            peer.since_ms,
+            peer.reason,
+            peer.incarnation,
+            peer.pid,
+            peer.epoch,
+            peer.rtt_min_ms,
+            skew,
+            peer.disks,
+            peer.refused,
         )
 
     def node_up(self, node: str) -> bool:
@@ -327,7 +347,9 @@ class Membership:
         if disks != peer.disks:
             peer.disks = disks
             self._index_disks()
+        peer.refused = pong.refused
         self._heard_of(peer, pong.incarnation, pong.pid, pong.epoch)
+        self._compare(peer.name, pong.epoch, pong.digest)
         if pong.epoch != self._layouts.epoch:
             await self._exchange(peer, pong.epoch)
 
@@ -376,21 +398,38 @@ class Membership:
     # Answers.
 
     def _introduction(self) -> Ping:
-        return Ping(self._node, self._incarnation, self._pid, self._clock.wall_ms(), self._layouts.epoch)
+        return Ping(self._node, self._incarnation, self._pid, self._clock.wall_ms(), self._layouts.epoch, self._layouts.digest)
+
+    def _compare(self, node: str, epoch: int, digest: bytes) -> None:
+        """A peer that goes by another layout of our epoch is reported: one of the two was signed by mistake. A newer one is for ``_exchange`` to judge."""
+        if epoch == self._layouts.epoch and digest and digest != self._layouts.digest:
+            self._layouts.refuse(epoch, PEER + node, f"Two layouts were signed under epoch {epoch}; {node} goes by the other one.", digest)
+        elif epoch <= self._layouts.epoch:
+            self._layouts.agrees(PEER + node)
 
     async def _on_ping(self, ping: Ping, call: Call) -> Pong:
         peer = self._peers.get(call.peer.name)
         if peer is not None and peer.task is None:
             peer.last_inbound = self._clock.monotonic()
             self._heard_of(peer, ping.incarnation, ping.pid, ping.epoch)
+        self._compare(call.peer.name, ping.epoch, ping.digest)
         reports = tuple(DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own_disks())
-        return Pong(self._node, self._incarnation, self._pid, self._clock.wall_ms(), self._layouts.epoch, reports)
+        return Pong(
+            self._node,
+            self._incarnation,
+            self._pid,
+            self._clock.wall_ms(),
+            self._layouts.epoch,
+            reports,
+            self._layouts.digest,
+            self._layouts.refusals(),
+        )
 
     async def _on_layout(self, request: LayoutAfter, call: Call) -> LayoutAnswer:
         return LayoutAnswer(self._layouts.signed_after(request.epoch))
 
     async def _on_offer(self, signed: SignedLayout, call: Call) -> Taken:
-        await self._layouts.learn(signed)
+        await self._layouts.learn(signed, PEER + call.peer.name)
         return Taken(self._layouts.epoch)
 
     def _age_inbound(self, peer: _Peer) -> None:
@@ -406,7 +445,7 @@ class Membership:
             for _ in range(LAYOUTS_PER_PING_MAX):
                 if epoch > self._layouts.epoch:
                     answer, _body = await self._caller.call(peer.name, "cluster.layout", LayoutAfter(self._layouts.epoch), LayoutAnswer)
-                    if answer.signed is None or not await self._layouts.learn(answer.signed):
+                    if answer.signed is None or not await self._layouts.learn(answer.signed, PEER + peer.name):
                         return
                 else:
                     following = self._layouts.signed_after(epoch)
@@ -417,4 +456,6 @@ class Membership:
                         return
                     epoch = taken.epoch
         except (LayoutRefused, PeerError) as error:
-            log.warning("layouts could not be exchanged", peer=peer.name, reason=error.message)
+            if error.message != peer.complaint:
+                log.warning("layouts could not be exchanged", peer=peer.name, reason=error.message)
+            peer.complaint = error.message

@@ -19,6 +19,7 @@ from storaged.cluster.identity import Identity, NodeSigner, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
+from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.policy import Policy, policy_of
 from storaged.cluster.ports import DiskStatus, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
@@ -45,7 +46,7 @@ from storaged.meta.remembered import PIECES_BYTES_MAX
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.node.disks import Disks, open_disks
 from storaged.node.reports import Reports
-from storaged.node.system import SystemPaths, exchange_layout, operator_layout
+from storaged.node.system import LAYOUT_FILE, SystemPaths, exchange_layout, operator_layout
 from storaged.objects.references import live_references
 from storaged.wire import encode
 
@@ -98,6 +99,7 @@ class Node:
         await self.membership.start()
         await self.audit.start()
         self.layouts.watch(lambda layout: self.audit.note("layout.taken", epoch=layout.epoch, nodes=len(layout.nodes)))
+        self._audit_refused_layouts()
         stack.push_async_callback(self.audit.close)
         if self.config.gateway:
             from storaged.node.gateway import Gateway
@@ -115,7 +117,7 @@ class Node:
     async def _open_layouts(self) -> None:
         files = LayoutFiles(self.directory / "layouts")
         persist = files.save if self.leader is None else None
-        self.layouts = LayoutBook(self.own.administration, self.own.cluster, known=files.load(), persist=persist)
+        self.layouts = LayoutBook(self.own.administration, self.own.cluster, known=files.load(), persist=persist, clock=self.clock)
         await self._learn_operators()
         self._follow_policy(self.layouts.current)
         self.layouts.watch(self._follow_policy)
@@ -155,9 +157,14 @@ class Node:
             raise CertificateRefused(f"{peer.name} is certified as {', '.join(peer.roles)} in {where}; the layout in force says otherwise.")
 
     async def _learn_operators(self) -> None:
+        """A layout that is refused is noted, and the node goes on with the one that it used last; without one it does not start."""
         signed = operator_layout(self.own)
         if signed is not None:
-            await self.layouts.learn(signed)
+            try:
+                await self.layouts.learn(signed, str(self.own.directory / LAYOUT_FILE))
+            except LayoutRefused:
+                if not self.layouts.epoch:
+                    raise
         if not self.layouts.epoch:
             raise LayoutRefused(f"there is no layout: put the signed one into {self.own.directory} (storaged cluster layout)")
 
@@ -211,6 +218,14 @@ class Node:
             clock=self.clock,
             file_bytes_max=self.config.audit.file_bytes_max,
         )
+
+    def _audit_refused_layouts(self) -> None:
+        def note(refused: RefusedLayout) -> None:
+            self.audit.note("layout.refused", epoch=refused.epoch, source=refused.source, reason=refused.reason)
+
+        self.layouts.on_refusal = note
+        for refused in self.layouts.refusals():
+            note(refused)
 
     async def _publish_checkpoint(self, checkpoint: Checkpoint) -> None:
         """To the register ``audit/NODE/CHAIN``: kept where this node alone cannot change it. Not waited for without a majority, so that stopping stays quick."""

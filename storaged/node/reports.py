@@ -110,6 +110,7 @@ class Reports:
                     known.disks,
                     known.reason,
                     silent=self._silent(entry),
+                    refused=known.refused,
                 )
             )
         return facts

@@ -19,6 +19,7 @@ from storaged.meta.ports import Registers
 from storaged.wire import Message, decode, encode
 
 LAYOUT_FILE = "layout.signed"
+LAYOUT_REGISTER = "the register layout"
 
 log = structlog.get_logger("node")
 
@@ -86,7 +87,7 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
     try:
         body = await paths.replace("layout", choose)
         if body is not None:
-            await layouts.learn(decode(body, SignedLayout))
+            await layouts.learn(decode(body, SignedLayout), LAYOUT_REGISTER)
     except msgspec.MsgspecError as error:
         raise LayoutRefused(f"the register of the layout does not decode: {error}") from None
 

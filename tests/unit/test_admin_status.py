@@ -10,6 +10,7 @@ import pytest
 from storaged.admin.status import Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cli.status import render
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Layout, NodeEntry
+from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import every_error
 
@@ -52,6 +53,15 @@ def test_all_well_is_healthy() -> None:
     assert found["problems"] == []
     assert [entry["state"] for entry in found["nodes"]] == ["up"] * 3
     assert found["nodes"][0]["disks"][0] == {"id": "n1-1", "directory": "/n1/1", "state": "ok", "bytes_used": 10, "bytes_free": 20}
+
+
+def test_a_refused_layout_is_named_with_its_epoch_and_who_offered_it() -> None:
+    refused = RefusedLayout(8, "node n4", "Layout 8 would move data against layout 7: disk d of n4 is new.")
+    found = judge(facts(dataclasses.replace(node("n2"), refused=[refused])), NOW)
+    assert found["verdict"] == "DEGRADED"
+    assert codes(found) == ["LAYOUT_REFUSED"]
+    assert found["problems"][0]["subject"] == "FR/par2/b/n2"
+    assert found["problems"][0]["detail"] == f"layout 8, offered by node n4: {refused.reason}"
 
 
 def test_a_rack_away_is_degraded_and_names_the_node() -> None:

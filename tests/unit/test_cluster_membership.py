@@ -14,6 +14,7 @@ from storaged.cluster.identity import SignedLayout, sign_layout
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
+from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, DiskStatus, PeerIdentity, Reply
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
 from storaged.wire import Buffer, Message
@@ -83,12 +84,19 @@ def world(tmp_path: Path) -> World:
 
 
 def layout(
-    epoch: int = 1, names: Sequence[str] = ("n1", "n2", "n3"), gateway: bool = False, addresses: dict[str, str] | None = None
+    epoch: int = 1,
+    names: Sequence[str] = ("n1", "n2", "n3"),
+    gateway: bool = False,
+    addresses: dict[str, str] | None = None,
+    disks: Sequence[str] | None = None,
 ) -> Layout:
+    """``disks``: the nodes that have one (default: all)."""
     nodes = [NodeEntry(name, f"FR/par1/{name}", (addresses or {}).get(name, f"{name}:1"), ("storage",)) for name in names]
     if gateway:
         nodes.append(NodeEntry("gw", "FR/par1/n1", "", ("gateway",)))
-    return Layout("c1", epoch, tuple(nodes), tuple(DiskEntry(f"disk-{name}", name, 1) for name in names), ("disk-n1",))
+    return Layout(
+        "c1", epoch, tuple(nodes), tuple(DiskEntry(f"disk-{name}", name, 1) for name in (names if disks is None else disks)), ("disk-n1",)
+    )
 
 
 def signed(world: World, value: Layout) -> SignedLayout:
@@ -284,19 +292,64 @@ async def test_a_node_without_any_layout_is_given_one_by_those_who_know_it(world
 
 async def test_a_new_layout_changes_who_is_pinged(world: World) -> None:
     network = Network()
-    layouts = book(world, layout(1, ("n1", "n2")))
+    with_second, with_third = (layout(epoch, ("n1", other), disks=["n1"]) for epoch, other in ((1, "n2"), (2, "n3")))
+    layouts = book(world, with_second)
     async with (
         member(network, world, "n1", layouts) as first,
-        member(network, world, "n2", book(world, layout(1, ("n1", "n2")))),
-        member(network, world, "n3", book(world, layout(1, ("n1", "n3")))),
+        member(network, world, "n2", book(world, with_second)),
+        member(network, world, "n3", book(world, with_second)),
     ):
         await until(lambda: first.node_up("n2"))
-        assert await layouts.learn(signed(world, layout(2, ("n1", "n3"))))
+        assert await layouts.learn(signed(world, with_third), "a test")
         await until(lambda: first.node_up("n3"))
         assert [status.name for status in first.statuses()] == ["n1", "n3"]
         assert not first.node_up("n2")
-        assert not first.disk_readable("disk-n2")
-        assert first.disk_readable("disk-n3")
+
+
+async def test_a_layout_that_would_move_data_is_refused_wherever_it_comes_from_and_everybody_goes_on(world: World) -> None:
+    network = Network()
+    books = {name: book(world, layout()) for name in ("n1", "n2")}
+    strayed = book(world, layout(2, ("n1", "n2", "n3", "n4")))  # as a node that was added under an older release has it
+    async with (
+        member(network, world, "n1", books["n1"]) as first,
+        member(network, world, "n2", books["n2"]),
+        member(network, world, "n4", strayed),
+    ):
+        await until(lambda: books["n1"].refusals() != () and first.status("n2").refused != ())
+        for refused in (*books["n1"].refusals(), *first.status("n2").refused):
+            assert (refused.epoch, refused.source) == (2, "node n4")
+            assert "disk disk-n4 of n4 is new" in refused.reason
+        assert first.status("n1").refused == books["n1"].refusals()
+        assert {known.epoch for known in books.values()} == {1}
+        assert first.node_up("n2")
+        assert await books["n1"].learn(signed(world, layout(3, addresses={"n2": "elsewhere:1"})), "a test")
+        await until(lambda: books["n2"].epoch == 3)
+
+
+async def test_a_refused_layout_is_judged_and_logged_once_however_often_it_is_offered(world: World) -> None:
+    heard: list[RefusedLayout] = []
+    layouts = book(world, layout())
+    layouts.on_refusal = heard.append
+    moving, harmless = signed(world, layout(2, ("n1", "n2"))), signed(world, layout(2, addresses={"n1": "elsewhere:1"}))
+    for _ in range(3):
+        with pytest.raises(LayoutRefused, match="disk disk-n3 of n3 is gone"):
+            await layouts.learn(moving, "a file")
+    assert [(refused.epoch, refused.source) for refused in heard] == [(2, "a file")]
+    assert layouts.refusals() == tuple(heard)
+    assert await layouts.learn(harmless, "a file")
+    assert layouts.refusals() == ()
+
+
+async def test_two_layouts_of_one_epoch_show_by_the_nodes_that_go_by_them(world: World) -> None:
+    network = Network()
+    one, other = book(world, layout()), book(world, layout(addresses={"n3": "elsewhere:1"}))
+    async with member(network, world, "n1", one), member(network, world, "n2", other):
+        await until(lambda: one.refusals() != () and other.refusals() != ())
+        assert "Two layouts were signed under epoch 1; n2 goes by the other one" in one.refusals()[0].reason
+        assert "n1 goes by the other one" in other.refusals()[0].reason
+        third = signed(world, layout(2))
+        assert await one.learn(third, "a test")
+        await until(lambda: other.epoch == 2 and one.refusals() == () == other.refusals())
 
 
 async def test_a_layout_that_the_administration_did_not_sign_is_not_taken_and_harms_nobody(world: World, tmp_path: Path) -> None:
@@ -315,13 +368,13 @@ async def test_a_layout_that_the_administration_did_not_sign_is_not_taken_and_ha
 
 async def test_epochs_only_grow_and_one_epoch_has_one_layout(world: World) -> None:
     layouts = book(world, layout(4))
-    assert not await layouts.learn(signed(world, layout(4)))
-    assert await layouts.learn(signed(world, layout(2)))
+    assert not await layouts.learn(signed(world, layout(4)), "a test")
+    assert await layouts.learn(signed(world, layout(2)), "a test")
     assert (layouts.epoch, layouts.at(2)) == (4, layout(2))
     with pytest.raises(LayoutRefused, match="Another layout is known under epoch 4"):
-        await layouts.learn(signed(world, layout(4, ("n1",))))
+        await layouts.learn(signed(world, layout(4, ("n1",))), "a test")
     with pytest.raises(LayoutRefused):
-        await layouts.learn(signed(world, layout(0)))
+        await layouts.learn(signed(world, layout(0)), "a test")
 
 
 async def test_a_layout_is_on_disk_before_it_is_used_and_is_found_again(world: World, tmp_path: Path) -> None:
@@ -334,7 +387,7 @@ async def test_a_layout_is_on_disk_before_it_is_used_and_is_found_again(world: W
 
     layouts = LayoutBook(world.authority.administration.public_key(), "c1", persist=persist)
     for epoch in (1, 2, 12):
-        await layouts.learn(signed(world, layout(epoch)))
+        await layouts.learn(signed(world, layout(epoch)), "a test")
     assert persisted == [0, 1, 2]
     again = LayoutBook(world.authority.administration.public_key(), "c1", known=files.load())
     assert (again.epoch, again.at(2)) == (12, layout(2))
@@ -349,7 +402,7 @@ async def test_a_layout_that_cannot_be_persisted_is_not_used(world: World) -> No
 
     layouts = LayoutBook(world.authority.administration.public_key(), "c1", persist=persist)
     with pytest.raises(OSError):
-        await layouts.learn(signed(world, layout(1)))
+        await layouts.learn(signed(world, layout(1)), "a test")
     assert layouts.epoch == 0
 
 

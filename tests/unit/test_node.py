@@ -15,7 +15,7 @@ import pytest
 from storaged import config, keys
 from storaged.cli import create
 from storaged.clock import SystemClock
-from storaged.cluster.identity import SignedLayout, create_authority, sign_layout
+from storaged.cluster.identity import SignedLayout, create_authority, load_identity, sign_layout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.policy import KeyHolder, Policy
@@ -26,6 +26,7 @@ from storaged.meta.replica import META_HIGH_WATER
 from storaged.node import daemon
 from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
+from storaged.node.planes import Node
 from storaged.node.reports import _private
 from storaged.node.system import StoreLedger, SystemPaths, Taken, exchange_layout
 from storaged.wire import decode, encode
@@ -99,6 +100,41 @@ async def test_the_register_of_the_layout_follows_the_newest_and_a_forged_one_is
     with pytest.raises(LayoutRefused):
         await exchange_layout(paths, ahead)
     assert ahead.epoch == 2
+
+
+async def test_a_node_starts_on_the_layout_that_it_used_when_the_file_beside_it_would_move_data(tmp_path: Path) -> None:
+    plan = create.ClusterPlan("c1")
+    for number, rack in ((1, "FR/par1/a"), (2, "FR/par2/b"), (3, "FR/lyo1/c")):
+        disks = create.new_disks([f"d{disk}" for disk in (1, 2)])
+        plan.nodes.append(create.NodePlan(f"n{number}", rack, ("storage",), f"127.0.0.1:{number}", disks=disks))
+    authority = create_authority(tmp_path / "authority", "c1")
+    place = tmp_path / "n1"
+    create.issue_node(authority, plan.nodes[0], place, create.storage_config(plan.nodes[0], ".", "127.0.0.1:1"))
+    create.sign_layout(authority, create.layout_of(plan), [place])
+    loaded = config.load(place / "config.toml")
+
+    async def started() -> Node:
+        node = Node(loaded, load_identity(place / "identity"), SystemClock())
+        await node._open_layouts()
+        return node
+
+    used = (await started()).layouts.current
+    plan.epoch, plan.nodes[1].disks[0].weight = 1, 4000
+    create.sign_layout(authority, create.layout_of(plan), [place])
+    for _ in range(2):
+        again = await started()
+        assert again.layouts.current == used
+        (refused,) = again.layouts.refusals()
+        assert refused.epoch == 2
+        assert refused.source == str(place / "identity" / "layout.signed")
+        assert "weight 1000 to 4000" in refused.reason
+    plan.epoch = 0
+    create.sign_layout(authority, create.layout_of(plan), [place])
+    again = await started()
+    assert again.layouts.current == used
+    assert "Another layout is known under epoch 1" in again.layouts.refusals()[0].reason
+    (place / "identity" / "layout.signed").write_bytes(encode(SignedLayout(b"forged", bytes(64))))
+    assert (await started()).layouts.current == used
 
 
 def test_the_ledger_remembers_which_store_a_disk_had(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""What a new layout would move, compared with the one in force. Pure.
+
+Nothing copies registers or fragments from where one layout has them to where another one does: no release can do that yet. A layout under which a single
+partition has other replicas, or a single disk another place in the ranks that fragments are placed by, therefore loses what was acknowledged. So
+``storaged cluster layout`` does not sign such a layout, and a node does not learn it. Addresses, roles and nodes without disks may change.
+
+What decides where things lie is the set of disks with their ids, weights, states, nodes and these nodes' locations, the seed disks, and the number of replicas
+(``Layout._ranked``). So two layouts that agree in all of that agree in every rank, and the ranks need not be computed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
+from storaged.wire import Message
+
+NAMED_MAX = 8
+"""Differences that a message names before it counts the others."""
+
+
+class RefusedLayout(Message, frozen=True):
+    """A layout that a node does not take: its epoch (0: it has none that can be read), who offered it, and why it is refused."""
+
+    epoch: int
+    source: str
+    reason: str
+
+
+class Moves(NamedTuple):
+    """``disks``: what differs of disks and of the nodes that have them, a phrase each. ``partitions``: those whose replicas would differ, the system's among
+    them. Falsy when nothing moves."""
+
+    disks: tuple[str, ...] = ()
+    partitions: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.disks)
+
+    def __str__(self) -> str:
+        """``disk d7 of n4 is new; ... (765 of 1025 replica sets would change)``"""
+        named = "; ".join(self.disks[:NAMED_MAX])
+        more = f"; and {len(self.disks) - NAMED_MAX} more" if len(self.disks) > NAMED_MAX else ""
+        return f"{named}{more} ({len(self.partitions)} of {PARTITIONS + 1} replica sets would change)"
+
+
+def moves_between(before: Layout, after: Layout) -> Moves:
+    """What ``after`` would move of what was written under ``before``."""
+    differences = tuple(_differences(before, after))
+    if not differences:
+        return Moves()
+    partitions = (*range(PARTITIONS), SYSTEM_PARTITION)
+    return Moves(differences, tuple(number for number in partitions if before.replicas_of(number) != after.replicas_of(number)))
+
+
+class _Place(NamedTuple):
+    """All that placement asks of a disk."""
+
+    node: str
+    location: str
+    weight: int
+    state: str
+    storage: bool
+
+
+def _places(layout: Layout) -> dict[str, _Place]:
+    found = {}
+    for disk in layout.disks:
+        node = layout.node_by_name.get(disk.node)
+        location, roles = (node.location, node.roles) if node is not None else ("nowhere", ())
+        found[disk.id] = _Place(disk.node, location, disk.weight, disk.state, "storage" in roles)
+    return found
+
+
+def _differences(before: Layout, after: Layout) -> list[str]:
+    old, new = _places(before), _places(after)
+    found = [f"disk {disk} of {old[disk].node} is gone" for disk in old if disk not in new]
+    found += [f"disk {disk} of {new[disk].node} is new" for disk in new if disk not in old]
+    for disk in old:
+        if disk in new and old[disk] != new[disk]:
+            found.append(f"disk {disk} changes: {_change(old[disk], new[disk])}")
+    if len(old) != len(before.disks) or len(new) != len(after.disks):
+        found.append("a disk is named twice")
+    if before.seeds != after.seeds:
+        found.append(f"the seed disks change from {', '.join(before.seeds)} to {', '.join(after.seeds)}")
+    if before.replicas != after.replicas:
+        found.append(f"the replicas of a partition change from {before.replicas} to {after.replicas}")
+    return found
+
+
+def _change(old: _Place, new: _Place) -> str:
+    changed = []
+    for field, is_now in new._asdict().items():
+        if (was := getattr(old, field)) != is_now:
+            changed.append(
+                f"{field} {was} to {is_now}" if field != "storage" else f"{new.node} {'is' if is_now else 'is no longer'} a storage node"
+            )
+    return ", ".join(changed)
