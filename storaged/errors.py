@@ -621,6 +621,14 @@ class AuditUnwritable(OperatorError):
     hint = "Look at the space and the permissions of the node's audit directory, and at the kernel log for I/O errors."
 
 
+class PassphraseTooShort(OperatorError):
+    """A passphrase that is to protect keys is too short."""
+
+    code = "PASSPHRASE_TOO_SHORT"
+    status = 400
+    hint = "Take 12 characters or more: four or five random words are easier to keep than a short riddle."
+
+
 class AuditBroken(OperatorError):
     """The audit log was altered: an entry does not follow from the one before."""
 

@@ -1,4 +1,4 @@
-"""The admin API: JSON over the Unix socket in the node's directory (mode 0600: whoever owns the node administers it), and health over HTTP on loopback.
+"""The admin API: JSON over the Unix socket in the node's directory (for root and the node's own user alone, ``listener``), and health over HTTP on loopback.
 
     GET  /healthz /readyz /metrics          both listeners
     GET  /v1/status /v1/doctor /v1/jobs     Unix socket
@@ -12,10 +12,9 @@ A refusal is {"code", "message", "hint"} with the error's status.
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import contextlib
 import json
-import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,13 +24,16 @@ import structlog
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from storaged.admin.listener import AdminListener, SocketPeer, peer_of
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
+from storaged.cluster.audit import audited
 from storaged.config import split_address
 from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName, OperatorError, PortInUse, StoragedError
 from storaged.objects.api import Principal
 from storaged.objects.names import bucket_name_valid
 from storaged.observe import Metrics, exposition
+from storaged.passphrase import require_long
 
 BODY_BYTES_MAX = 64 * 1024
 
@@ -44,24 +46,6 @@ class NotHere(OperatorError):
     code = "NOT_HERE"
     status = 404
     hint = "Ask the gateway: name its directory, or the trial cluster's, with --dir."
-
-
-class _BoundUnixSite(web.BaseSite):
-    """aiohttp's UnixSite binds a path itself, with the mode of the umask."""
-
-    def __init__(self, runner: web.AppRunner, listener: socket.socket) -> None:
-        super().__init__(runner)
-        self._listener = listener
-
-    @property
-    def name(self) -> str:
-        return f"unix:{self._listener.getsockname()}"
-
-    async def start(self) -> None:
-        await super().start()
-        server = self._runner.server
-        assert server is not None
-        self._server = await asyncio.get_running_loop().create_unix_server(server, sock=self._listener)
 
 
 class AdminServer:
@@ -92,7 +76,7 @@ class AdminServer:
             ]
         )
         runner = await self._run(private)
-        await _BoundUnixSite(runner, bind_private(directory / SOCKET_NAME)).start()
+        await AdminListener(runner, bind_private(directory / SOCKET_NAME), on_refusal=self._stranger).start()
         if listen:
             host, port = split_address(listen)
             runner = await self._run(self._application())
@@ -119,10 +103,17 @@ class AdminServer:
         )
         return application
 
-    async def _audit(self, kind: str, **fields: str) -> None:
-        """That it was asked for, on disk before it is done: whoever reads the log may not have been told of it otherwise. Raises AuditUnwritable, and then nothing is done."""
-        if self._services.audit is not None:
-            await self._services.audit(kind, fields)
+    def _stranger(self, peer: SocketPeer) -> None:
+        if self._services.trail is not None:
+            self._services.trail.refused("admin.refused", "NOT_ALLOWED", actor=peer.actor, target=SOCKET_NAME)
+
+    def _audited(
+        self, request: web.Request, kind: str, target: str, **fields: str
+    ) -> contextlib.AbstractAsyncContextManager[dict[str, Any]]:
+        """The intent is on disk before the block, the outcome after it. Raises AuditUnwritable, and then nothing is done."""
+        if self._services.trail is None:
+            return contextlib.nullcontext({})
+        return audited(self._services.trail, kind, actor=_actor(request), target=target, **fields)
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.json_response({"healthy": True})
@@ -163,8 +154,11 @@ class AdminServer:
     async def _jobs(self, _request: web.Request) -> web.Response:
         return web.json_response(await self._need_jobs().jobs())
 
-    async def _scrub(self, _request: web.Request) -> web.Response:
-        return web.json_response({"nodes": await self._need_jobs().start_scrub()})
+    async def _scrub(self, request: web.Request) -> web.Response:
+        jobs = self._need_jobs()
+        async with self._audited(request, "scrub.start", "cluster"):
+            nodes = await jobs.start_scrub()
+        return web.json_response({"nodes": nodes})
 
     async def _list_users(self, _request: web.Request) -> web.Response:
         if self._services.users is None:
@@ -179,8 +173,10 @@ class AdminServer:
             raise NotHere
         body = await _body(request, "name", "access_key", "secret_key", "email", "user_id")
         name = body.pop("name", "")
-        await self._audit("user.add", name=name, access_key=body.get("access_key", ""), user_id=body.get("user_id", ""))
-        who, secret = await self._services.users.add(name, **body)
+        wanted = {field: body[field] for field in ("access_key", "user_id") if body.get(field)}
+        async with self._audited(request, "user.add", f"user:{name}", **wanted) as found:
+            who, secret = await self._services.users.add(name, **body)
+            found |= {"access_key": who.access_key, "user_id": who.user_id}
         log.info("user added", user=who.display_name, access_key=who.access_key)
         return web.json_response({"user_id": who.user_id, "access_key": who.access_key, "secret_key": secret})
 
@@ -188,8 +184,9 @@ class AdminServer:
         if self._services.users is None:
             raise NotHere
         name = request.match_info["name"]
-        await self._audit("user.remove", name=name)
-        who = await self._services.users.remove(name)
+        async with self._audited(request, "user.remove", f"user:{name}") as found:
+            who = await self._services.users.remove(name)
+            found |= {"name": who.display_name, "access_key": who.access_key, "user_id": who.user_id}
         log.info("user removed", user=who.display_name, access_key=who.access_key)
         return web.json_response({"removed": who.display_name, "user_id": who.user_id, "access_key": who.access_key})
 
@@ -202,13 +199,14 @@ class AdminServer:
         if not bucket_name_valid(name):
             raise InvalidBucketName(BucketName=name)
         who = await self._user(body.get("user", ""))
-        await self._audit("bucket.create", name=name, access_key=who.access_key, countries=",".join(countries))
-        try:
-            made = await self._services.buckets.create(who, name, region=self._services.region, countries=countries)
-        except BucketAlreadyOwnedByYou:
-            made = await self._services.buckets.get(name)
-            if made.countries != countries:
-                raise
+        async with self._audited(request, "bucket.create", f"bucket:{name}", owner=who.access_key, countries=",".join(countries)) as found:
+            try:
+                made = await self._services.buckets.create(who, name, region=self._services.region, countries=countries)
+            except BucketAlreadyOwnedByYou:
+                made = await self._services.buckets.get(name)
+                if made.countries != countries:
+                    raise
+            found["bucket"] = made.id.hex()
         return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries)})
 
     async def _user(self, named: str) -> Principal:
@@ -224,8 +222,11 @@ class AdminServer:
         if self._services.key_backup is None:
             raise NotHere
         body = await _body(request, "passphrase")
-        await self._audit("key.backup")
-        keyring, content = await self._services.key_backup(body.get("passphrase", ""))
+        passphrase = body.get("passphrase", "")
+        require_long(passphrase)
+        async with self._audited(request, "key.backup", "keyring") as found:
+            keyring, content = await self._services.key_backup(passphrase)
+            found["keyring"] = keyring
         log.info("keyring backed up", keyring=keyring)
         return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})
 
@@ -234,6 +235,14 @@ class AdminServer:
             raise NotHere
         found = [base64.b64encode(one).decode() for one in await self._services.checkpoints()]
         return web.json_response({"checkpoints": found, "authority": self._services.authority})
+
+
+def _actor(request: web.Request) -> str:
+    """Who asks, by the kernel's word. Raises OSError when the connection has gone."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the connection has gone")
+    return peer_of(transport.get_extra_info("socket")).actor
 
 
 async def _body(request: web.Request, *names: str) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from storaged.cluster.audit import Trail
 from storaged.objects.api import Buckets, Users
 from storaged.observe import Samples
 
@@ -34,8 +35,8 @@ class Services:
     jobs: Jobs | None = None
     key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
     """passphrase -> the keyring's id and its backup, sealed under the passphrase."""
-    audit: Callable[[str, Mapping[str, str]], Awaitable[None]] | None = None
-    """(kind, fields) -> on disk in the audit log: before what it tells of is done. None: nothing is administered here."""
+    trail: Trail | None = None
+    """The node's audit log: what is asked for here is in it before it is done."""
     checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
     """All nodes' signed checkpoints of their audit logs, encoded."""
     other_samples: Callable[[], Awaitable[Sequence[Samples]]] | None = None

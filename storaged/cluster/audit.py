@@ -4,6 +4,9 @@ Theory of operation. The format is in ``audit_format``, the verifier in ``audit_
 reordered in its middle. That its end was cut off shows in the ``start`` of the chain that follows, and in checkpoints: (chain, sequence, hash) signed by
 the node and kept elsewhere, each minute and at shutdown.
 
+What is done is two entries of one ``operation``: the intent, on disk before it is done, and the outcome (``audited``). What is refused before
+anything is done is counted (``refused``, ``audit_refusals``): nothing waits for it, and a stranger can't fill the disk.
+
 ``append`` returns when its entry is on disk: many appends share one fdatasync. When the disk refuses, the entries that are not on disk are
 taken back, their callers are told (AuditUnwritable), and the next entry goes into a new file. A crash may leave a torn tail behind the
 last entry on disk; nobody was told that those bytes are safe. The next start records how many there are, and the verifier accepts exactly these.
@@ -15,7 +18,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,10 +27,24 @@ import msgspec
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.audit_format import ENTRY_BYTES_MAX, GENESIS, Checkpoint, Head, make_line, parse_line
+from storaged.cluster.audit_format import (
+    DONE,
+    ENTRY_BYTES_MAX,
+    FAILED,
+    GENESIS,
+    INTENT,
+    REFUSED,
+    Checkpoint,
+    Event,
+    Head,
+    make_line,
+    parse_line,
+)
+from storaged.cluster.audit_refusals import Refusals
 from storaged.cluster.audit_verify import AuditProblem, AuditReport, verify
 from storaged.durable import sync_path
-from storaged.errors import AuditUnwritable
+from storaged.errors import AuditUnwritable, StoragedError
+from storaged.ids import system_entropy
 from storaged.units import MIB
 
 __all__ = ["AuditLog", "AuditProblem", "AuditReport", "AuditStatistics", "Checkpoint", "Head", "Signer", "verify"]
@@ -37,8 +54,10 @@ log = structlog.get_logger(__name__)
 FILE_BYTES_MAX = 64 * MIB
 QUEUED_MAX = 4096
 CHECKPOINT_EVERY_S = 60.0
-REPEATS_MAX = 1024
-REPEAT_QUIET_MS = 60_000
+REFUSALS_EVERY_S = 15.0
+"""How often is looked for refusals whose minute is over."""
+
+OPERATION_BYTES = 8
 
 
 class Signer(Protocol):
@@ -70,21 +89,52 @@ class _Queued(NamedTuple):
     head: Head
 
 
-@dataclass
-class _Repeat:
-    """An event that was noted less than a minute ago, and how often again since."""
+class Trail(Protocol):
+    """Where entries go: ``AuditLog``, or in a gateway's further process ``node.leader.Leader``.
 
-    kind: str
-    fields: Mapping[str, Any]
-    since_ms: int
-    count: int = 0
+    ``actor``, ``target`` and ``outcome``: see ``audit_format.Event``; an ``actor`` that is not given is this node. ``fields`` are text, numbers, booleans, None,
+    and lists and mappings of these; no keys, no secrets, no content.
+    """
+
+    async def append(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
+        """Returns when the entry is on disk. Raises AuditUnwritable; ValueError or TypeError for what is too large or not JSON (nothing is written)."""
+
+    def note(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
+        """On disk soon, for events that nothing waits for, and that no stranger can cause. Dropped when the queue is full, and the drops are counted."""
+
+    def refused(self, kind: str, code: str, /, *, actor: str, target: str = "", **fields: Any) -> None:
+        """What was refused before anything was done: the first of a kind and code is an entry, those of the next minute are counted in one."""
+
+
+@contextlib.asynccontextmanager
+async def audited(trail: Trail, kind: str, /, *, actor: str, target: str, **fields: Any) -> AsyncIterator[dict[str, Any]]:
+    """The intent is on disk before the block begins, the outcome before it is left. What the block puts into the mapping goes into the outcome's entry.
+
+    Raises AuditUnwritable before the block only: what was done is not undone because its outcome can't be written (that is logged, and the intent stays).
+    """
+    operation = system_entropy(OPERATION_BYTES).hex()
+    await trail.append(kind, actor=actor, target=target, outcome=INTENT, operation=operation, **fields)
+    found: dict[str, Any] = {}
+    try:
+        yield found
+    except BaseException as error:
+        trail.note(kind, actor=actor, target=target, outcome=outcome_of(error), operation=operation, **found)
+        raise
+    try:
+        await trail.append(kind, actor=actor, target=target, outcome=DONE, operation=operation, **found)
+    except (AuditUnwritable, ValueError, TypeError) as error:
+        log.error("the outcome of what was done could not be audited", kind=kind, operation=operation, reason=str(error))
+
+
+def outcome_of(error: BaseException) -> str:
+    """Of what ended with ``error``. A rule that refuses (4xx, or an operator's error) changed nothing."""
+    if not isinstance(error, StoragedError):
+        return f"{FAILED} {'InternalError' if isinstance(error, Exception) else 'CANCELLED'}"
+    return f"{REFUSED if error.status < 500 else FAILED} {error.code}"
 
 
 class AuditLog:
-    """One process's chain. Use: ``await start()`` ... ``await close()``; ``await append(kind, **fields)`` in between.
-
-    Fields are text, numbers, booleans, None, and lists and mappings of these; no keys, no secrets, no content.
-    """
+    """One process's chain, and a ``Trail``. Use: ``await start()`` ... ``await close()``."""
 
     def __init__(
         self,
@@ -100,6 +150,7 @@ class AuditLog:
     ) -> None:
         self.directory = directory
         self._node = node
+        self._actor = f"node:{node}"
         self._chain = incarnation.hex()
         self._signer = signer
         self._publish = publish
@@ -123,7 +174,7 @@ class AuditLog:
         self._syncs = 0
         self._dropped = 0
         self._dropped_told = 0
-        self._repeats: dict[bytes, _Repeat] = {}
+        self._refusals = Refusals()
         self._checkpointed = -1
 
     async def start(self) -> None:
@@ -140,11 +191,11 @@ class AuditLog:
             "predecessor": {**predecessor._asdict(), "torn_bytes": torn_bytes} if predecessor else None,  # audit_format.Predecessor
         }
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._write_queued())]
+        self._tasks = [loop.create_task(self._write_queued()), loop.create_task(self._tell_refusals_regularly())]
         if self._publish is not None and self._signer is not None:
             self._tasks.append(loop.create_task(self._checkpoint_regularly()))
         try:
-            await self._enqueue("start", fields, wait=True)
+            await self._enqueue(Event("start", self._actor, "", "", fields), wait=True)
         except AuditUnwritable:
             await self.close()
             raise
@@ -153,7 +204,7 @@ class AuditLog:
         """Writes what is queued, publishes a last checkpoint."""
         if self._closing:
             return
-        self._tell_repeats()
+        self._tell_refusals(all_of_them=True)
         self._closing = True
         self._work.set()
         if self._tasks:
@@ -178,74 +229,64 @@ class AuditLog:
 
     # Entries.
 
-    async def append(self, kind: str, /, **fields: Any) -> None:
-        """Returns when the entry is on disk. Raises AuditUnwritable; ValueError or TypeError for what is too large or not JSON (nothing is written)."""
+    async def append(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
         await self._room.acquire()
         try:
-            await self._enqueue(kind, fields, wait=True)
+            await self._enqueue(Event(kind, actor or self._actor, target, outcome, fields), wait=True)
         finally:
             self._room.release()
 
-    def note(self, kind: str, /, **fields: Any) -> None:
-        """For refusals and other events that nobody waits for: on disk soon.
+    def note(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
+        self._note(Event(kind, actor or self._actor, target, outcome, fields))
 
-        The same event within a minute is counted, not written again (its next entry says ``repeated``); when the queue is full it is dropped, and an
-        ``audit.dropped`` entry tells how many were.
-        """
-        now_ms = self._clock.wall_ms()
+    def refused(self, kind: str, code: str, /, *, actor: str, target: str = "", **fields: Any) -> None:
+        event = self._refusals.add(self._clock.wall_ms(), kind, code, actor, target, fields)
+        if event is not None:
+            self._note(event)
+
+    def _note(self, event: Event) -> None:
         try:
-            key = msgspec.json.encode([kind, fields], order="sorted")
-            seen = self._repeats.get(key)
-            if seen is not None and 0 <= now_ms - seen.since_ms < REPEAT_QUIET_MS:
-                seen.count += 1
-                return
             if len(self._queue) >= QUEUED_MAX:
                 raise AuditUnwritable("Too many entries wait for the disk.")
             if self._dropped > self._dropped_told:
-                self._enqueue("audit.dropped", {"events": self._dropped - self._dropped_told}, wait=False)
+                self._enqueue(Event("audit.dropped", self._actor, "", "", {"events": self._dropped - self._dropped_told}), wait=False)
                 self._dropped_told = self._dropped
-            self._enqueue(kind, {**fields, "repeated": seen.count} if seen is not None and seen.count else fields, wait=False)
+            self._enqueue(event, wait=False)
         except (AuditUnwritable, ValueError, TypeError) as error:
             self._dropped += 1
-            log.error("an event could not be audited", kind=kind, reason=str(error))
-            return
-        self._repeats.pop(key, None)
-        while len(self._repeats) >= REPEATS_MAX:
-            self._tell_repeat(self._repeats.pop(next(iter(self._repeats))))
-        self._repeats[key] = _Repeat(kind, fields, now_ms)
+            log.error("an event could not be audited", kind=event.kind, reason=str(error))
 
-    def _tell_repeat(self, repeat: _Repeat) -> None:
-        if repeat.count:
-            with contextlib.suppress(AuditUnwritable):
-                self._enqueue(repeat.kind, {**repeat.fields, "repeated": repeat.count}, wait=False)
+    def _tell_refusals(self, *, all_of_them: bool = False) -> None:
+        for event in self._refusals.due(self._clock.wall_ms(), all_of_them=all_of_them):
+            self._note(event)
 
-    def _tell_repeats(self) -> None:
-        for repeat in self._repeats.values():
-            self._tell_repeat(repeat)
-        self._repeats.clear()
+    async def _tell_refusals_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(REFUSALS_EVERY_S)
+            self._tell_refusals()
 
-    def _enqueue(self, kind: str, fields: Mapping[str, Any], *, wait: bool) -> asyncio.Future[None]:
+    def _enqueue(self, event: Event, *, wait: bool) -> asyncio.Future[None]:
         if self._failed:
             raise AuditUnwritable(self._failed)
         if self._closing or not self._tasks:
             raise AuditUnwritable("The audit log is closed.")
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line, digest = self._next_line(kind, fields)
+        line, digest = self._next_line(event)
         if self._new_file or self._file_bytes + len(line) > self._file_bytes_max:
             self._begin_file()
-            line, digest = self._next_line(kind, fields)
+            line, digest = self._next_line(event)
         self._push(line, digest, done if wait else None, None if self._file_bytes else self._path())
         return done
 
-    def _next_line(self, kind: str, fields: Mapping[str, Any]) -> tuple[bytes, str]:
-        return make_line(self._chain, self._head.sequence + 1, self._clock.wall_ms(), kind, fields, self._head.hash)
+    def _next_line(self, event: Event) -> tuple[bytes, str]:
+        return make_line(self._chain, self._head.sequence + 1, self._clock.wall_ms(), event, self._head.hash)
 
     def _begin_file(self) -> None:
         self._part += 1
         self._new_file = False
         self._file_bytes = 0
         if self._head.sequence >= 0:
-            line, digest = self._next_line("continue", {"node": self._node, "part": self._part})
+            line, digest = self._next_line(Event("continue", self._actor, "", "", {"node": self._node, "part": self._part}))
             self._push(line, digest, None, self._path())
 
     def _push(self, line: bytes, digest: str, done: asyncio.Future[None] | None, file: Path | None) -> None:

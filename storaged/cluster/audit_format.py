@@ -3,7 +3,11 @@
 A process start begins a chain, whose id is the process's incarnation; a chain lies in one or more files
 ``audit-ORDINAL-CHAIN-PART.jsonl`` (the ordinal counts the chains of a node, the part the files of a chain), one entry a line::
 
-    {"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","fields":{...},"previous":"<64 hex>","hash":"<64 hex>"}
+    {"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","actor":"node:gw","target":"bucket-id:<hex>",
+     "outcome":"done","fields":{...},"previous":"<64 hex>","hash":"<64 hex>"}
+
+``kind`` is the action, ``actor`` who asked for it, ``target`` what it was done to, ``outcome`` one of ``intent``, ``done``, ``refused CODE``, ``failed CODE``
+(empty for an event that is nobody's act). Entries of versions before 0.11 have none of the three.
 
 ``hash`` is SHA-256 over ``sov.audit.v1\\0`` and the line's bytes before ``,"hash":``; ``previous`` is the hash of the entry before. So the bytes as
 they lie there are what is hashed, and no canonical form of JSON is needed. Entry 0 (kind ``start``) names the node, its incarnation, and the head of the
@@ -32,6 +36,33 @@ _HASH_FIELD = b',"hash":"'
 _SUFFIX_BYTES = len(_HASH_FIELD) + 64 + len(b'"}')
 
 
+INTENT: Final = "intent"
+"""Written before it is done. Without a later entry of the same ``operation`` the process ended in between, and it may have been done."""
+
+DONE: Final = "done"
+REFUSED: Final = "refused"
+"""Followed by the code: by a rule, and nothing was changed."""
+
+FAILED: Final = "failed"
+"""Followed by the code: it may have been done in part."""
+
+
+class Event(NamedTuple):
+    """What an entry says, without its place in a chain. ``actor`` is ``node:NAME`` (a certificate's name), ``unix:UID:NAME`` (who asked on the admin
+    socket), ``s3:ACCESSKEY``, or ``address:HOST`` (a stranger)."""
+
+    kind: str
+    actor: str
+    target: str
+    outcome: str
+    fields: Mapping[str, Any]
+
+
+def actor_of_peer(peer: str) -> str:
+    """``peer``: a certified name, or the network address of one who has none (names have neither dots nor colons)."""
+    return f"address:{peer}" if "." in peer or ":" in peer else f"node:{peer}"
+
+
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line, decoded."""
 
@@ -42,6 +73,9 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fields: dict[str, Any]
     previous: str
     hash: str
+    actor: str = ""
+    target: str = ""
+    outcome: str = ""
 
 
 class Predecessor(msgspec.Struct, frozen=True):
@@ -97,11 +131,12 @@ def parse_line(line: bytes) -> Entry:
     return entry
 
 
-def make_line(chain: str, sequence: int, time_ms: int, kind: str, fields: Mapping[str, Any], previous: str) -> tuple[bytes, str]:
-    values = {"chain": chain, "sequence": sequence, "time_ms": time_ms, "kind": kind, "fields": fields, "previous": previous}
+def make_line(chain: str, sequence: int, time_ms: int, event: Event, previous: str) -> tuple[bytes, str]:
+    """The line and its hash. Raises ValueError for one over ENTRY_BYTES_MAX, TypeError for fields that are not JSON."""
+    values = {"chain": chain, "sequence": sequence, "time_ms": time_ms, **event._asdict(), "previous": previous}
     body = msgspec.json.encode(values)[:-1]
     digest = hashlib.sha256(ENTRY_LABEL + body).hexdigest()
     line = body + _HASH_FIELD + digest.encode() + b'"}\n'
     if len(line) > ENTRY_BYTES_MAX:
-        raise ValueError(f"an audit entry has at most {ENTRY_BYTES_MAX} bytes; this one of kind {kind!r} has {len(line)}")
+        raise ValueError(f"an audit entry has at most {ENTRY_BYTES_MAX} bytes; this one of kind {event.kind!r} has {len(line)}")
     return line, digest

@@ -133,7 +133,7 @@ class Keyring:
         context = self._wrap_context(bucket_id, 1, epoch.epoch)
         wrapped = seal_message(epoch.key, BUCKET_KEY_LABEL, context, self._entropy(KEY_BYTES), self._entropy(SALT_BYTES))
         record = BucketKeys(bucket_id, (WrappedBucketKey(1, epoch.epoch, self._clock.wall_ms(), wrapped),))
-        await self._audit("key.create", self._facts(bucket_id, version="1", epoch=str(epoch.epoch)))
+        await self._audit("key.create", self._facts(bucket_id, outcome="intent", version="1", epoch=str(epoch.epoch)))
         try:
             await self._registers.create(self._path(bucket_id), encode(record))
         except AlreadyThere:
@@ -207,7 +207,9 @@ class Keyring:
             self._refusals_told.move_to_end(told)
             while len(self._refusals_told) > REFUSALS_TOLD_MAX:
                 self._refusals_told.popitem(last=False)
-            await self._audit("key.refused", self._facts(bucket_id, rule=refusal.rule, reason=refusal.reason))
+            await self._audit(
+                "key.refused", self._facts(bucket_id, outcome=f"refused {KeyReleaseRefused.code}", rule=refusal.rule, reason=refusal.reason)
+            )
         self._require(countries)
 
     def _lookup(self, bucket_id: bytes, countries: tuple[str, ...]) -> _Cached | None:
@@ -256,10 +258,10 @@ class Keyring:
         try:
             versions = self._unwrap(bucket_id, body)
         except KeyringUnavailable as refused:
-            await self._audit("key.refused", self._facts(bucket_id, reason=refused.message))
+            await self._audit("key.refused", self._facts(bucket_id, outcome=f"refused {refused.code}", reason=refused.message))
             raise
         newest = max(versions)
-        await self._audit("key.release", self._facts(bucket_id, versions=",".join(map(str, versions))))
+        await self._audit("key.release", self._facts(bucket_id, outcome="done", versions=",".join(map(str, versions))))
         self.material  # noqa: B018 - it may have been closed meanwhile: then nothing is kept
         self._released += 1
         now = self._clock.monotonic()
@@ -300,7 +302,8 @@ class Keyring:
         return pack_context(b"", [self._keyring_id, bucket_id, version.to_bytes(4, "big"), epoch.to_bytes(4, "big")])
 
     def _facts(self, bucket_id: bytes, **more: str) -> dict[str, str]:
-        return {"keyring": self._keyring_id.hex(), "bucket": bucket_id.hex(), **more}
+        """``outcome`` and ``target`` are the entry's own (``cluster.audit_format.Event``); the rest are its fields."""
+        return {"target": f"bucket-id:{bucket_id.hex()}", "keyring": self._keyring_id.hex(), "bucket": bucket_id.hex(), **more}
 
     @staticmethod
     def _path(bucket_id: bytes) -> str:

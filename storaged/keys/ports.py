@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 Audit = Callable[[str, Mapping[str, str]], Awaitable[None]]
-"""``await audit(kind, fields)`` returns when the entry is durable; a key is released only then. Kinds: key.create, key.release, key.refused."""
+"""``await audit(kind, fields)`` returns when the entry is durable; a key is released only then. Kinds: key.create, key.release, key.refused.
+The fields ``actor``, ``target`` and ``outcome`` are the entry's own (``cluster.audit_format.Event``). What has the outcome ``refused CODE`` is counted, at most
+two entries a minute, and is not waited for."""
 
 
 class AlreadyThere(Exception):

@@ -20,11 +20,13 @@ import structlog
 from storaged import keys
 from storaged.admin.ports import Services
 from storaged.clock import Clock
+from storaged.cluster.audit_format import REFUSED
 from storaged.cluster.policy import KeyHolder, Policy
 from storaged.config import Config, split_address
 from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
 from storaged.ids import system_entropy
 from storaged.keys.ports import AlreadyThere, Audit
+from storaged.node.audited import AuditedBuckets
 from storaged.node.housekeeping import housekeep
 from storaged.node.protection import protection_of
 from storaged.node.requestlog import RequestLog
@@ -204,7 +206,7 @@ class Gateway:
         self.workers: Workers | None = None
         """The gateway's further processes, where it has any and is the first."""
         self._drained = False
-        self._requests = RequestLog(node.metrics, node.config.log)
+        self._requests = RequestLog(node.metrics, node.config.log, node.audit)
 
     @property
     def keyring(self) -> keys.Keyring | None:
@@ -249,7 +251,7 @@ class Gateway:
             events.labels(counted.name).set_function(functools.partial(getattr, plane.counters, counted.name))
         self._app = S3App(
             self.objects,
-            self.buckets,
+            AuditedBuckets(self.buckets, node.audit, node.clock),
             self.users,
             region=config.s3.region,
             domains=config.s3.domains,
@@ -278,14 +280,14 @@ class Gateway:
             await self._app.start(host, port, ssl=self._context)
         else:
             self._app.open(self._context)
-            note = node.audit.note
+            append, note = node.audit.append, node.audit.note
             self.workers = Workers(
                 self._config.path,
                 s3.workers,
                 node.incarnation,
                 node.metrics,
                 adopt=self._app.adopt,
-                audit=self._audit,
+                audit=lambda kind, fields: append(kind, **fields),
                 note=lambda kind, fields: note(kind, **fields),
                 forget=self.forget,
                 remembers_s=max(limits.bucket_cache_s, limits.user_cache_s),
@@ -325,14 +327,20 @@ class Gateway:
         """What the admin API may ask of a gateway."""
         if self.workers is not None:
             services.other_samples = self.workers.gather
-        services.audit = self._audit
         services.users = self.users
         services.buckets = self.buckets
         services.where = self._where
         services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase)
 
     async def _audit(self, kind: str, fields: Mapping[str, str]) -> None:
-        await self._node.audit.append(kind, **fields)
+        """A ``keys.ports.Audit``."""
+        how, _, code = fields.get("outcome", "").partition(" ")
+        if how == REFUSED:
+            rest = {name: value for name, value in fields.items() if name not in ("actor", "target", "outcome")}
+            actor = fields.get("actor", "") or f"node:{self._node.own.name}"
+            self._node.audit.refused(kind, code, actor=actor, target=fields.get("target", ""), **rest)
+        else:
+            await self._node.audit.append(kind, **fields)
 
     async def _where(self, bucket_name: str, key: bytes) -> dict[str, Any]:
         bucket = await self.buckets.get(bucket_name)

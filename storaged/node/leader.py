@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from storaged.clock import Clock, SystemClock
+from storaged.cluster.audit import REFUSALS_EVERY_S
+from storaged.cluster.audit_format import Event
+from storaged.cluster.audit_refusals import Refusals
 from storaged.errors import AuditUnwritable
 from storaged.node.workers import LINE_BYTES_MAX, NOT_TAKEN, TAKEN, TOLD_AT_ONCE_MAX, encode_samples
 from storaged.observe import samples_of
@@ -25,12 +29,12 @@ log = structlog.get_logger("workers")
 
 
 class Leader:
-    """The gateway's first process, to the worker ``number``. Its audit log is this worker's too: ``append`` and ``note`` are ``AuditLog``'s.
+    """The gateway's first process, to the worker ``number``. Its audit log is this worker's too: a ``cluster.audit.Trail``.
 
     ``door`` and ``talk`` are the descriptors that this process was started with.
     """
 
-    def __init__(self, number: int, door: int, talk: int) -> None:
+    def __init__(self, number: int, door: int, talk: int, clock: Clock | None = None) -> None:
         self.number = number
         self.pid = 0
         self.incarnation = b""
@@ -48,6 +52,9 @@ class Leader:
         """TAKEN or NOT_TAKEN for each connection that the first process has not been told of yet: it keeps it until then."""
         self._telling: asyncio.TimerHandle | None = None
         self._adopted: set[asyncio.Task[None]] = set()
+        self._clock = clock or SystemClock()
+        self._refusals = Refusals()
+        self._refusing: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Returns when the first process has said who it is."""
@@ -150,14 +157,34 @@ class Leader:
             raise AuditUnwritable(error)
 
     def note(self, kind: str, /, **fields: Any) -> None:
-        """What nothing waits for."""
         self._tell({"tell": "note", "kind": kind, "fields": fields})
+
+    def refused(self, kind: str, code: str, /, *, actor: str, target: str = "", **fields: Any) -> None:
+        """Counted here: a flood of refusals must not become one of messages to the first process."""
+        event = self._refusals.add(self._clock.wall_ms(), kind, code, actor, target, fields)
+        if event is not None:
+            self._tell_event(event)
+        if self._refusing is None:
+            self._refusing = asyncio.get_running_loop().call_later(REFUSALS_EVERY_S, self._tell_refusals)
+
+    def _tell_event(self, event: Event) -> None:
+        self.note(event.kind, actor=event.actor, target=event.target, outcome=event.outcome, **event.fields)
+
+    def _tell_refusals(self, *, all_of_them: bool = False) -> None:
+        self._refusing = None
+        for event in self._refusals.due(self._clock.wall_ms(), all_of_them=all_of_them):
+            self._tell_event(event)
+        if not all_of_them and self._refusals.waiting:
+            self._refusing = asyncio.get_running_loop().call_later(REFUSALS_EVERY_S, self._tell_refusals)
 
     async def start(self) -> None:
         """The log is open."""
 
     async def close(self) -> None:
         """No further connections, no further entries."""
+        if self._refusing is not None:
+            self._refusing.cancel()
+        self._tell_refusals(all_of_them=True)
         asyncio.get_running_loop().remove_reader(self._door)
         if self._telling is not None:
             self._telling.cancel()

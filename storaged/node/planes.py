@@ -15,6 +15,7 @@ from storaged.admin.api import AdminServer
 from storaged.clock import Clock
 from storaged.cluster import authority
 from storaged.cluster.audit import AuditLog, Checkpoint
+from storaged.cluster.audit_format import actor_of_peer
 from storaged.cluster.identity import Identity, NodeSigner, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
@@ -98,7 +99,9 @@ class Node:
             await self._listen()
         await self.membership.start()
         await self.audit.start()
-        self.layouts.watch(lambda layout: self.audit.note("layout.taken", epoch=layout.epoch, nodes=len(layout.nodes)))
+        self.layouts.watch(
+            lambda layout: self.audit.note("layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes))
+        )
         self._audit_refused_layouts()
         stack.push_async_callback(self.audit.close)
         if self.config.gateway:
@@ -387,4 +390,4 @@ class Node:
 
     def _refused(self, peer: str, error: StoragedError) -> None:
         log.warning("a peer is refused", peer=peer, code=error.code, reason=error.message)
-        self.audit.note("peer.refused", peer=peer, code=error.code, reason=error.message)
+        self.audit.refused("peer.refused", error.code, actor=actor_of_peer(peer), reason=error.message)

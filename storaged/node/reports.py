@@ -43,6 +43,7 @@ class Reports:
         node = self._node
         found = Services(self.status, self.ready, self.doctor, jobs=self, region=node.config.s3.region)
         found.checkpoints = self._checkpoints
+        found.trail = node.audit
         found.authority = (node.own.directory / "authority.crt").read_text()
         if node.gateway is not None:
             node.gateway.offer(found)

@@ -16,6 +16,7 @@ import logging
 import structlog
 
 from storaged import observe
+from storaged.cluster.audit import Trail
 from storaged.config import LogSection
 from storaged.observe import Metrics
 from storaged.s3.request import RequestDone
@@ -28,10 +29,12 @@ SLOW_BYTES_PER_S = 4 * MIB
 class RequestLog:
     """Called with every answered request, on the event loop. One a process."""
 
-    def __init__(self, metrics: Metrics, settings: LogSection) -> None:
+    def __init__(self, metrics: Metrics, settings: LogSection, trail: Trail | None = None) -> None:
+        """Who was refused access is counted in the audit log ``trail``."""
         self._tallies = metrics.requests
         self._log = structlog.get_logger("s3")
         self._level = logging.getLogger("storaged.s3")
+        self._trail = trail
         self._record = observe.span_recorder("storaged.s3")
         self.configure(settings)
 
@@ -54,6 +57,8 @@ class RequestLog:
                 "storaged.bytes_out": done.bytes_out,
             }
             self._record(done.operation or done.method, done.duration_s, facts, done.trace)
+        if done.status in (401, 403) and self._trail is not None:
+            refuse(self._trail, done)
         if done.status >= 500 and done.code != "NotImplemented":
             self._log.warning("failed", **fields_of(done))
         elif self._slow_s and self._is_slow(done):
@@ -66,6 +71,13 @@ class RequestLog:
     def _is_slow(self, done: RequestDone) -> bool:
         over_s = done.duration_s - self._slow_s
         return over_s > 0 and over_s > (done.bytes_in + done.bytes_out) / SLOW_BYTES_PER_S
+
+
+def refuse(trail: Trail, done: RequestDone) -> None:
+    """The entry of a request that was denied. Without an access key it did not prove to be anybody's."""
+    actor = f"s3:{done.access_key}" if done.access_key else f"address:{done.remote}"
+    path = done.target.partition("?")[0]
+    trail.refused("s3.refused", done.code or "AccessDenied", actor=actor, target=path, operation=done.operation or "none")
 
 
 def fields_of(done: RequestDone) -> dict[str, str | int | float | bool]:

@@ -252,8 +252,8 @@ class Buckets(Protocol):
     ) -> tuple[list[BucketRecord], str | None]:
         """The principal's own, by name; and where the next page starts after."""
 
-    async def delete(self, bucket: BucketRecord) -> None:
-        """Fence, settle, scan; raises BucketNotEmpty (and lifts the fence)."""
+    async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
+        """Fence, settle, scan; raises BucketNotEmpty (and lifts the fence). ``who`` asks for it: for the audit log."""
 
     async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None: ...
 

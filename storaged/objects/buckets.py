@@ -205,7 +205,7 @@ class BucketService:
 
     # --- deleting -----------------------------------------------------------------------------------------------------
 
-    async def delete(self, bucket: BucketRecord) -> None:
+    async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable. An upload that is created just before the fence makes it begin again."""
         for _ in range(EMPTYING_ROUNDS_MAX):
             if not await self._is_empty(bucket, b""):

@@ -100,7 +100,7 @@ async def head_bucket(front: Front, request: Request) -> Reply:
 
 
 async def delete_bucket(front: Front, request: Request) -> Reply:
-    await front.buckets.delete(request.bucket_record)
+    await front.buckets.delete(request.bucket_record, who=request.who)
     return Reply(204)
 
 

@@ -163,7 +163,7 @@ class FakeBuckets:
         page = names[:limit]
         return [self.by_name[name] for name in page], page[-1] if len(names) > limit else None
 
-    async def delete(self, bucket: BucketRecord) -> None:
+    async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         if self.objects.of(bucket):
             raise errors.BucketNotEmpty()
         del self.by_name[bucket.name]

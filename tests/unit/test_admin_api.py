@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import pwd
 import stat
-from collections.abc import AsyncIterator, Mapping
+import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storaged.admin.api import AdminServer
+from storaged.admin.listener import owner_or_root
 from storaged.admin.place import bind_private
 from storaged.admin.ports import Services
 from storaged.cli.client import RemoteRefusal, request
@@ -73,7 +76,7 @@ class Buckets:
     ) -> tuple[list[BucketRecord], str | None]:
         raise NotImplementedError
 
-    async def delete(self, bucket: BucketRecord) -> None:
+    async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
         raise NotImplementedError
 
     async def set_tags(self, bucket: BucketRecord, tags: Any) -> None:
@@ -89,7 +92,7 @@ class Node:
     def __init__(self) -> None:
         self.reason = ""
         self.buckets = Buckets()
-        self.audited: list[tuple[str, dict[str, str]]] = []
+        self.audited: list[tuple[str, str, str, str, dict[str, Any]]] = []
         self.audit_full = False
 
     async def status(self) -> dict[str, Any]:
@@ -106,16 +109,24 @@ class Node:
             raise NoSuchKey
         return {"bucket": bucket}
 
-    async def audit(self, kind: str, fields: Mapping[str, str]) -> None:
+    async def append(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
         if self.audit_full:
             raise AuditUnwritable("no space")
-        self.audited.append((kind, dict(fields)))
+        del fields["operation"]
+        self.audited.append((kind, actor, target, outcome, fields))
+
+    def note(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
+        del fields["operation"]
+        self.audited.append((kind, actor, target, outcome, fields))
+
+    def refused(self, kind: str, code: str, /, *, actor: str, target: str = "", **fields: Any) -> None:
+        self.audited.append((kind, actor, target, f"refused {code}", fields))
 
     async def key_backup(self, passphrase: str) -> tuple[str, bytes]:
         return "id", passphrase.encode()
 
     def services(self, *, gateway: bool) -> Services:
-        found = Services(self.status, self.ready, self.doctor, region="eu-fr-1", audit=self.audit)
+        found = Services(self.status, self.ready, self.doctor, region="eu-fr-1", trail=self)
         if gateway:
             found.users, found.buckets = Users(), self.buckets
             found.where, found.key_backup = self.where, self.key_backup
@@ -139,6 +150,45 @@ async def test_only_the_owner_may_ask(node: Node, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "admin.sock").stat().st_mode) == 0o600
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+async def test_another_user_is_refused_whatever_the_modes_are(node: Node, tmp_path: Path) -> None:
+    """By the kernel's word on who connects: before a byte is read, and with an entry."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    (tmp_path / "admin.sock").chmod(0o666)
+    program = """
+import os, socket, sys
+os.setuid(12345)
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+try:
+    s.sendall(b"GET /v1/users HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
+    print(s.recv(1000))
+except (BrokenPipeError, ConnectionResetError):
+    print(b"")
+"""
+    for _ in range(2):
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", program, str(tmp_path / "admin.sock"), stdout=-1)
+        answer, _ = await asyncio.wait_for(child.communicate(), 30)
+        assert answer == b"b''\n"
+    assert node.audited == 2 * [("admin.refused", "unix:12345:", "admin.sock", "refused NOT_ALLOWED", {})]
+    assert (await ask(tmp_path, "GET", "/v1/users"))["users"] == []
+
+
+@pytest.mark.parametrize(("uid", "may"), [(0, True), (os.geteuid(), True), (12345, False), (65534, False), (-1, False)])
+def test_root_and_the_nodes_own_user_may_ask(uid: int, may: bool) -> None:
+    assert owner_or_root(uid) == may
+
+
+@pytest.mark.parametrize("passphrase", ["", "x", "eleven char", "a\u0308" * 11])
+async def test_a_backup_under_a_short_passphrase_is_refused(node: Node, tmp_path: Path, passphrase: str) -> None:
+    with pytest.raises(RemoteRefusal, match="12 characters") as caught:
+        await ask(tmp_path, "POST", "/v1/keys/backup", body={"passphrase": passphrase})
+    assert caught.value.code == "PASSPHRASE_TOO_SHORT"
+    assert not node.audited
+
+
 def test_a_socket_is_its_owners_alone_from_the_moment_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the most generous umask, and without the chmod that comes after: in between somebody else could have connected."""
     monkeypatch.setattr(Path, "chmod", lambda _path, _mode: None)
@@ -155,16 +205,23 @@ async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: 
     asked: list[tuple[str, str, dict[str, str] | None]] = [
         ("POST", "/v1/users", {"name": "alice", "access_key": "AK1", "secret_key": "given"}),
         ("POST", "/v1/buckets", {"name": "bbb", "user": "AK1"}),
-        ("POST", "/v1/keys/backup", {"passphrase": "correct horse"}),
+        ("POST", "/v1/keys/backup", {"passphrase": "correct horse battery"}),
         ("DELETE", "/v1/users/alice", None),
     ]
     for method, path, body in asked:
         await ask(tmp_path, method, path, body=body)
-    assert node.audited == [
-        ("user.add", {"name": "alice", "access_key": "AK1", "user_id": ""}),
-        ("bucket.create", {"name": "bbb", "access_key": "AK1", "countries": ""}),
-        ("key.backup", {}),
-        ("user.remove", {"name": "alice"}),
+    me = f"unix:{os.getuid()}:{pwd.getpwuid(os.getuid()).pw_name}"
+    assert {actor for _, actor, *_ in node.audited} == {me}
+    key = {"access_key": "AK1", "user_id": "0" * 64}
+    assert [(kind, target, outcome, fields) for kind, _, target, outcome, fields in node.audited] == [
+        ("user.add", "user:alice", "intent", {"access_key": "AK1"}),
+        ("user.add", "user:alice", "done", key),
+        ("bucket.create", "bucket:bbb", "intent", {"owner": "AK1", "countries": ""}),
+        ("bucket.create", "bucket:bbb", "done", {"bucket": "00" * 16}),
+        ("key.backup", "keyring", "intent", {}),
+        ("key.backup", "keyring", "done", {"keyring": "id"}),
+        ("user.remove", "user:alice", "intent", {}),
+        ("user.remove", "user:alice", "done", {"name": "alice", **key}),
     ]
     await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1"})
     node.audit_full = True
@@ -223,8 +280,8 @@ async def test_a_body_that_makes_no_sense_is_refused(node: Node, tmp_path: Path,
 
 
 async def test_the_backup_comes_over_the_socket_whole(node: Node, tmp_path: Path) -> None:
-    found = await ask(tmp_path, "POST", "/v1/keys/backup", body={"passphrase": "horse"})
-    assert (found["keyring"], base64.b64decode(found["backup"])) == ("id", b"horse")
+    found = await ask(tmp_path, "POST", "/v1/keys/backup", body={"passphrase": "a dozen chars"})
+    assert (found["keyring"], base64.b64decode(found["backup"])) == ("id", b"a dozen chars")
 
 
 async def test_a_defect_is_told_without_its_inside(node: Node, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -15,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.cluster.audit import AuditLog, AuditReport, Checkpoint, verify
-from storaged.cluster.audit_format import make_line, parse_line
+from storaged.cluster.audit import AuditLog, AuditReport, Checkpoint, audited, verify
+from storaged.cluster.audit_format import Event, make_line, parse_line
+from storaged.cluster.audit_refusals import Refusals
 from storaged.cluster.identity import NodeSigner
-from storaged.errors import AuditUnwritable
+from storaged.errors import AuditUnwritable, OperatorError, ServiceUnavailable
 from tests.unit.cluster_world import World
 
 
@@ -31,6 +34,10 @@ class Clock:
 
     def wall_ms(self) -> int:
         return self.now_ms
+
+
+def event(kind: str, **fields: Any) -> Event:
+    return Event(kind, "node:gw", "", "", fields)
 
 
 def files_of(directory: Path) -> list[Path]:
@@ -112,26 +119,128 @@ async def test_an_entry_that_is_too_large_or_not_json_is_refused_and_changes_not
     assert verify(files_of(tmp_path)).entries == 2
 
 
-async def test_notes_that_repeat_are_counted_and_not_written_again(tmp_path: Path) -> None:
+async def test_an_entry_says_who_did_what_to_what_and_how_it_ended(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, "gw", b"\x01" * 8, clock=Clock())
+    await log.start()
+    await log.append("user.add", actor="unix:0:root", target="user:alice", outcome="done", access_key="AK")
+    await log.append("key.release", target="bucket-id:00")
+    log.note("layout.taken", target="layout:2", outcome="done")
+    await log.close()
+    entries = [parse_line(line[:-1]) for line in lines_of(files_of(tmp_path)[0])]
+    assert [(entry.kind, entry.actor, entry.target, entry.outcome) for entry in entries] == [
+        ("start", "node:gw", "", ""),
+        ("user.add", "unix:0:root", "user:alice", "done"),
+        ("key.release", "node:gw", "bucket-id:00", ""),
+        ("layout.taken", "node:gw", "layout:2", "done"),
+    ]
+    assert entries[1].fields == {"access_key": "AK"}
+
+
+async def test_an_entry_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """As 0.10 wrote it: without actor, target and outcome."""
+    body = (
+        b'{"chain":"0101010101010101","sequence":0,"time_ms":1,"kind":"start","fields":{"node":"gw","predecessor":null},"previous":"'
+        + b"0" * 64
+        + b'"'
+    )
+    digest = hashlib.sha256(b"sov.audit.v1\0" + body).hexdigest().encode()
+    path = tmp_path / "audit-00000001-0101010101010101-00001.jsonl"
+    path.write_bytes(body + b',"hash":"' + digest + b'"}\n')
+    assert verify([path]).ok
+    assert (parse_line(lines_of(path)[0][:-1]).actor, parse_line(lines_of(path)[0][:-1]).kind) == ("", "start")
+
+
+class Refused(OperatorError):
+    code = "NO"
+    status = 403
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "done"),
+        (Refused("no"), "refused NO"),
+        (ServiceUnavailable("away"), "failed ServiceUnavailable"),
+        (ZeroDivisionError(), "failed InternalError"),
+        (asyncio.CancelledError(), "failed CANCELLED"),
+    ],
+)
+async def test_what_is_done_is_an_intent_and_an_outcome_of_one_operation(tmp_path: Path, error: BaseException | None, outcome: str) -> None:
+    log = AuditLog(tmp_path, "gw", b"\x01" * 8, clock=Clock())
+    await log.start()
+    with contextlib.suppress(type(error) if error is not None else ()):  # type: ignore[arg-type]
+        async with audited(log, "user.add", actor="unix:0:root", target="user:alice", access_key="AK") as found:
+            during = parse_line(lines_of(files_of(tmp_path)[0])[-1][:-1])
+            found["user_id"] = "7"
+            if error is not None:
+                raise error
+    await log.close()
+    intent, after = [parse_line(line[:-1]) for line in lines_of(files_of(tmp_path)[0])[1:]]
+    assert during == intent, "the intent is on disk before it is done"
+    assert (intent.outcome, after.outcome) == ("intent", outcome)
+    assert {(entry.kind, entry.actor, entry.target, entry.fields["operation"]) for entry in (intent, after)} == {
+        ("user.add", "unix:0:root", "user:alice", intent.fields["operation"])
+    }
+    assert after.fields["user_id"] == "7"
+
+
+async def test_nothing_is_done_without_its_intent_and_nothing_undone_without_its_outcome(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, "gw", b"\x01" * 8, clock=Clock())
+    with pytest.raises(AuditUnwritable):
+        async with audited(log, "user.add", actor="a", target="b"):
+            pytest.fail("it was done")
+    await log.start()
+    async with audited(log, "user.add", actor="a", target="b"):
+        await log.close()
+
+
+async def test_refusals_are_counted_and_no_flood_of_them_fills_the_disk(tmp_path: Path) -> None:
     clock = Clock()
     log = AuditLog(tmp_path, "gw", b"\x01" * 8, clock=clock)
     await log.start()
-    for _ in range(100):
-        log.note("peer.refused", peer="n9", code="JURISDICTION_REFUSED")
-    log.note("peer.refused", peer="n8", code="JURISDICTION_REFUSED")
+    for number in range(10_000):
+        log.refused("s3.refused", "AccessDenied", actor=f"address:10.0.{number // 250}.{number % 250}", target=f"/photos/{number}")
+    log.refused("s3.refused", "SignatureDoesNotMatch", actor="address:10.0.0.1", target="/x" * 20_000, note="y" * 20_000)
     clock.now_ms += 61_000
-    log.note("peer.refused", peer="n9", code="JURISDICTION_REFUSED")
-    log.note("peer.refused", peer="n9", code="JURISDICTION_REFUSED")
-    log.note("peer.refused", peer=object())
+    log._tell_refusals()
+    log.refused("s3.refused", "AccessDenied", actor="address:10.0.0.9")
     await log.close()
     entries = [parse_line(line[:-1]) for line in lines_of(files_of(tmp_path)[0])[1:]]
-    assert [(entry.fields["peer"], entry.fields.get("repeated")) for entry in entries] == [
-        ("n9", None),
-        ("n8", None),
-        ("n9", 99),
-        ("n9", 1),
+    assert [(entry.kind, entry.outcome, entry.fields.get("repeated")) for entry in entries] == [
+        ("s3.refused", "refused AccessDenied", None),
+        ("s3.refused", "refused SignatureDoesNotMatch", None),
+        ("s3.refused", "refused AccessDenied", 9999),
+        ("s3.refused", "refused AccessDenied", 1),
     ]
+    assert (len(entries[2].fields["actors"]), entries[2].fields["others"]) == (16, 9983)
+    assert entries[3].actor == "address:10.0.0.9"
+    assert verify(files_of(tmp_path)).ok
+
+
+@given(st.lists(st.tuples(st.integers(-5_000, 40_000), st.sampled_from("abc"), st.text(max_size=3)), max_size=60))
+def test_every_refusal_is_told_once_and_a_kind_at_most_twice_a_minute(refusals: list[tuple[int, str, str]]) -> None:
+    counter, now_ms, told = Refusals(), 1_000_000, []
+    for step_ms, code, actor in refusals:
+        now_ms += step_ms
+        told += [(now_ms, event) for event in counter.due(now_ms)]
+        event = counter.add(now_ms, "k", code, actor, "", {})
+        told += [(now_ms, event)] if event is not None else []
+    told += [(now_ms, event) for event in counter.due(now_ms, all_of_them=True)]
+    assert sum(event.fields.get("repeated", 1) for _, event in told) == len(refusals)
+    if all(step_ms >= 0 for step_ms, _, _ in refusals):
+        for code in "abc":
+            times = [when for when, event in told[:-3] if event.outcome == f"refused {code}"]
+            assert all(later - earlier >= 60_000 for earlier, later in zip(times, times[2:], strict=False))
+
+
+async def test_a_note_that_is_not_json_is_dropped_and_counted(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, "gw", b"\x01" * 8)
+    await log.start()
+    log.note("odd", value=object())
+    log.note("fine")
+    await log.close()
     assert log.statistics().notes_dropped == 1
+    assert [parse_line(line[:-1]).kind for line in lines_of(files_of(tmp_path)[0])] == ["start", "audit.dropped", "fine"]
 
 
 @pytest.mark.parametrize("fails_at", ["write", "fdatasync"])
@@ -214,7 +323,7 @@ async def test_an_entry_altered_with_its_hash_recomputed_no_longer_carries_the_n
     path = files_of(tmp_path)[0]
     lines = lines_of(path)
     entry = parse_line(lines[3][:-1])
-    lines[3] = make_line(entry.chain, 3, entry.time_ms, entry.kind, {"bucket": "other"}, entry.previous)[0]
+    lines[3] = make_line(entry.chain, 3, entry.time_ms, event(entry.kind, bucket="other"), entry.previous)[0]
     path.write_bytes(b"".join(lines))
     assert problem(verify([path]))[0] == 4
 
@@ -268,7 +377,7 @@ async def test_an_entry_forged_at_the_end_of_a_chain_shows_in_the_chain_that_fol
     first = files_of(tmp_path)[0]
     lines = lines_of(first)
     last = parse_line(lines[-1][:-1])
-    forged = make_line(last.chain, 3, last.time_ms, "nothing.happened", {}, last.hash)[0]
+    forged = make_line(last.chain, 3, last.time_ms, event("nothing.happened"), last.hash)[0]
     first.write_bytes(b"".join([*lines, forged]))
     assert "follows from entry 2" in problem(verify(files_of(tmp_path)))[1]
 
@@ -343,7 +452,7 @@ async def test_a_rewritten_history_shows_against_a_checkpoint(tmp_path: Path, wo
     for line in lines_of(path):
         entry = parse_line(line[:-1])
         fields = {"bucket": "harmless"} if entry.sequence == 2 else entry.fields
-        rewritten, previous = make_line(entry.chain, entry.sequence, entry.time_ms, entry.kind, fields, previous)
+        rewritten, previous = make_line(entry.chain, entry.sequence, entry.time_ms, event(entry.kind, **fields), previous)
         lines.append(rewritten)
     path.write_bytes(b"".join(lines))
     assert verify([path]).ok

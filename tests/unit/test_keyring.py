@@ -423,7 +423,8 @@ async def test_keys_are_cached_for_their_time_and_audited_on_release_only(rig):
     await rig.keyring.bucket_key(BUCKET, ())
     assert rig.registers.reads == 2
     assert [kind for kind, _ in rig.entries] == ["key.create", "key.release", "key.release"]
-    assert rig.entries[-1][1] == {"keyring": rig.keyring.statistics().keyring_id, "bucket": BUCKET.hex(), "versions": "1"}
+    facts = {"keyring": rig.keyring.statistics().keyring_id, "bucket": BUCKET.hex(), "versions": "1"}
+    assert rig.entries[-1][1] == {"target": f"bucket-id:{BUCKET.hex()}", "outcome": "done", **facts}
 
 
 async def test_a_key_whose_release_cannot_be_audited_is_not_released(material):

@@ -128,6 +128,20 @@ async def test_what_the_first_process_cannot_audit_the_worker_refuses() -> None:
             await asyncio.wait_for(entry, 5)
 
 
+async def test_refusals_are_counted_in_the_worker_and_its_first_process_hears_of_few() -> None:
+    async with talking() as (leader, reader, _writer, _):
+        for number in range(1000):
+            leader.refused("s3.refused", "AccessDenied", actor="address:10.0.0.7", target=f"/b/{number}")
+        leader._tell_refusals(all_of_them=True)
+        leader.note("end")
+        told = [json.loads(await asyncio.wait_for(reader.readline(), 5)) for _ in range(3)]
+        assert [(one["tell"], one["kind"], one["fields"].get("outcome"), one["fields"].get("repeated")) for one in told] == [
+            ("note", "s3.refused", "refused AccessDenied", None),
+            ("note", "s3.refused", "refused AccessDenied", 999),
+            ("note", "end", None, None),
+        ]
+
+
 async def test_nothing_waits_for_a_first_process_that_has_ended() -> None:
     async with talking() as (leader, reader, writer, serving):
         waiting = asyncio.create_task(leader.append("key.release"))

@@ -1,0 +1,87 @@
+"""Who made and deleted buckets over S3, in the audit log: a wrapper around ``objects.api.Buckets``.
+
+The intent is on disk before a bucket is made or deleted, the outcome before the client is answered. A user whose request was refused less than a minute
+ago writes no further intents: what it is refused then is counted (``Trail.refused``), so that a loop over a bucket that is not empty can't fill the
+disk. What succeeds has its entry always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from storaged.clock import Clock
+from storaged.cluster.audit import Trail, audited
+from storaged.cluster.audit_format import DONE
+from storaged.errors import NoSuchBucket, StoragedError
+from storaged.objects.api import Buckets, Principal
+from storaged.objects.records import BucketRecord
+
+QUIET_S: Final = 60.0
+REFUSED_LATELY_MAX: Final = 4096
+
+
+class AuditedBuckets:
+    """A ``Buckets`` whose ``create`` and ``delete`` are audited; everything else is the wrapped one's."""
+
+    def __init__(self, buckets: Buckets, trail: Trail, clock: Clock) -> None:
+        self._buckets = buckets
+        self._trail = trail
+        self._clock = clock
+        self._refused_lately: dict[tuple[str, str], float] = {}
+        """(kind, actor) -> when its last request was refused."""
+        self.at_hand = buckets.at_hand
+        self.get = buckets.get
+        self.list_buckets = buckets.list_buckets
+        self.set_tags = buckets.set_tags
+        self.get_tags = buckets.get_tags
+
+    async def create(
+        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+    ) -> BucketRecord:
+        facts = {"countries": ",".join(countries)} if countries else {}
+        async with self._audited("bucket.create", who, f"bucket:{name}", await self._exists(name), facts) as found:
+            made = await self._buckets.create(who, name, region=region, countries=countries, object_lock=object_lock)
+            found["bucket"] = made.id.hex()
+        return made
+
+    async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
+        facts = {"bucket": bucket.id.hex()}
+        async with self._audited("bucket.delete", who, f"bucket:{bucket.name}", False, facts):
+            await self._buckets.delete(bucket, who=who)
+
+    async def _exists(self, name: str) -> bool:
+        """Then ``create`` refuses, and there is no intent to be written."""
+        try:
+            return await self._buckets.get(name) is not None
+        except NoSuchBucket:
+            return False
+        except StoragedError:
+            return True  # whatever ``create`` says of it: a bucket that can't be read is not made
+
+    @asynccontextmanager
+    async def _audited(
+        self, kind: str, who: Principal | None, target: str, refused_surely: bool, facts: Mapping[str, Any]
+    ) -> AsyncIterator[dict[str, Any]]:
+        actor = f"s3:{who.access_key}" if who is not None else ""
+        name, now = (kind, actor), self._clock.monotonic()
+        since = self._refused_lately.get(name)
+        try:
+            if refused_surely or (since is not None and now - since < QUIET_S):
+                found: dict[str, Any] = {}
+                try:
+                    yield found
+                except StoragedError as error:
+                    self._trail.refused(kind, error.code, actor=actor, target=target, **facts)
+                    raise
+                await self._trail.append(kind, actor=actor, target=target, outcome=DONE, **{**facts, **found})
+            else:
+                async with audited(self._trail, kind, actor=actor, target=target, **facts) as found:
+                    yield found
+        except StoragedError:
+            self._refused_lately.pop(name, None)
+            while len(self._refused_lately) >= REFUSED_LATELY_MAX:
+                del self._refused_lately[next(iter(self._refused_lately))]
+            self._refused_lately[name] = now
+            raise
