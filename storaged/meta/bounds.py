@@ -12,7 +12,7 @@ from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value, Visibility
 from storaged.meta.ports import Ballot
-from storaged.meta.register import COUNTER_MAX
+from storaged.meta.register import COUNTER_MAX, created, may_create
 from storaged.units import MIB
 
 VALUE_BYTES_MAX = 4 * MIB
@@ -37,6 +37,12 @@ def check_value(value: Value) -> None:
         raise InvalidRequest(f"A value of {len(value.body)} bytes; the limit is {VALUE_BYTES_MAX}.")
     if not Visibility.TOMBSTONE <= value.visibility <= Visibility.LIVE:
         raise InvalidRequest(f"No visibility {value.visibility}.")
+
+
+def check_created(name: RegisterName, value: Value, create: bool) -> None:
+    """A create, or a value that was created, of a register that may not be."""
+    if (create or created(value)) and not may_create(name):
+        raise InvalidRequest(f"Only a register of an object may be created unasked, not one of table {name.table}.")
 
 
 def check_page(request: messages.PagePut) -> None:

@@ -18,7 +18,7 @@ from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Changed, Outcome, SmallCopies, Update
 from storaged.meta.proposal import Proposal, Surroundings, View
 from storaged.meta.quick import Patience, QuickChange
-from storaged.meta.register import CALL_BYTES, Lineage
+from storaged.meta.register import CALL_BYTES, Lineage, may_create
 from storaged.meta.rounds import Courier, Turns
 
 Q = TypeVar("Q", QuickChange, QuickCreate)
@@ -64,6 +64,7 @@ class Changing:
         regardless: bool = False,
     ) -> Outcome:
         """See ``ports.Registers``."""
+        _check_regardless(name, regardless)
         self._around.counts["changes"] += 1
         deadline = self._deadline()
         barrier = None if ready is None else asyncio.ensure_future(ready)
@@ -130,6 +131,7 @@ class Changing:
 
     def change_soon(self, name: RegisterName, update: Update, then: Changed, small: SmallCopies | None, regardless: bool) -> bool:
         """See ``ports.Registers``."""
+        _check_regardless(name, regardless)
         try:
             view = self._around.view(name)
         except StoragedError:  # ``change`` says so
@@ -248,6 +250,12 @@ def _given_up(quick: QuickChange | QuickCreate) -> StoragedError:
     if quick.lineage.open:
         return OutcomeUnknown(STOPPED)
     return ServiceUnavailable("This node stops. Nothing was changed. Retry.")
+
+
+def _check_regardless(name: RegisterName, regardless: bool) -> None:
+    """Raises ValueError for a mistake of ours that would break what the register's body is bound to (``register.may_create``)."""
+    if regardless and not may_create(name):
+        raise ValueError(f"only an object's register may be changed regardless of what it holds, not one of table {name.table}")
 
 
 def _keep(_value: Value | None) -> None:

@@ -106,7 +106,7 @@ class Registers(Protocol):
         A change with ``small`` whose copies could not be synced where they must be is of unknown outcome too.
 
         ``regardless``: whatever the register holds, ``update`` makes the same change of it. So it may be proposed before anybody was asked, in one round trip, where the
-        register was probably never written. What it then overtakes unseen (``register``) is not in the outcome, and its data is left to the collector.
+        register was probably never written. What it then overtakes unseen (``register``) is not in the outcome, and its data is left to the collector. Raises ValueError outside of the table OBJECT (``register.may_create``).
         """
 
     def change_soon(

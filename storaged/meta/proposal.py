@@ -39,6 +39,7 @@ from storaged.meta.register import (
     Standing,
     Verdict,
     has_majority,
+    may_create,
     out_of_reach,
     overtaken,
     settled_ballot,
@@ -253,7 +254,7 @@ class Proposal:
         if not promises.settled:
             lost_at = self.lineage.lost_at()
             told = [(reply.accepted, reply.value) for reply in promised.values() if reply.accepted != lost_at]
-            beneath = overtaken(told, promises.ballot, promises.value, around.rules)
+            beneath = overtaken(told, promises.ballot, promises.value, around.rules) if may_create(self.name) else None
             if beneath is not None and promises.value is not None:
                 promises.value = msgspec.structs.replace(promises.value, sequence=beneath.sequence + 1)
         return promises

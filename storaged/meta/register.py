@@ -32,7 +32,7 @@ from typing import NamedTuple
 import xxhash
 from msgspec import Struct
 
-from storaged.meta.names import Change, Value, Visibility
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
 from storaged.wire import encode
 
@@ -244,6 +244,12 @@ NEVER = Value(0, b"", Visibility.TOMBSTONE, b"")
 def created(value: Value) -> bool:
     """Whether it may have been accepted by a create."""
     return value.sequence == 1 and value.operation[CALL_BYTES:] == _CREATE
+
+
+def may_create(name: RegisterName) -> bool:
+    """Whether the register may be changed without asking what it holds. Rule 14 gives a created value another sequence; bodies of system registers, uploads and parts
+    carry authenticators over it, or are found by it, so only objects' may."""
+    return name.table == Table.OBJECT
 
 
 def shown(value: Value | None) -> Value | None:

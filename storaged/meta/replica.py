@@ -28,10 +28,10 @@ from storaged.cluster.ports import Then
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown, StoragedError
 from storaged.meta import messages
 from storaged.meta.accepting import AnswerAccept, Writing
-from storaged.meta.bounds import check_epoch, check_fence, check_name, check_page, check_pages, check_value
+from storaged.meta.bounds import check_created, check_epoch, check_fence, check_name, check_page, check_pages, check_value
 from storaged.meta.fences import Fences
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Heard, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
     HIGH_WATER_BLOCK_US,
@@ -67,6 +67,7 @@ CREATE_AHEAD_US = 60_000_000
 """A create's ballot may lie so far ahead of this node's clock, no more. A settling round ends what was promised before it, but of a create nobody has heard: that it comes
 after all, and is too late, is known by its age alone."""
 
+OBJECT = int(Table.OBJECT)
 NO_BYTES = memoryview(b"")
 PAGES_A_TURN = 16
 """Pages checked between two looks of the loop at other requests."""
@@ -252,7 +253,10 @@ class LocalReplica:
             return False
         self._counts["accepts"] += 1
         check_value(value)
-        if create or isinstance(request, messages.Create):
+        create = create or isinstance(request, messages.Create)
+        if name.table != OBJECT:
+            check_created(name, value, create)
+        if create:
             acceptor = self._acceptor(name)[1]
             verdict = judge_create(acceptor, ballot, value, request.nonce, request.identity, self._rules)
             if verdict is Verdict.OK and ballot.counter > self._clock.wall_ms() * 1000 + CREATE_AHEAD_US:

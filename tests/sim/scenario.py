@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import structlog.testing
 
+from storaged.cluster.layout import SYSTEM_PARTITION
 from storaged.errors import OutcomeUnknown, S3Error, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import RingClient
-from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
 from storaged.meta.register import RULES, Rules, Verdict, overtaken
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
@@ -44,6 +45,16 @@ class Verdicts:
     faults: list[str] = field(default_factory=list)
 
 
+class ObjectName(RegisterName):
+    """A register of an object (others are not created unasked) on the disks that a layout of the simulation names: those of the system partition."""
+
+    __slots__ = ()
+
+    @property
+    def partition(self) -> int:
+        return SYSTEM_PARTITION
+
+
 class ConditionFailed(Exception):
     """The update's own refusal, as a 412 is; carries what it judged."""
 
@@ -71,7 +82,7 @@ class Scenario:
         self.found = Verdicts(seed)
         self.history: list[Operation] = []
         self._moments = 0
-        self._names = {key: system_name("sim/" + key) for key in KEYS}
+        self._names = {key: ObjectName(Table.OBJECT, bytes(16), 0, b"sim/" + key.encode()) for key in KEYS}
         self._last_seen: dict[str, Content] = dict.fromkeys(KEYS)
         self._serial = 0
         self._disks_may_be_swapped = self._disks_may_be_full = False

@@ -22,7 +22,7 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import DataDamaged, DiskUnusable, FragmentMissing, KeyringUnavailable, NoSuchBucket, PeerUnreachable
 from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.meta.heads import head_of
-from storaged.meta.names import RegisterName, Value, Visibility
+from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
 from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, PutResult, RangeSpec, WriteConditions
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
@@ -308,6 +308,7 @@ class FakeRing:
         regardless: bool = False,
     ) -> Outcome:
         first = True
+        assert not regardless or name.table == Table.OBJECT
         self.regardless.append(regardless)
         while True:
             if not first and renew is not None:

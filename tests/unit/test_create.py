@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from storaged.errors import NoSuchBucket, OutcomeUnknown
+from storaged.errors import InvalidRequest, NoSuchBucket, OutcomeUnknown
 from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.create import AHEAD_MAX_US, NEW_OF_LATE, SCOPES_MAX, Novelty
 from storaged.meta.memory import MemoryMetaStore
-from storaged.meta.names import Change, RegisterName, Value, Visibility
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, Outcome, RowDamaged, SmallCopies, Update
 from storaged.meta.register import (
     CALL_BYTES,
@@ -559,6 +559,28 @@ async def test_who_loses_against_another_create_goes_on_behind_it(
         assert isinstance(outcome, Outcome)
         assert value == outcome.after
         assert (value.sequence, value.body) == (2, b"one")
+
+
+@pytest.mark.parametrize("table", [table for table in Table if table != Table.OBJECT])
+async def test_only_an_objects_register_is_changed_regardless_of_what_it_holds(ring: Ring, table: Table) -> None:
+    client, name = ring.client(novelty=Always()), NAME._replace(table=table)
+    with pytest.raises(ValueError, match="regardless"):
+        await client.change(name, put(b"one"), regardless=True)
+    with pytest.raises(ValueError, match="regardless"):
+        client.change_soon(name, put(b"one"), lambda _outcome: None, regardless=True)
+    replica = ring.first.inner
+    ballot = Ballot(1, client._clock.wall_ms() * 1000, "n", b"i" * 8)
+    value = lineage().create(Change(b"one"), ballot)
+    plain = Value(1, b"o" * 16, Visibility.LIVE, b"one")
+    for refused in (
+        messages.Create("", name, ballot, value),
+        messages.Create("", name, ballot, plain),
+        messages.Accept("", name, ballot, value),
+        messages.Accept("", name, ballot, value, identity=True),
+    ):
+        with pytest.raises(InvalidRequest, match="created unasked"):
+            await replica.accept(refused)
+    assert (await replica.accept(messages.Accept("", name, ballot, plain))).verdict == Verdict.OK
 
 
 async def test_a_ballot_far_ahead_of_the_clock_is_promised_and_not_created(ring: Ring) -> None:
