@@ -80,6 +80,8 @@ class Ping(Message, frozen=True):
     epoch: int
     digest: bytes = b""
     """Of that layout; empty: not said."""
+    certificate_until_ms: int = 0
+    """When the certificate of the sender expires, milliseconds since 1970; 0: not said."""
 
 
 class Pong(Message, frozen=True):
@@ -91,6 +93,7 @@ class Pong(Message, frozen=True):
     disks: tuple[DiskReport, ...] = ()
     digest: bytes = b""
     refused: tuple[RefusedLayout, ...] = ()
+    certificate_until_ms: int = 0
 
 
 class LayoutAfter(Message, frozen=True):
@@ -128,6 +131,8 @@ class NodeStatus:
     disks: tuple[DiskStatus, ...] = ()
     refused: tuple[RefusedLayout, ...] = ()
     """Layouts that it does not take."""
+    certificate_until_ms: int = 0
+    """When its certificate expires, milliseconds since 1970; 0 when it has not said."""
 
 
 class Links(Protocol):
@@ -159,6 +164,7 @@ class _Peer:
     """Ping again now."""
     task: asyncio.Task[None] | None = None
     last_inbound: float | None = None
+    certificate_until_ms: int = 0
 
 
 class Membership:
@@ -179,6 +185,7 @@ class Membership:
         clock: Clock | None = None,
         interval_s: float = PING_INTERVAL_S,
         pid: int | None = None,
+        certificate_until_ms: Callable[[], int] = lambda: 0,
     ) -> None:
         self._node = node
         self._incarnation = incarnation
@@ -189,6 +196,7 @@ class Membership:
         self._clock = clock or SystemClock()
         self._interval_s = interval_s
         self._pid = os.getpid() if pid is None else pid
+        self._certificate_until_ms = certificate_until_ms
         self._began_ms = self._clock.wall_ms()
         self._peers: dict[str, _Peer] = {}
         self._gone: set[asyncio.Task[None]] = set()
@@ -237,7 +245,8 @@ class Membership:
         """Raises KeyError for a node that is in no layout."""
         if node == self._node:
             epoch, disks, refused = self._layouts.epoch, tuple(self._own_disks()), self._layouts.refusals()
-            return NodeStatus(node, "up", self._began_ms, "", self._incarnation, self._pid, epoch, 0.0, 0.0, disks, refused)
+            until_ms = self._certificate_until_ms()
+            return NodeStatus(node, "up", self._began_ms, "", self._incarnation, self._pid, epoch, 0.0, 0.0, disks, refused, until_ms)
         peer = self._peers[node]
         self._age_inbound(peer)
         skew = min(peer.samples)[1] if peer.samples else None
@@ -253,6 +262,7 @@ class Membership:
             skew,
             peer.disks,
             peer.refused,
+            peer.certificate_until_ms,
         )
 
     def node_up(self, node: str) -> bool:
@@ -348,6 +358,7 @@ class Membership:
             peer.disks = disks
             self._index_disks()
         peer.refused = pong.refused
+        peer.certificate_until_ms = pong.certificate_until_ms
         self._heard_of(peer, pong.incarnation, pong.pid, pong.epoch)
         self._compare(peer.name, pong.epoch, pong.digest)
         if pong.epoch != self._layouts.epoch:
@@ -398,7 +409,15 @@ class Membership:
     # Answers.
 
     def _introduction(self) -> Ping:
-        return Ping(self._node, self._incarnation, self._pid, self._clock.wall_ms(), self._layouts.epoch, self._layouts.digest)
+        return Ping(
+            self._node,
+            self._incarnation,
+            self._pid,
+            self._clock.wall_ms(),
+            self._layouts.epoch,
+            self._layouts.digest,
+            self._certificate_until_ms(),
+        )
 
     def _compare(self, node: str, epoch: int, digest: bytes) -> None:
         """A peer that goes by another layout of our epoch is reported: one of the two was signed by mistake. A newer one is for ``_exchange`` to judge."""
@@ -411,6 +430,7 @@ class Membership:
         peer = self._peers.get(call.peer.name)
         if peer is not None and peer.task is None:
             peer.last_inbound = self._clock.monotonic()
+            peer.certificate_until_ms = ping.certificate_until_ms
             self._heard_of(peer, ping.incarnation, ping.pid, ping.epoch)
         self._compare(call.peer.name, ping.epoch, ping.digest)
         reports = tuple(DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own_disks())
@@ -423,6 +443,7 @@ class Membership:
             reports,
             self._layouts.digest,
             self._layouts.refusals(),
+            self._certificate_until_ms(),
         )
 
     async def _on_layout(self, request: LayoutAfter, call: Call) -> LayoutAnswer:

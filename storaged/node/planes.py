@@ -192,6 +192,7 @@ class Node:
             links=self.pool,
             clock=self.clock,
             pid=leader.pid if leader is not None else None,
+            certificate_until_ms=lambda: int(self.own.expires.timestamp() * 1000),
         )
         self._methods.update(self.membership.methods())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +179,7 @@ class Reports:
 
     async def doctor(self) -> list[dict[str, str]]:
         node = self._node
-        checks = [self._certificate(), _private(self._secret_files())]
+        checks = [_private(self._secret_files())]
         for entry in node.layouts.current.nodes:
             known = node.membership.status(entry.name)
             if known.state != "up" and self._silent(entry):
@@ -192,6 +191,7 @@ class Reports:
                     _check(f"node {entry.name}", "fail", f"does not answer: {known.reason}", "Start it; see `storaged explain NODE_DOWN`.")
                 )
                 continue
+            checks.append(certificate_check(entry.name, known.certificate_until_ms, node.clock.wall_ms()))
             checks.append(_clock(entry.name, known.clock_skew_ms))
             checks.extend(_disk(entry.name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free) for disk in known.disks)
             if known.rtt_min_ms is not None and entry.name != node.own.name:
@@ -205,14 +205,6 @@ class Reports:
                 checks.append(_check("workers", state, f"{workers.serving} of {workers.count} serve", "The log says why one ended."))
         checks.append(await asyncio.to_thread(_fsync, node.directory))
         return checks
-
-    def _certificate(self) -> dict[str, str]:
-        own = self._node.own
-        days = (own.expires - datetime.now(UTC)).days
-        state = "ok" if days >= CERTIFICATE_DAYS_MIN else "warn" if days > 0 else "fail"
-        return _check(
-            f"certificate of {own.name}", state, f"expires in {days} days", "Renew it: `storaged cluster renew`, then reload the node."
-        )
 
     def _secret_files(self) -> list[Path]:
         node = self._node
@@ -278,6 +270,16 @@ def _job(job: JobReport) -> dict[str, Any]:
 
 def _check(name: str, state: str, detail: str, hint: str) -> dict[str, str]:
     return {"name": name, "state": state, "detail": detail, "hint": hint if state != "ok" else ""}
+
+
+def certificate_check(node: str, until_ms: int, now_ms: int) -> dict[str, str]:
+    """``until_ms``: when it expires, as the node itself says; 0: not said."""
+    if not until_ms:
+        return _check(f"certificate of {node}", "ok", "not known: the node does not say when it expires", "")
+    days = (until_ms - now_ms) // 86_400_000
+    state = "ok" if days >= CERTIFICATE_DAYS_MIN else "warn" if days > 0 else "fail"
+    hint = f"Renew it: `storaged cluster renew AUTHORITY {node}`, copy its identity folder, reload the node."
+    return _check(f"certificate of {node}", state, f"expires in {days} days", hint)
 
 
 def _private(files: Sequence[Path]) -> dict[str, str]:

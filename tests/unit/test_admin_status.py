@@ -13,6 +13,7 @@ from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Lay
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import every_error
+from storaged.node.reports import certificate_check
 
 RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
 LAYOUT = Layout(
@@ -209,3 +210,10 @@ def test_status_says_why_repair_waits(waits: RepairWaits, said: str) -> None:
     found = judge(facts(durability=Durability(3, waits=waits)), NOW)
     assert said in found["problems"][0]["detail"]
     assert said in render(found)
+
+
+@pytest.mark.parametrize(("days", "state"), [(31, "ok"), (30, "ok"), (29, "warn"), (1, "warn"), (0, "fail"), (-3, "fail")])
+def test_doctor_warns_of_any_nodes_certificate_thirty_days_ahead(days: int, state: str) -> None:
+    check = certificate_check("n2", NOW + days * 86_400_000, NOW)
+    assert (check["state"], check["detail"]) == (state, f"expires in {days} days")
+    assert state == "ok" or "cluster renew AUTHORITY n2" in check["hint"]

@@ -134,6 +134,16 @@ async def member(
 # --- states -------------------------------------------------------------------------------------------------------------
 
 
+async def test_every_node_says_when_its_certificate_expires(world: World) -> None:
+    network = Network()
+    async with (
+        member(network, world, "n1", book(world, layout()), certificate_until_ms=lambda: 1) as first,
+        member(network, world, "n2", book(world, layout()), certificate_until_ms=lambda: 2) as second,
+    ):
+        await until(lambda: first.status("n2").certificate_until_ms == 2 and second.status("n1").certificate_until_ms == 1)
+        assert first.status("n1").certificate_until_ms == 1
+
+
 async def test_nodes_that_answer_are_up_and_their_disks_are_known(world: World) -> None:
     network = Network()
     async with (
