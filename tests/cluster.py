@@ -85,10 +85,9 @@ class Cluster:
 
     def status(self) -> dict[str, Any]:
         done = self.run("status", "--json", check=False)
-        if not done.stdout.strip():
-            return {"verdict": "DOWN", "nodes": [], "problems": [], "objects_below_target": 0, "objects_lost": 0, "error": done.stderr}
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        down = {"verdict": "DOWN", "nodes": [], "problems": [], "objects_below_target": 0, "objects_lost": 0, "error": done.stderr}
+        found: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
+        return found if "verdict" in found else {**down, **found}  # a document with an error: it has not begun to run
 
     def where(self, bucket: str, key: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.run("where", f"s3://{bucket}/{key}", "--json").stdout)
