@@ -9,6 +9,9 @@ from storaged.s3.chunked import ChunkedDecoder
 from storaged.s3.headers import trailing_names
 from storaged.s3.request import Request
 
+_WITH_TRAILERS = frozenset({sigv4.STREAMING_SIGNED_TRAILER, sigv4.STREAMING_UNSIGNED_TRAILER})
+"""In no other form of a body could a trailer come that was announced, and its checksum be demanded."""
+
 
 def claim_of(request: Request, region: str) -> sigv4.Claim | None:
     """What the request says about its signature, of this service and region; None: it is not signed.
@@ -43,6 +46,7 @@ def admit(request: Request, claim: sigv4.Claim, who: Principal, secret: str, now
     payload = sigv4.payload_hash(claim, headers, request.query)
     key = sigv4.verify(claim, secret, request.method, request.target.raw_path, request.target.pairs, headers, payload)
     sigv4.check_signed_headers(claim, headers)
+    request.body.admit()
     request.who = who
     _prepare_body(request, payload, key)
 
@@ -54,6 +58,8 @@ def admit_anonymous(request: Request) -> None:
 
 def _prepare_body(request: Request, payload: str, key: sigv4.ChunkKey | None) -> None:
     """What the body must be, from x-amz-content-sha256: plain, plain with this hash, or one of the streaming forms."""
+    if "x-amz-trailer" in request.headers and payload not in _WITH_TRAILERS:
+        raise errors.InvalidRequest(f"x-amz-trailer goes only with x-amz-content-sha256 {' or '.join(sorted(_WITH_TRAILERS))}.")
     if payload not in sigv4.STREAMING:
         if payload not in ("", sigv4.UNSIGNED_PAYLOAD):
             request.body.sha256 = payload

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from storaged.errors import MaxMessageLengthExceeded, S3Error, XAmzContentSHA256Mismatch
+from storaged.errors import BadRequest, MaxMessageLengthExceeded, S3Error, XAmzContentSHA256Mismatch
 from storaged.s3.chunked import ChunkedDecoder
-from storaged.s3.http import Chunks
+from storaged.s3.chunks import TransferChunks
 from storaged.s3.limits import Limits
 from storaged.units import KIB
 from storaged.wire import Buffer
@@ -27,9 +27,10 @@ WHOLE_BYTES_MAX = 64 * KIB
 DIRECT_BYTES_MIN = 16 * KIB
 """A reader's memory that has less room than this is filled by copying."""
 
-
-CRUMBS = 64
-"""So many chunks in one read are tiny ones, which take long to decode: others have their turn before the next."""
+JOINED_BYTES_MAX = 4 * KIB
+"""A piece that is kept, and has less than this, is joined with the next one that has: an object of its own takes 100 bytes, however few a client's segments bring."""
+VIEWS_MAX = 4
+"""So many pieces of one read are passed on as views; more are joined: a view of a byte takes 200, and keeps what it was cut from."""
 
 
 class Source(Protocol):
@@ -37,21 +38,24 @@ class Source(Protocol):
 
     def hold_back(self) -> None: ...
 
-    def body_done(self) -> None: ...
+    def body_done(self, rest: Buffer = b"") -> None: ...
+
+    def admitted(self) -> None: ...
 
     async def heard(self, body: RequestBody) -> None: ...
 
 
 class RequestBody(AsyncIterator[Buffer]):
     """The body of one request. Nothing is read, and no ``100 Continue`` sent, before somebody asks for it: by then the request is authenticated.
+    HTTP's chunks are not even decoded before that, a few at a time from then on (see ``chunks``), and refused when they are tiny and the request is not authenticated.
 
     ``length``: Content-Length, or None when it comes in HTTP chunks. ``declared`` False: neither came, which HTTP takes for an empty body.
     ``continue_now``: sends the interim answer; None when the client does not wait for one.
     """
 
     __slots__ = (
-        "_budget", "_chunks", "_come", "_continue_now", "_decoded_ahead", "_decoder_done", "_direct_bytes", "_error", "_kept_bytes", "_left", "_limits", "_rest",
-        "_source", "bytes_come", "complete", "declared", "decoder", "destination", "length", "sha256", "then", "waited_s", "waiter",
+        "_admitted", "_budget", "_chunks", "_come", "_continue_now", "_decoded_ahead", "_decoder_done", "_direct_bytes", "_error", "_kept_bytes", "_last_error", "_left", "_limits",
+        "_raw", "_raw_bytes", "_rest", "_source", "bytes_come", "complete", "declared", "decoder", "destination", "length", "sha256", "then", "waited_s", "waiter",
     )  # fmt: skip
 
     def __init__(
@@ -60,8 +64,11 @@ class RequestBody(AsyncIterator[Buffer]):
         self._source = source
         self._limits = limits
         self._continue_now = continue_now
-        self._chunks = Chunks() if length is None else None
+        self._chunks = TransferChunks() if length is None else None
         self._left = length or 0
+        self._raw: list[bytes] = []
+        """Chunks as they came, of which nothing was decoded."""
+        self._raw_bytes = 0
         self._come: deque[Buffer] = deque()
         self._decoded_ahead: deque[Buffer] = deque()
         self._decoder_done = False
@@ -69,7 +76,10 @@ class RequestBody(AsyncIterator[Buffer]):
         self._kept_bytes = 0
         self._direct_bytes = 0
         self._error: Exception | None = None
+        self._last_error: S3Error | None = None
+        """It will fail with this, unless it turns out to be complete."""
         self._budget: int | None = None
+        self._admitted = False
         self.length = length
         self.declared = declared
         self.complete = length == 0
@@ -90,8 +100,13 @@ class RequestBody(AsyncIterator[Buffer]):
 
     @property
     def full(self) -> bool:
-        """As much has come unread as may be kept."""
-        return self._kept_bytes > self._limits.read_buffer_bytes
+        """As much has come unread as may be kept, or as may be decoded in one turn."""
+        return self._kept_bytes + self._raw_bytes > self._limits.read_buffer_bytes or (self._chunks is not None and self._chunks.stopped)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of a request that is not authenticated: what it has sent, less what was thrown away."""
+        return self.bytes_come if self._budget is None else 0
 
     @property
     def bounded(self) -> bool:
@@ -103,35 +118,70 @@ class RequestBody(AsyncIterator[Buffer]):
         """No more of it will come, though it is not complete; or it is, and ``at_hand`` found it wrong."""
         return self._error is not None
 
-    def feed(self, data: bytes) -> bytes:
-        """Takes what belongs to the body, and returns what follows it."""
-        crumbs = False
-        if self._chunks is None:
-            if len(data) <= self._left:
-                rest = b""
-            else:
-                data, rest = data[: self._left], data[self._left :]
+    def admit(self) -> None:
+        """The request is authenticated: what follows is done for somebody known. Raises SlowDown when too many are in flight."""
+        self._source.admitted()
+        self._admitted = True
+
+    def feed(self, data: bytes) -> None:
+        """Takes what belongs to the body; the connection gets what follows it with ``body_done``."""
+        chunks = self._chunks
+        if chunks is None:
+            rest = data[self._left :]
+            if rest:
+                data = data[: self._left]
             self._left -= len(data)
             if data:
+                self._arrived(len(data))
                 self._keep(data)
-            ended = not self._left
-        else:
-            try:
-                pieces, rest = self._chunks.feed(data)
-            except S3Error as error:
-                self.fail(error)
-                return b""
-            if pieces:
-                alone = len(pieces) == 1 and 2 * len(pieces[0]) > len(data)
-                self._keep(pieces[0] if alone else b"".join(pieces))  # a view of a byte takes 200, and keeps what it was cut from
-            ended, crumbs = self._chunks.ended, len(pieces) > CRUMBS
-        if ended:
-            self._end()
-        if self.waiter is not None and (ended or self._come or self._budget is not None):
+            if not self._left:
+                self._end(rest)
+        elif data:
+            self._arrived(len(data))
+            self._raw.append(data)
+            self._raw_bytes += len(data)
+            if not chunks.stopped and (self._admitted or self.waiter is not None or self._budget is not None):
+                self._decode(chunks)
+                if self._error is not None:
+                    return
+        if self.waiter is not None and (self.complete or self._come or self._budget is not None):
             self._wake()
-        if not ended and (self.full or crumbs) and (self.waiter is None or self.waiter.done()) and (self.then is None or not self.bounded):
+        if not self.complete and self.full and (self.waiter is None or self.waiter.done()) and (self.then is None or not self.bounded):
             self._source.hold_back()  # until the reader wants more: one readiness of the socket may bring dozens of reads
-        return rest
+
+    def _arrived(self, count: int) -> None:
+        self.bytes_come += count
+        if self._budget is not None:
+            self._budget -= count
+
+    def _decode(self, chunks: TransferChunks) -> None:
+        """A turn's worth of what has come in HTTP's chunks."""
+        data, self._raw = b"".join(self._raw), []
+        size = len(data) + len(chunks.rest)
+        try:
+            pieces = chunks.feed(data)
+            self._check_crumbs(chunks)
+        except S3Error as error:
+            self._raw_bytes = 0
+            self._last_error = error
+            self.fail(error)
+            return
+        self._raw_bytes = len(chunks.rest)
+        if pieces:
+            alone = len(pieces) == 1 and 2 * len(pieces[0]) > size
+            self._keep(pieces[0] if alone else b"".join(pieces))
+        if chunks.ended:
+            self._raw_bytes = 0
+            self._end(bytes(chunks.rest))
+
+    def _check_crumbs(self, chunks: TransferChunks) -> None:
+        """Tiny chunks are a client's right; to send many of them to a server that does not know it is not. Raises BadRequest."""
+        limits = self._limits
+        few = self._admitted or chunks.chunks <= limits.stranger_chunks
+        if not few and chunks.data_bytes < chunks.chunks * limits.stranger_chunk_bytes_min:
+            raise BadRequest(
+                f"The chunks of a body that is not authenticated have {limits.stranger_chunk_bytes_min} bytes or more, on average."
+            )
 
     def received(self, count: int) -> None:
         """``count`` bytes have come into ``destination``."""
@@ -149,8 +199,12 @@ class RequestBody(AsyncIterator[Buffer]):
         self._wake()
 
     def fail(self, error: S3Error) -> None:
-        """No more of it will come."""
+        """No more of it will come. What has come may still be all of it: that is seen when it is decoded."""
         if self.complete or self._error is not None:
+            return
+        if self._undecoded and self._last_error is None:
+            self._last_error = error
+            self._wake()
             return
         self._error = error
         self.destination = None
@@ -166,16 +220,22 @@ class RequestBody(AsyncIterator[Buffer]):
             then()
 
     def _keep(self, data: Buffer) -> None:
-        self.bytes_come += len(data)
         if self._budget is not None:
-            self._budget -= len(data)
+            return
+        self._kept_bytes += len(data)
+        come = self._come
+        if len(data) < JOINED_BYTES_MAX and come and len(come[-1]) < JOINED_BYTES_MAX:
+            last = come[-1]
+            if isinstance(last, bytearray):
+                last += data
+            else:
+                come[-1] = bytearray(b"".join((last, data)))
         else:
-            self._come.append(data)
-            self._kept_bytes += len(data)
+            come.append(data)
 
-    def _end(self) -> None:
+    def _end(self, rest: Buffer = b"") -> None:
         self.complete = True
-        self._source.body_done()
+        self._source.body_done(rest)
 
     def _wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -201,19 +261,38 @@ class RequestBody(AsyncIterator[Buffer]):
                 raise self._error
             if self.complete:
                 return b""
-            await self._source.heard(self)
+            await self._go_on()
         piece = self._come.popleft()
         self._kept_bytes -= len(piece)
         return piece
 
+    @property
+    def _undecoded(self) -> bool:
+        """There are HTTP chunks that can be decoded now."""
+        return bool(self._raw) or (self._chunks is not None and self._chunks.stopped)
+
+    async def _go_on(self) -> None:
+        """Until something has happened: another turn of decoding, if there is something to decode, or something has come."""
+        chunks = self._chunks
+        if chunks is not None and self._undecoded:
+            if chunks.stopped:
+                await asyncio.sleep(0)  # others have their turn
+            self._decode(chunks)
+        elif self._last_error is not None:
+            self.fail(self._last_error)
+        else:
+            await self._source.heard(self)
+
     def at_hand(self) -> Buffer | None:
         """The whole object of a small body, when all of that has come and none was read; it can be read as ever. None when something is wrong with it, which whoever
-        reads it is told."""
+        reads it is told, and when its chunks are too many to be decoded in one turn."""
         if not self.complete or self._error is not None:
             return None
         if self.decoder is not None and not self._decoder_done:
             try:
-                self._decoded_ahead.extend(self.decoder.feed(b"".join(self._come)))
+                self._decoded(self.decoder.feed(b"".join(self._come)))
+                if self.decoder.stopped:
+                    return None
                 self.decoder.finish()
             except Exception as error:  # also a mistake of ours: nobody else would tell of it, or answer
                 self._decoded_ahead.clear()
@@ -233,7 +312,7 @@ class RequestBody(AsyncIterator[Buffer]):
     async def __anext__(self) -> Buffer:
         """The next bytes of the object. The last come only after chunk signatures, framing and length hold; the hash that was signed is not checked here."""
         self.go_on()
-        piece = self._rest or await (self._next() if self.decoder is None else self._decoded(self.decoder))
+        piece = self._rest or await (self._next() if self.decoder is None else self._next_decoded(self.decoder))
         self._rest = b""
         if not piece:
             raise StopAsyncIteration
@@ -282,20 +361,27 @@ class RequestBody(AsyncIterator[Buffer]):
                 break
         return b"".join(pieces)
 
-    async def _decoded(self, decoder: ChunkedDecoder) -> Buffer:
+    async def _next_decoded(self, decoder: ChunkedDecoder) -> Buffer:
         """At least one byte of what the client put into chunks; empty at the end."""
         while not self._decoded_ahead or (len(self._decoded_ahead) == 1 and not self._decoder_done):
-            piece = await self._next()
-            if not piece:
-                if not self._decoder_done:
-                    decoder.finish()
-                    self._decoder_done = True
-                break
-            if decoder.signed and len(piece) > HASH_INLINE_BYTES_MAX:
-                self._decoded_ahead += await asyncio.get_running_loop().run_in_executor(None, decoder.feed, piece)
+            piece: Buffer = b""
+            if decoder.stopped:
+                await asyncio.sleep(0)  # others have their turn
             else:
-                self._decoded_ahead += decoder.feed(piece)
+                piece = await self._next()
+                if not piece:
+                    if not self._decoder_done:
+                        decoder.finish()
+                        self._decoder_done = True
+                    break
+            if decoder.signed and len(piece) > HASH_INLINE_BYTES_MAX:
+                self._decoded(await asyncio.get_running_loop().run_in_executor(None, decoder.feed, piece))
+            else:
+                self._decoded(decoder.feed(piece))
         return self._decoded_ahead.popleft() if self._decoded_ahead else b""
+
+    def _decoded(self, pieces: list[Buffer]) -> None:
+        self._decoded_ahead.extend(pieces if len(pieces) <= VIEWS_MAX else (b"".join(pieces),))
 
     async def read(self, bytes_max: int) -> bytes:
         """All of a small body, verified. Raises MaxMessageLengthExceeded, XAmzContentSHA256Mismatch."""
@@ -321,13 +407,13 @@ class RequestBody(AsyncIterator[Buffer]):
 
     async def discard(self, bytes_max: int, seconds_max: float) -> bool:
         """Throws away what comes, within bounds. True when the body has ended, so that the connection can carry another request."""
-        self._budget = bytes_max - self._kept_bytes
+        self._budget = bytes_max - self._kept_bytes - self._raw_bytes
         self._come.clear()
         self._kept_bytes = 0
         try:
             async with asyncio.timeout(seconds_max):
                 while not self.complete and self._error is None and self._budget > 0:
-                    await self._source.heard(self)
+                    await self._go_on()
         except TimeoutError:
             return False
         return self.complete

@@ -32,12 +32,12 @@ from storaged.s3.body import RequestBody
 from storaged.s3.http import HEAD_END, broken_so_far
 from storaged.s3.limits import Limits
 from storaged.units import KIB
+from storaged.wire import Buffer
 
 log = logging.getLogger("storaged.s3")
 
 RECEIVE_BYTES = 64 * KIB
-"""Of one system call, unless a large body goes straight to its reader. It also bounds what strangers make the loop do at a time: this many bytes of the tiniest
-chunks take 40 ms to decode."""
+"""Of one system call, unless a large body goes straight to its reader."""
 FLUSH_LOOK_S = 0.25
 SWEEPS_PER_LIMIT = 4
 SWEEP_EVERY_S_MAX = 1.0
@@ -116,7 +116,7 @@ class Connection(asyncio.BufferedProtocol):
         elif body.destination is not None:
             body.received(nbytes)
         else:
-            self._input = body.feed(bytes(self._scratch[:nbytes]))
+            body.feed(bytes(self._scratch[:nbytes]))
             if body.then is not None and (body.complete or self._held_back):
                 body.tell()
 
@@ -266,18 +266,23 @@ class Connection(asyncio.BufferedProtocol):
 
     def open_body(self, body: RequestBody) -> None:
         """What comes next belongs to ``body``, until it is complete."""
-        self._input = body.feed(self._input)
-        if body.complete:
-            return
         self._body = body
+        come, self._input = self._input, b""
+        body.feed(come)
+        if self._body is None:
+            return
         if self._ended:
             body.fail(IncompleteBody())
         elif self._held_back and not body.full:
             self._take_on()
 
-    def body_done(self) -> None:
-        """All of the body has come, or no more will."""
+    def body_done(self, rest: Buffer = b"") -> None:
+        """All of the body has come, and ``rest`` after it; or no more will."""
         self._body = None
+        self._input = bytes(rest)
+
+    def admitted(self) -> None:
+        """The request that is being answered is authenticated."""
 
     def hold_back(self) -> None:
         """Reads no more from the socket, so that the client has to wait."""

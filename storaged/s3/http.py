@@ -1,4 +1,4 @@
-"""HTTP/1.1 as this front reads it (RFC 9110, RFC 9112): request heads and chunked bodies. Pure: bytes in, values out.
+"""HTTP/1.1 as this front reads it (RFC 9110, RFC 9112): request heads (bodies in chunks: ``chunks``). Pure: bytes in, values out.
 
 Theory of operation. This faces strangers, and often stands behind a proxy. Requests are smuggled where two parsers read the same bytes differently, so there is
 one way to say a thing here, and whatever a lenient parser would repair is refused: the request gets an answer (400 BadRequest unless another is named), changes
@@ -16,7 +16,6 @@ Refused, and why:
 * a byte that is not ASCII in Connection, Content-Length, Expect, Host, Transfer-Encoding: Unicode knows more digits, spaces, and lower cases of ``k``
 * no Host, or two, in HTTP/1.1 (RFC 9112 3.2); one that is no host; versions other than HTTP/1.0 and HTTP/1.1
 * a target in absolute form whose host is not that of the Host header (RFC 9112 3.2.2; else it is taken, and means its path)
-* a chunk's size that is not 1 to 15 hexadecimal digits, or is not followed by CRLF or ``;``; data not followed by CRLF; a trailer that is no header
 * more than ``Limits`` allows of bytes, lines, and headers: 400 RequestHeaderSectionTooLarge
 
 One empty line before a request is skipped, as RFC 9112 2.2 asks. Header values may have bytes that are not ASCII: they are UTF-8, with surrogate escapes for
@@ -33,20 +32,13 @@ from storaged import errors
 from storaged.errors import BadRequest, RequestHeaderSectionTooLarge
 from storaged.s3.authority import check_host, origin_form
 from storaged.s3.limits import Limits
-from storaged.units import KIB
 
 HEAD_END = b"\r\n\r\n"
 CR = 13
 
-CHUNK_LINE_BYTES_MAX = 1 * KIB
-"""Of a chunk's size and its extensions, which mean nothing here."""
-TRAILER_BYTES_MAX = 8 * KIB
-
 _ALLOWED = bytes(code for code in range(256) if code == 9 or 32 <= code != 127)
 """What may stand in a line: everything but control characters. HTAB is white space."""
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;.*)?")
-_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:.*")
 
 _METHODS = {name.encode(): name for name in ("GET", "PUT", "HEAD", "POST", "DELETE", "OPTIONS")}
 _VERSIONS = {b"HTTP/1.1": True, b"HTTP/1.0": False}
@@ -186,61 +178,3 @@ def _ascii_lower(value: str) -> str:
 def _keep_alive(connection: str, modern: bool) -> bool:
     options = [option.strip(" \t") for option in _ascii_lower(connection).split(",")]
     return "close" not in options if modern else "keep-alive" in options and "close" not in options
-
-
-class Chunks:
-    """The chunked transfer coding, decoded as it arrives: ``feed`` until ``ended``. Extensions and trailers are checked and dropped."""
-
-    __slots__ = ("_left", "_line", "_state", "_trailer_bytes", "ended")
-
-    def __init__(self) -> None:
-        self._state = "size"
-        self._line = b""
-        self._left = 0
-        self._trailer_bytes = 0
-        self.ended = False
-
-    def feed(self, data: bytes) -> tuple[list[memoryview], bytes]:
-        """(pieces of the body, what follows its end). Raises BadRequest."""
-        view = memoryview(data)
-        position, pieces = 0, []
-        while position < len(data) and not self.ended:
-            if self._state == "data":
-                taken = min(self._left, len(data) - position)
-                pieces.append(view[position : position + taken])
-                position += taken
-                self._left -= taken
-                if not self._left:
-                    self._state = "data-end"
-                continue
-            newline = data.find(b"\n", position)
-            end = newline + 1 if newline >= 0 else len(data)
-            self._line += data[position:end]
-            position = end
-            if len(self._line) > CHUNK_LINE_BYTES_MAX:
-                raise BadRequest("A line of the chunked body's framing is too long.")
-            if newline >= 0:
-                line, self._line = self._line, b""
-                self._on_line(line)
-        return pieces, data[position:]
-
-    def _on_line(self, line: bytes) -> None:
-        if not line.endswith(b"\r\n") or len(line.translate(None, _ALLOWED)) != 2:
-            raise BadRequest("A line of the chunked body's framing is broken.")
-        line = line[:-2]
-        if self._state == "data-end":
-            if line:
-                raise BadRequest("A chunk is longer than its size.")
-            self._state = "size"
-        elif self._state == "size":
-            match = _CHUNK_LINE.fullmatch(line)
-            if match is None:
-                raise BadRequest("The size of a chunk is not a hexadecimal number.")
-            self._left = int(match[1], 16)
-            self._state = "data" if self._left else "trailer"
-        elif line:
-            self._trailer_bytes += len(line)
-            if self._trailer_bytes > TRAILER_BYTES_MAX or not _TRAILER.fullmatch(line):
-                raise BadRequest("The trailer of the chunked body is broken.")
-        else:
-            self.ended = True

@@ -39,5 +39,8 @@ class Limits:
     linger_bytes_max: int = 256 * MIB
     read_buffer_bytes: int = 64 * KIB
     """Of one connection, unread, before back-pressure reaches its socket; what the last read brought (up to 64 KiB) comes on top."""
+    stranger_chunks: int = 256
+    """Chunks (of HTTP's transfer coding) of a request that is not authenticated, however small they are; beyond, on average: BadRequest."""
+    stranger_chunk_bytes_min: int = 64
     deletes_in_flight_max: int = 32
     """Of one DeleteObjects."""

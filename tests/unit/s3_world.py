@@ -84,12 +84,28 @@ async def s3_world(limits: Limits | None = None, domains: tuple[str, ...] = (), 
         await app.close(0.5)
 
 
+class _Auth(botocore.auth.S3SigV4Auth):  # type: ignore[misc]
+    said = ""
+
+    def payload(self, request: AWSRequest) -> str:
+        return self.said or str(super().payload(request))
+
+
 def signed(
-    world: World, method: str, target: str, *, body: bytes = b"", headers: dict[str, str] | None = None, send_body: bool = True
+    world: World,
+    method: str,
+    target: str,
+    *,
+    body: bytes = b"",
+    headers: dict[str, str] | None = None,
+    send_body: bool = True,
+    payload: str = "",
 ) -> bytes:
-    """A signed request as bytes; ``headers`` are signed too."""
+    """A signed request as bytes; ``headers`` are signed too. ``payload``: what x-amz-content-sha256 says, instead of the body's hash."""
     request = AWSRequest(method, f"{world.endpoint}{target}", headers=headers or {}, data=body)
-    botocore.auth.S3SigV4Auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
+    auth = _Auth(Credentials(ACCESS, SECRET), "s3", REGION)
+    auth.said = payload
+    auth.add_auth(request)
     lines = [f"{method} {target} HTTP/1.1", f"Host: 127.0.0.1:{world.port}"]
     lines += [f"{name}: {value}" for name, value in request.headers.items()]
     if method == "PUT" or body:

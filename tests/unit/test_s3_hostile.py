@@ -19,8 +19,10 @@ from storaged.errors import BadRequest, IncompleteBody, RequestHeaderSectionTooL
 from storaged.objects.api import Body, BodyChecks, PutResult
 from storaged.objects.body import BodyReader
 from storaged.s3.body import RequestBody
-from storaged.s3.http import Chunks, parse_head
+from storaged.s3.chunks import TransferChunks
+from storaged.s3.http import parse_head
 from storaged.s3.limits import Limits
+from storaged.wire import Buffer
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed, until
 from tests.unit.test_s3_http import certificate
 
@@ -170,16 +172,15 @@ def test_chunks_are_decoded_the_same_however_they_are_cut() -> None:
             wire += b"%x\r\n%s\r\n" % (len(piece), piece)
             start += size
         wire += b"0\r\n\r\n"
-        chunks, found, rest, at = Chunks(), b"", b"", 0
+        chunks, found, at = TransferChunks(), b"", 0
         behind = b"GET / HTTP/1.1"
         wire += behind
         while not chunks.ended:
             size = chance.randrange(1, 9)
-            pieces, rest = chunks.feed(wire[at : at + size])
-            found += b"".join(pieces)
+            found += b"".join(chunks.feed(wire[at : at + size]))
             at += size
         assert found == plain
-        assert rest + wire[at:] == behind
+        assert chunks.rest + wire[at:] == behind
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------------
@@ -425,7 +426,9 @@ class _Socket:
     def hold_back(self) -> None:
         self.held_back = True
 
-    def body_done(self) -> None: ...
+    def body_done(self, rest: Buffer = b"") -> None: ...
+
+    def admitted(self) -> None: ...
 
     async def heard(self, body: RequestBody) -> None:
         body.waiter = asyncio.get_running_loop().create_future()
