@@ -5,7 +5,8 @@
     GET  /v1/modules                        what this process has imported of storaged
     GET  /v1/where?bucket=&key=             key in hex
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
-    POST /v1/buckets   POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/checkpoints
+    ...  /v1/buckets                        see ``buckets``
+    POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/checkpoints
 
 A refusal is {"code", "message", "hint"} with the error's status.
 """
@@ -13,8 +14,6 @@ A refusal is {"code", "message", "hint"} with the error's status.
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,28 +23,19 @@ import structlog
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from storaged.admin.listener import AdminListener, SocketPeer, peer_of
+from storaged.admin.body import NotHere, recorded, texts_of
+from storaged.admin.buckets import BucketAdministration
+from storaged.admin.listener import AdminListener, SocketPeer
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
-from storaged.cluster.audit import audited
 from storaged.config import split_address
-from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName, OperatorError, PortInUse, StoragedError
-from storaged.objects.api import Principal
-from storaged.objects.names import bucket_name_valid
+from storaged.errors import InvalidArgument, PortInUse, StoragedError
 from storaged.observe import Metrics, exposition
 from storaged.passphrase import require_long
 
 BODY_BYTES_MAX = 64 * 1024
 
 log = structlog.get_logger("admin")
-
-
-class NotHere(OperatorError):
-    """This node does not offer that: it is a gateway's (or a storage node's) work."""
-
-    code = "NOT_HERE"
-    status = 404
-    hint = "Ask the gateway: name its directory, or the trial cluster's, with --dir."
 
 
 class AdminServer:
@@ -69,7 +59,7 @@ class AdminServer:
                 web.get("/v1/users", self._list_users),
                 web.post("/v1/users", self._add_user),
                 web.delete("/v1/users/{name}", self._remove_user),
-                web.post("/v1/buckets", self._create_bucket),
+                *BucketAdministration(self._services).routes(),
                 web.post("/v1/scrub", self._scrub),
                 web.post("/v1/keys/backup", self._backup),
                 web.get("/v1/audit/checkpoints", self._checkpoints),
@@ -106,14 +96,6 @@ class AdminServer:
     def _stranger(self, peer: SocketPeer) -> None:
         if self._services.trail is not None:
             self._services.trail.refused("admin.refused", "NOT_ALLOWED", actor=peer.actor, target=SOCKET_NAME)
-
-    def _audited(
-        self, request: web.Request, kind: str, target: str, **fields: str
-    ) -> contextlib.AbstractAsyncContextManager[dict[str, Any]]:
-        """The intent is on disk before the block, the outcome after it. Raises AuditUnwritable, and then nothing is done."""
-        if self._services.trail is None:
-            return contextlib.nullcontext({})
-        return audited(self._services.trail, kind, actor=_actor(request), target=target, **fields)
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.json_response({"healthy": True})
@@ -156,7 +138,7 @@ class AdminServer:
 
     async def _scrub(self, request: web.Request) -> web.Response:
         jobs = self._need_jobs()
-        async with self._audited(request, "scrub.start", "cluster"):
+        async with recorded(self._services, request, "scrub.start", "cluster"):
             nodes = await jobs.start_scrub()
         return web.json_response({"nodes": nodes})
 
@@ -171,10 +153,10 @@ class AdminServer:
     async def _add_user(self, request: web.Request) -> web.Response:
         if self._services.users is None:
             raise NotHere
-        body = await _body(request, "name", "access_key", "secret_key", "email", "user_id")
+        body = await texts_of(request, "name", "access_key", "secret_key", "email", "user_id")
         name = body.pop("name", "")
         wanted = {field: body[field] for field in ("access_key", "user_id") if body.get(field)}
-        async with self._audited(request, "user.add", f"user:{name}", **wanted) as found:
+        async with recorded(self._services, request, "user.add", f"user:{name}", **wanted) as found:
             who, secret = await self._services.users.add(name, **body)
             found |= {"access_key": who.access_key, "user_id": who.user_id}
         log.info("user added", user=who.display_name, access_key=who.access_key)
@@ -184,47 +166,19 @@ class AdminServer:
         if self._services.users is None:
             raise NotHere
         name = request.match_info["name"]
-        async with self._audited(request, "user.remove", f"user:{name}") as found:
+        async with recorded(self._services, request, "user.remove", f"user:{name}") as found:
             who = await self._services.users.remove(name)
             found |= {"name": who.display_name, "access_key": who.access_key, "user_id": who.user_id}
         log.info("user removed", user=who.display_name, access_key=who.access_key)
         return web.json_response({"removed": who.display_name, "user_id": who.user_id, "access_key": who.access_key})
 
-    async def _create_bucket(self, request: web.Request) -> web.Response:
-        """For a user named by name or access key; one that the user owns already, with the same countries, is fine."""
-        if self._services.buckets is None or self._services.users is None:
-            raise NotHere
-        body = await _body(request, "name", "user", "countries")
-        name, countries = body.get("name", ""), tuple(sorted(filter(None, body.get("countries", "").split(","))))
-        if not bucket_name_valid(name):
-            raise InvalidBucketName(BucketName=name)
-        who = await self._user(body.get("user", ""))
-        async with self._audited(request, "bucket.create", f"bucket:{name}", owner=who.access_key, countries=",".join(countries)) as found:
-            try:
-                made = await self._services.buckets.create(who, name, region=self._services.region, countries=countries)
-            except BucketAlreadyOwnedByYou:
-                made = await self._services.buckets.get(name)
-                if made.countries != countries:
-                    raise
-            found["bucket"] = made.id.hex()
-        return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries)})
-
-    async def _user(self, named: str) -> Principal:
-        """By access key, else by name: nobody becomes another by taking that one's key for a name. Raises InvalidArgument."""
-        assert self._services.users is not None
-        known = await self._services.users.list_users()
-        found = [who for who in known if who.access_key == named] or [who for who in known if who.display_name == named]
-        if not found:
-            raise InvalidArgument(f"there is no user {named!r}")
-        return found[0]
-
     async def _backup(self, request: web.Request) -> web.Response:
         if self._services.key_backup is None:
             raise NotHere
-        body = await _body(request, "passphrase")
+        body = await texts_of(request, "passphrase")
         passphrase = body.get("passphrase", "")
         require_long(passphrase)
-        async with self._audited(request, "key.backup", "keyring") as found:
+        async with recorded(self._services, request, "key.backup", "keyring") as found:
             keyring, content = await self._services.key_backup(passphrase)
             found["keyring"] = keyring
         log.info("keyring backed up", keyring=keyring)
@@ -235,27 +189,6 @@ class AdminServer:
             raise NotHere
         found = [base64.b64encode(one).decode() for one in await self._services.checkpoints()]
         return web.json_response({"checkpoints": found, "authority": self._services.authority})
-
-
-def _actor(request: web.Request) -> str:
-    """Who asks, by the kernel's word. Raises OSError when the connection has gone."""
-    transport = request.transport
-    if transport is None:
-        raise ConnectionResetError("the connection has gone")
-    return peer_of(transport.get_extra_info("socket")).actor
-
-
-async def _body(request: web.Request, *names: str) -> dict[str, str]:
-    """The request's JSON object of texts. Raises InvalidArgument that says what is wrong with it."""
-    try:
-        document = json.loads(await request.read())
-    except ValueError:
-        raise InvalidArgument("the body is not JSON") from None
-    if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
-        raise InvalidArgument("the body is an object whose values are texts")
-    if strangers := sorted(set(document) - set(names)):
-        raise InvalidArgument(f"there is no field {strangers[0]!r}; there are: {', '.join(names)}")
-    return document
 
 
 @web.middleware

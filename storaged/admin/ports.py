@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from storaged.cluster.audit import Trail
 from storaged.objects.api import Buckets, Users
+from storaged.objects.records import BucketRecord
+from storaged.objects.usage import Usage
 from storaged.observe import Samples
 
 
@@ -30,6 +32,12 @@ class Services:
     doctor: Callable[[], Awaitable[list[dict[str, str]]]]
     users: Users | None = None
     buckets: Buckets | None = None
+    every_bucket: Callable[[], Awaitable[list[BucketRecord]]] | None = None
+    """All buckets of the cluster that are not deleted."""
+    set_owner: Callable[[BucketRecord, str], Awaitable[None]] | None = None
+    """(bucket, user id): hands a bucket over."""
+    usage: Callable[[BucketRecord, bytes], Awaitable[Usage]] | None = None
+    """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
     region: str = ""
     where: Callable[[str, bytes], Awaitable[dict[str, Any]]] | None = None
     jobs: Jobs | None = None

@@ -20,7 +20,7 @@ from storaged.errors import OperatorError, StoragedError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("storaged.cli.operate:audit", "Check the hash-chained audit log."),
-    "bucket": ("storaged.cli.operate:bucket", "Make a bucket whose data stays in some of the countries."),
+    "bucket": ("storaged.cli.buckets:bucket", "Make, list, count, hand over and delete buckets."),
     "cluster": ("storaged.cli.cluster:cluster", "Make a cluster's certificates, configuration and layout."),
     "config": ("storaged.cli.run:config_group", "Check a configuration file."),
     "dev": ("storaged.cli.dev:dev", "A whole cluster on this machine, for trying."),

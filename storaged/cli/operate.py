@@ -65,32 +65,6 @@ def user_remove(named: str | None, name: str) -> None:
     click.echo(f"removed {name}; its buckets stay, and are reached again with: storaged user add NAME --user-id {found['user_id']}")
 
 
-@click.group()
-def bucket() -> None:
-    """Make buckets for users. (S3 clients make, list and delete their own as well.)"""
-
-
-@bucket.command("create")
-@click.argument("name")
-@click.option("--user", "owner", required=True, metavar="NAME", help="Whose bucket it is: a user's name or access key.")
-@click.option(
-    "--countries", default="", metavar="FR,DE", help="Keep its data in these countries of the EU (default: wherever the cluster has disks)."
-)
-@click.option("--json", "as_json", is_flag=True, help="bucket, owner, countries.")
-@click.pass_obj
-def bucket_create(named: str | None, name: str, owner: str, countries: str, as_json: bool) -> None:
-    """Make a bucket; with --countries its fragments and records never leave them, and a write that can't be placed inside is refused.
-
-    An S3 client can ask for the same with the header x-storaged-countries when it creates a bucket.
-    """
-    wanted = ",".join(code.strip() for code in countries.split(",") if code.strip())
-    found = gateway(find_directory(named), "POST", "/v1/buckets", body={"name": name, "user": owner, "countries": wanted})
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        click.echo(f"{found['bucket']} of {found['owner']}, in {', '.join(found['countries']) or 'any country of the cluster'}")
-
-
 def explained(code: str) -> str:
     """Meaning and remedy of a code, from the error classes. Raises OperatorError with what is near when there is none."""
     import difflib
@@ -140,8 +114,8 @@ def doctor(named: str | None, as_json: bool) -> None:
     sys.exit(int(any(check["state"] != "ok" for check in checks)))
 
 
-def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str) -> dict[str, Any]:
-    """Until it does not go on: one line that changes on a terminal, a line for each change otherwise."""
+def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str, *, quiet: bool = False) -> dict[str, Any]:
+    """Until it does not go on: one line that changes on a terminal, a line for each change otherwise; none when ``quiet``."""
     from storaged.cli.status import render_job
 
     terminal, last = sys.stdout.isatty(), ""
@@ -149,7 +123,7 @@ def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str) -> 
         found: dict[str, Any] = gateway(place, "GET", "/v1/jobs")
         lines = [render_job(job) for job in found["jobs"] if job["name"] == name]
         line = (" | " if terminal else "\n").join(lines)
-        if line and line != last:
+        if line and line != last and not quiet:
             click.echo(("\r\x1b[K" if terminal else "") + line, nl=not terminal)
             last = line
         if not goes_on(found):
@@ -161,18 +135,29 @@ def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str) -> 
 
 @click.command()
 @click.option("--wait", is_flag=True, help="Return when it is done.")
+@click.option("--json", "as_json", is_flag=True, help="nodes; with --wait also the jobs as they ended.")
 @click.pass_obj
-def scrub(named: str | None, wait: bool) -> None:
+def scrub(named: str | None, wait: bool, as_json: bool) -> None:
     """Read everything on all disks, verify it, and hand damage to repair."""
     place = find_directory(named)
     nodes = gateway(place, "POST", "/v1/scrub")["nodes"]
     if not nodes:
         raise OperatorError("no storage node answered; see `storaged status`")
-    click.echo(f"scrub of {', '.join(nodes)} started")
+    answer: dict[str, Any] = {"nodes": nodes}
+    if not as_json:
+        click.echo(f"scrub of {', '.join(nodes)} started")
     if wait:
-        found = _wait(place, lambda told: any(job["name"] == "scrub" and job["state"] == "running" for job in told["jobs"]), "scrub")
+        found = _wait(
+            place,
+            lambda answer: any(job["name"] == "scrub" and job["state"] == "running" for job in answer["jobs"]),
+            "scrub",
+            quiet=as_json,
+        )
         if any(job["name"] == "scrub" and job["state"] == "failed" for job in found["jobs"]):
-            raise OperatorError("scrub could not finish; see the lines above")
+            raise OperatorError("scrub could not finish; see `storaged status`")
+        answer["jobs"] = [job for job in found["jobs"] if job["name"] == "scrub"]
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
 
 
 @click.group()
@@ -197,7 +182,7 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
         quiet = 0 if told["busy"] else quiet + 1
         return quiet < (QUIET_POLLS if told["objects_below_target"] else 1)
 
-    found = _wait(place, goes_on, "repair") if wait else gateway(place, "GET", "/v1/jobs")
+    found = _wait(place, goes_on, "repair", quiet=as_json) if wait else gateway(place, "GET", "/v1/jobs")
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

@@ -36,6 +36,7 @@ from storaged.objects.buckets import BucketService
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, KeyService
 from storaged.objects.service import ObjectService
+from storaged.objects.usage import usage_after
 from storaged.objects.users import UserService
 from storaged.objects.where import Whereabouts, where
 from storaged.s3.app import S3App
@@ -329,6 +330,9 @@ class Gateway:
             services.other_samples = self.workers.gather
         services.users = self.users
         services.buckets = self.buckets
+        services.every_bucket = self.buckets.every_bucket
+        services.set_owner = self.buckets.set_owner
+        services.usage = functools.partial(usage_after, self.objects)
         services.where = self._where
         services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase)
 

@@ -11,7 +11,7 @@ A nonce begins with the record's sequence number, so that the nonces of a bucket
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
 
@@ -283,23 +283,33 @@ class BucketService:
             if more is None:
                 return
 
-    # --- tags ---------------------------------------------------------------------------------------------------------
+    # --- owner --------------------------------------------------------------------------------------------------------
 
-    async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None:
-        """None: no tag set. Raises NoSuchBucket."""
+    async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
+        """Hands a bucket over to another user id, whose objects' owner stays who wrote them. Raises NoSuchBucket."""
+        await self._amend(bucket, lambda found: msgspec.structs.replace(found, owner=owner))
+
+    async def _amend(self, bucket: BucketRecord, amended: Callable[[BucketRecord], BucketRecord]) -> None:
+        """Changes the record of an active bucket. Raises NoSuchBucket when it is another one by now, or being deleted."""
         name = system_name(PREFIX + bucket.name)
-        sealed = b"" if tags is None else self._plane.keys.seal_secret(encode(dict(tags)), _tags_context(bucket))
 
         def update(value: Value | None) -> Change:
             found = self._decode(name, value)
             if found is None or found.id != bucket.id or found.state != ACTIVE:
                 raise NoSuchBucket(BucketName=bucket.name)
-            return self._change(name, value, msgspec.structs.replace(found, tags=sealed))
+            return self._change(name, value, amended(found))
 
         try:
             await self._plane.registers.change(name, update)
         finally:
             await self._changed(bucket.name)
+
+    # --- tags ---------------------------------------------------------------------------------------------------------
+
+    async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None:
+        """None: no tag set. Raises NoSuchBucket."""
+        sealed = b"" if tags is None else self._plane.keys.seal_secret(encode(dict(tags)), _tags_context(bucket))
+        await self._amend(bucket, lambda found: msgspec.structs.replace(found, tags=sealed))
 
     async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None:
         """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged."""

@@ -175,6 +175,30 @@ def test_users_see_their_own_buckets_and_end_with_their_removal(cluster: Cluster
         assert (done.returncode, word in done.stderr) == (1, True)
 
 
+def test_an_operator_lists_counts_hands_over_and_deletes_buckets(cluster: Cluster) -> None:
+    owners = [json.loads(cluster.run("user", "add", name, "--json").stdout) for name in ("carla", "dario")]
+    clients = [client_of(cluster, owner) for owner in owners]
+    clients[0].create_bucket(Bucket="carlas")
+    for number in range(3):
+        clients[0].put_object(Bucket="carlas", Key=f"k{number}", Body=bytes(1000 * number))
+    listed = json.loads(cluster.run("bucket", "list", "--user", "carla", "--json").stdout)
+    assert [(one["bucket"], one["owners"], one["owner"]) for one in listed] == [("carlas", ["carla"], owners[0]["user_id"])]
+    assert "carlas" in cluster.run("bucket", "list").stdout
+    counted = json.loads(cluster.run("bucket", "usage", "carlas", "--json").stdout)
+    assert counted == {"bucket": "carlas", "objects": 3, "versions": 3, "bytes": 3000}
+    assert "3 objects, " in cluster.run("bucket", "usage", "carlas").stdout
+    cluster.run("bucket", "owner", "carlas", "--user", "dario")
+    assert [bucket["Name"] for bucket in clients[1].list_buckets()["Buckets"]] == ["carlas"]
+    refused = cluster.run("bucket", "delete", "carlas", check=False)
+    assert (refused.returncode, "not empty" in refused.stderr) == (1, True)
+    for number in range(3):
+        clients[1].delete_object(Bucket="carlas", Key=f"k{number}")
+    cluster.run("bucket", "delete", "carlas")
+    assert json.loads(cluster.run("bucket", "list", "--user", "dario", "--json").stdout) == []
+    wrong = cluster.run("bucket", "create", "b1", "--user", "carla", check=False)
+    assert (wrong.returncode, "3 to 63 characters" in wrong.stderr) == (1, True)
+
+
 def client_of(cluster: Cluster, user: dict[str, str]) -> Any:
     import boto3
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from storaged.admin.api import AdminServer
@@ -19,9 +20,10 @@ from storaged.admin.listener import owner_or_root
 from storaged.admin.place import bind_private
 from storaged.admin.ports import Services
 from storaged.cli.client import RemoteRefusal, request
-from storaged.errors import AuditUnwritable, InvalidArgument, NoSuchKey, NotRunning, OperatorError, PortInUse
+from storaged.errors import AuditUnwritable, BucketNotEmpty, InvalidArgument, NoSuchBucket, NoSuchKey, NotRunning, OperatorError, PortInUse
 from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
+from storaged.objects.usage import Usage
 from storaged.observe import Metrics
 
 
@@ -58,18 +60,31 @@ class Users:
 class Buckets:
     def __init__(self) -> None:
         self.made: list[tuple[str, str, str]] = []
+        self.known: dict[str, BucketRecord] = {}
 
     async def create(
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
         self.made.append((who.display_name, name, region))
-        return BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region, countries)
+        self.known[name] = BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region, countries)
+        return self.known[name]
 
     def at_hand(self, name: str) -> BucketRecord | None:
         return None
 
     async def get(self, name: str) -> BucketRecord:
-        raise NotImplementedError
+        if name not in self.known:
+            raise NoSuchBucket(BucketName=name)
+        return self.known[name]
+
+    async def every_bucket(self) -> list[BucketRecord]:
+        return list(self.known.values())
+
+    async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
+        self.known[bucket.name] = msgspec.structs.replace(bucket, owner=owner)
+
+    async def usage(self, bucket: BucketRecord, after: bytes) -> Usage:
+        return Usage(2, 3, 100, b"k") if not after else Usage(1, 1, 7)
 
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
@@ -77,7 +92,9 @@ class Buckets:
         raise NotImplementedError
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
-        raise NotImplementedError
+        if bucket.name == "full":
+            raise BucketNotEmpty
+        del self.known[bucket.name]
 
     async def set_tags(self, bucket: BucketRecord, tags: Any) -> None:
         raise NotImplementedError
@@ -129,6 +146,7 @@ class Node:
         found = Services(self.status, self.ready, self.doctor, region="eu-fr-1", trail=self)
         if gateway:
             found.users, found.buckets = Users(), self.buckets
+            found.every_bucket, found.set_owner, found.usage = self.buckets.every_bucket, self.buckets.set_owner, self.buckets.usage
             found.where, found.key_backup = self.where, self.key_backup
         return found
 
@@ -260,6 +278,32 @@ async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(nod
     assert (await ask(tmp_path, "GET", "/v1/users"))["users"] == []
     heir = await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "user_id": "1" * 64})
     assert heir["user_id"] == "1" * 64
+
+
+async def test_an_operator_lists_counts_hands_over_and_deletes_buckets_of_any_user(node: Node, tmp_path: Path) -> None:
+    for name, user_id in (("alice", "1" * 64), ("bob", "2" * 64)):
+        await ask(tmp_path, "POST", "/v1/users", body={"name": name, "access_key": f"AK{name}", "user_id": user_id})
+    await ask(tmp_path, "POST", "/v1/buckets", body={"name": "one", "user": "alice"})
+    await ask(tmp_path, "POST", "/v1/buckets", body={"name": "full", "user": "bob", "countries": "FR"})
+    listed = (await ask(tmp_path, "GET", "/v1/buckets"))["buckets"]
+    assert [(one["bucket"], one["owners"], one["countries"]) for one in listed] == [("full", ["bob"], ["FR"]), ("one", ["alice"], [])]
+    first = await ask(tmp_path, "GET", "/v1/buckets/one/usage")
+    assert first == {"objects": 2, "versions": 3, "bytes": 100, "next_after": b"k".hex()}
+    assert (await ask(tmp_path, "GET", "/v1/buckets/one/usage", query={"after": first["next_after"]}))["next_after"] is None
+    await ask(tmp_path, "POST", "/v1/buckets/one/owner", body={"user": "bob"})
+    assert node.buckets.known["one"].owner == "2" * 64
+    assert "bucket.owner" in [entry[0] for entry in node.audited]
+    await ask(tmp_path, "DELETE", "/v1/buckets/one")
+    assert list(node.buckets.known) == ["full"]
+    for method, path, body, code in (
+        ("DELETE", "/v1/buckets/full", None, "BucketNotEmpty"),
+        ("DELETE", "/v1/buckets/none", None, "NoSuchBucket"),
+        ("GET", "/v1/buckets/none/usage", None, "NoSuchBucket"),
+        ("POST", "/v1/buckets/full/owner", {"user": "carol"}, "InvalidArgument"),
+    ):
+        with pytest.raises(RemoteRefusal) as refused:
+            await ask(tmp_path, method, path, body=body)
+        assert refused.value.code == code
 
 
 async def test_a_key_goes_over_in_hex_and_what_is_missing_is_refused_with_its_code(node: Node, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from storaged.errors import (
     TooManyBuckets,
 )
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.objects import usage
 from storaged.objects.api import BodyChecks, NewMeta, Principal
 from storaged.objects.buckets import BucketService
 from storaged.objects.recent import RENEWALS_MAX, Recent
@@ -478,3 +479,41 @@ async def test_all_who_wait_for_a_load_end_when_they_are_cancelled_together_and_
     hang.set()
     assert await asyncio.gather(*tasks[1:]) == [1, 1]
     assert loads == 3
+
+
+async def test_a_bucket_is_handed_over_and_keeps_all_else() -> None:
+    _, objects, buckets = world_of()
+    made = await buckets.create(ANNE, "photos", region="eu-fr-1", countries=("FR",))
+    await buckets.set_tags(made, {"a": "b"})
+    await buckets.set_owner(made, BEN.user_id)
+    found = await buckets.get("photos")
+    assert (found.owner, found.countries, found.id) == (BEN.user_id, ("FR",), made.id)
+    assert await buckets.get_tags(found) == {"a": "b"}
+    assert (await buckets.list_buckets(ANNE))[0] == []
+    assert [bucket.name for bucket in (await buckets.list_buckets(BEN))[0]] == ["photos"]
+    await buckets.delete(found)
+    with pytest.raises(NoSuchBucket):
+        await buckets.set_owner(found, ANNE.user_id)
+    await objects.close()
+
+
+async def test_usage_counts_every_object_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "PAGES_A_CALL", 2)
+    monkeypatch.setattr(usage, "VERSIONS_A_PAGE", 3)
+    _, objects, buckets = world_of()
+    bucket = await buckets.create(ANNE, "photos", region="eu-fr-1")
+    sizes = [0, 1, 10, 100, 3000, 20_000, 5, 7, 9, 11]
+    for number, size in enumerate(sizes):
+        await put(objects, bucket, bytes(size), key=b"k%02d" % number)
+    pieces_found, after = [], b""
+    while True:
+        piece = await usage.usage_after(objects, bucket, after)
+        pieces_found.append(piece)
+        if piece.next_after is None:
+            break
+        after = piece.next_after
+    assert len(pieces_found) >= 2
+    assert max(piece.versions for piece in pieces_found) <= 6
+    assert sum(piece.objects for piece in pieces_found) == len(sizes)
+    assert sum(piece.size_bytes for piece in pieces_found) == sum(sizes)
+    await objects.close()

@@ -1,0 +1,52 @@
+"""Bodies of admin requests, and what every handler of the admin API shares."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from aiohttp import web
+
+from storaged.admin.listener import peer_of
+from storaged.admin.ports import Services
+from storaged.cluster.audit import audited
+from storaged.errors import InvalidArgument, OperatorError
+
+
+class NotHere(OperatorError):
+    """This node does not offer that: it is a gateway's (or a storage node's) work."""
+
+    code = "NOT_HERE"
+    status = 404
+    hint = "Ask the gateway: name its directory, or the trial cluster's, with --dir."
+
+
+async def texts_of(request: web.Request, *names: str) -> dict[str, str]:
+    """The request's JSON object of texts, with no other fields than ``names``. Raises InvalidArgument that says what is wrong."""
+    try:
+        document = json.loads(await request.read())
+    except ValueError:
+        raise InvalidArgument("the body is not JSON") from None
+    if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
+        raise InvalidArgument("the body is an object whose values are texts")
+    if strangers := sorted(set(document) - set(names)):
+        raise InvalidArgument(f"there is no field {strangers[0]!r}; there are: {', '.join(names)}")
+    return document
+
+
+def recorded(
+    services: Services, request: web.Request, kind: str, target: str, **fields: str
+) -> contextlib.AbstractAsyncContextManager[dict[str, Any]]:
+    """The intent is on disk before the block, the outcome after it. Raises AuditUnwritable, and then nothing is done."""
+    if services.trail is None:
+        return contextlib.nullcontext({})
+    return audited(services.trail, kind, actor=_actor(request), target=target, **fields)
+
+
+def _actor(request: web.Request) -> str:
+    """Who asks, by the kernel's word. Raises OSError when the connection has gone."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the connection has gone")
+    return peer_of(transport.get_extra_info("socket")).actor

@@ -1,0 +1,132 @@
+"""Buckets as their operator sees them: of all users, whose they are, and what they hold.
+
+GET    /v1/buckets                      all of the cluster's, without what they hold
+POST   /v1/buckets                      {name, user, countries}
+GET    /v1/buckets/NAME/usage?after=    a piece of the count, from a key (hex) on; ask again with ``next_after``
+POST   /v1/buckets/NAME/owner           {user}
+DELETE /v1/buckets/NAME                 an empty one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from aiohttp import web
+
+from storaged.admin.body import NotHere, recorded, texts_of
+from storaged.admin.ports import Services
+from storaged.errors import BucketAlreadyOwnedByYou, InvalidArgument, InvalidBucketName
+from storaged.objects.api import Buckets, Principal, Users
+from storaged.objects.names import bucket_name_valid
+from storaged.objects.records import BucketRecord
+
+
+class BucketAdministration:
+    """Handlers over a gateway's services; a storage node answers NOT_HERE."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/buckets", self._list),
+            web.post("/v1/buckets", self._create),
+            web.get("/v1/buckets/{name}/usage", self._usage),
+            web.post("/v1/buckets/{name}/owner", self._set_owner),
+            web.delete("/v1/buckets/{name}", self._delete),
+        ]
+
+    def _planes(self) -> tuple[Buckets, Users]:
+        if self._services.buckets is None or self._services.users is None:
+            raise NotHere
+        return self._services.buckets, self._services.users
+
+    async def _list(self, _request: web.Request) -> web.Response:
+        _, users = self._planes()
+        if self._services.every_bucket is None:
+            raise NotHere
+        names = names_by_id(await users.list_users())
+        found = [bucket_document(record, names) for record in await self._services.every_bucket()]
+        return web.json_response({"buckets": sorted(found, key=lambda one: one["bucket"])})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        """For a user named by name or access key; one that the user owns already, with the same countries, is fine."""
+        buckets, _ = self._planes()
+        body = await texts_of(request, "name", "user", "countries")
+        name, countries = body.get("name", ""), tuple(sorted(filter(None, body.get("countries", "").split(","))))
+        if not bucket_name_valid(name):
+            raise InvalidBucketName(BucketName=name)
+        who = await self._user(body.get("user", ""))
+        facts = {"owner": who.access_key, "countries": ",".join(countries)}
+        async with recorded(self._services, request, "bucket.create", f"bucket:{name}", **facts) as found:
+            try:
+                made = await buckets.create(who, name, region=self._services.region, countries=countries)
+            except BucketAlreadyOwnedByYou:
+                made = await buckets.get(name)
+                if made.countries != countries:
+                    raise
+            found["bucket"] = made.id.hex()
+        return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries)})
+
+    async def _usage(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        if self._services.usage is None:
+            raise NotHere
+        try:
+            after = bytes.fromhex(request.query.get("after", ""))
+        except ValueError:
+            raise InvalidArgument("the key is written in hex") from None
+        found = await self._services.usage(await buckets.get(request.match_info["name"]), after)
+        following = None if found.next_after is None else found.next_after.hex()
+        return web.json_response({"objects": found.objects, "versions": found.versions, "bytes": found.size_bytes, "next_after": following})
+
+    async def _set_owner(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        if self._services.set_owner is None:
+            raise NotHere
+        who = await self._user((await texts_of(request, "user")).get("user", ""))
+        bucket = await buckets.get(request.match_info["name"])
+        facts = {"bucket": bucket.id.hex(), "before": bucket.owner, "owner": who.user_id}
+        async with recorded(self._services, request, "bucket.owner", f"bucket:{bucket.name}", **facts):
+            await self._services.set_owner(bucket, who.user_id)
+        return web.json_response({"bucket": bucket.name, "owner": who.display_name})
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        buckets, _ = self._planes()
+        bucket = await buckets.get(request.match_info["name"])
+        async with recorded(self._services, request, "bucket.delete", f"bucket:{bucket.name}", bucket=bucket.id.hex()):
+            await buckets.delete(bucket)
+        return web.json_response({"deleted": bucket.name})
+
+    async def _user(self, named: str) -> Principal:
+        """By access key, else by name: no user becomes another by taking its key for a name. Raises InvalidArgument."""
+        _, users = self._planes()
+        known = await users.list_users()
+        found = [who for who in known if who.access_key == named] or [who for who in known if who.display_name == named]
+        if not found:
+            raise InvalidArgument(f"there is no user {named!r}")
+        return found[0]
+
+
+def names_by_id(users: Iterable[Principal]) -> dict[str, list[str]]:
+    """User id -> the names of the users that have it: several while keys are exchanged."""
+    found: dict[str, list[str]] = {}
+    for who in users:
+        found.setdefault(who.user_id, []).append(who.display_name)
+    return found
+
+
+def bucket_document(record: BucketRecord, names: dict[str, list[str]]) -> dict[str, Any]:
+    """One bucket as JSON. ``owners``: users of its owner's id, none when all of them were removed."""
+    return {
+        "bucket": record.name,
+        "id": record.id.hex(),
+        "owner": record.owner,
+        "owners": sorted(names.get(record.owner, [])),
+        "created_ms": record.created_ms,
+        "state": record.state,
+        "region": record.region,
+        "countries": list(record.countries),
+        "profile": record.profile,
+    }

@@ -1,0 +1,103 @@
+"""``storaged bucket``: buckets of all users, for the operator."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.parse
+from datetime import UTC, datetime
+
+import click
+
+from storaged.cli.client import gateway
+from storaged.cli.target import find_directory
+from storaged.units import format_size
+
+
+@click.group()
+def bucket() -> None:
+    """Make, list, count, hand over and delete buckets of any user. (S3 clients make, list and delete their own as well.)"""
+
+
+@bucket.command("list")
+@click.option("--user", "owner", default="", metavar="NAME", help="Only those of this user's id.")
+@click.option("--json", "as_json", is_flag=True, help="A list of bucket, id, owner, owners, created_ms, state, region, countries, profile.")
+@click.pass_obj
+def bucket_list(named: str | None, owner: str, as_json: bool) -> None:
+    """All buckets of the cluster, and whose they are."""
+    found = gateway(find_directory(named), "GET", "/v1/buckets")["buckets"]
+    shown = [one for one in found if not owner or owner in (*one["owners"], one["owner"])]
+    if as_json:
+        click.echo(json.dumps(shown, indent=2))
+        return
+    for one in shown:
+        whose = ", ".join(one["owners"]) or f"user id {one['owner']}, removed"
+        state = "" if one["state"] == "active" else f"  {one['state']}"
+        made = datetime.fromtimestamp(one["created_ms"] / 1000, UTC)
+        click.echo(f"{one['bucket']:<40} {whose:<24} {made:%Y-%m-%d}  {', '.join(one['countries']) or 'any country'}{state}")
+
+
+@bucket.command("usage")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="bucket, objects, versions, bytes.")
+@click.pass_obj
+def bucket_usage(named: str | None, name: str, as_json: bool) -> None:
+    """How many objects a bucket has and their size, counted now: it walks all of the bucket's keys."""
+    place, path = find_directory(named), f"/v1/buckets/{urllib.parse.quote(name, safe='')}/usage"
+    total = {"objects": 0, "versions": 0, "bytes": 0}
+    after: str | None = ""
+    while after is not None:
+        piece = gateway(place, "GET", path, query={"after": after}, timeout_s=300.0)
+        for field in total:
+            total[field] += piece[field]
+        after = piece["next_after"]
+        if sys.stderr.isatty() and after is not None:
+            click.echo(f"\r{total['objects']} objects so far", nl=False, err=True)
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[K", nl=False, err=True)
+    if as_json:
+        click.echo(json.dumps({"bucket": name, **total}, indent=2))
+        return
+    more = f" ({total['versions']} versions)" if total["versions"] != total["objects"] else ""
+    click.echo(f"{name}: {total['objects']} objects{more}, {format_size(total['bytes'])}")
+
+
+@bucket.command("owner")
+@click.argument("name")
+@click.option("--user", "owner", required=True, metavar="NAME", help="The new owner: a user's name or access key.")
+@click.pass_obj
+def bucket_owner(named: str | None, name: str, owner: str) -> None:
+    """Hand a bucket over to another user. The one who had it does not reach it any more."""
+    path = f"/v1/buckets/{urllib.parse.quote(name, safe='')}/owner"
+    found = gateway(find_directory(named), "POST", path, body={"user": owner})
+    click.echo(f"{found['bucket']} is {found['owner']}'s")
+
+
+@bucket.command("delete")
+@click.argument("name")
+@click.pass_obj
+def bucket_delete(named: str | None, name: str) -> None:
+    """Delete an empty bucket. Its name is free at once."""
+    found = gateway(find_directory(named), "DELETE", f"/v1/buckets/{urllib.parse.quote(name, safe='')}", timeout_s=120.0)
+    click.echo(f"deleted {found['deleted']}")
+
+
+@bucket.command("create")
+@click.argument("name")
+@click.option("--user", "owner", required=True, metavar="NAME", help="Whose bucket it is: a user's name or access key.")
+@click.option(
+    "--countries", default="", metavar="FR,DE", help="Keep its data in these countries of the EU (default: wherever the cluster has disks)."
+)
+@click.option("--json", "as_json", is_flag=True, help="bucket, owner, countries.")
+@click.pass_obj
+def bucket_create(named: str | None, name: str, owner: str, countries: str, as_json: bool) -> None:
+    """Make a bucket; with --countries its fragments and records never leave them, and a write that can't be placed inside is refused.
+
+    An S3 client can ask for the same with the header x-storaged-countries when it creates a bucket.
+    """
+    wanted = ",".join(code.strip() for code in countries.split(",") if code.strip())
+    found = gateway(find_directory(named), "POST", "/v1/buckets", body={"name": name, "user": owner, "countries": wanted})
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo(f"{found['bucket']} of {found['owner']}, in {', '.join(found['countries']) or 'any country of the cluster'}")
