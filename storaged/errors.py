@@ -680,6 +680,16 @@ class ObjectsUnreadable(Condition):
     hint = "Bring back the nodes and disks that are away; `storaged where` names those of an object."
 
 
+class SystemRecordDamaged(Condition):
+    """The record of a bucket or a user is not one that a gateway of this cluster wrote, and no majority of its replicas holds one that is."""
+
+    code = "SYSTEM_RECORD_DAMAGED"
+    hint = (
+        "Only this bucket or user is affected: it is refused, others are served. A storage node wrote the record, or a majority of its disks are damaged: "
+        "look at their logs. A user is made anew (`storaged user remove ACCESS_KEY`, then `user add`)."
+    )
+
+
 class ObjectsNotCounted(Condition):
     """Repair has not yet looked at all objects since a disk came or went: how many are below target is not known."""
 

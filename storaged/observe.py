@@ -167,6 +167,7 @@ METRICS: dict[str, Described] = {
         ("event",),
         together="count",
     ),
+    "storaged_system_records_damaged": Described("gauge", "Records of buckets and users that can't be used (SYSTEM_RECORD_DAMAGED)."),
     "storaged_workers": Described("gauge", "Processes that serve the S3 port, those being started again left out."),
     "storaged_worker_restarts_total": Described("counter", "Processes that ended unasked and were started again."),
     "storaged_fragments_damaged_total": Described("counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)),

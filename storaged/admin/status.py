@@ -33,10 +33,12 @@ from storaged.errors import (
     ObjectsUnreadable,
     QuorumLost,
     StoragedError,
+    SystemRecordDamaged,
 )
 from storaged.units import format_duration
 
 SKEW_MS_MAX = 5_000
+RECORDS_NAMED_MAX = 20
 _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
     "full": DiskFull,
     "read-only": DiskReadOnly,
@@ -113,6 +115,8 @@ class Facts:
     keyring_problem: str = ""
     durability: Durability = Durability()
     jobs: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    bad_records: Sequence[tuple[str, str]] = ()
+    """Names of system records that can't be used, each with the reason."""
     key_refusal: str = ""
     """Why the policy does not allow this gateway to have keys now."""
 
@@ -235,6 +239,10 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
     if facts.durability.objects_below_target:
         detail = str(facts.durability.waits or "")
         yield problem(ObjectsBelowTarget, _objects(facts.durability.objects_below_target), now_ms, detail)
+    for name, reason in facts.bad_records[:RECORDS_NAMED_MAX]:
+        yield problem(SystemRecordDamaged, name, now_ms, reason)
+    if len(facts.bad_records) > RECORDS_NAMED_MAX:
+        yield problem(SystemRecordDamaged, f"{len(facts.bad_records) - RECORDS_NAMED_MAX} more records", now_ms)
     if not facts.durability.counted:
         yield problem(ObjectsNotCounted, "objects", now_ms)
 

@@ -126,7 +126,7 @@ class Repair:
             await self._look_at_hints()
             await self._mend_most_urgent()
             await self.leavings.drop_due()
-        except (StoragedError, TimeoutError) as error:
+        except (StoragedError, RowDamaged, TimeoutError) as error:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
 
     async def _walk(self) -> None:
@@ -153,7 +153,7 @@ class Repair:
                 if where.table != Table.SYSTEM:
                     try:
                         self.findings.replace(where.prefix, await self._judged_range(where))
-                    except RowDamaged as error:
+                    except (StoragedError, RowDamaged, TimeoutError) as error:
                         # A page of the local store, or what leads to its rows: the other ranges are looked at all the same.
                         failures.append(str(error))
                 self.walk_job.advance()

@@ -120,17 +120,18 @@ class Walker:
 
     async def open_uploads_of(self, scope: bytes, shard: int) -> frozenset[bytes]:
         """Ids of the uploads of one shard that may still become an object, by the rows of the disk that leads there. The rows of other uploads' parts are
-        kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads. Raises RowDamaged."""
+        kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads. Raises RowDamaged for
+        what leads to the rows."""
         store = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard)))
         found: set[bytes] = set()
         if store is None:
             return frozenset()
         async for rows in slices(self._context.clock, store, Table.UPLOAD, scope, shard):
             for key, row in rows:
-                slot = unpack_row(RegisterName(Table.UPLOAD, scope, shard, key), row)
                 try:
+                    slot = unpack_row(RegisterName(Table.UPLOAD, scope, shard, key), row)
                     upload = living_upload(key, slot.value)
-                except DataDamaged as error:  # one upload's parts are not looked at; all else is
+                except (DataDamaged, RowDamaged) as error:  # one upload's parts are not looked at; all else is
                     self._context.log(f"the record of an upload for {key[:80]!r} cannot be read: {error}")
                     continue
                 if upload is not None:
@@ -183,10 +184,16 @@ class Walker:
             ]
 
     async def _settled_rows(self, names: Sequence[RegisterName]) -> list[tuple[RegisterName, Value]]:
-        """Those of a slice where a row is damaged: only the keys are taken from here."""
+        """Those of a slice where a row is damaged: only the keys are taken from here. One that can't be settled now is left out, and makes the walk less
+        than whole."""
         found = []
         for name in names:
-            value = await self._context.registers.settle(name)
+            try:
+                value = await self._context.registers.settle(name)
+            except StoragedError as error:
+                self._context.log(f"the row of {name.key[:80]!r} is damaged here, and can't be settled now: {error}")
+                self._unanswered += 1
+                continue
             found.append((name, value or Value(0, b"", Visibility.TOMBSTONE, b"")))
         return found
 

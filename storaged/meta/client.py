@@ -404,6 +404,17 @@ class RingClient:
             for disk in view.disks
         ]
 
+    async def held(self, name: RegisterName) -> list[Value | None]:
+        view = self._view(name)
+        deadline = self._clock.monotonic() + min(self._deadline_s, AGREEMENT_S)
+        seen = _Seen()
+        answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
+        for disk in view.disks:
+            self._ask_read(answers, messages.Read(disk, name, view.epoch), deadline)
+        while (answer := await answers.next(deadline - self._clock.monotonic())) is not None:
+            _note(seen, *answer)
+        return [seen.replies[disk].value if disk in seen.replies else None for disk in view.disks]
+
     # --- pages ---------------------------------------------------------------------------------------------------------
 
     async def put_page(self, near: RegisterName, body: bytes) -> bytes:

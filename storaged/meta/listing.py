@@ -17,6 +17,7 @@ from math import ceil, sqrt
 from typing import Any
 
 from storaged.cluster.ports import Layouts, Liveness
+from storaged.errors import ServiceUnavailable
 from storaged.meta.messages import ScanRow
 from storaged.meta.names import RegisterName, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row, Scanner
@@ -33,6 +34,8 @@ Filled = tuple[list[bytes], list[Any], tuple[bytes, ...], bytes | None]
 
 SHARE_ROWS_MIN = 8
 WALK_ROWS = 500
+UNSETTLED_MAX = 32
+"""Keys that ``catch_up`` fails to settle before it ends: then it is not a few damaged rows, and each costs a time-out."""
 ROWS_A_PAGE = 1_000
 
 
@@ -145,8 +148,19 @@ class RingScanner:
         """Brings the replicas of one shard to the same rows: slices of all that answer are compared by digest, and each key that one of them lacks,
         has damaged or at another ballot is settled by a committed round on all of them.
 
+        A key that can't be settled, since a majority of its rows is damaged, keeps no other from it: it is raised at the end.
         Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
         """
+        unsettled: list[ServiceUnavailable] = []
+
+        async def settle(name: RegisterName) -> bool:
+            try:
+                await self._registers.settle(name, settling_nonce=settling_nonce)
+            except ServiceUnavailable as error:
+                unsettled.append(error)
+                return False
+            return True
+
         query = Query(table, scope, b"", b"", Visibility.TOMBSTONE, settling_nonce)
         feed = self._reader.feed(query, shard, b"")
         found = CatchUp()
@@ -159,10 +173,13 @@ class RingScanner:
                 through, done = common_end(answers.values())
                 rows = reported([decode_rows(answer.rows) for answer in answers.values()], through, done)
                 differing = [RegisterName(table, scope, shard, key) for key, seen in rows.items() if not _unanimous(seen, len(answers))]
-                await bounded([self._registers.settle(name, settling_nonce=settling_nonce) for name in differing], SETTLING_MAX)
-                found.settled += len(differing)
+                found.settled += sum(await bounded([settle(name) for name in differing], SETTLING_MAX))
+                if len(unsettled) > UNSETTLED_MAX:
+                    break
             feed.through, feed.done = common_end(answers.values())
             found.rows += max(answer.looked_at for answer in answers.values())
+        if unsettled:
+            raise unsettled[0]
         return found
 
 

@@ -125,6 +125,10 @@ class Registers(Protocol):
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
         """What each replica of the register holds, in the order of the ring (for ``where``): a snapshot, nothing is settled."""
 
+    async def held(self, name: RegisterName) -> list[Value | None]:
+        """The value that each replica of the register holds, in the order of the ring: a snapshot, nothing is settled. None: it is away, holds
+        nothing, or its row is damaged."""
+
 
 class Pages(Protocol):
     """Immutable, content-addressed values that large records point to (manifests of more than 32 parts)."""

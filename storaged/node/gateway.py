@@ -27,7 +27,7 @@ from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, 
 from storaged.ids import system_entropy
 from storaged.keys.ports import AlreadyThere, Audit
 from storaged.node.audited import AuditedBuckets
-from storaged.node.housekeeping import housekeep
+from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.protection import protection_of
 from storaged.node.requestlog import RequestLog
 from storaged.node.system import ClusterRecord, SystemPaths, Taken
@@ -36,6 +36,7 @@ from storaged.objects.buckets import BucketService
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, KeyService
 from storaged.objects.service import ObjectService
+from storaged.objects.system_rows import BadRow
 from storaged.objects.usage import usage_after
 from storaged.objects.users import UserService
 from storaged.objects.where import Whereabouts, where
@@ -247,6 +248,8 @@ class Gateway:
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
+        bad_rows = plane.bad_rows
+        node.metrics.gauge("storaged_system_records_damaged").set_function(lambda: len(bad_rows))
         events = node.metrics.gauge("storaged_object_events")
         for counted in dataclasses.fields(plane.counters):
             events.labels(counted.name).set_function(functools.partial(getattr, plane.counters, counted.name))
@@ -300,9 +303,14 @@ class Gateway:
         found = [self._unlocker.run(), self._node.maintain.run()]
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets))
+            found.append(look_at_records(self.buckets, self.users))
         if self.workers is not None:
             found.append(self.workers.run())
         return found
+
+    def bad_records(self) -> list[BadRow]:
+        """System records that this process found that can't be used."""
+        return self.objects.plane.bad_rows.listed()
 
     async def usable(self, wait_s: float) -> None:
         """Returns when S3 does not answer 503 any more, or after ``wait_s``."""

@@ -13,10 +13,15 @@ from storaged.errors import StoragedError
 from storaged.objects.buckets import BucketService
 from storaged.objects.multipart import forget_finished_uploads
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.users import UserService
 
 FIRST_S = 30.0
 """After the start: a gateway that died in the middle of a bucket's deletion is mostly back by then."""
 INTERVAL_S = 3600.0
+
+RECORDS_FIRST_S = 5.0
+RECORDS_S = 60.0
+RECORDS_REST = 100.0
 
 log = structlog.get_logger("housekeeping")
 
@@ -30,6 +35,28 @@ async def housekeep(plane: ObjectPlane, buckets: BucketService, *, first_s: floa
         except StoragedError as error:
             log.info("housekeeping waits for its next round", reason=error.message)
         await asyncio.sleep(interval_s)
+
+
+async def look_at_records(
+    buckets: BucketService, users: UserService, *, first_s: float = RECORDS_FIRST_S, interval_s: float = RECORDS_S
+) -> None:
+    """For ever: heals the records of buckets and users that can't be used, or names them for ``status``. Takes a hundredth of the time at most."""
+    pause_s = first_s
+    while True:
+        await asyncio.sleep(pause_s)
+        began = asyncio.get_running_loop().time()
+        try:
+            await check_records(buckets, users)
+        except StoragedError as error:
+            log.debug("records are looked at later", reason=error.message)
+        pause_s = max(interval_s, RECORDS_REST * (asyncio.get_running_loop().time() - began))
+
+
+async def check_records(buckets: BucketService, users: UserService) -> None:
+    """Raises ServiceUnavailable when the system partition has no majority, KeyringUnavailable when nothing can be verified."""
+    await buckets.every_bucket()
+    await users.list_users()
+    await users.check_names()
 
 
 async def tidy(plane: ObjectPlane, buckets: BucketService) -> int:

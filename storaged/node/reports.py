@@ -79,6 +79,7 @@ class Reports:
             self._durability(told),
             jobs_of(told),
             key_refusal=refusal,
+            bad_records=node.gateway.bad_records() if node.gateway is not None else (),
         )
         return self._seen.date(judge(facts, node.clock.wall_ms()))
 

@@ -28,6 +28,8 @@ class Counters:
     cells_reconstructed: int = 0
     cells_lied: int = 0
     background_dropped: int = 0
+    uploads_unreadable: int = 0
+    """Times that a row of an upload could not be used, and was passed over."""
 
 
 class Background:

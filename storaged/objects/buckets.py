@@ -11,6 +11,7 @@ A nonce begins with the record's sequence number, so that the nonces of a bucket
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
@@ -25,10 +26,12 @@ from storaged.errors import (
     NoSuchBucket,
     NoSuchUpload,
     ServiceUnavailable,
+    StoragedError,
     TooManyBuckets,
 )
 from storaged.ids import BUCKET_ID_BYTES
-from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.objects import system_rows
 from storaged.objects.api import Principal
 from storaged.objects.multipart import abort, list_uploads
 from storaged.objects.plane import ObjectPlane
@@ -59,15 +62,22 @@ class BucketService:
 
     def _decode(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
         """None when there is none, or it was deleted. Raises DataDamaged for a record that no gateway of this cluster made."""
-        if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        record = _decoded(value)
+        if record is None or value is None:
             return None
-        try:
-            record, covered = decode(value.body, BucketRecord), authenticated_bytes(value.body)
-        except msgspec.MsgspecError as error:
-            raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
-        if not self._plane.keys.verify(_context(name, value.sequence), covered, record.authenticator):
+        covered = authenticated_bytes(value.body)
+        if not covered or not self._plane.keys.verify(_context(name, value.sequence), covered, record.authenticator):
             raise DataDamaged("The record of this bucket is not authentic.")
         return record
+
+    async def _read(self, name: str) -> BucketRecord | None:
+        """The record of a name as it is now, healed where that can be. Raises DataDamaged, ServiceUnavailable."""
+        plane, register = self._plane, system_name(PREFIX + name)
+
+        def renewed(value: Value, record: BucketRecord) -> Change:
+            return self._change(register, value, record)
+
+        return await system_rows.read(plane.registers, plane.bad_rows, self._decode, renewed, PREFIX + name)
 
     def _change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
         """The authenticator is over the sequence number too, so that an older record can't be played back under a newer number."""
@@ -121,7 +131,7 @@ class BucketService:
             if reason := policy.refusal(country):
                 raise InvalidArgument(f"A bucket's countries are some of those that the cluster allows: {reason}.")
         register = system_name(PREFIX + name)
-        existing = self._decode(register, (await self._plane.registers.read(register)).value)
+        existing = await self._read(name)
         if existing is not None and (existing.state == DELETING or existing.nonce):
             existing = await self.resume(existing)
         self._refuse_existing(who, existing)
@@ -169,8 +179,7 @@ class BucketService:
         return self._recent.at_hand(name)
 
     async def _load(self, name: str) -> BucketRecord:
-        register = system_name(PREFIX + name)
-        record = self._decode(register, (await self._plane.registers.read(register)).value)
+        record = await self._read(name)
         if record is not None and record.state == ACTIVE and record.nonce:
             record = await self.resume(record)
         if record is None or record.state != ACTIVE:
@@ -180,28 +189,40 @@ class BucketService:
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[BucketRecord], str | None]:
-        """The principal's own, by name."""
+        """The principal's own, by name. A row that can't be used, whosever it is, is passed over (``system_rows``).
+
+        The rows of all principals are read, those of others are not verified."""
+
+        def own(name: RegisterName, value: Value | None) -> BucketRecord | None:
+            record = _decoded(value)
+            return self._decode(name, value) if record is not None and record.owner == who.user_id else None
+
         found: list[BucketRecord] = []
-        async for record in self._scan(prefix, after):
-            if record.owner == who.user_id and record.state == ACTIVE:
+        async for record in self._scan(own, prefix, after):
+            if record.state == ACTIVE:
                 if len(found) >= limit:
                     return found, found[-1].name if found else after
                 found.append(record)
         return found, None
 
-    async def _scan(self, prefix: str = "", after: str = "") -> AsyncIterator[BucketRecord]:
-        start: bytes | None = (PREFIX + after).encode()
-        while start is not None:
-            page = await self._plane.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=(PREFIX + prefix).encode(), after=start)
-            for row in page.rows:
-                record = self._decode(system_name(row.key.decode()), row.value)
-                if record is not None:
-                    yield record
-            start = page.next_after
+    def _scan(
+        self, decode: system_rows.Decode[BucketRecord], prefix: str = "", after: str = "", found: dict[bytes, str] | None = None
+    ) -> AsyncIterator[BucketRecord]:
+        plane = self._plane
+        begins = (PREFIX + prefix).encode()
+        return system_rows.scan(plane.scanner, plane.bad_rows, decode, begins, after=(PREFIX + after).encode(), found=found)
 
     async def every_bucket(self) -> list[BucketRecord]:
-        """All buckets of the cluster that are not deleted, in any state: for maintenance."""
-        return [record async for record in self._scan()]
+        """All buckets of the cluster that are not deleted, in any state: for maintenance. What can't be used is healed or named in ``plane.bad_rows``."""
+        bad: dict[bytes, str] = {}
+        records = [record async for record in self._scan(self._decode, found=bad)]
+        for key in list(bad):
+            with contextlib.suppress(StoragedError, UnicodeDecodeError):
+                healed = await self._read(key.decode().removeprefix(PREFIX))
+                del bad[key]
+                records += [healed] if healed is not None else []
+        self._plane.bad_rows.replace(PREFIX.encode(), bad)
+        return records
 
     # --- deleting -----------------------------------------------------------------------------------------------------
 
@@ -245,8 +266,7 @@ class BucketService:
 
     async def _current(self, record: BucketRecord) -> BucketRecord | None:
         """The record of the same bucket as it is now; None when that is deleted."""
-        register = system_name(PREFIX + record.name)
-        found = self._decode(register, (await self._plane.registers.read(register)).value)
+        found = await self._read(record.name)
         return found if found is not None and found.id == record.id else None
 
     async def _emptied(self, bucket: BucketRecord) -> bool:
@@ -313,8 +333,7 @@ class BucketService:
 
     async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None:
         """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged."""
-        name = system_name(PREFIX + bucket.name)
-        found = self._decode(name, (await self._plane.registers.read(name)).value)
+        found = await self._read(bucket.name)
         if found is None or found.id != bucket.id:
             raise NoSuchBucket(BucketName=bucket.name)
         if not found.tags:
@@ -323,6 +342,16 @@ class BucketService:
             return decode(self._plane.keys.open_secret(found.tags, _tags_context(found)), dict[str, str])
         except (SealBroken, msgspec.MsgspecError) as error:
             raise DataDamaged(f"The tags of this bucket do not open: {error}") from None
+
+
+def _decoded(value: Value | None) -> BucketRecord | None:
+    """Not verified. Raises DataDamaged."""
+    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        return None
+    try:
+        return decode(value.body, BucketRecord)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
 
 
 def _context(name: RegisterName, sequence: int) -> tuple[bytes, ...]:

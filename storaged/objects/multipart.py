@@ -13,11 +13,13 @@ import asyncio
 from collections.abc import Set
 
 import msgspec
+import structlog
 
-from storaged.errors import InvalidArgument, InvalidRange, InvalidRequest, NoSuchUpload, StoragedError
+from storaged.errors import DataDamaged, InvalidArgument, InvalidRange, InvalidRequest, NoSuchUpload, StoragedError
 from storaged.ids import DATA_ID_BYTES, new_upload_id
 from storaged.meta.listing import ROWS_A_PAGE, every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, object_name, part_name, shard_of, upload_name
+from storaged.meta.ports import Row
 from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
     NO_READ_CONDITIONS,
@@ -54,6 +56,7 @@ from storaged.objects.uploads import (
     part_rows,
     renew_digest,
     unseal_upload,
+    upload_of_row,
     upload_text,
 )
 from storaged.objects.versions import BucketKeys, Place, meta_of
@@ -61,6 +64,8 @@ from storaged.sov1 import SALT_BYTES, seal_message
 from storaged.wire import decode, encode
 
 FORGETS_IN_FLIGHT_MAX = 32
+
+log = structlog.get_logger(__name__)
 
 
 async def create_upload(
@@ -247,7 +252,7 @@ async def list_uploads(
     delimiter: bytes = b"",
     limit: int = 1000,
 ) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:
-    """Uploads in progress, by key, then upload id; common prefixes; and the marker of the next page.
+    """Uploads in progress, by key, then upload id; common prefixes; and the marker of the next page. One whose row can't be used is left out, and counted.
 
     A row's key is the object's, a zero byte and the upload id. So grouping is done here: an upload id may hold the delimiter.
     """
@@ -271,11 +276,16 @@ async def list_uploads(
                 marker = (group, "")
                 start = group + b"\xff"
                 break
-            record = decode_upload(row.value)
-            if record is not None:
+            try:
+                record = upload_of_row(row)
+                if record is None:
+                    continue
                 upload = await unseal_upload(plane, bucket, key, upload_name(bucket.id, key, record.upload_id), record)
-                uploads.append(upload.info)
-                marker = (key, upload.info.upload_id)
+            except DataDamaged as error:
+                _note_unreadable(plane, bucket, row, error)
+                continue
+            uploads.append(upload.info)
+            marker = (key, upload.info.upload_id)
     return uploads, list(groups), None
 
 
@@ -303,22 +313,34 @@ def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
 async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
     """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many uploads. Safe to run anywhere, any time.
 
-    Records from before get their digest keyed (``renew_digest``)."""
-    now_ms, forgotten = plane.clock.wall_ms(), 0
+    Records from before get their digest keyed (``renew_digest``). One that can't be used is counted, and passed over."""
+    forgotten = 0
     async for row in every_row(plane.scanner, Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True):
-        record = decode_upload(row.value)
-        if record is None:
-            continue
-        key = row.key[: -1 - len(record.upload_id)]
-        if has_bare_digest(record):
-            name = upload_name(bucket.id, key, record.upload_id)
-            await renew_digest(plane, await unseal_upload(plane, bucket, key, name, record))
-        if not is_older(record, now_ms, plane.limits.upload_keep_ms):
-            continue
-        owner = object_name(bucket.id, bucket.shard_numbers, key)
-        kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
-        await _forget_parts(plane, bucket, owner, record.upload_id, kept)
-        name = upload_name(bucket.id, key, record.upload_id)
-        await plane.registers.change(name, lambda value: Change(b"", Visibility.TOMBSTONE))
-        forgotten += 1
+        try:
+            forgotten += await _forget_finished(plane, bucket, row)
+        except DataDamaged as error:
+            _note_unreadable(plane, bucket, row, error)
     return forgotten
+
+
+async def _forget_finished(plane: ObjectPlane, bucket: BucketRecord, row: Row) -> bool:
+    """Raises DataDamaged."""
+    record = upload_of_row(row)
+    if record is None:
+        return False
+    key = row.key[: -1 - len(record.upload_id)]
+    name = upload_name(bucket.id, key, record.upload_id)
+    if has_bare_digest(record):
+        await renew_digest(plane, await unseal_upload(plane, bucket, key, name, record))
+    if not is_older(record, plane.clock.wall_ms(), plane.limits.upload_keep_ms):
+        return False
+    owner = object_name(bucket.id, bucket.shard_numbers, key)
+    kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
+    await _forget_parts(plane, bucket, owner, record.upload_id, kept)
+    await plane.registers.change(name, lambda value: Change(b"", Visibility.TOMBSTONE))
+    return True
+
+
+def _note_unreadable(plane: ObjectPlane, bucket: BucketRecord, row: Row, error: DataDamaged) -> None:
+    plane.counters.uploads_unreadable += 1
+    log.warning("the record of an upload cannot be used", bucket=bucket.name, row=row.key[:80].hex(), reason=error.message)

@@ -29,6 +29,7 @@ from storaged.objects.listed import ListedLately
 from storaged.objects.opened import OpenedLately
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
+from storaged.objects.system_rows import BadRows
 from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 
@@ -139,6 +140,7 @@ class ObjectPlane:
 
     def __post_init__(self) -> None:
         self.counters = Counters()
+        self.bad_rows = BadRows()
         self.background = Background(self.limits.background_tasks_max, self.counters)
         self.fill_buffers = BufferPool(self.limits.fill_buffer_bytes_max, self.limits.buffer_wait_s)
         self.garbage = Garbage(self.stores, self.background, self.limits.write_timeout_s)

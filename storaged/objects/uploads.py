@@ -132,6 +132,15 @@ def decode_upload(value: Value | None) -> UploadRecord | None:
     return record
 
 
+def upload_of_row(row: Row) -> UploadRecord | None:
+    """The record that a row of the UPLOAD table holds; None as ``decode_upload``. Raises DataDamaged, also for a row that holds another upload's record:
+    what is done to an upload's parts goes by the id in its record."""
+    record = decode_upload(row.value)
+    if record is not None and row.key[-UPLOAD_ID_BYTES - 1 :] != b"\0" + record.upload_id:
+        raise DataDamaged("The record of this upload is not the one of its row.")
+    return record
+
+
 class LivingUpload(NamedTuple):
     """An upload that may still become the object ``key``."""
 

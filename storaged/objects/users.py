@@ -7,13 +7,15 @@ secret nor make a user.
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
-from collections.abc import AsyncIterator
+from typing import Final
 
 import msgspec
 
-from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument
-from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument, StoragedError
+from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
+from storaged.objects import system_rows
 from storaged.objects.api import Principal
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
@@ -82,11 +84,25 @@ class UserService:
     async def _load(self, access_key: str) -> tuple[Principal, str]:
         if not _is_access_key(access_key):
             raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
-        name = system_name(PREFIX + access_key)
-        record = self._decode(name, (await self._plane.registers.read(name)).value)
+        record = await self._read(access_key)
         if record is None:
             raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
-        return self._open(name, record)
+        return self._open(system_name(PREFIX + access_key), record)
+
+    async def _read(self, access_key: str) -> UserRecord | None:
+        """The record of an access key as it is now, healed where that can be. Raises DataDamaged, ServiceUnavailable."""
+        plane, register = self._plane, system_name(PREFIX + access_key)
+
+        def renewed(value: Value, record: UserRecord) -> Change:
+            return self._change(register, value, record)
+
+        return await system_rows.read(plane.registers, plane.bad_rows, self._decode, renewed, PREFIX + access_key)
+
+    def _change(self, register: RegisterName, before: Value | None, record: UserRecord) -> Change:
+        plain = msgspec.structs.replace(record, authenticator=b"")
+        sequence = (before.sequence if before is not None else 0) + 1
+        tag = self._plane.keys.authenticate(_context(register, sequence), encode(plain))
+        return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
 
     async def add(
         self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
@@ -115,9 +131,7 @@ class UserService:
         def update(value: Value | None) -> Change:
             if self._decode(register, value) is not None:
                 raise InvalidArgument(f"The access key {access_key} is taken.")
-            sequence = (value.sequence if value is not None else 0) + 1
-            tag = self._plane.keys.authenticate(_context(register, sequence), encode(plain))
-            return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
+            return self._change(register, value, plain)
 
         await self._plane.registers.change(register, update)
         await self._changed(access_key)
@@ -133,52 +147,83 @@ class UserService:
 
     async def _claim(self, name: str, access_key: str) -> None:
         register, now_ms = system_name(NAME_PREFIX + name), self._plane.clock.wall_ms()
-        before = _decode_claim((await self._plane.registers.read(register)).value)
-        if before is not None and before.access_key != access_key:
+        before = _claim_of((await self._plane.registers.read(register)).value)
+        if before is DAMAGED_CLAIM and any(user.display_name == name for user in await self.list_users()):
+            raise InvalidArgument(f"There is a user named {name} already.")
+        if before is not None and before is not DAMAGED_CLAIM and before.access_key != access_key:
             user = system_name(PREFIX + before.access_key)
             held = self._decode(user, (await self._plane.registers.read(user)).value)
             if (held is not None and held.name == name) or now_ms - before.claimed_ms < CLAIM_STALE_MS:
                 raise InvalidArgument(f"There is a user named {name} already.")
 
         def update(value: Value | None) -> Change:
-            if _decode_claim(value) != before:
+            if _claim_of(value) != before:
                 raise InvalidArgument(f"There is a user named {name} already.")
             return Change(encode(NameClaim(access_key, now_ms)))
 
         await self._plane.registers.change(register, update)
 
     async def list_users(self) -> list[Principal]:
-        """By access key."""
-        return [Principal(user.user_id, user.name, user.access_key) async for user in self._scan()]
+        """By access key. What can't be used is healed, or passed over and named in ``plane.bad_rows``."""
+        plane = self._plane
+        bad: dict[bytes, str] = {}
+        users = [user async for user in system_rows.scan(plane.scanner, plane.bad_rows, self._decode, PREFIX.encode(), found=bad)]
+        for key in list(bad):
+            with contextlib.suppress(StoragedError, UnicodeDecodeError):
+                healed = await self._read(key.decode().removeprefix(PREFIX))
+                del bad[key]
+                users += [healed] if healed is not None else []
+        plane.bad_rows.replace(PREFIX.encode(), bad)
+        return [Principal(user.user_id, user.name, user.access_key) for user in sorted(users, key=lambda user: user.access_key)]
 
-    async def _scan(self) -> AsyncIterator[UserRecord]:
-        start: bytes | None = PREFIX.encode()
-        while start is not None:
-            page = await self._plane.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=PREFIX.encode(), after=start)
-            for row in page.rows:
-                record = self._decode(system_name(row.key.decode()), row.value)
-                if record is not None:
-                    yield record
-            start = page.next_after
+    async def check_names(self) -> None:
+        """Names the claims that can't be read in ``plane.bad_rows``."""
+        plane = self._plane
+        bad: dict[bytes, str] = {}
+        prefix = NAME_PREFIX.encode()
+        async for _ in system_rows.scan(plane.scanner, plane.bad_rows, lambda _name, value: _decode_claim(value), prefix, found=bad):
+            pass
+        plane.bad_rows.replace(prefix, bad)
 
     async def remove(self, name_or_access_key: str) -> Principal:
-        """The access key stops working within the cache's moment; buckets stay. Who it was. Raises InvalidArgument when there is no such user."""
+        """The access key stops working within the cache's moment; buckets stay. Who it was; nothing but the access key of one whose record can't be used.
+
+        Raises InvalidArgument when there is no such user."""
         register = system_name(NAME_PREFIX + name_or_access_key)
-        claim = _decode_claim((await self._plane.registers.read(register)).value)
+        claim = _claim_of((await self._plane.registers.read(register)).value)
+        claim = None if claim is DAMAGED_CLAIM else claim
         access_key = claim.access_key if claim is not None else name_or_access_key
         user = system_name(PREFIX + access_key)
-        found = self._decode(user, (await self._plane.registers.read(user)).value) if _is_access_key(access_key) else None
+        try:
+            found = await self._read(access_key) if _is_access_key(access_key) else None
+        except DataDamaged:  # it can't be used, and the operator wants it gone
+            await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
+            self._plane.bad_rows.clear(user.key)
+            await self._changed(access_key)
+            return Principal("", name_or_access_key, access_key)
         if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing, and is not authenticated
             raise InvalidArgument(f"There is no user {name_or_access_key}.")
         await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
         await self._changed(access_key)
 
         def release(value: Value | None) -> Change | None:
-            held = _decode_claim(value)
-            return Change(b"", Visibility.TOMBSTONE) if held is not None and held.access_key == access_key else None
+            held = _claim_of(value)
+            mine = held is not None and (held is DAMAGED_CLAIM or held.access_key == access_key)
+            return Change(b"", Visibility.TOMBSTONE) if mine else None
 
         await self._plane.registers.change(system_name(NAME_PREFIX + found.name), release)
         return Principal(found.user_id, found.name, access_key)
+
+
+DAMAGED_CLAIM: Final = NameClaim("", -1)
+"""Stands for a claim that can't be read. It grants nothing, and belongs to the user of that name if there is one."""
+
+
+def _claim_of(value: Value | None) -> NameClaim | None:
+    try:
+        return _decode_claim(value)
+    except DataDamaged:
+        return DAMAGED_CLAIM
 
 
 def _decode_claim(value: Value | None) -> NameClaim | None:

@@ -275,6 +275,9 @@ class FakeRing:
             for disk in self.layouts.current.replicas_of(name.partition)
         ]
 
+    async def held(self, name: RegisterName) -> list[Value | None]:
+        return [self.values.get(name)] * len(self.layouts.current.replicas_of(name.partition))
+
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         await asyncio.sleep(0)
         value = self.values.get(name)

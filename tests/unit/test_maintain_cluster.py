@@ -508,6 +508,31 @@ def test_a_fragment_that_a_disk_finds_damaged_while_it_reads_is_told_to_whom_it_
     run(scenario)
 
 
+def test_a_register_that_can_not_be_settled_keeps_no_other_from_repair() -> None:
+    """A majority of its rows is damaged. Every other register is walked, in its own shard too, and what they lack is rebuilt."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        keys = [b"large-%d" % number for number in range(40)]
+        for key in keys:
+            await cluster.put(bucket, key, os.urandom(200_000))
+        shard_of = {key: object_name(bucket.id, bucket.shard_numbers, key).shard for key in keys}
+        lost = next(key for key in keys if list(shard_of.values()).count(shard_of[key]) > 1)
+        name = object_name(bucket.id, bucket.shard_numbers, lost)
+        others = {key: next((await cluster.places(bucket, key))[0].fragments) for key in keys if key != lost}
+        for fragment, disk in others.values():
+            await cluster.store(disk).delete([fragment])
+        for disk in cluster.layouts.current.replicas_of(name.partition)[:2]:
+            cluster.meta(disk).damage(name)
+        cluster.maintain()
+        await cluster.pass_s(120)
+        for key, (fragment, disk) in others.items():
+            assert cluster.holds(disk, fragment), key
+        assert not (await cluster.counts())[2], "what can't be looked at is not said to be counted"
+
+    run(scenario)
+
+
 def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
     """Records lie in the clear and hints come from whoever is a member. What cannot be is passed over, and everything else is looked after as before."""
 
