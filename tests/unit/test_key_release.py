@@ -35,8 +35,10 @@ async def test_a_gateway_in_germany_is_not_given_the_key_of_a_french_bucket(mate
         (
             "key.refused",
             {
+                "target": "bucket-id:" + BUCKET.hex(),
                 "keyring": material.keyring_id.hex(),
                 "bucket": BUCKET.hex(),
+                "outcome": "refused ServiceUnavailable",
                 "rule": "bucket countries",
                 "reason": "this gateway is in DE, and the bucket is bound to FR",
             },
