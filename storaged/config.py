@@ -7,7 +7,7 @@ Paths are relative to the file's own folder, so that a node's folder can be move
     [cluster]  identity (the folder with this node's certificate, the cluster's authority and the layout)
     [[disks]]  id, directory            (role storage; one table a disk)
     [rpc]      listen
-    [s3]       listen, workers, region, domains, tls_certificate, tls_key   (role gateway)
+    [s3]       listen, workers, region, domains, tls_certificate, tls_key, unauthenticated_*_max, proxies   (role gateway)
     [admin]    listen
     [keys]     keyring, credential or passphrase                       (role gateway)
     [audit]    directory
@@ -63,7 +63,9 @@ class RpcSection(msgspec.Struct, frozen=True):
 
 
 class S3Section(msgspec.Struct, frozen=True):
-    """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``: processes that share the port."""
+    """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``: processes that share the port.
+    ``unauthenticated_*_max``: what one address (a /64 of IPv6) may have of connections, requests and bytes before they have authenticated;
+    beyond, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come from there."""
 
     listen: str = "127.0.0.1:8333"
     workers: int = 1
@@ -71,6 +73,10 @@ class S3Section(msgspec.Struct, frozen=True):
     domains: list[str] = []
     tls_certificate: str = ""
     tls_key: str = ""
+    unauthenticated_connections_max: int = 2048
+    unauthenticated_requests_max: int = 256
+    unauthenticated_bytes_max: int = 64 * MIB
+    proxies: list[str] = []
 
 
 class AdminSection(msgspec.Struct, frozen=True):
@@ -374,6 +380,14 @@ def _check_region(value: str) -> None:
         raise ValueError(f"{value!r}: a region is 1 to 63 lower-case letters, digits and hyphens")
 
 
+def _check_networks(value: list[str]) -> None:
+    for text in value:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not an address or a network, as in 10.0.0.5 or 2001:db8::/64") from None
+
+
 def _between(low: int, high: int) -> Callable[[Any], None]:
     def check(value: float) -> None:
         if not low <= value <= high:
@@ -398,6 +412,10 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("s3", "listen"): _check_address,
     ("s3", "region"): _check_region,
     ("s3", "workers"): _between(1, 64),
+    ("s3", "unauthenticated_connections_max"): _between(16, 1_000_000),
+    ("s3", "unauthenticated_requests_max"): _between(16, 1_000_000),
+    ("s3", "unauthenticated_bytes_max"): _size_between(MIB, 64 * GIB),
+    ("s3", "proxies"): _check_networks,
     ("admin", "listen"): _check_loopback,
     ("audit", "file_bytes_max"): _size_between(64 * KIB, GIB),
     ("limits", "s3_requests_max"): _between(1, 100_000),

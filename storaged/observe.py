@@ -159,6 +159,10 @@ METRICS: dict[str, Described] = {
         "gauge", "S3 requests being answered; past limits.s3_requests_max further ones get SlowDown.", together="sum"
     ),
     "storaged_s3_connections": Described("gauge", "Open connections of S3 clients.", together="sum"),
+    "storaged_s3_unauthenticated": Described("gauge", "Of those, the ones without an authenticated request so far.", together="sum"),
+    "storaged_s3_unauthenticated_closed": Described(
+        "gauge", "Connections that had not authenticated, closed since the start to make room (s3.unauthenticated_*_max).", together="count"
+    ),
     "storaged_s3_received_bytes_total": Described("counter", "Bytes of request bodies."),
     "storaged_s3_sent_bytes_total": Described("counter", "Bytes of answer bodies."),
     "storaged_object_events": Described(

@@ -22,7 +22,7 @@ from storaged.admin.ports import Services
 from storaged.clock import Clock
 from storaged.cluster.audit_format import REFUSED
 from storaged.cluster.policy import KeyHolder, Policy
-from storaged.config import Config, split_address
+from storaged.config import Config, S3Section, split_address
 from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
 from storaged.ids import system_entropy
 from storaged.keys.ports import AlreadyThere, Audit
@@ -261,7 +261,8 @@ class Gateway:
             domains=config.s3.domains,
             clock=node.clock,
             entropy=system_entropy,
-            limits=shared_limits(config.limits.s3_requests_max, config.s3.workers),
+            limits=shared_limits(config.limits.s3_requests_max, config.s3),
+            proxies=config.s3.proxies,
             on_request=self._requests,
         )
         if config.s3.tls_certificate:
@@ -272,6 +273,8 @@ class Gateway:
         app = self._app
         node.metrics.gauge("storaged_s3_in_flight").set_function(lambda: app.statistics().requests_in_flight)
         node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
+        node.metrics.gauge("storaged_s3_unauthenticated").set_function(lambda: app.statistics().strangers)
+        node.metrics.gauge("storaged_s3_unauthenticated_closed").set_function(lambda: app.statistics().evicted_total)
 
     async def _open_port(self) -> None:
         node, s3, limits = self._node, self._config.s3, self.objects.plane.limits
@@ -416,10 +419,19 @@ def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
     return dataclasses.replace(limits, **shares)
 
 
-def shared_limits(requests_max: int, workers: int) -> Limits:
+def shared_limits(requests_max: int, s3: S3Section) -> Limits:
     """A worker's part; connections are handed out in turn, so that each gets as many."""
-    limits = Limits()
-    return dataclasses.replace(limits, requests_max=-(-requests_max // workers), connections_max=-(-limits.connections_max // workers))
+
+    def part(whole: int) -> int:
+        return -(-whole // s3.workers)
+
+    return Limits(
+        requests_max=part(requests_max),
+        connections_max=part(Limits.connections_max),
+        stranger_connections_max=part(s3.unauthenticated_connections_max),
+        stranger_requests_max=part(s3.unauthenticated_requests_max),
+        stranger_bytes_max=part(s3.unauthenticated_bytes_max),
+    )
 
 
 def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class Statistics:
     requests_total: int
     refused_total: int
     """Refused with SlowDown, since too many were in flight."""
+    strangers: int
+    """Connections that have not authenticated."""
+    evicted_total: int
+    """Of those, closed to make room."""
 
 
 class S3App:
@@ -101,11 +105,13 @@ class S3App:
         clock: Clock,
         entropy: Entropy,
         limits: Limits | None = None,
+        proxies: Sequence[str] = (),
         on_request: Callable[[RequestDone], None] | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._front = Front(objects, buckets, users, region, clock, self._limits)
         self._domains = tuple(domain.lower().strip(".") for domain in domains)
+        self._proxies = tuple(proxies)
         self._clock = clock
         self._entropy = entropy
         self._on_request = on_request
@@ -122,7 +128,6 @@ class S3App:
         self._ids: list[str] = []
         self._in_flight = 0
         self._requests_total = 0
-        self._refused_total = 0
 
     async def start(self, host: str, port: int, ssl: ssl.SSLContext | None = None) -> int:
         """Listens; returns the port (``port`` 0: any that is free). Raises PortInUse."""
@@ -138,7 +143,7 @@ class S3App:
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
         """Takes connections that are handed to ``adopt``; does not listen."""
         self._ssl = ssl
-        self._connections = Connections(self._converse, self._limits, self._begin_soon)
+        self._connections = Connections(self._converse, self._limits, self._begin_soon, self._proxies)
         return self._connections
 
     @property
@@ -182,8 +187,18 @@ class S3App:
         self._servers.clear()
 
     def statistics(self) -> Statistics:
-        open_now = len(self._connections.open) if self._connections else 0
-        return Statistics(open_now, self._in_flight, self._requests_total, self._refused_total)
+        connections = self._connections
+        if connections is None:
+            return Statistics(0, self._in_flight, self._requests_total, 0, 0, 0)
+        strangers = connections.strangers.counts()
+        return Statistics(
+            len(connections.open),
+            self._in_flight,
+            self._requests_total,
+            connections.refused_total,
+            strangers.connections,
+            strangers.evicted_total,
+        )
 
     def _new_id(self) -> str:
         """16 hexadecimal digits. Random bytes are drawn for many at a time: each draw is a system call."""
@@ -210,7 +225,7 @@ class S3App:
                 try:
                     request, sent = await self._serve(connection, found)
                 finally:
-                    self._went()
+                    self._went(connection)
                 # not counted: or strangers could have everybody's places, without a signature, by not sending what they said they would
                 keep = sent.keep_alive if not sent.unread else await self._sender.take_rest(connection, request, sent)
         except Exception:
@@ -223,8 +238,9 @@ class S3App:
         self._requests_total += 1
         self._in_flight += 1
 
-    def _went(self) -> None:
+    def _went(self, connection: Connection) -> None:
         self._in_flight -= 1
+        connection.give_place()
         if self._draining:
             self._answered.set()
 
@@ -234,7 +250,7 @@ class S3App:
         """Takes on a GET or HEAD that asks for a whole object and nothing else, and a PUT of a small one, when who asks, and the bucket, are in memory. Whatever is
         refused, or not understood, is left to the task, which says why."""
         writes = raw.startswith(b"PUT /")
-        if self._draining or trace.on or self._in_flight >= self._limits.requests_max or not (writes or raw.startswith(_READS)):
+        if self._draining or trace.on or connection.crowded or not (writes or raw.startswith(_READS)):
             return False
         front = self._front
         try:
@@ -319,7 +335,7 @@ class S3App:
     def _leave(self, connection: Connection, begun: _Begun) -> None:
         """To the connection's task, unless its client has gone."""
         if not connection.hand_over(begun):
-            self._went()
+            self._went(connection)
             # of a server that ends the log must not say 200: nothing was stored
             reply = self.error_reply(begun.request, errors.ServiceUnavailable()) if self._draining else Reply()
             self._observe(begun.request, reply, 0, False, begun.started_s, None)
@@ -353,7 +369,7 @@ class S3App:
         keep = keep and complete
         if connection.paused and connection.hand_over(begun._replace(written=Sent(reply, bytes_out, complete, keep, False))):
             return
-        self._went()
+        self._went(connection)
         self._observe(request, reply, bytes_out, complete, begun.started_s, None)
         connection.answered(keep=keep)
 
@@ -423,9 +439,6 @@ class S3App:
         try:
             if route is not None:
                 return await route.handler(front, request)
-            if self._in_flight > self._limits.requests_max:
-                self._refused_total += 1
-                raise errors.SlowDown()
             self._locate(request)
             if request.method == "POST" and request.bucket and not request.key and is_form(request.headers):
                 request.operation = "PostObject"

@@ -22,15 +22,16 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, cast
 
 from storaged import trace
-from storaged.errors import IncompleteBody, RequestTimeout
+from storaged.errors import IncompleteBody, RequestTimeout, SlowDown
 from storaged.s3.body import RequestBody
 from storaged.s3.http import HEAD_END, broken_so_far
 from storaged.s3.limits import Limits
+from storaged.s3.strangers import Stranger, Strangers
 from storaged.units import KIB
 from storaged.wire import Buffer
 
@@ -54,7 +55,7 @@ class Connection(asyncio.BufferedProtocol):
     """One client. Its task calls ``next_head``, reads ``body``, and ``write``s."""
 
     __slots__ = (
-        "_answering", "_begun", "_body", "_ended", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_send_waited_s", "_taken_before", "_waited",
+        "_answering", "_begun", "_body", "_ended", "_has_place", "_heard", "_held_back", "_input", "_limits", "_others", "_room", "_scratch", "_send_waited_s", "_stranger", "_taken_before", "_waited",
         "heard_ns", "lost", "moved_s", "moved_seen", "paused", "phase", "progress", "remote", "secure", "transport",
     )  # fmt: skip
 
@@ -73,6 +74,10 @@ class Connection(asyncio.BufferedProtocol):
         self._answering = False
         """A request is being answered by callbacks; the task waits."""
         self._begun: object | None = None
+        self._has_place = False
+        """Its request is authenticated, and counts as in flight."""
+        self._stranger: Stranger | None = None
+        """Until its first request is authenticated."""
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.remote = ""
         self.secure = False
@@ -92,12 +97,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.remote = peer[0] if isinstance(peer, tuple) else ""
         if not self._others.admit(self):
             self.lost = True
             self.transport.abort()
             return
-        peer = transport.get_extra_info("peername")
-        self.remote = peer[0] if isinstance(peer, tuple) else ""
+        self._stranger = self._others.strangers.came(self, self.remote)
         self.secure = transport.get_extra_info("ssl_object") is not None
         # TLS has copied what it encrypted; with a limit of 0 it would pause at an empty buffer, for ever
         self.transport.set_write_buffer_limits(high=1 if self.secure else 0)
@@ -119,6 +125,9 @@ class Connection(asyncio.BufferedProtocol):
             body.feed(bytes(self._scratch[:nbytes]))
             if body.then is not None and (body.complete or self._held_back):
                 body.tell()
+        if self._stranger is not None:
+            body = self._body
+            self._stranger.keeps(len(self._input) + (body.kept_bytes if body is not None else 0))
 
     def _on_head(self, data: bytes) -> None:
         waiter = self._heard
@@ -210,7 +219,19 @@ class Connection(asyncio.BufferedProtocol):
         self._wake(self._heard)
         if self._room is not None and not self._room.done():
             self._room.set_exception(ConnectionResetError("The client has gone."))
+        self._known()
         self._others.forget(self)
+
+    def evict(self) -> None:
+        """Room is needed, and nobody known is here."""
+        self._stranger = None
+        self._others.forget(self)
+        self.transport.abort()
+
+    def _known(self) -> None:
+        stranger, self._stranger = self._stranger, None
+        if stranger is not None:
+            stranger.leaves()
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -230,6 +251,8 @@ class Connection(asyncio.BufferedProtocol):
         """What stands before the empty line of the next request, or what was handed over; None when there will be none. Raises S3Error when what came can't be
         a head."""
         fresh = True
+        if self._stranger is not None:
+            self._stranger.asks(False)
         while True:
             if self._begun is not None:
                 begun, self._begun = self._begun, None
@@ -246,6 +269,8 @@ class Connection(asyncio.BufferedProtocol):
                     await asyncio.sleep(0)  # requests sent in one go: others have their turn between them
                     data = self._input
                 self._input = data[end + 4 :]
+                if self._stranger is not None:
+                    self._stranger.asks(True)
                 return data[:end]
             if data and (error := broken_so_far(data, self._limits)) is not None:
                 raise error
@@ -282,7 +307,23 @@ class Connection(asyncio.BufferedProtocol):
         self._input = bytes(rest)
 
     def admitted(self) -> None:
-        """The request that is being answered is authenticated."""
+        """The request that is being answered is authenticated, and takes a place among those in flight. Raises SlowDown."""
+        if self._stranger is not None:
+            self._known()
+        if not self._has_place:
+            self._others.take_place()
+            self._has_place = True
+
+    @property
+    def crowded(self) -> bool:
+        """As many requests are in flight as may be."""
+        return self._others.places_taken >= self._limits.requests_max
+
+    def give_place(self) -> None:
+        """The request has been answered."""
+        if self._has_place:
+            self._has_place = False
+            self._others.places_taken -= 1
 
     def hold_back(self) -> None:
         """Reads no more from the socket, so that the client has to wait."""
@@ -398,12 +439,17 @@ class Connections:
         converse: Callable[[Connection], Coroutine[Any, Any, None]],
         limits: Limits,
         begin_soon: Callable[[Connection, bytes, int], bool] | None = None,
+        proxies: Sequence[str] = (),
     ) -> None:
         """``begin_soon(connection, head, more)``: whether it takes the request on, to call ``Connection.answered`` or ``hand_over``, perhaps before it returns. ``more``:
         so many bytes have come behind the head; who takes the request on takes them all (``open_body``). It must not raise."""
         self.limits = limits
         self.begin_soon = begin_soon
         self.scratch = memoryview(bytearray(RECEIVE_BYTES))
+        self.strangers = Strangers(limits, proxies)
+        self.places_taken = 0
+        """Requests in flight that were authenticated."""
+        self.refused_total = 0
         self.open: set[Connection] = set()
         self._converse = converse
         self._tasks: set[asyncio.Task[None]] = set()
@@ -417,11 +463,18 @@ class Connections:
         return Connection(self)
 
     def admit(self, connection: Connection) -> bool:
-        """False: there are too many."""
-        if len(self.open) >= self.limits.connections_max:
+        """False: there are too many, and all have authenticated."""
+        if len(self.open) >= self.limits.connections_max and not self.strangers.make_room():
             return False
         self.open.add(connection)
         return True
+
+    def take_place(self) -> None:
+        """Raises SlowDown when as many requests are in flight as may be."""
+        if self.places_taken >= self.limits.requests_max:
+            self.refused_total += 1
+            raise SlowDown()
+        self.places_taken += 1
 
     def begin(self, connection: Connection) -> None:
         task = asyncio.get_running_loop().create_task(self._converse(connection))

@@ -12,9 +12,9 @@ class Limits:
     """Bounds of the S3 front; what exceeds them is refused with the S3 error named beside it."""
 
     requests_max: int = 1024
-    """In flight at once, all connections together: SlowDown."""
+    """Authenticated and in flight at once, all connections together: SlowDown."""
     connections_max: int = 8192
-    """Open at once; a further one is closed without an answer."""
+    """Open at once. For a further one the oldest that has not authenticated is closed; when there is none, the new one, without an answer."""
     header_line_bytes_max: int = 16 * KIB
     """Request line, or one header: RequestHeaderSectionTooLarge. (1,024 key bytes percent-encoded thrice are 9 KiB.)"""
     headers_max: int = 128
@@ -39,6 +39,12 @@ class Limits:
     linger_bytes_max: int = 256 * MIB
     read_buffer_bytes: int = 64 * KIB
     """Of one connection, unread, before back-pressure reaches its socket; what the last read brought (up to 64 KiB) comes on top."""
+    stranger_connections_max: int = 2048
+    """Of one address, and not authenticated yet: beyond, the oldest is closed. See ``strangers``."""
+    stranger_requests_max: int = 256
+    """Of those, being served at once: likewise."""
+    stranger_bytes_max: int = 64 * MIB
+    """Of those, kept unread, or of a form whose policy was not reached: likewise."""
     stranger_chunks: int = 256
     """Chunks (of HTTP's transfer coding) of a request that is not authenticated, however small they are; beyond, on average: BadRequest."""
     stranger_chunk_bytes_min: int = 64

@@ -42,6 +42,7 @@ async def post_object(front: Front, request: Request) -> Reply:
         request.who = await _signer(front, fields)
         policy = parse_policy(fields["policy"])
         check_policy(policy, fields, request.bucket, front.clock.wall_ms())
+        request.body.admit()
     else:
         request.who = ANONYMOUS
     request._bucket_record = await owned_bucket(front, request.who, request.bucket)

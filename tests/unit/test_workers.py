@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from storaged.config import S3Section
 from storaged.errors import AuditUnwritable, OperatorError, PortInUse
 from storaged.node.gateway import BUFFER_BYTES_MIN, shared_limits, shared_out
 from storaged.node.workers import Workers
@@ -227,8 +228,8 @@ def test_processes_share_what_one_may_hold_and_take() -> None:
         assert getattr(many, pool) == BUFFER_BYTES_MIN, "a large transfer finds room in any process"
     assert (quarter.opened_bytes_max, many.opened_bytes_max) == (whole.opened_bytes_max // 4, whole.opened_bytes_max // 64)
     assert (quarter.listed_bytes_max, many.listed_bytes_max) == (whole.listed_bytes_max // 4, whole.listed_bytes_max // 64)
-    one, each = Limits(), shared_limits(10, 4)
-    assert shared_limits(one.requests_max, 1) == one
+    one, each = Limits(), shared_limits(10, S3Section(workers=4))
+    assert shared_limits(one.requests_max, S3Section()) == one
     assert each.requests_max == 3, "ten are never fewer"
     assert 4 * each.connections_max >= one.connections_max
 
