@@ -13,8 +13,9 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from benches.micro_world import ACCESS, BUCKET, REGION, SECRET, OneObject, signature_floor
 from storaged.clock import SystemClock
+from storaged.config import LogSection
 from storaged.ids import system_entropy
-from storaged.node.gateway import observer
+from storaged.node.requestlog import RequestLog
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.observe import Metrics
 from storaged.s3.app import S3App
@@ -63,7 +64,7 @@ class Exchange:
     def __init__(self, method: str, plane: OneObject) -> None:
         app = S3App(
             cast(Objects, plane), cast(Buckets, plane), cast(Users, plane), region=REGION, clock=SystemClock(), entropy=system_entropy,
-            on_request=observer(Metrics()),
+            on_request=RequestLog(Metrics(), LogSection()),
         )  # fmt: skip
         self.request = boto_request(method, plane.plain if method == "PUT" else b"")
         connections = app.open()
