@@ -153,6 +153,11 @@ METRICS: dict[str, Described] = {
     "storaged_node_up": Described("gauge", "1 when the node answers this one.", ("node",)),
     "storaged_disk_bytes": Described("gauge", "Bytes of a local disk's fragment store.", ("disk", "kind")),
     "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
+    "storaged_ring_alarms": Described(
+        "gauge",
+        "Of a local disk since the start: ballot_conflicts (0 in a sound cluster) and sequence_falls (a few after crashes).",
+        ("disk", "kind"),
+    ),
     "storaged_s3_requests_total": Described("counter", "S3 requests answered.", ("operation", "status")),
     "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",)),
     "storaged_s3_in_flight": Described(

@@ -79,8 +79,8 @@ METHODS: Final[Mapping[str, Grant]] = {
     "fragment.scan": Grant(NOBODY, STORAGE, "a node walks its own disks"),
     "fragment.verify": Grant(NOBODY, STORAGE, "a node scrubs its own disks"),
     "fragment.usage": Grant(NOBODY, STORAGE, "a node counts its own disks"),
-    "maintain.status": Grant(GATEWAY, STORAGE, "`storaged status`, `storaged repair`"),
-    "maintain.scrub": Grant(GATEWAY, STORAGE, "`storaged scrub`"),
+    "maintain.status": Grant(BOTH, STORAGE, "`storaged status`, `storaged repair`, on any node"),
+    "maintain.scrub": Grant(BOTH, STORAGE, "`storaged scrub`, on any node", "makes other nodes read all their disks"),
     "maintain.hint": Grant(
         BOTH, STORAGE, "what was found wanting goes to the node that repairs it", "makes another node look at any object"
     ),

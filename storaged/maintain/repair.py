@@ -208,6 +208,8 @@ class Repair:
 
     async def _look_at(self, name: RegisterName) -> None:
         """Brings the register's replicas together, and judges what it refers to; when that is well, the parts of open uploads for its key."""
+        if name.table == Table.SYSTEM:
+            return  # gateways look after those
         states = {replica.state for replica in await self._context.registers.agreement(name)}
         if states & {"behind", "damaged"} or {"current", "empty"} <= states:
             await self._context.registers.settle(name)

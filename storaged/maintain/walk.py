@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from storaged.cluster.layout import SYSTEM_PARTITION, Profile, partition_of
+from storaged.cluster.layout import Profile, partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStat, Health
 from storaged.ids import BUCKET_ID_BYTES, UPLOAD_ID_BYTES
@@ -145,11 +145,8 @@ class Walker:
     # --- ranges -----------------------------------------------------------------------------------------------------
 
     def led_ranges(self) -> list[Range]:
-        """What this node looks after, by the directory as it was read last."""
+        """What this node looks after, by the directory as it was read last. The system partition is not among it: gateways alone write there (``node.keeper``)."""
         found = []
-        system = self._context.leader_of(SYSTEM_PARTITION)
-        if system in self._context.local_meta:
-            found.append(Range(system, Table.SYSTEM, SYSTEM_SCOPE, 0))
         for bucket in self.buckets.by_id.values():
             for shard in bucket.shard_numbers:
                 disk = self._context.leader_of(partition_of(bucket.id, shard))

@@ -21,6 +21,7 @@ from storaged.cluster.framing import HEAD_BYTES_MAX, ErrorHead
 from storaged.cluster.ports import Answer, Call, Line, Poster, Then
 from storaged.errors import InvalidRequest, PeerUnreachable, StoragedError
 from storaged.meta import messages
+from storaged.meta.authority import Gate
 from storaged.meta.replica import LocalReplica
 from storaged.meta.rounds import NO_BYTES
 from storaged.units import KIB
@@ -156,8 +157,8 @@ class _Answering:
             answer(messages.AcceptsReply(self._replies, self._errors))
 
 
-def begin_accepts(of: Callable[[str], LocalReplica], request: messages.Accepts, call: Call, answer: Answer) -> bool:
-    """``ports.Begin`` of ``meta.accepts``. ``of(disk)`` raises DiskUnusable. Raises InvalidRequest."""
+def begin_accepts(of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, answer: Answer) -> bool:
+    """``ports.Begin`` of ``meta.accepts``. ``of(disk)`` raises DiskUnusable; each accept passes the ``gate`` by itself. Raises InvalidRequest."""
     accepts, sizes, creates = request.accepts, request.sizes, request.creates
     count = len(accepts)
     if not 0 < count <= ACCEPTS_MAX or not count == len(sizes) == len(creates) or min(sizes) < 0 or sum(sizes) != len(call.body):
@@ -167,7 +168,11 @@ def begin_accepts(of: Callable[[str], LocalReplica], request: messages.Accepts, 
         end = at + sizes[index]
         told = partial(answering.heard, index)
         try:
-            begun = of(accept.disk).begin_accept(accept, (body[at:end],), told, create=creates[index])
+            if verdict := gate.accept(accept, call.peer, create=creates[index]):
+                told(messages.AcceptReply(verdict))
+                begun = True
+            else:
+                begun = of(accept.disk).begin_accept(accept, (body[at:end],), told, create=creates[index])
         except StoragedError as error:
             told(error)
         else:

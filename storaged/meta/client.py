@@ -2,7 +2,7 @@
 
 A read asks a bare majority, the row of one replica and the checks of others' rows (``meta.reads``); a third is asked when one is slow, away, or does not agree. When
 a majority reports one ballot the value is settled and the read has cost one round trip. Where answers differ, the newest value is first accepted by a
-majority at its own ballot, which needs no promise; when that is refused, by an identity round (``meta.proposal``).
+majority at its own ballot, which needs no promise; when that is refused, or this node is no gateway, by an identity round (``meta.proposal``).
 """
 
 from __future__ import annotations
@@ -130,13 +130,17 @@ class RingClient:
         hedge_s: float = HEDGE_S,
         rules: Rules = RULES,
         novelty: Novelty | None = None,
+        gateway: bool = True,
         on_missed: Callable[[RegisterName], None] = lambda name: None,
         copy_at: Callable[[bytes, int], bytes] = lambda header, index: header,
     ) -> None:
-        """``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``copy_at``: the fragment
+        """``gateway``: this node is one, as its certificate says. Others settle no register of the system table, and help on nothing under another's ballot, for replicas refuse
+        that (``meta.authority``). ``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``copy_at``: the fragment
         header of one replica's small copy, made to fit the replica of another index."""
         self._layouts = layouts
         self._replicas = replicas
+        self._node = node
+        self._gateway = gateway
         self._clock = clock if clock is not None else SystemClock()
         self._deadline_s = deadline_s
         self._call_timeout_s = call_timeout_s
@@ -160,7 +164,7 @@ class RingClient:
             jitter=jitter,
             pool=self._pool,
             suspects=self._suspects,
-            ballots=Ballots(node, entropy(INCARNATION_BYTES), rules),
+            ballots=Ballots(node, partial(entropy, INCARNATION_BYTES), rules),
             call_timeout_s=call_timeout_s,
             rules=rules,
             counts=self._counts,
@@ -211,7 +215,13 @@ class RingClient:
         return self._changing.change_soon(name, update, then, small, regardless)
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
+        self._check_settles(name)
         return await self._changing.identity(name, settling_nonce, self._deadline(), commit=True)
+
+    def _check_settles(self, name: RegisterName) -> None:
+        """Raises ServiceUnavailable where that is for gateways alone."""
+        if not self._gateway and name.table == Table.SYSTEM:
+            raise ServiceUnavailable("Replicas of the system partition differ. A gateway will bring them together. Retry.")
 
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         self._counts["reads"] += 1
@@ -324,10 +334,11 @@ class RingClient:
 
     async def _settle_seen(self, view: View, name: RegisterName, seen: _Seen, nonce: bytes, deadline: float) -> Value | None:
         """Rule 4: the newest value is accepted by a majority before it is told; the small copy that it names goes along, for its writer may have reached one replica."""
+        self._check_settles(name)
         self._counts["replays"] += 1
         newest = max(seen.accepted.values())
         value = _value_at(seen, newest)
-        if value is None or newest.epoch != view.epoch:
+        if value is None or newest.epoch != view.epoch or not (self._gateway or newest.node == self._node):
             return await self._changing.identity(name, nonce, deadline, commit=False)
         accepted = {disk for disk, ballot in seen.accepted.items() if ballot == newest}
         fragments: Fragments | None = ()

@@ -111,7 +111,7 @@ class QuickCreate(Attempt):
             self._around.suspects.saw(disk, answer)
         else:
             self._refused += 1
-            self.above = max(self.above, answer.promised.counter)
+            self._note_above(answer.promised.counter)
             self.ahead = self.ahead or answer.verdict == AHEAD
             if answer.verdict == HELD or answer.final:
                 self._held += 1

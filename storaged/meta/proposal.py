@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -31,6 +31,7 @@ from storaged.meta import messages
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Outcome, Replicas, SmallCopies, Update
 from storaged.meta.register import (
+    COUNTER_AHEAD_MAX_US,
     NEVER,
     Ballots,
     Groups,
@@ -38,6 +39,7 @@ from storaged.meta.register import (
     Rules,
     Standing,
     Verdict,
+    confirmed_above,
     has_majority,
     may_create,
     out_of_reach,
@@ -142,6 +144,8 @@ class Proposal:
     commit: bool = False
     _above: int = 0
     _tries: int = 0
+    _far: dict[str, int] = field(default_factory=dict)
+    """Counters in the way that no clock near this one's explains, by the replica that tells of them."""
 
     def remaining_s(self) -> float:
         return self.deadline - self.around.clock.monotonic()
@@ -162,7 +166,9 @@ class Proposal:
         """None: begin again, with a higher ballot."""
         around = self.around
         view = around.view(self.name)
-        ballot = around.ballots.next(view.epoch, self._above, around.clock.wall_ms() * 1000)
+        confirmed = confirmed_above(self._far.values(), len(view.disks))
+        above = max(self._above, confirmed)
+        ballot = around.ballots.next(view.epoch, above, around.clock.wall_ms() * 1000, confirmed=bool(confirmed))
         with trace.span("prepare"):
             promises = await self._prepare(view, ballot)
         if promises is None:
@@ -237,7 +243,7 @@ class Proposal:
             if isinstance(reply, StoragedError):
                 failed[disk] = None
                 continue
-            self._note(promises, reply)
+            self._note(promises, disk, reply)
             final = final or reply.final
             if reply.verdict == Verdict.OK:
                 promised[disk] = reply
@@ -262,21 +268,34 @@ class Proposal:
     def _ask_promise(self, answers: Answers[messages.PrepareReply], request: messages.Prepare) -> None:
         answers.post(request, timeout_s=self._call_timeout_s())
 
-    def _note(self, promises: _Promises, reply: messages.PrepareReply) -> None:
+    def _note(self, promises: _Promises, disk: str, reply: messages.PrepareReply) -> None:
         """What is worth knowing of an answer, whether it promised or not."""
-        if reply.verdict in (Verdict.PREEMPTED, Verdict.DAMAGED):
-            self._above = max(self._above, reply.promised.counter)
-        if reply.verdict == Verdict.DAMAGED:
-            promises.damaged_below = max(promises.damaged_below, reply.promised.counter)
+        counter = reply.promised.counter
+        if reply.verdict == Verdict.PREEMPTED:
+            self._note_above(disk, counter)
+        elif reply.verdict == Verdict.DAMAGED and self._note_above(disk, counter):
+            promises.damaged_below = max(promises.damaged_below, counter)
+
+    def _note_above(self, disk: str, counter: int) -> bool:
+        """A counter that is in the way at a replica. False: it is so far off that it counts only with a majority's."""
+        if counter > self.around.clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
+            self._far[disk] = counter
+            return False
+        self._above = max(self._above, counter)
+        return True
 
     def _not_promised(self, failed: dict[str, Verdict | None], final: bool) -> None:
         """No majority promised: returns to try again where another ballot or layout may help, else raises."""
         reasons = set(failed.values())
-        if Verdict.PREEMPTED in reasons or Verdict.EPOCH in reasons:
+        if not reasons.isdisjoint((Verdict.PREEMPTED, Verdict.EPOCH, Verdict.NEWER)):
             self.around.counts["preempted"] += 1
             return
         if Verdict.FENCED in reasons:
             raise self._fenced(final)
+        if Verdict.AHEAD in reasons:
+            raise self._gave_up(
+                "its replicas refuse ballots more than an hour ahead of their clocks: this node's clock is, or theirs are behind"
+            )
         if not self.lineage.open:
             raise self._gave_up("no majority of its replicas answers")
 
@@ -285,8 +304,9 @@ class Proposal:
             answer = await promises.answers.next(min(STRAGGLERS_S, self.remaining_s()))
             if answer is None:
                 return
-            if not isinstance(answer[1], StoragedError):
-                self._note(promises, answer[1])
+            disk, reply = answer
+            if not isinstance(reply, StoragedError):
+                self._note(promises, disk, reply)
 
     async def _fragments_synced(self, ready: asyncio.Future[None]) -> None:
         """The barrier; the time it takes is not the register's and does not count against the deadline."""
@@ -354,7 +374,7 @@ class Proposal:
                     fenced.add(disk)
                 if reply.verdict == Verdict.PREEMPTED:
                     around.counts["preempted"] += 1
-                    self._above = max(self._above, reply.promised.counter)
+                    self._note_above(disk, reply.promised.counter)
         return True
 
     def _ask_accept(self, answers: Answers[messages.AcceptReply], request: messages.Accept, body: Sequence[Buffer]) -> None:

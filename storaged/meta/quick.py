@@ -29,7 +29,7 @@ from storaged.meta.names import RegisterName
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
 from storaged.meta.proposal import Surroundings, View
 from storaged.meta.reads import CHECK, COPY, ROW, RowReader
-from storaged.meta.register import Lineage, Standing, Verdict, created, shown
+from storaged.meta.register import COUNTER_AHEAD_MAX_US, Lineage, Standing, Verdict, created, shown
 from storaged.meta.rounds import NO_BYTES, Courier, Suspects
 from storaged.meta.rowvalue import check_of
 
@@ -92,6 +92,11 @@ class Attempt:
         self._then: Tried | None = None
         self._trace = trace.current() if trace.on else None
         self._began_ns = 0
+
+    def _note_above(self, counter: int) -> None:
+        """A counter that is in the way at a replica. What lies far ahead of the clock one replica alone can't say: ``proposal`` asks a majority."""
+        if self.above < counter <= self._around.clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
+            self.above = counter
 
     def _next_ballot(self, now_us: int) -> Ballot:
         return self._around.ballots.next(self._view.epoch, self.above, now_us)
@@ -270,7 +275,7 @@ class QuickChange(Attempt):
             self._end(None)
 
     def _refused(self, answer: PrepareReply | AcceptReply) -> None:
-        self.above = max(self.above, answer.promised.counter)
+        self._note_above(answer.promised.counter)
         if answer.verdict == PREEMPTED and self._stage != "over":
             self._around.counts["preempted"] += 1
 

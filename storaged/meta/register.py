@@ -24,7 +24,7 @@ The acceptor is a table (``judge_prepare``, ``judge_accept``, ``judge_create``, 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -49,6 +49,10 @@ CALL_BYTES = 14
 _CREATE = bytes(2)
 
 ATTEMPTS_MAX = 0xFFFF
+
+COUNTER_AHEAD_MAX_US = 3_600_000_000
+"""A counter may lie so far ahead of an acceptor's clock, or of its high-water ballot where that is higher; and a proposer believes one replica so far, and what is further
+only a majority."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Rules:
     """12. Nobody helps a record on that no majority has confirmed without the small copy that it names, but by the exception in ``meta.proposal``."""
     create_into_nothing: bool = True
     """13. An acceptor that holds anything for a register takes no create there."""
+    counters_bounded: bool = True
+    """15. An acceptor refuses a counter far ahead of both its clock and what it has promised: one prepare with the highest would stop it for ever."""
     created_goes_behind: bool = True
     """14. A created value that is found above another is carried on with the sequence behind that."""
 
@@ -101,7 +107,9 @@ class Verdict(IntEnum):
     HELD = 7
     """A create, and something was accepted here below its ballot: it was not taken here, and never will be."""
     AHEAD = 8
-    """A create whose ballot lies too far ahead of this acceptor's clock."""
+    """The ballot lies too far ahead of this acceptor's clock: more than an hour, and of a create more than a minute."""
+    NEWER = 9
+    """The asker's layout is newer than any that this acceptor's node knows: it may be about to learn it."""
 
 
 # --- acceptor -----------------------------------------------------------------------------------------------------------
@@ -261,17 +269,36 @@ class Ballots:
     """The ballots of one proposer: (layout epoch, counter, node, incarnation), never twice the same (rule 8).
 
     The counter is the wall clock in microseconds or one more than the highest seen, so that proposers rarely pre-empt each other for ever; a clock that
-    stands still or jumps costs round trips, never safety. ``incarnation`` is 8 random bytes of this process's life.
+    stands still or jumps costs round trips, never safety. ``incarnation()`` gives 8 random bytes, of this process's life; and others when the clock was set back by more
+    than acceptors bear (rule 15), so that counters may begin anew below those that were used.
     """
 
-    def __init__(self, node: str, incarnation: bytes, rules: Rules = RULES) -> None:
+    def __init__(self, node: str, incarnation: Callable[[], bytes], rules: Rules = RULES) -> None:
         self._node = node if rules.ballots_unique else ""
-        self._incarnation = incarnation if rules.ballots_unique else b""
+        self._draw = incarnation if rules.ballots_unique else bytes
+        self._incarnation = self._draw()
         self._last = 0
+        self._confirmed = 0
 
-    def next(self, epoch: int, above: int, now_us: int) -> Ballot:
+    def next(self, epoch: int, above: int, now_us: int, *, confirmed: bool = False) -> Ballot:
+        """A ballot above the counter ``above``, which some replica says is in the way; one that no clock near ours explains counts when it is ``confirmed`` by a
+        majority alone: a single replica that lies must not lead this process where every other refuses it."""
+        limit = now_us + COUNTER_AHEAD_MAX_US
+        if above > limit:
+            if confirmed:
+                self._confirmed = max(self._confirmed, above)
+            elif above > self._confirmed + COUNTER_AHEAD_MAX_US:
+                above = 0
+        if self._last > limit and self._last > self._confirmed + COUNTER_AHEAD_MAX_US:
+            self._incarnation, self._last = self._draw(), 0
         self._last = max(self._last + 1, above + 1, now_us)
         return Ballot(epoch, self._last, self._node, self._incarnation)
+
+
+def confirmed_above(far: Collection[int], replicas: int) -> int:
+    """Of the far-off counters that some of so many replicas say are in the way, the highest that a majority vouches for; 0 when that is none."""
+    majority = replicas // 2 + 1
+    return sorted(far)[len(far) - majority] if len(far) >= majority else 0
 
 
 class Standing(IntEnum):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from storaged.clock import Clock
 from storaged.cluster.authority import grant
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, Methods, Poster, Reply, Then
 from storaged.errors import DiskUnusable
 from storaged.meta import messages, reads
 from storaged.meta.accepts import ALONE_MAX, NodeAccepts, begin_accepts
+from storaged.meta.authority import Gate
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.ports import Replica
 from storaged.meta.reads import NodeReads, Told
+from storaged.meta.register import RULES, Rules
 from storaged.meta.replica import LocalReplica
 from storaged.wire import Buffer, Message, encode
 
@@ -167,8 +170,12 @@ class ReplicaDirectory:
 class ReplicaHost:
     """The replicas of this node's disks, by disk id. ``replicas`` may change while the node runs: a disk that fails is taken out by its owner."""
 
-    def __init__(self, replicas: Mapping[str, LocalReplica]) -> None:
+    def __init__(
+        self, replicas: Mapping[str, LocalReplica], newest_epoch: Callable[[], int], rules: Rules = RULES, clock: Clock | None = None
+    ) -> None:
+        """``newest_epoch``: of the layouts that this node knows."""
         self.replicas = replicas
+        self._gate = Gate(newest_epoch, rules, clock)
 
     def _of(self, disk: str) -> LocalReplica:
         found = self.replicas.get(disk)
@@ -182,7 +189,7 @@ class ReplicaHost:
             "meta.prepare": Method(messages.Prepare, self._prepare, at_once=self._prepare_at_once),
             "meta.accept": Method(messages.Accept, self._accept, begin=self._begin_accept),
             "meta.create": Method(messages.Create, self._accept, begin=self._begin_accept),
-            "meta.accepts": Method(messages.Accepts, self._accepts, begin=partial(begin_accepts, self._of)),
+            "meta.accepts": Method(messages.Accepts, self._accepts, begin=partial(begin_accepts, self._of, self._gate)),
             "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
             "meta.reads": Method(messages.Reads, self._reads, at_once=self._reads_at_once),
             "meta.page_put": Method(messages.PagePut, self._page_put),
@@ -195,21 +202,30 @@ class ReplicaHost:
         }
         return grant(methods)
 
-    def _prepare_at_once(self, request: messages.Prepare, _call: Call) -> messages.PrepareReply | None:
+    def _prepare_at_once(self, request: messages.Prepare, call: Call) -> messages.PrepareReply | None:
+        if verdict := self._gate.prepare(request, call.peer):
+            return messages.PrepareReply(verdict)
         return self._of(request.disk).prepare_at_once(request)
 
-    async def _prepare(self, request: messages.Prepare, _call: Call) -> messages.PrepareReply:
+    async def _prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply:
+        if verdict := self._gate.prepare(request, call.peer):
+            return messages.PrepareReply(verdict)
         return await self._of(request.disk).prepare(request)
 
     def _begin_accept(self, request: messages.Accept, call: Call, answer: Answer) -> bool:
+        if verdict := self._gate.accept(request, call.peer):
+            answer(messages.AcceptReply(verdict))
+            return True
         return self._of(request.disk).begin_accept(request, (call.body,), answer)
 
     async def _accept(self, request: messages.Accept, call: Call) -> messages.AcceptReply:
+        if verdict := self._gate.accept(request, call.peer):
+            return messages.AcceptReply(verdict)
         return await self._of(request.disk).accept(request, (call.body,))
 
     async def _accepts(self, request: messages.Accepts, call: Call) -> Message | Reply:
         answered: asyncio.Future[Message | Reply | Exception] = asyncio.get_running_loop().create_future()
-        begin_accepts(self._of, request, call, lambda outcome: None if answered.done() else answered.set_result(outcome))
+        begin_accepts(self._of, self._gate, request, call, lambda outcome: None if answered.done() else answered.set_result(outcome))
         outcome = await answered
         if isinstance(outcome, Exception):
             raise outcome

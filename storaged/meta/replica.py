@@ -34,6 +34,7 @@ from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, Heard, MetaStore, RowDamaged, Slot, StoreBatch, StoredPage
 from storaged.meta.register import (
+    COUNTER_AHEAD_MAX_US,
     HIGH_WATER_BLOCK_US,
     RULES,
     Acceptor,
@@ -92,6 +93,9 @@ class ReplicaStatistics:
     promises_evicted: int
     rows_damaged: int
     ballot_conflicts: int
+    sequence_falls: int
+    """Values accepted over one with a higher sequence. A crash may leave a value that was never chosen, so a few say nothing; without crashes it is an alarm: somebody puts
+    older records back."""
 
 
 class LocalReplica:
@@ -117,12 +121,14 @@ class LocalReplica:
         self._rules = rules
         self._clock = clock if clock is not None else SystemClock()
         self._promises: OrderedDict[RegisterName, Ballot] = OrderedDict()
+        self._sequences: dict[RegisterName, int] = {}
+        """Of what was accepted here for registers that are promised."""
         self._in_flight: dict[RegisterName, Writing] = {}
         self._bytes_in_flight = 0
         self._fences = Fences(disk, store)
         self._tasks: dict[asyncio.Task[StoragedError | None], None] = {}
         self._raising: asyncio.Task[StoragedError | None] | None = None
-        self._counts = dict.fromkeys(("prepares", "accepts", "reads", "refused", "evicted", "damaged", "conflicts"), 0)
+        self._counts = dict.fromkeys(("prepares", "accepts", "reads", "refused", "evicted", "damaged", "conflicts", "falls"), 0)
         try:
             stored, epoch, retired = (store.get_meta(name) for name in (META_HIGH_WATER, META_EPOCH, META_RETIRED))
         except RowDamaged as error:
@@ -159,6 +165,7 @@ class LocalReplica:
             promises_evicted=count["evicted"],
             rows_damaged=count["damaged"],
             ballot_conflicts=count["conflicts"],
+            sequence_falls=count["falls"],
         )
 
     async def close(self) -> None:
@@ -206,6 +213,10 @@ class LocalReplica:
             self._counts["refused"] += 1
             return messages.PrepareReply(verdict, acceptor.lowest, final=acceptor.fence is not None and acceptor.fence.final)
         if ballot[:2] >= self._near_high_water:
+            if self._too_far(ballot):
+                self._counts["prepares"] += 1
+                self._counts["refused"] += 1
+                return messages.PrepareReply(Verdict.AHEAD, acceptor.lowest)
             if needs_high_water(ballot, self._high_water):
                 return None
             self._raise_ahead(ballot)
@@ -214,7 +225,14 @@ class LocalReplica:
             self._remember(name, ballot)
         if slot is None:
             return messages.PrepareReply(Verdict.OK, ballot)
+        if ballot != acceptor.accepted:
+            self._sequences[name] = slot.value.sequence
         return messages.PrepareReply(Verdict.OK, ballot, slot.ballot, slot.value)
+
+    def _too_far(self, ballot: Ballot) -> bool:
+        """Rule 15. Asked of ballots near the high-water ballot or above it, so that others cost nothing."""
+        highest = max(self._clock.wall_ms() * 1000, self._high_water.counter) + COUNTER_AHEAD_MAX_US
+        return ballot.counter > highest and self._rules.counters_bounded
 
     def _raise_ahead(self, ballot: Ballot) -> None:
         """Long before a ballot has to wait for it."""
@@ -248,6 +266,10 @@ class LocalReplica:
         writing = self._in_flight.get(name)
         if writing is not None:
             return writing.joined(request, header, answer)
+        if near and self._too_far(ballot):
+            self._counts["refused"] += 1
+            answer(messages.AcceptReply(Verdict.AHEAD))
+            return True
         if header and above:
             self._raise_ahead(ballot)
             return False
@@ -270,6 +292,9 @@ class LocalReplica:
         if ballot == acceptor.accepted and not header:
             answer(messages.AcceptReply(Verdict.OK, ballot))
             return True
+        held = acceptor.value.sequence if acceptor.value is not None else self._sequences.get(name, 0)
+        if value.sequence < held:
+            self._fell(name, ballot, held, value.sequence)
         size = len(value.body) + sum(map(len, body))
         self._check_room(size)
         if header and near:
@@ -304,6 +329,12 @@ class LocalReplica:
         if count >= WRITES_MAX or (count and self._bytes_in_flight + size > WRITE_BYTES_MAX):
             raise SlowDown(f"Disk {self.disk} has not written yet what it was given: {count} writes, {self._bytes_in_flight} bytes.")
 
+    def _fell(self, name: RegisterName, ballot: Ballot, held: int, sequence: int) -> None:
+        """It is taken nevertheless: what is here may never have been chosen, and a register whose acceptors refused what was would be stuck."""
+        self._counts["falls"] += 1
+        register = name.pack().hex()
+        log.warning("a register's sequence falls", disk=self.disk, register=register, ballot=str(ballot), held=held, sequence=sequence)
+
     def _promised_to(self, name: RegisterName, ballot: Ballot) -> Acceptor:
         """A register that is promised to this very ballot has accepted nothing since, and before that something lower: the row need not be read again."""
         if self._promises.get(name) != ballot:
@@ -330,6 +361,7 @@ class LocalReplica:
             self._set_high_water(max(self._high_water, decode(meta[META_HIGH_WATER], Ballot)))
         if self._promises.get(name, ballot) <= ballot:
             self._promises.pop(name, None)
+            self._sequences.pop(name, None)
         self._let_go(writing)
         copy_error = writing.copy_error
         writing.answer(messages.AcceptReply(Verdict.OK, ballot, False, writing.copied and not copy_error, copy_error))
@@ -555,7 +587,8 @@ class LocalReplica:
         self._promises[name] = ballot
         self._promises.move_to_end(name)
         if len(self._promises) > self._promises_max:
-            _name, evicted = self._promises.popitem(last=False)
+            evicted_name, evicted = self._promises.popitem(last=False)
+            self._sequences.pop(evicted_name, None)
             self._floor = max(self._floor, evicted)
             self._counts["evicted"] += 1
 

@@ -42,10 +42,11 @@ from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
 from storaged.meta.client import RingClient
 from storaged.meta.listing import RingScanner
-from storaged.meta.names import RegisterName
+from storaged.meta.names import RegisterName, Table
 from storaged.meta.remembered import PIECES_BYTES_MAX
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.node.disks import Disks, open_disks
+from storaged.node.keeper import SystemKeeper
 from storaged.node.reports import Reports
 from storaged.node.system import LAYOUT_FILE, SystemPaths, exchange_layout, operator_layout
 from storaged.objects.references import live_references
@@ -204,12 +205,21 @@ class Node:
         replicas = {disk.id: disk.replica for disk in self.disks.used.values()}
         fragments = {disk.id: disk.fragments for disk in self.disks.used.values()}
         if self.config.storage:
-            self._methods.update(ReplicaHost(replicas).methods())
+            self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock).methods())
             self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
-        self.ring = RingClient(self.layouts, directory, node=self.own.name, clock=self.clock, on_missed=self._missed, copy_at=at_position)
+        self.ring = RingClient(
+            self.layouts,
+            directory,
+            node=self.own.name,
+            clock=self.clock,
+            gateway=self.config.gateway,
+            on_missed=self._missed,
+            copy_at=at_position,
+        )
         remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
         self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership, remembered_bytes_max=remembered_bytes_max)
+        self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, self.membership, walks=self.leader is None)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
@@ -290,6 +300,7 @@ class Node:
             found.append(self.maintenance.run())
         if self.gateway is not None:
             found.extend(self.gateway.work())
+            found.append(self.keeper.run())
             if self.leader is None:
                 found.extend([self._keep_layout_register(), self.reports.watch()])
         return found
@@ -373,6 +384,11 @@ class Node:
             ok.labels(disk.id).set(disk.state == "ok")
             size.labels(disk.id, "used").set(disk.bytes_used)
             size.labels(disk.id, "free").set(disk.bytes_free)
+        alarms = self.metrics.gauge("storaged_ring_alarms")
+        for used in self.disks.used.values():
+            told = used.replica.statistics()
+            alarms.labels(used.id, "ballot_conflicts").set(told.ballot_conflicts)
+            alarms.labels(used.id, "sequence_falls").set(told.sequence_falls)
 
     def _cell_damaged(self, disk: str, fragment: FragmentId, cell: int) -> None:
         """Told by a local disk. The fragment's header names the register that owns it, for whichever node looks after that."""
@@ -384,7 +400,11 @@ class Node:
 
     def _missed(self, name: RegisterName) -> None:
         """A replica did not take a write that it should have: whichever node looks after the register brings it up."""
-        if self.config.gateway:
+        if name.table == Table.SYSTEM:
+            self.keeper.hint(
+                name
+            )  # nobody settles what a storage node misses of its own audit log's checkpoints but the next gateway's walk
+        elif self.config.gateway:
             self.maintain.hint(name)
         elif self.maintenance is not None:
             self.maintenance.hint(name.pack())

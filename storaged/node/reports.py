@@ -127,6 +127,8 @@ class Reports:
         layout = self._node.layouts.current
         wanted = {disk.node for disk in layout.disks if self._node.membership.disk_readable(disk.id)}
         counted = bool(told) and {status.node for status in told} >= wanted and all(status.current for status in told)
+        if self._node.gateway is not None:  # it alone brings the system partition together
+            counted = counted and self._node.keeper.current
         below, risk, lost, unreadable = (
             sum(getattr(status, name) for status in told) for name in ("below_target", "at_risk", "lost", "unreadable")
         )

@@ -35,7 +35,15 @@ from tests.sim.virtual import VirtualClock, VirtualLoop
 
 DISKS = ("d0", "d1", "d2", "d3", "d4")
 FIRST_SEEDS = DISKS[:3]
-NOBODY = PeerIdentity("", "FR", "par1", "a", ("gateway",))
+EPOCHS = 2
+"""Layouts that nodes know of."""
+SKEW_MS_MAX = 5_000
+WIDE_SKEW_MS_MAX = 100_000
+"""In some of the runs: more than creates bear, and far less than an hour."""
+
+
+def _peer(name: str) -> PeerIdentity:
+    return PeerIdentity(name, "FR", "par1", "a", ("gateway",))
 
 
 def make_layout(epoch: int, seeds: Sequence[str]) -> Layout:
@@ -79,6 +87,7 @@ class World:
     nodes: dict[str, StorageNode] = field(default_factory=dict)
     cut: frozenset[str] = frozenset()
     """Processes on the far side of a partition: they reach each other, and nobody on the near side."""
+    skew_ms_max: int = SKEW_MS_MAX
     messages: int = 0
     _trace: Any = field(default_factory=sha256)
 
@@ -87,6 +96,10 @@ class World:
 
     def trace(self) -> str:
         return str(self._trace.hexdigest())
+
+    def skew_ms(self) -> int:
+        """How wrong the next process's clock is."""
+        return self.random.randint(-self.skew_ms_max, self.skew_ms_max)
 
     def apart(self, one: str, other: str) -> bool:
         return (one in self.cut) != (other in self.cut)
@@ -139,6 +152,7 @@ class StorageNode:
         self.up = False
         self.foreign = False
         self.epoch = 0
+        self._skew_ms = world.skew_ms()
         self._handlers: dict[asyncio.Task[None], None] = {}
         self.blank_disk()
         self._expected_store_id = self.store.store_id
@@ -160,12 +174,13 @@ class StorageNode:
                 copies=self.payloads.bound_to(self.life, self),
                 promises_max=3,
                 rules=self.world.rules,
+                clock=VirtualClock(self.world.loop, self._skew_ms),
             )
         except DiskForeign:
             self.foreign = True
             return
         self.up = True
-        self.methods = ReplicaHost({self.disk: self.replica}).methods()
+        self.methods = ReplicaHost({self.disk: self.replica}, lambda: EPOCHS, self.world.rules).methods()
 
     def crash(self) -> None:
         """Some prefix of the commits on their way reaches the disk; nobody hears of it."""
@@ -176,12 +191,12 @@ class StorageNode:
             handler.cancel()
         self.store.crash(self.world.random.choice((0, 0, 1, 2)))
 
-    def deliver(self, method: str, request: bytes, body: bytes, answer: Any) -> None:
-        """A request arrives; ``answer(reply bytes or error, bulk)`` sends the reply."""
+    def deliver(self, source: str, method: str, request: bytes, body: bytes, answer: Any) -> None:
+        """A request of the process ``source`` arrives; ``answer(reply bytes or error, bulk)`` sends the reply."""
         if not self.up:
             return
         entry, life = self.methods[method], self.life
-        asked, call = decode(request, entry.request), Call(NOBODY, memoryview(body), 0.0)
+        asked, call = decode(request, entry.request), Call(_peer(source), memoryview(body), 0.0)
 
         def reply(outcome: Message | Reply | Exception) -> None:
             if not self.up or self.life != life:
@@ -245,7 +260,7 @@ class NetworkCaller:
             if not answered.done():
                 self._send(node, self.name, method, outcome, lambda: _resolve(answered, outcome, payload))
 
-        self._send(self.name, node, method, encoded, lambda: target.deliver(method, encoded, bulk, answer))
+        self._send(self.name, node, method, encoded, lambda: target.deliver(self.name, method, encoded, bulk, answer))
         timer = loop.call_later(timeout_s, _expire, answered)
         try:
             outcome, payload = await answered
@@ -306,7 +321,7 @@ class NetworkCaller:
             self._send(node, self.name, method, outcome, lambda: told(outcome, payload))
 
         timer = self._world.loop.call_later(timeout_s, told, PeerTimeout("no answer in time"), b"")
-        self._send(self.name, node, method, encoded, lambda: target.deliver(method, encoded, bulk, answer))
+        self._send(self.name, node, method, encoded, lambda: target.deliver(self.name, method, encoded, bulk, answer))
         return True
 
     def _send(self, source: str, target: str, method: str, content: bytes | StoragedError, arrive: Any) -> None:
@@ -357,7 +372,7 @@ class Gateway:
         self.name = name
         self._node = node
         self.layouts = Layouts(layout)
-        self._skew_ms = world.random.randint(-5000, 5000)
+        self._skew_ms = world.skew_ms()
         self.life = 0
         self.start()
 

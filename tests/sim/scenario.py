@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -17,8 +18,18 @@ from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
-from storaged.meta.register import RULES, Rules, Verdict, overtaken
-from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World, make_layout
+from storaged.meta.register import COUNTER_MAX, RULES, Rules, Verdict, overtaken
+from tests.sim.cluster import (
+    DISKS,
+    FIRST_SEEDS,
+    SKEW_MS_MAX,
+    WIDE_SKEW_MS_MAX,
+    Gateway,
+    StorageNode,
+    Weather,
+    World,
+    make_layout,
+)
 from tests.sim.linear import Content, Kind, Operation, linearizable
 from tests.sim.virtual import VirtualLoop, run
 
@@ -78,7 +89,10 @@ def content_of(value: Value | None) -> Content:
 class Scenario:
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         self.random = random.Random(seed)
-        self.world = World(loop, self.random, rules)
+        aside = random.Random(f"aside {seed}")  # its own, so that what is drawn from it changes nothing in the runs without
+        self.world = World(loop, self.random, rules, skew_ms_max=WIDE_SKEW_MS_MAX if aside.random() < 0.2 else SKEW_MS_MAX)
+        self._stray_at_s = aside.uniform(0, 0.4) if aside.random() < 0.15 else None
+        """When a gateway whose clock is at the end of all time begins to write; it does in some runs."""
         self.found = Verdicts(seed)
         self.history: list[Operation] = []
         self._moments = 0
@@ -268,6 +282,18 @@ class Scenario:
             full = 0.0  # the one disk that had room for a copy could be the one that is swapped, and the copy be lost rightly
         return Weather(level * self.random.random(), level * self.random.random(), level, full, self.random.choice((1.0, 4.0, 15.0)))
 
+    async def stray(self) -> None:
+        """It asks every replica for a promise above all others, and gets no further."""
+        await asyncio.sleep(self._stray_at_s or 0.0)
+        self.found.faults.append("a clock at the end of time")
+        stray = Gateway(self.world, "stray", self.layout)
+        ballot = Ballot(self.layout.epoch, COUNTER_MAX, "stray", bytes(8))
+        for name in self._names.values():
+            for disk in self.layout.seeds:
+                with contextlib.suppress(StoragedError):
+                    await stray.directory.replica(disk).prepare(messages.Prepare(disk, name, ballot), timeout_s=0.2)
+        await stray.client.close()
+
     async def move(self, gateways: list[Gateway]) -> None:
         """A layout change with a pause: fence a majority of the old replicas, copy every register, let the new layout be known. Until then nobody writes."""
         await asyncio.sleep(self.random.uniform(0.02, 0.3))
@@ -347,7 +373,10 @@ class Scenario:
         self.world.weather = self._weather()
         nemesis = self.world.loop.create_task(self.nemesis(wipe=self._disks_may_be_swapped))
         moving = self.world.loop.create_task(self.move(gateways)) if special > 0.7 else None
+        stray = self.world.loop.create_task(self.stray()) if self._stray_at_s is not None else None
         await asyncio.gather(*(self.gateway_life(gateway) for gateway in gateways))
+        if stray is not None:
+            await stray
         nemesis.cancel()
         await asyncio.gather(nemesis, return_exceptions=True)
         self._heal()
@@ -368,7 +397,7 @@ class Scenario:
             self._restart(node)
 
     async def _look_at_the_end(self, reader: Gateway) -> None:
-        """Healed, every key can be read, and the small copies are still there."""
+        """Healed, every key can be read and written, and the small copies are still there."""
         await asyncio.sleep(1.0)
         for key in KEYS:
             operation = Operation(Kind.READ, key, self._moment())
@@ -381,6 +410,11 @@ class Scenario:
             self.history.append(operation)
             if reading.value is not None and reading.value.payload and reading.payload is None:
                 self._complain(f"the small copy of {reading.value.body!r} is lost")
+        for key in KEYS:
+            try:
+                await reader.client.change(self._names[key], _put(b"the last", b""))
+            except StoragedError as error:
+                self._complain(f"{key} cannot be written after everything healed: {error!r}")
         await reader.client.close()
 
     def _complain(self, violation: str) -> None:

@@ -31,6 +31,7 @@ SEED_BUDGETS = {
     "fence_by_epoch": 200,
     "copies_travel": 400,
     "create_into_nothing": 100,
+    "counters_bounded": 100,
     "created_goes_behind": 1000,
 }
 """How many seeds a run without the rule may take to show it; about five times what it took when this was written."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from storaged.cluster import faults
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
@@ -28,11 +29,12 @@ from storaged.meta.client import RingClient
 from storaged.meta.copies import PlainCopies
 from storaged.meta.listing import RingScanner
 from storaged.meta.memory import MemoryMetaStore
-from storaged.meta.names import RegisterName, object_name
+from storaged.meta.names import RegisterName, Table, object_name
 from storaged.meta.ports import RowDamaged
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.meta.replica import LocalReplica
 from storaged.node.disks import load_of
+from storaged.node.keeper import SystemKeeper
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
 from storaged.objects.buckets import BucketService
 from storaged.objects.manifest import parts_of
@@ -49,7 +51,6 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 WHO = Principal("f" * 64, "tester")
-NOBODY = PeerIdentity("", "FR", "par1", "a", ("gateway", "storage"))
 CALL_S = 0.0005
 RACKS = {"a": "FR/par1/a", "b": "FR/par2/b", "c": "FR/lyo1/c"}
 
@@ -116,9 +117,9 @@ class StorageNode:
             self.replicas[disk] = LocalReplica(
                 disk, meta, copies=PlainCopies(meta, copies.store_payload, load_of(copies)), clock=cluster.clock
             )
-        caller = LocalCaller(cluster, self.name)
+        caller = LocalCaller(cluster, self.name, "storage")
         directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)
-        self.ring = RingClient(cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5)
+        self.ring = RingClient(cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5, gateway=False)
         scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
         context = MaintainContext(
             node=self.name,
@@ -142,7 +143,7 @@ class StorageNode:
         self.context = context
         self.maintenance = Maintenance(context, scanner, live, caller)
         self.methods: dict[str, Method] = {
-            **ReplicaHost(self.replicas).methods(),
+            **ReplicaHost(self.replicas, lambda: cluster.layouts.current.epoch, clock=cluster.clock).methods(),
             **FragmentHost(self.stores).methods(),
             **self.maintenance.methods(),
         }
@@ -196,11 +197,13 @@ class Layouts:
 
 
 class LocalCaller:
-    """``Caller``: the other node's method, called directly; requests and replies go through their encoding. ``intercept`` sees every call before it is made."""
+    """``Caller``: the other node's method, called directly, where its row lets the caller's ``role``; requests and replies go through their encoding. ``intercept`` sees
+    every call before it is made."""
 
-    def __init__(self, cluster: Cluster, name: str) -> None:
+    def __init__(self, cluster: Cluster, name: str, role: str) -> None:
         self._cluster = cluster
         self._name = name
+        self._peer = PeerIdentity(name, "FR", "par1", "a", (role,))
 
     async def call(
         self, node: str, method: str, request: Message, reply: type[M], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
@@ -214,7 +217,9 @@ class LocalCaller:
             raise PeerUnreachable(f"{node} is away")
         lives = target.lives
         found = target.methods[method]
-        call = Call(NOBODY, memoryview(b"".join(body)), 0.0)
+        if found.roles.isdisjoint(self._peer.roles):
+            raise faults.refused(faults.ROLE_REFUSED, f"{method} is not for {self._peer.roles}")
+        call = Call(self._peer, memoryview(b"".join(body)), 0.0)
         try:
             answer = await found.handler(decode(encode(request), found.request), call)
         except PeerError:
@@ -408,7 +413,7 @@ class Cluster:
         return (
             sum(status.below_target for status in told),
             sum(status.lost for status in told),
-            counted and all(status.current for status in told),
+            counted and all(status.current for status in told) and self.gateway.keeper.current,
         )
 
     async def parts_below_target(self) -> int:
@@ -435,11 +440,12 @@ def _is_whole_page(store: MemoryMetaStore, page: bytes) -> bool:
 
 class Gateway:
     def __init__(self, cluster: Cluster, name: str, limits: ObjectLimits) -> None:
-        caller = LocalCaller(cluster, name)
+        caller = LocalCaller(cluster, name, "gateway")
         self.maintain = MaintainClient(caller, cluster.layouts, cluster.alive)
         directory = ReplicaDirectory(cluster.layouts, caller)
-        self.ring = RingClient(cluster.layouts, directory, node=name, clock=cluster.clock, jitter=lambda: 0.5, on_missed=self.maintain.hint)
+        self.ring = RingClient(cluster.layouts, directory, node=name, clock=cluster.clock, jitter=lambda: 0.5, on_missed=self._missed)
         self.scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
+        self.keeper = SystemKeeper(self.scanner, self.ring, cluster.layouts, cluster.alive, jitter=lambda: 0.5)
         self.plane = ObjectPlane(
             registers=self.ring,
             pages=self.ring,
@@ -457,11 +463,16 @@ class Gateway:
         )
         self.objects = ObjectService(self.plane)
         self.buckets = BucketService(self.plane)
-        self._hints = asyncio.get_running_loop().create_task(self.maintain.run())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self.maintain.run()), loop.create_task(self.keeper.run())]
+
+    def _missed(self, name: RegisterName) -> None:
+        (self.keeper if name.table == Table.SYSTEM else self.maintain).hint(name)
 
     async def close(self) -> None:
-        self._hints.cancel()
-        await asyncio.gather(self._hints, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.objects.close()
         await self.ring.close()
 

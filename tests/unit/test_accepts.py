@@ -285,7 +285,7 @@ class Host:
         self.kept: dict[str, dict[bytes, bytes]] = {disk: {} for disk in self.gates}
         self.stores = {disk: MemoryMetaStore(sync=gate.wait) for disk, gate in self.gates.items()}
         self.replicas = {disk: LocalReplica(disk, store, copies=self._copies(disk)) for disk, store in self.stores.items()}
-        self.method = ReplicaHost(self.replicas).methods()["meta.accepts"]
+        self.method = ReplicaHost(self.replicas, lambda: 1_000).methods()["meta.accepts"]
         self.answers: list[Any] = []
 
     def _copies(self, disk: str) -> PlainCopies:

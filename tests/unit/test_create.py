@@ -27,7 +27,7 @@ from storaged.meta.register import (
     overtaken,
 )
 from storaged.meta.replica import CREATE_AHEAD_US, LocalReplica
-from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, put
+from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, later_us, put
 from tests.unit.test_registers_soon import COPIES
 from tests.unit.test_registers_soon import begun as soon
 from tests.unit.test_replica import FixedClock
@@ -585,7 +585,8 @@ async def test_only_an_objects_register_is_changed_regardless_of_what_it_holds(r
 
 async def test_a_ballot_far_ahead_of_the_clock_is_promised_and_not_created(ring: Ring) -> None:
     client = ring.client(novelty=Always())
-    client._around.ballots.next(1, client._clock.wall_ms() * 1000 + 2 * AHEAD_MAX_US, 0)
+    now_us = client._clock.wall_ms() * 1000
+    client._around.ballots.next(1, now_us + 2 * AHEAD_MAX_US, now_us)
     outcome = await applied(client, put(b"one"))
     assert outcome.after is not None
     assert not created(outcome.after)
@@ -632,7 +633,7 @@ async def test_a_task_that_goes_away_leaves_its_turn(ring: Ring) -> None:
 async def test_who_was_in_the_way_of_a_create_is_not_in_the_way_again(ring: Ring) -> None:
     client = ring.client()
     for replica in ring.replicas.values():
-        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, Ballot(1, 2**59, "other", b"12345678")))
+        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, Ballot(1, later_us(), "other", b"12345678")))
     assert (await applied(client, put(b"one"))).before is None
     assert prepares(ring) == 2
 

@@ -52,7 +52,7 @@ class World:
         self.in_memory: dict[bytes, bytes] = {}
         self.on_disk: dict[bytes, bytes] = {}
         self.replicas = {disk: LocalReplica(disk, store, copies=self._copies(store)) for disk, store in self.stores.items()}
-        self.hosts = {node: ReplicaHost({disk: self.replicas[disk] for disk in DISKS if disk[:2] == node}) for node in NODES}
+        self.hosts = {node: ReplicaHost({disk: self.replicas[disk] for disk in DISKS if disk[:2] == node}, lambda: 1_000) for node in NODES}
         self.away: set[str] = set()
         self.messages: list[tuple[str, str, Any]] = []
         self.tasks: set[asyncio.Task[None]] = set()
@@ -250,7 +250,7 @@ async def test_no_message_has_more_registers_than_a_node_takes(world: World) -> 
 
 
 def test_what_is_no_request_for_rows_is_refused() -> None:
-    at_once = ReplicaHost({}).methods()["meta.reads"].at_once
+    at_once = ReplicaHost({}, lambda: 1).methods()["meta.reads"].at_once
     assert at_once is not None
     ask = ROW + name_of(1).pack()
     for disks, asks, wait in (
@@ -264,7 +264,7 @@ def test_what_is_no_request_for_rows_is_refused() -> None:
         with pytest.raises(InvalidRequest):
             at_once(messages.Reads(1, disks, asks, wait), CALL)
     replica = LocalReplica("d", MemoryMetaStore())
-    at_once = ReplicaHost({"d": replica}).methods()["meta.reads"].at_once
+    at_once = ReplicaHost({"d": replica}, lambda: 1_000).methods()["meta.reads"].at_once
     assert at_once is not None
     for short in (b"", ROW, ROW + bytes(18)):
         with pytest.raises(InvalidRequest):

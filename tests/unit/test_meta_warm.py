@@ -57,12 +57,12 @@ async def answer(host: ReplicaHost, asked: ScanRequest) -> tuple[ScanReply, bool
 async def test_a_large_stores_ranges_are_read_by_a_thread_first_and_told_as_a_small_ones(
     store: LmdbMetaStore, want: Want, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = ReplicaHost({"d": LocalReplica("d", store)})
+    small = ReplicaHost({"d": LocalReplica("d", store)}, lambda: 1_000)
     expected, at_once = await answer(small, request(want))
     assert at_once
     assert store._warmer.looks == 0
     monkeypatch.setattr(warm, "LARGE_BYTES", 0)
-    large = ReplicaHost({"d": LocalReplica("d", store)})
+    large = ReplicaHost({"d": LocalReplica("d", store)}, lambda: 1_000)
     assert await answer(large, request(want)) == (expected, False)
     assert store._warmer.looks == 1
     again, at_once = await answer(large, request(want))

@@ -126,7 +126,7 @@ def test_a_value_is_settled_by_one_ballot_on_a_majority_never_by_the_highest() -
 
 
 def test_ballots_grow_whatever_the_clock_does() -> None:
-    ballots = Ballots("n", b"12345678")
+    ballots = Ballots("n", lambda: b"12345678")
     drawn = [ballots.next(1, 0, 1000), ballots.next(1, 0, 1000), ballots.next(1, 5000, 10), ballots.next(1, 0, 10)]
     assert [each.counter for each in drawn] == [1000, 1001, 5001, 5002]
     assert all(each.node == "n" and each.incarnation == b"12345678" for each in drawn)

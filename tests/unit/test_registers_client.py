@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from storaged.clock import SystemClock
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import (
     DataDamaged,
@@ -41,6 +42,11 @@ DISKS = ("d0", "d1", "d2")
 SCOPE = b"b" * 16
 NAME = RegisterName(Table.OBJECT, SCOPE, 0, b"key")
 OTHER = RegisterName(Table.OBJECT, SCOPE, 0, b"other")
+
+
+def later_us() -> int:
+    """A counter some minutes ahead of every clock here: what a proposer whose clock is fast uses."""
+    return SystemClock().wall_ms() * 1000 + 600_000_000
 
 
 class Unreliable:
@@ -478,7 +484,7 @@ async def test_changes_of_one_process_wait_for_their_turn_and_never_preempt_each
 
 @pytest.mark.parametrize("stage", ["prepare", "accept"])
 async def test_a_first_attempt_that_others_were_in_the_way_of_is_counted_as_preempted(ring: Ring, stage: str) -> None:
-    client, other = ring.client(), Ballot(1, 2**60, "other", b"12345678")
+    client, other = ring.client(), Ballot(1, later_us(), "other", b"12345678")
 
     def between(_: Value | None) -> Change:
         """The accepts of the first attempt meet a promise that came behind its own."""
@@ -745,7 +751,7 @@ async def alone_on_the_first(ring: Ring) -> None:
 
 async def test_a_preempted_change_sends_its_copies_again(ring: Ring) -> None:
     client = ring.client()
-    ahead = Ballot(1, 10**17, "other", b"12345678")
+    ahead = Ballot(1, later_us(), "other", b"12345678")
 
     def update(value: Value | None) -> Change:
         if not ring.first.accepts:

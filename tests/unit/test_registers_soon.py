@@ -15,7 +15,7 @@ from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
-from tests.unit.test_registers_client import NAME, Refused, Ring, fail_with, put
+from tests.unit.test_registers_client import NAME, Refused, Ring, fail_with, later_us, put
 
 COPIES = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, lambda disks: len(disks) >= 2)
 
@@ -93,7 +93,7 @@ async def test_what_waits_for_its_turn_when_its_client_closes_is_told(ring: Ring
 
 @pytest.mark.parametrize("stage", ["prepare", "accept"])
 async def test_a_change_that_others_are_in_the_way_of_goes_on_and_is_told_once(ring: Ring, stage: str) -> None:
-    client, other = ring.client(), Ballot(1, 2**60, "other", b"12345678")
+    client, other = ring.client(), Ballot(1, later_us(), "other", b"12345678")
 
     def between(_: Value | None) -> Change:
         if client.statistics().preempted == 0 and stage == "accept":
@@ -125,7 +125,7 @@ async def test_what_the_update_raises_is_told_and_changes_nothing(ring: Ring) ->
     assert (await client.read(NAME)).value is None
     await begun(client, put(b"one"))
     ring.second.away = True  # so that what the refusal rests on is not settled by the first round alone
-    await ring.accept_at(ring.third, b"half", 2**59, sequence=2)
+    await ring.accept_at(ring.third, b"half", later_us(), sequence=2)
     assert isinstance(await begun(client, fail_with(Refused())), Refused)
     assert isinstance(await begun(client, put(b"two")), Outcome)
 

@@ -565,7 +565,7 @@ async def test_when_promises_are_ended_every_ballot_drawn_before_is_refused_and_
 async def test_a_host_answers_for_its_own_disks_only() -> None:
     copies = Copies()
     replica = copies.over(MemoryMetaStore())
-    methods = ReplicaHost({"d": replica}).methods()
+    methods = ReplicaHost({"d": replica}, lambda: 1_000).methods()
     call = Call(PeerIdentity("gw", "FR", "s", "r", ("gateway",)), memoryview(b"payload"), 0.0)
     reply = await methods["meta.prepare"].handler(prepare(ballot(10)), call)
     assert isinstance(reply, messages.PrepareReply)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import pytest
 
+from storaged.clock import SystemClock
 from storaged.errors import DiskUnusable, SlowDown, StoragedError
 from storaged.fragments import store as fragment_store
 from storaged.fragments.payloads import COPY_BYTES_MAX
@@ -375,7 +376,7 @@ async def test_a_process_that_dies_before_the_log_has_them_leaves_neither_copy_n
     assert [header async for header in found.fragments.scan()] == []
     assert await found.copies.load(copy.data_id) is None
     returned = LocalReplica("d", found.meta, copies=found.copies)
-    reply = await returned.prepare(messages.Prepare("d", NAME, ballot(2 * 10**15)))
+    reply = await returned.prepare(messages.Prepare("d", NAME, ballot(SystemClock().wall_ms() * 1000)))
     assert (reply.verdict, reply.accepted) == (Verdict.OK, ZERO_BALLOT)
     await found.close()
 

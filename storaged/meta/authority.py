@@ -1,0 +1,70 @@
+"""What a caller may write to registers, judged where its request comes in from another node. Pure, but for ``Gate``, which raises.
+
+``cluster.authority`` opens methods to roles; this is about contents:
+
+    registers of the system table    gateways alone: keys, users, names, buckets, the cluster, the layout. A storage node prepares and accepts nothing there, not even what is
+                                     there already: under a higher ballot the value of one replica that lags would count as the newest
+    a ballot's node                  is the caller. A gateway may help on under another's ballot what it has read (an identity accept): it may write anything anyway
+    creates                          gateways alone
+    a storage node's counter         lies no more than an hour ahead of this node's clock. Of gateways an acceptor bears an hour above its high-water ballot too (rule 15 of
+                                     ``register``), which by many steps would lead to the end of all counters
+    the layout epoch of a ballot     is one that this node knows: a higher one would outlive every ballot of the layouts to come. It may be about to learn it, so the
+                                     proposer tries again
+
+Replicas of the caller's own process are not asked here: a node is master of its own disks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storaged.clock import Clock, SystemClock
+from storaged.cluster import faults
+from storaged.cluster.ports import PeerIdentity
+from storaged.meta.messages import Accept, Create, Prepare
+from storaged.meta.names import RegisterName, Table
+from storaged.meta.ports import Ballot
+from storaged.meta.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
+
+OWN_AUDIT = "audit/{}/"
+"""Registers that a node of any role writes: the checkpoints of its own audit log."""
+
+
+def may_write(name: RegisterName, peer: PeerIdentity) -> bool:
+    """Whether values of this register are taken from the peer."""
+    return name.table != Table.SYSTEM or "gateway" in peer.roles or name.key.startswith(OWN_AUDIT.format(peer.name).encode())
+
+
+def may_use(ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> bool:
+    """Whether the peer may speak under this ballot. ``helping``: it accepts a value that it has read, and changes nothing."""
+    return ballot.node == peer.name or (helping and "gateway" in peer.roles)
+
+
+class Gate:
+    """``newest_epoch``: of the layouts that this node knows. ``rules``: simulations alone turn one off."""
+
+    def __init__(self, newest_epoch: Callable[[], int], rules: Rules = RULES, clock: Clock | None = None) -> None:
+        self._newest_epoch = newest_epoch
+        self._named = rules.ballots_unique
+        self._clock = clock if clock is not None else SystemClock()
+
+    def prepare(self, request: Prepare, peer: PeerIdentity) -> Verdict:
+        """OK, NEWER or AHEAD. Raises PeerRefused for what this peer may never do."""
+        return self._judge(request.name, request.ballot, peer, helping=False)
+
+    def accept(self, request: Accept, peer: PeerIdentity, *, create: bool = False) -> Verdict:
+        """As ``prepare``. ``create``: it is one, whatever its type."""
+        if (create or isinstance(request, Create)) and "gateway" not in peer.roles:
+            raise faults.refused(faults.ROLE_REFUSED, f"Creates are for gateways; {peer.name} is none.")
+        return self._judge(request.name, request.ballot, peer, helping=request.identity)
+
+    def _judge(self, name: RegisterName, ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> Verdict:
+        if ballot.node != peer.name and self._named and not may_use(ballot, peer, helping=helping):
+            raise faults.refused(faults.BALLOT_REFUSED, f"A ballot of {ballot.node!r} from {peer.name}: each node speaks under its own.")
+        if not name.table and not may_write(name, peer):
+            raise faults.refused(
+                faults.VALUE_REFUSED, f"Registers of the system table are written by gateways; {peer.name} is none ({name.key[:80]!r})."
+            )
+        if "gateway" not in peer.roles and ballot.counter > self._clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
+            return Verdict.AHEAD
+        return Verdict.OK if ballot.epoch <= self._newest_epoch() else Verdict.NEWER
