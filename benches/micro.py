@@ -242,7 +242,11 @@ async def rpc() -> list[Measured]:
             name: identity.issue(authority, Path(place) / name, name=name, location="FR/par1/a", roles=("storage",)) for name in ("a", "b")
         }
         admission = Policy().admit
-        methods = {"t.task": Method(_Note, echo), "t.at_once": Method(_Note, echo, at_once=lambda request, call: request)}
+        both = frozenset({"storage", "gateway"})
+        methods = {
+            "t.task": Method(_Note, echo, both),
+            "t.at_once": Method(_Note, echo, both, at_once=lambda request, call: request),
+        }
         side = _Side()
         server = RpcServer(own["b"], methods, admission=admission)
         await side.run(server.start("127.0.0.1", 0))
