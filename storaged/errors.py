@@ -630,10 +630,19 @@ class PassphraseTooShort(OperatorError):
 
 
 class AuditBroken(OperatorError):
-    """The audit log was altered: an entry does not follow from the one before."""
+    """The audit log was altered: an entry does not follow from the one before, or is not the one that a witness saw."""
 
     code = "AUDIT_BROKEN"
-    exit_code = 2
+    hint = "Keep a copy of the directory as it is. Entries before the first one named are as they were written."
+    exit_code = 3
+
+
+class AuditNotCompared(OperatorError):
+    """The audit log is whole in itself, but not every witness of it could be compared."""
+
+    code = "AUDIT_NOT_COMPARED"
+    hint = "Start the storage nodes that are away and verify again. Who owns a node can rewrite its log so that only witnesses notice."
+    exit_code = 4
 
 
 # --- states that `storaged status` names --------------------------------------------------------------------------------
@@ -643,6 +652,13 @@ class Condition(StoragedError):
     """A state of the cluster, listed by ``storaged status``; never raised."""
 
     code = "CONDITION"
+
+
+class AuditRefusedByWitness(Condition):
+    """A node's audit log is not what its witnesses saw of it: it was rewritten, cut, lost, or put back from a copy."""
+
+    code = "AUDIT_REFUSED_BY_WITNESS"
+    hint = "Copy the node's audit directory away before anything else, then: storaged audit verify COPY. It names the first entry that is not as it was seen."
 
 
 class NodeDown(Condition):

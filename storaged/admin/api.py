@@ -6,7 +6,7 @@
     GET  /v1/where?bucket=&key=             key in hex
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
     ...  /v1/buckets                        see ``buckets``
-    POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/checkpoints
+    POST /v1/scrub   POST /v1/keys/backup   GET /v1/audit/witnessed?node=
 
 A refusal is {"code", "message", "hint"} with the error's status.
 """
@@ -29,7 +29,7 @@ from storaged.admin.listener import AdminListener, SocketPeer
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
 from storaged.config import split_address
-from storaged.errors import InvalidArgument, PortInUse, StoragedError
+from storaged.errors import InvalidArgument, PortInUse, ServiceUnavailable, StoragedError
 from storaged.observe import Metrics, exposition
 from storaged.passphrase import require_long
 
@@ -62,7 +62,7 @@ class AdminServer:
                 *BucketAdministration(self._services).routes(),
                 web.post("/v1/scrub", self._scrub),
                 web.post("/v1/keys/backup", self._backup),
-                web.get("/v1/audit/checkpoints", self._checkpoints),
+                web.get("/v1/audit/witnessed", self._witnessed),
             ]
         )
         runner = await self._run(private)
@@ -184,11 +184,18 @@ class AdminServer:
         log.info("keyring backed up", keyring=keyring)
         return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})
 
-    async def _checkpoints(self, _request: web.Request) -> web.Response:
-        if self._services.checkpoints is None:
+    async def _witnessed(self, request: web.Request) -> web.Response:
+        """All that the cluster knows of one node's audit log: each witness, and the registers of versions up to 0.10."""
+        if self._services.witnessed is None or self._services.checkpoints is None:
             raise NotHere
-        found = [base64.b64encode(one).decode() for one in await self._services.checkpoints()]
-        return web.json_response({"checkpoints": found, "authority": self._services.authority})
+        witnesses = await self._services.witnessed(request.query.get("node", ""))
+        try:
+            found = [base64.b64encode(one).decode() for one in await self._services.checkpoints()]
+        except ServiceUnavailable as error:
+            return web.json_response(
+                {"witnesses": witnesses, "checkpoints": [], "reason": error.message, "authority": self._services.authority}
+            )
+        return web.json_response({"witnesses": witnesses, "checkpoints": found, "reason": "", "authority": self._services.authority})
 
 
 @web.middleware

@@ -46,7 +46,9 @@ class Services:
     trail: Trail | None = None
     """The node's audit log: what is asked for here is in it before it is done."""
     checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
-    """All nodes' signed checkpoints of their audit logs, encoded."""
+    """Signed checkpoints of audit logs that versions up to 0.10 kept in registers, encoded."""
+    witnessed: Callable[[str], Awaitable[list[dict[str, Any]]]] | None = None
+    """What each witness has of a node's audit log: ``name``, ``reachable``, ``reason``, ``lines`` (of ``cluster.witness_record``)."""
     other_samples: Callable[[], Awaitable[Sequence[Samples]]] | None = None
     """The metrics of this node's further processes, to be added to this one's."""
     authority: str = ""

@@ -17,6 +17,7 @@ from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
+    AuditRefusedByWitness,
     ClockSkewed,
     DiskDown,
     DiskForeign,
@@ -118,6 +119,8 @@ class Facts:
     bad_records: Sequence[tuple[str, str]] = ()
     """Names of system records that can't be used, each with the reason."""
     key_refusal: str = ""
+    audit_alarms: Sequence[tuple[str, str]] = ()
+    """(node, what its witnesses say of its audit log)."""
     """Why the policy does not allow this gateway to have keys now."""
 
 
@@ -210,6 +213,8 @@ def _reads(facts: Facts, headless: int) -> str:
 def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], now_ms: int) -> Iterable[dict[str, Any]]:
     if facts.keyring_problem:
         yield problem(KeyringMismatch, "keyring", now_ms, facts.keyring_problem)
+    for node_name, reason in facts.audit_alarms:
+        yield problem(AuditRefusedByWitness, node_name, now_ms, reason)
     if facts.key_refusal:
         yield problem(KeyReleasesRefused, "keys", now_ms, facts.key_refusal)
     if headless:

@@ -19,7 +19,7 @@ from storaged import __version__
 from storaged.errors import OperatorError, StoragedError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "audit": ("storaged.cli.operate:audit", "Check the hash-chained audit log."),
+    "audit": ("storaged.cli.audit:audit", "Check the hash-chained audit log."),
     "bucket": ("storaged.cli.buckets:bucket", "Make, list, count, hand over and delete buckets."),
     "cluster": ("storaged.cli.cluster:cluster", "Make a cluster's certificates, configuration and layout."),
     "config": ("storaged.cli.run:config_group", "Check a configuration file."),

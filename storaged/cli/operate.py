@@ -15,7 +15,7 @@ import click
 
 from storaged.cli.client import gateway
 from storaged.cli.target import find_directory
-from storaged.errors import AuditBroken, OperatorError, StoragedError, every_error
+from storaged.errors import OperatorError, StoragedError, every_error
 from storaged.units import format_size
 
 POLL_S = 0.5
@@ -193,75 +193,6 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
         if found["objects_below_target"] and found["waits"]["reason"]:
             click.echo(f"{found['waits']['reason']} (limits.recode_delay_s)")
     sys.exit(int(bool(found["objects_below_target"]) or not found["objects_counted"]))
-
-
-@click.group()
-def audit() -> None:
-    """Check the hash-chained audit log of key use and refusals."""
-
-
-@audit.command("verify")
-@click.argument("files", nargs=-1, required=True, metavar="FILE|DIRECTORY...", type=click.Path(path_type=Path, exists=True))
-@click.option("--offline", is_flag=True, help="Without the signed checkpoints that the cluster keeps: a missing end cannot show then.")
-@click.pass_obj
-def audit_verify(named: str | None, files: tuple[Path, ...], offline: bool) -> None:
-    """Check that every entry of one node's log follows from the one before; what does not is named. A DIRECTORY means all chains in it."""
-    from storaged.cluster import audit_verify as verifier
-
-    found = [path for file in files for path in (sorted(file.glob("audit-*.jsonl")) if file.is_dir() else [file])]
-    if not found:
-        raise OperatorError(f"there is no audit log in {files[0]}")
-    checkpoints, authority, note = (
-        ([], None, "not asked for") if offline else _checkpoints(named, found, whole=any(file.is_dir() for file in files))
-    )
-    report = verifier.verify(found, checkpoints, authority=authority)
-    click.echo(f"{report.files} files, {report.entries} entries, {report.checkpoints} checkpoints{f' ({note})' if note else ''}")
-    for head in report.heads:
-        click.echo(f"  chain {head.chain} ends with entry {head.sequence}, {head.hash}")
-    if report.torn_bytes:
-        click.echo(f"  {report.torn_bytes} bytes behind an end were torn by a crash; nothing that was acknowledged is among them")
-    if report.problems:
-        raise AuditBroken("\n".join(["the audit log was altered:", *(f"  {problem}" for problem in report.problems)]))
-    click.echo("every entry follows from the one before")
-
-
-def _checkpoints(named: str | None, found: list[Path], *, whole: bool) -> tuple[list[Any], Any, str]:
-    """The cluster's signed checkpoints for these files, its authority, and why there are none. ``whole``: all of the node's chains are to be there."""
-    import base64
-
-    from cryptography import x509
-
-    from storaged.cluster.audit import Checkpoint
-    from storaged.wire import decode
-
-    chains = {chain for path in found if (chain := _chain_of(path))}
-    nodes = {node for path in found if (node := _node_of(path))}
-    try:
-        place = find_directory(named)
-        answer = gateway(place, "GET", "/v1/audit/checkpoints")
-    except OperatorError as error:
-        return [], None, f"none: {error.message}"
-    authority = x509.load_pem_x509_certificate(answer["authority"].encode())
-    known = [decode(base64.b64decode(text), Checkpoint) for text in answer["checkpoints"]]
-    return [one for one in known if (whole and one.node in nodes) or one.chain in chains], authority, ""
-
-
-def _first_entry(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            entry = json.loads(file.readline(64 * 1024))
-    except (OSError, ValueError):
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-def _chain_of(path: Path) -> str:
-    return str(_first_entry(path).get("chain", ""))
-
-
-def _node_of(path: Path) -> str:
-    fields = _first_entry(path).get("fields")
-    return str(fields.get("node", "")) if isinstance(fields, dict) else ""
 
 
 @click.command()

@@ -1,8 +1,7 @@
 """The audit log: who was given a key, who was refused, what was administered. Hash-chained, synced before it counts, checkpointed under a signature.
 
 Theory of operation. The format is in ``audit_format``, the verifier in ``audit_verify``. A chain alone shows what was altered, removed or
-reordered in its middle. That its end was cut off shows in the ``start`` of the chain that follows, and in checkpoints: (chain, sequence, hash) signed by
-the node and kept elsewhere, each minute and at shutdown.
+reordered in its middle. That its end was cut off shows in the ``start`` of the chain that follows, and at the witnesses: other nodes, which are shown its checkpoints each minute and at shutdown (``witness_client``).
 
 What is done is two entries of one ``operation``: the intent, on disk before it is done, and the outcome (``audited``). What is refused before
 anything is done is counted (``refused``, ``audit_refusals``): nothing waits for it, and a stranger can't fill the disk.
@@ -18,15 +17,15 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
 import structlog
 
 from storaged.clock import Clock, SystemClock
+from storaged.cluster.audit_files import PATTERN, file_name
 from storaged.cluster.audit_format import (
     DONE,
     ENTRY_BYTES_MAX,
@@ -40,6 +39,7 @@ from storaged.cluster.audit_format import (
     make_line,
     parse_line,
 )
+from storaged.cluster.audit_links import LinkTail
 from storaged.cluster.audit_refusals import Refusals
 from storaged.cluster.audit_verify import AuditProblem, AuditReport, verify
 from storaged.durable import sync_path
@@ -53,7 +53,6 @@ log = structlog.get_logger(__name__)
 
 FILE_BYTES_MAX = 64 * MIB
 QUEUED_MAX = 4096
-CHECKPOINT_EVERY_S = 60.0
 REFUSALS_EVERY_S = 15.0
 """How often is looked for refusals whose minute is over."""
 
@@ -68,9 +67,6 @@ class Signer(Protocol):
     def sign(self, data: bytes) -> bytes: ...
 
 
-Publish = Callable[[Checkpoint], Awaitable[None]]
-
-
 @dataclass(frozen=True)
 class AuditStatistics:
     chain: str
@@ -78,7 +74,6 @@ class AuditStatistics:
     entries_durable: int
     syncs: int
     notes_dropped: int
-    checkpoint_sequence: int
 
 
 class _Queued(NamedTuple):
@@ -142,21 +137,15 @@ class AuditLog:
         node: str,
         incarnation: bytes,
         *,
-        signer: Signer | None = None,
-        publish: Publish | None = None,
         clock: Clock | None = None,
         file_bytes_max: int = FILE_BYTES_MAX,
-        checkpoint_every_s: float = CHECKPOINT_EVERY_S,
     ) -> None:
         self.directory = directory
-        self._node = node
+        self.node = node
         self._actor = f"node:{node}"
         self._chain = incarnation.hex()
-        self._signer = signer
-        self._publish = publish
         self._clock = clock or SystemClock()
         self._file_bytes_max = file_bytes_max
-        self._checkpoint_every_s = checkpoint_every_s
         self._ordinal = 0
         self._part = 0
         self._head = Head(self._chain, -1, GENESIS)
@@ -175,7 +164,9 @@ class AuditLog:
         self._dropped = 0
         self._dropped_told = 0
         self._refusals = Refusals()
-        self._checkpointed = -1
+        self.links = LinkTail(self._chain)
+        self.start_line = b""
+        """Entry 0 as it lies in the file, for witnesses that do not know this chain."""
 
     async def start(self) -> None:
         """Finds the head of the chain before, and begins this one. Raises AuditUnwritable."""
@@ -186,14 +177,12 @@ class AuditLog:
         self._head = self._durable = Head(self._chain, -1, predecessor.hash if predecessor else GENESIS)
         self._ordinal = last_ordinal + 1
         fields = {
-            "node": self._node,
+            "node": self.node,
             "incarnation": self._chain,
             "predecessor": {**predecessor._asdict(), "torn_bytes": torn_bytes} if predecessor else None,  # audit_format.Predecessor
         }
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._write_queued()), loop.create_task(self._tell_refusals_regularly())]
-        if self._publish is not None and self._signer is not None:
-            self._tasks.append(loop.create_task(self._checkpoint_regularly()))
         try:
             await self._enqueue(Event("start", self._actor, "", "", fields), wait=True)
         except AuditUnwritable:
@@ -201,7 +190,7 @@ class AuditLog:
             raise
 
     async def close(self) -> None:
-        """Writes what is queued, publishes a last checkpoint."""
+        """Writes what is queued."""
         if self._closing:
             return
         self._tell_refusals(all_of_them=True)
@@ -212,7 +201,6 @@ class AuditLog:
             for task in self._tasks[1:]:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self.checkpoint()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -223,9 +211,7 @@ class AuditLog:
         return self._durable
 
     def statistics(self) -> AuditStatistics:
-        return AuditStatistics(
-            self._chain, self._head.sequence + 1, self._durable.sequence + 1, self._syncs, self._dropped, self._checkpointed
-        )
+        return AuditStatistics(self._chain, self._head.sequence + 1, self._durable.sequence + 1, self._syncs, self._dropped)
 
     # Entries.
 
@@ -286,7 +272,7 @@ class AuditLog:
         self._new_file = False
         self._file_bytes = 0
         if self._head.sequence >= 0:
-            line, digest = self._next_line(Event("continue", self._actor, "", "", {"node": self._node, "part": self._part}))
+            line, digest = self._next_line(Event("continue", self._actor, "", "", {"node": self.node, "part": self._part}))
             self._push(line, digest, None, self._path())
 
     def _push(self, line: bytes, digest: str, done: asyncio.Future[None] | None, file: Path | None) -> None:
@@ -296,7 +282,7 @@ class AuditLog:
         self._work.set()
 
     def _path(self) -> Path:
-        return self.directory / f"audit-{self._ordinal:08d}-{self._chain}-{self._part:05d}.jsonl"
+        return self.directory / file_name(self._ordinal, self._chain, self._part)
 
     # The disk.
 
@@ -314,7 +300,10 @@ class AuditLog:
                     await self._take_back(batch, error)
                 else:
                     self._durable = batch[-1].head
+                    if not self.start_line:
+                        self.start_line = batch[0].line.removesuffix(b"\n")
                     for item in batch:
+                        self.links.add(bytes.fromhex(item.head.hash))
                         if item.done is not None and not item.done.done():
                             item.done.set_result(None)
 
@@ -368,33 +357,11 @@ class AuditLog:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    # Checkpoints.
-
-    async def checkpoint(self) -> Checkpoint | None:
-        """Signs the durable head and publishes it; None when there is nothing new, or nobody to sign or publish."""
-        head = self._durable
-        if self._signer is None or self._publish is None or head.sequence <= self._checkpointed:
-            return None
-        unsigned = Checkpoint(self._node, head.chain, head.sequence, head.hash, self._clock.wall_ms(), self._signer.certificate)
-        signed = msgspec.structs.replace(unsigned, signature=self._signer.sign(unsigned.signed_bytes()))
-        try:
-            await self._publish(signed)
-        except Exception as error:
-            log.warning("a checkpoint of the audit log could not be published", sequence=head.sequence, reason=str(error))
-            return None
-        self._checkpointed = head.sequence
-        return signed
-
-    async def _checkpoint_regularly(self) -> None:
-        while True:
-            await asyncio.sleep(self._checkpoint_every_s)
-            await self.checkpoint()
-
 
 def _last_head(directory: Path) -> tuple[Head | None, int, int]:
     """The last whole entry of the newest chain, how many unreadable bytes lie behind it (in its file and in later ones), and the highest ordinal in use."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    paths = sorted(directory.glob("audit-*.jsonl"), reverse=True)
+    paths = sorted(directory.glob(PATTERN), reverse=True)
     last_ordinal = int(paths[0].name.split("-")[1]) if paths else 0
     torn_bytes = 0
     for path in paths:

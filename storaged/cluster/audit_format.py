@@ -27,7 +27,10 @@ from storaged.units import KIB
 from storaged.wire import Message, encode
 
 ENTRY_LABEL = b"sov.audit.v1\0"
-CHECKPOINT_LABEL = b"sov.audit.checkpoint.v1\0"
+REGISTER_CHECKPOINT_LABEL = b"sov.audit.checkpoint.v1\0"
+CHECKPOINT_LABEL = b"sov.audit.checkpoint.v2\0"
+LINK_LABEL = b"sov.audit.link.v1\0"
+HASH_BYTES: Final = 32
 GENESIS = "0" * 64
 """``previous`` of the very first entry of a node."""
 
@@ -103,8 +106,11 @@ class Head(NamedTuple):
     hash: str
 
 
-class Checkpoint(Message, frozen=True):
-    """Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v1\\0`` and the encoding of this message with an empty signature."""
+class RegisterCheckpoint(Message, frozen=True):
+    """What versions up to 0.10 put into the registers ``audit/NODE/CHAIN``: read by the verifier, never written again.
+
+    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v1\\0`` and the encoding of this message with an empty signature.
+    """
 
     node: str
     chain: str
@@ -115,7 +121,39 @@ class Checkpoint(Message, frozen=True):
     signature: bytes = b""
 
     def signed_bytes(self) -> bytes:
+        return REGISTER_CHECKPOINT_LABEL + encode(msgspec.structs.replace(self, signature=b""))
+
+
+class Checkpoint(Message, frozen=True):
+    """What a node shows its witnesses: the chain's entry ``sequence`` has this hash, and ``link`` is over the hashes of all entries up to it.
+
+    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v2\\0`` and the encoding of this message with an empty signature.
+    """
+
+    node: str
+    chain: str
+    sequence: int
+    hash: bytes
+    link: bytes
+    time_ms: int
+    certificate: bytes
+    signature: bytes = b""
+
+    def signed_bytes(self) -> bytes:
         return CHECKPOINT_LABEL + encode(msgspec.structs.replace(self, signature=b""))
+
+    def signed_with(self, signature: bytes) -> Checkpoint:
+        return msgspec.structs.replace(self, signature=signature)
+
+
+def first_link(chain: str) -> bytes:
+    """The link of a chain before its first entry."""
+    return hashlib.sha256(LINK_LABEL + chain.encode()).digest()
+
+
+def next_link(link: bytes, entry_hash: bytes) -> bytes:
+    """So that who has one checkpoint can check that a later one extends it, from the hashes in between, without the entries."""
+    return hashlib.sha256(LINK_LABEL + link + entry_hash).digest()
 
 
 def parse_line(line: bytes) -> Entry:

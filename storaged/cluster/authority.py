@@ -39,6 +39,13 @@ METHODS: Final[Mapping[str, Grant]] = {
     "cluster.ping": Grant(BOTH, BOTH, "heartbeats", strangers=True),
     "cluster.layout": Grant(BOTH, BOTH, "layouts spread; each is signed", strangers=True),
     "cluster.offer": Grant(BOTH, BOTH, "layouts spread; each is signed", strangers=True),
+    "audit.witness": Grant(
+        BOTH,
+        STORAGE,
+        "a node shows checkpoints of its own audit log, and of no other's",
+        "fills disks with up to 65,536 chains of its own log",
+    ),
+    "audit.witnessed": Grant(BOTH, STORAGE, "a node asks what it has to show; `storaged audit verify`"),
     "meta.prepare": Grant(
         BOTH,
         STORAGE,

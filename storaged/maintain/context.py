@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from storaged.clock import Clock
@@ -68,6 +68,8 @@ class MaintainContext:
     end_promises: Callable[[str], Awaitable[None]]
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
+    audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple
+    """(node, what is wrong with its audit log), as this node knows: told with its status."""
 
     def leader_of(self, partition: int) -> str:
         """The disk whose node looks after a partition: the first of its replicas that can be read now, empty when none can. Two nodes that disagree on

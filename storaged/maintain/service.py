@@ -62,6 +62,7 @@ class MaintainStatus(Message, frozen=True):
     parts_below_target: int = 0
     unreadable: int = 0
     waits: Waits = Waits()
+    audit_alarms: tuple[tuple[str, str], ...] = ()
 
 
 class Maintenance:
@@ -179,6 +180,7 @@ class Maintenance:
             findings.parts_below_target,
             findings.unreadable,
             repair.waits(),
+            tuple(self._context.audit_alarms()),
         )
 
     def methods(self) -> Methods:

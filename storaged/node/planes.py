@@ -14,9 +14,8 @@ from storaged import __version__, observe
 from storaged.admin.api import AdminServer
 from storaged.clock import Clock
 from storaged.cluster import authority
-from storaged.cluster.audit import AuditLog, Checkpoint
 from storaged.cluster.audit_format import actor_of_peer
-from storaged.cluster.identity import Identity, NodeSigner, load_identity
+from storaged.cluster.identity import Identity, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
@@ -45,19 +44,18 @@ from storaged.meta.listing import RingScanner
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.remembered import PIECES_BYTES_MAX
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
+from storaged.node.auditing import Auditing
 from storaged.node.disks import Disks, open_disks
 from storaged.node.keeper import SystemKeeper
 from storaged.node.reports import Reports
 from storaged.node.system import LAYOUT_FILE, SystemPaths, exchange_layout, operator_layout
 from storaged.objects.references import live_references
-from storaged.wire import encode
 
 if TYPE_CHECKING:
     from storaged.node.gateway import Gateway
     from storaged.node.leader import Leader
 
 DISK_STATUS_EVERY_S = 0.5
-CHECKPOINT_TIMEOUT_S = 3.0
 LAYOUT_RETRY_S = 1.0
 LAYOUT_EVERY_S = 60
 
@@ -104,7 +102,7 @@ class Node:
             lambda layout: self.audit.note("layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes))
         )
         self._audit_refused_layouts()
-        stack.push_async_callback(self.audit.close)
+        stack.push_async_callback(self.auditing.close)
         if self.config.gateway:
             from storaged.node.gateway import Gateway
 
@@ -223,31 +221,19 @@ class Node:
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
         self.maintain = MaintainClient(self.pool, self.layouts, self.membership)
-        self.audit: AuditLog | Leader = self.leader or AuditLog(
-            Path(self.config.audit.directory or self.directory / "audit"),
-            self.own.name,
-            self.incarnation,
-            signer=NodeSigner(self.own),
-            publish=self._publish_checkpoint,
-            clock=self.clock,
-            file_bytes_max=self.config.audit.file_bytes_max,
-        )
+        self.auditing = Auditing(self)
+        self.audit = self.auditing.log
+        self._methods.update(self.auditing.methods())
 
     def _audit_refused_layouts(self) -> None:
         def note(refused: RefusedLayout) -> None:
-            self.audit.note("layout.refused", epoch=refused.epoch, source=refused.source, reason=refused.reason)
+            self.audit.refused(
+                "layout.refused", LayoutRefused.code, actor=refused.source, target=f"layout:{refused.epoch}", reason=refused.reason
+            )
 
         self.layouts.on_refusal = note
         for refused in self.layouts.refusals():
             note(refused)
-
-    async def _publish_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """To the register ``audit/NODE/CHAIN``: kept where this node alone cannot change it. Not waited for without a majority, so that stopping stays quick."""
-        seeds = self.layouts.current.seeds
-        if 2 * sum(map(self.membership.disk_readable, seeds)) <= len(seeds):
-            raise ServiceUnavailable("The system partition has no majority.")
-        async with asyncio.timeout(CHECKPOINT_TIMEOUT_S):
-            await self.paths.write(f"audit/{checkpoint.node}/{checkpoint.chain}", encode(checkpoint))
 
     def _build_maintenance(self) -> None:
         context = MaintainContext(
@@ -262,6 +248,7 @@ class Node:
             local_meta={disk.id: disk.meta for disk in self.disks.used.values()},
             local_fragments={disk.id: disk.fragments for disk in self.disks.used.values()},
             end_promises=lambda disk: self.disks.used[disk].replica.end_promises(self.layouts.current.epoch),
+            audit_alarms=self.auditing.alarms,
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),
             log=structlog.get_logger("maintain").info,
         )
@@ -295,7 +282,7 @@ class Node:
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """What runs until the node stops."""
-        found = [self._keep_telling_disks()]
+        found = [self._keep_telling_disks(), *self.auditing.work()]
         if self.maintenance is not None:
             found.append(self.maintenance.run())
         if self.gateway is not None:
@@ -323,6 +310,7 @@ class Node:
         if self.gateway is not None:
             self.gateway.reload(config)
         self.pool.renew(own)
+        self.auditing.renew(own)
         if self._server is not None:
             self._server.renew(own)
         worker = {"worker": str(self.leader.number)} if self.leader is not None else {}

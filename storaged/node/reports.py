@@ -16,6 +16,7 @@ from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.runner import JobReport
 from storaged.maintain.service import MaintainStatus
 from storaged.meta.names import SYSTEM_SCOPE, Table
+from storaged.node.auditing import merged
 from storaged.objects.place import choose
 from storaged.units import format_size
 
@@ -42,6 +43,7 @@ class Reports:
         node = self._node
         found = Services(self.status, self.ready, self.doctor, jobs=self, region=node.config.s3.region)
         found.checkpoints = self._checkpoints
+        found.witnessed = node.auditing.witnessed
         found.trail = node.audit
         found.authority = (node.own.directory / "authority.crt").read_text()
         if node.gateway is not None:
@@ -80,6 +82,7 @@ class Reports:
             jobs_of(told),
             key_refusal=refusal,
             bad_records=node.gateway.bad_records() if node.gateway is not None else (),
+            audit_alarms=merged([*node.auditing.alarms(), *(alarm for status in told for alarm in status.audit_alarms)]),
         )
         return self._seen.date(judge(facts, node.clock.wall_ms()))
 
@@ -170,6 +173,7 @@ class Reports:
         return await self._node.maintain.start_scrub()
 
     async def _checkpoints(self) -> list[bytes]:
+        """Of versions up to 0.10, which kept them in registers."""
         found: list[bytes] = []
         after: bytes | None = b""
         while after is not None:

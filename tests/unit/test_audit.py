@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.cluster.audit import AuditLog, AuditReport, Checkpoint, audited, verify
-from storaged.cluster.audit_format import Event, make_line, parse_line
+from storaged.cluster.audit import AuditLog, AuditReport, audited, verify
+from storaged.cluster.audit_format import Event, RegisterCheckpoint, make_line, parse_line
 from storaged.cluster.audit_refusals import Refusals
 from storaged.cluster.identity import NodeSigner
 from storaged.errors import AuditUnwritable, OperatorError, ServiceUnavailable
@@ -422,23 +422,20 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path / "world")
 
 
-async def checkpointed(directory: Path, world: World) -> tuple[list[Checkpoint], AuditLog]:
-    published: list[Checkpoint] = []
-
-    async def publish(checkpoint: Checkpoint) -> None:
-        published.append(checkpoint)
-
-    log = await written(directory, 4, signer=NodeSigner(world.node("gw", ("gateway",))), publish=publish)
-    return published, log
+async def checkpointed(directory: Path, world: World) -> tuple[list[RegisterCheckpoint], AuditLog]:
+    """A log and the checkpoint that a version up to 0.10 put into a register."""
+    log = await written(directory, 4)
+    signer = NodeSigner(world.node("gw", ("gateway",)))
+    unsigned = RegisterCheckpoint("gw", *log.head, 1, signer.certificate)
+    return [msgspec.structs.replace(unsigned, signature=signer.sign(unsigned.signed_bytes()))], log
 
 
 async def test_a_missing_tail_shows_against_a_checkpoint(tmp_path: Path, world: World) -> None:
-    checkpoints, log = await checkpointed(tmp_path, world)
+    checkpoints, _log = await checkpointed(tmp_path, world)
     assert [checkpoint.sequence for checkpoint in checkpoints] == [4]
     path = files_of(tmp_path)[0]
     authority = world.authority.certificate
     assert verify([path], checkpoints, authority=authority).ok
-    assert log.statistics().checkpoint_sequence == 4
     path.write_bytes(b"".join(lines_of(path)[:3]))
     assert verify([path]).ok
     sequence, reason = problem(verify([path], checkpoints, authority=authority))
@@ -463,9 +460,9 @@ async def test_a_forged_checkpoint_is_not_believed(tmp_path: Path, world: World)
     checkpoints, _log = await checkpointed(tmp_path, world)
     genuine = checkpoints[0]
     other = NodeSigner(World(tmp_path / "other").node("gw", ("gateway",)))
-    forged = Checkpoint("gw", genuine.chain, 9, "ab" * 32, 1, other.certificate)
+    forged = RegisterCheckpoint("gw", genuine.chain, 9, "ab" * 32, 1, other.certificate)
     forged = msgspec.structs.replace(forged, signature=other.sign(forged.signed_bytes()))
-    changed = Checkpoint("gw", genuine.chain, 3, genuine.hash, genuine.time_ms, genuine.certificate, genuine.signature)
+    changed = RegisterCheckpoint("gw", genuine.chain, 3, genuine.hash, genuine.time_ms, genuine.certificate, genuine.signature)
     for bad in (forged, changed):
         assert "not genuine" in problem(verify(files_of(tmp_path), [bad], authority=world.authority.certificate))[1]
 
@@ -473,25 +470,8 @@ async def test_a_forged_checkpoint_is_not_believed(tmp_path: Path, world: World)
 async def test_a_chain_that_only_a_checkpoint_knows_is_missing(tmp_path: Path, world: World) -> None:
     checkpoints, _log = await checkpointed(tmp_path / "gone", world)
     await written(tmp_path / "kept", 1)
-    (other,) = [Checkpoint(c.node, "ff" * 8, c.sequence, c.hash, c.time_ms, c.certificate) for c in checkpoints]
+    (other,) = [RegisterCheckpoint(c.node, "ff" * 8, c.sequence, c.hash, c.time_ms, c.certificate) for c in checkpoints]
     assert f"chain {'ff' * 8} is missing" in problem(verify(files_of(tmp_path / "kept"), [other]))[1]
-
-
-async def test_a_checkpoint_that_cannot_be_published_is_tried_again(tmp_path: Path, world: World) -> None:
-    tries: list[int] = []
-
-    async def publish(checkpoint: Checkpoint) -> None:
-        tries.append(checkpoint.sequence)
-        if len(tries) == 1:
-            raise ConnectionError("no majority")
-
-    log = AuditLog(tmp_path, "gw", b"\x01" * 8, signer=NodeSigner(world.node("gw", ("gateway",))), publish=publish)
-    await log.start()
-    assert await log.checkpoint() is None
-    assert (await log.checkpoint()) is not None
-    assert await log.checkpoint() is None
-    await log.close()
-    assert tries == [0, 0]
 
 
 @settings(max_examples=60, deadline=None)

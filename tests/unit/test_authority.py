@@ -13,6 +13,7 @@ from storaged.cluster import authority
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.membership import Membership
 from storaged.cluster.ports import Method, Methods
+from storaged.cluster.witness import WitnessBook
 from storaged.fragments.remote import FragmentHost
 from storaged.meta.remote import ReplicaHost
 from tests.unit.cluster_world import Note, Service, World, pooled, serving
@@ -32,7 +33,8 @@ def of_a_storage_node(world: World) -> Methods:
         found.update(cluster.nodes["na"].maintenance.methods())
 
     run(build)
-    return {**found, **ReplicaHost({}, lambda: 1).methods(), **FragmentHost({}).methods()}
+    book = WitnessBook(world.directory / "witness", world.authority.certificate)
+    return {**found, **ReplicaHost({}, lambda: 1).methods(), **FragmentHost({}).methods(), **book.methods()}
 
 
 def test_a_storage_node_registers_exactly_the_rows_of_the_table(tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ async def test_a_method_that_names_no_roles_is_answered_to_nobody(tmp_path: Path
 def test_the_formats_document_has_the_same_table() -> None:
     section = FORMATS.read_text().split("\n## Frames between nodes\n")[1].split("\n## ")[0]
     lines = [
-        line for line in section.splitlines() if line.startswith(("| method |", "| `meta.", "| `fragment.", "| `maintain.", "| `cluster."))
+        line for line in section.splitlines() if line.startswith(("| method |", "| `meta.", "| `fragment.", "| `maintain.", "| `cluster.", "| `audit."))
     ]
     assert lines == [line for line in authority.document() if not line.startswith("|---")]
 
@@ -94,7 +96,7 @@ def test_the_command_prints_every_row_for_people_and_for_programs() -> None:
 
 def test_what_a_storage_node_can_do_no_harm_with_is_not_marked_and_the_rest_is() -> None:
     """A row that opens to storage nodes either says what one of them can break, or only asks."""
-    harmless = {"meta.page_check", "fragment.sync", "fragment.stat", "maintain.status"}
+    harmless = {"audit.witnessed", "meta.page_check", "fragment.sync", "fragment.stat", "maintain.status"}
     for name, row in authority.METHODS.items():
         if "storage" in row.callers and not row.strangers and name not in harmless:
             assert row.harm, name

@@ -1,0 +1,112 @@
+"""A node's part in auditing: its own log, shown to its witnesses; and, with disks, what it saw of others' logs.
+
+A gateway's further processes write through the first one's log (``Leader``), and show nothing themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryptography import x509
+
+from storaged.cluster.audit import AuditLog
+from storaged.cluster.identity import Identity, NodeSigner
+from storaged.cluster.ports import Methods
+from storaged.cluster.witness import WitnessBook, WitnessedReply, WitnessedRequest
+from storaged.cluster.witness_client import CALL_TIMEOUT_S, WitnessClient
+from storaged.errors import PeerError
+
+if TYPE_CHECKING:
+    from storaged.node.leader import Leader
+    from storaged.node.planes import Node
+
+WITNESS_FOLDER = "witness"
+PAGES_MAX = 512
+"""Of one witness's memory of one node."""
+
+
+class Auditing:
+    """``log`` is there at once; ``methods`` are to be registered; ``start`` after the network, ``close`` before it."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        config, own = node.config, node.own
+        self.log: AuditLog | Leader = node.leader or AuditLog(
+            Path(config.audit.directory or node.directory / "audit"),
+            own.name,
+            node.incarnation,
+            clock=node.clock,
+            file_bytes_max=config.audit.file_bytes_max,
+        )
+        self._client: WitnessClient | None = None
+        if isinstance(self.log, AuditLog):
+            self._client = WitnessClient(self.log, NodeSigner(own), node.pool, self._witnesses, node.clock)
+        self._book: WitnessBook | None = None
+        if config.storage and node.leader is None:
+            authority = x509.load_pem_x509_certificate((own.directory / "authority.crt").read_bytes())
+            self._book = WitnessBook(node.directory / WITNESS_FOLDER, authority, node.clock)
+            self._book.trail = self.log
+
+    def methods(self) -> Methods:
+        return self._book.methods() if self._book is not None else {}
+
+    def work(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._client.run()] if self._client is not None else []
+
+    async def close(self) -> None:
+        """The last entries are on disk, and the witnesses that can be reached have seen them."""
+        await self.log.close()
+        if self._client is not None:
+            await self._client.close()
+
+    def renew(self, own: Identity) -> None:
+        """This node has another certificate. Raises CertificateRefused, and goes on with the one before."""
+        if self._client is not None:
+            self._client.signer = NodeSigner(own)
+
+    def _witnesses(self) -> list[str]:
+        """Those that answer now. One that is away is brought what it missed when it is back."""
+        return [name for name in self._all_witnesses(self._node.own.name) if self._node.membership.status(name).state == "up"]
+
+    def _all_witnesses(self, of: str) -> list[str]:
+        """Every node with disks but the one whose log it is: what a node says of itself is no witness."""
+        return [node.name for node in self._node.layouts.current.nodes if "storage" in node.roles and node.name != of]
+
+    def alarms(self) -> list[tuple[str, str]]:
+        """(node, what is wrong with its audit log), of this node's log and of those that it is a witness of."""
+        own = self._client.problems() if self._client is not None else {}
+        found = [(self._node.own.name, f"{witness}: {reason}") for witness, reason in own.items()]
+        if self._book is not None:
+            found += [(node, f"{self._node.own.name}: {reason}") for node, reason in self._book.alarms()]
+        return found
+
+    async def witnessed(self, of: str) -> list[dict[str, Any]]:
+        """What each witness has of a node's log: ``name``, ``reachable``, ``reason``, and the ``lines`` of ``witness_record``."""
+        return [await self._ask(name, of) for name in self._all_witnesses(of)]
+
+    async def _ask(self, name: str, of: str) -> dict[str, Any]:
+        lines: list[str] = []
+        skip = 0
+        try:
+            for _ in range(PAGES_MAX):
+                request = WitnessedRequest(of, skip)
+                answer, body = await self._node.pool.call(name, "audit.witnessed", request, WitnessedReply, timeout_s=CALL_TIMEOUT_S)
+                lines += bytes(body).decode("utf-8", "replace").splitlines()
+                skip = answer.next
+                if not skip:
+                    return {"name": name, "reachable": True, "reason": "", "lines": lines}
+        except PeerError as error:
+            return {"name": name, "reachable": False, "reason": error.message, "lines": []}
+        return {"name": name, "reachable": False, "reason": "it has more chains than can be read", "lines": []}
+
+
+def merged(alarms: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One a node, in order: a node and its witnesses say the same, each in its words."""
+    found: dict[str, list[str]] = {}
+    for node, reason in alarms:
+        reasons = found.setdefault(node, [])
+        if reason not in reasons:
+            reasons.append(reason)
+    return [(node, "; ".join(reasons)) for node, reasons in sorted(found.items())]
