@@ -337,15 +337,31 @@ def test_a_reload_takes_what_can_change_and_keeps_everything_on_a_mistake(cluste
 def test_the_audit_log_holds_and_a_changed_entry_is_named(cluster: Cluster, tmp_path: Path) -> None:
     round_trip(cluster, "audited")
     audit = cluster.directory / "gateway" / "audit"
-    assert "every entry follows" in cluster.run("audit", "verify", str(audit)).stdout
+    cluster.wait_until(
+        lambda: cluster.run("audit", "verify", str(audit), check=False).returncode == 0, 30, "every witness to have seen the log"
+    )
+    found = json.loads(cluster.run("audit", "verify", "--json", str(audit)).stdout)
+    assert (found["ok"], found["compared_with_all_witnesses"], found["node"]) == (True, True, "gateway")
+    storage = [name for name in cluster.pids() if name != "gateway"]
+    assert {witness["name"] for witness in found["witnesses"]} == set(storage)
     copy = tmp_path / "audit"
     shutil.copytree(audit, copy)
-    altered = next(path for path in sorted(copy.iterdir()) if b'"kind":"key.' in path.read_bytes())
-    altered.write_bytes(altered.read_bytes().replace(b'"kind":"key.', b'"kind":"Key.', 1))
+    altered = max(copy.iterdir(), key=lambda path: path.stat().st_size)
+    altered.write_bytes(altered.read_bytes().replace(b"key.release", b"key.refusal", 1))
     done = cluster.run("audit", "verify", str(altered), check=False)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert altered.name in done.stderr
     assert "was altered" in done.stderr
+    offline = cluster.run("audit", "verify", "--offline", str(audit))
+    assert "offline" in offline.stdout
+
+
+def test_every_node_is_witnessed_by_all_others(cluster: Cluster) -> None:
+    for name in cluster.pids():
+        audit = cluster.directory / name / "audit"
+        cluster.wait_until(
+            lambda audit=audit: cluster.run("audit", "verify", str(audit), check=False).returncode == 0, 30, f"the witnesses of {name}"
+        )
 
 
 def test_doctor_warns_until_the_keys_are_backed_up_and_the_backup_brings_them_back(cluster: Cluster, tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ async def test_a_method_that_names_no_roles_is_answered_to_nobody(tmp_path: Path
 def test_the_formats_document_has_the_same_table() -> None:
     section = FORMATS.read_text().split("\n## Frames between nodes\n")[1].split("\n## ")[0]
     lines = [
-        line for line in section.splitlines() if line.startswith(("| method |", "| `meta.", "| `fragment.", "| `maintain.", "| `cluster.", "| `audit."))
+        line
+        for line in section.splitlines()
+        if line.startswith(("| method |", "| `meta.", "| `fragment.", "| `maintain.", "| `cluster.", "| `audit."))
     ]
     assert lines == [line for line in authority.document() if not line.startswith("|---")]
 
