@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from storaged import errors
 from storaged.objects.api import Principal
-from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
-from storaged.s3.digest import read_verified
 from storaged.s3.reply import Reply
-from storaged.s3.request import Request
+from storaged.s3.request import Request, version_of
 
 _TYPE = f"{xml.XSI} type"
 
@@ -28,10 +26,9 @@ def own_acl(who: Principal) -> bytes:
 async def put_acl(front: Front, request: Request) -> Reply:
     """Accepts what changes nothing: the canned ``private`` and ``bucket-owner-full-control``, and a list that grants the owner alone. Raises NotImplemented for others."""
     if request.key:
-        await front.objects.head(request.bucket_record, request.key, version_id=request.query.get("versionId", ""))
-    h.refuse_unsupported(request.headers)
-    body = await read_verified(front, request)
-    if request.headers.get("x-amz-acl"):
+        await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
+    body = request.document
+    if "x-amz-acl" in request.headers:
         if body.strip():
             raise errors.InvalidRequest("This request does not support content")
         return Reply()

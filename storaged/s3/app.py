@@ -44,7 +44,7 @@ from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.listen import BACKLOG, listen
 from storaged.s3.objects import put_asked
-from storaged.s3.post import is_form, post_object
+from storaged.s3.operations import Operation, hear_query, read_body
 from storaged.s3.reply import Reply, object_headers, stored_headers, xml_reply
 from storaged.s3.request import Request, RequestDone, parse_target, split_path, virtual_bucket
 from storaged.s3.send import Sender, Sent
@@ -72,7 +72,7 @@ class _Begun(NamedTuple):
     """A request that was authenticated, and found to be allowed."""
 
     request: Request
-    route: routes.Route
+    operation: Operation
     started_s: float
     written: Sent | None = None
     """Its answer, of which the client has not taken everything yet."""
@@ -270,16 +270,19 @@ class S3App:
             if claim is None or known is None or bucket is None or not request.key:
                 return False
             admit(request, claim, *known, self._clock.wall_ms())
-            check_owner(bucket, request.who, headers.get("x-amz-expected-bucket-owner", ""))
-            route, body = routes.find(request.method, request.bucket, request.key, {}), request.body
-            asked = put_asked(request) if writes else None
+            check_owner(bucket, request.who, headers.get("x-amz-expected-bucket-owner"))
+            operation, body = routes.find(request.method, request.bucket, request.key, {}, headers), request.body
+            asked = None
+            if writes:
+                operation.check_headers(headers)
+                asked = put_asked(request)
             if asked is not None and (asked[1].size is None or asked[1].size > front.objects.small_bytes_max):
                 return False
         except Exception:  # the task meets it again
             return False
-        request.operation, request._bucket_record = route.operation, bucket
+        request.operation, request._bucket_record = operation.name, bucket
         self._came()
-        begun = _Begun(request, route, self._clock.monotonic())
+        begun = _Begun(request, operation, self._clock.monotonic())
         if asked is None:
             front.objects.read_soon(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
             return True
@@ -394,12 +397,12 @@ class S3App:
             reply = await self._answer(request, spans)
             may_keep = head.keep_alive and not self._draining
         elif isinstance(head, _Begun):
-            request, route, started_s, written = head
+            request, operation, started_s, written = head
             if written is not None:
                 sent = await self._sender.finish(connection, written)
                 self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s, None)
                 return request, sent
-            reply = await self._answer(request, None, route)
+            reply = await self._answer(request, None, operation)
             may_keep = not self._draining
         else:
             request = Request(self._new_id(), "", b"/", connection.remote, connection.secure)
@@ -433,35 +436,41 @@ class S3App:
         bucket = virtual_bucket(request.headers.get("host", ""), self._domains) if self._domains else ""
         request.bucket, request.key = split_path(target.raw_path, bucket)
 
-    async def _answer(self, request: Request, spans: trace.Trace | None, route: routes.Route | None = None) -> Reply:
-        """``route``: of a request that was authenticated and found to be allowed. Never raises but for cancellation: every failure has an answer."""
+    async def _answer(self, request: Request, spans: trace.Trace | None, operation: Operation | None = None) -> Reply:
+        """``operation``: of a request that was authenticated and found to be allowed. Never raises but for
+        cancellation: every failure has an answer."""
         front = self._front
         try:
-            if route is not None:
-                return await route.handler(front, request)
+            if operation is not None:
+                return await operation.handler(front, request)
             self._locate(request)
-            if request.method == "POST" and request.bucket and not request.key and is_form(request.headers):
-                request.operation = "PostObject"
-                return await post_object(front, request)
-            route = routes.find(request.method, request.bucket, request.key, request.query)
-            request.operation = route.operation
+            headers, count = request.headers, len(request.target.pairs)
+            operation = routes.find(request.method, request.bucket, request.key, request.query, headers, count)
+            request.operation = operation.name
             began_ns = time.perf_counter_ns() if spans is not None else 0
-            if route.signed:
+            if operation.signed:
                 claim = claim_of(request, front.region)
                 if claim is None:
                     admit_anonymous(request)
                 else:
                     who, secret = front.users.at_hand(claim.access_key) or await front.users.lookup(claim.access_key)
                     admit(request, claim, who, secret, self._clock.wall_ms())
+                if request.query:
+                    hear_query(request)
             if spans is not None:
                 signed_ns = time.perf_counter_ns()
                 spans.note("sign", began_ns, signed_ns)
-            if route.needs_bucket:
+            if operation.needs_bucket:
                 request._bucket_record = front.buckets.at_hand(request.bucket) or await existing_bucket(front, request.bucket)
-                check_owner(request._bucket_record, request.who, request.headers.get("x-amz-expected-bucket-owner", ""))
+                check_owner(request._bucket_record, request.who, headers.get("x-amz-expected-bucket-owner"))
             if spans is not None:
                 spans.note("bucket", signed_ns, time.perf_counter_ns())
-            return await route.handler(front, request)
+            if operation.signed:
+                if operation.changes and not request.who.access_key:
+                    raise errors.AccessDenied()
+                operation.check_headers(headers)
+                await read_body(front, request, operation)
+            return await operation.handler(front, request)
         except Exception as error:
             return self._failure(request, error)
 

@@ -55,12 +55,13 @@ def _from_token(token: str) -> str:
 async def create_bucket(front: Front, request: Request) -> Reply:
     """One's own bucket again: 200, as in AWS's first region and as most tools expect. ``x-storaged-countries`` (``FR,DE``) narrows where its data may lie: a bucket that
     has others already is refused (BucketAlreadyOwnedByYou)."""
-    if not request.who.access_key:
-        raise errors.AccessDenied()
     name = request.bucket
     if not bucket_name_valid(name):
         raise errors.InvalidBucketName(BucketName=name)
-    if request.headers.get("x-amz-bucket-object-lock-enabled", "").lower() == "true":
+    lock = request.headers.get("x-amz-bucket-object-lock-enabled", "false")
+    if lock.lower() not in ("true", "false"):
+        raise errors.InvalidArgument(ArgumentName="x-amz-bucket-object-lock-enabled", ArgumentValue=lock)
+    if lock.lower() == "true":
         raise errors.NotImplemented("Object Lock is not implemented.")
     ownership = request.headers.get("x-amz-object-ownership", "BucketOwnerEnforced")
     if ownership not in ("BucketOwnerEnforced", "BucketOwnerPreferred", "ObjectWriter"):
@@ -69,8 +70,7 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         )
     if ownership != "BucketOwnerEnforced":
         raise errors.NotImplemented("Access control lists are not implemented: a bucket's owner owns every object in it.")
-    h.refuse_unsupported(request.headers)
-    _check_location(front, await request.body.read(front.limits.xml_bytes_max))
+    _check_location(front, request.document)
     countries = tuple(sorted({code.strip() for code in request.headers.get("x-storaged-countries", "").split(",") if code.strip()}))
     try:
         await front.buckets.create(request.who, name, region=front.region, countries=countries)
@@ -122,7 +122,7 @@ async def get_tagging(front: Front, request: Request) -> Reply:
 
 
 async def put_tagging(front: Front, request: Request) -> Reply:
-    tags = await read_tagging(front, request, h.TAGS_PER_BUCKET_MAX)
+    tags = read_tagging(request, h.TAGS_PER_BUCKET_MAX)
     await front.buckets.set_tags(request.bucket_record, tags)
     return Reply(204)
 

@@ -28,7 +28,7 @@ class Front:
 Handler = Callable[[Front, Request], Awaitable[Reply]]
 
 
-async def owned_bucket(front: Front, who: Principal, name: str, expected_owner: str = "") -> BucketRecord:
+async def owned_bucket(front: Front, who: Principal, name: str, expected_owner: str | None = None) -> BucketRecord:
     """The bucket, if ``who`` may use it. Raises NoSuchBucket, InvalidBucketName, AccessDenied."""
     bucket = await existing_bucket(front, name)
     check_owner(bucket, who, expected_owner)
@@ -42,7 +42,8 @@ async def existing_bucket(front: Front, name: str) -> BucketRecord:
     return front.buckets.at_hand(name) or await front.buckets.get(name)
 
 
-def check_owner(bucket: BucketRecord, who: Principal, expected_owner: str = "") -> None:
-    """A user sees only their own buckets. ``expected_owner``: x-amz-expected-bucket-owner, which must hold. Raises AccessDenied."""
-    if not who.access_key or who.user_id != bucket.owner or (expected_owner and expected_owner != bucket.owner):
+def check_owner(bucket: BucketRecord, who: Principal, expected_owner: str | None = None) -> None:
+    """A user sees only their own buckets. ``expected_owner``: x-amz-expected-bucket-owner, which must hold if it came.
+    Raises AccessDenied."""
+    if not who.access_key or who.user_id != bucket.owner or (expected_owner is not None and expected_owner != bucket.owner):
         raise AccessDenied()

@@ -33,7 +33,7 @@ async def _source(front: Front, request: Request) -> tuple[BucketRecord, bytes, 
         )
     check_key(key)
     bucket = await owned_bucket(
-        front, request.who, bucket_bytes.decode("utf-8", "replace"), request.headers.get("x-amz-source-expected-bucket-owner", "")
+        front, request.who, bucket_bytes.decode("utf-8", "replace"), request.headers.get("x-amz-source-expected-bucket-owner")
     )
     return bucket, key, unquote_to_bytes(version).decode("utf-8", "replace")
 
@@ -48,7 +48,6 @@ def _directive(headers: dict[str, str], name: str) -> bool:
 
 async def copy_object(front: Front, request: Request) -> Reply:
     headers = request.headers
-    h.refuse_unsupported(headers)
     replace_meta = _directive(headers, "x-amz-metadata-directive")
     replace_tags = _directive(headers, "x-amz-tagging-directive")
     given = h.new_meta(headers)
@@ -91,7 +90,6 @@ async def copy_object(front: Front, request: Request) -> Reply:
 
 async def upload_part_copy(front: Front, request: Request) -> Reply:
     headers = request.headers
-    h.refuse_unsupported(headers)
     number = h.integer("partNumber", request.query.get("partNumber", ""), 1, 10_000)
     span = h.parse_copy_range(headers.get("x-amz-copy-source-range", ""))
     bucket, key, version = await _source(front, request)

@@ -23,18 +23,20 @@ _DIGESTS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-async def read_verified(front: Front, request: Request, *, required: bool = False) -> bytes:
-    """The whole body, at most ``Limits.xml_bytes_max``. ``required``: a Content-MD5 or a checksum must have come.
+async def read_verified(front: Front, request: Request, *, bytes_max: int, required: bool = False, of_object: bool = False) -> bytes:
+    """The whole body, at most ``bytes_max``. ``required``: a Content-MD5 or a checksum must have come. ``of_object``:
+    x-amz-checksum-*
+    are of another thing than this body.
 
     Raises BadDigest, InvalidDigest, InvalidRequest, MaxMessageLengthExceeded.
     """
     md5 = h.content_md5(request.headers)
-    declared = h.declared_checksums(request.headers)
+    declared = {} if of_object else h.declared_checksums(request.headers)
     decoder = request.body.decoder
     trailing = bool(decoder and h.trailing_names(request.headers))
     if required and md5 is None and not declared and not trailing:
         raise InvalidRequest("Missing required header for this request: Content-MD5 OR x-amz-checksum-*")
-    data = await request.body.read(front.limits.xml_bytes_max)
+    data = await request.body.read(bytes_max)
     if decoder is not None:
         declared.update(
             {name: h.check_checksum(name, value, f"x-amz-checksum-{name.lower()}") for name, value in decoder.trailing_checksums().items()}

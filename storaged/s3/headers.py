@@ -33,11 +33,12 @@ USER_BYTES_MAX = 2048
 KEPT_HEADERS = ("content-type", "cache-control", "content-disposition", "content-encoding", "content-language", "expires")
 STORAGE_CLASSES = frozenset(
     {
-        "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER", "DEEP_ARCHIVE", "GLACIER_IR",
-        "OUTPOSTS", "SNOW", "EXPRESS_ONEZONE",
+        "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER", "DEEP_ARCHIVE",
+        "GLACIER_IR",
     }
 )  # fmt: skip
-"""Labels: kept and given back. Where data lies is the bucket's profile, not the label."""
+"""Those that a general purpose bucket takes on AWS. Labels: kept and given back. Where data lies is the bucket's
+profile, not the label."""
 
 TAGS_PER_OBJECT_MAX = 10
 TAGS_PER_BUCKET_MAX = 50
@@ -56,12 +57,6 @@ OWNER_ONLY_ACLS = frozenset({"private", "bucket-owner-full-control"})
 
 _TAG_TEXT = re.compile(r"[\w\s+\-=.:/@]*")
 _RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
-_UNSUPPORTED = {
-    "x-amz-website-redirect-location": "Static websites are not implemented.",
-    "x-amz-write-offset-bytes": "Appending to objects is not implemented.",
-    "x-amz-server-side-encryption-context": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
-    "x-amz-server-side-encryption-bucket-key-enabled": "SSE-KMS is not implemented: every object is encrypted under its bucket's own key.",
-}
 INCIDENTAL = frozenset(
     {
         "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",
@@ -69,12 +64,12 @@ INCIDENTAL = frozenset(
     }
 )  # fmt: skip
 """Headers that say who asks, and with what. Of an object they say its type and size."""
-_ORDINARY = INCIDENTAL | {
-    "content-md5", "expect", "x-amz-checksum-mode", "x-amz-decoded-content-length", "x-amz-sdk-checksum-algorithm", "x-amz-trailer",
+ORDINARY = INCIDENTAL | {
+    "cache-control", "content-disposition", "content-encoding", "content-language", "content-md5", "date", "expect", "expires", "range",
 }  # fmt: skip
-"""Headers that most requests have: none of them asks for anything that is not there."""
+"""Headers that most requests have and that every operation understands, or need not."""
 
-_KMS_KEY = "x-amz-server-side-encryption-aws-kms-key-id"
+KMS_KEY = "x-amz-server-side-encryption-aws-kms-key-id"
 _SSE_C = "x-amz-server-side-encryption-customer-"
 _SSE_C_SOURCE = "x-amz-copy-source-server-side-encryption-customer-"
 
@@ -166,7 +161,7 @@ def new_meta(headers: Mapping[str, str]) -> NewMeta:
 
 
 def storage_class(headers: Mapping[str, str]) -> str:
-    value = headers.get("x-amz-storage-class", "") or "STANDARD"
+    value = headers.get("x-amz-storage-class", "STANDARD")
     if value not in STORAGE_CLASSES:
         raise InvalidStorageClass()
     return value
@@ -285,29 +280,7 @@ def body_checks(headers: Mapping[str, str], size: int | None, trailing: tuple[st
     )
 
 
-# --- what is not there ------------------------------------------------------------------------------------------------------------
-
-
-def refuse_unsupported(headers: Mapping[str, str]) -> None:
-    """Headers that ask for what does not exist here: answered, never ignored. Raises NotImplemented, InvalidArgument, InvalidRequest."""
-    for name in headers:
-        if name in _ORDINARY or not name.startswith("x-amz-"):
-            continue
-        if name.startswith((_SSE_C, _SSE_C_SOURCE)):
-            check_customer_key(headers)
-            raise errors.NotImplemented("SSE-C is not implemented: every object is encrypted under its bucket's own key.")
-        if name.startswith("x-amz-grant-"):
-            raise errors.NotImplemented("Access control lists are not implemented: only a bucket's owner has access to it.")
-        if name.startswith("x-amz-object-lock-"):
-            raise InvalidRequest("Bucket is missing Object Lock Configuration")
-        if name == _KMS_KEY and headers.get("x-amz-server-side-encryption") != "aws:kms":
-            raise InvalidArgument(
-                "Server Side Encryption with AWS KMS managed key requires HTTP header x-amz-server-side-encryption : aws:kms"
-            )
-        if name in _UNSUPPORTED and "x-amz-server-side-encryption" not in headers:
-            raise errors.NotImplemented(_UNSUPPORTED[name])
-    check_encryption(headers)
-    check_acl(headers)
+# --- encryption and access -------------------------------------------------------------------------------------------
 
 
 def check_customer_key(headers: Mapping[str, str]) -> None:
@@ -331,19 +304,9 @@ def check_customer_key(headers: Mapping[str, str]) -> None:
         raise InvalidArgument("The calculated MD5 hash of the key did not match the hash that was provided.")
 
 
-def refuse_read_encryption(headers: Mapping[str, str]) -> None:
-    """Reads name no encryption but the customer's. Raises InvalidRequest, and for SSE-C what a write would get."""
-    for name in headers:
-        if name not in _ORDINARY and name.startswith("x-amz-server-side-encryption"):
-            if name.startswith(_SSE_C):
-                check_customer_key(headers)
-                raise InvalidRequest("The encryption parameters are not applicable to this object.")
-            raise InvalidRequest(f"{name} header is not supported for this operation.")
-
-
 def check_encryption(headers: Mapping[str, str]) -> None:
-    value = headers.get("x-amz-server-side-encryption", "")
-    if value in ("", "AES256"):
+    value = headers.get("x-amz-server-side-encryption", "AES256")
+    if value == "AES256":
         return
     if value in ("aws:kms", "aws:kms:dsse"):
         raise errors.NotImplemented("SSE-KMS is not implemented: every object is encrypted under its bucket's own key.")
@@ -353,8 +316,8 @@ def check_encryption(headers: Mapping[str, str]) -> None:
 
 
 def check_acl(headers: Mapping[str, str]) -> None:
-    value = headers.get("x-amz-acl", "")
-    if value in OWNER_ONLY_ACLS or not value:
+    value = headers.get("x-amz-acl", "private")
+    if value in OWNER_ONLY_ACLS:
         return
     if value in CANNED_ACLS:
         raise errors.NotImplemented(f"The canned ACL {value} is not implemented: only a bucket's owner has access to it.")

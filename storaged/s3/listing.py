@@ -56,6 +56,12 @@ class _Ask:
 
 def _ask(request: Request, limit_name: str = "max-keys") -> _Ask:
     query = request.query
+    wanted = request.headers.get("x-amz-optional-object-attributes", "RestoreStatus")
+    # no object is archived, so none has a RestoreStatus
+    if any(name.strip() != "RestoreStatus" for name in wanted.split(",")):
+        raise errors.InvalidArgument(
+            "Invalid attribute name specified.", ArgumentName="x-amz-optional-object-attributes", ArgumentValue=wanted
+        )
     encoding = query.get("encoding-type", "")
     if encoding not in ("", "url"):
         raise errors.InvalidArgument("Invalid Encoding Method specified in Request", ArgumentName="encoding-type", ArgumentValue=encoding)

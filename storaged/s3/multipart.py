@@ -22,7 +22,6 @@ _ONLY_COMPOSITE = frozenset({"SHA1", "SHA256"})
 
 async def create(front: Front, request: Request) -> Reply:
     headers = request.headers
-    h.refuse_unsupported(headers)
     meta = h.new_meta(headers)
     algorithm, kind = _checksum_kind(headers)
     upload = await front.objects.create_upload(
@@ -56,7 +55,6 @@ def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
 
 
 async def put_part(front: Front, request: Request) -> Reply:
-    h.refuse_unsupported(request.headers)
     number = h.integer("partNumber", request.query.get("partNumber", ""), 1, PARTS_MAX)
     checks = upload_checks(request, PART_BYTES_MAX)
     result = await front.objects.put_part(request.bucket_record, request.key, request.query["uploadId"], number, request.body, checks)
@@ -105,9 +103,8 @@ async def abort(front: Front, request: Request) -> Reply:
 async def complete(front: Front, request: Request) -> Reply:
     """A second, equal Complete is answered as the first was."""
     headers = request.headers
-    h.refuse_unsupported(headers)
     conditions = c.write_conditions(headers)
-    data = await request.body.read(front.limits.xml_bytes_max)
+    data = request.document
     if not data.strip():
         raise errors.MalformedXML("You must specify at least one part")
     parts = await asyncio.to_thread(_completed_parts, data) if len(data) > PARSE_INLINE_BYTES_MAX else _completed_parts(data)

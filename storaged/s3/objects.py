@@ -25,7 +25,6 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.acl import own_acl
 from storaged.s3.context import Front
-from storaged.s3.digest import read_verified
 from storaged.s3.reply import (
     Headers,
     Reply,
@@ -36,7 +35,7 @@ from storaged.s3.reply import (
     version_header,
     xml_reply,
 )
-from storaged.s3.request import Request, check_key
+from storaged.s3.request import Request, check_key, version_of
 from storaged.s3.tags import read_tagging, write_tagging
 
 log = logging.getLogger("storaged.s3")
@@ -52,16 +51,6 @@ _OVERRIDES = {
     "response-content-disposition": "Content-Disposition",
     "response-content-encoding": "Content-Encoding",
 }
-
-
-def version_of(request: Request) -> str:
-    """versionId: absent, or ``null`` where there never was versioning. Raises InvalidArgument for an empty one."""
-    if not request.query:
-        return ""
-    version = request.query.get("versionId")
-    if version == "":
-        raise errors.InvalidArgument("Version id cannot be the empty string", ArgumentName="versionId", ArgumentValue="")
-    return version or ""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -96,7 +85,6 @@ def put_asked(request: Request) -> tuple[NewMeta, BodyChecks, WriteConditions]:
     if headers.keys() <= _PLAIN and body.declared and body.decoder is None and (body.length or 0) <= PART_BYTES_MAX:
         kind = headers.get("content-type")
         return NewMeta({"content-type": h.readable(kind)} if kind else {}), BodyChecks(body.length, sha256=body.sha256), NO_WRITE_CONDITIONS
-    h.refuse_unsupported(headers)
     return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
 
 
@@ -122,7 +110,7 @@ async def delete_object(front: Front, request: Request) -> Reply:
 
 async def delete_objects(front: Front, request: Request) -> Reply:
     """Up to 1,000 keys; each answers for itself."""
-    body = await read_verified(front, request, required=True)
+    body = request.document
     root = await asyncio.to_thread(xml.parse, body, "Delete") if len(body) > 64 * 1024 else xml.parse(body, "Delete")
     wanted = root.all("Object")
     others = [child for child in root.children if child.name != "Object"]
@@ -194,7 +182,6 @@ def _overrides(request: Request) -> Headers:
 
 async def get_object(front: Front, request: Request) -> Reply:
     headers = request.headers
-    h.refuse_read_encryption(headers)
     overrides = _overrides(request)
     part_number = _part_number(request)
     span = h.parse_range(headers["range"]) if "range" in headers else None
@@ -261,7 +248,6 @@ def _still_same(if_range: str, info: ObjectInfo) -> bool:
 async def head_object(front: Front, request: Request) -> Reply:
     """As GetObject, range included; the length is the one that GET would send."""
     headers = request.headers
-    h.refuse_read_encryption(headers)
     overrides = _overrides(request)
     part_number = _part_number(request)
     info = await front.objects.head(
@@ -365,7 +351,7 @@ async def get_tagging(front: Front, request: Request) -> Reply:
 
 
 async def put_tagging(front: Front, request: Request) -> Reply:
-    tags = await read_tagging(front, request, h.TAGS_PER_OBJECT_MAX)
+    tags = read_tagging(request, h.TAGS_PER_OBJECT_MAX)
     version = await front.objects.set_tags(request.bucket_record, request.key, tags, version_id=version_of(request))
     headers: Headers = {}
     version_header(version, headers)

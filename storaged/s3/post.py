@@ -16,6 +16,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import sigv4, xml
 from storaged.s3.context import Front, owned_bucket
 from storaged.s3.form import FormReader, boundary_of
+from storaged.s3.operations import check_fields
 from storaged.s3.policy import Policy, check_policy, parse_policy
 from storaged.s3.reply import CONTROL, Reply, stored_headers, xml_reply
 from storaged.s3.request import ANONYMOUS, Request, check_key
@@ -53,7 +54,7 @@ async def post_object(front: Front, request: Request) -> Reply:
     request.key = fields["key"].encode("utf-8", "surrogateescape")
     check_key(request.key)
     said = _as_headers(fields)
-    h.refuse_unsupported(said)
+    check_fields(said)
     meta = h.new_meta(said)
     if "tagging" in fields:
         meta = replace(meta, tags=tags_from(fields["tagging"].encode("utf-8", "surrogateescape"), h.TAGS_PER_OBJECT_MAX))

@@ -26,6 +26,11 @@ CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 """What may not stand in a header's value."""
 
 
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+"""What RFC 9110 lets a header be called: a name of other letters would come back from GetObject as another header, or
+break its answer."""
+
+
 class Reply(Struct):
     """``stream`` instead of ``body`` for an object's bytes. ``length`` is Content-Length when it is not the body's own (HEAD)."""
 

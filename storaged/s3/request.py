@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 from msgspec import Struct, field
 
 from storaged import trace
-from storaged.errors import InvalidURI, KeyTooLongError
+from storaged.errors import InvalidArgument, InvalidURI, KeyTooLongError
 from storaged.objects.api import Principal, Reading
 from storaged.objects.records import BucketRecord
 from storaged.s3.body import RequestBody
@@ -119,6 +119,8 @@ class Request(Struct):
     operation: str = "Unknown"
     modern: bool = True
     """HTTP/1.1."""
+    document: bytes = b""
+    """The body, of an operation that takes a document."""
     _body: RequestBody | None = None
     _bucket_record: BucketRecord | None = None
     reading: Reading | None = None
@@ -142,6 +144,16 @@ class Request(Struct):
     def resource(self) -> str:
         """As errors name it: the path, without the query."""
         return self.raw_target.partition(b"?")[0].decode("utf-8", "replace")
+
+
+def version_of(request: Request) -> str:
+    """versionId: absent, or ``null`` where there never was versioning. Raises InvalidArgument for an empty one."""
+    if not request.query:
+        return ""
+    version = request.query.get("versionId")
+    if version == "":
+        raise InvalidArgument("Version id cannot be the empty string", ArgumentName="versionId", ArgumentValue="")
+    return version or ""
 
 
 class RequestDone(Struct):

@@ -1,65 +1,88 @@
-"""Which operation a request asks for: by what it names (service, bucket, object), by its subresource, by its method.
+"""Which operation a request asks for: by what it names (service, bucket, object), by its subresource, by its method, by
+what it
+carries (a copy source, a browser's form).
 
-Subresources that exist on AWS and not here are listed too: those that only read what was never set get AWS's answer for that, the others 501.
+Every subresource that AWS's documentation names is listed, with those that exist on AWS and not here: those that only
+read
+what was never set get AWS's answer for that, the others 501. A subresource where it does not belong, in another case,
+or
+beside another one is refused before anything else happens: a ``DELETE /bucket/key?policy`` must not delete the object.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from storaged import errors
-from storaged.s3 import acl, buckets, copy, listing, multipart, objects, xml
+from storaged.s3 import acl, aws, buckets, copy, listing, multipart, objects, post, xml
 from storaged.s3.context import Front, Handler
+from storaged.s3.operations import NO_BODY, STREAM, Body, Document, Operation
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
+from storaged.units import KIB, MIB
+
+Methods = Mapping[str, Operation]
+
+SOURCE = "x-amz-copy-source"
+
+TAGS = Document(256 * KIB)
+"""50 tags of 128 and 256 characters, each character escaped, are 190 KiB."""
+ACL = Document(256 * KIB)
+"""100 grants, of which each has at most 1 KiB of names."""
+CREATION = Document(256 * KIB)
+"""A bucket's location, and tags."""
+KEYS = Document(2 * MIB, digest_required=True)
+"""1,000 keys of 1 KiB."""
+PARTS = Document(2 * MIB, of_object=True)
+"""10,000 parts with their ETags and checksums."""
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """``operation``: AWS's name of it, for logs and metrics. ``needs_bucket``: the bucket must exist and belong to the requester before the handler runs."""
+def _change(
+    name: str,
+    handler: Handler,
+    body: Body = NO_BODY,
+    *,
+    needs_bucket: bool = True,
+    signed: bool = True,
+    copy: Operation | None = None,
+) -> Operation:
+    return Operation(name, handler, body, changes=True, needs_bucket=needs_bucket, signed=signed, copy=copy)
 
-    operation: str
-    handler: Handler
-    needs_bucket: bool = True
-    signed: bool = True
 
-
-Methods = Mapping[str, Route]
-
-
-def _missing(operation: str, error: type[errors.S3Error]) -> Route:
+def _missing(name: str, error: type[errors.S3Error]) -> Operation:
     """Reads a configuration that cannot have been set."""
 
     async def handler(front: Front, request: Request) -> Reply:
         raise error(BucketName=request.bucket)
 
-    return Route(operation, handler)
+    return Operation(name, handler)
 
 
-def _unset(operation: str) -> Route:
+def _unset(name: str) -> Operation:
     """Removes a configuration that cannot have been set: done already."""
 
     async def handler(front: Front, request: Request) -> Reply:
         return Reply(204)
 
-    return Route(operation, handler)
+    return _change(name, handler)
 
 
-def _fixed(operation: str, root: str, content: str = "") -> Route:
+def _fixed(name: str, root: str, content: str = "") -> Operation:
     """Reads a setting that has one value here."""
 
     async def handler(front: Front, request: Request) -> Reply:
         return xml_reply(xml.document(root, content))
 
-    return Route(operation, handler)
+    return Operation(name, handler)
 
 
-def _absent(operation: str) -> Route:
+def _absent(name: str, *, needs_bucket: bool = True) -> Operation:
+    """Exists on AWS and not here. It changes nothing, so nothing of it has to be checked."""
+
     async def handler(front: Front, request: Request) -> Reply:
-        raise errors.NotImplemented(f"{operation} is not implemented.")
+        raise errors.NotImplemented(f"{name} is not implemented.")
 
-    return Route(operation, handler)
+    return Operation(name, handler, needs_bucket=needs_bucket)
 
 
 async def _no_lock(front: Front, request: Request) -> Reply:
@@ -71,133 +94,198 @@ async def _no_lock_on_bucket(front: Front, request: Request) -> Reply:
     raise errors.InvalidBucketState("Object Lock configuration cannot be enabled on existing buckets", BucketName=request.bucket)
 
 
-async def _put_or_copy(front: Front, request: Request) -> Reply:
-    if "x-amz-copy-source" in request.headers:
-        request.operation = "CopyObject"
-        return await copy.copy_object(front, request)
-    return await objects.put_object(front, request)
-
-
-async def _part_or_copy(front: Front, request: Request) -> Reply:
-    if "x-amz-copy-source" in request.headers:
-        request.operation = "UploadPartCopy"
-        return await copy.upload_part_copy(front, request)
-    return await multipart.put_part(front, request)
-
-
 async def _foreign_action(front: Front, request: Request) -> Reply:
     """IAM, STS and other query-style calls: answered at once, since clients retry 5xx."""
     raise errors.InvalidAction()
 
 
-def _not_yet(*names: str) -> dict[str, Methods]:
-    """Subresources of which nothing exists."""
-    table: dict[str, Methods] = {}
-    for name in names:
-        title = "".join(word.capitalize() for word in name.split("-"))
-        table[name] = {
-            method: _absent(f"{verb}{title}") for method, verb in (("GET", "Get"), ("PUT", "Put"), ("POST", "Post"), ("DELETE", "Delete"))
-        }
-    return table
+def _not_yet(**names: str) -> Methods:
+    """A subresource of which nothing exists: its methods, and AWS's names of their operations."""
+    return {method: _absent(name) for method, name in names.items()}
 
 
-def _configuration(name: str, error: type[errors.S3Error], *, prefix: str = "Bucket") -> Methods:
+def _configuration(name: str, error: type[errors.S3Error], *, put: str = "") -> Methods:
     return {
-        "GET": _missing(f"Get{prefix}{name}", error),
-        "PUT": _absent(f"Put{prefix}{name}"),
-        "DELETE": _unset(f"Delete{prefix}{name}"),
+        "GET": _missing(f"Get{put or name}", error),
+        "PUT": _absent(f"Put{put or name}"),
+        "DELETE": _unset(f"Delete{name}"),
     }
 
 
+def _named(name: str) -> Methods:
+    """Configurations of which a bucket may have many."""
+    return _not_yet(
+        **{method: f"{verb}Bucket{name}Configuration" for method, verb in (("GET", "Get"), ("PUT", "Put"), ("DELETE", "Delete"))}
+    )
+
+
+def _table(name: str) -> Methods:
+    return _not_yet(PUT=f"UpdateBucketMetadata{name}TableConfiguration")
+
+
+FOREIGN = Operation("ForeignAction", _foreign_action, needs_bucket=False, signed=False)
+PREFLIGHT = Operation("Preflight", buckets.preflight, needs_bucket=False, signed=False)
+FORM = _change("PostObject", post.post_object, STREAM, needs_bucket=False, signed=False)
+
 SERVICE: dict[str, Methods] = {
-    "": {
-        "GET": Route("ListBuckets", buckets.list_buckets, needs_bucket=False),
-        "POST": Route("ForeignAction", _foreign_action, needs_bucket=False, signed=False),
-    },
-    "Action": {method: Route("ForeignAction", _foreign_action, needs_bucket=False, signed=False) for method in ("GET", "POST")},
+    "": {"GET": Operation("ListBuckets", buckets.list_buckets, needs_bucket=False), "POST": FOREIGN},
+    "Action": {"GET": FOREIGN, "POST": FOREIGN},
+    "max-directory-buckets": {"GET": _absent("ListDirectoryBuckets", needs_bucket=False)},
 }
 
 BUCKET: dict[str, Methods] = {
     "": {
-        "GET": Route("ListObjects", listing.list_objects_v1),
-        "PUT": Route("CreateBucket", buckets.create_bucket, needs_bucket=False),
-        "HEAD": Route("HeadBucket", buckets.head_bucket),
-        "DELETE": Route("DeleteBucket", buckets.delete_bucket),
-        "OPTIONS": Route("Preflight", buckets.preflight, needs_bucket=False, signed=False),
+        "GET": Operation("ListObjects", listing.list_objects_v1),
+        "PUT": _change("CreateBucket", buckets.create_bucket, CREATION, needs_bucket=False),
+        "HEAD": Operation("HeadBucket", buckets.head_bucket),
+        "DELETE": _change("DeleteBucket", buckets.delete_bucket),
+        "OPTIONS": PREFLIGHT,
     },
-    "list-type": {"GET": Route("ListObjectsV2", listing.list_objects_v2)},
-    "versions": {"GET": Route("ListObjectVersions", listing.list_versions)},
-    "uploads": {"GET": Route("ListMultipartUploads", listing.list_uploads)},
-    "delete": {"POST": Route("DeleteObjects", objects.delete_objects)},
-    "location": {"GET": Route("GetBucketLocation", buckets.get_location)},
-    "versioning": {"GET": Route("GetBucketVersioning", buckets.get_versioning), "PUT": _absent("PutBucketVersioning")},
+    "list-type": {"GET": Operation("ListObjectsV2", listing.list_objects_v2)},
+    "versions": {"GET": Operation("ListObjectVersions", listing.list_versions)},
+    "uploads": {"GET": Operation("ListMultipartUploads", listing.list_uploads)},
+    "delete": {"POST": _change("DeleteObjects", objects.delete_objects, KEYS)},
+    "location": {"GET": Operation("GetBucketLocation", buckets.get_location)},
+    "versioning": {"GET": Operation("GetBucketVersioning", buckets.get_versioning), "PUT": _absent("PutBucketVersioning")},
     "tagging": {
-        "GET": Route("GetBucketTagging", buckets.get_tagging),
-        "PUT": Route("PutBucketTagging", buckets.put_tagging),
-        "DELETE": Route("DeleteBucketTagging", buckets.delete_tagging),
+        "GET": Operation("GetBucketTagging", buckets.get_tagging),
+        "PUT": _change("PutBucketTagging", buckets.put_tagging, TAGS),
+        "DELETE": _change("DeleteBucketTagging", buckets.delete_tagging),
     },
-    "acl": {"GET": Route("GetBucketAcl", buckets.get_acl), "PUT": Route("PutBucketAcl", acl.put_acl)},
-    "policy": _configuration("Policy", errors.NoSuchBucketPolicy),
+    "acl": {"GET": Operation("GetBucketAcl", buckets.get_acl), "PUT": _change("PutBucketAcl", acl.put_acl, ACL)},
+    "policy": _configuration("BucketPolicy", errors.NoSuchBucketPolicy),
     "policyStatus": {"GET": _fixed("GetBucketPolicyStatus", "PolicyStatus", "<IsPublic>false</IsPublic>")},
-    "cors": _configuration("Cors", errors.NoSuchCORSConfiguration),
-    "lifecycle": _configuration("Lifecycle", errors.NoSuchLifecycleConfiguration),
-    "website": _configuration("Website", errors.NoSuchWebsiteConfiguration),
-    "replication": _configuration("Replication", errors.ReplicationConfigurationNotFoundError),
-    "encryption": _configuration("Encryption", errors.ServerSideEncryptionConfigurationNotFoundError),
-    "publicAccessBlock": _configuration("PublicAccessBlock", errors.NoSuchPublicAccessBlockConfiguration, prefix=""),
-    "ownershipControls": _configuration("OwnershipControls", errors.OwnershipControlsNotFoundError),
+    "cors": _configuration("BucketCors", errors.NoSuchCORSConfiguration),
+    "lifecycle": _configuration("BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"),
+    "website": _configuration("BucketWebsite", errors.NoSuchWebsiteConfiguration),
+    "replication": _configuration("BucketReplication", errors.ReplicationConfigurationNotFoundError),
+    "encryption": _configuration("BucketEncryption", errors.ServerSideEncryptionConfigurationNotFoundError),
+    "publicAccessBlock": _configuration("PublicAccessBlock", errors.NoSuchPublicAccessBlockConfiguration),
+    "ownershipControls": _configuration("BucketOwnershipControls", errors.OwnershipControlsNotFoundError),
     "object-lock": {
         "GET": _missing("GetObjectLockConfiguration", errors.ObjectLockConfigurationNotFoundError),
-        "PUT": Route("PutObjectLockConfiguration", _no_lock_on_bucket),
+        "PUT": Operation("PutObjectLockConfiguration", _no_lock_on_bucket),
     },
     "logging": {"GET": _fixed("GetBucketLogging", "BucketLoggingStatus"), "PUT": _absent("PutBucketLogging")},
-    "notification": {"GET": _fixed("GetBucketNotification", "NotificationConfiguration"), "PUT": _absent("PutBucketNotification")},
-    "accelerate": {"GET": _fixed("GetBucketAccelerate", "AccelerateConfiguration"), "PUT": _absent("PutBucketAccelerate")},
+    "notification": {
+        "GET": _fixed("GetBucketNotificationConfiguration", "NotificationConfiguration"),
+        "PUT": _absent("PutBucketNotificationConfiguration"),
+    },
+    "accelerate": {
+        "GET": _fixed("GetBucketAccelerateConfiguration", "AccelerateConfiguration"),
+        "PUT": _absent("PutBucketAccelerateConfiguration"),
+    },
     "requestPayment": {
         "GET": _fixed("GetBucketRequestPayment", "RequestPaymentConfiguration", "<Payer>BucketOwner</Payer>"),
         "PUT": _absent("PutBucketRequestPayment"),
     },
-    **_not_yet("analytics", "inventory", "metrics", "intelligent-tiering", "metadataTable", "metadataConfiguration", "session", "abac"),
-}  # fmt: skip
+    "analytics": _named("Analytics"),
+    "inventory": _named("Inventory"),
+    "metrics": _named("Metrics"),
+    "intelligent-tiering": _named("IntelligentTiering"),
+    "abac": _not_yet(GET="GetBucketAbac", PUT="PutBucketAbac"),
+    "session": _not_yet(GET="CreateSession"),
+    "metadataConfiguration": _not_yet(
+        GET="GetBucketMetadataConfiguration",
+        POST="CreateBucketMetadataConfiguration",
+        DELETE="DeleteBucketMetadataConfiguration",
+    ),
+    "metadataTable": _not_yet(
+        GET="GetBucketMetadataTableConfiguration",
+        POST="CreateBucketMetadataTableConfiguration",
+        DELETE="DeleteBucketMetadataTableConfiguration",
+    ),
+    "metadataInventoryTable": _table("Inventory"),
+    "metadataJournalTable": _table("Journal"),
+    "metadataAnnotationTable": _table("Annotation"),
+}
 
 OBJECT: dict[str, Methods] = {
     "": {
-        "GET": Route("GetObject", objects.get_object),
-        "PUT": Route("PutObject", _put_or_copy),
-        "HEAD": Route("HeadObject", objects.head_object),
-        "DELETE": Route("DeleteObject", objects.delete_object),
-        "OPTIONS": Route("Preflight", buckets.preflight, needs_bucket=False, signed=False),
+        "GET": Operation("GetObject", objects.get_object),
+        "PUT": _change("PutObject", objects.put_object, STREAM, copy=_change("CopyObject", copy.copy_object)),
+        "HEAD": Operation("HeadObject", objects.head_object),
+        "DELETE": _change("DeleteObject", objects.delete_object),
+        "OPTIONS": PREFLIGHT,
     },
-    "uploads": {"POST": Route("CreateMultipartUpload", multipart.create)},
+    "uploads": {"POST": _change("CreateMultipartUpload", multipart.create)},
     "uploadId": {
-        "GET": Route("ListParts", multipart.list_parts),
-        "PUT": Route("UploadPart", _part_or_copy),
-        "POST": Route("CompleteMultipartUpload", multipart.complete),
-        "DELETE": Route("AbortMultipartUpload", multipart.abort),
+        "GET": Operation("ListParts", multipart.list_parts),
+        "PUT": _change("UploadPart", multipart.put_part, STREAM, copy=_change("UploadPartCopy", copy.upload_part_copy)),
+        "POST": _change("CompleteMultipartUpload", multipart.complete, PARTS),
+        "DELETE": _change("AbortMultipartUpload", multipart.abort),
     },
-    "attributes": {"GET": Route("GetObjectAttributes", objects.get_attributes)},
+    "attributes": {"GET": Operation("GetObjectAttributes", objects.get_attributes)},
     "tagging": {
-        "GET": Route("GetObjectTagging", objects.get_tagging),
-        "PUT": Route("PutObjectTagging", objects.put_tagging),
-        "DELETE": Route("DeleteObjectTagging", objects.delete_tagging),
+        "GET": Operation("GetObjectTagging", objects.get_tagging),
+        "PUT": _change("PutObjectTagging", objects.put_tagging, TAGS),
+        "DELETE": _change("DeleteObjectTagging", objects.delete_tagging),
     },
-    "acl": {"GET": Route("GetObjectAcl", objects.get_acl), "PUT": Route("PutObjectAcl", acl.put_acl)},
-    "retention": {"GET": Route("GetObjectRetention", _no_lock), "PUT": Route("PutObjectRetention", _no_lock)},
-    "legal-hold": {"GET": Route("GetObjectLegalHold", _no_lock), "PUT": Route("PutObjectLegalHold", _no_lock)},
-    "torrent": {"GET": Route("GetObjectTorrent", objects.get_torrent)},
-    **_not_yet("restore", "select", "renameObject", "encryption", "append"),
+    "acl": {"GET": Operation("GetObjectAcl", objects.get_acl), "PUT": _change("PutObjectAcl", acl.put_acl, ACL)},
+    "retention": {"GET": Operation("GetObjectRetention", _no_lock), "PUT": Operation("PutObjectRetention", _no_lock)},
+    "legal-hold": {"GET": Operation("GetObjectLegalHold", _no_lock), "PUT": Operation("PutObjectLegalHold", _no_lock)},
+    "torrent": {"GET": Operation("GetObjectTorrent", objects.get_torrent)},
+    "restore": _not_yet(POST="RestoreObject"),
+    "select": _not_yet(POST="SelectObjectContent"),
+    "renameObject": _not_yet(PUT="RenameObject"),
+    "encryption": _not_yet(PUT="UpdateObjectEncryption"),
+    "annotation": _not_yet(GET="GetObjectAnnotation", PUT="PutObjectAnnotation", DELETE="DeleteObjectAnnotation"),
+    "append": _not_yet(POST="AppendObject", PUT="AppendObject"),
 }
+"""``append`` is other stores' (Aliyun's): who asks for it must not get an overwrite."""
+
+SUBRESOURCES = frozenset({*BUCKET, *OBJECT} - {""})
+
+_FOLDED = {name.lower(): name for name in (*aws.PARAMETERS, *sorted(SUBRESOURCES))}
+"""Lower case -> the name as AWS spells it. Names of subresources win."""
 
 
-def find(method: str, bucket: str, key: bytes, query: Mapping[str, str]) -> Route:
-    """Raises MethodNotAllowed. Parameters that name no subresource are the operation's, or nobody's (``x-id``)."""
+def find(method: str, bucket: str, key: bytes, query: Mapping[str, str], headers: Mapping[str, str], count: int = 0) -> Operation:
+    """The row of a request. ``count``: of query parameters that came. Reads the target, and which headers there are,
+    but no value.
+
+    Raises MethodNotAllowed, NotImplemented (another case), InvalidArgument (two subresources, a parameter of another
+    operation).
+    """
     table = OBJECT if key else BUCKET if bucket else SERVICE
-    methods = table[""]
-    for name in query:
-        if name and name in table:
-            methods = table[name]
-            break
-    route = methods.get(method)
-    if route is None:
+    methods = table[_subresource(table, query) if query and method != "OPTIONS" else ""]
+    operation = methods.get(method)
+    if operation is None and methods is BUCKET[""] and method == "POST" and post.is_form(headers):
+        operation = FORM
+    if operation is None:
         raise errors.MethodNotAllowed(Method=method, ResourceType="OBJECT" if key else "BUCKET" if bucket else "SERVICE")
-    return route
+    if operation.copy is not None and (SOURCE in headers or (query and any(name.lower() == SOURCE for name in query))):
+        operation = operation.copy
+    if query and operation.changes:
+        _check_case(query)
+        operation.check_parameters(query, count)
+    return operation
+
+
+def _subresource(table: Mapping[str, Methods], query: Mapping[str, str]) -> str:
+    """Empty: none. Parameters that name no subresource are the operation's, or unknown to AWS as well (``x-id``)."""
+    found = ""
+    for name in query:
+        if name in table and name:
+            if found:
+                raise errors.InvalidArgument(
+                    f"Conflicting query string parameters: {found}, {name}", ArgumentName="ResourceType", ArgumentValue=found
+                )
+            found = name
+        elif name in SUBRESOURCES:
+            raise errors.MethodNotAllowed(ResourceType=name)
+        elif (spelt := _FOLDED.get(name.strip().lower(), name)) != name and spelt in SUBRESOURCES:
+            raise _misspelt(name, spelt)
+    return found
+
+
+def _check_case(query: Mapping[str, str]) -> None:
+    """Of parameters that are no subresources: a read ignores what it does not know, as AWS does; a change does not.
+    Raises NotImplemented."""
+    for name in query:
+        if (spelt := _FOLDED.get(name.strip().lower(), name)) != name:
+            raise _misspelt(name, spelt)
+
+
+def _misspelt(name: str, spelt: str) -> errors.NotImplemented:
+    return errors.NotImplemented(f"The query parameter {name[:100]} is not implemented; parameters are case-sensitive: {spelt}")

@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from storaged.errors import InvalidRequest, MalformedXML
 from storaged.s3 import headers as h
 from storaged.s3 import xml
-from storaged.s3.context import Front
-from storaged.s3.digest import read_verified
 from storaged.s3.request import Request
 
 
-async def read_tagging(front: Front, request: Request, count_max: int) -> dict[str, str]:
-    """Raises MalformedXML, InvalidTag, BadDigest."""
+def read_tagging(request: Request, count_max: int) -> dict[str, str]:
+    """Of the request's document. Raises MalformedXML, InvalidTag, InvalidRequest."""
     if "content-length" in request.headers and request.body.length == 0:
         raise InvalidRequest("The request is missing its body.")
-    return tags_from(await read_verified(front, request), count_max)
+    return tags_from(request.document, count_max)
 
 
 def tags_from(document: bytes, count_max: int) -> dict[str, str]:
