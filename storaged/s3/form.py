@@ -1,4 +1,7 @@
-"""multipart/form-data as browsers send it, read as it arrives: the small fields first, then the file as a stream. Fields behind the file are ignored, as on AWS.
+"""multipart/form-data as browsers send it, read as it arrives: the small fields first, then the file as a stream. Fields after the file are ignored, as on AWS.
+
+What two parsers might read differently is refused: a field that comes twice, a parameter that does, a line that begins with the boundary and goes on, a
+transfer encoding, a file without the delimiter that ends it, lines that end in LF.
 
 Source: RFC 7578; https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-HTTPPOSTForms.html (fields together at most 20 KB there; 64 KiB here).
 """
@@ -13,19 +16,45 @@ from storaged.units import KIB
 from storaged.wire import Buffer
 
 FIELDS_BYTES_MAX = 64 * KIB
-BOUNDARY_CHARS_MAX = 70
 
-_BOUNDARY = re.compile(r'boundary=(?:"([^"]{1,70})"|([^;,\s]{1,70}))', re.IGNORECASE)
-_NAME = re.compile(r';\s*name="([^"]*)"', re.IGNORECASE)
-_FILENAME = re.compile(r';\s*filename="([^"]*)"', re.IGNORECASE)
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'
+_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=(%b|%b)" % (_TOKEN, _TOKEN, _QUOTED))
+_FORM_DATA = re.compile(rb"[ \t]*form-data", re.IGNORECASE)
+_MULTIPART = re.compile(rb"multipart/form-data", re.IGNORECASE)
+_BOUNDARY_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=([0-9A-Za-z'()+_\-./:=?]+|%b)" % (_TOKEN, _QUOTED))
+"""Outside of quotes a boundary may have letters that RFC 2045 wants quoted: some clients send them so."""
+_BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
+_HEADER = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
+_IDENTITY = frozenset({b"7bit", b"8bit", b"binary"})
+"""Values of Content-Transfer-Encoding that change nothing. RFC 7578 4.7: nobody sends any."""
 
 
 def boundary_of(content_type: str) -> str:
     """Raises MalformedPOSTRequest."""
-    match = _BOUNDARY.search(content_type)
-    if match is None:
-        raise MalformedPOSTRequest("The Content-Type of the form names no boundary.")
-    return match[1] or match[2]
+    if content_type.isascii() and (found := _parameters(content_type.encode("ascii"), _MULTIPART, _BOUNDARY_PARAMETER)) is not None:
+        boundary = found.get(b"boundary", b"")
+        if _BOUNDARY.fullmatch(boundary):
+            return boundary.decode("ascii")
+    raise MalformedPOSTRequest("The Content-Type of the form is not multipart/form-data with one boundary of 1 to 70 characters.")
+
+
+def _parameters(value: bytes, begins: re.Pattern[bytes], parameter: re.Pattern[bytes]) -> dict[bytes, bytes] | None:
+    """Of a header's value, by lower-case name; None when it does not begin so, has one twice, or anything else."""
+    match = begins.match(value)
+    found: dict[bytes, bytes] = {}
+    while match is not None and value[match.end() :].strip(b" \t"):
+        match = parameter.match(value, match.end())
+        if match is None or match[1].lower() in found:
+            return None
+        text = match[2]
+        found[match[1].lower()] = _unquoted(text) if text.startswith(b'"') else text
+    return found if match is not None else None
+
+
+def _unquoted(text: bytes) -> bytes:
+    """A quote that was escaped is one; before any other letter a backslash is itself, as in the names of files that browsers on Windows once sent."""
+    return text[1:-1].replace(b'\\"', b'"')
 
 
 class FormReader:
@@ -33,7 +62,7 @@ class FormReader:
 
     def __init__(self, pieces: AsyncIterator[Buffer], boundary: str) -> None:
         self._pieces = pieces
-        self._delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
+        self._delimiter = b"\r\n--" + boundary.encode("ascii")
         self._buffer = bytearray(b"\r\n")  # the first boundary has no line before it
         self._taken = 0
         self.fields: dict[str, str] = {}
@@ -43,18 +72,20 @@ class FormReader:
         """Up to the beginning of the file. Raises MalformedPOSTRequest, MaxMessageLengthExceeded."""
         await self._until(self._delimiter)
         while True:
-            if (await self._exactly(2)) != b"\r\n":
+            if not await self._goes_on():
                 raise MalformedPOSTRequest("The form has no field named file.")
             disposition = await self._disposition()
-            name = _NAME.search(disposition)
-            if name is None:
-                raise MalformedPOSTRequest()
-            if name[1].lower() == "file":
-                filename = _FILENAME.search(disposition)
-                self.filename = re.split(r"[/\\]", filename[1])[-1] if filename else ""
+            name = disposition.get(b"name", b"").lower().decode("utf-8", "surrogateescape")
+            if not name:
+                raise MalformedPOSTRequest("A field of the form has no name.")
+            if name == "file":
+                filename = disposition.get(b"filename", b"").decode("utf-8", "surrogateescape")
+                self.filename = re.split(r"[/\\]", filename)[-1]
                 return
             value = await self._until(self._delimiter)
-            self.fields.setdefault(name[1].lower(), value.decode("utf-8", "surrogateescape"))
+            if name in self.fields:
+                raise MalformedPOSTRequest("A field of the form came more than once.")
+            self.fields[name] = value.decode("utf-8", "surrogateescape")
 
     async def file(self) -> AsyncIterator[Buffer]:
         """Raises MalformedPOSTRequest when the body ends before the boundary that ends the file."""
@@ -64,6 +95,8 @@ class FormReader:
             if end >= 0:
                 if end:
                     yield bytes(self._buffer[:end])
+                del self._buffer[: end + len(self._delimiter)]
+                await self._goes_on()
                 self._buffer.clear()
                 async for _ in self._pieces:  # what follows is nobody's, but has to be read
                     pass
@@ -75,14 +108,28 @@ class FormReader:
                 yield data
             await self._more()
 
-    async def _disposition(self) -> str:
-        """Headers of a part: the one that counts."""
-        found = ""
+    async def _goes_on(self) -> bool:
+        """After a delimiter: another part follows, or none. Raises MalformedPOSTRequest for anything else: the boundary may be the beginning of what the field has."""
+        following = await self._exactly(2)
+        if following not in (b"\r\n", b"--"):
+            raise MalformedPOSTRequest("A line of the form begins with its boundary, and goes on.")
+        return following == b"\r\n"
+
+    async def _disposition(self) -> dict[bytes, bytes]:
+        """Headers of a part: the parameters of the one that counts."""
+        found: dict[bytes, bytes] | None = None
         while line := await self._until(b"\r\n"):
-            text = line.decode("utf-8", "surrogateescape")
-            if text.lower().startswith("content-disposition:"):
-                found = text
-        return found
+            match = _HEADER.fullmatch(line)
+            if match is None:
+                raise MalformedPOSTRequest("A header of a part of the form is broken.")
+            name = match[1].lower()
+            if name == b"content-disposition":
+                again, found = found, _parameters(match[2], _FORM_DATA, _PARAMETER)
+                if again is not None or found is None:
+                    raise MalformedPOSTRequest("A part of the form wants one Content-Disposition: form-data, with each parameter once.")
+            elif name == b"content-transfer-encoding" and match[2].strip(b" \t").lower() not in _IDENTITY:
+                raise MalformedPOSTRequest("Parts of a form come as they are, without a Content-Transfer-Encoding.")
+        return found or {}
 
     async def _until(self, mark: bytes) -> bytes:
         while (end := self._buffer.find(mark)) < 0:

@@ -16,7 +16,8 @@ from typing import Any
 
 from storaged.errors import AccessDenied, InvalidPolicyDocument
 
-_EXPIRATION = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z")
+_EXPIRATION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?Z")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _FREE_FIELDS = frozenset({"awsaccesskeyid", "signature", "policy", "file", "x-amz-signature", "bucket"})
 """Need no condition of their own."""
 _FREE_PREFIXES = ("x-ignore-", "x-amz-checksum-")
@@ -46,7 +47,7 @@ class Policy:
 def parse_policy(encoded: str) -> Policy:
     """Raises InvalidPolicyDocument that says where it is wrong."""
     try:
-        document = json.loads(base64.b64decode(encoded, validate=True))
+        document = json.loads(base64.b64decode(encoded, validate=True).decode(), object_pairs_hook=_object)
     except (binascii.Error, ValueError, RecursionError):
         raise InvalidPolicyDocument("Invalid Policy: Invalid JSON.") from None
     if not isinstance(document, dict) or not isinstance(document.get("expiration"), str):
@@ -63,30 +64,43 @@ def parse_policy(encoded: str) -> Policy:
     size_min, size_max = 0, None
     for entry in document["conditions"]:
         if isinstance(entry, list) and entry and str(entry[0]).lower() == "content-length-range":
-            size_min, size_max = _size_range(entry)
+            low, high = _size_range(entry)
+            size_min, size_max = max(size_min, low), high if size_max is None else min(size_max, high)
+            if size_min > size_max:
+                raise InvalidPolicyDocument("Invalid Policy: No size is in every content-length-range.")
         else:
             conditions.extend(_conditions(entry))
     return Policy(int(expires.timestamp() * 1000), tuple(conditions), size_min, size_max)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that comes twice: which one counts, no two parsers need agree on."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
+
+
 def _size_range(entry: list[Any]) -> tuple[int, int]:
-    try:
-        _, low, high = (str(item) for item in entry)
-        size_min, size_max = int(low), int(high)
-    except ValueError:
-        raise InvalidPolicyDocument("Invalid Policy: Invalid content-length-range.") from None
-    if not 0 <= size_min <= size_max:
+    """Numbers, or texts of digits, as AWS's examples have either."""
+    bounds = [str(item) for item in entry[1:] if isinstance(item, str) or type(item) is int]
+    if len(entry) != 3 or len(bounds) != 2 or not all(map(_NUMBER.fullmatch, bounds)) or int(bounds[0]) > int(bounds[1]):
         raise InvalidPolicyDocument("Invalid Policy: Invalid content-length-range.")
-    return size_min, size_max
+    return int(bounds[0]), int(bounds[1])
+
+
+def _name(text: str) -> str:
+    """Of a field, in lower case: of ASCII's letters alone, for others have lower cases that are ASCII."""
+    return text.lower() if text.isascii() else text
 
 
 def _conditions(entry: Any) -> list[Condition]:
     if isinstance(entry, dict) and entry and all(isinstance(value, str) for value in entry.values()):
-        return [Condition(name.lower(), value, prefix=False) for name, value in entry.items()]
+        return [Condition(_name(name), value, prefix=False) for name, value in entry.items()]
     if isinstance(entry, list) and len(entry) == 3 and all(isinstance(item, str) for item in entry):
         operator, name, value = entry
         if operator.lower() in ("eq", "starts-with") and name.startswith("$"):
-            return [Condition(name[1:].lower(), value, prefix=operator.lower() == "starts-with")]
+            return [Condition(_name(name[1:]), value, prefix=operator.lower() == "starts-with")]
     raise InvalidPolicyDocument(f"Invalid Policy: Invalid condition: {json.dumps(entry)[:200]}")
 
 

@@ -54,6 +54,8 @@ async def post_object(front: Front, request: Request) -> Reply:
     request.key = fields["key"].encode("utf-8", "surrogateescape")
     check_key(request.key)
     said = _as_headers(fields)
+    if "x-amz-copy-source" in said:
+        raise errors.NotImplemented("A form stores its file: it can't copy.", Header="x-amz-copy-source")
     check_fields(said)
     meta = h.new_meta(said)
     if "tagging" in fields:
@@ -64,7 +66,9 @@ async def post_object(front: Front, request: Request) -> Reply:
 
 
 async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
-    """Raises InvalidArgument (a field is missing), InvalidAccessKeyId, SignatureDoesNotMatch."""
+    """Raises InvalidArgument (a field is missing), InvalidAccessKeyId, InvalidToken, SignatureDoesNotMatch."""
+    if "x-amz-security-token" in fields:
+        raise errors.InvalidToken()
     if "x-amz-algorithm" in fields:
         if fields["x-amz-algorithm"] != sigv4.ALGORITHM:
             raise errors.InvalidArgument("X-Amz-Algorithm only supports AWS4-HMAC-SHA256", ArgumentName="x-amz-algorithm")
