@@ -155,11 +155,11 @@ def test_a_bound_of_a_length_range_is_a_plain_number(low: object) -> None:
 @pytest.mark.parametrize(
     "document",
     [
-        '{"expiration": "%s", "conditions": [], "conditions": [{"bucket": "bucket"}]}' % LATER,
-        '{"expiration": "%s", "expiration": "%s", "conditions": []}' % (LATER, LATER),
-        '{"expiration": "%s", "conditions": [{"bucket": "a", "bucket": "bucket"}]}' % LATER,
+        '{"expiration": "2099-01-01T00:00:00Z", "conditions": [], "conditions": [{"bucket": "bucket"}]}',
+        '{"expiration": "2099-01-01T00:00:00Z", "expiration": "2099-01-01T00:00:00Z", "conditions": []}',
+        '{"expiration": "2099-01-01T00:00:00Z", "conditions": [{"bucket": "a", "bucket": "bucket"}]}',
         '{"expiration": "\u0662\u0660\u0669\u0669-01-01T00:00:00Z", "conditions": []}',
-        ('{"expiration": "%s", "conditions": []}' % LATER).encode("utf-16"),
+        '{"expiration": "2099-01-01T00:00:00Z", "conditions": []}'.encode("utf-16"),
         b'{"expiration": "\xff", "conditions": []}',
     ],
 )
