@@ -561,8 +561,28 @@ class DiskForeign(OperatorError):
     code = "DISK_FOREIGN"
     hint = (
         "Put back the disk or the mount that was there, and restart its node. If it is gone: repair rebuilds its fragments on other "
-        "disks, but not its replicas of records; those stay one short, and keys that lose another replica stop."
+        "disks, but not its replicas of records; those stay one short, and keys that lose another replica stop. About a blank one in its place: `storaged explain DISK_BLANK`."
     )
+
+
+class DiskBlank(OperatorError):
+    """The disk is blank, or its node has no record of the store on it, although the cluster is in use: a server that was built anew, an exchanged disk, or a lost
+    directory of the node. It may have forgotten writes that it acknowledged, so it takes no part. (At the first start of a new cluster: not all storage
+    nodes are there yet. Then nothing is to be done but starting them.)"""
+
+    code = "DISK_BLANK"
+    hint = (
+        "Put back the disk, or the node's directory (`disks.json` in it), that was there, and restart the node. If it is gone, the others go on without it. "
+        "`storaged accept-blank CONFIG.toml DISK` lets it take part as it is: then a write that only this disk and one that is away had acknowledged is "
+        "forgotten, so do it only while all other disks are in use and `status` shows no object below target."
+    )
+
+
+class DiskHung(OperatorError):
+    """The disk has not answered since its node tried to open it. The node runs without it; it joins by itself when it is open."""
+
+    code = "DISK_HUNG"
+    hint = "Look at the kernel log for I/O errors and time-outs. After a crash a disk with a long log may take minutes; one that hangs is to be replaced."
 
 
 class DiskReadOnly(OperatorError):

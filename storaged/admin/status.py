@@ -19,9 +19,11 @@ from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
     AuditRefusedByWitness,
     ClockSkewed,
+    DiskBlank,
     DiskDown,
     DiskForeign,
     DiskFull,
+    DiskHung,
     DiskReadOnly,
     IndexDamaged,
     KeyReleasesRefused,
@@ -44,6 +46,8 @@ _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
     "full": DiskFull,
     "read-only": DiskReadOnly,
     "foreign": DiskForeign,
+    "blank": DiskBlank,
+    "hung": DiskHung,
     "index-damaged": IndexDamaged,
 }
 

@@ -42,7 +42,7 @@ from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import PEER, LayoutBook
 from storaged.cluster.moves import RefusedLayout
-from storaged.cluster.ports import Call, Caller, DiskStatus, Method, Methods
+from storaged.cluster.ports import Call, Caller, DiskStatus, LedgerReport, Method, Methods
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
 from storaged.wire import Message
 
@@ -94,6 +94,7 @@ class Pong(Message, frozen=True):
     digest: bytes = b""
     refused: tuple[RefusedLayout, ...] = ()
     certificate_until_ms: int = 0
+    ledger: LedgerReport | None = None
 
 
 class LayoutAfter(Message, frozen=True):
@@ -133,6 +134,8 @@ class NodeStatus:
     """Layouts that it does not take."""
     certificate_until_ms: int = 0
     """When its certificate expires, milliseconds since 1970; 0 when it has not said."""
+    ledger: LedgerReport | None = None
+    """What it says of its disks' ledger; None for one without disks."""
 
 
 class Links(Protocol):
@@ -155,6 +158,7 @@ class _Peer:
     epoch: int = 0
     disks: tuple[DiskStatus, ...] = ()
     refused: tuple[RefusedLayout, ...] = ()
+    ledger: LedgerReport | None = None
     complaint: str = ""
     """Why layouts could not be exchanged with it when that was last tried; logged once."""
     rtt_min_ms: float | None = None
@@ -170,7 +174,8 @@ class _Peer:
 class Membership:
     """Implements ``Liveness``. Use: register :meth:`methods`, ``await start()`` ... ``await close()``.
 
-    ``disks`` says how this node's own disks are (called at each ping: it must be quick and not block); ``links`` is the RPC pool, when there is one.
+    ``disks`` says how this node's own disks are (called at each ping: it must be quick and not block); ``ledger(node)``
+    is what this node says of its disks' ledger to another one; ``links`` is the RPC pool, when there is one.
     """
 
     def __init__(
@@ -181,6 +186,7 @@ class Membership:
         layouts: LayoutBook,
         *,
         disks: Callable[[], Sequence[DiskStatus]] = tuple,
+        ledger: Callable[[str], LedgerReport | None] = lambda _node: None,
         links: Links | None = None,
         clock: Clock | None = None,
         interval_s: float = PING_INTERVAL_S,
@@ -192,6 +198,7 @@ class Membership:
         self._caller = caller
         self._layouts = layouts
         self._own_disks = disks
+        self._ledger = ledger
         self._links = links
         self._clock = clock or SystemClock()
         self._interval_s = interval_s
@@ -263,6 +270,7 @@ class Membership:
             peer.disks,
             peer.refused,
             peer.certificate_until_ms,
+            peer.ledger,
         )
 
     def node_up(self, node: str) -> bool:
@@ -357,7 +365,7 @@ class Membership:
         if disks != peer.disks:
             peer.disks = disks
             self._index_disks()
-        peer.refused = pong.refused
+        peer.refused, peer.ledger = pong.refused, pong.ledger
         peer.certificate_until_ms = pong.certificate_until_ms
         self._heard_of(peer, pong.incarnation, pong.pid, pong.epoch)
         self._compare(peer.name, pong.epoch, pong.digest)
@@ -444,6 +452,7 @@ class Membership:
             self._layouts.digest,
             self._layouts.refusals(),
             self._certificate_until_ms(),
+            self._ledger(call.peer.name),
         )
 
     async def _on_layout(self, request: LayoutAfter, call: Call) -> LayoutAnswer:

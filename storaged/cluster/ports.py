@@ -30,6 +30,15 @@ class PeerIdentity(NamedTuple):
     cluster: str = ""
 
 
+class LedgerReport(Message, frozen=True):
+    """What a storage node says of the ledger of its disks (``node.ledger``): its ``id``, whether its disks ever took part (``formed``), and the id of the asking
+    node's ledger when it was formed (``yours``, empty when that is not known)."""
+
+    id: bytes
+    formed: bool
+    yours: bytes = b""
+
+
 class Call(NamedTuple):
     """The circumstances of one request: who asks, the bulk bytes that came with it, and when the asker gives up.
 

@@ -167,6 +167,9 @@ class Engine:
         """It failed in a way that lasts: what it holds need not be on the drive, and counts as lost, now and after a restart."""
         self._marked = True
         """A start will know of that."""
+        self.note_failed: Callable[[str], bool] = lambda _reason: False
+        """Called with the reason in the thread that found a lasting failure, before it is noted on the disk: the owner keeps it on another one. Whether it did. It must
+        not raise."""
         self.segments: dict[int, SegmentFile] = {}
         self.active = 0
         self.end = self.synced = Position(0, 0)
@@ -189,12 +192,13 @@ class Engine:
 
     # --- start and stop ---------------------------------------------------------------------------------------------------
 
-    def recover(self, progress: recovery.Progress | None = None, *, read_only: bool = False) -> recovery.Report:
+    def recover(self, progress: recovery.Progress | None = None, *, read_only: bool = False, failed_before: str = "") -> recovery.Report:
         """Replays what the last checkpoint does not cover, cuts a torn tail, and makes what it kept durable (``read_only``: neither).
 
+        ``failed_before``: why the disk failed for good, as its owner knows, who is believed when the disk itself does not say so.
         Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them.
         """
-        self.failure = "opened for reading only" if read_only else self.files.failure()
+        self.failure = "opened for reading only" if read_only else self.files.failure() or failed_before
         try:
             report = recovery.replay(
                 self.files, self.index, self.segments, read_only=bool(self.failure), spill=self._spill, progress=progress
@@ -528,7 +532,8 @@ class Engine:
         self.failure = reason
         if lasting:
             self.lost = True
-            self._marked = self.files.mark_failed(reason)
+            noted = self.note_failed(reason)
+            self._marked = self.files.mark_failed(reason) or noted
 
     def _unusable(self) -> DiskUnusable:
         if self.failure:

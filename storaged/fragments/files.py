@@ -16,9 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from storaged.durable import sync_path
+import structlog
+
+from storaged.durable import replace_file, sync_path
 from storaged.errors import DirectoryInUse
 from storaged.wire import Buffer, unfilled
+
+log = structlog.get_logger(__name__)
 
 IOV_MAX = 1024
 OPEN_FILES_MAX = 512
@@ -312,18 +316,16 @@ class PosixFiles:
         return True
 
     def mark_failed(self, reason: str) -> bool:
-        path = self.directory / "FAILED"
         try:
-            path.write_text(reason + "\n")
-            sync_path(path)
-            sync_path(self.directory)
-        except OSError:
+            replace_file(self.directory / "FAILED", reason.encode() + b"\n")
+        except OSError as refused:
+            log.error("a fragment store can't note on its disk that it failed", directory=str(self.directory), reason=str(refused))
             return False
         return True
 
     def failure(self) -> str:
         try:
-            return (self.directory / "FAILED").read_text().strip()
+            return (self.directory / "FAILED").read_text().strip() or "it failed, and could not note why"
         except FileNotFoundError:
             return ""
 

@@ -17,11 +17,11 @@ import functools
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import lmdb
 
@@ -62,6 +62,13 @@ OVERLAYS_MAX = 4
 """When the overlay has grown to so many times its size while a checkpoint is being written, writes wait for it."""
 
 OnDamage = Callable[[FragmentId, int], None]
+
+
+class InThread(Protocol):
+    """Runs what blocks outside of the event loop: ``asyncio.to_thread``, or what its caller has instead."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+
 
 LATER_S = 0.1
 LATER_WRITES_MAX = 32
@@ -199,9 +206,14 @@ class LocalFragmentStore:
         on_damage: OnDamage | None = None,
         files: Files | None = None,
         index_bytes_max: int = 64 * GIB,
+        failed_before: str = "",
+        note_failed: Callable[[str], bool] | None = None,
+        in_thread: InThread = asyncio.to_thread,
     ) -> LocalFragmentStore:
         """Recovers what a crash left, and starts the threads.
 
+        ``failed_before``: why the disk failed for good, as its owner knows; it is read-only then. ``note_failed(reason)``: called in a thread when it fails for
+        good; whether that was noted. ``in_thread(work)`` runs what blocks on the disk.
         ``on_damage(fragment, cell)`` runs on the event loop, once for every cell newly found bad (-1: the head, so all of them).
         Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError, OSError.
         """
@@ -219,7 +231,9 @@ class LocalFragmentStore:
                 index = Index(directory / "index", disk_id, map_bytes_max=index_bytes_max)
                 try:
                     engine = Engine(body, index, limits or StoreLimits(), now_ms=clock.wall_ms, on_damage=report_damage)
-                    return engine, engine.recover()
+                    if note_failed is not None:
+                        engine.note_failed = note_failed
+                    return engine, engine.recover(failed_before=failed_before)
                 except BaseException:
                     index.close()
                     raise
@@ -227,7 +241,7 @@ class LocalFragmentStore:
                 body.close()
                 raise
 
-        engine, report = await asyncio.to_thread(start)
+        engine, report = await in_thread(start)
         return cls(engine, report, clock, loop)
 
     # --- the port -------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ Theory of operation
                    NUL "heap"                        check || the next number to give out (u64 BE)
 
     A write that fails ends the store's life as a writer: what the disk did with it is unknown, so it stays read-only until it is opened
-    again. A failure that isn't mere lack of space is noted beside it (``failed``), and then it is never opened again: after a failed sync the
+    again. A failure that isn't mere lack of space is noted by its owner (``note_failed``) and beside it (``failed``), both synced, and then it is never opened again: after a failed sync the
     kernel forgets which pages are dirty (Rebello et al., ATC'20), and a disk whose promises are in doubt joins only as a new one.
 
     The *identity* is the store's random id with the number of times it was opened. The owner keeps it elsewhere and hands it in at the next
@@ -48,10 +48,11 @@ from typing import Any
 
 import lmdb
 import msgspec
+import structlog
 import xxhash
 
 from storaged.aio import NotTaken
-from storaged.durable import Unfinished, sync_path
+from storaged.durable import Unfinished, replace_file, sync_path
 from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
@@ -85,6 +86,10 @@ from storaged.meta.rowvalue import NAME_PREFIX_BYTES, columns_of, intact, open_s
 from storaged.meta.stretch import columns_at, stamps_at
 from storaged.meta.warm import Warmer
 from storaged.units import GIB, MIB
+
+log = structlog.get_logger(__name__)
+
+FAILED_FILE = "failed"
 
 MAP_BYTES_DEFAULT = 64 * GIB
 """Address space, not disk space: the file is as long as what was ever in use at once."""
@@ -142,6 +147,8 @@ class LmdbMetaStore:
         self._log_full = self._stopping = self._closed = False
         self._restorable: list[tuple[bytes, bytes]] = []
         self._checkpoints = 0
+        self.note_failed: Callable[[str], object] = lambda _reason: None
+        """Called with the reason in the thread that found a lasting failure, before it is noted beside the environment: the owner keeps it on another disk. It must not raise."""
         self.sync_copies: Callable[[], None] = _no_copies
         """Called in a thread of this store's: makes all copies durable where they belong that ``keep_copies`` was told of. Raises Unfinished when that
         has to wait for a restart: they stay in the log, and the store takes no more."""
@@ -184,7 +191,7 @@ class LmdbMetaStore:
         return cls(directory, map_bytes=map_bytes, entropy=entropy)
 
     def _open(self, map_bytes: int, entropy: Entropy, direct: bool) -> None:
-        failed = self.directory / "failed"
+        failed = self.directory / FAILED_FILE
         if failed.exists():
             raise DiskForeign(f"the metadata store in {self.directory} failed before and is not used again: {failed.read_text().strip()}")
         try:
@@ -667,8 +674,11 @@ class LmdbMetaStore:
             self._reason = (str(error) or type(error).__name__) + (" (no space is left)" if full else "")
             self._log.notify_all()
         if not full and not isinstance(error, Unfinished):
-            with contextlib.suppress(OSError):  # a disk that refuses this too is noticed at its next start
-                (self.directory / "failed").write_text(self._reason + "\n")
+            self.note_failed(self._reason)
+            try:
+                replace_file(self.directory / FAILED_FILE, self._reason.encode() + b"\n")
+            except OSError as refused:
+                log.error("a metadata store can't note on its disk that it failed", directory=str(self.directory), reason=str(refused))
         self._wake()
 
     def _wake(self) -> None:

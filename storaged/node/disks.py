@@ -1,16 +1,22 @@
-"""The disks of this node: opened one by one, so that one that is foreign or broken is reported and the others go on.
+"""The disks of this node, each opened by itself: one that is foreign, broken, blank or hung is reported, and the others go on.
 
 A disk's directory holds ``meta`` (its LMDB environment and its redo log) and ``fragments`` (its segment log). Which metadata store a disk had is kept in the node's own
-directory: a disk whose store is another one, older, or gone must not answer, since it may have forgotten promises.
+directory (``node.ledger``): a disk whose store is another one, older, failed or gone must not answer, since it may have forgotten promises.
+
+Theory of operation. A task for each disk asks ``admission`` whether it may be opened, opens it in a thread of its own, and lets it join ``Disks``. The start of the node waits
+``OPEN_S`` for these tasks. What takes longer, or waits for the other nodes or an operator, joins later: everybody looks disks up at every call.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
@@ -26,10 +32,20 @@ from storaged.meta.copies import TOLD_BYTES_A_DISK, TOLD_BYTES_MAX, CopiesToldLa
 from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
-from storaged.node.system import StoreLedger
+from storaged.node.admission import Opening, admission, drop_acceptance, is_blank, take_acceptance
+from storaged.node.forming import Answers, Forming, Verdict, begin_at_once
+from storaged.node.ledger import Ledger
 from storaged.wire import Buffer, decode
 
 log = structlog.get_logger("disks")
+
+T = TypeVar("T")
+
+OPEN_S = 20.0
+"""How long the start of a node waits for its disks. A disk is open within a second, but after a crash with a long log, or where it hangs."""
+
+FORMING_POLL_S = 0.1
+ACCEPTED_POLL_S = 1.0
 
 OnCell = Callable[[str, FragmentId, int], None]
 """``on_cell(disk, fragment, cell)``: a cell whose checksum does not hold."""
@@ -111,17 +127,39 @@ def load_of(payloads: Payloads) -> LoadCopy:
     return load
 
 
-@dataclass
 class Disks:
-    """``used`` take part; ``refused`` do not, with the reason (DiskStatus)."""
+    """``used`` take part; ``refused`` do not, with the reason (DiskStatus). ``replicas``, ``fragments`` and ``metas``: what those in use have, by disk id; they grow
+    when a disk joins late."""
 
-    used: dict[str, LocalDisk] = field(default_factory=dict)
-    refused: dict[str, DiskStatus] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.used: dict[str, LocalDisk] = {}
+        self.refused: dict[str, DiskStatus] = {}
+        self.replicas: dict[str, LocalReplica] = {}
+        self.fragments: dict[str, LocalFragmentStore] = {}
+        self.metas: dict[str, LmdbMetaStore] = {}
+        self._coming: dict[str, asyncio.Task[None]] = {}
+
+    def refuse(self, section: DiskSection, state: str, reason: str) -> None:
+        """It takes no part for now. Logged when that is news."""
+        known = self.refused.get(section.id)
+        if known is None or (known.state, known.reason) != (state, reason):
+            log.error("a disk is refused; the others go on", disk=section.id, directory=section.directory, state=state, reason=reason)
+        self.refused[section.id] = DiskStatus(section.id, section.directory, state, reason=reason)
+
+    def join(self, disk: LocalDisk) -> None:
+        if self.refused.pop(disk.id, None) is not None:
+            log.info("a disk joins", disk=disk.id, directory=disk.directory)
+        self.used[disk.id] = disk
+        self.metas[disk.id], self.fragments[disk.id], self.replicas[disk.id] = disk.meta, disk.fragments, disk.replica
+
+    def expect(self, disk_id: str, coming: asyncio.Task[None]) -> None:
+        """``coming`` opens the disk; it is cancelled when all are closed."""
+        self._coming[disk_id] = coming
 
     async def statuses(self) -> list[DiskStatus]:
         """As heartbeats tell them."""
         found = list(self.refused.values())
-        for disk in self.used.values():
+        for disk in list(self.used.values()):
             usage = await disk.fragments.usage()
             meta_state = disk.replica.statistics().state
             state = usage.state if meta_state == "ok" else "failed"
@@ -130,62 +168,202 @@ class Disks:
         return sorted(found, key=lambda status: status.id)
 
     async def close(self) -> None:
+        for task in self._coming.values():
+            task.cancel()
+        await asyncio.gather(*self._coming.values(), return_exceptions=True)
         results = await asyncio.gather(*(disk.close() for disk in self.used.values()), return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 log.error("a disk did not close cleanly", reason=str(result))
 
 
-async def open_disks(config: Config, clock: Clock, on_cell: OnCell) -> Disks:
-    """Opens every configured disk. A refused one is logged and reported; raises DirectoryInUse when another process has one: that is a mistake of setup."""
-    ledger = StoreLedger(Path(config.node.directory))
-    disks = Disks()
-    told = CopiesToldLately(min(TOLD_BYTES_A_DISK * len(config.disks), TOLD_BYTES_MAX))
-    opened = await asyncio.gather(
-        *(_open(section, config, ledger, clock, on_cell, told) for section in config.disks), return_exceptions=True
-    )
-    failure: BaseException | None = None
-    for section, result in zip(config.disks, opened, strict=True):
-        if isinstance(result, LocalDisk):
-            ledger.record(section.id, result.meta.identity)
-            disks.used[section.id] = result
-        elif isinstance(result, DirectoryInUse) or not isinstance(result, StoragedError | OSError):
-            failure = failure or result
+class Snapshot(Mapping[str, T]):
+    """A view of a dictionary that others may change while it is walked through, by work that waits in between."""
+
+    def __init__(self, inner: Mapping[str, T]) -> None:
+        self._inner = inner
+
+    def __getitem__(self, key: str) -> T:
+        return self._inner[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._inner))
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+
+class NoticeAccepted(Protocol):
+    def __call__(self, disk_id: str, directory: str, uid: int) -> None: ...
+
+
+class Opener:
+    """Opens the configured disks into ``disks``.
+
+    ``forming()`` says whether blank disks may begin without an operator, and the other nodes' ledgers (``node.forming``); ``epoch()`` is that of the layout in force.
+    ``on_accepted`` is told of a disk that an operator accepted.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        on_cell: OnCell,
+        ledger: Ledger,
+        *,
+        forming: Forming = begin_at_once,
+        epoch: Callable[[], int] = lambda: 1,
+        on_accepted: NoticeAccepted | None = None,
+        open_s: float = OPEN_S,
+    ) -> None:
+        self.disks = Disks()
+        self.ledger = ledger
+        self.forming = forming
+        self.on_accepted = on_accepted
+        self.foreign_stores = False
+        """Stores lie here that the ledger does not know: this node is not new."""
+        self._config = config
+        self._clock = clock
+        self._on_cell = on_cell
+        self._epoch = epoch
+        self._open_s = open_s
+        self._first = False
+        """This very process formed the node."""
+        self._told = CopiesToldLately(min(TOLD_BYTES_A_DISK * len(config.disks), TOLD_BYTES_MAX))
+        self._failure: BaseException | None = None
+
+    async def open(self) -> Disks:
+        """Returns when every disk is in use, is refused, or has had its time. Raises DirectoryInUse when another process has one: that is a mistake of setup."""
+        settled = {section.id: asyncio.Event() for section in self._config.disks}
+        for section in self._config.disks:
+            self.disks.expect(section.id, asyncio.get_running_loop().create_task(self._bring_up(section, settled[section.id])))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._open_s):
+                await asyncio.gather(*(event.wait() for event in settled.values()))
+        for section in self._config.disks:
+            if not settled[section.id].is_set():
+                self.disks.refuse(section, "hung", f"it has not answered within {self._open_s:.0f} s of being opened")
+        if self._failure is not None:
+            await self.disks.close()
+            raise self._failure
+        return self.disks
+
+    async def _bring_up(self, section: DiskSection, settled: asyncio.Event) -> None:
+        """Ends when the disk is in use, or refused for good."""
+        try:
+            opening = await self._admitted(section, settled)
+            disk = await self._open(section, opening)
+        except (DirectoryInUse, StoragedError, OSError) as error:
+            if isinstance(error, DirectoryInUse):
+                self._failure = self._failure or error
+            state = "foreign" if isinstance(error, DiskForeign) else "index-damaged" if isinstance(error, IndexDamaged) else "failed"
+            reason = error.message if isinstance(error, StoragedError) else f"{error.strerror}: {error.filename}"
+            self.disks.refuse(section, state, reason)
+        except Exception as mistake:  # of ours
+            if settled.is_set():
+                log.exception("a disk could not be opened", disk=section.id)
+            self._failure = self._failure or mistake
         else:
-            state = "foreign" if isinstance(result, DiskForeign) else "index-damaged" if isinstance(result, IndexDamaged) else "failed"
-            reason = result.message if isinstance(result, StoragedError) else f"{result.strerror}: {result.filename}"
-            log.error("a disk is refused; the others go on", disk=section.id, directory=section.directory, state=state, reason=reason)
-            disks.refused[section.id] = DiskStatus(section.id, section.directory, state, reason=reason)
-    if failure is not None:
-        await disks.close()
-        raise failure
-    return disks
+            self.disks.join(disk)
+        settled.set()
+
+    async def _admitted(self, section: DiskSection, settled: asyncio.Event) -> Opening:
+        """Waits until the disk may be opened. Raises DiskForeign for one that no waiting helps."""
+        place, directory = Path(self._config.node.directory), Path(section.directory)
+        while True:
+            blank = await in_own_thread(partial(is_blank, directory))
+            answers = self._answers()
+            admitted = admission(self.ledger, section.id, blank, answers.verdict)
+            if admitted.opening is not None:
+                if admitted.form:
+                    self._first = True
+                    await asyncio.to_thread(self.ledger.form, answers.ledgers, [section.id])
+                return admitted.opening
+            self.foreign_stores = self.foreign_stores or not blank
+            if (accepted := take_acceptance(place, section.id)) is not None:
+                await asyncio.to_thread(self.ledger.accept, section.id)
+                drop_acceptance(place, section.id)
+                log.warning("a disk was accepted by an operator", disk=section.id, directory=section.directory, blank=blank, uid=accepted)
+                if self.on_accepted is not None:
+                    self.on_accepted(section.id, section.directory, accepted)
+                return Opening(accepted=True)
+            self.disks.refuse(section, admitted.state, f"{directory}: {admitted.reason}")
+            settled.set()
+            await asyncio.sleep(FORMING_POLL_S if not self.ledger.formed else ACCEPTED_POLL_S)
+
+    def _answers(self) -> Answers:
+        if self._first:
+            return begin_at_once()
+        return Answers(Verdict(False)) if self.ledger.formed else self.forming()
+
+    async def _open(self, section: DiskSection, opening: Opening) -> LocalDisk:
+        directory, limits, ledger = Path(section.directory), self._config.limits, self.ledger
+        if failure := ledger.failure(section.id, "meta"):
+            raise DiskForeign(
+                f"the metadata store in {directory / 'meta'} failed before, as this node noted, and is not used again: {failure}"
+            )
+        drop_acceptance(Path(self._config.node.directory), section.id)
+        if opening.expected is None:
+            await in_own_thread(partial(directory.mkdir, parents=True, exist_ok=True, mode=0o700))
+        open_meta = partial(LmdbMetaStore.open_or_refuse, directory / "meta", opening.expected, map_bytes=limits.meta_map_bytes)
+        meta = await in_own_thread(open_meta)
+        meta.note_failed = partial(self._note_failed, section.id, "meta")
+        try:
+            fragments = await LocalFragmentStore.open(
+                directory / "fragments",
+                section.id,
+                limits=StoreLimits(segment_bytes=limits.segment_bytes, reserve_bytes=limits.reserve_bytes or None),
+                clock=self._clock,
+                on_damage=lambda fragment, cell: self._on_cell(section.id, fragment, cell),
+                failed_before=ledger.failure(section.id, "fragments"),
+                note_failed=partial(self._note_failed, section.id, "fragments"),
+                in_thread=in_own_thread,
+            )
+        except BaseException:
+            await meta.close()
+            raise
+        try:
+            await restore_copies(meta, fragments)
+            replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments, self._told), clock=self._clock)
+            if opening.accepted:  # what it promised before is not known: all of it lies below now
+                await replica.end_promises(self._epoch())
+            await asyncio.to_thread(ledger.record, section.id, meta.identity)
+        except BaseException:
+            await asyncio.gather(fragments.close(), meta.close())
+            raise
+        return LocalDisk(section.id, section.directory, meta, fragments, replica)
+
+    def _note_failed(self, disk_id: str, store: str, reason: str) -> bool:
+        """In the thread of a store that failed for good. Whether the next start knows it from the ledger."""
+        try:
+            self.ledger.note_failed(disk_id, store, reason)
+        except OSError as error:
+            log.error("the failure of a disk can't be noted", disk=disk_id, store=store, reason=str(error))
+            return False
+        return True
 
 
-async def _open(
-    section: DiskSection, config: Config, ledger: StoreLedger, clock: Clock, on_cell: OnCell, told: CopiesToldLately
-) -> LocalDisk:
-    directory, limits = Path(section.directory), config.limits
-    expected = ledger.identity(section.id)
-    if expected is None:
-        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o700)
-    meta = await asyncio.to_thread(LmdbMetaStore.open_or_refuse, directory / "meta", expected, map_bytes=limits.meta_map_bytes)
-    try:
-        store_limits = StoreLimits(segment_bytes=limits.segment_bytes, reserve_bytes=limits.reserve_bytes or None)
-        fragments = await LocalFragmentStore.open(
-            directory / "fragments",
-            section.id,
-            limits=store_limits,
-            clock=clock,
-            on_damage=lambda fragment, cell: on_cell(section.id, fragment, cell),
-        )
-    except BaseException:
-        await meta.close()
-        raise
-    try:
-        await restore_copies(meta, fragments)
-        replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments, told), clock=clock)
-    except BaseException:
-        await asyncio.gather(fragments.close(), meta.close())
-        raise
-    return LocalDisk(section.id, section.directory, meta, fragments, replica)
+async def open_disks(config: Config, clock: Clock, on_cell: OnCell, **more: Any) -> Disks:
+    """Opens every configured disk (``Opener``). A refused one is logged and reported; raises DirectoryInUse when another process has one."""
+    return await Opener(config, clock, on_cell, Ledger(Path(config.node.directory)), **more).open()
+
+
+async def in_own_thread(work: Callable[[], T], /) -> T:
+    """As ``asyncio.to_thread``, in a thread of its own that nothing waits for at the end: a disk that hangs keeps it for as long as it hangs."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def tell(set_outcome: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and with it who waited
+            loop.call_soon_threadsafe(lambda: None if outcome.done() else set_outcome())
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # told to who waits
+            tell(partial(outcome.set_exception, error))
+        else:
+            tell(partial(outcome.set_result, result))
+
+    threading.Thread(target=run, name="disk-opening", daemon=True).start()
+    return await outcome

@@ -21,7 +21,7 @@ from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.policy import Policy, policy_of
-from storaged.cluster.ports import DiskStatus, Method, PeerIdentity
+from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
 from storaged.config import Config, split_address
 from storaged.errors import (
@@ -45,8 +45,10 @@ from storaged.meta.names import RegisterName, Table
 from storaged.meta.remembered import PIECES_BYTES_MAX
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.node.auditing import Auditing
-from storaged.node.disks import Disks, open_disks
+from storaged.node.disks import Disks, Opener, Snapshot
+from storaged.node.forming import Answers, Verdict, answers_of
 from storaged.node.keeper import SystemKeeper
+from storaged.node.ledger import Ledger
 from storaged.node.reports import Reports
 from storaged.node.system import LAYOUT_FILE, SystemPaths, exchange_layout, operator_layout
 from storaged.objects.references import live_references
@@ -75,6 +77,9 @@ class Node:
         self.incarnation = system_entropy(INCARNATION_BYTES)
         self.directory = Path(config.node.directory)
         self.disks = Disks()
+        self._opener: Opener | None = None
+        self._heartbeats = False
+        """The other nodes are being asked."""
         self.gateway: Gateway | None = None
         self.maintenance: Maintenance | None = None
         self._disk_statuses: Sequence[DiskStatus] = ()
@@ -85,8 +90,7 @@ class Node:
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
         """Raises PortInUse, DirectoryInUse, LayoutRefused, ConfigInvalid, CertificateRefused: nothing stays open then."""
         await self._open_layouts()
-        self.disks = await open_disks(self.config, self.clock, self._cell_damaged)
-        stack.push_async_callback(self.disks.close)
+        await self._open_disks(stack)
         await self._tell_disks()
         self._build_network()
         self._build_ring()
@@ -97,6 +101,7 @@ class Node:
         if self.config.rpc.listen:
             await self._listen()
         await self.membership.start()
+        self._heartbeats = True
         await self.audit.start()
         self.layouts.watch(
             lambda layout: self.audit.note("layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes))
@@ -115,6 +120,44 @@ class Node:
         admin = AdminServer(self.reports.services(), self.metrics)
         stack.push_async_callback(admin.close)
         await admin.start(self.directory, self.config.admin.listen)
+
+    async def _open_disks(self, stack: contextlib.AsyncExitStack) -> None:
+        if not self.config.disks:
+            return
+        ledger = await asyncio.to_thread(Ledger, self.directory)
+        self._opener = Opener(
+            self.config,
+            self.clock,
+            self._cell_damaged,
+            ledger,
+            forming=self._forming,
+            epoch=lambda: self.layouts.epoch,
+            on_accepted=self._disk_accepted,
+        )
+        self.disks = await self._opener.open()
+        stack.push_async_callback(self.disks.close)
+
+    def _forming(self) -> Answers:
+        """What the other storage nodes say of whether this one may begin."""
+        assert self._opener is not None
+        others = {disk.node for disk in self.layouts.current.disks} - {self.own.name}
+        told: dict[str, LedgerReport | None] = {}
+        for name in others:
+            if not self._heartbeats:
+                return Answers(Verdict(False, "the other nodes have not been asked yet"))
+            status = self.membership.status(name)
+            told[name] = status.ledger if status.state == "up" else None
+        return answers_of(self._opener.ledger.id, told)
+
+    def _ledger_report(self, node: str) -> LedgerReport | None:
+        """What ``node`` is told of this node's ledger."""
+        if self._opener is None:
+            return None
+        ledger = self._opener.ledger
+        return LedgerReport(ledger.id, ledger.formed or self._opener.foreign_stores, ledger.node(node))
+
+    def _disk_accepted(self, disk_id: str, directory: str, uid: int) -> None:
+        self.audit.note("disk.accepted", actor=f"uid:{uid}", target=f"disk:{disk_id}", outcome="done", directory=directory)
 
     async def _open_layouts(self) -> None:
         files = LayoutFiles(self.directory / "layouts")
@@ -188,6 +231,7 @@ class Node:
             self.pool,
             self.layouts,
             disks=lambda: self._disk_statuses,
+            ledger=self._ledger_report,
             links=self.pool,
             clock=self.clock,
             pid=leader.pid if leader is not None else None,
@@ -200,8 +244,7 @@ class Node:
         return entry.address if entry is not None and entry.address else None
 
     def _build_ring(self) -> None:
-        replicas = {disk.id: disk.replica for disk in self.disks.used.values()}
-        fragments = {disk.id: disk.fragments for disk in self.disks.used.values()}
+        replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
             self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock).methods())
             self._methods.update(FragmentHost(fragments).methods())
@@ -245,8 +288,8 @@ class Node:
             pages=self.ring,
             scanner=self.scanner,
             stores=self.stores,
-            local_meta={disk.id: disk.meta for disk in self.disks.used.values()},
-            local_fragments={disk.id: disk.fragments for disk in self.disks.used.values()},
+            local_meta=Snapshot(self.disks.metas),
+            local_fragments=Snapshot(self.disks.fragments),
             end_promises=lambda disk: self.disks.used[disk].replica.end_promises(self.layouts.current.epoch),
             audit_alarms=self.auditing.alarms,
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import structlog
@@ -12,7 +10,6 @@ import structlog
 from storaged.cluster.identity import Identity, SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook
-from storaged.durable import replace_file
 from storaged.errors import LayoutRefused
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
@@ -102,24 +99,3 @@ def operator_layout(own: Identity) -> SignedLayout | None:
     except msgspec.MsgspecError as error:
         log.warning("a layout file is passed over", file=str(path), reason=str(error))
         return None
-
-
-class StoreLedger:
-    """Which store each of this node's disks had: ``disks.json`` in the node's directory, so that a wiped or exchanged disk is noticed."""
-
-    def __init__(self, node_directory: Path) -> None:
-        self._path = node_directory / "disks.json"
-        try:
-            self._known: dict[str, str] = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            self._known = {}
-
-    def identity(self, disk_id: str) -> bytes | None:
-        """None for a disk that was never in use here."""
-        text = self._known.get(disk_id)
-        return bytes.fromhex(text) if text else None
-
-    def record(self, disk_id: str, identity: bytes) -> None:
-        """Durable when it returns; before the disk answers anything."""
-        self._known[disk_id] = identity.hex()
-        replace_file(self._path, json.dumps(self._known, indent=2).encode() + b"\n")

@@ -28,7 +28,7 @@ from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
 from storaged.node.planes import Node
 from storaged.node.reports import _private
-from storaged.node.system import StoreLedger, SystemPaths, Taken, exchange_layout
+from storaged.node.system import SystemPaths, Taken, exchange_layout
 from storaged.wire import decode, encode
 from tests.unit.test_meta_store import raw
 
@@ -135,15 +135,6 @@ async def test_a_node_starts_on_the_layout_that_it_used_when_the_file_beside_it_
     assert "Another layout is known under epoch 1" in again.layouts.refusals()[0].reason
     (place / "identity" / "layout.signed").write_bytes(encode(SignedLayout(b"forged", bytes(64))))
     assert (await started()).layouts.current == used
-
-
-def test_the_ledger_remembers_which_store_a_disk_had(tmp_path: Path) -> None:
-    ledger = StoreLedger(tmp_path)
-    assert ledger.identity("d1") is None
-    ledger.record("d1", b"\1" * 24)
-    ledger.record("d2", b"\2" * 24)
-    again = StoreLedger(tmp_path)
-    assert (again.identity("d1"), again.identity("d2"), again.identity("d3")) == (b"\1" * 24, b"\2" * 24, None)
 
 
 def storage_config(place: Path) -> config.Config:
