@@ -93,11 +93,16 @@ class KeysSection(msgspec.Struct, frozen=True):
     passphrase: str = ""
 
 
+KEEP_DAYS_MIN = 180
+
+
 class AuditSection(msgspec.Struct, frozen=True):
-    """``directory`` empty: ``audit`` in the node's directory. A chain file is closed, and a new one begun, at ``file_bytes_max``."""
+    """``directory`` empty: ``audit`` in the node's directory. A chain file is closed, and a new one begun, at ``file_bytes_max``. A file whose last entry
+    is older than ``keep_days`` is removed; 0: none ever is. Never before six months (180 days) are over."""
 
     directory: str = ""
     file_bytes_max: int = 64 * MIB
+    keep_days: int = 190
 
 
 class LimitsSection(msgspec.Struct, frozen=True):
@@ -396,6 +401,14 @@ def _between(low: int, high: int) -> Callable[[Any], None]:
     return check
 
 
+def _zero_or_between(low: int, high: int) -> Callable[[Any], None]:
+    def check(value: Any) -> None:
+        if value:
+            _between(low, high)(value)
+
+    return check
+
+
 def _size_between(low: int, high: int) -> Callable[[Any], None]:
     def check(value: int) -> None:
         if not low <= value <= high:
@@ -418,6 +431,7 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
     ("s3", "proxies"): _check_networks,
     ("admin", "listen"): _check_loopback,
     ("audit", "file_bytes_max"): _size_between(64 * KIB, GIB),
+    ("audit", "keep_days"): _zero_or_between(KEEP_DAYS_MIN, 36_500),
     ("limits", "s3_requests_max"): _between(1, 100_000),
     ("limits", "rpc_inflight_bytes_max"): _size_between(64 * MIB, 16 * GIB),
     ("limits", "meta_map_bytes"): _size_between(16 * MIB, 64 * 1024 * GIB),

@@ -82,6 +82,7 @@ class _Queued(NamedTuple):
     file: Path | None
     """Begin this file with the line."""
     head: Head
+    time_ms: int
 
 
 class Trail(Protocol):
@@ -278,7 +279,7 @@ class AuditLog:
     def _push(self, line: bytes, digest: str, done: asyncio.Future[None] | None, file: Path | None) -> None:
         self._head = Head(self._chain, self._head.sequence + 1, digest)
         self._file_bytes += len(line)
-        self._queue.append(_Queued(line, done, file, self._head))
+        self._queue.append(_Queued(line, done, file, self._head, self._clock.wall_ms()))
         self._work.set()
 
     def _path(self) -> Path:
@@ -303,7 +304,7 @@ class AuditLog:
                     if not self.start_line:
                         self.start_line = batch[0].line.removesuffix(b"\n")
                     for item in batch:
-                        self.links.add(bytes.fromhex(item.head.hash))
+                        self.links.add(bytes.fromhex(item.head.hash), item.time_ms)
                         if item.done is not None and not item.done.done():
                             item.done.set_result(None)
 

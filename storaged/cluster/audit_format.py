@@ -125,7 +125,8 @@ class RegisterCheckpoint(Message, frozen=True):
 
 
 class Checkpoint(Message, frozen=True):
-    """What a node shows its witnesses: the chain's entry ``sequence`` has this hash, and ``link`` is over the hashes of all entries up to it.
+    """What a node shows its witnesses: the chain's entry ``sequence`` has this hash, and ``link`` is over the hashes of all entries up to it. ``time_ms`` is
+    that entry's.
 
     Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v2\\0`` and the encoding of this message with an empty signature.
     """

@@ -22,6 +22,7 @@ class Link(NamedTuple):
     sequence: int
     hash: bytes
     link: bytes
+    time_ms: int
 
 
 class LinkTail:
@@ -29,10 +30,10 @@ class LinkTail:
 
     def __init__(self, chain: str, kept_max: int = KEPT_MAX) -> None:
         self._kept: deque[Link] = deque(maxlen=kept_max)
-        self._last = Link(-1, b"", first_link(chain))
+        self._last = Link(-1, b"", first_link(chain), 0)
 
-    def add(self, entry_hash: bytes) -> None:
-        self._last = Link(self._last.sequence + 1, entry_hash, next_link(self._last.link, entry_hash))
+    def add(self, entry_hash: bytes, time_ms: int) -> None:
+        self._last = Link(self._last.sequence + 1, entry_hash, next_link(self._last.link, entry_hash), time_ms)
         self._kept.append(self._last)
 
     @property
@@ -54,7 +55,7 @@ def read_links(chain: str, files: Sequence[Path], *, after: int = -1, until: int
 
     Ends where an entry is missing or does not hold: what follows is not what was written. Raises OSError.
     """
-    last = Link(-1, b"", first_link(chain))
+    last = Link(-1, b"", first_link(chain), 0)
     for path in files:
         with path.open("rb") as file:
             while line := file.readline(ENTRY_BYTES_MAX + 1):
@@ -65,7 +66,7 @@ def read_links(chain: str, files: Sequence[Path], *, after: int = -1, until: int
                 if (entry.chain, entry.sequence) != (chain, last.sequence + 1) or (until is not None and entry.sequence > until):
                     return
                 entry_hash = bytes.fromhex(entry.hash)
-                last = Link(entry.sequence, entry_hash, next_link(last.link, entry_hash))
+                last = Link(entry.sequence, entry_hash, next_link(last.link, entry_hash), entry.time_ms)
                 if last.sequence > after:
                     yield last
 

@@ -29,13 +29,11 @@ from storaged.cluster.audit_format import (
     predecessor_of,
 )
 from storaged.cluster.identity import signed_by_node
-from storaged.cluster.witness_record import SeenNode
+from storaged.cluster.witness_record import Mark, SeenChain, SeenNode
+from storaged.config import KEEP_DAYS_MIN
 from storaged.errors import StoragedError
 
 PRUNED: Final = "audit.pruned"
-KEEP_DAYS_MIN: Final = 180
-"""Six months: a file of the log is not removed before, by the node or in its name."""
-
 DAY_MS: Final = 24 * 3600 * 1000
 
 
@@ -229,9 +227,19 @@ def _find_missing(
         elif whole and at > gone:
             reason = f"chain {name} is missing: {view.name} saw its entry {checkpoint.sequence}"
             problems.append(AuditProblem(name, checkpoint.sequence, "", reason, (view.name,)))
-        elif whole and name in pruned and (days := (pruned[name].time_ms - checkpoint.time_ms) // DAY_MS) < KEEP_DAYS_MIN:
-            reason = f"chain {name} was removed {days} days after {view.name} saw its entry {checkpoint.sequence}, before {KEEP_DAYS_MIN} days were over"
-            problems.append(AuditProblem(name, checkpoint.sequence, "", reason, (view.name,)))
+        if name in pruned and (removed := _removed_too_early(seen, pruned[name])):
+            problems.append(AuditProblem(name, removed[0], "", f"{removed[1]}, by the word of {view.name}", (view.name,)))
+
+
+def _removed_too_early(seen: SeenChain, pruned: _Pruned) -> tuple[int, str] | None:
+    """The entry of a chain that was removed before KEEP_DAYS_MIN were over, and what that is called. The times are those of entries, as the node told them before."""
+    last = seen.checkpoint
+    shown = [mark for mark in (*seen.marks, Mark(last.sequence, last.hash, last.time_ms)) if mark.sequence <= pruned.sequence]
+    if not shown or (days := (pruned.time_ms - shown[-1].time_ms) // DAY_MS) >= KEEP_DAYS_MIN:
+        return None
+    return shown[
+        -1
+    ].sequence, f"entry {shown[-1].sequence} of chain {last.chain} was removed when it was {days} days old, not {KEEP_DAYS_MIN}"
 
 
 def _result(view: WitnessView, unusable: str, ordered: Sequence[_Chain], problems: Sequence[AuditProblem]) -> WitnessResult:

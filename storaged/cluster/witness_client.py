@@ -17,7 +17,6 @@ from typing import Final
 
 import structlog
 
-from storaged.clock import Clock
 from storaged.cluster.audit import AuditLog, Signer
 from storaged.cluster.audit_files import chain_files
 from storaged.cluster.audit_format import Checkpoint
@@ -68,7 +67,6 @@ class WitnessClient:
         signer: Signer,
         caller: Caller,
         witnesses: Callable[[], Sequence[str]],
-        clock: Clock,
         *,
         every_s: float = EVERY_S,
     ) -> None:
@@ -76,7 +74,6 @@ class WitnessClient:
         self.signer = signer
         self._caller = caller
         self._witnesses = witnesses
-        self._clock = clock
         self._every_s = every_s
         self._known: dict[str, _Witness] = {}
 
@@ -197,7 +194,7 @@ class WitnessClient:
     async def _send(self, name: str, chain: str, piece: Sequence[Link], start: bytes) -> WitnessReply:
         last = piece[-1]
         after = piece[0].sequence - 1
-        unsigned = Checkpoint(self._audit.node, chain, last.sequence, last.hash, last.link, self._clock.wall_ms(), self.signer.certificate)
+        unsigned = Checkpoint(self._audit.node, chain, last.sequence, last.hash, last.link, last.time_ms, self.signer.certificate)
         checkpoint = unsigned.signed_with(self.signer.sign(unsigned.signed_bytes()))
         request = WitnessRequest(checkpoint, after, start if after < 0 else b"")
         body = [b"".join(link.hash for link in piece)]

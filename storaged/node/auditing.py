@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 
 from storaged.cluster.audit import AuditLog
+from storaged.cluster.audit_retention import prune_regularly
 from storaged.cluster.identity import Identity, NodeSigner
 from storaged.cluster.ports import Methods
 from storaged.cluster.witness import WitnessBook, WitnessedReply, WitnessedRequest
@@ -42,7 +43,7 @@ class Auditing:
         )
         self._client: WitnessClient | None = None
         if isinstance(self.log, AuditLog):
-            self._client = WitnessClient(self.log, NodeSigner(own), node.pool, self._witnesses, node.clock)
+            self._client = WitnessClient(self.log, NodeSigner(own), node.pool, self._witnesses)
         self._book: WitnessBook | None = None
         if config.storage and node.leader is None:
             authority = x509.load_pem_x509_certificate((own.directory / "authority.crt").read_bytes())
@@ -53,7 +54,9 @@ class Auditing:
         return self._book.methods() if self._book is not None else {}
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._client.run()] if self._client is not None else []
+        if self._client is None or not isinstance(self.log, AuditLog):
+            return []
+        return [self._client.run(), prune_regularly(self.log, self._node.clock, self._node.config.audit.keep_days)]
 
     async def close(self) -> None:
         """The last entries are on disk, and the witnesses that can be reached have seen them."""

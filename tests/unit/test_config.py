@@ -115,6 +115,7 @@ def test_a_line_that_is_not_toml_does_not_hide_the_other_mistakes() -> None:
         (("[rpc]", '[s3]\ntls_key = "k"\n[rpc]'), "both"),
         (("[rpc]", "[s3]\nworkers = 2\n[rpc]"), "a node with disks is one process"),
         (("[rpc]", "[s3]\nworkers = 0\n[rpc]"), "outside 1 .. 64"),
+        (("[rpc]", "[audit]\nkeep_days = 30\n[rpc]"), "outside 180 .. 36500"),
         (("[rpc]", "[rpcs]"), "did you mean 'rpc'"),
     ],
 )
@@ -127,6 +128,13 @@ def test_each_mistake_is_named(change: tuple[str, str], word: str) -> None:
 def test_a_gateway_wants_exactly_one_thing_that_opens_its_keyring() -> None:
     assert any("one of" in m.message for m in mistakes_of(GATEWAY.replace("[limits]", 'passphrase = "p"\n[limits]')))
     assert any("one of" in m.message for m in mistakes_of(GATEWAY.replace('credential = "$CREDENTIALS_DIRECTORY/keyring"', "")))
+
+
+@pytest.mark.parametrize("days", [0, 180, 4000])
+def test_an_audit_log_is_kept_six_months_or_longer_or_for_ever(tmp_path: Path, days: int) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(STORAGE.replace("[rpc]", f"[audit]\nkeep_days = {days}\n[rpc]"))
+    assert config.load(path).audit.keep_days == days
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ async def test_what_is_not_kept_in_memory_any_more_is_read_from_the_files(rig: W
     monkeypatch.setattr("storaged.cluster.witness_client.HASHES_MAX", 7)
     await rig.start(file_bytes_max=3000)
     rig.log.links = LinkTail(rig.log.head.chain, 4)
-    rig.log.links.add(bytes.fromhex(rig.log.head.hash))
+    rig.log.links.add(bytes.fromhex(rig.log.head.hash), 1)
     await rig.write(40)
     assert rig.log.links.after(0) is None
     await rig.client.publish()

@@ -78,7 +78,7 @@ class Witnessed:
         self.starts += 1
         self.log = AuditLog(self.audit, "gw", self.starts.to_bytes(8, "big"), clock=self.clock, file_bytes_max=file_bytes_max)
         await self.log.start()
-        self.client = WitnessClient(self.log, NodeSigner(self.own), self.wire, lambda: list(self.books), self.clock)
+        self.client = WitnessClient(self.log, NodeSigner(self.own), self.wire, lambda: list(self.books))
 
     async def write(self, count: int) -> None:
         for number in range(count):
