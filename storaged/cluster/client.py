@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 import structlog
 from msgspec import MsgspecError
 
+from storaged.clock import Clock, SystemClock
 from storaged.cluster import faults, identity
 from storaged.cluster.connection import SMALL_BODY_BYTES, URGENT_BODY_BYTES, Connection, describe, measure
+from storaged.cluster.expiry import FRESH_AGAIN_S, FRESH_BEFORE_S, expired, expiry_of
 from storaged.cluster.framing import (
     DEADLINE_MS_MAX,
     ERROR,
@@ -124,6 +126,10 @@ class ClientConnection(Connection):
         self.node = node
         self.limits = limits
         self.calls = calls
+        self.expires_s = float("inf")
+        """Seconds since 1970: when the peer's certificate, or our own, is over."""
+        self.fresh_at_s = float("inf")
+        """When to try for a connection that lasts longer."""
         self.hello: asyncio.Future[Hello] = loop.create_future()
         self.pending: dict[int, _Pending] = {}
         self._last_id = 0
@@ -325,6 +331,10 @@ class _Link:
         self.reason = ""
         self.connects = 0
         self.attempt: asyncio.Future[ClientConnection] | None = pool.loop.create_future()
+        self.renewed = asyncio.Event()
+        """A connection under newer certificates is to take the place of the one in use."""
+        self.retired: list[ClientConnection] = []
+        """Connections whose place was taken: they end with the calls that are under way on them."""
         self.task = pool.loop.create_task(self._run())
 
     @property
@@ -344,7 +354,7 @@ class _Link:
             else:
                 self._arrived(connection)
                 began = self.pool.loop.time()
-                await asyncio.shield(connection.lost)
+                connection = await self._lost(connection)
                 self.connection = None
                 if self.pool.loop.time() - began >= limits.backoff_max_s:
                     failures = 0
@@ -355,16 +365,56 @@ class _Link:
             longest_s = min(limits.backoff_first_s * 2 ** min(failures, 16), limits.backoff_max_s)
             await asyncio.sleep(limits.backoff_first_s / 2 + longest_s * self.pool.jitter())
 
+    async def _lost(self, connection: ClientConnection) -> ClientConnection:
+        """The connection that was lost: this one, or the last of those that have taken its place meanwhile."""
+        while not connection.lost.done():
+            renewed = asyncio.ensure_future(self.renewed.wait())
+            try:
+                await asyncio.wait((connection.lost, renewed), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                renewed.cancel()
+            if connection.lost.done():
+                break
+            try:
+                fresh = await self._dial()
+            except Exception as error:  # the old one may still do; once it is over, this is what there is
+                log.info("no newer connection yet", peer=self.node, reason=describe(error))
+                continue
+            self.connects += 1
+            self.retired.append(connection)
+            self.connection = connection = fresh
+        return connection
+
+    def look_at_expiry(self, wall_s: float) -> None:
+        """Ends what is over, and sees to a successor in time."""
+        for connection in list(self.retired):
+            if not connection.pending or connection.expires_s <= wall_s:
+                connection.close("a newer connection has taken its place")
+                self.retired.remove(connection)
+        current = self.connection
+        if current is None:
+            return
+        if current.expires_s <= wall_s:
+            current.abort("its certificate, or this node's, has expired")
+        elif current.fresh_at_s <= wall_s:
+            current.fresh_at_s = wall_s + FRESH_AGAIN_S
+            self.renewed.set()
+
     async def _dial(self) -> ClientConnection:
         pool, node = self.pool, self.node
+        self.renewed.clear()
         host, port = pool.endpoint(node)
         connection = ClientConnection(pool.loop, node, pool.limits, pool.calls)
         try:
             async with asyncio.timeout(pool.limits.connect_timeout_s):
                 await pool.loop.create_connection(lambda: connection, host, port, ssl=pool.context, server_hostname=node)
-                peer = identity.identity_of(connection.peer_certificate())
+                certificate, own = connection.peer_certificate(), pool.identity
+                peer, peer_expires_s = identity.identity_of(certificate), expiry_of(certificate)
+                connection.expires_s = min(peer_expires_s, own.expires.timestamp())
+                connection.fresh_at_s = connection.expires_s - FRESH_BEFORE_S
+                if peer_expires_s <= pool.clock.wall_ms() / 1000:
+                    raise expired(node, peer_expires_s)
                 pool.judge(node, peer)
-                own = pool.identity
                 connection.send(Kind.HELLO, 0, encode(Hello(own.cluster, own.name, pool.incarnation_bytes, PROTOCOL_VERSION)))
                 hello = await connection.hello
                 if (hello.cluster, hello.name, hello.version) != (own.cluster, node, PROTOCOL_VERSION):
@@ -411,6 +461,8 @@ class _Link:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
         self._fail_waiting("this node is stopping")
+        for retired in self.retired:
+            retired.abort("this node is stopping")
         if self.connection is not None:
             connection, self.connection = self.connection, None
             connection.close("this node is stopping")
@@ -449,7 +501,9 @@ class RpcPool:
         limits: PoolLimits | None = None,
         on_refusal: OnRefusal | None = None,
         jitter: Callable[[], float] = random.random,
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock if clock is not None else SystemClock()
         self.identity = own
         self.context = identity.client_context(own)
         self.limits = limits or PoolLimits()
@@ -485,9 +539,12 @@ class RpcPool:
         await asyncio.gather(*(link.close() for link in links))
 
     def renew(self, own: identity.Identity) -> None:
-        """New connections use the certificate that lies in the identity's directory now. Raises CertificateRefused and keeps the old one."""
+        """Connections are made anew under the certificate that lies in the identity's directory now; calls under way are not broken. Raises CertificateRefused and
+        keeps the old one."""
         identity.renew(self.context, own)
         self.identity = own
+        for link in self._links.values():
+            link.renewed.set()
 
     # What is known of peers.
 
@@ -663,4 +720,5 @@ class RpcPool:
         for link in list(self._links.values()):
             if link.connection is not None and link.connection.stalled_s(now) > self.limits.stall_timeout_s:
                 link.connection.abort("the peer made no progress")
+            link.look_at_expiry(self.clock.wall_ms() / 1000)
         self._sweep_timer = self.loop.call_later(1.0, self._sweep)

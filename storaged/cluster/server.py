@@ -3,7 +3,8 @@
 Theory of operation. A peer is let in by three gates in this order: TLS (a certificate of this cluster's authority, valid now), the certificate's
 extension and the admission policy (jurisdiction), and the handshake (same cluster, same protocol version, the name that was certified). A
 refusal is sent when there is somebody to send it to, logged, and handed to ``on_refusal`` for the audit log. A certificate outlives a membership: what a peer
-may call follows from the layout in force (``membership``), and is judged again, for connections that stand too, whenever that changes (``judge_again``).
+may call follows from the layout in force (``membership``), and is judged again, for connections that stand too, whenever that changes (``judge_again``). A certificate
+that is over ends its connection (``expiry``).
 
 A request is answered in one of three ways (``ports.Method``): at once, on the event loop, where nothing needs waiting; by a callback, of what ``begin`` took on,
 mostly when a disk has written it; else by a task. A task ends early, cancelled, when its caller withdraws the call, its deadline has passed or the connection is gone.
@@ -33,8 +34,10 @@ from typing import Any, NamedTuple
 import structlog
 from msgspec import MsgspecError
 
+from storaged.clock import Clock, SystemClock
 from storaged.cluster import faults, identity
 from storaged.cluster.connection import SMALL_BODY_BYTES, Connection, describe, measure
+from storaged.cluster.expiry import expired, expiry_of
 from storaged.cluster.framing import (
     CANCEL,
     HANDSHAKE_BYTES_MAX,
@@ -156,6 +159,8 @@ class ServerConnection(Connection):
         self.peer: PeerIdentity | None = None
         self.roles: frozenset[str] = frozenset()
         """In which the layout in force knows the peer."""
+        self.expires_s = float("inf")
+        """Seconds since 1970: when the peer's certificate is over."""
         self.caller: PeerIdentity | None = None
         """The peer with the roles in which the layout in force knows it: what handlers see."""
         self._methods: dict[bytes, Method] = {}
@@ -436,9 +441,11 @@ class RpcServer:
         incarnation: bytes = b"",
         limits: ServerLimits | None = None,
         on_refusal: OnRefusal | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.identity = own
         self.limits = limits or ServerLimits()
+        self._clock = clock if clock is not None else SystemClock()
         self.methods_by_name = {name.encode("ascii"): method for name, method in methods.items()}
         assert all(0 < len(name) < 256 for name in self.methods_by_name)
         self.budget = Budget(self.limits.inflight_bytes_max)
@@ -532,11 +539,15 @@ class RpcServer:
             try:
                 self._admission(peer)
             except StoragedError as error:
-                self._refused += 1
-                log.warning("node refused", peer=peer.name, code=error.code, reason=error.message)
-                connection.abort(error.message)
-                if self._on_refusal is not None:
-                    self._on_refusal(peer.name, error)
+                self._end(connection, peer.name, error)
+
+    def _end(self, connection: ServerConnection, name: str, error: StoragedError) -> None:
+        """A peer that was let in is welcome no longer."""
+        self._refused += 1
+        log.warning("node refused", peer=name, code=error.code, reason=error.message)
+        connection.abort(error.message)
+        if self._on_refusal is not None:
+            self._on_refusal(name, error)
 
     def statistics(self) -> ServerStatistics:
         connections = self._connections
@@ -607,8 +618,10 @@ class RpcServer:
                 await self.loop.connect_accepted_socket(
                     lambda: connection, accepted, ssl=self._context, ssl_handshake_timeout=self.limits.handshake_timeout_s
                 )
-                peer = identity.identity_of(connection.peer_certificate())
+                certificate = connection.peer_certificate()
+                peer, connection.expires_s = identity.identity_of(certificate), expiry_of(certificate)
                 who = peer.name
+                self._check_valid(connection, peer.name)
                 self._admission(peer)
                 self._judge(await connection.hello, peer)
         except StoragedError as error:
@@ -623,6 +636,11 @@ class RpcServer:
             raise
         else:
             self._let_in(connection, peer)
+
+    def _check_valid(self, connection: ServerConnection, name: str) -> None:
+        """Raises CertificateRefused once the peer's certificate is over."""
+        if connection.expires_s <= self._clock.wall_ms() / 1000:
+            raise expired(name, connection.expires_s)
 
     def _judge(self, hello: Hello, peer: PeerIdentity) -> None:
         own = self.identity
@@ -662,10 +680,12 @@ class RpcServer:
             log.debug("node disconnected", peer=peer, reason=connection.reason)
 
     def _sweep(self) -> None:
-        now = self.loop.time()
+        now, wall_s = self.loop.time(), self._clock.wall_ms() / 1000
         for connection in list(self._connections):
             if connection.stalled_s(now) > self.limits.stall_timeout_s:
                 connection.abort("the peer made no progress")
+            if connection.expires_s <= wall_s and connection.is_open and connection.peer is not None:
+                self._end(connection, connection.peer.name, expired(connection.peer.name, connection.expires_s))
             for request_id, running in [entry for entry in connection.running.items() if entry[1].deadline < now]:
                 connection.end_early(request_id, running)
         self._sweep_timer = self.loop.call_later(SWEEP_S, self._sweep)

@@ -223,6 +223,7 @@ class Node:
             local_methods=self._methods,
             incarnation=self.incarnation,
             on_refusal=self._refused,
+            clock=self.clock,
         )
         leader = self.leader
         self.membership = Membership(
@@ -313,6 +314,7 @@ class Node:
             incarnation=self.incarnation,
             limits=ServerLimits(inflight_bytes_max=self.config.limits.rpc_inflight_bytes_max),
             on_refusal=self._refused,
+            clock=self.clock,
         )
         try:
             await self._server.start(host, port)

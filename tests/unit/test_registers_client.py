@@ -31,12 +31,12 @@ from storaged.meta.copies import PlainCopies
 from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies
-from storaged.meta.register import Verdict
-from storaged.meta.replica import LocalReplica
+from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies, StoreBatch
+from storaged.meta.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
+from storaged.meta.replica import META_HIGH_WATER, LocalReplica
 from storaged.meta.rounds import Turns
 from storaged.meta.store import LmdbMetaStore
-from storaged.wire import Buffer
+from storaged.wire import Buffer, encode
 
 DISKS = ("d0", "d1", "d2")
 SCOPE = b"b" * 16
@@ -884,3 +884,69 @@ async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) 
         await client.close()
         for store in stores.values():
             await store.close()
+
+
+# --- counters beyond the hour ----------------------------------------------------------------------------------------------
+
+
+class Ahead(SystemClock):
+    """Its wall clock is two hours fast."""
+
+    def wall_ms(self) -> int:
+        return super().wall_ms() + 7_200_000
+
+
+def lie(replica: Unreliable, verdict: Verdict) -> None:
+    """From now on it says that the end of all counters is in the way."""
+    told = messages.PrepareReply(verdict, Ballot(1, COUNTER_MAX - 1, "liar", b""))
+    replica.inner.prepare_at_once = lambda _request: told  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.PREEMPTED, Verdict.DAMAGED, Verdict.AHEAD])
+async def test_one_replica_that_lies_about_counters_leads_no_proposer_to_where_the_others_refuse_it(ring: Ring, verdict: Verdict) -> None:
+    client = ring.client()
+    for replica in (ring.first, ring.second, ring.third):
+        honest = replica.inner.prepare_at_once
+        lie(replica, verdict)
+        for body in (b"one", b"two"):
+            assert (await client.change(NAME, put(body))).after is not None
+        assert (await client.settle(NAME)) is not None
+        replica.inner.prepare_at_once = honest  # type: ignore[method-assign]
+    now_us = SystemClock().wall_ms() * 1000
+    assert client._around.ballots.next(1, 0, now_us).counter < now_us + 60_000_000
+
+
+async def test_where_a_majority_is_beyond_the_hour_a_proposer_follows(ring: Ring) -> None:
+    """A cluster whose clocks once ran ahead, from before there was a bound: its high-water ballots lie there."""
+    far = SystemClock().wall_ms() * 1000 + 24 * COUNTER_AHEAD_MAX_US
+    for disk in ring.order[:2]:
+        await ring.stores[disk].commit(StoreBatch(meta={META_HIGH_WATER: encode(Ballot(1, far, "", b""))}))
+        ring.replicas[disk].inner = ring._replica(disk)
+    client = ring.client()
+    after = (await client.change(NAME, put(b"one"))).after
+    assert (await client.read(NAME)).value == after
+    assert client._around.ballots.next(1, 0, SystemClock().wall_ms() * 1000).counter > far
+
+
+async def test_a_node_whose_clock_is_hours_ahead_is_told_so_and_goes_on_when_it_is_set_right(ring: Ring) -> None:
+    clock = Ahead()
+    client = ring.client(clock=clock)
+    with pytest.raises(ServiceUnavailable, match=r"more than an hour ahead of their clocks"):
+        await client.change(NAME, put(b"one"))
+    clock.wall_ms = SystemClock().wall_ms  # type: ignore[method-assign]
+    assert (await client.change(NAME, put(b"one"))).after is not None
+
+
+async def test_a_layout_that_replicas_are_about_to_learn_costs_a_retry(ring: Ring) -> None:
+    client, answered = ring.client(), 0
+    for replica in ring.replicas.values():
+        honest = replica.inner.prepare_at_once
+
+        def newer(request: messages.Prepare, honest: Any = honest) -> messages.PrepareReply:
+            nonlocal answered
+            answered += 1
+            return messages.PrepareReply(Verdict.NEWER) if answered <= 3 else honest(request)
+
+        replica.inner.prepare_at_once = newer  # type: ignore[method-assign]
+    assert (await client.change(NAME, put(b"one"))).after is not None
+    assert answered > 3

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog.testing
 import xxhash
 
 from storaged.cluster.ports import Call, PeerIdentity, Reply
@@ -20,7 +21,7 @@ from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.messages import ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy, Done, StoreBatch
-from storaged.meta.register import HIGH_WATER_BLOCK_US, Verdict
+from storaged.meta.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, HIGH_WATER_BLOCK_US, Verdict
 from storaged.meta.remote import ReplicaHost
 from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import Want
@@ -577,3 +578,58 @@ async def test_a_host_answers_for_its_own_disks_only() -> None:
     assert b"".join(bytes(piece) for piece in answer.body) == b"payload"
     with pytest.raises(DiskUnusable):
         await methods["meta.prepare"].handler(messages.Prepare("elsewhere", NAME, ballot(10)), call)
+
+
+# --- rule 15: counters -----------------------------------------------------------------------------------------------------
+
+
+NOW_US = 1_800_000_000_000_000
+
+
+@pytest.mark.parametrize("header", [b"", b"of a copy"])
+async def test_a_counter_more_than_an_hour_ahead_is_refused_by_prepare_accept_and_create(header: bytes) -> None:
+    replica = LocalReplica("d", MemoryMetaStore(), clock=FixedClock(NOW_US // 1000))
+    bound = NOW_US + COUNTER_AHEAD_MAX_US
+    for counter in (bound + 1, COUNTER_MAX):
+        assert (await replica.prepare(prepare(ballot(counter)))).verdict == Verdict.AHEAD
+        request = msgspec.structs.replace(accept(ballot(counter), value()), header=header)
+        assert (await replica.accept(request)).verdict == Verdict.AHEAD
+        create = messages.Create(request.disk, request.name, request.ballot, request.value, header=header)
+        assert (await replica.accept(create)).verdict == Verdict.AHEAD
+    assert (await replica.prepare(prepare(ballot(bound)))).verdict == Verdict.OK
+    assert (await replica.accept(accept(ballot(bound), value()))).verdict == Verdict.OK
+
+
+async def test_what_was_refused_as_too_far_ahead_leaves_no_promise_and_no_high_water_ballot() -> None:
+    """One prepare with the highest counter would have stopped the disk for ever, over restarts too."""
+    store = MemoryMetaStore()
+    for _ in range(2):
+        replica = LocalReplica("d", store, clock=FixedClock(NOW_US // 1000))
+        await replica.prepare(prepare(ballot(COUNTER_MAX)))
+        await replica.accept(accept(ballot(COUNTER_MAX), value()))
+    assert (await replica.prepare(prepare(ballot(NOW_US)))).verdict == Verdict.OK
+    assert (await replica.accept(accept(ballot(NOW_US), value()))).verdict == Verdict.OK
+
+
+async def test_a_replica_whose_clock_was_set_back_goes_on_from_its_high_water_ballot() -> None:
+    store = MemoryMetaStore()
+    await LocalReplica("d", store, clock=FixedClock(NOW_US // 1000)).prepare(prepare(ballot(NOW_US)))
+    reset = LocalReplica("d", store, clock=FixedClock(1))
+    assert (await reset.prepare(prepare(ballot(NOW_US + COUNTER_AHEAD_MAX_US)))).verdict == Verdict.OK
+    assert (await LocalReplica("e", MemoryMetaStore(), clock=FixedClock(1)).prepare(prepare(ballot(NOW_US)))).verdict == Verdict.AHEAD
+
+
+async def test_a_fall_of_the_sequence_is_taken_counted_and_told_promised_or_not() -> None:
+    replica = LocalReplica("d", MemoryMetaStore(), clock=FixedClock(NOW_US // 1000))
+    held = msgspec.structs.replace(value(), sequence=5)
+    await replica.accept(accept(ballot(10), held))
+    await replica.accept(accept(ballot(11), msgspec.structs.replace(held, sequence=6)))
+    assert replica.statistics().sequence_falls == 0
+    assert (await replica.accept(accept(ballot(12), msgspec.structs.replace(held, sequence=4)))).verdict == Verdict.OK
+    assert replica.statistics().sequence_falls == 1
+    await replica.prepare(prepare(ballot(13)))
+    with structlog.testing.capture_logs() as logs:
+        assert (await replica.accept(accept(ballot(13), msgspec.structs.replace(held, sequence=3)))).verdict == Verdict.OK
+    assert replica.statistics().sequence_falls == 2
+    assert [(entry["event"], entry["held"], entry["sequence"]) for entry in logs] == [("a register's sequence falls", 4, 3)]
+    assert not replica._sequences
