@@ -12,10 +12,12 @@ from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.objects import upload_checks
 from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
-from storaged.s3.request import Request
+from storaged.s3.request import Request, origin
 
 PARTS_PAGE_MAX = 1000
 PARSE_INLINE_BYTES_MAX = 64 * 1024
+PART_NUMBER_CHARS_MAX = 32
+"""Leading zeros and all; ``int`` refuses thousands of digits with another error."""
 
 _ONLY_COMPOSITE = frozenset({"SHA1", "SHA256"})
 
@@ -122,10 +124,9 @@ async def complete(front: Front, request: Request) -> Reply:
     )
     answer: Headers = {"x-amz-server-side-encryption": "AES256"}
     version_header(result.version_id, answer)
-    scheme = "https" if request.secure else "http"
     body = xml.document(
         "CompleteMultipartUploadResult",
-        xml.element("Location", f"{scheme}://{headers.get('host', '')}{request.resource}"),
+        xml.element("Location", f"{origin(request)}{request.resource}"),
         f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key)}</Key><ETag>&quot;{result.etag}&quot;</ETag>",
         "".join(xml.element(f"Checksum{name}", value) for name, value in result.checksums.items()),
         xml.optional("ChecksumType", result.checksum_type if result.checksums else ""),
@@ -143,9 +144,11 @@ def _completed_parts(data: bytes) -> list[CompletedPart]:
     for node in root.children:
         found = node.fields(_PART_FIELDS)
         text = found.get("PartNumber", "").strip()
-        if "ETag" not in found or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= PARTS_MAX:
+        if "ETag" not in found or not text.isascii() or not text.isdigit() or len(text) > PART_NUMBER_CHARS_MAX:
             raise errors.MalformedXML()
         number = int(text)
+        if not 1 <= number <= PARTS_MAX:
+            raise errors.MalformedXML()
         if number < previous:
             raise errors.InvalidPartOrder()
         if number == previous:

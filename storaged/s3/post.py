@@ -19,7 +19,7 @@ from storaged.s3.form import FormReader, boundary_of
 from storaged.s3.operations import check_fields
 from storaged.s3.policy import Policy, check_policy, parse_policy
 from storaged.s3.reply import CONTROL, Reply, stored_headers, xml_reply
-from storaged.s3.request import ANONYMOUS, Request, check_key
+from storaged.s3.request import ANONYMOUS, Request, check_key, origin
 from storaged.s3.tags import tags_from
 from storaged.wire import Buffer
 
@@ -128,8 +128,7 @@ async def _bounded(form: FormReader, policy: Policy | None) -> AsyncIterator[Buf
 def _answer(request: Request, fields: Mapping[str, str], result: PutResult) -> Reply:
     headers = stored_headers(result)
     key = request.key.decode()
-    scheme = "https" if request.secure else "http"
-    location = f"{scheme}://{request.headers.get('host', '')}/{request.bucket}/{xml.escape_key(request.key, url=True)}"
+    location = f"{origin(request)}/{request.bucket}/{xml.escape_key(request.key, url=True)}"
     redirect = fields.get("success_action_redirect") or fields.get("redirect") or ""
     if target := _redirect(redirect, urlencode({"bucket": request.bucket, "key": key, "etag": f'"{result.etag}"'})):
         return Reply(303, {**headers, "Location": target})

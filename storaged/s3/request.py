@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from msgspec import Struct, field
 
@@ -144,6 +144,14 @@ class Request(Struct):
     def resource(self) -> str:
         """As errors name it: the path, without the query."""
         return self.raw_target.partition(b"?")[0].decode("utf-8", "replace")
+
+
+def origin(request: Request) -> str:
+    """``https://host`` as its client names this server; bytes of the host that are not ASCII are percent-encoded. Fails
+    for
+    no host, so that an answer can name it once all is done."""
+    host = request.headers.get("host", "").encode("utf-8", "surrogateescape")
+    return f"{'https' if request.secure else 'http'}://{quote_from_bytes(host, safe=':[]')}"
 
 
 def version_of(request: Request) -> str:

@@ -59,6 +59,8 @@ _REMEMBERED_CHARS_MAX = 1024
 _Claimed = tuple[str, str, str, str, str, tuple[str, ...]]
 """Access key, date, region, service, scope, and the signed headers."""
 
+_SIGNED_PREFIXES = ("x-amz-", "x-storaged-")
+
 Pairs = Sequence[tuple[bytes, bytes]]
 """Query parameters, decoded, in the order they came."""
 
@@ -248,10 +250,15 @@ def check_time(claim: Claim, now_ms: int) -> None:
 
 
 def check_signed_headers(claim: Claim, names: Iterable[str]) -> None:
-    """Every x-amz-* header must be signed, else a man in the middle could add some. Raises AccessDenied that names them."""
+    """Every x-amz-* and x-storaged-* header must be signed, else an intermediary could add some. Raises AccessDenied
+    that names them."""
     unsigned = []
     for name in names:
-        if name.startswith("x-amz-") and name not in claim.signed_headers and not (claim.presigned and name == "x-amz-content-sha256"):
+        if (
+            name.startswith(_SIGNED_PREFIXES)
+            and name not in claim.signed_headers
+            and not (claim.presigned and name == "x-amz-content-sha256")
+        ):
             unsigned.append(name)  # noqa: PERF401 - mostly there is none, and a comprehension is a call
     if unsigned:
         raise AccessDenied("There were headers present in the request which were not signed", HeadersNotSigned=", ".join(unsigned))

@@ -1,117 +1,151 @@
-"""Documents that clients send: what they may be made of, and that no document keeps the event loop."""
+"""What a signature covers, and documents: their digests, their bounds, and what is answered once they have been acted
+on."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import time
+from collections.abc import AsyncIterator
+
+import botocore.auth  # type: ignore[import-untyped]
 import pytest
+import pytest_asyncio
+from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
-from storaged import errors
-from storaged.s3 import xml
-
-S3 = xml.NAMESPACE
-
-
-def tags(count: int) -> bytes:
-    rows = b"".join(b"<Tag><Key>k%d</Key><Value>v</Value></Tag>" % number for number in range(count))
-    return b"<Tagging><TagSet>" + rows + b"</TagSet></Tagging>"
+from storaged.s3 import sigv4
+from storaged.s3.request import parse_target
+from tests.unit.s3_world import ACCESS, REGION, SECRET, World
+from tests.unit.test_s3_fail_closed import call, filled, md5_of, state
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        b'<Tagging xmlns="http://example.org/"/>',
-        b'<Tagging xmlns="http://s3.amazonaws.com/doc/2006-03-01"/>',
-        f'<Tagging xmlns="{S3}"><TagSet xmlns="urn:x"/></Tagging>'.encode(),
-        f'<a:Tagging xmlns:a="{S3}x"/>'.encode(),
-        f'<Tagging xmlns="{S3}" xmlns:b="urn:b"><b:TagSet/></Tagging>'.encode(),
-    ],
-)
-def test_an_element_of_a_foreign_namespace_is_refused(document: bytes) -> None:
-    with pytest.raises(errors.MalformedXML):
-        xml.parse(document, "Tagging")
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    async with filled() as world:
+        yield world
 
 
-@pytest.mark.parametrize("document", [f'<Tagging xmlns="{S3}"/>', "<Tagging/>", f'<a:Tagging xmlns:a="{S3}"><TagSet/></a:Tagging>'])
-def test_s3s_namespace_and_none_are_taken(document: str) -> None:
-    assert xml.parse(document.encode(), "Tagging").name == "Tagging"
+def signed_to(host: bytes, method: str, target: str, body: bytes) -> bytes:
+    """A request with a Host that no client library would send, and a signature of it."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    payload = hashlib.sha256(body).hexdigest()
+    headers = {"host": host.decode("utf-8", "surrogateescape"), "x-amz-content-sha256": payload, "x-amz-date": stamp}
+    parsed = parse_target(target.encode())
+    canonical = sigv4.canonical_request(method, parsed.raw_path, parsed.pairs, sorted(headers), headers, payload)
+    scope = f"{stamp[:8]}/{REGION}/s3/aws4_request"
+    signature = sigv4.sign(sigv4.signing_key(SECRET, stamp[:8], REGION), sigv4.string_to_sign(stamp, scope, canonical))
+    authorization = f"AWS4-HMAC-SHA256 Credential={ACCESS}/{scope}, SignedHeaders={';'.join(sorted(headers))}, Signature={signature}"
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), f"Authorization: {authorization}"]
+    lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
+    return "\r\n".join(lines).encode("utf-8", "surrogateescape") + body
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
-@pytest.mark.parametrize("start", ["", " ", '<?xml version="1.0"?>', "\ufeff"])
-def test_a_document_in_another_encoding_is_refused(encoding: str, start: str) -> None:
-    document = (start + "<Tagging><TagSet><Tag><Key>\u00e9</Key></Tag></TagSet></Tagging>").encode(encoding)
-    with pytest.raises(errors.MalformedXML):
-        xml.parse(document, "Tagging")
+# --- signatures -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["UTF-16", "ISO-8859-1", "US-ASCII", "UTF-7", "\u212a"])
-def test_a_document_that_says_it_is_not_utf_8_is_refused(encoding: str) -> None:
-    with pytest.raises(errors.MalformedXML):
-        xml.parse(f'<?xml version="1.0" encoding="{encoding}"?><Tagging/>'.encode(), "Tagging")
+@pytest.mark.parametrize("presigned", [False, True])
+@pytest.mark.parametrize("name", ["x-storaged-countries", "X-Storaged-Countries", "x-storaged-anything", "x-amz-meta-a"])
+async def test_what_an_intermediary_adds_to_a_signed_request_is_refused(world: World, name: str, presigned: bool) -> None:
+    before = state(world)
+    request = AWSRequest("PUT", f"{world.endpoint}/new")
+    auth = botocore.auth.S3SigV4QueryAuth if presigned else botocore.auth.S3SigV4Auth
+    auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
+    lines = [f"PUT {request.url.removeprefix(world.endpoint)} HTTP/1.1", f"Host: 127.0.0.1:{world.port}", "Connection: close"]
+    lines += [*(f"{key}: {value}" for key, value in request.headers.items()), "Content-Length: 0"]
+    added = "\r\n".join([*lines, f"{name}: FR", "", ""]).encode()
+    answer = await world.raw(added)
+    assert answer.startswith(b"HTTP/1.1 403 ")
+    assert f"<HeadersNotSigned>{name.lower()}</HeadersNotSigned>".encode() in answer
+    assert state(world) == before
+    assert (await world.raw("\r\n".join([*lines, "", ""]).encode())).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize(
-    "start", ["", "\ufeff", '<?xml version="1.0"?>', '<?xml version="1.0" encoding="utf-8"?>', '<?xml version="1.0" encoding="UTF-8"?>']
-)
-def test_utf_8_is_taken_with_and_without_saying_so(start: str) -> None:
-    assert xml.parse((start + "<Tagging/>").encode(), "Tagging").name == "Tagging"
+async def test_countries_that_are_signed_are_taken(world: World) -> None:
+    assert (await call(world, "PUT", "/new", {"x-storaged-countries": "FR"}))[0] == 200
+    assert world.buckets.by_name["new"].countries == ("FR",)
 
 
-@pytest.mark.parametrize("root", xml.DOCUMENT_ELEMENTS_MAX)
-def test_each_document_has_a_number_of_elements_of_its_own(root: str) -> None:
-    most = xml.DOCUMENT_ELEMENTS_MAX[root]
-    document = f"<{root}>{{}}</{root}>"
-    xml.parse(document.format("<a/>" * (most - 1)).encode(), root)
-    with pytest.raises(errors.MalformedXML):
-        xml.parse(document.format("<a/>" * most).encode(), root)
+# --- documents --------------------------------------------------------------------------------------------------------
 
 
-def test_what_s3_allows_is_within_the_bounds() -> None:
-    assert len(xml.parse(tags(50), "Tagging").children[0].children) == 50
-    part = b"<Part><PartNumber>1</PartNumber><ETag>e</ETag><ChecksumSHA256>c</ChecksumSHA256></Part>"
-    assert (
-        len(xml.parse(b"<CompleteMultipartUpload>" + part * 10_000 + b"</CompleteMultipartUpload>", "CompleteMultipartUpload").children)
-        == 10_000
+async def uploaded(world: World) -> tuple[str, bytes]:
+    """(target, document) that complete an upload of one part."""
+    upload_id = next(iter(world.objects.uploads))
+    assert (await call(world, "PUT", f"/bucket/k?partNumber=1&uploadId={upload_id}", body=b"part"))[0] == 200
+    etag = hashlib.md5(b"part").hexdigest()
+    part = f"<Part><PartNumber>1</PartNumber><ETag>{etag}</ETag></Part>"
+    return f"/bucket/k?uploadId={upload_id}", f"<CompleteMultipartUpload>{part}</CompleteMultipartUpload>".encode()
+
+
+TAGS = b"<Tagging><TagSet><Tag><Key>a</Key><Value>b</Value></Tag></TagSet></Tagging>"
+PLACE = f"<CreateBucketConfiguration><LocationConstraint>{REGION}</LocationConstraint></CreateBucketConfiguration>".encode()
+WRONG_MD5 = {"content-md5": base64.b64encode(bytes(16)).decode()}
+WRONG_CRC = {"x-amz-checksum-crc32": base64.b64encode(b"\x00\x00\x00\x01").decode()}
+
+WRONG_DIGESTS = [
+    (method, target, body, headers)
+    for method, target, body in (
+        ("PUT", "/new", PLACE), ("PUT", "/new", b""), ("PUT", "/bucket?tagging", TAGS), ("PUT", "/bucket/k?tagging", TAGS),
+        ("POST", "/bucket?delete", b"<Delete><Object><Key>k</Key></Object></Delete>"), ("PUT", "/bucket?acl", b"<AccessControlPolicy/>"),
+        ("PUT", "/bucket/k?acl", b""),
     )
-    key = b"&#x10FFFF;" * 256
-    entry = (
-        b"<Object><Key>"
-        + key
-        + b"</Key><VersionId>v</VersionId><ETag>e</ETag><LastModifiedTime>t</LastModifiedTime><Size>1</Size></Object>"
-    )
-    assert len(xml.parse(b"<Delete>" + entry * 1000 + b"<Quiet>true</Quiet></Delete>", "Delete").children) == 1001
+    for headers in (WRONG_MD5, WRONG_CRC)
+]  # fmt: skip
 
 
-def test_attributes_are_bounded_before_they_are_taken_apart() -> None:
-    few = b" ".join(b'a%d="1"' % number for number in range(xml.ATTRIBUTES_MAX))
-    xml.parse(b"<Tagging " + few + b"/>", "Tagging")
-    with pytest.raises(errors.MalformedXML):
-        xml.parse(b"<Tagging " + few + b' b="1"/>', "Tagging")
+@pytest.mark.parametrize(("method", "target", "body", "headers"), WRONG_DIGESTS)
+async def test_a_document_that_is_not_what_its_digest_says_changes_nothing(
+    world: World, method: str, target: str, body: bytes, headers: dict[str, str]
+) -> None:
+    before = state(world)
+    assert (await call(world, method, target, headers, body))[:2] == (400, "BadDigest")
+    assert (await call(world, method, target, {"content-md5": "?"}, body))[:2] == (400, "InvalidDigest")
+    assert state(world) == before
 
 
-class _Counted(bytes):
-    """Counts what is taken of it."""
+async def test_a_list_of_parts_that_is_not_what_its_digest_says_completes_nothing(world: World) -> None:
+    target, document = await uploaded(world)
+    before = state(world)
+    assert (await call(world, "POST", target, WRONG_MD5, document))[:2] == (400, "BadDigest")
+    assert state(world) == before
+    assert (await call(world, "POST", target, md5_of(document), document))[:2] == (200, "")
+    assert (await call(world, "GET", "/bucket/k"))[2].endswith(b"part")
 
-    taken = 0
 
-    def __getitem__(self, index: object) -> bytes:  # type: ignore[override]
-        found = super().__getitem__(index)  # type: ignore[index]
-        self.taken += len(found)
-        return found
+@pytest.mark.parametrize("number", ["9" * 5000, "10001", "0", "", "-1", "1.0", "\u0661", "1_0", "0x1"])
+async def test_a_part_number_that_is_none_completes_nothing(world: World, number: str) -> None:
+    target, _ = await uploaded(world)
+    before = state(world)
+    document = f"<CompleteMultipartUpload><Part><PartNumber>{number}</PartNumber><ETag>x</ETag></Part></CompleteMultipartUpload>"
+    assert (await call(world, "POST", target, body=document.encode()))[:2] == (400, "MalformedXML")
+    assert state(world) == before
+
+
+async def test_a_host_that_is_not_ascii_does_not_fail_what_has_been_done(world: World) -> None:
+    """The answer names the host: it must not fail once the upload is complete."""
+    target, document = await uploaded(world)
+    answer = await world.raw(signed_to(b"x\xff", "POST", target, document))
+    status = int(answer.split(b" ", 2)[1])
+    done = (await call(world, "GET", "/bucket/k"))[2].endswith(b"part")
+    assert (status, done) in ((200, True), (400, False))
 
 
 @pytest.mark.parametrize(
-    "document",
+    ("method", "target", "headers"),
     [
-        b"<Tagging " + b" ".join(b'a%d="1"' % number for number in range(150_000)) + b"/>",
-        b"<Tagging><!--" + b"x" * 1_000_000 + b"--></Tagging>",
-        b"<Tagging a='" + b"&amp;" * 200_000 + b"'/>",
-        b"<T" + b"a" * 1_000_000 + b"/>",
-        b"<Tagging><?a " + b"x" * 1_000_000 + b"?></Tagging>",
-        tags(30_000),
+        ("DELETE", "/bucket/k", {}), ("DELETE", "/empty", {}), ("DELETE", "/bucket/k?tagging", {}), ("POST", "/bucket/k?uploads", {}),
+        ("PUT", "/bucket/copy", {"x-amz-copy-source": "/bucket/k"}),
     ],
-)
-def test_of_a_document_that_is_made_to_take_long_little_is_read(document: bytes) -> None:
-    counted = _Counted(document)
-    with pytest.raises(errors.MalformedXML):
-        xml.parse(counted, "Tagging")
-    assert counted.taken <= 2 * xml.TOKEN_BYTES_MAX
+)  # fmt: skip
+async def test_a_body_where_none_belongs_changes_nothing(world: World, method: str, target: str, headers: dict[str, str]) -> None:
+    before = state(world)
+    assert (await call(world, method, target, headers, b"<Delete/>"))[:2] == (400, "UnexpectedContent")
+    assert state(world) == before
+
+
+@pytest.mark.parametrize("target", ["/bucket?tagging", "/bucket/k?tagging", "/bucket?acl", "/new"])
+async def test_a_document_beyond_its_bound_is_refused(world: World, target: str) -> None:
+    before = state(world)
+    assert (await call(world, "PUT", target, body=b" " * (256 * 1024 + 1)))[:2] == (400, "MaxMessageLengthExceeded")
+    assert state(world) == before

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -25,14 +26,21 @@ ETAG = hashlib.md5(OLD).hexdigest()
 PAST, FUTURE = "Mon, 01 Jan 1994 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
 
 
-@pytest_asyncio.fixture
-async def world() -> AsyncIterator[World]:
+@asynccontextmanager
+async def filled() -> AsyncIterator[World]:
+    """Two buckets, one of them empty; an object with an upload of the same key."""
     async with s3_world() as world:
         who = (await world.users.lookup(ACCESS))[0]
         for name in ("bucket", "empty"):
             await world.buckets.create(who, name, region=REGION)
         assert (await call(world, "PUT", "/bucket/k", body=OLD))[:2] == (200, "")
         assert (await call(world, "POST", "/bucket/k?uploads"))[:2] == (200, "")
+        yield world
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    async with filled() as world:
         yield world
 
 
