@@ -7,7 +7,7 @@ Paths are relative to the file's own folder, so that a node's folder can be move
     [cluster]  identity (the folder with this node's certificate, the cluster's authority and the layout)
     [[disks]]  id, directory            (role storage; one table a disk)
     [rpc]      listen
-    [s3]       listen, workers, region, domains, tls_certificate, tls_key, unauthenticated_*_max, proxies   (role gateway)
+    [s3]       listen, workers, region, strict_region, domains, tls_certificate, tls_key, unauthenticated_*_max, proxies   (role gateway)
     [admin]    listen
     [keys]     keyring, credential or passphrase                       (role gateway)
     [audit]    directory
@@ -64,12 +64,14 @@ class RpcSection(msgspec.Struct, frozen=True):
 
 class S3Section(msgspec.Struct, frozen=True):
     """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``: processes that share the port.
+    ``region``: told to clients. ``strict_region``: refuse signatures and new buckets of any other; else every region is accepted.
     ``unauthenticated_*_max``: what one address (a /64 of IPv6) may have of connections, requests and bytes before they have authenticated;
     beyond, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come from there."""
 
     listen: str = "127.0.0.1:8333"
     workers: int = 1
     region: str = "eu-fr-1"
+    strict_region: bool = False
     domains: list[str] = []
     tls_certificate: str = ""
     tls_key: str = ""

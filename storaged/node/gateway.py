@@ -258,6 +258,7 @@ class Gateway:
             AuditedBuckets(self.buckets, node.audit, node.clock),
             self.users,
             region=config.s3.region,
+            strict_region=config.s3.strict_region,
             domains=config.s3.domains,
             clock=node.clock,
             entropy=system_entropy,

@@ -2,7 +2,7 @@
 
 The S3 front parses a request into these; ``objects`` carries it out; ``maintain`` and ``admin`` use the same calls.
 Keys are bytes (UTF-8, 1..1024), as they were sent. ETags are hex without quotes, ``-N`` behind those of multipart uploads.
-Checksum algorithms are named CRC32, CRC32C, CRC64NVME, SHA1, SHA256; their values are base64, as in the headers.
+Checksum algorithms are named as in ``CHECKSUM_ALGORITHMS``; their values are base64, as in the headers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from storaged.objects.etags import Condition
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 from storaged.wire import Buffer
 
-CHECKSUM_ALGORITHMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256")
+CHECKSUM_ALGORITHMS = (
+    "CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256", "SHA512", "MD5", "XXHASH64", "XXHASH3", "XXHASH128",
+)  # fmt: skip
+"""Those of S3's ``ChecksumAlgorithm``. https://docs.aws.amazon.com/AmazonS3/latest/API/API_Checksum.html"""
+DEFAULT_ALGORITHM = "CRC64NVME"
+"""Kept of what came without a checksum, as AWS does."""
 
 OBJECT_BYTES_MAX = 5 * 1024**4
 PART_BYTES_MAX = 5 * 1024**3
@@ -69,7 +74,7 @@ class NewMeta(Struct, frozen=True):
 
 class BodyChecks(Struct, frozen=True):
     """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand; ``trailing``: asked after the body was read whole,
-    returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value was declared.
+    returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value was declared; DEFAULT_ALGORITHM when nothing is named.
     ``size`` None: unknown until the end (chunked without a decoded length). ``sha256``: hex of what the body was signed as, empty when nobody else checks that."""
 
     size: int | None = None

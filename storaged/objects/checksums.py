@@ -1,7 +1,7 @@
-"""MD5 and the five checksums of S3: computed piece by piece, verified against what was declared, combined for multipart uploads.
+"""MD5 and the ten checksums of S3: computed piece by piece, verified against what was declared, combined for multipart uploads.
 
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html. ``hashlib``'s ``update`` and zlib release the interpreter lock; the CRCs
-of awscrt run at memory speed.
+of awscrt and xxHash run at memory speed. What came without a checksum gets CRC64NVME: 0.3 us for a small object.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import xxhash
 from awscrt import checksums as crt
 
 from storaged.errors import BadDigest, IncompleteBody, InvalidRequest, XAmzContentSHA256Mismatch
-from storaged.objects.api import BodyChecks
+from storaged.objects.api import CHECKSUM_ALGORITHMS, DEFAULT_ALGORITHM, BodyChecks
 from storaged.wire import Buffer
 
 FULL_OBJECT = "FULL_OBJECT"
@@ -55,17 +56,45 @@ _ALGORITHMS: dict[str, _Algorithm] = {
     "CRC64NVME": _Algorithm(lambda: _Crc(crt.crc64nvme, 8), crt.combine_crc64nvme, 8),
     "SHA1": _Algorithm(lambda: hashlib.sha1(usedforsecurity=False), None, 20),
     "SHA256": _Algorithm(hashlib.sha256, None, 32),
+    "SHA512": _Algorithm(hashlib.sha512, None, 64),
+    "MD5": _Algorithm(lambda: hashlib.md5(usedforsecurity=False), None, 16),
+    "XXHASH64": _Algorithm(xxhash.xxh64, None, 8),
+    "XXHASH3": _Algorithm(xxhash.xxh3_64, None, 8),
+    "XXHASH128": _Algorithm(xxhash.xxh3_128, None, 16),
 }
+assert tuple(_ALGORITHMS) == CHECKSUM_ALGORITHMS
+
+CHECKSUM_BYTES = {name: rule.width_bytes for name, rule in _ALGORITHMS.items()}
+"""Of each algorithm's value, before base64."""
+
+
+_crc64nvme: Callable[[Buffer, int], int] = crt.crc64nvme  # type: ignore[assignment]  # it takes any buffer
 
 
 def can_be_full_object(algorithm: str) -> bool:
-    """CRCs of parts combine to the whole object's; SHA values don't."""
+    """CRCs of parts combine to the whole object's; hashes don't."""
     return _ALGORITHMS[algorithm].combine is not None
 
 
 def default_type(algorithm: str) -> str:
     """The checksum type of a multipart upload that names none, as AWS chooses it."""
     return FULL_OBJECT if algorithm == "CRC64NVME" else COMPOSITE if algorithm else ""
+
+
+def can_be_composite(algorithm: str) -> bool:
+    """AWS has CRC64NVME for whole objects only."""
+    return algorithm != DEFAULT_ALGORITHM
+
+
+def checksum_of(algorithm: str, data: Buffer) -> str:
+    """Base64 of one algorithm's value."""
+    found = _ALGORITHMS[algorithm].new()
+    found.update(data)
+    return _base64(found.digest())
+
+
+def _base64(digest: bytes) -> str:
+    return binascii.b2a_base64(digest, newline=False).decode()
 
 
 class Digest(NamedTuple):
@@ -90,6 +119,8 @@ class BodyDigest:
                 raise InvalidRequest(f"The checksum algorithm {name} is not known.")
             if name not in self._sums:
                 self._sums[name] = _ALGORITHMS[name].new()
+        if not self._sums:
+            self._sums[DEFAULT_ALGORITHM] = _ALGORITHMS[DEFAULT_ALGORITHM].new()
         self._signed_hash = self._sums.get("SHA256") or hashlib.sha256() if checks.sha256 else None
 
     def update(self, piece: Buffer) -> None:
@@ -112,7 +143,7 @@ class BodyDigest:
         md5 = self._md5.digest()
         if self._checks.md5 is not None and md5 != self._checks.md5:
             raise BadDigest("The Content-MD5 you specified did not match what we received.")
-        found = {name: base64.b64encode(checksum.digest()).decode() for name, checksum in self._sums.items()}
+        found = {name: _base64(checksum.digest()) for name, checksum in self._sums.items()}
         for name, value in declared.items():
             if name not in found:
                 raise InvalidRequest(f"The trailer has a {name} checksum that the request did not announce.")
@@ -134,7 +165,7 @@ def digest_of(plain: Buffer, checks: BodyChecks) -> Digest:
     md5 = hashlib.md5(plain, usedforsecurity=False)
     if checks.md5 is not None and md5.digest() != checks.md5:
         raise BadDigest("The Content-MD5 you specified did not match what we received.")
-    return Digest(md5.hexdigest(), {}, len(plain))
+    return Digest(md5.hexdigest(), {DEFAULT_ALGORITHM: _base64(_crc64nvme(plain, 0).to_bytes(8, "big"))}, len(plain))
 
 
 def multipart_etag(etags: Sequence[str]) -> str:
@@ -158,13 +189,13 @@ def multipart_checksum(algorithm: str, kind: str, parts: Sequence[tuple[str, int
     if kind == COMPOSITE:
         total = rule.new()
         total.update(b"".join(values))
-        return f"{base64.b64encode(total.digest()).decode()}-{len(parts)}"
+        return f"{_base64(total.digest())}-{len(parts)}"
     if rule.combine is None:
         raise InvalidRequest(f"The {algorithm} checksum of a multipart upload can only be COMPOSITE.")
     whole = 0
     for value, (_text, size) in zip(values, parts, strict=True):
         whole = rule.combine(whole, int.from_bytes(value, "big"), size)
-    return base64.b64encode(whole.to_bytes(rule.width_bytes, "big")).decode()
+    return _base64(whole.to_bytes(rule.width_bytes, "big"))
 
 
 def decode_checksum(algorithm: str, text: str) -> bytes | None:

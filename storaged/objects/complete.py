@@ -37,9 +37,9 @@ from storaged.errors import (
 )
 from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
 from storaged.meta.ports import Outcome
-from storaged.objects.api import NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
+from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
 from storaged.objects.background import cancel_all
-from storaged.objects.checksums import multipart_checksum, multipart_etag
+from storaged.objects.checksums import FULL_OBJECT, multipart_checksum, multipart_etag, same_checksums
 from storaged.objects.commit import ProposedAgain
 from storaged.objects.conditions import check_write, needs_etag
 from storaged.objects.manifest import renew_pages, write_manifest, write_sealed_parts
@@ -174,7 +174,8 @@ async def _complete_once(
     rows = await _rows(plane, bucket, upload)
     if not resumed:
         await check_early(plane, name, upload.place, keys, conditions)
-        chosen = await plane.in_thread(_chosen, plane, rows, parts)
+        algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
+        chosen = await plane.in_thread(_chosen, plane, rows, parts, algorithm)
         version = await _make_version(plane, name, upload, chosen, owner, checksums, checksum_type, declared_size)
         held.hashes = version.pages
         upload = upload._replace(record=await _pin(plane, name, upload, version, digest, held))
@@ -219,7 +220,7 @@ async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) 
     return {row.entry.number: (row, part) for row, part in zip(rows, opened, strict=True)}
 
 
-def _chosen(plane: ObjectPlane, rows: Rows, parts: Sequence[CompletedPart]) -> list[tuple[PartRecord, SealedPart]]:
+def _chosen(plane: ObjectPlane, rows: Rows, parts: Sequence[CompletedPart], algorithm: str) -> list[tuple[PartRecord, SealedPart]]:
     """The parts that the client names, checked against what was uploaded."""
     if not parts or len(parts) > plane.limits.parts_max:
         raise MalformedXML
@@ -229,7 +230,7 @@ def _chosen(plane: ObjectPlane, rows: Rows, parts: Sequence[CompletedPart]) -> l
     chosen = []
     for part in parts:
         found = rows.get(part.number)
-        if found is None or found[1].etag != part.etag or any(value != found[1].checksum for value in part.checksums.values()):
+        if found is None or found[1].etag != part.etag or not same_checksums(part.checksums, {algorithm: found[1].checksum}):
             raise InvalidPart(PartNumber=str(part.number), ETag=part.etag)
         chosen.append(found)
     for row, sealed in chosen[:-1]:
@@ -260,14 +261,14 @@ async def _make_version(
         raise EntityTooLarge(MaxSizeAllowed=str(plane.limits.object_bytes_max), ProposedSize=str(size))
     if declared_size is not None and declared_size != size:
         raise InvalidRequest(f"The parts have {size} bytes; x-amz-mp-object-size says {declared_size}.")
-    found = _checksums(upload.record, parts, checksums, checksum_type)
+    found, kind = _checksums(upload.record, parts, checksums, checksum_type)
     manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
     context_id = upload.record.upload_id
     meta = msgspec.structs.replace(
         upload.meta,
         etag=multipart_etag([part.etag for part in parts]),
         checksums=found,
-        checksum_type=upload.record.checksum_type if found else "",
+        checksum_type=kind,
         size=size,
     )
     sealed_pages: tuple[bytes, ...] = ()
@@ -295,18 +296,21 @@ async def _make_version(
     )
 
 
-def _checksums(record: UploadRecord, parts: Sequence[SealedPart], declared: Mapping[str, str], checksum_type: str) -> dict[str, str]:
-    algorithm = record.checksum_algorithm
-    if checksum_type and checksum_type != record.checksum_type:
-        raise InvalidRequest(f"The upload was created for checksums of type {record.checksum_type or 'none'}, not {checksum_type}.")
+def _checksums(
+    record: UploadRecord, parts: Sequence[SealedPart], declared: Mapping[str, str], checksum_type: str
+) -> tuple[dict[str, str], str]:
+    """(algorithm -> value, type) of the whole: of the algorithm that the upload was created for, or CRC64NVME. Raises InvalidRequest, BadDigest."""
+    algorithm, kind = record.checksum_algorithm or DEFAULT_ALGORITHM, record.checksum_type or FULL_OBJECT
+    if checksum_type and checksum_type != kind:
+        raise BadDigest(f"The upload was created for checksums of type {kind}, not {checksum_type}.")
     if any(name != algorithm for name in declared):
-        raise InvalidRequest(f"The upload was created for {algorithm or 'no'} checksums, not {', '.join(declared)}.")
-    if not algorithm:
-        return {}
-    value = multipart_checksum(algorithm, record.checksum_type, [(part.checksum, part.size) for part in parts])
+        raise InvalidRequest(f"The upload was created for {algorithm} checksums, not {', '.join(declared)}.")
+    if not record.checksum_algorithm and not declared and not all(part.checksum for part in parts):
+        return {}, ""  # parts from before every part kept a checksum
+    value = multipart_checksum(algorithm, kind, [(part.checksum, part.size) for part in parts])
     if declared and declared[algorithm] not in (value, value.partition("-")[0]):
         raise BadDigest(f"The {algorithm} you specified did not match the calculated checksum.")
-    return {algorithm: value}
+    return {algorithm: value}, kind
 
 
 async def _pin(

@@ -22,6 +22,7 @@ from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, 
 from storaged.meta.ports import Row
 from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
+    DEFAULT_ALGORITHM,
     NO_READ_CONDITIONS,
     Body,
     BodyChecks,
@@ -32,7 +33,7 @@ from storaged.objects.api import (
     ReadConditions,
     UploadInfo,
 )
-from storaged.objects.checksums import COMPOSITE, FULL_OBJECT, can_be_full_object, default_type
+from storaged.objects.checksums import COMPOSITE, FULL_OBJECT, can_be_composite, can_be_full_object, default_type
 from storaged.objects.complete import finish
 from storaged.objects.copy import body_of
 from storaged.objects.get import get
@@ -107,15 +108,17 @@ def _checked_type(algorithm: str, checksum_type: str) -> str:
         raise InvalidRequest(f"The checksum type {kind} is not known.")
     if kind == FULL_OBJECT and not can_be_full_object(algorithm):
         raise InvalidRequest(f"The FULL_OBJECT checksum type cannot be used with the {algorithm} algorithm.")
-    if kind == COMPOSITE and algorithm == "CRC64NVME":
-        raise InvalidRequest("The COMPOSITE checksum type cannot be used with the CRC64NVME algorithm.")
+    if kind == COMPOSITE and not can_be_composite(algorithm):
+        raise InvalidRequest(f"The COMPOSITE checksum type cannot be used with the {algorithm} algorithm.")
     return kind
 
 
 async def put_part(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
 ) -> PutResult:
-    """Stores one part; another of the same number takes its place. Raises NoSuchUpload, InvalidArgument, and as ``put``."""
+    """Stores one part; another of the same number takes its place. It keeps the checksum that the upload was created for, or CRC64NVME.
+
+    Raises NoSuchUpload, InvalidArgument, InvalidRequest (a checksum of another algorithm), and as ``put``."""
     if not 1 <= number <= plane.limits.parts_max:
         raise InvalidArgument(f"Part number must be an integer between 1 and {plane.limits.parts_max}, inclusive.")
     upload = await open_upload(plane, bucket, key, upload_id)
@@ -123,8 +126,12 @@ async def put_part(
         raise NoSuchUpload(UploadId=upload_id)
     owner = object_name(bucket.id, bucket.shard_numbers, key)
     row_name = part_name(bucket.id, upload.record.upload_id, number)
-    algorithm = upload.record.checksum_algorithm
-    if algorithm and algorithm not in checks.algorithms:
+    algorithm, declared = upload.record.checksum_algorithm or DEFAULT_ALGORITHM, {*checks.checksums, *checks.algorithms}
+    if upload.record.checksum_algorithm and declared - {algorithm}:
+        raise InvalidRequest(
+            f"Checksum Type mismatch occurred, expected checksum Type: {algorithm.lower()}, actual checksum Type: {', '.join(declared).lower()}"
+        )
+    if algorithm not in declared:
         checks = msgspec.structs.replace(checks, algorithms=(*checks.algorithms, algorithm))
     data_id = plane.entropy(DATA_ID_BYTES)
     async with sealed_body(plane, bucket, owner, body, checks, dek=upload.dek, data_id=data_id, number=number) as sealed:
@@ -145,7 +152,8 @@ async def put_part(
         replaced = decode(before.body, PartRecord).entry
         if replaced.data_id != entry.data_id:
             plane.background.spawn(retire_parts(plane, bucket, owner, [replaced]))
-    return PutResult(digest.etag, size=digest.size, checksums=digest.checksums, modified_ms=now_ms)
+    told = {name: value for name, value in digest.checksums.items() if name in (declared or {algorithm})}
+    return PutResult(digest.etag, size=digest.size, checksums=told, modified_ms=now_ms)
 
 
 async def copy_part(
@@ -233,7 +241,7 @@ async def list_parts(
     if upload.record.state not in (OPEN, COMPLETING):
         raise NoSuchUpload(UploadId=upload_id)
     found: list[PartInfo] = []
-    algorithm = upload.record.checksum_algorithm
+    algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
     async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id, after=min(after, 0xFFFF)):
         if len(found) >= limit:
             return upload.info, found, found[-1].number if found else after

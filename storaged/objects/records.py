@@ -207,7 +207,7 @@ class SealedPartsPage(Message, frozen=True):
 
 class SealedMeta(Message, frozen=True):
     """Sealed in the record. ``headers``: content-type, cache-control, content-disposition, content-encoding, content-language, expires, lower case, as they were sent.
-    ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm (CRC32, CRC32C, CRC64NVME, SHA1, SHA256) -> base64, with ``-N`` when composite.
+    ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm (``api.CHECKSUM_ALGORITHMS``) -> base64, with ``-N`` when composite.
     ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts`` only for multipart objects of up to 10,000 parts (sealed in pages of its own when there are more than 32).
     ``size``: the object's, which the record also has in the clear: the two must agree."""
 

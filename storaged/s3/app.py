@@ -101,6 +101,7 @@ class S3App:
         users: Users,
         *,
         region: str,
+        strict_region: bool = False,
         domains: Sequence[str] = (),
         clock: Clock,
         entropy: Entropy,
@@ -109,7 +110,7 @@ class S3App:
         on_request: Callable[[RequestDone], None] | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        self._front = Front(objects, buckets, users, region, clock, self._limits)
+        self._front = Front(objects, buckets, users, region, clock, self._limits, strict_region)
         self._domains = tuple(domain.lower().strip(".") for domain in domains)
         self._proxies = tuple(proxies)
         self._clock = clock
@@ -264,7 +265,7 @@ class S3App:
             self._locate(request)
             if request.query and request.query.keys() != _SAYS_NOTHING:
                 return False
-            claim = claim_of(request, front.region)
+            claim = claim_of(request, front.signed_region)
             known = front.users.at_hand(claim.access_key) if claim is not None else None
             bucket = front.buckets.at_hand(request.bucket)
             if claim is None or known is None or bucket is None or not request.key:
@@ -449,7 +450,7 @@ class S3App:
             request.operation = operation.name
             began_ns = time.perf_counter_ns() if spans is not None else 0
             if operation.signed:
-                claim = claim_of(request, front.region)
+                claim = claim_of(request, front.signed_region)
                 if claim is None:
                     admit_anonymous(request)
                 else:

@@ -14,7 +14,7 @@ _WITH_TRAILERS = frozenset({sigv4.STREAMING_SIGNED_TRAILER, sigv4.STREAMING_UNSI
 
 
 def claim_of(request: Request, region: str) -> sigv4.Claim | None:
-    """What the request says about its signature, of this service and region; None: it is not signed.
+    """What the request says about its signature, of this service and region (empty: of any); None: it is not signed.
 
     Raises the S3 errors of ``sigv4``, InvalidRequest (Signature Version 2), InvalidArgument (two signatures), InvalidToken.
     """

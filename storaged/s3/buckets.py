@@ -11,6 +11,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.acl import own_acl
 from storaged.s3.context import Front
+from storaged.s3.regions import location_constraint, region_name, region_of_new_bucket
 from storaged.s3.reply import XML_TYPE, Reply, xml_reply
 from storaged.s3.request import Request
 from storaged.s3.tags import read_tagging, write_tagging
@@ -30,9 +31,9 @@ async def list_buckets(front: Front, request: Request) -> Reply:
     buckets, following = await front.buckets.list_buckets(request.who, prefix=prefix, after=_from_token(token), limit=limit)
     rows = "".join(
         f"<Bucket><Name>{xml.escape(bucket.name)}</Name><CreationDate>{xml.iso_time(bucket.created_ms)}</CreationDate>"
-        f"{xml.element('BucketRegion', bucket.region)}</Bucket>"
+        f"{xml.element('BucketRegion', region_name(bucket.region))}</Bucket>"
         for bucket in buckets
-        if not region or bucket.region == region
+        if not region or region_name(bucket.region) == region
     )
     return xml_reply(
         xml.document(
@@ -70,32 +71,35 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         )
     if ownership != "BucketOwnerEnforced":
         raise errors.NotImplemented("Access control lists are not implemented: a bucket's owner owns every object in it.")
-    _check_location(front, request.document)
+    region = _region_asked(front, request.document)
     countries = tuple(sorted({code.strip() for code in request.headers.get("x-storaged-countries", "").split(",") if code.strip()}))
     try:
-        await front.buckets.create(request.who, name, region=front.region, countries=countries)
+        await front.buckets.create(request.who, name, region=region, countries=countries)
     except errors.BucketAlreadyOwnedByYou:
         if countries and (await front.buckets.get(name)).countries != countries:
             raise  # whoever asks for countries must not believe that they are in force
     return Reply(headers={"Location": f"/{name}"})
 
 
-def _check_location(front: Front, body: bytes) -> None:
-    """CreateBucketConfiguration: the one region there is, or none."""
+def _region_asked(front: Front, body: bytes) -> str:
+    """Of CreateBucketConfiguration, for the bucket's record. Raises InvalidLocationConstraint, MalformedXML, NotImplemented."""
     if not body.strip():
-        return
+        return front.region
     root = xml.parse(body, "CreateBucketConfiguration")
     for child in root.children:
         if child.name in ("Location", "Bucket", "Tags"):
             raise errors.NotImplemented(f"{child.name} in CreateBucketConfiguration is not implemented.")
     location = root.fields({"LocationConstraint"}).get("LocationConstraint", "")
-    if location not in ("", front.region):
-        raise errors.InvalidLocationConstraint(LocationConstraint=location)
+    return region_of_new_bucket(location, front.region, strict=front.strict_region)
 
 
 async def head_bucket(front: Front, request: Request) -> Reply:
     return Reply(
-        headers={"x-amz-bucket-region": request.bucket_record.region, "x-amz-access-point-alias": "false", "Content-Type": XML_TYPE}
+        headers={
+            "x-amz-bucket-region": region_name(request.bucket_record.region),
+            "x-amz-access-point-alias": "false",
+            "Content-Type": XML_TYPE,
+        }
     )
 
 
@@ -105,8 +109,7 @@ async def delete_bucket(front: Front, request: Request) -> Reply:
 
 
 async def get_location(front: Front, request: Request) -> Reply:
-    region = request.bucket_record.region
-    return xml_reply(xml.document("LocationConstraint", "" if region == "us-east-1" else xml.escape(region)))
+    return xml_reply(xml.document("LocationConstraint", xml.escape(location_constraint(request.bucket_record.region))))
 
 
 async def get_versioning(front: Front, request: Request) -> Reply:

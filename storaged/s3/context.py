@@ -11,6 +11,7 @@ from storaged.objects.api import Buckets, Objects, Principal, Users
 from storaged.objects.names import bucket_name_possible
 from storaged.objects.records import BucketRecord
 from storaged.s3.limits import Limits
+from storaged.s3.regions import ANY_REGION
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
 
@@ -23,6 +24,13 @@ class Front:
     region: str
     clock: Clock
     limits: Limits
+    strict_region: bool = False
+    """Only ``region`` is accepted, in signatures and for new buckets."""
+
+    @property
+    def signed_region(self) -> str:
+        """The region that signatures must be for; ANY_REGION when they may be for any."""
+        return self.region if self.strict_region else ANY_REGION
 
 
 Handler = Callable[[Front, Request], Awaitable[Reply]]

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import zlib
-from collections.abc import Callable
-
-from awscrt import checksums
 
 from storaged.errors import BadDigest, InvalidRequest
+from storaged.objects.checksums import checksum_of
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
 from storaged.s3.request import Request
-
-_DIGESTS: dict[str, Callable[[bytes], bytes]] = {
-    "CRC32": lambda data: zlib.crc32(data).to_bytes(4, "big"),
-    "CRC32C": lambda data: checksums.crc32c(data).to_bytes(4, "big"),
-    "CRC64NVME": lambda data: checksums.crc64nvme(data).to_bytes(8, "big"),
-    "SHA1": lambda data: hashlib.sha1(data).digest(),
-    "SHA256": lambda data: hashlib.sha256(data).digest(),
-}
 
 
 async def read_verified(front: Front, request: Request, *, bytes_max: int, required: bool = False, of_object: bool = False) -> bytes:
@@ -44,6 +32,6 @@ async def read_verified(front: Front, request: Request, *, bytes_max: int, requi
     if md5 is not None and hashlib.md5(data).digest() != md5:
         raise BadDigest("The Content-MD5 you specified did not match what we received.")
     for algorithm, value in declared.items():
-        if base64.b64encode(_DIGESTS[algorithm](data)).decode() != value:
+        if checksum_of(algorithm, data) != value:
             raise BadDigest(f"The {algorithm} you specified did not match what we received.")
     return data

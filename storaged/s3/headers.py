@@ -27,6 +27,7 @@ from storaged.objects.api import (
     NewMeta,
     RangeSpec,
 )
+from storaged.objects.checksums import CHECKSUM_BYTES
 
 USER_PREFIX = "x-amz-meta-"
 USER_BYTES_MAX = 2048
@@ -45,7 +46,6 @@ TAGS_PER_BUCKET_MAX = 50
 TAG_KEY_CHARS_MAX = 128
 TAG_VALUE_CHARS_MAX = 256
 
-CHECKSUM_BYTES = {"CRC32": 4, "CRC32C": 4, "CRC64NVME": 8, "SHA1": 20, "SHA256": 32}
 CHECKSUM_HEADERS = {f"x-amz-checksum-{name.lower()}": name for name in CHECKSUM_ALGORITHMS}
 _CHECKSUM_NAMES = frozenset(CHECKSUM_HEADERS)
 CHECKSUM_ELEMENTS = {f"Checksum{name}": name for name in CHECKSUM_ALGORITHMS}
@@ -241,7 +241,7 @@ def algorithm_named(headers: Mapping[str, str], *names: str) -> str:
         if value := headers.get(name, "").upper():
             if value not in CHECKSUM_ALGORITHMS:
                 raise InvalidRequest(
-                    "Checksum algorithm provided is unsupported. Please try again with any of the valid types: [CRC32, CRC32C, CRC64NVME, SHA1, SHA256]"
+                    f"Checksum algorithm provided is unsupported. Please try again with any of the valid types: [{', '.join(CHECKSUM_ALGORITHMS)}]"
                 )
             return value
     return ""

@@ -6,6 +6,7 @@ import asyncio
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PARTS_MAX, CompletedPart
+from storaged.objects.checksums import can_be_composite, can_be_full_object, default_type
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
@@ -18,8 +19,6 @@ PARTS_PAGE_MAX = 1000
 PARSE_INLINE_BYTES_MAX = 64 * 1024
 PART_NUMBER_CHARS_MAX = 32
 """Leading zeros and all; ``int`` refuses thousands of digits with another error."""
-
-_ONLY_COMPOSITE = frozenset({"SHA1", "SHA256"})
 
 
 async def create(front: Front, request: Request) -> Reply:
@@ -50,8 +49,8 @@ def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
         return "", ""
     if kind not in ("", "FULL_OBJECT", "COMPOSITE"):
         raise errors.InvalidRequest("Value for x-amz-checksum-type header is invalid.")
-    kind = kind or ("FULL_OBJECT" if algorithm == "CRC64NVME" else "COMPOSITE")
-    if (kind == "FULL_OBJECT" and algorithm in _ONLY_COMPOSITE) or (kind == "COMPOSITE" and algorithm == "CRC64NVME"):
+    kind = kind or default_type(algorithm)
+    if not (can_be_full_object(algorithm) if kind == "FULL_OBJECT" else can_be_composite(algorithm)):
         raise errors.InvalidRequest(f"The {kind} checksum type cannot be used with the {algorithm.lower()} checksum algorithm.")
     return algorithm, kind
 

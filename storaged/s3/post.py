@@ -74,7 +74,7 @@ async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
             raise errors.InvalidArgument("X-Amz-Algorithm only supports AWS4-HMAC-SHA256", ArgumentName="x-amz-algorithm")
         _need(fields, "x-amz-credential", "x-amz-signature", "x-amz-date")
         access_key, date, region, service = sigv4.policy_credential(fields["x-amz-credential"])
-        if region != front.region or service != sigv4.SERVICE:
+        if front.signed_region not in ("", region) or service != sigv4.SERVICE:
             raise errors.InvalidArgument(
                 f"The credential's scope is wrong; expecting {front.region}/{sigv4.SERVICE}", ArgumentName="x-amz-credential"
             )

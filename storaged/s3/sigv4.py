@@ -221,8 +221,9 @@ _timestamp_ms = lru_cache(maxsize=256)(timestamp_ms)
 
 
 def check_scope(claim: Claim, region: str) -> None:
-    """Raises AuthorizationHeaderMalformed (or its counterpart for presigned URLs), with the Region that would be right."""
-    if claim.service == SERVICE and claim.region == region:
+    """``region`` empty: any is right, for the signature is made with the one that it names. Raises AuthorizationHeaderMalformed (or its counterpart for presigned URLs),
+    with the Region that would be right."""
+    if claim.service == SERVICE and region in ("", claim.region):
         return
     malformed = AuthorizationQueryParametersError if claim.presigned else AuthorizationHeaderMalformed
     where = "Error parsing the X-Amz-Credential parameter" if claim.presigned else "The authorization header is malformed"

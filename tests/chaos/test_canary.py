@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterator
@@ -35,6 +36,11 @@ def body_of(size: int, sibling: int, more: str = "") -> bytes:
     return (text * (size // len(text) + 1))[:size]
 
 
+def md5_of(body: bytes) -> str:
+    """SDKs leave this one to their callers."""
+    return base64.b64encode(DIGESTS["MD5"](body)).decode()
+
+
 def secret(what: str, data: str) -> list[Needle]:
     return [Needle(what, 0, data.encode()), *forms(what, 0, data.encode())]
 
@@ -46,18 +52,18 @@ def needles(canary_cluster: Cluster) -> list[Needle]:
     found = [*secret("content", WORD), *secret("demo secret key", canary_cluster.settings["secret_key"])]
     client.create_bucket(Bucket="canary")
     client.put_bucket_tagging(Bucket="canary", Tagging={"TagSet": [{"Key": "of-bucket", "Value": WORD + "-bucket-tag"}]})
-    algorithms = ("CRC32", "CRC32C", "SHA1", "SHA256", "CRC64NVME")
     client.put_object(Bucket="canary", Key="empty", Body=b"", Metadata={"secret": WORD + "-meta"})
     for size in SIZES:
         for sibling in range(SIBLINGS):
             body = body_of(size, sibling)
             found += of_body(f"{size} bytes", sibling, body, short_alone=sibling > 0)
-            for algorithm in algorithms:
+            for algorithm in DIGESTS if sibling == 0 else ("CRC32", "CRC32C"):
+                asked = {"ChecksumAlgorithm": algorithm} if algorithm != "MD5" else {"ChecksumMD5": md5_of(body)}
                 client.put_object(
                     Bucket="canary", Key=f"{size}-{sibling}-{algorithm}", Body=body, ContentType=f"application/x-{WORD}-type",
-                    Metadata={"secret": WORD + "-meta"}, Tagging=f"label={WORD}-tag", ChecksumAlgorithm=algorithm,
+                    Metadata={"secret": WORD + "-meta"}, Tagging=f"label={WORD}-tag", **asked,
                 )  # fmt: skip
-            client.copy_object(Bucket="canary", Key=f"{size}-{sibling}-copy", CopySource=f"canary/{size}-{sibling}-SHA256")
+            client.copy_object(Bucket="canary", Key=f"{size}-{sibling}-copy", CopySource=f"canary/{size}-{sibling}-CRC32")
     found += upload_all(client)
     added = json.loads(canary_cluster.run("user", "add", "canary-user", "--json").stdout)
     return [*found, *secret("user secret key", added["secret_key"])]
@@ -131,7 +137,7 @@ def touch_again(cluster: Cluster) -> None:
     client = cluster.boto3()
     for size in SIZES:
         for sibling in range(SIBLINGS):
-            key = f"{size}-{sibling}-SHA256"
+            key = f"{size}-{sibling}-CRC32"
             assert client.get_object(Bucket="canary", Key=key, ChecksumMode="ENABLED")["Body"].read() == body_of(size, sibling)
             client.put_object(
                 Bucket="canary", Key=key, Body=body_of(size, sibling), Metadata={"secret": WORD + "-meta"}, ChecksumAlgorithm="SHA256"

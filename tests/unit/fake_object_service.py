@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+import xxhash
 from awscrt import checksums as crt
 from msgspec.structs import replace
 
@@ -52,6 +53,11 @@ DIGESTS: dict[str, Callable[[bytes], bytes]] = {
     "CRC64NVME": lambda data: crt.crc64nvme(data).to_bytes(8, "big"),
     "SHA1": lambda data: hashlib.sha1(data).digest(),
     "SHA256": lambda data: hashlib.sha256(data).digest(),
+    "SHA512": lambda data: hashlib.sha512(data).digest(),
+    "MD5": lambda data: hashlib.md5(data).digest(),
+    "XXHASH64": xxhash.xxh64_digest,
+    "XXHASH3": xxhash.xxh3_64_digest,
+    "XXHASH128": xxhash.xxh3_128_digest,
 }
 
 
@@ -234,7 +240,7 @@ class FakeObjects:
             raise errors.BadDigest()
         if checks.sha256 and hashlib.sha256(data).hexdigest() != checks.sha256:
             raise errors.XAmzContentSHA256Mismatch()
-        computed = {name: checksum(name, data) for name in checks.algorithms}
+        computed = {name: checksum(name, data) for name in checks.algorithms or (api.DEFAULT_ALGORITHM,)}
         for name, value in {**checks.checksums, **(checks.trailing() if checks.trailing else {})}.items():
             if computed[name] != value:
                 raise errors.BadDigest()
@@ -378,7 +384,7 @@ class FakeObjects:
         info = source.info
         kept = meta or NewMeta(headers=info.headers, user=info.user, storage_class=info.storage_class)
         kept = replace(kept, tags=info.tags if tags is None else tags)
-        names = [algorithm] if algorithm else [name for name, value in info.checksums.items() if "-" not in value]
+        names = [algorithm] if algorithm else list(info.checksums) or [api.DEFAULT_ALGORITHM]
         sums = {name: checksum(name, source.data) for name in names}
         return self.store(
             bucket, key, source.data, kept, hashlib.md5(source.data).hexdigest(), owner, checksums=sums, checksum_type="FULL_OBJECT"
@@ -467,13 +473,14 @@ class FakeObjects:
 
     async def put_part(self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks) -> PutResult:
         upload = self.upload(key, upload_id)
-        if upload.info.algorithm and upload.info.algorithm not in checks.algorithms:
-            checks = replace(checks, algorithms=(*checks.algorithms, upload.info.algorithm))
+        kept = upload.info.algorithm or api.DEFAULT_ALGORITHM
+        if kept not in checks.algorithms:
+            checks = replace(checks, algorithms=(*checks.algorithms, kept))
         data, computed = await self.read(body, checks)
         return self.store_part(upload, number, data, computed)
 
     def store_part(self, upload: Upload, number: int, data: bytes, computed: dict[str, str]) -> PutResult:
-        name = upload.info.algorithm
+        name = upload.info.algorithm or api.DEFAULT_ALGORITHM
         part = PartInfo(number, len(data), hashlib.md5(data).hexdigest(), self.now_ms(), name, computed.get(name, ""))
         upload.parts[number] = (part, data)
         return PutResult(part.etag, NULL_VERSION, part.size, computed, "", part.modified_ms)
@@ -489,8 +496,8 @@ class FakeObjects:
         if first + length > source.info.size:
             raise errors.InvalidRange()
         data = source.data[first : first + length]
-        name = upload.info.algorithm
-        return self.store_part(upload, number, data, {name: checksum(name, data)} if name else {})
+        name = upload.info.algorithm or api.DEFAULT_ALGORITHM
+        return self.store_part(upload, number, data, {name: checksum(name, data)})
 
     async def list_parts(
         self, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
@@ -534,17 +541,15 @@ class FakeObjects:
             data += content
             digests += bytes.fromhex(part.etag)
             sealed.append(SealedPart(wanted.number, part.size, part.etag, part.checksum))
-        name = upload.info.algorithm
-        sums = {}
-        if name and upload.info.checksum_type == "COMPOSITE":
+        name = upload.info.algorithm or api.DEFAULT_ALGORITHM
+        sums = {name: checksum(name, data)}
+        if upload.info.checksum_type == "COMPOSITE":
             joined = b"".join(base64.b64decode(part.checksum) for part in sealed)
             sums = {name: f"{checksum(name, joined)}-{len(parts)}"}
-        elif name:
-            sums = {name: checksum(name, data)}
         if any(sums.get(name) != value for name, value in (checksums or {}).items()):
             raise errors.BadDigest()
         etag = f"{hashlib.md5(digests).hexdigest()}-{len(parts)}"
-        kind = upload.info.checksum_type
+        kind = upload.info.checksum_type or "FULL_OBJECT"
         result = self.store(bucket, key, data, upload.meta, etag, owner, checksums=sums, checksum_type=kind, parts=tuple(sealed))
         upload.done = (list(parts), result)
         return result

@@ -67,7 +67,9 @@ class World:
 
 
 @asynccontextmanager
-async def s3_world(limits: Limits | None = None, domains: tuple[str, ...] = (), tls: Any = None) -> AsyncIterator[World]:
+async def s3_world(
+    limits: Limits | None = None, domains: tuple[str, ...] = (), tls: Any = None, strict_region: bool = False
+) -> AsyncIterator[World]:
     clock = SystemClock()
     objects = FakeObjects(clock.wall_ms)
     buckets, users = FakeBuckets(objects), FakeUsers()
@@ -75,7 +77,16 @@ async def s3_world(limits: Limits | None = None, domains: tuple[str, ...] = (), 
     await users.add("alt", access_key=ACCESS_ALT, secret_key=SECRET_ALT)
     done: list[RequestDone] = []
     app = S3App(
-        objects, buckets, users, region=REGION, domains=domains, clock=clock, entropy=os.urandom, limits=limits, on_request=done.append
+        objects,
+        buckets,
+        users,
+        region=REGION,
+        strict_region=strict_region,
+        domains=domains,
+        clock=clock,
+        entropy=os.urandom,
+        limits=limits,
+        on_request=done.append,
     )
     port = await app.start("127.0.0.1", 0, ssl=tls)
     try:

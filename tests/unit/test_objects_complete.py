@@ -16,6 +16,7 @@ from storaged.errors import ConditionalRequestConflict, InvalidPart, NoSuchUploa
 from storaged.meta.names import Table, Value, system_name
 from storaged.objects import multipart
 from storaged.objects.api import CompletedPart, WriteConditions
+from storaged.objects.etags import ANY
 from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord, UserRecord
 from storaged.objects.service import ObjectService
 from storaged.objects.users import UserSecret, UserService
@@ -131,7 +132,7 @@ async def test_sixteen_equal_completes_at_once_all_give_the_same_answer(gateways
 async def test_sixteen_equal_completes_with_a_condition_that_the_first_makes_false_all_succeed() -> None:
     _, objects, bucket = world_of()
     upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000])
-    absent = WriteConditions(if_none_match="*")
+    absent = WriteConditions(if_none_match=ANY)
     found = await asyncio.gather(*(complete(objects, bucket, upload_id, parts, conditions=absent) for _ in range(16)))
     assert all(answer == found[0] for answer in found)
     await objects.close()
@@ -141,7 +142,7 @@ async def test_sixteen_equal_completes_whose_condition_fails_all_say_so_and_the_
     _, objects, bucket = world_of()
     await put(objects, bucket, b"there")
     upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000])
-    absent = WriteConditions(if_none_match="*")
+    absent = WriteConditions(if_none_match=ANY)
     found = await asyncio.gather(
         *(complete(objects, bucket, upload_id, parts, conditions=absent) for _ in range(16)), return_exceptions=True
     )
@@ -197,7 +198,7 @@ async def test_what_is_sealed_about_an_upload_opens_by_the_labels_and_contexts_t
     world, objects, bucket, _, parts, result = await completed((b"a" * 1000,))
     _, _, record = upload_row(world)
     context = lp(bucket.id, b"key", b"\x00upload", record.upload_id)
-    dek = (await objects.plane.keys.bucket_key(bucket.id)).unwrap(record.wrapped_key, context)
+    dek = (await objects.plane.keys.bucket_key(bucket.id, bucket.countries)).unwrap(record.wrapped_key, context)
     assert decode(open_message(dek, "sov.meta.v1", context, record.meta), SealedMeta).etag == ""
     assert decode(open_message(dek, "sov.result.v1", context, record.result), CompleteResult).etag == result.etag
     (row,) = [decode(value.body, PartRecord) for name, value in world.ring.values.items() if name.table == Table.PART]

@@ -15,7 +15,9 @@ import pytest_asyncio
 from botocore import UNSIGNED  # type: ignore[import-untyped]
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
+from storaged.objects.api import CHECKSUM_ALGORITHMS
 from storaged.s3.headers import parse_range
+from tests.unit.fake_object_service import checksum
 from tests.unit.s3_world import ACCESS_ALT, REGION, SECRET_ALT, World, s3_world
 
 PART = 5 * 1024 * 1024
@@ -72,13 +74,15 @@ async def test_objects_come_back_with_all_that_was_said_of_them(world: World) ->
     await asyncio.to_thread(run)
 
 
-@pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"])
+@pytest.mark.parametrize("algorithm", CHECKSUM_ALGORITHMS)
 async def test_each_checksum_is_verified_kept_and_given_back(world: World, algorithm: str) -> None:
     client = world.client()
     name = f"Checksum{algorithm}"
 
     def run() -> None:
-        put = client.put_object(Bucket="bucket", Key="k", Body=b"hello", ChecksumAlgorithm=algorithm)
+        given = {name: checksum(algorithm, b"hello")} if algorithm == "MD5" else {"ChecksumAlgorithm": algorithm}
+        put = client.put_object(Bucket="bucket", Key="k", Body=b"hello", **given)
+        assert put[name] == checksum(algorithm, b"hello")
         head = client.head_object(Bucket="bucket", Key="k", ChecksumMode="ENABLED")
         assert put[name] == head[name]
         assert name not in client.head_object(Bucket="bucket", Key="k")
@@ -310,7 +314,6 @@ async def test_users_see_and_touch_only_what_is_theirs(world: World) -> None:
         assert refused(main.list_objects_v2, Bucket="bucket", ExpectedBucketOwner="somebody") == (403, "AccessDenied")
         assert refused(world.client("AKNONE", "x").list_buckets) == (403, "InvalidAccessKeyId")
         assert refused(world.client("AKMAIN", "wrong").list_buckets) == (403, "SignatureDoesNotMatch")
-        assert refused(world.client(region="eu-central-1").list_buckets)[1] == "AuthorizationHeaderMalformed"
 
     await asyncio.to_thread(run)
 
@@ -368,8 +371,6 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
         client.create_bucket(Bucket="narrow")
         client.meta.events.unregister("before-call.s3.CreateBucket", narrowed)
         client.create_bucket(Bucket="narrow")
-        answer = refused(client.create_bucket, Bucket="elsewhere", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
-        assert answer == (400, "InvalidLocationConstraint")
         assert client.get_bucket_location(Bucket="bucket")["LocationConstraint"] == REGION
         assert client.head_bucket(Bucket="bucket")["BucketRegion"] == REGION
         assert "Status" not in client.get_bucket_versioning(Bucket="bucket")
