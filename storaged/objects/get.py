@@ -224,8 +224,9 @@ async def get(
 
 
 def span_of(span: RangeSpec | None, size: int) -> Span:
-    """What a Range asks of an object of ``size`` bytes. Raises InvalidRange."""
-    if span is None:
+    """What a Range asks of an object of ``size`` bytes. The last bytes of an empty object are all of it, as on AWS. Raises
+    InvalidRange."""
+    if span is None or (span.first is None and span.last and not size):
         return Span(0, size, False)
     if span.first is None:
         length = min(span.last or 0, size)

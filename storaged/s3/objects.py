@@ -19,6 +19,7 @@ from storaged.objects.api import (
     ReadConditions,
     WriteConditions,
 )
+from storaged.objects.get import span_of
 from storaged.objects.records import SealedPart
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
@@ -198,9 +199,10 @@ async def get_object(front: Front, request: Request) -> Reply:
             answer.update(overrides)
         if part_number is not None:
             _describe_part(request, info, part_number, answer)
-        if stream.partial:
+        partial = stream.partial and stream.length > 0  # a part may be empty, a range that HTTP can name is not
+        if partial:
             answer["Content-Range"] = f"bytes {stream.first}-{stream.first + stream.length - 1}/{info.size}"
-        status = 206 if stream.partial else 200
+        status = 206 if partial else 200
         if stream.held is not None:
             return Reply(status, answer, stream.held)
         return Reply(status, answer, length=stream.length, stream=stream)
@@ -261,34 +263,20 @@ async def head_object(front: Front, request: Request) -> Reply:
     span = h.parse_range(headers["range"]) if "range" in headers else None
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], info):
         span = None
-    first, length = 0, info.size
-    if span is not None:
-        first, length = resolve(span, info.size)
-    elif part_number is not None and info.part_count:
+    wanted = span_of(span, info.size)
+    first, length = wanted.first, wanted.length
+    if part_number is not None and info.part_count:
         first = sum(part.size for part in info.parts[: part_number - 1])
         length = info.parts[part_number - 1].size
-    partial = span is not None or part_number is not None
-    answer = object_headers(info, checksums=not partial and h.wants_checksums(headers))
+    partial = (wanted.partial or part_number is not None) and length > 0
+    answer = object_headers(info, checksums=not wanted.partial and part_number is None and h.wants_checksums(headers))
     if overrides:
         answer.update(overrides)
     if part_number is not None:
         _describe_part(request, info, part_number, answer)
-    if partial and length:
+    if partial:
         answer["Content-Range"] = f"bytes {first}-{first + length - 1}/{info.size}"
-    return Reply(206 if partial and length else 200, answer, length=length)
-
-
-def resolve(span: RangeSpec, size: int) -> tuple[int, int]:
-    """(first, length) of a range of an object of ``size`` bytes. Raises InvalidRange."""
-    if span.first is None:
-        length = min(span.last or 0, size)
-        first = size - length
-    else:
-        first = span.first
-        length = (size if span.last is None else min(span.last + 1, size)) - first
-    if length <= 0:
-        raise errors.InvalidRange(ActualObjectSize=str(size))
-    return first, length
+    return Reply(206 if partial else 200, answer, length=length)
 
 
 async def get_attributes(front: Front, request: Request) -> Reply:

@@ -344,7 +344,7 @@ class FakeObjects:
             if info.part_count:
                 first = sum(part.size for part in info.parts[: part_number - 1])
                 length = info.parts[part_number - 1].size
-        elif span is not None:
+        elif span is not None and not (span.first is None and span.last and not info.size):
             first, length = self.resolve(span, info.size)
             partial = True
         stream = FakeStream(self.of(bucket)[key], first, length, partial)
