@@ -733,6 +733,16 @@ class SystemRecordDamaged(Condition):
     )
 
 
+class BucketNotVerified(Condition):
+    """Storage nodes can't verify the record of a bucket: its objects are not judged, rebuilt or moved, since its countries are not known for sure."""
+
+    code = "BUCKET_NOT_VERIFIED"
+    hint = (
+        "A gateway of this version signs records from before within a minute of its start. A record that stays so was not written by a gateway: "
+        "look at the storage nodes' logs, and at SYSTEM_RECORD_DAMAGED. Clients read and write other buckets as before."
+    )
+
+
 class ObjectsNotCounted(Condition):
     """Repair has not yet looked at all objects since a disk came or went: how many are below target is not known."""
 

@@ -18,6 +18,7 @@ from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
     AuditRefusedByWitness,
+    BucketNotVerified,
     ClockSkewed,
     DiskBlank,
     DiskDown,
@@ -122,10 +123,12 @@ class Facts:
     jobs: Sequence[dict[str, Any]] = field(default_factory=tuple)
     bad_records: Sequence[tuple[str, str]] = ()
     """Names of system records that can't be used, each with the reason."""
+    unverified_records: Sequence[tuple[str, str]] = ()
+    """Names of buckets' records that storage nodes don't believe, each with the reason."""
     key_refusal: str = ""
+    """Why the policy does not allow this gateway to have keys now."""
     audit_alarms: Sequence[tuple[str, str]] = ()
     """(node, what its witnesses say of its audit log)."""
-    """Why the policy does not allow this gateway to have keys now."""
 
 
 @dataclass(frozen=True)
@@ -248,10 +251,11 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
     if facts.durability.objects_below_target:
         detail = str(facts.durability.waits or "")
         yield problem(ObjectsBelowTarget, _objects(facts.durability.objects_below_target), now_ms, detail)
-    for name, reason in facts.bad_records[:RECORDS_NAMED_MAX]:
-        yield problem(SystemRecordDamaged, name, now_ms, reason)
-    if len(facts.bad_records) > RECORDS_NAMED_MAX:
-        yield problem(SystemRecordDamaged, f"{len(facts.bad_records) - RECORDS_NAMED_MAX} more records", now_ms)
+    for kind, records in ((SystemRecordDamaged, facts.bad_records), (BucketNotVerified, facts.unverified_records)):
+        for name, reason in records[:RECORDS_NAMED_MAX]:
+            yield problem(kind, name, now_ms, reason)
+        if len(records) > RECORDS_NAMED_MAX:
+            yield problem(kind, f"{len(records) - RECORDS_NAMED_MAX} more records", now_ms)
     if not facts.durability.counted:
         yield problem(ObjectsNotCounted, "objects", now_ms)
 

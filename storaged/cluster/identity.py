@@ -417,6 +417,15 @@ class NodeSigner:
         return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
 
 
+def authority_of(identity: Identity) -> x509.Certificate:
+    """The certificate of the authority that this node is pinned to. Raises CertificateRefused when the file does not load."""
+    file = identity.directory / "authority.crt"
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CertificateRefused(f"{file} does not load: {error}") from error
+
+
 def signed_by_node(authority: x509.Certificate, certificate: bytes, data: bytes, signature: bytes) -> PeerIdentity:
     """Whose signature this is: of the node that ``certificate`` (DER, issued by ``authority``, expired or not) names. Raises CertificateRefused."""
     try:

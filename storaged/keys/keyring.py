@@ -20,6 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA512
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from storaged.clock import Clock
 from storaged.cluster.policy import BUCKET_COUNTRIES_RULE, KeyHolder, Policy, ReleaseRefusal, release_refusal
@@ -32,6 +35,7 @@ from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_
 from storaged.wire import decode, encode
 
 RECORD_LABEL = b"sov.record.v1\0"
+SIGN_LABEL = b"sov.sign.v1\0"
 SECRET_LABEL = b"sov.secret.v1\0"
 
 CACHE_TTL_S = 300.0
@@ -162,6 +166,16 @@ class Keyring:
 
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
         return hmac.compare_digest(self.authenticate(context, message), tag)
+
+    def sign_public(self, message: bytes) -> bytes:
+        return self._signing_key().sign(message)
+
+    def public_signer(self) -> bytes:
+        return self._signing_key().public_key().public_bytes_raw()
+
+    def _signing_key(self) -> Ed25519PrivateKey:
+        seed = HKDFExpand(SHA512(), KEY_BYTES, SIGN_LABEL).derive(self.material.record_key)
+        return Ed25519PrivateKey.from_private_bytes(seed)
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
         return self._secret_box().seal(plaintext, pack_context(b"", context))

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.fragments.ports import FragmentHeader, FragmentId, FragmentStore, Health, Retirement
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.directory import Buckets
 from storaged.maintain.survey import claims
-from storaged.maintain.walk import Buckets, entries_of
+from storaged.maintain.walk import entries_of
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import RowDamaged
 from storaged.objects.records import PartEntry
@@ -248,7 +249,7 @@ class Collector:
         if bucket in self._gone:
             return True
         await self._buckets.refresh(self._context)
-        if bucket in self._buckets.by_id or self._buckets.unreadable:
+        if bucket in self._buckets.by_id or not self._buckets.whole:
             return False
         if len(self._gone) >= GONE_MAX:
             self._gone.clear()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.clock import Clock
 from storaged.cluster.ports import Layouts, Liveness
@@ -50,9 +53,16 @@ class MaintainLimits:
     call_timeout_s: float = 20.0
 
 
+class SignerKeys(Protocol):
+    """The keys that sign the public parts of records. ``cluster.signers.Signers`` is one."""
+
+    async def key(self, signer: bytes) -> Ed25519PublicKey:
+        """By its id. Raises CertificateRefused for one that no gateway of this cluster certified, ServiceUnavailable when that can't be known now."""
+
+
 @dataclass
 class MaintainContext:
-    """``local_meta`` and ``local_fragments``: this node's disks by id. ``end_promises``: makes one of them refuse every ballot drawn before the call; when it returns,
+    """``signers``: whose signatures on records are believed. ``local_meta`` and ``local_fragments``: this node's disks by id. ``end_promises``: makes one of them refuse every ballot drawn before the call; when it returns,
     what was accepted before is in its ``local_meta``. Raises DiskUnusable."""
 
     node: str
@@ -66,6 +76,7 @@ class MaintainContext:
     local_meta: Mapping[str, MetaStore]
     local_fragments: Mapping[str, FragmentStore]
     end_promises: Callable[[str], Awaitable[None]]
+    signers: SignerKeys
     limits: MaintainLimits = field(default_factory=MaintainLimits)
     log: Callable[[str], None] = lambda line: None
     audit_alarms: Callable[[], Sequence[tuple[str, str]]] = tuple

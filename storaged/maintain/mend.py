@@ -18,7 +18,7 @@ from storaged.cluster.layout import Profile
 from storaged.errors import PeerError
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.survey import BlockHealth, BlockPlace
+from storaged.maintain.survey import BlockHealth, BlockPlace, is_allowed
 from storaged.objects import erasure
 from storaged.objects.assemble import assemble, empty_fragments
 from storaged.objects.place import Placement
@@ -138,11 +138,15 @@ class Mender:
 
     async def _write(self, owner: bytes, place: BlockPlace, position: int, whole: Buffer, hashes: tuple[bytes, ...], *, sync: bool) -> None:
         now_ms = self._context.clock.wall_ms()
-        entry = place.entry
+        entry, disk = place.entry, place.disks[position]
+        if not is_allowed(self._context.layouts.current, disk, place.countries):
+            raise CannotMend(
+                f"fragment {position} of block {place.block} would be written to disk {disk}, outside of the bucket's countries"
+            )
         part_header = b"" if entry.small else entry.header
         header = FragmentHeader(place.fragment(position).pack(), owner, part_header, hashes, place.shape.cell_bytes, len(whole), now_ms)
         async with asyncio.timeout(self._context.limits.call_timeout_s):
-            await self._context.stores.store(place.disks[position]).write(header, [whole], sync=sync)
+            await self._context.stores.store(disk).write(header, [whole], sync=sync)
 
     # --- another profile, other disks -------------------------------------------------------------------------------
 

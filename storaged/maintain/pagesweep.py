@@ -19,8 +19,8 @@ import asyncio
 from storaged.cluster.layout import partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.directory import Buckets
 from storaged.maintain.slices import slices
-from storaged.maintain.walk import Buckets
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import MetaStore, RowDamaged, Slot
@@ -122,8 +122,8 @@ class PageSweep:
     async def _learn_missed(self, disk: str) -> None:
         """Brings the registers of which the disk is a replica to what a majority has accepted."""
         await self._buckets.refresh(self._context)
-        if self._buckets.unreadable:
-            raise DataDamaged("the record of a bucket cannot be read")
+        if not self._buckets.whole:
+            raise DataDamaged("the record of a bucket is not believed, or cannot be read")
         for bucket in list(self._buckets.by_id.values()):
             for shard in bucket.shard_numbers:
                 if disk in self._context.layouts.current.replicas_of(partition_of(bucket.id, shard)):

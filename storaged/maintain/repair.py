@@ -47,6 +47,9 @@ class Waits(Message, frozen=True):
     recode_delay_s: float = 0.0
 
 
+BELIEVE_S_MAX = 60.0
+"""Records that were not believed are looked at again soon, then after a pause that doubles up to this."""
+
 REFUSALS = (CannotMend, StoragedError, RowDamaged, TimeoutError)
 
 
@@ -68,6 +71,7 @@ class Repair:
         """Numbers of the walk that is wanted and of the last one that was whole: it began after it was wanted, and everybody answered."""
         self._walk_at = self._mend_at = -1e18
         self._walk_pause_s = 0.0
+        self._believe_at, self._believe_pause_s = -1e18, 0.0
         self._mended = False
         """Something was mended since the last walk."""
         self._away_since: dict[str, float] = {}
@@ -122,12 +126,28 @@ class Repair:
             now = self._context.clock.monotonic()
             if now >= self._walk_at and (not self.counted or now - self.walk_job.started >= self._context.limits.walk_interval_s):
                 await self._walk()
+            await self._believe_again()
             await self._look_at_suspects()
             await self._look_at_hints()
             await self._mend_most_urgent()
             await self.leavings.drop_due()
         except (StoragedError, RowDamaged, TimeoutError) as error:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
+
+    async def _believe_again(self) -> None:
+        """Buckets whose records were not believed may be by now: a gateway has signed them. Then everything is looked at anew."""
+        now, buckets = self._context.clock.monotonic(), self.walker.buckets
+        if not buckets.refused:
+            self._believe_pause_s = 0.0
+            return
+        if now < self._believe_at:
+            return
+        self._believe_pause_s = min(max(2 * self._believe_pause_s, self._context.limits.poll_s), BELIEVE_S_MAX)
+        self._believe_at = now + self._believe_pause_s
+        before = set(buckets.refused)
+        await buckets.refresh(self._context)
+        if before - set(buckets.refused):
+            self.wake()
 
     async def _walk(self) -> None:
         """Judges everything this node looks after. A range that can't be brought to one state, or asked about, makes the walk less than whole: it is begun
@@ -150,14 +170,14 @@ class Repair:
                         failures.append("a replica did not answer")
                 except StoragedError as error:
                     failures.append(str(error))
-                if where.table != Table.SYSTEM:
+                if where.table != Table.SYSTEM and self.walker.buckets.is_trusted(where.scope):
                     try:
                         self.findings.replace(where.prefix, await self._judged_range(where))
                     except (StoragedError, RowDamaged, TimeoutError) as error:
                         # A page of the local store, or what leads to its rows: the other ranges are looked at all the same.
                         failures.append(str(error))
                 self.walk_job.advance()
-            self.findings.keep_only(where.prefix for where in ranges)
+            self.findings.keep_only(where.prefix for where in ranges if self.walker.buckets.is_trusted(where.scope))
         except (StoragedError, RowDamaged, TimeoutError) as error:
             failures.append(str(error))
         if self.walker.unanswered != unanswered:
@@ -220,7 +240,7 @@ class Repair:
                 await self._judge(row, value)
 
     async def _judge(self, name: RegisterName, value: Value | None) -> None:
-        counted = value is not None and await self.walker.is_counted(name)
+        counted = value is not None and self.walker.buckets.is_trusted(name.scope) and await self.walker.is_counted(name)
         found = await self.walker.judge_rows([(name, value)]) if value is not None and counted else []
         self.findings.file(name.pack(), found[0] if found else None)
         if found:
@@ -297,6 +317,11 @@ class Repair:
 
     async def _mend(self, name: RegisterName) -> None:
         """Rebuilds, recodes or moves what can be, then judges anew. Everything is tried; then the first failure is raised."""
+        try:
+            self.walker.buckets.countries_of(name.scope)
+        except KeyError:  # the bucket is gone, or its record is not believed: nothing is touched
+            self.findings.file(name.pack(), None)
+            raise
         failure: Exception | None = None
         moves: list[Move] = []
         try:

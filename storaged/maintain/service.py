@@ -63,6 +63,8 @@ class MaintainStatus(Message, frozen=True):
     unreadable: int = 0
     waits: Waits = Waits()
     audit_alarms: tuple[tuple[str, str], ...] = ()
+    records_refused: tuple[tuple[str, str], ...] = ()
+    """Registers of buckets of which nothing is repaired or moved, since their records are not believed, each with the reason."""
 
 
 class Maintenance:
@@ -181,6 +183,7 @@ class Maintenance:
             findings.unreadable,
             repair.waits(),
             tuple(self._context.audit_alarms()),
+            tuple(sorted(repair.walker.buckets.refused.items())),
         )
 
     def methods(self) -> Methods:

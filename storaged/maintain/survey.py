@@ -32,13 +32,15 @@ class Presence(IntEnum):
 
 
 class BlockPlace(NamedTuple):
-    """One block of a part and the disks its fragments belong on, in position order. ``spread``: no failure domain holds more of them than it may."""
+    """One block of a part and the disks its fragments belong on, in position order. ``spread``: no failure domain holds more of them than it may, and all
+    are inside ``countries``, those of the bucket (none named: any)."""
 
     entry: PartEntry
     block: int
     run: Run
     disks: tuple[str, ...]
     spread: bool = True
+    countries: tuple[str, ...] = ()
 
     @property
     def profile(self) -> Profile:
@@ -76,9 +78,18 @@ def blocks_of(entry: PartEntry, partition: int, layout_at: LayoutAt, countries: 
         return
     for run in entry.runs:
         disks = run_disks(entry, run, partition, layout_at, countries)
-        spread = entry.small or not run.moved or _is_spread(layout_at(run.epoch), entry.data_id, run, disks, countries)
+        layout = layout_at(run.epoch)
+        spread = entry.small or not run.moved or _is_spread(layout, entry.data_id, run, disks, countries)
+        if run.moved and any(not is_allowed(layout, disk, countries) for disk in run.moved.values()):
+            spread = False
         for block in range(run.first, run.first + run.count):
-            yield BlockPlace(entry, block, run, disks, spread)
+            yield BlockPlace(entry, block, run, disks, spread, tuple(countries))
+
+
+def is_allowed(layout: Layout, disk: str, countries: Sequence[str]) -> bool:
+    """Whether fragments of a bucket of these countries may lie on a disk. True for one that the layout does not know: it can't be reached."""
+    country = layout.country_by_disk.get(disk)
+    return country is None or (layout.allows(country) and (not countries or country in countries))
 
 
 def _is_spread(layout: Layout, data_id: bytes, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:

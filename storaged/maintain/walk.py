@@ -11,32 +11,26 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import msgspec
-
 from storaged.cluster.layout import Profile, partition_of
 from storaged.errors import DataDamaged, NoSuchBucket, PeerError, StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStat, Health
-from storaged.ids import BUCKET_ID_BYTES, UPLOAD_ID_BYTES
+from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
+from storaged.maintain.directory import Buckets
 from storaged.maintain.pages import PageKeeper, PagesOf, pages_in
 from storaged.maintain.slices import slices
 from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
 from storaged.meta.listing import RingScanner, every_row
-from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
+from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import RowDamaged
 from storaged.meta.rowvalue import unpack_row
 from storaged.objects.place import Placement, choose
-from storaged.objects.records import BucketRecord, PartEntry
+from storaged.objects.records import PartEntry
 from storaged.objects.references import parts_in
 from storaged.objects.uploads import living_upload, living_uploads
-from storaged.wire import decode
 
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
-
-BUCKETS = "bucket/"
-SHARDS_MAX = 256
-"""A shard's number is one byte."""
 
 
 class Range(NamedTuple):
@@ -51,38 +45,6 @@ class Range(NamedTuple):
     def prefix(self) -> bytes:
         """What the packed names of its registers begin with."""
         return RegisterName(self.table, self.scope, self.shard, b"").pack()
-
-
-class Buckets:
-    """Bucket id -> its record: the countries that placement needs, and how many shards there are. Read from the ring."""
-
-    def __init__(self) -> None:
-        self.by_id: dict[bytes, BucketRecord] = {}
-        self.unreadable = 0
-        """Records that do not decode: whose buckets they are is not known."""
-
-    async def refresh(self, context: MaintainContext) -> None:
-        """Raises ServiceUnavailable when the system partition has no majority."""
-        found: dict[bytes, BucketRecord] = {}
-        unreadable = 0
-        prefix = system_name(BUCKETS).key
-        async for row in every_row(context.scanner, Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, hidden=True):
-            try:
-                record = decode(row.value.body, BucketRecord)
-            except msgspec.MsgspecError as error:
-                context.log(f"the record of bucket {row.key!r} cannot be read: {error}")
-                unreadable += 1
-                continue
-            if len(record.id) != BUCKET_ID_BYTES or not 1 <= record.shards <= SHARDS_MAX or row.key != prefix + record.name.encode():
-                context.log(f"the record of bucket {row.key!r} cannot be: its id, its {record.shards} shards or its name")
-                unreadable += 1
-                continue
-            found[record.id] = record
-        self.by_id, self.unreadable = found, unreadable
-
-    def countries_of(self, scope: bytes) -> tuple[str, ...]:
-        """Raises KeyError for a bucket that is not there (any more, or not yet)."""
-        return self.by_id[scope].countries
 
 
 async def entries_of(context: MaintainContext, name: RegisterName, value: Value | None) -> AsyncIterator[PartEntry]:

@@ -21,9 +21,19 @@ from storaged import keys
 from storaged.admin.ports import Services
 from storaged.clock import Clock
 from storaged.cluster.audit_format import REFUSED
+from storaged.cluster.identity import NodeSigner
 from storaged.cluster.policy import KeyHolder, Policy
+from storaged.cluster.signers import publish, signer_id
 from storaged.config import Config, S3Section, split_address
-from storaged.errors import ConfigInvalid, KeyringMismatch, KeyringUnavailable, OperatorError, ServiceUnavailable, StoragedError
+from storaged.errors import (
+    CertificateRefused,
+    ConfigInvalid,
+    KeyringMismatch,
+    KeyringUnavailable,
+    OperatorError,
+    ServiceUnavailable,
+    StoragedError,
+)
 from storaged.ids import system_entropy
 from storaged.keys.ports import AlreadyThere, Audit
 from storaged.node.audited import AuditedBuckets
@@ -50,6 +60,7 @@ if TYPE_CHECKING:
 
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
+SIGNER_EVERY_S = 60.0
 BUFFER_BYTES_MIN = 8 * MIB
 """Of each of a worker's three pools."""
 
@@ -83,6 +94,12 @@ class LateKeys:
 
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
         return self._open().verify(context, message, tag)
+
+    def sign_public(self, message: bytes) -> bytes:
+        return self._open().sign_public(message)
+
+    def public_signer(self) -> bytes:
+        return self._open().public_signer()
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
         return self._open().seal_secret(plaintext, context)
@@ -308,6 +325,7 @@ class Gateway:
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets))
             found.append(look_at_records(self.buckets, self.users))
+            found.append(self._keep_signer())
         if self.workers is not None:
             found.append(self.workers.run())
         return found
@@ -315,6 +333,22 @@ class Gateway:
     def bad_records(self) -> list[BadRow]:
         """System records that this process found that can't be used."""
         return self.objects.plane.bad_rows.listed()
+
+    async def _keep_signer(self) -> None:
+        """For ever: this cluster's signing key is certified by a gateway, so that storage nodes believe what it signed."""
+        node = self._node
+        await self._late.opened.wait()
+        while True:
+            pause_s = SIGNER_EVERY_S
+            try:
+                public = self._late.public_signer()
+                if await publish(node.paths.read, node.paths.write, NodeSigner(node.own), node.authority, node.own.cluster, public):
+                    log.info("the signing key of records is certified by this gateway", signer=signer_id(public).hex())
+            except ServiceUnavailable:
+                pause_s = RETRY_MAX_S
+            except CertificateRefused as error:
+                log.error("the signing key of records cannot be certified", reason=error.message)
+            await asyncio.sleep(pause_s)
 
     async def usable(self, wait_s: float) -> None:
         """Returns when S3 does not answer 503 any more, or after ``wait_s``."""

@@ -15,7 +15,7 @@ from storaged.admin.api import AdminServer
 from storaged.clock import Clock
 from storaged.cluster import authority
 from storaged.cluster.audit_format import actor_of_peer
-from storaged.cluster.identity import Identity, load_identity
+from storaged.cluster.identity import Identity, authority_of, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
@@ -23,6 +23,7 @@ from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.policy import Policy, policy_of
 from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
+from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
 from storaged.errors import (
     CertificateRefused,
@@ -71,6 +72,7 @@ class Node:
         """``leader``: the first process of the gateway that this one is a further worker of."""
         self.config = config
         self.own = own
+        self.authority = authority_of(own)
         self.clock = clock
         self.metrics = observe.Metrics()
         self.leader = leader
@@ -291,6 +293,7 @@ class Node:
             stores=self.stores,
             local_meta=Snapshot(self.disks.metas),
             local_fragments=Snapshot(self.disks.fragments),
+            signers=Signers(self.paths.read, self.authority, self.own.cluster),
             end_promises=lambda disk: self.disks.used[disk].replica.end_promises(self.layouts.current.epoch),
             audit_alarms=self.auditing.alarms,
             limits=MaintainLimits(recode_delay_s=self.config.limits.recode_delay_s),

@@ -83,6 +83,7 @@ class Reports:
             key_refusal=refusal,
             bad_records=node.gateway.bad_records() if node.gateway is not None else (),
             audit_alarms=merged([*node.auditing.alarms(), *(alarm for status in told for alarm in status.audit_alarms)]),
+            unverified_records=sorted({name: reason for status in told for name, reason in status.records_refused}.items()),
         )
         return self._seen.date(judge(facts, node.clock.wall_ms()))
 

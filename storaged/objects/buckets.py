@@ -12,11 +12,12 @@ A nonce begins with the record's sequence number, so that the nonces of a bucket
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 import msgspec
 
 from storaged.cluster.policy import policy_of
+from storaged.cluster.signers import signer_id
 from storaged.errors import (
     BucketAlreadyExists,
     BucketAlreadyOwnedByYou,
@@ -36,6 +37,7 @@ from storaged.objects.api import Principal
 from storaged.objects.multipart import abort, list_uploads
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
+from storaged.objects.public import public_bytes
 from storaged.objects.recent import Recent
 from storaged.objects.records import BucketRecord, authenticated_bytes
 from storaged.objects.shards import draw
@@ -80,12 +82,14 @@ class BucketService:
         return await system_rows.read(plane.registers, plane.bad_rows, self._decode, renewed, PREFIX + name)
 
     def _change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
-        """The authenticator is over the sequence number too, so that an older record can't be played back under a newer number."""
-        unsigned = msgspec.structs.replace(record, authenticator=b"")
-        sequence = (before.sequence if before is not None else 0) + 1
-        tag = self._plane.keys.authenticate(_context(name, sequence), encode(unsigned))
+        """Signed for nodes without keys, and authenticated. Both are over the sequence number too, so that an older record can't be played back under a newer
+        number."""
+        keys, sequence = self._plane.keys, (before.sequence if before is not None else 0) + 1
+        signature = keys.sign_public(public_bytes(self._plane.layouts.current.cluster, sequence, record))
+        signed = msgspec.structs.replace(record, authenticator=b"", signer=signer_id(keys.public_signer()), signature=signature)
+        tag = keys.authenticate(_context(name, sequence), encode(signed))
         visibility = Visibility.TOMBSTONE if record.state == DELETED else Visibility.LIVE
-        return Change(encode(msgspec.structs.replace(record, authenticator=tag)), visibility)
+        return Change(encode(msgspec.structs.replace(signed, authenticator=tag)), visibility)
 
     async def _step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
         """Compare-and-set from exactly ``record`` (by id, state and nonce); with ``draw``, random bytes, to a nonce above all before it. None when it is not
@@ -223,6 +227,25 @@ class BucketService:
                 records += [healed] if healed is not None else []
         self._plane.bad_rows.replace(PREFIX.encode(), bad)
         return records
+
+    async def sign_unsigned(self, records: Iterable[BucketRecord]) -> int:
+        """Signs those records anew that the cluster's signing key has not signed: from before there were signatures, or before the keyring was exchanged.
+
+        Returns how many. What is authentic was written by a gateway, signature and all: only the signer is compared. Raises ServiceUnavailable."""
+        signer, signed = signer_id(self._plane.keys.public_signer()), 0
+        for record in records:
+            if record.signer == signer:
+                continue
+            name = system_name(PREFIX + record.name)
+
+            def update(value: Value | None, name: RegisterName = name) -> Change | None:
+                found = self._decode(name, value)
+                return self._change(name, value, found) if found is not None and found.signer != signer else None
+
+            outcome = await self._plane.registers.change(name, update)
+            signed += outcome.before != outcome.after
+            await self._changed(record.name)
+        return signed
 
     # --- deleting -----------------------------------------------------------------------------------------------------
 

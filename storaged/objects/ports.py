@@ -57,6 +57,12 @@ class KeyService(Protocol):
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
         """Constant time."""
 
+    def sign_public(self, message: bytes) -> bytes:
+        """Ed25519 (64 bytes) by the cluster's signing key, which follows from the keyring: for what nodes without keys verify."""
+
+    def public_signer(self) -> bytes:
+        """The public half of the signing key, 32 bytes."""
+
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
         """For what is kept in system registers: S3 secrets. nonce(12) || AES-256-GCM, context as AAD."""
 

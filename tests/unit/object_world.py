@@ -16,10 +16,20 @@ from typing import Any
 
 import xxhash
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.errors import DataDamaged, DiskUnusable, FragmentMissing, KeyringUnavailable, NoSuchBucket, PeerUnreachable
+from storaged.cluster.signers import signer_id
+from storaged.errors import (
+    CertificateRefused,
+    DataDamaged,
+    DiskUnusable,
+    FragmentMissing,
+    KeyringUnavailable,
+    NoSuchBucket,
+    PeerUnreachable,
+)
 from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
 from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Table, Value, Visibility
@@ -461,6 +471,18 @@ class FakeBucketKey:
         return [self.open_list(field, context) for field, context in zip(sealed, contexts, strict=True)]
 
 
+SIGNING_KEY = Ed25519PrivateKey.from_private_bytes(b"s" * 32)
+
+
+class FakeSigners:
+    """A ``SignerKeys`` that knows the key of FakeKeys."""
+
+    async def key(self, signer: bytes) -> Ed25519PublicKey:
+        if signer != signer_id(SIGNING_KEY.public_key().public_bytes_raw()):
+            raise CertificateRefused("no such signer")
+        return SIGNING_KEY.public_key()
+
+
 class FakeKeys:
     """``late``: no key is at hand, so that whoever needs one has to wait for it."""
 
@@ -488,6 +510,12 @@ class FakeKeys:
 
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
         return hmac.compare_digest(self.authenticate(context, message), tag)
+
+    def sign_public(self, message: bytes) -> bytes:
+        return SIGNING_KEY.sign(message)
+
+    def public_signer(self) -> bytes:
+        return SIGNING_KEY.public_key().public_bytes_raw()
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
         return FakeBucketKey(99).seal_list(plaintext, pack_context(b"", context))

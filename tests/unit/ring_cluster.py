@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ from storaged.objects.service import ObjectService
 from storaged.wire import Buffer, Message, decode, encode
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.unit.meta_store_suite import slots_in
-from tests.unit.object_world import FakeKeys
+from tests.unit.object_world import FakeKeys, FakeSigners
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -88,9 +88,9 @@ def run(scenario: Callable[[Cluster], Coroutine[Any, Any, None]], **options: Any
     assert not loop.troubles, loop.troubles
 
 
-def layout_of(disks_per_node: int = 2, epoch: int = 1) -> Layout:
-    nodes = tuple(NodeEntry(f"n{rack}", location, "", ("storage",)) for rack, location in RACKS.items())
-    disks = tuple(DiskEntry(f"{rack}{index}", f"n{rack}", 1) for rack in RACKS for index in range(disks_per_node))
+def layout_of(disks_per_node: int = 2, epoch: int = 1, racks: Mapping[str, str] = RACKS) -> Layout:
+    nodes = tuple(NodeEntry(f"n{rack}", location, "", ("storage",)) for rack, location in racks.items())
+    disks = tuple(DiskEntry(f"{rack}{index}", f"n{rack}", 1) for rack in racks for index in range(disks_per_node))
     return Layout("test", epoch, nodes, disks, ("a0", "b0", "c0"))
 
 
@@ -133,6 +133,7 @@ class StorageNode:
             local_meta=self.meta,
             local_fragments=self.fragments,
             end_promises=lambda disk: self.replicas[disk].end_promises(cluster.layouts.current.epoch),
+            signers=FakeSigners(),
             limits=cluster.limits,
             log=self.log.append,
         )
@@ -239,15 +240,23 @@ Intercept = Callable[[str, str, str, Message], Coroutine[Any, Any, None]]
 class Cluster:
     """``objects`` and ``buckets`` are the gateway's; ``kill`` and ``start`` take a node or, as ``rack_a``, all of a rack (here they are the same)."""
 
-    def __init__(self, loop: InlineLoop, *, disks_per_node: int = 2, limits: MaintainLimits | None = None, **plane_limits: Any) -> None:
+    def __init__(
+        self,
+        loop: InlineLoop,
+        *,
+        disks_per_node: int = 2,
+        limits: MaintainLimits | None = None,
+        racks: Mapping[str, str] = RACKS,
+        **plane_limits: Any,
+    ) -> None:
         self.loop = loop
         self.clock = VirtualClock(loop)
         self.limits = limits or MaintainLimits()
-        self.layouts = Layouts(layout_of(disks_per_node))
+        self.layouts = Layouts(layout_of(disks_per_node, racks=racks))
         self.intercept: Intercept | None = None
         self.nodes: dict[str, StorageNode] = {}
         self.alive = Alive(self)
-        for rack in RACKS:
+        for rack in racks:
             disks = [disk.id for disk in self.layouts.current.disks if disk.node == f"n{rack}"]
             self.nodes[f"n{rack}"] = StorageNode(self, f"n{rack}", disks)
         for node in self.nodes.values():
