@@ -132,18 +132,19 @@ def parse_copy_range(text: str) -> RangeSpec | None:
 # --- what a client says about an object ---------------------------------------------------------------------------------------
 
 
-def readable(value: str) -> str:
-    """A header's text. Bytes that are not UTF-8 arrive as surrogate escapes; they are read as Latin-1, as HTTP/1.1 once defined."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return value.encode("utf-8", "surrogateescape").decode("latin-1")
+def readable(name: str, value: str) -> str:
+    """The value of a header that is kept. Raises InvalidArgument for bytes that are not UTF-8: they could not be given back."""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgument("A header that is kept with an object is US-ASCII or UTF-8.", ArgumentName=name) from None
     return value
 
 
 def new_meta(headers: Mapping[str, str]) -> NewMeta:
     """Kept headers, x-amz-meta-*, tags, storage class. Raises MetadataTooLarge, InvalidTag, InvalidStorageClass."""
-    kept = {name: readable(headers[name]) for name in KEPT_HEADERS if headers.get(name)}
+    kept = {name: readable(name, headers[name]) for name in KEPT_HEADERS if headers.get(name)}
     if "content-encoding" in kept:
         codings = [coding.strip() for coding in kept["content-encoding"].split(",")]
         codings = [coding for coding in codings if coding and coding.lower() != "aws-chunked"]
@@ -151,7 +152,7 @@ def new_meta(headers: Mapping[str, str]) -> NewMeta:
             kept["content-encoding"] = ", ".join(codings)
         else:
             del kept["content-encoding"]
-    user = {name[len(USER_PREFIX) :]: readable(value) for name, value in headers.items() if name.startswith(USER_PREFIX)}
+    user = {name[len(USER_PREFIX) :]: readable(name, value) for name, value in headers.items() if name.startswith(USER_PREFIX)}
     if user:
         user_bytes = sum(len(name) + len(value.encode()) for name, value in user.items())
         if user_bytes > USER_BYTES_MAX:

@@ -13,7 +13,7 @@ Refused, and why:
 * a name or a method that is no token, a line without a colon, a request line that is not three words
 * Content-Length that is not plain digits, or comes twice, even with one value; with Transfer-Encoding; Transfer-Encoding in HTTP/1.0: where does the body end?
 * Transfer-Encoding that is not ``chunked`` alone: 501 NotImplemented
-* a byte that is not ASCII in Connection, Content-Length, Expect, Host, Transfer-Encoding: Unicode knows more digits, spaces, and lower cases of ``k``
+* a byte that is not ASCII in a header that is understood here: Unicode knows more digits, spaces, and lower cases of ``k`` than other parsers do
 * no Host, or two, in HTTP/1.1 (RFC 9112 3.2); one that is no host; versions other than HTTP/1.0 and HTTP/1.1
 * a target in absolute form whose host is not that of the Host header (RFC 9112 3.2.2; else it is taken, and means its path)
 * more than ``Limits`` allows of bytes, lines, and headers: 400 RequestHeaderSectionTooLarge
@@ -44,6 +44,18 @@ _METHODS = {name.encode(): name for name in ("GET", "PUT", "HEAD", "POST", "DELE
 _VERSIONS = {b"HTTP/1.1": True, b"HTTP/1.0": False}
 _ONCE = frozenset({"content-length", "host", "transfer-encoding"})
 LENGTH_DIGITS_MAX = 18
+
+_UNDERSTOOD = (
+    "x-amz-", "x-storaged-", "authorization", "connection", "content-", "date", "expect", "host", "if-", "origin", "range", "transfer-encoding",
+)  # fmt: skip
+"""How the names of headers begin whose values decide something."""
+_ANY_BYTES = frozenset(
+    {
+        "content-disposition", "content-encoding", "content-language", "content-type", "x-amz-copy-source", "x-amz-rename-source", "x-amz-tagging",
+        "x-amz-website-redirect-location",
+    }
+)  # fmt: skip
+"""Of those, the ones that are kept as they are, or name objects and tags; and x-amz-meta-*."""
 
 _NAMES_MAX = 1024
 _NAME_CHARS_MAX = 64
@@ -93,6 +105,8 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
                 raise BadRequest(f"There is more than one {lower} header.")
             value = f"{headers[lower]},{value}"
         headers[lower] = value
+    if not raw.isascii():
+        _check_ascii(headers)
     host = headers.get("host")
     if host is not None:
         check_host(host)
@@ -167,9 +181,15 @@ def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool
     return int(text), True
 
 
+def _check_ascii(headers: Mapping[str, str]) -> None:
+    """A header that is understood here is ASCII: else a digit, a space or a letter of another script would count as one of its. Raises BadRequest."""
+    for name, value in headers.items():
+        if not value.isascii() and name.startswith(_UNDERSTOOD) and not (name in _ANY_BYTES or name.startswith("x-amz-meta-")):
+            raise BadRequest(f"The {name} header has bytes that are not ASCII.")
+
+
 def _ascii_lower(value: str) -> str:
-    """Of a header that decides where a request ends. Beyond ASCII, letters have lower cases, and white space is, what another
-    parser does not think so: ``chun\u212aed`` would be ``chunked``. Raises BadRequest."""
+    """Of a header that decides where a request ends: checked here too, since ``chun\u212aed`` is ``chunked`` to Unicode. Raises BadRequest."""
     if not value.isascii():
         raise BadRequest("A header that says how the request is framed has bytes that are not ASCII.")
     return value.lower()

@@ -85,7 +85,11 @@ def put_asked(request: Request) -> tuple[NewMeta, BodyChecks, WriteConditions]:
     headers, body = request.headers, request.body
     if headers.keys() <= _PLAIN and body.declared and body.decoder is None and (body.length or 0) <= PART_BYTES_MAX:
         kind = headers.get("content-type")
-        return NewMeta({"content-type": h.readable(kind)} if kind else {}), BodyChecks(body.length, sha256=body.sha256), NO_WRITE_CONDITIONS
+        return (
+            NewMeta({"content-type": h.readable("content-type", kind)} if kind else {}),
+            BodyChecks(body.length, sha256=body.sha256),
+            NO_WRITE_CONDITIONS,
+        )
     return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
 
 

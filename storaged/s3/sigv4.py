@@ -49,7 +49,8 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _CANONICAL_PATH = re.compile(rb"[A-Za-z0-9\-._~/]*")
 _CANONICAL_WORD = re.compile(rb"[A-Za-z0-9\-._~]*")
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
-_TIMESTAMP = re.compile(r"\d{8}T\d{6}Z")
+_TIMESTAMP = re.compile(r"[0-9]{8}T[0-9]{6}Z")
+_SECONDS = re.compile(r"-?[0-9]{1,18}")
 _SPACES = re.compile(r" {2,}")
 _COMPONENTS = frozenset({"Credential", "SignedHeaders", "Signature"})
 
@@ -166,13 +167,14 @@ def claim_from_query(query: Mapping[str, str]) -> Claim:
         raise AuthorizationQueryParametersError("X-Amz-Date must be in the ISO8601 Long Format \"yyyyMMdd'T'HHmmss'Z'\"")
     if timestamp[:8] != date:
         raise AuthorizationQueryParametersError("The credential's date is not the one of X-Amz-Date.")
-    try:
-        expires_s = int(query["X-Amz-Expires"])
-    except ValueError:
-        raise AuthorizationQueryParametersError("X-Amz-Expires should be a number") from None
+    if not _SECONDS.fullmatch(query["X-Amz-Expires"]):
+        raise AuthorizationQueryParametersError("X-Amz-Expires should be a number")
+    expires_s = int(query["X-Amz-Expires"])
     if not 0 <= expires_s <= EXPIRES_S_MAX:
         # AccessDenied, as Ceph's conformance tests want it; AWS has 400 here.
         raise AccessDenied(f"X-Amz-Expires must be between 0 and a week (in seconds), that is {EXPIRES_S_MAX}")
+    if not query["X-Amz-SignedHeaders"].isascii():
+        raise AuthorizationQueryParametersError("X-Amz-SignedHeaders should be names of headers")
     signed = tuple(query["X-Amz-SignedHeaders"].lower().split(";"))
     if "host" not in signed:
         raise AuthorizationQueryParametersError("The Host header must be signed.")
@@ -183,7 +185,13 @@ def claim_from_query(query: Mapping[str, str]) -> Claim:
 def _credential(text: str, malformed: type[S3Error]) -> tuple[str, str, str, str]:
     """``AKID/20130524/us-east-1/s3/aws4_request``. An access key may contain slashes."""
     fields = text.rsplit("/", 4)
-    if len(fields) != 5 or not fields[0] or len(fields[1]) != 8 or not fields[1].isdigit() or fields[4] != "aws4_request":
+    if (
+        len(fields) != 5
+        or not fields[0]
+        or len(fields[1]) != 8
+        or not (fields[1].isascii() and fields[1].isdigit())
+        or fields[4] != "aws4_request"
+    ):
         raise malformed(
             'The Credential is malformed; expecting "<YOUR-AKID>/YYYYMMDD/REGION/SERVICE/aws4_request".',
         )
@@ -310,7 +318,7 @@ def canonical_headers(signed: Sequence[str], headers: Mapping[str, str]) -> str:
     """``name:value`` lines; values trimmed, runs of spaces made one. A signed header that did not arrive counts as empty, so that the signature does not match."""
     text = ""
     for name in signed:
-        value = headers.get(name, "").strip()
+        value = headers.get(name, "").strip(" \t")
         text += f"{name}:{_SPACES.sub(' ', value) if '  ' in value else value}\n"
     return text
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import pytest
 import pytest_asyncio
 
 from storaged import errors
+from storaged.s3 import sigv4
 from storaged.s3.http import parse_head
 from storaged.s3.limits import Limits
 from storaged.s3.request import parse_target
-from tests.unit.s3_world import ACCESS, REGION, World, s3_world, signed
+from tests.unit.s3_world import ACCESS, REGION, SECRET, World, s3_world, signed
 
 LIMITS = Limits()
 
@@ -121,3 +123,92 @@ async def test_a_signed_request_in_absolute_form_is_answered(world: World) -> No
     answer = await world.raw(request.replace(b"Host:", b"Connection: close\r\nHost:", 1))
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"\r\n\r\ndata")
+
+
+# --- all that is understood is ASCII ----------------------------------------------------------------------------------------
+
+UNDERSTOOD = (
+    "authorization", "content-md5", "date", "if-match", "if-none-match", "if-modified-since", "if-range", "origin", "range", "x-amz-acl",
+    "x-amz-checksum-crc32", "x-amz-checksum-mode", "x-amz-content-sha256", "x-amz-date", "x-amz-decoded-content-length", "x-amz-max-parts",
+    "x-amz-metadata-directive", "x-amz-mp-object-size", "x-amz-sdk-checksum-algorithm", "x-amz-storage-class", "x-amz-trailer",
+    "x-amz-unheard-of", "x-storaged-countries",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+@pytest.mark.parametrize("value", ["\u0661", "SHA\u0661", "\u017fHA1", "1\u00a0", "\u212a"])
+def test_a_header_that_is_understood_is_ascii(name: str, value: str) -> None:
+    with pytest.raises(errors.BadRequest):
+        parse_head(f"GET / HTTP/1.1\r\nHost: h\r\n{name}: {value}".encode(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x-amz-meta-a", "content-disposition", "content-type", "cache-control", "user-agent", "x-amz-copy-source", "x-amz-tagging", "x-other"],
+)
+def test_a_header_that_is_kept_or_ignored_may_have_any_letters(name: str) -> None:
+    assert parse_head(f"GET / HTTP/1.1\r\nHost: h\r\n{name}: gr\u00fc\u00df".encode(), LIMITS).headers[name] == "gr\u00fc\u00df"
+
+
+@pytest.mark.parametrize("headers", [{"x-amz-meta-a": b"caf\xe9"}, {"content-disposition": b"\xff"}, {"x-amz-meta-a": b"\xed\xa0\x80"}])
+async def test_metadata_that_is_not_utf_8_can_not_be_given_back_and_is_refused(world: World, headers: dict[str, bytes]) -> None:
+    ((name, value),) = headers.items()
+    request = signed_raw(world, "PUT", "/bucket/k", {name: value})
+    answer = await world.raw(request)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"<Code>InvalidArgument</Code>" in answer
+    assert f"<ArgumentName>{name}</ArgumentName>".encode() in answer
+    assert not world.objects.of(await world.buckets.get("bucket"))
+
+
+async def test_metadata_comes_back_byte_for_byte(world: World) -> None:
+    value = "caf\u00e9 \u20ac \U0001f600".encode()
+    assert (await world.raw(signed_raw(world, "PUT", "/bucket/k", {"x-amz-meta-a": value}))).startswith(b"HTTP/1.1 200 ")
+    answer = await world.raw(signed(world, "HEAD", "/bucket/k").replace(b"Host:", b"Connection: close\r\nHost:", 1))
+    assert b"x-amz-meta-a: " + value + b"\r\n" in answer
+
+
+def signed_raw(world: World, method: str, target: str, headers: dict[str, bytes]) -> bytes:
+    """A signed request without a body, whose headers are bytes."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    sent = {
+        "host": f"127.0.0.1:{world.port}".encode(),
+        "x-amz-content-sha256": sigv4.EMPTY_SHA256.encode(),
+        "x-amz-date": now.encode(),
+        **headers,
+    }
+    texts = {name: value.decode("utf-8", "surrogateescape") for name, value in sent.items()}
+    names = tuple(sorted(sent))
+    scope = f"{now[:8]}/{REGION}/s3/aws4_request"
+    canonical = sigv4.canonical_request(method, target.encode(), (), names, texts, sigv4.EMPTY_SHA256)
+    signature = sigv4.sign(sigv4.signing_key(SECRET, now[:8], REGION), sigv4.string_to_sign(now, scope, canonical))
+    lines = [f"{method} {target} HTTP/1.1".encode(), *(name.encode() + b": " + value for name, value in sent.items())]
+    lines.append(
+        f"authorization: {sigv4.ALGORITHM} Credential={ACCESS}/{scope}, SignedHeaders={';'.join(names)}, Signature={signature}".encode()
+    )
+    return b"\r\n".join([*lines, b"content-length: 0", b"connection: close", b"", b""])
+
+
+@pytest.mark.parametrize("stamp", ["2013052\u0664T000000Z", "\u0662\u0660\u0661\u0663\u0660\u0665\u0662\u0664T000000Z"])
+def test_a_date_has_digits_of_ascii(stamp: str) -> None:
+    query = {
+        "X-Amz-Algorithm": sigv4.ALGORITHM, "X-Amz-Credential": f"A/{stamp[:8]}/r/s3/aws4_request", "X-Amz-Date": stamp,
+        "X-Amz-SignedHeaders": "host", "X-Amz-Signature": "0", "X-Amz-Expires": "10",
+    }  # fmt: skip
+    with pytest.raises(errors.AuthorizationQueryParametersError):
+        sigv4.claim_from_query(query)
+
+
+@pytest.mark.parametrize("expires", ["\u0661\u0660", "1_0", " 10", "+10", "10 ", "9" * 5000, "1e3", ""])
+def test_how_long_a_url_holds_is_a_plain_number(expires: str) -> None:
+    query = {
+        "X-Amz-Algorithm": sigv4.ALGORITHM, "X-Amz-Credential": "A/20130524/r/s3/aws4_request", "X-Amz-Date": "20130524T000000Z",
+        "X-Amz-SignedHeaders": "host", "X-Amz-Signature": "0", "X-Amz-Expires": expires,
+    }  # fmt: skip
+    with pytest.raises(errors.AuthorizationQueryParametersError):
+        sigv4.claim_from_query(query)
+
+
+def test_only_spaces_and_tabs_around_a_value_are_not_signed() -> None:
+    plain, spaced = (sigv4.canonical_headers(["x-amz-meta-a"], {"x-amz-meta-a": value}) for value in ("v", "\u00a0v\u2003"))
+    assert plain != spaced, "else who stands between could change what is stored"
