@@ -12,12 +12,13 @@ from storaged.s3.request import Request, version_of
 _TYPE = f"{xml.XSI} type"
 
 
-def own_acl(who: Principal) -> bytes:
-    """The requester is the owner, else they would not have come so far."""
-    grantee = f"<ID>{xml.escape(who.user_id)}</ID><DisplayName>{xml.escape(who.display_name)}</DisplayName>"
+def own_acl(owner_id: str, who: Principal) -> bytes:
+    """``owner_id``: whom the record names. ``who``: the requester."""
+    owner = xml.owner_on_record(owner_id, who)
+    grantee = owner.removeprefix("<Owner>").removesuffix("</Owner>")
     return xml.document(
         "AccessControlPolicy",
-        xml.owner(who.user_id, who.display_name),
+        owner,
         f'<AccessControlList><Grant><Grantee xmlns:xsi="{xml.XSI}" xsi:type="CanonicalUser">{grantee}</Grantee>'
         "<Permission>FULL_CONTROL</Permission></Grant></AccessControlList>",
     )

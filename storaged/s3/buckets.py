@@ -136,7 +136,7 @@ async def delete_tagging(front: Front, request: Request) -> Reply:
 
 
 async def get_acl(front: Front, request: Request) -> Reply:
-    return xml_reply(own_acl(request.who))
+    return xml_reply(own_acl(request.bucket_record.owner, request.who))
 
 
 async def preflight(front: Front, request: Request) -> Reply:

@@ -129,7 +129,7 @@ async def list_objects_v1(front: Front, request: Request) -> Reply:
             ask.common(request.bucket, plain_prefix=True),
             f"<Marker>{ask.key(marker)}</Marker>{next_marker}<MaxKeys>{ask.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            *_rows(ask, page, xml.owner(request.who.user_id, request.who.display_name)),
+            *_rows(ask, page, xml.owner_on_record(request.bucket_record.owner, request.who)),
             ask.prefixes(page.prefixes),
         )
     )
@@ -144,7 +144,7 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
     token = query.get("continuation-token")
     page = await _page(front, request, ask, _from_token(token) if token else start_after)
     truncated = page.next_after is not None
-    owner = xml.owner(request.who.user_id, request.who.display_name) if query.get("fetch-owner") == "true" else ""
+    owner = xml.owner_on_record(request.bucket_record.owner, request.who) if query.get("fetch-owner") == "true" else ""
     return xml_reply(
         xml.document(
             "ListBucketResult",
@@ -212,7 +212,7 @@ def _version(ask: _Ask, item: ListedVersion, request: Request) -> str:
         f"<Key>{ask.key(item.key)}</Key><VersionId>{xml.escape(item.version_id)}</VersionId>{xml.boolean('IsLatest', item.latest)}"
         f"<LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
     )
-    owner = xml.owner(request.who.user_id, request.who.display_name)
+    owner = xml.owner_on_record(request.bucket_record.owner, request.who)
     if item.delete_marker:
         return f"<DeleteMarker>{head}{owner}</DeleteMarker>"
     return (
@@ -241,7 +241,7 @@ async def list_uploads(front: Front, request: Request) -> Reply:
     who = request.who
     rows = "".join(
         f"<Upload><Key>{ask.key(upload.key)}</Key>{xml.element('UploadId', upload.upload_id)}"
-        f"{xml.owner(upload.owner, who.display_name, 'Initiator')}{xml.owner(upload.owner, who.display_name)}"
+        f"{xml.owner_on_record(upload.owner, who, 'Initiator')}{xml.owner_on_record(upload.owner, who)}"
         f"<StorageClass>{upload.storage_class}</StorageClass><Initiated>{xml.iso_time(upload.created_ms)}</Initiated>"
         f"{xml.optional('ChecksumAlgorithm', upload.algorithm)}{xml.optional('ChecksumType', upload.checksum_type)}</Upload>"
         for upload in uploads

@@ -358,8 +358,8 @@ async def delete_tagging(front: Front, request: Request) -> Reply:
 
 
 async def get_acl(front: Front, request: Request) -> Reply:
-    await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
-    return xml_reply(own_acl(request.who))
+    info = await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
+    return xml_reply(own_acl(info.owner or request.bucket_record.owner, request.who))
 
 
 async def get_torrent(front: Front, request: Request) -> Reply:

@@ -17,6 +17,7 @@ from urllib.parse import quote_from_bytes
 from xml.parsers import expat
 
 from storaged.errors import MalformedXML
+from storaged.objects.api import Principal
 from storaged.units import KIB
 from storaged.wire import Buffer
 
@@ -126,6 +127,11 @@ def iso_times(times_ms: Iterable[int]) -> list[str]:
 
 def owner(user_id: str, display_name: str, tag: str = "Owner") -> str:
     return f"<{tag}><ID>{escape(user_id)}</ID><DisplayName>{escape(display_name)}</DisplayName></{tag}>"
+
+
+def owner_on_record(user_id: str, who: Principal, tag: str = "Owner") -> str:
+    """The owner whom a record names. ``who``: the requester, whose display name is known; another's is not printed."""
+    return owner(user_id, who.display_name if user_id == who.user_id else "", tag)
 
 
 def error_document(code: str, message: str, details: Mapping[str, str], resource: str, request_id: str, host_id: str) -> bytes:

@@ -14,7 +14,9 @@ import pytest_asyncio
 from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
+from storaged.objects.api import Principal
 from storaged.s3 import sigv4
+from storaged.s3.acl import own_acl
 from storaged.s3.request import parse_target
 from tests.unit.s3_world import ACCESS, REGION, SECRET, World
 from tests.unit.test_s3_fail_closed import call, filled, md5_of, state
@@ -149,3 +151,9 @@ async def test_a_document_beyond_its_bound_is_refused(world: World, target: str)
     before = state(world)
     assert (await call(world, "PUT", target, body=b" " * (256 * 1024 + 1)))[:2] == (400, "MaxMessageLengthExceeded")
     assert state(world) == before
+
+
+def test_the_owner_on_record_is_printed_and_not_the_requester() -> None:
+    who = Principal("a" * 64, "requester", "AK")
+    assert b"<Owner><ID>owner</ID><DisplayName></DisplayName></Owner>" in own_acl("owner", who)
+    assert own_acl(who.user_id, who).count(b"<DisplayName>requester</DisplayName>") == 2
