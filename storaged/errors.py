@@ -776,6 +776,17 @@ class KeyReleasesRefused(Condition):
     )
 
 
+class BucketKeyDamaged(Condition):
+    """The ring's record of a bucket's key was removed or overwritten by something that is no gateway: a disk's damage, or an attack with a node's certificate."""
+
+    code = "BUCKET_KEY_DAMAGED"
+    hint = (
+        "Mended: this gateway wrote it again from its own copy; find out who did it (audit log: key.restore). "
+        "Not mended: no copy here opens. Other gateways mend it from theirs when they use the bucket; else restore the newest backup "
+        "(`storaged keys restore FILE`, then reload the gateway). Until then the bucket's objects cannot be read."
+    )
+
+
 class ClockSkewed(Condition):
     """A node's clock differs from the gateway's by more than a few seconds."""
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
     AuditRefusedByWitness,
+    BucketKeyDamaged,
     BucketNotVerified,
     ClockSkewed,
     DiskBlank,
@@ -42,6 +43,7 @@ from storaged.errors import (
 from storaged.units import format_duration
 
 SKEW_MS_MAX = 5_000
+KEY_DAMAGE_SHOWN_MAX = 10
 RECORDS_NAMED_MAX = 20
 _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
     "full": DiskFull,
@@ -110,6 +112,15 @@ class Durability:
     waits: RepairWaits | None = None
 
 
+class KeyDamage(NamedTuple):
+    """A register ``key/BUCKET_ID`` that was not as it should be, since when (ms since 1970), and whether it was mended."""
+
+    bucket: str
+    detail: str
+    since_ms: int
+    mended: bool
+
+
 @dataclass(frozen=True)
 class Facts:
     """Everything the verdict follows from. ``write_profile`` is what a write would use now, None when it would be refused, with ``write_reason``."""
@@ -123,6 +134,7 @@ class Facts:
     jobs: Sequence[dict[str, Any]] = field(default_factory=tuple)
     bad_records: Sequence[tuple[str, str]] = ()
     """Names of system records that can't be used, each with the reason."""
+    key_damage: Sequence[KeyDamage] = ()
     unverified_records: Sequence[tuple[str, str]] = ()
     """Names of buckets' records that storage nodes don't believe, each with the reason."""
     key_refusal: str = ""
@@ -184,7 +196,13 @@ def judge(facts: Facts, now_ms: int) -> dict[str, Any]:
     durability = facts.durability
     if facts.keyring_problem or facts.key_refusal or headless:
         verdict = "DOWN"
-    elif facts.write_profile is None or durability.objects_lost or durability.objects_unreadable or durability.objects_at_risk:
+    elif (
+        facts.write_profile is None
+        or durability.objects_lost
+        or durability.objects_unreadable
+        or durability.objects_at_risk
+        or any(not damage.mended for damage in facts.key_damage)
+    ):
         verdict = "AT_RISK"
     else:
         verdict = "DEGRADED" if problems or not durability.counted else "HEALTHY"
@@ -224,6 +242,11 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
         yield problem(AuditRefusedByWitness, node_name, now_ms, reason)
     if facts.key_refusal:
         yield problem(KeyReleasesRefused, "keys", now_ms, facts.key_refusal)
+    for damage in sorted(facts.key_damage, key=lambda damage: (damage.mended, damage.since_ms))[:KEY_DAMAGE_SHOWN_MAX]:
+        state = "mended" if damage.mended else "not mended"
+        yield problem(
+            BucketKeyDamaged, f"key/{damage.bucket}", damage.since_ms, f"{damage.detail} ({state}; {len(facts.key_damage)} in all)"
+        )
     if headless:
         yield problem(QuorumLost, f"{headless} partitions", now_ms)
     for node in facts.nodes:

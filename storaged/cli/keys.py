@@ -60,7 +60,7 @@ def create(config: Path) -> None:
 )
 @click.pass_obj
 def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
-    """Write a backup of the running gateway's keyring to FILE, under a passphrase. It covers all buckets, later ones too."""
+    """Write a backup of the running gateway's keyring to FILE, under a passphrase, with all bucket keys made so far. Its epoch keys open later ones too."""
     place = find_directory(named)
     passphrase = _asked(passphrase_file, confirm=True)
     try:
@@ -79,6 +79,13 @@ def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
     click.echo(f"keyring {answer['keyring']} is backed up in {file}. Keep it, and its passphrase, off this machine.")
 
 
+def _give_to_owner(file: Path) -> None:
+    """What root restores belongs to who has the folder: the gateway must read it."""
+    if os.geteuid() == 0:
+        owner = file.parent.stat()
+        os.chown(file, owner.st_uid, owner.st_gid)
+
+
 @keys.command("restore")
 @click.argument("file", type=click.Path(path_type=Path, exists=True))
 @click.option(
@@ -93,20 +100,33 @@ def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
 )
 @click.pass_obj
 def restore(named: str | None, file: Path, config_file: Path | None, passphrase_file: Path | None) -> None:
-    """Put the keyring from the backup FILE where the gateway's configuration wants it. An existing keyring is never overwritten."""
+    """Put the keyring from the backup FILE where the gateway's configuration wants it, and the bucket keys beside it for the gateway to take.
+
+    An existing keyring is never overwritten. Where it is the backup's own, the bucket keys alone are restored: for a ring that lost some.
+    """
     from storaged import config as configuration
     from storaged import keys as plane
+    from storaged.keys.copies import RESTORED_NAME
     from storaged.node.protection import protection_of
+    from storaged.wire import encode
 
     found = configuration.load(config_file or gateway_directory(find_directory(named)) / "config.toml")
-    target = Path(found.keys.keyring)
-    if target.exists():
-        raise OperatorError(f"{target} exists already; it was left as it is")
+    target, directory = Path(found.keys.keyring), Path(found.node.directory)
+    known = plane.keyring_id_of(target) if target.exists() else None
     passphrase = _asked(passphrase_file, confirm=False)
-    plane.open_keyring(file, plane.Passphrase(passphrase))  # before anything is made: a wrong passphrase changes nothing
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    material = plane.restore(file, passphrase, target, protection=protection_of(found, create=True))
-    click.echo(f"keyring {material.keyring_id.hex()} is in {target}")
+    saved = plane.open_backup(file, passphrase, expected_id=known)  # before anything is made: a wrong passphrase changes nothing
+    if known is not None and not saved.has_bucket_keys:
+        raise OperatorError(f"{target} exists already; it was left as it is, and {file}, made by an older version, has no bucket keys")
+    if saved.bucket_keys:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        plane.lay_restored(directory, saved.material.keyring_id, map(encode, saved.bucket_keys))
+        _give_to_owner(directory / RESTORED_NAME)
+    if known is None:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        plane.restore(file, passphrase, target, protection=protection_of(found, create=True))
+        _give_to_owner(target)
+    said = "is in" if known is None else "was already in"
+    click.echo(f"keyring {saved.material.keyring_id.hex()} {said} {target}; {len(saved.bucket_keys)} bucket keys lie ready in {directory}")
     click.echo(
         "  Next: the gateway takes it when it starts, or is reloaded (systemctl reload storaged-gateway; of a trial cluster: SIGHUP)"
     )

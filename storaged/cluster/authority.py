@@ -75,7 +75,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "fragment.stat": Grant(BOTH, STORAGE, "`where`; walks of repair, collection"),
     "fragment.touch": Grant(BOTH, STORAGE, "a proposal that begins again; a recoding", "keeps garbage from being collected"),
     "fragment.retire": Grant(GATEWAY, STORAGE, "what a change replaced goes to the garbage list"),
-    "fragment.retired": Grant(NOBODY, STORAGE, "a node collects on its own disks"),
+    "fragment.retired": Grant(GATEWAY, STORAGE, "a deleted bucket's key is destroyed once no disk has garbage of it"),
     "fragment.unretire": Grant(NOBODY, STORAGE, "a node collects on its own disks"),
     "fragment.delete": Grant(
         BOTH,

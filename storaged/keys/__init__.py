@@ -1,12 +1,16 @@
 """Keys: made, held and used by gateways only. No storage role imports this package.
 
-``keyfile`` reads and writes keyring files, ``keyring`` serves keys from one, ``ports`` names what it needs.
+``keyfile`` reads and writes keyring files and backups, ``keyring`` serves keys from one, ``bucketkey`` has the records and the cryptography of bucket keys,
+``homes`` compares the two places where they are kept (pure), ``upkeep`` keeps those alike, ``copies`` is the second place; ``ports`` names what is needed.
 """
 
 from __future__ import annotations
 
+from storaged.keys.bucketkey import KeyCopy
+from storaged.keys.copies import CopyLog, lay_restored
 from storaged.keys.keyfile import (
     Argon2Cost,
+    Backup,
     Credential,
     KeyMaterial,
     Passphrase,
@@ -14,17 +18,23 @@ from storaged.keys.keyfile import (
     backup,
     create_keyring,
     keyring_id_of,
+    open_backup,
     open_keyring,
     restore,
 )
 from storaged.keys.keyring import Keyring, KeyringStatistics
-from storaged.keys.ports import AlreadyThere, Audit, SystemRegisters
+from storaged.keys.ports import Audit, Kept, KeyChange, KeyCopies, SystemRegisters
 
 __all__ = [
-    "AlreadyThere",
     "Argon2Cost",
     "Audit",
+    "Backup",
+    "CopyLog",
     "Credential",
+    "Kept",
+    "KeyChange",
+    "KeyCopies",
+    "KeyCopy",
     "KeyMaterial",
     "Keyring",
     "KeyringStatistics",
@@ -34,6 +44,8 @@ __all__ = [
     "backup",
     "create_keyring",
     "keyring_id_of",
+    "lay_restored",
+    "open_backup",
     "open_keyring",
     "restore",
 ]

@@ -7,8 +7,11 @@ HKDF of a bucket key    the list key, for what a listing prints                 
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA512
@@ -21,20 +24,30 @@ from storaged.sov1 import (
     KEY_BYTES,
     SALT_BYTES,
     SealBroken,
+    open_message,
     open_one,
+    pack_context,
+    seal_message,
     seal_one,
     sealed_size,
 )
-from storaged.wire import Message
+from storaged.wire import Message, encode
+
+if TYPE_CHECKING:
+    from storaged.keys.keyfile import KeyMaterial
 
 WRAP_LABEL = "sov.key.v1"
 BUCKET_KEY_LABEL = "sov.bucketkey.v1"
 LIST_LABEL = b"sov.list.v1\0"
+RECORD_LABEL = b"sov.record.v1\0"
 
 WRAPPED_KEY_BYTES = sealed_size(KEY_BYTES, CHUNK_BYTES_MIN)
 assert WRAPPED_KEY_BYTES == 112
 
 NONCE_BYTES = 12
+
+
+ACTIVE, DESTROYED = "active", "destroyed"
 
 
 class WrappedBucketKey(Message, frozen=True):
@@ -46,11 +59,104 @@ class WrappedBucketKey(Message, frozen=True):
     wrapped: bytes
 
 
+Versions = tuple[WrappedBucketKey, ...]
+
+
+class BucketEnd(Message, frozen=True):
+    """A bucket that was found empty behind its fence, on its way to Deleted: its ``name``, the fence's ``nonce`` and ``shards``, and since when."""
+
+    name: str
+    since_ms: int
+    nonce: bytes
+    shards: tuple[int, ...]
+
+
 class BucketKeys(Message, frozen=True):
-    """The register ``key/BUCKET_ID`` (hex): versions in ascending order."""
+    """The register ``key/BUCKET_ID`` (hex): versions in ascending order, none once the key is destroyed.
+
+    ``authenticator``: HMAC by the keyring's record key over register, sequence and all other fields. Records of old have none: they are read, but only what is
+    authentic may say that a key is destroyed, or that its bucket has ended.
+    """
 
     bucket_id: bytes
-    versions: tuple[WrappedBucketKey, ...]
+    versions: Versions
+    state: str = ACTIVE
+    ended: BucketEnd | None = None
+    authenticator: bytes = b""
+
+
+class KeyCopy(Message, frozen=True):
+    """A bucket's key outside of the ring: in a gateway's own log, or in a backup. No versions: it was forgotten."""
+
+    bucket_id: bytes
+    versions: Versions
+
+
+class UnknownEpoch(Exception):
+    """The keyring has no such epoch key."""
+
+
+def register_of(bucket_id: bytes) -> str:
+    """The path of the register."""
+    return "key/" + bucket_id.hex()
+
+
+def wrap_context(keyring_id: bytes, bucket_id: bytes, version: int, epoch: int) -> bytes:
+    """What a wrapped bucket key is bound to."""
+    return pack_context(b"", [keyring_id, bucket_id, version.to_bytes(4, "big"), epoch.to_bytes(4, "big")])
+
+
+class Vault:
+    """Wraps, opens and authenticates bucket keys with an opened keyring."""
+
+    def __init__(self, material: KeyMaterial, entropy: Entropy) -> None:
+        self.keyring_id = material.keyring_id
+        self.newest_epoch = material.newest.epoch
+        self._epochs = material.epochs
+        self._record_key = material.record_key
+        self._entropy = entropy
+
+    def __repr__(self) -> str:
+        return f"Vault({self.keyring_id.hex()})"
+
+    def close(self) -> None:
+        """Forgets its keys: nothing opens and nothing is authentic any more."""
+        self._epochs, self._record_key = {}, self._entropy(KEY_BYTES)
+
+    def wrap_new(self, bucket_id: bytes, version: int, now_ms: int) -> WrappedBucketKey:
+        """A new random key under the newest epoch."""
+        context = wrap_context(self.keyring_id, bucket_id, version, self.newest_epoch)
+        epoch_key, key, salt = self._epochs[self.newest_epoch].key, self._entropy(KEY_BYTES), self._entropy(SALT_BYTES)
+        return WrappedBucketKey(version, self.newest_epoch, now_ms, seal_message(epoch_key, BUCKET_KEY_LABEL, context, key, salt))
+
+    def open(self, bucket_id: bytes, entry: WrappedBucketKey) -> bytes:
+        """The key in the clear. Raises UnknownEpoch, SealBroken."""
+        epoch = self._epochs.get(entry.epoch)
+        if epoch is None:
+            raise UnknownEpoch(entry.epoch)
+        return open_message(
+            epoch.key, BUCKET_KEY_LABEL, wrap_context(self.keyring_id, bucket_id, entry.version, entry.epoch), entry.wrapped
+        )
+
+    def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
+        """HMAC-SHA256 by the record key, 32 bytes."""
+        return hmac.digest(self._record_key, pack_context(RECORD_LABEL, [*context, message]), "sha256")
+
+    def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
+        return hmac.compare_digest(self.authenticate(context, message), tag)
+
+    def sign(self, record: BucketKeys, sequence: int) -> BucketKeys:
+        """The record as it is written under this sequence number of its register."""
+        unsigned = msgspec.structs.replace(record, authenticator=b"")
+        return msgspec.structs.replace(record, authenticator=self.authenticate(_context(record.bucket_id, sequence), encode(unsigned)))
+
+    def authentic(self, record: BucketKeys, sequence: int) -> bool:
+        unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
+        return self.verify(_context(record.bucket_id, sequence), unsigned, record.authenticator)
+
+
+def _context(bucket_id: bytes, sequence: int) -> tuple[bytes, bytes]:
+    return register_of(bucket_id).encode(), sequence.to_bytes(8, "big")
 
 
 class FieldBox:

@@ -1,7 +1,8 @@
 """The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMATS.md (Keys) gives every field.
 
 A file is JSON, so that an operator sees what it is: keyring id, how it is protected, the sealed body (SOV1), and which epoch the last backup covers. Everything but the
-last is bound into the seal. A backup is the same kind of file under its own passphrase.
+last is bound into the seal. A backup is the same kind of file under its own passphrase, of version 2: it has every bucket key that had been made (wrapped) in a
+second sealed part. Backups of version 1 have none, and are read as before.
 
 Keys are made by ``create_keyring`` only. Opening, restoring and backing up never make one, and no file is ever overwritten: a cluster whose keyring is missing must
 say so, for with a new keyring all its data would be lost behind the old one.
@@ -14,7 +15,7 @@ import binascii
 import json
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,15 +29,19 @@ from storaged.clock import Clock, SystemClock
 from storaged.durable import replace_file, sync_path
 from storaged.errors import FileExists, KeyringDamaged, KeyringMismatch, OperatorError, WrongPassphrase
 from storaged.ids import Entropy, system_entropy
+from storaged.keys.bucketkey import KeyCopy
 from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_context, seal_message
 from storaged.wire import Message, decode, encode
 
 FORMAT = "storaged keyring"
 VERSION = 1
+BACKUP_VERSION = 2
 LABEL = "sov.keyring.v1"
+BUCKETS_LABEL = "sov.keyring.buckets.v1"
 KEYRING_ID_BYTES = 16
 CREDENTIAL_BYTES = 32
-FILE_BYTES_MAX = 1024 * 1024
+FILE_BYTES_MAX = 256 * 1024 * 1024
+"""A bucket key takes some 220 bytes of a backup: a million of them."""
 KDF_SALT_BYTES = 16
 
 
@@ -49,8 +54,8 @@ class Argon2Cost(NamedTuple):
 
 
 ARGON2_COST = Argon2Cost()
-ARGON2_COST_MAX = Argon2Cost(4 * 1024 * 1024, 64, 64)
-"""What a file may ask for: a forged one must not take all memory."""
+ARGON2_COST_MAX = Argon2Cost(1024 * 1024, 16, 16)
+"""What a file may ask for, four times the memory of what is written: a forged one must not take all memory, nor minutes."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,7 +125,7 @@ class _Body(Message, frozen=True):
 class KeyMaterial:
     """An opened keyring file. Holds secrets: never logged, and its repr shows only the id."""
 
-    def __init__(self, path: Path, keyring_id: bytes, body: _Body, backed_up_epoch: int) -> None:
+    def __init__(self, path: Path, keyring_id: bytes, body: _Body, backed_up_epoch: int, backed_up_ms: int = 0) -> None:
         self.path = path
         self.keyring_id = keyring_id
         self.epochs: Mapping[int, EpochKey] = {entry.epoch: entry for entry in body.epochs}
@@ -129,6 +134,8 @@ class KeyMaterial:
         self.secret_key = body.secret_key
         self.backed_up_epoch = backed_up_epoch
         """The newest epoch that a backup covers, 0: none was made."""
+        self.backed_up_ms = backed_up_ms
+        """When the last backup was made (ms since 1970), 0: none was, or by a version that did not note it. Bucket keys made later are in no backup."""
         self._body = body
 
     def __repr__(self) -> str:
@@ -144,7 +151,7 @@ def create_keyring(path: Path, protection: Protection, *, clock: Clock | None = 
     now_ms = (clock or SystemClock()).wall_ms()
     body = _Body((EpochKey(1, entropy(KEY_BYTES), now_ms),), entropy(KEY_BYTES), entropy(KEY_BYTES))
     keyring_id = entropy(KEYRING_ID_BYTES)
-    _write_new(path, _render(keyring_id, body, protection, 0, entropy))
+    _write_new(path, _render(keyring_id, body, protection, _Notes(0, 0), entropy))
     return KeyMaterial(path, keyring_id, body, 0)
 
 
@@ -153,6 +160,23 @@ def open_keyring(path: Path, protection: Protection, *, expected_id: bytes | Non
 
     Raises KeyringMismatch when the file is missing or not the one of ``expected_id``, WrongPassphrase (wrong credential too), KeyringDamaged.
     """
+    return _open(path, protection, expected_id).material
+
+
+class Backup(NamedTuple):
+    """An opened backup. ``bucket_keys``: those that had been made; none in a backup of version 1, which ``has_bucket_keys`` tells apart."""
+
+    material: KeyMaterial
+    bucket_keys: tuple[KeyCopy, ...]
+    has_bucket_keys: bool
+
+
+def open_backup(path: Path, passphrase: str, *, expected_id: bytes | None = None) -> Backup:
+    """As ``open_keyring``, with the bucket keys."""
+    return _open(path, Passphrase(passphrase), expected_id)
+
+
+def _open(path: Path, protection: Protection, expected_id: bytes | None) -> Backup:
     fields = _parse(path)
     keyring_id = _keyring_id(fields, path)
     if expected_id is not None and keyring_id != expected_id:
@@ -160,8 +184,12 @@ def open_keyring(path: Path, protection: Protection, *, expected_id: bytes | Non
     protected = fields["protection"]
     key = _unlock(protected, protection, path)
     try:
-        plain = open_message(key, LABEL, _context(keyring_id, protected), _bytes(fields["sealed"]))
-        body = decode(plain, _Body)
+        version = fields["version"]
+        context = _context(version, keyring_id, protected)
+        body = decode(open_message(key, LABEL, context, _bytes(fields["sealed"])), _Body)
+        bucket_keys: tuple[KeyCopy, ...] = ()
+        if version == BACKUP_VERSION:
+            bucket_keys = decode(_open_buckets(key, context, _bytes(fields["bucket_keys"])), tuple[KeyCopy, ...])
     except SealBroken as broken:
         if broken.index is None:
             what = "passphrase" if isinstance(protection, Passphrase) else "credential"
@@ -171,7 +199,16 @@ def open_keyring(path: Path, protection: Protection, *, expected_id: bytes | Non
         ) from None
     except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
         raise KeyringDamaged(f"The keyring {path} is malformed: {type(error).__name__}.") from None
-    return KeyMaterial(path, keyring_id, body, _covered(fields))
+    material = KeyMaterial(path, keyring_id, body, _covered(fields), _number(fields, "backed_up_ms"))
+    return Backup(material, bucket_keys, version == BACKUP_VERSION)
+
+
+def _open_buckets(key: bytes, context: bytes, sealed: bytes) -> bytes:
+    """Whatever is wrong with it, the passphrase was right."""
+    try:
+        return open_message(key, BUCKETS_LABEL, context, sealed)
+    except SealBroken:
+        raise SealBroken("the bucket keys do not open", index=0) from None
 
 
 def keyring_id_of(path: Path) -> bytes:
@@ -180,23 +217,35 @@ def keyring_id_of(path: Path) -> bytes:
 
 
 def backup(
-    material: KeyMaterial, path: Path, passphrase: str, *, cost: Argon2Cost | None = None, entropy: Entropy = system_entropy
+    material: KeyMaterial,
+    path: Path,
+    passphrase: str,
+    bucket_keys: Sequence[KeyCopy] = (),
+    *,
+    now_ms: int = 0,
+    cost: Argon2Cost | None = None,
+    entropy: Entropy = system_entropy,
 ) -> None:
-    """Writes a backup of mode 0600 that the passphrase opens, reads it back, and then notes in the keyring file which epoch it covers.
+    """Writes a backup of mode 0600 that the passphrase opens, reads it back, and then notes in the keyring file which epoch it covers, and ``now_ms``: when
+    ``bucket_keys``, all that had been made, were gathered (ms since 1970).
 
-    It covers every bucket of these epochs, also those created later. Raises FileExists. Takes about a second: call it in a thread.
+    Its epoch keys open the keys of buckets created later too, where the ring still has them. Raises FileExists. Takes about a second: call it in a thread.
     """
     protection = Passphrase(passphrase, cost or ARGON2_COST)
-    _write_new(path, _render(material.keyring_id, material._body, protection, material.newest.epoch, entropy))
-    if open_keyring(path, protection, expected_id=material.keyring_id)._body != material._body:
+    notes = _Notes(material.newest.epoch, now_ms)
+    _write_new(path, _render(material.keyring_id, material._body, protection, notes, entropy, tuple(bucket_keys)))
+    written = open_backup(path, passphrase, expected_id=material.keyring_id)
+    if written.material._body != material._body or written.bucket_keys != tuple(bucket_keys):
         raise KeyringDamaged(f"The backup {path} does not read back as it was written.")
     fields = _parse(material.path)
     fields["backed_up_epoch"] = max(_covered(fields), material.newest.epoch)
+    fields["backed_up_ms"] = max(_number(fields, "backed_up_ms"), now_ms)
     try:
         replace_file(material.path, _dump(fields))
     except OSError as error:
         raise OperatorError(f"{material.path} cannot be written: {error.strerror}.") from None
     material.backed_up_epoch = max(material.backed_up_epoch, material.newest.epoch)
+    material.backed_up_ms = fields["backed_up_ms"]
 
 
 def restore(
@@ -210,44 +259,61 @@ def restore(
 ) -> KeyMaterial:
     """Makes the keyring file ``target`` from the backup at ``path``, under ``protection`` (default: the backup's passphrase, at the backup's cost).
 
-    ``expected_id``: the cluster's keyring, when it is known. Raises FileExists when ``target`` is there, WrongPassphrase, KeyringMismatch, KeyringDamaged.
+    The bucket keys of a backup are not in it: see ``copies.lay_restored``. ``expected_id``: the cluster's keyring, when it is known. Raises FileExists when ``target`` is there, WrongPassphrase, KeyringMismatch, KeyringDamaged.
     """
     if target.exists():
         raise FileExists(f"{target} exists already; it was left as it is.")
-    saved = open_keyring(path, Passphrase(passphrase), expected_id=expected_id)
+    saved = open_backup(path, passphrase, expected_id=expected_id).material
     if protection is None:
         protection = Passphrase(passphrase, _cost(_parse(path)["protection"], path))
-    _write_new(target, _render(saved.keyring_id, saved._body, protection, saved.newest.epoch, entropy))
-    return KeyMaterial(target, saved.keyring_id, saved._body, saved.newest.epoch)
+    notes = _Notes(saved.newest.epoch, saved.backed_up_ms)
+    _write_new(target, _render(saved.keyring_id, saved._body, protection, notes, entropy))
+    return KeyMaterial(target, saved.keyring_id, saved._body, *notes)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _render(keyring_id: bytes, body: _Body, protection: Protection, backed_up_epoch: int, entropy: Entropy) -> bytes:
+class _Notes(NamedTuple):
+    """What is noted beside the seal, since it only decides whether to warn."""
+
+    backed_up_epoch: int
+    backed_up_ms: int
+
+
+def _render(
+    keyring_id: bytes,
+    body: _Body,
+    protection: Protection,
+    notes: _Notes,
+    entropy: Entropy,
+    bucket_keys: tuple[KeyCopy, ...] | None = None,
+) -> bytes:
+    """A keyring file; with ``bucket_keys``, be it none of them, a backup of version 2."""
     protected: dict[str, Any] = {"kind": "credential", "salt": _text(entropy(KDF_SALT_BYTES))}
     if isinstance(protection, Passphrase):
         if not protection.text:
             raise WrongPassphrase("An empty passphrase is refused.")
         protected |= {"kind": "passphrase", "kdf": "argon2id", **protection.cost._asdict()}
     key = _unlock(protected, protection, Path("new file"))
-    sealed = seal_message(key, LABEL, _context(keyring_id, protected), encode(body), entropy(SALT_BYTES))
-    return _dump(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "keyring_id": keyring_id.hex(),
-            "protection": protected,
-            "sealed": _text(sealed),
-            "backed_up_epoch": backed_up_epoch,
-        }
-    )
+    version = VERSION if bucket_keys is None else BACKUP_VERSION
+    context = _context(version, keyring_id, protected)
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": version,
+        "keyring_id": keyring_id.hex(),
+        "protection": protected,
+        "sealed": _text(seal_message(key, LABEL, context, encode(body), entropy(SALT_BYTES))),
+    }
+    if bucket_keys is not None:
+        fields["bucket_keys"] = _text(seal_message(key, BUCKETS_LABEL, context, encode(bucket_keys), entropy(SALT_BYTES)))
+    return _dump(fields | notes._asdict())
 
 
-def _context(keyring_id: bytes, protected: Mapping[str, Any]) -> bytes:
+def _context(version: int, keyring_id: bytes, protected: Mapping[str, Any]) -> bytes:
     """What the seal binds besides the key: format version, id, and the protection's fields in the order of their names, ``name=value``."""
     named = (f"{name}={protected[name]}".encode() for name in sorted(protected))
-    return pack_context(b"", [str(VERSION).encode(), keyring_id, *named])
+    return pack_context(b"", [str(version).encode(), keyring_id, *named])
 
 
 def _unlock(protected: Mapping[str, Any], protection: Protection, path: Path) -> bytes:
@@ -293,9 +359,10 @@ def _parse(path: Path) -> dict[str, Any]:
         fields = None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise KeyringDamaged(f"{path} is not a keyring.")
-    if fields.get("version") != VERSION:
-        raise KeyringDamaged(f"The keyring {path} has version {fields.get('version')}; this program knows version {VERSION}.")
-    if not isinstance(fields.get("protection"), dict) or not isinstance(fields.get("sealed"), str):
+    if fields.get("version") not in (VERSION, BACKUP_VERSION):
+        raise KeyringDamaged(f"The keyring {path} has version {fields.get('version')}; this program knows {VERSION} and {BACKUP_VERSION}.")
+    parts = ("sealed", "bucket_keys") if fields["version"] == BACKUP_VERSION else ("sealed",)
+    if not isinstance(fields.get("protection"), dict) or not all(isinstance(fields.get(part), str) for part in parts):
         raise KeyringDamaged(f"The keyring {path} is malformed: fields are missing.")
     return fields
 
@@ -312,7 +379,11 @@ def _keyring_id(fields: Mapping[str, Any], path: Path) -> bytes:
 
 def _covered(fields: Mapping[str, Any]) -> int:
     """The note of the last backup: not sealed, since it only decides whether to warn."""
-    value = fields.get("backed_up_epoch")
+    return _number(fields, "backed_up_epoch")
+
+
+def _number(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
     return value if isinstance(value, int) else 0
 
 

@@ -1,25 +1,26 @@
 """The key service of a gateway: bucket keys on demand, authentication of records, sealing of S3 secrets.
 
-    keyring file (keyfile)  epoch keys, record key, secret key
-    register key/BUCKET_ID  versions of the bucket's key, each wrapped under an epoch key          BucketKeys
+A bucket key is committed to its register, and to this gateway's own copies, before anything is sealed under it. Its two homes are compared at every release
+(``homes.judge``): a register that is damaged is written again from what opens, and reported (BUCKET_KEY_DAMAGED).
 
-A bucket key is committed to its register before anything is sealed under it, and so a backup of the keyring file covers buckets that were created after it.
-Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``. One that expired is forgotten when it is asked for, or when any
-other is released.
+Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``. One that expired is forgotten when it is asked for, when any
+other is released, or by ``forget_expired``.
 
 Every release asks the policy (``cluster.policy.release_refusal``), that of a kept key too: its decision is kept with the key, for the countries that it was made for,
 as long as neither policy nor certificate changes and the certificate is valid by the wall clock. What is refused is forgotten, and audited.
+
+A key ends with its bucket: ``end_bucket_key`` notes in the register that the bucket was found empty on its way to Deleted, ``destroy_bucket_key`` leaves a marker
+in the key's place and removes this gateway's copy. What other gateways have goes when they look after their copies (``look_after``), or ask for the key.
+``upkeep`` does that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -28,13 +29,12 @@ from storaged.clock import Clock
 from storaged.cluster.policy import BUCKET_COUNTRIES_RULE, KeyHolder, Policy, ReleaseRefusal, release_refusal
 from storaged.errors import KeyReleaseRefused, KeyringUnavailable, StoragedError
 from storaged.ids import BUCKET_ID_BYTES, Entropy, system_entropy
-from storaged.keys.bucketkey import BUCKET_KEY_LABEL, BucketKeys, FieldBox, UnwrappedBucketKey, WrappedBucketKey
+from storaged.keys.bucketkey import FieldBox, UnwrappedBucketKey, Vault
 from storaged.keys.keyfile import KeyMaterial
-from storaged.keys.ports import AlreadyThere, Audit, SystemRegisters
-from storaged.sov1 import KEY_BYTES, SALT_BYTES, SealBroken, open_message, pack_context, seal_message
-from storaged.wire import decode, encode
+from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
+from storaged.keys.upkeep import EndedKey, KeyHomes, facts_of
+from storaged.sov1 import KEY_BYTES, pack_context
 
-RECORD_LABEL = b"sov.record.v1\0"
 SIGN_LABEL = b"sov.sign.v1\0"
 SECRET_LABEL = b"sov.secret.v1\0"
 
@@ -47,7 +47,7 @@ REFUSAL_QUIET_S = 60.0
 
 @dataclass(frozen=True)
 class KeyringStatistics:
-    """``newest_epoch`` above ``backed_up_epoch``: a backup is due (KEYS_NOT_BACKED_UP)."""
+    """``newest_epoch`` above ``backed_up_epoch``: a backup is due (KEYS_NOT_BACKED_UP). ``backed_up_ms``: when the last one was made, 0: unknown."""
 
     keyring_id: str
     newest_epoch: int
@@ -55,6 +55,7 @@ class KeyringStatistics:
     buckets_cached: int
     released: int
     closed: bool
+    backed_up_ms: int = 0
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Keyring:
         self,
         material: KeyMaterial,
         registers: SystemRegisters,
+        copies: KeyCopies,
         *,
         audit: Audit,
         clock: Clock,
@@ -93,7 +95,9 @@ class Keyring:
         """``policy``: of the layout in force, None when it can't be read. ``holder``: this gateway's certificate. See ``judge_by``."""
         self._open: KeyMaterial | None = material
         self._keyring_id = material.keyring_id
-        self._registers = registers
+        self._vault = Vault(material, entropy)
+        self._copies = copies
+        self._homes = KeyHomes(self._vault, registers, copies, audit=audit, clock=clock)
         self._audit = audit
         self._clock = clock
         self._entropy = entropy
@@ -106,7 +110,7 @@ class Keyring:
         self._holder = holder
         self._refusals_told: OrderedDict[tuple[bytes, str], float] = OrderedDict()
         self._released = 0
-        self._last = (material.newest.epoch, material.backed_up_epoch)
+        self._last = self._noted(material)
 
     def __repr__(self) -> str:
         return f"Keyring({self._keyring_id.hex()})"
@@ -117,6 +121,12 @@ class Keyring:
         if self._open is None:
             raise KeyringUnavailable("The keyring is closed.")
         return self._open
+
+    @property
+    def homes(self) -> KeyHomes:
+        """Where bucket keys are kept. Raises KeyringUnavailable when closed."""
+        self.material  # noqa: B018
+        return self._homes
 
     def judge_by(self, policy: Policy | None, holder: KeyHolder | None) -> None:
         """A layout came into force, or a certificate was exchanged. Kept keys that the new ones refuse are forgotten."""
@@ -132,15 +142,9 @@ class Keyring:
         """See KeyService. Asked again after an unknown outcome, it keeps the key that is there. Raises KeyringUnavailable when that is not this keyring's."""
         if len(bucket_id) != BUCKET_ID_BYTES:
             raise ValueError(f"a bucket id has {BUCKET_ID_BYTES} bytes, not {len(bucket_id)}")
-        epoch = self.material.newest
+        self.material  # noqa: B018 - a closed keyring makes none
         await self._permit(bucket_id, countries)
-        context = self._wrap_context(bucket_id, 1, epoch.epoch)
-        wrapped = seal_message(epoch.key, BUCKET_KEY_LABEL, context, self._entropy(KEY_BYTES), self._entropy(SALT_BYTES))
-        record = BucketKeys(bucket_id, (WrappedBucketKey(1, epoch.epoch, self._clock.wall_ms(), wrapped),))
-        await self._audit("key.create", self._facts(bucket_id, outcome="intent", version="1", epoch=str(epoch.epoch)))
-        try:
-            await self._registers.create(self._path(bucket_id), encode(record))
-        except AlreadyThere:
+        if not await self.homes.create(bucket_id):  # the key of an attempt before
             await self.bucket_key(bucket_id, countries)
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
@@ -162,10 +166,12 @@ class Keyring:
         return None if cached is None else cached.versions.get(version or cached.newest)
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
-        return hmac.digest(self.material.record_key, pack_context(RECORD_LABEL, [*context, message]), "sha256")
+        self.material  # noqa: B018 - a closed keyring authenticates nothing
+        return self._vault.authenticate(context, message)
 
     def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
-        return hmac.compare_digest(self.authenticate(context, message), tag)
+        self.material  # noqa: B018
+        return self._vault.verify(context, message, tag)
 
     def sign_public(self, message: bytes) -> bytes:
         return self._signing_key().sign(message)
@@ -186,16 +192,52 @@ class Keyring:
         self._require(())
         return box.open(sealed, pack_context(b"", context))
 
+    def forget(self, bucket_id: bytes) -> None:
+        """Another process of this gateway has destroyed the key."""
+        self._cache.pop(bucket_id, None)
+
+    def forget_expired(self) -> None:
+        now = self._clock.monotonic()
+        for expired in [other for other, held in self._cache.items() if now >= held.expires]:
+            del self._cache[expired]
+
+    async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
+        """See KeyService."""
+        await self.homes.end(bucket_id, name, nonce, shards)
+
+    async def ended_bucket_keys(self) -> list[EndedKey]:
+        """See KeyService."""
+        return await self.homes.ended()
+
+    async def destroy_bucket_key(self, bucket_id: bytes, nonce: bytes) -> bool:
+        """See KeyService."""
+        destroyed = await self.homes.destroy(bucket_id, nonce)
+        self.forget(bucket_id)
+        return destroyed
+
+    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+        """See KeyService. Does nothing where the policy allows this gateway no keys."""
+        if self.refusal() is None:
+            for bucket_id in await self.homes.look_after(buckets, lambda countries: self.refusal(countries) is None):
+                self.forget(bucket_id)
+
     def close(self) -> None:
         """Forgets every key. Everything that is asked afterwards raises KeyringUnavailable."""
         if self._open is not None:
-            self._last = (self._open.newest.epoch, self._open.backed_up_epoch)
+            self._last = self._noted(self._open)
         self._open = self._secrets = None
+        self._vault.close()
         self._cache.clear()
 
+    @staticmethod
+    def _noted(material: KeyMaterial) -> tuple[int, int, int]:
+        return material.newest.epoch, material.backed_up_epoch, material.backed_up_ms
+
     def statistics(self) -> KeyringStatistics:
-        newest, backed_up = self._last if self._open is None else (self._open.newest.epoch, self._open.backed_up_epoch)
-        return KeyringStatistics(self._keyring_id.hex(), newest, backed_up, len(self._cache), self._released, self._open is None)
+        newest, backed_up, backed_up_ms = self._last if self._open is None else self._noted(self._open)
+        return KeyringStatistics(
+            self._keyring_id.hex(), newest, backed_up, len(self._cache), self._released, self._open is None, backed_up_ms
+        )
 
     def _secret_box(self) -> FieldBox:
         if self._secrets is None:
@@ -222,7 +264,10 @@ class Keyring:
             while len(self._refusals_told) > REFUSALS_TOLD_MAX:
                 self._refusals_told.popitem(last=False)
             await self._audit(
-                "key.refused", self._facts(bucket_id, outcome=f"refused {KeyReleaseRefused.code}", rule=refusal.rule, reason=refusal.reason)
+                "key.refused",
+                facts_of(
+                    self._keyring_id, bucket_id, outcome=f"refused {KeyReleaseRefused.code}", rule=refusal.rule, reason=refusal.reason
+                ),
             )
         self._require(countries)
 
@@ -268,57 +313,22 @@ class Keyring:
             loading.done.set()
 
     async def _read(self, bucket_id: bytes) -> _Cached:
-        body = await self._registers.read(self._path(bucket_id))
-        try:
-            versions = self._unwrap(bucket_id, body)
-        except KeyringUnavailable as refused:
-            await self._audit("key.refused", self._facts(bucket_id, outcome=f"refused {refused.code}", reason=refused.message))
-            raise
+        found = await self.homes.settle(bucket_id)
+        if not found.keys:
+            refused = KeyringUnavailable(found.refusal)
+            await self._audit(
+                "key.refused", facts_of(self._keyring_id, bucket_id, outcome=f"refused {refused.code}", reason=refused.message)
+            )
+            if found.destroyed:
+                await self._copies.forget([bucket_id])
+            raise refused
+        versions = {version: UnwrappedBucketKey(version, key, self._entropy) for version, key in found.keys.items()}
         newest = max(versions)
-        await self._audit("key.release", self._facts(bucket_id, outcome="done", versions=",".join(map(str, versions))))
+        await self._audit("key.release", facts_of(self._keyring_id, bucket_id, outcome="done", versions=",".join(map(str, versions))))
         self.material  # noqa: B018 - it may have been closed meanwhile: then nothing is kept
         self._released += 1
-        now = self._clock.monotonic()
-        for expired in [other for other, held in self._cache.items() if now >= held.expires]:
-            del self._cache[expired]
-        cached = self._cache[bucket_id] = _Cached(now + self._cache_ttl_s, newest, versions)
+        self.forget_expired()
+        cached = self._cache[bucket_id] = _Cached(self._clock.monotonic() + self._cache_ttl_s, newest, versions)
         while len(self._cache) > self._buckets_cached_max:
             self._cache.popitem(last=False)
         return cached
-
-    def _unwrap(self, bucket_id: bytes, body: bytes | None) -> dict[int, UnwrappedBucketKey]:
-        name = bucket_id.hex()
-        if not body:
-            raise KeyringUnavailable(f"No key is kept for bucket {name}.")
-        try:
-            record = decode(body, BucketKeys)
-        except msgspec.MsgspecError:
-            raise KeyringUnavailable(f"The key record of bucket {name} cannot be read.") from None
-        material = self.material
-        found: dict[int, UnwrappedBucketKey] = {}
-        for entry in record.versions:
-            epoch = material.epochs.get(entry.epoch)
-            if epoch is None:
-                raise KeyringUnavailable(
-                    f"The key of bucket {name} is wrapped under epoch {entry.epoch}; keyring {self._keyring_id.hex()} has epochs up to {material.newest.epoch}."
-                )
-            context = self._wrap_context(bucket_id, entry.version, entry.epoch)
-            try:
-                key = open_message(epoch.key, BUCKET_KEY_LABEL, context, entry.wrapped)
-            except SealBroken:
-                raise KeyringUnavailable(f"The key of bucket {name} does not open under keyring {self._keyring_id.hex()}.") from None
-            found[entry.version] = UnwrappedBucketKey(entry.version, key, self._entropy)
-        if not found:
-            raise KeyringUnavailable(f"No key is kept for bucket {name}.")
-        return found
-
-    def _wrap_context(self, bucket_id: bytes, version: int, epoch: int) -> bytes:
-        return pack_context(b"", [self._keyring_id, bucket_id, version.to_bytes(4, "big"), epoch.to_bytes(4, "big")])
-
-    def _facts(self, bucket_id: bytes, **more: str) -> dict[str, str]:
-        """``outcome`` and ``target`` are the entry's own (``cluster.audit_format.Event``); the rest are its fields."""
-        return {"target": f"bucket-id:{bucket_id.hex()}", "keyring": self._keyring_id.hex(), "bucket": bucket_id.hex(), **more}
-
-    @staticmethod
-    def _path(bucket_id: bytes) -> str:
-        return "key/" + bucket_id.hex()

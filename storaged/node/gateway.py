@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import ssl
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import structlog
 
 from storaged import keys
 from storaged.admin.ports import Services
+from storaged.admin.status import KeyDamage
 from storaged.clock import Clock
 from storaged.cluster.audit_format import REFUSED
 from storaged.cluster.identity import NodeSigner
@@ -35,16 +36,18 @@ from storaged.errors import (
     StoragedError,
 )
 from storaged.ids import system_entropy
-from storaged.keys.ports import AlreadyThere, Audit
+from storaged.keys import CopyLog
+from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
 from storaged.node.audited import AuditedBuckets
 from storaged.node.housekeeping import housekeep, look_at_records
+from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
 from storaged.node.protection import protection_of
 from storaged.node.requestlog import RequestLog
 from storaged.node.system import ClusterRecord, SystemPaths, Taken
 from storaged.node.workers import Workers
 from storaged.objects.buckets import BucketService
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
-from storaged.objects.ports import BucketKey, KeyService
+from storaged.objects.ports import BucketKey, EndedKey, KeyService
 from storaged.objects.service import ObjectService
 from storaged.objects.system_rows import BadRow
 from storaged.objects.usage import usage_after
@@ -83,6 +86,18 @@ class LateKeys:
     async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
         await self._open().create_bucket_key(bucket_id, countries)
 
+    async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
+        await self._open().end_bucket_key(bucket_id, name, nonce, shards)
+
+    async def ended_bucket_keys(self) -> Sequence[EndedKey]:
+        return await self._open().ended_bucket_keys()
+
+    async def destroy_bucket_key(self, bucket_id: bytes, nonce: bytes) -> bool:
+        return await self._open().destroy_bucket_key(bucket_id, nonce)
+
+    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+        await self._open().look_after(buckets)
+
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
         return await self._open().bucket_key(bucket_id, countries, version)
 
@@ -108,22 +123,6 @@ class LateKeys:
         return self._open().open_secret(sealed, context)
 
 
-class _KeyRegisters:
-    """``keys.ports.SystemRegisters`` over the ring."""
-
-    def __init__(self, paths: SystemPaths) -> None:
-        self._paths = paths
-
-    async def read(self, path: str) -> bytes | None:
-        return await self._paths.read(path)
-
-    async def create(self, path: str, value: bytes) -> None:
-        try:
-            await self._paths.create(path, value)
-        except Taken:
-            raise AlreadyThere(path) from None
-
-
 class Unlocker:
     """Opens the keyring, and lets it be used once the register ``cluster`` names it."""
 
@@ -136,8 +135,11 @@ class Unlocker:
         audit: Audit,
         clock: Clock,
         judged_by: Callable[[], tuple[Policy, KeyHolder]],
+        registers: SystemRegisters,
+        copies_of: Callable[[bytes], Awaitable[KeyCopies]],
     ) -> None:
-        """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring opens."""
+        """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring opens. ``copies_of`` opens this gateway's
+        copies of the bucket keys of a keyring."""
         self._config = config
         self._cluster = cluster
         self._paths = paths
@@ -145,6 +147,8 @@ class Unlocker:
         self._audit = audit
         self._clock = clock
         self._judged_by = judged_by
+        self._registers = registers
+        self._copies_of = copies_of
         self.problem = ""
         """Why the keyring cannot be used, when that will not mend itself; empty while it is being opened, and when it is open."""
         self._again = asyncio.Event()
@@ -192,23 +196,31 @@ class Unlocker:
                 raise KeyringMismatch(f"the ring belongs to the cluster {known.cluster}, this gateway to {self._cluster}")
             if known.keyring != material.keyring_id:
                 raise KeyringMismatch(f"the keyring is {material.keyring_id.hex()}; this cluster was created with {known.keyring.hex()}")
+        copies = await self._copies_of(material.keyring_id)
         policy, holder = self._judged_by()
         self._late.keyring = keys.Keyring(
-            material, _KeyRegisters(self._paths), audit=self._audit, clock=self._clock, policy=policy, holder=holder
+            material, self._registers, copies, audit=self._audit, clock=self._clock, policy=policy, holder=holder
         )
         self.problem = self._late.reason = ""
         self._late.opened.set()
         log.info("the keyring is open", keyring=material.keyring_id.hex())
 
 
-async def backup(late: LateKeys, directory: Path, passphrase: str) -> tuple[str, bytes]:
-    """The keyring's id and its backup under a passphrase. The keyring file remembers which epoch it covers."""
+async def backup(late: LateKeys, directory: Path, passphrase: str, clock: Clock) -> tuple[str, bytes]:
+    """The keyring's id and its backup under a passphrase, with every bucket key made so far. The keyring file remembers which epoch it covers, and when it was made.
+
+    Raises ServiceUnavailable when the ring can't be listed: a backup that is not whole is none.
+    """
     if late.keyring is None:
         raise KeyringUnavailable(f"There is no keyring to back up: {late.reason.rstrip('.')}.")
     material = late.keyring.material
+    now_ms = clock.wall_ms()
+    found = await late.keyring.homes.inventory()
+    if found.lost:
+        log.error("a backup of the keyring lacks keys that open nowhere", buckets=",".join(lost.hex() for lost in found.lost[:10]))
     path = directory / f"backup-{system_entropy(8).hex()}.new"  # its own: two at once are under two passphrases
     try:
-        await asyncio.to_thread(keys.backup, material, path, passphrase)
+        await asyncio.to_thread(keys.backup, material, path, passphrase, found.copies, now_ms=now_ms)
         return material.keyring_id.hex(), path.read_bytes()
     finally:
         path.unlink(missing_ok=True)
@@ -225,6 +237,10 @@ class Gateway:
         self.workers: Workers | None = None
         """The gateway's further processes, where it has any and is the first."""
         self._drained = False
+        self.copies: FirstCopies | None = None
+        """This gateway's copies of bucket keys, in its first process, once the keyring is open."""
+        self._desk = CopiesDesk()
+        self._reloaded = asyncio.Event()
         self._requests = RequestLog(node.metrics, node.config.log, node.audit)
 
     @property
@@ -244,7 +260,10 @@ class Gateway:
     async def open(self) -> None:
         """Opens the audit log and the S3 port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
         node, config = self._node, self._config
-        self._unlocker = Unlocker(config, node.own.cluster, node.paths, self._late, self._audit, node.clock, self._judged_by)
+        registers = RingRegisters(node.ring, node.scanner)
+        self._unlocker = Unlocker(
+            config, node.own.cluster, node.paths, self._late, self._audit, node.clock, self._judged_by, registers, self._open_copies
+        )
         limits = shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers)
         plane = ObjectPlane(
             registers=node.ring,
@@ -315,13 +334,14 @@ class Gateway:
                 audit=lambda kind, fields: append(kind, **fields),
                 note=lambda kind, fields: note(kind, **fields),
                 forget=self.forget,
+                keys=self._desk.serve,
                 remembers_s=max(limits.bucket_cache_s, limits.user_cache_s),
             )
             self.workers.listen(host, port)
             await self.workers.start()
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        found = [self._unlocker.run(), self._node.maintain.run()]
+        found = [self._unlocker.run(), self._keep_keys(), self._node.maintain.run()]
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets))
             found.append(look_at_records(self.buckets, self.users))
@@ -356,6 +376,30 @@ class Gateway:
             async with asyncio.timeout(wait_s):
                 await self._late.opened.wait()
 
+    async def _open_copies(self, keyring_id: bytes) -> KeyCopies:
+        """Raises KeyringMismatch for copies of another keyring's keys, OSError."""
+        if self._node.leader is not None:
+            return LeaderCopies(self._node.leader)
+        copies = CopyLog(self._node.directory, keyring_id)
+        await copies.open()
+        self.copies = FirstCopies(copies, self._node.clock)
+        self._desk.open(self.copies)
+        return self.copies
+
+    async def _keep_keys(self) -> None:
+        """Takes bucket keys that an operator restored from a backup, at a reload at once, and forgets keys that expired."""
+        await self._late.opened.wait()
+        keyring = self._late.keyring
+        assert keyring is not None
+        while True:
+            self._reloaded.clear()
+            if self.copies is not None:
+                await take_restored(keyring, self.copies.log)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXPIRED_EVERY_S):
+                    await self._reloaded.wait()
+            keyring.forget_expired()
+
     def _judged_by(self) -> tuple[Policy, KeyHolder]:
         return self._node.policy, self._node.own.key_holder
 
@@ -370,6 +414,10 @@ class Gateway:
         refusal = self._late.keyring.refusal() if self._late.keyring is not None else None
         return "" if refusal is None else str(refusal)
 
+    def key_damage(self) -> list[KeyDamage]:
+        """Registers of bucket keys that were not as they should be."""
+        return self.copies.damaged() if self.copies is not None else []
+
     def offer(self, services: Services) -> None:
         """What the admin API may ask of a gateway."""
         if self.workers is not None:
@@ -380,7 +428,7 @@ class Gateway:
         services.set_owner = self.buckets.set_owner
         services.usage = functools.partial(usage_after, self.objects)
         services.where = self._where
-        services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase)
+        services.key_backup = lambda passphrase: backup(self._late, self._node.directory, passphrase, self._node.clock)
 
     async def _audit(self, kind: str, fields: Mapping[str, str]) -> None:
         """A ``keys.ports.Audit``."""
@@ -405,6 +453,10 @@ class Gateway:
 
     def forget(self, kind: str, key: str) -> None:
         """Another process of this gateway has changed the bucket or user."""
+        if kind == "key":
+            if self._late.keyring is not None:
+                self._late.keyring.forget(bytes.fromhex(key))
+            return
         (self.buckets if kind == "bucket" else self.users).forget(key)
 
     def _damaged(self, damage: Damage) -> None:
@@ -422,6 +474,7 @@ class Gateway:
             log.info("the S3 port presents the certificate of the file", file=config.s3.tls_certificate)
         self._requests.configure(config.log)
         self._unlocker.again()
+        self._reloaded.set()
         if self.workers is not None:
             self.workers.reload()
 
@@ -444,6 +497,8 @@ class Gateway:
             await self.objects.close()
         if self._late.keyring is not None:
             self._late.keyring.close()
+        if self.copies is not None:
+            self.copies.log.close()
 
 
 def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:

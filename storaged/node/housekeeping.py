@@ -1,4 +1,4 @@
-"""What a gateway tidies now and then, since it needs keys or knows buckets: deletions that another gateway left half done, rows of uploads that ended long ago.
+"""What a gateway tidies now and then, since it needs keys or knows buckets: deletions that another gateway left half done, rows of uploads that ended long ago, the keys of buckets.
 
 Every step is idempotent and safe beside other gateways doing the same.
 """
@@ -6,11 +6,13 @@ Every step is idempotent and safe beside other gateways doing the same.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import structlog
 
 from storaged.errors import StoragedError
 from storaged.objects.buckets import BucketService
+from storaged.objects.keyends import destroy_ended_keys
 from storaged.objects.multipart import forget_finished_uploads
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.users import UserService
@@ -61,10 +63,21 @@ async def check_records(buckets: BucketService, users: UserService) -> None:
     await users.check_names()
 
 
+async def keep_keys(plane: ObjectPlane, buckets: BucketService, countries: Mapping[bytes, tuple[str, ...]]) -> None:
+    """Both homes of the buckets' keys are compared, and keys of buckets that are gone are destroyed. ``countries``: of each bucket, by its id."""
+    try:
+        await plane.keys.look_after(countries)
+        await destroy_ended_keys(plane, buckets)
+    except StoragedError as error:
+        log.info("keys of buckets wait for the next round", reason=error.message)
+
+
 async def tidy(plane: ObjectPlane, buckets: BucketService) -> int:
     """One round; returns how many uploads were forgotten. A bucket that fails does not keep the others waiting."""
     forgotten = 0
-    for record in await buckets.every_bucket():
+    records = await buckets.every_bucket()
+    await keep_keys(plane, buckets, {record.id: record.countries for record in records if record.state == "active"})
+    for record in records:
         try:
             bucket = await buckets.resume(record)
             if bucket is not None and bucket.state == "active":

@@ -45,7 +45,7 @@ class Leader:
         self._talk.set_inheritable(False)
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.StreamReader | None = None
-        self._waiting: dict[int, asyncio.Future[str]] = {}
+        self._waiting: dict[int, asyncio.Future[tuple[str, str]]] = {}
         """Of what was asked of the first process."""
         self._last = 0
         self._answers = bytearray()
@@ -63,6 +63,10 @@ class Leader:
         if hello.get("do") != "hello":
             raise AuditUnwritable(ENDED)
         self.pid, self.incarnation = hello["pid"], bytes.fromhex(hello["incarnation"])
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """What needs no answer."""
+        self._tell(message)
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -86,10 +90,10 @@ class Leader:
                     node.gateway.forget(told["kind"], told["key"])
                     self._tell({"tell": "forgotten", "id": told["id"]})
                 elif told["do"] == "done" and (waiting := self._waiting.pop(told["id"], None)) and not waiting.done():
-                    waiting.set_result(told["error"])
+                    waiting.set_result((told["error"], told.get("answer", "")))
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_result(ENDED)
+                waiting.set_result((ENDED, ""))
         self._waiting.clear()
         self._writer = None
         stopping.set()
@@ -137,10 +141,14 @@ class Leader:
 
     async def _ask(self, message: dict[str, Any]) -> str:
         """Why the first process did not do it; empty when it did."""
+        return (await self.ask(message))[0]
+
+    async def ask(self, message: dict[str, Any]) -> tuple[str, str]:
+        """(why the first process did not do it, empty when it did; its answer)."""
         if self._writer is None:
-            return ENDED
+            return ENDED, ""
         self._last += 1
-        waiting: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self._waiting[self._last] = waiting
         self._tell({**message, "id": self._last})
         return await waiting

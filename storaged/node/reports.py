@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from storaged.admin.ports import Services
 from storaged.admin.status import SKEW_MS_MAX, Durability, Facts, FirstSeen, NodeFacts, RepairWaits, judge
 from storaged.cluster.layout import NodeEntry, Profile
-from storaged.errors import ClockSkewed, KeyReleasesRefused, KeyringMismatch, KeysNotBackedUp, ServiceUnavailable, StoragedError
+from storaged.errors import (
+    BucketKeyDamaged,
+    ClockSkewed,
+    KeyReleasesRefused,
+    KeyringMismatch,
+    KeysNotBackedUp,
+    ServiceUnavailable,
+    StoragedError,
+)
 from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.runner import JobReport
 from storaged.maintain.service import MaintainStatus
@@ -21,6 +29,7 @@ from storaged.objects.place import choose
 from storaged.units import format_size
 
 if TYPE_CHECKING:
+    from storaged.node.gateway import Gateway
     from storaged.node.planes import Node
 
 CERTIFICATE_DAYS_MIN = 30
@@ -81,6 +90,7 @@ class Reports:
             self._durability(told),
             jobs_of(told),
             key_refusal=refusal,
+            key_damage=node.gateway.key_damage() if node.gateway is not None else (),
             bad_records=node.gateway.bad_records() if node.gateway is not None else (),
             audit_alarms=merged([*node.auditing.alarms(), *(alarm for status in told for alarm in status.audit_alarms)]),
             unverified_records=sorted({name: reason for status in told for name, reason in status.records_refused}.items()),
@@ -206,6 +216,7 @@ class Reports:
                 checks.append(self._round_trip(entry.name, entry.location, known.rtt_min_ms))
         if node.gateway is not None:
             checks.append(self._keys())
+            checks.extend(self._bucket_keys(node.gateway))
             refusal = node.gateway.key_refusal
             checks.append(_check("key release", "fail" if refusal else "ok", refusal or "the policy allows it", KeyReleasesRefused.hint))
             if (workers := node.gateway.workers) is not None:
@@ -242,7 +253,33 @@ class Reports:
         told = gateway.keyring.statistics()
         if told.newest_epoch > told.backed_up_epoch:
             return _check("key backup", "warn", f"epoch {told.newest_epoch} is in no backup ({KeysNotBackedUp.code})", KeysNotBackedUp.hint)
-        return _check("key backup", "ok", f"covers epoch {told.backed_up_epoch}", "")
+        newer = gateway.copies.log.newer_than(told.backed_up_ms) if gateway.copies is not None else 0
+        detail = f"covers epoch {told.backed_up_epoch}"
+        if newer:
+            detail += f"; {newer} bucket key{'' if newer == 1 else 's'} newer than it: the ring and this gateway have them. A new backup now and then is good advice"
+        return _check("key backup", "ok", detail, "")
+
+    @staticmethod
+    def _bucket_keys(gateway: Gateway) -> list[dict[str, str]]:
+        """Both homes of bucket keys: what the ring lost, and whether this gateway can write its copies."""
+        if gateway.copies is None:
+            return []
+        copies, damaged = gateway.copies.log, gateway.key_damage()
+        bad = sum(not damage.mended for damage in damaged)
+        checks = []
+        if damaged:
+            detail = f"{len(damaged)} damaged in the ring, {bad} of them not mended: key/{damaged[0].bucket} {damaged[0].detail} ({BucketKeyDamaged.code})"
+            checks.append(_check("bucket keys", "fail" if bad else "warn", detail, BucketKeyDamaged.hint))
+        elif copies.cut_bytes:
+            detail = f"the last {copies.cut_bytes} bytes of {copies.path} could not be read at the start, and were cut off"
+            checks.append(_check("bucket keys", "warn", detail, "The ring has those keys too: they are copied again within the hour."))
+        else:
+            checks.append(_check("bucket keys", "ok", f"{copies.count} in {copies.path}", ""))
+        if copies.problem:
+            checks.append(
+                _check("copies of bucket keys", "fail", copies.problem, "Until it can be written, buckets can't be created here.")
+            )
+        return checks
 
 
 def _waits(told: Sequence[MaintainStatus]) -> RepairWaits | None:

@@ -18,6 +18,7 @@ Each worker has two sockets to the first: ``door``, which brings connections, an
     to the worker     {"do": "hello", pid, incarnation}   {"do": "metrics"}   {"do": "reload"}   {"do": "forget", id, kind, key}   {"do": "done", id, error}
     from the worker   {"tell": "ready"}   {"tell": "metrics", samples}   {"tell": "forgotten", id}   {"tell": "note", kind, fields}
                       {"tell": "audit", id, kind, fields}, {"tell": "forget", id, kind, key}: answered by ``done``
+                      {"tell": "keys", id, what, buckets, ...}: of the gateway's copies of bucket keys; answered by ``done`` with an ``answer``
 
 What processes remember of buckets and users for a moment is forgotten by all of them before the one that changed it answers (``forget``): to a client of the port
 they are one gateway.
@@ -248,7 +249,8 @@ class Worker:
 class Workers:
     """All workers of a gateway and its listening sockets. Use: ``listen``, ``start``, ``run`` as a task; ``drain`` and ``close`` at the end.
 
-    ``audit`` and ``note`` write to the node's audit log what a worker asks for; ``forget(kind, key)`` is told of what a worker has changed.
+    ``audit`` and ``note`` write to the node's audit log what a worker asks for; ``forget(kind, key)`` is told of what a worker has changed; ``keys`` answers
+    what it asks of this gateway's copies of bucket keys.
     ``remembers_s``: how long a process goes by what it remembers of a bucket or a user.
     """
 
@@ -263,6 +265,7 @@ class Workers:
         audit: Callable[[str, Mapping[str, str]], Awaitable[None]],
         note: Callable[[str, Mapping[str, Any]], None],
         forget: Callable[[str, str], None],
+        keys: Callable[[Mapping[str, Any]], Awaitable[str]],
         remembers_s: float,
         command: Sequence[str] = (sys.executable, "-m", "storaged", "run"),
         look_every_s: float = METRICS_EVERY_S,
@@ -278,6 +281,7 @@ class Workers:
         self._audit = audit
         self._note = note
         self._forget = forget
+        self._keys = keys
         self._listeners: list[socket.socket] = []
         self._turn = 0
         self._stopping = False
@@ -397,8 +401,22 @@ class Workers:
             self._spawn(self._write_audit(worker, told))
         elif told["tell"] == "forget":
             self._spawn(self._forget_everywhere(worker, told))
+        elif told["tell"] == "keys":
+            self._spawn(self._answer_of_keys(worker, told))
         elif told["tell"] == "note":
             self._note(told["kind"], told["fields"])
+
+    async def _answer_of_keys(self, worker: Worker, told: dict[str, Any]) -> None:
+        error = answer = ""
+        try:
+            answer = await self._keys(told)
+        except StoragedError as refused:
+            error = refused.message
+        except Exception as defect:  # the worker must not wait for ever
+            log.exception("a question about bucket keys cannot be answered", worker=worker.number)
+            error = f"{type(defect).__name__}: {defect}"
+        if "id" in told:
+            worker.tell({"do": "done", "id": told["id"], "error": error, "answer": answer})
 
     async def _write_audit(self, worker: Worker, told: dict[str, Any]) -> None:
         error = ""

@@ -45,8 +45,9 @@ from storaged.wire import decode, encode
 
 ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
 PREFIX = "bucket/"
+NONCE_SEQUENCE_BYTES = 8
 NONCE_BYTES = 8
-"""Random, behind the sequence number."""
+"""Random, after the sequence number."""
 EMPTYING_ROUNDS_MAX = 8
 
 
@@ -67,6 +68,10 @@ class BucketService:
         record = _decoded(value)
         if record is None or value is None:
             return None
+        return self._verified(name, value, record)
+
+    def _verified(self, name: RegisterName, value: Value, record: BucketRecord) -> BucketRecord:
+        """Raises DataDamaged."""
         covered = authenticated_bytes(value.body)
         if not covered or not self._plane.keys.verify(_context(name, value.sequence), covered, record.authenticator):
             raise DataDamaged("The record of this bucket is not authentic.")
@@ -104,7 +109,7 @@ class BucketService:
             if not done or found is None or value is None:
                 return None
             if draw:
-                after = msgspec.structs.replace(after, nonce=value.sequence.to_bytes(8, "big") + draw)
+                after = msgspec.structs.replace(after, nonce=value.sequence.to_bytes(NONCE_SEQUENCE_BYTES, "big") + draw)
             return self._change(name, value, msgspec.structs.replace(after, tags=found.tags))
 
         self._recent.forget(record.name)
@@ -247,6 +252,21 @@ class BucketService:
             await self._changed(record.name)
         return signed
 
+    async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
+        """Whether an authentic record proves that this bucket was deleted by the attempt of this nonce: its own, or that of a bucket made under its name after it.
+        Raises DataDamaged for a record that is not authentic, ServiceUnavailable. What merely is not there proves nothing."""
+        register = system_name(PREFIX + name)
+        value = (await self._plane.registers.read(register)).value
+        if value is None or not value.body:
+            return False
+        try:
+            record = self._verified(register, value, decode(value.body, BucketRecord))
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
+        if record.id == bucket_id:
+            return record.state == DELETED
+        return value.sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
+
     # --- deleting -----------------------------------------------------------------------------------------------------
 
     async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
@@ -270,6 +290,8 @@ class BucketService:
         plane = self._plane
         if record.state == DELETING:
             if await self._emptied(record):
+                # before the record is Deleted, for then nothing leads to the key any more: another bucket may take the name
+                await plane.keys.end_bucket_key(record.id, record.name, record.nonce, record.shard_numbers)
                 deleted = await self._step(record, msgspec.structs.replace(record, state=DELETED))
                 if deleted is not None:
                     await plane.fences.fence(record.id, record.shard_numbers, record.nonce, final=True)

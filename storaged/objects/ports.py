@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from storaged.sov1 import SealBroken as SealBroken
@@ -37,12 +37,47 @@ class BucketKey(Protocol):
         """What a page of a listing prints, each field with its context. Raises SealBroken when one of them does not open."""
 
 
+class BucketEnd(Protocol):
+    """What ``end_bucket_key`` noted, and when (ms since 1970)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def since_ms(self) -> int: ...
+    @property
+    def nonce(self) -> bytes: ...
+    @property
+    def shards(self) -> tuple[int, ...]: ...
+
+
+class EndedKey(Protocol):
+    """The key of a bucket that has ended."""
+
+    @property
+    def bucket_id(self) -> bytes: ...
+    @property
+    def end(self) -> BucketEnd: ...
+
+
 class KeyService(Protocol):
     """Keys never leave the process that has this. Raises KeyringUnavailable when it is closed or not this cluster's, KeyReleaseRefused when the policy does not
     allow this gateway to have the key. ``countries`` are those of the authenticated bucket record."""
 
     async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
         """Makes version 1, wrapped under the epoch key, and commits it to the system register ``key/BUCKET_ID`` before it returns; audited."""
+
+    async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
+        """Notes with the key that its bucket was found empty behind the fence ``nonce`` of its ``shards``, and is about to be Deleted. Idempotent. Raises
+        ServiceUnavailable when that could not be noted."""
+
+    async def ended_bucket_keys(self) -> Sequence[EndedKey]:
+        """What was noted so, and is not destroyed yet."""
+
+    async def destroy_bucket_key(self, bucket_id: bytes, nonce: bytes) -> bool:
+        """Destroys the key of a bucket whose end has this ``nonce``, in the ring and in this gateway; audited. True when this call did."""
+
+    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+        """Compares the ring's keys with this gateway's copies of them, mends what is damaged, and makes copies of the keys of ``buckets`` (id -> countries)."""
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
         """The newest version (0), or the one named; cached, so that no object path waits for the register twice.

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import hmac
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ from storaged.errors import (
     PeerUnreachable,
 )
 from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
+from storaged.keys.bucketkey import BucketEnd
+from storaged.keys.upkeep import EndedKey
 from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
@@ -489,7 +491,25 @@ class FakeKeys:
     def __init__(self) -> None:
         self.newest: dict[bytes, int] = {}
         self.late = False
+        self.now_ms: Callable[[], int] = lambda: 0
+        self.ended: dict[bytes, BucketEnd] = {}
+        self.looked_after: list[dict[bytes, tuple[str, ...]]] = []
         self._keys: dict[int, FakeBucketKey] = {}
+
+    async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
+        self.ended[bucket_id] = BucketEnd(name, self.now_ms(), nonce, tuple(shards))
+
+    async def ended_bucket_keys(self) -> list[EndedKey]:
+        return [EndedKey(bucket_id, end) for bucket_id, end in self.ended.items()]
+
+    async def destroy_bucket_key(self, bucket_id: bytes, nonce: bytes) -> bool:
+        if bucket_id not in self.ended or self.ended[bucket_id].nonce != nonce:
+            return False
+        del self.ended[bucket_id], self.newest[bucket_id]
+        return True
+
+    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
+        self.looked_after.append(dict(buckets))
 
     async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
         self.newest[bucket_id] = 1

@@ -26,10 +26,12 @@ from storaged.meta.replica import META_HIGH_WATER
 from storaged.node import daemon
 from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
+from storaged.node.keyhome import RingRegisters
 from storaged.node.planes import Node
 from storaged.node.reports import _private
 from storaged.node.system import SystemPaths, Taken, exchange_layout
 from storaged.wire import decode, encode
+from tests.unit.test_keyring import Copies
 from tests.unit.test_meta_store import raw
 
 
@@ -195,8 +197,21 @@ HOLDER = KeyHolder("FR", "FR", 0, 2**50)
 
 
 async def opened(loaded: config.Config, registers: Registers, cluster: str = "c1") -> tuple[LateKeys, Unlocker, asyncio.Task[None]]:
+    async def copies_of(_keyring_id: bytes) -> Copies:
+        return Copies()
+
     late = LateKeys()
-    unlocker = Unlocker(loaded, cluster, SystemPaths(registers), late, no_audit, SystemClock(), lambda: (Policy(), HOLDER))  # type: ignore[arg-type]
+    unlocker = Unlocker(
+        loaded,
+        cluster,
+        SystemPaths(registers),
+        late,
+        no_audit,
+        SystemClock(),
+        lambda: (Policy(), HOLDER),
+        RingRegisters(registers, registers),
+        copies_of,
+    )  # type: ignore[arg-type]
     task = asyncio.create_task(unlocker.run())
     while not task.done() and not unlocker.problem:  # noqa: ASYNC110  # the problem is told to people, not to tasks
         await asyncio.sleep(0.005)

@@ -94,3 +94,10 @@ def test_an_abstract_address_is_understood() -> None:
         notifier.stopping()
         assert listening.recv(100) == b"STOPPING=1"
         notifier.close()
+
+
+def test_the_credential_that_opens_the_keyring_is_never_readable_by_others_while_it_is_made() -> None:
+    readme = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+    made = [line for line in readme.splitlines() if "/dev/urandom" in line]
+    assert made
+    assert all(line.startswith("(umask 077; ") for line in made)

@@ -66,6 +66,9 @@ async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers
         connection.sendall(b"first")
         connection.close()
 
+    async def no_keys(_told: Mapping[str, Any]) -> str:
+        return ""
+
     async def audit(kind: str, _fields: Mapping[str, str]) -> None:
         told.append(kind)
         if kind == "refused":
@@ -82,6 +85,7 @@ async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers
         audit=audit,
         note=lambda kind, _fields: told.append(kind),
         forget=lambda _kind, _key: None,
+        keys=no_keys,
         remembers_s=1.0,
         command=(sys.executable, "-c", WORKER, behaviour),
         **options,

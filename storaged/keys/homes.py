@@ -1,0 +1,114 @@
+"""The two homes of a bucket's key, compared: its register in the ring, and this gateway's own copy. Pure.
+
+A wrapped key is committing and bound to its bucket and version, so what is forged does not open. What is left to somebody who writes registers without keys is to
+remove a key, to put back an older record, or to claim that the key was destroyed. So:
+
+* what opens in either home is the bucket's key; a register that is missing, does not open, is not authentic or lacks a version is damaged, and is written again
+  from what opens;
+* "destroyed" is believed of an authentic record only, and then a copy counts for nothing;
+* two homes with different keys of one version are nothing that damage could make: no key is released, and nothing is overwritten.
+
+A record of old, without authenticator, is no damage where it opens; it is written again with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import msgspec
+
+from storaged.keys.bucketkey import ACTIVE, DESTROYED, BucketEnd, BucketKeys, UnknownEpoch, Vault, Versions, WrappedBucketKey
+from storaged.keys.ports import Kept
+from storaged.sov1 import SealBroken
+from storaged.wire import decode
+
+
+class Judged(NamedTuple):
+    """``keys``: version -> key in the clear; empty with a ``refusal``. ``versions``: the same, wrapped, as both homes should have them.
+
+    ``damage``: what is wrong with the ring's record, empty when nothing is. ``mend_ring``, ``mend_copy``: that home should be written. ``ended``: as an
+    authentic record says.
+    """
+
+    keys: dict[int, bytes] = {}  # noqa: RUF012 - never changed
+    versions: Versions = ()
+    refusal: str = ""
+    damage: str = ""
+    destroyed: bool = False
+    mend_ring: bool = False
+    mend_copy: bool = False
+    ended: BucketEnd | None = None
+
+
+class _Opened(NamedTuple):
+    entries: dict[int, tuple[WrappedBucketKey, bytes]]
+    broken: str
+    """Why an entry did not open."""
+    foreign: bool
+    """One is wrapped under an epoch that this keyring does not have."""
+
+
+def judge(vault: Vault, bucket_id: bytes, kept: Kept | None, copy: Versions) -> Judged:
+    """``kept``: the register, None when it was never written. ``copy``: this gateway's, empty when it has none."""
+    name = bucket_id.hex()
+    record, damage = _read(bucket_id, kept)
+    authentic = record is not None and kept is not None and vault.authentic(record, kept.sequence)
+    if record is not None and record.authenticator and not authentic:
+        damage = f"The key record of bucket {name} is not authentic."
+    if record is not None and record.state == DESTROYED and authentic:
+        return Judged(refusal=f"The key of bucket {name} is destroyed.", destroyed=True, mend_copy=bool(copy), ended=record.ended)
+    if record is not None and record.state != ACTIVE:
+        damage = damage or f"The key record of bucket {name} says {record.state!r} and proves nothing."
+        record = None
+    ring = _open(vault, bucket_id, record.versions if record is not None else ())
+    if authentic and ring.foreign:  # the keyring is older than the record: nothing is wrong with that one
+        return Judged(refusal=f"The key of bucket {name} {ring.broken}.")
+    mine = _open(vault, bucket_id, copy)
+    damage = damage or (f"The key of bucket {name} {ring.broken}." if ring.broken else "")
+    for version in sorted(ring.entries.keys() & mine.entries.keys()):
+        if ring.entries[version][1] != mine.entries[version][1]:
+            text = f"Version {version} of bucket {name}'s key in the ring is another than this gateway's copy of it."
+            return Judged(refusal=text, damage=text)
+    if not damage and (lacking := sorted(mine.entries.keys() - ring.entries.keys())):
+        damage = f"The key record of bucket {name} lacks version {', '.join(map(str, lacking))}."
+    found = mine.entries | ring.entries
+    versions = tuple(found[version][0] for version in sorted(found))
+    if not found:
+        return Judged(refusal=damage or f"No key is kept for bucket {name}.", damage=damage or f"No key is kept for bucket {name}.")
+    return Judged(
+        {version: found[version][1] for version in sorted(found)},
+        versions,
+        damage=damage,
+        mend_ring=bool(damage) or not authentic or record is None or record.versions != versions,
+        mend_copy=versions != copy,
+        ended=record.ended if record is not None and authentic else None,
+    )
+
+
+def _read(bucket_id: bytes, kept: Kept | None) -> tuple[BucketKeys | None, str]:
+    """The record and why it is none."""
+    name = bucket_id.hex()
+    if kept is None or not kept.body:
+        return None, f"No key is kept for bucket {name}."
+    try:
+        record = decode(kept.body, BucketKeys)
+    except msgspec.MsgspecError:
+        return None, f"The key record of bucket {name} cannot be read."
+    if record.bucket_id != bucket_id:
+        return None, f"The key record of bucket {name} is that of another."
+    return record, ""
+
+
+def _open(vault: Vault, bucket_id: bytes, entries: Iterable[WrappedBucketKey]) -> _Opened:
+    opened: dict[int, tuple[WrappedBucketKey, bytes]] = {}
+    broken, foreign = "", False
+    for entry in entries:
+        try:
+            opened[entry.version] = entry, vault.open(bucket_id, entry)
+        except UnknownEpoch:
+            foreign = True
+            broken = f"is wrapped under epoch {entry.epoch}; keyring {vault.keyring_id.hex()} has epochs up to {vault.newest_epoch}"
+        except (SealBroken, ValueError, OverflowError):
+            broken = f"does not open under keyring {vault.keyring_id.hex()}"
+    return _Opened(opened, broken, foreign)
