@@ -648,6 +648,13 @@ class AuditUnwritable(OperatorError):
     hint = "Look at the space and the permissions of the node's audit directory, and at the kernel log for I/O errors."
 
 
+class AdminNotAllowed(OperatorError):
+    """A node is administered by root and by the user that it runs as; nobody else may ask its admin socket."""
+
+    code = "ADMIN_NOT_ALLOWED"
+    hint = "Ask as root (sudo), or as the node's own user: storaged-gateway for gateways, storaged for storage nodes."
+
+
 class PassphraseTooShort(OperatorError):
     """A passphrase that is to protect keys is too short."""
 

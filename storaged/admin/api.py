@@ -185,7 +185,7 @@ class AdminServer:
         return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})
 
     async def _witnessed(self, request: web.Request) -> web.Response:
-        """All that the cluster knows of one node's audit log: each witness, and the registers of versions up to 0.10."""
+        """All that the cluster knows of one node's audit log: each witness, and the registers of versions with protocol 2."""
         if self._services.witnessed is None or self._services.checkpoints is None:
             raise NotHere
         witnesses = await self._services.witnessed(request.query.get("node", ""))

@@ -46,7 +46,7 @@ class Services:
     trail: Trail | None = None
     """The node's audit log: what is asked for here is in it before it is done."""
     checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
-    """Signed checkpoints of audit logs that versions up to 0.10 kept in registers, encoded."""
+    """Signed checkpoints of audit logs that versions with protocol 2 kept in registers, encoded."""
     witnessed: Callable[[str], Awaitable[list[dict[str, Any]]]] | None = None
     """What each witness has of a node's audit log: ``name``, ``reachable``, ``reason``, ``lines`` (of ``cluster.witness_record``)."""
     other_samples: Callable[[], Awaitable[Sequence[Samples]]] | None = None

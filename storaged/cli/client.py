@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import pwd
 import socket
 import urllib.parse
 from collections.abc import Mapping
@@ -12,7 +14,7 @@ from typing import Any
 
 from storaged.admin.place import SOCKET_NAME, short_path
 from storaged.cli.target import gateway_directory
-from storaged.errors import NotRunning, OperatorError, every_error
+from storaged.errors import AdminNotAllowed, NotRunning, OperatorError, every_error
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -37,6 +39,21 @@ class RemoteRefusal(OperatorError):
         self.exit_code = exit_code  # type: ignore[misc]
 
 
+def _not_allowed(path: Path, *, denied: bool) -> AdminNotAllowed | None:
+    """The socket is of another user: whoever that is not, nor root, is refused, by the directory's mode or by the node."""
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return AdminNotAllowed(f"{path} is not this user's") if denied else None
+    if os.geteuid() in (0, owner):
+        return None
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = str(owner)
+    return AdminNotAllowed(f"{path} is of the user {name}")
+
+
 def request(
     node_directory: Path, method: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, timeout_s: float = 30.0
 ) -> Any:
@@ -51,7 +68,16 @@ def request(
         connection.request(method, target, payload, {"content-type": "application/json"})
         answer = connection.getresponse()
         text = answer.read()
-    except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, http.client.RemoteDisconnected):
+    except (
+        FileNotFoundError,
+        ConnectionRefusedError,
+        ConnectionResetError,
+        BrokenPipeError,
+        http.client.RemoteDisconnected,
+        PermissionError,
+    ) as error:
+        if (refusal := _not_allowed(node_directory / SOCKET_NAME, denied=isinstance(error, PermissionError))) is not None:
+            raise refusal from None
         raise NotRunning(f"nothing answers in {node_directory}") from None
     except TimeoutError:
         raise NotRunning(f"the node in {node_directory} did not answer within {timeout_s:.0f} s") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -26,12 +27,40 @@ def create_with_credential(directory: Path) -> None:
     plane.create_keyring(directory / "keyring", plane.Credential.create(directory / "credential"))
 
 
-def _asked(file: Path | None, *, confirm: bool) -> str:
-    if file is not None:
+STANDARD_INPUT = "-"
+FILE_HELP = "Its first line is the passphrase; - is standard input (default: asked for on the terminal)."
+
+
+def _has_terminal() -> bool:
+    """Somebody can be asked without the answer being shown: what getpass(3) wants."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _asked(file: Path | None, *, new: bool) -> str:
+    """The passphrase of a backup. ``new``: it is to protect one, so it has CHARS_MIN characters or more. Raises PassphraseTooShort, OperatorError."""
+    from storaged.passphrase import CHARS_MIN, require_long
+
+    if file is not None and str(file) == STANDARD_INPUT:
+        text: str = sys.stdin.readline().rstrip("\n")
+        if not text:
+            raise OperatorError("the first line of standard input is empty; it is the passphrase")
+    elif file is not None:
         from storaged.node.protection import read_passphrase
 
-        return read_passphrase(file)
-    text: str = click.prompt("Passphrase of the backup", hide_input=True, confirmation_prompt=confirm)
+        text = read_passphrase(file)
+    elif not _has_terminal():
+        raise OperatorError(
+            "there is no terminal to ask for the passphrase on: give --passphrase-file FILE (its first line), or --passphrase-file - and the passphrase on standard input"
+        )
+    else:
+        rule = f" ({CHARS_MIN} characters or more)" if new else ""
+        text = click.prompt(f"Passphrase of the backup{rule}", hide_input=True, confirmation_prompt=new)
+    if new:
+        require_long(text)
     return text
 
 
@@ -55,14 +84,12 @@ def create(config: Path) -> None:
 
 @keys.command("backup")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--passphrase-file", type=click.Path(path_type=Path), default=None, help="Its first line is the passphrase (default: asked for)."
-)
+@click.option("--passphrase-file", metavar="FILE", type=click.Path(path_type=Path), default=None, help=FILE_HELP)
 @click.pass_obj
 def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
     """Write a backup of the running gateway's keyring to FILE, under a passphrase, with all bucket keys made so far. Its epoch keys open later ones too."""
     place = find_directory(named)
-    passphrase = _asked(passphrase_file, confirm=True)
+    passphrase = _asked(passphrase_file, new=True)
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -95,9 +122,7 @@ def _give_to_owner(file: Path) -> None:
     default=None,
     help="The gateway's CONFIG.toml (default: the cluster's named by --dir).",
 )
-@click.option(
-    "--passphrase-file", type=click.Path(path_type=Path), default=None, help="Its first line is the passphrase (default: asked for)."
-)
+@click.option("--passphrase-file", metavar="FILE", type=click.Path(path_type=Path), default=None, help=FILE_HELP)
 @click.pass_obj
 def restore(named: str | None, file: Path, config_file: Path | None, passphrase_file: Path | None) -> None:
     """Put the keyring from the backup FILE where the gateway's configuration wants it, and the bucket keys beside it for the gateway to take.
@@ -113,7 +138,7 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
     found = configuration.load(config_file or gateway_directory(find_directory(named)) / "config.toml")
     target, directory = Path(found.keys.keyring), Path(found.node.directory)
     known = plane.keyring_id_of(target) if target.exists() else None
-    passphrase = _asked(passphrase_file, confirm=False)
+    passphrase = _asked(passphrase_file, new=False)
     saved = plane.open_backup(file, passphrase, expected_id=known)  # before anything is made: a wrong passphrase changes nothing
     if known is not None and not saved.has_bucket_keys:
         raise OperatorError(f"{target} exists already; it was left as it is, and {file}, made by an older version, has no bucket keys")

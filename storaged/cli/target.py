@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from storaged.admin.place import LOCK_NAME, SOCKET_NAME, running_pid
 from storaged.durable import replace_file
-from storaged.errors import AmbiguousName, NotRunning, SeveralClusters
+from storaged.errors import AdminNotAllowed, AmbiguousName, NotRunning, SeveralClusters
 
 REMEMBERED_MAX = 32
 """Trial clusters whose directories are kept for a user."""
@@ -105,7 +105,11 @@ def default_directory() -> Path:
 def find_directory(given: str | None) -> Path:
     """--dir or STORAGED_DIR, else the default. Raises NotRunning when it holds no cluster, or what ``default_directory`` raises."""
     directory = Path(given).expanduser().absolute() if given else default_directory()
-    if not any((directory / name).exists() for name in ("dev.json", "config.toml", SOCKET_NAME, LOCK_NAME)):
+    try:
+        found = any((directory / name).exists() for name in ("dev.json", "config.toml", SOCKET_NAME, LOCK_NAME))
+    except PermissionError:
+        raise AdminNotAllowed(f"{directory} may not be read by this user") from None
+    if not found:
         raise NotRunning(f"{directory} holds no cluster and no node")
     return directory
 

@@ -7,7 +7,7 @@ A process start begins a chain, whose id is the process's incarnation; a chain l
      "outcome":"done","fields":{...},"previous":"<64 hex>","hash":"<64 hex>"}
 
 ``kind`` is the action, ``actor`` who asked for it, ``target`` what it was done to, ``outcome`` one of ``intent``, ``done``, ``refused CODE``, ``failed CODE``
-(empty for an event that is nobody's act). Entries of versions before 0.11 have none of the three.
+(empty for an event that is nobody's act). Entries of versions with protocol 2 have none of the three.
 
 ``hash`` is SHA-256 over ``sov.audit.v1\\0`` and the line's bytes before ``,"hash":``; ``previous`` is the hash of the entry before. So the bytes as
 they lie there are what is hashed, and no canonical form of JSON is needed. Entry 0 (kind ``start``) names the node, its incarnation, and the head of the
@@ -107,7 +107,7 @@ class Head(NamedTuple):
 
 
 class RegisterCheckpoint(Message, frozen=True):
-    """What versions up to 0.10 put into the registers ``audit/NODE/CHAIN``: read by the verifier, never written again.
+    """What versions with protocol 2 put into the registers ``audit/NODE/CHAIN``: read by the verifier, never written again.
 
     Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v1\\0`` and the encoding of this message with an empty signature.
     """

@@ -149,7 +149,7 @@ def verify(
 ) -> AuditReport:
     """Verifies the files of one node's audit log. With ``authority`` the checkpoints' signatures are verified too, without it they are taken as they are.
 
-    ``checkpoints`` are those that versions up to 0.10 kept in registers. ``whole``: all of the log is given, so that what is missing of it is named too.
+    ``checkpoints`` are those that versions with protocol 2 kept in registers. ``whole``: all of the log is given, so that what is missing of it is named too.
     Raises OSError for a file that cannot be read; everything that is wrong with the content is in the report.
     """
     problems: list[AuditProblem] = []

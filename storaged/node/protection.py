@@ -7,12 +7,13 @@ from pathlib import Path
 from storaged import keys
 from storaged.config import Config
 from storaged.errors import OperatorError
+from storaged.passphrase import require_long
 
 
 def protection_of(config: Config, *, create: bool = False) -> keys.Protection:
     """``create``: a credential file that is missing is made, for a keyring that is being made or restored.
 
-    Raises KeyringMismatch for a missing credential, OperatorError for a passphrase that cannot be read.
+    Raises KeyringMismatch for a missing credential, OperatorError for a passphrase that cannot be read, with ``create`` PassphraseTooShort.
     """
     if config.keys.credential:
         path = Path(config.keys.credential)
@@ -20,7 +21,10 @@ def protection_of(config: Config, *, create: bool = False) -> keys.Protection:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             return keys.Credential.create(path)
         return keys.Credential.load(path)
-    return keys.Passphrase(read_passphrase(Path(config.keys.passphrase)))
+    text = read_passphrase(Path(config.keys.passphrase))
+    if create:
+        require_long(text)
+    return keys.Passphrase(text)
 
 
 def read_passphrase(path: Path) -> str:

@@ -184,7 +184,7 @@ class Reports:
         return await self._node.maintain.start_scrub()
 
     async def _checkpoints(self) -> list[bytes]:
-        """Of versions up to 0.10, which kept them in registers."""
+        """Of versions with protocol 2, which kept them in registers."""
         found: list[bytes] = []
         after: bytes | None = b""
         while after is not None:

@@ -137,7 +137,7 @@ async def test_an_entry_says_who_did_what_to_what_and_how_it_ended(tmp_path: Pat
 
 
 async def test_an_entry_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """As 0.10 wrote it: without actor, target and outcome."""
+    """As it was before: without actor, target and outcome."""
     body = (
         b'{"chain":"0101010101010101","sequence":0,"time_ms":1,"kind":"start","fields":{"node":"gw","predecessor":null},"previous":"'
         + b"0" * 64
@@ -423,7 +423,7 @@ def world(tmp_path: Path) -> World:
 
 
 async def checkpointed(directory: Path, world: World) -> tuple[list[RegisterCheckpoint], AuditLog]:
-    """A log and the checkpoint that a version up to 0.10 put into a register."""
+    """A log and the checkpoint that an earlier version put into a register."""
     log = await written(directory, 4)
     signer = NodeSigner(world.node("gw", ("gateway",)))
     unsigned = RegisterCheckpoint("gw", *log.head, 1, signer.certificate)

@@ -45,6 +45,32 @@ def test_the_units_say_what_the_daemon_does(name: str) -> None:
     assert ("LoadCredentialEncrypted" in service) == ("gateway" in name)
 
 
+def service_of(name: str) -> dict[str, str]:
+    parser = configparser.RawConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string((DEPLOY / "systemd" / name).read_text())
+    return dict(parser["Service"])
+
+
+def test_gateways_and_storage_nodes_are_two_users_that_share_nothing() -> None:
+    storage, gateway = (service_of(name) for name in UNITS)
+    assert (storage["User"], storage["Group"]) == ("storaged", "storaged")
+    assert (gateway["User"], gateway["Group"]) == ("storaged-gateway", "storaged-gateway")
+    for service in (storage, gateway):
+        assert "SupplementaryGroups" not in service
+        assert (service["StateDirectoryMode"], service["UMask"]) == ("0700", "0077")
+    lines = (DEPLOY / "systemd" / "storaged.sysusers.conf").read_text().splitlines()
+    assert {line.split()[1] for line in lines if line.startswith("u ")} == {storage["User"], gateway["User"]}
+    assert not [line for line in lines if line.startswith("m ")], "a membership would join them"
+
+
+def test_the_guide_gives_each_user_its_own_and_says_how_an_older_installation_changes_over() -> None:
+    guide = (DEPLOY / "README.md").read_text()
+    assert "chown -R storaged:storaged /etc/storaged/n1" in guide
+    assert "chown -R storaged-gateway:storaged-gateway /etc/storaged/gateway /var/lib/storaged/gateway" in guide
+    assert "-u storaged env" not in guide
+
+
 @pytest.mark.parametrize("name", ["storage.toml", "gateway.toml"])
 def test_the_example_configurations_are_accepted(name: str) -> None:
     loaded = config.load(DEPLOY / "examples" / name)
