@@ -51,7 +51,7 @@ class BucketAdministration:
         return web.json_response({"buckets": sorted(found, key=lambda one: one["bucket"])})
 
     async def _create(self, request: web.Request) -> web.Response:
-        """For a user named by name or access key; one that the user owns already, with the same countries, is fine."""
+        """For a user named by name or access key; one that the user owns already, with the same countries, is fine. ``racks``: where its data may lie."""
         buckets, _ = self._planes()
         body = await texts_of(request, "name", "user", "countries")
         name, countries = body.get("name", ""), tuple(sorted(filter(None, body.get("countries", "").split(","))))
@@ -67,7 +67,8 @@ class BucketAdministration:
                 if made.countries != countries:
                     raise
             found["bucket"] = made.id.hex()
-        return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries)})
+        racks = self._services.racks(made.countries) if self._services.racks is not None else []
+        return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries), "racks": racks})
 
     async def _usage(self, request: web.Request) -> web.Response:
         buckets, _ = self._planes()

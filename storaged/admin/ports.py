@@ -38,6 +38,8 @@ class Services:
     """(bucket, user id): hands a bucket over."""
     usage: Callable[[BucketRecord, bytes], Awaitable[Usage]] | None = None
     """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
+    racks: Callable[[tuple[str, ...]], list[str]] | None = None
+    """The failure domains with disks in these countries (none named: all), by the layout in force."""
     region: str = ""
     where: Callable[[str, bytes], Awaitable[dict[str, Any]]] | None = None
     jobs: Jobs | None = None

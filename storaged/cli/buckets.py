@@ -88,7 +88,7 @@ def bucket_delete(named: str | None, name: str) -> None:
 @click.option(
     "--countries", default="", metavar="FR,DE", help="Keep its data in these countries of the EU (default: wherever the cluster has disks)."
 )
-@click.option("--json", "as_json", is_flag=True, help="bucket, owner, countries.")
+@click.option("--json", "as_json", is_flag=True, help="bucket, owner, countries, racks.")
 @click.pass_obj
 def bucket_create(named: str | None, name: str, owner: str, countries: str, as_json: bool) -> None:
     """Make a bucket; with --countries its fragments and records never leave them, and a write that can't be placed inside is refused.
@@ -101,3 +101,5 @@ def bucket_create(named: str | None, name: str, owner: str, countries: str, as_j
         click.echo(json.dumps(found, indent=2))
     else:
         click.echo(f"{found['bucket']} of {found['owner']}, in {', '.join(found['countries']) or 'any country of the cluster'}")
+        if found["countries"]:
+            click.echo(f"  its data lies in {', '.join(found['racks'])}")

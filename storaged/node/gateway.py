@@ -49,6 +49,7 @@ from storaged.objects.buckets import BucketService
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, EndedKey, KeyService
 from storaged.objects.service import ObjectService
+from storaged.objects.shards import domains_inside
 from storaged.objects.system_rows import BadRow
 from storaged.objects.usage import usage_after
 from storaged.objects.users import UserService
@@ -425,6 +426,7 @@ class Gateway:
         services.users = self.users
         services.buckets = self.buckets
         services.every_bucket = self.buckets.every_bucket
+        services.racks = lambda countries: domains_inside(self._node.layouts.current, countries)
         services.set_owner = self.buckets.set_owner
         services.usage = functools.partial(usage_after, self.objects)
         services.where = self._where

@@ -219,7 +219,8 @@ def refusal(client: Any) -> str:
 def test_a_bucket_may_be_narrowed_to_countries_and_never_widened_beyond_eu_law(cluster: Cluster) -> None:
     """All disks of a trial cluster stand in France: narrowing to it holds, narrowing to Germany leaves no place, and the rest of the world is refused."""
     made = json.loads(cluster.run("bucket", "create", "only-fr", "--user", "dev", "--countries", "FR", "--json").stdout)
-    assert made == {"bucket": "only-fr", "owner": "dev", "countries": ["FR"]}
+    racks = ["FR/lyo1/c", "FR/par1/a", "FR/par2/b"]
+    assert made == {"bucket": "only-fr", "owner": "dev", "countries": ["FR"], "racks": racks}
     client = cluster.boto3()
     client.put_object(Bucket="only-fr", Key="k", Body=bytes(100_000))
     assert len(client.get_object(Bucket="only-fr", Key="k")["Body"].read()) == 100_000

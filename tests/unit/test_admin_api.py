@@ -146,6 +146,7 @@ class Node:
         found = Services(self.status, self.ready, self.doctor, region="eu-fr-1", trail=self)
         if gateway:
             found.users, found.buckets = Users(), self.buckets
+            found.racks = lambda countries: [f"rack of {country}" for country in countries]
             found.every_bucket, found.set_owner, found.usage = self.buckets.every_bucket, self.buckets.set_owner, self.buckets.usage
             found.where, found.key_backup = self.where, self.key_backup
         return found
@@ -266,7 +267,7 @@ async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(nod
     await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"})
     assert node.buckets.made == [("alice", "demo", "eu-fr-1")]
     narrow = await ask(tmp_path, "POST", "/v1/buckets", body={"name": "narrow", "user": "alice", "countries": "FR,DE"})
-    assert narrow == {"bucket": "narrow", "owner": "alice", "countries": ["DE", "FR"]}
+    assert narrow == {"bucket": "narrow", "owner": "alice", "countries": ["DE", "FR"], "racks": ["rack of DE", "rack of FR"]}
     for body, code in (({"name": "Bad_Name", "user": "alice"}, "InvalidBucketName"), ({"name": "good", "user": "bob"}, "InvalidArgument")):
         with pytest.raises(RemoteRefusal) as refused:
             await ask(tmp_path, "POST", "/v1/buckets", body=body)
