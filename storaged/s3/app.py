@@ -273,10 +273,7 @@ class S3App:
             admit(request, claim, *known, self._clock.wall_ms())
             check_owner(bucket, request.who, headers.get("x-amz-expected-bucket-owner"))
             operation, body = routes.find(request.method, request.bucket, request.key, {}, headers), request.body
-            asked = None
-            if writes:
-                operation.check_headers(headers)
-                asked = put_asked(request)
+            asked = put_asked(request, operation.check_headers) if writes else None
             if asked is not None and (asked[1].size is None or asked[1].size > front.objects.small_bytes_max):
                 return False
         except Exception:  # the task meets it again

@@ -19,8 +19,8 @@ class Limits:
     """Request line, or one header: RequestHeaderSectionTooLarge. (1,024 key bytes percent-encoded thrice are 9 KiB.)"""
     headers_max: int = 128
     header_section_bytes_max: int = 32 * KIB
-    xml_bytes_max: int = 2 * MIB
-    """1,000 keys of 1 KiB to delete, or 10,000 parts to complete: MaxMessageLengthExceeded."""
+    xml_bytes_max: int = 4 * MIB
+    """Of any document; each operation has its own bound below it (``routes``): MaxMessageLengthExceeded."""
     handshake_s: float = 20.0
     """A TLS handshake that takes longer ends its connection. Those under way are not counted among ``connections_max``."""
     headers_s: float = 75.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -80,8 +81,9 @@ _PLAIN = h.INCIDENTAL | {"expect"}
 """With these alone a PUT says nothing of its object but its type and size."""
 
 
-def put_asked(request: Request) -> tuple[NewMeta, BodyChecks, WriteConditions]:
-    """What PutObject asks for. Raises as ``upload_checks``, and for headers that are wrong or ask for what does not exist."""
+def put_asked(request: Request, check: Callable[[Headers], None] | None = None) -> tuple[NewMeta, BodyChecks, WriteConditions]:
+    """What PutObject asks for. ``check``: of headers, unless they have been checked; common ones need none. Raises as
+    ``upload_checks`` and ``check``, and for values that are wrong."""
     headers, body = request.headers, request.body
     if headers.keys() <= _PLAIN and body.declared and body.decoder is None and (body.length or 0) <= PART_BYTES_MAX:
         kind = headers.get("content-type")
@@ -90,6 +92,8 @@ def put_asked(request: Request) -> tuple[NewMeta, BodyChecks, WriteConditions]:
             BodyChecks(body.length, sha256=body.sha256),
             NO_WRITE_CONDITIONS,
         )
+    if check is not None:
+        check(headers)
     return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
 
 
