@@ -21,10 +21,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.hashes import SHA512
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-
 from storaged.clock import Clock
 from storaged.cluster.policy import BUCKET_COUNTRIES_RULE, KeyHolder, Policy, ReleaseRefusal, release_refusal
 from storaged.errors import KeyReleaseRefused, KeyringUnavailable, StoragedError
@@ -32,10 +28,10 @@ from storaged.ids import BUCKET_ID_BYTES, Entropy, system_entropy
 from storaged.keys.bucketkey import FieldBox, UnwrappedBucketKey, Vault
 from storaged.keys.keyfile import KeyMaterial
 from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
+from storaged.keys.signing import signing_key
 from storaged.keys.upkeep import EndedKey, KeyHomes, facts_of
-from storaged.sov1 import KEY_BYTES, pack_context
+from storaged.sov1 import pack_context
 
-SIGN_LABEL = b"sov.sign.v1\0"
 SECRET_LABEL = b"sov.secret.v1\0"
 
 CACHE_TTL_S = 300.0
@@ -174,14 +170,10 @@ class Keyring:
         return self._vault.verify(context, message, tag)
 
     def sign_public(self, message: bytes) -> bytes:
-        return self._signing_key().sign(message)
+        return signing_key(self.material.record_key).sign(message)
 
     def public_signer(self) -> bytes:
-        return self._signing_key().public_key().public_bytes_raw()
-
-    def _signing_key(self) -> Ed25519PrivateKey:
-        seed = HKDFExpand(SHA512(), KEY_BYTES, SIGN_LABEL).derive(self.material.record_key)
-        return Ed25519PrivateKey.from_private_bytes(seed)
+        return signing_key(self.material.record_key).public_key().public_bytes_raw()
 
     def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
         return self._secret_box().seal(plaintext, pack_context(b"", context))

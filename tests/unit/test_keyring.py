@@ -11,6 +11,8 @@ import weakref
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from storaged.cluster.policy import KeyHolder, Policy
 from storaged.errors import (
@@ -567,6 +569,17 @@ def test_authenticators_bind_context_and_message(rig):
         assert not rig.keyring.verify(context, message, tag)
     assert not rig.keyring.verify([b"bucket/a", b"7"], b"record", tag[:-1])
     assert not rig.keyring.verify([b"bucket/a", b"7"], b"record", b"")
+
+
+def test_what_it_signs_verifies_by_its_public_key_alone(rig):
+    public = Ed25519PublicKey.from_public_bytes(rig.keyring.public_signer())
+    public.verify(rig.keyring.sign_public(b"message"), b"message")
+    with pytest.raises(InvalidSignature):
+        public.verify(rig.keyring.sign_public(b"message"), b"another")
+    rig.keyring.close()
+    for refused in (rig.keyring.public_signer, lambda: rig.keyring.sign_public(b"message")):
+        with pytest.raises(KeyringUnavailable):
+            refused()
 
 
 def test_secrets_open_only_for_the_register_they_were_sealed_for(rig):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import pytest
@@ -15,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from storaged.cluster.identity import Identity, NodeSigner, authority_of
 from storaged.cluster.signers import STATEMENT_LABEL, Signers, SignerStatement, is_signed, publish, signer_id, signer_path, state_signer
-from storaged.errors import CertificateRefused, KeyringUnavailable
-from storaged.keys.keyring import Keyring
+from storaged.errors import CertificateRefused
+from storaged.keys.signing import signing_key
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import Change, Value, object_name, system_name
 from storaged.meta.ports import Ballot, Slot, StoreBatch
@@ -337,20 +335,14 @@ async def test_every_record_that_a_gateway_writes_is_signed() -> None:
         await buckets.set_tags(made, {"a": "b"})
 
 
-async def test_the_signing_key_follows_from_the_keyring_and_signs_as_the_format_says() -> None:
+def test_the_signing_key_follows_from_the_keyring_and_signs_as_the_format_says() -> None:
     """The vector of FORMATS.md, section Public parts."""
-    none: Any = None
-    material: Any = SimpleNamespace(
-        keyring_id=bytes(16), record_key=bytes(range(1, 33)), secret_key=bytes(32), newest=SimpleNamespace(epoch=1), backed_up_epoch=0
-    )
-    keyring = Keyring(material, none, audit=none, clock=none, policy=None, holder=None)
+    key = signing_key(bytes(range(1, 33)))
+    public = key.public_key().public_bytes_raw()
     record = BucketRecord("photos", bytes(range(0xA0, 0xB0)), "o", 0, "active", 3, "r", ("FR",), "4+2", shard_list=b"\x05\x21\xfe")
-    assert keyring.public_signer().hex() == "b6c2f9d260d2a7c3646492102f2a2b9d5209267385d6c45a1bc7c60e64588bf1"
-    assert signer_id(keyring.public_signer()).hex() == "a23119b63220c51d5002ee26e7e708ef"
-    signature = keyring.sign_public(public_bytes("eu-1", 7, record))
-    assert signature.hex() == (
+    assert public.hex() == "b6c2f9d260d2a7c3646492102f2a2b9d5209267385d6c45a1bc7c60e64588bf1"
+    assert signer_id(public).hex() == "a23119b63220c51d5002ee26e7e708ef"
+    assert key.sign(public_bytes("eu-1", 7, record)).hex() == (
         "44a39b1d15ab95457a35b7f1830c74bda8cd4b09f34f744abddc2dec7422546d9d8a91274e2ef11ba758ed9cd1d15d5801d27170ba5496d3973ce8eb4bb07a06"
     )
-    keyring.close()
-    with pytest.raises(KeyringUnavailable):
-        keyring.sign_public(b"")
+    assert signing_key(bytes(32)).public_key().public_bytes_raw() != public
