@@ -91,6 +91,28 @@ async def test_buckets_are_listed_by_owner_in_pages() -> None:
         await buckets.create(ANNE, "a6", region="eu-fr-1")
 
 
+async def test_a_user_who_makes_many_buckets_has_them_counted_once_and_the_limit_holds() -> None:
+    world, _, buckets = world_of(buckets_per_user_max=4)
+    pages, list_page = 0, world.ring.list_page
+
+    async def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal pages
+        pages += 1
+        return await list_page(*arguments, **named)
+
+    world.ring.list_page = counted  # type: ignore[method-assign]
+    for number in range(4):
+        await buckets.create(ANNE, f"b{number}", region="r")
+    assert pages == 1
+    with pytest.raises(TooManyBuckets):
+        await buckets.create(ANNE, "b4", region="r")
+    await buckets.delete(await buckets.get("b0"))
+    await buckets.create(ANNE, "b4", region="r")
+    with pytest.raises(TooManyBuckets):
+        await buckets.create(ANNE, "b5", region="r")
+    await buckets.create(BEN, "b5", region="r")
+
+
 async def test_an_empty_bucket_is_deleted_for_good_and_its_name_is_free_again() -> None:
     world, objects, buckets = world_of()
     old = await buckets.create(ANNE, "b", region="eu-fr-1")
