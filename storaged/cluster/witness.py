@@ -205,9 +205,10 @@ class WitnessBook:
         return WitnessReply(False, -1, reason or "refused")
 
     def _tell(self, node: str, checkpoint: Checkpoint, reason: str, code: str) -> None:
+        if self._alarms.get(node, ("", 0.0))[0] != reason:  # a node that tries again and again does not fill the log
+            log.error("the audit log of a node does not extend what was seen of it", peer=node, chain=checkpoint.chain, reason=reason)
         if node in self._alarms or len(self._alarms) < ALARMS_MAX:
             self._alarms[node] = reason, self._clock.monotonic()
-        log.error("the audit log of a node does not extend what was seen of it", peer=node, chain=checkpoint.chain, reason=reason)
         if self.trail is not None:
             self.trail.refused("audit.witness", code, actor=f"node:{node}", target=f"chain:{checkpoint.chain}", reason=reason)
 
@@ -221,8 +222,9 @@ class WitnessBook:
         if request.heads:
             heads = tuple((name, chain.checkpoint.sequence) for name, chain in chains[-HASHES_MAX:])
             return WitnessedReply(len(chains), 0, file.seen.damaged_lines, heads)
-        page = chains[max(0, request.skip) : max(0, request.skip) + CHAINS_A_PAGE]
-        end = request.skip + len(page)
+        begin = max(0, request.skip)
+        page = chains[begin : begin + CHAINS_A_PAGE]
+        end = begin + len(page)
         body = b"".join(line for name, chain in page for line in render_whole(name, chain))
         return Reply(WitnessedReply(len(chains), end if end < len(chains) else 0, file.seen.damaged_lines), [body])
 

@@ -23,7 +23,7 @@ from storaged.cluster.audit_format import Checkpoint
 from storaged.cluster.audit_links import Link, first_line, read_links
 from storaged.cluster.ports import Caller
 from storaged.cluster.witness import HASHES_MAX, WitnessedReply, WitnessedRequest, WitnessReply, WitnessRequest
-from storaged.errors import PeerError
+from storaged.errors import PeerError, PeerUnreachable
 
 EVERY_S: Final = 60.0
 FIRST_S: Final = 2.0
@@ -118,7 +118,8 @@ class WitnessClient:
                 known.refused, known.sequence = str(refused), None
             except PeerError as error:
                 known.sequence = None  # it may have been started anew, or have taken what it did not answer
-                log.debug("a witness of the audit log was not reached", witness=name, reason=error.message)
+                level = log.debug if isinstance(error, PeerUnreachable) else log.warning
+                level("a witness of the audit log did not take a checkpoint", witness=name, reason=error.message)
             except (OSError, ValueError) as error:
                 known.sequence = None
                 log.error("the audit log cannot be read again for a witness", witness=name, reason=str(error))

@@ -5,6 +5,7 @@ A gateway's further processes write through the first one's log (``Leader``), an
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,19 @@ class Auditing:
 
     async def witnessed(self, of: str) -> list[dict[str, Any]]:
         """What each witness has of a node's log: ``name``, ``reachable``, ``reason``, and the ``lines`` of ``witness_record``."""
-        return [await self._ask(name, of) for name in self._all_witnesses(of)]
+        return list(await asyncio.gather(*(self._ask(name, of) for name in self._all_witnesses(of))))
+
+    def check(self) -> tuple[str, str]:
+        """For ``doctor``: ``ok`` or ``warn``, and who saw this node's log."""
+        if self._client is None:
+            return "ok", ""
+        witnesses, taken = self._all_witnesses(self._node.own.name), self._client.taken()
+        if not witnesses:
+            return "ok", "no other node has disks, so it has no witness"
+        missing = [name for name in witnesses if name not in taken]
+        if missing:
+            return "warn", f"not shown to {', '.join(missing)} yet"
+        return "ok", f"seen by {', '.join(witnesses)}"
 
     async def _ask(self, name: str, of: str) -> dict[str, Any]:
         lines: list[str] = []

@@ -214,6 +214,15 @@ class Reports:
             checks.extend(_disk(entry.name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free) for disk in known.disks)
             if known.rtt_min_ms is not None and entry.name != node.own.name:
                 checks.append(self._round_trip(entry.name, entry.location, known.rtt_min_ms))
+        state, detail = node.auditing.check()
+        checks.append(
+            _check(
+                "audit log",
+                state,
+                detail,
+                "Each other node with disks witnesses it, within a minute of its start; see deploy/README.md, The audit log.",
+            )
+        )
         if node.gateway is not None:
             checks.append(self._keys())
             checks.extend(self._bucket_keys(node.gateway))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+import storaged
 from storaged.cluster.audit_format import Checkpoint, Event, first_link, make_line, next_link, parse_line, predecessor_of
 from storaged.cluster.audit_links import read_links
-from storaged.cluster.audit_verify import verify
+from storaged.cluster.audit_verify import PRUNED, verify
 
+PACKAGE = Path(storaged.__file__).parent
+FORMATS = (PACKAGE / "FORMATS.md").read_text()
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "audit.json").read_text())
 
 
@@ -68,3 +73,25 @@ def test_what_is_signed_of_a_checkpoint() -> None:
     checkpoint = Checkpoint(**fields)
     expected = b"sov.audit.checkpoint.v2\0" + msgspec.msgpack.encode([*fields.values(), b""])
     assert checkpoint.signed_bytes() == expected == bytes.fromhex(given["signed_bytes"])
+
+
+CALLS = {"append", "note", "refused", "audited", "recorded", "_audit", "_audited", "Event"}
+
+
+def kinds_in_code() -> set[str]:
+    """First text with a dot that a call which writes an entry is given; and the constants that stand for one."""
+    found = {PRUNED, "start", "continue"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            texts = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+            if name in CALLS and texts and re.fullmatch(r"[a-z0-9]+\.[a-z_]+", texts[0]):
+                found.add(texts[0])
+    return found
+
+
+def test_the_document_lists_every_kind_of_entry() -> None:
+    (listed,) = re.findall(r"^Kinds: (.*?)\.$", FORMATS, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`([a-z0-9_.]+)`", listed)) == kinds_in_code()

@@ -90,6 +90,23 @@ async def test_a_witness_that_was_away_is_brought_everything_it_missed(rig: Witn
     assert rig.verify().problems == ()
 
 
+async def test_a_process_that_crashed_is_followed_by_the_next_and_its_last_minute_is_shown_then(rig: Witnessed) -> None:
+    await rig.start()
+    await rig.client.publish()
+    await rig.write(5)
+    crashed = rig.log
+    with rig.files()[-1].open("ab") as file:
+        file.write(b'{"chain":"0000')
+    await rig.start()
+    await rig.client.publish()
+    await rig.stop()
+    report = rig.verify()
+    assert report.problems == ()
+    assert [(one.state, one.chains) for one in report.witnesses] == [("agrees", 2)] * 3
+    assert rig.client.problems() == {}
+    await crashed.close()
+
+
 async def test_a_witness_that_is_new_or_lost_its_disk_is_brought_the_whole_log(rig: Witnessed) -> None:
     for _ in range(3):
         await rig.life(5)
