@@ -17,6 +17,7 @@ in the key's place and removes this gateway's copy. What other gateways have goe
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ SECRET_LABEL = b"sov.secret.v1\0"
 
 CACHE_TTL_S = 300.0
 BUCKETS_CACHED_MAX = 4096
+VALIDITY_EVERY_S = 1.0
+"""How often the wall clock is compared with the certificate's validity, for keys that are in memory."""
+
 REFUSALS_TOLD_MAX = 1024
 REFUSAL_QUIET_S = 60.0
 """The same refusal is not audited again for so long: clients that try again must not fill the log."""
@@ -104,6 +108,8 @@ class Keyring:
         self._secrets: FieldBox | None = FieldBox(material.secret_key, SECRET_LABEL, entropy)
         self._policy = policy
         self._holder = holder
+        self._valid_until_s = -math.inf
+        """Monotonic: until when the certificate need not be looked at again."""
         self._refusals_told: OrderedDict[tuple[bytes, str], float] = OrderedDict()
         self._released = 0
         self._last = self._noted(material)
@@ -126,7 +132,7 @@ class Keyring:
 
     def judge_by(self, policy: Policy | None, holder: KeyHolder | None) -> None:
         """A layout came into force, or a certificate was exchanged. Kept keys that the new ones refuse are forgotten."""
-        self._policy, self._holder = policy, holder
+        self._policy, self._holder, self._valid_until_s = policy, holder, -math.inf
         for bucket_id in [other for other, held in self._cache.items() if held.permitted is None or self.refusal(held.permitted)]:
             del self._cache[bucket_id]
 
@@ -264,26 +270,30 @@ class Keyring:
         self._require(countries)
 
     def _lookup(self, bucket_id: bytes, countries: tuple[str, ...]) -> _Cached | None:
-        """A kept key that the policy has allowed, while the certificate is valid. No allocation: every request comes through here."""
+        """A kept key that the policy has allowed, while the certificate is valid. Every request comes through here."""
         if self._open is None:
             raise KeyringUnavailable("The keyring is closed.")
+        now = self._clock.monotonic()
+        if now >= self._valid_until_s and not self._is_valid(now):
+            return None
         cached = self._cache.get(bucket_id)
-        if cached is None or (cached.permitted is not countries and cached.permitted != countries):
+        if cached is None or now >= cached.expires or (cached.permitted is not countries and cached.permitted != countries):
             return None
-        holder = self._holder
-        if holder is None or not holder.valid_from_ms <= self._clock.wall_ms() < holder.valid_until_ms:
-            return None
-        return self._kept(bucket_id)
+        self._cache.move_to_end(bucket_id)
+        return cached
+
+    def _is_valid(self, now: float) -> bool:
+        """Whether the certificate is valid by the wall clock, which is looked at once a second."""
+        valid = self._holder is not None and self._holder.valid_at(self._clock.wall_ms())
+        self._valid_until_s = now + VALIDITY_EVERY_S if valid else -math.inf
+        return valid
 
     def _kept(self, bucket_id: bytes) -> _Cached | None:
         """Whatever the policy says: the caller asks it."""
         cached = self._cache.get(bucket_id)
-        if cached is None:
-            return None
-        if self._clock.monotonic() >= cached.expires:
+        if cached is not None and self._clock.monotonic() >= cached.expires:
             del self._cache[bucket_id]
             return None
-        self._cache.move_to_end(bucket_id)
         return cached
 
     async def _load(self, bucket_id: bytes) -> _Cached:

@@ -41,7 +41,7 @@ worker that has just been started again."""
 
 EXIT_DEFECT = 70
 """EX_SOFTWARE of sysexits(3)."""
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 KEPT_BYTES_MAX = 32 * MIB
 ARENAS_MAX = 2
@@ -88,6 +88,7 @@ def _begin(path: Path) -> Config:
     if config.gateway:
         with contextlib.suppress(ValueError, OSError):  # a system call filter may forbid it; then the unit has set the limit
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would have the keys
+        keep_memory_private()
     _keep_memory()
     _allow_connections()
     _do_not_push()
@@ -113,6 +114,15 @@ def _tune_interpreter() -> None:
     gc.set_threshold(COLLECT_AFTER_OBJECTS, 20, 20)
     gc.collect()
     gc.freeze()
+
+
+def keep_memory_private() -> None:
+    """No other process of this user may read this one's memory from now on, nor its environment and open files (PR_SET_DUMPABLE off: prctl(2), proc(5)); no core dump has it.
+
+    What this process reads of itself for its metrics stays readable: stat, limits, and its own list of descriptors. Root can read everything still, and memory is not locked:
+    swap must be encrypted, or off. Elsewhere (macOS) nothing happens."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _keep_memory() -> None:

@@ -19,6 +19,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.cluster import Cluster
+from tests.s3.test_dev_cluster import descriptors_of
 
 WORKERS = 3
 
@@ -44,7 +45,7 @@ def connections_of(pid: int, port: int) -> int:
         if int(fields[1].split(":")[1], 16) == port and fields[3] == "01":
             inodes.add(f"socket:[{fields[9]}]")
     found = 0
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+    for descriptor in descriptors_of(pid):
         try:
             found += os.readlink(descriptor) in inodes
         except OSError:
