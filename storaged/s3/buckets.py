@@ -72,13 +72,28 @@ async def create_bucket(front: Front, request: Request) -> Reply:
     if ownership != "BucketOwnerEnforced":
         raise errors.NotImplemented("Access control lists are not implemented: a bucket's owner owns every object in it.")
     region = _region_asked(front, request.document)
-    countries = tuple(sorted({code.strip() for code in request.headers.get("x-storaged-countries", "").split(",") if code.strip()}))
+    countries = _countries(request.headers.get("x-storaged-countries"))
     try:
         await front.buckets.create(request.who, name, region=region, countries=countries)
     except errors.BucketAlreadyOwnedByYou:
         if countries and (await front.buckets.get(name)).countries != countries:
             raise  # whoever asks for countries must not believe that they are in force
     return Reply(headers={"Location": f"/{name}"})
+
+
+def _countries(text: str | None) -> tuple[str, ...]:
+    """``FR, DE`` -> ("DE", "FR"). A header without a country asks for something that can't be: it is not no header.
+
+    Raises InvalidArgument.
+    """
+    if text is None:
+        return ()
+    codes = {code.strip() for code in text.split(",")}
+    if "" in codes:
+        raise errors.InvalidArgument(
+            "x-storaged-countries is a list of country codes", ArgumentName="x-storaged-countries", ArgumentValue=text
+        )
+    return tuple(sorted(codes))
 
 
 def _region_asked(front: Front, body: bytes) -> str:

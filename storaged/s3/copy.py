@@ -18,6 +18,7 @@ from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, check_key
 
 _SOURCE = "x-amz-copy-source"
+_RANGE = "x-amz-copy-source-range"
 
 
 async def _source(front: Front, request: Request) -> tuple[BucketRecord, bytes, str]:
@@ -91,7 +92,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
 async def upload_part_copy(front: Front, request: Request) -> Reply:
     headers = request.headers
     number = h.integer("partNumber", request.query.get("partNumber", ""), 1, 10_000)
-    span = h.parse_copy_range(headers.get("x-amz-copy-source-range", ""))
+    span = h.parse_copy_range(headers[_RANGE]) if _RANGE in headers else None
     bucket, key, version = await _source(front, request)
     result = await front.objects.copy_part(
         bucket,

@@ -115,10 +115,8 @@ def parse_range(text: str) -> RangeSpec | None:
     return RangeSpec(first, last)
 
 
-def parse_copy_range(text: str) -> RangeSpec | None:
+def parse_copy_range(text: str) -> RangeSpec:
     """x-amz-copy-source-range: both ends are needed. Raises InvalidArgument."""
-    if not text:
-        return None
     span = parse_range(text)
     if span is None or span.first is None or span.last is None:
         raise InvalidArgument(
@@ -239,13 +237,24 @@ def declared_checksums(headers: Mapping[str, str]) -> dict[str, str]:
 def algorithm_named(headers: Mapping[str, str], *names: str) -> str:
     """The checksum algorithm that one of these headers asks for, upper case; empty when none does. Raises InvalidRequest."""
     for name in names:
-        if value := headers.get(name, "").upper():
+        if name in headers:
+            value = headers[name].upper()
             if value not in CHECKSUM_ALGORITHMS:
                 raise InvalidRequest(
                     f"Checksum algorithm provided is unsupported. Please try again with any of the valid types: [{', '.join(CHECKSUM_ALGORITHMS)}]"
                 )
             return value
     return ""
+
+
+def checksum_type(headers: Mapping[str, str]) -> str:
+    """FULL_OBJECT or COMPOSITE; empty when neither is asked for. Raises InvalidRequest."""
+    if "x-amz-checksum-type" not in headers:
+        return ""
+    value = headers["x-amz-checksum-type"].upper()
+    if value not in ("FULL_OBJECT", "COMPOSITE"):
+        raise InvalidRequest("Value for x-amz-checksum-type header is invalid.")
+    return value
 
 
 def trailing_names(headers: Mapping[str, str]) -> tuple[str, ...]:

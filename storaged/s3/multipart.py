@@ -42,13 +42,11 @@ async def create(front: Front, request: Request) -> Reply:
 def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
     """(algorithm, FULL_OBJECT or COMPOSITE), both empty when no checksum is asked for. Raises InvalidRequest."""
     algorithm = h.algorithm_named(headers, "x-amz-checksum-algorithm")
-    kind = headers.get("x-amz-checksum-type", "").upper()
+    kind = h.checksum_type(headers)
     if not algorithm:
         if kind:
             raise errors.InvalidRequest("The x-amz-checksum-type header can only be used with the x-amz-checksum-algorithm header.")
         return "", ""
-    if kind not in ("", "FULL_OBJECT", "COMPOSITE"):
-        raise errors.InvalidRequest("Value for x-amz-checksum-type header is invalid.")
     kind = kind or default_type(algorithm)
     if not (can_be_full_object(algorithm) if kind == "FULL_OBJECT" else can_be_composite(algorithm)):
         raise errors.InvalidRequest(f"The {kind} checksum type cannot be used with the {algorithm.lower()} checksum algorithm.")
@@ -109,7 +107,7 @@ async def complete(front: Front, request: Request) -> Reply:
     if not data.strip():
         raise errors.MalformedXML("You must specify at least one part")
     parts = await asyncio.to_thread(_completed_parts, data) if len(data) > PARSE_INLINE_BYTES_MAX else _completed_parts(data)
-    size = headers.get("x-amz-mp-object-size", "")
+    size = headers.get("x-amz-mp-object-size")
     result = await front.objects.complete(
         request.bucket_record,
         request.key,
@@ -117,8 +115,8 @@ async def complete(front: Front, request: Request) -> Reply:
         parts,
         owner=request.who.user_id,
         checksums={algorithm: headers[name] for name, algorithm in h.CHECKSUM_HEADERS.items() if name in headers} or None,
-        checksum_type=headers.get("x-amz-checksum-type", "").upper(),
-        declared_size=h.integer("x-amz-mp-object-size", size, 0, 2**63) if size else None,
+        checksum_type=h.checksum_type(headers),
+        declared_size=h.integer("x-amz-mp-object-size", size, 0, 2**63) if size is not None else None,
         conditions=conditions,
     )
     answer: Headers = {"x-amz-server-side-encryption": "AES256"}

@@ -161,6 +161,15 @@ async def _no_handler(front: Front, request: Request) -> Reply:
 _FORM = Operation("PostObject", _no_handler, STREAM, changes=True, needs_bucket=False)
 
 
+_FORM_HEADERS = Operation("", _no_handler, STREAM, changes=True, needs_bucket=False)
+"""What a form asks for stands in its fields: no header of it says anything."""
+
+
+def check_form(headers: Mapping[str, str]) -> None:
+    """The HTTP headers of a browser form. Raises as ``Operation.check_headers``."""
+    _FORM_HEADERS.check_headers(headers)
+
+
 def check_fields(fields: Mapping[str, str]) -> None:
     """Fields of a browser form that stand for headers. Raises as ``Operation.check_headers``."""
     _FORM.check_headers(fields)

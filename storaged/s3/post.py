@@ -16,7 +16,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import sigv4, xml
 from storaged.s3.context import Front, owned_bucket
 from storaged.s3.form import FormReader, boundary_of
-from storaged.s3.operations import check_fields
+from storaged.s3.operations import check_fields, check_form
 from storaged.s3.policy import Policy, check_policy, parse_policy
 from storaged.s3.reply import CONTROL, Reply, stored_headers, xml_reply
 from storaged.s3.request import ANONYMOUS, Request, check_key, origin
@@ -33,6 +33,7 @@ def is_form(headers: Mapping[str, str]) -> bool:
 
 async def post_object(front: Front, request: Request) -> Reply:
     """The fields say who and what, the policy says whether; then the file is stored as PutObject would."""
+    check_form(request.headers)
     form = FormReader(request.body, boundary_of(request.headers["content-type"]))
     await form.read_fields()
     fields = form.fields

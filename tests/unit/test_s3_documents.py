@@ -115,6 +115,34 @@ async def test_a_list_of_parts_that_is_not_what_its_digest_says_completes_nothin
     assert (await call(world, "GET", "/bucket/k"))[2].endswith(b"part")
 
 
+@pytest.mark.parametrize("headers", [{"x-amz-mp-object-size": ""}, {"x-amz-mp-object-size": "4x"}, {"x-amz-checksum-type": ""}])
+async def test_a_complete_with_an_empty_or_odd_header_completes_nothing(world: World, headers: dict[str, str]) -> None:
+    target, document = await uploaded(world)
+    before = state(world)
+    assert (await call(world, "POST", target, headers, document))[0] == 400
+    assert state(world) == before
+
+
+@pytest.mark.parametrize("value", ["", "bytes=0-", "bytes=-1", "0-1"])
+async def test_a_part_is_not_copied_whole_for_want_of_a_range(world: World, value: str) -> None:
+    target = (await uploaded(world))[0] + "&partNumber=2"
+    before = state(world)
+    headers = {"x-amz-copy-source": "/bucket/k", "x-amz-copy-source-range": value}
+    assert (await call(world, "PUT", target, headers))[:2] == (400, "InvalidArgument")
+    assert state(world) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["x-amz-copy-source", "x-amz-acl", "x-amz-meta-a", "x-amz-write-offset-bytes", "x-storaged-countries", "if-match"]
+)
+async def test_a_form_says_nothing_in_its_headers(world: World, name: str) -> None:
+    before = state(world)
+    head = f"POST /bucket HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: multipart/form-data; boundary=b\r\n{name}: x\r\n"
+    answer = await world.raw(head.encode() + b"Content-Length: 0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 501 ")
+    assert state(world) == before
+
+
 @pytest.mark.parametrize("number", ["9" * 5000, "10001", "0", "", "-1", "1.0", "\u0661", "1_0", "0x1"])
 async def test_a_part_number_that_is_none_completes_nothing(world: World, number: str) -> None:
     target, _ = await uploaded(world)
