@@ -43,7 +43,7 @@ METHODS: Final[Mapping[str, Grant]] = {
         BOTH,
         STORAGE,
         "a node shows checkpoints of its own audit log, and of no other's",
-        "fills disks with up to 65,536 chains of its own log",
+        "fills disks with up to 16,384 chains of its own log",
     ),
     "audit.witnessed": Grant(BOTH, STORAGE, "a node asks what it has to show; `storaged audit verify`"),
     "meta.prepare": Grant(

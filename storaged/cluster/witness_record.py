@@ -25,6 +25,7 @@ import binascii
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, NamedTuple
 
 import msgspec
@@ -42,12 +43,20 @@ from storaged.cluster.audit_format import (
 )
 from storaged.wire import decode, encode
 
-CHAINS_MAX: Final = 65_536
-"""Of one node: a process that is started again every ten minutes reaches it in a year. Further chains are refused: dropping old ones would let a flood of
-new ones erase them."""
+CHAINS_MAX: Final = 16_384
+"""Of one node, 50 MiB: a process that is started again every ten minutes reaches it in four months. Further chains are refused: dropping old ones would let a
+flood of new ones erase them."""
+
+START_BYTES_MAX: Final = 2048
+"""Of a chain's first entry, which names the node and one chain: a third of it."""
 
 MARKS_MAX: Final = 256
 """Earlier checkpoints kept of a chain, as (sequence, hash), so that the verifier can say where a rewritten chain begins to differ."""
+
+CHAINS_MARKED_MAX: Final = 64
+"""The newest chains keep so many marks, older ones OLD_MARKS_MAX."""
+
+OLD_MARKS_MAX: Final = 16
 
 _CHAIN = re.compile(r"[0-9a-f]{1,64}")
 
@@ -139,6 +148,8 @@ def judge(node: SeenNode, checkpoint: Checkpoint, after: int, start: bytes, hash
 
 
 def _begin(node: SeenNode, checkpoint: Checkpoint, start: bytes, first_hash: bytes) -> Taken | Refused:
+    if len(start) > START_BYTES_MAX:
+        return Refused(f"the first entry has more than {START_BYTES_MAX} bytes")
     try:
         entry = parse_line(start)
         predecessor = predecessor_of(entry)
@@ -179,8 +190,13 @@ def adopt(node: SeenNode, seen: SeenChain) -> None:
     chain = seen.checkpoint.chain
     new = chain not in node.chains
     node.chains[chain] = seen
-    if new and (predecessor := seen.predecessor) is not None:
+    if not new:
+        return
+    if (predecessor := seen.predecessor) is not None:
         node.followed.setdefault(predecessor.chain, chain)
+    if len(node.chains) > CHAINS_MARKED_MAX:
+        old = node.chains[next(islice(reversed(node.chains), CHAINS_MARKED_MAX, None))]
+        old.marks = old.marks[:: -(-len(old.marks) // OLD_MARKS_MAX)] if len(old.marks) > OLD_MARKS_MAX else old.marks
 
 
 def thinned(marks: list[Mark]) -> list[Mark]:

@@ -52,4 +52,6 @@ def test_entries_that_are_erased_with_all_hashes_made_anew_are_noticed(attacked:
     assert done.returncode == 3
     assert {witness["state"] for witness in found["witnesses"]} == {"differs"}
     assert found["problems"][0]["chain"] == entries[0].chain
+    elsewhere = attacked.run("--dir", str(attacked.directory / "n1"), "audit", "verify", str(audit), check=False)
+    assert elsewhere.returncode == 3, "a storage node asks the witnesses as well: the gateway's own word on them is worth little"
     round_trip(attacked, "after")

@@ -511,3 +511,28 @@ def test_further_chains_than_are_kept_are_refused_and_none_is_dropped_for_them(m
     adopt(node, first.seen)
     assert isinstance(judge(node, Checkpoint("gw", "0b", 0, hashes[0], bytes(32), 1, b""), -1, start, hashes), Refused)
     assert list(node.chains) == ["0a"]
+
+
+async def test_older_chains_keep_few_marks_and_their_last_checkpoint(rig: Witnessed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(witness_record, "CHAINS_MARKED_MAX", 2)
+    monkeypatch.setattr(witness_record, "OLD_MARKS_MAX", 3)
+    for _ in range(4):
+        await rig.start()
+        for _ in range(9):
+            await rig.write(1)
+            await rig.client.publish()
+        await rig.stop()
+    chains = list(rig.books["n1"]._files["gw"].seen.chains.values())
+    assert [len(chain.marks) for chain in chains] == [3, 3, 8, 8]
+    assert [chain.checkpoint.sequence for chain in chains] == [9] * 4
+    assert rig.verify().compared
+
+
+async def test_a_first_entry_that_would_fill_the_memory_of_witnesses_is_refused(rig: Witnessed) -> None:
+    node, (_, hashes) = SeenNode(), chain_of(1)
+    fields = {"node": "gw", "predecessor": None, "more": "x" * 3000}
+    line, digest = make_line("0a", 0, 1, Event("start", "node:gw", "", "", fields), GENESIS)
+    hashes = [bytes.fromhex(digest)]
+    judged = judge(node, Checkpoint("gw", "0a", 0, hashes[0], link_of(hashes), 1, b""), -1, line[:-1], hashes)
+    assert isinstance(judged, Refused)
+    assert "more than 2048 bytes" in judged.reason
