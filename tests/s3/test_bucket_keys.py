@@ -10,10 +10,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from botocore.exceptions import ClientError
 
 from storaged.cluster import identity
+from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.rpc import RpcPool
 from storaged.keys.bucketkey import BucketKeys
@@ -21,7 +23,7 @@ from storaged.meta.client import RingClient
 from storaged.meta.listing import RingScanner
 from storaged.meta.names import SYSTEM_SCOPE, Change, Table, system_name
 from storaged.meta.remote import ReplicaDirectory
-from storaged.wire import decode
+from storaged.wire import decode, encode
 from tests.cluster import Cluster
 
 BUCKETS = ["contracts", "letters", "photos"]
@@ -140,6 +142,44 @@ def test_keys_that_were_overwritten_in_the_ring_come_back_from_the_gateway_and_f
     cluster.wait_until(lambda: not (cluster.directory / "gateway" / "bucketkeys.restored").exists(), 30, "the backup's keys to be taken")
     assert bodies(cluster) == expected
     cluster.wait_until(lambda: cluster.status()["verdict"] == "DEGRADED", 15, "all keys to be mended")
+
+
+def move_gateway(cluster: Cluster, location: str, jurisdiction: str) -> None:
+    """Another certificate, and a layout that says so, as an operator would make them."""
+    authority = identity.load_authority(cluster.directory / "authority")
+    folder = cluster.directory / "gateway"
+    identity.issue(authority, folder / "identity", name="gateway", location=location, roles=("gateway",), jurisdiction=jurisdiction)
+    known = decode(LayoutFiles(cluster.directory / "n1" / "layouts").load()[-1].payload, Layout)
+    nodes = tuple(msgspec.structs.replace(node, location=location) if node.name == "gateway" else node for node in known.nodes)
+    signed = identity.sign_layout(msgspec.structs.replace(known, epoch=known.epoch + 1, nodes=nodes), authority.administration)
+    for name in ("n1", "n2", "n3", "gateway"):
+        (cluster.directory / name / "identity" / "layout.signed").write_bytes(encode(signed))
+    for pid in cluster.pids().values():
+        os.kill(pid, signal.SIGHUP)
+    cluster.wait_until(lambda: cluster.status().get("epoch") == known.epoch + 1, 30, "the layout")
+
+
+def test_a_gateway_that_is_certified_elsewhere_loses_the_key_of_a_bucket_of_france_at_once(cluster: Cluster) -> None:
+    cluster.run("bucket", "create", "of-france", "--user", "dev", "--countries", "FR")
+    s3 = cluster.boto3(attempts=4)
+    s3.put_object(Bucket="of-france", Key="key", Body=b"data")
+    assert s3.get_object(Bucket="of-france", Key="key")["Body"].read() == b"data"
+    before = decode(LayoutFiles(cluster.directory / "n1" / "layouts").load()[-1].payload, Layout)
+    place = next(node.location for node in before.nodes if node.name == "gateway")
+    move_gateway(cluster, "DE/fra1/z", "HU")
+    for attempt in (
+        lambda: cluster.boto3().get_object(Bucket="of-france", Key="key"),
+        lambda: cluster.boto3().put_object(Bucket="of-france", Key="key", Body=b"other"),
+    ):
+        with pytest.raises(ClientError) as refused:
+            attempt()
+        error = refused.value.response
+        assert (error["ResponseMetadata"]["HTTPStatusCode"], error["Error"]["Code"]) == (503, "ServiceUnavailable")
+        assert "bucket countries: this gateway is in DE, and the bucket is bound to FR" in error["Error"]["Message"]
+    assert bodies(cluster) == [bucket.encode() for bucket in BUCKETS]
+    assert "key.refused" in kinds(cluster)
+    move_gateway(cluster, place, "FR")
+    assert cluster.boto3(attempts=4).get_object(Bucket="of-france", Key="key")["Body"].read() == b"data"
 
 
 def test_a_bucket_that_is_deleted_leaves_its_end_with_its_key(cluster: Cluster) -> None:
