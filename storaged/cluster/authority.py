@@ -1,12 +1,15 @@
 """Who may call which RPC method, and why: the one table of it. Default deny. Pure.
 
-A method that has no row can't be registered (``grant``), a node starts only when it has registered exactly the rows that its roles serve (``check_registered``), and
-``FORMATS.md`` has the same table (a test compares them). ``storaged cluster methods`` prints it.
+A method that has no row can't be registered (``grant``), a node starts only when it has registered exactly the rows
+that its roles serve (``check_registered``), and ``FORMATS.md`` has the same table (a test compares them). ``storaged
+cluster methods`` prints it.
 
-Roles are those that a peer has by its certificate and by the layout in force, both. A row with no callers is answered to no other node: the method is there for the
-node's own code, and for a later version. A node with both roles may call what either may.
+Roles are those that a peer has by its certificate and by the layout in force, both. A row with no callers is answered
+to no other node: the method is there for the node's own code, and for a later version. A node with both roles may call
+what either may.
 
-A role opens a method; what it may write there is judged again by content (``meta/authority.py``): registers of the system table, and ballots.
+A role opens a method; what it may write there is judged again by content (``meta/authority.py``): registers of the
+system table, and ballots.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ NOBODY: Final[frozenset[str]] = frozenset()
 
 
 class Grant(NamedTuple):
-    """``callers``: roles, any of which may call. ``served_by``: roles of the nodes that register it. ``why``: what each caller needs it for. ``harm``: what one storage
-    node that turned hostile can do with it; empty where it can do nothing that its own disks do not let it do anyway. ``strangers``: a certified node
-    that the layout in force does not name (yet, or any more) may call it too.
-    """
+    """``callers``: roles, any of which may call. ``served_by``: roles of the nodes that register it. ``why``: what each
+    caller needs it for. ``harm``: what one storage node that turned hostile can do with it; empty where it can do
+    nothing that its own disks do not let it do anyway. ``strangers``: a certified node that the layout in force does
+    not name (yet, or any more) may call it too."""
 
     callers: frozenset[str]
     served_by: frozenset[str]
@@ -103,7 +106,8 @@ def grant(methods: Mapping[str, Method]) -> dict[str, Method]:
 
 
 def check_registered(methods: Mapping[str, Method], roles: Iterable[str]) -> None:
-    """What a node of these roles is about to serve is what the table says, no more and no less. Raises LookupError with the difference."""
+    """What a node of these roles is about to serve is what the table says, no more and no less. Raises LookupError with
+    the difference."""
     wanted = {name for name, row in METHODS.items() if not row.served_by.isdisjoint(roles)}
     problems = [f"{name} is in the table and not registered" for name in sorted(wanted - methods.keys())]
     problems += [f"{name} is registered and not for a node of these roles" for name in sorted(methods.keys() - wanted)]

@@ -1,7 +1,9 @@
-"""When a connection has to end because a certificate that it was made under is over. TLS looks at that once, when the connection is made, and connections live for weeks.
+"""When a connection has to end because a certificate that it was made under is over. TLS looks at that once, when the
+connection is made, and connections live for weeks.
 
-Both sides look: the listening one at its peer's certificate, the dialling one at both. They compare with the wall clock every so often (a timer would not count the time that a
-machine sleeps). The dialling side makes a new connection a minute before, and when its own certificate was renewed; calls that are under way end on the old one.
+Both sides look: the listening one at its peer's certificate, the dialling one at both. They compare with the wall
+clock every so often (a timer would not count the time that a machine sleeps). The dialling side makes a new connection
+a minute before, and when its own certificate was renewed; calls that are under way end on the old one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from cryptography import x509
 from storaged.errors import CertificateRefused
 
 FRESH_BEFORE_S: Final = 60.0
-"""So long before the end the dialling side tries for a connection under newer certificates: a reload on either side may have brought one."""
+"""So long before the end the dialling side tries for a connection under newer certificates: a reload on either side may
+have brought one."""
 
 FRESH_AGAIN_S: Final = 10.0
 """Between two such tries: until somebody renews his certificate each brings one that ends as soon."""

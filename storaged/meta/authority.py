@@ -1,15 +1,19 @@
-"""What a caller may write to registers, judged where its request comes in from another node. Pure, but for ``Gate``, which raises.
+"""What a caller may write to registers, judged where its request comes in from another node. Pure, but for ``Gate``,
+which raises.
 
 ``cluster.authority`` opens methods to roles; this is about contents:
 
-    registers of the system table    gateways alone: keys, users, names, buckets, the cluster, the layout. A storage node prepares and accepts nothing there, not even what is
-                                     there already: under a higher ballot the value of one replica that lags would count as the newest
-    a ballot's node                  is the caller. A gateway may help on under another's ballot what it has read (an identity accept): it may write anything anyway
+    registers of the system table    gateways alone: keys, users, names, buckets, the cluster, the layout. A storage
+                                     node prepares and accepts nothing there, not even what is there already: under a
+                                     higher ballot the value of one replica that lags would count as the newest
+    a ballot's node                  is the caller. A gateway may help on under another's ballot what it has read (an
+                                     identity accept): it may write anything anyway
     creates                          gateways alone
-    a storage node's counter         lies no more than an hour ahead of this node's clock. Of gateways an acceptor bears an hour above its high-water ballot too (rule 15 of
-                                     ``register``), which by many steps would lead to the end of all counters
-    the layout epoch of a ballot     is one that this node knows: a higher one would outlive every ballot of the layouts to come. It may be about to learn it, so the
-                                     proposer tries again
+    a storage node's counter         lies no more than an hour ahead of this node's clock. Of gateways an acceptor bears
+                                     an hour above its high-water ballot too (rule 15 of ``register``): in many steps
+                                     that leads to the end of all counters
+    the layout epoch of a ballot     is one that this node knows: a higher one would outlive every ballot of the layouts
+                                     to come. It may be about to learn it, so the proposer tries again
 
 Replicas of the caller's own process are not asked here: a node is master of its own disks.
 """
@@ -26,17 +30,15 @@ from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Ballot
 from storaged.meta.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
 
-OWN_AUDIT = "audit/{}/"
-"""Registers that a node of any role writes: the checkpoints of its own audit log."""
-
 
 def may_write(name: RegisterName, peer: PeerIdentity) -> bool:
     """Whether values of this register are taken from the peer."""
-    return name.table != Table.SYSTEM or "gateway" in peer.roles or name.key.startswith(OWN_AUDIT.format(peer.name).encode())
+    return name.table != Table.SYSTEM or "gateway" in peer.roles
 
 
 def may_use(ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> bool:
-    """Whether the peer may speak under this ballot. ``helping``: it accepts a value that it has read, and changes nothing."""
+    """Whether the peer may speak under this ballot. ``helping``: it accepts a value that it has read, and changes
+    nothing."""
     return ballot.node == peer.name or (helping and "gateway" in peer.roles)
 
 

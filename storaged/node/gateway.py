@@ -29,7 +29,6 @@ from storaged.config import Config, S3Section, split_address
 from storaged.errors import (
     CertificateRefused,
     ConfigInvalid,
-    KeyringMismatch,
     KeyringUnavailable,
     OperatorError,
     ServiceUnavailable,
@@ -39,13 +38,14 @@ from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
 from storaged.node.audited import AuditedBuckets
+from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
 from storaged.node.protection import protection_of
 from storaged.node.requestlog import RequestLog
-from storaged.node.system import ClusterRecord, SystemPaths, Taken
 from storaged.node.workers import Workers
 from storaged.objects.buckets import BucketService
+from storaged.objects.claims import authenticate_all
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, EndedKey, KeyService
 from storaged.objects.service import ObjectService
@@ -57,7 +57,6 @@ from storaged.objects.where import Whereabouts, where
 from storaged.s3.app import S3App
 from storaged.s3.limits import Limits
 from storaged.units import MIB
-from storaged.wire import decode, encode
 
 if TYPE_CHECKING:
     from storaged.node.planes import Node
@@ -130,8 +129,7 @@ class Unlocker:
     def __init__(
         self,
         config: Config,
-        cluster: str,
-        paths: SystemPaths,
+        binding: Binding,
         late: LateKeys,
         audit: Audit,
         clock: Clock,
@@ -142,8 +140,7 @@ class Unlocker:
         """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring opens. ``copies_of`` opens this gateway's
         copies of the bucket keys of a keyring."""
         self._config = config
-        self._cluster = cluster
-        self._paths = paths
+        self._binding = binding
         self._late = late
         self._audit = audit
         self._clock = clock
@@ -183,25 +180,12 @@ class Unlocker:
     async def _unlock(self) -> None:
         path = Path(self._config.keys.keyring)
         material = await asyncio.to_thread(lambda: keys.open_keyring(path, protection_of(self._config)))
-        mine = ClusterRecord(self._cluster, material.keyring_id, self._clock.wall_ms())
-        body = await self._paths.read("cluster")
-        if body is None:
-            try:
-                await self._paths.create("cluster", encode(mine))
-                log.info("the cluster is bound to its keyring", cluster=self._cluster, keyring=material.keyring_id.hex())
-            except Taken:
-                body = await self._paths.read("cluster")
-        if body is not None:
-            known = decode(body, ClusterRecord)
-            if known.cluster != self._cluster:
-                raise KeyringMismatch(f"the ring belongs to the cluster {known.cluster}, this gateway to {self._cluster}")
-            if known.keyring != material.keyring_id:
-                raise KeyringMismatch(f"the keyring is {material.keyring_id.hex()}; this cluster was created with {known.keyring.hex()}")
+        record = await self._binding.check(material.keyring_id)
         copies = await self._copies_of(material.keyring_id)
         policy, holder = self._judged_by()
-        self._late.keyring = keys.Keyring(
-            material, self._registers, copies, audit=self._audit, clock=self._clock, policy=policy, holder=holder
-        )
+        keyring = keys.Keyring(material, self._registers, copies, audit=self._audit, clock=self._clock, policy=policy, holder=holder)
+        await self._binding.confirm(record, material.keyring_id, keyring)
+        self._late.keyring = keyring
         self.problem = self._late.reason = ""
         self._late.opened.set()
         log.info("the keyring is open", keyring=material.keyring_id.hex())
@@ -262,9 +246,8 @@ class Gateway:
         """Opens the audit log and the S3 port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
         node, config = self._node, self._config
         registers = RingRegisters(node.ring, node.scanner)
-        self._unlocker = Unlocker(
-            config, node.own.cluster, node.paths, self._late, self._audit, node.clock, self._judged_by, registers, self._open_copies
-        )
+        self._binding = binding = Binding(node.ring, node.own.cluster, node.clock, node.directory / REMEMBERED_FILE)
+        self._unlocker = Unlocker(config, binding, self._late, self._audit, node.clock, self._judged_by, registers, self._open_copies)
         limits = shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers)
         plane = ObjectPlane(
             registers=node.ring,
@@ -277,6 +260,7 @@ class Gateway:
             keys=self._late,
             clock=node.clock,
             entropy=system_entropy,
+            names_authenticated=lambda: binding.authenticated,
             limits=limits,
             on_damage=self._damaged,
             on_changed=self._changed,
@@ -342,7 +326,7 @@ class Gateway:
             await self.workers.start()
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        found = [self._unlocker.run(), self._keep_keys(), self._node.maintain.run()]
+        found = [self._unlocker.run(), self._keep_keys(), self._node.maintain.run(), self._authenticate_records()]
         if self._node.leader is None:
             found.append(housekeep(self.objects.plane, self.buckets))
             found.append(look_at_records(self.buckets, self.users))
@@ -370,6 +354,11 @@ class Gateway:
             except CertificateRefused as error:
                 log.error("the signing key of records cannot be certified", reason=error.message)
             await asyncio.sleep(pause_s)
+
+    async def _authenticate_records(self) -> None:
+        """Once the keyring is open, what earlier versions wrote without an authenticator gets one."""
+        await self._late.opened.wait()
+        await self._binding.finish(self._late, lambda: authenticate_all(self.objects.plane))
 
     async def usable(self, wait_s: float) -> None:
         """Returns when S3 does not answer 503 any more, or after ``wait_s``."""

@@ -1,7 +1,9 @@
-"""The replicas of the system partition, brought together by gateways: no storage node may write there (``meta.authority``), so none can heal what lags.
+"""The replicas of the system partition, brought together by gateways: no storage node may write there
+(``meta.authority``), so none can heal what lags.
 
-A replica that missed a write is named by who made it (``hint``). When a disk of the partition comes back, at the start, and every so often all rows are compared by digest,
-and what differs is settled on all replicas. Gateways that do so at once do the same work twice, which is harmless; a pause drawn at random makes it rare.
+A replica that missed a write is named by who made it (``hint``). When a disk of the partition comes back, at the
+start, and every so often all rows are compared by digest, and what differs is settled on all replicas. Gateways that do
+so at once do the same work twice, which is harmless; a pause drawn at random makes it rare.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ log = structlog.get_logger("keeper")
 
 
 class SystemKeeper:
-    """``run`` is its task. ``walks``: False for a gateway's further processes, which only settle what their own writes missed."""
+    """``run`` is its task. ``walks``: False for a gateway's further processes, which only settle what their own writes
+    missed."""
 
     def __init__(
         self,

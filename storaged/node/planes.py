@@ -437,9 +437,7 @@ class Node:
     def _missed(self, name: RegisterName) -> None:
         """A replica did not take a write that it should have: whichever node looks after the register brings it up."""
         if name.table == Table.SYSTEM:
-            self.keeper.hint(
-                name
-            )  # nobody settles what a storage node misses of its own audit log's checkpoints but the next gateway's walk
+            self.keeper.hint(name)
         elif self.config.gateway:
             self.maintain.hint(name)
         elif self.maintenance is not None:

@@ -13,20 +13,12 @@ from storaged.cluster.layouts import LayoutBook
 from storaged.errors import LayoutRefused
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
-from storaged.wire import Message, decode, encode
+from storaged.wire import decode, encode
 
 LAYOUT_FILE = "layout.signed"
 LAYOUT_REGISTER = "the register layout"
 
 log = structlog.get_logger("node")
-
-
-class ClusterRecord(Message, frozen=True):
-    """The register ``cluster``: which cluster this is, and the keyring that seals its keys."""
-
-    cluster: str
-    keyring: bytes
-    created_ms: int
 
 
 class Taken(Exception):

@@ -135,6 +135,8 @@ class ObjectPlane:
     on_changed: Callable[[str, str], Awaitable[None]] = _nobody
     """``await on_changed(kind, key)``: a ``bucket`` of this name, or a ``user`` of this access key, has just been changed, and who else serves this gateway's port must not
     go by what it remembers (``BucketService.forget``, ``UserService.forget``). The answer to who changed it waits for this."""
+    names_authenticated: Callable[[], bool] = lambda: True
+    """Whether all claims of names are known to carry an authenticator: then one without is refused (``claims``)."""
     on_degraded: Callable[[RegisterName], None] = lambda name: None
     """Told of a register whose data was just committed with fewer fragments, or under another profile, than it should have."""
 

@@ -1,4 +1,4 @@
-"""Users: registers ``user/ACCESS_KEY`` with the secret key sealed, and ``username/NAME``, which keeps names unique.
+"""Users: registers ``user/ACCESS_KEY`` with the secret key sealed, and ``username/NAME``, which keeps names unique (``claims``).
 
 A record grants something, so it carries an authenticator of the keyring over its register's name and sequence number: a storage node can neither read a
 secret nor make a user.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
-from typing import Final
+from functools import partial
 
 import msgspec
 
 from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument, StoragedError
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
-from storaged.objects import system_rows
+from storaged.objects import claims, system_rows
 from storaged.objects.api import Principal
+from storaged.objects.claims import NameClaim
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
 from storaged.objects.recent import Recent
@@ -24,7 +25,6 @@ from storaged.objects.records import UserRecord
 from storaged.wire import Message, decode, encode
 
 PREFIX = "user/"
-NAME_PREFIX = "username/"
 CLAIM_STALE_MS = 600_000
 """A name whose user was not made within this time of being claimed is free again: the gateway stopped in between."""
 NAME_BYTES_MAX = 128
@@ -35,13 +35,6 @@ class UserSecret(Message, frozen=True):
     """Sealed in ``UserRecord.sealed``."""
 
     secret_key: str
-
-
-class NameClaim(Message, frozen=True):
-    """``username/NAME``: the access key that the name belongs to."""
-
-    access_key: str
-    claimed_ms: int
 
 
 class UserService:
@@ -146,20 +139,20 @@ class UserService:
         self._recent.forget(access_key)
 
     async def _claim(self, name: str, access_key: str) -> None:
-        register, now_ms = system_name(NAME_PREFIX + name), self._plane.clock.wall_ms()
-        before = _claim_of((await self._plane.registers.read(register)).value)
-        if before is DAMAGED_CLAIM and any(user.display_name == name for user in await self.list_users()):
+        register, now_ms = claims.register_of(name), self._plane.clock.wall_ms()
+        before = claims.claim_of(self._plane, register, (await self._plane.registers.read(register)).value)
+        if before is claims.DAMAGED and any(user.display_name == name for user in await self.list_users()):
             raise InvalidArgument(f"There is a user named {name} already.")
-        if before is not None and before is not DAMAGED_CLAIM and before.access_key != access_key:
+        if before is not None and before is not claims.DAMAGED and before.access_key != access_key:
             user = system_name(PREFIX + before.access_key)
             held = self._decode(user, (await self._plane.registers.read(user)).value)
             if (held is not None and held.name == name) or now_ms - before.claimed_ms < CLAIM_STALE_MS:
                 raise InvalidArgument(f"There is a user named {name} already.")
 
         def update(value: Value | None) -> Change:
-            if _claim_of(value) != before:
+            if claims.claim_of(self._plane, register, value) != before:
                 raise InvalidArgument(f"There is a user named {name} already.")
-            return Change(encode(NameClaim(access_key, now_ms)))
+            return claims.claimed(self._plane, register, value, NameClaim(access_key, now_ms))
 
         await self._plane.registers.change(register, update)
 
@@ -177,11 +170,11 @@ class UserService:
         return [Principal(user.user_id, user.name, user.access_key) for user in sorted(users, key=lambda user: user.access_key)]
 
     async def check_names(self) -> None:
-        """Names the claims that can't be read in ``plane.bad_rows``."""
+        """Names the claims that can't be used in ``plane.bad_rows``."""
         plane = self._plane
         bad: dict[bytes, str] = {}
-        prefix = NAME_PREFIX.encode()
-        async for _ in system_rows.scan(plane.scanner, plane.bad_rows, lambda _name, value: _decode_claim(value), prefix, found=bad):
+        prefix = claims.PREFIX.encode()
+        async for _ in system_rows.scan(plane.scanner, plane.bad_rows, partial(claims.decode_claim, plane), prefix, found=bad):
             pass
         plane.bad_rows.replace(prefix, bad)
 
@@ -189,9 +182,9 @@ class UserService:
         """The access key stops working within the cache's moment; buckets stay. Who it was; nothing but the access key of one whose record can't be used.
 
         Raises InvalidArgument when there is no such user."""
-        register = system_name(NAME_PREFIX + name_or_access_key)
-        claim = _claim_of((await self._plane.registers.read(register)).value)
-        claim = None if claim is DAMAGED_CLAIM else claim
+        register = claims.register_of(name_or_access_key)
+        claim = claims.claim_of(self._plane, register, (await self._plane.registers.read(register)).value)
+        claim = None if claim is claims.DAMAGED else claim
         access_key = claim.access_key if claim is not None else name_or_access_key
         user = system_name(PREFIX + access_key)
         try:
@@ -201,38 +194,20 @@ class UserService:
             self._plane.bad_rows.clear(user.key)
             await self._changed(access_key)
             return Principal("", name_or_access_key, access_key)
-        if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing, and is not authenticated
+        if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing
             raise InvalidArgument(f"There is no user {name_or_access_key}.")
         await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
         await self._changed(access_key)
 
+        own = claims.register_of(found.name)
+
         def release(value: Value | None) -> Change | None:
-            held = _claim_of(value)
-            mine = held is not None and (held is DAMAGED_CLAIM or held.access_key == access_key)
+            held = claims.claim_of(self._plane, own, value)
+            mine = held is not None and (held is claims.DAMAGED or held.access_key == access_key)
             return Change(b"", Visibility.TOMBSTONE) if mine else None
 
-        await self._plane.registers.change(system_name(NAME_PREFIX + found.name), release)
+        await self._plane.registers.change(own, release)
         return Principal(found.user_id, found.name, access_key)
-
-
-DAMAGED_CLAIM: Final = NameClaim("", -1)
-"""Stands for a claim that can't be read. It grants nothing, and belongs to the user of that name if there is one."""
-
-
-def _claim_of(value: Value | None) -> NameClaim | None:
-    try:
-        return _decode_claim(value)
-    except DataDamaged:
-        return DAMAGED_CLAIM
-
-
-def _decode_claim(value: Value | None) -> NameClaim | None:
-    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-        return None
-    try:
-        return decode(value.body, NameClaim)
-    except msgspec.MsgspecError as error:
-        raise DataDamaged(f"The record of a user's name cannot be read: {error}") from None
 
 
 def _context(name: RegisterName, sequence: int) -> tuple[bytes, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from storaged import config, keys
@@ -24,6 +25,7 @@ from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, Reading, StoreBatch
 from storaged.meta.replica import META_HIGH_WATER
 from storaged.node import daemon
+from storaged.node.binding import Binding, ClusterRecord
 from storaged.node.disks import open_disks
 from storaged.node.gateway import LateKeys, Unlocker
 from storaged.node.keyhome import RingRegisters
@@ -203,8 +205,7 @@ async def opened(loaded: config.Config, registers: Registers, cluster: str = "c1
     late = LateKeys()
     unlocker = Unlocker(
         loaded,
-        cluster,
-        SystemPaths(registers),
+        Binding(registers, cluster, SystemClock(), Path(loaded.path).parent / "remembered"),
         late,
         no_audit,
         SystemClock(),
@@ -278,3 +279,66 @@ def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_gi
 
     monkeypatch.setattr(os, "sched_setscheduler", forbidden)
     daemon._do_not_push()
+
+
+# --- the record of the cluster ---------------------------------------------------------------------------------------------
+
+
+async def opened_record(tmp_path: Path, forge: Any) -> tuple[LateKeys, Unlocker, ClusterRecord]:
+    """A cluster that was opened once, whose record ``forge`` then changed, is opened again."""
+    loaded, registers = gateway_config(tmp_path), Registers()
+    make_keyring(tmp_path)
+    await (await opened(loaded, registers))[2]
+    value = registers.values[b"cluster"]
+    record = forge(decode(value.body, ClusterRecord))
+    registers.values[b"cluster"] = msgspec.structs.replace(value, body=encode(record))
+    late, unlocker, task = await opened(loaded, registers)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return late, unlocker, decode(registers.values[b"cluster"].body, ClusterRecord)
+
+
+async def test_a_record_of_the_cluster_from_before_that_is_put_back_over_one_with_an_authenticator_opens_nothing(tmp_path: Path) -> None:
+    late, unlocker, _ = await opened_record(tmp_path, lambda record: ClusterRecord(record.cluster, record.keyring, record.created_ms))
+    assert late.keyring is None
+    assert "it had an authenticator, and has none now" in unlocker.problem
+
+
+@pytest.mark.parametrize("changes", [{"created_ms": 7}, {"authenticator": b""}, {"authenticator": bytes(32)}, {"authenticated": 0}])
+async def test_a_record_of_the_cluster_that_no_gateway_wrote_opens_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    late, unlocker, _ = await opened_record(tmp_path, lambda record: msgspec.structs.replace(record, **changes))
+    assert late.keyring is None
+    assert "not authentic" in unlocker.problem
+
+
+async def test_a_record_of_the_cluster_that_can_not_be_read_opens_nothing(tmp_path: Path) -> None:
+    late, unlocker, _ = await opened_record(tmp_path, lambda _record: ClusterRecord("c1", b"", 0))
+    assert late.keyring is None
+    assert unlocker.problem
+
+
+async def test_a_record_of_the_cluster_from_before_is_read_and_gets_its_authenticator_when_all_names_have_theirs(tmp_path: Path) -> None:
+    loaded, registers = gateway_config(tmp_path), Registers()
+    keyring_id = make_keyring(tmp_path)
+    registers.values[b"cluster"] = Value(1, b"", 2, encode(["c1", keyring_id, 5]))
+    late, unlocker, task = await opened(loaded, registers)
+    await task
+    assert late.keyring is not None
+    binding = unlocker._binding
+    assert not binding.authenticated
+    tries = 0
+
+    async def authenticate_all() -> int:
+        nonlocal tries
+        tries += 1
+        assert decode(registers.values[b"cluster"].body, ClusterRecord).authenticated == 0, "the names first"
+        return 3
+
+    await binding.finish(late, authenticate_all)
+    assert (tries, binding.authenticated) == (1, True)
+    record = decode(registers.values[b"cluster"].body, ClusterRecord)
+    assert (record.keyring, record.created_ms, record.authenticated, len(record.authenticator)) == (keyring_id, 5, 1, 32)
+    again, unlocker, task = await opened(loaded, registers)
+    await task
+    assert again.keyring is not None
+    assert unlocker._binding.authenticated

@@ -33,7 +33,7 @@ BOTH = PeerIdentity("n1", "FR", "par1", "a", ("gateway", "storage"))
 OBJECT = RegisterName(Table.OBJECT, b"bucket of a test", 3, b"key")
 PRIVILEGED = [
     system_name(path)
-    for path in ("key/00ff", "user/AK", "username/ann", "bucket/b", "cluster", "layout", "audit/n2/c0", "audit/n1", "new/")
+    for path in ("key/00ff", "user/AK", "username/ann", "bucket/b", "cluster", "layout", "signer/00", "audit/n1/c0", "new/")
 ]
 NOW_MS = 1_800_000_000_000
 NOW_US = NOW_MS * 1000
@@ -69,8 +69,8 @@ def test_registers_of_the_system_table_are_written_by_gateways_alone(name: Regis
         assert refused.value.remote_code == "VALUE_REFUSED"
 
 
-def test_a_storage_node_writes_the_checkpoints_of_its_own_audit_log_and_registers_of_buckets() -> None:
-    for name in (system_name("audit/n1/c0"), OBJECT, OBJECT._replace(table=Table.UPLOAD), OBJECT._replace(table=Table.PART)):
+def test_a_storage_node_writes_registers_of_buckets() -> None:
+    for name in (OBJECT, OBJECT._replace(table=Table.UPLOAD), OBJECT._replace(table=Table.PART)):
         assert gate().prepare(messages.Prepare("d", name, ballot("n1")), STORAGE) is Verdict.OK
         assert gate().accept(accept(name, "n1"), STORAGE) is Verdict.OK
 
@@ -78,11 +78,9 @@ def test_a_storage_node_writes_the_checkpoints_of_its_own_audit_log_and_register
 @given(
     key=st.binary(min_size=1, max_size=40), table=st.integers(0, 255), shard=st.integers(0, 255), scope=st.binary(min_size=16, max_size=16)
 )
-def test_whatever_the_name_no_register_of_table_0_is_a_storage_nodes_but_its_own_audit(
-    key: bytes, table: int, shard: int, scope: bytes
-) -> None:
+def test_whatever_the_name_no_register_of_table_0_is_a_storage_nodes(key: bytes, table: int, shard: int, scope: bytes) -> None:
     name = RegisterName(table, scope, shard, key)
-    assert may_write(name, STORAGE) == (table != 0 or key.startswith(b"audit/n1/"))
+    assert may_write(name, STORAGE) == (table != 0)
     assert may_write(name, GATEWAY)
 
 
@@ -98,8 +96,6 @@ def test_each_node_speaks_under_its_own_ballots_and_gateways_help_others_on(peer
 
 
 def test_a_node_whose_name_begins_like_anothers_is_another() -> None:
-    with pytest.raises(PeerRefused):
-        gate().accept(accept(system_name("audit/n1x/c"), "n1"), STORAGE)
     with pytest.raises(PeerRefused):
         gate().accept(accept(OBJECT, "n"), STORAGE)
 
