@@ -57,6 +57,7 @@ REFUSALS_EVERY_S = 15.0
 """How often is looked for refusals whose minute is over."""
 
 OPERATION_BYTES = 8
+SALT_BYTES = 16
 
 
 class Signer(Protocol):
@@ -266,7 +267,9 @@ class AuditLog:
         return done
 
     def _next_line(self, event: Event) -> tuple[bytes, str]:
-        return make_line(self._chain, self._head.sequence + 1, self._clock.wall_ms(), event, self._head.hash)
+        return make_line(
+            self._chain, self._head.sequence + 1, self._clock.wall_ms(), event, self._head.hash, system_entropy(SALT_BYTES).hex()
+        )
 
     def _begin_file(self) -> None:
         self._part += 1

@@ -4,10 +4,10 @@ A process start begins a chain, whose id is the process's incarnation; a chain l
 ``audit-ORDINAL-CHAIN-PART.jsonl`` (the ordinal counts the chains of a node, the part the files of a chain), one entry a line::
 
     {"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","actor":"node:gw","target":"bucket-id:<hex>",
-     "outcome":"done","fields":{...},"previous":"<64 hex>","hash":"<64 hex>"}
+     "outcome":"done","fields":{...},"salt":"<32 hex>","previous":"<64 hex>","hash":"<64 hex>"}
 
 ``kind`` is the action, ``actor`` who asked for it, ``target`` what it was done to, ``outcome`` one of ``intent``, ``done``, ``refused CODE``, ``failed CODE``
-(empty for an event that is nobody's act). Entries of versions with protocol 2 have none of the three.
+(empty for an event that is nobody's act). ``salt`` is random: witnesses see the hash, and must not find out by guessing what it is of. Entries of versions with protocol 2 have none of the four.
 
 ``hash`` is SHA-256 over ``sov.audit.v1\\0`` and the line's bytes before ``,"hash":``; ``previous`` is the hash of the entry before. So the bytes as
 they lie there are what is hashed, and no canonical form of JSON is needed. Entry 0 (kind ``start``) names the node, its incarnation, and the head of the
@@ -79,6 +79,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     actor: str = ""
     target: str = ""
     outcome: str = ""
+    salt: str = ""
 
 
 class Predecessor(msgspec.Struct, frozen=True):
@@ -170,9 +171,9 @@ def parse_line(line: bytes) -> Entry:
     return entry
 
 
-def make_line(chain: str, sequence: int, time_ms: int, event: Event, previous: str) -> tuple[bytes, str]:
+def make_line(chain: str, sequence: int, time_ms: int, event: Event, previous: str, salt: str = "") -> tuple[bytes, str]:
     """The line and its hash. Raises ValueError for one over ENTRY_BYTES_MAX, TypeError for fields that are not JSON."""
-    values = {"chain": chain, "sequence": sequence, "time_ms": time_ms, **event._asdict(), "previous": previous}
+    values = {"chain": chain, "sequence": sequence, "time_ms": time_ms, **event._asdict(), "salt": salt, "previous": previous}
     body = msgspec.json.encode(values)[:-1]
     digest = hashlib.sha256(ENTRY_LABEL + body).hexdigest()
     line = body + _HASH_FIELD + digest.encode() + b'"}\n'

@@ -40,7 +40,7 @@ def test_entries_that_are_erased_with_all_hashes_made_anew_are_noticed(attacked:
     for entry in (parse_line(line) for line in path.read_bytes().splitlines()):
         if entry.kind not in ("user.add", "key.release"):
             event = Event(entry.kind, entry.actor, entry.target, entry.outcome, entry.fields)
-            line, previous = make_line(entry.chain, len(kept), entry.time_ms, event, previous)
+            line, previous = make_line(entry.chain, len(kept), entry.time_ms, event, previous, entry.salt)
             kept.append(line)
     path.write_bytes(b"".join(kept))
     attacked.run("dev", "start", "gateway")

@@ -136,6 +136,19 @@ async def test_an_entry_says_who_did_what_to_what_and_how_it_ended(tmp_path: Pat
     assert entries[1].fields == {"access_key": "AK"}
 
 
+async def test_two_entries_that_say_the_same_have_hashes_that_nobody_can_guess(tmp_path: Path) -> None:
+    """Witnesses know the chain, the hash before and about when it was: without a salt they could try what an entry says."""
+    salts = set()
+    for number in range(2):
+        log = AuditLog(tmp_path / str(number), "gw", b"\x01" * 8, clock=Clock())
+        await log.start()
+        await log.append("key.release", target="bucket-id:00")
+        await log.close()
+        salts |= {parse_line(line[:-1]).salt for line in lines_of(files_of(tmp_path / str(number))[0])}
+    assert len(salts) == 4
+    assert all(len(salt) == 32 for salt in salts)
+
+
 async def test_an_entry_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     """As it was before: without actor, target and outcome."""
     body = (

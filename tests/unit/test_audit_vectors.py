@@ -46,7 +46,7 @@ def test_entries_and_links_are_those_of_the_description_and_of_the_program(chain
         link = next_link(link, bytes.fromhex(entry.hash))
         assert link.hex() == expected
         event = Event(entry.kind, entry.actor, entry.target, entry.outcome, entry.fields)
-        assert make_line(entry.chain, entry.sequence, entry.time_ms, event, entry.previous)[0].decode() == line + "\n"
+        assert make_line(entry.chain, entry.sequence, entry.time_ms, event, entry.previous, entry.salt)[0].decode() == line + "\n"
 
 
 def test_the_second_chain_follows_the_first_and_both_verify(tmp_path: Path) -> None:

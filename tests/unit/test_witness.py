@@ -37,7 +37,7 @@ def rewritten(path: Path, keep: Callable[[Entry], bool], previous: str = GENESIS
         entry = parse_line(line[:-1])
         if keep(entry):
             event = Event(entry.kind, entry.actor, entry.target, entry.outcome, entry.fields)
-            made, previous = make_line(entry.chain, sequence, entry.time_ms, event, previous)
+            made, previous = make_line(entry.chain, sequence, entry.time_ms, event, previous, entry.salt)
             out.append(made)
             sequence += 1
     path.write_bytes(b"".join(out))
@@ -181,9 +181,8 @@ async def test_the_first_rewritten_entry_is_named_between_two_checkpoints(rig: W
     for line in lines:
         entry = parse_line(line[:-1])
         target = "bucket-id:other" if entry.sequence == 10 else entry.target
-        made, previous = make_line(
-            entry.chain, entry.sequence, entry.time_ms, Event(entry.kind, entry.actor, target, entry.outcome, entry.fields), previous
-        )
+        event = Event(entry.kind, entry.actor, target, entry.outcome, entry.fields)
+        made, previous = make_line(entry.chain, entry.sequence, entry.time_ms, event, previous, entry.salt)
         out.append(made)
     path.write_bytes(b"".join(out))
     (found,) = rig.verify().problems
