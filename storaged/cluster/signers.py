@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import MsgspecError
 
 from storaged.cluster.identity import NodeSigner, signed_by_node
-from storaged.errors import CertificateRefused, JurisdictionRefused
+from storaged.errors import CertificateRefused, DataDamaged, JurisdictionRefused
 from storaged.sov1 import pack_context
 from storaged.wire import Message, decode, encode
 
@@ -99,7 +99,10 @@ class Signers:
         known = self._known.get(signer)
         if known is not None:
             return known
-        body = await self._read(signer_path(signer)) if len(signer) == SIGNER_ID_BYTES else None
+        try:
+            body = await self._read(signer_path(signer)) if len(signer) == SIGNER_ID_BYTES else None
+        except DataDamaged as error:  # one replica's row must not keep the records of other signers from being verified
+            raise CertificateRefused(f"The statement of signer {signer.hex()} is damaged: {error.message}") from None
         if body is None:
             raise CertificateRefused(f"No gateway has certified a signer {signer.hex() or 'without a name'}.")
         if len(self._known) >= SIGNERS_KEPT_MAX:
@@ -118,12 +121,12 @@ async def publish(
 ) -> bool:
     """Writes this gateway's statement unless a good one is there. True when it wrote. Raises ServiceUnavailable without a majority."""
     signer = signer_id(public)
-    body = await read(signer_path(signer))
     try:
+        body = await read(signer_path(signer))
         if body is not None:
             certified_key(body, signer, authority, cluster)
             return False
-    except CertificateRefused:
+    except (CertificateRefused, DataDamaged):
         pass
     await write(signer_path(signer), encode(state_signer(node, cluster, public)))
     return True

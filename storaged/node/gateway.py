@@ -349,6 +349,7 @@ class Gateway:
                 public = self._late.public_signer()
                 if await publish(node.paths.read, node.paths.write, NodeSigner(node.own), node.authority, node.own.cluster, public):
                     log.info("the signing key of records is certified by this gateway", signer=signer_id(public).hex())
+                    node.audit.note("signer.certify", target=f"signer:{signer_id(public).hex()}", outcome="done")
             except ServiceUnavailable:
                 pause_s = RETRY_MAX_S
             except CertificateRefused as error:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from storaged.cluster.identity import Identity, NodeSigner, authority_of
 from storaged.cluster.signers import STATEMENT_LABEL, Signers, SignerStatement, is_signed, publish, signer_id, signer_path, state_signer
-from storaged.errors import CertificateRefused
+from storaged.errors import CertificateRefused, DataDamaged
 from storaged.keys.signing import signing_key
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import Change, Value, object_name, system_name
@@ -302,6 +302,19 @@ async def test_a_gateway_writes_its_statement_where_there_is_no_good_one(world: 
         paths.bodies[signer_path(SIGNER)] = spoilt
         assert await publishes()
         assert decode(paths.bodies[signer_path(SIGNER)], SignerStatement).public == decode(good, SignerStatement).public
+
+
+async def test_a_statement_that_replicas_hold_differently_is_written_again_and_stops_no_other_record(world: cluster_world.World) -> None:
+    gateway = world.node("gw", ("gateway",))
+    paths, authority = Paths(), authority_of(gateway)
+
+    async def conflicting(_path: str) -> bytes | None:
+        raise DataDamaged("Two replicas hold different values.")
+
+    with pytest.raises(CertificateRefused):
+        await Signers(conflicting, authority, "c1").key(SIGNER)
+    assert await publish(conflicting, paths.write, NodeSigner(gateway), authority, "c1", PUBLIC)
+    assert await Signers(paths.read, authority, "c1").key(SIGNER)
 
 
 def test_the_signature_is_over_every_field_that_a_storage_node_acts_on() -> None:
