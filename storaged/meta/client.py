@@ -100,13 +100,14 @@ class ClientStatistics:
 
 @dataclass
 class _Seen:
-    """What a read has heard. ``stale``: some replica follows a newer layout."""
+    """What a read has heard. ``stale``: some replica follows a newer layout. ``fenced``: at some replica the scope is fenced."""
 
     replies: dict[str, messages.ReadReply] = field(default_factory=dict)
     payloads: dict[bytes, memoryview] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     damaged: frozenset[str] = frozenset()
     stale: bool = False
+    fenced: bool = False
 
     @property
     def accepted(self) -> dict[str, Ballot]:
@@ -132,10 +133,12 @@ class RingClient:
         novelty: Novelty | None = None,
         gateway: bool = True,
         on_missed: Callable[[RegisterName], None] = lambda name: None,
+        on_fenced: Callable[[bytes], None] = lambda scope: None,
         copy_at: Callable[[bytes, int], bytes] = lambda header, index: header,
     ) -> None:
         """``gateway``: this node is one, as its certificate says. Others settle no register of the system table, and help on nothing under another's ballot, for replicas refuse
-        that (``meta.authority``). ``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``copy_at``: the fragment
+        that (``meta.authority``). ``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``on_fenced``: told of
+        the scope of a read or a change that met a fence: whose bucket is, or was, being deleted. ``copy_at``: the fragment
         header of one replica's small copy, made to fit the replica of another index."""
         self._layouts = layouts
         self._replicas = replicas
@@ -170,6 +173,7 @@ class RingClient:
             counts=self._counts,
             carry=self._carry,
             on_missed=on_missed,
+            on_fenced=on_fenced,
         )
         self._changing = Changing(
             self._around, Courier(replicas, self._pool), self._patience, entropy, deadline_s, hedge_s, novelty or Novelty()
@@ -245,6 +249,8 @@ class RingClient:
             await self._pause_for_layout(deadline)
             view = self._view(name)
             seen = await self._hear(view, name, want_payload, deadline)
+        if seen.fenced:
+            self._around.on_fenced(name.scope)
         ballot = settled_ballot(view.groups, seen.accepted, self._rules)
         if ballot is None:
             value = shown(await self._settle_seen(view, name, seen, settling_nonce, deadline))
@@ -590,6 +596,7 @@ def _note(seen: _Seen, disk: str, answer: _ReadAnswer | StoragedError) -> None:
         seen.damaged = seen.damaged | {disk} if reply.verdict == Verdict.DAMAGED else seen.damaged
         return
     seen.replies[disk] = reply
+    seen.fenced = seen.fenced or reply.fenced
     if reply.payload:
         seen.payloads[reply.payload] = payload
 

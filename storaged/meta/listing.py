@@ -70,9 +70,10 @@ class RingScanner:
         share: Callable[[int, int, int], int] = share_of,
         examine_max: int = EXAMINE_MAX,
         remembered_bytes_max: int = PIECES_BYTES_MAX,
+        on_fenced: Callable[[bytes], None] = lambda scope: None,
     ) -> None:
         """``share(entries, feeds, turn)``: how many entries to ask of each feed; ``examine_max``: rows that a replica looks at for one of them;
-        ``remembered_bytes_max``: memory for pieces that were listed lately."""
+        ``remembered_bytes_max``: memory for pieces that were listed lately. ``on_fenced``: told of a scope that a replica calls fenced."""
         self._registers = registers
         self._share = share
         self._remembered = Remembered(remembered_bytes_max)
@@ -85,6 +86,7 @@ class RingScanner:
             hedge_s=hedge_s,
             examine_max=examine_max,
             remembered=self._remembered,
+            on_fenced=on_fenced,
         )
 
     async def list_page(

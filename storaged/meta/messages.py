@@ -96,7 +96,7 @@ class Read(Message, frozen=True):
 
 class ReadReply(Message, frozen=True):
     """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the copy in the bulk body, or empty.
-    ``header``: the copy's encoded fragment header, when a copy was asked for by its data id."""
+    ``header``: the copy's encoded fragment header, when a copy was asked for by its data id. ``fenced``: the scope is (a bucket that is, or was, being deleted)."""
 
     verdict: int
     accepted: Ballot = ZERO_BALLOT
@@ -104,6 +104,7 @@ class ReadReply(Message, frozen=True):
     value: Value | None = None
     payload: bytes = b""
     header: bytes = b""
+    fenced: bool = False
 
 
 class Reads(Message, frozen=True):
@@ -240,7 +241,8 @@ class ShardSlice(Message, frozen=True):
 
 
 class ScanReply(Message, frozen=True):
-    """``verdict`` is ``register.Verdict``; slices only when it is OK (0), one for every shard asked, in that order."""
+    """``verdict`` is ``register.Verdict``; slices only when it is OK (0), one for every shard asked, in that order. ``fenced``: the scope is."""
 
     verdict: int = 0
     slices: tuple[ShardSlice, ...] = ()
+    fenced: bool = False

@@ -89,6 +89,8 @@ class Surroundings:
     counts: dict[str, int]
     carry: Callable[[View, RegisterName, bytes, float], Awaitable[Fragments | None]]
     """``await carry(view, name, data_id, deadline)``: the copy of a small object from whichever replica has it, for all of them; None when none gives it."""
+    on_fenced: Callable[[bytes], None] = lambda scope: None
+    """Told of the scope of a change that was refused by a fence."""
     on_missed: Callable[[RegisterName], None] = lambda name: None
     """Told when a replica did not take a new value or a small copy that it should have: it lags, though a majority may have confirmed the write. Settling
     rounds tell of copies alone: for replicas that lag they are what follows."""
@@ -394,6 +396,7 @@ class Proposal:
         await asyncio.sleep(pause_s)
 
     def _fenced(self, final: bool) -> StoragedError:
+        self.around.on_fenced(self.name.scope)
         if self.lineage.open:
             return self._gave_up("its bucket is being deleted")
         return NoSuchBucket("", **({"final": "true"} if final else {}))

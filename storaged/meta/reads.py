@@ -104,7 +104,7 @@ async def tell_in_time(replica: Replica, request: messages.Reads) -> tuple[messa
 async def _row_in_time(replica: Replica, disk: str, epoch: int, ask: bytes) -> tuple[bytes | None, memoryview]:
     name = RegisterName.unpack(ask[1:])
     reply, copy = await replica.read(messages.Read(disk, name, epoch, True, ask[0] == _COPY))
-    if reply.verdict != Verdict.OK:
+    if reply.verdict != Verdict.OK or reply.fenced:  # ``RingClient.read`` hears of the fence
         return None, NO_BYTES
     if reply.value is None:
         return b"" if reply.accepted == ZERO_BALLOT else None, NO_BYTES

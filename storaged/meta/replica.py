@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import structlog
 
 from storaged.clock import Clock, SystemClock
@@ -70,6 +71,9 @@ after all, and is too late, is known by its age alone."""
 
 OBJECT = int(Table.OBJECT)
 NO_BYTES = memoryview(b"")
+SCOPE_END = 17
+"""Of a packed name: the table's byte and the scope's 16."""
+
 PAGES_A_TURN = 16
 """Pages checked between two looks of the loop at other requests."""
 
@@ -402,11 +406,18 @@ class LocalReplica:
         return self._read_reply(request, acceptor, verdict, data_id, payload)
 
     def rows_at_once(self, epoch: int, names: Sequence[bytes]) -> list[bytes | None]:
-        """Of each packed name the row as it is stored, or empty; None where ``read`` would have to wait, or would refuse."""
+        """Of each packed name the row as it is stored, or empty; None where ``read`` would have to wait, would refuse, or has more to say: that the scope is fenced."""
         if self._silent or (epoch < self._epoch and self._rules.fence_by_epoch):
             return [None] * len(names)
         self._counts["reads"] += len(names)
         found = self._store.rows(names)
+        last, fenced = b"", False
+        for index, name in enumerate(names):
+            scope = name[1:SCOPE_END]
+            if scope != last:
+                last, fenced = scope, self._fences.of(scope) is not None
+            if fenced:
+                found[index] = None
         if self._in_flight:
             return [None if RegisterName.unpack(name) in self._in_flight else row for name, row in zip(names, found, strict=True)]
         return found
@@ -416,7 +427,7 @@ class LocalReplica:
         if self._silent or (epoch < self._epoch and self._rules.fence_by_epoch):
             return None
         self._counts["reads"] += 1
-        if self._in_flight and RegisterName.unpack(name) in self._in_flight:
+        if self._fences.of(name[1:SCOPE_END]) is not None or (self._in_flight and RegisterName.unpack(name) in self._in_flight):
             return None
         return self._store.row(name)
 
@@ -467,10 +478,11 @@ class LocalReplica:
             self._counts["refused"] += 1
             return messages.ReadReply(verdict), NO_BYTES
         value = acceptor.value if request.full else None
-        digest = digest_of(acceptor.value)
+        digest, fenced = digest_of(acceptor.value), acceptor.fence is not None
         if payload is None:
-            return messages.ReadReply(verdict, acceptor.accepted, digest, value), NO_BYTES
-        return messages.ReadReply(verdict, acceptor.accepted, digest, value, data_id, header if request.data_id else b""), payload
+            return messages.ReadReply(verdict, acceptor.accepted, digest, value, fenced=fenced), NO_BYTES
+        header = header if request.data_id else b""
+        return messages.ReadReply(verdict, acceptor.accepted, digest, value, data_id, header, fenced), payload
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
         self._check_answers()
@@ -500,9 +512,10 @@ class LocalReplica:
         if request.epoch < self._epoch and self._rules.fence_by_epoch:
             return ScanReply(Verdict.EPOCH)
         try:
-            return scan_store(self._store, request, self._digests)
+            reply = scan_store(self._store, request, self._digests)
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
+        return reply if self._fences.of(request.scope) is None else msgspec.structs.replace(reply, fenced=True)
 
     # --- pages and fences ----------------------------------------------------------------------------------------------
 

@@ -134,7 +134,14 @@ class _Round:
     """Requests that are out together, and what came of them. ``ended`` is done when every one was answered, or ``enough`` says so, or it was told to."""
 
     def __init__(
-        self, spans: Sequence[Span], asked: dict[str, list[int]], enough: Enough, hedge_s: float, *, hurry_s: float | None
+        self,
+        spans: Sequence[Span],
+        asked: dict[str, list[int]],
+        enough: Enough,
+        hedge_s: float,
+        on_fenced: Callable[[bytes], None],
+        *,
+        hurry_s: float | None,
     ) -> None:
         """``asked``: the spans that each disk is asked about. Ends ``hedge_s`` after every span has answers from a majority; with ``hurry_s`` in any case so long
         after its beginning."""
@@ -146,6 +153,7 @@ class _Round:
         self._left = len(asked)
         self._enough = enough
         self._hedge_s = hedge_s
+        self._on_fenced = on_fenced
         self._timer = self._loop.call_later(hurry_s, self.end) if hurry_s is not None else None
 
     def heard(self, request: ScanRequest, answer: Any, _bulk: object = None) -> None:
@@ -158,6 +166,8 @@ class _Round:
             and not answer.verdict
             and [piece.shard for piece in answer.slices] == [ask.shard for ask in request.shards]
         ):
+            if answer.fenced:
+                self._on_fenced(request.scope)
             for at, piece in zip(self._asked[request.disk], answer.slices, strict=True):
                 if not piece.unreadable:
                     self.answers[at][request.disk] = piece
@@ -187,6 +197,7 @@ class ShardReader:
         hedge_s: float,
         examine_max: int,
         remembered: Remembered,
+        on_fenced: Callable[[bytes], None] = lambda scope: None,
     ) -> None:
         self._layouts = layouts
         self._replicas = replicas
@@ -196,6 +207,7 @@ class ShardReader:
         self._hedge_s = hedge_s
         self._examine_max = examine_max
         self._remembered = remembered
+        self._on_fenced = on_fenced
         self._usual_s = 0.0
 
     def feed(self, query: Query, shard: int, after: bytes) -> Feed:
@@ -327,7 +339,7 @@ class ShardReader:
     ) -> list[Answers]:
         """Until ``enough``, or everybody answered, or a moment passed (``_Round``)."""
         requests, disks = self._requests(query, spans, want)
-        asked = _Round(spans, disks, enough, self._hedge_s, hurry_s=hurry_s)
+        asked = _Round(spans, disks, enough, self._hedge_s, self._on_fenced, hurry_s=hurry_s)
         tasks: list[asyncio.Task[None]] = []
         try:
             for request in requests:

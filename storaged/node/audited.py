@@ -33,6 +33,9 @@ class AuditedBuckets:
         """(kind, actor) -> when its last request was refused."""
         self.at_hand = buckets.at_hand
         self.get = buckets.get
+        self.fences_seen = buckets.fences_seen
+        self.gone = buckets.gone
+        self.renewed = buckets.renewed
         self.list_buckets = buckets.list_buckets
         self.set_tags = buckets.set_tags
         self.get_tags = buckets.get_tags

@@ -443,6 +443,10 @@ class Gateway:
         elif self._node.leader is not None:
             await self._node.leader.forget(kind, key)
 
+    def bucket_fenced(self, bucket_id: bytes) -> None:
+        """A replica has said so."""
+        self.buckets.fenced(bucket_id)
+
     def forget(self, kind: str, key: str) -> None:
         """Another process of this gateway has changed the bucket or user."""
         if kind == "key":

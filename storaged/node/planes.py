@@ -259,10 +259,13 @@ class Node:
             clock=self.clock,
             gateway=self.config.gateway,
             on_missed=self._missed,
+            on_fenced=self._fenced,
             copy_at=at_position,
         )
         remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
-        self.scanner = RingScanner(self.layouts, directory, self.ring, self.membership, remembered_bytes_max=remembered_bytes_max)
+        self.scanner = RingScanner(
+            self.layouts, directory, self.ring, self.membership, remembered_bytes_max=remembered_bytes_max, on_fenced=self._fenced
+        )
         self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, self.membership, walks=self.leader is None)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
         self.paths = SystemPaths(self.ring)
@@ -433,6 +436,11 @@ class Node:
         log.warning("a cell's checksum does not hold", disk=disk, **where)
         if self.maintenance is not None:
             self.maintenance.cell_damaged(disk, fragment)
+
+    def _fenced(self, scope: bytes) -> None:
+        """A replica says that a bucket is, or was, being deleted: what this gateway remembers of it may be over."""
+        if self.gateway is not None:
+            self.gateway.bucket_fenced(scope)
 
     def _missed(self, name: RegisterName) -> None:
         """A replica did not take a write that it should have: whichever node looks after the register brings it up."""

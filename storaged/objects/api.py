@@ -252,6 +252,15 @@ class Buckets(Protocol):
     def at_hand(self, name: str) -> BucketRecord | None:
         """What ``get`` would answer without waiting; None when it would wait."""
 
+    def fences_seen(self) -> int:
+        """Grows whenever a replica says that a bucket is fenced: one that is, or was, being deleted."""
+
+    def gone(self, bucket: BucketRecord) -> bool:
+        """Whether that was said of this bucket, so that what is not found in it may be in another one that has its name now."""
+
+    async def renewed(self, name: str) -> BucketRecord:
+        """As ``get``, read now. Raises NoSuchBucket."""
+
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[BucketRecord], str | None]:

@@ -34,6 +34,7 @@ from storaged.ids import BUCKET_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
 from storaged.objects import system_rows
 from storaged.objects.api import Principal
+from storaged.objects.fenced import FencedBuckets
 from storaged.objects.multipart import abort, list_uploads
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken
@@ -66,6 +67,7 @@ class BucketService:
         )
         self._owned: dict[str, tuple[float, int]] = {}
         """User id -> until when it counts, and how many buckets the user has."""
+        self._fenced = FencedBuckets(plane.clock, limits.bucket_cache_s)
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -211,12 +213,29 @@ class BucketService:
     def at_hand(self, name: str) -> BucketRecord | None:
         return self._recent.at_hand(name)
 
+    def fenced(self, bucket_id: bytes) -> None:
+        """A replica has called the bucket fenced."""
+        if self._fenced.saw(bucket_id):
+            self._recent.forget_where(lambda record: record.id == bucket_id)
+
+    def fences_seen(self) -> int:
+        return self._fenced.count
+
+    def gone(self, bucket: BucketRecord) -> bool:
+        return self._fenced.gone(bucket.id)
+
+    async def renewed(self, name: str) -> BucketRecord:
+        self._recent.forget(name)
+        return await self._recent.get(name)
+
     async def _load(self, name: str) -> BucketRecord:
+        since = self._fenced.count
         record = await self._read(name)
         if record is not None and record.state == ACTIVE and record.nonce:
             record = await self.resume(record)
         if record is None or record.state != ACTIVE:
             raise NoSuchBucket(BucketName=name)
+        self._fenced.read_anew(record.id, since, lingers=bool(record.nonce))
         return record
 
     async def list_buckets(

@@ -115,6 +115,11 @@ class Recent(Generic[K, V]):
         while len(self._kept) > self._entries_max:
             self._kept.popitem(last=False)
 
+    def forget_where(self, doubtful: Callable[[V], bool]) -> None:
+        """Every value that is. What is being loaded now is kept."""
+        for key in [key for key, (_, value) in self._kept.items() if doubtful(value)]:
+            del self._kept[key]
+
     def forget(self, key: K) -> None:
         """Also what is being loaded now is not kept: it may be from before the change."""
         self._kept.pop(key, None)

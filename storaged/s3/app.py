@@ -34,7 +34,7 @@ from storaged.objects.api import (
     Users,
     WriteConditions,
 )
-from storaged.s3 import routes, xml
+from storaged.s3 import replaced, routes, xml
 from storaged.s3.auth import admit, admit_anonymous, claim_of
 from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
@@ -313,6 +313,9 @@ class S3App:
         self._leave(connection, begun)
 
     def _written(self, connection: Connection, begun: _Begun, told: PutResult | Exception) -> None:
+        if isinstance(told, errors.NoSuchBucket) and self._front.buckets.gone(begun.request.bucket_record):
+            self._leave(connection, begun)  # nothing was stored; another bucket may have the name now
+            return
         reply = self._failure(begun.request, told) if isinstance(told, Exception) else Reply(headers=stored_headers(told))
         self._end_soon(connection, begun, reply)
 
@@ -440,7 +443,7 @@ class S3App:
         front = self._front
         try:
             if operation is not None:
-                return await operation.handler(front, request)
+                return await replaced.handle(front, request, operation)
             self._locate(request)
             headers, count = request.headers, len(request.target.pairs)
             operation = routes.find(request.method, request.bucket, request.key, request.query, headers, count)
@@ -468,7 +471,7 @@ class S3App:
                     raise errors.AccessDenied()
                 operation.check_headers(headers)
                 await read_body(front, request, operation)
-            return await operation.handler(front, request)
+            return await replaced.handle(front, request, operation)
         except Exception as error:
             return self._failure(request, error)
 

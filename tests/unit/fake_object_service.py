@@ -157,6 +157,15 @@ class FakeBuckets:
     def at_hand(self, name: str) -> BucketRecord | None:
         return self.by_name.get(name)
 
+    def fences_seen(self) -> int:
+        return 0
+
+    def gone(self, bucket: BucketRecord) -> bool:
+        return False
+
+    async def renewed(self, name: str) -> BucketRecord:
+        return await self.get(name)
+
     async def get(self, name: str) -> BucketRecord:
         if name not in self.by_name:
             raise errors.NoSuchBucket(BucketName=name)

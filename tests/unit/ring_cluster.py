@@ -452,8 +452,16 @@ class Gateway:
         caller = LocalCaller(cluster, name, "gateway")
         self.maintain = MaintainClient(caller, cluster.layouts, cluster.alive)
         directory = ReplicaDirectory(cluster.layouts, caller)
-        self.ring = RingClient(cluster.layouts, directory, node=name, clock=cluster.clock, jitter=lambda: 0.5, on_missed=self._missed)
-        self.scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
+        self.ring = RingClient(
+            cluster.layouts,
+            directory,
+            node=name,
+            clock=cluster.clock,
+            jitter=lambda: 0.5,
+            on_missed=self._missed,
+            on_fenced=lambda scope: self.buckets.fenced(scope),
+        )
+        self.scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive, on_fenced=lambda scope: self.buckets.fenced(scope))
         self.keeper = SystemKeeper(self.scanner, self.ring, cluster.layouts, cluster.alive, jitter=lambda: 0.5)
         self.plane = ObjectPlane(
             registers=self.ring,

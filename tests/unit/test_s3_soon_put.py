@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import botocore.auth  # type: ignore[import-untyped]
+import msgspec
 import pytest
 from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.credentials import Credentials  # type: ignore[import-untyped]
@@ -484,3 +485,24 @@ async def test_the_name_that_some_sdks_give_the_operation_says_nothing(world: Wo
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert answer.endswith(SMALL)
     assert (len(world.objects.put_told), len(world.objects.told)) == (1, 1)
+
+
+async def test_a_put_into_a_bucket_that_is_gone_goes_to_the_one_that_has_its_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    buckets, objects = world.buckets, world.objects
+    stale = buckets.by_name["bucket"]
+    buckets.by_name["bucket"] = msgspec.structs.replace(stale, id=b"made again".ljust(16))
+    refused: list[bytes] = []
+
+    def put_soon(bucket: Any, _key: bytes, _plain: Any, _meta: Any, _checks: Any, then: Any, **_more: Any) -> bool:
+        refused.append(bucket.id)
+        then(errors.NoSuchBucket(""))
+        return True
+
+    monkeypatch.setattr(objects, "put_soon", put_soon)
+    monkeypatch.setattr(buckets, "at_hand", lambda _name: stale)
+    monkeypatch.setattr(buckets, "gone", lambda bucket: bucket.id == stale.id)
+    answer = await ask(world, signed(world, "PUT", "/bucket/key", body=SMALL))
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert refused == [stale.id]
+    assert kept(world) == {b"key": SMALL}
+    assert world.app.statistics().requests_in_flight == 0
