@@ -64,13 +64,16 @@ def of_body(kind: str, sibling: int, body: bytes, *, short_alone: bool = False) 
     return [needle for needle in found if len(needle.data) <= CHANCE_BYTES_MAX] if short_alone else found
 
 
-def of_parts(kind: str, sibling: int, bodies: Sequence[bytes]) -> list[Needle]:
-    """Of an upload: its parts, their whole, and the checksums of its parts' checksums (of MD5: its ETag)."""
-    found = of_body(f"{kind}, whole", sibling, b"".join(bodies))
-    for number, body in enumerate(bodies, 1):
-        found += of_body(f"{kind}, part {number}", sibling, body)
+def of_parts(kind: str, sibling: int, bodies: Sequence[bytes], algorithm: str, *, short_alone: bool = False) -> list[Needle]:
+    """Of an upload: its parts, their whole, and the checksums of its parts' checksums (of MD5: its ETag). ``algorithm``: that it was created for, looked for in any case."""
+    found = []
+    named = {f"{kind}, whole": b"".join(bodies), **{f"{kind}, part {number}": body for number, body in enumerate(bodies, 1)}}
     for name, digest in DIGESTS.items():
-        found += forms(f"composite {name} of {kind}", sibling, digest(b"".join(map(digest, bodies))))
+        needles = [needle for what, body in named.items() for needle in forms(f"{name} of {what}", sibling, digest(body))]
+        needles += forms(f"composite {name} of {kind}", sibling, digest(b"".join(map(digest, bodies))))
+        if short_alone and name not in ("MD5", algorithm):
+            needles = [needle for needle in needles if len(needle.data) <= CHANCE_BYTES_MAX]
+        found += needles
     return found
 
 

@@ -85,7 +85,7 @@ def upload_all(client: Any) -> list[Needle]:
             named = {f"Checksum{algorithm}": put[f"Checksum{algorithm}"]} if algorithm else {}
             parts.append({"PartNumber": number, "ETag": put["ETag"].strip('"'), **named})
         client.complete_multipart_upload(Bucket="canary", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
-        found += of_parts("upload", sibling, bodies) + of_request("upload", sibling, bodies)
+        found += of_parts("upload", sibling, bodies, algorithm, short_alone=sibling > 0) + of_request("upload", sibling, bodies)
     return found
 
 
@@ -108,6 +108,7 @@ def solid(data: bytes) -> bytes:
     return b"".join(piece if piece != ZEROS[: len(piece)] else bytes(64) for piece in pieces)
 
 
+@pytest.mark.timeout(900)
 def test_disks_and_logs_of_storage_nodes_hold_no_secret_and_no_digest_of_content(canary_cluster: Cluster, needles: list[Needle]) -> None:
     search = Search(needles)
     for _, data in files_of(canary_cluster):
@@ -118,11 +119,12 @@ def test_disks_and_logs_of_storage_nodes_hold_no_secret_and_no_digest_of_content
     assert keys, "the keyring must lie in the gateway's folder"
 
 
+@pytest.mark.timeout(900)  # some hundred MiB, searched for some hundred needles
 def test_memory_of_storage_nodes_holds_no_secret_and_no_digest_of_content(canary_cluster: Cluster, needles: list[Needle]) -> None:
     """Everything that came in over the wire passes through a node's memory: what is not there was never sent."""
     touch_again(canary_cluster)
     pids = canary_cluster.pids()
-    search = Search(needles)
+    search = Search([needle for needle in needles if not needle.what.endswith((", HEX", ", reversed"))])
     for node in NODES:
         if not search_memory(pids[node], search):
             pytest.skip("this system does not let a test read another process's memory")
@@ -151,7 +153,7 @@ def test_the_search_finds_each_needle_where_there_is_one(needles: list[Needle]) 
     assert control.hits == [], "random bytes have none"
     control.look(b"".join(os.urandom(50) + needle.data for needle in needles))
     assert control.hits == sorted({needle.what for needle in needles})
-    assert len({needle.what for needle in needles}) > 4 * 7 * len(DIGESTS)
+    assert len({needle.what for needle in needles}) > 4 * 5 * len(DIGESTS)
 
 
 def test_a_digest_of_four_bytes_counts_when_those_of_three_siblings_are_there() -> None:
