@@ -75,6 +75,7 @@ class FormReader:
             if not await self._goes_on():
                 raise MalformedPOSTRequest("The form has no field named file.")
             disposition = await self._disposition()
+            await self._check_content()
             name = disposition.get(b"name", b"").lower().decode("utf-8", "surrogateescape")
             if not name:
                 raise MalformedPOSTRequest("A field of the form has no name.")
@@ -111,9 +112,21 @@ class FormReader:
     async def _goes_on(self) -> bool:
         """After a delimiter: another part follows, or none. Raises MalformedPOSTRequest for anything else: the boundary may be the beginning of what the field has."""
         following = await self._exactly(2)
-        if following not in (b"\r\n", b"--"):
+        if following == b"\r\n":
+            return True
+        while len(self._buffer) < 2 and await self._come():
+            pass
+        if following != b"--" or (self._buffer and not self._buffer.startswith(b"\r\n")):
             raise MalformedPOSTRequest("A line of the form begins with its boundary, and goes on.")
-        return following == b"\r\n"
+        return False
+
+    async def _check_content(self) -> None:
+        """What a part has must not begin as a delimiter does: with or without the CRLF of the empty line before it, parsers disagree on whether it is one."""
+        line = self._delimiter[2:]
+        while len(self._buffer) < len(line) and line.startswith(self._buffer):
+            await self._more()
+        if self._buffer.startswith(line):
+            raise MalformedPOSTRequest("What a part of the form has begins with the boundary.")
 
     async def _disposition(self) -> dict[bytes, bytes]:
         """Headers of a part: the parameters of the one that counts."""
@@ -151,7 +164,12 @@ class FormReader:
         return data
 
     async def _more(self) -> None:
+        if not await self._come():
+            raise MalformedPOSTRequest()
+
+    async def _come(self) -> bool:
+        """False at the end of the body."""
         async for piece in self._pieces:
             self._buffer += piece
-            return
-        raise MalformedPOSTRequest()
+            return True
+        return False

@@ -8,7 +8,18 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
-HEARD = frozenset({"test_aio", "test_s3_http", "test_s3_hostile", "test_s3_patience", "test_s3_soon", "test_s3_soon_put"})
+HEARD = frozenset(
+    {
+        "test_aio",
+        "test_s3_http",
+        "test_s3_hostile",
+        "test_s3_patience",
+        "test_s3_soon",
+        "test_s3_soon_put",
+        "test_s3_strangers",
+        "test_s3_chunk_turns",
+    }
+)
 """Modules that test what a loop hears of from the kernel, by sockets or an eventfd: on the loop that serves in production, too."""
 
 
