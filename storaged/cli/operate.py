@@ -96,7 +96,7 @@ def explain(code: str | None) -> None:
         click.echo(explained(code))
         return
     for kind in sorted({kind.code: kind for kind in every_error()}.values(), key=lambda kind: kind.code):
-        click.echo(f"{kind.code:<36} {(kind.__doc__ or '').strip().splitlines()[0]}")
+        click.echo(f"{kind.code:<36} {(kind.__doc__ or kind.code).strip().splitlines()[0]}")
 
 
 @click.command()
