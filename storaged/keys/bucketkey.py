@@ -1,8 +1,9 @@
-"""Bucket keys: the record ``key/BUCKET_ID``, and a version of a key in the clear. Pure but for the randomness that is handed in.
+"""Bucket keys: the record ``key/BUCKET_ID``, and a version of a key in the clear. Pure but for the randomness that is
+handed in.
 
 register key/BUCKET_ID  versions of the bucket's key, each wrapped under an epoch key          BucketKeys
 record of an object     its data key, wrapped under a bucket key version                       UnwrappedBucketKey.wrap
-HKDF of a bucket key    the list key, for what a listing prints                                UnwrappedBucketKey.seal_list
+HKDF of a bucket key    the list key, for what a listing prints    UnwrappedBucketKey.seal_list
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ Versions = tuple[WrappedBucketKey, ...]
 
 
 class BucketEnd(Message, frozen=True):
-    """A bucket that was found empty behind its fence, on its way to Deleted: its ``name``, the fence's ``nonce`` and ``shards``, and since when."""
+    """A bucket that was found empty behind its fence, on its way to Deleted: its ``name``, the fence's ``nonce`` and
+    ``shards``, and since when."""
 
     name: str
     since_ms: int
@@ -74,8 +76,9 @@ class BucketEnd(Message, frozen=True):
 class BucketKeys(Message, frozen=True):
     """The register ``key/BUCKET_ID`` (hex): versions in ascending order, none once the key is destroyed.
 
-    ``authenticator``: HMAC by the keyring's record key over register, sequence and all other fields. Records of old have none: they are read, but only what is
-    authentic may say that a key is destroyed, or that its bucket has ended.
+    ``authenticator``: HMAC by the keyring's record key over register, sequence and all other fields. Records of old
+    have none: they are read, but only what is authentic may say that a key is destroyed, or that its bucket has
+    ended.
     """
 
     bucket_id: bytes
@@ -127,7 +130,8 @@ class Vault:
         """A new random key under the newest epoch."""
         context = wrap_context(self.keyring_id, bucket_id, version, self.newest_epoch)
         epoch_key, key, salt = self._epochs[self.newest_epoch].key, self._entropy(KEY_BYTES), self._entropy(SALT_BYTES)
-        return WrappedBucketKey(version, self.newest_epoch, now_ms, seal_message(epoch_key, BUCKET_KEY_LABEL, context, key, salt))
+        wrapped = seal_message(epoch_key, BUCKET_KEY_LABEL, context, key, salt)
+        return WrappedBucketKey(version, self.newest_epoch, now_ms, wrapped)
 
     def open(self, bucket_id: bytes, entry: WrappedBucketKey) -> bytes:
         """The key in the clear. Raises UnknownEpoch, SealBroken."""
@@ -135,7 +139,10 @@ class Vault:
         if epoch is None:
             raise UnknownEpoch(entry.epoch)
         return open_message(
-            epoch.key, BUCKET_KEY_LABEL, wrap_context(self.keyring_id, bucket_id, entry.version, entry.epoch), entry.wrapped
+            epoch.key,
+            BUCKET_KEY_LABEL,
+            wrap_context(self.keyring_id, bucket_id, entry.version, entry.epoch),
+            entry.wrapped,
         )
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
@@ -148,7 +155,8 @@ class Vault:
     def sign(self, record: BucketKeys, sequence: int) -> BucketKeys:
         """The record as it is written under this sequence number of its register."""
         unsigned = msgspec.structs.replace(record, authenticator=b"")
-        return msgspec.structs.replace(record, authenticator=self.authenticate(_context(record.bucket_id, sequence), encode(unsigned)))
+        tag = self.authenticate(_context(record.bucket_id, sequence), encode(unsigned))
+        return msgspec.structs.replace(record, authenticator=tag)
 
     def authentic(self, record: BucketKeys, sequence: int) -> bool:
         unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
@@ -160,7 +168,8 @@ def _context(bucket_id: bytes, sequence: int) -> tuple[bytes, bytes]:
 
 
 class FieldBox:
-    """AES-256-GCM under one key with random 96-bit nonces: nonce || ciphertext || tag; the label and the packed context are the associated data."""
+    """AES-256-GCM under one key with random 96-bit nonces: nonce || ciphertext || tag; the label and the packed
+    context are the associated data."""
 
     def __init__(self, key: bytes, label: bytes, entropy: Entropy) -> None:
         self._cipher = AESGCM(key)

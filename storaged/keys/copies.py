@@ -1,4 +1,5 @@
-"""A gateway's own copies of bucket keys: an append-only log in its directory, beside the ring the second home of every key that it made or used.
+"""A gateway's own copies of bucket keys: an append-only log in its directory, beside the ring the second home of
+every key that it made or used.
 
     header   4  magic "SKC1"
              16  keyring id
@@ -6,9 +7,11 @@
              8  xxh3-64 of the copy, big-endian
              .. the copy: message KeyCopy, wrapped under an epoch key as in the ring. No versions: forgotten
 
-Theory of operation. A copy costs one append and one fdatasync, however many there are. The last entry of a bucket counts. The log is written anew (a whole file
-beside it, then renamed) when more than half of it is out of date, or a key was forgotten: then nothing of the forgotten one stays in the file. At the start
-everything from the first entry that is not whole is cut off: that is the tail of a crash, or damage, and the ring has those keys too; how many bytes it were is told.
+Theory of operation. A copy costs one append and one fdatasync, however many there are. The last entry of a bucket
+counts. The log is written anew (a whole file beside it, then renamed) when more than half of it is out of date, or a
+key was forgotten: then nothing of the forgotten one stays in the file. At the start everything from the first entry
+that is not whole is cut off: that is the tail of a crash, or damage, and the ring has those keys too. Their number is
+in ``cut_bytes``.
 
 One process of a gateway has the log open. The others ask it (``node.leader``).
 """
@@ -75,14 +78,16 @@ def read_log(content: bytes, keyring_id: bytes) -> ReadLog:
         raise KeyringMismatch("This is not a log of bucket keys.")
     if content[4:HEADER_BYTES] != keyring_id:
         raise KeyringMismatch(
-            f"The log of bucket keys ({FILE_NAME} in the gateway's directory) is of keyring {content[4:HEADER_BYTES].hex()}, not {keyring_id.hex()}."
+            f"The log of bucket keys ({FILE_NAME} in the gateway's directory) is of keyring "
+            f"{content[4:HEADER_BYTES].hex()}, not {keyring_id.hex()}."
         )
     copies: dict[bytes, bytes] = {}
     at = HEADER_BYTES
     while at + ENTRY_HEAD_BYTES <= len(content):
         size = int.from_bytes(content[at : at + 4], "big")
         copy = content[at + ENTRY_HEAD_BYTES : at + ENTRY_HEAD_BYTES + size]
-        if len(copy) < size or size > COPY_BYTES_MAX or xxhash.xxh3_64_digest(copy) != content[at + 4 : at + ENTRY_HEAD_BYTES]:
+        check = content[at + 4 : at + ENTRY_HEAD_BYTES]
+        if len(copy) < size or size > COPY_BYTES_MAX or xxhash.xxh3_64_digest(copy) != check:
             break
         try:
             read = decode(copy, KeyCopy)
@@ -96,7 +101,8 @@ def read_log(content: bytes, keyring_id: bytes) -> ReadLog:
 
 
 class CopyLog:
-    """``ports.KeyCopies`` over the log; ``report`` is what the caller hands in. Use: ``await open()``, at the end ``close()``."""
+    """``ports.KeyCopies`` over the log; ``report`` is what the caller hands in. Use: ``await open()``, at the end
+    ``close()``."""
 
     def __init__(self, directory: Path, keyring_id: bytes) -> None:
         self.path = directory / FILE_NAME
@@ -104,6 +110,7 @@ class CopyLog:
         self._keyring_id = keyring_id
         self._copies: dict[bytes, bytes] = {}
         self._descriptor = -1
+        self._closed = False
         self._file_bytes = 0
         self._live_bytes = 0
         self._lock = asyncio.Lock()
@@ -120,7 +127,8 @@ class CopyLog:
 
     def newer_than(self, time_ms: int) -> int:
         """How many buckets have a version that was made after this moment (ms since 1970)."""
-        return sum(any(entry.created_ms > time_ms for entry in decode(copy, KeyCopy).versions) for copy in self._copies.values())
+        kept = (decode(copy, KeyCopy).versions for copy in self._copies.values())
+        return sum(any(entry.created_ms > time_ms for entry in versions) for versions in kept)
 
     async def open(self) -> None:
         """Raises KeyringMismatch for a log of another keyring, OSError."""
@@ -134,7 +142,7 @@ class CopyLog:
             content = b""
         if content and content[:4] != MAGIC:
             aside = self.path.with_name(f"{FILE_NAME}.damaged")
-            log.error("the log of bucket keys cannot be read, and is begun anew", file=str(self.path), kept_as=str(aside))
+            log.error("the log of bucket keys is damaged, and begun anew", file=str(self.path), kept_as=str(aside))
             self.path.replace(aside)
             self.cut_bytes, content = len(content), b""
         if content:
@@ -144,7 +152,10 @@ class CopyLog:
             log.warning("the end of the log of bucket keys is cut off", file=str(self.path), bytes=self.cut_bytes)
         self._live_bytes = sum(ENTRY_HEAD_BYTES + len(copy) for copy in self._copies.values())
         if not content or self.cut_bytes or len(content) > HEADER_BYTES + 2 * self._live_bytes + SLACK_BYTES:
-            self._rewrite(self._copies)
+            try:
+                self._rewrite(self._copies)
+            except OSError as error:  # a full disk must not keep the gateway from serving what it has
+                self._note(error)
         else:
             self._reopen(len(content))
 
@@ -163,6 +174,7 @@ class CopyLog:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
 
     def close(self) -> None:
+        self._closed = True
         self._thread.shutdown()
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -195,15 +207,16 @@ class CopyLog:
             self._copies = left
 
     async def restored(self) -> dict[bytes, bytes]:
-        """Copies that `storaged keys restore` laid beside the log. The caller judges and keeps them, then calls ``restored_taken``. Raises KeyringMismatch for
-        those of another keyring, or damaged ones, OSError."""
+        """Copies that `storaged keys restore` laid beside the log. The caller judges and keeps them, then calls
+        ``restored_taken``. Raises KeyringMismatch for those of another keyring, or damaged ones, OSError."""
         try:
             content = await self._in_thread(self._restored.read_bytes)
         except FileNotFoundError:
             return {}
         found = read_log(content, self._keyring_id)
         if found.whole_bytes != len(content):
-            raise KeyringMismatch(f"{self._restored} is damaged: {len(content) - found.whole_bytes} bytes at its end can't be read.")
+            unread = len(content) - found.whole_bytes
+            raise KeyringMismatch(f"{self._restored} is damaged: {unread} bytes at its end can't be read.")
         return found.copies
 
     async def restored_taken(self) -> None:
@@ -225,19 +238,26 @@ class CopyLog:
         return self._file_bytes + size > HEADER_BYTES + 2 * live + SLACK_BYTES
 
     async def _change(self, rewritten: Mapping[bytes, bytes] | None, added: Iterable[bytes]) -> None:
-        """``rewritten``: all that is to be in the log; None: ``added`` is appended. Raises KeyringUnavailable, and nothing was changed."""
-        if self._descriptor < 0:
+        """``rewritten``: all that is to be in the log; None: ``added`` is appended. Raises KeyringUnavailable, and
+        nothing was changed."""
+        if self._closed:
             raise KeyringUnavailable("The log of bucket keys is closed.")
         try:
+            if self._descriptor < 0:
+                await self._in_thread(self._rewrite, self._copies)
             if rewritten is None:
                 await self._in_thread(self._append, b"".join(map(render_entry, added)))
             else:
                 await self._in_thread(self._rewrite, rewritten)
         except OSError as error:
-            self.problem = f"{self.path} cannot be written: {error.strerror or error}"
-            log.error("the log of bucket keys cannot be written", file=str(self.path), reason=error.strerror or str(error))
+            self._note(error)
             raise KeyringUnavailable(f"{self.problem}.") from None
         self.problem = ""
+
+    def _note(self, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        self.problem = f"{self.path} cannot be written: {reason}"
+        log.error("the log of bucket keys cannot be written", file=str(self.path), reason=reason)
 
     def _append(self, data: bytes) -> None:
         """What can't be written whole is cut off again."""

@@ -1,12 +1,14 @@
 """The two homes of a bucket's key, compared: its register in the ring, and this gateway's own copy. Pure.
 
-A wrapped key is committing and bound to its bucket and version, so what is forged does not open. What is left to somebody who writes registers without keys is to
-remove a key, to put back an older record, or to claim that the key was destroyed. So:
+A wrapped key is committing and bound to its bucket and version, so what is forged does not open. What is left to
+somebody who writes registers without keys is to remove a key, to put back an older record, or to claim that the key
+was destroyed. So:
 
-* what opens in either home is the bucket's key; a register that is missing, does not open, is not authentic or lacks a version is damaged, and is written again
-  from what opens;
+* what opens in either home is the bucket's key; a register that is missing, does not open, is not authentic or lacks
+  a version is damaged, and is written again from what opens;
 * "destroyed" is believed of an authentic record only, and then a copy counts for nothing;
-* two homes with different keys of one version are nothing that damage could make: no key is released, and nothing is overwritten.
+* two homes with different keys of one version are nothing that damage could make: no key is released, and nothing is
+  overwritten.
 
 A record of old, without authenticator, is no damage where it opens; it is written again with one.
 """
@@ -18,17 +20,27 @@ from typing import NamedTuple
 
 import msgspec
 
-from storaged.keys.bucketkey import ACTIVE, DESTROYED, BucketEnd, BucketKeys, UnknownEpoch, Vault, Versions, WrappedBucketKey
+from storaged.keys.bucketkey import (
+    ACTIVE,
+    DESTROYED,
+    BucketEnd,
+    BucketKeys,
+    UnknownEpoch,
+    Vault,
+    Versions,
+    WrappedBucketKey,
+)
 from storaged.keys.ports import Kept
 from storaged.sov1 import SealBroken
 from storaged.wire import decode
 
 
 class Judged(NamedTuple):
-    """``keys``: version -> key in the clear; empty with a ``refusal``. ``versions``: the same, wrapped, as both homes should have them.
+    """``keys``: version -> key in the clear; empty with a ``refusal``. ``versions``: the same, wrapped, as both homes
+    should have them.
 
-    ``damage``: what is wrong with the ring's record, empty when nothing is. ``mend_ring``, ``mend_copy``: that home should be written. ``ended``: as an
-    authentic record says.
+    ``damage``: what is wrong with the ring's record, empty when nothing is. ``mend_ring``, ``mend_copy``: that home
+    should be written. ``ended``: as an authentic record says.
     """
 
     keys: dict[int, bytes] = {}  # noqa: RUF012 - never changed
@@ -57,7 +69,8 @@ def judge(vault: Vault, bucket_id: bytes, kept: Kept | None, copy: Versions) -> 
     if record is not None and record.authenticator and not authentic:
         damage = f"The key record of bucket {name} is not authentic."
     if record is not None and record.state == DESTROYED and authentic:
-        return Judged(refusal=f"The key of bucket {name} is destroyed.", destroyed=True, mend_copy=bool(copy), ended=record.ended)
+        text = f"The key of bucket {name} is destroyed."
+        return Judged(refusal=text, destroyed=True, mend_copy=bool(copy), ended=record.ended)
     if record is not None and record.state != ACTIVE:
         damage = damage or f"The key record of bucket {name} says {record.state!r} and proves nothing."
         record = None
@@ -75,13 +88,16 @@ def judge(vault: Vault, bucket_id: bytes, kept: Kept | None, copy: Versions) -> 
     found = mine.entries | ring.entries
     versions = tuple(found[version][0] for version in sorted(found))
     if not found:
-        return Judged(refusal=damage or f"No key is kept for bucket {name}.", damage=damage or f"No key is kept for bucket {name}.")
+        return Judged(
+            refusal=damage or f"No key is kept for bucket {name}.",
+            damage=damage or f"No key is kept for bucket {name}.",
+        )
     return Judged(
         {version: found[version][1] for version in sorted(found)},
         versions,
         damage=damage,
         mend_ring=bool(damage) or not authentic or record is None or record.versions != versions,
-        mend_copy=versions != copy,
+        mend_copy=versions != copy and not mine.foreign,
         ended=record.ended if record is not None and authentic else None,
     )
 
@@ -108,7 +124,8 @@ def _open(vault: Vault, bucket_id: bytes, entries: Iterable[WrappedBucketKey]) -
             opened[entry.version] = entry, vault.open(bucket_id, entry)
         except UnknownEpoch:
             foreign = True
-            broken = f"is wrapped under epoch {entry.epoch}; keyring {vault.keyring_id.hex()} has epochs up to {vault.newest_epoch}"
+            newest = f"keyring {vault.keyring_id.hex()} has epochs up to {vault.newest_epoch}"
+            broken = f"is wrapped under epoch {entry.epoch}; {newest}"
         except (SealBroken, ValueError, OverflowError):
             broken = f"does not open under keyring {vault.keyring_id.hex()}"
     return _Opened(opened, broken, foreign)

@@ -1,17 +1,19 @@
 """The key service of a gateway: bucket keys on demand, authentication of records, sealing of S3 secrets.
 
-A bucket key is committed to its register, and to this gateway's own copies, before anything is sealed under it. Its two homes are compared at every release
-(``homes.judge``): a register that is damaged is written again from what opens, and reported (BUCKET_KEY_DAMAGED).
+A bucket key is committed to its register, and to this gateway's own copies, before anything is sealed under it. Its
+two homes are compared at every release (``homes.judge``): a register that is damaged is written again from what
+opens, and reported (BUCKET_KEY_DAMAGED).
 
-Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``. One that expired is forgotten when it is asked for, when any
-other is released, or by ``forget_expired``.
+Keys are released to this process by an audited read of the register and kept for ``cache_ttl_s``. One that expired is
+forgotten when it is asked for, when any other is released, or by ``forget_expired``.
 
-Every release asks the policy (``cluster.policy.release_refusal``), that of a kept key too: its decision is kept with the key, for the countries that it was made for,
-as long as neither policy nor certificate changes and the certificate is valid by the wall clock. What is refused is forgotten, and audited.
+Every release asks the policy (``cluster.policy.release_refusal``), that of a kept key too: its decision is kept with
+the key, for the countries that it was made for, as long as neither policy nor certificate changes and the certificate
+is valid by the wall clock. What is refused is forgotten, and audited.
 
-A key ends with its bucket: ``end_bucket_key`` notes in the register that the bucket was found empty on its way to Deleted, ``destroy_bucket_key`` leaves a marker
-in the key's place and removes this gateway's copy. What other gateways have goes when they look after their copies (``look_after``), or ask for the key.
-``upkeep`` does that.
+A key ends with its bucket: ``end_bucket_key`` notes in the register that the bucket was found empty on its way to
+Deleted, ``destroy_bucket_key`` leaves a marker in the key's place and removes this gateway's copy. What other
+gateways have goes when they look after their copies (``look_after``), or ask for the key. ``upkeep`` does that.
 """
 
 from __future__ import annotations
@@ -40,14 +42,15 @@ BUCKETS_CACHED_MAX = 4096
 VALIDITY_EVERY_S = 1.0
 """How often the wall clock is compared with the certificate's validity, for keys that are in memory."""
 
-REFUSALS_TOLD_MAX = 1024
+REFUSALS_KEPT_MAX = 1024
 REFUSAL_QUIET_S = 60.0
 """The same refusal is not audited again for so long: clients that try again must not fill the log."""
 
 
 @dataclass(frozen=True)
 class KeyringStatistics:
-    """``newest_epoch`` above ``backed_up_epoch``: a backup is due (KEYS_NOT_BACKED_UP). ``backed_up_ms``: when the last one was made, 0: unknown."""
+    """``newest_epoch`` above ``backed_up_epoch``: a backup is due (KEYS_NOT_BACKED_UP). ``backed_up_ms``: when the
+    last one was made, 0: unknown."""
 
     keyring_id: str
     newest_epoch: int
@@ -92,7 +95,8 @@ class Keyring:
         cache_ttl_s: float = CACHE_TTL_S,
         buckets_cached_max: int = BUCKETS_CACHED_MAX,
     ) -> None:
-        """``policy``: of the layout in force, None when it can't be read. ``holder``: this gateway's certificate. See ``judge_by``."""
+        """``policy``: of the layout in force, None when it can't be read. ``holder``: this gateway's certificate. See
+        ``judge_by``."""
         self._open: KeyMaterial | None = material
         self._keyring_id = material.keyring_id
         self._vault = Vault(material, entropy)
@@ -110,7 +114,7 @@ class Keyring:
         self._holder = holder
         self._valid_until_s = -math.inf
         """Monotonic: until when the certificate need not be looked at again."""
-        self._refusals_told: OrderedDict[tuple[bytes, str], float] = OrderedDict()
+        self._refusals_audited: OrderedDict[tuple[bytes, str], float] = OrderedDict()
         self._released = 0
         self._last = self._noted(material)
 
@@ -131,17 +135,20 @@ class Keyring:
         return self._homes
 
     def judge_by(self, policy: Policy | None, holder: KeyHolder | None) -> None:
-        """A layout came into force, or a certificate was exchanged. Kept keys that the new ones refuse are forgotten."""
+        """A layout came into force, or a certificate was exchanged. Kept keys that the new ones refuse are
+        forgotten."""
         self._policy, self._holder, self._valid_until_s = policy, holder, -math.inf
         for bucket_id in [other for other, held in self._cache.items() if held.permitted is None or self.refusal(held.permitted)]:
             del self._cache[bucket_id]
 
     def refusal(self, countries: tuple[str, ...] = ()) -> ReleaseRefusal | None:
-        """Why keys of a bucket of these countries are not released here now; none named: of a bucket that is no narrower than the cluster."""
+        """Why keys of a bucket of these countries are not released here now; none named: of a bucket that is no
+        narrower than the cluster."""
         return release_refusal(self._policy, self._holder, countries, self._clock.wall_ms())
 
     async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
-        """See KeyService. Asked again after an unknown outcome, it keeps the key that is there. Raises KeyringUnavailable when that is not this keyring's."""
+        """See KeyService. Asked again after an unknown outcome, it keeps the key that is there. Raises
+        KeyringUnavailable when that is not this keyring's."""
         if len(bucket_id) != BUCKET_ID_BYTES:
             raise ValueError(f"a bucket id has {BUCKET_ID_BYTES} bytes, not {len(bucket_id)}")
         self.material  # noqa: B018 - a closed keyring makes none
@@ -150,8 +157,8 @@ class Keyring:
             await self.bucket_key(bucket_id, countries)
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
-        """See KeyService. Raises KeyringUnavailable when the bucket has no such key or it is not under this keyring, KeyReleaseRefused when the policy refuses it,
-        ServiceUnavailable without a majority."""
+        """See KeyService. Raises KeyringUnavailable when the bucket has no such key or it is not under this keyring,
+        KeyReleaseRefused when the policy refuses it, ServiceUnavailable without a majority."""
         cached = self._lookup(bucket_id, countries)
         if cached is None:
             await self._permit(bucket_id, countries)
@@ -185,7 +192,8 @@ class Keyring:
         return self._secret_box().seal(plaintext, pack_context(b"", context))
 
     def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
-        """What it opens is a secret that it gives out: raises KeyReleaseRefused where the cluster's policy would refuse a key."""
+        """What it opens is a secret that it gives out: raises KeyReleaseRefused where the cluster's policy would
+        refuse a key."""
         box = self._secret_box()
         self._require(())
         return box.open(sealed, pack_context(b"", context))
@@ -247,7 +255,8 @@ class Keyring:
             raise KeyReleaseRefused(f"The policy does not allow this gateway to have this key. Rule {refusal}.", Rule=refusal.rule)
 
     async def _permit(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
-        """Raises KeyReleaseRefused; a key that was kept is forgotten then, and the refusal is audited, once a minute for a bucket and rule."""
+        """Raises KeyReleaseRefused; a key that was kept is forgotten then, and the refusal is audited, once a minute
+        for a bucket and rule."""
         refusal = self.refusal(countries)
         if refusal is None:
             return
@@ -255,12 +264,12 @@ class Keyring:
             self._cache.pop(bucket_id, None)
         else:
             self._cache.clear()
-        told, now = (bucket_id, refusal.rule), self._clock.monotonic()
-        if now >= self._refusals_told.get(told, now):
-            self._refusals_told[told] = now + REFUSAL_QUIET_S
-            self._refusals_told.move_to_end(told)
-            while len(self._refusals_told) > REFUSALS_TOLD_MAX:
-                self._refusals_told.popitem(last=False)
+        named, now = (bucket_id, refusal.rule), self._clock.monotonic()
+        if now >= self._refusals_audited.get(named, now):
+            self._refusals_audited[named] = now + REFUSAL_QUIET_S
+            self._refusals_audited.move_to_end(named)
+            while len(self._refusals_audited) > REFUSALS_KEPT_MAX:
+                self._refusals_audited.popitem(last=False)
             await self._audit(
                 "key.refused",
                 facts_of(

@@ -1,4 +1,5 @@
-"""What the keyring needs from the rest: system registers, a place for its own copies, and an audit log. ``node`` hands them in."""
+"""What the keyring needs from the rest: system registers, a place for its own copies, and an audit log. ``node``
+hands them in."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import NamedTuple, Protocol
 
 Audit = Callable[[str, Mapping[str, str]], Awaitable[None]]
-"""``await audit(kind, fields)`` returns when the entry is durable; a key is released only then. Kinds: key.create, key.release, key.refused, key.restore,
-key.destroy. The fields ``actor``, ``target`` and ``outcome`` are the entry's own (``cluster.audit_format.Event``). What has the outcome ``refused CODE`` is
-counted, at most two entries a minute, and is not waited for."""
+"""``await audit(kind, fields)`` returns when the entry is durable; a key is released only then. Kinds: key.create,
+key.release, key.refused, key.restore, key.destroy. The fields ``actor``, ``target`` and ``outcome`` are the entry's
+own (``cluster.audit_format.Event``). What has the outcome ``refused CODE`` is counted, at most two entries a minute,
+and is not waited for."""
 
 
 class Kept(NamedTuple):
-    """A register's settled value. ``body`` is empty after somebody emptied it."""
+    """A register's settled value. ``body`` may have been emptied."""
 
     sequence: int
     body: bytes
@@ -26,21 +28,24 @@ class KeyChange(NamedTuple):
 
 
 class SystemRegisters(Protocol):
-    """Registers of the system table, by path (``key/...``). All may raise ServiceUnavailable, ``change`` OutcomeUnknown too."""
+    """Registers of the system table, by path (``key/...``). All may raise ServiceUnavailable, ``change``
+    OutcomeUnknown too."""
 
     async def read(self, path: str) -> Kept | None:
         """None: never written."""
 
     async def change(self, path: str, update: Callable[[Kept | None], KeyChange | None]) -> Kept | None:
-        """Compare-and-set; durable on a majority when it returns, with what is there then. ``update`` is pure, may run more than once, and answers None to leave
-        the register as it is. The new value has the sequence number of the old one plus one (1 where there was none)."""
+        """Compare-and-set; durable on a majority when it returns, with what is there then. ``update`` is pure, may
+        run more than once, and answers None to leave the register as it is. The new value has the sequence number of
+        the old one plus one (1 where there was none)."""
 
     def scan(self, prefix: str) -> AsyncIterator[tuple[str, Kept]]:
         """All registers below a path that are not gone, in order."""
 
 
 class KeyCopies(Protocol):
-    """This gateway's own copies of bucket keys, wrapped: encoded ``bucketkey.KeyCopy``. All raise KeyringUnavailable when they can't be had."""
+    """This gateway's own copies of bucket keys, wrapped: encoded ``bucketkey.KeyCopy``. All raise KeyringUnavailable
+    when they can't be had."""
 
     async def get(self, bucket_id: bytes) -> bytes | None: ...
 
@@ -54,4 +59,5 @@ class KeyCopies(Protocol):
         """All of them, by bucket id."""
 
     def report(self, bucket_id: bytes, damage: str, mended: bool) -> None:
-        """For ``status``: the register ``key/BUCKET_ID`` was damaged, and is (not) mended. Empty ``damage``: it is as it should be."""
+        """For ``status``: the register ``key/BUCKET_ID`` was damaged, and is (not) mended. Empty ``damage``: it is as
+        it should be."""

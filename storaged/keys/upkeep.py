@@ -1,7 +1,9 @@
-"""Both homes of every bucket's key, looked after: the ring's registers and this gateway's copies are compared, mended, ended and listed. Releases no key.
+"""Both homes of every bucket's key, looked after: the ring's registers and this gateway's copies are compared,
+mended, ended and listed. Releases no key.
 
-States of a key: active; ended (its register notes that the bucket was found empty on its way to Deleted); destroyed (a marker in the key's place).
-``end`` and ``destroy`` are the steps; both are compare-and-set on an authentic register, so that any gateway can take them, again too.
+States of a key: active; ended (its register notes that the bucket was found empty on its way to Deleted); destroyed
+(a marker in the key's place). ``end`` and ``destroy`` are the steps; both are compare-and-set on an authentic
+register, so that any gateway can take them, again too.
 """
 
 from __future__ import annotations
@@ -34,21 +36,32 @@ class EndedKey(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """All bucket keys of the cluster, as a backup has them. ``lost``: ids of buckets whose key opens in neither home."""
+    """All bucket keys of the cluster, as a backup has them. ``lost``: ids of buckets whose key opens in neither
+    home."""
 
     copies: list[KeyCopy]
     lost: list[bytes]
 
 
 def facts_of(keyring_id: bytes, bucket_id: bytes, **more: str) -> dict[str, str]:
-    """Of an audit entry: ``outcome`` and ``target`` are the entry's own (``cluster.audit_format.Event``); the rest are its fields."""
+    """Of an audit entry: ``outcome`` and ``target`` are the entry's own (``cluster.audit_format.Event``); the rest
+    are its fields."""
     return {"target": f"bucket-id:{bucket_id.hex()}", "keyring": keyring_id.hex(), "bucket": bucket_id.hex(), **more}
 
 
 class KeyHomes:
-    """See the module. Everything here may raise KeyringUnavailable and ServiceUnavailable, what writes registers OutcomeUnknown too."""
+    """See the module. Everything here may raise KeyringUnavailable and ServiceUnavailable, what writes registers
+    OutcomeUnknown too."""
 
-    def __init__(self, vault: Vault, registers: SystemRegisters, copies: KeyCopies, *, audit: Audit, clock: Clock) -> None:
+    def __init__(
+        self,
+        vault: Vault,
+        registers: SystemRegisters,
+        copies: KeyCopies,
+        *,
+        audit: Audit,
+        clock: Clock,
+    ) -> None:
         self._vault = vault
         self._registers = registers
         self._copies = copies
@@ -56,7 +69,8 @@ class KeyHomes:
         self._clock = clock
 
     async def create(self, bucket_id: bytes) -> bool:
-        """Makes version 1, in both homes when this returns. False: the register has something already, which is left as it is. Audited before it is done."""
+        """Makes version 1, in both homes when this returns. False: the register has something already, which is left
+        as it is. Audited before it is done."""
         made = BucketKeys(bucket_id, (self._vault.wrap_new(bucket_id, 1, self._clock.wall_ms()),))
         epoch = str(self._vault.newest_epoch)
         await self._audit("key.create", self._facts(bucket_id, outcome="intent", version="1", epoch=epoch))
@@ -73,8 +87,8 @@ class KeyHomes:
         return mine
 
     async def end(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
-        """Notes in the register that the bucket of this name was found empty behind the final fence ``nonce`` of its ``shards``. Idempotent. A register that is
-        damaged is mended first; where no key opens nothing is noted."""
+        """Notes in the register that the bucket of this name was found empty behind the final fence ``nonce`` of its
+        ``shards``. Idempotent. A register that is damaged is mended first; where no key opens nothing is noted."""
         found = await self.settle(bucket_id, keep=False)
         if not found.keys or (found.ended is not None and found.ended.nonce == nonce):
             return
@@ -89,7 +103,7 @@ class KeyHomes:
 
         await self._registers.change(register_of(bucket_id), update)
         if not done:
-            raise ServiceUnavailable(f"The key record of bucket {bucket_id.hex()} is changed by somebody else.")
+            raise ServiceUnavailable(f"The key record of bucket {bucket_id.hex()} is changed by another gateway.")
 
     async def ended(self) -> list[EndedKey]:
         """All keys of buckets that have ended and are not destroyed yet, as authentic registers say."""
@@ -101,15 +115,16 @@ class KeyHomes:
         return found
 
     async def destroy(self, bucket_id: bytes, nonce: bytes) -> bool:
-        """Replaces the key by a marker, and removes this gateway's copy; True when this call did. ``nonce``: of the end that the caller verified; a register that
-        says another changes nothing. Audited before it is done."""
+        """Replaces the key by a marker, and removes this gateway's copy; True when this call did. ``nonce``: of the
+        end that the caller verified; a register that says another changes nothing. Audited before it is done."""
         done = False
 
         def update(before: Kept | None) -> KeyChange | None:
             nonlocal done
             record = None if before is None else self._authentic(register_of(bucket_id), before)
-            done = record is not None and record.state == ACTIVE and record.ended is not None and record.ended.nonce == nonce
-            return self._signed(BucketKeys(bucket_id, (), DESTROYED, record.ended), before, gone=True) if done and record else None
+            end = record.ended if record is not None and record.state == ACTIVE else None
+            done = end is not None and end.nonce == nonce
+            return self._signed(BucketKeys(bucket_id, (), DESTROYED, end), before, gone=True) if done else None
 
         await self._audit("key.destroy", self._facts(bucket_id, outcome="intent"))
         await self._registers.change(register_of(bucket_id), update)
@@ -118,9 +133,14 @@ class KeyHomes:
             await self._audit("key.destroy", self._facts(bucket_id, outcome="done"))
         return done
 
-    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]], allowed: Callable[[tuple[str, ...]], bool]) -> list[bytes]:
-        """Compares the homes of all keys that this gateway has copies of, and makes copies of those of ``buckets`` (id -> countries) that the policy allows here
-        (``allowed``). Copies of keys that were destroyed are removed: returns the ids of their buckets."""
+    async def look_after(
+        self,
+        buckets: Mapping[bytes, tuple[str, ...]],
+        allowed: Callable[[tuple[str, ...]], bool],
+    ) -> list[bytes]:
+        """Compares the homes of all keys that this gateway has copies of, and makes copies of those of ``buckets``
+        (id -> countries) that the policy allows here (``allowed``). Copies of keys that were destroyed are removed:
+        returns the ids of their buckets."""
         copies = await self._copies.every()
         left = set(copies)
         async for path, kept in self._registers.scan(REGISTERS):
@@ -140,7 +160,8 @@ class KeyHomes:
         return gone
 
     async def take_copies(self, copies: Mapping[bytes, bytes]) -> int:
-        """Takes copies from a backup: what opens and lacks here is kept, and mends the ring where that is damaged. Returns how many buckets gained something."""
+        """Takes copies from a backup: what opens and lacks here is kept, and mends the ring where that is damaged.
+        Returns how many buckets gained something."""
         taken = 0
         for bucket_id, copy in copies.items():
             mine = await self._copies.get(bucket_id)
@@ -173,29 +194,37 @@ class KeyHomes:
         return Inventory(found, lost)
 
     async def settle(self, bucket_id: bytes, more: Versions = (), *, keep: bool = True) -> Judged:
-        """Both homes of a key as they are, each mended from the other where that is possible. ``more``: versions from a backup, which count as a copy where this
-        gateway has none. ``keep``: make a copy where there is none. Damage is reported and audited."""
+        """Both homes of a key as they are, each mended from the other where that is possible. ``more``: versions from
+        a backup, which count as a copy where this gateway has none. ``keep``: make a copy where there is none. Damage
+        is reported and audited."""
         path = register_of(bucket_id)
         copy = _versions_of(await self._copies.get(bucket_id))
         known = {entry.version for entry in copy}
-        merged = tuple(sorted((*copy, *(entry for entry in more if entry.version not in known)), key=lambda entry: entry.version))
+        merged = (*copy, *(entry for entry in more if entry.version not in known))
+        merged = tuple(sorted(merged, key=lambda entry: entry.version))
         kept = await self._registers.read(path)
         found = judge(self._vault, bucket_id, kept, merged)
         if found.damage:
-            log.error("the register of a bucket's key is damaged", bucket=bucket_id.hex(), reason=found.damage, copy=bool(found.keys))
+            log.error(
+                "the register of a bucket's key is damaged",
+                bucket=bucket_id.hex(),
+                reason=found.damage,
+                copy=bool(found.keys),
+            )
         mended = not found.damage
         if found.mend_ring:
             mended = await self._mend(bucket_id, kept, found)
         self._copies.report(bucket_id, found.damage, mended)
-        if keep and found.versions and found.versions != copy:
+        if keep and found.versions and found.versions != copy and (found.mend_copy or more):
             try:
                 await self._copies.keep(bucket_id, encode(KeyCopy(bucket_id, found.versions)))
             except KeyringUnavailable as error:  # the ring has the key: what is stored can be read
-                log.warning("this gateway keeps no copy of a bucket's key", bucket=bucket_id.hex(), reason=error.message)
+                log.warning("a bucket's key has no copy here", bucket=bucket_id.hex(), reason=error.message)
         return found
 
     async def _mend(self, bucket_id: bytes, kept: Kept | None, found: Judged) -> bool:
-        """Writes the register from what opens; False when that could not be done now. A record of old gets its authenticator so."""
+        """Writes the register from what opens; False when that could not be done now. A record of old gets its
+        authenticator so."""
         record, done = BucketKeys(bucket_id, found.versions, ended=found.ended), False
 
         def update(before: Kept | None) -> KeyChange | None:
@@ -208,10 +237,11 @@ class KeyHomes:
                 await self._audit("key.restore", self._facts(bucket_id, outcome="intent", reason=found.damage))
             await self._registers.change(register_of(bucket_id), update)
         except ServiceUnavailable as error:
-            log.warning("the register of a bucket's key could not be mended now", bucket=bucket_id.hex(), reason=error.message)
+            log.warning("a bucket's key could not be mended now", bucket=bucket_id.hex(), reason=error.message)
             return False
-        if not done:  # somebody else has written it
-            return not judge(self._vault, bucket_id, await self._registers.read(register_of(bucket_id)), found.versions).damage
+        if not done:  # another gateway has written it
+            now = await self._registers.read(register_of(bucket_id))
+            return not judge(self._vault, bucket_id, now, found.versions).damage
         if found.damage:
             await self._audit("key.restore", self._facts(bucket_id, outcome="done", reason=found.damage))
         return True
@@ -221,12 +251,14 @@ class KeyHomes:
         return KeyChange(encode(self._vault.sign(record, (before.sequence if before is not None else 0) + 1)), gone)
 
     def _authentic(self, path: str, kept: Kept) -> BucketKeys | None:
-        """The record, when it proves that this keyring's gateways wrote it there; None for every other, records of old among them."""
+        """The record, when it proves that this keyring's gateways wrote it there; None for every other, records of
+        old among them."""
         try:
             record = decode(kept.body, BucketKeys)
         except msgspec.MsgspecError:
             return None
-        return record if register_of(record.bucket_id) == path and self._vault.authentic(record, kept.sequence) else None
+        here = register_of(record.bucket_id) == path
+        return record if here and self._vault.authentic(record, kept.sequence) else None
 
     def _facts(self, bucket_id: bytes, **more: str) -> dict[str, str]:
         return facts_of(self._vault.keyring_id, bucket_id, **more)

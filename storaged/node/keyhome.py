@@ -1,7 +1,9 @@
-"""Where a gateway's bucket keys are kept, as the key plane asks for it: the ring's registers, and this gateway's own copies.
+"""Where a gateway's bucket keys are kept, as the key plane asks for it: the ring's registers, and this gateway's own
+copies.
 
-The first process of a gateway has the log of copies open (``FirstCopies``); its further workers ask it over the socket to it (``LeaderCopies``, answered by
-``serve_copies``). Damage of registers is told to the first process too: that one answers ``status``.
+The first process of a gateway has the log of copies open (``FirstCopies``); its further workers ask it over the
+socket to it (``LeaderCopies``, answered by ``CopiesDesk``). Damage of registers is told to the first process too:
+that one answers ``status``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from storaged.meta.ports import Registers, Scanner
 from storaged.node.leader import Leader
 
 MENDED_SHOWN_MS: Final = 24 * 3600 * 1000
-"""A register that was mended is shown for a day: somebody destroyed it."""
+"""A register that was mended is shown for a day: something had destroyed it."""
 DAMAGE_KEPT_MAX: Final = 1000
 FIRST_PROCESS_WAIT_S: Final = 10.0
 """A worker's keyring may be open before the first process's is."""
@@ -120,7 +122,8 @@ class LeaderCopies:
         raise KeyringUnavailable("Only the first process of a gateway looks after its copies of bucket keys.")
 
     def report(self, bucket_id: bytes, damage: str, mended: bool) -> None:
-        self._leader.tell({"tell": "keys", "what": "report", "buckets": [bucket_id.hex()], "damage": damage, "mended": mended})
+        found = {"buckets": [bucket_id.hex()], "damage": damage, "mended": mended}
+        self._leader.tell({"tell": "keys", "what": "report", **found})
 
 
 class CopiesDesk:
@@ -134,7 +137,7 @@ class CopiesDesk:
         self._copies = copies
         self._there.set()
 
-    async def serve(self, told: Mapping[str, Any]) -> str:
+    async def serve(self, question: Mapping[str, Any]) -> str:
         """The answer to one question, in hex. Raises KeyringUnavailable."""
         try:
             async with asyncio.timeout(FIRST_PROCESS_WAIT_S):
@@ -142,20 +145,21 @@ class CopiesDesk:
         except TimeoutError:
             raise KeyringUnavailable("the gateway's first process has no keyring open") from None
         assert self._copies is not None
-        buckets = [bytes.fromhex(text) for text in told["buckets"]]
-        if told["what"] == "get":
+        buckets = [bytes.fromhex(text) for text in question["buckets"]]
+        if question["what"] == "get":
             return (await self._copies.get(buckets[0]) or b"").hex()
-        if told["what"] == "keep":
-            await self._copies.keep(buckets[0], bytes.fromhex(told["copy"]))
-        elif told["what"] == "forget":
+        if question["what"] == "keep":
+            await self._copies.keep(buckets[0], bytes.fromhex(question["copy"]))
+        elif question["what"] == "forget":
             await self._copies.forget(buckets)
-        elif told["what"] == "report":
-            self._copies.report(buckets[0], told["damage"], told["mended"])
+        elif question["what"] == "report":
+            self._copies.report(buckets[0], question["damage"], question["mended"])
         return ""
 
 
 async def take_restored(keyring: Keyring, copies: CopyLog) -> None:
-    """What `storaged keys restore` laid there goes into the log, and into registers that are damaged. What can't be taken now stays there."""
+    """What `storaged keys restore` laid there goes into the log, and into registers that are damaged. What can't be
+    taken now stays there."""
     try:
         found = await copies.restored()
         if not found:

@@ -1,14 +1,17 @@
 """The end of a deleted bucket's key: it is destroyed once nothing of the bucket is left to be collected.
 
-Theory of operation. On its way to Deleted a bucket was found empty behind its fence, which was noted with its key (``BucketService.resume``). From then on no row of
-it can come into being, so what is left is data on garbage lists. The key goes when, at one look,
+Theory of operation. On its way to Deleted a bucket was found empty behind its fence, which was noted with its key
+(``BucketService.resume``). From then on no row of it can come into being, so what is left is data on garbage lists.
+The key goes when, at one look,
 
 1. the delay that readers are given (``retire_delay_ms``, ``retire_follow_ms``) is over since then;
-2. an authentic record proves that the bucket was deleted, and its fence is final at a majority of every shard's replicas;
+2. an authentic record proves that the bucket was deleted, and its fence is final at a majority of every shard's
+   replicas;
 3. no disk of the layout has anything of the bucket on its garbage list that is due. Every disk must answer.
 
-Nothing depends on this: a key that stays for longer harms nobody, and data that is collected later can't be read any more. Every step is idempotent, and any gateway
-may take it. The oldest ends are looked at first, a bounded number each time.
+Nothing depends on this: a key that stays for longer does no harm, and data that is collected later can't be read any
+more. Every step is idempotent, and any gateway may take it. The oldest ends are looked at first, a bounded number
+each time.
 """
 
 from __future__ import annotations
@@ -26,15 +29,20 @@ from storaged.objects.ports import EndedKey
 
 AT_ONCE_MAX: Final = 1000
 DUE_MAX: Final = 10_000
-"""Entries of one disk's garbage list that are looked at. Where more are due the collector has not caught up, and keys wait."""
+"""Entries of one disk's garbage list that are looked at. Where more are due the collector has not caught up, and keys
+wait."""
 
 log = structlog.get_logger("housekeeping")
 
 
 async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> int:
-    """One look; returns how many keys were destroyed. Raises ServiceUnavailable, KeyringUnavailable when nothing can be said."""
+    """One look; returns how many keys were destroyed. Raises ServiceUnavailable, KeyringUnavailable when nothing can
+    be said."""
     over_ms = plane.clock.wall_ms() - plane.limits.retire_delay_ms - plane.limits.retire_follow_ms
-    ended = sorted((key for key in await plane.keys.ended_bucket_keys() if key.end.since_ms <= over_ms), key=lambda key: key.end.since_ms)
+    ended = sorted(
+        (key for key in await plane.keys.ended_bucket_keys() if key.end.since_ms <= over_ms),
+        key=lambda key: key.end.since_ms,
+    )
     if not ended:
         return 0
     uncollected = await _uncollected(plane, ended[:AT_ONCE_MAX])
@@ -47,12 +55,13 @@ async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> int:
         try:
             destroyed += await _destroy(plane, buckets, key)
         except StoragedError as error:
-            log.info("the key of a deleted bucket waits for the next round", bucket=key.bucket_id.hex(), reason=error.message)
+            log.info("the key of a deleted bucket waits", bucket=key.bucket_id.hex(), reason=error.message)
     return destroyed
 
 
 async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[bytes] | None:
-    """Ids of the buckets of which some disk has garbage. None: a disk does not answer, or has more than could be looked at."""
+    """Ids of the buckets of which some disk has garbage. None: a disk does not answer, or has more than could be
+    looked at."""
     due_ms = max(key.end.since_ms for key in ended) + plane.limits.retire_delay_ms + plane.limits.retire_follow_ms
     wanted = {key.bucket_id for key in ended}
     found: set[bytes] = set()

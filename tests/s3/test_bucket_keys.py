@@ -1,10 +1,12 @@
-"""Bucket keys outlive what an attacker does to the ring: a gateway gives them back, and a backup where no gateway has them."""
+"""Bucket keys outlive what an attacker does to the ring: a gateway gives them back, and a backup where no gateway has
+them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -47,13 +49,17 @@ class _All:
 
 
 class Ring:
-    """The ring, to somebody who has a gateway's certificate and no keys: storage nodes take values of these registers from no other."""
+    """The ring, to somebody who has a gateway's certificate and no keys: storage nodes take values of these registers
+    from no other."""
 
     def __init__(self, cluster: Cluster) -> None:
         own = identity.load_identity(cluster.directory / "gateway" / "identity")
         layouts = LayoutBook(own.administration, own.cluster, known=LayoutFiles(cluster.directory / "gateway" / "layouts").load())
         self.pool = RpcPool(
-            own, addresses=lambda node: layouts.current.node_by_name[node].address or None, admission=lambda peer: None, local_name="nobody"
+            own,
+            addresses=lambda node: layouts.current.node_by_name[node].address or None,
+            admission=lambda peer: None,
+            local_name="nobody",
         )
         directory = ReplicaDirectory(layouts, self.pool, {}, node="nobody")
         self.ring = RingClient(layouts, directory, node=own.name)
@@ -139,7 +145,11 @@ def test_keys_that_were_overwritten_in_the_ring_come_back_from_the_gateway_and_f
     told = cluster.run("keys", "restore", str(tmp_path / "backup"), "--passphrase-file", str(phrase)).stdout
     assert "was already in" in told
     os.kill(cluster.pids()["gateway"], signal.SIGHUP)
-    cluster.wait_until(lambda: not (cluster.directory / "gateway" / "bucketkeys.restored").exists(), 30, "the backup's keys to be taken")
+    cluster.wait_until(
+        lambda: not (cluster.directory / "gateway" / "bucketkeys.restored").exists(),
+        30,
+        "the backup's keys to be taken",
+    )
     assert bodies(cluster) == expected
     cluster.wait_until(lambda: cluster.status()["verdict"] == "DEGRADED", 15, "all keys to be mended")
 
@@ -191,3 +201,4 @@ def test_a_bucket_that_is_deleted_leaves_its_end_with_its_key(cluster: Cluster) 
     record = decode(with_ring(cluster, lambda ring: ring.read(path)), BucketKeys)
     assert record.ended is not None
     assert (record.ended.name, len(record.ended.nonce), len(record.authenticator)) == ("short-lived", 16, 32)
+    assert re.search(r"key backup +covers epoch 1; \d+ bucket keys? newer than it", cluster.run("doctor", check=False).stdout)

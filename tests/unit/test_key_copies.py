@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.errors import KeyringMismatch, KeyringUnavailable
-from storaged.keys import CopyLog, lay_restored
+from storaged.keys import CopyLog, copies, lay_restored
 from storaged.keys.bucketkey import KeyCopy, WrappedBucketKey
 from storaged.keys.copies import ENTRY_HEAD_BYTES, HEADER_BYTES, SLACK_BYTES, read_log, render_entry, render_log
 from storaged.wire import encode
@@ -142,6 +142,24 @@ async def test_a_full_disk_is_told_to_who_keeps_a_key_and_leaves_the_log_as_it_w
     assert log.problem == ""
     log.close()
     assert len(await (await opened(tmp_path)).every()) == 2
+
+
+async def test_a_log_that_cannot_be_begun_is_begun_when_it_can(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(copies, "replace_file", full)
+        log = await opened(tmp_path)
+        assert "No space left" in log.problem
+        with pytest.raises(KeyringUnavailable):
+            await log.keep(*copy_of(1))
+    await log.keep(*copy_of(1))
+    assert log.problem == ""
+    log.close()
+    assert (await opened(tmp_path)).count == 1
+    with pytest.raises(KeyringUnavailable, match="is closed"):
+        await log.keep(*copy_of(2))
 
 
 async def test_many_at_once_are_all_kept(tmp_path):

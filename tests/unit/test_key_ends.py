@@ -1,4 +1,5 @@
-"""The key of a deleted bucket is destroyed once nothing of the bucket is left, and not before; nobody but a keyring's gateways can bring that about."""
+"""The key of a deleted bucket is destroyed once nothing of the bucket is left, and not before; nobody but a keyring's
+gateways can bring that about."""
 
 from __future__ import annotations
 

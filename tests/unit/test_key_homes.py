@@ -1,4 +1,5 @@
-"""A bucket's key has two homes, the ring and each gateway's copies: what one of them lost the other gives back, and what was destroyed stays so."""
+"""A bucket's key has two homes, the ring and each gateway's copies: what one of them lost the other gives back, and
+what was destroyed stays so."""
 
 from __future__ import annotations
 
@@ -234,7 +235,13 @@ async def test_a_key_is_destroyed_only_after_its_end_was_noted_and_then_for_ever
     await other.keyring.end_bucket_key(BUCKET, "photos", NONCE, range(16))
     assert rig.registers.values[path_of(BUCKET)] == noted
     [(bucket_id, end)] = await other.keyring.ended_bucket_keys()
-    assert (bucket_id, end.name, end.nonce, end.shards, end.since_ms) == (BUCKET, "photos", NONCE, tuple(range(16)), rig.clock.wall_ms())
+    assert (bucket_id, end.name, end.nonce, end.shards, end.since_ms) == (
+        BUCKET,
+        "photos",
+        NONCE,
+        tuple(range(16)),
+        rig.clock.wall_ms(),
+    )
     assert (await other.keyring.bucket_key(BUCKET, ())).version == 1
     assert not await rig.keyring.destroy_bucket_key(BUCKET, b"another nonce")
     assert await rig.keyring.destroy_bucket_key(BUCKET, NONCE)

@@ -29,7 +29,11 @@ async def test_a_gateway_in_germany_is_not_given_the_key_of_a_french_bucket(mate
     frankfurt.registers.values = paris.registers.values
     with pytest.raises(KeyReleaseRefused, match="Rule bucket countries: this gateway is in DE, and the bucket is bound to FR") as caught:
         await frankfurt.keyring.bucket_key(BUCKET, ("FR",))
-    assert (caught.value.status, caught.value.code, caught.value.details) == (503, "ServiceUnavailable", {"Rule": "bucket countries"})
+    assert (caught.value.status, caught.value.code, caught.value.details) == (
+        503,
+        "ServiceUnavailable",
+        {"Rule": "bucket countries"},
+    )
     assert frankfurt.registers.reads == 0
     assert frankfurt.entries == [
         (

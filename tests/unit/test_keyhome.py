@@ -1,4 +1,5 @@
-"""Where a gateway keeps its bucket keys: the ring's registers, the first process's log, and what status says of damage."""
+"""Where a gateway keeps its bucket keys: the ring's registers, the first process's log, and what status says of
+damage."""
 
 from __future__ import annotations
 
