@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from functools import partial
 
 from storaged import errors
 from storaged.objects.names import bucket_name_possible, bucket_name_valid
@@ -11,6 +12,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.acl import own_acl
 from storaged.s3.context import Front
+from storaged.s3.documents import understood
 from storaged.s3.regions import location_constraint, region_name, region_of_new_bucket
 from storaged.s3.reply import XML_TYPE, Reply, xml_reply
 from storaged.s3.request import Request
@@ -71,7 +73,7 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         )
     if ownership != "BucketOwnerEnforced":
         raise errors.NotImplemented("Access control lists are not implemented: a bucket's owner owns every object in it.")
-    region = _region_asked(front, request.document)
+    region = await understood(partial(_region_asked, front), request.document)
     countries = _countries(request.headers.get("x-storaged-countries"))
     try:
         await front.buckets.create(request.who, name, region=region, countries=countries)
@@ -140,7 +142,7 @@ async def get_tagging(front: Front, request: Request) -> Reply:
 
 
 async def put_tagging(front: Front, request: Request) -> Reply:
-    tags = read_tagging(request, h.TAGS_PER_BUCKET_MAX)
+    tags = await read_tagging(request, h.TAGS_PER_BUCKET_MAX)
     await front.buckets.set_tags(request.bucket_record, tags)
     return Reply(204)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from functools import partial
 
 from storaged.errors import BadDigest, InvalidRequest
 from storaged.objects.checksums import checksum_of
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
+from storaged.s3.documents import understood
 from storaged.s3.request import Request
 
 
@@ -29,9 +32,14 @@ async def read_verified(front: Front, request: Request, *, bytes_max: int, requi
         declared.update(
             {name: h.check_checksum(name, value, f"x-amz-checksum-{name.lower()}") for name, value in decoder.trailing_checksums().items()}
         )
+    await understood(partial(_check, md5=md5, declared=declared), data)
+    return data
+
+
+def _check(data: bytes, md5: bytes | None, declared: Mapping[str, str]) -> None:
+    """Raises BadDigest."""
     if md5 is not None and hashlib.md5(data).digest() != md5:
         raise BadDigest("The Content-MD5 you specified did not match what we received.")
     for algorithm, value in declared.items():
         if checksum_of(algorithm, data) != value:
             raise BadDigest(f"The {algorithm} you specified did not match what we received.")
-    return data

@@ -184,8 +184,13 @@ def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool
 def _check_ascii(headers: Mapping[str, str]) -> None:
     """A header that is understood here is ASCII: else a digit, a space or a letter of another script would count as one of its. Raises BadRequest."""
     for name, value in headers.items():
-        if not value.isascii() and name.startswith(_UNDERSTOOD) and not (name in _ANY_BYTES or name.startswith("x-amz-meta-")):
+        if not value.isascii() and must_be_ascii(name):
             raise BadRequest(f"The {name} header has bytes that are not ASCII.")
+
+
+def must_be_ascii(name: str) -> bool:
+    """Whether the value of a header decides something here. ``name``: in lower case."""
+    return name.startswith(_UNDERSTOOD) and not (name in _ANY_BYTES or name.startswith("x-amz-meta-"))
 
 
 def _ascii_lower(value: str) -> str:

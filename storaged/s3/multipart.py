@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PARTS_MAX, CompletedPart
 from storaged.objects.checksums import can_be_composite, can_be_full_object, default_type
@@ -11,12 +9,12 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
+from storaged.s3.documents import understood
 from storaged.s3.objects import upload_checks
 from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
 from storaged.s3.request import Request, origin
 
 PARTS_PAGE_MAX = 1000
-PARSE_INLINE_BYTES_MAX = 64 * 1024
 PART_NUMBER_CHARS_MAX = 32
 """Leading zeros and all; ``int`` refuses thousands of digits with another error."""
 
@@ -106,7 +104,7 @@ async def complete(front: Front, request: Request) -> Reply:
     data = request.document
     if not data.strip():
         raise errors.MalformedXML("You must specify at least one part")
-    parts = await asyncio.to_thread(_completed_parts, data) if len(data) > PARSE_INLINE_BYTES_MAX else _completed_parts(data)
+    parts = await understood(_completed_parts, data)
     size = headers.get("x-amz-mp-object-size")
     result = await front.objects.complete(
         request.bucket_record,

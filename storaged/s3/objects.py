@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -27,6 +28,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.acl import own_acl
 from storaged.s3.context import Front
+from storaged.s3.documents import understood
 from storaged.s3.reply import (
     Headers,
     Reply,
@@ -120,7 +122,7 @@ async def delete_object(front: Front, request: Request) -> Reply:
 async def delete_objects(front: Front, request: Request) -> Reply:
     """Up to 1,000 keys; each answers for itself."""
     body = request.document
-    root = await asyncio.to_thread(xml.parse, body, "Delete") if len(body) > 64 * 1024 else xml.parse(body, "Delete")
+    root = await understood(partial(xml.parse, root="Delete"), body)
     wanted = root.all("Object")
     others = [child for child in root.children if child.name != "Object"]
     if not wanted or len(wanted) > DELETE_KEYS_MAX or any(child.name != "Quiet" for child in others):
@@ -347,7 +349,7 @@ async def get_tagging(front: Front, request: Request) -> Reply:
 
 
 async def put_tagging(front: Front, request: Request) -> Reply:
-    tags = read_tagging(request, h.TAGS_PER_OBJECT_MAX)
+    tags = await read_tagging(request, h.TAGS_PER_OBJECT_MAX)
     version = await front.objects.set_tags(request.bucket_record, request.key, tags, version_id=version_of(request))
     headers: Headers = {}
     version_header(version, headers)

@@ -26,6 +26,7 @@ from storaged.s3 import headers as h
 from storaged.s3.conditions import unsupported
 from storaged.s3.context import Front, Handler
 from storaged.s3.digest import read_verified
+from storaged.s3.http import must_be_ascii
 from storaged.s3.reply import TOKEN, Reply, checked_header
 from storaged.s3.request import Request
 from storaged.units import KIB
@@ -185,6 +186,8 @@ def hear_query(request: Request) -> None:
             continue
         if headers.get(lower, value) != value or not TOKEN.fullmatch(lower):
             raise InvalidArgument("A header and a query parameter contradict each other.", ArgumentName=name[:100])
+        if not value.isascii() and must_be_ascii(lower):
+            raise InvalidArgument("The value of this parameter is ASCII.", ArgumentName=name[:100])
         headers[lower] = checked_header(name[:100], value)
 
 

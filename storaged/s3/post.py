@@ -15,6 +15,7 @@ from storaged.objects.api import PART_BYTES_MAX, Principal, PutResult
 from storaged.s3 import headers as h
 from storaged.s3 import sigv4, xml
 from storaged.s3.context import Front, owned_bucket
+from storaged.s3.documents import understood
 from storaged.s3.form import FormReader, boundary_of
 from storaged.s3.operations import check_fields, check_form
 from storaged.s3.policy import Policy, check_policy, parse_policy
@@ -60,7 +61,12 @@ async def post_object(front: Front, request: Request) -> Reply:
     check_fields(said)
     meta = h.new_meta(said)
     if "tagging" in fields:
-        meta = replace(meta, tags=tags_from(fields["tagging"].encode("utf-8", "surrogateescape"), h.TAGS_PER_OBJECT_MAX))
+        meta = replace(
+            meta,
+            tags=await understood(
+                partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX), fields["tagging"].encode("utf-8", "surrogateescape")
+            ),
+        )
     checks = h.body_checks(said, None, (), None)
     result = await front.objects.put(request.bucket_record, request.key, _bounded(form, policy), meta, checks, owner=request.who.user_id)
     return _answer(request, fields, result)

@@ -212,3 +212,8 @@ def test_how_long_a_url_holds_is_a_plain_number(expires: str) -> None:
 def test_only_spaces_and_tabs_around_a_value_are_not_signed() -> None:
     plain, spaced = (sigv4.canonical_headers(["x-amz-meta-a"], {"x-amz-meta-a": value}) for value in ("v", "\u00a0v\u2003"))
     assert plain != spaced, "else who stands between could change what is stored"
+
+
+async def test_a_parameter_that_stands_for_a_header_is_ascii_too(world: World) -> None:
+    request = signed(world, "PUT", "/bucket/k?x-amz-storage-class=%C5%BFTANDARD", headers={"Connection": "close"})
+    assert b"<Code>InvalidArgument</Code>" in await world.raw(request)
