@@ -6,6 +6,7 @@ import base64
 import hmac
 import re
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from msgspec.structs import replace
