@@ -141,6 +141,7 @@ class Cluster:
         from botocore.config import Config
 
         access_key, secret_key = options.pop("keys", (self.settings["access_key"], self.settings["secret_key"]))
+        region = options.pop("region_name", self.settings["region"])
         config = Config(
             retries={"max_attempts": options.pop("attempts", 1), "mode": "standard"},
             max_pool_connections=options.pop("connections", 16),
@@ -150,7 +151,7 @@ class Cluster:
         return boto3.session.Session().client(
             "s3",
             endpoint_url=self.settings["endpoint"],
-            region_name=self.settings["region"],
+            region_name=region,
             aws_access_key_id=access_key,
             aws_secret_access_key=secret_key,
             config=config,

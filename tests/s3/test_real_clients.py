@@ -152,6 +152,19 @@ def test_env_prints_a_setup_that_works_when_pasted(cluster: Cluster, tmp_path: P
     assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
 
+def test_boto3_with_another_region_than_the_clusters_works_at_first_touch(cluster: Cluster) -> None:
+    """What clients sign for when nobody has told them a region; and a bucket that says where it was created."""
+    client = cluster.boto3(region_name="us-east-1")
+    client.create_bucket(Bucket="first-touch")
+    client.create_bucket(Bucket="first-touch-west", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
+    client.put_object(Bucket="first-touch", Key="k", Body=b"data")
+    assert client.get_object(Bucket="first-touch", Key="k")["Body"].read() == b"data"
+    assert client.head_bucket(Bucket="first-touch")["BucketRegion"] == cluster.settings["region"]
+    assert client.get_bucket_location(Bucket="first-touch-west")["LocationConstraint"] == "us-west-2"
+    kept = client.head_object(Bucket="first-touch", Key="k", ChecksumMode="ENABLED")
+    assert "ChecksumCRC32" in kept, "of boto3 itself"
+
+
 def test_boto3_transfers_a_large_file_in_parts_with_every_checksum(cluster: Cluster, tmp_path: Path) -> None:
     from boto3.s3.transfer import TransferConfig
 
@@ -159,7 +172,7 @@ def test_boto3_transfers_a_large_file_in_parts_with_every_checksum(cluster: Clus
     client.create_bucket(Bucket="boto3-parts")
     path = tmp_path / "large"
     path.write_bytes(os.urandom(23 * MIB + 5))
-    for algorithm in ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"):
+    for algorithm in ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256", "SHA512", "XXHASH64", "XXHASH3", "XXHASH128"):
         client.upload_file(
             str(path),
             "boto3-parts",

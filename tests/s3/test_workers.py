@@ -121,6 +121,21 @@ def test_a_deleted_bucket_and_a_removed_user_are_gone_in_every_process_at_once(s
             other.list_buckets()
 
 
+def test_equal_completes_through_different_processes_all_get_the_same_answer(several: Cluster) -> None:
+    clients = [several.boto3() for _ in range(16)]
+    clients[0].create_bucket(Bucket="completes")
+    for turn in range(3):
+        ids = {"Bucket": "completes", "Key": f"k{turn}"}
+        ids["UploadId"] = clients[0].create_multipart_upload(**ids)["UploadId"]
+        parts = [{"PartNumber": 1, "ETag": clients[0].upload_part(**ids, PartNumber=1, Body=b"x" * 70_000)["ETag"]}]
+        request = {**ids, "MultipartUpload": {"Parts": parts}}
+        with ThreadPoolExecutor(len(clients)) as pool:
+            answers = [pool.submit(client.complete_multipart_upload, **request) for client in clients]
+            found = [answer.result()["ETag"] for answer in answers]
+        assert len(set(found)) == 1
+        assert clients[0].get_object(Bucket="completes", Key=f"k{turn}")["ETag"] == found[0]
+
+
 def test_a_killed_process_comes_back_and_what_it_counted_stays(several: Cluster) -> None:
     asked = 'storaged_s3_requests_total{operation="ListBuckets",status="403"}'
     before, restarts = metric(several, asked), metric(several, "storaged_worker_restarts_total")
