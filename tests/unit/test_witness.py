@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -535,3 +536,80 @@ async def test_a_first_entry_that_would_fill_the_memory_of_witnesses_is_refused(
     judged = judge(node, Checkpoint("gw", "0a", 0, hashes[0], link_of(hashes), 1, b""), -1, line[:-1], hashes)
     assert isinstance(judged, Refused)
     assert "more than 2048 bytes" in judged.reason
+
+
+def rewrite_all(directory: Path, edit: Callable[[list[list[Entry]]], None]) -> None:
+    """The strongest attack on the files: after ``edit`` all chains are computed anew, each start naming the head that is before it now."""
+    chains: dict[str, list[Entry]] = {}
+    for path in sorted(directory.iterdir()):
+        chains.setdefault(path.name.split("-")[2], []).extend(parse_line(line) for line in path.read_bytes().splitlines())
+        path.unlink()
+    histories = list(chains.values())
+    edit(histories)
+    predecessor, previous = None, GENESIS
+    for ordinal, entries in enumerate(histories, start=1):
+        lines = []
+        for sequence, entry in enumerate(entries):
+            fields = {**entry.fields, "predecessor": predecessor} if sequence == 0 else entry.fields
+            event = Event(entry.kind, entry.actor, entry.target, entry.outcome, fields)
+            line, previous = make_line(entries[0].chain, sequence, entry.time_ms, event, previous, entry.salt)
+            lines.append(line)
+        if entries:
+            predecessor = {"chain": entries[0].chain, "sequence": len(entries) - 1, "hash": previous, "torn_bytes": 0}
+            (directory / f"audit-{ordinal:08d}-{entries[0].chain}-00001.jsonl").write_bytes(b"".join(lines))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_rewriting_of_what_was_witnessed_goes_unnoticed(witnessed_log: Witnessed, data: st.DataObject) -> None:
+    """Entries are removed, changed, moved, put in; chains are dropped, swapped, renamed: all hashes fit again, and no witness is fooled."""
+    rig = witnessed_log
+    saved = {path: path.read_bytes() for path in rig.files()}
+
+    def edit(histories: list[list[Entry]]) -> None:
+        for _ in range(data.draw(st.integers(1, 3))):
+            which = data.draw(st.integers(0, len(histories) - 1))
+            entries = histories[which]
+            action = data.draw(st.sampled_from(["erase", "change", "move", "insert", "cut", "drop", "rename"]))
+            at = data.draw(st.integers(1, max(1, len(entries) - 1)))
+            if action == "erase" and len(entries) > at:
+                del entries[at]
+            elif action == "change" and len(entries) > at:
+                entries[at] = msgspec.structs.replace(entries[at], target="bucket-id:other")
+            elif action == "move" and len(entries) > at + 1:
+                entries[at], entries[at + 1] = entries[at + 1], entries[at]
+            elif action == "insert" and entries:
+                entries.insert(at, msgspec.structs.replace(entries[0], kind="nothing.happened", fields={}))
+            elif action == "cut":
+                del entries[at:]
+            elif action == "drop" and len(histories) > 1:
+                del histories[which]
+            elif action == "rename":
+                histories[which] = [msgspec.structs.replace(entry, chain="ab" * 8) for entry in entries]
+
+    try:
+        rewrite_all(rig.audit, edit)
+        before = list(saved.values())
+        now = [path.read_bytes() for path in rig.files()]
+        extended = len(now) == len(before) and now[:-1] == before[:-1] and now[-1].startswith(before[-1])
+        report = rig.verify()
+        assert report.ok == extended, "what was added after the last checkpoint can't be known; everything else is"
+        if not extended:
+            assert "differs" in {one.state for one in report.witnesses} or report.problems
+    finally:
+        for path in rig.files():
+            path.unlink()
+        for path, content in saved.items():
+            path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def witnessed_log(tmp_path_factory: pytest.TempPathFactory) -> Witnessed:
+    found = Witnessed(tmp_path_factory.mktemp("witnessed"))
+
+    async def live() -> None:
+        for _ in range(3):
+            await found.life(5)
+
+    asyncio.run(live())
+    return found
