@@ -33,6 +33,7 @@ class SocketPeer(NamedTuple):
 
     @property
     def actor(self) -> str:
+        """As the audit log names it."""
         return f"unix:{self.uid}:{self.name}"
 
 
@@ -42,6 +43,11 @@ def _user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return ""
+
+
+def actor_of_user(uid: int) -> str:
+    """As the audit log names a user of this machine."""
+    return SocketPeer(uid, _user_name(uid)).actor
 
 
 def peer_of(connection: Any) -> SocketPeer:

@@ -12,12 +12,13 @@ import structlog
 
 from storaged import __version__, observe
 from storaged.admin.api import AdminServer
+from storaged.admin.listener import actor_of_user
 from storaged.clock import Clock
 from storaged.cluster import authority
 from storaged.cluster.audit_format import actor_of_peer
 from storaged.cluster.identity import Identity, authority_of, load_identity
 from storaged.cluster.layout import Layout, standing_of
-from storaged.cluster.layouts import LayoutBook, LayoutFiles
+from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.policy import Policy, policy_of
@@ -159,7 +160,7 @@ class Node:
         return LedgerReport(ledger.id, ledger.formed or self._opener.foreign_stores, ledger.node(node))
 
     def _disk_accepted(self, disk_id: str, directory: str, uid: int) -> None:
-        self.audit.note("disk.accepted", actor=f"uid:{uid}", target=f"disk:{disk_id}", outcome="done", directory=directory)
+        self.audit.note("disk.accepted", actor=actor_of_user(uid), target=f"disk:{disk_id}", outcome="done", directory=directory)
 
     async def _open_layouts(self) -> None:
         files = LayoutFiles(self.directory / "layouts")
@@ -277,7 +278,12 @@ class Node:
     def _audit_refused_layouts(self) -> None:
         def note(refused: RefusedLayout) -> None:
             self.audit.refused(
-                "layout.refused", LayoutRefused.code, actor=refused.source, target=f"layout:{refused.epoch}", reason=refused.reason
+                "layout.refused",
+                LayoutRefused.code,
+                actor=f"node:{refused.source.removeprefix(PEER)}" if refused.source.startswith(PEER) else "",
+                target=f"layout:{refused.epoch}",
+                source=refused.source,
+                reason=refused.reason,
             )
 
         self.layouts.on_refusal = note
