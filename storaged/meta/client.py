@@ -68,6 +68,7 @@ CARRY_S = 1.0
 """So long a settling round looks for the copy of an unconfirmed small object; who has it has just answered."""
 
 AGREEMENT_S = 2.0
+DOUBTED_MAX = 1000
 """Who has not said by then what it holds counts as away."""
 
 LAYOUT_PAUSE_S = 0.05
@@ -85,7 +86,8 @@ _ReadAnswer = tuple[messages.ReadReply, memoryview]
 
 @dataclass(frozen=True)
 class ClientStatistics:
-    """Counts since the start. ``digest_conflicts`` is an alarm: two replicas hold different values under one ballot."""
+    """Counts since the start. ``digest_conflicts`` and ``doubted`` are alarms: two replicas hold different values under one ballot; a replica holds a system
+    record that no gateway wrote."""
 
     reads: int
     changes: int
@@ -95,6 +97,7 @@ class ClientStatistics:
     unknown: int
     unavailable: int
     digest_conflicts: int
+    doubted: int
     calls_in_flight: int
 
 
@@ -106,6 +109,7 @@ class _Seen:
     payloads: dict[bytes, memoryview] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     damaged: frozenset[str] = frozenset()
+    doubted: dict[str, messages.ReadReply] = field(default_factory=dict)
     stale: bool = False
     fenced: bool = False
 
@@ -132,12 +136,14 @@ class RingClient:
         rules: Rules = RULES,
         novelty: Novelty | None = None,
         gateway: bool = True,
+        believes: Callable[[RegisterName, Value], bool] = lambda name, value: True,
         on_missed: Callable[[RegisterName], None] = lambda name: None,
         on_fenced: Callable[[bytes], None] = lambda scope: None,
         copy_at: Callable[[bytes, int], bytes] = lambda header, index: header,
     ) -> None:
         """``gateway``: this node is one, as its certificate says. Others settle no register of the system table, and help on nothing under another's ballot, for replicas refuse
-        that (``meta.authority``). ``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``on_fenced``: told of
+        that (``meta.authority``). ``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote: what one replica reports so
+        does not count, however high its ballot. ``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``on_fenced``: told of
         the scope of a read or a change that met a fence: whose bucket is, or was, being deleted. ``copy_at``: the fragment
         header of one replica's small copy, made to fit the replica of another index."""
         self._layouts = layouts
@@ -158,8 +164,11 @@ class RingClient:
         """Of the layout ``_viewed``, by table, scope and shard."""
         self._suspects = Suspects(self._clock)
         self._counts = dict.fromkeys(
-            ("reads", "changes", "replays", "identity_rounds", "preempted", "unknown", "unavailable", "digest_conflicts"), 0
+            ("reads", "changes", "replays", "identity_rounds", "preempted", "unknown", "unavailable", "digest_conflicts", "doubted"), 0
         )
+        self._believes = believes
+        self._doubted: dict[tuple[str, RegisterName], None] = {}
+        """Which disks were seen to report what no gateway wrote: each is logged once."""
         self._around = Surroundings(
             view=self._view,
             replicas=replicas,
@@ -172,6 +181,7 @@ class RingClient:
             rules=rules,
             counts=self._counts,
             carry=self._carry,
+            doubts=self._doubts,
             on_missed=on_missed,
             on_fenced=on_fenced,
         )
@@ -288,6 +298,17 @@ class RingClient:
             self._counts["reads"] += 1
         then(reading)
 
+    def _doubts(self, name: RegisterName, disk: str, value: Value | None) -> bool:
+        """See ``Surroundings.doubts``. ``disk`` is empty where it is not known."""
+        if name.table != Table.SYSTEM or value is None or self._believes(name, value):
+            return False
+        self._counts["doubted"] += 1
+        if disk and (disk, name) not in self._doubted and len(self._doubted) < DOUBTED_MAX:
+            self._doubted[disk, name] = None
+            record = name.key[:128].decode("utf-8", "backslashreplace")
+            log.error("a replica holds a system record that no gateway wrote", disk=disk, record=record)
+        return True
+
     async def _pause_for_layout(self, deadline: float) -> None:
         """The replicas follow a newer layout than this node has heard of; it will."""
         if self._clock.monotonic() + LAYOUT_PAUSE_S >= deadline:
@@ -300,7 +321,7 @@ class RingClient:
 
         Raises ServiceUnavailable without a majority.
         """
-        seen = _Seen()
+        seen, believe = _Seen(), False
         answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
         order = self._suspects.last(view.disks)
         needed = len(order) // 2 + 1 if len(view.groups) == 1 else len(order)
@@ -312,7 +333,11 @@ class RingClient:
         for index, disk in enumerate(order[: len(order) - len(waiting)]):
             ask(disk, index == 0 or everybody)
         while True:
-            if out_of_reach(view.groups, seen.failed):
+            if has_majority(view.groups, seen.doubted):
+                seen.replies |= seen.doubted  # nothing better is to be had; who reads it says that it can't be used
+                seen.doubted = {}
+                believe = True
+            if out_of_reach(view.groups, {*seen.failed, *seen.doubted}) and not (seen.doubted and answers.pending):
                 if seen.stale:
                     return None
                 raise ServiceUnavailable("No majority of the replicas of this key answers. Retry.")
@@ -333,10 +358,17 @@ class RingClient:
             answer = await answers.next(min(self._hedge_s, remaining_s) if waiting or enough else remaining_s, wanted)
             if answer is not None:
                 _note(seen, *answer)
+                self._set_doubted_aside(seen, name, answer[0], believe)
             elif enough and _value_at(seen, max(accepted.values())) is not None:
                 return seen  # it can be settled without whoever takes long
             if waiting and (answer is None or answer[0] in seen.failed or len(set(seen.accepted.values())) > 1):
                 ask(waiting.pop(0), True)
+
+    def _set_doubted_aside(self, seen: _Seen, name: RegisterName, disk: str, believe: bool) -> None:
+        reply = seen.replies.get(disk)
+        if reply is not None and not believe and self._doubts(name, disk, reply.value):
+            seen.doubted[disk] = seen.replies.pop(disk)
+            self._around.on_missed(name)
 
     async def _settle_seen(self, view: View, name: RegisterName, seen: _Seen, nonce: bytes, deadline: float) -> Value | None:
         """Rule 4: the newest value is accepted by a majority before it is told; the small copy that it names goes along, for its writer may have reached one replica."""

@@ -19,7 +19,7 @@ from typing import Any
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable
 from storaged.meta.messages import ScanRow
-from storaged.meta.names import RegisterName, Visibility
+from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row, Scanner
 from storaged.meta.remembered import PIECES_BYTES_MAX, Held, Remembered
 from storaged.meta.scan import EXAMINE_MAX, LIMIT_MAX, Want, common_prefix, decode_rows, list_after_prefix
@@ -174,7 +174,8 @@ class RingScanner:
                 [answers] = await self._reader.ask_all(query, [span], Want.ALL)
                 through, done = common_end(answers.values())
                 rows = reported([decode_rows(answer.rows) for answer in answers.values()], through, done)
-                differing = [RegisterName(table, scope, shard, key) for key, seen in rows.items() if not _unanimous(seen, len(answers))]
+                alike = _identical if table == Table.SYSTEM else _unanimous
+                differing = [RegisterName(table, scope, shard, key) for key, seen in rows.items() if not alike(seen, len(answers))]
                 found.settled += sum(await bounded([settle(name) for name in differing], SETTLING_MAX))
                 if len(unsettled) > UNSETTLED_MAX:
                     break
@@ -272,6 +273,11 @@ class _Page:
         prefixes = tuple(name for name, entry in zip(names, held, strict=True) if entry is None)
         keys = [name for name, entry in zip(names, held, strict=True) if entry is not None]
         return keys, [entry for entry in held if entry is not None], prefixes, next_after
+
+
+def _identical(rows: list[ScanRow], replicas: int) -> bool:
+    """``_unanimous``, and with one value. Of system rows alone: there a settling round knows which value to go by."""
+    return _unanimous(rows, replicas) and all(row.value == rows[0].value for row in rows)
 
 
 def _unanimous(rows: list[ScanRow], replicas: int) -> bool:

@@ -7,6 +7,9 @@ Theory of operation
     Once an accept has been sent, nothing but a later prepare can tell what became of it: ``Lineage`` judges that, and where it cannot the outcome is
     unknown and the caller is told so.
 
+    What no gateway wrote does not count (``Surroundings.doubts``): a value of the system table that one replica reports alone, under whatever ballot, was never
+    proposed. Its replica is treated as one that does not answer, so that the others' value is what goes on, and is accepted there too.
+
     The copies of a small object go with the accept, and a replica that cannot store its copy accepts nothing: from the moment that a record is chosen, a majority
     of its replicas have had its copy. What keeps that true is that nobody helps a record on without its copy: a value that a prepare found, which no majority has
     confirmed yet, is accepted anew together with the copy of the replica that told of it. *The exception*: a copy that can't be had holds up no register for ever.
@@ -91,6 +94,8 @@ class Surroundings:
     """``await carry(view, name, data_id, deadline)``: the copy of a small object from whichever replica has it, for all of them; None when none gives it."""
     on_fenced: Callable[[bytes], None] = lambda scope: None
     """Told of the scope of a change that was refused by a fence."""
+    doubts: Callable[[RegisterName, str, Value | None], bool] = lambda name, disk, value: False
+    """Whether the value that a disk reports was written by no gateway (see ``client.RingClient``): of registers of the system table alone."""
     on_missed: Callable[[RegisterName], None] = lambda name: None
     """Told when a replica did not take a new value or a small copy that it should have: it lags, though a majority may have confirmed the write. Settling
     rounds tell of copies alone: for replicas that lag they are what follows."""
@@ -232,10 +237,14 @@ class Proposal:
             self._ask_promise(answers, messages.Prepare(disk, self.name, ballot, self.nonce))
         promises = _Promises(answers)
         promised: dict[str, messages.PrepareReply] = {}
+        doubted: dict[str, messages.PrepareReply] = {}
         failed: dict[str, Verdict | None] = {}
         final = False
         while not has_majority(view.groups, promised):
-            if out_of_reach(view.groups, failed):
+            if has_majority(view.groups, doubted):
+                promised |= doubted  # nothing better is to be had, and it may be written over
+                break
+            if out_of_reach(view.groups, {**failed, **doubted}) and not (doubted and answers.pending):
                 self._not_promised(failed, final)
                 return None
             answer = await answers.next(self.remaining_s(), short_of_majority(view.groups, promised))
@@ -247,10 +256,12 @@ class Proposal:
                 continue
             self._note(promises, disk, reply)
             final = final or reply.final
-            if reply.verdict == Verdict.OK:
-                promised[disk] = reply
-            else:
+            if reply.verdict != Verdict.OK:
                 failed[disk] = Verdict(reply.verdict)
+            elif around.doubts(self.name, disk, reply.value):
+                doubted[disk] = reply
+            else:
+                promised[disk] = reply
         if self.commit:
             await self._hear_stragglers(promises)
             if promises.damaged_below > ballot.counter or (self._above >= ballot.counter and self._tries < ALL_REPLICAS_TRIES):

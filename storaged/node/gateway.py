@@ -37,6 +37,7 @@ from storaged.errors import (
 from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
+from storaged.meta.names import RegisterName, Value
 from storaged.node.audited import AuditedBuckets
 from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.housekeeping import housekeep, look_at_records
@@ -44,6 +45,7 @@ from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, Lead
 from storaged.node.protection import protection_of
 from storaged.node.requestlog import RequestLog
 from storaged.node.workers import Workers
+from storaged.objects.belief import Belief
 from storaged.objects.buckets import BucketService
 from storaged.objects.claims import authenticate_all
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
@@ -219,6 +221,7 @@ class Gateway:
         self._config = node.config
         self._late = LateKeys()
         self._context: ssl.SSLContext | None = None
+        self._belief: Belief | None = None
         self.workers: Workers | None = None
         """The gateway's further processes, where it has any and is the first."""
         self._drained = False
@@ -269,6 +272,7 @@ class Gateway:
         self.objects = ObjectService(plane)
         self.buckets = BucketService(plane)
         self.users = UserService(plane)
+        self._belief = Belief(plane, self.buckets, self.users)
         bad_rows = plane.bad_rows
         node.metrics.gauge("storaged_system_records_damaged").set_function(lambda: len(bad_rows))
         events = node.metrics.gauge("storaged_object_events")
@@ -360,6 +364,10 @@ class Gateway:
         """Once the keyring is open, what earlier versions wrote without an authenticator gets one."""
         await self._late.opened.wait()
         await self._binding.finish(self._late, lambda: authenticate_all(self.objects.plane))
+
+    def believes(self, name: RegisterName, value: Value) -> bool:
+        """Whether a gateway wrote this value of the system table, as far as that can be known now."""
+        return self._belief is None or self._belief(name, value)
 
     async def usable(self, wait_s: float) -> None:
         """Returns when S3 does not answer 503 any more, or after ``wait_s``."""

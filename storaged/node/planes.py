@@ -43,7 +43,7 @@ from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
 from storaged.meta.client import RingClient
 from storaged.meta.listing import RingScanner
-from storaged.meta.names import RegisterName, Table
+from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.remembered import PIECES_BYTES_MAX
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.node.auditing import Auditing
@@ -259,6 +259,7 @@ class Node:
             node=self.own.name,
             clock=self.clock,
             gateway=self.config.gateway,
+            believes=self._believes,
             on_missed=self._missed,
             on_fenced=self._fenced,
             copy_at=at_position,
@@ -447,6 +448,9 @@ class Node:
         """A replica says that a bucket is, or was, being deleted: what this gateway remembers of it may be over."""
         if self.gateway is not None:
             self.gateway.bucket_fenced(scope)
+
+    def _believes(self, name: RegisterName, value: Value) -> bool:
+        return self.gateway is None or self.gateway.believes(name, value)
 
     def _missed(self, name: RegisterName) -> None:
         """A replica did not take a write that it should have: whichever node looks after the register brings it up."""

@@ -85,6 +85,14 @@ class BucketService:
             raise DataDamaged("The record of this bucket is not authentic.")
         return record
 
+    def require_authentic(self, name: RegisterName, value: Value) -> None:
+        """Raises DataDamaged for a value that no gateway of this cluster wrote: also for a deletion, which leaves the record, and says so in it."""
+        if value.sequence == 0:
+            return  # never written
+        record = self._verified(name, value, _record_in(value.body))
+        if (value.visibility == Visibility.TOMBSTONE) != (record.state == DELETED):
+            raise DataDamaged("The record of this bucket says otherwise than its row.")
+
     async def _read(self, name: str) -> BucketRecord | None:
         """The record of a name as it is now, healed where that can be. Raises DataDamaged, ServiceUnavailable."""
         plane, register = self._plane, system_name(PREFIX + name)
@@ -434,10 +442,13 @@ class BucketService:
 
 def _decoded(value: Value | None) -> BucketRecord | None:
     """Not verified. Raises DataDamaged."""
-    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
-        return None
+    return None if value is None or value.visibility == Visibility.TOMBSTONE or not value.body else _record_in(value.body)
+
+
+def _record_in(body: bytes) -> BucketRecord:
+    """Raises DataDamaged."""
     try:
-        return decode(value.body, BucketRecord)
+        return decode(body, BucketRecord)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
 

@@ -60,6 +60,10 @@ class UserService:
             raise DataDamaged("The record of a user is not authentic.")
         return record
 
+    def require_authentic(self, name: RegisterName, value: Value) -> None:
+        """Raises DataDamaged for a value that no gateway of this cluster wrote. Of a user that was removed nothing can be said."""
+        self._decode(name, value)
+
     def _open(self, name: RegisterName, record: UserRecord) -> tuple[Principal, str]:
         try:
             secret = decode(self._plane.keys.open_secret(record.sealed, (name.pack(), b"secret")), UserSecret)

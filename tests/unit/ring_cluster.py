@@ -36,12 +36,14 @@ from storaged.meta.replica import LocalReplica
 from storaged.node.disks import load_of
 from storaged.node.keeper import SystemKeeper
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
+from storaged.objects.belief import Belief
 from storaged.objects.buckets import BucketService
 from storaged.objects.manifest import parts_of
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object
 from storaged.objects.references import live_references
 from storaged.objects.service import ObjectService
+from storaged.objects.users import UserService
 from storaged.wire import Buffer, Message, decode, encode
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.unit.meta_store_suite import slots_in
@@ -458,6 +460,7 @@ class Gateway:
             node=name,
             clock=cluster.clock,
             jitter=lambda: 0.5,
+            believes=lambda name, value: self.belief(name, value),
             on_missed=self._missed,
             on_fenced=lambda scope: self.buckets.fenced(scope),
         )
@@ -480,6 +483,7 @@ class Gateway:
         )
         self.objects = ObjectService(self.plane)
         self.buckets = BucketService(self.plane)
+        self.belief = Belief(self.plane, self.buckets, UserService(self.plane))
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self.maintain.run()), loop.create_task(self.keeper.run())]
 
