@@ -153,6 +153,10 @@ METRICS: dict[str, Described] = {
     "storaged_node_up": Described("gauge", "1 when the node answers this one.", ("node",)),
     "storaged_disk_bytes": Described("gauge", "Bytes of a local disk's fragment store.", ("disk", "kind")),
     "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
+    "storaged_audit_alarms": Described(
+        "gauge", "Nodes whose audit log is not what this node, or a witness of its own log, saw of it: AUDIT_REFUSED_BY_WITNESS."
+    ),
+    "storaged_audit_entries": Described("gauge", "Entries of the audit log of this process that are on disk."),
     "storaged_ring_alarms": Described(
         "gauge",
         "Of a local disk since the start: ballot_conflicts (0 in a sound cluster) and sequence_falls (a few after crashes).",

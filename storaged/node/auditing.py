@@ -51,6 +51,10 @@ class Auditing:
             self._book = WitnessBook(node.directory / WITNESS_FOLDER, authority, node.clock)
             self._book.trail = self.log
 
+        if isinstance(log := self.log, AuditLog):
+            node.metrics.gauge("storaged_audit_alarms").set_function(lambda: len(merged(self.alarms())))
+            node.metrics.gauge("storaged_audit_entries").set_function(lambda: log.statistics().entries_durable)
+
     def methods(self) -> Methods:
         return self._book.methods() if self._book is not None else {}
 
