@@ -273,6 +273,27 @@ async def test_the_marker_of_a_destroyed_key_counts_for_its_own_register_and_seq
         assert [mended for _, _, mended in again.copies.reports] == [True]
 
 
+async def test_a_key_that_is_destroyed_while_another_gateway_is_about_to_mend_it_stays_destroyed(rig, material):
+    await rig.keyring.create_bucket_key(BUCKET, ())
+    await rig.keyring.end_bucket_key(BUCKET, "photos", NONCE, range(16))
+    old = msgspec.structs.replace(record_of(rig), authenticator=b"")
+    other = restarted(rig, material, copies=False)
+    authentic, rig.registers.values[path_of(BUCKET)] = rig.registers.values[path_of(BUCKET)], encode(old)
+    change = rig.registers.change
+
+    async def meanwhile(path, update):
+        rig.registers.change = change
+        rig.registers.values[path] = authentic
+        assert await rig.keyring.destroy_bucket_key(BUCKET, NONCE)
+        return await change(path, update)
+
+    rig.registers.change = meanwhile
+    await other.keyring.bucket_key(BUCKET, ())
+    assert record_of(rig).state == DESTROYED
+    await other.keyring.look_after({})
+    assert other.copies.held == {}
+
+
 async def test_an_end_that_no_keyring_noted_is_not_believed(rig):
     await rig.keyring.create_bucket_key(BUCKET, ())
     await rig.keyring.end_bucket_key(BUCKET, "photos", NONCE, range(16))
