@@ -2,8 +2,9 @@
 
     SIZE-HEX[;chunk-signature=HEX64] CRLF data CRLF ... 0[;chunk-signature=HEX64] CRLF [name:value CRLF]... [x-amz-trailer-signature:HEX64 CRLF] CRLF
 
-Lines end in CRLF, and nothing follows the empty line that ends the body. One exception: AWS's own example of signed trailers
-ends a trailer in LF, or in LF CR LF, and some clients follow it.
+Lines end in CRLF, and nothing follows the empty line that ends the body. One exception: in AWS's own example of trailers one
+ends in LF, or in LF CR LF, and clients follow it (minio-go, with and without signatures). Then an empty line may come before
+the signature, or before the empty line that ends the body.
 
 Data is passed on as it arrives, also that of a signed chunk: its signature is checked where the chunk ends, and whoever stores
 the body commits nothing before the body has ended well. So a signed chunk takes no memory, however large its client makes it.
@@ -37,7 +38,18 @@ class ChunkedDecoder(ChunkReader):
     Raises IncompleteBody, SignatureDoesNotMatch, InvalidChunkSizeError, MalformedTrailerError, InvalidRequest.
     """
 
-    __slots__ = ("_bare_lf", "_canonical_trailer", "_hash", "_key", "_previous", "_signature", "_trailer_verified", "_trailing", "trailers")
+    __slots__ = (
+        "_bare_lf",
+        "_canonical_trailer",
+        "_hash",
+        "_key",
+        "_may_end",
+        "_previous",
+        "_signature",
+        "_trailer_verified",
+        "_trailing",
+        "trailers",
+    )
 
     size_line = re.compile(rb"([0-9A-Fa-f]{1,11})(?:;chunk-signature=([^\x00-\x20;\x7f-\xff]*))?\r\n")
     error = InvalidRequest
@@ -51,7 +63,9 @@ class ChunkedDecoder(ChunkReader):
         self._hash = hashlib.sha256()
         self._canonical_trailer = b""
         self._bare_lf = False
-        """The last trailer ended in LF alone, as in AWS's example; then an empty line may come before the signature."""
+        """The last trailer ended in LF alone."""
+        self._may_end = False
+        """Of a body without signatures, whose last trailer did: the empty line after it may be the last or not."""
         self._trailer_verified = key is None or not trailing
         self.trailers: dict[str, str] = {}
 
@@ -67,7 +81,7 @@ class ChunkedDecoder(ChunkReader):
 
     def finish(self) -> None:
         """The connection's body has ended: was this one complete?"""
-        if not self.ended:
+        if not (self.ended or self._may_end):
             raise IncompleteBody("The chunked body ended before the empty line that ends it.")
 
     def trailing_checksums(self) -> Mapping[str, str]:
@@ -105,6 +119,7 @@ class ChunkedDecoder(ChunkReader):
         if line == b"\r\n":
             if self._bare_lf:
                 self._bare_lf = False
+                self._may_end = self._trailer_verified and len(self.trailers) == len(self._trailing)
             elif len(self.trailers) < len(self._trailing):
                 missing = next(name for name in self._trailing if name not in self.trailers)
                 raise MalformedTrailerError(f"The trailing header {missing} was announced but did not come.")
@@ -130,7 +145,7 @@ class ChunkedDecoder(ChunkReader):
     def _on_named_trailer(self, name: str, value: str, bare_lf: bool) -> None:
         """One that was announced, once, before the signature of them all."""
         late = self._key is not None and self._trailer_verified
-        if name not in self._trailing or name in self.trailers or late or (bare_lf and self._key is None):
+        if name not in self._trailing or name in self.trailers or late or self._may_end:
             raise MalformedTrailerError()
         self._bare_lf = bare_lf
         self.trailers[name] = value

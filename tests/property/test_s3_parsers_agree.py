@@ -333,7 +333,7 @@ def test_aws_chunked_is_what_aws_describes(data: st.DataObject, pieces: list[byt
         expected = aws_chunks(wire, [_NAME] if trailing else [], (_KEY.key, _KEY.timestamp, _KEY.scope, _KEY.seed) if signed else None)
     except Refused:
         if ours is not None:
-            explained({"AWS's example ends a signed trailer in LF": lambda: signed and trailing and re.search(rb"[^\r]\n", wire)}, wire)
+            explained({"AWS's example ends a trailer in LF": lambda: trailing and re.search(rb"[^\r]\n", wire)}, wire)
         return
     if ours is None:
         explained({"a trailer is printable ASCII": lambda: not wire.isascii() or b"\t" in wire}, wire)

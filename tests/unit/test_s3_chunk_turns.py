@@ -258,8 +258,17 @@ def test_aws_chunked_without_its_last_line_is_incomplete(wire: bytes) -> None:
         decoder.finish()
 
 
-@pytest.mark.parametrize("end", [b"\n\r\n", b"\n", b"\r\n\n"])
-def test_an_unsigned_trailer_ends_in_crlf(end: bytes) -> None:
+@pytest.mark.parametrize("end", [b"\r\n\r\n", b"\n\r\n", b"\n\r\n\r\n"])
+def test_an_unsigned_trailer_may_end_as_aws_and_minio_clients_end_it(end: bytes) -> None:
+    decoder = ChunkedDecoder(None, ("x-amz-checksum-crc32",))
+    assert decoded(decoder, [b"1\r\na\r\n0\r\nx-amz-checksum-crc32:AAAAAA==", *(end[at : at + 1] for at in range(len(end)))]) == b"a"
+    assert decoder.trailing_checksums() == {"CRC32": "AAAAAA=="}
+
+
+@pytest.mark.parametrize(
+    "end", [b"\n", b"\r\n\n", b"\n\n", b"\n\r\n\r\n\r\n", b"\r\n\r\n\r\n", b"\n\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n", b"\r\n"]
+)
+def test_a_trailer_that_ends_otherwise_is_refused(end: bytes) -> None:
     with pytest.raises(errors.S3Error):
         decoded(ChunkedDecoder(None, ("x-amz-checksum-crc32",)), [b"0\r\nx-amz-checksum-crc32:AAAAAA==" + end])
 
