@@ -18,6 +18,7 @@ from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import (
     AuditRefusedByWitness,
+    AuditUnwritable,
     BucketKeyDamaged,
     BucketNotVerified,
     ClockSkewed,
@@ -139,6 +140,8 @@ class Facts:
     """Names of buckets' records that storage nodes don't believe, each with the reason."""
     key_refusal: str = ""
     """Why the policy does not allow this gateway to have keys now."""
+    audit_problem: str = ""
+    """Why this node's own audit log cannot be written."""
     audit_alarms: Sequence[tuple[str, str]] = ()
     """(node, what its witnesses say of its audit log)."""
 
@@ -238,6 +241,8 @@ def _reads(facts: Facts, headless: int) -> str:
 def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], now_ms: int) -> Iterable[dict[str, Any]]:
     if facts.keyring_problem:
         yield problem(KeyringMismatch, "keyring", now_ms, facts.keyring_problem)
+    if facts.audit_problem:
+        yield problem(AuditUnwritable, "audit log", now_ms, facts.audit_problem)
     for node_name, reason in facts.audit_alarms:
         yield problem(AuditRefusedByWitness, node_name, now_ms, reason)
     if facts.key_refusal:

@@ -161,6 +161,8 @@ class AuditLog:
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = ""
+        self.problem = ""
+        """Why the disk refused the last entry; empty once it takes one again."""
         self._closing = False
         self._syncs = 0
         self._dropped = 0
@@ -303,7 +305,7 @@ class AuditLog:
                 except OSError as error:
                     await self._take_back(batch, error)
                 else:
-                    self._durable = batch[-1].head
+                    self._durable, self.problem = batch[-1].head, ""
                     if not self.start_line:
                         self.start_line = batch[0].line.removesuffix(b"\n")
                     for item in batch:
@@ -333,6 +335,7 @@ class AuditLog:
         """Nothing behind the durable head was acknowledged: it is cut off, and the next entry begins a new file."""
         reason = f"The audit log in {self.directory} cannot be written: {error.strerror or error}."
         log.error("the audit log cannot be written", directory=str(self.directory), reason=error.strerror or str(error))
+        self.problem = reason
         lost = batch + list(self._queue)
         self._queue.clear()
         self._head = self._durable

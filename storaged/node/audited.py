@@ -14,9 +14,12 @@ from typing import Any, Final
 from storaged.clock import Clock
 from storaged.cluster.audit import Trail, audited
 from storaged.cluster.audit_format import DONE
-from storaged.errors import NoSuchBucket, StoragedError
+from storaged.errors import AuditUnwritable, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.objects.api import Buckets, Principal
 from storaged.objects.records import BucketRecord
+
+NOT_AUDITED: Final = "the gateway's audit log cannot be written (AUDIT_UNWRITABLE)."
+"""To a client; the log of the gateway says more."""
 
 QUIET_S: Final = 60.0
 REFUSED_LATELY_MAX: Final = 4096
@@ -78,10 +81,12 @@ class AuditedBuckets:
                 except StoragedError as error:
                     self._trail.refused(kind, error.code, actor=actor, target=target, **facts)
                     raise
-                await self._trail.append(kind, actor=actor, target=target, outcome=DONE, **{**facts, **found})
+                self._trail.note(kind, actor=actor, target=target, outcome=DONE, **{**facts, **found})
             else:
                 async with audited(self._trail, kind, actor=actor, target=target, **facts) as found:
                     yield found
+        except AuditUnwritable:
+            raise ServiceUnavailable(f"Nothing was done: {NOT_AUDITED}") from None
         except StoragedError:
             self._refused_lately.pop(name, None)
             while len(self._refused_lately) >= REFUSED_LATELY_MAX:

@@ -82,6 +82,11 @@ class Auditing:
         """Every node with disks but the one whose log it is: what a node says of itself is no witness."""
         return [node.name for node in self._node.layouts.current.nodes if "storage" in node.roles and node.name != of]
 
+    @property
+    def problem(self) -> str:
+        """Why the log cannot be written now."""
+        return self.log.problem if isinstance(self.log, AuditLog) else ""
+
     def alarms(self) -> list[tuple[str, str]]:
         """(node, what is wrong with its audit log), of this node's log and of those that it is a witness of."""
         own = self._client.problems() if self._client is not None else {}

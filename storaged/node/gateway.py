@@ -27,6 +27,7 @@ from storaged.cluster.policy import KeyHolder, Policy
 from storaged.cluster.signers import publish, signer_id
 from storaged.config import Config, S3Section, split_address
 from storaged.errors import (
+    AuditUnwritable,
     CertificateRefused,
     ConfigInvalid,
     KeyringUnavailable,
@@ -38,7 +39,7 @@ from storaged.ids import system_entropy
 from storaged.keys import CopyLog
 from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
 from storaged.meta.names import RegisterName, Value
-from storaged.node.audited import AuditedBuckets
+from storaged.node.audited import NOT_AUDITED, AuditedBuckets
 from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
@@ -437,8 +438,11 @@ class Gateway:
             rest = {name: value for name, value in fields.items() if name not in ("actor", "target", "outcome")}
             actor = fields.get("actor", "") or f"node:{self._node.own.name}"
             self._node.audit.refused(kind, code, actor=actor, target=fields.get("target", ""), **rest)
-        else:
+            return
+        try:
             await self._node.audit.append(kind, **fields)
+        except AuditUnwritable:
+            raise KeyringUnavailable(f"No key is released or made: {NOT_AUDITED}") from None
 
     async def _where(self, bucket_name: str, key: bytes) -> dict[str, Any]:
         bucket = await self.buckets.get(bucket_name)

@@ -92,6 +92,7 @@ class Reports:
             key_refusal=refusal,
             key_damage=node.gateway.key_damage() if node.gateway is not None else (),
             bad_records=node.gateway.bad_records() if node.gateway is not None else (),
+            audit_problem=node.auditing.problem,
             audit_alarms=merged([*node.auditing.alarms(), *(alarm for status in told for alarm in status.audit_alarms)]),
             unverified_records=sorted({name: reason for status in told for name, reason in status.records_refused}.items()),
         )

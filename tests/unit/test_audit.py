@@ -276,9 +276,11 @@ async def test_when_the_disk_refuses_nobody_is_told_that_an_entry_is_safe_and_th
     monkeypatch.setattr(os, fails_at, refusing)
     results = await asyncio.gather(*(log.append("during", number=number) for number in range(5)), return_exceptions=True)
     assert all(isinstance(result, AuditUnwritable) for result in results)
+    assert "No space left" in log.problem
     assert log.head.sequence == 1
     full = False
     await log.append("after")
+    assert log.problem == ""
     await log.close()
     report = verify(files_of(tmp_path))
     assert report.ok

@@ -11,7 +11,7 @@ import pytest
 from storaged.cluster.audit import AuditLog
 from storaged.cluster.audit_format import Entry, parse_line
 from storaged.config import LogSection
-from storaged.errors import BucketAlreadyOwnedByYou, BucketNotEmpty, NoSuchBucket
+from storaged.errors import BucketAlreadyOwnedByYou, BucketNotEmpty, NoSuchBucket, ServiceUnavailable
 from storaged.node.audited import AuditedBuckets
 from storaged.node.requestlog import RequestLog
 from storaged.objects.api import Principal
@@ -28,7 +28,7 @@ class Buckets:
     def __init__(self) -> None:
         self.known: dict[str, BucketRecord] = {}
         self.full = False
-        self.at_hand = self.list_buckets = self.set_tags = self.get_tags = lambda *_: None
+        self.at_hand = self.list_buckets = self.set_tags = self.get_tags = self.fences_seen = lambda *_: None
 
     async def get(self, name: str) -> BucketRecord:
         if name not in self.known:
@@ -115,6 +115,16 @@ async def test_a_minute_after_a_refusal_the_intent_is_written_again(rig: Rig) ->
             await rig.buckets.delete(made, who=ALICE)
         rig.clock.now_ms += 61_000
     assert [entry.outcome for entry in await rig.entries()][2:] == ["intent", "refused BucketNotEmpty"] * 2
+
+
+async def test_without_an_audit_log_a_bucket_is_neither_made_nor_deleted_and_a_client_hears_503(rig: Rig) -> None:
+    made = await rig.buckets.create(ALICE, "photos", region="eu")
+    await rig.log.close()
+    for attempt in (rig.buckets.create(ALICE, "more", region="eu"), rig.buckets.delete(made, who=ALICE)):
+        with pytest.raises(ServiceUnavailable, match="AUDIT_UNWRITABLE") as refused:
+            await attempt
+        assert str(rig.directory) not in refused.value.message
+    assert list(rig.behind.known) == ["photos"]
 
 
 @pytest.mark.parametrize(
