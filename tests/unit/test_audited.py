@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,10 @@ class Buckets:
     def __init__(self) -> None:
         self.known: dict[str, BucketRecord] = {}
         self.full = False
-        self.at_hand = self.list_buckets = self.set_tags = self.get_tags = self.fences_seen = lambda *_: None
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not audited is passed through, whatever it is."""
+        return lambda *_: None
 
     async def get(self, name: str) -> BucketRecord:
         if name not in self.known:
