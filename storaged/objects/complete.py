@@ -74,7 +74,7 @@ from storaged.wire import encode
 
 ATTEMPTS_MAX = 12
 WAITS_MAX = 6
-"""0.02 s, doubled each time, half of it at random: up to 1.3 s for another request that completes the same upload."""
+"""Of 0.01 to 0.02 s, doubled each time: up to 1.3 s for another request that completes the same upload."""
 
 Rows = dict[int, tuple[PartRecord, SealedPart]]
 
@@ -408,12 +408,13 @@ async def _commit(
 
 
 async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: asyncio.Event) -> None:
-    """Looks at the upload after the object's replicas have promised: see the theory of operation."""
+    """Looks at the upload after the object's replicas have promised: see the theory of operation. A change that would put the version into a record without it must not be made
+    when the upload is Done: another request has put it there before, and it was deleted or overwritten since."""
     await promised.wait()
     record = decode_upload((await plane.registers.read(upload.name)).value)
     if record is None or record.state not in (OPEN, COMPLETING, DONE):
         raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
-    if record.state == OPEN or (record.state == COMPLETING and record.pinned != upload.record.pinned):
+    if record.state != COMPLETING or record.pinned != upload.record.pinned:
         raise _Overtaken
 
 

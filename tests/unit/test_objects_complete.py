@@ -12,8 +12,8 @@ import pytest
 from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from storaged.errors import ConditionalRequestConflict, InvalidPart, NoSuchUpload, PreconditionFailed
-from storaged.meta.names import Table, Value, system_name
+from storaged.errors import ConditionalRequestConflict, InvalidPart, NoSuchKey, NoSuchUpload, PreconditionFailed
+from storaged.meta.names import RegisterName, Table, Value, system_name
 from storaged.objects import multipart
 from storaged.objects.api import CompletedPart, WriteConditions
 from storaged.objects.etags import ANY
@@ -217,4 +217,31 @@ async def test_a_users_secret_opens_by_the_context_that_formats_md_names() -> No
     record = decode(world.ring.values[name].body, UserRecord)
     packed = b"\x00" + bytes(16) + b"\x00" + b"user/AKIAANNA"
     assert decode(keys.open_secret(record.sealed, (packed, b"secret")), UserSecret).secret_key == "s" * 40
+    await objects.close()
+
+
+@pytest.mark.parametrize("then", ["deleted", "overwritten"])
+async def test_a_slow_complete_does_not_bring_back_what_an_equal_one_made_and_a_client_replaced(then: str) -> None:
+    world, objects, bucket = world_of()
+    upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000, b"b"])
+    answers = []
+
+    async def meanwhile(name: RegisterName) -> None:
+        if name.table != Table.OBJECT:
+            world.ring.interfere = meanwhile
+            return
+        answers.append(await complete(objects, bucket, upload_id, parts))
+        if then == "deleted":
+            await objects.delete(bucket, b"key")
+        else:
+            await put(objects, bucket, b"newer")
+
+    world.ring.interfere = meanwhile
+    answers.append(await complete(objects, bucket, upload_id, parts))
+    assert answers[0] == answers[1]
+    if then == "deleted":
+        with pytest.raises(NoSuchKey):
+            await objects.head(bucket, b"key")
+    else:
+        assert await got(objects, bucket) == b"newer"
     await objects.close()
