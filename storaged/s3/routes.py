@@ -11,6 +11,7 @@ beside another one is refused before anything else happens: a ``DELETE /bucket/k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from storaged import errors
@@ -239,6 +240,9 @@ SUBRESOURCES = frozenset({*BUCKET, *OBJECT} - {""})
 _FOLDED = {name.lower(): name for name in (*aws.PARAMETERS, *sorted(SUBRESOURCES))}
 """Lower case -> the name as AWS spells it. Names of subresources win."""
 
+_WORD = re.compile(r"\A[^\w-]+|(?<=[\w-])[^\w-].*\Z", re.DOTALL)
+"""What stands around the first word of a parameter's name: ``?acl?versionId=x`` and ``?%20acl`` mean the subresource."""
+
 
 def find(method: str, bucket: str, key: bytes, query: Mapping[str, str], headers: Mapping[str, str], count: int = 0) -> Operation:
     """The row of a request. ``count``: of query parameters that came. Reads the target, and which headers there are,
@@ -274,7 +278,7 @@ def _subresource(table: Mapping[str, Methods], query: Mapping[str, str]) -> str:
             found = name
         elif name in SUBRESOURCES:
             raise errors.MethodNotAllowed(ResourceType=name)
-        elif (spelt := _FOLDED.get(name.strip().lower(), name)) != name and spelt in SUBRESOURCES:
+        elif (spelt := _FOLDED.get(_WORD.sub("", name).lower(), name)) != name and spelt in SUBRESOURCES:
             raise _misspelt(name, spelt)
     return found
 
@@ -283,7 +287,7 @@ def _check_case(query: Mapping[str, str]) -> None:
     """Of parameters that are no subresources: a read ignores what it does not know, as AWS does; a change does not.
     Raises NotImplemented."""
     for name in query:
-        if (spelt := _FOLDED.get(name.strip().lower(), name)) != name:
+        if (spelt := _FOLDED.get(_WORD.sub("", name).lower(), name)) != name:
             raise _misspelt(name, spelt)
 
 

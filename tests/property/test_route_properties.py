@@ -75,6 +75,8 @@ queries = st.lists(names, max_size=3, unique=True).map(lambda found: dict.fromke
 @example("DELETE", "object", {"policy": ""})
 @example("DELETE", "bucket", {"metadataJournalTable": ""})
 @example("PUT", "object", {"Tagging": ""})
+@example("DELETE", "object", {"policy?x": ""})
+@example("DELETE", "object", {" acl\x00": ""})
 @settings(max_examples=3000)
 def test_what_changes_something_has_no_parameter_that_its_operation_does_not_take(method: str, level: str, query: dict[str, str]) -> None:
     found = outcome(lambda: routes.find(method, *WHERE[level], query, {}, len(query)))
