@@ -9,6 +9,9 @@ The key goes when, at one look,
    replicas;
 3. no disk of the layout has anything of the bucket on its garbage list that is due. Every disk must answer.
 
+Fragments on a disk that was away when their objects were deleted are on no list: they are orphans, which a sweep finds
+much later. The key does not wait for it, and without it they can't be read.
+
 Nothing depends on this: a key that stays for longer does no harm, and data that is collected later can't be read any
 more. Every step is idempotent, and any gateway may take it. The oldest ends are looked at first, a bounded number
 each time.
