@@ -31,7 +31,7 @@ from storaged import trace
 from storaged.clock import Clock
 from storaged.errors import NoSuchBucket, OutcomeUnknown, ServiceUnavailable, StoragedError
 from storaged.meta import messages
-from storaged.meta.names import RegisterName, Value
+from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Outcome, Replicas, SmallCopies, Update
 from storaged.meta.register import (
     COUNTER_AHEAD_MAX_US,
@@ -42,6 +42,7 @@ from storaged.meta.register import (
     Rules,
     Standing,
     Verdict,
+    chosen_beneath,
     confirmed_above,
     has_majority,
     may_create,
@@ -262,14 +263,19 @@ class Proposal:
                 doubted[disk] = reply
             else:
                 promised[disk] = reply
+        others = promised if self.name.table == Table.SYSTEM else {}
         if self.commit:
-            await self._hear_stragglers(promises)
+            await self._hear_stragglers(promises, others)
             if promises.damaged_below > ballot.counter or (self._above >= ballot.counter and self._tries < ALL_REPLICAS_TRIES):
                 return None
-        accepted = {disk: reply.accepted for disk, reply in promised.items()}
-        highest = max(promised.values(), key=lambda reply: reply.accepted)
-        promises.ballot, promises.value = highest.accepted, highest.value
-        promises.settled = settled_ballot(view.groups, accepted) == highest.accepted
+        self._look_at(view, promises, promised)
+        if not promises.settled and others is promised:
+            await self._hear_stragglers(promises, others)
+            self._look_at(view, promises, promised)
+            chosen = chosen_beneath(view.groups, {disk: reply.accepted for disk, reply in promised.items()})
+            if chosen is not None:
+                value = next(reply.value for reply in promised.values() if reply.accepted == chosen)
+                promises.ballot, promises.value, promises.settled = chosen, value, True
         if not promises.settled:
             lost_at = self.lineage.lost_at()
             told = [(reply.accepted, reply.value) for reply in promised.values() if reply.accepted != lost_at]
@@ -277,6 +283,13 @@ class Proposal:
             if beneath is not None and promises.value is not None:
                 promises.value = msgspec.structs.replace(promises.value, sequence=beneath.sequence + 1)
         return promises
+
+    def _look_at(self, view: View, promises: _Promises, promised: dict[str, messages.PrepareReply]) -> None:
+        """Notes the newest of what those who promised have."""
+        accepted = {disk: reply.accepted for disk, reply in promised.items()}
+        highest = max(promised.values(), key=lambda reply: reply.accepted)
+        promises.ballot, promises.value = highest.accepted, highest.value
+        promises.settled = settled_ballot(view.groups, accepted) == highest.accepted
 
     def _ask_promise(self, answers: Answers[messages.PrepareReply], request: messages.Prepare) -> None:
         answers.post(request, timeout_s=self._call_timeout_s())
@@ -312,7 +325,8 @@ class Proposal:
         if not self.lineage.open:
             raise self._gave_up("no majority of its replicas answers")
 
-    async def _hear_stragglers(self, promises: _Promises) -> None:
+    async def _hear_stragglers(self, promises: _Promises, promised: dict[str, messages.PrepareReply]) -> None:
+        """Waits a moment for the replicas beyond the majority, and adds those that promise."""
         while promises.answers.pending:
             answer = await promises.answers.next(min(STRAGGLERS_S, self.remaining_s()))
             if answer is None:
@@ -320,6 +334,8 @@ class Proposal:
             disk, reply = answer
             if not isinstance(reply, StoragedError):
                 self._note(promises, disk, reply)
+                if reply.verdict == Verdict.OK and not self.around.doubts(self.name, disk, reply.value):
+                    promised[disk] = reply
 
     async def _fragments_synced(self, ready: asyncio.Future[None]) -> None:
         """The barrier; the time it takes is not the register's and does not count against the deadline."""

@@ -217,6 +217,9 @@ class QuickChange(Attempt):
                 settled = False
                 if reply.accepted > best.accepted:
                     best = reply
+        if not settled and self.name.table == Table.SYSTEM:
+            self._end(None)  # all replicas are to be asked: one of them may lie (``register.chosen_beneath``)
+            return
         found = best.value
         lineage = self.lineage
         sure = settled and not lineage.open  # a create that is still out there may come above what was found

@@ -233,6 +233,17 @@ def settled_ballot(groups: Groups, accepted: Mapping[str, Ballot], rules: Rules 
     return None
 
 
+def chosen_beneath(groups: Groups, accepted: Mapping[str, Ballot]) -> Ballot | None:
+    """The ballot that a majority of every group reports although some replica reports a higher one; None when that is
+    not so, or not all replicas have promised. What is under the higher ballot was then chosen nowhere, and can't be any
+    more: those who don't have it have promised to refuse it. So the majority's value may be taken for the newest, and a
+    replica that lies, or was put back, leads no register of the system table to an older record."""
+    if not all(disk in accepted for group in groups for disk in group):
+        return None
+    settled = settled_ballot(groups, accepted)
+    return settled if settled is not None and settled < max(accepted.values()) else None
+
+
 def overtaken(told: Iterable[tuple[Ballot, Value | None]], newest: Ballot, value: Value | None, rules: Rules = RULES) -> Value | None:
     """The value with the highest sequence beneath a created one that was found at ``newest`` (rule 14); None when it is no created one, or there is nothing beneath."""
     if value is None or not created(value) or not rules.created_goes_behind:

@@ -96,12 +96,17 @@ class Scenario:
         self.found = Verdicts(seed)
         self.history: list[Operation] = []
         self._moments = 0
-        self._names = {key: ObjectName(Table.OBJECT, bytes(16), 0, b"sim/" + key.encode()) for key in KEYS}
+        self._of_objects = aside.random() < 0.7
+        """Else registers of the system table: they are not created unasked, and what a majority holds counts against a lone higher ballot."""
+        self._names = {key: self._name(b"sim/" + key.encode()) for key in KEYS}
         self._last_seen: dict[str, Content] = dict.fromkeys(KEYS)
         self._serial = 0
         self._disks_may_be_swapped = self._disks_may_be_full = False
         self._dies_with_its_gateway: StorageNode | None = None
         self.layout = make_layout(1, FIRST_SEEDS)
+
+    def _name(self, key: bytes) -> RegisterName:
+        return ObjectName(Table.OBJECT, bytes(16), 0, key) if self._of_objects else RegisterName(Table.SYSTEM, bytes(16), 0, key)
 
     # --- workload ------------------------------------------------------------------------------------------------------
 
@@ -178,7 +183,7 @@ class Scenario:
             outcome = await client.change(name, _put(operation.new or b"", data_id), small=small, ready=barrier)
         else:
             put = _put_unless_held if self.random.random() < 0.1 else _put
-            outcome = await self._change(client, name, put(operation.new or b"", data_id), small, regardless=True)
+            outcome = await self._change(client, name, put(operation.new or b"", data_id), small, regardless=self._of_objects)
             operation.blind = outcome.before is None and outcome.after is not None and outcome.after.sequence > 1
         self._look_for_copies(data_id)
         return content_of(outcome.before)

@@ -18,8 +18,15 @@ from storaged.meta import messages
 from storaged.meta.authority import Gate, may_use, may_write
 from storaged.meta.client import RingClient
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, object_name, system_name
-from storaged.meta.ports import Ballot
-from storaged.meta.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Ballots, Verdict, confirmed_above
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Slot, StoreBatch
+from storaged.meta.register import (
+    COUNTER_AHEAD_MAX_US,
+    COUNTER_MAX,
+    Ballots,
+    Verdict,
+    chosen_beneath,
+    confirmed_above,
+)
 from storaged.meta.remote import ReplicaDirectory
 from storaged.objects.records import BucketRecord
 from storaged.objects.users import UserService
@@ -369,7 +376,7 @@ def test_a_storage_node_reads_what_a_majority_agrees_on_and_leaves_the_rest_to_g
         assert (await own.read(name)).value is not None
         with pytest.raises(ServiceUnavailable, match="A gateway will bring them together"):
             await own.settle(name)
-        lagging = RegisterName(Table.SYSTEM, SYSTEM_SCOPE, 0, b"username/half")
+        lagging = RegisterName(Table.SYSTEM, SYSTEM_SCOPE, 0, b"layout")
         half = Value(1, b"o" * 16, Visibility.LIVE, b"half")
         at = Ballot(1, cluster.clock.wall_ms() * 1000, "g", bytes(8))
         await cluster.nodes["nb"].replicas["b0"].accept(messages.Accept("b0", lagging, at, half))
@@ -380,3 +387,50 @@ def test_a_storage_node_reads_what_a_majority_agrees_on_and_leaves_the_rest_to_g
         assert (await own.read(lagging)).value is not None
 
     run(scenario)
+
+
+# --- a storage node that lies about its own disk ---------------------------------------------------------------------------
+
+
+async def put_back(cluster: Cluster, path: str, old: Value) -> None:
+    """The node ``na`` writes to its own disk what it likes: an older record, under a ballot above all others."""
+    at = Ballot(1, cluster.clock.wall_ms() * 1000 + 1_800_000_000, "g", os.urandom(8))
+    await cluster.meta("a0").commit(StoreBatch(slots=[Slot(system_name(path), at, old)]))
+
+
+@pytest.mark.parametrize("by", ["the walk", "a change"])
+def test_one_replica_that_puts_an_old_record_back_brings_no_removed_user_back(by: str) -> None:
+    """Gateways settle what differs: they must not carry the liar's record to the others."""
+
+    async def scenario(cluster: Cluster) -> None:
+        users = UserService(cluster.gateway.plane)
+        ann, _ = await users.add("ann", access_key="AK-ann")
+        path = "user/" + ann.access_key
+        old = await value_of(cluster, path)
+        await users.remove("ann")
+        removed = (await cluster.gateway.ring.read(system_name(path))).value
+        assert removed is not None
+        await put_back(cluster, path, old)
+        if by == "the walk":
+            cluster.gateway.keeper._walk_at = 0.0
+            await cluster.pass_s(10)
+            assert cluster.differing_registers() == []
+            assert (await cluster.gateway.ring.read(system_name(path))).value == removed
+        else:
+            again, _ = await users.add("another", access_key="AK-ann")
+            assert again.user_id != ann.user_id
+            after = await value_of(cluster, path)
+            assert after.sequence == removed.sequence + 1
+
+    run(scenario)
+
+
+def test_what_a_majority_holds_counts_against_a_lone_higher_ballot_only_where_all_have_promised() -> None:
+    low, high, none = ballot("a", 1), ballot("b", 2), ZERO_BALLOT
+    groups = (("x", "y", "z"),)
+    assert chosen_beneath(groups, {"x": high, "y": low, "z": low}) == low
+    assert chosen_beneath(groups, {"x": high, "y": none, "z": none}) == none
+    assert chosen_beneath(groups, {"x": high, "y": low}) is None, "the third may have the higher one too"
+    assert chosen_beneath(groups, {"x": high, "y": high, "z": low}) is None
+    assert chosen_beneath(groups, {"x": low, "y": low, "z": low}) is None
+    assert chosen_beneath(groups, {"x": high, "y": low, "z": none}) is None
