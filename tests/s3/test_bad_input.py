@@ -267,3 +267,36 @@ def test_none_of_it_left_a_traceback_in_any_log(cluster: Cluster, client: Any) -
         assert "Traceback" not in (cluster.directory / name / "log").read_text(), name
         assert admin(cluster.directory / name, "GET", "/healthz")["healthy"] is True
     assert Path(f"/proc/{cluster.pids()['gateway']}").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "query", "headers", "answer"),
+    [
+        ("DELETE", "policy", {}, (405, "MethodNotAllowed")),
+        ("DELETE", "ACL", {}, (501, "NotImplemented")),
+        ("PUT", "annotation=a", {}, (501, "NotImplemented")),
+        ("PUT", "partNumber=1", {}, (400, "InvalidArgument")),
+        ("PUT", "", {"x-amz-write-offset-bytes": "3", "x-amz-server-side-encryption": "AES256"}, (501, "NotImplemented")),
+        ("PUT", "", {"if-match": '""'}, (412, "PreconditionFailed")),
+        ("PUT", "", {"if-match": "W/"}, (412, "PreconditionFailed")),
+        ("PUT", "", {"if-none-match": '*,"x"'}, (501, "NotImplemented")),
+        ("DELETE", "", {"if-match": '""'}, (412, "PreconditionFailed")),
+        ("DELETE", "", {"if-none-match": "*"}, (501, "NotImplemented")),
+        ("DELETE", "", {"if-unmodified-since": "Mon, 01 Jan 1994 00:00:00 GMT"}, (501, "NotImplemented")),
+    ],
+)
+def test_what_is_not_understood_leaves_the_object_as_it_was(
+    cluster: Cluster, client: Any, method: str, query: str, headers: dict[str, str], answer: tuple[int, str]
+) -> None:
+    client.put_object(Bucket=BUCKET, Key="kept", Body=b"as it was")
+    target = f"/{BUCKET}/kept{'?' if query else ''}{query}"
+    assert send(cluster, method, target, b"new" if method == "PUT" else b"", headers) == answer
+    assert client.get_object(Bucket=BUCKET, Key="kept")["Body"].read() == b"as it was"
+
+
+def test_an_empty_object_has_no_range_but_its_last_bytes(cluster: Cluster, client: Any) -> None:
+    client.put_object(Bucket=BUCKET, Key="none", Body=b"")
+    for arguments, status in (({"Range": "bytes=-5"}, 200), ({"PartNumber": 1}, 200)):
+        for call in (client.get_object, client.head_object):
+            found = call(Bucket=BUCKET, Key="none", **arguments)
+            assert (found["ResponseMetadata"]["HTTPStatusCode"], found["ContentLength"], found.get("ContentRange")) == (status, 0, None)
