@@ -106,6 +106,19 @@ class Binding:
         if record.authenticated >= NAMES_AUTHENTICATED:
             self._remember()
 
+    def is_authentic(self, value: Value, keyring: Authenticates) -> bool:
+        """Whether a gateway with this keyring wrote the record. True as long as it is not known that all records carry authenticators, and while the keyring is
+        not open."""
+        if not self.authenticated:
+            return True
+        try:
+            record = _record_of(value)
+            return bool(record.authenticated) and keyring.verify(_context(value), _plain(record), record.authenticator)
+        except KeyringMismatch:
+            return False
+        except StoragedError:
+            return True
+
     def _remember(self) -> None:
         self.authenticated = True
         if not self._remembered.exists():

@@ -251,6 +251,7 @@ class Gateway:
         node, config = self._node, self._config
         registers = RingRegisters(node.ring, node.scanner)
         self._binding = binding = Binding(node.ring, node.own.cluster, node.clock, node.directory / REMEMBERED_FILE)
+        node.belief.is_binding = lambda value: binding.is_authentic(value, self._late)
         self._unlocker = Unlocker(config, binding, self._late, self._audit, node.clock, self._judged_by, registers, self._open_copies)
         limits = shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers)
         plane = ObjectPlane(

@@ -47,6 +47,7 @@ from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.remembered import PIECES_BYTES_MAX
 from storaged.meta.remote import ReplicaDirectory, ReplicaHost
 from storaged.node.auditing import Auditing
+from storaged.node.belief import NodeBelief
 from storaged.node.disks import Disks, Opener, Snapshot
 from storaged.node.forming import Answers, Verdict, answers_of
 from storaged.node.keeper import SystemKeeper
@@ -253,13 +254,14 @@ class Node:
             self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock).methods())
             self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
+        self.belief = NodeBelief(self.own, self.authority, self._others_believe)
         self.ring = RingClient(
             self.layouts,
             directory,
             node=self.own.name,
             clock=self.clock,
             gateway=self.config.gateway,
-            believes=self._believes,
+            believes=self.belief,
             on_missed=self._missed,
             on_fenced=self._fenced,
             copy_at=at_position,
@@ -449,7 +451,7 @@ class Node:
         if self.gateway is not None:
             self.gateway.bucket_fenced(scope)
 
-    def _believes(self, name: RegisterName, value: Value) -> bool:
+    def _others_believe(self, name: RegisterName, value: Value) -> bool:
         return self.gateway is None or self.gateway.believes(name, value)
 
     def _missed(self, name: RegisterName) -> None:
