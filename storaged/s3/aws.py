@@ -41,12 +41,14 @@ _CREATING = ("PutObject", "CopyObject", "CreateMultipartUpload", "PostObject")
 """They say what a new object is like."""
 _COPYING = ("CopyObject", "UploadPartCopy")
 _READING = ("GetObject", "HeadObject")
+_CONDITIONAL_READS = (*_READING, "GetObjectAttributes")
+_CONDITIONAL_WRITES = ("PutObject", "CopyObject", "CompleteMultipartUpload")
 _LISTING = ("ListObjects", "ListObjectsV2", "ListObjectVersions")
 _ACL = ("PutBucketAcl", "PutObjectAcl")
 _DELETING = ("DeleteObject", "DeleteObjects")
 _CUSTOMER_KEY = (
-    *_READING, *_CREATING, "GetObjectAttributes", "UploadPart", "UploadPartCopy", "CompleteMultipartUpload", "ListParts",
-    "SelectObjectContent",
+    *_READING, *_CREATING, "GetObjectAttributes", "UploadPart", "UploadPartCopy", "CompleteMultipartUpload",
+    "ListParts", "SelectObjectContent",
 )  # fmt: skip
 _VERSIONED = (
     *_READING, "DeleteObject", "GetObjectAttributes", "RestoreObject", "UpdateObjectEncryption",
@@ -63,11 +65,13 @@ _LISTED_CONFIGURATIONS = tuple(f"ListBucket{name}Configurations" for name in ("A
 DOCUMENTS = frozenset(
     {
         "CreateBucket", "DeleteObjects", "CompleteMultipartUpload", "PutBucketAcl", "PutObjectAcl", "PutBucketTagging",
-        "PutObjectTagging", "PutBucketVersioning", "PutBucketPolicy", "PutBucketCors", "PutBucketLifecycleConfiguration",
-        "PutBucketWebsite", "PutBucketReplication", "PutBucketEncryption", "PutPublicAccessBlock", "PutBucketOwnershipControls",
+        "PutObjectTagging", "PutBucketVersioning", "PutBucketPolicy", "PutBucketCors", "PutBucketWebsite",
+        "PutBucketLifecycleConfiguration", "PutBucketReplication", "PutBucketEncryption", "PutPublicAccessBlock",
+        "PutBucketOwnershipControls",
         "PutObjectLockConfiguration", "PutBucketLogging", "PutBucketNotificationConfiguration",
         "PutBucketAccelerateConfiguration", "PutBucketRequestPayment", "PutBucketAbac", "PutObjectRetention",
-        "PutObjectLegalHold", "RestoreObject", "SelectObjectContent", "UpdateObjectEncryption", "CreateBucketMetadataConfiguration",
+        "PutObjectLegalHold", "RestoreObject", "SelectObjectContent", "UpdateObjectEncryption",
+        "CreateBucketMetadataConfiguration",
         "CreateBucketMetadataTableConfiguration", "UpdateBucketMetadataAnnotationTableConfiguration",
         "UpdateBucketMetadataInventoryTableConfiguration", "UpdateBucketMetadataJournalTableConfiguration",
     }
@@ -128,7 +132,9 @@ HEADERS: dict[str, Name] = {
     **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING, refusal=_NO_CUSTOMER_KEY) for name in ("algorithm", "key", "key-md5")},
     **{
         LOCK + name: _of(*_CREATING, refusal=_NO_LOCK)
-        for name in ("mode", "retain-until-date", "legal-hold", "event-hold", "event-hold-duration-days", "event-hold-duration-years")
+        for name in (
+            "mode", "retain-until-date", "legal-hold", "event-hold", "event-hold-duration-days", "event-hold-duration-years",
+        )
     },
     **{
         f"x-amz-grant-{name}": _of(*_CREATING, *_ACL, "CreateBucket", refusal=_NO_LISTS)
@@ -154,10 +160,10 @@ HEADERS: dict[str, Name] = {
     "x-amz-checksum-type": _of("CreateMultipartUpload", "CompleteMultipartUpload"),
     "x-amz-mp-object-size": _of("CompleteMultipartUpload"),
     # conditions
-    "if-match": _of(*_READING, "GetObjectAttributes", "PutObject", "CopyObject", "CompleteMultipartUpload", "DeleteObject", "RenameObject"),
-    "if-none-match": _of(*_READING, "GetObjectAttributes", "PutObject", "CopyObject", "CompleteMultipartUpload", "RenameObject"),
-    "if-modified-since": _of(*_READING, "GetObjectAttributes", "RenameObject"),
-    "if-unmodified-since": _of(*_READING, "GetObjectAttributes", "RenameObject"),
+    "if-match": _of(*_CONDITIONAL_READS, *_CONDITIONAL_WRITES, "DeleteObject", "RenameObject"),
+    "if-none-match": _of(*_CONDITIONAL_READS, *_CONDITIONAL_WRITES, "RenameObject"),
+    "if-modified-since": _of(*_CONDITIONAL_READS, "RenameObject"),
+    "if-unmodified-since": _of(*_CONDITIONAL_READS, "RenameObject"),
     "x-amz-if-match-size": _of("DeleteObject"),
     "x-amz-if-match-last-modified-time": _of("DeleteObject"),
     "x-amz-if-match-initiated-time": _of("AbortMultipartUpload", refusal="Aborting by time is not implemented."),
@@ -203,8 +209,8 @@ METADATA = frozenset(_CREATING)
 """Operations that take ``x-amz-meta-*``."""
 
 FAMILIES = (
-    "x-amz-server-side-encryption", "x-amz-copy-source", LOCK, "x-amz-object-", "x-amz-grant-", "x-amz-checksum-", "x-amz-if-",
-    "x-amz-rename-", "x-amz-bucket-", "x-amz-mp-", "x-amz-write-", "x-amz-website-", "x-amz-fwd-",
+    "x-amz-server-side-encryption", "x-amz-copy-source", LOCK, "x-amz-object-", "x-amz-grant-", "x-amz-checksum-",
+    "x-amz-if-", "x-amz-rename-", "x-amz-bucket-", "x-amz-mp-", "x-amz-write-", "x-amz-website-", "x-amz-fwd-",
 )  # fmt: skip
 """Prefixes with which AWS says what to do. A new or misspelt header of a family asks for something, and is refused
 too."""
