@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.patience import SLOWNESS
+
 STORAGED = str(Path(sys.executable).parent / "storaged")
 RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
 
@@ -68,16 +70,16 @@ class Cluster:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             try:
-                self._process.wait(30)
+                self._process.wait(30 * SLOWNESS)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait(10)
+                self._process.wait(10 * SLOWNESS)
         self._process = None
 
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """``storaged ARGUMENTS`` for this cluster."""
         done = subprocess.run(
-            [STORAGED, *arguments], env=self.environment(), capture_output=True, text=True, timeout=timeout_s, check=False
+            [STORAGED, *arguments], env=self.environment(), capture_output=True, text=True, timeout=timeout_s * SLOWNESS, check=False
         )
         if check and done.returncode:
             raise AssertionError(f"storaged {' '.join(arguments)} -> {done.returncode}\n{done.stdout}{done.stderr}")
@@ -94,15 +96,17 @@ class Cluster:
         return found
 
     def wait_until(self, condition: Any, timeout_s: float, what: str) -> None:
-        """Polls a condition; the test fails with ``what`` when it does not come true."""
-        end = time.monotonic() + timeout_s
+        """Polls a condition; the test fails with ``what`` when it does not come true, on a slow machine too (``SLOWNESS``)."""
+        end = time.monotonic() + timeout_s * SLOWNESS
         while time.monotonic() < end:
             if condition():
                 return
             if self._process is not None and self._process.poll() is not None:
                 raise AssertionError(f"storaged dev ended with {self._process.returncode} while waiting for {what}: {self.log_tail()}")
             time.sleep(0.2)
-        raise AssertionError(f"waited {timeout_s:.0f} s for {what}; status: {json.dumps(self.status())[:2000]} {self.log_tail()}")
+        raise AssertionError(
+            f"waited {timeout_s * SLOWNESS:.0f} s for {what}; status: {json.dumps(self.status())[:2000]} {self.log_tail()}"
+        )
 
     def wait_healthy(self, timeout_s: float = 90.0) -> None:
         self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "HEALTHY")

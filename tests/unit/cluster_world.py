@@ -18,6 +18,7 @@ from storaged.cluster.ports import Call, Method, Methods, PeerIdentity, Reply
 from storaged.cluster.rpc import PoolLimits, RpcPool, RpcServer, ServerLimits
 from storaged.errors import FragmentMissing, NoSuchBucket
 from storaged.wire import Message
+from tests.patience import GUARD_S
 
 EU = Policy().admit
 ROLES = frozenset({"storage", "gateway"})
@@ -139,7 +140,7 @@ async def pooled(own: identity.Identity, addresses: Any, **options: Any) -> Asyn
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits for something that must happen; the test's own timeout says when it did not."""
-    async with asyncio.timeout(20):
+    """Waits for something that must happen."""
+    async with asyncio.timeout(GUARD_S):
         while not condition():  # noqa: ASYNC110  (what is waited for is inside the code under test, which has no event for it)
             await asyncio.sleep(0.005)

@@ -22,6 +22,7 @@ from storaged.clock import SystemClock
 from storaged.s3.app import S3App
 from storaged.s3.limits import Limits
 from storaged.s3.request import RequestDone
+from tests.patience import GUARD_S
 from tests.unit.fake_object_service import FakeBuckets, FakeObjects, FakeUsers
 
 REGION = "eu-fr-1"
@@ -59,8 +60,8 @@ class World:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(request)
         await writer.drain()
-        answer = await asyncio.wait_for(reader.read(limit), 10)
-        while piece := await asyncio.wait_for(reader.read(limit), 10):
+        answer = await asyncio.wait_for(reader.read(limit), GUARD_S)
+        while piece := await asyncio.wait_for(reader.read(limit), GUARD_S):
             answer += piece
         writer.close()
         return answer
@@ -125,13 +126,13 @@ def signed(
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         while not holds():  # noqa: ASYNC110 - what is waited for happens on the other side of a socket
             await asyncio.sleep(0.005)
 
 
 async def read_head(reader: asyncio.StreamReader) -> bytes:
-    return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), GUARD_S)
 
 
 async def ask(world: World, *pieces: bytes) -> bytes:
@@ -143,7 +144,7 @@ async def ask(world: World, *pieces: bytes) -> bytes:
             await asyncio.sleep(0.02)
         writer.write(piece)
     writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), GUARD_S)
     writer.close()
     return re.sub(rb"<RequestId>\w+<", b"<RequestId><", re.sub(rb"(x-amz-request-id|Date): [^\r]*\r\n", b"", answer))
 

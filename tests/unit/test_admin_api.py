@@ -25,6 +25,7 @@ from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
 from storaged.objects.usage import Usage
 from storaged.observe import Metrics
+from tests.patience import GUARD_S
 
 
 class Users:
@@ -189,7 +190,7 @@ except (BrokenPipeError, ConnectionResetError):
 """
     for _ in range(2):
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", program, str(tmp_path / "admin.sock"), stdout=-1)
-        answer, _ = await asyncio.wait_for(child.communicate(), 30)
+        answer, _ = await asyncio.wait_for(child.communicate(), GUARD_S)
         assert answer == b"b''\n"
     assert node.audited == 2 * [("admin.refused", "unix:12345:", "admin.sock", "refused NOT_ALLOWED", {})]
     assert (await ask(tmp_path, "GET", "/v1/users"))["users"] == []

@@ -19,6 +19,7 @@ import pytest
 
 from storaged import aio
 from storaged.aio import BLOCK_BYTES, WORSE_IN_A_ROW_MAX, DirectFile
+from tests.patience import GUARD_S
 
 BLOCKS = 64
 WRITE_BYTES_MAX = 16 * BLOCK_BYTES
@@ -64,7 +65,7 @@ def begin(direct: DirectFile, pieces: list[bytes], at: int) -> asyncio.Future[No
 
 
 async def write(direct: DirectFile, pieces: list[bytes], at: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await begin(direct, pieces, at)
 
 
@@ -118,7 +119,7 @@ async def test_the_next_may_be_begun_by_who_is_told_of_the_last(direct: DirectFi
             direct.write(loop, [blocks[number]], number * BLOCK_BYTES, lambda _error: go_on(number + 1))
 
     go_on(0)
-    await asyncio.wait_for(all_there, 10)
+    await asyncio.wait_for(all_there, GUARD_S)
     assert content(path)[: 8 * BLOCK_BYTES] == b"".join(blocks)
 
 

@@ -23,6 +23,7 @@ from benches.report import flat_markdown, markdown, summarize
 from benches.rows import Bodies, Result, drive, getting, putting
 from benches.s3client import Ask, Connection, Target, WrongAnswer, connect, signed_head
 from benches.servers import Server, stop, storaged_cluster
+from tests.patience import GUARD_S
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("put-4k-1", "put-4k-64", "get-4k-64", "head-64", "list-1000-4")
@@ -399,7 +400,7 @@ def test_sigterm_while_a_server_starts_leaves_no_process_and_no_file_and_a_secon
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM
+    assert process.wait(GUARD_S) == 128 + signal.SIGTERM
     assert list(place.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)

@@ -27,6 +27,8 @@ from storaged.meta.register import (
     overtaken,
 )
 from storaged.meta.replica import CREATE_AHEAD_US, LocalReplica
+from tests.patience import GUARD_S
+from tests.unit.cluster_world import until
 from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, later_us, put
 from tests.unit.test_registers_soon import COPIES
 from tests.unit.test_registers_soon import begun as soon
@@ -228,7 +230,7 @@ def begun(client: RingClient, update: Update, small: SmallCopies | None = None) 
 
 
 async def applied(client: RingClient, update: Update, small: SmallCopies | None = None) -> Outcome:
-    outcome = await asyncio.wait_for(begun(client, update, small), 5)
+    outcome = await asyncio.wait_for(begun(client, update, small), GUARD_S)
     assert isinstance(outcome, Outcome), outcome
     return outcome
 
@@ -291,7 +293,7 @@ async def test_a_replica_that_is_away_is_not_waited_for_and_is_told_of(ring: Rin
     client = ring.client(on_missed=missed.append)
     ring.second.away = True
     assert (await applied(client, put(b"one"))).before is None
-    await asyncio.sleep(0.01)
+    await until(lambda: bool(missed))
     assert missed == [NAME]
     assert prepares(ring) == 0
 
@@ -302,7 +304,7 @@ async def test_a_replica_that_lags_behind_is_told_of(ring: Ring) -> None:
     client = ring.client(on_missed=missed.append)
     await ring.accept_at(ring.third, b"half", 5)
     assert (await applied(client, put(b"one"))).before is None
-    await asyncio.sleep(0.01)
+    await until(lambda: bool(missed))
     assert missed == [NAME]
     value = (await client.read(NAME)).value
     assert value is not None
@@ -393,7 +395,7 @@ async def test_a_create_whose_answers_are_lost_is_found_again(ring: Ring) -> Non
     await asyncio.gather(*(replica.carried_out["accept"].wait() for replica in (ring.first, ring.second)))
     for replica in (ring.first, ring.second):
         replica.deaf.clear()
-    outcome = await asyncio.wait_for(told, 5)
+    outcome = await asyncio.wait_for(told, GUARD_S)
     assert isinstance(outcome, Outcome)
     assert outcome.before is None
     value = (await client.read(NAME)).value
@@ -406,7 +408,7 @@ async def test_a_create_that_may_have_been_applied_is_of_unknown_outcome(ring: R
     for replica in ring.replicas.values():
         replica.deaf.add("accept")
         replica.stuck.add("prepare")
-    assert isinstance(await asyncio.wait_for(begun(client, put(b"one")), 5), OutcomeUnknown)
+    assert isinstance(await asyncio.wait_for(begun(client, put(b"one")), GUARD_S), OutcomeUnknown)
 
 
 async def test_a_replica_that_hangs_does_not_hold_up_who_was_refused_by_another(ring: Ring) -> None:
@@ -428,7 +430,7 @@ async def test_a_bucket_that_is_being_deleted_takes_no_create(ring: Ring, final:
     client = ring.client(deadline_s=0.5)
     for replica in ring.replicas.values():
         await replica.inner.fence(messages.FenceSet(replica.inner.disk, NAME.scope, b"nonce", final))
-    outcome = await asyncio.wait_for(begun(client, put(b"one")), 5)
+    outcome = await asyncio.wait_for(begun(client, put(b"one")), GUARD_S)
     assert type(outcome) is (NoSuchBucket if final else OutcomeUnknown), "it may yet be lifted"
     assert all(ring.held(replica) is None for replica in ring.replicas.values())
 
@@ -440,7 +442,7 @@ async def test_a_client_that_closes_tells_whoever_waits(ring: Ring) -> None:
     told = begun(client, put(b"one"))
     await asyncio.sleep(0)
     await client.close()
-    assert isinstance(await asyncio.wait_for(told, 5), OutcomeUnknown)
+    assert isinstance(await asyncio.wait_for(told, GUARD_S), OutcomeUnknown)
 
 
 def copies_on(ring: Ring) -> int:
@@ -456,7 +458,7 @@ async def test_a_create_is_done_when_its_copies_are_where_they_must_be(ring: Rin
     await asyncio.sleep(0.05)
     assert copies_on(ring) == 2
     assert not told.done()
-    assert isinstance(await asyncio.wait_for(told, 5), OutcomeUnknown)
+    assert isinstance(await asyncio.wait_for(told, GUARD_S), OutcomeUnknown)
 
 
 async def test_a_replica_that_cannot_keep_its_copy_has_not_taken_the_create(ring: Ring) -> None:
@@ -499,7 +501,7 @@ async def test_what_is_said_of_a_register_is_not_overturned_by_a_create_that_one
             raise Refused
         return None
 
-    outcome = await asyncio.wait_for(begun(client, change), 5)
+    outcome = await asyncio.wait_for(begun(client, change), GUARD_S)
     if not isinstance(outcome, Refused):
         assert isinstance(outcome, Outcome)
         assert outcome.after is not None
@@ -549,7 +551,7 @@ async def test_who_loses_against_another_create_goes_on_behind_it(
         return await accept(self, request, *more, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Unreliable, "accept", rival_first)
-    outcome = await asyncio.wait_for(begun(client, put(b"one")), 5)
+    outcome = await asyncio.wait_for(begun(client, put(b"one")), GUARD_S)
     assert lost.accepts
     value = (await client.read(NAME)).value
     assert value is not None
@@ -669,7 +671,7 @@ async def test_a_create_is_not_abandoned_because_disks_are_slow_while_a_node_is_
     told = begun(client, put(b"one"))
     await asyncio.sleep(0.05)  # well beyond the hedge
     ring.first.gate.set()
-    outcome = await asyncio.wait_for(told, 5)
+    outcome = await asyncio.wait_for(told, GUARD_S)
     assert isinstance(outcome, Outcome)
     assert outcome.before is None
     assert prepares(ring) == 0

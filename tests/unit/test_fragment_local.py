@@ -31,6 +31,7 @@ from storaged.fragments.ports import FragmentId, Health, Retirement
 from storaged.fragments.recovery import Step
 from storaged.fragments.store import LocalFragmentStore
 from storaged.units import KIB, MIB
+from tests.patience import GUARD_S
 from tests.unit.fragment_world import DISK, Made, SimulatedFiles, flip_on_disk, make
 
 RNG = random.Random(11)
@@ -546,10 +547,10 @@ async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp
     writes = [asyncio.create_task(put(store, 9_000)) for _ in range(5)]
     await asyncio.sleep(0)
     await store.close()
-    await asyncio.wait_for(writes[0], 10)
+    await asyncio.wait_for(writes[0], GUARD_S)
     for write in writes[1:]:
         with pytest.raises(DiskUnusable):
-            await asyncio.wait_for(write, 10)
+            await asyncio.wait_for(write, GUARD_S)
 
 
 @pytest.mark.parametrize(("length", "cell_bytes"), [(4112, 8192), (9000, 4096)])

@@ -17,6 +17,7 @@ import pytest
 from storaged.errors import AuditUnwritable
 from storaged.node.leader import Leader
 from storaged.node.workers import NOT_TAKEN, TAKEN, Worker
+from tests.patience import GUARD_S
 
 
 class Doorway(NamedTuple):
@@ -62,7 +63,7 @@ async def test_of_a_storm_of_connections_all_are_given_up_by_the_process_that_ac
         for connection in handed:
             while not worker.hand(connection):  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(GUARD_S):
             while len(taken) < 700:  # noqa: ASYNC110 - it happens on the other side of a socket
                 await asyncio.sleep(0)
             asyncio.get_running_loop().add_reader(door, worker._taken)
@@ -81,7 +82,7 @@ async def test_a_connection_for_which_a_worker_has_no_descriptor_goes_to_another
         assert worker.hand(first)
         door.send(b"c")
         worker._handed.append(second)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(GUARD_S):
             while worker._handed:
                 worker._taken()
                 await asyncio.sleep(0.01)
@@ -112,7 +113,7 @@ async def talking() -> AsyncIterator[tuple[Leader, asyncio.StreamReader, asyncio
         yield leader, reader, writer, serving
     finally:
         writer.close()
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, GUARD_S)
         assert stopping.is_set(), "a worker ends with the first process"
         await leader.close()
         door.close()
@@ -121,11 +122,11 @@ async def talking() -> AsyncIterator[tuple[Leader, asyncio.StreamReader, asyncio
 async def test_what_the_first_process_cannot_audit_the_worker_refuses() -> None:
     async with talking() as (leader, reader, writer, _):
         entry = asyncio.create_task(leader.append("key.release", bucket="b"))
-        asked = json.loads(await asyncio.wait_for(reader.readline(), 5))
+        asked = json.loads(await asyncio.wait_for(reader.readline(), GUARD_S))
         assert (asked["tell"], asked["kind"], asked["fields"]) == ("audit", "key.release", {"bucket": "b"})
         writer.write(json.dumps({"do": "done", "id": asked["id"], "error": "the disk is full"}).encode() + b"\n")
         with pytest.raises(AuditUnwritable, match="the disk is full"):
-            await asyncio.wait_for(entry, 5)
+            await asyncio.wait_for(entry, GUARD_S)
 
 
 async def test_refusals_are_counted_in_the_worker_and_its_first_process_hears_of_few() -> None:
@@ -134,7 +135,7 @@ async def test_refusals_are_counted_in_the_worker_and_its_first_process_hears_of
             leader.refused("s3.refused", "AccessDenied", actor="address:10.0.0.7", target=f"/b/{number}")
         leader._tell_refusals(all_of_them=True)
         leader.note("end")
-        told = [json.loads(await asyncio.wait_for(reader.readline(), 5)) for _ in range(3)]
+        told = [json.loads(await asyncio.wait_for(reader.readline(), GUARD_S)) for _ in range(3)]
         assert [(one["tell"], one["kind"], one["fields"].get("outcome"), one["fields"].get("repeated")) for one in told] == [
             ("note", "s3.refused", "refused AccessDenied", None),
             ("note", "s3.refused", "refused AccessDenied", 999),
@@ -145,11 +146,11 @@ async def test_refusals_are_counted_in_the_worker_and_its_first_process_hears_of
 async def test_nothing_waits_for_a_first_process_that_has_ended() -> None:
     async with talking() as (leader, reader, writer, serving):
         waiting = asyncio.create_task(leader.append("key.release"))
-        await asyncio.wait_for(reader.readline(), 5)
+        await asyncio.wait_for(reader.readline(), GUARD_S)
         writer.close()
         with pytest.raises(AuditUnwritable, match="has ended"):
-            await asyncio.wait_for(waiting, 5)
-        await asyncio.wait_for(serving, 5)
+            await asyncio.wait_for(waiting, GUARD_S)
+        await asyncio.wait_for(serving, GUARD_S)
         with pytest.raises(AuditUnwritable, match="has ended"):
             await leader.append("key.release")
 

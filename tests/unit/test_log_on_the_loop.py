@@ -20,6 +20,7 @@ from storaged.fragments.engine import StoreLimits, Write
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta import messages
+from storaged.meta import store as store_module
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, StoreBatch
 from storaged.meta.register import Verdict
@@ -27,6 +28,7 @@ from storaged.meta.replica import LocalReplica
 from storaged.meta.store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import encode
+from tests.patience import GUARD_S
 from tests.unit.fragment_world import DISK, Made, SimulatedFiles, make
 from tests.unit.meta_store_suite import page_of
 
@@ -65,7 +67,7 @@ class Held:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         self.reached.set()
-        assert self.let_go.wait(10)
+        assert self.let_go.wait(GUARD_S)
         return self._call(*arguments, **named)
 
 
@@ -76,7 +78,7 @@ async def test_copies_that_are_being_appended_are_waited_for(store: LocalFragmen
     made, write = copy_of()
     append = store._engine.append = Held(store._engine.append)  # type: ignore[method-assign]
     store.keep([write])
-    assert await asyncio.to_thread(append.reached.wait, 10)
+    assert await asyncio.to_thread(append.reached.wait, GUARD_S)
     syncing = asyncio.create_task(asyncio.to_thread(store.sync_apart))
     await asyncio.sleep(0.1)
     assert not syncing.done()
@@ -123,7 +125,7 @@ async def test_a_store_that_closes_appends_what_it_kept_before_it_says_so(store:
     made, write = copy_of()
     shutdown = store._checkpoints.shutdown = Held(store._checkpoints.shutdown)  # type: ignore[method-assign]
     closing = asyncio.create_task(store.close())
-    assert await asyncio.to_thread(shutdown.reached.wait, 10)
+    assert await asyncio.to_thread(shutdown.reached.wait, GUARD_S)
     store.keep([write])
     syncing = asyncio.create_task(asyncio.to_thread(store.sync_apart))
     await asyncio.sleep(1.2)  # it looks once a second whether the thread lives
@@ -287,14 +289,14 @@ async def test_a_disk_that_does_not_take_the_note_of_its_failure_holds_up_no_oth
 ) -> None:
     """What is written to the log failed, and the file system hangs."""
     direct = direct_of(meta)
-    noting = Held(Path.write_text)
-    monkeypatch.setattr(Path, "write_text", lambda path, text: noting(path, text))
+    noting = Held(store_module.replace_file)
+    monkeypatch.setattr(store_module, "replace_file", noting)
     await meta.commit(StoreBatch(meta={"a": b"1"}))
     monkeypatch.setattr(
         direct, "write", lambda _loop, _pieces, _at, done: asyncio.get_running_loop().call_soon(done, OSError(errno.EIO, "EIO"))
     )
     committing = asyncio.create_task(meta.commit(StoreBatch(meta={"a": b"2"})))
-    assert await asyncio.to_thread(noting.reached.wait, 10)  # so the loop goes on
+    assert await asyncio.to_thread(noting.reached.wait, GUARD_S)  # so the loop goes on
     assert not committing.done()
     noting.let_go.set()
     with pytest.raises(DiskUnusable, match="EIO"):
@@ -308,7 +310,7 @@ async def test_a_group_that_cannot_be_laid_out_is_told_of_and_so_is_all_that_wai
     entry.copy = (b"header", [memoryview(b"abcdef")[::2]])
     meta.post_ready(entry)
     meta.post(StoreBatch(meta={"b": b"1"}), told.append)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await meta.close()
     assert [isinstance(error, DiskUnusable) for error in told] == [True, True]
 

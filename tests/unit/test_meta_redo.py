@@ -32,6 +32,7 @@ from storaged.meta.redo import PAGE_BYTES, RedoLog
 from storaged.meta.rowvalue import open_small, seal_small
 from storaged.meta.store import LmdbMetaStore
 from storaged.units import MIB
+from tests.patience import GUARD_S
 from tests.unit.disk_world import HeldLog
 from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
 
@@ -240,7 +241,7 @@ async def begun(log: RedoLog, body: bytes) -> None:
     if not log.begin(loop, body, ended.set_result):
         pytest.skip("this machine, or this file system, has no asynchronous direct writes")
     assert not ended.done()
-    assert await asyncio.wait_for(ended, 10) is None
+    assert await asyncio.wait_for(ended, GUARD_S) is None
     log.wrote(len(body))
 
 
@@ -332,7 +333,7 @@ async def test_writers_wait_for_the_checkpoint_when_both_halves_are_full_and_for
 
     def held_up() -> None:
         begun.set()
-        assert open_.wait(10)
+        assert open_.wait(GUARD_S)
 
     store.sync_copies = held_up
     written: list[int] = []
@@ -350,7 +351,7 @@ async def test_writers_wait_for_the_checkpoint_when_both_halves_are_full_and_for
     page = page_of(b"page")
     store.sync_copies = lambda: None
     open_.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await writing
         await store.commit(StoreBatch(pages=[page]))
     assert store.get_page(page.page_hash) == b"page"
@@ -364,7 +365,7 @@ async def test_a_checkpoint_that_fails_wakes_writers_that_wait_for_it_and_keeps_
     go_on = threading.Event()
 
     def fail() -> None:
-        assert go_on.wait(10)
+        assert go_on.wait(GUARD_S)
         raise RowDamaged("a link is damaged")
 
     store.sync_copies = fail
@@ -372,7 +373,7 @@ async def test_a_checkpoint_that_fails_wakes_writers_that_wait_for_it_and_keeps_
     writing = [asyncio.create_task(store.commit(StoreBatch([slot]))) for slot in slots]
     await asyncio.sleep(0.2)
     go_on.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         results = await asyncio.gather(*writing, return_exceptions=True)
     kept = [slot for slot, result in zip(slots, results, strict=True) if result is None]
     assert all(isinstance(result, DiskUnusable) for result in results if result is not None)
@@ -444,9 +445,9 @@ async def test_a_log_put_back_from_before_is_refused(store: LmdbMetaStore, tmp_p
     await store.commit(StoreBatch([slot_of(name_of(b"a"))]))
     old = (store.directory / redo.FILE_NAME).read_bytes()
     hold, reached = threading.Event(), threading.Event()
-    store.sync_copies = lambda: (reached.set(), hold.wait(10))[0]  # type: ignore[misc]
+    store.sync_copies = lambda: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
     running = asyncio.ensure_future(store.checkpoint())
-    await asyncio.to_thread(reached.wait, 10)
+    await asyncio.to_thread(reached.wait, GUARD_S)
     await store.commit(StoreBatch([slot_of(name_of(b"b"))]))
     hold.set()
     await running
@@ -481,11 +482,11 @@ async def test_a_store_that_an_older_version_opened_over_an_unfinished_log_is_re
 
 async def test_a_page_does_not_wait_for_the_copies_of_a_checkpoint(store: LmdbMetaStore) -> None:
     hold, reached = threading.Event(), threading.Event()
-    store.sync_copies = lambda: (reached.set(), hold.wait(10))[0]  # type: ignore[misc]
+    store.sync_copies = lambda: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
     running = asyncio.ensure_future(store.checkpoint())
-    await asyncio.to_thread(reached.wait, 10)
+    await asyncio.to_thread(reached.wait, GUARD_S)
     page = page_of(b"page")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         await store.commit(StoreBatch(pages=[page]))
     assert store.get_page(page.page_hash) == b"page"
     hold.set()
@@ -548,9 +549,9 @@ async def test_wherever_rows_lie_they_are_read_as_one(
                 model[shard, key] = slot
             elif step == "begin" and running is None:
                 hold, reached = threading.Event(), threading.Event()
-                store.sync_copies = lambda hold=hold, reached=reached: (reached.set(), hold.wait(10))[0]  # type: ignore[misc]
+                store.sync_copies = lambda hold=hold, reached=reached: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
                 running = asyncio.ensure_future(store.checkpoint())
-                await asyncio.to_thread(reached.wait, 10)
+                await asyncio.to_thread(reached.wait, GUARD_S)
             elif step == "kill":
                 after = killed(store, directory / str(count + 1))
                 if hold is not None:
@@ -721,7 +722,7 @@ async def test_a_store_that_is_closed_writes_first_what_it_has_in_hand(store: Lm
     await asyncio.sleep(0.02)
     assert not closing.done()
     log.go_on()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await asyncio.gather(*writing)
         await closing
     again = killed(store, tmp_path / "again")

@@ -21,6 +21,7 @@ from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
 from storaged.meta.rowvalue import pack_row
 from storaged.meta.store import LmdbMetaStore
+from tests.patience import GUARD_S
 from tests.unit.disk_world import HeldLog
 from tests.unit.meta_store_suite import *  # noqa: F403
 from tests.unit.meta_store_suite import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in
@@ -368,7 +369,7 @@ async def test_a_callback_that_raises_keeps_its_news_from_no_other_commit(tmp_pa
     store = LmdbMetaStore(tmp_path)
     store.post(StoreBatch(meta={"one": b"1"}), mistaken)
     store.post(StoreBatch(meta={"two": b"2"}), lambda _error: told.set())
-    await asyncio.wait_for(told.wait(), 10)
+    await asyncio.wait_for(told.wait(), GUARD_S)
     await store.close()
     assert [str(error) for error in troubles] == ["a mistake"]
 

@@ -22,6 +22,7 @@ from storaged.meta.remote import ReplicaHost
 from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import Want
 from storaged.meta.store import LmdbMetaStore
+from tests.patience import GUARD_S
 from tests.unit.meta_store_suite import name_of, slot_of
 
 CALL = Call(PeerIdentity("gw", "FR", "paris", "r1", ("gateway",)), memoryview(b""), 0.0)
@@ -90,7 +91,7 @@ async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after
         nonlocal rows
         rows += len(values)
         reading.set()
-        may_end.wait(10)
+        may_end.wait(GUARD_S)
 
     name = name_of(b"")
     assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
@@ -117,7 +118,7 @@ async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
 
     def slow(*_arguments: Any) -> None:
         reading.set()
-        may_end.wait(10)
+        may_end.wait(GUARD_S)
 
     def counted(*place: Any, **bounds: Any) -> None:
         nonlocal begun
@@ -167,7 +168,7 @@ async def test_reading_ahead_takes_no_thread_from_those_who_hash_and_log(store: 
 
     def slow(*_arguments: Any) -> None:
         reading.set()
-        may_end.wait(10)
+        may_end.wait(GUARD_S)
 
     monkeypatch.setattr(warm, "LARGE_BYTES", 0)
     monkeypatch.setattr(warm, "rows_of", slow)

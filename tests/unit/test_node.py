@@ -33,6 +33,7 @@ from storaged.node.planes import Node
 from storaged.node.reports import _private
 from storaged.node.system import SystemPaths, Taken, exchange_layout
 from storaged.wire import decode, encode
+from tests.patience import GUARD_S
 from tests.unit.test_keyring import Copies
 from tests.unit.test_meta_store import raw
 
@@ -252,7 +253,7 @@ async def test_a_keyring_that_is_not_the_clusters_opens_nothing_until_it_is_rest
         for name in ("keyring", "credential"):
             (tmp_path / "wrong" / name).write_bytes((tmp_path / "right" / name).read_bytes())
         unlocker.again()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, GUARD_S)
         assert late.keyring is not None
         assert late.open_secret(late.seal_secret(b"x", []), []) == b"x"
     task.cancel()

@@ -24,6 +24,7 @@ from storaged.node.admission import ACCEPTANCE, admission, take_acceptance, writ
 from storaged.node.disks import Disks, Opener
 from storaged.node.forming import Answers, Verdict
 from storaged.node.ledger import LEDGER_FILE, Ledger
+from tests.patience import GUARD_S
 from tests.unit.cluster_world import until
 from tests.unit.test_node import storage_config
 
@@ -212,7 +213,7 @@ async def test_a_node_stops_although_a_disk_still_hangs(tmp_path: Path, monkeypa
     monkeypatch.setattr(node_disks, "is_blank", lambda directory: directory.name == "d1" and answers.wait())
     disks = await opener(loaded, open_s=0.1).open()
     assert (await states(disks))[0] == "hung"
-    await asyncio.wait_for(disks.close(), 5)
+    await asyncio.wait_for(disks.close(), GUARD_S)
     answers.set()
 
 

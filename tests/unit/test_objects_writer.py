@@ -23,6 +23,7 @@ from storaged.objects.checksums import BodyDigest
 from storaged.objects.seal import PartSealer
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
+from tests.patience import GUARD_S
 from tests.unit.object_world import OWNER, World, bucket_of, entry_of, got, layout_of, pieces, put
 
 KIB, MIB = 1024, 1024 * 1024
@@ -124,7 +125,7 @@ async def test_a_hanging_disk_delays_a_write_by_no_more_than_the_grace() -> None
     bucket = bucket_of(world)
     hang = world.disks.disks["b1"].hang = asyncio.Event()
     data = os.urandom(300_000)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         await put(objects, bucket, data)
         assert await got(objects, bucket) == data
     hang.set()

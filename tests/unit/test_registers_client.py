@@ -37,6 +37,7 @@ from storaged.meta.replica import META_HIGH_WATER, LocalReplica
 from storaged.meta.rounds import Turns
 from storaged.meta.store import LmdbMetaStore
 from storaged.wire import Buffer, encode
+from tests.patience import GUARD_S
 
 DISKS = ("d0", "d1", "d2")
 SCOPE = b"b" * 16
@@ -380,7 +381,7 @@ async def test_a_change_whose_replicas_never_answer_ends_at_its_deadline_and_giv
     client = ring.client(deadline_s=0.2)
     for replica in (ring.first, ring.second):
         replica.stuck.add(stuck)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         with pytest.raises(ServiceUnavailable if stuck == "prepare" else OutcomeUnknown):
             await client.change(NAME, put(b"one"))
         for replica in (ring.first, ring.second):
@@ -699,7 +700,7 @@ async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_
     assert settled is not None
     assert settled.payload == b"D" * 16
     assert [bool(ring.copies[disk]) for disk in ring.order] == [True, False, False]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         while len(missed) < 2:  # noqa: ASYNC110  (the last answer may come after the round)
             await asyncio.sleep(0.001)
     assert set(missed) == {NAME}

@@ -15,6 +15,7 @@ from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
+from tests.patience import GUARD_S
 from tests.unit.test_registers_client import NAME, Refused, Ring, fail_with, later_us, put
 
 COPIES = SmallCopies(b"D" * 16, [(b"D" * 16, [b"payload"])] * 3, lambda disks: len(disks) >= 2)
@@ -156,7 +157,7 @@ async def test_a_change_whose_replicas_never_answer_is_told_at_its_deadline(ring
     client = ring.client(deadline_s=0.2)
     for replica in (ring.first, ring.second):
         replica.stuck.add(stuck)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         told = await begun(client, put(b"one"))
         assert isinstance(told, OutcomeUnknown if stuck == "accept" else ServiceUnavailable)
         for replica in (ring.first, ring.second):
@@ -242,7 +243,7 @@ async def test_a_refusal_leaves_no_garbage(ring: Ring, settled: bool) -> None:
     gc.disable()
     try:
         assert client.change_soon(NAME, refuse, then, small=COPIES._replace(enough=lambda _disks: True))
-        await asyncio.wait_for(over.wait(), 5)
+        await asyncio.wait_for(over.wait(), GUARD_S)
         await asyncio.sleep(0)
         assert [refusal() for refusal in refusals] == [None] * len(refusals)
     finally:

@@ -27,6 +27,7 @@ from storaged.meta.replica import LocalReplica
 from storaged.meta.scan import Want
 from storaged.meta.store import LmdbMetaStore
 from storaged.wire import Buffer
+from tests.patience import GUARD_S
 
 SCOPE = b"s" * 16
 NAME = RegisterName(Table.OBJECT, SCOPE, 3, b"key")
@@ -485,7 +486,7 @@ async def test_a_copy_that_fails_in_a_way_that_nobody_foresaw_ends_its_accept_an
     copies.store = broken  # type: ignore[method-assign]
     replica = copies.over(MemoryMetaStore())
     heard: list[object] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         with pytest.raises(DiskUnusable):
             await replica.accept(with_copy(ballot(10), b"D"), [b"payload"])
         with pytest.raises(DiskUnusable):
@@ -505,7 +506,7 @@ async def test_a_proposer_in_the_same_process_hears_of_an_unforeseen_failure_as_
     heard: list[object] = []
     assert replica.post(accept(ballot(10), value()), lambda answer, _bulk: heard.append(answer))
     assert [type(answer) for answer in heard] == [DiskUnusable]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         await replica.close()
 
 

@@ -31,6 +31,7 @@ from storaged.errors import (
 )
 from storaged.units import KIB, MIB
 from storaged.wire import encode
+from tests.patience import GUARD_S
 from tests.unit.cluster_world import ROLES, Note, Service, World, pooled, serving, until
 
 
@@ -325,13 +326,17 @@ async def test_calls_that_a_hung_disk_took_on_end_with_their_deadlines_and_other
     ):
         limits = server.limits
         size = limits.inflight_bytes_per_connection_max // limits.handlers_per_connection_max // 2
-        calls = [
-            asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(size)], timeout_s=0.5))
-            for _ in range(2 * limits.handlers_per_connection_max)
-        ]
-        await until(lambda: server.statistics().connections_waiting == 1)
-        assert len(hung.answers) == limits.handlers_per_connection_max
-        results = await asyncio.gather(*calls, return_exceptions=True)
+        timeout_s, reached = 0.25, False
+        while not reached:  # a slow machine needs longer to have all of them on their way
+            timeout_s *= 2
+            hung.answers.clear()
+            calls = [
+                asyncio.create_task(pool.call("n1", "t.begin", Note(""), Note, body=[bytes(size)], timeout_s=timeout_s))
+                for _ in range(2 * limits.handlers_per_connection_max)
+            ]
+            await until(lambda: server.statistics().connections_waiting == 1 or all(call.done() for call in calls))  # noqa: B023
+            reached = len(hung.answers) == limits.handlers_per_connection_max and not calls[0].done()
+            results = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(result) for result in results} == {PeerTimeout}
         assert (await pool.call("n1", "t.echo", Note("on"), Note, timeout_s=5))[0].text == "on"
         await until(lambda: server.statistics().handlers_running == 0)
@@ -606,12 +611,12 @@ async def test_somebody_who_says_nothing_or_speaks_no_tls_is_disconnected(world:
         for sent in (b"", b"\x00" * 100):
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             writer.write(sent)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(GUARD_S):
                 while await reader.read(1000):
                     pass
             writer.close()
         silent_reader, silent_writer = await raw_connection(world, server)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(GUARD_S):
             assert await silent_reader.read() == b""
         silent_writer.close()
 

@@ -17,6 +17,7 @@ from storaged.s3.chunked import ChunkedDecoder
 from storaged.s3.chunks import CHUNKS_A_TURN, ChunkReader, TransferChunks
 from storaged.s3.limits import Limits
 from storaged.wire import Buffer
+from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed
 
 TINY = b"1\r\nx\r\n"
@@ -153,7 +154,7 @@ async def test_tiny_chunks_of_who_is_not_authenticated_end_the_connection_soon(t
             writer.write(f"{method} {target} HTTP/1.1\r\nHost: h\r\n{kind}Transfer-Encoding: chunked\r\n\r\n".encode() + TINY * 20_000)
             head = await read_head(reader)
             assert head.startswith(b"HTTP/1.1 403 " if method == "PUT" else b"HTTP/1.1 400 ")
-            await asyncio.wait_for(_ended(reader), 10)
+            await asyncio.wait_for(_ended(reader), GUARD_S)
             writer.close()
     assert sum(calls) <= limits.stranger_chunks + CHUNKS_A_TURN
     assert max(calls, default=0) <= CHUNKS_A_TURN
@@ -188,7 +189,7 @@ async def test_a_chunked_body_that_came_whole_before_its_client_ended_its_side_i
         writer.write(request.replace(b"PUT /bucket/k", b"PUT /bucket/k?partNumber=1&uploadId=none") + b"5\r\nhello\r\n0\r\n\r\n")
         writer.write(signed(world, "HEAD", "/bucket/none"))
         writer.write_eof()
-        answers = await asyncio.wait_for(reader.read(), 10)
+        answers = await asyncio.wait_for(reader.read(), GUARD_S)
         assert answers.count(b"HTTP/1.1 ") == 2
         writer.close()
 

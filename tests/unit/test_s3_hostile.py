@@ -23,6 +23,7 @@ from storaged.s3.chunks import TransferChunks
 from storaged.s3.http import parse_head
 from storaged.s3.limits import Limits
 from storaged.wire import Buffer
+from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed, until
 from tests.unit.test_s3_http import certificate
 
@@ -50,7 +51,7 @@ async def answers(world: World, data: bytes, *, pieces: int = 1) -> list[tuple[i
         writer.write(data[start : start + size])
         if pieces > 1:
             await asyncio.sleep(0.002)
-    text = (await asyncio.wait_for(reader.read(), 10)).decode()
+    text = (await asyncio.wait_for(reader.read(), GUARD_S)).decode()
     writer.close()
     found = re.split(r"HTTP/1\.1 (\d{3}) ", text)
     return [
@@ -265,7 +266,7 @@ async def test_requests_with_a_few_bytes_changed_are_never_a_failure_of_ours(wor
             raw[at : at + chance.choice((0, 1, 2))] = chance.choice(MUTATIONS)
         reader, writer = await connect(world)
         writer.write(raw)
-        answer = await asyncio.wait_for(reader.read(12), 5)
+        answer = await asyncio.wait_for(reader.read(12), GUARD_S)
         assert answer[9:12] not in (b"500", b"503"), bytes(raw)
         writer.transport.abort()
     await until(lambda: world.app.statistics().connections == 0)
@@ -287,7 +288,7 @@ async def test_requests_sent_in_one_go_do_not_keep_others_waiting(world: World) 
     other_reader, other = await connect(world)
     writer.write(b"HEAD /first HTTP/1.1\r\nHost: h\r\n\r\n" * 1000)
     other.write(b"HEAD /other HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
-    await asyncio.wait_for(other_reader.read(), 5)
+    await asyncio.wait_for(other_reader.read(), GUARD_S)
     await until(lambda: len(world.done) == 1001)
     assert [done.target for done in world.done].index("/other") < 100
     writer.close()
@@ -315,14 +316,14 @@ async def test_a_client_that_ends_its_side_first_gets_its_answers(world: World) 
     reader, writer = await connect(world)
     writer.write(signed(world, "PUT", "/bucket/k", body=b"hello") + signed(world, "GET", "/bucket/k"))
     writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), GUARD_S)
     assert answer.count(b"HTTP/1.1 200 OK") == 2
     assert answer.endswith(b"hello")
     writer.close()
     reader, writer = await connect(world)
     writer.write(signed(world, "PUT", "/bucket/half", body=b"hello")[:-1])
     writer.write_eof()
-    assert b"<Code>IncompleteBody</Code>" in await asyncio.wait_for(reader.read(), 5)
+    assert b"<Code>IncompleteBody</Code>" in await asyncio.wait_for(reader.read(), GUARD_S)
     writer.close()
 
 
@@ -367,7 +368,7 @@ async def test_a_body_that_trickles_is_a_timeout_however_steadily_it_comes() -> 
                 await asyncio.sleep(0.05)
 
         trickling = asyncio.create_task(trickle())
-        assert b"<Code>RequestTimeout</Code>" in await asyncio.wait_for(reader.read(), 5)
+        assert b"<Code>RequestTimeout</Code>" in await asyncio.wait_for(reader.read(), GUARD_S)
         trickling.cancel()
         writer.close()
 
@@ -516,7 +517,7 @@ async def test_a_large_body_that_stops_or_breaks_off_is_told_to_its_reader(world
     request = signed(world, "PUT", "/bucket/k", body=bytes(1_000_000))
     reader, writer = await connect(world)
     writer.write(request[:-1000])
-    assert b"<Code>RequestTimeout</Code>" in await asyncio.wait_for(reader.read(), 5)
+    assert b"<Code>RequestTimeout</Code>" in await asyncio.wait_for(reader.read(), GUARD_S)
     writer.close()
     reader, writer = await connect(world)
     writer.write(request[:-1000])

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from storaged import errors
 from storaged.s3.limits import Limits
+from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, SECRET, World, read_head, s3_world, signed, until
 
 
@@ -40,7 +41,7 @@ async def test_100_continue_comes_after_authentication_and_also_for_an_empty_bod
         writer.close()
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n")
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), GUARD_S)
     assert answer.startswith(b"HTTP/1.1 403 Forbidden\r\n")
     assert b"100 Continue" not in answer
     writer.close()
@@ -90,8 +91,8 @@ async def test_a_refused_upload_of_many_bytes_still_gets_its_answer(world: World
     writer.write(f"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: {size}\r\n\r\n".encode())
     for _ in range(size >> 20):
         writer.write(bytes(1 << 20))
-        await asyncio.wait_for(writer.drain(), 10)
-    answer = await asyncio.wait_for(reader.read(), 10)
+        await asyncio.wait_for(writer.drain(), GUARD_S)
+    answer = await asyncio.wait_for(reader.read(), GUARD_S)
     assert answer.startswith(b"HTTP/1.1 403 Forbidden\r\n")
     assert b"Connection: close" in answer
     assert b"<Code>AccessDenied</Code>" in answer
@@ -112,7 +113,7 @@ async def test_a_connection_is_kept_after_an_error_with_a_small_body(world: Worl
 async def test_a_body_that_stops_is_a_timeout_and_a_client_that_goes_leaves_nothing(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(signed(world, "PUT", "/bucket/slow", body=b"0123456789")[:-5])
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), GUARD_S)
     assert b"<Code>RequestTimeout</Code>" in answer
     writer.close()
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
@@ -127,7 +128,7 @@ async def test_a_body_that_stops_is_a_timeout_and_a_client_that_goes_leaves_noth
 async def test_headers_that_trickle_are_cut_off(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(b"GET / HTTP/1.1\r\nHost:")
-    assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert await asyncio.wait_for(reader.read(), GUARD_S) == b""
     writer.close()
 
 
@@ -247,12 +248,12 @@ async def test_closing_lets_requests_in_flight_finish_and_takes_no_new_ones() ->
         writer.write(request[:-3])
         await until(lambda: world.app.statistics().requests_in_flight == 1)
         closing = asyncio.create_task(world.app.close(5))
-        assert await asyncio.wait_for(idle_reader.read(), 5) == b""
+        assert await asyncio.wait_for(idle_reader.read(), GUARD_S) == b""
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", world.port)
         assert not closing.done()
         writer.write(request[-3:])
-        answer = await asyncio.wait_for(reader.read(), 5)
+        answer = await asyncio.wait_for(reader.read(), GUARD_S)
         await closing
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert world.objects.of(await world.buckets.get("bucket"))[b"k"].data == b"hello"
@@ -318,6 +319,6 @@ async def test_a_connection_that_was_accepted_elsewhere_is_served_and_after_the_
                 accepted, _ = elsewhere.accept()
                 await world.app.adopt(accepted)
                 writer.write(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
-                assert (await asyncio.wait_for(reader.read(), 5)).startswith(answered)
+                assert (await asyncio.wait_for(reader.read(), GUARD_S)).startswith(answered)
                 writer.close()
                 await world.app.close(0.5)

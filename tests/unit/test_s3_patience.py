@@ -16,6 +16,7 @@ from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
 from storaged.s3.http import broken_so_far
 from storaged.s3.limits import Limits
+from tests.patience import GUARD_S
 from tests.unit import fake_object_service
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed
 from tests.unit.test_s3_hostile import _Blocks, _Socket
@@ -239,6 +240,6 @@ async def test_an_answer_that_is_on_its_way_when_the_server_ends_arrives_whole(
         await read_head(reader)
         closing = asyncio.create_task(world.app.close(30))
         await asyncio.sleep(0.1)
-        assert await asyncio.wait_for(reader.readexactly(16 << 20), 30) == bytes(16 << 20)
+        assert await asyncio.wait_for(reader.readexactly(16 << 20), GUARD_S) == bytes(16 << 20)
         writer.close()
-        await asyncio.wait_for(closing, 30)
+        await asyncio.wait_for(closing, GUARD_S)

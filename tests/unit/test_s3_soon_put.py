@@ -26,6 +26,7 @@ from storaged.s3.headers import INCIDENTAL
 from storaged.s3.limits import Limits
 from storaged.s3.objects import put_asked
 from storaged.s3.request import Request
+from tests.patience import GUARD_S
 from tests.unit.fake_object_service import HELD_BYTES_MAX, checksum
 from tests.unit.s3_world import ACCESS, REGION, SECRET, Held, World, ask, break_off, read_head, s3_world, signed, until
 
@@ -206,7 +207,7 @@ async def test_a_body_that_does_not_come_is_waited_for_no_longer_than_any_other(
     await until(lambda: world.app.statistics().connections == 1)
     [connection] = world.app._connections.open  # type: ignore[union-attr]
     await until(lambda: connection.phase == BODY)
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), GUARD_S)
     assert b"<Code>RequestTimeout<" in answer
     assert kept(world) == {}
     assert [(done.operation, done.status, done.bytes_in) for done in world.done] == [("PutObject", 400, 10)]
@@ -307,7 +308,7 @@ async def test_a_server_that_ends_does_not_wait_for_ever_for_a_body(world: World
     head, _ = in_pieces(signed(world, "PUT", "/bucket/key", body=SMALL), "behind")
     writer.write(head)
     await until(lambda: world.app.statistics().requests_in_flight == 1)
-    await asyncio.wait_for(world.app.close(0.05), 5)
+    await asyncio.wait_for(world.app.close(0.05), GUARD_S)
     await until(lambda: world.app.statistics().requests_in_flight == 0)
     assert [(done.status, done.code, done.complete) for done in world.done] == [(503, "ServiceUnavailable", False)]
     assert kept(world) == {}

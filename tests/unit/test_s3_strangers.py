@@ -13,6 +13,7 @@ import pytest
 from storaged.config import parse
 from storaged.s3.limits import Limits
 from storaged.s3.strangers import Strangers, address_key
+from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed, until
 
 FORM = b"POST /bucket HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=a\r\nContent-Length: 60000\r\n\r\n--a\r\n"
@@ -98,7 +99,7 @@ async def test_the_oldest_stranger_of_an_address_makes_room_and_who_has_signed_s
         strangers = [await sent(world, b"") for _ in range(3)]
         await until(lambda: world.app.statistics().strangers == 3)
         await answered(world)
-        assert await asyncio.wait_for(strangers[0][0].read(), 5) == b""
+        assert await asyncio.wait_for(strangers[0][0].read(), GUARD_S) == b""
         assert world.app.statistics().evicted_total == 1
         known[1].write(signed(world, "HEAD", "/bucket/none"))
         assert (await read_head(known[0])).startswith(b"HTTP/1.1 404 ")
@@ -111,7 +112,7 @@ async def test_when_all_connections_are_taken_the_oldest_stranger_makes_room() -
         strangers = [await sent(world, b"GET / HT") for _ in range(4)]
         await until(lambda: world.app.statistics().strangers == 4)
         await answered(world)
-        assert await asyncio.wait_for(strangers[0][0].read(), 5) == b""
+        assert await asyncio.wait_for(strangers[0][0].read(), GUARD_S) == b""
         for _, writer in strangers:
             writer.close()
 
@@ -122,7 +123,7 @@ async def test_a_connection_beyond_the_limit_is_closed_when_all_have_signed() ->
         for reader, _ in known:
             await read_head(reader)
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await asyncio.wait_for(reader.read(), GUARD_S) == b""
         for _, each in (*known, (reader, writer)):
             each.close()
 
@@ -130,7 +131,7 @@ async def test_a_connection_beyond_the_limit_is_closed_when_all_have_signed() ->
 async def test_bytes_of_strangers_are_bounded_for_their_address() -> None:
     async with bucket(Limits(stranger_bytes_max=100_000)) as world:
         holders = [await sent(world, FORM + b"x" * 40_000) for _ in range(3)]
-        assert await asyncio.wait_for(holders[0][0].read(), 5) == b""
+        assert await asyncio.wait_for(holders[0][0].read(), GUARD_S) == b""
         assert world.app.statistics().strangers == 2
         await answered(world)
         for _, writer in holders:
@@ -140,7 +141,7 @@ async def test_bytes_of_strangers_are_bounded_for_their_address() -> None:
 async def test_requests_of_strangers_are_bounded_for_their_address() -> None:
     async with bucket(Limits(stranger_requests_max=2)) as world:
         forms = [await sent(world, FORM) for _ in range(3)]
-        assert await asyncio.wait_for(forms[0][0].read(), 5) == b""
+        assert await asyncio.wait_for(forms[0][0].read(), GUARD_S) == b""
         await answered(world)
         assert world.app.statistics().strangers == 2
         for _, writer in forms:

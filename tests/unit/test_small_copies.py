@@ -27,6 +27,7 @@ from storaged.meta.register import Verdict
 from storaged.meta.replica import LocalReplica
 from storaged.node.disks import restore_copies
 from storaged.wire import Buffer, encode
+from tests.patience import GUARD_S
 from tests.unit.disk_world import LogDisk, died
 from tests.unit.fragment_world import SimulatedFile, SimulatedFiles, make
 
@@ -185,7 +186,7 @@ async def test_while_a_copy_is_being_stored_its_register_waits_and_a_fence_is_no
     assert [task.done() for task in (accepting, reading, fencing, ending)] == [False] * 4
     assert disk.meta.get(NAME) is None
     disk.go_on()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         assert (await accepting).copy_synced
         assert await reading == (copy.data_id, copy.payload)
         assert (await fencing).done
@@ -215,7 +216,7 @@ async def test_a_record_that_the_store_refused_with_its_copy_makes_the_replica_s
     assert disk.fragments.find_copy(copy.data_id) is None
     with pytest.raises(DiskUnusable):
         await replica.prepare(messages.Prepare("d", OTHER, ballot(11)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await replica.close()
         await disk.close()
 
@@ -241,12 +242,12 @@ async def test_copies_that_come_while_a_group_is_written_are_one_group(directory
         await asyncio.sleep(0)
     alone = asyncio.ensure_future(disk.meta.commit(StoreBatch(meta={"alone": b"1"})))
     large = make(RNG, 200_000)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await disk.fragments.write(large.header, [large.payload], sync=True)
     assert not told
     assert not any(disk.fragments.find_copy(copy.data_id) for copy in copies)
     disk.go_on()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await alone
     assert told == ["first", *map(str, range(10))]
     assert disk.log.groups == 2
@@ -292,7 +293,7 @@ async def test_a_callback_that_raises_keeps_its_news_from_no_other_copy(director
     for name, done in (("one", mistaken), ("two", lambda _refusal, _error: told.set())):
         copy = small()
         disk.copies.keep(copy.header, [copy.payload], StoreBatch(meta={name: b"1"}), done)
-    await asyncio.wait_for(told.wait(), 10)
+    await asyncio.wait_for(told.wait(), GUARD_S)
     await disk.close()
     assert [str(error) for error in troubles] == ["a mistake"]
 
@@ -310,7 +311,7 @@ async def test_a_copy_for_which_the_stores_queue_has_no_room_is_refused_and_harm
     with pytest.raises(SlowDown):
         await replica.accept(with_copy(ballot(10), copies[1], OTHER), [copies[1].payload])
     disk.go_on()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         assert (await first).copy_synced
         assert (await replica.accept(with_copy(ballot(10), copies[1], OTHER), [copies[1].payload])).copy_synced
     for copy, name in zip(copies, (NAME, OTHER), strict=True):
@@ -324,7 +325,7 @@ async def test_a_copy_larger_than_the_redo_log_takes_is_synced_where_it_belongs_
     await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
     disk.hold()
     accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), copy), [copy.payload]))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await disk.held.wait()
     assert disk.files is not None
     assert any(copy.payload in segment.durable for segment in disk.files.disks.values())
@@ -488,7 +489,7 @@ async def test_a_checkpoint_waits_for_the_copies_own_log(directory: Path, monkey
     disk.hold()
     accepting = asyncio.create_task(replica.accept(with_copy(ballot(10), other, OTHER), [other.payload]))
     await disk.held.wait()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await disk.meta.checkpoint()
     assert order == ["copies False", "rows True"]
     disk.go_on()

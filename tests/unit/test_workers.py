@@ -21,6 +21,7 @@ from storaged.objects.plane import ObjectLimits
 from storaged.observe import Metrics
 from storaged.s3.limits import Limits
 from storaged.s3.listen import listen
+from tests.patience import GUARD_S
 
 WORKER = """
 import json, os, signal, socket, sys, time
@@ -103,7 +104,7 @@ async def gateway(behaviour: str, **options: Any) -> AsyncIterator[tuple[Workers
 async def answer(port: int) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), GUARD_S)
     finally:
         writer.close()
 
@@ -141,7 +142,7 @@ async def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
         first = workers._others[0].process
         assert first is not None
         running = asyncio.create_task(workers.run())  # the program never answers what it is asked for its metrics
-        assert await asyncio.wait_for(first.wait(), 20) == -signal.SIGKILL
+        assert await asyncio.wait_for(first.wait(), GUARD_S) == -signal.SIGKILL
         await until(lambda: workers._others[0].process not in (None, first))
         running.cancel()
 
@@ -164,7 +165,7 @@ async def test_a_worker_that_is_not_understood_is_killed_and_started_again() -> 
         await workers.start()
         first = workers._others[0].process
         assert first is not None
-        assert await asyncio.wait_for(first.wait(), 20) == -signal.SIGKILL
+        assert await asyncio.wait_for(first.wait(), GUARD_S) == -signal.SIGKILL
         await until(lambda: workers._others[0].process not in (None, first))
 
 
@@ -175,7 +176,7 @@ async def test_a_worker_that_does_not_end_is_waited_for_no_longer_than_it_may_ta
         process = workers._others[0].process
         assert process is not None
         monkeypatch.setattr("storaged.node.workers.ENDING_S", 0.2)
-        await asyncio.wait_for(workers.drain(0.1), 10)
+        await asyncio.wait_for(workers.drain(0.1), GUARD_S)
         assert process.returncode is None
         monkeypatch.undo()
         await workers.close()
