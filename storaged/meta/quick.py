@@ -36,6 +36,7 @@ from storaged.meta.rowvalue import check_of
 Stage = Literal["prepare", "accept", "over"]
 Tried = Callable[[Outcome | Exception | None], None]
 OK = int(Verdict.OK)
+SYSTEM = int(Table.SYSTEM)
 PREEMPTED = int(Verdict.PREEMPTED)
 
 
@@ -207,7 +208,7 @@ class QuickChange(Attempt):
     def _decide(self) -> None:
         """The change is applied to what a majority has told, and proposed."""
         self._mark("prepare")
-        if self.name.table == Table.SYSTEM and any(self._around.doubts(self.name, "", reply.value) for reply in self._promises):
+        if self.name.table == SYSTEM and any(self._around.doubts(self.name, "", reply.value) for reply in self._promises):
             self._end(None)  # the general code knows which of them to go by
             return
         best = self._promises[0]

@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 import msgspec
+import structlog
 
 from storaged.cluster.policy import policy_of
 from storaged.cluster.signers import signer_id
@@ -43,6 +44,8 @@ from storaged.objects.recent import Recent
 from storaged.objects.records import BucketRecord, authenticated_bytes
 from storaged.objects.shards import draw
 from storaged.wire import decode, encode
+
+log = structlog.get_logger(__name__)
 
 ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
 PREFIX = "bucket/"
@@ -287,7 +290,7 @@ class BucketService:
     async def sign_unsigned(self, records: Iterable[BucketRecord]) -> int:
         """Signs those records anew that the cluster's signing key has not signed: from before there were signatures, or before the keyring was exchanged.
 
-        Returns how many. What is authentic was written by a gateway, signature and all: only the signer is compared. Raises ServiceUnavailable."""
+        Returns how many. What is authentic was written by a gateway, signature and all: only the signer is compared. Raises KeyringUnavailable."""
         signer, signed = signer_id(self._plane.keys.public_signer()), 0
         for record in records:
             if record.signer == signer:
@@ -298,7 +301,11 @@ class BucketService:
                 found = self._decode(name, value)
                 return self._change(name, value, found) if found is not None and found.signer != signer else None
 
-            outcome = await self._plane.registers.change(name, update)
+            try:
+                outcome = await self._plane.registers.change(name, update)
+            except ServiceUnavailable as error:  # of this one alone; it is looked at again
+                log.info("the record of a bucket is signed later", bucket=record.name, reason=error.message)
+                continue
             signed += outcome.before != outcome.after
             await self._changed(record.name)
         return signed

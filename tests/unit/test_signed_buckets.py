@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,10 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from storaged.cluster.identity import Identity, NodeSigner, authority_of
 from storaged.cluster.signers import STATEMENT_LABEL, Signers, SignerStatement, is_signed, publish, signer_id, signer_path, state_signer
-from storaged.errors import CertificateRefused, DataDamaged
+from storaged.errors import CertificateRefused, DataDamaged, ServiceUnavailable
 from storaged.keys.signing import signing_key
 from storaged.maintain.context import MaintainLimits
-from storaged.meta.names import Change, Value, object_name, system_name
+from storaged.meta.names import Change, RegisterName, Value, object_name, system_name
 from storaged.meta.ports import Ballot, Slot, StoreBatch
 from storaged.node.housekeeping import check_records
 from storaged.objects.buckets import BucketService
@@ -165,6 +166,28 @@ def test_a_record_from_before_it_was_signed_is_looked_after_once_a_gateway_has_s
         assert await cluster.buckets.sign_unsigned(await cluster.buckets.every_bucket()) == 0
 
     run(scenario, racks=MIXED)
+
+
+async def test_a_record_that_can_not_be_written_now_keeps_no_other_from_being_signed() -> None:
+    world = World(None)
+    buckets = BucketService(world.plane())
+    for name in ("first", "second"):
+        made = await buckets.create(WHO, name, region="r")
+        register = system_name(f"bucket/{name}")
+        value = world.ring.values[register]
+        bare = msgspec.structs.replace(made, signature=b"", signer=b"", authenticator=b"")
+        tag = world.keys.authenticate((register.pack(), (1).to_bytes(8, "big")), encode(bare))
+        world.ring.values[register] = msgspec.structs.replace(value, body=encode(msgspec.structs.replace(bare, authenticator=tag)))
+    change = world.ring.change
+
+    async def stopped(name: RegisterName, *arguments: Any, **named: Any) -> Any:
+        if name == system_name("bucket/first"):
+            raise ServiceUnavailable
+        return await change(name, *arguments, **named)
+
+    world.ring.change = stopped  # type: ignore[method-assign]
+    assert await buckets.sign_unsigned(await buckets.every_bucket()) == 1
+    assert [record.signer == SIGNER for record in await buckets.every_bucket()] == [False, True]
 
 
 def test_neither_an_older_record_of_the_bucket_nor_anothers_takes_its_place() -> None:
