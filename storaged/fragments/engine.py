@@ -45,12 +45,12 @@ from storaged.fragments.format import (
     cell_sums,
     encode_notes,
     pack_segment_header,
-    payload_hash,
     segment_seed,
 )
 from storaged.fragments.index import Checkpoint, Index, Position
 from storaged.fragments.ports import FragmentHeader, Retirement, Usage
 from storaged.fragments.reader import Reader
+from storaged.hashes import is_fragment
 from storaged.units import MIB, format_size
 from storaged.wire import encode
 
@@ -135,7 +135,7 @@ class Write(Struct):
         if not hashes:
             return True
         expected = hashes[0] if k == 1 and len(hashes) == 1 else hashes[position] if position < len(hashes) else b""
-        return payload_hash(self.payload) == expected
+        return is_fragment(self.payload, expected)
 
 
 def _not_a_fragment(reason: str) -> PeerRefused:

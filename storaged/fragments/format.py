@@ -8,7 +8,7 @@ A segment is a header of 64 bytes, then records, one after the other. A record d
   a torn tail (behind every ``synced_end``: it may be cut) from damage (before one: it was acknowledged, and is quarantined, never cut).
 
 The checksums are xxh3-64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): they find damage, not malice; a cell is a sealed
-chunk, which the reader authenticates.
+chunk, which the reader authenticates. The hashes in a fragment's header (``storaged.hashes``) are what repair compares, and find malice too.
 """
 
 from __future__ import annotations
@@ -289,16 +289,6 @@ def cell_sums(payload: Sequence[memoryview], cell_bytes: int) -> bytes:
                 state.update(part)
             sums.append(state.digest())
     return b"".join(sums)
-
-
-def payload_hash(payload: Sequence[Buffer]) -> bytes:
-    """xxh3-128 of a whole fragment, 16 bytes."""
-    if len(payload) == 1:
-        return xxhash.xxh3_128_digest(payload[0])
-    state = xxhash.xxh3_128()
-    for buffer in payload:
-        state.update(buffer)
-    return state.digest()
 
 
 def cell_holds(cell: Buffer, sums: Buffer, index: int) -> bool:

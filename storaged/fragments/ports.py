@@ -4,7 +4,7 @@ Four bodies pass one test suite (tests/unit/fragment_store_suite.py): the local 
 that drops, reorders and tears unsynced writes.
 
 A fragment is what one disk keeps of one block: its cells, one after the other. Every cell is C bytes long (C = 4..64 KiB, a sealed chunk), but the
-last, which may be shorter. Per cell the record keeps xxh3-64, and for the whole block the xxh3-128 of all its k+m fragments, so that a
+last, which may be shorter. Per cell the record keeps xxh3-64, and for the whole block the hashes of all its k+m fragments (``storaged.hashes``), so that a
 rebuilt fragment is only written when it is what the survivors agree on.
 """
 
@@ -49,7 +49,7 @@ class FragmentHeader(Message, frozen=True):
 
     ``owner`` is the packed name of the register that refers to it (an object's, or an upload part's). ``part_header`` are the 64 bytes of the SOV1 header,
     empty in the copy of a small object: its record, which lies on the same disk, has them.
-    ``hashes`` are the xxh3-128 (16 bytes each) of all k+m fragments of the block, in position order; copies (k = 1) carry one.
+    ``hashes`` are those (``storaged.hashes``, 20 bytes each; of older blocks 16) of all k+m fragments of the block, in position order; copies (k = 1) carry one.
     ``created_ms`` is when it was written (wall clock), renewed by ``touch``. ``cell_bytes`` is C, ``length`` the payload's bytes.
     """
 

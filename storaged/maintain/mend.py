@@ -1,7 +1,7 @@
 """Rebuilding fragments from their survivors, and recoding blocks for the disks that live. Works on sealed bytes: no key is needed, none is here.
 
-A rebuilt fragment is written only when its xxh3-128 is what the headers of the survivors agree it should be: a disk that lies about its
-fragment, or about the hashes, can spoil what it holds itself, but repair does not launder its bytes. A fragment that is found not to be what the others agree on
+A rebuilt fragment is written only when its hash (``storaged.hashes``) is what the headers of the survivors agree it should be: a disk that lies about its
+fragment, or about the hashes, can spoil what it holds itself, but repair does not launder its bytes. Headers agree when they name the same hashes, so those of different kinds never do. A fragment that is found not to be what the others agree on
 is rebuilt like one that is missing.
 """
 
@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import xxhash
-
 from storaged.cluster.layout import Profile
 from storaged.errors import PeerError
 from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.hashes import is_fragment
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.survey import BlockHealth, BlockPlace, is_allowed
 from storaged.objects import erasure
@@ -94,7 +93,7 @@ class Mender:
             whole = survivors.fragments.get(position)
             if whole is None:
                 whole = memoryview(rebuilt[position])[: shape.fragment_length(profile, position)]
-            if xxhash.xxh3_128_digest(whole) != _hash_of(survivors.hashes, position):
+            if not is_fragment((whole,), _hash_of(survivors.hashes, position)):
                 raise CannotMend(f"fragment {position} of block {place.block} does not come out as its survivors say it was")
             await self._write(survivors.owner, place, position, whole, survivors.hashes, sync=sync)
             written.append((place.disks[position], place.fragment(position)))
@@ -208,7 +207,7 @@ def _agreed(profile: Profile, known: Mapping[int, Buffer], found: Mapping[int, t
         return None
     fragments: dict[int, Buffer] = dict(known)
     for position, (header, whole) in found.items():
-        if (header.hashes, header.owner) == (hashes, owner) and xxhash.xxh3_128_digest(whole) == _hash_of(hashes, position):
+        if (header.hashes, header.owner) == (hashes, owner) and is_fragment((whole,), _hash_of(hashes, position)):
             fragments[position] = whole
     strangers = tuple(position for position in found if position not in fragments)
     return Survivors(fragments, hashes, owner, strangers) if len(fragments) >= profile.k else None

@@ -5,9 +5,8 @@ Everything here raises InvalidRequest.
 
 from __future__ import annotations
 
-import xxhash
-
 from storaged.errors import InvalidRequest
+from storaged.hashes import is_page
 from storaged.ids import INCARNATION_BYTES
 from storaged.meta import messages
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value, Visibility
@@ -48,7 +47,7 @@ def check_created(name: RegisterName, value: Value, create: bool) -> None:
 def check_page(request: messages.PagePut) -> None:
     if len(request.body) > PAGE_BYTES_MAX:
         raise InvalidRequest(f"A page of {len(request.body)} bytes; the limit is {PAGE_BYTES_MAX}.")
-    if xxhash.xxh3_128_digest(request.body) != request.page_hash:
+    if not is_page(request.body, request.page_hash):
         raise InvalidRequest("The page's bytes are not those that its hash names.")
 
 

@@ -16,12 +16,12 @@ from typing import TypeVar
 
 import msgspec
 import structlog
-import xxhash
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.layout import Layout
 from storaged.cluster.ports import Layouts
 from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
+from storaged.hashes import is_page, page_hash
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta import messages
 from storaged.meta.changing import Changing
@@ -466,14 +466,14 @@ class RingClient:
 
     # --- pages ---------------------------------------------------------------------------------------------------------
 
-    async def put_page(self, near: RegisterName, body: bytes) -> bytes:
-        page_hash = xxhash.xxh3_128_digest(body)
+    async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
+        page_name = name or page_hash(body)
         view, deadline = self._view(near), self._deadline()
 
         def put(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.PageReply]]:
             async def page_put(replica: Replica) -> messages.PageReply:
                 try:
-                    return await replica.page_put(messages.PagePut(disk, page_hash, body), timeout_s=timeout_s)
+                    return await replica.page_put(messages.PagePut(disk, page_name, body), timeout_s=timeout_s)
                 except StoragedError:
                     self._around.on_missed(near)
                     raise
@@ -482,15 +482,15 @@ class RingClient:
 
         if not await self._everywhere(view.disks, (view.groups,), put, lambda reply: True, deadline):
             raise ServiceUnavailable("No majority of the replicas of this key has stored the manifest page. Nothing was changed. Retry.")
-        return page_hash
+        return page_name
 
-    async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
+    async def get_page(self, near: RegisterName, name: bytes) -> bytes:
         view, deadline = self._view(near), self._deadline()
         order = self._suspects.last(view.disks)
         answers: Answers[messages.PageReply] = Answers(self._replicas, self._pool, self._suspects)
         while order or answers.pending:
             if order:
-                self._ask_page(answers, messages.PageGet(order.pop(0), page_hash), deadline)
+                self._ask_page(answers, messages.PageGet(order.pop(0), name), deadline)
             remaining_s = deadline - self._clock.monotonic()
             if remaining_s <= 0:
                 break
@@ -498,7 +498,7 @@ class RingClient:
             if answer is None or isinstance(answer[1], StoragedError):
                 continue
             body = answer[1].body
-            if body is not None and xxhash.xxh3_128_digest(body) == page_hash:
+            if body is not None and is_page(body, name):
                 return body
         raise DataDamaged("A page of this object's manifest is on none of the replicas that answer.")
 
@@ -506,9 +506,9 @@ class RingClient:
         request = messages.PageCheck(disk, tuple(hashes))
         return (await self._replicas.replica(disk).page_check(request, timeout_s=self._call_timeout_s)).hashes
 
-    async def copy_page(self, near: RegisterName, page_hash: bytes, disk: str) -> None:
-        body = await self.get_page(near, page_hash)
-        await self._replicas.replica(disk).page_put(messages.PagePut(disk, page_hash, body), timeout_s=self._call_timeout_s)
+    async def copy_page(self, near: RegisterName, name: bytes, disk: str) -> None:
+        body = await self.get_page(near, name)
+        await self._replicas.replica(disk).page_put(messages.PagePut(disk, name, body), timeout_s=self._call_timeout_s)
 
     # --- fences --------------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,9 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-import xxhash
-
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.errors import DiskUnusable, StoragedError
+from storaged.hashes import is_page
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.changes import Changes
 from storaged.meta.names import RegisterName, Table
@@ -90,7 +89,7 @@ class MemoryMetaStore:
 
     def get_page(self, page_hash: bytes) -> bytes | None:
         page = self._pages.get(page_hash)
-        if page is not None and xxhash.xxh3_128_digest(page.body) != page_hash:
+        if page is not None and not is_page(page.body, page_hash):
             raise RowDamaged(f"page {page_hash.hex()} does not have its hash")
         return None if page is None else page.body
 
@@ -135,7 +134,7 @@ class MemoryMetaStore:
         self._refuse_when_unusable()
         entry = _Pending(batch, [(slot.name, pack_row(slot)) for slot in batch.slots])
         for page in batch.pages:
-            if xxhash.xxh3_128_digest(page.body) != page.page_hash:
+            if not is_page(page.body, page.page_hash):
                 raise ValueError("a page must be stored under its own hash")
         for key in batch.meta:
             if not key or key.startswith("\0"):

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-import xxhash
 from msgspec import Struct
 
+from storaged.hashes import is_page
 from storaged.meta.ports import Done, Slot, StoreBatch, StoredPage
 from storaged.meta.redo import BODY_BYTES_MAX
 from storaged.meta.rowvalue import pack_row, seal_small
@@ -96,7 +96,7 @@ def ready(batch: StoreBatch, done: Done) -> Ready:
             return Ready(done, rows, size=size, operations=1)
     others = _others_of(batch) if batch.meta or batch.fences or batch.unfence else ()
     for page in batch.pages:
-        if xxhash.xxh3_128_digest(page.body) != page.page_hash:
+        if not is_page(page.body, page.page_hash):
             raise ValueError("a page must be stored under its own hash")
     size = 0
     for _, key, row in rows:

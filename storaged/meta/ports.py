@@ -133,10 +133,10 @@ class Registers(Protocol):
 class Pages(Protocol):
     """Immutable, content-addressed values that large records point to (manifests of more than 32 parts)."""
 
-    async def put_page(self, near: RegisterName, body: bytes) -> bytes:
-        """Its hash (xxh3-128, 16 bytes) once a majority of the replicas of ``near`` has it synced."""
+    async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
+        """Its name (``hashes.page_hash``) once a majority of the replicas of ``near`` has it synced. ``name``: of a page that is put again, which keeps it."""
 
-    async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
+    async def get_page(self, near: RegisterName, name: bytes) -> bytes:
         """From any replica; verified against the hash. Raises DataDamaged when none has it."""
 
 

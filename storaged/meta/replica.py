@@ -27,6 +27,7 @@ import structlog
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.ports import Then
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown, StoragedError
+from storaged.hashes import is_old
 from storaged.meta import messages
 from storaged.meta.accepting import AnswerAccept, Writing
 from storaged.meta.bounds import check_created, check_epoch, check_fence, check_name, check_page, check_pages, check_value
@@ -522,6 +523,8 @@ class LocalReplica:
     async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply:
         self._check_answers()
         check_page(request)
+        if is_old(request.page_hash) and (held := self._page(request.page_hash)) is not None and held != request.body:
+            raise InvalidRequest("Another page has this name here.")  # a liar finds other bytes for a hash of the old kind
         self._check_room(len(request.body))
         await self._durably(StoreBatch(pages=[StoredPage(request.page_hash, request.body, self._clock.wall_ms())]), size=len(request.body))
         return messages.PageReply()

@@ -19,7 +19,7 @@ Theory of operation
     nodes          table || scope || shard           check || root node (u64 BE)
                    "next"                            check || the next node to give out (u64 BE)
     fences         scope                             check || final (u8) || nonce
-    pages          xxh3-128 of the page              created ms (u64 BE) || the page
+    pages          name of the page                  created ms (u64 BE) || the page
     meta           name                              check || value
                    NUL "identity"                    check || store id (16) || starts (u64 BE)
                    NUL "redo"                        check || ``opening.Mark``
@@ -49,11 +49,11 @@ from typing import Any
 import lmdb
 import msgspec
 import structlog
-import xxhash
 
 from storaged.aio import NotTaken
 from storaged.durable import Unfinished, replace_file, sync_path
 from storaged.errors import DiskForeign, DiskUnusable, SlowDown, StoragedError
+from storaged.hashes import is_page
 from storaged.ids import Entropy, system_entropy
 from storaged.mapped import reach_end
 from storaged.meta import pending
@@ -358,7 +358,7 @@ class LmdbMetaStore:
     def get_page(self, page_hash: bytes) -> bytes | None:
         stored = self._read(b"pages", page_hash)
         page = None if stored is None else stored[PAGE_AGE_BYTES:]
-        if page is not None and xxhash.xxh3_128_digest(page) != page_hash:
+        if page is not None and not is_page(page, page_hash):
             self._damaged += 1
             raise RowDamaged(f"page {page_hash.hex()} does not have its hash")
         return page

@@ -23,9 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import xxhash
-
 from storaged.cluster.layout import Profile
+from storaged.hashes import fragment_hash
 from storaged.wire import Buffer, unfilled
 
 FRAGMENTS_MAX = 255
@@ -299,14 +298,9 @@ def fragment_slices(profile: Profile, cell_bytes: int, sealed: Buffer, position:
 
 
 def fragment_hashes(profile: Profile, cell_bytes: int, sealed: Buffer, parity: Sequence[Buffer]) -> tuple[bytes, ...]:
-    """xxh3-128 (16 bytes) of every fragment of the block, in position order; of whole copies (k = 1) only one, for they are equal."""
-    hashes = []
-    for position in range(profile.k):
-        digest = xxhash.xxh3_128()
-        for cell in fragment_slices(profile, cell_bytes, sealed, position):
-            digest.update(cell)
-        hashes.append(digest.digest())
+    """The hash (20 bytes) of every fragment of the block, in position order; of whole copies (k = 1) only one, for they are equal."""
+    hashes = [fragment_hash(fragment_slices(profile, cell_bytes, sealed, position)) for position in range(profile.k)]
     if profile.k == 1:
         return tuple(hashes)
     length = parity_length(profile, cell_bytes, len(sealed))
-    return (*hashes, *(xxhash.xxh3_128_digest(memoryview(buffer)[:length]) for buffer in parity))
+    return (*hashes, *(fragment_hash((memoryview(buffer)[:length],)) for buffer in parity))

@@ -132,7 +132,7 @@ async def sealed_parts_of(pages: Pages, near: RegisterName, dek: bytes, context:
 async def renew_pages(pages: Pages, near: RegisterName, hashes: Sequence[bytes]) -> None:
     """Puts pages again, so that they are as young as new ones, and on all replicas that answer. Raises DataDamaged for one that is gone, ServiceUnavailable."""
     for page_hash in hashes:
-        await pages.put_page(near, await pages.get_page(near, page_hash))
+        await pages.put_page(near, await pages.get_page(near, page_hash), page_hash)
 
 
 def _decode(body: bytes, kind: type[T]) -> T:

@@ -12,11 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import msgspec
-import xxhash
 
 from storaged import trace
 from storaged.errors import EntityTooLarge
 from storaged.fragments.ports import FragmentHeader, encode_copies
+from storaged.hashes import fragment_hash
 from storaged.ids import DATA_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Outcome, SmallCopies
@@ -347,7 +347,7 @@ def seal_small(
         data_id + plan.id_tail,
         name.pack(),
         b"",
-        (xxhash.xxh3_128_digest(sealed),),
+        (fragment_hash((sealed,)),),
         1 << header[5],
         len(sealed),
         plane.clock.wall_ms(),

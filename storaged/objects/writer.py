@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import xxhash
-
 from storaged import trace
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement
+from storaged.hashes import is_fragment
 from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
 from storaged.objects.assemble import assemble, empty_fragments
@@ -469,4 +468,4 @@ class PartWriter:
 
 def _is_as_written(fragment: bytes, state: BlockState, position: int) -> bool:
     """Whether a fragment read back is the one that was written. Copies (k = 1) have one hash for all."""
-    return xxhash.xxh3_128_digest(fragment) == state.hashes[position if len(state.hashes) > 1 else 0]
+    return is_fragment((fragment,), state.hashes[position if len(state.hashes) > 1 else 0])

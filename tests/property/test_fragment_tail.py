@@ -9,13 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storaged.errors import FragmentDamaged, FragmentMissing
 from storaged.fragments.engine import Engine, StoreLimits, Write
 from storaged.fragments.index import Index
+from storaged.hashes import fragment_hash
 from tests.unit.fragment_world import DISK, Made, SimulatedFiles, in_memory, make
 
 LIMITS = StoreLimits(note_reserve_bytes=0, segment_bytes=1 << 20)
@@ -136,7 +136,7 @@ def test_a_payload_that_looks_like_a_record_is_not_taken_for_one(log: Log) -> No
     engine = log.open()
     inner = bytes(log.files.disks[1].now)
     made = make(random.Random(9), 8)
-    header = msgspec.structs.replace(made.header, hashes=(xxhash.xxh3_128_digest(inner),) * 6, length=len(inner))
+    header = msgspec.structs.replace(made.header, hashes=(fragment_hash((inner,)),) * 6, length=len(inner))
     assert engine.append([Write.of(header, [inner])]) == [None]
     entry = engine.index.lookup(header.id)
     assert entry is not None

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import xxhash
-
 from storaged.cluster.ports import Call, Methods, PeerIdentity, Reply
 from storaged.fragments.files import Space
 from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.hashes import HASH_BYTES, fragment_hash
 from storaged.units import GIB
 from storaged.wire import Buffer, Message, decode, encode
 
@@ -62,8 +61,8 @@ def make(
 ) -> Made:
     payload = rng.randbytes(length)
     found = fragment or FragmentId(data_id or rng.randbytes(16), block, k, m, position)
-    own = xxhash.xxh3_128_digest(payload)
-    hashes = (own,) if found.k == 1 else tuple(own if i == found.position else rng.randbytes(16) for i in range(found.k + found.m))
+    own = fragment_hash((payload,))
+    hashes = (own,) if found.k == 1 else tuple(own if i == found.position else rng.randbytes(HASH_BYTES) for i in range(found.k + found.m))
     header = FragmentHeader(found.pack(), b"owner of " + found.data_id, rng.randbytes(64), hashes, cell_bytes, length, created_ms)
     return Made(found, header, payload)
 

@@ -6,9 +6,9 @@ import asyncio
 import itertools
 
 import pytest
-import xxhash
 
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
+from storaged.hashes import page_hash
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch, StoredPage
 from storaged.meta.rowvalue import check_of, intact, pack_row, row_parts, stamps_in, unpack_row, value_of
@@ -33,7 +33,7 @@ def slots_in(store: MetaStore, table: int, scope: bytes, shard: int, *, after: b
 
 
 def page_of(body: bytes, created_ms: int = 7) -> StoredPage:
-    return StoredPage(xxhash.xxh3_128_digest(body), body, created_ms)
+    return StoredPage(page_hash(body), body, created_ms)
 
 
 async def test_what_was_never_written_is_absent(store: MetaStore) -> None:

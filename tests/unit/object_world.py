@@ -31,6 +31,7 @@ from storaged.errors import (
     PeerUnreachable,
 )
 from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
+from storaged.hashes import fragment_hash, page_hash
 from storaged.keys.bucketkey import BucketEnd
 from storaged.keys.upkeep import EndedKey
 from storaged.meta.heads import head_of
@@ -128,7 +129,7 @@ class FakeDisk:
         cells = [data[at : at + header.cell_bytes] for at in range(0, len(data), header.cell_bytes)]
         fragment = FragmentId.unpack(header.id)
         assert len(header.hashes) == (1 if fragment.k == 1 else fragment.k + fragment.m)
-        assert header.hashes[0 if fragment.k == 1 else fragment.position] == xxhash.xxh3_128_digest(data)
+        assert header.hashes[0 if fragment.k == 1 else fragment.position] == fragment_hash((data,))
         self.fragments[fragment] = Stored(header, cells, [xxhash.xxh3_64_intdigest(cell) for cell in cells], sync)
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
@@ -376,10 +377,10 @@ class FakeRing:
             synced.add(disk)
         assert small.enough(frozenset(synced))
 
-    async def put_page(self, near: RegisterName, body: bytes) -> bytes:
-        digest = xxhash.xxh3_128_digest(body)
-        self.pages[digest] = body
-        return digest
+    async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
+        name = name or page_hash(body)
+        self.pages[name] = body
+        return name
 
     async def get_page(self, near: RegisterName, page_hash: bytes) -> bytes:
         if page_hash not in self.pages:

@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
-import xxhash
-
 from storaged.cluster import faults
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
@@ -22,6 +20,7 @@ from storaged.fragments.memory import MemoryFragmentStore
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
+from storaged.hashes import is_fragment
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
 from storaged.maintain.survey import BlockPlace, blocks_of
@@ -370,7 +369,7 @@ class Cluster:
         if kept is None or kept.bad:
             return False
         hashes = kept.header.hashes
-        return xxhash.xxh3_128_digest(kept.payload) == hashes[fragment.position if len(hashes) > 1 else 0]
+        return is_fragment((kept.payload,), hashes[fragment.position if len(hashes) > 1 else 0])
 
     async def is_whole(self, bucket: BucketRecord, key: bytes) -> bool:
         """Every fragment is where it should be, under the target profile."""
@@ -380,10 +379,10 @@ class Cluster:
             for place in await self.places(bucket, key)
         )
 
-    def forge(self, disk: str, fragment: FragmentId) -> None:
+    def forge(self, disk: str, fragment: FragmentId, payload: bytes = b"") -> None:
         """The disk lies: other bytes, whose checksums hold."""
         kept = self.store(disk)._fragments[fragment.pack()]
-        kept.payload = bytes([kept.payload[0] ^ 0x55]) + kept.payload[1:]
+        kept.payload = payload or bytes([kept.payload[0] ^ 0x55]) + kept.payload[1:]
 
     def meta(self, disk: str) -> MemoryMetaStore:
         return self.nodes[self.layouts.current.node_of(disk)].meta[disk]

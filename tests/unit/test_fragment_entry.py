@@ -23,7 +23,7 @@ from storaged.wire import decode, encode
 
 DISK = "00112233445566aa"
 KEY = FragmentId(bytes(range(16)), 7, 1, 2, 0).pack()
-COPY = Entry(1, 64, 4832, 208, 4608, 4096, 1, 1_700_000_000_000)
+COPY = Entry(1, 64, 4840, 216, 4608, 4096, 1, 1_700_000_000_000)
 U32, U64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 
 

@@ -27,13 +27,13 @@ from storaged.fragments.format import (
     parse_head,
     parse_notes,
     parse_segment_header,
-    payload_hash,
     segment_seed,
     slices,
     trailer_holds,
     trailer_start,
 )
 from storaged.fragments.ports import FragmentHeader, FragmentId, encode_copies
+from storaged.hashes import fragment_hash
 from storaged.wire import encode
 
 DISK = "00112233445566aa"
@@ -43,7 +43,7 @@ def vector() -> bytes:
     """A segment with one fragment of two cells, the note that deletes it, and a mark."""
     payload = bytes(range(256)) * 18
     header = FragmentHeader(
-        id=FragmentId(bytes(range(16)), 7, 1, 2, 0).pack(), owner=b"owner", part_header=b"\x11" * 64, hashes=(payload_hash([payload]),),
+        id=FragmentId(bytes(range(16)), 7, 1, 2, 0).pack(), owner=b"owner", part_header=b"\x11" * 64, hashes=(fragment_hash([payload]),),
         cell_bytes=4096, length=len(payload), created_ms=1_700_000_000_000,
     )  # fmt: skip
     writer = RecordWriter(fmt.SEGMENT_HEADER_BYTES, segment_seed(DISK, 1), 0)

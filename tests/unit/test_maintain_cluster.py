@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import msgspec
 import pytest
+import xxhash
 
 from storaged.cluster.layout import partition_of
 from storaged.cluster.ports import Call, PeerIdentity
@@ -20,6 +22,7 @@ from storaged.meta.ports import RowDamaged
 from storaged.objects.records import BucketRecord, ObjectRecord, PartRecord, UploadRecord, encode_object
 from storaged.wire import encode
 from tests.unit.ring_cluster import Cluster, run
+from tests.unit.second_preimage import second_preimage
 
 SMALL, LARGE = 5_000, 2_500_000
 DELAY_S = MaintainLimits().recode_delay_s
@@ -116,6 +119,53 @@ def test_a_liars_bytes_are_not_laundered_and_are_replaced() -> None:
         assert await cluster.settled() == (0, 0)
         assert cluster.store(where[5][1])._fragments[where[5][0].pack()].payload == good
         assert cluster.holds(where[1][1], where[1][0])
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("key", [b"large-0", b"small-0"])
+def test_a_lie_with_the_xxh3_of_the_truth_is_not_laundered_and_is_replaced(key: bytes) -> None:
+    """What stood in a header before was the xxh3-128 of a fragment, for which a liar finds other bytes."""
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        where = list((await cluster.places(bucket, key))[0].fragments)
+        stores = [(cluster.store(disk)._fragments, fragment.pack()) for fragment, disk in where]
+        (lying, lied), (missing, lost) = stores[0], stores[-1]
+        truth, good = lying[lied].payload, missing[lost].payload
+        forged = second_preimage(truth, random.Random(3))
+        assert forged != truth
+        assert xxhash.xxh3_128_digest(forged) == xxhash.xxh3_128_digest(truth)
+        cluster.forge(where[0][1], where[0][0], forged)
+        await cluster.store(where[-1][1]).delete([where[-1][0]])
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        assert missing[lost].payload == good
+        assert lying[lied].payload == truth
+        await assert_whole(cluster, bucket, objects)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("key", [b"large-0", b"small-0"])
+def test_a_block_of_the_old_kind_is_read_and_rebuilt_with_the_hashes_that_it_has(key: bytes) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, objects = await filled(cluster, 1)
+        for place in await cluster.places(bucket, key):
+            kept = [cluster.store(disk)._fragments[fragment.pack()] for fragment, disk in place.fragments]
+            old = tuple(xxhash.xxh3_128_digest(one.payload) for one in kept)[: len(kept[0].header.hashes)]
+            for one in kept:
+                one.header = msgspec.structs.replace(one.header, hashes=old)
+        fragment, disk = next((await cluster.places(bucket, key))[0].fragments)
+        before = cluster.store(disk)._fragments[fragment.pack()]
+        assert {len(one) for one in before.header.hashes} == {16}
+        await cluster.store(disk).delete([fragment])
+        assert await cluster.get(bucket, key) == objects[key]
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        rebuilt = cluster.store(disk)._fragments[fragment.pack()]
+        assert (rebuilt.payload, rebuilt.header.hashes) == (before.payload, before.header.hashes)
         await assert_whole(cluster, bucket, objects)
 
     run(scenario)

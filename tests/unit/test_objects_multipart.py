@@ -600,10 +600,10 @@ async def test_a_complete_whose_proposal_was_refused_puts_its_pages_again_before
     upload_id, parts = await uploaded(objects, bucket, datas)
     put_page, puts = world.ring.put_page, 0
 
-    async def count(near: RegisterName, body: bytes) -> bytes:
+    async def count(near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
         nonlocal puts
         puts += 1
-        return await put_page(near, body)
+        return await put_page(near, body, name)
 
     async def refuse(name: RegisterName) -> None:
         if name.table != table:
