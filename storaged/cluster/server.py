@@ -260,7 +260,7 @@ class ServerConnection(Connection):
             self._release(size)
             return
         except StoragedError as error:
-            log.warning("call refused", peer=self.peer.name, code=getattr(error, "remote_code", error.code), reason=error.message)
+            self.server.call_refused(self.peer.name, error)
             self._fail(request_id, error)
             self._release(size)
             return
@@ -565,6 +565,14 @@ class RpcServer:
             bytes_out=self._bytes_out_gone + sum(connection.bytes_out for connection in connections),
             peers=tuple(sorted(connection.peer.name for connection in connections if connection.peer is not None)),
         )
+
+    def call_refused(self, peer: str, error: StoragedError) -> None:
+        """A peer called what there is not, or what its roles don't allow: no honest node of this version does the second."""
+        code = getattr(error, "remote_code", error.code)
+        if code == faults.ROLE_REFUSED and self._on_refusal is not None:
+            self._on_refusal(peer, error)
+        else:
+            log.warning("call refused", peer=peer, code=code, reason=error.message)
 
     def look_whether_drained(self) -> None:
         if self.drained is not None and not any(connection.running for connection in self._connections):

@@ -25,10 +25,16 @@ from collections.abc import Callable
 from storaged.clock import Clock, SystemClock
 from storaged.cluster import faults
 from storaged.cluster.ports import PeerIdentity
+from storaged.errors import PeerRefused, StoragedError
 from storaged.meta.messages import Accept, Create, Prepare
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Ballot
 from storaged.meta.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
+
+OnRefusal = Callable[[str, StoragedError], None]
+
+OK, NEWER, AHEAD = Verdict.OK, Verdict.NEWER, Verdict.AHEAD
+"""Globals: every accept asks for one, and a member is found through its enum's class at twice the price."""
 
 
 def may_write(name: RegisterName, peer: PeerIdentity) -> bool:
@@ -43,30 +49,47 @@ def may_use(ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> bool:
 
 
 class Gate:
-    """``newest_epoch``: of the layouts that this node knows. ``rules``: simulations alone turn one off."""
+    """``newest_epoch``: of the layouts that this node knows. ``on_refusal(peer, error)``: told of what no honest node of
+    this cluster asks. ``rules``: simulations alone turn one off."""
 
-    def __init__(self, newest_epoch: Callable[[], int], rules: Rules = RULES, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        newest_epoch: Callable[[], int],
+        rules: Rules = RULES,
+        clock: Clock | None = None,
+        on_refusal: OnRefusal = lambda peer, error: None,
+    ) -> None:
         self._newest_epoch = newest_epoch
         self._named = rules.ballots_unique
         self._clock = clock if clock is not None else SystemClock()
+        self._on_refusal = on_refusal
 
     def prepare(self, request: Prepare, peer: PeerIdentity) -> Verdict:
         """OK, NEWER or AHEAD. Raises PeerRefused for what this peer may never do."""
-        return self._judge(request.name, request.ballot, peer, helping=False)
+        ballot = request.ballot
+        if ballot.node == peer.name and "gateway" in peer.roles:  # the common case: it may all that there is
+            return OK if ballot.epoch <= self._newest_epoch() else NEWER
+        return self._judge(request.name, ballot, peer, helping=False)
 
-    def accept(self, request: Accept, peer: PeerIdentity, *, create: bool = False) -> Verdict:
+    def accept(self, request: Accept, peer: PeerIdentity, create: bool = False) -> Verdict:
         """As ``prepare``. ``create``: it is one, whatever its type."""
+        ballot = request.ballot
+        if ballot.node == peer.name and "gateway" in peer.roles:
+            return OK if ballot.epoch <= self._newest_epoch() else NEWER
         if (create or isinstance(request, Create)) and "gateway" not in peer.roles:
-            raise faults.refused(faults.ROLE_REFUSED, f"Creates are for gateways; {peer.name} is none.")
-        return self._judge(request.name, request.ballot, peer, helping=request.identity)
+            raise self._refused(faults.ROLE_REFUSED, peer, "creates are for gateways")
+        return self._judge(request.name, ballot, peer, helping=request.identity)
 
     def _judge(self, name: RegisterName, ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> Verdict:
-        if ballot.node != peer.name and self._named and not may_use(ballot, peer, helping=helping):
-            raise faults.refused(faults.BALLOT_REFUSED, f"A ballot of {ballot.node!r} from {peer.name}: each node speaks under its own.")
-        if not name.table and not may_write(name, peer):
-            raise faults.refused(
-                faults.VALUE_REFUSED, f"Registers of the system table are written by gateways; {peer.name} is none ({name.key[:80]!r})."
-            )
+        if self._named and not may_use(ballot, peer, helping=helping):
+            raise self._refused(faults.BALLOT_REFUSED, peer, f"a ballot of {ballot.node!r}, and each node speaks under its own")
+        if not may_write(name, peer):
+            raise self._refused(faults.VALUE_REFUSED, peer, "registers of the system table are written by gateways")
         if "gateway" not in peer.roles and ballot.counter > self._clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
-            return Verdict.AHEAD
-        return Verdict.OK if ballot.epoch <= self._newest_epoch() else Verdict.NEWER
+            return AHEAD
+        return OK if ballot.epoch <= self._newest_epoch() else NEWER
+
+    def _refused(self, code: str, peer: PeerIdentity, reason: str) -> PeerRefused:
+        error = faults.refused(code, f"{peer.name} ({', '.join(peer.roles)}) is refused: {reason}.")
+        self._on_refusal(peer.name, error)
+        return error

@@ -13,7 +13,7 @@ from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, 
 from storaged.errors import DiskUnusable
 from storaged.meta import messages, reads
 from storaged.meta.accepts import ALONE_MAX, NodeAccepts, begin_accepts
-from storaged.meta.authority import Gate
+from storaged.meta.authority import Gate, OnRefusal
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.ports import Replica
 from storaged.meta.reads import NodeReads, Told
@@ -171,11 +171,16 @@ class ReplicaHost:
     """The replicas of this node's disks, by disk id. ``replicas`` may change while the node runs: a disk that fails is taken out by its owner."""
 
     def __init__(
-        self, replicas: Mapping[str, LocalReplica], newest_epoch: Callable[[], int], rules: Rules = RULES, clock: Clock | None = None
+        self,
+        replicas: Mapping[str, LocalReplica],
+        newest_epoch: Callable[[], int],
+        rules: Rules = RULES,
+        clock: Clock | None = None,
+        on_refusal: OnRefusal = lambda peer, error: None,
     ) -> None:
-        """``newest_epoch``: of the layouts that this node knows."""
+        """``newest_epoch``, ``on_refusal``: see ``authority.Gate``."""
         self.replicas = replicas
-        self._gate = Gate(newest_epoch, rules, clock)
+        self._gate = Gate(newest_epoch, rules, clock, on_refusal)
 
     def _of(self, disk: str) -> LocalReplica:
         found = self.replicas.get(disk)

@@ -31,6 +31,7 @@ from storaged.errors import (
     ConfigInvalid,
     JurisdictionRefused,
     LayoutRefused,
+    PeerRefused,
     PortInUse,
     ServiceUnavailable,
     StoragedError,
@@ -251,7 +252,7 @@ class Node:
     def _build_ring(self) -> None:
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
-            self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock).methods())
+            self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock, on_refusal=self._refused).methods())
             self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.belief = NodeBelief(self.own, self.authority, self._others_believe)
@@ -464,5 +465,6 @@ class Node:
             self.maintenance.hint(name.pack())
 
     def _refused(self, peer: str, error: StoragedError) -> None:
-        log.warning("a peer is refused", peer=peer, code=error.code, reason=error.message)
-        self.audit.refused("peer.refused", error.code, actor=actor_of_peer(peer), reason=error.message)
+        code = error.remote_code or error.code if isinstance(error, PeerRefused) else error.code
+        log.warning("a peer is refused", peer=peer, code=code, reason=error.message)
+        self.audit.refused("peer.refused", code, actor=actor_of_peer(peer), reason=error.message)

@@ -14,6 +14,7 @@ from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.membership import Membership
 from storaged.cluster.ports import Method, Methods
 from storaged.cluster.witness import WitnessBook
+from storaged.errors import PeerRefused, StoragedError
 from storaged.fragments.remote import FragmentHost
 from storaged.meta.remote import ReplicaHost
 from tests.unit.cluster_world import Note, Service, World, pooled, serving
@@ -67,13 +68,18 @@ def test_a_row_without_its_method_a_method_beyond_the_role_and_other_roles_are_e
 
 
 async def test_a_method_that_names_no_roles_is_answered_to_nobody(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    world, refused = World(tmp_path), list[tuple[str, str]]()
+
+    def note(peer: str, error: StoragedError) -> None:
+        refused.append((peer, getattr(error, "remote_code", "")))
+
     async with (
-        serving(world.node("n1"), {"t.bare": Method(Note, Service().echo)}) as server,
+        serving(world.node("n1"), {"t.bare": Method(Note, Service().echo)}, on_refusal=note) as server,
         pooled(world.node("gw", ("gateway", "storage")), {"n1": f"127.0.0.1:{server.port}"}) as pool,
     ):
-        with pytest.raises(Exception, match=r"t\.bare is for no one"):
+        with pytest.raises(PeerRefused, match=r"t\.bare is for no one"):
             await pool.call("n1", "t.bare", Note(""), Note)
+        assert refused == [("gw", "ROLE_REFUSED")], "and it is told, for the audit log"
 
 
 def test_the_formats_document_has_the_same_table() -> None:

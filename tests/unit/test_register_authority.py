@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import pytest
@@ -105,6 +106,21 @@ def test_each_node_speaks_under_its_own_ballots_and_gateways_help_others_on(peer
 def test_a_node_whose_name_begins_like_anothers_is_another() -> None:
     with pytest.raises(PeerRefused):
         gate().accept(accept(OBJECT, "n"), STORAGE)
+
+
+def test_what_no_honest_node_asks_is_told_with_the_peers_name() -> None:
+    told: list[tuple[str, str]] = []
+    watched = Gate(lambda: 1, on_refusal=lambda peer, error: told.append((peer, getattr(error, "remote_code", ""))))
+    attempts: list[Callable[[], object]] = [
+        lambda: watched.prepare(messages.Prepare("d", system_name("user/AK"), ballot("n1")), STORAGE),
+        lambda: watched.accept(accept(OBJECT, "gw"), STORAGE),
+        lambda: watched.accept(accept(OBJECT, "n1"), STORAGE, create=True),
+        lambda: watched.accept(accept(OBJECT, "n1"), STORAGE),
+    ]
+    for attempt in attempts:
+        with contextlib.suppress(PeerRefused):
+            attempt()
+    assert told == [("n1", "VALUE_REFUSED"), ("n1", "BALLOT_REFUSED"), ("n1", "ROLE_REFUSED")]
 
 
 def test_creates_are_for_gateways_by_themselves_and_among_many() -> None:
