@@ -8,7 +8,7 @@ set aside while other replicas have better.
 from __future__ import annotations
 
 from storaged.errors import DataDamaged, StoragedError
-from storaged.meta.names import RegisterName, Value, Visibility
+from storaged.meta.names import RegisterName, Value
 from storaged.objects import buckets, claims, users
 from storaged.objects.buckets import BucketService
 from storaged.objects.plane import ObjectPlane
@@ -24,15 +24,15 @@ class Belief:
         self._users = its_users
 
     def __call__(self, name: RegisterName, value: Value) -> bool:
+        if value.sequence == 0:
+            return True  # never written
         try:
             if name.key.startswith(buckets.PREFIX.encode()):
                 self._buckets.require_authentic(name, value)
-            elif value.visibility == Visibility.TOMBSTONE:
-                return True  # users and names leave nothing that could be authentic
             elif name.key.startswith(users.PREFIX.encode()):
                 self._users.require_authentic(name, value)
             elif name.key.startswith(claims.PREFIX.encode()):
-                claims.decode_claim(self._plane, name, value)
+                claims.require_authentic(self._plane, name, value)
         except DataDamaged:
             return False
         except StoragedError:

@@ -90,8 +90,6 @@ class BucketService:
 
     def require_authentic(self, name: RegisterName, value: Value) -> None:
         """Raises DataDamaged for a value that no gateway of this cluster wrote: also for a deletion, which leaves the record, and says so in it."""
-        if value.sequence == 0:
-            return  # never written
         record = self._verified(name, value, _record_in(value.body))
         if (value.visibility == Visibility.TOMBSTONE) != (record.state == DELETED):
             raise DataDamaged("The record of this bucket says otherwise than its row.")

@@ -25,7 +25,7 @@ PREFIX = "username/"
 
 
 class NameClaim(Message, frozen=True):
-    """``username/NAME``: the access key that the name belongs to. ``authenticator``: empty in claims from before there
+    """``username/NAME``: the access key that the name belongs to; empty where it was freed. ``authenticator``: empty in claims from before there
     was one."""
 
     access_key: str
@@ -41,6 +41,10 @@ def decode_claim(plane: ObjectPlane, register: RegisterName, value: Value | None
     """None where there is none. Raises DataDamaged for one that no gateway of this cluster made."""
     if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
         return None
+    return _verified(plane, register, value)
+
+
+def _verified(plane: ObjectPlane, register: RegisterName, value: Value) -> NameClaim:
     try:
         claim = decode(value.body, NameClaim)
     except msgspec.MsgspecError as error:
@@ -65,6 +69,19 @@ def claimed(plane: ObjectPlane, register: RegisterName, before: Value | None, cl
     sequence = (before.sequence if before is not None else 0) + 1
     tag = plane.keys.authenticate(_context(register, sequence), _plain(claim))
     return Change(encode(msgspec.structs.replace(claim, authenticator=tag)))
+
+
+def released(plane: ObjectPlane, register: RegisterName, before: Value | None) -> Change:
+    """The change that frees a name: a claim for no access key, so that it is as authentic as what it ends."""
+    return claimed(plane, register, before, NameClaim("", plane.clock.wall_ms()))._replace(visibility=Visibility.TOMBSTONE)
+
+
+def require_authentic(plane: ObjectPlane, register: RegisterName, value: Value) -> None:
+    """Raises DataDamaged for a value that no gateway of this cluster wrote: also for the end of a claim. (Those from before
+    left nothing: they count where a majority holds them.)"""
+    claim = _verified(plane, register, value)
+    if (value.visibility == Visibility.TOMBSTONE) != (claim.access_key == ""):
+        raise DataDamaged("The record of a user's name says otherwise than its row.")
 
 
 async def authenticate_all(plane: ObjectPlane) -> int:

@@ -51,6 +51,9 @@ class UserService:
         """Raises DataDamaged for a record that no gateway of this cluster made."""
         if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
             return None
+        return self._verified(name, value)
+
+    def _verified(self, name: RegisterName, value: Value) -> UserRecord:
         try:
             record = decode(value.body, UserRecord)
         except msgspec.MsgspecError as error:
@@ -61,8 +64,11 @@ class UserService:
         return record
 
     def require_authentic(self, name: RegisterName, value: Value) -> None:
-        """Raises DataDamaged for a value that no gateway of this cluster wrote. Of a user that was removed nothing can be said."""
-        self._decode(name, value)
+        """Raises DataDamaged for a value that no gateway of this cluster wrote: also for a removal, which leaves a record that says so. (Those from before left
+        nothing: they count where a majority holds them.)"""
+        record = self._verified(name, value)
+        if (value.visibility == Visibility.TOMBSTONE) != (record.user_id == ""):
+            raise DataDamaged("The record of a user says otherwise than its row.")
 
     def _open(self, name: RegisterName, record: UserRecord) -> tuple[Principal, str]:
         try:
@@ -134,6 +140,10 @@ class UserService:
         await self._changed(access_key)
         return Principal(plain.user_id, name, access_key), secret_key
 
+    def _removed(self, register: RegisterName, access_key: str, before: Value | None) -> Change:
+        """A record without a user, so that a removal is as authentic as what it removes."""
+        return self._change(register, before, UserRecord(access_key, "", "", 0, b""))._replace(visibility=Visibility.TOMBSTONE)
+
     async def _changed(self, access_key: str) -> None:
         self._recent.forget(access_key)
         await self._plane.on_changed("user", access_key)
@@ -194,13 +204,13 @@ class UserService:
         try:
             found = await self._read(access_key) if _is_access_key(access_key) else None
         except DataDamaged:  # it can't be used, and the operator wants it gone
-            await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
+            await self._plane.registers.change(user, partial(self._removed, user, access_key))
             self._plane.bad_rows.clear(user.key)
             await self._changed(access_key)
             return Principal("", name_or_access_key, access_key)
         if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing
             raise InvalidArgument(f"There is no user {name_or_access_key}.")
-        await self._plane.registers.change(user, lambda value: Change(b"", Visibility.TOMBSTONE))
+        await self._plane.registers.change(user, partial(self._removed, user, access_key))
         await self._changed(access_key)
 
         own = claims.register_of(found.name)
@@ -208,7 +218,7 @@ class UserService:
         def release(value: Value | None) -> Change | None:
             held = claims.claim_of(self._plane, own, value)
             mine = held is not None and (held is claims.DAMAGED or held.access_key == access_key)
-            return Change(b"", Visibility.TOMBSTONE) if mine else None
+            return claims.released(self._plane, own, value) if mine else None
 
         await self._plane.registers.change(own, release)
         return Principal(found.user_id, found.name, access_key)

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from storaged.admin.status import Durability, Facts, judge
-from storaged.errors import DataDamaged, InvalidArgument, NoSuchUpload, ServiceUnavailable, SystemRecordDamaged
-from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name, upload_name
+from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument, NoSuchUpload, ServiceUnavailable, SystemRecordDamaged
+from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name, upload_name
 from storaged.meta.ports import StoreBatch
 from storaged.node.housekeeping import check_records, tidy
 from storaged.objects.api import BodyChecks, NewMeta
@@ -247,6 +247,48 @@ def test_what_one_replica_forges_above_all_ballots_is_carried_to_no_other(liar: 
         assert (await gateway.buckets.get("bucket")).owner == WHO.user_id
         assert gateway.objects.plane.bad_rows.listed() == []
         assert liar == 2 or gateway.ring.statistics().doubted > 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("liar", range(2))
+@pytest.mark.parametrize("path", ["user/AK-anne", "username/anne"])
+@pytest.mark.parametrize("what", ["noise", "a deletion", "an empty deletion", "the record at another sequence number"])
+def test_neither_a_user_nor_a_name_goes_or_comes_back_by_what_one_replica_says(liar: int, path: str, what: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        users = UserService(cluster.objects.plane)
+        await users.add("anne", access_key="AK-anne")
+        name, disks = system_name(path), list(cluster.layouts.current.seeds)
+        alive = cluster.meta(disks[liar]).get(name)
+        assert alive is not None
+        await forge_above(cluster, disks[liar], name, ABOVE[what])
+        await cluster.pass_s(400)
+        users.forget("AK-anne")
+        assert (await users.lookup("AK-anne"))[0].display_name == "anne"
+        with pytest.raises(InvalidArgument):
+            await users.add("anne")
+        await users.remove("anne")
+        late = msgspec.structs.replace(alive.value, sequence=alive.value.sequence + 10)
+        await forge_above(cluster, disks[liar], name, lambda _value: late)
+        await cluster.pass_s(400)
+        assert await users.list_users() == []
+        await users.add("anne", access_key="AK-anne")
+
+    run(scenario)
+
+
+def test_a_removal_from_before_it_was_authentic_stays_one() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        users = UserService(cluster.objects.plane)
+        await users.add("anne", access_key="AK-anne")
+        for path in ("user/AK-anne", "username/anne"):
+            await cluster.gateway.ring.change(system_name(path), lambda _value: Change(b"", Visibility.TOMBSTONE))
+        await cluster.pass_s(700)
+        assert await users.list_users() == []
+        with pytest.raises(InvalidAccessKeyId):
+            await users.lookup("AK-anne")
+        await users.add("anne", access_key="AK-anne")
+        assert (await users.lookup("AK-anne"))[0].display_name == "anne"
 
     run(scenario)
 
