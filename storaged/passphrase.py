@@ -8,7 +8,8 @@ from typing import Final
 from storaged.errors import PassphraseTooShort
 
 CHARS_MIN: Final = 12
-"""NIST SP 800-63B-4 wants 15 characters of what is the only factor, and 8 otherwise; who tries here has the file, and pays Argon2id for every guess."""
+"""NIST SP 800-63B-4 wants 15 characters of what is the only factor, and 8 otherwise; who tries here has the file, and
+pays Argon2id for every guess."""
 
 
 def require_long(text: str) -> None:

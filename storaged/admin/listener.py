@@ -1,7 +1,9 @@
-"""The admin socket's listening side: takes root and the node's own user, closes the connection of everybody else before a byte is read.
+"""The admin socket's listening side: takes root and the node's own user, closes the connection of everybody else
+before a byte is read.
 
-The socket's mode (0600) keeps others out already. The kernel's word on who connected (SO_PEERCRED, unix(7)) is what counts: a mode can be changed, a directory
-moved, a descriptor handed on. Within a user namespace (PrivateUsers= of systemd) users that it does not map show as 65534 (nobody), and are refused.
+The socket's mode (0600) keeps others out already. The kernel's word on who connected (SO_PEERCRED, unix(7)) is what
+counts: a mode can be changed, a directory moved, a descriptor handed on. Within a user namespace (PrivateUsers= of
+systemd) users that it does not map show as 65534 (nobody), and are refused.
 """
 
 from __future__ import annotations

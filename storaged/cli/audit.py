@@ -51,12 +51,15 @@ def audit() -> None:
 def audit_verify(
     named: str | None, files: tuple[Path, ...], saved: tuple[Path, ...], authority_file: Path | None, offline: bool, as_json: bool
 ) -> None:
-    """Check that every entry of one node's log follows from the one before, and that it is the log that every witness saw.
+    """Check that every entry of one node's log follows from the one before, and that it is the log that every witness
+    saw.
 
-    A DIRECTORY means all of the log: then what is missing of it is named too. The witnesses are the cluster's other storage nodes.
+    A DIRECTORY means all of the log: then what is missing of it is named too. The witnesses are the cluster's other
+    storage nodes.
 
-    Exit code 0: it is whole, and all witnesses agree (with --offline: it is whole in itself). 3: entries were altered, removed or reordered.
-    4: nothing is wrong with it, but not every witness could be compared. 1: it could not be checked.
+    Exit code 0: it is whole, and all witnesses agree (with --offline: it is whole in itself). 3: entries were
+    altered, removed or reordered. 4: nothing is wrong with it, but not every witness could be compared. 1: it could
+    not be checked.
     """
     from storaged.cluster import audit_verify as verifier
 
@@ -168,7 +171,8 @@ def _ask(named: str | None, node: str) -> tuple[list[WitnessView], list[Register
 
 
 def _view_of_file(path: Path, node: str) -> WitnessView | None:
-    """A witness's file about ``node``. A directory is a storage node's ``witness`` (then the node's file in it counts), or what ``witnessed`` saved."""
+    """A witness's file about ``node``. A directory is a storage node's ``witness`` (then the node's file in it
+    counts), or what ``witnessed`` saved."""
     from storaged.cluster.audit_verify import WitnessView
     from storaged.cluster.witness import read_file
 

@@ -1,14 +1,19 @@
-"""The audit log: who was given a key, who was refused, what was administered. Hash-chained, synced before it counts, checkpointed under a signature.
+"""The audit log: who was given a key, who was refused, what was administered. Hash-chained, synced before it counts,
+checkpointed under a signature.
 
-Theory of operation. The format is in ``audit_format``, the verifier in ``audit_verify``. A chain alone shows what was altered, removed or
-reordered in its middle. That its end was cut off shows in the ``start`` of the chain that follows, and at the witnesses: other nodes, which are shown its checkpoints each minute and at shutdown (``witness_client``).
+Theory of operation. The format is in ``audit_format``, the verifier in ``audit_verify``. A chain alone shows what was
+altered, removed or reordered in its middle. That its end was cut off shows in the ``start`` of the chain that
+follows, and at the witnesses: other nodes, which are shown its checkpoints each minute and at shutdown
+(``witness_client``).
 
-What is done is two entries of one ``operation``: the intent, on disk before it is done, and the outcome (``audited``). What is refused before
-anything is done is counted (``refused``, ``audit_refusals``): nothing waits for it, and a stranger can't fill the disk.
+What is done is two entries of one ``operation``: the intent, on disk before it is done, and the outcome
+(``audited``). What is refused before anything is done is counted (``refused``, ``audit_refusals``): nothing waits for
+it, and a stranger can't fill the disk.
 
-``append`` returns when its entry is on disk: many appends share one fdatasync. When the disk refuses, the entries that are not on disk are
-taken back, their callers are told (AuditUnwritable), and the next entry goes into a new file. A crash may leave a torn tail behind the
-last entry on disk; nobody was told that those bytes are safe. The next start records how many there are, and the verifier accepts exactly these.
+``append`` returns when its entry is on disk: many appends share one fdatasync. When the disk refuses, the entries
+that are not on disk are taken back, their callers are told (AuditUnwritable), and the next entry goes into a new
+file. A crash may leave a torn tail behind the last entry on disk; nobody was told that those bytes are safe. The next
+start records how many there are, and the verifier accepts exactly these.
 """
 
 from __future__ import annotations
@@ -89,25 +94,30 @@ class _Queued(NamedTuple):
 class Trail(Protocol):
     """Where entries go: ``AuditLog``, or in a gateway's further process ``node.leader.Leader``.
 
-    ``actor``, ``target`` and ``outcome``: see ``audit_format.Event``; an ``actor`` that is not given is this node. ``fields`` are text, numbers, booleans, None,
-    and lists and mappings of these; no keys, no secrets, no content.
+    ``actor``, ``target`` and ``outcome``: see ``audit_format.Event``; an ``actor`` that is not given is this node.
+    ``fields`` are text, numbers, booleans, None, and lists and mappings of these; no keys, no secrets, no content.
     """
 
     async def append(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
-        """Returns when the entry is on disk. Raises AuditUnwritable; ValueError or TypeError for what is too large or not JSON (nothing is written)."""
+        """Returns when the entry is on disk. Raises AuditUnwritable; ValueError or TypeError for what is too large or
+        not JSON (nothing is written)."""
 
     def note(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
-        """On disk soon, for events that nothing waits for, and that no stranger can cause. Dropped when the queue is full, and the drops are counted."""
+        """On disk soon, for events that nothing waits for, and that no stranger can cause. Dropped when the queue is
+        full, and the drops are counted."""
 
     def refused(self, kind: str, code: str, /, *, actor: str, target: str = "", **fields: Any) -> None:
-        """What was refused before anything was done: the first of a kind and code is an entry, those of the next minute are counted in one."""
+        """What was refused before anything was done: the first of a kind and code is an entry, those of the next
+        minute are counted in one."""
 
 
 @contextlib.asynccontextmanager
 async def audited(trail: Trail, kind: str, /, *, actor: str, target: str, **fields: Any) -> AsyncIterator[dict[str, Any]]:
-    """The intent is on disk before the block begins, the outcome before it is left. What the block puts into the mapping goes into the outcome's entry.
+    """The intent is on disk before the block begins, the outcome before it is left. What the block puts into the
+    mapping goes into the outcome's entry.
 
-    Raises AuditUnwritable before the block only: what was done is not undone because its outcome can't be written (that is logged, and the intent stays).
+    Raises AuditUnwritable before the block only: what was done is not undone because its outcome can't be written
+    (that is logged, and the intent stays).
     """
     operation = system_entropy(OPERATION_BYTES).hex()
     await trail.append(kind, actor=actor, target=target, outcome=INTENT, operation=operation, **fields)
@@ -366,7 +376,8 @@ class AuditLog:
 
 
 def _last_head(directory: Path) -> tuple[Head | None, int, int]:
-    """The last whole entry of the newest chain, how many unreadable bytes lie behind it (in its file and in later ones), and the highest ordinal in use."""
+    """The last whole entry of the newest chain, how many unreadable bytes lie behind it (in its file and in later
+    ones), and the highest ordinal in use."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     paths = sorted(directory.glob(PATTERN), reverse=True)
     last_ordinal = int(paths[0].name.split("-")[1]) if paths else 0

@@ -15,7 +15,8 @@ def file_name(ordinal: int, chain: str, part: int) -> str:
 
 
 def chain_files(directory: Path) -> dict[str, list[Path]]:
-    """Chain -> its files in their order; the chains in the order in which their processes started. Other files are passed over."""
+    """Chain -> its files in their order; the chains in the order in which their processes started. Other files are
+    passed over."""
     found: dict[str, list[tuple[int, Path]]] = {}
     placed = [(match, path) for path in directory.glob(PATTERN) if (match := FILE_NAME.fullmatch(path.name)) is not None]
     for _ordinal, chain, part, path in sorted((int(match[1]), match[2], int(match[3]), path) for match, path in placed):

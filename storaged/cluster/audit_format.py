@@ -1,18 +1,22 @@
 """What the audit log looks like on disk, entry by entry. No I/O.
 
 A process start begins a chain, whose id is the process's incarnation; a chain lies in one or more files
-``audit-ORDINAL-CHAIN-PART.jsonl`` (the ordinal counts the chains of a node, the part the files of a chain), one entry a line::
+``audit-ORDINAL-CHAIN-PART.jsonl`` (the ordinal counts the chains of a node, the part the files of a chain), one entry
+a line::
 
-    {"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","actor":"node:gw","target":"bucket-id:<hex>",
-     "outcome":"done","fields":{...},"salt":"<32 hex>","previous":"<64 hex>","hash":"<64 hex>"}
+{"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","actor":"node:gw","target":"bucket-id:<hex>",
+"outcome":"done","fields":{...},"salt":"<32 hex>","previous":"<64 hex>","hash":"<64 hex>"}
 
-``kind`` is the action, ``actor`` who asked for it, ``target`` what it was done to, ``outcome`` one of ``intent``, ``done``, ``refused CODE``, ``failed CODE``
-(empty for an event that is nobody's act). ``salt`` is random: witnesses see the hash, and must not find out by guessing what it is of. Entries of versions with protocol 2 have none of the four.
+``kind`` is the action, ``actor`` who asked for it, ``target`` what it was done to, ``outcome`` one of ``intent``,
+``done``, ``refused CODE``, ``failed CODE`` (empty for an event that is nobody's act). ``salt`` is random: witnesses
+see the hash, and must not find out by guessing what it is of. Entries of versions with protocol 2 have none of the
+four.
 
-``hash`` is SHA-256 over ``sov.audit.v1\\0`` and the line's bytes before ``,"hash":``; ``previous`` is the hash of the entry before. So the bytes as
-they lie there are what is hashed, and no canonical form of JSON is needed. Entry 0 (kind ``start``) names the node, its incarnation, and the head of the
-chain before it, whose hash is its ``previous``: the chains of a node form one. A file that is full is followed by another, whose first entry has the
-kind ``continue``.
+``hash`` is SHA-256 over ``sov.audit.v1\\0`` and the line's bytes before ``,"hash":``; ``previous`` is the hash of the
+entry before. So the bytes as they lie there are what is hashed, and no canonical form of JSON is needed. Entry 0
+(kind ``start``) names the node, its incarnation, and the head of the chain before it, whose hash is its ``previous``:
+the chains of a node form one. A file that is full is followed by another, whose first entry has the kind
+``continue``.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ _SUFFIX_BYTES = len(_HASH_FIELD) + 64 + len(b'"}')
 
 
 INTENT: Final = "intent"
-"""Written before it is done. Without a later entry of the same ``operation`` the process ended in between, and it may have been done."""
+"""Written before it is done. Without a later entry of the same ``operation`` the process ended in between, and it may
+have been done."""
 
 DONE: Final = "done"
 REFUSED: Final = "refused"
@@ -51,8 +56,8 @@ FAILED: Final = "failed"
 
 
 class Event(NamedTuple):
-    """What an entry says, without its place in a chain. ``actor`` is ``node:NAME`` (a certificate's name), ``unix:UID:NAME`` (who asked on the admin
-    socket), ``s3:ACCESSKEY``, or ``address:HOST`` (a stranger)."""
+    """What an entry says, without its place in a chain. ``actor`` is ``node:NAME`` (a certificate's name),
+    ``unix:UID:NAME`` (who asked on the admin socket), ``s3:ACCESSKEY``, or ``address:HOST`` (a stranger)."""
 
     kind: str
     actor: str
@@ -108,9 +113,11 @@ class Head(NamedTuple):
 
 
 class RegisterCheckpoint(Message, frozen=True):
-    """What versions with protocol 2 put into the registers ``audit/NODE/CHAIN``: read by the verifier, never written again.
+    """What versions with protocol 2 put into the registers ``audit/NODE/CHAIN``: read by the verifier, never written
+    again.
 
-    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v1\\0`` and the encoding of this message with an empty signature.
+    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v1\\0`` and the encoding of this message
+    with an empty signature.
     """
 
     node: str
@@ -126,10 +133,11 @@ class RegisterCheckpoint(Message, frozen=True):
 
 
 class Checkpoint(Message, frozen=True):
-    """What a node shows its witnesses: the chain's entry ``sequence`` has this hash, and ``link`` is over the hashes of all entries up to it. ``time_ms`` is
-    that entry's.
+    """What a node shows its witnesses: the chain's entry ``sequence`` has this hash, and ``link`` is over the hashes
+    of all entries up to it. ``time_ms`` is that entry's.
 
-    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v2\\0`` and the encoding of this message with an empty signature.
+    Signed by the key of ``certificate`` (DER) over ``sov.audit.checkpoint.v2\\0`` and the encoding of this message
+    with an empty signature.
     """
 
     node: str
@@ -154,7 +162,8 @@ def first_link(chain: str) -> bytes:
 
 
 def next_link(link: bytes, entry_hash: bytes) -> bytes:
-    """So that who has one checkpoint can check that a later one extends it, from the hashes in between, without the entries."""
+    """So that who has one checkpoint can check that a later one extends it, from the hashes in between, without the
+    entries."""
     return hashlib.sha256(LINK_LABEL + link + entry_hash).digest()
 
 

@@ -1,4 +1,5 @@
-"""The hashes of an audit log's entries, and the links over them: what a node shows its witnesses instead of the entries.
+"""The hashes of an audit log's entries, and the links over them: what a node shows its witnesses instead of the
+entries.
 
 The newest are kept in memory. What a witness missed before them is read from the files again, in a thread.
 """

@@ -1,7 +1,9 @@
-"""Refusals, counted: a stranger who knocks a million times must not fill the disk of the audit log. No I/O; time is handed in.
+"""Refusals, counted: a stranger who knocks a million times must not fill the disk of the audit log. No I/O; time is
+handed in.
 
-The first refusal of a kind and code is an entry at once. Those of the following minute are counted, and told by one entry at its end
-(``repeated``, who they were, the last target). So each (kind, code) costs at most two entries a minute, whatever strangers do.
+The first refusal of a kind and code is an entry at once. Those of the following minute are counted, and told by one
+entry at its end (``repeated``, who they were, the last target). So each (kind, code) costs at most two entries a
+minute, whatever strangers do.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from storaged.cluster.audit_format import REFUSED, Event
 
 QUIET_MS: Final = 60_000
 CODES_MAX: Final = 256
-"""(kind, code) pairs at once; those beyond are counted together. Both come from tables of this program, so this is never reached unless by a defect."""
+"""(kind, code) pairs at once; those beyond are counted together. Both come from tables of this program, so this is
+never reached unless by a defect."""
 
 ACTORS_MAX: Final = 16
 """Named in an entry with their counts; the rest are counted as ``others``."""

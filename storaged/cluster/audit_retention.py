@@ -1,6 +1,8 @@
-"""How long an audit log is kept: files whose last entry is old enough are removed, oldest first, each after an entry that says so.
+"""How long an audit log is kept: files whose last entry is old enough are removed, oldest first, each after an entry
+that says so.
 
-A file of the chain that is being written is never removed, nor one that does not end with an entry that holds: something is wrong with it, and it may be evidence.
+A file of the chain that is being written is never removed, nor one that does not end with an entry that holds:
+something is wrong with it, and it may be evidence.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def _ends(path: Path) -> tuple[Entry, Entry] | None:
 
 
 async def prune(audit: AuditLog, clock: Clock, keep_days: int) -> int:
-    """Removes what is older than ``keep_days``. Returns how many files. Raises AuditUnwritable (then nothing is removed), OSError."""
+    """Removes what is older than ``keep_days``. Returns how many files. Raises AuditUnwritable (then nothing is
+    removed), OSError."""
     before_ms = clock.wall_ms() - keep_days * DAY_MS
     removed = 0
     for old in await asyncio.to_thread(lambda: list(old_files(audit.directory, audit.head.chain, before_ms))):

@@ -1,10 +1,13 @@
-"""Verifies an audit log: names the first altered, missing or reordered entry of each chain, missing chains, and a missing tail.
+"""Verifies an audit log: names the first altered, missing or reordered entry of each chain, missing chains, and a
+missing tail.
 
-Works on copies of the files, in any order, without the node; memory does not grow with them. What the files alone prove: nothing between the first and the last
-entry was changed by who could not also compute all hashes after it anew. Who owns the node can: that the log was not rewritten, nor its end cut off, is proved up to
-the newest checkpoint that a witness saw (``witness_record``), and by as many nodes as witnesses agree.
+Works on copies of the files, in any order, without the node; memory does not grow with them. What the files alone
+prove: nothing between the first and the last entry was changed by who could not also compute all hashes after it
+anew. Who owns the node can: that the log was not rewritten, nor its end cut off, is proved up to the newest
+checkpoint that a witness saw (``witness_record``), and by as many nodes as witnesses agree.
 
-A file that the node removed because it was old enough has an entry ``audit.pruned``; one that is missing without it is named.
+A file that the node removed because it was old enough has an entry ``audit.pruned``; one that is missing without it
+is named.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class AuditProblem(NamedTuple):
 
 
 class WitnessView(NamedTuple):
-    """What one witness has of the node whose log is verified. ``seen`` None: it could not be asked, for the ``reason``."""
+    """What one witness has of the node whose log is verified. ``seen`` None: it could not be asked, for the
+    ``reason``."""
 
     name: str
     seen: SeenNode | None
@@ -63,7 +67,8 @@ WitnessState = Literal["agrees", "differs", "unreachable", "empty", "unusable"]
 
 
 class WitnessResult(NamedTuple):
-    """``agrees``: all that it saw is in the files as it saw it. ``empty``: it saw nothing of these chains. ``unusable``: what it gives is not signed by the node.
+    """``agrees``: all that it saw is in the files as it saw it. ``empty``: it saw nothing of these chains.
+    ``unusable``: what it gives is not signed by the node.
 
     ``sequence``: the last entry of the newest chain given that it saw, -1 for none."""
 
@@ -76,7 +81,8 @@ class WitnessResult(NamedTuple):
 
 @dataclass(frozen=True)
 class AuditReport:
-    """``heads`` are the last entries of the chains, in order. ``begins_after`` names the head that the oldest entry given follows (empty: the very beginning).
+    """``heads`` are the last entries of the chains, in order. ``begins_after`` names the head that the oldest entry
+    given follows (empty: the very beginning).
 
     ``torn_bytes`` lie behind the last entry of a chain after a crash; nothing that was acknowledged is among them.
     """
@@ -147,10 +153,12 @@ def verify(
     authority: x509.Certificate | None = None,
     whole: bool = False,
 ) -> AuditReport:
-    """Verifies the files of one node's audit log. With ``authority`` the checkpoints' signatures are verified too, without it they are taken as they are.
+    """Verifies the files of one node's audit log. With ``authority`` the checkpoints' signatures are verified too,
+    without it they are taken as they are.
 
-    ``checkpoints`` are those that versions with protocol 2 kept in registers. ``whole``: all of the log is given, so that what is missing of it is named too.
-    Raises OSError for a file that cannot be read; everything that is wrong with the content is in the report.
+    ``checkpoints`` are those that versions with protocol 2 kept in registers. ``whole``: all of the log is given, so
+    that what is missing of it is named too. Raises OSError for a file that cannot be read; everything that is wrong
+    with the content is in the report.
     """
     problems: list[AuditProblem] = []
     paths = sorted(set(files), key=lambda path: path.name)
@@ -232,7 +240,8 @@ def _find_missing(
 
 
 def _removed_too_early(seen: SeenChain, pruned: _Pruned) -> tuple[int, str] | None:
-    """The entry of a chain that was removed before KEEP_DAYS_MIN were over, and what that is called. The times are those of entries, as the node told them before."""
+    """The entry of a chain that was removed before KEEP_DAYS_MIN were over, and what that is called. The times are
+    those of entries, as the node told them before."""
     last = seen.checkpoint
     shown = [mark for mark in (*seen.marks, Mark(last.sequence, last.hash, last.time_ms)) if mark.sequence <= pruned.sequence]
     if not shown or (days := (pruned.time_ms - shown[-1].time_ms) // DAY_MS) >= KEEP_DAYS_MIN:
@@ -397,7 +406,8 @@ def _misfit(chain: _Chain, entry: Entry) -> str:
 
 
 def _link(ordered: Sequence[_Chain], problems: list[AuditProblem]) -> str:
-    """Checks that each chain follows from the one before, and each tail against what is known of it. Returns what the oldest chain follows."""
+    """Checks that each chain follows from the one before, and each tail against what is known of it. Returns what the
+    oldest chain follows."""
     begins_after = ""
     named_by: dict[str, tuple[Predecessor, Entry]] = {}
     earlier: set[str] = set()

@@ -1,8 +1,10 @@
-"""A storage node as a witness of the other nodes' audit logs: two RPC methods over one file a node, ``witness/NODE.jsonl`` in its own directory.
+"""A storage node as a witness of the other nodes' audit logs: two RPC methods over one file a node,
+``witness/NODE.jsonl`` in its own directory.
 
-``audit.witness`` takes a checkpoint from the node whose log it is of, and from no other; ``witness_record`` judges it. What is taken is synced before
-it is answered, and nothing ever removes it: a file is only made anew with each chain's last checkpoint and some marks before it, when it has grown.
-``audit.witnessed`` gives out what is remembered, to whoever is of the cluster: hashes and signatures, and the ``start`` entries of chains.
+``audit.witness`` takes a checkpoint from the node whose log it is of, and from no other; ``witness_record`` judges
+it. What is taken is synced before it is answered, and nothing ever removes it: a file is only made anew with each
+chain's last checkpoint and some marks before it, when it has grown. ``audit.witnessed`` gives out what is remembered,
+to whoever is of the cluster: hashes and signatures, and the ``start`` entries of chains.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ NODES_MAX: Final = 4096
 LINES_MAX: Final = 4096
 """Appended to a file before it is made anew: 8 MiB, three days of a busy node."""
 
-CHAINS_A_PAGE: Final = 256
+CHAINS_A_PAGE: Final = 64
 ALARMS_MAX: Final = 1024
 ALARM_S: Final = 7 * 24 * 3600.0
 """An alarm stays in `storaged status` for so long; the log and the verifier have it after that."""
@@ -46,7 +48,8 @@ log = structlog.get_logger(__name__)
 
 
 class WitnessRequest(Message, frozen=True):
-    """The body: the hashes of the entries ``after + 1`` up to the checkpoint's, 32 bytes each. ``start``: of a chain that is new to the witness, its entry 0."""
+    """The body: the hashes of the entries ``after + 1`` up to the checkpoint's, 32 bytes each. ``start``: of a chain
+    that is new to the witness, its entry 0."""
 
     checkpoint: Checkpoint
     after: int
@@ -54,7 +57,8 @@ class WitnessRequest(Message, frozen=True):
 
 
 class WitnessReply(Message, frozen=True):
-    """``taken``; or else begin after the entry ``sequence``, which is the last that the witness has; or, with a ``reason``, refused.
+    """``taken``; or else begin after the entry ``sequence``, which is the last that the witness has; or, with a
+    ``reason``, refused.
 
     ``problem``: how the chain does not follow from what the witness saw before; for ever.
     """
@@ -66,7 +70,8 @@ class WitnessReply(Message, frozen=True):
 
 
 class WitnessedRequest(Message, frozen=True):
-    """What is remembered of the log of ``node``, from its chain number ``skip`` on. ``heads``: the newest chains and their last entries alone."""
+    """What is remembered of the log of ``node``, from its chain number ``skip`` on. ``heads``: the newest chains and
+    their last entries alone."""
 
     node: str
     skip: int = 0
@@ -74,7 +79,8 @@ class WitnessedRequest(Message, frozen=True):
 
 
 class WitnessedReply(Message, frozen=True):
-    """The body has the lines, unless heads were asked for. ``next``: where the next page begins, 0 when this was the last. ``chains``: how many there are."""
+    """The body has the lines, unless heads were asked for. ``next``: where the next page begins, 0 when this was the
+    last. ``chains``: how many there are."""
 
     chains: int
     next: int
@@ -129,7 +135,8 @@ class WitnessBook:
         return grant(methods)
 
     def alarms(self) -> list[tuple[str, str]]:
-        """(node, what is wrong with its log): seen by this process within ALARM_S, or in the newest chain that was shown."""
+        """(node, what is wrong with its log): seen by this process within ALARM_S, or in the newest chain that was
+        shown."""
         now = self._clock.monotonic()
         lately = {node: reason for node, (reason, since) in self._alarms.items() if now - since < ALARM_S}
         found = {
@@ -195,7 +202,7 @@ class WitnessBook:
         file.lines += 1
         if file.lines >= LINES_MAX + 2 * len(file.seen.chains):
             try:
-                await asyncio.to_thread(replace_file, file.path, _whole(file.seen))
+                await asyncio.to_thread(_make_anew, file)
             except OSError as error:
                 log.warning("a file of what was witnessed cannot be made anew", file=str(file.path), reason=error.strerror or str(error))
             file.lines = sum(1 + len(chain.marks) for chain in file.seen.chains.values())
@@ -225,12 +232,16 @@ class WitnessBook:
         begin = max(0, request.skip)
         page = chains[begin : begin + CHAINS_A_PAGE]
         end = begin + len(page)
-        body = b"".join(line for name, chain in page for line in render_whole(name, chain))
+        body = await asyncio.to_thread(lambda: b"".join(line for name, chain in page for line in render_whole(name, chain)))
         return Reply(WitnessedReply(len(chains), end if end < len(chains) else 0, file.seen.damaged_lines), [body])
 
 
 def _whole(seen: SeenNode) -> bytes:
     return b"".join(line for name, chain in seen.chains.items() for line in render_whole(name, chain))
+
+
+def _make_anew(file: _File) -> None:
+    replace_file(file.path, _whole(file.seen))
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -1,9 +1,11 @@
 """A node shows its audit log to its witnesses: every minute, at its start, and once more when it stops.
 
-Every storage node of the layout but this one is a witness. Each is asked once what it has of this node's log; what it missed while it was away is brought to it
-first, chain by chain from the files, so that its memory has no holes. Then it gets each checkpoint with the hashes of the entries since the last one that it took.
+Every storage node of the layout but this one is a witness. Each is asked once what it has of this node's log; what it
+missed while it was away is brought to it first, chain by chain from the files, so that its memory has no holes. Then
+it gets each checkpoint with the hashes of the entries since the last one that it took.
 
-A witness that has more than the files, or that refuses, or that saw how this chain does not follow from the one before, is an alarm: ``problems``.
+A witness that has more than the files, or that refuses, or that saw how this chain does not follow from the one
+before, is an alarm: ``problems``.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from storaged.cluster.audit_format import Checkpoint
 from storaged.cluster.audit_links import Link, first_line, read_links
 from storaged.cluster.ports import Caller
 from storaged.cluster.witness import HASHES_MAX, WitnessedReply, WitnessedRequest, WitnessReply, WitnessRequest
+from storaged.cluster.witness_record import plain
 from storaged.errors import PeerError, PeerUnreachable
 
 EVERY_S: Final = 60.0
 FIRST_S: Final = 2.0
-"""After the start: by then the peers are known, and a log that was cut while the node was down shows before it is long in use."""
+"""After the start: by then the peers are known, and a log that was cut while the node was down shows before it is
+long in use."""
 
 CALL_TIMEOUT_S: Final = 10.0
 CLOSING_TIMEOUT_S: Final = 2.0
@@ -39,8 +43,9 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class _Witness:
-    """``sequence``: the last entry of this process's chain that it took, None until it was asked what it has. ``past``: what is wrong with earlier chains;
-    ``problem``: how this one does not follow from them; ``refused``: why it does not take more of this one."""
+    """``sequence``: the last entry of this process's chain that it took, None until it was asked what it has.
+    ``past``: what is wrong with earlier chains; ``problem``: how this one does not follow from them; ``refused``: why
+    it does not take more of this one."""
 
     sequence: int | None = None
     past: str = ""
@@ -59,7 +64,8 @@ class _Refused(Exception):
 
 
 class WitnessClient:
-    """Use: ``run`` as a task; ``close`` once the log is closed. ``witnesses`` names the nodes that are to be shown it now."""
+    """Use: ``run`` as a task; ``close`` once the log is closed. ``witnesses`` names the nodes that are to be shown it
+    now."""
 
     def __init__(
         self,
@@ -176,8 +182,10 @@ class WitnessClient:
                 piece = links[at : at + HASHES_MAX]
                 reply = await self._send(name, self._audit.head.chain, piece, self._audit.start_line)
                 behind = not reply.taken
+                if reply.sequence < known.sequence:
+                    raise _Refused(f"it had entry {known.sequence} of this chain, and has {reply.sequence} now")
                 known.sequence = reply.sequence
-                known.problem = reply.problem or ("" if reply.taken else known.problem)
+                known.problem = plain(reply.problem) or ("" if reply.taken else known.problem)
                 at += len(piece)
             if not behind:
                 return
@@ -201,7 +209,7 @@ class WitnessClient:
         body = [b"".join(link.hash for link in piece)]
         reply, _ = await self._caller.call(name, "audit.witness", request, WitnessReply, body=body, timeout_s=CALL_TIMEOUT_S)
         if reply.reason:
-            raise _Refused(reply.reason)
+            raise _Refused(plain(reply.reason))
         return reply
 
 

@@ -1,7 +1,8 @@
 """What a witness remembers of the audit log of one other node, and when it believes more. Pure.
 
-A witness sees no entries. It sees checkpoints ``(chain, sequence, hash, link)``, signed by the node, and the hashes of the entries in between; so it
-knows of each checkpoint that it extends the one before, entry by entry. It never goes back:
+A witness sees no entries. It sees checkpoints ``(chain, sequence, hash, link)``, signed by the node, and the hashes
+of the entries in between; so it knows of each checkpoint that it extends the one before, entry by entry. It never
+goes back:
 
 ===================  ===================================================================================================
 checkpoint           judged
@@ -44,14 +45,15 @@ from storaged.cluster.audit_format import (
 from storaged.wire import decode, encode
 
 CHAINS_MAX: Final = 16_384
-"""Of one node, 50 MiB: a process that is started again every ten minutes reaches it in four months. Further chains are refused: dropping old ones would let a
-flood of new ones erase them."""
+"""Of one node, 50 MiB: a process that is started again every ten minutes reaches it in four months. Further chains
+are refused: dropping old ones would let a flood of new ones erase them."""
 
 START_BYTES_MAX: Final = 2048
 """Of a chain's first entry, which names the node and one chain: a third of it."""
 
 MARKS_MAX: Final = 256
-"""Earlier checkpoints kept of a chain, as (sequence, hash), so that the verifier can say where a rewritten chain begins to differ."""
+"""Earlier checkpoints kept of a chain, as (sequence, hash), so that the verifier can say where a rewritten chain
+begins to differ."""
 
 CHAINS_MARKED_MAX: Final = 64
 """The newest chains keep so many marks, older ones OLD_MARKS_MAX."""
@@ -71,7 +73,8 @@ class Mark(NamedTuple):
 
 @dataclass
 class SeenChain:
-    """One chain. ``start``: its entry 0 as it lies in the file. ``problem``: how it does not follow from the chain before; empty when it does."""
+    """One chain. ``start``: its entry 0 as it lies in the file. ``problem``: how it does not follow from the chain
+    before; empty when it does."""
 
     checkpoint: Checkpoint
     start: bytes
@@ -118,7 +121,8 @@ class Refused:
 
 
 def judge(node: SeenNode, checkpoint: Checkpoint, after: int, start: bytes, hashes: Sequence[bytes]) -> Taken | Behind | Refused:
-    """``checkpoint`` is signed by the node (the caller has verified that). ``hashes``: of the entries ``after + 1`` up to the checkpoint's."""
+    """``checkpoint`` is signed by the node (the caller has verified that). ``hashes``: of the entries ``after + 1``
+    up to the checkpoint's."""
     if not _CHAIN.fullmatch(checkpoint.chain) or checkpoint.sequence < 0 or len(checkpoint.hash) != HASH_BYTES:
         return Refused("the checkpoint is malformed")
     known = node.chains.get(checkpoint.chain)
@@ -204,11 +208,20 @@ def thinned(marks: list[Mark]) -> list[Mark]:
     return marks if len(marks) <= MARKS_MAX else marks[::2]
 
 
+TEXT_CHARS_MAX: Final = 512
+
+
+def plain(text: str) -> str:
+    """What another node says, for logs and terminals."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:TEXT_CHARS_MAX])
+
+
 # --- lines ----------------------------------------------------------------------------------------------------------------
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A checkpoint (or, without ``checkpoint``, a mark). The plain fields repeat what is in ``checkpoint``: for readers, and against bits that flip."""
+    """A checkpoint (or, without ``checkpoint``, a mark). The plain fields repeat what is in ``checkpoint``: for
+    readers, and against bits that flip."""
 
     chain: str
     sequence: int
@@ -220,7 +233,8 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 def render(seen: SeenChain) -> bytes:
-    """The line that is appended for a checkpoint: enough to know the chain from, should every other line of it be damaged."""
+    """The line that is appended for a checkpoint: enough to know the chain from, should every other line of it be
+    damaged."""
     found = seen.checkpoint
     text = base64.b64encode(encode(found)).decode()
     return (
@@ -255,11 +269,11 @@ def read(lines: Iterable[bytes]) -> SeenNode:
                 raise ValueError("the start is another chain's")
             known = node.chains.get(line.chain)
             if known is None:
-                adopt(node, SeenChain(checkpoint, start, line.problem, marks.pop(line.chain, [])))
+                adopt(node, SeenChain(checkpoint, start, plain(line.problem), marks.pop(line.chain, [])))
             elif checkpoint.sequence > known.checkpoint.sequence:
                 before = known.checkpoint
                 kept = thinned([*known.marks, Mark(before.sequence, before.hash, before.time_ms)])
-                adopt(node, SeenChain(checkpoint, start, known.problem or line.problem, kept))
+                adopt(node, SeenChain(checkpoint, start, known.problem or plain(line.problem), kept))
         except (msgspec.MsgspecError, ValueError, binascii.Error):
             node.damaged_lines += 1
     return node

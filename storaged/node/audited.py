@@ -1,8 +1,9 @@
 """Who made and deleted buckets over S3, in the audit log: a wrapper around ``objects.api.Buckets``.
 
-The intent is on disk before a bucket is made or deleted, the outcome before the client is answered. A user whose request was refused less than a minute
-ago writes no further intents: what it is refused then is counted (``Trail.refused``), so that a loop over a bucket that is not empty can't fill the
-disk. What succeeds has its entry always.
+The intent is on disk before a bucket is made or deleted, the outcome before the client is answered. A user whose
+request was refused less than a minute ago writes no further intents: what it is refused then is counted
+(``Trail.refused``), so that a loop over a bucket that is not empty can't fill the disk. What succeeds has its entry
+always.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from storaged.cluster.identity import Identity, NodeSigner
 from storaged.cluster.ports import Methods
 from storaged.cluster.witness import WitnessBook, WitnessedReply, WitnessedRequest
 from storaged.cluster.witness_client import CALL_TIMEOUT_S, WitnessClient
+from storaged.cluster.witness_record import plain
 from storaged.errors import PeerError
+from storaged.units import MIB
 
 if TYPE_CHECKING:
     from storaged.node.leader import Leader
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 WITNESS_FOLDER = "witness"
 PAGES_MAX = 512
-"""Of one witness's memory of one node."""
+ANSWER_BYTES_MAX = 128 * MIB
+"""Of one witness's memory of one node: 16,384 chains are 50 MiB."""
 
 
 class Auditing:
@@ -96,7 +99,8 @@ class Auditing:
         return found
 
     async def witnessed(self, of: str) -> list[dict[str, Any]]:
-        """What each witness has of a node's log: ``name``, ``reachable``, ``reason``, and the ``lines`` of ``witness_record``."""
+        """What each witness has of a node's log: ``name``, ``reachable``, ``reason``, and the ``lines`` of
+        ``witness_record``."""
         return list(await asyncio.gather(*(self._ask(name, of) for name in self._all_witnesses(of))))
 
     def check(self) -> tuple[str, str]:
@@ -113,13 +117,16 @@ class Auditing:
 
     async def _ask(self, name: str, of: str) -> dict[str, Any]:
         lines: list[str] = []
-        skip = 0
+        skip = size = 0
         try:
             for _ in range(PAGES_MAX):
                 request = WitnessedRequest(of, skip)
                 answer, body = await self._node.pool.call(name, "audit.witnessed", request, WitnessedReply, timeout_s=CALL_TIMEOUT_S)
                 lines += bytes(body).decode("utf-8", "replace").splitlines()
-                skip = answer.next
+                size += len(body)
+                skip = answer.next if size < ANSWER_BYTES_MAX else -1
+                if skip < 0:
+                    break
                 if not skip:
                     return {"name": name, "reachable": True, "reason": "", "lines": lines}
         except PeerError as error:
@@ -131,7 +138,7 @@ def merged(alarms: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """One a node, in order: a node and its witnesses say the same, each in its words."""
     found: dict[str, list[str]] = {}
     for node, reason in alarms:
-        reasons = found.setdefault(node, [])
-        if reason not in reasons:
-            reasons.append(reason)
+        reasons = found.setdefault(plain(node), [])
+        if (text := plain(reason)) not in reasons:
+            reasons.append(text)
     return [(node, "; ".join(reasons)) for node, reasons in sorted(found.items())]

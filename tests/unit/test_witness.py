@@ -131,6 +131,44 @@ async def test_what_is_not_kept_in_memory_any_more_is_read_from_the_files(rig: W
     assert rig.verify().compared
 
 
+async def test_an_answer_that_was_lost_is_made_up_for_and_is_no_alarm(rig: Witnessed) -> None:
+    await rig.start()
+    await rig.client.publish()
+    await rig.write(3)
+    rig.wire.lose = {"n1"}
+    await rig.client.publish()
+    rig.wire.lose = set()
+    await rig.write(2)
+    await rig.client.publish()
+    assert rig.client.taken() == dict.fromkeys(ALL, 5)
+    rig.client._known["n1"].sequence = 2  # as when the call was cancelled after the witness had taken it
+    await rig.write(1)
+    await rig.client.publish()
+    assert rig.client.taken() == dict.fromkeys(ALL, 6)
+    assert rig.client.problems() == {}
+    await rig.stop()
+    assert rig.verify().compared
+
+
+async def test_a_witness_that_goes_back_is_an_alarm_until_it_has_everything_again(rig: Witnessed) -> None:
+    await rig.start()
+    await rig.write(3)
+    await rig.client.publish()
+    (rig.directory / "n1" / "witness" / "gw.jsonl").unlink()
+    rig.books["n1"] = rig.open_book("n1")
+    await rig.write(1)
+    await rig.client.publish()
+    assert rig.client.problems() == {"n1": "it had entry 3 of this chain, and has -1 now"}
+    await rig.client.publish()
+    assert rig.client.problems() == {}
+    assert rig.client.taken() == dict.fromkeys(ALL, 4)
+    await rig.stop()
+
+
+def test_what_a_witness_says_can_not_play_with_a_terminal() -> None:
+    assert witness_record.plain("\x1b[2Jall is well\r\n" + "x" * 1000) == ("?[2Jall is well??" + "x" * 1000)[:512]
+
+
 async def test_nothing_is_sent_when_there_is_nothing_new(rig: Witnessed) -> None:
     await rig.start()
     await rig.client.publish()

@@ -13,7 +13,7 @@ from storaged.cluster.identity import Identity, NodeSigner
 from storaged.cluster.ports import Call, PeerIdentity, Reply
 from storaged.cluster.witness import WitnessBook, read_file
 from storaged.cluster.witness_client import WitnessClient
-from storaged.errors import PeerUnreachable
+from storaged.errors import PeerTimeout, PeerUnreachable
 from storaged.wire import Buffer, Message, decode, encode
 from tests.unit.cluster_world import World
 
@@ -38,6 +38,8 @@ class Wire:
         self.peer = peer
         self.books = books
         self.away: set[str] = set()
+        self.lose: set[str] = set()
+        """Nodes whose answers get lost."""
         self.calls: list[tuple[str, str]] = []
 
     async def call(
@@ -48,6 +50,8 @@ class Wire:
         self.calls.append((node, method))
         row = self.books[node].methods()[method]
         answer = await row.handler(decode(encode(request), row.request), Call(self.peer, memoryview(b"".join(body)), 0.0))
+        if node in self.lose:
+            raise PeerTimeout(f"{node} did not answer")
         message, bulk = answer if isinstance(answer, Reply) else (answer, ())
         return decode(encode(message), reply), memoryview(b"".join(bulk))
 
