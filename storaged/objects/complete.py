@@ -190,7 +190,7 @@ async def _complete_once(
         raise
     except _Moved:
         await plane.registers.settle(name)
-        if await _reopen(plane, upload) == DONE:
+        if await _reopen(plane, upload) not in (OPEN, COMPLETING):
             raise _Overtaken from None
         raise ConditionalRequestConflict(
             "The object changed while this upload was being completed. Read it, then retry or abort."
