@@ -49,6 +49,7 @@ from storaged.node.workers import Workers
 from storaged.objects.belief import Belief
 from storaged.objects.buckets import BucketService
 from storaged.objects.claims import authenticate_all
+from storaged.objects.keyends import Ends
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, EndedKey, KeyService
 from storaged.objects.service import ObjectService
@@ -228,6 +229,8 @@ class Gateway:
         self._drained = False
         self.copies: FirstCopies | None = None
         """This gateway's copies of bucket keys, in its first process, once the keyring is open."""
+        self.key_ends = Ends()
+        """What the last look at the keys of deleted buckets found."""
         self._desk = CopiesDesk()
         self._reloaded = asyncio.Event()
         self._requests = RequestLog(node.metrics, node.config.log, node.audit)
@@ -334,7 +337,7 @@ class Gateway:
     def work(self) -> list[Coroutine[Any, Any, None]]:
         found = [self._unlocker.run(), self._keep_keys(), self._node.maintain.run(), self._authenticate_records()]
         if self._node.leader is None:
-            found.append(housekeep(self.objects.plane, self.buckets))
+            found.append(housekeep(self.objects.plane, self.buckets, on_ends=self._ends_seen))
             found.append(look_at_records(self.buckets, self.users))
             found.append(self._keep_signer())
         if self.workers is not None:
@@ -414,6 +417,9 @@ class Gateway:
         """Why the policy does not allow keys here now; empty when it does, and while the keyring is not open. A bucket's countries may still refuse its key."""
         refusal = self._late.keyring.refusal() if self._late.keyring is not None else None
         return "" if refusal is None else str(refusal)
+
+    def _ends_seen(self, ends: Ends) -> None:
+        self.key_ends = ends
 
     def key_damage(self) -> list[KeyDamage]:
         """Registers of bucket keys that were not as they should be."""

@@ -6,13 +6,13 @@ Every step is idempotent and safe beside other gateways doing the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 
 from storaged.errors import StoragedError
 from storaged.objects.buckets import BucketService
-from storaged.objects.keyends import destroy_ended_keys
+from storaged.objects.keyends import Ends, destroy_ended_keys
 from storaged.objects.multipart import forget_finished_uploads
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.users import UserService
@@ -28,12 +28,20 @@ RECORDS_REST = 100.0
 log = structlog.get_logger("housekeeping")
 
 
-async def housekeep(plane: ObjectPlane, buckets: BucketService, *, first_s: float = FIRST_S, interval_s: float = INTERVAL_S) -> None:
-    """For ever. What fails (no majority, keyring not open) is tried again in the next round."""
+async def housekeep(
+    plane: ObjectPlane,
+    buckets: BucketService,
+    *,
+    on_ends: Callable[[Ends], None],
+    first_s: float = FIRST_S,
+    interval_s: float = INTERVAL_S,
+) -> None:
+    """For ever. What fails (no majority, keyring not open) is tried again in the next round. ``on_ends``: what each look
+    at the keys of deleted buckets found."""
     await asyncio.sleep(first_s)
     while True:
         try:
-            await tidy(plane, buckets)
+            await tidy(plane, buckets, on_ends)
         except StoragedError as error:
             log.info("housekeeping waits for its next round", reason=error.message)
         await asyncio.sleep(interval_s)
@@ -63,20 +71,26 @@ async def check_records(buckets: BucketService, users: UserService) -> None:
     await users.check_names()
 
 
-async def keep_keys(plane: ObjectPlane, buckets: BucketService, countries: Mapping[bytes, tuple[str, ...]]) -> None:
-    """Both homes of the buckets' keys are compared, and keys of buckets that are gone are destroyed. ``countries``: of each bucket, by its id."""
+async def keep_keys(
+    plane: ObjectPlane,
+    buckets: BucketService,
+    countries: Mapping[bytes, tuple[str, ...]],
+    on_ends: Callable[[Ends], None],
+) -> None:
+    """Both homes of the buckets' keys are compared, and keys of buckets that are gone are destroyed. ``countries``: of
+    each bucket, by its id."""
     try:
         await plane.keys.look_after(countries)
-        await destroy_ended_keys(plane, buckets)
+        on_ends(await destroy_ended_keys(plane, buckets))
     except StoragedError as error:
         log.info("keys of buckets wait for the next round", reason=error.message)
 
 
-async def tidy(plane: ObjectPlane, buckets: BucketService) -> int:
+async def tidy(plane: ObjectPlane, buckets: BucketService, on_ends: Callable[[Ends], None] = lambda _ends: None) -> int:
     """One round; returns how many uploads were forgotten. A bucket that fails does not keep the others waiting."""
     forgotten = 0
     records = await buckets.every_bucket()
-    await keep_keys(plane, buckets, {record.id: record.countries for record in records if record.state == "active"})
+    await keep_keys(plane, buckets, {record.id: record.countries for record in records if record.state == "active"}, on_ends)
     for record in records:
         try:
             bucket = await buckets.resume(record)

@@ -26,13 +26,14 @@ from storaged.maintain.service import MaintainStatus
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.node.auditing import merged
 from storaged.objects.place import choose
-from storaged.units import format_size
+from storaged.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from storaged.node.gateway import Gateway
     from storaged.node.planes import Node
 
 CERTIFICATE_DAYS_MIN = 30
+ENDED_KEY_AGE_S_MAX = 86_400.0
 FREE_SHARE_MIN = 0.1
 WATCH_EVERY_S = 10.0
 SAMPLE_GROUPS = 64
@@ -269,8 +270,7 @@ class Reports:
             detail += f"; {newer} bucket key{'' if newer == 1 else 's'} newer than it: the ring and this gateway have them. A new backup now and then is good advice"
         return _check("key backup", "ok", detail, "")
 
-    @staticmethod
-    def _bucket_keys(gateway: Gateway) -> list[dict[str, str]]:
+    def _bucket_keys(self, gateway: Gateway) -> list[dict[str, str]]:
         """Both homes of bucket keys: what the ring lost, and whether this gateway can write its copies."""
         if gateway.copies is None:
             return []
@@ -285,6 +285,13 @@ class Reports:
             checks.append(_check("bucket keys", "warn", detail, "The ring has those keys too: they are copied again within the hour."))
         else:
             checks.append(_check("bucket keys", "ok", f"{copies.count} in {copies.path}", ""))
+        if ends := gateway.key_ends.waiting:
+            age_s = (self._node.clock.wall_ms() - gateway.key_ends.oldest_ms) / 1000
+            late = age_s > ENDED_KEY_AGE_S_MAX
+            waits = f"the oldest for {format_duration(max(0.0, age_s))}: {gateway.key_ends.reason}"
+            detail = f"{ends} wait to be destroyed, {waits}"
+            hint = "They go by themselves once every disk answers and nothing of the bucket is on a garbage list."
+            checks.append(_check("keys of deleted buckets", "warn" if late else "ok", detail, hint))
         if copies.problem:
             checks.append(
                 _check("copies of bucket keys", "fail", copies.problem, "Until it can be written, buckets can't be created here.")

@@ -20,7 +20,7 @@ each time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -38,33 +38,45 @@ wait."""
 log = structlog.get_logger("housekeeping")
 
 
-async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> int:
-    """One look; returns how many keys were destroyed. Raises ServiceUnavailable, KeyringUnavailable when nothing can
-    be said."""
+class Ends(NamedTuple):
+    """What one look found. ``waiting``: keys whose delay is over and that could not be destroyed, the oldest of them
+    ended at ``oldest_ms`` (since 1970), the first of them for this ``reason``."""
+
+    destroyed: int = 0
+    waiting: int = 0
+    oldest_ms: int = 0
+    reason: str = ""
+
+
+async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends:
+    """One look. Raises ServiceUnavailable, KeyringUnavailable when nothing can be said."""
     over_ms = plane.clock.wall_ms() - plane.limits.retire_delay_ms - plane.limits.retire_follow_ms
     ended = sorted(
         (key for key in await plane.keys.ended_bucket_keys() if key.end.since_ms <= over_ms),
         key=lambda key: key.end.since_ms,
     )
     if not ended:
-        return 0
+        return Ends()
     uncollected = await _uncollected(plane, ended[:AT_ONCE_MAX])
-    if uncollected is None:
-        return 0
-    destroyed = 0
+    if isinstance(uncollected, str):
+        return Ends(0, len(ended), ended[0].end.since_ms, uncollected)
+    waiting: list[tuple[EndedKey, str]] = []
     for key in ended[:AT_ONCE_MAX]:
-        if key.bucket_id in uncollected:
-            continue
         try:
-            destroyed += await _destroy(plane, buckets, key)
+            reason = "it has garbage" if key.bucket_id in uncollected else await _destroy(plane, buckets, key)
         except StoragedError as error:
-            log.info("the key of a deleted bucket waits", bucket=key.bucket_id.hex(), reason=error.message)
-    return destroyed
+            reason = error.message
+        if reason:
+            log.info("the key of a deleted bucket waits", bucket=key.bucket_id.hex(), reason=reason)
+            waiting.append((key, reason))
+    destroyed = len(ended[:AT_ONCE_MAX]) - len(waiting)
+    if not waiting:
+        return Ends(destroyed)
+    return Ends(destroyed, len(ended) - destroyed, waiting[0][0].end.since_ms, waiting[0][1])
 
 
-async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[bytes] | None:
-    """Ids of the buckets of which some disk has garbage. None: a disk does not answer, or has more than could be
-    looked at."""
+async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[bytes] | str:
+    """Ids of the buckets of which some disk has garbage; or why that can't be said."""
     due_ms = max(key.end.since_ms for key in ended) + plane.limits.retire_delay_ms + plane.limits.retire_follow_ms
     wanted = {key.bucket_id for key in ended}
     found: set[bytes] = set()
@@ -72,11 +84,9 @@ async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[byt
         try:
             entries = await plane.stores.store(disk).retired(due_ms, DUE_MAX)
         except (StoragedError, TimeoutError) as error:
-            log.info("keys of deleted buckets wait for a disk", disk=disk, reason=str(error))
-            return None
+            return f"disk {disk} does not answer: {error}"
         if len(entries) >= DUE_MAX:
-            log.info("keys of deleted buckets wait for the collection of garbage", disk=disk, entries=len(entries))
-            return None
+            return f"disk {disk} is behind with the collection of its garbage"
         for _, packed in entries:
             try:
                 scope = RegisterName.unpack(packed).scope
@@ -87,13 +97,14 @@ async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[byt
     return found
 
 
-async def _destroy(plane: ObjectPlane, buckets: BucketService, key: EndedKey) -> bool:
+async def _destroy(plane: ObjectPlane, buckets: BucketService, key: EndedKey) -> str:
+    """Why not; empty when it is destroyed."""
     end = key.end
     if not await buckets.is_deleted(end.name, key.bucket_id, end.nonce):
-        return False
+        return "nothing proves that the bucket was deleted"
     await plane.fences.fence(key.bucket_id, end.shards, end.nonce, final=True)
     done = await plane.keys.destroy_bucket_key(key.bucket_id, end.nonce)
     await plane.on_changed("key", key.bucket_id.hex())
     if done:
         log.info("the key of a deleted bucket is destroyed", bucket=key.bucket_id.hex(), name=end.name)
-    return done
+    return ""

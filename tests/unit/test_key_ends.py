@@ -13,7 +13,7 @@ from storaged.fragments.ports import Retirement
 from storaged.meta.names import Value, Visibility, object_name, system_name
 from storaged.node.housekeeping import tidy
 from storaged.objects.buckets import BucketService
-from storaged.objects.keyends import DUE_MAX, destroy_ended_keys
+from storaged.objects.keyends import DUE_MAX, Ends, destroy_ended_keys
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from storaged.wire import decode, encode
@@ -26,6 +26,7 @@ NAME = system_name("bucket/b")
 
 class Rig:
     def __init__(self) -> None:
+        self.ends = Ends()
         self.world: World
         self.objects: ObjectService
         self.buckets: BucketService
@@ -40,7 +41,8 @@ class Rig:
         return bucket
 
     async def look(self) -> int:
-        return await destroy_ended_keys(self.plane, self.buckets)
+        self.ends = await destroy_ended_keys(self.plane, self.buckets)
+        return self.ends.destroyed
 
     def forge(self, change: Callable[[Value], Value]) -> None:
         self.world.ring.values[NAME] = change(self.world.ring.values[NAME])
@@ -81,6 +83,7 @@ async def test_a_bucket_of_which_any_disk_still_has_garbage_keeps_its_key(rig: R
     await rig.plane.stores.store(disk).retire([Retirement(b"d" * 16, owner, rig.world.clock.wall_ms())])
     rig.world.clock.wall += rig.delay_ms
     assert await rig.look() == 0
+    assert (rig.ends.waiting, rig.ends.reason) == (1, "it has garbage")
     await rig.plane.stores.store(disk).unretire(b"d" * 16)
     assert await rig.look() == 1
 
@@ -97,9 +100,12 @@ async def test_every_disk_must_answer_and_must_not_be_behind_with_its_garbage(ri
         return [(b"d" * 16, b"x")] * limit
 
     original = disk.retired
-    for answer in (away, full):
+    for answer, reason in ((away, "does not answer"), (full, "is behind with the collection")):
         disk.retired = answer  # type: ignore[method-assign]
         assert await rig.look() == 0
+        assert rig.ends.waiting == 1
+        assert rig.world.clock.wall - rig.ends.oldest_ms >= rig.delay_ms
+        assert reason in rig.ends.reason
     disk.retired = original  # type: ignore[method-assign]
     assert DUE_MAX == 10_000
     assert await rig.look() == 1
@@ -128,6 +134,8 @@ async def test_a_bucket_record_that_does_not_prove_the_deletion_keeps_the_key(ri
     else:
         rig.forge(lambda value: before)
     assert await rig.look() == 0
+    assert rig.ends.waiting == 1
+    assert "proves" in rig.ends.reason or "not authentic" in rig.ends.reason
     assert bucket.id in rig.world.keys.newest
 
 
