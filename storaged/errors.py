@@ -412,13 +412,6 @@ class XAmzContentSHA256Mismatch(S3Error):
     """The provided 'x-amz-content-sha256' header does not match what was computed."""
 
 
-class UnexpectedContent(S3Error):
-    """This request contains unsupported content.
-
-    The operation takes no body, and one came. Nothing was changed.
-    """
-
-
 # --- 5xx: the store ---------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front, owned_bucket
+from storaged.s3.multipart import part_number
 from storaged.s3.reply import Headers, Reply, version_header, xml_reply
 from storaged.s3.request import Request, check_key
 
@@ -91,7 +92,7 @@ async def copy_object(front: Front, request: Request) -> Reply:
 
 async def upload_part_copy(front: Front, request: Request) -> Reply:
     headers = request.headers
-    number = h.integer("partNumber", request.query.get("partNumber", ""), 1, 10_000)
+    number = part_number(request)
     span = h.parse_copy_range(headers[_RANGE]) if _RANGE in headers else None
     bucket, key, version = await _source(front, request)
     result = await front.objects.copy_part(

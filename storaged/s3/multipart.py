@@ -51,8 +51,15 @@ def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
     return algorithm, kind
 
 
+def part_number(request: Request) -> int:
+    """Of UploadPart and UploadPartCopy. Raises MethodNotAllowed (without one, it is no operation), InvalidArgument."""
+    if "partNumber" not in request.query:
+        raise errors.MethodNotAllowed(Method=request.method, ResourceType="UPLOAD")
+    return h.integer("partNumber", request.query["partNumber"], 1, PARTS_MAX)
+
+
 async def put_part(front: Front, request: Request) -> Reply:
-    number = h.integer("partNumber", request.query.get("partNumber", ""), 1, PARTS_MAX)
+    number = part_number(request)
     checks = upload_checks(request, PART_BYTES_MAX)
     result = await front.objects.put_part(request.bucket_record, request.key, request.query["uploadId"], number, request.body, checks)
     answer = stored_headers(result)

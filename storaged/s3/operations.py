@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from storaged.errors import InvalidArgument, InvalidRequest, NotImplemented, S3Error, UnexpectedContent
+from storaged.errors import InvalidArgument, InvalidRequest, NotImplemented, S3Error
 from storaged.s3 import aws
 from storaged.s3 import headers as h
 from storaged.s3.conditions import unsupported
@@ -35,11 +35,13 @@ UNASKED_BYTES_MAX = 64 * KIB
 """Of a body that an operation does not take: so much is read to see whether there is one."""
 
 _EXPECTED_OWNER = "x-amz-expected-bucket-owner"
+_NOT_ACCEPTED = {"versionId": "a version-id", "partNumber": "partNumber without uploadId"}
+"""In AWS's words."""
 _WATCHED = ("x-amz-", aws.OWN)
 
 
 class NoBody(NamedTuple):
-    """The operation takes none. One that changes something refuses any (AWS's UnexpectedContent), a read ignores it."""
+    """The operation takes none. One that changes something refuses any, a read ignores it."""
 
 
 class Document(NamedTuple):
@@ -104,7 +106,7 @@ class Operation:
             return
         for name in query:
             if name in aws.PARAMETERS and name not in self.parameters:
-                what = "a version-id" if name == "versionId" else f"the parameter {name}"
+                what = _NOT_ACCEPTED.get(name, f"the parameter {name}")
                 raise InvalidArgument(f"This operation does not accept {what}.", ArgumentName=name, ArgumentValue=query[name])
         if count != len(query):
             raise InvalidArgument("A query parameter was given more than once.")
@@ -192,7 +194,7 @@ def hear_query(request: Request) -> None:
 
 
 async def read_body(front: Front, request: Request, operation: Operation) -> None:
-    """The body of an operation that does not stream it. Raises UnexpectedContent, MaxMessageLengthExceeded, BadDigest,
+    """The body of an operation that does not stream it. Raises MaxMessageLengthExceeded, BadDigest,
     InvalidDigest,
     InvalidRequest."""
     kind = operation.body
@@ -205,4 +207,4 @@ async def read_body(front: Front, request: Request, operation: Operation) -> Non
             of_object=kind.of_object,
         )
     elif isinstance(kind, NoBody) and operation.changes and request.body.length != 0 and await request.body.read(UNASKED_BYTES_MAX):
-        raise UnexpectedContent
+        raise InvalidRequest("The request included a body. Requests of this type must not include a non-empty body.")

@@ -170,7 +170,7 @@ async def test_a_host_that_is_not_ascii_does_not_fail_what_has_been_done(world: 
 )  # fmt: skip
 async def test_a_body_where_none_belongs_changes_nothing(world: World, method: str, target: str, headers: dict[str, str]) -> None:
     before = state(world)
-    assert (await call(world, method, target, headers, b"<Delete/>"))[:2] == (400, "UnexpectedContent")
+    assert (await call(world, method, target, headers, b"<Delete/>"))[:2] == (400, "InvalidRequest")
     assert state(world) == before
 
 
