@@ -11,9 +11,9 @@ What is done is two entries of one ``operation``: the intent, on disk before it 
 it, and a stranger can't fill the disk.
 
 ``append`` returns when its entry is on disk: many appends share one fdatasync. When the disk refuses, the entries
-that are not on disk are taken back, their callers are told (AuditUnwritable), and the next entry goes into a new
-file. A crash may leave a torn tail behind the last entry on disk; nobody was told that those bytes are safe. The next
-start records how many there are, and the verifier accepts exactly these.
+that are not on disk are taken back, their callers get AuditUnwritable, and the next entry goes into a new file. A
+crash may leave a torn tail after the last entry on disk; those bytes were never acknowledged. The next start records
+how many there are, and the verifier accepts exactly these.
 """
 
 from __future__ import annotations

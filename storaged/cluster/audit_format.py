@@ -4,8 +4,9 @@ A process start begins a chain, whose id is the process's incarnation; a chain l
 ``audit-ORDINAL-CHAIN-PART.jsonl`` (the ordinal counts the chains of a node, the part the files of a chain), one entry
 a line::
 
-{"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","actor":"node:gw","target":"bucket-id:<hex>",
-"outcome":"done","fields":{...},"salt":"<32 hex>","previous":"<64 hex>","hash":"<64 hex>"}
+    {"chain":"<hex>","sequence":7,"time_ms":1767225600000,"kind":"key.release","actor":"node:gw",
+     "target":"bucket-id:<hex>","outcome":"done","fields":{...},"salt":"<32 hex>",
+     "previous":"<64 hex>","hash":"<64 hex>"}
 
 ``kind`` is the action, ``actor`` who asked for it, ``target`` what it was done to, ``outcome`` one of ``intent``,
 ``done``, ``refused CODE``, ``failed CODE`` (empty for an event that is nobody's act). ``salt`` is random: witnesses
