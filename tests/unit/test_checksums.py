@@ -175,6 +175,17 @@ async def test_checksums_and_their_algorithm_are_sealed_in_the_record() -> None:
 
 
 @pytest.mark.parametrize("algorithm", CHECKSUM_ALGORITHMS)
+async def test_request_documents_are_verified_against_each_algorithm(algorithm: str) -> None:
+    name = f"x-amz-checksum-{algorithm.lower()}"
+    document = b"<Delete><Object><Key>k</Key></Object></Delete>"
+    async with s3_world() as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        for sum_of, answer in ((b"other", b"<Code>BadDigest</Code>"), (document, b"<Deleted><Key>k</Key>")):
+            headers = {name: text(OTHER[algorithm](sum_of))}
+            assert answer in await ask(world, signed(world, "POST", "/bucket?delete=", body=document, headers=headers))
+
+
+@pytest.mark.parametrize("algorithm", CHECKSUM_ALGORITHMS)
 async def test_a_trailer_of_each_algorithm_is_verified_and_kept(algorithm: str) -> None:
     name = f"x-amz-checksum-{algorithm.lower()}"
     async with s3_world() as world:
