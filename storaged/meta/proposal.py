@@ -240,13 +240,13 @@ class Proposal:
         promised: dict[str, messages.PrepareReply] = {}
         doubted: dict[str, messages.PrepareReply] = {}
         failed: dict[str, Verdict | None] = {}
-        final = False
+        finals: set[str] = set()
         while not has_majority(view.groups, promised):
             if has_majority(view.groups, doubted):
                 promised |= doubted  # nothing better is to be had, and it may be written over
                 break
             if out_of_reach(view.groups, {**failed, **doubted}) and not (doubted and answers.pending):
-                self._not_promised(failed, final)
+                self._not_promised(view, failed, finals)
                 return None
             answer = await answers.next(self.remaining_s(), short_of_majority(view.groups, promised))
             if answer is None:
@@ -256,7 +256,8 @@ class Proposal:
                 failed[disk] = None
                 continue
             self._note(promises, disk, reply)
-            final = final or reply.final
+            if reply.final:
+                finals.add(disk)
             if reply.verdict != Verdict.OK:
                 failed[disk] = Verdict(reply.verdict)
             elif around.doubts(self.name, disk, reply.value):
@@ -310,14 +311,17 @@ class Proposal:
         self._above = max(self._above, counter)
         return True
 
-    def _not_promised(self, failed: dict[str, Verdict | None], final: bool) -> None:
-        """No majority promised: returns to try again where another ballot or layout may help, else raises."""
+    def _not_promised(self, view: View, failed: dict[str, Verdict | None], finals: set[str]) -> None:
+        """No majority promised: returns to try again where another ballot or layout may help, else raises.
+
+        A fence counts when a majority has it, as it had when it was set: acceptors have no keys that could vouch for it, and
+        what one of them says alone must neither end a bucket nor have the data of one deleted."""
         reasons = set(failed.values())
         if not reasons.isdisjoint((Verdict.PREEMPTED, Verdict.EPOCH, Verdict.NEWER)):
             self.around.counts["preempted"] += 1
             return
-        if Verdict.FENCED in reasons:
-            raise self._fenced(final)
+        if out_of_reach(view.groups, {disk for disk, verdict in failed.items() if verdict is Verdict.FENCED}):
+            raise self._fenced(out_of_reach(view.groups, finals))
         if Verdict.AHEAD in reasons:
             raise self._gave_up(
                 "its replicas refuse ballots more than an hour ahead of their clocks: this node's clock is, or theirs are behind"

@@ -951,3 +951,34 @@ async def test_a_layout_that_replicas_are_about_to_learn_costs_a_retry(ring: Rin
         replica.inner.prepare_at_once = newer  # type: ignore[method-assign]
     assert (await client.change(NAME, put(b"one"))).after is not None
     assert answered > 3
+
+
+# --- fences are believed of a majority -------------------------------------------------------------------------------------
+
+
+async def test_what_one_replica_says_of_a_fence_ends_no_bucket_while_another_is_away(ring: Ring) -> None:
+    """With the detail ``final`` collection would delete what the bucket's records refer to."""
+    client = ring.client(deadline_s=0.5)
+    await client.change(NAME, put(b"one"))
+    told = messages.PrepareReply(Verdict.FENCED, final=True)
+    ring.first.inner.prepare_at_once = lambda _request: told  # type: ignore[method-assign]
+    assert (await client.settle(NAME)) is not None, "two promise"
+    ring.second.away = True
+    for work in (client.settle(NAME), client.change(NAME, put(b"two"))):
+        with pytest.raises(ServiceUnavailable):
+            await work
+    ring.second.away = False
+    ring.second.inner.prepare_at_once = lambda _request: told  # type: ignore[method-assign]
+    with pytest.raises(NoSuchBucket) as refused:
+        await client.settle(NAME)
+    assert refused.value.details == {"final": "true"}
+
+
+async def test_a_fence_that_a_majority_has_is_final_only_where_a_majority_says_so(ring: Ring) -> None:
+    client = ring.client(deadline_s=0.5)
+    for replica, final in ((ring.first, True), (ring.second, False)):
+        told = messages.PrepareReply(Verdict.FENCED, final=final)
+        replica.inner.prepare_at_once = lambda _request, told=told: told  # type: ignore[method-assign,misc]
+    with pytest.raises(NoSuchBucket) as refused:
+        await client.settle(NAME)
+    assert refused.value.details == {}
