@@ -50,7 +50,7 @@ from storaged.fragments.format import (
 from storaged.fragments.index import Checkpoint, Index, Position
 from storaged.fragments.ports import FragmentHeader, Retirement, Usage
 from storaged.fragments.reader import Reader
-from storaged.hashes import is_fragment
+from storaged.hashes import is_fragment, quick_check
 from storaged.units import MIB, format_size
 from storaged.wire import encode
 
@@ -107,9 +107,17 @@ class Write(Struct):
     payload_bytes: int
     room: int
     """Bytes of the segment that its record takes at most."""
+    check: bytes = b""
+    """Compared with the payload in place of its hash: see ``ports.FragmentStore.write``."""
 
     @classmethod
-    def of(cls, header: FragmentHeader, payload: Sequence[bytes | bytearray | memoryview], message: bytes = b"") -> Write:
+    def of(
+        cls,
+        header: FragmentHeader,
+        payload: Sequence[bytes | bytearray | memoryview],
+        message: bytes = b"",
+        check: bytes = b"",
+    ) -> Write:
         """``message``: the header's encoding, where that is known. Raises PeerRefused (BAD_FRAGMENT) when header and payload contradict each other."""
         first = payload[0] if len(payload) == 1 else None
         if type(first) is memoryview and first.format == "B" and len(first) == first.nbytes > 0:
@@ -127,10 +135,12 @@ class Write(Struct):
         if not 0 <= header.created_ms <= TIME_MS_MAX:
             raise _not_a_fragment(f"it was created at {header.created_ms} ms; a time lies in 0..2^63")
         message = message or encode(header)
-        return cls(key, header, message, views, count, RecordWriter.bytes_max(len(message), count, header.cell_bytes))
+        return cls(key, header, message, views, count, RecordWriter.bytes_max(len(message), count, header.cell_bytes), check)
 
     def matches_hash(self) -> bool:
-        """Whether the payload is what the block's hashes say it is. Copies share one hash."""
+        """Whether the payload is what the block's hashes say it is (copies share one hash), or what was checked when it was hashed."""
+        if self.check:
+            return quick_check(self.payload) == self.check
         hashes, k, position = self.header.hashes, self.key[20], self.key[22]
         if not hashes:
             return True

@@ -51,8 +51,8 @@ class MemoryFragmentStore:
 
     # --- the port -------------------------------------------------------------------------------------------------------------
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
-        write = Write.of(header, payload)
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+        write = Write.of(header, payload, check=check)
         self._refuse_read_only()
         if self._state == "full" or self._used() + write.payload_bytes > self._bytes_max:
             raise DiskUnusable("the disk is full up to its reserve", state="full")

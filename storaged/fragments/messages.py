@@ -15,11 +15,12 @@ class Done(Message, frozen=True):
 
 
 class WriteRequest(Message, frozen=True):
-    """``fragment.write``; the payload is the call's body. With ``sync`` the reply comes after the group's fdatasync."""
+    """``fragment.write``; the payload is the call's body. With ``sync`` the reply comes after the group's fdatasync. ``check``: see ``FragmentStore.write``."""
 
     disk: str
     header: FragmentHeader
     sync: bool = False
+    check: bytes = b""
 
 
 class IdsRequest(Message, frozen=True):

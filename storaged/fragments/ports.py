@@ -125,9 +125,11 @@ class FragmentStore(Protocol):
     Errors: DiskUnusable (full, read-only, failed), FragmentMissing, FragmentDamaged (header unreadable), PeerUnreachable for a remote one.
     """
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
-        """Appends. Durable when ``sync`` was asked and it returned, or after a later ``sync``.
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+        """Appends. Durable when ``sync`` was asked and it returned, or after a later ``sync``. Raises FragmentDamaged for a payload that is not what the header's hashes say.
 
+        ``check``: ``hashes.quick_check`` of the payload, by a gateway that has computed the hashes from these very bytes: that is compared then, a hundred times as fast. Of other
+        callers it is not believed.
         The buffers may be reused by the caller once this returns. Writing an id that is there already replaces it (the newer record wins).
         """
 

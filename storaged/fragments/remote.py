@@ -67,8 +67,8 @@ class RemoteFragmentStore:
         timeout_s = self._verify_timeout_s if method == "fragment.verify" else self._timeout_s
         return await self._caller.call(self._node, method, request, reply, body=body, timeout_s=timeout_s)
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
-        await self._ask("fragment.write", WriteRequest(self._disk, header, sync), Done, payload)
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+        await self._ask("fragment.write", WriteRequest(self._disk, header, sync, check), Done, payload)
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
         """A node that restarted since the write, and lost it, answers FragmentMissing: its index knows only what its log still has."""
@@ -166,7 +166,8 @@ class FragmentHost:
         return store
 
     async def _write(self, request: WriteRequest, call: Call) -> Done:
-        await self._store(request.disk).write(request.header, [call.body], sync=request.sync)
+        check = request.check if "gateway" in call.peer.roles else b""
+        await self._store(request.disk).write(request.header, [call.body], sync=request.sync, check=check)
         return Done(1)
 
     async def _sync(self, request: IdsRequest, _call: Call) -> Done:

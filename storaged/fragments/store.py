@@ -246,8 +246,8 @@ class LocalFragmentStore:
 
     # --- the port -------------------------------------------------------------------------------------------------------------
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
-        write = Write.of(header, payload)
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+        write = Write.of(header, payload, check=check)
         self._refuse_when_closed()
         await self._take_bytes(write.payload_bytes)
         try:

@@ -297,10 +297,15 @@ def fragment_slices(profile: Profile, cell_bytes: int, sealed: Buffer, position:
     return [view[start : start + cell_bytes] for start in range(position * cell_bytes, len(view), profile.k * cell_bytes)]
 
 
-def fragment_hashes(profile: Profile, cell_bytes: int, sealed: Buffer, parity: Sequence[Buffer]) -> tuple[bytes, ...]:
-    """The hash (20 bytes) of every fragment of the block, in position order; of whole copies (k = 1) only one, for they are equal."""
-    hashes = [fragment_hash(fragment_slices(profile, cell_bytes, sealed, position)) for position in range(profile.k)]
+def fragments_of(profile: Profile, cell_bytes: int, sealed: Buffer, parity: Sequence[Buffer]) -> list[list[memoryview]]:
+    """Every fragment of the block in the pieces that it lies in, in position order; of whole copies (k = 1) only one, for they are equal."""
+    data = [fragment_slices(profile, cell_bytes, sealed, position) for position in range(profile.k)]
     if profile.k == 1:
-        return tuple(hashes)
+        return data
     length = parity_length(profile, cell_bytes, len(sealed))
-    return (*hashes, *(fragment_hash((memoryview(buffer)[:length],)) for buffer in parity))
+    return data + [[memoryview(buffer)[:length]] for buffer in parity]
+
+
+def fragment_hashes(profile: Profile, cell_bytes: int, sealed: Buffer, parity: Sequence[Buffer]) -> tuple[bytes, ...]:
+    """The hash (20 bytes) of every fragment of the block, in position order; of whole copies (k = 1) only one."""
+    return tuple(map(fragment_hash, fragments_of(profile, cell_bytes, sealed, parity)))

@@ -18,7 +18,7 @@ from storaged import trace
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement
-from storaged.hashes import is_fragment
+from storaged.hashes import fragment_hash, is_fragment, quick_check
 from storaged.meta.names import RegisterName
 from storaged.objects import erasure, place
 from storaged.objects.assemble import assemble, empty_fragments
@@ -45,11 +45,12 @@ class RunsChanged(Exception):
 
 
 class Coded(NamedTuple):
-    """A block as it is sent: ``sealed`` cells in stream order, ``parity`` fragments, the hashes of all fragments."""
+    """A block as it is sent: ``sealed`` cells in stream order, ``parity`` fragments, the hashes of all fragments, and their ``checks`` (none: they were not hashed here)."""
 
     sealed: memoryview
     parity: tuple[memoryview, ...]
     hashes: tuple[bytes, ...]
+    checks: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -195,7 +196,8 @@ class PartWriter:
         parity = tuple(room[index * length : (index + 1) * length] for index in range(count))
         if count:
             erasure.encode_block(profile, chunk, sealed, parity)
-        return Coded(sealed, parity, erasure.fragment_hashes(profile, chunk, sealed, parity))
+        fragments = erasure.fragments_of(profile, chunk, sealed, parity)
+        return Coded(sealed, parity, tuple(map(fragment_hash, fragments)), tuple(map(quick_check, fragments)))
 
     # --- one block to its disks -------------------------------------------------------------------------------------
 
@@ -316,7 +318,8 @@ class PartWriter:
             self._created_ms,
         )
         try:
-            await self._plane.stores.store(state.placement.disks[position]).write(header, payload)
+            store = self._plane.stores.store(state.placement.disks[position])
+            await store.write(header, payload, check=coded.checks[position if profile.k > 1 else 0] if coded.checks else b"")
         except PeerError:
             return False
         return True

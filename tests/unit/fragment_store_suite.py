@@ -10,6 +10,7 @@ import pytest
 
 from storaged.errors import FragmentDamaged, FragmentMissing, PeerRefused
 from storaged.fragments.ports import RETIREMENTS_MAX, FragmentId, FragmentStore, Health, Retirement
+from storaged.hashes import quick_check
 from tests.unit.fragment_world import Made, make
 
 Damage = Callable[[Made, int], Awaitable[None]]
@@ -87,6 +88,15 @@ class FragmentStoreSuite:
             with pytest.raises(PeerRefused):
                 await store.write(msgspec.structs.replace(made.header, created_ms=created_ms), [made.payload], sync=True)
         assert [stat.health for stat in await store.stat([made.id])] == [Health.MISSING]
+
+    async def test_what_does_not_come_as_its_gateway_sent_it_is_refused(self, store: FragmentStore) -> None:
+        made = make(self.rng)
+        changed = made.payload[:-1] + bytes([made.payload[-1] ^ 1])
+        for payload, check in ((changed, quick_check([made.payload])), (made.payload, quick_check([changed])), (made.payload, b"x")):
+            with pytest.raises(FragmentDamaged):
+                await store.write(made.header, [payload], sync=True, check=check)
+        await store.write(made.header, [made.payload], sync=True, check=quick_check([made.payload]))
+        assert [stat.health for stat in await store.stat([made.id])] == [Health.OK]
 
     @pytest.mark.parametrize("time_ms", [-1, 2**64 - 1])
     async def test_a_touch_or_a_retirement_at_a_time_that_no_store_can_hold_is_refused(self, store: FragmentStore, time_ms: int) -> None:

@@ -31,7 +31,7 @@ from storaged.errors import (
     PeerUnreachable,
 )
 from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
-from storaged.hashes import fragment_hash, page_hash
+from storaged.hashes import fragment_hash, page_hash, quick_check
 from storaged.keys.bucketkey import BucketEnd
 from storaged.keys.upkeep import EndedKey
 from storaged.meta.heads import head_of
@@ -117,7 +117,7 @@ class FakeDisk:
         if self.down:
             raise PeerUnreachable(f"{self.name} is down")
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False) -> None:
+    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
         self.writes += 1
         if self.on_write is not None:
             self.on_write(self.writes)
@@ -126,6 +126,7 @@ class FakeDisk:
             raise DiskUnusable(f"{self.name} is full")
         data = b"".join(payload)
         assert len(data) == header.length
+        assert check in (b"", quick_check((data,)))
         cells = [data[at : at + header.cell_bytes] for at in range(0, len(data), header.cell_bytes)]
         fragment = FragmentId.unpack(header.id)
         assert len(header.hashes) == (1 if fragment.k == 1 else fragment.k + fragment.m)

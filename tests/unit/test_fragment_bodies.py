@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from storaged.errors import FragmentDamaged
 from storaged.fragments.memory import MemoryFragmentStore
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
+from storaged.hashes import quick_check
 from tests.unit.fragment_store_suite import Damage, FragmentStoreSuite
-from tests.unit.fragment_world import DISK, Loopback, Made, flip_on_disk
+from tests.unit.fragment_world import DISK, Loopback, Made, flip_on_disk, make
 
 
 class TestLocal(FragmentStoreSuite):
@@ -37,6 +41,22 @@ class TestRemote(TestLocal):
         host = FragmentHost({DISK: local})
         yield RemoteFragmentStore(Loopback(lambda _node: host.methods()), "n1", DISK)
         await local.close()
+
+
+async def test_a_check_counts_for_the_hash_of_a_gateway_alone() -> None:
+    """Repair, on a storage node, did not hash what it writes from the beginning: its fragments are compared with the hashes themselves."""
+    made = make(random.Random(5))
+    lie = made.header.hashes
+    payload = bytes(len(made.payload))
+    for roles in (("storage",), ("gateway",)):
+        host = FragmentHost({DISK: MemoryFragmentStore()})
+        remote = RemoteFragmentStore(Loopback(lambda _node, host=host: host.methods(), roles), "n1", DISK)  # type: ignore[misc]
+        write = remote.write(msgspec.structs.replace(made.header, hashes=lie), [payload], check=quick_check([payload]))
+        if roles == ("gateway",):
+            await write
+        else:
+            with pytest.raises(FragmentDamaged):
+                await write
 
 
 class TestMemory(FragmentStoreSuite):

@@ -242,7 +242,9 @@ async def test_what_a_late_write_still_refers_to_is_not_written_over() -> None:
     for disk in world.disks.disks.values():
         write = disk.write
 
-        async def remembered(header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, write: object = write) -> None:
+        async def remembered(
+            header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"", write: object = write
+        ) -> None:
             if next(writes) % 5 == 0:
                 kept.append((b"".join(payload), payload))
             await write(header, payload, sync=sync)  # type: ignore[operator]
