@@ -539,8 +539,8 @@ class RpcPool:
         await asyncio.gather(*(link.close() for link in links))
 
     def renew(self, own: identity.Identity) -> None:
-        """Connections are made anew under the certificate that lies in the identity's directory now; calls under way are not broken. Raises CertificateRefused and
-        keeps the old one."""
+        """Connections are made anew under the certificate that lies in the identity's directory now; calls under way
+        are not broken. Raises CertificateRefused and keeps the old one."""
         identity.renew(self.context, own)
         self.identity = own
         for link in self._links.values():

@@ -73,8 +73,8 @@ its number and bytes are bounded by whoever takes it on."""
 
 
 class Method(NamedTuple):
-    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them): none, until ``cluster.authority.grant`` gave it what the
-    table says.
+    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them): none,
+    until ``cluster.authority.grant`` gave it what the table says.
 
     Two shorter ways to an answer are tried before the task that the handler runs in. ``at_once`` answers on the event loop what needs no waiting, and returns
     None for everything else. ``begin`` takes on what is answered by a callback when a disk has written it; once taken on, it is carried out even when the caller cancels.

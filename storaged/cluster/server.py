@@ -567,7 +567,8 @@ class RpcServer:
         )
 
     def call_refused(self, peer: str, error: StoragedError) -> None:
-        """A peer called what there is not, or what its roles don't allow: no honest node of this version does the second."""
+        """A peer called what there is not, or what its roles don't allow: no honest node of this version does the
+        second."""
         code = getattr(error, "remote_code", error.code)
         if code == faults.ROLE_REFUSED and self._on_refusal is not None:
             self._on_refusal(peer, error)

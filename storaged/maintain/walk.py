@@ -107,7 +107,8 @@ class Walker:
     # --- ranges -----------------------------------------------------------------------------------------------------
 
     def led_ranges(self) -> list[Range]:
-        """What this node looks after, by the directory as it was read last. The system partition is not among it: gateways alone write there (``node.keeper``)."""
+        """What this node looks after, by the directory as it was read last. The system partition is not among it:
+        gateways alone write there (``node.keeper``)."""
         found = []
         for bucket in self.buckets.by_id.values():
             for shard in bucket.shard_numbers:

@@ -158,7 +158,8 @@ class _Answering:
 
 
 def begin_accepts(of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, answer: Answer) -> bool:
-    """``ports.Begin`` of ``meta.accepts``. ``of(disk)`` raises DiskUnusable; each accept passes the ``gate`` by itself. Raises InvalidRequest."""
+    """``ports.Begin`` of ``meta.accepts``. ``of(disk)`` raises DiskUnusable; each accept passes the ``gate`` by itself.
+    Raises InvalidRequest."""
     accepts, sizes, creates = request.accepts, request.sizes, request.creates
     count = len(accepts)
     if not 0 < count <= ACCEPTS_MAX or not count == len(sizes) == len(creates) or min(sizes) < 0 or sum(sizes) != len(call.body):

@@ -49,8 +49,8 @@ def may_use(ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> bool:
 
 
 class Gate:
-    """``newest_epoch``: of the layouts that this node knows. ``on_refusal(peer, error)``: told of what no honest node of
-    this cluster asks. ``rules``: simulations alone turn one off."""
+    """``newest_epoch``: of the layouts that this node knows. ``on_refusal(peer, error)``: told of what no honest node
+    of this cluster asks. ``rules``: simulations alone turn one off."""
 
     def __init__(
         self,

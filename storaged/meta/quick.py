@@ -95,7 +95,8 @@ class Attempt:
         self._began_ns = 0
 
     def _note_above(self, counter: int) -> None:
-        """A counter that is in the way at a replica. What lies far ahead of the clock one replica alone can't say: ``proposal`` asks a majority."""
+        """A counter that is in the way at a replica. What lies far ahead of the clock one replica alone can't say:
+        ``proposal`` asks a majority."""
         if self.above < counter <= self._around.clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
             self.above = counter
 

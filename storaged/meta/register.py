@@ -51,8 +51,8 @@ _CREATE = bytes(2)
 ATTEMPTS_MAX = 0xFFFF
 
 COUNTER_AHEAD_MAX_US = 3_600_000_000
-"""A counter may lie so far ahead of an acceptor's clock, or of its high-water ballot where that is higher; and a proposer believes one replica so far, and what is further
-only a majority."""
+"""A counter may lie so far ahead of an acceptor's clock, or of its high-water ballot where that is higher; and a
+proposer believes one replica so far, and what is further only a majority."""
 
 
 @dataclass(frozen=True)
@@ -279,9 +279,10 @@ def shown(value: Value | None) -> Value | None:
 class Ballots:
     """The ballots of one proposer: (layout epoch, counter, node, incarnation), never twice the same (rule 8).
 
-    The counter is the wall clock in microseconds or one more than the highest seen, so that proposers rarely pre-empt each other for ever; a clock that
-    stands still or jumps costs round trips, never safety. ``incarnation()`` gives 8 random bytes, of this process's life; and others when the clock was set back by more
-    than acceptors bear (rule 15), so that counters may begin anew below those that were used.
+    The counter is the wall clock in microseconds or one more than the highest seen, so that proposers rarely pre-empt
+    each other for ever; a clock that stands still or jumps costs round trips, never safety. ``incarnation()`` gives 8
+    random bytes, of this process's life; and others when the clock was set back by more than acceptors bear (rule 15),
+    so that counters may begin anew below those that were used.
     """
 
     def __init__(self, node: str, incarnation: Callable[[], bytes], rules: Rules = RULES) -> None:
@@ -292,8 +293,9 @@ class Ballots:
         self._confirmed = 0
 
     def next(self, epoch: int, above: int, now_us: int, *, confirmed: bool = False) -> Ballot:
-        """A ballot above the counter ``above``, which some replica says is in the way; one that no clock near ours explains counts when it is ``confirmed`` by a
-        majority alone: a single replica that lies must not lead this process where every other refuses it."""
+        """A ballot above the counter ``above``, which some replica says is in the way; one that no clock near ours
+        explains counts when it is ``confirmed`` by a majority alone: a single replica that lies must not lead this
+        process where every other refuses it."""
         limit = now_us + COUNTER_AHEAD_MAX_US
         if above > limit:
             if confirmed:
@@ -307,7 +309,8 @@ class Ballots:
 
 
 def confirmed_above(far: Collection[int], replicas: int) -> int:
-    """Of the far-off counters that some of so many replicas say are in the way, the highest that a majority vouches for; 0 when that is none."""
+    """Of the far-off counters that some of so many replicas say are in the way, the highest that a majority vouches
+    for; 0 when that is none."""
     majority = replicas // 2 + 1
     return sorted(far)[len(far) - majority] if len(far) >= majority else 0
 

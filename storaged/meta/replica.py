@@ -99,8 +99,8 @@ class ReplicaStatistics:
     rows_damaged: int
     ballot_conflicts: int
     sequence_falls: int
-    """Values accepted over one with a higher sequence. A crash may leave a value that was never chosen, so a few say nothing; without crashes it is an alarm: somebody puts
-    older records back."""
+    """Values accepted over one with a higher sequence. A crash may leave a value that was never chosen, so a few say
+    nothing; without crashes it is an alarm: somebody puts older records back."""
 
 
 class LocalReplica:
@@ -335,7 +335,8 @@ class LocalReplica:
             raise SlowDown(f"Disk {self.disk} has not written yet what it was given: {count} writes, {self._bytes_in_flight} bytes.")
 
     def _fell(self, name: RegisterName, ballot: Ballot, held: int, sequence: int) -> None:
-        """It is taken nevertheless: what is here may never have been chosen, and a register whose acceptors refused what was would be stuck."""
+        """It is taken nevertheless: what is here may never have been chosen, and a register whose acceptors refused
+        what was would be stuck."""
         self._counts["falls"] += 1
         register = name.pack().hex()
         log.warning("a register's sequence falls", disk=self.disk, register=register, ballot=str(ballot), held=held, sequence=sequence)

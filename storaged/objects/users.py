@@ -1,4 +1,5 @@
-"""Users: registers ``user/ACCESS_KEY`` with the secret key sealed, and ``username/NAME``, which keeps names unique (``claims``).
+"""Users: registers ``user/ACCESS_KEY`` with the secret key sealed, and ``username/NAME``, which keeps names unique
+(``claims``).
 
 A record grants something, so it carries an authenticator of the keyring over its register's name and sequence number: a storage node can neither read a
 secret nor make a user.
