@@ -6,10 +6,13 @@ for ``If-Match: ""`` must not overwrite.
 | operation | accepts | refuses |
 |---|---|---|
 | GetObject, HeadObject, GetObjectAttributes | all four; what is no date is ignored (RFC 9110, 13.1.3) | |
-| PutObject, CopyObject, CompleteMultipartUpload | If-Match, ``If-None-Match: *`` | 501: other If-None-Match, dates |
+| PutObject, CopyObject, CompleteMultipartUpload | If-Match, If-None-Match of ``*`` or tags | 501: other If-None-Match, dates |
 | copy sources | x-amz-copy-source-if-* | 400: tags or dates that cannot be read |
 | DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: malformed values |
 | DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: malformed values |
+
+AWS has ``If-None-Match: *`` alone on writes, and 501 for the rest. Plain tags are judged as RFC 9110 (13.1.2) says, since
+the field's conformance suite (s3-tests) writes with them. Weak, empty or malformed ones are refused as on AWS.
 
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
 """
@@ -113,13 +116,13 @@ def source_conditions(headers: Mapping[str, str]) -> ReadConditions:
 def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
     """Of PutObject, CompleteMultipartUpload, and copies' destinations.
 
-    Raises NotImplemented for a date, and for If-None-Match with anything but ``*``.
+    Raises NotImplemented for a date, and for If-None-Match with anything but ``*`` or plain tags.
     """
     if NAMES.isdisjoint(headers):
         return NO_WRITE_CONDITIONS
     _refuse(headers, "if-modified-since", "if-unmodified-since")
     none_match = _tags(headers, "if-none-match")
-    if isinstance(none_match, Tags):
+    if isinstance(none_match, Tags) and not _plain(none_match):
         raise unsupported("if-none-match")
     return WriteConditions(if_match=_tags(headers, "if-match"), if_none_match=none_match)
 
@@ -155,6 +158,11 @@ def deletion(etag: str | None, size: str | None, modified: str | None, names: tu
         if_match_size=integer(names[0], size, 0, 2**63) if size is not None else None,
         if_match_modified_ms=modified_ms,
     )
+
+
+def _plain(tags: Tags) -> bool:
+    """Strong tags that an object could have, and nothing else."""
+    return bool(tags.strong) and not tags.weak and all(tag and "*" not in tag for tag in tags.strong)
 
 
 def unsupported(name: str) -> NotImplemented:

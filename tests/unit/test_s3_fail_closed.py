@@ -71,8 +71,8 @@ def md5_of(body: bytes) -> dict[str, str]:
 REFUSED_CONDITIONS: list[tuple[str, dict[str, str], tuple[int, str]]] = [
     *[("PUT", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'W/"{ETAG}"', f'"{ETAG}')],
     *[("DELETE", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'"{ETAG}" x', '*,"x"')],
-    *[("PUT", {"if-none-match": value}, (501, "NotImplemented")) for value in ('""', "", "W/*", '*,"x"', '"*"', '"other"', f'"{ETAG}"')],
-    ("PUT", {"if-none-match": "*"}, (412, "PreconditionFailed")),
+    *[("PUT", {"if-none-match": value}, (501, "NotImplemented")) for value in ('""', "", "W/*", '*,"x"', '"*"', f'W/"{ETAG}"', f'"{ETAG}', '"x",""')],
+    *[("PUT", {"if-none-match": value}, (412, "PreconditionFailed")) for value in ("*", f'"{ETAG}"', ETAG, f'"x", "{ETAG}"')],
     ("PUT", {"if-match": f'"{ETAG}"', "if-unmodified-since": PAST}, (501, "NotImplemented")),
     ("PUT", {"if-match": f'"{ETAG}"', "if-none-match": "*"}, (412, "PreconditionFailed")),
     ("PUT", {"if-unmodified-since": FUTURE}, (501, "NotImplemented")),
@@ -123,6 +123,11 @@ async def test_conditions_that_hold_let_writes_and_deletes_through(world: World,
     assert (await call(world, "DELETE", "/bucket/k", {"if-match": value}))[0] == 204
     assert (await call(world, "PUT", "/bucket/k", {"if-match": value}, OLD))[:2] == (404, "NoSuchKey")
     assert (await call(world, "PUT", "/bucket/k", {"if-none-match": "*"}, OLD))[0] == 200
+
+
+async def test_a_write_may_name_the_tag_that_must_not_be_there(world: World) -> None:
+    assert (await call(world, "PUT", "/bucket/k", {"if-none-match": '"other"'}, b"new"))[0] == 200
+    assert (await call(world, "PUT", "/bucket/k", {"if-none-match": hashlib.md5(b"new").hexdigest()}, OLD))[0] == 412
 
 
 @pytest.mark.parametrize(
