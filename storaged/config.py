@@ -64,7 +64,8 @@ class RpcSection(msgspec.Struct, frozen=True):
 
 class S3Section(msgspec.Struct, frozen=True):
     """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``: processes that share the port.
-    ``region``: told to clients. ``strict_region``: refuse signatures and new buckets of any other; else every region is accepted.
+    ``region``: told to clients. ``strict_region``: refuse signatures and new buckets of any other; else every region
+    is accepted.
     ``unauthenticated_*_max``: what one address (a /64 of IPv6) may have of connections, requests and bytes before they have authenticated;
     beyond, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come from there."""
 

@@ -126,7 +126,8 @@ def _derive(key: bytes, label: str, prefix: bytes, context: bytes) -> bytes:
 
 
 def derive_key(key: bytes, label: str, context: bytes) -> bytes:
-    """32 bytes: HKDF-Expand-SHA512(key, label || 0x00 || context). Without ``key`` (32 bytes) they can't be told from random ones."""
+    """32 bytes: HKDF-Expand-SHA512(key, label || 0x00 || context). Without ``key`` (32 bytes) they can't be told from
+    random ones."""
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
     return HKDFExpand(_SHA512, KEY_BYTES, b"".join((label.encode(), b"\0", context))).derive(key)

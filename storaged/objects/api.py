@@ -74,7 +74,8 @@ class NewMeta(Struct, frozen=True):
 
 class BodyChecks(Struct, frozen=True):
     """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand; ``trailing``: asked after the body was read whole,
-    returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value was declared; DEFAULT_ALGORITHM when nothing is named.
+    returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value
+    was declared; DEFAULT_ALGORITHM when nothing is named.
     ``size`` None: unknown until the end (chunked without a decoded length). ``sha256``: hex of what the body was signed as, empty when nobody else checks that."""
 
     size: int | None = None

@@ -1,4 +1,5 @@
-"""MD5 and the ten checksums of S3: computed piece by piece, verified against what was declared, combined for multipart uploads.
+"""MD5 and the ten checksums of S3: computed piece by piece, verified against what was declared, combined for
+multipart uploads.
 
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html. ``hashlib``'s ``update`` and zlib release the interpreter lock; the CRCs
 of awscrt and xxHash run at memory speed. What came without a checksum gets CRC64NVME: 0.3 us for a small object.

@@ -6,8 +6,9 @@ promise on the object and its accept a Complete looks whether the upload is stil
 two exactly one wins. When a Complete that is taken up again finds the object changed since the version was pinned, and not by it, whether the first try took effect
 and was overwritten can't be known: the upload is opened again and the client told of the conflict.
 
-Equal requests at the same time: the one whose pin comes first makes the object. The others wait for its answer, up to a second, and then take it up again as
-above, so all of them give the same answer. A request that names other parts waits as long, and is then refused.
+Equal requests at the same time: the one whose pin comes first makes the object. The others wait for its answer, up to
+a second, and then take it up again as above, so all of them give the same answer. A request that names other parts
+waits as long, and is then refused.
 """
 
 from __future__ import annotations
@@ -299,7 +300,8 @@ async def _make_version(
 def _checksums(
     record: UploadRecord, parts: Sequence[SealedPart], declared: Mapping[str, str], checksum_type: str
 ) -> tuple[dict[str, str], str]:
-    """(algorithm -> value, type) of the whole: of the algorithm that the upload was created for, or CRC64NVME. Raises InvalidRequest, BadDigest."""
+    """(algorithm -> value, type) of the whole: of the algorithm that the upload was created for, or CRC64NVME. Raises
+    InvalidRequest, BadDigest."""
     algorithm, kind = record.checksum_algorithm or DEFAULT_ALGORITHM, record.checksum_type or FULL_OBJECT
     if checksum_type and checksum_type != kind:
         raise BadDigest(f"The upload was created for checksums of type {kind}, not {checksum_type}.")
@@ -343,7 +345,8 @@ async def _pin(
 
 
 async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> str:
-    """Completing -> Open, after a condition that did not hold: the client may abort, or complete again. Returns the state that was found."""
+    """Completing -> Open, after a condition that did not hold: the client may abort, or complete again. Returns the
+    state that was found."""
     found = ""
 
     def update(value: Value | None) -> Change | None:
@@ -408,8 +411,9 @@ async def _commit(
 
 
 async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: asyncio.Event) -> None:
-    """Looks at the upload after the object's replicas have promised: see the theory of operation. A change that would put the version into a record without it must not be made
-    when the upload is Done: another request has put it there before, and it was deleted or overwritten since."""
+    """Looks at the upload after the object's replicas have promised: see the theory of operation. When the upload is
+    Done and the record lacks the version, another request has put it there, and it was deleted or overwritten since:
+    it must not come back."""
     await promised.wait()
     record = decode_upload((await plane.registers.read(upload.name)).value)
     if record is None or record.state not in (OPEN, COMPLETING, DONE):

@@ -116,7 +116,8 @@ def _checked_type(algorithm: str, checksum_type: str) -> str:
 async def put_part(
     plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
 ) -> PutResult:
-    """Stores one part; another of the same number takes its place. It keeps the checksum that the upload was created for, or CRC64NVME.
+    """Stores one part; another of the same number takes its place. It keeps the checksum that the upload was created
+    for, or CRC64NVME.
 
     Raises NoSuchUpload, InvalidArgument, InvalidRequest (a checksum of another algorithm), and as ``put``."""
     if not 1 <= number <= plane.limits.parts_max:
@@ -319,7 +320,8 @@ def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
 
 
 async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
-    """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many uploads. Safe to run anywhere, any time.
+    """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many
+    uploads. Safe to run anywhere, any time.
 
     Records from before get their digest keyed (``renew_digest``). One that can't be used is counted, and passed over."""
     forgotten = 0

@@ -294,7 +294,8 @@ class UploadRecord(Message, frozen=True):
     """A multipart upload: Open -> Completing(pinned) -> Done(result), or Open | Completing -> Aborted. One DEK an upload, wrapped for (bucket id, key, upload id).
     ``meta``: sealed SealedMeta given at Create. ``result``: sealed answer of Complete, kept for retries. ``pinned``: while completing, the encoded Version that is being
     made of it; its parts are referred to from here even when their rows are replaced. ``pinned_sequence``: the object register's sequence when it was pinned, so that a
-    Complete taken up again can tell that nothing happened in between. ``request_digest``: of the Complete, keyed by the upload's DEK (33 bytes; 32 in records from before,
+    Complete taken up again can tell that nothing happened in between. ``request_digest``: of the Complete, keyed by
+    the upload's DEK (33 bytes; 32 in records from before,
     which were not keyed and are rewritten when they are touched). ``changed_ms``: when the state last changed."""
 
     upload_id: bytes

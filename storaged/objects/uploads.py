@@ -32,7 +32,8 @@ PART_LABEL = "sov.partmeta.v1"
 RESULT_LABEL = "sov.result.v1"
 REQUEST_LABEL = "sov.request.v1"
 _KEYED = b"\x01"
-"""First byte of a keyed digest of a request, which has 33 bytes. Digests of 32 bytes are from before: a bare SHA-256, computable from content."""
+"""First byte of a keyed digest of a request, which has 33 bytes. Digests of 32 bytes are from before: a bare SHA-256,
+computable from content."""
 _BARE_DIGEST_BYTES = 32
 UPLOAD_VERSION = "\0upload"
 """Stands where a version id does in the context of an upload's key; no version has this id."""
@@ -75,7 +76,8 @@ class OpenedUpload(NamedTuple):
         return part
 
     def keyed(self, request: bytes) -> bytes:
-        """The form in which a Complete's digest (SHA-256, 32 bytes) is kept: without the upload's key it says nothing about the parts."""
+        """The form in which a Complete's digest (SHA-256, 32 bytes) is kept: without the upload's key it says nothing
+        about the parts."""
         context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
         return _KEYED + derive_key(self.dek, REQUEST_LABEL, context + request)
 

@@ -99,7 +99,8 @@ def _countries(text: str | None) -> tuple[str, ...]:
 
 
 def _region_asked(front: Front, body: bytes) -> str:
-    """Of CreateBucketConfiguration, for the bucket's record. Raises InvalidLocationConstraint, MalformedXML, NotImplemented."""
+    """Of CreateBucketConfiguration, for the bucket's record. Raises InvalidLocationConstraint, MalformedXML,
+    NotImplemented."""
     if not body.strip():
         return front.region
     root = xml.parse(body, "CreateBucketConfiguration")

@@ -1,7 +1,8 @@
 """Which regions a request may name. Pure.
 
-A region is a label: where data lies is decided by a bucket's countries. So a signature of any region is taken, as long as it is right for that region, and a bucket may be
-created in any: its record keeps the label, which GetBucketLocation and HeadBucket tell. ``strict_region`` (``[s3]``) refuses all but the configured one, as AWS does.
+A region is a label: a bucket's countries decide where its data lies. So a signature of any region is accepted, as long
+as it is right for that region, and a bucket can be created in any: its record keeps the label, which GetBucketLocation
+and HeadBucket return. ``strict_region`` (``[s3]``) refuses all but the configured one, as AWS does.
 
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_CreateBucketConfiguration.html,
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetBucketLocation.html
@@ -19,13 +20,15 @@ ANY_REGION = ""
 FIRST_REGION = "us-east-1"
 """Its buckets have no LocationConstraint."""
 _OLD_NAMES = {"EU": "eu-west-1"}
-"""LocationConstraints of old that are no region's name: GetBucketLocation tells them as they were given, HeadBucket tells the region."""
+"""LocationConstraints of old that are no region's name: GetBucketLocation tells them as they were given, HeadBucket
+tells the region."""
 
 _REGION = re.compile(r"[a-z0-9-]{1,63}")
 
 
 def region_of_new_bucket(constraint: str, configured: str, *, strict: bool) -> str:
-    """What a bucket's record keeps. ``constraint``: LocationConstraint, empty for none: the gateway's own region. Raises InvalidLocationConstraint."""
+    """What a bucket's record keeps. ``constraint``: LocationConstraint, empty for none: the gateway's own region.
+    Raises InvalidLocationConstraint."""
     if constraint in ("", configured):
         return configured
     if strict or not (constraint in _OLD_NAMES or _REGION.fullmatch(constraint)):

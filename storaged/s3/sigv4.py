@@ -229,8 +229,8 @@ _timestamp_ms = lru_cache(maxsize=256)(timestamp_ms)
 
 
 def check_scope(claim: Claim, region: str) -> None:
-    """``region`` empty: any is right, for the signature is made with the one that it names. Raises AuthorizationHeaderMalformed (or its counterpart for presigned URLs),
-    with the Region that would be right."""
+    """``region`` empty: any is right, for the signature is made with the one that it names. Raises
+    AuthorizationHeaderMalformed (or its counterpart for presigned URLs), with the Region that would be right."""
     if claim.service == SERVICE and region in ("", claim.region):
         return
     malformed = AuthorizationQueryParametersError if claim.presigned else AuthorizationHeaderMalformed

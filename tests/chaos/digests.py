@@ -1,7 +1,9 @@
-"""Every digest that can be computed from content, in every form in which a program would write it; and how to search for them.
+"""Every digest that can be computed from content, in every form in which a program would write it; and how to search
+for them.
 
-A digest of four bytes turns up in random data by chance: once in four searches of a GiB. So bodies are planted as siblings, four of a kind, and such a needle counts only
-when those of three siblings are found: a field that leaks one leaks all. Longer needles count alone.
+A digest of four bytes turns up in random data by chance: once in four searches of a GiB. So bodies are planted as
+siblings, four of a kind, and such a needle counts only when those of three siblings are found: a field that leaks one
+leaks all. Longer needles count alone.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def of_body(kind: str, sibling: int, body: bytes, *, short_alone: bool = False) 
 
 
 def of_parts(kind: str, sibling: int, bodies: Sequence[bytes], algorithm: str, *, short_alone: bool = False) -> list[Needle]:
-    """Of an upload: its parts, their whole, and the checksums of its parts' checksums (of MD5: its ETag). ``algorithm``: that it was created for, looked for in any case."""
+    """Of an upload: its parts, their whole, and the checksums of its parts' checksums (of MD5: its ETag).
+    ``algorithm``: that it was created for, looked for in any case."""
     found = []
     named = {f"{kind}, whole": b"".join(bodies), **{f"{kind}, part {number}": body for number, body in enumerate(bodies, 1)}}
     for name, digest in DIGESTS.items():

@@ -1,4 +1,5 @@
-"""Secrets and digests of content must never be seen by a storage node: not on its disks, not in logs, not in its memory."""
+"""Secrets and digests of content must never be seen by a storage node: not on its disks, not in logs, not in its
+memory."""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ ZEROS = bytes(64 * 1024)
 
 
 def solid(data: bytes) -> bytes:
-    """Without the holes: logs and databases of fixed size are mostly zeros. What lies around a hole is kept apart by some."""
+    """Without the holes: logs and databases of fixed size are mostly zeros. What lies around a hole is kept apart by
+    some."""
     pieces = [data[start : start + len(ZEROS)] for start in range(0, len(data), len(ZEROS))]
     return b"".join(piece if piece != ZEROS[: len(piece)] else bytes(64) for piece in pieces)
 

@@ -1,4 +1,5 @@
-"""However a body is cut into parts, the checksum of the whole is the same; and what a Complete is known by says nothing without its key."""
+"""However a body is cut into parts, the checksum of the whole is the same; and what a Complete is known by says nothing
+without its key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Completes, aborts, PUTs and DELETEs of one key in random order, on gateways that may stop: an upload becomes an object once, and nobody is told otherwise."""
+"""Completes, aborts, PUTs and DELETEs of one key in random order, on gateways that may stop: an upload becomes an
+object once, and all answers agree with that."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ Interfere = Callable[[RegisterName], Awaitable[None]] | None
 
 
 class _Watched(dict[RegisterName, Value]):
-    """Counts how often the object's record begins to hold the version of one upload, and how often that was opened again."""
+    """Counts how often the object's record begins to hold the version of one upload, and how often that was opened
+    again."""
 
     context_id = b""
     begun = 0
@@ -102,7 +104,7 @@ async def test_an_upload_becomes_an_object_at_most_once(monkeypatch: pytest.Monk
     ]
     if watched.reopened:
         await objects.close()
-        return  # somebody was told that the upload is open again: whether it had become the object before can't be known (``complete``)
+        return  # the upload is open again: whether it had become the object before can't be known (``complete``)
     assert not any(isinstance(answer, ConditionalRequestConflict) and "object changed" in answer.message for answer in found)
     told = {answer.etag: answer for answer in found if isinstance(answer, PutResult) and answer.etag.endswith(("-1", "-2"))}
     same = [answer for answer in found if isinstance(answer, PutResult) and "-" in answer.etag]
