@@ -1,8 +1,8 @@
 """What a condition says of an entity tag, as a value: nothing (``None``), that the object exists (``ANY``), or one of
 these tags (``Tags``).
 
-Empty is not absent: a header without any tag in it is ``NO_TAG``, which matches no object. RFC 9110, sections 8.8.3
-and 13.1.
+Empty is not absent: a header without any tag in it is ``NO_TAG``, which matches no object. RFC 9110, sections 8.8.3 and
+13.1.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
 """What AWS's documentation names: every request header and every query parameter of S3, where each belongs, and whether
-it is
-supported here. Pure tables.
+it is supported here. Pure tables.
 
 ``HEADERS`` and ``PARAMETERS`` are the whole truth for the S3 port: an operation honours what has it among its
-operations and
-has no ``refusal``. What stands in these tables and is not honoured by an operation is refused by it, if the operation
-changes anything (``operations.check_headers``). What does not stand here, AWS does not know either, and ignores.
-``tests/unit/test_s3_aws.py`` compares the tables with botocore's model of S3.
+operations and has no ``refusal``. What stands in these tables and is not honoured by an operation is refused by it, if
+the operation changes anything (``operations.check_headers``). What does not stand here, AWS does not know either, and
+ignores. ``tests/unit/test_s3_aws.py`` compares the tables with botocore's model of S3.
 
 Sources: https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html and botocore
-1.44.8,
-``data/s3/2006-03-01/service-2.json``.
+1.44.8, ``data/s3/2006-03-01/service-2.json``.
 """
 
 from __future__ import annotations
@@ -24,8 +21,7 @@ EVERY = frozenset({"*"})
 
 class Name(NamedTuple):
     """A header or a parameter. ``operations``: AWS's names of those that take it, or ``EVERY``. ``refusal``: why none
-    of them
-    honours it here; empty: they do."""
+    of them honours it here; empty: they do."""
 
     operations: frozenset[str]
     refusal: str = ""
@@ -212,8 +208,7 @@ FAMILIES = (
     "x-amz-server-side-encryption", "x-amz-copy-source", LOCK, "x-amz-object-", "x-amz-grant-", "x-amz-checksum-",
     "x-amz-if-", "x-amz-rename-", "x-amz-bucket-", "x-amz-mp-", "x-amz-write-", "x-amz-website-", "x-amz-fwd-",
 )  # fmt: skip
-"""Prefixes with which AWS says what to do. A new or misspelt header of a family asks for something, and is refused
-too."""
+"""Prefixes with which AWS says what to do. A new or misspelt header of a family asks for something, and is refused too."""
 
 OWN = "x-storaged-"
 
@@ -261,8 +256,7 @@ SIGNATURE = frozenset(
 
 UNHEARD = frozenset({*CHECKSUMS, "x-amz-sdk-checksum-algorithm", "x-amz-user-agent"})
 """Headers that SDKs put into presigned URLs before there is a body. AWS does not act on them there: a checksum in the
-URL would
-be the one of an empty body."""
+URL would be the one of an empty body."""
 
 
 def honoured(operation: str) -> frozenset[str]:

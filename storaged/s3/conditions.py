@@ -11,8 +11,8 @@ for ``If-Match: ""`` must not overwrite.
 | DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: malformed values |
 | DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: malformed values |
 
-AWS has ``If-None-Match: *`` alone on writes, and 501 for the rest. Plain tags are judged as RFC 9110 (13.1.2) says, since
-the field's conformance suite (s3-tests) writes with them. Weak, empty or malformed ones are refused as on AWS.
+AWS has ``If-None-Match: *`` alone on writes, and 501 for the rest. Plain tags are judged as RFC 9110 (13.1.2) says,
+since the field's conformance suite (s3-tests) writes with them. Weak, empty or malformed ones are refused as on AWS.
 
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
 """

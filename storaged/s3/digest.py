@@ -16,8 +16,7 @@ from storaged.s3.request import Request
 
 async def read_verified(front: Front, request: Request, *, bytes_max: int, required: bool = False, of_object: bool = False) -> bytes:
     """The whole body, at most ``bytes_max``. ``required``: a Content-MD5 or a checksum must have come. ``of_object``:
-    x-amz-checksum-*
-    are of another thing than this body.
+    x-amz-checksum-* are of another thing than this body.
 
     Raises BadDigest, InvalidDigest, InvalidRequest, MaxMessageLengthExceeded.
     """

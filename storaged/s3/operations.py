@@ -2,13 +2,11 @@
 the handler.
 
 Theory of operation. ``aws`` says what AWS's documentation names, ``routes`` has the rows. A request that changes
-something must
-not ask for anything that its row does not take: AWS names it, so the client means something by it, and to ignore it
-would
-do something else than was asked (an append would become an overwrite). It is refused before the handler begins, with
-nothing changed. What AWS does not name either is ignored, as AWS does: SDKs add ``x-id``, applications their own.
-Requests
-that only read ignore what does not concern them, but for what they would have to act on (a customer's key).
+something must not ask for anything that its row does not take: AWS names it, so the client means something by it, and
+to ignore it would do something else than was asked (an append would become an overwrite). It is refused before the
+handler begins, with nothing changed. What AWS does not name either is ignored, as AWS does: SDKs add ``x-id``,
+applications their own. Requests that only read ignore what does not concern them, but for what they would have to act
+on (a customer's key).
 
 A body is of one kind: none, a document that is read whole and verified here, or a stream that its handler takes.
 """
@@ -68,8 +66,8 @@ STREAM = Stream()
 @dataclass(frozen=True)
 class Operation:
     """``name``: AWS's, for logs and metrics. ``changes``: not a read. ``needs_bucket``: the bucket must exist and
-    belong to the
-    requester before the handler runs. ``copy``: the operation instead, when the request has x-amz-copy-source."""
+    belong to the requester before the handler runs. ``copy``: the operation instead, when the request has
+    x-amz-copy-source."""
 
     name: str
     handler: Handler
@@ -90,9 +88,8 @@ class Operation:
         return aws.parameters(self.name)
 
     def check_headers(self, headers: Mapping[str, str]) -> None:
-        """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest for what is not
-        taken."""
-        for name in headers.keys() - self.headers:
+        """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest for what is not taken."""
+        for name in sorted(headers.keys() - self.headers):  # the first by name is named, whatever came first
             if name.startswith(_WATCHED) or name in aws.HEADERS:
                 refused = self._refusal(name, headers)
                 if refused is not None:
@@ -194,8 +191,7 @@ def hear_query(request: Request) -> None:
 
 
 async def read_body(front: Front, request: Request, operation: Operation) -> None:
-    """The body of an operation that does not stream it. Raises MaxMessageLengthExceeded, BadDigest,
-    InvalidDigest,
+    """The body of an operation that does not stream it. Raises MaxMessageLengthExceeded, BadDigest, InvalidDigest,
     InvalidRequest."""
     kind = operation.body
     if isinstance(kind, Document):

@@ -1,12 +1,10 @@
 """Which operation a request asks for: by what it names (service, bucket, object), by its subresource, by its method, by
-what it
-carries (a copy source, a browser's form).
+what it carries (a copy source, a browser's form).
 
 Every subresource that AWS's documentation names is listed, with those that exist on AWS and not here: those that only
-read
-what was never set get AWS's answer for that, the others 501. A subresource where it does not belong, in another case,
-or
-beside another one is refused before anything else happens: a ``DELETE /bucket/key?policy`` must not delete the object.
+read what was never set get AWS's answer for that, the others 501. A subresource where it does not belong, in another
+case, or beside another one is refused before anything else happens: a ``DELETE /bucket/key?policy`` must not delete the
+object.
 """
 
 from __future__ import annotations

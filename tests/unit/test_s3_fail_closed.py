@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from storaged.errors import InvalidArgument
+from storaged.errors import InvalidArgument, NotImplemented
 from storaged.s3 import aws
 from storaged.s3.operations import hear_query
 from storaged.s3.request import Request, Target
-from storaged.s3.routes import SUBRESOURCES
+from storaged.s3.routes import OBJECT, SUBRESOURCES
 from tests.unit.s3_world import ACCESS, REGION, World, s3_world, signed
 
 OLD = b"old bytes"
@@ -393,3 +393,11 @@ async def test_headers_without_effect_are_taken(world: World) -> None:
     harmless = {"x-amz-request-payer": "requester", "x-amz-bypass-governance-retention": "true"}
     assert (await call(world, "DELETE", "/bucket/k", harmless))[0] == 204
     assert (await call(world, "GET", "/bucket?list-type=2", {"x-amz-optional-object-attributes": "RestoreStatus"}))[0] == 200
+
+
+def test_of_several_headers_that_are_refused_the_first_by_name_is_named() -> None:
+    put = OBJECT[""]["PUT"]
+    for headers in ({"x-amz-write-offset-bytes": "1", "x-amz-mfa": "1"}, {"x-amz-mfa": "1", "x-amz-write-offset-bytes": "1"}):
+        with pytest.raises(NotImplemented) as caught:
+            put.check_headers(headers)
+        assert caught.value.details == {"Header": "x-amz-mfa"}
