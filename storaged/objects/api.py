@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from storaged.errors import StoragedError
 from storaged.meta.ports import Reading as Reading
 from storaged.objects.etags import Condition
-from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
+from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart, full_list
 from storaged.wire import Buffer
 
 CHECKSUM_ALGORITHMS = (
@@ -188,7 +188,7 @@ Show = Callable[[Sequence[int], Sequence[int], Sequence[SealedList]], Sequence[A
 
 
 def as_rows(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> Sequence[ListedObject]:
-    return list(map(ListedObject, sizes, times_ms, printed))
+    return list(map(ListedObject, sizes, times_ms, map(full_list, printed)))
 
 
 class Listing(Struct, frozen=True):

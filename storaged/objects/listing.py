@@ -17,7 +17,7 @@ from storaged.meta.names import Table, object_name
 from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.records import BucketRecord, ListedFields, ObjectRecord, SealedList, Version, decode_heads
+from storaged.objects.records import BucketRecord, ListedFields, ObjectRecord, SealedList, Version, decode_heads, listed_checksum
 from storaged.objects.versions import BucketKeys, Place, decode_record, open_listing
 from storaged.wire import decode_all
 
@@ -193,8 +193,7 @@ async def _listed(keys: BucketKeys, bucket: BucketRecord, key: bytes, version: V
         version.modified_ms,
         printed.etag,
         printed.storage_class,
-        printed.algorithm,
-        printed.checksum_type,
+        *listed_checksum(printed.algorithm, printed.checksum_type),
         version.owner,
         latest,
     )

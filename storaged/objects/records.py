@@ -232,6 +232,38 @@ class SealedList(Message, frozen=True, gc=False):
     storage_class: str = "STANDARD"
 
 
+USUAL_CODE = "N"
+"""Stands in sealed fields for CRC64NVME of the whole object: what an object gets that came without a checksum. A row of a small
+object is half a kilobyte, and LMDB fits rows into pages: written out, name and type cost such an object 3% of its disk space."""
+
+_USUAL = ("CRC64NVME", "FULL_OBJECT")
+
+
+def brief_meta(meta: SealedMeta) -> SealedMeta:
+    """As it is sealed: with USUAL_CODE where that is its only checksum."""
+    if meta.checksum_type == _USUAL[1] and len(meta.checksums) == 1 and _USUAL[0] in meta.checksums:
+        return msgspec.structs.replace(meta, checksums={USUAL_CODE: meta.checksums[_USUAL[0]]}, checksum_type="")
+    return meta
+
+
+def full_meta(meta: SealedMeta) -> SealedMeta:
+    """What ``brief_meta`` made, written out again; metadata from before there was a code is as it was."""
+    if USUAL_CODE in meta.checksums:
+        return msgspec.structs.replace(meta, checksums={_USUAL[0]: meta.checksums[USUAL_CODE]}, checksum_type=_USUAL[1])
+    return meta
+
+
+def listed_checksum(algorithm: str, checksum_type: str) -> tuple[str, str]:
+    """Algorithm and type that a list prints, from the fields of a SealedList."""
+    return _USUAL if algorithm == USUAL_CODE else (algorithm, checksum_type)
+
+
+def full_list(listed: SealedList) -> SealedList:
+    """Written out, as ``full_meta``."""
+    algorithm, checksum_type = listed_checksum(listed.algorithm, listed.checksum_type)
+    return msgspec.structs.replace(listed, algorithm=algorithm, checksum_type=checksum_type)
+
+
 class BucketRecord(Message, frozen=True):
     """``bucket/NAME`` in the system table. ``state``: active, deleting, deleted. ``countries`` empty: whatever the cluster's policy allows.
 

@@ -26,8 +26,10 @@ from storaged.objects.records import (
     SealedMeta,
     SealedPart,
     Version,
+    brief_meta,
     decode_object,
     encode_object,
+    full_meta,
 )
 from storaged.objects.seal import META_LABEL
 from storaged.sov1 import SALT_BYTES, open_message, seal_message
@@ -150,13 +152,14 @@ def meta_of(new: NewMeta, etag: str, checksums: dict[str, str], checksum_type: s
 
 
 def seal_meta(plane: ObjectPlane, dek: bytes, context: bytes, meta: SealedMeta) -> bytes:
-    return seal_message(dek, META_LABEL, context, encode(meta), plane.entropy(SALT_BYTES))
+    return seal_message(dek, META_LABEL, context, encode(brief_meta(meta)), plane.entropy(SALT_BYTES))
 
 
 def seal_listing(key: BucketKey, context: bytes, meta: SealedMeta) -> bytes:
     """What a list prints of it."""
-    algorithm = next(iter(meta.checksums), "")
-    return key.seal_list(encode(SealedList(meta.etag, algorithm, meta.checksum_type, meta.storage_class)), context)
+    brief = brief_meta(meta)
+    algorithm = next(iter(brief.checksums), "")
+    return key.seal_list(encode(SealedList(meta.etag, algorithm, brief.checksum_type, meta.storage_class)), context)
 
 
 def seal_version(
@@ -177,7 +180,7 @@ def seal_version(
     pages: tuple[bytes, ...] = (),
 ) -> Version:
     """A version whose sealed fields are all under its data key and its context."""
-    context = place.context(version_id, context_id)
+    context, meta = place.context(version_id, context_id), brief_meta(meta)
     return Version(
         version_id,
         modified_ms,
@@ -210,7 +213,7 @@ def open_version(place: Place, version: Version, key: BucketKey) -> OpenedVersio
     context = place.context_of(version)
     try:
         dek = key.unwrap(version.wrapped_key, context)
-        meta = decode(open_message(dek, META_LABEL, context, version.meta), SealedMeta)
+        meta = full_meta(decode(open_message(dek, META_LABEL, context, version.meta), SealedMeta))
     except (SealBroken, msgspec.MsgspecError) as error:
         raise DataDamaged(f"The record of this key does not open: {error}") from None
     if meta.size != version.size:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from storaged import errors
 from storaged.objects.api import ListedVersion, Listing, UploadInfo, VersionListing
-from storaged.objects.records import SealedList
+from storaged.objects.records import SealedList, listed_checksum
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
@@ -101,8 +101,11 @@ def _shown(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[Seal
 
 
 def _around_size(algorithm: str, checksum_type: str, storage_class: str) -> tuple[str, str]:
-    """What stands before and behind an object's size."""
-    return f"&quot;</ETag>{_checksum(algorithm, checksum_type)}<Size>", f"</Size><StorageClass>{storage_class}</StorageClass>"
+    """What a list prints before and after an object's size."""
+    return (
+        f"&quot;</ETag>{_checksum(*listed_checksum(algorithm, checksum_type))}<Size>",
+        f"</Size><StorageClass>{storage_class}</StorageClass>",
+    )
 
 
 def _checksum(algorithm: str, checksum_type: str) -> str:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storaged.meta.heads import head_of
+from storaged.objects.api import CHECKSUM_ALGORITHMS
 from storaged.objects.records import (
     ListedFields,
     ObjectRecord,
     PartEntry,
     Run,
+    SealedMeta,
     Version,
+    brief_meta,
     decode_heads,
     decode_object,
     decode_version,
     encode_object,
+    full_meta,
+    listed_checksum,
 )
 from storaged.wire import encode
 
@@ -67,3 +74,21 @@ def test_what_is_neither_a_head_nor_a_record_is_refused(head: bytes) -> None:
     for heads in ([head], [good, head], [head, good]):
         with pytest.raises(msgspec.MsgspecError):
             decode_heads(heads)
+
+
+@given(
+    st.dictionaries(st.sampled_from(CHECKSUM_ALGORITHMS), st.text("abc=-2", min_size=1, max_size=12), max_size=3),
+    st.sampled_from(["", "FULL_OBJECT", "COMPOSITE"]),
+)
+def test_checksums_read_as_they_were_written_and_the_usual_one_takes_few_bytes(checksums: dict[str, str], kind: str) -> None:
+    meta = SealedMeta("e" * 32, checksums=checksums, checksum_type=kind)
+    stored = brief_meta(meta)
+    assert full_meta(stored) == meta
+    assert full_meta(meta) == meta, "metadata from before is written out"
+    assert brief_meta(stored) == stored
+    algorithm = next(iter(stored.checksums), "")
+    assert listed_checksum(algorithm, stored.checksum_type) == (next(iter(checksums), ""), kind)
+    if list(checksums) == ["CRC64NVME"] and kind == "FULL_OBJECT":
+        assert len(encode(stored)) <= len(encode(meta)) - 19
+    else:
+        assert stored is meta
