@@ -21,10 +21,12 @@ from typing import Any
 
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from storaged.admin.body import NotHere, recorded, texts_of
 from storaged.admin.buckets import BucketAdministration
+from storaged.admin.hosts import local_hosts
 from storaged.admin.listener import AdminListener, SocketPeer
 from storaged.admin.place import SOCKET_NAME, bind_private
 from storaged.admin.ports import Jobs, Services
@@ -69,7 +71,7 @@ class AdminServer:
         await AdminListener(runner, bind_private(directory / SOCKET_NAME), on_refusal=self._stranger).start()
         if listen:
             host, port = split_address(listen)
-            runner = await self._run(self._application())
+            runner = await self._run(self._application(local_hosts))
             try:
                 await web.TCPSite(runner, host, port, reuse_address=True).start()
             except OSError as error:
@@ -86,8 +88,8 @@ class AdminServer:
         self._runners.append(runner)
         return runner
 
-    def _application(self) -> web.Application:
-        application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refusals])
+    def _application(self, *more: Middleware) -> web.Application:
+        application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refusals, *more])
         application.add_routes(
             [web.get("/healthz", self._healthz), web.get("/readyz", self._readyz), web.get("/metrics", self._metric_text)]
         )
