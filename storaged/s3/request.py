@@ -147,9 +147,8 @@ class Request(Struct):
 
 
 def origin(request: Request) -> str:
-    """``https://host`` as its client names this server; bytes of the host that are not ASCII are percent-encoded. Fails
-    for
-    no host, so that an answer can name it once all is done."""
+    """``https://host`` as its client names this server; bytes of the host that are not ASCII are percent-encoded. It
+    fails for no host, so that an answer can name it once all is done."""
     host = request.headers.get("host", "").encode("utf-8", "surrogateescape")
     return f"{'https' if request.secure else 'http'}://{quote_from_bytes(host, safe=':[]')}"
 
