@@ -37,7 +37,12 @@ def test_a_server_built_anew_takes_no_part_until_its_disks_are_accepted(tmp_path
                 s3.put_object(Bucket="demo", Key=f"key-{number}", Body=b"again", IfNoneMatch="*")
         for directory in ("d1", "d2"):
             cluster.run("accept-blank", str(node / "config.toml"), str(node / directory))
-        cluster.wait_healthy()
+
+        def codes() -> set[str]:
+            return {problem["code"] for problem in cluster.status()["problems"]}
+
+        # Its audit log went with the server, and its witnesses remember: that alone is still said.
+        cluster.wait_until(lambda: codes() == {"AUDIT_REFUSED_BY_WITNESS"}, 90, "a cluster that is whole again")
         assert "disk.accepted" in "".join(path.read_text() for path in (node / "audit").glob("*.jsonl"))
         for number in range(OBJECTS):
             assert s3.get_object(Bucket="demo", Key=f"key-{number}")["Body"].read() == b"body %d" % number
