@@ -39,6 +39,7 @@ from storaged.s3.auth import admit, admit_anonymous, claim_of
 from storaged.s3.body import RequestBody
 from storaged.s3.connection import Connection, Connections
 from storaged.s3.context import Front, check_owner, existing_bucket
+from storaged.s3.handshake import Acceptor, shake_hands
 from storaged.s3.headers import INCIDENTAL, wants_checksums
 from storaged.s3.http import Head, parse_head
 from storaged.s3.limits import Limits
@@ -119,6 +120,7 @@ class S3App:
         self._host_id = base64.b64encode(entropy(24)).decode()
         self._sender = Sender(self._limits, clock, self._host_id)
         self._servers: list[asyncio.Server] = []
+        self._acceptor: Acceptor | None = None
         self._ending: list[tuple[Connection, _Begun, Reply]] = []
         """Answers that are about to leave."""
         self._connections: Connections | None = None
@@ -133,13 +135,15 @@ class S3App:
     async def start(self, host: str, port: int, ssl: ssl.SSLContext | None = None) -> int:
         """Listens; returns the port (``port`` 0: any that is free). Raises PortInUse."""
         listeners = listen(host, port)
+        taken = int(listeners[0].getsockname()[1])
         connections = self.open(ssl)
+        if ssl is not None:
+            self._acceptor = Acceptor(listeners, self.adopt)
+            self._acceptor.start()
+            return taken
         for listener in listeners:
-            server = await asyncio.get_running_loop().create_server(
-                connections, sock=listener, ssl=ssl, backlog=BACKLOG, ssl_handshake_timeout=self._handshake_s
-            )
-            self._servers.append(server)
-        return int(listeners[0].getsockname()[1])
+            self._servers.append(await asyncio.get_running_loop().create_server(connections, sock=listener, backlog=BACKLOG))
+        return taken
 
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
         """Takes connections that are handed to ``adopt``; does not listen."""
@@ -147,19 +151,16 @@ class S3App:
         self._connections = Connections(self._converse, self._limits, self._begin_soon, self._proxies)
         return self._connections
 
-    @property
-    def _handshake_s(self) -> float | None:
-        return self._limits.handshake_s if self._ssl is not None else None
-
     async def adopt(self, accepted: socket.socket) -> None:
         """Serves a client's connection that somebody else accepted. After ``close``, and when it broke before its first request, it is closed."""
         if self._connections is None or self._draining:
             accepted.close()
             return
+        if self._ssl is not None:
+            await shake_hands(self._connections, accepted, self._ssl, self._limits.handshake_s)
+            return
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                self._connections, accepted, ssl=self._ssl, ssl_handshake_timeout=self._handshake_s
-            )
+            await asyncio.get_running_loop().connect_accepted_socket(self._connections, accepted)
         except OSError as error:
             log.debug("a connection broke before its first request: %s", error)
             accepted.close()
@@ -169,6 +170,8 @@ class S3App:
         self._draining = True
         for server in self._servers:
             server.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         if self._connections is None:
             return
         for connection in tuple(self._connections.open):

@@ -447,6 +447,8 @@ class Connections:
         self.begin_soon = begin_soon
         self.scratch = memoryview(bytearray(RECEIVE_BYTES))
         self.strangers = Strangers(limits, proxies)
+        self.handshakes = 0
+        """Of TLS, not made yet; see ``handshake``."""
         self.places_taken = 0
         """Requests in flight that were authenticated."""
         self.refused_total = 0
@@ -468,6 +470,10 @@ class Connections:
             return False
         self.open.add(connection)
         return True
+
+    def room_for_handshake(self) -> bool:
+        """False: as many connections are open, or about to be, as may be, and all have authenticated."""
+        return len(self.open) + self.handshakes < self.limits.connections_max or self.strangers.make_room()
 
     def take_place(self) -> None:
         """Raises SlowDown when as many requests are in flight as may be."""

@@ -22,7 +22,7 @@ class Limits:
     xml_bytes_max: int = 4 * MIB
     """Of any document; each operation has its own bound below it (``routes``): MaxMessageLengthExceeded."""
     handshake_s: float = 20.0
-    """A TLS handshake that takes longer ends its connection. Those under way are not counted among ``connections_max``."""
+    """A TLS handshake that takes longer ends its connection."""
     headers_s: float = 75.0
     """An idle connection, or one that has not finished its request's headers, is closed after this long."""
     body_idle_s: float = 30.0

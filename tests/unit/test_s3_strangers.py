@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +17,7 @@ from storaged.s3.limits import Limits
 from storaged.s3.strangers import Strangers, address_key
 from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed, until
+from tests.unit.test_s3_patience import contexts
 
 FORM = b"POST /bucket HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=a\r\nContent-Length: 60000\r\n\r\n--a\r\n"
 
@@ -214,3 +217,58 @@ def test_limits_of_strangers_are_configured_and_checked() -> None:
     assert config.s3.unauthenticated_bytes_max == 8 << 20
     _, mistakes = parse(base + 'unauthenticated_connections_max = 0\nproxies = ["10.0.0.5/8", "proxy.example"]\n', Path("/"))
     assert len(mistakes) == 2
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [Limits(stranger_connections_max=3), Limits(connections_max=3)])
+@pytest.mark.parametrize("handed", [False, True])
+async def test_handshakes_that_are_not_made_make_room_for_others(limits: Limits, handed: bool, tmp_path: Path) -> None:
+    server, client = contexts(tmp_path)
+    async with s3_world(limits, tls=server) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        silent = []
+        for _ in range(4):
+            if handed:
+                mine, theirs = _pair()
+                silent.append(await asyncio.open_connection(sock=mine))
+                handing = asyncio.create_task(world.app.adopt(theirs))
+                await asyncio.sleep(0)
+                assert not handing.done()
+            else:
+                silent.append(await sent(world, b"\x16\x03\x01"))
+        await ended(silent[0][0])
+        reader, writer = await asyncio.open_connection("localhost", world.port, ssl=client)
+        writer.write(signed(world, "PUT", "/bucket/k", body=b"x"))
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 200 ")
+        assert world.app.statistics().evicted_total >= 2
+        for _, each in (*silent, (reader, writer)):
+            each.transport.abort()
+        await until(lambda: world.app.statistics().strangers == 0)
+
+
+async def ended(reader: StreamReader) -> None:
+    """The server has closed the connection, with or without a reset."""
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(reader.read(), GUARD_S) == b""
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        mine = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    for each in (mine, theirs):
+        each.setblocking(False)
+    return mine, theirs
+
+
+async def test_when_the_port_closes_handshakes_are_given_up(tmp_path: Path) -> None:
+    server, _ = contexts(tmp_path)
+    async with s3_world(Limits(handshake_s=60), tls=server) as world:
+        reader, writer = await sent(world, b"\x16\x03\x01")
+        await until(lambda: world.app.statistics().strangers == 1)
+        await world.app.close(5)
+        await ended(reader)
+        writer.close()
