@@ -51,7 +51,7 @@ _UNDERSTOOD = (
 """How the names of headers begin whose values decide something."""
 _ANY_BYTES = frozenset(
     {
-        "content-disposition", "content-encoding", "content-language", "content-type", "x-amz-copy-source", "x-amz-rename-source", "x-amz-tagging",
+        "content-disposition", "content-type", "x-amz-copy-source", "x-amz-rename-source", "x-amz-tagging",
         "x-amz-website-redirect-location",
     }
 )  # fmt: skip

@@ -128,7 +128,7 @@ async def test_a_signed_request_in_absolute_form_is_answered(world: World) -> No
 # --- all that is understood is ASCII ----------------------------------------------------------------------------------------
 
 UNDERSTOOD = (
-    "authorization", "content-md5", "date", "if-match", "if-none-match", "if-modified-since", "if-range", "origin", "range", "x-amz-acl",
+    "authorization", "content-encoding", "content-language", "content-md5", "date", "if-match", "if-none-match", "if-modified-since", "if-range", "origin", "range", "x-amz-acl",
     "x-amz-checksum-crc32", "x-amz-checksum-mode", "x-amz-content-sha256", "x-amz-date", "x-amz-decoded-content-length", "x-amz-max-parts",
     "x-amz-metadata-directive", "x-amz-mp-object-size", "x-amz-sdk-checksum-algorithm", "x-amz-storage-class", "x-amz-trailer",
     "x-amz-unheard-of", "x-storaged-countries",
