@@ -1,11 +1,14 @@
-"""Hashes of sealed bytes that guard against liars: of fragments, and of manifest pages. Unkeyed, for nodes without keys must be able to check them.
+"""Hashes of sealed bytes that guard against liars: of fragments, and of manifest pages. Unkeyed, for nodes without
+keys must be able to check them.
 
-Each is SHA-256 over a label, a zero byte and the bytes, cut to 20 bytes: finding other bytes for a given hash costs 2^160 steps, which no node has. SHA-256 because processors
-have instructions for it (1 to 1.7 GB/s a core; BLAKE2b 0.5 to 0.9: benches/hashes.py); 20 bytes because every fragment carries the hashes of all fragments of its
-block. The labels keep a fragment from being taken for a page.
+Each is SHA-256 over a label, a zero byte and the bytes, cut to 20 bytes: finding other bytes for a given hash costs
+2^160 steps, which no node has. SHA-256 because processors have instructions for it (1 to 1.7 GB/s a core; BLAKE2b 0.5
+to 0.9: benches/hashes.py); 20 bytes because every fragment carries the hashes of all fragments of its block. The
+labels keep a fragment from being taken for a page.
 
-Before there were these, xxh3-128 stood in their place, for which other bytes are found in a tenth of a second. Its 16 bytes tell it apart: what was written under it is still
-checked by it, and nothing new is. Bit rot is found by xxh3-64 of each cell and row, which is forty times as fast.
+Before there were these, xxh3-128 stood in their place, for which other bytes are found in a tenth of a second. Its 16
+bytes tell it apart: what was written under it is still checked by it, and nothing new is. Bit rot is found by xxh3-64
+of each cell and row, which is forty times as fast.
 """
 
 from __future__ import annotations

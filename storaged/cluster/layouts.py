@@ -1,11 +1,12 @@
 """The layouts that this node knows: the one in force, and the earlier ones that records still name.
 
-A layout is believed for its signature, from any sender. Epochs only grow: a layout that is older than the one in force joins the
-history and changes nothing, and a second one under an epoch already known is refused, since one of the two was not meant to exist.
+A layout is believed for its signature, from any sender. Epochs only grow: a layout that is older than the one in
+force joins the history and changes nothing, and a second one under an epoch already known is refused, since one of
+the two was not meant to exist.
 
-A newer layout that would move a replica or a disk (``cluster.moves``) is refused too, because nothing would carry over what lies there: the node goes on with the
-layout that it has. The layouts that a node used are in its directory, so that it knows at its next start which one that is. What was refused, and
-who offered it, is kept for ``status``.
+A newer layout that would move a replica or a disk (``cluster.moves``) is refused too, because nothing would carry
+over what lies there: the node goes on with the layout that it has. The layouts that a node used are in its directory,
+so that it knows at its next start which one that is. What was refused, and who offered it, is kept for ``status``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ Persist = Callable[[int, SignedLayout], Awaitable[None]]
 
 
 class LayoutBook:
-    """Implements ``Layouts``. ``known`` are those that this node has used (see :class:`LayoutFiles`); each is verified again.
+    """Implements ``Layouts``. ``known`` are those that this node has used (see :class:`LayoutFiles`); each is
+    verified again.
 
     ``on_refusal(refused)`` is called once for each layout that is refused, and again when the reason changes.
     """
@@ -92,7 +94,8 @@ class LayoutBook:
 
     @property
     def digest(self) -> bytes:
-        """Of the layout in force, so that two nodes notice that they go by different ones of one epoch. Empty when there is none."""
+        """Of the layout in force, so that two nodes notice that they go by different ones of one epoch. Empty when
+        there is none."""
         return _digest_of(self._signed[self._current.epoch]) if self._current is not None else b""
 
     def refusals(self) -> tuple[RefusedLayout, ...]:
@@ -117,10 +120,12 @@ class LayoutBook:
         self._watchers.append(watcher)
 
     async def learn(self, signed: SignedLayout, source: str) -> bool:
-        """Verifies, persists, then uses. True when it is new to this node. ``source``: who offers it, as an operator is told.
+        """Verifies, persists, then uses. True when it is new to this node. ``source``: who offers it, as an operator
+        is told.
 
-        Raises LayoutRefused: the layout is not signed by this cluster, is another one of an epoch that is known, or would move a replica or a disk of the one in
-        force. The node goes on with what it has, and ``refusals`` says so.
+        Raises LayoutRefused: the layout is not signed by this cluster, is another one of an epoch that is known, or
+        would move a replica or a disk of the one in force. The node goes on with what it has, and ``refusals`` says
+        so.
         """
         digest = _digest_of(signed)
         if (known := self._refused.get(source)) is not None and known[1] == digest and known[2].epoch > self.epoch:
@@ -188,13 +193,15 @@ def _digest_of(signed: SignedLayout) -> bytes:
 
 
 class LayoutFiles:
-    """Layouts as files of a directory, ``layout-EPOCH.signed`` each: an encoded :class:`SignedLayout`, synced before it is used."""
+    """Layouts as files of a directory, ``layout-EPOCH.signed`` each: an encoded :class:`SignedLayout`, synced before
+    it is used."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def load(self) -> list[SignedLayout]:
-        """The newest ``HISTORY_MAX``, oldest first. Raises LayoutRefused for a file that does not decode (the signature is verified by the book)."""
+        """The newest ``HISTORY_MAX``, oldest first. Raises LayoutRefused for a file that does not decode (the
+        signature is verified by the book)."""
         found = []
         for path in sorted(self.directory.glob("layout-*.signed"))[-HISTORY_MAX:]:
             try:

@@ -1,11 +1,13 @@
 """What a new layout would move, compared with the one in force. Pure.
 
-Nothing copies registers or fragments from where one layout has them to where another one does: no release can do that yet. A layout under which a single
-partition has other replicas, or a single disk another place in the ranks that fragments are placed by, therefore loses what was acknowledged. So
-``storaged cluster layout`` does not sign such a layout, and a node does not learn it. Addresses, roles and nodes without disks may change.
+Nothing copies registers or fragments from where one layout has them to where another one does: no release can do that
+yet. A layout under which a single partition has other replicas, or a single disk another place in the ranks that
+fragments are placed by, therefore loses what was acknowledged. So ``storaged cluster layout`` does not sign such a
+layout, and a node does not learn it. Addresses, roles and nodes without disks may change.
 
-What decides where things lie is the set of disks with their ids, weights, states, nodes and these nodes' locations, the seed disks, and the number of replicas
-(``Layout._ranked``). So two layouts that agree in all of that agree in every rank, and the ranks need not be computed.
+What decides where things lie is the set of disks with their ids, weights, states, nodes and these nodes' locations,
+the seed disks, and the number of replicas (``Layout._ranked``). So two layouts that agree in all of that agree in
+every rank, and the ranks need not be computed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ NAMED_MAX = 8
 
 
 class RefusedLayout(Message, frozen=True):
-    """A layout that a node does not take: its epoch (0: it has none that can be read), who offered it, and why it is refused."""
+    """A layout that a node does not take: its epoch (0: it has none that can be read), who offered it, and why it is
+    refused."""
 
     epoch: int
     source: str
@@ -28,8 +31,8 @@ class RefusedLayout(Message, frozen=True):
 
 
 class Moves(NamedTuple):
-    """``disks``: what differs of disks and of the nodes that have them, a phrase each. ``partitions``: those whose replicas would differ, the system's among
-    them. Falsy when nothing moves."""
+    """``disks``: what differs of disks and of the nodes that have them, a phrase each. ``partitions``: those whose
+    replicas would differ, the system's among them. Falsy when nothing moves."""
 
     disks: tuple[str, ...] = ()
     partitions: tuple[int, ...] = ()

@@ -1,7 +1,9 @@
-"""Whether a disk may be opened, and what an operator's word does: ``admission`` is pure, the rest are the files that it is asked with.
+"""Whether a disk may be opened, and what an operator's word does: ``admission`` is pure, the rest are the files that
+it is asked with.
 
-A disk that this node has no record of, or whose store is gone, is not used before an operator says so (``storaged accept-blank``), unless the cluster is new
-(``node.forming``). The word is a file in the node's directory that is used up by the next opening of that disk, and of no other.
+A disk that this node has no record of, or whose store is gone, is not used before an operator says so (``storaged
+accept-blank``), unless the cluster is new (``node.forming``). The word is a file in the node's directory that is used
+up by the next opening of that disk, and of no other.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ HINT = "`storaged explain DISK_BLANK` says what to do"
 
 
 class Opening(NamedTuple):
-    """How a disk is opened. ``expected``: the identity that its metadata store must have; None: it may have any, or be blank. ``accepted``: by an operator."""
+    """How a disk is opened. ``expected``: the identity that its metadata store must have; None: it may have any, or
+    be blank. ``accepted``: by an operator."""
 
     expected: bytes | None = None
     accepted: bool = False
 
 
 class Admitted(NamedTuple):
-    """``opening`` of a disk that may be opened, or else the ``state`` and the ``reason`` in which it waits. ``form``: the node begins with this disk."""
+    """``opening`` of a disk that may be opened, or else the ``state`` and the ``reason`` in which it waits. ``form``:
+    the node begins with this disk."""
 
     opening: Opening | None
     form: bool = False
@@ -36,7 +40,8 @@ class Admitted(NamedTuple):
 
 
 def admission(ledger: Ledger, disk_id: str, blank: bool, forming: Verdict) -> Admitted:
-    """``blank``: there is no metadata store in the disk's directory. ``forming``: whether this node may begin with blank disks."""
+    """``blank``: there is no metadata store in the disk's directory. ``forming``: whether this node may begin with
+    blank disks."""
     expected = ledger.identity(disk_id)
     if expected is not None:
         if blank:
@@ -72,7 +77,7 @@ def write_acceptance(node_directory: Path, disk_id: str, now_ms: int) -> None:
 
 
 def take_acceptance(node_directory: Path, disk_id: str) -> int | None:
-    """The user id of the operator who accepted the disk; None when nobody did. It stays until ``drop_acceptance``."""
+    """The user id of the operator who accepted the disk; None when it was not accepted. It stays until ``drop_acceptance``."""
     try:
         content = json.loads((node_directory / (ACCEPTANCE + disk_id)).read_bytes())
         return int(content["uid"]) if content["disk"] == disk_id else None

@@ -1,10 +1,13 @@
-"""The disks of this node, each opened by itself: one that is foreign, broken, blank or hung is reported, and the others go on.
+"""The disks of this node, each opened by itself: one that is foreign, broken, blank or hung is reported, and the
+others go on.
 
-A disk's directory holds ``meta`` (its LMDB environment and its redo log) and ``fragments`` (its segment log). Which metadata store a disk had is kept in the node's own
-directory (``node.ledger``): a disk whose store is another one, older, failed or gone must not answer, since it may have forgotten promises.
+A disk's directory holds ``meta`` (its LMDB environment and its redo log) and ``fragments`` (its segment log). Which
+metadata store a disk had is kept in the node's own directory (``node.ledger``): a disk whose store is another one,
+older, failed or gone must not answer, since it may have forgotten promises.
 
-Theory of operation. A task for each disk asks ``admission`` whether it may be opened, opens it in a thread of its own, and lets it join ``Disks``. The start of the node waits
-``OPEN_S`` for these tasks. What takes longer, or waits for the other nodes or an operator, joins later: everybody looks disks up at every call.
+Theory of operation. A task for each disk asks ``admission`` whether it may be opened, opens it in a thread of its
+own, and lets it join ``Disks``. The start of the node waits ``OPEN_S`` for these tasks. What takes longer, or waits
+for the other nodes or an operator, joins later: everybody looks disks up at every call.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ log = structlog.get_logger("disks")
 T = TypeVar("T")
 
 OPEN_S = 20.0
-"""How long the start of a node waits for its disks. A disk is open within a second, but after a crash with a long log, or where it hangs."""
+"""How long the start of a node waits for its disks. A disk is open within a second, but after a crash with a long
+log, or where it hangs."""
 
 FORMING_POLL_S = 0.1
 ACCEPTED_POLL_S = 1.0
@@ -68,7 +72,8 @@ class LocalDisk:
 
 
 class DiskCopies(PlainCopies):
-    """Small copies that lie beside the records that name them, in one group of the metadata store's redo log, until they are in the fragment store."""
+    """Small copies that lie beside the records that name them, in one group of the metadata store's redo log, until
+    they are in the fragment store."""
 
     def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None) -> None:
         payloads = Payloads(fragments)
@@ -112,7 +117,8 @@ def _own(piece: Buffer) -> Buffer:
 
 
 async def restore_copies(meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:
-    """Gives the fragment store the copies that lie in the redo log. Raises DiskUnusable when it has no room for them: nothing is lost then, they stay in the log."""
+    """Gives the fragment store the copies that lie in the redo log. Raises DiskUnusable when it has no room for them:
+    nothing is lost then, they stay in the log."""
     copies = meta.restorable()
     if copies:
         await fragments.restore([(decode(header, FragmentHeader), payload) for header, payload in copies])
@@ -128,8 +134,8 @@ def load_of(payloads: Payloads) -> LoadCopy:
 
 
 class Disks:
-    """``used`` take part; ``refused`` do not, with the reason (DiskStatus). ``replicas``, ``fragments`` and ``metas``: what those in use have, by disk id; they grow
-    when a disk joins late."""
+    """``used`` take part; ``refused`` do not, with the reason (DiskStatus). ``replicas``, ``fragments`` and
+    ``metas``: what those in use have, by disk id; they grow when a disk joins late."""
 
     def __init__(self) -> None:
         self.used: dict[str, LocalDisk] = {}
@@ -200,8 +206,9 @@ class NoticeAccepted(Protocol):
 class Opener:
     """Opens the configured disks into ``disks``.
 
-    ``forming()`` says whether blank disks may begin without an operator, and the other nodes' ledgers (``node.forming``); ``epoch()`` is that of the layout in force.
-    ``on_accepted`` is told of a disk that an operator accepted.
+    ``forming()`` says whether blank disks may begin without an operator, and the other nodes' ledgers
+    (``node.forming``); ``epoch()`` is that of the layout in force. ``on_accepted`` is told of a disk that an operator
+    accepted.
     """
 
     def __init__(
@@ -233,7 +240,8 @@ class Opener:
         self._failure: BaseException | None = None
 
     async def open(self) -> Disks:
-        """Returns when every disk is in use, is refused, or has had its time. Raises DirectoryInUse when another process has one: that is a mistake of setup."""
+        """Returns when every disk is in use, is refused, or has had its time. Raises DirectoryInUse when another
+        process has one: that is a mistake of setup."""
         settled = {section.id: asyncio.Event() for section in self._config.disks}
         for section in self._config.disks:
             self.disks.expect(section.id, asyncio.get_running_loop().create_task(self._bring_up(section, settled[section.id])))
@@ -344,12 +352,14 @@ class Opener:
 
 
 async def open_disks(config: Config, clock: Clock, on_cell: OnCell, **more: Any) -> Disks:
-    """Opens every configured disk (``Opener``). A refused one is logged and reported; raises DirectoryInUse when another process has one."""
+    """Opens every configured disk (``Opener``). A refused one is logged and reported; raises DirectoryInUse when
+    another process has one."""
     return await Opener(config, clock, on_cell, Ledger(Path(config.node.directory)), **more).open()
 
 
 async def in_own_thread(work: Callable[[], T], /) -> T:
-    """As ``asyncio.to_thread``, in a thread of its own that nothing waits for at the end: a disk that hangs keeps it for as long as it hangs."""
+    """As ``asyncio.to_thread``, in a thread of its own that nothing waits for at the end: a disk that hangs keeps it
+    for as long as it hangs."""
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[T] = loop.create_future()
 
@@ -360,7 +370,7 @@ async def in_own_thread(work: Callable[[], T], /) -> T:
     def run() -> None:
         try:
             result = work()
-        except BaseException as error:  # told to who waits
+        except BaseException as error:  # raised where it is awaited
             tell(partial(outcome.set_exception, error))
         else:
             tell(partial(outcome.set_result, result))

@@ -1,16 +1,17 @@
 """Whether a node that has never taken part may begin with blank disks. Pure.
 
-Theory of operation. A blank disk answers "nothing was written here" to everything. That is right once: when the cluster is new. On a server that was built anew it
-makes the ring forget what the old server had promised and accepted. The node itself can't tell the two apart, for all that it had is gone; the other nodes can:
-each keeps which ledgers (``node.ledger``) the nodes had when it was formed itself.
+Theory of operation. A blank disk answers "nothing was written here" to everything. That is right once: when the
+cluster is new. On a server that was built anew it makes the ring forget what the old server had promised and
+accepted. The node itself can't tell the two apart, for all that it had is gone; the other nodes can: each keeps which
+ledgers (``node.ledger``) the nodes had when it was formed itself.
 
     any other node was formed with another ledger of this node      this server was built anew: wait for an operator
     any other node was formed with this very ledger                 this node was there, and has not begun yet: begin
     all others answer, and none was formed                          the cluster is new: begin
     else                                                            wait for those that don't answer
 
-A node that is formed writes that down, with the others' ledgers, before any of its disks answers. A cluster of one node has nobody to ask, and begins: it
-can't notice that its whole machine was replaced.
+A node that is formed writes that down, with the others' ledgers, before any of its disks answers. A cluster of one
+node has no other to ask, and begins: it can't notice that its whole machine was replaced.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Verdict(NamedTuple):
 
 
 def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verdict:
-    """``own``: the id of this node's ledger. ``others``: what every other storage node of the layout says, None for one that does not answer."""
+    """``own``: the id of this node's ledger. ``others``: what every other storage node of the layout says, None for
+    one that does not answer."""
     formed = {name: report for name, report in others.items() if report is not None and report.formed}
     strangers = sorted(name for name, report in formed.items() if report.yours != own and report.yours)
     if strangers:
@@ -58,7 +60,7 @@ Forming = Callable[[], Answers]
 
 
 def begin_at_once() -> Answers:
-    """Of a node that has nobody to ask."""
+    """The answer for a cluster of one node."""
     return Answers(Verdict(True))
 
 

@@ -1,14 +1,15 @@
 """What a node remembers of its disks outside of them: ``disks.json`` in the node's directory.
 
-Theory of operation. A disk can't say of itself that it is blank, another one, or failed: what would say so is what is missing. So the node keeps, for each disk, which
-metadata store it had, how often that was started, and whether one of its stores failed. A disk is used only when it agrees. The ledger is synced before
-the disk answers anything.
+Theory of operation. A disk can't say of itself that it is blank, another one, or failed: what would say so is what is
+missing. So the node keeps, for each disk, which metadata store it had, how often that was started, and whether one of
+its stores failed. A disk is used only when it agrees. The ledger is synced before the disk answers anything.
 
-A ledger has an id of its own, made with it, and says whether this node has been *formed*: whether any of its disks ever took part in a cluster. Together they
-show a server that was built anew: its ledger is new, and the other nodes were formed with an older one (``node.forming``).
+A ledger has an id of its own, made with it, and says whether this node has been *formed*: whether any of its disks
+ever took part in a cluster. Together they show a server that was built anew: its ledger is new, and the other nodes
+were formed with an older one (``node.forming``).
 
-An entry whose store is empty says that the disk may begin with the store that it has, or with a blank one: at the first start of a cluster, or because an operator
-accepted it. It is used up when the disk's store is recorded.
+An entry whose store is empty says that the disk may begin with the store that it has, or with a blank one: at the
+first start of a cluster, or because an operator accepted it. It is used up when the disk's store is recorded.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ REASON_CHARS_MAX = 500
 
 
 class DiskRecord(msgspec.Struct, omit_defaults=True):
-    """``store``: the identity of the metadata store (store id and starts, hexadecimal), empty for one that may begin. ``failed``: why a store of it failed, by
-    store (``meta``, ``fragments``)."""
+    """``store``: the identity of the metadata store (store id and starts, hexadecimal), empty for one that may begin.
+    ``failed``: why a store of it failed, by store (``meta``, ``fragments``)."""
 
     store: str = ""
     failed: dict[str, str] = {}
@@ -48,8 +49,8 @@ class _Document(msgspec.Struct):
 
 
 class Ledger:
-    """One node's. Every change is durable when it returns; in any thread. Raises OperatorError for a file that can't be read: a node that does not know what it
-    had must not begin anew."""
+    """One node's. Every change is durable when it returns; in any thread. Raises OperatorError for a file that can't
+    be read: a node that does not know what it had must not begin anew."""
 
     def __init__(self, node_directory: Path, *, entropy: Entropy = system_entropy) -> None:
         self._path = node_directory / LEDGER_FILE
@@ -105,7 +106,8 @@ class Ledger:
         return record.failed.get(store, "") if record is not None else ""
 
     def form(self, nodes: Mapping[str, bytes], blank: Iterable[str]) -> None:
-        """This node takes part from now on: the ``blank`` disks may begin. ``nodes``: the ids of the other nodes' ledgers."""
+        """This node takes part from now on: the ``blank`` disks may begin. ``nodes``: the ids of the other nodes'
+        ledgers."""
         with self._lock:
             self._known.formed = True
             self._known.nodes |= {name: ledger.hex() for name, ledger in nodes.items()}

@@ -1,9 +1,12 @@
-"""Which buckets a replica has called fenced: their records, as this gateway remembers them, may be those of buckets that are gone.
+"""Which buckets a replica has called fenced: their records, as this gateway remembers them, may be those of buckets
+that are gone.
 
-Theory of operation. A bucket's record is remembered for a second. Meanwhile another gateway may delete the bucket, make one of the same name, and acknowledge objects in
-it. Nobody tells this gateway, but every replica of the old bucket that counts does: no bucket is deleted before a majority of each of its shards is fenced, so every read,
-list or change of it that reaches a majority meets the fence, and its answer says so. What then seems not to be there is looked for once more, in the bucket that has
-the name now (``s3.replaced``). That costs a bucket that is in use nothing.
+Theory of operation. A bucket's record is remembered for a second. Meanwhile another gateway may delete the bucket,
+make one of the same name, and acknowledge objects in it. This gateway gets no message of it, but every replica of the old
+bucket that counts does: no bucket is deleted before a majority of each of its shards is fenced, so every read, list
+or change of it that reaches a majority meets the fence, and its answer says so. What then seems not to be there is
+looked for once more, in the bucket that has the name now (``s3.replaced``). That costs a bucket that is in use
+nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class FencedBuckets:
         return bucket_id in self._seen
 
     def read_anew(self, bucket_id: bytes, since: int, *, lingers: bool) -> None:
-        """The bucket is active by a record that was asked for when ``count`` was ``since``. ``lingers``: its fence may still be there."""
+        """The bucket is active by a record that was asked for when ``count`` was ``since``. ``lingers``: its fence
+        may still be there."""
         if self._seen.get(bucket_id, since + 1) <= since:
             del self._seen[bucket_id]
         if lingers:

@@ -1,4 +1,5 @@
-"""A request whose bucket turns out to be gone while it is handled is handled once more, in the bucket that has the name now (``objects.fenced``)."""
+"""A request whose bucket turns out to be gone while it is handled is handled once more, in the bucket that has the
+name now (``objects.fenced``)."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ FINDS_NOTHING: Final = frozenset(
 
 OF_THE_BUCKET: Final = frozenset({"CreateBucket", "DeleteBucket"})
 COPIES: Final = frozenset({"CopyObject", "UploadPartCopy"})
-BODY_IS_GONE: Final = frozenset({"PutObject", "UploadPart"})
-"""Their body was read, and is kept by nobody."""
+BODY_IS_GONE: Final = frozenset({"PutObject", "PostObject", "UploadPart"})
+"""Their body was read, and is not kept."""
 
 
 async def handle(front: Front, request: Request, operation: Operation) -> Reply:
@@ -48,7 +49,8 @@ async def _replaced(front: Front, request: Request, operation: Operation) -> boo
 
 
 async def _renew(front: Front, request: Request) -> bool:
-    """The request's bucket becomes the one that has the name now; whether that is another one. Raises NoSuchBucket, AccessDenied."""
+    """The request's bucket becomes the one that has the name now; whether that is another one. Raises NoSuchBucket,
+    AccessDenied."""
     before = request.bucket_record
     request._bucket_record = await front.buckets.renewed(before.name)
     check_owner(request._bucket_record, request.who, request.headers.get("x-amz-expected-bucket-owner"))

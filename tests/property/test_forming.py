@@ -1,4 +1,5 @@
-"""Nodes that start, stop and are built anew in any order: a new cluster begins, and a server that lost what it had never begins by itself."""
+"""Nodes that start, stop and are built anew in any order: a new cluster begins, and a server that lost what it had
+never begins by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A second layout over more servers, brought to a cluster that is in use: nothing is lost, and status says what was refused."""
+"""A second layout over more servers, brought to a cluster that is in use: nothing is lost, and status says what was
+refused."""
 
 from __future__ import annotations
 

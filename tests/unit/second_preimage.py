@@ -1,7 +1,9 @@
-"""Other bytes with the same xxh3-128 (and xxh3-64, of every seed that is 0): what a hostile disk can make of a fragment within a second.
+"""Other bytes with the same xxh3-128 (and xxh3-64, of every seed that is 0): what a hostile disk can make of a
+fragment within a second.
 
-The accumulator of a lane adds, for each stripe of 64 bytes, the product of the two halves of (data XOR secret), and the data itself to its neighbour. So four stripes of one
-lane can be changed such that the sum of their products and the sum of their data stay: two have a half that is zero under the secret, and so no product.
+The accumulator of a lane adds, for each stripe of 64 bytes, the product of the two halves of (data XOR secret), and
+the data itself to its neighbour. So four stripes of one lane can be changed such that the sum of their products and
+the sum of their data stay: two have a half that is zero under the secret, and so no product.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from storaged import config, keys
 from storaged.cli import create
 from storaged.clock import SystemClock
 from storaged.cluster.identity import SignedLayout, create_authority, load_identity, sign_layout
-from storaged.cluster.layout import Layout
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.policy import KeyHolder, Policy
 from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, ServiceUnavailable
@@ -105,6 +105,22 @@ async def test_the_register_of_the_layout_follows_the_newest_and_a_forged_one_is
     with pytest.raises(LayoutRefused):
         await exchange_layout(paths, ahead)
     assert ahead.epoch == 2
+
+
+async def test_a_layout_in_the_register_that_would_move_data_is_refused_and_named(tmp_path: Path) -> None:
+    authority = create_authority(tmp_path / "authority", "c1")
+    nodes = tuple(NodeEntry(f"n{number}", f"FR/par1/{number}", "h:1", ("storage",)) for number in (1, 2, 3))
+    disks = tuple(DiskEntry(f"d{number}", f"n{number}", 1) for number in (1, 2, 3))
+    used = sign_layout(Layout("c1", 1, nodes, disks, ("d1", "d2", "d3")), authority.administration)
+    moving = sign_layout(Layout("c1", 2, nodes, disks, ("d3", "d2", "d1")), authority.administration)
+    layouts = LayoutBook(authority.administration.public_key(), "c1", known=[used])
+    paths = SystemPaths(Registers())  # type: ignore[arg-type]
+    await paths.write("layout", encode(moving))
+    with pytest.raises(LayoutRefused, match="the seed disks change"):
+        await exchange_layout(paths, layouts)
+    assert layouts.epoch == 1
+    assert [(refused.epoch, refused.source) for refused in layouts.refusals()] == [(2, "the register layout")]
+    assert await paths.read("layout") == encode(moving), "nothing older goes over it"
 
 
 async def test_a_node_starts_on_the_layout_that_it_used_when_the_file_beside_it_would_move_data(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A bucket deleted and made again through one gateway, while another still remembers the record of the one that is gone."""
+"""A bucket deleted and made again through one gateway, while another still remembers the record of the one that is
+gone."""
 
 from __future__ import annotations
 
