@@ -65,6 +65,9 @@ ALONE_MAX = 2
 ENDING_MAX = 16
 """So many answers leave one behind the other. The first may wake the client, which costs more than to send (30 us where the processor is virtual); who sends each as it is ready wakes it for each."""
 
+STRANGERS_DRAIN_S = 2.0
+"""A server that ends waits so long for requests that are not authenticated, such as forms whose fields have not all come: one of them must not keep it for longer."""
+
 _SAYS_NOTHING = {"x-id"}
 """Parameters with the operation's name, which some SDKs send."""
 
@@ -177,6 +180,7 @@ class S3App:
         for connection in tuple(self._connections.open):
             if connection.idle:
                 connection.transport.close()
+        ending = asyncio.get_running_loop().call_later(min(STRANGERS_DRAIN_S, drain_s), self._connections.strangers.end_all)
         try:
             async with asyncio.timeout(drain_s):
                 while self._in_flight:
@@ -186,6 +190,8 @@ class S3App:
         except TimeoutError:
             if self._in_flight:
                 log.warning("%d requests were still in flight after %.0f s and are broken off", self._in_flight, drain_s)
+        finally:
+            ending.cancel()
         await self._connections.close()
         self._connections = None
         self._servers.clear()

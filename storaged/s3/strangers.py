@@ -126,6 +126,11 @@ class Strangers:
         self._evict(next(iter(self._open)))
         return True
 
+    def end_all(self) -> None:
+        """Ends the connections of all strangers."""
+        while self.make_room():
+            pass
+
     def _key(self, remote: str) -> str:
         """Empty for who has no limits."""
         if self._proxies and remote:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from storaged.config import parse
+from storaged.s3 import app
 from storaged.s3.limits import Limits
 from storaged.s3.strangers import Strangers, address_key
 from tests.patience import GUARD_S
@@ -149,6 +150,16 @@ async def test_requests_of_strangers_are_bounded_for_their_address() -> None:
         assert world.app.statistics().strangers == 2
         for _, writer in forms:
             writer.close()
+
+
+async def test_a_form_that_does_not_come_keeps_no_server_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "STRANGERS_DRAIN_S", 0.01)
+    async with bucket(Limits(body_idle_s=3600)) as world:
+        reader, writer = await sent(world, FORM)
+        await until(lambda: world.app.statistics().requests_in_flight == 1)
+        await asyncio.wait_for(world.app.close(3600), GUARD_S)
+        await ended(reader)
+        writer.close()
 
 
 # --- pure -------------------------------------------------------------------------------------------------------------------
