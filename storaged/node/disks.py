@@ -145,11 +145,15 @@ class Disks:
         self.metas: dict[str, LmdbMetaStore] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
 
-    def refuse(self, section: DiskSection, state: str, reason: str) -> None:
-        """It takes no part for now. Logged when that is news."""
+    def refuse(self, section: DiskSection, state: str, reason: str, *, waits: bool = False) -> None:
+        """It takes no part for now. Logged when that is news. ``waits``: for the other nodes of a new cluster, as is to be expected."""
         known = self.refused.get(section.id)
         if known is None or (known.state, known.reason) != (state, reason):
-            log.error("a disk is refused; the others go on", disk=section.id, directory=section.directory, state=state, reason=reason)
+            facts = {"disk": section.id, "directory": section.directory, "state": state, "reason": reason}
+            if waits:
+                log.info("a disk waits", **facts)
+            else:
+                log.error("a disk is refused; the others go on", **facts)
         self.refused[section.id] = DiskStatus(section.id, section.directory, state, reason=reason)
 
     def join(self, disk: LocalDisk) -> None:
@@ -295,7 +299,8 @@ class Opener:
                 if self.on_accepted is not None:
                     self.on_accepted(section.id, section.directory, accepted)
                 return Opening(accepted=True)
-            self.disks.refuse(section, admitted.state, f"{directory}: {admitted.reason}")
+            waits = blank and not self.ledger.formed
+            self.disks.refuse(section, admitted.state, f"{directory}: {admitted.reason}", waits=waits)
             settled.set()
             await asyncio.sleep(FORMING_POLL_S if not self.ledger.formed else ACCEPTED_POLL_S)
 
