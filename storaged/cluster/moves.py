@@ -12,10 +12,11 @@ every rank, and the ranks need not be computed.
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, Layout
-from storaged.wire import Message
+from storaged.wire import Message, encode
 
 NAMED_MAX = 8
 """Differences that a message names before it counts the others."""
@@ -54,6 +55,12 @@ def moves_between(before: Layout, after: Layout) -> Moves:
         return Moves()
     partitions = (*range(PARTITIONS), SYSTEM_PARTITION)
     return Moves(differences, tuple(number for number in partitions if before.replicas_of(number) != after.replicas_of(number)))
+
+
+def places_digest(layout: Layout) -> bytes:
+    """SHA-256 of all that decides where things lie: equal for two layouts exactly when nothing moves between them."""
+    places = sorted((disk, *place) for disk, place in _places(layout).items())
+    return hashlib.sha256(encode((places, layout.seeds, layout.replicas, len(layout.disks)))).digest()
 
 
 class _Place(NamedTuple):

@@ -39,13 +39,15 @@ class DiskRecord(msgspec.Struct, omit_defaults=True):
 
 
 class _Document(msgspec.Struct):
-    """``nodes``: the ids of the other nodes' ledgers when this node was formed."""
+    """``nodes``: the ids of the other nodes' ledgers when this node was formed. ``places``: the digest of where things
+    lie by the layout that this node uses (``cluster.moves``); empty before one was noted."""
 
     version: int
     ledger: str
     formed: bool
     nodes: dict[str, str]
     disks: dict[str, DiskRecord]
+    places: str = ""
 
 
 class Ledger:
@@ -86,6 +88,14 @@ class Ledger:
     def formed(self) -> bool:
         """Whether a disk of this node ever took part in the cluster, or may have."""
         return self._known.formed
+
+    def goes_by(self, places: bytes) -> bool:
+        """Whether the layout with this digest is the one that this node has used; the first one is noted."""
+        with self._lock:
+            if not self._known.places:
+                self._known.places = places.hex()
+                self._save()
+            return self._known.places == places.hex()
 
     def node(self, name: str) -> bytes:
         """The id of another node's ledger when this one was formed; empty when that is not known."""

@@ -20,7 +20,7 @@ from storaged.cluster.identity import Identity, authority_of, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
-from storaged.cluster.moves import RefusedLayout
+from storaged.cluster.moves import RefusedLayout, places_digest
 from storaged.cluster.policy import Policy, policy_of
 from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
@@ -130,6 +130,11 @@ class Node:
         if not self.config.disks:
             return
         ledger = await asyncio.to_thread(Ledger, self.directory)
+        if not await asyncio.to_thread(ledger.goes_by, places_digest(self.layouts.current)):
+            raise LayoutRefused(
+                f"By layout {self.layouts.epoch} replicas or disks lie elsewhere than by the one that this node has used, and which is gone from "
+                f"{self.directory / 'layouts'}. Put that directory back, or the cluster's own layout beside the certificate."
+            )
         self._opener = Opener(
             self.config,
             self.clock,

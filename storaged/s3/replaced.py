@@ -52,6 +52,7 @@ async def _renew(front: Front, request: Request) -> bool:
     """The request's bucket becomes the one that has the name now; whether that is another one. Raises NoSuchBucket,
     AccessDenied."""
     before = request.bucket_record
+    request.reading = None  # what was read ahead is of the bucket before
     request._bucket_record = await front.buckets.renewed(before.name)
     check_owner(request._bucket_record, request.who, request.headers.get("x-amz-expected-bucket-owner"))
     return request._bucket_record.id != before.id

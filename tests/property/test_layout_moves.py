@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Layout, NodeEntry
-from storaged.cluster.moves import moves_between
+from storaged.cluster.moves import moves_between, places_digest
 
 GROUPS = range(0, 4096, 16)
 LOCATIONS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c", "DE/fra1/a")
@@ -125,6 +125,7 @@ def test_a_layout_is_taken_exactly_when_every_replica_set_and_every_rank_stays(c
         number for number in (*range(PARTITIONS), SYSTEM_PARTITION) if before.replicas_of(number) != after.replicas_of(number)
     }
     assert bool(moves) == bool(moves_between(after, before))
+    assert bool(moves) == (places_digest(before) != places_digest(after))
 
 
 def test_what_would_move_is_named_and_counted() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ import pytest
 from storaged import config, keys
 from storaged.cli import create
 from storaged.clock import SystemClock
-from storaged.cluster.identity import SignedLayout, create_authority, load_identity, sign_layout
+from storaged.cluster.identity import Authority, SignedLayout, create_authority, load_identity, sign_layout
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.policy import KeyHolder, Policy
@@ -123,7 +125,8 @@ async def test_a_layout_in_the_register_that_would_move_data_is_refused_and_name
     assert await paths.read("layout") == encode(moving), "nothing older goes over it"
 
 
-async def test_a_node_starts_on_the_layout_that_it_used_when_the_file_beside_it_would_move_data(tmp_path: Path) -> None:
+def three_nodes(tmp_path: Path) -> tuple[create.ClusterPlan, Authority, Path, config.Config]:
+    """The plan of a cluster, its authority, and the folder and configuration of its first node."""
     plan = create.ClusterPlan("c1")
     for number, rack in ((1, "FR/par1/a"), (2, "FR/par2/b"), (3, "FR/lyo1/c")):
         disks = create.new_disks([f"d{disk}" for disk in (1, 2)])
@@ -131,8 +134,12 @@ async def test_a_node_starts_on_the_layout_that_it_used_when_the_file_beside_it_
     authority = create_authority(tmp_path / "authority", "c1")
     place = tmp_path / "n1"
     create.issue_node(authority, plan.nodes[0], place, create.storage_config(plan.nodes[0], ".", "127.0.0.1:1"))
+    return plan, authority, place, config.load(place / "config.toml")
+
+
+async def test_a_node_starts_on_the_layout_that_it_used_when_the_file_beside_it_would_move_data(tmp_path: Path) -> None:
+    plan, authority, place, loaded = three_nodes(tmp_path)
     create.sign_layout(authority, create.layout_of(plan), [place])
-    loaded = config.load(place / "config.toml")
 
     async def started() -> Node:
         node = Node(loaded, load_identity(place / "identity"), SystemClock())
@@ -156,6 +163,26 @@ async def test_a_node_starts_on_the_layout_that_it_used_when_the_file_beside_it_
     assert "Another layout is known under epoch 1" in again.layouts.refusals()[0].reason
     (place / "identity" / "layout.signed").write_bytes(encode(SignedLayout(b"forged", bytes(64))))
     assert (await started()).layouts.current == used
+
+
+async def test_a_node_whose_layouts_are_gone_does_not_start_by_one_that_would_move_data(tmp_path: Path) -> None:
+    plan, authority, place, loaded = three_nodes(tmp_path)
+
+    async def start() -> None:
+        node = Node(loaded, load_identity(place / "identity"), SystemClock())
+        await node._open_layouts()
+        async with contextlib.AsyncExitStack() as stack:
+            await node._open_disks(stack)
+
+    create.sign_layout(authority, create.layout_of(plan), [place])
+    await start()
+    shutil.rmtree(place / "layouts")
+    await start()  # the same, from the file beside the certificate
+    shutil.rmtree(place / "layouts")
+    plan.nodes[1].disks[0].weight = 4000
+    create.sign_layout(authority, create.layout_of(plan), [place])
+    with pytest.raises(LayoutRefused, match="lie elsewhere than by the one that this node has used"):
+        await start()
 
 
 def storage_config(place: Path) -> config.Config:

@@ -49,6 +49,7 @@ async def asked(gateway: Gateway, bucket: BucketRecord, name: str, work: Callabl
     """What an operation answers, through ``handle``."""
 
     async def handler(front: Any, request: Any) -> Reply:
+        assert request.bucket_record == bucket or request.reading is None
         return await work(front.objects, request.bucket_record)  # type: ignore[no-any-return]
 
     request: Any = Request(bucket, ASKING)
@@ -58,6 +59,7 @@ async def asked(gateway: Gateway, bucket: BucketRecord, name: str, work: Callabl
 class Request:
     def __init__(self, bucket: BucketRecord, who: Principal) -> None:
         self._bucket_record, self.who, self.headers = bucket, who, dict[str, str]()
+        self.reading: object = "what was read ahead"
 
     @property
     def bucket_record(self) -> BucketRecord:
