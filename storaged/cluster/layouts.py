@@ -110,8 +110,20 @@ class LayoutBook:
     def at(self, epoch: int) -> Layout:
         return self._layouts[epoch]
 
+    def knows(self, epoch: int) -> bool:
+        return epoch in self._layouts
+
+    def lacking(self, after: int) -> int | None:
+        """The lowest epoch after ``after``, and before the one in force, whose layout is not known here; None when there is none.
+
+        It may be one under which no layout was ever signed, or used.
+        """
+        if len(self._layouts) >= HISTORY_MAX:
+            return None
+        return next((epoch for epoch in range(max(after, 0) + 1, self.epoch) if epoch not in self._layouts), None)
+
     def signed_after(self, epoch: int) -> SignedLayout | None:
-        """The next layout behind ``epoch``, to pass on; None when there is none."""
+        """The next layout after ``epoch``, to pass on; None when there is none."""
         following = [known for known in self._signed if known > epoch]
         return self._signed[min(following)] if following else None
 

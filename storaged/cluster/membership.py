@@ -14,7 +14,8 @@ down       missed three pings in a row; or its connection broke and the attempt 
 A ping that is late while other bytes do arrive is not counted as missed: behind a long body it is queued, not lost.
 
 Each ping carries the epoch of the layout in force. Whoever knows a newer one passes it on, epoch by epoch, so that a node that was away gets the
-history too. A gateway without an address of its own is known by the pings that it sends. Layouts that a node refuses (``cluster.layouts``) go with its answers, so that
+history too. A node that begins with a later layout (a gateway that was added, a server that was built anew) asks each peer once for the
+earlier ones that it lacks: records name the layout under which they were written. A gateway without an address of its own is known by the pings that it sends. Layouts that a node refuses (``cluster.layouts``) go with its answers, so that
 ``status`` names them; so does a digest of the one in force, which shows two nodes that they go by different ones of one epoch.
 
 These three methods are all that a certified node gets which the layout in force does not name: so a node that has just been added can bring the layout
@@ -38,6 +39,7 @@ import structlog
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.authority import grant
+from storaged.cluster.history import EarlierLayouts
 from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import PEER, LayoutBook
@@ -98,7 +100,7 @@ class Pong(Message, frozen=True):
 
 
 class LayoutAfter(Message, frozen=True):
-    """Asks for the next layout behind ``epoch``."""
+    """Asks for the next layout after ``epoch``."""
 
     epoch: int
 
@@ -159,6 +161,7 @@ class _Peer:
     disks: tuple[DiskStatus, ...] = ()
     refused: tuple[RefusedLayout, ...] = ()
     ledger: LedgerReport | None = None
+    history: EarlierLayouts = field(default_factory=EarlierLayouts)
     complaint: str = ""
     """Why layouts could not be exchanged with it when that was last tried; logged once."""
     rtt_min_ms: float | None = None
@@ -371,6 +374,7 @@ class Membership:
         self._compare(peer.name, pong.epoch, pong.digest)
         if pong.epoch != self._layouts.epoch:
             await self._exchange(peer, pong.epoch)
+        await self._ask_history(peer)
 
     def _heard_of(self, peer: _Peer, incarnation: bytes, pid: int, epoch: int) -> None:
         returned = bool(peer.incarnation) and peer.incarnation != incarnation
@@ -486,6 +490,19 @@ class Membership:
                         return
                     epoch = taken.epoch
         except (LayoutRefused, PeerError) as error:
-            if error.message != peer.complaint:
-                log.warning("layouts could not be exchanged", peer=peer.name, reason=error.message)
-            peer.complaint = error.message
+            self._complain(peer, error)
+
+    async def _ask_history(self, peer: _Peer) -> None:
+        async def after(epoch: int) -> SignedLayout | None:
+            answer, _body = await self._caller.call(peer.name, "cluster.layout", LayoutAfter(epoch), LayoutAnswer)
+            return answer.signed
+
+        try:
+            await peer.history.ask(self._layouts, after, PEER + peer.name, (peer.incarnation, peer.epoch))
+        except (LayoutRefused, PeerError) as error:
+            self._complain(peer, error)
+
+    def _complain(self, peer: _Peer, error: LayoutRefused | PeerError) -> None:
+        if error.message != peer.complaint:
+            log.warning("layouts could not be exchanged", peer=peer.name, reason=error.message)
+        peer.complaint = error.message

@@ -290,6 +290,43 @@ async def test_a_node_that_was_away_learns_every_layout_it_missed(world: World) 
             behind.at(3)
 
 
+async def test_a_node_that_begins_with_a_later_layout_learns_the_earlier_ones_too(world: World) -> None:
+    """A gateway that is added later is issued with the newest layout alone, and objects name the layouts under which they were written."""
+    network = Network()
+    added = book(world, layout(5))
+    async with (
+        member(network, world, "n1", book(world, layout(1), layout(5))),
+        member(network, world, "n2", book(world, layout(1), layout(2), layout(4), layout(5))),
+        member(network, world, "n3", added),
+    ):
+        await until(lambda: [epoch for epoch in range(1, 6) if added.knows(epoch)] == [1, 2, 4, 5])
+        assert added.epoch == 5
+        assert added.at(2) == layout(2)
+
+
+async def test_what_no_peer_has_of_the_history_is_not_asked_for_again_and_again(world: World) -> None:
+    network = Network()
+    newest = layout(5)
+    async with member(network, world, "n1", book(world, newest)) as first, member(network, world, "n2", book(world, newest)):
+        await until(lambda: first.node_up("n2"))
+        await until(lambda: network.calls.count(("n1", "n2", "cluster.ping")) > 8)
+        assert network.calls.count(("n1", "n2", "cluster.layout")) == 1
+
+
+async def test_an_earlier_layout_that_the_administration_did_not_sign_is_not_taken(world: World, tmp_path: Path) -> None:
+    network = Network()
+    stranger = World(tmp_path / "stranger")
+    forged = LayoutBook(
+        stranger.authority.administration.public_key(), "c1", known=[signed(stranger, layout(1)), signed(stranger, layout(5))]
+    )
+    honest = book(world, layout(5))
+    async with member(network, world, "n1", honest) as first, member(network, world, "n2", forged):
+        await until(lambda: first.node_up("n2"))
+        await until(lambda: ("n1", "n2", "cluster.layout") in network.calls)
+        await until(lambda: network.calls.count(("n1", "n2", "cluster.ping")) > 5)
+        assert not honest.knows(1)
+
+
 async def test_a_node_without_any_layout_is_given_one_by_those_who_know_it(world: World) -> None:
     network = Network()
     empty = book(world)
