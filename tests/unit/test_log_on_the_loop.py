@@ -16,6 +16,7 @@ from storaged import aio
 from storaged.aio import DirectFile
 from storaged.durable import Unfinished
 from storaged.errors import DiskUnusable, StoragedError
+from storaged.fragments import store as fragment_store
 from storaged.fragments.engine import StoreLimits, Write
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
@@ -171,8 +172,11 @@ async def test_a_copy_of_a_million_cells_is_no_work_for_the_loop(store: LocalFra
     assert threads[0] is store._thread
 
 
-async def test_copies_on_their_way_count_as_if_they_lay_on_the_disk(tmp_path: Path, files: SimulatedFiles) -> None:
+async def test_copies_on_their_way_count_as_if_they_lay_on_the_disk(
+    tmp_path: Path, files: SimulatedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many come before the first of them is durable anywhere."""
+    monkeypatch.setattr(fragment_store, "SPACE_LOOK_S", 1e9)  # a second look would find the first of them appended
     files.limit = 1 << 30
     limits = StoreLimits(reserve_bytes=(1 << 30) - (4 << 20), note_reserve_bytes=0)
     store = await LocalFragmentStore.open(tmp_path / "fragments", DISK, files=files, limits=limits)
