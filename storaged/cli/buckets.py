@@ -59,7 +59,8 @@ def bucket_usage(named: str | None, name: str, as_json: bool) -> None:
         click.echo(json.dumps({"bucket": name, **total}, indent=2))
         return
     more = f" ({total['versions']} versions)" if total["versions"] != total["objects"] else ""
-    click.echo(f"{name}: {total['objects']} objects{more}, {format_size(total['bytes'])}")
+    count = f"{total['objects']} object{'' if total['objects'] == 1 else 's'}"
+    click.echo(f"{name}: {count}{more}, {format_size(total['bytes'])}")
 
 
 @bucket.command("owner")

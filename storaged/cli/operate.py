@@ -13,13 +13,15 @@ from typing import Any
 
 import click
 
-from storaged.cli.client import gateway
+from storaged.cli.client import RemoteRefusal, gateway
 from storaged.cli.target import find_directory
-from storaged.errors import OperatorError, StoragedError, every_error
+from storaged.errors import Condition, OperatorError, PeerError, S3Error, StoragedError, every_error
 from storaged.units import format_size
 
 POLL_S = 0.5
 QUIET_POLLS = 6
+FAMILIES = (S3Error, OperatorError, Condition, PeerError, RemoteRefusal)
+"""Classes that others derive from: no answer carries their code by itself."""
 
 
 @click.group()
@@ -95,8 +97,9 @@ def explain(code: str | None) -> None:
     if code:
         click.echo(explained(code))
         return
-    for kind in sorted({kind.code: kind for kind in every_error()}.values(), key=lambda kind: kind.code):
-        click.echo(f"{kind.code:<36} {(kind.__doc__ or kind.code).strip().splitlines()[0]}")
+    for kind in sorted({kind.code: kind for kind in every_error() if kind not in FAMILIES}.values(), key=lambda kind: kind.code):
+        said = " ".join(inspect.cleandoc(kind.__doc__ or kind.code).split("\n\n")[0].split())
+        click.echo(f"{kind.code:<36} {said.partition('. ')[0].rstrip('.')}")
 
 
 @click.command()

@@ -123,16 +123,23 @@ def render(found: dict[str, Any], command: str = "") -> str:
     up, good = sum(node["state"] == "up" for node in storage), sum(disk["state"] in ("ok", "full") for disk in disks)
     lines.append(f"  nodes {up}/{len(storage)}   disks {good}/{len(disks)}   metadata {found['metadata']}   used {format_size(used)}")
     lines.extend(_next_failure(found))
-    for entry in found["problems"]:
+    steps = [_next_step(entry, command if answered else "") for entry in found["problems"]]
+    for index, (entry, step) in enumerate(zip(found["problems"], steps, strict=True)):
         age = format_duration(max(0.0, (found["time_ms"] - entry["since"]) / 1000))
         detail = f": {entry['detail']}" if entry["detail"] else ""
         what = "down" if entry["code"] == "NODE_DOWN" else entry["code"]
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
-        name = entry["subject"].split("/")[-1]
-        following = f"{command} dev start {name}" if command and answered and entry["code"] == "NODE_DOWN" else entry["hint"]
-        lines.append(f"  Next: {following}       Why: storaged explain {entry['code']}")
+        if steps[index + 1 : index + 2] != [step]:  # once for several in a row that want the same
+            lines.append(f"  Next: {step}")
     lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
     return "\n".join(lines)
+
+
+def _next_step(entry: dict[str, Any], command: str) -> str:
+    """What to do about one problem, and where to read more. ``command``: how a command about this trial cluster begins."""
+    name = entry["subject"].split("/")[-1]
+    todo = f"{command} dev start {name}" if command and entry["code"] == "NODE_DOWN" else entry["hint"]
+    return f"{todo}       Why: storaged explain {entry['code']}"
 
 
 def _next_failure(found: dict[str, Any]) -> list[str]:
@@ -140,8 +147,11 @@ def _next_failure(found: dict[str, Any]) -> list[str]:
     risk = found.get("next_failure")
     if not risk or not risk["disk_partitions"]:
         return []
-    rack = f"; the {risk['domain_kind']} {risk['domain']}: {risk['domain_partitions']}" if risk["domain_kind"] != "disk" else ""
-    return [f"  one more disk stops up to {risk['disk_partitions']} of {risk['partitions']} partitions (disk {risk['disk']}{rack})"]
+    share = f"of the {risk['partitions']} partitions of the ring stop"
+    lines = [f"  one more disk: {risk['disk_partitions']} {share} (if it is {risk['disk']})"]
+    if risk["domain_kind"] != "disk":
+        lines.append(f"  one more {risk['domain_kind']}: {risk['domain_partitions']} {share} (if it is {risk['domain']})")
+    return lines
 
 
 def _count(number: int) -> str:

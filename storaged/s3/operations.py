@@ -121,8 +121,10 @@ class Operation:
             return None if self.name in aws.METADATA else unsupported(name)
         if row is None:
             return unsupported(name) if name.startswith(aws.FAMILIES) else None
-        if name.startswith((aws.CUSTOMER_KEY, aws.CUSTOMER_KEY_SOURCE)):
-            h.check_customer_key(headers)
+        if name.startswith((aws.CUSTOMER_KEY, aws.CUSTOMER_KEY_SOURCE)) or (
+            name == h.KMS_KEY and any(other.startswith(aws.CUSTOMER_KEY) for other in headers)
+        ):
+            h.check_customer_key(headers)  # a key of the client's beside one of the server's is wrong in itself
         elif name == "x-amz-server-side-encryption":
             return InvalidArgument(f"{name} header is not supported for this operation.", ArgumentName=name, ArgumentValue=headers[name])
         if name == h.KMS_KEY and headers.get("x-amz-server-side-encryption") != "aws:kms":

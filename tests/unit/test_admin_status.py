@@ -196,7 +196,7 @@ def test_status_says_what_the_next_lost_disk_would_stop() -> None:
     domains = set(LAYOUT.domain_by_disk.values())
     by_domain = {name: stopped_without(away | {d for d, where in LAYOUT.domain_by_disk.items() if where == name}) for name in domains}
     assert worst["domain_partitions"] == by_domain[worst["domain"]] == max(by_domain.values())
-    assert f"one more disk stops up to {worst['disk_partitions']} of {PARTITIONS + 1} partitions" in render(found)
+    assert f"one more disk: {worst['disk_partitions']} of the {PARTITIONS + 1} partitions of the ring stop" in render(found)
 
 
 @pytest.mark.parametrize(
@@ -217,3 +217,10 @@ def test_doctor_warns_of_any_nodes_certificate_thirty_days_ahead(days: int, stat
     check = certificate_check("n2", NOW + days * 86_400_000, NOW)
     assert (check["state"], check["detail"]) == (state, f"expires in {days} days")
     assert state == "ok" or "cluster renew AUTHORITY n2" in check["hint"]
+
+
+def test_what_several_problems_want_alike_is_said_once() -> None:
+    found = judge(facts(node("n1", disk_state="full"), node("n2", disk_state="full")), NOW)
+    text = render(found)
+    assert text.count("DISK_FULL") == 3, "two subjects, one hint"
+    assert text.count("Next:") == 1

@@ -285,6 +285,8 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": ""}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption-aws-kms-key-id": "k"}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption-customer-algorithm": "AES256"}, CONFLICT),
+    ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:kms", "x-amz-server-side-encryption-aws-kms-key-id": "k",
+                          "x-amz-server-side-encryption-customer-algorithm": "AES256"}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption-of-tomorrow": "1"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-object-lock-mode": "GOVERNANCE"}, (400, "InvalidRequest")),
     ("PUT", "/bucket/k", {"x-amz-object-lock-event-hold": "ON"}, (400, "InvalidRequest")),
