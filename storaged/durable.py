@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -23,18 +24,24 @@ def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this returns. Raises OSError: of what could
     not be written nothing is left, be it half a key on a full disk.
 
-    It has its mode, less the umask, before it has a byte: nobody else reads a key on the way there.
+    It has its mode, less the umask, before it has a byte: nobody else reads a key on the way there. Writers of one directory
+    wait for each other (flock of the directory), also those of other processes: a gateway's workers share a directory.
     """
     temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
+        fcntl.flock(directory, fcntl.LOCK_EX)
         temporary.unlink(missing_ok=True)
-        raise
-    sync_path(path.parent)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        os.fsync(directory)
+    finally:
+        os.close(directory)

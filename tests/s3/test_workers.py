@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import socket
-import time
+import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.cluster import Cluster
+from tests.patience import GUARD_S
+from tests.s3.test_bad_input import in_flight
 from tests.s3.test_dev_cluster import descriptors_of
 
 WORKERS = 3
@@ -169,16 +171,15 @@ def test_a_reload_reaches_every_process_and_the_audit_log_is_one(several: Cluste
     assert "every entry follows" in several.run("audit", "verify", str(audit)).stdout
 
 
-def put_slowly(cluster: Cluster, number: int, begun: Any) -> int:
-    """The status of an upload whose second half comes a while after the first; 0 when the connection broke."""
+def put_in_halves(cluster: Cluster, number: int, rest: threading.Event) -> int:
+    """The status of an upload whose second half comes when ``rest`` is set; 0 when the connection broke."""
     client = cluster.boto3()
     url = client.generate_presigned_url("put_object", Params={"Bucket": "demo", "Key": f"slow-{number}"})
     path = url.split(str(cluster.s3_port), 1)[1]
     with socket.create_connection(("127.0.0.1", cluster.s3_port)) as connection:
         head = f"PUT {path} HTTP/1.1\r\nHost: 127.0.0.1:{cluster.s3_port}\r\nContent-Length: 10\r\n\r\n12345"
         connection.sendall(head.encode())
-        begun.append(number)
-        time.sleep(1.5)
+        assert rest.wait(GUARD_S)
         try:
             connection.sendall(b"67890")
             with connection.makefile("rb") as answer:
@@ -187,19 +188,21 @@ def put_slowly(cluster: Cluster, number: int, begun: Any) -> int:
             return 0
 
 
-def uploads_in_all(cluster: Cluster, threads: ThreadPoolExecutor, number: int) -> list[Any]:
-    """So many slow uploads under way, in turn in each process."""
-    begun = list[int]()
-    uploads = [threads.submit(put_slowly, cluster, each, begun) for each in range(number)]
-    cluster.wait_until(lambda: len(begun) == number, 10, "uploads under way")
-    time.sleep(0.3)
-    return uploads
+def uploads_in_all(cluster: Cluster, threads: ThreadPoolExecutor, number: int) -> tuple[list[Any], threading.Event]:
+    """So many uploads under way, in turn in each process, and what lets them go on."""
+    rest = threading.Event()
+    uploads = [threads.submit(put_in_halves, cluster, each, rest) for each in range(number)]
+    cluster.wait_until(lambda: in_flight(cluster) == number, 10, "uploads under way")
+    return uploads, rest
 
 
 def test_a_killed_process_costs_its_own_requests_and_no_others(several: Cluster) -> None:
     with ThreadPoolExecutor(2 * WORKERS) as threads:
-        uploads = uploads_in_all(several, threads, 2 * WORKERS)
-        os.kill(processes(several)[1], signal.SIGKILL)
+        uploads, rest = uploads_in_all(several, threads, 2 * WORKERS)
+        killed = processes(several)[1]
+        os.kill(killed, signal.SIGKILL)
+        several.wait_until(lambda: not alive(killed), 10, "the end of the process")
+        rest.set()
         assert sorted(upload.result() for upload in uploads) == [0] * 2 + [200] * 2 * (WORKERS - 1)
     several.wait_until(lambda: serving(several), 30, "all workers serving again")
 
@@ -209,11 +212,13 @@ def test_stopping_lets_every_process_finish_its_requests(several: Cluster, every
     """systemd tells all processes of a unit to end, and all at once."""
     pids = processes(several)
     with ThreadPoolExecutor(2 * WORKERS) as threads:
-        uploads = uploads_in_all(several, threads, 2 * WORKERS)
+        uploads, rest = uploads_in_all(several, threads, 2 * WORKERS)
         if everybody:
             for pid in pids:
                 os.kill(pid, signal.SIGTERM)
+            rest.set()
         else:
+            threading.Timer(1.5, rest.set).start()  # the command returns when all requests are finished
             several.run("dev", "stop", "gateway")
         assert [upload.result() for upload in uploads] == [200] * 2 * WORKERS
     several.wait_until(lambda: not [pid for pid in pids if alive(pid)], 10, "the end of all processes")
