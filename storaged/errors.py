@@ -525,7 +525,10 @@ class KeyringMismatch(OperatorError):
     """The keyring is missing, or is not the one this cluster was created with."""
 
     code = "KEYRING_MISMATCH"
-    hint = "Restore it: `storaged keys restore FILE`. Keys are never created anew for an existing cluster: data would be lost behind them."
+    hint = (
+        "Restore it: `storaged keys restore FILE --config CONFIG.toml`. Only the first gateway of a new cluster makes one, once: "
+        "`storaged keys create CONFIG.toml`. With new keys nothing of an existing cluster could be read."
+    )
 
 
 class KeyringDamaged(OperatorError):
@@ -565,7 +568,8 @@ class DiskBlank(OperatorError):
 
     code = "DISK_BLANK"
     hint = (
-        "Put back the disk, or the node's directory (`disks.json` in it), that was there, and restart the node. If it is gone, the others go on without it. "
+        "A new cluster at its first start: start the other storage nodes, and accept nothing. Else put back the disk, or the node's "
+        "directory (`disks.json` in it), that was there, and restart the node. If it is gone, the others go on without it. "
         "`storaged accept-blank CONFIG.toml DISK` lets it take part as it is: then a write that only this disk and one that is away had acknowledged is "
         "forgotten, so do it only while all other disks are in use and `status` shows no object below target."
     )
@@ -692,7 +696,10 @@ class NodeDown(Condition):
     """The node does not answer."""
 
     code = "NODE_DOWN"
-    hint = "Start it (`storaged dev start NODE`, or systemctl start). While it is away writes use other disks, and repair catches it up."
+    hint = (
+        "Start it (systemctl start; of a trial cluster `storaged dev start NODE`). If the reason names protocol versions, it does run: "
+        "install one version on all nodes. While a node with disks is away writes use other disks, and repair catches it up."
+    )
 
 
 class DiskDown(Condition):

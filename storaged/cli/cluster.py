@@ -229,12 +229,20 @@ def layout(directory: Path) -> None:
 
     plan = files.load_plan(directory)
     authority = identity.load_authority(directory)
-    signed = files.layout_of(plan, files.last_layout(authority, plan))
+    last = files.last_layout(authority, plan)
+    signed = files.layout_of(plan, last)
     files.sign_layout(authority, signed, [directory / "nodes" / node.name for node in plan.nodes])
     plan.epoch = signed.epoch
     files.save_plan(directory, plan)
     click.echo(
         f"layout {signed.epoch}: {len(signed.nodes)} nodes, {len(signed.disks)} disks, {signed.profile}, a failure domain is a {signed.domain_kind}"
     )
+    named = {node.name for node in last.nodes} if last is not None else set()
     for node in plan.nodes:
+        if node.name in named:
+            continue  # its server has a folder, with a configuration that may have been edited
         click.echo(f"  copy {directory / 'nodes' / node.name}/ to /etc/storaged/{node.name}/ on its server")
+    if named:
+        signed_file = directory / files.LAYOUT_NAME
+        click.echo(f"  copy {signed_file} to /etc/storaged/NODE/identity/ on one server that runs, and reload that node:")
+        click.echo("  the others learn the layout from it")

@@ -157,6 +157,17 @@ def test_renewing_leaves_the_configuration_of_the_server_alone(authority: Path) 
         call("cluster", "renew", str(authority), "n9")
 
 
+def test_a_second_layout_asks_for_no_folder_of_a_node_that_has_one(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    issue_three(authority)
+    call("cluster", "layout", str(authority))
+    assert capsys.readouterr().out.count("nodes/") == 4
+    call("cluster", "issue", str(authority), "gw2", "--rack", "FR/par1/a", "--roles", "gateway")
+    capsys.readouterr()
+    call("cluster", "layout", str(authority))
+    shown = capsys.readouterr().out
+    assert (shown.count("nodes/"), shown.count("nodes/gw2"), shown.count("layout.signed")) == (1, 1, 1)
+
+
 def test_issued_nodes_serve_health_and_metrics_on_loopback(authority: Path) -> None:
     issue_three(authority)
     listens = {name: config.load(authority / "nodes" / name / "config.toml").admin.listen for name in ("n1", "gateway")}
