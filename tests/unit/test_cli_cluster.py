@@ -159,6 +159,7 @@ def test_renewing_leaves_the_configuration_of_the_server_alone(authority: Path) 
 
 def test_a_second_layout_asks_for_no_folder_of_a_node_that_has_one(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
     issue_three(authority)
+    capsys.readouterr()
     call("cluster", "layout", str(authority))
     assert capsys.readouterr().out.count("nodes/") == 4
     call("cluster", "issue", str(authority), "gw2", "--rack", "FR/par1/a", "--roles", "gateway")
