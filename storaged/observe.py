@@ -77,6 +77,8 @@ def _logfmt(event: Mapping[str, Any]) -> str:
         text = str(event[name])
         if not _PLAIN.fullmatch(text):
             text = '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r") + '"'
+        if not text.isprintable():  # other nodes and clients choose some texts: none may control a terminal
+            text = "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in text)
         words.append(f"{name}={text}")
     line = " ".join(words)
     return f"{line}\n{event['exception']}" if "exception" in event else line

@@ -132,7 +132,12 @@ def render(found: dict[str, Any], command: str = "") -> str:
         if steps[index + 1 : index + 2] != [step]:  # once for several in a row that want the same
             lines.append(f"  Next: {step}")
     lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
-    return "\n".join(lines)
+    return "\n".join(map(_plain, lines))
+
+
+def _plain(line: str) -> str:
+    """Other nodes choose some of the texts: none may control the terminal."""
+    return line if line.isprintable() else "".join(sign if sign.isprintable() else "?" for sign in line)
 
 
 def _next_step(entry: dict[str, Any], command: str) -> str:

@@ -47,7 +47,7 @@ from storaged.cluster.server import OnRefusal
 from storaged.errors import CertificateRefused, JurisdictionRefused, PeerError, PeerTimeout, PeerUnreachable, StoragedError
 from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.units import MIB
-from storaged.wire import Buffer, Message, decode, decoder_of, encode
+from storaged.wire import MALFORMED, Buffer, Message, decode, decoder_of, encode
 
 log = structlog.get_logger(__name__)
 
@@ -155,7 +155,7 @@ class ClientConnection(Connection):
         answer: Any
         try:
             answer = decode_reply(head) if kind == REPLY else self._counted(self._error_in(head))
-        except MsgspecError as error:
+        except MALFORMED as error:
             answer = self._counted(faults.refused(faults.BAD_REPLY, f"The answer of {self.node} does not decode: {error}"))
         try:
             then(answer, body)
@@ -179,7 +179,9 @@ class ClientConnection(Connection):
                 self.hello.set_result(decode(head, Hello))
             else:
                 refusal = decode(head, ErrorHead)
-                self._give_up(CertificateRefused(f"{self.node} refuses this node: {refusal.message}", refused_with=refusal.code))
+                self._give_up(
+                    CertificateRefused(f"{self.node} refuses this node: {faults.plain(refusal.message)}", refused_with=refusal.code)
+                )
         except MsgspecError as error:
             raise FrameError(f"the handshake does not decode: {error}") from error
 

@@ -7,6 +7,7 @@ A PeerError crosses as the class it is; any other StoragedError as PeerRefused t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from storaged.cluster.framing import ErrorHead
 from storaged.errors import PeerError, PeerRefused, StoragedError
@@ -21,6 +22,14 @@ BALLOT_REFUSED = "BALLOT_REFUSED"
 BAD_REPLY = "BAD_REPLY"
 
 MESSAGE_CHARS_MAX = 4096
+CODE_CHARS_MAX = 64
+DETAILS_MAX = 16
+
+
+def plain(text: str, chars_max: int = MESSAGE_CHARS_MAX) -> str:
+    """What another node says, for logs and terminals: short, and without characters that would control these."""
+    text = text[:chars_max]
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def to_head(error: BaseException) -> ErrorHead:
@@ -32,14 +41,16 @@ def to_head(error: BaseException) -> ErrorHead:
 
 
 def from_head(head: ErrorHead, node: str) -> PeerError:
+    """The error that ``node`` answers with. Its texts may be anything: they are cut, and made plain."""
     kind = _peer_errors().get(head.code)
+    message = plain(head.message)
     if kind is None:
-        error: PeerError = PeerRefused(f"{node}: {head.message}", remote_code=head.code)
+        error: PeerError = PeerRefused(f"{node}: {message}"[:MESSAGE_CHARS_MAX], remote_code=plain(head.code, CODE_CHARS_MAX))
     elif issubclass(kind, PeerRefused):
-        error = kind(head.message, remote_code=head.remote_code)
+        error = kind(message, remote_code=plain(head.remote_code, CODE_CHARS_MAX))
     else:
-        error = kind(head.message)
-    error.details = head.details
+        error = kind(message)
+    error.details = {plain(name, CODE_CHARS_MAX): plain(value) for name, value in islice(head.details.items(), DETAILS_MAX)}
     return error
 
 

@@ -39,10 +39,11 @@ import structlog
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.authority import grant
+from storaged.cluster.faults import plain
 from storaged.cluster.history import EarlierLayouts
 from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
-from storaged.cluster.layouts import PEER, LayoutBook
+from storaged.cluster.layouts import PEER, REASON_CHARS_MAX, REFUSALS_MAX, LayoutBook
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, Caller, DiskStatus, LedgerReport, Method, Methods
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
@@ -56,6 +57,10 @@ SAMPLES = 16
 """Recent round trips among which the fastest measures the clock: eight seconds."""
 
 LAYOUTS_PER_PING_MAX = 64
+
+DISKS_TOLD_MAX = 1024
+"""Of one node: more it may not tell of."""
+DISK_BYTES_MAX = 2**60
 
 WRITABLE = frozenset({"ok"})
 READABLE = frozenset({"ok", "full", "read-only"})
@@ -97,6 +102,14 @@ class Pong(Message, frozen=True):
     refused: tuple[RefusedLayout, ...] = ()
     certificate_until_ms: int = 0
     ledger: LedgerReport | None = None
+
+
+def _told(disk: DiskReport) -> DiskStatus:
+    """A disk as its node tells of it: of texts that may be anything, what a terminal can show; sizes that a disk can
+    have."""
+    used, free = (min(max(size, 0), DISK_BYTES_MAX) for size in (disk.bytes_used, disk.bytes_free))
+    identity, directory, state, reason = (plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason))
+    return DiskStatus(identity, directory, state, used, free, reason)
 
 
 class LayoutAfter(Message, frozen=True):
@@ -364,11 +377,15 @@ class Membership:
         rtt_ms = (self._clock.monotonic() - began) * 1000
         peer.rtt_min_ms = rtt_ms if peer.rtt_min_ms is None else min(peer.rtt_min_ms, rtt_ms)
         peer.samples.append((rtt_ms, pong.wall_ms - (wall_before + rtt_ms / 2)))
-        disks = tuple(DiskStatus(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in pong.disks)
+        disks = tuple(map(_told, pong.disks[:DISKS_TOLD_MAX]))
         if disks != peer.disks:
             peer.disks = disks
             self._index_disks()
-        peer.refused, peer.ledger = pong.refused, pong.ledger
+        peer.refused = tuple(
+            RefusedLayout(entry.epoch, plain(entry.source, REASON_CHARS_MAX), plain(entry.reason, REASON_CHARS_MAX))
+            for entry in pong.refused[:REFUSALS_MAX]
+        )
+        peer.ledger = pong.ledger
         peer.certificate_until_ms = pong.certificate_until_ms
         self._heard_of(peer, pong.incarnation, pong.pid, pong.epoch)
         self._compare(peer.name, pong.epoch, pong.digest)
