@@ -20,8 +20,9 @@ import structlog
 from storaged.clock import Clock
 from storaged.durable import replace_file
 from storaged.errors import KeyringMismatch, StoragedError
-from storaged.meta.names import Change, RegisterName, Value, system_name
+from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
+from storaged.objects.system_rows import context_of, sequence_after
 from storaged.wire import Message, decode, encode
 
 CLUSTER: Final = system_name("cluster")
@@ -159,8 +160,7 @@ def _record_of(value: Value) -> ClusterRecord:
 
 
 def _change(before: Value | None, record: ClusterRecord, keyring: Authenticates) -> Change:
-    sequence = (before.sequence if before is not None else 0) + 1
-    tag = keyring.authenticate(_context_of(CLUSTER, sequence), _plain(record))
+    tag = keyring.authenticate(context_of(CLUSTER, sequence_after(before)), _plain(record))
     return Change(encode(msgspec.structs.replace(record, authenticator=tag)))
 
 
@@ -169,8 +169,4 @@ def _plain(record: ClusterRecord) -> bytes:
 
 
 def _context(value: Value) -> tuple[bytes, ...]:
-    return _context_of(CLUSTER, value.sequence)
-
-
-def _context_of(name: RegisterName, sequence: int) -> tuple[bytes, ...]:
-    return (name.pack(), sequence.to_bytes(8, "big"))
+    return context_of(CLUSTER, value.sequence)

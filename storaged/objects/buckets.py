@@ -11,8 +11,7 @@ A nonce begins with the record's sequence number, so that the nonces of a bucket
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 import structlog
@@ -28,7 +27,6 @@ from storaged.errors import (
     NoSuchBucket,
     NoSuchUpload,
     ServiceUnavailable,
-    StoragedError,
     TooManyBuckets,
 )
 from storaged.ids import BUCKET_ID_BYTES
@@ -84,7 +82,7 @@ class BucketService:
     def _verified(self, name: RegisterName, value: Value, record: BucketRecord) -> BucketRecord:
         """Raises DataDamaged."""
         covered = authenticated_bytes(value.body)
-        if not covered or not self._plane.keys.verify(_context(name, value.sequence), covered, record.authenticator):
+        if not covered or not self._plane.keys.verify(system_rows.context_of(name, value.sequence), covered, record.authenticator):
             raise DataDamaged("The record of this bucket is not authentic.")
         return record
 
@@ -106,10 +104,10 @@ class BucketService:
     def _change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
         """Signed for nodes without keys, and authenticated. Both are over the sequence number too, so that an older record can't be played back under a newer
         number."""
-        keys, sequence = self._plane.keys, (before.sequence if before is not None else 0) + 1
+        keys, sequence = self._plane.keys, system_rows.sequence_after(before)
         signature = keys.sign_public(public_bytes(self._plane.layouts.current.cluster, sequence, record))
         signed = msgspec.structs.replace(record, authenticator=b"", signer=signer_id(keys.public_signer()), signature=signature)
-        tag = keys.authenticate(_context(name, sequence), encode(signed))
+        tag = keys.authenticate(system_rows.context_of(name, sequence), encode(signed))
         visibility = Visibility.TOMBSTONE if record.state == DELETED else Visibility.LIVE
         return Change(encode(msgspec.structs.replace(signed, authenticator=tag)), visibility)
 
@@ -258,32 +256,19 @@ class BucketService:
             record = _decoded(value)
             return self._decode(name, value) if record is not None and record.owner == who.user_id else None
 
-        found: list[BucketRecord] = []
-        async for record in self._scan(own, prefix, after):
+        plane, found = self._plane, list[BucketRecord]()
+        begins, beyond = (PREFIX + prefix).encode(), (PREFIX + after).encode()
+        async for record in system_rows.scan(plane.scanner, plane.bad_rows, own, begins, after=beyond):
             if record.state == ACTIVE:
                 if len(found) >= limit:
                     return found, found[-1].name if found else after
                 found.append(record)
         return found, None
 
-    def _scan(
-        self, decode: system_rows.Decode[BucketRecord], prefix: str = "", after: str = "", found: dict[bytes, str] | None = None
-    ) -> AsyncIterator[BucketRecord]:
-        plane = self._plane
-        begins = (PREFIX + prefix).encode()
-        return system_rows.scan(plane.scanner, plane.bad_rows, decode, begins, after=(PREFIX + after).encode(), found=found)
-
     async def every_bucket(self) -> list[BucketRecord]:
         """All buckets of the cluster that are not deleted, in any state: for maintenance. What can't be used is healed or named in ``plane.bad_rows``."""
-        bad: dict[bytes, str] = {}
-        records = [record async for record in self._scan(self._decode, found=bad)]
-        for key in list(bad):
-            with contextlib.suppress(StoragedError, UnicodeDecodeError):
-                healed = await self._read(key.decode().removeprefix(PREFIX))
-                del bad[key]
-                records += [healed] if healed is not None else []
-        self._plane.bad_rows.replace(PREFIX.encode(), bad)
-        return records
+        plane = self._plane
+        return await system_rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
 
     async def sign_unsigned(self, records: Iterable[BucketRecord]) -> int:
         """Signs those records anew that the cluster's signing key has not signed: from before there were signatures, or before the keyring was exchanged.
@@ -456,10 +441,6 @@ def _record_in(body: bytes) -> BucketRecord:
         return decode(body, BucketRecord)
     except msgspec.MsgspecError as error:
         raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
-
-
-def _context(name: RegisterName, sequence: int) -> tuple[bytes, ...]:
-    return (name.pack(), sequence.to_bytes(8, "big"))
 
 
 def _tags_context(bucket: BucketRecord) -> tuple[bytes, ...]:

@@ -18,6 +18,7 @@ import msgspec
 from storaged.errors import DataDamaged
 from storaged.meta.listing import every_row
 from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.objects import system_rows
 from storaged.objects.plane import ObjectPlane
 from storaged.wire import Message, decode, encode
 
@@ -51,7 +52,7 @@ def _verified(plane: ObjectPlane, register: RegisterName, value: Value) -> NameC
         raise DataDamaged(f"The record of a user's name cannot be read: {error}") from None
     if not claim.authenticator and not plane.names_authenticated():
         return claim
-    if not plane.keys.verify(_context(register, value.sequence), _plain(claim), claim.authenticator):
+    if not plane.keys.verify(system_rows.context_of(register, value.sequence), _plain(claim), claim.authenticator):
         raise DataDamaged("The record of a user's name is not authentic.")
     return claim
 
@@ -66,8 +67,8 @@ def claim_of(plane: ObjectPlane, register: RegisterName, value: Value | None) ->
 
 def claimed(plane: ObjectPlane, register: RegisterName, before: Value | None, claim: NameClaim) -> Change:
     """The change that writes ``claim`` over ``before``, with its authenticator."""
-    sequence = (before.sequence if before is not None else 0) + 1
-    tag = plane.keys.authenticate(_context(register, sequence), _plain(claim))
+    sequence = system_rows.sequence_after(before)
+    tag = plane.keys.authenticate(system_rows.context_of(register, sequence), _plain(claim))
     return Change(encode(msgspec.structs.replace(claim, authenticator=tag)))
 
 
@@ -119,7 +120,3 @@ def register_of(name: str) -> RegisterName:
 
 def _plain(claim: NameClaim) -> bytes:
     return encode(msgspec.structs.replace(claim, authenticator=b""))
-
-
-def _context(name: RegisterName, sequence: int) -> tuple[bytes, ...]:
-    return (name.pack(), sequence.to_bytes(8, "big"))

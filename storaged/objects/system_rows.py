@@ -12,13 +12,14 @@ name for ``status``. Two cases differ:
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import structlog
 
-from storaged.errors import DataDamaged
+from storaged.errors import DataDamaged, StoragedError
 from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, system_name
 from storaged.meta.ports import Registers, Scanner
 
@@ -34,6 +35,16 @@ T = TypeVar("T")
 
 Decode = Callable[[RegisterName, "Value | None"], "T | None"]
 """``decode(name, value)``: the record; None where there is none. Raises DataDamaged for a row that can't be used."""
+
+
+def context_of(name: RegisterName, sequence: int) -> tuple[bytes, ...]:
+    """What the authenticator of a record is bound to, besides its fields: an older record can't be played back under a newer sequence number."""
+    return (name.pack(), sequence.to_bytes(8, "big"))
+
+
+def sequence_after(before: Value | None) -> int:
+    """The sequence number that a change of ``before`` is written under; 1 where there was nothing."""
+    return (before.sequence if before is not None else 0) + 1
 
 
 class BadRow(NamedTuple):
@@ -98,6 +109,23 @@ async def scan(
             if record is not None:
                 yield record
         start = page.next_after
+
+
+async def scan_healed(
+    scanner: Scanner, bad: BadRows, decode: Decode[T], prefix: str, read_one: Callable[[str], Awaitable[T | None]]
+) -> list[T]:
+    """All records under ``prefix``. What can't be used is healed by ``read_one`` (of the path without the prefix), or else named in ``bad``.
+
+    Raises as ``scan``."""
+    found: dict[bytes, str] = {}
+    records = [record async for record in scan(scanner, bad, decode, prefix.encode(), found=found)]
+    for key in list(found):
+        with contextlib.suppress(StoragedError, UnicodeDecodeError):
+            healed = await read_one(key.decode().removeprefix(prefix))
+            del found[key]
+            records += [healed] if healed is not None else []
+    bad.replace(prefix.encode(), found)
+    return records
 
 
 async def read(registers: Registers, bad: BadRows, decode: Decode[T], renewed: Callable[[Value, T], Change], path: str) -> T | None:

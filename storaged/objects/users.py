@@ -8,13 +8,12 @@ secret nor make a user.
 from __future__ import annotations
 
 import base64
-import contextlib
 import re
 from functools import partial
 
 import msgspec
 
-from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument, StoragedError
+from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument
 from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
 from storaged.objects import claims, system_rows
 from storaged.objects.api import Principal
@@ -60,7 +59,7 @@ class UserService:
         except msgspec.MsgspecError as error:
             raise DataDamaged(f"The record of a user cannot be read: {error}") from None
         unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
-        if not self._plane.keys.verify(_context(name, value.sequence), unsigned, record.authenticator):
+        if not self._plane.keys.verify(system_rows.context_of(name, value.sequence), unsigned, record.authenticator):
             raise DataDamaged("The record of a user is not authentic.")
         return record
 
@@ -104,8 +103,8 @@ class UserService:
 
     def _change(self, register: RegisterName, before: Value | None, record: UserRecord) -> Change:
         plain = msgspec.structs.replace(record, authenticator=b"")
-        sequence = (before.sequence if before is not None else 0) + 1
-        tag = self._plane.keys.authenticate(_context(register, sequence), encode(plain))
+        sequence = system_rows.sequence_after(before)
+        tag = self._plane.keys.authenticate(system_rows.context_of(register, sequence), encode(plain))
         return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
 
     async def add(
@@ -174,14 +173,7 @@ class UserService:
     async def list_users(self) -> list[Principal]:
         """By access key. What can't be used is healed, or passed over and named in ``plane.bad_rows``."""
         plane = self._plane
-        bad: dict[bytes, str] = {}
-        users = [user async for user in system_rows.scan(plane.scanner, plane.bad_rows, self._decode, PREFIX.encode(), found=bad)]
-        for key in list(bad):
-            with contextlib.suppress(StoragedError, UnicodeDecodeError):
-                healed = await self._read(key.decode().removeprefix(PREFIX))
-                del bad[key]
-                users += [healed] if healed is not None else []
-        plane.bad_rows.replace(PREFIX.encode(), bad)
+        users = await system_rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
         return [Principal(user.user_id, user.name, user.access_key) for user in sorted(users, key=lambda user: user.access_key)]
 
     async def check_names(self) -> None:
@@ -223,10 +215,6 @@ class UserService:
 
         await self._plane.registers.change(own, release)
         return Principal(found.user_id, found.name, access_key)
-
-
-def _context(name: RegisterName, sequence: int) -> tuple[bytes, ...]:
-    return (name.pack(), sequence.to_bytes(8, "big"))
 
 
 def _is_access_key(text: str) -> bool:
