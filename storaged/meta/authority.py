@@ -60,7 +60,8 @@ class Gate:
         on_refusal: OnRefusal = lambda peer, error: None,
     ) -> None:
         self._newest_epoch = newest_epoch
-        self._named = rules.ballots_unique
+        self._named = rules.ballots_unique and rules.own_ballots
+        self._rules = rules
         self._clock = clock if clock is not None else SystemClock()
         self._on_refusal = on_refusal
 
@@ -83,11 +84,11 @@ class Gate:
     def _judge(self, name: RegisterName, ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> Verdict:
         if self._named and not may_use(ballot, peer, helping=helping):
             raise self._refused(faults.BALLOT_REFUSED, peer, f"a ballot of {ballot.node!r}, and each node speaks under its own")
-        if not may_write(name, peer):
+        if not may_write(name, peer) and self._rules.system_by_gateways:
             raise self._refused(faults.VALUE_REFUSED, peer, "registers of the system table are written by gateways")
         if "gateway" not in peer.roles and ballot.counter > self._clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
             return AHEAD
-        return OK if ballot.epoch <= self._newest_epoch() else NEWER
+        return OK if ballot.epoch <= self._newest_epoch() or not self._rules.known_epochs else NEWER
 
     def _refused(self, code: str, peer: PeerIdentity, reason: str) -> PeerRefused:
         error = faults.refused(code, f"{peer.name} ({', '.join(peer.roles)}) is refused: {reason}.")

@@ -300,7 +300,7 @@ class RingClient:
 
     def _doubts(self, name: RegisterName, disk: str, value: Value | None) -> bool:
         """See ``Surroundings.doubts``. ``disk`` is empty where it is not known."""
-        if name.table != Table.SYSTEM or value is None or self._believes(name, value):
+        if name.table != Table.SYSTEM or value is None or self._believes(name, value) or not self._rules.unproved_set_aside:
             return False
         self._counts["doubted"] += 1
         if disk and (disk, name) not in self._doubted and len(self._doubted) < DOUBTED_MAX:
@@ -376,7 +376,7 @@ class RingClient:
         self._counts["replays"] += 1
         newest = max(seen.accepted.values())
         value = _value_at(seen, newest)
-        if value is None or newest.epoch != view.epoch or not (self._gateway or newest.node == self._node):
+        if value is None or newest.epoch != view.epoch or not self._may_replay(name, newest, value):
             return await self._changing.identity(name, nonce, deadline, commit=False)
         accepted = {disk for disk, ballot in seen.accepted.items() if ballot == newest}
         fragments: Fragments | None = ()
@@ -402,6 +402,13 @@ class RingClient:
             if not isinstance(reply, StoragedError) and reply.verdict == Verdict.OK:
                 accepted.add(disk)
         return value
+
+    def _may_replay(self, name: RegisterName, ballot: Ballot, value: Value) -> bool:
+        """A lone replica's lie must not be helped on under its own ballot: of system registers a settling round asks all (``register.credible``).
+        What was created is helped on as a create, and those are refused from who is no gateway."""
+        if name.table == Table.SYSTEM and self._rules.lone_ballot_led_by_none:
+            return False
+        return self._gateway or (ballot.node == self._node and not created(value)) or not self._rules.own_ballots
 
     def _compare_digests(self, name: RegisterName, seen: _Seen, ballot: Ballot) -> None:
         if len({reply.digest for reply in seen.replies.values() if reply.accepted == ballot}) > 1:

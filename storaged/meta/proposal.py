@@ -42,8 +42,8 @@ from storaged.meta.register import (
     Rules,
     Standing,
     Verdict,
-    chosen_beneath,
     confirmed_above,
+    credible,
     has_majority,
     may_create,
     out_of_reach,
@@ -60,6 +60,14 @@ BACKOFF_MAX_S = 0.5
 
 STRAGGLERS_S = 0.05
 """How long a settling round waits for the replicas beyond the majority, to learn of damaged rows and of higher promises."""
+
+SYSTEM_STRAGGLERS_S = 1.0
+"""As that, where two replicas of a register of the system table differ: one of them may lie, and only the third one's answer keeps the lie from counting. A slow disk is
+no reason to go without it; a replica that hangs costs so much, and only where a write was cut short."""
+
+SOUGHT_MAX = 4
+"""How often it begins again then, with a higher ballot, for a third one that has promised a higher one: more than two proposers in turn need, and a liar that always
+refuses leaves the two others alone."""
 
 CARRY_TRIES = 2
 """So often a round begins again because the copy of an unconfirmed record was not to be had; then the record is settled without it."""
@@ -152,6 +160,7 @@ class Proposal:
     commit: bool = False
     _above: int = 0
     _tries: int = 0
+    _sought: int = 0
     _far: dict[str, int] = field(default_factory=dict)
     """Counters in the way that no clock near this one's explains, by the replica that tells of them."""
 
@@ -264,19 +273,21 @@ class Proposal:
                 doubted[disk] = reply
             else:
                 promised[disk] = reply
-        others = promised if self.name.table == Table.SYSTEM else {}
+        others = promised if self.name.table == Table.SYSTEM and around.rules.lone_ballot_led_by_none else {}
         if self.commit:
             await self._hear_stragglers(promises, others)
             if promises.damaged_below > ballot.counter or (self._above >= ballot.counter and self._tries < ALL_REPLICAS_TRIES):
                 return None
         self._look_at(view, promises, promised)
         if not promises.settled and others is promised:
-            await self._hear_stragglers(promises, others)
+            await self._hear_stragglers(promises, others, SYSTEM_STRAGGLERS_S)
             self._look_at(view, promises, promised)
-            chosen = chosen_beneath(view.groups, {disk: reply.accepted for disk, reply in promised.items()})
-            if chosen is not None:
-                value = next(reply.value for reply in promised.values() if reply.accepted == chosen)
-                promises.ballot, promises.value, promises.settled = chosen, value, True
+            found = credible(view.groups, {disk: (reply.accepted, reply.value) for disk, reply in promised.items()})
+            if found is not None:
+                promises.ballot, promises.value, promises.settled = found
+            elif self._above >= ballot.counter and self._sought < SOUGHT_MAX:
+                self._sought += 1
+                return None
         if not promises.settled:
             lost_at = self.lineage.lost_at()
             told = [(reply.accepted, reply.value) for reply in promised.values() if reply.accepted != lost_at]
@@ -305,7 +316,7 @@ class Proposal:
 
     def _note_above(self, disk: str, counter: int) -> bool:
         """A counter that is in the way at a replica. False: it is so far off that it counts only with a majority's."""
-        if counter > self.around.clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:
+        if counter > self.around.clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US and self.around.rules.far_by_majority:
             self._far[disk] = counter
             return False
         self._above = max(self._above, counter)
@@ -329,10 +340,12 @@ class Proposal:
         if not self.lineage.open:
             raise self._gave_up("no majority of its replicas answers")
 
-    async def _hear_stragglers(self, promises: _Promises, promised: dict[str, messages.PrepareReply]) -> None:
+    async def _hear_stragglers(
+        self, promises: _Promises, promised: dict[str, messages.PrepareReply], patience_s: float = STRAGGLERS_S
+    ) -> None:
         """Waits a moment for the replicas beyond the majority, and adds those that promise."""
         while promises.answers.pending:
-            answer = await promises.answers.next(min(STRAGGLERS_S, self.remaining_s()))
+            answer = await promises.answers.next(min(patience_s, self.remaining_s()))
             if answer is None:
                 return
             disk, reply = answer

@@ -220,7 +220,7 @@ class QuickChange(Attempt):
                 if reply.accepted > best.accepted:
                     best = reply
         if not settled and self.name.table == Table.SYSTEM:
-            self._end(None)  # all replicas are to be asked: one of them may lie (``register.chosen_beneath``)
+            self._end(None)  # all replicas are to be asked: one of them may lie (``register.credible``)
             return
         found = best.value
         lineage = self.lineage

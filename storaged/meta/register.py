@@ -85,6 +85,20 @@ class Rules:
     """15. An acceptor refuses a counter far ahead of both its clock and what it has promised: one prepare with the highest would stop it for ever."""
     created_goes_behind: bool = True
     """14. A created value that is found above another is carried on with the sequence behind that."""
+    far_by_majority: bool = True
+    """15. A proposer goes above a counter far ahead of its clock only where a majority names one: one replica that lies would lead it where all others refuse it."""
+    lone_ballot_led_by_none: bool = True
+    """16. In the system table a lone replica's higher ballot does not lead once all have promised (``credible``)."""
+    unproved_set_aside: bool = True
+    """17. A value of the system table that no gateway wrote counts only where a majority holds it."""
+    system_by_gateways: bool = True
+    """18. Acceptors take ballots for registers of the system table from gateways alone."""
+    own_ballots: bool = True
+    """18. A node that is no gateway speaks under its own ballots alone, also where it helps on."""
+    known_epochs: bool = True
+    """19. An acceptor refuses ballots of a layout that its node does not know: they would outlive all ballots of the layouts to come."""
+    fences_told: bool = True
+    """20. A replica that tells of a row of a fenced scope says that it is fenced."""
 
 
 RULES = Rules()
@@ -233,15 +247,24 @@ def settled_ballot(groups: Groups, accepted: Mapping[str, Ballot], rules: Rules 
     return None
 
 
-def chosen_beneath(groups: Groups, accepted: Mapping[str, Ballot]) -> Ballot | None:
-    """The ballot that a majority of every group reports although some replica reports a higher one; None when that is
-    not so, or not all replicas have promised. What is under the higher ballot was then chosen nowhere, and can't be any
-    more: those who don't have it have promised to refuse it. So the majority's value may be taken for the newest, and a
-    replica that lies, or was put back, leads no register of the system table to an older record."""
-    if not all(disk in accepted for group in groups for disk in group):
+def credible(groups: Groups, told: Mapping[str, tuple[Ballot, Value | None]]) -> tuple[Ballot, Value | None, bool] | None:
+    """What a register of the system table is to go on from when replicas differ, whose ballot, and whether it is settled; None when not all replicas
+    have promised, or a layout change asks two groups. A replica that lies, or was put back, leads it to no older record then (rule 16).
+
+    Why it is safe: all replicas have promised, so what may have been chosen below the new ballot was accepted by a majority of them already. Its ballot is no
+    higher than the one that a majority reports or exceeds, the *reach*: above that nothing was chosen, nor can be any more. Whatever was proposed at the reach
+    or above it descends from everything that was chosen (that is Paxos), so each value there may be gone on from.
+
+    A ballot that a majority reports is the reach itself, and was chosen. Else of the values at the reach and above it the one with the highest sequence is
+    taken, of two with the same the higher ballot: a lone liar chooses its ballot, but has no authenticator of a sequence that no gateway has reached."""
+    if len(groups) != 1 or not all(disk in told for disk in groups[0]):
         return None
-    settled = settled_ballot(groups, accepted)
-    return settled if settled is not None and settled < max(accepted.values()) else None
+    settled = settled_ballot(groups, {disk: ballot for disk, (ballot, _) in told.items()})
+    if settled is not None:
+        return settled, next(value for ballot, value in told.values() if ballot == settled), True
+    ranked = sorted(told.values(), key=lambda pair: pair[0], reverse=True)
+    ballot, value = max(ranked[: len(ranked) // 2 + 1], key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
+    return ballot, value, False
 
 
 def overtaken(told: Iterable[tuple[Ballot, Value | None]], newest: Ballot, value: Value | None, rules: Rules = RULES) -> Value | None:
@@ -288,6 +311,7 @@ class Ballots:
     def __init__(self, node: str, incarnation: Callable[[], bytes], rules: Rules = RULES) -> None:
         self._node = node if rules.ballots_unique else ""
         self._draw = incarnation if rules.ballots_unique else bytes
+        self._far_by_majority = rules.far_by_majority
         self._incarnation = self._draw()
         self._last = 0
         self._confirmed = 0
@@ -298,7 +322,7 @@ class Ballots:
         process where every other refuses it."""
         limit = now_us + COUNTER_AHEAD_MAX_US
         if above > limit:
-            if confirmed:
+            if confirmed or not self._far_by_majority:
                 self._confirmed = max(self._confirmed, above)
             elif above > self._confirmed + COUNTER_AHEAD_MAX_US:
                 above = 0

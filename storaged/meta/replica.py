@@ -417,7 +417,7 @@ class LocalReplica:
         for index, name in enumerate(names):
             scope = name[1:SCOPE_END]
             if scope != last:
-                last, fenced = scope, self._fences.of(scope) is not None
+                last, fenced = scope, self._tells_fence(scope)
             if fenced:
                 found[index] = None
         if self._in_flight:
@@ -429,7 +429,7 @@ class LocalReplica:
         if self._silent or (epoch < self._epoch and self._rules.fence_by_epoch):
             return None
         self._counts["reads"] += 1
-        if self._fences.of(name[1:SCOPE_END]) is not None or (self._in_flight and RegisterName.unpack(name) in self._in_flight):
+        if self._tells_fence(name[1:SCOPE_END]) or (self._in_flight and RegisterName.unpack(name) in self._in_flight):
             return None
         return self._store.row(name)
 
@@ -480,7 +480,7 @@ class LocalReplica:
             self._counts["refused"] += 1
             return messages.ReadReply(verdict), NO_BYTES
         value = acceptor.value if request.full else None
-        digest, fenced = digest_of(acceptor.value), acceptor.fence is not None
+        digest, fenced = digest_of(acceptor.value), self._tells_fence(request.name.scope)
         if payload is None:
             return messages.ReadReply(verdict, acceptor.accepted, digest, value, fenced=fenced), NO_BYTES
         header = header if request.data_id else b""
@@ -517,7 +517,7 @@ class LocalReplica:
             reply = scan_store(self._store, request, self._digests)
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        return reply if self._fences.of(request.scope) is None else msgspec.structs.replace(reply, fenced=True)
+        return reply if not self._tells_fence(request.scope) else msgspec.structs.replace(reply, fenced=True)
 
     # --- pages and fences ----------------------------------------------------------------------------------------------
 
@@ -608,6 +608,9 @@ class LocalReplica:
             self._sequences.pop(evicted_name, None)
             self._floor = max(self._floor, evicted)
             self._counts["evicted"] += 1
+
+    def _tells_fence(self, scope: bytes) -> bool:
+        return self._fences.of(scope) is not None and self._rules.fences_told
 
     async def _load(self, data_id: bytes) -> Copy | None:
         if self._copies is None:

@@ -8,6 +8,7 @@ import time
 from dataclasses import fields, replace
 
 from storaged.meta.register import RULES, Rules
+from tests.sim.hostile import run_hostile
 from tests.sim.scenario import run_seed
 
 
@@ -16,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=200, metavar="N")
     parser.add_argument("--first", type=int, default=1, metavar="SEED")
     parser.add_argument("--break", dest="broken", choices=[field.name for field in fields(Rules)], metavar="RULE")
+    parser.add_argument("--hostile", action="store_true", help="play those of ``hostile``")
     parser.add_argument("--trace", action="store_true", help="print each seed's trace digest")
     parser.add_argument("--go-on", action="store_true", help="do not stop at the first violation")
     options = parser.parse_args(arguments)
@@ -23,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     played = operations = violations = messages = unknown = refused = 0
     for seed in range(options.first, options.first + options.seeds):
-        found = run_seed(seed, rules)
+        found = (run_hostile if options.hostile else run_seed)(seed, rules)
         played += 1
         operations += found.operations
         messages += found.messages

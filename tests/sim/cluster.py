@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -42,8 +42,8 @@ WIDE_SKEW_MS_MAX = 100_000
 """In some of the runs: more than creates bear, and far less than an hour."""
 
 
-def _peer(name: str) -> PeerIdentity:
-    return PeerIdentity(name, "FR", "par1", "a", ("gateway",))
+def _peer(name: str, roles: tuple[str, ...] = ("gateway",)) -> PeerIdentity:
+    return PeerIdentity(name, "FR", "par1", "a", roles)
 
 
 def make_layout(epoch: int, seeds: Sequence[str]) -> Layout:
@@ -74,6 +74,12 @@ class Weather:
     slow: float = 0.0
     full: float = 0.0
     sync_ms: float = 4.0
+    slow_s: float = 0.4
+    """The longest delay of a slow message."""
+    slow_sync: float = 20
+    """How many times longer a slow sync takes."""
+    refuse: float = 0.1
+    """A post is refused, as when a connection has no room."""
 
 
 @dataclass
@@ -88,6 +94,12 @@ class World:
     cut: frozenset[str] = frozenset()
     """Processes on the far side of a partition: they reach each other, and nobody on the near side."""
     skew_ms_max: int = SKEW_MS_MAX
+    roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of processes that are no gateways."""
+    epochs: int = EPOCHS
+    """The newest layout that nodes know."""
+    on_refusal: Callable[[str, StoragedError], None] = lambda peer, error: None
+    """Told of what replicas' nodes refuse as no honest node's."""
     messages: int = 0
     _trace: Any = field(default_factory=sha256)
 
@@ -106,12 +118,12 @@ class World:
 
     def delay_s(self) -> float:
         if self.random.random() < self.weather.slow:
-            return self.random.uniform(0.01, 0.4)
+            return self.random.uniform(0.01, self.weather.slow_s)
         return self.random.uniform(0.0005, 0.004)
 
     async def sync(self) -> None:
         slow = self.random.random() < self.weather.slow
-        await asyncio.sleep(self.random.uniform(0.0002, self.weather.sync_ms / 1000) * (20 if slow else 1))
+        await asyncio.sleep(self.random.uniform(0.0002, self.weather.sync_ms / 1000) * (self.weather.slow_sync if slow else 1))
 
 
 class PayloadDisk:
@@ -144,7 +156,7 @@ class PayloadDisk:
 class StorageNode:
     """One process with one disk; it may die and come back, and its disk may be swapped for a blank one meanwhile."""
 
-    def __init__(self, world: World, name: str, disk: str) -> None:
+    def __init__(self, world: World, name: str, disk: str, skew_ms: int | None = None) -> None:
         self.world = world
         self.name = name
         self.disk = disk
@@ -152,10 +164,10 @@ class StorageNode:
         self.up = False
         self.foreign = False
         self.epoch = 0
-        self._skew_ms = world.skew_ms()
+        self.skew_ms = world.skew_ms() if skew_ms is None else skew_ms
         self._handlers: dict[asyncio.Task[None], None] = {}
         self.blank_disk()
-        self._expected_store_id = self.store.store_id
+        self.expected_store_id = self.store.store_id
         self.start()
         world.nodes[name] = self
 
@@ -166,21 +178,31 @@ class StorageNode:
     def start(self) -> None:
         self.life += 1
         self.world.note("start", self.name)
+        clock = VirtualClock(self.world.loop, self.skew_ms)
         try:
             self.replica = LocalReplica.open(
                 self.disk,
                 self.store,
-                self._expected_store_id,
+                self.expected_store_id,
                 copies=self.payloads.bound_to(self.life, self),
                 promises_max=3,
                 rules=self.world.rules,
-                clock=VirtualClock(self.world.loop, self._skew_ms),
+                clock=clock,
             )
         except DiskForeign:
             self.foreign = True
             return
         self.up = True
-        self.methods = ReplicaHost({self.disk: self.replica}, lambda: EPOCHS, self.world.rules).methods()
+        world = self.world
+        self.methods = ReplicaHost({self.disk: self.replica}, lambda: world.epochs, world.rules, clock, world.on_refusal).methods()
+
+    async def start_accepted(self, epoch: int) -> None:
+        """With the blank disk that an operator has accepted."""
+        self.expected_store_id = self.store.store_id
+        self.start()
+        self.up = False
+        await self.replica.end_promises(epoch)
+        self.up = True
 
     def crash(self) -> None:
         """Some prefix of the commits on their way reaches the disk; nobody hears of it."""
@@ -196,7 +218,8 @@ class StorageNode:
         if not self.up:
             return
         entry, life = self.methods[method], self.life
-        asked, call = decode(request, entry.request), Call(_peer(source), memoryview(body), 0.0)
+        peer = _peer(source, self.world.roles.get(source, ("gateway",)))
+        asked, call = decode(request, entry.request), Call(peer, memoryview(body), 0.0)
 
         def reply(outcome: Message | Reply | Exception) -> None:
             if not self.up or self.life != life:
@@ -300,7 +323,7 @@ class NetworkCaller:
         timeout_s: float,
     ) -> bool:
         target = self._world.nodes[node]
-        if not self.alive or not target.up or self._world.random.random() < 0.1:
+        if not self.alive or not target.up or self._world.random.random() < self._world.weather.refuse:
             return False
         encoded, bulk = start + rest, b"".join(bytes(piece) for piece in body)
         waiting = [then]
@@ -367,12 +390,27 @@ class Gateway:
     """One process with a ring client. After ``crash`` its calls reach nobody, and a new life has a new incarnation. ``node``: a storage node in the same process,
     whose replica is asked without the network, and which dies and comes back with it."""
 
-    def __init__(self, world: World, name: str, layout: Layout, node: StorageNode | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        layout: Layout,
+        node: StorageNode | None = None,
+        *,
+        skew_ms: int | None = None,
+        kind: type[RingClient] = RingClient,
+        local: dict[str, LocalReplica] | None = None,
+        **options: Any,
+    ) -> None:
+        """``options`` of its client, which is one of this ``kind``."""
         self._world = world
+        self._kind = kind
+        self._local = local
+        self._options = options
         self.name = name
         self._node = node
         self.layouts = Layouts(layout)
-        self._skew_ms = world.skew_ms()
+        self._skew_ms = world.skew_ms() if skew_ms is None else skew_ms
         self.life = 0
         self.start()
 
@@ -385,9 +423,9 @@ class Gateway:
             node.start()
         together = -1 if world.random.random() < 0.5 else ALONE_MAX
         self.directory = ReplicaDirectory(
-            self.layouts, self.caller, None if node is None else {node.disk: node.replica}, alone_max=together
+            self.layouts, self.caller, self._local if node is None else {node.disk: node.replica}, alone_max=together
         )
-        self.client = RingClient(
+        self.client = self._kind(
             self.layouts,
             self.directory,
             node=self.name,
@@ -399,6 +437,7 @@ class Gateway:
             hedge_s=0.02,
             rules=world.rules,
             novelty=Guess(world),
+            **self._options,
         )
 
     async def crash(self) -> None:

@@ -458,8 +458,12 @@ def _compare_and_set(expected: Content, content: bytes, data_id: bytes) -> Calla
 
 def run_seed(seed: int, rules: Rules = RULES) -> Verdicts:
     """Plays one seed and judges it. The same seed and rules give the same trace, in every process."""
+    return play_out(lambda loop: Scenario(seed, loop, rules))
+
+
+def play_out(begin: Callable[[VirtualLoop], Scenario]) -> Verdicts:
     loop = VirtualLoop()
-    scenario = Scenario(seed, loop, rules)
+    scenario = begin(loop)
     with structlog.testing.capture_logs():
         run(loop, scenario.play())
     return scenario.judge()

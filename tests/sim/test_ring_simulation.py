@@ -1,6 +1,6 @@
 """The ring under a nemesis: no violation with the rules, and a violation soon without any one of them.
 
-``STORAGED_SIM_SEEDS=10000`` plays more. A failure names the seed; ``python -m tests.sim --first SEED --seeds 1`` plays it again.
+``STORAGED_SIM_SEEDS=10000`` plays more. A failure names the seed; ``python -m tests.sim --first SEED --seeds 1`` (with ``--hostile``) plays it again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from storaged.meta.register import RULES
+from tests.sim.hostile import run_hostile
 from tests.sim.scenario import run_seed
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "100"))
@@ -36,6 +37,19 @@ SEED_BUDGETS = {
 }
 """How many seeds a run without the rule may take to show it; about five times what it took when this was written."""
 
+HOSTILE_SEEDS = int(os.environ.get("STORAGED_SIM_HOSTILE_SEEDS", "40"))
+
+HOSTILE_BUDGETS = {
+    "far_by_majority": (1, 50),
+    "lone_ballot_led_by_none": (1, 100),
+    "unproved_set_aside": (1, 200),
+    "system_by_gateways": (1, 120),
+    "own_ballots": (101, 900),
+    "known_epochs": (1, 250),
+    "fences_told": (1, 50),
+}
+"""As ``SEED_BUDGETS``, of the rules that ``hostile`` shows: the first seed, and how many."""
+
 
 @pytest.mark.timeout(0)
 def test_with_its_rules_the_ring_is_linearizable_whatever_fails() -> None:
@@ -50,6 +64,20 @@ def test_with_its_rules_the_ring_is_linearizable_whatever_fails() -> None:
     print(f"{SEEDS} seeds, {operations} operations, {unknown} of unknown outcome, no violation")
 
 
+@pytest.mark.timeout(0)
+def test_a_liar_clocks_and_storage_nodes_break_nothing() -> None:
+    for seed in range(FIRST_SEED, FIRST_SEED + HOSTILE_SEEDS):
+        found = run_hostile(seed)
+        assert not found.violation, f"hostile seed {seed}: {found.violation} ({', '.join(found.faults)})"
+
+
+@pytest.mark.parametrize("rule", HOSTILE_BUDGETS)
+def test_without_one_of_its_rules_a_liar_is_caught(rule: str) -> None:
+    rules = replace(RULES, **{rule: False})
+    first, budget = HOSTILE_BUDGETS[rule]
+    assert any(run_hostile(seed, rules).violation for seed in range(first, first + budget)), f"without {rule} nothing was noticed"
+
+
 @pytest.mark.parametrize("rule", SEED_BUDGETS)
 def test_without_one_of_its_rules_the_ring_is_caught(rule: str) -> None:
     rules = replace(RULES, **{rule: False})
@@ -62,7 +90,7 @@ def test_without_one_of_its_rules_the_ring_is_caught(rule: str) -> None:
 
 
 def test_every_rule_has_a_budget() -> None:
-    assert set(SEED_BUDGETS) == set(RULES.__dataclass_fields__)
+    assert set(SEED_BUDGETS) | set(HOSTILE_BUDGETS) == set(RULES.__dataclass_fields__)
 
 
 def test_a_seed_plays_the_same_in_every_process() -> None:

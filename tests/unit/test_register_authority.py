@@ -25,8 +25,8 @@ from storaged.meta.register import (
     COUNTER_MAX,
     Ballots,
     Verdict,
-    chosen_beneath,
     confirmed_above,
+    credible,
 )
 from storaged.meta.remote import ReplicaDirectory
 from storaged.objects.records import BucketRecord
@@ -442,11 +442,23 @@ def test_one_replica_that_puts_an_old_record_back_brings_no_removed_user_back(by
 
 
 def test_what_a_majority_holds_counts_against_a_lone_higher_ballot_only_where_all_have_promised() -> None:
-    low, high, none = ballot("a", 1), ballot("b", 2), ZERO_BALLOT
+    none, low, high = (ZERO_BALLOT, None), (ballot("a", 1), record(5)), (ballot("b", 2), record(3))
     groups = (("x", "y", "z"),)
-    assert chosen_beneath(groups, {"x": high, "y": low, "z": low}) == low
-    assert chosen_beneath(groups, {"x": high, "y": none, "z": none}) == none
-    assert chosen_beneath(groups, {"x": high, "y": low}) is None, "the third may have the higher one too"
-    assert chosen_beneath(groups, {"x": high, "y": high, "z": low}) is None
-    assert chosen_beneath(groups, {"x": low, "y": low, "z": low}) is None
-    assert chosen_beneath(groups, {"x": high, "y": low, "z": none}) is None
+    assert credible(groups, {"x": high, "y": low, "z": low}) == (*low, True)
+    assert credible(groups, {"x": high, "y": none, "z": none}) == (*none, True)
+    assert credible(groups, {"x": high, "y": low}) is None, "the third may have the higher one too"
+    assert credible(groups, {"x": high, "y": high, "z": low}) == (*high, True)
+
+
+def test_where_no_two_replicas_agree_a_lone_higher_ballot_leads_to_no_older_record() -> None:
+    groups = (("x", "y", "z"),)
+    settled, cut_short, lie = (ballot("a", 1), record(5)), (ballot("b", 2), record(6)), (ballot("l", 3), record(2))
+    assert credible(groups, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False)
+    lie = ballot("l", 0), record(9)
+    assert credible(groups, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False), "what a majority exceeds was not chosen"
+    same = ballot("c", 3), record(6)
+    assert credible(groups, {"x": cut_short, "y": settled, "z": same}) == (*same, False)
+
+
+def record(sequence: int) -> Value:
+    return Value(sequence, bytes(16), Visibility.LIVE, b"")

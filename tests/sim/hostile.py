@@ -1,0 +1,396 @@
+"""Seeds with a liar, with clocks that are hours off, with storage nodes that propose, and with blank disks that are accepted.
+
+Two kinds of runs. Where a replica *lies*, everything else is well but slow, gateways die, and one clock is off: what one liar among three may do is bounded only
+while both others can be asked (README, "Limits"). It writes to its own disk, under ballots of its choice, values that no gateway wrote, older ones that one did, and
+ones that were never chosen; it promises counters that are far off; it asks the others what only gateways may. What it does not do is break a promise, or report
+what it acknowledged as never accepted under the older ballot: no quorum of two in three bears that. Where nobody lies everything fails that fails in ``scenario``.
+
+Beside that a bucket is closed for good by a final fence while others use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from storaged.errors import NoSuchBucket, StoragedError
+from storaged.meta import messages
+from storaged.meta.client import RingClient
+from storaged.meta.listing import RingScanner
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Slot, SmallCopies, StoreBatch, Update
+from storaged.meta.register import RULES, Rules
+from storaged.node.keeper import SystemKeeper
+from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World
+from tests.sim.scenario import GATEWAYS, KEYS, Scenario, Verdicts, play_out
+from tests.sim.virtual import EPOCH_MS, VirtualLoop
+
+HOUR_MS = 3_600_000
+SCOPE = b"a bucket's scope"
+CLOSED = RegisterName(Table.OBJECT, SCOPE, 0, b"closed")
+NONCE = b"the fence's nonce"
+
+
+class SigningClient(RingClient):
+    """A gateway's: it notes what it writes, as an authenticator over name, sequence and contents would."""
+
+    def __init__(self, *given: Any, written: set[tuple[bytes, int, int, bytes]], **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._written = written
+
+    def _signed(self, name: RegisterName, update: Update) -> Update:
+        def signing(value: Value | None) -> Change | None:
+            change = update(value)
+            if change is not None:
+                sequence = (value.sequence if value is not None else 0) + 1
+                self._written.add((name.key, sequence, int(change.visibility), change.body))
+            return change
+
+        return signing
+
+    async def change(self, name: RegisterName, update: Update, **options: Any) -> Any:
+        return await super().change(name, self._signed(name, update), **options)
+
+    def change_soon(self, name: RegisterName, update: Update, *given: Any, **options: Any) -> bool:
+        return super().change_soon(name, self._signed(name, update), *given, **options)
+
+
+class Reachable:
+    """``cluster.ports.Liveness``: which nodes are up."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def disk_writable(self, disk_id: str) -> bool:
+        return self.disk_readable(disk_id)
+
+    def disk_readable(self, disk_id: str) -> bool:
+        return self._world.nodes["n" + disk_id[1:]].up
+
+
+class Hostile(Scenario):
+    def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
+        super().__init__(seed, loop, rules)
+        self.random = self.world.random = random.Random(f"hostile {seed}")
+        chance = self.random.random
+        self.world.skew_ms_max = 5_000
+        self.world.epochs = 1
+        self.world.roles = {"n" + disk[1:]: ("storage",) for disk in DISKS}
+        self.world.on_refusal = self._refusal
+        self._stray_at_s = None
+        self._lies = chance() < 0.5
+        self._blank = not self._lies and chance() < 0.3
+        self._of_objects = not self._lies and chance() < 0.4
+        self._names = {key: self._name(b"sim/" + key.encode()) for key in KEYS}
+        self._liar = self.random.choice(FIRST_SEEDS)
+        self._written: set[tuple[bytes, int, int, bytes]] = set()
+        self._lied = 0
+        self._hints: list[RegisterName] = []
+        self._closed_at = -1
+        self._fences_seen: dict[str, int] = {}
+
+    def _refusal(self, peer: str, error: StoragedError) -> None:
+        if not (self._lies and peer == "n" + self._liar[1:]):
+            self._complain(f"{peer}, which is honest, was refused: {error.message}")
+
+    def _believes(self, name: RegisterName, value: Value) -> bool:
+        return value.sequence == 0 or (name.key, value.sequence, int(value.visibility), value.body) in self._written
+
+    def _gateway(self, name: str, **options: Any) -> Gateway:
+        def fenced(scope: bytes) -> None:
+            self._fences_seen[name] = self._fences_seen.get(name, 0) + (scope == SCOPE)
+
+        return Gateway(
+            self.world,
+            name,
+            self.layout,
+            kind=SigningClient,
+            written=self._written,
+            believes=self._believes,
+            on_missed=self._hints.append,
+            on_fenced=fenced,
+            **options,
+        )
+
+    def _small_copies(self, content: bytes) -> tuple[SmallCopies | None, bytes]:
+        return (None, b"") if self._lies or self._blank or not self._of_objects else super()._small_copies(content)
+
+    def _weather(self) -> Weather:
+        if not self._lies:
+            return super()._weather()
+        level = self.random.choice((0.0, 0.1, 0.3))
+        return Weather(0.0, level, level, 0.0, self.random.choice((1.0, 4.0)), 0.12, 6, 0.1)
+
+    # --- what a liar does ----------------------------------------------------------------------------------------------
+
+    async def lies(self) -> None:
+        """Until it is cancelled."""
+        node = self.world.nodes["n" + self._liar[1:]]
+        seen: dict[RegisterName, list[tuple[Ballot, Value]]] = {}
+        self._overhear(node, seen)
+        while True:
+            await asyncio.sleep(self.random.expovariate(1 / 0.03))
+            if self.random.random() < 0.1 and node.up:
+                node.crash()
+                self.world.loop.call_later(self.random.choice((0.0, 0.02, 0.1)), self._restart, node)
+                self.world.loop.call_later(0.11, self._overhear, node, seen)
+                continue
+            name = self._names[self.random.choice(KEYS)]
+            if not node.up:
+                continue
+            self._lied += 1
+            lie = self.random.choice((self._forge, self._forge, self._forge, self._promise_far, self._ask_others))
+            await lie(node, name, seen.get(name, []))
+
+    def _overhear(self, node: StorageNode, seen: dict[RegisterName, list[tuple[Ballot, Value]]]) -> None:
+        """The liar remembers all values that it was ever asked to accept, also those that it refused."""
+        replica = node.replica
+        begin = replica.begin_accept
+        if not node.up or getattr(begin, "overheard", False):
+            return
+
+        def overheard(request: messages.Accept, *given: Any, **options: Any) -> bool:
+            seen.setdefault(request.name, []).append((request.ballot, request.value))
+            return begin(request, *given, **options)
+
+        overheard.overheard = True  # type: ignore[attr-defined]
+        replica.begin_accept = overheard  # type: ignore[method-assign]
+
+    def _high(self, node: StorageNode) -> int:
+        now_us = EPOCH_MS * 1000 + int(self.world.loop.time() * 1e6)
+        return now_us + self.random.choice((-20_000, 1_000, 50_000, 1_000_000, 1_800_000_000))
+
+    async def _forge(self, node: StorageNode, name: RegisterName, seen: list[tuple[Ballot, Value]]) -> None:
+        kind = self.random.random()
+        ballot = Ballot(1, self._high(node), node.name, self.random.randbytes(8))
+        if kind < 0.4 or not seen:
+            value = Value(
+                self.random.choice((1, 5, 1000)), self.random.randbytes(16), Visibility.LIVE, b"forged " + self.random.randbytes(4)
+            )
+        else:
+            _, value = self.random.choice(seen[-6:])
+            slot = node.store.get(name)
+            if not self._others_agree(name) and slot is not None and value.sequence >= slot.value.sequence:
+                return
+        await self._overwrite(node, name, ballot, value)
+
+    def _others_agree(self, name: RegisterName) -> bool:
+        """Whether the honest replicas hold the same. Where they don't, what they hold with one sequence under two ballots no rule can tell apart without the liar."""
+        return len(self._held(name, [disk for disk in FIRST_SEEDS if disk != self._liar])) == 1
+
+    def _held(self, name: RegisterName, disks: Sequence[str]) -> set[Ballot]:
+        stores = [self.world.nodes["n" + disk[1:]].store for disk in disks]
+        return {slot.ballot if (slot := store.get(name)) is not None else ZERO_BALLOT for store in stores}
+
+    async def _overwrite(self, node: StorageNode, name: RegisterName, ballot: Ballot, value: Value) -> None:
+        self.world.note("lie", node.name, name, ballot, value.body)
+        if name in node.replica._in_flight:
+            return
+        slot, promises = node.store.get(name), node.replica._promises
+        if slot is not None:  # what it accepted binds it still
+            promises[name] = max(promises.get(name, ZERO_BALLOT), slot.ballot)
+        with contextlib.suppress(StoragedError):
+            await node.store.commit(StoreBatch((Slot(name, ballot, value),)))
+
+    async def _promise_far(self, node: StorageNode, name: RegisterName, _seen: object) -> None:
+        ahead_us = self.random.choice((600_000_000, 3 * 3_600_000_000))
+        node.replica._promises[name] = Ballot(1, self._high(node) + ahead_us, "zz", bytes(8))
+
+    async def _ask_others(self, node: StorageNode, name: RegisterName, seen: list[tuple[Ballot, Value]]) -> None:
+        """What a storage certificate can't have."""
+        liar = Gateway(self.world, node.name, self.layout, skew_ms=0)
+        own = Ballot(self.random.choice((1, 1, 99)), self._high(node), node.name, self.random.randbytes(8))
+        for disk in FIRST_SEEDS:
+            if disk == node.disk:
+                continue
+            replica = liar.directory.replica(disk)
+            with contextlib.suppress(StoragedError):
+                await replica.prepare(messages.Prepare(disk, name, own), timeout_s=0.2)
+            if seen:
+                with contextlib.suppress(StoragedError):
+                    identity = self.random.random() < 0.5
+                    ballot = own if self.random.random() < 0.7 else Ballot(1, own.counter, "g0", bytes(8))
+                    await replica.accept(
+                        messages.Accept(disk, name, ballot, self.random.choice(seen[-6:])[1], b"", identity), timeout_s=0.2
+                    )
+        await liar.client.close()
+
+    async def overreach(self) -> None:
+        """A storage node asks for promises under a layout that nobody knows."""
+        await asyncio.sleep(self.random.uniform(0, 0.4))
+        self.found.faults.append("a layout that nobody knows")
+        stray = Gateway(self.world, "n4", self.layout, skew_ms=0)
+        ballot = Ballot(99, EPOCH_MS * 1000, "n4", bytes(8))
+        for name in self._names.values():
+            for disk in FIRST_SEEDS:
+                with contextlib.suppress(StoragedError):
+                    await stray.directory.replica(disk).prepare(messages.Prepare(disk, name, ballot), timeout_s=0.2)
+        await stray.client.close()
+
+    # --- keepers, storage nodes, blank disks, fences -------------------------------------------------------------------
+
+    async def keeper(self, gateway: Gateway) -> None:
+        """Until it is cancelled."""
+        reachable = Reachable(self.world)
+        while True:
+            await asyncio.sleep(self.random.uniform(0.02, 0.2))
+            if not gateway.caller.alive:
+                continue
+            scanner = RingScanner(gateway.layouts, gateway.directory, gateway.client, reachable, timeout_s=0.3, hedge_s=0.02)
+            keeper = SystemKeeper(scanner, gateway.client, gateway.layouts, reachable, jitter=lambda: 0.01 * self.random.random())
+            for name in dict.fromkeys(self._hints):
+                if name.table == Table.SYSTEM:
+                    keeper.hint(name)
+            self._hints.clear()
+            await keeper.once()
+
+    async def repair(self, node: StorageNode) -> None:
+        """A storage node looks at registers and settles them, as its repair does. Until it is cancelled."""
+        while True:
+            await asyncio.sleep(self.random.uniform(0.005, 0.03 if self._of_objects else 0.15))
+            if not node.up:
+                continue
+            local = {node.disk: node.replica} if self.random.random() < 0.8 else None
+            other = Gateway(self.world, node.name, self.layout, skew_ms=node.skew_ms, gateway=False, local=local)
+            name = self._names[self.random.choice(KEYS)]
+            with contextlib.suppress(StoragedError):
+                if self.random.random() < 0.5:
+                    await other.client.read(name)
+                else:
+                    await other.client.settle(name)
+            await other.client.close()
+
+    async def swap(self) -> None:
+        """A disk fails; when the others are the same an operator accepts a blank one in its place."""
+        await asyncio.sleep(self.random.uniform(0.05, 0.3))
+        node = self.world.nodes["n" + self.random.choice(FIRST_SEEDS)[1:]]
+        others = [disk for disk in FIRST_SEEDS if disk != node.disk]
+        if node.up:
+            node.crash()
+        self._swapped = node
+        operator = self._gateway("operator", skew_ms=0)
+        for name in self._names.values():
+            while True:
+                with contextlib.suppress(StoragedError):
+                    await operator.client.settle(name)
+                if len(self._held(name, others)) == 1:
+                    break
+                await asyncio.sleep(0.01)
+        await operator.client.close()
+        node.blank_disk()
+        self.found.faults.append(f"{node.name} got a blank disk, and it was accepted")
+        await node.start_accepted(1)
+
+    async def close_bucket(self) -> None:
+        """It has the final fence from some moment on."""
+        await asyncio.sleep(self.random.uniform(0.05, 0.3))
+        closer = self._gateway("closer")
+        while True:
+            try:
+                await closer.client.fence(SCOPE, [0], NONCE, final=True)
+                break
+            except StoragedError:
+                await asyncio.sleep(0.02)
+        self._closed_at = self._moment()
+        await closer.client.close()
+
+    async def use_bucket(self, gateway: Gateway) -> None:
+        """Reads, lists and writes in the bucket that is being closed: afterwards none is written, and all others are told."""
+        for _ in range(8):
+            await asyncio.sleep(self.random.uniform(0, 0.08))
+            began, seen = self._moment(), self._fences_seen.get(gateway.name, 0)
+            choice = self.random.random()
+            closed = -1 < self._closed_at < began
+            try:
+                if choice < 0.4:
+                    await gateway.client.read(CLOSED)
+                elif choice < 0.6:
+                    scanner = RingScanner(
+                        gateway.layouts,
+                        gateway.directory,
+                        gateway.client,
+                        Reachable(self.world),
+                        timeout_s=0.3,
+                        on_fenced=self._on_list(gateway),
+                    )
+                    await scanner.list_page(Table.OBJECT, SCOPE, [0])
+                else:
+                    put: Update = lambda value: Change(b"late", Visibility.LIVE)  # noqa: E731
+                    await gateway.client.change(CLOSED, put, regardless=choice < 0.8)
+                    if closed and not self._blank:  # the blank disk may have had the fence
+                        self._complain("something was written in a bucket that was closed before")
+            except NoSuchBucket:
+                continue
+            except StoragedError:
+                continue
+            if closed and self._fences_seen.get(gateway.name, 0) == seen and not self._blank:
+                self._complain("who read in a bucket that was closed before was not told so")
+
+    def _on_list(self, gateway: Gateway) -> Callable[[bytes], None]:
+        def fenced(scope: bytes) -> None:
+            self._fences_seen[gateway.name] = self._fences_seen.get(gateway.name, 0) + 1
+
+        return fenced
+
+    # --- the whole -----------------------------------------------------------------------------------------------------
+
+    def _skews(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Of one acceptor and of one proposer: hours."""
+        hours = self.random.choice((0, 0, -2, 2)) if not self._blank else 0
+        disk = self._liar if self._lies else self.random.choice(FIRST_SEEDS)
+        proposer = self.random.choice((0, 0, -2, 2)) if not self._blank else 0
+        return {disk: hours * HOUR_MS}, {f"g{self.random.randrange(GATEWAYS)}": proposer * HOUR_MS}
+
+    async def nemesis(self, wipe: bool) -> None:
+        if self._blank:  # nobody else dies while an operator accepts a disk
+            while True:
+                await asyncio.sleep(self.random.expovariate(1 / 0.08))
+                self.world.weather = self._weather()
+        await super().nemesis(False)
+
+    async def play(self) -> None:
+        of_disks, of_gateways = self._skews()
+        nodes = [
+            StorageNode(self.world, "n" + disk[1:], disk, of_disks.get(disk, 0) + self.world.skew_ms() if disk in of_disks else None)
+            for disk in DISKS
+        ]
+        gateways = [self._gateway(f"g{index}", skew_ms=of_gateways.get(f"g{index}", 0) + self.world.skew_ms()) for index in range(GATEWAYS)]
+        self.found.faults += [
+            f"{name}'s clock is {skew_ms / HOUR_MS} h off" for name, skew_ms in (*of_disks.items(), *of_gateways.items()) if skew_ms
+        ]
+        self.world.weather = self._weather()
+        others = [self.keeper(self.random.choice(gateways)), self.repair(self.random.choice(nodes[:3]))]
+        if self._lies:
+            self.found.faults.append(f"{self._liar} lies")
+            others.append(self.lies())
+        else:
+            others.append(self.nemesis(False))
+        background = [self.world.loop.create_task(work) for work in others]
+        once = [self.world.loop.create_task(self.close_bucket())]
+        if self._of_objects and not self._blank and self.random.random() < 0.3:
+            once.append(self.world.loop.create_task(self.overreach()))
+        if self._blank:
+            once.append(self.world.loop.create_task(self.swap()))
+        await asyncio.gather(
+            *(self.gateway_life(gateway) for gateway in gateways),
+            *(self.use_bucket(gateway) for gateway in gateways),
+        )
+        for task in background:
+            task.cancel()
+        for outcome in await asyncio.gather(*background, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+        self._heal()
+        await asyncio.gather(*once)
+        await self._look_at_the_end(self._gateway("reader", skew_ms=0))
+        for gateway in gateways:
+            await gateway.client.close()
+        self.found.messages = self.world.messages
+
+
+def run_hostile(seed: int, rules: Rules = RULES) -> Verdicts:
+    """As ``scenario.run_seed``, of these."""
+    return play_out(lambda loop: Hostile(seed, loop, rules))
