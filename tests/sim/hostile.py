@@ -197,7 +197,8 @@ class Hostile(Scenario):
 
     async def _promise_far(self, node: StorageNode, name: RegisterName, _seen: object) -> None:
         ahead_us = self.random.choice((600_000_000, 3 * 3_600_000_000))
-        node.replica._promises[name] = Ballot(1, self._high(node) + ahead_us, "zz", bytes(8))
+        promises = node.replica._promises
+        promises[name] = max(promises.get(name, ZERO_BALLOT), Ballot(1, self._high(node) + ahead_us, "zz", bytes(8)))
 
     async def _ask_others(self, node: StorageNode, name: RegisterName, seen: list[tuple[Ballot, Value]]) -> None:
         """What a storage certificate can't have."""
