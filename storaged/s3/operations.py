@@ -115,7 +115,7 @@ class Operation:
             return unsupported(name)
         if not self.changes:
             return self._refusal_of_read(name, row, headers)
-        if name == "content-range" and self.name != "PutObject":
+        if name == "content-range" and self.name not in ("PutObject", "PostObject"):
             return None
         if name.startswith(aws.META):
             return None if self.name in aws.METADATA else unsupported(name)

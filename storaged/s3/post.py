@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, Principal, PutResult
+from storaged.s3 import aws, sigv4, xml
 from storaged.s3 import headers as h
-from storaged.s3 import sigv4, xml
 from storaged.s3.context import Front, owned_bucket
 from storaged.s3.documents import understood
 from storaged.s3.form import FormReader, boundary_of
@@ -104,9 +104,14 @@ def _need(fields: Mapping[str, str], *names: str) -> None:
             raise errors.InvalidArgument(f"Bucket POST must contain a field named '{name}'.", ArgumentName=name)
 
 
+def _is_header(name: str) -> bool:
+    return name in h.KEPT_HEADERS or name in aws.HEADERS or name == "content-md5" or name.startswith(("x-amz-", aws.OWN))
+
+
 def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
-    """Form fields in the place of headers. Raises InvalidArgument for values that no header could have."""
-    said = {name: value for name, value in fields.items() if name in h.KEPT_HEADERS or name.startswith("x-amz-") or name == "content-md5"}
+    """Form fields in the place of headers: those that are kept, and all that ask for something, so that what a form does
+    not do (conditions, say) is refused. Raises InvalidArgument for values that no header could have."""
+    said = {name: value for name, value in fields.items() if _is_header(name)}
     if fields.get("acl"):
         said["x-amz-acl"] = fields["acl"]
     for name, value in said.items():

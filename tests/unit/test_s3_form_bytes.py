@@ -193,3 +193,17 @@ async def test_a_form_that_asks_for_what_a_form_can_not_do_is_refused(world: Wor
     status, _, _ = await post(world, signed_form(policy({field: "/bucket/other"}, {"key": "k"}), {"key": "k", field: "/bucket/other"}))
     assert status in (400, 501)
     assert await stored(world, b"k") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["if-match", "If-None-Match", "if-modified-since", "if-unmodified-since", "content-range", "x-storaged-countries"],
+)
+async def test_a_field_that_asks_for_what_a_form_does_not_do_overwrites_nothing(world: World, name: str) -> None:
+    """A policy that names a condition means it: to ignore it would overwrite what it protects."""
+    conditions = (["starts-with", "$key", ""], ["starts-with", f"${name}", ""])
+    assert (await post(world, signed_form(policy(*conditions[:1]), {"key": "k"}, b"old")))[0] == 204
+    before = await stored(world, b"k")
+    status, answer, _ = await post(world, signed_form(policy(*conditions), {"key": "k", name: "*"}, b"new"))
+    assert (status, b"<Code>NotImplemented</Code>" in answer) == (501, True)
+    assert await stored(world, b"k") is before
