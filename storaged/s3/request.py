@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from urllib.parse import quote_from_bytes, unquote, unquote_to_bytes
 
 from msgspec import Struct, field
 
@@ -99,6 +99,21 @@ def virtual_bucket(host: str, domains: Sequence[str]) -> str:
 
 
 _SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
+
+
+def without_secrets(target: bytes) -> str:
+    """For logs: path and query, a hyphen for each value that signs. Names of parameters count as they are decoded, for
+    a signature is read so too."""
+    path, mark, query = _SECRETS.sub(r"\1=-", target.decode("utf-8", "replace")).partition("?")
+    if "%" in query:
+        query = "&".join(map(_without_secret, query.split("&")))
+    return f"{path}{mark}{query}"
+
+
+def _without_secret(parameter: str) -> str:
+    name, equals, _ = parameter.partition("=")
+    return f"{name}=-" if equals and _SECRETS.match(f"{unquote(name)}=") else parameter
+
 
 NO_TARGET = Target(b"/", (), {})
 
@@ -212,4 +227,4 @@ class RequestDone(Struct):
     @property
     def target(self) -> str:
         """Path and query without signatures."""
-        return _SECRETS.sub(r"\1=-", self.request.raw_target.decode("utf-8", "replace"))
+        return without_secrets(self.request.raw_target)

@@ -80,3 +80,19 @@ def test_a_reload_turns_it_on_and_off() -> None:
         log.configure(LogSection())
         log(done())
     assert [line["event"] for line in captured if line["log_level"] == "info"] == ["answered"]
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        b"X-Amz-Signature", b"X-Amz-%53ignature", b"%58-Amz-Signature", b"x-amz-%63redential", b"X-Amz-Security%2DToken",
+        b"%41WSAccessKeyId", b"Signatur%65",
+    ],
+)  # fmt: skip
+def test_a_signature_is_left_out_of_the_log_however_its_name_is_encoded(parameter: bytes) -> None:
+    """``X-Amz-%53ignature`` signs a request as ``X-Amz-Signature`` does."""
+    request = Request("R1", "GET", b"/b/%2541?list-type=2&" + parameter + b"=abc&prefix=a%26", "127.0.0.1", False)
+    target = RequestDone(request, Reply(200), 0, 0, 0.1, True).target
+    assert "abc" not in target
+    assert target.startswith("/b/%2541?list-type=2&")
+    assert target.endswith("=-&prefix=a%26")
