@@ -1,4 +1,6 @@
-"""``benches/run``: rows of S3 work against storaged, a peer, or any endpoint. Exit 1 when a single operation failed or a byte was wrong."""
+"""``benches/run``: rows of S3 work against storaged, a peer, or any endpoint. Exit 1 when a single operation failed or
+a byte was wrong.
+"""
 
 from __future__ import annotations
 
@@ -44,25 +46,50 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="cluster",
         help="cluster (three storage nodes and a gateway), single (one process, six disks), or both with a comma",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes of the cluster's gateway (default: half the cores, 4 at most)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes of the cluster's gateway (default: half the cores, 4 at most)",
+    )
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"comma separated: {', '.join(ROWS)}")
     parser.add_argument("--scale", type=float, default=1.0, help="how much work, relative to the default")
     parser.add_argument(
-        "--runs", type=int, default=1, help="so many runs, each with fresh servers and interleaved over them; the table has medians"
+        "--runs",
+        type=int,
+        default=1,
+        help="so many runs, each with fresh servers and interleaved over them; the table has medians",
     )
     parser.add_argument(
-        "--flat", type=int, nargs="?", const=100_000, metavar="N", help="the small rows again after N more objects, N overwrites, ..."
+        "--flat",
+        type=int,
+        nargs="?",
+        const=100_000,
+        metavar="N",
+        help="the small rows again after N more objects, N overwrites, ...",
     )
     parser.add_argument(
-        "--flat-s", type=float, default=BURDEN_S_MAX, metavar="S", help="a burden of --flat is not added to after so long (default 1800)"
+        "--flat-s",
+        type=float,
+        default=BURDEN_S_MAX,
+        metavar="S",
+        help="a burden of --flat is not added to after so long (default 1800)",
     )
-    parser.add_argument("--peer", choices=["seaweedfs"], help="the same rows against this peer too, default and durable, in the same run")
+    parser.add_argument(
+        "--peer",
+        choices=["seaweedfs"],
+        help="the same rows against this peer too, default and durable, in the same run",
+    )
     parser.add_argument("--endpoint", help="measure this endpoint instead (http://127.0.0.1:8333)")
     parser.add_argument("--access")
     parser.add_argument("--secret")
     parser.add_argument("--region", default="us-east-1")
     parser.add_argument(
-        "--silence", type=float, default=SILENCE_S_MAX, metavar="S", help="a request where nothing moves for so long has failed"
+        "--silence",
+        type=float,
+        default=SILENCE_S_MAX,
+        metavar="S",
+        help="a request where nothing moves for so long has failed",
     )
     parser.add_argument("--dir", type=Path, help="where the servers keep their data (default: the temporary folder)")
     parser.add_argument("--json", type=Path, help="write all results to this file too")
@@ -86,7 +113,11 @@ def servers_of(wanted: argparse.Namespace) -> list[Make]:
     if wanted.endpoint:
         makes: list[Make] = [lambda: endpoint(wanted.endpoint, wanted.access, wanted.secret, wanted.region)]
     else:
-        makes = [lambda: storaged_cluster(wanted.dir, tree=TREE, workers=wanted.workers)] if "cluster" in wanted.shape else []
+        makes = (
+            [lambda: storaged_cluster(wanted.dir, tree=TREE, workers=wanted.workers)]
+            if "cluster" in wanted.shape
+            else []
+        )
         makes += [lambda: storaged_single(wanted.dir, tree=TREE)] if "single" in wanted.shape else []
     if wanted.peer:
         makes += [lambda: seaweedfs_durable(wanted.dir), lambda: seaweedfs_default(wanted.dir)]
@@ -118,7 +149,13 @@ def one_server(make: Make, wanted: argparse.Namespace, found: dict[str, list[Res
                 print("\n" + flat_markdown(uvloop.run(work)))
             else:
                 uvloop.run(
-                    measure(server, wanted.rows, wanted.scale, lambda result: note(server.name, result), silence_s_max=wanted.silence)
+                    measure(
+                        server,
+                        wanted.rows,
+                        wanted.scale,
+                        lambda result: note(server.name, result),
+                        silence_s_max=wanted.silence,
+                    )
                 )
         except (WrongAnswer, OSError) as error:
             print(f"{server.name}: {error}", file=sys.stderr)
@@ -147,7 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
             for name, results in found.items()
             for row in dict.fromkeys(result.row for result in results)
         ]
-        print(f"\n{os.cpu_count()} cores shared by servers and load; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after\n")
+        print(
+            f"\n{os.cpu_count()} cores shared by servers and load; load average {load:.1f} before,"
+            f" {os.getloadavg()[0]:.1f} after\n"
+        )
         print(markdown(summaries))
         if wanted.json:
             wanted.json.write_text(json.dumps([summary.as_dict() for summary in summaries], indent=1) + "\n")
@@ -160,7 +200,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plain(result: Result) -> dict[str, object]:
-    return {**vars(result), "per_second": round(result.per_second, 1), "cpu_us_per_operation": round(result.cpu_us_per_operation, 1)}
+    return {
+        **vars(result),
+        "per_second": round(result.per_second, 1),
+        "cpu_us_per_operation": round(result.cpu_us_per_operation, 1),
+    }
 
 
 if __name__ == "__main__":

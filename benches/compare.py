@@ -1,7 +1,9 @@
 """``benches/compare REV-A REV-B``: the rows on the servers of two revisions in turn, and how B compares to A.
 
-Both are driven by this tree's load generator, with this environment's libraries. Each pair of runs is made back to back, the order alternating, and its
-ratio taken: what a shared machine does to one run it does to its neighbour too. Of speed more than 1 is better, of CPU time less.
+Both are driven by this tree's load generator, with this environment's libraries. Each pair of runs is made back to
+back, the order alternating, and its
+ratio taken: what a shared machine does to one run it does to its neighbour too. Of speed more than 1 is better, of CPU
+time less.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def worktree(revision: str) -> Iterator[tuple[str, Path]]:
 
 
 def ratios(first: Sequence[Result], second: Sequence[Result]) -> tuple[list[float], list[float]]:
-    """Of each pair of runs without errors: speed of the second to the first, CPU time an operation of the second to the first."""
+    """Of each pair of runs without errors: speed of the second to the first, CPU time an operation of the second to the
+    first.
+    """
     pairs = [(a, b) for a, b in zip(first, second, strict=False) if not a.errors and not b.errors]
     speeds = [speed(b) / speed(a) for a, b in pairs if speed(a)]
     cpu = [b.cpu_us_per_operation / a.cpu_us_per_operation for a, b in pairs if a.cpu_us_per_operation]
@@ -70,7 +74,10 @@ def _told(results: Sequence[Result]) -> str:
 def table(names: tuple[str, str], first: dict[str, list[Result]], second: dict[str, list[Result]]) -> str:
     """One line a row, as Markdown."""
     lines = [
-        f"| row | {names[0]} | {names[1]} | speed, {names[1]} to {names[0]} | CPU an operation, {names[1]} to {names[0]} |",
+        (
+            f"| row | {names[0]} | {names[1]} | speed, {names[1]} to {names[0]} | CPU an operation, {names[1]} to"
+            f" {names[0]} |"
+        ),
         "|---|---|---|---|---|",
     ]
     for row in first:
@@ -84,7 +91,9 @@ def table(names: tuple[str, str], first: dict[str, list[Result]], second: dict[s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benches/compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benches/compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("revisions", nargs=2, metavar="REV")
     parser.add_argument("--rows", default=DEFAULT, help=f"comma separated: {', '.join(ROWS)}")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
@@ -105,13 +114,20 @@ def main(arguments: list[str] | None = None) -> int:
             for side in (0, 1) if run % 2 == 0 else (1, 0):
                 commit, folder = sides[side]
                 fine = _one(make(wanted.dir, tree=folder, name=commit), rows, wanted.scale, found[side]) and fine
-    print(f"\n{wanted.runs} pairs of runs, {wanted.shape}, scale {wanted.scale:g}; load average {os.getloadavg()[0]:.1f}\n")
+    print(
+        f"\n{wanted.runs} pairs of runs, {wanted.shape}, scale {wanted.scale:g}; load average"
+        f" {os.getloadavg()[0]:.1f}\n"
+    )
     print(table((sides[0][0], sides[1][0]), *found))
     return 0 if fine else 1
 
 
-def _one(making: contextlib.AbstractContextManager[Server], rows: Sequence[str], scale: float, found: dict[str, list[Result]]) -> bool:
-    """One run of one side; False when something failed. ``found`` gets one result a row in any case, so that the sides' results stay pairs."""
+def _one(
+    making: contextlib.AbstractContextManager[Server], rows: Sequence[str], scale: float, found: dict[str, list[Result]]
+) -> bool:
+    """One run of one side; False when something failed. ``found`` gets one result a row in any case, so that the sides'
+    results stay pairs.
+    """
     results: list[Result] = []
     with making as server:
         name = server.name
@@ -121,7 +137,9 @@ def _one(making: contextlib.AbstractContextManager[Server], rows: Sequence[str],
             print(f"{name}: {error}", file=sys.stderr)
     measured = {result.row: result for result in results}
     for row in rows:
-        found.setdefault(row, []).append(measured.get(row) or Result(row, errors=1, first_error=f"{row} was not measured"))
+        found.setdefault(row, []).append(
+            measured.get(row) or Result(row, errors=1, first_error=f"{row} was not measured")
+        )
     return bool(results) and not any(result.errors for result in results)
 
 

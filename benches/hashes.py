@@ -1,4 +1,6 @@
-"""``python -m benches.hashes``: what the hashes that guard fragments and pages cost on this machine, beside those that could stand in their place."""
+"""``python -m benches.hashes``: what the hashes that guard fragments and pages cost on this machine, beside those that
+could stand in their place.
+"""
 
 from __future__ import annotations
 

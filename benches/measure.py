@@ -1,4 +1,6 @@
-"""The rows of one server, in order: later ones read what earlier ones wrote, which is written anyway when only they are asked for."""
+"""The rows of one server, in order: later ones read what earlier ones wrote, which is written anyway when only they are
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from benches.s3client import SILENCE_S_MAX, connect
 from benches.servers import Server
 
 LATE_S = 1.5
-"""What servers still do with what was written counts for what wrote it, be it a row or a burden: a storage node has it in LMDB after a second."""
+"""What servers still do with what was written counts for what wrote it, be it a row or a burden: a storage node has it
+in LMDB after a second.
+"""
 
 MEMORY_SAMPLE_S = 0.2
 
@@ -37,7 +41,9 @@ class Stage:
         self._silence_s_max = silence_s_max
         self._bodies: dict[int, Bodies] = {}
         self.generation = 0
-        """Counted up, PUTs make new keys and everything else follows: else a row that is repeated would overwrite, which costs more."""
+        """Counted up, PUTs make new keys and everything else follows: else a row that is repeated would overwrite,
+        which costs more.
+        """
 
     async def open(self) -> None:
         """Makes the bucket. Raises WrongAnswer, OSError."""
@@ -63,7 +69,9 @@ class Stage:
         if row.kind == "head":
             return rows.heading(target, bucket, prefix, count, source.size_bytes)
         if row.kind == "list-written":
-            return rows.listing_written(target, bucket, prefix, count, self.bodies(source.size_bytes), source.size_bytes)
+            return rows.listing_written(
+                target, bucket, prefix, count, self.bodies(source.size_bytes), source.size_bytes
+            )
         return rows.listing(target, bucket, prefix, count, in_order=row.kind == "list-first")
 
     async def measure(self, row: Row) -> Result:
@@ -80,7 +88,12 @@ class Stage:
             total = row.count(self.scale)
             read = rows.getting(self.server.target, self.bucket, self.prefix(row), self.bodies(row.size_bytes), total)
             again = await drive(
-                row.name, self.server.target, read, in_flight=2, total=min(READ_BACK, total), silence_s_max=self._silence_s_max
+                row.name,
+                self.server.target,
+                read,
+                in_flight=2,
+                total=min(READ_BACK, total),
+                silence_s_max=self._silence_s_max,
             )
             result.errors, result.first_error = again.errors, again.first_error
             if again.errors:
@@ -129,7 +142,9 @@ class Stage:
 
 
 async def _sample_memory(server: Server, highest: dict[str, int]) -> None:
-    """Until it is cancelled. Looks often enough for transfers of megabytes, and costs a few hundred microseconds a second."""
+    """Until it is cancelled. Looks often enough for transfers of megabytes, and costs a few hundred microseconds a
+    second.
+    """
     while True:
         await asyncio.sleep(MEMORY_SAMPLE_S)
         for name, found in server.own_bytes().items():
@@ -139,7 +154,8 @@ async def _sample_memory(server: Server, highest: dict[str, int]) -> None:
 async def measure(
     server: Server, wanted: Sequence[str], scale: float, on_result: OnResult, *, silence_s_max: float = SILENCE_S_MAX
 ) -> list[Result]:
-    """The wanted rows that this server can show. The first that fails is the last: what came after would measure something broken.
+    """The wanted rows that this server can show. The first that fails is the last: what came after would measure
+    something broken.
 
     Raises WrongAnswer or OSError when not even a bucket can be made.
     """
@@ -172,9 +188,11 @@ async def flat(
     silence_s_max: float = SILENCE_S_MAX,
     seconds_max: float = BURDEN_S_MAX,
 ) -> list[tuple[str, list[Result]]]:
-    """The cost of the small rows in an empty (warmed up) store, then after each burden: (what the store holds by then, its rows). Ends after a failure.
+    """The cost of the small rows in an empty (warmed up) store, then after each burden: (what the store holds by then,
+    its rows). Ends after a failure.
 
-    A burden that takes longer than ``seconds_max`` is as large as it has become by then, and its stage says how large that is.
+    A burden that takes longer than ``seconds_max`` is as large as it has become by then, and its stage says how large
+    that is.
     """
     stage = Stage(server, scale, silence_s_max=silence_s_max)
     await stage.open()
@@ -204,7 +222,14 @@ async def flat(
         return 0 if result.errors else result.operations
 
     burdens: list[tuple[str, str, Operation, int, int, int]] = [
-        ("fill-4k-64", "more objects in the bucket", rows.putting(target, stage.bucket, "fill-", small, 4 * KIB), 64, objects, 4 * KIB),
+        (
+            "fill-4k-64",
+            "more objects in the bucket",
+            rows.putting(target, stage.bucket, "fill-", small, 4 * KIB),
+            64,
+            objects,
+            4 * KIB,
+        ),
         (
             "overwrite-4",
             "overwrites of one key",

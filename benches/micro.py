@@ -1,7 +1,9 @@
 """``python -m benches.micro [NAME ...]``: each hot path of the server on its own, beside its floor.
 
-A floor is what the same work costs at the least: its native calls alone, measured in the same run where that is possible, or a measured cost of a building
-block (``FIGURES``). CPU paths are told in microseconds of CPU, the least of several repetitions: on a machine that others keep busy that is what comes near
+A floor is what the same work costs at the least: its native calls alone, measured in the same run where that is
+possible, or a measured cost of a building
+block (``FIGURES``). CPU paths are told in microseconds of CPU, the least of several repetitions: on a machine that
+others keep busy that is what comes near
 the truth. Paths that wait for a disk are told in wall time, the median.
 """
 
@@ -40,20 +42,21 @@ from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import LocalFragmentStore
 from storaged.ids import system_entropy
 from storaged.meta import messages
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
-from storaged.meta.replica import LocalReplica
-from storaged.meta.scan import DigestsKept
-from storaged.meta.store import LmdbMetaStore
-from storaged.objects import erasure
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.scan import DigestsKept
 from storaged.objects.api import Buckets, Listing, Objects, Show, Users
+from storaged.objects.code import erasure
+from storaged.objects.code.seal import seal_part
 from storaged.objects.ports import pack_context
 from storaged.objects.records import BucketRecord, SealedList
-from storaged.objects.seal import seal_part
-from storaged.s3 import listing, sigv4
 from storaged.s3.app import S3App
+from storaged.s3.auth import sigv4
 from storaged.s3.context import Front
-from storaged.s3.limits import Limits
+from storaged.s3.http.limits import Limits
+from storaged.s3.ops import listing
 from storaged.s3.request import parse_target
 from storaged.sov1 import open_message, seal_message
 from storaged.units import KIB, MIB
@@ -98,12 +101,15 @@ def figure(name: str, us: float, of: str) -> Measured:
     return Measured(name, us, *FIGURES[of])
 
 
-# --- paths of CPU alone ----------------------------------------------------------------------------------------------------
+# --- paths of CPU alone
+# ----------------------------------------------------------------------------------------------------
 
 
 def signature_check() -> list[Measured]:
     head = signed_head(Target("http://127.0.0.1:9000", ACCESS, SECRET, REGION), "GET", "/bench/key").decode()
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:] if line)}
+    headers = {
+        name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:] if line)
+    }
     target = parse_target(b"/bench/key")
     now_ms = SystemClock().wall_ms()
 
@@ -119,7 +125,12 @@ def signature_check() -> list[Measured]:
 
 
 def sealing() -> list[Measured]:
-    key, plain, data_id, context = bytes(32), os.urandom(4 * KIB), bytes(16), pack_context(b"", (SCOPE, b"key", b"null", bytes(16)))
+    key, plain, data_id, context = (
+        bytes(32),
+        os.urandom(4 * KIB),
+        bytes(16),
+        pack_context(b"", (SCOPE, b"key", b"null", bytes(16))),
+    )
     cipher, nonce = AESGCM(key), bytes(12)
     message = seal_message(key, "sov.meta.v1", context, bytes(120), bytes(24))
     encrypt, encrypt_message = (
@@ -127,19 +138,23 @@ def sealing() -> list[Measured]:
         least_us(lambda: cipher.encrypt(nonce, plain[:120], None)),
     )
     return [
-        Measured("seal a part of 4 KiB", least_us(lambda: seal_part(key, data_id, 1, plain, system_entropy(24))), encrypt, "AES-GCM"),
-        Measured("seal metadata", least_us(lambda: seal_message(key, "sov.meta.v1", context, bytes(120), system_entropy(24))), encrypt_message, "AES-GCM"),
-        Measured("open metadata", least_us(lambda: open_message(key, "sov.meta.v1", context, message)), encrypt_message, "AES-GCM"),
+        Measured("seal a part of 4 KiB", least_us(lambda: seal_part(key, data_id, 1, plain, system_entropy(24))), encrypt, "AES-GCM"),  # noqa: E501
+        Measured("seal metadata", least_us(lambda: seal_message(key, "sov.meta.v1", context, bytes(120), system_entropy(24))), encrypt_message, "AES-GCM"),  # noqa: E501
+        Measured("open metadata", least_us(lambda: open_message(key, "sov.meta.v1", context, message)), encrypt_message, "AES-GCM"),  # noqa: E501
         figure("MD5 of 4 KiB", least_us(lambda: hashlib.md5(plain, usedforsecurity=False).digest()), "md5"),
     ]  # fmt: skip
 
 
 async def object_plane() -> list[Measured]:
-    return [Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_objects.paths()]
+    return [
+        Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_objects.paths()
+    ]
 
 
 async def front() -> list[Measured]:
-    return [Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_front.paths()]
+    return [
+        Measured(name, least_us(work), least_us(native), floor) for name, work, native, floor in micro_front.paths()
+    ]
 
 
 def coding() -> list[Measured]:
@@ -170,7 +185,8 @@ def list_page() -> list[Measured]:
     return [figure("page of 1,000 keys as XML", least_us(render, calls=5), "page")]
 
 
-# --- HTTP and RPC, over loopback --------------------------------------------------------------------------------------------
+# --- HTTP and RPC, over loopback
+# --------------------------------------------------------------------------------------------
 
 
 class _Side:
@@ -200,7 +216,14 @@ class _Side:
 async def http() -> list[Measured]:
     """A request's parsing, signature and answer, without anything behind it."""
     world, side = OneObject(), _Side()
-    app = S3App(cast(Objects, world), cast(Buckets, world), cast(Users, world), region=REGION, clock=SystemClock(), entropy=system_entropy)
+    app = S3App(
+        cast(Objects, world),
+        cast(Buckets, world),
+        cast(Users, world),
+        region=REGION,
+        clock=SystemClock(),
+        entropy=system_entropy,
+    )
     port = await side.run(app.start("127.0.0.1", 0))
     target = Target(f"http://127.0.0.1:{port}", ACCESS, SECRET, REGION)
     connections = [await connect(target) for _ in range(16)]
@@ -239,7 +262,8 @@ async def rpc() -> list[Measured]:
     with tempfile.TemporaryDirectory(prefix="storaged-micro-") as place:
         authority = identity.create_authority(Path(place) / "authority", "micro")
         own = {
-            name: identity.issue(authority, Path(place) / name, name=name, location="FR/par1/a", roles=("storage",)) for name in ("a", "b")
+            name: identity.issue(authority, Path(place) / name, name=name, location="FR/par1/a", roles=("storage",))
+            for name in ("a", "b")
         }
         admission = Policy().admit
         both = frozenset({"storage", "gateway"})
@@ -277,7 +301,8 @@ async def rpc() -> list[Measured]:
             side.close()
 
 
-# --- disks --------------------------------------------------------------------------------------------------------------------
+# --- disks
+# --------------------------------------------------------------------------------------------------------------------
 
 
 async def wall_us(work: Callable[[], Awaitable[object]], operations: int, *, repeats: int = 15) -> float:
@@ -344,7 +369,9 @@ async def lmdb_batch() -> list[Measured]:
             ballot, value = Ballot(1, 1, "g", b"incarnat"), Value(1, bytes(16), Visibility.LIVE, bytes(500))
             return StoreBatch([Slot(_name(next(numbers)), ballot, value) for _ in range(rows)])
 
-        written = figure("metadata: 128 rows in one commit", await wall_us(lambda: store.commit(batch(128)), 128), "lmdb-128")
+        written = figure(
+            "metadata: 128 rows in one commit", await wall_us(lambda: store.commit(batch(128)), 128), "lmdb-128"
+        )
     return [written]
 
 
@@ -373,7 +400,10 @@ async def pages() -> list[Measured]:
         rows_read = page.replicas()
         return [
             Measured(
-                "page of 1,000: the gateway's part", at_first, opening + FIGURES["page"][0], "1,000 list fields opened, XML by f-strings"
+                "page of 1,000: the gateway's part",
+                at_first,
+                opening + FIGURES["page"][0],
+                "1,000 list fields opened, XML by f-strings",
             ),
             Measured(
                 f"page of 1,000: {rows_read:,} rows at replicas",
@@ -409,7 +439,7 @@ async def segments() -> list[Measured]:
 
 
 PATHS: dict[str, Callable[[], list[Measured] | Coroutine[Any, Any, list[Measured]]]] = {
-    "signature": signature_check, "front": front, "http": http, "seal": sealing, "objects": object_plane, "code": coding, "rpc": rpc,
+    "signature": signature_check, "front": front, "http": http, "seal": sealing, "objects": object_plane, "code": coding, "rpc": rpc,  # noqa: E501
     "register": registers, "lmdb": lmdb_batch, "segment": segments, "list": list_page, "page": pages,
 }  # fmt: skip
 
@@ -425,7 +455,9 @@ def main() -> int:
     for name in names:
         found = PATHS[name]()
         for row in found if isinstance(found, list) else uvloop.run(found):
-            print(f"{row.name:46} {row.us:9.2f} {row.floor_us:9.2f} {row.us / row.floor_us:6.1f}  {row.floor}", flush=True)
+            print(
+                f"{row.name:46} {row.us:9.2f} {row.floor_us:9.2f} {row.us / row.floor_us:6.1f}  {row.floor}", flush=True
+            )
     return 0
 
 

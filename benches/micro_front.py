@@ -1,4 +1,5 @@
-"""What the S3 front itself costs a request: from the bytes of its head to the bytes of its answer, counted and timed as in production, without a socket, the loop,
+"""What the S3 front itself costs a request: from the bytes of its head to the bytes of its answer, counted and timed as
+in production, without a socket, the loop,
 or an object plane behind it. The head is as boto3 writes it. Nothing waits, so a request is driven by one ``send``.
 """
 
@@ -19,8 +20,8 @@ from storaged.node.requestlog import RequestLog
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.observe import Metrics
 from storaged.s3.app import S3App
-from storaged.s3.connection import Connection
-from storaged.s3.http import HEAD_END
+from storaged.s3.http.connection import Connection
+from storaged.s3.http.grammar import HEAD_END
 
 
 class _Transport:
@@ -45,12 +46,16 @@ class _Transport:
 
 def boto_request(method: str, body: bytes) -> bytes:
     url = f"http://127.0.0.1:9000/{BUCKET.name}/photos/2026/00000123.jpg"
-    headers = {"User-Agent": "Boto3/1.40.0 md/Botocore#1.40.0 ua/2.1 os/linux#6.1 md/arch#x86_64 lang/python#3.11.7 md/pyimpl#CPython m/b,Z,D,e cfg/retry-mode#standard Botocore/1.40.0"}  # fmt: skip
+    headers = {"User-Agent": "Boto3/1.40.0 md/Botocore#1.40.0 ua/2.1 os/linux#6.1 md/arch#x86_64 lang/python#3.11.7 md/pyimpl#CPython m/b,Z,D,e cfg/retry-mode#standard Botocore/1.40.0"}  # fmt: skip  # noqa: E501
     if method == "PUT":
         headers |= {"Content-Type": "image/jpeg"}
     request = AWSRequest(method, url, headers=headers, data=body)
     botocore.auth.S3SigV4Auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
-    lines = [f"{method} {url.removeprefix('http://127.0.0.1:9000')} HTTP/1.1", "Host: 127.0.0.1:9000", "Accept-Encoding: identity"]
+    lines = [
+        f"{method} {url.removeprefix('http://127.0.0.1:9000')} HTTP/1.1",
+        "Host: 127.0.0.1:9000",
+        "Accept-Encoding: identity",
+    ]
     lines += [f"{name}: {value}" for name, value in request.headers.items()]
     lines += ["amz-sdk-invocation-id: 7d64ee3e-7ec4-4d20-9f2a-a8ae93f8f8e9", "amz-sdk-request: attempt=1"]
     if method == "PUT":
@@ -63,7 +68,7 @@ class Exchange:
 
     def __init__(self, method: str, plane: OneObject) -> None:
         app = S3App(
-            cast(Objects, plane), cast(Buckets, plane), cast(Users, plane), region=REGION, clock=SystemClock(), entropy=system_entropy,
+            cast(Objects, plane), cast(Buckets, plane), cast(Users, plane), region=REGION, clock=SystemClock(), entropy=system_entropy,  # noqa: E501
             on_request=RequestLog(Metrics(), LogSection()),
         )  # fmt: skip
         self.request = boto_request(method, plane.plain if method == "PUT" else b"")
@@ -77,7 +82,9 @@ class Exchange:
         self.room[: len(self.request)] = self.request
 
     def __call__(self) -> None:
-        """The bytes have come: they are answered, by callbacks or by the task, which is the loop's otherwise, and waits for the next ones."""
+        """The bytes have come: they are answered, by callbacks or by the task, which is the loop's otherwise, and waits
+        for the next ones.
+        """
         self.transport.written = b""
         self.connection.buffer_updated(len(self.request))
         if not self.transport.written:
@@ -96,5 +103,7 @@ def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]
     for method in ("HEAD", "GET", "PUT"):
         exchange = Exchange(method, plane)
         exchange.begin()
-        found.append((f"front: {method}, without socket and objects", exchange, signature_floor, "one SHA-256, one HMAC"))
+        found.append(
+            (f"front: {method}, without socket and objects", exchange, signature_floor, "one SHA-256, one HMAC")
+        )
     return found

@@ -1,7 +1,10 @@
-"""What a page of a listing costs: a replica's part, and the gateway's, from its replicas' answers as they lie in frames to the XML.
+"""What a page of a listing costs: a replica's part, and the gateway's, from its replicas' answers as they lie in frames
+to the XML.
 
-The rows are those of a bucket of 20,000 objects of 4 KiB, sealed under one bucket key. The answers are recorded once; nothing waits, so a page is driven by one ``send``.
-Each part is told for a page that is asked for the first time, and for one that has not changed since it was asked for last.
+The rows are those of a bucket of 20,000 objects of 4 KiB, sealed under one bucket key. The answers are recorded once;
+nothing waits, so a page is driven by one ``send``.
+Each part is told for a page that is asked for the first time, and for one that has not changed since it was asked for
+last.
 """
 
 from __future__ import annotations
@@ -13,20 +16,20 @@ from typing import Any, cast
 from benches.micro_world import BUCKET, REGION, OneKey, finished, list_request, three_racks
 from storaged.clock import SystemClock
 from storaged.keys.bucketkey import UnwrappedBucketKey
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Value, Visibility, object_name
 from storaged.meta.ports import Ballot, MetaStore, Slot
-from storaged.meta.scan import DigestsKept, scan_store
+from storaged.meta.storage.scan import DigestsKept, scan_store
 from storaged.objects import listing as objects_listing
 from storaged.objects.api import Buckets, Objects, Users
-from storaged.objects.listed import ListedLately
+from storaged.objects.cache.listed_rows import ListedLately
+from storaged.objects.code.versions import Place, seal_version
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, Run, SealedMeta, encode_object
-from storaged.objects.versions import Place, seal_version
-from storaged.s3 import listing
 from storaged.s3.context import Front
-from storaged.s3.limits import Limits
+from storaged.s3.http.limits import Limits
+from storaged.s3.ops import listing
 from storaged.wire import Buffer, decode, encode
 
 OBJECTS = 20_000
@@ -47,7 +50,7 @@ def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
             size=4096,
         )
         entry = PartEntry(1, data_id, 4096, entropy(64), 1, "4+2", (Run(0, 1, 1, 2, 1),), small=True)
-        version = seal_version(plane, Place(BUCKET.id, name.key), key, bytes(32), meta, version_id="null", context_id=data_id, owner="a" * 32,
+        version = seal_version(plane, Place(BUCKET.id, name.key), key, bytes(32), meta, version_id="null", context_id=data_id, owner="a" * 32,  # noqa: E501
                                modified_ms=1_700_000_000_000 + 7 * number, parts=(entry,))  # fmt: skip
         value = Value(1, entropy(16), Visibility.LIVE, encode_object(ObjectRecord((version,))), data_id)
         found.append(Slot(name, Ballot(1, 1_700_000_000_000_000 + number, "gateway", b"incarnat"), value))
@@ -79,7 +82,14 @@ class Ring:
     def replica(self, disk: str) -> Ring:
         return self
 
-    def post(self, request: ScanRequest, then: Callable[[Any, memoryview], None], *, body: Sequence[Buffer] = (), timeout_s: float) -> bool:
+    def post(
+        self,
+        request: ScanRequest,
+        then: Callable[[Any, memoryview], None],
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float,
+    ) -> bool:
         asked = encode(request)
         self.asked.append(request)
         if asked not in self._known:
@@ -97,7 +107,9 @@ class Page:
     def __init__(self, store: MetaStore) -> None:
         self.ring = Ring(store)
         self.request = list_request("list-type=2&start-after=photos/2026/00007000")
-        self._front = Front(cast(Objects, self.ring), cast(Buckets, None), cast(Users, None), REGION, SystemClock(), Limits())
+        self._front = Front(
+            cast(Objects, self.ring), cast(Buckets, None), cast(Users, None), REGION, SystemClock(), Limits()
+        )
 
     def gateway(self) -> bytes:
         """From the replicas' answers, as they lie in frames, to the XML."""
@@ -111,5 +123,11 @@ class Page:
         return self.gateway()
 
     def replicas(self, digests: DigestsKept | None = None) -> int:
-        """What all replicas together do for the page that was asked for last, but for receiving and sending. Returns the rows that it is about."""
-        return sum(piece.looked_at for request in self.ring.asked for piece in scan_store(self.ring.store, request, digests).slices)
+        """What all replicas together do for the page that was asked for last, but for receiving and sending. Returns
+        the rows that it is about.
+        """
+        return sum(
+            piece.looked_at
+            for request in self.ring.asked
+            for piece in scan_store(self.ring.store, request, digests).slices
+        )

@@ -1,4 +1,5 @@
-"""What the object plane itself costs an operation: ``ObjectService`` on registers, disks and keys that answer at once, so that neither ring nor HTTP is counted.
+"""What the object plane itself costs an operation: ``ObjectService`` on registers, disks and keys that answer at once,
+so that neither ring nor HTTP is counted.
 
 The sealing is real, under one bucket key; nothing waits, so a call is driven by one ``send``.
 """
@@ -62,7 +63,9 @@ class _Ports:
         assert not small.enough(frozenset(replicas[:1]))
         assert small.enough(frozenset(replicas[:2]))
         self.copies[small.data_id] = memoryview(b"".join(small.fragments[0][1]))
-        after = self.values[name] = Value((before.sequence if before else 0) + 1, bytes(16), change.visibility, change.body, change.payload)
+        after = self.values[name] = Value(
+            (before.sequence if before else 0) + 1, bytes(16), change.visibility, change.body, change.payload
+        )
         then(Outcome(before, after))
         return True
 
@@ -147,7 +150,12 @@ def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]
         AESGCM(key).encrypt(nonce, info, None)
 
     return [
-        ("objects: PUT 4 KiB without ring and HTTP", world.put, native_put, "MD5, SHA-256, three keys derived, four sealings"),
+        (
+            "objects: PUT 4 KiB without ring and HTTP",
+            world.put,
+            native_put,
+            "MD5, SHA-256, three keys derived, four sealings",
+        ),
         ("objects: HEAD without ring and HTTP", world.cold_head, native_head, "two keys derived, two openings"),
         ("objects: GET 4 KiB without ring and HTTP", world.cold_get, native_get, "three keys derived, three openings"),
         ("objects: HEAD, opened lately", world.head, lambda: None, "nothing"),

@@ -1,4 +1,6 @@
-"""What the micro-benchmarks stand on: one user, one bucket, one object of 4 KiB, one key, three racks; all at hand, so that a path can be driven without a loop."""
+"""What the micro-benchmarks stand on: one user, one bucket, one object of 4 KiB, one key, three racks; all at hand, so
+that a path can be driven without a loop.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
 from storaged.keys.bucketkey import UnwrappedBucketKey
 from storaged.objects.api import ObjectInfo, Principal, PutResult, Soon
-from storaged.objects.get import HeldStream, Span
+from storaged.objects.read.get import HeldStream, Span
 from storaged.objects.records import BucketRecord
 from storaged.s3.request import Request, parse_target
 from storaged.units import KIB
@@ -76,7 +78,18 @@ class OneObject:
     def __init__(self) -> None:
         self.plain = os.urandom(4 * KIB)
         self.info = ObjectInfo(
-            b"key", "null", 4 * KIB, 1_700_000_000_000, "0" * 32, {"content-type": "image/jpeg"}, {}, {}, {}, "", "STANDARD", 0
+            b"key",
+            "null",
+            4 * KIB,
+            1_700_000_000_000,
+            "0" * 32,
+            {"content-type": "image/jpeg"},
+            {},
+            {},
+            {},
+            "",
+            "STANDARD",
+            0,
         )
         self.who = Principal("user", "user", ACCESS)
 

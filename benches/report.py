@@ -24,7 +24,9 @@ def is_large(result: Result) -> bool:
 
 @dataclass(frozen=True)
 class Summary:
-    """One row of one server over all runs. ``low`` and ``high`` are the slowest and the fastest run's speed; the others are medians, ``peak_bytes`` and ``own_bytes`` the highest."""
+    """One row of one server over all runs. ``low`` and ``high`` are the slowest and the fastest run's speed; the others
+    are medians, ``peak_bytes`` and ``own_bytes`` the highest.
+    """
 
     server: str
     row: str
@@ -75,7 +77,10 @@ def summarize(server: str, results: Sequence[Result]) -> Summary:
         p50_ms=median(result.p50_ms for result in good),
         p99_ms=median(result.p99_ms for result in good),
         max_ms=median(result.max_ms for result in good),
-        cpu_us={name: median(1e6 * result.cpu_s.get(name, 0.0) / result.operations for result in good) for name in sorted(names)},
+        cpu_us={
+            name: median(1e6 * result.cpu_s.get(name, 0.0) / result.operations for result in good)
+            for name in sorted(names)
+        },
         client_cpu_us=median(1e6 * result.client_cpu_s / result.operations for result in good),
         peak_bytes={name: max(result.peak_bytes.get(name, 0) for result in good) for name in sorted(names)},
         own_bytes={name: max(result.own_bytes.get(name, 0) for result in good) for name in sorted(names)},
@@ -91,7 +96,10 @@ def line(server: str, result: Result) -> str:
     words = [f"{server:28} {result.row:20} {speed(result):9.1f} {unit:4}"]
     words.append(f"p50 {result.p50_ms:.2f}  p99 {result.p99_ms:.2f}  max {result.max_ms:.1f} ms")
     if result.cpu_s:
-        words.append(f"cpu {result.cpu_us_per_operation:.0f} us/op, client {1e6 * result.client_cpu_s / max(result.operations, 1):.0f}")
+        words.append(
+            f"cpu {result.cpu_us_per_operation:.0f} us/op, client"
+            f" {1e6 * result.client_cpu_s / max(result.operations, 1):.0f}"
+        )
     if result.peak_bytes:
         words.append(f"peak {max((result.own_bytes or result.peak_bytes).values()) / MIB:.0f} MiB")
     if result.disk_bytes_per_byte:
@@ -102,7 +110,9 @@ def line(server: str, result: Result) -> str:
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
-    """A table with one line a row and server, rows together. CPU is microseconds an operation, by process, and the load generator's own beside it; memory the peak of each: allocated (resident, with mapped files)."""
+    """A table with one line a row and server, rows together. CPU is microseconds an operation, by process, and the load
+    generator's own beside it; memory the peak of each: allocated (resident, with mapped files).
+    """
     several = any(summary.runs > 1 for summary in summaries)
     lines = [
         "| row | server | speed |"
@@ -113,11 +123,18 @@ def markdown(summaries: Sequence[Summary]) -> str:
     order = {row: number for number, row in enumerate(dict.fromkeys(summary.row for summary in summaries))}
     for summary in sorted(summaries, key=lambda one: order[one.row]):
         if not summary.runs:
-            lines.append(f"| {summary.row} | {summary.server} | failed: {summary.first_error} |" + (" |" if several else "") + " | | | | |")
+            lines.append(
+                f"| {summary.row} | {summary.server} | failed: {summary.first_error} |"
+                + (" |" if several else "")
+                + " | | | | |"
+            )
             continue
         total = sum(summary.cpu_us.values())
         by_name = ", ".join(f"{name} {value:,.0f}" for name, value in summary.cpu_us.items())
-        memory = ", ".join(f"{name} {value / MIB:.0f} ({summary.peak_bytes[name] / MIB:.0f})" for name, value in summary.own_bytes.items())
+        memory = ", ".join(
+            f"{name} {value / MIB:.0f} ({summary.peak_bytes[name] / MIB:.0f})"
+            for name, value in summary.own_bytes.items()
+        )
         cells = [summary.row, summary.server, f"{summary.speed:,.1f} {summary.unit}"]
         cells += [f"{summary.low:,.1f} to {summary.high:,.1f}"] if several else []
         cells += [f"{summary.p50_ms:.2f}, {summary.p99_ms:.2f}, {summary.max_ms:.1f}"]
@@ -128,10 +145,15 @@ def markdown(summaries: Sequence[Summary]) -> str:
 
 
 def flat_markdown(stages: Sequence[tuple[str, Sequence[Result]]]) -> str:
-    """The cost of each row after each burden, relative to the empty store: CPU of all server processes an operation, and time an operation."""
+    """The cost of each row after each burden, relative to the empty store: CPU of all server processes an operation,
+    and time an operation.
+    """
     empty = {result.row: result for result in stages[0][1]}
     rows = [result.row for result in stages[0][1] if result.row in ROWS and not result.errors]
-    lines = ["| the store holds | " + " | ".join(f"{row}: CPU, time" for row in rows) + " |", "|---|" + "---|" * len(rows)]
+    lines = [
+        "| the store holds | " + " | ".join(f"{row}: CPU, time" for row in rows) + " |",
+        "|---|" + "---|" * len(rows),
+    ]
     for number, (after, results) in enumerate(stages):
         found = {result.row: result for result in results if not result.errors}
         cells = []

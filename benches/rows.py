@@ -9,7 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from benches.s3client import SILENCE_S_MAX, Ask, Connection, Signer, Target, WrongAnswer, connect, path_of, signed_head, watch_silence
+from benches.s3client import (
+    SILENCE_S_MAX,
+    Ask,
+    Connection,
+    Signer,
+    Target,
+    WrongAnswer,
+    connect,
+    path_of,
+    signed_head,
+    watch_silence,
+)
 
 KIB, MIB = 1024, 1024 * 1024
 ERRORS_MAX = 20
@@ -18,7 +29,9 @@ ERRORS_MAX = 20
 PROGRESS_S = 10.0
 
 READ_BACK = 16
-"""So many objects of a row of PUTs are read again and compared, so that a server which only says that it stored them is found out."""
+"""So many objects of a row of PUTs are read again and compared, so that a server which only says that it stored them is
+found out.
+"""
 
 Operation = Callable[[int], Ask]
 """What the operation of a number asks for."""
@@ -26,7 +39,8 @@ Operation = Callable[[int], Ask]
 
 @dataclass(frozen=True)
 class Row:
-    """``total`` operations at scale 1, at least ``least``, ``in_flight`` at a time, each with ``size_bytes`` of body. ``reads``: the row whose objects
+    """``total`` operations at scale 1, at least ``least``, ``in_flight`` at a time, each with ``size_bytes`` of body.
+    ``reads``: the row whose objects
     it reads. ``degraded``: after a rack (cluster) or a disk (single) was taken away."""
 
     name: str
@@ -66,16 +80,20 @@ ROWS = {
     )
 }
 HEAVY = ("put-256m-64", "get-256m-64", "list-written-4", "put-4k-many", "list-first-4")
-"""Only when asked for: 16 GiB each way, for the memory of 64 large transfers at once; 40,000 objects, for pages of which none was listed before."""
+"""Only when asked for: 16 GiB each way, for the memory of 64 large transfers at once; 40,000 objects, for pages of
+which none was listed before.
+"""
 
 DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
 
 
 @dataclass
 class Result:
-    """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` are never counted as done.
+    """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` are never
+    counted as done.
 
-    ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest without mapped files, as sampled) are by name of server process, empty for somebody else's endpoint; ``client_cpu_s`` is the load
+    ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest without mapped files, as sampled) are
+    by name of server process, empty for somebody else's endpoint; ``client_cpu_s`` is the load
     generator's own; ``disk_bytes_per_byte`` 0 when not measured.
     """
 
@@ -123,7 +141,8 @@ class Result:
 
 
 class _Drive:
-    """A row under way. Each connection asks for the next number as soon as its answer was verified, without a task or a future in between: the
+    """A row under way. Each connection asks for the next number as soon as its answer was verified, without a task or a
+    future in between: the
     load generator shares the cores with those it measures."""
 
     def __init__(self, result: Result, target: Target, operation: Operation, total: int, bytes_each: int) -> None:
@@ -197,7 +216,9 @@ class _Drive:
             if seconds_max and spent_s >= seconds_max:
                 self.out_of_time, self._numbers = True, iter(())
             if say is not None:
-                say(f"   {self.result.row}: {done:,} of {self._total:,} after {spent_s:.0f} s, {done / spent_s:,.0f} /s")
+                say(
+                    f"   {self.result.row}: {done:,} of {self._total:,} after {spent_s:.0f} s, {done / spent_s:,.0f} /s"
+                )
 
     def close(self) -> None:
         for replacing in self._replacing:
@@ -220,7 +241,8 @@ async def drive(
 ) -> Result:
     """``total`` operations by ``in_flight`` connections, each taking the next number as soon as it is free.
 
-    Latency is per operation, from send to verified answer. What goes wrong is in the result; nothing is raised for it. After ``seconds_max`` (0: never) no
+    Latency is per operation, from send to verified answer. What goes wrong is in the result; nothing is raised for it.
+    After ``seconds_max`` (0: never) no
     further one is begun, and the result has those that were. ``say`` gets a line of progress now and then.
     """
     result = Result(row)
@@ -254,7 +276,9 @@ class Bodies:
         self._size = size
         source, length = random.Random(seed), size + 4096
         # a MiB at a time: randbytes counts bits in a C int, and ends below 256 MiB
-        self._buffer = memoryview(b"".join(source.randbytes(min(MIB, length - start)) for start in range(0, length, MIB)))
+        self._buffer = memoryview(
+            b"".join(source.randbytes(min(MIB, length - start)) for start in range(0, length, MIB))
+        )
         self._digests: dict[int, str] = {}
 
     def of(self, number: int) -> memoryview:

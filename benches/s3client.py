@@ -1,6 +1,7 @@
 """The load generator's client: HTTP/1.1 over raw connections, SigV4, every body verified.
 
-It shares no code with the server, and does as little as can be done for each request: on a machine whose cores it shares with the servers under
+It shares no code with the server, and does as little as can be done for each request: on a machine whose cores it
+shares with the servers under
 test, what the client costs is missing from the result.
 """
 
@@ -46,13 +47,17 @@ class Target:
     def __post_init__(self) -> None:
         parts = urlsplit(self.endpoint)
         if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"{self.endpoint!r} is not http://HOST:PORT; TLS would measure this client's own decryption")
+            raise ValueError(
+                f"{self.endpoint!r} is not http://HOST:PORT; TLS would measure this client's own decryption"
+            )
         object.__setattr__(self, "host", parts.hostname)
         object.__setattr__(self, "port", parts.port or 80)
 
 
 class Signer:
-    """Request heads signed as AWS documents (Signature Version 4, header form). What stays the same for a second is made once a second."""
+    """Request heads signed as AWS documents (Signature Version 4, header form). What stays the same for a second is
+    made once a second.
+    """
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -84,10 +89,12 @@ class Signer:
         text = self._text + hashlib.sha256(canonical.encode()).hexdigest()
         signature = hmac.digest(self._key, text.encode(), "sha256").hex()
         asked = f"{path}?{query}" if query else path
-        return f"{method} {asked}{self._before}{sha256}{self._between}{signature}\r\nContent-Length: {length}\r\n\r\n".encode()
+        return f"{method} {asked}{self._before}{sha256}{self._between}{signature}\r\nContent-Length: {length}\r\n\r\n".encode()  # noqa: E501
 
 
-def signed_head(target: Target, method: str, path: str, query: str = "", *, sha256: str = EMPTY_SHA256, length: int = 0) -> bytes:
+def signed_head(
+    target: Target, method: str, path: str, query: str = "", *, sha256: str = EMPTY_SHA256, length: int = 0
+) -> bytes:
     """One head; see ``Signer.head``."""
     return Signer(target).head(method, path, query, sha256=sha256, length=length)
 
@@ -101,7 +108,8 @@ class WrongAnswer(Exception):
 
 
 class Ask(NamedTuple):
-    """One request, and what its answer must be. ``expect``: its body, compared as it comes. ``check(connection)`` looks at what else was
+    """One request, and what its answer must be. ``expect``: its body, compared as it comes. ``check(connection)`` looks
+    at what else was
     answered (``kept``, ``announced``), and raises WrongAnswer."""
 
     head: bytes
@@ -288,7 +296,9 @@ class Connection(asyncio.Protocol):
         return now - self._heard_at if self._done is not None else 0.0
 
     def begin(self, ask: Ask, done: Done) -> None:
-        """Sends; ``done`` is called once, when the answer is whole or cannot become so any more (perhaps before this returns)."""
+        """Sends; ``done`` is called once, when the answer is whole or cannot become so any more (perhaps before this
+        returns).
+        """
         self._ask, self._done = ask, done
         transport = self._transport
         if transport is None or transport.is_closing():
@@ -328,7 +338,9 @@ async def connect(target: Target) -> Connection:
 
 
 async def watch_silence(connections: list[Connection], seconds_max: float = SILENCE_S_MAX) -> None:
-    """Fails requests on connections where nothing moves; runs until it is cancelled. One look a second costs less than a timer for each request."""
+    """Fails requests on connections where nothing moves; runs until it is cancelled. One look a second costs less than
+    a timer for each request.
+    """
     while True:
         await asyncio.sleep(min(1.0, seconds_max / 4))
         now = time.monotonic()

@@ -1,4 +1,6 @@
-"""What is measured: the trial cluster, any S3 endpoint, or SeaweedFS from its PyPI package. Each starts processes of its own and stops them."""
+"""What is measured: the trial cluster, any S3 endpoint, or SeaweedFS from its PyPI package. Each starts processes of
+its own and stops them.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ RACKS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c")
 
 @dataclass
 class Server:
-    """``processes`` (name -> pid) and ``folder`` let a row report CPU, memory and bytes on disk; both empty for somebody else's endpoint.
+    """``processes`` (name -> pid) and ``folder`` let a row report CPU, memory and bytes on disk; both empty for
+    somebody else's endpoint.
 
-    ``lose`` takes a failure domain away (a rack of a cluster, a disk of a single node) and returns when the server has noticed.
+    ``lose`` takes a failure domain away (a rack of a cluster, a disk of a single node) and returns when the server has
+    noticed.
     """
 
     name: str
@@ -49,7 +53,8 @@ class Server:
         return found
 
     def peak_bytes(self) -> dict[str, int]:
-        """Resident memory of each process at its highest since it started, or since ``forget_peaks``. Mapped pages of files are among it: LMDB's, which the
+        """Resident memory of each process at its highest since it started, or since ``forget_peaks``. Mapped pages of
+        files are among it: LMDB's, which the
         kernel takes back when it wants them."""
         return self._memory("VmHWM")
 
@@ -110,7 +115,9 @@ def await_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 6
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM ends this process as an exception does: servers are stopped and folders removed, which a second one does not interrupt."""
+    """SIGTERM ends this process as an exception does: servers are stopped and folders removed, which a second one does
+    not interrupt.
+    """
 
     def end(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -134,7 +141,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class _Storaged:
-    """How the command ``storaged`` of a source tree (None: the one installed here) is run for one installation below ``home``."""
+    """How the command ``storaged`` of a source tree (None: the one installed here) is run for one installation below
+    ``home``.
+    """
 
     home: Path
     directory: Path
@@ -143,8 +152,16 @@ class _Storaged:
     process: subprocess.Popen[bytes] | None = None
 
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "STORAGED_", "XDG_", "PYTHONPATH"))}
-        own = {"HOME": str(self.home), "STORAGED_DIR": str(self.directory), "CREDENTIALS_DIRECTORY": str(self.home / "credentials")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("AWS_", "STORAGED_", "XDG_", "PYTHONPATH"))
+        }
+        own = {
+            "HOME": str(self.home),
+            "STORAGED_DIR": str(self.directory),
+            "CREDENTIALS_DIRECTORY": str(self.home / "credentials"),
+        }
         if self.tree is not None:
             own["PYTHONPATH"] = str(self.tree)
         if self.spans is not None:
@@ -168,7 +185,11 @@ class _Storaged:
     def start(self, *arguments: str) -> None:
         with (self.home / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "storaged", *arguments], env=self.environment(), cwd=self.home, stdout=log, stderr=log
+                [sys.executable, "-m", "storaged", *arguments],
+                env=self.environment(),
+                cwd=self.home,
+                stdout=log,
+                stderr=log,
             )
 
     def status(self, *verdicts: str) -> dict[str, Any]:
@@ -182,7 +203,9 @@ class _Storaged:
             if found.get("verdict") in verdicts:
                 return found
             if self.process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"storaged did not become {' or '.join(verdicts)}: {found.get('verdict')}\n" + self.log()[-3000:])
+                raise SystemExit(
+                    f"storaged did not become {' or '.join(verdicts)}: {found.get('verdict')}\n" + self.log()[-3000:]
+                )
             time.sleep(0.2)
 
     def prepared(self) -> None:
@@ -217,14 +240,23 @@ def storaged_cluster(
     name: str = "storaged, cluster",
     workers: int | None = None,
 ) -> Iterator[Server]:
-    """``storaged dev``: three storage nodes in three racks, a gateway of so many processes (None: as many as the command chooses itself; old revisions know no other).
+    """``storaged dev``: three storage nodes in three racks, a gateway of so many processes (None: as many as the
+    command chooses itself; old revisions know no other).
     ``lose`` kills a rack."""
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
         storaged = _Storaged(home, home / "s3", tree, spans)
         try:
             several = () if workers is None else ("--workers", str(workers))
-            storaged.start("dev", str(storaged.directory), "--s3-port", str(free_port()), "--admin-port", str(free_port()), *several)
+            storaged.start(
+                "dev",
+                str(storaged.directory),
+                "--s3-port",
+                str(free_port()),
+                "--admin-port",
+                str(free_port()),
+                *several,
+            )
             status = storaged.status("HEALTHY")
             storaged.prepared()
             known = json.loads(storaged.run("env", "--json"))
@@ -251,7 +283,9 @@ def storaged_single(
     disks: int = 6,
     name: str = "storaged, single",
 ) -> Iterator[Server]:
-    """One process with both roles and six disks, made as deploy/README.md says. ``lose`` restarts it with one disk gone."""
+    """One process with both roles and six disks, made as deploy/README.md says. ``lose`` restarts it with one disk
+    gone.
+    """
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
         storaged = _Storaged(home, home / "state", tree, spans)
@@ -348,13 +382,22 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
     with contextlib.ExitStack() as stack:
         copies = ("-defaultReplication=020",) if durable else ()
         await_port(
-            master, start("master", "master", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={master}", f"-mdir={folder}/master", *copies)
+            master,
+            start(
+                "master",
+                "master",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                f"-port={master}",
+                f"-mdir={folder}/master",
+                *copies,
+            ),
         )
         for rack in "abc" if durable else "a":
             port = port_with_grpc()
             (folder / f"data{rack}").mkdir()
             volume = start(
-                f"volume{rack}", "volume", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={port}", f"-dir={folder}/data{rack}", f"-mserver=127.0.0.1:{master}",
+                f"volume{rack}", "volume", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={port}", f"-dir={folder}/data{rack}", f"-mserver=127.0.0.1:{master}",  # noqa: E501
                 "-max=100", f"-rack={rack}", "-dataCenter=d",
             )  # fmt: skip
             await_port(port, volume)
@@ -362,7 +405,7 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
         await_port(
             s3,
             start(
-                "filer", "filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={filer}", f"-master=127.0.0.1:{master}", f"-defaultStoreDir={folder}/filer",
+                "filer", "filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={filer}", f"-master=127.0.0.1:{master}", f"-defaultStoreDir={folder}/filer",  # noqa: E501
                 "-s3", f"-s3.port={s3}", f"-s3.config={folder}/s3.json",
             ),
         )  # fmt: skip

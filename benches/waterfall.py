@@ -1,7 +1,9 @@
 """``python -m benches.waterfall``: one PUT and one GET, small and large, as the gateway's own spans saw them.
 
-The servers run with the spans an operator can turn on (STORAGED_SPANS, see deploy/README.md). Each kind of request is made several times, alone; the one
-whose duration is the median is drawn. A line is one kind of work, from its first span to its last: ``#`` where it ran, ``.`` where it waited for others.
+The servers run with the spans an operator can turn on (STORAGED_SPANS, see deploy/README.md). Each kind of request is
+made several times, alone; the one
+whose duration is the median is drawn. A line is one kind of work, from its first span to its last: ``#`` where it ran,
+``.`` where it waited for others.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ Spans = Sequence[tuple[str, int, int]]
 
 
 def bars(spans: Spans, total_us: int, width: int = WIDTH) -> list[tuple[str, str, int, int]]:
-    """(name, bar, busy microseconds, spans) of each kind of work, in the order of their beginnings. Time in which spans of one kind overlap counts once."""
+    """(name, bar, busy microseconds, spans) of each kind of work, in the order of their beginnings. Time in which spans
+    of one kind overlap counts once.
+    """
     by_name: dict[str, list[tuple[int, int]]] = {}
     for name, start, end in sorted(spans, key=lambda span: (span[1], span[2])):
         by_name.setdefault(name, []).append((start, end))
@@ -62,7 +66,8 @@ def draw(title: str, request: dict[str, Any]) -> str:
     lines = [f"{title}: {total / 1000:.2f} ms"]
     for name, bar, busy, count in bars(spans, total):
         lines.append(
-            f"  {name:8} |{bar}| {busy / 1000:8.2f} ms  {100 * busy / max(total, 1):3.0f}%" + (f"  in {count}" if count > 1 else "")
+            f"  {name:8} |{bar}| {busy / 1000:8.2f} ms  {100 * busy / max(total, 1):3.0f}%"
+            + (f"  in {count}" if count > 1 else "")
         )
     idle = total - covered((start, end) for _, start, end in spans)
     lines.append(f"  {'between':8} |{' ' * WIDTH}| {idle / 1000:8.2f} ms  {100 * idle / max(total, 1):3.0f}%")
@@ -104,7 +109,9 @@ async def requests(server: Server, spans: Path, repeats: int, sizes: Sequence[in
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benches.waterfall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benches.waterfall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=["cluster", "single"], default="cluster")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sizes", default=f"{4 * KIB},{64 * MIB}", help="bytes, comma separated")

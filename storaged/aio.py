@@ -1,10 +1,15 @@
-"""Durable writes that no thread waits for: Linux AIO (io_submit(2)) past the page cache, told of by an eventfd of the event loop.
+"""Durable writes that no thread waits for: Linux AIO (io_submit(2)) past the page cache, told of by an eventfd of the
+event loop.
 
-A thread that writes and syncs costs more than the write: it must get the interpreter to begin, and once more to say that it is done, from a loop that has other things to do.
-The kernel needs neither. With O_DIRECT and RWF_DSYNC it takes a write to blocks that the file has, sends it to the drive, and tells when it is there for good.
+A thread that writes and syncs costs more than the write: it must get the interpreter to begin, and once more to say
+that it is done, from a loop that has other things to do.
+The kernel needs neither. With O_DIRECT and RWF_DSYNC it takes a write to blocks that the file has, sends it to the
+drive, and tells when it is there for good.
 
-Where that can't be had (another operating system or processor, a file system without O_DIRECT, or of which nobody knows that it keeps the promise, no more contexts:
-/proc/sys/fs/aio-max-nr) ``DirectFile.open`` says so, and so does ``blocks`` later, of a file system that refuses, or that writes while it is asked instead of after: then a thread does better.
+Where that can't be had (another operating system or processor, a file system without O_DIRECT, or of which nobody knows
+that it keeps the promise, no more contexts:
+/proc/sys/fs/aio-max-nr) ``DirectFile.open`` says so, and so does ``blocks`` later, of a file system that refuses, or
+that writes while it is asked instead of after: then a thread does better.
 
 Source: io_setup(2), io_submit(2), io_getevents(2), eventfd(2), statfs(2); linux/aio_abi.h.
 """
@@ -29,10 +34,13 @@ BLOCK_BYTES = 4096
 
 SLOW_S = 0.002
 WORSE_IN_A_ROW_MAX = 8
-"""So many requests in turn that were refused, or took so long and were done when they returned, and the file system is one that does not write asynchronously."""
+"""So many requests in turn that were refused, or took so long and were done when they returned, and the file system is
+one that does not write asynchronously.
+"""
 
 FILE_SYSTEMS = (0xEF53, 0x58465342)
-"""By ``f_type``: ext2 to ext4, XFS. Elsewhere RWF_DSYNC may not mean what is written asynchronously: on btrfs it did not from Linux 5.16 to 6.0 (kernel commit
+"""By ``f_type``: ext2 to ext4, XFS. Elsewhere RWF_DSYNC may not mean what is written asynchronously: on btrfs it did
+not from Linux 5.16 to 6.0 (kernel commit
 8184620ae212), and nothing told."""
 
 _STATFS_BYTES = 256
@@ -41,7 +49,9 @@ _STATFS_BYTES = 256
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN, errno.ENOMEM)
 
 _SYSTEM_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
-"""By ``platform.machine()``: the numbers of io_setup, io_destroy, io_getevents, io_submit, for which the C library has no functions."""
+"""By ``platform.machine()``: the numbers of io_setup, io_destroy, io_getevents, io_submit, for which the C library has
+no functions.
+"""
 
 _IOCB_CMD_PWRITE = 1
 _IOCB_FLAG_RESFD = 1
@@ -50,7 +60,9 @@ Done = Callable[[OSError | None], None]
 
 
 class NotTaken(OSError):
-    """The kernel does not write like this to this file, or not now. No drive has failed: the same may be written in another way."""
+    """The kernel does not write like this to this file, or not now. No drive has failed: the same may be written in
+    another way.
+    """
 
 
 class _Iocb(ctypes.Structure):
@@ -75,11 +87,18 @@ class _Iocb(ctypes.Structure):
 class _Event(ctypes.Structure):
     """``struct io_event``."""
 
-    _fields_ = (("data", ctypes.c_uint64), ("iocb", ctypes.c_uint64), ("result", ctypes.c_int64), ("result2", ctypes.c_int64))
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("iocb", ctypes.c_uint64),
+        ("result", ctypes.c_int64),
+        ("result2", ctypes.c_int64),
+    )
 
 
 class DirectFile:
-    """A file that exists and has its blocks. One write at a time; one event loop, but ``open`` and ``close``, which may block."""
+    """A file that exists and has its blocks. One write at a time; one event loop, but ``open`` and ``close``, which may
+    block.
+    """
 
     def __init__(self, fd: int, told: int, memory: mmap.mmap, context: int, numbers: tuple[int, int, int, int]) -> None:
         self._fd = fd
@@ -87,11 +106,18 @@ class DirectFile:
         self._memory = memory
         self._context = context
         self._destroy, self._getevents, self._submit = numbers[1:]
-        self._call = ctypes.PyDLL(None, use_errno=True).syscall  # keeps the interpreter: what is called so waits for nothing as a rule
+        self._call = ctypes.PyDLL(
+            None, use_errno=True
+        ).syscall  # keeps the interpreter: what is called so waits for nothing as a rule
         self._call.restype = ctypes.c_long
         held = ctypes.c_char.from_buffer(self._memory)
         self._request = _Iocb(
-            rw_flags=os.RWF_DSYNC, opcode=_IOCB_CMD_PWRITE, fd=fd, buffer=ctypes.addressof(held), flags=_IOCB_FLAG_RESFD, eventfd=self._told
+            rw_flags=os.RWF_DSYNC,
+            opcode=_IOCB_CMD_PWRITE,
+            fd=fd,
+            buffer=ctypes.addressof(held),
+            flags=_IOCB_FLAG_RESFD,
+            eventfd=self._told,
         )
         del held
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
@@ -106,7 +132,12 @@ class DirectFile:
     def open(cls, path: Path, bytes_max: int) -> DirectFile | None:
         """``bytes_max``: of a single write. None: not to be had here."""
         numbers = _SYSTEM_CALLS.get(platform.machine())
-        if numbers is None or sys.byteorder != "little" or not sys.platform.startswith("linux") or ctypes.sizeof(ctypes.c_void_p) != 8:
+        if (
+            numbers is None
+            or sys.byteorder != "little"
+            or not sys.platform.startswith("linux")
+            or ctypes.sizeof(ctypes.c_void_p) != 8
+        ):
             return None
         descriptors: list[int] = []
         context = ctypes.c_uint64(0)
@@ -125,12 +156,16 @@ class DirectFile:
 
     @property
     def blocks(self) -> bool:
-        """Writes are refused, or done before ``write`` returns, and take long: the event loop stands still meanwhile."""
+        """Writes are refused, or done before ``write`` returns, and take long: the event loop
+        stands still meanwhile.
+        """
         return self._worse >= WORSE_IN_A_ROW_MAX
 
     def write(self, loop: asyncio.AbstractEventLoop, pieces: Sequence[Buffer], at: int, done: Done) -> None:
-        """All of it is durable when ``done(None)`` is called on the loop; ``done(error)``: what the disk has is unknown. It is never called before this returns. The pieces are
-        free at once. They and ``at`` fill whole blocks, of the file as it is. Raises NotTaken when nothing was begun; ``done`` may be told that, too."""
+        """All of it is durable when ``done(None)`` is called on the loop; ``done(error)``: what the disk has is
+        unknown. It is never called before this returns. The pieces are
+        free at once. They and ``at`` fill whole blocks, of the file as it is. Raises NotTaken when nothing was begun;
+        ``done`` may be told that, too."""
         assert self._done is None, "one write at a time"
         if loop is not self._loop:
             loop.add_reader(self._told, self._heard)
@@ -142,7 +177,10 @@ class DirectFile:
         assert (size | at) % BLOCK_BYTES == 0, "whole blocks alone"
         self._request.bytes, self._request.offset = size, at
         began = time.perf_counter()
-        if self._call(ctypes.c_long(self._submit), ctypes.c_uint64(self._context), ctypes.c_long(1), self._requests) != 1:
+        if (
+            self._call(ctypes.c_long(self._submit), ctypes.c_uint64(self._context), ctypes.c_long(1), self._requests)
+            != 1
+        ):
             code = ctypes.get_errno()
             self._worse += 1
             raise NotTaken(code, os.strerror(code))

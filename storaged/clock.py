@@ -1,6 +1,7 @@
 """Time as a port, so that a cluster test replays from a seed.
 
-``monotonic`` measures intervals, ``wall_ms`` stamps records and checks signatures. Nothing's safety depends on ``wall_ms``.
+``monotonic`` measures intervals, ``wall_ms`` stamps records and checks signatures. Nothing's safety depends on
+``wall_ms``.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """The configuration of one node: a TOML file, read strictly, with every mistake listed at once.
 
-Paths are relative to the file's own folder, so that a node's folder can be moved. Sizes are integers (bytes) or text (``"64 MiB"``).
+Paths are relative to the file's own folder, so that a node's folder can be moved. Sizes are integers (bytes) or text
+(``"64 MiB"``).
 ``$CREDENTIALS_DIRECTORY`` at the start of a path is where systemd puts what ``LoadCredential=`` names.
 
     [node]     name, directory, roles
     [cluster]  identity (the folder with this node's certificate, the cluster's authority and the layout)
     [[disks]]  id, directory            (role storage; one table a disk)
     [rpc]      listen
-    [s3]       listen, workers, region, strict_region, domains, tls_certificate, tls_key, unauthenticated_*_max, proxies   (role gateway)
+    [s3]       listen, workers, region, strict_region, domains, tls_certificate, tls_key, unauthenticated_*_max, proxies
+    (role gateway)
     [admin]    listen
     [keys]     keyring, credential or passphrase                       (role gateway)
     [audit]    directory
@@ -38,7 +40,9 @@ SYNTAX_ERRORS_MAX = 20
 
 
 class NodeSection(msgspec.Struct, frozen=True):
-    """``directory`` holds what belongs to the node itself: lock, admin socket, known layouts, which store each disk had."""
+    """``directory`` holds what belongs to the node itself: lock, admin socket, known layouts, which store each disk
+    had.
+    """
 
     name: str
     directory: str
@@ -63,11 +67,14 @@ class RpcSection(msgspec.Struct, frozen=True):
 
 
 class S3Section(msgspec.Struct, frozen=True):
-    """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``: processes that share the port.
+    """``domains``: names under which buckets appear as the first label of the host (virtual-host style). ``workers``:
+    processes that share the port.
     ``region``: told to clients. ``strict_region``: refuse signatures and new buckets of any other; else every region
     is accepted.
-    ``unauthenticated_*_max``: what one address (a /64 of IPv6) may have of connections, requests and bytes before they have authenticated;
-    beyond, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come from there."""
+    ``unauthenticated_*_max``: what one address (a /64 of IPv6) may have of connections, requests and bytes before they
+    have authenticated;
+    beyond, the oldest is closed. ``proxies``: addresses and networks without these limits, since all clients come from
+    there."""
 
     listen: str = "127.0.0.1:8333"
     workers: int = 1
@@ -83,13 +90,17 @@ class S3Section(msgspec.Struct, frozen=True):
 
 
 class AdminSection(msgspec.Struct, frozen=True):
-    """``listen``: health and metrics over HTTP, empty for none; administration itself is on the Unix socket in the node's directory only."""
+    """``listen``: health and metrics over HTTP, empty for none; administration itself is on the Unix socket in the
+    node's directory only.
+    """
 
     listen: str = ""
 
 
 class KeysSection(msgspec.Struct, frozen=True):
-    """What opens the keyring: ``credential`` names a file of 32 random bytes, ``passphrase`` a file whose first line is the passphrase."""
+    """What opens the keyring: ``credential`` names a file of 32 random bytes, ``passphrase`` a file whose first line is
+    the passphrase.
+    """
 
     keyring: str = ""
     credential: str = ""
@@ -100,7 +111,8 @@ KEEP_DAYS_MIN = 180
 
 
 class AuditSection(msgspec.Struct, frozen=True):
-    """``directory`` empty: ``audit`` in the node's directory. A chain file is closed, and a new one begun, at ``file_bytes_max``. A file whose last entry
+    """``directory`` empty: ``audit`` in the node's directory. A chain file is closed, and a new one begun, at
+    ``file_bytes_max``. A file whose last entry
     is older than ``keep_days`` is removed; 0: none ever is. Never before six months (180 days) are over."""
 
     directory: str = ""
@@ -109,8 +121,10 @@ class AuditSection(msgspec.Struct, frozen=True):
 
 
 class LimitsSection(msgspec.Struct, frozen=True):
-    """Bounds of one node; those of S3 are shared out among a gateway's workers. ``recode_delay_s``: how long a disk may be away before repair recodes
-    blocks for the others. ``meta_map_bytes`` is address space for a disk's LMDB, taken from the disk only as rows are written.
+    """Bounds of one node; those of S3 are shared out among a gateway's workers. ``recode_delay_s``: how long a disk may
+    be away before repair recodes
+    blocks for the others. ``meta_map_bytes`` is address space for a disk's LMDB, taken from the disk only as rows are
+    written.
     ``reserve_bytes`` stays free on every disk for deletes, repair and the ring; 0: a twentieth of the file system."""
 
     s3_requests_max: int = 1024
@@ -126,7 +140,8 @@ class LimitsSection(msgspec.Struct, frozen=True):
 class LogSection(msgspec.Struct, frozen=True):
     """``auto``: journal format under systemd, colour on a terminal, logfmt else.
 
-    ``access``: a line at level info for every S3 request. ``slow_ms``: a warning for a request that takes longer, beyond the
+    ``access``: a line at level info for every S3 request. ``slow_ms``: a warning for a request that takes longer,
+    beyond the
     time that its bytes may take; 0 for none.
     """
 
@@ -216,7 +231,9 @@ def parse(text: str, base: Path) -> tuple[Config | None, list[Mistake]]:
     lines = _lines_of(text)
     for name in document:
         if name not in SECTIONS:
-            mistakes.append(Mistake(lines.get((name,), 0), f"there is no section or option [{name}]{_did_you_mean(name, SECTIONS)}"))
+            mistakes.append(
+                Mistake(lines.get((name,), 0), f"there is no section or option [{name}]{_did_you_mean(name, SECTIONS)}")
+            )
     values: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
         if name == "disks":
@@ -238,7 +255,9 @@ def parse(text: str, base: Path) -> tuple[Config | None, list[Mistake]]:
 
 
 def _parse_toml(text: str) -> tuple[dict[str, Any], list[Mistake]]:
-    """tomllib stops at the first error of syntax: that line is blanked and the rest read on, so that later mistakes are listed as well."""
+    """tomllib stops at the first error of syntax: that line is blanked and the rest read on, so that later mistakes are
+    listed as well.
+    """
     mistakes: list[Mistake] = []
     lines = text.split("\n")
     while True:
@@ -286,11 +305,17 @@ def _check_disks(tables: Any, lines: dict[tuple[str, ...], int], mistakes: list[
     if not isinstance(tables, list):
         mistakes.append(Mistake(lines.get(("disks",), 0), "disks is a list of tables: write [[disks]], once a disk"))
         return []
-    return [_check_table(("disks", str(index)), DiskSection, table, lines, mistakes) for index, table in enumerate(tables)]
+    return [
+        _check_table(("disks", str(index)), DiskSection, table, lines, mistakes) for index, table in enumerate(tables)
+    ]
 
 
 def _check_table(
-    place: tuple[str, ...], kind: type[msgspec.Struct], table: Any, lines: dict[tuple[str, ...], int], mistakes: list[Mistake]
+    place: tuple[str, ...],
+    kind: type[msgspec.Struct],
+    table: Any,
+    lines: dict[tuple[str, ...], int],
+    mistakes: list[Mistake],
 ) -> dict[str, Any]:
     """The options of a table that hold; what does not is added to ``mistakes``."""
     name = place[0]
@@ -319,7 +344,11 @@ def _check_value(section: str, option: str, kind: Any, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     wanted = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a list of texts")
-    right = isinstance(value, list) and all(isinstance(item, str) for item in value) if kind == list[str] else type(value) is kind
+    right = (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if kind == list[str]
+        else type(value) is kind
+    )
     if not right:
         raise ValueError(f"wants {wanted}, not {value!r}")
     check = _CHECKS.get((section, option))
@@ -380,7 +409,10 @@ def _check_loopback(value: str) -> None:
     except ValueError:
         loopback = host == "localhost"
     if not loopback:
-        raise ValueError(f"{value!r} is not a loopback address; metrics are not authenticated, so put a proxy before them to export them")
+        raise ValueError(
+            f"{value!r} is not a loopback address; metrics are not authenticated, so put a proxy before them to export"
+            " them"
+        )
 
 
 def _check_region(value: str) -> None:
@@ -447,7 +479,9 @@ _CHECKS: dict[tuple[str, str], Callable[[Any], None]] = {
 }
 
 
-def _check_together(values: dict[str, Any], document: dict[str, Any], lines: dict[tuple[str, ...], int]) -> Iterator[Mistake]:
+def _check_together(
+    values: dict[str, Any], document: dict[str, Any], lines: dict[tuple[str, ...], int]
+) -> Iterator[Mistake]:
     """What is wrong only in the light of something else."""
     roles = values.get("node", {}).get("roles", [])
     disks = values.get("disks", [])
@@ -464,7 +498,8 @@ def _check_together(values: dict[str, Any], document: dict[str, Any], lines: dic
             value = disk.get(field)
             if value in seen and value is not None:
                 yield Mistake(
-                    lines.get(("disks", str(index), field), 0), f"disks.{field}: {value!r} is also that of disk {seen[value] + 1}"
+                    lines.get(("disks", str(index), field), 0),
+                    f"disks.{field}: {value!r} is also that of disk {seen[value] + 1}",
                 )
             seen.setdefault(value, index)
     keys = values.get("keys", {})

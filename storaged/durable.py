@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 class Unfinished(Exception):
-    """What was acknowledged is safe where it is, and can't be put where it belongs before a restart. No reason to give up the disk."""
+    """What was acknowledged is safe where it is, and can't be put where it belongs before a restart. No reason to give
+    up the disk.
+    """
 
 
 def sync_path(path: Path) -> None:
@@ -21,10 +23,12 @@ def sync_path(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this returns. Raises OSError: of what could
+    """The file is the one before or this one, whole, whenever the process or the machine ends; it is this one when this
+    returns. Raises OSError: of what could
     not be written nothing is left, be it half a key on a full disk.
 
-    It has its mode, less the umask, before it has a byte: nobody else reads a key on the way there. Writers of one directory
+    It has its mode, less the umask, before it has a byte: nobody else reads a key on the way there. Writers of one
+    directory
     wait for each other (flock of the directory), also those of other processes: a gateway's workers share a directory.
     """
     temporary = path.with_name(path.name + ".new")

@@ -1,6 +1,7 @@
 """Every error that reaches a user: whose fault, what happened, what to do.
 
-The S3 code, HTTP status, exit code and hint sit on one class; ``storaged explain CODE`` and the S3 error body are made from them.
+The S3 code, HTTP status, exit code and hint sit on one class; ``storaged explain CODE`` and the S3 error body are made
+from them.
 
     StoragedError
       S3Error                  answers of the S3 front; the code is the class name, as AWS documents it
@@ -53,7 +54,8 @@ class S3Error(StoragedError):
 class NotModified(S3Error):
     """Not Modified
 
-    The object is the one that the client has: If-None-Match names its ETag, or it has not changed since If-Modified-Since.
+    The object is the one that the client has: If-None-Match names its ETag, or it has not changed since
+    If-Modified-Since.
     """
 
     status = 304
@@ -62,7 +64,8 @@ class NotModified(S3Error):
 class AccessDenied(S3Error):
     """Access Denied
 
-    The key of the request may not do this: the bucket belongs to another user, the request is not signed, or what was signed
+    The key of the request may not do this: the bucket belongs to another user, the request is not signed, or what was
+    signed
     (a presigned URL, a form's policy) is over or does not allow it.
     """
 
@@ -122,7 +125,9 @@ class EntityTooLarge(S3Error):
 
 
 class EntityTooSmall(S3Error):
-    """Your proposed upload is smaller than the minimum allowed object size. Each part but the last has at least 5 MiB."""
+    """Your proposed upload is smaller than the minimum allowed object size. Each part but the last
+    has at least 5 MiB.
+    """
 
 
 class ExpiredToken(S3Error):
@@ -146,7 +151,8 @@ class InvalidAction(S3Error):
 class InvalidArgument(S3Error):
     """Invalid Argument
 
-    A header, a parameter or a field of the request has a value that S3 does not allow. The message of the answer names it,
+    A header, a parameter or a field of the request has a value that S3 does not allow. The message of the answer names
+    it,
     and nothing was changed.
     """
 
@@ -157,8 +163,8 @@ class InvalidBucketName(S3Error):
     """The specified bucket is not valid."""
 
     hint = (
-        "A bucket's name has 3 to 63 characters: lower-case letters, digits, dots and hyphens. It begins and ends with a letter "
-        "or digit, is no IP address, has no two dots in a row, and does not begin with xn-- or sthree-."
+        "A bucket's name has 3 to 63 characters: lower-case letters, digits, dots and hyphens. It begins and ends with"
+        " a letter or digit, is no IP address, has no two dots in a row, and does not begin with xn-- or sthree-."
     )
 
 
@@ -181,7 +187,9 @@ class InvalidChunkSizeError(S3Error):
 
 
 class InvalidPart(S3Error):
-    """One or more of the specified parts could not be found. The part might not have been uploaded, or its ETag differs."""
+    """One or more of the specified parts could not be found. The part might not have been uploaded, or its ETag
+    differs.
+    """
 
 
 class InvalidPartNumber(S3Error):
@@ -330,7 +338,9 @@ class NoSuchTagSet(S3Error):
 
 
 class NoSuchUpload(S3Error):
-    """The specified multipart upload does not exist. The upload ID might be invalid, or the upload was aborted or completed."""
+    """The specified multipart upload does not exist. The upload ID might be invalid, or the upload was aborted or
+    completed.
+    """
 
     status = 404
 
@@ -425,7 +435,10 @@ class ServiceUnavailable(S3Error):
     """The store cannot do this safely now (too few disks, racks or replicas answer). Nothing was changed. Retry."""
 
     status = 503
-    hint = "See `storaged status`: a write needs enough disks to survive the loss of one more, a register two of its three replicas."
+    hint = (
+        "See `storaged status`: a write needs enough disks to survive the loss of one more, a register two of its three"
+        " replicas."
+    )
 
 
 class OutcomeUnknown(ServiceUnavailable):
@@ -473,7 +486,10 @@ class ConfigInvalid(OperatorError):
     """The configuration has mistakes; each is listed with its place."""
 
     code = "CONFIG_INVALID"
-    hint = "Correct the lines named and run `storaged config check FILE` again. A running daemon keeps its old configuration."
+    hint = (
+        "Correct the lines named and run `storaged config check FILE` again. A running daemon keeps its old"
+        " configuration."
+    )
 
 
 class DirectoryInUse(OperatorError):
@@ -503,7 +519,10 @@ class NotATrialCluster(OperatorError):
 
     code = "NOT_A_TRIAL_CLUSTER"
     exit_code = 2
-    hint = "On a server: `storaged user add NAME` prints a user's keys, and [s3] of the gateway's config.toml has the address."
+    hint = (
+        "On a server: `storaged user add NAME` prints a user's keys, and [s3] of the gateway's config.toml has the"
+        " address."
+    )
 
 
 class SeveralClusters(OperatorError):
@@ -511,7 +530,10 @@ class SeveralClusters(OperatorError):
 
     code = "SEVERAL_CLUSTERS"
     exit_code = 2
-    hint = "Name the one that you mean: `storaged --dir DIR ...`, or set STORAGED_DIR (`storaged --dir DIR env` prints it)."
+    hint = (
+        "Name the one that you mean: `storaged --dir DIR ...`, or set STORAGED_DIR (`storaged --dir DIR env` prints"
+        " it)."
+    )
 
 
 class AmbiguousName(OperatorError):
@@ -526,8 +548,8 @@ class KeyringMismatch(OperatorError):
 
     code = "KEYRING_MISMATCH"
     hint = (
-        "Restore it: `storaged keys restore FILE --config CONFIG.toml`. Only the first gateway of a new cluster makes one, once: "
-        "`storaged keys create CONFIG.toml`. With new keys nothing of an existing cluster could be read."
+        "Restore it: `storaged keys restore FILE --config CONFIG.toml`. Only the first gateway of a new cluster makes"
+        " one, once: `storaged keys create CONFIG.toml`. With new keys nothing of an existing cluster could be read."
     )
 
 
@@ -552,41 +574,55 @@ class WrongPassphrase(OperatorError):
 
 
 class DiskForeign(OperatorError):
-    """The disk's store is not the one this node had under this name: its promises are unknown, so it must not answer."""
+    """The disk's store is not the one this node had under this name: its promises are unknown, so
+    it must not answer.
+    """
 
     code = "DISK_FOREIGN"
     hint = (
-        "Put back the disk or the mount that was there, and restart its node. If it is gone: repair rebuilds its fragments on other "
-        "disks, but not its replicas of records; those stay one short, and keys that lose another replica stop. About a blank one in its place: `storaged explain DISK_BLANK`."
+        "Put back the disk or the mount that was there, and restart its node. If it is gone: repair rebuilds its"
+        " fragments on other disks, but not its replicas of records; those stay one short, and keys that lose another"
+        " replica stop. About a blank one in its place: `storaged explain DISK_BLANK`."
     )
 
 
 class DiskBlank(OperatorError):
-    """The disk is blank, or its node has no record of the store on it, although the cluster is in use: a server that was built anew, an exchanged disk, or a lost
-    directory of the node. It may have forgotten writes that it acknowledged, so it takes no part. (At the first start of a new cluster: not all storage
+    """The disk is blank, or its node has no record of the store on it, although the cluster is in use: a server that
+    was built anew, an exchanged disk, or a lost
+    directory of the node. It may have forgotten writes that it acknowledged, so it takes no part. (At the first start
+    of a new cluster: not all storage
     nodes are there yet. Then nothing is to be done but starting them.)"""
 
     code = "DISK_BLANK"
     hint = (
-        "A new cluster at its first start: start the other storage nodes, and accept nothing. Else put back the disk, or the node's "
-        "directory (`disks.json` in it), that was there, and restart the node. If it is gone, the others go on without it. "
-        "`storaged accept-blank CONFIG.toml DISK` lets it take part as it is: then a write that only this disk and one that is away had acknowledged is "
-        "forgotten, so do it only while all other disks are in use and `status` shows no object below target."
+        "A new cluster at its first start: start the other storage nodes, and accept nothing. Else put back the disk,"
+        " or the node's directory (`disks.json` in it), that was there, and restart the node. If it is gone, the others"
+        " go on without it. `storaged accept-blank CONFIG.toml DISK` lets it take part as it is: then a write that only"
+        " this disk and one that is away had acknowledged is forgotten, so do it only while all other disks are in use"
+        " and `status` shows no object below target."
     )
 
 
 class DiskHung(OperatorError):
-    """The disk has not answered since its node tried to open it. The node runs without it; it joins by itself when it is open."""
+    """The disk has not answered since its node tried to open it. The node runs without it; it joins by itself when it
+    is open.
+    """
 
     code = "DISK_HUNG"
-    hint = "Look at the kernel log for I/O errors and time-outs. After a crash a disk with a long log may take minutes; one that hangs is to be replaced."
+    hint = (
+        "Look at the kernel log for I/O errors and time-outs. After a crash a disk with a long log may take minutes;"
+        " one that hangs is to be replaced."
+    )
 
 
 class DiskReadOnly(OperatorError):
     """The disk refused a write or a sync; it is read-only until its node is started again."""
 
     code = "DISK_READ_ONLY"
-    hint = "Look at the kernel log for I/O errors. Mend the cause, then restart the node; until then repair rebuilds elsewhere what it should hold."
+    hint = (
+        "Look at the kernel log for I/O errors. Mend the cause, then restart the node; until then repair rebuilds"
+        " elsewhere what it should hold."
+    )
 
 
 class IndexDamaged(OperatorError):
@@ -600,14 +636,20 @@ class DiskFull(OperatorError):
     """The disk is full up to its reserve and refuses new fragments."""
 
     code = "DISK_FULL"
-    hint = "Delete data, or enlarge its file system; writes use the other disks meanwhile. The reserve (limits.reserve_bytes) stays free for deletes and the ring."
+    hint = (
+        "Delete data, or enlarge its file system; writes use the other disks meanwhile. The reserve"
+        " (limits.reserve_bytes) stays free for deletes and the ring."
+    )
 
 
 class CertificateRefused(OperatorError):
     """The peer's certificate was refused."""
 
     code = "CERTIFICATE_REFUSED"
-    hint = "Certificates come from this cluster's own authority, and must carry country, site, rack and roles inside the policy."
+    hint = (
+        "Certificates come from this cluster's own authority, and must carry country, site, rack and roles inside the"
+        " policy."
+    )
 
 
 class JurisdictionRefused(OperatorError):
@@ -618,23 +660,28 @@ class JurisdictionRefused(OperatorError):
 
 
 class LayoutRefused(OperatorError):
-    """A layout was offered that the node does not take: it is not signed by this cluster's administration key, is a second one under an epoch that is
-    known, or would move replicas or disks, which this release can't do. The node goes on with the layout that it has; nothing is lost."""
+    """A layout was offered that the node does not take: it is not signed by this cluster's administration key, is a
+    second one under an epoch that is
+    known, or would move replicas or disks, which this release can't do. The node goes on with the layout that it has;
+    nothing is lost."""
 
     code = "LAYOUT_REFUSED"
     hint = (
-        "Put the cluster's layout back where the wrong one was offered from (`layout.signed` beside the node's certificate), and reload. "
-        "Only addresses, roles and nodes without disks may change."
+        "Put the cluster's layout back where the wrong one was offered from (`layout.signed` beside the node's"
+        " certificate), and reload. Only addresses, roles and nodes without disks may change."
     )
 
 
 class LayoutMovesData(OperatorError):
-    """The new layout would move replicas or disks of a cluster that is in use. This release can't carry over what lies there, so it would be lost."""
+    """The new layout would move replicas or disks of a cluster that is in use. This release can't carry over what lies
+    there, so it would be lost.
+    """
 
     code = "LAYOUT_MOVES_DATA"
     hint = (
-        "Disks, storage nodes, racks and weights stay as they are in the last layout. Take back what differs (`storaged cluster remove DIRECTORY NODE` for "
-        "a node that was issued too much). Addresses, certificates and gateways may change."
+        "Disks, storage nodes, racks and weights stay as they are in the last layout. Take back what differs (`storaged"
+        " cluster remove DIRECTORY NODE` for a node that was issued too much). Addresses, certificates and gateways may"
+        " change."
     )
 
 
@@ -672,11 +719,15 @@ class AuditNotCompared(OperatorError):
     """The audit log is whole in itself, but not every witness of it could be compared."""
 
     code = "AUDIT_NOT_COMPARED"
-    hint = "Start the storage nodes that are away and verify again. Who owns a node can rewrite its log so that only witnesses notice."
+    hint = (
+        "Start the storage nodes that are away and verify again. Who owns a node can rewrite its log so that only"
+        " witnesses notice."
+    )
     exit_code = 4
 
 
-# --- states that `storaged status` names --------------------------------------------------------------------------------
+# --- states that `storaged status` names
+# --------------------------------------------------------------------------------
 
 
 class Condition(StoragedError):
@@ -689,7 +740,10 @@ class AuditRefusedByWitness(Condition):
     """A node's audit log is not what its witnesses saw of it: it was rewritten, cut, lost, or put back from a copy."""
 
     code = "AUDIT_REFUSED_BY_WITNESS"
-    hint = "Copy the node's audit directory away before anything else, then: storaged audit verify COPY. It names the first entry that is not as it was seen."
+    hint = (
+        "Copy the node's audit directory away before anything else, then: storaged audit verify COPY. It names the"
+        " first entry that is not as it was seen."
+    )
 
 
 class NodeDown(Condition):
@@ -697,8 +751,9 @@ class NodeDown(Condition):
 
     code = "NODE_DOWN"
     hint = (
-        "Start it (systemctl start; of a trial cluster `storaged dev start NODE`). If the reason names protocol versions, it does run: "
-        "install one version on all nodes. While a node with disks is away writes use other disks, and repair catches it up."
+        "Start it (systemctl start; of a trial cluster `storaged dev start NODE`). If the reason names protocol"
+        " versions, it does run: install one version on all nodes. While a node with disks is away writes use other"
+        " disks, and repair catches it up."
     )
 
 
@@ -717,36 +772,49 @@ class ObjectsBelowTarget(Condition):
 
 
 class ObjectsLost(Condition):
-    """Some objects have fewer fragments than are needed to read them, on all disks together: no disk that is merely away would help."""
+    """Some objects have fewer fragments than are needed to read them, on all disks together: no disk that is merely
+    away would help.
+    """
 
     code = "OBJECTS_LOST"
-    hint = "`storaged where` names what is missing. If a disk was wiped or exchanged, put the old one back; else write these objects again from another copy."
+    hint = (
+        "`storaged where` names what is missing. If a disk was wiped or exchanged, put the old one back; else write"
+        " these objects again from another copy."
+    )
 
 
 class ObjectsUnreadable(Condition):
-    """Some objects cannot be read until disks that are away return. Nothing of them is lost as long as those disks are not."""
+    """Some objects cannot be read until disks that are away return. Nothing of them is lost as long as those disks are
+    not.
+    """
 
     code = "OBJECTS_UNREADABLE"
     hint = "Bring back the nodes and disks that are away; `storaged where` names those of an object."
 
 
 class SystemRecordDamaged(Condition):
-    """The record of a bucket or a user is not one that a gateway of this cluster wrote, and no majority of its replicas holds one that is."""
+    """The record of a bucket or a user is not one that a gateway of this cluster wrote, and no majority of its replicas
+    holds one that is.
+    """
 
     code = "SYSTEM_RECORD_DAMAGED"
     hint = (
-        "Only this bucket or user is affected: it is refused, others are served. A storage node wrote the record, or a majority of its disks are damaged: "
-        "look at their logs. A user is made anew (`storaged user remove ACCESS_KEY`, then `user add`)."
+        "Only this bucket or user is affected: it is refused, others are served. A storage node wrote the record, or a"
+        " majority of its disks are damaged: look at their logs. A user is made anew (`storaged user remove"
+        " ACCESS_KEY`, then `user add`)."
     )
 
 
 class BucketNotVerified(Condition):
-    """Storage nodes can't verify the record of a bucket: its objects are not judged, rebuilt or moved, since its countries are not known for sure."""
+    """Storage nodes can't verify the record of a bucket: its objects are not judged, rebuilt or moved, since its
+    countries are not known for sure.
+    """
 
     code = "BUCKET_NOT_VERIFIED"
     hint = (
-        "A gateway of this version signs records from before within a minute of its start. A record that stays so was not written by a gateway: "
-        "look at the storage nodes' logs, and at SYSTEM_RECORD_DAMAGED. Clients read and write other buckets as before."
+        "A gateway of this version signs records from before within a minute of its start. A record that stays so was"
+        " not written by a gateway: look at the storage nodes' logs, and at SYSTEM_RECORD_DAMAGED. Clients read and"
+        " write other buckets as before."
     )
 
 
@@ -758,7 +826,9 @@ class ObjectsNotCounted(Condition):
 
 
 class QuorumLost(Condition):
-    """Some registers have no majority of their replicas: their keys can be neither read nor written until one returns."""
+    """Some registers have no majority of their replicas: their keys can be neither read nor written
+    until one returns.
+    """
 
     code = "QUORUM_LOST"
     hint = "Start the nodes that are down."
@@ -772,25 +842,30 @@ class KeysNotBackedUp(Condition):
 
 
 class KeyReleasesRefused(Condition):
-    """The policy does not allow this gateway to have keys: certificate, countries and jurisdictions do not agree, or the certificate is not valid now."""
+    """The policy does not allow this gateway to have keys: certificate, countries and jurisdictions do not agree, or
+    the certificate is not valid now.
+    """
 
     code = "KEY_RELEASE_REFUSED"
     hint = (
-        "The rule and its reason are in `storaged doctor`, in the answer to the client (503) and in the audit log (key.refused). "
-        "certificate validity: check the clock, or issue a new certificate (`storaged cluster issue`) and reload. "
-        "cluster countries, cluster jurisdictions: this gateway is not certified inside the policy of the layout in force. "
-        "bucket countries: use a gateway in one of the bucket's countries."
+        "The rule and its reason are in `storaged doctor`, in the answer to the client (503) and in the audit log"
+        " (key.refused). certificate validity: check the clock, or issue a new certificate (`storaged cluster issue`)"
+        " and reload. cluster countries, cluster jurisdictions: this gateway is not certified inside the policy of the"
+        " layout in force. bucket countries: use a gateway in one of the bucket's countries."
     )
 
 
 class BucketKeyDamaged(Condition):
-    """The ring's record of a bucket's key was removed or overwritten by something that is no gateway: a disk's damage, or an attack with a node's certificate."""
+    """The ring's record of a bucket's key was removed or overwritten by something that is no gateway: a disk's damage,
+    or an attack with a node's certificate.
+    """
 
     code = "BUCKET_KEY_DAMAGED"
     hint = (
-        "Mended: this gateway wrote it again from its own copy; find out who did it (audit log: key.restore). "
-        "Not mended: no copy here opens. Other gateways mend it from theirs when they use the bucket; else restore the newest backup "
-        "(`storaged keys restore FILE`, then reload the gateway). Until then the bucket's objects cannot be read."
+        "Mended: this gateway wrote it again from its own copy; find out who did it (audit log: key.restore). Not"
+        " mended: no copy here opens. Other gateways mend it from theirs when they use the bucket; else restore the"
+        " newest backup (`storaged keys restore FILE`, then reload the gateway). Until then the bucket's objects cannot"
+        " be read."
     )
 
 
@@ -801,7 +876,8 @@ class ClockSkewed(Condition):
     hint = "Run an NTP client. Safety does not depend on clocks; signatures and dates do."
 
 
-# --- between nodes ------------------------------------------------------------------------------------------------------
+# --- between nodes
+# ------------------------------------------------------------------------------------------------------
 
 
 class PeerError(StoragedError):
@@ -811,7 +887,9 @@ class PeerError(StoragedError):
 
 
 class PeerUnreachable(PeerError):
-    """The peer is not connected, or the connection broke before it answered. The call may or may not have been carried out."""
+    """The peer is not connected, or the connection broke before it answered. The call may or may not have been carried
+    out.
+    """
 
     code = "PEER_UNREACHABLE"
 
@@ -853,6 +931,11 @@ class DiskUnusable(PeerError):
 def every_error(root: type[StoragedError] = StoragedError) -> Iterator[type[StoragedError]]:
     """All concrete classes below ``root``, depth first: what ``storaged explain`` knows."""
     for child in root.__subclasses__():
-        if child.__subclasses__() or child.__dict__.get("code") not in (None, "OPERATOR_ERROR", "CONDITION", "PEER_ERROR"):
+        if child.__subclasses__() or child.__dict__.get("code") not in (
+            None,
+            "OPERATOR_ERROR",
+            "CONDITION",
+            "PEER_ERROR",
+        ):
             yield child
         yield from every_error(child)

@@ -1,4 +1,6 @@
-"""Identifiers. All are random bytes from an entropy port (``os.urandom`` in production, a seeded source in simulations)."""
+"""Identifiers. All are random bytes from an entropy port (``os.urandom`` in production, a seeded source in
+simulations).
+"""
 
 from __future__ import annotations
 
@@ -24,5 +26,7 @@ def new_disk_id(entropy: Entropy = system_entropy) -> str:
 
 
 def new_upload_id(shard: int, entropy: Entropy = system_entropy) -> bytes:
-    """An upload id begins with its object's shard, so that its rows and its parts' rows live with the object's register."""
+    """An upload id begins with its object's shard, so that its rows and its parts' rows live with the object's
+    register.
+    """
     return bytes([shard]) + entropy(UPLOAD_ID_BYTES - 1)

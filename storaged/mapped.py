@@ -1,7 +1,10 @@
-"""LMDB reads its file through a memory map, where a page beyond the file's end is no error but SIGBUS: one cut-off file would end a node with all its disks.
+"""LMDB reads its file through a memory map, where a page beyond the file's end is no error but SIGBUS: one cut-off file
+would end a node with all its disks.
 
-So a file that is shorter than its own head says is extended with zeros before a page of it is read. A page of zeros has no type, which LMDB refuses as
-corrupted wherever a tree leads to it. Nothing healthy changes: a page at the end that was taken and freed again may never have been written, and no tree leads
+So a file that is shorter than its own head says is extended with zeros before a page of it is read. A page of zeros has
+no type, which LMDB refuses as
+corrupted wherever a tree leads to it. Nothing healthy changes: a page at the end that was taken and freed again may
+never have been written, and no tree leads
 there.
 """
 
@@ -14,7 +17,9 @@ import lmdb
 
 
 def reach_end(environment: lmdb.Environment, directory: Path) -> None:
-    """To be called before the first transaction of an environment that was just opened in ``directory``. Raises OSError."""
+    """To be called before the first transaction of an environment that was just opened in ``directory``. Raises
+    OSError.
+    """
     wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     path = directory / "data.mdb"
     if path.stat().st_size < wanted:

@@ -1,9 +1,12 @@
 """Logs, metrics and spans: set up once a process, used by every plane through structlog and the registry here.
 
-A log line is an event with named fields. Under systemd it carries the journal's priority (``<4>`` in front, sd-daemon(3)) and is logfmt; on a terminal it is
-coloured; as JSON it is for containers. Whatever a field is called: values under names such as ``secret`` or ``authorization`` never reach a line.
+A log line is an event with named fields. Under systemd it carries the journal's priority (``<4>`` in front,
+sd-daemon(3)) and is logfmt; on a terminal it is
+coloured; as JSON it is for containers. Whatever a field is called: values under names such as ``secret`` or
+``authorization`` never reach a line.
 
-Metric names are stable: ``storaged_`` + what + unit, few labels. ``METRICS`` lists them all; the registry is built from that table alone.
+Metric names are stable: ``storaged_`` + what + unit, few labels. ``METRICS`` lists them all; the registry is built from
+that table alone.
 """
 
 from __future__ import annotations
@@ -32,11 +35,13 @@ from storaged import trace
 
 REDACTED = "***"
 _SECRET_NAME = re.compile(
-    r"secret|passphrase|password|token|authorization|signature|credential|private|wrapped|\bdek\b|^key$|_key$", re.IGNORECASE
+    r"secret|passphrase|password|token|authorization|signature|credential|private|wrapped|\bdek\b|^key$|_key$",
+    re.IGNORECASE,
 )
 _NOT_SECRET = frozenset({"access_key", "object_key", "bucket_key", "credential_file"})
 _SECRET_TEXT = re.compile(
-    r"(X-Amz-(?:Signature|Security-Token|Credential)=)[^&\s\"]+|(AWS4-HMAC-SHA256 Credential=)\S+.*?(?=$|\n)", re.IGNORECASE
+    r"(X-Amz-(?:Signature|Security-Token|Credential)=)[^&\s\"]+|(AWS4-HMAC-SHA256 Credential=)\S+.*?(?=$|\n)",
+    re.IGNORECASE,
 )
 
 _PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2, "exception": 3}
@@ -69,7 +74,9 @@ _PLAIN = re.compile(r"[^\s\"=\\]+")
 
 
 def _logfmt(event: Mapping[str, Any]) -> str:
-    """``level=info event="node started" name=n1``: one line, whatever the values hold (but for the text of an exception, which is what an operator reads)."""
+    """``level=info event="node started" name=n1``: one line, whatever the values hold (but for the text of an
+    exception, which is what an operator reads).
+    """
     order = [name for name in ("timestamp", "level", "event") if name in event]
     order += [name for name in event if name not in ("timestamp", "level", "event", "exception")]
     words = []
@@ -89,7 +96,9 @@ class _Foreign(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger(record.name)
-        log.log(max(record.levelno, logging.INFO), record.getMessage(), exc_info=record.exc_info or None, logger=record.name)
+        log.log(
+            max(record.levelno, logging.INFO), record.getMessage(), exc_info=record.exc_info or None, logger=record.name
+        )
 
 
 def choose_format(wanted: str, *, stream: IO[str], environ: Mapping[str, str] = os.environ) -> str:
@@ -102,14 +111,19 @@ def choose_format(wanted: str, *, stream: IO[str], environ: Mapping[str, str] = 
 
 
 def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = None, **always: str) -> None:
-    """Configures structlog for the process; may be called again (reload). ``always`` are fields on every line, such as the node's name."""
+    """Configures structlog for the process; may be called again (reload). ``always`` are fields on every line, such as
+    the node's name.
+    """
     out = stream or sys.stderr
     chosen = choose_format(form, stream=out)
     renderers: dict[str, Any] = {
         "journal": _journal,
         "json": structlog.processors.JSONRenderer(),
-        # Its default prints the local variables of every frame where the package rich is installed: keys, secrets, content.
-        "console": structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback),
+        # Its default prints the local variables of every frame where the package rich is installed: keys, secrets,
+        # content.
+        "console": structlog.dev.ConsoleRenderer(
+            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback
+        ),
         "logfmt": _logfmt_renderer,
     }
     structlog.configure(
@@ -134,7 +148,8 @@ def setup_logging(level: str, form: str = "auto", *, stream: TextIO | None = Non
 
 
 class Described(NamedTuple):
-    """One metric: ``kind`` counter, gauge or histogram. ``together``: what a gauge of a node with several processes is, ``own`` (the first process's), ``sum``,
+    """One metric: ``kind`` counter, gauge or histogram. ``together``: what a gauge of a node with several processes is,
+    ``own`` (the first process's), ``sum``,
     ``max``, or ``count`` (a sum that those which have ended still count in). Counters and histograms are counts."""
 
     kind: str
@@ -156,23 +171,32 @@ METRICS: dict[str, Described] = {
     "storaged_disk_bytes": Described("gauge", "Bytes of a local disk's fragment store.", ("disk", "kind")),
     "storaged_disk_ok": Described("gauge", "1 when the local disk takes part fully.", ("disk",)),
     "storaged_audit_alarms": Described(
-        "gauge", "Nodes whose audit log is not what this node, or a witness of its own log, saw of it: AUDIT_REFUSED_BY_WITNESS."
+        "gauge",
+        "Nodes whose audit log is not what this node, or a witness of its own log, saw of it:"
+        " AUDIT_REFUSED_BY_WITNESS.",
     ),
     "storaged_audit_entries": Described("gauge", "Entries of the audit log of this process that are on disk."),
     "storaged_ring_alarms": Described(
         "gauge",
-        "Of a local disk since the start: ballot_conflicts (0 in a sound cluster) and sequence_falls (a few after crashes).",
+        "Of a local disk since the start: ballot_conflicts (0 in a sound cluster) and sequence_falls (a few after"
+        " crashes).",
         ("disk", "kind"),
     ),
     "storaged_s3_requests_total": Described("counter", "S3 requests answered.", ("operation", "status")),
-    "storaged_s3_request_seconds": Described("histogram", "From the request's first byte to the answer's last.", ("operation",)),
+    "storaged_s3_request_seconds": Described(
+        "histogram", "From the request's first byte to the answer's last.", ("operation",)
+    ),
     "storaged_s3_in_flight": Described(
         "gauge", "S3 requests being answered; past limits.s3_requests_max further ones get SlowDown.", together="sum"
     ),
     "storaged_s3_connections": Described("gauge", "Open connections of S3 clients.", together="sum"),
-    "storaged_s3_unauthenticated": Described("gauge", "Of those, the ones without an authenticated request so far.", together="sum"),
+    "storaged_s3_unauthenticated": Described(
+        "gauge", "Of those, the ones without an authenticated request so far.", together="sum"
+    ),
     "storaged_s3_unauthenticated_closed": Described(
-        "gauge", "Connections that had not authenticated, closed since the start to make room (s3.unauthenticated_*_max).", together="count"
+        "gauge",
+        "Connections that had not authenticated, closed since the start to make room (s3.unauthenticated_*_max).",
+        together="count",
     ),
     "storaged_s3_received_bytes_total": Described("counter", "Bytes of request bodies."),
     "storaged_s3_sent_bytes_total": Described("counter", "Bytes of answer bodies."),
@@ -182,16 +206,23 @@ METRICS: dict[str, Described] = {
         ("event",),
         together="count",
     ),
-    "storaged_system_records_damaged": Described("gauge", "Records of buckets and users that can't be used (SYSTEM_RECORD_DAMAGED)."),
+    "storaged_system_records_damaged": Described(
+        "gauge", "Records of buckets and users that can't be used (SYSTEM_RECORD_DAMAGED)."
+    ),
     "storaged_workers": Described("gauge", "Processes that serve the S3 port, those being started again left out."),
     "storaged_worker_restarts_total": Described("counter", "Processes that ended unasked and were started again."),
-    "storaged_fragments_damaged_total": Described("counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)),
-    "storaged_loop_lag_seconds": Described("gauge", "How late the event loop ran the last time it was measured.", together="max"),
+    "storaged_fragments_damaged_total": Described(
+        "counter", "Cells whose checksum or seal did not hold when they were read.", ("disk",)
+    ),
+    "storaged_loop_lag_seconds": Described(
+        "gauge", "How late the event loop ran the last time it was measured.", together="max"
+    ),
 }
 
 
 class Tallies(Collector):
-    """The four metrics of S3 requests, counted in plain numbers by the event loop's thread: what each request adds to prometheus_client's own counters and
+    """The four metrics of S3 requests, counted in plain numbers by the event loop's thread: what each request adds to
+    prometheus_client's own counters and
     histograms, with a lock for every number, would cost a gateway a tenth of a HEAD."""
 
     NAMES = (
@@ -237,7 +268,9 @@ class Tallies(Collector):
 
 
 class Metrics:
-    """The process's registry. ``counter("storaged_...")`` and so on hand out what ``METRICS`` describes; another name is a KeyError, as is one of ``requests``."""
+    """The process's registry. ``counter("storaged_...")`` and so on hand out what ``METRICS`` describes; another name
+    is a KeyError, as is one of ``requests``.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -320,7 +353,9 @@ class _Together:
             for other in self._others:
                 for key, value in other.items():
                     if key[0] in names:
-                        merged[key] = max(merged.get(key, value), value) if how == "max" else merged.get(key, 0.0) + value
+                        merged[key] = (
+                            max(merged.get(key, value), value) if how == "max" else merged.get(key, 0.0) + value
+                        )
             told = Metric(family.name, family.documentation, family.type)
             for (name, labels), value in sorted(merged.items(), key=_histogram_order):
                 told.add_sample(name, dict(labels), value)
@@ -340,7 +375,9 @@ def exposition(registry: CollectorRegistry, others: Sequence[Samples] = ()) -> b
 
 
 SPANS_FILE = "STORAGED_SPANS"
-"""Environment: a file that gets a JSON line a request, with its spans, for looking without a collector. It is not written beyond SPANS_FILE_BYTES_MAX."""
+"""Environment: a file that gets a JSON line a request, with its spans, for looking without a collector. It is not
+written beyond SPANS_FILE_BYTES_MAX.
+"""
 
 SPANS_FILE_BYTES_MAX = 64 * 1024 * 1024
 
@@ -364,7 +401,9 @@ def setup_spans(node: str) -> bool:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        structlog.get_logger().warning("spans asked for, but OpenTelemetry's SDK is not installed", install="storaged[otel]")
+        structlog.get_logger().warning(
+            "spans asked for, but OpenTelemetry's SDK is not installed", install="storaged[otel]"
+        )
         return False
     provider = TracerProvider(resource=Resource.create({"service.name": "storaged", "service.instance.id": node}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -377,12 +416,16 @@ Recorder = Callable[[str, float, Mapping[str, str | int], trace.Trace | None], N
 
 
 def span_recorder(scope: str) -> Recorder | None:
-    """Makes spans of each thing that ended, for OpenTelemetry, or lines in a file; None when spans are not enabled, so that nothing is paid for them."""
+    """Makes spans of each thing that ended, for OpenTelemetry, or lines in a file; None when spans are not enabled, so
+    that nothing is paid for them.
+    """
     recorders = [record for record in (_file_recorder(), _telemetry_recorder(scope)) if record is not None]
     if len(recorders) < 2:
         return recorders[0] if recorders else None
 
-    def record_all(name: str, duration_s: float, attributes: Mapping[str, str | int], found: trace.Trace | None) -> None:
+    def record_all(
+        name: str, duration_s: float, attributes: Mapping[str, str | int], found: trace.Trace | None
+    ) -> None:
         for record in recorders:
             record(name, duration_s, attributes, found)
 
@@ -402,7 +445,9 @@ def _telemetry_recorder(scope: str) -> Recorder | None:
         if found is not None:
             around, offset_ns = telemetry.set_span_in_context(root), end_ns - time.perf_counter_ns()
             for span in found.spans:
-                tracer.start_span(span.name, context=around, start_time=span.start_ns + offset_ns).end(span.end_ns + offset_ns)
+                tracer.start_span(span.name, context=around, start_time=span.start_ns + offset_ns).end(
+                    span.end_ns + offset_ns
+                )
         root.end(end_ns)
 
     return record
@@ -418,7 +463,10 @@ def _file_recorder() -> Recorder | None:
         if found is None or file.tell() > SPANS_FILE_BYTES_MAX:
             return
         duration_us = (time.perf_counter_ns() - found.began_ns) // 1000
-        spans = [(span.name, (span.start_ns - found.began_ns) // 1000, (span.end_ns - found.began_ns) // 1000) for span in found.spans]
+        spans = [
+            (span.name, (span.start_ns - found.began_ns) // 1000, (span.end_ns - found.began_ns) // 1000)
+            for span in found.spans
+        ]
         line = {"operation": name, "duration_us": duration_us, **attributes, "left_out": found.left_out, "spans": spans}
         file.write(json.dumps(line, separators=(",", ":")) + "\n")
 

@@ -8,12 +8,16 @@
     32 32  key commitment
     64 ..  chunk i at 64 + i * C: ciphertext || 16-byte tag; C bytes of C - 16 bytes of plaintext, but the last
 
-K(32) || N(12) || commitment(32) = HKDF-Expand-SHA512(key, label || 0x00 || header[0:32] || context)   (RFC 5869, section 2.3)
-The nonce of chunk i is N XOR i (96 bits, big-endian), i < 2^32; no associated data. The last chunk is always shorter than C, its plaintext
+K(32) || N(12) || commitment(32) = HKDF-Expand-SHA512(key, label || 0x00 || header[0:32] || context)   (RFC 5869,
+section 2.3)
+The nonce of chunk i is N XOR i (96 bits, big-endian), i < 2^32; no associated data. The last chunk is always shorter
+than C, its plaintext
 possibly empty, so that a stream cut at a chunk's border shows.
 
-A derived key serves one stream, so nonces can't meet as long as no index is sealed twice: ``Sealer`` refuses that. The commitment makes a stream
-open under one key only (AES-GCM alone does not: https://eprint.iacr.org/2020/1491). Labels keep the uses of one key apart:
+A derived key serves one stream, so nonces can't meet as long as no index is sealed twice: ``Sealer`` refuses that. The
+commitment makes a stream
+open under one key only (AES-GCM alone does not: https://eprint.iacr.org/2020/1491). Labels keep the uses of one key
+apart:
 
     sov.part.v1       a part of an object          objects.seal
     sov.meta.v1       metadata in a record         objects.seal
@@ -73,7 +77,9 @@ class SealBroken(Exception):
 
 
 def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
-    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold. More fields may be packed behind: the result is the label then."""
+    """label || for each field: u32 BE length || field. Unambiguous whatever the fields hold. More fields may be packed
+    behind: the result is the label then.
+    """
     packed = label
     for field in fields:
         packed += len(field).to_bytes(4, "big") + field
@@ -81,7 +87,8 @@ def pack_context(label: bytes, fields: Sequence[bytes]) -> bytes:
 
 
 def chunk_bytes_for(size: int | None, k: int) -> int:
-    """The smallest power of two C in 4 .. 64 KiB with k * (C - 16) > ``size``: a short stream has small chunks, so that k cells of it are not mostly
+    """The smallest power of two C in 4 .. 64 KiB with k * (C - 16) > ``size``: a short stream has small chunks, so that
+    k cells of it are not mostly
     padding. 64 KiB for a longer stream, or one of unknown length (None)."""
     if size is not None:
         chunk = CHUNK_BYTES_MIN
@@ -137,14 +144,20 @@ def _prefix(chunk_bytes: int, salt: bytes) -> bytes:
     """The header up to the commitment."""
     head = _HEADS.get(chunk_bytes)
     if head is None:
-        raise ValueError(f"chunks have a power of two from {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} bytes, not {chunk_bytes}")
+        raise ValueError(
+            f"chunks have a power of two from {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX} bytes, not {chunk_bytes}"
+        )
     if len(salt) != SALT_BYTES:
         raise ValueError(f"a salt has {SALT_BYTES} bytes, not {len(salt)}")
     return head + salt
 
 
-def seal_one(key: bytes, label: str, context: bytes, chunk_bytes: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
-    """(header, chunk) of a stream that is shorter than a chunk: what a ``Sealer`` makes of it, without one. ``salt``: 24 fresh random bytes."""
+def seal_one(
+    key: bytes, label: str, context: bytes, chunk_bytes: int, plaintext: Buffer, salt: bytes
+) -> tuple[bytes, bytes]:
+    """(header, chunk) of a stream that is shorter than a chunk: what a ``Sealer`` makes of it, without one. ``salt``:
+    24 fresh random bytes.
+    """
     prefix = _prefix(chunk_bytes, salt)
     if len(plaintext) >= chunk_bytes - TAG_BYTES:
         raise ValueError(f"{len(plaintext)} bytes fill a chunk of {chunk_bytes}: the stream needs another")
@@ -179,14 +192,17 @@ def stream_key(key: bytes, label: str, context: bytes, header: bytes) -> StreamK
 
 
 def open_one(key: bytes, label: str, context: bytes, header: bytes, chunk: Buffer) -> bytes:
-    """The plaintext of a stream that is shorter than a chunk: what an ``Opener`` makes of it, without one. Raises SealBroken, also for a full chunk."""
+    """The plaintext of a stream that is shorter than a chunk: what an ``Opener`` makes of it, without one. Raises
+    SealBroken, also for a full chunk.
+    """
     return stream_key(key, label, context, header).open_only(chunk)
 
 
 class Sealer:
     """Seals one stream. One thread at a time.
 
-    Indices must ascend, and the chunk that is shorter than full must come last: sealing an index twice would reuse a nonce, which gives away both
+    Indices must ascend, and the chunk that is shorter than full must come last: sealing an index twice would reuse a
+    nonce, which gives away both
     plaintexts and the authentication key, so it raises ValueError instead. ``salt``: 24 fresh random bytes.
     """
 
@@ -217,24 +233,31 @@ class Sealer:
     def seal_block(self, first: int, plaintext: Buffer, out: memoryview, *, last: bool) -> int:
         """Seals consecutive chunks from index ``first`` on, one behind the other in ``out``; returns the bytes written.
 
-        ``plaintext`` is a whole number of full chunks, unless it ends the stream (``last``): then the final chunk, shorter than full and possibly empty,
+        ``plaintext`` is a whole number of full chunks, unless it ends the stream (``last``): then the final chunk,
+        shorter than full and possibly empty,
         is sealed too. The cipher works without the interpreter lock: call this in a thread for large blocks.
         """
         view = memoryview(plaintext)
         full, rest = divmod(len(view), self.plain_bytes)
         if rest and not last:
-            raise ValueError(f"{len(view)} bytes are not a whole number of chunks of {self.plain_bytes}, and do not end the stream")
+            raise ValueError(
+                f"{len(view)} bytes are not a whole number of chunks of {self.plain_bytes}, and do not end the stream"
+            )
         at = 0
         for number in range(full):
             start = number * self.plain_bytes
-            at += self.seal_into(first + number, view[start : start + self.plain_bytes], out[at : at + self.chunk_bytes])
+            at += self.seal_into(
+                first + number, view[start : start + self.plain_bytes], out[at : at + self.chunk_bytes]
+            )
         if last:
             at += self.seal_into(first + full, view[full * self.plain_bytes :], out[at:])
         return at
 
     def _reserve(self, index: int, length: int) -> None:
         if not self._next <= index < CHUNKS_MAX:
-            raise ValueError(f"chunk {index} after chunk {self._next - 1}: indices ascend, below 2^32, and end with the short chunk")
+            raise ValueError(
+                f"chunk {index} after chunk {self._next - 1}: indices ascend, below 2^32, and end with the short chunk"
+            )
         if length > self.plain_bytes:
             raise ValueError(f"a chunk holds {self.plain_bytes} bytes, not {length}")
         self._next = index + 1 if length == self.plain_bytes else CHUNKS_MAX
@@ -243,7 +266,8 @@ class Sealer:
 class Opener:
     """Opens one stream's chunks, in any order, from any number of threads.
 
-    The header's commitment is compared in constant time before any chunk is opened. Raises SealBroken for a wrong key, context or header.
+    The header's commitment is compared in constant time before any chunk is opened. Raises SealBroken for a wrong key,
+    context or header.
     With ``size`` (bytes of plaintext) every chunk must also have the length that the size demands.
     """
 
@@ -265,7 +289,9 @@ class Opener:
             raise SealBroken(f"chunk {index} does not open", index=index) from None
 
     def open_into(self, index: int, sealed: Buffer, out: memoryview) -> int:
-        """As ``open``, to the front of ``out``; returns the plaintext's length. After SealBroken ``out`` holds nothing to be used."""
+        """As ``open``, to the front of ``out``; returns the plaintext's length. After SealBroken ``out`` holds nothing
+        to be used.
+        """
         self._check(index, len(sealed))
         length = len(sealed) - TAG_BYTES
         try:
@@ -275,7 +301,8 @@ class Opener:
         return length
 
     def open_block(self, first: int, sealed: Buffer, out: memoryview) -> int:
-        """Opens consecutive chunks that lie one behind the other, from index ``first`` on; returns the bytes of plaintext written to ``out``.
+        """Opens consecutive chunks that lie one behind the other, from index ``first`` on; returns the bytes of
+        plaintext written to ``out``.
 
         Raises SealBroken whose ``index`` is the first chunk that does not open; nothing of ``out`` is to be used then.
         """
@@ -283,7 +310,9 @@ class Opener:
         at = 0
         for number in range(-(-len(view) // self.chunk_bytes)):
             start = number * self.chunk_bytes
-            at += self.open_into(first + number, view[start : start + self.chunk_bytes], out[at : at + self.plain_bytes])
+            at += self.open_into(
+                first + number, view[start : start + self.chunk_bytes], out[at : at + self.plain_bytes]
+            )
         return at
 
     def _check(self, index: int, length: int) -> None:
@@ -297,9 +326,11 @@ class Opener:
 
 
 def seal_message(key: bytes, label: str, context: bytes, plaintext: bytes, salt: bytes) -> bytes:
-    """A whole stream in one value: header and chunks. C is the smallest in which the plaintext fits one chunk, else 64 KiB.
+    """A whole stream in one value: header and chunks. C is the smallest in which the plaintext fits one chunk, else 64
+    KiB.
 
-    ``context`` is packed (``pack_context``); ``salt`` is 24 fresh random bytes; the result has ``sealed_size(len(plaintext), C)`` bytes.
+    ``context`` is packed (``pack_context``); ``salt`` is 24 fresh random bytes; the result has
+    ``sealed_size(len(plaintext), C)`` bytes.
     """
     chunk_bytes = chunk_bytes_for(len(plaintext), 1)
     if len(plaintext) < chunk_bytes - TAG_BYTES:

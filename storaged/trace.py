@@ -1,7 +1,9 @@
 """Where a request's time goes: spans, taken where the work is done.
 
-``with trace.span("seal"):`` notes when the block began and ended, for the request that the running task works for. Nothing is noted unless the
-process was started with spans on; else a block costs 0.2 to 0.3 us, of the hundreds that the smallest request takes. Names are few, and the same in every plane:
+``with trace.span("seal"):`` notes when the block began and ended, for the request that the running task works for.
+Nothing is noted unless the
+process was started with spans on; else a block costs 0.2 to 0.3 us, of the hundreds that the smallest request takes.
+Names are few, and the same in every plane:
 
 queue     from the request's first byte to its handler: the event loop was busy with others
 sign      the signature is checked

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Opens a sealed part, given its data key: a second implementation of the format, for the day when nothing else is left.
+"""Opens a sealed part, given its data key: a second implementation of the format, for the day when nothing else is
+left.
 
-Needs Python and the ``cryptography`` package, and nothing of storaged: only the format's description (FORMATS.md, SOV1). The input is streamed, and no byte is
+Needs Python and the ``cryptography`` package, and nothing of storaged: only the format's description (FORMATS.md,
+SOV1). The input is streamed, and no byte is
 written that was not authenticated first.
 
     python unseal.py --key-file dek.hex --data-id 0011..ff --part 1 sealed.bin -o plain.bin
 
-The input is the 64-byte header followed by the chunks in their order. A record keeps the header apart from the chunks, and so does every
-fragment but the copy of a small object, whose record alone has it: give it with --header then, and the chunks alone as input. Exit status: 0 opened, 1 does not open, 2 wrong arguments or files.
+The input is the 64-byte header followed by the chunks in their order. A record keeps the header apart from the chunks,
+and so does every
+fragment but the copy of a small object, whose record alone has it: give it with --header then, and the chunks alone as
+input. Exit status: 0 opened, 1 does not open, 2 wrong arguments or files.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ class BadUsage(Exception):
 
 
 def open_part(key: bytes, data_id: bytes, part_number: int, header: bytes, source: BinaryIO) -> Iterator[bytes]:
-    """The plaintext, chunk by chunk; ``source`` is read from its first chunk on. Raises DoesNotOpen at the first that fails, or at the end when the part is cut."""
+    """The plaintext, chunk by chunk; ``source`` is read from its first chunk on. Raises DoesNotOpen at the first that
+    fails, or at the end when the part is cut.
+    """
     if len(header) < HEADER_BYTES:
         raise DoesNotOpen(f"the header has {len(header)} bytes instead of {HEADER_BYTES}")
     if header[:4] != b"SOV1":
@@ -52,20 +58,25 @@ def open_part(key: bytes, data_id: bytes, part_number: int, header: bytes, sourc
     info = LABEL + header[:32] + data_id + part_number.to_bytes(4, "big")
     material = HKDFExpand(SHA512(), 76, info).derive(key)
     if not hmac.compare_digest(material[44:], header[32:]):
-        raise DoesNotOpen("the header does not commit to this key, data id and part number: one of them is wrong, or the header is damaged")
+        raise DoesNotOpen(
+            "the header does not commit to this key, data id and part number: one of them is wrong, or the header is"
+            " damaged"
+        )
     cipher, nonce = AESGCM(material[:32]), int.from_bytes(material[32:44], "big")
     index = 0
     while True:
         chunk = read_exactly(source, chunk_bytes)
         if len(chunk) < TAG_BYTES:
             raise DoesNotOpen(
-                f"the part is cut short at chunk {index}: a part ends with a chunk of at least {TAG_BYTES} and less than {chunk_bytes} bytes"
+                f"the part is cut short at chunk {index}: a part ends with a chunk of at least {TAG_BYTES} and less"
+                f" than {chunk_bytes} bytes"
             )
         try:
             yield cipher.decrypt((nonce ^ index).to_bytes(12, "big"), chunk, None)
         except InvalidTag:
             raise DoesNotOpen(
-                f"chunk {index} (bytes {index * chunk_bytes} to {index * chunk_bytes + len(chunk) - 1} behind the header) is damaged"
+                f"chunk {index} (bytes {index * chunk_bytes} to {index * chunk_bytes + len(chunk) - 1} behind the"
+                " header) is damaged"
             ) from None
         if len(chunk) < chunk_bytes:
             return
@@ -98,14 +109,21 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     keys = parser.add_mutually_exclusive_group(required=True)
     keys.add_argument(
-        "--key", metavar="HEX", help="the data key, 64 hexadecimal digits (other users of the machine can see it: prefer --key-file)"
+        "--key",
+        metavar="HEX",
+        help="the data key, 64 hexadecimal digits (other users of the machine can see it: prefer --key-file)",
     )
     keys.add_argument("--key-file", metavar="FILE", help="a file with the data key: 32 bytes, or 64 hexadecimal digits")
     parser.add_argument("--data-id", metavar="HEX", required=True, help="the part's data id, 32 hexadecimal digits")
     parser.add_argument("--part", metavar="N", type=int, default=1, help="the part number (default 1)")
-    parser.add_argument("--header", metavar="HEX", help="the header, 128 hexadecimal digits, when the input holds the chunks alone")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="write here, once all of it is opened (default: standard output, as it is opened)"
+        "--header", metavar="HEX", help="the header, 128 hexadecimal digits, when the input holds the chunks alone"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="write here, once all of it is opened (default: standard output, as it is opened)",
     )
     parser.add_argument("input", metavar="INPUT", help="the sealed part, or - for standard input")
     return parser.parse_args(argv)
@@ -115,7 +133,11 @@ def key_of(arguments: argparse.Namespace) -> bytes:
     if arguments.key is not None:
         return hexadecimal(arguments.key, 32, "--key")
     data = Path(arguments.key_file).read_bytes()
-    return data if len(data) == 32 else hexadecimal(data.decode("ascii", "replace"), 32, f"the key in {arguments.key_file}")
+    return (
+        data
+        if len(data) == 32
+        else hexadecimal(data.decode("ascii", "replace"), 32, f"the key in {arguments.key_file}")
+    )
 
 
 def unseal(arguments: argparse.Namespace) -> None:

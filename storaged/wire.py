@@ -1,4 +1,5 @@
-"""Encoding of messages and records: msgpack by msgspec, array-like structs, so that adding a field at the end is compatible.
+"""Encoding of messages and records: msgpack by msgspec, array-like structs, so that adding a field at the end is
+compatible.
 
 What is written to disk or sent to a peer derives from :class:`Message`; FORMATS.md lists each.
 """
@@ -20,7 +21,8 @@ _new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_char_p, ctypes.c_ssi
 
 
 def unfilled(size: int) -> bytearray:
-    """``size`` bytes of whatever the memory held: for who overwrites all of them before anybody looks. ``bytearray(size)`` writes zeros, which costs a byte
+    """``size`` bytes of whatever the memory held: for who overwrites all of them before anybody looks.
+    ``bytearray(size)`` writes zeros, which costs a byte
     of a body about as much as being received or read."""
     found: bytearray = _new_bytearray(None, size)
     return found
@@ -48,8 +50,10 @@ encode = _encoder.encode
 
 
 def decode(data: Buffer, kind: type[T]) -> T:
-    """Raises msgspec.ValidationError or msgspec.DecodeError (both msgspec.MsgspecError), and nothing else, when ``data`` is
-    not a ``kind``, whoever made it. msgspec lets a text that is not UTF-8 and a nesting that is too deep through as what
+    """Raises msgspec.ValidationError or msgspec.DecodeError (both msgspec.MsgspecError), and nothing else, when
+    ``data`` is
+    not a ``kind``, whoever made it. msgspec lets a text that is not UTF-8 and a nesting that is too deep through as
+    what
     Python raises for them: a sender could choose these to get past every handler."""
     try:
         result: T = _decoders[kind](data)
@@ -64,5 +68,7 @@ def decoder_of(kind: type[T]) -> Callable[[Buffer], T]:
 
 
 def decode_all(values: Sequence[Buffer], kind: type[T]) -> list[T]:
-    """Many encoded values in one call. Raises as ``decode``, unless they are as many values of ``kind``, and nothing besides."""
+    """Many encoded values in one call. Raises as ``decode``, unless they are as many values of ``kind``, and nothing
+    besides.
+    """
     return decode(b"\xdd" + len(values).to_bytes(4, "big") + b"".join(values), list[kind])  # type: ignore[valid-type]

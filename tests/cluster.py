@@ -30,7 +30,9 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """``storaged dev DIR``: started by ``start``, stopped by ``stop``; the pids it started are the only ones it ever signals."""
+    """``storaged dev DIR``: started by ``start``, stopped by ``stop``; the pids it started are the only ones it ever
+    signals.
+    """
 
     directory: Path
     s3_port: int = 0
@@ -44,7 +46,9 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         home = self.home or self.directory.parent / (self.directory.name + "-home")
         home.mkdir(exist_ok=True)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "STORAGED_", "XDG_", "RCLONE_", "RESTIC_"))}
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "STORAGED_", "XDG_", "RCLONE_", "RESTIC_"))
+        }
         return {**kept, "HOME": str(home), "STORAGED_DIR": str(self.directory), "AWS_EC2_METADATA_DISABLED": "true"}
 
     def start(self, timeout_s: float = 60.0) -> Cluster:
@@ -53,12 +57,14 @@ class Cluster:
             self.s3_port = free_port()
         log = (self.directory.parent / (self.directory.name + ".log")).open("a")
         self._process = subprocess.Popen(
-            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port()), "--workers", str(self.workers)],
+            [STORAGED, "dev", str(self.directory), "--s3-port", str(self.s3_port), "--admin-port", str(free_port()), "--workers", str(self.workers)],  # noqa: E501
             env=self.environment(), stdout=log, stderr=log, text=True, start_new_session=True,
         )  # fmt: skip
         log.close()
         self.wait_until(lambda: self.status()["verdict"] == "HEALTHY", timeout_s, "a healthy cluster")
-        first = self.directory / "dev.json"  # at its very first start a cluster is healthy a moment before its user is there
+        first = (
+            self.directory / "dev.json"
+        )  # at its very first start a cluster is healthy a moment before its user is there
         self.wait_until(lambda: json.loads(first.read_text())["prepared"], timeout_s, "its user and its bucket")
         self.settings = json.loads(self.run("env", "--json").stdout)
         return self
@@ -79,7 +85,12 @@ class Cluster:
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """``storaged ARGUMENTS`` for this cluster."""
         done = subprocess.run(
-            [STORAGED, *arguments], env=self.environment(), capture_output=True, text=True, timeout=timeout_s * SLOWNESS, check=False
+            [STORAGED, *arguments],
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s * SLOWNESS,
+            check=False,
         )
         if check and done.returncode:
             raise AssertionError(f"storaged {' '.join(arguments)} -> {done.returncode}\n{done.stdout}{done.stderr}")
@@ -87,7 +98,14 @@ class Cluster:
 
     def status(self) -> dict[str, Any]:
         done = self.run("status", "--json", check=False)
-        down = {"verdict": "DOWN", "nodes": [], "problems": [], "objects_below_target": 0, "objects_lost": 0, "error": done.stderr}
+        down = {
+            "verdict": "DOWN",
+            "nodes": [],
+            "problems": [],
+            "objects_below_target": 0,
+            "objects_lost": 0,
+            "error": done.stderr,
+        }
         found: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
         return found if "verdict" in found else {**down, **found}  # a document with an error: it has not begun to run
 
@@ -96,16 +114,21 @@ class Cluster:
         return found
 
     def wait_until(self, condition: Any, timeout_s: float, what: str) -> None:
-        """Polls a condition; the test fails with ``what`` when it does not come true, on a slow machine too (``SLOWNESS``)."""
+        """Polls a condition; the test fails with ``what`` when it does not come true, on a slow machine too
+        (``SLOWNESS``).
+        """
         end = time.monotonic() + timeout_s * SLOWNESS
         while time.monotonic() < end:
             if condition():
                 return
             if self._process is not None and self._process.poll() is not None:
-                raise AssertionError(f"storaged dev ended with {self._process.returncode} while waiting for {what}: {self.log_tail()}")
+                raise AssertionError(
+                    f"storaged dev ended with {self._process.returncode} while waiting for {what}: {self.log_tail()}"
+                )
             time.sleep(0.2)
         raise AssertionError(
-            f"waited {timeout_s * SLOWNESS:.0f} s for {what}; status: {json.dumps(self.status())[:2000]} {self.log_tail()}"
+            f"waited {timeout_s * SLOWNESS:.0f} s for {what}; status: {json.dumps(self.status())[:2000]}"
+            f" {self.log_tail()}"
         )
 
     def wait_healthy(self, timeout_s: float = 90.0) -> None:
@@ -140,7 +163,9 @@ class Cluster:
         }
 
     def boto3(self, **options: Any) -> Any:
-        """An S3 client of boto3 without its own retries, so that every failure shows. ``keys``: another user's than the cluster's own."""
+        """An S3 client of boto3 without its own retries, so that every failure shows. ``keys``: another user's than the
+        cluster's own.
+        """
         import boto3
         from botocore.config import Config
 

@@ -1,4 +1,5 @@
-"""How long tests wait for what must happen. These are guards against waiting for ever, and nothing that a test measures.
+"""How long tests wait for what must happen. These are guards against waiting for ever, and nothing that a test
+measures.
 
 A machine that is ten times slower than the one a test was written on, or does ten other things, must not make it fail.
 """

@@ -1,4 +1,5 @@
-"""The admin API: JSON over the Unix socket in the node's directory (for root and the node's own user alone, ``listener``), and health over HTTP on loopback.
+"""The admin API: JSON over the Unix socket in the node's directory (for root and the node's own user alone,
+``listener``), and health over HTTP on loopback.
 
     GET  /healthz /readyz /metrics          both listeners
     GET  /v1/status /v1/doctor /v1/jobs     Unix socket
@@ -91,7 +92,11 @@ class AdminServer:
     def _application(self, *more: Middleware) -> web.Application:
         application = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_refusals, *more])
         application.add_routes(
-            [web.get("/healthz", self._healthz), web.get("/readyz", self._readyz), web.get("/metrics", self._metric_text)]
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._metric_text),
+            ]
         )
         return application
 
@@ -109,7 +114,9 @@ class AdminServer:
     async def _metric_text(self, _request: web.Request) -> web.Response:
         self._metrics.gauge("storaged_ready").set(self._services.ready()[0])
         others = await self._services.other_samples() if self._services.other_samples is not None else ()
-        return web.Response(body=exposition(self._metrics.registry, others), headers={"content-type": CONTENT_TYPE_LATEST})
+        return web.Response(
+            body=exposition(self._metrics.registry, others), headers={"content-type": CONTENT_TYPE_LATEST}
+        )
 
     async def _status(self, _request: web.Request) -> web.Response:
         return web.json_response(await self._services.status())
@@ -119,7 +126,9 @@ class AdminServer:
 
     async def _modules(self, _request: web.Request) -> web.Response:
         """That a storage node has no code that handles keys can be looked at while it runs."""
-        return web.json_response({"modules": sorted(name for name in sys.modules if name.partition(".")[0] == "storaged")})
+        return web.json_response(
+            {"modules": sorted(name for name in sys.modules if name.partition(".")[0] == "storaged")}
+        )
 
     async def _where(self, request: web.Request) -> web.Response:
         if self._services.where is None:
@@ -149,7 +158,11 @@ class AdminServer:
             raise NotHere
         found = await self._services.users.list_users()
         return web.json_response(
-            {"users": [{"user_id": who.user_id, "name": who.display_name, "access_key": who.access_key} for who in found]}
+            {
+                "users": [
+                    {"user_id": who.user_id, "name": who.display_name, "access_key": who.access_key} for who in found
+                ]
+            }
         )
 
     async def _add_user(self, request: web.Request) -> web.Response:
@@ -187,7 +200,9 @@ class AdminServer:
         return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})
 
     async def _witnessed(self, request: web.Request) -> web.Response:
-        """All that the cluster knows of one node's audit log: each witness, and the registers of versions with protocol 2."""
+        """All that the cluster knows of one node's audit log: each witness, and the registers of versions with protocol
+        2.
+        """
         if self._services.witnessed is None or self._services.checkpoints is None:
             raise NotHere
         witnesses = await self._services.witnessed(request.query.get("node", ""))
@@ -195,13 +210,22 @@ class AdminServer:
             found = [base64.b64encode(one).decode() for one in await self._services.checkpoints()]
         except ServiceUnavailable as error:
             return web.json_response(
-                {"witnesses": witnesses, "checkpoints": [], "reason": error.message, "authority": self._services.authority}
+                {
+                    "witnesses": witnesses,
+                    "checkpoints": [],
+                    "reason": error.message,
+                    "authority": self._services.authority,
+                }
             )
-        return web.json_response({"witnesses": witnesses, "checkpoints": found, "reason": "", "authority": self._services.authority})
+        return web.json_response(
+            {"witnesses": witnesses, "checkpoints": found, "reason": "", "authority": self._services.authority}
+        )
 
 
 @web.middleware
-async def _refusals(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def _refusals(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """Errors as documents; what nobody foresaw is logged here and answered without its details."""
     try:
         return await handler(request)
@@ -211,10 +235,12 @@ async def _refusals(request: web.Request, handler: Callable[[web.Request], Await
         return web.json_response(document, status=status)
     except web.HTTPException as error:
         return web.json_response(
-            {"code": "NOT_FOUND" if error.status == 404 else "REFUSED", "message": error.reason, "hint": ""}, status=error.status
+            {"code": "NOT_FOUND" if error.status == 404 else "REFUSED", "message": error.reason, "hint": ""},
+            status=error.status,
         )
     except Exception:
         log.exception("an admin request failed", path=request.path)
         return web.json_response(
-            {"code": "InternalError", "message": "an internal error occurred; the node's log has it", "hint": ""}, status=500
+            {"code": "InternalError", "message": "an internal error occurred; the node's log has it", "hint": ""},
+            status=500,
         )

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from storaged.admin.listener import peer_of
 from storaged.admin.ports import Services
-from storaged.cluster.audit import audited
+from storaged.cluster.audit.log import audited
 from storaged.errors import InvalidArgument, OperatorError
 
 
@@ -23,7 +23,9 @@ class NotHere(OperatorError):
 
 
 async def texts_of(request: web.Request, *names: str) -> dict[str, str]:
-    """The request's JSON object of texts, with no other fields than ``names``. Raises InvalidArgument that says what is wrong."""
+    """The request's JSON object of texts, with no other fields than ``names``. Raises InvalidArgument that says what is
+    wrong.
+    """
     try:
         document = json.loads(await request.read())
     except ValueError:
@@ -38,7 +40,9 @@ async def texts_of(request: web.Request, *names: str) -> dict[str, str]:
 def recorded(
     services: Services, request: web.Request, kind: str, target: str, **fields: str
 ) -> contextlib.AbstractAsyncContextManager[dict[str, Any]]:
-    """The intent is on disk before the block, the outcome after it. Raises AuditUnwritable, and then nothing is done."""
+    """The intent is on disk before the block, the outcome after it. Raises AuditUnwritable, and
+    then nothing is done.
+    """
     if services.trail is None:
         return contextlib.nullcontext({})
     return audited(services.trail, kind, actor=_actor(request), target=target, **fields)

@@ -51,7 +51,9 @@ class BucketAdministration:
         return web.json_response({"buckets": sorted(found, key=lambda one: one["bucket"])})
 
     async def _create(self, request: web.Request) -> web.Response:
-        """For a user named by name or access key; one that the user owns already, with the same countries, is fine. ``racks``: where its data may lie."""
+        """For a user named by name or access key; one that the user owns already, with the same countries, is fine.
+        ``racks``: where its data may lie.
+        """
         buckets, _ = self._planes()
         body = await texts_of(request, "name", "user", "countries")
         name, countries = body.get("name", ""), tuple(sorted(filter(None, body.get("countries", "").split(","))))
@@ -68,7 +70,9 @@ class BucketAdministration:
                     raise
             found["bucket"] = made.id.hex()
         racks = self._services.racks(made.countries) if self._services.racks is not None else []
-        return web.json_response({"bucket": made.name, "owner": who.display_name, "countries": list(made.countries), "racks": racks})
+        return web.json_response(
+            {"bucket": made.name, "owner": who.display_name, "countries": list(made.countries), "racks": racks}
+        )
 
     async def _usage(self, request: web.Request) -> web.Response:
         buckets, _ = self._planes()
@@ -80,7 +84,9 @@ class BucketAdministration:
             raise InvalidArgument("the key is written in hex") from None
         found = await self._services.usage(await buckets.get(request.match_info["name"]), after)
         following = None if found.next_after is None else found.next_after.hex()
-        return web.json_response({"objects": found.objects, "versions": found.versions, "bytes": found.size_bytes, "next_after": following})
+        return web.json_response(
+            {"objects": found.objects, "versions": found.versions, "bytes": found.size_bytes, "next_after": following}
+        )
 
     async def _set_owner(self, request: web.Request) -> web.Response:
         buckets, _ = self._planes()

@@ -1,5 +1,7 @@
-"""Who may be asked for on the port of health and metrics. It is on loopback and asks for no password, so a web page must not reach it through
-a browser: with a name of its own that suddenly means 127.0.0.1 (DNS rebinding) its script could read what is answered."""
+"""Who may be asked for on the port of health and metrics. It is on loopback and asks for no password, so a web page
+must not reach it through
+a browser: with a name of its own that suddenly means 127.0.0.1 (DNS rebinding) its script could read what is
+answered."""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def names_this_machine(host: str) -> bool:
 
 
 @web.middleware
-async def local_hosts(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def local_hosts(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """Refuses requests for other names: 421."""
     if not names_this_machine(request.headers.get("Host", "")):
         raise web.HTTPMisdirectedRequest(reason="Ask this port by an address or as localhost.")

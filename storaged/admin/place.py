@@ -1,4 +1,6 @@
-"""What lies in a node's directory besides its data, as the node, the supervisor and the command line share it: the lock with the pid, the admin socket."""
+"""What lies in a node's directory besides its data, as the node, the supervisor and the command line share it: the lock
+with the pid, the admin socket.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SOCKET_PATH_BYTES_MAX = 107
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """A name for a Unix socket that fits in ``sun_path`` however deep the directory is: through an open descriptor of its folder."""
+    """A name for a Unix socket that fits in ``sun_path`` however deep the directory is: through an open descriptor of
+    its folder.
+    """
     if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
         yield str(path)
         return
@@ -31,7 +35,8 @@ def short_path(path: Path) -> Iterator[str]:
 
 
 def bind_private(path: Path) -> socket.socket:
-    """A Unix socket at ``path``, in the place of an old one, that its owner alone can connect to, from the moment it is there: on Linux it gets the mode that
+    """A Unix socket at ``path``, in the place of an old one, that its owner alone can connect to, from the moment it is
+    there: on Linux it gets the mode that
     the descriptor had before it was bound, and a chmod afterwards would be too late for whoever is quick."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

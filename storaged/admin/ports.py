@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from storaged.cluster.audit import Trail
+from storaged.cluster.audit.log import Trail
 from storaged.objects.api import Buckets, Users
 from storaged.objects.records import BucketRecord
 from storaged.objects.usage import Usage
@@ -17,7 +17,9 @@ class Jobs(Protocol):
     """Repair, scrub and other long work of the cluster, and what it counted."""
 
     async def jobs(self) -> dict[str, Any]:
-        """``busy``, the counts of objects, and ``jobs``: each ``name, node, state, percent (or None), rate, eta_s (or None), detail``."""
+        """``busy``, the counts of objects, and ``jobs``: each ``name, node, state, percent (or None), rate, eta_s (or
+        None), detail``.
+        """
 
     async def start_scrub(self) -> list[str]:
         """Begins reading and verifying everything; the nodes that began."""
@@ -25,7 +27,9 @@ class Jobs(Protocol):
 
 @dataclass
 class Services:
-    """``status`` is the document of ``storaged status`` (a storage node tells of itself). ``ready`` says whether this node can do its work, and why not."""
+    """``status`` is the document of ``storaged status`` (a storage node tells of itself). ``ready`` says whether this
+    node can do its work, and why not.
+    """
 
     status: Callable[[], Awaitable[dict[str, Any]]]
     ready: Callable[[], tuple[bool, str]]
@@ -50,7 +54,9 @@ class Services:
     checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
     """Signed checkpoints of audit logs that versions with protocol 2 kept in registers, encoded."""
     witnessed: Callable[[str], Awaitable[list[dict[str, Any]]]] | None = None
-    """What each witness has of a node's audit log: ``name``, ``reachable``, ``reason``, ``lines`` (of ``cluster.witness_record``)."""
+    """What each witness has of a node's audit log: ``name``, ``reachable``, ``reason``, ``lines`` (of
+    ``cluster.audit.log.witness_record``).
+    """
     other_samples: Callable[[], Awaitable[Sequence[Samples]]] | None = None
     """The metrics of this node's further processes, to be added to this one's."""
     authority: str = ""

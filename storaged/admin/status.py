@@ -3,7 +3,8 @@
 HEALTHY    every node and disk takes part, no object is below its target
 DEGRADED   something is away or below target; everything can be read and written, and nothing is lost
 AT_RISK    writes are refused, or objects are lost, wait for disks that are away, or cannot stand another disk's failure
-DOWN       some keys can be neither read nor written now (no majority of their replicas), or nothing can be opened (keyring)
+DOWN       some keys can be neither read nor written now (no majority of their replicas), or nothing can be opened
+(keyring)
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What this gateway knows of one node. ``since_ms``: when it came into its state (wall clock); ``pid`` None when it is down."""
+    """What this gateway knows of one node. ``since_ms``: when it came into its state (wall clock); ``pid`` None when it
+    is down.
+    """
 
     name: str
     rack: str
@@ -83,7 +86,9 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class RepairWaits:
-    """Why repair mends nothing more now. ``recode_in_s`` is None when nothing will be recoded while ``disks`` are away."""
+    """Why repair mends nothing more now. ``recode_in_s`` is None when nothing will be recoded while
+    ``disks`` are away.
+    """
 
     disks: tuple[str, ...]
     recode_in_s: float | None
@@ -103,7 +108,9 @@ class RepairWaits:
 
 @dataclass(frozen=True)
 class Durability:
-    """What repair's walks last counted. ``objects_unreadable`` wait for disks that are away, and are not lost. ``counted`` False: some node has not looked at the disks as they are now, and the numbers are lower bounds."""
+    """What repair's walks last counted. ``objects_unreadable`` wait for disks that are away, and are not lost.
+    ``counted`` False: some node has not looked at the disks as they are now, and the numbers are lower bounds.
+    """
 
     objects_below_target: int = 0
     objects_at_risk: int = 0
@@ -114,7 +121,9 @@ class Durability:
 
 
 class KeyDamage(NamedTuple):
-    """A register ``key/BUCKET_ID`` that was not as it should be, since when (ms since 1970), and whether it was mended."""
+    """A register ``key/BUCKET_ID`` that was not as it should be, since when (ms since 1970), and
+    whether it was mended.
+    """
 
     bucket: str
     detail: str
@@ -124,7 +133,9 @@ class KeyDamage(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the verdict follows from. ``write_profile`` is what a write would use now, None when it would be refused, with ``write_reason``."""
+    """Everything the verdict follows from. ``write_profile`` is what a write would use now, None when it would be
+    refused, with ``write_reason``.
+    """
 
     layout: Layout
     nodes: Sequence[NodeFacts]
@@ -148,7 +159,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class RingHealth:
-    """``stopped``: partitions of the ring, the system's among them, without a majority of living replicas. ``by_disk`` and
+    """``stopped``: partitions of the ring, the system's among them, without a majority of living replicas. ``by_disk``
+    and
     ``by_domain``: how many more would stop if that disk, or that failure domain, went now."""
 
     stopped: int
@@ -157,7 +169,9 @@ class RingHealth:
 
 
 def ring_health(layout: Layout, alive: Callable[[str], bool]) -> RingHealth:
-    """Counts partitions. Replicas of one partition are in distinct domains, so that a domain costs what its disks cost."""
+    """Counts partitions. Replicas of one partition are in distinct domains, so that a domain costs
+    what its disks cost.
+    """
     stopped = 0
     by_disk: Counter[str] = Counter()
     by_domain: Counter[str] = Counter()
@@ -250,7 +264,10 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
     for damage in sorted(facts.key_damage, key=lambda damage: (damage.mended, damage.since_ms))[:KEY_DAMAGE_SHOWN_MAX]:
         state = "mended" if damage.mended else "not mended"
         yield problem(
-            BucketKeyDamaged, f"key/{damage.bucket}", damage.since_ms, f"{damage.detail} ({state}; {len(facts.key_damage)} in all)"
+            BucketKeyDamaged,
+            f"key/{damage.bucket}",
+            damage.since_ms,
+            f"{damage.detail} ({state}; {len(facts.key_damage)} in all)",
         )
     if headless:
         yield problem(QuorumLost, f"{headless} partitions", now_ms)
@@ -261,10 +278,17 @@ def _problems(facts: Facts, headless: int, disk_by_id: dict[str, DiskStatus], no
             yield problem(NodeDown, f"{node.rack}/{node.name}", node.since_ms, node.reason)
             continue
         if abs(node.skew_ms) > SKEW_MS_MAX:
-            yield problem(ClockSkewed, f"{node.rack}/{node.name}", now_ms, f"{node.skew_ms / 1000:+.1f} s from this gateway's clock")
+            yield problem(
+                ClockSkewed,
+                f"{node.rack}/{node.name}",
+                now_ms,
+                f"{node.skew_ms / 1000:+.1f} s from this gateway's clock",
+            )
         for disk in node.disks:
             if disk.state != "ok":
-                yield problem(_DISK_PROBLEMS.get(disk.state, DiskDown), f"{node.rack}/{node.name}/{disk.id}", now_ms, disk.reason)
+                yield problem(
+                    _DISK_PROBLEMS.get(disk.state, DiskDown), f"{node.rack}/{node.name}/{disk.id}", now_ms, disk.reason
+                )
         for refused in node.refused:
             detail = f"layout {refused.epoch}, offered by {refused.source}: {refused.reason}"
             yield problem(LayoutRefused, f"{node.rack}/{node.name}", now_ms, detail)
@@ -299,7 +323,8 @@ class FirstSeen:
         self._since_ms: dict[tuple[str, str], int] = {}
 
     def date(self, found: dict[str, Any]) -> dict[str, Any]:
-        """The document of ``judge``; what it could only date with its own time is set back to when it was first seen. Numbers in a subject (``7 objects``)
+        """The document of ``judge``; what it could only date with its own time is set back to when it was first seen.
+        Numbers in a subject (``7 objects``)
         may change."""
         known, self._since_ms = self._since_ms, {}
         for entry in found["problems"]:

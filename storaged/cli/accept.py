@@ -29,13 +29,20 @@ def accept_blank(config: Path, disk: str) -> None:
     found = configuration.load(config)
     section = next((one for one in found.disks if disk in (one.id, one.directory)), None)
     if section is None:
-        raise OperatorError(f"{disk!r} is no disk of {config}; there are: {', '.join(one.id for one in found.disks) or 'none'}")
+        raise OperatorError(
+            f"{disk!r} is no disk of {config}; there are: {', '.join(one.id for one in found.disks) or 'none'}"
+        )
     directory = Path(found.node.directory)
     if not (directory / LEDGER_FILE).exists():
-        raise OperatorError(f"{found.node.name} was never started with {directory}: start it first, and look at `storaged status`")
+        raise OperatorError(
+            f"{found.node.name} was never started with {directory}: start it first, and look at `storaged status`"
+        )
     if admission(Ledger(directory), section.id, is_blank(Path(section.directory)), Verdict(False)).opening is not None:
-        raise OperatorError(f"disk {section.id} has the store that its node knows, or may begin already: there is nothing to accept")
+        raise OperatorError(
+            f"disk {section.id} has the store that its node knows, or may begin already: there is nothing to accept"
+        )
     write_acceptance(directory, section.id, time.time_ns() // 1_000_000)
     click.echo(
-        f"disk {section.id} in {section.directory} is accepted once: {found.node.name} takes it within a second, or at its next start"
+        f"disk {section.id} in {section.directory} is accepted once: {found.node.name} takes it within a second, or at"
+        " its next start"
     )

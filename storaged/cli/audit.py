@@ -17,8 +17,8 @@ from storaged.errors import AuditBroken, AuditNotCompared, OperatorError
 if TYPE_CHECKING:
     from cryptography import x509
 
-    from storaged.cluster.audit_format import RegisterCheckpoint
-    from storaged.cluster.audit_verify import AuditReport, WitnessView
+    from storaged.cluster.audit.format import RegisterCheckpoint
+    from storaged.cluster.audit.verify import AuditReport, WitnessView
 
 LINE_BYTES_MAX = 64 * 1024
 
@@ -29,14 +29,19 @@ def audit() -> None:
 
 
 @audit.command("verify")
-@click.argument("files", nargs=-1, required=True, metavar="FILE|DIRECTORY...", type=click.Path(path_type=Path, exists=True))
+@click.argument(
+    "files", nargs=-1, required=True, metavar="FILE|DIRECTORY...", type=click.Path(path_type=Path, exists=True)
+)
 @click.option(
     "--witness",
     "saved",
     multiple=True,
     metavar="FILE|DIRECTORY",
     type=click.Path(path_type=Path, exists=True),
-    help="Compare with these saved files of witnesses (witness/NODE.jsonl of storage nodes) instead of asking the cluster.",
+    help=(
+        "Compare with these saved files of witnesses (witness/NODE.jsonl of storage nodes) instead of asking the"
+        " cluster."
+    ),
 )
 @click.option(
     "--authority",
@@ -45,11 +50,18 @@ def audit() -> None:
     type=click.Path(path_type=Path, exists=True),
     help="With --witness: authority.crt of the cluster, to verify signatures.",
 )
-@click.option("--offline", is_flag=True, help="Compare with no witness: then a log that was rewritten whole, or cut, can't show.")
+@click.option(
+    "--offline", is_flag=True, help="Compare with no witness: then a log that was rewritten whole, or cut, can't show."
+)
 @click.option("--json", "as_json", is_flag=True, help="ok, problems, witnesses, heads.")
 @click.pass_obj
 def audit_verify(
-    named: str | None, files: tuple[Path, ...], saved: tuple[Path, ...], authority_file: Path | None, offline: bool, as_json: bool
+    named: str | None,
+    files: tuple[Path, ...],
+    saved: tuple[Path, ...],
+    authority_file: Path | None,
+    offline: bool,
+    as_json: bool,
 ) -> None:
     """Check that every entry of one node's log follows from the one before, and that it is the log that every witness
     saw.
@@ -61,7 +73,7 @@ def audit_verify(
     altered, removed or reordered. 4: nothing is wrong with it, but not every witness could be compared. 1: it could
     not be checked.
     """
-    from storaged.cluster import audit_verify as verifier
+    from storaged.cluster.audit import verify as verifier
 
     found = [path for file in files for path in (sorted(file.glob("audit-*.jsonl")) if file.is_dir() else [file])]
     if not found:
@@ -101,25 +113,40 @@ def audit_verify(
 
 
 def _show(report: AuditReport, node: str, note: str, *, offline: bool) -> None:
-    click.echo(f"{report.files} files, {report.entries} entries of {node or 'an unknown node'}{f' ({note})' if note else ''}")
+    click.echo(
+        f"{report.files} files, {report.entries} entries of {node or 'an unknown node'}{f' ({note})' if note else ''}"
+    )
     for head in report.heads:
         click.echo(f"  chain {head.chain} ends with entry {head.sequence}, {head.hash}")
     if report.begins_after:
         click.echo(f"  the log given begins after {report.begins_after}")
     for witness in report.witnesses:
-        seen = f"saw {witness.chains} of these chains, the newest up to entry {witness.sequence}" if witness.chains else ""
+        seen = (
+            f"saw {witness.chains} of these chains, the newest up to entry {witness.sequence}" if witness.chains else ""
+        )
         click.echo(
-            f"  witness {witness.name}: {witness.state}{f', {seen}' if seen else ''}{f' ({witness.reason})' if witness.reason else ''}"
+            f"  witness {witness.name}:"
+            f" {witness.state}{f', {seen}' if seen else ''}{f' ({witness.reason})' if witness.reason else ''}"
         )
     if report.problems:
         return
     if report.torn_bytes and report.compared:
-        click.echo(f"  {report.torn_bytes} bytes after an end are no entry, as a crash leaves them: no witness saw more than there is")
+        click.echo(
+            f"  {report.torn_bytes} bytes after an end are no entry, as a crash leaves them: no witness saw more than"
+            " there is"
+        )
     elif report.torn_bytes:
         click.echo(
-            f"  {report.torn_bytes} bytes after an end are no entry: a crash leaves that, and so does who cuts a log; only witnesses can tell"
+            f"  {report.torn_bytes} bytes after an end are no entry: a crash leaves that, and so does who cuts a log;"
+            " only witnesses can tell"
         )
-    how = "offline" if offline else "and every witness agrees" if report.compared else "but not every witness was compared"
+    how = (
+        "offline"
+        if offline
+        else "and every witness agrees"
+        if report.compared
+        else "but not every witness was compared"
+    )
     click.echo(f"every entry follows from the one before, {how}")
 
 
@@ -129,7 +156,11 @@ def _why_not(report: AuditReport, note: str) -> str:
         for witness in report.witnesses
         if witness.state not in ("agrees", "differs")
     ]
-    return f"not compared with: {', '.join(missing)}" if missing else f"compared with no witness: {note or 'there is none'}"
+    return (
+        f"not compared with: {', '.join(missing)}"
+        if missing
+        else f"compared with no witness: {note or 'there is none'}"
+    )
 
 
 @audit.command("witnessed")
@@ -151,19 +182,27 @@ def audit_witnessed(named: str | None, node: str, directory: Path) -> None:
     sys.exit(0 if all(witness["reachable"] for witness in answer["witnesses"]) else 4)
 
 
-def _ask(named: str | None, node: str) -> tuple[list[WitnessView], list[RegisterCheckpoint], x509.Certificate | None, str]:
+def _ask(
+    named: str | None, node: str
+) -> tuple[list[WitnessView], list[RegisterCheckpoint], x509.Certificate | None, str]:
     """What the cluster knows of the node's log. When it can't be asked: nothing, and why."""
-    from storaged.cluster.audit_format import RegisterCheckpoint
-    from storaged.cluster.audit_verify import WitnessView
-    from storaged.cluster.witness_record import read
+    from storaged.cluster.audit.format import RegisterCheckpoint
+    from storaged.cluster.audit.verify import WitnessView
+    from storaged.cluster.audit.witness_record import read
     from storaged.wire import decode
 
     try:
-        answer: dict[str, Any] = gateway(find_directory(named), "GET", "/v1/audit/witnessed", query={"node": node}, timeout_s=120.0)
+        answer: dict[str, Any] = gateway(
+            find_directory(named), "GET", "/v1/audit/witnessed", query={"node": node}, timeout_s=120.0
+        )
     except OperatorError as error:
         return [], [], None, f"the cluster could not be asked: {error.message}"
     views = [
-        WitnessView(witness["name"], read(line.encode() for line in witness["lines"]) if witness["reachable"] else None, witness["reason"])
+        WitnessView(
+            witness["name"],
+            read(line.encode() for line in witness["lines"]) if witness["reachable"] else None,
+            witness["reason"],
+        )
         for witness in answer["witnesses"]
     ]
     checkpoints = [decode(base64.b64decode(text), RegisterCheckpoint) for text in answer["checkpoints"]]
@@ -173,11 +212,13 @@ def _ask(named: str | None, node: str) -> tuple[list[WitnessView], list[Register
 def _view_of_file(path: Path, node: str) -> WitnessView | None:
     """A witness's file about ``node``. A directory is a storage node's ``witness`` (then the node's file in it
     counts), or what ``witnessed`` saved."""
-    from storaged.cluster.audit_verify import WitnessView
-    from storaged.cluster.witness import read_file
+    from storaged.cluster.audit.verify import WitnessView
+    from storaged.cluster.audit.witness import read_file
 
     if path.is_dir() and not (path / f"{node}.jsonl").is_file():
-        raise OperatorError(f"{path} has no {node}.jsonl; name the files that `storaged audit witnessed` saved one by one")
+        raise OperatorError(
+            f"{path} has no {node}.jsonl; name the files that `storaged audit witnessed` saved one by one"
+        )
     file = path / f"{node}.jsonl" if path.is_dir() else path
     return WitnessView(str(file), read_file(file))
 

@@ -16,12 +16,19 @@ from storaged.units import format_size
 
 @click.group()
 def bucket() -> None:
-    """Make, list, count, hand over and delete buckets of any user. (S3 clients make, list and delete their own as well.)"""
+    """Make, list, count, hand over and delete buckets of any user. (S3 clients make, list and delete their own as
+    well.)
+    """
 
 
 @bucket.command("list")
 @click.option("--user", "owner", default="", metavar="NAME", help="Only those of this user's id.")
-@click.option("--json", "as_json", is_flag=True, help="A list of bucket, id, owner, owners, created_ms, state, region, countries, profile.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="A list of bucket, id, owner, owners, created_ms, state, region, countries, profile.",
+)
 @click.pass_obj
 def bucket_list(named: str | None, owner: str, as_json: bool) -> None:
     """All buckets of the cluster, and whose they are."""
@@ -34,7 +41,9 @@ def bucket_list(named: str | None, owner: str, as_json: bool) -> None:
         whose = ", ".join(one["owners"]) or f"user id {one['owner']}, removed"
         state = "" if one["state"] == "active" else f"  {one['state']}"
         made = datetime.fromtimestamp(one["created_ms"] / 1000, UTC)
-        click.echo(f"{one['bucket']:<40} {whose:<24} {made:%Y-%m-%d}  {', '.join(one['countries']) or 'any country'}{state}")
+        click.echo(
+            f"{one['bucket']:<40} {whose:<24} {made:%Y-%m-%d}  {', '.join(one['countries']) or 'any country'}{state}"
+        )
 
 
 @bucket.command("usage")
@@ -79,7 +88,9 @@ def bucket_owner(named: str | None, name: str, owner: str) -> None:
 @click.pass_obj
 def bucket_delete(named: str | None, name: str) -> None:
     """Delete an empty bucket. Its name is free at once."""
-    found = gateway(find_directory(named), "DELETE", f"/v1/buckets/{urllib.parse.quote(name, safe='')}", timeout_s=120.0)
+    found = gateway(
+        find_directory(named), "DELETE", f"/v1/buckets/{urllib.parse.quote(name, safe='')}", timeout_s=120.0
+    )
     click.echo(f"deleted {found['deleted']}")
 
 
@@ -87,20 +98,28 @@ def bucket_delete(named: str | None, name: str) -> None:
 @click.argument("name")
 @click.option("--user", "owner", required=True, metavar="NAME", help="Whose bucket it is: a user's name or access key.")
 @click.option(
-    "--countries", default="", metavar="FR,DE", help="Keep its data in these countries of the EU (default: wherever the cluster has disks)."
+    "--countries",
+    default="",
+    metavar="FR,DE",
+    help="Keep its data in these countries of the EU (default: wherever the cluster has disks).",
 )
 @click.option("--json", "as_json", is_flag=True, help="bucket, owner, countries, racks.")
 @click.pass_obj
 def bucket_create(named: str | None, name: str, owner: str, countries: str, as_json: bool) -> None:
-    """Make a bucket; with --countries its fragments and records never leave them, and a write that can't be placed inside is refused.
+    """Make a bucket; with --countries its fragments and records never leave them, and a write that can't be placed
+    inside is refused.
 
     An S3 client can ask for the same with the header x-storaged-countries when it creates a bucket.
     """
     wanted = ",".join(code.strip() for code in countries.split(",") if code.strip())
-    found = gateway(find_directory(named), "POST", "/v1/buckets", body={"name": name, "user": owner, "countries": wanted})
+    found = gateway(
+        find_directory(named), "POST", "/v1/buckets", body={"name": name, "user": owner, "countries": wanted}
+    )
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        click.echo(f"{found['bucket']} of {found['owner']}, in {', '.join(found['countries']) or 'any country of the cluster'}")
+        click.echo(
+            f"{found['bucket']} of {found['owner']}, in {', '.join(found['countries']) or 'any country of the cluster'}"
+        )
         if found["countries"]:
             click.echo(f"  its data lies in {', '.join(found['racks'])}")

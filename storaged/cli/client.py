@@ -40,7 +40,9 @@ class RemoteRefusal(OperatorError):
 
 
 def _not_allowed(path: Path, *, denied: bool) -> AdminNotAllowed | None:
-    """The socket is of another user: whoever that is not, nor root, is refused, by the directory's mode or by the node."""
+    """The socket is of another user: whoever that is not, nor root, is refused, by the directory's
+    mode or by the node.
+    """
     try:
         owner = path.stat().st_uid
     except OSError:
@@ -55,11 +57,18 @@ def _not_allowed(path: Path, *, denied: bool) -> AdminNotAllowed | None:
 
 
 def request(
-    node_directory: Path, method: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, timeout_s: float = 30.0
+    node_directory: Path,
+    method: str,
+    path: str,
+    *,
+    query: Mapping[str, str] | None = None,
+    body: Any = None,
+    timeout_s: float = 30.0,
 ) -> Any:
     """The JSON answer of one node's admin API.
 
-    Raises NotRunning when nobody listens, and what the node refused as an OperatorError with the node's own code and hint.
+    Raises NotRunning when nobody listens, and what the node refused as an OperatorError with the node's own code and
+    hint.
     """
     connection = _UnixConnection(node_directory / SOCKET_NAME, timeout_s)
     target = path + ("?" + urllib.parse.urlencode(query) if query else "")
@@ -76,7 +85,9 @@ def request(
         http.client.RemoteDisconnected,
         PermissionError,
     ) as error:
-        if (refusal := _not_allowed(node_directory / SOCKET_NAME, denied=isinstance(error, PermissionError))) is not None:
+        if (
+            refusal := _not_allowed(node_directory / SOCKET_NAME, denied=isinstance(error, PermissionError))
+        ) is not None:
             raise refusal from None
         raise NotRunning(f"nothing answers in {node_directory}") from None
     except TimeoutError:
@@ -86,7 +97,9 @@ def request(
     try:
         document = json.loads(text)
     except ValueError:
-        raise OperatorError(f"the node in {node_directory} answered {answer.status} with something that is not JSON") from None
+        raise OperatorError(
+            f"the node in {node_directory} answered {answer.status} with something that is not JSON"
+        ) from None
     if answer.status >= 400 and "code" in document:
         known = next((kind for kind in every_error() if kind.code == document["code"]), OperatorError)
         raise RemoteRefusal(document["code"], document["message"], document.get("hint", ""), known.exit_code)

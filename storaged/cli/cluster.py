@@ -23,10 +23,15 @@ def cluster() -> None:
 
 @cluster.command("create")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--cluster", "name", default=None, help="The cluster's id (default: a random one). It is in every certificate.")
+@click.option(
+    "--cluster", "name", default=None, help="The cluster's id (default: a random one). It is in every certificate."
+)
 @click.option("--profile", default="4+2", show_default=True, help="How many data and parity fragments a block has.")
 @click.option(
-    "--countries", default="", metavar="FR,DE", help="Admit nodes in these countries only, and place no data elsewhere (default: the EU)."
+    "--countries",
+    default="",
+    metavar="FR,DE",
+    help="Admit nodes in these countries only, and place no data elsewhere (default: the EU).",
 )
 @click.option(
     "--jurisdictions",
@@ -37,7 +42,8 @@ def cluster() -> None:
 def create(directory: Path, name: str | None, profile: str, countries: str, jurisdictions: str) -> None:
     """Make the authority and the administration key of a new cluster in DIRECTORY.
 
-    --countries and --jurisdictions are the cluster's policy: every layout is signed with them, and nodes, placement and the release of keys follow it.
+    --countries and --jurisdictions are the cluster's policy: every layout is signed with them, and nodes, placement and
+    the release of keys follow it.
     """
     from storaged.cli import create as files
     from storaged.cluster import identity
@@ -53,9 +59,13 @@ def create(directory: Path, name: str | None, profile: str, countries: str, juri
     authority = identity.create_authority(directory, name or f"c-{secrets.token_hex(6)}")
     files.save_plan(directory, files.ClusterPlan(authority.cluster, profile, countries=where, jurisdictions=whose))
     click.echo(
-        f"cluster {authority.cluster}: authority and administration key are in {directory}. Keep this folder offline, and a copy of it."
+        f"cluster {authority.cluster}: authority and administration key are in {directory}. Keep this folder offline,"
+        " and a copy of it."
     )
-    click.echo(f"  Next: storaged cluster issue {directory} NODE --rack FR/par1/a --roles storage --address HOST:7400 --disk /srv/disk1")
+    click.echo(
+        f"  Next: storaged cluster issue {directory} NODE --rack FR/par1/a --roles storage --address HOST:7400 --disk"
+        " /srv/disk1"
+    )
 
 
 @cluster.command("issue")
@@ -68,14 +78,23 @@ def create(directory: Path, name: str | None, profile: str, countries: str, juri
     default="",
     help="HOST:PORT where other nodes call it. Storage nodes need one; with one, gateways see each other in `status`.",
 )
-@click.option("--disk", "disks", multiple=True, metavar="DIRECTORY[:WEIGHT]", help="A disk's directory on that server; once a disk.")
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="DIRECTORY[:WEIGHT]",
+    help="A disk's directory on that server; once a disk.",
+)
 @click.option("--jurisdiction", default="", help="Country whose law the operator is under (default: the rack's).")
 @click.option("--state", default="", help="The node's own directory (default: /var/lib/storaged/NODE).")
 @click.option(
     "--admin",
     default=None,
     metavar="HOST:PORT",
-    help=f"Loopback address of health and metrics (default {ADMIN_GATEWAY}, of a storage node {ADMIN_STORAGE}; 'none': no such port).",
+    help=(
+        f"Loopback address of health and metrics (default {ADMIN_GATEWAY}, of a storage node {ADMIN_STORAGE}; 'none':"
+        " no such port)."
+    ),
 )
 def issue(
     directory: Path,
@@ -101,7 +120,9 @@ def issue(
     authority = identity.load_authority(directory)
     known = next((node for node in plan.nodes if node.name == name), None)
     if known is not None and disks:
-        raise OperatorError(f"{name} is a member already: its disks stay those it has. Without --disk its certificate is renewed.")
+        raise OperatorError(
+            f"{name} is a member already: its disks stay those it has. Without --disk its certificate is renewed."
+        )
     role_names = tuple(role.strip() for role in roles.split(","))
     if admin is None:
         admin = ADMIN_GATEWAY if "gateway" in role_names else ADMIN_STORAGE
@@ -111,7 +132,9 @@ def issue(
                 split_address(value)
             except ValueError as error:
                 raise OperatorError(f"{option}: {error}") from None
-    node = files.NodePlan(name, files.parse_location(rack), role_names, address, jurisdiction, files.new_disks(list(disks)))
+    node = files.NodePlan(
+        name, files.parse_location(rack), role_names, address, jurisdiction, files.new_disks(list(disks))
+    )
     if known is not None:
         node.disks = known.disks
     plan.admit(node)
@@ -138,7 +161,9 @@ def issue(
     files.issue_node(authority, node, folder, text, member=known is not None)
     files.save_plan(directory, plan)
     if known is not None:
-        click.echo(f"{name}: a new certificate is in {folder}; config.issued.toml there is what its configuration would be now")
+        click.echo(
+            f"{name}: a new certificate is in {folder}; config.issued.toml there is what its configuration would be now"
+        )
         click.echo(f"  If its address changed: storaged cluster layout {directory}. Then: {_copy(folder, name)}")
         return
     click.echo(f"{name}: certificate and configuration are in {folder}")
@@ -151,7 +176,7 @@ def methods(as_json: bool) -> None:
     """Print which role may call which RPC method, why, and what a hostile storage node can do with it."""
     import json
 
-    from storaged.cluster import authority
+    from storaged.cluster.rpc import authority
 
     rows = [
         {
@@ -177,7 +202,9 @@ def methods(as_json: bool) -> None:
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("name")
 def renew(directory: Path, name: str) -> None:
-    """Make a new certificate for the member NAME, as it was issued, and nothing else: its configuration and disks stay."""
+    """Make a new certificate for the member NAME, as it was issued, and nothing else: its
+    configuration and disks stay.
+    """
     from storaged.cli import create as files
     from storaged.cluster import identity
 
@@ -208,7 +235,9 @@ def remove(directory: Path, name: str) -> None:
 
     plan = files.load_plan(directory)
     if name not in [node.name for node in plan.nodes]:
-        raise OperatorError(f"{name} is no node of this cluster; there are: {', '.join(node.name for node in plan.nodes)}")
+        raise OperatorError(
+            f"{name} is no node of this cluster; there are: {', '.join(node.name for node in plan.nodes)}"
+        )
     plan.nodes = [node for node in plan.nodes if node.name != name]
     if (last := files.last_layout(identity.load_authority(directory), plan)) is not None:
         files.layout_of(plan, last)
@@ -222,7 +251,8 @@ def remove(directory: Path, name: str) -> None:
 def layout(directory: Path) -> None:
     """Sign a layout of all issued nodes and put it into each node's folder.
 
-    Once a cluster has a layout, later ones may change addresses, and nodes without disks, alone: one that would move data is refused.
+    Once a cluster has a layout, later ones may change addresses, and nodes without disks, alone: one that would move
+    data is refused.
     """
     from storaged.cli import create as files
     from storaged.cluster import identity
@@ -235,7 +265,8 @@ def layout(directory: Path) -> None:
     plan.epoch = signed.epoch
     files.save_plan(directory, plan)
     click.echo(
-        f"layout {signed.epoch}: {len(signed.nodes)} nodes, {len(signed.disks)} disks, {signed.profile}, a failure domain is a {signed.domain_kind}"
+        f"layout {signed.epoch}: {len(signed.nodes)} nodes, {len(signed.disks)} disks, {signed.profile}, a failure"
+        f" domain is a {signed.domain_kind}"
     )
     named = {node.name for node in last.nodes} if last is not None else set()
     for node in plan.nodes:
@@ -244,5 +275,7 @@ def layout(directory: Path) -> None:
         click.echo(f"  copy {directory / 'nodes' / node.name}/ to /etc/storaged/{node.name}/ on its server")
     if named:
         signed_file = directory / files.LAYOUT_NAME
-        click.echo(f"  copy {signed_file} to /etc/storaged/NODE/identity/ on one server that runs, and reload that node:")
+        click.echo(
+            f"  copy {signed_file} to /etc/storaged/NODE/identity/ on one server that runs, and reload that node:"
+        )
         click.echo("  the others learn the layout from it")

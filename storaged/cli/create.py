@@ -1,7 +1,9 @@
 """The files of a cluster: its authority, each node's folder (certificate and configuration), the signed layout.
 
-``cluster.json`` in the authority's directory is the list that the layout is made from, ``layout.signed`` beside it the last one that was signed; both are written by
-``storaged cluster``, and by ``storaged dev`` for its own cluster. A node's folder holds everything the node needs to start and can be copied to its server as it is.
+``cluster.json`` in the authority's directory is the list that the layout is made from, ``layout.signed`` beside it the
+last one that was signed; both are written by
+``storaged cluster``, and by ``storaged dev`` for its own cluster. A node's folder holds everything the node needs to
+start and can be copied to its server as it is.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class NodePlan(msgspec.Struct):
 
 
 class ClusterPlan(msgspec.Struct):
-    """``epoch`` is that of the last layout signed, 0 when none was. ``countries`` and ``jurisdictions``: as in the layout."""
+    """``epoch`` is that of the last layout signed, 0 when none was. ``countries`` and ``jurisdictions``: as in the
+    layout.
+    """
 
     cluster: str
     profile: str = "4+2"
@@ -62,7 +66,9 @@ class ClusterPlan(msgspec.Struct):
     def admit(self, node: NodePlan) -> None:
         """Raises JurisdictionRefused, with the reason, for a node that this cluster would not admit."""
         place = Location.parse(node.location)
-        peer = PeerIdentity(node.name, place.country, place.site, place.rack, node.roles, node.jurisdiction or place.country)
+        peer = PeerIdentity(
+            node.name, place.country, place.site, place.rack, node.roles, node.jurisdiction or place.country
+        )
         self.policy.admit(peer)
 
 
@@ -83,7 +89,9 @@ def save_plan(authority_directory: Path, plan: ClusterPlan) -> None:
 
 
 def parse_countries(text: str) -> tuple[str, ...]:
-    """``FR,DE``: country codes in alphabetical order, each once. Raises JurisdictionRefused for one where EU law does not apply."""
+    """``FR,DE``: country codes in alphabetical order, each once. Raises JurisdictionRefused for one where EU law does
+    not apply.
+    """
     found = tuple(sorted({code.strip() for code in text.split(",") if code.strip()}))
     Policy.of(found)
     return found
@@ -109,13 +117,23 @@ def new_disks(directories: list[str]) -> list[DiskPlan]:
     return found
 
 
-def issue_node(authority: identity.Authority, node: NodePlan, folder: Path, config_text: str | None, *, member: bool = False) -> None:
+def issue_node(
+    authority: identity.Authority, node: NodePlan, folder: Path, config_text: str | None, *, member: bool = False
+) -> None:
     """Certificate and configuration of one node into ``folder``.
 
-    ``member``: its server has a configuration, perhaps an edited one. It gets none from here that would replace it when the
+    ``member``: its server has a configuration, perhaps an edited one. It gets none from here that would replace it when
+    the
     folder is copied: ``config_text``, if any, goes into config.issued.toml.
     """
-    identity.issue(authority, folder / "identity", name=node.name, location=node.location, roles=node.roles, jurisdiction=node.jurisdiction)
+    identity.issue(
+        authority,
+        folder / "identity",
+        name=node.name,
+        location=node.location,
+        roles=node.roles,
+        jurisdiction=node.jurisdiction,
+    )
     if member:
         (folder / "config.toml").unlink(missing_ok=True)
     if config_text is not None:
@@ -123,12 +141,17 @@ def issue_node(authority: identity.Authority, node: NodePlan, folder: Path, conf
 
 
 def last_layout(authority: identity.Authority, plan: ClusterPlan) -> Layout | None:
-    """The newest layout that was signed here; None when none ever was. Raises OperatorError when ``plan`` knows of one that is not here any more.
+    """The newest layout that was signed here; None when none ever was. Raises OperatorError when ``plan`` knows of one
+    that is not here any more.
 
-    It lies beside the authority's keys, and (from before it did) in the nodes' folders. A plan that was put back from a backup may be older than it.
+    It lies beside the authority's keys, and (from before it did) in the nodes' folders. A plan that was put back from a
+    backup may be older than it.
     """
     newest: Layout | None = None
-    for path in (authority.directory / LAYOUT_NAME, *sorted(authority.directory.glob(f"nodes/*/identity/{LAYOUT_NAME}"))):
+    for path in (
+        authority.directory / LAYOUT_NAME,
+        *sorted(authority.directory.glob(f"nodes/*/identity/{LAYOUT_NAME}")),
+    ):
         try:
             signed = decode(path.read_bytes(), identity.SignedLayout)
             layout = identity.verify_layout(signed, authority.administration.public_key(), authority.cluster)
@@ -147,9 +170,11 @@ def last_layout(authority: identity.Authority, plan: ClusterPlan) -> Layout | No
 
 
 def layout_of(plan: ClusterPlan, last: Layout | None = None) -> Layout:
-    """The layout of all nodes in the plan, at the epoch after the plan's and that of ``last``, the one that was signed before (see ``last_layout``).
+    """The layout of all nodes in the plan, at the epoch after the plan's and that of ``last``, the one that was signed
+    before (see ``last_layout``).
 
-    Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a node that its policy does not admit, LayoutMovesData when it would move
+    Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a node that its policy does not
+    admit, LayoutMovesData when it would move
     a replica or a disk against ``last``.
     """
     for node in plan.nodes:
@@ -157,11 +182,15 @@ def layout_of(plan: ClusterPlan, last: Layout | None = None) -> Layout:
     epoch = 1 + max(plan.epoch, last.epoch if last is not None else 0)
     nodes = tuple(NodeEntry(node.name, node.location, node.address, tuple(node.roles)) for node in plan.nodes)
     disks = tuple(DiskEntry(disk.id, node.name, disk.weight) for node in plan.nodes for disk in node.disks)
-    bare = Layout(plan.cluster, epoch, nodes, disks, (), plan.profile, countries=plan.countries, jurisdictions=plan.jurisdictions)
+    bare = Layout(
+        plan.cluster, epoch, nodes, disks, (), plan.profile, countries=plan.countries, jurisdictions=plan.jurisdictions
+    )
     kept = last is not None and all(seed in bare.disk_by_id for seed in last.seeds)
     layout = msgspec.structs.replace(bare, seeds=last.seeds if last is not None and kept else seeds_of(bare))
     if last is not None and (moves := moves_between(last, layout)):
-        raise LayoutMovesData(f"this layout would move data against layout {last.epoch}, and nothing is signed: {moves}")
+        raise LayoutMovesData(
+            f"this layout would move data against layout {last.epoch}, and nothing is signed: {moves}"
+        )
     problems = problems_of(layout)
     if problems:
         raise OperatorError("this layout cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -178,7 +207,9 @@ def seeds_of(layout: Layout) -> tuple[str, ...]:
 
 
 def sign_layout(authority: identity.Authority, layout: Layout, folders: list[Path]) -> None:
-    """Signs, keeps the result beside the authority's keys, and puts it into each node's identity, where the node finds it at its next start or reload."""
+    """Signs, keeps the result beside the authority's keys, and puts it into each node's identity, where the node finds
+    it at its next start or reload.
+    """
     signed = encode(identity.sign_layout(layout, authority.administration))
     write_private(authority.directory / LAYOUT_NAME, signed)
     for folder in folders:
@@ -192,17 +223,30 @@ def storage_config(node: NodePlan, directory: str, listen: str, extra: str = "")
 
 
 def gateway_config(
-    node: NodePlan, directory: str, s3_listen: str, region: str, keys: dict[str, str], extra: str = "", *, workers: int = 1
+    node: NodePlan,
+    directory: str,
+    s3_listen: str,
+    region: str,
+    keys: dict[str, str],
+    extra: str = "",
+    *,
+    workers: int = 1,
 ) -> str:
     """A gateway's configuration as TOML; ``keys`` are the options of its [keys] section."""
     several = f"workers = {workers}\n" if workers > 1 else ""
     options = "".join(f"{name} = {quoted(value)}\n" for name, value in keys.items())
-    return _head(node, directory) + f"\n[s3]\nlisten = {quoted(s3_listen)}\nregion = {quoted(region)}\n{several}\n[keys]\n{options}{extra}"
+    return (
+        _head(node, directory)
+        + f"\n[s3]\nlisten = {quoted(s3_listen)}\nregion = {quoted(region)}\n{several}\n[keys]\n{options}{extra}"
+    )
 
 
 def _head(node: NodePlan, directory: str) -> str:
     roles = ", ".join(quoted(role) for role in node.roles)
-    return f'[node]\nname = {quoted(node.name)}\ndirectory = {quoted(directory)}\nroles = [{roles}]\n\n[cluster]\nidentity = "identity"\n'
+    return (
+        f"[node]\nname = {quoted(node.name)}\ndirectory = {quoted(directory)}\nroles = [{roles}]\n\n[cluster]\nidentity"
+        ' = "identity"\n'
+    )
 
 
 def quoted(text: str) -> str:

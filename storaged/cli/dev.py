@@ -1,4 +1,6 @@
-"""``storaged dev``: three storage nodes and a gateway on this machine; and ``storaged env``, what S3 clients need to use it."""
+"""``storaged dev``: three storage nodes and a gateway on this machine; and ``storaged env``, what S3 clients need to
+use it.
+"""
 
 from __future__ import annotations
 
@@ -36,27 +38,41 @@ AWS_FUNCTION = (
     "# aws before 2.13 (1.29) does not know AWS_ENDPOINT_URL and would ask Amazon\n"
     'aws() { command aws --endpoint-url "$AWS_ENDPOINT_URL" "$@"; }\n'
 )
-"""For the aws command of Debian 11 and 12. Newer ones take the endpoint from the environment, and from the option alike."""
+"""For the aws command of Debian 11 and 12. Newer ones take the endpoint from the environment, and from the option
+alike.
+"""
 MISSPELT = 0.75
-"""A word this much like an action (difflib's ratio) is the action misspelt, and not a directory: ``strat``, ``sotp``."""
+"""A word this much like an action (difflib's ratio) is the action misspelt, and not a directory:
+``strat``, ``sotp``.
+"""
 
 
 class DevGroup(click.Group):
-    """``storaged dev DIR`` and ``storaged dev --detach`` mean ``storaged dev up ...``; a directory named like an action is written ``./stop``."""
+    """``storaged dev DIR`` and ``storaged dev --detach`` mean ``storaged dev up ...``; a directory named like an action
+    is written ``./stop``.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
-            if args and (near := difflib.get_close_matches(args[0], self.commands, 1, MISSPELT)) and not Path(args[0]).exists():
-                raise click.UsageError(f"{args[0]!r}: did you mean {near[0]!r}? A directory of this name is written ./{args[0]}.", ctx)
+            if (
+                args
+                and (near := difflib.get_close_matches(args[0], self.commands, 1, MISSPELT))
+                and not Path(args[0]).exists()
+            ):
+                raise click.UsageError(
+                    f"{args[0]!r}: did you mean {near[0]!r}? A directory of this name is written ./{args[0]}.", ctx
+                )
             args = ["up", *args]
         return super().parse_args(ctx, args)
 
 
 @click.group(cls=DevGroup)
 def dev() -> None:
-    """A whole cluster on this machine, for trying: storaged dev [DIR] [--detach] [--s3-port N] [--admin-port N] [--workers N].
+    """A whole cluster on this machine, for trying: storaged dev [DIR] [--detach] [--s3-port N] [--admin-port N]
+    [--workers N].
 
-    Three storage nodes of two disks each in three racks, and a gateway that alone has keys. Everything listens on 127.0.0.1 only.
+    Three storage nodes of two disks each in three racks, and a gateway that alone has keys. Everything listens on
+    127.0.0.1 only.
     """
 
 
@@ -64,10 +80,16 @@ def dev() -> None:
 @click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--detach", is_flag=True, help="Go on in the background once it is ready; `storaged dev stop` ends it.")
 @click.option(
-    "--s3-port", type=click.IntRange(1, 65535), default=None, help=f"Port of the S3 service (default {S3_PORT}, or what DIR had)."
+    "--s3-port",
+    type=click.IntRange(1, 65535),
+    default=None,
+    help=f"Port of the S3 service (default {S3_PORT}, or what DIR had).",
 )
 @click.option(
-    "--admin-port", type=click.IntRange(1, 65535), default=None, help=f"Port of health and metrics (default {ADMIN_PORT}, or what DIR had)."
+    "--admin-port",
+    type=click.IntRange(1, 65535),
+    default=None,
+    help=f"Port of health and metrics (default {ADMIN_PORT}, or what DIR had).",
 )
 @click.option(
     "--workers",
@@ -76,7 +98,14 @@ def dev() -> None:
     help="Processes of the gateway that share its port (default half the cores, 4 at most, or what DIR had).",
 )
 @click.pass_obj
-def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | None, admin_port: int | None, workers: int | None) -> None:
+def up(
+    named: str | None,
+    directory: Path | None,
+    detach: bool,
+    s3_port: int | None,
+    admin_port: int | None,
+    workers: int | None,
+) -> None:
     """Start the cluster in DIR (made at first), or the last one. This is what `storaged dev DIR` does."""
     chosen = directory or (Path(named) if named else None) or next(iter(remembered()), None) or default_place()
     place = chosen.expanduser().absolute()
@@ -91,7 +120,9 @@ def up(named: str | None, directory: Path | None, detach: bool, s3_port: int | N
 
 
 def default_workers() -> int:
-    """Half the cores, for the storage nodes and the clients are here too. With two cores a second process gained nothing and took 75 MiB."""
+    """Half the cores, for the storage nodes and the clients are here too. With two cores a second process gained
+    nothing and took 75 MiB.
+    """
     return max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
@@ -120,24 +151,34 @@ def _dev_of(place: Path) -> dict[str, Any]:
     return found
 
 
-# --- making it ------------------------------------------------------------------------------------------------------------
+# --- making it
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_place(place: Path) -> None:
-    """Nobody runs a cluster there, and it is one of `storaged dev`, or empty. Changes nothing. Raises DirectoryInUse, OperatorError."""
+    """Nobody runs a cluster there, and it is one of `storaged dev`, or empty. Changes nothing. Raises DirectoryInUse,
+    OperatorError.
+    """
     from storaged.admin.place import running_pid
 
     if not place.exists():
         return
     if pid := running_pid(place):
         raise DirectoryInUse(f"{place} is already running, as process {pid}")
-    strangers = sorted(path.name for path in place.iterdir() if path.name not in ("credentials.json", "dev.log", "lock"))
+    strangers = sorted(
+        path.name for path in place.iterdir() if path.name not in ("credentials.json", "dev.log", "lock")
+    )
     if strangers and not (place / "dev.json").exists() and not (place / CREATING).exists():
-        raise OperatorError(f"{place} is neither empty nor a cluster of `storaged dev` (it holds {strangers[0]}); name another directory")
+        raise OperatorError(
+            f"{place} is neither empty nor a cluster of `storaged dev` (it holds {strangers[0]}); name another"
+            " directory"
+        )
 
 
 def prepare(place: Path, s3_port: int | None, admin_port: int | None, workers: int | None = None) -> bool:
-    """Makes the cluster's files unless they are there; settles its ports. Says whether it is new. Raises DirectoryInUse, PortInUse, OperatorError."""
+    """Makes the cluster's files unless they are there; settles its ports. Says whether it is new. Raises
+    DirectoryInUse, PortInUse, OperatorError.
+    """
     check_place(place)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     interrupted = (place / CREATING).exists()
@@ -191,7 +232,9 @@ def _create(place: Path, s3: int, admin: int, workers: int) -> None:
         plan.nodes.append(files.NodePlan(name, rack, ("storage",), f"127.0.0.1:{port}", disks=disks))
     plan.nodes.append(files.NodePlan(GATEWAY[0], GATEWAY[1], ("gateway",)))
     for node in plan.nodes:
-        files.issue_node(authority, node, place / node.name, files.storage_config(node, ".", node.address) if node.disks else "")
+        files.issue_node(
+            authority, node, place / node.name, files.storage_config(node, ".", node.address) if node.disks else ""
+        )
     _write_gateway(place, s3, admin, workers)
     layout = files.layout_of(plan)
     files.sign_layout(authority, layout, [place / node.name for node in plan.nodes])
@@ -226,7 +269,9 @@ def _write_gateway(place: Path, s3: int, admin: int, workers: int) -> None:
 
 
 def _free_ports(count: int, taken: set[int]) -> list[int]:
-    """Ports nobody listens on now; they are kept in the configuration, so that a stopped node comes back where it was."""
+    """Ports nobody listens on now; they are kept in the configuration, so that a stopped node comes
+    back where it was.
+    """
     probes = [socket.socket() for _ in range(count + len(taken))]
     try:
         for probe in probes:
@@ -244,9 +289,11 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 async def _first_things(place: Path) -> None:
-    """Waits until the cluster can take writes; at the very first start makes the user of credentials.json and the bucket.
+    """Waits until the cluster can take writes; at the very first start makes the user of credentials.json and the
+    bucket.
 
-    Then gives repair a moment to count the objects, so that the first ``status`` knows; a large cluster is not waited for.
+    Then gives repair a moment to count the objects, so that the first ``status`` knows; a large cluster is not waited
+    for.
     """
     import asyncio
 
@@ -261,7 +308,9 @@ async def _first_things(place: Path) -> None:
     if not known["prepared"]:
         credentials = json.loads((place / "credentials.json").read_text())
         await asyncio.to_thread(gateway, place, "POST", "/v1/users", body={"name": "dev", **credentials})
-        await asyncio.to_thread(gateway, place, "POST", "/v1/buckets", body={"name": known["bucket"], "user": credentials["access_key"]})
+        await asyncio.to_thread(
+            gateway, place, "POST", "/v1/buckets", body={"name": known["bucket"], "user": credentials["access_key"]}
+        )
         _write_json(place / "dev.json", {**known, "prepared": True})
     for _ in range(int(COUNT_TIMEOUT_S / COUNT_POLL_S)):
         if (await asyncio.to_thread(gateway, place, "GET", "/v1/jobs"))["objects_counted"]:
@@ -283,10 +332,13 @@ def banner(place: Path, new: bool) -> str:
     shown = str(place / "gateway" / "keys")
     shown = "~" + shown.removeprefix(home) if shown.startswith(home + "/") else shown
     return (
-        "Three storage nodes with six disks in three racks, and a gateway, on this machine, for trying. Any one rack may fail.\n"
-        f"  nodes   {nodes_up}/{len(storage)}      disks  {disks_ok}/{len(disks)}      metadata  {found['metadata']}      "
+        "Three storage nodes with six disks in three racks, and a gateway, on this machine, for trying. Any one rack"
+        " may fail.\n"
+        f"  nodes   {nodes_up}/{len(storage)}      disks  {disks_ok}/{len(disks)}      metadata  {found['metadata']} "
+        "     "
         f"keys  {'new' if new else 'kept'}, in the gateway only ({shown})\n"
-        f"  S3      http://127.0.0.1:{known['s3_port']}    health and metrics  http://127.0.0.1:{known['admin_port']}/metrics\n"
+        f"  S3      http://127.0.0.1:{known['s3_port']}    health and metrics "
+        f" http://127.0.0.1:{known['admin_port']}/metrics\n"
         f'  bucket  {known["bucket"]}                     next, in another shell:  eval "$({command_for(place)} env)"\n'
     )
 
@@ -319,7 +371,8 @@ def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: i
     raise OperatorError(f"the cluster did not become ready within {START_TIMEOUT_S:.0f} s; see {place / 'dev.log'}")
 
 
-# --- while it runs ----------------------------------------------------------------------------------------------------------
+# --- while it runs
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _ask(named: str | None, action: str, name: str = "") -> list[str]:
@@ -347,7 +400,8 @@ def start(named: str | None, name: str) -> None:
 
 
 def _wait_until_seen(place: Path, names: list[str]) -> None:
-    """Returns when the gateway has heard of these nodes too, so that a ``status`` asked next does not tell of them as down; not when there is no gateway
+    """Returns when the gateway has heard of these nodes too, so that a ``status`` asked next does not tell of them as
+    down; not when there is no gateway
     to hear, or when they are not heard for some other reason, which ``status`` tells."""
     from storaged.cli.client import gateway
 
@@ -391,7 +445,8 @@ def kill(named: str | None, name: str) -> None:
     click.echo(f"killed {', '.join(_ask(named, 'kill', name))} of {find_directory(named)}")
 
 
-# --- settings for clients ---------------------------------------------------------------------------------------------------
+# --- settings for clients
+# ---------------------------------------------------------------------------------------------------
 
 
 def settings(place: Path) -> dict[str, str]:
@@ -409,7 +464,9 @@ def settings(place: Path) -> dict[str, str]:
 
 def render_settings(client: str, found: dict[str, str], place: Path) -> str:
     """The set-up of one client (``shell``: what ``storaged env`` prints), from ``settings``."""
-    endpoint, region, access, secret, bucket = (found[name] for name in ("endpoint", "region", "access_key", "secret_key", "bucket"))
+    endpoint, region, access, secret, bucket = (
+        found[name] for name in ("endpoint", "region", "access_key", "secret_key", "bucket")
+    )
     host = endpoint.removeprefix("http://")
     aws = (
         f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\n"
@@ -425,20 +482,24 @@ def render_settings(client: str, found: dict[str, str], place: Path) -> str:
         "shell": aws + f"export STORAGED_DIR={shlex.quote(str(place))}\n",
         "aws": aws + f"# aws s3 ls s3://{bucket}/\n" + profile,
         "boto3": (
-            f"import boto3\n\ns3 = boto3.client(\n    's3',\n    endpoint_url={endpoint!r},\n    region_name={region!r},\n"
-            f"    aws_access_key_id={access!r},\n    aws_secret_access_key={secret!r},\n)\nprint(s3.list_objects_v2(Bucket={bucket!r}))\n"
+            f"import boto3\n\ns3 = boto3.client(\n    's3',\n    endpoint_url={endpoint!r},\n   "
+            f" region_name={region!r},\n    aws_access_key_id={access!r},\n   "
+            f" aws_secret_access_key={secret!r},\n)\nprint(s3.list_objects_v2(Bucket={bucket!r}))\n"
         ),
         "rclone": (
-            f"# in rclone.conf; then: rclone ls storaged:{bucket}\n[storaged]\ntype = s3\nprovider = Other\naccess_key_id = {access}\n"
-            f"secret_access_key = {secret}\nendpoint = {endpoint}\nregion = {region}\nforce_path_style = true\n"
+            f"# in rclone.conf; then: rclone ls storaged:{bucket}\n[storaged]\ntype = s3\nprovider ="
+            f" Other\naccess_key_id = {access}\nsecret_access_key = {secret}\nendpoint = {endpoint}\nregion ="
+            f" {region}\nforce_path_style = true\n"
         ),
         "restic": (
-            f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\nexport AWS_DEFAULT_REGION={region}\n"
-            f"export RESTIC_REPOSITORY=s3:{endpoint}/{bucket}/restic\n# then choose RESTIC_PASSWORD and run: restic init\n"
+            f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\nexport"
+            f" AWS_DEFAULT_REGION={region}\nexport RESTIC_REPOSITORY=s3:{endpoint}/{bucket}/restic\n# then choose"
+            " RESTIC_PASSWORD and run: restic init\n"
         ),
         "s3cmd": (
-            f"# in ~/.s3cfg; then: s3cmd ls s3://{bucket}\n[default]\naccess_key = {access}\nsecret_key = {secret}\nhost_base = {host}\n"
-            f"host_bucket = {host}\nbucket_location = {region}\nuse_https = False\nsignature_v2 = False\n"
+            f"# in ~/.s3cfg; then: s3cmd ls s3://{bucket}\n[default]\naccess_key = {access}\nsecret_key ="
+            f" {secret}\nhost_base = {host}\nhost_bucket = {host}\nbucket_location = {region}\nuse_https ="
+            " False\nsignature_v2 = False\n"
         ),
     }[client]
 
@@ -457,7 +518,9 @@ def env(named: str | None, as_json: bool, client: str | None) -> None:
     """Print the settings S3 clients need; for a shell: eval "$(storaged env)"."""
     place = find_directory(named)
     if read_dev(place) is None:
-        raise NotATrialCluster(f"{place} is a server's node: the secret keys of its users are shown once, when they are made")
+        raise NotATrialCluster(
+            f"{place} is a server's node: the secret keys of its users are shown once, when they are made"
+        )
     found = settings(place)
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -41,7 +41,9 @@ def _has_terminal() -> bool:
 
 
 def _asked(file: Path | None, *, new: bool) -> str:
-    """The passphrase of a backup. ``new``: it is to protect one, so it has CHARS_MIN characters or more. Raises PassphraseTooShort, OperatorError."""
+    """The passphrase of a backup. ``new``: it is to protect one, so it has CHARS_MIN characters or more. Raises
+    PassphraseTooShort, OperatorError.
+    """
     from storaged.passphrase import CHARS_MIN, require_long
 
     if file is not None and str(file) == STANDARD_INPUT:
@@ -54,7 +56,8 @@ def _asked(file: Path | None, *, new: bool) -> str:
         text = read_passphrase(file)
     elif not _has_terminal():
         raise OperatorError(
-            "there is no terminal to ask for the passphrase on: give --passphrase-file FILE (its first line), or --passphrase-file - and the passphrase on standard input"
+            "there is no terminal to ask for the passphrase on: give --passphrase-file FILE (its first line), or"
+            " --passphrase-file - and the passphrase on standard input"
         )
     else:
         rule = f" ({CHARS_MIN} characters or more)" if new else ""
@@ -67,7 +70,9 @@ def _asked(file: Path | None, *, new: bool) -> str:
 @keys.command("create")
 @click.argument("config", metavar="CONFIG.toml", type=click.Path(path_type=Path))
 def create(config: Path) -> None:
-    """Make the keyring of a NEW cluster, where CONFIG.toml of its first gateway says. Further gateways get a copy: keys restore."""
+    """Make the keyring of a NEW cluster, where CONFIG.toml of its first gateway says. Further gateways get a copy: keys
+    restore.
+    """
     from storaged import config as configuration
     from storaged import keys as plane
     from storaged.node.protection import protection_of
@@ -87,7 +92,9 @@ def create(config: Path) -> None:
 @click.option("--passphrase-file", metavar="FILE", type=click.Path(path_type=Path), default=None, help=FILE_HELP)
 @click.pass_obj
 def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
-    """Write a backup of the running gateway's keyring to FILE, under a passphrase, with all bucket keys made so far. Its epoch keys open later ones too."""
+    """Write a backup of the running gateway's keyring to FILE, under a passphrase, with all bucket keys made so far.
+    Its epoch keys open later ones too.
+    """
     place = find_directory(named)
     passphrase = _asked(passphrase_file, new=True)
     try:
@@ -125,9 +132,11 @@ def _give_to_owner(file: Path) -> None:
 @click.option("--passphrase-file", metavar="FILE", type=click.Path(path_type=Path), default=None, help=FILE_HELP)
 @click.pass_obj
 def restore(named: str | None, file: Path, config_file: Path | None, passphrase_file: Path | None) -> None:
-    """Put the keyring from the backup FILE where the gateway's configuration wants it, and the bucket keys beside it for the gateway to take.
+    """Put the keyring from the backup FILE where the gateway's configuration wants it, and the bucket keys beside it
+    for the gateway to take.
 
-    An existing keyring is never overwritten. Where it is the backup's own, the bucket keys alone are restored: for a ring that lost some.
+    An existing keyring is never overwritten. Where it is the backup's own, the bucket keys alone are restored: for a
+    ring that lost some.
     """
     from storaged import config as configuration
     from storaged import keys as plane
@@ -139,9 +148,13 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
     target, directory = Path(found.keys.keyring), Path(found.node.directory)
     known = plane.keyring_id_of(target) if target.exists() else None
     passphrase = _asked(passphrase_file, new=False)
-    saved = plane.open_backup(file, passphrase, expected_id=known)  # before anything is made: a wrong passphrase changes nothing
+    saved = plane.open_backup(
+        file, passphrase, expected_id=known
+    )  # before anything is made: a wrong passphrase changes nothing
     if known is not None and not saved.has_bucket_keys:
-        raise OperatorError(f"{target} exists already; it was left as it is, and {file}, made by an older version, has no bucket keys")
+        raise OperatorError(
+            f"{target} exists already; it was left as it is, and {file}, made by an older version, has no bucket keys"
+        )
     if saved.bucket_keys:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         plane.lay_restored(directory, saved.material.keyring_id, map(encode, saved.bucket_keys))
@@ -151,7 +164,11 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
         plane.restore(file, passphrase, target, protection=protection_of(found, create=True))
         _give_to_owner(target)
     said = "is in" if known is None else "was already in"
-    click.echo(f"keyring {saved.material.keyring_id.hex()} {said} {target}; {len(saved.bucket_keys)} bucket keys lie ready in {directory}")
     click.echo(
-        "  Next: the gateway takes it when it starts, or is reloaded (systemctl reload storaged-gateway; of a trial cluster: SIGHUP)"
+        f"keyring {saved.material.keyring_id.hex()} {said} {target}; {len(saved.bucket_keys)} bucket keys lie ready in"
+        f" {directory}"
+    )
+    click.echo(
+        "  Next: the gateway takes it when it starts, or is reloaded (systemctl reload storaged-gateway; of a trial"
+        " cluster: SIGHUP)"
     )

@@ -19,13 +19,19 @@ from storaged import __version__
 from storaged.errors import OperatorError, StoragedError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "accept-blank": ("storaged.cli.accept:accept_blank", "Let a disk take part that may have forgotten what it acknowledged."),
+    "accept-blank": (
+        "storaged.cli.accept:accept_blank",
+        "Let a disk take part that may have forgotten what it acknowledged.",
+    ),
     "audit": ("storaged.cli.audit:audit", "Check the hash-chained audit log."),
     "bucket": ("storaged.cli.buckets:bucket", "Make, list, count, hand over and delete buckets."),
     "cluster": ("storaged.cli.cluster:cluster", "Make a cluster's certificates, configuration and layout."),
     "config": ("storaged.cli.run:config_group", "Check a configuration file."),
     "dev": ("storaged.cli.dev:dev", "A whole cluster on this machine, for trying."),
-    "doctor": ("storaged.cli.operate:doctor", "Look for what will hurt later: clocks, disks, certificates, key backup."),
+    "doctor": (
+        "storaged.cli.operate:doctor",
+        "Look for what will hurt later: clocks, disks, certificates, key backup.",
+    ),
     "env": ("storaged.cli.dev:env", "Print the settings S3 clients need."),
     "explain": ("storaged.cli.operate:explain", "What a named error or state means, and what to do."),
     "fsck": ("storaged.cli.operate:fsck", "Check or rebuild a disk's index, while its node is stopped."),
@@ -53,7 +59,9 @@ class LazyGroup(click.Group):
         found: click.Command = getattr(importlib.import_module(module), attribute)
         return found
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Raises UsageError for a command that does not exist, with the names that are near to it."""
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS)

@@ -31,7 +31,12 @@ def user() -> None:
 
 @user.command("add")
 @click.argument("name")
-@click.option("--user-id", default="", metavar="ID", help="Share the buckets of this user, present or removed (default: a user with none).")
+@click.option(
+    "--user-id",
+    default="",
+    metavar="ID",
+    help="Share the buckets of this user, present or removed (default: a user with none).",
+)
 @click.option("--json", "as_json", is_flag=True, help="user_id, access_key, secret_key.")
 @click.pass_obj
 def user_add(named: str | None, name: str, user_id: str, as_json: bool) -> None:
@@ -43,7 +48,9 @@ def user_add(named: str | None, name: str, user_id: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        click.echo(f"user_id     {found['user_id']}\naccess_key  {found['access_key']}\nsecret_key  {found['secret_key']}")
+        click.echo(
+            f"user_id     {found['user_id']}\naccess_key  {found['access_key']}\nsecret_key  {found['secret_key']}"
+        )
 
 
 @user.command("list")
@@ -64,11 +71,16 @@ def user_list(named: str | None, as_json: bool) -> None:
 def user_remove(named: str | None, name: str) -> None:
     """Remove a user, by name or access key. Its buckets stay, for whoever is added with its id."""
     found = gateway(find_directory(named), "DELETE", f"/v1/users/{urllib.parse.quote(name, safe='')}")
-    click.echo(f"removed {name}; its buckets stay, and are reached again with: storaged user add NAME --user-id {found['user_id']}")
+    click.echo(
+        f"removed {name}; its buckets stay, and are reached again with: storaged user add NAME --user-id"
+        f" {found['user_id']}"
+    )
 
 
 def explained(code: str) -> str:
-    """Meaning and remedy of a code, from the error classes. Raises OperatorError with what is near when there is none."""
+    """Meaning and remedy of a code, from the error classes. Raises OperatorError with what is near
+    when there is none.
+    """
     import difflib
 
     import storaged.admin.api  # noqa: F401  # codes of its own
@@ -80,7 +92,8 @@ def explained(code: str) -> str:
     if not kinds:
         near = difflib.get_close_matches(code.upper(), known, n=3)
         raise OperatorError(
-            f"there is no code {code!r}" + (f"; did you mean {' or '.join(known[name][0].code for name in near)}?" if near else "")
+            f"there is no code {code!r}"
+            + (f"; did you mean {' or '.join(known[name][0].code for name in near)}?" if near else "")
         )
     paragraphs = []
     for kind in dict.fromkeys(kinds):
@@ -97,7 +110,9 @@ def explain(code: str | None) -> None:
     if code:
         click.echo(explained(code))
         return
-    for kind in sorted({kind.code: kind for kind in every_error() if kind not in FAMILIES}.values(), key=lambda kind: kind.code):
+    for kind in sorted(
+        {kind.code: kind for kind in every_error() if kind not in FAMILIES}.values(), key=lambda kind: kind.code
+    ):
         said = " ".join(inspect.cleandoc(kind.__doc__ or kind.code).split("\n\n")[0].split())
         click.echo(f"{kind.code:<36} {said.partition('. ')[0].rstrip('.')}")
 
@@ -118,7 +133,9 @@ def doctor(named: str | None, as_json: bool) -> None:
 
 
 def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str, *, quiet: bool = False) -> dict[str, Any]:
-    """Until it does not go on: one line that changes on a terminal, a line for each change otherwise; none when ``quiet``."""
+    """Until it does not go on: one line that changes on a terminal, a line for each change otherwise; none when
+    ``quiet``.
+    """
     from storaged.cli.status import render_job
 
     terminal, last = sys.stdout.isatty(), ""
@@ -173,14 +190,18 @@ def repair() -> None:
 @click.option("--json", "as_json", is_flag=True, help="The counts and jobs.")
 @click.pass_obj
 def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
-    """How far repair is, its rate, and when it will be done. Exit code 1 while objects are below target or not counted."""
+    """How far repair is, its rate, and when it will be done. Exit code 1 while objects are below
+    target or not counted.
+    """
     from storaged.cli.status import render_job
 
     place = find_directory(named)
     quiet = 0
 
     def goes_on(told: dict[str, Any]) -> bool:
-        """What is below target and not being worked on may be about to be: a node that just came back is noticed within a second or two."""
+        """What is below target and not being worked on may be about to be: a node that just came back is noticed within
+        a second or two.
+        """
         nonlocal quiet
         quiet = 0 if told["busy"] else quiet + 1
         return quiet < (QUIET_POLLS if told["objects_below_target"] else 1)
@@ -208,7 +229,8 @@ def fsck(rebuild_index: bool, disk: Path) -> None:
     fragments = disk / "fragments" if (disk / "fragments").is_dir() else disk
     if not (fragments / "segments").is_dir():
         raise OperatorError(
-            f"{disk} is not a disk's directory: it has no fragments/segments (`storaged status --json` names the directories)"
+            f"{disk} is not a disk's directory: it has no fragments/segments (`storaged status --json` names the"
+            " directories)"
         )
     if rebuild_index:
         done = offline.rebuild_index(fragments)
@@ -218,7 +240,9 @@ def fsck(rebuild_index: bool, disk: Path) -> None:
     click.echo(f"{fragments}: disk {found.disk_id}, {found.fragments} fragments, {format_size(found.bytes)}")
     for fragment, cells in found.damaged:
         where = "head" if -1 in cells else f"cells {', '.join(map(str, cells))}"
-        click.echo(f"  damaged: data {fragment.data_id.hex()} block {fragment.block} position {fragment.position}: {where}")
+        click.echo(
+            f"  damaged: data {fragment.data_id.hex()} block {fragment.block} position {fragment.position}: {where}"
+        )
     for segment, offset, length in found.gaps:
         click.echo(f"  segment {segment}: {length} bytes at {offset} are no record")
     for segment in found.lost_segments:

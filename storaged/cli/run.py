@@ -16,11 +16,19 @@ import click
     hidden=True,
     help="The process that starts this one, which ends with it (used by `storaged dev`, and for workers).",
 )
-@click.option("--worker", type=int, default=0, hidden=True, help="The number of a further process of a gateway (used by its first one).")
+@click.option(
+    "--worker",
+    type=int,
+    default=0,
+    hidden=True,
+    help="The number of a further process of a gateway (used by its first one).",
+)
 @click.option("--door", type=int, default=-1, hidden=True)
 @click.option("--talk", type=int, default=-1, hidden=True)
 def run(config: Path, parent: int, worker: int, door: int, talk: int) -> int:
-    """Run the node that CONFIG.toml describes, in the foreground. SIGTERM drains and ends it, SIGHUP reloads the configuration."""
+    """Run the node that CONFIG.toml describes, in the foreground. SIGTERM drains and ends it, SIGHUP reloads the
+    configuration.
+    """
     from storaged.node.daemon import run_node, run_worker
 
     if worker:

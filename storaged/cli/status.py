@@ -22,7 +22,9 @@ WATCH_S = 1.0
 
 
 def fetch(place: Path) -> dict[str, Any]:
-    """The gateway's document, completed with what this machine knows of the nodes (pids, directories); without a gateway, what the locks tell."""
+    """The gateway's document, completed with what this machine knows of the nodes (pids, directories); without a
+    gateway, what the locks tell.
+    """
     dev = read_dev(place)
     try:
         found: dict[str, Any] = gateway(place, "GET", "/v1/status")
@@ -74,10 +76,25 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
         pid = running_pid(place / node.name)
         state = "up" if pid else "down"
         disks = [
-            {"id": disk_id, "directory": directory, "state": "unknown" if pid else "down", "bytes_used": 0, "bytes_free": 0}
+            {
+                "id": disk_id,
+                "directory": directory,
+                "state": "unknown" if pid else "down",
+                "bytes_used": 0,
+                "bytes_free": 0,
+            }
             for disk_id, directory in _configured_disks(place / node.name)
         ]
-        nodes.append({"name": node.name, "rack": node.location, "roles": list(node.roles), "state": state, "pid": pid, "disks": disks})
+        nodes.append(
+            {
+                "name": node.name,
+                "rack": node.location,
+                "roles": list(node.roles),
+                "state": state,
+                "pid": pid,
+                "disks": disks,
+            }
+        )
         if pid is None and "storage" in node.roles:
             subject = f"{node.location}/{node.name}"
             hint = f"Start it: {_start(place, dev, node.name)}"
@@ -121,7 +138,10 @@ def render(found: dict[str, Any], command: str = "") -> str:
     used = sum(disk["bytes_used"] for disk in disks)
     lines = [f"{found['verdict'].replace('_', ' ')}  {counts}; reads {found['reads']}, {writes}"]
     up, good = sum(node["state"] == "up" for node in storage), sum(disk["state"] in ("ok", "full") for disk in disks)
-    lines.append(f"  nodes {up}/{len(storage)}   disks {good}/{len(disks)}   metadata {found['metadata']}   used {format_size(used)}")
+    lines.append(
+        f"  nodes {up}/{len(storage)}   disks {good}/{len(disks)}   metadata {found['metadata']}   used"
+        f" {format_size(used)}"
+    )
     lines.extend(_next_failure(found))
     steps = [_next_step(entry, command if answered else "") for entry in found["problems"]]
     for index, (entry, step) in enumerate(zip(found["problems"], steps, strict=True)):
@@ -141,7 +161,9 @@ def _plain(line: str) -> str:
 
 
 def _next_step(entry: dict[str, Any], command: str) -> str:
-    """What to do about one problem, and where to read more. ``command``: how a command about this trial cluster begins."""
+    """What to do about one problem, and where to read more. ``command``: how a command about this
+    trial cluster begins.
+    """
     name = entry["subject"].split("/")[-1]
     todo = f"{command} dev start {name}" if command and entry["code"] == "NODE_DOWN" else entry["hint"]
     return f"{todo}       Why: storaged explain {entry['code']}"
@@ -155,7 +177,9 @@ def _next_failure(found: dict[str, Any]) -> list[str]:
     share = f"of the {risk['partitions']} partitions of the ring stop"
     lines = [f"  one more disk: {risk['disk_partitions']} {share} (if it is {risk['disk']})"]
     if risk["domain_kind"] != "disk":
-        lines.append(f"  one more {risk['domain_kind']}: {risk['domain_partitions']} {share} (if it is {risk['domain']})")
+        lines.append(
+            f"  one more {risk['domain_kind']}: {risk['domain_partitions']} {share} (if it is {risk['domain']})"
+        )
     return lines
 
 
@@ -167,7 +191,9 @@ def render_job(job: dict[str, Any]) -> str:
     """``repair  n1  running  40%  12 MiB/s  eta 3 min  detail``."""
     percent = "" if job["percent"] is None else f"{job['percent']:.0f}%"
     eta = "" if job["eta_s"] is None else f"eta {format_duration(job['eta_s'])}"
-    return "  ".join(part for part in (job["name"], job["node"], job["state"], percent, job["rate"], eta, job["detail"]) if part)
+    return "  ".join(
+        part for part in (job["name"], job["node"], job["state"], percent, job["rate"], eta, job["detail"]) if part
+    )
 
 
 @click.command("status")
@@ -194,7 +220,9 @@ def status(named: str | None, as_json: bool, watch: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The whole document.")
 @click.pass_obj
 def where(named: str | None, url: str, as_json: bool) -> None:
-    """Which disk and rack holds which fragment of an object, and how many more may fail. The key is written as it is, not URL-encoded."""
+    """Which disk and rack holds which fragment of an object, and how many more may fail. The key is written as it is,
+    not URL-encoded.
+    """
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket or not key:
         raise OperatorError(f"{url!r} is not s3://BUCKET/KEY")
@@ -214,8 +242,21 @@ def print_where(found: dict[str, Any], url: str) -> None:
     for row in found["fragments"]:
         last = row["block"] + row["blocks"] - 1
         blocks = str(row["block"]) if row["blocks"] == 1 else f"{row['block']}-{last}"
-        rows.append((str(row["part"]), blocks, row["profile"], str(row["position"]), row["disk"], row["node"], row["rack"], row["state"]))
-    rows.extend(("", "", "", "record", row["disk"], row["node"], row["rack"], row["state"]) for row in found["replicas"])
+        rows.append(
+            (
+                str(row["part"]),
+                blocks,
+                row["profile"],
+                str(row["position"]),
+                row["disk"],
+                row["node"],
+                row["rack"],
+                row["state"],
+            )
+        )
+    rows.extend(
+        ("", "", "", "record", row["disk"], row["node"], row["rack"], row["state"]) for row in found["replicas"]
+    )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for line in rows:
         click.echo("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
@@ -225,7 +266,9 @@ def _may_fail(found: dict[str, Any]) -> str:
     if found["disks_may_fail"] < 0:
         return "it cannot be read now: too few of its fragments are there"
     domain = found["domain"]
-    lost = f"{found['disks_may_fail']} more disks or {found['racks_may_fail']} more {domain}s may fail before data is lost"
+    lost = (
+        f"{found['disks_may_fail']} more disks or {found['racks_may_fail']} more {domain}s may fail before data is lost"
+    )
     if found["replicas_may_fail"] < 0:
         return f"{lost}; its record has no majority of its replicas now, so it can be neither read nor written"
     return f"{lost}; {found['replicas_may_fail']} more replicas of its record before it cannot be read or written"

@@ -1,8 +1,11 @@
 """The process above a trial cluster's nodes: starts them, tells who died, and obeys ``storaged dev stop|kill|start``.
 
-Theory of operation. Each node is ``storaged run CONFIG`` in a process group of its own (so that Ctrl-C reaches this process alone) and ends with it
-(prctl PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the sd_notify protocol that only this process knows. A node that dies is reported and
-stays down: trying what happens then is what the cluster is for. Control is one JSON line each way over ``DIR/dev.sock``.
+Theory of operation. Each node is ``storaged run CONFIG`` in a process group of its own (so that Ctrl-C reaches this
+process alone) and ends with it
+(prctl PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the sd_notify protocol that only this process
+knows. A node that dies is reported and
+stays down: trying what happens then is what the cluster is for. Control is one JSON line each way over
+``DIR/dev.sock``.
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ LOG_BYTES_MAX = 32 * 1024 * 1024
 REQUEST_BYTES_MAX = 4096
 
 STORAGE_NICE = 10
-"""All nodes are on one machine here, in one session, and storage nodes give way to the gateway, on which all of them wait: else two that are at work hold both cores of a small
-machine while it has the next requests for them in hand, and when it had its turn they have nothing to do. Three of them together keep a quarter of a core (sched(7)). Towards
-other sessions Linux weighs the whole cluster as one program (autogroup). On a server, ``CPUWeight`` of the gateway's unit does this."""
+"""All nodes are on one machine here, in one session, and storage nodes give way to the gateway, on which all of them
+wait: else two that are at work hold both cores of a small
+machine while it has the next requests for them in hand, and when it had its turn they have nothing to do. Three of them
+together keep a quarter of a core (sched(7)). Towards
+other sessions Linux weighs the whole cluster as one program (autogroup). On a server, ``CPUWeight`` of the gateway's
+unit does this."""
 
 
 class NodeProcess:
@@ -64,11 +70,21 @@ class NodeProcess:
             log_path.replace(self.directory / "log.1")
         with log_path.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "storaged", "run", str(self.directory / "config.toml"), "--parent", str(os.getpid())),
+                *(
+                    sys.executable,
+                    "-m",
+                    "storaged",
+                    "run",
+                    str(self.directory / "config.toml"),
+                    "--parent",
+                    str(os.getpid()),
+                ),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                process_group=0,  # in one session: Linux would give each of several as much as the others, whatever their nice values (sched(7), autogroup)
+                # in one session: Linux would give each of several as much as the others, whatever their nice values
+                # (sched(7), autogroup)
+                process_group=0,
                 env={**os.environ, "NOTIFY_SOCKET": "@" + name},
             )
 
@@ -104,7 +120,8 @@ class NodeProcess:
 
 
 def _give_way(pid: int) -> None:
-    """All threads of the process, of which Linux keeps a nice value each; those that it makes later have that of the one that makes them. Once it is ready, not before: a gateway
+    """All threads of the process, of which Linux keeps a nice value each; those that it makes later have that of the
+    one that makes them. Once it is ready, not before: a gateway
     that comes up ahead of its storage nodes does not find them, and looks again a second later."""
     nice = os.getpriority(os.PRIO_PROCESS, 0) + STORAGE_NICE
     with contextlib.suppress(OSError):
@@ -114,7 +131,9 @@ def _give_way(pid: int) -> None:
 
 
 class Supervisor:
-    """``async with Supervisor(...)``: the nodes run inside the block. ``say`` gets one line for each thing that happens."""
+    """``async with Supervisor(...)``: the nodes run inside the block. ``say`` gets one line for each thing that
+    happens.
+    """
 
     def __init__(self, directory: Path, dev: dict[str, Any], say: Callable[[str], None]) -> None:
         self.directory = directory
@@ -153,7 +172,9 @@ class Supervisor:
             os.close(self._lock)
 
     async def start(self, names: Sequence[str]) -> None:
-        """Starts those that do not run and waits until they are ready. Raises OperatorError with the end of the log of one that is not."""
+        """Starts those that do not run and waits until they are ready. Raises OperatorError with the end of the log of
+        one that is not.
+        """
         for name in names:
             node = self.nodes[name]
             if node.process is None:
@@ -167,7 +188,9 @@ class Supervisor:
                     await self.nodes[name].ready.wait()
         except TimeoutError:
             late = ", ".join(name for name in names if not self.nodes[name].ready.is_set())
-            raise OperatorError(f"{late}: not ready after {READY_TIMEOUT_S:.0f} s; see its log in {self.directory}") from None
+            raise OperatorError(
+                f"{late}: not ready after {READY_TIMEOUT_S:.0f} s; see its log in {self.directory}"
+            ) from None
         for name in names:
             if self.nodes[name].state != "ready":
                 raise OperatorError(f"{name} did not start:\n{self.nodes[name].last_words()}")
@@ -237,7 +260,9 @@ class Supervisor:
 
 
 def control(directory: Path, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Asks the supervisor of ``directory``. Raises OSError when none listens; the answer may carry ``code`` and ``message`` of a refusal."""
+    """Asks the supervisor of ``directory``. Raises OSError when none listens; the answer may carry ``code`` and
+    ``message`` of a refusal.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, short_path(directory / CONTROL_NAME) as name:
         connection.settimeout(timeout_s)
         connection.connect(name)

@@ -1,6 +1,7 @@
 """Which cluster a command is about, and how its nodes are named.
 
-A directory is either that of a trial cluster (it has ``dev.json``), or of one node (``config.toml`` or ``admin.sock`` in it).
+A directory is either that of a trial cluster (it has ``dev.json``), or of one node (``config.toml`` or ``admin.sock``
+in it).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ REMEMBERED_MAX = 32
 
 
 class NodeName(NamedTuple):
-    """A node as the command line knows it: ``location`` is FR/par2/b. A gateway is not taken down with a rack: it is the client's side of the cluster."""
+    """A node as the command line knows it: ``location`` is FR/par2/b. A gateway is not taken down with a rack: it is
+    the client's side of the cluster.
+    """
 
     name: str
     location: str
@@ -33,7 +36,8 @@ class NodeName(NamedTuple):
 
 
 def resolve(text: str, nodes: Sequence[NodeName]) -> list[NodeName]:
-    """The nodes that NODE|RACK means: a node's name, or one or several components of exactly one rack's path (``par2``, ``b``, ``FR/par2/b``, ``n2``).
+    """The nodes that NODE|RACK means: a node's name, or one or several components of exactly one rack's path (``par2``,
+    ``b``, ``FR/par2/b``, ``n2``).
 
     Raises AmbiguousName when it names nothing, or more than one rack or node.
     """
@@ -90,7 +94,8 @@ def record_default(directory: Path) -> None:
 def default_directory() -> Path:
     """The trial cluster that runs; when none does, the one that ran last.
 
-    Raises NotRunning when there never was one, SeveralClusters when more than one runs: the one started last need not be
+    Raises NotRunning when there never was one, SeveralClusters when more than one runs: the one started last need not
+    be
     the one that is meant.
     """
     known = remembered()
@@ -103,7 +108,9 @@ def default_directory() -> Path:
 
 
 def find_directory(given: str | None) -> Path:
-    """--dir or STORAGED_DIR, else the default. Raises NotRunning when it holds no cluster, or what ``default_directory`` raises."""
+    """--dir or STORAGED_DIR, else the default. Raises NotRunning when it holds no cluster, or what
+    ``default_directory`` raises.
+    """
     directory = Path(given).expanduser().absolute() if given else default_directory()
     try:
         found = any((directory / name).exists() for name in ("dev.json", "config.toml", SOCKET_NAME, LOCK_NAME))

@@ -1,6 +1,7 @@
 """The earlier layouts that a node lacks, asked of one peer.
 
-Records name the layout under which they were written. A node that begins with a later one (a gateway that was added, a server
+Records name the layout under which they were written. A node that begins with a later one (a gateway that was added, a
+server
 that was built anew) can't read them before it has the earlier ones, and its issued folder has the newest alone.
 """
 
@@ -34,10 +35,12 @@ class EarlierLayouts:
         source: str,
         peer: tuple[bytes, int],
     ) -> None:
-        """Learns at most ``LAYOUTS_PER_TURN_MAX`` of them. ``after(epoch)`` calls the peer for its next layout after ``epoch``.
+        """Learns at most ``LAYOUTS_PER_TURN_MAX`` of them. ``after(epoch)`` calls the peer for its next layout after
+        ``epoch``.
 
         ``source`` names the peer to an operator; ``peer`` is its process and the epoch of its layout.
-        Raises LayoutRefused for a layout that is not taken (the peer is not asked again then), PeerError when the peer does not answer.
+        Raises LayoutRefused for a layout that is not taken (the peer is not asked again then), PeerError when the peer
+        does not answer.
         """
         now = *peer, layouts.epoch
         if self.asked == now:

@@ -1,6 +1,8 @@
-"""Who a node is: certificates of the cluster's own authority, TLS contexts that trust nothing else, and the signature on layouts.
+"""Who a node is: certificates of the cluster's own authority, TLS contexts that trust nothing else, and the signature
+on layouts.
 
-Each node's certificate carries a private extension, under an object identifier of the UUID arc (2.25, ITU-T X.667: no registration needed)::
+Each node's certificate carries a private extension, under an object identifier of the UUID arc (2.25, ITU-T X.667: no
+registration needed)::
 
     StoragedNode ::= SEQUENCE {
         version       INTEGER (1),
@@ -12,16 +14,20 @@ Each node's certificate carries a private extension, under an object identifier 
         rack          UTF8String,
         roles         SEQUENCE OF UTF8String }
 
-It is not marked critical: OpenSSL refuses critical extensions that it does not know, and no other authority is trusted here anyway. A peer without
+It is not marked critical: OpenSSL refuses critical extensions that it does not know, and no other authority is trusted
+here anyway. A peer without
 it, or with one that does not parse, is refused.
 
-TLS is 1.3 only and mutual. Host names are not checked: a node is who its certificate says, wherever it runs; the RPC compares
+TLS is 1.3 only and mutual. Host names are not checked: a node is who its certificate says, wherever it runs; the RPC
+compares
 the name in the certificate with the one it meant to reach.
 
-The authority signs with ECDSA on P-256, which every TLS stack and hardware token has. Layouts are signed by the administration key (Ed25519), whose
+The authority signs with ECDSA on P-256, which every TLS stack and hardware token has. Layouts are signed by the
+administration key (Ed25519), whose
 private half never lies on a storage node.
 
-Files of an authority: ``authority.key``, ``authority.crt``, ``administration.key``, ``administration.pub``; of a node: ``node.key``, ``node.crt``,
+Files of an authority: ``authority.key``, ``authority.crt``, ``administration.key``, ``administration.pub``; of a node:
+``node.key``, ``node.crt``,
 ``authority.crt``, ``administration.pub``. Private keys have mode 0600.
 """
 
@@ -80,7 +86,9 @@ class _NodeExtension:
 
 @dataclass(frozen=True)
 class Authority:
-    """The cluster's certificate authority and administration key, as they lie in a directory (kept offline, or with the operator)."""
+    """The cluster's certificate authority and administration key, as they lie in a directory (kept offline, or with the
+    operator).
+    """
 
     directory: Path
     cluster: str
@@ -91,7 +99,9 @@ class Authority:
 
 @dataclass(frozen=True)
 class Identity:
-    """A node's own: what its certificate says of it, the files that TLS reads, and the key that layouts are verified with."""
+    """A node's own: what its certificate says of it, the files that TLS reads, and the key that layouts are verified
+    with.
+    """
 
     directory: Path
     peer: PeerIdentity
@@ -121,22 +131,31 @@ class SignedLayout(Message, frozen=True):
     signature: bytes
 
 
-# --- making -------------------------------------------------------------------------------------------------------------
+# --- making
+# -------------------------------------------------------------------------------------------------------------
 
 
 def create_authority(directory: Path, cluster: str, *, now: datetime | None = None) -> Authority:
-    """Makes the authority and the administration key of a new cluster. Raises OperatorError when the directory has one already."""
+    """Makes the authority and the administration key of a new cluster. Raises OperatorError when the directory has one
+    already.
+    """
     if not _CLUSTER.fullmatch(cluster):
         raise OperatorError(
-            f"{cluster!r} is not a cluster id: up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit."
+            f"{cluster!r} is not a cluster id: up to 64 letters, digits, '.', '_' and '-', beginning with a letter or"
+            " digit."
         )
     if (directory / "authority.key").exists():
-        raise OperatorError(f"{directory} already holds an authority; it is never replaced, since every node trusts it.")
+        raise OperatorError(
+            f"{directory} already holds an authority; it is never replaced, since every node trusts it."
+        )
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     now = now or datetime.now(UTC)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name(
-        [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "storaged"), x509.NameAttribute(NameOID.COMMON_NAME, f"{cluster} authority")]
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "storaged"),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"{cluster} authority"),
+        ]
     )
     certificate = (
         x509.CertificateBuilder()
@@ -169,7 +188,9 @@ def load_authority(directory: Path) -> Authority:
         raise OperatorError(f"{directory} holds no usable authority: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(administration, ed25519.Ed25519PrivateKey):
         raise OperatorError(f"{directory} holds keys of another kind than storaged makes.")
-    common_names = [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    common_names = [
+        str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    ]
     cluster = common_names[0].removesuffix(" authority") if common_names else ""
     if not _CLUSTER.fullmatch(cluster):
         raise OperatorError(f"{directory / 'authority.crt'} names no cluster.")
@@ -189,14 +210,25 @@ def issue(
 ) -> Identity:
     """Makes a key and a certificate for one node, and puts all that it needs into ``directory``.
 
-    ``jurisdiction`` is the operator's (default: the country where the node stands). What could never be admitted is not issued:
+    ``jurisdiction`` is the operator's (default: the country where the node stands). What could never be admitted is not
+    issued:
     raises JurisdictionRefused; OperatorError for a bad name, place or role. An earlier certificate there is replaced.
     """
     try:
         place = Location.parse(location) if isinstance(location, str) else location
     except ValueError as error:
-        raise OperatorError(f"No certificate for {name!r}: {location!r} is not a place; write it like FR/par1/a.") from error
-    peer = PeerIdentity(name, place.country, place.site, place.rack, tuple(sorted(roles)), jurisdiction or place.country, authority.cluster)
+        raise OperatorError(
+            f"No certificate for {name!r}: {location!r} is not a place; write it like FR/par1/a."
+        ) from error
+    peer = PeerIdentity(
+        name,
+        place.country,
+        place.site,
+        place.rack,
+        tuple(sorted(roles)),
+        jurisdiction or place.country,
+        authority.cluster,
+    )
     if problem := _problem_of(peer):
         raise OperatorError(f"No certificate for {name!r}: {problem}.")
     for country in (peer.country, peer.jurisdiction):
@@ -212,7 +244,9 @@ def issue(
     return _identity(directory, certificate, authority.administration.public_key())
 
 
-def certify(authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePublicKey, *, days: int, now: datetime) -> x509.Certificate:
+def certify(
+    authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePublicKey, *, days: int, now: datetime
+) -> x509.Certificate:
     """Signs what ``peer`` says for ``key``. The caller has judged whether it should be."""
     extension = asn1.encode_der(
         _NodeExtension(
@@ -236,7 +270,9 @@ def certify(authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePubli
         .not_valid_after(min(now + timedelta(days=days), authority.certificate.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(peer.name)]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
@@ -245,11 +281,14 @@ def certify(authority: Authority, peer: PeerIdentity, key: ec.EllipticCurvePubli
     )
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading
+# ------------------------------------------------------------------------------------------------------------
 
 
 def load_identity(directory: Path, *, now: datetime | None = None) -> Identity:
-    """A node's own identity. Raises CertificateRefused (missing, unreadable, expired) and JurisdictionRefused with the file and the reason."""
+    """A node's own identity. Raises CertificateRefused (missing, unreadable, expired) and JurisdictionRefused with the
+    file and the reason.
+    """
     try:
         certificate = x509.load_pem_x509_certificate((directory / "node.crt").read_bytes())
         administration = serialization.load_pem_public_key((directory / "administration.pub").read_bytes())
@@ -262,7 +301,9 @@ def load_identity(directory: Path, *, now: datetime | None = None) -> Identity:
     if key.public_key() != certificate.public_key():
         raise CertificateRefused(f"{directory / 'node.key'} is not the key of {directory / 'node.crt'}.")
     if certificate.not_valid_after_utc <= (now or datetime.now(UTC)):
-        raise CertificateRefused(f"{directory / 'node.crt'} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; issue a new one.")
+        raise CertificateRefused(
+            f"{directory / 'node.crt'} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; issue a new one."
+        )
     return _identity(directory, certificate, administration)
 
 
@@ -272,9 +313,11 @@ def _identity(directory: Path, certificate: x509.Certificate, administration: ed
 
 
 def identity_of(certificate: x509.Certificate | bytes) -> PeerIdentity:
-    """What a certificate (parsed, or DER as TLS hands it over) says of its node. TLS has verified its signature and validity.
+    """What a certificate (parsed, or DER as TLS hands it over) says of its node. TLS has verified its signature and
+    validity.
 
-    Raises CertificateRefused when the extension is missing or malformed, JurisdictionRefused when the place or the operator is not under EU law.
+    Raises CertificateRefused when the extension is missing or malformed, JurisdictionRefused when the place or the
+    operator is not under EU law.
     """
     try:
         if not isinstance(certificate, x509.Certificate):
@@ -282,16 +325,24 @@ def identity_of(certificate: x509.Certificate | bytes) -> PeerIdentity:
         raw = certificate.extensions.get_extension_for_oid(NODE_EXTENSION).value
         assert isinstance(raw, x509.UnrecognizedExtension)
         found = asn1.decode_der(_NodeExtension, raw.value)
-        common_names = [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        common_names = [
+            str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        ]
     except x509.ExtensionNotFound as error:
-        raise CertificateRefused("The certificate does not say what node it is: the storaged extension is missing.") from error
+        raise CertificateRefused(
+            "The certificate does not say what node it is: the storaged extension is missing."
+        ) from error
     except (ValueError, TypeError, x509.DuplicateExtension) as error:
         raise CertificateRefused(f"The certificate cannot be read: {error}") from error
     if found.version != 1:
         raise CertificateRefused(f"The certificate's extension has version {found.version}; this daemon reads 1.")
-    peer = PeerIdentity(found.name, found.country, found.site, found.rack, tuple(found.roles), found.jurisdiction, found.cluster)
+    peer = PeerIdentity(
+        found.name, found.country, found.site, found.rack, tuple(found.roles), found.jurisdiction, found.cluster
+    )
     if common_names != [peer.name]:
-        raise CertificateRefused(f"The certificate names {common_names} in its subject and {peer.name!r} in its extension.")
+        raise CertificateRefused(
+            f"The certificate names {common_names} in its subject and {peer.name!r} in its extension."
+        )
     if problem := _problem_of(peer):
         raise CertificateRefused(f"The certificate of {peer.name!r} is malformed: {problem}.")
     for what, country in (("stands", peer.country), ("is operated", peer.jurisdiction)):
@@ -312,7 +363,8 @@ def _problem_of(peer: PeerIdentity) -> str:
     return ""
 
 
-# --- TLS ----------------------------------------------------------------------------------------------------------------
+# --- TLS
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def server_context(identity: Identity) -> ssl.SSLContext:
@@ -339,7 +391,8 @@ _CALLED_PER_RECORD = ("read", "write", "pending")
 
 
 class _DirectSSLObject(ssl.SSLObject):
-    """Called for every record of 16 KiB: without a Python function in between. ``_create`` and ``_sslobj`` are not public: where a Python has them not (3.11 to 3.13
+    """Called for every record of 16 KiB: without a Python function in between. ``_create`` and ``_sslobj`` are not
+    public: where a Python has them not (3.11 to 3.13
     do), this is an SSLObject as any other."""
 
     @classmethod
@@ -350,7 +403,9 @@ class _DirectSSLObject(ssl.SSLObject):
 
 
 def _native_calls(made: object) -> dict[str, Callable[..., Any]]:
-    """What does an SSLObject's work for each record, by its name there; nothing when it is not where it is looked for."""
+    """What does an SSLObject's work for each record, by its name there; nothing when it is not
+    where it is looked for.
+    """
     native = getattr(made, "_sslobj", None)
     found = {name: getattr(native, name, None) for name in _CALLED_PER_RECORD}
     return {name: call for name, call in found.items() if call is not None}
@@ -371,7 +426,8 @@ def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
     return context
 
 
-# --- layouts ------------------------------------------------------------------------------------------------------------
+# --- layouts
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sign_layout(layout: Layout, administration: ed25519.Ed25519PrivateKey) -> SignedLayout:
@@ -395,11 +451,14 @@ def verify_layout(signed: SignedLayout, administration: ed25519.Ed25519PublicKey
     return layout
 
 
-# --- signatures of a node -----------------------------------------------------------------------------------------------
+# --- signatures of a node
+# -----------------------------------------------------------------------------------------------
 
 
 class NodeSigner:
-    """Signs with the key of the node's certificate (ECDSA, P-256, SHA-256), such as the checkpoints of its audit log."""
+    """Signs with the key of the node's certificate (ECDSA, P-256, SHA-256), such as the checkpoints
+    of its audit log.
+    """
 
     def __init__(self, identity: Identity) -> None:
         """Raises CertificateRefused when the key does not load."""
@@ -418,7 +477,9 @@ class NodeSigner:
 
 
 def authority_of(identity: Identity) -> x509.Certificate:
-    """The certificate of the authority that this node is pinned to. Raises CertificateRefused when the file does not load."""
+    """The certificate of the authority that this node is pinned to. Raises CertificateRefused when the file does not
+    load.
+    """
     file = identity.directory / "authority.crt"
     try:
         return x509.load_pem_x509_certificate(file.read_bytes())
@@ -427,7 +488,9 @@ def authority_of(identity: Identity) -> x509.Certificate:
 
 
 def signed_by_node(authority: x509.Certificate, certificate: bytes, data: bytes, signature: bytes) -> PeerIdentity:
-    """Whose signature this is: of the node that ``certificate`` (DER, issued by ``authority``, expired or not) names. Raises CertificateRefused."""
+    """Whose signature this is: of the node that ``certificate`` (DER, issued by ``authority``, expired or not) names.
+    Raises CertificateRefused.
+    """
     try:
         parsed = x509.load_der_x509_certificate(certificate)
         parsed.verify_directly_issued_by(authority)
@@ -442,7 +505,8 @@ def signed_by_node(authority: x509.Certificate, certificate: bytes, data: bytes,
     return identity_of(parsed)
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _usage(*, certificates: bool) -> x509.KeyUsage:
@@ -460,7 +524,9 @@ def _usage(*, certificates: bool) -> x509.KeyUsage:
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def _public_pem(key: ed25519.Ed25519PublicKey) -> bytes:

@@ -5,10 +5,11 @@ administration key. Everything that depends on one carries its epoch. From it fo
 
 * the failure domain of a disk (decision: rack where there are three or more, else node, else disk);
 * the ring: partition number -> metadata replicas, an ordered list of disks in distinct domains;
-* a preference list of disks per placement group (``objects.place`` applies rack limits to it).
+* a preference list of disks per placement group (``objects.code.place`` applies rack limits to it).
 
 Weighted rendezvous hashing: the score of disk d for key x is -w / ln(h(d, x)), h uniform in (0, 1); the highest wins
-(Thaler and Ravishankar, 1998; weights after Schindelhauer and Schomaker, 2005). A disk added or removed moves only its share.
+(Thaler and Ravishankar, 1998; weights after Schindelhauer and Schomaker, 2005). A disk added or removed moves only its
+share.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Location(NamedTuple):
 
 
 class NodeEntry(Message, frozen=True):
-    """A member: ``name``, ``location`` as text, ``address`` as host:port of its RPC server (empty for a gateway without one)."""
+    """A member: ``name``, ``location`` as text, ``address`` as host:port of its RPC server (empty for a gateway without
+    one).
+    """
 
     name: str
     location: str
@@ -88,7 +91,8 @@ class DiskEntry(Message, frozen=True):
 class Layout(Message, frozen=True, dict=True):
     """``profile`` is the default target, as text; ``seeds`` are the disk ids of the system partition (3 to 7, odd).
 
-    ``countries``: where nodes may be, and data may lie; ``jurisdictions``: whose law their operators may be under. Empty: all where EU law
+    ``countries``: where nodes may be, and data may lie; ``jurisdictions``: whose law their operators may be under.
+    Empty: all where EU law
     applies. See ``cluster.policy``."""
 
     cluster: str
@@ -122,7 +126,11 @@ class Layout(Message, frozen=True, dict=True):
         """Disk id -> the failure domain it falls with."""
         kind = self.domain_kind
         return {
-            disk.id: self.node_by_name[disk.node].location if kind == "rack" else disk.node if kind == "node" else disk.id
+            disk.id: self.node_by_name[disk.node].location
+            if kind == "rack"
+            else disk.node
+            if kind == "node"
+            else disk.id
             for disk in self.disks
         }
 
@@ -166,7 +174,7 @@ class Layout(Message, frozen=True, dict=True):
         return {}
 
     def preference(self, group: int) -> tuple[str, ...]:
-        """All disks, best first, for a placement group. Rack limits are applied by ``objects.place``."""
+        """All disks, best first, for a placement group. Rack limits are applied by ``objects.code.place``."""
         found = self._preferences.get(group)
         if found is None:
             found = self._preferences[group] = tuple(self._ranked(b"data" + group.to_bytes(2, "big")))
@@ -174,22 +182,27 @@ class Layout(Message, frozen=True, dict=True):
 
     @cached_property
     def first_choices(self) -> dict[tuple[int, Profile, tuple[str, ...]], tuple[str, ...]]:
-        """Memory of ``objects.place``, which bounds it: (group, profile, countries) -> disks."""
+        """Memory of ``objects.code.place``, which bounds it: (group, profile, countries) -> disks."""
         return {}
 
     def _ranked(self, salt: bytes) -> list[str]:
         def score(disk: DiskEntry) -> tuple[float, str]:
             draw = (xxhash.xxh3_64_intdigest(disk.id.encode() + salt) + 1) / (2**64 + 2)
-            return -max(disk.weight, 1) / math.log(draw), disk.id  # the id: the order of the layout's list never decides
+            return -max(disk.weight, 1) / math.log(
+                draw
+            ), disk.id  # the id: the order of the layout's list never decides
 
         return [disk.id for disk in sorted(self.disks, key=score, reverse=True)]
 
 
 def standing_of(layout: Layout, name: str, location: str, roles: Iterable[str]) -> frozenset[str]:
-    """The roles that a node has by its certificate and by the layout both. Empty for one that the layout does not name, or names at another location: what is
+    """The roles that a node has by its certificate and by the layout both. Empty for one that the layout does not name,
+    or names at another location: what is
     placed by racks and countries must lie where it is certified to."""
     entry = layout.node_by_name.get(name)
-    return frozenset(roles).intersection(entry.roles) if entry is not None and entry.location == location else frozenset()
+    return (
+        frozenset(roles).intersection(entry.roles) if entry is not None and entry.location == location else frozenset()
+    )
 
 
 def placement_group(data_id: bytes) -> int:
@@ -216,7 +229,9 @@ def problems_of(layout: Layout) -> list[str]:
             f"{len(layout.disks)} disks in {len(per_domain)} {layout.domain_kind}s give {usable}"
         )
     if len(per_domain) < layout.replicas:
-        found.append(f"metadata wants {layout.replicas} replicas in distinct {layout.domain_kind}s; there are {len(per_domain)}")
+        found.append(
+            f"metadata wants {layout.replicas} replicas in distinct {layout.domain_kind}s; there are {len(per_domain)}"
+        )
     if len(layout.seeds) < 3 or len(layout.seeds) % 2 == 0 or len(layout.seeds) > 7:
         found.append(f"the system partition wants 3, 5 or 7 seed disks; {len(layout.seeds)} are named")
     found.extend(f"seed disk {seed} is not in the layout" for seed in layout.seeds if seed not in layout.disk_by_id)

@@ -114,7 +114,8 @@ class LayoutBook:
         return epoch in self._layouts
 
     def lacking(self, after: int) -> int | None:
-        """The lowest epoch after ``after``, and before the one in force, whose layout is not known here; None when there is none.
+        """The lowest epoch after ``after``, and before the one in force, whose layout is not known here; None when
+        there is none.
 
         It may be one under which no layout was ever signed, or used.
         """
@@ -166,7 +167,9 @@ class LayoutBook:
             self.on_refusal(refused)
 
     def agrees(self, source: str) -> None:
-        """The peer ``source`` goes by the layout in force, or by an older one: what it offered before counts no more."""
+        """The peer ``source`` goes by the layout in force, or by an older one: what it offered
+        before counts no more.
+        """
         self._refused.pop(source, None)
 
     async def _learn(self, layout: Layout, signed: SignedLayout) -> bool:
@@ -179,7 +182,11 @@ class LayoutBook:
                     raise LayoutRefused(f"Another layout is known under epoch {layout.epoch}; this one is not taken.")
                 return False
             in_force = layout.epoch > self.epoch
-            if in_force and self._current is not None and (moves := await asyncio.to_thread(moves_between, self._current, layout)):
+            if (
+                in_force
+                and self._current is not None
+                and (moves := await asyncio.to_thread(moves_between, self._current, layout))
+            ):
                 raise LayoutRefused(f"Layout {layout.epoch} would move data against layout {self.epoch}: {moves}.")
             if self._persist is not None:
                 await self._persist(layout.epoch, signed)

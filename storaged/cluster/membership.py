@@ -1,7 +1,9 @@
 """Who is there: heartbeats between nodes, the state of their disks, their clocks, and the spreading of layouts.
 
-Theory of operation. Each node pings every node of the layout that has an address, by ``cluster.ping`` twice a second, over the connection that
-all its calls use. What that shows is a hint: placement and reads use it to avoid the dead, nothing's safety rests on it.
+Theory of operation. Each node pings every node of the layout that has an address, by ``cluster.ping`` twice a second,
+over the connection that
+all its calls use. What that shows is a hint: placement and reads use it to avoid the dead, nothing's safety rests on
+it.
 
 =========  =====================================================================================================
 state      means
@@ -13,15 +15,21 @@ down       missed three pings in a row; or its connection broke and the attempt 
 
 A ping that is late while other bytes do arrive is not counted as missed: behind a long body it is queued, not lost.
 
-Each ping carries the epoch of the layout in force. Whoever knows a newer one passes it on, epoch by epoch, so that a node that was away gets the
-history too. A node that begins with a later layout (a gateway that was added, a server that was built anew) asks each peer once for the
-earlier ones that it lacks: records name the layout under which they were written. A gateway without an address of its own is known by the pings that it sends. Layouts that a node refuses (``cluster.layouts``) go with its answers, so that
-``status`` names them; so does a digest of the one in force, which shows two nodes that they go by different ones of one epoch.
+Each ping carries the epoch of the layout in force. Whoever knows a newer one passes it on, epoch by epoch, so that a
+node that was away gets the
+history too. A node that begins with a later layout (a gateway that was added, a server that was built anew) asks each
+peer once for the
+earlier ones that it lacks: records name the layout under which they were written. A gateway without an address of its
+own is known by the pings that it sends. Layouts that a node refuses (``cluster.layouts``) go with its answers, so that
+``status`` names them; so does a digest of the one in force, which shows two nodes that they go by different ones of one
+epoch.
 
-These three methods are all that a certified node gets which the layout in force does not name: so a node that has just been added can bring the layout
+These three methods are all that a certified node gets which the layout in force does not name: so a node that has just
+been added can bring the layout
 that names it, and one that was removed learns that it was.
 
-The shortest round trip ever seen bounds how far away a peer can be (light in fibre: about 100 km per millisecond). It is kept as evidence against a certified
+The shortest round trip ever seen bounds how far away a peer can be (light in fibre: about 100 km per millisecond). It
+is kept as evidence against a certified
 location, never as proof of one. The peer's clock is compared at the middle of the fastest recent round trip.
 """
 
@@ -38,14 +46,14 @@ from typing import Protocol
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.authority import grant
-from storaged.cluster.faults import plain
 from storaged.cluster.history import EarlierLayouts
 from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import PEER, REASON_CHARS_MAX, REFUSALS_MAX, LayoutBook
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, Caller, DiskStatus, LedgerReport, Method, Methods
+from storaged.cluster.rpc.authority import grant
+from storaged.cluster.rpc.faults import plain
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
 from storaged.wire import Message
 
@@ -108,7 +116,9 @@ def _told(disk: DiskReport) -> DiskStatus:
     """A disk as its node tells of it: of texts that may be anything, what a terminal can show; sizes that a disk can
     have."""
     used, free = (min(max(size, 0), DISK_BYTES_MAX) for size in (disk.bytes_used, disk.bytes_free))
-    identity, directory, state, reason = (plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason))
+    identity, directory, state, reason = (
+        plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason)
+    )
     return DiskStatus(identity, directory, state, used, free, reason)
 
 
@@ -130,7 +140,8 @@ class Taken(Message, frozen=True):
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """One node as this one sees it. ``since_ms`` is when it entered its state (wall clock), ``disks`` what it last said of them.
+    """One node as this one sees it. ``since_ms`` is when it entered its state (wall clock), ``disks`` what it last said
+    of them.
 
     ``rtt_min_ms`` and ``clock_skew_ms`` (its clock minus ours) are None until measured.
     """
@@ -154,7 +165,9 @@ class NodeStatus:
 
 
 class Links(Protocol):
-    """What the pool knows without asking: when it last heard from a node; and it tells of connections made and refused."""
+    """What the pool knows without asking: when it last heard from a node; and it tells of
+    connections made and refused.
+    """
 
     def heard(self, node: str) -> float | None: ...
 
@@ -269,7 +282,9 @@ class Membership:
         if node == self._node:
             epoch, disks, refused = self._layouts.epoch, tuple(self._own_disks()), self._layouts.refusals()
             until_ms = self._certificate_until_ms()
-            return NodeStatus(node, "up", self._began_ms, "", self._incarnation, self._pid, epoch, 0.0, 0.0, disks, refused, until_ms)
+            return NodeStatus(
+                node, "up", self._began_ms, "", self._incarnation, self._pid, epoch, 0.0, 0.0, disks, refused, until_ms
+            )
         peer = self._peers[node]
         self._age_inbound(peer)
         skew = min(peer.samples)[1] if peer.samples else None
@@ -373,7 +388,9 @@ class Membership:
 
     async def _ping(self, peer: _Peer) -> None:
         began, wall_before = self._clock.monotonic(), self._clock.wall_ms()
-        pong, _ = await self._caller.call(peer.name, "cluster.ping", self._introduction(), Pong, timeout_s=self._interval_s)
+        pong, _ = await self._caller.call(
+            peer.name, "cluster.ping", self._introduction(), Pong, timeout_s=self._interval_s
+        )
         rtt_ms = (self._clock.monotonic() - began) * 1000
         peer.rtt_min_ms = rtt_ms if peer.rtt_min_ms is None else min(peer.rtt_min_ms, rtt_ms)
         peer.samples.append((rtt_ms, pong.wall_ms - (wall_before + rtt_ms / 2)))
@@ -449,9 +466,16 @@ class Membership:
         )
 
     def _compare(self, node: str, epoch: int, digest: bytes) -> None:
-        """A peer that goes by another layout of our epoch is reported: one of the two was signed by mistake. A newer one is for ``_exchange`` to judge."""
+        """A peer that goes by another layout of our epoch is reported: one of the two was signed by mistake. A newer
+        one is for ``_exchange`` to judge.
+        """
         if epoch == self._layouts.epoch and digest and digest != self._layouts.digest:
-            self._layouts.refuse(epoch, PEER + node, f"Two layouts were signed under epoch {epoch}; {node} goes by the other one.", digest)
+            self._layouts.refuse(
+                epoch,
+                PEER + node,
+                f"Two layouts were signed under epoch {epoch}; {node} goes by the other one.",
+                digest,
+            )
         elif epoch <= self._layouts.epoch:
             self._layouts.agrees(PEER + node)
 
@@ -462,7 +486,9 @@ class Membership:
             peer.certificate_until_ms = ping.certificate_until_ms
             self._heard_of(peer, ping.incarnation, ping.pid, ping.epoch)
         self._compare(call.peer.name, ping.epoch, ping.digest)
-        reports = tuple(DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own_disks())
+        reports = tuple(
+            DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own_disks()
+        )
         return Pong(
             self._node,
             self._incarnation,
@@ -495,7 +521,9 @@ class Membership:
         try:
             for _ in range(LAYOUTS_PER_PING_MAX):
                 if epoch > self._layouts.epoch:
-                    answer, _body = await self._caller.call(peer.name, "cluster.layout", LayoutAfter(self._layouts.epoch), LayoutAnswer)
+                    answer, _body = await self._caller.call(
+                        peer.name, "cluster.layout", LayoutAfter(self._layouts.epoch), LayoutAnswer
+                    )
                     if answer.signed is None or not await self._layouts.learn(answer.signed, PEER + peer.name):
                         return
                 else:

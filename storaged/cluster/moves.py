@@ -54,7 +54,9 @@ def moves_between(before: Layout, after: Layout) -> Moves:
     if not differences:
         return Moves()
     partitions = (*range(PARTITIONS), SYSTEM_PARTITION)
-    return Moves(differences, tuple(number for number in partitions if before.replicas_of(number) != after.replicas_of(number)))
+    return Moves(
+        differences, tuple(number for number in partitions if before.replicas_of(number) != after.replicas_of(number))
+    )
 
 
 def places_digest(layout: Layout) -> bytes:
@@ -103,6 +105,8 @@ def _change(old: _Place, new: _Place) -> str:
     for field, is_now in new._asdict().items():
         if (was := getattr(old, field)) != is_now:
             changed.append(
-                f"{field} {was} to {is_now}" if field != "storage" else f"{new.node} {'is' if is_now else 'is no longer'} a storage node"
+                f"{field} {was} to {is_now}"
+                if field != "storage"
+                else f"{new.node} {'is' if is_now else 'is no longer'} a storage node"
             )
     return ", ".join(changed)

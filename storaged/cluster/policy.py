@@ -1,8 +1,11 @@
 """Jurisdiction: which countries a node may stand in, and whose law its operator may be under. Pure.
 
-A place is admitted when EU law applies there without the operator having to argue for it: the 27 member states, and the six French
-outermost regions with ISO codes of their own (Articles 349 and 355(1) TFEU). Overseas countries and territories (Annex II TFEU: NC, PF, GL,
-CW ...) are not, nor are members of the EEA, nor anybody who merely has an adequacy decision. AX is part of Finland, but outside
+A place is admitted when EU law applies there without the operator having to argue for it: the 27 member states, and the
+six French
+outermost regions with ISO codes of their own (Articles 349 and 355(1) TFEU). Overseas countries and territories (Annex
+II TFEU: NC, PF, GL,
+CW ...) are not, nor are members of the EEA, nor anybody who merely has an adequacy decision. AX is part of Finland, but
+outside
 several EU acts by Protocol 2 of its accession: whoever stands there is refused.
 
 Everything fails closed: what is missing, unknown, mistyped or lower-case is a refusal that says why.
@@ -31,12 +34,13 @@ OVERSEAS: Final = _codes("AW BL BQ CW GL NC PF PM SX TF WF")
 """Overseas countries and territories of EU members (Annex II TFEU): associated with the Union, not under its law."""
 
 ISO_3166_1: Final = _codes(
-    "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY BZ CA CC CD CF CG CH CI CK CL "
-    "CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU "
-    "GW GY HK HM HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP KE KG KH KI KM KN KP KR KW KY KZ LA LB LC LI LK LR LS LT LU LV LY MA MC "
-    "MD ME MF MG MH MK ML MM MN MO MP MQ MR MS MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT "
-    "PW PY QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO TR TT TV TW TZ UA "
-    "UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW"
+    "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY BZ CA"
+    " CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE EG EH ER ES ET FI FJ FK FM FO FR GA"
+    " GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW GY HK HM HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP"
+    " KE KG KH KI KM KN KP KR KW KY KZ LA LB LC LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ MR MS"
+    " MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY QA RE RO RS"
+    " RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO TR TT TV TW"
+    " TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW"
 )
 """The officially assigned alpha-2 codes."""
 
@@ -55,9 +59,11 @@ def outside_eu_law(country: object) -> str:
 
 
 class Policy:
-    """The countries where nodes may be, and the jurisdictions that their operators may be under: parts of :data:`EU_LAW`, never more.
+    """The countries where nodes may be, and the jurisdictions that their operators may be under: parts of
+    :data:`EU_LAW`, never more.
 
-    Immutable. An empty selection admits nobody; :meth:`of` is how configuration and layouts say "no narrower than EU law".
+    Immutable. An empty selection admits nobody; :meth:`of` is how configuration and layouts say "no narrower than EU
+    law".
     """
 
     __slots__ = ("countries", "jurisdictions")
@@ -82,11 +88,16 @@ class Policy:
     @classmethod
     def of(cls, countries: Iterable[str], jurisdictions: Iterable[str] = ()) -> Policy:
         """As configuration writes it: an empty list means all of EU law."""
-        first, second = (given if isinstance(given, str) else tuple(given) or EU_LAW for given in (countries, jurisdictions))
+        first, second = (
+            given if isinstance(given, str) else tuple(given) or EU_LAW for given in (countries, jurisdictions)
+        )
         return cls(first, second)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Policy) and (self.countries, self.jurisdictions) == (other.countries, other.jurisdictions)
+        return isinstance(other, Policy) and (self.countries, self.jurisdictions) == (
+            other.countries,
+            other.jurisdictions,
+        )
 
     def __hash__(self) -> int:
         return hash((self.countries, self.jurisdictions))
@@ -96,13 +107,17 @@ class Policy:
         return f"Policy({sorted(self.countries)}{narrowed})"
 
     def narrow(self, countries: Iterable[str]) -> Policy:
-        """This policy within ``countries`` (none named: unchanged). Raises JurisdictionRefused when one of them is not allowed here already."""
+        """This policy within ``countries`` (none named: unchanged). Raises JurisdictionRefused when one of them is not
+        allowed here already.
+        """
         narrower = Policy.of(countries) if not isinstance(countries, str) else Policy(countries)
         if narrower.countries == EU_LAW:
             return self
         beyond = sorted(narrower.countries - self.countries)
         if beyond:
-            raise JurisdictionRefused(f"{', '.join(beyond)} is not among the countries allowed here: {', '.join(sorted(self.countries))}.")
+            raise JurisdictionRefused(
+                f"{', '.join(beyond)} is not among the countries allowed here: {', '.join(sorted(self.countries))}."
+            )
         return Policy(narrower.countries, self.jurisdictions)
 
     def refusal(self, country: object) -> str:
@@ -132,7 +147,9 @@ class Policy:
         if reason := self.refusal(peer.country):
             raise JurisdictionRefused(f"Node {peer.name!r} is not certified inside the policy: {reason}.")
         if reason := self.jurisdiction_refusal(peer.jurisdiction):
-            raise JurisdictionRefused(f"The operator of node {peer.name!r} is not certified to be inside the policy: {reason}.")
+            raise JurisdictionRefused(
+                f"The operator of node {peer.name!r} is not certified to be inside the policy: {reason}."
+            )
 
 
 def policy_of(layout: Layout) -> Policy:
@@ -143,7 +160,9 @@ def policy_of(layout: Layout) -> Policy:
 
 
 class KeyHolder(NamedTuple):
-    """A gateway that asks for keys, as its certificate describes it. Valid while ``valid_from_ms <= now < valid_until_ms`` (wall clock)."""
+    """A gateway that asks for keys, as its certificate describes it. Valid while ``valid_from_ms <= now <
+    valid_until_ms`` (wall clock).
+    """
 
     country: str
     jurisdiction: str
@@ -165,7 +184,11 @@ class ReleaseRefusal(NamedTuple):
 
 
 POLICY_RULE, CERTIFICATE_RULE, VALIDITY_RULE = "policy", "certificate", "certificate validity"
-CLUSTER_COUNTRIES_RULE, CLUSTER_JURISDICTIONS_RULE, BUCKET_COUNTRIES_RULE = "cluster countries", "cluster jurisdictions", "bucket countries"
+CLUSTER_COUNTRIES_RULE, CLUSTER_JURISDICTIONS_RULE, BUCKET_COUNTRIES_RULE = (
+    "cluster countries",
+    "cluster jurisdictions",
+    "bucket countries",
+)
 RELEASE_RULES: Final = (
     POLICY_RULE,
     CERTIFICATE_RULE,
@@ -177,11 +200,16 @@ RELEASE_RULES: Final = (
 """In the order in which they are asked."""
 
 
-def release_refusal(policy: Policy | None, holder: KeyHolder | None, bucket_countries: Iterable[str], now_ms: int) -> ReleaseRefusal | None:
-    """Whether a gateway may be given the key of a bucket; None when it may, else the first rule that refuses. Fails closed.
+def release_refusal(
+    policy: Policy | None, holder: KeyHolder | None, bucket_countries: Iterable[str], now_ms: int
+) -> ReleaseRefusal | None:
+    """Whether a gateway may be given the key of a bucket; None when it may, else the first rule that refuses. Fails
+    closed.
 
-    ``policy`` None: it is not known, or could not be read. ``holder`` None: no certificate is known. ``bucket_countries`` are those of the authenticated bucket
-    record; none named: the bucket is no narrower than the cluster. They bind the country where the gateway is. Its operator's jurisdiction is bound by the
+    ``policy`` None: it is not known, or could not be read. ``holder`` None: no certificate is known.
+    ``bucket_countries`` are those of the authenticated bucket
+    record; none named: the bucket is no narrower than the cluster. They bind the country where the gateway is. Its
+    operator's jurisdiction is bound by the
     cluster's policy. ``now_ms``: wall clock, milliseconds since 1970.
     """
     if policy is None:
@@ -196,10 +224,13 @@ def release_refusal(policy: Policy | None, holder: KeyHolder | None, bucket_coun
     if reason := policy.jurisdiction_refusal(holder.jurisdiction):
         return ReleaseRefusal(CLUSTER_JURISDICTIONS_RULE, reason)
     if isinstance(bucket_countries, str):
-        return ReleaseRefusal(BUCKET_COUNTRIES_RULE, f"the bucket's countries are a list, not the text {bucket_countries!r}")
+        return ReleaseRefusal(
+            BUCKET_COUNTRIES_RULE, f"the bucket's countries are a list, not the text {bucket_countries!r}"
+        )
     wanted = frozenset(bucket_countries)
     if wanted and holder.country not in wanted:
         return ReleaseRefusal(
-            BUCKET_COUNTRIES_RULE, f"this gateway is in {holder.country}, and the bucket is bound to {', '.join(sorted(wanted))}"
+            BUCKET_COUNTRIES_RULE,
+            f"this gateway is in {holder.country}, and the bucket is bound to {', '.join(sorted(wanted))}",
         )
     return None

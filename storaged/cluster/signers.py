@@ -1,12 +1,17 @@
-"""Who signs what nodes without keys must believe: an Ed25519 key of the cluster's gateways, certified by the cluster's authority.
+"""Who signs what nodes without keys must believe: an Ed25519 key of the cluster's gateways, certified by the cluster's
+authority.
 
     authority (pinned on every node)  certifies  the node key of a gateway          (X.509, role gateway)
-    the node key of a gateway         certifies  the signing key of the cluster     (SignerStatement, register signer/ID)
+    the node key of a gateway         certifies  the signing key of the cluster     (SignerStatement, register
+    signer/ID)
     the signing key                   signs      the public part of records         (objects.public)
 
-All gateways of a cluster derive the same signing key from their keyring, so a record is signed alike whichever of them wrote it, and one statement is
-enough. The certificate that a statement carries may have expired: what counts is that the authority certified this key as a gateway's of this cluster.
-So a record stays believed when its gateway is gone. A statement that was lost or spoilt is written again by any gateway.
+All gateways of a cluster derive the same signing key from their keyring, so a record is signed alike whichever of them
+wrote it, and one statement is
+enough. The certificate that a statement carries may have expired: what counts is that the authority certified this key
+as a gateway's of this cluster.
+So a record stays believed when its gateway is gone. A statement that was lost or spoilt is written again by any
+gateway.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ SIGNERS_KEPT_MAX = 64
 
 
 class SignerStatement(Message, frozen=True):
-    """The register ``signer/ID``. ``public`` (32 bytes) is an Ed25519 key, ``certificate`` (DER) that of a gateway, ``signature`` (ECDSA, P-256,
+    """The register ``signer/ID``. ``public`` (32 bytes) is an Ed25519 key, ``certificate`` (DER) that of a gateway,
+    ``signature`` (ECDSA, P-256,
     SHA-256) by the certificate's key over the label and lp(cluster, public)."""
 
     public: bytes
@@ -56,7 +62,9 @@ def state_signer(node: NodeSigner, cluster: str, public: bytes) -> SignerStateme
 
 
 def certified_key(body: bytes, signer: bytes, authority: x509.Certificate, cluster: str) -> Ed25519PublicKey:
-    """The key of an encoded statement. Raises CertificateRefused, with the reason, for one that is not of the ``signer``, or by no gateway of this cluster."""
+    """The key of an encoded statement. Raises CertificateRefused, with the reason, for one that is not of the
+    ``signer``, or by no gateway of this cluster.
+    """
     try:
         statement = decode(body, SignerStatement)
     except MsgspecError as error:
@@ -68,7 +76,9 @@ def certified_key(body: bytes, signer: bytes, authority: x509.Certificate, clust
     except JurisdictionRefused as error:
         raise CertificateRefused(error.message) from None
     if peer.cluster != cluster or "gateway" not in peer.roles:
-        raise CertificateRefused(f"Signer {signer.hex()} is certified by {peer.name} of {peer.cluster}, which is no gateway of {cluster}.")
+        raise CertificateRefused(
+            f"Signer {signer.hex()} is certified by {peer.name} of {peer.cluster}, which is no gateway of {cluster}."
+        )
     try:
         return Ed25519PublicKey.from_public_bytes(statement.public)
     except ValueError as error:
@@ -87,15 +97,21 @@ def is_signed(key: Ed25519PublicKey, message: bytes, signature: bytes) -> bool:
 class Signers:
     """The certified keys, by id, as a node without a keyring learns them."""
 
-    def __init__(self, read: Callable[[str], Awaitable[bytes | None]], authority: x509.Certificate, cluster: str) -> None:
-        """``read(path)``: the settled body of a system register, None when there is none. It raises ServiceUnavailable without a majority."""
+    def __init__(
+        self, read: Callable[[str], Awaitable[bytes | None]], authority: x509.Certificate, cluster: str
+    ) -> None:
+        """``read(path)``: the settled body of a system register, None when there is none. It raises ServiceUnavailable
+        without a majority.
+        """
         self._read = read
         self._authority = authority
         self._cluster = cluster
         self._known: dict[bytes, Ed25519PublicKey] = {}
 
     async def key(self, signer: bytes) -> Ed25519PublicKey:
-        """Raises CertificateRefused for one that no gateway of this cluster certified, ServiceUnavailable when that can't be known now."""
+        """Raises CertificateRefused for one that no gateway of this cluster certified, ServiceUnavailable when that
+        can't be known now.
+        """
         known = self._known.get(signer)
         if known is not None:
             return known
@@ -119,7 +135,9 @@ async def publish(
     cluster: str,
     public: bytes,
 ) -> bool:
-    """Writes this gateway's statement unless a good one is there. True when it wrote. Raises ServiceUnavailable without a majority."""
+    """Writes this gateway's statement unless a good one is there. True when it wrote. Raises ServiceUnavailable without
+    a majority.
+    """
     signer = signer_id(public)
     try:
         body = await read(signer_path(signer))

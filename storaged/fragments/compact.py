@@ -1,8 +1,11 @@
 """Compaction: what is live in a segment that is mostly garbage is appended again, then the segment goes.
 
-A copy keeps its record's sequence number and its cell sums, whatever the cells are now: damage stays visible as damage. Notes are copied as long
-as a record that they speak about may still be in some other segment. The old segment is removed only after a checkpoint that no longer
-needs it. A crash at any point leaves copies that the next replay tells apart, or a dead segment that the next checkpoint removes.
+A copy keeps its record's sequence number and its cell sums, whatever the cells are now: damage stays visible as damage.
+Notes are copied as long
+as a record that they speak about may still be in some other segment. The old segment is removed only after a checkpoint
+that no longer
+needs it. A crash at any point leaves copies that the next replay tells apart, or a dead segment that the next
+checkpoint removes.
 """
 
 from __future__ import annotations
@@ -72,13 +75,17 @@ class Compactor:
                 continue
             error, count = self._copy(item)
             if error is not None:
-                engine.compacting = 0  # no space, or the disk failed: the segment stays as it is, and may be tried again
+                engine.compacting = (
+                    0  # no space, or the disk failed: the segment stays as it is, and may be tried again
+                )
                 return False
             done += count
         return True
 
     def _finish(self) -> None:
-        """All that can be copied is. What cannot (a head that does not hold) keeps the segment until it is replaced or deleted."""
+        """All that can be copied is. What cannot (a head that does not hold) keeps the segment until it is replaced or
+        deleted.
+        """
         engine, number = self._engine, self._engine.compacting
         engine.compacting = 0
         engine.index.release_pins(number)
@@ -119,7 +126,11 @@ class Compactor:
         index, number = self._engine.index, self._engine.compacting
         if isinstance(note, Touch):
             entry = index.lookup(note.id)
-            return note if entry is not None and entry.created_ms == note.created_ms and entry.sequence <= sequence else None
+            return (
+                note
+                if entry is not None and entry.created_ms == note.created_ms and entry.sequence <= sequence
+                else None
+            )
         if isinstance(note, Retire):
             row = index.retired(note.data_id)
             return note if row is not None and (row.segment, row.sequence) == (number, sequence) else None

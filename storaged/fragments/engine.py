@@ -1,14 +1,20 @@
 """One disk's segment log and index, without threads or event loop: what is done to the disk, and in which order.
 
-Everything here is called from one thread at a time (the store's writer thread, or its event loop; a simulation; an offline tool), but ``reader`` and ``sync_apart``, which any
+Everything here is called from one thread at a time (the store's writer thread, or its event loop; a simulation; an
+offline tool), but ``reader`` and ``sync_apart``, which any
 thread may use, and ``commit``, which one other thread may run beside it.
 
-Theory of operation. ``append`` and ``note`` put records at the end of the active segment and then change the index's overlay; ``sync`` makes
-all of them durable by one fdatasync. A fragment's place is its proof of durability: what lies before ``synced`` is safe. When the active
-segment is full it gets a last mark, is synced for good, and the next one is created, so only the last segment can have a torn tail.
+Theory of operation. ``append`` and ``note`` put records at the end of the active segment and then change the index's
+overlay; ``sync`` makes
+all of them durable by one fdatasync. A fragment's place is its proof of durability: what lies before ``synced`` is
+safe. When the active
+segment is full it gets a last mark, is synced for good, and the next one is created, so only the last segment can have
+a torn tail.
 
-A write or sync that fails makes the disk read-only for ever: after a failed fsync the kernel has marked the pages clean, and what a read returns
-may not be on the drive (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020). Only a write that found no
+A write or sync that fails makes the disk read-only for ever: after a failed fsync the kernel has marked the pages
+clean, and what a read returns
+may not be on the drive (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020). Only a write that
+found no
 space is taken back, by cutting the segment to where it was.
 """
 
@@ -55,7 +61,8 @@ from storaged.units import MIB, format_size
 from storaged.wire import encode
 
 REFUSED_BYTES_MAX = MIB
-"""A disk that refused writes stays full until so much more is free than its reserve (or what was refused, when that is less): between the two it would take some
+"""A disk that refused writes stays full until so much more is free than its reserve (or what was refused, when that is
+less): between the two it would take some
 writes and refuse others, and the cluster would not know whether to count on it."""
 
 AT_ONCE_CELLS_MAX = 4096
@@ -75,8 +82,10 @@ def check_time(time_ms: int) -> None:
 class StoreLimits:
     """Sizes in bytes unless said otherwise.
 
-    ``reserve_bytes`` None: 5% of the file system. A checkpoint is due after ``overlay_entries_max`` changes or ``replay_bytes_max`` of log: they
-    bound memory and the time of a start. ``compact_garbage_part`` is the share of a segment's held bytes that makes it worth rewriting; ``compact_rest_s``
+    ``reserve_bytes`` None: 5% of the file system. A checkpoint is due after ``overlay_entries_max`` changes or
+    ``replay_bytes_max`` of log: they
+    bound memory and the time of a start. ``compact_garbage_part`` is the share of a segment's held bytes that makes it
+    worth rewriting; ``compact_rest_s``
     after something changed the disk looks for such a segment.
     """
 
@@ -118,7 +127,9 @@ class Write(Struct):
         message: bytes = b"",
         check: bytes = b"",
     ) -> Write:
-        """``message``: the header's encoding, where that is known. Raises PeerRefused (BAD_FRAGMENT) when header and payload contradict each other."""
+        """``message``: the header's encoding, where that is known. Raises PeerRefused (BAD_FRAGMENT) when header and
+        payload contradict each other.
+        """
         first = payload[0] if len(payload) == 1 else None
         if type(first) is memoryview and first.format == "B" and len(first) == first.nbytes > 0:
             views, count = [first], len(first)  # of a copy, mostly
@@ -131,14 +142,20 @@ class Write(Struct):
         if count != header.length:
             raise _not_a_fragment(f"the header announces {header.length} bytes, the payload has {count}")
         if not 1 <= header.cell_bytes <= PAYLOAD_BYTES_MAX or count > PAYLOAD_BYTES_MAX:
-            raise _not_a_fragment(f"cells of {header.cell_bytes} and a payload of {count} bytes; both are limited to {PAYLOAD_BYTES_MAX}")
+            raise _not_a_fragment(
+                f"cells of {header.cell_bytes} and a payload of {count} bytes; both are limited to {PAYLOAD_BYTES_MAX}"
+            )
         if not 0 <= header.created_ms <= TIME_MS_MAX:
             raise _not_a_fragment(f"it was created at {header.created_ms} ms; a time lies in 0..2^63")
         message = message or encode(header)
-        return cls(key, header, message, views, count, RecordWriter.bytes_max(len(message), count, header.cell_bytes), check)
+        return cls(
+            key, header, message, views, count, RecordWriter.bytes_max(len(message), count, header.cell_bytes), check
+        )
 
     def matches_hash(self) -> bool:
-        """Whether the payload is what the block's hashes say it is (copies share one hash), or what was checked when it was hashed."""
+        """Whether the payload is what the block's hashes say it is (copies share one hash), or what was checked when it
+        was hashed.
+        """
         if self.check:
             return quick_check(self.payload) == self.check
         hashes, k, position = self.header.hashes, self.key[20], self.key[22]
@@ -166,7 +183,13 @@ class Engine:
     """Opens with ``recover``. ``failure`` is the reason why the disk is read-only, empty while it is not."""
 
     def __init__(
-        self, files: Files, index: Index, limits: StoreLimits, *, now_ms: Callable[[], int], on_damage: Callable[[bytes, int], None]
+        self,
+        files: Files,
+        index: Index,
+        limits: StoreLimits,
+        *,
+        now_ms: Callable[[], int],
+        on_damage: Callable[[bytes, int], None],
     ) -> None:
         assert SEGMENT_HEADER_BYTES < limits.segment_bytes <= SEGMENT_BYTES_MAX
         self.files = files
@@ -174,11 +197,14 @@ class Engine:
         self.limits = limits
         self.failure = ""
         self.lost = False
-        """It failed in a way that lasts: what it holds need not be on the drive, and counts as lost, now and after a restart."""
+        """It failed in a way that lasts: what it holds need not be on the drive, and counts as lost, now and after a
+        restart.
+        """
         self._marked = True
         """A start will know of that."""
         self.note_failed: Callable[[str], bool] = lambda _reason: False
-        """Called with the reason in the thread that found a lasting failure, before it is noted on the disk: the owner keeps it on another one. Whether it did. It must
+        """Called with the reason in the thread that found a lasting failure, before it is noted on the disk: the owner
+        keeps it on another one. Whether it did. It must
         not raise."""
         self.segments: dict[int, SegmentFile] = {}
         self.active = 0
@@ -200,21 +226,28 @@ class Engine:
     def segment(self, number: int) -> SegmentFile | None:
         return self.segments.get(number)
 
-    # --- start and stop ---------------------------------------------------------------------------------------------------
+    # --- start and stop
+    # ---------------------------------------------------------------------------------------------------
 
-    def recover(self, progress: recovery.Progress | None = None, *, read_only: bool = False, failed_before: str = "") -> recovery.Report:
-        """Replays what the last checkpoint does not cover, cuts a torn tail, and makes what it kept durable (``read_only``: neither).
+    def recover(
+        self, progress: recovery.Progress | None = None, *, read_only: bool = False, failed_before: str = ""
+    ) -> recovery.Report:
+        """Replays what the last checkpoint does not cover, cuts a torn tail, and makes what it kept durable
+        (``read_only``: neither).
 
-        ``failed_before``: why the disk failed for good, as its owner knows, who is believed when the disk itself does not say so.
+        ``failed_before``: why the disk failed for good, as its owner knows, who is believed when the disk itself does
+        not say so.
         Raises DiskForeign when the segments are another disk's, OperatorError when a later version wrote them.
         """
         self.failure = "opened for reading only" if read_only else self.files.failure() or failed_before
         try:
             report = recovery.replay(
-                self.files, self.index, self.segments, read_only=bool(self.failure), spill=self._spill, progress=progress
+                self.files, self.index, self.segments, read_only=bool(self.failure), spill=self._spill, progress=progress  # noqa: E501
             )  # fmt: skip
         except FormatUnknown as error:
-            raise OperatorError(f"This version cannot read the disk {self.index.disk_id}: {error}. Nothing was changed.") from error
+            raise OperatorError(
+                f"This version cannot read the disk {self.index.disk_id}: {error}. Nothing was changed."
+            ) from error
         self.index.sequence = max(self.index.sequence, report.sequence)
         self.active = report.last
         self.end = self.synced = Position(report.last, report.end)
@@ -249,10 +282,13 @@ class Engine:
         self.index.close()
         self.files.close()
 
-    # --- appending ----------------------------------------------------------------------------------------------------------
+    # --- appending
+    # ----------------------------------------------------------------------------------------------------------
 
     def takes(self, writes: Sequence[Write]) -> bool:
-        """Whether the active segment has room for them, so that ``append`` waits for no disk but where the page cache does, and takes no long time."""
+        """Whether the active segment has room for them, so that ``append`` waits for no disk but where the page cache
+        does, and takes no long time.
+        """
         if sum([write.payload_bytes // write.header.cell_bytes for write in writes]) > AT_ONCE_CELLS_MAX:
             return False
         return self._has_room(writes)
@@ -261,9 +297,15 @@ class Engine:
         need = sum([write.room for write in writes])
         return bool(self.active) and not self.failure and self.limits.segment_bytes - self.end.offset >= need
 
-    def append(self, writes: Sequence[Write], *, into_reserve: bool = False, checked: bool = False) -> list[StoragedError | None]:
-        """One answer a write: None when it is in the log (not yet durable) and in the index, else why not. ``checked``: they match their hashes."""
-        refusal = None if into_reserve else self._refusal(sum(write.payload_bytes + len(write.message) for write in writes))
+    def append(
+        self, writes: Sequence[Write], *, into_reserve: bool = False, checked: bool = False
+    ) -> list[StoragedError | None]:
+        """One answer a write: None when it is in the log (not yet durable) and in the index, else why not. ``checked``:
+        they match their hashes.
+        """
+        refusal = (
+            None if into_reserve else self._refusal(sum(write.payload_bytes + len(write.message) for write in writes))
+        )
         if refusal is not None:
             return [refusal] * len(writes)
         answers: list[StoragedError | None] = [None] * len(writes)
@@ -316,7 +358,16 @@ class Engine:
         active = self.active
         for (write, (offset, record_bytes, payload_start), sequence), before in zip(placed, known, strict=True):
             header = write.header
-            entry = Entry(active, offset, record_bytes, payload_start, write.payload_bytes, header.cell_bytes, sequence, header.created_ms)
+            entry = Entry(
+                active,
+                offset,
+                record_bytes,
+                payload_start,
+                write.payload_bytes,
+                header.cell_bytes,
+                sequence,
+                header.created_ms,
+            )
             old = index.replace(write.key, before, entry)
             if old is not None:
                 self._garbage(old)
@@ -326,12 +377,18 @@ class Engine:
         if self._make_room(RecordWriter.bytes_max(len(message), len(payload), entry.cell_bytes)) == 0:
             return self._unusable()
         writer = self._writer()
-        where = writer.fragment(message, sums, [payload] if payload else [], len(payload), entry.cell_bytes, entry.sequence)
+        where = writer.fragment(
+            message, sums, [payload] if payload else [], len(payload), entry.cell_bytes, entry.sequence
+        )
         error = self._write_out(writer)
         if error is None:
             self.compacted_bytes += where.record_bytes
             moved = entry._replace(
-                segment=self.active, offset=where.offset, record_bytes=where.record_bytes, payload_start=where.payload_start, shadows=()
+                segment=self.active,
+                offset=where.offset,
+                record_bytes=where.record_bytes,
+                payload_start=where.payload_start,
+                shadows=(),
             )
             self.index.put(key, moved)
         return error
@@ -363,7 +420,9 @@ class Engine:
         return self._write_out(writer) or placed
 
     def delete(self, keys: Sequence[bytes], created_ms: Sequence[int] = ()) -> int:
-        """How many there were (and, with ``created_ms``, were as old as it says). Takes a data id whose last fragment goes off the garbage list. Raises DiskUnusable."""
+        """How many there were (and, with ``created_ms``, were as old as it says). Takes a data id whose last fragment
+        goes off the garbage list. Raises DiskUnusable.
+        """
         found: dict[bytes, Entry] = {}
         for index, key in enumerate(keys):
             entry = self.index.lookup(key)
@@ -383,7 +442,9 @@ class Engine:
 
     def touch(self, keys: Sequence[bytes], created_ms: int) -> None:
         entries = [(key, self.index.lookup(key)) for key in keys]
-        notes: list[Note] = [Touch(key, max(created_ms, entry.created_ms + 1)) for key, entry in entries if entry is not None]
+        notes: list[Note] = [
+            Touch(key, max(created_ms, entry.created_ms + 1)) for key, entry in entries if entry is not None
+        ]
         if notes:
             self._raise(self.note(notes))
 
@@ -420,8 +481,10 @@ class Engine:
         self.synced = self.end
 
     def sync_apart(self) -> None:
-        """As ``sync`` but for what ``synced`` says, and in any thread: through a descriptor of its own, so that the writer hears of a failure as well. What is
-        not in the active segment was synced when that was begun. Also on a disk that takes no writes for a reason that a restart ends: it is believed then.
+        """As ``sync`` but for what ``synced`` says, and in any thread: through a descriptor of its own, so that the
+        writer hears of a failure as well. What is
+        not in the active segment was synced when that was begun. Also on a disk that takes no writes for a reason that
+        a restart ends: it is believed then.
         Raises DiskUnusable on one that has failed for good where that could not be noted: a start would believe it."""
         end = self.end
         file = self.segments.get(end.segment)
@@ -438,7 +501,8 @@ class Engine:
         else:
             self._synced_apart = end
 
-    # --- the active segment ---------------------------------------------------------------------------------------------------
+    # --- the active segment
+    # ---------------------------------------------------------------------------------------------------
 
     def _writer(self) -> RecordWriter:
         synced = max(self.synced, self._synced_apart)
@@ -457,7 +521,9 @@ class Engine:
             try:
                 file.truncate(writer.start)
             except OSError as second:
-                self.fail(f"segment {self.active} could not be cut back after {error.strerror}: {second.strerror or second}")
+                self.fail(
+                    f"segment {self.active} could not be cut back after {error.strerror}: {second.strerror or second}"
+                )
                 return self._unusable()
             return self._unusable()
         self.end = Position(self.active, writer.end)
@@ -470,14 +536,18 @@ class Engine:
         return self.end.offset - self._dirty_from >= self.limits.writeback_bytes
 
     def write_back(self) -> None:
-        """Has the kernel begin with what was written since it was told last, when that is much. It may wait for the disk."""
+        """Has the kernel begin with what was written since it was told last, when that is much. It may wait for the
+        disk.
+        """
         if self.write_back_due:
             end = self.end.offset
             self.segments[self.active].start_writeback(self._dirty_from, end - self._dirty_from)
             self._dirty_from = end
 
     def _make_room(self, need: int) -> int:
-        """Bytes that the active segment takes, a new one begun if need be; less than ``need`` only when the disk refused."""
+        """Bytes that the active segment takes, a new one begun if need be; less than ``need`` only when the disk
+        refused.
+        """
         room = self.limits.segment_bytes - self.end.offset
         if self.active and (room >= need or self.end.offset == SEGMENT_HEADER_BYTES):
             return max(room, need)
@@ -516,7 +586,8 @@ class Engine:
         writer.mark()
         self._raise(self._write_out(writer))
 
-    # --- state --------------------------------------------------------------------------------------------------------------------
+    # --- state
+    # --------------------------------------------------------------------------------------------------------------------  # noqa: E501
 
     def _refusal(self, count: int) -> StoragedError | None:
         """Why new fragments are refused now, if they are."""
@@ -538,7 +609,9 @@ class Engine:
         return None
 
     def fail(self, reason: str, *, lasting: bool = True) -> None:
-        """The disk is read-only from now on; ``lasting``: after a restart too, because what it holds can no longer be believed to be on the drive."""
+        """The disk is read-only from now on; ``lasting``: after a restart too, because what it holds can no longer be
+        believed to be on the drive.
+        """
         self.failure = reason
         if lasting:
             self.lost = True
@@ -552,7 +625,9 @@ class Engine:
         return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
 
     def _space(self) -> Space:
-        """What the file system says. One that says nothing any more is gone: no reason for the process, and its other disks, to end."""
+        """What the file system says. One that says nothing any more is gone: no reason for the process, and its other
+        disks, to end.
+        """
         try:
             return self.files.space()
         except OSError as error:
@@ -572,9 +647,12 @@ class Engine:
             self._refused_bytes = 0
         state = "read-only" if self.failure else "full" if space.free - self._refused_bytes < reserve else "ok"
         index = self.index
-        return Usage(state, index.held_bytes, max(0, space.free - reserve), index.fragments, index.garbage_bytes, self.failure)
+        return Usage(
+            state, index.held_bytes, max(0, space.free - reserve), index.fragments, index.garbage_bytes, self.failure
+        )
 
-    # --- checkpoints and space -------------------------------------------------------------------------------------------------
+    # --- checkpoints and space
+    # -------------------------------------------------------------------------------------------------
 
     def checkpoint_due(self) -> bool:
         if self.index.frozen is not None or self.failure:
@@ -586,7 +664,11 @@ class Engine:
     def dead_segments(self) -> tuple[int, ...]:
         """Sealed segments that hold nothing that counts."""
         uses = self.index.segments
-        idle = [number for number in self.index.idle if number not in (self.active, self.compacting) and number in self.segments]
+        idle = [
+            number
+            for number in self.index.idle
+            if number not in (self.active, self.compacting) and number in self.segments
+        ]
         return tuple(number for number in idle if uses[number].live <= 0 and not uses[number].pins)
 
     def freeze(self) -> Checkpoint:
@@ -609,7 +691,11 @@ class Engine:
                 self.stuck.discard(number)
 
     def _garbage(self, old: Entry) -> None:
-        if old.payload_bytes >= LARGE and len(self.holes) < self.limits.punch_queue_max and old.segment in self.segments:
+        if (
+            old.payload_bytes >= LARGE
+            and len(self.holes) < self.limits.punch_queue_max
+            and old.segment in self.segments
+        ):
             start = -(-(old.offset + old.payload_start) // PAGE) * PAGE
             length = (old.offset + old.payload_start + old.payload_bytes - start) // PAGE * PAGE
             if length > 0:

@@ -12,8 +12,10 @@
                                                               40      4n     other segments with older records
     27      4      check                                      40+4n   4      check
 
-The first kind has no such segments, and R follows from the rest: payload, padding and trailer. Its 31 bytes are no length of the second kind. The check is the low half of xxh3-64 over key
-and all before it: a misplaced or flipped entry is not believed. With the fragment's key and what LMDB adds an entry takes 64 bytes of a page, 78 in the other form, which indexes of version 1 have alone.
+The first kind has no such segments, and R follows from the rest: payload, padding and trailer. Its 31 bytes are no
+length of the second kind. The check is the low half of xxh3-64 over key
+and all before it: a misplaced or flipped entry is not believed. With the fragment's key and what LMDB adds an entry
+takes 64 bytes of a page, 78 in the other form, which indexes of version 1 have alone.
 """
 
 from __future__ import annotations
@@ -68,7 +70,15 @@ def pack_entry(key: bytes, entry: Entry) -> bytes:
     )
     if as_nearly_all:
         raw = _SHORT.pack(
-            segment, offset, payload_bytes, start, cell_log, sequence >> 32, sequence & _LOW, created_ms >> 32, created_ms & _LOW
+            segment,
+            offset,
+            payload_bytes,
+            start,
+            cell_log,
+            sequence >> 32,
+            sequence & _LOW,
+            created_ms >> 32,
+            created_ms & _LOW,
         )
     else:
         raw = _LONG.pack(*entry[:8]) + struct.pack(f">{len(shadows)}I", *shadows)
@@ -82,11 +92,13 @@ def unpack_entry(key: bytes, value: Any) -> Entry:
     if len(raw) < 4 or _CHECK.unpack(raw[-4:])[0] != xxhash.xxh3_64_intdigest(key + body) & _LOW:
         return BROKEN
     if len(raw) == SHORT_BYTES:
-        segment, offset, payload_bytes, start, cell_log, sequence, sequence_low, created, created_low = _SHORT.unpack(body)
+        segment, offset, payload_bytes, start, cell_log, sequence, sequence_low, created, created_low = _SHORT.unpack(
+            body
+        )
         payload_start = start * ALIGNMENT
         record_bytes = payload_start + align(payload_bytes) + TRAILER_BYTES
         return Entry(
-            segment, offset, record_bytes, payload_start, payload_bytes, 1 << cell_log, sequence << 32 | sequence_low, created << 32 | created_low
+            segment, offset, record_bytes, payload_start, payload_bytes, 1 << cell_log, sequence << 32 | sequence_low, created << 32 | created_low  # noqa: E501
         )  # fmt: skip
     if len(body) < _LONG.size or len(body) % 4:
         return BROKEN

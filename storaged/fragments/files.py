@@ -1,6 +1,7 @@
 """The file operations that a fragment store needs, as a port; and the real ones.
 
-The port is what lets a simulated disk drop, reorder and tear what was not synced, and answer EIO or ENOSPC when a test wants it to.
+The port is what lets a simulated disk drop, reorder and tear what was not synced, and answer EIO or ENOSPC when a test
+wants it to.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class SegmentFile(Protocol):
     def sync(self) -> None: ...
 
     def sync_apart(self) -> None:
-        """As ``sync``, in any thread, but a failure is reported to ``sync`` too: the kernel tells each descriptor of it once. Raises FileNotFoundError when it is gone."""
+        """As ``sync``, in any thread, but a failure is reported to ``sync`` too: the kernel tells each descriptor of it
+        once. Raises FileNotFoundError when it is gone.
+        """
 
     def drop_cache(self, offset: int) -> None:
         """A hint: what is read from ``offset`` on should come from the drive."""
@@ -94,7 +97,9 @@ class Files(Protocol):
     def space(self) -> Space: ...
 
     def reserve(self, count: int) -> bool:
-        """Keeps (or, with 0, gives back) this many bytes for notes on a full disk. False when there was nothing to give, or no space to take."""
+        """Keeps (or, with 0, gives back) this many bytes for notes on a full disk. False when there was nothing to
+        give, or no space to take.
+        """
 
     def mark_failed(self, reason: str) -> bool:
         """Best effort: the next start reads it by ``failure`` and stays read-only. Whether it is on the drive."""
@@ -243,7 +248,9 @@ def _write_all(fd: int, buffers: list[Buffer], offset: int) -> int:
 
 
 class PosixFiles:
-    """``DIRECTORY/segments/NNNNNNNNNN.seg``, ``DIRECTORY/LOCK`` (flock), ``DIRECTORY/reserve``, ``DIRECTORY/FAILED``."""
+    """``DIRECTORY/segments/NNNNNNNNNN.seg``, ``DIRECTORY/LOCK`` (flock), ``DIRECTORY/reserve``,
+    ``DIRECTORY/FAILED``.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises DirectoryInUse when another process has it."""
@@ -264,7 +271,9 @@ class PosixFiles:
         return self._segments / f"{number:010d}.seg"
 
     def segments(self) -> list[int]:
-        return sorted(int(path.stem) for path in self._segments.iterdir() if path.suffix == ".seg" and path.stem.isdigit())
+        return sorted(
+            int(path.stem) for path in self._segments.iterdir() if path.suffix == ".seg" and path.stem.isdigit()
+        )
 
     def create(self, number: int) -> PosixSegmentFile:
         os.close(os.open(self._path(number), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -274,8 +283,10 @@ class PosixFiles:
         return PosixSegmentFile(self._path(number), self._remember)
 
     def _remember(self, file: PosixSegmentFile) -> None:
-        """Bounds the open descriptors: the one that was opened first is closed. One that is written stays open while it is dirty only if it
-        is young, and a segment of 256 MiB is full long before 512 others were opened; a reader that comes back opens it again."""
+        """Bounds the open descriptors: the one that was opened first is closed. One that is written stays open while it
+        is dirty only if it
+        is young, and a segment of 256 MiB is full long before 512 others were opened; a reader that comes back opens it
+        again."""
         with self._files_lock:
             self._files[file._path] = file
             self._files.move_to_end(file._path)
@@ -319,7 +330,11 @@ class PosixFiles:
         try:
             replace_file(self.directory / "FAILED", reason.encode() + b"\n")
         except OSError as refused:
-            log.error("a fragment store can't note on its disk that it failed", directory=str(self.directory), reason=str(refused))
+            log.error(
+                "a fragment store can't note on its disk that it failed",
+                directory=str(self.directory),
+                reason=str(refused),
+            )
             return False
         return True
 

@@ -2,13 +2,18 @@
 
 A segment is a header of 64 bytes, then records, one after the other. A record describes and checks itself:
 
-* its head is bound to the disk, the segment and the offset where it stands (the seed of its checksum), so that bytes that a client chose,
+* its head is bound to the disk, the segment and the offset where it stands (the seed of its checksum), so that bytes
+  that a client chose,
   a block that the drive put in the wrong place, or what an earlier file left behind are never taken for a record;
-* every head carries ``synced_end``: all bytes of this segment before it were durable when the record was written. After a crash this tells
-  a torn tail (behind every ``synced_end``: it may be cut) from damage (before one: it was acknowledged, and is quarantined, never cut).
+* every head carries ``synced_end``: all bytes of this segment before it were durable when the record was written. After
+  a crash this tells
+  a torn tail (behind every ``synced_end``: it may be cut) from damage (before one: it was acknowledged, and is
+  quarantined, never cut).
 
-The checksums are xxh3-64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): they find damage, not malice; a cell is a sealed
-chunk, which the reader authenticates. The hashes in a fragment's header (``storaged.hashes``) are what repair compares, and find malice too.
+The checksums are xxh3-64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): they find damage, not
+malice; a cell is a sealed
+chunk, which the reader authenticates. The hashes in a fragment's header (``storaged.hashes``) are what repair compares,
+and find malice too.
 """
 
 from __future__ import annotations
@@ -32,18 +37,24 @@ TRAILER_MAGIC = b"SORE"
 FRAGMENT = 1
 NOTES = 2
 MARK = 3
-"""Kinds of record: a fragment, notes about fragments (Note), or nothing but a ``synced_end`` (also the filler in front of an aligned payload)."""
+"""Kinds of record: a fragment, notes about fragments (Note), or nothing but a ``synced_end`` (also the filler in front
+of an aligned payload).
+"""
 
 KEY_BYTES = 23
 """Of a packed FragmentId."""
 
 ID_AT = 3
-"""Where a fragment's id begins in its encoded header: behind the array's and the byte string's marks (both of one length, since an id has 23 bytes)."""
+"""Where a fragment's id begins in its encoded header: behind the array's and the byte string's marks (both of one
+length, since an id has 23 bytes).
+"""
 
 ALIGNMENT = 8
 PAGE = 4 * KIB
 LARGE = 64 * KIB
-"""From this payload size on the payload starts on a page border, so that a hole punched for it gives every page back."""
+"""From this payload size on the payload starts on a page border, so that a hole punched for it
+gives every page back.
+"""
 
 PAYLOAD_BYTES_MAX = 256 * MIB
 MESSAGE_BYTES_MAX = 4 * MIB
@@ -117,7 +128,9 @@ class Placed(NamedTuple):
 
 
 class Delete(Message, frozen=True, tag=1):
-    """The fragment is gone. ``targets``: the segments in which records of it lie; the note is needed as long as one of them exists."""
+    """The fragment is gone. ``targets``: the segments in which records of it lie; the note is needed as long as one of
+    them exists.
+    """
 
     id: bytes
     targets: tuple[int, ...]
@@ -151,7 +164,9 @@ def align(count: int, to: int = ALIGNMENT) -> int:
 
 
 def segment_seed(disk_id: str, number: int) -> int:
-    """What the checksums of one segment's heads start from; known without the segment's header, so that its loss loses nothing else."""
+    """What the checksums of one segment's heads start from; known without the segment's header, so that its loss loses
+    nothing else.
+    """
     return xxhash.xxh3_64_intdigest(disk_id.encode() + number.to_bytes(8, "big"))
 
 
@@ -161,7 +176,9 @@ def pack_segment_header(header: SegmentHeader) -> bytes:
 
 
 def parse_segment_header(data: Buffer) -> SegmentHeader:
-    """Raises FormatError when it is short or damaged, FormatUnknown when it is of a version that this program does not know."""
+    """Raises FormatError when it is short or damaged, FormatUnknown when it is of a version that this program does not
+    know.
+    """
     if len(data) < SEGMENT_HEADER_BYTES:
         raise FormatError("the segment's header is cut short")
     raw = bytes(data[:SEGMENT_HEADER_BYTES])
@@ -174,10 +191,14 @@ def parse_segment_header(data: Buffer) -> SegmentHeader:
 
 
 def parse_head(data: Buffer, at: int, offset: int, seed: int) -> Head | None:
-    """The head that begins at ``data[at]`` and stands at ``offset`` of its segment; None when there is none that holds."""
+    """The head that begins at ``data[at]`` and stands at ``offset`` of its segment; None when there
+    is none that holds.
+    """
     if len(data) < at + HEAD_BYTES:
         return None
-    magic, kind, _zero, _flags, message, payload, cell, record, synced, sequence, body, check = _HEAD.unpack_from(data, at)
+    magic, kind, _zero, _flags, message, payload, cell, record, synced, sequence, body, check = _HEAD.unpack_from(
+        data, at
+    )
     if magic != RECORD_MAGIC or check != xxhash.xxh3_64_intdigest(data[at : at + 48], (seed + offset) & _MASK):
         return None
     head = Head(kind, message, payload, cell, record, synced, sequence, body, check)
@@ -190,7 +211,9 @@ def parse_head(data: Buffer, at: int, offset: int, seed: int) -> Head | None:
 
 
 def parse_body(head: Head, data: Buffer, at: int, seed: int) -> tuple[memoryview, memoryview] | None:
-    """(message, cell sums) of the record whose head begins at ``data[at]``; None when they do not hold, or are cut short."""
+    """(message, cell sums) of the record whose head begins at ``data[at]``; None when they do not hold, or are cut
+    short.
+    """
     body = memoryview(data)[at + HEAD_BYTES : at + HEAD_BYTES + head.body_bytes]
     if len(body) < head.body_bytes or xxhash.xxh3_64_intdigest(body, seed) != head.body_check:
         return None
@@ -198,16 +221,38 @@ def parse_body(head: Head, data: Buffer, at: int, seed: int) -> tuple[memoryview
 
 
 def whole_payload(
-    data: Buffer, key: bytes, offset: int, seed: int, payload_bytes: int, cell_bytes: int, payload_start: int, sequence: int
+    data: Buffer,
+    key: bytes,
+    offset: int,
+    seed: int,
+    payload_bytes: int,
+    cell_bytes: int,
+    payload_start: int,
+    sequence: int,
 ) -> memoryview | None:
-    """The payload of the fragment ``key`` whose record, up to its trailer, is ``data`` and stands at ``offset`` of its segment; None unless the record holds, has
-    these sizes and this sequence, and every cell holds. What ``parse_head``, ``parse_body`` and ``cell_holds`` say, in one pass."""
-    magic, kind, _zero, _flags, message, payload, cell, record, _synced, found, body_check, check = _HEAD.unpack_from(data)
-    if magic != RECORD_MAGIC or kind != FRAGMENT or payload != payload_bytes or cell != cell_bytes or found != sequence or not cell:
+    """The payload of the fragment ``key`` whose record, up to its trailer, is ``data`` and stands at ``offset`` of its
+    segment; None unless the record holds, has
+    these sizes and this sequence, and every cell holds. What ``parse_head``, ``parse_body`` and ``cell_holds`` say, in
+    one pass."""
+    magic, kind, _zero, _flags, message, payload, cell, record, _synced, found, body_check, check = _HEAD.unpack_from(
+        data
+    )
+    if (
+        magic != RECORD_MAGIC
+        or kind != FRAGMENT
+        or payload != payload_bytes
+        or cell != cell_bytes
+        or found != sequence
+        or not cell
+    ):
         return None
     view = memoryview(data)
     body_end = HEAD_BYTES + message + 8 * -(-payload // cell)
-    whole = align(body_end) == payload_start and record >= payload_start + align(payload) + TRAILER_BYTES and not record % ALIGNMENT
+    whole = (
+        align(body_end) == payload_start
+        and record >= payload_start + align(payload) + TRAILER_BYTES
+        and not record % ALIGNMENT
+    )
     if not whole or check != xxhash.xxh3_64_intdigest(view[:48], (seed + offset) & _MASK):
         return None
     if body_check != xxhash.xxh3_64_intdigest(view[HEAD_BYTES:body_end], seed):
@@ -342,7 +387,16 @@ class RecordWriter:
         if gap:
             self.mark(gap if gap >= HEAD_BYTES else gap + PAGE)
 
-    def _head(self, kind: int, message: bytes, sums: bytes, payload_bytes: int, cell_bytes: int, record_bytes: int, sequence: int) -> int:
+    def _head(
+        self,
+        kind: int,
+        message: bytes,
+        sums: bytes,
+        payload_bytes: int,
+        cell_bytes: int,
+        record_bytes: int,
+        sequence: int,
+    ) -> int:
         body, seed = message + sums, self._seed
         raw = _HEAD_CHECKED.pack(
             RECORD_MAGIC, kind, 0, 0, len(message), payload_bytes, cell_bytes, record_bytes, self._synced_end, sequence,

@@ -1,16 +1,22 @@
 """Where every fragment of a disk is: an LMDB environment, and in memory what is newer than its last checkpoint.
 
-Theory of operation. The segments are the truth, this is derived from them. A change goes to the overlay (a dict); a checkpoint writes the
-overlay to LMDB in one synced transaction, along with the position up to which the log is covered. After a crash the log is replayed from that
-position, so that an acknowledged write costs one fdatasync, the log's. At most two overlays exist: the one that is filled, and the
+Theory of operation. The segments are the truth, this is derived from them. A change goes to the overlay (a dict); a
+checkpoint writes the
+overlay to LMDB in one synced transaction, along with the position up to which the log is covered. After a crash the log
+is replayed from that
+position, so that an acknowledged write costs one fdatasync, the log's. At most two overlays exist: the one that is
+filled, and the
 frozen one that a checkpoint is writing. A lookup asks them in that order, then LMDB.
 
-Which record of a fragment counts is decided by its sequence number: the highest wins, be it a fragment or a note that deletes it. A copy that
-compaction made has its original's number, and the later place wins. For every fragment the index knows its ``shadows``: other segments
+Which record of a fragment counts is decided by its sequence number: the highest wins, be it a fragment or a note that
+deletes it. A copy that
+compaction made has its original's number, and the later place wins. For every fragment the index knows its ``shadows``:
+other segments
 in which older records of it lie, so that the note that deletes it one day says how long it must be kept.
 
 A reader takes the overlay first and the frozen one after it: a freeze fills the second before it empties the first.
-Changes are made by the owner (who has the engine in hand, or recovery); ``lookup``, ``scan``, ``due``, ``find_copy`` and the damage list may be
+Changes are made by the owner (who has the engine in hand, or recovery); ``lookup``, ``scan``, ``due``, ``find_copy``
+and the damage list may be
 used from any thread.
 """
 
@@ -33,7 +39,9 @@ from storaged.units import GIB
 from storaged.wire import Message, decode, encode
 
 INDEX_VERSION = 2
-"""1 knew but one form of an entry. An index of it is read, and says 2 from its next checkpoint on, so that a program that knows no other form refuses it."""
+"""1 knew but one form of an entry. An index of it is read, and says 2 from its next checkpoint on, so that a program
+that knows no other form refuses it.
+"""
 
 WHOLE_COPY = b"\0\0\0\0\x01"
 """In a key, behind the data id: block 0, k = 1."""
@@ -64,7 +72,9 @@ class RetireRow(Message, frozen=True):
 
 
 class SegmentRow(Message, frozen=True):
-    """``end``: bytes of log. ``live``: of records that count. ``punched``: given back as holes. ``pins``: (segment, bytes of notes here needed while it exists)."""
+    """``end``: bytes of log. ``live``: of records that count. ``punched``: given back as holes. ``pins``: (segment,
+    bytes of notes here needed while it exists).
+    """
 
     end: int
     live: int
@@ -115,7 +125,8 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that one commit writes. ``segments``: number -> encoded SegmentRow, empty when it is gone. ``dead``: segments that nothing refers
+    """Everything that one commit writes. ``segments``: number -> encoded SegmentRow, empty when it is gone. ``dead``:
+    segments that nothing refers
     to once it is durable."""
 
     overlay: Overlay
@@ -126,7 +137,9 @@ class Checkpoint:
 
 
 class Index:
-    """One disk's index. Raises IndexDamaged when LMDB refuses the environment, DiskForeign when it is another disk's."""
+    """One disk's index. Raises IndexDamaged when LMDB refuses the environment, DiskForeign when it
+    is another disk's.
+    """
 
     def __init__(self, directory: Path, disk_id: str, *, map_bytes_max: int = 64 * GIB, durable: bool = True) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -154,11 +167,20 @@ class Index:
     def _load(self) -> None:
         with self._env.begin() as txn:
             raw = txn.get(b"checkpoint", db=self._db["meta"])
-            row = decode(raw, CheckpointRow) if raw is not None else CheckpointRow(INDEX_VERSION, self.disk_id, 0, 0, 0, 0)
+            row = (
+                decode(raw, CheckpointRow)
+                if raw is not None
+                else CheckpointRow(INDEX_VERSION, self.disk_id, 0, 0, 0, 0)
+            )
             for key, value in txn.cursor(db=self._db["segments"]):
                 found = decode(value, SegmentRow)
-                self.segments[int.from_bytes(key, "big")] = SegmentUse(found.end, found.live, found.punched, dict(found.pins))
-            self.damaged = {bytes(key): frozenset(decode(value, tuple[int, ...])) for key, value in txn.cursor(db=self._db["damaged"])}
+                self.segments[int.from_bytes(key, "big")] = SegmentUse(
+                    found.end, found.live, found.punched, dict(found.pins)
+                )
+            self.damaged = {
+                bytes(key): frozenset(decode(value, tuple[int, ...]))
+                for key, value in txn.cursor(db=self._db["damaged"])
+            }
         if row.disk_id != self.disk_id:
             raise DiskForeign(f"the fragment index belongs to disk {row.disk_id}, not to {self.disk_id}")
         if not 1 <= row.version <= INDEX_VERSION:
@@ -170,7 +192,8 @@ class Index:
         self.sequence = row.sequence
         self.fragments = row.fragments
 
-    # --- lookups, from any thread -----------------------------------------------------------------------------------------
+    # --- lookups, from any thread
+    # -----------------------------------------------------------------------------------------
 
     def lookup(self, key: bytes) -> Entry | None:
         entry = self.overlay.fragments.get(key, BROKEN)
@@ -189,7 +212,9 @@ class Index:
             return BROKEN
 
     def lookup_all(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """As ``lookup`` of each, in one snapshot: every call into LMDB gives the interpreter away, and a busy one takes its time to give it back."""
+        """As ``lookup`` of each, in one snapshot: every call into LMDB gives the interpreter away, and a busy one takes
+        its time to give it back.
+        """
         overlay, frozen = self.overlay.fragments, self.frozen.fragments if self.frozen is not None else {}
         found = [overlay.get(key, BROKEN) for key in keys]
         found = [frozen.get(key, BROKEN) if entry is BROKEN else entry for key, entry in zip(keys, found, strict=True)]
@@ -292,7 +317,11 @@ class Index:
         overlay, frozen = self.overlay, self.frozen
         newer = dict(frozen.retired) if frozen is not None else {}
         newer.update(overlay.retired.copy())
-        found = [(row.due_ms, data_id, row.owner) for data_id, row in newer.items() if row is not None and row.due_ms <= now_ms]
+        found = [
+            (row.due_ms, data_id, row.owner)
+            for data_id, row in newer.items()
+            if row is not None and row.due_ms <= now_ms
+        ]
         count = 0
         with self._env.begin() as txn:
             for key in txn.cursor(db=self._db["due"]).iternext(values=False):
@@ -315,7 +344,8 @@ class Index:
             self._damage_dirty.add(key)
             return True
 
-    # --- changes, by the owner -----------------------------------------------------------------------------------------------
+    # --- changes, by the owner
+    # -----------------------------------------------------------------------------------------------
 
     def grow(self, segment: int, end: int) -> None:
         """The segment's log reaches to ``end`` (and the segment is known from now on)."""
@@ -350,7 +380,9 @@ class Index:
             self.idle.add(segment)
 
     def put(self, key: bytes, entry: Entry) -> Entry | None:
-        """A record of this fragment is in the log. Returns the entry that it replaced. An older record than the known one only casts a shadow."""
+        """A record of this fragment is in the log. Returns the entry that it replaced. An older record than the known
+        one only casts a shadow.
+        """
         return self.replace(key, self.lookup(key), entry)
 
     def replace(self, key: bytes, old: Entry | None, entry: Entry) -> Entry | None:
@@ -370,7 +402,9 @@ class Index:
         return old
 
     def drop(self, key: bytes, sequence: int) -> Entry | None:
-        """A note says that records of this fragment up to ``sequence`` are gone. Returns the entry, when there was one."""
+        """A note says that records of this fragment up to ``sequence`` are gone. Returns the entry,
+        when there was one.
+        """
         old = self.lookup(key)
         if old is None or old.sequence > sequence:
             return None
@@ -483,10 +517,13 @@ class Index:
                 self.damaged.pop(key, None)
                 self._damage_dirty.add(key)
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------------------
+    # --- checkpoints
+    # ----------------------------------------------------------------------------------------------------------
 
     def freeze(self, position: Position, dead: tuple[int, ...]) -> Checkpoint:
-        """Begins a checkpoint: everything so far is in the log before ``position``, and durable there. By the owner; one at a time."""
+        """Begins a checkpoint: everything so far is in the log before ``position``, and durable there. By the owner;
+        one at a time.
+        """
         assert self.frozen is None
         overlay = self.frozen = self.overlay
         self.overlay = Overlay()
@@ -496,9 +533,13 @@ class Index:
         rows: dict[int, bytes] = {}
         for number in self._segments_dirty:
             use = self.segments.get(number)
-            rows[number] = b"" if use is None else encode(SegmentRow(use.end, use.live, use.punched, tuple(use.pins.items())))
+            rows[number] = (
+                b"" if use is None else encode(SegmentRow(use.end, use.live, use.punched, tuple(use.pins.items())))
+            )
         self._segments_dirty = set()
-        row = CheckpointRow(INDEX_VERSION, self.disk_id, position.segment, position.offset, self.sequence, self.fragments)
+        row = CheckpointRow(
+            INDEX_VERSION, self.disk_id, position.segment, position.offset, self.sequence, self.fragments
+        )
         return Checkpoint(overlay, row, rows, damaged, dead)
 
     def commit(self, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,16 @@ import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
 from storaged.fragments.engine import Write, check_time
-from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
+from storaged.fragments.ports import (
+    CELLS_MAX,
+    CellRead,
+    FragmentHeader,
+    FragmentId,
+    FragmentStat,
+    Health,
+    Retirement,
+    Usage,
+)
 from storaged.wire import Buffer
 
 
@@ -35,7 +44,8 @@ class MemoryFragmentStore:
         self._retired: dict[bytes, tuple[bytes, int]] = {}
         self._state = "ok"
 
-    # --- what tests do to it --------------------------------------------------------------------------------------------------
+    # --- what tests do to it
+    # --------------------------------------------------------------------------------------------------
 
     def refuse(self, state: str) -> None:
         """``full`` or ``read-only``; ``ok`` ends it."""
@@ -49,15 +59,20 @@ class MemoryFragmentStore:
         """-1: the head."""
         self._fragments[fragment.pack()].bad.add(cell)
 
-    # --- the port -------------------------------------------------------------------------------------------------------------
+    # --- the port
+    # -------------------------------------------------------------------------------------------------------------
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+    async def write(
+        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+    ) -> None:
         write = Write.of(header, payload, check=check)
         self._refuse_read_only()
         if self._state == "full" or self._used() + write.payload_bytes > self._bytes_max:
             raise DiskUnusable("the disk is full up to its reserve", state="full")
         if not write.matches_hash():
-            raise FragmentDamaged(f"the payload of {write.key.hex()} is not what the hashes in its header say; not written")
+            raise FragmentDamaged(
+                f"the payload of {write.key.hex()} is not what the hashes in its header say; not written"
+            )
         kept = _Kept(header, b"".join(write.payload))
         self._fragments[write.key] = kept
         if sync:
@@ -90,7 +105,9 @@ class MemoryFragmentStore:
         self._refuse_read_only()
         for fragment in ids:
             for kept in {
-                id(kept): kept for kept in (self._fragments.get(fragment.pack()), self._durable.get(fragment.pack())) if kept
+                id(kept): kept
+                for kept in (self._fragments.get(fragment.pack()), self._durable.get(fragment.pack()))
+                if kept
             }.values():
                 kept.header = msgspec.structs.replace(kept.header, created_ms=max(now_ms, kept.header.created_ms + 1))
         return await self.stat(ids)

@@ -1,4 +1,6 @@
-"""Requests and replies of the methods ``fragment.*``. Every request names the disk. Fragment ids travel packed (23 bytes)."""
+"""Requests and replies of the methods ``fragment.*``. Every request names the disk. Fragment ids travel packed (23
+bytes).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ class Done(Message, frozen=True):
 
 
 class WriteRequest(Message, frozen=True):
-    """``fragment.write``; the payload is the call's body. With ``sync`` the reply comes after the group's fdatasync. ``check``: see ``FragmentStore.write``."""
+    """``fragment.write``; the payload is the call's body. With ``sync`` the reply comes after the group's fdatasync.
+    ``check``: see ``FragmentStore.write``.
+    """
 
     disk: str
     header: FragmentHeader
@@ -56,7 +60,9 @@ class ReadRequest(Message, frozen=True):
 
 
 class ReadReply(Message, frozen=True):
-    """The cells are the reply's body, one after the other; ``lengths``: of each, MISSING_CELL for one that did not hold."""
+    """The cells are the reply's body, one after the other; ``lengths``: of each, MISSING_CELL for one that did not
+    hold.
+    """
 
     header: FragmentHeader
     lengths: tuple[int, ...]

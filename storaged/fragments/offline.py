@@ -1,4 +1,6 @@
-"""What an operator does to a disk that no daemon has open: rebuild its index from the segments, or check everything that is on it."""
+"""What an operator does to a disk that no daemon has open: rebuild its index from the segments, or check everything
+that is on it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from storaged.fragments.scan import Found, scan
 
 @dataclass
 class CheckReport:
-    """``damaged``: (fragment, bad cells; -1 is the head). ``gaps``: (segment, offset, length) of bytes that are no record, before the log's end."""
+    """``damaged``: (fragment, bad cells; -1 is the head). ``gaps``: (segment, offset, length) of bytes that are no
+    record, before the log's end.
+    """
 
     disk_id: str
     fragments: int = 0
@@ -37,13 +41,18 @@ def disk_id_of(files: Files) -> str:
             return parse_segment_header(files.open(number).read(0, SEGMENT_HEADER_BYTES)).disk_id
         except (FormatError, OSError):
             continue
-    raise IndexDamaged("no segment says which disk this is: there are none, or every header is damaged; give the disk's id")
+    raise IndexDamaged(
+        "no segment says which disk this is: there are none, or every header is damaged; give the disk's id"
+    )
 
 
-def rebuild_index(directory: Path, *, disk_id: str = "", progress: Progress | None = None, now_ms: Callable[[], int] = lambda: 0) -> Report:
+def rebuild_index(
+    directory: Path, *, disk_id: str = "", progress: Progress | None = None, now_ms: Callable[[], int] = lambda: 0
+) -> Report:
     """Makes the index anew from the segments alone, and puts it in the old one's place when it is complete.
 
-    Interrupted at any point, the old index is still there, or the new one is. Raises DirectoryInUse, DiskForeign, OperatorError, OSError.
+    Interrupted at any point, the old index is still there, or the new one is. Raises DirectoryInUse, DiskForeign,
+    OperatorError, OSError.
     """
     files = PosixFiles(directory)
     fresh, old, place = directory / "index.new", directory / "index.old", directory / "index"
@@ -73,7 +82,8 @@ def rebuild_index(directory: Path, *, disk_id: str = "", progress: Progress | No
 def check(directory: Path, *, disk_id: str = "", progress: Progress | None = None) -> CheckReport:
     """Reads every live fragment and every record's head; changes nothing in the segments and nothing in the index.
 
-    ``progress`` counts fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError, OSError.
+    ``progress`` counts fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError,
+    OSError.
     """
     files = PosixFiles(directory)
     try:
@@ -92,7 +102,9 @@ def check(directory: Path, *, disk_id: str = "", progress: Progress | None = Non
 
 def _check(files: Files, index: Index, report: CheckReport, progress: Progress | None) -> None:
     bad: dict[bytes, set[int]] = {}
-    engine = Engine(files, index, StoreLimits(), now_ms=lambda: 0, on_damage=lambda key, cell: bad.setdefault(key, set()).add(cell))
+    engine = Engine(
+        files, index, StoreLimits(), now_ms=lambda: 0, on_damage=lambda key, cell: bad.setdefault(key, set()).add(cell)
+    )
     index.damaged.clear()  # what is known to be damaged is to be found and reported again
     found = engine.recover(read_only=True)
     report.lost_segments = found.lost_segments

@@ -1,4 +1,6 @@
-"""Small objects on a disk: whole copies beside the register that refers to them, as one acceptor stores and loads them."""
+"""Small objects on a disk: whole copies beside the register that refers to them, as one acceptor
+stores and loads them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Loaded(NamedTuple):
 def copy_write(header: bytes, payload: Sequence[Buffer]) -> Write:
     """What the log appends for a copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT)."""
     parsed = _parse(header)
-    plain = len(header) <= HEADER_BYTES_MAX and header[ID_AT : ID_AT + KEY_BYTES] == parsed.id  # as everybody here encodes it
+    plain = (
+        len(header) <= HEADER_BYTES_MAX and header[ID_AT : ID_AT + KEY_BYTES] == parsed.id
+    )  # as everybody here encodes it
     return Write.of(parsed, payload, header if plain else b"")
 
 
@@ -64,7 +68,9 @@ class Payloads:
         self._store = store
 
     async def store_payload(self, header: bytes, payload: Sequence[Buffer] | Buffer) -> None:
-        """Writes and syncs the copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT), DiskUnusable, FragmentDamaged."""
+        """Writes and syncs the copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT),
+        DiskUnusable, FragmentDamaged.
+        """
         pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
         await self._store.write(_parse(header), pieces, sync=True)
 
@@ -76,7 +82,9 @@ class Payloads:
             return None
 
     async def load_payload(self, data_id: bytes) -> Loaded | None:
-        """The whole copy, every cell verified; None when this disk has none, or not whole (its damage has been reported)."""
+        """The whole copy, every cell verified; None when this disk has none, or not whole (its damage has been
+        reported).
+        """
         fragment = self._store.find_copy(data_id)
         if fragment is None:
             return None

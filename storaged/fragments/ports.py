@@ -1,10 +1,13 @@
 """The port of a fragment store, and the values that cross it.
 
-Four bodies pass one test suite (tests/unit/fragment_store_suite.py): the local disk (store), the same over RPC (remote), memory, and the simulated disk
+Four bodies pass one test suite (tests/unit/fragment_store_suite.py): the local disk (store), the same over RPC
+(remote), memory, and the simulated disk
 that drops, reorders and tears unsynced writes.
 
-A fragment is what one disk keeps of one block: its cells, one after the other. Every cell is C bytes long (C = 4..64 KiB, a sealed chunk), but the
-last, which may be shorter. Per cell the record keeps xxh3-64, and for the whole block the hashes of all its k+m fragments (``storaged.hashes``), so that a
+A fragment is what one disk keeps of one block: its cells, one after the other. Every cell is C bytes long (C = 4..64
+KiB, a sealed chunk), but the
+last, which may be shorter. Per cell the record keeps xxh3-64, and for the whole block the hashes of all its k+m
+fragments (``storaged.hashes``), so that a
 rebuilt fragment is only written when it is what the survivors agree on.
 """
 
@@ -23,7 +26,9 @@ CELLS_MAX = 1 << 20
 
 
 class FragmentId(NamedTuple):
-    """Which fragment: ``position`` 0..k-1 is data, k..k+m-1 parity (any copy when k is 1). A block recoded under another profile has other fragments."""
+    """Which fragment: ``position`` 0..k-1 is data, k..k+m-1 parity (any copy when k is 1). A block recoded under
+    another profile has other fragments.
+    """
 
     data_id: bytes
     block: int
@@ -47,10 +52,13 @@ class FragmentId(NamedTuple):
 class FragmentHeader(Message, frozen=True):
     """What a fragment carries besides its cells.
 
-    ``owner`` is the packed name of the register that refers to it (an object's, or an upload part's). ``part_header`` are the 64 bytes of the SOV1 header,
+    ``owner`` is the packed name of the register that refers to it (an object's, or an upload part's). ``part_header``
+    are the 64 bytes of the SOV1 header,
     empty in the copy of a small object: its record, which lies on the same disk, has them.
-    ``hashes`` are those (``storaged.hashes``, 20 bytes each; of older blocks 16) of all k+m fragments of the block, in position order; copies (k = 1) carry one.
-    ``created_ms`` is when it was written (wall clock), renewed by ``touch``. ``cell_bytes`` is C, ``length`` the payload's bytes.
+    ``hashes`` are those (``storaged.hashes``, 20 bytes each; of older blocks 16) of all k+m fragments of the block, in
+    position order; copies (k = 1) carry one.
+    ``created_ms`` is when it was written (wall clock), renewed by ``touch``. ``cell_bytes`` is C, ``length`` the
+    payload's bytes.
     """
 
     id: bytes
@@ -63,7 +71,9 @@ class FragmentHeader(Message, frozen=True):
 
 
 _POSITION_AT = 1 + 2 + _PACKED_BYTES - 1
-"""In an encoded FragmentHeader: behind the array's byte and the two of the id's length lies the id, and the position is its last byte."""
+"""In an encoded FragmentHeader: behind the array's byte and the two of the id's length lies the id, and the position is
+its last byte.
+"""
 
 
 def encode_copies(header: FragmentHeader, count: int) -> list[bytes]:
@@ -92,7 +102,9 @@ RETIREMENTS_MAX = 1000
 
 
 class Retirement(NamedTuple):
-    """A data id for a garbage list: the packed name of the register that referred to it, and when the collector may judge it (wall clock)."""
+    """A data id for a garbage list: the packed name of the register that referred to it, and when the collector may
+    judge it (wall clock).
+    """
 
     data_id: bytes
     owner: bytes
@@ -100,7 +112,8 @@ class Retirement(NamedTuple):
 
 
 class CellRead(NamedTuple):
-    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold (the store has quarantined it and told repair). ``whole``: all of them one
+    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold (the store has quarantined it
+    and told repair). ``whole``: all of them one
     after the other, where they lie so in memory."""
 
     header: FragmentHeader
@@ -109,7 +122,9 @@ class CellRead(NamedTuple):
 
 
 class Usage(Message, frozen=True):
-    """``state``: ok, full (up to the reserve), read-only (a write or sync failed), failed. ``garbage_bytes`` are held by deleted records."""
+    """``state``: ok, full (up to the reserve), read-only (a write or sync failed), failed. ``garbage_bytes`` are held
+    by deleted records.
+    """
 
     state: str
     bytes_used: int
@@ -122,35 +137,46 @@ class Usage(Message, frozen=True):
 class FragmentStore(Protocol):
     """One disk's fragments.
 
-    Errors: DiskUnusable (full, read-only, failed), FragmentMissing, FragmentDamaged (header unreadable), PeerUnreachable for a remote one.
+    Errors: DiskUnusable (full, read-only, failed), FragmentMissing, FragmentDamaged (header unreadable),
+    PeerUnreachable for a remote one.
     """
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
-        """Appends. Durable when ``sync`` was asked and it returned, or after a later ``sync``. Raises FragmentDamaged for a payload that is not what the header's hashes say.
+    async def write(
+        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+    ) -> None:
+        """Appends. Durable when ``sync`` was asked and it returned, or after a later ``sync``. Raises FragmentDamaged
+        for a payload that is not what the header's hashes say.
 
-        ``check``: ``hashes.quick_check`` of the payload, by a gateway that has computed the hashes from these very bytes: that is compared then, a hundred times as fast. Of other
+        ``check``: ``hashes.quick_check`` of the payload, by a gateway that has computed the hashes from these very
+        bytes: that is compared then, a hundred times as fast. Of other
         callers it is not believed.
-        The buffers may be reused by the caller once this returns. Writing an id that is there already replaces it (the newer record wins).
+        The buffers may be reused by the caller once this returns. Writing an id that is there already replaces it (the
+        newer record wins).
         """
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
-        """Returns when every one of these, written earlier by this caller, is durable (group fdatasync: many callers share one).
+        """Returns when every one of these, written earlier by this caller, is durable (group fdatasync: many callers
+        share one).
 
         Raises FragmentMissing when one is not there at all (the node restarted in between and lost it).
         """
 
     async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
-        """Cells ``first_cell .. first_cell + count - 1`` (fewer at the end), each verified against its checksum before it is returned."""
+        """Cells ``first_cell .. first_cell + count - 1`` (fewer at the end), each verified against its checksum before
+        it is returned.
+        """
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
         """One answer an id, in order; batches of up to 10,000."""
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
-        """As stat, and renews the age of those that are there (a proposer whose accept was refused calls this before it prepares again): ``created_ms`` becomes
+        """As stat, and renews the age of those that are there (a proposer whose accept was refused calls this before it
+        prepares again): ``created_ms`` becomes
         ``now_ms``, or one more than it was when that is later."""
 
     async def retire(self, entries: Sequence[Retirement]) -> None:
-        """Puts data ids on this disk's garbage list, up to ``RETIREMENTS_MAX`` at once: all their fragments here are to be judged and deleted by the collector, not
+        """Puts data ids on this disk's garbage list, up to ``RETIREMENTS_MAX`` at once: all their fragments here are to
+        be judged and deleted by the collector, not
         before ``due_ms``. One that is on the list already stays as it is: its delay has begun. Durable."""
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
@@ -160,9 +186,11 @@ class FragmentStore(Protocol):
         """Takes a data id off the garbage list (a record still refers to it)."""
 
     async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
-        """Deletes; the bytes come back by punching holes or compaction. Returns how many were there. Works on a full disk.
+        """Deletes; the bytes come back by punching holes or compaction. Returns how many were there. Works on a full
+        disk.
 
-        ``created_ms``, one for each id as ``stat`` told it: what was written anew or touched since then stays. So what is judged to be garbage and, between the
+        ``created_ms``, one for each id as ``stat`` told it: what was written anew or touched since then stays. So what
+        is judged to be garbage and, between the
         judgement and the deletion, taken up again by somebody who looks (``touch``) before relying on it, is not lost.
         """
 

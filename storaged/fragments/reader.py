@@ -55,7 +55,8 @@ class Reader:
         self._seeds: dict[int, int] = {}
 
     def read(self, key: bytes, first: int, count: int, *, cached: bool = False) -> Cells | None:
-        """Cells ``first .. first + count - 1``. With ``cached``: None at once when they are not all in memory and whole.
+        """Cells ``first .. first + count - 1``. With ``cached``: None at once when they are not all in memory and
+        whole.
 
         Raises FragmentMissing, FragmentDamaged (its head cannot be read).
         """
@@ -83,7 +84,8 @@ class Reader:
         return failed
 
     def cached_copy(self, data_id: bytes, bytes_max: int) -> memoryview | None:
-        """All of a small object's copy, verified as ``read`` does but for its header's fields, when it is in the page cache and whole. None for anything else,
+        """All of a small object's copy, verified as ``read`` does but for its header's fields, when it is in the page
+        cache and whole. None for anything else,
         of which ``read`` says what it is."""
         found = self._index.copy_entry(data_id)
         if found is None:
@@ -194,7 +196,11 @@ class Reader:
         head = parse_head(data, 0, entry.offset, seed)
         if head is None or head.kind != FRAGMENT or head.sequence != entry.sequence:
             return None
-        if (head.payload_bytes, head.cell_bytes, head.payload_start) != (entry.payload_bytes, entry.cell_bytes, entry.payload_start):
+        if (head.payload_bytes, head.cell_bytes, head.payload_start) != (
+            entry.payload_bytes,
+            entry.cell_bytes,
+            entry.payload_start,
+        ):
             return None
         body = parse_body(head, data, 0, seed)
         if body is None:

@@ -1,9 +1,13 @@
 """From segments to an index: the replay at every start, the rebuilding of a lost index, and a read-only check.
 
-What may be cut is decided by what the log says of itself. Every head carries ``synced_end``; the largest that any valid head of the last segment
-carries (or the checkpoint's position, if that is behind it) is the border. Before it everything was durable and perhaps acknowledged:
-a record that does not hold there is damage; it is left where it is, its fragment is reported, and nothing is cut. Behind it nothing is
-proven: a record counts only when every one of its bytes holds, what is torn between such records becomes filler, and the bytes behind the last one
+What may be cut is decided by what the log says of itself. Every head carries ``synced_end``; the largest that any valid
+head of the last segment
+carries (or the checkpoint's position, if that is behind it) is the border. Before it everything was durable and perhaps
+acknowledged:
+a record that does not hold there is damage; it is left where it is, its fragment is reported, and nothing is cut.
+Behind it nothing is
+proven: a record counts only when every one of its bytes holds, what is torn between such records becomes filler, and
+the bytes behind the last one
 are cut. Segments before the
 last were synced whole before their successor was made, so they have no such zone.
 """
@@ -74,7 +78,8 @@ def replay(
     spill: Callable[[Position], None],
     progress: Progress | None = None,
 ) -> Report:
-    """Brings the index up to the log's end and fills ``segments``. With an index that has no checkpoint it rebuilds all of it.
+    """Brings the index up to the log's end and fills ``segments``. With an index that has no checkpoint it rebuilds all
+    of it.
 
     ``spill(position)`` is called after every record; everything before the position has been applied, and is durable.
     Raises DiskForeign, FormatUnknown, OSError.
@@ -119,7 +124,9 @@ def _forget_lost(index: Index, segments: dict[int, SegmentFile], report: Report)
         index.remove_segment(number)
 
 
-def _identify(files: Files, index: Index, segments: dict[int, SegmentFile], number: int, *, last: bool, read_only: bool) -> bool:
+def _identify(
+    files: Files, index: Index, segments: dict[int, SegmentFile], number: int, *, last: bool, read_only: bool
+) -> bool:
     """Whether there may be records in it. A last segment whose creation was interrupted is removed."""
     file = segments[number]
     try:
@@ -152,16 +159,20 @@ def _replay_sealed(
 
 
 def _replay_last(
-    index: Index, file: SegmentFile, number: int, start: int, report: Report, spill: Callable[[Position], None], *, read_only: bool
+    index: Index, file: SegmentFile, number: int, start: int, report: Report, spill: Callable[[Position], None], *, read_only: bool  # noqa: E501
 ) -> None:  # fmt: skip
-    """First the border, for what proves how far the log was durable may stand at its very end; then what is torn behind it; then all that counts.
+    """First the border, for what proves how far the log was durable may stand at its very end; then what is torn behind
+    it; then all that counts.
 
-    A torn record with whole ones behind it is overwritten with a filler's head: once more records follow, nothing else would tell a later
+    A torn record with whole ones behind it is overwritten with a filler's head: once more records follow, nothing else
+    would tell a later
     replay that it was never whole. This comes before any checkpoint that covers it.
     """
     seed = segment_seed(index.disk_id, number)
     end = file.size()
-    border = max((item.head.synced_end for item in scan(file, seed, start, end) if isinstance(item, Found)), default=start)
+    border = max(
+        (item.head.synced_end for item in scan(file, seed, start, end) if isinstance(item, Found)), default=start
+    )
     border = max(border, start)
     if not read_only:
         report.failure = _settle(file, border)
@@ -210,7 +221,9 @@ def _take(index: Index, number: int, item: Found | Gap, report: Report, spill: C
 
 
 def _settle(file: SegmentFile, border: int) -> str:
-    """Makes what a killed process left in the page cache durable, and has the tail read from the drive. Returns why not, if not."""
+    """Makes what a killed process left in the page cache durable, and has the tail read from the drive. Returns why
+    not, if not.
+    """
     try:
         file.sync()
     except OSError as error:

@@ -1,12 +1,14 @@
-"""Fragment stores over RPC: the disks of other nodes behind the same port, the host that answers for this node's, and the directory of all."""
+"""Fragment stores over RPC: the disks of other nodes behind the same port, the host that answers for this node's, and
+the directory of all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TypeVar
 
-from storaged.cluster.authority import grant
 from storaged.cluster.ports import Call, Caller, Layouts, Method, Methods, Reply
+from storaged.cluster.rpc.authority import grant
 from storaged.errors import DiskUnusable, FragmentDamaged, PeerRefused
 from storaged.fragments.format import KEY_BYTES
 from storaged.fragments.messages import (
@@ -54,30 +56,44 @@ def _pack(ids: Sequence[FragmentId]) -> tuple[bytes, ...]:
 
 
 class RemoteFragmentStore:
-    """A FragmentStore on another node. A method that is not answered in time raises PeerTimeout; whether it was carried out is then unknown."""
+    """A FragmentStore on another node. A method that is not answered in time raises PeerTimeout; whether it was carried
+    out is then unknown.
+    """
 
-    def __init__(self, caller: Caller, node: str, disk_id: str, *, timeout_s: float = 10.0, verify_timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, caller: Caller, node: str, disk_id: str, *, timeout_s: float = 10.0, verify_timeout_s: float = 120.0
+    ) -> None:
         self._caller = caller
         self._node = node
         self._disk = disk_id
         self._timeout_s = timeout_s
         self._verify_timeout_s = verify_timeout_s
 
-    async def _ask(self, method: str, request: Message, reply: type[T], body: Sequence[Buffer] = ()) -> tuple[T, memoryview]:
+    async def _ask(
+        self, method: str, request: Message, reply: type[T], body: Sequence[Buffer] = ()
+    ) -> tuple[T, memoryview]:
         timeout_s = self._verify_timeout_s if method == "fragment.verify" else self._timeout_s
         return await self._caller.call(self._node, method, request, reply, body=body, timeout_s=timeout_s)
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+    async def write(
+        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+    ) -> None:
         await self._ask("fragment.write", WriteRequest(self._disk, header, sync, check), Done, payload)
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
-        """A node that restarted since the write, and lost it, answers FragmentMissing: its index knows only what its log still has."""
+        """A node that restarted since the write, and lost it, answers FragmentMissing: its index knows only what its
+        log still has.
+        """
         await self._ask("fragment.sync", IdsRequest(self._disk, _pack(ids)), Done)
 
     async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
-        reply, body = await self._ask("fragment.read", ReadRequest(self._disk, fragment.pack(), first_cell, count), ReadReply)
+        reply, body = await self._ask(
+            "fragment.read", ReadRequest(self._disk, fragment.pack(), first_cell, count), ReadReply
+        )
         if reply.header.id != fragment.pack() or sum(length for length in reply.lengths if length > 0) != len(body):
-            raise FragmentDamaged(f"disk {self._disk} answered with something other than fragment {fragment.pack().hex()}")
+            raise FragmentDamaged(
+                f"disk {self._disk} answered with something other than fragment {fragment.pack().hex()}"
+            )
         cells: list[memoryview | None] = []
         at = 0
         for length in reply.lengths:
@@ -95,7 +111,9 @@ class RemoteFragmentStore:
 
     def _answers(self, ids: Sequence[FragmentId], reply: StatsReply) -> list[FragmentStat]:
         if tuple(stat.id for stat in reply.stats) != _pack(ids):
-            raise PeerRefused(f"disk {self._disk} did not answer for the fragments that it was asked about", remote_code="BAD_REPLY")
+            raise PeerRefused(
+                f"disk {self._disk} did not answer for the fragments that it was asked about", remote_code="BAD_REPLY"
+            )
         return list(reply.stats)
 
     async def retire(self, entries: Sequence[Retirement]) -> None:
@@ -115,7 +133,9 @@ class RemoteFragmentStore:
 
     async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
         while limit > 0:
-            reply, _ = await self._ask("fragment.scan", ScanRequest(self._disk, after, min(limit, SCAN_PAGE_MAX)), ScanReply)
+            reply, _ = await self._ask(
+                "fragment.scan", ScanRequest(self._disk, after, min(limit, SCAN_PAGE_MAX)), ScanReply
+            )
             if not reply.headers:
                 return
             for header in reply.headers:
@@ -175,7 +195,9 @@ class FragmentHost:
         return Done(len(request.ids))
 
     async def _read(self, request: ReadRequest, _call: Call) -> Reply:
-        return _reply(await self._store(request.disk).read(_unpack((request.id,))[0], request.first_cell, request.count))
+        return _reply(
+            await self._store(request.disk).read(_unpack((request.id,))[0], request.first_cell, request.count)
+        )
 
     def _peek(self, request: ReadRequest, _call: Call) -> Reply | None:
         found = self._store(request.disk).peek(_unpack((request.id,))[0], request.first_cell, request.count)
@@ -189,8 +211,13 @@ class FragmentHost:
 
     async def _retire(self, request: RetireRequest, _call: Call) -> Done:
         if len(request.more) >= RETIREMENTS_MAX:
-            raise PeerRefused(f"{len(request.more) + 1} retirements are more than {RETIREMENTS_MAX} at once", remote_code="BAD_REQUEST")
-        await self._store(request.disk).retire([Retirement(request.data_id, request.owner, request.due_ms), *request.more])
+            raise PeerRefused(
+                f"{len(request.more) + 1} retirements are more than {RETIREMENTS_MAX} at once",
+                remote_code="BAD_REQUEST",
+            )
+        await self._store(request.disk).retire(
+            [Retirement(request.data_id, request.owner, request.due_ms), *request.more]
+        )
         return Done(1 + len(request.more))
 
     async def _retired(self, request: RetiredRequest, _call: Call) -> RetiredReply:
@@ -234,7 +261,9 @@ def _unpack(ids: Sequence[bytes]) -> list[FragmentId]:
 class StoreDirectory:
     """FragmentStores: this node's disks directly, every other disk over RPC at the node that a layout names."""
 
-    def __init__(self, layouts: Layouts, caller: Caller, local: Mapping[str, FragmentStore], *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, layouts: Layouts, caller: Caller, local: Mapping[str, FragmentStore], *, timeout_s: float = 10.0
+    ) -> None:
         self._layouts = layouts
         self._caller = caller
         self._local = local
@@ -248,7 +277,9 @@ class StoreDirectory:
         node = self._node_of(disk_id)
         found = self._remote.get((node, disk_id))
         if found is None:
-            found = self._remote[node, disk_id] = RemoteFragmentStore(self._caller, node, disk_id, timeout_s=self._timeout_s)
+            found = self._remote[node, disk_id] = RemoteFragmentStore(
+                self._caller, node, disk_id, timeout_s=self._timeout_s
+            )
         return found
 
     def _node_of(self, disk_id: str) -> str:

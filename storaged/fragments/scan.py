@@ -1,6 +1,7 @@
 """Reading segments from one end to the other: for replay, rebuilding, checking and compaction.
 
-What does not parse is a gap. Behind a gap the next record is found by its magic, on a multiple of 8 bytes, and believed only when its head's
+What does not parse is a gap. Behind a gap the next record is found by its magic, on a multiple of 8 bytes, and believed
+only when its head's
 checksum holds for that very offset. A drive that cannot read a sector makes a gap too.
 """
 

@@ -1,11 +1,15 @@
 """The local disk as a fragment store: one writer thread that commits in groups, a few threads that read.
 
-Every write, delete and sync that arrives while the disk is busy goes into the next group: one vectored write, one fdatasync if anyone asked to
-be durable, one wake-up of the event loop. A lone request waits for nobody. Reads of what is in the page cache are answered on the
+Every write, delete and sync that arrives while the disk is busy goes into the next group: one vectored write, one
+fdatasync if anyone asked to
+be durable, one wake-up of the event loop. A lone request waits for nobody. Reads of what is in the page cache are
+answered on the
 event loop (preadv2 with RWF_NOWAIT never blocks); the rest goes to the reading threads.
 
-A small object's copy is durable elsewhere when it comes (``keep``): the disk's metadata store has it in its own log, beside the record that names it. So nobody waits for it here. It is
-found from then on, and appended with others within a tenth of a second (*later* copies): each group costs the thread, and the loop whose interpreter it takes, as much as many copies do. Before a copy leaves that
+A small object's copy is durable elsewhere when it comes (``keep``): the disk's metadata store has it in its own log,
+beside the record that names it. So nobody waits for it here. It is
+found from then on, and appended with others within a tenth of a second (*later* copies): each group costs the thread,
+and the loop whose interpreter it takes, as much as many copies do. Before a copy leaves that
 log, ``sync_apart`` has appended and synced it.
 """
 
@@ -55,7 +59,8 @@ INLINE_IDS_MAX = 256
 """So many look-ups (2 us each) are made on the event loop."""
 
 INLINE_READ_BYTES_MAX = MIB
-"""So much is copied from the page cache and verified on the event loop: a fragment of a block of 3 MiB takes 0.1 ms, and half of that again to send. A thread
+"""So much is copied from the page cache and verified on the event loop: a fragment of a block of 3 MiB takes 0.1 ms,
+and half of that again to send. A thread
 costs more: it takes the interpreter from the loop a dozen times."""
 
 OVERLAYS_MAX = 4
@@ -86,7 +91,9 @@ SPACE_LOOK_PART = 64
 
 @dataclass(frozen=True)
 class FragmentStatistics:
-    """Since the start, but for ``usage``. ``groups`` were served, ``writes`` and ``syncs`` among them; ``cut_bytes`` and ``gaps`` are of the recovery."""
+    """Since the start, but for ``usage``. ``groups`` were served, ``writes`` and ``syncs`` among them; ``cut_bytes``
+    and ``gaps`` are of the recovery.
+    """
 
     usage: Usage
     segments: int
@@ -106,7 +113,8 @@ class FragmentStatistics:
 
 @dataclass(slots=True)
 class _Job:
-    """``write`` is appended, or ``call`` is made by the writer thread; ``sync``: its answer waits until the log is durable.
+    """``write`` is appended, or ``call`` is made by the writer thread; ``sync``: its answer waits until the log is
+    durable.
 
     ``token`` is popped once: by the writer thread when it begins, or by the caller when it gives up before that.
     """
@@ -170,7 +178,9 @@ class LocalFragmentStore:
         self._unappended: deque[Write] = deque()
         """What was kept and nobody has begun to append."""
         self._unplaced: list[Write] = []
-        """What somebody is appending, and what could not be appended. Theirs who have the engine in hand; a write is always in one of the two until the index has it."""
+        """What somebody is appending, and what could not be appended. Theirs who have the engine in hand; a write is
+        always in one of the two until the index has it.
+        """
         self._unappended_bytes = 0
         """Since the writer thread was last woken for them."""
         self._later_timer: asyncio.TimerHandle | None = None
@@ -212,9 +222,11 @@ class LocalFragmentStore:
     ) -> LocalFragmentStore:
         """Recovers what a crash left, and starts the threads.
 
-        ``failed_before``: why the disk failed for good, as its owner knows; it is read-only then. ``note_failed(reason)``: called in a thread when it fails for
+        ``failed_before``: why the disk failed for good, as its owner knows; it is read-only then.
+        ``note_failed(reason)``: called in a thread when it fails for
         good; whether that was noted. ``in_thread(work)`` runs what blocks on the disk.
-        ``on_damage(fragment, cell)`` runs on the event loop, once for every cell newly found bad (-1: the head, so all of them).
+        ``on_damage(fragment, cell)`` runs on the event loop, once for every cell newly found bad (-1: the head, so all
+        of them).
         Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError, OSError.
         """
         loop = asyncio.get_running_loop()
@@ -244,9 +256,12 @@ class LocalFragmentStore:
         engine, report = await in_thread(start)
         return cls(engine, report, clock, loop)
 
-    # --- the port -------------------------------------------------------------------------------------------------------------
+    # --- the port
+    # -------------------------------------------------------------------------------------------------------------
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+    async def write(
+        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+    ) -> None:
         write = Write.of(header, payload, check=check)
         self._refuse_when_closed()
         await self._take_bytes(write.payload_bytes)
@@ -257,11 +272,15 @@ class LocalFragmentStore:
             self._give_bytes(write.payload_bytes)
 
     def refusal(self, write: Write) -> StoragedError | None:
-        """Why ``keep`` may not be told of it, if there is a reason; on the event loop. None: ``keep`` is told of it, or ``withdraw``."""
+        """Why ``keep`` may not be told of it, if there is a reason; on the event loop. None: ``keep`` is told of it, or
+        ``withdraw``.
+        """
         if self._closed:
             return DiskUnusable("the fragment store is closed", state="failed")
         if not write.matches_hash():
-            return FragmentDamaged(f"the payload of {write.key.hex()} is not what the hashes in its header say; not written")
+            return FragmentDamaged(
+                f"the payload of {write.key.hex()} is not what the hashes in its header say; not written"
+            )
         engine = self._engine
         if engine.failure or self._space_bytes < write.payload_bytes or self._loop.time() >= self._space_due_s:
             self._space_bytes = 0
@@ -269,7 +288,10 @@ class LocalFragmentStore:
             refusal = engine.refusal(write.payload_bytes + coming)
             if refusal is not None:
                 return refusal
-            self._space_bytes, self._space_due_s = engine.spare_bytes // SPACE_LOOK_PART, self._loop.time() + SPACE_LOOK_S
+            self._space_bytes, self._space_due_s = (
+                engine.spare_bytes // SPACE_LOOK_PART,
+                self._loop.time() + SPACE_LOOK_S,
+            )
         self._space_bytes -= write.payload_bytes
         self._coming_bytes += write.payload_bytes
         return None
@@ -279,7 +301,9 @@ class LocalFragmentStore:
         self._coming_bytes -= write.payload_bytes
 
     def keep(self, writes: Sequence[Write]) -> None:
-        """Takes on copies that are durable elsewhere until ``sync_apart`` returns, and that there was no reason to refuse: they are found now, and appended later. On the event loop."""
+        """Takes on copies that are durable elsewhere until ``sync_apart`` returns, and that there was no reason to
+        refuse: they are found now, and appended later. On the event loop.
+        """
         for write in writes:
             key = write.key
             self._later[key] = write
@@ -303,9 +327,11 @@ class LocalFragmentStore:
         self._queue.put([])
 
     def _append_here(self) -> bool:
-        """On the event loop, into the page cache of a disk that has just made a write durable; False: it is for the thread, which has the disk in hand, or must wait for it.
+        """On the event loop, into the page cache of a disk that has just made a write durable; False: it is for the
+        thread, which has the disk in hand, or must wait for it.
 
-        The thread would take as long, and the interpreter from the loop many times. Where a write to the page cache was slow, since the kernel has too much to write already,
+        The thread would take as long, and the interpreter from the loop many times. Where a write to the page cache was
+        slow, since the kernel has too much to write already,
         the thread does it for a while.
         """
         now = self._loop.time()
@@ -325,7 +351,9 @@ class LocalFragmentStore:
         return True
 
     async def _settle(self, ids: Sequence[FragmentId] | None = None) -> None:
-        """Whatever was kept before, of these ids or at all, is in the index when it returns, or could not be appended."""
+        """Whatever was kept before, of these ids or at all, is in the index when it returns, or
+        could not be appended.
+        """
         later = self._later
         if later and (ids is None or any(fragment.pack() in later for fragment in ids)):
             await self._submit(_Job(self._loop.create_future()))
@@ -352,7 +380,8 @@ class LocalFragmentStore:
         return CellRead(found.header, found.cells, found.whole)
 
     def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
-        """As ``read`` when the cells are in the page cache, whole and few (INLINE_READ_BYTES_MAX), else None; never waits for the disk.
+        """As ``read`` when the cells are in the page cache, whole and few (INLINE_READ_BYTES_MAX), else None; never
+        waits for the disk.
 
         Raises FragmentMissing, DiskUnusable.
         """
@@ -367,7 +396,9 @@ class LocalFragmentStore:
         return None if found is None else CellRead(found.header, found.cells, found.whole)
 
     def peek_copy(self, data_id: bytes) -> memoryview | None:
-        """The payload of a whole copy (k = 1) of a data id's only block, when it is in the page cache and whole; never waits for the disk. Raises DiskUnusable."""
+        """The payload of a whole copy (k = 1) of a data id's only block, when it is in the page cache and whole; never
+        waits for the disk. Raises DiskUnusable.
+        """
         self._refuse_when_closed()
         later = self._later_copies.get(data_id)
         if later is not None:
@@ -444,12 +475,15 @@ class LocalFragmentStore:
         self._queue.put(_Stop())
         await asyncio.to_thread(self._shut)
 
-    # --- beside the port ------------------------------------------------------------------------------------------------------
+    # --- beside the port
+    # ------------------------------------------------------------------------------------------------------
 
     async def restore(self, copies: Sequence[tuple[FragmentHeader, bytes]]) -> None:
-        """Appends and syncs those of these copies that the disk does not have whole, also where it is full up to its reserve: they were acknowledged.
+        """Appends and syncs those of these copies that the disk does not have whole, also where it is full up to its
+        reserve: they were acknowledged.
 
-        Raises DiskUnusable when there is no room at all; nothing on a disk that is read-only, whose fragments count as lost.
+        Raises DiskUnusable when there is no room at all; nothing on a disk that is read-only, whose fragments count as
+        lost.
         """
         await self._call(functools.partial(self._restore, copies))
 
@@ -468,7 +502,8 @@ class LocalFragmentStore:
                 raise refusal
 
     def sync_apart(self) -> None:
-        """Everything that was appended or kept before the call is durable when it returns, or the disk is read-only and what it holds counts as lost. In any thread but the
+        """Everything that was appended or kept before the call is durable when it returns, or the disk is read-only and
+        what it holds counts as lost. In any thread but the
         event loop's and the writer's. Raises Unfinished when what was kept can't be appended before a restart."""
         if self._unappended or self._unplaced:
             appended = _Appended()
@@ -505,7 +540,8 @@ class LocalFragmentStore:
             gaps=len(self.report.gaps),
         )
 
-    # --- on the event loop ----------------------------------------------------------------------------------------------------
+    # --- on the event loop
+    # ----------------------------------------------------------------------------------------------------
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
@@ -520,7 +556,9 @@ class LocalFragmentStore:
         return result
 
     async def _submit(self, job: _Job) -> Any:
-        """A caller that gives up gets its buffers back at once when the writer has not begun with them, else when it has finished."""
+        """A caller that gives up gets its buffers back at once when the writer has not begun with them, else when it
+        has finished.
+        """
         future = job.future
         self._arrive(job)
         try:
@@ -537,15 +575,18 @@ class LocalFragmentStore:
             self._loop.call_soon(self._hand_over)
 
     def _hand_over(self) -> None:
-        """Everything that this turn of the loop brought goes to the writer thread at once. Handed over one by one, the first would wake it, it would ask for
-        the interpreter and get it in the middle of the burst, and what belongs in one group would be synced in several."""
+        """Everything that this turn of the loop brought goes to the writer thread at once. Handed over one by one, the
+        first would wake it, it would ask for
+        the interpreter and get it in the middle of the burst, and what belongs in one group would be synced in
+        several."""
         if self._arriving:
             jobs, self._arriving = self._arriving, []
             self._queue.put(jobs)
 
     def _resolve(self, answers: list[tuple[_Job, Any]]) -> None:
         for job, answer in answers:
-            job.over = True  # a caller that was cancelled in this very turn of the loop has not said yet that it waits for that
+            # a caller that was cancelled in this very turn of the loop has not said yet that it waits for that
+            job.over = True
             if job.future.done():
                 if job.served is not None and not job.served.done():
                     job.served.set_result(None)
@@ -611,7 +652,8 @@ class LocalFragmentStore:
             page.append((key, header))
         return page
 
-    # --- in the writer thread -------------------------------------------------------------------------------------------------
+    # --- in the writer thread
+    # -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         stopping = False
@@ -660,7 +702,9 @@ class LocalFragmentStore:
         return jobs, waiting, False
 
     def _append_kept(self) -> list[Write]:
-        """Those of them that are done with. They are acknowledged: the space that is held back for deletions is for them, too."""
+        """Those of them that are done with. They are acknowledged: the space that is held back for deletions is for
+        them, too.
+        """
         engine, writes = self._engine, self._unplaced
         while self._unappended:
             writes.append(self._unappended[0])
@@ -683,7 +727,9 @@ class LocalFragmentStore:
         left = len(self._unplaced) + (len(self._unappended) if self._over else 0)
         if not left or self._engine.lost:
             return None
-        return Unfinished(f"{left} copies that were acknowledged are in no segment yet: {self._engine.failure or 'there is no room'}")
+        return Unfinished(
+            f"{left} copies that were acknowledged are in no segment yet: {self._engine.failure or 'there is no room'}"
+        )
 
     def _serve(self, jobs: list[_Job]) -> None:
         answers: list[tuple[_Job, Any]] = []
@@ -693,7 +739,9 @@ class LocalFragmentStore:
             self._writes += len(writes)
             results = self._engine.append([job.write for job in writes if job.write is not None])
             answers.extend(zip(writes, results, strict=True))
-            answers.extend((job, _answer(job.call) if job.call is not None else None) for job in jobs if job.write is None)
+            answers.extend(
+                (job, _answer(job.call) if job.call is not None else None) for job in jobs if job.write is None
+            )
             later = [(job, answer) for job, answer in answers if job.sync and not isinstance(answer, BaseException)]
             if len(later) < len(answers):
                 rest = {id(job) for job, _ in later}
@@ -705,9 +753,12 @@ class LocalFragmentStore:
                     later = [(job, refusal) for job, _ in later]
                 self._tell(self._resolve, later)
         except Exception as error:
-            # A mistake of ours or a damaged index: nobody may wait for ever, and nothing more may be written on top of it.
+            # A mistake of ours or a damaged index: nobody may wait for ever, and nothing more may be written on top of
+            # it.
             self._engine.fail(f"{type(error).__name__}: {error}", lasting=False)
-            self._tell(self._resolve, [(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in left])
+            self._tell(
+                self._resolve, [(job, DiskUnusable(f"the disk failed: {error}", state="failed")) for job in left]
+            )
 
     def _tell(self, whom: Callable[[Any], None], what: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -751,7 +802,9 @@ class LocalFragmentStore:
             checkpoint = engine.freeze()
             self._checkpoint = self._checkpoints.submit(engine.commit, checkpoint)
             self._checkpoint.add_done_callback(lambda done: self._queue.put(_Committed(checkpoint, done.exception())))
-        elif self._checkpoint is not None and len(self._index.overlay) > OVERLAYS_MAX * engine.limits.overlay_entries_max:
+        elif (
+            self._checkpoint is not None and len(self._index.overlay) > OVERLAYS_MAX * engine.limits.overlay_entries_max
+        ):
             self._checkpoint.exception()
 
     def _committed(self, done: _Committed) -> None:

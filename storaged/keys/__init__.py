@@ -1,7 +1,9 @@
 """Keys: made, held and used by gateways only. No storage role imports this package.
 
-``keyfile`` reads and writes keyring files and backups, ``keyring`` serves keys from one, ``bucketkey`` has the records and the cryptography of bucket keys,
-``homes`` compares the two places where they are kept (pure), ``upkeep`` keeps those alike, ``copies`` is the second place; ``ports`` names what is needed.
+``keyfile`` reads and writes keyring files and backups, ``keyring`` serves keys from one, ``bucketkey`` has the records
+and the cryptography of bucket keys,
+``homes`` compares the two places where they are kept (pure), ``upkeep`` keeps those alike, ``copies`` is the second
+place; ``ports`` names what is needed.
 """
 
 from __future__ import annotations

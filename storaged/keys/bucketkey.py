@@ -185,7 +185,8 @@ class FieldBox:
         decrypt, label = self._cipher.decrypt, self._label
         try:
             return [
-                decrypt(field[:NONCE_BYTES], field[NONCE_BYTES:], label + context) for field, context in zip(sealed, contexts, strict=True)
+                decrypt(field[:NONCE_BYTES], field[NONCE_BYTES:], label + context)
+                for field, context in zip(sealed, contexts, strict=True)
             ]
         except (InvalidTag, ValueError):
             raise SealBroken("does not open under this key and its context") from None

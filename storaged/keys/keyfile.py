@@ -1,10 +1,14 @@
-"""The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMATS.md (Keys) gives every field.
+"""The keyring file: the keys above all bucket keys, sealed under a passphrase or a credential. FORMATS.md (Keys) gives
+every field.
 
-A file is JSON, so that an operator sees what it is: keyring id, how it is protected, the sealed body (SOV1), and which epoch the last backup covers. Everything but the
-last is bound into the seal. A backup is the same kind of file under its own passphrase, of version 2: it has every bucket key that had been made (wrapped) in a
+A file is JSON, so that an operator sees what it is: keyring id, how it is protected, the sealed body (SOV1), and which
+epoch the last backup covers. Everything but the
+last is bound into the seal. A backup is the same kind of file under its own passphrase, of version 2: it has every
+bucket key that had been made (wrapped) in a
 second sealed part. Backups of version 1 have none, and are read as before.
 
-Keys are made by ``create_keyring`` only. Opening, restoring and backing up never make one, and no file is ever overwritten: a cluster whose keyring is missing must
+Keys are made by ``create_keyring`` only. Opening, restoring and backing up never make one, and no file is ever
+overwritten: a cluster whose keyring is missing must
 say so, for with a new keyring all its data would be lost behind the old one.
 """
 
@@ -46,7 +50,9 @@ KDF_SALT_BYTES = 16
 
 
 class Argon2Cost(NamedTuple):
-    """Work of one guess at the passphrase. The default takes half a second and 256 MiB, four times RFC 9106's second recommendation."""
+    """Work of one guess at the passphrase. The default takes half a second and 256 MiB, four times RFC 9106's second
+    recommendation.
+    """
 
     memory_kib: int = 256 * 1024
     passes: int = 3
@@ -55,12 +61,16 @@ class Argon2Cost(NamedTuple):
 
 ARGON2_COST = Argon2Cost()
 ARGON2_COST_MAX = Argon2Cost(1024 * 1024, 16, 16)
-"""What a file may ask for, four times the memory of what is written: a forged one must not take all memory, nor minutes."""
+"""What a file may ask for, four times the memory of what is written: a forged one must not take all memory, nor
+minutes.
+"""
 
 
 @dataclass(frozen=True, repr=False)
 class Passphrase:
-    """Protects by something that people remember; normalised to NFC, so that it opens on every keyboard. ``cost`` counts when a file is made."""
+    """Protects by something that people remember; normalised to NFC, so that it opens on every keyboard. ``cost``
+    counts when a file is made.
+    """
 
     text: str
     cost: Argon2Cost = ARGON2_COST
@@ -71,7 +81,9 @@ class Passphrase:
 
 @dataclass(frozen=True, repr=False)
 class Credential:
-    """Protects by 32 random bytes that something else keeps: systemd's encrypted credentials, or a file of mode 0600 in a trial cluster."""
+    """Protects by 32 random bytes that something else keeps: systemd's encrypted credentials, or a file of mode 0600 in
+    a trial cluster.
+    """
 
     secret: bytes
 
@@ -86,7 +98,9 @@ class Credential:
         except OSError as error:
             raise KeyringMismatch(f"The keyring's credential {path} cannot be read: {error.strerror}.") from None
         if len(secret) != CREDENTIAL_BYTES:
-            raise KeyringMismatch(f"The keyring's credential {path} has {len(secret)} bytes instead of {CREDENTIAL_BYTES}.")
+            raise KeyringMismatch(
+                f"The keyring's credential {path} has {len(secret)} bytes instead of {CREDENTIAL_BYTES}."
+            )
         return cls(secret)
 
     @classmethod
@@ -101,7 +115,9 @@ Protection = Passphrase | Credential
 
 
 class EpochKey(Message, frozen=True):
-    """Bucket keys are wrapped under the newest. Older ones stay until no bucket key needs them; destroying one shreds what it wrapped."""
+    """Bucket keys are wrapped under the newest. Older ones stay until no bucket key needs them; destroying one shreds
+    what it wrapped.
+    """
 
     epoch: int
     key: bytes
@@ -112,7 +128,9 @@ class EpochKey(Message, frozen=True):
 
 
 class _Body(Message, frozen=True):
-    """The sealed body: epoch keys in ascending order, the key that authenticates records, the key that seals S3 secrets."""
+    """The sealed body: epoch keys in ascending order, the key that authenticates records, the key that seals S3
+    secrets.
+    """
 
     epochs: tuple[EpochKey, ...]
     record_key: bytes
@@ -135,7 +153,9 @@ class KeyMaterial:
         self.backed_up_epoch = backed_up_epoch
         """The newest epoch that a backup covers, 0: none was made."""
         self.backed_up_ms = backed_up_ms
-        """When the last backup was made (ms since 1970), 0: none was, or by a version that did not note it. Bucket keys made later are in no backup."""
+        """When the last backup was made (ms since 1970), 0: none was, or by a version that did not note it. Bucket keys
+        made later are in no backup.
+        """
         self._body = body
 
     def __repr__(self) -> str:
@@ -146,8 +166,12 @@ class KeyMaterial:
         return self.backed_up_epoch >= self.newest.epoch
 
 
-def create_keyring(path: Path, protection: Protection, *, clock: Clock | None = None, entropy: Entropy = system_entropy) -> KeyMaterial:
-    """Makes new keys, epoch 1, in a new file of mode 0600: only for a cluster that is being created. Raises FileExists."""
+def create_keyring(
+    path: Path, protection: Protection, *, clock: Clock | None = None, entropy: Entropy = system_entropy
+) -> KeyMaterial:
+    """Makes new keys, epoch 1, in a new file of mode 0600: only for a cluster that is being
+    created. Raises FileExists.
+    """
     now_ms = (clock or SystemClock()).wall_ms()
     body = _Body((EpochKey(1, entropy(KEY_BYTES), now_ms),), entropy(KEY_BYTES), entropy(KEY_BYTES))
     keyring_id = entropy(KEYRING_ID_BYTES)
@@ -158,13 +182,16 @@ def create_keyring(path: Path, protection: Protection, *, clock: Clock | None = 
 def open_keyring(path: Path, protection: Protection, *, expected_id: bytes | None = None) -> KeyMaterial:
     """Takes half a second with a passphrase: call it in a thread.
 
-    Raises KeyringMismatch when the file is missing or not the one of ``expected_id``, WrongPassphrase (wrong credential too), KeyringDamaged.
+    Raises KeyringMismatch when the file is missing or not the one of ``expected_id``, WrongPassphrase (wrong credential
+    too), KeyringDamaged.
     """
     return _open(path, protection, expected_id).material
 
 
 class Backup(NamedTuple):
-    """An opened backup. ``bucket_keys``: those that had been made; none in a backup of version 1, which ``has_bucket_keys`` tells apart."""
+    """An opened backup. ``bucket_keys``: those that had been made; none in a backup of version 1, which
+    ``has_bucket_keys`` tells apart.
+    """
 
     material: KeyMaterial
     bucket_keys: tuple[KeyCopy, ...]
@@ -180,7 +207,9 @@ def _open(path: Path, protection: Protection, expected_id: bytes | None) -> Back
     fields = _parse(path)
     keyring_id = _keyring_id(fields, path)
     if expected_id is not None and keyring_id != expected_id:
-        raise KeyringMismatch(f"The keyring {path} is {keyring_id.hex()}; this cluster was created with {expected_id.hex()}.")
+        raise KeyringMismatch(
+            f"The keyring {path} is {keyring_id.hex()}; this cluster was created with {expected_id.hex()}."
+        )
     protected = fields["protection"]
     key = _unlock(protected, protection, path)
     try:
@@ -193,7 +222,9 @@ def _open(path: Path, protection: Protection, expected_id: bytes | None) -> Back
     except SealBroken as broken:
         if broken.index is None:
             what = "passphrase" if isinstance(protection, Passphrase) else "credential"
-            raise WrongPassphrase(f"The {what} does not open the keyring {path} (or the file's head was altered).") from None
+            raise WrongPassphrase(
+                f"The {what} does not open the keyring {path} (or the file's head was altered)."
+            ) from None
         raise KeyringDamaged(
             f"The keyring {path} is damaged: its keys do not open although the passphrase or credential is right."
         ) from None
@@ -226,10 +257,12 @@ def backup(
     cost: Argon2Cost | None = None,
     entropy: Entropy = system_entropy,
 ) -> None:
-    """Writes a backup of mode 0600 that the passphrase opens, reads it back, and then notes in the keyring file which epoch it covers, and ``now_ms``: when
+    """Writes a backup of mode 0600 that the passphrase opens, reads it back, and then notes in the keyring file which
+    epoch it covers, and ``now_ms``: when
     ``bucket_keys``, all that had been made, were gathered (ms since 1970).
 
-    Its epoch keys open the keys of buckets created later too, where the ring still has them. Raises FileExists. Takes about a second: call it in a thread.
+    Its epoch keys open the keys of buckets created later too, where the ring still has them. Raises FileExists. Takes
+    about a second: call it in a thread.
     """
     protection = Passphrase(passphrase, cost or ARGON2_COST)
     notes = _Notes(material.newest.epoch, now_ms)
@@ -257,9 +290,11 @@ def restore(
     expected_id: bytes | None = None,
     entropy: Entropy = system_entropy,
 ) -> KeyMaterial:
-    """Makes the keyring file ``target`` from the backup at ``path``, under ``protection`` (default: the backup's passphrase, at the backup's cost).
+    """Makes the keyring file ``target`` from the backup at ``path``, under ``protection`` (default: the backup's
+    passphrase, at the backup's cost).
 
-    The bucket keys of a backup are not in it: see ``copies.lay_restored``. ``expected_id``: the cluster's keyring, when it is known. Raises FileExists when ``target`` is there, WrongPassphrase, KeyringMismatch, KeyringDamaged.
+    The bucket keys of a backup are not in it: see ``copies.lay_restored``. ``expected_id``: the cluster's keyring, when
+    it is known. Raises FileExists when ``target`` is there, WrongPassphrase, KeyringMismatch, KeyringDamaged.
     """
     if target.exists():
         raise FileExists(f"{target} exists already; it was left as it is.")
@@ -306,12 +341,16 @@ def _render(
         "sealed": _text(seal_message(key, LABEL, context, encode(body), entropy(SALT_BYTES))),
     }
     if bucket_keys is not None:
-        fields["bucket_keys"] = _text(seal_message(key, BUCKETS_LABEL, context, encode(bucket_keys), entropy(SALT_BYTES)))
+        fields["bucket_keys"] = _text(
+            seal_message(key, BUCKETS_LABEL, context, encode(bucket_keys), entropy(SALT_BYTES))
+        )
     return _dump(fields | notes._asdict())
 
 
 def _context(version: int, keyring_id: bytes, protected: Mapping[str, Any]) -> bytes:
-    """What the seal binds besides the key: format version, id, and the protection's fields in the order of their names, ``name=value``."""
+    """What the seal binds besides the key: format version, id, and the protection's fields in the order of their names,
+    ``name=value``.
+    """
     named = (f"{name}={protected[name]}".encode() for name in sorted(protected))
     return pack_context(b"", [str(version).encode(), keyring_id, *named])
 
@@ -330,7 +369,9 @@ def _unlock(protected: Mapping[str, Any], protection: Protection, path: Path) ->
         raise WrongPassphrase(f"The keyring {path} is protected by a credential, not by a passphrase.")
     cost = _cost(protected, path)
     text = unicodedata.normalize("NFC", protection.text).encode()
-    return Argon2id(salt=salt, length=KEY_BYTES, iterations=cost.passes, lanes=cost.lanes, memory_cost=cost.memory_kib).derive(text)
+    return Argon2id(
+        salt=salt, length=KEY_BYTES, iterations=cost.passes, lanes=cost.lanes, memory_cost=cost.memory_kib
+    ).derive(text)
 
 
 def _cost(protected: Mapping[str, Any], path: Path) -> Argon2Cost:
@@ -338,7 +379,9 @@ def _cost(protected: Mapping[str, Any], path: Path) -> Argon2Cost:
         kdf, cost = protected["kdf"], Argon2Cost(*(int(protected[name]) for name in Argon2Cost._fields))
     except (KeyError, TypeError, ValueError) as error:
         raise KeyringDamaged(f"The keyring {path} is malformed: its protection cannot be read ({error}).") from None
-    bad = [name for name, value, limit in zip(cost._fields, cost, ARGON2_COST_MAX, strict=True) if not 1 <= value <= limit]
+    bad = [
+        name for name, value, limit in zip(cost._fields, cost, ARGON2_COST_MAX, strict=True) if not 1 <= value <= limit
+    ]
     if kdf != "argon2id" or bad or cost.memory_kib < 8 * cost.lanes:
         raise KeyringDamaged(f"The keyring {path} asks for a derivation that is refused: {kdf}, {cost._asdict()}.")
     return cost
@@ -360,7 +403,10 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise KeyringDamaged(f"{path} is not a keyring.")
     if fields.get("version") not in (VERSION, BACKUP_VERSION):
-        raise KeyringDamaged(f"The keyring {path} has version {fields.get('version')}; this program knows {VERSION} and {BACKUP_VERSION}.")
+        raise KeyringDamaged(
+            f"The keyring {path} has version {fields.get('version')}; this program knows {VERSION} and"
+            f" {BACKUP_VERSION}."
+        )
     parts = ("sealed", "bucket_keys") if fields["version"] == BACKUP_VERSION else ("sealed",)
     if not isinstance(fields.get("protection"), dict) or not all(isinstance(fields.get(part), str) for part in parts):
         raise KeyringDamaged(f"The keyring {path} is malformed: fields are missing.")
@@ -403,7 +449,9 @@ def _bytes(text: str) -> bytes:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """A new file of mode 0600, durable when this returns. Raises FileExists, or OperatorError when it can't be written; what is not whole is removed again."""
+    """A new file of mode 0600, durable when this returns. Raises FileExists, or OperatorError when it can't be written;
+    what is not whole is removed again.
+    """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:

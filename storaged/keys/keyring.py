@@ -138,7 +138,9 @@ class Keyring:
         """A layout came into force, or a certificate was exchanged. Kept keys that the new ones refuse are
         forgotten."""
         self._policy, self._holder, self._valid_until_s = policy, holder, -math.inf
-        for bucket_id in [other for other, held in self._cache.items() if held.permitted is None or self.refusal(held.permitted)]:
+        for bucket_id in [
+            other for other, held in self._cache.items() if held.permitted is None or self.refusal(held.permitted)
+        ]:
             del self._cache[bucket_id]
 
     def refusal(self, countries: tuple[str, ...] = ()) -> ReleaseRefusal | None:
@@ -167,10 +169,14 @@ class Keyring:
             cached.permitted = countries
         key = cached.versions.get(version or cached.newest)
         if key is None:
-            raise KeyringUnavailable(f"Bucket {bucket_id.hex()} has no key of version {version}; its newest is {cached.newest}.")
+            raise KeyringUnavailable(
+                f"Bucket {bucket_id.hex()} has no key of version {version}; its newest is {cached.newest}."
+            )
         return key
 
-    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey | None:
+    def bucket_key_at_hand(
+        self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0
+    ) -> UnwrappedBucketKey | None:
         cached = self._lookup(bucket_id, countries)
         return None if cached is None else cached.versions.get(version or cached.newest)
 
@@ -242,7 +248,13 @@ class Keyring:
     def statistics(self) -> KeyringStatistics:
         newest, backed_up, backed_up_ms = self._last if self._open is None else self._noted(self._open)
         return KeyringStatistics(
-            self._keyring_id.hex(), newest, backed_up, len(self._cache), self._released, self._open is None, backed_up_ms
+            self._keyring_id.hex(),
+            newest,
+            backed_up,
+            len(self._cache),
+            self._released,
+            self._open is None,
+            backed_up_ms,
         )
 
     def _secret_box(self) -> FieldBox:
@@ -252,7 +264,9 @@ class Keyring:
 
     def _require(self, countries: tuple[str, ...]) -> None:
         if (refusal := self.refusal(countries)) is not None:
-            raise KeyReleaseRefused(f"The policy does not allow this gateway to have this key. Rule {refusal}.", Rule=refusal.rule)
+            raise KeyReleaseRefused(
+                f"The policy does not allow this gateway to have this key. Rule {refusal}.", Rule=refusal.rule
+            )
 
     async def _permit(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
         """Raises KeyReleaseRefused; a key that was kept is forgotten then, and the refusal is audited, once a minute
@@ -273,7 +287,11 @@ class Keyring:
             await self._audit(
                 "key.refused",
                 facts_of(
-                    self._keyring_id, bucket_id, outcome=f"refused {KeyReleaseRefused.code}", rule=refusal.rule, reason=refusal.reason
+                    self._keyring_id,
+                    bucket_id,
+                    outcome=f"refused {KeyReleaseRefused.code}",
+                    rule=refusal.rule,
+                    reason=refusal.reason,
                 ),
             )
         self._require(countries)
@@ -286,7 +304,11 @@ class Keyring:
         if now >= self._valid_until_s and not self._is_valid(now):
             return None
         cached = self._cache.get(bucket_id)
-        if cached is None or now >= cached.expires or (cached.permitted is not countries and cached.permitted != countries):
+        if (
+            cached is None
+            or now >= cached.expires
+            or (cached.permitted is not countries and cached.permitted != countries)
+        ):
             return None
         self._cache.move_to_end(bucket_id)
         return cached
@@ -328,14 +350,17 @@ class Keyring:
         if not found.keys:
             refused = KeyringUnavailable(found.refusal)
             await self._audit(
-                "key.refused", facts_of(self._keyring_id, bucket_id, outcome=f"refused {refused.code}", reason=refused.message)
+                "key.refused",
+                facts_of(self._keyring_id, bucket_id, outcome=f"refused {refused.code}", reason=refused.message),
             )
             if found.destroyed:
                 await self._copies.forget([bucket_id])
             raise refused
         versions = {version: UnwrappedBucketKey(version, key, self._entropy) for version, key in found.keys.items()}
         newest = max(versions)
-        await self._audit("key.release", facts_of(self._keyring_id, bucket_id, outcome="done", versions=",".join(map(str, versions))))
+        await self._audit(
+            "key.release", facts_of(self._keyring_id, bucket_id, outcome="done", versions=",".join(map(str, versions)))
+        )
         self.material  # noqa: B018 - it may have been closed meanwhile: then nothing is kept
         self._released += 1
         self.forget_expired()

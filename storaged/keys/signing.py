@@ -1,4 +1,6 @@
-"""The cluster's signing key for what nodes without keys verify: it follows from the keyring, so all gateways of a cluster have the same."""
+"""The cluster's signing key for what nodes without keys verify: it follows from the keyring, so all gateways of a
+cluster have the same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What all background work of a storage node stands on. ``node`` fills it; no key is in it, nor anything that could open a sealed byte."""
+"""What all background work of a storage node stands on. ``node`` fills it; no key is in it, nor anything that could
+open a sealed byte.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class MaintainLimits:
     findings_max: int = 100_000
     hints_max: int = 100_000
     left_max: int = 100_000
-    """Recoded runs whose old fragments are remembered until they may be deleted; others are left to the sweep of orphans."""
+    """Recoded runs whose old fragments are remembered until they may be deleted; others are left to the sweep of
+    orphans.
+    """
     call_timeout_s: float = 20.0
 
 
@@ -57,12 +61,15 @@ class SignerKeys(Protocol):
     """The keys that sign the public parts of records. ``cluster.signers.Signers`` is one."""
 
     async def key(self, signer: bytes) -> Ed25519PublicKey:
-        """By its id. Raises CertificateRefused for one that no gateway of this cluster certified, ServiceUnavailable when that can't be known now."""
+        """By its id. Raises CertificateRefused for one that no gateway of this cluster certified, ServiceUnavailable
+        when that can't be known now.
+        """
 
 
 @dataclass
 class MaintainContext:
-    """``signers``: whose signatures on records are believed. ``local_meta`` and ``local_fragments``: this node's disks by id. ``end_promises``: makes one of them refuse every ballot drawn before the call; when it returns,
+    """``signers``: whose signatures on records are believed. ``local_meta`` and ``local_fragments``: this node's disks
+    by id. ``end_promises``: makes one of them refuse every ballot drawn before the call; when it returns,
     what was accepted before is in its ``local_meta``. Raises DiskUnusable."""
 
     node: str
@@ -83,7 +90,8 @@ class MaintainContext:
     """(node, what is wrong with its audit log), as this node knows: told with its status."""
 
     def leader_of(self, partition: int) -> str:
-        """The disk whose node looks after a partition: the first of its replicas that can be read now, empty when none can. Two nodes that disagree on
+        """The disk whose node looks after a partition: the first of its replicas that can be read now, empty when none
+        can. Two nodes that disagree on
         who is alive do the same work twice, which is harmless."""
         replicas = self.layouts.current.replicas_of(partition)
         return next((disk for disk in replicas if self.liveness.disk_readable(disk)), "")

@@ -1,7 +1,10 @@
-"""The bucket directory as a node without keys sees it: every bucket's record, and whether its public part is a gateway's.
+"""The bucket directory as a node without keys sees it: every bucket's record, and whether its public part is a
+gateway's.
 
-A record that does not decode, or can't be, is *unreadable*: whose bucket it is isn't known. One that decodes but whose signature does not verify is
-*doubted*: its registers are still brought together, but its countries are not believed, so nothing of it is judged, rebuilt, moved or deleted.
+A record that does not decode, or can't be, is *unreadable*: whose bucket it is isn't known. One that decodes but whose
+signature does not verify is
+*doubted*: its registers are still brought together, but its countries are not believed, so nothing of it is judged,
+rebuilt, moved or deleted.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ import msgspec
 from storaged.cluster.signers import is_signed
 from storaged.errors import CertificateRefused
 from storaged.ids import BUCKET_ID_BYTES
-from storaged.meta.listing import every_row
+from storaged.meta.listing.merge import every_row
 from storaged.meta.names import SYSTEM_SCOPE, Table, Value, system_name
-from storaged.objects.public import public_bytes
 from storaged.objects.records import BucketRecord
+from storaged.objects.system.public import public_bytes
 from storaged.wire import decode
 
 if TYPE_CHECKING:
@@ -34,7 +37,9 @@ VERIFIED_A_TURN = 20
 """Signatures verified before others get the event loop: about 3 ms."""
 
 UNKNOWN_SIGNERS_MAX = 8
-"""Signers without a good statement that are looked up in one refresh: a forger may name as many as there are records."""
+"""Signers without a good statement that are looked up in one refresh: a forger may name as many as
+there are records.
+"""
 
 
 class BucketDoubted(KeyError):
@@ -94,8 +99,12 @@ class Buckets:
                 await asyncio.sleep(0)
         self.by_id, self._trusted, self.unreadable, self.refused = {**doubted, **found}, trusted, unreadable, refused
 
-    async def _doubt(self, context: MaintainContext, key: bytes, record: BucketRecord, value: Value, unknown: dict[bytes, str]) -> str:
-        """Why the public part of a record is not believed; empty when it is. ``unknown``: signers that were found to be none in this refresh."""
+    async def _doubt(
+        self, context: MaintainContext, key: bytes, record: BucketRecord, value: Value, unknown: dict[bytes, str]
+    ) -> str:
+        """Why the public part of a record is not believed; empty when it is. ``unknown``: signers that were found to be
+        none in this refresh.
+        """
         if not record.signature:
             return "is not signed: a gateway signs it when it looks at it next"
         if value.sequence < self._newest.get(key, 0):
@@ -121,7 +130,9 @@ class Buckets:
         return scope in self._trusted
 
     def countries_of(self, scope: bytes) -> tuple[str, ...]:
-        """What placement goes by. Raises KeyError for a bucket that is not there (any more, or not yet), BucketDoubted for one whose record is not believed."""
+        """What placement goes by. Raises KeyError for a bucket that is not there (any more, or not yet), BucketDoubted
+        for one whose record is not believed.
+        """
         record = self.by_id[scope]
         if scope not in self._trusted:
             raise BucketDoubted(f"the record of bucket {record.name!r} is not known to be a gateway's")

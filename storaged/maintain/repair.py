@@ -1,8 +1,11 @@
 """Repair: walks what this node looks after, counts what is below target, and mends it, the most endangered first.
 
-A full walk happens at the start, whenever a disk comes or goes, and every so often. Between walks, hints name single registers: a read
-that found damage, a write that had to leave disks out, a scrub. What can't be mended with the disks that answer waits for them; when disks have been away for
-long, blocks without a spare are recoded for those that are there, and blocks that other disks can hold as they should be are moved to them.
+A full walk happens at the start, whenever a disk comes or goes, and every so often. Between walks, hints name single
+registers: a read
+that found damage, a write that had to leave disks out, a scrub. What can't be mended with the disks that answer waits
+for them; when disks have been away for
+long, blocks without a spare are recoded for those that are there, and blocks that other disks can hold as they should
+be are moved to them.
 """
 
 from __future__ import annotations
@@ -15,21 +18,23 @@ from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext, wait_for
-from storaged.maintain.findings import PREFIX_BYTES, Findings
-from storaged.maintain.leavings import Leavings
-from storaged.maintain.mend import CannotMend, Mender, Move
-from storaged.maintain.runner import Job
-from storaged.maintain.survey import BlockHealth, BlockPlace, Finding
-from storaged.maintain.swap import commit_moves
+from storaged.maintain.health import BlockHealth, BlockPlace, Finding
+from storaged.maintain.job import Job
+from storaged.maintain.leftovers import Leavings
+from storaged.maintain.rebuild import CannotMend, Mender, Move
+from storaged.maintain.relocate import commit_moves
+from storaged.maintain.repair_queue import PREFIX_BYTES, Findings
 from storaged.maintain.walk import Range, Walker, entries_of, upload_rows
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import RowDamaged
-from storaged.objects.place import Placement
+from storaged.objects.code.place import Placement
 from storaged.wire import Message
 
 BLOCKS_A_SLICE = 64
-"""Blocks of one run that are looked at, and recoded, together: what is in memory of a large object, and what is done anew after an interruption."""
+"""Blocks of one run that are looked at, and recoded, together: what is in memory of a large object, and what is done
+anew after an interruption.
+"""
 
 BLOCKS_A_SWAP = 512
 """Blocks recoded before the record is changed: a change of a record with many parts writes its manifest anew."""
@@ -39,7 +44,8 @@ NO_RECODING_S = -1.0
 
 
 class Waits(Message, frozen=True):
-    """Why repair mends nothing more now. ``disks_away``: take no new fragments. ``recode_in_s``: seconds until blocks are
+    """Why repair mends nothing more now. ``disks_away``: take no new fragments. ``recode_in_s``: seconds until blocks
+    are
     recoded for the other disks, NO_RECODING_S when that would not help. ``recode_delay_s``: the setting behind it."""
 
     disks_away: tuple[str, ...] = ()
@@ -54,7 +60,9 @@ REFUSALS = (CannotMend, StoragedError, RowDamaged, TimeoutError)
 
 
 class Repair:
-    """Owns the findings of this node. ``run`` is its task; ``hint``, ``suspect`` and ``wake`` may be called at any time."""
+    """Owns the findings of this node. ``run`` is its task; ``hint``, ``suspect`` and ``wake`` may be called at any
+    time.
+    """
 
     def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
         self._context = context
@@ -68,7 +76,9 @@ class Repair:
         self._suspects: dict[tuple[bytes, FragmentId], None] = {}
         self._wake = asyncio.Event()
         self._wanted, self._walked = 1, 0
-        """Numbers of the walk that is wanted and of the last one that was whole: it began after it was wanted, and everybody answered."""
+        """Numbers of the walk that is wanted and of the last one that was whole: it began after it was wanted, and
+        everybody answered.
+        """
         self._walk_at = self._mend_at = -1e18
         self._walk_pause_s = 0.0
         self._believe_at, self._believe_pause_s = -1e18, 0.0
@@ -85,7 +95,9 @@ class Repair:
 
     @property
     def busy(self) -> bool:
-        """Something is being done, or waits to be done, that changes the findings. What repair has failed at several times does not count."""
+        """Something is being done, or waits to be done, that changes the findings. What repair has failed at several
+        times does not count.
+        """
         running = "running" in (self.walk_job.state, self.job.state)
         return running or not self.counted or bool(self._hints or self._suspects) or self.findings.hopeful()
 
@@ -98,7 +110,9 @@ class Repair:
             self.wake()
 
     def suspect(self, owner: bytes, fragment: FragmentId) -> None:
-        """A fragment of this register's data was not what was sealed, although its checksums hold: the block's fragments are compared with each other."""
+        """A fragment of this register's data was not what was sealed, although its checksums hold: the block's
+        fragments are compared with each other.
+        """
         if len(self._suspects) < self._context.limits.hints_max:
             self._suspects[owner, fragment] = None
             self._wake.set()
@@ -116,7 +130,9 @@ class Repair:
         while True:
             await self.round()
             limits = self._context.limits
-            eager = not self.counted or self._hints or self._suspects or self._mend_at <= self._context.clock.monotonic()
+            eager = (
+                not self.counted or self._hints or self._suspects or self._mend_at <= self._context.clock.monotonic()
+            )
             await wait_for(self._wake, limits.poll_s if eager else limits.retry_s)
 
     async def round(self) -> None:
@@ -124,7 +140,9 @@ class Repair:
         self._note_away()
         try:
             now = self._context.clock.monotonic()
-            if now >= self._walk_at and (not self.counted or now - self.walk_job.started >= self._context.limits.walk_interval_s):
+            if now >= self._walk_at and (
+                not self.counted or now - self.walk_job.started >= self._context.limits.walk_interval_s
+            ):
                 await self._walk()
             await self._believe_again()
             await self._look_at_suspects()
@@ -135,7 +153,9 @@ class Repair:
             self._context.log(f"repair: {type(error).__name__}: {error}; trying again")
 
     async def _believe_again(self) -> None:
-        """Buckets whose records were not believed may be by now: a gateway has signed them. Then everything is looked at anew."""
+        """Buckets whose records were not believed may be by now: a gateway has signed them. Then everything is looked
+        at anew.
+        """
         now, buckets = self._context.clock.monotonic(), self.walker.buckets
         if not buckets.refused:
             self._believe_pause_s = 0.0
@@ -150,7 +170,8 @@ class Repair:
             self.wake()
 
     async def _walk(self) -> None:
-        """Judges everything this node looks after. A range that can't be brought to one state, or asked about, makes the walk less than whole: it is begun
+        """Judges everything this node looks after. A range that can't be brought to one state, or asked about, makes
+        the walk less than whole: it is begun
         again after a pause that doubles. Hints are subsumed."""
         wanted, unanswered, settled = self._wanted, self.walker.unanswered, self.walker.settled
         self._hints.clear()
@@ -174,7 +195,8 @@ class Repair:
                     try:
                         self.findings.replace(where.prefix, await self._judged_range(where))
                     except (StoragedError, RowDamaged, TimeoutError) as error:
-                        # A page of the local store, or what leads to its rows: the other ranges are looked at all the same.
+                        # A page of the local store, or what leads to its rows: the other ranges are looked at all the
+                        # same.
                         failures.append(str(error))
                 self.walk_job.advance()
             self.findings.keep_only(where.prefix for where in ranges if self.walker.buckets.is_trusted(where.scope))
@@ -186,11 +208,16 @@ class Repair:
             self._walked, self._walk_pause_s, self._walk_at = wanted, 0.0, -1e18
             self.walk_job.finish("done", f"{self.walker.settled - settled} registers settled")
             return
-        self._walk_pause_s = min(max(2 * self._walk_pause_s, 2 * self._context.limits.poll_s), self._context.limits.walk_retry_max_s)
+        self._walk_pause_s = min(
+            max(2 * self._walk_pause_s, 2 * self._context.limits.poll_s), self._context.limits.walk_retry_max_s
+        )
         if wanted == self._wanted:
             self._walk_again_in(self._walk_pause_s)
         self.walk_job.finish("failed", failures[0])
-        self._context.log(f"check of all objects: {len(failures)} failures, the first: {failures[0]}; again in {self._walk_pause_s:.0f} s")
+        self._context.log(
+            f"check of all objects: {len(failures)} failures, the first: {failures[0]}; again in"
+            f" {self._walk_pause_s:.0f} s"
+        )
 
     def _walk_again_in(self, pause_s: float) -> None:
         """The findings are not known to be the whole truth, but there is no use in hurrying."""
@@ -227,7 +254,9 @@ class Repair:
                 group.create_task(worker())
 
     async def _look_at(self, name: RegisterName) -> None:
-        """Brings the register's replicas together, and judges what it refers to; when that is well, the parts of open uploads for its key."""
+        """Brings the register's replicas together, and judges what it refers to; when that is well, the parts of open
+        uploads for its key.
+        """
         if name.table == Table.SYSTEM:
             return  # gateways look after those
         states = {replica.state for replica in await self._context.registers.agreement(name)}
@@ -240,7 +269,9 @@ class Repair:
                 await self._judge(row, value)
 
     async def _judge(self, name: RegisterName, value: Value | None) -> None:
-        counted = value is not None and self.walker.buckets.is_trusted(name.scope) and await self.walker.is_counted(name)
+        counted = (
+            value is not None and self.walker.buckets.is_trusted(name.scope) and await self.walker.is_counted(name)
+        )
         found = await self.walker.judge_rows([(name, value)]) if value is not None and counted else []
         self.findings.file(name.pack(), found[0] if found else None)
         if found:
@@ -266,13 +297,16 @@ class Repair:
                     for health in await self.walker.health(places):
                         wrong = await self.mender.verify_block(health)
                         self._context.log(
-                            f"block {fragment.block} of {row.key[:80]!r}: {wrong} fragments were not what the others say, rebuilt"
+                            f"block {fragment.block} of {row.key[:80]!r}: {wrong} fragments were not what the others"
+                            " say, rebuilt"
                         )
 
     # --- mending ----------------------------------------------------------------------------------------------------
 
     async def _mend_most_urgent(self) -> None:
-        """Mends some of what can be mended, the fewest spare fragments first. When nothing is left to try, rests for a while."""
+        """Mends some of what can be mended, the fewest spare fragments first. When nothing is left to try, rests for a
+        while.
+        """
         now, limits = self._context.clock.monotonic(), self._context.limits
         if now < self._mend_at:
             return
@@ -316,7 +350,9 @@ class Repair:
                     self.findings.file(name, None)
 
     async def _mend(self, name: RegisterName) -> None:
-        """Rebuilds, recodes or moves what can be, then judges anew. Everything is tried; then the first failure is raised."""
+        """Rebuilds, recodes or moves what can be, then judges anew. Everything is tried; then the first failure is
+        raised.
+        """
         try:
             self.walker.buckets.countries_of(name.scope)
         except KeyError:  # the bucket is gone, or its record is not believed: nothing is touched
@@ -369,8 +405,10 @@ class Repair:
         return None
 
     def _better_placement(self, name: RegisterName, blocks: list[BlockHealth]) -> Placement | None:
-        """Where blocks should go instead of where they are: to their target when it can be held again, or held without the disks that have been away for long; to
-        what the living disks can hold when blocks have had no spare left for long. None: they stay, and what is missing is rebuilt in place."""
+        """Where blocks should go instead of where they are: to their target when it can be held again, or held without
+        the disks that have been away for long; to
+        what the living disks can hold when blocks have had no spare left for long. None: they stay, and what is missing
+        is rebuilt in place."""
         entry = blocks[0].place.entry
         if entry.small or not all(block.readable for block in blocks):
             return None
@@ -388,7 +426,9 @@ class Repair:
         if not moves:
             return
         await commit_moves(self._context, name, moves)
-        if name.table == Table.OBJECT:  # a part's row may be copied into the object just now: what it left is swept later
+        if (
+            name.table == Table.OBJECT
+        ):  # a part's row may be copied into the object just now: what it left is swept later
             for move in moves:
                 self.leavings.add(name, move)
 
@@ -407,7 +447,9 @@ class Repair:
         now = self._context.clock.monotonic()
         _, writable = self._context.usable_disks()
         self._away_since = {
-            disk: self._away_since.get(disk, now) for disk in self._context.layouts.current.disk_by_id if disk not in writable
+            disk: self._away_since.get(disk, now)
+            for disk in self._context.layouts.current.disk_by_id
+            if disk not in writable
         }
 
     def _away_long_enough(self, blocks: Iterable[BlockHealth]) -> bool:

@@ -1,6 +1,8 @@
-"""Scrub: reads everything on this node's disks once in a while, and verifies every cell, every row and every page of a manifest. What fails is handed to repair.
+"""Scrub: reads everything on this node's disks once in a while, and verifies every cell, every row and every page of a
+manifest. What fails is handed to repair.
 
-One that starts by itself goes on where it was interrupted: the place is kept with the disk. One that was asked for begins at the beginning.
+One that starts by itself goes on where it was interrupted: the place is kept with the disk. One that was asked for
+begins at the beginning.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from collections.abc import Callable
 from storaged.errors import StoragedError
 from storaged.fragments.ports import FragmentId, FragmentStore, Health
 from storaged.maintain.context import MaintainContext, wait_for
-from storaged.maintain.runner import Job, Pace
+from storaged.maintain.job import Job, Pace
 from storaged.maintain.slices import slices
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import MetaStore, RowDamaged, StoreBatch
-from storaged.meta.rowvalue import intact
+from storaged.meta.storage.rowvalue import intact
 
 PAGE = 200
 NOTE_POSITION_S = 60.0
@@ -25,7 +27,9 @@ _POSITION = "scrub-position"
 
 
 class Scrub:
-    """One at a time on a node. ``hint`` tells repair of a register whose fragment or row is damaged, ``wake`` that a fragment is whose owner can't be read."""
+    """One at a time on a node. ``hint`` tells repair of a register whose fragment or row is damaged, ``wake`` that a
+    fragment is whose owner can't be read.
+    """
 
     def __init__(self, context: MaintainContext, hint: Callable[[bytes], None], wake: Callable[[], None]) -> None:
         self._context = context
@@ -37,7 +41,9 @@ class Scrub:
         self.damaged = 0
 
     def ask(self) -> None:
-        """Begins now, at full speed; does nothing while one is running that was asked for. One that started by itself is hurried, and followed by this one."""
+        """Begins now, at full speed; does nothing while one is running that was asked for. One that started by itself
+        is hurried, and followed by this one.
+        """
         if not self._asked.is_set() and not (self.job.state == "running" and not self.pace.bytes_per_s):
             self.pace.bytes_per_s = 0
             self._asked.set()
@@ -61,11 +67,15 @@ class Scrub:
         ages = []
         for store in self._context.local_meta.values():
             told = _noted(store, _FINISHED)
-            ages.append((self._context.clock.wall_ms() - int(told)) / 1000 if told else self._context.limits.scrub_interval_s)
+            ages.append(
+                (self._context.clock.wall_ms() - int(told)) / 1000 if told else self._context.limits.scrub_interval_s
+            )
         return max(ages, default=0.0)
 
     async def once(self, *, resume: bool = False) -> int:
-        """Verifies everything on all disks; returns how many fragments and rows were found damaged. A disk that fails does not keep others from being read."""
+        """Verifies everything on all disks; returns how many fragments and rows were found damaged. A disk that fails
+        does not keep others from being read.
+        """
         before = self.damaged
         self.job.start()
         failures: list[str] = []
@@ -104,7 +114,11 @@ class Scrub:
                         self._wake()
                 self.job.advance(1, header.length)
                 await self.pace.spend(header.length)
-                if meta is not None and self.pace.bytes_per_s and self._context.clock.monotonic() - noted >= NOTE_POSITION_S:
+                if (
+                    meta is not None
+                    and self.pace.bytes_per_s
+                    and self._context.clock.monotonic() - noted >= NOTE_POSITION_S
+                ):
                     noted = self._context.clock.monotonic()
                     await meta.commit(StoreBatch(meta={_POSITION: after}))
 
@@ -130,7 +144,8 @@ class Scrub:
             except RowDamaged as error:
                 self.damaged += 1
                 self._context.log(
-                    f"scrub: rows of table {table}, shard {shard} on disk {disk} can't be read on from {after[:80]!r}: {error}"
+                    f"scrub: rows of table {table}, shard {shard} on disk {disk} can't be read on from {after[:80]!r}:"
+                    f" {error}"
                 )
                 self._wake()
 
@@ -158,7 +173,9 @@ class Scrub:
 
 
 def _noted(store: MetaStore, name: str) -> bytes:
-    """Empty when it was never noted, or the note is damaged: the scrub is due then, from the beginning, and notes it anew."""
+    """Empty when it was never noted, or the note is damaged: the scrub is due then, from the beginning, and notes it
+    anew.
+    """
     try:
         return store.get_meta(name) or b""
     except RowDamaged:

@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from storaged.cluster.authority import grant
 from storaged.cluster.ports import Call, Caller, Layouts, Liveness, Method, Methods
+from storaged.cluster.rpc.authority import grant
 from storaged.errors import PeerError, PeerRefused, StoragedError
 from storaged.fragments.ports import FragmentId
-from storaged.maintain.collect import Collector, Live
 from storaged.maintain.context import MaintainContext
-from storaged.maintain.pagesweep import PageSweep
+from storaged.maintain.gc import Collector, Live
+from storaged.maintain.job import JobReport
+from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.repair import Repair, Waits
-from storaged.maintain.runner import JobReport
 from storaged.maintain.scrub import Scrub
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName
 from storaged.wire import Message
 
@@ -31,7 +31,8 @@ DAMAGED_MAX = 1000
 
 
 class Ask(Message, frozen=True):
-    """A request without contents, or with packed register names. ``suspects``: packed register names and packed ids of fragments whose checksums hold
+    """A request without contents, or with packed register names. ``suspects``: packed register names and packed ids of
+    fragments whose checksums hold
     although they are not what was sealed."""
 
     names: tuple[bytes, ...] = ()
@@ -43,8 +44,10 @@ class Done(Message, frozen=True):
 
 
 class MaintainStatus(Message, frozen=True):
-    """``current``: the counts come from a whole walk that began when the disks were as this node sees them now. ``busy``: something is being done, or waits
-    to be done, that could change the counts. ``below_target``, ``at_risk`` and ``lost`` are objects; ``parts_below_target``: of uploads that are not complete."""
+    """``current``: the counts come from a whole walk that began when the disks were as this node sees them now.
+    ``busy``: something is being done, or waits
+    to be done, that could change the counts. ``below_target``, ``at_risk`` and ``lost`` are objects;
+    ``parts_below_target``: of uploads that are not complete."""
 
     node: str
     below_target: int
@@ -64,7 +67,9 @@ class MaintainStatus(Message, frozen=True):
     waits: Waits = Waits()
     audit_alarms: tuple[tuple[str, str], ...] = ()
     records_refused: tuple[tuple[str, str], ...] = ()
-    """Registers of buckets of which nothing is repaired or moved, since their records are not believed, each with the reason."""
+    """Registers of buckets of which nothing is repaired or moved, since their records are not believed, each with the
+    reason.
+    """
 
 
 class Maintenance:
@@ -85,7 +90,14 @@ class Maintenance:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for work in (self.repair.run, self._watch, self.scrub.run, self.collector.run, self.page_sweep.run, self._others.run):
+            for work in (
+                self.repair.run,
+                self._watch,
+                self.scrub.run,
+                self.collector.run,
+                self.page_sweep.run,
+                self._others.run,
+            ):
                 group.create_task(work())
 
     # --- hints ------------------------------------------------------------------------------------------------------
@@ -103,7 +115,9 @@ class Maintenance:
             self._others.hint(register)
 
     def cell_damaged(self, disk: str, fragment: FragmentId) -> None:
-        """A local disk found a fragment damaged while it was read: its header says whom to tell. May be called at any time; bounded."""
+        """A local disk found a fragment damaged while it was read: its header says whom to tell. May be called at any
+        time; bounded.
+        """
         if len(self._damaged) < DAMAGED_MAX:
             self._damaged[disk, fragment] = None
 
@@ -132,7 +146,9 @@ class Maintenance:
     # --- disks that come and go -------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """When a disk comes or goes everything is looked at anew. A node that has just started says so: the others may not have seen it gone."""
+        """When a disk comes or goes everything is looked at anew. A node that has just started says so: the others may
+        not have seen it gone.
+        """
         while True:
             self._look_around()
             await self._tell_others()
@@ -149,7 +165,9 @@ class Maintenance:
         nodes = {self._context.layouts.current.node_of(disk) for disk in self._seen[0]}
         for node in sorted(nodes - self._told):
             try:
-                await self._caller.call(node, "maintain.wake", Ask(), Done, timeout_s=self._context.limits.call_timeout_s)
+                await self._caller.call(
+                    node, "maintain.wake", Ask(), Done, timeout_s=self._context.limits.call_timeout_s
+                )
             except PeerError:
                 continue
             self._told.add(node)
@@ -198,7 +216,8 @@ class Maintenance:
             try:
                 names = [RegisterName.unpack(name).pack() for name in request.names[:HINTS_A_CALL]]
                 suspects = [
-                    (RegisterName.unpack(owner).pack(), FragmentId.unpack(fragment)) for owner, fragment in request.suspects[:HINTS_A_CALL]
+                    (RegisterName.unpack(owner).pack(), FragmentId.unpack(fragment))
+                    for owner, fragment in request.suspects[:HINTS_A_CALL]
                 ]
             except ValueError as error:
                 raise PeerRefused(f"a hint that cannot be: {error}", remote_code="BAD_REQUEST") from None
@@ -241,7 +260,9 @@ class MaintainClient:
 
         async def ask(node: str) -> MaintainStatus | None:
             try:
-                return (await self._caller.call(node, "maintain.status", Ask(), MaintainStatus, timeout_s=self._timeout_s))[0]
+                return (
+                    await self._caller.call(node, "maintain.status", Ask(), MaintainStatus, timeout_s=self._timeout_s)
+                )[0]
             except PeerError:
                 return None
 
@@ -259,7 +280,8 @@ class MaintainClient:
         return began
 
     def hint(self, owner: RegisterName, lied: FragmentId | None = None) -> None:
-        """Remembers a register that a read or a write found wanting; ``run`` passes it on. ``lied``: a fragment that was not what was sealed although its
+        """Remembers a register that a read or a write found wanting; ``run`` passes it on. ``lied``: a fragment that
+        was not what was sealed although its
         checksums hold, so that the disks can't find it. Bounded: what does not fit, the next walk finds."""
         if len(self._hints) < HINTS_WAITING_MAX:
             self._hints[owner.pack()] = None

@@ -1,8 +1,11 @@
 """Walking records and asking disks: which fragments are where they should be.
 
-What is walked is taken from the bucket directory, not from what the local disk knows: a disk that was away does not know which buckets are new. Before a
-range of registers is walked its replicas are brought to the same rows (slices are compared by digest, what differs is settled on all), so rows can be read
-from the local store; before anything is changed, the record is read again from a majority. Fragments are asked for in batches, one call a disk.
+What is walked is taken from the bucket directory, not from what the local disk knows: a disk that was away does not
+know which buckets are new. Before a
+range of registers is walked its replicas are brought to the same rows (slices are compared by digest, what differs is
+settled on all), so rows can be read
+from the local store; before anything is changed, the record is read again from a majority. Fragments are asked for in
+batches, one call a disk.
 """
 
 from __future__ import annotations
@@ -17,17 +20,17 @@ from storaged.fragments.ports import FragmentId, FragmentStat, Health
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.maintain.context import MaintainContext
 from storaged.maintain.directory import Buckets
-from storaged.maintain.pages import PageKeeper, PagesOf, pages_in
+from storaged.maintain.health import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
+from storaged.maintain.manifest_repair import PageKeeper, PagesOf, pages_in
 from storaged.maintain.slices import slices
-from storaged.maintain.survey import BlockHealth, BlockPlace, Finding, Presence, Tally, blocks_of, judge_block
-from storaged.meta.listing import RingScanner, every_row
+from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import RowDamaged
-from storaged.meta.rowvalue import unpack_row
-from storaged.objects.place import Placement, choose
+from storaged.meta.storage.rowvalue import unpack_row
+from storaged.objects.code.place import Placement, choose
 from storaged.objects.records import PartEntry
-from storaged.objects.references import parts_in
-from storaged.objects.uploads import living_upload, living_uploads
+from storaged.objects.write.references import parts_in
+from storaged.objects.write.uploads import living_upload, living_uploads
 
 BLOCKS_A_BATCH = 2000
 STATS_A_CALL = 4000
@@ -55,7 +58,8 @@ async def entries_of(context: MaintainContext, name: RegisterName, value: Value 
 
 
 async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIterator[tuple[RegisterName, Value]]:
-    """The rows of parts of open uploads for an object's key: fragments of parts name the object as their owner. Raises ServiceUnavailable,
+    """The rows of parts of open uploads for an object's key: fragments of parts name the object as their owner. Raises
+    ServiceUnavailable,
     DataDamaged."""
     async for upload in living_uploads(context.scanner, owner):
         upload_id = upload.record.upload_id
@@ -64,7 +68,8 @@ async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIte
 
 
 class Walker:
-    """Judges registers, a batch at a time. ``unanswered`` counts calls that failed although their disk is thought to be there: what was counted meanwhile is
+    """Judges registers, a batch at a time. ``unanswered`` counts calls that failed although their disk is thought to be
+    there: what was counted meanwhile is
     not the whole truth."""
 
     def __init__(self, context: MaintainContext, scanner: RingScanner) -> None:
@@ -81,8 +86,10 @@ class Walker:
         return self._unanswered + self.pages.unanswered
 
     async def open_uploads_of(self, scope: bytes, shard: int) -> frozenset[bytes]:
-        """Ids of the uploads of one shard that may still become an object, by the rows of the disk that leads there. The rows of other uploads' parts are
-        kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads. Raises RowDamaged for
+        """Ids of the uploads of one shard that may still become an object, by the rows of the disk that leads there.
+        The rows of other uploads' parts are
+        kept for a while and say nothing: what became of the parts is in the object. Empty when another node leads.
+        Raises RowDamaged for
         what leads to the rows."""
         store = self._context.local_meta.get(self._context.leader_of(partition_of(scope, shard)))
         found: set[bytes] = set()
@@ -102,7 +109,9 @@ class Walker:
 
     async def is_counted(self, name: RegisterName) -> bool:
         """False for the row of a part whose upload has ended. Raises RowDamaged."""
-        return name.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in await self.open_uploads_of(name.scope, name.shard)
+        return name.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in await self.open_uploads_of(
+            name.scope, name.shard
+        )
 
     # --- ranges -----------------------------------------------------------------------------------------------------
 
@@ -114,20 +123,27 @@ class Walker:
             for shard in bucket.shard_numbers:
                 disk = self._context.leader_of(partition_of(bucket.id, shard))
                 if disk in self._context.local_meta:
-                    found += [Range(disk, table, bucket.id, shard) for table in (Table.OBJECT, Table.UPLOAD, Table.PART)]
+                    found += [
+                        Range(disk, table, bucket.id, shard) for table in (Table.OBJECT, Table.UPLOAD, Table.PART)
+                    ]
         return found
 
     async def bring_together(self, where: Range) -> bool:
-        """Settles on all replicas what they differ in. False when one that should answer did not, so that it may still lag. Raises ServiceUnavailable."""
+        """Settles on all replicas what they differ in. False when one that should answer did not, so that it may still
+        lag. Raises ServiceUnavailable.
+        """
         try:
             found = await self._scanner.catch_up(where.table, where.scope, where.shard)
         except NoSuchBucket:
-            return True  # the bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read
+            return (
+                True  # the bucket is being deleted: its fence lets nothing be settled, and nothing of it will be read
+            )
         self.settled += found.settled
         return not any(map(self._context.liveness.disk_readable, found.away))
 
     async def rows(self, where: Range) -> AsyncIterator[list[tuple[RegisterName, Value]]]:
-        """Slices of a range from the local store, without tombstones and parts of uploads that ended. A slice with a damaged row is read from a majority, which
+        """Slices of a range from the local store, without tombstones and parts of uploads that ended. A slice with a
+        damaged row is read from a majority, which
         rewrites the row."""
         store = self._context.local_meta[where.disk]
         uploads = await self.open_uploads_of(where.scope, where.shard) if where.table == Table.PART else frozenset()
@@ -140,11 +156,13 @@ class Walker:
             yield [
                 (name, value)
                 for name, value in found
-                if value.visibility != Visibility.TOMBSTONE and (where.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in uploads)
+                if value.visibility != Visibility.TOMBSTONE
+                and (where.table != Table.PART or name.key[:UPLOAD_ID_BYTES] in uploads)
             ]
 
     async def _settled_rows(self, names: Sequence[RegisterName]) -> list[tuple[RegisterName, Value]]:
-        """Those of a slice where a row is damaged: only the keys are taken from here. One that can't be settled now is left out, and makes the walk less
+        """Those of a slice where a row is damaged: only the keys are taken from here. One that can't be settled now is
+        left out, and makes the walk less
         than whole."""
         found = []
         for name in names:
@@ -160,7 +178,9 @@ class Walker:
     # --- registers --------------------------------------------------------------------------------------------------
 
     async def judge_rows(self, rows: Iterable[tuple[RegisterName, Value]]) -> list[Finding]:
-        """Findings of those rows that are not as they should be. Records that this node can't judge are left out and logged."""
+        """Findings of those rows that are not as they should be. Records that this node can't judge are left out and
+        logged.
+        """
         tallies: list[Tally] = []
         batch: list[tuple[Tally, BlockPlace]] = []
         paged: list[PagesOf] = []
@@ -186,7 +206,9 @@ class Walker:
         return [finding for tally in tallies if (finding := tally.finding()) is not None]
 
     def places(self, name: RegisterName, entry: PartEntry) -> Iterable[BlockPlace]:
-        """Raises KeyError for a bucket or an epoch that is not known here, ValueError for a run that no layout explains."""
+        """Raises KeyError for a bucket or an epoch that is not known here, ValueError for a run that no layout
+        explains.
+        """
         return blocks_of(entry, name.partition, self._context.layouts.at, self.buckets.countries_of(name.scope))
 
     async def _weigh(self, batch: Sequence[tuple[Tally, BlockPlace]]) -> None:
@@ -210,7 +232,11 @@ class Walker:
                 if self._context.liveness.disk_readable(disk):
                     wanted.setdefault(disk, []).append(fragment)
         answers = await asyncio.gather(*(self._ask(disk, ids) for disk, ids in wanted.items()))
-        return {(FragmentId.unpack(stat.id), disk): kind for disk, stats in zip(wanted, answers, strict=True) for stat, kind in stats}
+        return {
+            (FragmentId.unpack(stat.id), disk): kind
+            for disk, stats in zip(wanted, answers, strict=True)
+            for stat, kind in stats
+        }
 
     async def _ask(self, disk: str, ids: list[FragmentId]) -> list[tuple[FragmentStat, Presence]]:
         found = []
@@ -227,14 +253,18 @@ class Walker:
     # --- targets ----------------------------------------------------------------------------------------------------
 
     def can_hold(self, entry: PartEntry, countries: tuple[str, ...]) -> bool:
-        """Whether the living disks can hold a part as its target asks. What one placement group can, all can: only the number of disks in each domain matters."""
+        """Whether the living disks can hold a part as its target asks. What one placement group can, all can: only the
+        number of disks in each domain matters.
+        """
         known = self._can_hold.get((entry.target, countries))
         if known is None:
             known = self._can_hold[entry.target, countries] = self.target_placement(entry, countries) is not None
         return known
 
     def target_placement(self, entry: PartEntry, countries: tuple[str, ...]) -> Placement | None:
-        """Where the living disks can hold a part under its target profile, within the domains' limits; None when they can't."""
+        """Where the living disks can hold a part under its target profile, within the domains' limits; None when they
+        can't.
+        """
         target = Profile.parse(entry.target)
         placement = self.placement(entry, target, countries)
         if placement is None or placement.profile != target:

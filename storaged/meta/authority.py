@@ -1,7 +1,7 @@
 """What a caller may write to registers, judged where its request comes in from another node. Pure, but for ``Gate``,
 which raises.
 
-``cluster.authority`` opens methods to roles; this is about contents:
+``cluster.rpc.authority`` opens methods to roles; this is about contents:
 
     registers of the system table    gateways alone: keys, users, names, buckets, the cluster, the layout. A storage
                                      node prepares and accepts nothing there, not even what is there already: under a
@@ -23,13 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster import faults
 from storaged.cluster.ports import PeerIdentity
+from storaged.cluster.rpc import faults
 from storaged.errors import PeerRefused, StoragedError
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
 from storaged.meta.messages import Accept, Create, Prepare
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import Ballot
-from storaged.meta.register import COUNTER_AHEAD_MAX_US, RULES, Rules, Verdict
 
 OnRefusal = Callable[[str, StoragedError], None]
 
@@ -83,7 +83,9 @@ class Gate:
 
     def _judge(self, name: RegisterName, ballot: Ballot, peer: PeerIdentity, *, helping: bool) -> Verdict:
         if self._named and not may_use(ballot, peer, helping=helping):
-            raise self._refused(faults.BALLOT_REFUSED, peer, f"a ballot of {ballot.node!r}, and each node speaks under its own")
+            raise self._refused(
+                faults.BALLOT_REFUSED, peer, f"a ballot of {ballot.node!r}, and each node speaks under its own"
+            )
         if not may_write(name, peer) and self._rules.system_by_gateways:
             raise self._refused(faults.VALUE_REFUSED, peer, "registers of the system table are written by gateways")
         if "gateway" not in peer.roles and ballot.counter > self._clock.wall_ms() * 1000 + COUNTER_AHEAD_MAX_US:

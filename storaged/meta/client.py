@@ -1,8 +1,11 @@
 """The ring as a gateway or a maintenance task uses it: registers, pages and fences, by majorities of their replicas.
 
-A read asks a bare majority, the row of one replica and the checks of others' rows (``meta.reads``); a third is asked when one is slow, away, or does not agree. When
-a majority reports one ballot the value is settled and the read has cost one round trip. Where answers differ, the newest value is first accepted by a
-majority at its own ballot, which needs no promise; when that is refused, or this node is no gateway, by an identity round (``meta.proposal``).
+A read asks a bare majority, the row of one replica and the checks of others' rows (``meta.transport.reads``); a third
+is asked when one is slow, away, or does not agree. When
+a majority reports one ballot the value is settled and the read has cost one round trip. Where answers differ, the
+newest value is first accepted by a
+majority at its own ballot, which needs no promise; when that is refused, or this node is no gateway, by an identity
+round (``meta.proposer.proposal``).
 """
 
 from __future__ import annotations
@@ -24,8 +27,18 @@ from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.hashes import is_page, page_hash
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta import messages
-from storaged.meta.changing import Changing
-from storaged.meta.create import Novelty
+from storaged.meta.consensus.register import (
+    RULES,
+    Ballots,
+    Groups,
+    Rules,
+    Verdict,
+    created,
+    has_majority,
+    out_of_reach,
+    settled_ballot,
+    shown,
+)
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.ports import (
     ZERO_BALLOT,
@@ -40,29 +53,21 @@ from storaged.meta.ports import (
     SmallCopies,
     Update,
 )
-from storaged.meta.proposal import Fragments, Surroundings, View, post_accept
-from storaged.meta.quick import Patience, QuickRead
-from storaged.meta.reads import RowReader
-from storaged.meta.register import (
-    RULES,
-    Ballots,
-    Groups,
-    Rules,
-    Verdict,
-    created,
-    has_majority,
-    out_of_reach,
-    settled_ballot,
-    shown,
-)
-from storaged.meta.rounds import Answers, Courier, Suspects, TaskPool
-from storaged.meta.rowvalue import value_of
+from storaged.meta.proposer.create import Novelty
+from storaged.meta.proposer.proposal import Fragments, Surroundings, View, post_accept
+from storaged.meta.proposer.queue import Changing
+from storaged.meta.proposer.quick import Patience, QuickRead
+from storaged.meta.storage.rowvalue import value_of
+from storaged.meta.transport.quorum import Answers, Courier, Suspects, TaskPool
+from storaged.meta.transport.reads import RowReader
 
 DEADLINE_S = 10.0
 CALL_TIMEOUT_S = 5.0
 
 HEDGE_S = 0.05
-"""A read asks one more replica when those asked have not answered by then: well above a healthy fsync, well below what a person notices."""
+"""A read asks one more replica when those asked have not answered by then: well above a healthy fsync, well below what
+a person notices.
+"""
 
 CARRY_S = 1.0
 """So long a settling round looks for the copy of an unconfirmed small object; who has it has just answered."""
@@ -86,7 +91,8 @@ _ReadAnswer = tuple[messages.ReadReply, memoryview]
 
 @dataclass(frozen=True)
 class ClientStatistics:
-    """Counts since the start. ``digest_conflicts`` and ``doubted`` are alarms: two replicas hold different values under one ballot; a replica holds a system
+    """Counts since the start. ``digest_conflicts`` and ``doubted`` are alarms: two replicas hold different values under
+    one ballot; a replica holds a system
     record that no gateway wrote."""
 
     reads: int
@@ -103,7 +109,9 @@ class ClientStatistics:
 
 @dataclass
 class _Seen:
-    """What a read has heard. ``stale``: some replica follows a newer layout. ``fenced``: at some replica the scope is fenced."""
+    """What a read has heard. ``stale``: some replica follows a newer layout. ``fenced``: at some replica the scope is
+    fenced.
+    """
 
     replies: dict[str, messages.ReadReply] = field(default_factory=dict)
     payloads: dict[bytes, memoryview] = field(default_factory=dict)
@@ -119,7 +127,9 @@ class _Seen:
 
 
 class RingClient:
-    """Implements ``ports.Registers``, ``PageCopies`` and ``Fences``. One per process; ``close`` ends every call that is still out."""
+    """Implements ``ports.Registers``, ``PageCopies`` and ``Fences``. One per process; ``close`` ends every call that is
+    still out.
+    """
 
     def __init__(
         self,
@@ -141,10 +151,14 @@ class RingClient:
         on_fenced: Callable[[bytes], None] = lambda scope: None,
         copy_at: Callable[[bytes, int], bytes] = lambda header, index: header,
     ) -> None:
-        """``gateway``: this node is one, as its certificate says. Others settle no register of the system table, and help on nothing under another's ballot, for replicas refuse
-        that (``meta.authority``). ``believes(name, value)``: False for a value of the system table that no gateway of this cluster wrote: what one replica reports so
-        does not count, however high its ballot. ``on_missed``: told of every register of which some replica did not take a write that it should have; repair brings it up. ``on_fenced``: told of
-        the scope of a read or a change that met a fence: whose bucket is, or was, being deleted. ``copy_at``: the fragment
+        """``gateway``: this node is one, as its certificate says. Others settle no register of the system table, and
+        help on nothing under another's ballot, for replicas refuse
+        that (``meta.authority``). ``believes(name, value)``: False for a value of the system table that no gateway of
+        this cluster wrote: what one replica reports so
+        does not count, however high its ballot. ``on_missed``: told of every register of which some replica did not
+        take a write that it should have; repair brings it up. ``on_fenced``: told of
+        the scope of a read or a change that met a fence: whose bucket is, or was, being deleted. ``copy_at``: the
+        fragment
         header of one replica's small copy, made to fit the replica of another index."""
         self._layouts = layouts
         self._replicas = replicas
@@ -164,7 +178,18 @@ class RingClient:
         """Of the layout ``_viewed``, by table, scope and shard."""
         self._suspects = Suspects(self._clock)
         self._counts = dict.fromkeys(
-            ("reads", "changes", "replays", "identity_rounds", "preempted", "unknown", "unavailable", "digest_conflicts", "doubted"), 0
+            (
+                "reads",
+                "changes",
+                "replays",
+                "identity_rounds",
+                "preempted",
+                "unknown",
+                "unavailable",
+                "digest_conflicts",
+                "doubted",
+            ),
+            0,
         )
         self._believes = believes
         self._doubted: dict[tuple[str, RegisterName], None] = {}
@@ -186,7 +211,13 @@ class RingClient:
             on_fenced=on_fenced,
         )
         self._changing = Changing(
-            self._around, Courier(replicas, self._pool), self._patience, entropy, deadline_s, hedge_s, novelty or Novelty()
+            self._around,
+            Courier(replicas, self._pool),
+            self._patience,
+            entropy,
+            deadline_s,
+            hedge_s,
+            novelty or Novelty(),
         )
 
     async def close(self) -> None:
@@ -208,7 +239,8 @@ class RingClient:
             view = self._views[where] = View(layout.epoch, (disks,), disks)
         return view
 
-    # --- registers -----------------------------------------------------------------------------------------------------
+    # --- registers
+    # -----------------------------------------------------------------------------------------------------
 
     async def change(
         self,
@@ -224,7 +256,13 @@ class RingClient:
         return await self._changing.change(name, update, small, ready, renew, settling_nonce, regardless)
 
     def change_soon(
-        self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None, regardless: bool = False
+        self,
+        name: RegisterName,
+        update: Update,
+        then: Changed,
+        *,
+        small: SmallCopies | None = None,
+        regardless: bool = False,
     ) -> bool:
         return self._changing.change_soon(name, update, then, small, regardless)
 
@@ -235,7 +273,9 @@ class RingClient:
     def _check_settles(self, name: RegisterName) -> None:
         """Raises ServiceUnavailable where that is for gateways alone."""
         if not self._gateway and name.table == Table.SYSTEM:
-            raise ServiceUnavailable("Replicas of the system partition differ. A gateway will bring them together. Retry.")
+            raise ServiceUnavailable(
+                "Replicas of the system partition differ. A gateway will bring them together. Retry."
+            )
 
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         self._counts["reads"] += 1
@@ -300,7 +340,12 @@ class RingClient:
 
     def _doubts(self, name: RegisterName, disk: str, value: Value | None) -> bool:
         """See ``Surroundings.doubts``. ``disk`` is empty where it is not known."""
-        if name.table != Table.SYSTEM or value is None or self._believes(name, value) or not self._rules.unproved_set_aside:
+        if (
+            name.table != Table.SYSTEM
+            or value is None
+            or self._believes(name, value)
+            or not self._rules.unproved_set_aside
+        ):
             return False
         self._counts["doubted"] += 1
         if disk and (disk, name) not in self._doubted and len(self._doubted) < DOUBTED_MAX:
@@ -315,8 +360,11 @@ class RingClient:
             raise ServiceUnavailable("The replicas of this key follow a newer layout than this node knows. Retry.")
         await asyncio.sleep(self._around.jitter() * LAYOUT_PAUSE_S)
 
-    async def _hear(self, view: View, name: RegisterName, want_payload: bool, deadline: float, *, everybody: bool = False) -> _Seen | None:
-        """Asks until a majority agrees and its value is here, or all have answered that will; None when the layout is out of date. ``everybody`` is asked for
+    async def _hear(
+        self, view: View, name: RegisterName, want_payload: bool, deadline: float, *, everybody: bool = False
+    ) -> _Seen | None:
+        """Asks until a majority agrees and its value is here, or all have answered that will; None when the layout is
+        out of date. ``everybody`` is asked for
         the value at once, after a first round that did not find one, or took long.
 
         Raises ServiceUnavailable without a majority.
@@ -370,8 +418,12 @@ class RingClient:
             seen.doubted[disk] = seen.replies.pop(disk)
             self._around.on_missed(name)
 
-    async def _settle_seen(self, view: View, name: RegisterName, seen: _Seen, nonce: bytes, deadline: float) -> Value | None:
-        """Rule 4: the newest value is accepted by a majority before it is told; the small copy that it names goes along, for its writer may have reached one replica."""
+    async def _settle_seen(
+        self, view: View, name: RegisterName, seen: _Seen, nonce: bytes, deadline: float
+    ) -> Value | None:
+        """Rule 4: the newest value is accepted by a majority before it is told; the small copy that it names goes
+        along, for its writer may have reached one replica.
+        """
         self._check_settles(name)
         self._counts["replays"] += 1
         newest = max(seen.accepted.values())
@@ -404,7 +456,8 @@ class RingClient:
         return value
 
     def _may_replay(self, name: RegisterName, ballot: Ballot, value: Value) -> bool:
-        """A lone replica's lie must not be helped on under its own ballot: of system registers a settling round asks all (``register.credible``).
+        """A lone replica's lie must not be helped on under its own ballot: of system registers a settling round asks
+        all (``register.credible``).
         What was created is helped on as a create, and those are refused from who is no gateway."""
         if name.table == Table.SYSTEM and self._rules.lone_ballot_led_by_none:
             return False
@@ -423,13 +476,17 @@ class RingClient:
             return None
         return [(self._copy_at(copy.header, index), (copy.payload,)) for index in range(len(view.disks))]
 
-    async def _fetch_copy(self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float) -> Copy | None:
+    async def _fetch_copy(
+        self, view: View, name: RegisterName, data_id: bytes, asked: set[str], deadline: float
+    ) -> Copy | None:
         """The small copy from any replica that has one; those that were ``asked`` and had none come last."""
         order = self._suspects.last(sorted(view.disks, key=asked.__contains__))
         answers: Answers[_ReadAnswer] = Answers(self._replicas, self._pool, self._suspects)
         while order or answers.pending:
             if order:
-                self._ask_read(answers, messages.Read(order.pop(0), name, view.epoch, full=False, data_id=data_id), deadline)
+                self._ask_read(
+                    answers, messages.Read(order.pop(0), name, view.epoch, full=False, data_id=data_id), deadline
+                )
             remaining_s = deadline - self._clock.monotonic()
             if remaining_s <= 0:
                 return None
@@ -456,7 +513,9 @@ class RingClient:
                 _note(heard, *answer)
         newest = max(seen.accepted.values(), default=ZERO_BALLOT)
         return [
-            ReplicaState(disk, _state_of(seen, disk, newest), disk in copies.replies and bool(copies.replies[disk].payload))
+            ReplicaState(
+                disk, _state_of(seen, disk, newest), disk in copies.replies and bool(copies.replies[disk].payload)
+            )
             for disk in view.disks
         ]
 
@@ -471,7 +530,8 @@ class RingClient:
             _note(seen, *answer)
         return [seen.replies[disk].value if disk in seen.replies else None for disk in view.disks]
 
-    # --- pages ---------------------------------------------------------------------------------------------------------
+    # --- pages
+    # ---------------------------------------------------------------------------------------------------------
 
     async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
         page_name = name or page_hash(body)
@@ -488,7 +548,9 @@ class RingClient:
             return page_put
 
         if not await self._everywhere(view.disks, (view.groups,), put, lambda reply: True, deadline):
-            raise ServiceUnavailable("No majority of the replicas of this key has stored the manifest page. Nothing was changed. Retry.")
+            raise ServiceUnavailable(
+                "No majority of the replicas of this key has stored the manifest page. Nothing was changed. Retry."
+            )
         return page_name
 
     async def get_page(self, near: RegisterName, name: bytes) -> bytes:
@@ -517,7 +579,8 @@ class RingClient:
         body = await self.get_page(near, name)
         await self._replicas.replica(disk).page_put(messages.PagePut(disk, name, body), timeout_s=self._call_timeout_s)
 
-    # --- fences --------------------------------------------------------------------------------------------------------
+    # --- fences
+    # --------------------------------------------------------------------------------------------------------
 
     async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
         def fence(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[messages.FenceReply]]:
@@ -539,14 +602,17 @@ class RingClient:
         *,
         linger: bool = False,
     ) -> bool:
-        """A fence is a disk's, for all rows of the scope: each disk is asked once, and every shard needs its majority. With ``linger`` the others are
+        """A fence is a disk's, for all rows of the scope: each disk is asked once, and every shard needs its majority.
+        With ``linger`` the others are
         waited for too (those known to be away answer at once); whether all did is the answer."""
         views = [self._view(RegisterName(Table.OBJECT, scope, shard, b"")) for shard in shards]
         disks = tuple(dict.fromkeys(disk for view in views for disk in view.disks))
         quorums = [view.groups for view in views]
         done = await self._gather(disks, quorums, call, lambda reply: reply.done, self._deadline(), linger=linger)
         if not all(has_majority(groups, done) for groups in quorums):
-            raise ServiceUnavailable("The bucket's fence could not be changed on a majority of every shard's replicas. Retry.")
+            raise ServiceUnavailable(
+                "The bucket's fence could not be changed on a majority of every shard's replicas. Retry."
+            )
         return len(done) == len(disks)
 
     async def _everywhere(
@@ -571,7 +637,9 @@ class RingClient:
         *,
         linger: bool = False,
     ) -> set[str]:
-        """The disks that gave good answers: until every quorum has its majority, or with ``linger`` until all have answered."""
+        """The disks that gave good answers: until every quorum has its majority, or with ``linger`` until all have
+        answered.
+        """
         answers: Answers[T] = Answers(self._replicas, self._pool, self._suspects)
         for disk in disks:
             answers.ask(disk, call(disk, self._call_timeout(deadline)))
@@ -585,7 +653,8 @@ class RingClient:
                 done.add(disk)
         return done
 
-    # --- calls and time ------------------------------------------------------------------------------------------------
+    # --- calls and time
+    # ------------------------------------------------------------------------------------------------
 
     def _deadline(self) -> float:
         return self._clock.monotonic() + self._deadline_s
@@ -620,7 +689,9 @@ def _wake(over: asyncio.Future[None], _quick: QuickRead) -> None:
 
 
 def _value_at(seen: _Seen, ballot: Ballot) -> Value | None:
-    return next((reply.value for reply in seen.replies.values() if reply.accepted == ballot and reply.value is not None), None)
+    return next(
+        (reply.value for reply in seen.replies.values() if reply.accepted == ballot and reply.value is not None), None
+    )
 
 
 def _note(seen: _Seen, disk: str, answer: _ReadAnswer | StoragedError) -> None:

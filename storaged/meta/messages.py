@@ -1,13 +1,15 @@
-"""What proposers and acceptors say to each other: the requests and replies of ``meta.*`` methods (``scan`` tells what its own mean).
+"""What proposers and acceptors say to each other: the requests and replies of ``meta.*`` methods (``scan`` tells what
+its own mean).
 
-Every request names the disk it is for: a node has several, each its own acceptor. ``verdict`` in replies is ``register.Verdict``.
+Every request names the disk it is for: a node has several, each its own acceptor. ``verdict`` in replies is
+``register.Verdict``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from storaged.cluster.framing import ErrorHead
+from storaged.cluster.rpc.framing import ErrorHead
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import ZERO_BALLOT, Ballot
 from storaged.wire import Message
@@ -26,7 +28,8 @@ class Prepare(Message, frozen=True):
 
 
 class PrepareReply(Message, frozen=True):
-    """``promised``: the lowest ballot that would not be refused (a hint when the verdict is PREEMPTED or DAMAGED). ``accepted`` and ``value``: the
+    """``promised``: the lowest ballot that would not be refused (a hint when the verdict is PREEMPTED or DAMAGED).
+    ``accepted`` and ``value``: the
     register's state here when the verdict is OK."""
 
     verdict: int
@@ -37,10 +40,13 @@ class PrepareReply(Message, frozen=True):
 
 
 class Accept(Message, frozen=True):
-    """``identity``: the value is one that was accepted before (a settling round); only these pass a fence, with its ``nonce``.
+    """``identity``: the value is one that was accepted before (a settling round); only these pass a fence, with its
+    ``nonce``.
 
-    ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small object that the value names. The
-    replica makes it durable with the value or before it. When it cannot, it refuses the value (UNSTORED), unless the round only settles: a register can be settled
+    ``header``: the encoded header of a fragment record whose payload is the request's bulk body, the copy of the small
+    object that the value names. The
+    replica makes it durable with the value or before it. When it cannot, it refuses the value (UNSTORED), unless the
+    round only settles: a register can be settled
     whatever became of its copies.
     """
 
@@ -54,11 +60,15 @@ class Accept(Message, frozen=True):
 
 
 class Create(Accept, frozen=True):
-    """An Accept for which no promise was asked: to be taken by who has accepted nothing for this register (``register``)."""
+    """An Accept for which no promise was asked: to be taken by who has accepted nothing for this register
+    (``register``).
+    """
 
 
 class Accepts(Message, frozen=True):
-    """Many at the disks of one node. ``sizes``: of each how many bytes of the bulk body are its copy; ``creates``: whether it is a Create."""
+    """Many at the disks of one node. ``sizes``: of each how many bytes of the bulk body are its copy; ``creates``:
+    whether it is a Create.
+    """
 
     accepts: list[Accept]
     sizes: list[int]
@@ -66,7 +76,9 @@ class Accepts(Message, frozen=True):
 
 
 class AcceptReply(Message, frozen=True):
-    """OK: the value is durable here under the ballot. ``copy_synced``: and so is the copy that came with it; ``copy_error``: why not."""
+    """OK: the value is durable here under the ballot. ``copy_synced``: and so is the copy that came with it;
+    ``copy_error``: why not.
+    """
 
     verdict: int
     promised: Ballot = ZERO_BALLOT
@@ -76,14 +88,17 @@ class AcceptReply(Message, frozen=True):
 
 
 class AcceptsReply(Message, frozen=True):
-    """Of each in order; None: that can't be told at once, and it is to be asked by itself, or it is among the ``errors``, by its place."""
+    """Of each in order; None: that can't be told at once, and it is to be asked by itself, or it is among the
+    ``errors``, by its place.
+    """
 
     replies: list[AcceptReply | None]
     errors: dict[int, ErrorHead]
 
 
 class Read(Message, frozen=True):
-    """``full``: send the value, else its digest alone. ``want_payload``: and the copy of the small object that the value names.
+    """``full``: send the value, else its digest alone. ``want_payload``: and the copy of the small object that the
+    value names.
     ``data_id``: send the copy of this small object, whatever the value here names."""
 
     disk: str
@@ -95,8 +110,10 @@ class Read(Message, frozen=True):
 
 
 class ReadReply(Message, frozen=True):
-    """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the copy in the bulk body, or empty.
-    ``header``: the copy's encoded fragment header, when a copy was asked for by its data id. ``fenced``: the scope is (a bucket that is, or was, being deleted)."""
+    """``digest``: xxh3-64 (8 bytes) of the encoded value, empty when there is none. ``payload``: the data id of the
+    copy in the bulk body, or empty.
+    ``header``: the copy's encoded fragment header, when a copy was asked for by its data id. ``fenced``: the scope is
+    (a bucket that is, or was, being deleted)."""
 
     verdict: int
     accepted: Ballot = ZERO_BALLOT
@@ -108,7 +125,8 @@ class ReadReply(Message, frozen=True):
 
 
 class Reads(Message, frozen=True):
-    """Many registers at the disks of one node. ``asks``: for each of ``disks``, what is asked (``reads``: CHECK, ROW, COPY) || the register's packed name.
+    """Many registers at the disks of one node. ``asks``: for each of ``disks``, what is asked (``reads``: CHECK, ROW,
+    COPY) || the register's packed name.
     ``wait``: of a single ask, that the answer is worth waiting for."""
 
     epoch: int
@@ -118,8 +136,10 @@ class Reads(Message, frozen=True):
 
 
 class ReadsReply(Message, frozen=True):
-    """``found``: for each ask of each disk the row or its check as ``rowvalue`` lays them out, empty when there is none; None: it can't be told (at once).
-    ``copies``: of each ask for a copy that was found, in order, how many bytes of the bulk body are its copy; 0: it is not here."""
+    """``found``: for each ask of each disk the row or its check as ``rowvalue`` lays them out, empty when there is
+    none; None: it can't be told (at once).
+    ``copies``: of each ask for a copy that was found, in order, how many bytes of the bulk body are its copy; 0: it is
+    not here."""
 
     found: list[list[bytes | None]]
     copies: list[int]
@@ -190,7 +210,8 @@ class EpochReply(Message, frozen=True):
 
 
 class ShardAsk(Message, frozen=True):
-    """``after`` is exclusive; ``limit`` counts entries (visible rows, or common prefixes). ``known``: with HEADS, the digest of an answer that the asker still has: one
+    """``after`` is exclusive; ``limit`` counts entries (visible rows, or common prefixes). ``known``: with HEADS, the
+    digest of an answer that the asker still has: one
     that would have the same comes without keys and heads. 0: none."""
 
     shard: int
@@ -216,7 +237,9 @@ class ScanRequest(Message, frozen=True):
 
 
 class ScanRow(Message, frozen=True):
-    """``ballot``: 18 bytes and more, comparable for equality; empty when the row is damaged here, and the value is None then."""
+    """``ballot``: 18 bytes and more, comparable for equality; empty when the row is damaged here, and the value is None
+    then.
+    """
 
     key: bytes
     ballot: bytes
@@ -225,8 +248,10 @@ class ScanRow(Message, frozen=True):
 
 
 class ShardSlice(Message, frozen=True):
-    """``through``: everything up to and including this key was looked at (but for what common prefixes stand for); ``done``: to the shard's end.
-    ``rows`` is a list of ScanRow in msgpack, decoded only when it is used; ``keys`` and ``heads`` belong together, when heads were wanted.
+    """``through``: everything up to and including this key was looked at (but for what common prefixes stand for);
+    ``done``: to the shard's end.
+    ``rows`` is a list of ScanRow in msgpack, decoded only when it is used; ``keys`` and ``heads`` belong together, when
+    heads were wanted.
     ``unreadable``: the shard can't be scanned here, or the reply is full; nothing else counts."""
 
     shard: int
@@ -241,7 +266,9 @@ class ShardSlice(Message, frozen=True):
 
 
 class ScanReply(Message, frozen=True):
-    """``verdict`` is ``register.Verdict``; slices only when it is OK (0), one for every shard asked, in that order. ``fenced``: the scope is."""
+    """``verdict`` is ``register.Verdict``; slices only when it is OK (0), one for every shard asked, in that order.
+    ``fenced``: the scope is.
+    """
 
     verdict: int = 0
     slices: tuple[ShardSlice, ...] = ()

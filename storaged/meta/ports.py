@@ -21,26 +21,30 @@ from storaged.wire import Buffer, Message
 
 if TYPE_CHECKING:
     from storaged.meta import messages
-    from storaged.meta.changes import Changes
     from storaged.meta.messages import ScanReply, ScanRequest
+    from storaged.meta.storage.dirty_ranges import Changes
 
 Update = Callable[[Value | None], Change | None]
 """Pure: the settled value (None: never written) -> what it should become, or None to leave it as it is.
 
-It may run several times, after each pre-emption on the newer value. It may raise: the exception reaches the caller of ``change``,
+It may run several times, after each pre-emption on the newer value. It may raise: the exception reaches the caller of
+``change``,
 after the value that it judged was settled (a failed condition is a read).
 """
 
 
 class Reading(NamedTuple):
-    """A settled value. ``payload`` holds the copy of a small object when it was asked for and the replica that answered had it."""
+    """A settled value. ``payload`` holds the copy of a small object when it was asked for and the replica that answered
+    had it.
+    """
 
     value: Value | None
     payload: memoryview | None = None
 
 
 class Outcome(NamedTuple):
-    """``before``: the settled value that the update saw last; None too when it saw none and yet has overwritten something (``change_soon``). ``after``: what the register holds
+    """``before``: the settled value that the update saw last; None too when it saw none and yet has overwritten
+    something (``change_soon``). ``after``: what the register holds
     now (``before`` when nothing changed)."""
 
     before: Value | None
@@ -52,7 +56,8 @@ Changed = Callable[[Outcome | Exception], None]
 
 
 class ReplicaState(NamedTuple):
-    """``state``: ``current`` (has the newest value any replica reported), ``behind``, ``empty`` (never heard of the register), ``damaged``, or ``away``.
+    """``state``: ``current`` (has the newest value any replica reported), ``behind``, ``empty`` (never heard of the
+    register), ``damaged``, or ``away``.
     ``has_payload``: it holds the copy of the small object that the newest value names."""
 
     disk: str
@@ -61,12 +66,17 @@ class ReplicaState(NamedTuple):
 
 
 class SmallCopies(NamedTuple):
-    """A small object's sealed bytes, to be stored by every replica of the register along with the accept, and durable with the record that names them or before it.
+    """A small object's sealed bytes, to be stored by every replica of the register along with the accept, and durable
+    with the record that names them or before it.
 
-    ``fragments`` has (encoded fragment header, payload) for each replica index (0, 1, 2): built by ``fragments.format``, opaque here.
-    ``enough`` judges the disk ids that have synced theirs (the acknowledge rule): ``change`` succeeds only when it holds beside the majority.
-    A replica that can't store its copy accepts nothing, so the copies of a record are on a majority of its replicas from the moment it is chosen. A settling round
-    that meets a record which no majority has confirmed yet carries the copy along to the replicas that it writes to. There is one exception (``meta.proposal``).
+    ``fragments`` has (encoded fragment header, payload) for each replica index (0, 1, 2): built by
+    ``fragments.format``, opaque here.
+    ``enough`` judges the disk ids that have synced theirs (the acknowledge rule): ``change`` succeeds only when it
+    holds beside the majority.
+    A replica that can't store its copy accepts nothing, so the copies of a record are on a majority of its replicas
+    from the moment it is chosen. A settling round
+    that meets a record which no majority has confirmed yet carries the copy along to the replicas that it writes to.
+    There is one exception (``meta.proposer.proposal``).
     The buffers are not to be reused afterwards: a slow replica's copy may still be on its way when ``change`` returns.
     """
 
@@ -79,11 +89,14 @@ class Registers(Protocol):
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         """Linearizable. One round trip when a majority reports the same ballot, else it settles first.
 
-        Raises ServiceUnavailable without a majority, NoSuchBucket when it must settle a register of a fenced scope without the fence's nonce.
+        Raises ServiceUnavailable without a majority, NoSuchBucket when it must settle a register of a fenced scope
+        without the fence's nonce.
         """
 
     def read_soon(self, name: RegisterName, want_payload: bool, then: Callable[[Reading | None], None]) -> None:
-        """As ``read``, without a task: ``then`` is told, perhaps before this returns, and must not raise. None: it is not the common case, so ``read`` is to be called."""
+        """As ``read``, without a task: ``then`` is told, perhaps before this returns, and must not raise. None: it is
+        not the common case, so ``read`` is to be called.
+        """
 
     async def change(
         self,
@@ -96,37 +109,58 @@ class Registers(Protocol):
         settling_nonce: bytes = b"",
         regardless: bool = False,
     ) -> Outcome:
-        """Compare-and-set: prepare, ``update`` on what the prepare found, accept; the answer comes after a majority has it on disk.
+        """Compare-and-set: prepare, ``update`` on what the prepare found, accept; the answer comes after a majority has
+        it on disk.
 
-        ``ready`` is awaited between prepare and accept (the barrier of the fragments): the prepare overlaps it; when it raises, nothing is
-        accepted and its exception is raised here. ``renew`` is awaited before every further prepare once ``ready`` is through: it makes sure that the fragments
-        are still there and renews their age, for what pre-empted this change may have been the collector; it raises when they are gone. Raises ServiceUnavailable when no majority answered a prepare (nothing changed),
-        OutcomeUnknown when an accept may have been applied and could not be settled, NoSuchBucket when the scope is fenced
-        (unless ``settling_nonce`` is the fence's, with which values can be settled but not changed), and what ``update`` raises.
+        ``ready`` is awaited between prepare and accept (the barrier of the fragments): the prepare overlaps it; when it
+        raises, nothing is
+        accepted and its exception is raised here. ``renew`` is awaited before every further prepare once ``ready`` is
+        through: it makes sure that the fragments
+        are still there and renews their age, for what pre-empted this change may have been the collector; it raises
+        when they are gone. Raises ServiceUnavailable when no majority answered a prepare (nothing changed),
+        OutcomeUnknown when an accept may have been applied and could not be settled, NoSuchBucket when the scope is
+        fenced
+        (unless ``settling_nonce`` is the fence's, with which values can be settled but not changed), and what
+        ``update`` raises.
         A change with ``small`` whose copies could not be synced where they must be is of unknown outcome too.
 
-        ``regardless``: whatever the register holds, ``update`` makes the same change of it. So it may be proposed before anybody was asked, in one round trip, where the
-        register was probably never written. What it then overtakes unseen (``register``) is not in the outcome, and its data is left to the collector. Raises ValueError outside of the table OBJECT (``register.may_create``).
+        ``regardless``: whatever the register holds, ``update`` makes the same change of it. So it may be proposed
+        before anybody was asked, in one round trip, where the
+        register was probably never written. What it then overtakes unseen (``register``) is not in the outcome, and its
+        data is left to the collector. Raises ValueError outside of the table OBJECT (``register.may_create``).
         """
 
     def change_soon(
-        self, name: RegisterName, update: Update, then: Changed, *, small: SmallCopies | None = None, regardless: bool = False
+        self,
+        name: RegisterName,
+        update: Update,
+        then: Changed,
+        *,
+        small: SmallCopies | None = None,
+        regardless: bool = False,
     ) -> bool:
-        """As ``change``, without a task where nobody is in the way: ``then`` is told its outcome or what it would raise, once, perhaps before this returns, and must not
+        """As ``change``, without a task where nobody is in the way: ``then`` is told its outcome or what it would
+        raise, once, perhaps before this returns, and must not
         raise. False: nothing was begun, and ``change`` is to be called, which says why."""
 
     async def settle(self, name: RegisterName, *, settling_nonce: bytes = b"") -> Value | None:
-        """A committed identity round at a new ballot: afterwards no earlier promise or unfinished accept can take effect, so what the value
-        does not refer to may be deleted (but for a create that was begun less than a minute before: data is given longer than that). Also brings replicas that lag or whose row is damaged up to date.
+        """A committed identity round at a new ballot: afterwards no earlier promise or unfinished accept can take
+        effect, so what the value
+        does not refer to may be deleted (but for a create that was begun less than a minute before: data is given
+        longer than that). Also brings replicas that lag or whose row is damaged up to date.
 
-        Raises ServiceUnavailable when it could not be committed; NoSuchBucket for a fenced scope, with the detail ``final`` when the fence stays for ever.
+        Raises ServiceUnavailable when it could not be committed; NoSuchBucket for a fenced scope, with the detail
+        ``final`` when the fence stays for ever.
         """
 
     async def agreement(self, name: RegisterName) -> list[ReplicaState]:
-        """What each replica of the register holds, in the order of the ring (for ``where``): a snapshot, nothing is settled."""
+        """What each replica of the register holds, in the order of the ring (for ``where``): a snapshot, nothing is
+        settled.
+        """
 
     async def held(self, name: RegisterName) -> list[Value | None]:
-        """The value that each replica of the register holds, in the order of the ring: a snapshot, nothing is settled. None: it is away, holds
+        """The value that each replica of the register holds, in the order of the ring: a snapshot, nothing is settled.
+        None: it is away, holds
         nothing, or its row is damaged."""
 
 
@@ -134,7 +168,9 @@ class Pages(Protocol):
     """Immutable, content-addressed values that large records point to (manifests of more than 32 parts)."""
 
     async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
-        """Its name (``hashes.page_hash``) once a majority of the replicas of ``near`` has it synced. ``name``: of a page that is put again, which keeps it."""
+        """Its name (``hashes.page_hash``) once a majority of the replicas of ``near`` has it synced. ``name``: of a
+        page that is put again, which keeps it.
+        """
 
     async def get_page(self, near: RegisterName, name: bytes) -> bytes:
         """From any replica; verified against the hash. Raises DataDamaged when none has it."""
@@ -147,7 +183,9 @@ class PageCopies(Pages, Protocol):
         """Those of up to ``messages.PAGES_A_CHECK`` pages that the disk does not have whole. Raises PeerError."""
 
     async def copy_page(self, near: RegisterName, page_hash: bytes, disk: str) -> None:
-        """Puts a page that some replica of ``near`` has, verified, on one disk. Raises PeerError, DataDamaged when none has it."""
+        """Puts a page that some replica of ``near`` has, verified, on one disk. Raises PeerError, DataDamaged when none
+        has it.
+        """
 
 
 class Row(NamedTuple):
@@ -157,9 +195,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class ListPage:
-    """``rows`` in key order and ``prefixes`` (each the common prefix, delimiter included) in order, together at most ``limit`` entries.
+    """``rows`` in key order and ``prefixes`` (each the common prefix, delimiter included) in order, together at most
+    ``limit`` entries.
 
-    ``next_after`` is what to pass as ``after`` for the next page, None at the end. It lies behind everything emitted: for a common prefix
+    ``next_after`` is what to pass as ``after`` for the next page, None at the end. It lies behind everything emitted:
+    for a common prefix
     it is the prefix followed by bytes that sort after any of its keys (``list_after_prefix``).
     """
 
@@ -169,7 +209,8 @@ class ListPage:
 
 
 class HeadPage(NamedTuple):
-    """As ListPage, with the heads of the bodies (``meta.heads``) in place of values: ``heads[i]`` is of ``keys[i]``. ``again``: most of it was listed before, and so may be
+    """As ListPage, with the heads of the bodies (``meta.storage.row_head``) in place of values: ``heads[i]`` is of
+    ``keys[i]``. ``again``: most of it was listed before, and so may be
     once more."""
 
     keys: Sequence[bytes]
@@ -193,10 +234,13 @@ class Scanner(Protocol):
         hidden: bool = False,
         settling_nonce: bytes = b"",
     ) -> ListPage:
-        """Settled rows of these shards with key > ``after``, in key order: LIVE ones (HIDDEN too when asked), never tombstones.
+        """Settled rows of these shards with key > ``after``, in key order: LIVE ones (HIDDEN too when asked), never
+        tombstones.
 
-        ``settling_nonce`` is the fence's, for the scan that decides whether a bucket being deleted is empty: rows of a fenced scope settle only with it.
-        A row that a majority does not agree on is settled before it is emitted. Raises ServiceUnavailable when a shard has no majority.
+        ``settling_nonce`` is the fence's, for the scan that decides whether a bucket being deleted is empty: rows of a
+        fenced scope settle only with it.
+        A row that a majority does not agree on is settled before it is emitted. Raises ServiceUnavailable when a shard
+        has no majority.
         """
 
     async def list_heads(
@@ -210,7 +254,8 @@ class Scanner(Protocol):
         delimiter: bytes = b"",
         limit: int = 1000,
     ) -> HeadPage:
-        """The LIVE rows that ``list_page`` would give, of each no more than its body's head, or the whole body where that has none. What was listed is remembered,
+        """The LIVE rows that ``list_page`` would give, of each no more than its body's head, or the whole body where
+        that has none. What was listed is remembered,
         in bounded memory, to be confirmed by a majority when it is listed again."""
 
     def forget(self, scope: bytes) -> None:
@@ -218,21 +263,29 @@ class Scanner(Protocol):
 
 
 class Fences(Protocol):
-    """A bucket's fence, by its id, on a majority of the replicas of every shard (object, upload and part rows alike)."""
+    """A bucket's fence, by its id, on a majority of the replicas of every shard (object, upload and
+    part rows alike).
+    """
 
     async def fence(self, scope: bytes, shards: Sequence[int], nonce: bytes, *, final: bool = False) -> None:
-        """Durable refusal of every accept but settling ones with this nonce; ``final`` makes it stay for ever (after Deleted)."""
+        """Durable refusal of every accept but settling ones with this nonce; ``final`` makes it stay for ever (after
+        Deleted).
+        """
 
     async def unfence(self, scope: bytes, shards: Sequence[int], nonce: bytes) -> bool:
-        """On the way back to Active only; a final fence stays. True when every replica has lifted it: one that was away keeps its fence, and refuses the
+        """On the way back to Active only; a final fence stays. True when every replica has lifted it: one that was away
+        keeps its fence, and refuses the
         bucket when it returns, so this must be asked again until then."""
 
 
-# --- under the quorums --------------------------------------------------------------------------------------------------
+# --- under the quorums
+# --------------------------------------------------------------------------------------------------
 
 
 class Ballot(NamedTuple):
-    """Ordered as a tuple. ``epoch`` of the layout, ``counter`` (microseconds or more), proposer ``node`` name, boot ``incarnation`` (8 bytes)."""
+    """Ordered as a tuple. ``epoch`` of the layout, ``counter`` (microseconds or more), proposer ``node`` name, boot
+    ``incarnation`` (8 bytes).
+    """
 
     epoch: int
     counter: int
@@ -267,7 +320,9 @@ class StoredPage(NamedTuple):
 
 
 class StoreBatch(Struct):
-    """What one group commit writes. A page that is there already gets the new age. ``meta`` are small named values (high-water ballot, epoch fence, store id)."""
+    """What one group commit writes. A page that is there already gets the new age. ``meta`` are small named values
+    (high-water ballot, epoch fence, store id).
+    """
 
     slots: Sequence[Slot] = ()
     fences: Sequence[Fence] = ()
@@ -277,14 +332,17 @@ class StoreBatch(Struct):
 
 
 class Replica(Protocol):
-    """One disk as an acceptor: ``meta.replica`` in this process, ``meta.remote`` over RPC. Refusals are verdicts in the replies.
+    """One disk as an acceptor: ``meta.acceptor.replica`` in this process, ``meta.transport.replicas`` over RPC.
+    Refusals are verdicts in the replies.
 
     Raises PeerUnreachable, DiskUnusable (failed, foreign, retired or unknown to its node), PeerRefused.
     """
 
     async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply: ...
 
-    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
+    async def accept(
+        self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0
+    ) -> messages.AcceptReply:
         """Or a Create."""
 
     async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
@@ -309,7 +367,9 @@ class PostingReplica(Replica, Protocol):
     """What a replica may do besides: be asked without a task."""
 
     def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
-        """A Prepare, Accept, Create, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of that name is to be called instead."""
+        """A Prepare, Accept, Create, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of
+        that name is to be called instead.
+        """
 
 
 Heard = Callable[[str, Any, memoryview], None]
@@ -320,15 +380,20 @@ class HereReplica(PostingReplica, Protocol):
     """What a replica of this process may do besides: be asked with a request that it shares with others."""
 
     def ask_here(self, request: Message, header: bytes, body: Sequence[Buffer], heard: Heard) -> bool:
-        """A Prepare, Accept or Create that names no disk, and an accept's header and body for this one. ``heard`` is told once, perhaps before this returns. False: something
+        """A Prepare, Accept or Create that names no disk, and an accept's header and body for this one. ``heard`` is
+        told once, perhaps before this returns. False: something
         has to be waited for, so the replica's method of that name is to be called instead."""
 
 
 class TailReplica(PostingReplica, Protocol):
     """What a replica of another node may do besides: be asked with an encoding that it shares with others."""
 
-    def post_tail(self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
-        """As ``post``, of a request whose encoding before the disk is ``first`` (the same for all of its kind), and behind it ``tail``."""
+    def post_tail(
+        self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float
+    ) -> bool:
+        """As ``post``, of a request whose encoding before the disk is ``first`` (the same for all of its kind), and
+        behind it ``tail``.
+        """
 
 
 class Replicas(Protocol):
@@ -353,7 +418,9 @@ class Copies(Protocol):
     """The small copies of one replica's disk."""
 
     def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
-        """Commits the batch to the replica's store and makes the copy durable, with it or before; then calls ``done`` on the event loop."""
+        """Commits the batch to the replica's store and makes the copy durable, with it or before; then calls ``done``
+        on the event loop.
+        """
 
     def peek(self, data_id: bytes) -> memoryview | None:
         """The copy's payload, when it is in memory; None when it is not, or not whole: ``load`` says which."""
@@ -363,11 +430,15 @@ class Copies(Protocol):
 
 
 Kept = Callable[[StoragedError | None, StoragedError | None], None]
-"""``done(copy, batch)``: why the copy was not stored (then the batch was not committed either), and why the batch was not. It must not raise."""
+"""``done(copy, batch)``: why the copy was not stored (then the batch was not committed either), and why the batch was
+not. It must not raise.
+"""
 
 
 class Stamps(NamedTuple):
-    """Of some rows in order: their stamps one behind the other, how many, their bytes together, the last one's key (empty without rows), and whether there are more."""
+    """Of some rows in order: their stamps one behind the other, how many, their bytes together, the last one's key
+    (empty without rows), and whether there are more.
+    """
 
     stamps: bytes
     rows: int
@@ -378,7 +449,8 @@ class Stamps(NamedTuple):
 
 @dataclass(frozen=True)
 class MetaStoreStatistics:
-    """``state``: ok, read-only. ``commits``: groups of the log. ``rows`` and ``bytes_used`` (of ``map_bytes``) as of the last checkpoint; ``largest_group`` in
+    """``state``: ok, read-only. ``commits``: groups of the log. ``rows`` and ``bytes_used`` (of ``map_bytes``) as of
+    the last checkpoint; ``largest_group`` in
     operations; ``damaged_rows`` met since it was opened."""
 
     state: str
@@ -405,13 +477,17 @@ class MetaStore(Protocol):
         """16 random bytes, as old as the store."""
 
     def get(self, name: RegisterName) -> Slot | None:
-        """Raises RowDamaged when the row's check does not hold (the replica then answers nothing for it, and is repaired by settling)."""
+        """Raises RowDamaged when the row's check does not hold (the replica then answers nothing for it, and is
+        repaired by settling).
+        """
 
     def row(self, name: bytes) -> bytes | None:
         """As ``rows``, of one name."""
 
     def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
-        """Of each packed name the row's bytes as rowvalue lays them out, verified; empty when there is none; None when it is damaged. One short snapshot."""
+        """Of each packed name the row's bytes as rowvalue lays them out, verified; empty when there is none; None when
+        it is damaged. One short snapshot.
+        """
 
     def get_fence(self, scope: bytes) -> Fence | None: ...
 
@@ -423,8 +499,11 @@ class MetaStore(Protocol):
 
     def get_meta(self, key: str) -> bytes | None: ...
 
-    def slice(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short snapshot: (key, the row's bytes as rowvalue lays them
+    def slice(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
+    ) -> list[tuple[bytes, bytes]]:
+        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short
+        snapshot: (key, the row's bytes as rowvalue lays them
         out, unverified). Raises RowDamaged where a page or a link is."""
 
     def columns(
@@ -436,11 +515,17 @@ class MetaStore(Protocol):
     def large(self) -> bool:
         """Whether reading many rows may wait for the disk: ``warm`` is to be called first, in another thread."""
 
-    def warm(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool) -> None:
-        """Has in memory what ``columns`` reads, or not ``whole``: ``stamps``; from any thread. Raises nothing: what can't be read is found by who reads it."""
+    def warm(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool
+    ) -> None:
+        """Has in memory what ``columns`` reads, or not ``whole``: ``stamps``; from any thread. Raises nothing: what
+        can't be read is found by who reads it.
+        """
 
     def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
-        """Of the rows that ``columns`` would give what stands for them (``rowvalue.stamps_of``), without reading the rest of them."""
+        """Of the rows that ``columns`` would give what stands for them (``rowvalue.stamps_of``), without reading the
+        rest of them.
+        """
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         """Every (table, scope, shard) that has rows here, for repair's walk."""
@@ -452,11 +537,14 @@ class MetaStore(Protocol):
         """
 
     def post(self, batch: StoreBatch, done: Done) -> None:
-        """As ``commit``, but returns at once and calls ``done`` on the event loop with None, or with what ``commit`` raises. Raises ValueError, DiskUnusable,
+        """As ``commit``, but returns at once and calls ``done`` on the event loop with None, or with what ``commit``
+        raises. Raises ValueError, DiskUnusable,
         or SlowDown (too many wait for this disk), for what was not even begun."""
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
-        """Deletes those of these pages whose ``created_ms`` is still the one given: what was put again meanwhile stays. How many, durably. Raises as ``commit``."""
+        """Deletes those of these pages whose ``created_ms`` is still the one given: what was put again meanwhile stays.
+        How many, durably. Raises as ``commit``.
+        """
 
     async def close(self) -> None: ...
 

@@ -67,7 +67,8 @@ def is_blank(directory: Path) -> bool:
         return True
 
 
-# --- an operator's word ---------------------------------------------------------------------------------------------------
+# --- an operator's word
+# ---------------------------------------------------------------------------------------------------
 
 
 def write_acceptance(node_directory: Path, disk_id: str, now_ms: int) -> None:
@@ -77,7 +78,9 @@ def write_acceptance(node_directory: Path, disk_id: str, now_ms: int) -> None:
 
 
 def take_acceptance(node_directory: Path, disk_id: str) -> int | None:
-    """The user id of the operator who accepted the disk; None when it was not accepted. It stays until ``drop_acceptance``."""
+    """The user id of the operator who accepted the disk; None when it was not accepted. It stays until
+    ``drop_acceptance``.
+    """
     try:
         content = json.loads((node_directory / (ACCEPTANCE + disk_id)).read_bytes())
         return int(content["uid"]) if content["disk"] == disk_id else None

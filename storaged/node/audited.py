@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from storaged.clock import Clock
-from storaged.cluster.audit import Trail, audited
-from storaged.cluster.audit_format import DONE
+from storaged.cluster.audit.format import DONE
+from storaged.cluster.audit.log import Trail, audited
 from storaged.errors import AuditUnwritable, NoSuchBucket, ServiceUnavailable, StoragedError
 from storaged.objects.api import Buckets, Principal
 from storaged.objects.records import BucketRecord

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
-from storaged.cluster.audit import AuditLog
-from storaged.cluster.audit_retention import prune_regularly
+from storaged.cluster.audit.log import AuditLog
+from storaged.cluster.audit.retention import prune_regularly
+from storaged.cluster.audit.witness import WitnessBook, WitnessedReply, WitnessedRequest
+from storaged.cluster.audit.witness_client import CALL_TIMEOUT_S, WitnessClient
+from storaged.cluster.audit.witness_record import plain
 from storaged.cluster.identity import Identity, NodeSigner
 from storaged.cluster.ports import Methods
-from storaged.cluster.witness import WitnessBook, WitnessedReply, WitnessedRequest
-from storaged.cluster.witness_client import CALL_TIMEOUT_S, WitnessClient
-from storaged.cluster.witness_record import plain
 from storaged.errors import PeerError
 from storaged.units import MIB
 
@@ -79,7 +79,11 @@ class Auditing:
 
     def _witnesses(self) -> list[str]:
         """Those that answer now. One that is away is brought what it missed when it is back."""
-        return [name for name in self._all_witnesses(self._node.own.name) if self._node.membership.status(name).state == "up"]
+        return [
+            name
+            for name in self._all_witnesses(self._node.own.name)
+            if self._node.membership.status(name).state == "up"
+        ]
 
     def _all_witnesses(self, of: str) -> list[str]:
         """Every node with disks but the one whose log it is: what a node says of itself is no witness."""
@@ -121,7 +125,9 @@ class Auditing:
         try:
             for _ in range(PAGES_MAX):
                 request = WitnessedRequest(of, skip)
-                answer, body = await self._node.pool.call(name, "audit.witnessed", request, WitnessedReply, timeout_s=CALL_TIMEOUT_S)
+                answer, body = await self._node.pool.call(
+                    name, "audit.witnessed", request, WitnessedReply, timeout_s=CALL_TIMEOUT_S
+                )
                 lines += bytes(body).decode("utf-8", "replace").splitlines()
                 size += len(body)
                 skip = answer.next if size < ANSWER_BYTES_MAX else -1

@@ -1,6 +1,8 @@
-"""Which values of the registers ``layout``, ``signer/ID`` and ``cluster`` are what they should be, beside those of buckets and users (``objects.belief``).
+"""Which values of the registers ``layout``, ``signer/ID`` and ``cluster`` are what they should be, beside those of
+buckets and users (``objects.system.belief``).
 
-Layouts and statements carry signatures that every node can verify; the record of the cluster carries an authenticator of the keyring.
+Layouts and statements carry signatures that every node can verify; the record of the cluster carries an authenticator
+of the keyring.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from storaged.wire import decode
 class NodeBelief:
     """``believes(name, value)`` of a node (``meta.client``). ``others`` judges everything else."""
 
-    def __init__(self, own: Identity, authority: x509.Certificate, others: Callable[[RegisterName, Value], bool]) -> None:
+    def __init__(
+        self, own: Identity, authority: x509.Certificate, others: Callable[[RegisterName, Value], bool]
+    ) -> None:
         self._own = own
         self._authority = authority
         self._others = others
@@ -35,7 +39,9 @@ class NodeBelief:
             if name.key == b"layout":
                 verify_layout(decode(value.body, SignedLayout), self._own.administration, self._own.cluster)
             elif name.key.startswith(PREFIX.encode()):
-                certified_key(value.body, bytes.fromhex(name.key.decode()[len(PREFIX) :]), self._authority, self._own.cluster)
+                certified_key(
+                    value.body, bytes.fromhex(name.key.decode()[len(PREFIX) :]), self._authority, self._own.cluster
+                )
             elif name == CLUSTER:
                 return self.is_binding(value)
             else:

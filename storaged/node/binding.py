@@ -3,7 +3,8 @@ authenticators.
 
 It is written once, by the first gateway that opens the cluster's keyring, and carries an authenticator of that keyring
 over its name and sequence number. Records from before version 3 of the internode protocol carry none; they are written
-again with one, together with the mark that the names of users have theirs (``objects.claims``), when that is done. A
+again with one, together with the mark that the names of users have theirs (``objects.system.claims``), when that is
+done. A
 gateway that has seen the mark remembers it in a file: a record that is suddenly without is one that somebody put back.
 """
 
@@ -22,7 +23,7 @@ from storaged.durable import replace_file
 from storaged.errors import KeyringMismatch, StoragedError
 from storaged.meta.names import Change, Value, system_name
 from storaged.meta.ports import Registers
-from storaged.objects.system_rows import context_of, sequence_after
+from storaged.objects.system.rows import context_of, sequence_after
 from storaged.wire import Message, decode, encode
 
 CLUSTER: Final = system_name("cluster")
@@ -78,7 +79,9 @@ class Binding:
         if known.cluster != self._cluster:
             raise KeyringMismatch(f"the ring belongs to the cluster {known.cluster}, this gateway to {self._cluster}")
         if known.keyring != keyring_id:
-            raise KeyringMismatch(f"the keyring is {keyring_id.hex()}; this cluster was created with {known.keyring.hex()}")
+            raise KeyringMismatch(
+                f"the keyring is {keyring_id.hex()}; this cluster was created with {known.keyring.hex()}"
+            )
 
     async def confirm(self, value: Value | None, keyring_id: bytes, keyring: Authenticates) -> None:
         """Makes the record when there is none, else verifies it. Raises as ``check``, and KeyringMismatch for one that
@@ -96,8 +99,12 @@ class Binding:
             self._check_record(_record_of(value), keyring_id)
             log.info("the cluster is bound to its keyring", cluster=self._cluster, keyring=keyring_id.hex())
         record = _record_of(value)
-        if (record.authenticator or record.authenticated) and not keyring.verify(_context(value), _plain(record), record.authenticator):
-            raise KeyringMismatch("the ring's record of the cluster is not authentic: no gateway with this keyring wrote it")
+        if (record.authenticator or record.authenticated) and not keyring.verify(
+            _context(value), _plain(record), record.authenticator
+        ):
+            raise KeyringMismatch(
+                "the ring's record of the cluster is not authentic: no gateway with this keyring wrote it"
+            )
         if not record.authenticated and self._remembered.exists():
             raise KeyringMismatch(
                 "the ring's record of the cluster is not authentic: it had an authenticator, and has none now. "
@@ -108,7 +115,8 @@ class Binding:
             self._remember()
 
     def is_authentic(self, value: Value, keyring: Authenticates) -> bool:
-        """Whether a gateway with this keyring wrote the record. True as long as it is not known that all records carry authenticators, and while the keyring is
+        """Whether a gateway with this keyring wrote the record. True as long as it is not known that all records carry
+        authenticators, and while the keyring is
         not open."""
         if not self.authenticated:
             return True

@@ -1,8 +1,11 @@
 """One node, from its configuration to its last answer.
 
-Theory of operation. ``run_node`` takes the node's lock, then ``Node.run`` builds the planes from the bottom up: identity, layouts, disks, RPC, membership,
-the ring's client, and by role maintenance (storage) and objects, keys and S3 (gateway). Every long-lived task lives in one TaskGroup; the first that fails
-unexpectedly ends the node. SIGTERM and SIGINT set ``stopping``: the front drains, then everything closes from the top down. SIGHUP reads the
+Theory of operation. ``run_node`` takes the node's lock, then ``Node.run`` builds the planes from the bottom up:
+identity, layouts, disks, RPC, membership,
+the ring's client, and by role maintenance (storage) and objects, keys and S3 (gateway). Every long-lived task lives in
+one TaskGroup; the first that fails
+unexpectedly ends the node. SIGTERM and SIGINT set ``stopping``: the front drains, then everything closes from the top
+down. SIGHUP reads the
 configuration again and applies what can change while running; a bad one is logged and the old one stays.
 """
 
@@ -36,7 +39,8 @@ from storaged.units import MIB
 
 LOOP_LAG_EVERY_S = 1.0
 USABLE_WAIT_S = 2.0
-"""How long a further worker waits for its keyring before it takes connections: in a cluster that runs it is open by then, and no client is told 503 by a
+"""How long a further worker waits for its keyring before it takes connections: in a cluster that runs it is open by
+then, and no client is told 503 by a
 worker that has just been started again."""
 
 EXIT_DEFECT = 70
@@ -48,18 +52,23 @@ ARENAS_MAX = 2
 DESCRIPTORS_MAX = 65_536
 
 COLLECT_AFTER_OBJECTS = 10_000
-"""New containers before the cyclic collector looks at the young ones. A request has some hundreds and drops them all by reference counting, so that at
-Python's 700 the collector walked what 64 requests in flight hold again and again, for nothing: a seventh of a gateway's time."""
+"""New containers before the cyclic collector looks at the young ones. A request has some hundreds and drops them all by
+reference counting, so that at
+Python's 700 the collector walked what 64 requests in flight hold again and again, for nothing: a seventh of a gateway's
+time."""
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread that came back from the disk or from native work waits for the interpreter at most; Python has 5 ms. It costs no CPU that can be
+"""How long a thread that came back from the disk or from native work waits for the interpreter at most; Python has 5
+ms. It costs no CPU that can be
 measured, and the median of a lone PUT fell by a fifth on two busy cores."""
 
 log = structlog.get_logger("node")
 
 
 def run_node(path: Path, *, parent: int = 0) -> int:
-    """Runs until it is told to stop, or until the process ``parent`` ends that started it; the exit code. Raises StoragedError for what is wrong before it runs."""
+    """Runs until it is told to stop, or until the process ``parent`` ends that started it; the exit code. Raises
+    StoragedError for what is wrong before it runs.
+    """
     if parent:
         _end_with(parent, signal.SIGTERM)
     config = _begin(path)
@@ -74,7 +83,9 @@ def run_node(path: Path, *, parent: int = 0) -> int:
 
 
 def run_worker(path: Path, parent: int, number: int, door: int, talk: int) -> int:
-    """A further process of a gateway, under the first one's lock; ``door`` and ``talk`` are its descriptors of what ``node.workers`` describes."""
+    """A further process of a gateway, under the first one's lock; ``door`` and ``talk`` are its descriptors of what
+    ``node.workers`` describes.
+    """
     _end_with(parent, signal.SIGKILL)
     config = _begin(path)
     observe.setup_logging(config.log.level, config.log.format, node=config.node.name, worker=str(number))
@@ -86,7 +97,9 @@ def _begin(path: Path) -> Config:
     config = configuration.load(path)
     os.umask(0o077)  # what lies on disks tells names and sizes: to nobody but this user, wherever the disks are mounted
     if config.gateway:
-        with contextlib.suppress(ValueError, OSError):  # a system call filter may forbid it; then the unit has set the limit
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # a system call filter may forbid it; then the unit has set the limit
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would have the keys
         keep_memory_private()
     _keep_memory()
@@ -117,20 +130,27 @@ def _tune_interpreter() -> None:
 
 
 def keep_memory_private() -> None:
-    """No other process of this user may read this one's memory from now on, nor its environment and open files (PR_SET_DUMPABLE off: prctl(2), proc(5)); no core dump has it.
+    """No other process of this user may read this one's memory from now on, nor its environment and open files
+    (PR_SET_DUMPABLE off: prctl(2), proc(5)); no core dump has it.
 
-    What this process reads of itself for its metrics stays readable: stat, limits, and its own list of descriptors. Root can read everything still, and memory is not locked:
+    What this process reads of itself for its metrics stays readable: stat, limits, and its own list of descriptors.
+    Root can read everything still, and memory is not locked:
     swap must be encrypted, or off. Elsewhere (macOS) nothing happens."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _keep_memory() -> None:
-    """Buffers of bodies are freed and needed again within milliseconds: glibc is told not to give them back each time, for a fresh one costs a page fault every
+    """Buffers of bodies are freed and needed again within milliseconds: glibc is told not to give them back each time,
+    for a fresh one costs a page fault every
     4 KiB. Fewer arenas, because what one thread frees another cannot use. Elsewhere (musl, macOS) nothing happens."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_M_MMAP_THRESHOLD, KEPT_BYTES_MAX), (_M_TRIM_THRESHOLD, KEPT_BYTES_MAX), (_M_ARENA_MAX, ARENAS_MAX)):
+        for option, value in (
+            (_M_MMAP_THRESHOLD, KEPT_BYTES_MAX),
+            (_M_TRIM_THRESHOLD, KEPT_BYTES_MAX),
+            (_M_ARENA_MAX, ARENAS_MAX),
+        ):
             mallopt(option, value)
 
 
@@ -144,8 +164,10 @@ def _allow_connections() -> None:
 
 
 def _do_not_push() -> None:
-    """Whoever is woken by bytes on a socket waits for its turn of the processor instead of taking it from who sent them (SCHED_BATCH, sched(7)): that one has mostly more to send, which is
-    then read together. Its share is the same. An administrator's own choice stays; a system call filter may forbid this, then the unit has made it."""
+    """Whoever is woken by bytes on a socket waits for its turn of the processor instead of taking it from who sent them
+    (SCHED_BATCH, sched(7)): that one has mostly more to send, which is
+    then read together. Its share is the same. An administrator's own choice stays; a system call filter may forbid
+    this, then the unit has made it."""
     with contextlib.suppress(AttributeError, OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -160,7 +182,9 @@ def _first(group: BaseExceptionGroup[BaseException]) -> StoragedError:
 
 
 def _end_with(parent: int, number: signal.Signals) -> None:
-    """That signal when the process that started us ends, however it ends (prctl(2)). It says its pid: it may have ended before this, and may rightly be 1."""
+    """That signal when the process that started us ends, however it ends (prctl(2)). It says its pid: it may have ended
+    before this, and may rightly be 1.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(f"process {parent}, which started this one, has ended")
@@ -198,7 +222,13 @@ async def _main(config: Config, worker: tuple[int, int, int] | None) -> None:
                     await node.gateway.usable(USABLE_WAIT_S)
                 leader.ready()
             notifier.ready(f"{', '.join(config.node.roles)} of cluster {own.cluster}")
-            log.info("ready", roles=",".join(config.node.roles), cluster=own.cluster, disks=len(config.disks), pid=os.getpid())
+            log.info(
+                "ready",
+                roles=",".join(config.node.roles),
+                cluster=own.cluster,
+                disks=len(config.disks),
+                pid=os.getpid(),
+            )
             _tune_interpreter()
             await stopping.wait()
             notifier.stopping()
@@ -211,9 +241,13 @@ async def _main(config: Config, worker: tuple[int, int, int] | None) -> None:
 
 def _check_identity(config: Config, name: str, roles: tuple[str, ...]) -> None:
     if name != config.node.name:
-        raise CertificateRefused(f"the certificate in {config.cluster.identity} is that of {name!r}; this node is {config.node.name!r}")
+        raise CertificateRefused(
+            f"the certificate in {config.cluster.identity} is that of {name!r}; this node is {config.node.name!r}"
+        )
     if beyond := sorted(set(config.node.roles) - set(roles)):
-        raise CertificateRefused(f"the certificate of {name!r} does not give the role {', '.join(beyond)}; it gives: {', '.join(roles)}")
+        raise CertificateRefused(
+            f"the certificate of {name!r} does not give the role {', '.join(beyond)}; it gives: {', '.join(roles)}"
+        )
 
 
 async def _measure_lag(metrics: observe.Metrics) -> None:

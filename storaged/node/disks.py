@@ -31,10 +31,16 @@ from storaged.fragments.engine import StoreLimits
 from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import LocalFragmentStore
-from storaged.meta.copies import TOLD_BYTES_A_DISK, TOLD_BYTES_MAX, CopiesToldLately, LoadCopy, PlainCopies
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.ports import Copy, Kept, StoreBatch
-from storaged.meta.replica import LocalReplica
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.small_copies import (
+    TOLD_BYTES_A_DISK,
+    TOLD_BYTES_MAX,
+    CopiesToldLately,
+    LoadCopy,
+    PlainCopies,
+)
 from storaged.node.admission import Opening, admission, drop_acceptance, is_blank, take_acceptance
 from storaged.node.forming import Answers, Forming, Verdict, begin_at_once
 from storaged.node.ledger import Ledger
@@ -75,7 +81,9 @@ class DiskCopies(PlainCopies):
     """Small copies that lie beside the records that name them, in one group of the metadata store's redo log, until
     they are in the fragment store."""
 
-    def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None) -> None:
+    def __init__(
+        self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None
+    ) -> None:
         payloads = Payloads(fragments)
         super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.peek_payload, told)
         self._fragments = fragments
@@ -146,7 +154,9 @@ class Disks:
         self._coming: dict[str, asyncio.Task[None]] = {}
 
     def refuse(self, section: DiskSection, state: str, reason: str, *, waits: bool = False) -> None:
-        """It takes no part for now. Logged when that is news. ``waits``: for the other nodes of a new cluster, as is to be expected."""
+        """It takes no part for now. Logged when that is news. ``waits``: for the other nodes of a new cluster, as is to
+        be expected.
+        """
         known = self.refused.get(section.id)
         if known is None or (known.state, known.reason) != (state, reason):
             facts = {"disk": section.id, "directory": section.directory, "state": state, "reason": reason}
@@ -248,7 +258,9 @@ class Opener:
         process has one: that is a mistake of setup."""
         settled = {section.id: asyncio.Event() for section in self._config.disks}
         for section in self._config.disks:
-            self.disks.expect(section.id, asyncio.get_running_loop().create_task(self._bring_up(section, settled[section.id])))
+            self.disks.expect(
+                section.id, asyncio.get_running_loop().create_task(self._bring_up(section, settled[section.id]))
+            )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._open_s):
                 await asyncio.gather(*(event.wait() for event in settled.values()))
@@ -268,7 +280,13 @@ class Opener:
         except (DirectoryInUse, StoragedError, OSError) as error:
             if isinstance(error, DirectoryInUse):
                 self._failure = self._failure or error
-            state = "foreign" if isinstance(error, DiskForeign) else "index-damaged" if isinstance(error, IndexDamaged) else "failed"
+            state = (
+                "foreign"
+                if isinstance(error, DiskForeign)
+                else "index-damaged"
+                if isinstance(error, IndexDamaged)
+                else "failed"
+            )
             reason = error.message if isinstance(error, StoragedError) else f"{error.strerror}: {error.filename}"
             self.disks.refuse(section, state, reason)
         except Exception as mistake:  # of ours
@@ -295,7 +313,13 @@ class Opener:
             if (accepted := take_acceptance(place, section.id)) is not None:
                 await asyncio.to_thread(self.ledger.accept, section.id)
                 drop_acceptance(place, section.id)
-                log.warning("a disk was accepted by an operator", disk=section.id, directory=section.directory, blank=blank, uid=accepted)
+                log.warning(
+                    "a disk was accepted by an operator",
+                    disk=section.id,
+                    directory=section.directory,
+                    blank=blank,
+                    uid=accepted,
+                )
                 if self.on_accepted is not None:
                     self.on_accepted(section.id, section.directory, accepted)
                 return Opening(accepted=True)
@@ -313,12 +337,15 @@ class Opener:
         directory, limits, ledger = Path(section.directory), self._config.limits, self.ledger
         if failure := ledger.failure(section.id, "meta"):
             raise DiskForeign(
-                f"the metadata store in {directory / 'meta'} failed before, as this node noted, and is not used again: {failure}"
+                f"the metadata store in {directory / 'meta'} failed before, as this node noted, and is not used again:"
+                f" {failure}"
             )
         drop_acceptance(Path(self._config.node.directory), section.id)
         if opening.expected is None:
             await in_own_thread(partial(directory.mkdir, parents=True, exist_ok=True, mode=0o700))
-        open_meta = partial(LmdbMetaStore.open_or_refuse, directory / "meta", opening.expected, map_bytes=limits.meta_map_bytes)
+        open_meta = partial(
+            LmdbMetaStore.open_or_refuse, directory / "meta", opening.expected, map_bytes=limits.meta_map_bytes
+        )
         meta = await in_own_thread(open_meta)
         meta.note_failed = partial(self._note_failed, section.id, "meta")
         try:

@@ -37,7 +37,8 @@ def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verd
     if strangers:
         return Verdict(
             False,
-            f"the cluster has been formed with other disks of this server (says {', '.join(strangers)}): it was built anew, or its directory is gone",
+            f"the cluster has been formed with other disks of this server (says {', '.join(strangers)}): it was built"
+            " anew, or its directory is gone",
         )
     if any(report.yours == own for report in formed.values()):
         return Verdict(True)
@@ -45,7 +46,9 @@ def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verd
         return Verdict(False, f"the cluster has been formed without these disks (says {', '.join(sorted(formed))})")
     silent = sorted(name for name, report in others.items() if report is None)
     if silent:
-        return Verdict(False, f"a new cluster begins when all its storage nodes are there; no answer yet from {', '.join(silent)}")
+        return Verdict(
+            False, f"a new cluster begins when all its storage nodes are there; no answer yet from {', '.join(silent)}"
+        )
     return Verdict(True)
 
 
@@ -66,4 +69,6 @@ def begin_at_once() -> Answers:
 
 def answers_of(own: bytes, others: Mapping[str, LedgerReport | None]) -> Answers:
     """``judge_forming``, with what a ledger keeps of it."""
-    return Answers(judge_forming(own, others), {name: report.id for name, report in others.items() if report is not None})
+    return Answers(
+        judge_forming(own, others), {name: report.id for name, report in others.items() if report is not None}
+    )

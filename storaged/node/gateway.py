@@ -1,6 +1,8 @@
-"""What a gateway has and a storage node never imports: keys, sealing, the S3 front. ``daemon`` imports this module for the role ``gateway`` alone.
+"""What a gateway has and a storage node never imports: keys, sealing, the S3 front. ``daemon`` imports this module for
+the role ``gateway`` alone.
 
-The S3 port opens at once; until the keyring is open and is the cluster's own, every request that needs a key is answered with 503. Keys are never made
+The S3 port opens at once; until the keyring is open and is the cluster's own, every request that needs a key is
+answered with 503. Keys are never made
 here: a missing or different keyring is KEYRING_MISMATCH until it is restored (a reload looks again).
 """
 
@@ -21,7 +23,7 @@ from storaged import keys
 from storaged.admin.ports import Services
 from storaged.admin.status import KeyDamage
 from storaged.clock import Clock
-from storaged.cluster.audit_format import REFUSED
+from storaged.cluster.audit.format import REFUSED
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.policy import KeyHolder, Policy
 from storaged.cluster.signers import publish, signer_id
@@ -46,20 +48,20 @@ from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, Lead
 from storaged.node.protection import protection_of
 from storaged.node.requestlog import RequestLog
 from storaged.node.workers import Workers
-from storaged.objects.belief import Belief
-from storaged.objects.buckets import BucketService
-from storaged.objects.claims import authenticate_all
-from storaged.objects.keyends import Ends
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import BucketKey, EndedKey, KeyService
 from storaged.objects.service import ObjectService
-from storaged.objects.shards import domains_inside
-from storaged.objects.system_rows import BadRow
+from storaged.objects.system.belief import Belief
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.claims import authenticate_all
+from storaged.objects.system.keyends import Ends
+from storaged.objects.system.rows import BadRow
+from storaged.objects.system.shards import domains_inside
+from storaged.objects.system.users import UserService
 from storaged.objects.usage import usage_after
-from storaged.objects.users import UserService
 from storaged.objects.where import Whereabouts, where
 from storaged.s3.app import S3App
-from storaged.s3.limits import Limits
+from storaged.s3.http.limits import Limits
 from storaged.units import MIB
 
 if TYPE_CHECKING:
@@ -75,7 +77,9 @@ log = structlog.get_logger("gateway")
 
 
 class LateKeys:
-    """A ``KeyService`` that becomes usable when the keyring has been opened and found to be the cluster's; KeyringUnavailable before."""
+    """A ``KeyService`` that becomes usable when the keyring has been opened and found to be the cluster's;
+    KeyringUnavailable before.
+    """
 
     def __init__(self) -> None:
         self.keyring: keys.Keyring | None = None
@@ -141,7 +145,8 @@ class Unlocker:
         registers: SystemRegisters,
         copies_of: Callable[[bytes], Awaitable[KeyCopies]],
     ) -> None:
-        """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring opens. ``copies_of`` opens this gateway's
+        """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring
+        opens. ``copies_of`` opens this gateway's
         copies of the bucket keys of a keyring."""
         self._config = config
         self._binding = binding
@@ -152,7 +157,9 @@ class Unlocker:
         self._registers = registers
         self._copies_of = copies_of
         self.problem = ""
-        """Why the keyring cannot be used, when that will not mend itself; empty while it is being opened, and when it is open."""
+        """Why the keyring cannot be used, when that will not mend itself; empty while it is being opened, and when it
+        is open.
+        """
         self._again = asyncio.Event()
 
     def again(self) -> None:
@@ -160,7 +167,9 @@ class Unlocker:
         self._again.set()
 
     async def run(self) -> None:
-        """Until the keyring is open. A missing majority is waited for; a keyring that does not fit waits for ``again``."""
+        """Until the keyring is open. A missing majority is waited for; a keyring that does not fit
+        waits for ``again``.
+        """
         pause_s = RETRY_FIRST_S
         while self._late.keyring is None:
             self._again.clear()
@@ -187,7 +196,9 @@ class Unlocker:
         record = await self._binding.check(material.keyring_id)
         copies = await self._copies_of(material.keyring_id)
         policy, holder = self._judged_by()
-        keyring = keys.Keyring(material, self._registers, copies, audit=self._audit, clock=self._clock, policy=policy, holder=holder)
+        keyring = keys.Keyring(
+            material, self._registers, copies, audit=self._audit, clock=self._clock, policy=policy, holder=holder
+        )
         await self._binding.confirm(record, material.keyring_id, keyring)
         self._late.keyring = keyring
         self.problem = self._late.reason = ""
@@ -196,7 +207,8 @@ class Unlocker:
 
 
 async def backup(late: LateKeys, directory: Path, passphrase: str, clock: Clock) -> tuple[str, bytes]:
-    """The keyring's id and its backup under a passphrase, with every bucket key made so far. The keyring file remembers which epoch it covers, and when it was made.
+    """The keyring's id and its backup under a passphrase, with every bucket key made so far. The keyring file remembers
+    which epoch it covers, and when it was made.
 
     Raises ServiceUnavailable when the ring can't be listed: a backup that is not whole is none.
     """
@@ -206,7 +218,10 @@ async def backup(late: LateKeys, directory: Path, passphrase: str, clock: Clock)
     now_ms = clock.wall_ms()
     found = await late.keyring.homes.inventory()
     if found.lost:
-        log.error("a backup of the keyring lacks keys that open nowhere", buckets=",".join(lost.hex() for lost in found.lost[:10]))
+        log.error(
+            "a backup of the keyring lacks keys that open nowhere",
+            buckets=",".join(lost.hex() for lost in found.lost[:10]),
+        )
     path = directory / f"backup-{system_entropy(8).hex()}.new"  # its own: two at once are under two passphrases
     try:
         await asyncio.to_thread(keys.backup, material, path, passphrase, found.copies, now_ms=now_ms)
@@ -255,8 +270,12 @@ class Gateway:
         registers = RingRegisters(node.ring, node.scanner)
         self._binding = binding = Binding(node.ring, node.own.cluster, node.clock, node.directory / REMEMBERED_FILE)
         node.belief.is_binding = lambda value: binding.is_authentic(value, self._late)
-        self._unlocker = Unlocker(config, binding, self._late, self._audit, node.clock, self._judged_by, registers, self._open_copies)
-        limits = shared_out(ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers)
+        self._unlocker = Unlocker(
+            config, binding, self._late, self._audit, node.clock, self._judged_by, registers, self._open_copies
+        )
+        limits = shared_out(
+            ObjectLimits(small_sealed_bytes_max=config.limits.small_object_bytes_max), config.s3.workers
+        )
         plane = ObjectPlane(
             registers=node.ring,
             pages=node.ring,
@@ -349,14 +368,18 @@ class Gateway:
         return self.objects.plane.bad_rows.listed()
 
     async def _keep_signer(self) -> None:
-        """For ever: this cluster's signing key is certified by a gateway, so that storage nodes believe what it signed."""
+        """For ever: this cluster's signing key is certified by a gateway, so that storage nodes
+        believe what it signed.
+        """
         node = self._node
         await self._late.opened.wait()
         while True:
             pause_s = SIGNER_EVERY_S
             try:
                 public = self._late.public_signer()
-                if await publish(node.paths.read, node.paths.write, NodeSigner(node.own), node.authority, node.own.cluster, public):
+                if await publish(
+                    node.paths.read, node.paths.write, NodeSigner(node.own), node.authority, node.own.cluster, public
+                ):
                     log.info("the signing key of records is certified by this gateway", signer=signer_id(public).hex())
                     node.audit.note("signer.certify", target=f"signer:{signer_id(public).hex()}", outcome="done")
             except ServiceUnavailable:
@@ -391,7 +414,9 @@ class Gateway:
         return self.copies
 
     async def _keep_keys(self) -> None:
-        """Takes bucket keys that an operator restored from a backup, at a reload at once, and forgets keys that expired."""
+        """Takes bucket keys that an operator restored from a backup, at a reload at once, and forgets keys that
+        expired.
+        """
         await self._late.opened.wait()
         keyring = self._late.keyring
         assert keyring is not None
@@ -414,7 +439,9 @@ class Gateway:
 
     @property
     def key_refusal(self) -> str:
-        """Why the policy does not allow keys here now; empty when it does, and while the keyring is not open. A bucket's countries may still refuse its key."""
+        """Why the policy does not allow keys here now; empty when it does, and while the keyring is not open. A
+        bucket's countries may still refuse its key.
+        """
         refusal = self._late.keyring.refusal() if self._late.keyring is not None else None
         return "" if refusal is None else str(refusal)
 
@@ -478,7 +505,11 @@ class Gateway:
         """A read found a fragment wanting: whoever looks after its register repairs it."""
         self._node.metrics.counter("storaged_fragments_damaged_total").labels(damage.disk).inc()
         log.warning(
-            "a fragment is wanting", disk=damage.disk, reason=damage.reason, data_id=damage.fragment.data_id.hex(), cell=damage.cell
+            "a fragment is wanting",
+            disk=damage.disk,
+            reason=damage.reason,
+            data_id=damage.fragment.data_id.hex(),
+            cell=damage.cell,
         )
         self._node.maintain.hint(damage.owner, damage.fragment if damage.reason == "lied" else None)
 
@@ -517,7 +548,9 @@ class Gateway:
 
 
 def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
-    """A worker's part of what all of a gateway may hold in memory; of buffers never less than a few large transfers need."""
+    """A worker's part of what all of a gateway may hold in memory; of buffers never less than a few large transfers
+    need.
+    """
     buffers = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max")
     shares = {name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in buffers}
     shares |= {name: getattr(limits, name) // workers for name in ("opened_bytes_max", "listed_bytes_max")}
@@ -540,7 +573,9 @@ def shared_limits(requests_max: int, s3: S3Section) -> Limits:
 
 
 def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:
-    """One row a fragment: ``blocks`` blocks of the part, from ``block`` on, lie alike. ``racks_may_fail`` counts failure domains, whatever they are here."""
+    """One row a fragment: ``blocks`` blocks of the part, from ``block`` on, lie alike. ``racks_may_fail`` counts
+    failure domains, whatever they are here.
+    """
     fragments = [
         {
             "part": run.part,
@@ -572,4 +607,6 @@ def load_certificate(context: ssl.SSLContext, config: Config) -> None:
         try:
             target.load_cert_chain(config.s3.tls_certificate, config.s3.tls_key)
         except (OSError, ssl.SSLError) as error:
-            raise ConfigInvalid(f"s3.tls_certificate {config.s3.tls_certificate} and its key do not load: {error}") from None
+            raise ConfigInvalid(
+                f"s3.tls_certificate {config.s3.tls_certificate} and its key do not load: {error}"
+            ) from None

@@ -1,4 +1,5 @@
-"""What a gateway tidies now and then, since it needs keys or knows buckets: deletions that another gateway left half done, rows of uploads that ended long ago, the keys of buckets.
+"""What a gateway tidies now and then, since it needs keys or knows buckets: deletions that another gateway left half
+done, rows of uploads that ended long ago, the keys of buckets.
 
 Every step is idempotent and safe beside other gateways doing the same.
 """
@@ -11,11 +12,11 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from storaged.errors import StoragedError
-from storaged.objects.buckets import BucketService
-from storaged.objects.keyends import Ends, destroy_ended_keys
-from storaged.objects.multipart import forget_finished_uploads
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.users import UserService
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.keyends import Ends, destroy_ended_keys
+from storaged.objects.system.users import UserService
+from storaged.objects.write.multipart import forget_finished_uploads
 
 FIRST_S = 30.0
 """After the start: a gateway that died in the middle of a bucket's deletion is mostly back by then."""
@@ -36,7 +37,8 @@ async def housekeep(
     first_s: float = FIRST_S,
     interval_s: float = INTERVAL_S,
 ) -> None:
-    """For ever. What fails (no majority, keyring not open) is tried again in the next round. ``on_ends``: what each look
+    """For ever. What fails (no majority, keyring not open) is tried again in the next round. ``on_ends``: what each
+    look
     at the keys of deleted buckets found."""
     await asyncio.sleep(first_s)
     while True:
@@ -50,7 +52,9 @@ async def housekeep(
 async def look_at_records(
     buckets: BucketService, users: UserService, *, first_s: float = RECORDS_FIRST_S, interval_s: float = RECORDS_S
 ) -> None:
-    """For ever: heals the records of buckets and users that can't be used, or names them for ``status``. Takes a hundredth of the time at most."""
+    """For ever: heals the records of buckets and users that can't be used, or names them for ``status``. Takes a
+    hundredth of the time at most.
+    """
     pause_s = first_s
     while True:
         await asyncio.sleep(pause_s)
@@ -63,7 +67,9 @@ async def look_at_records(
 
 
 async def check_records(buckets: BucketService, users: UserService) -> None:
-    """Raises ServiceUnavailable when the system partition has no majority, KeyringUnavailable when nothing can be verified."""
+    """Raises ServiceUnavailable when the system partition has no majority, KeyringUnavailable when nothing can be
+    verified.
+    """
     signed = await buckets.sign_unsigned(await buckets.every_bucket())
     if signed:
         log.info("records of buckets are signed for nodes without keys", count=signed)
@@ -90,7 +96,9 @@ async def tidy(plane: ObjectPlane, buckets: BucketService, on_ends: Callable[[En
     """One round; returns how many uploads were forgotten. A bucket that fails does not keep the others waiting."""
     forgotten = 0
     records = await buckets.every_bucket()
-    await keep_keys(plane, buckets, {record.id: record.countries for record in records if record.state == "active"}, on_ends)
+    await keep_keys(
+        plane, buckets, {record.id: record.countries for record in records if record.state == "active"}, on_ends
+    )
     for record in records:
         try:
             bucket = await buckets.resume(record)

@@ -17,7 +17,7 @@ import structlog
 from storaged.cluster.layout import SYSTEM_PARTITION
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import StoragedError
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table
 from storaged.meta.ports import Registers
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.audit import REFUSALS_EVERY_S
-from storaged.cluster.audit_format import Event
-from storaged.cluster.audit_refusals import Refusals
+from storaged.cluster.audit.format import Event
+from storaged.cluster.audit.log import REFUSALS_EVERY_S
+from storaged.cluster.audit.refusals import Refusals
 from storaged.errors import AuditUnwritable
 from storaged.node.workers import LINE_BYTES_MAX, NOT_TAKEN, TAKEN, TOLD_AT_ONCE_MAX, encode_samples
 from storaged.observe import samples_of
@@ -29,7 +29,8 @@ log = structlog.get_logger("workers")
 
 
 class Leader:
-    """The gateway's first process, to the worker ``number``. Its audit log is this worker's too: a ``cluster.audit.Trail``.
+    """The gateway's first process, to the worker ``number``. Its audit log is this worker's too: a
+    ``cluster.audit.log.Trail``.
 
     ``door`` and ``talk`` are the descriptors that this process was started with.
     """
@@ -49,7 +50,9 @@ class Leader:
         """Of what was asked of the first process."""
         self._last = 0
         self._answers = bytearray()
-        """TAKEN or NOT_TAKEN for each connection that the first process has not been told of yet: it keeps it until then."""
+        """TAKEN or NOT_TAKEN for each connection that the first process has not been told of yet: it keeps it until
+        then.
+        """
         self._telling: asyncio.TimerHandle | None = None
         self._adopted: set[asyncio.Task[None]] = set()
         self._clock = clock or SystemClock()
@@ -98,7 +101,8 @@ class Leader:
         self._writer = None
         stopping.set()
 
-    # --- connections --------------------------------------------------------------------------------------------------------
+    # --- connections
+    # --------------------------------------------------------------------------------------------------------
 
     def take_connections(self, adopt: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
         """``adopt`` serves every connection that comes through the door."""
@@ -129,7 +133,9 @@ class Leader:
         loop.add_reader(self._door, come_in)
 
     def _tell_taken(self) -> None:
-        """Until it is told the first process keeps a connection open: its client would not see that this one closes it."""
+        """Until it is told the first process keeps a connection open: its client would not see that
+        this one closes it.
+        """
         self._telling = None
         try:
             while self._answers:
@@ -157,7 +163,8 @@ class Leader:
         """Every other process of this gateway has forgotten what it knew of it (or has ended) when this returns."""
         await self._ask({"tell": "forget", "kind": kind, "key": key})
 
-    # --- the audit log ------------------------------------------------------------------------------------------------------
+    # --- the audit log
+    # ------------------------------------------------------------------------------------------------------
 
     async def append(self, kind: str, /, **fields: Any) -> None:
         """On disk, in the first process's log, when it returns. Raises AuditUnwritable."""

@@ -77,7 +77,8 @@ class Ledger:
             return msgspec.convert(known, _Document)
         except (msgspec.MsgspecError, TypeError) as error:
             raise OperatorError(
-                f"{self._path} can't be read: {error}. Put it back from a copy; without it this node does not know which disks it had."
+                f"{self._path} can't be read: {error}. Put it back from a copy; without it this node does not know"
+                " which disks it had."
             ) from None
 
     @property
@@ -142,7 +143,9 @@ class Ledger:
     def note_failed(self, disk_id: str, store: str, reason: str) -> None:
         """One of the disk's stores failed for good. Raises OSError."""
         with self._lock:
-            self._known.disks.setdefault(disk_id, DiskRecord()).failed[store] = reason[:REASON_CHARS_MAX] or "no reason is known"
+            self._known.disks.setdefault(disk_id, DiskRecord()).failed[store] = (
+                reason[:REASON_CHARS_MAX] or "no reason is known"
+            )
             self._save()
 
     def _save(self) -> None:

@@ -1,4 +1,6 @@
-"""What this process tells the service manager: READY, RELOADING, STOPPING, WATCHDOG (sd_notify(3)); nothing outside systemd."""
+"""What this process tells the service manager: READY, RELOADING, STOPPING, WATCHDOG (sd_notify(3)); nothing outside
+systemd.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,23 @@ from collections.abc import MutableMapping
 
 
 class Notifier:
-    """Sends to ``$NOTIFY_SOCKET`` (``@`` in front: abstract), which is taken out of the environment so that children do not speak for us."""
+    """Sends to ``$NOTIFY_SOCKET`` (``@`` in front: abstract), which is taken out of the environment so that children do
+    not speak for us.
+    """
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
         address = environ.pop("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) if address else None
-        watched = int(environ.pop("WATCHDOG_USEC", "0") or 0) if environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) else 0
+        self._socket = (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            if address
+            else None
+        )
+        watched = (
+            int(environ.pop("WATCHDOG_USEC", "0") or 0)
+            if environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+            else 0
+        )
         self.watchdog_s = watched / 1e6
 
     def _send(self, text: str) -> None:
@@ -33,14 +45,18 @@ class Notifier:
         self._send(f"STATUS={text}")
 
     def reloading(self) -> None:
-        """Type=notify-reload wants the monotonic time in microseconds with it; READY follows when the reload is over."""
+        """Type=notify-reload wants the monotonic time in microseconds with it; READY follows when
+        the reload is over.
+        """
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
     async def feed_watchdog(self) -> None:
-        """From the event loop, twice in each period: a loop that hangs is restarted. Returns at once when no watchdog was asked for."""
+        """From the event loop, twice in each period: a loop that hangs is restarted. Returns at once when no watchdog
+        was asked for.
+        """
         while self.watchdog_s:
             self._send("WATCHDOG=1")
             await asyncio.sleep(self.watchdog_s / 2)

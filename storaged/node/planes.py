@@ -1,4 +1,6 @@
-"""The planes of one node, from the bottom up, and how they are handed to each other. A storage node's planes import no keys."""
+"""The planes of one node, from the bottom up, and how they are handed to each other. A storage node's planes import no
+keys.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,7 @@ from storaged import __version__, observe
 from storaged.admin.api import AdminServer
 from storaged.admin.listener import actor_of_user
 from storaged.clock import Clock
-from storaged.cluster import authority
-from storaged.cluster.audit_format import actor_of_peer
+from storaged.cluster.audit.format import actor_of_peer
 from storaged.cluster.identity import Identity, authority_of, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
@@ -23,7 +24,7 @@ from storaged.cluster.membership import Membership
 from storaged.cluster.moves import RefusedLayout, places_digest
 from storaged.cluster.policy import Policy, policy_of
 from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerIdentity
-from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits
+from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits, authority
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
 from storaged.errors import (
@@ -43,10 +44,10 @@ from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
 from storaged.meta.client import RingClient
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing.cache import PIECES_BYTES_MAX
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, Value
-from storaged.meta.remembered import PIECES_BYTES_MAX
-from storaged.meta.remote import ReplicaDirectory, ReplicaHost
+from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.auditing import Auditing
 from storaged.node.belief import NodeBelief
 from storaged.node.disks import Disks, Opener, Snapshot
@@ -55,7 +56,7 @@ from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
 from storaged.node.reports import Reports
 from storaged.node.system import LAYOUT_FILE, SystemPaths, exchange_layout, operator_layout
-from storaged.objects.references import live_references
+from storaged.objects.write.references import live_references
 
 if TYPE_CHECKING:
     from storaged.node.gateway import Gateway
@@ -69,7 +70,9 @@ log = structlog.get_logger("node")
 
 
 class Node:
-    """``open`` builds and starts everything (what it started is closed by the stack, in reverse), ``work`` are the tasks, ``drain`` ends the front first."""
+    """``open`` builds and starts everything (what it started is closed by the stack, in reverse), ``work`` are the
+    tasks, ``drain`` ends the front first.
+    """
 
     def __init__(self, config: Config, own: Identity, clock: Clock, leader: Leader | None = None) -> None:
         """``leader``: the first process of the gateway that this one is a further worker of."""
@@ -93,7 +96,9 @@ class Node:
         self.metrics.gauge("storaged_info").labels(config.node.name, __version__, ",".join(config.node.roles)).set(1)
 
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
-        """Raises PortInUse, DirectoryInUse, LayoutRefused, ConfigInvalid, CertificateRefused: nothing stays open then."""
+        """Raises PortInUse, DirectoryInUse, LayoutRefused, ConfigInvalid, CertificateRefused:
+        nothing stays open then.
+        """
         await self._open_layouts()
         await self._open_disks(stack)
         await self._tell_disks()
@@ -109,7 +114,9 @@ class Node:
         self._heartbeats = True
         await self.audit.start()
         self.layouts.watch(
-            lambda layout: self.audit.note("layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes))
+            lambda layout: self.audit.note(
+                "layout.taken", target=f"layout:{layout.epoch}", outcome="done", nodes=len(layout.nodes)
+            )
         )
         self._audit_refused_layouts()
         stack.push_async_callback(self.auditing.close)
@@ -132,8 +139,9 @@ class Node:
         ledger = await asyncio.to_thread(Ledger, self.directory)
         if not await asyncio.to_thread(ledger.goes_by, places_digest(self.layouts.current)):
             raise LayoutRefused(
-                f"By layout {self.layouts.epoch} replicas or disks lie elsewhere than by the one that this node has used, and which is gone from "
-                f"{self.directory / 'layouts'}. Put that directory back, or the cluster's own layout beside the certificate."
+                f"By layout {self.layouts.epoch} replicas or disks lie elsewhere than by the one that this node has"
+                f" used, and which is gone from {self.directory / 'layouts'}. Put that directory back, or the cluster's"
+                " own layout beside the certificate."
             )
         self._opener = Opener(
             self.config,
@@ -167,18 +175,23 @@ class Node:
         return LedgerReport(ledger.id, ledger.formed or self._opener.foreign_stores, ledger.node(node))
 
     def _disk_accepted(self, disk_id: str, directory: str, uid: int) -> None:
-        self.audit.note("disk.accepted", actor=actor_of_user(uid), target=f"disk:{disk_id}", outcome="done", directory=directory)
+        self.audit.note(
+            "disk.accepted", actor=actor_of_user(uid), target=f"disk:{disk_id}", outcome="done", directory=directory
+        )
 
     async def _open_layouts(self) -> None:
         files = LayoutFiles(self.directory / "layouts")
         persist = files.save if self.leader is None else None
-        self.layouts = LayoutBook(self.own.administration, self.own.cluster, known=files.load(), persist=persist, clock=self.clock)
+        self.layouts = LayoutBook(
+            self.own.administration, self.own.cluster, known=files.load(), persist=persist, clock=self.clock
+        )
         await self._learn_operators()
         self._follow_policy(self.layouts.current)
         self.layouts.watch(self._follow_policy)
 
     def _follow_policy(self, layout: Layout) -> None:
-        """Who is admitted, and who is given keys, follows from the layout in force. Raises JurisdictionRefused for one that names a country outside EU law: such a
+        """Who is admitted, and who is given keys, follows from the layout in force. Raises JurisdictionRefused for one
+        that names a country outside EU law: such a
         policy admits nobody."""
         try:
             self._policy = policy_of(layout)
@@ -205,14 +218,20 @@ class Node:
         return standing_of(self.layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
 
     def _admit_dialled(self, peer: PeerIdentity) -> None:
-        """An ``Admission`` of nodes that this one calls by a name of the layout: they must be what, and where, the layout says."""
+        """An ``Admission`` of nodes that this one calls by a name of the layout: they must be what, and where, the
+        layout says.
+        """
         self._admit(peer)
         if not self._standing(peer):
             where = f"{peer.country}/{peer.site}/{peer.rack}"
-            raise CertificateRefused(f"{peer.name} is certified as {', '.join(peer.roles)} in {where}; the layout in force says otherwise.")
+            raise CertificateRefused(
+                f"{peer.name} is certified as {', '.join(peer.roles)} in {where}; the layout in force says otherwise."
+            )
 
     async def _learn_operators(self) -> None:
-        """A layout that is refused is noted, and the node goes on with the one that it used last; without one it does not start."""
+        """A layout that is refused is noted, and the node goes on with the one that it used last; without one it does
+        not start.
+        """
         signed = operator_layout(self.own)
         if signed is not None:
             try:
@@ -221,9 +240,12 @@ class Node:
                 if not self.layouts.epoch:
                     raise
         if not self.layouts.epoch:
-            raise LayoutRefused(f"there is no layout: put the signed one into {self.own.directory} (storaged cluster layout)")
+            raise LayoutRefused(
+                f"there is no layout: put the signed one into {self.own.directory} (storaged cluster layout)"
+            )
 
-    # --- building -----------------------------------------------------------------------------------------------------------
+    # --- building
+    # -----------------------------------------------------------------------------------------------------------
 
     def _build_network(self) -> None:
         self.pool = RpcPool(
@@ -257,7 +279,9 @@ class Node:
     def _build_ring(self) -> None:
         replicas, fragments = self.disks.replicas, self.disks.fragments
         if self.config.storage:
-            self._methods.update(ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock, on_refusal=self._refused).methods())
+            self._methods.update(
+                ReplicaHost(replicas, lambda: self.layouts.epoch, clock=self.clock, on_refusal=self._refused).methods()
+            )
             self._methods.update(FragmentHost(fragments).methods())
         directory = ReplicaDirectory(self.layouts, self.pool, replicas, node=self.own.name)
         self.belief = NodeBelief(self.own, self.authority, self._others_believe)
@@ -274,7 +298,12 @@ class Node:
         )
         remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
         self.scanner = RingScanner(
-            self.layouts, directory, self.ring, self.membership, remembered_bytes_max=remembered_bytes_max, on_fenced=self._fenced
+            self.layouts,
+            directory,
+            self.ring,
+            self.membership,
+            remembered_bytes_max=remembered_bytes_max,
+            on_fenced=self._fenced,
         )
         self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, self.membership, walks=self.leader is None)
         self.stores = StoreDirectory(self.layouts, self.pool, fragments)
@@ -344,7 +373,8 @@ class Node:
         except OSError as error:
             raise ConfigInvalid(f"rpc.listen {self.config.rpc.listen}: {error.strerror or error}") from None
 
-    # --- running ------------------------------------------------------------------------------------------------------------
+    # --- running
+    # ------------------------------------------------------------------------------------------------------------
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """What runs until the node stops."""
@@ -364,14 +394,16 @@ class Node:
             await self.gateway.drain()
 
     async def reload(self, config: Config) -> None:
-        """Log level, TLS certificates, this node's own certificate, a newer layout beside it; what needs a restart is named.
+        """Log level, TLS certificates, this node's own certificate, a newer layout beside it; what needs a restart is
+        named.
 
         Raises and changes nothing for what does not load.
         """
         own = load_identity(Path(config.cluster.identity))
         if (own.name, own.cluster) != (self.own.name, self.own.cluster):
             raise ConfigInvalid(
-                f"the certificate in {config.cluster.identity} is {own.name}'s of {own.cluster}; a node does not change its name while it runs"
+                f"the certificate in {config.cluster.identity} is {own.name}'s of {own.cluster}; a node does not change"
+                " its name while it runs"
             )
         if self.gateway is not None:
             self.gateway.reload(config)
@@ -381,8 +413,14 @@ class Node:
             self._server.renew(own)
         worker = {"worker": str(self.leader.number)} if self.leader is not None else {}
         observe.setup_logging(config.log.level, config.log.format, stream=None, node=config.node.name, **worker)
-        fixed = [name for name in ("node", "disks", "rpc", "admin", "limits") if getattr(config, name) != getattr(self.config, name)]
-        fixed += ["s3"] if (config.s3.listen, config.s3.workers) != (self.config.s3.listen, self.config.s3.workers) else []
+        fixed = [
+            name
+            for name in ("node", "disks", "rpc", "admin", "limits")
+            if getattr(config, name) != getattr(self.config, name)
+        ]
+        fixed += (
+            ["s3"] if (config.s3.listen, config.s3.workers) != (self.config.s3.listen, self.config.s3.workers) else []
+        )
         if fixed:
             log.warning("some changes need a restart", sections=",".join(fixed))
         renewed = own.expires != self.own.expires
@@ -406,7 +444,9 @@ class Node:
             await self._tell_disks()
 
     async def _keep_layout_register(self) -> None:
-        """The layout in force is in the register ``layout`` too, for whoever reaches the ring and not the nodes that know it."""
+        """The layout in force is in the register ``layout`` too, for whoever reaches the ring and not the nodes that
+        know it.
+        """
         while True:
             try:
                 await exchange_layout(self.paths, self.layouts)
@@ -445,9 +485,16 @@ class Node:
             alarms.labels(used.id, "sequence_falls").set(told.sequence_falls)
 
     def _cell_damaged(self, disk: str, fragment: FragmentId, cell: int) -> None:
-        """Told by a local disk. The fragment's header names the register that owns it, for whichever node looks after that."""
+        """Told by a local disk. The fragment's header names the register that owns it, for whichever node looks after
+        that.
+        """
         self.metrics.counter("storaged_fragments_damaged_total").labels(disk).inc()
-        where = {"data_id": fragment.data_id.hex(), "block": fragment.block, "position": fragment.position, "cell": cell}
+        where = {
+            "data_id": fragment.data_id.hex(),
+            "block": fragment.block,
+            "position": fragment.position,
+            "cell": cell,
+        }
         log.warning("a cell's checksum does not hold", disk=disk, **where)
         if self.maintenance is not None:
             self.maintenance.cell_damaged(disk, fragment)

@@ -1,4 +1,6 @@
-"""What opens a gateway's keyring, as its configuration says. For gateways and the command line: imports the key plane."""
+"""What opens a gateway's keyring, as its configuration says. For gateways and the command line:
+imports the key plane.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from storaged.passphrase import require_long
 def protection_of(config: Config, *, create: bool = False) -> keys.Protection:
     """``create``: a credential file that is missing is made, for a keyring that is being made or restored.
 
-    Raises KeyringMismatch for a missing credential, OperatorError for a passphrase that cannot be read, with ``create`` PassphraseTooShort.
+    Raises KeyringMismatch for a missing credential, OperatorError for a passphrase that cannot be read, with ``create``
+    PassphraseTooShort.
     """
     if config.keys.credential:
         path = Path(config.keys.credential)

@@ -20,12 +20,12 @@ from storaged.errors import (
     ServiceUnavailable,
     StoragedError,
 )
+from storaged.maintain.job import JobReport
 from storaged.maintain.repair import NO_RECODING_S
-from storaged.maintain.runner import JobReport
 from storaged.maintain.service import MaintainStatus
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.node.auditing import merged
-from storaged.objects.place import choose
+from storaged.objects.code.place import choose
 from storaged.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ WATCH_EVERY_S = 10.0
 SAMPLE_GROUPS = 64
 """Placement groups tried for what a write would use now: with few disks all answer alike."""
 RTT_SITE_MS_MAX = 2.0
-"""Nodes that claim one site answer within this, light being what it is (100 km of fibre a millisecond of round trip)."""
+"""Nodes that claim one site answer within this, light being what it is (100 km of fibre a
+millisecond of round trip).
+"""
 
 
 class Reports:
@@ -60,10 +62,13 @@ class Reports:
             node.gateway.offer(found)
         return found
 
-    # --- ready, status ------------------------------------------------------------------------------------------------------
+    # --- ready, status
+    # ------------------------------------------------------------------------------------------------------
 
     def ready(self) -> tuple[bool, str]:
-        """A gateway: the keyring is open and the system partition has a majority. A storage node: at least one disk takes part."""
+        """A gateway: the keyring is open and the system partition has a majority. A storage node: at least one disk
+        takes part.
+        """
         node = self._node
         layout = node.layouts.current
         alive = sum(map(node.membership.disk_readable, layout.seeds))
@@ -94,8 +99,12 @@ class Reports:
             key_damage=node.gateway.key_damage() if node.gateway is not None else (),
             bad_records=node.gateway.bad_records() if node.gateway is not None else (),
             audit_problem=node.auditing.problem,
-            audit_alarms=merged([*node.auditing.alarms(), *(alarm for status in told for alarm in status.audit_alarms)]),
-            unverified_records=sorted({name: reason for status in told for name, reason in status.records_refused}.items()),
+            audit_alarms=merged(
+                [*node.auditing.alarms(), *(alarm for status in told for alarm in status.audit_alarms)]
+            ),
+            unverified_records=sorted(
+                {name: reason for status in told for name, reason in status.records_refused}.items()
+            ),
         )
         return self._seen.date(judge(facts, node.clock.wall_ms()))
 
@@ -139,7 +148,9 @@ class Reports:
         return not entry.address and "storage" not in entry.roles and entry.name != own.own.name and not hears
 
     def _durability(self, told: Sequence[MaintainStatus]) -> Durability:
-        """Sums over all storage nodes that answer; ``counted`` only when each of them has looked at the disks as they are now."""
+        """Sums over all storage nodes that answer; ``counted`` only when each of them has looked at the disks as they
+        are now.
+        """
         layout = self._node.layouts.current
         wanted = {disk.node for disk in layout.disks if self._node.membership.disk_readable(disk.id)}
         counted = bool(told) and {status.node for status in told} >= wanted and all(status.current for status in told)
@@ -163,7 +174,8 @@ class Reports:
                 return None, error.message
         return str(min(found, key=lambda profile: (profile.k, profile.n))), ""
 
-    # --- jobs ---------------------------------------------------------------------------------------------------------------
+    # --- jobs
+    # ---------------------------------------------------------------------------------------------------------------
 
     async def jobs(self) -> dict[str, Any]:
         """``busy``: something is being done, or waits to be done, that changes the counts."""
@@ -195,7 +207,8 @@ class Reports:
             after = page.next_after
         return found
 
-    # --- doctor -------------------------------------------------------------------------------------------------------------
+    # --- doctor
+    # -------------------------------------------------------------------------------------------------------------
 
     async def doctor(self) -> list[dict[str, str]]:
         node = self._node
@@ -208,12 +221,20 @@ class Reports:
                 continue
             if known.state != "up":
                 checks.append(
-                    _check(f"node {entry.name}", "fail", f"does not answer: {known.reason}", "Start it; see `storaged explain NODE_DOWN`.")
+                    _check(
+                        f"node {entry.name}",
+                        "fail",
+                        f"does not answer: {known.reason}",
+                        "Start it; see `storaged explain NODE_DOWN`.",
+                    )
                 )
                 continue
             checks.append(certificate_check(entry.name, known.certificate_until_ms, node.clock.wall_ms()))
             checks.append(_clock(entry.name, known.clock_skew_ms))
-            checks.extend(_disk(entry.name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free) for disk in known.disks)
+            checks.extend(
+                _disk(entry.name, disk.id, disk.state, disk.reason, disk.bytes_used, disk.bytes_free)
+                for disk in known.disks
+            )
             if known.rtt_min_ms is not None and entry.name != node.own.name:
                 checks.append(self._round_trip(entry.name, entry.location, known.rtt_min_ms))
         state, detail = node.auditing.check()
@@ -222,17 +243,29 @@ class Reports:
                 "audit log",
                 state,
                 detail,
-                "Each other node with disks witnesses it, within a minute of its start; see deploy/README.md, The audit log.",
+                "Each other node with disks witnesses it, within a minute of its start; see deploy/README.md, The audit"
+                " log.",
             )
         )
         if node.gateway is not None:
             checks.append(self._keys())
             checks.extend(self._bucket_keys(node.gateway))
             refusal = node.gateway.key_refusal
-            checks.append(_check("key release", "fail" if refusal else "ok", refusal or "the policy allows it", KeyReleasesRefused.hint))
+            checks.append(
+                _check(
+                    "key release",
+                    "fail" if refusal else "ok",
+                    refusal or "the policy allows it",
+                    KeyReleasesRefused.hint,
+                )
+            )
             if (workers := node.gateway.workers) is not None:
                 state = "ok" if workers.serving == workers.count else "fail"
-                checks.append(_check("workers", state, f"{workers.serving} of {workers.count} serve", "The log says why one ended."))
+                checks.append(
+                    _check(
+                        "workers", state, f"{workers.serving} of {workers.count} serve", "The log says why one ended."
+                    )
+                )
         checks.append(await asyncio.to_thread(_fsync, node.directory))
         return checks
 
@@ -263,11 +296,19 @@ class Reports:
             return _check("keyring", "fail", gateway.reason or "not open", KeyringMismatch.hint)
         told = gateway.keyring.statistics()
         if told.newest_epoch > told.backed_up_epoch:
-            return _check("key backup", "warn", f"epoch {told.newest_epoch} is in no backup ({KeysNotBackedUp.code})", KeysNotBackedUp.hint)
+            return _check(
+                "key backup",
+                "warn",
+                f"epoch {told.newest_epoch} is in no backup ({KeysNotBackedUp.code})",
+                KeysNotBackedUp.hint,
+            )
         newer = gateway.copies.log.newer_than(told.backed_up_ms) if gateway.copies is not None else 0
         detail = f"covers epoch {told.backed_up_epoch}"
         if newer:
-            detail += f"; {newer} bucket key{'' if newer == 1 else 's'} newer than it: the ring and this gateway have them. A new backup now and then is good advice"
+            detail += (
+                f"; {newer} bucket key{'' if newer == 1 else 's'} newer than it: the ring and this gateway have them. A"
+                " new backup now and then is good advice"
+            )
         return _check("key backup", "ok", detail, "")
 
     def _bucket_keys(self, gateway: Gateway) -> list[dict[str, str]]:
@@ -278,11 +319,20 @@ class Reports:
         bad = sum(not damage.mended for damage in damaged)
         checks = []
         if damaged:
-            detail = f"{len(damaged)} damaged in the ring, {bad} of them not mended: key/{damaged[0].bucket} {damaged[0].detail} ({BucketKeyDamaged.code})"
+            detail = (
+                f"{len(damaged)} damaged in the ring, {bad} of them not mended: key/{damaged[0].bucket}"
+                f" {damaged[0].detail} ({BucketKeyDamaged.code})"
+            )
             checks.append(_check("bucket keys", "fail" if bad else "warn", detail, BucketKeyDamaged.hint))
         elif copies.cut_bytes:
-            detail = f"the last {copies.cut_bytes} bytes of {copies.path} could not be read at the start, and were cut off"
-            checks.append(_check("bucket keys", "warn", detail, "The ring has those keys too: they are copied again within the hour."))
+            detail = (
+                f"the last {copies.cut_bytes} bytes of {copies.path} could not be read at the start, and were cut off"
+            )
+            checks.append(
+                _check(
+                    "bucket keys", "warn", detail, "The ring has those keys too: they are copied again within the hour."
+                )
+            )
         else:
             checks.append(_check("bucket keys", "ok", f"{copies.count} in {copies.path}", ""))
         if ends := gateway.key_ends.waiting:
@@ -294,7 +344,12 @@ class Reports:
             checks.append(_check("keys of deleted buckets", "warn" if late else "ok", detail, hint))
         if copies.problem:
             checks.append(
-                _check("copies of bucket keys", "fail", copies.problem, "Until it can be written, buckets can't be created here.")
+                _check(
+                    "copies of bucket keys",
+                    "fail",
+                    copies.problem,
+                    "Until it can be written, buckets can't be created here.",
+                )
             )
         return checks
 
@@ -345,7 +400,9 @@ def certificate_check(node: str, until_ms: int, now_ms: int) -> dict[str, str]:
 
 
 def _private(files: Sequence[Path]) -> dict[str, str]:
-    """Nobody but the owner (and a group that the operator chose, as systemd does for its credentials) may read what opens everything."""
+    """Nobody but the owner (and a group that the operator chose, as systemd does for its credentials) may read what
+    opens everything.
+    """
     shown = []
     for file in files:
         try:
@@ -355,7 +412,10 @@ def _private(files: Sequence[Path]) -> dict[str, str]:
         if mode & 0o007:
             shown.append(f"{file} has mode {mode & 0o777:04o}")
     return _check(
-        "secret files", "fail" if shown else "ok", "; ".join(shown) or "private", "chmod o= FILE; who could log in here may have a copy."
+        "secret files",
+        "fail" if shown else "ok",
+        "; ".join(shown) or "private",
+        "chmod o= FILE; who could log in here may have a copy.",
     )
 
 

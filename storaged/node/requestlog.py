@@ -16,14 +16,16 @@ import logging
 import structlog
 
 from storaged import observe
-from storaged.cluster.audit import Trail
+from storaged.cluster.audit.log import Trail
 from storaged.config import LogSection
 from storaged.observe import Metrics
 from storaged.s3.request import RequestDone
 from storaged.units import MIB
 
 SLOW_BYTES_PER_S = 4 * MIB
-"""A client's own pace: a request that moves bytes may take a second more for each so many. A 5 GiB upload is not slow."""
+"""A client's own pace: a request that moves bytes may take a second more for each so many. A 5 GiB
+upload is not slow.
+"""
 
 
 class RequestLog:
@@ -77,7 +79,9 @@ def refuse(trail: Trail, done: RequestDone) -> None:
     """The entry of a request that was denied. Without an access key it did not prove to be anybody's."""
     actor = f"s3:{done.access_key}" if done.access_key else f"address:{done.remote}"
     path = done.target.partition("?")[0]
-    trail.refused("s3.refused", done.code or "AccessDenied", actor=actor, target=path, operation=done.operation or "none")
+    trail.refused(
+        "s3.refused", done.code or "AccessDenied", actor=actor, target=path, operation=done.operation or "none"
+    )
 
 
 def fields_of(done: RequestDone) -> dict[str, str | int | float | bool]:

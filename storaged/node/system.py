@@ -51,7 +51,9 @@ class SystemPaths:
         await self._registers.change(system_name(path), lambda _value: Change(body))
 
     async def replace(self, path: str, choose: Callable[[bytes | None], bytes | None]) -> bytes | None:
-        """Compare-and-set: ``choose`` (pure) says what the body should become, None to leave it. Returns what is there afterwards."""
+        """Compare-and-set: ``choose`` (pure) says what the body should become, None to leave it. Returns what is there
+        afterwards.
+        """
 
         def update(value: Value | None) -> Change | None:
             body = choose(value.body if value is not None and value.body else None)
@@ -62,9 +64,11 @@ class SystemPaths:
 
 
 async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
-    """The register ``layout`` gets the layout in force when it has an older one or none; a newer one in it is learnt, once its signature was verified.
+    """The register ``layout`` gets the layout in force when it has an older one or none; a newer one in it is learnt,
+    once its signature was verified.
 
-    Raises ServiceUnavailable without a majority, LayoutRefused for a register that holds what the administration key never signed.
+    Raises ServiceUnavailable without a majority, LayoutRefused for a register that holds what the administration key
+    never signed.
     """
     mine = layouts.signed_after(layouts.epoch - 1)
     assert mine is not None
@@ -82,7 +86,9 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
 
 
 def operator_layout(own: Identity) -> SignedLayout | None:
-    """The layout that the operator put beside the certificate, None when there is none or it does not decode (which is logged)."""
+    """The layout that the operator put beside the certificate, None when there is none or it does not decode (which is
+    logged).
+    """
     path = own.directory / LAYOUT_FILE
     try:
         return decode(path.read_bytes(), SignedLayout)

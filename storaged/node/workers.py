@@ -1,26 +1,38 @@
 """Several processes behind one S3 port: the first one's side.
 
-Theory of operation. A gateway with ``[s3] workers = N`` is N processes of one node. The first holds the node's lock, the port, the admin API and the audit log, and
-does what is done once a node (housekeeping, the layout's register, status); it serves requests as the others do. It starts the others
-(``storaged run CONFIG --worker NUMBER``), each a gateway of its own over the ring: own connections, caches and keys in memory, and an incarnation of its own, so that
+Theory of operation. A gateway with ``[s3] workers = N`` is N processes of one node. The first holds the node's lock,
+the port, the admin API and the audit log, and
+does what is done once a node (housekeeping, the layout's register, status); it serves requests as the others do. It
+starts the others
+(``storaged run CONFIG --worker NUMBER``), each a gateway of its own over the ring: own connections, caches and keys in
+memory, and an incarnation of its own, so that
 no two ballots are alike. To the cluster's membership they are one node, under the first one's pid and incarnation.
 
-The first accepts every client and hands the connections out in turn (SCM_RIGHTS). Sockets that share a port by SO_REUSEPORT are chosen by a hash: of four connections
-all four go to one of two processes every eighth time, and those that wait in the queue of a process that dies are reset. With one listening socket that
-all inherit, a burst of connections is taken by whoever wakes first, all 64 of them now and then. A hand-over costs some 16 us, once a connection.
+The first accepts every client and hands the connections out in turn (SCM_RIGHTS). Sockets that share a port by
+SO_REUSEPORT are chosen by a hash: of four connections
+all four go to one of two processes every eighth time, and those that wait in the queue of a process that dies are
+reset. With one listening socket that
+all inherit, a burst of connections is taken by whoever wakes first, all 64 of them now and then. A hand-over costs some
+16 us, once a connection.
 
-A worker that dies takes its requests in flight with it; the others go on, and it is started again. A connection that it was handed and had not taken yet
-(it answers each with a byte) is handed to another, as is one for which it has no descriptor left. When the first dies the kernel ends the others
+A worker that dies takes its requests in flight with it; the others go on, and it is started again. A connection that it
+was handed and had not taken yet
+(it answers each with a byte) is handed to another, as is one for which it has no descriptor left. When the first dies
+the kernel ends the others
 (PR_SET_PDEATHSIG), and the service manager starts all anew.
 
 Each worker has two sockets to the first: ``door``, which brings connections, and ``talk``, JSON lines:
 
-    to the worker     {"do": "hello", pid, incarnation}   {"do": "metrics"}   {"do": "reload"}   {"do": "forget", id, kind, key}   {"do": "done", id, error}
-    from the worker   {"tell": "ready"}   {"tell": "metrics", samples}   {"tell": "forgotten", id}   {"tell": "note", kind, fields}
+    to the worker     {"do": "hello", pid, incarnation}   {"do": "metrics"}   {"do": "reload"}   {"do": "forget", id,
+    kind, key}   {"do": "done", id, error}
+    from the worker   {"tell": "ready"}   {"tell": "metrics", samples}   {"tell": "forgotten", id}   {"tell": "note",
+    kind, fields}
                       {"tell": "audit", id, kind, fields}, {"tell": "forget", id, kind, key}: answered by ``done``
-                      {"tell": "keys", id, what, buckets, ...}: of the gateway's copies of bucket keys; answered by ``done`` with an ``answer``
+                      {"tell": "keys", id, what, buckets, ...}: of the gateway's copies of bucket keys; answered by
+                      ``done`` with an ``answer``
 
-What processes remember of buckets and users for a moment is forgotten by all of them before the one that changed it answers (``forget``): to a client of the port
+What processes remember of buckets and users for a moment is forgotten by all of them before the one that changed it
+answers (``forget``): to a client of the port
 they are one gateway.
 """
 
@@ -41,7 +53,7 @@ import structlog
 
 from storaged.errors import OperatorError, StoragedError
 from storaged.observe import Metrics, Samples, counts_of
-from storaged.s3.listen import listen
+from storaged.s3.http.listen import listen
 
 LINE_BYTES_MAX = 4 * 1024 * 1024
 READY_TIMEOUT_S = 30.0
@@ -54,7 +66,9 @@ METRICS_EVERY_S = 10.0
 """What a worker counted since the last look is lost when it is killed."""
 
 HANGS_S = 30.0
-"""A worker that has said nothing for so long, although it was asked, hangs, and is killed: what WatchdogSec= is for the first process."""
+"""A worker that has said nothing for so long, although it was asked, hangs, and is killed: what WatchdogSec= is for the
+first process.
+"""
 
 ACCEPTED_AT_ONCE_MAX = 64
 TOLD_AT_ONCE_MAX = 4096
@@ -78,7 +92,9 @@ def decode_samples(told: list[Any]) -> Samples:
 
 
 class Worker:
-    """One further process, as often as it is started. ``number`` counts from 2: the first process is the first worker."""
+    """One further process, as often as it is started. ``number`` counts from 2: the first process
+    is the first worker.
+    """
 
     def __init__(
         self,
@@ -113,7 +129,9 @@ class Worker:
         self._heard_at = 0.0
 
     async def run(self) -> int:
-        """Starts it and returns its exit code when it has ended, negative for a signal. Raises OSError when it cannot be started."""
+        """Starts it and returns its exit code when it has ended, negative for a signal. Raises OSError when it cannot
+        be started.
+        """
         self.ready.clear()
         door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         talk, its_talk = socket.socketpair()
@@ -247,9 +265,11 @@ class Worker:
 
 
 class Workers:
-    """All workers of a gateway and its listening sockets. Use: ``listen``, ``start``, ``run`` as a task; ``drain`` and ``close`` at the end.
+    """All workers of a gateway and its listening sockets. Use: ``listen``, ``start``, ``run`` as a task; ``drain`` and
+    ``close`` at the end.
 
-    ``audit`` and ``note`` write to the node's audit log what a worker asks for; ``forget(kind, key)`` is told of what a worker has changed; ``keys`` answers
+    ``audit`` and ``note`` write to the node's audit log what a worker asks for; ``forget(kind, key)`` is told of what a
+    worker has changed; ``keys`` answers
     what it asks of this gateway's copies of bucket keys.
     ``remembers_s``: how long a process goes by what it remembers of a bucket or a user.
     """
@@ -275,7 +295,9 @@ class Workers:
         self._look_every_s = look_every_s
         self._hangs_s = hangs_s
         hello = {"pid": os.getpid(), "incarnation": incarnation.hex()}
-        self._others = [Worker(number, command, hello, self._hear, self._give, remembers_s) for number in range(2, count + 1)]
+        self._others = [
+            Worker(number, command, hello, self._hear, self._give, remembers_s) for number in range(2, count + 1)
+        ]
         self._metrics = metrics
         self._adopt = adopt
         self._audit = audit
@@ -323,7 +345,9 @@ class Workers:
     async def run(self) -> None:
         """Until cancelled. Keeps what the workers count, in case one dies, and ends those that hang."""
         while True:
-            ended, _ = await asyncio.wait(self._watchers, timeout=self._look_every_s, return_when=asyncio.FIRST_EXCEPTION)
+            ended, _ = await asyncio.wait(
+                self._watchers, timeout=self._look_every_s, return_when=asyncio.FIRST_EXCEPTION
+            )
             for watcher in ended:
                 watcher.result()
             if len(ended) == len(self._watchers):
@@ -334,7 +358,8 @@ class Workers:
                     log.error("a worker hangs and is killed", worker=worker.number, silent_s=round(worker.silent_s()))
                     worker.signal(signal.SIGKILL)
 
-    # --- connections --------------------------------------------------------------------------------------------------------
+    # --- connections
+    # --------------------------------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTED_AT_ONCE_MAX):
@@ -371,10 +396,13 @@ class Workers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # --- processes ----------------------------------------------------------------------------------------------------------
+    # --- processes
+    # ----------------------------------------------------------------------------------------------------------
 
     async def _keep(self, worker: Worker) -> None:
-        """Starts it, again whenever it ends, until the gateway stops. One that never served is not tried again: ``start`` has failed."""
+        """Starts it, again whenever it ends, until the gateway stops. One that never served is not tried again:
+        ``start`` has failed.
+        """
         pause_s = RESTART_FIRST_S
         while not self._stopping:
             began = asyncio.get_running_loop().time()
@@ -430,7 +458,9 @@ class Workers:
         worker.tell({"do": "done", "id": told["id"], "error": error})
 
     async def forget(self, kind: str, key: str, *, but: Worker | None = None) -> None:
-        """Every other process (``but`` the one that asked) forgets what it knows of a bucket or user that was changed."""
+        """Every other process (``but`` the one that asked) forgets what it knows of a bucket or
+        user that was changed.
+        """
         await asyncio.gather(*(worker.forget(kind, key) for worker in self._others if worker is not but))
 
     async def _forget_everywhere(self, worker: Worker, told: dict[str, Any]) -> None:
@@ -454,12 +484,16 @@ class Workers:
             listener.close()
 
     async def drain(self, drain_s: float) -> None:
-        """Every worker finishes its requests and ends; returns when all have, or after ``drain_s`` and a little. ``close`` kills those that have not."""
+        """Every worker finishes its requests and ends; returns when all have, or after ``drain_s`` and a little.
+        ``close`` kills those that have not.
+        """
         self.stop_accepting()
         self._stopping = True
         for worker in self._others:
             worker.signal(signal.SIGTERM)
-        running = [watcher for worker, watcher in zip(self._others, self._watchers, strict=False) if worker.process is not None]
+        running = [
+            watcher for worker, watcher in zip(self._others, self._watchers, strict=False) if worker.process is not None
+        ]
         if running:
             _, late = await asyncio.wait(running, timeout=drain_s + ENDING_S)
             if late:
@@ -471,7 +505,9 @@ class Workers:
         self._stopping = True
         for worker in self._others:
             worker.signal(signal.SIGKILL)
-        running = [watcher for worker, watcher in zip(self._others, self._watchers, strict=False) if worker.process is not None]
+        running = [
+            watcher for worker, watcher in zip(self._others, self._watchers, strict=False) if worker.process is not None
+        ]
         if running:
             await asyncio.wait(running, timeout=ENDING_S)
         for task in [*self._watchers, *self._tasks]:

@@ -1,7 +1,8 @@
 """What the S3 front asks of the object plane, and what it gets: plain values and streams, no HTTP.
 
 The S3 front parses a request into these; ``objects`` carries it out; ``maintain`` and ``admin`` use the same calls.
-Keys are bytes (UTF-8, 1..1024), as they were sent. ETags are hex without quotes, ``-N`` behind those of multipart uploads.
+Keys are bytes (UTF-8, 1..1024), as they were sent. ETags are hex without quotes, ``-N`` behind those of multipart
+uploads.
 Checksum algorithms are named as in ``CHECKSUM_ALGORITHMS``; their values are base64, as in the headers.
 """
 
@@ -49,7 +50,8 @@ class ReadConditions(Struct, frozen=True):
 
 
 class WriteConditions(Struct, frozen=True):
-    """If-Match (``ANY``: the object must exist) and If-None-Match (``ANY``: it must not exist; tags: it must have another)
+    """If-Match (``ANY``: the object must exist) and If-None-Match (``ANY``: it must not exist; tags: it must have
+    another)
     of PUT, Complete, Delete and Copy destinations; x-amz-if-match-size and x-amz-if-match-last-modified-time (ms) of
     Delete."""
 
@@ -73,10 +75,12 @@ class NewMeta(Struct, frozen=True):
 
 
 class BodyChecks(Struct, frozen=True):
-    """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand; ``trailing``: asked after the body was read whole,
+    """What the body must match. ``md5``: 16 raw bytes or None. ``checksums``: algorithm -> base64 known beforehand;
+    ``trailing``: asked after the body was read whole,
     returns algorithm -> base64 from the trailer (may raise). ``algorithms``: computed and kept, also when no value
     was declared; DEFAULT_ALGORITHM when nothing is named.
-    ``size`` None: unknown until the end (chunked without a decoded length). ``sha256``: hex of what the body was signed as, empty when nobody else checks that."""
+    ``size`` None: unknown until the end (chunked without a decoded length). ``sha256``: hex of what the body was signed
+    as, empty when nobody else checks that."""
 
     size: int | None = None
     md5: bytes | None = None
@@ -87,23 +91,30 @@ class BodyChecks(Struct, frozen=True):
 
 
 Body = AsyncIterator[Buffer]
-"""Pieces of a body as they arrive. A piece is the consumer's until it asks for the next. Raises IncompleteBody (client gone), XAmzContentSHA256Mismatch, ..."""
+"""Pieces of a body as they arrive. A piece is the consumer's until it asks for the next. Raises IncompleteBody (client
+gone), XAmzContentSHA256Mismatch, ...
+"""
 
 
 class WholeBody(Protocol):
-    """What a Body may be besides. ``put`` asks for the whole when its size was declared and is at most ``ObjectLimits.small_bytes_max``, and then for no piece: such an
+    """What a Body may be besides. ``put`` asks for the whole when its size was declared and is at most
+    ``ObjectLimits.small_bytes_max``, and then for no piece: such an
     object needs no generator, no copy, and one pass."""
 
     async def whole(self) -> Buffer:
-        """All bytes of the body, once everything that the pieces would be checked against holds: as many as were declared, or the caller finds them wrong. The
+        """All bytes of the body, once everything that the pieces would be checked against holds: as many as were
+        declared, or the caller finds them wrong. The
         memory stays as it is until the call that was given this body returns. Raises what the pieces would raise."""
 
 
 class FillingBody(Protocol):
-    """What a Body may be besides: one that goes straight to where its reader wants it, without a buffer between the socket and there."""
+    """What a Body may be besides: one that goes straight to where its reader wants it, without a buffer between the
+    socket and there.
+    """
 
     async def fill(self, view: memoryview) -> int:
-        """Bytes put into ``view``: as many as fit, fewer only at the end of the body. ``view`` belongs to the body until this returns or raises. Raises what the
+        """Bytes put into ``view``: as many as fit, fewer only at the end of the body. ``view`` belongs to the body
+        until this returns or raises. Raises what the
         pieces would raise."""
 
 
@@ -145,8 +156,10 @@ class RangeSpec(Struct, frozen=True):
 
 
 class ObjectStream(Protocol):
-    """An opened object. ``first .. first + length - 1`` of the object's bytes will come out of ``chunks``. The first stripe has been read and verified already,
-    so that errors up to here become proper S3 answers; a later one breaks the connection (nothing unverified is ever yielded)."""
+    """An opened object. ``first .. first + length - 1`` of the object's bytes will come out of ``chunks``. The first
+    stripe has been read and verified already,
+    so that errors up to here become proper S3 answers; a later one breaks the connection (nothing unverified is ever
+    yielded)."""
 
     info: ObjectInfo
     first: int
@@ -184,7 +197,9 @@ class ListedObject(NamedTuple):
 
 
 Show = Callable[[Sequence[int], Sequence[int], Sequence[SealedList]], Sequence[Any]]
-"""Makes of objects' sizes, times and list fields what the caller of a listing wants of each. A pure function: what it made is kept, and given again (``objects.listed``)."""
+"""Makes of objects' sizes, times and list fields what the caller of a listing wants of each. A pure function: what it
+made is kept, and given again (``objects.cache.listed_rows``).
+"""
 
 
 def as_rows(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> Sequence[ListedObject]:
@@ -192,7 +207,9 @@ def as_rows(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[Sea
 
 
 class Listing(Struct, frozen=True):
-    """Current objects in the order of their keys, as columns: the keys, and what ``show`` made of each; and common prefixes."""
+    """Current objects in the order of their keys, as columns: the keys, and what ``show`` made of each; and common
+    prefixes.
+    """
 
     keys: Sequence[bytes] = ()
     shown: Sequence[Any] = ()
@@ -245,7 +262,9 @@ class Buckets(Protocol):
     async def create(
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
-        """Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable (countries cannot hold it)."""
+        """Raises BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, ServiceUnavailable (countries cannot
+        hold it).
+        """
 
     async def get(self, name: str) -> BucketRecord:
         """Cached for a moment; its authenticator verified. Raises NoSuchBucket."""
@@ -257,7 +276,9 @@ class Buckets(Protocol):
         """Grows whenever a replica says that a bucket is fenced: one that is, or was, being deleted."""
 
     def gone(self, bucket: BucketRecord) -> bool:
-        """Whether that was said of this bucket, so that what is not found in it may be in another one that has its name now."""
+        """Whether that was said of this bucket, so that what is not found in it may be in another one that has its name
+        now.
+        """
 
     async def renewed(self, name: str) -> BucketRecord:
         """As ``get``, read now. Raises NoSuchBucket."""
@@ -285,7 +306,9 @@ class Users(Protocol):
     async def add(
         self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
     ) -> tuple[Principal, str]:
-        """Random keys unless given. ``user_id``: whose buckets it gets, a new identity when empty. Raises InvalidArgument when the name is taken."""
+        """Random keys unless given. ``user_id``: whose buckets it gets, a new identity when empty. Raises
+        InvalidArgument when the name is taken.
+        """
 
     async def list_users(self) -> list[Principal]: ...
 
@@ -294,7 +317,8 @@ class Users(Protocol):
 
 
 Soon = ObjectStream | ObjectInfo | Reading | StoragedError | None
-"""What ``Objects.read_soon`` tells: the whole object, held; what is known of it, when that was enough; its record, when there is more to be waited for than that:
+"""What ``Objects.read_soon`` tells: the whole object, held; what is known of it, when that was enough; its record, when
+there is more to be waited for than that:
 to be passed to ``get`` or ``head``; what these would raise; None: nothing, and they are to be called."""
 
 
@@ -329,8 +353,10 @@ class Objects(Protocol):
         owner: str,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> bool:
-        """As ``put``, of a small body that is here whole, without a task: ``then`` is told its result or what it would raise, once, perhaps before this returns, and must
-        not raise. ``plain`` stays as it is until then. False, or an exception: nothing was begun, and ``put`` is to be called."""
+        """As ``put``, of a small body that is here whole, without a task: ``then`` is told its result or what it would
+        raise, once, perhaps before this returns, and must
+        not raise. ``plain`` stays as it is until then. False, or an exception: nothing was begun, and ``put`` is to be
+        called."""
 
     async def head(
         self,
@@ -342,7 +368,9 @@ class Objects(Protocol):
         part_number: int | None = None,
         reading: Reading | None = None,
     ) -> ObjectInfo:
-        """``reading``: what ``read_soon`` told. Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed, InvalidPartNumber. ``parts`` is filled in."""
+        """``reading``: what ``read_soon`` told. Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed,
+        InvalidPartNumber. ``parts`` is filled in.
+        """
 
     async def get(
         self,
@@ -361,7 +389,12 @@ class Objects(Protocol):
         """The current version, without a task: ``then`` is told, perhaps before this returns, and must not raise."""
 
     async def delete(
-        self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = NO_WRITE_CONDITIONS
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        version_id: str = "",
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> DeleteResult: ...
 
     async def copy(
@@ -379,7 +412,9 @@ class Objects(Protocol):
         source_conditions: ReadConditions = NO_READ_CONDITIONS,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
-        """``meta`` None: the source's, kept; ``tags`` None: likewise. Opened and re-sealed here: data belongs to one register."""
+        """``meta`` None: the source's, kept; ``tags`` None: likewise. Opened and re-sealed here: data belongs to one
+        register.
+        """
 
     async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
         """Returns the version id."""
@@ -408,11 +443,20 @@ class Objects(Protocol):
     ) -> VersionListing: ...
 
     async def create_upload(
-        self, bucket: BucketRecord, key: bytes, meta: NewMeta, *, owner: str, algorithm: str = "", checksum_type: str = ""
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        meta: NewMeta,
+        *,
+        owner: str,
+        algorithm: str = "",
+        checksum_type: str = "",
     ) -> UploadInfo:
         """The upload id is text: URL-safe base64 of its 16 bytes."""
 
-    async def put_part(self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks) -> PutResult:
+    async def put_part(
+        self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
+    ) -> PutResult:
         """Raises NoSuchUpload."""
 
     async def copy_part(
@@ -458,6 +502,8 @@ class Objects(Protocol):
         declared_size: int | None = None,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> PutResult:
-        """Idempotent: a second, equal Complete answers what the first did. Raises NoSuchUpload, InvalidPart, InvalidPartOrder, EntityTooSmall, BadDigest."""
+        """Idempotent: a second, equal Complete answers what the first did. Raises NoSuchUpload, InvalidPart,
+        InvalidPartOrder, EntityTooSmall, BadDigest.
+        """
 
     async def abort(self, bucket: BucketRecord, key: bytes, upload_id: str) -> None: ...

@@ -33,7 +33,8 @@ class Counters:
 
 
 class Background:
-    """Owns work that no caller waits for: retiring replaced data, cleaning up after failures. Bounded; what does not fit is dropped and counted,
+    """Owns work that no caller waits for: retiring replaced data, cleaning up after failures. Bounded; what does not
+    fit is dropped and counted,
     which is allowed only for work that a sweep does as well."""
 
     def __init__(self, tasks_max: int, counters: Counters) -> None:
@@ -70,7 +71,8 @@ class Background:
 
 
 def when_gone(thing: object, then: Callable[[], None]) -> None:
-    """``then`` is called on this event loop soon after nobody has ``thing`` any more. Where that shows it is only said: in whatever thread collects garbage, or on
+    """``then`` is called on this event loop soon after nobody has ``thing`` any more. Where that shows it is only said:
+    in whatever thread collects garbage, or on
     the loop, in the middle of a change to the very table that ``then`` is to change."""
     weakref.finalize(thing, _say, asyncio.get_running_loop(), then).atexit = False
 

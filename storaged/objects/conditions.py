@@ -21,7 +21,9 @@ class Current(NamedTuple):
 
 
 def check_read(conditions: ReadConditions, etag: str, modified_ms: int) -> None:
-    """Raises PreconditionFailed or NotModified, in the order of RFC 9110. HTTP dates have whole seconds, so times are compared in them."""
+    """Raises PreconditionFailed or NotModified, in the order of RFC 9110. HTTP dates have whole seconds, so times are
+    compared in them.
+    """
     if conditions == NO_READ_CONDITIONS:
         return
     modified_s = modified_ms // 1000
@@ -46,7 +48,9 @@ def check_copy_source(conditions: ReadConditions, etag: str, modified_ms: int) -
 
 
 def check_write(conditions: WriteConditions, current: Current | None) -> None:
-    """``current`` None: there is no such object. Raises PreconditionFailed, or NoSuchKey where If-Match names an object that is not there."""
+    """``current`` None: there is no such object. Raises PreconditionFailed, or NoSuchKey where If-Match names an object
+    that is not there.
+    """
     if conditions == NO_WRITE_CONDITIONS:
         return
     if current is None:
@@ -61,7 +65,10 @@ def check_write(conditions: WriteConditions, current: Current | None) -> None:
         raise PreconditionFailed(Condition="If-None-Match")
     if conditions.if_match_size is not None and conditions.if_match_size != current.size:
         raise PreconditionFailed(Condition="x-amz-if-match-size")
-    if conditions.if_match_modified_ms is not None and conditions.if_match_modified_ms // 1000 != current.modified_ms // 1000:
+    if (
+        conditions.if_match_modified_ms is not None
+        and conditions.if_match_modified_ms // 1000 != current.modified_ms // 1000
+    ):
         raise PreconditionFailed(Condition="x-amz-if-match-last-modified-time")
 
 

@@ -1,6 +1,7 @@
 """Listings: rows come in key order from the ring's scanner; only what a list prints is opened.
 
-Of a page of current objects the rows that are not known from before are worked on as columns: the heads of all records are decoded in one call, and all list fields
+Of a page of current objects the rows that are not known from before are worked on as columns: the heads of all records
+are decoded in one call, and all list fields
 opened in one. Versions come from whole records.
 """
 
@@ -15,10 +16,18 @@ import msgspec
 from storaged.errors import DataDamaged, KeyringUnavailable
 from storaged.meta.names import Table, object_name
 from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
+from storaged.objects.code.versions import BucketKeys, Place, decode_record, open_listing
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.records import BucketRecord, ListedFields, ObjectRecord, SealedList, Version, decode_heads, listed_checksum
-from storaged.objects.versions import BucketKeys, Place, decode_record, open_listing
+from storaged.objects.records import (
+    BucketRecord,
+    ListedFields,
+    ObjectRecord,
+    SealedList,
+    Version,
+    decode_heads,
+    listed_checksum,
+)
 from storaged.wire import decode_all
 
 
@@ -32,7 +41,8 @@ async def list_objects(
     limit: int = 1000,
     show: Show = as_rows,
 ) -> Listing:
-    """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged, which names the key, for a record that can't
+    """Current objects with key > ``after``, and common prefixes, together at most ``limit``. Raises DataDamaged, which
+    names the key, for a record that can't
     be read or opened."""
     keys = BucketKeys(plane, bucket)
     try:
@@ -62,7 +72,9 @@ async def list_objects(
 
 
 def _forgotten_with_its_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
-    """What the scanner remembers of a bucket, be it of a listing that failed, goes when the key that is held is let go of; when none is held, now."""
+    """What the scanner remembers of a bucket, be it of a listing that failed, goes when the key that is held is let go
+    of; when none is held, now.
+    """
     forget = partial(plane.scanner.forget, bucket.id)
     try:
         held = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries)
@@ -134,7 +146,9 @@ async def _list_fields(keys: BucketKeys, fields: Sequence[ListedFields], context
     opened = [b""] * len(fields)
     for version in sorted(versions):
         held = [index for index, its in enumerate(fields) if its.bucket_key == version]
-        plain = (await keys.load(version)).open_lists([fields[index].listing for index in held], [contexts[index] for index in held])
+        plain = (await keys.load(version)).open_lists(
+            [fields[index].listing for index in held], [contexts[index] for index in held]
+        )
         for index, text in zip(held, plain, strict=True):
             opened[index] = text
     return opened
@@ -150,7 +164,8 @@ async def list_versions(
     delimiter: bytes = b"",
     limit: int = 1000,
 ) -> VersionListing:
-    """Every version, newest first within a key, behind (``after``, ``after_version``). With a version given, what is left of that key comes first.
+    """Every version, newest first within a key, behind (``after``, ``after_version``). With a version given, what is
+    left of that key comes first.
     Raises as ``list_objects``."""
     keys = BucketKeys(plane, bucket)
     found: list[ListedVersion] = []
@@ -179,12 +194,20 @@ async def list_versions(
 async def _listed_versions(
     keys: BucketKeys, bucket: BucketRecord, key: bytes, record: ObjectRecord, *, skip: int = 0
 ) -> list[ListedVersion]:
-    return [await _listed(keys, bucket, key, version, latest=index == 0) for index, version in enumerate(record.versions) if index >= skip]
+    return [
+        await _listed(keys, bucket, key, version, latest=index == 0)
+        for index, version in enumerate(record.versions)
+        if index >= skip
+    ]
 
 
-async def _listed(keys: BucketKeys, bucket: BucketRecord, key: bytes, version: Version, *, latest: bool) -> ListedVersion:
+async def _listed(
+    keys: BucketKeys, bucket: BucketRecord, key: bytes, version: Version, *, latest: bool
+) -> ListedVersion:
     if version.delete_marker:
-        return ListedVersion(key, version.version_id, 0, version.modified_ms, "", "", "", "", version.owner, latest, True)
+        return ListedVersion(
+            key, version.version_id, 0, version.modified_ms, "", "", "", "", version.owner, latest, True
+        )
     printed = open_listing(Place(bucket.id, key), version, await keys.load(version.bucket_key))
     return ListedVersion(
         key,

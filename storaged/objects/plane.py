@@ -1,6 +1,8 @@
-"""What the object services are built on: the ports of the planes below, limits, and the tasks and threads that outlive one call.
+"""What the object services are built on: the ports of the planes below, limits, and the tasks and threads that outlive
+one call.
 
-``ObjectPlane`` is handed to every function of ``put``, ``get``, ``multipart`` and the rest; ``service.ObjectService`` makes one.
+``ObjectPlane`` is handed to every function of ``put``, ``get``, ``multipart`` and the rest; ``service.ObjectService``
+makes one.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ from storaged.fragments.ports import FragmentId, FragmentStores
 from storaged.ids import Entropy
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Fences, Pages, Registers, Scanner
-from storaged.objects import place
 from storaged.objects.api import OBJECT_BYTES_MAX, PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX
 from storaged.objects.background import Background, Counters
-from storaged.objects.buffers import BufferPool
-from storaged.objects.garbage import Garbage
-from storaged.objects.listed import ListedLately
-from storaged.objects.opened import OpenedLately
+from storaged.objects.cache.buffers import BufferPool
+from storaged.objects.cache.listed_rows import ListedLately
+from storaged.objects.cache.opened_records import OpenedLately
+from storaged.objects.code import place
 from storaged.objects.ports import KeyService
 from storaged.objects.records import BucketRecord
-from storaged.objects.system_rows import BadRows
+from storaged.objects.system.rows import BadRows
+from storaged.objects.write.garbage import Garbage
 from storaged.sov1 import CHUNK_BYTES_MAX, TAG_BYTES
 from storaged.units import KIB, MIB
 
@@ -44,18 +46,24 @@ class ObjectLimits:
     inline_sealed_bytes_max: int = 1 * KIB
     """Sealed bytes that stay in the record. Under about 2 KiB a record keeps out of LMDB's overflow pages."""
     small_sealed_bytes_max: int = 16 * KIB
-    """Sealed bytes kept as whole copies beside the register. At 4 KiB a copy costs 0.89 of the PUT rate of a record and half its space."""
+    """Sealed bytes kept as whole copies beside the register. At 4 KiB a copy costs 0.89 of the PUT rate of a record and
+    half its space.
+    """
     put_bytes_max: int = PART_BYTES_MAX
     part_bytes_max: int = PART_BYTES_MAX
     object_bytes_max: int = OBJECT_BYTES_MAX
     part_bytes_min: int = PART_BYTES_MIN
     parts_max: int = PARTS_MAX
     block_cells_max: int = 48
-    """Data cells of a block while few uploads are in flight, four in one process: 3 MiB, so that a fragment of 4+2 is one write of 768 KiB."""
+    """Data cells of a block while few uploads are in flight, four in one process: 3 MiB, so that a fragment of 4+2 is
+    one write of 768 KiB.
+    """
     fill_buffer_bytes_max: int = 52 * MIB
     """Plaintext of uploads while their clients send it. What the transports hold comes on top."""
     put_buffer_bytes_max: int = 24 * MIB
-    """Sealed cells and parity of blocks on their way to the disks: 21 blocks of 12 cells, whose transfers take turns."""
+    """Sealed cells and parity of blocks on their way to the disks: 21 blocks of 12 cells, whose
+    transfers take turns.
+    """
     get_buffer_bytes_max: int = 32 * MIB
     """Opened windows; the sealed cells they came from take as much again while they are opened."""
     buffer_wait_s: float = 20.0
@@ -72,7 +80,9 @@ class ObjectLimits:
     retire_delay_ms: int = 3_600_000
     """Replaced data stays this long, for readers in the middle of it."""
     retire_follow_ms: int = 600_000
-    """Later than its first replica do the others have a small object on their garbage lists: the collector of the first deletes all copies."""
+    """Later than its first replica do the others have a small object on their garbage lists: the collector of the first
+    deletes all copies.
+    """
     threads: int = 4
     background_tasks_max: int = 256
     buckets_per_user_max: int = 1000
@@ -82,7 +92,9 @@ class ObjectLimits:
     opened_bytes_max: int = 24 * MIB
     """Of records opened lately: some 8,000 keys, at 3 KiB each."""
     listed_bytes_max: int = 16 * MIB
-    """Of rows listed lately: some 25,000, with keys of 30 bytes. Their heads and keys are in the scanner's memory too."""
+    """Of rows listed lately: some 25,000, with keys of 30 bytes. Their heads and keys are in the
+    scanner's memory too.
+    """
     upload_keep_ms: int = 86_400_000
     """A finished upload's rows are kept this long, so that a repeated Complete gets its answer."""
 
@@ -93,7 +105,8 @@ class ObjectLimits:
 
 
 class Damage(NamedTuple):
-    """A fragment that a read found wanting. ``reason``: missing, checksum (a cell does not match its checksum), lied (it does, but is not what was sealed).
+    """A fragment that a read found wanting. ``reason``: missing, checksum (a cell does not match its checksum), lied
+    (it does, but is not what was sealed).
 
     ``cell`` is the fragment's cell, -1 for all of it."""
 
@@ -133,12 +146,16 @@ class ObjectPlane:
     limits: ObjectLimits = field(default_factory=ObjectLimits)
     on_damage: OnDamage = lambda damage: None
     on_changed: Callable[[str, str], Awaitable[None]] = _nobody
-    """``await on_changed(kind, key)``: a ``bucket`` of this name, or a ``user`` of this access key, has just been changed, and who else serves this gateway's port must not
-    go by what it remembers (``BucketService.forget``, ``UserService.forget``). The answer to who changed it waits for this."""
+    """``await on_changed(kind, key)``: a ``bucket`` of this name, or a ``user`` of this access key, has just been
+    changed, and who else serves this gateway's port must not
+    go by what it remembers (``BucketService.forget``, ``UserService.forget``). The answer to who changed it waits for
+    this."""
     names_authenticated: Callable[[], bool] = lambda: True
     """Whether all claims of names are known to carry an authenticator: then one without is refused (``claims``)."""
     on_degraded: Callable[[RegisterName], None] = lambda name: None
-    """Told of a register whose data was just committed with fewer fragments, or under another profile, than it should have."""
+    """Told of a register whose data was just committed with fewer fragments, or under another profile, than it should
+    have.
+    """
 
     def __post_init__(self) -> None:
         self.counters = Counters()
@@ -154,7 +171,9 @@ class ObjectPlane:
         self.threads = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="objects")
 
     async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs native work that releases the interpreter lock. A cancelled caller still waits for the thread: it is using the caller's buffers."""
+        """Runs native work that releases the interpreter lock. A cancelled caller still waits for the thread: it is
+        using the caller's buffers.
+        """
         future = asyncio.get_running_loop().run_in_executor(self.threads, lambda: work(*args, **kwargs))
         try:
             return await asyncio.shield(future)
@@ -180,14 +199,17 @@ class ObjectPlane:
         return plan
 
     def check_age(self, started: float, created_ms: int) -> None:
-        """``started`` in monotonic seconds, ``created_ms`` on the wall. Raises ServiceUnavailable for a request too old to be sure that its fragments are still there.
+        """``started`` in monotonic seconds, ``created_ms`` on the wall. Raises ServiceUnavailable for a request too old
+        to be sure that its fragments are still there.
 
-        The larger of the two ages counts: the monotonic clock stands still while a machine is suspended, the other may be set back.
+        The larger of the two ages counts: the monotonic clock stands still while a machine is suspended, the other may
+        be set back.
         """
         age_s = max(self.clock.monotonic() - started, (self.clock.wall_ms() - created_ms) / 1000)
         if age_s > self.limits.request_age_s_max:
             raise ServiceUnavailable(
-                f"The upload took {age_s:.0f} s, longer than is safe ({self.limits.request_age_s_max:.0f} s). Use a multipart upload."
+                f"The upload took {age_s:.0f} s, longer than is safe ({self.limits.request_age_s_max:.0f} s). Use a"
+                " multipart upload."
             )
 
     async def close(self) -> None:

@@ -1,4 +1,5 @@
-"""What objects need from the key plane, as a port: a storage node, which runs ``place`` and ``erasure``, never imports ``storaged.keys``.
+"""What objects need from the key plane, as a port: a storage node, which runs ``place`` and ``erasure``, never imports
+``storaged.keys``.
 
 ``node.py`` hands in ``keys.keyring.Keyring`` on gateways.
 """
@@ -15,7 +16,8 @@ WRAPPED_KEY_BYTES = 112
 
 
 class BucketKey(Protocol):
-    """One version of a bucket's key, unwrapped and cached. Pure computation from here on: about 6 us a wrap, 1 us a list field.
+    """One version of a bucket's key, unwrapped and cached. Pure computation from here on: about 6 us a wrap, 1 us a
+    list field.
 
     ``context`` is what is sealed is bound to: its fields, packed (``pack_context``)."""
 
@@ -34,7 +36,9 @@ class BucketKey(Protocol):
     def open_list(self, sealed: bytes, context: bytes) -> bytes: ...
 
     def open_lists(self, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
-        """What a page of a listing prints, each field with its context. Raises SealBroken when one of them does not open."""
+        """What a page of a listing prints, each field with its context. Raises SealBroken when one of them does not
+        open.
+        """
 
 
 class BucketEnd(Protocol):
@@ -60,24 +64,32 @@ class EndedKey(Protocol):
 
 
 class KeyService(Protocol):
-    """Keys never leave the process that has this. Raises KeyringUnavailable when it is closed or not this cluster's, KeyReleaseRefused when the policy does not
+    """Keys never leave the process that has this. Raises KeyringUnavailable when it is closed or not this cluster's,
+    KeyReleaseRefused when the policy does not
     allow this gateway to have the key. ``countries`` are those of the authenticated bucket record."""
 
     async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
-        """Makes version 1, wrapped under the epoch key, and commits it to the system register ``key/BUCKET_ID`` before it returns; audited."""
+        """Makes version 1, wrapped under the epoch key, and commits it to the system register ``key/BUCKET_ID`` before
+        it returns; audited.
+        """
 
     async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
-        """Notes with the key that its bucket was found empty behind the fence ``nonce`` of its ``shards``, and is about to be Deleted. Idempotent. Raises
+        """Notes with the key that its bucket was found empty behind the fence ``nonce`` of its ``shards``, and is about
+        to be Deleted. Idempotent. Raises
         ServiceUnavailable when that could not be noted."""
 
     async def ended_bucket_keys(self) -> Sequence[EndedKey]:
         """What was noted so, and is not destroyed yet."""
 
     async def destroy_bucket_key(self, bucket_id: bytes, nonce: bytes) -> bool:
-        """Destroys the key of a bucket whose end has this ``nonce``, in the ring and in this gateway; audited. True when this call did."""
+        """Destroys the key of a bucket whose end has this ``nonce``, in the ring and in this gateway; audited. True
+        when this call did.
+        """
 
     async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
-        """Compares the ring's keys with this gateway's copies of them, mends what is damaged, and makes copies of the keys of ``buckets`` (id -> countries)."""
+        """Compares the ring's keys with this gateway's copies of them, mends what is damaged, and makes copies of the
+        keys of ``buckets`` (id -> countries).
+        """
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
         """The newest version (0), or the one named; cached, so that no object path waits for the register twice.
@@ -93,7 +105,9 @@ class KeyService(Protocol):
         """Constant time."""
 
     def sign_public(self, message: bytes) -> bytes:
-        """Ed25519 (64 bytes) by the cluster's signing key, which follows from the keyring: for what nodes without keys verify."""
+        """Ed25519 (64 bytes) by the cluster's signing key, which follows from the keyring: for what nodes without keys
+        verify.
+        """
 
     def public_signer(self) -> bytes:
         """The public half of the signing key, 32 bytes."""

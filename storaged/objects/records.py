@@ -1,6 +1,7 @@
 """Values of registers: what the metadata ring keeps about buckets, objects, uploads, users. Pure.
 
-In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksums, content type, user metadata, tags (SealedMeta), and what a
+In the clear: names, sizes, times, version ids, placement. Sealed: ETag, checksums, content type, user metadata, tags
+(SealedMeta), and what a
 listing prints (SealedList). See FORMATS.md.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from storaged.cluster.layout import Profile
-from storaged.meta.heads import message_of, with_head
+from storaged.meta.storage.row_head import message_of, with_head
 from storaged.wire import Message, decode, encode
 
 NULL_VERSION = "null"
@@ -20,8 +21,9 @@ PARTS_INLINE_MAX = 32
 
 
 class Run(Message, frozen=True):
-    """Where the blocks ``first .. first + count - 1`` of a part are: coded k+m under the layout of ``epoch``; fragment i is on the i-th disk that
-    ``objects.place`` names first for (data id, epoch, profile), but for ``moved``: index -> disk id."""
+    """Where the blocks ``first .. first + count - 1`` of a part are: coded k+m under the layout of ``epoch``; fragment
+    i is on the i-th disk that
+    ``objects.code.place`` names first for (data id, epoch, profile), but for ``moved``: index -> disk id."""
 
     first: int
     count: int
@@ -36,8 +38,10 @@ class Run(Message, frozen=True):
 
 
 class PartEntry(Message, frozen=True):
-    """One sealed byte stream. ``size`` is of the plaintext, ``header`` the SOV1 header of 64 bytes (chunk size in byte 5), ``block_cells`` the data cells
-    in a block (a multiple of the target profile's k, so that a run recoded with another k keeps the block's borders), ``target`` the profile it should have,
+    """One sealed byte stream. ``size`` is of the plaintext, ``header`` the SOV1 header of 64 bytes (chunk size in byte
+    5), ``block_cells`` the data cells
+    in a block (a multiple of the target profile's k, so that a run recoded with another k keeps the block's borders),
+    ``target`` the profile it should have,
     as text. ``inline``: the sealed chunks themselves, when they are kept in the record (no runs then)."""
 
     number: int
@@ -53,10 +57,14 @@ class PartEntry(Message, frozen=True):
 
 
 class Version(Message, frozen=True):
-    """One version of an object. ``parts`` holds up to 32; a longer manifest is the chain of pages that ``manifest`` names (xxh3-128, newest first; each page
-    is a PartsPage). ``wrapped_key`` is the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the first part or of the upload).
-    ``meta`` is a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``), ``listing`` a sealed SealedList. ``pages``: the hashes of all pages that the version
-    needs, those of ``manifest`` and those of what is sealed about its parts: storage nodes, which can't open the latter, keep what is named here.
+    """One version of an object. ``parts`` holds up to 32; a longer manifest is the chain of pages that ``manifest``
+    names (xxh3-128, newest first; each page
+    is a PartsPage). ``wrapped_key`` is the DEK, 112 bytes, bound to (bucket id, key, version id, data id of the first
+    part or of the upload).
+    ``meta`` is a sealed SealedMeta (SOV1 layout, label ``sov.meta.v1``), ``listing`` a sealed SealedList. ``pages``:
+    the hashes of all pages that the version
+    needs, those of ``manifest`` and those of what is sealed about its parts: storage nodes, which can't open the
+    latter, keep what is named here.
 
     The fields up to ``listing`` are what a list prints: ``ListedFields``."""
 
@@ -78,7 +86,9 @@ class Version(Message, frozen=True):
 
 
 class ObjectRecord(Message, frozen=True):
-    """The versions of one key, newest first. No versions: deleted (the register then is a tombstone). ``encode_object`` makes a register's body of it."""
+    """The versions of one key, newest first. No versions: deleted (the register then is a tombstone). ``encode_object``
+    makes a register's body of it.
+    """
 
     versions: tuple[Version, ...]
 
@@ -150,7 +160,9 @@ def decode_version(data: bytes) -> Version:
 
 
 def decode_heads(heads: Sequence[bytes]) -> list[ListedFields]:
-    """What is to be listed of rows, from their bodies' heads, or the whole bodies of those that have none. Raises msgspec.MsgspecError."""
+    """What is to be listed of rows, from their bodies' heads, or the whole bodies of those that have none. Raises
+    msgspec.MsgspecError.
+    """
     try:
         return decode(
             b"\xdd" + len(heads).to_bytes(4, "big") + b"\x97".join([b"", *heads]), list[ListedFields]
@@ -172,7 +184,13 @@ def _listed_fields(head: bytes) -> ListedFields:
 
 def _listed(version: Version) -> ListedFields:
     return ListedFields(
-        version.version_id, version.modified_ms, version.size, version.owner, version.bucket_key, version.context_id, version.listing
+        version.version_id,
+        version.modified_ms,
+        version.size,
+        version.owner,
+        version.bucket_key,
+        version.context_id,
+        version.listing,
     )
 
 
@@ -184,7 +202,8 @@ class PartsPage(Message, frozen=True):
 
 
 class SealedPart(Message, frozen=True):
-    """What a part's ETag and checksum are (GetObjectAttributes, partNumber reads), and which data it is: a PartEntry lies in the clear, and counts only
+    """What a part's ETag and checksum are (GetObjectAttributes, partNumber reads), and which data it is: a PartEntry
+    lies in the clear, and counts only
     where it agrees with this."""
 
     number: int
@@ -198,7 +217,8 @@ class SealedPart(Message, frozen=True):
 
 
 class SealedPartsPage(Message, frozen=True):
-    """What the parts of an object of more than 32 are: a page of up to 1,000, sealed under the version's DEK (label ``sov.parts.v1``) before it is hashed and stored.
+    """What the parts of an object of more than 32 are: a page of up to 1,000, sealed under the version's DEK (label
+    ``sov.parts.v1``) before it is hashed and stored.
     ``next``: hash of the following page, empty at the end."""
 
     parts: tuple[SealedPart, ...]
@@ -206,9 +226,12 @@ class SealedPartsPage(Message, frozen=True):
 
 
 class SealedMeta(Message, frozen=True):
-    """Sealed in the record. ``headers``: content-type, cache-control, content-disposition, content-encoding, content-language, expires, lower case, as they were sent.
-    ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm (``api.CHECKSUM_ALGORITHMS``) -> base64, with ``-N`` when composite.
-    ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts`` only for multipart objects of up to 10,000 parts (sealed in pages of its own when there are more than 32).
+    """Sealed in the record. ``headers``: content-type, cache-control, content-disposition, content-encoding,
+    content-language, expires, lower case, as they were sent.
+    ``user``: x-amz-meta-*, names without the prefix. ``checksums``: algorithm (``api.CHECKSUM_ALGORITHMS``) -> base64,
+    with ``-N`` when composite.
+    ``checksum_type``: FULL_OBJECT or COMPOSITE. ``parts`` only for multipart objects of up to 10,000 parts (sealed in
+    pages of its own when there are more than 32).
     ``size``: the object's, which the record also has in the clear: the two must agree."""
 
     etag: str
@@ -233,8 +256,10 @@ class SealedList(Message, frozen=True, gc=False):
 
 
 USUAL_CODE = "N"
-"""Stands in sealed fields for CRC64NVME of the whole object: what an object gets that came without a checksum. A row of a small
-object is half a kilobyte, and LMDB fits rows into pages: written out, name and type cost such an object 3% of its disk space."""
+"""Stands in sealed fields for CRC64NVME of the whole object: what an object gets that came without a checksum. A row of
+a small
+object is half a kilobyte, and LMDB fits rows into pages: written out, name and type cost such an object 3% of its disk
+space."""
 
 _USUAL = ("CRC64NVME", "FULL_OBJECT")
 
@@ -265,12 +290,16 @@ def full_list(listed: SealedList) -> SealedList:
 
 
 class BucketRecord(Message, frozen=True):
-    """``bucket/NAME`` in the system table. ``state``: active, deleting, deleted. ``countries`` empty: whatever the cluster's policy allows.
+    """``bucket/NAME`` in the system table. ``state``: active, deleting, deleted. ``countries`` empty: whatever the
+    cluster's policy allows.
 
-    ``shards``: how many index shards there are. ``shard_list``: their numbers, one byte each, where the bucket has countries: the partitions of
+    ``shards``: how many index shards there are. ``shard_list``: their numbers, one byte each, where the bucket has
+    countries: the partitions of
     these lie inside them. Empty: 0 up to ``shards``; so it was in all buckets at first.
-    ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields); a record that does not verify is refused.
-    ``signature``: what a node without keys verifies, over the public part (``objects.public``), by the key that ``signer`` names."""
+    ``authenticator``: HMAC by a keyring key over (register name, sequence, the other fields); a record that does not
+    verify is refused.
+    ``signature``: what a node without keys verifies, over the public part (``objects.system.public``), by the key that
+    ``signer`` names."""
 
     name: str
     id: bytes
@@ -300,9 +329,11 @@ _AUTHENTICATOR_AT = BucketRecord.__struct_fields__.index("authenticator")
 
 
 def authenticated_bytes(body: bytes) -> bytes:
-    """What the authenticator of a bucket's record is over: the record as it lies in ``body``, with an empty authenticator.
+    """What the authenticator of a bucket's record is over: the record as it lies in ``body``, with an empty
+    authenticator.
 
-    It has as many fields as when it was written: records from before have fewer. Empty for one that ends before its authenticator."""
+    It has as many fields as when it was written: records from before have fewer. Empty for one that ends before its
+    authenticator."""
     fields = decode(body, list[Any])
     if len(fields) <= _AUTHENTICATOR_AT:
         return b""
@@ -311,7 +342,9 @@ def authenticated_bytes(body: bytes) -> bytes:
 
 
 class UserRecord(Message, frozen=True):
-    """``user/ACCESS_KEY``. ``sealed`` is the secret key and the display name under the keyring, bound to the register's name; ``authenticator`` as in BucketRecord."""
+    """``user/ACCESS_KEY``. ``sealed`` is the secret key and the display name under the keyring, bound to the register's
+    name; ``authenticator`` as in BucketRecord.
+    """
 
     access_key: str
     user_id: str
@@ -323,9 +356,12 @@ class UserRecord(Message, frozen=True):
 
 
 class UploadRecord(Message, frozen=True):
-    """A multipart upload: Open -> Completing(pinned) -> Done(result), or Open | Completing -> Aborted. One DEK an upload, wrapped for (bucket id, key, upload id).
-    ``meta``: sealed SealedMeta given at Create. ``result``: sealed answer of Complete, kept for retries. ``pinned``: while completing, the encoded Version that is being
-    made of it; its parts are referred to from here even when their rows are replaced. ``pinned_sequence``: the object register's sequence when it was pinned, so that a
+    """A multipart upload: Open -> Completing(pinned) -> Done(result), or Open | Completing -> Aborted. One DEK an
+    upload, wrapped for (bucket id, key, upload id).
+    ``meta``: sealed SealedMeta given at Create. ``result``: sealed answer of Complete, kept for retries. ``pinned``:
+    while completing, the encoded Version that is being
+    made of it; its parts are referred to from here even when their rows are replaced. ``pinned_sequence``: the object
+    register's sequence when it was pinned, so that a
     Complete taken up again can tell that nothing happened in between. ``request_digest``: of the Complete, keyed by
     the upload's DEK (33 bytes; 32 in records from before,
     which were not keyed and are rewritten when they are touched). ``changed_ms``: when the state last changed."""
@@ -359,7 +395,9 @@ class CompleteResult(Message, frozen=True):
 
 
 class PartRecord(Message, frozen=True):
-    """One uploaded part of an open upload; every attempt has its own data id. ``sealed``: SealedPart and the part's ETag under the upload's DEK."""
+    """One uploaded part of an open upload; every attempt has its own data id. ``sealed``: SealedPart and the part's
+    ETag under the upload's DEK.
+    """
 
     entry: PartEntry
     modified_ms: int

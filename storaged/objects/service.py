@@ -1,4 +1,6 @@
-"""The object plane as the S3 front, ``maintain`` and ``admin`` see it: ``api.Objects`` over the functions of this package."""
+"""The object plane as the S3 front, ``maintain`` and ``admin`` see it: ``api.Objects`` over the functions of this
+package.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from storaged.meta.ports import Reading
-from storaged.objects import complete, copy, delete, get, listing, multipart, put
+from storaged.objects import listing
 from storaged.objects.api import (
     NO_READ_CONDITIONS,
     NO_WRITE_CONDITIONS,
@@ -29,10 +31,12 @@ from storaged.objects.api import (
     as_rows,
 )
 from storaged.objects.background import Counters
-from storaged.objects.get import HeldStream, VerifiedStream
 from storaged.objects.plane import ObjectPlane
-from storaged.objects.reads import HedgeDelay
+from storaged.objects.read import get
+from storaged.objects.read.get import HeldStream, VerifiedStream
+from storaged.objects.read.hedging import HedgeDelay
 from storaged.objects.records import BucketRecord
+from storaged.objects.write import complete, copy, delete, multipart, put
 from storaged.wire import Buffer
 
 
@@ -90,7 +94,13 @@ class ObjectService:
         reading: Reading | None = None,
     ) -> ObjectInfo:
         return await get.head(
-            self.plane, bucket, key, version_id=version_id, conditions=conditions, part_number=part_number, reading=reading
+            self.plane,
+            bucket,
+            key,
+            version_id=version_id,
+            conditions=conditions,
+            part_number=part_number,
+            reading=reading,
         )
 
     def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
@@ -120,7 +130,12 @@ class ObjectService:
         )
 
     async def delete(
-        self, bucket: BucketRecord, key: bytes, *, version_id: str = "", conditions: WriteConditions = NO_WRITE_CONDITIONS
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        *,
+        version_id: str = "",
+        conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> DeleteResult:
         return await delete.delete(self.plane, bucket, key, version_id=version_id, conditions=conditions)
 
@@ -168,7 +183,9 @@ class ObjectService:
         limit: int = 1000,
         show: Show = as_rows,
     ) -> Listing:
-        return await listing.list_objects(self.plane, bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit, show=show)
+        return await listing.list_objects(
+            self.plane, bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit, show=show
+        )
 
     async def list_versions(
         self,
@@ -181,15 +198,32 @@ class ObjectService:
         limit: int = 1000,
     ) -> VersionListing:
         return await listing.list_versions(
-            self.plane, bucket, prefix=prefix, after=after, after_version=after_version, delimiter=delimiter, limit=limit
+            self.plane,
+            bucket,
+            prefix=prefix,
+            after=after,
+            after_version=after_version,
+            delimiter=delimiter,
+            limit=limit,
         )
 
     async def create_upload(
-        self, bucket: BucketRecord, key: bytes, meta: NewMeta, *, owner: str, algorithm: str = "", checksum_type: str = ""
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        meta: NewMeta,
+        *,
+        owner: str,
+        algorithm: str = "",
+        checksum_type: str = "",
     ) -> UploadInfo:
-        return await multipart.create_upload(self.plane, bucket, key, meta, owner=owner, algorithm=algorithm, checksum_type=checksum_type)
+        return await multipart.create_upload(
+            self.plane, bucket, key, meta, owner=owner, algorithm=algorithm, checksum_type=checksum_type
+        )
 
-    async def put_part(self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks) -> PutResult:
+    async def put_part(
+        self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
+    ) -> PutResult:
         return await multipart.put_part(self.plane, bucket, key, upload_id, number, body, checks)
 
     async def copy_part(
@@ -235,7 +269,13 @@ class ObjectService:
         limit: int = 1000,
     ) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:
         return await multipart.list_uploads(
-            self.plane, bucket, prefix=prefix, after_key=after_key, after_upload=after_upload, delimiter=delimiter, limit=limit
+            self.plane,
+            bucket,
+            prefix=prefix,
+            after_key=after_key,
+            after_upload=after_upload,
+            delimiter=delimiter,
+            limit=limit,
         )
 
     async def complete(

@@ -12,8 +12,10 @@ VERSIONS_A_PAGE = 1000
 
 
 class Usage(Struct, frozen=True):
-    """Of a piece of a bucket. ``versions`` are all that hold data, ``objects`` those of them that are current; ``size_bytes`` is
-    the size that clients gave them, without what coding adds. ``next_after``: where the next piece begins, None at the end."""
+    """Of a piece of a bucket. ``versions`` are all that hold data, ``objects`` those of them that are current;
+    ``size_bytes`` is
+    the size that clients gave them, without what coding adds. ``next_after``: where the next piece begins, None at the
+    end."""
 
     objects: int = 0
     versions: int = 0
@@ -22,7 +24,9 @@ class Usage(Struct, frozen=True):
 
 
 async def usage_after(objects: Objects, bucket: BucketRecord, after: bytes) -> Usage:
-    """Counts versions of keys greater than ``after``, PAGES_A_CALL pages of them at most. Raises what a listing raises."""
+    """Counts versions of keys greater than ``after``, PAGES_A_CALL pages of them at most. Raises
+    what a listing raises.
+    """
     current = versions = total = 0
     start: bytes | None = after
     for _ in range(PAGES_A_CALL):

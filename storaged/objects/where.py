@@ -1,7 +1,10 @@
-"""Where an object is: every fragment with its disk, node, rack and state, and how much more may fail. For ``storaged where``.
+"""Where an object is: every fragment with its disk, node, rack and state, and how much more may fail. For ``storaged
+where``.
 
-Two things are told apart. What may fail before data is *lost* (too few fragments of some block). And what may fail before the object *stops*, since its register
-needs a majority of its replicas: with one of three away nothing is lost by the next failure, but that key waits until one returns.
+Two things are told apart. What may fail before data is *lost* (too few fragments of some block). And what may fail
+before the object *stops*, since its register
+needs a majority of its replicas: with one of three away nothing is lost by the next failure, but that key waits until
+one returns.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError
 from storaged.fragments.ports import FragmentId, Health
 from storaged.meta.names import RegisterName
-from storaged.objects import place
-from storaged.objects.geometry import PartShape
-from storaged.objects.get import find
-from storaged.objects.manifest import parts_of
+from storaged.objects.code import place
+from storaged.objects.code.geometry import PartShape
+from storaged.objects.code.manifest import parts_of
 from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.get import find
 from storaged.objects.records import BucketRecord, PartEntry, Run
 
 STAT_BATCH_MAX = 4096
@@ -27,7 +30,9 @@ RUN_BLOCKS_MAX = 1024
 
 @dataclass(frozen=True)
 class FragmentPlace:
-    """``state``: ok, missing, damaged, unreachable: of the worst block of the run. ``blocks_bad``: how many blocks are not ok there."""
+    """``state``: ok, missing, damaged, unreachable: of the worst block of the run. ``blocks_bad``: how many blocks are
+    not ok there.
+    """
 
     position: int
     disk: str
@@ -39,7 +44,9 @@ class FragmentPlace:
 
 @dataclass(frozen=True)
 class RunPlace:
-    """A run of blocks that lie on the same disks. ``kind``: coded, copies. ``disks_may_fail`` and ``domains_may_fail``: of the worst block; -1: it can't be read now."""
+    """A run of blocks that lie on the same disks. ``kind``: coded, copies. ``disks_may_fail`` and ``domains_may_fail``:
+    of the worst block; -1: it can't be read now.
+    """
 
     part: int
     first: int
@@ -53,7 +60,9 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class ReplicaPlace:
-    """One replica of the object's register (and of what is kept inline). ``state``: ok, behind, empty, damaged, unreachable."""
+    """One replica of the object's register (and of what is kept inline). ``state``: ok, behind, empty, damaged,
+    unreachable.
+    """
 
     disk: str
     node: str
@@ -63,7 +72,8 @@ class ReplicaPlace:
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """``disks_may_fail`` / ``domains_may_fail``: before data is lost. ``replicas_may_fail``: before the key can't be read or written; -1: it can't be now.
+    """``disks_may_fail`` / ``domains_may_fail``: before data is lost. ``replicas_may_fail``: before the key can't be
+    read or written; -1: it can't be now.
 
     ``domain_kind``: rack, node or disk."""
 
@@ -102,23 +112,38 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
 async def _replicas(plane: ObjectPlane, name: RegisterName, layout: Layout) -> tuple[ReplicaPlace, ...]:
     states = {"current": "ok", "away": "unreachable"}
     return tuple(
-        ReplicaPlace(replica.disk, _node_of(layout, replica.disk), _rack_of(layout, replica.disk), states.get(replica.state, replica.state))
+        ReplicaPlace(
+            replica.disk,
+            _node_of(layout, replica.disk),
+            _rack_of(layout, replica.disk),
+            states.get(replica.state, replica.state),
+        )
         for replica in await plane.registers.agreement(name)
     )
 
 
-async def _run(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run, layout: Layout) -> RunPlace:
+async def _run(
+    plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run, layout: Layout
+) -> RunPlace:
     disks = _disks(plane, bucket, name, part, run)
     step = -(-run.count // RUN_BLOCKS_MAX)
     blocks = range(run.first, run.first + run.count, step)
-    health = await asyncio.gather(*(_health(plane, part, run, position, disk, blocks) for position, disk in enumerate(disks)))
+    health = await asyncio.gather(
+        *(_health(plane, part, run, position, disk, blocks) for position, disk in enumerate(disks))
+    )
     shape = PartShape.of(part)
     spares = []
     for index, block in enumerate(blocks):
         alive = {position: disks[position] for position in range(len(disks)) if health[position][index] == "ok"}
         if run.k > 1:  # data fragments behind the end of a short block are zeros, wherever they are
             cells = shape.block(block).cells
-            alive.update({position: disks[position] for position in range(cells, run.k) if health[position][index] != "unreachable"})
+            alive.update(
+                {
+                    position: disks[position]
+                    for position in range(cells, run.k)
+                    if health[position][index] != "unreachable"
+                }
+            )
         spares.append(place.spare(layout, run.profile, alive))
     worst = ("ok", "damaged", "missing", "unreachable")
     fragments = tuple(
@@ -147,7 +172,9 @@ async def _run(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, par
 def _disks(plane: ObjectPlane, bucket: BucketRecord, name: RegisterName, part: PartEntry, run: Run) -> tuple[str, ...]:
     layout = plane.layouts.at(run.epoch)
     if part.small:
-        return tuple(run.moved.get(index, disk) for index, disk in enumerate(layout.replicas_of(name.partition)))[: run.k + run.m]
+        return tuple(run.moved.get(index, disk) for index, disk in enumerate(layout.replicas_of(name.partition)))[
+            : run.k + run.m
+        ]
     return place.disks_of(run, layout, part.data_id, bucket.countries)
 
 

@@ -2,7 +2,8 @@
 
 parse -> authenticate -> find the operation -> may they? -> the handler -> send -> drain -> tell the observer
 
-Every answer carries x-amz-request-id; errors are S3's documents; what was not expected is an InternalError with nothing of the inside in it.
+Every answer carries x-amz-request-id; errors are S3's documents; what was not expected is an InternalError with nothing
+of the inside in it.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.s3 import replaced, routes, xml
-from storaged.s3.auth import admit, admit_anonymous, claim_of
-from storaged.s3.body import RequestBody
-from storaged.s3.connection import Connection, Connections
+from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
 from storaged.s3.context import Front, check_owner, existing_bucket
-from storaged.s3.handshake import Acceptor, shake_hands
 from storaged.s3.headers import INCIDENTAL, wants_checksums
-from storaged.s3.http import Head, parse_head
-from storaged.s3.limits import Limits
-from storaged.s3.listen import BACKLOG, listen
-from storaged.s3.objects import put_asked
+from storaged.s3.http.body import RequestBody
+from storaged.s3.http.connection import Connection, Connections
+from storaged.s3.http.grammar import Head, parse_head
+from storaged.s3.http.handshake import Acceptor, shake_hands
+from storaged.s3.http.limits import Limits
+from storaged.s3.http.listen import BACKLOG, listen
+from storaged.s3.http.send import Sender, Sent
 from storaged.s3.operations import Operation, hear_query, read_body
+from storaged.s3.ops.objects import put_asked
 from storaged.s3.reply import Reply, object_headers, stored_headers, xml_reply
 from storaged.s3.request import Request, RequestDone, parse_target, split_path, virtual_bucket
-from storaged.s3.send import Sender, Sent
 
 log = logging.getLogger("storaged.s3")
 
@@ -60,13 +61,19 @@ _READ_HEADERS = INCIDENTAL | {"x-amz-checksum-mode"}
 
 
 ALONE_MAX = 2
-"""With so few requests in flight, an answer leaves at once: nobody else's is likely to leave in this turn of the loop."""
+"""With so few requests in flight, an answer leaves at once: nobody else's is likely to leave in
+this turn of the loop.
+"""
 
 ENDING_MAX = 16
-"""So many answers leave one behind the other. The first may wake the client, which costs more than to send (30 us where the processor is virtual); who sends each as it is ready wakes it for each."""
+"""So many answers leave one behind the other. The first may wake the client, which costs more than to send (30 us where
+the processor is virtual); who sends each as it is ready wakes it for each.
+"""
 
 STRANGERS_DRAIN_S = 2.0
-"""A server that ends waits so long for requests that are not authenticated, such as forms whose fields have not all come: one of them must not keep it for longer."""
+"""A server that ends waits so long for requests that are not authenticated, such as forms whose fields have not all
+come: one of them must not keep it for longer.
+"""
 
 _SAYS_NOTHING = {"x-id"}
 """Parameters with the operation's name, which some SDKs send."""
@@ -96,7 +103,9 @@ class Statistics:
 
 
 class S3App:
-    """One S3 endpoint. ``domains``: those whose subdomains are buckets (virtual-host style). ``on_request`` is called after each answer, and must not block."""
+    """One S3 endpoint. ``domains``: those whose subdomains are buckets (virtual-host style). ``on_request`` is called
+    after each answer, and must not block.
+    """
 
     def __init__(
         self,
@@ -145,7 +154,9 @@ class S3App:
             self._acceptor.start()
             return taken
         for listener in listeners:
-            self._servers.append(await asyncio.get_running_loop().create_server(connections, sock=listener, backlog=BACKLOG))
+            self._servers.append(
+                await asyncio.get_running_loop().create_server(connections, sock=listener, backlog=BACKLOG)
+            )
         return taken
 
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
@@ -155,7 +166,9 @@ class S3App:
         return self._connections
 
     async def adopt(self, accepted: socket.socket) -> None:
-        """Serves a client's connection that somebody else accepted. After ``close``, and when it broke before its first request, it is closed."""
+        """Serves a client's connection that somebody else accepted. After ``close``, and when it broke before its first
+        request, it is closed.
+        """
         if self._connections is None or self._draining:
             accepted.close()
             return
@@ -169,7 +182,9 @@ class S3App:
             accepted.close()
 
     async def close(self, drain_s: float) -> None:
-        """Stops listening, lets the requests in flight finish for up to ``drain_s`` seconds, then breaks what is left. Safe to call twice."""
+        """Stops listening, lets the requests in flight finish for up to ``drain_s`` seconds, then breaks what is left.
+        Safe to call twice.
+        """
         self._draining = True
         for server in self._servers:
             server.close()
@@ -180,7 +195,9 @@ class S3App:
         for connection in tuple(self._connections.open):
             if connection.idle:
                 connection.transport.close()
-        ending = asyncio.get_running_loop().call_later(min(STRANGERS_DRAIN_S, drain_s), self._connections.strangers.end_all)
+        ending = asyncio.get_running_loop().call_later(
+            min(STRANGERS_DRAIN_S, drain_s), self._connections.strangers.end_all
+        )
         try:
             async with asyncio.timeout(drain_s):
                 while self._in_flight:
@@ -189,7 +206,9 @@ class S3App:
                 await self._connections.flushed()
         except TimeoutError:
             if self._in_flight:
-                log.warning("%d requests were still in flight after %.0f s and are broken off", self._in_flight, drain_s)
+                log.warning(
+                    "%d requests were still in flight after %.0f s and are broken off", self._in_flight, drain_s
+                )
         finally:
             ending.cancel()
         await self._connections.close()
@@ -227,7 +246,9 @@ class S3App:
                     raw = await connection.next_head()
                     if raw is None:
                         break
-                    found: Head | _Begun | errors.S3Error = parse_head(raw, limits) if isinstance(raw, bytes) else cast(_Begun, raw)
+                    found: Head | _Begun | errors.S3Error = (
+                        parse_head(raw, limits) if isinstance(raw, bytes) else cast(_Begun, raw)
+                    )
                 except errors.S3Error as error:
                     found = error
                 if not isinstance(found, _Begun):  # that was counted when it was begun, and has kept its place
@@ -236,7 +257,8 @@ class S3App:
                     request, sent = await self._serve(connection, found)
                 finally:
                     self._went(connection)
-                # not counted: or strangers could have everybody's places, without a signature, by not sending what they said they would
+                # not counted: or strangers could have everybody's places, without a signature, by not sending what they
+                # said they would
                 keep = sent.keep_alive if not sent.unread else await self._sender.take_rest(connection, request, sent)
         except Exception:
             log.exception("a connection failed outside of its requests' handlers")
@@ -254,10 +276,12 @@ class S3App:
         if self._draining:
             self._answered.set()
 
-    # --- by callbacks -------------------------------------------------------------------------------------------------------
+    # --- by callbacks
+    # -------------------------------------------------------------------------------------------------------
 
     def _begin_soon(self, connection: Connection, raw: bytes, more: int) -> bool:
-        """Takes on a GET or HEAD that asks for a whole object and nothing else, and a PUT of a small one, when who asks, and the bucket, are in memory. Whatever is
+        """Takes on a GET or HEAD that asks for a whole object and nothing else, and a PUT of a small one, when who
+        asks, and the bucket, are in memory. Whatever is
         refused, or not understood, is left to the task, which says why."""
         writes = raw.startswith(b"PUT /")
         if self._draining or trace.on or connection.crowded or not (writes or raw.startswith(_READS)):
@@ -303,10 +327,14 @@ class S3App:
         return True
 
     def _may_be_small(self, length: int | None, headers: Mapping[str, str]) -> bool:
-        """Of a PUT, before it costs anything: no copy, and of a small object, which one in aws-chunked form says in a header."""
+        """Of a PUT, before it costs anything: no copy, and of a small object, which one in aws-chunked form says in a
+        header.
+        """
         if "x-amz-copy-source" in headers:
             return False
-        return (length is not None and length <= self._front.objects.small_bytes_max) or "x-amz-decoded-content-length" in headers
+        return (
+            length is not None and length <= self._front.objects.small_bytes_max
+        ) or "x-amz-decoded-content-length" in headers
 
     def _write(self, connection: Connection, begun: _Begun, asked: tuple[NewMeta, BodyChecks, WriteConditions]) -> None:
         """All of the body has come, or no more will."""
@@ -314,7 +342,14 @@ class S3App:
         plain, then = request.body.at_hand(), partial(self._written, connection, begun)
         try:
             if plain is not None and self._front.objects.put_soon(
-                request.bucket_record, request.key, plain, meta, checks, then, owner=request.who.user_id, conditions=conditions
+                request.bucket_record,
+                request.key,
+                plain,
+                meta,
+                checks,
+                then,
+                owner=request.who.user_id,
+                conditions=conditions,
             ):
                 return
         except Exception:  # the task meets it again
@@ -325,7 +360,9 @@ class S3App:
         if isinstance(told, errors.NoSuchBucket) and self._front.buckets.gone(begun.request.bucket_record):
             self._leave(connection, begun)  # nothing was stored; another bucket may have the name now
             return
-        reply = self._failure(begun.request, told) if isinstance(told, Exception) else Reply(headers=stored_headers(told))
+        reply = (
+            self._failure(begun.request, told) if isinstance(told, Exception) else Reply(headers=stored_headers(told))
+        )
         self._end_soon(connection, begun, reply)
 
     def _read(self, connection: Connection, begun: _Begun, found: Soon) -> None:
@@ -380,7 +417,9 @@ class S3App:
             log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
             connection.transport.abort()
         keep = keep and complete
-        if connection.paused and connection.hand_over(begun._replace(written=Sent(reply, bytes_out, complete, keep, False))):
+        if connection.paused and connection.hand_over(
+            begun._replace(written=Sent(reply, bytes_out, complete, keep, False))
+        ):
             return
         self._went(connection)
         self._observe(request, reply, bytes_out, complete, begun.started_s, None)
@@ -394,7 +433,8 @@ class S3App:
             return Reply(200, object_headers(found, checksums=checksums), length=found.size)
         return Reply(200, object_headers(found.info, checksums=checksums), found.held or b"")
 
-    # --- by the connection's task -------------------------------------------------------------------------------------------
+    # --- by the connection's task
+    # -------------------------------------------------------------------------------------------
 
     async def _serve(self, connection: Connection, head: Head | _Begun | errors.S3Error) -> tuple[Request, Sent]:
         """Answers one request."""
@@ -426,17 +466,36 @@ class S3App:
         return request, sent
 
     def _request_of(self, connection: Connection, head: Head) -> Request:
-        body = RequestBody(connection, head.length, connection.go_on if head.expects else None, self._limits, declared=head.declared)
+        body = RequestBody(
+            connection, head.length, connection.go_on if head.expects else None, self._limits, declared=head.declared
+        )
         return Request(
-            self._new_id(), head.method, head.target, connection.remote, connection.secure, head.headers, modern=head.modern, _body=body
+            self._new_id(),
+            head.method,
+            head.target,
+            connection.remote,
+            connection.secure,
+            head.headers,
+            modern=head.modern,
+            _body=body,
         )
 
-    def _observe(self, request: Request, reply: Reply, bytes_out: int, complete: bool, started_s: float, spans: trace.Trace | None) -> None:
+    def _observe(
+        self,
+        request: Request,
+        reply: Reply,
+        bytes_out: int,
+        complete: bool,
+        started_s: float,
+        spans: trace.Trace | None,
+    ) -> None:
         if self._on_request is None:
             return
         bytes_in = request._body.bytes_come if request._body is not None else 0
         try:
-            self._on_request(RequestDone(request, reply, bytes_in, bytes_out, self._clock.monotonic() - started_s, complete, spans))
+            self._on_request(
+                RequestDone(request, reply, bytes_in, bytes_out, self._clock.monotonic() - started_s, complete, spans)
+            )
         except Exception:
             log.exception("the observer of requests failed")
 
@@ -471,7 +530,9 @@ class S3App:
                 signed_ns = time.perf_counter_ns()
                 spans.note("sign", began_ns, signed_ns)
             if operation.needs_bucket:
-                request._bucket_record = front.buckets.at_hand(request.bucket) or await existing_bucket(front, request.bucket)
+                request._bucket_record = front.buckets.at_hand(request.bucket) or await existing_bucket(
+                    front, request.bucket
+                )
                 check_owner(request._bucket_record, request.who, headers.get("x-amz-expected-bucket-owner"))
             if spans is not None:
                 spans.note("bucket", signed_ns, time.perf_counter_ns())
@@ -498,7 +559,9 @@ class S3App:
             return Reply(304, {"ETag": f'"{etag}"'} if etag else {}, code=error.code)
         body = b""
         if request.method != "HEAD":
-            body = xml.error_document(error.code, error.message, error.details, request.resource, request.id, self._host_id)
+            body = xml.error_document(
+                error.code, error.message, error.details, request.resource, request.id, self._host_id
+            )
         reply = xml_reply(body, error.status)
         reply.code = error.code
         if request.method == "HEAD":

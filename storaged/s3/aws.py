@@ -57,7 +57,9 @@ _NAMED_CONFIGURATIONS = tuple(
     for verb in ("Get", "Put", "Delete")
     for name in ("Analytics", "Inventory", "Metrics", "IntelligentTiering")
 )
-_LISTED_CONFIGURATIONS = tuple(f"ListBucket{name}Configurations" for name in ("Analytics", "Inventory", "Metrics", "IntelligentTiering"))
+_LISTED_CONFIGURATIONS = tuple(
+    f"ListBucket{name}Configurations" for name in ("Analytics", "Inventory", "Metrics", "IntelligentTiering")
+)
 DOCUMENTS = frozenset(
     {
         "CreateBucket", "DeleteObjects", "CompleteMultipartUpload", "PutBucketAcl", "PutObjectAcl", "PutBucketTagging",
@@ -125,11 +127,11 @@ HEADERS: dict[str, Name] = {
         for name in ("aws-kms-key-id", "context", "bucket-key-enabled")
     },
     **{CUSTOMER_KEY + name: _of(*_CUSTOMER_KEY, refusal=_NO_CUSTOMER_KEY) for name in ("algorithm", "key", "key-md5")},
-    **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING, refusal=_NO_CUSTOMER_KEY) for name in ("algorithm", "key", "key-md5")},
+    **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING, refusal=_NO_CUSTOMER_KEY) for name in ("algorithm", "key", "key-md5")},  # noqa: E501
     **{
         LOCK + name: _of(*_CREATING, refusal=_NO_LOCK)
         for name in (
-            "mode", "retain-until-date", "legal-hold", "event-hold", "event-hold-duration-days", "event-hold-duration-years",
+            "mode", "retain-until-date", "legal-hold", "event-hold", "event-hold-duration-days", "event-hold-duration-years",  # noqa: E501
         )
     },
     **{
@@ -179,7 +181,7 @@ HEADERS: dict[str, Name] = {
     "x-amz-bucket-object-lock-enabled": _of("CreateBucket"),
     "x-amz-object-ownership": _of("CreateBucket"),
     "x-amz-bucket-namespace": _of("CreateBucket", refusal="Account-regional namespaces are not implemented."),
-    "x-amz-bucket-object-lock-token": _of("PutObjectLockConfiguration", "PutBucketReplication", refusal=_NO_CONFIGURATION),
+    "x-amz-bucket-object-lock-token": _of("PutObjectLockConfiguration", "PutBucketReplication", refusal=_NO_CONFIGURATION),  # noqa: E501
     "x-amz-confirm-remove-self-bucket-access": _of("PutBucketPolicy", refusal=_NO_CONFIGURATION),
     "x-amz-skip-destination-validation": _of("PutBucketNotificationConfiguration", refusal=_NO_CONFIGURATION),
     "x-amz-transition-default-minimum-object-size": _of("PutBucketLifecycleConfiguration", refusal=_NO_CONFIGURATION),
@@ -208,7 +210,9 @@ FAMILIES = (
     "x-amz-server-side-encryption", "x-amz-copy-source", LOCK, "x-amz-object-", "x-amz-grant-", "x-amz-checksum-",
     "x-amz-if-", "x-amz-rename-", "x-amz-bucket-", "x-amz-mp-", "x-amz-write-", "x-amz-website-", "x-amz-fwd-",
 )  # fmt: skip
-"""Prefixes with which AWS says what to do. A new or misspelt header of a family asks for something, and is refused too."""
+"""Prefixes with which AWS says what to do. A new or misspelt header of a family asks for something,
+and is refused too.
+"""
 
 OWN = "x-storaged-"
 
@@ -231,7 +235,7 @@ PARAMETERS: dict[str, Name] = {
     "marker": _of("ListObjects"),
     "start-after": _of("ListObjectsV2"),
     "fetch-owner": _of("ListObjectsV2"),
-    "continuation-token": _of("ListObjectsV2", "ListBuckets", "ListDirectoryBuckets", "ListObjectAnnotations", *_LISTED_CONFIGURATIONS),
+    "continuation-token": _of("ListObjectsV2", "ListBuckets", "ListDirectoryBuckets", "ListObjectAnnotations", *_LISTED_CONFIGURATIONS),  # noqa: E501
     "key-marker": _of("ListObjectVersions", "ListMultipartUploads"),
     "version-id-marker": _of("ListObjectVersions"),
     "upload-id-marker": _of("ListMultipartUploads"),
@@ -250,7 +254,16 @@ PARAMETERS: dict[str, Name] = {
 
 SIGNATURE = frozenset(
     f"x-amz-{name}"
-    for name in ("algorithm", "credential", "date", "expires", "signedheaders", "signature", "security-token", "content-sha256")
+    for name in (
+        "algorithm",
+        "credential",
+        "date",
+        "expires",
+        "signedheaders",
+        "signature",
+        "security-token",
+        "content-sha256",
+    )
 )
 """Parameters of presigned URLs, in lower case. Any operation takes them."""
 
@@ -261,7 +274,11 @@ URL would be the one of an empty body."""
 
 def honoured(operation: str) -> frozenset[str]:
     """The headers of ``HEADERS`` that this operation acts on, or that have no effect on it."""
-    return frozenset(name for name, row in HEADERS.items() if not row.refusal and (row.operations is EVERY or operation in row.operations))
+    return frozenset(
+        name
+        for name, row in HEADERS.items()
+        if not row.refusal and (row.operations is EVERY or operation in row.operations)
+    )
 
 
 def parameters(operation: str) -> frozenset[str]:

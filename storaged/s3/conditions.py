@@ -6,7 +6,8 @@ for ``If-Match: ""`` must not overwrite.
 | operation | accepts | refuses |
 |---|---|---|
 | GetObject, HeadObject, GetObjectAttributes | all four; what is no date is ignored (RFC 9110, 13.1.3) | |
-| PutObject, CopyObject, CompleteMultipartUpload | If-Match, If-None-Match of ``*`` or tags | 501: other If-None-Match, dates |
+| PutObject, CopyObject, CompleteMultipartUpload | If-Match, If-None-Match of ``*`` or tags | 501: other If-None-Match,
+dates |
 | copy sources | x-amz-copy-source-if-* | 400: tags or dates that cannot be read |
 | DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: malformed values |
 | DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: malformed values |
@@ -104,7 +105,9 @@ def source_conditions(headers: Mapping[str, str]) -> ReadConditions:
     """Of a copy's source. A condition that can't be read must not let the copy happen. Raises InvalidArgument."""
     none_match = _tags(headers, SOURCE_PREFIX + "if-none-match")
     if none_match == NO_TAG:
-        raise _malformed(SOURCE_PREFIX + "if-none-match", headers[SOURCE_PREFIX + "if-none-match"], "is not an entity tag")
+        raise _malformed(
+            SOURCE_PREFIX + "if-none-match", headers[SOURCE_PREFIX + "if-none-match"], "is not an entity tag"
+        )
     return ReadConditions(
         if_match=_tags(headers, SOURCE_PREFIX + "if-match"),
         if_none_match=none_match,
@@ -142,7 +145,10 @@ def entry_conditions(entry: Mapping[str, str]) -> WriteConditions:
     """Of one entry of DeleteObjects. Raises InvalidArgument."""
     etag = entry.get("ETag")
     return deletion(
-        etag.strip() if etag is not None else None, entry.get("Size"), entry.get("LastModifiedTime"), ("Size", "LastModifiedTime")
+        etag.strip() if etag is not None else None,
+        entry.get("Size"),
+        entry.get("LastModifiedTime"),
+        ("Size", "LastModifiedTime"),
     )
 
 

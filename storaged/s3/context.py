@@ -10,8 +10,8 @@ from storaged.errors import AccessDenied, InvalidBucketName
 from storaged.objects.api import Buckets, Objects, Principal, Users
 from storaged.objects.names import bucket_name_possible
 from storaged.objects.records import BucketRecord
-from storaged.s3.limits import Limits
-from storaged.s3.regions import ANY_REGION
+from storaged.s3.auth.regions import ANY_REGION
+from storaged.s3.http.limits import Limits
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
 
@@ -53,5 +53,9 @@ async def existing_bucket(front: Front, name: str) -> BucketRecord:
 def check_owner(bucket: BucketRecord, who: Principal, expected_owner: str | None = None) -> None:
     """A user sees only their own buckets. ``expected_owner``: x-amz-expected-bucket-owner, which must hold if it came.
     Raises AccessDenied."""
-    if not who.access_key or who.user_id != bucket.owner or (expected_owner is not None and expected_owner != bucket.owner):
+    if (
+        not who.access_key
+        or who.user_id != bucket.owner
+        or (expected_owner is not None and expected_owner != bucket.owner)
+    ):
         raise AccessDenied()

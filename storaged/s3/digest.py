@@ -1,4 +1,6 @@
-"""Small request documents, verified against the digests that came with them. (Objects' digests are the object plane's work.)"""
+"""Small request documents, verified against the digests that came with them. (Objects' digests are the object plane's
+work.)
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,16 @@ from collections.abc import Mapping
 from functools import partial
 
 from storaged.errors import BadDigest, InvalidRequest
-from storaged.objects.checksums import checksum_of
+from storaged.objects.write.checksums import checksum_of
 from storaged.s3 import headers as h
 from storaged.s3.context import Front
 from storaged.s3.documents import understood
 from storaged.s3.request import Request
 
 
-async def read_verified(front: Front, request: Request, *, bytes_max: int, required: bool = False, of_object: bool = False) -> bytes:
+async def read_verified(
+    front: Front, request: Request, *, bytes_max: int, required: bool = False, of_object: bool = False
+) -> bytes:
     """The whole body, at most ``bytes_max``. ``required``: a Content-MD5 or a checksum must have come. ``of_object``:
     x-amz-checksum-* are of another thing than this body.
 
@@ -29,7 +33,10 @@ async def read_verified(front: Front, request: Request, *, bytes_max: int, requi
     data = await request.body.read(bytes_max)
     if decoder is not None:
         declared.update(
-            {name: h.check_checksum(name, value, f"x-amz-checksum-{name.lower()}") for name, value in decoder.trailing_checksums().items()}
+            {
+                name: h.check_checksum(name, value, f"x-amz-checksum-{name.lower()}")
+                for name, value in decoder.trailing_checksums().items()
+            }
         )
     await understood(partial(_check, md5=md5, declared=declared), data)
     return data

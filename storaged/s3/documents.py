@@ -1,4 +1,6 @@
-"""Where documents of clients are understood: small ones at once, others in a thread, so that nobody's document keeps everybody's event loop."""
+"""Where documents of clients are understood: small ones at once, others in a thread, so that nobody's document keeps
+everybody's event loop.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import TypeVar
 from storaged.units import KIB
 
 INLINE_BYTES_MAX = 16 * KIB
-"""The tiniest elements that fit are 4,000, and take some 5 ms; a thread and back takes 0.1. Nearly all documents are smaller."""
+"""The tiniest elements that fit are 4,000, and take some 5 ms; a thread and back takes 0.1. Nearly all documents are
+smaller.
+"""
 
 T = TypeVar("T")
 

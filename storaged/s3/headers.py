@@ -27,11 +27,18 @@ from storaged.objects.api import (
     NewMeta,
     RangeSpec,
 )
-from storaged.objects.checksums import CHECKSUM_BYTES
+from storaged.objects.write.checksums import CHECKSUM_BYTES
 
 USER_PREFIX = "x-amz-meta-"
 USER_BYTES_MAX = 2048
-KEPT_HEADERS = ("content-type", "cache-control", "content-disposition", "content-encoding", "content-language", "expires")
+KEPT_HEADERS = (
+    "content-type",
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "expires",
+)
 STORAGE_CLASSES = frozenset(
     {
         "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER", "DEEP_ARCHIVE",
@@ -51,7 +58,7 @@ _CHECKSUM_NAMES = frozenset(CHECKSUM_HEADERS)
 CHECKSUM_ELEMENTS = {f"Checksum{name}": name for name in CHECKSUM_ALGORITHMS}
 
 CANNED_ACLS = frozenset(
-    {"private", "public-read", "public-read-write", "authenticated-read", "aws-exec-read", "bucket-owner-read", "bucket-owner-full-control", "log-delivery-write"}
+    {"private", "public-read", "public-read-write", "authenticated-read", "aws-exec-read", "bucket-owner-read", "bucket-owner-full-control", "log-delivery-write"}  # noqa: E501
 )  # fmt: skip
 OWNER_ONLY_ACLS = frozenset({"private", "bucket-owner-full-control"})
 
@@ -59,13 +66,13 @@ _TAG_TEXT = re.compile(r"[\w\s+\-=.:/@]*")
 _RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
 INCIDENTAL = frozenset(
     {
-        "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",
+        "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",  # noqa: E501
         "content-type", "host", "user-agent", "x-amz-content-sha256", "x-amz-date", "x-amz-user-agent",
     }
 )  # fmt: skip
 """Headers that say who asks, and with what. Of an object they say its type and size."""
 ORDINARY = INCIDENTAL | {
-    "cache-control", "content-disposition", "content-encoding", "content-language", "content-md5", "date", "expect", "expires", "range",
+    "cache-control", "content-disposition", "content-encoding", "content-language", "content-md5", "date", "expect", "expires", "range",  # noqa: E501
 }  # fmt: skip
 """Headers that most requests have and that every operation understands, or need not."""
 
@@ -81,13 +88,18 @@ def integer(name: str, text: str, low: int, high: int) -> int:
     except ValueError:
         value = None
     if value is None:
-        raise InvalidArgument(f"Provided {name} not an integer or within integer range", ArgumentName=name, ArgumentValue=text)
+        raise InvalidArgument(
+            f"Provided {name} not an integer or within integer range", ArgumentName=name, ArgumentValue=text
+        )
     if not low <= value <= high:
-        raise InvalidArgument(f"Argument {name} must be an integer between {low} and {high}", ArgumentName=name, ArgumentValue=text)
+        raise InvalidArgument(
+            f"Argument {name} must be an integer between {low} and {high}", ArgumentName=name, ArgumentValue=text
+        )
     return value
 
 
-# --- dates ----------------------------------------------------------------------------------------------------------------
+# --- dates
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -96,7 +108,8 @@ def http_time(seconds: int) -> str:
     return formatdate(seconds, usegmt=True)
 
 
-# --- ranges ----------------------------------------------------------------------------------------------------------------
+# --- ranges
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def wants_checksums(headers: Mapping[str, str]) -> bool:
@@ -120,23 +133,29 @@ def parse_copy_range(text: str) -> RangeSpec:
     span = parse_range(text)
     if span is None or span.first is None or span.last is None:
         raise InvalidArgument(
-            "The x-amz-copy-source-range value must be of the form bytes=first-last where first and last are the zero-based offsets of the first and last bytes to copy",
+            "The x-amz-copy-source-range value must be of the form bytes=first-last where first and last are the"
+            " zero-based offsets of the first and last bytes to copy",
             ArgumentName="x-amz-copy-source-range",
             ArgumentValue=text,
         )
     return span
 
 
-# --- what a client says about an object ---------------------------------------------------------------------------------------
+# --- what a client says about an object
+# ---------------------------------------------------------------------------------------
 
 
 def readable(name: str, value: str) -> str:
-    """The value of a header that is kept. Raises InvalidArgument for bytes that are not UTF-8: they could not be given back."""
+    """The value of a header that is kept. Raises InvalidArgument for bytes that are not UTF-8: they could not be given
+    back.
+    """
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InvalidArgument("A header that is kept with an object is US-ASCII or UTF-8.", ArgumentName=name) from None
+            raise InvalidArgument(
+                "A header that is kept with an object is US-ASCII or UTF-8.", ArgumentName=name
+            ) from None
     return value
 
 
@@ -150,13 +169,19 @@ def new_meta(headers: Mapping[str, str]) -> NewMeta:
             kept["content-encoding"] = ", ".join(codings)
         else:
             del kept["content-encoding"]
-    user = {name[len(USER_PREFIX) :]: readable(name, value) for name, value in headers.items() if name.startswith(USER_PREFIX)}
+    user = {
+        name[len(USER_PREFIX) :]: readable(name, value)
+        for name, value in headers.items()
+        if name.startswith(USER_PREFIX)
+    }
     if user:
         user_bytes = sum(len(name) + len(value.encode()) for name, value in user.items())
         if user_bytes > USER_BYTES_MAX:
             raise MetadataTooLarge(Size=str(user_bytes), MaxSizeAllowed=str(USER_BYTES_MAX))
     tagging = headers.get("x-amz-tagging", "")
-    return NewMeta(headers=kept, user=user, tags=parse_tag_header(tagging) if tagging else {}, storage_class=storage_class(headers))
+    return NewMeta(
+        headers=kept, user=user, tags=parse_tag_header(tagging) if tagging else {}, storage_class=storage_class(headers)
+    )
 
 
 def storage_class(headers: Mapping[str, str]) -> str:
@@ -172,7 +197,8 @@ def parse_tag_header(text: str) -> dict[str, str]:
         pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=TAGS_PER_OBJECT_MAX + 1)
     except ValueError:
         raise InvalidArgument(
-            "The header 'x-amz-tagging' shall be encoded as UTF-8 then URLEncoded URL query parameters without tag name duplicates."
+            "The header 'x-amz-tagging' shall be encoded as UTF-8 then URLEncoded URL query parameters without tag name"
+            " duplicates."
         ) from None
     return check_tags(pairs, TAGS_PER_OBJECT_MAX)
 
@@ -187,7 +213,9 @@ def check_tags(pairs: list[tuple[str, str]], count_max: int) -> dict[str, str]:
         if not name or len(name) > TAG_KEY_CHARS_MAX or not _TAG_TEXT.fullmatch(name):
             raise InvalidTag("The TagKey you have provided is invalid", TagKey=name[:TAG_KEY_CHARS_MAX])
         if len(value) > TAG_VALUE_CHARS_MAX or not _TAG_TEXT.fullmatch(value):
-            raise InvalidTag("The TagValue you have provided is invalid", TagKey=name, TagValue=value[:TAG_VALUE_CHARS_MAX])
+            raise InvalidTag(
+                "The TagValue you have provided is invalid", TagKey=name, TagValue=value[:TAG_VALUE_CHARS_MAX]
+            )
         if name.lower().startswith("aws:"):
             raise InvalidTag("System tags cannot be added or updated by the requester", TagKey=name)
         if name in tags:
@@ -196,7 +224,8 @@ def check_tags(pairs: list[tuple[str, str]], count_max: int) -> dict[str, str]:
     return tags
 
 
-# --- digests ------------------------------------------------------------------------------------------------------------------
+# --- digests
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def content_md5(headers: Mapping[str, str]) -> bytes | None:
@@ -213,7 +242,9 @@ def content_md5(headers: Mapping[str, str]) -> bytes | None:
 
 
 def check_checksum(algorithm: str, value: str, where: str) -> str:
-    """Base64 of the right length. Raises BadDigest that names ``where`` (AWS has InvalidRequest here; Ceph's conformance tests want this)."""
+    """Base64 of the right length. Raises BadDigest that names ``where`` (AWS has InvalidRequest here; Ceph's
+    conformance tests want this).
+    """
     try:
         raw = base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
@@ -235,13 +266,16 @@ def declared_checksums(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def algorithm_named(headers: Mapping[str, str], *names: str) -> str:
-    """The checksum algorithm that one of these headers asks for, upper case; empty when none does. Raises InvalidRequest."""
+    """The checksum algorithm that one of these headers asks for, upper case; empty when none does. Raises
+    InvalidRequest.
+    """
     for name in names:
         if name in headers:
             value = headers[name].upper()
             if value not in CHECKSUM_ALGORITHMS:
                 raise InvalidRequest(
-                    f"Checksum algorithm provided is unsupported. Please try again with any of the valid types: [{', '.join(CHECKSUM_ALGORITHMS)}]"
+                    "Checksum algorithm provided is unsupported. Please try again with any of the valid types:"
+                    f" [{', '.join(CHECKSUM_ALGORITHMS)}]"
                 )
             return value
     return ""
@@ -266,7 +300,9 @@ def trailing_names(headers: Mapping[str, str]) -> tuple[str, ...]:
     return names
 
 
-def body_checks(headers: Mapping[str, str], size: int | None, trailing: tuple[str, ...], trailers: Mapping[str, str] | None) -> BodyChecks:
+def body_checks(
+    headers: Mapping[str, str], size: int | None, trailing: tuple[str, ...], trailers: Mapping[str, str] | None
+) -> BodyChecks:
     """``trailers``: a mapping that the decoder fills while the body is read; None when the body is not chunked."""
     declared = declared_checksums(headers)
     trailing_algorithms = tuple(CHECKSUM_HEADERS[name] for name in trailing) if trailers is not None else ()
@@ -279,7 +315,10 @@ def body_checks(headers: Mapping[str, str], size: int | None, trailing: tuple[st
 
     def from_trailer() -> dict[str, str]:
         assert trailers is not None
-        return {CHECKSUM_HEADERS[name]: check_checksum(CHECKSUM_HEADERS[name], value, name) for name, value in trailers.items()}
+        return {
+            CHECKSUM_HEADERS[name]: check_checksum(CHECKSUM_HEADERS[name], value, name)
+            for name, value in trailers.items()
+        }
 
     return BodyChecks(
         size=size,
@@ -294,16 +333,23 @@ def body_checks(headers: Mapping[str, str], size: int | None, trailing: tuple[st
 
 
 def check_customer_key(headers: Mapping[str, str]) -> None:
-    """SSE-C headers that are wrong in themselves say so; right ones are refused by the caller. Raises InvalidArgument."""
+    """SSE-C headers that are wrong in themselves say so; right ones are refused by the caller.
+    Raises InvalidArgument.
+    """
     if "x-amz-server-side-encryption" in headers:
-        raise InvalidArgument("Server Side Encryption with Customer provided key is incompatible with the encryption method specified")
+        raise InvalidArgument(
+            "Server Side Encryption with Customer provided key is incompatible with the encryption method specified"
+        )
     prefix = _SSE_C if any(name.startswith(_SSE_C) for name in headers) else _SSE_C_SOURCE
     for part in ("algorithm", "key", "key-md5"):
         if not headers.get(prefix + part):
-            raise InvalidArgument(f"Requests specifying Server Side Encryption with Customer provided keys must provide {prefix}{part}.")
+            raise InvalidArgument(
+                f"Requests specifying Server Side Encryption with Customer provided keys must provide {prefix}{part}."
+            )
     if headers[prefix + "algorithm"] != "AES256":
         raise InvalidArgument(
-            "Requests specifying Server Side Encryption with Customer provided keys must provide a valid encryption algorithm."
+            "Requests specifying Server Side Encryption with Customer provided keys must provide a valid encryption"
+            " algorithm."
         )
     try:
         key = base64.b64decode(headers[prefix + "key"], validate=True)
@@ -321,7 +367,9 @@ def check_encryption(headers: Mapping[str, str]) -> None:
     if value in ("aws:kms", "aws:kms:dsse"):
         raise errors.NotImplemented("SSE-KMS is not implemented: every object is encrypted under its bucket's own key.")
     raise InvalidArgument(
-        "The encryption method specified is not supported", ArgumentName="x-amz-server-side-encryption", ArgumentValue=value
+        "The encryption method specified is not supported",
+        ArgumentName="x-amz-server-side-encryption",
+        ArgumentValue=value,
     )
 
 
@@ -330,5 +378,7 @@ def check_acl(headers: Mapping[str, str]) -> None:
     if value in OWNER_ONLY_ACLS:
         return
     if value in CANNED_ACLS:
-        raise errors.NotImplemented(f"The canned ACL {value} is not implemented: only a bucket's owner has access to it.")
+        raise errors.NotImplemented(
+            f"The canned ACL {value} is not implemented: only a bucket's owner has access to it."
+        )
     raise InvalidArgument(ArgumentName="x-amz-acl", ArgumentValue=value)

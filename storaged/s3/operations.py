@@ -24,7 +24,7 @@ from storaged.s3 import headers as h
 from storaged.s3.conditions import unsupported
 from storaged.s3.context import Front, Handler
 from storaged.s3.digest import read_verified
-from storaged.s3.http import must_be_ascii
+from storaged.s3.http.grammar import must_be_ascii
 from storaged.s3.reply import TOKEN, Reply, checked_header
 from storaged.s3.request import Request
 from storaged.units import KIB
@@ -88,7 +88,9 @@ class Operation:
         return aws.parameters(self.name)
 
     def check_headers(self, headers: Mapping[str, str]) -> None:
-        """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest for what is not taken."""
+        """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest
+        for what is not taken.
+        """
         for name in sorted(headers.keys() - self.headers):  # the first by name is named, whatever came first
             if name.startswith(_WATCHED) or name in aws.HEADERS:
                 refused = self._refusal(name, headers)
@@ -104,7 +106,9 @@ class Operation:
         for name in query:
             if name in aws.PARAMETERS and name not in self.parameters:
                 what = _NOT_ACCEPTED.get(name, f"the parameter {name}")
-                raise InvalidArgument(f"This operation does not accept {what}.", ArgumentName=name, ArgumentValue=query[name])
+                raise InvalidArgument(
+                    f"This operation does not accept {what}.", ArgumentName=name, ArgumentValue=query[name]
+                )
         if count != len(query):
             raise InvalidArgument("A query parameter was given more than once.")
 
@@ -126,10 +130,13 @@ class Operation:
         ):
             h.check_customer_key(headers)  # a key of the client's beside one of the server's is wrong in itself
         elif name == "x-amz-server-side-encryption":
-            return InvalidArgument(f"{name} header is not supported for this operation.", ArgumentName=name, ArgumentValue=headers[name])
+            return InvalidArgument(
+                f"{name} header is not supported for this operation.", ArgumentName=name, ArgumentValue=headers[name]
+            )
         if name == h.KMS_KEY and headers.get("x-amz-server-side-encryption") != "aws:kms":
             return InvalidArgument(
-                "Server Side Encryption with AWS KMS managed key requires HTTP header x-amz-server-side-encryption : aws:kms"
+                "Server Side Encryption with AWS KMS managed key requires HTTP header x-amz-server-side-encryption :"
+                " aws:kms"
             )
         if self.name not in row.operations or not row.refusal:
             return unsupported(name)
@@ -204,5 +211,10 @@ async def read_body(front: Front, request: Request, operation: Operation) -> Non
             bytes_max=min(kind.bytes_max, front.limits.xml_bytes_max),
             of_object=kind.of_object,
         )
-    elif isinstance(kind, NoBody) and operation.changes and request.body.length != 0 and await request.body.read(UNASKED_BYTES_MAX):
+    elif (
+        isinstance(kind, NoBody)
+        and operation.changes
+        and request.body.length != 0
+        and await request.body.read(UNASKED_BYTES_MAX)
+    ):
         raise InvalidRequest("The request included a body. Requests of this type must not include a non-empty body.")

@@ -1,5 +1,5 @@
 """A request whose bucket turns out to be gone while it is handled is handled once more, in the bucket that has the
-name now (``objects.fenced``)."""
+name now (``objects.system.fenced``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ BODY_IS_GONE: Final = frozenset({"PutObject", "PostObject", "UploadPart"})
 async def handle(front: Front, request: Request, operation: Operation) -> Reply:
     """What the handler answers. Raises what it raises."""
     seen = front.buckets.fences_seen()
-    if request._bucket_record is not None and front.buckets.gone(request._bucket_record) and operation.name not in OF_THE_BUCKET:
+    if (
+        request._bucket_record is not None
+        and front.buckets.gone(request._bucket_record)
+        and operation.name not in OF_THE_BUCKET
+    ):
         await _renew(front, request)
     try:
         reply = await operation.handler(front, request)
@@ -33,7 +37,11 @@ async def handle(front: Front, request: Request, operation: Operation) -> Reply:
         if front.buckets.fences_seen() == seen or not await _replaced(front, request, operation):
             raise
     else:
-        if operation.name not in FINDS_NOTHING or front.buckets.fences_seen() == seen or not await _replaced(front, request, operation):
+        if (
+            operation.name not in FINDS_NOTHING
+            or front.buckets.fences_seen() == seen
+            or not await _replaced(front, request, operation)
+        ):
             return reply
     return await operation.handler(front, request)
 
@@ -44,7 +52,9 @@ async def _replaced(front: Front, request: Request, operation: Operation) -> boo
         return False
     renewed = front.buckets.gone(request._bucket_record) and await _renew(front, request)
     if renewed and operation.name in BODY_IS_GONE:
-        raise ServiceUnavailable("The bucket was deleted and made again while the request was under way. Nothing was stored. Retry.")
+        raise ServiceUnavailable(
+            "The bucket was deleted and made again while the request was under way. Nothing was stored. Retry."
+        )
     return renewed or operation.name in COPIES  # what is copied from may be what was replaced
 
 

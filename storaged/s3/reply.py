@@ -17,9 +17,9 @@ Headers = dict[str, str]
 XML_TYPE = "application/xml"
 
 REASONS = {
-    100: "Continue", 200: "OK", 201: "Created", 204: "No Content", 206: "Partial Content", 301: "Moved Permanently", 303: "See Other", 304: "Not Modified",
-    400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 411: "Length Required",
-    412: "Precondition Failed", 416: "Requested Range Not Satisfiable", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
+    100: "Continue", 200: "OK", 201: "Created", 204: "No Content", 206: "Partial Content", 301: "Moved Permanently", 303: "See Other", 304: "Not Modified",  # noqa: E501
+    400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 411: "Length Required",  # noqa: E501
+    412: "Precondition Failed", 416: "Requested Range Not Satisfiable", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",  # noqa: E501
 }  # fmt: skip
 
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
@@ -32,7 +32,9 @@ break its answer."""
 
 
 class Reply(Struct):
-    """``stream`` instead of ``body`` for an object's bytes. ``length`` is Content-Length when it is not the body's own (HEAD)."""
+    """``stream`` instead of ``body`` for an object's bytes. ``length`` is Content-Length when it is not the body's own
+    (HEAD).
+    """
 
     status: int = 200
     headers: Headers = field(default_factory=dict)
@@ -51,7 +53,9 @@ def xml_reply(body: bytes, status: int = 200, headers: Headers | None = None) ->
 
 
 def checked_header(name: str, value: str) -> str:
-    """A value that came in a query and goes out as a header. Raises InvalidArgument for control characters (header injection)."""
+    """A value that came in a query and goes out as a header. Raises InvalidArgument for control characters (header
+    injection).
+    """
     if CONTROL.search(value):
         raise InvalidArgument("Header values cannot contain control characters.", ArgumentName=name)
     return value
@@ -71,7 +75,9 @@ def checksum_headers(checksums: Mapping[str, str], checksum_type: str, headers: 
 
 
 def stored_headers(result: PutResult) -> Headers:
-    """Of PutObject and UploadPart. Everything is encrypted under its bucket's key with AES-256-GCM: the answer says so, as AWS's does."""
+    """Of PutObject and UploadPart. Everything is encrypted under its bucket's key with AES-256-GCM: the answer says so,
+    as AWS's does.
+    """
     headers = {"ETag": f'"{result.etag}"', "x-amz-server-side-encryption": "AES256"}
     version_header(result.version_id, headers)
     checksum_headers(result.checksums, result.checksum_type, headers)

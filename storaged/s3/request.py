@@ -15,7 +15,7 @@ from storaged import trace
 from storaged.errors import InvalidArgument, InvalidURI, KeyTooLongError
 from storaged.objects.api import Principal, Reading
 from storaged.objects.records import BucketRecord
-from storaged.s3.body import RequestBody
+from storaged.s3.http.body import RequestBody
 from storaged.s3.reply import Reply
 
 KEY_BYTES_MAX = 1024
@@ -25,7 +25,9 @@ ANONYMOUS = Principal(user_id="", display_name="anonymous")
 
 
 class Target(Struct, frozen=True):
-    """``raw_path`` is what canonicalisation begins with; ``pairs`` are the decoded parameters in order, ``query`` the first of each name as text."""
+    """``raw_path`` is what canonicalisation begins with; ``pairs`` are the decoded parameters in order, ``query`` the
+    first of each name as text.
+    """
 
     raw_path: bytes
     pairs: Sequence[tuple[bytes, bytes]]
@@ -98,7 +100,9 @@ def virtual_bucket(host: str, domains: Sequence[str]) -> str:
     return ""
 
 
-_SECRETS = re.compile(r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE)
+_SECRETS = re.compile(
+    r"\b(X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|Signature|AWSAccessKeyId)=[^&]*", re.IGNORECASE
+)
 
 
 def without_secrets(target: bytes) -> str:
@@ -119,7 +123,9 @@ NO_TARGET = Target(b"/", (), {})
 
 
 class Request(Struct):
-    """What handlers get. ``bucket_record`` is set, and belongs to ``who``, wherever a handler works on a bucket that must exist."""
+    """What handlers get. ``bucket_record`` is set, and belongs to ``who``, wherever a handler works on a bucket that
+    must exist.
+    """
 
     id: str
     method: str
@@ -179,7 +185,9 @@ def version_of(request: Request) -> str:
 
 
 class RequestDone(Struct):
-    """What is known of a request after its answer: for the access log and for metrics. Most of it is read only when somebody wants to know."""
+    """What is known of a request after its answer: for the access log and for metrics. Most of it is read only when
+    somebody wants to know.
+    """
 
     request: Request
     reply: Reply

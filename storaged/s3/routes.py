@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 
 from storaged import errors
-from storaged.s3 import acl, aws, buckets, copy, listing, multipart, objects, post, xml
+from storaged.s3 import aws, xml
 from storaged.s3.context import Front, Handler
 from storaged.s3.operations import NO_BODY, STREAM, Body, Document, Operation
+from storaged.s3.ops import acl, buckets, copy, listing, multipart, objects, post
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
 from storaged.units import KIB, MIB
@@ -90,7 +91,9 @@ async def _no_lock(front: Front, request: Request) -> Reply:
 
 
 async def _no_lock_on_bucket(front: Front, request: Request) -> Reply:
-    raise errors.InvalidBucketState("Object Lock configuration cannot be enabled on existing buckets", BucketName=request.bucket)
+    raise errors.InvalidBucketState(
+        "Object Lock configuration cannot be enabled on existing buckets", BucketName=request.bucket
+    )
 
 
 async def _foreign_action(front: Front, request: Request) -> Reply:
@@ -114,7 +117,10 @@ def _configuration(name: str, error: type[errors.S3Error], *, put: str = "") -> 
 def _named(name: str) -> Methods:
     """Configurations of which a bucket may have many."""
     return _not_yet(
-        **{method: f"{verb}Bucket{name}Configuration" for method, verb in (("GET", "Get"), ("PUT", "Put"), ("DELETE", "Delete"))}
+        **{
+            method: f"{verb}Bucket{name}Configuration"
+            for method, verb in (("GET", "Get"), ("PUT", "Put"), ("DELETE", "Delete"))
+        }
     )
 
 
@@ -145,7 +151,10 @@ BUCKET: dict[str, Methods] = {
     "uploads": {"GET": Operation("ListMultipartUploads", listing.list_uploads)},
     "delete": {"POST": _change("DeleteObjects", objects.delete_objects, KEYS)},
     "location": {"GET": Operation("GetBucketLocation", buckets.get_location)},
-    "versioning": {"GET": Operation("GetBucketVersioning", buckets.get_versioning), "PUT": _absent("PutBucketVersioning")},
+    "versioning": {
+        "GET": Operation("GetBucketVersioning", buckets.get_versioning),
+        "PUT": _absent("PutBucketVersioning"),
+    },
     "tagging": {
         "GET": Operation("GetBucketTagging", buckets.get_tagging),
         "PUT": _change("PutBucketTagging", buckets.put_tagging, TAGS),
@@ -155,7 +164,9 @@ BUCKET: dict[str, Methods] = {
     "policy": _configuration("BucketPolicy", errors.NoSuchBucketPolicy),
     "policyStatus": {"GET": _fixed("GetBucketPolicyStatus", "PolicyStatus", "<IsPublic>false</IsPublic>")},
     "cors": _configuration("BucketCors", errors.NoSuchCORSConfiguration),
-    "lifecycle": _configuration("BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"),
+    "lifecycle": _configuration(
+        "BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"
+    ),
     "website": _configuration("BucketWebsite", errors.NoSuchWebsiteConfiguration),
     "replication": _configuration("BucketReplication", errors.ReplicationConfigurationNotFoundError),
     "encryption": _configuration("BucketEncryption", errors.ServerSideEncryptionConfigurationNotFoundError),
@@ -239,10 +250,14 @@ _FOLDED = {name.lower(): name for name in (*aws.PARAMETERS, *sorted(SUBRESOURCES
 """Lower case -> the name as AWS spells it. Names of subresources win."""
 
 _WORD = re.compile(r"\A[^\w-]+|(?<=[\w-])[^\w-].*\Z", re.DOTALL)
-"""What stands around the first word of a parameter's name: ``?acl?versionId=x`` and ``?%20acl`` mean the subresource."""
+"""What stands around the first word of a parameter's name: ``?acl?versionId=x`` and ``?%20acl``
+mean the subresource.
+"""
 
 
-def find(method: str, bucket: str, key: bytes, query: Mapping[str, str], headers: Mapping[str, str], count: int = 0) -> Operation:
+def find(
+    method: str, bucket: str, key: bytes, query: Mapping[str, str], headers: Mapping[str, str], count: int = 0
+) -> Operation:
     """The row of a request. ``count``: of query parameters that came. Reads the target, and which headers there are,
     but no value.
 
@@ -255,7 +270,9 @@ def find(method: str, bucket: str, key: bytes, query: Mapping[str, str], headers
     if operation is None and methods is BUCKET[""] and method == "POST" and post.is_form(headers):
         operation = FORM
     if operation is None:
-        raise errors.MethodNotAllowed(Method=method, ResourceType="OBJECT" if key else "BUCKET" if bucket else "SERVICE")
+        raise errors.MethodNotAllowed(
+            Method=method, ResourceType="OBJECT" if key else "BUCKET" if bucket else "SERVICE"
+        )
     if operation.copy is not None and (SOURCE in headers or (query and any(name.lower() == SOURCE for name in query))):
         operation = operation.copy
     if query and operation.changes:
@@ -271,7 +288,9 @@ def _subresource(table: Mapping[str, Methods], query: Mapping[str, str]) -> str:
         if name in table and name:
             if found:
                 raise errors.InvalidArgument(
-                    f"Conflicting query string parameters: {found}, {name}", ArgumentName="ResourceType", ArgumentValue=found
+                    f"Conflicting query string parameters: {found}, {name}",
+                    ArgumentName="ResourceType",
+                    ArgumentValue=found,
                 )
             found = name
         elif name in SUBRESOURCES:
@@ -290,4 +309,6 @@ def _check_case(query: Mapping[str, str]) -> None:
 
 
 def _misspelt(name: str, spelt: str) -> errors.NotImplemented:
-    return errors.NotImplemented(f"The query parameter {name[:100]} is not implemented; parameters are case-sensitive: {spelt}")
+    return errors.NotImplemented(
+        f"The query parameter {name[:100]} is not implemented; parameters are case-sensitive: {spelt}"
+    )

@@ -1,8 +1,11 @@
 """XML as S3 speaks it. Pure.
 
-Answers are written as f-strings around :func:`escape`: 0.2 ms for a list of 1,000 keys, where building a tree takes 3.5. Requests are read with the standard library's
-expat into small :class:`Node` trees; a DOCTYPE or an entity declaration is refused where it begins, so that there is nothing to expand.
-Depth, attributes, the length of a tag, and number of elements (for each document of its own) are bounded. Every request document is accepted with S3's namespace
+Answers are written as f-strings around :func:`escape`: 0.2 ms for a list of 1,000 keys, where building a tree takes
+3.5. Requests are read with the standard library's
+expat into small :class:`Node` trees; a DOCTYPE or an entity declaration is refused where it begins, so that there is
+nothing to expand.
+Depth, attributes, the length of a tag, and number of elements (for each document of its own) are bounded. Every request
+document is accepted with S3's namespace
 and without one, and with no other; it is UTF-8.
 """
 
@@ -37,7 +40,9 @@ DOCUMENT_ELEMENTS_MAX = {
 """By the name of the document element; for any other ``ELEMENTS_MAX``. Each costs a microsecond or two."""
 ATTRIBUTES_MAX = 8
 TOKEN_BYTES_MAX = 16 * KIB
-"""Of one tag, comment or the like. expat takes it apart in one go, 300 ms for a tag of 150,000 attributes, and holds the interpreter's lock."""
+"""Of one tag, comment or the like. expat takes it apart in one go, 300 ms for a tag of 150,000 attributes, and holds
+the interpreter's lock.
+"""
 PIECE_BYTES = 8 * KIB
 
 _SPECIAL = re.compile('[&<>"\r\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]')
@@ -48,7 +53,8 @@ _REPLACEMENTS = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 
 
 def escape(text: str) -> str:
-    """Characters that XML 1.0 cannot represent become character references, as on AWS: a parser that takes them gets the key back, a strict
+    """Characters that XML 1.0 cannot represent become character references, as on AWS: a parser that takes them gets
+    the key back, a strict
     one says so instead of reading another key. (Clients avoid it with encoding-type=url.)"""
     if _SPECIAL.search(text) is None:
         return text
@@ -61,7 +67,9 @@ def representable(text: bytes) -> bool:
 
 
 def escape_key(key: bytes, url: bool = False) -> str:
-    """An object key (or prefix, marker, delimiter) inside an element; ``url``: the client asked for encoding-type=url."""
+    """An object key (or prefix, marker, delimiter) inside an element; ``url``: the client asked for
+    encoding-type=url.
+    """
     return quote_from_bytes(key, safe="/") if url else escape(key.decode("utf-8", "replace"))
 
 
@@ -69,7 +77,9 @@ def escape_keys(keys: Sequence[bytes], url: bool = False) -> list[str]:
     """``escape_key`` of many; one look at all of them tells that nothing has to be escaped, as is nearly always so."""
     joined = b"\n".join(keys)
     plain = (
-        not joined.translate(None, _UNQUOTED) if url else joined.isascii() and len(joined.translate(None, _SPECIAL_ASCII)) == len(joined)
+        not joined.translate(None, _UNQUOTED)
+        if url
+        else joined.isascii() and len(joined.translate(None, _SPECIAL_ASCII)) == len(joined)
     )
     names = joined.decode("ascii").split("\n") if plain and keys else []
     return names if len(names) == len(keys) else [escape_key(key, url) for key in keys]
@@ -108,7 +118,9 @@ class _Seconds(dict[int, str]):
 
     def __missing__(self, second: int) -> str:
         day, of_day = divmod(second, 86_400)
-        date_text = self._days.get(day) or self._days.setdefault(day, date.fromordinal(_FIRST_DAY + day).isoformat() + "T")
+        date_text = self._days.get(day) or self._days.setdefault(
+            day, date.fromordinal(_FIRST_DAY + day).isoformat() + "T"
+        )
         text = self[second] = f"{date_text}{_MINUTES[of_day // 60]}{_SECONDS[of_day % 60]}"
         return text
 
@@ -134,7 +146,9 @@ def owner_on_record(user_id: str, who: Principal, tag: str = "Owner") -> str:
     return owner(user_id, who.display_name if user_id == who.user_id else "", tag)
 
 
-def error_document(code: str, message: str, details: Mapping[str, str], resource: str, request_id: str, host_id: str) -> bytes:
+def error_document(
+    code: str, message: str, details: Mapping[str, str], resource: str, request_id: str, host_id: str
+) -> bytes:
     """Errors alone carry no namespace, as on AWS."""
     facts = "".join(element(name, value) for name, value in details.items())
     return (
@@ -158,7 +172,9 @@ class Node:
         self.attributes = attributes
 
     def fields(self, allowed: Iterable[str]) -> dict[str, str]:
-        """Text of the children, each at most once and among ``allowed``; the caller looks for those it needs. Raises MalformedXML."""
+        """Text of the children, each at most once and among ``allowed``; the caller looks for those it needs. Raises
+        MalformedXML.
+        """
         found: dict[str, str] = {}
         for child in self.children:
             if child.name not in allowed or child.name in found or child.children:
@@ -212,7 +228,9 @@ class _Builder:
 
 
 def parse(data: Buffer, root: str) -> Node:
-    """The document element, which must be called ``root``. Raises MalformedXML for all that is not well-formed UTF-8 XML without a DOCTYPE."""
+    """The document element, which must be called ``root``. Raises MalformedXML for all that is not well-formed UTF-8
+    XML without a DOCTYPE.
+    """
     builder = _Builder(DOCUMENT_ELEMENTS_MAX.get(root, ELEMENTS_MAX))
     parser = expat.ParserCreate(encoding="utf-8", namespace_separator=" ")
     parser.buffer_text = True

@@ -1,4 +1,6 @@
-"""``python -m tests.chaos kill|rack|flips [--seconds N] [--flips N] [--seed N]``: the long runs, on a cluster of their own in a temporary folder."""
+"""``python -m tests.chaos kill|rack|flips [--seconds N] [--flips N] [--seed N]``: the long runs, on a cluster of their
+own in a temporary folder.
+"""
 
 from __future__ import annotations
 

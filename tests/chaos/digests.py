@@ -48,7 +48,9 @@ class Needle(NamedTuple):
 
 
 def forms(what: str, sibling: int, data: bytes) -> list[Needle]:
-    """Raw, hexadecimal in both cases, base64 without its padding; of what may be a number also with its bytes reversed."""
+    """Raw, hexadecimal in both cases, base64 without its padding; of what may be a number also with
+    its bytes reversed.
+    """
     found = {
         "raw": data,
         "hex": data.hex().encode(),
@@ -61,18 +63,27 @@ def forms(what: str, sibling: int, data: bytes) -> list[Needle]:
 
 
 def of_body(kind: str, sibling: int, body: bytes, *, short_alone: bool = False) -> list[Needle]:
-    """``short_alone``: only what is found by chance, for the further siblings of a body that is stored in the same way."""
+    """``short_alone``: only what is found by chance, for the further siblings of a body that is
+    stored in the same way.
+    """
     found = [needle for name, digest in DIGESTS.items() for needle in forms(f"{name} of {kind}", sibling, digest(body))]
     return [needle for needle in found if len(needle.data) <= CHANCE_BYTES_MAX] if short_alone else found
 
 
-def of_parts(kind: str, sibling: int, bodies: Sequence[bytes], algorithm: str, *, short_alone: bool = False) -> list[Needle]:
+def of_parts(
+    kind: str, sibling: int, bodies: Sequence[bytes], algorithm: str, *, short_alone: bool = False
+) -> list[Needle]:
     """Of an upload: its parts, their whole, and the checksums of its parts' checksums (of MD5: its ETag).
     ``algorithm``: that it was created for, looked for in any case."""
     found = []
-    named = {f"{kind}, whole": b"".join(bodies), **{f"{kind}, part {number}": body for number, body in enumerate(bodies, 1)}}
+    named = {
+        f"{kind}, whole": b"".join(bodies),
+        **{f"{kind}, part {number}": body for number, body in enumerate(bodies, 1)},
+    }
     for name, digest in DIGESTS.items():
-        needles = [needle for what, body in named.items() for needle in forms(f"{name} of {what}", sibling, digest(body))]
+        needles = [
+            needle for what, body in named.items() for needle in forms(f"{name} of {what}", sibling, digest(body))
+        ]
         needles += forms(f"composite {name} of {kind}", sibling, digest(b"".join(map(digest, bodies))))
         if short_alone and name not in ("MD5", algorithm):
             needles = [needle for needle in needles if len(needle.data) <= CHANCE_BYTES_MAX]
@@ -103,4 +114,8 @@ class Search:
 
     @property
     def hits(self) -> list[str]:
-        return sorted(what for what, found in self._found.items() if len(found) >= (SIBLINGS_FOUND_MIN if what in self._short else 1))
+        return sorted(
+            what
+            for what, found in self._found.items()
+            if len(found) >= (SIBLINGS_FOUND_MIN if what in self._short else 1)
+        )

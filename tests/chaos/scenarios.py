@@ -1,4 +1,6 @@
-"""What is done to a running cluster while a recorded workload is on it. Used by the tests (short) and by ``python -m tests.chaos`` (long)."""
+"""What is done to a running cluster while a recorded workload is on it. Used by the tests (short) and by ``python -m
+tests.chaos`` (long).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def workload_on(cluster: Cluster, bucket: str, **options: int | bool) -> Workloa
 
 
 def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool = True, say: Report = print) -> Tally:
-    """kill -9 of a random node (the gateway too, and one of its further workers) under load, again and again; at most one is away at a time. Then everything is read
+    """kill -9 of a random node (the gateway too, and one of its further workers) under load, again and again; at most
+    one is away at a time. Then everything is read
     back."""
     source = random.Random(seed)
     workload = workload_on(cluster, f"kill-{seed}", seed=seed)
@@ -40,7 +43,8 @@ def kill_nodes(cluster: Cluster, seconds: float, *, seed: int = 1, gateway: bool
             cluster.run("dev", "kill", victim)
             time.sleep(source.uniform(0.2, 4))
             cluster.run("dev", "start", victim)
-            # The next victim falls only when this one takes part again: two of three racks are the least the store promises to live on.
+            # The next victim falls only when this one takes part again: two of three racks are the least the store
+            # promises to live on.
             cluster.wait_until(lambda: _all_up(cluster), 60, f"{victim} to be back")
             if kills % 10 == 0:
                 say(f"{kills} kills; {workload.tally.summary()}")
@@ -58,7 +62,11 @@ def _kill_a_worker(cluster: Cluster, source: random.Random) -> None:
     if workers:
         victim = source.choice(workers)
         os.kill(victim, signal.SIGKILL)
-        cluster.wait_until(lambda: victim not in (now := cluster.further_workers()) and len(now) == len(workers), 60, "a worker to be back")
+        cluster.wait_until(
+            lambda: victim not in (now := cluster.further_workers()) and len(now) == len(workers),
+            60,
+            "a worker to be back",
+        )
 
 
 def _all_up(cluster: Cluster) -> bool:
@@ -74,8 +82,12 @@ class RackOutcome:
     repaired_after_s: float = 0.0
 
 
-def lose_a_rack(cluster: Cluster, rack: str, away_s: float, *, before_s: float = 4.0, seed: int = 2, say: Report = print) -> RackOutcome:
-    """A rack is killed under load and comes back; every request is retried once. Samples objects below target until the cluster is healthy again."""
+def lose_a_rack(
+    cluster: Cluster, rack: str, away_s: float, *, before_s: float = 4.0, seed: int = 2, say: Report = print
+) -> RackOutcome:
+    """A rack is killed under load and comes back; every request is retried once. Samples objects below target until the
+    cluster is healthy again.
+    """
     workload = workload_on(cluster, f"rack-{seed}", seed=seed, retry=True)
     outcome = RackOutcome(workload.tally)
     workload.start()
@@ -99,7 +111,10 @@ def lose_a_rack(cluster: Cluster, rack: str, away_s: float, *, before_s: float =
     cluster.wait_until(lambda: sample()["verdict"] == "HEALTHY", 240, "full redundancy after the rack's return")
     outcome.repaired_after_s = time.monotonic() - returned
     workload.read_everything()
-    say(f"rack {rack} away {away_s:.0f} s; {workload.tally.summary()}; full redundancy {outcome.repaired_after_s:.1f} s after its return")
+    say(
+        f"rack {rack} away {away_s:.0f} s; {workload.tally.summary()}; full redundancy {outcome.repaired_after_s:.1f} s"
+        " after its return"
+    )
     return outcome
 
 
@@ -111,10 +126,14 @@ class FlipOutcome:
     reads: int = 0
 
 
-def flip_bits(cluster: Cluster, flips: int, *, waves: int, seed: int = 3, objects: int = 24, say: Report = print) -> FlipOutcome:
-    """Bits flipped in live segment files, in waves on one rack each; after every wave all objects are read, then scrub and repair mend them.
+def flip_bits(
+    cluster: Cluster, flips: int, *, waves: int, seed: int = 3, objects: int = 24, say: Report = print
+) -> FlipOutcome:
+    """Bits flipped in live segment files, in waves on one rack each; after every wave all objects are read, then scrub
+    and repair mend them.
 
-    A wave stays within one rack because what is promised is the loss of any one rack: damage beyond m fragments of a block can only be refused.
+    A wave stays within one rack because what is promised is the loss of any one rack: damage beyond m fragments of a
+    block can only be refused.
     """
     source = random.Random(seed)
     client = cluster.boto3(attempts=3)
@@ -146,12 +165,17 @@ def flip_bits(cluster: Cluster, flips: int, *, waves: int, seed: int = 3, object
         cluster.run("scrub", "--wait", timeout_s=300)
         cluster.wait_healthy(180)
     read_all()
-    say(f"{outcome.flips} bits flipped in {waves} waves; {outcome.reads} reads: wrong {outcome.wrong}, refused {outcome.refused}")
+    say(
+        f"{outcome.flips} bits flipped in {waves} waves; {outcome.reads} reads: wrong {outcome.wrong}, refused"
+        f" {outcome.refused}"
+    )
     return outcome
 
 
 def flip_one_bit(source: random.Random, path: Path) -> int:
-    """Flips a bit of a byte that is not zero (holes and padding hold nothing worth breaking). Returns 1 when one was flipped."""
+    """Flips a bit of a byte that is not zero (holes and padding hold nothing worth breaking). Returns 1 when one was
+    flipped.
+    """
     size = path.stat().st_size
     with path.open("r+b") as file:
         for _ in range(100):

@@ -52,7 +52,9 @@ def needles(canary_cluster: Cluster) -> list[Needle]:
     client = canary_cluster.boto3()
     found = [*secret("content", WORD), *secret("demo secret key", canary_cluster.settings["secret_key"])]
     client.create_bucket(Bucket="canary")
-    client.put_bucket_tagging(Bucket="canary", Tagging={"TagSet": [{"Key": "of-bucket", "Value": WORD + "-bucket-tag"}]})
+    client.put_bucket_tagging(
+        Bucket="canary", Tagging={"TagSet": [{"Key": "of-bucket", "Value": WORD + "-bucket-tag"}]}
+    )
     client.put_object(Bucket="canary", Key="empty", Body=b"", Metadata={"secret": WORD + "-meta"})
     for size in SIZES:
         for sibling in range(SIBLINGS):
@@ -61,10 +63,12 @@ def needles(canary_cluster: Cluster) -> list[Needle]:
             for algorithm in DIGESTS if sibling == 0 else ("CRC32", "CRC32C"):
                 asked = {"ChecksumAlgorithm": algorithm} if algorithm != "MD5" else {"ChecksumMD5": md5_of(body)}
                 client.put_object(
-                    Bucket="canary", Key=f"{size}-{sibling}-{algorithm}", Body=body, ContentType=f"application/x-{WORD}-type",
+                    Bucket="canary", Key=f"{size}-{sibling}-{algorithm}", Body=body, ContentType=f"application/x-{WORD}-type",  # noqa: E501
                     Metadata={"secret": WORD + "-meta"}, Tagging=f"label={WORD}-tag", **asked,
                 )  # fmt: skip
-            client.copy_object(Bucket="canary", Key=f"{size}-{sibling}-copy", CopySource=f"canary/{size}-{sibling}-CRC32")
+            client.copy_object(
+                Bucket="canary", Key=f"{size}-{sibling}-copy", CopySource=f"canary/{size}-{sibling}-CRC32"
+            )
     found += upload_all(client)
     added = json.loads(canary_cluster.run("user", "add", "canary-user", "--json").stdout)
     return [*found, *secret("user secret key", added["secret_key"])]
@@ -79,14 +83,18 @@ def upload_all(client: Any) -> list[Needle]:
         asked = {"ChecksumAlgorithm": algorithm, "ChecksumType": kind} if algorithm else {}
         each = {"ChecksumAlgorithm": algorithm} if algorithm else {}
         key = f"upload-{sibling}"
-        upload = client.create_multipart_upload(Bucket="canary", Key=key, Metadata={"secret": WORD + "-upload"}, **asked)["UploadId"]
+        upload = client.create_multipart_upload(
+            Bucket="canary", Key=key, Metadata={"secret": WORD + "-upload"}, **asked
+        )["UploadId"]
         parts = []
         for number, body in enumerate(bodies, 1):
             put = client.upload_part(Bucket="canary", Key=key, UploadId=upload, PartNumber=number, Body=body, **each)
             named = {f"Checksum{algorithm}": put[f"Checksum{algorithm}"]} if algorithm else {}
             parts.append({"PartNumber": number, "ETag": put["ETag"].strip('"'), **named})
         client.complete_multipart_upload(Bucket="canary", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
-        found += of_parts("upload", sibling, bodies, algorithm, short_alone=sibling > 0) + of_request("upload", sibling, bodies)
+        found += of_parts("upload", sibling, bodies, algorithm, short_alone=sibling > 0) + of_request(
+            "upload", sibling, bodies
+        )
     return found
 
 
@@ -111,7 +119,9 @@ def solid(data: bytes) -> bytes:
 
 
 @pytest.mark.timeout(900)
-def test_disks_and_logs_of_storage_nodes_hold_no_secret_and_no_digest_of_content(canary_cluster: Cluster, needles: list[Needle]) -> None:
+def test_disks_and_logs_of_storage_nodes_hold_no_secret_and_no_digest_of_content(
+    canary_cluster: Cluster, needles: list[Needle]
+) -> None:
     search = Search(needles)
     for _, data in files_of(canary_cluster):
         search.look(data)
@@ -122,7 +132,9 @@ def test_disks_and_logs_of_storage_nodes_hold_no_secret_and_no_digest_of_content
 
 
 @pytest.mark.timeout(900)  # some hundred MiB, searched for some hundred needles
-def test_memory_of_storage_nodes_holds_no_secret_and_no_digest_of_content(canary_cluster: Cluster, needles: list[Needle]) -> None:
+def test_memory_of_storage_nodes_holds_no_secret_and_no_digest_of_content(
+    canary_cluster: Cluster, needles: list[Needle]
+) -> None:
     """Everything that came in over the wire passes through a node's memory: what is not there was never sent."""
     touch_again(canary_cluster)
     pids = canary_cluster.pids()
@@ -142,9 +154,15 @@ def touch_again(cluster: Cluster) -> None:
     for size in SIZES:
         for sibling in range(SIBLINGS):
             key = f"{size}-{sibling}-CRC32"
-            assert client.get_object(Bucket="canary", Key=key, ChecksumMode="ENABLED")["Body"].read() == body_of(size, sibling)
+            assert client.get_object(Bucket="canary", Key=key, ChecksumMode="ENABLED")["Body"].read() == body_of(
+                size, sibling
+            )
             client.put_object(
-                Bucket="canary", Key=key, Body=body_of(size, sibling), Metadata={"secret": WORD + "-meta"}, ChecksumAlgorithm="SHA256"
+                Bucket="canary",
+                Key=key,
+                Body=body_of(size, sibling),
+                Metadata={"secret": WORD + "-meta"},
+                ChecksumAlgorithm="SHA256",
             )
     assert client.list_objects_v2(Bucket="canary")["KeyCount"] > len(SIZES) * SIBLINGS
 

@@ -1,7 +1,9 @@
 """A recorded S3 workload and its judge.
 
-Every worker owns keys of its own and writes numbered contents to them; what was acknowledged is written down before the next step. A read must then give the
-newest acknowledged content, or that of a later write whose outcome is unknown (an error or a broken connection: it may have been applied). Anything else
+Every worker owns keys of its own and writes numbered contents to them; what was acknowledged is written down before the
+next step. A read must then give the
+newest acknowledged content, or that of a later write whose outcome is unknown (an error or a broken connection: it may
+have been applied). Anything else
 is counted by name:
 
 * lost: the key is not there, though its newest acknowledged write was a put and no delete is in doubt;
@@ -39,7 +41,9 @@ def content_of(key: str, number: int) -> bytes:
 
 @dataclass
 class KeyJournal:
-    """``acknowledged``: number of the newest acknowledged write (0: none yet, ``deleted`` says whether it was a delete); ``doubtful``: later writes with unknown outcome."""
+    """``acknowledged``: number of the newest acknowledged write (0: none yet, ``deleted`` says whether it was a
+    delete); ``doubtful``: later writes with unknown outcome.
+    """
 
     acknowledged: int = 0
     deleted: bool = True
@@ -49,7 +53,9 @@ class KeyJournal:
 
 @dataclass
 class Tally:
-    """What happened. ``failed`` counts requests that answered an error, ``failed_twice`` those whose one retry failed too."""
+    """What happened. ``failed`` counts requests that answered an error, ``failed_twice`` those whose one retry failed
+    too.
+    """
 
     acknowledged: int = 0
     reads: int = 0
@@ -73,10 +79,19 @@ class Tally:
 
 
 class Workload:
-    """Threads that put, overwrite, delete and read through clients made by ``client``; ``retry`` tries a failed request once more."""
+    """Threads that put, overwrite, delete and read through clients made by ``client``; ``retry`` tries a failed request
+    once more.
+    """
 
     def __init__(
-        self, client: Callable[[], Any], bucket: str, *, workers: int = 6, keys_each: int = 12, seed: int = 1, retry: bool = False
+        self,
+        client: Callable[[], Any],
+        bucket: str,
+        *,
+        workers: int = 6,
+        keys_each: int = 12,
+        seed: int = 1,
+        retry: bool = False,
     ) -> None:
         self._client = client
         self._bucket = bucket
@@ -149,7 +164,8 @@ class Workload:
         journal = self.journals[key]
         journal.last += 1
         number = journal.last
-        # Written down as doubtful first: a reader of this journal after a crash must know that it may have been applied.
+        # Written down as doubtful first: a reader of this journal after a crash must know that it may have been
+        # applied.
         journal.doubtful.append((number, delete))
         if delete:
             worked, _ = self._attempt(lambda: client.delete_object(Bucket=self._bucket, Key=key))

@@ -1,5 +1,7 @@
-"""Second implementations of what the S3 port parses, for comparison only: llhttp (Node's parser, as aiohttp builds it in), the standard
-library's e-mail parser, and small ones written straight from the grammars, which take all bytes at once and know nothing of pieces, limits or speed."""
+"""Second implementations of what the S3 port parses, for comparison only: llhttp (Node's parser, as aiohttp builds it
+in), the standard
+library's e-mail parser, and small ones written straight from the grammars, which take all bytes at once and know
+nothing of pieces, limits or speed."""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Refused(Exception):
     """The second implementation does not take it; or it is not complete."""
 
 
-# --- RFC 9112 and RFC 9110, by their ABNF ---------------------------------------------------------------------------------
+# --- RFC 9112 and RFC 9110, by their ABNF
+# ---------------------------------------------------------------------------------
 
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _FIELD = rb"(%b+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*" % TCHAR
@@ -44,9 +47,13 @@ def rfc_head(raw: bytes) -> RfcHead:
     return RfcHead(line[1], line[2], line[3], [(field[1].lower(), field[2]) for field in fields if field])
 
 
-_CHUNK_EXT = rb"(?:[ \t]*;[ \t]*%b+(?:[ \t]*=[ \t]*(?:%b+|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*\"))?)*" % (
-    TCHAR,
-    TCHAR,
+_CHUNK_EXT = (
+    rb"(?:[ \t]*;[ \t]*%b+(?:[ \t]*=[ \t]*(?:%b+|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t"
+    rb" \x21-\x7e\x80-\xff])*\"))?)*"
+    % (
+        TCHAR,
+        TCHAR,
+    )
 )
 _CHUNK = re.compile(rb"([0-9A-Fa-f]+)%b\r\n" % _CHUNK_EXT)
 _CHUNK_UNREAD_EXT = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
@@ -72,7 +79,8 @@ def rfc_chunks(wire: bytes, *, read_extensions: bool = True) -> tuple[bytes, byt
     return data, wire[match.end() :]
 
 
-# --- llhttp ---------------------------------------------------------------------------------------------------------------
+# --- llhttp
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Llhttp(NamedTuple):
@@ -107,10 +115,13 @@ def llhttp(data: bytes) -> Llhttp:
     return Llhttp(message.method, message.path, fields, message.should_close, message.chunked, body, payload.is_eof())
 
 
-# --- aws-chunked, by AWS's description --------------------------------------------------------------------------------------
+# --- aws-chunked, by AWS's description
+# --------------------------------------------------------------------------------------
 
 
-def aws_chunks(wire: bytes, trailing: list[bytes], sign: tuple[bytes, str, str, str] | None) -> tuple[bytes, dict[str, str]]:
+def aws_chunks(
+    wire: bytes, trailing: list[bytes], sign: tuple[bytes, str, str, str] | None
+) -> tuple[bytes, dict[str, str]]:
     """(the data, the trailers). ``sign``: key, timestamp, scope, seed. Everything there is, exactly as documented."""
     data, trailers, at, previous = b"", {}, 0, sign[3] if sign else ""
     empty = hashlib.sha256(b"").hexdigest()
@@ -153,14 +164,19 @@ def aws_chunks(wire: bytes, trailing: list[bytes], sign: tuple[bytes, str, str, 
         trailers[field[1].lower().decode()] = field[2].decode("latin-1")
     if sign and trailing:
         listed = "".join(f"{name}:{value}\n" for name, value in trailers.items())
-        expect(b"x-amz-trailer-signature:" + signature("TRAILER", hashlib.sha256(listed.encode("latin-1")).hexdigest()).encode() + b"\r\n")
+        expect(
+            b"x-amz-trailer-signature:"
+            + signature("TRAILER", hashlib.sha256(listed.encode("latin-1")).hexdigest()).encode()
+            + b"\r\n"
+        )
     expect(b"\r\n")
     if at != len(wire):
         raise Refused("more")
     return data, trailers
 
 
-# --- multipart/form-data: RFC 2046 5.1.1, RFC 7578 --------------------------------------------------------------------------
+# --- multipart/form-data: RFC 2046 5.1.1, RFC 7578
+# --------------------------------------------------------------------------
 
 
 class FormPart(NamedTuple):

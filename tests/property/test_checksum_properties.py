@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from storaged.errors import InvalidRequest
 from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks
-from storaged.objects.checksums import (
+from storaged.objects.write.checksums import (
     COMPOSITE,
     FULL_OBJECT,
     BodyDigest,
@@ -52,8 +52,15 @@ def test_a_body_in_pieces_has_the_digest_of_the_whole(pieces: list[bytes], algor
     assert found.checksums.keys() == (algorithms or {"CRC64NVME"})
 
 
-@given(st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32), st.binary(max_size=80), st.binary(max_size=80))
-def test_a_derived_key_depends_on_key_label_and_context(key: bytes, other: bytes, context: bytes, another: bytes) -> None:
+@given(
+    st.binary(min_size=32, max_size=32),
+    st.binary(min_size=32, max_size=32),
+    st.binary(max_size=80),
+    st.binary(max_size=80),
+)
+def test_a_derived_key_depends_on_key_label_and_context(
+    key: bytes, other: bytes, context: bytes, another: bytes
+) -> None:
     found = derive_key(key, "sov.request.v1", context)
     assert len(found) == 32
     assert (derive_key(other, "sov.request.v1", context) == found) == (key == other)

@@ -12,9 +12,11 @@ from storaged.s3 import conditions as c
 ETAG = "d41d8cd98f00b204e9800998ecf8427e-3"
 
 pieces = st.sampled_from([
-    '"', "*", ",", " ", "\t", "W/", "w/", ETAG, f'"{ETAG}"', f'W/"{ETAG}"', '""', '"a,b"', "x", "\\", "'", "é", '"é"', "/", ETAG.upper(),
+    '"', "*", ",", " ", "\t", "W/", "w/", ETAG, f'"{ETAG}"', f'W/"{ETAG}"', '""', '"a,b"', "x", "\\", "'", "é", '"é"', "/", ETAG.upper(),  # noqa: E501
 ])  # fmt: skip
-texts = st.lists(pieces, max_size=9).map("".join) | st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00"), max_size=30)
+texts = st.lists(pieces, max_size=9).map("".join) | st.text(
+    st.characters(codec="utf-8", exclude_characters="\r\n\x00"), max_size=30
+)
 
 
 def oracle(text: str) -> AnyTag | Tags:
@@ -80,7 +82,10 @@ def test_a_write_with_any_condition_is_conditional_or_refused(one: str, other: s
     except NotImplemented:
         dated = headers.keys() & {"if-modified-since", "if-unmodified-since"}
         tags = oracle(headers.get("if-none-match", "*"))
-        assert dated or (isinstance(tags, Tags) and (not tags.strong or tags.weak or any(not tag or "*" in tag for tag in tags.strong)))
+        assert dated or (
+            isinstance(tags, Tags)
+            and (not tags.strong or tags.weak or any(not tag or "*" in tag for tag in tags.strong))
+        )
         return
     assert (found.if_match is not None) == ("if-match" in headers)
     assert found.if_none_match == (oracle(headers["if-none-match"]) if "if-none-match" in headers else None)

@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
 from storaged.hashes import fragment_hash
-from storaged.objects.erasure import CellRun, StripeSolver, encode_block, fragment_hashes, fragment_slices, parity_length, reconstruct
-from storaged.objects.geometry import BlockShape
+from storaged.objects.code.erasure import (
+    CellRun,
+    StripeSolver,
+    encode_block,
+    fragment_hashes,
+    fragment_slices,
+    parity_length,
+    reconstruct,
+)
+from storaged.objects.code.geometry import BlockShape
 
 ALL_PROFILES = [Profile(k, m) for k in range(1, 9) for m in range(1, 5)]
 
@@ -38,7 +46,9 @@ def slow_parity(profile: Profile, cell_bytes: int, sealed: bytes) -> list[bytes]
     for start in range(0, len(sealed), profile.k * cell_bytes):
         stripe = sealed[start : start + profile.k * cell_bytes]
         width = min(cell_bytes, len(stripe))
-        stripes.append(([stripe[j * cell_bytes : (j + 1) * cell_bytes].ljust(width, b"\0") for j in range(profile.k)], width))
+        stripes.append(
+            ([stripe[j * cell_bytes : (j + 1) * cell_bytes].ljust(width, b"\0") for j in range(profile.k)], width)
+        )
     rows = []
     for i in range(profile.k, profile.n):
         row = b""
@@ -135,4 +145,6 @@ def test_fragments_have_the_lengths_that_geometry_says_and_hash_as_they_are(bloc
     if sealed:
         cells = -(-len(sealed) // cell_bytes)
         shape = BlockShape(cells, cell_bytes, len(sealed) - (cells - 1) * cell_bytes)
-        assert [len(fragment) for fragment in fragments] == [shape.fragment_length(profile, position) for position in range(profile.n)]
+        assert [len(fragment) for fragment in fragments] == [
+            shape.fragment_length(profile, position) for position in range(profile.n)
+        ]

@@ -30,19 +30,25 @@ class Machine:
         return LedgerReport(self.ledger, self.formed, self.nodes.get(asking, b""))
 
 
-steps = st.lists(st.tuples(st.sampled_from(["start", "stop", "look", "rebuild"]), st.integers(0, NODES - 1)), max_size=60)
+steps = st.lists(
+    st.tuples(st.sampled_from(["start", "stop", "look", "rebuild"]), st.integers(0, NODES - 1)), max_size=60
+)
 
 
 def look(machines: dict[str, Machine], name: str) -> None:
     own = machines[name]
-    answers = answers_of(own.ledger, {other: m.report(name) if m.up else None for other, m in machines.items() if other != name})
+    answers = answers_of(
+        own.ledger, {other: m.report(name) if m.up else None for other, m in machines.items() if other != name}
+    )
     if answers.verdict.begin:
         own.formed, own.nodes = True, dict(answers.ledgers)
 
 
 @settings(max_examples=400, deadline=None)
 @given(steps)
-def test_a_node_that_took_part_and_lost_its_ledger_never_begins_by_itself_once_the_cluster_is_formed(moves: list[tuple[str, int]]) -> None:
+def test_a_node_that_took_part_and_lost_its_ledger_never_begins_by_itself_once_the_cluster_is_formed(
+    moves: list[tuple[str, int]],
+) -> None:
     machines = {f"n{number}": Machine(b"ledger %d" % number) for number in range(NODES)}
     for count, (move, number) in enumerate(moves):
         name = f"n{number}"
@@ -56,7 +62,9 @@ def test_a_node_that_took_part_and_lost_its_ledger_never_begins_by_itself_once_t
         elif machine.up and not machine.formed:
             look(machines, name)
             others = [other for other in machines.values() if other is not machine]
-            if all(other.formed for other in others):  # the cluster is in use: registers may have been acknowledged with this disk
+            if all(
+                other.formed for other in others
+            ):  # the cluster is in use: registers may have been acknowledged with this disk
                 assert not (machine.formed and machine.begun_before), "a server that was built anew answers blank"
 
 

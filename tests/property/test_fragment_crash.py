@@ -1,7 +1,9 @@
 """Power cuts at every kind of moment, on a simulated disk that drops, reorders and tears what was not synced.
 
-A seed makes a history: writes, replacements, deletes, touches, garbage entries, syncs, checkpoints, holes, compaction, and cuts in the middle of
-any of them. The model keeps for every fragment what was last made durable, and what was asked since: after a cut the disk holds one of
+A seed makes a history: writes, replacements, deletes, touches, garbage entries, syncs, checkpoints, holes, compaction,
+and cuts in the middle of
+any of them. The model keeps for every fragment what was last made durable, and what was asked since: after a cut the
+disk holds one of
 these, whole, and never anything else. STORAGED_SIM_SEEDS=N runs more of them; a failure names its seed.
 """
 
@@ -27,7 +29,11 @@ from tests.unit.fragment_world import DISK, Made, PowerCut, SimulatedFiles, in_m
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
 LIMITS = StoreLimits(
-    segment_bytes=96 * 1024, overlay_entries_max=12, replay_bytes_max=160 * 1024, note_reserve_bytes=0, compact_step_bytes=20_000
+    segment_bytes=96 * 1024,
+    overlay_entries_max=12,
+    replay_bytes_max=160 * 1024,
+    note_reserve_bytes=0,
+    compact_step_bytes=20_000,
 )
 
 
@@ -36,7 +42,9 @@ T = TypeVar("T")
 
 @dataclass
 class Fate(Generic[T]):
-    """``durable``: what a cut cannot take. ``since``: what was asked after that; any of it may have reached the disk."""
+    """``durable``: what a cut cannot take. ``since``: what was asked after that; any of it may have
+    reached the disk.
+    """
 
     durable: T | None = None
     since: list[T | None] = field(default_factory=list)
@@ -67,7 +75,13 @@ class World:
 
     def start(self) -> None:
         self.index = Index(self.directory, DISK, map_bytes_max=1 << 24, durable=False)
-        self.engine = Engine(self.files, self.index, LIMITS, now_ms=lambda: 0, on_damage=lambda key, cell: self.damage.append((key, cell)))
+        self.engine = Engine(
+            self.files,
+            self.index,
+            LIMITS,
+            now_ms=lambda: 0,
+            on_damage=lambda key, cell: self.damage.append((key, cell)),
+        )
         self.compactor = Compactor(self.engine)
         self.checkpoint = None
         self.engine.recover()
@@ -77,7 +91,8 @@ class World:
         for fate in (*self.fragments.values(), *self.garbage.values()):
             fate.settle()
 
-    # --- what may happen ------------------------------------------------------------------------------------------------------
+    # --- what may happen
+    # ------------------------------------------------------------------------------------------------------
 
     def write(self) -> None:
         batch: list[Write] = []
@@ -134,7 +149,7 @@ class World:
 
     def act(self) -> None:
         acts: list[Callable[[], None]] = [
-            self.write, self.write, self.write, self.delete, self.retire, self.sync, self.sync_apart, self.begin_checkpoint,
+            self.write, self.write, self.write, self.delete, self.retire, self.sync, self.sync_apart, self.begin_checkpoint,  # noqa: E501
             self.end_checkpoint, self.compact, self.compact, self.punch, self.punch,
         ]  # fmt: skip
         self.rng.choice(acts)()
@@ -155,7 +170,8 @@ class World:
         self.files.cut_at = -1
         self.check()
 
-    # --- what must hold -------------------------------------------------------------------------------------------------------
+    # --- what must hold
+    # -------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         assert not self.damage, f"damage on a sound disk: {self.damage}"
@@ -168,13 +184,18 @@ class World:
                 read = self.engine.reader.read(key, 0, 1000)
                 assert read is not None
                 content = b"".join(cell for cell in read.cells if cell is not None)
-                same = [one for one in allowed if one is not None and one.payload == content and one.header == read.header]
+                same = [
+                    one for one in allowed if one is not None and one.payload == content and one.header == read.header
+                ]
                 assert same, f"{key.hex()} holds what was never written, or was deleted before"
                 found = same[-1]
             fate.durable, fate.since = found, []
         for data_id, due in self.garbage.items():
             row = self.index.retired(data_id)
-            assert (row.due_ms if row is not None else None) in [due.durable, *due.since], f"garbage entry {data_id.hex()}"
+            assert (row.due_ms if row is not None else None) in [
+                due.durable,
+                *due.since,
+            ], f"garbage entry {data_id.hex()}"
             due.durable, due.since = (row.due_ms if row is not None else None), []
         self.check_accounts()
 
@@ -203,7 +224,11 @@ class World:
         for data_id, row in garbage.items():
             again = fresh.retired(data_id)
             assert (again is None) == (row is None)
-            assert again is None or row is None or (again.owner, again.due_ms, again.sequence) == (row.owner, row.due_ms, row.sequence)
+            assert (
+                again is None
+                or row is None
+                or (again.owner, again.due_ms, again.sequence) == (row.owner, row.due_ms, row.sequence)
+            )
         fresh.close()
         shutil.rmtree(self.directory / "rebuilt")
 
@@ -286,9 +311,17 @@ def segments_go_before_the_checkpoint(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "mistake", [punch_before_the_death_is_durable, compaction_forgets_notes, torn_records_are_believed, segments_go_before_the_checkpoint]
+    "mistake",
+    [
+        punch_before_the_death_is_durable,
+        compaction_forgets_notes,
+        torn_records_are_believed,
+        segments_go_before_the_checkpoint,
+    ],
 )
-def test_the_simulation_finds_a_planted_mistake(quick_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., None]) -> None:
+def test_the_simulation_finds_a_planted_mistake(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., None]
+) -> None:
     mistake(monkeypatch)
     for seed in range(60):
         try:

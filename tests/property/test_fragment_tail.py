@@ -100,7 +100,9 @@ def test_a_tail_torn_at_any_byte_costs_only_what_was_not_synced(log: Log) -> Non
         log.close(engine)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 @given(at=st.integers(min_value=0), bit=st.integers(0, 7), more=st.integers(0, 3))
 def test_a_flipped_bit_never_makes_wrong_bytes_and_costs_one_fragment(log: Log, at: int, bit: int, more: int) -> None:
     data = bytearray(log.bytes)

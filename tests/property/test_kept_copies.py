@@ -1,8 +1,12 @@
-"""A disk's records and small copies, at every kind of moment: none that was acknowledged is lost while its record is there, and no record comes without its copy.
+"""A disk's records and small copies, at every kind of moment: none that was acknowledged is lost while its record is
+there, and no record comes without its copy.
 
-A seed makes a history of one disk: copies that come with their records, some of them deleted or touched, fragments beside them, checkpoints that are held up in the middle, a
-disk that has no room for a while, one that takes no writes until it is opened again; and its ends: it is closed, or the process is killed (then what is in the page cache stays), or
-the power fails (then sectors that were not synced are there or are not). STORAGED_SIM_SEEDS=N runs more of them; a failure names its seed.
+A seed makes a history of one disk: copies that come with their records, some of them deleted or touched, fragments
+beside them, checkpoints that are held up in the middle, a
+disk that has no room for a while, one that takes no writes until it is opened again; and its ends: it is closed, or the
+process is killed (then what is in the page cache stays), or
+the power fails (then sectors that were not synced are there or are not). STORAGED_SIM_SEEDS=N runs more of them; a
+failure names its seed.
 """
 
 from __future__ import annotations
@@ -26,12 +30,12 @@ from storaged.fragments import store as fragment_store
 from storaged.fragments.engine import Engine
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
-from storaged.meta import redo
-from storaged.meta import store as record_store
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import StoreBatch
-from storaged.meta.redo import PAGE_BYTES
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage import lmdb_store as record_store
+from storaged.meta.storage import redo
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.redo import PAGE_BYTES
 from storaged.node import disks
 from storaged.units import KIB
 from storaged.wire import encode
@@ -114,7 +118,8 @@ class World:
         await disks.restore_copies(self.disk.meta, self.disk.fragments)
         assert not self.disk.fragments.report.gaps, "damage on a sound disk"
 
-    # --- what may happen ------------------------------------------------------------------------------------------------------
+    # --- what may happen
+    # ------------------------------------------------------------------------------------------------------
 
     async def keep(self) -> None:
         for _ in range(self.rng.randint(1, 7)):
@@ -122,7 +127,9 @@ class World:
             number = self.count = self.count + 1
             self.asked[number] = made
             slot = slot_of(RegisterName(Table.OBJECT, BUCKET, 0, b"%d" % number), number)
-            self.disk.copies.keep(encode(made.header), [made.payload], StoreBatch([slot]), partial(self.told, self.lives, number))
+            self.disk.copies.keep(
+                encode(made.header), [made.payload], StoreBatch([slot]), partial(self.told, self.lives, number)
+            )
             if self.rng.random() < 0.3:
                 await asyncio.sleep(0)
 
@@ -195,13 +202,14 @@ class World:
 
     async def act(self) -> None:
         acts: dict[Callable[[], Awaitable[None]], int] = {
-            self.keep: 12, self.a_while: 8, self.write: 3, self.delete: 3, self.touch: 1, self.checkpoint: 2, self.begin_checkpoint: 3,
+            self.keep: 12, self.a_while: 8, self.write: 3, self.delete: 3, self.touch: 1, self.checkpoint: 2, self.begin_checkpoint: 3,  # noqa: E501
             self.full: 1, self.room: 1, self.trouble: 1 if self.rng.random() < 0.2 else 0, self.look: 4,
         }  # fmt: skip
         [act] = self.rng.choices(list(acts), list(acts.values()))
         await act()
 
-    # --- ends -----------------------------------------------------------------------------------------------------------------
+    # --- ends
+    # -----------------------------------------------------------------------------------------------------------------
 
     async def end(self) -> None:
         how = self.rng.choice(["close", "kill", "power"])
@@ -228,7 +236,9 @@ class World:
         await self.check()
 
     def left(self, meta: LmdbMetaStore, fragments: LocalFragmentStore) -> SimulatedFiles:
-        """What is on the disk now, without waiting for anything but a commit of LMDB. First the records: what comes to be later, the copies may know."""
+        """What is on the disk now, without waiting for anything but a commit of LMDB. First the records: what comes to
+        be later, the copies may know.
+        """
         after = self.directory / str(self.lives + 1)
         with meta._writing:
             shutil.copytree(meta.directory, after / "meta")
@@ -241,7 +251,8 @@ class World:
             files.used = sum(len(disk.now) for disk in files.disks.values())
         return files
 
-    # --- what must hold -------------------------------------------------------------------------------------------------------
+    # --- what must hold
+    # -------------------------------------------------------------------------------------------------------
 
     async def check(self) -> None:
         for number in list(self.asked):
@@ -253,7 +264,9 @@ class World:
             [stat] = await self.disk.fragments.stat([made.id])
             assert stat.health == Health.OK, f"copy {number} is {stat.health}"
         for number in self.deleted:
-            assert self.disk.meta.get(RegisterName(Table.OBJECT, BUCKET, 0, b"%d" % number)) is not None, f"record {number} is lost"
+            assert self.disk.meta.get(RegisterName(Table.OBJECT, BUCKET, 0, b"%d" % number)) is not None, (
+                f"record {number} is lost"
+            )
 
     async def is_there(self, number: int) -> None:
         made, name = self.acknowledged[number], RegisterName(Table.OBJECT, BUCKET, 0, b"%d" % number)
@@ -287,7 +300,9 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
-async def test_no_copy_that_was_acknowledged_is_lost_while_its_record_is_there(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_copy_that_was_acknowledged_is_lost_while_its_record_is_there(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: Counter[str] = Counter()
     with small(monkeypatch):
         for seed in range(SEEDS):

@@ -1,4 +1,5 @@
-"""Whatever writes registers without keys, in whatever order with what gateways do: no wrong key is ever released, none is lost
+"""Whatever writes registers without keys, in whatever order with what gateways do: no wrong key is ever released, none
+is lost
 while a gateway has a copy, and none comes back once it is destroyed."""
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Model:
             assert key.unwrap(self.wrapped[bucket], CONTEXT) == b"d" * 32
 
     def forge(self, bucket: bytes, how: str, what: Any) -> None:
-        """As who has no key: what was seen, altered or put elsewhere. A destroyed key's place is left alone: who kept its wrapped key
+        """As who has no key: what was seen, altered or put elsewhere. A destroyed key's place is left alone: who kept
+        its wrapped key
         could put that back, and has it anyway."""
         path = "key/" + bucket.hex()
         body = self.ring.values[path]
@@ -120,7 +122,9 @@ class Model:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(steps, max_size=25))
-def test_no_order_of_forgeries_and_uses_loses_a_key_that_a_gateway_has_or_brings_one_back(order: list[tuple[Any, ...]]) -> None:
+def test_no_order_of_forgeries_and_uses_loses_a_key_that_a_gateway_has_or_brings_one_back(
+    order: list[tuple[Any, ...]],
+) -> None:
     async def run() -> None:
         model = Model()
         await model.begin()

@@ -1,4 +1,6 @@
-"""A second layout is taken exactly when it moves nothing: compared with what the ring and the ranks of both really are."""
+"""A second layout is taken exactly when it moves nothing: compared with what the ring and the ranks
+of both really are.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ LOCATIONS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c", "DE/fra1/a")
 
 
 def first() -> Layout:
-    nodes = [NodeEntry(f"n{number}", LOCATIONS[number - 1], f"10.0.0.{number}:7400", ("storage",)) for number in (1, 2, 3)]
+    nodes = [
+        NodeEntry(f"n{number}", LOCATIONS[number - 1], f"10.0.0.{number}:7400", ("storage",)) for number in (1, 2, 3)
+    ]
     nodes.append(NodeEntry("gateway", LOCATIONS[0], "", ("gateway",)))
     disks = tuple(DiskEntry(f"{number:015x}{disk}", f"n{number}", 1000) for number in (1, 2, 3) for disk in (1, 2))
     return Layout("c1", 1, tuple(nodes), disks, tuple(disk.id for disk in disks[::2]), "4+2")
@@ -27,7 +31,10 @@ def ranks(layout: Layout) -> object:
         [layout.preference(group) for group in GROUPS],
         layout.domain_by_disk,
         layout.domain_kind,
-        {disk.id: (disk.node, disk.state, disk.weight, layout.node_by_name[disk.node].location) for disk in layout.disks},
+        {
+            disk.id: (disk.node, disk.state, disk.weight, layout.node_by_name[disk.node].location)
+            for disk in layout.disks
+        },
         {disk.id: "storage" in layout.node_by_name[disk.node].roles for disk in layout.disks},
     )
 
@@ -122,7 +129,9 @@ def test_a_layout_is_taken_exactly_when_every_replica_set_and_every_rank_stays(c
     moves = moves_between(before, after)
     assert bool(moves) == (ranks(before) != ranks(after) or before.replicas != after.replicas)
     assert set(moves.partitions) == {
-        number for number in (*range(PARTITIONS), SYSTEM_PARTITION) if before.replicas_of(number) != after.replicas_of(number)
+        number
+        for number in (*range(PARTITIONS), SYSTEM_PARTITION)
+        if before.replicas_of(number) != after.replicas_of(number)
     }
     assert bool(moves) == bool(moves_between(after, before))
     assert bool(moves) == (places_digest(before) != places_digest(after))

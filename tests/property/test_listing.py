@@ -1,4 +1,6 @@
-"""Pages from replicas that disagree are those of a sorted dict of what a majority holds, or the newest where none does."""
+"""Pages from replicas that disagree are those of a sorted dict of what a majority holds, or the
+newest where none does.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.meta.listing import every_row
+from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
-from storaged.meta.scan import common_prefix
+from storaged.meta.storage.scan import common_prefix
 from tests.unit.meta_ring import BUCKET, Ring, value_of
 
 PIECES = st.sampled_from([b"a", b"b", b"/", b"//", b"\0", b"\xff", b"a" * 479, b"\xff" * 30, b"photos/2026/"])
@@ -23,24 +25,31 @@ VISIBILITIES = st.sampled_from([Visibility.LIVE, Visibility.LIVE, Visibility.HID
 
 @dataclass
 class KeyState:
-    """What each of the three replicas has: the counter of its ballot (0: nothing), and the visibility that goes with each ballot."""
+    """What each of the three replicas has: the counter of its ballot (0: nothing), and the visibility that goes with
+    each ballot.
+    """
 
     counters: tuple[int, int, int]
     visibilities: tuple[int, int, int, int]
     damaged: int | None
 
     def is_damaged(self, index: int) -> bool:
-        """Only a row that another replica has too: nothing else could bring it back. And only while all replicas answer, and where it is all the same whether it
+        """Only a row that another replica has too: nothing else could bring it back. And only while all replicas
+        answer, and where it is all the same whether it
         counts: it does where its stamp alone is compared, and does not where it is read."""
         others = [counter for position, counter in enumerate(self.counters) if position != index]
         without = others[0] if others[0] == others[1] else max(others)
         agreed = [counter for counter in self.counters if self.counters.count(counter) >= 2]
-        return self.damaged == index and self.counters[index] > 0 and any(others) and (not agreed or agreed[0] == without)
+        return (
+            self.damaged == index and self.counters[index] > 0 and any(others) and (not agreed or agreed[0] == without)
+        )
 
 
 AGREED = st.integers(1, 3).map(lambda counter: (counter, counter, counter))
 ANYHOW = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
-LAGGING = st.tuples(st.integers(0, 2), st.integers(1, 3)).map(lambda drawn: tuple(0 if i == drawn[0] else drawn[1] for i in range(3)))
+LAGGING = st.tuples(st.integers(0, 2), st.integers(1, 3)).map(
+    lambda drawn: tuple(0 if i == drawn[0] else drawn[1] for i in range(3))
+)
 SHOWN = st.just((Visibility.TOMBSTONE, Visibility.LIVE, Visibility.LIVE, Visibility.LIVE))
 MIXED = st.tuples(st.just(Visibility.TOMBSTONE), VISIBILITIES, VISIBILITIES, VISIBILITIES)
 STATES = st.one_of(
@@ -234,7 +243,9 @@ STEPS = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(STEPS, min_size=5, max_size=60), st.integers(1, 4), st.integers(1, 5), st.sampled_from([0, 3000, 1 << 20]))
+@given(
+    st.lists(STEPS, min_size=5, max_size=60), st.integers(1, 4), st.integers(1, 5), st.sampled_from([0, 3000, 1 << 20])
+)
 def test_pages_between_writes_are_those_of_a_sorted_dict_whatever_is_remembered(
     steps: list[Step], shards: int, share: int, memory: int
 ) -> None:
@@ -260,7 +271,13 @@ def test_pages_between_writes_are_those_of_a_sorted_dict_whatever_is_remembered(
                 following: bytes | None = after
                 while following is not None and len(shown) < len(entries):
                     page = await ring.scanner.list_heads(
-                        Table.OBJECT, BUCKET, range(shards), prefix=prefix, after=following, delimiter=delimiter, limit=limit
+                        Table.OBJECT,
+                        BUCKET,
+                        range(shards),
+                        prefix=prefix,
+                        after=following,
+                        delimiter=delimiter,
+                        limit=limit,
                     )
                     assert page.next_after is None or page.next_after > following
                     shown |= dict.fromkeys(page.prefixes) | dict(zip(page.keys, page.heads, strict=True))

@@ -67,7 +67,12 @@ def odd_case(name: str, mask: int) -> str:
 
 
 spelt = st.builds(odd_case, st.sampled_from(known_parameters()), st.integers(0, 2**12))
-names = st.sampled_from(known_parameters()) | spelt | st.sampled_from(["x-id", "foo", "", "legalhold", "tags"]) | st.text(max_size=6)
+names = (
+    st.sampled_from(known_parameters())
+    | spelt
+    | st.sampled_from(["x-id", "foo", "", "legalhold", "tags"])
+    | st.text(max_size=6)
+)
 queries = st.lists(names, max_size=3, unique=True).map(lambda found: dict.fromkeys(found, "1"))
 
 
@@ -78,7 +83,9 @@ queries = st.lists(names, max_size=3, unique=True).map(lambda found: dict.fromke
 @example("DELETE", "object", {"policy?x": ""})
 @example("DELETE", "object", {" acl\x00": ""})
 @settings(max_examples=3000)
-def test_what_changes_something_has_no_parameter_that_its_operation_does_not_take(method: str, level: str, query: dict[str, str]) -> None:
+def test_what_changes_something_has_no_parameter_that_its_operation_does_not_take(
+    method: str, level: str, query: dict[str, str]
+) -> None:
     found = outcome(lambda: routes.find(method, *WHERE[level], query, {}, len(query)))
     if isinstance(found, S3Error):
         assert found.status in (400, 405, 501)
@@ -103,7 +110,11 @@ def rows() -> dict[str, Operation]:
     return found
 
 
-@given(st.sampled_from(sorted(rows())), st.sampled_from(known_headers()), st.sampled_from(["", "1", "true", "AES256", "STANDARD"]))
+@given(
+    st.sampled_from(sorted(rows())),
+    st.sampled_from(known_headers()),
+    st.sampled_from(["", "1", "true", "AES256", "STANDARD"]),
+)
 @settings(max_examples=3000)
 def test_what_changes_something_takes_no_header_that_aws_does_not_give_it(name: str, header: str, value: str) -> None:
     found = outcome(lambda: rows()[name].check_headers({header: value}))

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from storaged.meta.names import KEY_BYTES_MAX
-from storaged.meta.rowkey import ROW_KEY_BYTES_MAX, SEGMENT_BYTES, find, is_link, link_key, row_key, split, walk
+from storaged.meta.storage.rowkey import ROW_KEY_BYTES_MAX, SEGMENT_BYTES, find, is_link, link_key, row_key, split, walk
 
 ROOT = 1
 OTHER_ROOT = 2
@@ -53,15 +53,28 @@ class DictRows:
 
 
 # Keys that share long runs, so that links, exact 480-byte keys and their neighbours are common.
-PIECES = st.sampled_from([b"", b"\0", b"\x01", b"a", b"\xff", b"/", b"a" * 479, b"a" * 480, b"a" * 481, b"\xff" * 480, b"a" * 240])
+PIECES = st.sampled_from(
+    [b"", b"\0", b"\x01", b"a", b"\xff", b"/", b"a" * 479, b"a" * 480, b"a" * 481, b"\xff" * 480, b"a" * 240]
+)
 KEYS = st.one_of(
     st.binary(min_size=1, max_size=6),
     st.lists(PIECES, max_size=4).map(lambda pieces: b"".join(pieces)[:KEY_BYTES_MAX]).filter(bool),
     st.builds(
-        lambda run, tail: (run + tail)[:KEY_BYTES_MAX], st.sampled_from([b"a" * 480, b"a" * 960, b"\xff" * 960]), st.binary(max_size=90)
+        lambda run, tail: (run + tail)[:KEY_BYTES_MAX],
+        st.sampled_from([b"a" * 480, b"a" * 960, b"\xff" * 960]),
+        st.binary(max_size=90),
     ),
 )
-EDGES = [b"a" * 480, b"a" * 480 + b"\0", b"a" * 481, b"a" * 960, b"a" * 960 + b"\0", b"a" * 479 + b"b", b"a" * 1041, b"\xff" * 1041]
+EDGES = [
+    b"a" * 480,
+    b"a" * 480 + b"\0",
+    b"a" * 481,
+    b"a" * 960,
+    b"a" * 960 + b"\0",
+    b"a" * 479 + b"b",
+    b"a" * 1041,
+    b"\xff" * 1041,
+]
 
 
 def rows_with(keys: set[bytes]) -> DictRows:
@@ -78,7 +91,9 @@ def rows_with(keys: set[bytes]) -> DictRows:
 def test_a_walk_over_everything_is_the_sorted_keys(keys: set[bytes]) -> None:
     rows = rows_with(keys)
     assert walk(rows, ROOT, after=b"", prefix=b"", limit=1000) == [(key, b"value of " + key) for key in sorted(keys)]
-    assert walk(rows, OTHER_ROOT, after=b"", prefix=b"", limit=1000) == [(key, b"value of " + key) for key in sorted(EDGES)]
+    assert walk(rows, OTHER_ROOT, after=b"", prefix=b"", limit=1000) == [
+        (key, b"value of " + key) for key in sorted(EDGES)
+    ]
 
 
 @given(st.sets(KEYS, max_size=40), KEYS)
@@ -96,7 +111,9 @@ def test_a_key_is_found_exactly_when_it_is_there(keys: set[bytes], stranger: byt
 @example(set(EDGES), b"a" * 480, b"a" * 480, 3)
 @example(set(EDGES), b"a" * 700, b"a" * 650, 3)
 @example(set(EDGES), b"\xff" * 1041, b"", 3)
-def test_a_scan_gives_what_lies_behind_after_within_the_prefix(keys: set[bytes], after: bytes, prefix: bytes, limit: int) -> None:
+def test_a_scan_gives_what_lies_behind_after_within_the_prefix(
+    keys: set[bytes], after: bytes, prefix: bytes, limit: int
+) -> None:
     rows = rows_with(keys)
     expected = [key for key in sorted(keys) if key > after and key.startswith(prefix)][:limit]
     assert [key for key, _ in walk(rows, ROOT, after=after, prefix=prefix, limit=limit)] == expected

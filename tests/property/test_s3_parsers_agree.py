@@ -1,4 +1,5 @@
-"""Two parsers of the same bytes are how requests are smuggled: over hostile input ours agrees with second implementations, or one of
+"""Two parsers of the same bytes are how requests are smuggled: over hostile input ours agrees with second
+implementations, or one of
 the rules below, by name, says why it is the stricter one."""
 
 from __future__ import annotations
@@ -12,20 +13,29 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from storaged.errors import S3Error
-from storaged.s3 import sigv4
-from storaged.s3.chunked import ChunkedDecoder
-from storaged.s3.chunks import ChunkReader, TransferChunks
-from storaged.s3.form import FormReader, boundary_of
-from storaged.s3.http import Head, parse_head
-from storaged.s3.limits import Limits
-from tests.property.second_parsers import Refused, RfcHead, aws_chunks, email_form, llhttp, rfc_chunks, rfc_form, rfc_head
+from storaged.s3.auth import sigv4
+from storaged.s3.http.chunked import ChunkedDecoder
+from storaged.s3.http.chunks import ChunkReader, TransferChunks
+from storaged.s3.http.grammar import Head, parse_head
+from storaged.s3.http.limits import Limits
+from storaged.s3.ops.form import FormReader, boundary_of
+from tests.property.second_parsers import (
+    Refused,
+    RfcHead,
+    aws_chunks,
+    email_form,
+    llhttp,
+    rfc_chunks,
+    rfc_form,
+    rfc_head,
+)
 
 LIMITS = Limits()
 EXAMPLES = settings(max_examples=400, deadline=None)
 
 HOSTILE = (
-    b"\r", b"\n", b"\r\n", b" ", b"\t", b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x7f", b"\x80", b"\x85", b"\xa0", b"\xff", b"\xc2\xa0", b"\xe2\x80\x83",
-    b"\xe2\x84\xaa", b"\xd9\xa5", b":", b",", b";", b"=", b'"', b"\\", b"/", b"@", b"[", b"%", b"0", b"1", b"a", b"x", b"-", b"--", b"\r\n\r\n",
+    b"\r", b"\n", b"\r\n", b" ", b"\t", b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x7f", b"\x80", b"\x85", b"\xa0", b"\xff", b"\xc2\xa0", b"\xe2\x80\x83",  # noqa: E501
+    b"\xe2\x84\xaa", b"\xd9\xa5", b":", b",", b";", b"=", b'"', b"\\", b"/", b"@", b"[", b"%", b"0", b"1", b"a", b"x", b"-", b"--", b"\r\n\r\n",  # noqa: E501
 )  # fmt: skip
 
 
@@ -52,7 +62,8 @@ def explained(rules: dict[str, Callable[[], object]], what: object) -> None:
     event(name)
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------------
+# --- heads
+# ------------------------------------------------------------------------------------------------------------------
 
 _VALUES = {
     b"Host": (b"h", b"h:80", b"", b"[::1]:9000", b"h,h", b"a b"),
@@ -86,9 +97,22 @@ _HEADS = st.builds(
         st.tuples(
             st.sampled_from((b"GET", b"PUT", b"POST", b"HEAD", b"DELETE", b"OPTIONS")),
             st.sampled_from(
-                (b"/", b"/b/k?x=1", b"/b//k%20", b"http://h/b", b"http://x/b", b"https://h:443/", b"*", b"http:///a", b"/a#b", b"/\xc3\xa9")
+                (
+                    b"/",
+                    b"/b/k?x=1",
+                    b"/b//k%20",
+                    b"http://h/b",
+                    b"http://x/b",
+                    b"https://h:443/",
+                    b"*",
+                    b"http:///a",
+                    b"/a#b",
+                    b"/\xc3\xa9",
+                )
             ),
-            st.sampled_from((b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/0.9")),
+            st.sampled_from(
+                (b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/0.9")
+            ),
         ),
     ),
     st.sampled_from(([b"Host: h"], [b"Host: h"], [b"Host: h"], [])),
@@ -133,12 +157,16 @@ def _stricter(head: RfcHead) -> dict[str, Callable[[], object]]:
         "a target in absolute form names a host, and that of the Host header": lambda: (
             absolute and (not absolute[1] or absolute[1] not in hosts)
         ),
-        "one Content-Length of 1 to 18 digits": lambda: lengths and (len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", lengths[0])),
+        "one Content-Length of 1 to 18 digits": lambda: (
+            lengths and (len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", lengths[0]))
+        ),
         "no Content-Length beside Transfer-Encoding": lambda: lengths and codings,
         "one Transfer-Encoding, chunked, and only in HTTP/1.1": lambda: (
             codings and (len(codings) > 1 or codings[0].lower() != b"chunked" or not modern)
         ),
-        "what is understood is ASCII": lambda: any(_UNDERSTOOD.fullmatch(name) and not value.isascii() for name, value in fields),
+        "what is understood is ASCII": lambda: any(
+            _UNDERSTOOD.fullmatch(name) and not value.isascii() for name, value in fields
+        ),
     }
 
 
@@ -177,11 +205,15 @@ def test_heads_are_what_llhttp_says(raw: bytes) -> None:
         if ours is not None:
             explained(
                 {
-                    "llhttp knows methods by name": lambda: ours.method not in ("GET", "PUT", "POST", "HEAD", "DELETE", "OPTIONS"),
+                    "llhttp knows methods by name": lambda: (
+                        ours.method not in ("GET", "PUT", "POST", "HEAD", "DELETE", "OPTIONS")
+                    ),
                     "a path is a key's bytes, also those that a URI wants encoded": lambda: (
                         not re.fullmatch(rb"[!\x24-\x3b=?-Z_a-z~]+", ours.target)
                     ),
-                    "aiohttp looks into targets and hosts": lambda: not re.fullmatch(rb"/[A-Za-z0-9/.%?=&]*", raw.split(b" ")[1]),
+                    "aiohttp looks into targets and hosts": lambda: (
+                        not re.fullmatch(rb"/[A-Za-z0-9/.%?=&]*", raw.split(b" ")[1])
+                    ),
                     "aiohttp takes no empty value, or one of bytes above ASCII, in some headers": lambda: any(
                         not value or not value.isascii() for value in ours.headers.values()
                     ),
@@ -208,10 +240,13 @@ def test_heads_are_what_llhttp_says(raw: bytes) -> None:
     assert found.complete == (ours.length == 0)
 
 
-# --- chunks -----------------------------------------------------------------------------------------------------------------
+# --- chunks
+# -----------------------------------------------------------------------------------------------------------------
 
 _EXTENSIONS = st.sampled_from((b"", b"", b";a", b";a=b", b' ; a="b;\\"c"', b";", b";=", b"; a b"))
-_TRAILERS = st.lists(st.sampled_from((b"A: b\r\n", b"Content-Length: 5\r\n", b"X:\r\n", b"a\r\n", b": b\r\n", b"A : b\r\n")), max_size=2)
+_TRAILERS = st.lists(
+    st.sampled_from((b"A: b\r\n", b"Content-Length: 5\r\n", b"X:\r\n", b"a\r\n", b": b\r\n", b"A : b\r\n")), max_size=2
+)
 
 
 @st.composite
@@ -296,7 +331,8 @@ def _refused(parse: Callable[[bytes], object], wire: bytes) -> bool:
     return False
 
 
-# --- aws-chunked ------------------------------------------------------------------------------------------------------------
+# --- aws-chunked
+# ------------------------------------------------------------------------------------------------------------
 
 _KEY = sigv4.ChunkKey(b"k" * 32, "20130524T000000Z", "20130524/r/s3/aws4_request", "0" * 64)
 _NAME = b"x-amz-checksum-crc32"
@@ -313,7 +349,11 @@ def _aws_wire(pieces: list[bytes], signed: bool, trailing: bool) -> bytes:
     if trailing:
         wire += _NAME + b":AAAAAA==\r\n"
         if signed:
-            wire += b"x-amz-trailer-signature:" + sigv4.trailer_signature(_KEY, previous, _NAME + b":AAAAAA==\n").encode() + b"\r\n"
+            wire += (
+                b"x-amz-trailer-signature:"
+                + sigv4.trailer_signature(_KEY, previous, _NAME + b":AAAAAA==\n").encode()
+                + b"\r\n"
+            )
     return wire + b"\r\n"
 
 
@@ -325,12 +365,16 @@ def _aws_wire(pieces: list[bytes], signed: bool, trailing: bool) -> bytes:
     st.booleans(),
     st.sampled_from((1, 5, 1000)),
 )
-def test_aws_chunked_is_what_aws_describes(data: st.DataObject, pieces: list[bytes], signed: bool, trailing: bool, step: int) -> None:
+def test_aws_chunked_is_what_aws_describes(
+    data: st.DataObject, pieces: list[bytes], signed: bool, trailing: bool, step: int
+) -> None:
     wire = data.draw(broken(st.just(_aws_wire(pieces, signed, trailing))))
     decoder = ChunkedDecoder(_KEY if signed else None, (_NAME.decode(),) if trailing else ())
     ours = _decode(decoder, wire, step)
     try:
-        expected = aws_chunks(wire, [_NAME] if trailing else [], (_KEY.key, _KEY.timestamp, _KEY.scope, _KEY.seed) if signed else None)
+        expected = aws_chunks(
+            wire, [_NAME] if trailing else [], (_KEY.key, _KEY.timestamp, _KEY.scope, _KEY.seed) if signed else None
+        )
     except Refused:
         if ours is not None:
             explained({"AWS's example ends a trailer in LF": lambda: trailing and re.search(rb"[^\r]\n", wire)}, wire)
@@ -341,13 +385,14 @@ def test_aws_chunked_is_what_aws_describes(data: st.DataObject, pieces: list[byt
     assert (ours, decoder.trailers) == expected
 
 
-# --- forms ------------------------------------------------------------------------------------------------------------------
+# --- forms
+# ------------------------------------------------------------------------------------------------------------------
 
 _TYPE = "multipart/form-data; boundary=b"
 _DISPOSITIONS = st.sampled_from(
     (
-        b'form-data; name="key"', b'form-data; name="Key"', b"form-data; name=acl", b'form-data; name="a;b"', b'Form-Data; NAME="x"', b"form-data",
-        b'form-data; name="a"; name="b"', b'form-data; filename="n; name=q"; name="y"', b'attachment; name="z"', b'form-data; name="\\"q\\""',
+        b'form-data; name="key"', b'form-data; name="Key"', b"form-data; name=acl", b'form-data; name="a;b"', b'Form-Data; NAME="x"', b"form-data",  # noqa: E501
+        b'form-data; name="a"; name="b"', b'form-data; filename="n; name=q"; name="y"', b'attachment; name="z"', b'form-data; name="\\"q\\""',  # noqa: E501
     )
 )  # fmt: skip
 _PART_HEADERS = st.sampled_from(
@@ -395,7 +440,10 @@ def _our_form(body: bytes, step: int) -> tuple[dict[str, str], bytes] | None:
         return None
 
 
-_PARAMETER = rb'[ \t]*;[ \t]*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)=([!#$%&\'*+\-.^_`|~0-9A-Za-z]+|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*")'
+_PARAMETER = (
+    rb"[ \t]*;["
+    rb' \t]*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)=([!#$%&\'*+\-.^_`|~0-9A-Za-z]+|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*")'  # noqa: E501
+)
 
 
 def _name_of(headers: list[tuple[bytes, bytes]]) -> bytes | None:
@@ -423,7 +471,12 @@ def test_forms_are_what_the_grammar_says(body: bytes, step: int) -> None:
     names = [_name_of(part.headers) for part in parts]
     file = names.index(b"file") if b"file" in names else len(names)
     if ours is None:
-        codings = [value.lower() for part in parts[: file + 1] for name, value in part.headers if name == b"content-transfer-encoding"]
+        codings = [
+            value.lower()
+            for part in parts[: file + 1]
+            for name, value in part.headers
+            if name == b"content-transfer-encoding"
+        ]
         explained(
             {
                 "a form has a file": lambda: file == len(names),
@@ -432,7 +485,9 @@ def test_forms_are_what_the_grammar_says(body: bytes, step: int) -> None:
                     part.content.startswith(b"--b") for part in parts[: file + 1]
                 ),
                 "a field comes once": lambda: len(set(names[:file])) != file,
-                "parts come as they are": lambda: any(coding not in (b"7bit", b"8bit", b"binary") for coding in codings),
+                "parts come as they are": lambda: any(
+                    coding not in (b"7bit", b"8bit", b"binary") for coding in codings
+                ),
             },
             body,
         )
@@ -456,7 +511,8 @@ def test_a_form_that_is_taken_is_what_an_e_mail_parser_reads(body: bytes) -> Non
         file = names.index("file")
         same = (
             [name.encode().decode("utf-8") for name in names[:file]] == list(ours[0])
-            and [content for _, content in found[:file]] == [value.encode("utf-8", "surrogateescape") for value in ours[0].values()]
+            and [content for _, content in found[:file]]
+            == [value.encode("utf-8", "surrogateescape") for value in ours[0].values()]
             and found[file][1] == ours[1]
         )
     except (ValueError, UnicodeError):
@@ -466,7 +522,9 @@ def test_a_form_that_is_taken_is_what_an_e_mail_parser_reads(body: bytes) -> Non
             {
                 "e-mail takes LF and CR for ends of lines": lambda: re.search(rb"(?<!\r)\n|\r(?!\n)", body),
                 "e-mail wants ASCII": lambda: not body.isascii(),
-                "e-mail takes headers apart in its own way": lambda: re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\\]|[ \t]+:|=\?", body),
+                "e-mail takes headers apart in its own way": lambda: re.search(
+                    rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\\]|[ \t]+:|=\?", body
+                ),
                 "e-mail has white space after a boundary": lambda: re.search(rb"--b(--)?[ \t]", body),
             },
             body,

@@ -8,16 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
-from storaged.objects.geometry import BlockShape, PartShape
+from storaged.objects.code.geometry import BlockShape, PartShape
+from storaged.objects.code.seal import PartOpener, PartSealer
 from storaged.objects.ports import pack_context
-from storaged.objects.seal import PartOpener, PartSealer
 from storaged.sov1 import chunk_bytes_for, chunks_size, open_message, seal_message, sealed_size
 
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
 CHUNKS = [4096, 8192, 16384, 32768, 65536]
 
 sizes = st.integers(0, 300_000) | st.builds(
-    lambda chunk, count, more: max(0, (chunk - 16) * count + more), st.sampled_from(CHUNKS), st.integers(0, 4), st.integers(-2, 2)
+    lambda chunk, count, more: max(0, (chunk - 16) * count + more),
+    st.sampled_from(CHUNKS),
+    st.integers(0, 4),
+    st.integers(-2, 2),
 )
 shapes = st.builds(PartShape, sizes | st.integers(0, 2**43), st.sampled_from(CHUNKS), st.integers(1, 60))
 profiles = st.builds(Profile, st.integers(1, 8), st.integers(1, 4))
@@ -41,7 +44,10 @@ def test_what_was_sealed_block_by_block_opens_chunk_by_chunk_and_in_blocks(size,
     opened = bytearray(max(0, size - shape.plain_start(first)))
     assert opener.open_block(first, memoryview(sealed)[first * chunk :], memoryview(opened)) == len(opened)
     assert opened == plain[shape.plain_start(first) :]
-    assert opener.open(first, sealed[first * chunk : (first + 1) * chunk]) == plain[shape.plain_start(first) : shape.plain_start(first + 1)]
+    assert (
+        opener.open(first, sealed[first * chunk : (first + 1) * chunk])
+        == plain[shape.plain_start(first) : shape.plain_start(first + 1)]
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -99,7 +105,11 @@ def test_fragments_partition_the_cells_of_a_block(cells, last, profile):
 def test_every_wanted_cell_is_read_from_exactly_its_fragment(cells, k, data):
     first = data.draw(st.integers(0, cells - 1))
     count = data.draw(st.integers(1, cells - first))
-    found = {(cell.position, cell.first + i) for cell in BlockShape(cells, 4096, 16).holders(k, first, count) for i in range(cell.cells)}
+    found = {
+        (cell.position, cell.first + i)
+        for cell in BlockShape(cells, 4096, 16).holders(k, first, count)
+        for i in range(cell.cells)
+    }
     assert found == {(cell % k, cell // k) for cell in range(first, first + count)}
     assert sum(cell.cells for cell in BlockShape(cells, 4096, 16).holders(k, first, count)) == count
 

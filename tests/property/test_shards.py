@@ -1,4 +1,6 @@
-"""Every register of a bucket with countries lies inside them, and such a bucket can be made whenever any partition does."""
+"""Every register of a bucket with countries lies inside them, and such a bucket can be made whenever any partition
+does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from storaged.cluster.layout import PARTITIONS, SHARDS_DEFAULT, DiskEntry, Layou
 from storaged.errors import ServiceUnavailable
 from storaged.meta.names import object_name, part_name, upload_name
 from storaged.objects.records import BucketRecord
-from storaged.objects.shards import draw, shards_inside
+from storaged.objects.system.shards import draw, shards_inside
 
 COUNTRIES = ["FR", "DE", "IT", "HU"]
 keys = st.binary(min_size=1, max_size=40)
@@ -24,8 +26,12 @@ keys = st.binary(min_size=1, max_size=40)
 def layout_of(places: list[str], disks: int = 2, seed: int = 0) -> Layout:
     """A node in a rack of its own for each country named."""
     chance = random.Random(seed)
-    nodes = tuple(NodeEntry(f"n{i}", f"{country}/site{i}/r{i}", "h:1", ("storage",)) for i, country in enumerate(places))
-    found = tuple(DiskEntry(chance.randbytes(8).hex(), node.name, chance.randint(1, 4)) for node in nodes for _ in range(disks))
+    nodes = tuple(
+        NodeEntry(f"n{i}", f"{country}/site{i}/r{i}", "h:1", ("storage",)) for i, country in enumerate(places)
+    )
+    found = tuple(
+        DiskEntry(chance.randbytes(8).hex(), node.name, chance.randint(1, 4)) for node in nodes for _ in range(disks)
+    )
     bare = Layout("c", 1, nodes, found, ())
     return msgspec.structs.replace(bare, seeds=seeds_of(bare))
 
@@ -55,7 +61,9 @@ def test_a_bucket_is_made_iff_a_partition_qualifies_and_its_registers_lie_inside
             draw(layout, countries, lambda: entropy.randbytes(16))
         return
     drawn = draw(layout, countries, lambda: entropy.randbytes(16))
-    bucket = BucketRecord("b", drawn.bucket_id, "o", 0, "active", drawn.shards, "r", tuple(countries), shard_list=drawn.shard_list)
+    bucket = BucketRecord(
+        "b", drawn.bucket_id, "o", 0, "active", drawn.shards, "r", tuple(countries), shard_list=drawn.shard_list
+    )
     assert 1 <= len(set(bucket.shard_numbers)) == len(bucket.shard_numbers) == bucket.shards <= SHARDS_DEFAULT
     for number in bucket.shard_numbers:
         assert countries_of(layout, partition_of(bucket.id, number)) <= set(countries)
@@ -67,7 +75,9 @@ def test_a_bucket_is_made_iff_a_partition_qualifies_and_its_registers_lie_inside
             assert countries_of(layout, register.partition) <= set(countries)
 
 
-@pytest.mark.parametrize("places", [["FR"] * 3 + ["DE"], ["FR"] * 9 + ["DE"], ["FR"] * 29 + ["DE"], ["FR"] * 5 + ["DE"] * 5])
+@pytest.mark.parametrize(
+    "places", [["FR"] * 3 + ["DE"], ["FR"] * 9 + ["DE"], ["FR"] * 29 + ["DE"], ["FR"] * 5 + ["DE"] * 5]
+)
 def test_a_bucket_of_a_mixed_ring_has_all_its_shards(places: list[str]) -> None:
     layout, entropy = layout_of(places), random.Random(7)
     for _ in range(20):
@@ -86,14 +96,14 @@ def test_a_single_partition_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of 1,024: its bucket has one shard, seldom two."""
     layout, entropy = layout_of(["FR", "FR", "FR", "DE"]), random.Random(1)
     inside: Any = lambda _layout, partition, _countries: partition == 700  # noqa: E731
-    monkeypatch.setattr("storaged.objects.shards.is_inside", inside)
+    monkeypatch.setattr("storaged.objects.system.shards.is_inside", inside)
     drawn = draw(layout, ("FR",), lambda: entropy.randbytes(16))
     assert {partition_of(drawn.bucket_id, shard) for shard in drawn.shard_list} == {700}
 
 
 def test_shards_of_different_partitions_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     inside: Any = lambda _layout, partition, _countries: partition % 64 == 5  # noqa: E731
-    monkeypatch.setattr("storaged.objects.shards.is_inside", inside)
+    monkeypatch.setattr("storaged.objects.system.shards.is_inside", inside)
     for seed in range(50):
         bucket_id = random.Random(seed).randbytes(16)
         found = shards_inside(layout_of(["FR"] * 3), bucket_id, ("FR",))
@@ -104,7 +114,10 @@ def test_shards_of_different_partitions_come_first(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("places", "said"),
     [
-        (["FR", "FR", "DE"], "metadata wants 3 replicas in distinct racks, and FR has 2 racks with disks: FR/site0/r0, FR/site1/r1"),
+        (
+            ["FR", "FR", "DE"],
+            "metadata wants 3 replicas in distinct racks, and FR has 2 racks with disks: FR/site0/r0, FR/site1/r1",
+        ),
         (["DE", "DE", "DE"], "metadata wants 3 replicas in distinct racks, and FR has 0 racks with disks"),
     ],
 )

@@ -10,8 +10,8 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.s3 import sigv4
-from storaged.s3.chunked import ChunkedDecoder
+from storaged.s3.auth import sigv4
+from storaged.s3.http.chunked import ChunkedDecoder
 from storaged.s3.request import parse_target, split_path
 
 keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60)
@@ -35,7 +35,10 @@ def test_the_canonical_path_is_canonical(path: bytes) -> None:
 @given(st.dictionaries(values.filter(bool), values, max_size=5))
 def test_the_canonical_query_does_not_depend_on_order_or_on_how_it_was_written(parameters: dict[str, str]) -> None:
     strict = [f"{quote(name, safe='~')}={quote(value, safe='~')}" for name, value in parameters.items()]
-    loose = [f"{quote(name, safe='')}={quote(value, safe='/~').replace('%20', '+')}" for name, value in reversed(parameters.items())]
+    loose = [
+        f"{quote(name, safe='')}={quote(value, safe='/~').replace('%20', '+')}"
+        for name, value in reversed(parameters.items())
+    ]
     first = sigv4.canonical_query(parse_target(b"/?" + "&".join(strict).encode()).pairs)
     second = sigv4.canonical_query(parse_target(b"/?" + "&".join(loose).encode()).pairs)
     by_name = sorted(strict, key=lambda item: item.partition("="))  # "0" before "00", although "0=" sorts behind "00="
@@ -43,7 +46,11 @@ def test_the_canonical_query_does_not_depend_on_order_or_on_how_it_was_written(p
 
 
 @settings(max_examples=50)
-@given(keys, st.dictionaries(st.text("abcdefgh-", min_size=1, max_size=8), st.text("xyz, =", max_size=10), max_size=3), values)
+@given(
+    keys,
+    st.dictionaries(st.text("abcdefgh-", min_size=1, max_size=8), st.text("xyz, =", max_size=10), max_size=3),
+    values,
+)
 def test_what_botocore_signs_verifies(key: str, metadata: dict[str, str], prefix: str) -> None:
     url = "http://127.0.0.1:9000/bucket/" + quote(key.encode(), safe="/~")
     headers = {f"x-amz-meta-{name}": value for name, value in metadata.items()}
@@ -51,7 +58,9 @@ def test_what_botocore_signs_verifies(key: str, metadata: dict[str, str], prefix
     botocore.auth.S3SigV4Auth(Credentials("AK", "secret"), "s3", "eu-fr-1").add_auth(signed)
     prepared = signed.prepare()
     raw = prepared.url.removeprefix("http://127.0.0.1:9000").encode()
-    arrived = {name.lower(): value if isinstance(value, str) else value.decode() for name, value in prepared.headers.items()}
+    arrived = {
+        name.lower(): value if isinstance(value, str) else value.decode() for name, value in prepared.headers.items()
+    }
     arrived["host"] = "127.0.0.1:9000"
     target = parse_target(raw)
     claim = sigv4.claim_from_header(arrived["authorization"], arrived)
@@ -69,6 +78,8 @@ def test_signed_chunks_of_any_size_decode_in_pieces_of_any_size(chunks: list[byt
         previous = sigv4.chunk_signature(key, previous, hashlib.sha256(chunk).hexdigest())
         body += f"{len(chunk):x};chunk-signature={previous}\r\n".encode() + chunk + b"\r\n"
     decoder = ChunkedDecoder(key, ())
-    out = b"".join(bytes(data) for start in range(0, len(body), step) for data in decoder.feed(body[start : start + step]))
+    out = b"".join(
+        bytes(data) for start in range(0, len(body), step) for data in decoder.feed(body[start : start + step])
+    )
     decoder.finish()
     assert out == b"".join(chunks)

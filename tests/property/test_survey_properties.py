@@ -1,4 +1,6 @@
-"""Judging blocks, and saying where they are after a move: laws over every shape of damage and every way to cut a run."""
+"""Judging blocks, and saying where they are after a move: laws over every shape of damage and every
+way to cut a run.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 
 from storaged.cluster.layout import Profile
 from storaged.fragments.ports import FragmentId
-from storaged.maintain.survey import BlockPlace, Presence, Tally, blocks_of, claims, judge_block
-from storaged.maintain.swap import replace_blocks
-from storaged.objects.place import choose
+from storaged.maintain.health import BlockPlace, Presence, Tally, blocks_of, claims, judge_block
+from storaged.maintain.relocate import replace_blocks
+from storaged.objects.code.place import choose
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import MAGIC, SUITE
 from tests.unit.object_world import layout_of
@@ -30,7 +32,9 @@ def entries(draw: st.DrawFn) -> PartEntry:
     for _ in range(draw(st.integers(1, 4))):
         count = draw(st.integers(1, 3))
         away = draw(st.sets(st.sampled_from([disk.id for disk in LAYOUT.disks]), max_size=4))
-        placement = choose(LAYOUT, data_id, draw(profiles), {disk.id: disk.id not in away for disk in LAYOUT.disks}.__getitem__)
+        placement = choose(
+            LAYOUT, data_id, draw(profiles), {disk.id: disk.id not in away for disk in LAYOUT.disks}.__getitem__
+        )
         runs.append(Run(first, count, placement.profile.k, placement.profile.m, LAYOUT.epoch, dict(placement.moved)))
         first += count
     cells = block_cells * (first - 1) + draw(st.integers(1, block_cells))
@@ -55,7 +59,9 @@ def test_a_block_is_readable_exactly_while_enough_fragments_are_left(entry: Part
 
 
 @given(entries(), st.data())
-def test_there_is_a_finding_exactly_when_something_is_not_as_it_should_be(entry: PartEntry, data: st.DataObject) -> None:
+def test_there_is_a_finding_exactly_when_something_is_not_as_it_should_be(
+    entry: PartEntry, data: st.DataObject
+) -> None:
     tally, whole, worst, lost = Tally(b"name"), True, 1 << 30, False
     for place in places_of(entry):
         kinds = st.sampled_from([Presence.OK, Presence.OK, Presence.OK, Presence.MISSING, Presence.AWAY])
@@ -83,7 +89,9 @@ def test_a_part_claims_what_its_blocks_name_and_nothing_else(entry: PartEntry) -
         for stray in (
             FragmentId(entry.data_id, place.block, 5, 1, 0),
             FragmentId(entry.data_id, 10_000, place.run.k, place.run.m, 0),
-            FragmentId(bytes(16), place.block, place.run.k, place.run.m, 0)._replace(data_id=bytes(b ^ 1 for b in entry.data_id)),
+            FragmentId(bytes(16), place.block, place.run.k, place.run.m, 0)._replace(
+                data_id=bytes(b ^ 1 for b in entry.data_id)
+            ),
         ):
             assert not any(claims(entry, stray, disk.id, 0, lambda _epoch: LAYOUT, ()) for disk in LAYOUT.disks)
 
@@ -106,4 +114,6 @@ def test_a_move_changes_its_blocks_and_no_others(entry: PartEntry, data: st.Data
 
 
 def by_block(runs: tuple[Run, ...]) -> dict[int, tuple[int, int, int, dict[int, str]]]:
-    return {block: (run.k, run.m, run.epoch, run.moved) for run in runs for block in range(run.first, run.first + run.count)}
+    return {
+        block: (run.k, run.m, run.epoch, run.moved) for run in runs for block in range(run.first, run.first + run.count)
+    }

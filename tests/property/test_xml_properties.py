@@ -12,7 +12,9 @@ from storaged.errors import MalformedXML
 from storaged.s3 import xml
 
 representable = st.text(
-    st.characters(codec="utf-8", exclude_characters="".join(map(chr, (*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF))))
+    st.characters(
+        codec="utf-8", exclude_characters="".join(map(chr, (*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF)))
+    )
 )
 
 
@@ -72,7 +74,12 @@ def test_too_many_elements_are_refused() -> None:
         xml.parse(b"<a>" + b"<b/>" * xml.ELEMENTS_MAX + b"</a>", "a")
 
 
-@given(st.lists(st.one_of(st.text("ab/.-~_\n", max_size=4), st.text(st.characters(codec="utf-8"), max_size=8)), max_size=4), st.booleans())
+@given(
+    st.lists(
+        st.one_of(st.text("ab/.-~_\n", max_size=4), st.text(st.characters(codec="utf-8"), max_size=8)), max_size=4
+    ),
+    st.booleans(),
+)
 def test_many_keys_are_escaped_as_each_of_them_is(keys: list[str], url: bool) -> None:
     packed = [key.encode() for key in keys]
     assert xml.escape_keys(packed, url) == [xml.escape_key(key, url) for key in packed]

@@ -1,4 +1,6 @@
-"""Who owns the gateway's machine, files and key rewrites its audit log: a real cluster notices, and says which entry."""
+"""Who owns the gateway's machine, files and key rewrites its audit log: a real cluster notices, and
+says which entry.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storaged.cluster.audit_format import GENESIS, Event, make_line, parse_line
+from storaged.cluster.audit.format import GENESIS, Event, make_line, parse_line
 from tests.cluster import Cluster
 from tests.s3.test_dev_cluster import problem_codes, round_trip
 
@@ -45,7 +47,9 @@ def test_entries_that_are_erased_with_all_hashes_made_anew_are_noticed(attacked:
     path.write_bytes(b"".join(kept))
     attacked.run("dev", "start", "gateway")
     attacked.wait_until(
-        lambda: "AUDIT_REFUSED_BY_WITNESS" in problem_codes(attacked.status()), 60, "the witnesses to refuse the rewritten log"
+        lambda: "AUDIT_REFUSED_BY_WITNESS" in problem_codes(attacked.status()),
+        60,
+        "the witnesses to refuse the rewritten log",
     )
     done = attacked.run("audit", "verify", "--json", str(audit), check=False)
     found = json.loads(done.stdout)
@@ -53,5 +57,7 @@ def test_entries_that_are_erased_with_all_hashes_made_anew_are_noticed(attacked:
     assert {witness["state"] for witness in found["witnesses"]} == {"differs"}
     assert found["problems"][0]["chain"] == entries[0].chain
     elsewhere = attacked.run("--dir", str(attacked.directory / "n1"), "audit", "verify", str(audit), check=False)
-    assert elsewhere.returncode == 3, "a storage node asks the witnesses as well: the gateway's own word on them is worth little"
+    assert elsewhere.returncode == 3, (
+        "a storage node asks the witnesses as well: the gateway's own word on them is worth little"
+    )
     round_trip(attacked, "after")

@@ -1,4 +1,6 @@
-"""What a running cluster says to requests that are wrong: the precise S3 error, nothing partial visible, nothing of the inside shown."""
+"""What a running cluster says to requests that are wrong: the precise S3 error, nothing partial visible, nothing of the
+inside shown.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,18 @@ def client(cluster: Cluster) -> Iterator[Any]:
 
 
 def signed(
-    cluster: Cluster, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, *, payload: str = "", **other: str
+    cluster: Cluster,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: dict[str, str] | None = None,
+    *,
+    payload: str = "",
+    **other: str,
 ) -> dict[str, str]:
-    """The headers of a request signed by botocore; ``other``: access_key, secret_key, timestamp where they are not the cluster's own."""
+    """The headers of a request signed by botocore; ``other``: access_key, secret_key, timestamp where they are not the
+    cluster's own.
+    """
     from botocore.auth import S3SigV4Auth
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import Credentials
@@ -48,7 +59,10 @@ def signed(
     given["X-Amz-Content-SHA256"] = payload or hashlib.sha256(body).hexdigest()
     request = AWSRequest(method=method, url=f"http://127.0.0.1:{cluster.s3_port}{path}", data=body, headers=given)
     signer = S3SigV4Auth(
-        Credentials(other.get("access_key", cluster.settings["access_key"]), other.get("secret_key", cluster.settings["secret_key"])),
+        Credentials(
+            other.get("access_key", cluster.settings["access_key"]),
+            other.get("secret_key", cluster.settings["secret_key"]),
+        ),
         "s3",
         cluster.settings["region"],
     )
@@ -56,8 +70,9 @@ def signed(
     request.headers["X-Amz-Date"] = request.context["timestamp"]
     canonical = signer.canonical_request(request)
     request.headers["Authorization"] = (
-        f"AWS4-HMAC-SHA256 Credential={signer.scope(request)}, SignedHeaders={signer.signed_headers(signer.headers_to_sign(request))}, "
-        f"Signature={signer.signature(signer.string_to_sign(request, canonical), request)}"
+        f"AWS4-HMAC-SHA256 Credential={signer.scope(request)},"
+        f" SignedHeaders={signer.signed_headers(signer.headers_to_sign(request))},"
+        f" Signature={signer.signature(signer.string_to_sign(request, canonical), request)}"
     )
     return {name: value for name, value in request.headers.items() if name.lower() != "host"}
 
@@ -109,7 +124,8 @@ def refused(call: Any, **arguments: Any) -> tuple[int, str]:
     return found["ResponseMetadata"]["HTTPStatusCode"], found["Error"]["Code"]
 
 
-# --- who asks ---------------------------------------------------------------------------------------------------------------
+# --- who asks
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_signatures_clocks_and_keys_that_are_wrong_are_told_apart(cluster: Cluster, client: Any) -> None:
@@ -126,7 +142,8 @@ def test_signatures_clocks_and_keys_that_are_wrong_are_told_apart(cluster: Clust
     assert absent(client, "unsigned")
 
 
-# --- what is sent -----------------------------------------------------------------------------------------------------------
+# --- what is sent
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [3, 9_000, 5 * MIB])
@@ -140,17 +157,32 @@ def test_a_digest_that_does_not_hold_stores_nothing_whatever_the_size(cluster: C
         assert send(cluster, "PUT", path, body, {f"x-amz-checksum-{name}": zeros}) == (400, "BadDigest"), name
         assert send(cluster, "PUT", path, body, {f"x-amz-checksum-{name}": "AAAA"}) == (400, "BadDigest"), name
     assert send(cluster, "PUT", path, body, {"content-md5": "not base64!"}) == (400, "InvalidDigest")
-    assert send(cluster, "PUT", path, body, payload=hashlib.sha256(b"other").hexdigest()) == (400, "XAmzContentSHA256Mismatch")
+    assert send(cluster, "PUT", path, body, payload=hashlib.sha256(b"other").hexdigest()) == (
+        400,
+        "XAmzContentSHA256Mismatch",
+    )
     trailing = f"{size:x}\r\n".encode() + body + b"\r\n0\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n"
-    headers = {"x-amz-trailer": "x-amz-checksum-crc32", "x-amz-decoded-content-length": str(size), "content-encoding": "aws-chunked"}
-    assert send(cluster, "PUT", path, trailing, headers, payload="STREAMING-UNSIGNED-PAYLOAD-TRAILER") == (400, "BadDigest")
+    headers = {
+        "x-amz-trailer": "x-amz-checksum-crc32",
+        "x-amz-decoded-content-length": str(size),
+        "content-encoding": "aws-chunked",
+    }
+    assert send(cluster, "PUT", path, trailing, headers, payload="STREAMING-UNSIGNED-PAYLOAD-TRAILER") == (
+        400,
+        "BadDigest",
+    )
     headers["x-amz-decoded-content-length"] = str(size + 1)
-    assert send(cluster, "PUT", path, trailing, headers, payload="STREAMING-UNSIGNED-PAYLOAD-TRAILER") == (400, "IncompleteBody")
+    assert send(cluster, "PUT", path, trailing, headers, payload="STREAMING-UNSIGNED-PAYLOAD-TRAILER") == (
+        400,
+        "IncompleteBody",
+    )
     assert absent(client, key)
 
 
 @pytest.mark.parametrize("size", [500, 12_000, 9 * MIB])
-def test_a_client_that_leaves_in_the_middle_changes_nothing_and_holds_nothing_up(cluster: Cluster, client: Any, size: int) -> None:
+def test_a_client_that_leaves_in_the_middle_changes_nothing_and_holds_nothing_up(
+    cluster: Cluster, client: Any, size: int
+) -> None:
     key = f"gone-{size}"
     client.put_object(Bucket=BUCKET, Key=key, Body=b"before")
     headers = signed(cluster, "PUT", f"/{BUCKET}/{key}", payload="UNSIGNED-PAYLOAD")
@@ -197,13 +229,17 @@ def test_names_that_no_bucket_and_no_key_can_have_are_refused(cluster: Cluster, 
 def test_documents_that_are_bombs_or_too_large_or_no_xml_change_nothing(cluster: Cluster, client: Any) -> None:
     client.put_object(Bucket=BUCKET, Key="kept", Body=b"kept")
     lol = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
-    bomb = f'<?xml version="1.0"?><!DOCTYPE l [<!ENTITY l0 "lol">{lol}]><Delete><Object><Key>&l9;</Key></Object></Delete>'
+    bomb = (
+        f'<?xml version="1.0"?><!DOCTYPE l [<!ENTITY l0 "lol">{lol}]><Delete><Object><Key>&l9;</Key></Object></Delete>'
+    )
     external = '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><Delete><Object><Key>&e;</Key></Object></Delete>'
     deep = "<a>" * 100_000
     for text in (bomb, external, deep, "<Delete><Object><Key>kept</Key></Object>", "\x00", "", "<Delete></Delete>"):
         body = text.encode()
         md5 = base64.b64encode(hashlib.md5(body).digest()).decode()
-        assert send(cluster, "POST", f"/{BUCKET}?delete", body, {"content-md5": md5}) == (400, "MalformedXML"), text[:40]
+        assert send(cluster, "POST", f"/{BUCKET}?delete", body, {"content-md5": md5}) == (400, "MalformedXML"), text[
+            :40
+        ]
     many = ("<Delete>" + "<Object><Key>kept</Key></Object>" * 1001 + "</Delete>").encode()
     md5 = base64.b64encode(hashlib.md5(many).digest()).decode()
     assert send(cluster, "POST", f"/{BUCKET}?delete", many, {"content-md5": md5}) == (400, "MalformedXML")
@@ -219,11 +255,15 @@ def test_headers_and_metadata_beyond_their_bounds_are_refused(cluster: Cluster, 
     assert send(cluster, "PUT", path, b"x", {"x-long": "v" * 20_000}) == (400, "RequestHeaderSectionTooLarge")
     many = {f"x-many-{number}": "v" * 1000 for number in range(60)}
     assert send(cluster, "PUT", path, b"x", many) == (400, "RequestHeaderSectionTooLarge")
-    assert send(cluster, "PUT", path, b"x", {f"x-many-{number}": "v" for number in range(300)}) == (400, "RequestHeaderSectionTooLarge")
+    assert send(cluster, "PUT", path, b"x", {f"x-many-{number}": "v" for number in range(300)}) == (
+        400,
+        "RequestHeaderSectionTooLarge",
+    )
     assert absent(client, "headers")
 
 
-# --- multipart --------------------------------------------------------------------------------------------------------------
+# --- multipart
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_uploads_that_cannot_be_completed_are_refused_and_stay_as_they_are(cluster: Cluster, client: Any) -> None:
@@ -234,22 +274,37 @@ def test_uploads_that_cannot_be_completed_are_refused_and_stay_as_they_are(clust
     complete = client.complete_multipart_upload
     assert refused(complete, **upload, MultipartUpload={"Parts": both}) == (400, "EntityTooSmall")
     assert refused(complete, **upload, MultipartUpload={"Parts": both[::-1]}) == (400, "InvalidPartOrder")
-    assert refused(complete, **upload, MultipartUpload={"Parts": [{"PartNumber": 3, "ETag": etags[0]}]}) == (400, "InvalidPart")
-    assert refused(complete, **upload, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": '"' + "0" * 32 + '"'}]}) == (400, "InvalidPart")
+    assert refused(complete, **upload, MultipartUpload={"Parts": [{"PartNumber": 3, "ETag": etags[0]}]}) == (
+        400,
+        "InvalidPart",
+    )
+    assert refused(
+        complete, **upload, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": '"' + "0" * 32 + '"'}]}
+    ) == (400, "InvalidPart")
     assert refused(client.upload_part, **upload, PartNumber=10_001, Body=b"x") == (400, "InvalidArgument")
-    assert send(cluster, "PUT", f"/{BUCKET}/parts?partNumber=0&uploadId={upload['UploadId']}", b"x") == (400, "InvalidArgument")
-    lines = "".join(f"<Part><PartNumber>{number}</PartNumber><ETag>{etags[0]}</ETag></Part>" for number in range(1, 10_002))
+    assert send(cluster, "PUT", f"/{BUCKET}/parts?partNumber=0&uploadId={upload['UploadId']}", b"x") == (
+        400,
+        "InvalidArgument",
+    )
+    lines = "".join(
+        f"<Part><PartNumber>{number}</PartNumber><ETag>{etags[0]}</ETag></Part>" for number in range(1, 10_002)
+    )
     document = f"<CompleteMultipartUpload>{lines}</CompleteMultipartUpload>".encode()
     target = f"/{BUCKET}/parts?uploadId={upload['UploadId']}"
     assert send(cluster, "POST", target, document) == (400, "MalformedXML")
-    assert send(cluster, "POST", target, b"<CompleteMultipartUpload></CompleteMultipartUpload>") == (400, "MalformedXML")
+    assert send(cluster, "POST", target, b"<CompleteMultipartUpload></CompleteMultipartUpload>") == (
+        400,
+        "MalformedXML",
+    )
     assert absent(client, "parts")
     assert [part["PartNumber"] for part in client.list_parts(**upload)["Parts"]] == [1, 2]
     complete(**upload, MultipartUpload={"Parts": both[:1]})
     assert client.get_object(**where)["Body"].read() == b"small"
 
 
-@pytest.mark.parametrize("upload_id", ["nothing-of-ours", "0" * 32, "A" * 500, "..%2F..%2Fx", urllib.parse.quote("ü\n"), "%00"])
+@pytest.mark.parametrize(
+    "upload_id", ["nothing-of-ours", "0" * 32, "A" * 500, "..%2F..%2Fx", urllib.parse.quote("ü\n"), "%00"]
+)
 def test_an_unknown_upload_is_no_such_upload_for_every_call(cluster: Cluster, client: Any, upload_id: str) -> None:
     target = f"/{BUCKET}/unknown?uploadId={upload_id}"
     body = b"<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>x</ETag></Part></CompleteMultipartUpload>"
@@ -259,7 +314,8 @@ def test_an_unknown_upload_is_no_such_upload_for_every_call(cluster: Cluster, cl
     assert send(cluster, "POST", target, body) == (404, "NoSuchUpload")
 
 
-# --- and nothing of it in the logs ----------------------------------------------------------------------------------------------
+# --- and nothing of it in the logs
+# ----------------------------------------------------------------------------------------------
 
 
 def test_none_of_it_left_a_traceback_in_any_log(cluster: Cluster, client: Any) -> None:
@@ -276,7 +332,12 @@ def test_none_of_it_left_a_traceback_in_any_log(cluster: Cluster, client: Any) -
         ("DELETE", "ACL", {}, (501, "NotImplemented")),
         ("PUT", "annotation=a", {}, (501, "NotImplemented")),
         ("PUT", "partNumber=1", {}, (400, "InvalidArgument")),
-        ("PUT", "", {"x-amz-write-offset-bytes": "3", "x-amz-server-side-encryption": "AES256"}, (501, "NotImplemented")),
+        (
+            "PUT",
+            "",
+            {"x-amz-write-offset-bytes": "3", "x-amz-server-side-encryption": "AES256"},
+            (501, "NotImplemented"),
+        ),
         ("PUT", "", {"if-match": '""'}, (412, "PreconditionFailed")),
         ("PUT", "", {"if-match": "W/"}, (412, "PreconditionFailed")),
         ("PUT", "", {"if-none-match": '*,"x"'}, (501, "NotImplemented")),
@@ -299,4 +360,8 @@ def test_an_empty_object_has_no_range_but_its_last_bytes(cluster: Cluster, clien
     for arguments, status in (({"Range": "bytes=-5"}, 200), ({"PartNumber": 1}, 200)):
         for call in (client.get_object, client.head_object):
             found = call(Bucket=BUCKET, Key="none", **arguments)
-            assert (found["ResponseMetadata"]["HTTPStatusCode"], found["ContentLength"], found.get("ContentRange")) == (status, 0, None)
+            assert (found["ResponseMetadata"]["HTTPStatusCode"], found["ContentLength"], found.get("ContentRange")) == (
+                status,
+                0,
+                None,
+            )

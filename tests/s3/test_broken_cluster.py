@@ -1,4 +1,6 @@
-"""A cluster that lacks what it needs: it says so, acknowledges nothing it cannot keep, and has everything again when that is back."""
+"""A cluster that lacks what it needs: it says so, acknowledges nothing it cannot keep, and has everything again when
+that is back.
+"""
 
 from __future__ import annotations
 
@@ -138,13 +140,15 @@ def listens(cluster: Cluster) -> bool:
     return True
 
 
-# --- commands that cannot do what was asked ---------------------------------------------------------------------------------
+# --- commands that cannot do what was asked
+# ---------------------------------------------------------------------------------
 
 
 def test_a_config_with_five_mistakes_lists_all_five(cluster: Cluster, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(
-        '[node]\nname = "n 1"\ndirectory = 5\nroles = ["storrage"]\n[cluster]\nidentity = "identity"\n[rpc]\nlisten = "nowhere"\n[lgo]\n'
+        '[node]\nname = "n 1"\ndirectory = 5\nroles = ["storrage"]\n[cluster]\nidentity = "identity"\n[rpc]\nlisten ='
+        ' "nowhere"\n[lgo]\n'
     )
     for command in (("config", "check"), ("run",)):
         done = cluster.run(*command, str(path), check=False)
@@ -155,7 +159,9 @@ def test_a_config_with_five_mistakes_lists_all_five(cluster: Cluster, tmp_path: 
         assert "Traceback" not in done.stderr
 
 
-def test_dev_leaves_strange_directories_alone_and_takes_no_misspelt_action_for_one(cluster: Cluster, tmp_path: Path) -> None:
+def test_dev_leaves_strange_directories_alone_and_takes_no_misspelt_action_for_one(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     for more in ((), ("--detach",)):

@@ -22,9 +22,9 @@ from storaged.cluster.layouts import LayoutBook, LayoutFiles
 from storaged.cluster.rpc import RpcPool
 from storaged.keys.bucketkey import BucketKeys
 from storaged.meta.client import RingClient
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import SYSTEM_SCOPE, Change, Table, system_name
-from storaged.meta.remote import ReplicaDirectory
+from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.wire import decode, encode
 from tests.cluster import Cluster
 
@@ -54,7 +54,9 @@ class Ring:
 
     def __init__(self, cluster: Cluster) -> None:
         own = identity.load_identity(cluster.directory / "gateway" / "identity")
-        layouts = LayoutBook(own.administration, own.cluster, known=LayoutFiles(cluster.directory / "gateway" / "layouts").load())
+        layouts = LayoutBook(
+            own.administration, own.cluster, known=LayoutFiles(cluster.directory / "gateway" / "layouts").load()
+        )
         self.pool = RpcPool(
             own,
             addresses=lambda node: layouts.current.node_by_name[node].address or None,
@@ -114,7 +116,9 @@ def kinds(cluster: Cluster) -> list[str]:
     return [json.loads(line)["kind"] for file in files for line in file.read_text().splitlines()]
 
 
-def test_keys_that_were_overwritten_in_the_ring_come_back_from_the_gateway_and_from_a_backup(cluster: Cluster, tmp_path: Path) -> None:
+def test_keys_that_were_overwritten_in_the_ring_come_back_from_the_gateway_and_from_a_backup(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     s3 = cluster.boto3()
     for bucket in BUCKETS:
         s3.create_bucket(Bucket=bucket)
@@ -158,10 +162,16 @@ def move_gateway(cluster: Cluster, location: str, jurisdiction: str) -> None:
     """Another certificate, and a layout that says so, as an operator would make them."""
     authority = identity.load_authority(cluster.directory / "authority")
     folder = cluster.directory / "gateway"
-    identity.issue(authority, folder / "identity", name="gateway", location=location, roles=("gateway",), jurisdiction=jurisdiction)
+    identity.issue(
+        authority, folder / "identity", name="gateway", location=location, roles=("gateway",), jurisdiction=jurisdiction
+    )
     known = decode(LayoutFiles(cluster.directory / "n1" / "layouts").load()[-1].payload, Layout)
-    nodes = tuple(msgspec.structs.replace(node, location=location) if node.name == "gateway" else node for node in known.nodes)
-    signed = identity.sign_layout(msgspec.structs.replace(known, epoch=known.epoch + 1, nodes=nodes), authority.administration)
+    nodes = tuple(
+        msgspec.structs.replace(node, location=location) if node.name == "gateway" else node for node in known.nodes
+    )
+    signed = identity.sign_layout(
+        msgspec.structs.replace(known, epoch=known.epoch + 1, nodes=nodes), authority.administration
+    )
     for name in ("n1", "n2", "n3", "gateway"):
         (cluster.directory / name / "identity" / "layout.signed").write_bytes(encode(signed))
     for pid in cluster.pids().values():
@@ -201,4 +211,6 @@ def test_a_bucket_that_is_deleted_leaves_its_end_with_its_key(cluster: Cluster) 
     record = decode(with_ring(cluster, lambda ring: ring.read(path)), BucketKeys)
     assert record.ended is not None
     assert (record.ended.name, len(record.ended.nonce), len(record.authenticator)) == ("short-lived", 16, 32)
-    assert re.search(r"key backup +covers epoch 1; \d+ bucket keys? newer than it", cluster.run("doctor", check=False).stdout)
+    assert re.search(
+        r"key backup +covers epoch 1; \d+ bucket keys? newer than it", cluster.run("doctor", check=False).stdout
+    )

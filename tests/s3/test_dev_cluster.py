@@ -69,7 +69,11 @@ def test_a_new_cluster_is_healthy_and_says_where_everything_is(cluster: Cluster)
         node = node_of(found, name)
         assert (node["roles"], node["state"], node["directory"]) == (["storage"], "up", str(cluster.directory / name))
         words = Path(f"/proc/{node['pid']}/cmdline").read_bytes().split(b"\0")
-        assert words[words.index(b"run") :][:3] == [b"run", str(cluster.directory / name / "config.toml").encode(), b"--parent"]
+        assert words[words.index(b"run") :][:3] == [
+            b"run",
+            str(cluster.directory / name / "config.toml").encode(),
+            b"--parent",
+        ]
         assert len(node["disks"]) == 2
         for disk in node["disks"]:
             assert disk["state"] == "ok"
@@ -96,9 +100,14 @@ def test_secrets_lie_in_private_files_and_listeners_on_loopback(cluster: Cluster
     ):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path  # rows tell names and sizes
     limits = Path(f"/proc/{cluster.pids()['gateway']}/limits").read_text().splitlines()
-    assert next(line for line in limits if line.startswith("Max core file size")).split()[4:6] == ["0", "0"]  # it would hold keys
+    assert next(line for line in limits if line.startswith("Max core file size")).split()[4:6] == [
+        "0",
+        "0",
+    ]  # it would hold keys
     ours = inodes_of(cluster)
-    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
     listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in ours}
     assert listening == {"0100007F"}
 
@@ -135,14 +144,17 @@ def test_no_storage_process_has_code_that_handles_keys(cluster: Cluster) -> None
     for name in RACKS:
         modules = request(cluster.directory / name, "GET", "/v1/modules")["modules"]
         assert "storaged.fragments.store" in modules
-        assert [module for module in modules if module.startswith(("storaged.keys", "storaged.s3", "storaged.node.gateway"))] == []
+        assert [
+            module for module in modules if module.startswith(("storaged.keys", "storaged.s3", "storaged.node.gateway"))
+        ] == []
         assert not (cluster.directory / name / "keys").exists()
     assert "storaged.keys.keyring" in request(cluster.directory / "gateway", "GET", "/v1/modules")["modules"]
 
 
 def test_where_names_every_fragment_and_what_may_fail(cluster: Cluster) -> None:
     cluster.boto3().put_object(Bucket="demo", Key="where/é ü+%20", Body=os.urandom(400_000))
-    # A disk that is late is left out of a write that is safe without it, and repaired behind it: on a busy machine that takes a moment.
+    # A disk that is late is left out of a write that is safe without it, and repaired behind it: on a busy machine that
+    # takes a moment.
     cluster.wait_until(lambda: cluster.where("demo", "where/é ü+%20")["disks_may_fail"] == 2, 60, "six fragments")
     found = cluster.where("demo", "where/é ü+%20")
     assert len(found["fragments"]) == 6
@@ -190,7 +202,9 @@ def test_an_operator_lists_counts_hands_over_and_deletes_buckets(cluster: Cluste
     for number in range(3):
         clients[0].put_object(Bucket="carlas", Key=f"k{number}", Body=bytes(1000 * number))
     listed = json.loads(cluster.run("bucket", "list", "--user", "carla", "--json").stdout)
-    assert [(one["bucket"], one["owners"], one["owner"]) for one in listed] == [("carlas", ["carla"], owners[0]["user_id"])]
+    assert [(one["bucket"], one["owners"], one["owner"]) for one in listed] == [
+        ("carlas", ["carla"], owners[0]["user_id"])
+    ]
     assert "carlas" in cluster.run("bucket", "list").stdout
     counted = json.loads(cluster.run("bucket", "usage", "carlas", "--json").stdout)
     assert counted == {"bucket": "carlas", "objects": 3, "versions": 3, "bytes": 3000}
@@ -225,7 +239,9 @@ def refusal(client: Any) -> str:
 
 
 def test_a_bucket_may_be_narrowed_to_countries_and_never_widened_beyond_eu_law(cluster: Cluster) -> None:
-    """All disks of a trial cluster stand in France: narrowing to it holds, narrowing to Germany leaves no place, and the rest of the world is refused."""
+    """All disks of a trial cluster stand in France: narrowing to it holds, narrowing to Germany leaves no place, and
+    the rest of the world is refused.
+    """
     made = json.loads(cluster.run("bucket", "create", "only-fr", "--user", "dev", "--countries", "FR", "--json").stdout)
     racks = ["FR/lyo1/c", "FR/par1/a", "FR/par2/b"]
     assert made == {"bucket": "only-fr", "owner": "dev", "countries": ["FR"], "racks": racks}
@@ -249,9 +265,17 @@ def test_settings_for_clients_come_as_json_shell_and_recipes(cluster: Cluster) -
     found = json.loads(cluster.run("env", "--json").stdout)
     assert set(found) == {"endpoint", "region", "access_key", "secret_key", "bucket"}
     shell = cluster.run("env").stdout
-    script = shell + 'echo "$AWS_ACCESS_KEY_ID|$AWS_SECRET_ACCESS_KEY|$AWS_DEFAULT_REGION|$AWS_ENDPOINT_URL|$STORAGED_DIR"'
+    script = (
+        shell + 'echo "$AWS_ACCESS_KEY_ID|$AWS_SECRET_ACCESS_KEY|$AWS_DEFAULT_REGION|$AWS_ENDPOINT_URL|$STORAGED_DIR"'
+    )
     printed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    assert printed.split("|") == [found["access_key"], found["secret_key"], found["region"], found["endpoint"], str(cluster.directory)]
+    assert printed.split("|") == [
+        found["access_key"],
+        found["secret_key"],
+        found["region"],
+        found["endpoint"],
+        str(cluster.directory),
+    ]
     for client in ("aws", "boto3", "rclone", "restic", "s3cmd"):
         recipe = cluster.run("env", "--for", client).stdout
         assert found["access_key"] in recipe
@@ -347,7 +371,9 @@ def test_the_audit_log_holds_and_a_changed_entry_is_named(cluster: Cluster, tmp_
     round_trip(cluster, "audited")
     audit = cluster.directory / "gateway" / "audit"
     cluster.wait_until(
-        lambda: cluster.run("audit", "verify", str(audit), check=False).returncode == 0, 30, "every witness to have seen the log"
+        lambda: cluster.run("audit", "verify", str(audit), check=False).returncode == 0,
+        30,
+        "every witness to have seen the log",
     )
     found = json.loads(cluster.run("audit", "verify", "--json", str(audit)).stdout)
     assert (found["ok"], found["compared_with_all_witnesses"], found["node"]) == (True, True, "gateway")
@@ -369,11 +395,15 @@ def test_every_node_is_witnessed_by_all_others(cluster: Cluster) -> None:
     for name in cluster.pids():
         audit = cluster.directory / name / "audit"
         cluster.wait_until(
-            lambda audit=audit: cluster.run("audit", "verify", str(audit), check=False).returncode == 0, 30, f"the witnesses of {name}"
+            lambda audit=audit: cluster.run("audit", "verify", str(audit), check=False).returncode == 0,
+            30,
+            f"the witnesses of {name}",
         )
 
 
-def test_doctor_warns_until_the_keys_are_backed_up_and_the_backup_brings_them_back(cluster: Cluster, tmp_path: Path) -> None:
+def test_doctor_warns_until_the_keys_are_backed_up_and_the_backup_brings_them_back(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     assert "KEYS_NOT_BACKED_UP" in cluster.run("doctor", check=False).stdout
     (tmp_path / "phrase").write_text("correct horse battery staple\n")
     cluster.run("keys", "backup", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "phrase"))
@@ -383,12 +413,16 @@ def test_doctor_warns_until_the_keys_are_backed_up_and_the_backup_brings_them_ba
     cluster.run("dev", "stop", "gateway")
     shutil.move(cluster.directory / "gateway" / "keys", tmp_path / "lost")
     cluster.run("dev", "start", "gateway")
-    cluster.wait_until(lambda: "KEYRING_MISMATCH" in problem_codes(cluster.status()), 15, "the missing keyring to be named")
+    cluster.wait_until(
+        lambda: "KEYRING_MISMATCH" in problem_codes(cluster.status()), 15, "the missing keyring to be named"
+    )
     assert cluster.run("status", check=False).returncode == 2
     assert "ServiceUnavailable" in refusal(cluster.boto3())
     assert not (cluster.directory / "gateway" / "keys").exists(), "keys are never made anew"
     (tmp_path / "wrong").write_text("incorrect horse\n")
-    wrong = cluster.run("keys", "restore", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "wrong"), check=False)
+    wrong = cluster.run(
+        "keys", "restore", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "wrong"), check=False
+    )
     assert (wrong.returncode, "WRONG_PASSPHRASE" in wrong.stderr) == (1, True)
     assert not (cluster.directory / "gateway" / "keys").exists()
     cluster.run("keys", "restore", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "phrase"))

@@ -52,14 +52,19 @@ def test_the_first_minutes_of_the_readme_work_as_printed(tmp_path: Path) -> None
     assert len(commands) >= 8
     script = "set -u\ncd " + str(ROOT) + "\n"
     for number, (command, _) in enumerate(commands):
-        # A transcript goes on after a command that tells of trouble by its exit code (status does), so codes are collected, not fatal.
+        # A transcript goes on after a command that tells of trouble by its exit code (status does), so codes are
+        # collected, not fatal.
         script += f"echo '@@{number}'\n{command}\necho \"@@exit $?\"\n"
     script += "storaged dev stop >/dev/null 2>&1 || true\n"
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=550, check=False)
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=550, check=False
+    )
     for number, (command, shown) in enumerate(commands):
         output = re.search(rf"^@@{number}\n(.*?)^@@exit (\d+)$", done.stdout, re.DOTALL | re.MULTILINE)
         assert output, f"{command}: never ran\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         allowed = ("0", "1") if command.startswith("storaged status") else ("0",)
         assert output[2] in allowed, f"{command} -> {output[2]}\n{output[1]}\n{done.stderr[-3000:]}"
         for line in shown:
-            assert pattern_of(line).search(output[1]), f"{command} does not show {line!r}:\n{output[1]}\n{done.stderr[-2000:]}"
+            assert pattern_of(line).search(output[1]), (
+                f"{command} does not show {line!r}:\n{output[1]}\n{done.stderr[-2000:]}"
+            )

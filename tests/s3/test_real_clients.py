@@ -25,9 +25,16 @@ def need(program: str) -> None:
 
 def run(cluster: Cluster, *command: str, stdin: bytes | None = None, **extra: str) -> str:
     done = subprocess.run(
-        command, env={**cluster.client_environment(), **extra}, input=stdin, capture_output=True, timeout=180, check=False
+        command,
+        env={**cluster.client_environment(), **extra},
+        input=stdin,
+        capture_output=True,
+        timeout=180,
+        check=False,
     )
-    assert done.returncode == 0, f"{' '.join(command)} -> {done.returncode}\n{done.stdout.decode()[-3000:]}\n{done.stderr.decode()[-3000:]}"
+    assert done.returncode == 0, (
+        f"{' '.join(command)} -> {done.returncode}\n{done.stdout.decode()[-3000:]}\n{done.stderr.decode()[-3000:]}"
+    )
     return done.stdout.decode(errors="replace")
 
 
@@ -35,7 +42,7 @@ def make_tree(folder: Path, seed: int = 7) -> dict[str, bytes]:
     """Files of every size class, in folders, with awkward names."""
     source = random.Random(seed)
     names = {
-        "empty": 0, "tiny.txt": 1, "a b+c&d.txt": 900, "é/ü ñ.bin": 5000, "deep/er/and/deeper/16k": 16_384, "64k": 65_536,
+        "empty": 0, "tiny.txt": 1, "a b+c&d.txt": 900, "é/ü ñ.bin": 5000, "deep/er/and/deeper/16k": 16_384, "64k": 65_536,  # noqa: E501
         "one-block": 3 * MIB, "large": 21 * MIB + 11,
     }  # fmt: skip
     files = {}
@@ -85,7 +92,18 @@ def test_rclone_syncs_checks_and_purges(cluster: Cluster, tmp_path: Path) -> Non
     files = make_tree(tmp_path / "up")
     remote = rclone_remote(cluster)
     run(cluster, "rclone", "mkdir", "eu:rclone", **remote)
-    run(cluster, "rclone", "sync", "--s3-upload-cutoff", "8M", "--s3-chunk-size", "5M", str(tmp_path / "up"), "eu:rclone/tree", **remote)
+    run(
+        cluster,
+        "rclone",
+        "sync",
+        "--s3-upload-cutoff",
+        "8M",
+        "--s3-chunk-size",
+        "5M",
+        str(tmp_path / "up"),
+        "eu:rclone/tree",
+        **remote,
+    )
     run(cluster, "rclone", "check", "--download", str(tmp_path / "up"), "eu:rclone/tree", **remote)
     run(cluster, "rclone", "check", str(tmp_path / "up"), "eu:rclone/tree", **remote)
     run(cluster, "rclone", "sync", "eu:rclone/tree", str(tmp_path / "down"), **remote)
@@ -148,7 +166,9 @@ def test_env_prints_a_setup_that_works_when_pasted(cluster: Cluster, tmp_path: P
     else:
         script = f"{setup}\n{commands[tool]}"
     environment = {**cluster.environment(), "RESTIC_PASSWORD": "x"}
-    done = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["bash", "-euc", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
 

@@ -1,4 +1,6 @@
-"""A server that is built anew from its issued folder: it answers nothing, and says why, until an operator accepts its disks."""
+"""A server that is built anew from its issued folder: it answers nothing, and says why, until an operator accepts its
+disks.
+"""
 
 from __future__ import annotations
 

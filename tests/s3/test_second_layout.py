@@ -32,7 +32,9 @@ def test_a_layout_over_more_servers_is_refused_named_and_loses_nothing(tmp_path:
         plan = create.load_plan(authority.directory)
         for number, rack in ((4, "DE/fra1/a"), (5, "DE/fra2/b"), (6, "DE/ber1/c")):
             plan.nodes.append(
-                create.NodePlan(f"n{number}", rack, ("storage",), f"127.0.0.1:{number}", disks=create.new_disks(["d1", "d2"]))
+                create.NodePlan(
+                    f"n{number}", rack, ("storage",), f"127.0.0.1:{number}", disks=create.new_disks(["d1", "d2"])
+                )
             )
         folders = [cluster.directory / name for name in (*RACKS, "gateway")]
         create.sign_layout(authority, create.layout_of(plan), folders)  # as an older release signed it
@@ -40,7 +42,11 @@ def test_a_layout_over_more_servers_is_refused_named_and_loses_nothing(tmp_path:
             os.kill(pid, signal.SIGHUP)
 
         def refused() -> set[str]:
-            return {problem["subject"].split("/")[-1] for problem in cluster.status()["problems"] if problem["code"] == "LAYOUT_REFUSED"}
+            return {
+                problem["subject"].split("/")[-1]
+                for problem in cluster.status()["problems"]
+                if problem["code"] == "LAYOUT_REFUSED"
+            }
 
         cluster.wait_until(lambda: refused() == {*RACKS, "gateway"}, 30, "LAYOUT_REFUSED of every node")
         status = cluster.status()
@@ -51,7 +57,9 @@ def test_a_layout_over_more_servers_is_refused_named_and_loses_nothing(tmp_path:
         all_there()
         cluster.run("dev", "kill", "n1")
         cluster.run("dev", "start", "n1")
-        cluster.wait_until(lambda: refused() == {*RACKS, "gateway"}, 30, "LAYOUT_REFUSED of the node that was started again")
+        cluster.wait_until(
+            lambda: refused() == {*RACKS, "gateway"}, 30, "LAYOUT_REFUSED of the node that was started again"
+        )
         all_there()
         assert "does not take" in cluster.run("explain", "LAYOUT_REFUSED").stdout
     finally:

@@ -1,4 +1,6 @@
-"""One process with both roles and six disks is a complete installation: it loses no object and stops no request when a disk goes."""
+"""One process with both roles and six disks is a complete installation: it loses no object and stops no request when a
+disk goes.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def wrong(client: Any, bucket: str) -> list[str]:
 
 
 @pytest.mark.timeout(180)
-def test_a_single_node_reads_and_writes_on_when_a_disk_goes_while_it_runs_and_after_a_restart_without_it(tmp_path: Path) -> None:
+def test_a_single_node_reads_and_writes_on_when_a_disk_goes_while_it_runs_and_after_a_restart_without_it(
+    tmp_path: Path,
+) -> None:
     with storaged_single(tmp_path) as server:
         client = client_of(server)
         put_all(client, "before")

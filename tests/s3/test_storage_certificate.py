@@ -8,16 +8,16 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from storaged.cluster import authority, identity
+from storaged.cluster import identity
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
-from storaged.cluster.rpc import RpcPool
+from storaged.cluster.rpc import RpcPool, authority
 from storaged.errors import PeerRefused
 from storaged.meta import messages
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import RegisterName, Value, Visibility, system_name
 from storaged.meta.ports import Ballot
-from storaged.meta.register import Verdict
-from storaged.meta.remote import ReplicaDirectory
+from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.objects.records import BucketRecord
 from storaged.wire import decode
 from tests.cluster import Cluster
@@ -31,7 +31,9 @@ class Thief:
         own = identity.load_identity(place / "identity")
         self.layouts = LayoutBook(own.administration, own.cluster, known=LayoutFiles(place / "layouts").load())
         nodes = self.layouts.current.node_by_name
-        self.pool = RpcPool(own, addresses=lambda node: nodes[node].address or None, admission=lambda _peer: None, local_name="nobody")
+        self.pool = RpcPool(
+            own, addresses=lambda node: nodes[node].address or None, admission=lambda _peer: None, local_name="nobody"
+        )
         self.replicas = ReplicaDirectory(self.layouts, self.pool)
         self.ring = RingClient(self.layouts, self.replicas, node="n1", gateway=False)
 
@@ -89,8 +91,14 @@ def test_one_storage_certificate_writes_no_user_key_bucket_or_cluster_and_sets_n
             assert await thief.force(name, value) == {"VALUE_REFUSED"}
             assert await thief.force(name, value, "gateway") == {"BALLOT_REFUSED"}
         disk = next(disk.id for disk in thief.layouts.current.disks if disk.node == "n2")
-        assert await thief.call("meta.fence", messages.FenceSet(disk, bucket_id, b"\xff" * 16, True), messages.FenceReply) == "ROLE_REFUSED"
-        assert await thief.call("meta.unfence", messages.FenceLift(disk, bucket_id, b"\xff" * 16), messages.FenceReply) == "ROLE_REFUSED"
+        assert (
+            await thief.call("meta.fence", messages.FenceSet(disk, bucket_id, b"\xff" * 16, True), messages.FenceReply)
+            == "ROLE_REFUSED"
+        )
+        assert (
+            await thief.call("meta.unfence", messages.FenceLift(disk, bucket_id, b"\xff" * 16), messages.FenceReply)
+            == "ROLE_REFUSED"
+        )
         assert {name: (await thief.ring.read(name)).value for name in before} == before
 
     as_thief(cluster, work)
@@ -106,7 +114,9 @@ def test_methods_that_are_not_for_storage_nodes_are_refused_by_a_running_node(cl
     async def work(thief: Thief) -> None:
         for method, row in authority.METHODS.items():
             if "storage" not in row.callers:
-                assert await thief.call(method, messages.EpochFence("d", 1), messages.EpochReply) == "ROLE_REFUSED", method
+                assert await thief.call(method, messages.EpochFence("d", 1), messages.EpochReply) == "ROLE_REFUSED", (
+                    method
+                )
 
     as_thief(cluster, work)
 

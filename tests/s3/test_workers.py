@@ -160,7 +160,9 @@ def test_a_reload_reaches_every_process_and_the_audit_log_is_one(several: Cluste
     log = several.directory / "gateway" / "log"
     already = log.read_text().count("configuration reloaded")
     os.kill(first, signal.SIGHUP)
-    several.wait_until(lambda: log.read_text().count("configuration reloaded") == already + WORKERS, 10, "a reload of all")
+    several.wait_until(
+        lambda: log.read_text().count("configuration reloaded") == already + WORKERS, 10, "a reload of all"
+    )
     lines = log.read_text().splitlines()
     assert any("configuration reloaded" in line and "worker=2" in line for line in lines)
     for client in [several.boto3(connections=1) for _ in range(WORKERS)]:

@@ -1,4 +1,6 @@
-"""``python -m tests.sim --seeds N [--first S] [--break RULE]``: plays seeds, reports violations, the rate, and how soon a broken rule was caught."""
+"""``python -m tests.sim --seeds N [--first S] [--break RULE]``: plays seeds, reports violations, the rate, and how soon
+a broken rule was caught.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import sys
 import time
 from dataclasses import fields, replace
 
-from storaged.meta.register import RULES, Rules
+from storaged.meta.consensus.register import RULES, Rules
 from tests.sim.hostile import run_hostile
 from tests.sim.scenario import run_seed
 

@@ -1,7 +1,9 @@
 """A cluster of the ring's real replicas and clients over a virtual network and virtual disks.
 
-What is virtual: time, the network (delay, loss, duplicates, reordering, partitions), the disk under ``MemoryMetaStore``, randomness. What is real: the acceptor,
-the proposer, the messages as bytes, the RPC methods. A process dies by losing its memory: what it had on the way to the disk arrives in part, what
+What is virtual: time, the network (delay, loss, duplicates, reordering, partitions), the disk under
+``MemoryMetaStore``, randomness. What is real: the acceptor,
+the proposer, the messages as bytes, the RPC methods. A process dies by losing its memory: what it had on the way to the
+disk arrives in part, what
 it had on the wire arrives or does not, what is sent to it is lost.
 """
 
@@ -19,17 +21,25 @@ import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Answer, Call, Line, Method, PeerIdentity, Reply, T, Then
-from storaged.errors import DiskForeign, DiskUnusable, PeerError, PeerRefused, PeerTimeout, PeerUnreachable, StoragedError
-from storaged.meta.accepts import ALONE_MAX
+from storaged.errors import (
+    DiskForeign,
+    DiskUnusable,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnreachable,
+    StoragedError,
+)
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
-from storaged.meta.copies import PlainCopies
-from storaged.meta.create import Novelty
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Copy
-from storaged.meta.register import RULES, Rules
-from storaged.meta.remote import ReplicaDirectory, ReplicaHost
-from storaged.meta.replica import LocalReplica
+from storaged.meta.proposer.create import Novelty
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.transport.batching import ALONE_MAX
+from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 from tests.sim.virtual import VirtualClock, VirtualLoop
 
@@ -47,7 +57,9 @@ def _peer(name: str, roles: tuple[str, ...] = ("gateway",)) -> PeerIdentity:
 
 
 def make_layout(epoch: int, seeds: Sequence[str]) -> Layout:
-    """Five disks, each on a node of its own (``n0`` has ``d0``); registers of the system partition live on ``seeds``."""
+    """Five disks, each on a node of its own (``n0`` has ``d0``); registers of the system partition
+    live on ``seeds``.
+    """
     nodes = tuple(NodeEntry("n" + disk[1:], f"FR/site/{disk}", "", ("storage",)) for disk in DISKS)
     disks = tuple(DiskEntry(disk, "n" + disk[1:], 1) for disk in DISKS)
     return Layout("sim", epoch, nodes, disks, tuple(seeds))
@@ -123,7 +135,9 @@ class World:
 
     async def sync(self) -> None:
         slow = self.random.random() < self.weather.slow
-        await asyncio.sleep(self.random.uniform(0.0002, self.weather.sync_ms / 1000) * (self.weather.slow_sync if slow else 1))
+        await asyncio.sleep(
+            self.random.uniform(0.0002, self.weather.sync_ms / 1000) * (self.weather.slow_sync if slow else 1)
+        )
 
 
 class PayloadDisk:
@@ -194,7 +208,9 @@ class StorageNode:
             return
         self.up = True
         world = self.world
-        self.methods = ReplicaHost({self.disk: self.replica}, lambda: world.epochs, world.rules, clock, world.on_refusal).methods()
+        self.methods = ReplicaHost(
+            {self.disk: self.replica}, lambda: world.epochs, world.rules, clock, world.on_refusal
+        ).methods()
 
     async def start_accepted(self, epoch: int) -> None:
         """With the blank disk that an operator has accepted."""
@@ -255,7 +271,9 @@ class StorageNode:
 
 
 class NetworkCaller:
-    """``cluster.ports.Caller`` and ``Poster`` of one process, until it dies. Now and then a post is refused, as when a connection has no room."""
+    """``cluster.ports.Caller`` and ``Poster`` of one process, until it dies. Now and then a post is refused, as when a
+    connection has no room.
+    """
 
     def __init__(self, world: World, name: str) -> None:
         self._world = world
@@ -387,7 +405,8 @@ class Guess(Novelty):
 
 
 class Gateway:
-    """One process with a ring client. After ``crash`` its calls reach nobody, and a new life has a new incarnation. ``node``: a storage node in the same process,
+    """One process with a ring client. After ``crash`` its calls reach nobody, and a new life has a new incarnation.
+    ``node``: a storage node in the same process,
     whose replica is asked without the network, and which dies and comes back with it."""
 
     def __init__(

@@ -1,9 +1,14 @@
-"""Seeds with a liar, with clocks that are hours off, with storage nodes that propose, and with blank disks that are accepted.
+"""Seeds with a liar, with clocks that are hours off, with storage nodes that propose, and with blank disks that are
+accepted.
 
-Two kinds of runs. Where a replica *lies*, everything else is well but slow, gateways die, and one clock is off: what one liar among three may do is bounded only
-while both others can be asked (README, "Limits"). It writes to its own disk, under ballots of its choice, values that no gateway wrote, older ones that one did, and
-ones that were never chosen; it promises counters that are far off; it asks the others what only gateways may. What it does not do is break a promise, or report
-what it acknowledged as never accepted under the older ballot: no quorum of two in three bears that. Where nobody lies everything fails that fails in ``scenario``.
+Two kinds of runs. Where a replica *lies*, everything else is well but slow, gateways die, and one clock is off: what
+one liar among three may do is bounded only
+while both others can be asked (README, "Limits"). It writes to its own disk, under ballots of its choice, values that
+no gateway wrote, older ones that one did, and
+ones that were never chosen; it promises counters that are far off; it asks the others what only gateways may. What it
+does not do is break a promise, or report
+what it acknowledged as never accepted under the older ballot: no quorum of two in three bears that. Where nobody lies
+everything fails that fails in ``scenario``.
 
 Beside that a bucket is closed for good by a final fence while others use it.
 """
@@ -19,10 +24,10 @@ from typing import Any
 from storaged.errors import NoSuchBucket, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import RingClient
-from storaged.meta.listing import RingScanner
+from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Slot, SmallCopies, StoreBatch, Update
-from storaged.meta.register import RULES, Rules
 from storaged.node.keeper import SystemKeeper
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World
 from tests.sim.scenario import GATEWAYS, KEYS, Scenario, Verdicts, play_out
@@ -124,7 +129,8 @@ class Hostile(Scenario):
         level = self.random.choice((0.0, 0.1, 0.3))
         return Weather(0.0, level, level, 0.0, self.random.choice((1.0, 4.0)), 0.12, 6, 0.1)
 
-    # --- what a liar does ----------------------------------------------------------------------------------------------
+    # --- what a liar does
+    # ----------------------------------------------------------------------------------------------
 
     async def lies(self) -> None:
         """Until it is cancelled."""
@@ -168,7 +174,10 @@ class Hostile(Scenario):
         ballot = Ballot(1, self._high(node), node.name, self.random.randbytes(8))
         if kind < 0.4 or not seen:
             value = Value(
-                self.random.choice((1, 5, 1000)), self.random.randbytes(16), Visibility.LIVE, b"forged " + self.random.randbytes(4)
+                self.random.choice((1, 5, 1000)),
+                self.random.randbytes(16),
+                Visibility.LIVE,
+                b"forged " + self.random.randbytes(4),
             )
         else:
             _, value = self.random.choice(seen[-6:])
@@ -178,7 +187,9 @@ class Hostile(Scenario):
         await self._overwrite(node, name, ballot, value)
 
     def _others_agree(self, name: RegisterName) -> bool:
-        """Whether the honest replicas hold the same. Where they don't, what they hold with one sequence under two ballots no rule can tell apart without the liar."""
+        """Whether the honest replicas hold the same. Where they don't, what they hold with one sequence under two
+        ballots no rule can tell apart without the liar.
+        """
         return len(self._held(name, [disk for disk in FIRST_SEEDS if disk != self._liar])) == 1
 
     def _held(self, name: RegisterName, disks: Sequence[str]) -> set[Ballot]:
@@ -215,7 +226,8 @@ class Hostile(Scenario):
                     identity = self.random.random() < 0.5
                     ballot = own if self.random.random() < 0.7 else Ballot(1, own.counter, "g0", bytes(8))
                     await replica.accept(
-                        messages.Accept(disk, name, ballot, self.random.choice(seen[-6:])[1], b"", identity), timeout_s=0.2
+                        messages.Accept(disk, name, ballot, self.random.choice(seen[-6:])[1], b"", identity),
+                        timeout_s=0.2,
                     )
         await liar.client.close()
 
@@ -231,7 +243,8 @@ class Hostile(Scenario):
                     await stray.directory.replica(disk).prepare(messages.Prepare(disk, name, ballot), timeout_s=0.2)
         await stray.client.close()
 
-    # --- keepers, storage nodes, blank disks, fences -------------------------------------------------------------------
+    # --- keepers, storage nodes, blank disks, fences
+    # -------------------------------------------------------------------
 
     async def keeper(self, gateway: Gateway) -> None:
         """Until it is cancelled."""
@@ -240,8 +253,12 @@ class Hostile(Scenario):
             await asyncio.sleep(self.random.uniform(0.02, 0.2))
             if not gateway.caller.alive:
                 continue
-            scanner = RingScanner(gateway.layouts, gateway.directory, gateway.client, reachable, timeout_s=0.3, hedge_s=0.02)
-            keeper = SystemKeeper(scanner, gateway.client, gateway.layouts, reachable, jitter=lambda: 0.01 * self.random.random())
+            scanner = RingScanner(
+                gateway.layouts, gateway.directory, gateway.client, reachable, timeout_s=0.3, hedge_s=0.02
+            )
+            keeper = SystemKeeper(
+                scanner, gateway.client, gateway.layouts, reachable, jitter=lambda: 0.01 * self.random.random()
+            )
             for name in dict.fromkeys(self._hints):
                 if name.table == Table.SYSTEM:
                     keeper.hint(name)
@@ -299,7 +316,9 @@ class Hostile(Scenario):
         await closer.client.close()
 
     async def use_bucket(self, gateway: Gateway) -> None:
-        """Reads, lists and writes in the bucket that is being closed: afterwards none is written, and all others are told."""
+        """Reads, lists and writes in the bucket that is being closed: afterwards none is written, and all others are
+        told.
+        """
         for _ in range(8):
             await asyncio.sleep(self.random.uniform(0, 0.08))
             began, seen = self._moment(), self._fences_seen.get(gateway.name, 0)
@@ -336,7 +355,8 @@ class Hostile(Scenario):
 
         return fenced
 
-    # --- the whole -----------------------------------------------------------------------------------------------------
+    # --- the whole
+    # -----------------------------------------------------------------------------------------------------
 
     def _skews(self) -> tuple[dict[str, int], dict[str, int]]:
         """Of one acceptor and of one proposer: hours."""
@@ -355,12 +375,22 @@ class Hostile(Scenario):
     async def play(self) -> None:
         of_disks, of_gateways = self._skews()
         nodes = [
-            StorageNode(self.world, "n" + disk[1:], disk, of_disks.get(disk, 0) + self.world.skew_ms() if disk in of_disks else None)
+            StorageNode(
+                self.world,
+                "n" + disk[1:],
+                disk,
+                of_disks.get(disk, 0) + self.world.skew_ms() if disk in of_disks else None,
+            )
             for disk in DISKS
         ]
-        gateways = [self._gateway(f"g{index}", skew_ms=of_gateways.get(f"g{index}", 0) + self.world.skew_ms()) for index in range(GATEWAYS)]
+        gateways = [
+            self._gateway(f"g{index}", skew_ms=of_gateways.get(f"g{index}", 0) + self.world.skew_ms())
+            for index in range(GATEWAYS)
+        ]
         self.found.faults += [
-            f"{name}'s clock is {skew_ms / HOUR_MS} h off" for name, skew_ms in (*of_disks.items(), *of_gateways.items()) if skew_ms
+            f"{name}'s clock is {skew_ms / HOUR_MS} h off"
+            for name, skew_ms in (*of_disks.items(), *of_gateways.items())
+            if skew_ms
         ]
         self.world.weather = self._weather()
         others = [self.keeper(self.random.choice(gateways)), self.repair(self.random.choice(nodes[:3]))]

@@ -1,7 +1,10 @@
-"""Is a history of one register linearizable? Wing and Gong's search (1993) with Lowe's memoisation (2017), as in Porcupine.
+"""Is a history of one register linearizable? Wing and Gong's search (1993) with Lowe's memoisation (2017), as in
+Porcupine.
 
-An operation is invoked and returns; in between it takes effect at one moment. A history is linearizable when moments can be chosen such that every operation
-observed what the register held. An *open* operation (its outcome is unknown, or its process died) may take effect at any time after its invocation, or never.
+An operation is invoked and returns; in between it takes effect at one moment. A history is linearizable when moments
+can be chosen such that every operation
+observed what the register held. An *open* operation (its outcome is unknown, or its process died) may take effect at
+any time after its invocation, or never.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ class Kind(Enum):
 
 @dataclass
 class Operation:
-    """``invoked`` and ``returned`` are positions in the order of events. ``observed`` is what the register held before; unknown when the operation is open.
+    """``invoked`` and ``returned`` are positions in the order of events. ``observed`` is what the register held before;
+    unknown when the operation is open.
     ``expected`` is what a CAS wanted to find."""
 
     kind: Kind
@@ -50,7 +54,9 @@ class Operation:
 
 
 def linearizable(operations: Sequence[Operation]) -> bool:
-    """Each key on its own: a history over several registers is linearizable when it is for each (Herlihy and Wing, 1990)."""
+    """Each key on its own: a history over several registers is linearizable when it is for each (Herlihy and Wing,
+    1990).
+    """
     by_key: dict[str, list[Operation]] = {}
     for operation in operations:
         by_key.setdefault(operation.key, []).append(operation)
@@ -58,11 +64,15 @@ def linearizable(operations: Sequence[Operation]) -> bool:
 
 
 class _Events:
-    """Invocations and returns in order, as a doubly linked list from which operations are lifted and into which they are put back."""
+    """Invocations and returns in order, as a doubly linked list from which operations are lifted and into which they
+    are put back.
+    """
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         events = [(operation.invoked, index, True) for index, operation in enumerate(operations)]
-        events += [(operation.returned, index, False) for index, operation in enumerate(operations) if not operation.open]
+        events += [
+            (operation.returned, index, False) for index, operation in enumerate(operations) if not operation.open
+        ]
         events.sort()
         count = len(events)
         self.operation = [-1] + [index for _, index, _ in events]

@@ -1,4 +1,6 @@
-"""One seeded run: gateways work on a few keys while a nemesis does its worst; then everything heals, and the history is judged."""
+"""One seeded run: gateways work on a few keys while a nemesis does its worst; then everything heals, and the history is
+judged.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from storaged.cluster.layout import SYSTEM_PARTITION
 from storaged.errors import OutcomeUnknown, S3Error, StoragedError
 from storaged.meta import messages
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.register import COUNTER_MAX, RULES, Rules, Verdict, overtaken
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
-from storaged.meta.register import COUNTER_MAX, RULES, Rules, Verdict, overtaken
 from tests.sim.cluster import (
     DISKS,
     FIRST_SEEDS,
@@ -57,7 +59,9 @@ class Verdicts:
 
 
 class ObjectName(RegisterName):
-    """A register of an object (others are not created unasked) on the disks that a layout of the simulation names: those of the system partition."""
+    """A register of an object (others are not created unasked) on the disks that a layout of the simulation names:
+    those of the system partition.
+    """
 
     __slots__ = ()
 
@@ -89,15 +93,21 @@ def content_of(value: Value | None) -> Content:
 class Scenario:
     def __init__(self, seed: int, loop: VirtualLoop, rules: Rules) -> None:
         self.random = random.Random(seed)
-        aside = random.Random(f"aside {seed}")  # its own, so that what is drawn from it changes nothing in the runs without
-        self.world = World(loop, self.random, rules, skew_ms_max=WIDE_SKEW_MS_MAX if aside.random() < 0.2 else SKEW_MS_MAX)
+        aside = random.Random(
+            f"aside {seed}"
+        )  # its own, so that what is drawn from it changes nothing in the runs without
+        self.world = World(
+            loop, self.random, rules, skew_ms_max=WIDE_SKEW_MS_MAX if aside.random() < 0.2 else SKEW_MS_MAX
+        )
         self._stray_at_s = aside.uniform(0, 0.4) if aside.random() < 0.15 else None
         """When a gateway whose clock is at the end of all time begins to write; it does in some runs."""
         self.found = Verdicts(seed)
         self.history: list[Operation] = []
         self._moments = 0
         self._of_objects = aside.random() < 0.7
-        """Else registers of the system table: they are not created unasked, and what a majority holds counts against a lone higher ballot."""
+        """Else registers of the system table: they are not created unasked, and what a majority holds counts against a
+        lone higher ballot.
+        """
         self._names = {key: self._name(b"sim/" + key.encode()) for key in KEYS}
         self._last_seen: dict[str, Content] = dict.fromkeys(KEYS)
         self._serial = 0
@@ -106,9 +116,14 @@ class Scenario:
         self.layout = make_layout(1, FIRST_SEEDS)
 
     def _name(self, key: bytes) -> RegisterName:
-        return ObjectName(Table.OBJECT, bytes(16), 0, key) if self._of_objects else RegisterName(Table.SYSTEM, bytes(16), 0, key)
+        return (
+            ObjectName(Table.OBJECT, bytes(16), 0, key)
+            if self._of_objects
+            else RegisterName(Table.SYSTEM, bytes(16), 0, key)
+        )
 
-    # --- workload ------------------------------------------------------------------------------------------------------
+    # --- workload
+    # ------------------------------------------------------------------------------------------------------
 
     def _moment(self) -> int:
         self._moments += 1
@@ -170,7 +185,11 @@ class Scenario:
             reading = await client.read(name, want_payload=self.random.random() < 0.3)
             if reading.value is not None:
                 self._look_for_copies(reading.value.payload)
-            if reading.payload is not None and reading.value is not None and bytes(reading.payload) != reading.value.body:
+            if (
+                reading.payload is not None
+                and reading.value is not None
+                and bytes(reading.payload) != reading.value.body
+            ):
                 self._complain(f"the small copy of {reading.value.body!r} is {bytes(reading.payload)!r}")
             return content_of(reading.value)
         if operation.kind is Kind.DELETE:
@@ -178,18 +197,28 @@ class Scenario:
             return content_of(outcome.before)
         small, data_id = self._small_copies(operation.new or b"")
         if operation.kind is Kind.CAS:
-            outcome = await self._change(client, name, _compare_and_set(operation.expected, operation.new or b"", data_id), small)
+            outcome = await self._change(
+                client, name, _compare_and_set(operation.expected, operation.new or b"", data_id), small
+            )
         elif (barrier := self._barrier()) is not None:
             outcome = await client.change(name, _put(operation.new or b"", data_id), small=small, ready=barrier)
         else:
             put = _put_unless_held if self.random.random() < 0.1 else _put
-            outcome = await self._change(client, name, put(operation.new or b"", data_id), small, regardless=self._of_objects)
+            outcome = await self._change(
+                client, name, put(operation.new or b"", data_id), small, regardless=self._of_objects
+            )
             operation.blind = outcome.before is None and outcome.after is not None and outcome.after.sequence > 1
         self._look_for_copies(data_id)
         return content_of(outcome.before)
 
     async def _change(
-        self, client: RingClient, name: RegisterName, update: Update, small: SmallCopies | None = None, *, regardless: bool = False
+        self,
+        client: RingClient,
+        name: RegisterName,
+        update: Update,
+        small: SmallCopies | None = None,
+        *,
+        regardless: bool = False,
     ) -> Outcome:
         """By a task, or by callbacks."""
         told: asyncio.Future[Outcome] = self.world.loop.create_future()
@@ -232,7 +261,8 @@ class Scenario:
 
         return barrier(self.random.uniform(0, 0.05), self.random.random() < 0.2)
 
-    # --- nemesis -------------------------------------------------------------------------------------------------------
+    # --- nemesis
+    # -------------------------------------------------------------------------------------------------------
 
     async def gateway_life(self, gateway: Gateway) -> None:
         """A gateway's workers; sometimes the process dies in the middle, and comes back as another."""
@@ -250,7 +280,9 @@ class Scenario:
         await asyncio.gather(*work)
 
     async def nemesis(self, wipe: bool) -> None:
-        """Crashes, partitions and bad weather until it is cancelled; sometimes, once, a disk is swapped for a blank one while its node is down."""
+        """Crashes, partitions and bad weather until it is cancelled; sometimes, once, a disk is swapped for a blank one
+        while its node is down.
+        """
         while True:
             await asyncio.sleep(self.random.expovariate(1 / 0.08))
             choice = self.random.random()
@@ -284,8 +316,15 @@ class Scenario:
         level = self.random.choice((0.0, 0.02, 0.1, 0.25))
         full = self.random.choice((0.0, 0.1, 0.5)) if self._disks_may_be_full or self._disks_may_be_swapped else 0.0
         if self._disks_may_be_swapped:
-            full = 0.0  # the one disk that had room for a copy could be the one that is swapped, and the copy be lost rightly
-        return Weather(level * self.random.random(), level * self.random.random(), level, full, self.random.choice((1.0, 4.0, 15.0)))
+            # the one disk that had room for a copy could be the one that is swapped, and the copy be lost rightly
+            full = 0.0
+        return Weather(
+            level * self.random.random(),
+            level * self.random.random(),
+            level,
+            full,
+            self.random.choice((1.0, 4.0, 15.0)),
+        )
 
     async def stray(self) -> None:
         """It asks every replica for a promise above all others, and gets no further."""
@@ -300,7 +339,9 @@ class Scenario:
         await stray.client.close()
 
     async def move(self, gateways: list[Gateway]) -> None:
-        """A layout change with a pause: fence a majority of the old replicas, copy every register, let the new layout be known. Until then nobody writes."""
+        """A layout change with a pause: fence a majority of the old replicas, copy every register, let the new layout
+        be known. Until then nobody writes.
+        """
         await asyncio.sleep(self.random.uniform(0.02, 0.3))
         self.found.faults.append("the ring moved")
         mover = Gateway(self.world, "mover", self.layout)
@@ -365,13 +406,16 @@ class Scenario:
                     await asyncio.sleep(0.02)
         return done
 
-    # --- the whole -----------------------------------------------------------------------------------------------------
+    # --- the whole
+    # -----------------------------------------------------------------------------------------------------
 
     async def play(self) -> None:
         nodes = [StorageNode(self.world, "n" + disk[1:], disk) for disk in DISKS]
         special = self.random.random()
         shared = nodes[0] if self.random.random() < 0.4 else None
-        gateways = [Gateway(self.world, f"g{index}", self.layout, None if index else shared) for index in range(GATEWAYS)]
+        gateways = [
+            Gateway(self.world, f"g{index}", self.layout, None if index else shared) for index in range(GATEWAYS)
+        ]
         self._dies_with_its_gateway = shared
         self._disks_may_be_swapped = special < 0.25
         self._disks_may_be_full = special >= 0.9

@@ -76,7 +76,11 @@ def _by_brute_force(operations: list[Operation]) -> bool:
     for choice in range(1 << len(opened)):
         chosen = closed + [operation for bit, operation in enumerate(opened) if choice >> bit & 1]
         for order in permutations(chosen):
-            if any(not later.open and later.returned < earlier.invoked for at, earlier in enumerate(order) for later in order[at + 1 :]):
+            if any(
+                not later.open and later.returned < earlier.invoked
+                for at, earlier in enumerate(order)
+                for later in order[at + 1 :]
+            ):
                 continue
             state: Content = None
             for operation in order:
@@ -100,7 +104,9 @@ def histories(draw: st.DrawFn) -> list[Operation]:
         invoked, returned = sorted(moments[2 * index : 2 * index + 2])
         kind = draw(st.sampled_from(Kind))
         opened = draw(st.integers(0, 4)) == 0
-        found.append(Operation(kind, "k", invoked, draw(CONTENT), draw(CONTENT), -1 if opened else returned, draw(CONTENT)))
+        found.append(
+            Operation(kind, "k", invoked, draw(CONTENT), draw(CONTENT), -1 if opened else returned, draw(CONTENT))
+        )
     return found
 
 

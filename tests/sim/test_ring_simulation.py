@@ -1,6 +1,7 @@
 """The ring under a nemesis: no violation with the rules, and a violation soon without any one of them.
 
-``STORAGED_SIM_SEEDS=10000`` plays more. A failure names the seed; ``python -m tests.sim --first SEED --seeds 1`` (with ``--hostile``) plays it again.
+``STORAGED_SIM_SEEDS=10000`` plays more. A failure names the seed; ``python -m tests.sim --first SEED --seeds 1`` (with
+``--hostile``) plays it again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from storaged.meta.register import RULES
+from storaged.meta.consensus.register import RULES
 from tests.sim.hostile import run_hostile
 from tests.sim.scenario import run_seed
 
@@ -75,7 +76,9 @@ def test_a_liar_clocks_and_storage_nodes_break_nothing() -> None:
 def test_without_one_of_its_rules_a_liar_is_caught(rule: str) -> None:
     rules = replace(RULES, **{rule: False})
     first, budget = HOSTILE_BUDGETS[rule]
-    assert any(run_hostile(seed, rules).violation for seed in range(first, first + budget)), f"without {rule} nothing was noticed"
+    assert any(run_hostile(seed, rules).violation for seed in range(first, first + budget)), (
+        f"without {rule} nothing was noticed"
+    )
 
 
 @pytest.mark.parametrize("rule", SEED_BUDGETS)
@@ -99,7 +102,9 @@ def test_a_seed_plays_the_same_in_every_process() -> None:
     for hash_seed in ("0", "4711"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-m", "tests.sim", "--seeds", "3", "--first", "5", "--trace"]
-        played = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True)
+        played = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True
+        )
         outputs.append([line for line in played.stdout.splitlines() if line.startswith("seed ")])
     assert len(outputs[0]) == 3
     assert outputs[0] == outputs[1]

@@ -1,4 +1,6 @@
-"""An asyncio event loop whose time is a number: it jumps to the next timer when nothing else is to be done. No sockets, no threads."""
+"""An asyncio event loop whose time is a number: it jumps to the next timer when nothing else is to be done. No sockets,
+no threads.
+"""
 
 from __future__ import annotations
 
@@ -79,10 +81,13 @@ def run(loop: VirtualLoop, main: Coroutine[Any, Any, T]) -> T:
 
 
 async def _end_all(loop: VirtualLoop) -> None:
-    """What is still under way ends while there is a loop: in the order in which it began, since ``all_tasks`` is a set."""
+    """What is still under way ends while there is a loop: in the order in which it began, since
+    ``all_tasks`` is a set.
+    """
     current = asyncio.current_task()
     tasks = sorted(
-        (task for task in asyncio.all_tasks(loop) if task is not current), key=lambda task: (len(task.get_name()), task.get_name())
+        (task for task in asyncio.all_tasks(loop) if task is not current),
+        key=lambda task: (len(task.get_name()), task.get_name()),
     )
     for task in tasks:
         task.cancel()

@@ -40,7 +40,9 @@ class World:
         return identity.issue(self.authority, self.directory / name, name=name, location=location, roles=roles)
 
     def forged(self, own: identity.Identity, **changes: Any) -> identity.Identity:
-        """The same node with a certificate that really is of the authority, but says what it would never be asked to say."""
+        """The same node with a certificate that really is of the authority, but says what it would never be asked to
+        say.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         peer: PeerIdentity = own.peer._replace(**changes)
         certificate = identity.certify(self.authority, peer, key.public_key(), days=1, now=datetime.now(UTC))
@@ -115,7 +117,12 @@ class Service:
 
 @asynccontextmanager
 async def serving(
-    own: identity.Identity, service: Service | Methods, *, limits: ServerLimits | None = None, port: int = 0, **options: Any
+    own: identity.Identity,
+    service: Service | Methods,
+    *,
+    limits: ServerLimits | None = None,
+    port: int = 0,
+    **options: Any,
 ) -> AsyncIterator[RpcServer]:
     methods = service.methods() if isinstance(service, Service) else service
     options.setdefault("admission", EU)

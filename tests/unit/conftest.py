@@ -20,10 +20,14 @@ HEARD = frozenset(
         "test_s3_chunk_turns",
     }
 )
-"""Modules that test what a loop hears of from the kernel, by sockets or an eventfd: on the loop that serves in production, too."""
+"""Modules that test what a loop hears of from the kernel, by sockets or an eventfd: on the loop that serves in
+production, too.
+"""
 
 
-def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     if item.path.stem in HEARD:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}

@@ -1,4 +1,6 @@
-"""One disk of a node as the node opens it: records and small copies in one redo log, which can be held up, and the fragment log that the copies go to later."""
+"""One disk of a node as the node opens it: records and small copies in one redo log, which can be held up, and the
+fragment log that the copies go to later.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,16 @@ from pathlib import Path
 from storaged.aio import Done
 from storaged.fragments.engine import StoreLimits
 from storaged.fragments.store import LocalFragmentStore
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import Buffer
 from tests.unit.fragment_world import DISK, SimulatedFiles
 
 
 class HeldLog:
-    """Stands between a store and its redo log, on the event loop. A group that comes after ``hold`` is not written until ``go_on``, or (``written``) is, and nobody is told."""
+    """Stands between a store and its redo log, on the event loop. A group that comes after ``hold`` is not written
+    until ``go_on``, or (``written``) is, and nobody is told.
+    """
 
     def __init__(self, store: LmdbMetaStore) -> None:
         self.held = asyncio.Event()
@@ -51,7 +55,9 @@ class HeldLog:
         self.held.set()
         return True
 
-    def _end(self, body: Buffer, done: Callable[[Exception | None], None], written: bool, error: Exception | None) -> None:
+    def _end(
+        self, body: Buffer, done: Callable[[Exception | None], None], written: bool, error: Exception | None
+    ) -> None:
         if error is None and not written:
             self._redo.write(body)
         done(error)
@@ -82,7 +88,9 @@ class LogDisk:
         if files is None and simulated:
             files = SimulatedFiles()
         try:
-            fragments = await LocalFragmentStore.open(directory / "fragments", DISK, files=files, limits=StoreLimits(**limits))
+            fragments = await LocalFragmentStore.open(
+                directory / "fragments", DISK, files=files, limits=StoreLimits(**limits)
+            )
         except BaseException:
             await meta.close()
             raise

@@ -1,4 +1,6 @@
-"""The object plane in memory, for tests of the S3 front: conditions, checksums, ranges, listings and multipart as they should be; no durability."""
+"""The object plane in memory, for tests of the S3 front: conditions, checksums, ranges, listings and multipart as they
+should be; no durability.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ from storaged.objects.api import (
     as_rows,
 )
 from storaged.objects.etags import ANY, Tags
-from storaged.objects.get import HeldStream, Span
+from storaged.objects.read.get import HeldStream, Span
 from storaged.objects.records import NULL_VERSION, BucketRecord, SealedList, SealedPart
 from storaged.wire import Buffer
 
@@ -133,7 +135,9 @@ class FakeUsers:
 
     async def remove(self, name_or_access_key: str) -> Principal:
         who = next(who for who, _ in self.by_key.values() if name_or_access_key in (who.access_key, who.display_name))
-        self.by_key = {key: value for key, value in self.by_key.items() if name_or_access_key not in (key, value[0].display_name)}
+        self.by_key = {
+            key: value for key, value in self.by_key.items() if name_or_access_key not in (key, value[0].display_name)
+        }
         return who
 
 
@@ -147,9 +151,20 @@ class FakeBuckets:
         self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
     ) -> BucketRecord:
         if name in self.by_name:
-            raise errors.BucketAlreadyOwnedByYou() if self.by_name[name].owner == who.user_id else errors.BucketAlreadyExists()
+            raise (
+                errors.BucketAlreadyOwnedByYou()
+                if self.by_name[name].owner == who.user_id
+                else errors.BucketAlreadyExists()
+            )
         bucket = BucketRecord(
-            name, hashlib.md5(name.encode()).digest(), who.user_id, self.objects.now_ms(), "active", 16, region, countries=countries
+            name,
+            hashlib.md5(name.encode()).digest(),
+            who.user_id,
+            self.objects.now_ms(),
+            "active",
+            16,
+            region,
+            countries=countries,
         )
         self.by_name[name] = bucket
         return bucket
@@ -174,7 +189,9 @@ class FakeBuckets:
     async def list_buckets(
         self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
     ) -> tuple[list[BucketRecord], str | None]:
-        names = sorted(n for n, b in self.by_name.items() if b.owner == who.user_id and n.startswith(prefix) and n > after)
+        names = sorted(
+            n for n, b in self.by_name.items() if b.owner == who.user_id and n.startswith(prefix) and n > after
+        )
         page = names[:limit]
         return [self.by_name[name] for name in page], page[-1] if len(names) > limit else None
 
@@ -218,7 +235,9 @@ class FakeObjects:
             raise errors.PreconditionFailed(Condition="If-Match")
         if c.if_match is None and c.if_unmodified_since_ms is not None and seconds > c.if_unmodified_since_ms // 1000:
             raise errors.PreconditionFailed(Condition="If-Unmodified-Since")
-        if c.if_none_match == ANY or (isinstance(c.if_none_match, Tags) and info.etag in (*c.if_none_match.strong, *c.if_none_match.weak)):
+        if c.if_none_match == ANY or (
+            isinstance(c.if_none_match, Tags) and info.etag in (*c.if_none_match.strong, *c.if_none_match.weak)
+        ):
             raise errors.NotModified(ETag=info.etag)
         if c.if_none_match is None and c.if_modified_since_ms is not None and seconds <= c.if_modified_since_ms // 1000:
             raise errors.NotModified(ETag=info.etag)
@@ -233,7 +252,9 @@ class FakeObjects:
         etag = current.info.etag
         if isinstance(c.if_match, Tags) and etag not in c.if_match.strong:
             raise errors.PreconditionFailed(Condition="If-Match")
-        if c.if_none_match == ANY or (isinstance(c.if_none_match, Tags) and etag in (*c.if_none_match.strong, *c.if_none_match.weak)):
+        if c.if_none_match == ANY or (
+            isinstance(c.if_none_match, Tags) and etag in (*c.if_none_match.strong, *c.if_none_match.weak)
+        ):
             raise errors.PreconditionFailed(Condition="If-None-Match")
         if c.if_match_size is not None and c.if_match_size != current.info.size:
             raise errors.PreconditionFailed(Condition="x-amz-if-match-size")
@@ -257,9 +278,11 @@ class FakeObjects:
 
     # --- objects ------------------------------------------------------------------------------------------------------
 
-    def store(self, bucket: BucketRecord, key: bytes, data: bytes, meta: NewMeta, etag: str, owner: str, **more: object) -> PutResult:
+    def store(
+        self, bucket: BucketRecord, key: bytes, data: bytes, meta: NewMeta, etag: str, owner: str, **more: object
+    ) -> PutResult:
         info = ObjectInfo(
-            key=key, version_id=NULL_VERSION, size=len(data), modified_ms=self.now_ms(), etag=etag, headers=dict(meta.headers),
+            key=key, version_id=NULL_VERSION, size=len(data), modified_ms=self.now_ms(), etag=etag, headers=dict(meta.headers),  # noqa: E501
             user=dict(meta.user), tags=dict(meta.tags), checksums=more.get("checksums", {}),  # type: ignore[arg-type]
             checksum_type=str(more.get("checksum_type", "")), storage_class=meta.storage_class,
             part_count=len(more.get("parts", ())), parts=more.get("parts", ()), owner=owner,  # type: ignore[arg-type]
@@ -275,12 +298,14 @@ class FakeObjects:
         data, computed = await self.read(body, checks)
         self.check_write(self.of(bucket).get(key), conditions)
         kind = "FULL_OBJECT" if computed else ""
-        return self.store(bucket, key, data, meta, hashlib.md5(data).hexdigest(), owner, checksums=computed, checksum_type=kind)
+        return self.store(
+            bucket, key, data, meta, hashlib.md5(data).hexdigest(), owner, checksums=computed, checksum_type=kind
+        )
 
     small_bytes_max = HELD_BYTES_MAX
 
     def put_soon(
-        self, bucket: BucketRecord, key: bytes, plain: Buffer, meta: NewMeta, checks: BodyChecks, then: Callable[[PutResult | Exception], None], *,
+        self, bucket: BucketRecord, key: bytes, plain: Buffer, meta: NewMeta, checks: BodyChecks, then: Callable[[PutResult | Exception], None], *,  # noqa: E501
         owner: str, conditions: WriteConditions = ANY_WRITE,
     ) -> bool:  # fmt: skip
         """Judged at once, stored when it tells; ``busy``: not taken on."""
@@ -380,7 +405,7 @@ class FakeObjects:
         return DeleteResult(existed=self.of(bucket).pop(key, None) is not None)
 
     async def copy(
-        self, source_bucket: BucketRecord, source_key: bytes, bucket: BucketRecord, key: bytes, *, owner: str, version_id: str = "",
+        self, source_bucket: BucketRecord, source_key: bytes, bucket: BucketRecord, key: bytes, *, owner: str, version_id: str = "",  # noqa: E501
         meta: NewMeta | None, tags: Mapping[str, str] | None = None, algorithm: str = "",
         source_conditions: ReadConditions = ANY_READ, conditions: WriteConditions = ANY_WRITE,
     ) -> PutResult:  # fmt: skip
@@ -396,7 +421,14 @@ class FakeObjects:
         names = [algorithm] if algorithm else list(info.checksums) or [api.DEFAULT_ALGORITHM]
         sums = {name: checksum(name, source.data) for name in names}
         return self.store(
-            bucket, key, source.data, kept, hashlib.md5(source.data).hexdigest(), owner, checksums=sums, checksum_type="FULL_OBJECT"
+            bucket,
+            key,
+            source.data,
+            kept,
+            hashlib.md5(source.data).hexdigest(),
+            owner,
+            checksums=sums,
+            checksum_type="FULL_OBJECT",
         )
 
     async def set_tags(self, bucket: BucketRecord, key: bytes, tags: Mapping[str, str], *, version_id: str = "") -> str:
@@ -430,7 +462,13 @@ class FakeObjects:
         )
 
     def _listed(
-        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+        self,
+        bucket: BucketRecord,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        delimiter: bytes = b"",
+        limit: int = 1000,
     ) -> VersionListing:
         found: list[ListedVersion] = []
         prefixes: list[bytes] = []
@@ -452,14 +490,22 @@ class FakeObjects:
                 name = next(iter(info.checksums), "")
                 found.append(
                     ListedVersion(
-                        key, NULL_VERSION, info.size, info.modified_ms, info.etag, info.storage_class, name, info.checksum_type, info.owner
+                        key,
+                        NULL_VERSION,
+                        info.size,
+                        info.modified_ms,
+                        info.etag,
+                        info.storage_class,
+                        name,
+                        info.checksum_type,
+                        info.owner,
                     )
                 )
                 last = key
         return VersionListing(found, prefixes, None)
 
     async def list_versions(
-        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", after_version: str = "", delimiter: bytes = b"",
+        self, bucket: BucketRecord, *, prefix: bytes = b"", after: bytes = b"", after_version: str = "", delimiter: bytes = b"",  # noqa: E501
         limit: int = 1000,
     ) -> VersionListing:  # fmt: skip
         return self._listed(bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
@@ -467,7 +513,14 @@ class FakeObjects:
     # --- multipart ----------------------------------------------------------------------------------------------------
 
     async def create_upload(
-        self, bucket: BucketRecord, key: bytes, meta: NewMeta, *, owner: str, algorithm: str = "", checksum_type: str = ""
+        self,
+        bucket: BucketRecord,
+        key: bytes,
+        meta: NewMeta,
+        *,
+        owner: str,
+        algorithm: str = "",
+        checksum_type: str = "",
     ) -> UploadInfo:
         upload_id = base64.urlsafe_b64encode(next(self._upload_numbers).to_bytes(16, "big")).decode().rstrip("=")
         info = UploadInfo(key, upload_id, self.now_ms(), owner, meta.storage_class, algorithm, checksum_type)
@@ -480,7 +533,9 @@ class FakeObjects:
             raise errors.NoSuchUpload(UploadId=upload_id)
         return found
 
-    async def put_part(self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks) -> PutResult:
+    async def put_part(
+        self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
+    ) -> PutResult:
         upload = self.upload(key, upload_id)
         kept = upload.info.algorithm or api.DEFAULT_ALGORITHM
         if kept not in checks.algorithms:
@@ -495,13 +550,15 @@ class FakeObjects:
         return PutResult(part.etag, NULL_VERSION, part.size, computed, "", part.modified_ms)
 
     async def copy_part(
-        self, source_bucket: BucketRecord, source_key: bytes, span: RangeSpec | None, bucket: BucketRecord, key: bytes, upload_id: str,
+        self, source_bucket: BucketRecord, source_key: bytes, span: RangeSpec | None, bucket: BucketRecord, key: bytes, upload_id: str,  # noqa: E501
         number: int, *, version_id: str = "", source_conditions: ReadConditions = ANY_READ,
     ) -> PutResult:  # fmt: skip
         upload = self.upload(key, upload_id)
         source = self.find(source_bucket, source_key, version_id)
         self.check_read(source.info, source_conditions)
-        first, length = (0, source.info.size) if span is None else (span.first or 0, (span.last or 0) + 1 - (span.first or 0))
+        first, length = (
+            (0, source.info.size) if span is None else (span.first or 0, (span.last or 0) + 1 - (span.first or 0))
+        )
         if first + length > source.info.size:
             raise errors.InvalidRange()
         data = source.data[first : first + length]
@@ -516,14 +573,19 @@ class FakeObjects:
         return upload.info, behind[:limit], behind[limit - 1].number if len(behind) > limit else None
 
     async def list_uploads(
-        self, bucket: BucketRecord, *, prefix: bytes = b"", after_key: bytes = b"", after_upload: str = "", delimiter: bytes = b"",
+        self, bucket: BucketRecord, *, prefix: bytes = b"", after_key: bytes = b"", after_upload: str = "", delimiter: bytes = b"",  # noqa: E501
         limit: int = 1000,
     ) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:  # fmt: skip
+
         def behind(info: UploadInfo) -> bool:
             return (info.key, info.upload_id) > (after_key, after_upload) if after_upload else info.key > after_key
 
         found = sorted(
-            (u.info for u in self.uploads.values() if u.done is None and u.info.key.startswith(prefix) and behind(u.info)),
+            (
+                u.info
+                for u in self.uploads.values()
+                if u.done is None and u.info.key.startswith(prefix) and behind(u.info)
+            ),
             key=lambda info: (info.key, info.upload_id),
         )
         page = found[:limit]
@@ -559,7 +621,9 @@ class FakeObjects:
             raise errors.BadDigest()
         etag = f"{hashlib.md5(digests).hexdigest()}-{len(parts)}"
         kind = upload.info.checksum_type or "FULL_OBJECT"
-        result = self.store(bucket, key, data, upload.meta, etag, owner, checksums=sums, checksum_type=kind, parts=tuple(sealed))
+        result = self.store(
+            bucket, key, data, upload.meta, etag, owner, checksums=sums, checksum_type=kind, parts=tuple(sealed)
+        )
         upload.done = (list(parts), result)
         return result
 

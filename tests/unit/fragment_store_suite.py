@@ -1,4 +1,6 @@
-"""What every body of the FragmentStore port must do. A body's test module subclasses the suite and gives a ``store`` fixture."""
+"""What every body of the FragmentStore port must do. A body's test module subclasses the suite and gives a ``store``
+fixture.
+"""
 
 from __future__ import annotations
 
@@ -86,20 +88,28 @@ class FragmentStoreSuite:
             await store.write(msgspec.structs.replace(made.header, cell_bytes=0), [made.payload])
         for created_ms in (-1, 2**64 - 1):
             with pytest.raises(PeerRefused):
-                await store.write(msgspec.structs.replace(made.header, created_ms=created_ms), [made.payload], sync=True)
+                await store.write(
+                    msgspec.structs.replace(made.header, created_ms=created_ms), [made.payload], sync=True
+                )
         assert [stat.health for stat in await store.stat([made.id])] == [Health.MISSING]
 
     async def test_what_does_not_come_as_its_gateway_sent_it_is_refused(self, store: FragmentStore) -> None:
         made = make(self.rng)
         changed = made.payload[:-1] + bytes([made.payload[-1] ^ 1])
-        for payload, check in ((changed, quick_check([made.payload])), (made.payload, quick_check([changed])), (made.payload, b"x")):
+        for payload, check in (
+            (changed, quick_check([made.payload])),
+            (made.payload, quick_check([changed])),
+            (made.payload, b"x"),
+        ):
             with pytest.raises(FragmentDamaged):
                 await store.write(made.header, [payload], sync=True, check=check)
         await store.write(made.header, [made.payload], sync=True, check=quick_check([made.payload]))
         assert [stat.health for stat in await store.stat([made.id])] == [Health.OK]
 
     @pytest.mark.parametrize("time_ms", [-1, 2**64 - 1])
-    async def test_a_touch_or_a_retirement_at_a_time_that_no_store_can_hold_is_refused(self, store: FragmentStore, time_ms: int) -> None:
+    async def test_a_touch_or_a_retirement_at_a_time_that_no_store_can_hold_is_refused(
+        self, store: FragmentStore, time_ms: int
+    ) -> None:
         made = await self.put(store)
         before = await store.stat([made.id])
         with pytest.raises(PeerRefused):
@@ -129,17 +139,25 @@ class FragmentStoreSuite:
         made, absent = await self.put(store, created_ms=1000), make(self.rng)
         stats = await store.touch([made.id, absent.id], 5000)
         assert [(stat.health, stat.created_ms) for stat in stats] == [(Health.OK, 5000), (Health.MISSING, 0)]
-        await store.touch([made.id], 4000)  # a clock that is behind: the age moves all the same, for a deletion goes by it
+        await store.touch(
+            [made.id], 4000
+        )  # a clock that is behind: the age moves all the same, for a deletion goes by it
         assert (await store.stat([made.id]))[0].created_ms == 5001
         assert (await store.read(made.id, 0, 1)).header == msgspec.structs.replace(made.header, created_ms=5001)
 
-    async def test_a_deletion_that_names_ages_spares_what_was_touched_or_written_since(self, store: FragmentStore) -> None:
+    async def test_a_deletion_that_names_ages_spares_what_was_touched_or_written_since(
+        self, store: FragmentStore
+    ) -> None:
         made = [await self.put(store, created_ms=1000) for _ in range(3)]
         seen = [stat.created_ms for stat in await store.stat([one.id for one in made])]
         await store.touch([made[0].id], 1000)
         await store.write(msgspec.structs.replace(made[1].header, created_ms=1700), [made[1].payload], sync=True)
         assert await store.delete([one.id for one in made], created_ms=seen) == 1
-        assert [stat.health for stat in await store.stat([one.id for one in made])] == [Health.OK, Health.OK, Health.MISSING]
+        assert [stat.health for stat in await store.stat([one.id for one in made])] == [
+            Health.OK,
+            Health.OK,
+            Health.MISSING,
+        ]
 
     async def test_garbage_is_listed_when_it_is_due_the_longest_due_first(self, store: FragmentStore) -> None:
         await store.retire([Retirement(b"b" * 16, b"owner-b", 200)])
@@ -182,11 +200,17 @@ class FragmentStoreSuite:
         assert page == [one.header for one in made[10:15]]
         assert [header async for header in store.scan(b"\xff" * 23)] == []
 
-    async def test_a_damaged_cell_is_not_served_and_stays_damaged_until_replaced(self, store: FragmentStore, damage: Damage) -> None:
+    async def test_a_damaged_cell_is_not_served_and_stays_damaged_until_replaced(
+        self, store: FragmentStore, damage: Damage
+    ) -> None:
         made = await self.put(store, 5 * 4096)
         await damage(made, 2)
         found = await store.read(made.id, 0, 5)
-        assert [None if cell is None else bytes(cell) for cell in found.cells] == [*made.cells[:2], None, *made.cells[3:]]
+        assert [None if cell is None else bytes(cell) for cell in found.cells] == [
+            *made.cells[:2],
+            None,
+            *made.cells[3:],
+        ]
         assert (await store.stat([made.id]))[0].health == Health.DAMAGED
         assert (await store.verify(made.id)).health == Health.DAMAGED
         await store.write(made.header, [made.payload], sync=True)
@@ -210,7 +234,14 @@ class FragmentStoreSuite:
 
     async def test_every_id_is_its_own_fragment(self, store: FragmentStore) -> None:
         base = make(self.rng).id
-        ids = [base, base._replace(block=1), base._replace(position=1), base._replace(k=2), base._replace(m=1), base._replace(k=1, m=2)]
+        ids = [
+            base,
+            base._replace(block=1),
+            base._replace(position=1),
+            base._replace(k=2),
+            base._replace(m=1),
+            base._replace(k=1, m=2),
+        ]
         made = [make(self.rng, 64, fragment=FragmentId(*one)) for one in ids]
         for one in made:
             await store.write(one.header, [one.payload])

@@ -1,4 +1,6 @@
-"""What the tests of the fragment plane share: fragments, a disk that can be cut, filled and broken, and a network of one function call."""
+"""What the tests of the fragment plane share: fragments, a disk that can be cut, filled and broken, and a network of
+one function call.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ SECTOR = 512
 
 @contextlib.contextmanager
 def in_memory(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: for indexes of simulated disks, whose own durability is not what is tested."""
+    """A directory in memory where there is one: for indexes of simulated disks, whose own durability is not what is
+    tested.
+    """
     if not Path("/dev/shm").is_dir():
         yield tmp_path
         return
@@ -62,8 +66,14 @@ def make(
     payload = rng.randbytes(length)
     found = fragment or FragmentId(data_id or rng.randbytes(16), block, k, m, position)
     own = fragment_hash((payload,))
-    hashes = (own,) if found.k == 1 else tuple(own if i == found.position else rng.randbytes(HASH_BYTES) for i in range(found.k + found.m))
-    header = FragmentHeader(found.pack(), b"owner of " + found.data_id, rng.randbytes(64), hashes, cell_bytes, length, created_ms)
+    hashes = (
+        (own,)
+        if found.k == 1
+        else tuple(own if i == found.position else rng.randbytes(HASH_BYTES) for i in range(found.k + found.m))
+    )
+    header = FragmentHeader(
+        found.pack(), b"owner of " + found.data_id, rng.randbytes(64), hashes, cell_bytes, length, created_ms
+    )
     return Made(found, header, payload)
 
 
@@ -89,12 +99,21 @@ class Loopback:
         self._roles = roles
 
     async def call(
-        self, node: str, method: str, request: Message, reply: type[T], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[T],
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
     ) -> tuple[T, memoryview]:
         found = self._methods(node)[method]
         received: Any = decode(encode(request), found.request)
         sent = memoryview(bytearray(b"".join(body)))
-        answer = await found.handler(received, Call(PeerIdentity("test", "FR", "par1", "a", self._roles), sent, timeout_s))
+        answer = await found.handler(
+            received, Call(PeerIdentity("test", "FR", "par1", "a", self._roles), sent, timeout_s)
+        )
         sent[:] = bytes(len(sent))  # a request's body is valid until the handler returns, and not longer
         message, chunks = (answer.message, answer.body) if isinstance(answer, Reply) else (answer, ())
         return decode(encode(message), reply), memoryview(b"".join(chunks))
@@ -191,7 +210,8 @@ class SimulatedFile:
 class SimulatedFiles:
     """A disk in memory. ``cut_at`` counts down over its operations; at 0 the power fails, in the middle of one.
 
-    ``crash`` then decides, sector by sector, which unsynced bytes reached the drive; directory entries that were not synced may be gone.
+    ``crash`` then decides, sector by sector, which unsynced bytes reached the drive; directory entries that were not
+    synced may be gone.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -245,7 +265,8 @@ class SimulatedFiles:
                 disk.durable[offset + at : end] = data[at : at + width]
             at += width
 
-    # --- the port -------------------------------------------------------------------------------------------------------------
+    # --- the port
+    # -------------------------------------------------------------------------------------------------------------
 
     def segments(self) -> list[int]:
         return sorted(self.disks)

@@ -1,4 +1,6 @@
-"""Six disks in three racks with real stores and real scans, and registers that settle by taking the newest row of those that can be read."""
+"""Six disks in three racks with real stores and real scans, and registers that settle by taking the newest row of those
+that can be read.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from typing import Any
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import PeerUnreachable, ServiceUnavailable
-from storaged.meta.listing import RingScanner
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Reading, RowDamaged, Slot, StoreBatch
-from storaged.meta.scan import DigestsKept, scan_store
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.scan import DigestsKept, scan_store
 
 BUCKET = b"bucket of a test"
 
@@ -28,7 +30,9 @@ def value_of(counter: int, visibility: int = Visibility.LIVE) -> Value:
 
 
 class Ring:
-    """Layouts, Replicas, Registers and Liveness in one. ``scans`` and ``reads`` tell what the scanner asked, ``sent`` how many heads it was sent."""
+    """Layouts, Replicas, Registers and Liveness in one. ``scans`` and ``reads`` tell what the scanner asked, ``sent``
+    how many heads it was sent.
+    """
 
     def __init__(self, **limits: Any) -> None:
         self.current = layout_of_six()

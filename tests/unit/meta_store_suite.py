@@ -1,4 +1,6 @@
-"""What every body of the MetaStore port does. A module that has one provides the fixture ``store`` and imports everything from here."""
+"""What every body of the MetaStore port does. A module that has one provides the fixture ``store`` and imports
+everything from here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.hashes import page_hash
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
 from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch, StoredPage
-from storaged.meta.rowvalue import check_of, intact, pack_row, row_parts, stamps_in, unpack_row, value_of
+from storaged.meta.storage.rowvalue import check_of, intact, pack_row, row_parts, stamps_in, unpack_row, value_of
 
 BUCKET = bytes(range(16))
 OTHER = bytes(range(1, 17))
@@ -21,12 +23,16 @@ def name_of(key: bytes, scope: bytes = BUCKET, shard: int = 0, table: int = Tabl
     return RegisterName(table, scope, shard, key)
 
 
-def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", visibility: int = Visibility.LIVE, payload: bytes = b"") -> Slot:
+def slot_of(
+    name: RegisterName, counter: int = 1, body: bytes = b"body", visibility: int = Visibility.LIVE, payload: bytes = b""
+) -> Slot:
     value = Value(sequence=counter, operation=b"o" * 16, visibility=visibility, body=body, payload=payload)
     return Slot(name, Ballot(3, counter, "n1", b"incarnat"), value)
 
 
-def slots_in(store: MetaStore, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> list[Slot]:
+def slots_in(
+    store: MetaStore, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
+) -> list[Slot]:
     """The rows of a slice, taken apart. Raises RowDamaged."""
     rows = store.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
     return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
@@ -48,7 +54,9 @@ async def test_what_was_never_written_is_absent(store: MetaStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [b"k", b"\0", b"\xff" * 480, b"a" * 481, b"a" * 960, b"a" * 961, b"\xff" * 1041], ids=lambda key: str(len(key))
+    "key",
+    [b"k", b"\0", b"\xff" * 480, b"a" * 481, b"a" * 960, b"a" * 961, b"\xff" * 1041],
+    ids=lambda key: str(len(key)),
 )
 async def test_a_committed_slot_reads_back_as_it_was(store: MetaStore, key: bytes) -> None:
     slot = slot_of(name_of(key), body=b"x" * 700, payload=b"p" * 16)
@@ -84,11 +92,25 @@ async def test_the_later_of_two_commits_wins_even_when_nobody_waits_in_between(s
 
 
 async def test_a_scan_goes_in_key_order_from_behind_after_within_the_prefix(store: MetaStore) -> None:
-    keys = [b"a", b"a\0", b"b", b"b" * 480, b"b" * 480 + b"\0", b"b" * 481, b"b" * 960, b"b" * 961, b"b" * 479 + b"c", b"c", b"\xff" * 1041]
+    keys = [
+        b"a",
+        b"a\0",
+        b"b",
+        b"b" * 480,
+        b"b" * 480 + b"\0",
+        b"b" * 481,
+        b"b" * 960,
+        b"b" * 961,
+        b"b" * 479 + b"c",
+        b"c",
+        b"\xff" * 1041,
+    ]
     await store.commit(StoreBatch(slots=[slot_of(name_of(key)) for key in reversed(keys)]))
 
     def scan(after: bytes = b"", prefix: bytes = b"", limit: int = 100) -> list[bytes]:
-        return [slot.name.key for slot in slots_in(store, Table.OBJECT, BUCKET, 0, after=after, prefix=prefix, limit=limit)]
+        return [
+            slot.name.key for slot in slots_in(store, Table.OBJECT, BUCKET, 0, after=after, prefix=prefix, limit=limit)
+        ]
 
     assert scan() == sorted(keys)
     assert scan(limit=4) == sorted(keys)[:4]
@@ -190,7 +212,9 @@ async def test_pages_are_listed_with_their_age_in_the_order_of_their_hashes(stor
     assert store.pages(after=listed[19][0], limit=3) == []
 
 
-async def test_a_page_that_is_put_again_is_as_young_as_a_new_one_and_is_not_deleted_by_its_old_age(store: MetaStore) -> None:
+async def test_a_page_that_is_put_again_is_as_young_as_a_new_one_and_is_not_deleted_by_its_old_age(
+    store: MetaStore,
+) -> None:
     first, second = page_of(b"first", created_ms=1), page_of(b"second", created_ms=1)
     await store.commit(StoreBatch(pages=[first, second]))
     await store.commit(StoreBatch(pages=[first._replace(created_ms=2)]))
@@ -214,7 +238,12 @@ async def test_deletions_and_puts_of_one_page_keep_their_order(store: MetaStore)
 
 
 async def test_scopes_names_every_shard_that_has_rows_and_can_be_asked_by_partition(store: MetaStore) -> None:
-    names = [system_name("bucket/a"), name_of(b"k", shard=1), name_of(b"k", shard=2), name_of(b"k", OTHER, table=Table.PART)]
+    names = [
+        system_name("bucket/a"),
+        name_of(b"k", shard=1),
+        name_of(b"k", shard=2),
+        name_of(b"k", OTHER, table=Table.PART),
+    ]
     await store.commit(StoreBatch(slots=[slot_of(name) for name in names]))
     assert sorted(store.scopes()) == sorted(name[:3] for name in names)
     assert store.scopes(SYSTEM_PARTITION) == [(Table.SYSTEM, SYSTEM_SCOPE, 0)]
@@ -225,8 +254,12 @@ async def test_scopes_names_every_shard_that_has_rows_and_can_be_asked_by_partit
 @pytest.mark.parametrize("pages", [0, 1, 20])
 async def test_an_empty_batch_waits_for_everything_before_it(store: MetaStore, pages: int, turns: int) -> None:
     page = page_of(b"page" * 1000)
-    before = [asyncio.ensure_future(store.commit(StoreBatch(pages=[page_of(b"%d" % number)]))) for number in range(pages)]
-    before.append(asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))], pages=[page] if pages else []))))
+    before = [
+        asyncio.ensure_future(store.commit(StoreBatch(pages=[page_of(b"%d" % number)]))) for number in range(pages)
+    ]
+    before.append(
+        asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))], pages=[page] if pages else [])))
+    )
     await asyncio.sleep(0)
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -260,16 +293,23 @@ async def test_the_later_of_two_commits_wins_also_where_the_first_brings_a_page(
     ],
     ids=["long key", "empty key", "short scope", "ballot out of range", "page under a wrong hash", "reserved name"],
 )
-async def test_a_batch_with_anything_that_cannot_be_stored_is_refused_whole(store: MetaStore, batch: StoreBatch) -> None:
+async def test_a_batch_with_anything_that_cannot_be_stored_is_refused_whole(
+    store: MetaStore, batch: StoreBatch
+) -> None:
     with pytest.raises(ValueError):
         await store.commit(batch)
     await store.commit(StoreBatch())
     assert store.get(name_of(b"good")) is None
 
 
-async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_where_nothing_is_written(store: MetaStore) -> None:
+async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_where_nothing_is_written(
+    store: MetaStore,
+) -> None:
     def counts() -> list[int]:
-        return [store.changes.of(name_of(b"", scope, shard).prefix) for scope, shard in ((BUCKET, 0), (BUCKET, 1), (OTHER, 0))]
+        return [
+            store.changes.of(name_of(b"", scope, shard).prefix)
+            for scope, shard in ((BUCKET, 0), (BUCKET, 1), (OTHER, 0))
+        ]
 
     await store.commit(StoreBatch(slots=[slot_of(name_of(b"k"))]))
     first = counts()
@@ -277,7 +317,11 @@ async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_
     second = counts()
     assert second[0] != first[0]
     assert second[1:] == first[1:]
-    await store.commit(StoreBatch(pages=[page_of(b"page")], fences=[Fence(BUCKET, b"nonce", False)], meta={"name": b"value"}))
+    await store.commit(
+        StoreBatch(pages=[page_of(b"page")], fences=[Fence(BUCKET, b"nonce", False)], meta={"name": b"value"})
+    )
     assert counts() == second
     for after, through, changed in ((b"", None, True), (b"j", b"k", True), (b"k", None, False), (b"", b"j", False)):
-        assert store.changes.since(first[0], name_of(b"").prefix, after=after, key_prefix=b"", through=through) == changed
+        assert (
+            store.changes.since(first[0], name_of(b"").prefix, after=after, key_prefix=b"", through=through) == changed
+        )

@@ -1,4 +1,5 @@
-"""Small in-memory bodies of the ports under the object plane, with real behaviour: compare-and-set registers, verified fragments, real cryptography.
+"""Small in-memory bodies of the ports under the object plane, with real behaviour: compare-and-set registers, verified
+fragments, real cryptography.
 
 Every one has switches for what can go wrong: disks that refuse, hang, lose, lie; registers that pre-empt.
 """
@@ -30,13 +31,22 @@ from storaged.errors import (
     NoSuchBucket,
     PeerUnreachable,
 )
-from storaged.fragments.ports import CELLS_MAX, CellRead, FragmentHeader, FragmentId, FragmentStat, Health, Retirement, Usage
+from storaged.fragments.ports import (
+    CELLS_MAX,
+    CellRead,
+    FragmentHeader,
+    FragmentId,
+    FragmentStat,
+    Health,
+    Retirement,
+    Usage,
+)
 from storaged.hashes import fragment_hash, page_hash, quick_check
 from storaged.keys.bucketkey import BucketEnd
 from storaged.keys.upkeep import EndedKey
-from storaged.meta.heads import head_of
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
+from storaged.meta.storage.row_head import head_of
 from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, PutResult, RangeSpec, WriteConditions
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
 from storaged.objects.ports import SealBroken, pack_context
@@ -50,7 +60,10 @@ OWNER = "f" * 64
 def layout_of(racks: Sequence[int] = (2, 2, 2), profile: str = "4+2", epoch: int = 1) -> Layout:
     """``racks``: disks in each; disk ids are ``rack-number``."""
     names = "abcdefgh"
-    nodes = tuple(NodeEntry(f"n{names[r]}", f"FR/site{names[r]}/{names[r]}", "127.0.0.1:1", ("storage",)) for r in range(len(racks)))
+    nodes = tuple(
+        NodeEntry(f"n{names[r]}", f"FR/site{names[r]}/{names[r]}", "127.0.0.1:1", ("storage",))
+        for r in range(len(racks))
+    )
     disks = tuple(DiskEntry(f"{names[r]}{d}", f"n{names[r]}", 1) for r, count in enumerate(racks) for d in range(count))
     seeds = tuple(f"{names[r]}0" for r in range(min(3, len(racks))))
     return Layout("test", epoch, nodes, disks, seeds, profile)
@@ -94,7 +107,9 @@ class Stored:
 
 @dataclass
 class FakeDisk:
-    """A fragment store. ``down``: unreachable; ``full``: refuses writes; ``hang``: an event that operations wait for; ``slow_s``: how long all take; ``on_write``: called before each write with its number."""
+    """A fragment store. ``down``: unreachable; ``full``: refuses writes; ``hang``: an event that operations wait for;
+    ``slow_s``: how long all take; ``on_write``: called before each write with its number.
+    """
 
     name: str
     fragments: dict[FragmentId, Stored] = field(default_factory=dict)
@@ -117,7 +132,9 @@ class FakeDisk:
         if self.down:
             raise PeerUnreachable(f"{self.name} is down")
 
-    async def write(self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"") -> None:
+    async def write(
+        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+    ) -> None:
         self.writes += 1
         if self.on_write is not None:
             self.on_write(self.writes)
@@ -170,7 +187,9 @@ class FakeDisk:
         if stored is None:
             return FragmentStat(fragment.pack(), Health.MISSING)
         good = all(xxhash.xxh3_64_intdigest(cell) == want for cell, want in zip(stored.cells, stored.sums, strict=True))
-        return FragmentStat(fragment.pack(), Health.OK if good else Health.DAMAGED, stored.header.length, stored.header.created_ms)
+        return FragmentStat(
+            fragment.pack(), Health.OK if good else Health.DAMAGED, stored.header.length, stored.header.created_ms
+        )
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
         return await self.stat(ids)
@@ -255,7 +274,9 @@ class FakeDisks:
 
 
 class FakeRing:
-    """Registers, Pages, Scanner and Fences of one process. ``interfere``: called between prepare and accept; when it changes the key, the change is pre-empted."""
+    """Registers, Pages, Scanner and Fences of one process. ``interfere``: called between prepare and accept; when it
+    changes the key, the change is pre-empted.
+    """
 
     again = True
     """What pages of heads say of themselves."""
@@ -370,7 +391,9 @@ class FakeRing:
 
     async def _copies(self, name: RegisterName, small: SmallCopies) -> None:
         synced = set()
-        for disk, (header, payload) in zip(self.layouts.current.replicas_of(name.partition), small.fragments, strict=True):
+        for disk, (header, payload) in zip(
+            self.layouts.current.replicas_of(name.partition), small.fragments, strict=True
+        ):
             try:
                 await self.disks.disks[disk].write(decode(header, FragmentHeader), payload, sync=True)
             except (PeerUnreachable, DiskUnusable):
@@ -439,7 +462,11 @@ class FakeRing:
     async def list_heads(self, table: int, scope: bytes, shards: Sequence[int], **bounds: Any) -> HeadPage:
         page = await self.list_page(table, scope, shards, **bounds)
         return HeadPage(
-            [row.key for row in page.rows], [head_of(row.value.body) for row in page.rows], page.prefixes, page.next_after, again=self.again
+            [row.key for row in page.rows],
+            [head_of(row.value.body) for row in page.rows],
+            page.prefixes,
+            page.next_after,
+            again=self.again,
         )
 
     def forget(self, scope: bytes) -> None:
@@ -522,7 +549,9 @@ class FakeKeys:
         version = version or self.newest[bucket_id]
         return self._keys.setdefault(version, FakeBucketKey(version))
 
-    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> FakeBucketKey | None:
+    def bucket_key_at_hand(
+        self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0
+    ) -> FakeBucketKey | None:
         if self.late or bucket_id not in self.newest:
             return None
         return self._keys.get(version or self.newest[bucket_id])
@@ -609,7 +638,9 @@ async def put(
     return await objects.put(bucket, key, body, NewMeta(), checks, owner=OWNER, conditions=conditions)
 
 
-async def got(objects: ObjectService, bucket: BucketRecord, *, key: bytes = b"key", span: RangeSpec | None = None) -> bytes:
+async def got(
+    objects: ObjectService, bucket: BucketRecord, *, key: bytes = b"key", span: RangeSpec | None = None
+) -> bytes:
     stream = await objects.get(bucket, key, span=span)
     data = b"".join([bytes(piece) async for piece in stream.chunks()])
     assert len(data) == stream.length

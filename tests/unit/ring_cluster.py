@@ -1,6 +1,8 @@
-"""A whole cluster in one process, of the real parts but for sockets and disks: three racks of one node with two disks each, and a gateway.
+"""A whole cluster in one process, of the real parts but for sockets and disks: three racks of one node with two disks
+each, and a gateway.
 
-What is virtual: time (an hour passes in no time), the network (a call is a function call with its messages encoded), the disks (in memory). Threads run in line, so
+What is virtual: time (an hour passes in no time), the network (a call is a function call with its messages encoded),
+the disks (in memory). Threads run in line, so
 that a test does the same thing every time.
 """
 
@@ -12,9 +14,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
-from storaged.cluster import faults
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Method, PeerIdentity, Reply
+from storaged.cluster.rpc import faults
 from storaged.errors import PeerError, PeerRefused, PeerUnreachable, StoragedError
 from storaged.fragments.memory import MemoryFragmentStore
 from storaged.fragments.payloads import Payloads
@@ -22,27 +24,27 @@ from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.hashes import is_fragment
 from storaged.maintain.context import MaintainContext, MaintainLimits
+from storaged.maintain.health import BlockPlace, blocks_of
 from storaged.maintain.service import MaintainClient, MaintainStatus, Maintenance
-from storaged.maintain.survey import BlockPlace, blocks_of
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
-from storaged.meta.copies import PlainCopies
-from storaged.meta.listing import RingScanner
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import RegisterName, Table, object_name
 from storaged.meta.ports import RowDamaged
-from storaged.meta.remote import ReplicaDirectory, ReplicaHost
-from storaged.meta.replica import LocalReplica
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.disks import load_of
 from storaged.node.keeper import SystemKeeper
 from storaged.objects.api import BodyChecks, NewMeta, Principal, PutResult
-from storaged.objects.belief import Belief
-from storaged.objects.buckets import BucketService
-from storaged.objects.manifest import parts_of
+from storaged.objects.code.manifest import parts_of
 from storaged.objects.plane import ObjectLimits, ObjectPlane
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, decode_object
-from storaged.objects.references import live_references
 from storaged.objects.service import ObjectService
-from storaged.objects.users import UserService
+from storaged.objects.system.belief import Belief
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.users import UserService
+from storaged.objects.write.references import live_references
 from storaged.wire import Buffer, Message, decode, encode
 from tests.sim.virtual import VirtualClock, VirtualLoop
 from tests.unit.meta_store_suite import slots_in
@@ -72,7 +74,9 @@ class InlineLoop(VirtualLoop):
 
 
 def run(scenario: Callable[[Cluster], Coroutine[Any, Any, None]], **options: Any) -> None:
-    """Runs ``scenario(cluster)`` in virtual time. Anything that went wrong unnoticed in the background fails the test."""
+    """Runs ``scenario(cluster)`` in virtual time. Anything that went wrong unnoticed in the
+    background fails the test.
+    """
     loop = InlineLoop()
 
     async def main() -> None:
@@ -120,7 +124,9 @@ class StorageNode:
             )
         caller = LocalCaller(cluster, self.name, "storage")
         directory = ReplicaDirectory(cluster.layouts, caller, self.replicas)
-        self.ring = RingClient(cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5, gateway=False)
+        self.ring = RingClient(
+            cluster.layouts, directory, node=self.name, clock=cluster.clock, jitter=lambda: 0.5, gateway=False
+        )
         scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive)
         context = MaintainContext(
             node=self.name,
@@ -174,7 +180,9 @@ class StorageNode:
 
 
 class Alive:
-    """``Liveness``: what heartbeats would say, shared by all. ``disks_down`` answer nothing; ``read_only`` take no writes."""
+    """``Liveness``: what heartbeats would say, shared by all. ``disks_down`` answer nothing; ``read_only`` take no
+    writes.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -199,7 +207,8 @@ class Layouts:
 
 
 class LocalCaller:
-    """``Caller``: the other node's method, called directly, where its row lets the caller's ``role``; requests and replies go through their encoding. ``intercept`` sees
+    """``Caller``: the other node's method, called directly, where its row lets the caller's ``role``; requests and
+    replies go through their encoding. ``intercept`` sees
     every call before it is made."""
 
     def __init__(self, cluster: Cluster, name: str, role: str) -> None:
@@ -208,7 +217,14 @@ class LocalCaller:
         self._peer = PeerIdentity(name, "FR", "par1", "a", (role,))
 
     async def call(
-        self, node: str, method: str, request: Message, reply: type[M], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[M],
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
     ) -> tuple[M, memoryview]:
         await asyncio.sleep(CALL_S)
         intercept = self._cluster.intercept
@@ -239,7 +255,9 @@ Intercept = Callable[[str, str, str, Message], Coroutine[Any, Any, None]]
 
 
 class Cluster:
-    """``objects`` and ``buckets`` are the gateway's; ``kill`` and ``start`` take a node or, as ``rack_a``, all of a rack (here they are the same)."""
+    """``objects`` and ``buckets`` are the gateway's; ``kill`` and ``start`` take a node or, as ``rack_a``, all of a
+    rack (here they are the same).
+    """
 
     def __init__(
         self,
@@ -321,7 +339,9 @@ class Cluster:
         return await self.buckets.create(WHO, name, region="eu-fr-1")
 
     async def put(self, bucket: BucketRecord, key: bytes, data: bytes) -> PutResult:
-        return await self.objects.put(bucket, key, body_of(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
+        return await self.objects.put(
+            bucket, key, body_of(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id
+        )
 
     async def put_part(
         self, bucket: BucketRecord, key: bytes, upload_id: str, number: int, data: bytes, gateway: Gateway | None = None
@@ -408,7 +428,10 @@ class Cluster:
         return sorted(
             name
             for name in names
-            if len({rows[disk].get(name) for disk in self.layouts.current.replicas_of(RegisterName.unpack(name).partition)}) > 1
+            if len(
+                {rows[disk].get(name) for disk in self.layouts.current.replicas_of(RegisterName.unpack(name).partition)}
+            )
+            > 1
         )
 
     # --- maintenance ------------------------------------------------------------------------------------------------
@@ -438,7 +461,10 @@ class Cluster:
             below, lost, counted = await self.counts()
             if counted and not any(status.busy for status in told):
                 return below, lost
-        raise AssertionError(f"still busy after {seconds_max} s: {await self.statuses()} {[node.log[-3:] for node in self.nodes.values()]}")
+        raise AssertionError(
+            f"still busy after {seconds_max} s: {await self.statuses()}"
+            f" {[node.log[-3:] for node in self.nodes.values()]}"
+        )
 
 
 def _is_whole_page(store: MemoryMetaStore, page: bytes) -> bool:
@@ -463,7 +489,9 @@ class Gateway:
             on_missed=self._missed,
             on_fenced=lambda scope: self.buckets.fenced(scope),
         )
-        self.scanner = RingScanner(cluster.layouts, directory, self.ring, cluster.alive, on_fenced=lambda scope: self.buckets.fenced(scope))
+        self.scanner = RingScanner(
+            cluster.layouts, directory, self.ring, cluster.alive, on_fenced=lambda scope: self.buckets.fenced(scope)
+        )
         self.keeper = SystemKeeper(self.scanner, self.ring, cluster.layouts, cluster.alive, jitter=lambda: 0.5)
         self.plane = ObjectPlane(
             registers=self.ring,
@@ -477,7 +505,9 @@ class Gateway:
             clock=cluster.clock,
             entropy=os.urandom,
             limits=limits,
-            on_damage=lambda damage: self.maintain.hint(damage.owner, damage.fragment if damage.reason == "lied" else None),
+            on_damage=lambda damage: self.maintain.hint(
+                damage.owner, damage.fragment if damage.reason == "lied" else None
+            ),
             on_degraded=self.maintain.hint,
         )
         self.objects = ObjectService(self.plane)

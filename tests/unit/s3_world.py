@@ -1,4 +1,6 @@
-"""An S3 front on the in-memory object plane, on a loopback port, with real boto3 in threads, and clients that send bytes."""
+"""An S3 front on the in-memory object plane, on a loopback port, with real boto3 in threads, and clients that send
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged.clock import SystemClock
 from storaged.s3.app import S3App
-from storaged.s3.limits import Limits
+from storaged.s3.http.limits import Limits
 from storaged.s3.request import RequestDone
 from tests.patience import GUARD_S
 from tests.unit.fake_object_service import FakeBuckets, FakeObjects, FakeUsers
@@ -113,7 +115,9 @@ def signed(
     send_body: bool = True,
     payload: str = "",
 ) -> bytes:
-    """A signed request as bytes; ``headers`` are signed too. ``payload``: what x-amz-content-sha256 says, instead of the body's hash."""
+    """A signed request as bytes; ``headers`` are signed too. ``payload``: what x-amz-content-sha256 says, instead of
+    the body's hash.
+    """
     request = AWSRequest(method, f"{world.endpoint}{target}", headers=headers or {}, data=body)
     auth = _Auth(Credentials(ACCESS, SECRET), "s3", REGION)
     auth.said = payload
@@ -136,7 +140,8 @@ async def read_head(reader: asyncio.StreamReader) -> bytes:
 
 
 async def ask(world: World, *pieces: bytes) -> bytes:
-    """All that is answered to what is sent piece by piece, until the server closes, but for what differs from answer to answer. The client's end is closed behind it:
+    """All that is answered to what is sent piece by piece, until the server closes, but for what differs from answer to
+    answer. The client's end is closed behind it:
     ``Connection: close`` is for the task."""
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     for index, piece in enumerate(pieces):

@@ -1,4 +1,6 @@
-"""Accepts of one turn of the loop in one message: what is sent, what the node does with it, and what becomes of what can't be begun at once."""
+"""Accepts of one turn of the loop in one message: what is sent, what the node does with it, and what becomes of what
+can't be begun at once.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from storaged.cluster.faults import to_head
 from storaged.cluster.ports import Call, Line, PeerIdentity, Then
+from storaged.cluster.rpc.faults import to_head
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerTimeout, PeerUnreachable, SlowDown
-from storaged.meta import accepts as accepts_module
-from storaged.meta.accepts import ACCEPTS_MAX, ALONE_MAX, ENCODED_BYTES_MAX, TOGETHER_MAX, NodeAccepts
-from storaged.meta.copies import PlainCopies
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Accepts, AcceptsReply, Create, Prepare
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot
-from storaged.meta.register import Verdict
-from storaged.meta.remote import RemoteReplica, ReplicaHost
-from storaged.meta.replica import LocalReplica
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.transport import batching as accepts_module
+from storaged.meta.transport.batching import ACCEPTS_MAX, ALONE_MAX, ENCODED_BYTES_MAX, TOGETHER_MAX, NodeAccepts
+from storaged.meta.transport.replicas import RemoteReplica, ReplicaHost
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 
@@ -44,7 +46,8 @@ def tail_of(request: Accept | Prepare) -> bytes:
     return encode(request)[2:]
 
 
-# --- who asks -----------------------------------------------------------------------------------------------------------
+# --- who asks
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Wire:
@@ -82,7 +85,9 @@ class Asking:
         request = kind("", name_of(number), ballot(number + 1), value(b"%d" % number), header=b"h" if copy else b"")
         told = self.heard.setdefault(number, [])
         body = [copy[:2], copy[2:]] if copy else []
-        return self.replicas[disk].post_tail(kind, FIRST, tail_of(request), lambda answer, _bulk: told.append(answer), body, 1.0)
+        return self.replicas[disk].post_tail(
+            kind, FIRST, tail_of(request), lambda answer, _bulk: told.append(answer), body, 1.0
+        )
 
     def fill(self) -> int:
         """So many are on their way, each by itself."""
@@ -140,9 +145,13 @@ async def test_the_first_of_a_long_turn_leave_before_it_ends() -> None:
     asking.fill()
     for number in range(2 * TOGETHER_MAX + 1):
         asking.ask(number)
-    assert [len(decode(head, Accepts).accepts) for _method, head, _body, _then in asking.wire.sent] == [TOGETHER_MAX] * 2
+    assert [len(decode(head, Accepts).accepts) for _method, head, _body, _then in asking.wire.sent] == [
+        TOGETHER_MAX
+    ] * 2
     await turn()
-    assert [len(decode(head, Accepts).accepts) for _method, head, _body, _then in asking.wire.sent] == [TOGETHER_MAX] * 2 + [1]
+    assert [len(decode(head, Accepts).accepts) for _method, head, _body, _then in asking.wire.sent] == [
+        TOGETHER_MAX
+    ] * 2 + [1]
 
 
 async def test_prepares_go_by_themselves() -> None:
@@ -274,7 +283,8 @@ async def test_a_message_does_not_grow_beyond_a_frame_and_a_large_request_goes_b
     assert all(len(head) <= MIB for _method, head, _body, _then in asking.wire.sent)
 
 
-# --- who answers --------------------------------------------------------------------------------------------------------
+# --- who answers
+# --------------------------------------------------------------------------------------------------------
 
 
 class Host:
@@ -284,7 +294,9 @@ class Host:
         self.gates = {disk: asyncio.Event() for disk in ("d0", "d1")}
         self.kept: dict[str, dict[bytes, bytes]] = {disk: {} for disk in self.gates}
         self.stores = {disk: MemoryMetaStore(sync=gate.wait) for disk, gate in self.gates.items()}
-        self.replicas = {disk: LocalReplica(disk, store, copies=self._copies(disk)) for disk, store in self.stores.items()}
+        self.replicas = {
+            disk: LocalReplica(disk, store, copies=self._copies(disk)) for disk, store in self.stores.items()
+        }
         self.method = ReplicaHost(self.replicas, lambda: 1_000).methods()["meta.accepts"]
         self.answers: list[Any] = []
 
@@ -391,8 +403,12 @@ async def test_what_cannot_be_begun_at_once_is_told_so_and_the_rest_is_done(monk
     host.gates["d0"].set()
     for _ in range(20):
         await asyncio.sleep(0)
-    answered = [answer.replies for answer in host.answers if isinstance(answer, AcceptsReply) and len(answer.replies) == 4]
-    assert [[None if reply is None else reply.verdict for reply in four] for four in answered] == [[None, None, None, 0]]
+    answered = [
+        answer.replies for answer in host.answers if isinstance(answer, AcceptsReply) and len(answer.replies) == 4
+    ]
+    assert [[None if reply is None else reply.verdict for reply in four] for four in answered] == [
+        [None, None, None, 0]
+    ]
     errors = {place: head.code for answer in host.answers for place, head in answer.errors.items()}
     assert errors == {1: "SlowDown", 2: "DISK_UNUSABLE"}
 

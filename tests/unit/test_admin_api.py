@@ -20,7 +20,16 @@ from storaged.admin.listener import owner_or_root
 from storaged.admin.place import bind_private
 from storaged.admin.ports import Services
 from storaged.cli.client import RemoteRefusal, request
-from storaged.errors import AuditUnwritable, BucketNotEmpty, InvalidArgument, NoSuchBucket, NoSuchKey, NotRunning, OperatorError, PortInUse
+from storaged.errors import (
+    AuditUnwritable,
+    BucketNotEmpty,
+    InvalidArgument,
+    NoSuchBucket,
+    NoSuchKey,
+    NotRunning,
+    OperatorError,
+    PortInUse,
+)
 from storaged.objects.api import Principal
 from storaged.objects.records import BucketRecord
 from storaged.objects.usage import Usage
@@ -127,7 +136,9 @@ class Node:
             raise NoSuchKey
         return {"bucket": bucket}
 
-    async def append(self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any) -> None:
+    async def append(
+        self, kind: str, /, *, actor: str = "", target: str = "", outcome: str = "", **fields: Any
+    ) -> None:
         if self.audit_full:
             raise AuditUnwritable("no space")
         del fields["operation"]
@@ -148,7 +159,11 @@ class Node:
         if gateway:
             found.users, found.buckets = Users(), self.buckets
             found.racks = lambda countries: [f"rack of {country}" for country in countries]
-            found.every_bucket, found.set_owner, found.usage = self.buckets.every_bucket, self.buckets.set_owner, self.buckets.usage
+            found.every_bucket, found.set_owner, found.usage = (
+                self.buckets.every_bucket,
+                self.buckets.set_owner,
+                self.buckets.usage,
+            )
             found.where, found.key_backup = self.where, self.key_backup
         return found
 
@@ -189,7 +204,9 @@ except (BrokenPipeError, ConnectionResetError):
     print(b"")
 """
     for _ in range(2):
-        child = await asyncio.create_subprocess_exec(sys.executable, "-c", program, str(tmp_path / "admin.sock"), stdout=-1)
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, str(tmp_path / "admin.sock"), stdout=-1
+        )
         answer, _ = await asyncio.wait_for(child.communicate(), GUARD_S)
         assert answer == b"b''\n"
     assert node.audited == 2 * [("admin.refused", "unix:12345:", "admin.sock", "refused NOT_ALLOWED", {})]
@@ -209,8 +226,12 @@ async def test_a_backup_under_a_short_passphrase_is_refused(node: Node, tmp_path
     assert not node.audited
 
 
-def test_a_socket_is_its_owners_alone_from_the_moment_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the most generous umask, and without the chmod that comes after: in between somebody else could have connected."""
+def test_a_socket_is_its_owners_alone_from_the_moment_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the most generous umask, and without the chmod that comes after: in between somebody else could have
+    connected.
+    """
     monkeypatch.setattr(Path, "chmod", lambda _path, _mode: None)
     before = os.umask(0)
     try:
@@ -254,7 +275,9 @@ async def test_what_is_administered_is_in_the_audit_log_before_it_is_done(node: 
     assert len((await ask(tmp_path, "GET", "/v1/users"))["users"]) == 1
 
 
-async def test_a_bucket_is_for_whose_access_key_is_given_not_for_who_took_that_for_a_name(node: Node, tmp_path: Path) -> None:
+async def test_a_bucket_is_for_whose_access_key_is_given_not_for_who_took_that_for_a_name(
+    node: Node, tmp_path: Path
+) -> None:
     await ask(tmp_path, "POST", "/v1/users", body={"name": "AK1", "access_key": "AK0", "secret_key": "given"})
     await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "access_key": "AK1", "secret_key": "given"})
     assert (await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"}))["owner"] == "alice"
@@ -268,15 +291,27 @@ async def test_users_are_added_listed_and_removed_and_secrets_are_shown_once(nod
     await ask(tmp_path, "POST", "/v1/buckets", body={"name": "demo", "user": "AK1"})
     assert node.buckets.made == [("alice", "demo", "eu-fr-1")]
     narrow = await ask(tmp_path, "POST", "/v1/buckets", body={"name": "narrow", "user": "alice", "countries": "FR,DE"})
-    assert narrow == {"bucket": "narrow", "owner": "alice", "countries": ["DE", "FR"], "racks": ["rack of DE", "rack of FR"]}
-    for body, code in (({"name": "Bad_Name", "user": "alice"}, "InvalidBucketName"), ({"name": "good", "user": "bob"}, "InvalidArgument")):
+    assert narrow == {
+        "bucket": "narrow",
+        "owner": "alice",
+        "countries": ["DE", "FR"],
+        "racks": ["rack of DE", "rack of FR"],
+    }
+    for body, code in (
+        ({"name": "Bad_Name", "user": "alice"}, "InvalidBucketName"),
+        ({"name": "good", "user": "bob"}, "InvalidArgument"),
+    ):
         with pytest.raises(RemoteRefusal) as refused:
             await ask(tmp_path, "POST", "/v1/buckets", body=body)
         assert refused.value.code == code
     with pytest.raises(RemoteRefusal, match="taken") as caught:
         await ask(tmp_path, "POST", "/v1/users", body={"name": "alice"})
     assert caught.value.code == "InvalidArgument"
-    assert await ask(tmp_path, "DELETE", "/v1/users/alice") == {"removed": "alice", "user_id": "0" * 64, "access_key": "AK1"}
+    assert await ask(tmp_path, "DELETE", "/v1/users/alice") == {
+        "removed": "alice",
+        "user_id": "0" * 64,
+        "access_key": "AK1",
+    }
     assert (await ask(tmp_path, "GET", "/v1/users"))["users"] == []
     heir = await ask(tmp_path, "POST", "/v1/users", body={"name": "alice", "user_id": "1" * 64})
     assert heir["user_id"] == "1" * 64
@@ -288,10 +323,15 @@ async def test_an_operator_lists_counts_hands_over_and_deletes_buckets_of_any_us
     await ask(tmp_path, "POST", "/v1/buckets", body={"name": "one", "user": "alice"})
     await ask(tmp_path, "POST", "/v1/buckets", body={"name": "full", "user": "bob", "countries": "FR"})
     listed = (await ask(tmp_path, "GET", "/v1/buckets"))["buckets"]
-    assert [(one["bucket"], one["owners"], one["countries"]) for one in listed] == [("full", ["bob"], ["FR"]), ("one", ["alice"], [])]
+    assert [(one["bucket"], one["owners"], one["countries"]) for one in listed] == [
+        ("full", ["bob"], ["FR"]),
+        ("one", ["alice"], []),
+    ]
     first = await ask(tmp_path, "GET", "/v1/buckets/one/usage")
     assert first == {"objects": 2, "versions": 3, "bytes": 100, "next_after": b"k".hex()}
-    assert (await ask(tmp_path, "GET", "/v1/buckets/one/usage", query={"after": first["next_after"]}))["next_after"] is None
+    assert (await ask(tmp_path, "GET", "/v1/buckets/one/usage", query={"after": first["next_after"]}))[
+        "next_after"
+    ] is None
     await ask(tmp_path, "POST", "/v1/buckets/one/owner", body={"user": "bob"})
     assert node.buckets.known["one"].owner == "2" * 64
     assert "bucket.owner" in [entry[0] for entry in node.audited]
@@ -352,7 +392,12 @@ async def test_a_storage_node_refuses_what_is_a_gateways_work(tmp_path: Path) ->
     server = AdminServer(Node().services(gateway=False), Metrics())
     await server.start(tmp_path, "")
     try:
-        for method, path in (("GET", "/v1/users"), ("GET", "/v1/where"), ("POST", "/v1/keys/backup"), ("POST", "/v1/scrub")):
+        for method, path in (
+            ("GET", "/v1/users"),
+            ("GET", "/v1/where"),
+            ("POST", "/v1/keys/backup"),
+            ("POST", "/v1/scrub"),
+        ):
             with pytest.raises(RemoteRefusal, match=r".+") as caught:
                 await ask(tmp_path, method, path, body={} if method == "POST" else None)
             assert caught.value.code == "NOT_HERE"
@@ -373,7 +418,13 @@ async def test_the_loopback_port_has_health_and_metrics_and_nothing_else(tmp_pat
     second = AdminServer(Node().services(gateway=True), Metrics())
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
-            for path, status in (("/healthz", 200), ("/readyz", 200), ("/metrics", 200), ("/v1/status", 404), ("/v1/users", 404)):
+            for path, status in (
+                ("/healthz", 200),
+                ("/readyz", 200),
+                ("/metrics", 200),
+                ("/v1/status", 404),
+                ("/v1/users", 404),
+            ):
                 async with client.get(path) as answer:
                     assert answer.status == status, path
         (tmp_path / "other").mkdir()

@@ -14,13 +14,25 @@ from storaged.observe import Metrics
 from tests.unit.test_admin_api import Node
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:9100", "localhost", "LocalHost:80", "[::1]", "[::1]:9100", "10.0.0.7:80"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1:9100", "localhost", "LocalHost:80", "[::1]", "[::1]:9100", "10.0.0.7:80"]
+)
 def test_addresses_and_localhost_are_this_machine(host: str) -> None:
     assert names_this_machine(host)
 
 
 @pytest.mark.parametrize(
-    "host", ["", "evil.example", "evil.example:9100", "localhost.evil.example", "127.0.0.1.evil.example", "[evil]", "[", "loc\u212alhost"]
+    "host",
+    [
+        "",
+        "evil.example",
+        "evil.example:9100",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "[evil]",
+        "[",
+        "loc\u212alhost",
+    ],
 )
 def test_other_names_are_not(host: str) -> None:
     assert not names_this_machine(host)

@@ -27,8 +27,13 @@ NOW = 1_000_000
 
 
 def node(name: str, *, up: bool = True, disk_state: str = "ok", skew_ms: int = 0) -> NodeFacts:
-    disks = [DiskStatus(f"{name}-{index}", f"/{name}/{index}", disk_state if index == 1 else "ok", 10, 20) for index in (1, 2)]
-    return NodeFacts(name, RACKS[name], ("storage",), up, NOW - 4000, 1 if up else None, f"/{name}", skew_ms, disks if up else [])
+    disks = [
+        DiskStatus(f"{name}-{index}", f"/{name}/{index}", disk_state if index == 1 else "ok", 10, 20)
+        for index in (1, 2)
+    ]
+    return NodeFacts(
+        name, RACKS[name], ("storage",), up, NOW - 4000, 1 if up else None, f"/{name}", skew_ms, disks if up else []
+    )
 
 
 def facts(*nodes: NodeFacts, profile: str | None = "4+2", **more: Any) -> Facts:
@@ -53,7 +58,13 @@ def test_all_well_is_healthy() -> None:
     assert found["verdict"] == "HEALTHY"
     assert found["problems"] == []
     assert [entry["state"] for entry in found["nodes"]] == ["up"] * 3
-    assert found["nodes"][0]["disks"][0] == {"id": "n1-1", "directory": "/n1/1", "state": "ok", "bytes_used": 10, "bytes_free": 20}
+    assert found["nodes"][0]["disks"][0] == {
+        "id": "n1-1",
+        "directory": "/n1/1",
+        "state": "ok",
+        "bytes_used": 10,
+        "bytes_free": 20,
+    }
 
 
 def test_a_refused_layout_is_named_with_its_epoch_and_who_offered_it() -> None:
@@ -118,7 +129,9 @@ def test_problems_are_dated_from_when_they_were_first_seen_and_anew_when_they_re
     seen = FirstSeen()
 
     def dated(now_ms: int, below: int) -> dict[str, int]:
-        full = facts(node("n1", disk_state="full" if below else "ok"), node("n2", up=False), durability=Durability(below))
+        full = facts(
+            node("n1", disk_state="full" if below else "ok"), node("n2", up=False), durability=Durability(below)
+        )
         return {entry["code"]: entry["since"] for entry in seen.date(judge(full, now_ms))["problems"]}
 
     assert dated(NOW, 7) == {"DISK_FULL": NOW, "NODE_DOWN": NOW - 4000, "OBJECTS_BELOW_TARGET": NOW}
@@ -192,18 +205,33 @@ def test_status_says_what_the_next_lost_disk_would_stop() -> None:
     worst = found["next_failure"]
     away = {"n2-1"}
     others = {disk.id for disk in LAYOUT.disks} - away
-    assert worst["disk_partitions"] == stopped_without(away | {worst["disk"]}) == max(stopped_without(away | {one}) for one in others)
+    assert (
+        worst["disk_partitions"]
+        == stopped_without(away | {worst["disk"]})
+        == max(stopped_without(away | {one}) for one in others)
+    )
     domains = set(LAYOUT.domain_by_disk.values())
-    by_domain = {name: stopped_without(away | {d for d, where in LAYOUT.domain_by_disk.items() if where == name}) for name in domains}
+    by_domain = {
+        name: stopped_without(away | {d for d, where in LAYOUT.domain_by_disk.items() if where == name})
+        for name in domains
+    }
     assert worst["domain_partitions"] == by_domain[worst["domain"]] == max(by_domain.values())
-    assert f"one more disk: {worst['disk_partitions']} of the {PARTITIONS + 1} partitions of the ring stop" in render(found)
+    assert f"one more disk: {worst['disk_partitions']} of the {PARTITIONS + 1} partitions of the ring stop" in render(
+        found
+    )
 
 
 @pytest.mark.parametrize(
     ("waits", "said"),
     [
-        (RepairWaits(("n2-1",), 420.0, 600.0), "repair waits for disk n2-1; what other disks can hold is recoded for them in 7 min"),
-        (RepairWaits(("a", "b", "c", "d"), None, 600.0), "repair waits for disks a, b, c and 1 more; no other disks can hold"),
+        (
+            RepairWaits(("n2-1",), 420.0, 600.0),
+            "repair waits for disk n2-1; what other disks can hold is recoded for them in 7 min",
+        ),
+        (
+            RepairWaits(("a", "b", "c", "d"), None, 600.0),
+            "repair waits for disks a, b, c and 1 more; no other disks can hold",
+        ),
     ],
 )
 def test_status_says_why_repair_waits(waits: RepairWaits, said: str) -> None:
@@ -212,7 +240,9 @@ def test_status_says_why_repair_waits(waits: RepairWaits, said: str) -> None:
     assert said in render(found)
 
 
-@pytest.mark.parametrize(("days", "state"), [(31, "ok"), (30, "ok"), (29, "warn"), (1, "warn"), (0, "fail"), (-3, "fail")])
+@pytest.mark.parametrize(
+    ("days", "state"), [(31, "ok"), (30, "ok"), (29, "warn"), (1, "warn"), (0, "fail"), (-3, "fail")]
+)
 def test_doctor_warns_of_any_nodes_certificate_thirty_days_ahead(days: int, state: str) -> None:
     check = certificate_check("n2", NOW + days * 86_400_000, NOW)
     assert (check["state"], check["detail"]) == (state, f"expires in {days} days")

@@ -1,4 +1,6 @@
-"""Writes that no thread waits for: what the kernel is given is in the file, and whatever becomes of it, somebody is told, later."""
+"""Writes that no thread waits for: what the kernel is given is in the file, and whatever becomes of it, somebody is
+told, later.
+"""
 
 from __future__ import annotations
 
@@ -135,8 +137,12 @@ async def test_what_the_kernel_refuses_or_cuts_short_is_an_error_of_that_write_a
     assert content(path)[7 * BLOCK_BYTES : 8 * BLOCK_BYTES] == b"y" * BLOCK_BYTES
 
 
-@pytest.mark.parametrize(("result", "code"), [(-errno.ENOSPC, errno.ENOSPC), (-errno.EIO, errno.EIO), (0, errno.EIO), (512, errno.EIO)])
-async def test_each_result_but_all_of_it_is_an_error(direct: DirectFile, monkeypatch: pytest.MonkeyPatch, result: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("result", "code"), [(-errno.ENOSPC, errno.ENOSPC), (-errno.EIO, errno.EIO), (0, errno.EIO), (512, errno.EIO)]
+)
+async def test_each_result_but_all_of_it_is_an_error(
+    direct: DirectFile, monkeypatch: pytest.MonkeyPatch, result: int, code: int
+) -> None:
     call = direct._call
 
     def told(number: ctypes.c_long, *arguments: Any) -> int:
@@ -239,7 +245,8 @@ def test_another_loop_may_go_on_where_one_has_ended(direct: DirectFile, path: Pa
         assert content(path)[:BLOCK_BYTES] == bytes([number]) * BLOCK_BYTES
 
 
-# --- where it can't be had ----------------------------------------------------------------------------------------------------
+# --- where it can't be had
+# ----------------------------------------------------------------------------------------------------
 
 
 def descriptors() -> set[str]:
@@ -252,7 +259,9 @@ def test_another_processor_has_none(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("what", ["platform", "byteorder"])
-def test_another_operating_system_or_order_of_bytes_has_none(path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_another_operating_system_or_order_of_bytes_has_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     monkeypatch.setattr(aio.sys, what, "other")
     assert DirectFile.open(path, BLOCK_BYTES) is None
 
@@ -269,7 +278,9 @@ def test_a_file_system_without_direct_writes_has_none(path: Path, monkeypatch: p
     assert DirectFile.open(path, BLOCK_BYTES) is None
 
 
-def test_a_kernel_that_gives_no_more_contexts_has_none_and_nothing_stays_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_gives_no_more_contexts_has_none_and_nothing_stays_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Library:
         """The C library of a machine that is at fs.aio-max-nr."""
 
@@ -293,11 +304,14 @@ def test_what_was_opened_is_closed_again(path: Path) -> None:
     assert descriptors() == before
 
 
-# --- a file system that writes while it is asked ----------------------------------------------------------------------------
+# --- a file system that writes while it is asked
+# ----------------------------------------------------------------------------
 
 
 class Submits:
-    """What ``io_submit`` looks like: ``waits``: as one that returns when all is written; else as one that returns before."""
+    """What ``io_submit`` looks like: ``waits``: as one that returns when all is written; else as one that returns
+    before.
+    """
 
     def __init__(self, direct: DirectFile) -> None:
         self._direct = direct

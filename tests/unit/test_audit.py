@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.cluster.audit import AuditLog, AuditReport, audited, verify
-from storaged.cluster.audit_format import Event, RegisterCheckpoint, make_line, parse_line
-from storaged.cluster.audit_refusals import Refusals
+from storaged.cluster.audit.format import Event, RegisterCheckpoint, make_line, parse_line
+from storaged.cluster.audit.log import AuditLog, AuditReport, audited, verify
+from storaged.cluster.audit.refusals import Refusals
 from storaged.cluster.identity import NodeSigner
 from storaged.errors import AuditUnwritable, OperatorError, ServiceUnavailable
 from tests.unit.cluster_world import World
@@ -61,7 +61,8 @@ async def written(directory: Path, *counts: int, **options: Any) -> AuditLog:
     return log
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+# --- writing
+# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_an_entry_is_on_disk_when_append_returns(tmp_path: Path) -> None:
@@ -69,8 +70,18 @@ async def test_an_entry_is_on_disk_when_append_returns(tmp_path: Path) -> None:
     await log.start()
     await log.append("key.release", bucket="photos")
     start, entry = [parse_line(line[:-1]) for line in lines_of(files_of(tmp_path)[0])]
-    assert (start.kind, start.fields["node"], start.fields["incarnation"], start.fields["predecessor"]) == ("start", "gw", "01" * 8, None)
-    assert (entry.sequence, entry.kind, entry.fields, entry.previous) == (1, "key.release", {"bucket": "photos"}, start.hash)
+    assert (start.kind, start.fields["node"], start.fields["incarnation"], start.fields["predecessor"]) == (
+        "start",
+        "gw",
+        "01" * 8,
+        None,
+    )
+    assert (entry.sequence, entry.kind, entry.fields, entry.previous) == (
+        1,
+        "key.release",
+        {"bucket": "photos"},
+        start.hash,
+    )
     assert log.head == (log.head.chain, 1, entry.hash)
     await log.close()
     assert oct(files_of(tmp_path)[0].stat().st_mode)[-3:] == "600"
@@ -137,7 +148,9 @@ async def test_an_entry_says_who_did_what_to_what_and_how_it_ended(tmp_path: Pat
 
 
 async def test_two_entries_that_say_the_same_have_hashes_that_nobody_can_guess(tmp_path: Path) -> None:
-    """Witnesses know the chain, the hash before and about when it was: without a salt they could try what an entry says."""
+    """Witnesses know the chain, the hash before and about when it was: without a salt they could try what an entry
+    says.
+    """
     salts = set()
     for number in range(2):
         log = AuditLog(tmp_path / str(number), "gw", b"\x01" * 8, clock=Clock())
@@ -178,7 +191,9 @@ class Refused(OperatorError):
         (asyncio.CancelledError(), "failed CANCELLED"),
     ],
 )
-async def test_what_is_done_is_an_intent_and_an_outcome_of_one_operation(tmp_path: Path, error: BaseException | None, outcome: str) -> None:
+async def test_what_is_done_is_an_intent_and_an_outcome_of_one_operation(
+    tmp_path: Path, error: BaseException | None, outcome: str
+) -> None:
     log = AuditLog(tmp_path, "gw", b"\x01" * 8, clock=Clock())
     await log.start()
     with contextlib.suppress(type(error) if error is not None else ()):  # type: ignore[arg-type]
@@ -212,8 +227,15 @@ async def test_refusals_are_counted_and_no_flood_of_them_fills_the_disk(tmp_path
     log = AuditLog(tmp_path, "gw", b"\x01" * 8, clock=clock)
     await log.start()
     for number in range(10_000):
-        log.refused("s3.refused", "AccessDenied", actor=f"address:10.0.{number // 250}.{number % 250}", target=f"/photos/{number}")
-    log.refused("s3.refused", "SignatureDoesNotMatch", actor="address:10.0.0.1", target="/x" * 20_000, note="y" * 20_000)
+        log.refused(
+            "s3.refused",
+            "AccessDenied",
+            actor=f"address:10.0.{number // 250}.{number % 250}",
+            target=f"/photos/{number}",
+        )
+    log.refused(
+        "s3.refused", "SignatureDoesNotMatch", actor="address:10.0.0.1", target="/x" * 20_000, note="y" * 20_000
+    )
     clock.now_ms += 61_000
     log._tell_refusals()
     log.refused("s3.refused", "AccessDenied", actor="address:10.0.0.9")
@@ -253,7 +275,11 @@ async def test_a_note_that_is_not_json_is_dropped_and_counted(tmp_path: Path) ->
     log.note("fine")
     await log.close()
     assert log.statistics().notes_dropped == 1
-    assert [parse_line(line[:-1]).kind for line in lines_of(files_of(tmp_path)[0])] == ["start", "audit.dropped", "fine"]
+    assert [parse_line(line[:-1]).kind for line in lines_of(files_of(tmp_path)[0])] == [
+        "start",
+        "audit.dropped",
+        "fine",
+    ]
 
 
 @pytest.mark.parametrize("fails_at", ["write", "fdatasync"])
@@ -274,7 +300,9 @@ async def test_when_the_disk_refuses_nobody_is_told_that_an_entry_is_safe_and_th
         return real(descriptor, *rest)
 
     monkeypatch.setattr(os, fails_at, refusing)
-    results = await asyncio.gather(*(log.append("during", number=number) for number in range(5)), return_exceptions=True)
+    results = await asyncio.gather(
+        *(log.append("during", number=number) for number in range(5)), return_exceptions=True
+    )
     assert all(isinstance(result, AuditUnwritable) for result in results)
     assert "No space left" in log.problem
     assert log.head.sequence == 1
@@ -301,7 +329,8 @@ async def test_nothing_is_accepted_after_close(tmp_path: Path) -> None:
         await log.append("late")
 
 
-# --- verifying ----------------------------------------------------------------------------------------------------------
+# --- verifying
+# ----------------------------------------------------------------------------------------------------------
 
 
 def problem(report: AuditReport) -> tuple[int, str]:
@@ -358,7 +387,10 @@ async def test_swapped_and_repeated_entries_are_named(tmp_path: Path) -> None:
     path = files_of(tmp_path)[0]
     lines = lines_of(path)
     path.write_bytes(b"".join([lines[0], lines[2], lines[1], *lines[3:]]))
-    assert problem(verify([path])) == (1, f"{path.name}:2: entry 1 is missing or out of order: entry 2 stands in its place")
+    assert problem(verify([path])) == (
+        1,
+        f"{path.name}:2: entry 1 is missing or out of order: entry 2 stands in its place",
+    )
     path.write_bytes(b"".join([*lines[:3], lines[1], *lines[3:]]))
     assert problem(verify([path]))[1].endswith("entry 1 stands where entry 3 belongs: out of order or repeated")
 
@@ -429,7 +461,8 @@ def test_a_file_that_is_no_audit_log_is_named(tmp_path: Path) -> None:
     assert "not an audit log" in problem(verify([path]))[1]
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -464,11 +497,16 @@ async def test_a_rewritten_history_shows_against_a_checkpoint(tmp_path: Path, wo
     for line in lines_of(path):
         entry = parse_line(line[:-1])
         fields = {"bucket": "harmless"} if entry.sequence == 2 else entry.fields
-        rewritten, previous = make_line(entry.chain, entry.sequence, entry.time_ms, event(entry.kind, **fields), previous)
+        rewritten, previous = make_line(
+            entry.chain, entry.sequence, entry.time_ms, event(entry.kind, **fields), previous
+        )
         lines.append(rewritten)
     path.write_bytes(b"".join(lines))
     assert verify([path]).ok
-    assert "not the one that a checkpoint names" in problem(verify([path], checkpoints, authority=world.authority.certificate))[1]
+    assert (
+        "not the one that a checkpoint names"
+        in problem(verify([path], checkpoints, authority=world.authority.certificate))[1]
+    )
 
 
 async def test_a_forged_checkpoint_is_not_believed(tmp_path: Path, world: World) -> None:
@@ -477,7 +515,9 @@ async def test_a_forged_checkpoint_is_not_believed(tmp_path: Path, world: World)
     other = NodeSigner(World(tmp_path / "other").node("gw", ("gateway",)))
     forged = RegisterCheckpoint("gw", genuine.chain, 9, "ab" * 32, 1, other.certificate)
     forged = msgspec.structs.replace(forged, signature=other.sign(forged.signed_bytes()))
-    changed = RegisterCheckpoint("gw", genuine.chain, 3, genuine.hash, genuine.time_ms, genuine.certificate, genuine.signature)
+    changed = RegisterCheckpoint(
+        "gw", genuine.chain, 3, genuine.hash, genuine.time_ms, genuine.certificate, genuine.signature
+    )
     for bad in (forged, changed):
         assert "not genuine" in problem(verify(files_of(tmp_path), [bad], authority=world.authority.certificate))[1]
 
@@ -491,7 +531,9 @@ async def test_a_chain_that_only_a_checkpoint_knows_is_missing(tmp_path: Path, w
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_no_change_to_a_log_that_another_follows_goes_unnoticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_no_change_to_a_log_that_another_follows_goes_unnoticed(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     directory = tmp_path_factory.mktemp("audit")
     asyncio.run(written(directory, 3, 1))
     path = files_of(directory)[0]

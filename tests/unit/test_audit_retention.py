@@ -1,4 +1,6 @@
-"""Old files of an audit log go after six months at least, each with an entry; the verifier tells that from a file that somebody removed."""
+"""Old files of an audit log go after six months at least, each with an entry; the verifier tells that from a file that
+somebody removed.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from storaged.cluster.audit_format import Entry, parse_line
-from storaged.cluster.audit_retention import prune
-from storaged.cluster.audit_verify import DAY_MS
+from storaged.cluster.audit.format import Entry, parse_line
+from storaged.cluster.audit.retention import prune
+from storaged.cluster.audit.verify import DAY_MS
 from storaged.config import KEEP_DAYS_MIN
 from tests.unit.witness_world import Witnessed
 

@@ -1,4 +1,6 @@
-"""The audit log's formats against vectors that were computed from FORMATS.md with SHA-256 and msgpack alone, and by that description once more."""
+"""The audit log's formats against vectors that were computed from FORMATS.md with SHA-256 and msgpack alone, and by
+that description once more.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,17 @@ import msgspec
 import pytest
 
 import storaged
-from storaged.cluster.audit_format import Checkpoint, Event, first_link, make_line, next_link, parse_line, predecessor_of
-from storaged.cluster.audit_links import read_links
-from storaged.cluster.audit_verify import PRUNED, verify
+from storaged.cluster.audit.format import (
+    Checkpoint,
+    Event,
+    first_link,
+    make_line,
+    next_link,
+    parse_line,
+    predecessor_of,
+)
+from storaged.cluster.audit.links import read_links
+from storaged.cluster.audit.verify import PRUNED, verify
 
 PACKAGE = Path(storaged.__file__).parent
 FORMATS = (PACKAGE / "FORMATS.md").read_text()
@@ -46,7 +56,10 @@ def test_entries_and_links_are_those_of_the_description_and_of_the_program(chain
         link = next_link(link, bytes.fromhex(entry.hash))
         assert link.hex() == expected
         event = Event(entry.kind, entry.actor, entry.target, entry.outcome, entry.fields)
-        assert make_line(entry.chain, entry.sequence, entry.time_ms, event, entry.previous, entry.salt)[0].decode() == line + "\n"
+        assert (
+            make_line(entry.chain, entry.sequence, entry.time_ms, event, entry.previous, entry.salt)[0].decode()
+            == line + "\n"
+        )
 
 
 def test_the_second_chain_follows_the_first_and_both_verify(tmp_path: Path) -> None:

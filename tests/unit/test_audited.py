@@ -1,4 +1,6 @@
-"""Buckets made and deleted over S3, and requests refused there, are in the audit log: who, what, how it ended, and never so often that they fill the disk."""
+"""Buckets made and deleted over S3, and requests refused there, are in the audit log: who, what, how it ended, and
+never so often that they fill the disk.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,16 @@ from typing import Any
 
 import pytest
 
-from storaged.cluster.audit import AuditLog
-from storaged.cluster.audit_format import Entry, parse_line
+from storaged.cluster.audit.format import Entry, parse_line
+from storaged.cluster.audit.log import AuditLog
 from storaged.config import LogSection
-from storaged.errors import BucketAlreadyOwnedByYou, BucketNotEmpty, KeyringUnavailable, NoSuchBucket, ServiceUnavailable
+from storaged.errors import (
+    BucketAlreadyOwnedByYou,
+    BucketNotEmpty,
+    KeyringUnavailable,
+    NoSuchBucket,
+    ServiceUnavailable,
+)
 from storaged.node.audited import AuditedBuckets
 from storaged.node.gateway import Gateway
 from storaged.node.requestlog import RequestLog
@@ -64,7 +72,9 @@ class Rig:
 
     async def entries(self) -> list[Entry]:
         await self.log.close()
-        return [parse_line(line) for path in sorted(self.directory.iterdir()) for line in path.read_bytes().splitlines()][1:]
+        return [
+            parse_line(line) for path in sorted(self.directory.iterdir()) for line in path.read_bytes().splitlines()
+        ][1:]
 
 
 @pytest.fixture
@@ -166,20 +176,32 @@ async def test_who_is_refused_access_over_s3_is_counted_without_signatures(
     entries = await rig.entries()
     assert len(entries) == (2 if actor else 0)
     for entry in entries:
-        assert (entry.kind, entry.actor, entry.target, entry.outcome) == ("s3.refused", actor, "/photos/cat.jpg", f"refused {code}")
+        assert (entry.kind, entry.actor, entry.target, entry.outcome) == (
+            "s3.refused",
+            actor,
+            "/photos/cat.jpg",
+            f"refused {code}",
+        )
 
 
-async def test_a_key_whose_release_cannot_be_audited_is_answered_with_503_and_refusals_wait_for_nothing(rig: Rig) -> None:
+async def test_a_key_whose_release_cannot_be_audited_is_answered_with_503_and_refusals_wait_for_nothing(
+    rig: Rig,
+) -> None:
     gateway: Any = SimpleNamespace(_node=SimpleNamespace(audit=rig.log, own=SimpleNamespace(name="gw")))
     facts = {"target": "bucket-id:00", "keyring": "05"}
     await Gateway._audit(gateway, "key.release", {**facts, "outcome": "done"})
     for _ in range(50):
-        await Gateway._audit(gateway, "key.refused", {**facts, "outcome": "refused KEY_RELEASE_REFUSED", "rule": "bucket countries"})
+        await Gateway._audit(
+            gateway, "key.refused", {**facts, "outcome": "refused KEY_RELEASE_REFUSED", "rule": "bucket countries"}
+        )
     await rig.log.close()
     with pytest.raises(KeyringUnavailable, match="AUDIT_UNWRITABLE"):
         await Gateway._audit(gateway, "key.release", {**facts, "outcome": "done"})
     await Gateway._audit(gateway, "key.refused", {**facts, "outcome": "refused KEY_RELEASE_REFUSED"})
-    assert [(entry.kind, entry.actor, entry.target, entry.outcome, entry.fields.get("repeated")) for entry in await rig.entries()] == [
+    assert [
+        (entry.kind, entry.actor, entry.target, entry.outcome, entry.fields.get("repeated"))
+        for entry in await rig.entries()
+    ] == [
         ("key.release", "node:gw", "bucket-id:00", "done", None),
         ("key.refused", "node:gw", "bucket-id:00", "refused KEY_RELEASE_REFUSED", None),
         ("key.refused", "node:gw", "bucket-id:00", "refused KEY_RELEASE_REFUSED", 49),

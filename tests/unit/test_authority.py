@@ -1,4 +1,6 @@
-"""The table of RPC methods and roles: what is registered, what is documented and what a node starts with are the same."""
+"""The table of RPC methods and roles: what is registered, what is documented and what a node starts
+with are the same.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,18 @@ import pytest
 from click.testing import CliRunner
 
 from storaged.cli.cluster import cluster as cluster_command
-from storaged.cluster import authority
+from storaged.cluster.audit.witness import WitnessBook
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.membership import Membership
 from storaged.cluster.ports import Method, Methods
-from storaged.cluster.witness import WitnessBook
+from storaged.cluster.rpc import authority
 from storaged.errors import PeerRefused, StoragedError
 from storaged.fragments.remote import FragmentHost
-from storaged.meta.remote import ReplicaHost
+from storaged.meta.transport.replicas import ReplicaHost
 from tests.unit.cluster_world import Note, Service, World, pooled, serving
 from tests.unit.ring_cluster import Cluster, run
 
-FORMATS = Path(authority.__file__).parents[1] / "FORMATS.md"
+FORMATS = Path(authority.__file__).parents[2] / "FORMATS.md"
 
 
 def of_a_storage_node(world: World) -> Methods:
@@ -46,7 +48,9 @@ def test_a_storage_node_registers_exactly_the_rows_of_the_table(tmp_path: Path) 
 
 
 def test_a_gateway_without_disks_serves_heartbeats_and_layouts_alone(tmp_path: Path) -> None:
-    methods = {name: method for name, method in of_a_storage_node(World(tmp_path)).items() if name.startswith("cluster.")}
+    methods = {
+        name: method for name, method in of_a_storage_node(World(tmp_path)).items() if name.startswith("cluster.")
+    }
     authority.check_registered(methods, ("gateway",))
 
 

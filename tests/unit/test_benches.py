@@ -30,7 +30,9 @@ SMALL = ("put-4k-1", "put-4k-64", "get-4k-64", "head-64", "list-1000-4")
 
 
 class SmallServer:
-    """Enough of S3 for the rows. ``lie`` spoils the answers to requests that ``about`` matches ("GET /b/k"); the others are honest."""
+    """Enough of S3 for the rows. ``lie`` spoils the answers to requests that ``about`` matches ("GET /b/k"); the others
+    are honest.
+    """
 
     def __init__(self, lie: str = "", about: str = "") -> None:
         self.lie = lie
@@ -74,7 +76,10 @@ class SmallServer:
             coded = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
             writer.write(f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + coded)
             return True
-        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(answer)}\r\n\r\n".encode() + (b"" if method == "HEAD" else answer))
+        writer.write(
+            f"HTTP/1.1 {status}\r\nContent-Length: {len(answer)}\r\n\r\n".encode()
+            + (b"" if method == "HEAD" else answer)
+        )
         if lie == "too-much":
             writer.write(b"and more")
         return True
@@ -146,9 +151,9 @@ async def test_pages_between_writes_and_pages_in_order_are_checked_as_the_others
     async with serving() as (small, target):
         small.lie, small.about = "one-key-less", re.compile("GET /.*list-type")
         for name in names:
-            assert [(result.row, result.operations < 80 and result.errors > 0) for result in await rows_of(target, (name,))] == [
-                (name, True)
-            ]
+            assert [
+                (result.row, result.operations < 80 and result.errors > 0) for result in await rows_of(target, (name,))
+            ] == [(name, True)]
 
 
 async def test_what_servers_write_late_is_waited_for_by_whatever_wrote_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +219,9 @@ async def test_a_page_with_a_key_missing_is_an_error() -> None:
 
 async def test_failed_operations_are_not_among_those_done() -> None:
     async with serving("error", "PUT /b/k0000000[13]") as (small, target):
-        result = await drive("row", target, putting(target, "b", "k", Bodies(100), 100), in_flight=3, total=10, bytes_each=100)
+        result = await drive(
+            "row", target, putting(target, "b", "k", Bodies(100), 100), in_flight=3, total=10, bytes_each=100
+        )
     assert (result.operations, result.errors, result.bytes, small.requests) == (8, 2, 800, 10)
 
 
@@ -224,7 +231,9 @@ async def test_a_server_that_answers_nothing_is_given_up_quickly() -> None:
         with pytest.raises(WrongAnswer, match="no answer within"):
             await rows_of(target)
         assert time.monotonic() - began < 10
-        result = await drive("row", target, getting(target, "b", "k", Bodies(9), 9), in_flight=64, total=1000, silence_s_max=0.2)
+        result = await drive(
+            "row", target, getting(target, "b", "k", Bodies(9), 9), in_flight=64, total=1000, silence_s_max=0.2
+        )
     assert (result.operations, 1 <= result.errors <= 128) == (0, True)
 
 
@@ -261,7 +270,10 @@ def test_chunks_may_be_cut_anywhere(split: int) -> None:
     connection = Connection()
     connection.connection_made(Mute())
     connection.begin(Ask(b"GET /b/k HTTP/1.1\r\n\r\n"), outcomes.append)
-    coded = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nA;x=y\r\n0123456789\r\n0\r\nTrailer: 1\r\n\r\n"
+    coded = (
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding:"
+        b" chunked\r\n\r\n4\r\nabcd\r\nA;x=y\r\n0123456789\r\n0\r\nTrailer: 1\r\n\r\n"
+    )
     for start in range(0, len(coded), split):
         assert not outcomes
         connection.data_received(coded[start : start + split])
@@ -272,7 +284,9 @@ async def test_a_body_larger_than_the_socket_takes_at_once_arrives_whole() -> No
     size = 9 << 20
     bodies = Bodies(size)
     async with serving() as (small, target):
-        result = await drive("row", target, putting(target, "b", "k", bodies, size), in_flight=2, total=4, bytes_each=size)
+        result = await drive(
+            "row", target, putting(target, "b", "k", bodies, size), in_flight=2, total=4, bytes_each=size
+        )
     assert (result.errors, result.operations, result.client_cpu_s > 0) == (0, 4, True)
     assert [small.objects[f"/b/k{number:08d}"] == bodies.of(number) for number in range(4)] == [True] * 4
 
@@ -328,7 +342,9 @@ async def test_flat_cost_repeats_the_rows_after_each_burden() -> None:
 async def test_a_burden_that_takes_too_long_is_as_large_as_it_became_and_its_stage_says_so() -> None:
     said: list[str] = []
     async with serving() as (_, target):
-        stages = await flat(Server("small", target), 1_000_000, 0.0001, lambda _result: None, said.append, seconds_max=0.5)
+        stages = await flat(
+            Server("small", target), 1_000_000, 0.0001, lambda _result: None, said.append, seconds_max=0.5
+        )
     assert not [result.first_error for _, results in stages for result in results if result.errors]
     filled = int(stages[1][0].split(" ")[0].replace(",", ""))
     assert 0 < filled < 1_000_000
@@ -352,7 +368,9 @@ def test_a_table_has_medians_and_tells_failed_rows_apart() -> None:
     assert (summary.speed, summary.low, summary.high, summary.runs) == (5.0, 2.5, 10.0, 3)
     assert round(summary.cpu_us["n1"]) == 200
     assert (summary.peak_bytes["n1"], summary.own_bytes["n1"]) == (4 << 20, 2 << 20)
-    broken = summarize("server", [Result("other", operations=3, seconds=1.0, errors=1, first_error="other #1: status 500")])
+    broken = summarize(
+        "server", [Result("other", operations=3, seconds=1.0, errors=1, first_error="other #1: status 500")]
+    )
     assert (broken.runs, broken.speed, broken.errors) == (0, 0.0, 1)
     told = markdown([summary, broken])
     assert "| row | server | 5.0 /s | 2.5 to 10.0 |" in told
@@ -367,7 +385,8 @@ def test_a_server_that_does_not_come_up_leaves_no_process_and_no_file(tmp_path: 
     (tree / "storaged" / "__init__.py").touch()
     pid_file = tmp_path / "pid"
     (tree / "storaged" / "__main__.py").write_text(
-        f"import os, sys, time\nif sys.argv[1] == 'dev':\n    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    time.sleep(0.5)\n    sys.exit(3)\n"
+        f"import os, sys, time\nif sys.argv[1] == 'dev':\n    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n   "
+        " time.sleep(0.5)\n    sys.exit(3)\n"
     )
     with pytest.raises(SystemExit, match="did not become HEALTHY"), storaged_cluster(place, tree=tree):
         pass
@@ -376,7 +395,9 @@ def test_a_server_that_does_not_come_up_leaves_no_process_and_no_file(tmp_path: 
         os.kill(int(pid_file.read_text()), 0)
 
 
-def test_sigterm_while_a_server_starts_leaves_no_process_and_no_file_and_a_second_one_changes_nothing(tmp_path: Path) -> None:
+def test_sigterm_while_a_server_starts_leaves_no_process_and_no_file_and_a_second_one_changes_nothing(
+    tmp_path: Path,
+) -> None:
     tree, place, pid_file = tmp_path / "tree", tmp_path / "place", tmp_path / "pid"
     (tree / "storaged").mkdir(parents=True)
     place.mkdir()
@@ -410,7 +431,10 @@ def test_a_comparison_takes_the_ratio_of_each_pair_and_leaves_failed_runs_out() 
     def run(seconds: float, cpu_s: float, errors: int = 0) -> Result:
         return Result("row", operations=100, seconds=seconds, cpu_s={"n1": cpu_s}, errors=errors)
 
-    first, second = [run(1.0, 1.0), run(2.0, 1.0), run(1.0, 1.0)], [run(0.5, 0.5), run(2.0, 0.8), run(9.0, 9.0, errors=1)]
+    first, second = (
+        [run(1.0, 1.0), run(2.0, 1.0), run(1.0, 1.0)],
+        [run(0.5, 0.5), run(2.0, 0.8), run(9.0, 9.0, errors=1)],
+    )
     speeds, cpu = ratios(first, second)
     assert (speeds, cpu) == ([2.0, 1.0], [0.5, 0.8])
     assert spread(speeds) == "1.50 (1.00 to 2.00)"
@@ -421,7 +445,12 @@ def test_a_comparison_takes_the_ratio_of_each_pair_and_leaves_failed_runs_out() 
 
 def test_a_run_that_failed_half_way_does_not_shift_the_pairs_of_later_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = iter(
-        ([Result("put-4k-1", operations=1)], [Result("put-4k-64", errors=1)], OSError("no bucket"), [Result("put-4k-1", operations=4)])
+        (
+            [Result("put-4k-1", operations=1)],
+            [Result("put-4k-64", errors=1)],
+            OSError("no bucket"),
+            [Result("put-4k-1", operations=4)],
+        )
     )
 
     async def measured(*_args: object) -> list[Result]:
@@ -458,10 +487,14 @@ async def test_every_hot_path_can_be_taken_on_its_own(name: str, monkeypatch: py
     assert all(row.us > 0 and row.floor_us > 0 for row in found)
 
 
-def test_a_worktree_of_a_revision_is_there_for_the_comparison_and_gone_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worktree_of_a_revision_is_there_for_the_comparison_and_gone_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
 
     git("init", "--quiet")
     for content in ("one", "two"):

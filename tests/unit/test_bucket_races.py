@@ -1,4 +1,6 @@
-"""Deletions of one bucket by several gateways at once, on a whole cluster: nothing that was acknowledged is in a bucket that is gone, and no bucket stays closed."""
+"""Deletions of one bucket by several gateways at once, on a whole cluster: nothing that was acknowledged is in a bucket
+that is gone, and no bucket stays closed.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_a_fence_that_comes_after_another_gateway_gave_the_bucket_back_does_not_
 
 
 def test_no_gateway_lifts_the_fence_behind_which_another_finds_the_bucket_empty() -> None:
-    """Two gateways take up a deletion; an upload slips in before the first one's fence, so that this one has to begin again."""
+    """Two gateways take up a deletion; an upload slips in before the first one's fence, so that this one has to begin
+    again.
+    """
 
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

@@ -15,9 +15,9 @@ from awscrt import checksums as crt
 from storaged.errors import BadDigest, InvalidPart, InvalidRequest
 from storaged.meta.names import Table
 from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks, CompletedPart, NewMeta
-from storaged.objects.checksums import CHECKSUM_BYTES, BodyDigest, checksum_of, digest_of
 from storaged.objects.records import PartRecord, decode_object
-from storaged.objects.uploads import open_upload
+from storaged.objects.write.checksums import CHECKSUM_BYTES, BodyDigest, checksum_of, digest_of
+from storaged.objects.write.uploads import open_upload
 from storaged.wire import decode, encode
 from tests.unit.s3_world import ACCESS, REGION, ask, s3_world, signed
 from tests.unit.test_objects_multipart import OWNER, complete, uploaded, world_of
@@ -92,7 +92,9 @@ async def test_what_came_without_a_checksum_gets_crc64nvme_and_copies_keep_it(si
 async def test_what_came_with_a_checksum_gets_no_other() -> None:
     _, objects, bucket = world_of()
     for algorithm in CHECKSUM_ALGORITHMS:
-        put = await objects.put(bucket, b"key", pieces(b"data"), NewMeta(), BodyChecks(4, algorithms=(algorithm,)), owner=OWNER)
+        put = await objects.put(
+            bucket, b"key", pieces(b"data"), NewMeta(), BodyChecks(4, algorithms=(algorithm,)), owner=OWNER
+        )
         assert put.checksums == {algorithm: text(OTHER[algorithm](b"data"))}
     await objects.close()
 
@@ -103,7 +105,9 @@ async def test_an_upload_without_an_algorithm_gets_the_crc64nvme_of_its_whole_fr
     upload_id, parts = await uploaded(objects, bucket, datas)
     assert [part.checksums for part in parts] == [nvme(data) for data in datas]
     _, listed, _ = await objects.list_parts(bucket, b"key", upload_id)
-    assert [(part.checksum_algorithm, part.checksum) for part in listed] == [("CRC64NVME", nvme(data)["CRC64NVME"]) for data in datas]
+    assert [(part.checksum_algorithm, part.checksum) for part in listed] == [
+        ("CRC64NVME", nvme(data)["CRC64NVME"]) for data in datas
+    ]
     with pytest.raises(BadDigest):
         await complete(objects, bucket, upload_id, parts, checksums=nvme(b"other"))
     with pytest.raises(BadDigest):
@@ -136,12 +140,16 @@ async def test_parts_of_an_upload_with_an_algorithm_may_have_no_other(algorithm:
     _, objects, bucket = world_of()
     upload = await objects.create_upload(bucket, b"key", NewMeta(), owner=OWNER, algorithm=algorithm)
     other = "SHA1" if algorithm != "SHA1" else "CRC32"
-    with pytest.raises(InvalidRequest, match=f"expected checksum Type: {algorithm.lower()}, actual checksum Type: {other.lower()}"):
+    with pytest.raises(
+        InvalidRequest, match=f"expected checksum Type: {algorithm.lower()}, actual checksum Type: {other.lower()}"
+    ):
         await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(b"x"), BodyChecks(1, algorithms=(other,)))
     plain = await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(b"x"), BodyChecks(1))
     assert plain.checksums == {algorithm: text(OTHER[algorithm](b"x"))}
     with pytest.raises(InvalidPart):
-        await complete(objects, bucket, upload.upload_id, [CompletedPart(1, plain.etag, {other: plain.checksums[algorithm]})])
+        await complete(
+            objects, bucket, upload.upload_id, [CompletedPart(1, plain.etag, {other: plain.checksums[algorithm]})]
+        )
     await complete(objects, bucket, upload.upload_id, [CompletedPart(1, plain.etag, plain.checksums)])
     await objects.close()
 
@@ -155,7 +163,9 @@ async def test_an_upload_with_parts_from_before_they_kept_a_checksum_is_complete
             row = decode(value.body, PartRecord)
             bare = msgspec.structs.replace(upload.open_part(row), checksum="")
             sealed = upload.seal_part(objects.plane, row.entry.data_id, bare)
-            world.ring.values[name] = msgspec.structs.replace(value, body=encode(msgspec.structs.replace(row, sealed=sealed)))
+            world.ring.values[name] = msgspec.structs.replace(
+                value, body=encode(msgspec.structs.replace(row, sealed=sealed))
+            )
     bare_parts = [CompletedPart(part.number, part.etag) for part in parts]
     result = await complete(objects, bucket, upload_id, bare_parts)
     assert (result.checksums, result.checksum_type) == ({}, "")
@@ -169,7 +179,14 @@ async def test_checksums_and_their_algorithm_are_sealed_in_the_record() -> None:
     (value,) = [value for name, value in world.ring.values.items() if name.table == Table.OBJECT]
     raw = OTHER["CRC64NVME"](b"some content")
     assert decode_object(value.body).versions[0].size == 12
-    for needle in (raw, raw[::-1], raw.hex().encode(), text(raw).encode(), b"CRC64NVME", zlib.crc32(b"some content").to_bytes(4, "big")):
+    for needle in (
+        raw,
+        raw[::-1],
+        raw.hex().encode(),
+        text(raw).encode(),
+        b"CRC64NVME",
+        zlib.crc32(b"some content").to_bytes(4, "big"),
+    ):
         assert needle not in value.body
     await objects.close()
 
@@ -195,7 +212,12 @@ async def test_a_trailer_of_each_algorithm_is_verified_and_kept(algorithm: str) 
             framed = b"c\r\nsome content\r\n0\r\n%b\r\n\r\n" % trailer
             headers = {"content-encoding": "aws-chunked", "x-amz-trailer": name, "x-amz-decoded-content-length": "12"}
             request = signed(
-                world, "PUT", f"/bucket/{answer[-3:].decode()}", body=framed, headers=headers, payload="STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+                world,
+                "PUT",
+                f"/bucket/{answer[-3:].decode()}",
+                body=framed,
+                headers=headers,
+                payload="STREAMING-UNSIGNED-PAYLOAD-TRAILER",
             )
             found = await ask(world, request)
             assert found.startswith(answer), found

@@ -7,9 +7,9 @@ import pytest
 
 from storaged.errors import DataDamaged, InvalidArgument
 from storaged.meta.names import Change, Value, Visibility
-from storaged.objects import claims
-from storaged.objects.claims import DAMAGED, NameClaim, authenticate_all, claim_of, decode_claim, register_of
-from storaged.objects.users import UserService
+from storaged.objects.system import claims
+from storaged.objects.system.claims import DAMAGED, NameClaim, authenticate_all, claim_of, decode_claim, register_of
+from storaged.objects.system.users import UserService
 from storaged.wire import decode, encode
 from tests.unit.object_world import World
 

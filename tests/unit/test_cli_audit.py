@@ -78,7 +78,9 @@ async def test_a_whole_log_and_all_witnesses_are_exit_code_0(rig: Witnessed, clu
     assert code_of(call(rig, "verify", str(rig.audit), *saved(rig))) == 0
 
 
-async def test_an_altered_log_is_exit_code_3_and_its_document_names_the_entry(rig: Witnessed, cluster: dict[str, Any]) -> None:
+async def test_an_altered_log_is_exit_code_3_and_its_document_names_the_entry(
+    rig: Witnessed, cluster: dict[str, Any]
+) -> None:
     path = rig.files()[0]
     lines = lines_of(path)
     path.write_bytes(b"".join([*lines[:3], *lines[4:]]))
@@ -92,7 +94,9 @@ async def test_an_altered_log_is_exit_code_3_and_its_document_names_the_entry(ri
 
 
 @pytest.mark.parametrize("at", [-30, -1])
-async def test_a_cut_is_not_called_a_crash_where_a_witness_saw_more(rig: Witnessed, cluster: dict[str, Any], at: int) -> None:
+async def test_a_cut_is_not_called_a_crash_where_a_witness_saw_more(
+    rig: Witnessed, cluster: dict[str, Any], at: int
+) -> None:
     path = rig.files()[-1]
     path.write_bytes(path.read_bytes()[:at])
     done = call(rig, "verify", str(rig.audit))
@@ -101,12 +105,16 @@ async def test_a_cut_is_not_called_a_crash_where_a_witness_saw_more(rig: Witness
     assert "crash" not in done.output + str(done.exception)
 
 
-async def test_what_a_crash_tore_is_only_called_so_when_no_witness_saw_more(rig: Witnessed, cluster: dict[str, Any]) -> None:
+async def test_what_a_crash_tore_is_only_called_so_when_no_witness_saw_more(
+    rig: Witnessed, cluster: dict[str, Any]
+) -> None:
     path = rig.files()[-1]
     path.write_bytes(path.read_bytes() + b'{"chain":"00')
     done = call(rig, "verify", str(rig.audit))
     assert code_of(done) == 0
-    assert "12 bytes after an end are no entry, as a crash leaves them: no witness saw more than there is" in done.output
+    assert (
+        "12 bytes after an end are no entry, as a crash leaves them: no witness saw more than there is" in done.output
+    )
     alone = call(rig, "verify", "--offline", str(rig.audit))
     assert code_of(alone) == 0
     assert "a crash leaves that, and so does who cuts a log; only witnesses can tell" in alone.output
@@ -162,7 +170,7 @@ async def test_witnesses_are_saved_and_compared_later_without_the_cluster(
 
 
 async def test_checkpoints_of_earlier_versions_still_count(rig: Witnessed, cluster: dict[str, Any]) -> None:
-    from storaged.cluster.audit_format import RegisterCheckpoint
+    from storaged.cluster.audit.format import RegisterCheckpoint
     from storaged.cluster.identity import NodeSigner
 
     signer = NodeSigner(rig.own)

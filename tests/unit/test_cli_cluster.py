@@ -77,7 +77,18 @@ def test_countries_and_jurisdictions_of_a_cluster_are_in_its_signed_layout_and_b
         ("DE/fra/a", "", "DE is not among the jurisdictions allowed here: FR"),
     ):
         with pytest.raises(JurisdictionRefused, match=said):
-            call("cluster", "issue", str(place), "other", "--rack", rack, "--roles", "gateway", "--jurisdiction", jurisdiction)
+            call(
+                "cluster",
+                "issue",
+                str(place),
+                "other",
+                "--rack",
+                rack,
+                "--roles",
+                "gateway",
+                "--jurisdiction",
+                jurisdiction,
+            )
     call("cluster", "issue", str(place), "other", "--rack", "DE/fra/a", "--roles", "gateway", "--jurisdiction", "FR")
     call("cluster", "layout", str(place))
     own = identity.load_identity(place / "nodes/n1/identity")
@@ -136,10 +147,34 @@ def test_private_files_are_readable_by_their_owner_alone(authority: Path) -> Non
 def test_a_renewed_node_keeps_its_disks(authority: Path) -> None:
     issue_three(authority)
     before = next(node for node in create.load_plan(authority).nodes if node.name == "n1").disks
-    call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "10.0.1.1:7400")
+    call(
+        "cluster",
+        "issue",
+        str(authority),
+        "n1",
+        "--rack",
+        "FR/par1/a",
+        "--roles",
+        "storage",
+        "--address",
+        "10.0.1.1:7400",
+    )
     assert next(node for node in create.load_plan(authority).nodes if node.name == "n1").disks == before
     with pytest.raises(OperatorError, match="already"):
-        call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/x")
+        call(
+            "cluster",
+            "issue",
+            str(authority),
+            "n1",
+            "--rack",
+            "FR/par1/a",
+            "--roles",
+            "storage",
+            "--address",
+            "h:1",
+            "--disk",
+            "/x",
+        )
 
 
 def test_renewing_leaves_the_configuration_of_the_server_alone(authority: Path) -> None:
@@ -150,14 +185,27 @@ def test_renewing_leaves_the_configuration_of_the_server_alone(authority: Path) 
     assert (folder / "identity" / "node.crt").read_bytes() != before
     assert create.load_plan(authority) == plan
     assert not (folder / "config.toml").exists()
-    call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "10.0.9.1:7400")
+    call(
+        "cluster",
+        "issue",
+        str(authority),
+        "n1",
+        "--rack",
+        "FR/par1/a",
+        "--roles",
+        "storage",
+        "--address",
+        "10.0.9.1:7400",
+    )
     assert not (folder / "config.toml").exists()
     assert 'listen = "10.0.9.1:7400"' in (folder / "config.issued.toml").read_text()
     with pytest.raises(OperatorError, match="no member"):
         call("cluster", "renew", str(authority), "n9")
 
 
-def test_a_second_layout_asks_for_no_folder_of_a_node_that_has_one(authority: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_layout_asks_for_no_folder_of_a_node_that_has_one(
+    authority: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     issue_three(authority)
     capsys.readouterr()
     call("cluster", "layout", str(authority))
@@ -173,21 +221,47 @@ def test_issued_nodes_serve_health_and_metrics_on_loopback(authority: Path) -> N
     issue_three(authority)
     listens = {name: config.load(authority / "nodes" / name / "config.toml").admin.listen for name in ("n1", "gateway")}
     assert listens == {"n1": "127.0.0.1:8335", "gateway": "127.0.0.1:8334"}
-    call("cluster", "issue", str(authority), "n4", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/d",
+    call("cluster", "issue", str(authority), "n4", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/d",  # noqa: E501
          "--admin", "none")  # fmt: skip
     assert config.load(authority / "nodes" / "n4" / "config.toml").admin.listen == ""
     with pytest.raises(OperatorError, match="--admin"):
-        call("cluster", "issue", str(authority), "n5", "--rack", "FR/par1/a", "--roles", "gateway", "--admin", "nowhere")
+        call(
+            "cluster", "issue", str(authority), "n5", "--rack", "FR/par1/a", "--roles", "gateway", "--admin", "nowhere"
+        )
 
 
 def test_a_gateway_with_an_address_can_be_called_by_others(authority: Path) -> None:
-    call("cluster", "issue", str(authority), "gw2", "--rack", "FR/par1/a", "--roles", "gateway", "--address", "10.0.1.9:7400")
+    call(
+        "cluster",
+        "issue",
+        str(authority),
+        "gw2",
+        "--rack",
+        "FR/par1/a",
+        "--roles",
+        "gateway",
+        "--address",
+        "10.0.1.9:7400",
+    )
     assert config.load(authority / "nodes" / "gw2" / "config.toml").rpc.listen == "10.0.1.9:7400"
     assert create.load_plan(authority).nodes[0].address == "10.0.1.9:7400"
 
 
 def test_a_layout_that_cannot_hold_the_profile_is_refused_with_the_numbers(authority: Path) -> None:
-    call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "h:1", "--disk", "/d1")
+    call(
+        "cluster",
+        "issue",
+        str(authority),
+        "n1",
+        "--rack",
+        "FR/par1/a",
+        "--roles",
+        "storage",
+        "--address",
+        "h:1",
+        "--disk",
+        "/d1",
+    )
     with pytest.raises(OperatorError, match=r"4\+2 needs 6 disks"):
         call("cluster", "layout", str(authority))
     assert create.load_plan(authority).epoch == 0
@@ -226,7 +300,10 @@ def test_a_layout_that_would_move_data_is_not_signed_and_says_what_would_move(au
     plan = (authority / "cluster.json").read_bytes()
     for arguments, what in (
         (ADDED, "of n4 is new"),
-        (("n1", "--rack", "FR/par1/z", "--roles", "storage", "--address", "10.0.1.1:7400"), "location FR/par1/a to FR/par1/z"),
+        (
+            ("n1", "--rack", "FR/par1/z", "--roles", "storage", "--address", "10.0.1.1:7400"),
+            "location FR/par1/a to FR/par1/z",
+        ),
         (("n1", "--rack", "FR/par1/a", "--roles", "gateway"), "n1 is no longer a storage node"),
     ):
         with pytest.raises(LayoutMovesData, match=what):
@@ -239,7 +316,9 @@ def test_a_layout_that_would_move_data_is_not_signed_and_says_what_would_move(au
     changed.nodes[0].disks[0].weight = 4000
     changed.nodes[1].disks.append(create.DiskPlan("0123456789abcdef", "/srv/disk3"))
     create.save_plan(authority, changed)
-    with pytest.raises(LayoutMovesData, match=r"0123456789abcdef of n2 is new.*weight 1000 to 4000.*of 1025 replica sets"):
+    with pytest.raises(
+        LayoutMovesData, match=r"0123456789abcdef of n2 is new.*weight 1000 to 4000.*of 1025 replica sets"
+    ):
         call("cluster", "layout", str(authority))
     assert signed_in(authority, "n1").epoch == 1
 
@@ -248,12 +327,27 @@ def test_addresses_renewals_and_gateways_change_and_nothing_moves(authority: Pat
     issue_three(authority)
     call("cluster", "layout", str(authority))
     before = signed_in(authority, "n1")
-    call("cluster", "issue", str(authority), "n1", "--rack", "FR/par1/a", "--roles", "storage", "--address", "10.9.9.9:7400")
+    call(
+        "cluster",
+        "issue",
+        str(authority),
+        "n1",
+        "--rack",
+        "FR/par1/a",
+        "--roles",
+        "storage",
+        "--address",
+        "10.9.9.9:7400",
+    )
     call("cluster", "issue", str(authority), "gateway2", "--rack", "FR/par2/b", "--roles", "gateway")
     call("cluster", "remove", str(authority), "gateway")
     call("cluster", "layout", str(authority))
     after = signed_in(authority, "gateway2")
-    assert (after.epoch, after.node_by_name["n1"].address, "gateway" in after.node_by_name) == (2, "10.9.9.9:7400", False)
+    assert (after.epoch, after.node_by_name["n1"].address, "gateway" in after.node_by_name) == (
+        2,
+        "10.9.9.9:7400",
+        False,
+    )
     assert (after.seeds, after.disks) == (before.seeds, before.disks)
     with pytest.raises(OperatorError, match="no node of this cluster"):
         call("cluster", "remove", str(authority), "gateway")
@@ -305,7 +399,9 @@ def gateway_config(tmp_path: Path) -> Path:
     file = tmp_path / "gw" / "config.toml"
     node = create.NodePlan("gateway", "FR/par1/a", ("gateway",))
     file.write_text(
-        create.gateway_config(node, ".", "127.0.0.1:8333", "eu-fr-1", {"keyring": "keys/keyring", "credential": "keys/credential"})
+        create.gateway_config(
+            node, ".", "127.0.0.1:8333", "eu-fr-1", {"keyring": "keys/keyring", "credential": "keys/credential"}
+        )
     )
     return file
 
@@ -332,20 +428,40 @@ def test_a_lost_keyring_comes_back_from_its_backup(tmp_path: Path) -> None:
         (tmp_path / "gw/keys" / name).unlink()
     (tmp_path / "wrong").write_text("battery staple\n")
     with pytest.raises(WrongPassphrase):
-        call("keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "wrong"))
+        call(
+            "keys",
+            "restore",
+            str(tmp_path / "backup"),
+            "--config",
+            str(file),
+            "--passphrase-file",
+            str(tmp_path / "wrong"),
+        )
     assert not (tmp_path / "gw/keys/keyring").exists()
     (tmp_path / "right").write_text("correct horse\n")
-    call("keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "right"))
+    call(
+        "keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "right")
+    )
     assert open_keyring(Path(loaded.keys.keyring), protection_of(loaded)).keyring_id == material.keyring_id
     kept = (tmp_path / "gw/keys/keyring").read_bytes()
-    call("keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "right"))
+    call(
+        "keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "right")
+    )
     assert (tmp_path / "gw/keys/keyring").read_bytes() == kept, "the backup's own keyring stays as it is"
     (tmp_path / "gw/keys/keyring").unlink()
     (tmp_path / "gw/keys/credential").unlink()
     call("keys", "create", str(file))
     another = (tmp_path / "gw/keys/keyring").read_bytes()
     with pytest.raises(OperatorError):
-        call("keys", "restore", str(tmp_path / "backup"), "--config", str(file), "--passphrase-file", str(tmp_path / "right"))
+        call(
+            "keys",
+            "restore",
+            str(tmp_path / "backup"),
+            "--config",
+            str(file),
+            "--passphrase-file",
+            str(tmp_path / "right"),
+        )
     assert (tmp_path / "gw/keys/keyring").read_bytes() == another
 
 
@@ -356,7 +472,8 @@ def test_a_missing_credential_is_no_new_credential(tmp_path: Path) -> None:
         protection_of(config.load(gateway_config(tmp_path)))
 
 
-# --- errors and help ------------------------------------------------------------------------------------------------------
+# --- errors and help
+# ------------------------------------------------------------------------------------------------------
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -382,14 +499,22 @@ def test_status_without_a_cluster_is_down(capsys: pytest.CaptureFixture[str], tm
     assert "no cluster" in shown
 
 
-def test_status_of_a_stopped_trial_cluster_lists_its_nodes_and_is_down(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    nodes = [{"name": "n1", "rack": "FR/par1/a", "roles": ["storage"]}, {"name": "gateway", "rack": "FR/par1/a", "roles": ["gateway"]}]
+def test_status_of_a_stopped_trial_cluster_lists_its_nodes_and_is_down(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    nodes = [
+        {"name": "n1", "rack": "FR/par1/a", "roles": ["storage"]},
+        {"name": "gateway", "rack": "FR/par1/a", "roles": ["gateway"]},
+    ]
     (tmp_path / "dev.json").write_text(json.dumps({"nodes": nodes}))
     code, out, _ = outcome(capsys, "--dir", str(tmp_path), "status", "--json")
     found = json.loads(out)
     assert code == 2
     assert found["verdict"] == "DOWN"
-    assert [(node["name"], node["state"], node["pid"]) for node in found["nodes"]] == [("n1", "down", None), ("gateway", "down", None)]
+    assert [(node["name"], node["state"], node["pid"]) for node in found["nodes"]] == [
+        ("n1", "down", None),
+        ("gateway", "down", None),
+    ]
     assert {entry["code"] for entry in found["problems"]} == {"NOT_RUNNING", "NODE_DOWN"}
     code, out, _ = outcome(capsys, "--dir", str(tmp_path), "status")
     assert out.startswith("DOWN")
@@ -417,7 +542,9 @@ def test_a_misspelt_command_is_suggested(capsys: pytest.CaptureFixture[str]) -> 
     assert (code, "storaged --help" in shown) == (2, True)
 
 
-def test_settings_of_a_server_are_refused_with_where_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_settings_of_a_server_are_refused_with_where_they_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "config.toml").touch()
     code, _, shown = outcome(capsys, "--dir", str(tmp_path), "env")
     assert code == 2
@@ -446,7 +573,11 @@ def test_every_code_can_be_explained_and_a_misspelt_one_is_suggested(capsys: pyt
 
 
 def test_help_imports_no_plane() -> None:
-    program = "import sys\nfrom storaged.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\nbad = [m for m in sys.modules if m.split('.')[0] in ('aiohttp', 'lmdb', 'cryptography', 'msgspec', 'rich', 'structlog', 'asyncio')]\nsys.exit(' '.join(bad) or 0)\n"
+    program = (
+        "import sys\nfrom storaged.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\nbad"
+        " = [m for m in sys.modules if m.split('.')[0] in ('aiohttp', 'lmdb', 'cryptography', 'msgspec', 'rich',"
+        " 'structlog', 'asyncio')]\nsys.exit(' '.join(bad) or 0)\n"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "dev" in done.stdout

@@ -1,4 +1,6 @@
-"""Passphrases at the command line: what is asked, what is refused, and what there is without a terminal. Who may ask a node is said before it hangs up."""
+"""Passphrases at the command line: what is asked, what is refused, and what there is without a terminal. Who may ask a
+node is said before it hangs up.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_without_a_terminal_it_says_what_to_do_instead(
 
 def test_a_process_without_a_terminal_knows_that_it_has_none() -> None:
     program = "from storaged.cli.keys import _has_terminal; print(_has_terminal())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, start_new_session=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, start_new_session=True
+    )
     assert done.stdout == "False\n"
 
 
@@ -66,7 +70,9 @@ def test_standard_input_and_a_file_give_the_passphrase(asked: list[dict[str, str
     assert asked == [{"passphrase": LONG}] * 2
 
 
-def test_the_rule_is_said_before_it_is_asked(asked: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rule_is_said_before_it_is_asked(
+    asked: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keys, "_has_terminal", lambda: True)
     done = backup(tmp_path, typed=f"{LONG}\n{LONG}\n")
     assert "12 characters or more" in done.output
@@ -79,7 +85,11 @@ def test_a_short_passphrase_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(keys, "_has_terminal", lambda: True)
     (tmp_path / "phrase").write_text("eleven char\n")
-    options = {"terminal": [], "file": ["--passphrase-file", str(tmp_path / "phrase")], "stdin": ["--passphrase-file", "-"]}[how]
+    options = {
+        "terminal": [],
+        "file": ["--passphrase-file", str(tmp_path / "phrase")],
+        "stdin": ["--passphrase-file", "-"],
+    }[how]
     failed = backup(tmp_path, *options, typed="eleven char\neleven char\n")
     assert isinstance(failed.exception, PassphraseTooShort)
     assert not asked

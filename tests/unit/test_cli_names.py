@@ -56,7 +56,8 @@ def test_a_rack_means_all_storage_nodes_in_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("FR", "more than one"), ("par", "no node"), ("", "no node"), ("par2/a", "no node"), ("N2", "no node")]
+    ("text", "word"),
+    [("FR", "more than one"), ("par", "no node"), ("", "no node"), ("par2/a", "no node"), ("N2", "no node")],
 )
 def test_an_ambiguous_or_unknown_name_is_refused_with_what_there_is(text: str, word: str) -> None:
     with pytest.raises(AmbiguousName, match=word):
@@ -69,7 +70,9 @@ def test_the_last_trial_cluster_is_the_default(tmp_path: Path, monkeypatch: pyte
         find_directory(None)
     cluster = tmp_path / "cluster"
     cluster.mkdir()
-    (cluster / "dev.json").write_text(json.dumps({"nodes": [{"name": "gw", "rack": "FR/par1/a", "roles": ["gateway"]}]}))
+    (cluster / "dev.json").write_text(
+        json.dumps({"nodes": [{"name": "gw", "rack": "FR/par1/a", "roles": ["gateway"]}]})
+    )
     record_default(cluster)
     assert find_directory(None) == cluster
     assert gateway_directory(cluster) == cluster / "gw"
@@ -82,7 +85,9 @@ def trial_cluster(place: Path) -> Path:
     return place
 
 
-def test_the_trial_cluster_that_runs_comes_before_the_one_started_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_cluster_that_runs_comes_before_the_one_started_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv("STORAGED_DIR", raising=False)
     first, second = trial_cluster(tmp_path / "first"), trial_cluster(tmp_path / "second")

@@ -26,7 +26,12 @@ def world(tmp_path: Path) -> World:
 
 def test_a_node_certificate_says_where_the_node_stands_and_who_runs_it(world: World) -> None:
     own = identity.issue(
-        world.authority, world.directory / "n1", name="n1", location="FR/par1/a", roles=("storage", "gateway"), jurisdiction="DE"
+        world.authority,
+        world.directory / "n1",
+        name="n1",
+        location="FR/par1/a",
+        roles=("storage", "gateway"),
+        jurisdiction="DE",
     )
     again = identity.load_identity(own.directory)
     assert again.peer == own.peer
@@ -131,7 +136,9 @@ def test_a_malformed_extension_is_refused(world: World, damage: str) -> None:
         ({"rack": "a/b"}, CertificateRefused),
     ],
 )
-def test_an_extension_that_says_something_wrong_is_refused(world: World, changes: dict[str, str], error: type[Exception]) -> None:
+def test_an_extension_that_says_something_wrong_is_refused(
+    world: World, changes: dict[str, str], error: type[Exception]
+) -> None:
     with pytest.raises(error):
         identity.identity_of(certificate_with(world, extension_of(world, **changes)))
 
@@ -165,12 +172,21 @@ def test_contexts_speak_tls_1_3_and_demand_a_certificate(world: World) -> None:
 
 
 def layout(cluster: str = "c1", epoch: int = 1) -> Layout:
-    return Layout(cluster, epoch, (NodeEntry("n1", "FR/par1/a", "127.0.0.1:1", ("storage",)),), (DiskEntry("d1", "n1", 1),), ("d1",))
+    return Layout(
+        cluster,
+        epoch,
+        (NodeEntry("n1", "FR/par1/a", "127.0.0.1:1", ("storage",)),),
+        (DiskEntry("d1", "n1", 1),),
+        ("d1",),
+    )
 
 
 def test_a_signed_layout_verifies_with_the_public_key_that_nodes_have(world: World) -> None:
     own = world.node("n1")
-    assert identity.verify_layout(identity.sign_layout(layout(), world.authority.administration), own.administration, "c1") == layout()
+    assert (
+        identity.verify_layout(identity.sign_layout(layout(), world.authority.administration), own.administration, "c1")
+        == layout()
+    )
 
 
 def test_a_layout_changed_in_any_byte_is_refused(world: World) -> None:
@@ -189,4 +205,6 @@ def test_a_layout_by_another_key_or_of_another_cluster_is_refused(world: World, 
     with pytest.raises(LayoutRefused, match="not by this cluster's administration key"):
         identity.verify_layout(identity.sign_layout(layout(), other.authority.administration), own.administration, "c1")
     with pytest.raises(LayoutRefused, match="belongs to cluster 'c2'"):
-        identity.verify_layout(identity.sign_layout(layout("c2"), world.authority.administration), own.administration, "c1")
+        identity.verify_layout(
+            identity.sign_layout(layout("c2"), world.authority.administration), own.administration, "c1"
+        )

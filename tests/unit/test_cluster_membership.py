@@ -49,7 +49,14 @@ class Network:
 
         class Caller:
             async def call(
-                self, node: str, method: str, request: Message, reply: type[T], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+                self,
+                node: str,
+                method: str,
+                request: Message,
+                reply: type[T],
+                *,
+                body: Sequence[Buffer] = (),
+                timeout_s: float = 10.0,
             ) -> tuple[T, memoryview]:
                 network.calls.append((name, node, method))
                 await asyncio.sleep(0)
@@ -58,7 +65,9 @@ class Network:
                 if node not in network.members:
                     raise PeerUnreachable(f"{node} is away: connection refused")
                 peer = PeerIdentity(name, "FR", "s", "r", ("storage",), "FR", "c1")
-                answer = await network.members[node].methods()[method].handler(request, Call(peer, memoryview(b""), 0.0))
+                answer = (
+                    await network.members[node].methods()[method].handler(request, Call(peer, memoryview(b""), 0.0))
+                )
                 assert not isinstance(answer, Reply)
                 assert isinstance(answer, reply)
                 return answer, memoryview(b"")
@@ -91,11 +100,17 @@ def layout(
     disks: Sequence[str] | None = None,
 ) -> Layout:
     """``disks``: the nodes that have one (default: all)."""
-    nodes = [NodeEntry(name, f"FR/par1/{name}", (addresses or {}).get(name, f"{name}:1"), ("storage",)) for name in names]
+    nodes = [
+        NodeEntry(name, f"FR/par1/{name}", (addresses or {}).get(name, f"{name}:1"), ("storage",)) for name in names
+    ]
     if gateway:
         nodes.append(NodeEntry("gw", "FR/par1/n1", "", ("gateway",)))
     return Layout(
-        "c1", epoch, tuple(nodes), tuple(DiskEntry(f"disk-{name}", name, 1) for name in (names if disks is None else disks)), ("disk-n1",)
+        "c1",
+        epoch,
+        tuple(nodes),
+        tuple(DiskEntry(f"disk-{name}", name, 1) for name in (names if disks is None else disks)),
+        ("disk-n1",),
     )
 
 
@@ -104,12 +119,21 @@ def signed(world: World, value: Layout) -> SignedLayout:
 
 
 def book(world: World, *known: Layout) -> LayoutBook:
-    return LayoutBook(world.authority.administration.public_key(), "c1", known=[signed(world, value) for value in known])
+    return LayoutBook(
+        world.authority.administration.public_key(), "c1", known=[signed(world, value) for value in known]
+    )
 
 
 @asynccontextmanager
 async def member(
-    network: Network, world: World, name: str, layouts: LayoutBook, *, state: str = "ok", incarnation: bytes = b"", **options: Any
+    network: Network,
+    world: World,
+    name: str,
+    layouts: LayoutBook,
+    *,
+    state: str = "ok",
+    incarnation: bytes = b"",
+    **options: Any,
 ) -> AsyncIterator[Membership]:
     options.setdefault("clock", Clock())
     found = Membership(
@@ -131,7 +155,8 @@ async def member(
         await found.close()
 
 
-# --- states -------------------------------------------------------------------------------------------------------------
+# --- states
+# -------------------------------------------------------------------------------------------------------------
 
 
 async def test_every_node_says_when_its_certificate_expires(world: World) -> None:
@@ -140,7 +165,9 @@ async def test_every_node_says_when_its_certificate_expires(world: World) -> Non
         member(network, world, "n1", book(world, layout()), certificate_until_ms=lambda: 1) as first,
         member(network, world, "n2", book(world, layout()), certificate_until_ms=lambda: 2) as second,
     ):
-        await until(lambda: first.status("n2").certificate_until_ms == 2 and second.status("n1").certificate_until_ms == 1)
+        await until(
+            lambda: first.status("n2").certificate_until_ms == 2 and second.status("n1").certificate_until_ms == 1
+        )
         assert first.status("n1").certificate_until_ms == 1
 
 
@@ -171,7 +198,10 @@ async def test_a_node_never_reached_counts_as_away(world: World) -> None:
 
 async def test_three_missed_pings_make_a_node_down_and_one_answer_makes_it_up(world: World) -> None:
     network = Network()
-    async with member(network, world, "n1", book(world, layout())) as first, member(network, world, "n2", book(world, layout())):
+    async with (
+        member(network, world, "n1", book(world, layout())) as first,
+        member(network, world, "n2", book(world, layout())),
+    ):
         await until(lambda: first.node_up("n2"))
         changes: list[tuple[str, str]] = []
         first.watch(lambda status: changes.append((status.name, status.state)))
@@ -276,7 +306,8 @@ async def test_clock_skew_and_round_trips_are_measured(world: World) -> None:
         assert status.rtt_min_ms >= 0
 
 
-# --- layouts ------------------------------------------------------------------------------------------------------------
+# --- layouts
+# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_node_that_was_away_learns_every_layout_it_missed(world: World) -> None:
@@ -291,7 +322,9 @@ async def test_a_node_that_was_away_learns_every_layout_it_missed(world: World) 
 
 
 async def test_a_node_that_begins_with_a_later_layout_learns_the_earlier_ones_too(world: World) -> None:
-    """A gateway that is added later is issued with the newest layout alone, and objects name the layouts under which they were written."""
+    """A gateway that is added later is issued with the newest layout alone, and objects name the layouts under which
+    they were written.
+    """
     network = Network()
     added = book(world, layout(5))
     async with (
@@ -307,17 +340,24 @@ async def test_a_node_that_begins_with_a_later_layout_learns_the_earlier_ones_to
 async def test_what_no_peer_has_of_the_history_is_not_asked_for_again_and_again(world: World) -> None:
     network = Network()
     newest = layout(5)
-    async with member(network, world, "n1", book(world, newest)) as first, member(network, world, "n2", book(world, newest)):
+    async with (
+        member(network, world, "n1", book(world, newest)) as first,
+        member(network, world, "n2", book(world, newest)),
+    ):
         await until(lambda: first.node_up("n2"))
         await until(lambda: network.calls.count(("n1", "n2", "cluster.ping")) > 8)
         assert network.calls.count(("n1", "n2", "cluster.layout")) == 1
 
 
-async def test_an_earlier_layout_that_the_administration_did_not_sign_is_not_taken(world: World, tmp_path: Path) -> None:
+async def test_an_earlier_layout_that_the_administration_did_not_sign_is_not_taken(
+    world: World, tmp_path: Path
+) -> None:
     network = Network()
     stranger = World(tmp_path / "stranger")
     forged = LayoutBook(
-        stranger.authority.administration.public_key(), "c1", known=[signed(stranger, layout(1)), signed(stranger, layout(5))]
+        stranger.authority.administration.public_key(),
+        "c1",
+        known=[signed(stranger, layout(1)), signed(stranger, layout(5))],
     )
     honest = book(world, layout(5))
     async with member(network, world, "n1", honest) as first, member(network, world, "n2", forged):
@@ -353,7 +393,9 @@ async def test_a_new_layout_changes_who_is_pinged(world: World) -> None:
         assert not first.node_up("n2")
 
 
-async def test_a_layout_that_would_move_data_is_refused_wherever_it_comes_from_and_everybody_goes_on(world: World) -> None:
+async def test_a_layout_that_would_move_data_is_refused_wherever_it_comes_from_and_everybody_goes_on(
+    world: World,
+) -> None:
     network = Network()
     books = {name: book(world, layout()) for name in ("n1", "n2")}
     strayed = book(world, layout(2, ("n1", "n2", "n3", "n4")))  # as a node that was added under an older release has it
@@ -399,11 +441,15 @@ async def test_two_layouts_of_one_epoch_show_by_the_nodes_that_go_by_them(world:
         await until(lambda: other.epoch == 2 and one.refusals() == () == other.refusals())
 
 
-async def test_a_layout_that_the_administration_did_not_sign_is_not_taken_and_harms_nobody(world: World, tmp_path: Path) -> None:
+async def test_a_layout_that_the_administration_did_not_sign_is_not_taken_and_harms_nobody(
+    world: World, tmp_path: Path
+) -> None:
     network = Network()
     stranger = World(tmp_path / "stranger")
     forged = LayoutBook(
-        stranger.authority.administration.public_key(), "c1", known=[sign_layout(layout(9), stranger.authority.administration)]
+        stranger.authority.administration.public_key(),
+        "c1",
+        known=[sign_layout(layout(9), stranger.authority.administration)],
     )
     honest = book(world, layout(1))
     async with member(network, world, "n1", honest) as first, member(network, world, "n2", forged):
@@ -453,7 +499,8 @@ async def test_a_layout_that_cannot_be_persisted_is_not_used(world: World) -> No
     assert layouts.epoch == 0
 
 
-# --- over the network ---------------------------------------------------------------------------------------------------
+# --- over the network
+# ---------------------------------------------------------------------------------------------------
 
 
 async def test_three_nodes_over_tls_find_each_other_lose_one_and_find_it_again(world: World) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from storaged.errors import ConditionalRequestConflict, NoSuchUpload, SlowDown
 from storaged.meta.names import RegisterName, Table, Value
-from storaged.objects import complete as module
 from storaged.objects.api import PutResult
 from storaged.objects.records import UploadRecord, decode_object
-from storaged.objects.uploads import parse_upload_id
+from storaged.objects.write import complete as module
+from storaged.objects.write.uploads import parse_upload_id
 from storaged.wire import decode
 from tests.unit.object_world import FakeRing
 from tests.unit.test_objects_multipart import complete, uploaded, world_of
@@ -34,12 +34,17 @@ class _Watched(dict[RegisterName, Value]):
 
     def holds(self, name: RegisterName) -> bool:
         value = self.get(name)
-        return bool(value and value.body) and any(its.context_id == self.context_id for its in decode_object(value.body).versions)  # type: ignore[union-attr]
+        return bool(value and value.body) and any(
+            its.context_id == self.context_id for its in decode_object(value.body).versions
+        )  # type: ignore[union-attr]
 
     def __setitem__(self, name: RegisterName, value: Value) -> None:
         before = name.table == Table.OBJECT and self.holds(name)
         if name.table == Table.UPLOAD and value.body and name in self:
-            self.reopened += [decode(its.body, UploadRecord).state for its in (self[name], value)] == ["completing", "open"]
+            self.reopened += [decode(its.body, UploadRecord).state for its in (self[name], value)] == [
+                "completing",
+                "open",
+            ]
         super().__setitem__(name, value)
         if name.table == Table.OBJECT and not before and self.holds(name):
             self.begun += 1
@@ -73,7 +78,9 @@ async def outcome(call: Awaitable[Any]) -> Any:
 @pytest.mark.parametrize("seed", range(100))
 async def test_an_upload_becomes_an_object_at_most_once(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     chance = random.Random(seed)
-    monkeypatch.setattr(module, "WAITS_MAX", chance.choice((0, 0, 1)))  # the others don't wait for the first, as if it were slow or dead
+    monkeypatch.setattr(
+        module, "WAITS_MAX", chance.choice((0, 0, 1))
+    )  # the others don't wait for the first, as if it were slow or dead
     world, objects, bucket = world_of()
     world.ring.__class__ = _Uneven
     world.ring.chance = random.Random(seed + 1000)  # type: ignore[attr-defined]
@@ -100,13 +107,19 @@ async def test_an_upload_becomes_an_object_at_most_once(monkeypatch: pytest.Monk
         tasks[0].cancel()
     found = await asyncio.gather(*tasks, return_exceptions=True)
     assert not [
-        answer for answer in found if isinstance(answer, Exception) and not isinstance(answer, NoSuchUpload | ConditionalRequestConflict)
+        answer
+        for answer in found
+        if isinstance(answer, Exception) and not isinstance(answer, NoSuchUpload | ConditionalRequestConflict)
     ]
     if watched.reopened:
         await objects.close()
         return  # the upload is open again: whether it had become the object before can't be known (``complete``)
-    assert not any(isinstance(answer, ConditionalRequestConflict) and "object changed" in answer.message for answer in found)
-    told = {answer.etag: answer for answer in found if isinstance(answer, PutResult) and answer.etag.endswith(("-1", "-2"))}
+    assert not any(
+        isinstance(answer, ConditionalRequestConflict) and "object changed" in answer.message for answer in found
+    )
+    told = {
+        answer.etag: answer for answer in found if isinstance(answer, PutResult) and answer.etag.endswith(("-1", "-2"))
+    }
     same = [answer for answer in found if isinstance(answer, PutResult) and "-" in answer.etag]
     assert all(answer == same[0] for answer in same), "all are told the same"
     assert watched.begun <= 1, "the version came into the record twice"

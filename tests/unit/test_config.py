@@ -127,7 +127,9 @@ def test_each_mistake_is_named(change: tuple[str, str], word: str) -> None:
 
 def test_a_gateway_wants_exactly_one_thing_that_opens_its_keyring() -> None:
     assert any("one of" in m.message for m in mistakes_of(GATEWAY.replace("[limits]", 'passphrase = "p"\n[limits]')))
-    assert any("one of" in m.message for m in mistakes_of(GATEWAY.replace('credential = "$CREDENTIALS_DIRECTORY/keyring"', "")))
+    assert any(
+        "one of" in m.message for m in mistakes_of(GATEWAY.replace('credential = "$CREDENTIALS_DIRECTORY/keyring"', ""))
+    )
 
 
 @pytest.mark.parametrize("days", [0, 180, 4000])

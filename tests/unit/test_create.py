@@ -1,4 +1,6 @@
-"""A change proposed before anybody was asked: who takes it, who refuses it, and what becomes of one that only some have taken."""
+"""A change proposed before anybody was asked: who takes it, who refuses it, and what becomes of one that only some have
+taken.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,9 @@ import pytest
 
 from storaged.errors import InvalidRequest, NoSuchBucket, OutcomeUnknown
 from storaged.meta import messages
+from storaged.meta.acceptor.replica import CREATE_AHEAD_US, LocalReplica
 from storaged.meta.client import RingClient
-from storaged.meta.create import AHEAD_MAX_US, NEW_OF_LATE, SCOPES_MAX, Novelty
-from storaged.meta.memory import MemoryMetaStore
-from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, Outcome, RowDamaged, SmallCopies, Update
-from storaged.meta.register import (
+from storaged.meta.consensus.register import (
     CALL_BYTES,
     NEVER,
     Acceptor,
@@ -26,7 +25,10 @@ from storaged.meta.register import (
     judge_create,
     overtaken,
 )
-from storaged.meta.replica import CREATE_AHEAD_US, LocalReplica
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, Outcome, RowDamaged, SmallCopies, Update
+from storaged.meta.proposer.create import AHEAD_MAX_US, NEW_OF_LATE, SCOPES_MAX, Novelty
+from storaged.meta.storage.memory import MemoryMetaStore
 from tests.patience import GUARD_S
 from tests.unit.cluster_world import until
 from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, later_us, put
@@ -43,7 +45,8 @@ def written(sequence: int, body: bytes = b"other") -> Value:
     return Value(sequence, b"another call, so", Visibility.LIVE, body)
 
 
-# --- pure ---------------------------------------------------------------------------------------------------------------
+# --- pure
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def lineage() -> Lineage:
@@ -88,7 +91,9 @@ def test_what_a_created_value_was_laid_over_is_known_by_its_sequence() -> None:
     assert overtaken([(at(10), NEW), *below], at(10), NEW) == written(7)
     assert overtaken([(at(10), NEW), (ZERO_BALLOT, None)], at(10), NEW) is None
     assert overtaken([(at(10), NEW), (at(9), NEVER)], at(10), NEW) is None
-    assert overtaken([(at(12), NEW), (at(10), NEW)], at(12), NEW) is None, "a settling round has carried it to one replica"
+    assert overtaken([(at(12), NEW), (at(10), NEW)], at(12), NEW) is None, (
+        "a settling round has carried it to one replica"
+    )
     assert overtaken([(at(10), written(1)), *below], at(10), written(1)) is None
 
 
@@ -162,7 +167,8 @@ def test_what_is_remembered_of_buckets_is_bounded() -> None:
     assert len(novelty._rates) <= SCOPES_MAX
 
 
-# --- an acceptor --------------------------------------------------------------------------------------------------------
+# --- an acceptor
+# --------------------------------------------------------------------------------------------------------
 
 
 def create(ballot: Ballot, value: Value = NEW) -> messages.Create:
@@ -209,7 +215,8 @@ async def test_an_acceptor_keeps_no_copy_of_a_create_that_it_refuses() -> None:
     assert not ring.copies[replica.disk]
 
 
-# --- a proposer ---------------------------------------------------------------------------------------------------------
+# --- a proposer
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -270,10 +277,15 @@ async def test_creates_are_given_up_for_a_bucket_that_is_overwritten(ring: Ring)
     client = ring.client()
     for _ in range(2 * NEW_OF_LATE):
         await applied(client, put(b"one"))
-    before = sum(isinstance(request, messages.Create) for replica in ring.replicas.values() for request in replica.accepts)
+    before = sum(
+        isinstance(request, messages.Create) for replica in ring.replicas.values() for request in replica.accepts
+    )
     await applied(client, put(b"two"))
     assert before < 3 * NEW_OF_LATE
-    assert sum(isinstance(request, messages.Create) for replica in ring.replicas.values() for request in replica.accepts) == before
+    assert (
+        sum(isinstance(request, messages.Create) for replica in ring.replicas.values() for request in replica.accepts)
+        == before
+    )
 
 
 async def test_a_change_that_says_nothing_of_what_is_there_creates_nothing(ring: Ring) -> None:
@@ -312,7 +324,9 @@ async def test_a_replica_that_lags_behind_is_told_of(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize("blank", [0, 1, 2])
-async def test_who_was_behind_takes_what_the_others_refuse_and_the_chain_goes_on_behind_them(ring: Ring, blank: int) -> None:
+async def test_who_was_behind_takes_what_the_others_refuse_and_the_chain_goes_on_behind_them(
+    ring: Ring, blank: int
+) -> None:
     """The create lies at one replica above what the others have chosen."""
     client = ring.client(novelty=Always())
     behind = [ring.first, ring.second, ring.third][blank]
@@ -335,7 +349,9 @@ async def half_created(ring: Ring, replica: Unreliable) -> None:
 
 
 @pytest.mark.parametrize("way", ["read", "settle", "change", "quick"])
-async def test_whoever_finds_a_create_that_lies_above_what_was_chosen_carries_it_on_behind_that(ring: Ring, way: str) -> None:
+async def test_whoever_finds_a_create_that_lies_above_what_was_chosen_carries_it_on_behind_that(
+    ring: Ring, way: str
+) -> None:
     await half_created(ring, ring.first)
     client = ring.client()
     ring.third.away = True  # or the other two could agree without it
@@ -375,7 +391,9 @@ async def test_a_reader_that_helps_a_create_on_does_not_overwrite_what_has_come_
     ring.third.away = True
     post = Unreliable.accept
 
-    async def meanwhile(self: Unreliable, request: messages.Accept, *more: object, **options: object) -> messages.AcceptReply:
+    async def meanwhile(
+        self: Unreliable, request: messages.Accept, *more: object, **options: object
+    ) -> messages.AcceptReply:
         if isinstance(request, messages.Create):
             for other in (ring.second, ring.third):
                 await ring.accept_at(other, b"chosen", 5, sequence=7)
@@ -538,13 +556,17 @@ async def test_nobody_is_patient_with_a_create_that_is_over(ring: Ring) -> None:
 async def test_who_loses_against_another_create_goes_on_behind_it(
     ring: Ring, order: tuple[int, int, int], above: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One replica took the loser's first, the other two the winner's. Where that has the higher ballot, its replicas can't say that they never took the loser's."""
+    """One replica took the loser's first, the other two the winner's. Where that has the higher ballot, its replicas
+    can't say that they never took the loser's.
+    """
     client = ring.client(novelty=Always())
     lost, *won = [(ring.first, ring.second, ring.third)[index] for index in order]
     rival = Lineage(b"r" * CALL_BYTES).create(Change(b"rival"), at(1))
     accept = Unreliable.accept
 
-    async def rival_first(self: Unreliable, request: messages.Accept, *more: object, **options: object) -> messages.AcceptReply:
+    async def rival_first(
+        self: Unreliable, request: messages.Accept, *more: object, **options: object
+    ) -> messages.AcceptReply:
         if isinstance(request, messages.Create) and self in won:
             its = request.ballot._replace(counter=request.ballot.counter + (1 if above else -1), node="rival")
             await self.inner.accept(messages.Create(self.inner.disk, NAME, its, rival))
@@ -635,7 +657,9 @@ async def test_a_task_that_goes_away_leaves_its_turn(ring: Ring) -> None:
 async def test_who_was_in_the_way_of_a_create_is_not_in_the_way_again(ring: Ring) -> None:
     client = ring.client()
     for replica in ring.replicas.values():
-        await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, Ballot(1, later_us(), "other", b"12345678")))
+        await replica.inner.prepare(
+            messages.Prepare(replica.inner.disk, NAME, Ballot(1, later_us(), "other", b"12345678"))
+        )
     assert (await applied(client, put(b"one"))).before is None
     assert prepares(ring) == 2
 
@@ -701,8 +725,12 @@ async def test_a_mistake_is_told_to_who_waits(ring: Ring) -> None:
         raise RuntimeError("a mistake")
 
     small = COPIES._replace(enough=mistaken)
-    assert isinstance(await asyncio.wait_for(begun(client, lambda _: Change(b"one", payload=b"D" * 16), small), 2), RuntimeError)
+    assert isinstance(
+        await asyncio.wait_for(begun(client, lambda _: Change(b"one", payload=b"D" * 16), small), 2), RuntimeError
+    )
     assert not client._patience._ends
     assert not client._changing._turns._waiting
     with pytest.raises(RuntimeError):
-        await client.change(NAME._replace(key=b"another"), lambda _: Change(b"one", payload=b"D" * 16), small=small, regardless=True)
+        await client.change(
+            NAME._replace(key=b"another"), lambda _: Change(b"one", payload=b"D" * 16), small=small, regardless=True
+        )

@@ -26,7 +26,9 @@ def test_a_file_is_replaced_whole_with_its_mode_and_what_a_crash_left_is_in_nobo
     assert order == [f"{path}.new", str(tmp_path)] * 2
 
 
-def test_where_the_disk_refuses_the_new_file_the_old_one_stays_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_disk_refuses_the_new_file_the_old_one_stays_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "node.key"
     replace_file(path, b"the old one")
 

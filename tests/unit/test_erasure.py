@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from storaged.cluster.layout import Profile
-from storaged.objects import erasure
-from storaged.objects.erasure import CellRun, StripeSolver, encode_block, fragment_slices, parity_length, reconstruct
+from storaged.objects.code import erasure
+from storaged.objects.code.erasure import (
+    CellRun,
+    StripeSolver,
+    encode_block,
+    fragment_slices,
+    parity_length,
+    reconstruct,
+)
 
 PROFILE, CELL = Profile(4, 2), 64
 

@@ -17,7 +17,10 @@ from storaged.wire import Message
 
 PACKAGE = Path(storaged.__file__).parent
 FORMATS = (PACKAGE / "FORMATS.md").read_text()
-ADVICE = "add it to FORMATS.md, section 'What a storage node can read', with its kind; ask first whether it can be computed from content"
+ADVICE = (
+    "add it to FORMATS.md, section 'What a storage node can read', with its kind; ask first whether it can be computed"
+    " from content"
+)
 
 
 def table(marker: str) -> list[list[str]]:
@@ -96,7 +99,9 @@ def test_every_field_that_a_storage_node_sees_is_in_the_table_once_and_nothing_e
         assert not missing, f"{name} has the new fields {sorted(missing)}: {ADVICE}"
         assert not gone, f"FORMATS.md says that {name} has the fields {sorted(gone)}"
         assert len(listed[name]) == len(fields), f"{name} has a field in two kinds"
-    assert listed.keys() <= found.keys(), f"FORMATS.md lists messages that do not exist: {sorted(listed.keys() - found.keys())}"
+    assert listed.keys() <= found.keys(), (
+        f"FORMATS.md lists messages that do not exist: {sorted(listed.keys() - found.keys())}"
+    )
 
 
 def test_every_field_has_a_kind_that_says_why_it_is_in_the_clear() -> None:

@@ -44,7 +44,9 @@ class TestRemote(TestLocal):
 
 
 async def test_a_check_counts_for_the_hash_of_a_gateway_alone() -> None:
-    """Repair, on a storage node, did not hash what it writes from the beginning: its fragments are compared with the hashes themselves."""
+    """Repair, on a storage node, did not hash what it writes from the beginning: its fragments are compared with the
+    hashes themselves.
+    """
     made = make(random.Random(5))
     lie = made.header.hashes
     payload = bytes(len(made.payload))

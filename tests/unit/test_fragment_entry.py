@@ -1,4 +1,6 @@
-"""The bytes of an entry of the fragment index: in either form it is read as it was, and what was changed is not believed."""
+"""The bytes of an entry of the fragment index: in either form it is read as it was, and what was changed is not
+believed.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_the_documented_entries_are_what_the_code_writes() -> None:
 
 def version_of(directory: Path) -> int:
     with lmdb.open(str(directory), max_dbs=6) as environment, environment.begin() as transaction:
-        row = decode(transaction.get(b"checkpoint", db=environment.open_db(b"meta", txn=transaction, create=False)), CheckpointRow)
+        row = decode(
+            transaction.get(b"checkpoint", db=environment.open_db(b"meta", txn=transaction, create=False)),
+            CheckpointRow,
+        )
     return row.version
 
 

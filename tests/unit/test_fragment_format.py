@@ -43,7 +43,7 @@ def vector() -> bytes:
     """A segment with one fragment of two cells, the note that deletes it, and a mark."""
     payload = bytes(range(256)) * 18
     header = FragmentHeader(
-        id=FragmentId(bytes(range(16)), 7, 1, 2, 0).pack(), owner=b"owner", part_header=b"\x11" * 64, hashes=(fragment_hash([payload]),),
+        id=FragmentId(bytes(range(16)), 7, 1, 2, 0).pack(), owner=b"owner", part_header=b"\x11" * 64, hashes=(fragment_hash([payload]),),  # noqa: E501
         cell_bytes=4096, length=len(payload), created_ms=1_700_000_000_000,
     )  # fmt: skip
     writer = RecordWriter(fmt.SEGMENT_HEADER_BYTES, segment_seed(DISK, 1), 0)
@@ -77,7 +77,13 @@ def test_the_documented_vector_is_read_back() -> None:
     seed = segment_seed(DISK, 1)
     head = parse_head(data, 64, 64, seed)
     assert head is not None
-    assert (head.kind, head.payload_bytes, head.cell_bytes, head.cells, head.sequence) == (fmt.FRAGMENT, 4608, 4096, 2, 1)
+    assert (head.kind, head.payload_bytes, head.cell_bytes, head.cells, head.sequence) == (
+        fmt.FRAGMENT,
+        4608,
+        4096,
+        2,
+        1,
+    )
     body = parse_body(head, data, 64, seed)
     assert body is not None
     assert parse_fragment(body[0]).owner == b"owner"
@@ -149,7 +155,9 @@ def test_slices_cut_any_buffers_at_any_width() -> None:
             count = rng.randint(1, 300)
             pieces.append(memoryview(data[at : at + count]))
             at += count
-        assert [b"".join(piece) for piece in slices(pieces, width)] == [data[i : i + width] for i in range(0, 1000, width)]
+        assert [b"".join(piece) for piece in slices(pieces, width)] == [
+            data[i : i + width] for i in range(0, 1000, width)
+        ]
     assert cell_sums([memoryview(data[:300]), memoryview(data[300:])], 128) == cell_sums([memoryview(data)], 128)
 
 
@@ -157,6 +165,8 @@ def test_slices_cut_any_buffers_at_any_width() -> None:
 @pytest.mark.parametrize("length", [1, 1 << 15, 1 << 40])
 def test_copies_headers_differ_in_their_position_only(owner: bytes, length: int) -> None:
     def header(position: int) -> FragmentHeader:
-        return FragmentHeader(FragmentId(b"d" * 16, 0, 1, 4, position).pack(), owner, bytes(64), (bytes(16),), 8192, length, 1 << 41)
+        return FragmentHeader(
+            FragmentId(b"d" * 16, 0, 1, 4, position).pack(), owner, bytes(64), (bytes(16),), 8192, length, 1 << 41
+        )
 
     assert encode_copies(header(0), 5) == [encode(header(position)) for position in range(5)]

@@ -1,4 +1,6 @@
-"""Copies that are durable elsewhere when they come: found at once, appended later, by the event loop or the writer thread, and durable when ``sync_apart`` says so."""
+"""Copies that are durable elsewhere when they come: found at once, appended later, by the event loop or the writer
+thread, and durable when ``sync_apart`` says so.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,8 @@ def durable(files: SimulatedFiles, made: Made) -> bool:
     return any(made.payload in disk.durable for disk in list(files.disks.values()))
 
 
-# --- found at once ------------------------------------------------------------------------------------------------------------
+# --- found at once
+# ------------------------------------------------------------------------------------------------------------
 
 Look = Callable[[LocalFragmentStore, Made], Awaitable[None]]
 
@@ -162,7 +165,12 @@ async def read(store: LocalFragmentStore, made: Made) -> None:
 
 async def stat(store: LocalFragmentStore, made: Made) -> None:
     [found] = await store.stat([made.id])
-    assert (found.id, found.health, found.length, found.created_ms) == (made.id.pack(), Health.OK, len(made.payload), 1000)
+    assert (found.id, found.health, found.length, found.created_ms) == (
+        made.id.pack(),
+        Health.OK,
+        len(made.payload),
+        1000,
+    )
 
 
 async def scan(store: LocalFragmentStore, made: Made) -> None:
@@ -192,7 +200,9 @@ async def delete(store: LocalFragmentStore, made: Made) -> None:
 
 @pytest.mark.parametrize("appended", [False, True])
 @pytest.mark.parametrize("length", [0, 500, 9000])
-@pytest.mark.parametrize("look", [find, peek_copy, peek, read, stat, scan, verify, sync, touch, delete], ids=lambda look: look.__name__)
+@pytest.mark.parametrize(
+    "look", [find, peek_copy, peek, read, stat, scan, verify, sync, touch, delete], ids=lambda look: look.__name__
+)
 async def test_a_kept_copy_is_found_at_once_and_after_it_was_appended(
     tmp_path: Path, much_later: None, look: Look, length: int, appended: bool
 ) -> None:
@@ -261,7 +271,9 @@ async def test_what_is_kept_again_after_it_was_deleted_is_there(tmp_path: Path, 
     await store.close()
 
 
-async def test_of_one_fragment_that_is_kept_twice_or_also_written_the_last_counts(tmp_path: Path, much_later: None) -> None:
+async def test_of_one_fragment_that_is_kept_twice_or_also_written_the_last_counts(
+    tmp_path: Path, much_later: None
+) -> None:
     store = await opened(tmp_path)
     first = small(created_ms=1)
     second, third = small(700, created_ms=2, fragment=first.id), small(900, created_ms=3, fragment=first.id)
@@ -310,7 +322,8 @@ async def test_what_is_no_whole_copy_is_found_as_what_it_is(tmp_path: Path, much
     await store.close()
 
 
-# --- appended later -----------------------------------------------------------------------------------------------------------
+# --- appended later
+# -----------------------------------------------------------------------------------------------------------
 
 
 async def test_what_was_kept_is_appended_by_itself_and_its_bytes_are_given_back(tmp_path: Path) -> None:
@@ -343,8 +356,12 @@ async def test_many_are_appended_by_the_loop_at_once(tmp_path: Path, much_later:
     await store.close()
 
 
-async def test_the_thread_appends_what_would_hold_the_loop_up(tmp_path: Path, much_later: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no segment, or it has no room for them: one has to be synced. For a while after a write to the page cache was slow."""
+async def test_the_thread_appends_what_would_hold_the_loop_up(
+    tmp_path: Path, much_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no segment, or it has no room for them: one has to be synced. For a while after a write to the
+    page cache was slow.
+    """
     monkeypatch.setattr(store_module, "LATER_WRITES_MAX", 2)
     files = HeldFiles()
     store = await opened(tmp_path, files, segment_bytes=64 * KIB)
@@ -407,7 +424,9 @@ async def test_the_overlay_of_the_index_is_checkpointed_also_where_the_loop_appe
     monkeypatch.setattr(store_module, "LATER_S", 0.01 if by == "time" else 60)
     files = HeldFiles()
     writeback_bytes = GIB if by == "time" else 8 * KIB
-    store = await with_a_segment(tmp_path, files, overlay_entries_max=32, writeback_bytes=writeback_bytes, replay_bytes_max=GIB)
+    store = await with_a_segment(
+        tmp_path, files, overlay_entries_max=32, writeback_bytes=writeback_bytes, replay_bytes_max=GIB
+    )
     files.threads.clear()
     made = [small() for _ in range(400)]
     for number, one in enumerate(made):
@@ -445,7 +464,8 @@ async def test_close_appends_what_was_kept(tmp_path: Path, much_later: None, whe
     await store.close()
 
 
-# --- durable when it is said --------------------------------------------------------------------------------------------------
+# --- durable when it is said
+# --------------------------------------------------------------------------------------------------
 
 
 async def after_power(files: SimulatedFiles, place: Path, seed: int) -> LocalFragmentStore:
@@ -492,7 +512,9 @@ async def test_a_sync_apart_waits_for_what_the_thread_is_appending(tmp_path: Pat
     await store.close()
 
 
-async def test_a_sync_apart_waits_for_what_the_loop_is_appending(tmp_path: Path, much_later: None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sync_apart_waits_for_what_the_loop_is_appending(
+    tmp_path: Path, much_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "LATER_WRITES_MAX", 1)
     files = HeldFiles()
     store, made = await with_a_segment(tmp_path, files), small()
@@ -545,10 +567,13 @@ async def test_a_sync_apart_that_meets_the_end_of_the_store_is_answered(tmp_path
     assert durable(files, made)
 
 
-# --- no room, and disks that fail ---------------------------------------------------------------------------------------------
+# --- no room, and disks that fail
+# ---------------------------------------------------------------------------------------------
 
 
-async def test_what_was_kept_and_finds_no_room_is_an_error_of_the_sync_until_there_is_room(tmp_path: Path, much_later: None) -> None:
+async def test_what_was_kept_and_finds_no_room_is_an_error_of_the_sync_until_there_is_room(
+    tmp_path: Path, much_later: None
+) -> None:
     files = SimulatedFiles()
     store = await opened(tmp_path, files)
     first, made = small(), [small(3000) for _ in range(3)]
@@ -639,7 +664,9 @@ async def test_copies_without_room_end_the_records_store_until_it_is_opened_agai
     await disk.close()
 
 
-async def test_copies_that_a_disk_did_not_take_any_more_come_back_where_a_restart_ends_its_trouble(place: Path, much_later: None) -> None:
+async def test_copies_that_a_disk_did_not_take_any_more_come_back_where_a_restart_ends_its_trouble(
+    place: Path, much_later: None
+) -> None:
     """It became read-only between the acknowledgement and the append, and what it holds is believed after a restart."""
     disk = await LogDisk.opened(place)
     made = [small() for _ in range(3)]
@@ -660,7 +687,9 @@ async def test_copies_that_a_disk_did_not_take_any_more_come_back_where_a_restar
     await disk.close()
 
 
-async def test_a_mistake_while_copies_are_appended_loses_none(place: Path, much_later: None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_mistake_while_copies_are_appended_loses_none(
+    place: Path, much_later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = await LogDisk.opened(place)
     made = [small() for _ in range(3)]
     for number, one in enumerate(made):
@@ -680,7 +709,9 @@ async def test_a_mistake_while_copies_are_appended_loses_none(place: Path, much_
 
 
 @pytest.mark.parametrize("when", ["before", "then"])
-async def test_copies_on_a_disk_that_failed_for_good_count_as_lost_there(place: Path, much_later: None, when: str) -> None:
+async def test_copies_on_a_disk_that_failed_for_good_count_as_lost_there(
+    place: Path, much_later: None, when: str
+) -> None:
     """Its fragments are no longer asked for; the records are: they must not fail with it."""
     disk = await LogDisk.opened(place)
     assert disk.files is not None
@@ -713,7 +744,9 @@ async def test_nothing_is_written_to_a_store_that_is_closed(tmp_path: Path, much
     assert files.disks == left
 
 
-async def test_what_comes_after_the_fragment_store_was_closed_stays_in_the_redo_log(place: Path, much_later: None) -> None:
+async def test_what_comes_after_the_fragment_store_was_closed_stays_in_the_redo_log(
+    place: Path, much_later: None
+) -> None:
     """A group that was under way while a node closed its disk."""
     disk = await LogDisk.opened(place)
     made = [small(), small()]
@@ -729,7 +762,8 @@ async def test_what_comes_after_the_fragment_store_was_closed_stays_in_the_redo_
     await disk.close()
 
 
-# --- refused ------------------------------------------------------------------------------------------------------------------
+# --- refused
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def write_of(made: Made) -> Write:
@@ -797,7 +831,9 @@ async def test_a_full_disk_refuses_copies_and_counts_those_that_are_not_appended
     await store.close()
 
 
-async def test_how_much_is_free_is_asked_now_and_then_and_when_much_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_how_much_is_free_is_asked_now_and_then_and_when_much_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = SimulatedFiles()
     files.limit = 64 * MIB
     store = await opened(tmp_path, files, reserve_bytes=0, note_reserve_bytes=0)

@@ -278,7 +278,11 @@ async def test_compaction_carries_damage_along_as_damage(tmp_path: Path) -> None
         await store.delete([one.id for one in made[1:6]])
         await _eventually(lambda: 1 not in files.disks)
         found = await store.read(made[0].id, 0, 9)
-        assert [None if cell is None else bytes(cell) for cell in found.cells] == [made[0].cells[0], None, made[0].cells[2]]
+        assert [None if cell is None else bytes(cell) for cell in found.cells] == [
+            made[0].cells[0],
+            None,
+            made[0].cells[2],
+        ]
 
 
 async def test_a_full_disk_refuses_fragments_and_still_deletes(tmp_path: Path) -> None:
@@ -389,7 +393,12 @@ async def test_a_failed_write_or_sync_makes_the_disk_read_only_for_good(tmp_path
             await put(store)
         assert refused.value.details["state"] == "read-only"
         files.fail.clear()
-        for attempt in (store.delete([made.id]), store.touch([made.id], 5), store.retire([Retirement(b"x" * 16, b"", 0)]), put(store)):
+        for attempt in (
+            store.delete([made.id]),
+            store.touch([made.id], 5),
+            store.retire([Retirement(b"x" * 16, b"", 0)]),
+            put(store),
+        ):
             with pytest.raises(DiskUnusable):
                 await attempt
         usage = await store.usage()
@@ -417,7 +426,9 @@ async def test_nothing_is_acknowledged_by_a_sync_that_failed(tmp_path: Path) -> 
 async def test_a_bad_sector_costs_one_cell(tmp_path: Path) -> None:
     files = SimulatedFiles()
     reports: list[tuple[FragmentId, int]] = []
-    store = await LocalFragmentStore.open(tmp_path, DISK, files=files, on_damage=lambda fragment, cell: reports.append((fragment, cell)))
+    store = await LocalFragmentStore.open(
+        tmp_path, DISK, files=files, on_damage=lambda fragment, cell: reports.append((fragment, cell))
+    )
     made = await put(store, 5 * 4096)
     at = files.disks[1].now.find(made.cells[3])
     files.unreadable.append((1, at + 100, at + 612))
@@ -491,7 +502,13 @@ async def test_writes_beyond_the_queues_bound_wait_their_turn(tmp_path: Path) ->
 async def test_a_closed_store_says_so(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         made = await put(store)
-    for attempt in (store.read(made.id, 0, 1), store.sync([made.id]), store.stat([made.id]), put(store), store.delete([made.id])):
+    for attempt in (
+        store.read(made.id, 0, 1),
+        store.sync([made.id]),
+        store.stat([made.id]),
+        put(store),
+        store.delete([made.id]),
+    ):
         with pytest.raises(DiskUnusable):
             await attempt
 
@@ -509,7 +526,9 @@ async def test_a_killed_process_loses_nothing_that_was_synced_and_the_rest_clean
 
 
 async def test_a_disk_whose_directory_is_gone_is_read_only_and_says_so(tmp_path: Path) -> None:
-    """An unmounted or removed disk is a state to report: asking it how full it is must not end the process that has other disks."""
+    """An unmounted or removed disk is a state to report: asking it how full it is must not end the process that has
+    other disks.
+    """
     place = tmp_path / "disk"
     async with opened(place) as store:
         made = await put(store)
@@ -539,7 +558,9 @@ async def test_a_fragment_of_a_block_is_read_without_waiting_while_it_is_cached_
         assert await content(store, large) == large.payload
         flip_on_disk(tmp_path, made, 2)
         assert store.peek(made.id) is None
-        assert [cell is None for cell in (await store.read(made.id, 0, 12)).cells] == [number == 2 for number in range(12)]
+        assert [cell is None for cell in (await store.read(made.id, 0, 12)).cells] == [
+            number == 2 for number in range(12)
+        ]
 
 
 async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp_path: Path) -> None:
@@ -554,7 +575,9 @@ async def test_a_write_that_waits_for_room_while_the_store_closes_is_refused(tmp
 
 
 @pytest.mark.parametrize(("length", "cell_bytes"), [(4112, 8192), (9000, 4096)])
-async def test_a_copy_in_memory_is_told_when_every_byte_of_its_record_holds(tmp_path: Path, length: int, cell_bytes: int) -> None:
+async def test_a_copy_in_memory_is_told_when_every_byte_of_its_record_holds(
+    tmp_path: Path, length: int, cell_bytes: int
+) -> None:
     """Each byte is flipped in turn, up to the end of the payload; what lies behind it is not read."""
     made = make(RNG, length, k=1, m=2, cell_bytes=cell_bytes)
     async with opened(tmp_path) as store:

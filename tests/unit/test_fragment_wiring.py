@@ -123,7 +123,9 @@ class TestPayloads:
                 assert bytes(found) == made.payload
             await store.close()
             store = await LocalFragmentStore.open(tmp_path / "d", DISK)
-            assert [bytes(Payloads(store).peek_payload(made.id.data_id) or b"") for made in kept] == [made.payload for made in kept]
+            assert [bytes(Payloads(store).peek_payload(made.id.data_id) or b"") for made in kept] == [
+                made.payload for made in kept
+            ]
         assert Payloads(store).peek_payload(b"\0" * 16) is None
         await store.delete([kept[0].id])
         assert Payloads(store).peek_payload(kept[0].id.data_id) is None

@@ -14,10 +14,10 @@ from storaged import hashes
 from storaged.errors import InvalidRequest
 from storaged.hashes import fragment_hash, is_fragment, is_page, page_hash
 from storaged.meta import messages
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.names import RegisterName
-from storaged.meta.replica import LocalReplica
-from storaged.objects.manifest import renew_pages
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.objects.code.manifest import renew_pages
 from tests.unit.second_preimage import second_preimage
 
 
@@ -27,11 +27,16 @@ def test_they_are_what_the_documentation_says() -> None:
     assert page_hash(b"a page") == hashlib.sha256(b"sov.page.v1\0" + b"a page").digest()[:20]
     text = (Path(hashes.__file__).parent / "FORMATS.md").read_text()
     found = re.search(
-        r"The hash of the fragment `00 01 .. ff`, 18 times, is `(\w+)` \(xxh3-128: `(\w+)`\); the name of the page `a page` is `(\w+)`",
+        r"The hash of the fragment `00 01 .. ff`, 18 times, is `(\w+)` \(xxh3-128: `(\w+)`\); the name of the page `a"
+        r" page` is `(\w+)`",
         text,
     )
     assert found is not None
-    assert found.groups() == (fragment_hash([payload]).hex(), xxhash.xxh3_128_hexdigest(payload), page_hash(b"a page").hex())
+    assert found.groups() == (
+        fragment_hash([payload]).hex(),
+        xxhash.xxh3_128_hexdigest(payload),
+        page_hash(b"a page").hex(),
+    )
 
 
 def test_pieces_are_hashed_as_the_whole_and_a_fragment_is_no_page() -> None:

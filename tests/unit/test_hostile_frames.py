@@ -10,10 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from storaged.cluster import faults
-from storaged.cluster.framing import ErrorHead
 from storaged.cluster.ports import Call, Method
-from storaged.cluster.rpc import RpcPool, RpcServer
+from storaged.cluster.rpc import RpcPool, RpcServer, faults
+from storaged.cluster.rpc.framing import ErrorHead
 from storaged.errors import PeerError, PeerRefused
 from storaged.observe import _logfmt
 from storaged.units import MIB
@@ -58,7 +57,9 @@ async def pair(tmp_path: Path) -> AsyncIterator[tuple[RpcServer, RpcPool]]:
 
 
 @pytest.mark.parametrize("what", CRAFTED)
-async def test_a_crafted_request_is_a_bad_message_and_takes_no_room_from_others(pair: tuple[RpcServer, RpcPool], what: str) -> None:
+async def test_a_crafted_request_is_a_bad_message_and_takes_no_room_from_others(
+    pair: tuple[RpcServer, RpcPool], what: str
+) -> None:
     server, pool = pair
     for _ in range(3):
         async with asyncio.timeout(GUARD_S):
@@ -70,7 +71,9 @@ async def test_a_crafted_request_is_a_bad_message_and_takes_no_room_from_others(
 
 
 @pytest.mark.parametrize("what", CRAFTED)
-async def test_a_crafted_answer_fails_its_call_which_does_not_wait_for_ever(pair: tuple[RpcServer, RpcPool], what: str) -> None:
+async def test_a_crafted_answer_fails_its_call_which_does_not_wait_for_ever(
+    pair: tuple[RpcServer, RpcPool], what: str
+) -> None:
     _server, pool = pair
     async with asyncio.timeout(GUARD_S):
         with pytest.raises(PeerRefused) as error:
@@ -79,7 +82,9 @@ async def test_a_crafted_answer_fails_its_call_which_does_not_wait_for_ever(pair
     assert (await pool.call("n1", "t.echo", Note("still there"), Note))[0].text == "still there"
 
 
-async def test_frames_with_random_messages_are_answered_and_leave_nothing_behind(pair: tuple[RpcServer, RpcPool]) -> None:
+async def test_frames_with_random_messages_are_answered_and_leave_nothing_behind(
+    pair: tuple[RpcServer, RpcPool],
+) -> None:
     server, pool = pair
     rng = random.Random(11)
     good = encode(Note("a text", 70_000))[1:]
@@ -110,7 +115,9 @@ def test_decoding_raises_one_kind_of_error_whatever_the_bytes_are() -> None:
 
 def test_what_another_node_says_of_an_error_is_short_and_has_no_control_characters() -> None:
     said = "\x1b[2J\nlevel=info event=forged" + "x" * MIB
-    error: PeerError = faults.from_head(ErrorHead("C" * MIB, said, {said: said, **{str(n): "" for n in range(999)}}, said), "n1")
+    error: PeerError = faults.from_head(
+        ErrorHead("C" * MIB, said, {said: said, **{str(n): "" for n in range(999)}}, said), "n1"
+    )
     assert isinstance(error, PeerRefused)
     for text in (error.message, error.remote_code, *error.details, *error.details.values()):
         assert text.isprintable()

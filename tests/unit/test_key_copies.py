@@ -22,7 +22,9 @@ KEYRING = b"k" * 16
 
 def copy_of(number: int, version: int = 1) -> tuple[bytes, bytes]:
     bucket_id = number.to_bytes(16, "big")
-    return bucket_id, encode(KeyCopy(bucket_id, (WrappedBucketKey(version, 1, 1000 * number, bytes([number % 256]) * 112),)))
+    return bucket_id, encode(
+        KeyCopy(bucket_id, (WrappedBucketKey(version, 1, 1000 * number, bytes([number % 256]) * 112),))
+    )
 
 
 async def opened(directory) -> CopyLog:
@@ -52,7 +54,9 @@ async def test_a_copy_costs_its_own_bytes_however_many_there_are(tmp_path):
     for number in range(300):
         await log.keep(*copy_of(number))
         sizes.append(log.path.stat().st_size)
-    assert sizes == [HEADER_BYTES + sum(ENTRY_HEAD_BYTES + len(copy_of(n)[1]) for n in range(number + 1)) for number in range(300)]
+    assert sizes == [
+        HEADER_BYTES + sum(ENTRY_HEAD_BYTES + len(copy_of(n)[1]) for n in range(number + 1)) for number in range(300)
+    ]
     await log.keep(*copy_of(3))
     assert log.path.stat().st_size == sizes[-1]
     log.close()

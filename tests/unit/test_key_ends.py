@@ -12,10 +12,10 @@ from storaged.errors import DataDamaged, PeerUnreachable, ServiceUnavailable
 from storaged.fragments.ports import Retirement
 from storaged.meta.names import Value, Visibility, object_name, system_name
 from storaged.node.housekeeping import tidy
-from storaged.objects.buckets import BucketService
-from storaged.objects.keyends import DUE_MAX, Ends, destroy_ended_keys
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.keyends import DUE_MAX, Ends, destroy_ended_keys
 from storaged.wire import decode, encode
 from tests.unit.object_world import World
 from tests.unit.test_objects_buckets import ANNE, world_of
@@ -147,7 +147,9 @@ async def test_a_record_that_is_not_authentic_says_so(rig: Rig) -> None:
     assert not await rig.buckets.is_deleted("never-was", bucket.id, b"n" * 16)
 
 
-async def test_a_bucket_is_not_deleted_while_the_end_of_its_key_cannot_be_noted(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bucket_is_not_deleted_while_the_end_of_its_key_cannot_be_noted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket = await rig.buckets.create(ANNE, "b", region="eu-fr-1")
 
     async def unavailable(*_: object) -> None:

@@ -1,4 +1,6 @@
-"""The key of a deleted bucket, in a whole cluster with a real keyring: it goes after the last fragment, and from every gateway."""
+"""The key of a deleted bucket, in a whole cluster with a real keyring: it goes after the last fragment, and from every
+gateway.
+"""
 
 from __future__ import annotations
 

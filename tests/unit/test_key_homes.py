@@ -40,7 +40,11 @@ def record_of(rig: Rig, bucket_id: bytes = BUCKET) -> BucketKeys:
 
 
 def kinds(rig: Rig) -> list[str]:
-    return [f"{kind} {fields.get('outcome', '').split()[0]}" for kind, fields in rig.entries if kind not in ("key.create", "key.release")]
+    return [
+        f"{kind} {fields.get('outcome', '').split()[0]}"
+        for kind, fields in rig.entries
+        if kind not in ("key.create", "key.release")
+    ]
 
 
 def restarted(rig: Rig, material, *, copies: bool = True, **options) -> Rig:
@@ -72,7 +76,11 @@ def another_epoch(rig: Rig) -> bytes:
 
 def another_version(rig: Rig) -> bytes:
     record = record_of(rig)
-    return encode(msgspec.structs.replace(record, versions=(msgspec.structs.replace(record.versions[0], version=2),), authenticator=b""))
+    return encode(
+        msgspec.structs.replace(
+            record, versions=(msgspec.structs.replace(record.versions[0], version=2),), authenticator=b""
+        )
+    )
 
 
 DAMAGE = {
@@ -201,10 +209,13 @@ async def test_a_key_is_released_from_its_copy_while_the_ring_takes_no_changes_a
     assert len(record_of(rig).versions) == 1
 
 
-# --- looking after them without a request ------------------------------------------------------------------------------
+# --- looking after them without a request
+# ------------------------------------------------------------------------------
 
 
-async def test_looking_after_keys_mends_those_that_nobody_asked_for_and_copies_those_that_the_policy_allows(rig, material):
+async def test_looking_after_keys_mends_those_that_nobody_asked_for_and_copies_those_that_the_policy_allows(
+    rig, material
+):
     for bucket in (BUCKET, OTHER):
         await rig.keyring.create_bucket_key(bucket, ())
     rig.registers.forge(path_of(BUCKET), b"")
@@ -220,7 +231,8 @@ async def test_looking_after_keys_mends_those_that_nobody_asked_for_and_copies_t
     assert [kind for kind, _ in frankfurt.entries if kind == "key.release"] == []
 
 
-# --- the end -----------------------------------------------------------------------------------------------------------
+# --- the end
+# -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_key_is_destroyed_only_after_its_end_was_noted_and_then_for_every_gateway(rig, material):
@@ -312,10 +324,13 @@ async def test_an_end_that_cannot_be_noted_is_refused_so_that_the_bucket_is_not_
         await rig.keyring.end_bucket_key(BUCKET, "photos", NONCE, range(16))
 
 
-# --- backups -----------------------------------------------------------------------------------------------------------
+# --- backups
+# -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_backup_has_every_bucket_key_and_brings_them_back_when_ring_and_copies_are_lost(rig, material, tmp_path):
+async def test_a_backup_has_every_bucket_key_and_brings_them_back_when_ring_and_copies_are_lost(
+    rig, material, tmp_path
+):
     buckets = [bytes([number]) * 16 for number in range(40)]
     wrapped = []
     for bucket in buckets:

@@ -27,7 +27,9 @@ async def test_a_gateway_in_germany_is_not_given_the_key_of_a_french_bucket(mate
     await paris.keyring.bucket_key(BUCKET, ("FR",))
     frankfurt = Rig(material, holder=KeyHolder("DE", "HU", 0, 2**50))
     frankfurt.registers.values = paris.registers.values
-    with pytest.raises(KeyReleaseRefused, match="Rule bucket countries: this gateway is in DE, and the bucket is bound to FR") as caught:
+    with pytest.raises(
+        KeyReleaseRefused, match="Rule bucket countries: this gateway is in DE, and the bucket is bound to FR"
+    ) as caught:
         await frankfurt.keyring.bucket_key(BUCKET, ("FR",))
     assert (caught.value.status, caught.value.code, caught.value.details) == (
         503,

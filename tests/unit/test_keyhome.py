@@ -32,7 +32,9 @@ async def test_registers_have_sequences_and_what_is_gone_is_read_and_not_scanned
         before = Kept(number - 1, str(number - 1).encode()) if number > 1 else None
         seen: list[Kept | None] = []
 
-        def update(kept: Kept | None, seen: list[Kept | None] = seen, number: int = number, gone: bool = gone) -> KeyChange:
+        def update(
+            kept: Kept | None, seen: list[Kept | None] = seen, number: int = number, gone: bool = gone
+        ) -> KeyChange:
             seen.append(kept)
             return KeyChange(str(number).encode(), gone)
 

@@ -49,7 +49,9 @@ BUCKET = bytes(range(16))
 
 
 class Registers:
-    """A dict with compare-and-set; ``failure`` is raised by reads, ``refusing`` by changes. ``sequences`` of what was written once are 1."""
+    """A dict with compare-and-set; ``failure`` is raised by reads, ``refusing`` by changes. ``sequences`` of what was
+    written once are 1.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -183,7 +185,9 @@ def test_the_default_cost_of_a_guess_is_256_mib_and_three_passes():
     assert ARGON2_COST == (262144, 3, 4)
 
 
-@pytest.mark.parametrize("protection", [Passphrase("Correct horse", CHEAP), CREDENTIAL], ids=["passphrase", "credential"])
+@pytest.mark.parametrize(
+    "protection", [Passphrase("Correct horse", CHEAP), CREDENTIAL], ids=["passphrase", "credential"]
+)
 def test_a_wrong_passphrase_is_named_as_such(tmp_path, protection):
     path = tmp_path / "keyring"
     create_keyring(path, SECRET)
@@ -599,7 +603,11 @@ async def test_a_closed_keyring_answers_nothing_not_even_from_its_cache(rig):
         await rig.keyring.bucket_key(BUCKET, ())
     with pytest.raises(KeyringUnavailable):
         await rig.keyring.create_bucket_key(BUCKET, ())
-    for call in (lambda: rig.keyring.authenticate([], b""), lambda: rig.keyring.open_secret(sealed, []), lambda: rig.keyring.material):
+    for call in (
+        lambda: rig.keyring.authenticate([], b""),
+        lambda: rig.keyring.open_secret(sealed, []),
+        lambda: rig.keyring.material,
+    ):
         with pytest.raises(KeyringUnavailable):
             call()
     assert rig.keyring.statistics().closed

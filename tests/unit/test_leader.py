@@ -1,4 +1,6 @@
-"""A further worker's side of a gateway of several processes: what comes through its door, and what it asks the first process for."""
+"""A further worker's side of a gateway of several processes: what comes through its door, and what it asks the first
+process for.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tests.patience import GUARD_S
 
 
 class Doorway(NamedTuple):
-    """A worker that serves behind a door, and the first process's side of it. ``given``: what came back; ``taken``: what the worker adopted, and closed."""
+    """A worker that serves behind a door, and the first process's side of it. ``given``: what came back; ``taken``:
+    what the worker adopted, and closed.
+    """
 
     worker: Worker
     door: socket.socket
@@ -136,7 +140,9 @@ async def test_refusals_are_counted_in_the_worker_and_its_first_process_hears_of
         leader._tell_refusals(all_of_them=True)
         leader.note("end")
         told = [json.loads(await asyncio.wait_for(reader.readline(), GUARD_S)) for _ in range(3)]
-        assert [(one["tell"], one["kind"], one["fields"].get("outcome"), one["fields"].get("repeated")) for one in told] == [
+        assert [
+            (one["tell"], one["kind"], one["fields"].get("outcome"), one["fields"].get("repeated")) for one in told
+        ] == [
             ("note", "s3.refused", "refused AccessDenied", None),
             ("note", "s3.refused", "refused AccessDenied", 999),
             ("note", "end", None, None),
@@ -166,6 +172,8 @@ if parent == 1:
     os.getppid = lambda: 1
 _end_with(parent, signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=os.environ, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=os.environ, check=False
+    )
     assert done.returncode == code, done.stderr
     assert ("has ended" in done.stderr) == bool(code)

@@ -1,4 +1,6 @@
-"""Small copies between a disk's redo log and its segments: whatever happens in between, none leaves the log before it is safe where it belongs."""
+"""Small copies between a disk's redo log and its segments: whatever happens in between, none leaves the log before it
+is safe where it belongs.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ from storaged.fragments.engine import StoreLimits, Write
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta import messages
-from storaged.meta import store as store_module
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, StoreBatch
-from storaged.meta.register import Verdict
-from storaged.meta.replica import LocalReplica
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage import lmdb_store as store_module
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import encode
 from tests.patience import GUARD_S
@@ -54,7 +56,9 @@ def files() -> SimulatedFiles:
 
 @pytest.fixture
 async def store(tmp_path: Path, files: SimulatedFiles) -> AsyncIterator[LocalFragmentStore]:
-    opened = await LocalFragmentStore.open(tmp_path / "fragments", DISK, files=files, limits=StoreLimits(reserve_bytes=1))
+    opened = await LocalFragmentStore.open(
+        tmp_path / "fragments", DISK, files=files, limits=StoreLimits(reserve_bytes=1)
+    )
     yield opened
     await opened.close()
 
@@ -72,7 +76,8 @@ class Held:
         return self._call(*arguments, **named)
 
 
-# --- what a checkpoint of the log relies on -----------------------------------------------------------------------------------
+# --- what a checkpoint of the log relies on
+# -----------------------------------------------------------------------------------
 
 
 async def test_copies_that_are_being_appended_are_waited_for(store: LocalFragmentStore, files: SimulatedFiles) -> None:
@@ -109,7 +114,9 @@ async def test_the_log_keeps_copies_that_could_not_be_appended_unless_a_start_kn
         assert store.peek_copy(write.key[:16]) if not closed else True
 
 
-async def test_copies_for_which_there_is_room_again_are_appended(store: LocalFragmentStore, files: SimulatedFiles) -> None:
+async def test_copies_for_which_there_is_room_again_are_appended(
+    store: LocalFragmentStore, files: SimulatedFiles
+) -> None:
     made, write = copy_of()
     files.limit = 1
     store.keep([write])
@@ -121,7 +128,9 @@ async def test_copies_for_which_there_is_room_again_are_appended(store: LocalFra
     assert (await store.read(made.id, 0, 1)).whole == made.payload
 
 
-async def test_a_store_that_closes_appends_what_it_kept_before_it_says_so(store: LocalFragmentStore, files: SimulatedFiles) -> None:
+async def test_a_store_that_closes_appends_what_it_kept_before_it_says_so(
+    store: LocalFragmentStore, files: SimulatedFiles
+) -> None:
     """The thread has ended, and the copy is not appended yet."""
     made, write = copy_of()
     shutdown = store._checkpoints.shutdown = Held(store._checkpoints.shutdown)  # type: ignore[method-assign]
@@ -144,7 +153,9 @@ async def test_copies_that_come_when_the_store_is_closed_stay_in_the_log(store: 
         await asyncio.to_thread(store.sync_apart)
 
 
-async def test_only_who_asks_for_a_copy_that_is_not_appended_yet_waits_for_the_thread(store: LocalFragmentStore) -> None:
+async def test_only_who_asks_for_a_copy_that_is_not_appended_yet_waits_for_the_thread(
+    store: LocalFragmentStore,
+) -> None:
     made, write = copy_of()
     large = make(RNG)
     await store.write(large.header, [large.payload], sync=True)
@@ -238,7 +249,8 @@ async def test_a_disk_whose_index_fails_for_now_has_every_acknowledged_copy_afte
     await disk.close()
 
 
-# --- the log written without a thread -----------------------------------------------------------------------------------------
+# --- the log written without a thread
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -256,7 +268,9 @@ def direct_of(meta: LmdbMetaStore) -> DirectFile:
 
 
 @pytest.mark.parametrize("refused", ["when it is asked", "when it tries"])
-async def test_what_the_kernel_refuses_to_write_a_thread_writes_and_the_disk_is_no_worse(meta: LmdbMetaStore, refused: str) -> None:
+async def test_what_the_kernel_refuses_to_write_a_thread_writes_and_the_disk_is_no_worse(
+    meta: LmdbMetaStore, refused: str
+) -> None:
     direct = direct_of(meta)
     if refused == "when it is asked":
         direct._request.fd = 0xFFFF  # EBADF
@@ -297,7 +311,9 @@ async def test_a_disk_that_does_not_take_the_note_of_its_failure_holds_up_no_oth
     monkeypatch.setattr(store_module, "replace_file", noting)
     await meta.commit(StoreBatch(meta={"a": b"1"}))
     monkeypatch.setattr(
-        direct, "write", lambda _loop, _pieces, _at, done: asyncio.get_running_loop().call_soon(done, OSError(errno.EIO, "EIO"))
+        direct,
+        "write",
+        lambda _loop, _pieces, _at, done: asyncio.get_running_loop().call_soon(done, OSError(errno.EIO, "EIO")),
     )
     committing = asyncio.create_task(meta.commit(StoreBatch(meta={"a": b"2"})))
     assert await asyncio.to_thread(noting.reached.wait, GUARD_S)  # so the loop goes on
@@ -319,7 +335,8 @@ async def test_a_group_that_cannot_be_laid_out_is_told_of_and_so_is_all_that_wai
     assert [isinstance(error, DiskUnusable) for error in told] == [True, True]
 
 
-# --- the order of batches -----------------------------------------------------------------------------------------------------
+# --- the order of batches
+# -----------------------------------------------------------------------------------------------------
 
 
 async def test_what_comes_after_pages_and_rows_in_one_batch_is_applied_after_them(meta: LmdbMetaStore) -> None:
@@ -341,7 +358,9 @@ async def test_what_comes_after_pages_and_rows_in_one_batch_is_applied_after_the
 
 
 @pytest.mark.parametrize("pages_begun", [False, True])
-async def test_an_empty_batch_is_answered_when_all_before_it_are_durable(meta: LmdbMetaStore, pages_begun: bool) -> None:
+async def test_an_empty_batch_is_answered_when_all_before_it_are_durable(
+    meta: LmdbMetaStore, pages_begun: bool
+) -> None:
     begun: list[Callable[[None], None]] = []
     meta._redo.begin = lambda _loop, _body, done: begun.append(done) is None  # type: ignore[method-assign]
     told: list[str] = []

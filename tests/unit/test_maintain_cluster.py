@@ -1,4 +1,6 @@
-"""What repair does to a whole cluster: fragments lost, damaged, forged; disks and racks that go, stay away and return."""
+"""What repair does to a whole cluster: fragments lost, damaged, forged; disks and racks that go,
+stay away and return.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,7 @@ def test_what_a_read_finds_damaged_is_rebuilt_soon() -> None:
 def test_a_liars_bytes_are_not_laundered_and_are_replaced() -> None:
     async def scenario(cluster: Cluster) -> None:
         bucket, objects = await filled(cluster, 1)
-        (place, *_) = await cluster.places(bucket, b"large-0")
+        place, *_ = await cluster.places(bucket, b"large-0")
         where = list(place.fragments)
         good = cluster.store(where[5][1])._fragments[where[5][0].pack()].payload
         cluster.forge(where[1][1], where[1][0])
@@ -199,7 +201,9 @@ def test_a_rebuilt_copy_carries_what_it_was_written_with_and_no_more() -> None:
         await cluster.settled()
         rebuilt = cluster.store(disk)._fragments[fragment.pack()]
         assert rebuilt.payload == written.payload
-        assert msgspec.structs.replace(rebuilt.header, created_ms=0) == msgspec.structs.replace(written.header, created_ms=0)
+        assert msgspec.structs.replace(rebuilt.header, created_ms=0) == msgspec.structs.replace(
+            written.header, created_ms=0
+        )
         whole = (await cluster.places(bucket, b"large-0"))[0]
         fragment, disk = next(iter(whole.fragments))
         assert cluster.store(disk)._fragments[fragment.pack()].header.part_header == whole.entry.header
@@ -212,14 +216,18 @@ def test_a_range_that_its_disk_cannot_read_keeps_no_other_from_being_looked_at()
 
     async def scenario(cluster: Cluster) -> None:
         bucket, objects = await filled(cluster, 4)
-        keys = {object_name(bucket.id, bucket.shard_numbers, key).shard: key for key in objects if key.startswith(b"large")}
+        keys = {
+            object_name(bucket.id, bucket.shard_numbers, key).shard: key for key in objects if key.startswith(b"large")
+        }
         leaders = {
             shard: node
             for node in cluster.nodes.values()
             for shard in bucket.shard_numbers
             if node.context.leads(partition_of(bucket.id, shard))
         }
-        broken, shard = next((other, shard) for shard in keys for other in range(shard) if leaders[other] is leaders[shard])
+        broken, shard = next(
+            (other, shard) for shard in keys for other in range(shard) if leaders[other] is leaders[shard]
+        )
         for meta in leaders[shard].meta.values():
 
             def unreadable(*where: Any, real: Any = meta.slice, **bounds: Any) -> Any:
@@ -247,7 +255,9 @@ def test_a_copy_that_is_outvoted_is_not_copied() -> None:
         cluster.forge(where[1][1], where[1][0])  # its hash does not hold any more: it has no vote
         cluster.maintain()
         await cluster.settled()
-        assert cluster.store(where[0][1])._fragments[where[0][0].pack()].payload != kept.payload or cluster.holds(where[1][1], where[1][0])
+        assert cluster.store(where[0][1])._fragments[where[0][0].pack()].payload != kept.payload or cluster.holds(
+            where[1][1], where[1][0]
+        )
         await assert_whole(cluster, bucket, objects)
 
     run(scenario)
@@ -300,7 +310,9 @@ def test_a_rack_that_stays_away_is_done_without_and_made_use_of_when_it_returns(
         await cluster.leap(DROP_S)
         await cluster.pass_s(60)
         for key in (b"large-0", b"large-1"):
-            named = {(disk, fragment) for place in await cluster.places(bucket, key) for fragment, disk in place.fragments}
+            named = {
+                (disk, fragment) for place in await cluster.places(bucket, key) for fragment, disk in place.fragments
+            }
             assert set(await cluster.fragments((await cluster.entry(bucket, key)).data_id)) == named
         await assert_whole(cluster, bucket, objects)
 
@@ -559,7 +571,9 @@ def test_a_fragment_that_a_disk_finds_damaged_while_it_reads_is_told_to_whom_it_
 
 
 def test_a_register_that_can_not_be_settled_keeps_no_other_from_repair() -> None:
-    """A majority of its rows is damaged. Every other register is walked, in its own shard too, and what they lack is rebuilt."""
+    """A majority of its rows is damaged. Every other register is walked, in its own shard too, and what they lack is
+    rebuilt.
+    """
 
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()
@@ -584,7 +598,9 @@ def test_a_register_that_can_not_be_settled_keeps_no_other_from_repair() -> None
 
 
 def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
-    """Records lie in the clear and hints come from whoever is a member. What cannot be is passed over, and everything else is looked after as before."""
+    """Records lie in the clear and hints come from whoever is a member. What cannot be is passed over, and everything
+    else is looked after as before.
+    """
 
     async def scenario(cluster: Cluster) -> None:
         bucket, objects = await filled(cluster, 1)
@@ -594,7 +610,10 @@ def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
             await ring.change(name, lambda _value: Change(body))
 
         for number, (shards, id_) in enumerate([(10**9, b"x" * 16), (300, b"y" * 16), (-1, b"z" * 16), (16, b"short")]):
-            await forge(system_name(f"bucket/evil{number}"), encode(BucketRecord(f"evil{number}", id_, "", 0, "active", shards, "")))
+            await forge(
+                system_name(f"bucket/evil{number}"),
+                encode(BucketRecord(f"evil{number}", id_, "", 0, "active", shards, "")),
+            )
         await forge(system_name("bucket/other"), encode(BucketRecord("bucket", b"w" * 16, "", 0, "active", 16, "")))
         (entry, *_), version = whole.versions[0].parts, whole.versions[0]
         for number, forged in enumerate(
@@ -608,15 +627,20 @@ def test_what_a_hostile_node_writes_or_says_ends_nobodys_repair() -> None:
             body = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=(forged,)),)))
             await forge(object_name(bucket.id, bucket.shard_numbers, b"evil-%d" % number), body)
         upload_id = bytes([3]) * 16
-        await forge(upload_name(bucket.id, b"evil", upload_id), encode(UploadRecord(b"", "open", "", 0, 1, b"", b"", b"")))
-        await forge(part_name(bucket.id, upload_id, 1), encode(PartRecord(msgspec.structs.replace(entry, block_cells=0), 0, b"")))
+        await forge(
+            upload_name(bucket.id, b"evil", upload_id), encode(UploadRecord(b"", "open", "", 0, 1, b"", b"", b""))
+        )
+        await forge(
+            part_name(bucket.id, upload_id, 1),
+            encode(PartRecord(msgspec.structs.replace(entry, block_cells=0), 0, b"")),
+        )
         place = (await cluster.places(bucket, b"large-0"))[0]
         fragment, disk = next(place.fragments)
         await cluster.store(disk).delete([fragment])
         cluster.maintain()
         for node in cluster.nodes.values():
             for ask in (
-                Ask((b"",)), Ask((b"x" * 5000,)), Ask((), ((b"", fragment.pack()),)), Ask((), ((object_name(*NAME).pack(), b""),)),
+                Ask((b"",)), Ask((b"x" * 5000,)), Ask((), ((b"", fragment.pack()),)), Ask((), ((object_name(*NAME).pack(), b""),)),  # noqa: E501
             ):  # fmt: skip
                 with pytest.raises(StoragedError):
                     await node.methods["maintain.hint"].handler(ask, NO_CALL)

@@ -1,4 +1,6 @@
-"""What is deleted, and above all what is not: garbage lists, the sweep of orphans, sleeping gateways, what recoding leaves, scrub."""
+"""What is deleted, and above all what is not: garbage lists, the sweep of orphans, sleeping gateways, what recoding
+leaves, scrub.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import pytest
 from storaged.errors import DiskUnusable, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
 from storaged.fragments.memory import MemoryFragmentStore
 from storaged.fragments.ports import FragmentHeader, FragmentId, Health, Retirement
-from storaged.maintain import collect as collect_module
+from storaged.maintain import gc as collect_module
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.messages import FenceSet
 from storaged.meta.names import Change, RegisterName, Value, object_name, system_name, upload_name
@@ -24,7 +26,7 @@ from storaged.meta.ports import RowDamaged
 from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.records import BucketRecord
-from storaged.objects.uploads import parse_upload_id, upload_text
+from storaged.objects.write.uploads import parse_upload_id, upload_text
 from storaged.wire import encode
 from tests.unit.ring_cluster import WHO, Cluster, body_of, run
 
@@ -44,7 +46,9 @@ async def sweep(cluster: Cluster) -> int:
     return sum([await node.maintenance.collector.sweep() for node in cluster.nodes.values() if node.up])
 
 
-async def upload_parts(cluster: Cluster, bucket: BucketRecord, key: bytes, sizes: dict[int, int]) -> tuple[str, list[CompletedPart], bytes]:
+async def upload_parts(
+    cluster: Cluster, bucket: BucketRecord, key: bytes, sizes: dict[int, int]
+) -> tuple[str, list[CompletedPart], bytes]:
     upload = await cluster.objects.create_upload(bucket, key, NewMeta(), owner=WHO.user_id)
     parts, whole = [], b""
     for number, size in sizes.items():
@@ -135,13 +139,17 @@ def test_a_copy_elsewhere_that_was_written_anew_since_the_collector_looked_stays
         await cluster.put(bucket, b"k", os.urandom(SMALL))
         old = (await cluster.entry(bucket, b"k")).data_id
         await cluster.put(bucket, b"k", os.urandom(SMALL))
-        first, other, _ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shard_numbers, b"k").partition)
+        first, other, _ = cluster.layouts.current.replicas_of(
+            object_name(bucket.id, bucket.shard_numbers, b"k").partition
+        )
         collector = cluster.nodes[cluster.layouts.current.node_of(first)].maintenance.collector
         judge = collector._live
 
         async def touched(owner: RegisterName, uploads: bool) -> set[bytes]:
             found = await judge(owner, uploads)
-            await cluster.store(other).touch([fragment for disk, fragment in await cluster.fragments(old) if disk == other], 1 << 42)
+            await cluster.store(other).touch(
+                [fragment for disk, fragment in await cluster.fragments(old) if disk == other], 1 << 42
+            )
             return found
 
         collector._live = touched
@@ -179,7 +187,9 @@ def neighbours(bucket: BucketRecord, key: bytes, count: int) -> list[bytes]:
     return [name.key for name in itertools.islice((name for name in names if name.shard == shard), count)]
 
 
-def test_what_is_more_than_fits_one_question_or_one_deletion_is_judged_and_deleted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_more_than_fits_one_question_or_one_deletion_is_judged_and_deleted_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for bound in ("UPLOADS_A_SHARD_MAX", "DELETES_AT_ONCE", "SWEEP_PAGE"):
         monkeypatch.setattr(collect_module, bound, 2)
     deletes: list[int] = []
@@ -232,7 +242,8 @@ def test_a_damaged_row_of_an_upload_keeps_its_own_keys_garbage_and_no_others(dam
             for _ in range(2):
                 await cluster.put(bucket, key, os.urandom(SMALL))
         upload, another = [
-            parse_upload_id((await cluster.objects.create_upload(bucket, b"k", NewMeta(), owner=WHO.user_id)).upload_id) for _ in range(2)
+            parse_upload_id((await cluster.objects.create_upload(bucket, b"k", NewMeta(), owner=WHO.user_id)).upload_id)
+            for _ in range(2)
         ]
         row = upload_name(bucket.id, b"k", upload)
         foreign = (await cluster.gateway.ring.read(upload_name(bucket.id, b"k", another))).value
@@ -301,16 +312,22 @@ def test_shards_are_asked_for_their_uploads_side_by_side() -> None:
 
             scanner.list_page = counted  # type: ignore[method-assign]
         assert await collect(cluster) == 3 * 40
-        assert 2 <= most <= MaintainLimits().collect_at_once  # as many as a disk has shards of the bucket, whose id is random
+        assert (
+            2 <= most <= MaintainLimits().collect_at_once
+        )  # as many as a disk has shards of the bucket, whose id is random
 
     run(scenario)
 
 
-def test_judging_a_data_id_reads_the_headers_of_its_own_fragments_and_hardly_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judging_a_data_id_reads_the_headers_of_its_own_fragments_and_hardly_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     headers = 0
     scan = MemoryFragmentStore.scan
 
-    async def counted(store: MemoryFragmentStore, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
+    async def counted(
+        store: MemoryFragmentStore, after: bytes = b"", limit: int = 1000
+    ) -> AsyncIterator[FragmentHeader]:
         nonlocal headers
         async for header in scan(store, after, limit):
             headers += 1
@@ -336,7 +353,9 @@ def test_what_a_record_refers_to_stays_whoever_put_it_on_the_list() -> None:
         entry = await cluster.entry(bucket, b"k")
         before = await cluster.fragments(entry.data_id)
         for disk, fragment in before:
-            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)])
+            await cluster.store(disk).retire(
+                [Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)]
+            )
         assert await collect(cluster) == 0
         assert await cluster.fragments(entry.data_id) == before
         assert [await cluster.store(disk).retired(1 << 62, 10) for disk, _ in before] == [[]] * len(before)
@@ -378,7 +397,9 @@ def test_an_entry_that_names_no_register_harms_nobody() -> None:
     run(scenario)
 
 
-async def sleeping_put(cluster: Cluster, bucket: BucketRecord, key: bytes, data: bytes) -> tuple[asyncio.Task[object], asyncio.Event]:
+async def sleeping_put(
+    cluster: Cluster, bucket: BucketRecord, key: bytes, data: bytes
+) -> tuple[asyncio.Task[object], asyncio.Event]:
     """A gateway whose fragments are durable, and that falls asleep right before its accept leaves."""
     gateway, wake = cluster.new_gateway("sleeper"), asyncio.Event()
 
@@ -420,12 +441,16 @@ def test_what_was_touched_after_the_collector_looked_is_not_deleted() -> None:
         task, wake = await sleeping_put(cluster, bucket, b"k", data := os.urandom(LARGE))
         node = cluster.nodes["na"]
         for disk, fragment in await cluster.fragments():
-            await cluster.store(disk).retire([Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)])
+            await cluster.store(disk).retire(
+                [Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)]
+            )
         judge = node.maintenance.collector._live
 
         async def slow(owner: RegisterName, uploads: bool) -> set[bytes]:
             found = await judge(owner, uploads)
-            wake.set()  # the gateway's accept is refused now; it looks at its fragments, and proposes again, while this collector is still on its way
+            # the gateway's accept is refused now; it looks at its fragments, and proposes again, while this collector
+            # is still on its way
+            wake.set()
             await asyncio.sleep(3)
             return found
 
@@ -472,7 +497,9 @@ def test_a_fragment_that_recoding_left_is_swept_and_its_data_is_not() -> None:
         kept = cluster.store(disk)._fragments[fragment.pack()]
         stray = next(other.id for other in cluster.layouts.current.disks if other.id != disk)
         left = FragmentId(entry.data_id, 0, 2, 2, 0)
-        header = msgspec.structs.replace(kept.header, id=left.pack(), hashes=(kept.header.hashes[fragment.position],) * 4)
+        header = msgspec.structs.replace(
+            kept.header, id=left.pack(), hashes=(kept.header.hashes[fragment.position],) * 4
+        )
         await cluster.store(stray).write(header, [kept.payload], sync=True)
         await cluster.leap(ORPHAN_S + 60)
         assert await sweep(cluster) == 1
@@ -626,7 +653,12 @@ def test_manifest_pages_come_back_to_a_replica_that_was_away_or_lost_them() -> N
         await cluster.kill("na")
         await cluster.objects.complete(bucket, b"key", upload_id, parts, owner=WHO.user_id)
         cluster.start("na", maintain=False)
-        stores = [node.meta[disk] for node in cluster.nodes.values() for disk in node.meta if node.meta[disk]._pages or node.name == "na"]
+        stores = [
+            node.meta[disk]
+            for node in cluster.nodes.values()
+            for disk in node.meta
+            if node.meta[disk]._pages or node.name == "na"
+        ]
         (page_hash, *_) = max((store._pages for store in stores), key=len)
         rotten = next(store for store in stores if page_hash in store._pages)
         rotten.damage_page(page_hash)
@@ -662,7 +694,9 @@ def test_a_slow_reader_follows_blocks_that_were_recoded_and_dropped_meanwhile() 
 
 
 def test_fragments_that_came_back_into_use_are_not_dropped() -> None:
-    """4+2 is recoded to 2+2, and back to the same fragments on the same disks, before what the first recoding left is due."""
+    """4+2 is recoded to 2+2, and back to the same fragments on the same disks, before what the first recoding left is
+    due.
+    """
 
     async def scenario(cluster: Cluster) -> None:
         bucket = await cluster.bucket()

@@ -1,4 +1,5 @@
-"""Manifests of large multipart objects: their pages are on all replicas again whatever happens to one, and those that nobody needs go, and no others.
+"""Manifests of large multipart objects: their pages are on all replicas again whatever happens to one, and those that
+nobody needs go, and no others.
 And uploads: what was uploaded is counted once."""
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import pytest
 from storaged.errors import OutcomeUnknown, PeerUnreachable, ServiceUnavailable
 from storaged.maintain.context import MaintainLimits
 from storaged.meta import messages
-from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, object_name
+from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.objects.api import CompletedPart, NewMeta
-from storaged.objects.manifest import manifest_pages
+from storaged.objects.code.manifest import manifest_pages
 from storaged.objects.records import BucketRecord, Version
 from tests.unit.ring_cluster import WHO, Cluster, Gateway, run
 
@@ -38,11 +39,15 @@ async def uploaded(
     return upload.upload_id, parts, whole
 
 
-async def complete(cluster: Cluster, bucket: BucketRecord, key: bytes, upload_id: str, parts: list[CompletedPart]) -> None:
+async def complete(
+    cluster: Cluster, bucket: BucketRecord, key: bytes, upload_id: str, parts: list[CompletedPart]
+) -> None:
     await cluster.objects.complete(bucket, key, upload_id, parts, owner=WHO.user_id)
 
 
-async def many(cluster: Cluster, bucket: BucketRecord, key: bytes = b"many", count: int = 40, size: int = TINY) -> bytes:
+async def many(
+    cluster: Cluster, bucket: BucketRecord, key: bytes = b"many", count: int = 40, size: int = TINY
+) -> bytes:
     """An object of so many parts."""
     upload_id, parts, whole = await uploaded(cluster, bucket, key, count, size)
     await complete(cluster, bucket, key, upload_id, parts)
@@ -71,7 +76,9 @@ def kept(cluster: Cluster) -> set[bytes]:
 
 
 async def sweep(cluster: Cluster) -> int:
-    return sum(await asyncio.gather(*(node.maintenance.page_sweep.once() for node in cluster.nodes.values() if node.up)))
+    return sum(
+        await asyncio.gather(*(node.maintenance.page_sweep.once() for node in cluster.nodes.values() if node.up))
+    )
 
 
 # --- what a version says of its pages ---------------------------------------------------------------------------------
@@ -239,7 +246,9 @@ def test_an_object_with_one_copy_of_a_page_is_at_risk_and_one_without_any_is_los
     run(scenario)
 
 
-async def pinned_and_forgotten(cluster: Cluster, bucket: BucketRecord, key: bytes = b"many") -> tuple[str, list[CompletedPart], bytes]:
+async def pinned_and_forgotten(
+    cluster: Cluster, bucket: BucketRecord, key: bytes = b"many"
+) -> tuple[str, list[CompletedPart], bytes]:
     """A Complete whose gateway died when the upload had pinned its version, and the object nothing yet."""
     upload_id, parts, whole = await uploaded(cluster, bucket, key)
     gateway = cluster.new_gateway("dying")
@@ -249,7 +258,9 @@ async def pinned_and_forgotten(cluster: Cluster, bucket: BucketRecord, key: byte
             await asyncio.Event().wait()
 
     cluster.intercept = hang
-    task = asyncio.get_running_loop().create_task(gateway.objects.complete(bucket, key, upload_id, parts, owner=WHO.user_id))
+    task = asyncio.get_running_loop().create_task(
+        gateway.objects.complete(bucket, key, upload_id, parts, owner=WHO.user_id)
+    )
     await cluster.pass_s(3)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -380,7 +391,11 @@ def test_a_disk_that_missed_the_row_learns_of_it_before_it_deletes() -> None:
         late = disk_in(cluster, "c", bucket)
 
         async def lose(source: str, node: str, method: str, request: object) -> None:
-            if isinstance(request, messages.Accept) and request.disk == late and request.name.table in (Table.OBJECT, Table.UPLOAD):
+            if (
+                isinstance(request, messages.Accept)
+                and request.disk == late
+                and request.name.table in (Table.OBJECT, Table.UPLOAD)
+            ):
                 raise PeerUnreachable("a broken line")
 
         cluster.intercept = lose
@@ -416,8 +431,12 @@ def test_without_a_majority_or_with_a_damaged_row_no_page_is_swept() -> None:
     run(scenario)
 
 
-def completing(gateway: Gateway, bucket: BucketRecord, key: bytes, upload_id: str, parts: list[CompletedPart]) -> asyncio.Task[object]:
-    return asyncio.get_running_loop().create_task(gateway.objects.complete(bucket, key, upload_id, parts, owner=WHO.user_id))
+def completing(
+    gateway: Gateway, bucket: BucketRecord, key: bytes, upload_id: str, parts: list[CompletedPart]
+) -> asyncio.Task[object]:
+    return asyncio.get_running_loop().create_task(
+        gateway.objects.complete(bucket, key, upload_id, parts, owner=WHO.user_id)
+    )
 
 
 @pytest.mark.parametrize("table", [Table.UPLOAD, Table.OBJECT])
@@ -544,7 +563,11 @@ def test_rows_of_a_finished_upload_that_say_where_its_parts_were_are_nobodys_los
         await cluster.settled()
         await cluster.leap(MaintainLimits().drop_delay_s)
         await cluster.pass_s(60)
-        rows = [name for name in map(RegisterName.unpack, cluster.rows(disk_in(cluster, "a", bucket, b"k"))) if name.table == Table.PART]
+        rows = [
+            name
+            for name in map(RegisterName.unpack, cluster.rows(disk_in(cluster, "a", bucket, b"k")))
+            if name.table == Table.PART
+        ]
         assert len(rows) == 2
         before = await cluster.fragments()
         for row in rows:

@@ -12,15 +12,15 @@ import pytest
 from storaged.clock import SystemClock
 from storaged.maintain import slices
 from storaged.maintain.context import MaintainLimits
-from storaged.maintain.pagesweep import PageSweep
+from storaged.maintain.manifest_gc import PageSweep
 from storaged.maintain.scrub import Scrub
 from storaged.maintain.slices import REST_S_MAX, ROWS_A_SLICE
 from storaged.maintain.walk import Range, Walker
-from storaged.meta import warm
-from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage import readahead
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.memory import MemoryMetaStore
 
 SCOPE = b"s" * 16
 WHERE = Range("d", Table.OBJECT, SCOPE, 0)
@@ -70,9 +70,11 @@ async def test_whoever_goes_through_all_rows_of_a_large_store_has_a_thread_read_
 ) -> None:
     store = LmdbMetaStore(tmp_path, map_bytes=1 << 26)
     names = [RegisterName(*WHERE[1:], b"%05d" % number) for number in range(ROWS_A_SLICE + 1)]
-    await store.commit(StoreBatch([Slot(name, Ballot(1, 1, "gw", b"incarnat"), Value(1, b"", Visibility.LIVE, b"")) for name in names]))
+    await store.commit(
+        StoreBatch([Slot(name, Ballot(1, 1, "gw", b"incarnat"), Value(1, b"", Visibility.LIVE, b"")) for name in names])
+    )
     await store.checkpoint()
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     read: list[tuple[str, bytes]] = []
     for what in ("warm", "slice"):
         monkeypatch.setattr(store, what, noting(read, what, getattr(store, what)))

@@ -7,12 +7,14 @@ import tracemalloc
 
 import pytest
 
-from storaged.meta.changes import BYTES_MAX, KEYS_OF_ONE_MAX, Changes
+from storaged.meta.storage.dirty_ranges import BYTES_MAX, KEYS_OF_ONE_MAX, Changes
 
 SHARD, OTHER = b"one shard", b"another one"
 
 
-def changed(changes: Changes, count: int, after: bytes = b"", through: bytes | None = None, key_prefix: bytes = b"") -> bool:
+def changed(
+    changes: Changes, count: int, after: bytes = b"", through: bytes | None = None, key_prefix: bytes = b""
+) -> bool:
     return changes.since(count, SHARD, after=after, key_prefix=key_prefix, through=through)
 
 

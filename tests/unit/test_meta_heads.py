@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from storaged.meta.heads import head_of, message_of, with_head
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot
-from storaged.meta.rowvalue import heads_of, pack_row
+from storaged.meta.storage.row_head import head_of, message_of, with_head
+from storaged.meta.storage.rowvalue import heads_of, pack_row
 
 MESSAGE = b"\x93abcdef" + bytes(300)
 
@@ -45,5 +45,7 @@ def test_a_head_too_far_behind_for_the_lead_is_refused() -> None:
 )
 def test_heads_are_found_in_rows_of_every_form(sequence: int, operation: bytes, node: str, body: bytes) -> None:
     name = RegisterName(Table.OBJECT, bytes(16), 0, b"key")
-    row = pack_row(Slot(name, Ballot(1, 2, node, b"incarnat"), Value(sequence, operation, Visibility.LIVE, body, b"p" * 16)))
+    row = pack_row(
+        Slot(name, Ballot(1, 2, node, b"incarnat"), Value(sequence, operation, Visibility.LIVE, body, b"p" * 16))
+    )
     assert heads_of([row, row]) == [head_of(body)] * 2

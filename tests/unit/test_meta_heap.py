@@ -1,4 +1,6 @@
-"""Rows apart from their keys: a longer row lies in the heap, a short one in the tree, and nobody who reads can tell, whichever it was before."""
+"""Rows apart from their keys: a longer row lies in the heap, a short one in the tree, and nobody who reads can tell,
+whichever it was before.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.errors import DiskForeign
-from storaged.meta import heap, opening
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import RowDamaged, Slot, StoreBatch
-from storaged.meta.rowkey import row_key
-from storaged.meta.rowvalue import open_small, pack_row, seal_small
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage import heap, identity
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.rowkey import row_key
+from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small
 from tests.unit.meta_store_suite import BUCKET, name_of, slot_of, slots_in
 
 LONG, SHORT = b"x" * 600, b""
@@ -110,8 +112,12 @@ async def test_numbers_go_on_after_a_restart_and_no_row_is_written_over(tmp_path
         assert [int.from_bytes(key, "big") for key, _ in transaction.cursor(db=heap_)] == list(range(1, 16))
 
 
-async def test_numbers_go_on_behind_those_that_were_given_also_when_the_end_of_the_heap_is_damaged(tmp_path: Path) -> None:
-    """One bit of the last key, flipped in the file: every row that came after the next start would take the number of another."""
+async def test_numbers_go_on_behind_those_that_were_given_also_when_the_end_of_the_heap_is_damaged(
+    tmp_path: Path,
+) -> None:
+    """One bit of the last key, flipped in the file: every row that came after the next start would take the number of
+    another.
+    """
     old = [slot_of(name_of(b"%03d" % number), 1, LONG) for number in range(200)]
     await stored(tmp_path, *old)
     data = (tmp_path / "data.mdb").read_bytes()
@@ -168,8 +174,8 @@ async def as_before_there_was_a_heap(directory: Path, slots: list[Slot]) -> None
     with lmdb.open(str(directory), max_dbs=6, map_size=1 << 26) as environment:
         meta = environment.open_db(b"meta", create=False)
         with environment.begin(write=True, db=meta) as transaction:
-            mark = open_small(opening.REDO, transaction.get(opening.REDO))
-            transaction.put(opening.REDO, seal_small(opening.REDO, mark[:25]))
+            mark = open_small(identity.REDO, transaction.get(identity.REDO))
+            transaction.put(identity.REDO, seal_small(identity.REDO, mark[:25]))
 
 
 async def test_a_store_from_before_there_was_a_heap_is_read_and_moves_row_by_row(tmp_path: Path) -> None:
@@ -196,9 +202,9 @@ async def test_a_store_of_a_later_layout_is_refused_and_left_as_it_is(tmp_path: 
     with lmdb.open(str(tmp_path), max_dbs=6, map_size=1 << 26) as environment:
         meta = environment.open_db(b"meta", create=False)
         with environment.begin(write=True, db=meta) as transaction:
-            mark = open_small(opening.REDO, transaction.get(opening.REDO))
+            mark = open_small(identity.REDO, transaction.get(identity.REDO))
             assert (len(mark), mark[-1]) == (26, 1), "a program that knows of no heap refuses a mark of this length"
-            transaction.put(opening.REDO, seal_small(opening.REDO, mark[:-1] + b"\2"))
+            transaction.put(identity.REDO, seal_small(identity.REDO, mark[:-1] + b"\2"))
     before = (tmp_path / "data.mdb").read_bytes()
     with pytest.raises(DiskForeign, match="later version: its layout is 2"):
         open_store(tmp_path)
@@ -208,7 +214,11 @@ async def test_a_store_of_a_later_layout_is_refused_and_left_as_it_is(tmp_path: 
 @settings(deadline=None, max_examples=60)
 @given(
     checkpoints=st.lists(
-        st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(SIZES), st.sampled_from(list(Visibility))), min_size=1, max_size=8),
+        st.lists(
+            st.tuples(st.sampled_from(KEYS), st.sampled_from(SIZES), st.sampled_from(list(Visibility))),
+            min_size=1,
+            max_size=8,
+        ),
         min_size=1,
         max_size=8,
     )
@@ -240,11 +250,13 @@ async def test_however_rows_grow_and_shrink_they_are_read_as_they_are_and_the_he
     with raw(directory) as (transaction, rows, heap_):
         referred = [value[14:] for _, value in transaction.cursor(db=rows) if len(value) == heap.REFERENCE_BYTES]
         assert sorted(referred) == [key for key, _ in transaction.cursor(db=heap_)]
-        assert len(referred) == len([slot for slot in model.values() if len(pack_row(slot)) > heap.INLINE_ROW_BYTES_MAX])
+        assert len(referred) == len(
+            [slot for slot in model.values() if len(pack_row(slot)) > heap.INLINE_ROW_BYTES_MAX]
+        )
 
 
 def test_the_documented_reference_is_what_the_code_writes() -> None:
-    text = (Path(heap.__file__).parents[1] / "FORMATS.md").read_text()
+    text = (Path(heap.__file__).parents[2] / "FORMATS.md").read_text()
     block = re.search(r"<!-- reference vector -->\s*```\n(.*?)```", text, re.DOTALL)
     assert block is not None
     documented = b"".join(bytes.fromhex(line.split("  ")[0]) for line in block[1].splitlines())

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from storaged.errors import ServiceUnavailable
-from storaged.meta.listing import ROUNDS_MAX, every_row, share_of
+from storaged.meta.listing.merge import ROUNDS_MAX, every_row, share_of
 from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import ListPage
-from storaged.meta.scan import Want, list_after_prefix
+from storaged.meta.storage.scan import Want, list_after_prefix
 from tests.sim.virtual import VirtualLoop, run
 from tests.unit.meta_ring import BUCKET, Ring, value_of
 
@@ -22,9 +22,17 @@ def name_of(key: bytes, shard: int = 0) -> RegisterName:
 
 
 async def page_of(
-    ring: Ring, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000, shards: range = SHARDS
+    ring: Ring,
+    *,
+    prefix: bytes = b"",
+    after: bytes = b"",
+    delimiter: bytes = b"",
+    limit: int = 1000,
+    shards: range = SHARDS,
 ) -> ListPage:
-    return await ring.scanner.list_page(Table.OBJECT, BUCKET, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
+    return await ring.scanner.list_page(
+        Table.OBJECT, BUCKET, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit
+    )
 
 
 def keys_of(page: ListPage) -> list[bytes]:
@@ -329,7 +337,9 @@ async def test_a_walk_shows_hidden_rows_when_asked_and_goes_on_over_many_pages()
     keys = [b"k%04d" % number for number in range(1100)]
     await ring.fill(keys, shards=1, visibility=Visibility.HIDDEN)
     for hidden, expected in ((True, keys), (False, [])):
-        assert [row.key async for row in every_row(ring.scanner, Table.OBJECT, BUCKET, range(1), hidden=hidden)] == expected
+        assert [
+            row.key async for row in every_row(ring.scanner, Table.OBJECT, BUCKET, range(1), hidden=hidden)
+        ] == expected
     behind = every_row(ring.scanner, Table.OBJECT, BUCKET, range(1), prefix=b"k00", after=keys[97], hidden=True)
     assert [row.key async for row in behind] == keys[98:100]
 

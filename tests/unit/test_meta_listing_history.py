@@ -1,4 +1,6 @@
-"""Lists while gateways write, messages are lost and nodes die: each page is a read of every key it spans, and the history of each key is linearizable."""
+"""Lists while gateways write, messages are lost and nodes die: each page is a read of every key it spans, and the
+history of each key is linearizable.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import random
 import structlog.testing
 
 from storaged.errors import OutcomeUnknown, S3Error
-from storaged.meta.heads import head_of, with_head
-from storaged.meta.listing import RingScanner
+from storaged.meta.listing.merge import RingScanner
 from storaged.meta.names import Change, Table, Value, Visibility, object_name
 from storaged.meta.ports import HeadPage
-from storaged.meta.scan import common_prefix
+from storaged.meta.storage.row_head import head_of, with_head
+from storaged.meta.storage.scan import common_prefix
 from tests.sim.cluster import DISKS, Gateway, StorageNode, Weather, World, make_layout
 from tests.sim.linear import Kind, Operation, linearizable
 from tests.sim.virtual import VirtualLoop, run
@@ -69,7 +71,9 @@ class Run:
             self.history.remove(operation)
             return
         before = outcome.before
-        operation.observed = None if before is None or before.visibility == Visibility.TOMBSTONE else head_of(before.body)
+        operation.observed = (
+            None if before is None or before.visibility == Visibility.TOMBSTONE else head_of(before.body)
+        )
         operation.returned = self.moment()
 
     async def list(self, scanner: RingScanner) -> None:
@@ -87,15 +91,26 @@ class Run:
             for key in KEYS:
                 covered = key > after and (page.next_after is None or key <= page.next_after)
                 if covered and common_prefix(key, b"", delimiter) not in page.prefixes:
-                    self.history.append(Operation(Kind.READ, key.decode(), invoked, returned=returned, observed=seen.get(key)))
+                    self.history.append(
+                        Operation(Kind.READ, key.decode(), invoked, returned=returned, observed=seen.get(key))
+                    )
             after = page.next_after
 
     async def page(self, scanner: RingScanner, after: bytes, delimiter: bytes, limit: int) -> HeadPage:
         """From whole rows, or from heads alone: all of a body, or all but its end."""
         if self.random.random() < 0.5:
-            return await scanner.list_heads(Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit)
-        page = await scanner.list_page(Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit)
-        return HeadPage([row.key for row in page.rows], [head_of(row.value.body) for row in page.rows], page.prefixes, page.next_after)
+            return await scanner.list_heads(
+                Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit
+            )
+        page = await scanner.list_page(
+            Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit
+        )
+        return HeadPage(
+            [row.key for row in page.rows],
+            [head_of(row.value.body) for row in page.rows],
+            page.prefixes,
+            page.next_after,
+        )
 
     async def work(self, gateway: Gateway, scanner: RingScanner) -> None:
         for _ in range(8):
@@ -124,7 +139,9 @@ class Run:
             for gateway in gateways
         ]
         trouble = asyncio.ensure_future(self.trouble())
-        await asyncio.gather(*(self.work(gateway, scanner) for gateway, scanner in zip(gateways * 2, scanners * 2, strict=True)))
+        await asyncio.gather(
+            *(self.work(gateway, scanner) for gateway, scanner in zip(gateways * 2, scanners * 2, strict=True))
+        )
         trouble.cancel()
         await asyncio.gather(trouble, return_exceptions=True)
         await asyncio.gather(*(gateway.client.close() for gateway in gateways))

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from storaged.errors import DiskUnusable
-from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.ports import RowDamaged, StoreBatch
+from storaged.meta.storage.memory import MemoryMetaStore
 from tests.unit.meta_store_suite import *  # noqa: F403
 from tests.unit.meta_store_suite import name_of, slot_of
 

@@ -1,4 +1,6 @@
-"""Rows asked of many disks: one message a node and a turn of the loop, and what becomes of what can't be told at once."""
+"""Rows asked of many disks: one message a node and a turn of the loop, and what becomes of what
+can't be told at once.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,15 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Call, Line, PeerIdentity, Reply, Then
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
 from storaged.meta import messages
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
-from storaged.meta.copies import PlainCopies
-from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Copy, Reading, Slot, StoreBatch
-from storaged.meta.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
-from storaged.meta.remote import RemoteReplica, ReplicaDirectory, ReplicaHost
-from storaged.meta.replica import LocalReplica
-from storaged.meta.rowvalue import check_of, pack_row
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.rowvalue import check_of, pack_row
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.transport.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
+from storaged.meta.transport.replicas import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
 
 T = TypeVar("T", bound=Message)
@@ -40,7 +42,9 @@ def slot_of(name: RegisterName, counter: int = 1, body: bytes = b"body", payload
 
 
 class World:
-    """Three nodes with two disks each, and a network between them and a gateway that counts messages and can lose them."""
+    """Three nodes with two disks each, and a network between them and a gateway that counts
+    messages and can lose them.
+    """
 
     def __init__(self) -> None:
         nodes = tuple(NodeEntry(node, f"FR/par1/{node}", "", ("storage",)) for node in NODES)
@@ -51,8 +55,13 @@ class World:
         self.stores = {disk: MemoryMetaStore(sync=gate.wait) for disk, gate in self.gates.items()}
         self.in_memory: dict[bytes, bytes] = {}
         self.on_disk: dict[bytes, bytes] = {}
-        self.replicas = {disk: LocalReplica(disk, store, copies=self._copies(store)) for disk, store in self.stores.items()}
-        self.hosts = {node: ReplicaHost({disk: self.replicas[disk] for disk in DISKS if disk[:2] == node}, lambda: 1_000) for node in NODES}
+        self.replicas = {
+            disk: LocalReplica(disk, store, copies=self._copies(store)) for disk, store in self.stores.items()
+        }
+        self.hosts = {
+            node: ReplicaHost({disk: self.replicas[disk] for disk in DISKS if disk[:2] == node}, lambda: 1_000)
+            for node in NODES
+        }
         self.away: set[str] = set()
         self.messages: list[tuple[str, str, Any]] = []
         self.tasks: set[asyncio.Task[None]] = set()
@@ -84,7 +93,9 @@ class World:
 
     async def call(self, node: str, method: str, request: Message, reply: type[T], **more: Any) -> tuple[T, memoryview]:
         answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if not self.post(node, method, request, reply, lambda answer, bulk: answered.set_result((answer, bulk)), **more):
+        if not self.post(
+            node, method, request, reply, lambda answer, bulk: answered.set_result((answer, bulk)), **more
+        ):
             raise PeerUnreachable(f"{node} is away")
         answer, bulk = await answered
         if isinstance(answer, StoragedError):
@@ -155,7 +166,9 @@ async def test_copies_come_along_each_with_its_row(world: World) -> None:
     slots = [slot_of(name_of(number), payload=data_id) for number, data_id in enumerate(plain)]
     slots[0] = slot_of(name_of(0), body=b"inline")
     await world.write(*slots)
-    found = await asyncio.gather(*(world.client.read(slot.name, want_payload=True) for slot in slots), world.client.read(slots[3].name))
+    found = await asyncio.gather(
+        *(world.client.read(slot.name, want_payload=True) for slot in slots), world.client.read(slots[3].name)
+    )
     assert [bytes(reading.payload or b"") for reading in found] == [*plain.values(), b""]
     assert all(reading.value == slot.value for reading, slot in zip(found, [*slots, slots[3]], strict=True))
 
@@ -168,7 +181,9 @@ async def test_a_copy_that_is_not_in_memory_is_waited_for_in_a_message_of_its_ow
     found, beside = await asyncio.gather(world.client.read(slot.name, want_payload=True), world.client.read(other.name))
     assert found == (slot.value, b"sealed")
     assert beside.value == other.value
-    assert [[[ask[:1] for ask in asks] for asks in request.asks] for _, _, request in world.messages if request.wait] == [[[COPY]]]
+    assert [
+        [[ask[:1] for ask in asks] for asks in request.asks] for _, _, request in world.messages if request.wait
+    ] == [[[COPY]]]
 
 
 async def test_replicas_of_this_process_tell_what_they_have_in_memory_before_the_question_returns(world: World) -> None:
@@ -202,11 +217,15 @@ async def test_an_accept_on_its_way_to_the_disk_is_waited_for(world: World) -> N
     assert not reading.done()
     world.gates[disk].set()
     await accepting
-    assert (await reading).value == slot_of(name).value  # two of three never heard of the newer one, so it was told to nobody
+    assert (await reading).value == slot_of(
+        name
+    ).value  # two of three never heard of the newer one, so it was told to nobody
 
 
 @pytest.mark.parametrize("which", [0, 1])
-async def test_a_damaged_row_or_one_that_differs_or_a_node_that_is_away_costs_another_round(world: World, which: int) -> None:
+async def test_a_damaged_row_or_one_that_differs_or_a_node_that_is_away_costs_another_round(
+    world: World, which: int
+) -> None:
     damaged, differs, away = name_of(1), name_of(2), name_of(3)
     slots = [slot_of(name) for name in (damaged, differs, away)]
     await world.write(*slots)
@@ -323,7 +342,9 @@ async def test_of_a_disk_that_cannot_tell_all_its_copies_none_is_taken_for_one_o
     monkeypatch.setattr(world.replicas[bad], "peek", fail)
     world.on_disk = world.in_memory
     found = await asyncio.gather(*(world.client.read(slot.name, want_payload=True) for slot in slots))
-    assert [bytes(reading.payload or b"") for reading in found] == [world.in_memory[slot.value.payload] for slot in slots]
+    assert [bytes(reading.payload or b"") for reading in found] == [
+        world.in_memory[slot.value.payload] for slot in slots
+    ]
 
 
 async def test_a_read_is_counted_once_whichever_way_it_ends(world: World) -> None:
@@ -404,7 +425,9 @@ async def test_a_disk_that_is_out_of_use_is_noticed_by_the_first_read_and_asked_
     found = await asyncio.wait_for(soon, 2)
     assert found is not None
     assert found.value == slot.value
-    assert sorted(to for to, _, _ in world.messages) == sorted(disk[:2] for disk in of(world, slot.name) if disk != gone)
+    assert sorted(to for to, _, _ in world.messages) == sorted(
+        disk[:2] for disk in of(world, slot.name) if disk != gone
+    )
 
 
 async def test_a_disk_of_this_node_that_is_out_of_use_is_asked_nothing(world: World) -> None:
@@ -413,7 +436,9 @@ async def test_a_disk_of_this_node_that_is_out_of_use_is_asked_nothing(world: Wo
     gone = of(world, slot.name)[0]
     node = gone[:2]
     used = {disk: replica for disk, replica in world.replicas.items() if disk != gone}
-    directory = ReplicaDirectory(world, world, {disk: replica for disk, replica in used.items() if disk[:2] == node}, node=node)
+    directory = ReplicaDirectory(
+        world, world, {disk: replica for disk, replica in used.items() if disk[:2] == node}, node=node
+    )
     with pytest.raises(DiskUnusable, match="not in use on this node"):
         directory.replica(gone)
     assert isinstance(directory.replica(next(disk for disk in DISKS if disk[:2] != node)), RemoteReplica)

@@ -1,4 +1,6 @@
-"""The redo log, and the store over it: what is acknowledged is there after any end of the process, and is read the same wherever it lies."""
+"""The redo log, and the store over it: what is acknowledged is there after any end of the process, and is read the same
+wherever it lies.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ from hypothesis import strategies as st
 
 from storaged.aio import WORSE_IN_A_ROW_MAX, DirectFile, Done
 from storaged.errors import DiskForeign, DiskUnusable, StoragedError
-from storaged.meta import pending, redo
-from storaged.meta import store as store_module
 from storaged.meta.names import Table
-from storaged.meta.opening import IDENTITY, Mark
 from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
-from storaged.meta.redo import PAGE_BYTES, RedoLog
-from storaged.meta.rowvalue import open_small, seal_small
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage import lmdb_store as store_module
+from storaged.meta.storage import overlay, redo
+from storaged.meta.storage.identity import IDENTITY, Mark
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
+from storaged.meta.storage.rowvalue import open_small, seal_small
 from storaged.units import MIB
 from tests.patience import GUARD_S
 from tests.unit.disk_world import HeldLog
@@ -76,7 +78,8 @@ def body_of(number: int, length: int = 100) -> bytes:
     return random.Random(number).randbytes(length)
 
 
-# --- the log alone ------------------------------------------------------------------------------------------------------------
+# --- the log alone
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_groups_come_back_in_order_and_those_that_lmdb_has_do_not(tmp_path: Path, small_log: None) -> None:
@@ -113,7 +116,9 @@ def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path,
     again.close()
 
 
-def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_written_over(tmp_path: Path, small_log: None) -> None:
+def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_written_over(
+    tmp_path: Path, small_log: None
+) -> None:
     log = fresh(tmp_path)
     append(log, body_of(1, HALF - 2 * PAGE_BYTES))
     assert log.turn()
@@ -136,9 +141,15 @@ def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_writt
     restarts=st.sets(st.integers(0, 39)),
 )
 def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], applied_every: int, torn: random.Random, restarts: set[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    applied_every: int,
+    torn: random.Random,
+    restarts: set[int],
 ) -> None:
-    """The last write reaches the disk as any of its sectors; the next goes on from there. A group that was written whole may come back though it was not acknowledged."""
+    """The last write reaches the disk as any of its sectors; the next goes on from there. A group that was written
+    whole may come back though it was not acknowledged.
+    """
     directory = tmp_path_factory.mktemp("redo")
     with small():
         log, applied = fresh(directory), 0
@@ -165,7 +176,9 @@ def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
                 log.close()
                 log = opened(directory, Mark(min(applied, acknowledged), min(applied, acknowledged), 1, closed=False))
                 assert log.sequence in (acknowledged, acknowledged + 1)
-                assert log.bodies == [bodies[sequence] for sequence in range(min(applied, acknowledged) + 1, log.sequence + 1)]
+                assert log.bodies == [
+                    bodies[sequence] for sequence in range(min(applied, acknowledged) + 1, log.sequence + 1)
+                ]
         log.close()
     shutil.rmtree(directory)
 
@@ -219,7 +232,9 @@ def test_a_log_whose_disk_refuses_to_read_is_unusable_and_not_foreign(tmp_path: 
 
 
 def test_what_a_start_reads_is_on_the_drive(tmp_path: Path, small_log: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that was killed in a write may leave it in the page cache alone; what comes behind it must not outlive it."""
+    """A process that was killed in a write may leave it in the page cache alone; what comes behind it must not outlive
+    it.
+    """
     log = fresh(tmp_path)
     append(log, b"group")
     log.close()
@@ -293,7 +308,8 @@ async def test_nothing_is_begun_that_is_for_a_thread(tmp_path: Path) -> None:
     assert told == []
 
 
-# --- the store over it --------------------------------------------------------------------------------------------------------
+# --- the store over it
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "by a thread"])
@@ -309,16 +325,24 @@ def killed(store: LmdbMetaStore, place: Path) -> LmdbMetaStore:
     return LmdbMetaStore.open_or_refuse(place, store.identity, map_bytes=1 << 26)
 
 
-async def test_what_was_acknowledged_is_there_after_a_kill_and_after_another(store: LmdbMetaStore, tmp_path: Path) -> None:
+async def test_what_was_acknowledged_is_there_after_a_kill_and_after_another(
+    store: LmdbMetaStore, tmp_path: Path
+) -> None:
     slots = [slot_of(name_of(b"key%04d" % number * (1 + 100 * (number % 2))), number) for number in range(300)]
     for slot in slots:
-        await store.commit(StoreBatch([slot], fences=[Fence(BUCKET, b"%d" % slot.ballot.counter, final=False)], meta={"high": b"1"}))
+        await store.commit(
+            StoreBatch([slot], fences=[Fence(BUCKET, b"%d" % slot.ballot.counter, final=False)], meta={"high": b"1"})
+        )
     await store.commit(StoreBatch(unfence=[BUCKET], fences=[Fence(OTHER, b"n", final=True)]))
     assert store.statistics().checkpoints >= 1
     for place in ("first", "second", "third"):
         after = killed(store, tmp_path / place)
         assert [after.get(slot.name) for slot in slots] == slots
-        assert (after.get_fence(BUCKET), after.get_fence(OTHER), after.get_meta("high")) == (None, Fence(OTHER, b"n", True), b"1")
+        assert (after.get_fence(BUCKET), after.get_fence(OTHER), after.get_meta("high")) == (
+            None,
+            Fence(OTHER, b"n", True),
+            b"1",
+        )
         late = slot_of(name_of(place.encode()), 7)
         await after.commit(StoreBatch([late]))
         slots.append(late)
@@ -459,7 +483,9 @@ async def test_a_log_put_back_from_before_is_refused(store: LmdbMetaStore, tmp_p
         killed(store, tmp_path / "again")
 
 
-async def test_a_store_that_an_older_version_opened_over_an_unfinished_log_is_refused(store: LmdbMetaStore, tmp_path: Path) -> None:
+async def test_a_store_that_an_older_version_opened_over_an_unfinished_log_is_refused(
+    store: LmdbMetaStore, tmp_path: Path
+) -> None:
     """It knows of no log: what it then wrote would be replaced by what lies there."""
     await store.commit(StoreBatch([slot_of(name_of(b"a"))]))
     shutil.copytree(store.directory, tmp_path / "killed")
@@ -503,7 +529,9 @@ async def test_a_batch_that_no_group_takes_is_refused_before_anything_is_stored(
 @settings(deadline=None, max_examples=200)
 @given(
     stored=st.sets(st.binary(min_size=1, max_size=2)),
-    added=st.lists(st.lists(st.tuples(st.integers(0, 1), st.binary(min_size=1, max_size=2)), max_size=5), min_size=1, max_size=5),
+    added=st.lists(
+        st.lists(st.tuples(st.integers(0, 1), st.binary(min_size=1, max_size=2)), max_size=5), min_size=1, max_size=5
+    ),
     after=st.binary(max_size=2),
     prefix=st.binary(max_size=1),
     limit=st.integers(0, 5),
@@ -512,13 +540,17 @@ def test_tables_that_grow_between_looks_are_merged_in_the_order_of_their_keys(
     stored: set[bytes], added: list[list[tuple[int, bytes]]], after: bytes, prefix: bytes, limit: int
 ) -> None:
     below = {key: b"stored" for key in stored if key > after and key.startswith(prefix)}
-    tables = [pending.Table(), pending.Table()]
+    tables = [overlay.Table(), overlay.Table()]
     for step, rows in enumerate(added):
         for which, key in rows:
             tables[which][key] = b"%d of %d" % (step, which)
         everything = {**below, **tables[0], **tables[1]}
-        expected = [(key, everything[key]) for key in sorted(everything) if key > after and key.startswith(prefix)][:limit]
-        assert pending.merged(sorted(below.items())[:limit], tables, after=after, prefix=prefix, limit=limit) == expected
+        expected = [(key, everything[key]) for key in sorted(everything) if key > after and key.startswith(prefix)][
+            :limit
+        ]
+        assert (
+            overlay.merged(sorted(below.items())[:limit], tables, after=after, prefix=prefix, limit=limit) == expected
+        )
 
 
 KEYS = [b"a", b"a/1", b"a/2", b"b" * 480, b"b" * 481, b"b" * 700, b"b" * 961, b"c", b"c/1", b"\xff" * 500]
@@ -527,7 +559,11 @@ KEYS = [b"a", b"a/1", b"a/2", b"b" * 480, b"b" * 481, b"b" * 700, b"b" * 961, b"
 @settings(deadline=None, max_examples=40)
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["put", "put", "put", "checkpoint", "begin", "kill", "close"]), st.sampled_from(KEYS), st.integers(0, 1)),
+        st.tuples(
+            st.sampled_from(["put", "put", "put", "checkpoint", "begin", "kill", "close"]),
+            st.sampled_from(KEYS),
+            st.integers(0, 1),
+        ),
         min_size=3,
         max_size=30,
     )
@@ -600,7 +636,9 @@ def _compare(store: LmdbMetaStore, model: dict[tuple[int, bytes], Slot]) -> None
 
 
 async def test_nobody_reaches_a_store_that_is_closed(store: LmdbMetaStore) -> None:
-    """Neither who had a record ready with its copy, nor who asks for a checkpoint: what they would write to is somebody else's by then."""
+    """Neither who had a record ready with its copy, nor who asks for a checkpoint: what they would write to is somebody
+    else's by then.
+    """
     told: list[StoragedError | None] = []
     late = store.ready(StoreBatch([slot_of(name_of(b"late"))]), told.append)
     await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
@@ -736,19 +774,20 @@ async def test_a_slice_of_no_rows_is_empty_also_while_rows_are_on_their_way(stor
     assert store.slice(*slot.name[:3], after=b"", prefix=b"", limit=0) == []
 
 
-# --- the bytes ----------------------------------------------------------------------------------------------------------------
+# --- the bytes
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def documented() -> list[bytes]:
     """The file's header, and the first group of FORMATS.md's example."""
-    text = (Path(redo.__file__).parents[1] / "FORMATS.md").read_text()
+    text = (Path(redo.__file__).parents[2] / "FORMATS.md").read_text()
     block = re.search(r"<!-- redo vector -->\s*```\n(.*?)```", text, re.DOTALL)
     assert block is not None
     return [bytes.fromhex(line.split("  ")[0]) for line in block[1].splitlines()]
 
 
-def example() -> pending.Ready:
-    made = pending.ready(StoreBatch(meta={"epoch": (2).to_bytes(8, "big")}), lambda _error: None)
+def example() -> overlay.Ready:
+    made = overlay.ready(StoreBatch(meta={"epoch": (2).to_bytes(8, "big")}), lambda _error: None)
     made.rows.append((bytes([1]) + STORE_ID + bytes([3]), b"photos/1.jpg", b"the row"))
     made.copy = b"a header", [b"the ", b"copy"]
     return made
@@ -757,7 +796,7 @@ def example() -> pending.Ready:
 def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_path: Path) -> None:
     header, head, *body = documented()
     log = fresh(tmp_path)
-    append(log, pending.encode_group([example()]))
+    append(log, overlay.encode_group([example()]))
     log.close()
     written = (tmp_path / redo.FILE_NAME).read_bytes()
     assert len(written) == (1 + 2 * 4096) * 4096
@@ -771,7 +810,7 @@ def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_p
 
 
 def test_the_documented_group_is_read_back() -> None:
-    [logged] = pending.decode_group(b"".join(documented()[2:]))
+    [logged] = overlay.decode_group(b"".join(documented()[2:]))
     made = example()
     assert (logged.rows, logged.others, logged.copy) == (made.rows, made.others, (b"a header", b"the copy"))
 
@@ -808,7 +847,9 @@ def test_a_log_whose_halves_are_of_no_size_is_refused(tmp_path: Path, pages: int
         opened(tmp_path)
 
 
-async def test_a_store_goes_on_with_a_log_that_has_smaller_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_goes_on_with_a_log_that_has_smaller_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Round and round in it, and through a start."""
     with monkeypatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", 8 * MIB)

@@ -1,4 +1,6 @@
-"""What a scanner remembers of listings: pieces that are sent again only when they changed, and never believed by themselves."""
+"""What a scanner remembers of listings: pieces that are sent again only when they changed, and never believed by
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from functools import partial
 
 import pytest
 
-from storaged.meta.heads import with_head
+from storaged.meta.listing.cache import Held, Place, Remembered
+from storaged.meta.listing.shards import SPANS_MAX, Query, ShardReader, Span
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage
-from storaged.meta.remembered import Held, Place, Remembered
-from storaged.meta.scan import scan_store
-from storaged.meta.scanning import SPANS_MAX, Query, ShardReader, Span
+from storaged.meta.storage.row_head import with_head
+from storaged.meta.storage.scan import scan_store
 from tests.unit import meta_ring
 from tests.unit.meta_ring import BUCKET, Ring, value_of
 
@@ -22,8 +24,12 @@ KEYS = [b"k%03d" % number for number in range(100)]
 PLACE = Place(Table.OBJECT, BUCKET, 0, b"", b"", Visibility.LIVE)
 
 
-async def heads_of(ring: Ring, *, after: bytes = b"", limit: int = 1000, prefix: bytes = b"", delimiter: bytes = b"") -> HeadPage:
-    return await ring.scanner.list_heads(Table.OBJECT, BUCKET, SHARDS, after=after, limit=limit, prefix=prefix, delimiter=delimiter)
+async def heads_of(
+    ring: Ring, *, after: bytes = b"", limit: int = 1000, prefix: bytes = b"", delimiter: bytes = b""
+) -> HeadPage:
+    return await ring.scanner.list_heads(
+        Table.OBJECT, BUCKET, SHARDS, after=after, limit=limit, prefix=prefix, delimiter=delimiter
+    )
 
 
 async def filled() -> Ring:
@@ -45,7 +51,9 @@ async def test_of_a_page_that_is_asked_for_again_no_row_is_sent_but_a_majority_i
 
 
 @pytest.mark.parametrize("visibility", [Visibility.LIVE, Visibility.TOMBSTONE])
-async def test_a_write_to_one_shard_is_seen_and_that_shards_rows_alone_are_sent_in_the_same_round(visibility: int) -> None:
+async def test_a_write_to_one_shard_is_seen_and_that_shards_rows_alone_are_sent_in_the_same_round(
+    visibility: int,
+) -> None:
     ring = await filled()
     await heads_of(ring)
     ring.sent = 0
@@ -66,7 +74,12 @@ async def test_what_a_majority_does_not_confirm_is_not_listed_whoever_supplied_i
     for missed in range(3):
         for index, disk in enumerate(ring.replicas_of(name)):
             if index != missed:
-                await ring.put(disk, name, value_of(2 + missed, Visibility.TOMBSTONE if missed != 1 else Visibility.LIVE), 2 + missed)
+                await ring.put(
+                    disk,
+                    name,
+                    value_of(2 + missed, Visibility.TOMBSTONE if missed != 1 else Visibility.LIVE),
+                    2 + missed,
+                )
         assert (KEYS[0] in (await heads_of(ring)).keys) == (missed == 1)
     assert ring.reads == []
 
@@ -92,7 +105,9 @@ async def scattered(ring: Ring, *, deleted: int, body: bytes) -> None:
     """``KEYS`` with large bodies in one shard, that many deleted keys before each."""
     for number, key in enumerate(KEYS):
         for gone in range(deleted):
-            await ring.put_everywhere(RegisterName(Table.OBJECT, BUCKET, 0, b"%s-%d" % (key, gone)), Visibility.TOMBSTONE)
+            await ring.put_everywhere(
+                RegisterName(Table.OBJECT, BUCKET, 0, b"%s-%d" % (key, gone)), Visibility.TOMBSTONE
+            )
         value = Value(1, b"o" * 16, Visibility.LIVE, with_head(b"head %03d" % number + body, 0, 8))
         name = RegisterName(Table.OBJECT, BUCKET, 0, key)
         for disk in ring.replicas_of(name):
@@ -100,7 +115,9 @@ async def scattered(ring: Ring, *, deleted: int, body: bytes) -> None:
 
 
 @pytest.mark.parametrize(("deleted", "body"), [(0, bytes(65_000)), (9, b"")])
-async def test_pieces_that_lie_on_one_page_are_known_on_it_however_much_each_of_them_was_looked_through(deleted: int, body: bytes) -> None:
+async def test_pieces_that_lie_on_one_page_are_known_on_it_however_much_each_of_them_was_looked_through(
+    deleted: int, body: bytes
+) -> None:
     ring = Ring(examine_max=500)
     await scattered(ring, deleted=deleted, body=body)
     for after in (b"", KEYS[29], KEYS[59]):
@@ -130,7 +147,9 @@ async def test_of_what_is_known_and_changed_a_reply_holds_as_much_as_a_message_t
     assert ring.reads == []
 
 
-async def test_among_many_deleted_keys_a_round_asks_for_a_few_ranges_and_what_has_not_changed_is_not_sent_again() -> None:
+async def test_among_many_deleted_keys_a_round_asks_for_a_few_ranges_and_what_has_not_changed_is_not_sent_again() -> (
+    None
+):
     ring = Ring(examine_max=200)
     keys = [b"k%04d" % number for number in range(1200)]
     await ring.fill(keys, visibility=Visibility.TOMBSTONE)

@@ -8,21 +8,23 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from storaged.meta import rowvalue
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, RowDamaged, Slot
-from storaged.meta.rowvalue import open_small, pack_row, seal_small, unpack_row
+from storaged.meta.storage import rowvalue
+from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small, unpack_row
 
 NAME = RegisterName(Table.OBJECT, bytes(range(16)), 3, b"photos/1.jpg")
 SLOT = Slot(
-    NAME, Ballot(2, 1_700_000_000_000_000, "gw1", b"incarnat"), Value(5, b"\x22" * 16, Visibility.LIVE, b"the body", bytes(range(16)))
+    NAME,
+    Ballot(2, 1_700_000_000_000_000, "gw1", b"incarnat"),
+    Value(5, b"\x22" * 16, Visibility.LIVE, b"the body", bytes(range(16))),
 )
 EPOCH = (2).to_bytes(8, "big")
 
 
 def documented() -> tuple[bytes, bytes]:
     """The row, and the small value."""
-    text = (Path(rowvalue.__file__).parents[1] / "FORMATS.md").read_text()
+    text = (Path(rowvalue.__file__).parents[2] / "FORMATS.md").read_text()
     block = re.search(r"<!-- row vector -->\s*```\n(.*?)```", text, re.DOTALL)
     assert block is not None
     lines = [bytes.fromhex(line.split("  ")[0]) for line in block[1].splitlines()]

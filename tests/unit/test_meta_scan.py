@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from storaged.meta.memory import MemoryMetaStore
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
-from storaged.meta.scan import (
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.scan import (
     DigestsKept,
     ScanRequest,
     ShardAsk,
@@ -48,7 +48,9 @@ def scan(
     kept: DigestsKept | None = None,
 ) -> ShardSlice:
     ask = ShardAsk(0, after, limit, want, examine_max, bytes_max, known)
-    [piece] = scan_store(store, ScanRequest(disk, 1, Table.OBJECT, SCOPE, (ask,), b"", delimiter, Visibility.LIVE), kept).slices
+    [piece] = scan_store(
+        store, ScanRequest(disk, 1, Table.OBJECT, SCOPE, (ask,), b"", delimiter, Visibility.LIVE), kept
+    ).slices
     return piece
 
 
@@ -71,14 +73,28 @@ async def test_it_shows_visible_rows_and_looks_at_all() -> None:
 
 @pytest.mark.parametrize("rows", [{b"a": LIVE, b"b": GONE, b"c": LIVE}, {b"a": LIVE, b"b": LIVE, b"c": LIVE}, {}])
 @pytest.mark.parametrize(
-    "bounds", [{}, {"limit": 2}, {"limit": 3}, {"limit": 0}, {"examine_max": 2}, {"bytes_max": 1}, {"after": b"a"}, {"delimiter": b"b"}]
+    "bounds",
+    [
+        {},
+        {"limit": 2},
+        {"limit": 3},
+        {"limit": 0},
+        {"examine_max": 2},
+        {"bytes_max": 1},
+        {"after": b"a"},
+        {"delimiter": b"b"},
+    ],
 )
-async def test_all_ways_of_asking_give_the_same_digest_and_stop_at_the_same_place(rows: dict[bytes, int], bounds: dict[str, int]) -> None:
+async def test_all_ways_of_asking_give_the_same_digest_and_stop_at_the_same_place(
+    rows: dict[bytes, int], bounds: dict[str, int]
+) -> None:
     store = await store_of(rows)
     pieces = [scan(store, want=want, **bounds) for want in Want]  # type: ignore[arg-type]
     assert len({(piece.digest, piece.through, piece.done, piece.looked_at) for piece in pieces}) == 1
     assert keys(pieces[Want.VISIBLE]) == list(pieces[Want.HEADS].keys)
-    assert [row.value.body for row in decode_rows(pieces[Want.VISIBLE].rows) if row.value] == list(pieces[Want.HEADS].heads)
+    assert [row.value.body for row in decode_rows(pieces[Want.VISIBLE].rows) if row.value] == list(
+        pieces[Want.HEADS].heads
+    )
 
 
 async def test_a_replica_of_which_stamps_are_wanted_need_not_verify_its_rows_but_one_that_ships_them_does() -> None:
@@ -103,7 +119,9 @@ async def test_a_tombstone_at_another_ballot_is_another_digest() -> None:
         ({"limit": 2, "after": b"a"}, [b"c", b"d"], b"d"),
     ],
 )
-async def test_it_stops_at_whichever_bound_comes_first(bounds: dict[str, int], shown: list[bytes], through: bytes) -> None:
+async def test_it_stops_at_whichever_bound_comes_first(
+    bounds: dict[str, int], shown: list[bytes], through: bytes
+) -> None:
     store = await store_of({b"a": LIVE, b"b": GONE, b"c": LIVE, b"d": LIVE, b"e": LIVE})
     piece = scan(store, **bounds)  # type: ignore[arg-type]
     assert (keys(piece), piece.through, piece.done) == (shown, through, False)
@@ -200,7 +218,12 @@ async def test_rows_that_the_asker_has_are_not_sent_and_others_are() -> None:
         scan(store, want=Want.HEADS, known=first.digest, kept=DigestsKept()),
     ):
         assert (list(again.keys), list(again.heads)) == ([], [])
-        assert (again.digest, again.through, again.done, again.looked_at) == (first.digest, first.through, first.done, 2)
+        assert (again.digest, again.through, again.done, again.looked_at) == (
+            first.digest,
+            first.through,
+            first.done,
+            2,
+        )
     assert scan(store, want=Want.HEADS, known=first.digest ^ 1, kept=kept) == first
     await put(store, b"c")
     assert list(scan(store, want=Want.HEADS, known=first.digest, kept=kept).keys) == [b"a", b"b", b"c"]

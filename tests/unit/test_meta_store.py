@@ -16,11 +16,11 @@ import lmdb
 import pytest
 
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, SlowDown, StoragedError
-from storaged.meta import store as store_module
 from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
-from storaged.meta.rowvalue import pack_row
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage import lmdb_store as store_module
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.rowvalue import pack_row
 from tests.patience import GUARD_S
 from tests.unit.disk_world import HeldLog
 from tests.unit.meta_store_suite import *  # noqa: F403
@@ -49,13 +49,19 @@ async def reopened(store: LmdbMetaStore) -> LmdbMetaStore:
 
 
 @pytest.mark.parametrize("late", [1, 2, 3, 5, 13])
-async def test_columns_and_stamps_are_those_of_a_slice_wherever_rows_lie_in_the_log(store: LmdbMetaStore, late: int) -> None:
-    stored = [slot_of(name_of(key), body=b"of " + key[:9]) for index, key in enumerate(ROW_KEYS) if index % late or index % 2]
+async def test_columns_and_stamps_are_those_of_a_slice_wherever_rows_lie_in_the_log(
+    store: LmdbMetaStore, late: int
+) -> None:
+    stored = [
+        slot_of(name_of(key), body=b"of " + key[:9]) for index, key in enumerate(ROW_KEYS) if index % late or index % 2
+    ]
     await store.commit(StoreBatch(slots=stored))
     await store.checkpoint()
     check_columns_and_stamps(store)
     logged = [
-        slot_of(name_of(key), 2, body=b"of " + key[:5], visibility=index % 3) for index, key in enumerate(ROW_KEYS) if not index % late
+        slot_of(name_of(key), 2, body=b"of " + key[:5], visibility=index % 3)
+        for index, key in enumerate(ROW_KEYS)
+        if not index % late
     ]
     await store.commit(StoreBatch(slots=logged))
     check_columns_and_stamps(store)
@@ -88,7 +94,10 @@ async def test_commits_that_arrive_while_one_is_synced_share_the_next(store: Lmd
 
 
 async def test_close_writes_what_was_queued(store: LmdbMetaStore) -> None:
-    waiting = [asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))]))) for number in range(20)]
+    waiting = [
+        asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))])))
+        for number in range(20)
+    ]
     await asyncio.sleep(0)
     await store.close()
     await asyncio.gather(*waiting)
@@ -100,7 +109,10 @@ async def test_close_writes_what_was_queued(store: LmdbMetaStore) -> None:
 
 
 async def test_a_cancelled_commit_holds_nobody_up(store: LmdbMetaStore) -> None:
-    tasks = [asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))]))) for number in range(10)]
+    tasks = [
+        asyncio.ensure_future(store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number))])))
+        for number in range(10)
+    ]
     await asyncio.sleep(0)
     for task in tasks[::2]:
         task.cancel()
@@ -174,7 +186,9 @@ async def test_a_directory_that_cannot_be_made_is_unusable(tmp_path: Path) -> No
 async def test_a_flipped_bit_in_a_row_is_found_and_counted(tmp_path: Path) -> None:
     store = LmdbMetaStore(tmp_path / "meta")
     names = [name_of(b"a"), name_of(b"b")]
-    await store.commit(StoreBatch(slots=[slot_of(name) for name in names], meta={"floor": b"9"}, fences=[Fence(BUCKET, b"n", False)]))
+    await store.commit(
+        StoreBatch(slots=[slot_of(name) for name in names], meta={"floor": b"9"}, fences=[Fence(BUCKET, b"n", False)])
+    )
     await store.close()
     for database in (b"rows", b"meta", b"fences"):
         with raw(store.directory, database) as transaction:
@@ -244,7 +258,9 @@ async def test_a_damaged_link_refuses_the_keys_behind_it_and_no_others(tmp_path:
     await store.close()
 
 
-async def test_a_full_map_makes_it_read_only_but_readable_and_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+async def test_a_full_map_makes_it_read_only_but_readable_and_loses_nothing_that_was_acknowledged(
+    tmp_path: Path,
+) -> None:
     store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 20)
     slots = [slot_of(name_of(b"%d" % number), body=b"x" * 4000) for number in range(1000)]
     await store.commit(StoreBatch(slots=slots, meta={"floor": b"1"}))
@@ -271,7 +287,9 @@ async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_aga
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 << 10, hard))
     try:
         with pytest.raises(DiskUnusable, match="failed"):
-            await store.commit(StoreBatch(slots=[slot_of(name_of(b"%d" % number), body=b"x" * 4000) for number in range(100)]))
+            await store.commit(
+                StoreBatch(slots=[slot_of(name_of(b"%d" % number), body=b"x" * 4000) for number in range(100)])
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(DiskUnusable):
@@ -287,7 +305,9 @@ async def test_a_store_whose_write_failed_stays_readable_and_is_never_opened_aga
 async def test_a_checkpoint_that_is_cut_short_is_lack_of_space_where_none_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
-    """LMDB calls both EIO. A disk that was full goes on when it is opened again; one that has room and does not write is given up."""
+    """LMDB calls both EIO. A disk that was full goes on when it is opened again; one that has room and does not write
+    is given up.
+    """
     store = LmdbMetaStore(tmp_path / "meta")
     slots = [slot_of(name_of(b"%02d" % number), body=b"x" * 100_000) for number in range(10)]
     monkeypatch.setattr(store_module, "CHECKPOINT_S", 60)
@@ -331,7 +351,11 @@ async def test_a_page_that_is_none_any_more_is_damage_and_other_rows_are_read(tm
         store.get(names[500])
     assert store.get(names[0]) == slot_of(names[0])
     assert store.get(names[999]) == slot_of(names[999])
-    assert store.rows([name.pack() for name in names[499:1000:250]]) == [None, pack_row(slot_of(names[749])), pack_row(slot_of(names[999]))]
+    assert store.rows([name.pack() for name in names[499:1000:250]]) == [
+        None,
+        pack_row(slot_of(names[749])),
+        pack_row(slot_of(names[999])),
+    ]
     assert store.statistics().damaged_rows == 2
     await store.close()
 

@@ -15,13 +15,13 @@ import pytest
 
 from storaged.cluster.ports import Call, PeerIdentity
 from storaged.errors import DiskUnusable
-from storaged.meta import warm
+from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
 from storaged.meta.ports import StoreBatch
-from storaged.meta.remote import ReplicaHost
-from storaged.meta.replica import LocalReplica
-from storaged.meta.scan import Want
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage import readahead
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.scan import Want
+from storaged.meta.transport.replicas import ReplicaHost
 from tests.patience import GUARD_S
 from tests.unit.meta_store_suite import name_of, slot_of
 
@@ -62,7 +62,7 @@ async def test_a_large_stores_ranges_are_read_by_a_thread_first_and_told_as_a_sm
     expected, at_once = await answer(small, request(want))
     assert at_once
     assert store._warmer.looks == 0
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     large = ReplicaHost({"d": LocalReplica("d", store)}, lambda: 1_000)
     assert await answer(large, request(want)) == (expected, False)
     assert store._warmer.looks == 1
@@ -71,13 +71,15 @@ async def test_a_large_stores_ranges_are_read_by_a_thread_first_and_told_as_a_sm
     assert at_once == (want == Want.STAMPS), "what a range came to is kept; its rows are read again"
 
 
-async def test_what_cannot_be_read_is_found_by_who_reads_it(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_cannot_be_read_is_found_by_who_reads_it(
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_arguments: Any) -> None:
         raise lmdb.CorruptedError("a page")
 
     name = name_of(b"")
     assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
-    monkeypatch.setattr(warm, "rows_of", broken)
+    monkeypatch.setattr(readahead, "rows_of", broken)
     store.warm(*name[:3], after=b"", prefix=b"", limit=9, whole=True)
     assert store._warmer.looks == 1
 
@@ -95,8 +97,10 @@ async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after
 
     name = name_of(b"")
     assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
-    monkeypatch.setattr(warm, "rows_of", slow)
-    looking = asyncio.create_task(asyncio.to_thread(store.warm, *name[:3], after=b"", prefix=b"", limit=300, whole=True))
+    monkeypatch.setattr(readahead, "rows_of", slow)
+    looking = asyncio.create_task(
+        asyncio.to_thread(store.warm, *name[:3], after=b"", prefix=b"", limit=300, whole=True)
+    )
     await asyncio.to_thread(reading.wait, 10)
     closing = asyncio.create_task(store.close())
     await asyncio.sleep(0.05)
@@ -125,8 +129,8 @@ async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
         begun += 1
         warmed(*place, **bounds)
 
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
-    monkeypatch.setattr(warm, "rows_of", slow)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "rows_of", slow)
     monkeypatch.setattr(store, "warm", counted)
     for _ in range(3):
         scanning = asyncio.create_task(replica.scan(request(Want.ALL)))
@@ -140,7 +144,9 @@ async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
     assert begun == 2
 
 
-async def test_a_replica_that_answers_nothing_says_so_of_a_scan_whatever_became_of_its_store(store: LmdbMetaStore) -> None:
+async def test_a_replica_that_answers_nothing_says_so_of_a_scan_whatever_became_of_its_store(
+    store: LmdbMetaStore,
+) -> None:
     replica = LocalReplica("d", store)
     await replica.close()
     await store.close()
@@ -156,11 +162,13 @@ async def test_a_scan_for_no_entries_is_answered_by_a_large_store_as_by_a_small_
     replica, name = LocalReplica("d", store), name_of(b"")
     asked = ScanRequest("d", 1, name.table, name.scope, (ShardAsk(name.shard, b"", 0, Want.ALL, 8000, 1 << 20),))
     expected = await replica.scan(asked)
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     assert await replica.scan(asked) == expected
 
 
-async def test_reading_ahead_takes_no_thread_from_those_who_hash_and_log(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reading_ahead_takes_no_thread_from_those_who_hash_and_log(
+    store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     reading, may_end = threading.Event(), threading.Event()
     replica = LocalReplica("d", store)
@@ -170,8 +178,8 @@ async def test_reading_ahead_takes_no_thread_from_those_who_hash_and_log(store: 
         reading.set()
         may_end.wait(GUARD_S)
 
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
-    monkeypatch.setattr(warm, "rows_of", slow)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "rows_of", slow)
     scanning = asyncio.create_task(replica.scan(request(Want.ALL)))
     await asyncio.sleep(0.05)
     try:
@@ -187,10 +195,10 @@ async def test_what_is_read_for_the_first_time_since_a_start_is_read_by_a_thread
     tmp_path: Path, store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of it is in memory then."""
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     touched: list[int] = []
-    rows_of = warm.rows_of
-    monkeypatch.setattr(warm, "rows_of", lambda *where: touched.append(len(where[2])) or rows_of(*where))
+    rows_of = readahead.rows_of
+    monkeypatch.setattr(readahead, "rows_of", lambda *where: touched.append(len(where[2])) or rows_of(*where))
     await LocalReplica("d", store).scan(request(Want.ALL))
     assert sum(touched) == 300
     await store.close()
@@ -205,16 +213,16 @@ async def test_where_a_scan_with_a_delimiter_reads_whole_rows_so_does_the_thread
     store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch, delimiter: bytes, touched: int
 ) -> None:
     """Also for what otherwise comes from the tree alone."""
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     found: list[int] = []
-    monkeypatch.setattr(warm, "rows_of", lambda _transaction, _heap, values: found.append(len(values)))
+    monkeypatch.setattr(readahead, "rows_of", lambda _transaction, _heap, values: found.append(len(values)))
     await LocalReplica("d", store).scan(msgspec.structs.replace(request(Want.STAMPS), delimiter=delimiter))
     assert sum(found) == touched
 
 
 async def test_a_store_that_is_closed_is_not_large(store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who goes through its rows meanwhile is told by the read that the disk is out of use."""
-    monkeypatch.setattr(warm, "LARGE_BYTES", 0)
+    monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     assert store.large
     await store.close()
     assert not store.large

@@ -23,9 +23,9 @@ from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook
 from storaged.cluster.policy import KeyHolder, Policy
 from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, ServiceUnavailable
+from storaged.meta.acceptor.replica import META_HIGH_WATER
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, Reading, StoreBatch
-from storaged.meta.replica import META_HIGH_WATER
 from storaged.node import daemon
 from storaged.node.binding import Binding, ClusterRecord
 from storaged.node.disks import open_disks
@@ -95,7 +95,10 @@ async def test_the_register_of_the_layout_follows_the_newest_and_a_forged_one_is
     first, second = (sign_layout(Layout("c1", epoch, (), (), ()), authority.administration) for epoch in (1, 2))
     registers = Registers()
     paths = SystemPaths(registers)  # type: ignore[arg-type]
-    behind, ahead = LayoutBook(administration, "c1", known=[first]), LayoutBook(administration, "c1", known=[first, second])
+    behind, ahead = (
+        LayoutBook(administration, "c1", known=[first]),
+        LayoutBook(administration, "c1", known=[first, second]),
+    )
     for book, epoch in ((behind, 1), (ahead, 2), (behind, 2)):
         await exchange_layout(paths, book)
         assert decode(registers.values[b"layout"].body, SignedLayout) == (first, second)[epoch - 1]
@@ -230,7 +233,9 @@ def gateway_config(place: Path) -> config.Config:
     place.mkdir(exist_ok=True)
     node = create.NodePlan("gateway", "FR/par1/a", ("gateway",))
     (place / "config.toml").write_text(
-        create.gateway_config(node, ".", "127.0.0.1:8333", "eu-fr-1", {"keyring": "keyring", "credential": "credential"})
+        create.gateway_config(
+            node, ".", "127.0.0.1:8333", "eu-fr-1", {"keyring": "keyring", "credential": "credential"}
+        )
     )
     return config.load(place / "config.toml")
 
@@ -242,7 +247,9 @@ def make_keyring(place: Path) -> bytes:
 HOLDER = KeyHolder("FR", "FR", 0, 2**50)
 
 
-async def opened(loaded: config.Config, registers: Registers, cluster: str = "c1") -> tuple[LateKeys, Unlocker, asyncio.Task[None]]:
+async def opened(
+    loaded: config.Config, registers: Registers, cluster: str = "c1"
+) -> tuple[LateKeys, Unlocker, asyncio.Task[None]]:
     async def copies_of(_keyring_id: bytes) -> Copies:
         return Copies()
 
@@ -303,7 +310,9 @@ async def test_a_keyring_that_is_not_the_clusters_opens_nothing_until_it_is_rest
     await asyncio.gather(task, return_exceptions=True)
 
 
-def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_given_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_given_a_policy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     script = (
         "import os, sys\n"
         "from storaged.node import daemon\n"
@@ -313,7 +322,11 @@ def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_gi
     )
 
     def policy_after(policy: int) -> int:
-        return int(subprocess.run([sys.executable, "-c", script, str(policy)], check=True, capture_output=True, text=True).stdout)
+        return int(
+            subprocess.run(
+                [sys.executable, "-c", script, str(policy)], check=True, capture_output=True, text=True
+            ).stdout
+        )
 
     assert policy_after(os.SCHED_OTHER) == os.SCHED_BATCH
     assert policy_after(os.SCHED_IDLE) == os.SCHED_IDLE
@@ -325,7 +338,8 @@ def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_gi
     daemon._do_not_push()
 
 
-# --- the record of the cluster ---------------------------------------------------------------------------------------------
+# --- the record of the cluster
+# ---------------------------------------------------------------------------------------------
 
 
 async def opened_record(tmp_path: Path, forge: Any) -> tuple[LateKeys, Unlocker, ClusterRecord]:
@@ -342,14 +356,22 @@ async def opened_record(tmp_path: Path, forge: Any) -> tuple[LateKeys, Unlocker,
     return late, unlocker, decode(registers.values[b"cluster"].body, ClusterRecord)
 
 
-async def test_a_record_of_the_cluster_from_before_that_is_put_back_over_one_with_an_authenticator_opens_nothing(tmp_path: Path) -> None:
-    late, unlocker, _ = await opened_record(tmp_path, lambda record: ClusterRecord(record.cluster, record.keyring, record.created_ms))
+async def test_a_record_of_the_cluster_from_before_that_is_put_back_over_one_with_an_authenticator_opens_nothing(
+    tmp_path: Path,
+) -> None:
+    late, unlocker, _ = await opened_record(
+        tmp_path, lambda record: ClusterRecord(record.cluster, record.keyring, record.created_ms)
+    )
     assert late.keyring is None
     assert "it had an authenticator, and has none now" in unlocker.problem
 
 
-@pytest.mark.parametrize("changes", [{"created_ms": 7}, {"authenticator": b""}, {"authenticator": bytes(32)}, {"authenticated": 0}])
-async def test_a_record_of_the_cluster_that_no_gateway_wrote_opens_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"created_ms": 7}, {"authenticator": b""}, {"authenticator": bytes(32)}, {"authenticated": 0}]
+)
+async def test_a_record_of_the_cluster_that_no_gateway_wrote_opens_nothing(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     late, unlocker, _ = await opened_record(tmp_path, lambda record: msgspec.structs.replace(record, **changes))
     assert late.keyring is None
     assert "not authentic" in unlocker.problem
@@ -361,7 +383,9 @@ async def test_a_record_of_the_cluster_that_can_not_be_read_opens_nothing(tmp_pa
     assert unlocker.problem
 
 
-async def test_a_record_of_the_cluster_from_before_is_read_and_gets_its_authenticator_when_all_names_have_theirs(tmp_path: Path) -> None:
+async def test_a_record_of_the_cluster_from_before_is_read_and_gets_its_authenticator_when_all_names_have_theirs(
+    tmp_path: Path,
+) -> None:
     loaded, registers = gateway_config(tmp_path), Registers()
     keyring_id = make_keyring(tmp_path)
     registers.values[b"cluster"] = Value(1, b"", 2, encode(["c1", keyring_id, 5]))
@@ -381,7 +405,12 @@ async def test_a_record_of_the_cluster_from_before_is_read_and_gets_its_authenti
     await binding.finish(late, authenticate_all)
     assert (tries, binding.authenticated) == (1, True)
     record = decode(registers.values[b"cluster"].body, ClusterRecord)
-    assert (record.keyring, record.created_ms, record.authenticated, len(record.authenticator)) == (keyring_id, 5, 1, 32)
+    assert (record.keyring, record.created_ms, record.authenticated, len(record.authenticator)) == (
+        keyring_id,
+        5,
+        1,
+        32,
+    )
     again, unlocker, task = await opened(loaded, registers)
     await task
     assert again.keyring is not None

@@ -61,7 +61,9 @@ def test_a_statement_is_a_gateways_about_the_signer_that_its_register_names(worl
     assert not believes(name, value_of(encode(state_signer(NodeSigner(world.node("n1")), "c1", PUBLIC))))
 
 
-def test_the_record_of_the_cluster_is_one_that_its_keyring_authenticated(world: cluster_world.World, tmp_path: Path) -> None:
+def test_the_record_of_the_cluster_is_one_that_its_keyring_authenticated(
+    world: cluster_world.World, tmp_path: Path
+) -> None:
     believes, keys, nothing = belief_of(world), FakeKeys(), None
     ring: Any = nothing
     binding = Binding(ring, "c1", ring, tmp_path / "remembered")

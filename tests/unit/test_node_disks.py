@@ -18,7 +18,7 @@ from storaged.cli import accept
 from storaged.clock import SystemClock
 from storaged.errors import DiskUnusable, OperatorError
 from storaged.meta.ports import StoreBatch
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.node import disks as node_disks
 from storaged.node.admission import ACCEPTANCE, admission, take_acceptance, write_acceptance
 from storaged.node.disks import Disks, Opener
@@ -49,7 +49,8 @@ def ids(loaded: config.Config) -> tuple[str, str]:
     return loaded.disks[0].id, loaded.disks[1].id
 
 
-# --- the ledger ---------------------------------------------------------------------------------------------------------
+# --- the ledger
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_ledger_remembers_stores_failures_and_who_was_there(tmp_path: Path) -> None:
@@ -60,8 +61,17 @@ def test_the_ledger_remembers_stores_failures_and_who_was_there(tmp_path: Path) 
     ledger.note_failed("d1", "meta", "EIO")
     again = Ledger(tmp_path)
     assert (again.id, again.formed, again.node("n2")) == (ledger.id, True, b"\2" * 16)
-    assert (again.identity("d1"), again.identity("d2"), again.knows("d2"), again.knows("d3")) == (b"\1" * 24, None, True, False)
-    assert (again.failure("d1", "meta"), again.failure("d1", "fragments"), again.failure("d3", "meta")) == ("EIO", "", "")
+    assert (again.identity("d1"), again.identity("d2"), again.knows("d2"), again.knows("d3")) == (
+        b"\1" * 24,
+        None,
+        True,
+        False,
+    )
+    assert (again.failure("d1", "meta"), again.failure("d1", "fragments"), again.failure("d3", "meta")) == (
+        "EIO",
+        "",
+        "",
+    )
     again.accept("d1")
     assert (Ledger(tmp_path).identity("d1"), Ledger(tmp_path).failure("d1", "meta")) == (None, "")
 
@@ -82,7 +92,8 @@ def test_a_ledger_that_cannot_be_read_is_no_new_ledger(tmp_path: Path, content: 
     assert (tmp_path / LEDGER_FILE).read_text() == content
 
 
-# --- blank ones ---------------------------------------------------------------------------------------------------------
+# --- blank ones
+# ---------------------------------------------------------------------------------------------------------
 
 
 async def test_blank_disks_of_a_new_node_wait_for_the_others_and_then_join(tmp_path: Path) -> None:
@@ -107,7 +118,9 @@ async def test_a_server_built_anew_answers_nothing_until_an_operator_accepts_its
     """The node was rebuilt from its issued folder: its ledger and its disks are gone."""
     loaded = storage_config(tmp_path)
     heard: list[tuple[str, int]] = []
-    disks = await opener(loaded, lambda: WAIT, epoch=lambda: 3, on_accepted=lambda disk, _place, uid: heard.append((disk, uid))).open()
+    disks = await opener(
+        loaded, lambda: WAIT, epoch=lambda: 3, on_accepted=lambda disk, _place, uid: heard.append((disk, uid))
+    ).open()
     assert await states(disks) == ["blank", "blank"]
     assert "accept" not in "".join(os.listdir(tmp_path))
     accept.accept_blank.main([str(tmp_path / "config.toml"), ids(loaded)[0]], standalone_mode=False)
@@ -176,7 +189,8 @@ def test_a_formed_node_begins_with_no_disk_that_it_has_no_record_of(tmp_path: Pa
     assert admission(ledger, "d1", False, Verdict(False)).opening is not None
 
 
-# --- hung ones ----------------------------------------------------------------------------------------------------------
+# --- hung ones
+# ----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_disk_that_hangs_while_it_is_opened_is_named_and_joins_when_it_answers(
@@ -217,7 +231,8 @@ async def test_a_node_stops_although_a_disk_still_hangs(tmp_path: Path, monkeypa
     answers.set()
 
 
-# --- failed ones --------------------------------------------------------------------------------------------------------
+# --- failed ones
+# --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_metadata_store_that_failed_is_refused_also_where_the_disk_could_not_note_it(
@@ -230,7 +245,7 @@ async def test_a_metadata_store_that_failed_is_refused_also_where_the_disk_could
     def refuses(*_: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("storaged.meta.store.replace_file", refuses)
+    monkeypatch.setattr("storaged.meta.storage.lmdb_store.replace_file", refuses)
     await asyncio.to_thread(disk.meta._fail, OSError(5, "Input/output error"))
     assert not (tmp_path / "d1" / "meta" / "failed").exists()
     with pytest.raises(DiskUnusable):
@@ -243,7 +258,9 @@ async def test_a_metadata_store_that_failed_is_refused_also_where_the_disk_could
     await again.close()
 
 
-async def test_the_markers_of_failed_stores_are_synced_with_their_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_markers_of_failed_stores_are_synced_with_their_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = storage_config(tmp_path)
     disks = await opener(loaded).open()
     disk = disks.used[ids(loaded)[0]]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storaged.meta.heads import head_of
+from storaged.meta.storage.row_head import head_of
 from storaged.objects.api import CHECKSUM_ALGORITHMS
 from storaged.objects.records import (
     ListedFields,
@@ -30,7 +30,19 @@ PART = PartEntry(1, b"d" * 16, 5, b"h" * 64, 1, "4+2", (Run(0, 1, 1, 2, 1),), sm
 
 
 def version(number: int = 1, **changed: object) -> Version:
-    made = Version(f"v{number}", 1_700_000_000_000, 5, "owner", 1, b"c" * 16, b"listed %d" % number, False, b"w" * 112, b"meta", (PART,))
+    made = Version(
+        f"v{number}",
+        1_700_000_000_000,
+        5,
+        "owner",
+        1,
+        b"c" * 16,
+        b"listed %d" % number,
+        False,
+        b"w" * 112,
+        b"meta",
+        (PART,),
+    )
     return msgspec.structs.replace(made, **changed)
 
 
@@ -39,9 +51,11 @@ def fields_of(version: Version) -> ListedFields:
 
 
 def of_old(version: Version) -> list[object]:
-    """As a version was encoded before: its list field between the metadata and the parts, what tells a delete marker second."""
+    """As a version was encoded before: its list field between the metadata and the parts, what tells a delete marker
+    second.
+    """
     v = version
-    return [v.version_id, v.delete_marker, v.modified_ms, v.size, v.owner, v.bucket_key, v.context_id, v.wrapped_key, v.meta, v.listing, v.parts,
+    return [v.version_id, v.delete_marker, v.modified_ms, v.size, v.owner, v.bucket_key, v.context_id, v.wrapped_key, v.meta, v.listing, v.parts,  # noqa: E501
             v.manifest, v.multipart, v.part_count, v.pages]  # fmt: skip
 
 
@@ -80,7 +94,9 @@ def test_what_is_neither_a_head_nor_a_record_is_refused(head: bytes) -> None:
     st.dictionaries(st.sampled_from(CHECKSUM_ALGORITHMS), st.text("abc=-2", min_size=1, max_size=12), max_size=3),
     st.sampled_from(["", "FULL_OBJECT", "COMPOSITE"]),
 )
-def test_checksums_read_as_they_were_written_and_the_usual_one_takes_few_bytes(checksums: dict[str, str], kind: str) -> None:
+def test_checksums_read_as_they_were_written_and_the_usual_one_takes_few_bytes(
+    checksums: dict[str, str], kind: str
+) -> None:
     meta = SealedMeta("e" * 32, checksums=checksums, checksum_type=kind)
     stored = brief_meta(meta)
     assert full_meta(stored) == meta

@@ -1,4 +1,6 @@
-"""Buckets are made and deleted by compare-and-set, records that grant are authentic, users are found by their access keys."""
+"""Buckets are made and deleted by compare-and-set, records that grant are authentic, users are found by their access
+keys.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ from storaged.errors import (
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
 from storaged.objects import usage
 from storaged.objects.api import BodyChecks, NewMeta, Principal
-from storaged.objects.buckets import BucketService
-from storaged.objects.recent import RENEWALS_MAX, Recent
+from storaged.objects.cache.ttl import RENEWALS_MAX, Recent
 from storaged.objects.records import BucketRecord, UserRecord
 from storaged.objects.service import ObjectService
-from storaged.objects.users import CLAIM_STALE_MS, NameClaim, UserService
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.users import CLAIM_STALE_MS, NameClaim, UserService
 from storaged.wire import decode, encode
 from tests.unit.object_world import FakeClock, World, layout_of, pieces
 from tests.unit.test_objects_put_get import got, put
@@ -245,7 +247,9 @@ async def test_bucket_tags_are_sealed_and_kept_apart_from_deletion() -> None:
         await buckets.set_tags(bucket, {})
 
 
-async def test_a_bucket_of_three_french_racks_beside_a_german_one_works_and_none_of_its_registers_leaves_france() -> None:
+async def test_a_bucket_of_three_french_racks_beside_a_german_one_works_and_none_of_its_registers_leaves_france() -> (
+    None
+):
     layout = layout_of((2, 2, 2, 2))
     german = msgspec.structs.replace(layout.nodes[3], location="DE/sited/d")
     world = World(msgspec.structs.replace(layout, nodes=(*layout.nodes[:3], german)))
@@ -265,7 +269,10 @@ async def test_a_bucket_of_three_french_racks_beside_a_german_one_works_and_none
     for row in world.ring.values:
         if row.table != Table.SYSTEM:
             assert row.shard in bucket.shard_numbers
-            assert all(world.layouts.current.country_of(disk) == "FR" for disk in world.layouts.current.replicas_of(row.partition))
+            assert all(
+                world.layouts.current.country_of(disk) == "FR"
+                for disk in world.layouts.current.replicas_of(row.partition)
+            )
     for key in keys:
         await objects.delete(bucket, key)
     await buckets.delete(bucket)
@@ -292,7 +299,15 @@ async def test_users_are_found_by_access_key_until_they_are_removed() -> None:
     ben, ben_secret = await users.add("ben", access_key="BENKEY", secret_key="bensecret")
     assert (ben.access_key, ben_secret) == ("BENKEY", "bensecret")
     assert {user.display_name for user in await users.list_users()} == {"anne", "ben"}
-    for name, key in (("anne", ""), ("", ""), ("  ", ""), (" dan", ""), ("x" * 200, ""), ("new", "no/slash"), ("carl", "BENKEY")):
+    for name, key in (
+        ("anne", ""),
+        ("", ""),
+        ("  ", ""),
+        (" dan", ""),
+        ("x" * 200, ""),
+        ("new", "no/slash"),
+        ("carl", "BENKEY"),
+    ):
         with pytest.raises(InvalidArgument):
             await users.add(name, access_key=key)
     with pytest.raises(InvalidArgument, match="64 hexadecimal"):
@@ -311,7 +326,9 @@ async def test_users_are_found_by_access_key_until_they_are_removed() -> None:
 
 
 async def test_a_forged_claim_of_a_name_removes_nobody_else() -> None:
-    """A claim is not authenticated: a storage node could make one that names somebody else's access key, and wait for the operator to remove the user."""
+    """A claim is not authenticated: a storage node could make one that names somebody else's access key, and wait for
+    the operator to remove the user.
+    """
     world = World(user_cache_s=0.0)
     users = UserService(world.plane())
     anne, _ = await users.add("anne")

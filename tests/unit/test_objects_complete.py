@@ -14,12 +14,20 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from storaged.errors import ConditionalRequestConflict, InvalidPart, NoSuchKey, NoSuchUpload, PreconditionFailed
 from storaged.meta.names import RegisterName, Table, Value, system_name
-from storaged.objects import multipart
 from storaged.objects.api import CompletedPart, WriteConditions
 from storaged.objects.etags import ANY
-from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord, UserRecord
+from storaged.objects.records import (
+    BucketRecord,
+    CompleteResult,
+    PartRecord,
+    SealedMeta,
+    SealedPart,
+    UploadRecord,
+    UserRecord,
+)
 from storaged.objects.service import ObjectService
-from storaged.objects.users import UserSecret, UserService
+from storaged.objects.system.users import UserSecret, UserService
+from storaged.objects.write import multipart
 from storaged.sov1 import open_message
 from storaged.wire import decode, encode
 from tests.unit.object_world import World
@@ -155,11 +163,16 @@ async def test_of_completes_with_different_parts_one_list_wins_and_the_others_ar
     _, objects, bucket = world_of()
     upload_id, parts = await uploaded(objects, bucket, [b"a" * 1000, b"b" * 2000])
     lists = [parts, parts[:1], parts[1:]]
-    found = await asyncio.gather(*(complete(objects, bucket, upload_id, lists[turn % 3]) for turn in range(12)), return_exceptions=True)
+    found = await asyncio.gather(
+        *(complete(objects, bucket, upload_id, lists[turn % 3]) for turn in range(12)), return_exceptions=True
+    )
     won = [turn % 3 for turn, answer in enumerate(found) if not isinstance(answer, BaseException)]
     assert len(set(won)) == 1
     assert len(won) == 4
-    assert {type(answer) for answer in found if isinstance(answer, BaseException)} <= {NoSuchUpload, ConditionalRequestConflict}
+    assert {type(answer) for answer in found if isinstance(answer, BaseException)} <= {
+        NoSuchUpload,
+        ConditionalRequestConflict,
+    }
     await objects.close()
 
 

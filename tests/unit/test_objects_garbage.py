@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from storaged.fragments.ports import Retirement
-from storaged.objects import garbage
 from storaged.objects.service import ObjectService
+from storaged.objects.write import garbage
 from tests.unit.object_world import FakeDisk, World, bucket_of, put
 
 
@@ -37,7 +37,9 @@ class Rig:
         return sum(len(disk.garbage) for disk in self.world.disks.disks.values())
 
 
-async def test_what_many_overwrites_replace_within_a_moment_goes_to_each_disk_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_many_overwrites_replace_within_a_moment_goes_to_each_disk_in_one_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = Rig(monkeypatch)
     keys = [b"%d" % n for n in range(40)]
     for _ in range(2):
@@ -62,7 +64,9 @@ async def test_objects_in_their_record_leave_no_garbage(monkeypatch: pytest.Monk
     await rig.objects.close()
 
 
-async def test_what_waits_is_sent_when_the_plane_is_closed_and_what_comes_later_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_waits_is_sent_when_the_plane_is_closed_and_what_comes_later_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = Rig(monkeypatch)
     for _ in range(2):
         await rig.put(b"key")

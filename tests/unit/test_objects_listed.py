@@ -12,7 +12,7 @@ import pytest
 from storaged.errors import DataDamaged, KeyringUnavailable, ServiceUnavailable
 from storaged.meta.names import Change, object_name
 from storaged.objects.api import BodyChecks, NewMeta, as_rows
-from storaged.objects.listed import ROW_BYTES, ListedLately
+from storaged.objects.cache.listed_rows import ROW_BYTES, ListedLately
 from storaged.objects.records import BucketRecord, SealedList
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
@@ -20,7 +20,9 @@ from tests.unit.object_world import FakeBucketKey, World
 
 
 class Rig:
-    """One bucket on fakes; ``opened`` counts the list fields that were opened, ``forgotten`` the times that the scanner was told to forget the bucket."""
+    """One bucket on fakes; ``opened`` counts the list fields that were opened, ``forgotten`` the times that the scanner
+    was told to forget the bucket.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.world = World()
@@ -94,7 +96,9 @@ async def test_another_keys_record_is_not_taken_for_one_that_was_opened(monkeypa
     await rig.objects.close()
 
 
-async def test_rows_and_what_the_scanner_remembers_are_forgotten_with_the_buckets_key(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_and_what_the_scanner_remembers_are_forgotten_with_the_buckets_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = Rig(monkeypatch)
     await rig.put(b"data", b"k")
     for _ in range(2):
@@ -112,7 +116,9 @@ async def test_rows_and_what_the_scanner_remembers_are_forgotten_with_the_bucket
     await rig.objects.close()
 
 
-async def test_what_common_prefixes_were_found_by_is_forgotten_with_the_buckets_key_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_common_prefixes_were_found_by_is_forgotten_with_the_buckets_key_or_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = Rig(monkeypatch)
     await rig.put(b"data", b"a/k")
     for _ in range(2):
@@ -158,7 +164,9 @@ async def test_what_a_listing_that_failed_has_left_with_the_scanner_is_forgotten
     await rig.objects.close()
 
 
-async def test_a_keyring_that_is_closed_meanwhile_leaves_nothing_with_the_scanner_either(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_keyring_that_is_closed_meanwhile_leaves_nothing_with_the_scanner_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = Rig(monkeypatch)
     await rig.put(b"data", b"a/k")
 
@@ -182,7 +190,9 @@ def test_the_rows_kept_are_bounded_and_those_in_use_stay() -> None:
         lately.keep(bucket_key, as_rows, [key], [b"head"], [number])
         assert lately.find(bucket_key, as_rows, [b"0000"], [b"head"]) == [0]
     kept = [
-        row for row in lately.find(bucket_key, as_rows, [b"%04d" % number for number in range(100)], [b"head"] * 100) if row is not None
+        row
+        for row in lately.find(bucket_key, as_rows, [b"%04d" % number for number in range(100)], [b"head"] * 100)
+        if row is not None
     ]
     assert 10 <= len(kept) <= 20
     assert lately.find(bucket_key, as_rows, [b"0000", b"0099"], [b"daeh", b"head"]) == [None, 99]

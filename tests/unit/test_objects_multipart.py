@@ -1,4 +1,6 @@
-"""Multipart uploads: parts move into the object without moving data, Complete happens once, and nothing that is referred to is ever garbage."""
+"""Multipart uploads: parts move into the object without moving data, Complete happens once, and nothing that is
+referred to is ever garbage.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +34,38 @@ from storaged.errors import (
     XAmzContentSHA256Mismatch,
 )
 from storaged.meta.names import Change, RegisterName, Table, object_name
-from storaged.objects import multipart
-from storaged.objects.api import CHECKSUM_ALGORITHMS, BodyChecks, CompletedPart, NewMeta, PutResult, RangeSpec, WriteConditions
+from storaged.objects.api import (
+    CHECKSUM_ALGORITHMS,
+    BodyChecks,
+    CompletedPart,
+    NewMeta,
+    PutResult,
+    RangeSpec,
+    WriteConditions,
+)
 from storaged.objects.etags import ANY, tag
 from storaged.objects.records import BucketRecord, ObjectRecord, PartEntry, PartRecord, decode_object, encode_object
-from storaged.objects.references import live_references, parts_in, references
 from storaged.objects.service import ObjectService
-from storaged.objects.uploads import parse_upload_id, part_rows
+from storaged.objects.write import multipart
+from storaged.objects.write.references import live_references, parts_in, references
+from storaged.objects.write.uploads import parse_upload_id, part_rows
 from storaged.wire import encode
 from tests.unit.object_world import World
 from tests.unit.test_objects_put_get import OWNER, bucket_of, got, pieces, put
 
 
 async def uploaded(
-    objects: ObjectService, bucket: BucketRecord, datas: list[bytes], *, algorithm: str = "", kind: str = "", meta: NewMeta | None = None
+    objects: ObjectService,
+    bucket: BucketRecord,
+    datas: list[bytes],
+    *,
+    algorithm: str = "",
+    kind: str = "",
+    meta: NewMeta | None = None,
 ) -> tuple[str, list[CompletedPart]]:
-    upload = await objects.create_upload(bucket, b"key", meta or NewMeta(), owner=OWNER, algorithm=algorithm, checksum_type=kind)
+    upload = await objects.create_upload(
+        bucket, b"key", meta or NewMeta(), owner=OWNER, algorithm=algorithm, checksum_type=kind
+    )
     parts = []
     for number, data in enumerate(datas, 1):
         result = await objects.put_part(bucket, b"key", upload.upload_id, number, pieces(data), BodyChecks(len(data)))
@@ -56,7 +74,9 @@ async def uploaded(
     return upload.upload_id, parts
 
 
-async def complete(objects: ObjectService, bucket: BucketRecord, upload_id: str, parts: list[CompletedPart], **more: object) -> PutResult:
+async def complete(
+    objects: ObjectService, bucket: BucketRecord, upload_id: str, parts: list[CompletedPart], **more: object
+) -> PutResult:
     return await objects.complete(bucket, b"key", upload_id, parts, owner=OWNER, **more)  # type: ignore[arg-type]
 
 
@@ -72,7 +92,9 @@ def etag_of(datas: list[bytes]) -> str:
 async def test_parts_become_one_object_that_reads_whole_by_range_and_by_part_number() -> None:
     world, objects, bucket = world_of()
     datas = [os.urandom(size) for size in (200_000, 5000, 1500, 70_000, 10)]
-    upload_id, parts = await uploaded(objects, bucket, datas, meta=NewMeta({"content-type": "a/b"}, {"x": "y"}, {"t": "1"}))
+    upload_id, parts = await uploaded(
+        objects, bucket, datas, meta=NewMeta({"content-type": "a/b"}, {"x": "y"}, {"t": "1"})
+    )
     before = {(disk, f) for disk, store in world.disks.disks.items() for f in store.fragments}
     result = await complete(objects, bucket, upload_id, parts)
     assert before == {(disk, f) for disk, store in world.disks.disks.items() for f in store.fragments}
@@ -80,7 +102,9 @@ async def test_parts_become_one_object_that_reads_whole_by_range_and_by_part_num
     assert (result.etag, result.size) == (etag_of(datas), len(whole))
     assert await got(objects, bucket) == whole
     for first, last in [(199_999, 200_000), (0, len(whole) - 1), (204_999, 206_600), (len(whole) - 11, None)]:
-        assert await got(objects, bucket, span=RangeSpec(first, last)) == whole[first : None if last is None else last + 1]
+        assert (
+            await got(objects, bucket, span=RangeSpec(first, last)) == whole[first : None if last is None else last + 1]
+        )
     for number, data in enumerate(datas, 1):
         stream = await objects.get(bucket, b"key", part_number=number)
         assert (b"".join([bytes(piece) async for piece in stream.chunks()]), stream.partial) == (data, True)
@@ -103,7 +127,9 @@ async def test_ten_thousand_parts_are_kept_in_pages() -> None:
 
     async def one(number: int) -> CompletedPart:
         data = datas[number - 1]
-        return CompletedPart(number, (await objects.put_part(bucket, b"key", upload.upload_id, number, pieces(data), BodyChecks(5))).etag)
+        return CompletedPart(
+            number, (await objects.put_part(bucket, b"key", upload.upload_id, number, pieces(data), BodyChecks(5))).etag
+        )
 
     parts: list[CompletedPart] = []
     for start in range(1, 10_001, 500):
@@ -124,7 +150,8 @@ async def test_ten_thousand_parts_are_kept_in_pages() -> None:
 
 @pytest.mark.parametrize("liar", ["swapped", "doubled", "dropped", "older", "flattened", "resized"])
 async def test_a_record_whose_parts_are_not_those_that_were_completed_is_refused(liar: str) -> None:
-    """Every part opens by itself: what binds them together, and in this order, is sealed in the version's metadata. A storage node that lies could else serve
+    """Every part opens by itself: what binds them together, and in this order, is sealed in the version's metadata. A
+    storage node that lies could else serve
     the parts in another order, or an attempt at a part that was superseded, as the object."""
     world, objects, bucket = world_of()
     datas = [bytes([number]) * 70_000 for number in (1, 2, 3)]
@@ -145,7 +172,9 @@ async def test_a_record_whose_parts_are_not_those_that_were_completed_is_refused
         "dropped": {"parts": (first, third)},
         "older": {"parts": (first, older, third)},
         "flattened": {"parts": (third, second, first), "multipart": False, "part_count": 1},
-        "resized": {"parts": (msgspec.structs.replace(first, size=69_999), second, msgspec.structs.replace(third, size=70_001))},
+        "resized": {
+            "parts": (msgspec.structs.replace(first, size=69_999), second, msgspec.structs.replace(third, size=70_001))
+        },
     }[liar]
     forged = encode_object(ObjectRecord((msgspec.structs.replace(version, **changed),)))
     await world.ring.change(name, lambda _value: Change(forged))
@@ -170,7 +199,11 @@ async def test_a_single_body_is_the_one_part_that_its_record_is_bound_to() -> No
     version = decode_object(value.body).versions[0]
     assert await got(objects, bucket) == data
     (only,) = version.parts
-    for parts in ((), (msgspec.structs.replace(only, data_id=bytes(16)),), (msgspec.structs.replace(only, size=50_000), only)):
+    for parts in (
+        (),
+        (msgspec.structs.replace(only, data_id=bytes(16)),),
+        (msgspec.structs.replace(only, size=50_000), only),
+    ):
         forged = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=parts),)))
         await world.ring.change(name, lambda _value, forged=forged: Change(forged))
         with pytest.raises(DataDamaged):
@@ -180,14 +213,18 @@ async def test_a_single_body_is_the_one_part_that_its_record_is_bound_to() -> No
 
 @pytest.mark.parametrize("algorithm", ["", "CRC32", "SHA256"])
 @pytest.mark.parametrize("size", [10, 200_000])
-async def test_a_part_that_is_not_what_was_signed_is_refused_whatever_the_upload_was_created_for(algorithm: str, size: int) -> None:
+async def test_a_part_that_is_not_what_was_signed_is_refused_whatever_the_upload_was_created_for(
+    algorithm: str, size: int
+) -> None:
     _world, objects, bucket = world_of()
     data = os.urandom(size)
     upload = await objects.create_upload(bucket, b"key", NewMeta(), owner=OWNER, algorithm=algorithm)
     with pytest.raises(XAmzContentSHA256Mismatch):
         await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(data), BodyChecks(size, sha256="0" * 64))
     signed = BodyChecks(size, sha256=hashlib.sha256(data).hexdigest())
-    assert (await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(data), signed)).etag == hashlib.md5(data).hexdigest()
+    assert (await objects.put_part(bucket, b"key", upload.upload_id, 1, pieces(data), signed)).etag == hashlib.md5(
+        data
+    ).hexdigest()
     await objects.close()
 
 
@@ -217,8 +254,12 @@ def _with_run(entry: PartEntry, **changes: int) -> PartEntry:
         lambda entry: msgspec.structs.replace(entry, target=""),
     ],
 )
-async def test_a_record_that_cannot_be_is_damage_to_whoever_reads_or_repairs_it(forge: Callable[[PartEntry], PartEntry]) -> None:
-    """Where parts lie has no authenticator. Whatever a storage node writes there must cost one key, and not the gateway that reads it or the node that repairs it."""
+async def test_a_record_that_cannot_be_is_damage_to_whoever_reads_or_repairs_it(
+    forge: Callable[[PartEntry], PartEntry],
+) -> None:
+    """Where parts lie has no authenticator. Whatever a storage node writes there must cost one key, and not the gateway
+    that reads it or the node that repairs it.
+    """
     world, objects, bucket = world_of()
     await put(objects, bucket, os.urandom(100_000))
     name = object_name(bucket.id, bucket.shard_numbers, b"key")
@@ -310,7 +351,9 @@ async def test_conditions_of_complete_are_judged_at_its_commit_and_the_upload_st
 async def stopped_before_done(
     world: World, objects: ObjectService, bucket: BucketRecord, upload_id: str, parts: list[CompletedPart], table: Table
 ) -> None:
-    """A Complete whose gateway dies when it is about to change a register of ``table`` for the second time (UPLOAD: Done) or first (OBJECT)."""
+    """A Complete whose gateway dies when it is about to change a register of ``table`` for the second time (UPLOAD:
+    Done) or first (OBJECT).
+    """
     seen = 0
 
     async def die(name: RegisterName) -> None:
@@ -333,8 +376,14 @@ async def test_a_complete_that_was_interrupted_is_taken_up_again_by_the_same_req
     with pytest.raises(ConditionalRequestConflict):
         await complete(objects, bucket, upload_id, parts[:1])
     name = object_name(bucket.id, bucket.shard_numbers, b"key")
-    await objects.put_part(bucket, b"key", upload_id, 1, pieces(b"another"), BodyChecks(7))  # replaces a row, not what is pinned
-    pinned = {part.data_id for part in decode_object(world.ring.values[name].body).versions[0].parts} if table == Table.UPLOAD else set()
+    await objects.put_part(
+        bucket, b"key", upload_id, 1, pieces(b"another"), BodyChecks(7)
+    )  # replaces a row, not what is pinned
+    pinned = (
+        {part.data_id for part in decode_object(world.ring.values[name].body).versions[0].parts}
+        if table == Table.UPLOAD
+        else set()
+    )
     assert pinned <= await live_references(world.ring, world.ring, world.ring, name)
     result = await complete(objects, bucket, upload_id, parts)
     assert await complete(objects, bucket, upload_id, parts) == result
@@ -459,7 +508,11 @@ async def test_checksums_of_parts_combine_as_the_upload_was_created_for(algorith
     _, objects, bucket = world_of()
     datas = [b"a" * 1234, b"b" * 7]
     for kind in ("COMPOSITE", "FULL_OBJECT"):
-        impossible = kind == "COMPOSITE" if algorithm == "CRC64NVME" else kind == "FULL_OBJECT" and not algorithm.startswith("CRC")
+        impossible = (
+            kind == "COMPOSITE"
+            if algorithm == "CRC64NVME"
+            else kind == "FULL_OBJECT" and not algorithm.startswith("CRC")
+        )
         if impossible:
             with pytest.raises(InvalidRequest):
                 await uploaded(objects, bucket, datas, algorithm=algorithm, kind=kind)
@@ -475,11 +528,18 @@ async def test_checksums_of_parts_combine_as_the_upload_was_created_for(algorith
         if algorithm == "CRC32":
             whole = zlib.crc32(b"".join(datas)).to_bytes(4, "big")
             each = zlib.crc32(b"".join(zlib.crc32(data).to_bytes(4, "big") for data in datas)).to_bytes(4, "big")
-            expected = base64.b64encode(whole if kind == "FULL_OBJECT" else each).decode() + ("" if kind == "FULL_OBJECT" else "-2")
+            expected = base64.b64encode(whole if kind == "FULL_OBJECT" else each).decode() + (
+                "" if kind == "FULL_OBJECT" else "-2"
+            )
             assert result.checksums == {"CRC32": expected}
         if kind == "FULL_OBJECT":
             whole_put = await objects.put(
-                bucket, b"whole", pieces(b"".join(datas)), NewMeta(), BodyChecks(None, algorithms=(algorithm,)), owner=OWNER
+                bucket,
+                b"whole",
+                pieces(b"".join(datas)),
+                NewMeta(),
+                BodyChecks(None, algorithms=(algorithm,)),
+                owner=OWNER,
             )
             assert whole_put.checksums == result.checksums
         info = await objects.head(bucket, b"key")
@@ -514,7 +574,9 @@ async def test_uploads_and_parts_are_listed_in_pages() -> None:
         ids.setdefault(key, []).append(info.upload_id)
     listed, marker = [], (b"", "")
     while True:
-        uploads, prefixes, following = await objects.list_uploads(bucket, after_key=marker[0], after_upload=marker[1], limit=2)
+        uploads, prefixes, following = await objects.list_uploads(
+            bucket, after_key=marker[0], after_upload=marker[1], limit=2
+        )
         assert not prefixes
         listed += [(upload.key, upload.upload_id) for upload in uploads]
         if following is None:
@@ -525,7 +587,9 @@ async def test_uploads_and_parts_are_listed_in_pages() -> None:
     uploads, prefixes, following = await objects.list_uploads(bucket, delimiter=b"/", limit=3)
     assert ([upload.key for upload in uploads], prefixes) == ([b"a", b"a"], [b"b/"])
     assert following is not None
-    uploads, prefixes, following = await objects.list_uploads(bucket, delimiter=b"/", after_key=following[0], after_upload=following[1])
+    uploads, prefixes, following = await objects.list_uploads(
+        bucket, delimiter=b"/", after_key=following[0], after_upload=following[1]
+    )
     assert ([upload.key for upload in uploads], prefixes, following) == ([b"c"], [b"\xc3\xa9/"], None)
     uploads, _, _ = await objects.list_uploads(bucket, prefix=b"b/")
     assert [upload.key for upload in uploads] == [b"b/1", b"b/2"]
@@ -546,7 +610,9 @@ async def test_finished_uploads_are_forgotten_after_a_day_and_take_no_data_with_
     assert await multipart.forget_finished_uploads(objects.plane, bucket) == 1
     await objects.plane.background.settle()
     assert not any(disk.garbage for disk in world.disks.disks.values())
-    assert all(value.visibility == 0 for name, value in world.ring.values.items() if name.table in (Table.UPLOAD, Table.PART))
+    assert all(
+        value.visibility == 0 for name, value in world.ring.values.items() if name.table in (Table.UPLOAD, Table.PART)
+    )
     with pytest.raises(NoSuchUpload):
         await complete(objects, bucket, upload_id, parts)
     assert (await objects.head(bucket, b"key")).size == 6000
@@ -560,7 +626,9 @@ async def test_references_follow_a_part_from_its_row_to_the_object() -> None:
     (data_id,) = {f.data_id for disk in world.disks.disks.values() for f in disk.fragments}
     (row,) = [value for register, value in world.ring.values.items() if register.table == Table.PART]
     assert references(row.body, Table.PART) == {data_id}
-    assert {store.header.owner for disk in world.disks.disks.values() for store in disk.fragments.values()} == {name.pack()}
+    assert {store.header.owner for disk in world.disks.disks.values() for store in disk.fragments.values()} == {
+        name.pack()
+    }
     assert await live_references(world.ring, world.ring, world.ring, name) == {data_id}
     other = object_name(bucket.id, bucket.shard_numbers, b"other")
     assert not await live_references(world.ring, world.ring, world.ring, other)

@@ -13,7 +13,7 @@ import pytest
 from storaged.errors import DataDamaged, KeyringUnavailable, NoSuchKey, ServiceUnavailable
 from storaged.meta.names import Value, Visibility, object_name
 from storaged.objects.api import BodyChecks, NewMeta, ObjectInfo, RangeSpec
-from storaged.objects.opened import ENTRY_BYTES, Opened, OpenedLately
+from storaged.objects.cache.opened_records import ENTRY_BYTES, Opened, OpenedLately
 from storaged.objects.service import ObjectService
 from tests.unit.object_world import OWNER, FakeBucketKey, World, bucket_of, pieces
 
@@ -37,7 +37,9 @@ class Rig:
         monkeypatch.setattr(FakeBucketKey, "unwrap", counted)
 
     async def put(self, data: bytes, key: bytes = b"key", **meta: str) -> None:
-        await self.objects.put(self.bucket, key, pieces(data), NewMeta(user=meta), BodyChecks(size=len(data)), owner=OWNER)
+        await self.objects.put(
+            self.bucket, key, pieces(data), NewMeta(user=meta), BodyChecks(size=len(data)), owner=OWNER
+        )
 
     async def got(self, key: bytes = b"key", span: RangeSpec | None = None) -> tuple[bytes, ObjectInfo]:
         stream = await self.objects.get(self.bucket, key, span=span)
@@ -174,7 +176,9 @@ async def test_one_record_under_two_keys_opens_for_the_one_it_was_made_for(monke
     await rig.objects.close()
 
 
-async def test_a_copy_that_does_not_open_is_not_believed_the_second_time_either(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_copy_that_does_not_open_is_not_believed_the_second_time_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = Rig(monkeypatch)
     data = os.urandom(5000)
     await rig.put(data)

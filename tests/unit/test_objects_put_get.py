@@ -30,11 +30,11 @@ from storaged.errors import (
 from storaged.fragments.ports import FragmentId
 from storaged.meta.names import Change, RegisterName, Value, object_name
 from storaged.meta.ports import Reading
-from storaged.objects import commit
 from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, RangeSpec, ReadConditions, WriteConditions
 from storaged.objects.etags import ANY, Tags, tag
 from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
+from storaged.objects.write import commit
 from storaged.wire import Buffer
 from tests.unit.object_world import OWNER, FakeDisk, NearDisk, World, bucket_of, entry_of, got, pieces, put
 
@@ -76,8 +76,18 @@ async def test_an_object_of_any_size_class_comes_back_whole(size: int, sized: bo
     info = await objects.head(bucket, b"key")
     assert (info.size, info.etag, info.part_count) == (size, result.etag, 0)
     assert not world.damage
-    assert objects.plane.fill_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == objects.plane.get_buffers.bytes_leased == 0
-    assert objects.plane.fill_buffers.transfers == objects.plane.put_buffers.transfers == objects.plane.get_buffers.transfers == 0
+    assert (
+        objects.plane.fill_buffers.bytes_leased
+        == objects.plane.put_buffers.bytes_leased
+        == objects.plane.get_buffers.bytes_leased
+        == 0
+    )
+    assert (
+        objects.plane.fill_buffers.transfers
+        == objects.plane.put_buffers.transfers
+        == objects.plane.get_buffers.transfers
+        == 0
+    )
     await objects.close()
 
 
@@ -141,7 +151,9 @@ async def test_a_body_that_can_be_had_whole_is_asked_for_that_when_it_is_small(s
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-async def test_a_small_body_that_is_not_what_was_declared_changes_nothing(checks: BodyChecks, error: type[Exception], whole: bool) -> None:
+async def test_a_small_body_that_is_not_what_was_declared_changes_nothing(
+    checks: BodyChecks, error: type[Exception], whole: bool
+) -> None:
     world = World()
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
@@ -161,7 +173,9 @@ async def test_ranges_are_exact_at_chunk_and_block_borders(size: int) -> None:
     bucket = bucket_of(world)
     data = os.urandom(size)
     await put(objects, bucket, data)
-    borders = [at for at in (0, 1, CELL - 1, CELL, CELL + 1, 48 * CELL - 1, 48 * CELL, size // 2, size - 1) if at < size]
+    borders = [
+        at for at in (0, 1, CELL - 1, CELL, CELL + 1, 48 * CELL - 1, 48 * CELL, size // 2, size - 1) if at < size
+    ]
     for first in borders:
         for last in [*(at for at in borders if at >= first), None]:
             expected = data[first:] if last is None else data[first : last + 1]
@@ -240,7 +254,12 @@ async def test_declared_digests_are_verified_before_anything_is_committed() -> N
         crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
         sha = base64.b64encode(hashlib.sha256(data).digest()).decode()
         good = BodyChecks(
-            len(data), hashlib.md5(data).digest(), {"CRC32": crc}, ("CRC32", "SHA256"), dict[str, str](SHA256=sha).copy, signed
+            len(data),
+            hashlib.md5(data).digest(),
+            {"CRC32": crc},
+            ("CRC32", "SHA256"),
+            dict[str, str](SHA256=sha).copy,
+            signed,
         )
         result = await objects.put(bucket, b"good", pieces(data), NewMeta(), good, owner=OWNER)
         assert result.checksums == {"CRC32": crc, "SHA256": sha}
@@ -311,7 +330,9 @@ async def test_write_conditions_are_judged_on_what_the_commit_finds_not_on_what_
         await put(objects, bucket, data, conditions=WriteConditions(if_match=tag(etag)))
         with pytest.raises(PreconditionFailed):
             await put(objects, bucket, data, conditions=WriteConditions(if_match=tag(etag)))
-        await objects.delete(bucket, b"key", conditions=WriteConditions(if_match=tag(hashlib.md5(data).hexdigest()), if_match_size=size))
+        await objects.delete(
+            bucket, b"key", conditions=WriteConditions(if_match=tag(hashlib.md5(data).hexdigest()), if_match_size=size)
+        )
         with pytest.raises(NoSuchKey):
             await put(objects, bucket, data, conditions=WriteConditions(if_match=tag(etag)))
     await objects.close()
@@ -385,18 +406,25 @@ async def test_read_conditions_answer_304_and_412_in_the_order_of_the_rfc() -> N
         ):
             with pytest.raises(PreconditionFailed):
                 await call(bucket, b"key", conditions=conditions)
-        await objects.head(bucket, b"key", conditions=ReadConditions(if_match=tag(result.etag), if_unmodified_since_ms=at - 5000))
-        await objects.head(bucket, b"key", conditions=ReadConditions(if_none_match=tag("other"), if_modified_since_ms=at + 5000))
+        await objects.head(
+            bucket, b"key", conditions=ReadConditions(if_match=tag(result.etag), if_unmodified_since_ms=at - 5000)
+        )
+        await objects.head(
+            bucket, b"key", conditions=ReadConditions(if_none_match=tag("other"), if_modified_since_ms=at + 5000)
+        )
     await objects.close()
 
 
-# --- disks that damage and lie -------------------------------------------------------------------------------------------
+# --- disks that damage and lie
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("disks", [FakeDisk, NearDisk])
 @pytest.mark.parametrize("lie", [False, True])
 @pytest.mark.parametrize("size", [60_000, 4 * MIB])
-async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(lie: bool, size: int, disks: type[FakeDisk]) -> None:
+async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(
+    lie: bool, size: int, disks: type[FakeDisk]
+) -> None:
     world = World(disks=disks)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
@@ -404,8 +432,12 @@ async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(l
     await put(objects, bucket, data)
     held = {f.position: (disk, f) for disk, f in world.disks.of(entry_of(world).data_id) if f.block == 0}
     for bad in [(0,), (3,), (0, 1), (2, 5), (4, 5), (1, 4)]:
-        kept = {position: list(world.disks.disks[held[position][0]].fragments[held[position][1]].cells) for position in bad}
-        sums = {position: list(world.disks.disks[held[position][0]].fragments[held[position][1]].sums) for position in bad}
+        kept = {
+            position: list(world.disks.disks[held[position][0]].fragments[held[position][1]].cells) for position in bad
+        }
+        sums = {
+            position: list(world.disks.disks[held[position][0]].fragments[held[position][1]].sums) for position in bad
+        }
         for position in bad:
             world.disks.disks[held[position][0]].flip(held[position][1], 0, lie=lie)
         world.damage.clear()
@@ -424,7 +456,9 @@ async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(l
 @pytest.mark.parametrize("disks", [FakeDisk, NearDisk])
 @pytest.mark.parametrize("known", [True, False], ids=["known to be away", "not noticed yet"])
 @pytest.mark.parametrize("scattered", [False, True])
-async def test_any_two_disks_may_be_away_whatever_is_asked_for(disks: type[FakeDisk], known: bool, scattered: bool) -> None:
+async def test_any_two_disks_may_be_away_whatever_is_asked_for(
+    disks: type[FakeDisk], known: bool, scattered: bool
+) -> None:
     world = World(disks=disks)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
@@ -438,8 +472,15 @@ async def test_any_two_disks_may_be_away_whatever_is_asked_for(disks: type[FakeD
                 disk.down = name in away
             world.disks.suspected = set(away) if known else set()
             assert await got(objects, bucket) == data
-            for span in (RangeSpec(size - 1, None), RangeSpec(size // 3, size // 3 + CELL), RangeSpec(size // 2, size - 2)):
-                assert await got(objects, bucket, span=span) == data[span.first : len(data) if span.last is None else span.last + 1]
+            for span in (
+                RangeSpec(size - 1, None),
+                RangeSpec(size // 3, size // 3 + CELL),
+                RangeSpec(size // 2, size - 2),
+            ):
+                assert (
+                    await got(objects, bucket, span=span)
+                    == data[span.first : len(data) if span.last is None else span.last + 1]
+                )
         for disk in world.disks.disks.values():
             disk.down = False
         world.disks.suspected = set()
@@ -453,9 +494,13 @@ async def test_a_short_last_cell_that_is_rebuilt_is_as_short_as_it_was() -> None
     bucket = bucket_of(world)
     data = os.urandom(68 * CELL - 5)  # two blocks; the last stripe has all of its cells
     await put(objects, bucket, data)
-    world.disks.suspected = {disk for disk, f in world.disks.of(entry_of(world).data_id) if (f.block, f.position) == (1, 3)}
+    world.disks.suspected = {
+        disk for disk, f in world.disks.of(entry_of(world).data_id) if (f.block, f.position) == (1, 3)
+    }
     assert await got(objects, bucket) == data
-    assert sum(disk.reads for disk in world.disks.disks.values()) == 2 * 4  # one of another length would not open, and be looked for
+    assert (
+        sum(disk.reads for disk in world.disks.disks.values()) == 2 * 4
+    )  # one of another length would not open, and be looked for
     await objects.close()
 
 
@@ -492,7 +537,9 @@ async def test_a_lying_copy_of_a_small_object_is_replaced_by_its_neighbour() -> 
 
 
 async def test_a_record_that_has_less_of_a_part_than_its_size_says_is_refused_and_nobodys_memory_sent_for_it() -> None:
-    """Where a part lies is in the clear. Who gives the first of its sealed chunks for all of it gives one that opens."""
+    """Where a part lies is in the clear. Who gives the first of its sealed chunks for all of it
+    gives one that opens.
+    """
     world = World()
     objects, bucket, size = ObjectService(world.plane()), bucket_of(world), 5 * CELL
     await put(objects, bucket, os.urandom(size), key=b"other")
@@ -500,7 +547,9 @@ async def test_a_record_that_has_less_of_a_part_than_its_size_says_is_refused_an
     await put(objects, bucket, os.urandom(size))
     (name,) = [name for name in world.ring.values if name.key == b"key"]
     (version,) = decode_object(world.ring.values[name].body).versions
-    (first,) = [(disk, fragment) for disk, fragment in world.disks.of(version.parts[0].data_id) if fragment.position == 0]
+    (first,) = [
+        (disk, fragment) for disk, fragment in world.disks.of(version.parts[0].data_id) if fragment.position == 0
+    ]
     chunk = world.disks.disks[first[0]].fragments[first[1]].cells[0]
     part = msgspec.structs.replace(version.parts[0], inline=chunk, runs=())
     body = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=(part,)),)))
@@ -553,7 +602,9 @@ async def test_an_object_replaced_before_the_first_byte_is_read_from_its_new_rec
     await put(objects, bucket, old)
     read = world.ring.read
 
-    async def read_then_replace(name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
+    async def read_then_replace(
+        name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b""
+    ) -> Reading:
         found = await read(name, want_payload=want_payload)
         world.ring.read = read  # type: ignore[method-assign]
         assert found.value is not None
@@ -592,7 +643,12 @@ async def test_many_transfers_share_a_small_memory_without_deadlock() -> None:
     keys = [b"k%d" % n for n in range(12)]
     await asyncio.gather(*(put(objects, bucket, data, key=key) for key in keys))
     assert set(await asyncio.gather(*(got(objects, bucket, key=key) for key in keys))) == {data}
-    assert objects.plane.fill_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == objects.plane.get_buffers.bytes_leased == 0
+    assert (
+        objects.plane.fill_buffers.bytes_leased
+        == objects.plane.put_buffers.bytes_leased
+        == objects.plane.get_buffers.bytes_leased
+        == 0
+    )
     await objects.close()
 
 
@@ -613,14 +669,25 @@ async def test_a_copy_has_its_own_data_and_survives_the_source() -> None:
                 del disk.fragments[fragment]
         assert await got(objects, bucket, key=b"dst") == data
         info = await objects.head(bucket, b"dst")
-        assert (info.headers, info.user, info.tags, info.checksums) == (source.headers, source.user, source.tags, source.checksums)
+        assert (info.headers, info.user, info.tags, info.checksums) == (
+            source.headers,
+            source.user,
+            source.tags,
+            source.checksums,
+        )
         await objects.copy(bucket, b"dst", bucket, b"dst", owner=OWNER, meta=NewMeta(user={"b": "2"}), tags={})
         info = await objects.head(bucket, b"dst")
         assert (dict(info.user), dict(info.tags)) == ({"b": "2"}, {})
         assert await got(objects, bucket, key=b"dst") == data
         with pytest.raises(PreconditionFailed):
             await objects.copy(
-                bucket, b"dst", bucket, b"x", owner=OWNER, meta=None, source_conditions=ReadConditions(if_none_match=tag(info.etag))
+                bucket,
+                b"dst",
+                bucket,
+                b"x",
+                owner=OWNER,
+                meta=None,
+                source_conditions=ReadConditions(if_none_match=tag(info.etag)),
             )
     await objects.close()
 
@@ -654,7 +721,10 @@ async def test_listings_open_etags_and_group_by_delimiter() -> None:
     page = await objects.list_objects(bucket, delimiter=b"/", limit=3, after=page.next_after)
     assert list(page.keys) == [b"z"]
     versions = await objects.list_versions(bucket, prefix=b"d/")
-    assert [(o.key, o.version_id, o.latest) for o in versions.versions] == [(b"d/1", "null", True), (b"d/2", "null", True)]
+    assert [(o.key, o.version_id, o.latest) for o in versions.versions] == [
+        (b"d/1", "null", True),
+        (b"d/2", "null", True),
+    ]
     await objects.close()
 
 
@@ -678,11 +748,15 @@ def test_fragment_ids_of_one_block_are_ordered() -> None:
 
 async def test_copies_do_not_wait_for_each_other_when_memory_is_short() -> None:
     """Half of them hold a block and want a window, the other half hold a window and want a block."""
-    world = World(buffer_wait_s=2.0, fill_buffer_bytes_max=2 * MIB, put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=3 * MIB)
+    world = World(
+        buffer_wait_s=2.0, fill_buffer_bytes_max=2 * MIB, put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=3 * MIB
+    )
     objects, bucket = ObjectService(world.plane()), bucket_of(world)
     data = os.urandom(6_000_000)
     await put(objects, bucket, data)
-    await asyncio.gather(*(objects.copy(bucket, b"key", bucket, b"copy%d" % n, owner=OWNER, meta=None) for n in range(12)))
+    await asyncio.gather(
+        *(objects.copy(bucket, b"key", bucket, b"copy%d" % n, owner=OWNER, meta=None) for n in range(12))
+    )
     assert await got(objects, bucket, key=b"copy11") == data
     assert objects.plane.get_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == 0
     await objects.close()

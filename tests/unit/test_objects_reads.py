@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from storaged.errors import DataDamaged
-from storaged.objects.reads import HedgeDelay, Reads
+from storaged.objects.read.hedging import HedgeDelay, Reads
 from storaged.objects.service import ObjectService
 from tests.unit.object_world import World, bucket_of, got, put
 

@@ -1,4 +1,6 @@
-"""Clients that send or take little, or stand still, hold a bounded share of the memory of transfers, and nobody else up."""
+"""Clients that send or take little, or stand still, hold a bounded share of the memory of transfers, and nobody else
+up.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 
-from storaged.objects.get import SLOW_WINDOW_BYTES
+from storaged.objects.read.get import SLOW_WINDOW_BYTES
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
 from tests.unit.object_world import World, bucket_of, got, put
@@ -37,7 +39,9 @@ async def test_an_upload_does_not_wait_for_the_clients_of_64_others_that_stand_s
     filling, working = objects.plane.fill_buffers, objects.plane.put_buffers
     data = os.urandom(900_000)
     bodies = [StandingBody(data, 800_000, go) for _ in range(SLOW)]
-    uploads = [asyncio.create_task(put(objects, bucket, body.pieces(), key=b"slow%d" % n)) for n, body in enumerate(bodies)]
+    uploads = [
+        asyncio.create_task(put(objects, bucket, body.pieces(), key=b"slow%d" % n)) for n, body in enumerate(bodies)
+    ]
     for body in bodies:
         await body.stands.wait()
     await asyncio.sleep(0.1)  # the blocks that were filled reach their disks
@@ -67,7 +71,12 @@ async def test_an_upload_that_is_given_up_gives_its_memory_back() -> None:
     assert objects.plane.fill_buffers.bytes_leased
     upload.cancel()
     await asyncio.gather(upload, return_exceptions=True)
-    assert objects.plane.fill_buffers.bytes_leased == objects.plane.put_buffers.bytes_leased == objects.plane.fill_buffers.transfers == 0
+    assert (
+        objects.plane.fill_buffers.bytes_leased
+        == objects.plane.put_buffers.bytes_leased
+        == objects.plane.fill_buffers.transfers
+        == 0
+    )
     await objects.close()
 
 

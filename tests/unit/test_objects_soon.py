@@ -12,7 +12,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from storaged.errors import BadDigest, DataDamaged, IncompleteBody, NoSuchBucket, NoSuchKey, PreconditionFailed, XAmzContentSHA256Mismatch
+from storaged.errors import (
+    BadDigest,
+    DataDamaged,
+    IncompleteBody,
+    NoSuchBucket,
+    NoSuchKey,
+    PreconditionFailed,
+    XAmzContentSHA256Mismatch,
+)
 from storaged.meta.names import Value, object_name
 from storaged.objects.api import (
     NO_WRITE_CONDITIONS,
@@ -25,7 +33,7 @@ from storaged.objects.api import (
     WriteConditions,
 )
 from storaged.objects.etags import ANY, tag
-from storaged.objects.get import HeldStream
+from storaged.objects.read.get import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
 from tests.unit.object_world import OWNER, World, bucket_of, got, pieces, put
@@ -181,7 +189,7 @@ async def test_a_body_that_is_not_what_was_declared_is_raised_and_begins_nothing
     world = World()
     objects, bucket = await with_key_at_hand(world)
     wrong: list[tuple[type[Exception], dict[str, Any]]] = [
-        (BadDigest, {"md5": bytes(16)}), (XAmzContentSHA256Mismatch, {"sha256": "0" * 64}), (BadDigest, {"checksums": {"CRC32": "AAAAAA=="}}),
+        (BadDigest, {"md5": bytes(16)}), (XAmzContentSHA256Mismatch, {"sha256": "0" * 64}), (BadDigest, {"checksums": {"CRC32": "AAAAAA=="}}),  # noqa: E501
     ]  # fmt: skip
     for error, checks in wrong:
         with pytest.raises(error):
@@ -205,7 +213,9 @@ async def test_what_is_no_common_case_is_left_to_put(why: str) -> None:
         data *= 4
     before = objects.statistics()
     asked = BodyChecks(size=len(data))
-    assert not objects.put_soon(bucket, b"key", data, META, asked, lambda _: pytest.fail("told"), owner=OWNER, conditions=conditions)
+    assert not objects.put_soon(
+        bucket, b"key", data, META, asked, lambda _: pytest.fail("told"), owner=OWNER, conditions=conditions
+    )
     assert objects.statistics() == before
     assert world.ring.values == {}
     await objects.close()
@@ -224,7 +234,9 @@ async def test_only_a_put_without_conditions_is_proposed_whatever_is_there(size:
             await put_now(objects, bucket, data, conditions=conditions)
         else:
             with contextlib.suppress(PreconditionFailed):
-                await objects.put(bucket, b"key", pieces(data), META, BodyChecks(size=size), owner=OWNER, conditions=conditions)
+                await objects.put(
+                    bucket, b"key", pieces(data), META, BodyChecks(size=size), owner=OWNER, conditions=conditions
+                )
         return len(world.ring.regardless) > before and world.ring.regardless[-1]
 
     assert not await put_with(WriteConditions(if_none_match=ANY))

@@ -9,7 +9,7 @@ import pytest
 
 from storaged.errors import NoSuchKey, NotModified, PreconditionFailed, SlowDown
 from storaged.objects.api import ReadConditions, WriteConditions
-from storaged.objects.buffers import IDLE_BYTES_MAX, BufferPool, Lease, Transfer, block_size_for, window_bytes_for
+from storaged.objects.cache.buffers import IDLE_BYTES_MAX, BufferPool, Lease, Transfer, block_size_for, window_bytes_for
 from storaged.objects.conditions import Current, check_copy_source, check_write
 from storaged.objects.etags import ANY, tag
 from storaged.objects.plane import ObjectLimits
@@ -28,7 +28,12 @@ async def test_where_names_every_fragment_and_what_may_fail() -> None:
     assert sorted(f.disk for f in found.runs[0].fragments) == sorted(world.disks.disks)
     assert {f.state for f in found.runs[0].fragments} == {"ok"}
     assert {f.rack for f in found.runs[0].fragments} == {"FR/sitea/a", "FR/siteb/b", "FR/sitec/c"}
-    assert (found.disks_may_fail, found.domains_may_fail, found.replicas_may_fail, found.domain_kind) == (2, 1, 1, "rack")
+    assert (found.disks_may_fail, found.domains_may_fail, found.replicas_may_fail, found.domain_kind) == (
+        2,
+        1,
+        1,
+        "rack",
+    )
     world.disks.rack_down("a")
     found = await where(objects.plane, bucket, b"key")
     assert {f.state for f in found.runs[0].fragments if f.disk[0] == "a"} == {"unreachable"}

@@ -17,11 +17,11 @@ from storaged.errors import ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Outcome, Update
-from storaged.objects import put as put_module
 from storaged.objects.api import BodyChecks, NewMeta
-from storaged.objects.checksums import BodyDigest
-from storaged.objects.seal import PartSealer
+from storaged.objects.code.seal import PartSealer
 from storaged.objects.service import ObjectService
+from storaged.objects.write import put as put_module
+from storaged.objects.write.checksums import BodyDigest
 from storaged.wire import Buffer
 from tests.patience import GUARD_S
 from tests.unit.object_world import OWNER, World, bucket_of, entry_of, got, layout_of, pieces, put
@@ -54,7 +54,9 @@ async def test_a_rack_that_is_away_stops_neither_writes_nor_reads(rack: str, sus
 
 @pytest.mark.parametrize("moment", range(1, 5))
 @pytest.mark.parametrize("victims", [("a0",), ("b0", "b1"), ("a1", "c0")])
-async def test_disks_that_die_during_an_upload_leave_it_acknowledged_and_safe(moment: int, victims: tuple[str, ...]) -> None:
+async def test_disks_that_die_during_an_upload_leave_it_acknowledged_and_safe(
+    moment: int, victims: tuple[str, ...]
+) -> None:
     world = World(block_cells_max=12)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
@@ -78,7 +80,9 @@ async def test_disks_that_die_during_an_upload_leave_it_acknowledged_and_safe(mo
 
 
 @pytest.mark.parametrize("victims", [("a0",), ("b0", "b1"), ("a0", "b0")])
-async def test_a_disk_whose_sync_fails_at_the_barrier_has_its_blocks_rebuilt_elsewhere(victims: tuple[str, ...]) -> None:
+async def test_a_disk_whose_sync_fails_at_the_barrier_has_its_blocks_rebuilt_elsewhere(
+    victims: tuple[str, ...],
+) -> None:
     world = World(block_cells_max=12)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
@@ -96,7 +100,12 @@ async def test_a_disk_whose_sync_fails_at_the_barrier_has_its_blocks_rebuilt_els
             disk.down = True
             assert await got(objects, bucket) == data
             disk.down = False
-    assert all(stored.synced for name, disk in world.disks.disks.items() if name not in victims for stored in disk.fragments.values())
+    assert all(
+        stored.synced
+        for name, disk in world.disks.disks.items()
+        if name not in victims
+        for stored in disk.fragments.values()
+    )
     await objects.close()
 
 
@@ -161,7 +170,9 @@ async def test_small_objects_are_coded_when_the_registers_disks_are_full() -> No
 
 
 @pytest.mark.parametrize("sized", [True, False])
-async def test_a_small_object_that_is_coded_is_digested_once_and_sealed_once(monkeypatch: pytest.MonkeyPatch, sized: bool) -> None:
+async def test_a_small_object_that_is_coded_is_digested_once_and_sealed_once(
+    monkeypatch: pytest.MonkeyPatch, sized: bool
+) -> None:
     calls: list[str] = []
 
     def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +194,8 @@ async def test_a_small_object_that_is_coded_is_digested_once_and_sealed_once(mon
     monkeypatch.setattr(BodyDigest, "update", counted("update", BodyDigest.update))
     monkeypatch.setattr(PartSealer, "seal_block", counted("seal_block", PartSealer.seal_block))
     checks = BodyChecks(
-        size=5000 if sized else None, checksums={"CRC32": base64.b64encode(zlib.crc32(data[::-1]).to_bytes(4, "big")).decode()}
+        size=5000 if sized else None,
+        checksums={"CRC32": base64.b64encode(zlib.crc32(data[::-1]).to_bytes(4, "big")).decode()},
     )
     result = await objects.put(bucket, b"key", pieces(data[::-1]), NewMeta(), checks, owner=OWNER)
     assert calls == ["digest", "update", "seal_block"]  # the second is the first's: there is a checksum besides the MD5
@@ -218,7 +230,9 @@ async def test_a_process_that_slept_between_its_barrier_and_its_promise_commits_
     bucket = bucket_of(world)
     real = world.ring.change
 
-    async def sleepy(name: RegisterName, update: Update, *, ready: Awaitable[None] | None = None, **more: Any) -> Outcome:
+    async def sleepy(
+        name: RegisterName, update: Update, *, ready: Awaitable[None] | None = None, **more: Any
+    ) -> Outcome:
         assert ready is not None
         await ready
         if clock == "wall":
@@ -243,7 +257,12 @@ async def test_what_a_late_write_still_refers_to_is_not_written_over() -> None:
         write = disk.write
 
         async def remembered(
-            header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b"", write: object = write
+            header: FragmentHeader,
+            payload: Sequence[Buffer],
+            *,
+            sync: bool = False,
+            check: bytes = b"",
+            write: object = write,
         ) -> None:
             if next(writes) % 5 == 0:
                 kept.append((b"".join(payload), payload))

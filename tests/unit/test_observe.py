@@ -60,7 +60,9 @@ def test_no_form_shows_a_secret(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["journal", "json", "logfmt", "console"])
 def test_the_text_of_an_exception_holds_no_local_variables(form: str) -> None:
-    """They are keys, secret keys and content; the console's default shows them where the package rich is installed, as it is beside our dependencies."""
+    """They are keys, secret keys and content; the console's default shows them where the package rich is installed, as
+    it is beside our dependencies.
+    """
     out = io.StringIO()
     observe.setup_logging("info", form, stream=out)
     dek = "never to be seen".upper()
@@ -88,7 +90,10 @@ def test_auto_chooses_by_where_the_lines_go() -> None:
 def test_metrics_are_those_described_and_no_others() -> None:
     metrics = observe.Metrics()
     metrics.requests.answered("GetObject", 200, 0.5)
-    assert metrics.registry.get_sample_value("storaged_s3_requests_total", {"operation": "GetObject", "status": "200"}) == 1.0
+    assert (
+        metrics.registry.get_sample_value("storaged_s3_requests_total", {"operation": "GetObject", "status": "200"})
+        == 1.0
+    )
     with pytest.raises(KeyError):
         metrics.gauge("storaged_unheard_of")
 
@@ -96,10 +101,15 @@ def test_metrics_are_those_described_and_no_others() -> None:
 def test_requests_are_told_as_prometheus_own_counters_and_histograms_would_tell_them() -> None:
     metrics, registry = observe.Metrics(), CollectorRegistry()
     count = Counter(
-        "storaged_s3_requests_total", observe.METRICS["storaged_s3_requests_total"].help, ("operation", "status"), registry=registry
+        "storaged_s3_requests_total",
+        observe.METRICS["storaged_s3_requests_total"].help,
+        ("operation", "status"),
+        registry=registry,
     )
     time = observe.METRICS["storaged_s3_request_seconds"]
-    seconds = Histogram("storaged_s3_request_seconds", time.help, ("operation",), buckets=observe.REQUEST_SECONDS, registry=registry)
+    seconds = Histogram(
+        "storaged_s3_request_seconds", time.help, ("operation",), buckets=observe.REQUEST_SECONDS, registry=registry
+    )
     for operation, status, took_s in (
         ("GetObject", 200, 0.001),
         ("GetObject", 404, 0.00100001),
@@ -141,7 +151,11 @@ def test_what_several_processes_counted_is_one_nodes_and_goes_on_when_one_has_en
     assert "storaged_loop_lag_seconds 0.2" in lines
     assert "storaged_ready 1.0" in lines
     assert 'storaged_object_events{event="gets"} 6.0' in lines
-    edges = [line.split('le="')[1].split('"')[0] for line in lines if 'operation="GetObject"} ' in line and "_bucket{" in line]
+    edges = [
+        line.split('le="')[1].split('"')[0]
+        for line in lines
+        if 'operation="GetObject"} ' in line and "_bucket{" in line
+    ]
     assert edges == ["0.001", "0.0025", *edges[2:-1], "+Inf"]
     assert [float(edge) for edge in edges] == sorted(map(float, edges))
 

@@ -11,21 +11,34 @@ import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry, Profile
 from storaged.errors import ServiceUnavailable
-from storaged.objects.place import Placement, acceptable, choose, copies_rule, disks_of, enough_copies, first_choice, spare
+from storaged.objects.code.place import (
+    Placement,
+    acceptable,
+    choose,
+    copies_rule,
+    disks_of,
+    enough_copies,
+    first_choice,
+    spare,
+)
 from storaged.objects.records import Run
 
 TARGETS = (Profile(4, 2), Profile(2, 1), Profile(3, 2), Profile(1, 2), Profile(1, 1))
 RACKS = ((2, 2, 2), (1, 1, 1, 1, 1, 1), (2, 2, 1), (3, 3), (4, 1, 1), (6,), (2, 2, 2, 1), (1, 1, 1))
 
 
-def layout_of(racks: Sequence[int], *, epoch: int = 1, countries: Sequence[str] = (), draining: Iterable[str] = ()) -> Layout:
+def layout_of(
+    racks: Sequence[int], *, epoch: int = 1, countries: Sequence[str] = (), draining: Iterable[str] = ()
+) -> Layout:
     """One node a rack, ``racks[i]`` disks each; disk ids are ``r<rack>d<number>``."""
     nodes = tuple(
         NodeEntry(f"n{rack}", f"{countries[rack] if countries else 'FR'}/site/{rack}", "127.0.0.1:1", ("storage",))
         for rack in range(len(racks))
     )
     disks = tuple(
-        DiskEntry(f"r{rack}d{number}", f"n{rack}", 100, "draining" if f"r{rack}d{number}" in set(draining) else "active")
+        DiskEntry(
+            f"r{rack}d{number}", f"n{rack}", 100, "draining" if f"r{rack}d{number}" in set(draining) else "active"
+        )
         for rack, count in enumerate(racks)
         for number in range(count)
     )
@@ -48,7 +61,9 @@ def every_outage(layout: Layout) -> Iterable[frozenset[str]]:
 
 @pytest.mark.parametrize("racks", RACKS, ids=str)
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_whatever_is_away_a_chosen_placement_is_acceptable_and_survives_any_disk_and_any_domain_that_can_be_survived(racks, target):
+def test_whatever_is_away_a_chosen_placement_is_acceptable_and_survives_any_disk_and_any_domain_that_can_be_survived(
+    racks, target
+):
     layout = layout_of(racks)
     for away in every_outage(layout):
         living = {disk.id for disk in layout.disks} - away
@@ -69,12 +84,16 @@ def test_whatever_is_away_a_chosen_placement_is_acceptable_and_survives_any_disk
                 for domain in domains:
                     lost = frozenset(disk for disk in living if layout.domain_by_disk[disk] == domain)
                     assert survivors_after(layout, placement, lost) >= placement.profile.k
-            assert acceptable(layout, placement.profile, dict(enumerate(placement.disks)), lambda disk, away=away: disk not in away)
+            assert acceptable(
+                layout, placement.profile, dict(enumerate(placement.disks)), lambda disk, away=away: disk not in away
+            )
 
 
 @pytest.mark.parametrize("racks", [(2, 2, 2), (2, 2, 1), (3, 3), (6,)], ids=str)
 @pytest.mark.parametrize("profile", [Profile(4, 2), Profile(2, 2), Profile(3, 2), Profile(1, 2)], ids=str)
-def test_what_is_acceptable_keeps_k_fragments_whatever_single_disk_or_domain_dies_next_and_nothing_else_is(racks, profile):
+def test_what_is_acceptable_keeps_k_fragments_whatever_single_disk_or_domain_dies_next_and_nothing_else_is(
+    racks, profile
+):
     layout = layout_of(racks)
     ids = [disk.id for disk in layout.disks]
     for away in every_outage(layout):
@@ -234,7 +253,14 @@ def test_the_rule_made_for_a_registers_replicas_judges_copies_as_the_general_one
 
 @pytest.mark.parametrize(
     ("positions", "expected"),
-    [(range(6), (2, 1)), (range(5), (1, 0)), (range(4), (0, 0)), ((0, 2, 4, 5), (0, 0)), (range(3), (-1, -1)), ((), (-1, -1))],
+    [
+        (range(6), (2, 1)),
+        (range(5), (1, 0)),
+        (range(4), (0, 0)),
+        ((0, 2, 4, 5), (0, 0)),
+        (range(3), (-1, -1)),
+        ((), (-1, -1)),
+    ],
     ids=str,
 )
 def test_spare_counts_the_worst_disks_and_the_worst_racks_that_may_still_fail(positions, expected):
@@ -257,4 +283,6 @@ def test_nothing_is_placed_outside_the_countries_of_the_layout_whatever_a_bucket
         assert {narrowed.country_of(disk) for disk in first_choice(narrowed, data_id, Profile(2, 1))} == {"FR"}
         with pytest.raises(ServiceUnavailable):
             choose(narrowed, data_id, Profile(1, 1), lambda disk: True, ("DE",))
-    assert {mixed.country_of(disk) for disk in choose(mixed, data_ids(1)[0], Profile(4, 2), lambda disk: True).disks} == {"FR", "DE"}
+    assert {
+        mixed.country_of(disk) for disk in choose(mixed, data_ids(1)[0], Profile(4, 2), lambda disk: True).disks
+    } == {"FR", "DE"}

@@ -10,7 +10,11 @@ from storaged.cluster.policy import EU_LAW, EU_LAW_TERRITORIES, EU_MEMBERS, ISO_
 from storaged.cluster.ports import PeerIdentity
 from storaged.errors import JurisdictionRefused
 
-INSIDE = {*" AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE GP MQ GF RE YT MF ".strip().split(" ")}
+INSIDE = {
+    *" AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE GP MQ GF RE YT MF ".strip().split(  # noqa: E501
+        " "
+    )
+}
 """Written out a second time on purpose: the table under test must not be its own witness."""
 
 
@@ -26,12 +30,16 @@ def test_exactly_the_places_under_eu_law_are_admitted(country: str) -> None:
     assert bool(Policy().refusal(country)) == (country not in INSIDE)
 
 
-@pytest.mark.parametrize("country", ["NC", "PF", "PM", "WF", "BL", "TF", "GB", "CH", "NO", "US", "AX", "GL", "MC", "UA", "VA"])
+@pytest.mark.parametrize(
+    "country", ["NC", "PF", "PM", "WF", "BL", "TF", "GB", "CH", "NO", "US", "AX", "GL", "MC", "UA", "VA"]
+)
 def test_near_misses_are_refused(country: str) -> None:
     assert not Policy().admits(country)
 
 
-@pytest.mark.parametrize("country", [None, "", "fr", "Fr", "FRA", " FR", "FR ", "EU", "UK", "EL", "F", "FR\n", b"FR", 33, "ＦＲ", ("FR",)])
+@pytest.mark.parametrize(
+    "country", [None, "", "fr", "Fr", "FRA", " FR", "FR ", "EU", "UK", "EL", "F", "FR\n", b"FR", 33, "ＦＲ", ("FR",)]
+)
 def test_what_is_missing_or_mistyped_is_refused_with_a_reason(country: object) -> None:
     assert Policy().refusal(country)
 

@@ -44,7 +44,9 @@ METRICS = "cpu_seconds max_fds open_fds resident_memory_bytes start_time_seconds
 @pytest.mark.parametrize("private", [True, False])
 def test_no_process_of_the_same_user_reads_a_gateways_memory_and_its_own_metrics_go_on(private: bool) -> None:
     arguments = [sys.executable, "-c", SCRIPT, *(["private"] if private else [])]
-    seen, metrics = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    seen, metrics = subprocess.run(
+        arguments, capture_output=True, text=True, check=True, timeout=60
+    ).stdout.splitlines()
     assert metrics.split()[1:] == [f"process_{name}" for name in METRICS.split()]
     if private:
         assert seen == "seen"

@@ -1,12 +1,12 @@
-"""The tables of the register: what acceptors answer, what majorities prove, what a proposer may conclude of its own attempts."""
+"""The tables of the register: what acceptors answer, what majorities prove, what a proposer may conclude of its own
+attempts.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from storaged.meta.names import Change, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
-from storaged.meta.register import (
+from storaged.meta.consensus.register import (
     CALL_BYTES,
     HIGH_WATER_BLOCK_US,
     NEVER,
@@ -27,6 +27,8 @@ from storaged.meta.register import (
     settled_ballot,
     shown,
 )
+from storaged.meta.names import Change, Value, Visibility
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
 
 
 def ballot(counter: int, node: str = "a", epoch: int = 1) -> Ballot:
@@ -78,7 +80,9 @@ def test_a_prepare_is_answered_by_the_table(acceptor: Acceptor, asked: Ballot, n
 
 
 @pytest.mark.parametrize(("acceptor", "asked", "nonce", "identity", "verdict"), ACCEPTS)
-def test_an_accept_is_answered_by_the_table(acceptor: Acceptor, asked: Ballot, nonce: bytes, identity: bool, verdict: Verdict) -> None:
+def test_an_accept_is_answered_by_the_table(
+    acceptor: Acceptor, asked: Ballot, nonce: bytes, identity: bool, verdict: Verdict
+) -> None:
     assert judge_accept(acceptor, asked, value(2), nonce, identity) is verdict
 
 

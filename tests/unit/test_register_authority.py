@@ -1,4 +1,6 @@
-"""What other nodes may write to registers: by role, by whose ballot it is, and how far ahead that lies. And the attacks of one storage certificate that this ends."""
+"""What other nodes may write to registers: by role, by whose ballot it is, and how far ahead that lies. And the attacks
+of one storage certificate that this ends.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storaged.cluster import authority
 from storaged.cluster.ports import PeerIdentity
+from storaged.cluster.rpc import authority
 from storaged.errors import InvalidAccessKeyId, PeerRefused, ServiceUnavailable
 from storaged.fragments.remote import StoreDirectory
 from storaged.meta import messages
 from storaged.meta.authority import Gate, may_use, may_write
 from storaged.meta.client import RingClient
-from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, object_name, system_name
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Slot, StoreBatch
-from storaged.meta.register import (
+from storaged.meta.consensus.register import (
     COUNTER_AHEAD_MAX_US,
     COUNTER_MAX,
     Ballots,
@@ -28,9 +28,11 @@ from storaged.meta.register import (
     confirmed_above,
     credible,
 )
-from storaged.meta.remote import ReplicaDirectory
+from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, object_name, system_name
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Slot, StoreBatch
+from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.objects.records import BucketRecord
-from storaged.objects.users import UserService
+from storaged.objects.system.users import UserService
 from storaged.wire import decode, encode
 from tests.unit.ring_cluster import Cluster, LocalCaller, run
 from tests.unit.test_replica import FixedClock
@@ -41,7 +43,17 @@ BOTH = PeerIdentity("n1", "FR", "par1", "a", ("gateway", "storage"))
 OBJECT = RegisterName(Table.OBJECT, b"bucket of a test", 3, b"key")
 PRIVILEGED = [
     system_name(path)
-    for path in ("key/00ff", "user/AK", "username/ann", "bucket/b", "cluster", "layout", "signer/00", "audit/n1/c0", "new/")
+    for path in (
+        "key/00ff",
+        "user/AK",
+        "username/ann",
+        "bucket/b",
+        "cluster",
+        "layout",
+        "signer/00",
+        "audit/n1/c0",
+        "new/",
+    )
 ]
 NOW_MS = 1_800_000_000_000
 NOW_US = NOW_MS * 1000
@@ -56,11 +68,14 @@ def gate() -> Gate:
     return Gate(lambda: 1, clock=FixedClock(NOW_MS))
 
 
-def accept(name: RegisterName, node: str, *, identity: bool = False, counter: int = NOW_US, epoch: int = 1) -> messages.Accept:
+def accept(
+    name: RegisterName, node: str, *, identity: bool = False, counter: int = NOW_US, epoch: int = 1
+) -> messages.Accept:
     return messages.Accept("d", name, ballot(node, counter, epoch), VALUE, identity=identity)
 
 
-# --- the gate ------------------------------------------------------------------------------------------------------------
+# --- the gate
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRIVILEGED, ids=lambda name: name.key.decode())
@@ -84,9 +99,14 @@ def test_a_storage_node_writes_registers_of_buckets() -> None:
 
 
 @given(
-    key=st.binary(min_size=1, max_size=40), table=st.integers(0, 255), shard=st.integers(0, 255), scope=st.binary(min_size=16, max_size=16)
+    key=st.binary(min_size=1, max_size=40),
+    table=st.integers(0, 255),
+    shard=st.integers(0, 255),
+    scope=st.binary(min_size=16, max_size=16),
 )
-def test_whatever_the_name_no_register_of_table_0_is_a_storage_nodes(key: bytes, table: int, shard: int, scope: bytes) -> None:
+def test_whatever_the_name_no_register_of_table_0_is_a_storage_nodes(
+    key: bytes, table: int, shard: int, scope: bytes
+) -> None:
     name = RegisterName(table, scope, shard, key)
     assert may_write(name, STORAGE) == (table != 0)
     assert may_write(name, GATEWAY)
@@ -129,7 +149,9 @@ def test_creates_are_for_gateways_by_themselves_and_among_many() -> None:
         with pytest.raises(PeerRefused) as refused:
             gate().accept(request, STORAGE, create=create)
         assert refused.value.remote_code == "ROLE_REFUSED"
-        assert gate().accept(msgspec.structs.replace(request, ballot=ballot("gw")), GATEWAY, create=create) is Verdict.OK
+        assert (
+            gate().accept(msgspec.structs.replace(request, ballot=ballot("gw")), GATEWAY, create=create) is Verdict.OK
+        )
 
 
 def test_a_ballot_of_a_layout_that_this_node_does_not_know_is_put_off() -> None:
@@ -146,7 +168,8 @@ def test_a_storage_nodes_counter_is_bounded_by_the_clock_alone() -> None:
     assert gate().accept(accept(OBJECT, "gw", counter=highest + 1), GATEWAY) is Verdict.OK  # the acceptor judges those
 
 
-# --- a proposer that one replica would lead astray -----------------------------------------------------------------------
+# --- a proposer that one replica would lead astray
+# -----------------------------------------------------------------------
 
 
 def test_what_one_replica_says_of_counters_beyond_the_hour_is_not_believed_and_a_majority_is() -> None:
@@ -178,17 +201,29 @@ def test_after_a_clock_was_set_right_ballots_begin_anew_in_another_life() -> Non
 
 @pytest.mark.parametrize(
     ("far", "replicas", "above"),
-    [([], 3, 0), ([9], 3, 0), ([5, 9], 3, 5), ([5, 9, 7], 3, 7), ([9, 9], 5, 0), ([1, 2, 3], 5, 1), ([1, 2, 3, 4, 5], 5, 3), ([9], 1, 9)],
+    [
+        ([], 3, 0),
+        ([9], 3, 0),
+        ([5, 9], 3, 5),
+        ([5, 9, 7], 3, 7),
+        ([9, 9], 5, 0),
+        ([1, 2, 3], 5, 1),
+        ([1, 2, 3, 4, 5], 5, 3),
+        ([9], 1, 9),
+    ],
 )
 def test_a_majority_vouches_for_no_more_than_its_lowest(far: list[int], replicas: int, above: int) -> None:
     assert confirmed_above(far, replicas) == above
 
 
-# --- one storage certificate against a cluster ---------------------------------------------------------------------------
+# --- one storage certificate against a cluster
+# ---------------------------------------------------------------------------
 
 
 class Attacker:
-    """Has the name and the certificate of the storage node ``na``, and asks other nodes; its own disks it has anyway."""
+    """Has the name and the certificate of the storage node ``na``, and asks other nodes; its own
+    disks it has anyway.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -203,7 +238,9 @@ class Attacker:
 
     async def force(self, name: RegisterName, value: Value, node: str = "na", *, identity: bool = False) -> list[str]:
         """As keys/att.py did: prepare and accept at every replica. What each other node said."""
-        at = Ballot(self.cluster.layouts.current.epoch, self.cluster.clock.wall_ms() * 1000 + 5_000_000, node, os.urandom(8))
+        at = Ballot(
+            self.cluster.layouts.current.epoch, self.cluster.clock.wall_ms() * 1000 + 5_000_000, node, os.urandom(8)
+        )
         told = []
         for disk in self.others(name):
             replica, accept = self.replicas.replica(disk), messages.Accept(disk, name, at, value, identity=identity)
@@ -265,7 +302,9 @@ def test_not_even_what_a_replica_holds_already_is_accepted_anew() -> None:
     async def scenario(cluster: Cluster) -> None:
         await cluster.bucket("demo")
         before = await value_of(cluster, "bucket/demo")
-        assert set(await Attacker(cluster).force(system_name("bucket/demo"), before, identity=True)) == {"VALUE_REFUSED"}
+        assert set(await Attacker(cluster).force(system_name("bucket/demo"), before, identity=True)) == {
+            "VALUE_REFUSED"
+        }
 
     run(scenario)
 
@@ -294,14 +333,20 @@ def test_putting_an_objects_older_record_back_is_still_possible_and_raises_an_al
         await cluster.put(bucket, b"contract", b"version two")
         assert set(await attacker.force(name, first)) == {"OK"}
         assert await cluster.get(bucket, b"contract") == b"version one"
-        falls = {disk: node.replicas[disk].statistics().sequence_falls for node in cluster.nodes.values() for disk in node.replicas}
+        falls = {
+            disk: node.replicas[disk].statistics().sequence_falls
+            for node in cluster.nodes.values()
+            for disk in node.replicas
+        }
         assert [falls[disk] for disk in attacker.others(name)] == [1, 1]
 
     run(scenario)
 
 
 def test_one_storage_certificate_changes_nothing_privileged_by_any_method_of_the_table() -> None:
-    """Every row that is not for storage nodes is refused by its role; of the others, what could touch a privileged register is refused by its contents."""
+    """Every row that is not for storage nodes is refused by its role; of the others, what could touch a privileged
+    register is refused by its contents.
+    """
 
     async def scenario(cluster: Cluster) -> None:
         attacker, bucket = Attacker(cluster), await cluster.bucket("demo")
@@ -317,12 +362,26 @@ def test_one_storage_certificate_changes_nothing_privileged_by_any_method_of_the
         for request in (fence, lift):
             assert (await _refusal(attacker, request)) == "ROLE_REFUSED"
         at = Ballot(1, cluster.clock.wall_ms() * 1000, "na", bytes(8))
-        for path in ("user/AK", "username/ann", "bucket/demo", "key/" + bucket.id.hex(), "cluster", "layout", "audit/nb/chain"):
+        for path in (
+            "user/AK",
+            "username/ann",
+            "bucket/demo",
+            "key/" + bucket.id.hex(),
+            "cluster",
+            "layout",
+            "audit/nb/chain",
+        ):
             name = system_name(path)
             each = messages.Accept("b0", name, at, VALUE)
-            many = messages.Accepts([each, msgspec.structs.replace(each, identity=True), each], [0, 0, 0], [False, False, True])
+            many = messages.Accepts(
+                [each, msgspec.structs.replace(each, identity=True), each], [0, 0, 0], [False, False, True]
+            )
             answer, _ = await attacker.caller.call("nb", "meta.accepts", many, messages.AcceptsReply)
-            assert [answer.errors[index].remote_code for index in range(3)] == ["VALUE_REFUSED", "VALUE_REFUSED", "ROLE_REFUSED"]
+            assert [answer.errors[index].remote_code for index in range(3)] == [
+                "VALUE_REFUSED",
+                "VALUE_REFUSED",
+                "ROLE_REFUSED",
+            ]
             assert set(await attacker.force(name, VALUE)) == {"VALUE_REFUSED"}
         assert {disk: cluster.rows(disk) for disk in rows} == rows
         assert all(cluster.meta(disk).get_fence(bucket.id) is None for disk in rows)
@@ -340,7 +399,8 @@ async def _refusal(attacker: Attacker, request: messages.FenceSet | messages.Fen
     return ""
 
 
-# --- healing without storage nodes ---------------------------------------------------------------------------------------
+# --- healing without storage nodes
+# ---------------------------------------------------------------------------------------
 
 
 def test_a_system_replica_that_was_away_is_caught_up_by_a_gateway() -> None:
@@ -405,7 +465,8 @@ def test_a_storage_node_reads_what_a_majority_agrees_on_and_leaves_the_rest_to_g
     run(scenario)
 
 
-# --- a storage node that lies about its own disk ---------------------------------------------------------------------------
+# --- a storage node that lies about its own disk
+# ---------------------------------------------------------------------------
 
 
 async def put_back(cluster: Cluster, path: str, old: Value) -> None:
@@ -455,7 +516,9 @@ def test_where_no_two_replicas_agree_a_lone_higher_ballot_leads_to_no_older_reco
     settled, cut_short, lie = (ballot("a", 1), record(5)), (ballot("b", 2), record(6)), (ballot("l", 3), record(2))
     assert credible(groups, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False)
     lie = ballot("l", 0), record(9)
-    assert credible(groups, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False), "what a majority exceeds was not chosen"
+    assert credible(groups, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False), (
+        "what a majority exceeds was not chosen"
+    )
     same = ballot("c", 3), record(6)
     assert credible(groups, {"x": cut_short, "y": settled, "z": same}) == (*same, False)
 

@@ -26,16 +26,16 @@ from storaged.errors import (
     SlowDown,
 )
 from storaged.meta import messages
+from storaged.meta.acceptor.replica import META_HIGH_WATER, LocalReplica
 from storaged.meta.client import RingClient
-from storaged.meta.copies import PlainCopies
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies, StoreBatch
-from storaged.meta.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, Verdict
-from storaged.meta.replica import META_HIGH_WATER, LocalReplica
-from storaged.meta.rounds import Turns
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.transport.quorum import Turns
 from storaged.wire import Buffer, encode
 from tests.patience import GUARD_S
 
@@ -51,7 +51,9 @@ def later_us() -> int:
 
 
 class Unreliable:
-    """A replica in front of which calls are lost: ``away`` loses the call, ``deaf`` methods are carried out and their answers lost, ``stuck`` ones never end."""
+    """A replica in front of which calls are lost: ``away`` loses the call, ``deaf`` methods are carried out and their
+    answers lost, ``stuck`` ones never end.
+    """
 
     def __init__(self, inner: LocalReplica) -> None:
         self.inner = inner
@@ -82,7 +84,9 @@ class Unreliable:
         self.prepares.append(request)
         return await self._pass("prepare", lambda: self.inner.prepare(request))  # type: ignore[return-value]
 
-    async def accept(self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0) -> messages.AcceptReply:
+    async def accept(
+        self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0
+    ) -> messages.AcceptReply:
         self.accepts.append(request)
         return await self._pass("accept", lambda: self.inner.accept(request, body))  # type: ignore[return-value]
 
@@ -154,7 +158,9 @@ class Ring:
         return self.replicas[disk_id]
 
     def client(self, node: str = "gw", deadline_s: float = 5.0, **options: Any) -> RingClient:
-        made = RingClient(self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=0.01, jitter=lambda: 0.9, **options)
+        made = RingClient(
+            self.layouts, self, node=node, deadline_s=deadline_s, hedge_s=0.01, jitter=lambda: 0.9, **options
+        )
         self.clients.append(made)
         return made
 
@@ -165,7 +171,9 @@ class Ring:
     async def accept_at(self, replica: Unreliable, body: bytes, counter: int, sequence: int = 1) -> None:
         """What a proposer that died half-way leaves behind."""
         value = Value(sequence, body.ljust(16), Visibility.LIVE, body)
-        await replica.inner.accept(messages.Accept(replica.inner.disk, NAME, Ballot(1, counter, "dead", b"12345678"), value))
+        await replica.inner.accept(
+            messages.Accept(replica.inner.disk, NAME, Ballot(1, counter, "dead", b"12345678"), value)
+        )
 
 
 @pytest.fixture
@@ -308,7 +316,9 @@ async def test_the_barrier_runs_beside_the_prepare_and_its_failure_accepts_nothi
     assert (await client.read(NAME)).value is None
 
 
-async def test_a_change_that_was_preempted_behind_its_barrier_renews_its_fragments_before_it_prepares_again(ring: Ring) -> None:
+async def test_a_change_that_was_preempted_behind_its_barrier_renews_its_fragments_before_it_prepares_again(
+    ring: Ring,
+) -> None:
     client, collector = ring.client("gw"), ring.client("collector")
     steps: list[str] = []
 
@@ -377,7 +387,9 @@ async def test_a_change_that_is_cancelled_before_it_proposed_anything_proposes_n
 
 
 @pytest.mark.parametrize("stuck", ["prepare", "accept"])
-async def test_a_change_whose_replicas_never_answer_ends_at_its_deadline_and_gives_its_turn_back(ring: Ring, stuck: str) -> None:
+async def test_a_change_whose_replicas_never_answer_ends_at_its_deadline_and_gives_its_turn_back(
+    ring: Ring, stuck: str
+) -> None:
     client = ring.client(deadline_s=0.2)
     for replica in (ring.first, ring.second):
         replica.stuck.add(stuck)
@@ -449,7 +461,9 @@ async def test_a_lineage_that_moved_on_after_a_lost_answer_is_an_unknown_outcome
         for replica in ring.replicas.values():
             replica.deaf.clear()
             replica.gate = asyncio.Event()
-        inner = RingClient(ring.layouts, _Directory({disk: each.inner for disk, each in ring.replicas.items()}), node="gw3")
+        inner = RingClient(
+            ring.layouts, _Directory({disk: each.inner for disk, each in ring.replicas.items()}), node="gw3"
+        )
         await inner.change(NAME, put(b"later"))
         await inner.close()
         for replica in ring.replicas.values():
@@ -494,7 +508,9 @@ async def test_a_first_attempt_that_others_were_in_the_way_of_is_counted_as_pree
                 assert replica.inner.prepare_at_once(messages.Prepare(replica.inner.disk, NAME, other)) is not None
         return Change(b"one")
 
-    for replica in ring.replicas.values():  # of the other register: so that a promise so high does not wait for the disk
+    for (
+        replica
+    ) in ring.replicas.values():  # of the other register: so that a promise so high does not wait for the disk
         await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME if stage == "prepare" else OTHER, other))
     await client.change(NAME, between)
     assert client.statistics().preempted > 0
@@ -542,7 +558,9 @@ async def test_a_turn_goes_past_a_waiter_that_was_cancelled_in_the_moment_of_its
         waiter.cancel()
     turns.release(NAME)
     await stays
-    assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*gone, return_exceptions=True))
+    assert all(
+        isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*gone, return_exceptions=True)
+    )
     async with asyncio.timeout(1):
         await _take(turns)
 
@@ -560,7 +578,9 @@ async def test_settling_commits_a_new_ballot_that_no_earlier_promise_survives(ri
         await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, early))
     assert await client.settle(NAME) == written
     for replica in ring.replicas.values():
-        late = await replica.inner.accept(messages.Accept(replica.inner.disk, NAME, early, Value(2, b"l" * 16, 2, b"late")))
+        late = await replica.inner.accept(
+            messages.Accept(replica.inner.disk, NAME, early, Value(2, b"l" * 16, 2, b"late"))
+        )
         assert late.verdict == Verdict.PREEMPTED
 
 
@@ -595,7 +615,8 @@ async def test_two_values_under_one_ballot_are_not_believed(ring: Ring) -> None:
     assert client.statistics().digest_conflicts == 1
 
 
-# --- small copies -------------------------------------------------------------------------------------------------------
+# --- small copies
+# -------------------------------------------------------------------------------------------------------
 
 
 def small_copies(content: bytes, needed: int = 2) -> SmallCopies:
@@ -614,7 +635,11 @@ async def test_a_small_object_is_written_with_the_accept_and_read_with_the_recor
     assert bytes(reading.payload) == b"payload"
     await asyncio.sleep(0.01)
     replicas = (ring.first, ring.second, ring.third)
-    assert [(replica.calls.count("prepare"), replica.calls.count("accept")) for replica in replicas] == [(1, 1), (1, 1), (0, 1)]
+    assert [(replica.calls.count("prepare"), replica.calls.count("accept")) for replica in replicas] == [
+        (1, 1),
+        (1, 1),
+        (0, 1),
+    ]
     assert all(ring.copies.values())
 
 
@@ -690,7 +715,9 @@ async def test_a_change_that_keeps_the_copy_of_an_unconfirmed_record_carries_it_
 
 
 @pytest.mark.parametrize("how", ["settle", "read"])
-async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_disk_is_full(ring: Ring, how: str) -> None:
+async def test_a_settling_round_carries_the_copy_and_goes_on_without_it_where_a_disk_is_full(
+    ring: Ring, how: str
+) -> None:
     await alone_on_the_first(ring)
     ring.full.update(ring.order[1:])
     ring.second.away = how == "read"  # else two that know nothing may be heard first, and are right
@@ -766,7 +793,8 @@ async def test_a_preempted_change_sends_its_copies_again(ring: Ring) -> None:
     assert [bool(request.header) for request in ring.first.accepts] == [True, True]
 
 
-# --- fences, layouts, pages ---------------------------------------------------------------------------------------------
+# --- fences, layouts, pages
+# ---------------------------------------------------------------------------------------------
 
 
 async def test_a_fenced_bucket_can_be_read_and_settled_with_its_nonce_but_not_changed(ring: Ring) -> None:
@@ -877,7 +905,9 @@ async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) 
     names = [RegisterName(Table.OBJECT, SCOPE, shard % 16, f"key {shard}".encode()) for shard in range(48)]
     for life in range(2):
         stores = {disk: LmdbMetaStore(tmp_path / disk, map_bytes=1 << 26) for disk in DISKS}
-        client = RingClient(layouts, _Directory({disk: LocalReplica(disk, store) for disk, store in stores.items()}), node="gw")
+        client = RingClient(
+            layouts, _Directory({disk: LocalReplica(disk, store) for disk, store in stores.items()}), node="gw"
+        )
         outcomes = await asyncio.gather(*(client.change(name, increment) for name in names))
         assert {outcome.after.body for outcome in outcomes if outcome.after is not None} == {str(life + 1).encode()}
         readings = await asyncio.gather(*(client.read(name) for name in names))
@@ -887,7 +917,8 @@ async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) 
             await store.close()
 
 
-# --- counters beyond the hour ----------------------------------------------------------------------------------------------
+# --- counters beyond the hour
+# ----------------------------------------------------------------------------------------------
 
 
 class Ahead(SystemClock):
@@ -904,7 +935,9 @@ def lie(replica: Unreliable, verdict: Verdict) -> None:
 
 
 @pytest.mark.parametrize("verdict", [Verdict.PREEMPTED, Verdict.DAMAGED, Verdict.AHEAD])
-async def test_one_replica_that_lies_about_counters_leads_no_proposer_to_where_the_others_refuse_it(ring: Ring, verdict: Verdict) -> None:
+async def test_one_replica_that_lies_about_counters_leads_no_proposer_to_where_the_others_refuse_it(
+    ring: Ring, verdict: Verdict
+) -> None:
     client = ring.client()
     for replica in (ring.first, ring.second, ring.third):
         honest = replica.inner.prepare_at_once
@@ -953,7 +986,8 @@ async def test_a_layout_that_replicas_are_about_to_learn_costs_a_retry(ring: Rin
     assert answered > 3
 
 
-# --- fences are believed of a majority -------------------------------------------------------------------------------------
+# --- fences are believed of a majority
+# -------------------------------------------------------------------------------------
 
 
 async def test_what_one_replica_says_of_a_fence_ends_no_bucket_while_another_is_away(ring: Ring) -> None:

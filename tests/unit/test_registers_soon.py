@@ -1,4 +1,6 @@
-"""A change without a task: told what one with a task returns or raises, once, whatever its replicas do; and it gives its turn back."""
+"""A change without a task: told what one with a task returns or raises, once, whatever its replicas do; and it gives
+its turn back.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ async def ring() -> AsyncIterator[Ring]:
 
 
 def begun(
-    client: RingClient, update: Update, small: SmallCopies | None = None, *, regardless: bool = False, name: RegisterName = NAME
+    client: RingClient,
+    update: Update,
+    small: SmallCopies | None = None,
+    *,
+    regardless: bool = False,
+    name: RegisterName = NAME,
 ) -> asyncio.Future[Outcome | Exception]:
     """What ``change_soon`` tells. A second telling is an InvalidStateError."""
     told: asyncio.Future[Outcome | Exception] = asyncio.get_running_loop().create_future()
@@ -132,7 +139,9 @@ async def test_what_the_update_raises_is_told_and_changes_nothing(ring: Ring) ->
 
 
 @pytest.mark.parametrize("copied", [False, True])
-async def test_a_small_object_that_is_refused_waits_for_no_copy_of_its_own_where_it_settles_what_it_found(ring: Ring, copied: bool) -> None:
+async def test_a_small_object_that_is_refused_waits_for_no_copy_of_its_own_where_it_settles_what_it_found(
+    ring: Ring, copied: bool
+) -> None:
     client = ring.client(deadline_s=1.0)
     await ring.accept_at(ring.first, b"half", 1)
     ring.third.away = True

@@ -63,7 +63,9 @@ def test_the_wheel_has_every_module_the_documents_and_py_typed(tmp_path: Path) -
         shutil.copy(ROOT / name, source)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", build], cwd=source, env=environment, capture_output=True, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=source, env=environment, capture_output=True, check=True, timeout=120
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"storaged-{storaged.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as opened:

@@ -11,8 +11,8 @@ import pytest
 
 from storaged.errors import AccessDenied, BucketNotEmpty, NoSuchBucket, NoSuchKey, ServiceUnavailable
 from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, Principal
-from storaged.objects.fenced import FENCED_MAX, FencedBuckets
 from storaged.objects.records import BucketRecord
+from storaged.objects.system.fenced import FENCED_MAX, FencedBuckets
 from storaged.s3 import replaced
 from storaged.s3.operations import Operation
 from storaged.s3.reply import Reply
@@ -76,7 +76,9 @@ async def keys(objects: Any, bucket: BucketRecord) -> Any:
 
 
 async def put(objects: Any, bucket: BucketRecord) -> Any:
-    await objects.put(bucket, b"k2", body_of(b"x"), NewMeta(), BodyChecks(size=1), owner=WHO.user_id, conditions=NO_WRITE_CONDITIONS)
+    await objects.put(
+        bucket, b"k2", body_of(b"x"), NewMeta(), BodyChecks(size=1), owner=WHO.user_id, conditions=NO_WRITE_CONDITIONS
+    )
 
 
 async def remove(objects: Any, bucket: BucketRecord) -> Any:
@@ -174,7 +176,8 @@ def test_the_short_way_to_a_read_does_not_answer_for_a_fenced_bucket() -> None:
     run(scenario)
 
 
-# --- what is remembered -------------------------------------------------------------------------------------------------
+# --- what is remembered
+# -------------------------------------------------------------------------------------------------
 
 
 def clock(seconds: list[float]) -> Any:

@@ -15,17 +15,17 @@ import xxhash
 from storaged.cluster.ports import Call, PeerIdentity, Reply
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown
 from storaged.meta import messages
-from storaged.meta import replica as replica_module
-from storaged.meta.copies import PlainCopies
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.acceptor import replica as replica_module
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, HIGH_WATER_BLOCK_US, Verdict
 from storaged.meta.messages import ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy, Done, StoreBatch
-from storaged.meta.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, HIGH_WATER_BLOCK_US, Verdict
-from storaged.meta.remote import ReplicaHost
-from storaged.meta.replica import LocalReplica
-from storaged.meta.scan import Want
-from storaged.meta.store import LmdbMetaStore
+from storaged.meta.storage.lmdb_store import LmdbMetaStore
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.scan import Want
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import Buffer
 from tests.patience import GUARD_S
 
@@ -70,7 +70,9 @@ def prepare(at: Ballot, name: RegisterName = NAME, **more: bytes) -> messages.Pr
     return messages.Prepare("d", name, at, **more)
 
 
-def accept(at: Ballot, what: Value, name: RegisterName = NAME, *, nonce: bytes = b"", identity: bool = False) -> messages.Accept:
+def accept(
+    at: Ballot, what: Value, name: RegisterName = NAME, *, nonce: bytes = b"", identity: bool = False
+) -> messages.Accept:
     return messages.Accept("d", name, at, what, nonce, identity)
 
 
@@ -176,7 +178,9 @@ async def test_the_promise_evicted_from_a_full_table_binds_every_register() -> N
     assert replica.statistics().promises == 2
     assert replica.statistics().promises_evicted == 1
     assert (await replica.prepare(prepare(ballot(29)))).verdict == Verdict.PREEMPTED
-    assert (await replica.accept(accept(ballot(29), value(), RegisterName(Table.OBJECT, SCOPE, 3, b"a")))).verdict == Verdict.PREEMPTED
+    assert (
+        await replica.accept(accept(ballot(29), value(), RegisterName(Table.OBJECT, SCOPE, 3, b"a")))
+    ).verdict == Verdict.PREEMPTED
     assert (await replica.prepare(prepare(ballot(31)))).verdict == Verdict.OK
 
 
@@ -205,7 +209,8 @@ async def test_the_epoch_fence_refuses_older_layouts_for_good() -> None:
     assert (await replica.prepare(prepare(ballot(1, epoch=2)))).verdict == Verdict.OK
 
 
-# --- bucket fences ------------------------------------------------------------------------------------------------------
+# --- bucket fences
+# ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_bucket_fence_survives_restart_and_passes_only_settling_rounds_with_its_nonce() -> None:
@@ -219,7 +224,9 @@ async def test_a_bucket_fence_survives_restart_and_passes_only_settling_rounds_w
         assert (await fenced.prepare(prepare(ballot(now)))).verdict == Verdict.FENCED
         assert (await fenced.accept(accept(ballot(now), value(b"w")))).verdict == Verdict.FENCED
         assert (await fenced.accept(accept(ballot(now), value(b"w"), nonce=b"nonce"))).verdict == Verdict.FENCED
-        assert (await fenced.accept(accept(ballot(now), value(), nonce=b"wrong", identity=True))).verdict == Verdict.FENCED
+        assert (
+            await fenced.accept(accept(ballot(now), value(), nonce=b"wrong", identity=True))
+        ).verdict == Verdict.FENCED
         assert (await fenced.prepare(prepare(ballot(now), nonce=b"nonce"))).verdict == Verdict.OK
         assert (await fenced.accept(accept(ballot(now), value(), nonce=b"nonce", identity=True))).verdict == Verdict.OK
     assert (await read(replica)).value == value()
@@ -229,7 +236,9 @@ async def test_a_fence_binds_objects_uploads_and_parts_of_its_bucket_and_no_othe
     replica = LocalReplica("d", MemoryMetaStore())
     await replica.fence(messages.FenceSet("d", SCOPE, b"nonce"))
     for table in (Table.OBJECT, Table.UPLOAD, Table.PART):
-        assert (await replica.prepare(prepare(ballot(10), RegisterName(table, SCOPE, 0, b"k")))).verdict == Verdict.FENCED
+        assert (
+            await replica.prepare(prepare(ballot(10), RegisterName(table, SCOPE, 0, b"k")))
+        ).verdict == Verdict.FENCED
     elsewhere = RegisterName(Table.OBJECT, b"t" * 16, 0, b"k")
     assert (await replica.prepare(prepare(ballot(10), elsewhere))).verdict == Verdict.OK
 
@@ -309,7 +318,9 @@ async def test_a_fence_binds_from_the_moment_it_is_asked_and_is_answered_after_w
         lambda replica: replica.accept(accept(ballot(10, node="n" * 256), value())),
         lambda replica: replica.accept(accept(ballot(10)._replace(incarnation=b"i" * 256), value())),
         lambda replica: replica.accept(accept(ballot(10, epoch=2**64 - 1), value())),
-        lambda replica: replica.accept(msgspec.structs.replace(accept(ballot(10, epoch=2**62 + 1), value()), header=b"of a copy")),
+        lambda replica: replica.accept(
+            msgspec.structs.replace(accept(ballot(10, epoch=2**62 + 1), value()), header=b"of a copy")
+        ),
         lambda replica: replica.accept(accept(ballot(10), msgspec.structs.replace(value(), visibility=256))),
         lambda replica: replica.accept(accept(ballot(10), value(), NAME._replace(shard=256))),
         lambda replica: replica.prepare(prepare(ballot(10), NAME._replace(table=-1))),
@@ -329,7 +340,8 @@ async def test_what_no_store_can_hold_is_refused_and_harms_nothing(
     await store.close()
 
 
-# --- disks that fail, rot, or are not the ones they were ----------------------------------------------------------------
+# --- disks that fail, rot, or are not the ones they were
+# ----------------------------------------------------------------
 
 
 async def test_a_store_that_refused_a_write_makes_its_replica_silent() -> None:
@@ -406,7 +418,9 @@ async def test_close_waits_for_what_is_on_its_way_to_the_disk() -> None:
     assert store.get(NAME) is not None
 
 
-async def test_a_disk_that_hangs_is_given_so_much_and_no_more_and_goes_on_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_hangs_is_given_so_much_and_no_more_and_goes_on_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(replica_module, "WRITES_MAX", 3)
     monkeypatch.setattr(replica_module, "WRITE_BYTES_MAX", 1000)
     disk = SlowDisk()
@@ -453,7 +467,8 @@ async def test_a_store_that_has_no_room_refuses_an_accept_and_its_replica_goes_o
     assert replica.statistics().accepts_in_flight == 0
 
 
-# --- small copies and pages ---------------------------------------------------------------------------------------------
+# --- small copies and pages
+# ---------------------------------------------------------------------------------------------
 
 
 class Copies:
@@ -581,7 +596,8 @@ async def test_a_host_answers_for_its_own_disks_only() -> None:
         await methods["meta.prepare"].handler(messages.Prepare("elsewhere", NAME, ballot(10)), call)
 
 
-# --- rule 15: counters -----------------------------------------------------------------------------------------------------
+# --- rule 15: counters
+# -----------------------------------------------------------------------------------------------------
 
 
 NOW_US = 1_800_000_000_000_000
@@ -617,7 +633,9 @@ async def test_a_replica_whose_clock_was_set_back_goes_on_from_its_high_water_ba
     await LocalReplica("d", store, clock=FixedClock(NOW_US // 1000)).prepare(prepare(ballot(NOW_US)))
     reset = LocalReplica("d", store, clock=FixedClock(1))
     assert (await reset.prepare(prepare(ballot(NOW_US + COUNTER_AHEAD_MAX_US)))).verdict == Verdict.OK
-    assert (await LocalReplica("e", MemoryMetaStore(), clock=FixedClock(1)).prepare(prepare(ballot(NOW_US)))).verdict == Verdict.AHEAD
+    assert (
+        await LocalReplica("e", MemoryMetaStore(), clock=FixedClock(1)).prepare(prepare(ballot(NOW_US)))
+    ).verdict == Verdict.AHEAD
 
 
 async def test_a_fall_of_the_sequence_is_taken_counted_and_told_promised_or_not() -> None:
@@ -630,7 +648,11 @@ async def test_a_fall_of_the_sequence_is_taken_counted_and_told_promised_or_not(
     assert replica.statistics().sequence_falls == 1
     await replica.prepare(prepare(ballot(13)))
     with structlog.testing.capture_logs() as logs:
-        assert (await replica.accept(accept(ballot(13), msgspec.structs.replace(held, sequence=3)))).verdict == Verdict.OK
+        assert (
+            await replica.accept(accept(ballot(13), msgspec.structs.replace(held, sequence=3)))
+        ).verdict == Verdict.OK
     assert replica.statistics().sequence_falls == 2
-    assert [(entry["event"], entry["held"], entry["sequence"]) for entry in logs] == [("a register's sequence falls", 4, 3)]
+    assert [(entry["event"], entry["held"], entry["sequence"]) for entry in logs] == [
+        ("a register's sequence falls", 4, 3)
+    ]
     assert not replica._sequences

@@ -67,7 +67,9 @@ def test_a_slow_request_is_one_that_its_bytes_do_not_explain(seconds: float, mov
 
 
 def test_the_stores_own_failures_are_always_logged() -> None:
-    found = lines(LogSection(), done(503, code="SlowDown"), done(501, code="NotImplemented"), done(404, code="NoSuchKey"))
+    found = lines(
+        LogSection(), done(503, code="SlowDown"), done(501, code="NotImplemented"), done(404, code="NoSuchKey")
+    )
     assert [(line["event"], line["code"]) for line in found] == [("failed", "SlowDown")]
 
 
@@ -85,7 +87,7 @@ def test_a_reload_turns_it_on_and_off() -> None:
 @pytest.mark.parametrize(
     "parameter",
     [
-        b"X-Amz-Signature", b"X-Amz-%53ignature", b"%58-Amz-Signature", b"x-amz-%63redential", b"X-Amz-Security%2DToken",
+        b"X-Amz-Signature", b"X-Amz-%53ignature", b"%58-Amz-Signature", b"x-amz-%63redential", b"X-Amz-Security%2DToken",  # noqa: E501
         b"%41WSAccessKeyId", b"Signatur%65",
     ],
 )  # fmt: skip

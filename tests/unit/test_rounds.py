@@ -10,15 +10,15 @@ import msgspec
 import pytest
 
 from storaged.cluster.ports import Line, Then
-from storaged.meta.copies import PlainCopies
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Replica, Slot
-from storaged.meta.register import Verdict
-from storaged.meta.remote import RemoteReplica
-from storaged.meta.replica import LocalReplica
-from storaged.meta.rounds import Courier, TaskPool
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.small_copies import PlainCopies
+from storaged.meta.transport.quorum import Courier, TaskPool
+from storaged.meta.transport.replicas import RemoteReplica
 from storaged.wire import Buffer, Message, encode
 
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
@@ -77,7 +77,9 @@ def test_each_replica_is_sent_the_request_with_its_own_disk_and_header(
     bodies = [[b"payload %d" % index] for index in range(len(headers))]
     for _ in range(2):  # what a replica remembers of the first time serves the second
         wire.sent.clear()
-        courier.ask_each(request_, DISKS, lambda *_: None, timeout_s=1.0, fragments=list(zip(headers, bodies, strict=True)))
+        courier.ask_each(
+            request_, DISKS, lambda *_: None, timeout_s=1.0, fragments=list(zip(headers, bodies, strict=True))
+        )
         for index, disk in enumerate(DISKS):
             changes = {"disk": disk, "header": headers[index]} if headers else {"disk": disk}
             expected = encode(msgspec.structs.replace(request_, **changes))
@@ -91,7 +93,9 @@ class Here:
     def __init__(self) -> None:
         self.kept: dict[str, list[tuple[bytes, bytes]]] = {disk: [] for disk in DISKS}
         self.stores = {disk: MemoryMetaStore() for disk in DISKS}
-        self.replicas = {disk: LocalReplica(disk, store, copies=self._copies(disk, store)) for disk, store in self.stores.items()}
+        self.replicas = {
+            disk: LocalReplica(disk, store, copies=self._copies(disk, store)) for disk, store in self.stores.items()
+        }
 
     def _copies(self, disk: str, store: MemoryMetaStore) -> PlainCopies:
         async def keep(header: bytes, body: Sequence[Buffer]) -> None:
@@ -111,8 +115,12 @@ async def test_replicas_of_this_process_share_a_request_and_each_keeps_its_own_c
     courier = Courier(here, pool)
     heard: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
-    def ask(request: Prepare | Accept, disks: Sequence[str], fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = ()) -> None:
-        courier.ask_each(request, disks, lambda disk, answer, _: heard.put_nowait((disk, answer)), timeout_s=1.0, fragments=fragments)
+    def ask(
+        request: Prepare | Accept, disks: Sequence[str], fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = ()
+    ) -> None:
+        courier.ask_each(
+            request, disks, lambda disk, answer, _: heard.put_nowait((disk, answer)), timeout_s=1.0, fragments=fragments
+        )
 
     async def answers(count: int) -> list[tuple[str, Any]]:
         return [await heard.get() for _ in range(count)]
@@ -125,7 +133,9 @@ async def test_replicas_of_this_process_share_a_request_and_each_keeps_its_own_c
     assert heard.empty()
     found = await answers(4)
     assert here.kept == {disk: [(header, b"".join(body))] for disk, (header, body) in zip(DISKS, copies, strict=True)}
-    assert {disk: answer.copy_synced for disk, answer in found if isinstance(answer, AcceptReply)} == dict.fromkeys(DISKS, True)
+    assert {disk: answer.copy_synced for disk, answer in found if isinstance(answer, AcceptReply)} == dict.fromkeys(
+        DISKS, True
+    )
     [promise] = [answer for _, answer in found if not isinstance(answer, AcceptReply)]
     assert (promise.accepted, promise.value) == (BALLOT, VALUE)  # it waited for what was on its way
     assert [store.get(NAME) for store in here.stores.values()] == [Slot(NAME, BALLOT, VALUE)] * 3

@@ -1,4 +1,6 @@
-"""Calls between nodes over real mutual TLS on loopback: answers, refusals, bounds, and what happens when either side goes away."""
+"""Calls between nodes over real mutual TLS on loopback: answers, refusals, bounds, and what happens when either side
+goes away.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ import pytest
 import uvloop
 
 from storaged.cluster import identity
-from storaged.cluster.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
 from storaged.cluster.layout import Layout, NodeEntry, standing_of
 from storaged.cluster.policy import Policy
 from storaged.cluster.ports import Answer, Call, Method, Methods
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
+from storaged.cluster.rpc.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
 from storaged.errors import (
     CertificateRefused,
     FragmentMissing,
@@ -65,7 +67,8 @@ async def pair(world: World) -> AsyncIterator[Pair]:
         yield Pair(world, service, server, pool)
 
 
-# --- answers ------------------------------------------------------------------------------------------------------------
+# --- answers
+# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_call_brings_its_answer_and_tells_the_handler_who_asks(pair: Pair) -> None:
@@ -118,7 +121,9 @@ async def test_calls_without_time_left_expire_and_the_next_ones_go_out(pair: Pai
     await pair.call("t.echo")
     answers: list[object] = []
     for timeout_s in (-1.0, 0.0, 0.0001, 5.0):
-        assert pair.pool.post("n1", "t.echo", Note("x"), Note, lambda answer, _bulk: answers.append(answer), timeout_s=timeout_s)
+        assert pair.pool.post(
+            "n1", "t.echo", Note("x"), Note, lambda answer, _bulk: answers.append(answer), timeout_s=timeout_s
+        )
     await until(lambda: len(answers) == 4)
     assert Note("x") in answers
     assert all(isinstance(answer, PeerTimeout | Note) for answer in answers)
@@ -216,7 +221,8 @@ async def test_a_call_to_ones_own_name_behaves_as_one_over_the_network(world: Wo
         assert pool.connected("n1")
 
 
-# --- errors -------------------------------------------------------------------------------------------------------------
+# --- errors
+# -------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_peer_error_arrives_as_the_class_it_is(pair: Pair) -> None:
@@ -262,7 +268,8 @@ async def test_a_method_for_gateways_refuses_a_storage_node(pair: Pair) -> None:
         assert error.value.remote_code == "ROLE_REFUSED"
 
 
-# --- giving up ----------------------------------------------------------------------------------------------------------
+# --- giving up
+# ----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_call_that_takes_too_long_times_out_and_its_handler_is_cancelled(pair: Pair) -> None:
@@ -405,7 +412,8 @@ async def test_an_answer_that_comes_too_late_is_skipped_and_harms_nobody(world: 
         assert server.statistics().inflight_bytes == 0
 
 
-# --- who is let in ------------------------------------------------------------------------------------------------------
+# --- who is let in
+# ------------------------------------------------------------------------------------------------------
 
 
 class Refusals(list[tuple[str, str]]):
@@ -413,7 +421,9 @@ class Refusals(list[tuple[str, str]]):
         self.append((peer.partition(":")[0], error.code))
 
 
-async def refused_between(server_own: identity.Identity, client_own: identity.Identity, **options: Any) -> tuple[str, Refusals, Refusals]:
+async def refused_between(
+    server_own: identity.Identity, client_own: identity.Identity, **options: Any
+) -> tuple[str, Refusals, Refusals]:
     """The reason that the caller is given, and the refusals that the server and the caller recorded."""
     at_server, at_client = Refusals(), Refusals()
     pool_options = {"admission": options.pop("client_admission")} if "client_admission" in options else {}
@@ -450,7 +460,9 @@ async def test_a_node_of_another_cluster_under_the_same_authority_is_refused_wit
     assert server in ([], [("gw", "CERTIFICATE_REFUSED")])
 
 
-@pytest.mark.parametrize(("country", "jurisdiction"), [("US", "FR"), ("FR", "US"), ("NC", "FR"), ("", "FR"), ("FR", "")])
+@pytest.mark.parametrize(
+    ("country", "jurisdiction"), [("US", "FR"), ("FR", "US"), ("NC", "FR"), ("", "FR"), ("FR", "")]
+)
 async def test_a_caller_outside_the_eu_is_refused_and_recorded(world: World, country: str, jurisdiction: str) -> None:
     stranger = world.forged(world.node("gw", ("gateway",)), country=country, jurisdiction=jurisdiction)
     reason, server, _client = await refused_between(world.node("n1"), stranger)
@@ -466,7 +478,9 @@ async def test_a_server_outside_the_eu_is_refused_by_the_caller_and_recorded(wor
 
 
 async def test_a_narrower_policy_refuses_another_member_state_on_either_side(world: World) -> None:
-    reason, server, _ = await refused_between(world.node("n1"), world.node("gw", ("gateway",), "DE/fra/a"), admission=Policy(["FR"]).admit)
+    reason, server, _ = await refused_between(
+        world.node("n1"), world.node("gw", ("gateway",), "DE/fra/a"), admission=Policy(["FR"]).admit
+    )
     assert "DE is not among the countries allowed here: FR" in reason
     assert server[0] == ("gw", "JURISDICTION_REFUSED")
     reason, _, client = await refused_between(
@@ -476,7 +490,9 @@ async def test_a_narrower_policy_refuses_another_member_state_on_either_side(wor
 
 
 async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_the_layout(world: World) -> None:
-    """A certificate is valid for years; a node that was removed must not be able to read, write or delete with it, on a connection that stands either."""
+    """A certificate is valid for years; a node that was removed must not be able to read, write or delete with it, on a
+    connection that stands either.
+    """
     service, members = Service(), {"gw": frozenset({"gateway"})}
     methods = {**service.methods(), "t.open": Method(Note, service.echo, ROLES, for_strangers=True)}
     async with (
@@ -493,7 +509,11 @@ async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_
         assert [await call(method) for method in ("t.echo", "t.gateways", "t.open")] == ["fine"] * 3
         del members["gw"]
         server.judge_again()
-        assert [await call(method) for method in ("t.echo", "t.gateways", "t.open")] == ["NOT_A_MEMBER", "NOT_A_MEMBER", "fine"]
+        assert [await call(method) for method in ("t.echo", "t.gateways", "t.open")] == [
+            "NOT_A_MEMBER",
+            "NOT_A_MEMBER",
+            "fine",
+        ]
         members["gw"] = frozenset({"storage"})
         server.judge_again()
         assert [await call(method) for method in ("t.echo", "t.gateways")] == ["fine", "ROLE_REFUSED"]
@@ -503,7 +523,9 @@ async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_
 async def test_a_peer_that_a_new_policy_does_not_admit_is_let_go_and_recorded(world: World) -> None:
     refusals, policies = Refusals(), [Policy()]
     async with (
-        serving(world.node("n1"), Service(), admission=lambda peer: policies[-1].admit(peer), on_refusal=refusals) as server,
+        serving(
+            world.node("n1"), Service(), admission=lambda peer: policies[-1].admit(peer), on_refusal=refusals
+        ) as server,
         pooled(world.node("gw", ("gateway",), "DE/fra/a"), {"n1": f"127.0.0.1:{server.port}"}) as pool,
     ):
         assert (await pool.call("n1", "t.echo", Note("fine"), Note))[0].text == "fine"
@@ -524,7 +546,9 @@ async def test_a_peer_that_a_new_policy_does_not_admit_is_let_go_and_recorded(wo
         ("n2", "FR/par1/a", ("storage",), set()),
     ],
 )
-def test_standing_is_what_certificate_and_layout_both_say(name: str, location: str, roles: tuple[str, ...], standing: set[str]) -> None:
+def test_standing_is_what_certificate_and_layout_both_say(
+    name: str, location: str, roles: tuple[str, ...], standing: set[str]
+) -> None:
     layout = Layout("c1", 1, (NodeEntry("n1", "FR/par1/a", "h:1", ("storage",)),), (), ())
     assert standing_of(layout, name, location, roles) == standing
 
@@ -553,7 +577,9 @@ async def raw_connection(world: World, server: RpcServer) -> tuple[asyncio.Strea
         (Hello("c1", "n7", bytes(8), PROTOCOL_VERSION), b"introduces itself as 'n7'"),
     ],
 )
-async def test_a_handshake_that_does_not_fit_is_answered_with_the_reason(world: World, hello: Hello, complaint: bytes) -> None:
+async def test_a_handshake_that_does_not_fit_is_answered_with_the_reason(
+    world: World, hello: Hello, complaint: bytes
+) -> None:
     refusals = Refusals()
     async with serving(world.node("n1"), Service(), on_refusal=refusals) as server:
         reader, writer = await raw_connection(world, server)
@@ -566,7 +592,9 @@ async def test_a_handshake_that_does_not_fit_is_answered_with_the_reason(world: 
         assert refusals == [("raw", "CERTIFICATE_REFUSED")]
 
 
-@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n", pack_header(Kind.REQUEST, 1, 0), b"SR\x03" + bytes(40)])
+@pytest.mark.parametrize(
+    "sent", [b"GET / HTTP/1.1\r\nHost: n1\r\n\r\n", pack_header(Kind.REQUEST, 1, 0), b"SR\x03" + bytes(40)]
+)
 async def test_a_peer_that_does_not_begin_with_a_handshake_is_refused(world: World, sent: bytes) -> None:
     async with serving(world.node("n1"), Service()) as server:
         reader, writer = await raw_connection(world, server)
@@ -580,7 +608,9 @@ async def test_a_peer_that_does_not_begin_with_a_handshake_is_refused(world: Wor
 async def test_a_node_of_the_version_before_is_refused_and_reads_why(world: World) -> None:
     """What it understands of the answer is its header: the version there is what its own log names."""
     refusals: list[str] = []
-    async with serving(world.node("n1"), Service(), on_refusal=lambda _peer, error: refusals.append(error.message)) as server:
+    async with serving(
+        world.node("n1"), Service(), on_refusal=lambda _peer, error: refusals.append(error.message)
+    ) as server:
         reader, writer = await raw_connection(world, server)
         head = encode(Hello("c1", "raw", bytes(8), 2))
         writer.write(b"SR\x02" + pack_header(Kind.HELLO, 0, len(head))[3:] + head)
@@ -634,9 +664,13 @@ async def test_strangers_who_connect_and_say_nothing_do_not_keep_nodes_out(world
 
 
 async def test_a_strangers_port_is_no_part_of_what_is_recorded_of_a_refusal(world: World) -> None:
-    """Each attempt comes from another port; were it recorded, none would be a repetition of the one before, and a stranger could fill the disk."""
+    """Each attempt comes from another port; were it recorded, none would be a repetition of the one before, and a
+    stranger could fill the disk.
+    """
     recorded: list[tuple[str, str]] = []
-    async with serving(world.node("n1"), Service(), on_refusal=lambda peer, error: recorded.append((peer, error.message))) as server:
+    async with serving(
+        world.node("n1"), Service(), on_refusal=lambda peer, error: recorded.append((peer, error.message))
+    ) as server:
         for _ in range(3):
             _, writer = await asyncio.open_connection("127.0.0.1", server.port)
             writer.write(b"GET / HTTP/1.1\r\n\r\n")
@@ -659,14 +693,17 @@ async def test_a_renewed_certificate_is_used_for_new_connections(pair: Pair) -> 
     own = pair.world.node("n1", location="FR/par1/z")
     pair.server.renew(own)
     async with pooled(
-        pair.world.node("g2", ("gateway",)), {"n1": f"127.0.0.1:{pair.server.port}"}, admission=lambda peer: seen.append(peer.rack)
+        pair.world.node("g2", ("gateway",)),
+        {"n1": f"127.0.0.1:{pair.server.port}"},
+        admission=lambda peer: seen.append(peer.rack),
     ) as pool:
         seen: list[str] = []
         await pool.call("n1", "t.echo", Note(""), Note)
         assert seen == ["z"]
 
 
-# --- bounds -------------------------------------------------------------------------------------------------------------
+# --- bounds
+# -------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_flood_of_bodies_never_holds_more_than_the_bound_and_all_are_answered(world: World) -> None:
@@ -674,7 +711,10 @@ async def test_a_flood_of_bodies_never_holds_more_than_the_bound_and_all_are_ans
     limits = ServerLimits(inflight_bytes_per_connection_max=4 * MIB, inflight_bytes_max=6 * MIB, drain_s=0.1)
     async with serving(world.node("n1"), service, limits=limits) as server:
         addresses = {"n1": f"127.0.0.1:{server.port}"}
-        async with pooled(world.node("g1", ("gateway",)), addresses) as first, pooled(world.node("g2", ("gateway",)), addresses) as second:
+        async with (
+            pooled(world.node("g1", ("gateway",)), addresses) as first,
+            pooled(world.node("g2", ("gateway",)), addresses) as second,
+        ):
             calls = [
                 asyncio.create_task(pool.call("n1", "t.hold", Note(""), Note, body=[bytes(MIB)], timeout_s=60))
                 for pool in (first, second)
@@ -744,7 +784,10 @@ async def test_a_caller_waits_for_room_rather_than_queueing_without_bound(world:
         pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}, limits=pool_limits) as pool,
     ):
         await pool.call("n1", "t.echo", Note(""), Note)
-        calls = [asyncio.create_task(pool.call("n1", "t.hold", Note(""), Note, body=[bytes(MIB)], timeout_s=60)) for _ in range(40)]
+        calls = [
+            asyncio.create_task(pool.call("n1", "t.hold", Note(""), Note, body=[bytes(MIB)], timeout_s=60))
+            for _ in range(40)
+        ]
         await until(lambda: server.statistics().connections_waiting == 1)
         await asyncio.sleep(0.05)
         assert pool.statistics().links[0].queued_bytes <= 3 * MIB
@@ -768,14 +811,17 @@ async def test_a_peer_that_stops_in_the_middle_of_a_frame_is_disconnected(world:
         writer.close()
 
 
-# --- going away ---------------------------------------------------------------------------------------------------------
+# --- going away
+# ---------------------------------------------------------------------------------------------------------
 
 
 async def test_a_peer_that_dies_fails_its_calls_at_once_and_is_found_again(world: World) -> None:
     service = Service()
     own = world.node("n1")
     port = free_port()
-    async with pooled(world.node("gw", ("gateway",)), lambda name: f"127.0.0.1:{port}" if name == "n1" else None) as pool:
+    async with pooled(
+        world.node("gw", ("gateway",)), lambda name: f"127.0.0.1:{port}" if name == "n1" else None
+    ) as pool:
         async with serving(own, service, port=port) as server:
             call = asyncio.create_task(pool.call("n1", "t.hold", Note(""), Note))
             await service.entered.wait()
@@ -804,7 +850,10 @@ async def test_a_node_without_an_address_is_unreachable_and_gets_no_link(world: 
 
 async def test_a_link_survives_an_address_that_makes_no_sense(world: World) -> None:
     addresses = {"n1": "127.0.0.1:99999"}
-    async with serving(world.node("n1"), Service()) as server, pooled(world.node("gw", ("gateway",)), lambda name: addresses[name]) as pool:
+    async with (
+        serving(world.node("n1"), Service()) as server,
+        pooled(world.node("gw", ("gateway",)), lambda name: addresses[name]) as pool,
+    ):
         with pytest.raises(PeerUnreachable):
             await pool.call("n1", "t.echo", Note(""), Note)
         addresses["n1"] = f"127.0.0.1:{server.port}"
@@ -833,7 +882,9 @@ async def test_a_port_in_use_is_named(world: World) -> None:
 
 
 def test_an_expired_certificate_is_refused(world: World) -> None:
-    own = identity.issue(world.authority, world.directory / "old", name="old", location="FR/par1/a", roles=("storage",), days=0)
+    own = identity.issue(
+        world.authority, world.directory / "old", name="old", location="FR/par1/a", roles=("storage",), days=0
+    )
     with pytest.raises(CertificateRefused, match="expired"):
         identity.load_identity(own.directory)
 

@@ -6,8 +6,15 @@ import asyncio
 from collections.abc import Iterable
 from typing import cast
 
-from storaged.cluster.connection import EARLY_FRAMES, SLICE_BYTES, SMALL_BODY_BYTES, URGENT_BODY_BYTES, Connection, measure
-from storaged.cluster.framing import FrameReader, Kind, Verdict
+from storaged.cluster.rpc.connection import (
+    EARLY_FRAMES,
+    SLICE_BYTES,
+    SMALL_BODY_BYTES,
+    URGENT_BODY_BYTES,
+    Connection,
+    measure,
+)
+from storaged.cluster.rpc.framing import FrameReader, Kind, Verdict
 from storaged.units import MIB
 from storaged.wire import Buffer
 
@@ -180,7 +187,10 @@ async def test_a_body_at_the_border_of_small_is_joined_and_one_byte_more_is_not_
     sender.send(Kind.REQUEST, 2, b"", (bytes(SMALL_BODY_BYTES + 1),), SMALL_BODY_BYTES + 1)
     assert sender.queued_bytes == SMALL_BODY_BYTES + 1
     await asyncio.sleep(0)
-    assert [len(body) for _number, _head, body in frames_in(transport.writes)] == [SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1]
+    assert [len(body) for _number, _head, body in frames_in(transport.writes)] == [
+        SMALL_BODY_BYTES,
+        SMALL_BODY_BYTES + 1,
+    ]
 
 
 def test_measure_drops_empty_pieces_and_counts_bytes() -> None:
@@ -195,7 +205,9 @@ async def test_an_urgent_body_leaves_before_larger_ones_that_came_first() -> Non
     sender.send(Kind.REQUEST, 1, b"fragment", (bytes(MIB),), MIB)
     sender.send(Kind.REQUEST, 2, b"fragment", (bytes(MIB),), MIB)
     sender.send(Kind.REQUEST, 3, b"accepts", (bytes(5 * SMALL_BODY_BYTES),), 5 * SMALL_BODY_BYTES, 0, URGENT_BODY_BYTES)
-    sender.send(Kind.REQUEST, 4, b"beyond", (bytes(URGENT_BODY_BYTES + 1),), URGENT_BODY_BYTES + 1, 0, URGENT_BODY_BYTES)
+    sender.send(
+        Kind.REQUEST, 4, b"beyond", (bytes(URGENT_BODY_BYTES + 1),), URGENT_BODY_BYTES + 1, 0, URGENT_BODY_BYTES
+    )
     while len(frames_in(transport.writes)) < 4:
         await asyncio.sleep(0)
         transport.room_bytes = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storaged.cluster import identity
-from storaged.cluster.expiry import FRESH_BEFORE_S
+from storaged.cluster.rpc.expiry import FRESH_BEFORE_S
 from storaged.errors import PeerUnreachable, StoragedError
 from tests.unit.cluster_world import Note, Service, World, pooled, serving, until
 
@@ -33,14 +33,18 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def issued(world: World, name: str, roles: tuple[str, ...], *, seconds: float, directory: str = "") -> identity.Identity:
+def issued(
+    world: World, name: str, roles: tuple[str, ...], *, seconds: float, directory: str = ""
+) -> identity.Identity:
     """A certificate that is over after so many seconds."""
     now = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=seconds)
     place = world.directory / (directory or name)
     return identity.issue(world.authority, place, name=name, location="FR/par1/a", roles=roles, days=1, now=now)
 
 
-async def test_the_standing_connection_of_a_certificate_that_expires_is_ended_and_no_other_is_let_in(world: World) -> None:
+async def test_the_standing_connection_of_a_certificate_that_expires_is_ended_and_no_other_is_let_in(
+    world: World,
+) -> None:
     refusals: list[tuple[str, str]] = []
 
     def refused(peer: str, error: StoragedError) -> None:
@@ -57,7 +61,9 @@ async def test_the_standing_connection_of_a_certificate_that_expires_is_ended_an
         await pool.call("n1", "t.echo", Note("the last minutes"), Note)
         assert pool.statistics().links[0].connects == 1
         wall.ahead_s = 3601
-        await until(lambda: len(refusals) >= 2 and "expired on" in pool.away("n1"))  # what stood, and what was tried again
+        await until(
+            lambda: len(refusals) >= 2 and "expired on" in pool.away("n1")
+        )  # what stood, and what was tried again
         with pytest.raises(PeerUnreachable, match=r"The certificate of gw expired on"):
             await pool.call("n1", "t.echo", Note("too late"), Note)
         assert server.statistics().connections == 0
@@ -65,7 +71,9 @@ async def test_the_standing_connection_of_a_certificate_that_expires_is_ended_an
 
 
 @pytest.mark.parametrize("whose", ["n1", "gw"])
-async def test_the_dialling_side_ends_what_its_peers_certificate_or_its_own_no_longer_carries(world: World, whose: str) -> None:
+async def test_the_dialling_side_ends_what_its_peers_certificate_or_its_own_no_longer_carries(
+    world: World, whose: str
+) -> None:
     wall = Wall()
     node = issued(world, "n1", ("storage",), seconds=3600 if whose == "n1" else 90_000)
     gateway = issued(world, "gw", ("gateway",), seconds=3600 if whose == "gw" else 90_000)

@@ -1,4 +1,6 @@
-"""Frames: whatever the pieces they arrive in, what was sent is what is delivered; what is malformed is refused before memory is given to it."""
+"""Frames: whatever the pieces they arrive in, what was sent is what is delivered; what is malformed is refused before
+memory is given to it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.cluster.framing import (
+from storaged.cluster.rpc.framing import (
     BODY_BYTES_MAX,
     HEAD_BYTES_MAX,
     HEADER_BYTES,
@@ -21,7 +23,11 @@ SCRATCH = 64
 
 frames_strategy = st.lists(
     st.tuples(
-        st.sampled_from(list(Kind)), st.integers(0, 2**64 - 1), st.binary(max_size=200), st.binary(max_size=200), st.integers(0, 2**32 - 1)
+        st.sampled_from(list(Kind)),
+        st.integers(0, 2**64 - 1),
+        st.binary(max_size=200),
+        st.binary(max_size=200),
+        st.integers(0, 2**32 - 1),
     ),
     max_size=12,
 )
@@ -29,7 +35,8 @@ frames_strategy = st.lists(
 
 def wire_of(frames: list[tuple[Kind, int, bytes, bytes, int]]) -> bytes:
     return b"".join(
-        pack_header(kind, number, len(head), len(body), deadline) + head + body for kind, number, head, body, deadline in frames
+        pack_header(kind, number, len(head), len(body), deadline) + head + body
+        for kind, number, head, body, deadline in frames
     )
 
 
@@ -58,7 +65,9 @@ class Sink:
 
 
 @given(frames_strategy, st.lists(st.integers(1, 300), min_size=1, max_size=20), st.sampled_from([48, 64, 100, 1000]))
-def test_frames_survive_any_cut(frames: list[tuple[Kind, int, bytes, bytes, int]], pieces: list[int], scratch_bytes: int) -> None:
+def test_frames_survive_any_cut(
+    frames: list[tuple[Kind, int, bytes, bytes, int]], pieces: list[int], scratch_bytes: int
+) -> None:
     sink = Sink(scratch_bytes)
     wire = wire_of(frames)
     at = step = 0
@@ -142,7 +151,9 @@ def test_a_frame_over_the_limits_is_not_made() -> None:
 def test_a_large_body_is_received_into_memory_of_its_announced_size_without_another_copy() -> None:
     sink = Sink()
     bodies: list[memoryview] = []
-    sink.reader = FrameReader(sink.admit, lambda kind, request_id, deadline_ms, head, body: bodies.append(body), SCRATCH)
+    sink.reader = FrameReader(
+        sink.admit, lambda kind, request_id, deadline_ms, head, body: bodies.append(body), SCRATCH
+    )
     header = pack_header(Kind.REPLY, 1, 2, 1000)
     first = sink.reader.buffer()
     first[: len(header) + 2] = header + b"hd"
@@ -155,4 +166,7 @@ def test_a_large_body_is_received_into_memory_of_its_announced_size_without_anot
 
 
 def test_the_header_is_laid_out_as_documented() -> None:
-    assert pack_header(Kind.REQUEST, 0x0102030405060708, 0x11, 0x22, 0x33).hex() == "535203040102030405060708000000110000002200000033"
+    assert (
+        pack_header(Kind.REQUEST, 0x0102030405060708, 0x11, 0x22, 0x33).hex()
+        == "535203040102030405060708000000110000002200000033"
+    )

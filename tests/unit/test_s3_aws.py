@@ -8,12 +8,13 @@ from typing import Any
 
 import botocore.loaders  # type: ignore[import-untyped]
 
-from storaged.s3 import app, aws, objects, routes
+from storaged.s3 import app, aws, routes
 from storaged.s3.headers import CHECKSUM_HEADERS
 from storaged.s3.operations import Document, NoBody, Operation, Stream
+from storaged.s3.ops import objects
 
 WITHOUT_ROW = {
-    "GetBucketLifecycle", "PutBucketLifecycle", "GetBucketNotification", "PutBucketNotification", "WriteGetObjectResponse",
+    "GetBucketLifecycle", "PutBucketLifecycle", "GetBucketNotification", "PutBucketNotification", "WriteGetObjectResponse",  # noqa: E501
 }  # fmt: skip
 """Operations that AWS keeps for old clients beside those of today, and one of another service's hosts."""
 
@@ -93,8 +94,9 @@ def test_no_header_is_listed_for_an_operation_that_aws_does_not_give_it_to() -> 
     kept = {
         # SDKs name the algorithm with any body (MinIO's), and AWS verifies any document
         *((name, header) for name in aws._BODIES for header in ("x-amz-checksum-algorithm", *aws.CHECKSUMS)),
-        *(("CreateSession", f"x-amz-server-side-encryption{suffix}") for suffix in ("", "-aws-kms-key-id", "-context", "-bucket-key-enabled")),
-        *(("GetObjectAttributes", name) for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")),  # the API page has them
+        *(("CreateSession", f"x-amz-server-side-encryption{suffix}") for suffix in ("", "-aws-kms-key-id", "-context", "-bucket-key-enabled")),  # noqa: E501
+        # the API page has them
+        *(("GetObjectAttributes", name) for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")),  # noqa: E501
         ("PutObject", "content-range"),
         ("CreateBucket", "x-storaged-countries"),
     }  # fmt: skip
@@ -136,8 +138,11 @@ def test_what_is_honoured_is_what_the_front_acts_on() -> None:
     effect."""
     from pathlib import Path
 
-    code = "".join(path.read_text() for path in Path(routes.__file__).parent.glob("*.py") if path.name != "aws.py")
+    code = "".join(path.read_text() for path in Path(routes.__file__).parent.rglob("*.py") if path.name != "aws.py")
     without_effect = {"x-amz-user-agent", "x-amz-bypass-governance-retention", *CHECKSUM_HEADERS}
-    built = {f"x-amz-copy-source-{name}" for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")}
+    built = {
+        f"x-amz-copy-source-{name}"
+        for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")
+    }
     for header, row in aws.HEADERS.items():
         assert row.refusal or header in code or header in without_effect | built, header

@@ -1,4 +1,6 @@
-"""Chunks of a byte keep nobody waiting, and a chunk of gigabytes takes no memory: what a client's chunks cost in one turn of the event loop."""
+"""Chunks of a byte keep nobody waiting, and a chunk of gigabytes takes no memory: what a client's chunks cost in one
+turn of the event loop.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,12 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from storaged import errors
-from storaged.s3 import chunks, sigv4
-from storaged.s3.body import RequestBody
-from storaged.s3.chunked import ChunkedDecoder
-from storaged.s3.chunks import CHUNKS_A_TURN, ChunkReader, TransferChunks
-from storaged.s3.limits import Limits
+from storaged.s3.auth import sigv4
+from storaged.s3.http import chunks
+from storaged.s3.http.body import RequestBody
+from storaged.s3.http.chunked import ChunkedDecoder
+from storaged.s3.http.chunks import CHUNKS_A_TURN, ChunkReader, TransferChunks
+from storaged.s3.http.limits import Limits
 from storaged.wire import Buffer
 from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed
@@ -88,11 +91,14 @@ def decoded(decoder: ChunkedDecoder, wire: Iterable[bytes]) -> bytes:
     return data
 
 
-# --- turns ----------------------------------------------------------------------------------------------------------------
+# --- turns
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reader", ["whole", "pieces", "discard", "read"])
-async def test_others_have_their_turn_between_a_few_chunks_of_the_transfer_coding(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_others_have_their_turn_between_a_few_chunks_of_the_transfer_coding(
+    reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = RequestBody(Source(), None, None, Limits())
     with chunks_of_each_call(monkeypatch) as calls, counted_turns() as turns:
         body.admit()
@@ -110,7 +116,9 @@ async def test_others_have_their_turn_between_a_few_chunks_of_the_transfer_codin
 
 
 @pytest.mark.parametrize("signed_chunks", [False, True])
-async def test_others_have_their_turn_between_a_few_chunks_of_aws_chunked(signed_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_others_have_their_turn_between_a_few_chunks_of_aws_chunked(
+    signed_chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wire, previous = b"", KEY.seed
     for data in (b"x",) * MANY + (b"",):
         line = b"%x" % len(data)
@@ -145,13 +153,20 @@ async def test_nothing_of_a_request_that_is_not_authenticated_is_decoded(monkeyp
 
 
 @pytest.mark.parametrize("target", ["/bucket/k", "/bucket"])
-async def test_tiny_chunks_of_who_is_not_authenticated_end_the_connection_soon(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tiny_chunks_of_who_is_not_authenticated_end_the_connection_soon(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits = Limits()
-    method, kind = ("PUT", "") if target == "/bucket/k" else ("POST", "Content-Type: multipart/form-data; boundary=a\r\n")
+    method, kind = (
+        ("PUT", "") if target == "/bucket/k" else ("POST", "Content-Type: multipart/form-data; boundary=a\r\n")
+    )
     async with bucket(limits) as world:
         with chunks_of_each_call(monkeypatch) as calls:
             reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-            writer.write(f"{method} {target} HTTP/1.1\r\nHost: h\r\n{kind}Transfer-Encoding: chunked\r\n\r\n".encode() + TINY * 20_000)
+            writer.write(
+                f"{method} {target} HTTP/1.1\r\nHost: h\r\n{kind}Transfer-Encoding: chunked\r\n\r\n".encode()
+                + TINY * 20_000
+            )
             head = await read_head(reader)
             assert head.startswith(b"HTTP/1.1 403 " if method == "PUT" else b"HTTP/1.1 400 ")
             await asyncio.wait_for(_ended(reader), GUARD_S)
@@ -173,7 +188,11 @@ async def test_tiny_chunks_of_a_signed_request_are_stored_and_what_follows_them_
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
         plain = b"x" * MANY
         request = signed(world, "PUT", "/bucket/k", body=plain, send_body=False)
-        writer.write(request.replace(b"Content-Length: %d\r\n" % MANY, b"Transfer-Encoding: chunked\r\n") + TINY * MANY + b"0\r\n\r\n")
+        writer.write(
+            request.replace(b"Content-Length: %d\r\n" % MANY, b"Transfer-Encoding: chunked\r\n")
+            + TINY * MANY
+            + b"0\r\n\r\n"
+        )
         writer.write(signed(world, "GET", "/bucket/k"))
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 ")
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 ")
@@ -186,7 +205,9 @@ async def test_a_chunked_body_that_came_whole_before_its_client_ended_its_side_i
         request = signed(world, "PUT", "/bucket/k", body=b"hello", send_body=False)
         request = request.replace(b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n")
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(request.replace(b"PUT /bucket/k", b"PUT /bucket/k?partNumber=1&uploadId=none") + b"5\r\nhello\r\n0\r\n\r\n")
+        writer.write(
+            request.replace(b"PUT /bucket/k", b"PUT /bucket/k?partNumber=1&uploadId=none") + b"5\r\nhello\r\n0\r\n\r\n"
+        )
         writer.write(signed(world, "HEAD", "/bucket/none"))
         writer.write_eof()
         answers = await asyncio.wait_for(reader.read(), GUARD_S)
@@ -194,7 +215,8 @@ async def test_a_chunked_body_that_came_whole_before_its_client_ended_its_side_i
         writer.close()
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------------
+# --- memory
+# ---------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_signed_chunk_takes_no_memory_however_large_it_is() -> None:
@@ -228,7 +250,8 @@ async def test_a_body_that_comes_byte_by_byte_is_kept_in_little_more_than_its_by
     assert bytes(await body.whole()) == b"ab" * (size // 2)
 
 
-# --- framing --------------------------------------------------------------------------------------------------------------
+# --- framing
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,7 +274,9 @@ def test_aws_chunked_is_refused_where_it_is_not_exactly_as_documented(wire: byte
         ChunkedDecoder(None, ()).feed(wire)
 
 
-@pytest.mark.parametrize("wire", [b"5\r\nhello\r\n0\r\n", b"5\r\nhello\r\n0\r\n\r", b"5\r\nhello\r\n", b"5\r\nhello\r\n0"])
+@pytest.mark.parametrize(
+    "wire", [b"5\r\nhello\r\n0\r\n", b"5\r\nhello\r\n0\r\n\r", b"5\r\nhello\r\n", b"5\r\nhello\r\n0"]
+)
 def test_aws_chunked_without_its_last_line_is_incomplete(wire: bytes) -> None:
     decoder = ChunkedDecoder(None, ())
     decoder.feed(wire)
@@ -262,12 +287,26 @@ def test_aws_chunked_without_its_last_line_is_incomplete(wire: bytes) -> None:
 @pytest.mark.parametrize("end", [b"\r\n\r\n", b"\n\r\n", b"\n\r\n\r\n"])
 def test_an_unsigned_trailer_may_end_as_aws_and_minio_clients_end_it(end: bytes) -> None:
     decoder = ChunkedDecoder(None, ("x-amz-checksum-crc32",))
-    assert decoded(decoder, [b"1\r\na\r\n0\r\nx-amz-checksum-crc32:AAAAAA==", *(end[at : at + 1] for at in range(len(end)))]) == b"a"
+    assert (
+        decoded(
+            decoder, [b"1\r\na\r\n0\r\nx-amz-checksum-crc32:AAAAAA==", *(end[at : at + 1] for at in range(len(end)))]
+        )
+        == b"a"
+    )
     assert decoder.trailing_checksums() == {"CRC32": "AAAAAA=="}
 
 
 @pytest.mark.parametrize(
-    "end", [b"\n", b"\r\n\n", b"\n\n", b"\n\r\n\r\n\r\n", b"\r\n\r\n\r\n", b"\n\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n", b"\r\n"]
+    "end",
+    [
+        b"\n",
+        b"\r\n\n",
+        b"\n\n",
+        b"\n\r\n\r\n\r\n",
+        b"\r\n\r\n\r\n",
+        b"\n\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n",
+        b"\r\n",
+    ],
 )
 def test_a_trailer_that_ends_otherwise_is_refused(end: bytes) -> None:
     with pytest.raises(errors.S3Error):
@@ -285,7 +324,9 @@ def test_nothing_comes_between_the_signature_of_the_trailers_and_the_end() -> No
         )
 
 
-@pytest.mark.parametrize("payload", ["UNSIGNED-PAYLOAD", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD", hashlib.sha256(b"").hexdigest()])
+@pytest.mark.parametrize(
+    "payload", ["UNSIGNED-PAYLOAD", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD", hashlib.sha256(b"").hexdigest()]
+)
 async def test_a_trailer_that_is_announced_where_none_can_come_is_refused(payload: str) -> None:
     async with bucket() as world:
         headers = {"x-amz-trailer": "x-amz-checksum-crc32", "x-amz-decoded-content-length": "0"}

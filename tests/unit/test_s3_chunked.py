@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from storaged import errors
-from storaged.s3 import sigv4
-from storaged.s3.chunked import ChunkedDecoder
+from storaged.s3.auth import sigv4
+from storaged.s3.http.chunked import ChunkedDecoder
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "sigv4.json").read_text())
 CRC = "x-amz-checksum-crc32c"
@@ -34,7 +34,9 @@ def body_of(case: dict[str, Any], *, fill: bytes = b"a", trailer_end: bytes = b"
 
 
 def decode(decoder: ChunkedDecoder, body: bytes, step: int) -> bytes:
-    out = b"".join(bytes(data) for start in range(0, len(body), step) for data in decoder.feed(body[start : start + step]))
+    out = b"".join(
+        bytes(data) for start in range(0, len(body), step) for data in decoder.feed(body[start : start + step])
+    )
     decoder.finish()
     return out
 
@@ -63,7 +65,11 @@ def test_an_altered_chunk_is_refused_where_it_ends(step: int) -> None:
 
 def test_chunks_cannot_change_places() -> None:
     case = VECTORS["chunked"]
-    swapped = {**case, "sizes": [1024, 65536, 0], "signatures": [case["signatures"][1], case["signatures"][0], case["signatures"][2]]}
+    swapped = {
+        **case,
+        "sizes": [1024, 65536, 0],
+        "signatures": [case["signatures"][1], case["signatures"][0], case["signatures"][2]],
+    }
     with pytest.raises(errors.SignatureDoesNotMatch):
         ChunkedDecoder(chunk_key(case), ()).feed(body_of(swapped))
 

@@ -15,8 +15,8 @@ from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged.objects.api import Principal
-from storaged.s3 import sigv4
-from storaged.s3.acl import own_acl
+from storaged.s3.auth import sigv4
+from storaged.s3.ops.acl import own_acl
 from storaged.s3.request import parse_target
 from tests.unit.s3_world import ACCESS, REGION, SECRET, World
 from tests.unit.test_s3_fail_closed import call, filled, md5_of, state
@@ -37,8 +37,15 @@ def signed_to(host: bytes, method: str, target: str, body: bytes) -> bytes:
     canonical = sigv4.canonical_request(method, parsed.raw_path, parsed.pairs, sorted(headers), headers, payload)
     scope = f"{stamp[:8]}/{REGION}/s3/aws4_request"
     signature = sigv4.sign(sigv4.signing_key(SECRET, stamp[:8], REGION), sigv4.string_to_sign(stamp, scope, canonical))
-    authorization = f"AWS4-HMAC-SHA256 Credential={ACCESS}/{scope}, SignedHeaders={';'.join(sorted(headers))}, Signature={signature}"
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), f"Authorization: {authorization}"]
+    authorization = (
+        f"AWS4-HMAC-SHA256 Credential={ACCESS}/{scope}, SignedHeaders={';'.join(sorted(headers))},"
+        f" Signature={signature}"
+    )
+    lines = [
+        f"{method} {target} HTTP/1.1",
+        *(f"{name}: {value}" for name, value in headers.items()),
+        f"Authorization: {authorization}",
+    ]
     lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
     return "\r\n".join(lines).encode("utf-8", "surrogateescape") + body
 
@@ -47,13 +54,21 @@ def signed_to(host: bytes, method: str, target: str, body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("presigned", [False, True])
-@pytest.mark.parametrize("name", ["x-storaged-countries", "X-Storaged-Countries", "x-storaged-anything", "x-amz-meta-a"])
-async def test_what_an_intermediary_adds_to_a_signed_request_is_refused(world: World, name: str, presigned: bool) -> None:
+@pytest.mark.parametrize(
+    "name", ["x-storaged-countries", "X-Storaged-Countries", "x-storaged-anything", "x-amz-meta-a"]
+)
+async def test_what_an_intermediary_adds_to_a_signed_request_is_refused(
+    world: World, name: str, presigned: bool
+) -> None:
     before = state(world)
     request = AWSRequest("PUT", f"{world.endpoint}/new")
     auth = botocore.auth.S3SigV4QueryAuth if presigned else botocore.auth.S3SigV4Auth
     auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
-    lines = [f"PUT {request.url.removeprefix(world.endpoint)} HTTP/1.1", f"Host: 127.0.0.1:{world.port}", "Connection: close"]
+    lines = [
+        f"PUT {request.url.removeprefix(world.endpoint)} HTTP/1.1",
+        f"Host: 127.0.0.1:{world.port}",
+        "Connection: close",
+    ]
     lines += [*(f"{key}: {value}" for key, value in request.headers.items()), "Content-Length: 0"]
     added = "\r\n".join([*lines, f"{name}: FR", "", ""]).encode()
     answer = await world.raw(added)
@@ -81,15 +96,17 @@ async def uploaded(world: World) -> tuple[str, bytes]:
 
 
 TAGS = b"<Tagging><TagSet><Tag><Key>a</Key><Value>b</Value></Tag></TagSet></Tagging>"
-PLACE = f"<CreateBucketConfiguration><LocationConstraint>{REGION}</LocationConstraint></CreateBucketConfiguration>".encode()
+PLACE = (
+    f"<CreateBucketConfiguration><LocationConstraint>{REGION}</LocationConstraint></CreateBucketConfiguration>".encode()
+)
 WRONG_MD5 = {"content-md5": base64.b64encode(bytes(16)).decode()}
 WRONG_CRC = {"x-amz-checksum-crc32": base64.b64encode(b"\x00\x00\x00\x01").decode()}
 
 WRONG_DIGESTS = [
     (method, target, body, headers)
     for method, target, body in (
-        ("PUT", "/new", PLACE), ("PUT", "/new", b""), ("PUT", "/bucket?tagging", TAGS), ("PUT", "/bucket/k?tagging", TAGS),
-        ("POST", "/bucket?delete", b"<Delete><Object><Key>k</Key></Object></Delete>"), ("PUT", "/bucket?acl", b"<AccessControlPolicy/>"),
+        ("PUT", "/new", PLACE), ("PUT", "/new", b""), ("PUT", "/bucket?tagging", TAGS), ("PUT", "/bucket/k?tagging", TAGS),  # noqa: E501
+        ("POST", "/bucket?delete", b"<Delete><Object><Key>k</Key></Object></Delete>"), ("PUT", "/bucket?acl", b"<AccessControlPolicy/>"),  # noqa: E501
         ("PUT", "/bucket/k?acl", b""),
     )
     for headers in (WRONG_MD5, WRONG_CRC)
@@ -115,7 +132,9 @@ async def test_a_list_of_parts_that_is_not_what_its_digest_says_completes_nothin
     assert (await call(world, "GET", "/bucket/k"))[2].endswith(b"part")
 
 
-@pytest.mark.parametrize("headers", [{"x-amz-mp-object-size": ""}, {"x-amz-mp-object-size": "4x"}, {"x-amz-checksum-type": ""}])
+@pytest.mark.parametrize(
+    "headers", [{"x-amz-mp-object-size": ""}, {"x-amz-mp-object-size": "4x"}, {"x-amz-checksum-type": ""}]
+)
 async def test_a_complete_with_an_empty_or_odd_header_completes_nothing(world: World, headers: dict[str, str]) -> None:
     target, document = await uploaded(world)
     before = state(world)
@@ -133,11 +152,15 @@ async def test_a_part_is_not_copied_whole_for_want_of_a_range(world: World, valu
 
 
 @pytest.mark.parametrize(
-    "name", ["x-amz-copy-source", "x-amz-acl", "x-amz-meta-a", "x-amz-write-offset-bytes", "x-storaged-countries", "if-match"]
+    "name",
+    ["x-amz-copy-source", "x-amz-acl", "x-amz-meta-a", "x-amz-write-offset-bytes", "x-storaged-countries", "if-match"],
 )
 async def test_a_form_says_nothing_in_its_headers(world: World, name: str) -> None:
     before = state(world)
-    head = f"POST /bucket HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: multipart/form-data; boundary=b\r\n{name}: x\r\n"
+    head = (
+        "POST /bucket HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: multipart/form-data;"
+        f" boundary=b\r\n{name}: x\r\n"
+    )
     answer = await world.raw(head.encode() + b"Content-Length: 0\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 501 ")
     assert state(world) == before
@@ -147,7 +170,7 @@ async def test_a_form_says_nothing_in_its_headers(world: World, name: str) -> No
 async def test_a_part_number_that_is_none_completes_nothing(world: World, number: str) -> None:
     target, _ = await uploaded(world)
     before = state(world)
-    document = f"<CompleteMultipartUpload><Part><PartNumber>{number}</PartNumber><ETag>x</ETag></Part></CompleteMultipartUpload>"
+    document = f"<CompleteMultipartUpload><Part><PartNumber>{number}</PartNumber><ETag>x</ETag></Part></CompleteMultipartUpload>"  # noqa: E501
     assert (await call(world, "POST", target, body=document.encode()))[:2] == (400, "MalformedXML")
     assert state(world) == before
 
@@ -164,11 +187,13 @@ async def test_a_host_that_is_not_ascii_does_not_fail_what_has_been_done(world: 
 @pytest.mark.parametrize(
     ("method", "target", "headers"),
     [
-        ("DELETE", "/bucket/k", {}), ("DELETE", "/empty", {}), ("DELETE", "/bucket/k?tagging", {}), ("POST", "/bucket/k?uploads", {}),
+        ("DELETE", "/bucket/k", {}), ("DELETE", "/empty", {}), ("DELETE", "/bucket/k?tagging", {}), ("POST", "/bucket/k?uploads", {}),  # noqa: E501
         ("PUT", "/bucket/copy", {"x-amz-copy-source": "/bucket/k"}),
     ],
 )  # fmt: skip
-async def test_a_body_where_none_belongs_changes_nothing(world: World, method: str, target: str, headers: dict[str, str]) -> None:
+async def test_a_body_where_none_belongs_changes_nothing(
+    world: World, method: str, target: str, headers: dict[str, str]
+) -> None:
     before = state(world)
     assert (await call(world, method, target, headers, b"<Delete/>"))[:2] == (400, "InvalidRequest")
     assert state(world) == before

@@ -44,7 +44,9 @@ async def world() -> AsyncIterator[World]:
         yield world
 
 
-async def call(world: World, method: str, target: str, headers: dict[str, str] | None = None, body: bytes = b"") -> tuple[int, str, bytes]:
+async def call(
+    world: World, method: str, target: str, headers: dict[str, str] | None = None, body: bytes = b""
+) -> tuple[int, str, bytes]:
     """(status, S3 code, the whole answer) of one signed request on a connection of its own."""
     request = signed(world, method, target, body=body, headers=headers)
     head, _, rest = request.partition(b"\r\n\r\n")
@@ -60,8 +62,15 @@ def state(world: World) -> Any:
         for bucket, found in world.objects.objects.items()
         if found
     }
-    uploads = {upload_id: (upload.info, dict(upload.parts), upload.done) for upload_id, upload in world.objects.uploads.items()}
-    return objects, uploads, dict(world.buckets.by_name), {name: dict(tags) for name, tags in world.buckets.tags.items()}
+    uploads = {
+        upload_id: (upload.info, dict(upload.parts), upload.done) for upload_id, upload in world.objects.uploads.items()
+    }
+    return (
+        objects,
+        uploads,
+        dict(world.buckets.by_name),
+        {name: dict(tags) for name, tags in world.buckets.tags.items()},
+    )
 
 
 def md5_of(body: bytes) -> dict[str, str]:
@@ -69,10 +78,10 @@ def md5_of(body: bytes) -> dict[str, str]:
 
 
 REFUSED_CONDITIONS: list[tuple[str, dict[str, str], tuple[int, str]]] = [
-    *[("PUT", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'W/"{ETAG}"', f'"{ETAG}')],
-    *[("DELETE", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'"{ETAG}" x', '*,"x"')],
-    *[("PUT", {"if-none-match": value}, (501, "NotImplemented")) for value in ('""', "", "W/*", '*,"x"', '"*"', f'W/"{ETAG}"', f'"{ETAG}', '"x",""')],
-    *[("PUT", {"if-none-match": value}, (412, "PreconditionFailed")) for value in ("*", f'"{ETAG}"', ETAG, f'"x", "{ETAG}"')],
+    *[("PUT", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'W/"{ETAG}"', f'"{ETAG}')],  # noqa: E501
+    *[("DELETE", {"if-match": value}, (412, "PreconditionFailed")) for value in ('""', "", " ", "W/", 'W/""', '"', f'"{ETAG}" x', '*,"x"')],  # noqa: E501
+    *[("PUT", {"if-none-match": value}, (501, "NotImplemented")) for value in ('""', "", "W/*", '*,"x"', '"*"', f'W/"{ETAG}"', f'"{ETAG}', '"x",""')],  # noqa: E501
+    *[("PUT", {"if-none-match": value}, (412, "PreconditionFailed")) for value in ("*", f'"{ETAG}"', ETAG, f'"x", "{ETAG}"')],  # noqa: E501
     ("PUT", {"if-match": f'"{ETAG}"', "if-unmodified-since": PAST}, (501, "NotImplemented")),
     ("PUT", {"if-match": f'"{ETAG}"', "if-none-match": "*"}, (412, "PreconditionFailed")),
     ("PUT", {"if-unmodified-since": FUTURE}, (501, "NotImplemented")),
@@ -144,7 +153,9 @@ async def test_a_write_may_name_the_tag_that_must_not_be_there(world: World) -> 
         ("<VersionId></VersionId>", "InvalidArgument"),
     ],
 )
-async def test_an_entry_of_delete_objects_whose_condition_fails_is_kept(world: World, condition: str, code: str) -> None:
+async def test_an_entry_of_delete_objects_whose_condition_fails_is_kept(
+    world: World, condition: str, code: str
+) -> None:
     before = state(world)
     body = f"<Delete><Object><Key>k</Key>{condition}</Object></Delete>".encode()
     status, found, _ = await call(world, "POST", "/bucket?delete", md5_of(body), body)
@@ -177,11 +188,11 @@ async def test_reads_judge_conditions_as_rfc_9110_does(world: World, headers: di
 NOT_ALLOWED, NOT_THERE, CONFLICT = (405, "MethodNotAllowed"), (501, "NotImplemented"), (400, "InvalidArgument")
 
 REFUSED_TARGETS: list[tuple[str, str, tuple[int, str]]] = [
-    *[("DELETE", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "acl", "uploads", "retention", "versions")],
-    *[("DELETE", f"/bucket/k?{name}", NOT_THERE) for name in ("ACL", "Policy", "TAGGING", "uploadID=x", "versionid=null", "%20acl")],
-    *[("PUT", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "versions", "uploads", "delete", "cors", "restore")],
-    *[("PUT", f"/bucket/k?{name}", NOT_THERE) for name in ("Tagging", "annotation=a", "annotation", "encryption", "renameObject", "append")],
-    *[("PUT", f"/bucket/k?{name}", CONFLICT) for name in ("partNumber=1", "versionId=abc", "prefix=a", "max-keys=1", "id=1")],
+    *[("DELETE", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "acl", "uploads", "retention", "versions")],  # noqa: E501
+    *[("DELETE", f"/bucket/k?{name}", NOT_THERE) for name in ("ACL", "Policy", "TAGGING", "uploadID=x", "versionid=null", "%20acl")],  # noqa: E501
+    *[("PUT", f"/bucket/k?{name}", NOT_ALLOWED) for name in ("policy", "lifecycle", "versions", "uploads", "delete", "cors", "restore")],  # noqa: E501
+    *[("PUT", f"/bucket/k?{name}", NOT_THERE) for name in ("Tagging", "annotation=a", "annotation", "encryption", "renameObject", "append")],  # noqa: E501
+    *[("PUT", f"/bucket/k?{name}", CONFLICT) for name in ("partNumber=1", "versionId=abc", "prefix=a", "max-keys=1", "id=1")],  # noqa: E501
     ("PUT", "/bucket/k?partnumber=1&uploadId=x", NOT_THERE),
     ("PUT", "/bucket/k?uploadId=x", NOT_ALLOWED),
     ("PUT", "/bucket/k?uploadId=x&partNumber", CONFLICT),
@@ -215,13 +226,17 @@ REFUSED_TARGETS: list[tuple[str, str, tuple[int, str]]] = [
 
 
 @pytest.mark.parametrize(("method", "target", "answer"), REFUSED_TARGETS)
-async def test_a_misplaced_or_missing_subresource_changes_nothing(world: World, method: str, target: str, answer: tuple[int, str]) -> None:
+async def test_a_misplaced_or_missing_subresource_changes_nothing(
+    world: World, method: str, target: str, answer: tuple[int, str]
+) -> None:
     before = state(world)
     assert (await call(world, method, target, body=b"<Document/>" if method in ("PUT", "POST") else b""))[:2] == answer
     assert state(world) == before
 
 
-@pytest.mark.parametrize("target", ["/bucket/k?x-id=PutObject", "/bucket/k?foo", "/bucket/k?x-id=PutObject&legalhold=1&a=b"])
+@pytest.mark.parametrize(
+    "target", ["/bucket/k?x-id=PutObject", "/bucket/k?foo", "/bucket/k?x-id=PutObject&legalhold=1&a=b"]
+)
 async def test_parameters_that_aws_does_not_know_are_ignored(world: World, target: str) -> None:
     assert (await call(world, "PUT", target, body=b"new"))[0] == 200
     assert (await call(world, "GET", target))[2].endswith(b"new")
@@ -231,8 +246,8 @@ async def test_parameters_that_aws_does_not_know_are_ignored(world: World, targe
 
 MUTATIONS = {
     ("PUT", "bucket", ""), ("DELETE", "bucket", ""), ("PUT", "object", ""), ("DELETE", "object", ""),
-    ("PUT", "bucket", "tagging"), ("DELETE", "bucket", "tagging"), ("PUT", "object", "tagging"), ("DELETE", "object", "tagging"),
-    ("POST", "object", "uploads"), ("PUT", "object", "uploadId"), ("POST", "object", "uploadId"), ("DELETE", "object", "uploadId"),
+    ("PUT", "bucket", "tagging"), ("DELETE", "bucket", "tagging"), ("PUT", "object", "tagging"), ("DELETE", "object", "tagging"),  # noqa: E501
+    ("POST", "object", "uploads"), ("PUT", "object", "uploadId"), ("POST", "object", "uploadId"), ("DELETE", "object", "uploadId"),  # noqa: E501
     ("POST", "bucket", "delete"),
 }  # fmt: skip
 """The rows that may change objects, buckets, tags or uploads; PUT ?acl takes what changes nothing."""
@@ -278,8 +293,8 @@ async def test_no_subresource_changes_anything_but_by_its_own_row(world: World, 
 REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-write-offset-bytes": "3"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-write-offset-bytes": "3", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),
-    ("PUT", "/bucket/k", {"x-amz-website-redirect-location": "/a", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),
-    ("PUT", "/bucket/k", {"x-amz-server-side-encryption-context": "e30=", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),
+    ("PUT", "/bucket/k", {"x-amz-website-redirect-location": "/a", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),  # noqa: E501
+    ("PUT", "/bucket/k", {"x-amz-server-side-encryption-context": "e30=", "x-amz-server-side-encryption": "AES256"}, NOT_THERE),  # noqa: E501
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:kms"}, NOT_THERE),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": "aws:fsx"}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-server-side-encryption": ""}, CONFLICT),
@@ -326,7 +341,7 @@ REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/new", {"x-storaged-countries": "FR,"}, CONFLICT),
     ("PUT", "/bucket/k", {"x-amz-sdk-checksum-algorithm": ""}, (400, "InvalidRequest")),
     ("POST", "/bucket/k?uploads", {"x-amz-checksum-algorithm": ""}, (400, "InvalidRequest")),
-    ("POST", "/bucket/k?uploads", {"x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-type": ""}, (400, "InvalidRequest")),
+    ("POST", "/bucket/k?uploads", {"x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-type": ""}, (400, "InvalidRequest")),  # noqa: E501
     ("PUT", "/new", {"x-amz-expected-bucket-owner": "me"}, NOT_THERE),
     ("PUT", "/bucket/k?x-amz-write-offset-bytes=3", {}, NOT_THERE),
     ("PUT", "/bucket/k?X-Amz-Acl=public-read", {}, NOT_THERE),
@@ -341,23 +356,29 @@ async def test_a_header_that_asks_for_what_is_not_done_changes_nothing(
     world: World, method: str, target: str, headers: dict[str, str], answer: tuple[int, str]
 ) -> None:
     before = state(world)
-    assert (await call(world, method, target, headers, b"new" if target.startswith("/bucket/k") and method == "PUT" else b""))[:2] == answer
+    assert (
+        await call(
+            world, method, target, headers, b"new" if target.startswith("/bucket/k") and method == "PUT" else b""
+        )
+    )[:2] == answer
     assert state(world) == before
 
 
 DOINGS = {
-    "PutObject": ("PUT", "/bucket/k", b"new"), "CopyObject": ("PUT", "/bucket/k", b""), "DeleteObject": ("DELETE", "/bucket/k", b""),
+    "PutObject": ("PUT", "/bucket/k", b"new"), "CopyObject": ("PUT", "/bucket/k", b""), "DeleteObject": ("DELETE", "/bucket/k", b""),  # noqa: E501
     "CreateBucket": ("PUT", "/new", b""), "DeleteBucket": ("DELETE", "/empty", b""),
-    "CreateMultipartUpload": ("POST", "/bucket/k?uploads", b""), "UploadPart": ("PUT", "/bucket/k?partNumber=1&uploadId=U", b"part"),
+    "CreateMultipartUpload": ("POST", "/bucket/k?uploads", b""), "UploadPart": ("PUT", "/bucket/k?partNumber=1&uploadId=U", b"part"),  # noqa: E501
     "AbortMultipartUpload": ("DELETE", "/bucket/k?uploadId=U", b""),
     "DeleteObjects": ("POST", "/bucket?delete", b"<Delete><Object><Key>k</Key></Object></Delete>"),
-    "PutObjectTagging": ("PUT", "/bucket/k?tagging", b"<Tagging><TagSet><Tag><Key>a</Key><Value>b</Value></Tag></TagSet></Tagging>"),
+    "PutObjectTagging": ("PUT", "/bucket/k?tagging", b"<Tagging><TagSet><Tag><Key>a</Key><Value>b</Value></Tag></TagSet></Tagging>"),  # noqa: E501
 }  # fmt: skip
 """Requests that change something when nothing is added to them."""
 
 
 @pytest.mark.parametrize("name", sorted(DOINGS))
-async def test_every_header_of_aws_is_honoured_or_refused_by_every_operation_that_changes_something(world: World, name: str) -> None:
+async def test_every_header_of_aws_is_honoured_or_refused_by_every_operation_that_changes_something(
+    world: World, name: str
+) -> None:
     method, target, body = DOINGS[name]
     target = target.replace("U", next(iter(world.objects.uploads))) if "uploadId" in target else target
     own = {"x-amz-copy-source": "/bucket/k", "x-amz-metadata-directive": "REPLACE"} if name == "CopyObject" else {}
@@ -369,21 +390,24 @@ async def test_every_header_of_aws_is_honoured_or_refused_by_every_operation_tha
         status, code, _ = await call(world, method, target, {**own, header: "1"}, body)
         assert (status, code) in {(400, "InvalidArgument"), (400, "InvalidRequest"), NOT_THERE}, header
         assert state(world) == before, header
-    assert (await call(world, method, target, {**own, "x-amz-tomorrow": "1", "x-amzn-trace-id": "1"}, body))[0] in (200, 204)
+    assert (await call(world, method, target, {**own, "x-amz-tomorrow": "1", "x-amzn-trace-id": "1"}, body))[0] in (
+        200,
+        204,
+    )
     assert state(world) != before
 
 
 async def test_what_presigned_urls_say_of_an_object_is_heard(world: World) -> None:
-    target = (
-        "/bucket/k?x-amz-meta-colour=blue&X-Amz-Storage-Class=GLACIER&x-amz-checksum-crc32=AAAAAA%3D%3D&x-amz-sdk-checksum-algorithm=CRC32"
-    )
+    target = "/bucket/k?x-amz-meta-colour=blue&X-Amz-Storage-Class=GLACIER&x-amz-checksum-crc32=AAAAAA%3D%3D&x-amz-sdk-checksum-algorithm=CRC32"  # noqa: E501
     assert (await call(world, "PUT", target, body=b"new"))[0] == 200, "a checksum there is the one of no body"
     answer = (await call(world, "GET", "/bucket/k"))[2]
     assert b"x-amz-meta-colour: blue\r\n" in answer
     assert b"x-amz-storage-class: GLACIER\r\n" in answer
 
 
-@pytest.mark.parametrize("query", [{"x-amz-meta-a": "b\r\nc"}, {"x-amz-meta-a\r\nb": "c"}, {"X-Amz-Meta-a b": "c"}, {"x-amz-meta-é": "c"}])
+@pytest.mark.parametrize(
+    "query", [{"x-amz-meta-a": "b\r\nc"}, {"x-amz-meta-a\r\nb": "c"}, {"X-Amz-Meta-a b": "c"}, {"x-amz-meta-é": "c"}]
+)
 def test_no_parameter_becomes_a_header_that_http_does_not_have(query: dict[str, str]) -> None:
     request = Request("", "PUT", b"/", "", False, {}, Target(b"/", (), query))
     with pytest.raises(InvalidArgument):
@@ -394,12 +418,17 @@ def test_no_parameter_becomes_a_header_that_http_does_not_have(query: dict[str, 
 async def test_headers_without_effect_are_taken(world: World) -> None:
     harmless = {"x-amz-request-payer": "requester", "x-amz-bypass-governance-retention": "true"}
     assert (await call(world, "DELETE", "/bucket/k", harmless))[0] == 204
-    assert (await call(world, "GET", "/bucket?list-type=2", {"x-amz-optional-object-attributes": "RestoreStatus"}))[0] == 200
+    assert (await call(world, "GET", "/bucket?list-type=2", {"x-amz-optional-object-attributes": "RestoreStatus"}))[
+        0
+    ] == 200
 
 
 def test_of_several_headers_that_are_refused_the_first_by_name_is_named() -> None:
     put = OBJECT[""]["PUT"]
-    for headers in ({"x-amz-write-offset-bytes": "1", "x-amz-mfa": "1"}, {"x-amz-mfa": "1", "x-amz-write-offset-bytes": "1"}):
+    for headers in (
+        {"x-amz-write-offset-bytes": "1", "x-amz-mfa": "1"},
+        {"x-amz-mfa": "1", "x-amz-write-offset-bytes": "1"},
+    ):
         with pytest.raises(NotImplemented) as caught:
             put.check_headers(headers)
         assert caught.value.details == {"Header": "x-amz-mfa"}

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 
 from storaged import errors
-from storaged.s3.form import FormReader, boundary_of
-from storaged.s3.policy import check_policy, parse_policy
+from storaged.s3.auth.form_policy import check_policy, parse_policy
+from storaged.s3.ops.form import FormReader, boundary_of
 from tests.unit.s3_world import ACCESS, REGION, World, s3_world
 from tests.unit.test_s3_post import NOW_MS, policy, post, signed_form, stored
 
@@ -126,7 +126,8 @@ def test_a_content_type_without_one_boundary_is_malformed(content_type: str) -> 
         boundary_of(content_type)
 
 
-# --- policies ---------------------------------------------------------------------------------------------------------------
+# --- policies
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def encoded(text: str | bytes) -> str:
@@ -139,7 +140,9 @@ def with_conditions(*conditions: object) -> str:
 
 def test_of_several_length_ranges_all_hold() -> None:
     found = parse_policy(
-        with_conditions(["content-length-range", 0, 10], ["content-length-range", 5, 1000], ["content-length-range", 2, 20])
+        with_conditions(
+            ["content-length-range", 0, 10], ["content-length-range", 5, 1000], ["content-length-range", 2, 20]
+        )
     )
     assert (found.size_min, found.size_max) == (5, 10)
 
@@ -177,20 +180,26 @@ def test_letters_beyond_ascii_are_not_taken_for_others() -> None:
         check_policy(found, {"key": "a"}, "bucket", NOW_MS)
 
 
-# --- what stands for headers --------------------------------------------------------------------------------------------------
+# --- what stands for headers
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_form_with_a_security_token_is_refused(world: World) -> None:
     status, body, _ = await post(
-        world, signed_form(policy({"x-amz-security-token": "t"}, {"key": "k"}), {"key": "k", "x-amz-security-token": "t"})
+        world,
+        signed_form(policy({"x-amz-security-token": "t"}, {"key": "k"}), {"key": "k", "x-amz-security-token": "t"}),
     )
     assert (status, b"<Code>InvalidToken</Code>" in body) == (400, True), body
     assert await stored(world, b"k") is None
 
 
-@pytest.mark.parametrize("field", ["x-amz-copy-source", "x-amz-website-redirect-location", "x-amz-write-offset-bytes", "x-amz-grant-read"])
+@pytest.mark.parametrize(
+    "field", ["x-amz-copy-source", "x-amz-website-redirect-location", "x-amz-write-offset-bytes", "x-amz-grant-read"]
+)
 async def test_a_form_that_asks_for_what_a_form_can_not_do_is_refused(world: World, field: str) -> None:
-    status, _, _ = await post(world, signed_form(policy({field: "/bucket/other"}, {"key": "k"}), {"key": "k", field: "/bucket/other"}))
+    status, _, _ = await post(
+        world, signed_form(policy({field: "/bucket/other"}, {"key": "k"}), {"key": "k", field: "/bucket/other"})
+    )
     assert status in (400, 501)
     assert await stored(world, b"k") is None
 

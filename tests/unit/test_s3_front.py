@@ -27,7 +27,9 @@ PART = 5 * 1024 * 1024
 async def world() -> AsyncIterator[World]:
     async with s3_world(domains=("s3.localhost",)) as world:
         client = world.client()
-        await asyncio.to_thread(client.create_bucket, Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": REGION})
+        await asyncio.to_thread(
+            client.create_bucket, Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": REGION}
+        )
         yield world
 
 
@@ -39,13 +41,22 @@ def refused(call: Callable[..., Any], **arguments: Any) -> tuple[int, str]:
 
 async def test_objects_come_back_with_all_that_was_said_of_them(world: World) -> None:
     client = world.client()
-    keys = ["plain", "a/b c+%?&é\u2603", "//a/../b", "x" * 1024, "line\nfeed", "\x01control", "a%2Fb", "~tilde*(paren)'quote\""]
+    keys = [
+        "plain",
+        "a/b c+%?&é\u2603",
+        "//a/../b",
+        "x" * 1024,
+        "line\nfeed",
+        "\x01control",
+        "a%2Fb",
+        "~tilde*(paren)'quote\"",
+    ]
 
     def run() -> None:
         for key in keys:
             client.put_object(
-                Bucket="bucket", Key=key, Body=key.encode(), Metadata={"mtime": "1.5", "note": "a b"}, CacheControl="no-cache",
-                ContentType="text/x", ContentEncoding="gzip", ContentLanguage="fr", ContentDisposition="inline", Tagging="k=v&l=",
+                Bucket="bucket", Key=key, Body=key.encode(), Metadata={"mtime": "1.5", "note": "a b"}, CacheControl="no-cache",  # noqa: E501
+                ContentType="text/x", ContentEncoding="gzip", ContentLanguage="fr", ContentDisposition="inline", Tagging="k=v&l=",  # noqa: E501
                 StorageClass="STANDARD_IA",
             )  # fmt: skip
             got = client.get_object(Bucket="bucket", Key=key)
@@ -66,7 +77,9 @@ async def test_objects_come_back_with_all_that_was_said_of_them(world: World) ->
         assert listed == [item["Key"] for item in client.list_objects(Bucket="bucket")["Contents"]]
         assert listed == [item["Key"] for item in client.list_object_versions(Bucket="bucket")["Versions"]]
         many = [key for key in keys if key.isprintable() or key == "line\nfeed"]  # XML 1.0 cannot name the others
-        answer = client.delete_objects(Bucket="bucket", Delete={"Objects": [{"Key": key, "VersionId": "null"} for key in many]})
+        answer = client.delete_objects(
+            Bucket="bucket", Delete={"Objects": [{"Key": key, "VersionId": "null"} for key in many]}
+        )
         assert {item["Key"] for item in answer["Deleted"]} == set(many)
         client.delete_object(Bucket="bucket", Key="\x01control", VersionId="null")
         assert client.list_objects_v2(Bucket="bucket")["KeyCount"] == 0
@@ -88,8 +101,14 @@ async def test_each_checksum_is_verified_kept_and_given_back(world: World, algor
         assert name not in client.head_object(Bucket="bucket", Key="k")
         assert name not in client.get_object(Bucket="bucket", Key="k", Range="bytes=0-1", ChecksumMode="ENABLED")
         wrong = base64.b64encode(bytes(len(base64.b64decode(put[name])))).decode()
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"other", **{name: wrong}) == (400, "BadDigest")
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"other", **{name: "bad"}) == (400, "BadDigest")
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"other", **{name: wrong}) == (
+            400,
+            "BadDigest",
+        )
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"other", **{name: "bad"}) == (
+            400,
+            "BadDigest",
+        )
         attributes = client.get_object_attributes(
             Bucket="bucket", Key="k", ObjectAttributes=["Checksum", "ETag", "ObjectSize", "StorageClass"]
         )
@@ -128,14 +147,23 @@ async def test_reads_and_writes_are_conditional(world: World) -> None:
 
     def run() -> None:
         etag = client.put_object(Bucket="bucket", Key="k", Body=b"1", IfNoneMatch="*")["ETag"]
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"2", IfNoneMatch="*") == (412, "PreconditionFailed")
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"2", IfMatch='"abc"') == (412, "PreconditionFailed")
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"2", IfNoneMatch="*") == (
+            412,
+            "PreconditionFailed",
+        )
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"2", IfMatch='"abc"') == (
+            412,
+            "PreconditionFailed",
+        )
         assert refused(client.put_object, Bucket="bucket", Key="new", Body=b"2", IfMatch='"abc"') == (404, "NoSuchKey")
         assert client.get_object(Bucket="bucket", Key="k", IfMatch=etag)["Body"].read() == b"1"
         assert refused(client.get_object, Bucket="bucket", Key="k", IfNoneMatch=etag)[0] == 304
         assert refused(client.head_object, Bucket="bucket", Key="k", IfNoneMatch=etag)[0] == 304
         assert refused(client.get_object, Bucket="bucket", Key="k", IfMatch='"abc"') == (412, "PreconditionFailed")
-        assert refused(client.get_object, Bucket="bucket", Key="k", IfUnmodifiedSince="2001-01-01") == (412, "PreconditionFailed")
+        assert refused(client.get_object, Bucket="bucket", Key="k", IfUnmodifiedSince="2001-01-01") == (
+            412,
+            "PreconditionFailed",
+        )
         client.put_object(Bucket="bucket", Key="k", Body=b"3", IfMatch=etag)
         assert refused(client.delete_object, Bucket="bucket", Key="k", IfMatch=etag) == (412, "PreconditionFailed")
         client.delete_object(Bucket="bucket", Key="k")
@@ -174,7 +202,9 @@ async def test_multipart_uploads_complete_once_and_answer_twice(world: World) ->
     parts = [b"a" * PART, b"b" * PART, b"c"]
 
     def run() -> None:
-        upload = client.create_multipart_upload(Bucket="bucket", Key="m", ChecksumAlgorithm="SHA256", Metadata={"x": "y"})
+        upload = client.create_multipart_upload(
+            Bucket="bucket", Key="m", ChecksumAlgorithm="SHA256", Metadata={"x": "y"}
+        )
         ids = {"Bucket": "bucket", "Key": "m", "UploadId": upload["UploadId"]}
         done = []
         for number, body in enumerate(parts, 1):
@@ -183,9 +213,14 @@ async def test_multipart_uploads_complete_once_and_answer_twice(world: World) ->
         assert [part["Size"] for part in client.list_parts(**ids, MaxParts=2)["Parts"]] == [PART, PART]
         assert client.list_parts(**ids, PartNumberMarker=2)["Parts"][0]["ETag"] == done[2]["ETag"]
         assert client.list_multipart_uploads(Bucket="bucket")["Uploads"][0]["UploadId"] == upload["UploadId"]
-        assert refused(client.complete_multipart_upload, **ids, MultipartUpload={"Parts": done[::-1]}) == (400, "InvalidPartOrder")
+        assert refused(client.complete_multipart_upload, **ids, MultipartUpload={"Parts": done[::-1]}) == (
+            400,
+            "InvalidPartOrder",
+        )
         assert refused(client.complete_multipart_upload, **ids, MultipartUpload={"Parts": []}) == (400, "MalformedXML")
-        assert refused(client.complete_multipart_upload, **ids, MultipartUpload={"Parts": [{"PartNumber": 7, "ETag": "x"}]}) == (
+        assert refused(
+            client.complete_multipart_upload, **ids, MultipartUpload={"Parts": [{"PartNumber": 7, "ETag": "x"}]}
+        ) == (
             400,
             "InvalidPart",
         )
@@ -196,13 +231,17 @@ async def test_multipart_uploads_complete_once_and_answer_twice(world: World) ->
         assert first["ChecksumType"] == "COMPOSITE"
         assert first["ChecksumSHA256"].endswith("-3")
         got = client.get_object(Bucket="bucket", Key="m", PartNumber=2)
-        assert (got["PartsCount"], got["ContentLength"], got["ContentRange"]) == (3, PART, f"bytes {PART}-{2 * PART - 1}/{2 * PART + 1}")
+        assert (got["PartsCount"], got["ContentLength"], got["ContentRange"]) == (
+            3,
+            PART,
+            f"bytes {PART}-{2 * PART - 1}/{2 * PART + 1}",
+        )
         assert got["ChecksumSHA256"] == done[1]["ChecksumSHA256"]
         assert client.head_object(Bucket="bucket", Key="m", PartNumber=3)["ContentLength"] == 1
         assert refused(client.get_object, Bucket="bucket", Key="m", PartNumber=4)[0] == 416
-        page = client.get_object_attributes(Bucket="bucket", Key="m", ObjectAttributes=["ObjectParts"], MaxParts=1, PartNumberMarker=1)[
-            "ObjectParts"
-        ]
+        page = client.get_object_attributes(
+            Bucket="bucket", Key="m", ObjectAttributes=["ObjectParts"], MaxParts=1, PartNumberMarker=1
+        )["ObjectParts"]
         assert (page["TotalPartsCount"], page["NextPartNumberMarker"], page["IsTruncated"]) == (3, 2, True)
         other = client.create_multipart_upload(Bucket="bucket", Key="m2")["UploadId"]
         client.upload_part_copy(
@@ -249,7 +288,11 @@ async def test_copies_keep_or_replace_what_the_directives_say(world: World) -> N
             Tagging="u=2&v=3",
         )
         replaced = client.head_object(Bucket="bucket", Key="new")
-        assert (replaced["Metadata"], replaced["ContentType"], replaced["TagCount"]) == ({"b": "2"}, "binary/octet-stream", 2)
+        assert (replaced["Metadata"], replaced["ContentType"], replaced["TagCount"]) == (
+            {"b": "2"},
+            "binary/octet-stream",
+            2,
+        )
         assert refused(client.copy_object, **source, CopySource=source) == (400, "InvalidRequest")
         client.copy_object(**source, CopySource=source, StorageClass="GLACIER")
         moved = client.head_object(**source)
@@ -278,10 +321,20 @@ async def test_pages_of_listings_fit_together(world: World) -> None:
             for name in ("list_objects", "list_objects_v2"):
                 pages = client.get_paginator(name).paginate(Bucket="bucket", PaginationConfig={"PageSize": size})
                 assert [item["Key"] for page in pages for item in page.get("Contents", [])] == sorted(keys)
-                pages = list(client.get_paginator(name).paginate(Bucket="bucket", Delimiter="/", PaginationConfig={"PageSize": size}))
-                assert [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])] == ["a/", "b+ü/", "c/"]
+                pages = list(
+                    client.get_paginator(name).paginate(
+                        Bucket="bucket", Delimiter="/", PaginationConfig={"PageSize": size}
+                    )
+                )
+                assert [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])] == [
+                    "a/",
+                    "b+ü/",
+                    "c/",
+                ]
                 assert [item["Key"] for page in pages for item in page.get("Contents", [])] == ["top", "z"]
-            versions = client.get_paginator("list_object_versions").paginate(Bucket="bucket", PaginationConfig={"PageSize": size})
+            versions = client.get_paginator("list_object_versions").paginate(
+                Bucket="bucket", PaginationConfig={"PageSize": size}
+            )
             assert [item["Key"] for page in versions for item in page.get("Versions", [])] == sorted(keys)
         after = client.list_objects_v2(Bucket="bucket", StartAfter="c/4", FetchOwner=True)
         assert [item["Key"] for item in after["Contents"]] == ["top", "z"]
@@ -323,11 +376,17 @@ async def test_presigned_urls_work_until_they_are_touched(world: World) -> None:
 
     def run() -> None:
         client.put_object(Bucket="bucket", Key="p q", Body=b"data")
-        url = client.generate_presigned_url("get_object", {"Bucket": "bucket", "Key": "p q", "ResponseContentType": "text/other"})
+        url = client.generate_presigned_url(
+            "get_object", {"Bucket": "bucket", "Key": "p q", "ResponseContentType": "text/other"}
+        )
         with urllib.request.urlopen(url) as answer:
             assert answer.read() == b"data"
             assert answer.headers["Content-Type"] == "text/other"
-        for altered in (url.replace("text%2Fother", "text%2Fhtml"), url.replace("Expires=3600", "Expires=7200"), url + "&versionId=null"):
+        for altered in (
+            url.replace("text%2Fother", "text%2Fhtml"),
+            url.replace("Expires=3600", "Expires=7200"),
+            url + "&versionId=null",
+        ):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(altered)
             assert caught.value.code == 403
@@ -343,7 +402,9 @@ async def test_presigned_urls_work_until_they_are_touched(world: World) -> None:
 async def test_virtual_host_style_names_the_bucket_in_the_host(world: World) -> None:
     client = world.client()
     await asyncio.to_thread(client.put_object, Bucket="bucket", Key="bucket/k", Body=b"v")
-    answer = await world.raw(f"GET /bucket/k HTTP/1.1\r\nHost: bucket.S3.localhost:{world.port}\r\nConnection: close\r\n\r\n".encode())
+    answer = await world.raw(
+        f"GET /bucket/k HTTP/1.1\r\nHost: bucket.S3.localhost:{world.port}\r\nConnection: close\r\n\r\n".encode()
+    )
     assert b"403 Forbidden" in answer
     assert b"<Code>AccessDenied</Code>" in answer
     assert world.done[-1].bucket == "bucket"
@@ -356,7 +417,18 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
 
     def run() -> None:
         client.create_bucket(Bucket="bucket")
-        names = ["ab", "a" * 64, "under_score", "dots..dots", "dot.-dash", "192.168.1.1", "-dash", "dash-", "xn--a", "x-s3alias"]
+        names = [
+            "ab",
+            "a" * 64,
+            "under_score",
+            "dots..dots",
+            "dot.-dash",
+            "192.168.1.1",
+            "-dash",
+            "dash-",
+            "xn--a",
+            "x-s3alias",
+        ]
         client.meta.events.unregister("before-parameter-build.s3")
         for name in names:
             assert refused(client.create_bucket, Bucket=name) == (400, "InvalidBucketName")
@@ -366,7 +438,10 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
             params["headers"]["x-storaged-countries"] = "FR, DE"
 
         client.meta.events.register("before-call.s3.CreateBucket", narrowed)
-        assert refused(client.create_bucket, Bucket="bucket") == (409, "BucketAlreadyOwnedByYou"), "it would not lie there alone"
+        assert refused(client.create_bucket, Bucket="bucket") == (
+            409,
+            "BucketAlreadyOwnedByYou",
+        ), "it would not lie there alone"
         client.create_bucket(Bucket="narrow")
         client.create_bucket(Bucket="narrow")
         client.meta.events.unregister("before-call.s3.CreateBucket", narrowed)
@@ -374,15 +449,26 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
         assert client.get_bucket_location(Bucket="bucket")["LocationConstraint"] == REGION
         assert client.head_bucket(Bucket="bucket")["BucketRegion"] == REGION
         assert "Status" not in client.get_bucket_versioning(Bucket="bucket")
-        assert refused(client.put_bucket_versioning, Bucket="bucket", VersioningConfiguration={"Status": "Enabled"}) == (
+        assert refused(
+            client.put_bucket_versioning, Bucket="bucket", VersioningConfiguration={"Status": "Enabled"}
+        ) == (
             501,
             "NotImplemented",
         )
-        assert refused(client.create_bucket, Bucket="locked", ObjectLockEnabledForBucket=True) == (501, "NotImplemented")
+        assert refused(client.create_bucket, Bucket="locked", ObjectLockEnabledForBucket=True) == (
+            501,
+            "NotImplemented",
+        )
         assert refused(client.get_bucket_cors, Bucket="bucket") == (404, "NoSuchCORSConfiguration")
         assert refused(client.get_bucket_policy, Bucket="bucket") == (404, "NoSuchBucketPolicy")
-        assert refused(client.get_bucket_lifecycle_configuration, Bucket="bucket") == (404, "NoSuchLifecycleConfiguration")
-        assert refused(client.get_bucket_encryption, Bucket="bucket") == (404, "ServerSideEncryptionConfigurationNotFoundError")
+        assert refused(client.get_bucket_lifecycle_configuration, Bucket="bucket") == (
+            404,
+            "NoSuchLifecycleConfiguration",
+        )
+        assert refused(client.get_bucket_encryption, Bucket="bucket") == (
+            404,
+            "ServerSideEncryptionConfigurationNotFoundError",
+        )
         assert refused(client.put_bucket_policy, Bucket="bucket", Policy="{}") == (501, "NotImplemented")
         assert refused(client.put_bucket_acl, Bucket="bucket", ACL="public-read") == (501, "NotImplemented")
         client.put_bucket_acl(Bucket="bucket", ACL="private")
@@ -392,21 +478,38 @@ async def test_bucket_names_locations_and_configurations_are_answered_as_aws_doe
         assert client.get_bucket_tagging(Bucket="bucket")["TagSet"] == [{"Key": "a", "Value": "b"}]
         client.put_object(Bucket="bucket", Key="k", Body=b"")
         assert refused(client.delete_bucket, Bucket="bucket") == (409, "BucketNotEmpty")
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", ServerSideEncryption="aws:kms") == (501, "NotImplemented")
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", StorageClass="NOPE") == (400, "InvalidStorageClass")
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", Metadata={"a": "x" * 2048}) == (400, "MetadataTooLarge")
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", ServerSideEncryption="aws:kms") == (
+            501,
+            "NotImplemented",
+        )
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", StorageClass="NOPE") == (
+            400,
+            "InvalidStorageClass",
+        )
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", Metadata={"a": "x" * 2048}) == (
+            400,
+            "MetadataTooLarge",
+        )
         assert refused(client.put_object, Bucket="bucket", Key="k" * 1025, Body=b"") == (400, "KeyTooLongError")
-        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", ContentMD5="short") == (400, "InvalidDigest")
+        assert refused(client.put_object, Bucket="bucket", Key="k", Body=b"", ContentMD5="short") == (
+            400,
+            "InvalidDigest",
+        )
         assert refused(client.get_object, Bucket="bucket", Key="k", VersionId="other") == (404, "NoSuchVersion")
         tags = [{"Key": str(number), "Value": ""} for number in range(11)]
-        assert refused(client.put_object_tagging, Bucket="bucket", Key="k", Tagging={"TagSet": tags}) == (400, "InvalidTag")
+        assert refused(client.put_object_tagging, Bucket="bucket", Key="k", Tagging={"TagSet": tags}) == (
+            400,
+            "InvalidTag",
+        )
         client.put_object_tagging(Bucket="bucket", Key="k", Tagging={"TagSet": tags[:10]})
         assert len(client.get_object_tagging(Bucket="bucket", Key="k")["TagSet"]) == 10
         client.delete_object_tagging(Bucket="bucket", Key="k")
         assert client.get_object_tagging(Bucket="bucket", Key="k")["TagSet"] == []
         many = {"Objects": [{"Key": str(number)} for number in range(1001)]}
         assert refused(client.delete_objects, Bucket="bucket", Delete=many) == (400, "MalformedXML")
-        answer = client.delete_objects(Bucket="bucket", Delete={"Objects": [{"Key": "k"}, {"Key": "x" * 1025}], "Quiet": True})
+        answer = client.delete_objects(
+            Bucket="bucket", Delete={"Objects": [{"Key": "k"}, {"Key": "x" * 1025}], "Quiet": True}
+        )
         assert "Deleted" not in answer
         assert answer["Errors"][0]["Code"] == "KeyTooLongError"
         client.delete_bucket(Bucket="bucket")

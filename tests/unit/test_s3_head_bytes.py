@@ -1,4 +1,6 @@
-"""Heads are understood from bytes: no rule of Unicode makes one word of another, and a target in absolute form is what it names."""
+"""Heads are understood from bytes: no rule of Unicode makes one word of another, and a target in absolute form is what
+it names.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import pytest
 import pytest_asyncio
 
 from storaged import errors
-from storaged.s3 import sigv4
-from storaged.s3.http import parse_head
-from storaged.s3.limits import Limits
+from storaged.s3.auth import sigv4
+from storaged.s3.http.grammar import parse_head
+from storaged.s3.http.limits import Limits
 from storaged.s3.request import parse_target
 from tests.unit.s3_world import ACCESS, REGION, SECRET, World, s3_world, signed
 
@@ -47,7 +49,9 @@ async def test_a_framing_header_with_a_byte_that_is_not_ascii_is_no_request(worl
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-@pytest.mark.parametrize("letter", [chr(code) for code in range(0x80, 0x3000) if chr(code).lower().isascii() or chr(code).isspace()])
+@pytest.mark.parametrize(
+    "letter", [chr(code) for code in range(0x80, 0x3000) if chr(code).lower().isascii() or chr(code).isspace()]
+)
 def test_no_letter_is_taken_for_one_of_ascii(letter: str) -> None:
     for value in (f"chun{letter}ed", f"{letter}chunked", f"chunked{letter}"):
         with pytest.raises(errors.BadRequest):
@@ -55,21 +59,52 @@ def test_no_letter_is_taken_for_one_of_ascii(letter: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["h", "h:80", "h:", "", "127.0.0.1:9000", "[::1]", "[::1]:80", "a-b.c_d.example", "bucket.s3.example.eu", "h%41", "[v1.a:b]"]
+    "host",
+    [
+        "h",
+        "h:80",
+        "h:",
+        "",
+        "127.0.0.1:9000",
+        "[::1]",
+        "[::1]:80",
+        "a-b.c_d.example",
+        "bucket.s3.example.eu",
+        "h%41",
+        "[v1.a:b]",
+    ],
 )
 def test_a_host_is_a_name_or_an_address_and_perhaps_a_port(host: str) -> None:
     assert parse_head(b"GET / HTTP/1.1\r\nHost: %s" % host.encode(), LIMITS).headers["host"] == host
 
 
 @pytest.mark.parametrize(
-    "host", ["a b", "a,b", "a/b", "u@h", "h:80x", "h:-1", "::1", "[::1", "[::1]x", "h:\u0661", "h%4", "h?x", "h#", "[a]", "h\\"]
+    "host",
+    [
+        "a b",
+        "a,b",
+        "a/b",
+        "u@h",
+        "h:80x",
+        "h:-1",
+        "::1",
+        "[::1",
+        "[::1]x",
+        "h:\u0661",
+        "h%4",
+        "h?x",
+        "h#",
+        "[a]",
+        "h\\",
+    ],
 )
 def test_what_is_no_host_is_refused(host: str) -> None:
     with pytest.raises(errors.BadRequest):
         parse_head(b"GET / HTTP/1.1\r\nHost: %s" % host.encode(), LIMITS)
 
 
-# --- RFC 9112 3.2.2 -----------------------------------------------------------------------------------------------------
+# --- RFC 9112 3.2.2
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,12 +160,13 @@ async def test_a_signed_request_in_absolute_form_is_answered(world: World) -> No
     assert answer.endswith(b"\r\n\r\ndata")
 
 
-# --- all that is understood is ASCII ----------------------------------------------------------------------------------------
+# --- all that is understood is ASCII
+# ----------------------------------------------------------------------------------------
 
 UNDERSTOOD = (
-    "authorization", "content-encoding", "content-language", "content-md5", "date", "if-match", "if-none-match", "if-modified-since", "if-range", "origin", "range", "x-amz-acl",
-    "x-amz-checksum-crc32", "x-amz-checksum-mode", "x-amz-content-sha256", "x-amz-date", "x-amz-decoded-content-length", "x-amz-max-parts",
-    "x-amz-metadata-directive", "x-amz-mp-object-size", "x-amz-sdk-checksum-algorithm", "x-amz-storage-class", "x-amz-trailer",
+    "authorization", "content-encoding", "content-language", "content-md5", "date", "if-match", "if-none-match", "if-modified-since", "if-range", "origin", "range", "x-amz-acl",  # noqa: E501
+    "x-amz-checksum-crc32", "x-amz-checksum-mode", "x-amz-content-sha256", "x-amz-date", "x-amz-decoded-content-length", "x-amz-max-parts",  # noqa: E501
+    "x-amz-metadata-directive", "x-amz-mp-object-size", "x-amz-sdk-checksum-algorithm", "x-amz-storage-class", "x-amz-trailer",  # noqa: E501
     "x-amz-unheard-of", "x-storaged-countries",
 )  # fmt: skip
 
@@ -144,14 +180,30 @@ def test_a_header_that_is_understood_is_ascii(name: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["x-amz-meta-a", "content-disposition", "content-type", "cache-control", "user-agent", "x-amz-copy-source", "x-amz-tagging", "x-other"],
+    [
+        "x-amz-meta-a",
+        "content-disposition",
+        "content-type",
+        "cache-control",
+        "user-agent",
+        "x-amz-copy-source",
+        "x-amz-tagging",
+        "x-other",
+    ],
 )
 def test_a_header_that_is_kept_or_ignored_may_have_any_letters(name: str) -> None:
-    assert parse_head(f"GET / HTTP/1.1\r\nHost: h\r\n{name}: gr\u00fc\u00df".encode(), LIMITS).headers[name] == "gr\u00fc\u00df"
+    assert (
+        parse_head(f"GET / HTTP/1.1\r\nHost: h\r\n{name}: gr\u00fc\u00df".encode(), LIMITS).headers[name]
+        == "gr\u00fc\u00df"
+    )
 
 
-@pytest.mark.parametrize("headers", [{"x-amz-meta-a": b"caf\xe9"}, {"content-disposition": b"\xff"}, {"x-amz-meta-a": b"\xed\xa0\x80"}])
-async def test_metadata_that_is_not_utf_8_can_not_be_given_back_and_is_refused(world: World, headers: dict[str, bytes]) -> None:
+@pytest.mark.parametrize(
+    "headers", [{"x-amz-meta-a": b"caf\xe9"}, {"content-disposition": b"\xff"}, {"x-amz-meta-a": b"\xed\xa0\x80"}]
+)
+async def test_metadata_that_is_not_utf_8_can_not_be_given_back_and_is_refused(
+    world: World, headers: dict[str, bytes]
+) -> None:
     ((name, value),) = headers.items()
     request = signed_raw(world, "PUT", "/bucket/k", {name: value})
     answer = await world.raw(request)
@@ -163,7 +215,9 @@ async def test_metadata_that_is_not_utf_8_can_not_be_given_back_and_is_refused(w
 
 async def test_metadata_comes_back_byte_for_byte(world: World) -> None:
     value = "caf\u00e9 \u20ac \U0001f600".encode()
-    assert (await world.raw(signed_raw(world, "PUT", "/bucket/k", {"x-amz-meta-a": value}))).startswith(b"HTTP/1.1 200 ")
+    assert (await world.raw(signed_raw(world, "PUT", "/bucket/k", {"x-amz-meta-a": value}))).startswith(
+        b"HTTP/1.1 200 "
+    )
     answer = await world.raw(signed(world, "HEAD", "/bucket/k").replace(b"Host:", b"Connection: close\r\nHost:", 1))
     assert b"x-amz-meta-a: " + value + b"\r\n" in answer
 
@@ -184,7 +238,8 @@ def signed_raw(world: World, method: str, target: str, headers: dict[str, bytes]
     signature = sigv4.sign(sigv4.signing_key(SECRET, now[:8], REGION), sigv4.string_to_sign(now, scope, canonical))
     lines = [f"{method} {target} HTTP/1.1".encode(), *(name.encode() + b": " + value for name, value in sent.items())]
     lines.append(
-        f"authorization: {sigv4.ALGORITHM} Credential={ACCESS}/{scope}, SignedHeaders={';'.join(names)}, Signature={signature}".encode()
+        f"authorization: {sigv4.ALGORITHM} Credential={ACCESS}/{scope}, SignedHeaders={';'.join(names)},"
+        f" Signature={signature}".encode()
     )
     return b"\r\n".join([*lines, b"content-length: 0", b"connection: close", b"", b""])
 
@@ -202,7 +257,7 @@ def test_a_date_has_digits_of_ascii(stamp: str) -> None:
 @pytest.mark.parametrize("expires", ["\u0661\u0660", "1_0", " 10", "+10", "10 ", "9" * 5000, "1e3", ""])
 def test_how_long_a_url_holds_is_a_plain_number(expires: str) -> None:
     query = {
-        "X-Amz-Algorithm": sigv4.ALGORITHM, "X-Amz-Credential": "A/20130524/r/s3/aws4_request", "X-Amz-Date": "20130524T000000Z",
+        "X-Amz-Algorithm": sigv4.ALGORITHM, "X-Amz-Credential": "A/20130524/r/s3/aws4_request", "X-Amz-Date": "20130524T000000Z",  # noqa: E501
         "X-Amz-SignedHeaders": "host", "X-Amz-Signature": "0", "X-Amz-Expires": expires,
     }  # fmt: skip
     with pytest.raises(errors.AuthorizationQueryParametersError):
@@ -210,7 +265,9 @@ def test_how_long_a_url_holds_is_a_plain_number(expires: str) -> None:
 
 
 def test_only_spaces_and_tabs_around_a_value_are_not_signed() -> None:
-    plain, spaced = (sigv4.canonical_headers(["x-amz-meta-a"], {"x-amz-meta-a": value}) for value in ("v", "\u00a0v\u2003"))
+    plain, spaced = (
+        sigv4.canonical_headers(["x-amz-meta-a"], {"x-amz-meta-a": value}) for value in ("v", "\u00a0v\u2003")
+    )
     assert plain != spaced, "else who stands between could change what is stored"
 
 

@@ -1,4 +1,6 @@
-"""Strangers' bytes on the S3 port: what is no request gets S3's answer, changes nothing, and is never taken for two requests."""
+"""Strangers' bytes on the S3 port: what is no request gets S3's answer, changes nothing, and is never taken for two
+requests.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ import pytest_asyncio
 
 from storaged.errors import BadRequest, IncompleteBody, RequestHeaderSectionTooLarge, RequestTimeout
 from storaged.objects.api import Body, BodyChecks, PutResult
-from storaged.objects.body import BodyReader
-from storaged.s3.body import RequestBody
-from storaged.s3.chunks import TransferChunks
-from storaged.s3.http import parse_head
-from storaged.s3.limits import Limits
+from storaged.objects.write.body import BodyReader
+from storaged.s3.http.body import RequestBody
+from storaged.s3.http.chunks import TransferChunks
+from storaged.s3.http.grammar import parse_head
+from storaged.s3.http.limits import Limits
 from storaged.wire import Buffer
 from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed, until
@@ -33,7 +35,9 @@ HOST = b"Host: h\r\n"
 
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
-    limits = Limits(body_idle_s=0.4, headers_s=0.4, send_idle_s=0.4, linger_s=0.3, connections_max=8, read_buffer_bytes=16 * 1024)
+    limits = Limits(
+        body_idle_s=0.4, headers_s=0.4, send_idle_s=0.4, linger_s=0.3, connections_max=8, read_buffer_bytes=16 * 1024
+    )
     async with s3_world(limits) as world:
         await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
         yield world
@@ -55,7 +59,8 @@ async def answers(world: World, data: bytes, *, pieces: int = 1) -> list[tuple[i
     writer.close()
     found = re.split(r"HTTP/1\.1 (\d{3}) ", text)
     return [
-        (int(status), rest.partition("<Code>")[2].partition("</Code>")[0]) for status, rest in zip(found[1::2], found[2::2], strict=True)
+        (int(status), rest.partition("<Code>")[2].partition("</Code>")[0])
+        for status, rest in zip(found[1::2], found[2::2], strict=True)
     ]
 
 
@@ -98,10 +103,10 @@ REFUSED = {
     "an endless length": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 40 + b"\r\n\r\n",
     "two lengths in one": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 5, 5\r\n\r\nhello",
     "two lengths": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-    "two lengths, the same": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
-    "length and chunks": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "chunks and length": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
-    "chunks twice": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "two lengths, the same": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello",  # noqa: E501
+    "length and chunks": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",  # noqa: E501
+    "chunks and length": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",  # noqa: E501
+    "chunks twice": b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",  # noqa: E501
     "chunks in HTTP/1.0": b"PUT /bucket/k HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "only empty lines": b"\r\n\r\n\r\n\r\n",
 }  # fmt: skip
@@ -117,10 +122,14 @@ async def test_what_another_parser_might_read_otherwise_is_refused_and_nothing_b
     assert not world.objects.of(await world.buckets.get("bucket"))
 
 
-@pytest.mark.parametrize("value", ["gzip, chunked", "identity", "chunked, identity", "xchunked", '"chunked"', "chunked;q=1", ""])
+@pytest.mark.parametrize(
+    "value", ["gzip, chunked", "identity", "chunked, identity", "xchunked", '"chunked"', "chunked;q=1", ""]
+)
 async def test_no_transfer_coding_but_chunked_is_known(world: World, value: str) -> None:
     request = b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: %s\r\n\r\n0\r\n\r\n" % value.encode()
-    assert await answers(world, request + signed(world, "PUT", "/bucket/smuggled", body=b"x")) == [(501, "NotImplemented")]
+    assert await answers(world, request + signed(world, "PUT", "/bucket/smuggled", body=b"x")) == [
+        (501, "NotImplemented")
+    ]
 
 
 BROKEN_CHUNKS = [
@@ -146,7 +155,9 @@ BROKEN_CHUNKS = [
 
 @pytest.mark.parametrize("chunks", BROKEN_CHUNKS)
 @pytest.mark.parametrize("pieces", [1, 7])
-async def test_chunks_that_are_broken_store_nothing_and_end_the_connection(world: World, chunks: bytes, pieces: int) -> None:
+async def test_chunks_that_are_broken_store_nothing_and_end_the_connection(
+    world: World, chunks: bytes, pieces: int
+) -> None:
     request = signed(world, "PUT", "/bucket/k", body=b"hello", send_body=False)
     request = request.replace(b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n")
     behind = signed(world, "PUT", "/bucket/smuggled", body=b"x")
@@ -158,7 +169,9 @@ async def test_chunks_that_are_broken_store_nothing_and_end_the_connection(world
 async def test_chunk_extensions_and_trailers_are_passed_over(world: World) -> None:
     request = signed(world, "PUT", "/bucket/k", body=b"hello", send_body=False)
     request = request.replace(b"Content-Length: 5\r\n", b"transfer-encoding: Chunked\r\nConnection: close\r\n")
-    assert await answers(world, request + b'2;a="b"\r\nhe\r\n003 ; c\r\nllo\r\n0\r\nX-Trailer: y\r\n\r\n') == [(200, "")]
+    assert await answers(world, request + b'2;a="b"\r\nhe\r\n003 ; c\r\nllo\r\n0\r\nX-Trailer: y\r\n\r\n') == [
+        (200, "")
+    ]
     assert world.objects.of(await world.buckets.get("bucket"))[b"k"].data == b"hello"
 
 
@@ -184,11 +197,12 @@ def test_chunks_are_decoded_the_same_however_they_are_cut() -> None:
         assert chunks.rest + wire[at:] == behind
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------------
+# --- heads
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_head_is_what_it_says() -> None:
-    head = parse_head(b"PUT /b/k%20?x=y HTTP/1.1\r\nHOST:h\r\nX-Amz-Meta-A:  a \t\r\nx-amz-meta-a: b\r\nx-utf: \xc3\xa9\xff\r\nContent-Length: 007\r\nConnection: foo, Close", LIMITS)  # fmt: skip
+    head = parse_head(b"PUT /b/k%20?x=y HTTP/1.1\r\nHOST:h\r\nX-Amz-Meta-A:  a \t\r\nx-amz-meta-a: b\r\nx-utf: \xc3\xa9\xff\r\nContent-Length: 007\r\nConnection: foo, Close", LIMITS)  # fmt: skip  # noqa: E501
     assert (head.method, head.target, head.length, head.declared, head.keep_alive, head.expects) == (
         "PUT",
         b"/b/k%20?x=y",
@@ -206,21 +220,31 @@ def test_a_head_is_what_it_says() -> None:
 
 def test_limits_of_a_head_hold_exactly() -> None:
     limits = Limits(header_line_bytes_max=100, header_section_bytes_max=1000, headers_max=10)
-    parse_head(b"GET /" + b"a" * 86 + b" HTTP/1.1\r\nhost: h" + b"".join(b"\r\nx%d: " % n + b"y" * 96 for n in range(9)), limits)
+    parse_head(
+        b"GET /" + b"a" * 86 + b" HTTP/1.1\r\nhost: h" + b"".join(b"\r\nx%d: " % n + b"y" * 96 for n in range(9)),
+        limits,
+    )
     for head in (
         b"GET /" + b"a" * 87 + b" HTTP/1.1\r\nhost: h",
         b"GET / HTTP/1.1\r\nhost: h\r\nx: " + b"y" * 98,
         b"GET / HTTP/1.1\r\nhost: h" + b"".join(b"\r\nx%d: y" % n for n in range(10)),
-        b"GET / HTTP/1.1\r\nhost: h" + b"".join(b"\r\nx%d%s: y" % (n, b"-" * 90) for n in range(9)) + b"\r\nxyz: " + b"z" * 95,
+        b"GET / HTTP/1.1\r\nhost: h"
+        + b"".join(b"\r\nx%d%s: y" % (n, b"-" * 90) for n in range(9))
+        + b"\r\nxyz: "
+        + b"z" * 95,
     ):
         with pytest.raises(RequestHeaderSectionTooLarge):
             parse_head(head, limits)
 
 
 def test_random_bytes_are_refused_or_are_heads_that_mean_what_they_say() -> None:
-    """Mutations of a good head: none is taken that has a control character, or a header that the strict grammar does not have."""
+    """Mutations of a good head: none is taken that has a control character, or a header that the strict grammar does
+    not have.
+    """
     chance = random.Random(11)
-    good = b"PUT /bucket/key?a=b HTTP/1.1\r\nHost: h:9\r\nContent-Length: 5\r\nx-amz-date: 20261125T160000Z\r\nAccept: */*"
+    good = (
+        b"PUT /bucket/key?a=b HTTP/1.1\r\nHost: h:9\r\nContent-Length: 5\r\nx-amz-date: 20261125T160000Z\r\nAccept: */*"
+    )
     taken = 0
     for _ in range(20_000):
         raw = bytearray(good)
@@ -243,21 +267,34 @@ def test_random_bytes_are_refused_or_are_heads_that_mean_what_they_say() -> None
 
 
 MUTATIONS = (
-    b"\xff", b"\xc3\xa9", b"\xd9\xa5", b"\xc2\xb2", b"\xed\xa0\x80", b"%", b"%00", b"%ff", b"&", b"=", b"?", b"/", b",", b";", b" ", b"\t", b":", b"\r\n",
+    b"\xff", b"\xc3\xa9", b"\xd9\xa5", b"\xc2\xb2", b"\xed\xa0\x80", b"%", b"%00", b"%ff", b"&", b"=", b"?", b"/", b",", b";", b" ", b"\t", b":", b"\r\n",  # noqa: E501
     b"\r\n\r\n", b"9", b"-1", b'"', b"<", b"*", b"e", b"",
 )  # fmt: skip
 
 
-async def test_requests_with_a_few_bytes_changed_are_never_a_failure_of_ours(world: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_requests_with_a_few_bytes_changed_are_never_a_failure_of_ours(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     chance = random.Random(5)
     good = [
-        signed(world, "PUT", "/bucket/k", body=b"hello", headers={"x-amz-meta-a": "b", "x-amz-tagging": "a=b", "If-None-Match": "*"}),
+        signed(
+            world,
+            "PUT",
+            "/bucket/k",
+            body=b"hello",
+            headers={"x-amz-meta-a": "b", "x-amz-tagging": "a=b", "If-None-Match": "*"},
+        ),
         signed(world, "GET", "/bucket/k?versionId=null&partNumber=1", headers={"Range": "bytes=0-1"}),
         signed(world, "GET", "/bucket?list-type=2&prefix=a&max-keys=5"),
         signed(world, "POST", "/bucket?delete", body=b"<Delete><Object><Key>a</Key></Object></Delete>"),
-        b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nx-amz-trailer: x-amz-checksum-crc32\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
-        b"GET /bucket/k?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK%2F20261125%2Feu-fr-1%2Fs3%2Faws4_request&X-Amz-Date=20261125T160000Z"
-        b"&X-Amz-Expires=100&X-Amz-SignedHeaders=host&X-Amz-Signature=ab HTTP/1.1\r\nHost: h\r\n\r\n",
+        (
+            b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nx-amz-trailer: x-amz-checksum-crc32\r\nTransfer-Encoding:"
+            b" chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+        ),
+        (
+            b"GET /bucket/k?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK%2F20261125%2Feu-fr-1%2Fs3%2Faws4_request&X-Amz-Date=20261125T160000Z&X-Amz-Expires=100&X-Amz-SignedHeaders=host&X-Amz-Signature=ab"  # noqa: E501
+            b" HTTP/1.1\r\nHost: h\r\n\r\n"
+        ),
     ]
     for _ in range(300):
         raw = bytearray(chance.choice(good))
@@ -273,11 +310,12 @@ async def test_requests_with_a_few_bytes_changed_are_never_a_failure_of_ours(wor
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-# --- connections ------------------------------------------------------------------------------------------------------------
+# --- connections
+# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_requests_sent_in_one_go_are_answered_in_their_order(world: World) -> None:
-    several = b"".join(signed(world, "PUT", f"/bucket/k{n}", body=b"%d" % n) for n in range(20)) + signed(world, "GET", "/bucket/k19", headers={"Connection": "close"})  # fmt: skip
+    several = b"".join(signed(world, "PUT", f"/bucket/k{n}", body=b"%d" % n) for n in range(20)) + signed(world, "GET", "/bucket/k19", headers={"Connection": "close"})  # fmt: skip  # noqa: E501
     for pieces in (1, 40):
         assert [status for status, _ in await answers(world, several, pieces=pieces)] == [200] * 21
     assert len(world.objects.of(await world.buckets.get("bucket"))) == 20
@@ -413,7 +451,8 @@ async def test_what_nobody_reads_is_not_taken_from_the_socket(world: World) -> N
     going_on.set()
 
 
-# --- bodies -----------------------------------------------------------------------------------------------------------------
+# --- bodies
+# -----------------------------------------------------------------------------------------------------------------
 
 
 class _Socket:
@@ -475,7 +514,9 @@ class _Blocks:
         self.found = b""
         self.failed: list[Exception] = []
 
-    async def put(self, bucket: object, key: bytes, body: Body, meta: object, checks: BodyChecks, **_: object) -> PutResult:
+    async def put(
+        self, bucket: object, key: bytes, body: Body, meta: object, checks: BodyChecks, **_: object
+    ) -> PutResult:
         reader, block = BodyReader(body, 1 << 30), memoryview(bytearray(300_000))
         try:
             while not reader.ended:

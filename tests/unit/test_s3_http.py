@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from storaged import errors
-from storaged.s3.limits import Limits
+from storaged.s3.http.limits import Limits
 from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, SECRET, World, read_head, s3_world, signed, until
 
@@ -137,8 +137,8 @@ async def test_headers_that_trickle_are_cut_off(world: World) -> None:
     [
         (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", b"RequestHeaderSectionTooLarge"),
         (b"GET / HTTP/1.1\r\nHost: h\r\nx: " + b"a" * 20_000 + b"\r\n\r\n", b"RequestHeaderSectionTooLarge"),
-        (b"GET / HTTP/1.1\r\n" + b"".join(b"x%d: y\r\n" % n for n in range(200)) + b"\r\n", b"RequestHeaderSectionTooLarge"),
-        (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n" + b"".join(b"x%d: %s\r\n" % (n, b"y" * 1000) for n in range(60)) + b"\r\n", b"RequestHeaderSectionTooLarge"),
+        (b"GET / HTTP/1.1\r\n" + b"".join(b"x%d: y\r\n" % n for n in range(200)) + b"\r\n", b"RequestHeaderSectionTooLarge"),  # noqa: E501
+        (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n" + b"".join(b"x%d: %s\r\n" % (n, b"y" * 1000) for n in range(60)) + b"\r\n", b"RequestHeaderSectionTooLarge"),  # noqa: E501
         (b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n", b"BadRequest"),
         (b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"BadRequest"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"BadRequest"),
@@ -169,12 +169,18 @@ async def test_a_body_that_is_not_what_was_signed_is_not_stored(world: World, si
 
 async def test_requests_of_other_services_and_old_signatures_get_a_quick_4xx(world: World) -> None:
     body = b"Action=ListRoles&Version=2010-05-08"
-    answer = await world.raw(b"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    answer = await world.raw(
+        b"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
     assert b"400 Bad Request" in answer
     assert b"<Code>InvalidAction</Code>" in answer
-    answer = await world.raw(b"GET /bucket HTTP/1.1\r\nHost: h\r\nAuthorization: AWS AK:c2ln\r\nConnection: close\r\n\r\n")
+    answer = await world.raw(
+        b"GET /bucket HTTP/1.1\r\nHost: h\r\nAuthorization: AWS AK:c2ln\r\nConnection: close\r\n\r\n"
+    )
     assert b"<Code>InvalidRequest</Code>" in answer
-    answer = await world.raw(b"GET /bucket?AWSAccessKeyId=AK&Signature=x&Expires=1 HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+    answer = await world.raw(
+        b"GET /bucket?AWSAccessKeyId=AK&Signature=x&Expires=1 HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    )
     assert b"<Code>InvalidRequest</Code>" in answer
 
 
@@ -182,7 +188,9 @@ async def test_xml_bombs_and_huge_documents_are_refused(world: World) -> None:
     bomb = b'<!DOCTYPE d [<!ENTITY a "aaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><Tagging><TagSet>&b;</TagSet></Tagging>'
     answer = await world.raw(signed(world, "PUT", "/bucket?tagging", body=bomb, headers={"Connection": "close"}))
     assert b"<Code>MalformedXML</Code>" in answer
-    answer = await world.raw(signed(world, "PUT", "/bucket?tagging", body=b" " * (2 << 20) + b"x", headers={"Connection": "close"}))
+    answer = await world.raw(
+        signed(world, "PUT", "/bucket?tagging", body=b" " * (2 << 20) + b"x", headers={"Connection": "close"})
+    )
     assert b"<Code>MaxMessageLengthExceeded</Code>" in answer
 
 
@@ -211,7 +219,9 @@ async def test_a_read_that_fails_in_the_middle_breaks_the_connection(world: Worl
     assert bucket.name == "bucket"
 
 
-async def test_a_failure_nobody_expected_says_nothing_of_the_inside(world: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_nobody_expected_says_nothing_of_the_inside(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the secret of the inside")
 
@@ -272,7 +282,9 @@ def certificate(directory: Path) -> Path:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.now(UTC)
     builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
-    built = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False).sign(key, hashes.SHA256())
+    built = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False).sign(
+        key, hashes.SHA256()
+    )
     path = directory / "server.pem"
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     path.write_bytes(pem + built.public_bytes(serialization.Encoding.PEM))
@@ -290,11 +302,12 @@ async def test_over_tls_boto3_sends_checksums_in_trailers_and_they_are_verified(
         def run() -> dict[str, str]:
             client = boto3.client(
                 "s3", endpoint_url=f"https://localhost:{world.port}", region_name=REGION, aws_access_key_id=ACCESS,
-                aws_secret_access_key=SECRET, verify=str(path), config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),
+                aws_secret_access_key=SECRET, verify=str(path), config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),  # noqa: E501
             )  # fmt: skip
             seen: dict[str, str] = {}
             client.meta.events.register(
-                "before-send.s3.PutObject", lambda request, **_: seen.update({k.lower(): str(v) for k, v in request.headers.items()})
+                "before-send.s3.PutObject",
+                lambda request, **_: seen.update({k.lower(): str(v) for k, v in request.headers.items()}),
             )
             put = client.put_object(Bucket="bucket", Key="k", Body=body, ContentEncoding="gzip")
             got = client.get_object(Bucket="bucket", Key="k")

@@ -1,4 +1,6 @@
-"""Slow clients and fast ones on the S3 port: who makes progress is waited for, and what nobody takes or reads is bounded."""
+"""Slow clients and fast ones on the S3 port: who makes progress is waited for, and what nobody takes or reads is
+bounded.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from storaged.objects.api import NewMeta
-from storaged.s3.body import RequestBody
-from storaged.s3.connection import Connection, Connections
-from storaged.s3.http import broken_so_far
-from storaged.s3.limits import Limits
+from storaged.s3.http.body import RequestBody
+from storaged.s3.http.connection import Connection, Connections
+from storaged.s3.http.grammar import broken_so_far
+from storaged.s3.http.limits import Limits
 from tests.patience import GUARD_S
 from tests.unit import fake_object_service
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed
@@ -201,7 +203,7 @@ async def test_who_is_waited_for_after_an_answer_takes_nobodys_place() -> None:
     async with s3_world(Limits(requests_max=2)) as world:
         await make_bucket(world, k=b"hello")
         writers = []
-        for request in (b"nonsense\r\n\r\n", b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n", b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 9999999\r\n\r\n"):  # fmt: skip
+        for request in (b"nonsense\r\n\r\n", b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n", b"PUT /bucket/k HTTP/1.1\r\nHost: h\r\nContent-Length: 9999999\r\n\r\n"):  # fmt: skip  # noqa: E501
             reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
             writer.write(request)
             assert b" 40" in await read_head(reader)
@@ -216,14 +218,20 @@ async def test_who_is_waited_for_after_an_answer_takes_nobodys_place() -> None:
 def test_the_beginning_of_a_head_is_judged_the_same_however_it_comes() -> None:
     chance = random.Random(9)
     for _ in range(3000):
-        data, seen, found = b"".join(chance.choices((b"a", b"\r\n", b"\r", b"\n", b"\0"), (30, 10, 1, 1, 0.3), k=12)), 0, False
+        data, seen, found = (
+            b"".join(chance.choices((b"a", b"\r\n", b"\r", b"\n", b"\0"), (30, 10, 1, 1, 0.3), k=12)),
+            0,
+            False,
+        )
         cuts = sorted(chance.sample(range(1, len(data) + 1), chance.randrange(1, 4)))
         for cut in (*cuts, len(data)):
             found = found or broken_so_far(data[:cut], Limits(), seen) is not None
             seen = cut
         assert found == any(broken_so_far(data[:cut], Limits()) for cut in (*cuts, len(data)))
     assert broken_so_far(b"\0" * 45_000, Limits()) is not None
-    assert broken_so_far(b"\0" * 45_000 + b"y", Limits(), 45_000) is None, "what was seen is not looked at again, whatever it is"
+    assert broken_so_far(b"\0" * 45_000 + b"y", Limits(), 45_000) is None, (
+        "what was seen is not looked at again, whatever it is"
+    )
 
 
 @pytest.mark.parametrize("secure", [False, True])

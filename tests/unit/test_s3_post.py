@@ -16,8 +16,8 @@ import pytest
 import pytest_asyncio
 
 from storaged import errors
-from storaged.s3.form import FormReader, boundary_of
-from storaged.s3.policy import check_policy, parse_policy
+from storaged.s3.auth.form_policy import check_policy, parse_policy
+from storaged.s3.ops.form import FormReader, boundary_of
 from tests.unit.s3_world import ACCESS, REGION, SECRET, World, s3_world
 
 BOUNDARY = "x-boundary"
@@ -43,8 +43,14 @@ def policy(*conditions: Any, expiration: str = FAR) -> dict[str, Any]:
 
 
 def form(fields: dict[str, str], data: bytes = b"data", filename: str = "dir/name.txt") -> bytes:
-    parts = [f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
-    parts.append(f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{filename}"\r\nContent-Type: a/b\r\n\r\n')
+    parts = [
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in fields.items()
+    ]
+    parts.append(
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{filename}"\r\nContent-Type:'
+        " a/b\r\n\r\n"
+    )
     return "".join(parts).encode() + data + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
@@ -78,10 +84,19 @@ async def stored(world: World, key: bytes) -> Any:
 
 async def test_a_signed_form_stores_its_file_with_what_its_fields_say(world: World) -> None:
     document = policy(
-        ["starts-with", "$key", "up/"], {"x-amz-meta-a": "1"}, ["starts-with", "$Content-Type", "text/"], ["starts-with", "$tagging", ""]
+        ["starts-with", "$key", "up/"],
+        {"x-amz-meta-a": "1"},
+        ["starts-with", "$Content-Type", "text/"],
+        ["starts-with", "$tagging", ""],
     )
     tagging = "<Tagging><TagSet><Tag><Key>k</Key><Value>v</Value></Tag></TagSet></Tagging>"
-    fields = {"key": "up/${filename}", "x-amz-meta-a": "1", "Content-Type": "text/plain", "tagging": tagging, "x-ignore-me": "yes"}
+    fields = {
+        "key": "up/${filename}",
+        "x-amz-meta-a": "1",
+        "Content-Type": "text/plain",
+        "tagging": tagging,
+        "x-ignore-me": "yes",
+    }
     data = hashlib.shake_128(b"y").digest(700_000)
     status, body, headers = await post(world, signed_form(document, fields, data))
     assert (status, body) == (204, b"")
@@ -113,7 +128,9 @@ async def test_boto3_presigned_posts_work_and_201_names_the_object(world: World)
 
 async def test_sizes_outside_the_policy_store_nothing(world: World) -> None:
     for data, code in ((b"", b"EntityTooSmall"), (b"12345678901", b"EntityTooLarge")):
-        status, body, _ = await post(world, signed_form(policy({"key": "k"}, ["content-length-range", 1, 10]), {"key": "k"}, data))
+        status, body, _ = await post(
+            world, signed_form(policy({"key": "k"}, ["content-length-range", 1, 10]), {"key": "k"}, data)
+        )
         assert (status, b"<Code>" + code in body) == (400, True)
     assert await stored(world, b"k") is None
 
@@ -139,7 +156,12 @@ async def test_sizes_outside_the_policy_store_nothing(world: World) -> None:
             b"InvalidArgument",
         ),
         (policy({"key": "k"}, {"x-amz-meta-a: b": "1"}), {"key": "k", "x-amz-meta-a: b": "1"}, 400, b"InvalidArgument"),
-        (policy({"key": "k"}, {"x-amz-meta-\u00e9": "1"}), {"key": "k", "x-amz-meta-\u00e9": "1"}, 400, b"InvalidArgument"),
+        (
+            policy({"key": "k"}, {"x-amz-meta-\u00e9": "1"}),
+            {"key": "k", "x-amz-meta-\u00e9": "1"},
+            400,
+            b"InvalidArgument",
+        ),
     ],
 )
 async def test_forms_that_the_policy_does_not_allow_are_refused(

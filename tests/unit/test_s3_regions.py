@@ -16,8 +16,8 @@ from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged.errors import InvalidLocationConstraint
-from storaged.s3 import sigv4
-from storaged.s3.regions import location_constraint, region_name, region_of_new_bucket
+from storaged.s3.auth import sigv4
+from storaged.s3.auth.regions import location_constraint, region_name, region_of_new_bucket
 from tests.unit.s3_world import ACCESS, REGION, SECRET, World, ask, s3_world
 from tests.unit.test_s3_front import refused
 from tests.unit.test_s3_post import encode, form, policy, post
@@ -40,12 +40,22 @@ async def strict() -> AsyncIterator[World]:
 
 
 def header_signed(world: World, region: str, secret: str = SECRET, said: str = "") -> bytes:
-    """A PUT of ``/bucket/key``. ``said``: the region that the header names, when it is not the one that was signed for."""
+    """A PUT of ``/bucket/key``. ``said``: the region that the header names, when it is not the one
+    that was signed for.
+    """
     request = AWSRequest("PUT", f"{world.endpoint}/bucket/key", data=b"data")
     botocore.auth.S3SigV4Auth(Credentials(ACCESS, secret), "s3", region).add_auth(request)
     head = [f"{name}: {value}" for name, value in request.headers.items()]
     text = "\r\n".join(
-        ["PUT /bucket/key HTTP/1.1", f"Host: 127.0.0.1:{world.port}", *head, "Content-Length: 4", "Connection: close", "", "data"]
+        [
+            "PUT /bucket/key HTTP/1.1",
+            f"Host: 127.0.0.1:{world.port}",
+            *head,
+            "Content-Length: 4",
+            "Connection: close",
+            "",
+            "data",
+        ]
     )
     return (text.replace(f"/{region}/s3/", f"/{said}/s3/") if said else text).encode()
 
@@ -59,7 +69,9 @@ async def test_a_signature_of_any_region_is_accepted_where_it_is_right_for_that_
 
 @pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
 async def test_presigned_urls_and_streams_of_any_region_are_accepted(lax: World, region: str) -> None:
-    client = lax.client(region=region, signature_version="s3v4", s3={"addressing_style": "path", "payload_signing_enabled": True})
+    client = lax.client(
+        region=region, signature_version="s3v4", s3={"addressing_style": "path", "payload_signing_enabled": True}
+    )
 
     def run() -> None:
         client.put_object(Bucket="bucket", Key="p", Body=b"data")
@@ -78,7 +90,9 @@ def form_of(region: str) -> bytes:
     fields = {"x-amz-algorithm": "AWS4-HMAC-SHA256", "x-amz-credential": scope, "x-amz-date": "20991231T000000Z"}
     encoded = encode(policy({"key": "k"}, *({name: value} for name, value in fields.items())))
     key = sigv4.signing_key(SECRET, "20991231", region)
-    return form({"key": "k", **fields, "policy": encoded, "x-amz-signature": hmac.digest(key, encoded.encode(), "sha256").hex()})
+    return form(
+        {"key": "k", **fields, "policy": encoded, "x-amz-signature": hmac.digest(key, encoded.encode(), "sha256").hex()}
+    )
 
 
 async def test_forms_of_any_region_are_accepted(lax: World) -> None:
@@ -116,7 +130,9 @@ async def test_a_strict_gateway_names_the_region_that_it_wants(strict: World) ->
         ("par1", "par1", "par1"),
     ],
 )
-async def test_a_bucket_has_the_region_that_it_was_created_in(lax: World, asked: str | None, located: str | None, headed: str) -> None:
+async def test_a_bucket_has_the_region_that_it_was_created_in(
+    lax: World, asked: str | None, located: str | None, headed: str
+) -> None:
     client = lax.client(region="us-east-1")
     more = {"CreateBucketConfiguration": {"LocationConstraint": asked}} if asked else {}
 
@@ -124,7 +140,9 @@ async def test_a_bucket_has_the_region_that_it_was_created_in(lax: World, asked:
         client.create_bucket(Bucket="other", **more)
         assert client.get_bucket_location(Bucket="other")["LocationConstraint"] == located
         assert client.head_bucket(Bucket="other")["BucketRegion"] == headed
-        (listed,) = [bucket for bucket in client.list_buckets(BucketRegion=headed)["Buckets"] if bucket["Name"] == "other"]
+        (listed,) = [
+            bucket for bucket in client.list_buckets(BucketRegion=headed)["Buckets"] if bucket["Name"] == "other"
+        ]
         assert listed["BucketRegion"] == headed
         client.put_object(Bucket="other", Key="k", Body=b"x")
 

@@ -1,4 +1,6 @@
-"""GETs and HEADs that are answered by callbacks: the same answers as by a task, and what becomes of a connection meanwhile."""
+"""GETs and HEADs that are answered by callbacks: the same answers as by a task, and what becomes of a connection
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from storaged.objects.api import NewMeta, Reading
-from storaged.objects.get import HeldStream
+from storaged.objects.read.get import HeldStream
 from storaged.s3 import app
-from storaged.s3.connection import HEAD, WORKING, Connection
-from storaged.s3.limits import Limits
+from storaged.s3.http.connection import HEAD, WORKING, Connection
+from storaged.s3.http.limits import Limits
 from tests.unit.fake_object_service import checksum
 from tests.unit.s3_world import ACCESS, REGION, Held, World, ask, break_off, read_head, s3_world, signed, until
 
@@ -35,7 +37,9 @@ async def fill(world: World) -> None:
     bucket = await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
     for key, data in {"small": SMALL, "other": SMALL[1:], "large": LARGE, "empty": b""}.items():
         sums = {"CRC32": checksum("CRC32", data)}
-        world.objects.store(bucket, key.encode(), data, META, "0" * 32, bucket.owner, checksums=sums, checksum_type="FULL_OBJECT")
+        world.objects.store(
+            bucket, key.encode(), data, META, "0" * 32, bucket.owner, checksums=sums, checksum_type="FULL_OBJECT"
+        )
 
 
 async def ask_once(world: World, method: str, target: str, **headers: str) -> tuple[bytes, bytes]:
@@ -76,7 +80,11 @@ async def test_what_an_sdk_asks_with_is_answered_without_the_task(world: World) 
     def run() -> None:
         client.head_bucket(Bucket="bucket")  # the first head may be there before the connection's task waits for it
         got = client.get_object(Bucket="bucket", Key="small")
-        assert (got["Body"].read(), got["ChecksumCRC32"], got["ChecksumType"]) == (SMALL, checksum("CRC32", SMALL), "FULL_OBJECT")
+        assert (got["Body"].read(), got["ChecksumCRC32"], got["ChecksumType"]) == (
+            SMALL,
+            checksum("CRC32", SMALL),
+            "FULL_OBJECT",
+        )
         for more in ({}, {"ChecksumMode": "ENABLED"}):
             assert ("ChecksumCRC32" in client.head_object(Bucket="bucket", Key="small", **more)) == bool(more)
 
@@ -85,7 +93,9 @@ async def test_what_an_sdk_asks_with_is_answered_without_the_task(world: World) 
     assert world.objects.readings == []
 
 
-async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reading = Reading(None)
     monkeypatch.setattr(world.objects, "read_soon", lambda bucket, key, want_plain, then: then(reading))
     _, body = await ask_once(world, "GET", "/bucket/large")
@@ -105,13 +115,17 @@ async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(wo
         ("/bucket", {}, b"200"),
     ],
 )
-async def test_whatever_else_is_asked_is_the_tasks(world: World, target: str, headers: dict[str, str], status: bytes) -> None:
+async def test_whatever_else_is_asked_is_the_tasks(
+    world: World, target: str, headers: dict[str, str], status: bytes
+) -> None:
     head, _ = await ask_once(world, "GET", target, **headers)
     assert head.split(b" ")[1] == status
     assert world.objects.told == []
 
 
-@pytest.mark.parametrize("change", [(b"Signature=", b"Signature=0"), (b"Credential=AKMAIN", b"Credential=NOBODY"), (b"Host: ", b"Host: x")])
+@pytest.mark.parametrize(
+    "change", [(b"Signature=", b"Signature=0"), (b"Credential=AKMAIN", b"Credential=NOBODY"), (b"Host: ", b"Host: x")]
+)
 async def test_who_is_not_who_they_say_is_told_nothing(world: World, change: tuple[bytes, bytes]) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(signed(world, "GET", "/bucket/small").replace(*change))
@@ -158,9 +172,13 @@ async def test_a_client_that_has_gone_is_nobodys_trouble(world: World) -> None:
 
 
 @pytest.mark.parametrize("header", [{}, {"x-unknown": "1"}], ids=["soon", "task"])
-async def test_an_answer_that_must_not_be_sent_ends_the_connection_and_is_counted(world: World, header: dict[str, str]) -> None:
+async def test_an_answer_that_must_not_be_sent_ends_the_connection_and_is_counted(
+    world: World, header: dict[str, str]
+) -> None:
     bucket = world.buckets.by_name["bucket"]
-    world.objects.store(bucket, b"wrong", SMALL, NewMeta(user={"color": "blue\r\nSet-Cookie: a"}), "0" * 32, bucket.owner)
+    world.objects.store(
+        bucket, b"wrong", SMALL, NewMeta(user={"color": "blue\r\nSet-Cookie: a"}), "0" * 32, bucket.owner
+    )
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(signed(world, "GET", "/bucket/wrong", headers=header))
     with contextlib.suppress(ConnectionResetError):
@@ -290,7 +308,9 @@ async def test_answers_of_one_turn_of_the_loop_leave_one_behind_the_other(monkey
         assert world.app.statistics().requests_in_flight == 0
 
 
-async def test_a_client_that_goes_before_its_answer_leaves_keeps_no_other_from_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_goes_before_its_answer_leaves_keeps_no_other_from_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(app, "ALONE_MAX", 0)
     async with s3_world() as world:
         await fill(world)

@@ -1,4 +1,6 @@
-"""Small PUTs that are answered by callbacks: the same answers as by a task, whatever the body does, and what becomes of a connection meanwhile."""
+"""Small PUTs that are answered by callbacks: the same answers as by a task, whatever the body does, and what becomes of
+a connection meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
 from storaged.s3 import app
-from storaged.s3.body import RequestBody
-from storaged.s3.chunked import ChunkedDecoder
-from storaged.s3.connection import BODY, HEAD, Connection
 from storaged.s3.headers import INCIDENTAL
-from storaged.s3.limits import Limits
-from storaged.s3.objects import put_asked
+from storaged.s3.http.body import RequestBody
+from storaged.s3.http.chunked import ChunkedDecoder
+from storaged.s3.http.connection import BODY, HEAD, Connection
+from storaged.s3.http.limits import Limits
+from storaged.s3.ops.objects import put_asked
 from storaged.s3.request import Request
 from tests.patience import GUARD_S
 from tests.unit.fake_object_service import HELD_BYTES_MAX, checksum
@@ -64,7 +66,15 @@ def in_pieces(request: bytes, how: str) -> tuple[bytes, ...]:
 @pytest.mark.parametrize(
     ("body", "headers"),
     [
-        (SMALL, {"Content-Type": "text/plain", "x-amz-meta-color": "blue", "x-amz-tagging": "a=b", "Cache-Control": "no-store"}),
+        (
+            SMALL,
+            {
+                "Content-Type": "text/plain",
+                "x-amz-meta-color": "blue",
+                "x-amz-tagging": "a=b",
+                "Cache-Control": "no-store",
+            },
+        ),
         (SMALL, {"Content-MD5": MD5}),
         (SMALL, {"x-amz-checksum-crc32": checksum("CRC32", SMALL), "x-amz-sdk-checksum-algorithm": "CRC32"}),
         (SMALL, {"If-None-Match": "*", "x-amz-storage-class": "STANDARD", "x-amz-server-side-encryption": "AES256"}),
@@ -72,10 +82,14 @@ def in_pieces(request: bytes, how: str) -> tuple[bytes, ...]:
     ],
     ids=["meta", "md5", "checksum", "condition", "largest"],
 )
-async def test_the_answer_is_the_one_that_the_task_gives(world: World, how: str, body: bytes, headers: dict[str, str]) -> None:
+async def test_the_answer_is_the_one_that_the_task_gives(
+    world: World, how: str, body: bytes, headers: dict[str, str]
+) -> None:
     answers, infos = [], []
     for world.objects.busy in (False, True):
-        answers.append(await ask(world, *in_pieces(signed(world, "PUT", "/bucket/key", body=body, headers=headers), how)))
+        answers.append(
+            await ask(world, *in_pieces(signed(world, "PUT", "/bucket/key", body=body, headers=headers), how))
+        )
         stored = world.objects.of(world.buckets.by_name["bucket"]).pop(b"key")
         assert stored.data == body
         infos.append(stored.info._replace(modified_ms=0))
@@ -127,7 +141,11 @@ async def test_a_body_that_is_not_what_was_signed_is_refused(world: World, how: 
 
 
 async def test_who_is_not_who_they_say_stores_nothing_and_is_not_told_to_go_on(world: World) -> None:
-    for change in ((b"Signature=", b"Signature=0"), (b"Credential=AKMAIN", b"Credential=NOBODY"), (b"Host: ", b"Host: x")):
+    for change in (
+        (b"Signature=", b"Signature=0"),
+        (b"Credential=AKMAIN", b"Credential=NOBODY"),
+        (b"Host: ", b"Host: x"),
+    ):
         request = signed(world, "PUT", "/bucket/key", body=SMALL, headers={"Expect": "100-continue"}).replace(*change)
         assert (await ask(world, *in_pieces(request, "behind"))).startswith(b"HTTP/1.1 403 ")
     assert kept(world) == {}
@@ -150,7 +168,9 @@ async def test_what_an_sdk_writes_is_answered_without_the_task(world: World) -> 
 async def test_who_waits_to_be_told_to_go_on_is_told_once(world: World) -> None:
     for body, at_once in ((SMALL, False), (SMALL, True), (b"", False)):
         reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
-        writer.write(signed(world, "PUT", "/bucket/k", body=body, headers={"Expect": "100-continue"}, send_body=at_once))
+        writer.write(
+            signed(world, "PUT", "/bucket/k", body=body, headers={"Expect": "100-continue"}, send_body=at_once)
+        )
         assert (await read_head(reader)).startswith(b"HTTP/1.1 100 Continue\r\n")
         if not at_once:
             writer.write(body)
@@ -169,9 +189,13 @@ async def test_who_waits_to_be_told_to_go_on_is_told_once(world: World) -> None:
     ],
     ids=["large", "query", "close", "copy"],
 )
-async def test_whatever_else_is_asked_is_the_tasks(world: World, target: str, body: bytes, headers: dict[str, str]) -> None:
+async def test_whatever_else_is_asked_is_the_tasks(
+    world: World, target: str, body: bytes, headers: dict[str, str]
+) -> None:
     assert b"200 OK" in await ask(world, signed(world, "PUT", "/bucket/other", body=SMALL))
-    assert (await ask(world, signed(world, "PUT", target, body=body, headers=headers))).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert (await ask(world, signed(world, "PUT", target, body=body, headers=headers))).startswith(
+        b"HTTP/1.1 200 OK\r\n"
+    )
     assert kept(world)[b"key"] == (body or SMALL)
     assert len(world.objects.put_told) == 1
 
@@ -186,9 +210,9 @@ async def test_a_body_of_unknown_size_is_the_tasks(world: World) -> None:
 
 async def test_requests_that_come_together_are_answered_one_after_the_other(world: World) -> None:
     puts = [signed(world, "PUT", f"/bucket/{key}", body=key.encode()) for key in "abcd"]
-    assert (await ask(world, b"".join(puts[:2]) + puts[2][:-1], puts[2][-1:] + puts[3] + signed(world, "GET", "/bucket/d"))).count(
-        b"200 OK"
-    ) == 5
+    assert (
+        await ask(world, b"".join(puts[:2]) + puts[2][:-1], puts[2][-1:] + puts[3] + signed(world, "GET", "/bucket/d"))
+    ).count(b"200 OK") == 5
     assert kept(world) == {key.encode(): key.encode() for key in "abcd"}
 
 
@@ -261,8 +285,12 @@ async def test_what_a_client_that_has_gone_sent_behind_does_not_overtake_what_is
     assert world.app.statistics().requests_in_flight == 0
 
 
-@pytest.mark.parametrize("told", [errors.ServiceUnavailable("Retry."), RuntimeError("a mistake")], ids=["unavailable", "mistake"])
-async def test_what_fails_is_told_as_by_the_task(world: World, told: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "told", [errors.ServiceUnavailable("Retry."), RuntimeError("a mistake")], ids=["unavailable", "mistake"]
+)
+async def test_what_fails_is_told_as_by_the_task(
+    world: World, told: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_args: object, **_options: object) -> bool:
         then = _args[5]
         assert callable(then)
@@ -367,7 +395,9 @@ async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_ha
     writer.close()
 
 
-@pytest.mark.parametrize("kind", [{}, {"content-type": "image/jpeg"}, {"content-type": ""}, {"content-type": "caf\udce9"}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"content-type": "image/jpeg"}, {"content-type": ""}, {"content-type": "caf\udce9"}]
+)
 @pytest.mark.parametrize("length", [0, 5, None, PART_BYTES_MAX + 1])
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("sha256", ["", "0" * 64])
@@ -382,22 +412,35 @@ def test_headers_that_say_little_are_understood_as_among_others(
         except errors.S3Error as error:
             return type(error), error.details
 
-    common = {**dict.fromkeys(INCIDENTAL - {"content-type"}, "h"), "x-amz-content-sha256": sha256, "expect": "100-continue", **kind}
+    common = {
+        **dict.fromkeys(INCIDENTAL - {"content-type"}, "h"),
+        "x-amz-content-sha256": sha256,
+        "expect": "100-continue",
+        **kind,
+    }
     assert asked(common) == asked({**common, "x-amz-storage-class": "STANDARD"})
 
 
 def chunked(world: World, data: bytes, sum_of: bytes, *, end: bytes = b"\r\n", size: int | None = None) -> bytes:
     """A PUT as SDKs send it over TLS: in one chunk, unsigned, with the checksum behind it."""
-    framed = b"%x\r\n%b\r\n0\r\nx-amz-checksum-crc32:%b\r\n" % (len(data), data, checksum("CRC32", sum_of).encode()) if data else b"0\r\n"
+    framed = (
+        b"%x\r\n%b\r\n0\r\nx-amz-checksum-crc32:%b\r\n" % (len(data), data, checksum("CRC32", sum_of).encode())
+        if data
+        else b"0\r\n"
+    )
     framed = (framed if data else framed + b"x-amz-checksum-crc32:%b\r\n" % checksum("CRC32", sum_of).encode()) + end
     headers = {
-        "Content-Encoding": "aws-chunked", "x-amz-trailer": "x-amz-checksum-crc32", "x-amz-sdk-checksum-algorithm": "CRC32",
+        "Content-Encoding": "aws-chunked", "x-amz-trailer": "x-amz-checksum-crc32", "x-amz-sdk-checksum-algorithm": "CRC32",  # noqa: E501
         "x-amz-decoded-content-length": str(len(data) if size is None else size),
     }  # fmt: skip
     request = AWSRequest("PUT", f"{world.endpoint}/bucket/key", headers=headers)
     request.context["checksum"] = {"request_algorithm": {"in": "trailer"}}
     botocore.auth.S3SigV4Auth(Credentials(ACCESS, SECRET), "s3", REGION).add_auth(request)
-    lines = ["PUT /bucket/key HTTP/1.1", f"Host: 127.0.0.1:{world.port}", *(f"{name}: {value}" for name, value in request.headers.items())]
+    lines = [
+        "PUT /bucket/key HTTP/1.1",
+        f"Host: 127.0.0.1:{world.port}",
+        *(f"{name}: {value}" for name, value in request.headers.items()),
+    ]
     return "\r\n".join([*lines, f"Content-Length: {len(framed)}"]).encode() + b"\r\n\r\n" + framed
 
 
@@ -408,7 +451,9 @@ async def test_a_body_in_the_chunks_of_sdks_is_answered_without_the_task(world: 
     for world.objects.busy in (False, True):
         answers.append(await ask(world, *in_pieces(chunked(world, data, data), how)))
         assert kept(world) == {b"key": data}
-        assert world.objects.of(world.buckets.by_name["bucket"]).pop(b"key").info.checksums == {"CRC32": checksum("CRC32", data)}
+        assert world.objects.of(world.buckets.by_name["bucket"]).pop(b"key").info.checksums == {
+            "CRC32": checksum("CRC32", data)
+        }
     assert b"x-amz-checksum-crc32: " in answers[0]
     assert answers[0] == answers[1]
     assert len(world.objects.put_told) == 1
@@ -425,7 +470,9 @@ async def test_a_body_in_the_chunks_of_sdks_is_answered_without_the_task(world: 
     ],
     ids=["checksum", "size", "trailer", "behind"],
 )
-async def test_what_is_wrong_with_chunks_is_told_as_by_the_task(world: World, how: str, wrong: dict[str, Any], code: bytes) -> None:
+async def test_what_is_wrong_with_chunks_is_told_as_by_the_task(
+    world: World, how: str, wrong: dict[str, Any], code: bytes
+) -> None:
     answers = []
     for world.objects.busy in (False, True):
         answers.append(await ask(world, *in_pieces(chunked(world, SMALL, **{"sum_of": SMALL, **wrong}), how)))
@@ -488,7 +535,9 @@ async def test_the_name_that_some_sdks_give_the_operation_says_nothing(world: Wo
     assert (len(world.objects.put_told), len(world.objects.told)) == (1, 1)
 
 
-async def test_a_put_into_a_bucket_that_is_gone_goes_to_the_one_that_has_its_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_put_into_a_bucket_that_is_gone_goes_to_the_one_that_has_its_name(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     buckets, objects = world.buckets, world.objects
     stale = buckets.by_name["bucket"]
     buckets.by_name["bucket"] = msgspec.structs.replace(stale, id=b"made again".ljust(16))

@@ -1,4 +1,6 @@
-"""Clients without a key can't take the places of those with one: requests in flight, connections, and memory, from one address and from many."""
+"""Clients without a key can't take the places of those with one: requests in flight, connections, and memory, from one
+address and from many.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,16 @@ import pytest
 
 from storaged.config import parse
 from storaged.s3 import app
-from storaged.s3.limits import Limits
-from storaged.s3.strangers import Strangers, address_key
+from storaged.s3.http.limits import Limits
+from storaged.s3.http.strangers import Strangers, address_key
 from tests.patience import GUARD_S
 from tests.unit.s3_world import ACCESS, REGION, World, read_head, s3_world, signed, until
 from tests.unit.test_s3_patience import contexts
 
-FORM = b"POST /bucket HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=a\r\nContent-Length: 60000\r\n\r\n--a\r\n"
+FORM = (
+    b"POST /bucket HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=a\r\nContent-Length:"
+    b" 60000\r\n\r\n--a\r\n"
+)
 
 
 @asynccontextmanager
@@ -79,7 +84,10 @@ async def test_signed_requests_beyond_the_limit_are_asked_to_slow_down_and_their
 
         world.objects.head = slow  # type: ignore[method-assign, assignment]
         waiting = [
-            await sent(world, signed(world, "GET", f"/bucket/k{number}?attributes", headers={"x-amz-object-attributes": "ETag"}))
+            await sent(
+                world,
+                signed(world, "GET", f"/bucket/k{number}?attributes", headers={"x-amz-object-attributes": "ETag"}),
+            )
             for number in range(2)
         ]
         await until(lambda: world.app.statistics().requests_in_flight == 2)
@@ -162,7 +170,8 @@ async def test_a_form_that_does_not_come_keeps_no_server_from_ending(monkeypatch
         writer.close()
 
 
-# --- pure -------------------------------------------------------------------------------------------------------------------
+# --- pure
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -221,16 +230,24 @@ def test_nothing_is_remembered_of_who_has_left() -> None:
 
 
 def test_limits_of_strangers_are_configured_and_checked() -> None:
-    base = '[node]\nname = "a"\ndirectory = "d"\nroles = ["gateway"]\n[cluster]\nidentity = "i"\n[keys]\nkeyring = "k"\npassphrase = "p"\n[s3]\n'
-    config, mistakes = parse(base + 'unauthenticated_bytes_max = "8 MiB"\nproxies = ["10.0.0.5", "2001:db8::/32"]\n', Path("/"))
+    base = (
+        '[node]\nname = "a"\ndirectory = "d"\nroles = ["gateway"]\n[cluster]\nidentity = "i"\n[keys]\nkeyring ='
+        ' "k"\npassphrase = "p"\n[s3]\n'
+    )
+    config, mistakes = parse(
+        base + 'unauthenticated_bytes_max = "8 MiB"\nproxies = ["10.0.0.5", "2001:db8::/32"]\n', Path("/")
+    )
     assert config is not None
     assert not mistakes
     assert config.s3.unauthenticated_bytes_max == 8 << 20
-    _, mistakes = parse(base + 'unauthenticated_connections_max = 0\nproxies = ["10.0.0.5/8", "proxy.example"]\n', Path("/"))
+    _, mistakes = parse(
+        base + 'unauthenticated_connections_max = 0\nproxies = ["10.0.0.5/8", "proxy.example"]\n', Path("/")
+    )
     assert len(mistakes) == 2
 
 
-# --- TLS --------------------------------------------------------------------------------------------------------------------
+# --- TLS
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limits", [Limits(stranger_connections_max=3), Limits(connections_max=3)])

@@ -37,7 +37,9 @@ def test_an_element_of_a_foreign_namespace_is_refused(document: bytes) -> None:
         xml.parse(document, "Tagging")
 
 
-@pytest.mark.parametrize("document", [f'<Tagging xmlns="{S3}"/>', "<Tagging/>", f'<a:Tagging xmlns:a="{S3}"><TagSet/></a:Tagging>'])
+@pytest.mark.parametrize(
+    "document", [f'<Tagging xmlns="{S3}"/>', "<Tagging/>", f'<a:Tagging xmlns:a="{S3}"><TagSet/></a:Tagging>']
+)
 def test_s3s_namespace_and_none_are_taken(document: str) -> None:
     assert xml.parse(document.encode(), "Tagging").name == "Tagging"
 
@@ -57,7 +59,14 @@ def test_a_document_that_says_it_is_not_utf_8_is_refused(encoding: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "start", ["", "\ufeff", '<?xml version="1.0"?>', '<?xml version="1.0" encoding="utf-8"?>', '<?xml version="1.0" encoding="UTF-8"?>']
+    "start",
+    [
+        "",
+        "\ufeff",
+        '<?xml version="1.0"?>',
+        '<?xml version="1.0" encoding="utf-8"?>',
+        '<?xml version="1.0" encoding="UTF-8"?>',
+    ],
 )
 def test_utf_8_is_taken_with_and_without_saying_so(start: str) -> None:
     assert xml.parse((start + "<Tagging/>").encode(), "Tagging").name == "Tagging"
@@ -76,7 +85,11 @@ def test_what_s3_allows_is_within_the_bounds() -> None:
     assert len(xml.parse(tags(50), "Tagging").children[0].children) == 50
     part = b"<Part><PartNumber>1</PartNumber><ETag>e</ETag><ChecksumSHA256>c</ChecksumSHA256></Part>"
     assert (
-        len(xml.parse(b"<CompleteMultipartUpload>" + part * 10_000 + b"</CompleteMultipartUpload>", "CompleteMultipartUpload").children)
+        len(
+            xml.parse(
+                b"<CompleteMultipartUpload>" + part * 10_000 + b"</CompleteMultipartUpload>", "CompleteMultipartUpload"
+            ).children
+        )
         == 10_000
     )
     key = b"&#x10FFFF;" * 256
@@ -124,7 +137,8 @@ def test_of_a_document_that_is_made_to_take_long_little_is_read(document: bytes)
     assert counted.taken <= 2 * xml.TOKEN_BYTES_MAX
 
 
-# --- where they are understood --------------------------------------------------------------------------------------------
+# --- where they are understood
+# --------------------------------------------------------------------------------------------
 
 
 SPACE = b" " * INLINE_BYTES_MAX
@@ -134,7 +148,9 @@ DOCUMENTS = {
     "PUT /bucket?acl": b"<AccessControlPolicy><AccessControlList></AccessControlList>%b</AccessControlPolicy>",
     "PUT /another": b"<CreateBucketConfiguration>%b</CreateBucketConfiguration>",
     "POST /bucket?delete": b"<Delete><Object><Key>none</Key></Object>%b</Delete>",
-    "POST /bucket/k?uploadId=none": b"<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>e</ETag></Part>%b</CompleteMultipartUpload>",
+    "POST /bucket/k?uploadId=none": (
+        b"<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>e</ETag></Part>%b</CompleteMultipartUpload>"
+    ),
 }
 
 

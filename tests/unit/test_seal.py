@@ -10,8 +10,8 @@ import pytest
 from storaged.keys.bucketkey import BUCKET_KEY_LABEL, FieldBox, UnwrappedBucketKey, Vault, wrap_context
 from storaged.keys.keyfile import Argon2Cost, Credential, Passphrase, _unlock
 from storaged.keys.keyring import SECRET_LABEL
+from storaged.objects.code.seal import META_LABEL, PartOpener, PartSealer, part_key, seal_part
 from storaged.objects.ports import SealBroken, pack_context
-from storaged.objects.seal import META_LABEL, PartOpener, PartSealer, part_key, seal_part
 from storaged.sov1 import HEADER_BYTES, open_message, seal_message
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "seal.json").read_text())
@@ -40,7 +40,9 @@ def sealed_part(plain: bytes, chunk_bytes: int = 4096) -> tuple[bytes, bytearray
 # --- vectors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vector", VECTORS["parts"], ids=lambda vector: f"{vector['plaintext_pattern']} bytes in {vector['chunk_bytes']}")
+@pytest.mark.parametrize(
+    "vector", VECTORS["parts"], ids=lambda vector: f"{vector['plaintext_pattern']} bytes in {vector['chunk_bytes']}"
+)
 def test_parts_are_sealed_bit_by_bit_as_documented(vector):
     plain, chunks = pattern(vector["plaintext_pattern"]), hexed(vector["chunks"])
     dek, data_id, number = hexed(vector["dek"]), hexed(vector["data_id"]), vector["part_number"]
@@ -54,9 +56,13 @@ def test_parts_are_sealed_bit_by_bit_as_documented(vector):
 
 def test_metadata_is_sealed_as_documented():
     vector = VECTORS["metadata"]
-    sealed = seal_message(hexed(vector["dek"]), META_LABEL, packed(vector["context"]), hexed(vector["plaintext"]), hexed(vector["salt"]))
+    sealed = seal_message(
+        hexed(vector["dek"]), META_LABEL, packed(vector["context"]), hexed(vector["plaintext"]), hexed(vector["salt"])
+    )
     assert sealed == hexed(vector["sealed"])
-    assert open_message(hexed(vector["dek"]), META_LABEL, packed(vector["context"]), sealed) == hexed(vector["plaintext"])
+    assert open_message(hexed(vector["dek"]), META_LABEL, packed(vector["context"]), sealed) == hexed(
+        vector["plaintext"]
+    )
 
 
 def test_data_keys_and_list_fields_are_sealed_as_documented():
@@ -73,7 +79,9 @@ def test_data_keys_and_list_fields_are_sealed_as_documented():
 def test_bucket_keys_secrets_and_authenticators_are_made_as_documented():
     vector = VECTORS["wrapped_bucket_key"]
     context = wrap_context(hexed(vector["keyring_id"]), hexed(vector["bucket_id"]), 1, 1)
-    assert open_message(hexed(vector["epoch_key"]), BUCKET_KEY_LABEL, context, hexed(vector["wrapped"])) == hexed(vector["bucket_key"])
+    assert open_message(hexed(vector["epoch_key"]), BUCKET_KEY_LABEL, context, hexed(vector["wrapped"])) == hexed(
+        vector["bucket_key"]
+    )
     vector = VECTORS["secret"]
     box = FieldBox(hexed(vector["secret_key"]), SECRET_LABEL, lambda count: hexed(vector["nonce"])[:count])
     assert box.seal(hexed(vector["plaintext"]), packed(vector["context"])) == hexed(vector["sealed"])
@@ -236,7 +244,10 @@ def test_keys_ids_and_salts_of_the_wrong_length_are_refused():
 
 
 def test_contexts_are_unambiguous():
-    packed = {pack_context(b"l", fields) for fields in ([], [b""], [b"", b""], [b"a", b"b"], [b"ab"], [b"ab", b""], [b"", b"ab"])}
+    packed = {
+        pack_context(b"l", fields)
+        for fields in ([], [b""], [b"", b""], [b"a", b"b"], [b"ab"], [b"ab", b""], [b"", b"ab"])
+    }
     assert len(packed) == 7
 
 

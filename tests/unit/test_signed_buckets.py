@@ -1,4 +1,6 @@
-"""Storage nodes act on a bucket's countries only where a gateway signed them: forged records make honest repair move nothing."""
+"""Storage nodes act on a bucket's countries only where a gateway signed them: forged records make honest repair move
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,26 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from storaged.cluster.identity import Identity, NodeSigner, authority_of
-from storaged.cluster.signers import STATEMENT_LABEL, Signers, SignerStatement, is_signed, publish, signer_id, signer_path, state_signer
+from storaged.cluster.signers import (
+    STATEMENT_LABEL,
+    Signers,
+    SignerStatement,
+    is_signed,
+    publish,
+    signer_id,
+    signer_path,
+    state_signer,
+)
 from storaged.errors import CertificateRefused, DataDamaged, ServiceUnavailable
 from storaged.keys.signing import signing_key
 from storaged.maintain.context import MaintainLimits
 from storaged.meta.names import Change, RegisterName, Value, object_name, system_name
 from storaged.meta.ports import Ballot, Slot, StoreBatch
 from storaged.node.housekeeping import check_records
-from storaged.objects.buckets import BucketService
-from storaged.objects.public import public_bytes
 from storaged.objects.records import BucketRecord, ObjectRecord, decode_object, encode_object
-from storaged.objects.users import UserService
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.public import public_bytes
+from storaged.objects.system.users import UserService
 from storaged.wire import decode, encode
 from tests.unit import cluster_world
 from tests.unit.object_world import SIGNING_KEY, World
@@ -114,7 +125,9 @@ def test_a_record_that_a_gateway_signed_is_repaired_inside_its_countries() -> No
 
 
 def test_an_object_whose_record_names_a_disk_outside_the_countries_is_brought_inside() -> None:
-    """Where fragments are lies in the clear, and is not authenticated: a storage node may say that they belong elsewhere."""
+    """Where fragments are lies in the clear, and is not authenticated: a storage node may say that they belong
+    elsewhere.
+    """
 
     async def scenario(cluster: Cluster) -> None:
         bucket, keys = await french(cluster)
@@ -126,7 +139,9 @@ def test_an_object_whose_record_names_a_disk_outside_the_countries_is_brought_in
             entry = version.parts[0]
             runs = tuple(msgspec.structs.replace(run, moved={0: "d0", 1: "d1"}) for run in entry.runs)
             parts = (msgspec.structs.replace(entry, runs=runs),)
-            return Change(encode_object(ObjectRecord((msgspec.structs.replace(version, parts=parts),))), payload=value.payload)
+            return Change(
+                encode_object(ObjectRecord((msgspec.structs.replace(version, parts=parts),))), payload=value.payload
+            )
 
         await cluster.gateway.ring.change(name, elsewhere)
         cluster.maintain()
@@ -177,7 +192,9 @@ async def test_a_record_that_can_not_be_written_now_keeps_no_other_from_being_si
         value = world.ring.values[register]
         bare = msgspec.structs.replace(made, signature=b"", signer=b"", authenticator=b"")
         tag = world.keys.authenticate((register.pack(), (1).to_bytes(8, "big")), encode(bare))
-        world.ring.values[register] = msgspec.structs.replace(value, body=encode(msgspec.structs.replace(bare, authenticator=tag)))
+        world.ring.values[register] = msgspec.structs.replace(
+            value, body=encode(msgspec.structs.replace(bare, authenticator=tag))
+        )
     change = world.ring.change
 
     async def stopped(name: RegisterName, *arguments: Any, **named: Any) -> Any:
@@ -208,7 +225,10 @@ def test_neither_an_older_record_of_the_bucket_nor_anothers_takes_its_place() ->
         await forge(cluster, lambda _body: body)
         await buckets.refresh(node.context)
         assert "not what its signer signed" in buckets.refused["bucket/bucket"]
-        for disk, slot in first.items():  # a majority that presents a whole row of the past, with a signature that holds
+        for (
+            disk,
+            slot,
+        ) in first.items():  # a majority that presents a whole row of the past, with a signature that holds
             assert slot is not None
             late = Ballot(1, 1 << 60, "n", b"incarnat")
             await cluster.meta(disk).commit(StoreBatch([Slot(NAME, late, slot.value)]))
@@ -234,7 +254,8 @@ def test_no_bucket_is_taken_to_be_gone_while_a_record_is_not_believed() -> None:
     run(scenario, racks=MIXED)
 
 
-# --- who signs ----------------------------------------------------------------------------------------------------------
+# --- who signs
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Paths:
@@ -259,7 +280,9 @@ def world(tmp_path: Path) -> cluster_world.World:
     return cluster_world.World(tmp_path)
 
 
-async def learnt(node: Identity, authority: x509.Certificate, *, cluster: str = "c1", spoil: Callable[[bytes], bytes] = bytes) -> str:
+async def learnt(
+    node: Identity, authority: x509.Certificate, *, cluster: str = "c1", spoil: Callable[[bytes], bytes] = bytes
+) -> str:
     """Why a storage node does not believe what ``node`` states; empty when it does."""
     paths = Paths()
     await paths.write(signer_path(SIGNER), spoil(encode(state_signer(NodeSigner(node), "c1", PUBLIC))))
@@ -272,7 +295,9 @@ async def learnt(node: Identity, authority: x509.Certificate, *, cluster: str = 
     return ""
 
 
-async def test_a_gateway_of_the_cluster_certifies_the_signing_key_and_nobody_else_does(world: cluster_world.World, tmp_path: Path) -> None:
+async def test_a_gateway_of_the_cluster_certifies_the_signing_key_and_nobody_else_does(
+    world: cluster_world.World, tmp_path: Path
+) -> None:
     gateway, storage = world.node("gw", ("gateway",)), world.node("n1")
     authority = authority_of(storage)
     assert await learnt(gateway, authority) == ""
@@ -327,7 +352,9 @@ async def test_a_gateway_writes_its_statement_where_there_is_no_good_one(world: 
         assert decode(paths.bodies[signer_path(SIGNER)], SignerStatement).public == decode(good, SignerStatement).public
 
 
-async def test_a_statement_that_replicas_hold_differently_is_written_again_and_stops_no_other_record(world: cluster_world.World) -> None:
+async def test_a_statement_that_replicas_hold_differently_is_written_again_and_stops_no_other_record(
+    world: cluster_world.World,
+) -> None:
     gateway = world.node("gw", ("gateway",))
     paths, authority = Paths(), authority_of(gateway)
 
@@ -343,14 +370,19 @@ async def test_a_statement_that_replicas_hold_differently_is_written_again_and_s
 def test_the_signature_is_over_every_field_that_a_storage_node_acts_on() -> None:
     record = BucketRecord("photos", b"i" * 16, "owner", 1, "active", 3, "r", ("FR",), "4+2", shard_list=b"\1\2\3")
     signed = public_bytes("c1", 7, record)
-    assert public_bytes("c1", 7, msgspec.structs.replace(record, tags=b"t", region="s", authenticator=b"a", signature=b"s")) == signed
+    assert (
+        public_bytes(
+            "c1", 7, msgspec.structs.replace(record, tags=b"t", region="s", authenticator=b"a", signature=b"s")
+        )
+        == signed
+    )
     for other in (
         public_bytes("c2", 7, record),
         public_bytes("c1", 8, record),
         *(
             public_bytes("c1", 7, msgspec.structs.replace(record, **{field: value}))
             for field, value in {
-                "name": "photo", "id": b"j" * 16, "owner": "o", "state": "deleting", "countries": ("DE",), "profile": "2+1",
+                "name": "photo", "id": b"j" * 16, "owner": "o", "state": "deleting", "countries": ("DE",), "profile": "2+1",  # noqa: E501
                 "shard_list": b"\1\2\4",
             }.items()
         ),
@@ -375,10 +407,13 @@ def test_the_signing_key_follows_from_the_keyring_and_signs_as_the_format_says()
     """The vector of FORMATS.md, section Public parts."""
     key = signing_key(bytes(range(1, 33)))
     public = key.public_key().public_bytes_raw()
-    record = BucketRecord("photos", bytes(range(0xA0, 0xB0)), "o", 0, "active", 3, "r", ("FR",), "4+2", shard_list=b"\x05\x21\xfe")
+    record = BucketRecord(
+        "photos", bytes(range(0xA0, 0xB0)), "o", 0, "active", 3, "r", ("FR",), "4+2", shard_list=b"\x05\x21\xfe"
+    )
     assert public.hex() == "b6c2f9d260d2a7c3646492102f2a2b9d5209267385d6c45a1bc7c60e64588bf1"
     assert signer_id(public).hex() == "a23119b63220c51d5002ee26e7e708ef"
-    assert key.sign(public_bytes("eu-1", 7, record)).hex() == (
-        "44a39b1d15ab95457a35b7f1830c74bda8cd4b09f34f744abddc2dec7422546d9d8a91274e2ef11ba758ed9cd1d15d5801d27170ba5496d3973ce8eb4bb07a06"
+    assert (
+        key.sign(public_bytes("eu-1", 7, record)).hex()
+        == "44a39b1d15ab95457a35b7f1830c74bda8cd4b09f34f744abddc2dec7422546d9d8a91274e2ef11ba758ed9cd1d15d5801d27170ba5496d3973ce8eb4bb07a06"  # noqa: E501
     )
     assert signing_key(bytes(32)).public_key().public_bytes_raw() != public

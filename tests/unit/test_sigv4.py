@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storaged import errors
-from storaged.s3 import sigv4
+from storaged.s3.auth import sigv4
 from storaged.s3.request import parse_target
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "sigv4.json").read_text())
@@ -62,7 +62,9 @@ def test_the_aws_example_of_a_presigned_url_verifies_until_it_expires() -> None:
     target = parse_target(VECTORS["presigned"]["target"].encode())
     claim = sigv4.claim_from_query(target.query)
     headers = {"host": VECTORS["presigned"]["host"]}
-    sigv4.verify(claim, SECRET, "GET", target.raw_path, target.pairs, headers, sigv4.payload_hash(claim, headers, target.query))
+    sigv4.verify(
+        claim, SECRET, "GET", target.raw_path, target.pairs, headers, sigv4.payload_hash(claim, headers, target.query)
+    )
     sigv4.check_time(claim, NOW_MS + 86_399_000)
     with pytest.raises(errors.AccessDenied, match="expired"):
         sigv4.check_time(claim, NOW_MS + 86_400_000)
@@ -106,8 +108,14 @@ def test_an_empty_region_parses_and_another_service_is_refused() -> None:
         ("AWS AKIA:signature", errors.InvalidRequest),
         ("Basic dXNlcg==", errors.InvalidRequest),
         ("AWS4-HMAC-SHA256", errors.AuthorizationHeaderMalformed),
-        ("AWS4-HMAC-SHA256 Credential=a/20130524/us-east-1/s3/aws4_request,Signature=00", errors.AuthorizationHeaderMalformed),
-        ("AWS4-HMAC-SHA256 Credential=a/20130524/s3/aws4_request,SignedHeaders=host,Signature=00", errors.AuthorizationHeaderMalformed),
+        (
+            "AWS4-HMAC-SHA256 Credential=a/20130524/us-east-1/s3/aws4_request,Signature=00",
+            errors.AuthorizationHeaderMalformed,
+        ),
+        (
+            "AWS4-HMAC-SHA256 Credential=a/20130524/s3/aws4_request,SignedHeaders=host,Signature=00",
+            errors.AuthorizationHeaderMalformed,
+        ),
         (
             "AWS4-HMAC-SHA256 Credential=a/20130525/us-east-1/s3/aws4_request,SignedHeaders=host,Signature=00",
             errors.AuthorizationHeaderMalformed,
@@ -131,7 +139,9 @@ def test_a_strangers_authorization_costs_no_more_than_its_length(filler: str) ->
             sigv4.claim_from_header(sigv4.ALGORITHM + text, {"x-amz-date": "20130524T000000Z"})
 
 
-@pytest.mark.parametrize("twice", ["Credential=b/20130524/us-east-1/s3/aws4_request", "SignedHeaders=host;x-amz-date", "Signature=11"])
+@pytest.mark.parametrize(
+    "twice", ["Credential=b/20130524/us-east-1/s3/aws4_request", "SignedHeaders=host;x-amz-date", "Signature=11"]
+)
 def test_a_component_that_comes_twice_is_no_signature(twice: str) -> None:
     once = "AWS4-HMAC-SHA256 Credential=a/20130524/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=00"
     assert sigv4.claim_from_header(once, {"x-amz-date": "20130524T000000Z"}).access_key == "a"
@@ -166,7 +176,11 @@ def test_unsigned_amz_headers_are_named() -> None:
 
 def test_content_sha256_must_be_there_and_be_one_of_the_known_forms() -> None:
     claim = sigv4.claim_from_header(authorization(FIRST), FIRST["headers"])
-    for headers in ({}, {"x-amz-content-sha256": "abc"}, {"x-amz-content-sha256": "STREAMING-AWS4-ECDSA-P256-SHA256-PAYLOAD"}):
+    for headers in (
+        {},
+        {"x-amz-content-sha256": "abc"},
+        {"x-amz-content-sha256": "STREAMING-AWS4-ECDSA-P256-SHA256-PAYLOAD"},
+    ):
         with pytest.raises(errors.InvalidRequest):
             sigv4.payload_hash(claim, headers, {})
 
@@ -196,7 +210,10 @@ def test_aws_examples_of_chunk_signatures_follow_from_the_seed(name: str) -> Non
 
     case = VECTORS[name]
     key = sigv4.ChunkKey(
-        sigv4.signing_key(SECRET, "20130524", "us-east-1"), VECTORS["timestamp"], "20130524/us-east-1/s3/aws4_request", case["seed"]
+        sigv4.signing_key(SECRET, "20130524", "us-east-1"),
+        VECTORS["timestamp"],
+        "20130524/us-east-1/s3/aws4_request",
+        case["seed"],
     )
     previous = case["seed"]
     for size, expected in zip(case["sizes"], case["signatures"], strict=True):

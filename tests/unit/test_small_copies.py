@@ -1,4 +1,6 @@
-"""Small copies and the records that name them, over both bodies: coroutines beside a store in memory, and a disk's own log and LMDB environment."""
+"""Small copies and the records that name them, over both bodies: coroutines beside a store in memory, and a disk's own
+log and LMDB environment.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ from storaged.errors import DiskUnusable, SlowDown, StoragedError
 from storaged.fragments import store as fragment_store
 from storaged.fragments.payloads import COPY_BYTES_MAX
 from storaged.meta import messages
-from storaged.meta import store as store_module
-from storaged.meta.copies import ENTRY_BYTES, CopiesToldLately, PlainCopies
-from storaged.meta.memory import MemoryMetaStore
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, MetaStore, StoreBatch
-from storaged.meta.register import Verdict
-from storaged.meta.replica import LocalReplica
+from storaged.meta.storage import lmdb_store as store_module
+from storaged.meta.storage.memory import MemoryMetaStore
+from storaged.meta.storage.small_copies import ENTRY_BYTES, CopiesToldLately, PlainCopies
 from storaged.node.disks import restore_copies
 from storaged.wire import Buffer, encode
 from tests.patience import GUARD_S
@@ -165,7 +167,11 @@ async def test_where_the_copy_cannot_be_stored_nothing_is_accepted_but_by_a_sett
 async def test_what_is_no_copy_is_refused_and_its_replica_goes_on(directory: Path) -> None:
     disk = await LogDisk.opened(directory)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
-    for header, payload in ((b"not a header", copy.payload), (copy.header, copy.payload[1:]), (copy.header, bytes(100))):
+    for header, payload in (
+        (b"not a header", copy.payload),
+        (copy.header, copy.payload[1:]),
+        (copy.header, bytes(100)),
+    ):
         request = messages.Accept("d", NAME, ballot(10), value(copy), b"", False, header)
         assert (await replica.accept(request, [payload])).verdict == Verdict.UNSTORED
     assert disk.meta.get(NAME) is None
@@ -222,7 +228,9 @@ async def test_a_record_that_the_store_refused_with_its_copy_makes_the_replica_s
 
 
 async def test_copies_that_come_while_a_group_is_written_are_one_group(directory: Path) -> None:
-    """One comes in each turn of the loop, while the first is held up on its way to the log; a record without a copy goes with them, a large fragment waits for none."""
+    """One comes in each turn of the loop, while the first is held up on its way to the log; a record without a copy
+    goes with them, a large fragment waits for none.
+    """
     disk = await LogDisk.opened(directory)
     told: list[str] = []
 
@@ -319,7 +327,9 @@ async def test_a_copy_for_which_the_stores_queue_has_no_room_is_refused_and_harm
     await disk.close()
 
 
-async def test_a_copy_larger_than_the_redo_log_takes_is_synced_where_it_belongs_before_its_record(directory: Path) -> None:
+async def test_a_copy_larger_than_the_redo_log_takes_is_synced_where_it_belongs_before_its_record(
+    directory: Path,
+) -> None:
     disk = await LogDisk.opened(directory)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small(COPY_BYTES_MAX + 1)
     await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
@@ -336,7 +346,9 @@ async def test_a_copy_larger_than_the_redo_log_takes_is_synced_where_it_belongs_
 
 
 async def test_a_senders_buffer_that_is_used_again_changes_no_copy(directory: Path) -> None:
-    """The body of a request is valid until it is answered; the copy is found in memory and appended after that, and written to the log before."""
+    """The body of a request is valid until it is answered; the copy is found in memory and appended after that, and
+    written to the log before.
+    """
     disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
     replica, copies = LocalReplica("d", disk.meta, copies=disk.copies), [small(5000), small(5000)]
     await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
@@ -409,7 +421,9 @@ async def test_a_process_that_dies_after_the_log_has_them_and_before_the_copy_is
 
 @pytest.mark.parametrize("lost", ["nothing", "its tail", "every segment", "the bytes of one copy"])
 @pytest.mark.parametrize("full", [False, True])
-async def test_copies_whose_own_log_was_not_synced_come_back_from_the_redo_log(directory: Path, lost: str, full: bool) -> None:
+async def test_copies_whose_own_log_was_not_synced_come_back_from_the_redo_log(
+    directory: Path, lost: str, full: bool
+) -> None:
     """What power takes from a segment that nobody synced, and a disk that is full up to its reserve when it returns."""
     disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
     replica, copies = LocalReplica("d", disk.meta, copies=disk.copies), [small(5000) for _ in range(8)]
@@ -449,7 +463,9 @@ async def test_copies_whose_own_log_was_not_synced_come_back_from_the_redo_log(d
     await again.close()
 
 
-async def test_copies_for_which_there_is_no_room_at_all_stay_in_the_redo_log_and_the_disk_is_refused(directory: Path) -> None:
+async def test_copies_for_which_there_is_no_room_at_all_stay_in_the_redo_log_and_the_disk_is_refused(
+    directory: Path,
+) -> None:
     disk = await LogDisk.opened(directory, simulated=False, reserve_bytes=1)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
     await replica.accept(with_copy(ballot(10), copy), [copy.payload])

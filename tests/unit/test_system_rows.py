@@ -1,4 +1,6 @@
-"""A row of a bucket or a user that can't be used harms its owner alone, is named, and is healed where a majority holds a good one."""
+"""A row of a bucket or a user that can't be used harms its owner alone, is named, and is healed where a majority holds
+a good one.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,24 @@ import msgspec
 import pytest
 
 from storaged.admin.status import Durability, Facts, judge
-from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument, NoSuchUpload, ServiceUnavailable, SystemRecordDamaged
+from storaged.errors import (
+    DataDamaged,
+    InvalidAccessKeyId,
+    InvalidArgument,
+    NoSuchUpload,
+    ServiceUnavailable,
+    SystemRecordDamaged,
+)
 from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name, upload_name
 from storaged.meta.ports import StoreBatch
 from storaged.node.housekeeping import check_records, tidy
 from storaged.objects.api import BodyChecks, NewMeta
-from storaged.objects.buckets import BucketService
 from storaged.objects.records import BucketRecord, UploadRecord, UserRecord
 from storaged.objects.service import ObjectService
-from storaged.objects.system_rows import BAD_ROWS_MAX, BadRows
-from storaged.objects.uploads import parse_upload_id
-from storaged.objects.users import NameClaim, UserService
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.rows import BAD_ROWS_MAX, BadRows
+from storaged.objects.system.users import NameClaim, UserService
+from storaged.objects.write.uploads import parse_upload_id
 from storaged.wire import decode, encode
 from tests.unit.object_world import World, layout_of, pieces
 from tests.unit.ring_cluster import WHO, Cluster, run
@@ -38,9 +47,13 @@ FORGED: dict[str, Forge] = {
     "cut": lambda body: body[: len(body) // 2],
     "of another type": lambda _body: encode({"name": "ben"}),
     "with another owner": another_owner,
-    "of a bucket with another name": lambda body: encode(msgspec.structs.replace(decode(body, BucketRecord), name="other")),
+    "of a bucket with another name": lambda body: encode(
+        msgspec.structs.replace(decode(body, BucketRecord), name="other")
+    ),
     "ending before its authenticator": lambda body: encode(decode(body, list)[:7]),
-    "with an empty authenticator": lambda body: encode(msgspec.structs.replace(decode(body, BucketRecord), authenticator=b"")),
+    "with an empty authenticator": lambda body: encode(
+        msgspec.structs.replace(decode(body, BucketRecord), authenticator=b"")
+    ),
 }
 
 
@@ -74,7 +87,9 @@ async def test_a_forged_bucket_stops_neither_lists_nor_creations_nor_housekeepin
     facts = Facts(layout_of(), (), "4+2", durability=Durability(), bad_records=objects.plane.bad_rows.listed())
     found = judge(facts, 1)
     assert found["verdict"] != "HEALTHY"
-    assert [entry["subject"] for entry in found["problems"] if entry["code"] == SystemRecordDamaged.code] == ["bucket/m-ben"]
+    assert [entry["subject"] for entry in found["problems"] if entry["code"] == SystemRecordDamaged.code] == [
+        "bucket/m-ben"
+    ]
 
 
 async def test_a_row_whose_key_is_no_text_is_passed_over() -> None:
@@ -104,7 +119,11 @@ async def test_a_forged_user_is_refused_alone_and_can_be_removed_and_made_anew()
     users = UserService(objects.plane)
     for name in ("anne", "ben", "carl"):
         await users.add(name, access_key=f"AK-{name}")
-    overwrite(world, "user/AK-ben", lambda body: encode(msgspec.structs.replace(decode(body, UserRecord), user_id=ANNE.user_id)))
+    overwrite(
+        world,
+        "user/AK-ben",
+        lambda body: encode(msgspec.structs.replace(decode(body, UserRecord), user_id=ANNE.user_id)),
+    )
     assert [user.access_key for user in await users.list_users()] == ["AK-anne", "AK-carl"]
     assert (await users.lookup("AK-anne"))[0].display_name == "anne"
     with pytest.raises(DataDamaged):
@@ -156,7 +175,9 @@ async def test_one_bad_row_of_an_upload_hides_no_other_and_keeps_none_from_being
         before = objects.plane.counters.uploads_unreadable
         assert await tidy(objects.plane, buckets) == 0
         assert objects.plane.counters.uploads_unreadable >= before
-    assert len((await objects.list_parts(bucket, b"z", uploads[b"z"].upload_id))[1]) == 1, "parts go by the upload of their own row"
+    assert len((await objects.list_parts(bucket, b"z", uploads[b"z"].upload_id))[1]) == 1, (
+        "parts go by the upload of their own row"
+    )
     await objects.abort(bucket, b"a", uploads[b"a"].upload_id)
     await objects.plane.background.settle()
     world.clock.wall += 10
@@ -175,7 +196,8 @@ def test_what_is_remembered_of_bad_rows_is_bounded() -> None:
     assert all(len(row.name) < 600 for row in bad.listed())
 
 
-# --- on a whole ring ----------------------------------------------------------------------------------------------------
+# --- on a whole ring
+# ----------------------------------------------------------------------------------------------------
 
 
 async def forge_at(cluster: Cluster, disks: list[str], name: RegisterName, forge: Forge) -> None:
@@ -220,7 +242,9 @@ async def forge_above(cluster: Cluster, disk: str, name: RegisterName, forge: Ca
 
 ABOVE: dict[str, Callable[[Value], Value]] = {
     "noise": lambda value: msgspec.structs.replace(value, body=b"noise", sequence=value.sequence + 5),
-    "a deletion": lambda value: msgspec.structs.replace(value, visibility=Visibility.TOMBSTONE, sequence=value.sequence + 1),
+    "a deletion": lambda value: msgspec.structs.replace(
+        value, visibility=Visibility.TOMBSTONE, sequence=value.sequence + 1
+    ),
     "an empty deletion": lambda value: msgspec.structs.replace(value, body=b"", visibility=Visibility.TOMBSTONE),
     "another owner": lambda value: msgspec.structs.replace(value, body=another_owner(value.body)),
     "the record at another sequence number": lambda value: msgspec.structs.replace(value, sequence=value.sequence + 1),
@@ -265,7 +289,9 @@ def test_neither_a_user_nor_a_name_goes_or_comes_back_by_what_one_replica_says(l
         third = cluster.layouts.current.node_of(disks[2])
 
         async def brought_together() -> None:
-            """First without the third replica: two that differ are no majority of either, unless what one says counts."""
+            """First without the third replica: two that differ are no majority of either, unless
+            what one says counts.
+            """
             await cluster.kill(third)
             with contextlib.suppress(ServiceUnavailable):
                 await cluster.gateway.ring.settle(name)

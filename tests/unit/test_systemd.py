@@ -27,7 +27,9 @@ def test_the_units_are_exposed_no_more_than_1_5(name: str, tmp_path: Path) -> No
         pytest.skip("systemd-analyze is not installed")
     copy = tmp_path / name.replace("@", "@n1")
     copy.write_text((DEPLOY / "systemd" / name).read_text())
-    done = subprocess.run(["systemd-analyze", "security", "--offline=true", str(copy)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", str(copy)], capture_output=True, text=True, check=False
+    )
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
     assert found, done.stdout + done.stderr
     assert float(found[1]) <= 1.5, done.stdout

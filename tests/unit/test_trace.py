@@ -72,7 +72,9 @@ async def test_what_fails_is_noted_too_and_the_number_of_spans_is_bounded(monkey
 
 
 @pytest.mark.usefixtures("spans_on")
-async def test_the_spans_file_gets_a_line_a_request_and_ends_at_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_spans_file_gets_a_line_a_request_and_ends_at_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "spans"
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     monkeypatch.setenv(observe.SPANS_FILE, str(path))
@@ -95,7 +97,11 @@ async def test_the_spans_file_gets_a_line_a_request_and_ends_at_its_bound(tmp_pa
 
 def test_a_waterfall_draws_each_kind_of_work_once_and_counts_overlap_once() -> None:
     spans = [("seal", 0, 25), ("send", 25, 75), ("seal", 50, 75), ("reply", 75, 100)]
-    assert bars(spans, 100, 8) == [("seal", "###.### ", 50, 2), ("send", "  ##### ", 50, 1), ("reply", "      ##", 25, 1)]
+    assert bars(spans, 100, 8) == [
+        ("seal", "###.### ", 50, 2),
+        ("send", "  ##### ", 50, 1),
+        ("reply", "      ##", 25, 1),
+    ]
     assert covered([(0, 10), (5, 20), (30, 40), (31, 35)]) == 30
     told = draw("PUT", {"duration_us": 200, "spans": spans, "left_out": 3})
     assert "PUT: 0.20 ms" in told

@@ -1,4 +1,6 @@
-"""The stand-alone opener agrees with the sealer, imports nothing of storaged, and writes nothing that it did not verify."""
+"""The stand-alone opener agrees with the sealer, imports nothing of storaged, and writes nothing that it did not
+verify.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from storaged import unseal as module
-from storaged.objects.seal import PartSealer
+from storaged.objects.code.seal import PartSealer
 from storaged.unseal import main
 
 SCRIPT = Path(module.__file__)
@@ -51,7 +53,9 @@ def test_it_runs_alone_as_a_script_from_a_pipe(tmp_path):
     alone = tmp_path / "unseal.py"
     alone.write_text(SCRIPT.read_text())
     plain = bytes(range(256)) * 100
-    done = subprocess.run([sys.executable, "-I", alone, *arguments("-")], input=sealed_part(plain, 16384), capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-I", alone, *arguments("-")], input=sealed_part(plain, 16384), capture_output=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, plain, b"")
     shown = subprocess.run([sys.executable, "-I", alone, "--help"], capture_output=True, timeout=60, text=True)
     assert shown.returncode == 0
@@ -96,7 +100,9 @@ def damaged(data: bytes, change: str) -> bytes:
     flip = {"chunk 2": 64 + 2 * 4096 + 7, "magic": 0, "suite": 4, "reserved": 6, "salt": 9, "commitment": 63}
     if change in flip:
         return data[: flip[change]] + bytes([data[flip[change]] ^ 1]) + data[flip[change] + 1 :]
-    return {"cut": data[:-20], "cut at a border": data[: 64 + 3 * 4096], "longer": data + b"x", "no header": data[:50]}[change]
+    return {"cut": data[:-20], "cut at a border": data[: 64 + 3 * 4096], "longer": data + b"x", "no header": data[:50]}[
+        change
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.cluster import witness, witness_record
-from storaged.cluster.audit import AuditLog
-from storaged.cluster.audit_files import chain_files
-from storaged.cluster.audit_format import GENESIS, Checkpoint, Entry, Event, first_link, make_line, next_link, parse_line
-from storaged.cluster.audit_links import LinkTail, read_links
+from storaged.cluster.audit import witness, witness_record
+from storaged.cluster.audit.files import chain_files
+from storaged.cluster.audit.format import (
+    GENESIS,
+    Checkpoint,
+    Entry,
+    Event,
+    first_link,
+    make_line,
+    next_link,
+    parse_line,
+)
+from storaged.cluster.audit.links import LinkTail, read_links
+from storaged.cluster.audit.log import AuditLog
+from storaged.cluster.audit.witness import WitnessedReply, WitnessedRequest, WitnessReply, WitnessRequest
+from storaged.cluster.audit.witness_record import Behind, Refused, SeenNode, Taken, adopt, judge
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.ports import Call
-from storaged.cluster.witness import WitnessedReply, WitnessedRequest, WitnessReply, WitnessRequest
-from storaged.cluster.witness_record import Behind, Refused, SeenNode, Taken, adopt, judge
 from storaged.errors import ServiceUnavailable
 from tests.unit.witness_world import Witnessed
 
@@ -50,7 +59,8 @@ def rig(tmp_path: Path) -> Witnessed:
     return Witnessed(tmp_path)
 
 
-# --- the log as it is ---------------------------------------------------------------------------------------------------
+# --- the log as it is
+# ---------------------------------------------------------------------------------------------------
 
 
 async def test_a_log_that_nobody_touched_is_what_every_witness_saw(rig: Witnessed) -> None:
@@ -113,11 +123,15 @@ async def test_a_witness_that_is_new_or_lost_its_disk_is_brought_the_whole_log(r
         await rig.life(5)
     rig.books["n4"] = rig.open_book("n4")
     await rig.life(1)
-    assert [(one.name, one.state, one.chains) for one in rig.verify().witnesses if one.name == "n4"] == [("n4", "agrees", 4)]
+    assert [(one.name, one.state, one.chains) for one in rig.verify().witnesses if one.name == "n4"] == [
+        ("n4", "agrees", 4)
+    ]
 
 
-async def test_what_is_not_kept_in_memory_any_more_is_read_from_the_files(rig: Witnessed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storaged.cluster.witness_client.HASHES_MAX", 7)
+async def test_what_is_not_kept_in_memory_any_more_is_read_from_the_files(
+    rig: Witnessed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storaged.cluster.audit.witness_client.HASHES_MAX", 7)
     await rig.start(file_bytes_max=3000)
     rig.log.links = LinkTail(rig.log.head.chain, 4)
     rig.log.links.add(bytes.fromhex(rig.log.head.hash), 1)
@@ -178,7 +192,8 @@ async def test_nothing_is_sent_when_there_is_nothing_new(rig: Witnessed) -> None
     await rig.stop()
 
 
-# --- attacks on the files -----------------------------------------------------------------------------------------------
+# --- attacks on the files
+# -----------------------------------------------------------------------------------------------
 
 
 async def test_a_log_rewritten_with_all_its_hashes_and_signed_anew_is_caught(rig: Witnessed) -> None:
@@ -192,13 +207,19 @@ async def test_a_log_rewritten_with_all_its_hashes_and_signed_anew_is_caught(rig
     links = list(read_links(rig.log.head.chain, [path]))
     signer = NodeSigner(rig.own)
     last = links[-1]
-    unsigned = Checkpoint("gw", rig.log.head.chain, last.sequence, last.hash, last.link, rig.clock.now_ms, signer.certificate)
+    unsigned = Checkpoint(
+        "gw", rig.log.head.chain, last.sequence, last.hash, last.link, rig.clock.now_ms, signer.certificate
+    )
     checkpoint = unsigned.signed_with(signer.sign(unsigned.signed_bytes()))
     for name in rig.books:
         for after, some in ((-1, links), (last.sequence, []), (3, links[4:])):
             body = [link.hash for link in some]
             reply, _ = await rig.wire.call(
-                name, "audit.witness", WitnessRequest(checkpoint, after, lines_of(path)[0][:-1]), WitnessReply, body=body
+                name,
+                "audit.witness",
+                WitnessRequest(checkpoint, after, lines_of(path)[0][:-1]),
+                WitnessReply,
+                body=body,
             )
             assert not reply.taken
     report = rig.verify()
@@ -277,7 +298,9 @@ async def test_a_dropped_chain_is_named(rig: Witnessed, which: int) -> None:
 
 
 async def test_forged_restart_chains_are_seen_not_to_follow(rig: Witnessed) -> None:
-    """All of the log is replaced by a new history, whose newest process shows it to the witnesses as if nothing had been."""
+    """All of the log is replaced by a new history, whose newest process shows it to the witnesses as if nothing had
+    been.
+    """
     for _ in range(2):
         await rig.life(6)
     first, second = rig.files()
@@ -310,7 +333,9 @@ async def test_a_log_that_was_put_back_from_a_copy_is_noticed(rig: Witnessed) ->
     assert "which chain 0000000000000002 followed already" in str(rig.verify().problems)
 
 
-async def test_a_log_that_was_lost_goes_on_with_an_alarm_until_the_next_start_and_the_verifier_says_so_for_ever(rig: Witnessed) -> None:
+async def test_a_log_that_was_lost_goes_on_with_an_alarm_until_the_next_start_and_the_verifier_says_so_for_ever(
+    rig: Witnessed,
+) -> None:
     await rig.life(4)
     for path in rig.files():
         path.unlink()
@@ -332,7 +357,9 @@ async def test_a_witness_that_is_away_is_named_and_the_verdict_is_not_that_all_a
     report = rig.verify()
     assert report.ok
     assert not report.compared
-    assert [(one.name, one.state, one.reason) for one in report.witnesses if one.state != "agrees"] == [("n2", "unreachable", "is away")]
+    assert [(one.name, one.state, one.reason) for one in report.witnesses if one.state != "agrees"] == [
+        ("n2", "unreachable", "is away")
+    ]
 
 
 async def test_one_honest_witness_is_enough(rig: Witnessed) -> None:
@@ -362,7 +389,8 @@ async def test_a_witness_that_makes_up_checkpoints_is_called_unusable_and_the_lo
     assert not report.compared
 
 
-# --- attacks on the witnesses -------------------------------------------------------------------------------------------
+# --- attacks on the witnesses
+# -------------------------------------------------------------------------------------------
 
 
 async def shown(
@@ -468,7 +496,9 @@ async def test_of_a_node_whose_file_cannot_be_read_nothing_is_taken(rig: Witness
     await rig.log.close()
 
 
-async def test_a_file_that_has_grown_is_made_anew_and_keeps_the_last_of_each_chain(rig: Witnessed, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_that_has_grown_is_made_anew_and_keeps_the_last_of_each_chain(
+    rig: Witnessed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(witness, "LINES_MAX", 20)
     monkeypatch.setattr(witness_record, "MARKS_MAX", 4)
     await rig.life(1)
@@ -513,7 +543,9 @@ def link_of(hashes: list[bytes]) -> bytes:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_whatever_a_node_that_has_the_key_sends_what_a_witness_took_stays_a_beginning_of_what_it_has(data: st.DataObject) -> None:
+def test_whatever_a_node_that_has_the_key_sends_what_a_witness_took_stays_a_beginning_of_what_it_has(
+    data: st.DataObject,
+) -> None:
     """Requests are drawn from an honest chain and from forks of it; the witness's word is only ever extended."""
     start, honest = chain_of(12)
     node = SeenNode()
@@ -551,7 +583,9 @@ def test_further_chains_than_are_kept_are_refused_and_none_is_dropped_for_them(m
     assert list(node.chains) == ["0a"]
 
 
-async def test_older_chains_keep_few_marks_and_their_last_checkpoint(rig: Witnessed, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_older_chains_keep_few_marks_and_their_last_checkpoint(
+    rig: Witnessed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(witness_record, "CHAINS_MARKED_MAX", 2)
     monkeypatch.setattr(witness_record, "OLD_MARKS_MAX", 3)
     for _ in range(4):
@@ -577,10 +611,14 @@ async def test_a_first_entry_that_would_fill_the_memory_of_witnesses_is_refused(
 
 
 def rewrite_all(directory: Path, edit: Callable[[list[list[Entry]]], None]) -> None:
-    """The strongest attack on the files: after ``edit`` all chains are computed anew, each start naming the head that is before it now."""
+    """The strongest attack on the files: after ``edit`` all chains are computed anew, each start naming the head that
+    is before it now.
+    """
     chains: dict[str, list[Entry]] = {}
     for path in sorted(directory.iterdir()):
-        chains.setdefault(path.name.split("-")[2], []).extend(parse_line(line) for line in path.read_bytes().splitlines())
+        chains.setdefault(path.name.split("-")[2], []).extend(
+            parse_line(line) for line in path.read_bytes().splitlines()
+        )
         path.unlink()
     histories = list(chains.values())
     edit(histories)
@@ -600,7 +638,9 @@ def rewrite_all(directory: Path, edit: Callable[[list[list[Entry]]], None]) -> N
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_rewriting_of_what_was_witnessed_goes_unnoticed(witnessed_log: Witnessed, data: st.DataObject) -> None:
-    """Entries are removed, changed, moved, put in; chains are dropped, swapped, renamed: all hashes fit again, and no witness is fooled."""
+    """Entries are removed, changed, moved, put in; chains are dropped, swapped, renamed: all hashes fit again, and no
+    witness is fooled.
+    """
     rig = witnessed_log
     saved = {path: path.read_bytes() for path in rig.files()}
 

@@ -19,8 +19,8 @@ from storaged.node.gateway import BUFFER_BYTES_MIN, shared_limits, shared_out
 from storaged.node.workers import Workers
 from storaged.objects.plane import ObjectLimits
 from storaged.observe import Metrics
-from storaged.s3.limits import Limits
-from storaged.s3.listen import listen
+from storaged.s3.http.limits import Limits
+from storaged.s3.http.listen import listen
 from tests.patience import GUARD_S
 
 WORKER = """
@@ -169,7 +169,9 @@ async def test_a_worker_that_is_not_understood_is_killed_and_started_again() -> 
         await until(lambda: workers._others[0].process not in (None, first))
 
 
-async def test_a_worker_that_does_not_end_is_waited_for_no_longer_than_it_may_take_and_then_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_does_not_end_is_waited_for_no_longer_than_it_may_take_and_then_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with gateway("does not end") as (workers, told, _port):
         await workers.start()
         await until(lambda: "deaf" in told)
@@ -231,8 +233,14 @@ def test_processes_share_what_one_may_hold_and_take() -> None:
     for pool in ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max"):
         assert getattr(quarter, pool) == max(getattr(whole, pool) // 4, BUFFER_BYTES_MIN)
         assert getattr(many, pool) == BUFFER_BYTES_MIN, "a large transfer finds room in any process"
-    assert (quarter.opened_bytes_max, many.opened_bytes_max) == (whole.opened_bytes_max // 4, whole.opened_bytes_max // 64)
-    assert (quarter.listed_bytes_max, many.listed_bytes_max) == (whole.listed_bytes_max // 4, whole.listed_bytes_max // 64)
+    assert (quarter.opened_bytes_max, many.opened_bytes_max) == (
+        whole.opened_bytes_max // 4,
+        whole.opened_bytes_max // 64,
+    )
+    assert (quarter.listed_bytes_max, many.listed_bytes_max) == (
+        whole.listed_bytes_max // 4,
+        whole.listed_bytes_max // 64,
+    )
     one, each = Limits(), shared_limits(10, S3Section(workers=4))
     assert shared_limits(one.requests_max, S3Section()) == one
     assert each.requests_max == 3, "ten are never fewer"

@@ -1,4 +1,6 @@
-"""A gateway whose audit log three storage nodes witness, without sockets: real certificates, signatures, files and messages."""
+"""A gateway whose audit log three storage nodes witness, without sockets: real certificates, signatures, files and
+messages.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from storaged.cluster.audit import AuditLog
-from storaged.cluster.audit_files import chain_files
-from storaged.cluster.audit_verify import AuditReport, WitnessView, verify
+from storaged.cluster.audit.files import chain_files
+from storaged.cluster.audit.log import AuditLog
+from storaged.cluster.audit.verify import AuditReport, WitnessView, verify
+from storaged.cluster.audit.witness import WitnessBook, read_file
+from storaged.cluster.audit.witness_client import WitnessClient
 from storaged.cluster.identity import Identity, NodeSigner
 from storaged.cluster.ports import Call, PeerIdentity, Reply
-from storaged.cluster.witness import WitnessBook, read_file
-from storaged.cluster.witness_client import WitnessClient
 from storaged.errors import PeerTimeout, PeerUnreachable
 from storaged.wire import Buffer, Message, decode, encode
 from tests.unit.cluster_world import World
@@ -43,13 +45,22 @@ class Wire:
         self.calls: list[tuple[str, str]] = []
 
     async def call(
-        self, node: str, method: str, request: Message, reply: type[T], *, body: Sequence[Buffer] = (), timeout_s: float = 10.0
+        self,
+        node: str,
+        method: str,
+        request: Message,
+        reply: type[T],
+        *,
+        body: Sequence[Buffer] = (),
+        timeout_s: float = 10.0,
     ) -> tuple[T, memoryview]:
         if node in self.away:
             raise PeerUnreachable(f"{node} is away")
         self.calls.append((node, method))
         row = self.books[node].methods()[method]
-        answer = await row.handler(decode(encode(request), row.request), Call(self.peer, memoryview(b"".join(body)), 0.0))
+        answer = await row.handler(
+            decode(encode(request), row.request), Call(self.peer, memoryview(b"".join(body)), 0.0)
+        )
         if node in self.lose:
             raise PeerTimeout(f"{node} did not answer")
         message, bulk = answer if isinstance(answer, Reply) else (answer, ())
@@ -57,7 +68,9 @@ class Wire:
 
 
 class Witnessed:
-    """``start`` and ``stop`` are a process's life; between them ``log`` is written and ``client.publish()`` shows it."""
+    """``start`` and ``stop`` are a process's life; between them ``log`` is written and
+    ``client.publish()`` shows it.
+    """
 
     def __init__(self, directory: Path, witnesses: Sequence[str] = ("n1", "n2", "n3")) -> None:
         self.world = World(directory / "world")
@@ -80,7 +93,9 @@ class Witnessed:
 
     async def start(self, *, file_bytes_max: int = 1 << 20) -> None:
         self.starts += 1
-        self.log = AuditLog(self.audit, "gw", self.starts.to_bytes(8, "big"), clock=self.clock, file_bytes_max=file_bytes_max)
+        self.log = AuditLog(
+            self.audit, "gw", self.starts.to_bytes(8, "big"), clock=self.clock, file_bytes_max=file_bytes_max
+        )
         await self.log.start()
         self.client = WitnessClient(self.log, NodeSigner(self.own), self.wire, lambda: list(self.books))
 

@@ -1,0 +1,316 @@
+"""A storage node as a witness of the other nodes' audit logs: two RPC methods over one file a node,
+``witness/NODE.jsonl`` in its own directory.
+
+``audit.witness`` takes a checkpoint from the node whose log it is of, and from no other; ``witness_record`` judges
+it. What is taken is synced before it is answered, and nothing ever removes it: a file is only made anew with each
+chain's last checkpoint and some marks before it, when it has grown. ``audit.witnessed`` gives out what is remembered,
+to whoever is of the cluster: hashes and signatures, and the ``start`` entries of chains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import structlog
+from cryptography import x509
+
+from storaged.clock import Clock, SystemClock
+from storaged.cluster.audit.format import HASH_BYTES, Checkpoint
+from storaged.cluster.audit.log import Trail
+from storaged.cluster.audit.witness_record import (
+    LINE_BYTES_MAX,
+    Behind,
+    Refused,
+    SeenNode,
+    Taken,
+    adopt,
+    judge,
+    read,
+    render,
+    render_whole,
+)
+from storaged.cluster.identity import signed_by_node
+from storaged.cluster.ports import Call, Method, Methods, Reply
+from storaged.cluster.rpc.authority import grant
+from storaged.durable import replace_file, sync_path
+from storaged.errors import CertificateRefused, ServiceUnavailable, StoragedError
+from storaged.wire import Message
+
+HASHES_MAX: Final = 4096
+"""In one call: 128 KiB, a few milliseconds of hashing."""
+
+NODES_MAX: Final = 4096
+"""Whose logs are kept. Only nodes of the layout get this far, so only a cluster's long life reaches it."""
+
+LINES_MAX: Final = 4096
+"""Appended to a file before it is made anew: 8 MiB, three days of a busy node."""
+
+CHAINS_A_PAGE: Final = 64
+ALARMS_MAX: Final = 1024
+ALARM_S: Final = 7 * 24 * 3600.0
+"""An alarm stays in `storaged status` for so long; the log and the verifier have it after that."""
+
+log = structlog.get_logger(__name__)
+
+
+class WitnessRequest(Message, frozen=True):
+    """The body: the hashes of the entries ``after + 1`` up to the checkpoint's, 32 bytes each. ``start``: of a chain
+    that is new to the witness, its entry 0."""
+
+    checkpoint: Checkpoint
+    after: int
+    start: bytes = b""
+
+
+class WitnessReply(Message, frozen=True):
+    """``taken``; or else begin after the entry ``sequence``, which is the last that the witness has; or, with a
+    ``reason``, refused.
+
+    ``problem``: how the chain does not follow from what the witness saw before; for ever.
+    """
+
+    taken: bool
+    sequence: int
+    reason: str = ""
+    problem: str = ""
+
+
+class WitnessedRequest(Message, frozen=True):
+    """What is remembered of the log of ``node``, from its chain number ``skip`` on. ``heads``: the newest chains and
+    their last entries alone."""
+
+    node: str
+    skip: int = 0
+    heads: bool = False
+
+
+class WitnessedReply(Message, frozen=True):
+    """The body has the lines, unless heads were asked for. ``next``: where the next page begins, 0 when this was the
+    last. ``chains``: how many there are."""
+
+    chains: int
+    next: int
+    damaged_lines: int
+    heads: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass
+class _File:
+    """One node's."""
+
+    path: Path
+    seen: SeenNode
+    lines: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class WitnessBook:
+    """All that this node has seen of others' audit logs. ``trail``: this node's own log, where refusals are noted."""
+
+    def __init__(self, directory: Path, authority: x509.Certificate, clock: Clock | None = None) -> None:
+        """Reads what is there. Of a node whose file can't be read nothing is taken: a witness must not begin anew."""
+        self.directory = directory
+        self._authority = authority
+        self._files: dict[str, _File] = {}
+        self._alarms: dict[str, tuple[str, float]] = {}
+        self._clock = clock or SystemClock()
+        self._working: set[asyncio.Task[WitnessReply]] = set()
+        self.trail: Trail | None = None
+        self._unreadable: dict[str, str] = {}
+        for path in sorted(directory.glob("*.jsonl")) if directory.is_dir() else ():
+            try:
+                self._files[path.stem] = self._open(path)
+            except OSError as error:
+                log.error(
+                    "what was witnessed cannot be read; nothing is taken of this node",
+                    file=str(path),
+                    reason=str(error),
+                )
+                self._unreadable[path.stem] = f"{path} cannot be read: {error.strerror or error}"
+
+    def _open(self, path: Path) -> _File:
+        data = path.read_bytes()
+        lines = data.splitlines(keepends=True)
+        seen = read(lines)
+        torn = bool(lines) and not lines[-1].endswith(b"\n")
+        if seen.damaged_lines > torn:
+            log.error(
+                "lines of what was witnessed are damaged; the file is kept beside",
+                file=str(path),
+                lines=seen.damaged_lines,
+            )
+            replace_file(path.with_suffix(".damaged"), data)
+        if seen.damaged_lines:  # a line that is appended must not continue a torn one
+            replace_file(path, _whole(seen))
+        return _File(path, seen, len(lines))
+
+    def methods(self) -> Methods:
+        methods = {
+            "audit.witness": Method(WitnessRequest, self._witness),
+            "audit.witnessed": Method(WitnessedRequest, self._witnessed),
+        }
+        return grant(methods)
+
+    def alarms(self) -> list[tuple[str, str]]:
+        """(node, what is wrong with its log): seen by this process within ALARM_S, or in the newest chain that was
+        shown."""
+        now = self._clock.monotonic()
+        lately = {node: reason for node, (reason, since) in self._alarms.items() if now - since < ALARM_S}
+        found = {
+            node: chain.problem
+            for node, file in self._files.items()
+            if (newest := file.seen.newest) and (chain := file.seen.chains[newest]).problem
+        }
+        return sorted((found | lately).items())
+
+    async def _witness(self, request: WitnessRequest, call: Call) -> WitnessReply:
+        checkpoint, node = request.checkpoint, call.peer.name
+        if (reason := self._unreadable.get(node)) is not None:
+            raise ServiceUnavailable(reason)
+        try:
+            self._verify(checkpoint, node)
+        except StoragedError as error:
+            return self._refuse(node, checkpoint, error.message)
+        if len(call.body) % HASH_BYTES or len(call.body) > HASHES_MAX * HASH_BYTES:
+            return self._refuse(node, checkpoint, f"the body is {HASHES_MAX} hashes of {HASH_BYTES} bytes at most")
+        body = bytes(call.body)
+        hashes = [body[at : at + HASH_BYTES] for at in range(0, len(body), HASH_BYTES)]
+        file = self._files.get(node)
+        if file is None:
+            if len(self._files) >= NODES_MAX:
+                return self._refuse(
+                    node, checkpoint, f"the logs of {NODES_MAX} nodes are known here; no further one is taken"
+                )
+            file = self._files[node] = _File(self.directory / f"{node}.jsonl", SeenNode())
+        work = asyncio.get_running_loop().create_task(self._judge(file, request, hashes))
+        self._working.add(work)
+        work.add_done_callback(self._working.discard)
+        return await asyncio.shield(work)
+
+    async def _judge(self, file: _File, request: WitnessRequest, hashes: Sequence[bytes]) -> WitnessReply:
+        """In a task of its own: a caller that goes away must not leave on disk what is not known here."""
+        checkpoint = request.checkpoint
+        node = checkpoint.node
+        async with file.lock:
+            judged = judge(file.seen, checkpoint, request.after, request.start, hashes)
+            if isinstance(judged, Behind):
+                return WitnessReply(False, judged.sequence)
+            if isinstance(judged, Refused):
+                return self._refuse(node, checkpoint, judged.reason)
+            new = checkpoint.chain not in file.seen.chains
+            await self._take(file, judged)
+        if judged.problem and new:
+            self._tell(node, checkpoint, judged.problem, "AUDIT_CHAIN_BROKEN")
+        return WitnessReply(True, checkpoint.sequence, problem=judged.problem)
+
+    def _verify(self, checkpoint: Checkpoint, node: str) -> None:
+        signer = signed_by_node(
+            self._authority, checkpoint.certificate, checkpoint.signed_bytes(), checkpoint.signature
+        )
+        if not signer.name == checkpoint.node == node:
+            raise CertificateRefused(f"a checkpoint of {checkpoint.node}, signed by {signer.name}, was sent by {node}")
+
+    async def _take(self, file: _File, taken: Taken) -> None:
+        """Durable, then known. Raises ServiceUnavailable, and nothing is known then that is not on disk."""
+        if taken.seen is None:
+            return
+        line = render(taken.seen)
+        try:
+            await asyncio.to_thread(_append, file.path, line)
+        except OSError as error:
+            raise ServiceUnavailable(f"What was witnessed cannot be written: {error.strerror or error}.") from None
+        adopt(file.seen, taken.seen)
+        file.lines += 1
+        if file.lines >= LINES_MAX + 2 * len(file.seen.chains):
+            try:
+                await asyncio.to_thread(_make_anew, file)
+            except OSError as error:
+                log.warning(
+                    "a file of what was witnessed cannot be made anew",
+                    file=str(file.path),
+                    reason=error.strerror or str(error),
+                )
+            file.lines = sum(1 + len(chain.marks) for chain in file.seen.chains.values())
+
+    def _refuse(self, node: str, checkpoint: Checkpoint, reason: str) -> WitnessReply:
+        self._tell(node, checkpoint, reason, "AUDIT_REFUSED_BY_WITNESS")
+        return WitnessReply(False, -1, reason or "refused")
+
+    def _tell(self, node: str, checkpoint: Checkpoint, reason: str, code: str) -> None:
+        if self._alarms.get(node, ("", 0.0))[0] != reason:  # a node that tries again and again does not fill the log
+            log.error(
+                "the audit log of a node does not extend what was seen of it",
+                peer=node,
+                chain=checkpoint.chain,
+                reason=reason,
+            )
+        if node in self._alarms or len(self._alarms) < ALARMS_MAX:
+            self._alarms[node] = reason, self._clock.monotonic()
+        if self.trail is not None:
+            self.trail.refused(
+                "audit.witness", code, actor=f"node:{node}", target=f"chain:{checkpoint.chain}", reason=reason
+            )
+
+    async def _witnessed(self, request: WitnessedRequest, _call: Call) -> WitnessedReply | Reply:
+        if (reason := self._unreadable.get(request.node)) is not None:
+            raise ServiceUnavailable(reason)
+        file = self._files.get(request.node)
+        if file is None:
+            return WitnessedReply(0, 0, 0)
+        chains = list(file.seen.chains.items())
+        if request.heads:
+            heads = tuple((name, chain.checkpoint.sequence) for name, chain in chains[-HASHES_MAX:])
+            return WitnessedReply(len(chains), 0, file.seen.damaged_lines, heads)
+        begin = max(0, request.skip)
+        page = chains[begin : begin + CHAINS_A_PAGE]
+        end = begin + len(page)
+        body = await asyncio.to_thread(
+            lambda: b"".join(line for name, chain in page for line in render_whole(name, chain))
+        )
+        return Reply(WitnessedReply(len(chains), end if end < len(chains) else 0, file.seen.damaged_lines), [body])
+
+
+def _whole(seen: SeenNode) -> bytes:
+    return b"".join(line for name, chain in seen.chains.items() for line in render_whole(name, chain))
+
+
+def _make_anew(file: _File) -> None:
+    replace_file(file.path, _whole(file.seen))
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Durable when it returns; of what could not be written nothing is left."""
+    new = not path.exists()
+    if new:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            data = memoryview(line)
+            while data:
+                data = data[os.write(descriptor, data) :]
+            os.fdatasync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+    if new:
+        sync_path(path.parent)
+        sync_path(path.parent.parent)
+
+
+def read_file(path: Path) -> SeenNode:
+    """A saved file of a witness. Raises OSError."""
+
+    def lines() -> Sequence[bytes]:
+        with path.open("rb") as file:
+            return list(iter(lambda: file.readline(LINE_BYTES_MAX), b""))
+
+    return read(lines())

@@ -1,0 +1,142 @@
+"""Who may call which RPC method, and why: the one table of it. Default deny. Pure.
+
+A method that has no row can't be registered (``grant``), a node starts only when it has registered exactly the rows
+that its roles serve (``check_registered``), and ``FORMATS.md`` has the same table (a test compares them). ``storaged
+cluster methods`` prints it.
+
+Roles are those that a peer has by its certificate and by the layout in force, both. A row with no callers is answered
+to no other node: the method is there for the node's own code, and for a later version. A node with both roles may call
+what either may.
+
+A role opens a method; what it may write there is judged again by content (``meta/authority.py``): registers of the
+system table, and ballots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
+
+from storaged.cluster.ports import Method
+
+GATEWAY: Final = frozenset({"gateway"})
+STORAGE: Final = frozenset({"storage"})
+BOTH: Final = GATEWAY | STORAGE
+NOBODY: Final[frozenset[str]] = frozenset()
+
+
+class Grant(NamedTuple):
+    """``callers``: roles, any of which may call. ``served_by``: roles of the nodes that register it. ``why``: what each
+    caller needs it for. ``harm``: what one storage node that turned hostile can do with it; empty where it can do
+    nothing that its own disks do not let it do anyway. ``strangers``: a certified node that the layout in force does
+    not name (yet, or any more) may call it too."""
+
+    callers: frozenset[str]
+    served_by: frozenset[str]
+    why: str
+    harm: str = ""
+    strangers: bool = False
+
+
+METHODS: Final[Mapping[str, Grant]] = {
+    "cluster.ping": Grant(BOTH, BOTH, "heartbeats", strangers=True),
+    "cluster.layout": Grant(BOTH, BOTH, "layouts spread; each is signed", strangers=True),
+    "cluster.offer": Grant(BOTH, BOTH, "layouts spread; each is signed", strangers=True),
+    "audit.witness": Grant(
+        BOTH,
+        STORAGE,
+        "a node shows checkpoints of its own audit log, and of no other's",
+        "fills disks with up to 16,384 chains of its own log",
+    ),
+    "audit.witnessed": Grant(BOTH, STORAGE, "a node asks what it has to show; `storaged audit verify`"),
+    "meta.prepare": Grant(
+        BOTH,
+        STORAGE,
+        "every change; repair, collection and catch-up settle registers of buckets",
+        "delays writes of any object, by promises up to an hour ahead",
+    ),
+    "meta.accept": Grant(
+        BOTH,
+        STORAGE,
+        "every change; repair writes where blocks are, and settles",
+        "deletes any object's record, hides it, or puts an older one back; forges its time and owner",
+    ),
+    "meta.accepts": Grant(BOTH, STORAGE, "many accepts in one message", "as meta.accept"),
+    "meta.create": Grant(GATEWAY, STORAGE, "a small PUT of a new key"),
+    "meta.read": Grant(BOTH, STORAGE, "every read", "reads every record as it is stored: names, sizes, times, users"),
+    "meta.reads": Grant(BOTH, STORAGE, "many reads in one message", "as meta.read"),
+    "meta.scan": Grant(BOTH, STORAGE, "listings; walks of repair and catch-up", "as meta.read"),
+    "meta.page_put": Grant(BOTH, STORAGE, "long manifests; repair copies their pages", "fills disks with pages"),
+    "meta.page_get": Grant(BOTH, STORAGE, "long manifests", "as meta.read"),
+    "meta.page_check": Grant(STORAGE, STORAGE, "repair looks which pages a replica lacks"),
+    "meta.fence": Grant(GATEWAY, STORAGE, "deletion of a bucket"),
+    "meta.unfence": Grant(GATEWAY, STORAGE, "deletion of a bucket that was not empty"),
+    "meta.fence_epoch": Grant(NOBODY, STORAGE, "for layouts that move replicas, which no version writes yet"),
+    "fragment.write": Grant(
+        BOTH, STORAGE, "PUT; repair rebuilds and recodes", "overwrites fragments of any object, fills disks"
+    ),
+    "fragment.sync": Grant(BOTH, STORAGE, "the barrier of a PUT, and of a recoding"),
+    "fragment.read": Grant(BOTH, STORAGE, "GET; repair reads survivors", "reads sealed bytes"),
+    "fragment.stat": Grant(BOTH, STORAGE, "`where`; walks of repair, collection"),
+    "fragment.touch": Grant(
+        BOTH, STORAGE, "a proposal that begins again; a recoding", "keeps garbage from being collected"
+    ),
+    "fragment.retire": Grant(GATEWAY, STORAGE, "what a change replaced goes to the garbage list"),
+    "fragment.retired": Grant(GATEWAY, STORAGE, "a deleted bucket's key is destroyed once no disk has garbage of it"),
+    "fragment.unretire": Grant(NOBODY, STORAGE, "a node collects on its own disks"),
+    "fragment.delete": Grant(
+        BOTH,
+        STORAGE,
+        "a PUT that moves a block elsewhere; collection of small copies, and of what a recoding left behind",
+        "deletes fragments of any object on any disk",
+    ),
+    "fragment.scan": Grant(NOBODY, STORAGE, "a node walks its own disks"),
+    "fragment.verify": Grant(NOBODY, STORAGE, "a node scrubs its own disks"),
+    "fragment.usage": Grant(NOBODY, STORAGE, "a node counts its own disks"),
+    "maintain.status": Grant(BOTH, STORAGE, "`storaged status`, `storaged repair`, on any node"),
+    "maintain.scrub": Grant(BOTH, STORAGE, "`storaged scrub`, on any node", "makes other nodes read all their disks"),
+    "maintain.hint": Grant(
+        BOTH,
+        STORAGE,
+        "what was found wanting goes to the node that repairs it",
+        "makes another node look at any object",
+    ),
+    "maintain.wake": Grant(
+        STORAGE, STORAGE, "a node that has started says so", "makes another node walk its records again"
+    ),
+}
+
+
+def grant(methods: Mapping[str, Method]) -> dict[str, Method]:
+    """The methods, each with what its row grants. Raises LookupError for one that has no row."""
+    if unknown := sorted(methods.keys() - METHODS.keys()):
+        raise LookupError(f"no row in the table of cluster/rpc/authority.py: {', '.join(unknown)}")
+    return {
+        name: method._replace(roles=METHODS[name].callers, for_strangers=METHODS[name].strangers)
+        for name, method in methods.items()
+    }
+
+
+def check_registered(methods: Mapping[str, Method], roles: Iterable[str]) -> None:
+    """What a node of these roles is about to serve is what the table says, no more and no less. Raises LookupError with
+    the difference."""
+    wanted = {name for name, row in METHODS.items() if not row.served_by.isdisjoint(roles)}
+    problems = [f"{name} is in the table and not registered" for name in sorted(wanted - methods.keys())]
+    problems += [f"{name} is registered and not for a node of these roles" for name in sorted(methods.keys() - wanted)]
+    for name in sorted(wanted & methods.keys()):
+        row = METHODS[name]
+        if (methods[name].roles, methods[name].for_strangers) != (row.callers, row.strangers):
+            problems.append(f"{name} grants something else than its row")
+    if problems:
+        raise LookupError("; ".join(problems))
+
+
+def callers_of(row: Grant) -> str:
+    """``gateway, storage``; with ``, any node`` where strangers may call too; ``none``."""
+    return ", ".join([*sorted(row.callers), *(["any node"] if row.strangers else [])]) or "none"
+
+
+def document() -> list[str]:
+    """The table as FORMATS.md has it, a line each."""
+    lines = ["| method | callers | what for | what a hostile storage node can do with it |", "|---|---|---|---|"]
+    return lines + [f"| `{name}` | {callers_of(row)} | {row.why} | {row.harm} |" for name, row in METHODS.items()]

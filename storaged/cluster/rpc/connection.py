@@ -1,0 +1,334 @@
+"""One connection between two nodes, either side of it: frames in through a FrameReader, frames out in one write for all
+that a turn of the loop brought, or some of a long turn.
+
+A frame that has no company to wait for leaves at once (``alone``), and what was answered while a read was looked at
+leaves with the end of that read.
+Small frames (a prepare, a ping, an answer without bulk) are joined and go first; bodies follow in slices as the
+transport takes them, so
+that a vote never queues behind many megabytes. TLS encrypts what it is given at once: after the write the caller's
+buffers are free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Sequence
+from typing import Any, cast
+
+from storaged.cluster.rpc.framing import FrameError, FrameReader, Verdict, pack_header
+from storaged.units import KIB, MIB
+from storaged.wire import Buffer
+
+SMALL_BODY_BYTES = 16 * KIB
+"""Bodies up to this size are copied into the joined write: one TLS record, and cheaper than a write of their own."""
+
+URGENT_BODY_BYTES = 256 * KIB
+"""Bodies up to this size too, where their sender says so: what many small PUTs have in common must not wait behind
+fragments.
+"""
+
+SLICE_BYTES = 256 * KIB
+"""Larger bodies are handed to TLS in slices of this size, with a look at the transport's fill in between."""
+
+WRITE_HIGH_BYTES = 2 * MIB
+"""Ciphertext that may wait in the transport: about 10 ms of a 2.5 Gbit/s line."""
+
+EARLY_FRAMES = 16
+"""So many small frames leave before the turn of the loop has ended: the peer works on them while this side goes on with
+its turn.
+"""
+
+KEEPALIVE_IDLE_S = 5
+KEEPALIVE_INTERVAL_S = 2
+KEEPALIVE_PROBES = 3
+UNACKNOWLEDGED_MS = 30_000
+"""A peer that vanished without a reset is noticed by the kernel after 11 s when nothing was being sent, after 30 s when
+something was. Not sooner: Linux
+counts a closed window too (TCP_USER_TIMEOUT), and a peer whose disk is slow may rightly take nothing for some
+seconds."""
+
+
+def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
+    """The body's buffers as flat bytes without empty ones, and their total length."""
+    if len(body) == 1 and type(body[0]) is bytes and body[0]:
+        return tuple(body), len(body[0])  # a small object's copy, mostly
+    flat: list[Buffer] = []
+    size = 0
+    for piece in body:
+        if isinstance(piece, memoryview):
+            count = piece.nbytes
+            if count and (piece.itemsize != 1 or piece.ndim != 1):
+                piece = piece.cast("B")
+        else:
+            count = len(piece)
+        if count:
+            flat.append(piece)
+            size += count
+    return tuple(flat), size
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Common to both sides. Subclasses decide on frames (``admit``, ``deliver``) and clean up in ``closed``."""
+
+    answers = False
+    """What leaves answers what was just read, so there is no more to come before the next read."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.reader = FrameReader(self.admit, self.deliver)
+        self.transport: asyncio.Transport | None = None
+        self.lost = loop.create_future()
+        """Done when the connection is gone; never an exception."""
+        self.reason = ""
+        """Why it was closed, when this side knows."""
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.queued_bytes = 0
+        """Bodies that wait for the transport."""
+        self.heard = loop.time()
+        self._small: dict[int, bytes] = {}
+        self._large: dict[int, tuple[tuple[Buffer, ...], int]] = {}
+        self._slices: list[Buffer] = []  # of the large frame being written, last slice first
+        self._sliced: tuple[int, int] | None = None  # its id and size
+        self._flush_scheduled = False
+        self._reading = False
+        self._paused = False
+        self._paused_since = 0.0
+
+    # What subclasses say.
+
+    def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
+        raise NotImplementedError
+
+    def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
+        raise NotImplementedError
+
+    def dropped(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
+        """A frame that was admitted has come after this side had ended the connection."""
+
+    def broken(self, error: FrameError) -> None:
+        """The peer broke the protocol."""
+        self.abort(str(error))
+
+    def closed(self) -> None:
+        raise NotImplementedError
+
+    def sent(self, request_id: int, size: int) -> None:
+        """A large body has left for the transport."""
+
+    def alone(self) -> bool:
+        """Whether no other frame is likely to leave in this turn of the loop."""
+        return False
+
+    # The transport's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        _tune(transport.get_extra_info("socket"))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.bytes_in += nbytes
+        self.heard = self.loop.time()
+        self._reading = True
+        try:
+            self.reader.received(nbytes)
+        except FrameError as error:
+            self.broken(error)
+        self._reading = False
+        if self._small or self._large:
+            self._schedule(now=self.answers)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if not self.reason:
+            self.reason = describe(exc) if exc else "the peer closed the connection"
+        self.transport = None
+        self._small.clear()
+        for request_id, (_pieces, size) in self._large.items():
+            self.sent(request_id, size)
+        if self._sliced is not None:
+            self.sent(*self._sliced)
+        self._large.clear()
+        self._slices.clear()
+        self._sliced = None
+        self.queued_bytes = 0
+        self.closed()
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+        self._paused_since = self.loop.time()
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._schedule()
+
+    # Sending.
+
+    @property
+    def is_open(self) -> bool:
+        return self.transport is not None and not self.transport.is_closing()
+
+    def send(
+        self,
+        kind: int,
+        request_id: int,
+        head: bytes,
+        body: tuple[Buffer, ...] = (),
+        size: int = 0,
+        deadline_ms: int = 0,
+        small_bytes_max: int = SMALL_BODY_BYTES,
+    ) -> None:
+        """Queues a frame (``body`` and ``size`` as :func:`measure` gives them); before larger ones when the body is no
+        larger than ``small_bytes_max``. Raises ValueError when
+        it is over the limits."""
+        header = pack_header(kind, request_id, len(head), size, deadline_ms)
+        if self.transport is None:
+            if size > small_bytes_max:
+                self.sent(request_id, size)
+            return
+        if size <= small_bytes_max:
+            small = self._small
+            small[request_id] = b"".join((header, head, *body))
+            if len(small) >= EARLY_FRAMES:
+                self._flush()
+                return
+        else:
+            self._large[request_id] = ((header + head, *body), size)
+            self.queued_bytes += size
+        self._schedule()
+
+    def withdraw(self, request_id: int) -> bool:
+        """Takes back a frame that has not begun to leave; its buffers are free at once."""
+        if self._small.pop(request_id, None) is not None:
+            return True
+        large = self._large.pop(request_id, None)
+        if large is not None:
+            self.queued_bytes -= large[1]
+            self.sent(request_id, large[1])
+            return True
+        if self._sliced is not None and self._sliced[0] == request_id:
+            # Half a body is out: the rest must follow, from a copy, because its owner may use the memory again.
+            self._slices = [bytes(piece) for piece in self._slices]
+        return False
+
+    def _schedule(self, *, now: bool = False) -> None:
+        if self._flush_scheduled or self._reading:
+            return
+        if now or (not self._large and self.alone()):  # of a block several fragments go to a node in one turn
+            self._flush()
+        else:
+            self._flush_scheduled = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        transport = self.transport
+        if transport is None or self._paused:
+            return
+        if self._slices:
+            self._write_slices(transport)
+        while not self._paused and not self._slices:
+            if self._small:
+                joined = b"".join(self._small.values())
+                self._small.clear()
+                self.bytes_out += len(joined)
+                transport.write(joined)
+            if self._paused or not self._large:
+                break
+            request_id = next(iter(self._large))
+            pieces, size = self._large.pop(request_id)
+            self._slices = [part for piece in reversed(pieces) for part in _slice(piece)]
+            self._sliced = (request_id, size)
+            self._write_slices(transport)
+
+    def _write_slices(self, transport: asyncio.Transport) -> None:
+        slices = self._slices
+        while slices and not self._paused:
+            group: list[Buffer] = []
+            group_bytes = 0
+            while slices and group_bytes < SLICE_BYTES:
+                piece = slices.pop()
+                group.append(piece)
+                group_bytes += len(piece)
+            self.bytes_out += group_bytes
+            transport.writelines(group)
+        if not slices and self._sliced is not None:
+            request_id, size = self._sliced
+            self._sliced = None
+            self.queued_bytes -= size
+            self.sent(request_id, size)
+
+    # Closing.
+
+    def abort(self, reason: str) -> None:
+        """Ends the connection now; what is queued is lost."""
+        self.reader.deliver = self.dropped
+        if not self.reason:
+            self.reason = reason
+        if self.transport is not None:
+            self.transport.abort()
+
+    def close(self, reason: str) -> None:
+        """Ends it once what the transport holds has left."""
+        self.reader.deliver = self.dropped
+        if not self.reason:
+            self.reason = reason
+        if self.transport is not None:
+            self.transport.close()
+
+    def stalled_s(self, now: float) -> float:
+        """For how long a frame has been half received, or the transport has taken nothing, without any progress."""
+        silent = now - self.heard if self.reader.midway else 0.0
+        blocked = now - self._paused_since if self._paused else 0.0
+        return max(silent, blocked)
+
+    def peer_certificate(self) -> bytes:
+        """DER, as TLS verified it."""
+        tls: ssl.SSLObject | None = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
+        return (tls.getpeercert(binary_form=True) or b"") if tls is not None else b""
+
+
+def _slice(piece: Buffer) -> Sequence[Buffer]:
+    """Slices of one buffer, last first."""
+    if len(piece) <= SLICE_BYTES:
+        return [piece]
+    view = memoryview(piece)
+    return [view[start : start + SLICE_BYTES] for start in range(0, len(view), SLICE_BYTES)][::-1]
+
+
+def _tune(raw: Any) -> None:
+    """No delay for small frames; a vanished peer is noticed by the kernel."""
+    if raw is None:
+        return
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MS),
+    ):
+        if hasattr(socket, option):
+            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def describe(error: BaseException) -> str:
+    """One line for the log, without the noise of OpenSSL's source lines."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not of this cluster's authority, or not valid now ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).lower().replace('_', ' ')}"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    text = str(error)
+    return text if text else type(error).__name__

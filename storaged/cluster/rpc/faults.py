@@ -1,0 +1,86 @@
+"""Errors on the wire between nodes: what a handler raised becomes an ``ErrorHead``, and an exception again at the
+caller.
+
+A PeerError crosses as the class it is; any other StoragedError as PeerRefused that carries its code; anything
+unexpected as PeerRefused with
+``INTERNAL``: the traceback stays in the log of the node where it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from storaged.cluster.rpc.framing import ErrorHead
+from storaged.errors import PeerError, PeerRefused, StoragedError
+
+INTERNAL = "INTERNAL"
+UNKNOWN_METHOD = "UNKNOWN_METHOD"
+BAD_MESSAGE = "BAD_MESSAGE"
+ROLE_REFUSED = "ROLE_REFUSED"
+NOT_A_MEMBER = "NOT_A_MEMBER"
+VALUE_REFUSED = "VALUE_REFUSED"
+BALLOT_REFUSED = "BALLOT_REFUSED"
+BAD_REPLY = "BAD_REPLY"
+
+MESSAGE_CHARS_MAX = 4096
+CODE_CHARS_MAX = 64
+DETAILS_MAX = 16
+
+
+def plain(text: str, chars_max: int = MESSAGE_CHARS_MAX) -> str:
+    """What another node says, for logs and terminals: short, and without characters that would control these."""
+    text = text[:chars_max]
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def to_head(error: BaseException) -> ErrorHead:
+    if isinstance(error, StoragedError):
+        remote_code = error.remote_code if isinstance(error, PeerRefused) else ""
+        details = {str(name): str(value)[:MESSAGE_CHARS_MAX] for name, value in error.details.items()}
+        return ErrorHead(error.code, error.message[:MESSAGE_CHARS_MAX], details, remote_code)
+    return ErrorHead(INTERNAL, "The node failed to carry this out; its log says why.", {})
+
+
+def from_head(head: ErrorHead, node: str) -> PeerError:
+    """The error that ``node`` answers with. Its texts may be anything: they are cut, and made plain."""
+    kind = _peer_errors().get(head.code)
+    message = plain(head.message)
+    if kind is None:
+        error: PeerError = PeerRefused(
+            f"{node}: {message}"[:MESSAGE_CHARS_MAX], remote_code=plain(head.code, CODE_CHARS_MAX)
+        )
+    elif issubclass(kind, PeerRefused):
+        error = kind(message, remote_code=plain(head.remote_code, CODE_CHARS_MAX))
+    else:
+        error = kind(message)
+    error.details = {
+        plain(name, CODE_CHARS_MAX): plain(value) for name, value in islice(head.details.items(), DETAILS_MAX)
+    }
+    return error
+
+
+def refused(code: str, message: str) -> PeerRefused:
+    return PeerRefused(message, remote_code=code)
+
+
+def as_peer_error(error: Exception, node: str) -> PeerError:
+    """What a caller on the same node gets: exactly what one on another node would."""
+    return error if isinstance(error, PeerError) else from_head(to_head(error), node)
+
+
+_known: dict[str, type[PeerError]] = {}
+
+
+def _peer_errors() -> dict[str, type[PeerError]]:
+    classes = list(_descend(PeerError))
+    if len(classes) != len(_known):
+        _known.clear()
+        _known.update({kind.code: kind for kind in reversed(classes)})
+    return _known
+
+
+def _descend(kind: type[PeerError]) -> Iterator[type[PeerError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _descend(child)

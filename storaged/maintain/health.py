@@ -1,0 +1,243 @@
+"""What should be where, and how bad it is when it is not. Pure: records and stats in, findings out.
+
+A record says, for every block of every part, which disk holds which fragment. Asking the disks gives, for each
+fragment, one of
+
+    OK        the disk has it, undamaged as far as it knows
+    MISSING   the disk answers and does not have it, or its bytes do not match their checksum
+    AWAY      the disk does not answer, or does not have it and takes no writes: nothing is known, nothing is deleted,
+    and it is rebuilt elsewhere only after a
+              delay, when the block has no spare left or other disks can hold all of it
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+from storaged.cluster.layout import Layout, Profile
+from storaged.fragments.ports import FragmentId
+from storaged.objects.code.geometry import BlockShape, PartShape
+from storaged.objects.code.place import disks_of, first_choice
+from storaged.objects.records import PartEntry, Run
+
+LayoutAt = Callable[[int], Layout]
+
+
+class Presence(IntEnum):
+    OK = 0
+    MISSING = 1
+    AWAY = 2
+
+
+class BlockPlace(NamedTuple):
+    """One block of a part and the disks its fragments belong on, in position order. ``spread``: no failure domain holds
+    more of them than it may, and all
+    are inside ``countries``, those of the bucket (none named: any)."""
+
+    entry: PartEntry
+    block: int
+    run: Run
+    disks: tuple[str, ...]
+    spread: bool = True
+    countries: tuple[str, ...] = ()
+
+    @property
+    def profile(self) -> Profile:
+        return self.run.profile
+
+    def fragment(self, position: int) -> FragmentId:
+        return FragmentId(self.entry.data_id, self.block, self.run.k, self.run.m, position)
+
+    @property
+    def fragments(self) -> Iterator[tuple[FragmentId, str]]:
+        return ((self.fragment(position), disk) for position, disk in enumerate(self.disks))
+
+    @property
+    def shape(self) -> BlockShape:
+        return PartShape.of(self.entry).block(self.block)
+
+
+def run_disks(
+    entry: PartEntry, run: Run, partition: int, layout_at: LayoutAt, countries: Sequence[str]
+) -> tuple[str, ...]:
+    """The disks of a run's fragments in position order. ``partition``: of the register that refers to it, whose
+    replicas hold small copies.
+
+    Raises KeyError for an unknown layout epoch, ValueError for a run that no layout explains: records that this node
+    must not judge.
+    """
+    layout = layout_at(run.epoch)
+    if not entry.small:
+        return disks_of(run, layout, entry.data_id, countries)
+    replicas = layout.replicas_of(partition)
+    if len(replicas) < run.profile.n:
+        raise ValueError(f"{run.profile.n} copies beside a register of {len(replicas)} replicas")
+    return replicas[: run.profile.n]
+
+
+def blocks_of(entry: PartEntry, partition: int, layout_at: LayoutAt, countries: Sequence[str]) -> Iterator[BlockPlace]:
+    """Every block of a part; nothing for one kept in the record. Raises as ``run_disks``."""
+    if entry.inline:
+        return
+    for run in entry.runs:
+        disks = run_disks(entry, run, partition, layout_at, countries)
+        layout = layout_at(run.epoch)
+        spread = entry.small or not run.moved or _is_spread(layout, entry.data_id, run, disks, countries)
+        if run.moved and any(not is_allowed(layout, disk, countries) for disk in run.moved.values()):
+            spread = False
+        for block in range(run.first, run.first + run.count):
+            yield BlockPlace(entry, block, run, disks, spread, tuple(countries))
+
+
+def is_allowed(layout: Layout, disk: str, countries: Sequence[str]) -> bool:
+    """Whether fragments of a bucket of these countries may lie on a disk. True for one that the layout does not know:
+    it can't be reached.
+    """
+    country = layout.country_by_disk.get(disk)
+    return country is None or (layout.allows(country) and (not countries or country in countries))
+
+
+def _is_spread(layout: Layout, data_id: bytes, run: Run, disks: Sequence[str], countries: Sequence[str]) -> bool:
+    """As well as the first choice is, where the layout has too few domains for at most m in one."""
+    share = _largest_share(layout, disks)
+    return share <= run.m or share <= _largest_share(layout, first_choice(layout, data_id, run.profile, countries))
+
+
+def _largest_share(layout: Layout, disks: Sequence[str]) -> int:
+    return max(Counter(layout.domain_by_disk.get(disk, disk) for disk in disks).values(), default=0)
+
+
+def claims(
+    entry: PartEntry, fragment: FragmentId, disk: str, partition: int, layout_at: LayoutAt, countries: Sequence[str]
+) -> bool:
+    """Whether a part names this very fragment on this disk. Raises as ``run_disks``."""
+    if entry.data_id != fragment.data_id or entry.inline:
+        return False
+    for run in entry.runs:
+        if run.first <= fragment.block < run.first + run.count and (run.k, run.m) == (fragment.k, fragment.m):
+            disks = run_disks(entry, run, partition, layout_at, countries)
+            return fragment.position < len(disks) and disks[fragment.position] == disk
+    return False
+
+
+class BlockHealth(NamedTuple):
+    """``present``: positions that can be read now. ``missing``: positions to rebuild where they are (their disks
+    answer).
+    """
+
+    place: BlockPlace
+    present: tuple[int, ...]
+    missing: tuple[int, ...]
+    away: tuple[int, ...]
+
+    @property
+    def on_target(self) -> bool:
+        place = self.place
+        return place.entry.small or (place.spread and place.profile == Profile.parse(place.entry.target))
+
+    @property
+    def whole(self) -> bool:
+        return not self.missing and not self.away and self.on_target
+
+    @property
+    def readable(self) -> bool:
+        return self.spare >= 0
+
+    @property
+    def spare(self) -> int:
+        """How many more fragments may go before the block can't be read; negative when it can't be now. Data fragments
+        that a short block does not
+        reach need no disk."""
+        return self._spare_with(self.present)
+
+    @property
+    def spare_at_best(self) -> int:
+        """The same if every disk that is away came back with what it should have: negative when the block is lost, and
+        not only stopped.
+        """
+        return self._spare_with((*self.present, *self.away))
+
+    def _spare_with(self, present: Sequence[int]) -> int:
+        profile, count = self.place.profile, len(present)
+        if profile.k > 1:
+            shape = self.place.shape
+            if shape.cells < profile.k:
+                count += sum(position not in present for position in range(shape.cells, profile.k))
+        return count - profile.k
+
+
+def judge_block(place: BlockPlace, presence: Mapping[tuple[FragmentId, str], Presence]) -> BlockHealth:
+    """A fragment that was not asked about counts as away."""
+    found: dict[Presence, list[int]] = {kind: [] for kind in Presence}
+    for position, where in enumerate(place.fragments):
+        found[presence.get(where, Presence.AWAY)].append(position)
+    return BlockHealth(place, tuple(found[Presence.OK]), tuple(found[Presence.MISSING]), tuple(found[Presence.AWAY]))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong with one object or part. ``spare`` is that of its worst block, or page of its manifest: repair
+    takes the smallest first.
+
+    ``mendable``: something can be done with the disks that answer. ``movable``: something can be done when those that
+    don't have been away for long.
+    Otherwise repair waits for disks to return. ``lost``: it cannot be read even if all of them do.
+    """
+
+    name: bytes
+    spare: int
+    mendable: bool
+    movable: bool
+    lost: bool
+    damaged_fragments: int
+
+
+class Tally:
+    """Adds up the blocks of one register."""
+
+    __slots__ = ("_damaged", "_hurt", "_lost", "_mendable", "_movable", "_worst", "name")
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self._worst = 1 << 30
+        self._hurt = self._mendable = self._movable = self._lost = False
+        self._damaged = 0
+
+    def add(self, health: BlockHealth, can_hold_target: bool) -> None:
+        """``can_hold_target``: whether the living disks can hold the block as its target asks."""
+        if health.whole:
+            return
+        self._hurt = True
+        spare = health.spare
+        self._worst = min(self._worst, spare)
+        self._damaged += len(health.missing)
+        if spare < 0:
+            self._lost = self._lost or health.spare_at_best < 0
+        elif health.missing or (can_hold_target and not health.on_target):
+            self._mendable = True
+        elif health.away and not health.place.entry.small and (spare == 0 or can_hold_target):
+            self._movable = True
+
+    def page(self, have: int, lacking: int) -> None:
+        """A page of what says where the blocks are: how many replicas that answer have it, and how many don't."""
+        if lacking:
+            self._hurt = True
+            self._worst = min(self._worst, have - 1)
+            self._damaged += lacking
+            self._mendable = self._mendable or have > 0
+            self._lost = self._lost or not have
+
+    def unreadable(self) -> None:
+        """What says where the blocks are is itself lost."""
+        self._hurt = self._lost = True
+        self._worst = min(self._worst, -1)
+
+    def finding(self) -> Finding | None:
+        """None when everything is as it should be."""
+        if not self._hurt:
+            return None
+        return Finding(self.name, self._worst, self._mendable, self._movable, self._lost, self._damaged)

@@ -1,0 +1,267 @@
+"""Rebuilding fragments from their survivors, and recoding blocks for the disks that live. Works on sealed bytes: no key
+is needed, none is here.
+
+A rebuilt fragment is written only when its hash (``storaged.hashes``) is what the headers of the survivors agree it
+should be: a disk that lies about its
+fragment, or about the hashes, can spoil what it holds itself, but repair does not launder its bytes. Headers agree when
+they name the same hashes, so those of different kinds never do. A fragment that is found not to be what the others
+agree on
+is rebuilt like one that is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from storaged.cluster.layout import Profile
+from storaged.errors import PeerError
+from storaged.fragments.ports import FragmentHeader, FragmentId
+from storaged.hashes import is_fragment
+from storaged.maintain.context import MaintainContext
+from storaged.maintain.health import BlockHealth, BlockPlace, is_allowed
+from storaged.objects.code import erasure
+from storaged.objects.code.assemble import assemble, empty_fragments
+from storaged.objects.code.place import Placement
+from storaged.objects.records import PartEntry, Run
+from storaged.wire import Buffer
+
+_T = TypeVar("_T")
+
+
+class CannotMend(Exception):
+    """Too few survivors agree now, or the record has changed; the register is looked at again later."""
+
+
+class Survivors(NamedTuple):
+    """``fragments``: position -> whole fragment, verified against ``hashes``; at least k of them, those a short block
+    does not reach included.
+    ``owner``: the register that the fragments' headers name. ``strangers``: positions whose fragment was read and is
+    not what the others agree on."""
+
+    fragments: dict[int, Buffer]
+    hashes: tuple[bytes, ...]
+    owner: bytes
+    strangers: tuple[int, ...]
+
+
+class Move(NamedTuple):
+    """Blocks ``new.first .. new.first + new.count - 1`` of a part, all of run ``old``, written anew as ``new`` says, on
+    ``new_disks``. ``old_disks``: where they are by the record that is in force."""
+
+    entry: PartEntry
+    old: Run
+    old_disks: tuple[str, ...]
+    new: Run
+    new_disks: tuple[str, ...]
+
+
+class Mender:
+    """Carries out repairs of blocks, at most ``mend_at_once`` at a time."""
+
+    def __init__(self, context: MaintainContext) -> None:
+        self._context = context
+        self._gate = asyncio.Semaphore(context.limits.mend_at_once)
+        self.fragments_rebuilt = 0
+        self.bytes_rebuilt = 0
+        self.blocks_recoded = 0
+
+    # --- the same profile, the same disks ---------------------------------------------------------------------------
+
+    async def rebuild_missing(self, healths: Iterable[BlockHealth]) -> None:
+        """Rebuilds missing fragments on the disks that should have them. Every block is tried; then the first failure
+        is raised (CannotMend, PeerError).
+        """
+        await self._each([self._rebuild(health) for health in healths])
+
+    async def _rebuild(self, health: BlockHealth) -> None:
+        survivors = await self._survivors(health)
+        await self._write_positions(health, survivors, {*health.missing, *survivors.strangers}, health.place, sync=True)
+
+    async def verify_block(self, health: BlockHealth) -> int:
+        """Reads all of a block's fragments and rebuilds those that are not what the others agree on; how many there
+        were. Raises CannotMend, PeerError.
+        """
+        async with self._gate:
+            survivors = await self._survivors(health, everything=True)
+            wrong = {*health.missing, *survivors.strangers}
+            await self._write_positions(health, survivors, wrong, health.place, sync=True)
+            return len(wrong)
+
+    async def _write_positions(
+        self, health: BlockHealth, survivors: Survivors, positions: set[int], place: BlockPlace, *, sync: bool
+    ) -> list[tuple[str, FragmentId]]:
+        """Computes and writes fragments of a block at ``place``, which has the block's profile. Each is compared with
+        its hash before it is written.
+        """
+        profile, shape = place.profile, place.shape
+        length = max(shape.fragment_length(profile, position) for position in range(profile.n))
+        unknown = [position for position in sorted(positions) if position not in survivors.fragments]
+        rebuilt = await asyncio.to_thread(_reconstruct, profile, survivors.fragments, unknown, length)
+        written = []
+        for position in sorted(positions):
+            whole = survivors.fragments.get(position)
+            if whole is None:
+                whole = memoryview(rebuilt[position])[: shape.fragment_length(profile, position)]
+            if not is_fragment((whole,), _hash_of(survivors.hashes, position)):
+                raise CannotMend(
+                    f"fragment {position} of block {place.block} does not come out as its survivors say it was"
+                )
+            await self._write(survivors.owner, place, position, whole, survivors.hashes, sync=sync)
+            written.append((place.disks[position], place.fragment(position)))
+            self.fragments_rebuilt += 1
+            self.bytes_rebuilt += len(whole)
+        return written
+
+    # --- survivors --------------------------------------------------------------------------------------------------
+
+    async def _survivors(self, health: BlockHealth, *, everything: bool = False) -> Survivors:
+        """k whole fragments whose headers agree, and no more than that unless ``everything``. Copies are all read: with
+        k = 1 the first one alone would be
+        believed whatever it says."""
+        place, profile = health.place, health.place.profile
+        known = empty_fragments(profile, place.shape) if profile.k > 1 else {}
+        positions = [position for position in health.present if position not in known]
+        few = len(positions) if everything or profile.k == 1 else profile.k - len(known)
+        found: dict[int, tuple[FragmentHeader, bytes]] = {}
+        while positions:
+            now, positions = positions[: max(few, 1)], positions[max(few, 1) :]
+            reads = await asyncio.gather(*(self._read(place, position) for position in now))
+            found.update((position, read) for position, read in zip(now, reads, strict=True) if read is not None)
+            few = 1
+            agreed = _agreed(profile, known, found)
+            if agreed is not None:
+                return agreed
+        agreed = _agreed(profile, known, found)
+        if agreed is None:
+            raise CannotMend(
+                f"block {place.block}: {len(found)} fragments can be read, {profile.k} that agree are needed"
+            )
+        return agreed
+
+    async def _read(self, place: BlockPlace, position: int) -> tuple[FragmentHeader, bytes] | None:
+        cells = place.shape.fragment_cells(place.profile, position)
+        try:
+            async with asyncio.timeout(self._context.limits.call_timeout_s):
+                read = await self._context.stores.store(place.disks[position]).read(place.fragment(position), 0, cells)
+        except (PeerError, TimeoutError):
+            return None
+        if any(cell is None for cell in read.cells):
+            return None
+        return read.header, b"".join(cell for cell in read.cells if cell is not None)
+
+    async def _write(
+        self, owner: bytes, place: BlockPlace, position: int, whole: Buffer, hashes: tuple[bytes, ...], *, sync: bool
+    ) -> None:
+        now_ms = self._context.clock.wall_ms()
+        entry, disk = place.entry, place.disks[position]
+        if not is_allowed(self._context.layouts.current, disk, place.countries):
+            raise CannotMend(
+                f"fragment {position} of block {place.block} would be written to disk {disk}, outside of the bucket's"
+                " countries"
+            )
+        part_header = b"" if entry.small else entry.header
+        header = FragmentHeader(
+            place.fragment(position).pack(), owner, part_header, hashes, place.shape.cell_bytes, len(whole), now_ms
+        )
+        async with asyncio.timeout(self._context.limits.call_timeout_s):
+            await self._context.stores.store(disk).write(header, [whole], sync=sync)
+
+    # --- another profile, other disks -------------------------------------------------------------------------------
+
+    async def recode(self, healths: Sequence[BlockHealth], placement: Placement, epoch: int) -> Move:
+        """Writes consecutive blocks of one run for ``placement`` and syncs them; the record is still as it was. Raises
+        CannotMend, PeerError, TimeoutError.
+        """
+        place = healths[0].place
+        profile = placement.profile
+        new = Run(place.block, len(healths), profile.k, profile.m, epoch, dict(placement.moved))
+        written: dict[str, list[FragmentId]] = {}
+        for fragments in await self._each([self._recode_block(health, placement, new) for health in healths]):
+            for disk, fragment in fragments:
+                written.setdefault(disk, []).append(fragment)
+
+        async def sync(disk: str, ids: list[FragmentId]) -> None:
+            async with asyncio.timeout(self._context.limits.call_timeout_s):
+                await self._context.stores.store(disk).sync(ids)
+
+        await self._each([sync(disk, ids) for disk, ids in written.items()])
+        self.blocks_recoded += len(healths)
+        return Move(place.entry, place.run, place.disks, new, placement.disks)
+
+    async def _recode_block(self, health: BlockHealth, placement: Placement, run: Run) -> list[tuple[str, FragmentId]]:
+        """With the same profile, what lies in its new place already stays."""
+        place = health.place
+        survivors = await self._survivors(health)
+        new = place._replace(run=run, disks=placement.disks)
+        if placement.profile == place.profile:
+            stay = {position for position in health.present if placement.disks[position] == place.disks[position]}
+            positions = set(range(place.profile.n)) - stay | set(survivors.strangers)
+            return await self._write_positions(health, survivors, positions, new, sync=False)
+        fragments, hashes = await asyncio.to_thread(_recoded, place, placement.profile, survivors.fragments)
+        for position, whole in enumerate(fragments):
+            await self._write(survivors.owner, new, position, whole, hashes, sync=False)
+            self.bytes_rebuilt += len(whole)
+        self.fragments_rebuilt += len(fragments)
+        return [(disk, fragment) for fragment, disk in new.fragments]
+
+    async def _each(self, work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+        """All of it, some at a time; then the first failure is raised."""
+
+        async def one(job: Coroutine[Any, Any, _T]) -> _T:
+            async with self._gate:
+                return await job
+
+        results = await asyncio.gather(*(one(job) for job in work), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if not isinstance(result, BaseException)]
+
+
+def _agreed(
+    profile: Profile, known: Mapping[int, Buffer], found: Mapping[int, tuple[FragmentHeader, bytes]]
+) -> Survivors | None:
+    """The survivors named by more headers than any others, when they are enough."""
+    votes = Counter((header.hashes, header.owner) for header, _ in found.values()).most_common(2)
+    if not votes or (len(votes) > 1 and votes[0][1] == votes[1][1]):
+        return None
+    hashes, owner = votes[0][0]
+    if len(hashes) != (1 if profile.k == 1 else profile.n):
+        return None
+    fragments: dict[int, Buffer] = dict(known)
+    for position, (header, whole) in found.items():
+        if (header.hashes, header.owner) == (hashes, owner) and is_fragment((whole,), _hash_of(hashes, position)):
+            fragments[position] = whole
+    strangers = tuple(position for position in found if position not in fragments)
+    return Survivors(fragments, hashes, owner, strangers) if len(fragments) >= profile.k else None
+
+
+def _reconstruct(
+    profile: Profile, present: Mapping[int, Buffer], wanted: Sequence[int], length: int
+) -> dict[int, Buffer]:
+    if profile.k == 1:
+        return {position: next(iter(present.values())) for position in wanted}
+    return dict(erasure.reconstruct(profile, present, wanted, length)) if wanted else {}
+
+
+def _recoded(place: BlockPlace, new: Profile, present: Mapping[int, Buffer]) -> tuple[list[Buffer], tuple[bytes, ...]]:
+    """Whole fragments of the block under ``new``, in position order, and their hashes."""
+    cell_bytes = place.shape.cell_bytes
+    sealed = memoryview(assemble(place.profile, place.shape, present))
+    if new.k == 1:
+        return [sealed] * new.n, erasure.fragment_hashes(new, cell_bytes, sealed, [])
+    length = erasure.parity_length(new, cell_bytes, len(sealed))
+    parity = [memoryview(bytearray(length)) for _ in range(new.m)]
+    erasure.encode_block(new, cell_bytes, sealed, parity)
+    data: list[Buffer] = [
+        b"".join(erasure.fragment_slices(new, cell_bytes, sealed, position)) for position in range(new.k)
+    ]
+    return [*data, *parity], erasure.fragment_hashes(new, cell_bytes, sealed, parity)
+
+
+def _hash_of(hashes: tuple[bytes, ...], position: int) -> bytes:
+    """Copies have one hash for all of them."""
+    return hashes[position if len(hashes) > 1 else 0]

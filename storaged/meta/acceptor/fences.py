@@ -1,0 +1,97 @@
+"""Which buckets are fenced at one disk: what its store says, and over it what is on its way there. A fence is in force
+from when it was asked for, and until its lifting is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storaged.errors import DiskUnusable
+from storaged.meta.messages import FenceLift, FenceSet
+from storaged.meta.ports import Fence, MetaStore, RowDamaged, StoreBatch
+
+FENCES_KNOWN_MAX = 4_096
+"""Buckets of which it is remembered whether they are fenced; only this disk's replica changes that."""
+
+META_LIFTED = "lifted "
+"""With the scope's hexadecimal digits: the highest nonce whose fence was lifted."""
+
+Write = tuple[StoreBatch, Callable[[], None]]
+"""What is to be written, and what is to be called when it is on disk."""
+
+
+class Fences:
+    """Everything here raises DiskUnusable where the store can't tell.
+
+    Nonces of a scope grow. What comes late, with a nonce that was lifted or is lower than the one in force, is refused:
+    it would stay for ever,
+    or stand in for the fence that somebody else relies on, and be lifted under them.
+    """
+
+    def __init__(self, disk: str, store: MetaStore) -> None:
+        self._disk = disk
+        self._store = store
+        self._unsynced: dict[bytes, Fence] = {}
+        self._lifted_unsynced: dict[bytes, bytes] = {}
+        self._known: dict[bytes, Fence | None] = {}
+
+    def of(self, scope: bytes) -> Fence | None:
+        unsynced = self._unsynced.get(scope)
+        if unsynced is not None:
+            return unsynced
+        try:
+            return self._known[scope]
+        except KeyError:
+            pass
+        try:
+            fence = self._store.get_fence(scope)
+        except RowDamaged as error:
+            raise DiskUnusable(f"Disk {self._disk} can't tell whether a bucket is fenced: {error}") from None
+        if len(self._known) >= FENCES_KNOWN_MAX:
+            self._known.clear()
+        self._known[scope] = fence
+        return fence
+
+    def set(self, request: FenceSet) -> Write | None:
+        """In force from now on; None: refused."""
+        scope, nonce = request.scope, request.nonce
+        present = self.of(scope)
+        if present is not None and present.final and present.nonce != nonce:
+            return None
+        final = request.final or (present is not None and present.final)
+        if not final and (nonce <= self._lifted(scope) or (present is not None and nonce < present.nonce)):
+            return None
+        fence = Fence(scope, nonce, final)
+        self._unsynced[scope] = fence
+
+        def synced() -> None:
+            self._known.pop(scope, None)
+            if self._unsynced.get(scope) is fence:
+                del self._unsynced[scope]
+
+        return StoreBatch(fences=[fence]), synced
+
+    def lift(self, request: FenceLift) -> Write | bool:
+        """With the fence goes to disk that this nonce is over. True: it is, and on disk. False: refused, for a fence
+        with a higher nonce, or a final one, stays.
+        """
+        scope, nonce = request.scope, request.nonce
+        present = self.of(scope)
+        if present is not None and (present.final or nonce < present.nonce):
+            return False
+        if present is None and nonce <= self._lifted(scope) and scope not in self._lifted_unsynced:
+            return True
+        lifted = self._lifted_unsynced[scope] = max(nonce, self._lifted(scope))
+
+        def synced() -> None:
+            self._known.pop(scope, None)
+            if self._lifted_unsynced.get(scope) is lifted:
+                del self._lifted_unsynced[scope]
+
+        return StoreBatch(unfence=[scope], meta={META_LIFTED + scope.hex(): lifted}), synced
+
+    def _lifted(self, scope: bytes) -> bytes:
+        try:
+            return self._lifted_unsynced.get(scope) or self._store.get_meta(META_LIFTED + scope.hex()) or b""
+        except RowDamaged as error:
+            raise DiskUnusable(f"Disk {self._disk} can't tell which fences were lifted: {error}") from None

@@ -1,0 +1,1 @@
+"""The consensus on one register (CASPaxos): rules as pure tables. Imports neither storage nor transport."""

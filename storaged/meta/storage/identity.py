@@ -1,0 +1,156 @@
+"""Whether the metadata store in a directory may be used, and by whom."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lmdb
+
+from storaged.durable import sync_path
+from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable
+from storaged.mapped import reach_end
+from storaged.meta.ports import RowDamaged
+from storaged.meta.storage.rowvalue import open_small
+from storaged.units import MIB
+
+STORE_ID_BYTES = 16
+IDENTITY = b"\0identity"
+REDO = b"\0redo"
+_MARK = struct.Struct(">QQQ?B")
+SUB_DATABASES = (b"rows", b"heap", b"nodes", b"fences", b"pages", b"meta")
+
+LAYOUT = 1
+"""How the rows lie: 0 without a heap (its mark ends before this), 1 as ``meta.storage.heap`` says. A store of layout 0
+is one of layout 1 whose heap is empty.
+"""
+
+FULL_BYTES = 16 * MIB
+"""A file system with less than this free is full: a write that was cut short took the rest, but for what others gave
+back since.
+"""
+
+Transaction = Any
+Database = Any
+
+
+class Mark(NamedTuple):
+    """What LMDB knows of its redo log. It has the changes of all groups up to ``applied``; ``written`` were durable
+    when it was told; ``closed``: there were no others.
+    ``starts``: of the store when it was told. Behind it lies the layout, so that a program that does not know it
+    refuses the store."""
+
+    applied: int
+    written: int
+    starts: int
+    closed: bool
+
+    def pack(self) -> bytes:
+        return _MARK.pack(*self, LAYOUT)
+
+
+def read_mark(directory: Path, transaction: Transaction, meta: Database, starts: int) -> Mark | None:
+    """None: the store has no log yet. Raises DiskForeign when it is damaged, a later program has written the store, or
+    one that knows of no log has opened it since
+    there was something in it."""
+    sealed = transaction.get(REDO, db=meta)
+    if sealed is None:
+        return None
+    try:
+        packed = open_small(REDO, sealed)
+        applied, written, starts_then, closed, layout = _MARK.unpack(
+            packed if len(packed) != _MARK.size - 1 else packed + b"\0"
+        )
+    except (RowDamaged, struct.error) as error:
+        raise DiskForeign(
+            f"the metadata store in {directory} does not say what its redo log must hold: {error}"
+        ) from None
+    if layout > LAYOUT:
+        raise DiskForeign(
+            f"the metadata store in {directory} was written by a later version: its layout is {layout}, {LAYOUT} is"
+            " known"
+        )
+    mark = Mark(applied, written, starts_then, closed)
+    if not mark.closed and mark.starts != starts:
+        raise DiskForeign(
+            f"the metadata store in {directory} was opened by an older version while its redo log held what it had"
+            " acknowledged"
+        )
+    return mark
+
+
+def lock(directory: Path) -> int:
+    """Raises DirectoryInUse, DiskUnusable."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        sync_path(directory.parent)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DiskUnusable(f"no metadata store can be opened in {directory}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise DirectoryInUse(f"another process uses the metadata store in {directory}") from None
+    return descriptor
+
+
+def compare(directory: Path, expected: bytes) -> None:
+    """Raises DiskForeign unless the store in ``directory`` is the expected one, no older than it was; reads only."""
+    descriptor = lock(directory)
+    try:
+        with lmdb.open(str(directory), readonly=True, max_dbs=len(SUB_DATABASES), create=False) as environment:
+            reach_end(environment, directory)
+            try:
+                meta = environment.open_db(b"meta", create=False)
+            except lmdb.NotFoundError:
+                raise DiskForeign(
+                    f"the metadata store in {directory} is blank, although one was in use there"
+                ) from None
+            with environment.begin() as transaction:
+                found = read_identity(directory, transaction, meta)
+    except lmdb.Error as error:
+        raise unopened(directory, error) from None
+    finally:
+        os.close(descriptor)
+    if found is None or found[:STORE_ID_BYTES] != expected[:STORE_ID_BYTES]:
+        raise DiskForeign(f"the metadata store in {directory} is another one than was in use there")
+    if split_identity(found)[1] < split_identity(expected)[1]:
+        raise DiskForeign(f"the metadata store in {directory} is an older copy of the one that was in use there")
+
+
+def read_identity(directory: Path, transaction: Transaction, meta: Database) -> bytes | None:
+    sealed = transaction.get(IDENTITY, db=meta)
+    try:
+        return None if sealed is None else open_small(IDENTITY, sealed)
+    except RowDamaged as error:
+        raise DiskForeign(f"the metadata store in {directory} does not say which it is: {error}") from None
+
+
+def split_identity(identity: bytes) -> tuple[bytes, int]:
+    """Store id, and how often the store was opened."""
+    return identity[:STORE_ID_BYTES], int.from_bytes(identity[STORE_ID_BYTES:], "big")
+
+
+def unopened(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
+    if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
+        return DiskForeign(f"what is in {directory} is no metadata store: {error}")
+    return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")
+
+
+def lacks_space(directory: Path, error: Exception) -> bool:
+    """Whether that is why a store could not write. Also when the file system was full in the middle of a write: that is
+    cut short then, which LMDB calls EIO.
+    """
+    code = getattr(error, "errno", None) or getattr(error, "code", None)
+    if code != errno.EIO:
+        return isinstance(error, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT)
+    try:
+        space = os.statvfs(directory)
+    except OSError:
+        return False
+    return space.f_bavail * space.f_frsize < FULL_BYTES

@@ -1,0 +1,241 @@
+"""``MetaStore`` in memory, for simulations: the same bytes as on LMDB, and a disk that loses what was not synced.
+
+A commit becomes durable, and visible, when the injected ``sync`` has returned; commits that arrive meanwhile share the
+next one. ``crash``
+is the power cut: commits on their way fail, but for a prefix of them that reached the disk without anyone being told.
+The object is the
+disk: what comes after the crash uses it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
+from storaged.errors import DiskUnusable, StoragedError
+from storaged.hashes import is_page
+from storaged.ids import Entropy, system_entropy
+from storaged.meta.names import RegisterName, Table
+from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch, StoredPage
+from storaged.meta.storage.dirty_ranges import Changes
+from storaged.meta.storage.rowvalue import columns_of, intact, pack_row, stamps_in, unpack_row
+
+SLICE_ROWS_MAX = 10_000
+
+
+async def _at_once() -> None:
+    """A disk that syncs in no time."""
+
+
+@dataclass
+class _Shard:
+    """Rows of one (table, scope, shard): the keys in order, and each one's bytes."""
+
+    keys: list[bytes] = field(default_factory=list)
+    rows: dict[bytes, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class _Pending:
+    batch: StoreBatch
+    rows: list[tuple[RegisterName, bytes]]
+    deletes: Sequence[tuple[bytes, int]] = ()
+    deleted: int = 0
+
+
+class MemoryMetaStore:
+    """``sync`` is awaited once for every group of commits (a virtual delay in simulations); ``entropy`` gives the
+    store's id.
+    """
+
+    def __init__(self, *, sync: Callable[[], Awaitable[None]] = _at_once, entropy: Entropy = system_entropy) -> None:
+        self.identity = entropy(16) + (1).to_bytes(8, "big")
+        self._sync = sync
+        self._shards: dict[tuple[int, bytes, int], _Shard] = {}
+        self._fences: dict[bytes, Fence] = {}
+        self._pages: dict[bytes, StoredPage] = {}
+        self._meta: dict[str, bytes] = {}
+        self._pending: list[_Pending] = []
+        self._turn = asyncio.Lock()
+        self._posted: set[asyncio.Task[None]] = set()
+        self.changes = Changes()
+        self._crashes = 0
+        self._reason = ""
+
+    large = False
+
+    @property
+    def store_id(self) -> bytes:
+        return self.identity[:16]
+
+    def warm(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool
+    ) -> None:
+        """All of it is in memory."""
+
+    def get(self, name: RegisterName) -> Slot | None:
+        shard = self._shards.get(name[:3])
+        row = None if shard is None else shard.rows.get(name.key)
+        return None if row is None else unpack_row(name, row)
+
+    def row(self, name: bytes) -> bytes | None:
+        register = RegisterName.unpack(name)
+        shard = self._shards.get(register[:3])
+        row = b"" if shard is None else shard.rows.get(register.key, b"")
+        return row if not row or intact(register.prefix, register.key, row) else None
+
+    def rows(self, names: Sequence[bytes]) -> list[bytes | None]:
+        return [self.row(name) for name in names]
+
+    def get_fence(self, scope: bytes) -> Fence | None:
+        return self._fences.get(scope)
+
+    def get_page(self, page_hash: bytes) -> bytes | None:
+        page = self._pages.get(page_hash)
+        if page is not None and not is_page(page.body, page_hash):
+            raise RowDamaged(f"page {page_hash.hex()} does not have its hash")
+        return None if page is None else page.body
+
+    def pages(self, *, after: bytes, limit: int) -> list[tuple[bytes, int]]:
+        hashes = sorted(page_hash for page_hash in self._pages if page_hash > after)[:limit]
+        return [(page_hash, self._pages[page_hash].created_ms) for page_hash in hashes]
+
+    def get_meta(self, key: str) -> bytes | None:
+        return self._meta.get(key)
+
+    def slice(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
+    ) -> list[tuple[bytes, bytes]]:
+        if limit > SLICE_ROWS_MAX:
+            raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} rows, not {limit}")
+        held = self._shards.get((table, scope, shard))
+        if held is None:
+            return []
+        first = max(bisect_right(held.keys, after), bisect_left(held.keys, prefix))
+        found = []
+        for key in held.keys[first : first + max(limit, 0)]:
+            if not key.startswith(prefix):
+                break
+            found.append((key, held.rows[key]))
+        return found
+
+    def columns(
+        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
+    ) -> tuple[list[bytes], list[bytes], bool]:
+        return columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
+
+    def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
+        return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
+
+    def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
+        return [
+            (table, scope, shard)
+            for table, scope, shard in sorted(self._shards)
+            if partition is None
+            or partition == (SYSTEM_PARTITION if table == Table.SYSTEM else partition_of(scope, shard))
+        ]
+
+    async def commit(self, batch: StoreBatch) -> None:
+        """As the port says. The first of those that wait syncs for all that have arrived; a cancelled one leaves its
+        batch for the next sync.
+        """
+        self._refuse_when_unusable()
+        entry = _Pending(batch, [(slot.name, pack_row(slot)) for slot in batch.slots])
+        for page in batch.pages:
+            if not is_page(page.body, page.page_hash):
+                raise ValueError("a page must be stored under its own hash")
+        for key in batch.meta:
+            if not key or key.startswith("\0"):
+                raise ValueError(f"not a name for a small value: {key!r}")
+        await self._write(entry)
+
+    def post(self, batch: StoreBatch, done: Done) -> None:
+        self._refuse_when_unusable()
+        task = asyncio.get_running_loop().create_task(self._post(batch, done))
+        self._posted.add(task)
+        task.add_done_callback(self._posted.discard)
+
+    async def _post(self, batch: StoreBatch, done: Done) -> None:
+        try:
+            await self.commit(batch)
+        except StoragedError as error:
+            done(error)
+        else:
+            done(None)
+
+    async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
+        self._refuse_when_unusable()
+        entry = _Pending(StoreBatch(), [], pages)
+        await self._write(entry)
+        return entry.deleted
+
+    async def _write(self, entry: _Pending) -> None:
+        crashes = self._crashes
+        self._pending.append(entry)
+        async with self._turn:
+            if crashes == self._crashes and any(waiting is entry for waiting in self._pending):
+                count = len(self._pending)
+                await self._sync()
+                if crashes == self._crashes and not self._reason:
+                    self._apply(count)
+        if crashes != self._crashes:
+            raise DiskUnusable("the disk lost power before this was synced")
+        if self._reason and any(waiting is entry for waiting in self._pending):
+            self._refuse_when_unusable()
+
+    def _refuse_when_unusable(self) -> None:
+        if self._reason:
+            raise DiskUnusable(f"the metadata store takes no writes: {self._reason}")
+
+    def _apply(self, count: int) -> None:
+        for entry in self._pending[:count]:
+            with self.changes.counting([(name.prefix, name.key) for name, _ in entry.rows]):
+                for name, row in entry.rows:
+                    shard = self._shards.setdefault(name[:3], _Shard())
+                    if name.key not in shard.rows:
+                        insort(shard.keys, name.key)
+                    shard.rows[name.key] = row
+            self._fences.update((fence.scope, fence) for fence in entry.batch.fences)
+            for scope in entry.batch.unfence:
+                self._fences.pop(scope, None)
+            self._pages.update((page.page_hash, page) for page in entry.batch.pages)
+            for page_hash, created_ms in entry.deletes:
+                held = self._pages.get(page_hash)
+                if held is not None and held.created_ms == created_ms:
+                    del self._pages[page_hash]
+                    entry.deleted += 1
+            self._meta.update(entry.batch.meta)
+        del self._pending[:count]
+
+    def crash(self, reached_disk: int = 0) -> None:
+        """Power is lost: of the commits on their way the first ``reached_disk`` are on the disk all the same; all of
+        them fail with DiskUnusable.
+        """
+        self._apply(min(reached_disk, len(self._pending)))
+        self._pending.clear()
+        self._crashes += 1
+        self._turn = asyncio.Lock()
+
+    def fail(self, reason: str) -> None:
+        """From now on the disk refuses every write, those on their way included."""
+        self._reason = reason
+
+    def damage(self, name: RegisterName) -> None:
+        """Flips one bit of a row that is there."""
+        rows = self._shards[name[:3]].rows
+        rows[name.key] = rows[name.key][:-1] + bytes([rows[name.key][-1] ^ 1])
+
+    def damage_page(self, page_hash: bytes) -> None:
+        """Flips one bit of a page that is there."""
+        page = self._pages[page_hash]
+        self._pages[page_hash] = page._replace(body=page.body[:-1] + bytes([page.body[-1] ^ 1]))
+
+    async def close(self) -> None:
+        """Waits for commits on their way."""
+        if self._posted:
+            await asyncio.wait(tuple(self._posted))
+        async with self._turn:
+            pass

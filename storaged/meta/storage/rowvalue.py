@@ -1,0 +1,209 @@
+"""The bytes of a row: one register's accepted state, as every replica stores it. Pure.
+
+    offset  bytes  what
+    0       1      format version, 1
+    1       8      check: xxh3-64 (BE) of the row from offset 9 || the key, seeded with the xxh3-64 of table || scope ||
+    shard
+    9       1      visibility (0 tombstone, 1 hidden, 2 live)
+    10      8      ballot: epoch (u64 BE)
+    18      8      ballot: counter (u64 BE)
+    26      1      ballot: length of the node's name, n
+    27      1      ballot: length of the incarnation, i
+    28      n + i  ballot: node's name (UTF-8), incarnation
+    28+n+i         the value: msgpack of names.Value
+
+The check covers the register's name, so a row that sits under another key is found as surely as one whose bytes changed
+(LMDB 0.9 checks
+neither). Equal names, ballots and values give equal bytes, so the check also stands for the row where replicas compare
+digests.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+
+from storaged import wire
+from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Value
+from storaged.meta.ports import Ballot, RowDamaged, Slot, Stamps
+from storaged.meta.storage.row_head import HEAD_MARK, LEAD_BYTES, head_of
+from storaged.wire import Buffer
+
+ROW_VERSION = 1
+CHECK_BYTES = 8
+NAME_PREFIX_BYTES = 18
+
+STAMP_BYTES = 10
+"""Format version, check and visibility of a row: what stands for it where replicas compare rows."""
+
+_HEAD = struct.Struct(">BQQBB")
+_CHECK_AT = 1
+_BODY_AT = _CHECK_AT + CHECK_BYTES
+_BALLOT_AT = _BODY_AT + 1
+ROW_BYTES_MIN = _BODY_AT + _HEAD.size
+
+assert _HEAD.size == 19
+assert STAMP_BYTES == _BALLOT_AT
+assert ROW_BYTES_MIN == 28
+
+_LEAD = struct.Struct(">xBH17xB2xBBH")
+"""The beginning of a value whose body has a head: array, sequence, header of the operation's id, id and visibility,
+header of the body, its lead.
+"""
+
+_LEAD_AT = _LEAD.size - LEAD_BYTES
+_unpack_lead = _LEAD.unpack_from
+
+_hash = xxhash.xxh3_64_intdigest
+_check = xxhash.xxh3_64_digest
+_pack_head, _unpack_head = _HEAD.pack, _HEAD.unpack_from
+
+
+def pack_row(slot: Slot, prefix: bytes = b"") -> bytes:
+    """``prefix``: the name's, where that is known. Raises ValueError for what no row can hold: a key over 1,041 bytes,
+    a scope that isn't 16, a ballot out of range.
+    """
+    name, ballot, value = slot
+    key, (epoch, counter, proposer, incarnation) = name.key, ballot
+    if not 1 <= len(key) <= KEY_BYTES_MAX or len(name.scope) != 16:
+        raise ValueError(
+            f"a register has a scope of 16 bytes and a key of 1 to {KEY_BYTES_MAX}, not {len(name.scope)} and"
+            f" {len(key)}"
+        )
+    node = proposer.encode()
+    try:
+        head = _pack_head(value.visibility, epoch, counter, len(node), len(incarnation))
+        prefix = prefix or name.prefix
+    except (struct.error, ValueError) as error:
+        raise ValueError(f"a row cannot hold {ballot} of {name}: {error}") from None
+    body = b"".join((head, node, incarnation, wire.encode(value)))
+    return b"\x01" + _check(body + key, _hash(prefix)) + body
+
+
+def seed_of(name_prefix: bytes) -> int:
+    """What the checks of all rows of one table || scope || shard are seeded with."""
+    return _hash(name_prefix)
+
+
+def sound_check(seed: int, key: bytes, row: bytes) -> bytes:
+    """The row's check, 8 bytes that stand for it in digests; empty unless the row is whole and belongs to this key of
+    the seed's table, scope and shard.
+    """
+    check = row[_CHECK_AT:_BODY_AT]
+    return check if _check(row[_BODY_AT:] + key, seed) == check and row[0] == ROW_VERSION else b""
+
+
+def check_of(row: bytes) -> bytes:
+    """What stands for a row, its ballot and its register's name: equal for equal ones. Empty for no row."""
+    return row[_CHECK_AT:_BODY_AT]
+
+
+def value_of(row: bytes) -> Value:
+    """Of an intact row."""
+    return wire.decode(row[ROW_BYTES_MIN + row[26] + row[27] :], Value)
+
+
+def intact(name_prefix: bytes, key: bytes, row: bytes) -> bool:
+    """Whether a row is whole and belongs to the register ``name_prefix || key`` (table, scope, shard, then the key)."""
+    return bool(sound_check(seed_of(name_prefix), key, row))
+
+
+def visibility_of(row: bytes) -> int:
+    """Of an intact row."""
+    return row[_BODY_AT]
+
+
+def stamps_of(rows: Sequence[bytes]) -> bytes:
+    """The stamps of rows, one behind the other."""
+    return b"".join([row[:STAMP_BYTES] for row in rows])
+
+
+def stamps_in(keys: Sequence[bytes], rows: Sequence[bytes], more: bool) -> Stamps:
+    """The stamps of columns."""
+    return Stamps(stamps_of(rows), len(rows), sum(map(len, rows)), keys[-1] if keys else b"", more)
+
+
+def columns_of(entries: Sequence[tuple[bytes, bytes]], limit: int) -> tuple[list[bytes], list[bytes], bool]:
+    """Keys and rows of the first ``limit`` entries, and whether there are more."""
+    return [key for key, _ in entries[:limit]], [row for _, row in entries[:limit]], len(entries) > limit
+
+
+def sound_rows(seed: int, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
+    """Whether all of these are what ``sound_check`` calls sound."""
+    for key, row in zip(keys, rows, strict=True):
+        if row[_CHECK_AT:_BODY_AT] != _check(row[_BODY_AT:] + key, seed) or row[0] != ROW_VERSION:
+            return False
+    return True
+
+
+def heads_of(rows: Sequence[bytes]) -> list[bytes]:
+    """Of intact rows: each body's head, or the whole body where it has none (``meta.storage.row_head``).
+
+    A head is found where it nearly always is, behind a sequence number below 128, an operation's id of 16 bytes and a
+    body of 256 to 65,535
+    bytes; the value is decoded where it is not.
+    """
+    heads = []
+    for row in rows:
+        at = ROW_BYTES_MIN + row[26] + row[27]
+        try:
+            sequence, operation, body, mark, start, end = _unpack_lead(row, at)
+        except struct.error:  # a short one
+            mark = 0
+        if mark == HEAD_MARK and sequence < 0x80 and operation == 0xC410 and body == 0xC5:
+            heads.append(row[at + _LEAD_AT + start : at + _LEAD_AT + end])
+        else:
+            heads.append(_head_of_row(row))
+    return heads
+
+
+def _head_of_row(row: bytes) -> bytes:
+    return head_of(wire.decode(row_parts(row).value, Value).body)
+
+
+class RowParts(NamedTuple):
+    """An intact row, taken apart without decoding the value. ``ballot`` is comparable for equality only."""
+
+    visibility: int
+    ballot: bytes
+    value: bytes
+
+
+def row_parts(row: bytes) -> RowParts:
+    """Of an intact row."""
+    end = ROW_BYTES_MIN + row[26] + row[27]
+    return RowParts(row[_BODY_AT], row[_BALLOT_AT:end], row[end:])
+
+
+def unpack_row(name: RegisterName, row: bytes) -> Slot:
+    """Raises RowDamaged."""
+    key = name.key
+    if not intact(name.prefix, key, row):
+        raise RowDamaged(f"the row of {name} does not match its check")
+    _, epoch, counter, node_bytes, incarnation_bytes = _unpack_head(row, _BODY_AT)
+    node_end = ROW_BYTES_MIN + node_bytes
+    end = node_end + incarnation_bytes
+    try:
+        value = wire.decode(row[end:], Value)
+    except msgspec.MsgspecError as error:
+        raise RowDamaged(f"the row of {name} holds no value: {error}") from None
+    return Slot(name, Ballot(epoch, counter, row[ROW_BYTES_MIN:node_end].decode(), row[node_end:end]), value)
+
+
+def seal_small(context: bytes, body: Buffer) -> bytes:
+    """xxh3-64 (BE) of context || body, then the body: how everything that isn't a row is kept. The context is where it
+    belongs.
+    """
+    return _hash(context + bytes(body), len(context)).to_bytes(CHECK_BYTES, "big") + bytes(body)
+
+
+def open_small(context: bytes, sealed: bytes) -> bytes:
+    """Raises RowDamaged."""
+    body = sealed[CHECK_BYTES:]
+    if len(sealed) < CHECK_BYTES or _hash(context + body, len(context)) != int.from_bytes(sealed[:CHECK_BYTES], "big"):
+        raise RowDamaged(f"what is stored under {context!r} does not match its check")
+    return body

@@ -1,0 +1,327 @@
+"""What a proposer needs to talk to several replicas at once: answers in the order of arrival, turns at a register, who
+answered lately.
+
+A round asks some replicas and goes on when enough have answered. The calls that are still out then are not abandoned:
+an accept is meant to reach every
+replica. They belong to a ``TaskPool``, which bounds them and takes them down with the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import chain, repeat
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from storaged.clock import Clock
+from storaged.cluster.ports import Then
+from storaged.errors import DiskUnusable, PeerUnreachable, SlowDown, StoragedError
+from storaged.meta.messages import Accept, Create, Prepare, Read, ScanRequest
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Heard, Replica, Replicas
+from storaged.wire import Buffer, encode
+
+T = TypeVar("T")
+Ask = Prepare | Accept | Read
+NO_BYTES = memoryview(b"")
+NO_FRAGMENT: tuple[bytes, Sequence[Buffer]] = (b"", ())
+
+CALLS_MAX = 16_384
+"""Calls to replicas in flight from one client; beyond it the oldest are given up."""
+
+TURNS_MAX = 1_024
+"""Changes that wait for one register in one process; beyond it the client is told to slow down."""
+
+SUSPECT_S = 5.0
+"""For how long a replica that did not answer, or whose disk is out of use, is asked last."""
+
+
+# ``Courier`` puts requests together of encoded pieces.
+assert Prepare.__struct_fields__[0] == Accept.__struct_fields__[0] == Read.__struct_fields__[0] == "disk"
+assert Accept.__struct_fields__[-1] == Create.__struct_fields__[-1] == "header"
+
+
+class TaskPool:
+    """Owns tasks. Insertion order is kept, so that whatever is done to all of them is done in the same order in every
+    run.
+    """
+
+    def __init__(self, limit: int = CALLS_MAX) -> None:
+        self._limit = limit
+        self._tasks: dict[asyncio.Task[None], None] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        if len(self._tasks) >= self._limit:
+            next(iter(self._tasks)).cancel()
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+
+    async def close(self) -> None:
+        while self._tasks:
+            tasks = tuple(self._tasks)
+            await asyncio.sleep(0)  # one that has not begun would end without a word to whoever waits for its answer
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Suspects:
+    """Replicas that could not answer lately: a hint for the order of asking."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._until: dict[str, float] = {}
+
+    def add(self, disk: str) -> None:
+        self._until[disk] = self._clock.monotonic() + SUSPECT_S
+
+    def saw(self, disk: str, error: StoragedError) -> None:
+        """It did not answer, or its node says that the disk is out of use: so it would be for whoever asks next. Other
+        errors are of one request.
+        """
+        if isinstance(error, PeerUnreachable | DiskUnusable):
+            self.add(disk)
+
+    def last(self, disks: Sequence[str]) -> list[str]:
+        """``disks`` in their order, suspects behind the others, the one suspected last as the last:
+        others may be back.
+        """
+        if self._until.keys().isdisjoint(disks):
+            return list(disks)
+        now = self._clock.monotonic()
+        still = self._until = {disk: until for disk, until in self._until.items() if until > now}
+        return sorted(disks, key=lambda disk: still.get(disk, 0.0))
+
+
+class Answers(Generic[T]):
+    """The answers to one round, or the errors in their place, as they arrive."""
+
+    def __init__(self, replicas: Replicas, pool: TaskPool, suspects: Suspects) -> None:
+        self._replicas = replicas
+        self._pool = pool
+        self._suspects = suspects
+        self._inbox: deque[tuple[str, T | StoragedError]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._wanted = 1
+        self.pending = 0
+        """Calls whose answer was not yet taken."""
+
+    def ask(self, disk: str, call: Callable[[Replica], Awaitable[T]]) -> None:
+        self.pending += 1
+        self._pool.start(self._run(disk, call))
+
+    def post(
+        self, request: Ask, *, body: Sequence[Buffer] = (), timeout_s: float, heard: Callable[[Any], None] | None = None
+    ) -> None:
+        """As ``ask``, of a request that may need no task. ``heard`` sees the answer too, also one that nobody waits for
+        any more.
+        """
+        self.pending += 1
+        then = partial(self._posted, request.disk, heard, isinstance(request, Read))
+        try:
+            replica = self._replicas.replica(request.disk)
+        except StoragedError as error:
+            then(error, NO_BYTES)
+            return
+        work = ask_one(replica, request, then, body, timeout_s)
+        if work is not None:
+            self._pool.start(work)
+
+    def _posted(
+        self, disk: str, heard: Callable[[Any], None] | None, bulk: bool, answer: Any, payload: memoryview
+    ) -> None:
+        self._arrived(disk, (answer, payload) if bulk and not isinstance(answer, StoragedError) else answer)
+        if heard is not None:
+            heard(answer)
+
+    async def _run(self, disk: str, call: Callable[[Replica], Awaitable[T]]) -> None:
+        answer: T | StoragedError | None = None
+        try:
+            answer = await call(self._replicas.replica(disk))
+        except StoragedError as error:
+            answer = error
+        finally:
+            self._arrived(
+                disk, answer if answer is not None else PeerUnreachable(f"The call to disk {disk} was given up.")
+            )
+
+    def _arrived(self, disk: str, answer: Any) -> None:
+        failed = isinstance(answer, StoragedError)
+        if failed:
+            self._suspects.saw(disk, answer)
+        self._inbox.append((disk, answer))
+        waiter, arrived = self._waiter, len(self._inbox)
+        if waiter is not None and not waiter.done() and (failed or arrived >= self._wanted or arrived >= self.pending):
+            waiter.set_result(None)
+
+    async def next(self, timeout_s: float, wanted: int = 1) -> tuple[str, T | StoragedError] | None:
+        """The next answer; None when none came in time or none is to come. ``wanted``: so many are needed, so that
+        waking up for fewer is no use, but for an
+        error."""
+        if not self._inbox and self.pending and timeout_s > 0:
+            loop = asyncio.get_running_loop()
+            waiter = self._waiter = loop.create_future()
+            self._wanted = wanted
+            timer = loop.call_later(timeout_s, _wake, waiter)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        if not self._inbox:
+            return None
+        self.pending -= 1
+        return self._inbox.popleft()
+
+
+class Courier:
+    """Takes one request to several replicas, encoded once for those of other nodes, and their answers to a callback."""
+
+    def __init__(self, replicas: Replicas, pool: TaskPool) -> None:
+        self._replicas = replicas
+        self._pool = pool
+
+    def ask_each(
+        self,
+        request: Ask,
+        disks: Sequence[str],
+        heard: Heard,
+        *,
+        timeout_s: float,
+        fragments: Sequence[tuple[bytes, Sequence[Buffer]]] = (),
+    ) -> None:
+        """``request`` names no disk. ``heard(disk, answer, bulk)`` is called once for each of ``disks``, perhaps before
+        this returns. ``fragments``: an accept's
+        (header, body) for each disk, by its index."""
+        kind, replica_of = type(request), self._replicas.replica
+        first = tail = stem = b""
+        for disk, (header, body) in zip(disks, chain(fragments, repeat(NO_FRAGMENT)), strict=False):
+            try:
+                replica: Any = replica_of(disk)
+            except StoragedError as error:
+                heard(disk, error, NO_BYTES)
+                continue
+            ask_here = getattr(replica, "ask_here", None)
+            if ask_here is not None and ask_here(request, header, body, heard):
+                continue
+            then = partial(heard, disk)
+            post_tail = getattr(replica, "post_tail", None)
+            if post_tail is not None:
+                if not first:
+                    encoded = encode(request)
+                    first, tail = encoded[:1], encoded[2:]  # behind the array's head lies the disk, an empty string
+                    stem = tail[:-2]  # an accept's last field is its header, empty here
+                if post_tail(kind, first, stem + encode(header) if header else tail, then, body, timeout_s):
+                    continue
+            changes = {"disk": disk, "header": header} if header else {"disk": disk}
+            asked = msgspec.structs.replace(request, **changes)
+            self._pool.start(_call(replica, asked, then, body, timeout_s))  # it has said no: ``post`` would again
+
+
+def ask_one(
+    replica: Replica, request: Ask | ScanRequest, then: Then, body: Sequence[Buffer], timeout_s: float
+) -> Coroutine[Any, Any, None] | None:
+    """Asks without a task where the replica can be asked without one, and is done; else the work that asks, for a task.
+    ``then`` is told once in either case.
+    """
+    post = getattr(replica, "post", None)
+    if post is not None and post(request, then, body=body, timeout_s=timeout_s):
+        return None
+    return _call(replica, request, then, body, timeout_s)
+
+
+async def _call(
+    replica: Replica, request: Ask | ScanRequest, then: Then, body: Sequence[Buffer], timeout_s: float
+) -> None:
+    answer: Any = PeerUnreachable(f"The call to disk {request.disk} was given up.")
+    bulk = NO_BYTES
+    try:
+        if isinstance(request, Read):
+            answer, bulk = await replica.read(request, timeout_s=timeout_s)
+        elif isinstance(request, Accept):
+            answer = await replica.accept(request, body, timeout_s=timeout_s)
+        elif isinstance(request, Prepare):
+            answer = await replica.prepare(request, timeout_s=timeout_s)
+        else:
+            answer = await replica.scan(request, timeout_s=timeout_s)
+    except StoragedError as error:
+        answer = error
+    finally:
+        then(answer, bulk)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+class Turns:
+    """Changes of one register in one process run one after the other, first come first served: a process never
+    pre-empts itself.
+    """
+
+    def __init__(self, waiting_max: int = TURNS_MAX) -> None:
+        self._waiting_max = waiting_max
+        self._waiting: dict[RegisterName, deque[asyncio.Future[None]] | None] = {}
+
+    def take_soon(self, name: RegisterName) -> bool:
+        """Whether it is nobody else's turn: then ``release`` ends it."""
+        if name in self._waiting:
+            return False
+        self._waiting[name] = None
+        return True
+
+    async def take(self, name: RegisterName, timeout_s: float) -> None:
+        """``release`` ends the turn. Raises SlowDown when too many wait for this register, or the turn did not come in
+        time.
+        """
+        if self.take_soon(name):
+            return
+        waiting = self._waiting[name]
+        if waiting is None:
+            waiting = self._waiting[name] = deque()
+        if len(waiting) + 1 >= self._waiting_max:
+            raise SlowDown(f"{len(waiting) + 1} changes of this key are waiting. Please reduce your request rate.")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.append(turn)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.release(name)  # it came too late
+            elif turn in waiting:
+                waiting.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise SlowDown("Other changes of this key took too long. Please reduce your request rate.") from None
+            raise
+
+    def release(self, name: RegisterName) -> None:
+        waiting = self._waiting[name]
+        while waiting:
+            turn = waiting.popleft()
+            if not turn.done():  # else its waiter was cancelled in this turn of the loop, and has not run since
+                turn.set_result(None)
+                return
+        del self._waiting[name]
+
+    @asynccontextmanager
+    async def turn(self, name: RegisterName, timeout_s: float) -> AsyncIterator[None]:
+        """Raises as ``take``."""
+        await self.take(name, timeout_s)
+        try:
+            yield
+        finally:
+            self.release(name)

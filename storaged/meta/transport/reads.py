@@ -1,0 +1,253 @@
+"""Rows of single registers, read at many disks: what a majority's newest value is, without decoding anything that
+nobody looks at.
+
+Theory of operation. Who reads a register asks one replica for its row, as it is stored, and others for the row's check
+alone: equal checks are equal ballots and
+equal values under one name (``rowvalue``). All asks of one turn of the loop for the disks of one node travel in one
+message (``NodeReads``), and are answered in
+one: with sixty-four requests in flight a frame would cost either end more than the row that it carries.
+
+Such a message waits for nothing. What can't be told at once (an accept on its way to the disk, a small copy that is not
+in memory), or not at all (a damaged row,
+a disk that fails, an older layout), is told as None, and asked again in a message of its own, for which the node takes
+its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+from storaged.cluster.ports import Poster
+from storaged.errors import DiskUnusable, InvalidRequest, PeerUnreachable, StoragedError
+from storaged.meta import messages
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.consensus.register import Verdict
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import ZERO_BALLOT, Replica, Replicas, Slot
+from storaged.meta.storage.rowvalue import NAME_PREFIX_BYTES, check_of, pack_row, value_of
+from storaged.meta.transport.quorum import NO_BYTES, TaskPool
+from storaged.units import KIB
+from storaged.wire import Buffer
+
+CHECK, ROW, COPY = b"\0", b"\1", b"\2"
+"""What an ask begins with; behind it follows the register's packed name. The row's check; the row; and the copy of the
+small object that it names.
+"""
+_SHORTEST: Final = bytes(1 + NAME_PREFIX_BYTES + 1)
+_COPY: Final = COPY[0]
+_CHECK: Final = CHECK[0]
+_ROW: Final = ROW[0]
+
+READS_MAX = 256
+"""Registers in one message."""
+READS_BYTES_MAX = 256 * KIB
+"""Rows and copies in one answer. A node that answers holds no other call up for longer than reading this takes, a third
+of a millisecond.
+"""
+
+Told = Callable[[bytes | StoragedError | None, memoryview], None]
+"""``told(found, copy)``: the row, or its check; empty when the register was never written here; None when it can't be
+told; or the error of the call.
+``copy`` is empty unless it was asked for, and is here. It must not raise."""
+
+
+def tell(replicas: Mapping[str, LocalReplica], request: messages.Reads) -> tuple[messages.ReadsReply, list[Buffer]]:
+    """What a node answers at once, and the copies that go along. Raises InvalidRequest."""
+    count = sum(map(len, request.asks))
+    if len(request.asks) != len(request.disks) or not 0 < count <= (1 if request.wait else READS_MAX):
+        raise InvalidRequest(
+            f"Reads are for as many disks as they name, and of up to {READS_MAX} registers, or of one that is waited"
+            " for."
+        )
+    found: list[list[bytes | None]] = []
+    copies: list[Buffer] = []
+    room = READS_BYTES_MAX
+    for disk, asks in zip(request.disks, request.asks, strict=True):
+        replica = replicas.get(disk)
+        rows: list[bytes | None] = [None] * len(asks)
+        if replica is not None:
+            before = len(copies)
+            try:
+                rows, room = rows_at_once(replica, request.epoch, asks, copies, room)
+            except DiskUnusable:  # who asks for its rows alone is told; the node's other disks tell theirs
+                del copies[before:]
+        found.append(rows)
+    return messages.ReadsReply(found, [len(copy) for copy in copies]), copies
+
+
+def rows_at_once(
+    replica: LocalReplica, epoch: int, asks: Sequence[bytes], copies: list[Buffer], room: int
+) -> tuple[list[bytes | None], int]:
+    """What one disk tells at once, its copies appended to ``copies``; and what is left of ``room`` bytes. Raises
+    InvalidRequest, DiskUnusable.
+    """
+    if len(min(asks, key=len, default=_SHORTEST)) < len(_SHORTEST):
+        raise InvalidRequest("Not the name of a register.")
+    rows = replica.rows_at_once(epoch, [ask[1:] for ask in asks])
+    for index, (ask, row) in enumerate(zip(asks, rows, strict=True)):
+        form = ask[0]
+        if not row:
+            if form == _COPY and row is not None:
+                copies.append(b"")
+        elif form == _CHECK:
+            rows[index] = check_of(row)
+        elif room <= 0:
+            rows[index] = None  # the others have filled the answer
+        elif form == _COPY:
+            data_id = value_of(row).payload
+            copy = replica.peek(data_id) if data_id else b""
+            if copy is None:
+                rows[index] = None
+            else:
+                copies.append(copy)
+                room -= len(row) + len(copy)
+        else:
+            room -= len(row)
+    return rows, room
+
+
+async def tell_in_time(replica: Replica, request: messages.Reads) -> tuple[messages.ReadsReply, memoryview]:
+    """What a node answers to a message with a single ask, waiting for what has to be waited for. Raises as
+    ``Replica.read``.
+    """
+    ask = request.asks[0][0]
+    found, copy = await _row_in_time(replica, request.disks[0], request.epoch, ask)
+    return messages.ReadsReply([[found]], [len(copy)] if ask[0] == _COPY and found is not None else []), copy
+
+
+async def _row_in_time(replica: Replica, disk: str, epoch: int, ask: bytes) -> tuple[bytes | None, memoryview]:
+    name = RegisterName.unpack(ask[1:])
+    reply, copy = await replica.read(messages.Read(disk, name, epoch, True, ask[0] == _COPY))
+    if reply.verdict != Verdict.OK or reply.fenced:  # ``RingClient.read`` hears of the fence
+        return None, NO_BYTES
+    if reply.value is None:
+        return b"" if reply.accepted == ZERO_BALLOT else None, NO_BYTES
+    row = pack_row(Slot(name, reply.accepted, reply.value))
+    return (check_of(row) if ask[0] == _CHECK else row), copy
+
+
+class NodeReads:
+    """What is asked of the disks of one other node."""
+
+    def __init__(self, poster: Poster, node: str) -> None:
+        self._poster = poster
+        self._node = node
+        self._gathered: dict[str, tuple[list[bytes], list[Told]]] = {}
+        self._count = 0
+        self._epoch = 0
+        self._timeout_s = 0.0
+
+    def ask(self, disk: str, ask: bytes, epoch: int, told: Told, timeout_s: float) -> None:
+        """``told`` is called later."""
+        if self._count and (epoch != self._epoch or self._count >= READS_MAX):
+            self._send()
+        if not self._count:
+            self._epoch, self._timeout_s = epoch, timeout_s
+            asyncio.get_running_loop().call_soon(self._send)
+        self._count += 1
+        of_disk = self._gathered.get(disk)
+        if of_disk is None:
+            of_disk = self._gathered[disk] = ([], [])
+        of_disk[0].append(ask)
+        of_disk[1].append(told)
+
+    def _send(self) -> None:
+        if not self._count:
+            return  # it has left already
+        gathered, self._gathered, self._count = self._gathered, {}, 0
+        request = messages.Reads(self._epoch, list(gathered), [asks for asks, _ in gathered.values()])
+        self._post(request, partial(self._heard, self._epoch, self._timeout_s, gathered), self._timeout_s)
+
+    def _post(self, request: messages.Reads, then: Callable[[Any, memoryview], None], timeout_s: float) -> None:
+        if not self._poster.post(self._node, "meta.reads", request, messages.ReadsReply, then, timeout_s=timeout_s):
+            then(PeerUnreachable(f"There is no connection to {self._node} with room for more."), NO_BYTES)
+
+    def _heard(
+        self,
+        epoch: int,
+        timeout_s: float,
+        gathered: dict[str, tuple[list[bytes], list[Told]]],
+        answer: messages.ReadsReply | StoragedError,
+        bulk: memoryview,
+    ) -> None:
+        if isinstance(answer, StoragedError):
+            for _asks, tolds in gathered.values():
+                for told in tolds:
+                    told(answer, NO_BYTES)
+            return
+        sizes, at = iter(answer.copies), 0
+        for (disk, (asks, tolds)), rows in zip(gathered.items(), answer.found, strict=False):
+            for ask, told, row in zip(asks, tolds, rows, strict=False):
+                if row is None:
+                    request = messages.Reads(epoch, [disk], [[ask]], True)
+                    self._post(request, partial(_heard_in_time, told), timeout_s)
+                elif ask[0] == _COPY:
+                    end = at + next(sizes, 0)
+                    told(row, bulk[at:end])
+                    at = end
+                else:
+                    told(row, NO_BYTES)
+
+
+def _heard_in_time(told: Told, answer: messages.ReadsReply | StoragedError, bulk: memoryview) -> None:
+    if isinstance(answer, StoragedError):
+        told(answer, NO_BYTES)
+    else:
+        told(answer.found[0][0] if answer.found and answer.found[0] else None, bulk)
+
+
+def _told_here(replica: LocalReplica, ask: bytes, epoch: int, told: Told) -> bool:
+    """What a replica of this process tells at once. False: something has to be waited for. Raises DiskUnusable."""
+    row = replica.row_at_once(epoch, ask[1:])
+    if row is None:
+        return False
+    form = ask[0]
+    if not row or form == _ROW:
+        told(row, NO_BYTES)
+    elif form == _CHECK:
+        told(check_of(row), NO_BYTES)
+    else:
+        data_id = value_of(row).payload
+        copy = replica.peek(data_id) if data_id else NO_BYTES
+        if copy is None:
+            return False
+        told(row, copy)
+    return True
+
+
+class RowReader:
+    """Asks replicas for rows, wherever they are."""
+
+    def __init__(self, replicas: Replicas, pool: TaskPool) -> None:
+        self._replicas = replicas
+        self._pool = pool
+
+    def ask(self, disk: str, ask: bytes, epoch: int, told: Told, timeout_s: float) -> None:
+        """``told`` is called once, perhaps before this returns."""
+        try:
+            replica: Any = self._replicas.replica(disk)
+            if isinstance(replica, LocalReplica):
+                if _told_here(replica, ask, epoch, told):
+                    return
+            else:
+                row_soon = getattr(replica, "row_soon", None)
+                if row_soon is not None and row_soon(ask, epoch, told, timeout_s):
+                    return
+        except StoragedError as error:
+            told(error, NO_BYTES)
+            return
+        self._pool.start(_call(replica, disk, epoch, ask, told))
+
+
+async def _call(replica: Replica, disk: str, epoch: int, ask: bytes, told: Told) -> None:
+    found: bytes | StoragedError | None = PeerUnreachable(f"The call to disk {disk} was given up.")
+    copy = NO_BYTES
+    try:
+        found, copy = await _row_in_time(replica, disk, epoch, ask)
+    except StoragedError as error:
+        found = error
+    finally:
+        told(found, copy)

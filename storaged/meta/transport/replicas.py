@@ -1,0 +1,313 @@
+"""Replicas of other nodes, and of this one, behind one port; and the methods with which a node
+answers for its disks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from storaged.clock import Clock
+from storaged.cluster.layout import Layout
+from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, Methods, Poster, Reply, Then
+from storaged.cluster.rpc.authority import grant
+from storaged.errors import DiskUnusable
+from storaged.meta import messages
+from storaged.meta.acceptor.replica import LocalReplica
+from storaged.meta.authority import Gate, OnRefusal
+from storaged.meta.consensus.register import RULES, Rules
+from storaged.meta.messages import ScanReply, ScanRequest
+from storaged.meta.ports import Replica
+from storaged.meta.transport import reads
+from storaged.meta.transport.batching import ALONE_MAX, NodeAccepts, begin_accepts
+from storaged.meta.transport.reads import NodeReads, Told
+from storaged.wire import Buffer, Message, encode
+
+_POSTED: dict[type[Message], tuple[str, type[Message]]] = {
+    messages.Prepare: ("meta.prepare", messages.PrepareReply),
+    messages.Accept: ("meta.accept", messages.AcceptReply),
+    messages.Create: ("meta.create", messages.AcceptReply),
+    messages.Read: ("meta.read", messages.ReadReply),
+    ScanRequest: ("meta.scan", ScanReply),
+}
+
+
+class RemoteReplica:
+    """``ports.TailReplica`` over RPC: one disk of another node."""
+
+    def __init__(
+        self, caller: Caller, node: str, disk: str, reads: NodeReads | None = None, accepts: NodeAccepts | None = None
+    ) -> None:
+        self._caller = caller
+        self._poster = caller if isinstance(caller, Poster) else None
+        self._reads = reads
+        self._accepts = accepts
+        self.node = node
+        self.disk = disk
+        self._lines: dict[type[Message], tuple[bytes, Line, NodeAccepts | None]] = {}
+        """By what is asked: how its encoding begins, the line that it takes by itself, and with what it goes to its
+        node when it has company.
+        """
+
+    def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+        if self._poster is None:
+            return False
+        method, reply = _POSTED[type(request)]
+        return self._poster.post(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
+
+    def post_tail(
+        self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float
+    ) -> bool:
+        """See ``ports.TailReplica``."""
+        known = self._lines.get(kind)
+        if known is None:
+            if self._poster is None:
+                return False
+            method, reply = _POSTED[kind]
+            start = first + encode(self.disk)
+            together = self._accepts if reply is messages.AcceptReply else None
+            known = self._lines[kind] = start, self._poster.line(self.node, method, reply, start), together
+        start, line, together = known
+        if together is None:
+            return line(tail, then, body, timeout_s)
+        return together.ask((kind is messages.Create, start + tail, line, tail, body, then, timeout_s))
+
+    def row_soon(self, ask: bytes, epoch: int, told: Told, timeout_s: float) -> bool:
+        """See ``reads.RowReader.ask``. False: this can't be asked without a task."""
+        if self._reads is None:
+            return False
+        self._reads.ask(self.disk, ask, epoch, told, timeout_s)
+        return True
+
+    async def prepare(self, request: messages.Prepare, *, timeout_s: float = 10.0) -> messages.PrepareReply:
+        reply, _ = await self._caller.call(
+            self.node, "meta.prepare", request, messages.PrepareReply, timeout_s=timeout_s
+        )
+        return reply
+
+    async def accept(
+        self, request: messages.Accept, body: Sequence[Buffer] = (), *, timeout_s: float = 10.0
+    ) -> messages.AcceptReply:
+        method, _reply = _POSTED[type(request)]
+        reply, _ = await self._caller.call(
+            self.node, method, request, messages.AcceptReply, body=body, timeout_s=timeout_s
+        )
+        return reply
+
+    async def read(self, request: messages.Read, *, timeout_s: float = 10.0) -> tuple[messages.ReadReply, memoryview]:
+        return await self._caller.call(self.node, "meta.read", request, messages.ReadReply, timeout_s=timeout_s)
+
+    async def page_put(self, request: messages.PagePut, *, timeout_s: float = 10.0) -> messages.PageReply:
+        reply, _ = await self._caller.call(self.node, "meta.page_put", request, messages.PageReply, timeout_s=timeout_s)
+        return reply
+
+    async def page_get(self, request: messages.PageGet, *, timeout_s: float = 10.0) -> messages.PageReply:
+        reply, _ = await self._caller.call(self.node, "meta.page_get", request, messages.PageReply, timeout_s=timeout_s)
+        return reply
+
+    async def page_check(self, request: messages.PageCheck, *, timeout_s: float = 10.0) -> messages.PagesMissing:
+        reply, _ = await self._caller.call(
+            self.node, "meta.page_check", request, messages.PagesMissing, timeout_s=timeout_s
+        )
+        return reply
+
+    async def fence(self, request: messages.FenceSet, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        reply, _ = await self._caller.call(self.node, "meta.fence", request, messages.FenceReply, timeout_s=timeout_s)
+        return reply
+
+    async def unfence(self, request: messages.FenceLift, *, timeout_s: float = 10.0) -> messages.FenceReply:
+        reply, _ = await self._caller.call(self.node, "meta.unfence", request, messages.FenceReply, timeout_s=timeout_s)
+        return reply
+
+    async def fence_epoch(self, request: messages.EpochFence, *, timeout_s: float = 10.0) -> messages.EpochReply:
+        reply, _ = await self._caller.call(
+            self.node, "meta.fence_epoch", request, messages.EpochReply, timeout_s=timeout_s
+        )
+        return reply
+
+    async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
+        reply, _ = await self._caller.call(self.node, "meta.scan", request, ScanReply, timeout_s=timeout_s)
+        return reply
+
+
+class ReplicaDirectory:
+    """``ports.Replicas``: this node's disks without the network, every other disk of the layout through ``caller``. A
+    disk of this ``node`` that is not among ``local``
+    is out of use, and nobody is asked."""
+
+    def __init__(
+        self,
+        layouts: Layouts,
+        caller: Caller,
+        local: Mapping[str, Replica] | None = None,
+        *,
+        node: str = "",
+        alone_max: int = ALONE_MAX,
+    ) -> None:
+        self._layouts = layouts
+        self._caller = caller
+        self._node = node
+        self._alone_max = alone_max
+        self._local = local if local is not None else {}
+        self._remote: dict[str, RemoteReplica] = {}
+        self._layout: Layout | None = None
+        """The one that ``_remote`` is of."""
+        self._gathering: dict[str, tuple[NodeReads, NodeAccepts]] = {}
+
+    def replica(self, disk_id: str) -> Replica:
+        local = self._local.get(disk_id)
+        if local is not None:
+            return local
+        layout = self._layouts.current
+        if layout is self._layout:
+            found = self._remote.get(disk_id)
+            if found is not None:
+                return found
+        return self._look_up(layout, disk_id)
+
+    def _look_up(self, layout: Layout, disk_id: str) -> RemoteReplica:
+        if layout is not self._layout:
+            self._layout = layout
+            nodes = {disk_id: entry.node for disk_id, entry in layout.disk_by_id.items()}
+            self._remote = {
+                disk_id: known for disk_id, known in self._remote.items() if nodes.get(disk_id) == known.node
+            }
+        entry = layout.disk_by_id.get(disk_id)
+        if entry is None:
+            raise DiskUnusable(f"No disk {disk_id} in the layout of epoch {layout.epoch}.")
+        if entry.node == self._node:
+            raise DiskUnusable(f"Disk {disk_id} is not in use on this node.")
+        found = self._remote[disk_id] = RemoteReplica(self._caller, entry.node, disk_id, *self._together(entry.node))
+        return found
+
+    def _together(self, node: str) -> tuple[NodeReads, NodeAccepts] | tuple[()]:
+        """What gathers the asks for all disks of one node."""
+        together = self._gathering.get(node)
+        if together is None and isinstance(self._caller, Poster):
+            together = self._gathering[node] = (
+                NodeReads(self._caller, node),
+                NodeAccepts(self._caller, node, self._alone_max),
+            )
+        return together or ()
+
+
+class ReplicaHost:
+    """The replicas of this node's disks, by disk id. ``replicas`` may change while the node runs: a disk that fails is
+    taken out by its owner.
+    """
+
+    def __init__(
+        self,
+        replicas: Mapping[str, LocalReplica],
+        newest_epoch: Callable[[], int],
+        rules: Rules = RULES,
+        clock: Clock | None = None,
+        on_refusal: OnRefusal = lambda peer, error: None,
+    ) -> None:
+        """``newest_epoch``, ``on_refusal``: see ``authority.Gate``."""
+        self.replicas = replicas
+        self._gate = Gate(newest_epoch, rules, clock, on_refusal)
+
+    def _of(self, disk: str) -> LocalReplica:
+        found = self.replicas.get(disk)
+        if found is None:
+            raise DiskUnusable(f"Disk {disk} is not in use on this node.")
+        return found
+
+    def methods(self) -> Methods:
+        """What a storage node registers."""
+        methods = {
+            "meta.prepare": Method(messages.Prepare, self._prepare, at_once=self._prepare_at_once),
+            "meta.accept": Method(messages.Accept, self._accept, begin=self._begin_accept),
+            "meta.create": Method(messages.Create, self._accept, begin=self._begin_accept),
+            "meta.accepts": Method(messages.Accepts, self._accepts, begin=partial(begin_accepts, self._of, self._gate)),
+            "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
+            "meta.reads": Method(messages.Reads, self._reads, at_once=self._reads_at_once),
+            "meta.page_put": Method(messages.PagePut, self._page_put),
+            "meta.page_get": Method(messages.PageGet, self._page_get),
+            "meta.page_check": Method(messages.PageCheck, self._page_check),
+            "meta.fence": Method(messages.FenceSet, self._fence),
+            "meta.unfence": Method(messages.FenceLift, self._unfence),
+            "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
+            "meta.scan": Method(ScanRequest, self._scan, at_once=self._scan_at_once),
+        }
+        return grant(methods)
+
+    def _prepare_at_once(self, request: messages.Prepare, call: Call) -> messages.PrepareReply | None:
+        if verdict := self._gate.prepare(request, call.peer):
+            return messages.PrepareReply(verdict)
+        return self._of(request.disk).prepare_at_once(request)
+
+    async def _prepare(self, request: messages.Prepare, call: Call) -> messages.PrepareReply:
+        if verdict := self._gate.prepare(request, call.peer):
+            return messages.PrepareReply(verdict)
+        return await self._of(request.disk).prepare(request)
+
+    def _begin_accept(self, request: messages.Accept, call: Call, answer: Answer) -> bool:
+        if verdict := self._gate.accept(request, call.peer):
+            answer(messages.AcceptReply(verdict))
+            return True
+        return self._of(request.disk).begin_accept(request, (call.body,), answer)
+
+    async def _accept(self, request: messages.Accept, call: Call) -> messages.AcceptReply:
+        if verdict := self._gate.accept(request, call.peer):
+            return messages.AcceptReply(verdict)
+        return await self._of(request.disk).accept(request, (call.body,))
+
+    async def _accepts(self, request: messages.Accepts, call: Call) -> Message | Reply:
+        answered: asyncio.Future[Message | Reply | Exception] = asyncio.get_running_loop().create_future()
+        begin_accepts(
+            self._of,
+            self._gate,
+            request,
+            call,
+            lambda outcome: None if answered.done() else answered.set_result(outcome),
+        )
+        outcome = await answered
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _read_at_once(self, request: messages.Read, _call: Call) -> Reply | None:
+        found = self._of(request.disk).read_at_once(request)
+        return None if found is None else Reply(found[0], (found[1],) if len(found[1]) else ())
+
+    async def _read(self, request: messages.Read, _call: Call) -> Reply:
+        reply, payload = await self._of(request.disk).read(request)
+        return Reply(reply, (payload,) if len(payload) else ())
+
+    def _reads_at_once(self, request: messages.Reads, _call: Call) -> Reply | None:
+        reply, copies = reads.tell(self.replicas, request)
+        if request.wait and any(row is None for rows in reply.found for row in rows):
+            return None
+        return Reply(reply, copies)
+
+    async def _reads(self, request: messages.Reads, _call: Call) -> Reply:
+        reply, copy = await reads.tell_in_time(self._of(request.disks[0]), request)
+        return Reply(reply, (copy,) if len(copy) else ())
+
+    async def _page_put(self, request: messages.PagePut, _call: Call) -> messages.PageReply:
+        return await self._of(request.disk).page_put(request)
+
+    async def _page_get(self, request: messages.PageGet, _call: Call) -> messages.PageReply:
+        return await self._of(request.disk).page_get(request)
+
+    async def _page_check(self, request: messages.PageCheck, _call: Call) -> messages.PagesMissing:
+        return await self._of(request.disk).page_check(request)
+
+    async def _fence(self, request: messages.FenceSet, _call: Call) -> messages.FenceReply:
+        return await self._of(request.disk).fence(request)
+
+    async def _unfence(self, request: messages.FenceLift, _call: Call) -> messages.FenceReply:
+        return await self._of(request.disk).unfence(request)
+
+    async def _fence_epoch(self, request: messages.EpochFence, _call: Call) -> messages.EpochReply:
+        return await self._of(request.disk).fence_epoch(request)
+
+    def _scan_at_once(self, request: ScanRequest, _call: Call) -> ScanReply | None:
+        replica = self._of(request.disk)
+        return replica.scan_at_once(request) if replica.scans_at_once(request) else None
+
+    async def _scan(self, request: ScanRequest, _call: Call) -> ScanReply:
+        return await self._of(request.disk).scan(request)

@@ -1,0 +1,232 @@
+"""Memory of transfers, bounded for the whole process, and reused: fresh buffers of a MiB or more cost a page fault
+every 4 KiB.
+
+What a client's speed decides on is kept apart from what only disks do. An upload leases room for the plaintext of one
+block for as long as it lasts, from a pool
+whose shares shrink as it fills, so that slow clients leave something to newcomers; room for the sealed block comes from
+another pool, from the sealing to the
+last write, and nobody holds that while waiting for a client. A download leases window by window, smaller ones as the
+pool fills or its client turns out to be
+slow. When a bound is reached transfers wait their turn, so that back-pressure reaches the client's socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from typing import NamedTuple
+
+from storaged.errors import SlowDown
+from storaged.sov1 import CHUNK_BYTES_MAX, chunk_bytes_for, chunk_count
+from storaged.units import KIB, MIB
+
+FREE_BUFFERS_PER_SIZE_MAX = 64
+CELL_BYTES_MIN = 8 * KIB
+"""Cells of a large part get no smaller than this while memory is short: every one costs its own call to the cipher."""
+IDLE_BYTES_MAX = 8 * MIB
+"""Kept by a pool without transfers: enough for the next one. The rest is free for the other pool's, so that uploads
+after downloads need no memory for both.
+"""
+
+
+class Lease:
+    """``view`` is the lessee's until ``release``."""
+
+    def __init__(self, pool: BufferPool, buffer: bytearray) -> None:
+        self._pool: BufferPool | None = pool
+        self._buffer = buffer
+        self.view = memoryview(buffer)
+
+    def release(self) -> None:
+        """Safe to call twice."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            self.view = memoryview(b"")
+            pool._give_back(self._buffer)
+
+
+def _is_free(buffer: bytearray) -> bool:
+    """Whether nothing refers to the memory any more: a socket that has not sent it yet, or a write that was left
+    behind, may hold a view after the lease ended.
+
+    A bytearray refuses to be resized while it is viewed; shortened by one and grown again it keeps its place.
+    """
+    try:
+        last = buffer.pop()
+    except BufferError:
+        return False
+    buffer.append(last)
+    return True
+
+
+class BufferPool:
+    """Leases buffers, at most ``bytes_max`` in all. First come, first served; one lease is always granted, however
+    large.
+    """
+
+    def __init__(self, bytes_max: int, wait_s: float) -> None:
+        self.bytes_max = bytes_max
+        self.bytes_leased = 0
+        self.transfers = 0
+        """Transfers in flight, as ``Transfer`` counts them."""
+        self._wait_s = wait_s
+        self._free: dict[int, list[bytearray]] = {}
+        self.bytes_free = 0
+        """Kept for the next lease; on top of ``bytes_leased``, and together with it never above ``bytes_max``."""
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def left(self) -> float:
+        """Share of the memory that is not leased, 0.0 to 1.0."""
+        return max(0.0, 1 - self.bytes_leased / self.bytes_max)
+
+    async def lease(self, size: int) -> Lease:
+        """A buffer of at least ``size`` bytes. Raises SlowDown when no memory comes free in time."""
+        size = _rounded(size)
+        if self._waiting or not self._fits(size):
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            entry = (size, turn)
+            self._waiting.append(entry)
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    await turn
+            except BaseException as error:
+                if turn.done() and not turn.cancelled():
+                    self.bytes_leased -= size
+                elif entry in self._waiting:
+                    self._waiting.remove(entry)
+                self._grant()
+                if isinstance(error, TimeoutError):
+                    raise SlowDown from None
+                raise
+        else:
+            self.bytes_leased += size
+        return Lease(self, self._take(size))
+
+    def try_lease(self, size: int) -> Lease | None:
+        """A lease when there is room and nobody waits, else None."""
+        size = _rounded(size)
+        if self._waiting or not self._fits(size):
+            return None
+        self.bytes_leased += size
+        return Lease(self, self._take(size))
+
+    def lease_now(self, size: int) -> Lease:
+        """A lease at once, beyond the bound if need be: for who holds memory of another pool, and would keep it from
+        others while waiting here.
+        """
+        size = _rounded(size)
+        self.bytes_leased += size
+        return Lease(self, self._take(size))
+
+    def _fits(self, size: int) -> bool:
+        return self.bytes_leased == 0 or self.bytes_leased + size <= self.bytes_max
+
+    def _take(self, size: int) -> bytearray:
+        stock = self._free.get(size, [])
+        for index in reversed(range(len(stock))):
+            if _is_free(stock[index]):
+                self.bytes_free -= size
+                return stock.pop(index)
+        self._drop_free(self.bytes_max - self.bytes_leased)
+        return bytearray(size)
+
+    def rest(self) -> None:
+        """The last transfer has ended."""
+        self._drop_free(IDLE_BYTES_MAX)
+
+    def _drop_free(self, bytes_max: int) -> None:
+        while self.bytes_free and self.bytes_free > bytes_max:
+            other = max(self._free, key=lambda kept: kept * len(self._free[kept]))
+            self._free[other].pop(0)
+            self.bytes_free -= other
+
+    def _give_back(self, buffer: bytearray) -> None:
+        size = len(buffer)
+        self.bytes_leased -= size
+        stock = self._free.setdefault(size, [])
+        if len(stock) < FREE_BUFFERS_PER_SIZE_MAX and self.bytes_free + self.bytes_leased + size <= self.bytes_max:
+            stock.append(buffer)
+            self.bytes_free += size
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and (self._waiting[0][1].done() or self._fits(self._waiting[0][0])):
+            size, turn = self._waiting.popleft()
+            if not turn.done():
+                self.bytes_leased += size
+                turn.set_result(None)
+
+
+def _rounded(size: int) -> int:
+    """Few sizes, so that buffers find another use: powers of two up to 64 KiB, then multiples of that."""
+    step = 64 * KIB
+    return -(-size // step) * step if size > step else 1 << max(size - 1, 4095).bit_length()
+
+
+class Transfer:
+    """Counts one transfer of a pool while it lasts (a context manager)."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> Transfer:
+        self._pool.transfers += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.transfers -= 1
+        if not self._pool.transfers:
+            self._pool.rest()
+
+
+FILL_SHARES = ((4 / 5, 48), (1 / 8, 12), (1 / 16, 6), (1 / 32, 3), (0, 1.5))
+WINDOW_SHARES = ((1 / 6, 48), (1 / 10, 4), (0, 1))
+"""What a transfer may take, in cells of 64 KiB, while at least so much of the pool is free."""
+
+
+class BlockSize(NamedTuple):
+    """``cells`` data cells of ``cell_bytes`` (C)."""
+
+    cell_bytes: int
+    cells: int
+
+
+def block_size_for(k: int, size: int | None, left: float, cells_max: int) -> BlockSize:
+    """Of the blocks of a new part of ``size`` bytes (None: unknown), when ``left`` of the memory for plaintext is free
+    (1.0: all of it).
+
+    Their number is a multiple of 12 and of ``k``, so that every k of 2, 3, 4 (and 6, 12) keeps whole stripes; not more
+    than the part needs. Four uploads get
+    ``cells_max`` in the default pool (two in each half of it, when two workers share it), others 12, and smaller cells
+    when memory gets short: a block takes 768
+    KiB, at last 96. 75 uploads find room in the default pool, each of which may keep its share as long as its client
+    likes.
+    """
+    cell_bytes, unit = chunk_bytes_for(size, k), math.lcm(12, k)
+    share = min(cells_max, next(cells for above, cells in FILL_SHARES if left >= above))
+    share_bytes = int(share * CHUNK_BYTES_MAX)
+    while (
+        left < 4 / 5
+        and cell_bytes > CELL_BYTES_MIN
+        and cell_bytes * unit > share_bytes
+        and (size is None or size > share_bytes)
+    ):
+        cell_bytes //= 2
+    wanted = share_bytes // cell_bytes
+    if size is not None:
+        wanted = min(wanted, -(-chunk_count(size, cell_bytes) // unit) * unit)
+    return BlockSize(cell_bytes, max(1, wanted // unit) * unit)
+
+
+def window_bytes_for(transfers: int, left: float) -> int:
+    """Sealed bytes read and opened at once by a download: a whole block while few are in flight, 512 KiB when there are
+    many (256 KiB cost 30% more
+    CPU a byte), less when ``left`` of the memory (1.0: all of it) would soon be gone, in the end a single cell. In the
+    default pool 128 downloads have room for
+    the windows that their count allows; while some hold larger ones, from when they were few, 78 do, and others wait
+    for a turn."""
+    by_count = 48 if transfers <= 4 else 16 if transfers <= 16 else 8 if transfers <= 64 else 4
+    by_memory = next(cells for above, cells in WINDOW_SHARES if left >= above)
+    return min(by_count, by_memory) * CHUNK_BYTES_MAX

@@ -1,0 +1,1 @@
+"""The codes and places of data: geometry, erasure coding, sealing, manifests. Mostly pure."""

@@ -1,0 +1,165 @@
+"""Parts of an object: up to 32 lie in its record, more in a chain of immutable pages addressed by their hash, on the
+replicas of its register.
+
+A page is written, and synced on a majority, before the page that names it, and all before the record that names the
+first. So whoever reads a record
+can read its pages. The record also lists the hashes of them all, for repair and for the sweep of pages that no record
+names. That spares what was put, or put again,
+lately: so whoever proposes a record puts its pages shortly before it draws its ballot, and again before it proposes
+once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from storaged.errors import DataDamaged
+from storaged.ids import Entropy
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Pages
+from storaged.objects.code.geometry import problem_of
+from storaged.objects.ports import SealBroken
+from storaged.objects.records import (
+    PARTS_INLINE_MAX,
+    PartEntry,
+    PartsPage,
+    SealedMeta,
+    SealedPart,
+    SealedPartsPage,
+    Version,
+)
+from storaged.sov1 import SALT_BYTES, open_message, seal_message
+from storaged.wire import decode, encode
+
+T = TypeVar("T")
+
+PAGE_PARTS_MAX = 256
+PAGE_SEALED_PARTS_MAX = 1000
+PAGES_MAX = 64
+"""More pages than 10,000 parts make: a longer chain is damage."""
+PARTS_LABEL = "sov.parts.v1"
+
+
+class Manifest(NamedTuple):
+    """What a version says of its parts: ``parts`` themselves, or ``first``, the hash of the first page, and ``pages``,
+    the hashes of all.
+    """
+
+    parts: tuple[PartEntry, ...]
+    first: bytes = b""
+    pages: tuple[bytes, ...] = ()
+
+
+async def write_manifest(pages: Pages, near: RegisterName, parts: Sequence[PartEntry]) -> Manifest:
+    """Returns once every page is durable on a majority."""
+    if len(parts) <= PARTS_INLINE_MAX:
+        return Manifest(tuple(parts))
+    written: list[bytes] = []
+    following = b""
+    for start in reversed(range(0, len(parts), PAGE_PARTS_MAX)):
+        page = PartsPage(tuple(parts[start : start + PAGE_PARTS_MAX]), following)
+        following = await pages.put_page(near, encode(page))
+        written.append(following)
+    return Manifest((), following, tuple(written))
+
+
+async def parts_of(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[PartEntry]:
+    """The parts in order, page by page. Raises DataDamaged, also for what cannot be a part."""
+    for part in version.parts:
+        yield checked(part)
+    async for _, page in manifest_pages(pages, near, version):
+        for part in page.parts:
+            yield checked(part)
+
+
+async def manifest_pages(pages: Pages, near: RegisterName, version: Version) -> AsyncIterator[tuple[bytes, PartsPage]]:
+    """(hash, page) along the chain. Raises DataDamaged."""
+    following = version.manifest
+    for _ in range(PAGES_MAX):
+        if not following:
+            return
+        page = _decode(await pages.get_page(near, following), PartsPage)
+        yield following, page
+        following = page.next
+    raise DataDamaged("The manifest of this object does not end.")
+
+
+def checked(part: PartEntry) -> PartEntry:
+    """Raises DataDamaged for what cannot be a part."""
+    if problem := problem_of(part):
+        raise DataDamaged(f"The record of this key names a part that cannot be: {problem}.")
+    return part
+
+
+async def bound_parts_of(
+    pages: Pages, near: RegisterName, version: Version, whole: SealedPart, sealed: Sequence[SealedPart]
+) -> AsyncIterator[PartEntry]:
+    """The parts in order, each only if it is the one that was sealed into the version at this place. Without it a
+    storage node that lies could put parts in
+    another order, leave some out, or name an attempt that was superseded: each would open, since all have the upload's
+    key.
+
+    ``whole``: what the only part of an object is that was not uploaded in parts (``sealed`` is empty then). Raises
+    DataDamaged.
+    """
+    expected = iter(sealed or (whole,))
+    async for part in parts_of(pages, near, version):
+        wanted = next(expected, None)
+        if wanted is None or not wanted.names(part):
+            raise DataDamaged("The record of this key names other parts than are sealed in it.")
+        yield part
+    if next(expected, None) is not None:
+        raise DataDamaged("The record of this key names fewer parts than are sealed in it.")
+
+
+async def write_sealed_parts(
+    pages: Pages, near: RegisterName, dek: bytes, context: bytes, parts: Sequence[SealedPart], entropy: Entropy
+) -> tuple[bytes, ...]:
+    """Hashes of the pages, the first one's first, of what the parts are (ETags, sizes, checksums), sealed under the
+    version's key.
+    """
+    following = b""
+    hashes: list[bytes] = []
+    for start in reversed(range(0, len(parts), PAGE_SEALED_PARTS_MAX)):
+        page = SealedPartsPage(tuple(parts[start : start + PAGE_SEALED_PARTS_MAX]), following)
+        sealed = seal_message(dek, PARTS_LABEL, context, encode(page), entropy(SALT_BYTES))
+        following = await pages.put_page(near, sealed)
+        hashes.append(following)
+    return tuple(reversed(hashes))
+
+
+async def sealed_parts_of(
+    pages: Pages, near: RegisterName, dek: bytes, context: bytes, meta: SealedMeta
+) -> tuple[SealedPart, ...]:
+    """What all parts of an object are; empty for one that was not uploaded in parts. Raises DataDamaged."""
+    found = list(meta.parts)
+    following = meta.parts_page
+    for _ in range(PAGES_MAX):
+        if not following:
+            return tuple(found)
+        try:
+            body = open_message(dek, PARTS_LABEL, context, await pages.get_page(near, following))
+        except SealBroken as error:
+            raise DataDamaged(f"The list of parts of this object does not open: {error}") from None
+        page = _decode(body, SealedPartsPage)
+        found.extend(page.parts)
+        following = page.next
+    raise DataDamaged("The list of parts of this object does not end.")
+
+
+async def renew_pages(pages: Pages, near: RegisterName, hashes: Sequence[bytes]) -> None:
+    """Puts pages again, so that they are as young as new ones, and on all replicas that answer. Raises DataDamaged for
+    one that is gone, ServiceUnavailable.
+    """
+    for page_hash in hashes:
+        await pages.put_page(near, await pages.get_page(near, page_hash), page_hash)
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return decode(body, kind)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"A page of this object's manifest cannot be read: {error}") from None

@@ -1,0 +1,320 @@
+"""Which disks hold the fragments of a part, and whether what is durable may be acknowledged. Pure.
+
+Theory of operation. A layout ranks all its disks for a data id (``Layout.preference``). Going down that list, and
+taking at most m fragments in one failure domain
+and one on a disk, gives the *first choice*: the same for every node that knows the epoch, so a record names only the
+exceptions (``Run.moved``).
+
+A write that finds disks away keeps the living first choices and hands the positions of the others to the next living
+disks under the same limits. When the living
+disks can't hold the profile that way, the cheapest *fallback* profile that they can hold is used, and repair recodes
+later. The rule that counts
+(``acceptable``): what is durable still has k fragments after the loss of any one disk and, while the living disks span
+two domains, of any one domain.
+
+``writable`` is asked for a disk id and answers whether it takes new fragments now: a hint from heartbeats. Only
+``acceptable``, which is asked about fragments known
+to be synced, decides what may be acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from storaged.cluster.layout import Layout, Profile, placement_group
+from storaged.errors import ServiceUnavailable
+from storaged.fragments.ports import FragmentId
+from storaged.ids import DATA_ID_BYTES
+from storaged.objects.records import Run
+
+Writable = Callable[[str], bool]
+
+COPIES = Profile(1, 2)
+"""What a small object's copies on the register's three replicas are."""
+
+FIRST_CHOICES_MAX = 65536
+"""First choices remembered a layout: 4,096 groups of some profiles and sets of countries; about 200 bytes each."""
+
+
+class Placement(NamedTuple):
+    """``disks[i]`` takes fragment i; ``moved`` are those that are not the first choice, as a ``Run`` keeps them."""
+
+    profile: Profile
+    disks: tuple[str, ...]
+    moved: dict[int, str]
+
+
+def _eligible(layout: Layout, disk_id: str, countries: Sequence[str]) -> bool:
+    country = layout.country_of(disk_id)
+    return (
+        layout.disk_by_id[disk_id].state == "active"
+        and layout.allows(country)
+        and (not countries or country in countries)
+    )
+
+
+def _ranked_choice(layout: Layout, group: int, profile: Profile, countries: tuple[str, ...]) -> tuple[str, ...]:
+    """Up to n disks: by preference under the domain limit, then, where the layout's domains are too few, by preference
+    alone.
+    """
+    memo = layout.first_choices
+    found = memo.get((group, profile, countries))
+    if found is None:
+        ranked = [disk_id for disk_id in layout.preference(group) if _eligible(layout, disk_id, countries)]
+        shares: Counter[str] = Counter()
+        chosen: list[str] = []
+        for disk_id in ranked:
+            domain = layout.domain_by_disk[disk_id]
+            if len(chosen) < profile.n and shares[domain] < profile.m:
+                shares[domain] += 1
+                chosen.append(disk_id)
+        if len(chosen) < profile.n:
+            taken = set(chosen)
+            chosen += [disk_id for disk_id in ranked if disk_id not in taken][: profile.n - len(chosen)]
+        if len(memo) >= FIRST_CHOICES_MAX:
+            memo.clear()
+        found = memo[group, profile, countries] = tuple(chosen)
+    return found
+
+
+def first_choice(layout: Layout, data_id: bytes, profile: Profile, countries: Sequence[str] = ()) -> tuple[str, ...]:
+    """The n disks of a data id's fragments in their order, when all disks live: at most m in one domain (unless the
+    layout has too few domains), one on a disk.
+
+    Only active disks, and only in ``countries`` when some are named. Raises ServiceUnavailable when there are fewer
+    than n.
+    """
+    chosen = _ranked_choice(layout, placement_group(data_id), profile, tuple(countries))
+    if len(chosen) < profile.n:
+        raise ServiceUnavailable(
+            f"profile {profile} needs {profile.n} disks; layout {layout.epoch} has {len(chosen)}{_inside(countries)}"
+        )
+    return chosen
+
+
+def disks_of(run: Run, layout_of_epoch: Layout, data_id: bytes, countries: Sequence[str] = ()) -> tuple[str, ...]:
+    """The disks of a run's fragments in their order. ``layout_of_epoch`` is that of ``run.epoch``; ``countries`` those
+    that the run was written with.
+
+    Raises ValueError when it is another layout, or has no disk for a position that the run does not name itself.
+    """
+    if layout_of_epoch.epoch != run.epoch:
+        raise ValueError(f"the run was placed under layout {run.epoch}, not {layout_of_epoch.epoch}")
+    chosen = _ranked_choice(layout_of_epoch, placement_group(data_id), run.profile, tuple(countries))
+    if not run.moved and len(chosen) == run.profile.n:
+        return chosen
+    try:
+        return tuple(
+            run.moved[position] if position in run.moved else chosen[position] for position in range(run.profile.n)
+        )
+    except IndexError:
+        raise ValueError(
+            f"layout {run.epoch} has only {len(chosen)} disks{_inside(countries)} for a run of {run.profile}"
+        ) from None
+
+
+def choose(
+    layout: Layout, data_id: bytes, target: Profile, writable: Writable, countries: Sequence[str] = ()
+) -> Placement:
+    """Where to write a part of profile ``target`` now.
+
+    The target when living disks can hold it under the domain limit; else the best fallback that they can so hold; else
+    the best that survives one more disk.
+    Raises ServiceUnavailable, with the numbers, when nothing would.
+    """
+    group, countries = placement_group(data_id), tuple(countries)
+
+    def takes(disk_id: str) -> bool:
+        return _eligible(layout, disk_id, countries) and writable(disk_id)
+
+    def hold(profile: Profile, domain_limit: int) -> Placement | None:
+        first = _ranked_choice(layout, group, profile, countries)
+        return _assign(layout, profile, first, layout.preference(group), takes, domain_limit)
+
+    placement = hold(target, target.m)
+    if placement is not None:
+        return placement
+    living = [disk_id for disk_id in layout.preference(group) if takes(disk_id)]
+    shares = Counter(layout.domain_by_disk[disk_id] for disk_id in living)
+    for profile in _fallbacks(target):
+        if _holds(profile, shares.values()) and (placement := hold(profile, profile.m)) is not None:
+            return placement
+    for profile in _fallbacks(target):
+        if profile.n <= len(living) and (placement := hold(profile, profile.n)) is not None:
+            return placement
+    raise ServiceUnavailable(
+        f"a write must survive the loss of one more disk: {len(living)} of {len(layout.disks)} disks take"
+        f" writes{_inside(countries)}, in {len(shares)} {layout.domain_kind}s; the target {target} needs {target.n},"
+        " the smallest fallback 2"
+    )
+
+
+def _inside(countries: Iterable[str]) -> str:
+    named = ", ".join(countries)
+    return f" in {named}" if named else ""
+
+
+def _holds(profile: Profile, shares: Iterable[int]) -> bool:
+    """Whether so many living disks in each domain can hold the profile with at most m fragments in one domain, one on a
+    disk.
+    """
+    return sum(min(share, profile.m) for share in shares) >= profile.n
+
+
+@lru_cache(maxsize=64)
+def _fallbacks(target: Profile) -> tuple[Profile, ...]:
+    """Profiles to use where ``target`` can't be held under the domain limit, best first: no wider than it, and none
+    with more data fragments.
+
+    Those with two parity fragments come first (when the target has two): with one, a disk that fails during the write
+    already makes it unacceptable.
+    Then the smallest space a byte decides, then the most parity.
+    """
+    found = [Profile(k, m) for k in range(1, target.k + 1) for m in range(1, target.n - k + 1)]
+    return tuple(sorted(found, key=lambda profile: (profile.m < min(2, target.m), profile.n / profile.k, -profile.m)))
+
+
+def _assign(
+    layout: Layout,
+    profile: Profile,
+    first: Sequence[str],
+    candidates: Iterable[str],
+    takes: Writable,
+    domain_limit: int,
+) -> Placement | None:
+    """Living first choices keep their positions; the others go to the next living candidates, at most ``domain_limit``
+    in a domain. None: too few.
+    """
+    domain = layout.domain_by_disk
+    disks: dict[int, str] = {}
+    shares: Counter[str] = Counter()
+    for position, disk_id in enumerate(first):
+        if shares[domain[disk_id]] < domain_limit and takes(disk_id):
+            disks[position] = disk_id
+            shares[domain[disk_id]] += 1
+    moved: dict[int, str] = {}
+    if len(disks) < profile.n:
+        taken = set(disks.values())
+        empty = [position for position in range(profile.n) if position not in disks]
+        for disk_id in candidates:
+            if disk_id in taken or shares[domain[disk_id]] >= domain_limit or not takes(disk_id):
+                continue
+            shares[domain[disk_id]] += 1
+            moved[empty[len(moved)]] = disk_id
+            if len(moved) == len(empty):
+                break
+        else:
+            return None
+        disks |= moved
+    return Placement(profile, tuple(disks[position] for position in range(profile.n)), moved)
+
+
+def acceptable(
+    layout: Layout, profile: Profile, durable: Mapping[int, str], writable: Writable, countries: Sequence[str] = ()
+) -> bool:
+    """Whether a block may be acknowledged: position -> disk of the fragments that are synced.
+
+    The loss of any one disk must leave k of them, always; that of any one domain too, whenever some profile on the
+    living disks (of the bucket's ``countries``)
+    could survive that, which is when they span two domains. A disk that is known to be lost since its sync is the
+    caller's to leave out.
+    """
+    if _left(durable.values()) < profile.k:
+        return False
+    if not _spans_domains(
+        layout, (disk.id for disk in layout.disks if _eligible(layout, disk.id, countries) and writable(disk.id))
+    ):
+        return True
+    return _left(layout.domain_by_disk.get(disk_id, disk_id) for disk_id in durable.values()) >= profile.k
+
+
+def _left(holders: Iterable[str]) -> int:
+    """Fragments left when the holder of the most is lost."""
+    shares: dict[str, int] = {}  # a Counter takes five times as long, and every small PUT asks
+    for holder in holders:
+        shares[holder] = shares.get(holder, 0) + 1
+    return sum(shares.values()) - max(shares.values(), default=0)
+
+
+def _spans_domains(layout: Layout, disk_ids: Iterable[str]) -> bool:
+    seen = ""
+    for disk_id in disk_ids:
+        domain = layout.domain_by_disk.get(disk_id, disk_id)
+        if seen and domain != seen:
+            return True
+        seen = domain
+    return False
+
+
+def enough_copies(layout: Layout, replicas: Sequence[str], synced: frozenset[str], writable: Writable) -> bool:
+    """Whether a small object may be acknowledged: its copies (profile 1+2) lie on the register's ``replicas``, those of
+    ``synced`` durably.
+
+    The same rule as ``acceptable``, but only the replicas can hold copies, so the living ones among them decide whether
+    two domains can be had.
+    """
+    durable = [disk_id for disk_id in replicas if disk_id in synced]
+    if _left(durable) < COPIES.k:
+        return False
+    if not _spans_domains(layout, (disk_id for disk_id in replicas if disk_id in synced or writable(disk_id))):
+        return True
+    return _left(layout.domain_by_disk.get(disk_id, disk_id) for disk_id in durable) >= COPIES.k
+
+
+def copies_rule(layout: Layout, replicas: Sequence[str], writable: Writable) -> Callable[[frozenset[str]], bool]:
+    """``enough_copies`` as a function of what is synced. Replicas in distinct domains, as those of a ring partition
+    are, need any two copies, whatever is away.
+    """
+    if len({layout.domain_by_disk.get(disk_id, disk_id) for disk_id in replicas}) < len(replicas):
+        return lambda synced: enough_copies(layout, replicas, synced, writable)
+    counted = frozenset(replicas)
+    return lambda synced: len(counted & synced) > COPIES.k
+
+
+class CopyPlan(NamedTuple):
+    """How small objects of one ring partition are kept under ``layout``: on ``replicas``, as the one run of ``runs``.
+    ``enough`` is the rule for their copies,
+    ``id_tail`` what stands behind the data id in the id of the first copy."""
+
+    layout: Layout
+    replicas: tuple[str, ...]
+    runs: tuple[Run, ...]
+    enough: Callable[[frozenset[str]], bool]
+    id_tail: bytes
+
+
+def copy_plan(layout: Layout, partition: int, writable: Writable) -> CopyPlan:
+    replicas = layout.replicas_of(partition)
+    more = len(replicas) - 1
+    first = FragmentId(bytes(DATA_ID_BYTES), 0, 1, more, 0)
+    return CopyPlan(
+        layout,
+        replicas,
+        (Run(0, 1, 1, more, layout.epoch),),
+        copies_rule(layout, replicas, writable),
+        first.pack()[DATA_ID_BYTES:],
+    )
+
+
+def spare(layout: Layout, profile: Profile, alive: Mapping[int, str]) -> tuple[int, int]:
+    """How many more disks, and how many more failure domains, may fail, whichever they are, before the block can't be
+    read.
+
+    ``alive``: position -> disk of the fragments that can be read now. (-1, -1) when they are too few already.
+    """
+    domains = (layout.domain_by_disk.get(disk_id, disk_id) for disk_id in alive.values())
+    return _may_fail(alive.values(), profile.k), _may_fail(domains, profile.k)
+
+
+def _may_fail(holders: Iterable[str], k: int) -> int:
+    counted = Counter(holders)
+    left, failed = counted.total(), -1
+    for _, share in [("", 0), *counted.most_common()]:
+        left -= share
+        if left < k:
+            break
+        failed += 1
+    return failed

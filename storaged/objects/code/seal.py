@@ -1,0 +1,57 @@
+"""Sealing of parts and of the metadata in records: SOV1 (``storaged.sov1``) with the labels and contexts of the object
+plane.
+
+A part's context is data id (16 bytes) || part number (u32 big-endian); a message's is its fields, each length-prefixed.
+Bucket, key and version bind
+through the wrap of the data key, so that parts need not be sealed again when they become a version.
+"""
+
+from __future__ import annotations
+
+from storaged.ids import DATA_ID_BYTES
+from storaged.sov1 import Opener, Sealer, StreamKey, chunk_bytes_for, seal_one, stream_key
+from storaged.wire import Buffer
+
+PART_LABEL = "sov.part.v1"
+META_LABEL = "sov.meta.v1"
+
+
+def _part_context(data_id: bytes, part_number: int) -> bytes:
+    if len(data_id) != DATA_ID_BYTES:
+        raise ValueError(f"a data id has {DATA_ID_BYTES} bytes, not {len(data_id)}")
+    return data_id + part_number.to_bytes(4, "big")
+
+
+def seal_part(dek: bytes, data_id: bytes, part_number: int, plaintext: Buffer, salt: bytes) -> tuple[bytes, bytes]:
+    """(header, chunk) of a part that one chunk holds (less than 64 KiB - 16), of the smallest size that does. ``salt``:
+    24 fresh random bytes for every attempt.
+    """
+    return seal_one(
+        dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes_for(len(plaintext), 1), plaintext, salt
+    )
+
+
+def part_key(dek: bytes, header: bytes, data_id: bytes, part_number: int) -> StreamKey:
+    """What opens a part that is one chunk. Raises SealBroken when the header does not commit to this key, data id and
+    part number.
+    """
+    return stream_key(dek, PART_LABEL, _part_context(data_id, part_number), header)
+
+
+class PartSealer(Sealer):
+    """Seals one part: see ``Sealer`` for ``header``, ``seal_into``, ``seal`` and ``seal_block``. ``salt``: 24 fresh
+    random bytes for every attempt.
+    """
+
+    def __init__(self, dek: bytes, data_id: bytes, part_number: int, chunk_bytes: int, salt: bytes) -> None:
+        super().__init__(dek, PART_LABEL, _part_context(data_id, part_number), chunk_bytes, salt)
+
+
+class PartOpener(Opener):
+    """Opens one part: see ``Opener``. ``size`` is the part's plaintext in bytes, when it is known.
+
+    Raises SealBroken when the header does not commit to this key, data id and part number.
+    """
+
+    def __init__(self, dek: bytes, header: Buffer, data_id: bytes, part_number: int, size: int | None = None) -> None:
+        super().__init__(dek, PART_LABEL, _part_context(data_id, part_number), header, size)

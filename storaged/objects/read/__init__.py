@@ -1,0 +1,1 @@
+"""Reading objects: from the record to verified plaintext."""

@@ -1,0 +1,1 @@
+"""Registers of the system table: buckets, users, and what authenticates them."""

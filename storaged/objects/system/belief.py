@@ -1,0 +1,43 @@
+"""Which values of system registers a gateway wrote: what the quorums of a gateway go by (``meta.client``,
+``believes``).
+
+A storage node writes what it likes on its own disk, under whatever ballot. Where its value counted as the newest, a
+gateway that settles the register would carry
+it to the other replicas, and the record of a bucket or a user would be gone. Those carry an authenticator, so a value
+without a good one is
+set aside while other replicas have better.
+"""
+
+from __future__ import annotations
+
+from storaged.errors import DataDamaged, StoragedError
+from storaged.meta.names import RegisterName, Value
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.system import buckets, claims, users
+from storaged.objects.system.buckets import BucketService
+from storaged.objects.system.users import UserService
+
+
+class Belief:
+    """``believes(name, value)`` of a gateway. True while the keyring is not open: nothing can be judged then."""
+
+    def __init__(self, plane: ObjectPlane, its_buckets: BucketService, its_users: UserService) -> None:
+        self._plane = plane
+        self._buckets = its_buckets
+        self._users = its_users
+
+    def __call__(self, name: RegisterName, value: Value) -> bool:
+        if value.sequence == 0:
+            return True  # never written
+        try:
+            if name.key.startswith(buckets.PREFIX.encode()):
+                self._buckets.require_authentic(name, value)
+            elif name.key.startswith(users.PREFIX.encode()):
+                self._users.require_authentic(name, value)
+            elif name.key.startswith(claims.PREFIX.encode()):
+                claims.require_authentic(self._plane, name, value)
+        except DataDamaged:
+            return False
+        except StoragedError:
+            return True
+        return True

@@ -1,0 +1,486 @@
+"""Buckets: registers ``bucket/NAME``, authenticated by the keyring, created and deleted by compare-and-set.
+
+    Active -> Deleting(nonce) -> Deleted                      empty: the fence of its id stays for ever
+                              -> Active(nonce) -> Active      not empty: the fence is lifted, then the nonce cleared
+
+Deleting a bucket closes it first: a durable fence on every index shard refuses all changes to its rows. Only then can
+it be said to be empty. Every step is a
+compare-and-set with the nonce of the attempt, so any gateway can go on where another stopped (``resume``): a record
+that is Deleting, or Active
+with a nonce, owes a step. A fence is lifted only after its record left Deleting: whoever looks at a fenced bucket may
+rely on it until its own step.
+A nonce begins with the record's sequence number, so that the nonces of a bucket grow, and replicas refuse a fence that
+comes late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+import structlog
+
+from storaged.cluster.policy import policy_of
+from storaged.cluster.signers import signer_id
+from storaged.errors import (
+    BucketAlreadyExists,
+    BucketAlreadyOwnedByYou,
+    BucketNotEmpty,
+    DataDamaged,
+    InvalidArgument,
+    NoSuchBucket,
+    NoSuchUpload,
+    ServiceUnavailable,
+    TooManyBuckets,
+)
+from storaged.ids import BUCKET_ID_BYTES
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.objects.api import Principal
+from storaged.objects.cache.ttl import Recent
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import SealBroken
+from storaged.objects.records import BucketRecord, authenticated_bytes
+from storaged.objects.system import rows
+from storaged.objects.system.fenced import FencedBuckets
+from storaged.objects.system.public import public_bytes
+from storaged.objects.system.shards import draw
+from storaged.objects.write.multipart import abort, list_uploads
+from storaged.wire import decode, encode
+
+log = structlog.get_logger(__name__)
+
+ACTIVE, DELETING, DELETED = "active", "deleting", "deleted"
+PREFIX = "bucket/"
+NONCE_SEQUENCE_BYTES = 8
+NONCE_BYTES = 8
+"""Random, after the sequence number."""
+EMPTYING_ROUNDS_MAX = 8
+
+OWNED_S = 10.0
+OWNERS_MAX = 1024
+"""For how long, and of how many users, the number of their buckets is kept."""
+
+
+class BucketService:
+    """Implements ``api.Buckets``."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        self._plane = plane
+        limits = plane.limits
+        self._recent: Recent[str, BucketRecord] = Recent(
+            plane.clock, limits.bucket_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
+        )
+        self._owned: dict[str, tuple[float, int]] = {}
+        """User id -> until when it counts, and how many buckets the user has."""
+        self._fenced = FencedBuckets(plane.clock, limits.bucket_cache_s)
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def _decode(self, name: RegisterName, value: Value | None) -> BucketRecord | None:
+        """None when there is none, or it was deleted. Raises DataDamaged for a record that no gateway of this cluster
+        made.
+        """
+        record = _decoded(value)
+        if record is None or value is None:
+            return None
+        return self._verified(name, value, record)
+
+    def _verified(self, name: RegisterName, value: Value, record: BucketRecord) -> BucketRecord:
+        """Raises DataDamaged."""
+        covered = authenticated_bytes(value.body)
+        if not covered or not self._plane.keys.verify(
+            rows.context_of(name, value.sequence), covered, record.authenticator
+        ):
+            raise DataDamaged("The record of this bucket is not authentic.")
+        return record
+
+    def require_authentic(self, name: RegisterName, value: Value) -> None:
+        """Raises DataDamaged for a value that no gateway of this cluster wrote: also for a deletion, which leaves the
+        record, and says so in it.
+        """
+        record = self._verified(name, value, _record_in(value.body))
+        if (value.visibility == Visibility.TOMBSTONE) != (record.state == DELETED):
+            raise DataDamaged("The record of this bucket says otherwise than its row.")
+
+    async def _read(self, name: str) -> BucketRecord | None:
+        """The record of a name as it is now, healed where that can be. Raises DataDamaged, ServiceUnavailable."""
+        plane, register = self._plane, system_name(PREFIX + name)
+
+        def renewed(value: Value, record: BucketRecord) -> Change:
+            return self._change(register, value, record)
+
+        return await rows.read(plane.registers, plane.bad_rows, self._decode, renewed, PREFIX + name)
+
+    def _change(self, name: RegisterName, before: Value | None, record: BucketRecord) -> Change:
+        """Signed for nodes without keys, and authenticated. Both are over the sequence number too, so that an older
+        record can't be played back under a newer
+        number."""
+        keys, sequence = self._plane.keys, rows.sequence_after(before)
+        signature = keys.sign_public(public_bytes(self._plane.layouts.current.cluster, sequence, record))
+        signed = msgspec.structs.replace(
+            record, authenticator=b"", signer=signer_id(keys.public_signer()), signature=signature
+        )
+        tag = keys.authenticate(rows.context_of(name, sequence), encode(signed))
+        visibility = Visibility.TOMBSTONE if record.state == DELETED else Visibility.LIVE
+        return Change(encode(msgspec.structs.replace(signed, authenticator=tag)), visibility)
+
+    async def _step(self, record: BucketRecord, after: BucketRecord, *, draw: bytes = b"") -> BucketRecord | None:
+        """Compare-and-set from exactly ``record`` (by id, state and nonce); with ``draw``, random bytes, to a nonce
+        above all before it. None when it is not
+        that any more."""
+        name = system_name(PREFIX + record.name)
+        done = False
+
+        def update(value: Value | None) -> Change | None:
+            nonlocal done, after
+            found = self._decode(name, value)
+            done = found is not None and (found.id, found.state, found.nonce) == (record.id, record.state, record.nonce)
+            if not done or found is None or value is None:
+                return None
+            if draw:
+                after = msgspec.structs.replace(
+                    after, nonce=value.sequence.to_bytes(NONCE_SEQUENCE_BYTES, "big") + draw
+                )
+            return self._change(name, value, msgspec.structs.replace(after, tags=found.tags))
+
+        self._recent.forget(record.name)
+        try:
+            await self._plane.registers.change(name, update)
+        finally:
+            await self._changed(record.name)
+        return after if done else None
+
+    async def _changed(self, name: str) -> None:
+        self._recent.forget(name)
+        await self._plane.on_changed("bucket", name)
+
+    def forget(self, name: str) -> None:
+        """Another process of this gateway has changed it."""
+        self._recent.forget(name)
+
+    # --- api ----------------------------------------------------------------------------------------------------------
+
+    async def create(
+        self, who: Principal, name: str, *, region: str, countries: tuple[str, ...] = (), object_lock: bool = False
+    ) -> BucketRecord:
+        """Its key is made, and committed, before the name is taken. Raises InvalidArgument for a country that the
+        cluster's policy does not allow,
+        BucketAlreadyOwnedByYou, BucketAlreadyExists, TooManyBuckets, and ServiceUnavailable when no partition of the
+        ring lies inside the countries."""
+        layout = self._plane.layouts.current
+        policy = policy_of(layout)
+        for country in countries:
+            if reason := policy.refusal(country):
+                raise InvalidArgument(f"A bucket's countries are some of those that the cluster allows: {reason}.")
+        register = system_name(PREFIX + name)
+        existing = await self._read(name)
+        if existing is not None and (existing.state == DELETING or existing.nonce):
+            existing = await self.resume(existing)
+        self._refuse_existing(who, existing)
+        await self._require_room(who)
+        drawn = draw(layout, countries, lambda: self._plane.entropy(BUCKET_ID_BYTES))
+        record = BucketRecord(
+            name,
+            drawn.bucket_id,
+            who.user_id,
+            self._plane.clock.wall_ms(),
+            ACTIVE,
+            drawn.shards,
+            region,
+            countries,
+            layout.profile,
+            object_lock=object_lock,
+            shard_list=drawn.shard_list,
+        )
+        await self._plane.keys.create_bucket_key(record.id, record.countries)
+
+        def update(value: Value | None) -> Change:
+            self._refuse_existing(who, self._decode(register, value))
+            return self._change(register, value, record)
+
+        try:
+            outcome = await self._plane.registers.change(register, update)
+        finally:
+            await self._changed(name)
+        made = self._decode(register, outcome.after)
+        assert made is not None
+        self._count_one_more(who)
+        return made
+
+    async def _require_room(self, who: Principal) -> None:
+        """Raises TooManyBuckets. Counting reads the rows of all buckets of the cluster, so a count is kept for
+        ``OWNED_S``; nobody is refused by a kept one.
+        Where several processes make buckets of one user at once, the limit may be passed by what they make in that
+        time."""
+        limit, now = self._plane.limits.buckets_per_user_max, self._plane.clock.monotonic()
+        kept_until, count = self._owned.get(who.user_id, (now, 0))
+        if now < kept_until and count < limit:
+            return
+        owned, _ = await self.list_buckets(who, limit=limit)
+        if len(owned) >= limit:
+            raise TooManyBuckets
+        if len(self._owned) >= OWNERS_MAX:
+            self._owned.clear()
+        self._owned[who.user_id] = now + OWNED_S, len(owned)
+
+    def _count_one_more(self, who: Principal) -> None:
+        kept = self._owned.get(who.user_id)
+        if kept is not None:
+            self._owned[who.user_id] = kept[0], kept[1] + 1
+
+    @staticmethod
+    def _refuse_existing(who: Principal, existing: BucketRecord | None) -> None:
+        if existing is not None:
+            raise BucketAlreadyOwnedByYou if existing.owner == who.user_id else BucketAlreadyExists
+
+    async def get(self, name: str) -> BucketRecord:
+        """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
+        return await self._recent.get(name)
+
+    def at_hand(self, name: str) -> BucketRecord | None:
+        return self._recent.at_hand(name)
+
+    def fenced(self, bucket_id: bytes) -> None:
+        """A replica has called the bucket fenced."""
+        if self._fenced.saw(bucket_id):
+            self._recent.forget_where(lambda record: record.id == bucket_id)
+
+    def fences_seen(self) -> int:
+        return self._fenced.count
+
+    def gone(self, bucket: BucketRecord) -> bool:
+        return self._fenced.gone(bucket.id)
+
+    async def renewed(self, name: str) -> BucketRecord:
+        self._recent.forget(name)
+        return await self._recent.get(name)
+
+    async def _load(self, name: str) -> BucketRecord:
+        since = self._fenced.count
+        record = await self._read(name)
+        if record is not None and record.state == ACTIVE and record.nonce:
+            record = await self.resume(record)
+        if record is None or record.state != ACTIVE:
+            raise NoSuchBucket(BucketName=name)
+        self._fenced.read_anew(record.id, since, lingers=bool(record.nonce))
+        return record
+
+    async def list_buckets(
+        self, who: Principal, *, prefix: str = "", after: str = "", limit: int = 1000
+    ) -> tuple[list[BucketRecord], str | None]:
+        """The principal's own, by name. A row that can't be used, whosever it is, is passed over (``system_rows``).
+
+        The rows of all principals are read, those of others are not verified."""
+
+        def own(name: RegisterName, value: Value | None) -> BucketRecord | None:
+            record = _decoded(value)
+            return self._decode(name, value) if record is not None and record.owner == who.user_id else None
+
+        plane, found = self._plane, list[BucketRecord]()
+        begins, beyond = (PREFIX + prefix).encode(), (PREFIX + after).encode()
+        async for record in rows.scan(plane.scanner, plane.bad_rows, own, begins, after=beyond):
+            if record.state == ACTIVE:
+                if len(found) >= limit:
+                    return found, found[-1].name if found else after
+                found.append(record)
+        return found, None
+
+    async def every_bucket(self) -> list[BucketRecord]:
+        """All buckets of the cluster that are not deleted, in any state: for maintenance. What can't be used is healed
+        or named in ``plane.bad_rows``.
+        """
+        plane = self._plane
+        return await rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
+
+    async def sign_unsigned(self, records: Iterable[BucketRecord]) -> int:
+        """Signs those records anew that the cluster's signing key has not signed: from before there were signatures, or
+        before the keyring was exchanged.
+
+        Returns how many. What is authentic was written by a gateway, signature and all: only the signer is compared.
+        Raises KeyringUnavailable."""
+        signer, signed = signer_id(self._plane.keys.public_signer()), 0
+        for record in records:
+            if record.signer == signer:
+                continue
+            name = system_name(PREFIX + record.name)
+
+            def update(value: Value | None, name: RegisterName = name) -> Change | None:
+                found = self._decode(name, value)
+                return self._change(name, value, found) if found is not None and found.signer != signer else None
+
+            try:
+                outcome = await self._plane.registers.change(name, update)
+            except ServiceUnavailable as error:  # of this one alone; it is looked at again
+                log.info("the record of a bucket is signed later", bucket=record.name, reason=error.message)
+                continue
+            signed += outcome.before != outcome.after
+            await self._changed(record.name)
+        return signed
+
+    async def is_deleted(self, name: str, bucket_id: bytes, nonce: bytes) -> bool:
+        """Whether an authentic record proves that this bucket was deleted by the attempt of this nonce: its own, or
+        that of a bucket made under its name after it.
+        Raises DataDamaged for a record that is not authentic, ServiceUnavailable. What merely is not there proves
+        nothing."""
+        register = system_name(PREFIX + name)
+        value = (await self._plane.registers.read(register)).value
+        if value is None or not value.body:
+            return False
+        try:
+            record = self._verified(register, value, decode(value.body, BucketRecord))
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
+        if record.id == bucket_id:
+            return record.state == DELETED
+        return value.sequence > int.from_bytes(nonce[:NONCE_SEQUENCE_BYTES], "big")
+
+    # --- deleting -----------------------------------------------------------------------------------------------------
+
+    async def delete(self, bucket: BucketRecord, *, who: Principal | None = None) -> None:
+        """Raises BucketNotEmpty, NoSuchBucket, ServiceUnavailable. An upload that is created just before the fence
+        makes it begin again.
+        """
+        for _ in range(EMPTYING_ROUNDS_MAX):
+            if not await self._is_empty(bucket, b""):
+                break
+            deleting = await self._step(
+                bucket, msgspec.structs.replace(bucket, state=DELETING), draw=self._plane.entropy(NONCE_BYTES)
+            )
+            if deleting is None:
+                raise NoSuchBucket(BucketName=bucket.name)
+            left = await self.resume(deleting)
+            if left is None:
+                return
+            if left.state != ACTIVE:
+                raise ServiceUnavailable("Another request is deleting this bucket.")
+            bucket = left
+        raise BucketNotEmpty(BucketName=bucket.name)
+
+    async def resume(self, record: BucketRecord) -> BucketRecord | None:
+        """Takes the steps that a record owes. The bucket as it is then, None when it is deleted. Idempotent; several
+        gateways may do it at once.
+        """
+        plane = self._plane
+        if record.state == DELETING:
+            if await self._emptied(record):
+                # before the record is Deleted, for then nothing leads to the key any more: another bucket may take the
+                # name
+                await plane.keys.end_bucket_key(record.id, record.name, record.nonce, record.shard_numbers)
+                deleted = await self._step(record, msgspec.structs.replace(record, state=DELETED))
+                if deleted is not None:
+                    await plane.fences.fence(record.id, record.shard_numbers, record.nonce, final=True)
+                    return None
+            else:
+                await self._step(record, msgspec.structs.replace(record, state=ACTIVE))
+            current = await self._current(record)
+            if current is None:
+                return None
+            record = current
+        if record.state == ACTIVE and record.nonce:
+            if not await plane.fences.unfence(record.id, record.shard_numbers, record.nonce):
+                return record  # the nonce stays until the last replica, away now, has lifted its fence too
+            opened = msgspec.structs.replace(record, nonce=b"")
+            return await self._step(record, opened) or await self._current(record)
+        return record
+
+    async def _current(self, record: BucketRecord) -> BucketRecord | None:
+        """The record of the same bucket as it is now; None when that is deleted."""
+        found = await self._read(record.name)
+        return found if found is not None and found.id == record.id else None
+
+    async def _emptied(self, bucket: BucketRecord) -> bool:
+        """Fences the bucket and says whether it is empty; uploads that are still open are aborted before, for behind
+        the fence nothing changes.
+        """
+        await self._abort_uploads(bucket)
+        await self._plane.fences.fence(bucket.id, bucket.shard_numbers, bucket.nonce)
+        if not await self._is_empty(bucket, bucket.nonce):
+            return False
+        return not await self._any_row(Table.UPLOAD, bucket, bucket.nonce, hidden=False)
+
+    async def _is_empty(self, bucket: BucketRecord, nonce: bytes) -> bool:
+        return not await self._any_row(Table.OBJECT, bucket, nonce, hidden=True)
+
+    async def _any_row(self, table: Table, bucket: BucketRecord, nonce: bytes, *, hidden: bool) -> bool:
+        """A page may be empty and not the last: behind very many tombstones the scan goes on in the next one."""
+        start: bytes | None = b""
+        while start is not None:
+            page = await self._plane.scanner.list_page(
+                table, bucket.id, bucket.shard_numbers, after=start, limit=1, hidden=hidden, settling_nonce=nonce
+            )
+            if page.rows:
+                return True
+            start = page.next_after
+        return False
+
+    async def _abort_uploads(self, bucket: BucketRecord) -> None:
+        while True:
+            uploads, _, more = await list_uploads(self._plane, bucket)
+            for upload in uploads:
+                try:
+                    await abort(self._plane, bucket, upload.key, upload.upload_id)
+                except (NoSuchUpload, NoSuchBucket):
+                    continue  # completed just now, or fenced already by another gateway
+            if more is None:
+                return
+
+    # --- owner --------------------------------------------------------------------------------------------------------
+
+    async def set_owner(self, bucket: BucketRecord, owner: str) -> None:
+        """Hands a bucket over to another user id, whose objects' owner stays who wrote them. Raises NoSuchBucket."""
+        await self._amend(bucket, lambda found: msgspec.structs.replace(found, owner=owner))
+
+    async def _amend(self, bucket: BucketRecord, amended: Callable[[BucketRecord], BucketRecord]) -> None:
+        """Changes the record of an active bucket. Raises NoSuchBucket when it is another one by
+        now, or being deleted.
+        """
+        name = system_name(PREFIX + bucket.name)
+
+        def update(value: Value | None) -> Change:
+            found = self._decode(name, value)
+            if found is None or found.id != bucket.id or found.state != ACTIVE:
+                raise NoSuchBucket(BucketName=bucket.name)
+            return self._change(name, value, amended(found))
+
+        try:
+            await self._plane.registers.change(name, update)
+        finally:
+            await self._changed(bucket.name)
+
+    # --- tags ---------------------------------------------------------------------------------------------------------
+
+    async def set_tags(self, bucket: BucketRecord, tags: Mapping[str, str] | None) -> None:
+        """None: no tag set. Raises NoSuchBucket."""
+        sealed = b"" if tags is None else self._plane.keys.seal_secret(encode(dict(tags)), _tags_context(bucket))
+        await self._amend(bucket, lambda found: msgspec.structs.replace(found, tags=sealed))
+
+    async def get_tags(self, bucket: BucketRecord) -> Mapping[str, str] | None:
+        """As of now, not of when ``bucket`` was read. Raises NoSuchBucket, DataDamaged."""
+        found = await self._read(bucket.name)
+        if found is None or found.id != bucket.id:
+            raise NoSuchBucket(BucketName=bucket.name)
+        if not found.tags:
+            return None
+        try:
+            return decode(self._plane.keys.open_secret(found.tags, _tags_context(found)), dict[str, str])
+        except (SealBroken, msgspec.MsgspecError) as error:
+            raise DataDamaged(f"The tags of this bucket do not open: {error}") from None
+
+
+def _decoded(value: Value | None) -> BucketRecord | None:
+    """Not verified. Raises DataDamaged."""
+    return (
+        None if value is None or value.visibility == Visibility.TOMBSTONE or not value.body else _record_in(value.body)
+    )
+
+
+def _record_in(body: bytes) -> BucketRecord:
+    """Raises DataDamaged."""
+    try:
+        return decode(body, BucketRecord)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of this bucket cannot be read: {error}") from None
+
+
+def _tags_context(bucket: BucketRecord) -> tuple[bytes, ...]:
+    return (b"bucket tags", bucket.id)

@@ -1,0 +1,110 @@
+"""The end of a deleted bucket's key: it is destroyed once nothing of the bucket is left to be collected.
+
+Theory of operation. On its way to Deleted a bucket was found empty behind its fence, which was noted with its key
+(``BucketService.resume``). From then on no row of it can come into being, so what is left is data on garbage lists.
+The key goes when, at one look,
+
+1. the delay that readers are given (``retire_delay_ms``, ``retire_follow_ms``) is over since then;
+2. an authentic record proves that the bucket was deleted, and its fence is final at a majority of every shard's
+   replicas;
+3. no disk of the layout has anything of the bucket on its garbage list that is due. Every disk must answer.
+
+Fragments on a disk that was away when their objects were deleted are on no list: they are orphans, which a sweep finds
+much later. The key does not wait for it, and without it they can't be read.
+
+Nothing depends on this: a key that stays for longer does no harm, and data that is collected later can't be read any
+more. Every step is idempotent, and any gateway may take it. The oldest ends are looked at first, a bounded number
+each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import structlog
+
+from storaged.errors import StoragedError
+from storaged.meta.names import RegisterName
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import EndedKey
+from storaged.objects.system.buckets import BucketService
+
+AT_ONCE_MAX: Final = 1000
+DUE_MAX: Final = 10_000
+"""Entries of one disk's garbage list that are looked at. Where more are due the collector has not caught up, and keys
+wait."""
+
+log = structlog.get_logger("housekeeping")
+
+
+class Ends(NamedTuple):
+    """What one look found. ``waiting``: keys whose delay is over and that could not be destroyed, the oldest of them
+    ended at ``oldest_ms`` (since 1970), the first of them for this ``reason``."""
+
+    destroyed: int = 0
+    waiting: int = 0
+    oldest_ms: int = 0
+    reason: str = ""
+
+
+async def destroy_ended_keys(plane: ObjectPlane, buckets: BucketService) -> Ends:
+    """One look. Raises ServiceUnavailable, KeyringUnavailable when nothing can be said."""
+    over_ms = plane.clock.wall_ms() - plane.limits.retire_delay_ms - plane.limits.retire_follow_ms
+    ended = sorted(
+        (key for key in await plane.keys.ended_bucket_keys() if key.end.since_ms <= over_ms),
+        key=lambda key: key.end.since_ms,
+    )
+    if not ended:
+        return Ends()
+    uncollected = await _uncollected(plane, ended[:AT_ONCE_MAX])
+    if isinstance(uncollected, str):
+        return Ends(0, len(ended), ended[0].end.since_ms, uncollected)
+    waiting: list[tuple[EndedKey, str]] = []
+    for key in ended[:AT_ONCE_MAX]:
+        try:
+            reason = "it has garbage" if key.bucket_id in uncollected else await _destroy(plane, buckets, key)
+        except StoragedError as error:
+            reason = error.message
+        if reason:
+            log.info("the key of a deleted bucket waits", bucket=key.bucket_id.hex(), reason=reason)
+            waiting.append((key, reason))
+    destroyed = len(ended[:AT_ONCE_MAX]) - len(waiting)
+    if not waiting:
+        return Ends(destroyed)
+    return Ends(destroyed, len(ended) - destroyed, waiting[0][0].end.since_ms, waiting[0][1])
+
+
+async def _uncollected(plane: ObjectPlane, ended: Sequence[EndedKey]) -> set[bytes] | str:
+    """Ids of the buckets of which some disk has garbage; or why that can't be said."""
+    due_ms = max(key.end.since_ms for key in ended) + plane.limits.retire_delay_ms + plane.limits.retire_follow_ms
+    wanted = {key.bucket_id for key in ended}
+    found: set[bytes] = set()
+    for disk in plane.layouts.current.disk_by_id:
+        try:
+            entries = await plane.stores.store(disk).retired(due_ms, DUE_MAX)
+        except (StoragedError, TimeoutError) as error:
+            return f"disk {disk} does not answer: {error}"
+        if len(entries) >= DUE_MAX:
+            return f"disk {disk} is behind with the collection of its garbage"
+        for _, packed in entries:
+            try:
+                scope = RegisterName.unpack(packed).scope
+            except ValueError:
+                continue
+            if scope in wanted:
+                found.add(scope)
+    return found
+
+
+async def _destroy(plane: ObjectPlane, buckets: BucketService, key: EndedKey) -> str:
+    """Why not; empty when it is destroyed."""
+    end = key.end
+    if not await buckets.is_deleted(end.name, key.bucket_id, end.nonce):
+        return "nothing proves that the bucket was deleted"
+    await plane.fences.fence(key.bucket_id, end.shards, end.nonce, final=True)
+    done = await plane.keys.destroy_bucket_key(key.bucket_id, end.nonce)
+    await plane.on_changed("key", key.bucket_id.hex())
+    if done:
+        log.info("the key of a deleted bucket is destroyed", bucket=key.bucket_id.hex(), name=end.name)
+    return ""

@@ -1,0 +1,112 @@
+"""Which index shards a new bucket has. Pure but for the random ids that it is given.
+
+Theory of operation. A register's replicas follow from the bucket's id and the shard's number, so the registers of a
+bucket with countries lie inside
+them only where its shards' partitions do. A shard's number is one byte: of the 256 that an id could have, up to 16
+whose partitions lie inside are
+listed in the record, and keys are spread over these. Where the ring has few such partitions an id may have fewer than
+16 such shards; another id is
+tried then, and the best of some is taken. One shard is enough for a bucket to work: it is then as fast as the three
+disks of one partition.
+A bucket without countries has the first 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from storaged.cluster.layout import PARTITIONS, SHARDS_DEFAULT, Layout, partition_of
+from storaged.errors import ServiceUnavailable
+
+SHARD_NUMBERS = 256
+"""A shard's number is one byte."""
+
+DRAWS_FOR_ALL = 32
+"""Ids that are tried for the full number of shards: from 64 of the 1,024 partitions on, one of these has it."""
+
+DRAWS_MAX = 1024
+"""Ids that are tried for any shard at all. With a single partition inside, one id in five has a shard there."""
+
+
+class Drawn(NamedTuple):
+    """``shard_list`` is empty for the first 16."""
+
+    bucket_id: bytes
+    shards: int
+    shard_list: bytes
+
+
+def draw(layout: Layout, countries: Sequence[str], new_id: Callable[[], bytes]) -> Drawn:
+    """A bucket's id and its shards, every replica of which lies inside ``countries`` (none: anywhere).
+
+    Raises ServiceUnavailable, with the reason, when no partition of the ring lies inside."""
+    if not countries:
+        return Drawn(new_id(), SHARDS_DEFAULT, b"")
+    best = Drawn(b"", 0, b"")
+    for number in range(DRAWS_MAX):
+        if number == DRAWS_FOR_ALL and (best.shards or not any_inside(layout, countries)):
+            break
+        bucket_id = new_id()
+        found = shards_inside(layout, bucket_id, countries)
+        if len(found) > best.shards:
+            best = Drawn(bucket_id, len(found), found)
+        if best.shards == SHARDS_DEFAULT or (best.shards and number >= DRAWS_FOR_ALL):
+            break
+    if not best.shards:
+        raise ServiceUnavailable(f"The bucket was not created: {why_none(layout, countries)}.")
+    return best
+
+
+def shards_inside(layout: Layout, bucket_id: bytes, countries: Sequence[str]) -> bytes:
+    """The numbers of up to 16 shards whose partitions lie inside, ascending; of different partitions as far as there
+    are.
+    """
+    first: list[int] = []
+    more: list[int] = []
+    partitions: set[int] = set()
+    for shard in range(SHARD_NUMBERS):
+        partition = partition_of(bucket_id, shard)
+        if is_inside(layout, partition, countries):
+            (more if partition in partitions else first).append(shard)
+            partitions.add(partition)
+            if len(first) == SHARDS_DEFAULT:
+                break
+    return bytes(sorted((first + more)[:SHARDS_DEFAULT]))
+
+
+def is_inside(layout: Layout, partition: int, countries: Sequence[str]) -> bool:
+    """Whether all replicas of a partition stand in ``countries``. False for one without replicas."""
+    replicas = layout.replicas_of(partition)
+    return bool(replicas) and all(layout.country_of(disk) in countries for disk in replicas)
+
+
+def any_inside(layout: Layout, countries: Sequence[str]) -> bool:
+    return any(is_inside(layout, partition, countries) for partition in range(PARTITIONS))
+
+
+def why_none(layout: Layout, countries: Sequence[str]) -> str:
+    """Why no partition lies inside ``countries``, with the numbers."""
+    named = ", ".join(countries)
+    domains = domains_inside(layout, countries)
+    if len(domains) < layout.replicas:
+        there = f": {', '.join(domains)}" if domains else ""
+        return (
+            f"metadata wants {layout.replicas} replicas in distinct {layout.domain_kind}s, "
+            f"and {named} has {len(domains)} {layout.domain_kind}s with disks{there}"
+        )
+    return (
+        f"none of the ring's {PARTITIONS} partitions has all {layout.replicas} replicas in {named}, where"
+        f" {len(domains)} of {len(set(layout.domain_by_disk.values()))} {layout.domain_kind}s are"
+    )
+
+
+def domains_inside(layout: Layout, countries: Sequence[str]) -> list[str]:
+    """The failure domains that have disks in ``countries`` (none named: all)."""
+    return sorted(
+        {
+            domain
+            for disk, domain in layout.domain_by_disk.items()
+            if not countries or layout.country_of(disk) in countries
+        }
+    )

@@ -1,0 +1,240 @@
+"""Users: registers ``user/ACCESS_KEY`` with the secret key sealed, and ``username/NAME``, which keeps names unique
+(``claims``).
+
+A record grants something, so it carries an authenticator of the keyring over its register's name and sequence number: a
+storage node can neither read a
+secret nor make a user.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from functools import partial
+
+import msgspec
+
+from storaged.errors import DataDamaged, InvalidAccessKeyId, InvalidArgument
+from storaged.meta.names import Change, RegisterName, Value, Visibility, system_name
+from storaged.objects.api import Principal
+from storaged.objects.cache.ttl import Recent
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import SealBroken
+from storaged.objects.records import UserRecord
+from storaged.objects.system import claims, rows
+from storaged.objects.system.claims import NameClaim
+from storaged.wire import Message, decode, encode
+
+PREFIX = "user/"
+CLAIM_STALE_MS = 600_000
+"""A name whose user was not made within this time of being claimed is free again: the gateway stopped in between."""
+NAME_BYTES_MAX = 128
+_USER_ID = re.compile(r"[0-9a-f]{64}")
+
+
+class UserSecret(Message, frozen=True):
+    """Sealed in ``UserRecord.sealed``."""
+
+    secret_key: str
+
+
+class UserService:
+    """Implements ``api.Users``."""
+
+    def __init__(self, plane: ObjectPlane) -> None:
+        self._plane = plane
+        limits = plane.limits
+        self._recent: Recent[str, tuple[Principal, str]] = Recent(
+            plane.clock, limits.user_cache_s, limits.cache_entries_max, self._load, plane.background.spawn
+        )
+
+    def _decode(self, name: RegisterName, value: Value | None) -> UserRecord | None:
+        """Raises DataDamaged for a record that no gateway of this cluster made."""
+        if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+            return None
+        return self._verified(name, value)
+
+    def _verified(self, name: RegisterName, value: Value) -> UserRecord:
+        try:
+            record = decode(value.body, UserRecord)
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"The record of a user cannot be read: {error}") from None
+        unsigned = encode(msgspec.structs.replace(record, authenticator=b""))
+        if not self._plane.keys.verify(rows.context_of(name, value.sequence), unsigned, record.authenticator):
+            raise DataDamaged("The record of a user is not authentic.")
+        return record
+
+    def require_authentic(self, name: RegisterName, value: Value) -> None:
+        """Raises DataDamaged for a value that no gateway of this cluster wrote: also for a removal, which leaves a
+        record that says so. (Those from before left
+        nothing: they count where a majority holds them.)"""
+        record = self._verified(name, value)
+        if (value.visibility == Visibility.TOMBSTONE) != (record.user_id == ""):
+            raise DataDamaged("The record of a user says otherwise than its row.")
+
+    def _open(self, name: RegisterName, record: UserRecord) -> tuple[Principal, str]:
+        try:
+            secret = decode(self._plane.keys.open_secret(record.sealed, (name.pack(), b"secret")), UserSecret)
+        except (SealBroken, msgspec.MsgspecError) as error:
+            raise DataDamaged(f"The secret of a user does not open: {error}") from None
+        return Principal(record.user_id, record.name, record.access_key), secret.secret_key
+
+    async def lookup(self, access_key: str) -> tuple[Principal, str]:
+        """Raises InvalidAccessKeyId."""
+        return await self._recent.get(access_key)
+
+    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
+        return self._recent.at_hand(access_key)
+
+    async def _load(self, access_key: str) -> tuple[Principal, str]:
+        if not _is_access_key(access_key):
+            raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
+        record = await self._read(access_key)
+        if record is None:
+            raise InvalidAccessKeyId(AWSAccessKeyId=access_key)
+        return self._open(system_name(PREFIX + access_key), record)
+
+    async def _read(self, access_key: str) -> UserRecord | None:
+        """The record of an access key as it is now, healed where that can be. Raises DataDamaged,
+        ServiceUnavailable.
+        """
+        plane, register = self._plane, system_name(PREFIX + access_key)
+
+        def renewed(value: Value, record: UserRecord) -> Change:
+            return self._change(register, value, record)
+
+        return await rows.read(plane.registers, plane.bad_rows, self._decode, renewed, PREFIX + access_key)
+
+    def _change(self, register: RegisterName, before: Value | None, record: UserRecord) -> Change:
+        plain = msgspec.structs.replace(record, authenticator=b"")
+        sequence = rows.sequence_after(before)
+        tag = self._plane.keys.authenticate(rows.context_of(register, sequence), encode(plain))
+        return Change(encode(msgspec.structs.replace(plain, authenticator=tag)))
+
+    async def add(
+        self, name: str, *, access_key: str = "", secret_key: str = "", email: str = "", user_id: str = ""
+    ) -> tuple[Principal, str]:
+        """Random keys unless given. The name is claimed first, then the user made. With the ``user_id`` of another,
+        present or removed, it shares that one's
+        buckets: so keys are exchanged. Raises InvalidArgument when the name or the access key is taken, or can't be
+        one."""
+        if not name.strip() or name != name.strip() or len(name.encode()) > NAME_BYTES_MAX or not name.isprintable():
+            raise InvalidArgument(
+                f"A user's name has 1 to {NAME_BYTES_MAX} printable characters, and no space at either end."
+            )
+        if user_id and not _USER_ID.fullmatch(user_id):
+            raise InvalidArgument("A user id has 64 hexadecimal digits.")
+        access_key = access_key or _random_text(self._plane.entropy(15))
+        secret_key = secret_key or base64.b64encode(self._plane.entropy(30)).decode()
+        if not _is_access_key(access_key):
+            raise InvalidArgument("An access key has 3 to 128 letters, digits, or characters of _-.")
+        await self._claim(name, access_key)
+        register = system_name(PREFIX + access_key)
+        plain = UserRecord(
+            access_key,
+            user_id or self._plane.entropy(32).hex(),
+            name,
+            self._plane.clock.wall_ms(),
+            self._plane.keys.seal_secret(encode(UserSecret(secret_key)), (register.pack(), b"secret")),
+            email,
+        )
+
+        def update(value: Value | None) -> Change:
+            if self._decode(register, value) is not None:
+                raise InvalidArgument(f"The access key {access_key} is taken.")
+            return self._change(register, value, plain)
+
+        await self._plane.registers.change(register, update)
+        await self._changed(access_key)
+        return Principal(plain.user_id, name, access_key), secret_key
+
+    def _removed(self, register: RegisterName, access_key: str, before: Value | None) -> Change:
+        """A record without a user, so that a removal is as authentic as what it removes."""
+        return self._change(register, before, UserRecord(access_key, "", "", 0, b""))._replace(
+            visibility=Visibility.TOMBSTONE
+        )
+
+    async def _changed(self, access_key: str) -> None:
+        self._recent.forget(access_key)
+        await self._plane.on_changed("user", access_key)
+
+    def forget(self, access_key: str) -> None:
+        """Another process of this gateway has changed it."""
+        self._recent.forget(access_key)
+
+    async def _claim(self, name: str, access_key: str) -> None:
+        register, now_ms = claims.register_of(name), self._plane.clock.wall_ms()
+        before = claims.claim_of(self._plane, register, (await self._plane.registers.read(register)).value)
+        if before is claims.DAMAGED and any(user.display_name == name for user in await self.list_users()):
+            raise InvalidArgument(f"There is a user named {name} already.")
+        if before is not None and before is not claims.DAMAGED and before.access_key != access_key:
+            user = system_name(PREFIX + before.access_key)
+            held = self._decode(user, (await self._plane.registers.read(user)).value)
+            if (held is not None and held.name == name) or now_ms - before.claimed_ms < CLAIM_STALE_MS:
+                raise InvalidArgument(f"There is a user named {name} already.")
+
+        def update(value: Value | None) -> Change:
+            if claims.claim_of(self._plane, register, value) != before:
+                raise InvalidArgument(f"There is a user named {name} already.")
+            return claims.claimed(self._plane, register, value, NameClaim(access_key, now_ms))
+
+        await self._plane.registers.change(register, update)
+
+    async def list_users(self) -> list[Principal]:
+        """By access key. What can't be used is healed, or passed over and named in ``plane.bad_rows``."""
+        plane = self._plane
+        users = await rows.scan_healed(plane.scanner, plane.bad_rows, self._decode, PREFIX, self._read)
+        return [
+            Principal(user.user_id, user.name, user.access_key)
+            for user in sorted(users, key=lambda user: user.access_key)
+        ]
+
+    async def check_names(self) -> None:
+        """Names the claims that can't be used in ``plane.bad_rows``."""
+        plane = self._plane
+        bad: dict[bytes, str] = {}
+        prefix = claims.PREFIX.encode()
+        async for _ in rows.scan(plane.scanner, plane.bad_rows, partial(claims.decode_claim, plane), prefix, found=bad):
+            pass
+        plane.bad_rows.replace(prefix, bad)
+
+    async def remove(self, name_or_access_key: str) -> Principal:
+        """The access key stops working within the cache's moment; buckets stay. Who it was; nothing but the access key
+        of one whose record can't be used.
+
+        Raises InvalidArgument when there is no such user."""
+        register = claims.register_of(name_or_access_key)
+        claim = claims.claim_of(self._plane, register, (await self._plane.registers.read(register)).value)
+        claim = None if claim is claims.DAMAGED else claim
+        access_key = claim.access_key if claim is not None else name_or_access_key
+        user = system_name(PREFIX + access_key)
+        try:
+            found = await self._read(access_key) if _is_access_key(access_key) else None
+        except DataDamaged:  # it can't be used, and the operator wants it gone
+            await self._plane.registers.change(user, partial(self._removed, user, access_key))
+            self._plane.bad_rows.clear(user.key)
+            await self._changed(access_key)
+            return Principal("", name_or_access_key, access_key)
+        if found is None or (claim is not None and found.name != name_or_access_key):  # a claim grants nothing
+            raise InvalidArgument(f"There is no user {name_or_access_key}.")
+        await self._plane.registers.change(user, partial(self._removed, user, access_key))
+        await self._changed(access_key)
+
+        own = claims.register_of(found.name)
+
+        def release(value: Value | None) -> Change | None:
+            held = claims.claim_of(self._plane, own, value)
+            mine = held is not None and (held is claims.DAMAGED or held.access_key == access_key)
+            return claims.released(self._plane, own, value) if mine else None
+
+        await self._plane.registers.change(own, release)
+        return Principal(found.user_id, found.name, access_key)
+
+
+def _is_access_key(text: str) -> bool:
+    return 3 <= len(text) <= 128 and text.isascii() and all(letter.isalnum() or letter in "_-." for letter in text)
+
+
+def _random_text(raw: bytes) -> str:
+    """Letters and digits, as access keys are."""
+    return base64.b32encode(raw).decode()

@@ -1,0 +1,1 @@
+"""Every operation that changes objects, from the request's body to the committed record."""

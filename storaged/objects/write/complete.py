@@ -1,0 +1,489 @@
+"""Completing a multipart upload: the parts' entries move from their rows into the object's record; no data moves.
+
+Theory of operation. The upload's register first pins the version that will be made (Completing), so that a Complete
+taken up again by another gateway, or repeated by the
+client, makes the same one, whose pages it renews first. The object's register is then changed under the conditions, and
+the upload becomes Done with the answer, kept for repeats. Between its
+promise on the object and its accept a Complete looks whether the upload is still Completing: an abort changes that
+first and settles the object afterwards, so of the
+two exactly one wins. When a Complete that is taken up again finds the object changed since the version was pinned, and
+not by it, whether the first try took effect
+and was overwritten can't be known: the upload is opened again and the client told of the conflict.
+
+Equal requests at the same time: the one whose pin comes first makes the object. The others wait for its answer, up to
+a second, and then take it up again as above, so all of them give the same answer. A request that names other parts
+waits as long, and is then refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from storaged.errors import (
+    BadDigest,
+    ConditionalRequestConflict,
+    EntityTooLarge,
+    EntityTooSmall,
+    InvalidPart,
+    InvalidPartOrder,
+    InvalidRequest,
+    MalformedXML,
+    NoSuchKey,
+    NoSuchUpload,
+    PreconditionFailed,
+    ServiceUnavailable,
+    SlowDown,
+)
+from storaged.meta.names import Change, RegisterName, Value, Visibility, object_name
+from storaged.meta.ports import Outcome
+from storaged.objects.api import DEFAULT_ALGORITHM, NO_WRITE_CONDITIONS, CompletedPart, PutResult, WriteConditions
+from storaged.objects.background import cancel_all
+from storaged.objects.code.manifest import renew_pages, write_manifest, write_sealed_parts
+from storaged.objects.code.versions import (
+    BucketKeys,
+    KeyNeeded,
+    current_of,
+    decode_record,
+    open_version,
+    record_change,
+    seal_version,
+)
+from storaged.objects.conditions import check_write, needs_etag
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import (
+    NULL_VERSION,
+    PARTS_INLINE_MAX,
+    BucketRecord,
+    CompleteResult,
+    ObjectRecord,
+    PartRecord,
+    SealedPart,
+    UploadRecord,
+    Version,
+    decode_version,
+)
+from storaged.objects.write.checksums import FULL_OBJECT, multipart_checksum, multipart_etag, same_checksums
+from storaged.objects.write.commit import ProposedAgain
+from storaged.objects.write.put import check_early
+from storaged.objects.write.retire import retire_parts, retire_replaced
+from storaged.objects.write.uploads import (
+    COMPLETING,
+    DONE,
+    OPEN,
+    OpenedUpload,
+    decode_upload,
+    open_upload,
+    part_rows,
+    renew_digest,
+    upload_text,
+)
+from storaged.wire import encode
+
+ATTEMPTS_MAX = 12
+WAITS_MAX = 6
+"""Of 0.01 to 0.02 s, doubled each time: up to 1.3 s for another request that completes the same upload."""
+
+Rows = dict[int, tuple[PartRecord, SealedPart]]
+
+
+class _Moved(Exception):
+    """The object changed since the version was pinned, and does not hold it."""
+
+
+class _Overtaken(Exception):
+    """Another request has pinned, reopened or finished the upload: what its record says now decides."""
+
+
+class _HeldPages:
+    """The pages of a version that is about to be proposed, not named by a record yet: they must be younger than what
+    the sweep of orphans takes.
+    """
+
+    def __init__(self, plane: ObjectPlane, near: RegisterName) -> None:
+        self._plane = plane
+        self._near = near
+        self.hashes: tuple[bytes, ...] = ()
+        self._note_age()
+
+    def _note_age(self) -> None:
+        self._since, self._since_ms = self._plane.clock.monotonic(), self._plane.clock.wall_ms()
+
+    async def renew(self) -> None:
+        """Before anything is proposed once more: what was in the way may have taken long. Raises DataDamaged,
+        ServiceUnavailable.
+        """
+        self._note_age()
+        await renew_pages(self._plane.pages, self._near, self.hashes)
+
+    def check_age(self) -> None:
+        """On the record that a promise brought. Raises ServiceUnavailable."""
+        try:
+            self._plane.check_age(self._since, self._since_ms)
+        except ServiceUnavailable:
+            raise ServiceUnavailable("Completing this upload took longer than is safe. Retry.") from None
+
+
+async def complete(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    upload_id: str,
+    parts: Sequence[CompletedPart],
+    *,
+    owner: str,
+    checksums: Mapping[str, str] | None = None,
+    checksum_type: str = "",
+    declared_size: int | None = None,
+    conditions: WriteConditions = NO_WRITE_CONDITIONS,
+) -> PutResult:
+    """Makes an object of an upload's parts. A repeat of a Complete that succeeded answers what it did.
+
+    Raises NoSuchUpload, MalformedXML (no parts), InvalidPart, InvalidPartOrder, EntityTooSmall, EntityTooLarge,
+    BadDigest, InvalidRequest, and as the conditions do.
+    """
+    request = _request_digest(parts, checksums or {}, checksum_type, declared_size)
+    waits = 0
+    for _ in range(ATTEMPTS_MAX):
+        upload = await open_upload(plane, bucket, key, upload_id)
+        record, digest = upload.record, upload.keyed(request)
+        equal = hmac.compare_digest(upload.renewed(record).request_digest, digest)
+        if record.state == DONE and equal:
+            await renew_digest(plane, upload)
+            return _answer(upload.open_result())
+        if record.state not in (OPEN, COMPLETING):
+            raise NoSuchUpload(UploadId=upload_id)
+        if record.state == COMPLETING and waits < WAITS_MAX:
+            await asyncio.sleep(0.01 * 2**waits * (1 + plane.entropy(1)[0] / 255))
+            waits += 1
+            continue
+        if not equal and record.state == COMPLETING:
+            raise ConditionalRequestConflict(
+                "Another request is completing this upload with other parts. Retry when it has ended."
+            )
+        try:
+            return await _complete_once(
+                plane, bucket, upload, digest, parts, owner, checksums or {}, checksum_type, declared_size, conditions
+            )
+        except _Overtaken:
+            continue
+    raise SlowDown("Others complete this upload all the time. Please reduce your request rate.")
+
+
+async def _complete_once(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    upload: OpenedUpload,
+    digest: bytes,
+    parts: Sequence[CompletedPart],
+    owner: str,
+    checksums: Mapping[str, str],
+    checksum_type: str,
+    declared_size: int | None,
+    conditions: WriteConditions,
+) -> PutResult:
+    """Raises _Overtaken, and as ``complete``."""
+    name, keys = object_name(bucket.id, bucket.shard_numbers, upload.place.key), BucketKeys(plane, bucket)
+    held = _HeldPages(plane, name)
+    resumed = upload.record.state == COMPLETING
+    rows = await _rows(plane, bucket, upload)
+    if not resumed:
+        await check_early(plane, name, upload.place, keys, conditions)
+        algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
+        chosen = await plane.in_thread(_chosen, plane, rows, parts, algorithm)
+        version = await _make_version(plane, name, upload, chosen, owner, checksums, checksum_type, declared_size)
+        held.hashes = version.pages
+        upload = upload._replace(record=await _pin(plane, name, upload, version, digest, held))
+    version = decode_version(upload.record.pinned)
+    if resumed:
+        held.hashes = version.pages
+        await held.renew()
+    try:
+        outcome = await _commit(plane, name, keys, upload, version, conditions, held, resumed=resumed)
+    except (PreconditionFailed, NoSuchKey):
+        await _reopen(plane, upload)
+        raise
+    except _Moved:
+        await plane.registers.settle(name)
+        if await _reopen(plane, upload) not in (OPEN, COMPLETING):
+            raise _Overtaken from None
+        raise ConditionalRequestConflict(
+            "The object changed while this upload was being completed. Read it, then retry or abort."
+        ) from None
+    retire_replaced(plane, bucket, name, decode_record(outcome.before), ObjectRecord((version,)))
+    result = await _done(plane, bucket, upload, version)
+    named = {part.number for part in parts}
+    unused = [row.entry for number, (row, _) in rows.items() if number not in named]
+    if unused:
+        plane.background.spawn(retire_parts(plane, bucket, name, unused))
+    return _answer(result)
+
+
+def _answer(result: CompleteResult) -> PutResult:
+    return PutResult(
+        result.etag, result.version_id, result.size, result.checksums, result.checksum_type, result.modified_ms
+    )
+
+
+def _request_digest(
+    parts: Sequence[CompletedPart], checksums: Mapping[str, str], checksum_type: str, size: int | None
+) -> bytes:
+    """Computable from content: it never leaves the gateway but keyed (``OpenedUpload.keyed``)."""
+    said = [(part.number, part.etag, sorted(part.checksums.items())) for part in parts]
+    return hashlib.sha256(msgspec.msgpack.encode([said, sorted(checksums.items()), checksum_type, size])).digest()
+
+
+async def _rows(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> Rows:
+    rows = [row async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id)]
+    opened = await plane.in_thread(lambda: [upload.open_part(row) for row in rows])
+    return {row.entry.number: (row, part) for row, part in zip(rows, opened, strict=True)}
+
+
+def _chosen(
+    plane: ObjectPlane, rows: Rows, parts: Sequence[CompletedPart], algorithm: str
+) -> list[tuple[PartRecord, SealedPart]]:
+    """The parts that the client names, checked against what was uploaded."""
+    if not parts or len(parts) > plane.limits.parts_max:
+        raise MalformedXML
+    numbers = [part.number for part in parts]
+    if any(first >= second for first, second in itertools.pairwise(numbers)):
+        raise InvalidPartOrder
+    chosen = []
+    for part in parts:
+        found = rows.get(part.number)
+        if (
+            found is None
+            or found[1].etag != part.etag
+            or not same_checksums(part.checksums, {algorithm: found[1].checksum})
+        ):
+            raise InvalidPart(PartNumber=str(part.number), ETag=part.etag)
+        chosen.append(found)
+    for row, sealed in chosen[:-1]:
+        if sealed.size < plane.limits.part_bytes_min:
+            raise EntityTooSmall(
+                ProposedSize=str(sealed.size),
+                MinSizeAllowed=str(plane.limits.part_bytes_min),
+                PartNumber=str(row.entry.number),
+                ETag=sealed.etag,
+            )
+    return chosen
+
+
+async def _make_version(
+    plane: ObjectPlane,
+    name: RegisterName,
+    upload: OpenedUpload,
+    chosen: Sequence[tuple[PartRecord, SealedPart]],
+    owner: str,
+    checksums: Mapping[str, str],
+    checksum_type: str,
+    declared_size: int | None,
+) -> Version:
+    """The version that these parts make; its pages are durable when this returns."""
+    parts = [part for _, part in chosen]
+    size = sum(part.size for part in parts)
+    if size > plane.limits.object_bytes_max:
+        raise EntityTooLarge(MaxSizeAllowed=str(plane.limits.object_bytes_max), ProposedSize=str(size))
+    if declared_size is not None and declared_size != size:
+        raise InvalidRequest(f"The parts have {size} bytes; x-amz-mp-object-size says {declared_size}.")
+    found, kind = await plane.in_thread(
+        _checksums, upload.record, parts, checksums, checksum_type
+    )  # of 10,000 parts some 50 ms
+    manifest = await write_manifest(plane.pages, name, [row.entry for row, _ in chosen])
+    context_id = upload.record.upload_id
+    meta = msgspec.structs.replace(
+        upload.meta,
+        etag=multipart_etag([part.etag for part in parts]),
+        checksums=found,
+        checksum_type=kind,
+        size=size,
+    )
+    sealed_pages: tuple[bytes, ...] = ()
+    if len(parts) <= PARTS_INLINE_MAX:
+        meta = msgspec.structs.replace(meta, parts=tuple(parts))
+    else:
+        context = upload.place.context(NULL_VERSION, context_id)
+        sealed_pages = await write_sealed_parts(plane.pages, name, upload.dek, context, parts, plane.entropy)
+        meta = msgspec.structs.replace(meta, parts_page=sealed_pages[0])
+    return seal_version(
+        plane,
+        upload.place,
+        upload.key,
+        upload.dek,
+        meta,
+        version_id=NULL_VERSION,
+        context_id=context_id,
+        owner=owner,
+        modified_ms=plane.clock.wall_ms(),
+        parts=manifest.parts,
+        manifest=manifest.first,
+        multipart=True,
+        part_count=len(parts),
+        pages=manifest.pages + sealed_pages,
+    )
+
+
+def _checksums(
+    record: UploadRecord, parts: Sequence[SealedPart], declared: Mapping[str, str], checksum_type: str
+) -> tuple[dict[str, str], str]:
+    """(algorithm -> value, type) of the whole: of the algorithm that the upload was created for, or CRC64NVME. Raises
+    InvalidRequest, BadDigest."""
+    algorithm, kind = record.checksum_algorithm or DEFAULT_ALGORITHM, record.checksum_type or FULL_OBJECT
+    if checksum_type and checksum_type != kind:
+        raise BadDigest(f"The upload was created for checksums of type {kind}, not {checksum_type}.")
+    if any(name != algorithm for name in declared):
+        raise InvalidRequest(f"The upload was created for {algorithm} checksums, not {', '.join(declared)}.")
+    if not record.checksum_algorithm and not declared and not all(part.checksum for part in parts):
+        return {}, ""  # parts from before every part kept a checksum
+    value = multipart_checksum(algorithm, kind, [(part.checksum, part.size) for part in parts])
+    if declared and declared[algorithm] not in (value, value.partition("-")[0]):
+        raise BadDigest(f"The {algorithm} you specified did not match the calculated checksum.")
+    return {algorithm: value}, kind
+
+
+async def _pin(
+    plane: ObjectPlane, name: RegisterName, upload: OpenedUpload, version: Version, digest: bytes, held: _HeldPages
+) -> UploadRecord:
+    """Open -> Completing. Raises NoSuchUpload, _Overtaken."""
+    before = (await plane.registers.read(name)).value
+    sequence = before.sequence if before is not None else 0
+
+    def update(value: Value | None) -> Change:
+        record = decode_upload(value)
+        if record is None or record.state not in (OPEN, COMPLETING, DONE):
+            raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
+        if record.state != OPEN:
+            raise _Overtaken
+        held.check_age()
+        pinned = msgspec.structs.replace(
+            record,
+            state=COMPLETING,
+            request_digest=digest,
+            pinned=encode(version),
+            pinned_sequence=sequence,
+            changed_ms=plane.clock.wall_ms(),
+        )
+        return Change(encode(pinned))
+
+    record = decode_upload((await plane.registers.change(upload.name, update, renew=held.renew)).after)
+    assert record is not None
+    return record
+
+
+async def _reopen(plane: ObjectPlane, upload: OpenedUpload) -> str:
+    """Completing -> Open, after a condition that did not hold: the client may abort, or complete again. Returns the
+    state that was found."""
+    found = ""
+
+    def update(value: Value | None) -> Change | None:
+        nonlocal found
+        record = decode_upload(value)
+        found = record.state if record is not None else ""
+        if record is None or record.state != COMPLETING or record.pinned != upload.record.pinned:
+            return None
+        opened = msgspec.structs.replace(
+            record, state=OPEN, request_digest=b"", pinned=b"", pinned_sequence=0, changed_ms=plane.clock.wall_ms()
+        )
+        return Change(encode(opened))
+
+    await plane.registers.change(upload.name, update)
+    return found
+
+
+async def _commit(
+    plane: ObjectPlane,
+    name: RegisterName,
+    keys: BucketKeys,
+    upload: OpenedUpload,
+    version: Version,
+    conditions: WriteConditions,
+    held: _HeldPages,
+    *,
+    resumed: bool,
+) -> Outcome:
+    """Puts the version into the object's record, once, however often this is tried."""
+    for attempt in range(ATTEMPTS_MAX):
+        promised = asyncio.Event()
+        ran = False
+
+        def update(value: Value | None, promised: asyncio.Event = promised) -> Change | None:
+            nonlocal ran
+            if ran:
+                raise ProposedAgain
+            record = decode_record(value)
+            if any(version.context_id == other.context_id for other in record.versions):
+                change = None
+            elif resumed and (value.sequence if value is not None else 0) != upload.record.pinned_sequence:
+                raise _Moved
+            else:
+                check_write(conditions, current_of(upload.place, record, keys, with_etag=needs_etag(conditions)))
+                held.check_age()
+                change = record_change(ObjectRecord((version,)))
+            ran = True
+            promised.set()
+            return change
+
+        guard = asyncio.ensure_future(_still_completing(plane, upload, promised))
+        try:
+            return await plane.registers.change(name, update, ready=guard)
+        except KeyNeeded as needed:
+            await keys.load(needed.version)
+        except ProposedAgain:
+            await asyncio.sleep(0.01 * 2 ** min(attempt, 6) * plane.entropy(1)[0] / 255)
+            await held.renew()
+        finally:
+            await cancel_all([guard])
+    raise SlowDown(
+        "Others change this key all the time; the upload was not completed. Please reduce your request rate."
+    )
+
+
+async def _still_completing(plane: ObjectPlane, upload: OpenedUpload, promised: asyncio.Event) -> None:
+    """Looks at the upload after the object's replicas have promised: see the theory of operation. When the upload is
+    Done and the record lacks the version, another request has put it there, and it was deleted or overwritten since:
+    it must not come back."""
+    await promised.wait()
+    record = decode_upload((await plane.registers.read(upload.name)).value)
+    if record is None or record.state not in (OPEN, COMPLETING, DONE):
+        raise NoSuchUpload(UploadId=upload_text(upload.record.upload_id))
+    if record.state != COMPLETING or record.pinned != upload.record.pinned:
+        raise _Overtaken
+
+
+async def _done(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload, version: Version) -> CompleteResult:
+    """Completing (or Aborted, when the abort came too late) -> Done."""
+    meta = open_version(
+        upload.place, version, await plane.keys.bucket_key(bucket.id, bucket.countries, version.bucket_key)
+    ).meta
+    result = CompleteResult(
+        meta.etag, version.version_id, version.size, meta.checksums, meta.checksum_type, version.modified_ms
+    )
+    sealed = upload.seal_result(plane, result)
+
+    def update(value: Value | None) -> Change | None:
+        record = decode_upload(value)
+        if record is None or record.state == DONE:
+            return None
+        done = msgspec.structs.replace(
+            upload.renewed(record), state=DONE, result=sealed, pinned=b"", changed_ms=plane.clock.wall_ms()
+        )
+        return Change(encode(done), Visibility.HIDDEN)
+
+    await plane.registers.change(upload.name, update)
+    return result
+
+
+async def finish(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> bool:
+    """After an abort met a Complete: whether that one took effect, in which case the upload is Done after all."""
+    name = object_name(bucket.id, bucket.shard_numbers, upload.place.key)
+    record = decode_record(await plane.registers.settle(name))
+    version = decode_version(upload.record.pinned)
+    if all(version.context_id != other.context_id for other in record.versions):
+        return False
+    await _done(plane, bucket, upload, version)
+    return True

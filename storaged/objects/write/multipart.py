@@ -1,0 +1,409 @@
+"""Multipart uploads but for Complete (``complete``): a register for the upload, a register for every part.
+
+    Open -> Completing(pinned version) -> Done(result)
+    Open | Completing -> Aborted
+
+Every attempt at a part has its own data id, so that one that is superseded, or interrupted, shares nothing with the one
+that counts. Fragments of parts
+name the *object's* register as their owner, for that is where they end; until then ``references`` finds them through
+the upload's rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Set
+
+import msgspec
+import structlog
+
+from storaged.errors import DataDamaged, InvalidArgument, InvalidRange, InvalidRequest, NoSuchUpload, StoragedError
+from storaged.ids import DATA_ID_BYTES, new_upload_id
+from storaged.meta.listing.merge import ROWS_A_PAGE, every_row
+from storaged.meta.names import (
+    Change,
+    RegisterName,
+    Table,
+    Value,
+    Visibility,
+    object_name,
+    part_name,
+    shard_of,
+    upload_name,
+)
+from storaged.meta.ports import Row
+from storaged.objects.api import (
+    CHECKSUM_ALGORITHMS,
+    DEFAULT_ALGORITHM,
+    NO_READ_CONDITIONS,
+    Body,
+    BodyChecks,
+    NewMeta,
+    PartInfo,
+    PutResult,
+    RangeSpec,
+    ReadConditions,
+    UploadInfo,
+)
+from storaged.objects.code.seal import META_LABEL
+from storaged.objects.code.versions import BucketKeys, Place, meta_of
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.read.get import get
+from storaged.objects.read.hedging import HedgeDelay
+from storaged.objects.records import BucketRecord, PartEntry, PartRecord, SealedPart, UploadRecord
+from storaged.objects.write.checksums import COMPOSITE, FULL_OBJECT, can_be_composite, can_be_full_object, default_type
+from storaged.objects.write.complete import finish
+from storaged.objects.write.copy import body_of
+from storaged.objects.write.put import DEK_BYTES, commit_sealed, sealed_body
+from storaged.objects.write.references import live_references
+from storaged.objects.write.retire import retire_parts
+from storaged.objects.write.uploads import (
+    ABORTED,
+    COMPLETING,
+    OPEN,
+    UPLOAD_VERSION,
+    OpenedUpload,
+    decode_upload,
+    has_bare_digest,
+    open_upload,
+    parse_upload_id,
+    part_rows,
+    renew_digest,
+    unseal_upload,
+    upload_of_row,
+    upload_text,
+)
+from storaged.sov1 import SALT_BYTES, seal_message
+from storaged.wire import decode, encode
+
+FORGETS_IN_FLIGHT_MAX = 32
+
+log = structlog.get_logger(__name__)
+
+
+async def create_upload(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    key: bytes,
+    meta: NewMeta,
+    *,
+    owner: str,
+    algorithm: str = "",
+    checksum_type: str = "",
+) -> UploadInfo:
+    """Raises InvalidRequest for a checksum that can't be."""
+    kind = _checked_type(algorithm, checksum_type)
+    upload_id = new_upload_id(shard_of(key, bucket.shard_numbers), plane.entropy)
+    bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries)
+    dek = plane.entropy(DEK_BYTES)
+    context = Place(bucket.id, key).context(UPLOAD_VERSION, upload_id)
+    now_ms = plane.clock.wall_ms()
+    record = UploadRecord(
+        upload_id,
+        OPEN,
+        owner,
+        now_ms,
+        bucket_key.version,
+        upload_id,
+        bucket_key.wrap(dek, context),
+        seal_message(dek, META_LABEL, context, encode(meta_of(meta, "", {}, "", 0)), plane.entropy(SALT_BYTES)),
+        algorithm,
+        kind,
+        changed_ms=now_ms,
+    )
+    await plane.registers.change(upload_name(bucket.id, key, upload_id), lambda value: Change(encode(record)))
+    return UploadInfo(key, upload_text(upload_id), now_ms, owner, meta.storage_class, algorithm, kind)
+
+
+def _checked_type(algorithm: str, checksum_type: str) -> str:
+    if not algorithm:
+        if checksum_type:
+            raise InvalidRequest("A checksum type needs a checksum algorithm.")
+        return ""
+    if algorithm not in CHECKSUM_ALGORITHMS:
+        raise InvalidRequest(f"The checksum algorithm {algorithm} is not known.")
+    kind = checksum_type or default_type(algorithm)
+    if kind not in (FULL_OBJECT, COMPOSITE):
+        raise InvalidRequest(f"The checksum type {kind} is not known.")
+    if kind == FULL_OBJECT and not can_be_full_object(algorithm):
+        raise InvalidRequest(f"The FULL_OBJECT checksum type cannot be used with the {algorithm} algorithm.")
+    if kind == COMPOSITE and not can_be_composite(algorithm):
+        raise InvalidRequest(f"The COMPOSITE checksum type cannot be used with the {algorithm} algorithm.")
+    return kind
+
+
+async def put_part(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, number: int, body: Body, checks: BodyChecks
+) -> PutResult:
+    """Stores one part; another of the same number takes its place. It keeps the checksum that the upload was created
+    for, or CRC64NVME.
+
+    Raises NoSuchUpload, InvalidArgument, InvalidRequest (a checksum of another algorithm), and as ``put``."""
+    if not 1 <= number <= plane.limits.parts_max:
+        raise InvalidArgument(f"Part number must be an integer between 1 and {plane.limits.parts_max}, inclusive.")
+    upload = await open_upload(plane, bucket, key, upload_id)
+    if upload.record.state not in (
+        OPEN,
+        COMPLETING,
+    ):  # a Complete may still fail on its condition, and the upload go on
+        raise NoSuchUpload(UploadId=upload_id)
+    owner = object_name(bucket.id, bucket.shard_numbers, key)
+    row_name = part_name(bucket.id, upload.record.upload_id, number)
+    algorithm, declared = upload.record.checksum_algorithm or DEFAULT_ALGORITHM, {*checks.checksums, *checks.algorithms}
+    if upload.record.checksum_algorithm and declared - {algorithm}:
+        raise InvalidRequest(
+            f"Checksum Type mismatch occurred, expected checksum Type: {algorithm.lower()}, actual checksum Type:"
+            f" {', '.join(declared).lower()}"
+        )
+    if algorithm not in declared:
+        checks = msgspec.structs.replace(checks, algorithms=(*checks.algorithms, algorithm))
+    data_id = plane.entropy(DATA_ID_BYTES)
+    async with sealed_body(
+        plane, bucket, owner, body, checks, dek=upload.dek, data_id=data_id, number=number
+    ) as sealed:
+        digest, now_ms = sealed.digest, plane.clock.wall_ms()
+        part = SealedPart(number, digest.size, digest.etag, digest.checksums.get(algorithm, ""), data_id)
+        secret = upload.seal_part(plane, data_id, part)
+
+        def update(value: Value | None, entry: PartEntry) -> Change:
+            return Change(encode(PartRecord(entry, now_ms, secret)))
+
+        outcome, entry = await commit_sealed(plane, BucketKeys(plane, bucket), row_name, update, sealed)
+        state = decode_upload((await plane.registers.read(upload.name)).value)
+        if state is None or state.state not in (OPEN, COMPLETING):
+            await plane.registers.change(row_name, lambda value: Change(b"", Visibility.TOMBSTONE))
+            raise NoSuchUpload(UploadId=upload_id)
+    before = outcome.before
+    if before is not None and before.visibility == Visibility.LIVE:
+        replaced = decode(before.body, PartRecord).entry
+        if replaced.data_id != entry.data_id:
+            plane.background.spawn(retire_parts(plane, bucket, owner, [replaced]))
+    told = {name: value for name, value in digest.checksums.items() if name in (declared or {algorithm})}
+    return PutResult(digest.etag, size=digest.size, checksums=told, modified_ms=now_ms)
+
+
+async def copy_part(
+    plane: ObjectPlane,
+    hedge: HedgeDelay,
+    source_bucket: BucketRecord,
+    source_key: bytes,
+    span: RangeSpec | None,
+    bucket: BucketRecord,
+    key: bytes,
+    upload_id: str,
+    number: int,
+    *,
+    version_id: str = "",
+    source_conditions: ReadConditions = NO_READ_CONDITIONS,
+) -> PutResult:
+    """A part from an object, or a range of one: opened here and sealed anew."""
+    stream = await get(
+        plane,
+        hedge,
+        source_bucket,
+        source_key,
+        version_id=version_id,
+        conditions=source_conditions,
+        span=span,
+        as_copy_source=True,
+    )
+    try:
+        if span is not None and span.last is not None and span.last >= stream.info.size:
+            raise InvalidRange(f"The range is not within the source, which has {stream.info.size} bytes.")
+        return await put_part(plane, bucket, key, upload_id, number, body_of(stream), BodyChecks(size=stream.length))
+    finally:
+        await stream.close()
+
+
+async def abort(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> None:
+    """Ends an upload; its parts go to the garbage lists. Raises NoSuchUpload (also when it turns out to have been
+    completed).
+
+    An upload may be in the middle of a Complete whose gateway died, or is only slow. Once it is Aborted no Complete
+    goes on (each looks after its promise);
+    the round that settles the object then ends the promises made before, and shows whether one of those came first.
+    """
+    upload = await open_upload(plane, bucket, key, upload_id)
+    before = upload.record
+
+    def update(value: Value | None) -> Change:
+        record = decode_upload(value)
+        if record is None or record.state not in (OPEN, COMPLETING):
+            raise NoSuchUpload(UploadId=upload_id)
+        nonlocal before
+        before = record
+        changed = msgspec.structs.replace(upload.renewed(record), state=ABORTED, changed_ms=plane.clock.wall_ms())
+        return Change(encode(changed), Visibility.HIDDEN)
+
+    await plane.registers.change(upload.name, update)
+    if before.state == COMPLETING and await finish(plane, bucket, upload._replace(record=before)):
+        raise NoSuchUpload(UploadId=upload_id)
+    plane.background.spawn(drop_parts(plane, bucket, upload))
+
+
+async def drop_parts(plane: ObjectPlane, bucket: BucketRecord, upload: OpenedUpload) -> None:
+    """Retires every part of an aborted upload, and forgets its rows. What fails here ``forget_finished_uploads`` does
+    later.
+    """
+    owner = object_name(bucket.id, bucket.shard_numbers, upload.place.key)
+    try:
+        await _forget_parts(plane, bucket, owner, upload.record.upload_id, frozenset())
+    except StoragedError:
+        return
+
+
+async def _forget_parts(
+    plane: ObjectPlane, bucket: BucketRecord, owner: RegisterName, upload_id: bytes, kept: Set[bytes]
+) -> None:
+    """Makes tombstones of an upload's part rows; retires the parts that are not ``kept``. Raises NoSuchBucket,
+    ServiceUnavailable.
+    """
+    gate = asyncio.Semaphore(FORGETS_IN_FLIGHT_MAX)
+
+    async def forget(entry: PartEntry) -> None:
+        async with gate:
+            if entry.data_id not in kept:
+                await retire_parts(plane, bucket, owner, [entry])
+            await plane.registers.change(
+                part_name(bucket.id, upload_id, entry.number), lambda value: Change(b"", Visibility.TOMBSTONE)
+            )
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            async for row in part_rows(plane.scanner, bucket.id, upload_id):
+                group.create_task(forget(row.entry))
+    except* StoragedError as failed:
+        raise _first_of(failed) from None
+
+
+async def list_parts(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
+) -> tuple[UploadInfo, list[PartInfo], int | None]:
+    """Parts with a number > ``after``; and the last number when there are more. Raises NoSuchUpload."""
+    upload = await open_upload(plane, bucket, key, upload_id)
+    if upload.record.state not in (OPEN, COMPLETING):
+        raise NoSuchUpload(UploadId=upload_id)
+    found: list[PartInfo] = []
+    algorithm = upload.record.checksum_algorithm or DEFAULT_ALGORITHM
+    async for row in part_rows(plane.scanner, bucket.id, upload.record.upload_id, after=min(after, 0xFFFF)):
+        if len(found) >= limit:
+            return upload.info, found, found[-1].number if found else after
+        part = upload.open_part(row)
+        found.append(
+            PartInfo(
+                part.number, part.size, part.etag, row.modified_ms, algorithm if part.checksum else "", part.checksum
+            )
+        )
+    return upload.info, found, None
+
+
+async def list_uploads(
+    plane: ObjectPlane,
+    bucket: BucketRecord,
+    *,
+    prefix: bytes = b"",
+    after_key: bytes = b"",
+    after_upload: str = "",
+    delimiter: bytes = b"",
+    limit: int = 1000,
+) -> tuple[list[UploadInfo], list[bytes], tuple[bytes, str] | None]:
+    """Uploads in progress, by key, then upload id; common prefixes; and the marker of the next page. One whose row
+    can't be used is left out, and counted.
+
+    A row's key is the object's, a zero byte and the upload id. So grouping is done here: an upload id may hold the
+    delimiter.
+    """
+    uploads: list[UploadInfo] = []
+    groups: dict[bytes, None] = {}
+    marker = (after_key, after_upload)
+    start: bytes | None = _row_after(after_key, after_upload, delimiter)
+    while start is not None:
+        page = await plane.scanner.list_page(
+            Table.UPLOAD, bucket.id, bucket.shard_numbers, prefix=prefix, after=start, limit=ROWS_A_PAGE
+        )
+        start = page.next_after
+        for row in page.rows:
+            key = row.key[: -len(upload_name(b"", b"", bytes(16)).key)]
+            cut = key.find(delimiter, len(prefix)) if delimiter else -1
+            group = key[: cut + len(delimiter)] if cut >= 0 else b""
+            if group in groups:
+                continue
+            if len(uploads) + len(groups) >= limit:
+                return uploads, list(groups), marker if limit else None
+            if group:
+                groups[group] = None
+                marker = (group, "")
+                start = group + b"\xff"
+                break
+            try:
+                record = upload_of_row(row)
+                if record is None:
+                    continue
+                upload = await unseal_upload(plane, bucket, key, upload_name(bucket.id, key, record.upload_id), record)
+            except DataDamaged as error:
+                _note_unreadable(plane, bucket, row, error)
+                continue
+            uploads.append(upload.info)
+            marker = (key, upload.info.upload_id)
+    return uploads, list(groups), None
+
+
+def _row_after(after_key: bytes, after_upload: str, delimiter: bytes) -> bytes:
+    if not after_key:
+        return b""
+    if after_upload:
+        return after_key + b"\0" + parse_upload_id(after_upload)
+    if delimiter and after_key.endswith(delimiter):
+        return after_key + b"\xff"
+    return after_key + b"\0" + b"\xff" * 17
+
+
+def _first_of(failed: BaseExceptionGroup[StoragedError]) -> StoragedError:
+    """One of the errors that ended a group: what a caller of plain functions expects."""
+    first = failed.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def is_older(record: UploadRecord, now_ms: int, keep_ms: int) -> bool:
+    """A finished upload whose rows need not be kept any longer."""
+    return record.state not in (OPEN, COMPLETING) and now_ms - record.changed_ms >= keep_ms
+
+
+async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> int:
+    """Makes tombstones of the rows of uploads that were completed or aborted more than a day ago. Returns how many
+    uploads. Safe to run anywhere, any time.
+
+    Records from before get their digest keyed (``renew_digest``). One that can't be used is counted, and passed
+    over."""
+    forgotten = 0
+    async for row in every_row(plane.scanner, Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True):
+        try:
+            forgotten += await _forget_finished(plane, bucket, row)
+        except DataDamaged as error:
+            _note_unreadable(plane, bucket, row, error)
+    return forgotten
+
+
+async def _forget_finished(plane: ObjectPlane, bucket: BucketRecord, row: Row) -> bool:
+    """Raises DataDamaged."""
+    record = upload_of_row(row)
+    if record is None:
+        return False
+    key = row.key[: -1 - len(record.upload_id)]
+    name = upload_name(bucket.id, key, record.upload_id)
+    if has_bare_digest(record):
+        await renew_digest(plane, await unseal_upload(plane, bucket, key, name, record))
+    if not is_older(record, plane.clock.wall_ms(), plane.limits.upload_keep_ms):
+        return False
+    owner = object_name(bucket.id, bucket.shard_numbers, key)
+    kept = await live_references(plane.registers, plane.scanner, plane.pages, owner)
+    await _forget_parts(plane, bucket, owner, record.upload_id, kept)
+    await plane.registers.change(name, lambda value: Change(b"", Visibility.TOMBSTONE))
+    return True
+
+
+def _note_unreadable(plane: ObjectPlane, bucket: BucketRecord, row: Row, error: DataDamaged) -> None:
+    plane.counters.uploads_unreadable += 1
+    log.warning(
+        "the record of an upload cannot be used", bucket=bucket.name, row=row.key[:80].hex(), reason=error.message
+    )

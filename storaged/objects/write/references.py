@@ -1,0 +1,102 @@
+"""Which data is referred to: what the collector of garbage asks before it deletes, and what repair walks.
+
+Every fragment names one owner, the register of the *object* that it belongs to, or will: also a part of an upload that
+is still open. So a data id is referred to by
+
+* the object's record, in a part of a version or on a page of its manifest; or
+* the row of a part of an open or completing upload for that key; or
+* the version that a completing upload has pinned.
+
+A part moves from the second to the third to the first and never back, and each place is written before the one before
+it is cleared. ``live_references`` therefore looks
+at the uploads first and at the object last, after a round that ends all earlier promises on it: what it does not find
+then is referred to by nothing, and
+never will be, for a data id is proposed only by the request that drew it, and that one looks again before it proposes a
+second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from storaged.errors import DataDamaged, NoSuchBucket
+from storaged.meta.names import RegisterName, Table
+from storaged.meta.ports import Pages, Registers, Scanner
+from storaged.objects.code.manifest import checked, parts_of
+from storaged.objects.code.versions import decode_record
+from storaged.objects.records import PartEntry, PartRecord, UploadRecord, Version, decode_object, decode_version
+from storaged.objects.write.uploads import COMPLETING, living_uploads, part_rows
+from storaged.wire import decode
+
+
+def versions_in(record: bytes, table: int) -> tuple[Version, ...]:
+    """The versions that a record of the OBJECT or UPLOAD table holds; those may have a manifest of pages. Raises
+    DataDamaged.
+    """
+    if not record:
+        return ()
+    try:
+        if table == Table.OBJECT:
+            return decode_object(record).versions
+        if table == Table.UPLOAD:
+            upload = decode(record, UploadRecord)
+            return (decode_version(upload.pinned),) if upload.state == COMPLETING and upload.pinned else ()
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"A record cannot be read: {error}") from None
+    return ()
+
+
+def references(record: bytes, table: int) -> set[bytes]:
+    """Data ids that a record names itself (not those on pages of a manifest). Raises DataDamaged."""
+    if table == Table.PART and record:
+        try:
+            return {decode(record, PartRecord).entry.data_id}
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"A record cannot be read: {error}") from None
+    return {part.data_id for version in versions_in(record, table) for part in version.parts}
+
+
+async def parts_in(pages: Pages, near: RegisterName, record: bytes, table: int) -> AsyncIterator[PartEntry]:
+    """All parts that a record refers to, those on pages of manifests too. ``near`` is the object's register. Raises
+    DataDamaged.
+    """
+    if table == Table.PART and record:
+        try:
+            yield checked(decode(record, PartRecord).entry)
+        except msgspec.MsgspecError as error:
+            raise DataDamaged(f"A record cannot be read: {error}") from None
+    for version in versions_in(record, table):
+        async for part in parts_of(pages, near, version):
+            yield part
+
+
+async def live_references(
+    registers: Registers, scanner: Scanner, pages: Pages, owner: RegisterName, *, uploads: bool = True
+) -> set[bytes]:
+    """Every data id that is referred to from the object of ``owner`` or an upload for it, now and after every proposal
+    that was under way. ``uploads`` False: none
+    was open for the key when the caller looked, after it had got the data ids that it asks about.
+
+    Of a bucket that was deleted for good there are none. Raises ServiceUnavailable, DataDamaged when this can't be
+    known: then nothing may be deleted.
+    """
+    found: set[bytes] = set()
+    if uploads:
+        async for upload in living_uploads(scanner, owner):
+            async for part in parts_in(pages, owner, upload.value.body, Table.UPLOAD):
+                found.add(part.data_id)
+            async for row in part_rows(scanner, owner.scope, upload.record.upload_id):
+                found.add(row.entry.data_id)
+    try:
+        value = await registers.settle(owner)
+    except NoSuchBucket as error:
+        if error.details.get("final"):
+            return set()
+        raise
+    record = decode_record(value)
+    for version in record.versions:
+        async for part in parts_of(pages, owner, version):
+            found.add(part.data_id)
+    return found

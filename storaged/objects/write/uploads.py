@@ -1,0 +1,238 @@
+"""An upload's register and its parts' rows: opening and sealing what they hold."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from storaged.errors import DataDamaged, NoSuchUpload
+from storaged.ids import UPLOAD_ID_BYTES
+from storaged.meta.listing.merge import every_row
+from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, upload_name
+from storaged.meta.ports import Row, Scanner
+from storaged.objects.api import UploadInfo
+from storaged.objects.code.manifest import checked
+from storaged.objects.code.seal import META_LABEL
+from storaged.objects.code.versions import Place
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.ports import BucketKey, SealBroken, pack_context
+from storaged.objects.records import BucketRecord, CompleteResult, PartRecord, SealedMeta, SealedPart, UploadRecord
+from storaged.sov1 import SALT_BYTES, derive_key, open_message, seal_message
+from storaged.wire import decode, encode
+
+T = TypeVar("T")
+
+OPEN, COMPLETING, DONE, ABORTED = "open", "completing", "done", "aborted"
+
+PART_LABEL = "sov.partmeta.v1"
+RESULT_LABEL = "sov.result.v1"
+REQUEST_LABEL = "sov.request.v1"
+_KEYED = b"\x01"
+"""First byte of a keyed digest of a request, which has 33 bytes. Digests of 32 bytes are from before: a bare SHA-256,
+computable from content."""
+_BARE_DIGEST_BYTES = 32
+UPLOAD_VERSION = "\0upload"
+"""Stands where a version id does in the context of an upload's key; no version has this id."""
+
+
+class OpenedUpload(NamedTuple):
+    """An upload with its secrets. ``place`` and ``record.upload_id`` are what they are bound to."""
+
+    name: RegisterName
+    place: Place
+    record: UploadRecord
+    key: BucketKey
+    dek: bytes
+    meta: SealedMeta
+
+    @property
+    def info(self) -> UploadInfo:
+        record = self.record
+        return UploadInfo(
+            self.place.key,
+            upload_text(record.upload_id),
+            record.created_ms,
+            record.owner,
+            self.meta.storage_class,
+            record.checksum_algorithm,
+            record.checksum_type,
+        )
+
+    def part_context(self, data_id: bytes) -> bytes:
+        return pack_context(self.place.context(UPLOAD_VERSION, self.record.upload_id), [data_id])
+
+    def seal_part(self, plane: ObjectPlane, data_id: bytes, part: SealedPart) -> bytes:
+        return seal_message(self.dek, PART_LABEL, self.part_context(data_id), encode(part), plane.entropy(SALT_BYTES))
+
+    def open_part(self, row: PartRecord) -> SealedPart:
+        """About 30 us. Raises DataDamaged, also for a row whose number, size or data is not what was sealed."""
+        part = _opened(self.dek, PART_LABEL, self.part_context(row.entry.data_id), row.sealed, SealedPart)
+        if not part.names(row.entry):
+            raise DataDamaged("The row of a part says otherwise than what is sealed in it.")
+        return part
+
+    def keyed(self, request: bytes) -> bytes:
+        """The form in which a Complete's digest (SHA-256, 32 bytes) is kept: without the upload's key it says nothing
+        about the parts."""
+        context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
+        return _KEYED + derive_key(self.dek, REQUEST_LABEL, context + request)
+
+    def renewed(self, record: UploadRecord) -> UploadRecord:
+        """A record of this upload without a bare digest: it is keyed."""
+        bare = record.request_digest
+        if len(bare) != _BARE_DIGEST_BYTES:
+            return record
+        return msgspec.structs.replace(record, request_digest=self.keyed(bare))
+
+    def seal_result(self, plane: ObjectPlane, result: CompleteResult) -> bytes:
+        context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
+        return seal_message(self.dek, RESULT_LABEL, context, encode(result), plane.entropy(SALT_BYTES))
+
+    def open_result(self) -> CompleteResult:
+        """Raises DataDamaged."""
+        context = self.place.context(UPLOAD_VERSION, self.record.upload_id)
+        return _opened(self.dek, RESULT_LABEL, context, self.record.result, CompleteResult)
+
+
+def _opened(dek: bytes, label: str, context: bytes, sealed: bytes, kind: type[T]) -> T:
+    try:
+        return decode(open_message(dek, label, context, sealed), kind)
+    except (SealBroken, msgspec.MsgspecError) as error:
+        raise DataDamaged(f"What is sealed in an upload's record does not open: {error}") from None
+
+
+def upload_text(upload_id: bytes) -> str:
+    """URL-safe base64 of the 16 bytes, without padding."""
+    return base64.urlsafe_b64encode(upload_id).decode().rstrip("=")
+
+
+def parse_upload_id(text: str) -> bytes:
+    """Raises NoSuchUpload for what never was an upload id."""
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise NoSuchUpload(UploadId=text) from None
+    if len(raw) != UPLOAD_ID_BYTES or upload_text(raw) != text:
+        raise NoSuchUpload(UploadId=text)
+    return raw
+
+
+def decode_upload(value: Value | None) -> UploadRecord | None:
+    """None when it was never made, or has been forgotten. Raises DataDamaged."""
+    if value is None or value.visibility == Visibility.TOMBSTONE or not value.body:
+        return None
+    try:
+        record = decode(value.body, UploadRecord)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of this upload cannot be read: {error}") from None
+    if len(record.upload_id) != UPLOAD_ID_BYTES:
+        raise DataDamaged("The record of this upload names none.")
+    return record
+
+
+def upload_of_row(row: Row) -> UploadRecord | None:
+    """The record that a row of the UPLOAD table holds; None as ``decode_upload``. Raises DataDamaged, also for a row
+    that holds another upload's record:
+    what is done to an upload's parts goes by the id in its record."""
+    record = decode_upload(row.value)
+    if record is not None and row.key[-UPLOAD_ID_BYTES - 1 :] != b"\0" + record.upload_id:
+        raise DataDamaged("The record of this upload is not the one of its row.")
+    return record
+
+
+class LivingUpload(NamedTuple):
+    """An upload that may still become the object ``key``."""
+
+    key: bytes
+    record: UploadRecord
+    value: Value
+    """The row's, of which ``record`` is the body."""
+
+
+def living_upload(row_key: bytes, value: Value) -> LivingUpload | None:
+    """What the row of an upload holds; None of one that has ended. Raises DataDamaged, also for a row that holds
+    another upload's record.
+    """
+    record = decode_upload(value)
+    if record is None or record.state not in (OPEN, COMPLETING):
+        return None
+    key = row_key[: -UPLOAD_ID_BYTES - 1]
+    if row_key != key + b"\0" + record.upload_id:
+        raise DataDamaged("The record of this upload is not the one of its row.")
+    return LivingUpload(key, record, value)
+
+
+async def living_uploads(scanner: Scanner, owner: RegisterName) -> AsyncIterator[LivingUpload]:
+    """Uploads that may still become the object of ``owner``. Raises ServiceUnavailable, DataDamaged."""
+    async for row in every_row(scanner, Table.UPLOAD, owner.scope, [owner.shard], prefix=owner.key + b"\0"):
+        upload = living_upload(row.key, row.value)
+        if upload is not None and upload.key == owner.key:
+            yield upload
+
+
+async def open_upload(plane: ObjectPlane, bucket: BucketRecord, key: bytes, upload_id: str) -> OpenedUpload:
+    """An upload in any state but forgotten. Raises NoSuchUpload, DataDamaged."""
+    raw = parse_upload_id(upload_id)
+    if raw[0] not in bucket.shard_numbers:
+        raise NoSuchUpload(UploadId=upload_id)
+    name = upload_name(bucket.id, key, raw)
+    record = decode_upload((await plane.registers.read(name)).value)
+    if record is None:
+        raise NoSuchUpload(UploadId=upload_id)
+    return await unseal_upload(plane, bucket, key, name, record)
+
+
+async def unseal_upload(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, name: RegisterName, record: UploadRecord
+) -> OpenedUpload:
+    """Raises DataDamaged."""
+    place = Place(bucket.id, key)
+    bucket_key = await plane.keys.bucket_key(bucket.id, bucket.countries, record.bucket_key)
+    context = place.context(UPLOAD_VERSION, record.upload_id)
+    try:
+        dek = bucket_key.unwrap(record.wrapped_key, context)
+    except SealBroken as error:
+        raise DataDamaged(f"The record of this upload does not open: {error}") from None
+    return OpenedUpload(
+        name, place, record, bucket_key, dek, _opened(dek, META_LABEL, context, record.meta, SealedMeta)
+    )
+
+
+def has_bare_digest(record: UploadRecord) -> bool:
+    """Whether a record from before still has a digest of its parts that a storage node could test guesses with."""
+    return len(record.request_digest) == _BARE_DIGEST_BYTES
+
+
+async def renew_digest(plane: ObjectPlane, upload: OpenedUpload) -> None:
+    """Keys the digest of a record from before, in place; does nothing to others."""
+    if not has_bare_digest(upload.record):
+        return
+
+    def update(value: Value | None) -> Change | None:
+        record = decode_upload(value)
+        if value is None or record is None or not has_bare_digest(record):
+            return None
+        return Change(encode(upload.renewed(record)), value.visibility)
+
+    await plane.registers.change(upload.name, update)
+
+
+def decode_part(row: Row) -> PartRecord:
+    """Raises DataDamaged."""
+    try:
+        record = decode(row.value.body, PartRecord)
+    except msgspec.MsgspecError as error:
+        raise DataDamaged(f"The record of a part cannot be read: {error}") from None
+    checked(record.entry)
+    return record
+
+
+async def part_rows(scanner: Scanner, scope: bytes, upload_id: bytes, *, after: int = 0) -> AsyncIterator[PartRecord]:
+    """The parts of an upload by number, from behind number ``after``."""
+    start = upload_id + after.to_bytes(2, "big")
+    async for row in every_row(scanner, Table.PART, scope, [upload_id[0]], prefix=upload_id, after=start):
+        yield decode_part(row)

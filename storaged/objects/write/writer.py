@@ -1,0 +1,522 @@
+"""Writing one part: sealed, coded and spread over disks, block by block, with a bounded number of blocks in memory.
+
+Theory of operation. A block is filled from the body, then hashed, sealed and coded in one call in a thread, then sent
+to its disks while the next one is
+filled, in the same memory: what is sent lies in other memory, leased when the block is full, so that a slow client
+keeps only plaintext. A block counts as
+written when the fragments that reached their disks satisfy the acknowledge rule (``place.acceptable``); a disk that
+refuses or is late is left out of the rest
+of the part, and the block's missing fragments go to others, under another profile when the living disks can't hold the
+target. ``barrier`` syncs every disk. A disk that fails there (or died after it had taken earlier blocks) may leave
+blocks short: those are read back from
+their survivors, coded anew for the living disks, and synced too. Nothing is acknowledged before every block satisfies
+the rule with synced fragments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from storaged import trace
+from storaged.cluster.layout import Layout, Profile
+from storaged.errors import PeerError, ServiceUnavailable
+from storaged.fragments.ports import FragmentHeader, FragmentId, Retirement
+from storaged.hashes import fragment_hash, is_fragment, quick_check
+from storaged.meta.names import RegisterName
+from storaged.objects.background import cancel_all
+from storaged.objects.cache.buffers import Lease, Transfer, block_size_for
+from storaged.objects.code import erasure, place
+from storaged.objects.code.assemble import assemble, empty_fragments
+from storaged.objects.code.geometry import BlockShape
+from storaged.objects.code.seal import PartSealer
+from storaged.objects.plane import ObjectPlane
+from storaged.objects.records import PartEntry, Run
+from storaged.objects.write.body import BodyReader
+from storaged.objects.write.garbage import retire_all
+from storaged.sov1 import SALT_BYTES, chunk_count
+from storaged.wire import Buffer
+
+ATTEMPTS_MAX = 6
+"""Placements tried for one block, and rounds of the barrier: every one leaves out at least one more disk."""
+
+OnPlain = Callable[[memoryview], None]
+"""Sees the plaintext of each block in order, in the thread that seals it: the digests."""
+
+
+class RunsChanged(Exception):
+    """The barrier found disks that failed, and moved blocks: the entry that was announced is not where the data is.
+    ``entry()`` is.
+    """
+
+
+class Coded(NamedTuple):
+    """A block as it is sent: ``sealed`` cells in stream order, ``parity`` fragments, the hashes of all fragments, and
+    their ``checks`` (none: they were not hashed here).
+    """
+
+    sealed: memoryview
+    parity: tuple[memoryview, ...]
+    hashes: tuple[bytes, ...]
+    checks: tuple[bytes, ...] = ()
+
+
+@dataclass
+class BlockState:
+    """Where one block is. ``durable``: position -> disk of what was written (until the barrier) or
+    synced (after it).
+    """
+
+    number: int
+    shape: BlockShape
+    placement: place.Placement
+    layout: Layout
+    hashes: tuple[bytes, ...] = ()
+    durable: dict[int, str] = field(default_factory=dict)
+
+
+class PartWriter:
+    """Writes one part of unknown or known ``size``. Use as an asynchronous context manager: leaving it ends all its
+    tasks.
+
+    ``owner`` is the object's register, also for parts of uploads (see ``references``).
+    """
+
+    def __init__(
+        self,
+        plane: ObjectPlane,
+        *,
+        owner: RegisterName,
+        data_id: bytes,
+        number: int,
+        dek: bytes,
+        target: Profile,
+        size: int | None,
+        countries: tuple[str, ...],
+    ) -> None:
+        self._plane = plane
+        self._owner = owner.pack()
+        self._data_id = data_id
+        self._number = number
+        self._target = target
+        self._countries = countries
+        chunk, self._block_cells = block_size_for(target.k, size, plane.fill_buffers.left, plane.limits.block_cells_max)
+        self._sealer = PartSealer(dek, data_id, number, chunk, plane.entropy(SALT_BYTES))
+        cells = self._block_cells if size is None else min(chunk_count(size, chunk), self._block_cells)
+        self._plain_bytes = cells * self._sealer.plain_bytes
+        self._sealed_bytes = cells * chunk
+        self._parity_bytes = erasure.parity_length(target, chunk, self._sealed_bytes) * (
+            target.m if target.k > 1 else 0
+        )
+        self._size = 0
+        self._started = plane.clock.monotonic()
+        self._created_ms = plane.clock.wall_ms()
+        self._failed: set[str] = set()
+        self._blocks: list[BlockState] = []
+        self._unsynced: dict[str, list[FragmentId]] = {}
+        self._sending: asyncio.Task[None] | None = None
+        self._leases: list[Lease] = []
+        self._announced: PartEntry | None = None
+        self._transfers = (Transfer(plane.fill_buffers), Transfer(plane.put_buffers))
+        self._trace = trace.current()
+
+    async def __aenter__(self) -> PartWriter:
+        for transfer in self._transfers:
+            transfer.__enter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._sending is not None:
+            await cancel_all([self._sending])
+        for lease in self._leases:
+            lease.release()
+        for transfer in self._transfers:
+            transfer.__exit__()
+
+    # --- the body ---------------------------------------------------------------------------------------------------
+
+    async def write(self, reader: BodyReader, on_plain: OnPlain) -> None:
+        """Returns when the body has ended and its last block is on its way: ``barrier`` waits for that one.
+
+        Raises ServiceUnavailable when a block can't be made safe, SlowDown without memory, and what the body raises.
+        """
+        filling = await self._plane.fill_buffers.lease(self._plain_bytes)
+        self._leases.append(filling)
+        last = False
+        while not last:
+            with trace.span("receive"):
+                count = await reader.fill(filling.view[: self._plain_bytes])
+            last = reader.ended
+            lease = await self._lease_work()
+            state, coded = await self._seal(filling.view[:count], lease.view, last, on_plain)
+            if last:
+                filling.release()
+            await self._sent()
+            self._blocks.append(state)
+            self._sending = asyncio.create_task(self._send_and_release(state, coded, lease))
+            del coded, lease  # the views would keep the buffer from being used again
+        self._size = reader.bytes_read
+
+    async def _lease_work(self) -> Lease:
+        """For the sealed block and its parity: a second block's memory when there is room, else the first one's once it
+        is written.
+        """
+        size = self._sealed_bytes + self._parity_bytes
+        lease = self._plane.put_buffers.try_lease(size) if self._sending is not None else None
+        if lease is None:
+            await self._sent()
+            lease = await self._plane.put_buffers.lease(size)
+        self._leases.append(lease)
+        return lease
+
+    async def _sent(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            try:
+                await sending
+            except asyncio.CancelledError:
+                await cancel_all([sending])
+                raise
+
+    async def _seal(
+        self, plain: memoryview, area: memoryview, last: bool, on_plain: OnPlain
+    ) -> tuple[BlockState, Coded]:
+        layout = self._plane.layouts.current
+        placement = self._choose(layout)
+        number = len(self._blocks)
+
+        def work() -> tuple[BlockState, Coded]:
+            with trace.span_of(self._trace, "digest"):
+                on_plain(plain)
+            with trace.span_of(self._trace, "seal"):
+                length = self._sealer.seal_block(number * self._block_cells, plain, area, last=last)
+            with trace.span_of(self._trace, "code"):
+                coded = self._code(placement.profile, area[:length], area[self._sealed_bytes :])
+            return BlockState(number, self._shape(length), placement, layout, coded.hashes), coded
+
+        if len(plain) <= self._sealer.chunk_bytes:
+            return work()
+        return await self._plane.in_thread(work)
+
+    def _shape(self, length: int) -> BlockShape:
+        chunk = self._sealer.chunk_bytes
+        cells = -(-length // chunk)
+        return BlockShape(cells, chunk, length - (cells - 1) * chunk)
+
+    def _code(self, profile: Profile, sealed: memoryview, room: memoryview) -> Coded:
+        """Parity goes to ``room`` when it fits, which it does for the target profile."""
+        chunk = self._sealer.chunk_bytes
+        length = erasure.parity_length(profile, chunk, len(sealed))
+        count = profile.m if profile.k > 1 else 0
+        if length * count > len(room):
+            room = memoryview(bytearray(length * count))
+        parity = tuple(room[index * length : (index + 1) * length] for index in range(count))
+        if count:
+            erasure.encode_block(profile, chunk, sealed, parity)
+        fragments = erasure.fragments_of(profile, chunk, sealed, parity)
+        return Coded(sealed, parity, tuple(map(fragment_hash, fragments)), tuple(map(quick_check, fragments)))
+
+    # --- one block to its disks -------------------------------------------------------------------------------------
+
+    def _writable(self, disk: str) -> bool:
+        return disk not in self._failed and self._plane.liveness.disk_writable(disk)
+
+    def _choose(self, layout: Layout) -> place.Placement:
+        placement = place.choose(layout, self._data_id, self._target, self._writable, self._countries)
+        if placement.profile != self._target:
+            self._plane.counters.blocks_fallback += 1
+        return placement
+
+    def _acceptable(self, state: BlockState) -> bool:
+        return place.acceptable(state.layout, state.placement.profile, state.durable, self._writable, self._countries)
+
+    async def _send_and_release(self, state: BlockState, coded: Coded, lease: Lease) -> None:
+        try:
+            with trace.span("send"):
+                await self._send(state, coded)
+        finally:
+            lease.release()
+            self._leases.remove(lease)
+
+    async def _send(self, state: BlockState, coded: Coded) -> None:
+        """Until the block satisfies the rule."""
+        await self._write_missing(state, coded)
+        for _ in range(ATTEMPTS_MAX):
+            if self._acceptable(state):
+                return
+            coded = await self._replace(state, coded)
+            await self._write_missing(state, coded)
+        raise ServiceUnavailable("The block could not be written to enough disks: too many refuse it or do not answer.")
+
+    async def _replace(self, state: BlockState, coded: Coded) -> Coded:
+        """Gives the block a placement on the disks that are left; what is in place already stays."""
+        placement = self._choose(state.layout)
+        if placement.profile == state.placement.profile:
+            stale = {p: disk for p, disk in state.durable.items() if placement.disks[p] != disk}
+        else:
+            stale = dict(state.durable)
+            coded = await self._plane.in_thread(self._code, placement.profile, coded.sealed, memoryview(b""))
+        await self._forget(state, stale)
+        state.placement, state.hashes = placement, coded.hashes
+        return coded
+
+    async def _forget(self, state: BlockState, stale: Mapping[int, str]) -> None:
+        """Deletes fragments that will not be referred to: a sweep judges whole data ids, and this one will be in use.
+
+        Awaited, and a disk that does not confirm is not used again: a deletion that comes late must not meet the same
+        fragment written anew.
+        """
+        for position, disk in stale.items():
+            state.durable.pop(position, None)
+            fragment = self._fragment(state, position)
+            waiting = self._unsynced.get(disk, [])
+            if fragment in waiting:
+                waiting.remove(fragment)
+        await asyncio.gather(*(self._delete(disk, self._fragment(state, position)) for position, disk in stale.items()))
+
+    async def _delete(self, disk: str, fragment: FragmentId) -> None:
+        try:
+            async with asyncio.timeout(self._plane.limits.write_timeout_s):
+                await self._plane.stores.store(disk).delete([fragment])
+        except (PeerError, TimeoutError):
+            self._failed.add(disk)
+
+    def _fragment(self, state: BlockState, position: int) -> FragmentId:
+        profile = state.placement.profile
+        return FragmentId(self._data_id, state.number, profile.k, profile.m, position)
+
+    async def _write_missing(self, state: BlockState, coded: Coded) -> None:
+        """Sends every fragment that is not in place. A write that is late when the block is safe without it is left
+        behind.
+        """
+        profile, disks = state.placement.profile, state.placement.disks
+        tasks = {
+            asyncio.create_task(self._write_one(state, coded, position)): position
+            for position in range(profile.n)
+            if position not in state.durable
+        }
+        pending = set(tasks)
+        deadline = self._plane.clock.monotonic() + self._plane.limits.write_timeout_s
+        try:
+            while pending:
+                patience = deadline - self._plane.clock.monotonic()
+                if self._acceptable(state):
+                    patience = min(patience, self._plane.limits.late_grace_s)
+                done, pending = await asyncio.wait(
+                    pending, timeout=max(patience, 0), return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    position = tasks[task]
+                    if task.result():
+                        state.durable[position] = disks[position]
+                        self._unsynced.setdefault(disks[position], []).append(self._fragment(state, position))
+                    else:
+                        self._failed.add(disks[position])
+                        self._plane.counters.writes_failed += 1
+                if not done:
+                    break
+        finally:
+            await cancel_all(pending)
+        for task in pending:
+            self._failed.add(disks[tasks[task]])
+            self._plane.counters.writes_late += 1
+
+    async def _write_one(self, state: BlockState, coded: Coded, position: int) -> bool:
+        chunk, profile = self._sealer.chunk_bytes, state.placement.profile
+        payload: Sequence[Buffer]
+        if profile.k == 1:
+            payload = [coded.sealed]
+        elif position < profile.k:
+            payload = erasure.fragment_slices(profile, chunk, coded.sealed, position)
+        else:
+            payload = [coded.parity[position - profile.k]]
+        header = FragmentHeader(
+            self._fragment(state, position).pack(),
+            self._owner,
+            self._sealer.header,
+            coded.hashes,
+            chunk,
+            sum(len(piece) for piece in payload),
+            self._created_ms,
+        )
+        try:
+            store = self._plane.stores.store(state.placement.disks[position])
+            await store.write(
+                header, payload, check=coded.checks[position if profile.k > 1 else 0] if coded.checks else b""
+            )
+        except PeerError:
+            return False
+        return True
+
+    # --- the barrier ------------------------------------------------------------------------------------------------
+
+    async def barrier(self) -> None:
+        """Returns when every block is durable under the acknowledge rule, and lies where the announced entry says.
+
+        Raises RunsChanged when it is durable, but elsewhere; ServiceUnavailable when it can't be made so, or the
+        request is too old.
+        """
+        await self._sent()
+        for _ in range(ATTEMPTS_MAX):
+            with trace.span("sync"):
+                await self._sync_all()
+            short = [state for state in self._blocks if not self._acceptable(state)]
+            if not short:
+                break
+            for state in short:
+                await self._rebuild(state)
+        else:
+            raise ServiceUnavailable(
+                "The object could not be made durable on enough disks: too many failed while it was written."
+            )
+        self.check_age()
+        if self._announced is not None and self._announced != self._make_entry():
+            raise RunsChanged
+
+    def check_age(self) -> None:
+        """Asked at the barrier, and again on the record that a promise brought: a process may sleep between the two for
+        longer than unclaimed fragments are kept.
+        Raises ServiceUnavailable."""
+        self._plane.check_age(self._started, self._created_ms)
+
+    async def _sync_all(self) -> None:
+        """Syncs what is not synced yet. A disk that can't is taken out of every block."""
+        for disk in {disk for state in self._blocks for disk in state.durable.values()}:
+            if not self._plane.liveness.disk_readable(disk):
+                self._lose(disk)
+        waiting = {disk: ids for disk, ids in self._unsynced.items() if ids}
+        results = await asyncio.gather(*(self._sync_one(disk, ids) for disk, ids in waiting.items()))
+        self._unsynced = {}
+        for disk, synced in zip(waiting, results, strict=True):
+            if not synced:
+                self._lose(disk)
+
+    async def _sync_one(self, disk: str, ids: list[FragmentId]) -> bool:
+        try:
+            async with asyncio.timeout(self._plane.limits.sync_timeout_s):
+                await self._plane.stores.store(disk).sync(ids)
+        except (PeerError, TimeoutError):
+            return False
+        return True
+
+    def _lose(self, disk: str) -> None:
+        self._failed.add(disk)
+        self._unsynced.pop(disk, None)
+        for state in self._blocks:
+            state.durable = {position: holder for position, holder in state.durable.items() if holder != disk}
+
+    async def _rebuild(self, state: BlockState) -> None:
+        """Reads a block that fell short back from its survivors, and writes it for the disks that live."""
+        sealed = await self._read_back(state)
+        coded = Coded(memoryview(sealed), (), state.hashes)
+        old = state.placement.profile
+        if old.k > 1:
+            coded = await self._plane.in_thread(self._code, old, coded.sealed, memoryview(b""))
+        coded = await self._replace(state, coded)
+        await self._write_missing(state, coded)
+        self._plane.counters.blocks_rebuilt_at_barrier += 1
+
+    async def _read_back(self, state: BlockState) -> bytearray:
+        profile, shape = state.placement.profile, state.shape
+        present = empty_fragments(profile, shape)
+        for position, disk in sorted(state.durable.items()):
+            if len(present) == profile.k or (profile.k == 1 and present):
+                break
+            fragment = await self._read_fragment(state, position, disk)
+            if fragment is not None:
+                present[position] = fragment
+        if len(present) < profile.k:
+            raise ServiceUnavailable("Too many disks failed while the object was written.")
+        return await self._plane.in_thread(assemble, profile, shape, present)
+
+    async def _read_fragment(self, state: BlockState, position: int, disk: str) -> bytes | None:
+        cells = state.shape.fragment_cells(state.placement.profile, position)
+        try:
+            async with asyncio.timeout(self._plane.limits.read_timeout_s):
+                found = await self._plane.stores.store(disk).read(self._fragment(state, position), 0, cells)
+        except (PeerError, TimeoutError):
+            self._lose(disk)
+            return None
+        whole = b"".join(cell for cell in found.cells if cell is not None)
+        if not _is_as_written(whole, state, position):
+            state.durable.pop(position, None)
+            return None
+        return whole
+
+    # --- the result -------------------------------------------------------------------------------------------------
+
+    def entry(self) -> PartEntry:
+        """The part as the record will keep it; the barrier raises RunsChanged if this turns out wrong."""
+        self._announced = self._make_entry()
+        return self._announced
+
+    def _make_entry(self) -> PartEntry:
+        runs: list[Run] = []
+        for state in self._blocks:
+            profile, moved = state.placement.profile, dict(state.placement.moved)
+            previous = runs[-1] if runs else None
+            if previous and (previous.k, previous.m, previous.epoch, previous.moved) == (
+                *profile,
+                state.layout.epoch,
+                moved,
+            ):
+                runs[-1] = Run(previous.first, previous.count + 1, profile.k, profile.m, state.layout.epoch, moved)
+            else:
+                runs.append(Run(state.number, 1, profile.k, profile.m, state.layout.epoch, moved))
+        return PartEntry(
+            self._number,
+            self._data_id,
+            self._size,
+            self._sealer.header,
+            self._block_cells,
+            str(self._target),
+            tuple(runs),
+        )
+
+    @property
+    def degraded(self) -> bool:
+        """Some block has fewer durable fragments than its profile, or another profile than the target."""
+        return any(
+            state.placement.profile != self._target or len(state.durable) < state.placement.profile.n
+            for state in self._blocks
+        )
+
+    async def discard(self) -> None:
+        """After a failure: puts what was written on its disks' garbage lists. Disks that don't answer are left to the
+        sweep of orphans.
+        """
+        disks = {disk for state in self._blocks for disk in (*state.durable.values(), *state.placement.disks)}
+        due_ms = self._plane.clock.wall_ms() + self._plane.limits.retire_delay_ms
+        entry = Retirement(self._data_id, self._owner, due_ms)
+        await retire_all(self._plane.stores, {disk: [entry] for disk in disks}, self._plane.limits.write_timeout_s)
+
+    async def still_there(self) -> None:
+        """Sees that the fragments exist, and renews their age, before an accept that was refused is tried again: the
+        collector may have judged them in
+        the meantime. Raises ServiceUnavailable when a block is not safe any more."""
+        by_disk: dict[str, list[tuple[BlockState, int]]] = {}
+        for state in self._blocks:
+            for position, disk in state.durable.items():
+                by_disk.setdefault(disk, []).append((state, position))
+        await asyncio.gather(*(self._touch(disk, held) for disk, held in by_disk.items()))
+        if not all(self._acceptable(state) for state in self._blocks):
+            raise ServiceUnavailable("The object's fragments are gone or out of reach; it was not committed.")
+
+    async def _touch(self, disk: str, held: list[tuple[BlockState, int]]) -> None:
+        ids = [self._fragment(state, position) for state, position in held]
+        try:
+            async with asyncio.timeout(self._plane.limits.sync_timeout_s):
+                stats = await self._plane.stores.store(disk).touch(ids, self._plane.clock.wall_ms())
+        except (PeerError, TimeoutError):
+            self._lose(disk)
+            return
+        for (state, position), stat in zip(held, stats, strict=True):
+            if stat.health:
+                state.durable.pop(position, None)
+
+
+def _is_as_written(fragment: bytes, state: BlockState, position: int) -> bool:
+    """Whether a fragment read back is the one that was written. Copies (k = 1) have one hash for all."""
+    return is_fragment((fragment,), state.hashes[position if len(state.hashes) > 1 else 0])

@@ -1,0 +1,1 @@
+"""HTTP/1.1 as the S3 front speaks it: grammar, connections, bodies, answers, limits."""

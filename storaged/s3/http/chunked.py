@@ -1,0 +1,164 @@
+"""aws-chunked bodies, decoded as they arrive. Pure.
+
+    SIZE-HEX[;chunk-signature=HEX64] CRLF data CRLF ... 0[;chunk-signature=HEX64] CRLF [name:value CRLF]...
+    [x-amz-trailer-signature:HEX64 CRLF] CRLF
+
+Lines end in CRLF, and nothing follows the empty line that ends the body. One exception: in AWS's own example of
+trailers one
+ends in LF, or in LF CR LF, and clients follow it (minio-go, with and without signatures). Then an empty line may come
+before
+the signature, or before the empty line that ends the body.
+
+Data is passed on as it arrives, also that of a signed chunk: its signature is checked where the chunk ends, and whoever
+stores
+the body commits nothing before the body has ended well. So a signed chunk takes no memory, however large its client
+makes it.
+
+Source: https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-streaming.html and sigv4-streaming-trailers.html.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from storaged.errors import (
+    IncompleteBody,
+    InvalidChunkSizeError,
+    InvalidRequest,
+    MalformedTrailerError,
+    SignatureDoesNotMatch,
+)
+from storaged.s3.auth.sigv4 import ChunkKey, chunk_signature, same, trailer_signature
+from storaged.s3.http.chunks import ChunkReader
+from storaged.units import GIB
+from storaged.wire import Buffer
+
+CHUNK_BYTES_MAX = 5 * GIB
+"""No body is longer: the largest part."""
+
+_TRAILER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([ -~]*?)[ \t]*\r?\n")
+_TRAILER_SIGNATURE = "x-amz-trailer-signature"
+
+
+class ChunkedDecoder(ChunkReader):
+    """``feed`` pieces, get data back; ``finish`` when the body has ended; then ``trailers`` is complete.
+
+    ``key`` None: chunks carry no signatures. ``trailing``: the names that x-amz-trailer announced, lower case; empty:
+    no trailer may come.
+    Raises IncompleteBody, SignatureDoesNotMatch, InvalidChunkSizeError, MalformedTrailerError, InvalidRequest.
+    """
+
+    __slots__ = (
+        "_bare_lf",
+        "_canonical_trailer",
+        "_hash",
+        "_key",
+        "_may_end",
+        "_previous",
+        "_signature",
+        "_trailer_verified",
+        "_trailing",
+        "trailers",
+    )
+
+    size_line = re.compile(rb"([0-9A-Fa-f]{1,11})(?:;chunk-signature=([^\x00-\x20;\x7f-\xff]*))?\r\n")
+    error = InvalidRequest
+
+    def __init__(self, key: ChunkKey | None, trailing: tuple[str, ...]) -> None:
+        super().__init__()
+        self._key = key
+        self._trailing = trailing
+        self._previous = key.seed if key else ""
+        self._signature = ""
+        self._hash = hashlib.sha256()
+        self._canonical_trailer = b""
+        self._bare_lf = False
+        """The last trailer ended in LF alone."""
+        self._may_end = False
+        """Of a body without signatures, whose last trailer did: the empty line after it may be the last or not."""
+        self._trailer_verified = key is None or not trailing
+        self.trailers: dict[str, str] = {}
+
+    @property
+    def signed(self) -> bool:
+        return self._key is not None
+
+    def feed(self, data: Buffer) -> list[Buffer]:
+        out = super().feed(data)
+        if self.ended and self.rest:
+            raise InvalidRequest("There is data after the end of the chunked body.")
+        return out
+
+    def finish(self) -> None:
+        """The connection's body has ended: was this one complete?"""
+        if not (self.ended or self._may_end):
+            raise IncompleteBody("The chunked body ended before the empty line that ends it.")
+
+    def trailing_checksums(self) -> Mapping[str, str]:
+        """Algorithm -> base64, of x-amz-checksum-* trailers."""
+        prefix = "x-amz-checksum-"
+        return {name[len(prefix) :].upper(): value for name, value in self.trailers.items() if name.startswith(prefix)}
+
+    def _on_size(self, size: int, match: re.Match[bytes]) -> None:
+        if self._key is None:
+            if match[2] is not None:
+                raise InvalidRequest("A chunk of the body is signed, and x-amz-content-sha256 says that none is.")
+            return
+        if match[2] is None:
+            raise SignatureDoesNotMatch("A chunk of the body carries no chunk-signature.")
+        if size > CHUNK_BYTES_MAX:
+            raise InvalidChunkSizeError()
+        self._signature = match[2].decode("ascii")
+        if not size:
+            self._check_signature(self._key)
+
+    def _on_data(self, data: memoryview) -> None:
+        if self._key is not None:
+            self._hash.update(data)
+            if not self._left:
+                self._check_signature(self._key)
+
+    def _check_signature(self, key: ChunkKey) -> None:
+        computed = chunk_signature(key, self._previous, self._hash.hexdigest())
+        if not same(computed, self._signature):
+            raise SignatureDoesNotMatch("The signature of a chunk of the body does not match.")
+        self._previous = computed
+        self._hash = hashlib.sha256()
+
+    def _on_trailer(self, line: bytes) -> None:
+        if line == b"\r\n":
+            if self._bare_lf:
+                self._bare_lf = False
+                self._may_end = self._trailer_verified and len(self.trailers) == len(self._trailing)
+            elif len(self.trailers) < len(self._trailing):
+                missing = next(name for name in self._trailing if name not in self.trailers)
+                raise MalformedTrailerError(f"The trailing header {missing} was announced but did not come.")
+            elif not self._trailer_verified:
+                raise SignatureDoesNotMatch("The trailing headers carry no x-amz-trailer-signature.")
+            else:
+                self.ended = True
+            return
+        match = _TRAILER.fullmatch(line)
+        if match is None:
+            raise MalformedTrailerError()
+        name, value = match[1].decode("ascii").lower(), match[2].decode("ascii")
+        bare_lf = not line.endswith(b"\r\n")
+        if self._key is None or not self._trailing or self._trailer_verified or name != _TRAILER_SIGNATURE:
+            self._on_named_trailer(name, value, bare_lf)
+            return
+        if bare_lf:
+            raise MalformedTrailerError()
+        if not same(trailer_signature(self._key, self._previous, self._canonical_trailer), value):
+            raise SignatureDoesNotMatch("The signature of the trailing headers does not match.")
+        self._trailer_verified, self._bare_lf = True, False
+
+    def _on_named_trailer(self, name: str, value: str, bare_lf: bool) -> None:
+        """One that was announced, once, before the signature of them all."""
+        late = self._key is not None and self._trailer_verified
+        if name not in self._trailing or name in self.trailers or late or self._may_end:
+            raise MalformedTrailerError()
+        self._bare_lf = bare_lf
+        self.trailers[name] = value
+        self._canonical_trailer += f"{name}:{value}\n".encode("ascii")

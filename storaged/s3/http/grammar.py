@@ -1,0 +1,228 @@
+"""HTTP/1.1 as this front reads it (RFC 9110, RFC 9112): request heads (bodies in chunks: ``chunks``). Pure: bytes in,
+values out.
+
+Theory of operation. This faces strangers, and often stands behind a proxy. Requests are smuggled where two parsers read
+the same bytes differently, so there is
+one way to say a thing here, and whatever a lenient parser would repair is refused: the request gets an answer (400
+BadRequest unless another is named), changes
+nothing, and its connection is closed, since where the next request begins can't be known. A head is checked as a whole
+by a translation table, and taken apart by
+``str.split``: native code either way, as fast as a parser in C that calls back for each header.
+
+Refused, and why:
+
+* a line that ends in LF alone, a CR without LF: parsers disagree on whether such a line ends
+* control characters and NUL in a target or a value: they would reach logs and other servers
+* white space before a header's colon, a header that begins with white space (obs-fold): names are compared, and one of
+  two parsers would miss it
+* a name or a method that is no token, a line without a colon, a request line that is not three words
+* Content-Length that is not plain digits, or comes twice, even with one value; with Transfer-Encoding;
+  Transfer-Encoding in HTTP/1.0: where does the body end?
+* Transfer-Encoding that is not ``chunked`` alone: 501 NotImplemented
+* a byte that is not ASCII in a header that is understood here: Unicode knows more digits, spaces, and lower cases of
+  ``k`` than other parsers do
+* no Host, or two, in HTTP/1.1 (RFC 9112 3.2); one that is no host; versions other than HTTP/1.0 and HTTP/1.1
+* a target in absolute form whose host is not that of the Host header (RFC 9112 3.2.2; else it is taken, and means its
+  path)
+* more than ``Limits`` allows of bytes, lines, and headers: 400 RequestHeaderSectionTooLarge
+
+One empty line before a request is skipped, as RFC 9112 2.2 asks. Header values may have bytes that are not ASCII: they
+are UTF-8, with surrogate escapes for
+what is not, so that they can be given back as they came.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from storaged import errors
+from storaged.errors import BadRequest, RequestHeaderSectionTooLarge
+from storaged.s3.http.hosts import check_host, origin_form
+from storaged.s3.http.limits import Limits
+
+HEAD_END = b"\r\n\r\n"
+CR = 13
+
+_ALLOWED = bytes(code for code in range(256) if code == 9 or 32 <= code != 127)
+"""What may stand in a line: everything but control characters. HTAB is white space."""
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+_METHODS = {name.encode(): name for name in ("GET", "PUT", "HEAD", "POST", "DELETE", "OPTIONS")}
+_VERSIONS = {b"HTTP/1.1": True, b"HTTP/1.0": False}
+_ONCE = frozenset({"content-length", "host", "transfer-encoding"})
+LENGTH_DIGITS_MAX = 18
+
+_UNDERSTOOD = (
+    "x-amz-", "x-storaged-", "authorization", "connection", "content-", "date", "expect", "host", "if-", "origin", "range", "transfer-encoding",  # noqa: E501
+)  # fmt: skip
+"""How the names of headers begin whose values decide something."""
+_ANY_BYTES = frozenset(
+    {
+        "content-disposition", "content-type", "x-amz-copy-source", "x-amz-rename-source", "x-amz-tagging",
+        "x-amz-website-redirect-location",
+    }
+)  # fmt: skip
+"""Of those, the ones that are kept as they are, or name objects and tags; and x-amz-meta-*."""
+
+_NAMES_MAX = 1024
+_NAME_CHARS_MAX = 64
+_names: dict[str, str] = {}
+"""Spelling of a header's name -> lower case, of tokens that were seen: clients spell few names, always the same."""
+
+
+class Head(NamedTuple):
+    """A request's head. ``headers`` by lower-case name; several of one name are joined by commas, as signing wants it.
+    ``length``: Content-Length, or None for a
+    chunked body. ``declared`` False: neither came, which HTTP takes for an empty body. ``keep_alive``: what the client
+    wants. ``expects``: it waits for
+    ``100 Continue``. ``modern``: HTTP/1.1."""
+
+    method: str
+    target: bytes
+    headers: dict[str, str]
+    length: int | None
+    declared: bool
+    keep_alive: bool
+    expects: bool
+    modern: bool
+
+
+def parse_head(raw: bytes, limits: Limits) -> Head:
+    """``raw`` is what stands before the empty line. Raises BadRequest, RequestHeaderSectionTooLarge, NotImplemented."""
+    lines = raw.decode("utf-8", "surrogateescape").split("\r\n")
+    # What is not allowed in a line may be only the CRLF between lines: a stray CR or LF, or any control character,
+    # makes this longer.
+    if len(raw.translate(None, _ALLOWED)) != 2 * len(lines) - 2:
+        raise BadRequest()
+    if (
+        len(raw) > limits.header_line_bytes_max
+        or len(raw) > limits.header_section_bytes_max
+        or len(lines) > limits.headers_max
+    ):
+        _check_size(raw, limits)
+    words = raw.partition(b"\r\n")[0].split(b" ")
+    if len(words) != 3 or not words[1] or b"\t" in words[1]:
+        raise BadRequest()
+    modern = _VERSIONS.get(words[2])
+    if modern is None:
+        raise BadRequest("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+    headers: dict[str, str] = {}
+    del lines[0]
+    for line in lines:
+        name, colon, value = line.partition(":")
+        lower = _names.get(name) or _lower(name)
+        if not colon:
+            raise BadRequest()
+        value = value.strip(" \t")
+        if lower in headers:
+            if lower in _ONCE:
+                raise BadRequest(f"There is more than one {lower} header.")
+            value = f"{headers[lower]},{value}"
+        headers[lower] = value
+    if not raw.isascii():
+        _check_ascii(headers)
+    host = headers.get("host")
+    if host is not None:
+        check_host(host)
+    elif modern:
+        raise BadRequest("The Host header is missing.")
+    target = words[1]
+    if not target.startswith(b"/"):
+        target = origin_form(target, headers)
+    length, declared = _framing(headers, modern)
+    keep_alive, expects = modern, False
+    if "connection" in headers:
+        keep_alive = _keep_alive(headers["connection"], modern)
+    if "expect" in headers:
+        expects = modern and _ascii_lower(headers["expect"]) == "100-continue"
+    return Head(
+        _METHODS.get(words[0]) or _method(words[0]), target, headers, length, declared, keep_alive, expects, modern
+    )
+
+
+def broken_so_far(data: bytes, limits: Limits, seen: int = 0) -> Exception | None:
+    """Why the beginning of a head, which has not ended yet, can't become one that is taken: nobody waits for the rest
+    then. ``seen``: so many of the bytes
+    were found right before, and are not looked at again: heads may come byte by byte."""
+    if len(data) > limits.header_line_bytes_max + limits.header_section_bytes_max:
+        return RequestHeaderSectionTooLarge(MaxSizeAllowed=str(limits.header_section_bytes_max))
+    if seen:
+        data = data[seen - 1 if data[seen - 1] == CR else seen :]
+    if data.translate(None, _ALLOWED).strip(b"\r\n") or data.count(b"\n") != data.count(b"\r\n"):
+        return BadRequest()
+    return None
+
+
+def _check_size(raw: bytes, limits: Limits) -> None:
+    lines = raw.split(b"\r\n")
+    if (
+        len(lines) - 1 > limits.headers_max
+        or len(raw) - len(lines[0]) > limits.header_section_bytes_max
+        or any(len(line) > limits.header_line_bytes_max for line in lines)
+    ):
+        raise RequestHeaderSectionTooLarge(MaxSizeAllowed=str(limits.header_section_bytes_max))
+
+
+def _lower(name: str) -> str:
+    if not _TOKEN.fullmatch(name):
+        raise BadRequest()
+    lower = name.lower()
+    if len(name) <= _NAME_CHARS_MAX:
+        if len(_names) >= _NAMES_MAX:
+            _names.clear()  # somebody makes names up; those that clients use are soon back
+        _names[name] = lower
+    return lower
+
+
+def _method(word: bytes) -> str:
+    """One that S3 does not have: it is told so, if it is one at all."""
+    text = word.decode("latin-1")
+    if len(text) > _NAME_CHARS_MAX or not _TOKEN.fullmatch(text):
+        raise BadRequest()
+    return text
+
+
+def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool]:
+    """(length, declared). Raises BadRequest, NotImplemented."""
+    text = headers.get("content-length")
+    if "transfer-encoding" in headers:
+        if text is not None or not modern:
+            raise BadRequest("Transfer-Encoding does not go with Content-Length, nor with HTTP/1.0.")
+        if _ascii_lower(headers["transfer-encoding"]) != "chunked":
+            raise errors.NotImplemented("The only Transfer-Encoding is chunked.")
+        return None, True
+    if text is None:
+        return 0, False
+    if not (text.isascii() and text.isdigit() and len(text) <= LENGTH_DIGITS_MAX):
+        raise BadRequest("Content-Length is not a number.")
+    return int(text), True
+
+
+def _check_ascii(headers: Mapping[str, str]) -> None:
+    """A header that is understood here is ASCII: else a digit, a space or a letter of another script would count as one
+    of its. Raises BadRequest.
+    """
+    for name, value in headers.items():
+        if not value.isascii() and must_be_ascii(name):
+            raise BadRequest(f"The {name} header has bytes that are not ASCII.")
+
+
+def must_be_ascii(name: str) -> bool:
+    """Whether the value of a header decides something here. ``name``: in lower case."""
+    return name.startswith(_UNDERSTOOD) and not (name in _ANY_BYTES or name.startswith("x-amz-meta-"))
+
+
+def _ascii_lower(value: str) -> str:
+    """Of a header that decides where a request ends: checked here too, since ``chun\u212aed`` is ``chunked`` to
+    Unicode. Raises BadRequest.
+    """
+    if not value.isascii():
+        raise BadRequest("A header that says how the request is framed has bytes that are not ASCII.")
+    return value.lower()
+
+
+def _keep_alive(connection: str, modern: bool) -> bool:
+    options = [option.strip(" \t") for option in _ascii_lower(connection).split(",")]
+    return "close" not in options if modern else "keep-alive" in options and "close" not in options

@@ -1,0 +1,205 @@
+"""Sending answers: one write for a small one, piece by piece with back-pressure for an object; and what becomes of a
+body nobody read.
+
+A piece of an object may lie in a pooled buffer that is used again when the next is asked for. So the transport may keep
+nothing: each piece has gone to the
+kernel (or through TLS) before the next is taken, see ``connection``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import NamedTuple
+
+from storaged.clock import Clock
+from storaged.errors import DataDamaged, S3Error
+from storaged.objects.api import ObjectStream
+from storaged.s3 import xml
+from storaged.s3.headers import http_time
+from storaged.s3.http.body import RequestBody
+from storaged.s3.http.connection import Connection
+from storaged.s3.http.limits import Limits
+from storaged.s3.reply import CONTROL, REASONS, XML_TYPE, Reply
+from storaged.s3.request import Request
+from storaged.units import KIB
+
+log = logging.getLogger("storaged.s3")
+
+JOIN_BYTES_MAX = 64 * KIB
+"""Up to here copying head and body together is cheaper than a second system call."""
+
+UNKNOWN_BYTES = 1 << 62
+"""The length of what a client sends after its last answer."""
+
+
+class Sent(NamedTuple):
+    reply: Reply
+    bytes_out: int
+    complete: bool
+    keep_alive: bool
+    unread: bool
+    """The client may still be sending; see ``take_rest``."""
+
+
+class Sender:
+    """Writes replies of one front to its connections."""
+
+    def __init__(self, limits: Limits, clock: Clock, host_id: str) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._host_id = host_id
+        self._second = -1
+        self._common = ""
+        """Lines that all answers of one second have."""
+
+    def put(self, connection: Connection, request: Request, reply: Reply, keep: bool) -> int:
+        """Writes an answer that is no stream; the bytes of its body. Raises ConnectionResetError, ValueError. See
+        ``Connection.paused``.
+        """
+        data = self._head(request, reply, keep)
+        payload = b"" if request.method == "HEAD" or reply.status in (204, 304) else reply.body
+        if len(payload) <= JOIN_BYTES_MAX:
+            connection.write(data + payload)
+        else:
+            connection.write(data)
+            connection.write(payload)
+        return len(payload)
+
+    async def send(self, connection: Connection, request: Request, reply: Reply, may_keep: bool) -> Sent:
+        """Never raises but for cancellation: a client that has gone is no error of ours."""
+        body = request._body
+        if body is not None and body.awaited and reply.status < 300:
+            body.go_on()  # asked for it and is welcome: some clients insist, even when nothing more was needed of them
+        keep = may_keep and self._can_drain(request)
+        bytes_out, complete = 0, False
+        try:
+            if reply.stream is None:
+                bytes_out = self.put(connection, request, reply, keep)
+                if connection.paused:
+                    await connection.drained()
+                complete = True
+            else:
+                reply, bytes_out, complete = await self._send_stream(connection, request, reply, reply.stream, keep)
+        except (ConnectionError, TimeoutError):
+            pass
+        except ValueError:
+            log.exception("the answer to %s cannot be sent, request %s", request.operation, request.id)
+        if not complete:
+            connection.transport.abort()
+        return Sent(reply, bytes_out, complete, keep and complete, complete and (body is None or not body.complete))
+
+    async def finish(self, connection: Connection, sent: Sent) -> Sent:
+        """Waits until the client has taken an answer that was ``put``. Raises as ``send``."""
+        try:
+            await connection.drained()
+        except (ConnectionError, TimeoutError):
+            connection.transport.abort()
+            return sent._replace(complete=False, keep_alive=False)
+        return sent
+
+    # --- heads
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _head(self, request: Request, reply: Reply, keep: bool) -> bytes:
+        """Raises ValueError for what must not be in a header."""
+        status, second = reply.status, self._clock.wall_ms() // 1000
+        if second != self._second:
+            self._second = second
+            self._common = f"x-amz-id-2: {self._host_id}\r\nDate: {http_time(second)}\r\nServer: storaged\r\n"
+        text = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nx-amz-request-id: {request.id}\r\n{self._common}"
+        for name, value in reply.headers.items():
+            if not value.isprintable() and CONTROL.search(value):
+                raise ValueError(f"control character in the value of {name}")
+            text += f"{name}: {value}\r\n"
+        if status not in (204, 304):
+            length = len(reply.body) if reply.length is None else reply.length
+            if length >= 0:
+                text += f"Content-Length: {length}\r\n"
+        if not keep:
+            text += "Connection: close\r\n"
+        elif not request.modern:
+            text += "Connection: keep-alive\r\n"
+        return (text + "\r\n").encode("utf-8", "surrogateescape")
+
+    # --- bodies
+    # ---------------------------------------------------------------------------------------------------------
+
+    async def _send_stream(
+        self, connection: Connection, request: Request, reply: Reply, stream: ObjectStream, keep: bool
+    ) -> tuple[Reply, int, bool]:
+        """(the reply, bytes sent, whether it was all). A failure before the first byte becomes a proper answer; a later
+        one breaks the connection, so that
+        no client takes a part for the whole."""
+        sent = 0
+        head = b""
+        try:
+            head = self._head(request, reply, keep)
+            async for piece in stream.chunks():
+                if not head:
+                    connection.write(piece)
+                elif len(piece) <= JOIN_BYTES_MAX:
+                    connection.write(b"".join((head, piece)))
+                else:
+                    connection.write(head)
+                    connection.write(piece)
+                head = b""
+                if connection.paused:
+                    await connection.drained()
+                sent += len(piece)
+                del piece  # else the view keeps its memory from being used again while the next one is waited for
+            if sent != stream.length:
+                raise DataDamaged(f"{sent} of {stream.length} bytes were read")
+            if head:
+                connection.write(head)
+                await connection.drained()
+        except (ConnectionError, TimeoutError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            log.warning(
+                "reading %s broke off after %d bytes, request %s", request.operation, sent, request.id, exc_info=error
+            )
+            if not head:
+                return reply, sent, False
+            failure = self._failure(request, error)
+            connection.write(self._head(request, failure, keep) + failure.body)
+            await connection.drained()
+            return failure, len(failure.body), True
+        finally:
+            await stream.close()
+        return reply, sent, True
+
+    def _failure(self, request: Request, error: Exception) -> Reply:
+        shown = error if isinstance(error, S3Error) else DataDamaged()
+        body = xml.error_document(shown.code, shown.message, shown.details, request.resource, request.id, self._host_id)
+        return Reply(shown.status, {"Content-Type": XML_TYPE}, body, code=shown.code)
+
+    # --- what was not read
+    # ------------------------------------------------------------------------------------------------
+
+    def _can_drain(self, request: Request) -> bool:
+        """May the connection be kept: is what is left of the body there already, or small?"""
+        body = request._body
+        if body is None:
+            return False
+        if body.complete:
+            return True
+        if body.awaited or body.failed:
+            return False
+        return body.length is None or body.length - body.bytes_come <= self._limits.drain_bytes_max
+
+    async def take_rest(self, connection: Connection, request: Request, sent: Sent) -> bool:
+        """Throws away what is left of the body, within bounds; True when the connection can carry another request."""
+        if sent.keep_alive:
+            return await request.body.discard(self._limits.drain_bytes_max, self._limits.linger_s)
+        await self._linger(connection)
+        return False
+
+    async def _linger(self, connection: Connection) -> None:
+        """Throws away what a client still sends after its last answer: closing with unread bytes would reset the
+        connection, and it might never see the answer.
+        """
+        connection.end_writing()
+        rest = RequestBody(connection, UNKNOWN_BYTES, None, self._limits)
+        connection.open_body(rest)
+        await rest.discard(self._limits.linger_bytes_max, self._limits.linger_s)

@@ -1,0 +1,182 @@
+"""Buckets: create, head, list, delete, where they are, their tags, who may use them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from functools import partial
+
+from storaged import errors
+from storaged.objects.names import bucket_name_possible, bucket_name_valid
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.auth.regions import location_constraint, region_name, region_of_new_bucket
+from storaged.s3.context import Front
+from storaged.s3.documents import understood
+from storaged.s3.ops.acl import own_acl
+from storaged.s3.ops.tags import read_tagging, write_tagging
+from storaged.s3.reply import XML_TYPE, Reply, xml_reply
+from storaged.s3.request import Request
+
+BUCKETS_PAGE_MAX = 10_000
+
+
+async def list_buckets(front: Front, request: Request) -> Reply:
+    """The requester's own, by name, in pages when max-buckets is given."""
+    if not request.who.access_key:
+        raise errors.AccessDenied()
+    query = request.query
+    limit = (
+        h.integer("max-buckets", query["max-buckets"], 1, BUCKETS_PAGE_MAX)
+        if query.get("max-buckets")
+        else BUCKETS_PAGE_MAX
+    )
+    region = query.get("bucket-region", "")
+    prefix = query.get("prefix", "")
+    token = query.get("continuation-token", "")
+    buckets, following = await front.buckets.list_buckets(
+        request.who, prefix=prefix, after=_from_token(token), limit=limit
+    )
+    rows = "".join(
+        f"<Bucket><Name>{xml.escape(bucket.name)}</Name><CreationDate>{xml.iso_time(bucket.created_ms)}</CreationDate>"
+        f"{xml.element('BucketRegion', region_name(bucket.region))}</Bucket>"
+        for bucket in buckets
+        if not region or region_name(bucket.region) == region
+    )
+    return xml_reply(
+        xml.document(
+            "ListAllMyBucketsResult",
+            xml.owner(request.who.user_id, request.who.display_name),
+            f"<Buckets>{rows}</Buckets>",
+            xml.optional("Prefix", prefix),
+            xml.optional(
+                "ContinuationToken", base64.urlsafe_b64encode(following.encode()).decode() if following else ""
+            ),
+        )
+    )
+
+
+def _from_token(token: str) -> str:
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode() if token else ""
+    except (binascii.Error, ValueError):
+        raise errors.InvalidArgument(
+            "The continuation token provided is incorrect", ArgumentName="continuation-token"
+        ) from None
+
+
+async def create_bucket(front: Front, request: Request) -> Reply:
+    """One's own bucket again: 200, as in AWS's first region and as most tools expect. ``x-storaged-countries``
+    (``FR,DE``) narrows where its data may lie: a bucket that
+    has others already is refused (BucketAlreadyOwnedByYou)."""
+    name = request.bucket
+    if not bucket_name_valid(name):
+        raise errors.InvalidBucketName(BucketName=name)
+    lock = request.headers.get("x-amz-bucket-object-lock-enabled", "false")
+    if lock.lower() not in ("true", "false"):
+        raise errors.InvalidArgument(ArgumentName="x-amz-bucket-object-lock-enabled", ArgumentValue=lock)
+    if lock.lower() == "true":
+        raise errors.NotImplemented("Object Lock is not implemented.")
+    ownership = request.headers.get("x-amz-object-ownership", "BucketOwnerEnforced")
+    if ownership not in ("BucketOwnerEnforced", "BucketOwnerPreferred", "ObjectWriter"):
+        raise errors.InvalidArgument(
+            "Invalid x-amz-object-ownership header", ArgumentName="x-amz-object-ownership", ArgumentValue=ownership
+        )
+    if ownership != "BucketOwnerEnforced":
+        raise errors.NotImplemented(
+            "Access control lists are not implemented: a bucket's owner owns every object in it."
+        )
+    region = await understood(partial(_region_asked, front), request.document)
+    countries = _countries(request.headers.get("x-storaged-countries"))
+    try:
+        await front.buckets.create(request.who, name, region=region, countries=countries)
+    except errors.BucketAlreadyOwnedByYou:
+        if countries and (await front.buckets.get(name)).countries != countries:
+            raise  # whoever asks for countries must not believe that they are in force
+    return Reply(headers={"Location": f"/{name}"})
+
+
+def _countries(text: str | None) -> tuple[str, ...]:
+    """``FR, DE`` -> ("DE", "FR"). A header without a country asks for something that can't be: it is not no header.
+
+    Raises InvalidArgument.
+    """
+    if text is None:
+        return ()
+    codes = {code.strip() for code in text.split(",")}
+    if "" in codes:
+        raise errors.InvalidArgument(
+            "x-storaged-countries is a list of country codes", ArgumentName="x-storaged-countries", ArgumentValue=text
+        )
+    return tuple(sorted(codes))
+
+
+def _region_asked(front: Front, body: bytes) -> str:
+    """Of CreateBucketConfiguration, for the bucket's record. Raises InvalidLocationConstraint, MalformedXML,
+    NotImplemented."""
+    if not body.strip():
+        return front.region
+    root = xml.parse(body, "CreateBucketConfiguration")
+    for child in root.children:
+        if child.name in ("Location", "Bucket", "Tags"):
+            raise errors.NotImplemented(f"{child.name} in CreateBucketConfiguration is not implemented.")
+    location = root.fields({"LocationConstraint"}).get("LocationConstraint", "")
+    return region_of_new_bucket(location, front.region, strict=front.strict_region)
+
+
+async def head_bucket(front: Front, request: Request) -> Reply:
+    return Reply(
+        headers={
+            "x-amz-bucket-region": region_name(request.bucket_record.region),
+            "x-amz-access-point-alias": "false",
+            "Content-Type": XML_TYPE,
+        }
+    )
+
+
+async def delete_bucket(front: Front, request: Request) -> Reply:
+    await front.buckets.delete(request.bucket_record, who=request.who)
+    return Reply(204)
+
+
+async def get_location(front: Front, request: Request) -> Reply:
+    return xml_reply(xml.document("LocationConstraint", xml.escape(location_constraint(request.bucket_record.region))))
+
+
+async def get_versioning(front: Front, request: Request) -> Reply:
+    """Never enabled: an empty configuration."""
+    return xml_reply(xml.document("VersioningConfiguration"))
+
+
+async def get_tagging(front: Front, request: Request) -> Reply:
+    tags = await front.buckets.get_tags(request.bucket_record)
+    if not tags:
+        raise errors.NoSuchTagSet(BucketName=request.bucket)
+    return xml_reply(write_tagging(tags))
+
+
+async def put_tagging(front: Front, request: Request) -> Reply:
+    tags = await read_tagging(request, h.TAGS_PER_BUCKET_MAX)
+    await front.buckets.set_tags(request.bucket_record, tags)
+    return Reply(204)
+
+
+async def delete_tagging(front: Front, request: Request) -> Reply:
+    await front.buckets.set_tags(request.bucket_record, None)
+    return Reply(204)
+
+
+async def get_acl(front: Front, request: Request) -> Reply:
+    return xml_reply(own_acl(request.bucket_record.owner, request.who))
+
+
+async def preflight(front: Front, request: Request) -> Reply:
+    """A browser asks whether another origin may use this bucket; no bucket has CORS rules. It comes unsigned, so
+    nothing of the bucket is told.
+    """
+    if "origin" not in request.headers or "access-control-request-method" not in request.headers:
+        raise errors.BadRequest("Insufficient information. Origin request header needed.")
+    if not bucket_name_possible(request.bucket):
+        raise errors.InvalidBucketName(BucketName=request.bucket)
+    await front.buckets.get(request.bucket)
+    raise errors.AccessForbidden(Method=request.headers["access-control-request-method"], ResourceType="BUCKET")

@@ -1,0 +1,130 @@
+"""CopyObject and UploadPartCopy: where the source is, whether it may be read, what the copy keeps."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote_to_bytes
+
+from msgspec.structs import replace
+
+from storaged import errors
+from storaged.objects.api import NewMeta, PutResult
+from storaged.objects.etags import tag
+from storaged.objects.records import BucketRecord
+from storaged.s3 import conditions as c
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.context import Front, owned_bucket
+from storaged.s3.ops.multipart import part_number
+from storaged.s3.reply import Headers, Reply, version_header, xml_reply
+from storaged.s3.request import Request, check_key
+
+_SOURCE = "x-amz-copy-source"
+_RANGE = "x-amz-copy-source-range"
+
+
+async def _source(front: Front, request: Request) -> tuple[BucketRecord, bytes, str]:
+    """(bucket, key, version id) of x-amz-copy-source: ``/bucket/key?versionId=...``, percent-encoded. Raises
+    InvalidArgument, AccessDenied, NoSuchBucket.
+    """
+    raw = request.headers[_SOURCE].encode("utf-8", "surrogateescape")
+    path, mark, version = raw.partition(b"?versionId=")
+    bucket_bytes, slash, key = unquote_to_bytes(path).removeprefix(b"/").partition(b"/")
+    if not bucket_bytes or not slash or not key or (mark and not version):
+        raise errors.InvalidArgument(
+            "Copy Source must mention the source bucket and key: sourcebucket/sourcekey",
+            ArgumentName=_SOURCE,
+            ArgumentValue=raw.decode("utf-8", "replace"),
+        )
+    check_key(key)
+    bucket = await owned_bucket(
+        front,
+        request.who,
+        bucket_bytes.decode("utf-8", "replace"),
+        request.headers.get("x-amz-source-expected-bucket-owner"),
+    )
+    return bucket, key, unquote_to_bytes(version).decode("utf-8", "replace")
+
+
+def _directive(headers: dict[str, str], name: str) -> bool:
+    """True: REPLACE. Raises InvalidArgument."""
+    value = headers.get(name, "COPY")
+    if value not in ("COPY", "REPLACE"):
+        raise errors.InvalidArgument(f"Unknown {name.removeprefix('x-amz-')}.", ArgumentName=name, ArgumentValue=value)
+    return value == "REPLACE"
+
+
+async def copy_object(front: Front, request: Request) -> Reply:
+    headers = request.headers
+    replace_meta = _directive(headers, "x-amz-metadata-directive")
+    replace_tags = _directive(headers, "x-amz-tagging-directive")
+    given = h.new_meta(headers)
+    bucket, key, version = await _source(front, request)
+    conditions = c.source_conditions(headers)
+    itself = bucket.id == request.bucket_record.id and key == request.key
+    if (
+        itself
+        and not version
+        and not replace_meta
+        and "x-amz-storage-class" not in headers
+        and "x-amz-server-side-encryption" not in headers
+    ):
+        raise errors.InvalidRequest(
+            "This copy request is illegal because it is trying to copy an object to itself without changing the"
+            " object's metadata, storage class, website redirect location or encryption attributes."
+        )
+    meta: NewMeta | None = given if replace_meta else None
+    if meta is None and "x-amz-storage-class" in headers:
+        info = await front.objects.head(bucket, key, version_id=version, conditions=conditions)
+        conditions = replace(conditions, if_match=tag(info.etag))  # what was read for its metadata is what gets copied
+        meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
+    result = await front.objects.copy(
+        bucket,
+        key,
+        request.bucket_record,
+        request.key,
+        owner=request.who.user_id,
+        version_id=version,
+        meta=meta,
+        tags=given.tags if replace_tags else None,
+        algorithm=h.algorithm_named(headers, "x-amz-checksum-algorithm"),
+        source_conditions=conditions,
+        conditions=c.write_conditions(headers),
+    )
+    answer = _copied_headers(version)
+    version_header(result.version_id, answer)
+    return xml_reply(_result("CopyObjectResult", result), headers=answer)
+
+
+async def upload_part_copy(front: Front, request: Request) -> Reply:
+    headers = request.headers
+    number = part_number(request)
+    span = h.parse_copy_range(headers[_RANGE]) if _RANGE in headers else None
+    bucket, key, version = await _source(front, request)
+    result = await front.objects.copy_part(
+        bucket,
+        key,
+        span,
+        request.bucket_record,
+        request.key,
+        request.query["uploadId"],
+        number,
+        version_id=version,
+        source_conditions=c.source_conditions(headers),
+    )
+    return xml_reply(_result("CopyPartResult", result), headers=_copied_headers(version))
+
+
+def _copied_headers(source_version: str) -> Headers:
+    headers = {"x-amz-server-side-encryption": "AES256"}
+    if source_version and source_version != "null":
+        headers["x-amz-copy-source-version-id"] = source_version
+    return headers
+
+
+def _result(root: str, result: PutResult) -> bytes:
+    return xml.document(
+        root,
+        f"<LastModified>{xml.iso_time(result.modified_ms)}</LastModified><ETag>&quot;{result.etag}&quot;</ETag>",
+        "".join(xml.element(f"Checksum{name}", value) for name, value in result.checksums.items()),
+        xml.optional("ChecksumType", result.checksum_type if result.checksums else ""),
+    )

@@ -1,0 +1,191 @@
+"""multipart/form-data as browsers send it, read as it arrives: the small fields first, then the file as a stream.
+Fields after the file are ignored, as on AWS.
+
+What two parsers might read differently is refused: a field that comes twice, a parameter that does, a line that begins
+with the boundary and goes on, a
+transfer encoding, a file without the delimiter that ends it, lines that end in LF.
+
+Source: RFC 7578; https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-HTTPPOSTForms.html (fields together at most 20
+KB there; 64 KiB here).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+from storaged.errors import MalformedPOSTRequest, MaxMessageLengthExceeded
+from storaged.units import KIB
+from storaged.wire import Buffer
+
+FIELDS_BYTES_MAX = 64 * KIB
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'
+_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=(%b|%b)" % (_TOKEN, _TOKEN, _QUOTED))
+_FORM_DATA = re.compile(rb"[ \t]*form-data", re.IGNORECASE)
+_MULTIPART = re.compile(rb"multipart/form-data", re.IGNORECASE)
+_BOUNDARY_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=([0-9A-Za-z'()+_\-./:=?]+|%b)" % (_TOKEN, _QUOTED))
+"""Outside of quotes a boundary may have letters that RFC 2045 wants quoted: some clients send them so."""
+_BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
+_HEADER = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
+_IDENTITY = frozenset({b"7bit", b"8bit", b"binary"})
+"""Values of Content-Transfer-Encoding that change nothing. RFC 7578 4.7: nobody sends any."""
+
+
+def boundary_of(content_type: str) -> str:
+    """Raises MalformedPOSTRequest."""
+    if (
+        content_type.isascii()
+        and (found := _parameters(content_type.encode("ascii"), _MULTIPART, _BOUNDARY_PARAMETER)) is not None
+    ):
+        boundary = found.get(b"boundary", b"")
+        if _BOUNDARY.fullmatch(boundary):
+            return boundary.decode("ascii")
+    raise MalformedPOSTRequest(
+        "The Content-Type of the form is not multipart/form-data with one boundary of 1 to 70 characters."
+    )
+
+
+def _parameters(value: bytes, begins: re.Pattern[bytes], parameter: re.Pattern[bytes]) -> dict[bytes, bytes] | None:
+    """Of a header's value, by lower-case name; None when it does not begin so, has one twice, or anything else."""
+    match = begins.match(value)
+    found: dict[bytes, bytes] = {}
+    while match is not None and value[match.end() :].strip(b" \t"):
+        match = parameter.match(value, match.end())
+        if match is None or match[1].lower() in found:
+            return None
+        text = match[2]
+        found[match[1].lower()] = _unquoted(text) if text.startswith(b'"') else text
+    return found if match is not None else None
+
+
+def _unquoted(text: bytes) -> bytes:
+    """A quote that was escaped is one; before any other letter a backslash is itself, as in the names of files that
+    browsers on Windows once sent.
+    """
+    return text[1:-1].replace(b'\\"', b'"')
+
+
+class FormReader:
+    """``fields`` once ``read_fields`` has returned; then ``file`` yields the file's bytes. Names are lower case."""
+
+    def __init__(self, pieces: AsyncIterator[Buffer], boundary: str) -> None:
+        self._pieces = pieces
+        self._delimiter = b"\r\n--" + boundary.encode("ascii")
+        self._buffer = bytearray(b"\r\n")  # the first boundary has no line before it
+        self._taken = 0
+        self.fields: dict[str, str] = {}
+        self.filename = ""
+
+    async def read_fields(self) -> None:
+        """Up to the beginning of the file. Raises MalformedPOSTRequest, MaxMessageLengthExceeded."""
+        await self._until(self._delimiter)
+        while True:
+            if not await self._goes_on():
+                raise MalformedPOSTRequest("The form has no field named file.")
+            disposition = await self._disposition()
+            await self._check_content()
+            name = disposition.get(b"name", b"").lower().decode("utf-8", "surrogateescape")
+            if not name:
+                raise MalformedPOSTRequest("A field of the form has no name.")
+            if name == "file":
+                filename = disposition.get(b"filename", b"").decode("utf-8", "surrogateescape")
+                self.filename = re.split(r"[/\\]", filename)[-1]
+                return
+            value = await self._until(self._delimiter)
+            if name in self.fields:
+                raise MalformedPOSTRequest("A field of the form came more than once.")
+            self.fields[name] = value.decode("utf-8", "surrogateescape")
+
+    async def file(self) -> AsyncIterator[Buffer]:
+        """Raises MalformedPOSTRequest when the body ends before the boundary that ends the file."""
+        keep = len(self._delimiter) - 1
+        while True:
+            end = self._buffer.find(self._delimiter)
+            if end >= 0:
+                if end:
+                    yield bytes(self._buffer[:end])
+                del self._buffer[: end + len(self._delimiter)]
+                await self._goes_on()
+                self._buffer.clear()
+                async for _ in self._pieces:  # what follows is nobody's, but has to be read
+                    pass
+                return
+            ready = len(self._buffer) - keep
+            if ready > 0:
+                data = bytes(self._buffer[:ready])
+                del self._buffer[:ready]
+                yield data
+            await self._more()
+
+    async def _goes_on(self) -> bool:
+        """After a delimiter: another part follows, or none. Raises MalformedPOSTRequest for anything else: the boundary
+        may be the beginning of what the field has.
+        """
+        following = await self._exactly(2)
+        if following == b"\r\n":
+            return True
+        while len(self._buffer) < 2 and await self._come():
+            pass
+        if following != b"--" or (self._buffer and not self._buffer.startswith(b"\r\n")):
+            raise MalformedPOSTRequest("A line of the form begins with its boundary, and goes on.")
+        return False
+
+    async def _check_content(self) -> None:
+        """What a part has must not begin as a delimiter does: with or without the CRLF of the empty line before it,
+        parsers disagree on whether it is one.
+        """
+        line = self._delimiter[2:]
+        while len(self._buffer) < len(line) and line.startswith(self._buffer):
+            await self._more()
+        if self._buffer.startswith(line):
+            raise MalformedPOSTRequest("What a part of the form has begins with the boundary.")
+
+    async def _disposition(self) -> dict[bytes, bytes]:
+        """Headers of a part: the parameters of the one that counts."""
+        found: dict[bytes, bytes] | None = None
+        while line := await self._until(b"\r\n"):
+            match = _HEADER.fullmatch(line)
+            if match is None:
+                raise MalformedPOSTRequest("A header of a part of the form is broken.")
+            name = match[1].lower()
+            if name == b"content-disposition":
+                again, found = found, _parameters(match[2], _FORM_DATA, _PARAMETER)
+                if again is not None or found is None:
+                    raise MalformedPOSTRequest(
+                        "A part of the form wants one Content-Disposition: form-data, with each parameter once."
+                    )
+            elif name == b"content-transfer-encoding" and match[2].strip(b" \t").lower() not in _IDENTITY:
+                raise MalformedPOSTRequest("Parts of a form come as they are, without a Content-Transfer-Encoding.")
+        return found or {}
+
+    async def _until(self, mark: bytes) -> bytes:
+        while (end := self._buffer.find(mark)) < 0:
+            if self._taken + len(self._buffer) > FIELDS_BYTES_MAX + len(mark):
+                raise MaxMessageLengthExceeded("Your POST request fields preceding the upload file were too large.")
+            await self._more()
+        data = bytes(self._buffer[:end])
+        del self._buffer[: end + len(mark)]
+        self._taken += end + len(mark)
+        if self._taken > FIELDS_BYTES_MAX:
+            raise MaxMessageLengthExceeded("Your POST request fields preceding the upload file were too large.")
+        return data
+
+    async def _exactly(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            await self._more()
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return data
+
+    async def _more(self) -> None:
+        if not await self._come():
+            raise MalformedPOSTRequest()
+
+    async def _come(self) -> bool:
+        """False at the end of the body."""
+        async for piece in self._pieces:
+            self._buffer += piece
+            return True
+        return False

@@ -1,0 +1,295 @@
+"""Listings: objects (both versions of the call), versions, uploads. A page of 1,000 keys is a list of f-strings."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from storaged import errors
+from storaged.objects.api import ListedVersion, Listing, UploadInfo, VersionListing
+from storaged.objects.records import SealedList, listed_checksum
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.context import Front
+from storaged.s3.reply import Reply, xml_reply
+from storaged.s3.request import Request
+
+PAGE_MAX = 1000
+_BEYOND = b"\xff"
+"""Sorts behind every key with a given prefix, since no UTF-8 contains it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What all listings have in common."""
+
+    prefix: bytes
+    delimiter: bytes
+    limit: int
+    url: bool
+
+    def key(self, key: bytes) -> str:
+        return xml.escape_key(key, self.url)
+
+    def common(self, bucket: str, tag: str = "Name", *, plain_prefix: bool = False) -> str:
+        """``plain_prefix``: the first version of ListObjects does not encode it, and its clients do not decode it."""
+        prefix = xml.escape_key(self.prefix, self.url and not (plain_prefix and xml.representable(self.prefix)))
+        return (
+            f"{xml.element(tag, bucket)}<Prefix>{prefix}</Prefix>"
+            f"{f'<Delimiter>{self.key(self.delimiter)}</Delimiter>' if self.delimiter else ''}"
+            f"{'<EncodingType>url</EncodingType>' if self.url else ''}"
+        )
+
+    def prefixes(self, prefixes: Sequence[bytes]) -> str:
+        return "".join(f"<CommonPrefixes><Prefix>{self.key(prefix)}</Prefix></CommonPrefixes>" for prefix in prefixes)
+
+    def after(self, marker: bytes) -> bytes:
+        """Where to go on behind ``marker``: when it is itself a common prefix, behind all that it stands for."""
+        if self.delimiter and marker.startswith(self.prefix):
+            rest = marker[len(self.prefix) :]
+            if rest.find(self.delimiter) == len(rest) - len(self.delimiter) >= 0:
+                return marker + _BEYOND
+        return marker
+
+
+def _ask(request: Request, limit_name: str = "max-keys") -> _Ask:
+    query = request.query
+    wanted = request.headers.get("x-amz-optional-object-attributes", "RestoreStatus")
+    # no object is archived, so none has a RestoreStatus
+    if any(name.strip() != "RestoreStatus" for name in wanted.split(",")):
+        raise errors.InvalidArgument(
+            "Invalid attribute name specified.", ArgumentName="x-amz-optional-object-attributes", ArgumentValue=wanted
+        )
+    encoding = query.get("encoding-type", "")
+    if encoding not in ("", "url"):
+        raise errors.InvalidArgument(
+            "Invalid Encoding Method specified in Request", ArgumentName="encoding-type", ArgumentValue=encoding
+        )
+    limit = min(h.integer(limit_name, query[limit_name], 0, 2**31 - 1), PAGE_MAX) if query.get(limit_name) else PAGE_MAX
+    return _Ask(query.get("prefix", "").encode(), query.get("delimiter", "").encode(), limit, encoding == "url")
+
+
+async def _page(front: Front, request: Request, ask: _Ask, after: bytes) -> Listing:
+    if ask.limit == 0:
+        return Listing()
+    return await front.objects.list_objects(
+        request.bucket_record,
+        prefix=ask.prefix,
+        after=ask.after(after),
+        delimiter=ask.delimiter,
+        limit=ask.limit,
+        show=_shown,
+    )
+
+
+def _rows(ask: _Ask, page: Listing, owner: str) -> list[str]:
+    names = xml.escape_keys(page.keys, ask.url)
+    return [f"<Contents><Key>{name}{shown}{owner}</Contents>" for name, shown in zip(names, page.shown, strict=True)]
+
+
+def _shown(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> list[str]:
+    """What a list says of each object, from the end of its key to its storage class. A thousand at a time: what can be
+    done for all times and kinds of objects at once is
+    done before the one expression a row."""
+    times = xml.iso_times(times_ms)
+    kinds = [(its.algorithm, its.checksum_type, its.storage_class) for its in printed]
+    around = {kind: _around_size(*kind) for kind in set(kinds)}
+    if len(around) == 1:
+        [(before, behind)] = around.values()
+        return [
+            f"</Key><LastModified>{time}</LastModified><ETag>&quot;{its.etag}{before}{size}{behind}"
+            for time, its, size in zip(times, printed, sizes, strict=True)
+        ]
+    return [
+        f"</Key><LastModified>{time}</LastModified><ETag>&quot;{its.etag}{around[kind][0]}{size}{around[kind][1]}"
+        for time, its, size, kind in zip(times, printed, sizes, kinds, strict=True)
+    ]
+
+
+def _around_size(algorithm: str, checksum_type: str, storage_class: str) -> tuple[str, str]:
+    """What a list prints before and after an object's size."""
+    return (
+        f"&quot;</ETag>{_checksum(*listed_checksum(algorithm, checksum_type))}<Size>",
+        f"</Size><StorageClass>{storage_class}</StorageClass>",
+    )
+
+
+def _checksum(algorithm: str, checksum_type: str) -> str:
+    return (
+        f"<ChecksumAlgorithm>{algorithm}</ChecksumAlgorithm><ChecksumType>{checksum_type}</ChecksumType>"
+        if algorithm
+        else ""
+    )
+
+
+def _following(page: Listing | VersionListing) -> bytes | None:
+    """The marker of the next page as a client can send it: a key, or the common prefix that ended this page. (A page
+    may be short, even empty, and not the
+    last one: the object plane does not look at too many deleted keys in one go.)"""
+    return None if page.next_after is None else page.next_after.rstrip(_BEYOND)
+
+
+async def list_objects_v1(front: Front, request: Request) -> Reply:
+    """NextMarker comes only where it says more than the last key does, as on AWS."""
+    ask = _ask(request)
+    marker = request.query.get("marker", "").encode()
+    page = await _page(front, request, ask, marker)
+    following = _following(page)
+    last = page.keys[-1] if page.keys else b""
+    next_marker = (
+        f"<NextMarker>{ask.key(following)}</NextMarker>"
+        if following is not None and (ask.delimiter or following != last)
+        else ""
+    )
+    return xml_reply(
+        xml.document(
+            "ListBucketResult",
+            ask.common(request.bucket, plain_prefix=True),
+            f"<Marker>{ask.key(marker)}</Marker>{next_marker}<MaxKeys>{ask.limit}</MaxKeys>",
+            xml.boolean("IsTruncated", following is not None),
+            *_rows(ask, page, xml.owner_on_record(request.bucket_record.owner, request.who)),
+            ask.prefixes(page.prefixes),
+        )
+    )
+
+
+async def list_objects_v2(front: Front, request: Request) -> Reply:
+    query = request.query
+    if query.get("list-type") != "2":
+        raise errors.InvalidArgument(
+            "Invalid list-type", ArgumentName="list-type", ArgumentValue=query.get("list-type", "")
+        )
+    ask = _ask(request)
+    start_after = query.get("start-after", "").encode()
+    token = query.get("continuation-token")
+    page = await _page(front, request, ask, _from_token(token) if token else start_after)
+    truncated = page.next_after is not None
+    owner = xml.owner_on_record(request.bucket_record.owner, request.who) if query.get("fetch-owner") == "true" else ""
+    return xml_reply(
+        xml.document(
+            "ListBucketResult",
+            ask.common(request.bucket),
+            f"<MaxKeys>{ask.limit}</MaxKeys><KeyCount>{len(page.keys) + len(page.prefixes)}</KeyCount>",
+            xml.boolean("IsTruncated", truncated),
+            xml.element("ContinuationToken", token) if token is not None else "",
+            (
+                f"<NextContinuationToken>{_to_token(page.next_after)}</NextContinuationToken>"
+                if page.next_after is not None
+                else ""
+            ),
+            f"<StartAfter>{ask.key(start_after)}</StartAfter>" if start_after else "",
+            *_rows(ask, page, owner),
+            ask.prefixes(page.prefixes),
+        )
+    )
+
+
+def _to_token(after: bytes) -> str:
+    """One byte behind a prefix says as much as the many that the object plane uses."""
+    short = after.rstrip(_BEYOND)
+    return base64.urlsafe_b64encode(short if short == after else short + _BEYOND).decode()
+
+
+def _from_token(token: str) -> bytes:
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise errors.InvalidArgument(
+            "The continuation token provided is incorrect", ArgumentName="continuation-token"
+        ) from None
+
+
+async def list_versions(front: Front, request: Request) -> Reply:
+    """Every object of a bucket that never had versioning is its own version ``null``."""
+    ask = _ask(request)
+    key_marker = request.query.get("key-marker", "").encode()
+    version_marker = request.query.get("version-id-marker", "")
+    if version_marker and not key_marker:
+        raise errors.InvalidArgument(
+            "A version-id marker cannot be specified without a key marker.", ArgumentName="version-id-marker"
+        )
+    page = VersionListing()
+    if ask.limit:
+        page = await front.objects.list_versions(
+            request.bucket_record,
+            prefix=ask.prefix,
+            after=ask.after(key_marker),
+            after_version=version_marker,
+            delimiter=ask.delimiter,
+            limit=ask.limit,
+        )
+    following = _following(page)
+    next_markers = ""
+    if following is not None:
+        version = page.versions[-1].version_id if page.versions and page.versions[-1].key == following else ""
+        next_markers = (
+            f"<NextKeyMarker>{ask.key(following)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
+        )
+    return xml_reply(
+        xml.document(
+            "ListVersionsResult",
+            ask.common(request.bucket),
+            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}{next_markers}<MaxKeys>{ask.limit}</MaxKeys>",  # noqa: E501
+            xml.boolean("IsTruncated", following is not None),
+            "".join(_version(ask, item, request) for item in page.versions),
+            ask.prefixes(page.prefixes),
+        )
+    )
+
+
+def _version(ask: _Ask, item: ListedVersion, request: Request) -> str:
+    head = (
+        f"<Key>{ask.key(item.key)}</Key><VersionId>{xml.escape(item.version_id)}</VersionId>{xml.boolean('IsLatest', item.latest)}"  # noqa: E501
+        f"<LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
+    )
+    owner = xml.owner_on_record(request.bucket_record.owner, request.who)
+    if item.delete_marker:
+        return f"<DeleteMarker>{head}{owner}</DeleteMarker>"
+    return (
+        f"<Version>{head}<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item.algorithm, item.checksum_type)}<Size>{item.size}</Size>{owner}"  # noqa: E501
+        f"<StorageClass>{item.storage_class}</StorageClass></Version>"
+    )
+
+
+async def list_uploads(front: Front, request: Request) -> Reply:
+    ask = _ask(request, "max-uploads")
+    query = request.query
+    key_marker = query.get("key-marker", "").encode()
+    upload_marker = query.get("upload-id-marker", "") if key_marker else ""
+    uploads: list[UploadInfo] = []
+    prefixes: list[bytes] = []
+    following: tuple[bytes, str] | None = None
+    if ask.limit:
+        uploads, prefixes, following = await front.objects.list_uploads(
+            request.bucket_record,
+            prefix=ask.prefix,
+            after_key=ask.after(key_marker),
+            after_upload=upload_marker,
+            delimiter=ask.delimiter,
+            limit=ask.limit,
+        )
+    who = request.who
+    rows = "".join(
+        f"<Upload><Key>{ask.key(upload.key)}</Key>{xml.element('UploadId', upload.upload_id)}"
+        f"{xml.owner_on_record(upload.owner, who, 'Initiator')}{xml.owner_on_record(upload.owner, who)}"
+        f"<StorageClass>{upload.storage_class}</StorageClass><Initiated>{xml.iso_time(upload.created_ms)}</Initiated>"
+        f"{xml.optional('ChecksumAlgorithm', upload.algorithm)}{xml.optional('ChecksumType', upload.checksum_type)}</Upload>"  # noqa: E501
+        for upload in uploads
+    )
+    return xml_reply(
+        xml.document(
+            "ListMultipartUploadsResult",
+            ask.common(request.bucket, "Bucket"),
+            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('UploadIdMarker', upload_marker)}",
+            (
+                f"<NextKeyMarker>{ask.key(following[0])}</NextKeyMarker>{xml.optional('NextUploadIdMarker', following[1])}"  # noqa: E501
+                if following
+                else ""
+            ),
+            f"<MaxUploads>{ask.limit}</MaxUploads>{xml.boolean('IsTruncated', following is not None)}",
+            rows,
+            ask.prefixes(prefixes),
+        )
+    )

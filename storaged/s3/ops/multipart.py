@@ -1,0 +1,181 @@
+"""Multipart uploads: create, upload and list parts, complete, abort."""
+
+from __future__ import annotations
+
+from storaged import errors
+from storaged.objects.api import PART_BYTES_MAX, PARTS_MAX, CompletedPart
+from storaged.objects.write.checksums import can_be_composite, can_be_full_object, default_type
+from storaged.s3 import conditions as c
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.context import Front
+from storaged.s3.documents import understood
+from storaged.s3.ops.objects import upload_checks
+from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
+from storaged.s3.request import Request, origin
+
+PARTS_PAGE_MAX = 1000
+PART_NUMBER_CHARS_MAX = 32
+"""Leading zeros and all; ``int`` refuses thousands of digits with another error."""
+
+
+async def create(front: Front, request: Request) -> Reply:
+    headers = request.headers
+    meta = h.new_meta(headers)
+    algorithm, kind = _checksum_kind(headers)
+    upload = await front.objects.create_upload(
+        request.bucket_record, request.key, meta, owner=request.who.user_id, algorithm=algorithm, checksum_type=kind
+    )
+    answer: Headers = {"x-amz-server-side-encryption": "AES256"}
+    if algorithm:
+        answer["x-amz-checksum-algorithm"] = algorithm
+        answer["x-amz-checksum-type"] = kind
+    body = xml.document(
+        "InitiateMultipartUploadResult",
+        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key)}</Key>{xml.element('UploadId', upload.upload_id)}",  # noqa: E501
+    )
+    return xml_reply(body, headers=answer)
+
+
+def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
+    """(algorithm, FULL_OBJECT or COMPOSITE), both empty when no checksum is asked for. Raises InvalidRequest."""
+    algorithm = h.algorithm_named(headers, "x-amz-checksum-algorithm")
+    kind = h.checksum_type(headers)
+    if not algorithm:
+        if kind:
+            raise errors.InvalidRequest(
+                "The x-amz-checksum-type header can only be used with the x-amz-checksum-algorithm header."
+            )
+        return "", ""
+    kind = kind or default_type(algorithm)
+    if not (can_be_full_object(algorithm) if kind == "FULL_OBJECT" else can_be_composite(algorithm)):
+        raise errors.InvalidRequest(
+            f"The {kind} checksum type cannot be used with the {algorithm.lower()} checksum algorithm."
+        )
+    return algorithm, kind
+
+
+def part_number(request: Request) -> int:
+    """Of UploadPart and UploadPartCopy. Raises MethodNotAllowed (without one, it is no operation), InvalidArgument."""
+    if "partNumber" not in request.query:
+        raise errors.MethodNotAllowed(Method=request.method, ResourceType="UPLOAD")
+    return h.integer("partNumber", request.query["partNumber"], 1, PARTS_MAX)
+
+
+async def put_part(front: Front, request: Request) -> Reply:
+    number = part_number(request)
+    checks = upload_checks(request, PART_BYTES_MAX)
+    result = await front.objects.put_part(
+        request.bucket_record, request.key, request.query["uploadId"], number, request.body, checks
+    )
+    answer = stored_headers(result)
+    answer.pop("x-amz-checksum-type", None)
+    return Reply(headers=answer)
+
+
+async def list_parts(front: Front, request: Request) -> Reply:
+    query = request.query
+    limit = (
+        min(h.integer("max-parts", query["max-parts"], 0, 2**31 - 1), PARTS_PAGE_MAX)
+        if query.get("max-parts")
+        else PARTS_PAGE_MAX
+    )
+    marker = (
+        h.integer("part-number-marker", query["part-number-marker"], 0, 2**31 - 1)
+        if query.get("part-number-marker")
+        else 0
+    )
+    upload, parts, following = await front.objects.list_parts(
+        request.bucket_record, request.key, query["uploadId"], after=min(marker, PARTS_MAX), limit=max(limit, 1)
+    )
+    if limit == 0:
+        parts, following = [], None
+    who = request.who
+    rows = "".join(
+        f"<Part><PartNumber>{part.number}</PartNumber><LastModified>{xml.iso_time(part.modified_ms)}</LastModified>"
+        f"<ETag>&quot;{part.etag}&quot;</ETag><Size>{part.size}</Size>"
+        f"{xml.element(f'Checksum{part.checksum_algorithm}', part.checksum) if part.checksum else ''}</Part>"
+        for part in parts
+    )
+    body = xml.document(
+        "ListPartsResult",
+        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key, query.get('encoding-type') == 'url')}</Key>",  # noqa: E501
+        xml.element("UploadId", upload.upload_id),
+        xml.owner_on_record(upload.owner, who, "Initiator"),
+        xml.owner_on_record(upload.owner, who),
+        f"<StorageClass>{upload.storage_class}</StorageClass><PartNumberMarker>{marker}</PartNumberMarker>",
+        f"<NextPartNumberMarker>{following if following is not None else (parts[-1].number if parts else 0)}</NextPartNumberMarker>",  # noqa: E501
+        f"<MaxParts>{limit}</MaxParts>{xml.boolean('IsTruncated', following is not None)}",
+        xml.optional("ChecksumAlgorithm", upload.algorithm),
+        xml.optional("ChecksumType", upload.checksum_type),
+        rows,
+    )
+    return xml_reply(body)
+
+
+async def abort(front: Front, request: Request) -> Reply:
+    await front.objects.abort(request.bucket_record, request.key, request.query["uploadId"])
+    return Reply(204)
+
+
+async def complete(front: Front, request: Request) -> Reply:
+    """A second, equal Complete is answered as the first was."""
+    headers = request.headers
+    conditions = c.write_conditions(headers)
+    data = request.document
+    if not data.strip():
+        raise errors.MalformedXML("You must specify at least one part")
+    parts = await understood(_completed_parts, data)
+    size = headers.get("x-amz-mp-object-size")
+    result = await front.objects.complete(
+        request.bucket_record,
+        request.key,
+        request.query["uploadId"],
+        parts,
+        owner=request.who.user_id,
+        checksums={algorithm: headers[name] for name, algorithm in h.CHECKSUM_HEADERS.items() if name in headers}
+        or None,
+        checksum_type=h.checksum_type(headers),
+        declared_size=h.integer("x-amz-mp-object-size", size, 0, 2**63) if size is not None else None,
+        conditions=conditions,
+    )
+    answer: Headers = {"x-amz-server-side-encryption": "AES256"}
+    version_header(result.version_id, answer)
+    body = xml.document(
+        "CompleteMultipartUploadResult",
+        xml.element("Location", f"{origin(request)}{request.resource}"),
+        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key)}</Key><ETag>&quot;{result.etag}&quot;</ETag>",  # noqa: E501
+        "".join(xml.element(f"Checksum{name}", value) for name, value in result.checksums.items()),
+        xml.optional("ChecksumType", result.checksum_type if result.checksums else ""),
+    )
+    return xml_reply(body, headers=answer)
+
+
+def _completed_parts(data: bytes) -> list[CompletedPart]:
+    """Raises MalformedXML, InvalidPartOrder."""
+    root = xml.parse(data, "CompleteMultipartUpload")
+    if not root.children or len(root.children) > PARTS_MAX or any(node.name != "Part" for node in root.children):
+        raise errors.MalformedXML()
+    parts: list[CompletedPart] = []
+    previous = 0
+    for node in root.children:
+        found = node.fields(_PART_FIELDS)
+        text = found.get("PartNumber", "").strip()
+        if "ETag" not in found or not text.isascii() or not text.isdigit() or len(text) > PART_NUMBER_CHARS_MAX:
+            raise errors.MalformedXML()
+        number = int(text)
+        if not 1 <= number <= PARTS_MAX:
+            raise errors.MalformedXML()
+        if number < previous:
+            raise errors.InvalidPartOrder()
+        if number == previous:
+            parts.pop()  # named twice, as after a part was sent again: the later line counts
+        previous = number
+        checksums = {
+            h.CHECKSUM_ELEMENTS[name]: value for name, value in found.items() if name in h.CHECKSUM_ELEMENTS and value
+        }
+        parts.append(CompletedPart(number, c.parse_tag(found["ETag"].strip()) or "", checksums))
+    return parts
+
+
+_PART_FIELDS = frozenset({"PartNumber", "ETag", *h.CHECKSUM_ELEMENTS})

@@ -1,0 +1,191 @@
+"""PostObject: uploads by browser forms, authorised by a signed policy document (Signature Version 4, and the older form
+with HMAC-SHA1).
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import re
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from urllib.parse import urlencode, urlsplit, urlunsplit
+
+from msgspec.structs import replace
+
+from storaged import errors
+from storaged.objects.api import PART_BYTES_MAX, Principal, PutResult
+from storaged.s3 import aws, xml
+from storaged.s3 import headers as h
+from storaged.s3.auth import sigv4
+from storaged.s3.auth.form_policy import Policy, check_policy, parse_policy
+from storaged.s3.context import Front, owned_bucket
+from storaged.s3.documents import understood
+from storaged.s3.operations import check_fields, check_form
+from storaged.s3.ops.form import FormReader, boundary_of
+from storaged.s3.ops.tags import tags_from
+from storaged.s3.reply import CONTROL, Reply, stored_headers, xml_reply
+from storaged.s3.request import ANONYMOUS, Request, check_key, origin
+from storaged.wire import Buffer
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+"""What RFC 9110 lets a header be called: a name of other letters would come back from GetObject as another header, or
+break its answer.
+"""
+
+
+def is_form(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+async def post_object(front: Front, request: Request) -> Reply:
+    """The fields say who and what, the policy says whether; then the file is stored as PutObject would."""
+    check_form(request.headers)
+    form = FormReader(request.body, boundary_of(request.headers["content-type"]))
+    await form.read_fields()
+    fields = form.fields
+    if "key" in fields:
+        fields["key"] = fields["key"].replace("${filename}", form.filename)
+    policy = None
+    if "policy" in fields:
+        request.who = await _signer(front, fields)
+        policy = parse_policy(fields["policy"])
+        check_policy(policy, fields, request.bucket, front.clock.wall_ms())
+        request.body.admit()
+    else:
+        request.who = ANONYMOUS
+    request._bucket_record = await owned_bucket(front, request.who, request.bucket)
+    if not fields.get("key"):
+        raise errors.InvalidArgument(
+            "Bucket POST must contain a field named 'key'. If it is specified, please check the order of the fields.",
+            ArgumentName="key",
+        )
+    request.key = fields["key"].encode("utf-8", "surrogateescape")
+    check_key(request.key)
+    said = _as_headers(fields)
+    if "x-amz-copy-source" in said:
+        raise errors.NotImplemented("A form stores its file: it can't copy.", Header="x-amz-copy-source")
+    check_fields(said)
+    meta = h.new_meta(said)
+    if "tagging" in fields:
+        meta = replace(
+            meta,
+            tags=await understood(
+                partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX),
+                fields["tagging"].encode("utf-8", "surrogateescape"),
+            ),
+        )
+    checks = h.body_checks(said, None, (), None)
+    result = await front.objects.put(
+        request.bucket_record, request.key, _bounded(form, policy), meta, checks, owner=request.who.user_id
+    )
+    return _answer(request, fields, result)
+
+
+async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
+    """Raises InvalidArgument (a field is missing), InvalidAccessKeyId, InvalidToken, SignatureDoesNotMatch."""
+    if "x-amz-security-token" in fields:
+        raise errors.InvalidToken()
+    if "x-amz-algorithm" in fields:
+        if fields["x-amz-algorithm"] != sigv4.ALGORITHM:
+            raise errors.InvalidArgument(
+                "X-Amz-Algorithm only supports AWS4-HMAC-SHA256", ArgumentName="x-amz-algorithm"
+            )
+        _need(fields, "x-amz-credential", "x-amz-signature", "x-amz-date")
+        access_key, date, region, service = sigv4.policy_credential(fields["x-amz-credential"])
+        if front.signed_region not in ("", region) or service != sigv4.SERVICE:
+            raise errors.InvalidArgument(
+                f"The credential's scope is wrong; expecting {front.region}/{sigv4.SERVICE}",
+                ArgumentName="x-amz-credential",
+            )
+        who, secret = await front.users.lookup(access_key)
+        computed, given = sigv4.policy_signature(secret, date, region, fields["policy"]), fields["x-amz-signature"]
+    else:
+        _need(fields, "awsaccesskeyid", "signature")
+        who, secret = await front.users.lookup(fields["awsaccesskeyid"])
+        digest = hmac.digest(
+            secret.encode("utf-8", "surrogateescape"), fields["policy"].encode("utf-8", "surrogateescape"), "sha1"
+        )
+        computed, given = base64.b64encode(digest).decode(), fields["signature"]
+    if not sigv4.same(computed, given):
+        raise errors.SignatureDoesNotMatch()
+    return who
+
+
+def _need(fields: Mapping[str, str], *names: str) -> None:
+    for name in names:
+        if not fields.get(name):
+            raise errors.InvalidArgument(f"Bucket POST must contain a field named '{name}'.", ArgumentName=name)
+
+
+def _is_header(name: str) -> bool:
+    return (
+        name in h.KEPT_HEADERS or name in aws.HEADERS or name == "content-md5" or name.startswith(("x-amz-", aws.OWN))
+    )
+
+
+def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
+    """Form fields in the place of headers: those that are kept, and all that ask for something, so that what a form
+    does
+    not do (conditions, say) is refused. Raises InvalidArgument for values that no header could have."""
+    said = {name: value for name, value in fields.items() if _is_header(name)}
+    if fields.get("acl"):
+        said["x-amz-acl"] = fields["acl"]
+    for name, value in said.items():
+        if not _TOKEN.fullmatch(name) or CONTROL.search(value):
+            raise errors.InvalidArgument(
+                "Form fields that become headers have a header's name, and no control characters in their value.",
+                ArgumentName=name[:100],
+            )
+    return said
+
+
+async def _bounded(form: FormReader, policy: Policy | None) -> AsyncIterator[Buffer]:
+    """The file, inside the policy's content-length-range. Raises EntityTooLarge, EntityTooSmall, before the last piece
+    was given.
+    """
+    size_max = PART_BYTES_MAX if policy is None or policy.size_max is None else min(policy.size_max, PART_BYTES_MAX)
+    size_min = policy.size_min if policy else 0
+    size = 0
+    async for piece in form.file():
+        size += len(piece)
+        if size > size_max:
+            raise errors.EntityTooLarge(ProposedSize=str(size), MaxSizeAllowed=str(size_max))
+        yield piece
+    if size < size_min:
+        raise errors.EntityTooSmall(
+            "Your proposed upload is smaller than the minimum allowed size",
+            ProposedSize=str(size),
+            MinSizeAllowed=str(size_min),
+        )
+
+
+def _answer(request: Request, fields: Mapping[str, str], result: PutResult) -> Reply:
+    headers = stored_headers(result)
+    key = request.key.decode()
+    location = f"{origin(request)}/{request.bucket}/{xml.escape_key(request.key, url=True)}"
+    redirect = fields.get("success_action_redirect") or fields.get("redirect") or ""
+    if target := _redirect(redirect, urlencode({"bucket": request.bucket, "key": key, "etag": f'"{result.etag}"'})):
+        return Reply(303, {**headers, "Location": target})
+    headers["Location"] = location
+    status = fields.get("success_action_status", "204")
+    if status == "201":
+        content = (
+            f"{xml.element('Location', location)}{xml.element('Bucket', request.bucket)}{xml.element('Key', key)}"
+            f"<ETag>&quot;{result.etag}&quot;</ETag>"
+        )
+        return xml_reply(f"{xml.DECLARATION}<PostResponse>{content}</PostResponse>".encode(), 201, headers)
+    return Reply(200 if status == "200" else 204, headers)
+
+
+def _redirect(url: str, query: str) -> str:
+    """``url`` with what it is to be told; empty for what is no web address: the object is stored, and its client gets
+    an ordinary answer.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    if parts.scheme not in ("http", "https") or not parts.netloc or CONTROL.search(url):
+        return ""
+    return urlunsplit(parts._replace(query=f"{parts.query}&{query}" if parts.query else query))

@@ -1,0 +1,40 @@
+"""Tagging documents, of buckets and objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from storaged.errors import InvalidRequest, MalformedXML
+from storaged.s3 import headers as h
+from storaged.s3 import xml
+from storaged.s3.documents import understood
+from storaged.s3.request import Request
+
+
+async def read_tagging(request: Request, count_max: int) -> dict[str, str]:
+    """Of the request's document. Raises MalformedXML, InvalidTag, InvalidRequest."""
+    if "content-length" in request.headers and request.body.length == 0:
+        raise InvalidRequest("The request is missing its body.")
+    return await understood(partial(tags_from, count_max=count_max), request.document)
+
+
+def tags_from(document: bytes, count_max: int) -> dict[str, str]:
+    """Raises MalformedXML, InvalidTag."""
+    root = xml.parse(document, "Tagging")
+    if len(root.children) != 1 or root.children[0].name != "TagSet":
+        raise MalformedXML()
+    pairs = []
+    for tag in root.children[0].children:
+        found = tag.fields({"Key", "Value"})
+        if tag.name != "Tag" or len(found) != 2:
+            raise MalformedXML()
+        pairs.append((found["Key"], found["Value"]))
+    return h.check_tags(pairs, count_max)
+
+
+def write_tagging(tags: Mapping[str, str]) -> bytes:
+    rows = "".join(
+        f"<Tag>{xml.element('Key', name)}{xml.element('Value', value)}</Tag>" for name, value in sorted(tags.items())
+    )
+    return xml.document("Tagging", f"<TagSet>{rows}</TagSet>")
