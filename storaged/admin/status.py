@@ -42,6 +42,7 @@ from storaged.errors import (
     StoragedError,
     SystemRecordDamaged,
 )
+from storaged.meta.consensus.quorums import Quorum
 from storaged.units import format_duration
 
 SKEW_MS_MAX = 5_000
@@ -178,7 +179,7 @@ def ring_health(layout: Layout, alive: Callable[[str], bool]) -> RingHealth:
     for partition in (*range(PARTITIONS), SYSTEM_PARTITION):
         replicas = layout.replicas_of(partition)
         living = [disk for disk in replicas if alive(disk)]
-        spare = len(living) - (len(replicas) // 2 + 1)
+        spare = Quorum(replicas).spare(living)
         stopped += spare < 0
         if spare == 0:
             by_disk.update(living)

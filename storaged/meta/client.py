@@ -27,6 +27,7 @@ from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
 from storaged.hashes import is_page, page_hash
 from storaged.ids import INCARNATION_BYTES, Entropy, system_entropy
 from storaged.meta import messages
+from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.consensus.register import (
     RULES,
     Ballots,
@@ -519,7 +520,7 @@ class RingClient:
             for disk in view.disks
         ]
 
-    async def held(self, name: RegisterName) -> list[Value | None]:
+    async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
         view = self._view(name)
         deadline = self._clock.monotonic() + min(self._deadline_s, AGREEMENT_S)
         seen = _Seen()
@@ -528,7 +529,8 @@ class RingClient:
             self._ask_read(answers, messages.Read(disk, name, view.epoch), deadline)
         while (answer := await answers.next(deadline - self._clock.monotonic())) is not None:
             _note(seen, *answer)
-        return [seen.replies[disk].value if disk in seen.replies else None for disk in view.disks]
+        held = {disk: reply.value for disk, reply in seen.replies.items()}
+        return Quorum(*view.groups).agreed({disk: value for disk, value in held.items() if value and usable(value)})
 
     # --- pages
     # ---------------------------------------------------------------------------------------------------------

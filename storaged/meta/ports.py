@@ -158,10 +158,10 @@ class Registers(Protocol):
         settled.
         """
 
-    async def held(self, name: RegisterName) -> list[Value | None]:
-        """The value that each replica of the register holds, in the order of the ring: a snapshot, nothing is settled.
-        None: it is away, holds
-        nothing, or its row is damaged."""
+    async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
+        """The usable value that a quorum of the replicas holds, under whatever ballots; None when there is none. A
+        snapshot: nothing is settled.
+        """
 
 
 class Pages(Protocol):

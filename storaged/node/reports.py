@@ -23,6 +23,7 @@ from storaged.errors import (
 from storaged.maintain.job import JobReport
 from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.service import MaintainStatus
+from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
 from storaged.node.auditing import merged
 from storaged.objects.code.place import choose
@@ -71,12 +72,13 @@ class Reports:
         """
         node = self._node
         layout = node.layouts.current
-        alive = sum(map(node.membership.disk_readable, layout.seeds))
+        alive = [disk for disk in layout.seeds if node.membership.disk_readable(disk)]
         if node.config.storage and not node.disks.used:
             return False, "no disk takes part"
         if node.gateway is not None:
-            if alive <= len(layout.seeds) // 2:
-                return False, f"the system partition has no majority: {alive} of {len(layout.seeds)} replicas answer"
+            if not Quorum(layout.seeds).met(alive):
+                found = f"{len(alive)} of {len(layout.seeds)} replicas answer"
+                return False, f"the system partition has no majority: {found}"
             if node.gateway.reason:
                 return False, node.gateway.reason
         return True, ""

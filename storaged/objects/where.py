@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from storaged.cluster.layout import Layout, Profile
 from storaged.errors import PeerError
 from storaged.fragments.ports import FragmentId, Health
+from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import RegisterName
 from storaged.objects.code import place
 from storaged.objects.code.geometry import PartShape
@@ -96,7 +97,8 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
     runs = [await _run(plane, bucket, found.name, part, run, layout) for part in parts for run in part.runs]
     holders = {index: replica.disk for index, replica in enumerate(replicas) if replica.state == "ok"}
     record_disks, record_domains = place.spare(layout, Profile(1, len(replicas) - 1), holders)
-    answering = sum(replica.state != "unreachable" for replica in replicas)
+    quorum = Quorum([replica.disk for replica in replicas])
+    answering = [replica.disk for replica in replicas if replica.state != "unreachable"]
     return Whereabouts(
         key,
         found.opened.version.size,
@@ -105,7 +107,7 @@ async def where(plane: ObjectPlane, bucket: BucketRecord, key: bytes, *, version
         replicas,
         min([record_disks, *(run.disks_may_fail for run in runs)]),
         min([record_domains, *(run.domains_may_fail for run in runs)]),
-        max(-1, answering - (len(replicas) // 2 + 1)),
+        max(-1, quorum.spare(answering)),
     )
 
 

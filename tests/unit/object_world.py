@@ -310,8 +310,9 @@ class FakeRing:
             for disk in self.layouts.current.replicas_of(name.partition)
         ]
 
-    async def held(self, name: RegisterName) -> list[Value | None]:
-        return [self.values.get(name)] * len(self.layouts.current.replicas_of(name.partition))
+    async def held_by_quorum(self, name: RegisterName, usable: Callable[[Value], bool]) -> Value | None:
+        value = self.values.get(name)
+        return value if value is not None and usable(value) else None
 
     async def read(self, name: RegisterName, *, want_payload: bool = False, settling_nonce: bytes = b"") -> Reading:
         await asyncio.sleep(0)

@@ -198,12 +198,12 @@ class RingScanner:
             if len({(answer.digest, answer.through, answer.done) for answer in answers.values()}) > 1:
                 [answers] = await self._reader.ask_all(query, [span], Want.ALL)
                 through, done = common_end(answers.values())
-                rows = reported([decode_rows(answer.rows) for answer in answers.values()], through, done)
+                rows = reported({disk: decode_rows(its.rows) for disk, its in answers.items()}, through, done)
                 alike = _identical if table == Table.SYSTEM else _unanimous
                 differing = [
                     RegisterName(table, scope, shard, key)
                     for key, seen in rows.items()
-                    if not alike(seen, len(answers))
+                    if not alike(list(seen.values()), len(answers))
                 ]
                 found.settled += sum(await bounded([settle(name) for name in differing], SETTLING_MAX))
                 if len(unsettled) > UNSETTLED_MAX:

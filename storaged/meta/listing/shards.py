@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -35,6 +35,7 @@ import msgspec
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable, StoragedError
+from storaged.meta.consensus.quorums import Quorum, met_by_all
 from storaged.meta.listing.cache import Held, Place, Remembered
 from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
 from storaged.meta.names import RegisterName, Value
@@ -93,20 +94,20 @@ class Query:
 
 @dataclass
 class Feed:
-    """One shard while it is read: known up to ``through``, or to its end. ``first``: a bare majority of its disks, the
+    """One shard while it is read: known up to ``through``, or to its end. ``first``: the disks of one quorum, the
     supplier among them, to be asked first.
     """
 
     shard: int
-    disks: tuple[str, ...]
+    quorum: Quorum
     supplier: str
     through: bytes
     first: Sequence[str] = ()
     done: bool = False
 
     @property
-    def majority(self) -> int:
-        return len(self.disks) // 2 + 1
+    def disks(self) -> tuple[str, ...]:
+        return self.quorum.disks
 
 
 class Piece(NamedTuple):
@@ -197,7 +198,7 @@ class _Round:
         if not self._left or self._enough(self.answers):
             self.end()
         elif self._timer is None and all(
-            len(told) >= span.feed.majority for span, told in zip(self._spans, self.answers, strict=True)
+            span.feed.quorum.met(told) for span, told in zip(self._spans, self.answers, strict=True)
         ):
             self._timer = self._loop.call_later(self._hedge_s, self.end)
 
@@ -240,7 +241,8 @@ class ShardReader:
         alive = [disk for disk in disks if self._liveness.disk_readable(disk)] or list(disks)
         first = shard % len(alive)
         order = alive[first:] + alive[:first]
-        return Feed(shard, disks, order[0], after, order[: len(disks) // 2 + 1])
+        quorum = Quorum(disks)
+        return Feed(shard, quorum, order[0], after, quorum.prefix(order))
 
     async def pieces(self, query: Query, feeds: Sequence[Feed], limit: int) -> list[Piece]:
         """What each feed holds next, about ``limit`` entries of each. Raises ServiceUnavailable when one has no
@@ -264,7 +266,7 @@ class ShardReader:
                     span.known = None
             answers = await self.ask_all(query, differing, Want.ALL)
             for span, told in zip(differing, answers, strict=True):
-                span.piece = await self._settled(query, span.feed, list(told.values()))
+                span.piece = await self._settled(query, span.feed, told)
         return [_joined(run, exactly=bool(query.delimiter)) for run in runs]
 
     def _spans(self, query: Query, feed: Feed, limit: int, spans_max: int) -> list[Span]:
@@ -331,7 +333,7 @@ class ShardReader:
         """
         answers = await self._ask(query, spans, lambda _span, _disk: want, lambda _answers: False)
         for span, told in zip(spans, answers, strict=True):
-            if len(told) < span.feed.majority:
+            if not span.feed.quorum.met(told):
                 raise ServiceUnavailable(
                     f"Only {len(told)} of {len(span.feed.disks)} replicas of an index shard answer."
                 )
@@ -341,7 +343,7 @@ class ShardReader:
         """Disks that are thought to be away are left out while every shard has a majority without them."""
         everyone = {disk for feed in feeds for disk in feed.disks}
         alive = {disk for disk in everyone if self._liveness.disk_readable(disk)}
-        return alive if all(sum(disk in alive for disk in feed.disks) >= feed.majority for feed in feeds) else everyone
+        return alive if met_by_all((feed.quorum for feed in feeds), alive) else everyone
 
     def _requests(
         self, query: Query, spans: Sequence[Span], want: Wanted
@@ -407,20 +409,20 @@ class ShardReader:
         if work is not None:
             tasks.append(asyncio.create_task(work))
 
-    async def _settled(self, query: Query, feed: Feed, answers: list[ShardSlice]) -> Piece:
-        through, done = common_end(answers)
-        decoded = [_decoded(answer) for answer in answers]
+    async def _settled(self, query: Query, feed: Feed, answers: Answers) -> Piece:
+        through, done = common_end(answers.values())
+        decoded = {disk: _decoded(answer) for disk, answer in answers.items()}
         reports = reported(decoded, through, done)
-        horizons = _horizons(query, decoded, through, done)
+        horizons = _horizons(query, decoded.values(), through, done)
         values: dict[bytes, Value | None] = {}
         doubtful = []
         for key, rows in reports.items():
             if key > horizons.get(common_prefix(key, query.prefix, query.delimiter), key):
                 continue  # not all of the answers have looked this far into the common prefix
-            ballot, count = _commonest(rows)
-            if ballot and count >= feed.majority:
-                values[key] = next(row.value for row in rows if row.ballot == ballot)
-            elif len(answers) - len(rows) >= feed.majority:
+            ballot = feed.quorum.agreed({disk: row.ballot for disk, row in rows.items() if row.ballot})
+            if ballot is not None:
+                values[key] = next(row.value for row in rows.values() if row.ballot == ballot)
+            elif feed.quorum.met(answers.keys() - rows.keys()):
                 values[key] = None
             else:
                 values[key] = None
@@ -485,10 +487,11 @@ def _joined(run: Sequence[Span], *, exactly: bool) -> Piece:
 
 
 def agreeing(feed: Feed, answers: Answers) -> list[str]:
-    """The disks of a majority that answered the same, or none."""
-    if len(answers) < feed.majority:
+    """The disks of a quorum that answered the same, or none."""
+    quorum = feed.quorum
+    if not quorum.met(answers):
         return []
-    if len(answers) == feed.majority:  # mostly: those that were asked first
+    if len(answers) == quorum.fewest:  # mostly: those that were asked first
         first, *others = answers.values()
         for other in others:
             if other.digest != first.digest or other.through != first.through or other.done != first.done:
@@ -498,7 +501,7 @@ def agreeing(feed: Feed, answers: Answers) -> list[str]:
     for disk, answer in answers.items():
         same.setdefault((answer.digest, answer.through, answer.done), []).append(disk)
     largest = max(same.values(), key=len)
-    return largest if len(largest) >= feed.majority else []
+    return largest if quorum.met(largest) else []
 
 
 def common_end(answers: Iterable[ShardSlice]) -> tuple[bytes, bool]:
@@ -507,13 +510,13 @@ def common_end(answers: Iterable[ShardSlice]) -> tuple[bytes, bool]:
     return (min(ends), False) if ends else (b"", True)
 
 
-def reported(answers: Iterable[list[ScanRow]], through: bytes, done: bool) -> dict[bytes, list[ScanRow]]:
-    """Key -> the rows of all answers, in key order, up to ``through``."""
-    found: dict[bytes, list[ScanRow]] = {}
-    for rows in answers:
+def reported(answers: Mapping[str, Sequence[ScanRow]], through: bytes, done: bool) -> dict[bytes, dict[str, ScanRow]]:
+    """Key -> disk -> its row, in key order, up to ``through``."""
+    found: dict[bytes, dict[str, ScanRow]] = {}
+    for disk, rows in answers.items():
         for row in rows:
             if done or row.key <= through:
-                found.setdefault(row.key, []).append(row)
+                found.setdefault(row.key, {})[disk] = row
     return dict(sorted(found.items()))
 
 
@@ -524,13 +527,7 @@ def _decoded(answer: ShardSlice) -> list[ScanRow]:
         raise ServiceUnavailable(f"A replica's answer to a scan cannot be read: {error}") from None
 
 
-def _commonest(rows: list[ScanRow]) -> tuple[bytes, int]:
-    """The ballot that most of the rows carry, damaged ones apart."""
-    ballots = Counter(row.ballot for row in rows if row.ballot)
-    return ballots.most_common(1)[0] if ballots else (b"", 0)
-
-
-def _horizons(query: Query, answers: list[list[ScanRow]], through: bytes, done: bool) -> dict[bytes, bytes]:
+def _horizons(query: Query, answers: Iterable[Sequence[ScanRow]], through: bytes, done: bool) -> dict[bytes, bytes]:
     """Common prefix -> the smallest key that stands for it in one of the answers: behind it that answer tells nothing
     of the prefix.
     """

@@ -18,7 +18,6 @@ name for ``status``. Two cases differ:
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -174,11 +173,9 @@ async def heal(
     None when there is no such majority.
 
     Raises ServiceUnavailable when the change could not be committed."""
-    held = await registers.held(name)
-    usable = [value for value in held if value is not None and _record_of(decode, name, value) is not None]
-    value, count = Counter(usable).most_common(1)[0] if usable else (None, 0)
+    value = await registers.held_by_quorum(name, lambda held: _record_of(decode, name, held) is not None)
     record = _record_of(decode, name, value)
-    if record is None or 2 * count <= len(held):
+    if record is None:
         return None
 
     def update(present: Value | None) -> Change | None:
