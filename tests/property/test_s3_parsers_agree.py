@@ -140,8 +140,10 @@ def _joined(fields: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 _UNDERSTOOD = re.compile(
-    rb"host|content-length|content-md5|transfer-encoding|connection|expect|range|origin|date|authorization|if-.*|x-amz-(?!meta-).*|x-storaged-.*"
+    rb"(?!(content-(disposition|type)|x-amz-(copy-source|rename-source|tagging|website-redirect-location))$|x-amz-meta-)"
+    rb"(host|content-|transfer-encoding|connection|expect|range|origin|date|authorization|if-|x-amz-|x-storaged-).*"
 )
+"""Names that begin like those whose values decide something."""
 _HOST_SYNTAX = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})*)(:[0-9]{0,5})?")
 
 
@@ -175,6 +177,7 @@ def _stricter(head: RfcHead) -> dict[str, Callable[[], object]]:
 @example(b"GET / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chun\xe2\x84\xaaed")
 @example(b"GET http://h HTTP/1.1\r\nHost: h")
 @example(b"GET /a\xc3\xa9 HTTP/1.1\r\nHost: h")
+@example(b"GET / HTTP/1.1\r\nHost: h\r\nRangenge: bytes=\xd9\xa5-")
 def test_heads_are_what_the_grammar_says(raw: bytes) -> None:
     raw = raw.partition(b"\r\n\r\n")[0]
     ours = _ours(raw)
