@@ -65,16 +65,27 @@ def inside(hint: Any) -> Iterator[type]:
         yield from inside(argument)
 
 
-def messages() -> dict[str, tuple[str, ...]]:
-    """All messages of the program, and the named tuples in them: title -> fields."""
+def kinds_of_messages() -> dict[str, type]:
+    """All messages of the program, and the named tuples in them, by title."""
     for _ in every_module():
         pass
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[str, type] = {}
     for kind in descendants(Message):
         if kind.__module__.startswith("storaged."):
-            found[title(kind)] = kind.__struct_fields__  # type: ignore[attr-defined]
+            found[title(kind)] = kind
             for hint in typing.get_type_hints(kind).values():
-                found |= {title(nested): nested._fields for nested in inside(hint)}  # type: ignore[attr-defined]
+                found |= {title(nested): nested for nested in inside(hint)}
+    return found
+
+
+def messages() -> dict[str, tuple[str, ...]]:
+    """title -> fields."""
+    return {name: fields_of(kind) for name, kind in kinds_of_messages().items()}
+
+
+def fields_of(kind: type) -> tuple[str, ...]:
+    """The fields of a message or a named tuple, in their order."""
+    found: tuple[str, ...] = getattr(kind, "_fields" if issubclass(kind, tuple) else "__struct_fields__")
     return found
 
 

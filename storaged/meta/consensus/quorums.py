@@ -6,7 +6,7 @@ set: that is all that the consensus asks of them. Everything that counts answers
 else has to know how many sets there are.
 
 ``fewest`` is what keeps one set cheap: with fewer disks there is no quorum, whatever they are, so that callers compare
-a length first and ask ``met`` once. """
+a length first and ask ``met`` once."""
 
 from __future__ import annotations
 
