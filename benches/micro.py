@@ -102,7 +102,6 @@ def figure(name: str, us: float, of: str) -> Measured:
 
 
 # --- paths of CPU alone
-# ----------------------------------------------------------------------------------------------------
 
 
 def signature_check() -> list[Measured]:
@@ -186,7 +185,6 @@ def list_page() -> list[Measured]:
 
 
 # --- HTTP and RPC, over loopback
-# --------------------------------------------------------------------------------------------
 
 
 class _Side:
@@ -302,7 +300,6 @@ async def rpc() -> list[Measured]:
 
 
 # --- disks
-# --------------------------------------------------------------------------------------------------------------------
 
 
 async def wall_us(work: Callable[[], Awaitable[object]], operations: int, *, repeats: int = 15) -> float:

@@ -1,5 +1,4 @@
-"""``storaged accept-blank``: an operator's word that a disk may take part although its node can't know what it
-promised."""
+"""``storaged accept-blank``: an operator decides that a disk takes part although its promises are unknown."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from storaged.errors import OperatorError
 def accept_blank(config: Path, disk: str) -> None:
     """Let DISK (its id, or its directory) of the node that CONFIG.toml describes take part once, blank or as it is.
 
-    Only for a disk that `status` names with DISK_BLANK, or with DISK_FOREIGN because its store is gone. It forgets
-    nothing of content on other disks; but a write that was acknowledged by this disk and by one that is away is
-    forgotten. The node takes it within a second, or at its next start.
+    Only for a disk that `status` names with DISK_BLANK, or with DISK_FOREIGN because its store is gone. Data on other
+    disks is safe. But a write that only this disk and an absent disk have acknowledged is lost. The node takes the
+    disk within a second, or at its next start.
     """
     from storaged import config as configuration
     from storaged.node.admission import admission, is_blank, write_acceptance

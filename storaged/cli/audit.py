@@ -1,4 +1,4 @@
-"""``storaged audit``: is the audit log of a node what it was, by the word of all its witnesses."""
+"""``storaged audit``: verifies a node's audit log, in itself and against all its witnesses."""
 
 from __future__ import annotations
 
@@ -63,11 +63,9 @@ def audit_verify(
     offline: bool,
     as_json: bool,
 ) -> None:
-    """Check that every entry of one node's log follows from the one before, and that it is the log that every witness
-    saw.
+    """Check that every entry of one node's log follows from the one before, and that every witness saw this log.
 
-    A DIRECTORY means all of the log: then what is missing of it is named too. The witnesses are the cluster's other
-    storage nodes.
+    A DIRECTORY means the whole log: missing parts are named too. The witnesses are the cluster's other storage nodes.
 
     Exit code 0: it is whole, and all witnesses agree (with --offline: it is whole in itself). 3: entries were
     altered, removed or reordered. 4: nothing is wrong with it, but not every witness could be compared. 1: it could
@@ -185,7 +183,10 @@ def audit_witnessed(named: str | None, node: str, directory: Path) -> None:
 def _ask(
     named: str | None, node: str
 ) -> tuple[list[WitnessView], list[RegisterCheckpoint], x509.Certificate | None, str]:
-    """What the cluster knows of the node's log. When it can't be asked: nothing, and why."""
+    """What the cluster knows of the node's log: witnesses, checkpoints, authority, and a note.
+
+    When the cluster does not answer, the first three are empty and the note says why.
+    """
     from storaged.cluster.audit.format import RegisterCheckpoint
     from storaged.cluster.audit.verify import WitnessView
     from storaged.cluster.audit.witness_record import read
@@ -210,8 +211,7 @@ def _ask(
 
 
 def _view_of_file(path: Path, node: str) -> WitnessView | None:
-    """A witness's file about ``node``. A directory is a storage node's ``witness`` (then the node's file in it
-    counts), or what ``witnessed`` saved."""
+    """Reads a witness's file about ``node``; of a storage node's ``witness`` directory, the file of that node."""
     from storaged.cluster.audit.verify import WitnessView
     from storaged.cluster.audit.witness import read_file
 

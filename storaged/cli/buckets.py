@@ -31,7 +31,7 @@ def bucket() -> None:
 )
 @click.pass_obj
 def bucket_list(named: str | None, owner: str, as_json: bool) -> None:
-    """All buckets of the cluster, and whose they are."""
+    """All buckets of the cluster, with their owners."""
     found = gateway(find_directory(named), "GET", "/v1/buckets")["buckets"]
     shown = [one for one in found if not owner or owner in (*one["owners"], one["owner"])]
     if as_json:
@@ -77,7 +77,7 @@ def bucket_usage(named: str | None, name: str, as_json: bool) -> None:
 @click.option("--user", "owner", required=True, metavar="NAME", help="The new owner: a user's name or access key.")
 @click.pass_obj
 def bucket_owner(named: str | None, name: str, owner: str) -> None:
-    """Hand a bucket over to another user. The one who had it does not reach it any more."""
+    """Hand a bucket over to another user. Its former owner loses access."""
     path = f"/v1/buckets/{urllib.parse.quote(name, safe='')}/owner"
     found = gateway(find_directory(named), "POST", path, body={"user": owner})
     click.echo(f"{found['bucket']} is {found['owner']}'s")
@@ -96,7 +96,7 @@ def bucket_delete(named: str | None, name: str) -> None:
 
 @bucket.command("create")
 @click.argument("name")
-@click.option("--user", "owner", required=True, metavar="NAME", help="Whose bucket it is: a user's name or access key.")
+@click.option("--user", "owner", required=True, metavar="NAME", help="The owner: a user's name or access key.")
 @click.option(
     "--countries",
     default="",

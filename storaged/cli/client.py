@@ -1,4 +1,7 @@
-"""A client of the admin API over its Unix socket: the standard library's HTTP client is enough, and imports fast."""
+"""A client of the admin API over its Unix socket.
+
+It uses the HTTP client of the standard library, which imports fast.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,9 @@ class RemoteRefusal(OperatorError):
 
 
 def _not_allowed(path: Path, *, denied: bool) -> AdminNotAllowed | None:
-    """The socket is of another user: whoever that is not, nor root, is refused, by the directory's
-    mode or by the node.
+    """The error for a socket of another user; None where this user may use it.
+
+    Only root and the owner may. The mode of the directory refuses the others, or the node does.
     """
     try:
         owner = path.stat().st_uid
@@ -65,10 +69,9 @@ def request(
     body: Any = None,
     timeout_s: float = 30.0,
 ) -> Any:
-    """The JSON answer of one node's admin API.
+    """Sends a request to one node's admin API and returns the JSON document of the answer.
 
-    Raises NotRunning when nobody listens, and what the node refused as an OperatorError with the node's own code and
-    hint.
+    Raises NotRunning when no process listens, AdminNotAllowed, and RemoteRefusal with the node's own code and hint.
     """
     connection = _UnixConnection(node_directory / SOCKET_NAME, timeout_s)
     target = path + ("?" + urllib.parse.urlencode(query) if query else "")
@@ -107,5 +110,5 @@ def request(
 
 
 def gateway(directory: Path, method: str, path: str, **options: Any) -> Any:
-    """The same, of the cluster's gateway."""
+    """``request`` to the cluster's gateway."""
     return request(gateway_directory(directory), method, path, **options)

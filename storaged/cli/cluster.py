@@ -1,4 +1,4 @@
-"""``storaged cluster``: an operator's steps from nothing to folders that are copied to servers."""
+"""``storaged cluster``: makes the folders with certificate, configuration and layout that go to servers."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def issue(
 ) -> None:
     """Make a node's folder, DIRECTORY/nodes/NAME: certificate and configuration, to be copied to /etc/storaged/NAME.
 
-    For a node that is a member already this makes a new certificate, and what its configuration would be now as
-    config.issued.toml: the folder has no config.toml then, so that copying it leaves the one that the server has.
+    For a node that is a member already this makes a new certificate. The folder then has config.issued.toml, the
+    configuration as it would be now, and no config.toml: so a copy of it keeps the configuration of the server.
     """
     from storaged.cli import create as files
     from storaged.cluster import identity
@@ -157,7 +157,7 @@ def issue(
     else:
         plan.nodes.append(node)
     if (last := files.last_layout(authority, plan)) is not None:
-        files.layout_of(plan, last)  # refused before anything is made: no layout could ever name this node
+        files.layout_of(plan, last)  # raises before anything is made when no layout could name this node
     files.issue_node(authority, node, folder, text, member=known is not None)
     files.save_plan(directory, plan)
     if known is not None:
@@ -202,9 +202,7 @@ def methods(as_json: bool) -> None:
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("name")
 def renew(directory: Path, name: str) -> None:
-    """Make a new certificate for the member NAME, as it was issued, and nothing else: its
-    configuration and disks stay.
-    """
+    """Make a new certificate for the member NAME. Its configuration and disks stay as they are."""
     from storaged.cli import create as files
     from storaged.cluster import identity
 
@@ -218,7 +216,7 @@ def renew(directory: Path, name: str) -> None:
 
 
 def _copy(folder: Path, name: str) -> str:
-    """Only what is signed: the configuration on the server may have been edited."""
+    """The next step for an operator. It copies signed files only: the server's configuration may have been edited."""
     return f"copy {folder / 'identity'}/ to /etc/storaged/{name}/identity/ on its server, and reload the node"
 
 
@@ -251,8 +249,8 @@ def remove(directory: Path, name: str) -> None:
 def layout(directory: Path) -> None:
     """Sign a layout of all issued nodes and put it into each node's folder.
 
-    Once a cluster has a layout, later ones may change addresses, and nodes without disks, alone: one that would move
-    data is refused.
+    Once a cluster has a layout, later layouts may change addresses and nodes without disks only. A layout that would
+    move data is refused.
     """
     from storaged.cli import create as files
     from storaged.cluster import identity
@@ -271,7 +269,7 @@ def layout(directory: Path) -> None:
     named = {node.name for node in last.nodes} if last is not None else set()
     for node in plan.nodes:
         if node.name in named:
-            continue  # its server has a folder, with a configuration that may have been edited
+            continue  # its server has a folder already, and perhaps an edited configuration
         click.echo(f"  copy {directory / 'nodes' / node.name}/ to /etc/storaged/{node.name}/ on its server")
     if named:
         signed_file = directory / files.LAYOUT_NAME

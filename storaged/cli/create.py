@@ -1,9 +1,8 @@
 """The files of a cluster: its authority, each node's folder (certificate and configuration), the signed layout.
 
-``cluster.json`` in the authority's directory is the list that the layout is made from, ``layout.signed`` beside it the
-last one that was signed; both are written by
-``storaged cluster``, and by ``storaged dev`` for its own cluster. A node's folder holds everything the node needs to
-start and can be copied to its server as it is.
+``cluster.json`` in the authority's directory lists the nodes that the next layout is made from. ``layout.signed``
+beside it is the newest signed layout. ``storaged cluster`` writes both, and ``storaged dev`` for its own cluster. A
+node's folder has all that the node needs to start, and is copied to its server as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SEEDS_MAX = 5
 
 
 class DiskPlan(msgspec.Struct):
-    """``directory`` as the node's configuration says it; ``weight`` is relative (GB is a good unit)."""
+    """A disk of a node. ``directory`` is as in the node's configuration; ``weight`` is relative (GB is a good unit)."""
 
     id: str
     directory: str
@@ -36,7 +35,7 @@ class DiskPlan(msgspec.Struct):
 
 
 class NodePlan(msgspec.Struct):
-    """``address`` is the HOST:PORT where other nodes call it, empty for a gateway."""
+    """A node of the next layout. ``address`` is the HOST:PORT where other nodes call it, empty for a gateway."""
 
     name: str
     location: str
@@ -47,9 +46,7 @@ class NodePlan(msgspec.Struct):
 
 
 class ClusterPlan(msgspec.Struct):
-    """``epoch`` is that of the last layout signed, 0 when none was. ``countries`` and ``jurisdictions``: as in the
-    layout.
-    """
+    """The nodes of the next layout. ``epoch`` is the newest signed layout's, 0 when there is none."""
 
     cluster: str
     profile: str = "4+2"
@@ -60,11 +57,11 @@ class ClusterPlan(msgspec.Struct):
 
     @property
     def policy(self) -> Policy:
-        """Raises JurisdictionRefused for a list that names what is outside EU law."""
+        """The cluster's policy. Raises JurisdictionRefused for a country outside EU law."""
         return Policy.of(self.countries, self.jurisdictions)
 
     def admit(self, node: NodePlan) -> None:
-        """Raises JurisdictionRefused, with the reason, for a node that this cluster would not admit."""
+        """Raises JurisdictionRefused, with the reason, for a node that this cluster does not admit."""
         place = Location.parse(node.location)
         peer = PeerIdentity(
             node.name, place.country, place.site, place.rack, node.roles, node.jurisdiction or place.country
@@ -89,9 +86,7 @@ def save_plan(authority_directory: Path, plan: ClusterPlan) -> None:
 
 
 def parse_countries(text: str) -> tuple[str, ...]:
-    """``FR,DE``: country codes in alphabetical order, each once. Raises JurisdictionRefused for one where EU law does
-    not apply.
-    """
+    """The country codes of ``FR,DE``, sorted, each once. Raises JurisdictionRefused for a country outside EU law."""
     found = tuple(sorted({code.strip() for code in text.split(",") if code.strip()}))
     Policy.of(found)
     return found
@@ -106,7 +101,7 @@ def parse_location(text: str) -> str:
 
 
 def new_disks(directories: list[str]) -> list[DiskPlan]:
-    """Each ``DIRECTORY`` or ``DIRECTORY:WEIGHT`` gets a random id."""
+    """The disks of ``DIRECTORY`` or ``DIRECTORY:WEIGHT`` each, with random ids."""
     found = []
     for text in directories:
         directory, colon, weight = text.rpartition(":")
@@ -120,11 +115,10 @@ def new_disks(directories: list[str]) -> list[DiskPlan]:
 def issue_node(
     authority: identity.Authority, node: NodePlan, folder: Path, config_text: str | None, *, member: bool = False
 ) -> None:
-    """Certificate and configuration of one node into ``folder``.
+    """Writes certificate and configuration of one node into ``folder``.
 
-    ``member``: its server has a configuration, perhaps an edited one. It gets none from here that would replace it when
-    the
-    folder is copied: ``config_text``, if any, goes into config.issued.toml.
+    ``member``: its server has a configuration already, perhaps an edited one, and a copy of the folder must not
+    replace it. So ``config_text`` goes into config.issued.toml.
     """
     identity.issue(
         authority,
@@ -141,11 +135,10 @@ def issue_node(
 
 
 def last_layout(authority: identity.Authority, plan: ClusterPlan) -> Layout | None:
-    """The newest layout that was signed here; None when none ever was. Raises OperatorError when ``plan`` knows of one
-    that is not here any more.
+    """The newest layout that was signed here; None when there is none.
 
-    It lies beside the authority's keys, and (from before it did) in the nodes' folders. A plan that was put back from a
-    backup may be older than it.
+    It lies beside the authority's keys; earlier versions left it in the nodes' folders only. A plan that was restored
+    from a backup may be older. Raises OperatorError when ``plan`` knows of a newer layout than there is.
     """
     newest: Layout | None = None
     for path in (
@@ -170,12 +163,10 @@ def last_layout(authority: identity.Authority, plan: ClusterPlan) -> Layout | No
 
 
 def layout_of(plan: ClusterPlan, last: Layout | None = None) -> Layout:
-    """The layout of all nodes in the plan, at the epoch after the plan's and that of ``last``, the one that was signed
-    before (see ``last_layout``).
+    """The layout of all nodes in the plan, one epoch after the plan's and ``last``'s (see ``last_layout``).
 
     Raises OperatorError with every reason why it cannot work, JurisdictionRefused for a node that its policy does not
-    admit, LayoutMovesData when it would move
-    a replica or a disk against ``last``.
+    admit, LayoutMovesData when it would move a replica or a disk against ``last``.
     """
     for node in plan.nodes:
         plan.admit(node)
@@ -207,8 +198,9 @@ def seeds_of(layout: Layout) -> tuple[str, ...]:
 
 
 def sign_layout(authority: identity.Authority, layout: Layout, folders: list[Path]) -> None:
-    """Signs, keeps the result beside the authority's keys, and puts it into each node's identity, where the node finds
-    it at its next start or reload.
+    """Signs the layout and writes it beside the authority's keys, and into each node's identity.
+
+    A node reads it there at its next start or reload.
     """
     signed = encode(identity.sign_layout(layout, authority.administration))
     write_private(authority.directory / LAYOUT_NAME, signed)

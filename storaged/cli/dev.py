@@ -1,13 +1,10 @@
-"""``storaged dev``: three storage nodes and a gateway on this machine; and ``storaged env``, what S3 clients need to
-use it.
-"""
+"""``storaged dev``: a trial cluster of three storage nodes and a gateway on this machine."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -18,8 +15,8 @@ from typing import Any
 
 import click
 
-from storaged.cli.target import command_for, find_directory, read_dev, record_default, remembered
-from storaged.errors import DirectoryInUse, NotATrialCluster, NotRunning, OperatorError, PortInUse, every_error
+from storaged.cli.target import command_for, find_directory, known_directories, record_default, require_dev
+from storaged.errors import DirectoryInUse, NotRunning, OperatorError, PortInUse, every_error
 
 REGION = "eu-fr-1"
 BUCKET = "demo"
@@ -34,17 +31,8 @@ RACKS = (("n1", "FR/par1/a"), ("n2", "FR/par2/b"), ("n3", "FR/lyo1/c"))
 GATEWAY = ("gateway", "FR/par1/a")
 DISKS_EACH = 2
 CREATING = ".creating"
-AWS_FUNCTION = (
-    "# aws before 2.13 (1.29) does not know AWS_ENDPOINT_URL and would ask Amazon\n"
-    'aws() { command aws --endpoint-url "$AWS_ENDPOINT_URL" "$@"; }\n'
-)
-"""For the aws command of Debian 11 and 12. Newer ones take the endpoint from the environment, and from the option
-alike.
-"""
 MISSPELT = 0.75
-"""A word this much like an action (difflib's ratio) is the action misspelt, and not a directory:
-``strat``, ``sotp``.
-"""
+"""A word this similar to an action (difflib's ratio) is a misspelt action and no directory: ``strat``, ``sotp``."""
 
 
 class DevGroup(click.Group):
@@ -107,7 +95,7 @@ def up(
     workers: int | None,
 ) -> None:
     """Start the cluster in DIR (made at first), or the last one. This is what `storaged dev DIR` does."""
-    chosen = directory or (Path(named) if named else None) or next(iter(remembered()), None) or default_place()
+    chosen = directory or (Path(named) if named else None) or next(iter(known_directories()), None) or default_place()
     place = chosen.expanduser().absolute()
     if detach:
         _detach(place, s3_port, admin_port, workers)
@@ -120,21 +108,22 @@ def up(
 
 
 def default_workers() -> int:
-    """Half the cores, for the storage nodes and the clients are here too. With two cores a second process gained
-    nothing and took 75 MiB.
+    """Half the cores, 4 at most: storage nodes and clients run on this machine too.
+
+    On two cores a second process gained nothing and took 75 MiB.
     """
     return max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 def default_place() -> Path:
-    """Where the trial cluster lies when none was ever named (XDG base directory specification)."""
+    """The directory of a trial cluster that the user did not name (XDG base directory specification)."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "storaged" / "dev"
 
 
 async def _supervise(place: Path, new: bool) -> None:
     from storaged.cli.supervisor import Supervisor
 
-    async with Supervisor(place, _dev_of(place), lambda line: click.echo(line)) as supervisor:
+    async with Supervisor(place, require_dev(place), lambda line: click.echo(line)) as supervisor:
         await supervisor.start(list(supervisor.nodes))
         await _first_things(place)
         click.echo(banner(place, new), nl=False)
@@ -144,20 +133,13 @@ async def _supervise(place: Path, new: bool) -> None:
         click.echo("stopping; requests in flight are finished first")
 
 
-def _dev_of(place: Path) -> dict[str, Any]:
-    found = read_dev(place)
-    if found is None:
-        raise NotATrialCluster(f"{place} holds no cluster of `storaged dev`")
-    return found
-
-
 # --- making it
-# ------------------------------------------------------------------------------------------------------------
 
 
 def check_place(place: Path) -> None:
-    """Nobody runs a cluster there, and it is one of `storaged dev`, or empty. Changes nothing. Raises DirectoryInUse,
-    OperatorError.
+    """Checks that no cluster runs in ``place``, and that it is empty or a cluster of `storaged dev`. Changes nothing.
+
+    Raises DirectoryInUse, OperatorError.
     """
     from storaged.admin.place import running_pid
 
@@ -176,18 +158,19 @@ def check_place(place: Path) -> None:
 
 
 def prepare(place: Path, s3_port: int | None, admin_port: int | None, workers: int | None = None) -> bool:
-    """Makes the cluster's files unless they are there; settles its ports. Says whether it is new. Raises
-    DirectoryInUse, PortInUse, OperatorError.
+    """Makes the cluster's files unless they exist, and settles its ports. Returns whether the cluster is new.
+
+    Raises DirectoryInUse, PortInUse, OperatorError.
     """
     check_place(place)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     interrupted = (place / CREATING).exists()
-    if interrupted:  # no node was ever started: the marker is removed before the first one is
+    if interrupted:  # no node ever ran here: the marker goes before the first one starts
         for name in (*(name for name, _ in (*RACKS, GATEWAY)), "authority"):
             shutil.rmtree(place / name, ignore_errors=True)
         (place / "dev.json").unlink(missing_ok=True)
     new = not (place / "dev.json").exists()
-    known = {} if new else _dev_of(place)
+    known = {} if new else require_dev(place)
     s3, admin = s3_port or known.get("s3_port") or S3_PORT, admin_port or known.get("admin_port") or ADMIN_PORT
     _check_free(s3)
     try:
@@ -195,7 +178,7 @@ def prepare(place: Path, s3_port: int | None, admin_port: int | None, workers: i
     except PortInUse:
         if admin_port:
             raise
-        (admin,) = _free_ports(1, {s3})  # nobody has been told this one: another trial cluster may run beside it
+        (admin,) = _free_ports(1, {s3})  # no user knows this port yet, and another trial cluster may run
     count = workers or known.get("workers") or default_workers()
     if new:
         _create(place, s3, admin, count)
@@ -269,9 +252,7 @@ def _write_gateway(place: Path, s3: int, admin: int, workers: int) -> None:
 
 
 def _free_ports(count: int, taken: set[int]) -> list[int]:
-    """Ports nobody listens on now; they are kept in the configuration, so that a stopped node comes
-    back where it was.
-    """
+    """Ports that are free now. The configuration keeps them, so that a stopped node comes back at its address."""
     probes = [socket.socket() for _ in range(count + len(taken))]
     try:
         for probe in probes:
@@ -289,11 +270,9 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 async def _first_things(place: Path) -> None:
-    """Waits until the cluster can take writes; at the very first start makes the user of credentials.json and the
-    bucket.
+    """Waits until the cluster accepts writes; at the first start makes the bucket and the user of credentials.json.
 
-    Then gives repair a moment to count the objects, so that the first ``status`` knows; a large cluster is not waited
-    for.
+    Then waits up to COUNT_TIMEOUT_S until repair has counted the objects, so that the first ``status`` has the counts.
     """
     import asyncio
 
@@ -304,7 +283,7 @@ async def _first_things(place: Path) -> None:
         if time.monotonic() > deadline:
             raise OperatorError(f"the cluster is not ready after {START_TIMEOUT_S:.0f} s: {answer['reason']}")
         await asyncio.sleep(0.03)
-    known = _dev_of(place)
+    known = require_dev(place)
     if not known["prepared"]:
         credentials = json.loads((place / "credentials.json").read_text())
         await asyncio.to_thread(gateway, place, "POST", "/v1/users", body={"name": "dev", **credentials})
@@ -319,11 +298,11 @@ async def _first_things(place: Path) -> None:
 
 
 def banner(place: Path, new: bool) -> str:
-    """What is shown when the cluster is ready."""
+    """The text that `storaged dev` prints when the cluster is ready."""
     from storaged.cli.client import gateway
 
     found = gateway(place, "GET", "/v1/status")
-    known = _dev_of(place)
+    known = require_dev(place)
     storage = [node for node in found["nodes"] if "storage" in node["roles"]]
     disks = [disk for node in storage for disk in node["disks"]]
     nodes_up = sum(node["state"] == "up" for node in storage)
@@ -334,11 +313,10 @@ def banner(place: Path, new: bool) -> str:
     return (
         "Three storage nodes with six disks in three racks, and a gateway, on this machine, for trying. Any one rack"
         " may fail.\n"
-        f"  nodes   {nodes_up}/{len(storage)}      disks  {disks_ok}/{len(disks)}      metadata  {found['metadata']} "
-        "     "
-        f"keys  {'new' if new else 'kept'}, in the gateway only ({shown})\n"
-        f"  S3      http://127.0.0.1:{known['s3_port']}    health and metrics "
-        f" http://127.0.0.1:{known['admin_port']}/metrics\n"
+        f"  nodes   {nodes_up}/{len(storage)}      disks  {disks_ok}/{len(disks)}      "
+        f"metadata  {found['metadata']}      keys  {'new' if new else 'kept'}, in the gateway only ({shown})\n"
+        f"  S3      http://127.0.0.1:{known['s3_port']}    "
+        f"health and metrics  http://127.0.0.1:{known['admin_port']}/metrics\n"
         f'  bucket  {known["bucket"]}                     next, in another shell:  eval "$({command_for(place)} env)"\n'
     )
 
@@ -346,7 +324,7 @@ def banner(place: Path, new: bool) -> str:
 def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: int | None) -> None:
     from storaged.cli.supervisor import control
 
-    check_place(place)  # before its log is begun anew
+    check_place(place)  # before its log is truncated
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     arguments = [sys.executable, "-m", "storaged", "dev", "up", str(place)]
     arguments += ["--s3-port", str(s3_port)] if s3_port else []
@@ -372,7 +350,6 @@ def _detach(place: Path, s3_port: int | None, admin_port: int | None, workers: i
 
 
 # --- while it runs
-# ----------------------------------------------------------------------------------------------------------
 
 
 def _ask(named: str | None, action: str, name: str = "") -> list[str]:
@@ -400,9 +377,10 @@ def start(named: str | None, name: str) -> None:
 
 
 def _wait_until_seen(place: Path, names: list[str]) -> None:
-    """Returns when the gateway has heard of these nodes too, so that a ``status`` asked next does not tell of them as
-    down; not when there is no gateway
-    to hear, or when they are not heard for some other reason, which ``status`` tells."""
+    """Waits until the gateway sees these nodes as up, so that the next ``status`` does not report them as down.
+
+    Returns early when there is no gateway, and after SEEN_TIMEOUT_S: ``status`` then says why.
+    """
     from storaged.cli.client import gateway
 
     deadline = time.monotonic() + SEEN_TIMEOUT_S
@@ -443,86 +421,3 @@ def stop(named: str | None, name: str | None) -> None:
 def kill(named: str | None, name: str) -> None:
     """Kill a node, or the storage nodes of a rack, as a power failure would (SIGKILL)."""
     click.echo(f"killed {', '.join(_ask(named, 'kill', name))} of {find_directory(named)}")
-
-
-# --- settings for clients
-# ---------------------------------------------------------------------------------------------------
-
-
-def settings(place: Path) -> dict[str, str]:
-    """endpoint, region, access_key, secret_key, bucket of a trial cluster."""
-    known = _dev_of(place)
-    credentials = json.loads((place / "credentials.json").read_text())
-    return {
-        "endpoint": f"http://127.0.0.1:{known['s3_port']}",
-        "region": known["region"],
-        "access_key": credentials["access_key"],
-        "secret_key": credentials["secret_key"],
-        "bucket": known["bucket"],
-    }
-
-
-def render_settings(client: str, found: dict[str, str], place: Path) -> str:
-    """The set-up of one client (``shell``: what ``storaged env`` prints), from ``settings``."""
-    endpoint, region, access, secret, bucket = (
-        found[name] for name in ("endpoint", "region", "access_key", "secret_key", "bucket")
-    )
-    host = endpoint.removeprefix("http://")
-    aws = (
-        f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\n"
-        f"export AWS_DEFAULT_REGION={region}\nexport AWS_ENDPOINT_URL={endpoint}\n{AWS_FUNCTION}"
-    )
-    profile = (
-        f"# or for good: in ~/.aws/credentials\n#   [storaged]\n#   aws_access_key_id = {access}\n"
-        f"#   aws_secret_access_key = {secret}\n"
-        f"# and in ~/.aws/config; then: aws --profile storaged s3 ls s3://{bucket}/\n"
-        f"#   [profile storaged]\n#   region = {region}\n#   endpoint_url = {endpoint}\n"
-    )
-    return {
-        "shell": aws + f"export STORAGED_DIR={shlex.quote(str(place))}\n",
-        "aws": aws + f"# aws s3 ls s3://{bucket}/\n" + profile,
-        "boto3": (
-            f"import boto3\n\ns3 = boto3.client(\n    's3',\n    endpoint_url={endpoint!r},\n   "
-            f" region_name={region!r},\n    aws_access_key_id={access!r},\n   "
-            f" aws_secret_access_key={secret!r},\n)\nprint(s3.list_objects_v2(Bucket={bucket!r}))\n"
-        ),
-        "rclone": (
-            f"# in rclone.conf; then: rclone ls storaged:{bucket}\n[storaged]\ntype = s3\nprovider ="
-            f" Other\naccess_key_id = {access}\nsecret_access_key = {secret}\nendpoint = {endpoint}\nregion ="
-            f" {region}\nforce_path_style = true\n"
-        ),
-        "restic": (
-            f"export AWS_ACCESS_KEY_ID={access}\nexport AWS_SECRET_ACCESS_KEY={shlex.quote(secret)}\nexport"
-            f" AWS_DEFAULT_REGION={region}\nexport RESTIC_REPOSITORY=s3:{endpoint}/{bucket}/restic\n# then choose"
-            " RESTIC_PASSWORD and run: restic init\n"
-        ),
-        "s3cmd": (
-            f"# in ~/.s3cfg; then: s3cmd ls s3://{bucket}\n[default]\naccess_key = {access}\nsecret_key ="
-            f" {secret}\nhost_base = {host}\nhost_bucket = {host}\nbucket_location = {region}\nuse_https ="
-            " False\nsignature_v2 = False\n"
-        ),
-    }[client]
-
-
-@click.command("env")
-@click.option("--json", "as_json", is_flag=True, help="endpoint, region, access_key, secret_key, bucket.")
-@click.option(
-    "--for",
-    "client",
-    type=click.Choice(["aws", "boto3", "rclone", "restic", "s3cmd"]),
-    default=None,
-    help="A setup to paste, for one client.",
-)
-@click.pass_obj
-def env(named: str | None, as_json: bool, client: str | None) -> None:
-    """Print the settings S3 clients need; for a shell: eval "$(storaged env)"."""
-    place = find_directory(named)
-    if read_dev(place) is None:
-        raise NotATrialCluster(
-            f"{place} is a server's node: the secret keys of its users are shown once, when they are made"
-        )
-    found = settings(place)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        click.echo(render_settings(client or "shell", found, place), nl=False)

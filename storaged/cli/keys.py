@@ -1,4 +1,4 @@
-"""``storaged keys``: the keyring is made once, backed up, and restored; never made anew for a cluster that has data."""
+"""``storaged keys``: makes the keyring once, backs it up, restores it. A cluster that has data never gets another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def keys() -> None:
 
 
 def create_with_credential(directory: Path) -> None:
-    """A new credential and a new keyring under it, for a cluster that is being made. Raises FileExists."""
+    """Makes a credential and a keyring under it, for a new cluster. Raises FileExistsError."""
     from storaged import keys as plane
 
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ FILE_HELP = "Its first line is the passphrase; - is standard input (default: ask
 
 
 def _has_terminal() -> bool:
-    """Somebody can be asked without the answer being shown: what getpass(3) wants."""
+    """Whether there is a terminal that can read a passphrase without showing it, as getpass(3) does."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
@@ -40,9 +40,11 @@ def _has_terminal() -> bool:
     return True
 
 
-def _asked(file: Path | None, *, new: bool) -> str:
-    """The passphrase of a backup. ``new``: it is to protect one, so it has CHARS_MIN characters or more. Raises
-    PassphraseTooShort, OperatorError.
+def _read_passphrase(file: Path | None, *, new: bool) -> str:
+    """The passphrase of a backup, from ``file``, standard input or the terminal.
+
+    ``new``: it protects a new backup, so it must have CHARS_MIN characters.
+    Raises PassphraseTooShort, OperatorError.
     """
     from storaged.passphrase import CHARS_MIN, require_long
 
@@ -96,7 +98,7 @@ def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
     Its epoch keys open later ones too.
     """
     place = find_directory(named)
-    passphrase = _asked(passphrase_file, new=True)
+    passphrase = _read_passphrase(passphrase_file, new=True)
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -114,7 +116,7 @@ def backup(named: str | None, file: Path, passphrase_file: Path | None) -> None:
 
 
 def _give_to_owner(file: Path) -> None:
-    """What root restores belongs to who has the folder: the gateway must read it."""
+    """Gives a file that root restored to the owner of its directory, as the gateway must read it."""
     if os.geteuid() == 0:
         owner = file.parent.stat()
         os.chown(file, owner.st_uid, owner.st_gid)
@@ -147,10 +149,9 @@ def restore(named: str | None, file: Path, config_file: Path | None, passphrase_
     found = configuration.load(config_file or gateway_directory(find_directory(named)) / "config.toml")
     target, directory = Path(found.keys.keyring), Path(found.node.directory)
     known = plane.keyring_id_of(target) if target.exists() else None
-    passphrase = _asked(passphrase_file, new=False)
-    saved = plane.open_backup(
-        file, passphrase, expected_id=known
-    )  # before anything is made: a wrong passphrase changes nothing
+    passphrase = _read_passphrase(passphrase_file, new=False)
+    # Before anything is written: a wrong passphrase changes nothing.
+    saved = plane.open_backup(file, passphrase, expected_id=known)
     if known is not None and not saved.has_bucket_keys:
         raise OperatorError(
             f"{target} exists already; it was left as it is, and {file}, made by an older version, has no bucket keys"

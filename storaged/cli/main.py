@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "storaged.cli.operate:doctor",
         "Look for what will hurt later: clocks, disks, certificates, key backup.",
     ),
-    "env": ("storaged.cli.dev:env", "Print the settings S3 clients need."),
+    "env": ("storaged.cli.env:env", "Print the settings S3 clients need."),
     "explain": ("storaged.cli.operate:explain", "What a named error or state means, and what to do."),
     "fsck": ("storaged.cli.operate:fsck", "Check or rebuild a disk's index, while its node is stopped."),
     "keys": ("storaged.cli.keys:keys", "Make, back up and restore the keyring."),

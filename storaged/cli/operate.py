@@ -21,7 +21,7 @@ from storaged.units import format_size
 POLL_S = 0.5
 QUIET_POLLS = 6
 FAMILIES = (S3Error, OperatorError, Condition, PeerError, RemoteRefusal)
-"""Classes that others derive from: no answer carries their code by itself."""
+"""Base classes: no answer carries their code."""
 
 
 @click.group()
@@ -69,7 +69,7 @@ def user_list(named: str | None, as_json: bool) -> None:
 @click.argument("name")
 @click.pass_obj
 def user_remove(named: str | None, name: str) -> None:
-    """Remove a user, by name or access key. Its buckets stay, for whoever is added with its id."""
+    """Remove a user, by name or access key. Its buckets stay; a user that is added with its id gets them."""
     found = gateway(find_directory(named), "DELETE", f"/v1/users/{urllib.parse.quote(name, safe='')}")
     click.echo(
         f"removed {name}; its buckets stay, and are reached again with: storaged user add NAME --user-id"
@@ -78,12 +78,13 @@ def user_remove(named: str | None, name: str) -> None:
 
 
 def explained(code: str) -> str:
-    """Meaning and remedy of a code, from the error classes. Raises OperatorError with what is near
-    when there is none.
+    """Meaning and remedy of a code, from the error classes.
+
+    Raises OperatorError for an unknown code, with the codes that look like it.
     """
     import difflib
 
-    import storaged.admin.api  # noqa: F401  # codes of its own
+    import storaged.admin.api  # noqa: F401  # it defines codes
 
     known: dict[str, list[type[StoragedError]]] = {}
     for kind in every_error():
@@ -133,8 +134,10 @@ def doctor(named: str | None, as_json: bool) -> None:
 
 
 def _wait(place: Path, goes_on: Callable[[dict[str, Any]], bool], name: str, *, quiet: bool = False) -> dict[str, Any]:
-    """Until it does not go on: one line that changes on a terminal, a line for each change otherwise; none when
-    ``quiet``.
+    """Polls the jobs until ``goes_on`` is false for the answer, and returns that answer.
+
+    Prints the jobs called ``name``: on a terminal one line that changes, otherwise a line for each change, with
+    ``quiet`` nothing.
     """
     from storaged.cli.status import render_job
 
@@ -198,13 +201,13 @@ def repair_status(named: str | None, wait: bool, as_json: bool) -> None:
     place = find_directory(named)
     quiet = 0
 
-    def goes_on(told: dict[str, Any]) -> bool:
-        """What is below target and not being worked on may be about to be: a node that just came back is noticed within
-        a second or two.
+    def goes_on(answer: dict[str, Any]) -> bool:
+        """Waits some polls more while objects are below target: repair needs a second or two to notice a node that
+        came back.
         """
         nonlocal quiet
-        quiet = 0 if told["busy"] else quiet + 1
-        return quiet < (QUIET_POLLS if told["objects_below_target"] else 1)
+        quiet = 0 if answer["busy"] else quiet + 1
+        return quiet < (QUIET_POLLS if answer["objects_below_target"] else 1)
 
     found = _wait(place, goes_on, "repair", quiet=as_json) if wait else gateway(place, "GET", "/v1/jobs")
     if as_json:

@@ -1,4 +1,4 @@
-"""``storaged status`` and ``storaged where``: is the data safe, what now, and where an object's fragments are."""
+"""``storaged status`` and ``storaged where``: is the data safe, what to do now, where are an object's fragments."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ WATCH_S = 1.0
 
 
 def fetch(place: Path) -> dict[str, Any]:
-    """The gateway's document, completed with what this machine knows of the nodes (pids, directories); without a
-    gateway, what the locks tell.
+    """The gateway's status document, with the pids and directories that this machine knows.
+
+    When the gateway does not answer, the document comes from the lock files and configurations.
     """
     dev = read_dev(place)
     try:
@@ -40,7 +41,7 @@ def fetch(place: Path) -> dict[str, Any]:
 
 
 def _disk_directory(node_directory: Path, disk_id: str) -> str:
-    """From the node's configuration: a node that is down tells nothing itself."""
+    """Reads the node's configuration, as a node that is down does not report its directories."""
     return next((directory for known, directory in _configured_disks(node_directory) if known == disk_id), "")
 
 
@@ -118,9 +119,9 @@ def _down(place: Path, dev: dict[str, Any] | None, reason: str) -> dict[str, Any
 
 
 def render(found: dict[str, Any], command: str = "") -> str:
-    """Five seconds' worth of reading: verdict, what can be done, each problem with its next command.
+    """The text of ``storaged status``: verdict, each problem with its next command, running jobs.
 
-    ``command``: how a command about this trial cluster begins; empty for servers, whose nodes systemd starts.
+    ``command``: the beginning of a command about this trial cluster; empty for servers, where systemd starts the nodes.
     """
     known = "" if found["objects_counted"] else " (still counting)"
     away = f"{found['objects_unreadable']} waiting for disks that are away, " if found["objects_unreadable"] else ""
@@ -149,28 +150,26 @@ def render(found: dict[str, Any], command: str = "") -> str:
         detail = f": {entry['detail']}" if entry["detail"] else ""
         what = "down" if entry["code"] == "NODE_DOWN" else entry["code"]
         lines.append(f"  {entry['subject']}  {what} {age}{detail}")
-        if steps[index + 1 : index + 2] != [step]:  # once for several in a row that want the same
+        if steps[index + 1 : index + 2] != [step]:  # once for neighbours with the same step
             lines.append(f"  Next: {step}")
     lines.extend(f"  {render_job(job)}" for job in found["jobs"] if job["state"] not in ("done", "waiting"))
     return "\n".join(map(_plain, lines))
 
 
 def _plain(line: str) -> str:
-    """Other nodes choose some of the texts: none may control the terminal."""
+    """Removes control characters: other nodes choose some of the texts, and none may control the terminal."""
     return line if line.isprintable() else "".join(sign if sign.isprintable() else "?" for sign in line)
 
 
 def _next_step(entry: dict[str, Any], command: str) -> str:
-    """What to do about one problem, and where to read more. ``command``: how a command about this
-    trial cluster begins.
-    """
+    """What to do about one problem, and where to read more. ``command``: see ``render``."""
     name = entry["subject"].split("/")[-1]
     todo = f"{command} dev start {name}" if command and entry["code"] == "NODE_DOWN" else entry["hint"]
     return f"{todo}       Why: storaged explain {entry['code']}"
 
 
 def _next_failure(found: dict[str, Any]) -> list[str]:
-    """A line while the loss of one more disk would stop part of the ring: what an operator must not do now."""
+    """Lines that warn when the loss of one more disk or failure domain would stop a part of the ring."""
     risk = found.get("next_failure")
     if not risk or not risk["disk_partitions"]:
         return []
@@ -235,7 +234,7 @@ def where(named: str | None, url: str, as_json: bool) -> None:
 
 
 def print_where(found: dict[str, Any], url: str) -> None:
-    """What may fail, then a table of fragments and replicas, one line each. Blocks that lie alike share their lines."""
+    """Prints what may fail, then a table of fragments and replicas. Blocks with the same disks share their lines."""
     click.echo(f"{url}  {format_size(found['size'])}")
     click.echo(f"  {_may_fail(found)}")
     rows = [("part", "blocks", "profile", "fragment", "disk", "node", "rack", "state")]

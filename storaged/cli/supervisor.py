@@ -1,11 +1,9 @@
-"""The process above a trial cluster's nodes: starts them, tells who died, and obeys ``storaged dev stop|kill|start``.
+"""The process above a trial cluster's nodes: starts them, reports deaths, obeys ``storaged dev stop|kill|start``.
 
-Theory of operation. Each node is ``storaged run CONFIG`` in a process group of its own (so that Ctrl-C reaches this
-process alone) and ends with it
-(prctl PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the sd_notify protocol that only this process
-knows. A node that dies is reported and
-stays down: trying what happens then is what the cluster is for. Control is one JSON line each way over
-``DIR/dev.sock``.
+Theory of operation. Each node is ``storaged run CONFIG`` in a process group of its own, so that Ctrl-C reaches this
+process alone. It ends with this process (prctl PR_SET_PDEATHSIG). It reports READY=1 over a datagram socket of the
+sd_notify protocol that only this process knows. A node that dies is reported and stays down: the cluster is there to
+try such failures. Control is one JSON line each way over ``DIR/dev.sock``.
 """
 
 from __future__ import annotations
@@ -33,16 +31,17 @@ LOG_BYTES_MAX = 32 * 1024 * 1024
 REQUEST_BYTES_MAX = 4096
 
 STORAGE_NICE = 10
-"""All nodes are on one machine here, in one session, and storage nodes give way to the gateway, on which all of them
-wait: else two that are at work hold both cores of a small
-machine while it has the next requests for them in hand, and when it had its turn they have nothing to do. Three of them
-together keep a quarter of a core (sched(7)). Towards
-other sessions Linux weighs the whole cluster as one program (autogroup). On a server, ``CPUWeight`` of the gateway's
-unit does this."""
+"""The nice value of storage nodes, relative to the gateway.
+
+All nodes share one machine and one session here, and all storage nodes wait for the gateway. Without it two busy
+storage nodes hold both cores of a small machine while the gateway has their next requests; when the gateway has run,
+they have no work. Three of them together keep a quarter of a core (sched(7)). Towards other sessions Linux weighs the
+whole cluster as one program (autogroup). On a server ``CPUWeight`` of the gateway's unit does this.
+"""
 
 
 class NodeProcess:
-    """One node's process. ``state``: stopped, starting, ready, dead (ended without being asked to)."""
+    """One node's process. ``state``: stopped, starting, ready, dead (it ended by itself)."""
 
     def __init__(self, node: NodeName, directory: Path) -> None:
         self.node = node
@@ -57,12 +56,12 @@ class NodeProcess:
         return self.process.pid if self.process is not None else None
 
     async def start(self) -> None:
-        """Returns when the process was started; ``ready`` is set when it said so, or ended."""
+        """Starts the process. ``ready`` is set when the process reports so, or ends."""
         loop = asyncio.get_running_loop()
         name = f"storaged-{secrets.token_hex(8)}"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._notify.bind("\0" + name)
-        loop.add_reader(self._notify, self._heard)
+        loop.add_reader(self._notify, self._on_notify)
         self.ready.clear()
         self.state = "starting"
         log_path = self.directory / "log"
@@ -82,13 +81,12 @@ class NodeProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # in one session: Linux would give each of several as much as the others, whatever their nice values
-                # (sched(7), autogroup)
+                # All in one session: between sessions Linux ignores nice values (sched(7), autogroup).
                 process_group=0,
                 env={**os.environ, "NOTIFY_SOCKET": "@" + name},
             )
 
-    def _heard(self) -> None:
+    def _on_notify(self) -> None:
         assert self._notify is not None
         with contextlib.suppress(BlockingIOError):
             if b"READY=1" in self._notify.recv(4096).split(b"\n") and self.state == "starting":
@@ -120,9 +118,11 @@ class NodeProcess:
 
 
 def _give_way(pid: int) -> None:
-    """All threads of the process, of which Linux keeps a nice value each; those that it makes later have that of the
-    one that makes them. Once it is ready, not before: a gateway
-    that comes up ahead of its storage nodes does not find them, and looks again a second later."""
+    """Makes all threads of a process nice. Linux keeps a nice value for each thread; a new one inherits its maker's.
+
+    Called when the process is ready: nice from its start it comes up after the gateway, which then waits a second
+    before it looks for it again.
+    """
     nice = os.getpriority(os.PRIO_PROCESS, 0) + STORAGE_NICE
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -131,9 +131,7 @@ def _give_way(pid: int) -> None:
 
 
 class Supervisor:
-    """``async with Supervisor(...)``: the nodes run inside the block. ``say`` gets one line for each thing that
-    happens.
-    """
+    """``async with Supervisor(...)``: the nodes run inside the block. ``say`` gets one line for each event."""
 
     def __init__(self, directory: Path, dev: dict[str, Any], say: Callable[[str], None]) -> None:
         self.directory = directory
@@ -172,8 +170,9 @@ class Supervisor:
             os.close(self._lock)
 
     async def start(self, names: Sequence[str]) -> None:
-        """Starts those that do not run and waits until they are ready. Raises OperatorError with the end of the log of
-        one that is not.
+        """Starts the nodes that do not run and waits until they are ready.
+
+        Raises OperatorError with the end of the log of a node that does not get ready.
         """
         for name in names:
             node = self.nodes[name]
@@ -260,8 +259,10 @@ class Supervisor:
 
 
 def control(directory: Path, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Asks the supervisor of ``directory``. Raises OSError when none listens; the answer may carry ``code`` and
-    ``message`` of a refusal.
+    """Sends a request to the supervisor of ``directory`` and returns its answer.
+
+    The answer to a refused request has ``code``, ``message``, ``hint``, ``exit_code``. Raises OSError when no
+    supervisor listens.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, short_path(directory / CONTROL_NAME) as name:
         connection.settimeout(timeout_s)

@@ -1,7 +1,6 @@
-"""Which cluster a command is about, and how its nodes are named.
+"""Finds the cluster that a command is about, and the nodes that it names.
 
-A directory is either that of a trial cluster (it has ``dev.json``), or of one node (``config.toml`` or ``admin.sock``
-in it).
+A directory belongs to a trial cluster (it has ``dev.json``) or to one node (it has ``config.toml`` or ``admin.sock``).
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ from typing import Any, NamedTuple
 
 from storaged.admin.place import LOCK_NAME, SOCKET_NAME, running_pid
 from storaged.durable import replace_file
-from storaged.errors import AdminNotAllowed, AmbiguousName, NotRunning, SeveralClusters
+from storaged.errors import AdminNotAllowed, AmbiguousName, NotATrialCluster, NotRunning, SeveralClusters
 
-REMEMBERED_MAX = 32
-"""Trial clusters whose directories are kept for a user."""
+KNOWN_MAX = 32
+"""Directories of trial clusters that are recorded for a user."""
 
 
 class NodeName(NamedTuple):
-    """A node as the command line knows it: ``location`` is FR/par2/b. A gateway is not taken down with a rack: it is
-    the client's side of the cluster.
+    """A node as the command line names it. ``location`` is FR/par2/b.
+
+    A rack's name means its storage nodes. A gateway is the client's side of the cluster and stays up.
     """
 
     name: str
@@ -68,7 +68,7 @@ def state_directory() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "storaged"
 
 
-def remembered() -> list[Path]:
+def known_directories() -> list[Path]:
     """Directories of this user's trial clusters that still exist, the one started last first."""
     try:
         lines = (state_directory() / "directory").read_text().splitlines()
@@ -80,13 +80,13 @@ def remembered() -> list[Path]:
 def record_default(directory: Path) -> None:
     """Puts this cluster first in the list that commands without --dir choose from.
 
-    A home that cannot be written is no reason to fail: STORAGED_DIR does the same.
+    Does nothing where the home directory cannot be written: STORAGED_DIR serves the same purpose.
     """
     try:
         place = state_directory()
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        known = [directory.absolute(), *(path for path in remembered() if path != directory.absolute())]
-        replace_file(place / "directory", "".join(f"{path}\n" for path in known[:REMEMBERED_MAX]).encode())
+        known = [directory.absolute(), *(path for path in known_directories() if path != directory.absolute())]
+        replace_file(place / "directory", "".join(f"{path}\n" for path in known[:KNOWN_MAX]).encode())
     except OSError:
         pass
 
@@ -94,11 +94,10 @@ def record_default(directory: Path) -> None:
 def default_directory() -> Path:
     """The trial cluster that runs; when none does, the one that ran last.
 
-    Raises NotRunning when there never was one, SeveralClusters when more than one runs: the one started last need not
-    be
-    the one that is meant.
+    Raises NotRunning when there never was one. Raises SeveralClusters when more than one runs: the user may not mean
+    the one that started last.
     """
-    known = remembered()
+    known = known_directories()
     if not known:
         raise NotRunning("no cluster is named, and none was started on this machine")
     running = [path for path in known if running_pid(path) is not None]
@@ -108,8 +107,9 @@ def default_directory() -> Path:
 
 
 def find_directory(given: str | None) -> Path:
-    """--dir or STORAGED_DIR, else the default. Raises NotRunning when it holds no cluster, or what
-    ``default_directory`` raises.
+    """The directory of --dir or STORAGED_DIR, else the default one.
+
+    Raises NotRunning when it holds no cluster, AdminNotAllowed, and the errors of ``default_directory``.
     """
     directory = Path(given).expanduser().absolute() if given else default_directory()
     try:
@@ -122,21 +122,29 @@ def find_directory(given: str | None) -> Path:
 
 
 def command_for(directory: Path) -> str:
-    """How a command about ``directory`` begins, for hints: with --dir, unless this shell's commands mean it already."""
+    """The beginning of a command about ``directory``, for hints: with --dir unless it is the default in this shell."""
     try:
         named = os.environ.get("STORAGED_DIR")
-        meant = Path(named).expanduser().absolute() if named else default_directory()
+        default = Path(named).expanduser().absolute() if named else default_directory()
     except (NotRunning, SeveralClusters):
-        meant = None
-    return "storaged" if meant == directory.absolute() else f"storaged --dir {shlex.quote(str(directory))}"
+        default = None
+    return "storaged" if default == directory.absolute() else f"storaged --dir {shlex.quote(str(directory))}"
 
 
 def read_dev(directory: Path) -> dict[str, Any] | None:
-    """What ``storaged dev`` keeps about its cluster, or None when the directory is a single node's."""
+    """The document of ``storaged dev`` about its cluster; None when the directory is a single node's."""
     try:
         found: dict[str, Any] = json.loads((directory / "dev.json").read_text())
     except FileNotFoundError:
         return None
+    return found
+
+
+def require_dev(directory: Path) -> dict[str, Any]:
+    """``read_dev``. Raises NotATrialCluster for the directory of a single node."""
+    found = read_dev(directory)
+    if found is None:
+        raise NotATrialCluster(f"{directory} holds no cluster of `storaged dev`")
     return found
 
 
@@ -145,7 +153,7 @@ def nodes_of(dev: dict[str, Any]) -> list[NodeName]:
 
 
 def gateway_directory(directory: Path) -> Path:
-    """The node directory whose admin socket answers for the cluster."""
+    """The directory of the node whose admin socket answers for the cluster."""
     dev = read_dev(directory)
     if dev is None:
         return directory

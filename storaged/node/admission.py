@@ -68,7 +68,6 @@ def is_blank(directory: Path) -> bool:
 
 
 # --- an operator's word
-# ---------------------------------------------------------------------------------------------------
 
 
 def write_acceptance(node_directory: Path, disk_id: str, now_ms: int) -> None:

@@ -102,7 +102,6 @@ class Leader:
         stopping.set()
 
     # --- connections
-    # --------------------------------------------------------------------------------------------------------
 
     def take_connections(self, adopt: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
         """``adopt`` serves every connection that comes through the door."""
@@ -164,7 +163,6 @@ class Leader:
         await self._ask({"tell": "forget", "kind": kind, "key": key})
 
     # --- the audit log
-    # ------------------------------------------------------------------------------------------------------
 
     async def append(self, kind: str, /, **fields: Any) -> None:
         """On disk, in the first process's log, when it returns. Raises AuditUnwritable."""

@@ -245,7 +245,6 @@ class Node:
             )
 
     # --- building
-    # -----------------------------------------------------------------------------------------------------------
 
     def _build_network(self) -> None:
         self.pool = RpcPool(
@@ -374,7 +373,6 @@ class Node:
             raise ConfigInvalid(f"rpc.listen {self.config.rpc.listen}: {error.strerror or error}") from None
 
     # --- running
-    # ------------------------------------------------------------------------------------------------------------
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """What runs until the node stops."""

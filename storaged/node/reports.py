@@ -64,7 +64,6 @@ class Reports:
         return found
 
     # --- ready, status
-    # ------------------------------------------------------------------------------------------------------
 
     def ready(self) -> tuple[bool, str]:
         """A gateway: the keyring is open and the system partition has a majority. A storage node: at least one disk
@@ -177,7 +176,6 @@ class Reports:
         return str(min(found, key=lambda profile: (profile.k, profile.n))), ""
 
     # --- jobs
-    # ---------------------------------------------------------------------------------------------------------------
 
     async def jobs(self) -> dict[str, Any]:
         """``busy``: something is being done, or waits to be done, that changes the counts."""
@@ -210,7 +208,6 @@ class Reports:
         return found
 
     # --- doctor
-    # -------------------------------------------------------------------------------------------------------------
 
     async def doctor(self) -> list[dict[str, str]]:
         node = self._node

@@ -359,7 +359,6 @@ class Workers:
                     worker.signal(signal.SIGKILL)
 
     # --- connections
-    # --------------------------------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTED_AT_ONCE_MAX):
@@ -397,7 +396,6 @@ class Workers:
         task.add_done_callback(self._tasks.discard)
 
     # --- processes
-    # ----------------------------------------------------------------------------------------------------------
 
     async def _keep(self, worker: Worker) -> None:
         """Starts it, again whenever it ends, until the gateway stops. One that never served is not tried again:

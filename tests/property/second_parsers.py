@@ -22,7 +22,6 @@ class Refused(Exception):
 
 
 # --- RFC 9112 and RFC 9110, by their ABNF
-# ---------------------------------------------------------------------------------
 
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _FIELD = rb"(%b+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*" % TCHAR
@@ -80,7 +79,6 @@ def rfc_chunks(wire: bytes, *, read_extensions: bool = True) -> tuple[bytes, byt
 
 
 # --- llhttp
-# ---------------------------------------------------------------------------------------------------------------
 
 
 class Llhttp(NamedTuple):
@@ -116,7 +114,6 @@ def llhttp(data: bytes) -> Llhttp:
 
 
 # --- aws-chunked, by AWS's description
-# --------------------------------------------------------------------------------------
 
 
 def aws_chunks(
@@ -176,7 +173,6 @@ def aws_chunks(
 
 
 # --- multipart/form-data: RFC 2046 5.1.1, RFC 7578
-# --------------------------------------------------------------------------
 
 
 class FormPart(NamedTuple):

@@ -92,7 +92,6 @@ class World:
             fate.settle()
 
     # --- what may happen
-    # ------------------------------------------------------------------------------------------------------
 
     def write(self) -> None:
         batch: list[Write] = []
@@ -171,7 +170,6 @@ class World:
         self.check()
 
     # --- what must hold
-    # -------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         assert not self.damage, f"damage on a sound disk: {self.damage}"

@@ -119,7 +119,6 @@ class World:
         assert not self.disk.fragments.report.gaps, "damage on a sound disk"
 
     # --- what may happen
-    # ------------------------------------------------------------------------------------------------------
 
     async def keep(self) -> None:
         for _ in range(self.rng.randint(1, 7)):
@@ -209,7 +208,6 @@ class World:
         await act()
 
     # --- ends
-    # -----------------------------------------------------------------------------------------------------------------
 
     async def end(self) -> None:
         how = self.rng.choice(["close", "kill", "power"])
@@ -252,7 +250,6 @@ class World:
         return files
 
     # --- what must hold
-    # -------------------------------------------------------------------------------------------------------
 
     async def check(self) -> None:
         for number in list(self.asked):

@@ -63,7 +63,6 @@ def explained(rules: dict[str, Callable[[], object]], what: object) -> None:
 
 
 # --- heads
-# ------------------------------------------------------------------------------------------------------------------
 
 _VALUES = {
     b"Host": (b"h", b"h:80", b"", b"[::1]:9000", b"h,h", b"a b"),
@@ -244,7 +243,6 @@ def test_heads_are_what_llhttp_says(raw: bytes) -> None:
 
 
 # --- chunks
-# -----------------------------------------------------------------------------------------------------------------
 
 _EXTENSIONS = st.sampled_from((b"", b"", b";a", b";a=b", b' ; a="b;\\"c"', b";", b";=", b"; a b"))
 _TRAILERS = st.lists(
@@ -335,7 +333,6 @@ def _refused(parse: Callable[[bytes], object], wire: bytes) -> bool:
 
 
 # --- aws-chunked
-# ------------------------------------------------------------------------------------------------------------
 
 _KEY = sigv4.ChunkKey(b"k" * 32, "20130524T000000Z", "20130524/r/s3/aws4_request", "0" * 64)
 _NAME = b"x-amz-checksum-crc32"
@@ -389,7 +386,6 @@ def test_aws_chunked_is_what_aws_describes(
 
 
 # --- forms
-# ------------------------------------------------------------------------------------------------------------------
 
 _TYPE = "multipart/form-data; boundary=b"
 _DISPOSITIONS = st.sampled_from(

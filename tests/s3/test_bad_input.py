@@ -125,7 +125,6 @@ def refused(call: Any, **arguments: Any) -> tuple[int, str]:
 
 
 # --- who asks
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_signatures_clocks_and_keys_that_are_wrong_are_told_apart(cluster: Cluster, client: Any) -> None:
@@ -143,7 +142,6 @@ def test_signatures_clocks_and_keys_that_are_wrong_are_told_apart(cluster: Clust
 
 
 # --- what is sent
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [3, 9_000, 5 * MIB])
@@ -263,7 +261,6 @@ def test_headers_and_metadata_beyond_their_bounds_are_refused(cluster: Cluster, 
 
 
 # --- multipart
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_uploads_that_cannot_be_completed_are_refused_and_stay_as_they_are(cluster: Cluster, client: Any) -> None:
@@ -315,7 +312,6 @@ def test_an_unknown_upload_is_no_such_upload_for_every_call(cluster: Cluster, cl
 
 
 # --- and nothing of it in the logs
-# ----------------------------------------------------------------------------------------------
 
 
 def test_none_of_it_left_a_traceback_in_any_log(cluster: Cluster, client: Any) -> None:

@@ -141,7 +141,6 @@ def listens(cluster: Cluster) -> bool:
 
 
 # --- commands that cannot do what was asked
-# ---------------------------------------------------------------------------------
 
 
 def test_a_config_with_five_mistakes_lists_all_five(cluster: Cluster, tmp_path: Path) -> None:

@@ -130,7 +130,6 @@ class Hostile(Scenario):
         return Weather(0.0, level, level, 0.0, self.random.choice((1.0, 4.0)), 0.12, 6, 0.1)
 
     # --- what a liar does
-    # ----------------------------------------------------------------------------------------------
 
     async def lies(self) -> None:
         """Until it is cancelled."""
@@ -244,7 +243,6 @@ class Hostile(Scenario):
         await stray.client.close()
 
     # --- keepers, storage nodes, blank disks, fences
-    # -------------------------------------------------------------------
 
     async def keeper(self, gateway: Gateway) -> None:
         """Until it is cancelled."""
@@ -356,7 +354,6 @@ class Hostile(Scenario):
         return fenced
 
     # --- the whole
-    # -----------------------------------------------------------------------------------------------------
 
     def _skews(self) -> tuple[dict[str, int], dict[str, int]]:
         """Of one acceptor and of one proposer: hours."""

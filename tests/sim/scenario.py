@@ -123,7 +123,6 @@ class Scenario:
         )
 
     # --- workload
-    # ------------------------------------------------------------------------------------------------------
 
     def _moment(self) -> int:
         self._moments += 1
@@ -262,7 +261,6 @@ class Scenario:
         return barrier(self.random.uniform(0, 0.05), self.random.random() < 0.2)
 
     # --- nemesis
-    # -------------------------------------------------------------------------------------------------------
 
     async def gateway_life(self, gateway: Gateway) -> None:
         """A gateway's workers; sometimes the process dies in the middle, and comes back as another."""
@@ -407,7 +405,6 @@ class Scenario:
         return done
 
     # --- the whole
-    # -----------------------------------------------------------------------------------------------------
 
     async def play(self) -> None:
         nodes = [StorageNode(self.world, "n" + disk[1:], disk) for disk in DISKS]

@@ -225,7 +225,7 @@ class FakeObjects:
     def of(self, bucket: BucketRecord) -> dict[bytes, Stored]:
         return self.objects.setdefault(bucket.id, {})
 
-    # --- conditions ---------------------------------------------------------------------------------------------------
+    # --- conditions
 
     @staticmethod
     def check_read(info: ObjectInfo, conditions: ReadConditions) -> None:
@@ -276,7 +276,7 @@ class FakeObjects:
                 raise errors.BadDigest()
         return data, computed
 
-    # --- objects ------------------------------------------------------------------------------------------------------
+    # --- objects
 
     def store(
         self, bucket: BucketRecord, key: bytes, data: bytes, meta: NewMeta, etag: str, owner: str, **more: object
@@ -436,7 +436,7 @@ class FakeObjects:
         stored.info = stored.info._replace(tags=dict(tags))
         return NULL_VERSION
 
-    # --- listings -----------------------------------------------------------------------------------------------------
+    # --- listings
 
     async def list_objects(
         self,
@@ -510,7 +510,7 @@ class FakeObjects:
     ) -> VersionListing:  # fmt: skip
         return self._listed(bucket, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
 
-    # --- multipart ----------------------------------------------------------------------------------------------------
+    # --- multipart
 
     async def create_upload(
         self,

@@ -266,7 +266,6 @@ class SimulatedFiles:
             at += width
 
     # --- the port
-    # -------------------------------------------------------------------------------------------------------------
 
     def segments(self) -> list[int]:
         return sorted(self.disks)

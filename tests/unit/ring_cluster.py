@@ -299,7 +299,7 @@ class Cluster:
                 node.check()
                 await node.kill()
 
-    # --- what happens to it -----------------------------------------------------------------------------------------
+    # --- what happens to it
 
     def maintain(self) -> None:
         for node in self.nodes.values():
@@ -333,7 +333,7 @@ class Cluster:
         self.loop.advance(seconds)
         await self.pass_s(1)
 
-    # --- objects ----------------------------------------------------------------------------------------------------
+    # --- objects
 
     async def bucket(self, name: str = "bucket") -> BucketRecord:
         return await self.buckets.create(WHO, name, region="eu-fr-1")
@@ -361,7 +361,7 @@ class Cluster:
     async def entry(self, bucket: BucketRecord, key: bytes) -> PartEntry:
         return (await self.record(bucket, key)).versions[0].parts[0]
 
-    # --- fragments --------------------------------------------------------------------------------------------------
+    # --- fragments
 
     def store(self, disk: str) -> MemoryFragmentStore:
         return self.nodes[self.layouts.current.node_of(disk)].fragments[disk]
@@ -434,7 +434,7 @@ class Cluster:
             > 1
         )
 
-    # --- maintenance ------------------------------------------------------------------------------------------------
+    # --- maintenance
 
     async def statuses(self) -> list[MaintainStatus]:
         return await self.gateway.maintain.statuses()

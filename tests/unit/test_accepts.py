@@ -47,7 +47,6 @@ def tail_of(request: Accept | Prepare) -> bytes:
 
 
 # --- who asks
-# -----------------------------------------------------------------------------------------------------------
 
 
 class Wire:
@@ -284,7 +283,6 @@ async def test_a_message_does_not_grow_beyond_a_frame_and_a_large_request_goes_b
 
 
 # --- who answers
-# --------------------------------------------------------------------------------------------------------
 
 
 class Host:

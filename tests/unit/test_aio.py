@@ -246,7 +246,6 @@ def test_another_loop_may_go_on_where_one_has_ended(direct: DirectFile, path: Pa
 
 
 # --- where it can't be had
-# ----------------------------------------------------------------------------------------------------
 
 
 def descriptors() -> set[str]:
@@ -305,7 +304,6 @@ def test_what_was_opened_is_closed_again(path: Path) -> None:
 
 
 # --- a file system that writes while it is asked
-# ----------------------------------------------------------------------------
 
 
 class Submits:

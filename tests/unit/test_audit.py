@@ -62,7 +62,6 @@ async def written(directory: Path, *counts: int, **options: Any) -> AuditLog:
 
 
 # --- writing
-# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_an_entry_is_on_disk_when_append_returns(tmp_path: Path) -> None:
@@ -330,7 +329,6 @@ async def test_nothing_is_accepted_after_close(tmp_path: Path) -> None:
 
 
 # --- verifying
-# ----------------------------------------------------------------------------------------------------------
 
 
 def problem(report: AuditReport) -> tuple[int, str]:
@@ -462,7 +460,6 @@ def test_a_file_that_is_no_audit_log_is_named(tmp_path: Path) -> None:
 
 
 # --- checkpoints
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -473,7 +473,6 @@ def test_a_missing_credential_is_no_new_credential(tmp_path: Path) -> None:
 
 
 # --- errors and help
-# ------------------------------------------------------------------------------------------------------
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from storaged.admin.place import lock_directory, running_pid, short_path
-from storaged.cli.dev import render_settings
+from storaged.cli.env import render_settings
 from storaged.cli.target import (
     NodeName,
     command_for,
     find_directory,
     gateway_directory,
+    known_directories,
     record_default,
-    remembered,
     resolve,
 )
 from storaged.errors import AmbiguousName, DirectoryInUse, NotRunning, SeveralClusters
@@ -96,7 +96,7 @@ def test_the_trial_cluster_that_runs_comes_before_the_one_started_last(
     assert find_directory(None) == first
     assert (command_for(first), command_for(second)) == ("storaged", f"storaged --dir {second}")
     os.close(lock)
-    assert remembered() == [second, first]
+    assert known_directories() == [second, first]
 
 
 def test_with_two_running_clusters_a_command_must_name_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

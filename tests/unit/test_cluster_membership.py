@@ -156,7 +156,6 @@ async def member(
 
 
 # --- states
-# -------------------------------------------------------------------------------------------------------------
 
 
 async def test_every_node_says_when_its_certificate_expires(world: World) -> None:
@@ -307,7 +306,6 @@ async def test_clock_skew_and_round_trips_are_measured(world: World) -> None:
 
 
 # --- layouts
-# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_node_that_was_away_learns_every_layout_it_missed(world: World) -> None:
@@ -500,7 +498,6 @@ async def test_a_layout_that_cannot_be_persisted_is_not_used(world: World) -> No
 
 
 # --- over the network
-# ---------------------------------------------------------------------------------------------------
 
 
 async def test_three_nodes_over_tls_find_each_other_lose_one_and_find_it_again(world: World) -> None:

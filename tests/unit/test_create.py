@@ -46,7 +46,6 @@ def written(sequence: int, body: bytes = b"other") -> Value:
 
 
 # --- pure
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def lineage() -> Lineage:
@@ -168,7 +167,6 @@ def test_what_is_remembered_of_buckets_is_bounded() -> None:
 
 
 # --- an acceptor
-# --------------------------------------------------------------------------------------------------------
 
 
 def create(ballot: Ballot, value: Value = NEW) -> messages.Create:
@@ -216,7 +214,6 @@ async def test_an_acceptor_keeps_no_copy_of_a_create_that_it_refuses() -> None:
 
 
 # --- a proposer
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

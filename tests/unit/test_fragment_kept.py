@@ -132,7 +132,6 @@ def durable(files: SimulatedFiles, made: Made) -> bool:
 
 
 # --- found at once
-# ------------------------------------------------------------------------------------------------------------
 
 Look = Callable[[LocalFragmentStore, Made], Awaitable[None]]
 
@@ -323,7 +322,6 @@ async def test_what_is_no_whole_copy_is_found_as_what_it_is(tmp_path: Path, much
 
 
 # --- appended later
-# -----------------------------------------------------------------------------------------------------------
 
 
 async def test_what_was_kept_is_appended_by_itself_and_its_bytes_are_given_back(tmp_path: Path) -> None:
@@ -465,7 +463,6 @@ async def test_close_appends_what_was_kept(tmp_path: Path, much_later: None, whe
 
 
 # --- durable when it is said
-# --------------------------------------------------------------------------------------------------
 
 
 async def after_power(files: SimulatedFiles, place: Path, seed: int) -> LocalFragmentStore:
@@ -568,7 +565,6 @@ async def test_a_sync_apart_that_meets_the_end_of_the_store_is_answered(tmp_path
 
 
 # --- no room, and disks that fail
-# ---------------------------------------------------------------------------------------------
 
 
 async def test_what_was_kept_and_finds_no_room_is_an_error_of_the_sync_until_there_is_room(
@@ -763,7 +759,6 @@ async def test_what_comes_after_the_fragment_store_was_closed_stays_in_the_redo_
 
 
 # --- refused
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def write_of(made: Made) -> Write:

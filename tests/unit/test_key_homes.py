@@ -210,7 +210,6 @@ async def test_a_key_is_released_from_its_copy_while_the_ring_takes_no_changes_a
 
 
 # --- looking after them without a request
-# ------------------------------------------------------------------------------
 
 
 async def test_looking_after_keys_mends_those_that_nobody_asked_for_and_copies_those_that_the_policy_allows(
@@ -232,7 +231,6 @@ async def test_looking_after_keys_mends_those_that_nobody_asked_for_and_copies_t
 
 
 # --- the end
-# -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_key_is_destroyed_only_after_its_end_was_noted_and_then_for_every_gateway(rig, material):
@@ -325,7 +323,6 @@ async def test_an_end_that_cannot_be_noted_is_refused_so_that_the_bucket_is_not_
 
 
 # --- backups
-# -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_backup_has_every_bucket_key_and_brings_them_back_when_ring_and_copies_are_lost(

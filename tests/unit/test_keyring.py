@@ -157,7 +157,7 @@ def same_keys(one, other) -> bool:
     return (one.epochs, one.record_key, one.secret_key) == (other.epochs, other.record_key, other.secret_key)
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
+# --- the file
 
 
 @pytest.mark.parametrize("protection", [SECRET, CREDENTIAL], ids=["passphrase", "credential"])
@@ -321,7 +321,7 @@ def test_secrets_are_in_no_repr(material):
         assert secret.hex() not in shown
 
 
-# --- backup and restore -----------------------------------------------------------------------------------------------
+# --- backup and restore
 
 
 def test_a_backup_restores_the_same_keys_under_its_own_passphrase(tmp_path, material):
@@ -372,7 +372,7 @@ def test_a_restore_that_fails_leaves_nothing(tmp_path, material):
     assert not (tmp_path / "restored").exists()
 
 
-# --- the service ------------------------------------------------------------------------------------------------------
+# --- the service
 
 
 def test_it_is_the_key_service_that_objects_ask_for(rig):

@@ -77,7 +77,6 @@ class Held:
 
 
 # --- what a checkpoint of the log relies on
-# -----------------------------------------------------------------------------------
 
 
 async def test_copies_that_are_being_appended_are_waited_for(store: LocalFragmentStore, files: SimulatedFiles) -> None:
@@ -250,7 +249,6 @@ async def test_a_disk_whose_index_fails_for_now_has_every_acknowledged_copy_afte
 
 
 # --- the log written without a thread
-# -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -336,7 +334,6 @@ async def test_a_group_that_cannot_be_laid_out_is_told_of_and_so_is_all_that_wai
 
 
 # --- the order of batches
-# -----------------------------------------------------------------------------------------------------
 
 
 async def test_what_comes_after_pages_and_rows_in_one_batch_is_applied_after_them(meta: LmdbMetaStore) -> None:

@@ -263,7 +263,7 @@ def test_a_copy_that_is_outvoted_is_not_copied() -> None:
     run(scenario)
 
 
-# --- racks and disks that go ------------------------------------------------------------------------------------------
+# --- racks and disks that go
 
 
 def test_a_rack_that_is_away_for_a_short_time_moves_nothing() -> None:
@@ -471,7 +471,7 @@ def test_fragments_that_a_read_only_disk_has_lost_count_and_are_moved_in_the_end
     run(scenario, disks_per_node=3)
 
 
-# --- without a majority, and bounds -----------------------------------------------------------------------------------
+# --- without a majority, and bounds
 
 
 def test_without_a_majority_nothing_is_called_counted_and_the_log_stays_short() -> None:

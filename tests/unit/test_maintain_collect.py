@@ -611,7 +611,7 @@ def test_a_part_whose_row_may_be_on_its_way_is_kept_while_its_upload_is_open() -
     run(scenario)
 
 
-# --- recoding, and what it leaves -------------------------------------------------------------------------------------
+# --- recoding, and what it leaves
 
 
 def test_parts_in_rows_and_on_manifest_pages_are_recoded_and_brought_back() -> None:
@@ -773,7 +773,7 @@ def test_recoding_says_nothing_when_its_fragments_are_gone_behind_its_back() -> 
     run(scenario)
 
 
-# --- scrub ------------------------------------------------------------------------------------------------------------
+# --- scrub
 
 
 def test_scrub_finds_flips_in_fragments_and_rows_and_all_is_mended() -> None:

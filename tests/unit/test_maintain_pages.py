@@ -81,7 +81,7 @@ async def sweep(cluster: Cluster) -> int:
     )
 
 
-# --- what a version says of its pages ---------------------------------------------------------------------------------
+# --- what a version says of its pages
 
 
 def test_a_version_lists_all_pages_of_its_parts_and_a_short_manifest_has_none() -> None:
@@ -128,7 +128,7 @@ def test_recoding_lists_the_new_pages_and_keeps_those_that_it_cannot_read() -> N
     run(scenario)
 
 
-# --- repair -----------------------------------------------------------------------------------------------------------
+# --- repair
 
 
 @pytest.mark.parametrize("key", [b"many-0", b"many-1", b"many-2"])
@@ -312,7 +312,7 @@ def test_a_scrub_finds_damaged_pages_and_they_are_replaced() -> None:
     run(scenario)
 
 
-# --- collection -------------------------------------------------------------------------------------------------------
+# --- collection
 
 
 def test_pages_of_replaced_and_deleted_objects_go_when_they_are_old_and_those_of_living_ones_stay() -> None:
@@ -509,7 +509,7 @@ def test_a_complete_that_is_taken_up_again_or_was_in_the_way_of_others_renews_it
     run(scenario)
 
 
-# --- parts are counted once -------------------------------------------------------------------------------------------
+# --- parts are counted once
 
 
 def test_a_multipart_object_counts_once_and_parts_of_an_open_upload_are_counted_apart() -> None:

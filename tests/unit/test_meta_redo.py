@@ -79,7 +79,6 @@ def body_of(number: int, length: int = 100) -> bytes:
 
 
 # --- the log alone
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_groups_come_back_in_order_and_those_that_lmdb_has_do_not(tmp_path: Path, small_log: None) -> None:
@@ -309,7 +308,6 @@ async def test_nothing_is_begun_that_is_for_a_thread(tmp_path: Path) -> None:
 
 
 # --- the store over it
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "by a thread"])
@@ -775,7 +773,6 @@ async def test_a_slice_of_no_rows_is_empty_also_while_rows_are_on_their_way(stor
 
 
 # --- the bytes
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def documented() -> list[bytes]:

@@ -243,7 +243,7 @@ async def test_a_forgotten_bucket_is_sent_again_and_others_are_not() -> None:
     assert ring.sent == 200
 
 
-# --- the memory by itself ---------------------------------------------------------------------------------------------
+# --- the memory by itself
 
 
 def piece(after: bytes, keys: list[bytes], *, done: bool = False, place: Place = PLACE) -> Held:

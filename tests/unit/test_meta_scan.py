@@ -178,7 +178,7 @@ def test_a_common_prefix_ends_with_the_first_delimiter_behind_the_prefix() -> No
     assert common_prefix(b"a--b", b"", b"--") == b"a--"
 
 
-# --- what is kept of ranges that were looked at -----------------------------------------------------------------------
+# --- what is kept of ranges that were looked at
 
 
 class Counting(MemoryMetaStore):

@@ -339,7 +339,6 @@ def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_gi
 
 
 # --- the record of the cluster
-# ---------------------------------------------------------------------------------------------
 
 
 async def opened_record(tmp_path: Path, forge: Any) -> tuple[LateKeys, Unlocker, ClusterRecord]:

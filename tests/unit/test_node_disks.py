@@ -50,7 +50,6 @@ def ids(loaded: config.Config) -> tuple[str, str]:
 
 
 # --- the ledger
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_ledger_remembers_stores_failures_and_who_was_there(tmp_path: Path) -> None:
@@ -93,7 +92,6 @@ def test_a_ledger_that_cannot_be_read_is_no_new_ledger(tmp_path: Path, content: 
 
 
 # --- blank ones
-# ---------------------------------------------------------------------------------------------------------
 
 
 async def test_blank_disks_of_a_new_node_wait_for_the_others_and_then_join(tmp_path: Path) -> None:
@@ -190,7 +188,6 @@ def test_a_formed_node_begins_with_no_disk_that_it_has_no_record_of(tmp_path: Pa
 
 
 # --- hung ones
-# ----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_disk_that_hangs_while_it_is_opened_is_named_and_joins_when_it_answers(
@@ -232,7 +229,6 @@ async def test_a_node_stops_although_a_disk_still_hangs(tmp_path: Path, monkeypa
 
 
 # --- failed ones
-# --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_metadata_store_that_failed_is_refused_also_where_the_disk_could_not_note_it(

@@ -416,7 +416,6 @@ async def test_read_conditions_answer_304_and_412_in_the_order_of_the_rfc() -> N
 
 
 # --- disks that damage and lie
-# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("disks", [FakeDisk, NearDisk])

@@ -75,7 +75,6 @@ def accept(
 
 
 # --- the gate
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRIVILEGED, ids=lambda name: name.key.decode())
@@ -169,7 +168,6 @@ def test_a_storage_nodes_counter_is_bounded_by_the_clock_alone() -> None:
 
 
 # --- a proposer that one replica would lead astray
-# -----------------------------------------------------------------------
 
 
 def test_what_one_replica_says_of_counters_beyond_the_hour_is_not_believed_and_a_majority_is() -> None:
@@ -217,7 +215,6 @@ def test_a_majority_vouches_for_no_more_than_its_lowest(far: list[int], replicas
 
 
 # --- one storage certificate against a cluster
-# ---------------------------------------------------------------------------
 
 
 class Attacker:
@@ -400,7 +397,6 @@ async def _refusal(attacker: Attacker, request: messages.FenceSet | messages.Fen
 
 
 # --- healing without storage nodes
-# ---------------------------------------------------------------------------------------
 
 
 def test_a_system_replica_that_was_away_is_caught_up_by_a_gateway() -> None:
@@ -466,7 +462,6 @@ def test_a_storage_node_reads_what_a_majority_agrees_on_and_leaves_the_rest_to_g
 
 
 # --- a storage node that lies about its own disk
-# ---------------------------------------------------------------------------
 
 
 async def put_back(cluster: Cluster, path: str, old: Value) -> None:

@@ -616,7 +616,6 @@ async def test_two_values_under_one_ballot_are_not_believed(ring: Ring) -> None:
 
 
 # --- small copies
-# -------------------------------------------------------------------------------------------------------
 
 
 def small_copies(content: bytes, needed: int = 2) -> SmallCopies:
@@ -794,7 +793,6 @@ async def test_a_preempted_change_sends_its_copies_again(ring: Ring) -> None:
 
 
 # --- fences, layouts, pages
-# ---------------------------------------------------------------------------------------------
 
 
 async def test_a_fenced_bucket_can_be_read_and_settled_with_its_nonce_but_not_changed(ring: Ring) -> None:
@@ -918,7 +916,6 @@ async def test_the_ring_keeps_its_word_on_lmdb_across_a_restart(tmp_path: Path) 
 
 
 # --- counters beyond the hour
-# ----------------------------------------------------------------------------------------------
 
 
 class Ahead(SystemClock):
@@ -987,7 +984,6 @@ async def test_a_layout_that_replicas_are_about_to_learn_costs_a_retry(ring: Rin
 
 
 # --- fences are believed of a majority
-# -------------------------------------------------------------------------------------
 
 
 async def test_what_one_replica_says_of_a_fence_ends_no_bucket_while_another_is_away(ring: Ring) -> None:

@@ -177,7 +177,6 @@ def test_the_short_way_to_a_read_does_not_answer_for_a_fenced_bucket() -> None:
 
 
 # --- what is remembered
-# -------------------------------------------------------------------------------------------------
 
 
 def clock(seconds: list[float]) -> Any:

@@ -210,7 +210,6 @@ async def test_the_epoch_fence_refuses_older_layouts_for_good() -> None:
 
 
 # --- bucket fences
-# ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_bucket_fence_survives_restart_and_passes_only_settling_rounds_with_its_nonce() -> None:
@@ -341,7 +340,6 @@ async def test_what_no_store_can_hold_is_refused_and_harms_nothing(
 
 
 # --- disks that fail, rot, or are not the ones they were
-# ----------------------------------------------------------------
 
 
 async def test_a_store_that_refused_a_write_makes_its_replica_silent() -> None:
@@ -468,7 +466,6 @@ async def test_a_store_that_has_no_room_refuses_an_accept_and_its_replica_goes_o
 
 
 # --- small copies and pages
-# ---------------------------------------------------------------------------------------------
 
 
 class Copies:
@@ -597,7 +594,6 @@ async def test_a_host_answers_for_its_own_disks_only() -> None:
 
 
 # --- rule 15: counters
-# -----------------------------------------------------------------------------------------------------
 
 
 NOW_US = 1_800_000_000_000_000

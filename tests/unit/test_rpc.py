@@ -68,7 +68,6 @@ async def pair(world: World) -> AsyncIterator[Pair]:
 
 
 # --- answers
-# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_call_brings_its_answer_and_tells_the_handler_who_asks(pair: Pair) -> None:
@@ -222,7 +221,6 @@ async def test_a_call_to_ones_own_name_behaves_as_one_over_the_network(world: Wo
 
 
 # --- errors
-# -------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_peer_error_arrives_as_the_class_it_is(pair: Pair) -> None:
@@ -269,7 +267,6 @@ async def test_a_method_for_gateways_refuses_a_storage_node(pair: Pair) -> None:
 
 
 # --- giving up
-# ----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_call_that_takes_too_long_times_out_and_its_handler_is_cancelled(pair: Pair) -> None:
@@ -413,7 +410,6 @@ async def test_an_answer_that_comes_too_late_is_skipped_and_harms_nobody(world: 
 
 
 # --- who is let in
-# ------------------------------------------------------------------------------------------------------
 
 
 class Refusals(list[tuple[str, str]]):
@@ -703,7 +699,6 @@ async def test_a_renewed_certificate_is_used_for_new_connections(pair: Pair) -> 
 
 
 # --- bounds
-# -------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_flood_of_bodies_never_holds_more_than_the_bound_and_all_are_answered(world: World) -> None:
@@ -812,7 +807,6 @@ async def test_a_peer_that_stops_in_the_middle_of_a_frame_is_disconnected(world:
 
 
 # --- going away
-# ---------------------------------------------------------------------------------------------------------
 
 
 async def test_a_peer_that_dies_fails_its_calls_at_once_and_is_found_again(world: World) -> None:

@@ -92,7 +92,6 @@ def decoded(decoder: ChunkedDecoder, wire: Iterable[bytes]) -> bytes:
 
 
 # --- turns
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reader", ["whole", "pieces", "discard", "read"])
@@ -216,7 +215,6 @@ async def test_a_chunked_body_that_came_whole_before_its_client_ended_its_side_i
 
 
 # --- memory
-# ---------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_signed_chunk_takes_no_memory_however_large_it_is() -> None:
@@ -251,7 +249,6 @@ async def test_a_body_that_comes_byte_by_byte_is_kept_in_little_more_than_its_by
 
 
 # --- framing
-# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

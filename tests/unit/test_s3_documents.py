@@ -50,7 +50,7 @@ def signed_to(host: bytes, method: str, target: str, body: bytes) -> bytes:
     return "\r\n".join(lines).encode("utf-8", "surrogateescape") + body
 
 
-# --- signatures -------------------------------------------------------------------------------------------------------
+# --- signatures
 
 
 @pytest.mark.parametrize("presigned", [False, True])
@@ -83,7 +83,7 @@ async def test_countries_that_are_signed_are_taken(world: World) -> None:
     assert world.buckets.by_name["new"].countries == ("FR",)
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
+# --- documents
 
 
 async def uploaded(world: World) -> tuple[str, bytes]:

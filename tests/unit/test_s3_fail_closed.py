@@ -183,7 +183,7 @@ async def test_reads_judge_conditions_as_rfc_9110_does(world: World, headers: di
     assert (await call(world, "HEAD", "/bucket/k", headers))[0] == status
 
 
-# --- subresources and parameters --------------------------------------------------------------------------------------
+# --- subresources and parameters
 
 NOT_ALLOWED, NOT_THERE, CONFLICT = (405, "MethodNotAllowed"), (501, "NotImplemented"), (400, "InvalidArgument")
 
@@ -288,7 +288,7 @@ async def test_no_subresource_changes_anything_but_by_its_own_row(world: World, 
                 assert status < 500 or status == 501
 
 
-# --- headers ----------------------------------------------------------------------------------------------------------
+# --- headers
 
 REFUSED_HEADERS: list[tuple[str, str, dict[str, str], tuple[int, str]]] = [
     ("PUT", "/bucket/k", {"x-amz-write-offset-bytes": "3"}, NOT_THERE),

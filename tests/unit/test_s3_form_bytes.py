@@ -127,7 +127,6 @@ def test_a_content_type_without_one_boundary_is_malformed(content_type: str) -> 
 
 
 # --- policies
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def encoded(text: str | bytes) -> str:
@@ -181,7 +180,6 @@ def test_letters_beyond_ascii_are_not_taken_for_others() -> None:
 
 
 # --- what stands for headers
-# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_form_with_a_security_token_is_refused(world: World) -> None:

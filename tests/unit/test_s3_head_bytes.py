@@ -104,7 +104,6 @@ def test_what_is_no_host_is_refused(host: str) -> None:
 
 
 # --- RFC 9112 3.2.2
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,6 @@ async def test_a_signed_request_in_absolute_form_is_answered(world: World) -> No
 
 
 # --- all that is understood is ASCII
-# ----------------------------------------------------------------------------------------
 
 UNDERSTOOD = (
     "authorization", "content-encoding", "content-language", "content-md5", "date", "if-match", "if-none-match", "if-modified-since", "if-range", "origin", "range", "x-amz-acl",  # noqa: E501

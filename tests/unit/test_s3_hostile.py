@@ -198,7 +198,6 @@ def test_chunks_are_decoded_the_same_however_they_are_cut() -> None:
 
 
 # --- heads
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_head_is_what_it_says() -> None:
@@ -311,7 +310,6 @@ async def test_requests_with_a_few_bytes_changed_are_never_a_failure_of_ours(
 
 
 # --- connections
-# ------------------------------------------------------------------------------------------------------------
 
 
 async def test_requests_sent_in_one_go_are_answered_in_their_order(world: World) -> None:
@@ -452,7 +450,6 @@ async def test_what_nobody_reads_is_not_taken_from_the_socket(world: World) -> N
 
 
 # --- bodies
-# -----------------------------------------------------------------------------------------------------------------
 
 
 class _Socket:

@@ -171,7 +171,6 @@ async def test_a_form_that_does_not_come_keeps_no_server_from_ending(monkeypatch
 
 
 # --- pure
-# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,7 +246,6 @@ def test_limits_of_strangers_are_configured_and_checked() -> None:
 
 
 # --- TLS
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limits", [Limits(stranger_connections_max=3), Limits(connections_max=3)])

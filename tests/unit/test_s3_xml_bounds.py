@@ -138,7 +138,6 @@ def test_of_a_document_that_is_made_to_take_long_little_is_read(document: bytes)
 
 
 # --- where they are understood
-# --------------------------------------------------------------------------------------------
 
 
 SPACE = b" " * INLINE_BYTES_MAX

@@ -37,7 +37,7 @@ def sealed_part(plain: bytes, chunk_bytes: int = 4096) -> tuple[bytes, bytearray
     return sealer.header, out
 
 
-# --- vectors ----------------------------------------------------------------------------------------------------------
+# --- vectors
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_documents_print_the_vectors_as_they_are():
     assert [value for value in wanted if value not in printed] == []
 
 
-# --- what must not open -----------------------------------------------------------------------------------------------
+# --- what must not open
 
 
 def test_another_key_data_id_or_part_number_is_refused_by_the_commitment_before_any_chunk():
@@ -195,7 +195,7 @@ def test_labels_keep_the_uses_of_one_key_apart():
         open_message(DEK, "sov.key.v1", b"a", sealed)
 
 
-# --- what must not be sealed ------------------------------------------------------------------------------------------
+# --- what must not be sealed
 
 
 def test_no_index_is_sealed_twice():

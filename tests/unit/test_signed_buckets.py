@@ -255,7 +255,6 @@ def test_no_bucket_is_taken_to_be_gone_while_a_record_is_not_believed() -> None:
 
 
 # --- who signs
-# ----------------------------------------------------------------------------------------------------------
 
 
 class Paths:

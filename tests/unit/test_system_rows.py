@@ -197,7 +197,6 @@ def test_what_is_remembered_of_bad_rows_is_bounded() -> None:
 
 
 # --- on a whole ring
-# ----------------------------------------------------------------------------------------------------
 
 
 async def forge_at(cluster: Cluster, disks: list[str], name: RegisterName, forge: Forge) -> None:

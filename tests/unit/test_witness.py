@@ -60,7 +60,6 @@ def rig(tmp_path: Path) -> Witnessed:
 
 
 # --- the log as it is
-# ---------------------------------------------------------------------------------------------------
 
 
 async def test_a_log_that_nobody_touched_is_what_every_witness_saw(rig: Witnessed) -> None:
@@ -193,7 +192,6 @@ async def test_nothing_is_sent_when_there_is_nothing_new(rig: Witnessed) -> None
 
 
 # --- attacks on the files
-# -----------------------------------------------------------------------------------------------
 
 
 async def test_a_log_rewritten_with_all_its_hashes_and_signed_anew_is_caught(rig: Witnessed) -> None:
@@ -390,7 +388,6 @@ async def test_a_witness_that_makes_up_checkpoints_is_called_unusable_and_the_lo
 
 
 # --- attacks on the witnesses
-# -------------------------------------------------------------------------------------------
 
 
 async def shown(
