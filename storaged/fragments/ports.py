@@ -1,6 +1,6 @@
 """The port of a fragment store, and the values that cross it.
 
-Four bodies pass one test suite (tests/unit/fragment_store_suite.py): the local disk (store), the same over RPC
+Four bodies pass one test suite (tests/suites/fragment_store.py): the local disk (store), the same over RPC
 (remote), memory, and the simulated disk
 that drops, reorders and tears unsynced writes.
 

@@ -3,7 +3,7 @@
 objects, maintain
     |  Registers, Pages, Scanner      (meta.client, meta.listing: quorums over replicas)
     |  Replica                        (meta.replica: one acceptor; meta.remote: the same over RPC)
-    |  MetaStore                      (meta.store: LMDB behind a redo log; meta.memory: for simulations)
+    |  MetaStore                      (meta.store: LMDB behind a redo log; tests/doubles: in memory)
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from storaged.fragments.engine import Engine, StoreLimits, Write
 from storaged.fragments.entry import Entry
 from storaged.fragments.index import Checkpoint, Index, Position
 from storaged.fragments.ports import Retirement
-from tests.unit.fragment_world import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
+from tests.worlds.fragments import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
 LIMITS = StoreLimits(

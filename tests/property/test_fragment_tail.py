@@ -16,7 +16,7 @@ from storaged.errors import FragmentDamaged, FragmentMissing
 from storaged.fragments.engine import Engine, StoreLimits, Write
 from storaged.fragments.index import Index
 from storaged.hashes import fragment_hash
-from tests.unit.fragment_world import DISK, Made, SimulatedFiles, in_memory, make
+from tests.worlds.fragments import DISK, Made, SimulatedFiles, in_memory, make
 
 LIMITS = StoreLimits(note_reserve_bytes=0, segment_bytes=1 << 20)
 

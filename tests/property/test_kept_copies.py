@@ -39,9 +39,9 @@ from storaged.meta.storage.redo import PAGE_BYTES
 from storaged.node import disks
 from storaged.units import KIB
 from storaged.wire import encode
-from tests.unit.disk_world import LogDisk
-from tests.unit.fragment_world import Made, SimulatedFiles, in_memory, make
-from tests.unit.meta_store_suite import BUCKET, slot_of
+from tests.suites.meta_store import BUCKET, slot_of
+from tests.worlds.disk import LogDisk
+from tests.worlds.fragments import Made, SimulatedFiles, in_memory, make
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "40"))
 LIMITS = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
 from storaged.meta.storage.scan import common_prefix
-from tests.unit.meta_ring import BUCKET, Ring, value_of
+from tests.worlds.listing import BUCKET, Ring, value_of
 
 PIECES = st.sampled_from([b"a", b"b", b"/", b"//", b"\0", b"\xff", b"a" * 479, b"\xff" * 30, b"photos/2026/"])
 KEYS = st.one_of(

@@ -16,7 +16,7 @@ from storaged.maintain.relocate import replace_blocks
 from storaged.objects.code.place import choose
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import MAGIC, SUITE
-from tests.unit.object_world import layout_of
+from tests.doubles.layouts import layout_of
 
 LAYOUT = layout_of((3, 3, 3))
 HEADER = MAGIC + bytes([SUITE, 16, 0, 0]) + bytes(56)

@@ -36,11 +36,11 @@ from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Copy
 from storaged.meta.proposer.create import Novelty
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.batching import ALONE_MAX
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
+from tests.doubles.meta_store import MemoryMetaStore
 from tests.sim.virtual import VirtualClock, VirtualLoop
 
 DISKS = ("d0", "d1", "d2", "d3", "d4")

@@ -18,13 +18,13 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Accepts, AcceptsReply, Create, Prepare
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport import batching as accepts_module
 from storaged.meta.transport.batching import ACCEPTS_MAX, ALONE_MAX, ENCODED_BYTES_MAX, TOGETHER_MAX, NodeAccepts
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaHost
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
+from tests.doubles.meta_store import MemoryMetaStore
 
 SCOPE = b"s" * 16
 FIRST = encode(Accept("", RegisterName(Table.OBJECT, SCOPE, 0, b"k"), Ballot(1, 1, "", b""), Value(1, b"", 2, b"")))[:1]

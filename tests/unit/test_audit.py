@@ -22,7 +22,7 @@ from storaged.cluster.audit.log import AuditLog, AuditReport, audited, verify
 from storaged.cluster.audit.refusals import Refusals
 from storaged.cluster.identity import NodeSigner
 from storaged.errors import AuditUnwritable, OperatorError, ServiceUnavailable
-from tests.unit.cluster_world import World
+from tests.worlds.authority import World
 
 
 class Clock:

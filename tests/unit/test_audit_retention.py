@@ -12,7 +12,7 @@ from storaged.cluster.audit.format import Entry, parse_line
 from storaged.cluster.audit.retention import prune
 from storaged.cluster.audit.verify import DAY_MS
 from storaged.config import KEEP_DAYS_MIN
-from tests.unit.witness_world import Witnessed
+from tests.worlds.witness import Witnessed
 
 
 @pytest.fixture

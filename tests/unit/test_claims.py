@@ -11,7 +11,7 @@ from storaged.objects.system import claims
 from storaged.objects.system.claims import DAMAGED, NameClaim, authenticate_all, claim_of, decode_claim, register_of
 from storaged.objects.system.users import UserService
 from storaged.wire import decode, encode
-from tests.unit.object_world import World
+from tests.worlds.objects import World
 
 ANNE = register_of("anne")
 

@@ -15,7 +15,7 @@ from storaged.cli.main import cli
 from storaged.errors import AuditBroken, AuditNotCompared, NotRunning, OperatorError
 from storaged.wire import encode
 from tests.unit.test_witness import lines_of
-from tests.unit.witness_world import Witnessed
+from tests.worlds.witness import Witnessed
 
 
 @pytest.fixture

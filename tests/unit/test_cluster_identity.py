@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from storaged.cluster import identity
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import CertificateRefused, JurisdictionRefused, LayoutRefused, OperatorError
-from tests.unit.cluster_world import World
+from tests.worlds.authority import World
 
 
 @pytest.fixture

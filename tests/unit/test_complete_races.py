@@ -17,7 +17,7 @@ from storaged.objects.records import UploadRecord, decode_object
 from storaged.objects.write import complete as module
 from storaged.objects.write.uploads import parse_upload_id
 from storaged.wire import decode
-from tests.unit.object_world import FakeRing
+from tests.doubles.ring import MemoryRing
 from tests.unit.test_objects_multipart import complete, uploaded, world_of
 from tests.unit.test_objects_put_get import put
 
@@ -50,7 +50,7 @@ class _Watched(dict[RegisterName, Value]):
             self.begun += 1
 
 
-class _Uneven(FakeRing):
+class _Uneven(MemoryRing):
     """Every change takes a random time between its promise and its accept."""
 
     chance = random.Random(0)

@@ -28,13 +28,13 @@ from storaged.meta.consensus.register import (
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, Outcome, RowDamaged, SmallCopies, Update
 from storaged.meta.proposer.create import AHEAD_MAX_US, NEW_OF_LATE, SCOPES_MAX, Novelty
-from storaged.meta.storage.memory import MemoryMetaStore
+from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
-from tests.unit.cluster_world import until
 from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, later_us, put
 from tests.unit.test_registers_soon import COPIES
 from tests.unit.test_registers_soon import begun as soon
 from tests.unit.test_replica import FixedClock
+from tests.worlds.authority import until
 
 
 def at(counter: int, epoch: int = 1) -> Ballot:

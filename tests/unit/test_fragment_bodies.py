@@ -10,13 +10,13 @@ import msgspec
 import pytest
 
 from storaged.errors import FragmentDamaged
-from storaged.fragments.memory import MemoryFragmentStore
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, RemoteFragmentStore
 from storaged.fragments.store import LocalFragmentStore
 from storaged.hashes import quick_check
-from tests.unit.fragment_store_suite import Damage, FragmentStoreSuite
-from tests.unit.fragment_world import DISK, Loopback, Made, flip_on_disk, make
+from tests.doubles.fragments import MemoryFragmentStore
+from tests.suites.fragment_store import Damage, FragmentStoreSuite
+from tests.worlds.fragments import DISK, Loopback, Made, flip_on_disk, make
 
 
 class TestLocal(FragmentStoreSuite):

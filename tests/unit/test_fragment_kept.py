@@ -28,9 +28,9 @@ from storaged.node.disks import _own, restore_copies
 from storaged.units import GIB, KIB, MIB
 from storaged.wire import encode
 from tests.patience import GUARD_S
-from tests.unit.disk_world import LogDisk
-from tests.unit.fragment_world import DISK, Made, SimulatedFiles, make
-from tests.unit.meta_store_suite import BUCKET, slot_of
+from tests.suites.meta_store import BUCKET, slot_of
+from tests.worlds.disk import LogDisk
+from tests.worlds.fragments import DISK, Made, SimulatedFiles, make
 
 RNG = random.Random(23)
 

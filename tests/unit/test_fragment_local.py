@@ -32,7 +32,7 @@ from storaged.fragments.recovery import Step
 from storaged.fragments.store import LocalFragmentStore
 from storaged.units import KIB, MIB
 from tests.patience import GUARD_S
-from tests.unit.fragment_world import DISK, Made, SimulatedFiles, flip_on_disk, make
+from tests.worlds.fragments import DISK, Made, SimulatedFiles, flip_on_disk, make
 
 RNG = random.Random(11)
 

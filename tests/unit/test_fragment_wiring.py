@@ -11,12 +11,12 @@ import pytest
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.ports import Methods
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
-from storaged.fragments.memory import MemoryFragmentStore
 from storaged.fragments.payloads import Payloads
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.fragments.store import LocalFragmentStore
 from storaged.wire import encode
-from tests.unit.fragment_world import DISK, Loopback, make
+from tests.doubles.fragments import MemoryFragmentStore
+from tests.worlds.fragments import DISK, Loopback, make
 
 
 def layout(epoch: int, **disks: str) -> Layout:

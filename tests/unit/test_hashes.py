@@ -16,9 +16,9 @@ from storaged.hashes import fragment_hash, is_fragment, is_page, page_hash
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.names import RegisterName
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.objects.code.manifest import renew_pages
-from tests.unit.second_preimage import second_preimage
+from tests.doubles.meta_store import MemoryMetaStore
+from tests.second_preimage import second_preimage
 
 
 def test_they_are_what_the_documentation_says() -> None:

@@ -17,9 +17,9 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.keyends import DUE_MAX, Ends, destroy_ended_keys
 from storaged.wire import decode, encode
-from tests.unit.object_world import World
 from tests.unit.test_objects_buckets import ANNE, world_of
 from tests.unit.test_objects_put_get import put
+from tests.worlds.objects import World
 
 NAME = system_name("bucket/b")
 

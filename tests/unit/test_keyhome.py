@@ -15,10 +15,10 @@ from storaged.meta.names import Value, Visibility, system_name
 from storaged.node import keyhome
 from storaged.node.keyhome import CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
 from storaged.wire import encode
-from tests.unit.object_world import World
 from tests.unit.test_admin_status import NOW, codes, facts
 from tests.unit.test_key_copies import KEYRING, copy_of
 from tests.unit.test_keyring import BUCKET, CREDENTIAL, HandClock, Rig, create_keyring
+from tests.worlds.objects import World
 
 DAY_S = 86_400
 

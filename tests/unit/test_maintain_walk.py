@@ -20,7 +20,7 @@ from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
 from storaged.meta.storage import readahead
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
-from storaged.meta.storage.memory import MemoryMetaStore
+from tests.doubles.meta_store import MemoryMetaStore
 
 SCOPE = b"s" * 16
 WHERE = Range("d", Table.OBJECT, SCOPE, 0)

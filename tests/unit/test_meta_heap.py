@@ -22,7 +22,7 @@ from storaged.meta.storage import heap, identity
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowkey import row_key
 from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small
-from tests.unit.meta_store_suite import BUCKET, name_of, slot_of, slots_in
+from tests.suites.meta_store import BUCKET, name_of, slot_of, slots_in
 
 LONG, SHORT = b"x" * 600, b""
 KEYS = [b"a", b"b", b"c" * 480, b"c" * 481, b"c" * 1000, b"d"]

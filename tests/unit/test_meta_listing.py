@@ -12,7 +12,7 @@ from storaged.meta.names import RegisterName, Table, Visibility
 from storaged.meta.ports import ListPage
 from storaged.meta.storage.scan import Want, list_after_prefix
 from tests.sim.virtual import VirtualLoop, run
-from tests.unit.meta_ring import BUCKET, Ring, value_of
+from tests.worlds.listing import BUCKET, Ring, value_of
 
 SHARDS = range(4)
 

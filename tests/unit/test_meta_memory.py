@@ -8,9 +8,9 @@ import pytest
 
 from storaged.errors import DiskUnusable
 from storaged.meta.ports import RowDamaged, StoreBatch
-from storaged.meta.storage.memory import MemoryMetaStore
-from tests.unit.meta_store_suite import *  # noqa: F403
-from tests.unit.meta_store_suite import name_of, slot_of
+from tests.doubles.meta_store import MemoryMetaStore
+from tests.suites.meta_store import *  # noqa: F403
+from tests.suites.meta_store import name_of, slot_of
 
 
 @pytest.fixture

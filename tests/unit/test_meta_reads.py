@@ -19,12 +19,12 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.client import RingClient
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Copy, Reading, Slot, StoreBatch
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.meta.storage.rowvalue import check_of, pack_row
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.reads import CHECK, COPY, READS_BYTES_MAX, READS_MAX, ROW
 from storaged.meta.transport.replicas import RemoteReplica, ReplicaDirectory, ReplicaHost
 from storaged.wire import Buffer, Message, decode, encode
+from tests.doubles.meta_store import MemoryMetaStore
 
 T = TypeVar("T", bound=Message)
 SCOPE = b"s" * 16

@@ -35,8 +35,8 @@ from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
 from storaged.meta.storage.rowvalue import open_small, seal_small
 from storaged.units import MIB
 from tests.patience import GUARD_S
-from tests.unit.disk_world import HeldLog
-from tests.unit.meta_store_suite import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
+from tests.suites.meta_store import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
+from tests.worlds.disk import HeldLog
 
 STORE_ID = bytes(range(16))
 HALF = 16 * PAGE_BYTES

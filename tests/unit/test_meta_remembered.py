@@ -16,8 +16,8 @@ from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage
 from storaged.meta.storage.row_head import with_head
 from storaged.meta.storage.scan import scan_store
-from tests.unit import meta_ring
-from tests.unit.meta_ring import BUCKET, Ring, value_of
+from tests.worlds import listing as meta_ring
+from tests.worlds.listing import BUCKET, Ring, value_of
 
 SHARDS = range(4)
 KEYS = [b"k%03d" % number for number in range(100)]

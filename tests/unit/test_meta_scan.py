@@ -8,7 +8,6 @@ import pytest
 
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.meta.storage.scan import (
     DigestsKept,
     ScanRequest,
@@ -20,6 +19,7 @@ from storaged.meta.storage.scan import (
     list_after_prefix,
     scan_store,
 )
+from tests.doubles.meta_store import MemoryMetaStore
 
 SCOPE = b"bucket of a test"
 

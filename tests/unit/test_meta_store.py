@@ -22,9 +22,9 @@ from storaged.meta.storage import lmdb_store as store_module
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowvalue import pack_row
 from tests.patience import GUARD_S
-from tests.unit.disk_world import HeldLog
-from tests.unit.meta_store_suite import *  # noqa: F403
-from tests.unit.meta_store_suite import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in
+from tests.suites.meta_store import *  # noqa: F403
+from tests.suites.meta_store import BUCKET, ROW_KEYS, check_columns_and_stamps, name_of, page_of, slot_of, slots_in
+from tests.worlds.disk import HeldLog
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "by a thread"])

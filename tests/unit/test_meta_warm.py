@@ -23,7 +23,7 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.transport.replicas import ReplicaHost
 from tests.patience import GUARD_S
-from tests.unit.meta_store_suite import name_of, slot_of
+from tests.suites.meta_store import name_of, slot_of
 
 CALL = Call(PeerIdentity("gw", "FR", "paris", "r1", ("gateway",)), memoryview(b""), 0.0)
 

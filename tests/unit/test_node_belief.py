@@ -16,8 +16,8 @@ from storaged.meta.names import RegisterName, Value, Visibility, system_name
 from storaged.node.belief import NodeBelief
 from storaged.node.binding import CLUSTER, NAMES_AUTHENTICATED, Binding, ClusterRecord, _change
 from storaged.wire import encode
-from tests.unit import cluster_world
-from tests.unit.object_world import SIGNING_KEY, FakeKeys
+from tests.doubles.keys import SIGNING_KEY, MemoryKeys
+from tests.worlds.authority import World
 
 PUBLIC = SIGNING_KEY.public_key().public_bytes_raw()
 
@@ -27,18 +27,18 @@ def value_of(body: bytes, visibility: int = Visibility.LIVE, sequence: int = 1) 
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> cluster_world.World:
-    return cluster_world.World(tmp_path)
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
-def belief_of(world: cluster_world.World, others: Any = lambda name, value: False) -> NodeBelief:
+def belief_of(world: World, others: Any = lambda name, value: False) -> NodeBelief:
     own = world.node("gw", ("gateway",))
     return NodeBelief(own, authority_of(own), others)
 
 
-def test_a_layout_is_one_that_the_administration_key_signed(world: cluster_world.World, tmp_path: Path) -> None:
+def test_a_layout_is_one_that_the_administration_key_signed(world: World, tmp_path: Path) -> None:
     believes, name = belief_of(world), system_name("layout")
-    stranger = cluster_world.World(tmp_path / "other").authority.administration
+    stranger = World(tmp_path / "other").authority.administration
     mine = world.authority.administration
     assert believes(name, value_of(encode(sign_layout(Layout("c1", 1, (), (), ()), mine))))
     assert believes(name, Value(0, b"", Visibility.TOMBSTONE, b"")), "it was never written"
@@ -51,7 +51,7 @@ def test_a_layout_is_one_that_the_administration_key_signed(world: cluster_world
         assert not believes(name, value_of(body))
 
 
-def test_a_statement_is_a_gateways_about_the_signer_that_its_register_names(world: cluster_world.World) -> None:
+def test_a_statement_is_a_gateways_about_the_signer_that_its_register_names(world: World) -> None:
     believes = belief_of(world)
     good = encode(state_signer(NodeSigner(world.node("gw2", ("gateway",))), "c1", PUBLIC))
     name = system_name(signer_path(signer_id(PUBLIC)))
@@ -61,10 +61,8 @@ def test_a_statement_is_a_gateways_about_the_signer_that_its_register_names(worl
     assert not believes(name, value_of(encode(state_signer(NodeSigner(world.node("n1")), "c1", PUBLIC))))
 
 
-def test_the_record_of_the_cluster_is_one_that_its_keyring_authenticated(
-    world: cluster_world.World, tmp_path: Path
-) -> None:
-    believes, keys, nothing = belief_of(world), FakeKeys(), None
+def test_the_record_of_the_cluster_is_one_that_its_keyring_authenticated(world: World, tmp_path: Path) -> None:
+    believes, keys, nothing = belief_of(world), MemoryKeys(), None
     ring: Any = nothing
     binding = Binding(ring, "c1", ring, tmp_path / "remembered")
     believes.is_binding = lambda value: binding.is_authentic(value, keys)
@@ -78,14 +76,14 @@ def test_the_record_of_the_cluster_is_one_that_its_keyring_authenticated(
     for forged in (bare, value_of(b"noise"), value_of(good.body, sequence=2), value_of(b"", Visibility.TOMBSTONE)):
         assert not believes(CLUSTER, forged)
 
-    class Closed(FakeKeys):
+    class Closed(MemoryKeys):
         def verify(self, context: Any, message: bytes, tag: bytes) -> bool:
             raise KeyringUnavailable
 
     assert binding.is_authentic(good, Closed()), "nothing can be judged"
 
 
-def test_everything_else_is_judged_by_the_gateway(world: cluster_world.World) -> None:
+def test_everything_else_is_judged_by_the_gateway(world: World) -> None:
     asked: list[RegisterName] = []
 
     def others(name: RegisterName, value: Value) -> bool:

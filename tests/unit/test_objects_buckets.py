@@ -31,8 +31,10 @@ from storaged.objects.service import ObjectService
 from storaged.objects.system.buckets import BucketService
 from storaged.objects.system.users import CLAIM_STALE_MS, NameClaim, UserService
 from storaged.wire import decode, encode
-from tests.unit.object_world import FakeClock, World, layout_of, pieces
+from tests.doubles.clock import LoopClock
+from tests.doubles.layouts import layout_of
 from tests.unit.test_objects_put_get import got, put
+from tests.worlds.objects import World, pieces
 
 ANNE, BEN = Principal("a" * 64, "anne", "AKA"), Principal("b" * 64, "ben", "AKB")
 
@@ -396,7 +398,7 @@ def not_spawned(work: Coroutine[Any, Any, None]) -> bool:
 
 
 async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_not_expires() -> None:
-    clock, spawned, loads = FakeClock(), Spawned(), 0
+    clock, spawned, loads = LoopClock(), Spawned(), 0
 
     async def load(_key: str) -> int:
         nonlocal loads
@@ -429,7 +431,7 @@ async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_
 
 
 async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
-    clock, spawned, gone = FakeClock(), Spawned(), False
+    clock, spawned, gone = LoopClock(), Spawned(), False
 
     async def load(_key: str) -> int:
         if gone:
@@ -446,7 +448,7 @@ async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
 
 
 async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_time() -> None:
-    clock, spawned, spawns = FakeClock(), Spawned(), True
+    clock, spawned, spawns = LoopClock(), Spawned(), True
     hang = asyncio.Event()
 
     def spawn(work: Coroutine[Any, Any, None]) -> bool:
@@ -475,7 +477,7 @@ async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_t
 
 
 async def test_what_is_being_loaded_is_not_loaded_anew_besides() -> None:
-    clock, spawned, loads = FakeClock(), Spawned(), 0
+    clock, spawned, loads = LoopClock(), Spawned(), 0
 
     async def load(_key: str) -> int:
         nonlocal loads
@@ -502,7 +504,7 @@ async def test_all_who_wait_for_a_load_end_when_they_are_cancelled_together_and_
         await hang.wait()
         return 1
 
-    recent = Recent[str, int](FakeClock(), 1.0, 10, load, not_spawned)
+    recent = Recent[str, int](LoopClock(), 1.0, 10, load, not_spawned)
     tasks = [asyncio.create_task(recent.get("key")) for _ in range(3)]
     await asyncio.sleep(0)
     for task in tasks:

@@ -30,9 +30,9 @@ from storaged.objects.system.users import UserSecret, UserService
 from storaged.objects.write import multipart
 from storaged.sov1 import open_message
 from storaged.wire import decode, encode
-from tests.unit.object_world import World
 from tests.unit.test_objects_multipart import complete, stopped_before_done, uploaded, world_of
 from tests.unit.test_objects_put_get import got, put
+from tests.worlds.objects import World
 
 
 def bare_digest(parts: list[CompletedPart]) -> bytes:

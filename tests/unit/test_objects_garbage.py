@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
 
 import pytest
 
 from storaged.fragments.ports import Retirement
 from storaged.objects.service import ObjectService
 from storaged.objects.write import garbage
-from tests.unit.object_world import FakeDisk, World, bucket_of, put
+from tests.worlds.objects import World, bucket_of, put
 
 
 class Rig:
@@ -21,17 +20,13 @@ class Rig:
         self.world = World(**limits)  # type: ignore[arg-type]
         self.objects = ObjectService(self.world.plane())
         self.bucket = bucket_of(self.world)
-        self.calls: list[tuple[str, int]] = []
-        retire = FakeDisk.retire
-
-        async def counted(disk: FakeDisk, entries: Sequence[Retirement]) -> None:
-            self.calls.append((disk.name, len(entries)))
-            await retire(disk, entries)
-
-        monkeypatch.setattr(FakeDisk, "retire", counted)
 
     async def put(self, key: bytes, size: int = 5000) -> None:
         await put(self.objects, self.bucket, os.urandom(size), key=key)
+
+    @property
+    def calls(self) -> list[tuple[str, int]]:
+        return [(disk.name, len(entries)) for disk in self.world.disks.disks.values() for entries in disk.retirements]
 
     def listed(self) -> int:
         return sum(len(disk.garbage) for disk in self.world.disks.disks.values())

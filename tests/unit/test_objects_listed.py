@@ -16,7 +16,8 @@ from storaged.objects.cache.listed_rows import ROW_BYTES, ListedLately
 from storaged.objects.records import BucketRecord, SealedList
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
-from tests.unit.object_world import FakeBucketKey, World
+from tests.doubles.keys import PlainBucketKey
+from tests.worlds.objects import World
 
 
 class Rig:
@@ -29,16 +30,12 @@ class Rig:
         self.objects = ObjectService(self.world.plane())
         self.bucket = BucketRecord("b", b"B" * 16, "f" * 64, 1, "active", 16, "eu-fr-1")
         self.world.keys.newest[self.bucket.id] = 1
-        self.opened = 0
         self.forgotten: list[bytes] = []
-        open_lists = FakeBucketKey.open_lists
-
-        def counted(key: FakeBucketKey, sealed: Sequence[bytes], contexts: Sequence[bytes]) -> list[bytes]:
-            self.opened += len(sealed)
-            return open_lists(key, sealed, contexts)
-
-        monkeypatch.setattr(FakeBucketKey, "open_lists", counted)
         monkeypatch.setattr(self.objects.plane.scanner, "forget", self.forgotten.append)
+
+    @property
+    def opened(self) -> int:
+        return self.world.keys.uses.fields_opened
 
     async def put(self, data: bytes, key: bytes) -> None:
         async def pieces() -> AsyncIterator[Buffer]:
@@ -104,7 +101,7 @@ async def test_rows_and_what_the_scanner_remembers_are_forgotten_with_the_bucket
     for _ in range(2):
         await rig.listed()
     assert (rig.opened, rig.forgotten) == (1, [])
-    rig.world.keys._keys.clear()
+    rig.world.keys.forget()
     await asyncio.sleep(0)
     assert rig.forgotten == [rig.bucket.id]
     assert await rig.listed() == {b"k": etag(b"data")}
@@ -124,7 +121,7 @@ async def test_what_common_prefixes_were_found_by_is_forgotten_with_the_buckets_
     for _ in range(2):
         assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
     assert rig.forgotten == []
-    rig.world.keys._keys.clear()
+    rig.world.keys.forget()
     await asyncio.sleep(0)
     assert rig.forgotten == [rig.bucket.id]
     assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
@@ -134,7 +131,7 @@ async def test_what_common_prefixes_were_found_by_is_forgotten_with_the_buckets_
 
 
 async def test_what_the_scanner_remembers_is_forgotten_on_the_loop_whichever_thread_lets_go_of_the_key_last() -> None:
-    lately, held, threads = ListedLately(1000), [FakeBucketKey(1)], list[int]()
+    lately, held, threads = ListedLately(1000), [PlainBucketKey(1)], list[int]()
     lately.meet(held[0], lambda: threads.append(threading.get_ident()))
     await asyncio.to_thread(held.clear)
     await asyncio.sleep(0)
@@ -158,7 +155,7 @@ async def test_what_a_listing_that_failed_has_left_with_the_scanner_is_forgotten
     with pytest.raises(type(failure)):
         await rig.listed()
     assert rig.forgotten == [rig.bucket.id]
-    rig.world.keys._keys.clear()
+    rig.world.keys.forget()
     await asyncio.sleep(0)
     assert rig.forgotten == 2 * [rig.bucket.id]
     await rig.objects.close()
@@ -184,7 +181,7 @@ def another(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[Sea
 
 
 def test_the_rows_kept_are_bounded_and_those_in_use_stay() -> None:
-    lately, bucket_key = ListedLately(20 * (ROW_BYTES + 8)), FakeBucketKey(1)
+    lately, bucket_key = ListedLately(20 * (ROW_BYTES + 8)), PlainBucketKey(1)
     for number in range(100):
         key = b"%04d" % number
         lately.keep(bucket_key, as_rows, [key], [b"head"], [number])
@@ -196,7 +193,7 @@ def test_the_rows_kept_are_bounded_and_those_in_use_stay() -> None:
     ]
     assert 10 <= len(kept) <= 20
     assert lately.find(bucket_key, as_rows, [b"0000", b"0099"], [b"daeh", b"head"]) == [None, 99]
-    assert lately.find(FakeBucketKey(2), as_rows, [b"0000"], [b"head"]) == [None]
+    assert lately.find(PlainBucketKey(2), as_rows, [b"0000"], [b"head"]) == [None]
     assert lately.find(bucket_key, another, [b"0000"], [b"head"]) == [None]
     lately.clear()
     assert lately.find(bucket_key, as_rows, [b"0000"], [b"head"]) == [None]

@@ -50,8 +50,8 @@ from storaged.objects.write import multipart
 from storaged.objects.write.references import live_references, parts_in, references
 from storaged.objects.write.uploads import parse_upload_id, part_rows
 from storaged.wire import encode
-from tests.unit.object_world import World
 from tests.unit.test_objects_put_get import OWNER, bucket_of, got, pieces, put
+from tests.worlds.objects import World
 
 
 async def uploaded(
@@ -626,9 +626,7 @@ async def test_references_follow_a_part_from_its_row_to_the_object() -> None:
     (data_id,) = {f.data_id for disk in world.disks.disks.values() for f in disk.fragments}
     (row,) = [value for register, value in world.ring.values.items() if register.table == Table.PART]
     assert references(row.body, Table.PART) == {data_id}
-    assert {store.header.owner for disk in world.disks.disks.values() for store in disk.fragments.values()} == {
-        name.pack()
-    }
+    assert {disk.header(f).owner for disk in world.disks.disks.values() for f in disk.fragments} == {name.pack()}
     assert await live_references(world.ring, world.ring, world.ring, name) == {data_id}
     other = object_name(bucket.id, bucket.shard_numbers, b"other")
     assert not await live_references(world.ring, world.ring, world.ring, other)

@@ -15,7 +15,8 @@ from storaged.meta.names import Value, Visibility, object_name
 from storaged.objects.api import BodyChecks, NewMeta, ObjectInfo, RangeSpec
 from storaged.objects.cache.opened_records import ENTRY_BYTES, Opened, OpenedLately
 from storaged.objects.service import ObjectService
-from tests.unit.object_world import OWNER, FakeBucketKey, World, bucket_of, pieces
+from tests.doubles.keys import PlainBucketKey
+from tests.worlds.objects import OWNER, World, bucket_of, pieces
 
 SIZES = [100, 5000, 300_000]
 
@@ -27,14 +28,10 @@ class Rig:
         self.world = World(**limits)
         self.objects = ObjectService(self.world.plane())
         self.bucket = bucket_of(self.world)
-        self.unwraps = 0
-        unwrap = FakeBucketKey.unwrap
 
-        def counted(key: FakeBucketKey, wrapped: bytes, context: bytes) -> bytes:
-            self.unwraps += 1
-            return unwrap(key, wrapped, context)
-
-        monkeypatch.setattr(FakeBucketKey, "unwrap", counted)
+    @property
+    def unwraps(self) -> int:
+        return self.world.keys.uses.unwraps
 
     async def put(self, data: bytes, key: bytes = b"key", **meta: str) -> None:
         await self.objects.put(
@@ -103,7 +100,8 @@ async def test_nothing_is_told_of_a_record_whose_key_is_no_longer_held(monkeypat
         await rig.objects.head(rig.bucket, b"key")
     assert len(rig.objects.plane.opened) == 0
     rig.world.keys.newest[rig.bucket.id] = 1
-    rig.world.keys._keys[1] = FakeBucketKey(1)  # released anew
+    rig.world.keys.forget(1)
+    rig.world.keys.key(1)  # released anew
     assert (await rig.got())[0] == b"data"
     assert rig.unwraps == 2
     await rig.objects.close()
@@ -120,12 +118,12 @@ async def test_data_keys_are_forgotten_with_the_buckets_key_that_opened_them(mon
     await rig.put(b"data", b"2")
     await rig.got(b"2")
     assert len(lately) == 3
-    del rig.world.keys._keys[1]
+    rig.world.keys.forget(1)
     await asyncio.sleep(0)
     assert len(lately) == 1
     assert (await rig.got(b"2"))[0] == b"data"
     assert rig.unwraps == 4
-    rig.world.keys._keys.clear()
+    rig.world.keys.forget()
     await asyncio.sleep(0)
     assert len(lately) == 0
     assert lately._bytes == 0
@@ -142,7 +140,7 @@ async def test_data_keys_are_forgotten_on_the_loop_whichever_thread_lets_go_of_t
         threads.append(threading.get_ident())
         drop(self, place)
 
-    held, value = [FakeBucketKey(1)], Value(1, b"", Visibility.LIVE, b"body")
+    held, value = [PlainBucketKey(1)], Value(1, b"", Visibility.LIVE, b"body")
     lately.keep((b"b", b"k"), Opened(value, held[0], None))  # type: ignore[arg-type]
     monkeypatch.setattr(OpenedLately, "drop", dropped)
     await asyncio.to_thread(held.clear)
@@ -151,7 +149,7 @@ async def test_data_keys_are_forgotten_on_the_loop_whichever_thread_lets_go_of_t
 
 
 def test_a_key_that_is_let_go_of_after_the_loop_ended_troubles_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    lately, held = OpenedLately(10_000), [FakeBucketKey(1)]
+    lately, held = OpenedLately(10_000), [PlainBucketKey(1)]
 
     async def keep() -> None:
         lately.keep((b"b", b"k"), Opened(Value(1, b"", Visibility.LIVE, b"body"), held[0], None))  # type: ignore[arg-type]
@@ -207,7 +205,7 @@ async def test_memory_for_opened_records_is_bounded(monkeypatch: pytest.MonkeyPa
 
 
 async def test_an_entry_larger_than_all_the_memory_is_not_kept() -> None:
-    lately, value, bucket_key = OpenedLately(10_000), Value(1, b"", Visibility.LIVE, bytes(9000)), FakeBucketKey(1)
+    lately, value, bucket_key = OpenedLately(10_000), Value(1, b"", Visibility.LIVE, bytes(9000)), PlainBucketKey(1)
     made: Any = Opened(value, bucket_key, None)  # type: ignore[arg-type]
     lately.keep((b"b", b"k"), made)
     assert lately.get((b"b", b"k"), value) is None

@@ -36,7 +36,7 @@ from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.write import commit
 from storaged.wire import Buffer
-from tests.unit.object_world import OWNER, FakeDisk, NearDisk, World, bucket_of, entry_of, got, pieces, put
+from tests.worlds.objects import OWNER, World, bucket_of, entry_of, got, pieces, put
 
 KIB, MIB = 1024, 1024 * 1024
 CELL = 64 * KIB - 16
@@ -202,7 +202,7 @@ async def test_tiny_objects_stay_in_the_record_and_small_ones_are_copies_beside_
     await put(objects, bucket, b"x" * 17_000)
     held = world.disks.of(entry_of(world).data_id)
     assert [f.position for _, f in sorted(held, key=lambda item: item[1].position)] == [0, 1, 2, 3, 4, 5]
-    assert all(stored.synced for disk in world.disks.disks.values() for stored in disk.fragments.values())
+    assert not any(disk.unsynced for disk in world.disks.disks.values())
     await objects.close()
 
 
@@ -354,7 +354,7 @@ async def test_an_unconditional_put_that_was_preempted_sees_its_fragments_again_
     async def rival_and_collector(name: object) -> None:
         await put(objects, bucket, b"rival")
         for disk in world.disks.disks.values():
-            disk.fragments.clear()
+            disk.lose()
 
     world.ring.interfere = rival_and_collector
     with pytest.raises(ServiceUnavailable):
@@ -418,25 +418,20 @@ async def test_read_conditions_answer_304_and_412_in_the_order_of_the_rfc() -> N
 # --- disks that damage and lie
 
 
-@pytest.mark.parametrize("disks", [FakeDisk, NearDisk])
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize("lie", [False, True])
 @pytest.mark.parametrize("size", [60_000, 4 * MIB])
 async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(
-    lie: bool, size: int, disks: type[FakeDisk]
+    lie: bool, size: int, near: bool
 ) -> None:
-    world = World(disks=disks)
+    world = World(near=near)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     data = os.urandom(size)
     await put(objects, bucket, data)
     held = {f.position: (disk, f) for disk, f in world.disks.of(entry_of(world).data_id) if f.block == 0}
     for bad in [(0,), (3,), (0, 1), (2, 5), (4, 5), (1, 4)]:
-        kept = {
-            position: list(world.disks.disks[held[position][0]].fragments[held[position][1]].cells) for position in bad
-        }
-        sums = {
-            position: list(world.disks.disks[held[position][0]].fragments[held[position][1]].sums) for position in bad
-        }
+        kept = {position: world.disks.disks[held[position][0]].payload(held[position][1]) for position in bad}
         for position in bad:
             world.disks.disks[held[position][0]].flip(held[position][1], 0, lie=lie)
         world.damage.clear()
@@ -447,18 +442,15 @@ async def test_any_two_damaged_or_lying_fragments_are_read_around_and_reported(
                 assert (held[position][0], position, "lied" if lie else "checksum") in reported
         assert {position for _, position, _ in reported} <= set(bad)
         for position in bad:
-            stored = world.disks.disks[held[position][0]].fragments[held[position][1]]
-            stored.cells, stored.sums = kept[position], sums[position]
+            world.disks.disks[held[position][0]].mend(held[position][1], kept[position])
     await objects.close()
 
 
-@pytest.mark.parametrize("disks", [FakeDisk, NearDisk])
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize("known", [True, False], ids=["known to be away", "not noticed yet"])
 @pytest.mark.parametrize("scattered", [False, True])
-async def test_any_two_disks_may_be_away_whatever_is_asked_for(
-    disks: type[FakeDisk], known: bool, scattered: bool
-) -> None:
-    world = World(disks=disks)
+async def test_any_two_disks_may_be_away_whatever_is_asked_for(near: bool, known: bool, scattered: bool) -> None:
+    world = World(near=near)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     for size in (70_000, 4 * CELL + 1, 68 * CELL - 5, 4 * MIB + 77):
@@ -504,7 +496,7 @@ async def test_a_short_last_cell_that_is_rebuilt_is_as_short_as_it_was() -> None
 
 
 async def test_what_disks_of_this_node_have_in_memory_is_taken_without_a_wait() -> None:
-    world = World(disks=NearDisk)
+    world = World(near=True)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     data = os.urandom(4 * MIB)
@@ -549,7 +541,7 @@ async def test_a_record_that_has_less_of_a_part_than_its_size_says_is_refused_an
     (first,) = [
         (disk, fragment) for disk, fragment in world.disks.of(version.parts[0].data_id) if fragment.position == 0
     ]
-    chunk = world.disks.disks[first[0]].fragments[first[1]].cells[0]
+    chunk = world.disks.disks[first[0]].cell(first[1], 0)
     part = msgspec.structs.replace(version.parts[0], inline=chunk, runs=())
     body = encode_object(ObjectRecord((msgspec.structs.replace(version, parts=(part,)),)))
     await world.ring.change(name, lambda _value: Change(body))
@@ -609,7 +601,7 @@ async def test_an_object_replaced_before_the_first_byte_is_read_from_its_new_rec
         assert found.value is not None
         await put(objects, bucket, new)
         for disk, fragment in world.disks.of(decode_object(found.value.body).versions[0].context_id):
-            del world.disks.disks[disk].fragments[fragment]
+            world.disks.disks[disk].lose(fragment)
         return found
 
     world.ring.read = read_then_replace  # type: ignore[method-assign]
@@ -664,8 +656,9 @@ async def test_a_copy_has_its_own_data_and_survives_the_source() -> None:
         await objects.delete(bucket, b"src")
         await objects.plane.background.settle()
         for disk in world.disks.disks.values():
-            for fragment in [f for f in disk.fragments if f.data_id in disk.garbage]:
-                del disk.fragments[fragment]
+            for fragment in disk.fragments:
+                if fragment.data_id in disk.garbage:
+                    disk.lose(fragment)
         assert await got(objects, bucket, key=b"dst") == data
         info = await objects.head(bucket, b"dst")
         assert (info.headers, info.user, info.tags, info.checksums) == (

@@ -12,7 +12,7 @@ import pytest
 from storaged.errors import DataDamaged
 from storaged.objects.read.hedging import HedgeDelay, Reads
 from storaged.objects.service import ObjectService
-from tests.unit.object_world import World, bucket_of, got, put
+from tests.worlds.objects import World, bucket_of, got, put
 
 
 class Disk:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from storaged.objects.read.get import SLOW_WINDOW_BYTES
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
-from tests.unit.object_world import World, bucket_of, got, put
+from tests.worlds.objects import World, bucket_of, got, put
 
 KIB, MIB = 1024, 1024 * 1024
 SLOW = 64

@@ -36,7 +36,7 @@ from storaged.objects.etags import ANY, tag
 from storaged.objects.read.get import HeldStream
 from storaged.objects.records import BucketRecord
 from storaged.objects.service import ObjectService
-from tests.unit.object_world import OWNER, World, bucket_of, got, pieces, put
+from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
 
 META = NewMeta({"content-type": "text/plain"}, {"color": "blue"}, {"a": "b"})
 

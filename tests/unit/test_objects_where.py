@@ -15,8 +15,8 @@ from storaged.objects.etags import ANY, tag
 from storaged.objects.plane import ObjectLimits
 from storaged.objects.service import ObjectService
 from storaged.objects.where import where
-from tests.unit.object_world import World
 from tests.unit.test_objects_put_get import bucket_of, entry_of, put
+from tests.worlds.objects import World
 
 
 async def test_where_names_every_fragment_and_what_may_fail() -> None:
@@ -40,6 +40,7 @@ async def test_where_names_every_fragment_and_what_may_fail() -> None:
     assert (found.disks_may_fail, found.domains_may_fail, found.replicas_may_fail) == (0, 0, 0)
     (disk, fragment) = next((d, f) for d, f in world.disks.of(entry_of(world).data_id) if d == "b0" and f.block == 1)
     world.disks.disks[disk].flip(fragment, 0)
+    await world.disks.disks[disk].verify(fragment)  # as scrub does
     found = await where(objects.plane, bucket, b"key")
     assert [(f.state, f.blocks_bad) for f in found.runs[0].fragments if f.disk == "b0"] == [("damaged", 1)]
     assert (found.disks_may_fail, found.domains_may_fail) == (-1, -1)

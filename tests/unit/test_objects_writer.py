@@ -23,8 +23,9 @@ from storaged.objects.service import ObjectService
 from storaged.objects.write import put as put_module
 from storaged.objects.write.checksums import BodyDigest
 from storaged.wire import Buffer
+from tests.doubles.layouts import layout_of
 from tests.patience import GUARD_S
-from tests.unit.object_world import OWNER, World, bucket_of, entry_of, got, layout_of, pieces, put
+from tests.worlds.objects import OWNER, World, bucket_of, entry_of, got, pieces, put
 
 KIB, MIB = 1024, 1024 * 1024
 CELL = 64 * KIB - 16
@@ -100,12 +101,7 @@ async def test_a_disk_whose_sync_fails_at_the_barrier_has_its_blocks_rebuilt_els
             disk.down = True
             assert await got(objects, bucket) == data
             disk.down = False
-    assert all(
-        stored.synced
-        for name, disk in world.disks.disks.items()
-        if name not in victims
-        for stored in disk.fragments.values()
-    )
+    assert not any(disk.unsynced for name, disk in world.disks.disks.items() if name not in victims)
     await objects.close()
 
 
@@ -119,7 +115,7 @@ async def test_a_node_that_restarts_and_forgets_before_the_barrier_is_noticed() 
         yield data[: 30 * CELL]
         await asyncio.sleep(0.05)
         for name in ("c0", "c1"):
-            world.disks.disks[name].fragments.clear()
+            world.disks.disks[name].lose()
         yield data[30 * CELL :]
 
     await objects.put(bucket, b"key", body(), NewMeta(), BodyChecks(len(data)), owner=OWNER)

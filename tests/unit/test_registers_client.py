@@ -33,10 +33,10 @@ from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.quorum import Turns
 from storaged.wire import Buffer, encode
+from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
 
 DISKS = ("d0", "d1", "d2")

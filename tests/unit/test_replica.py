@@ -22,11 +22,11 @@ from storaged.meta.messages import ScanRequest, ShardAsk
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copy, Done, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.meta.storage.scan import Want
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.replicas import ReplicaHost
 from storaged.wire import Buffer
+from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
 
 SCOPE = b"s" * 16

@@ -15,11 +15,11 @@ from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Replica, Slot
-from storaged.meta.storage.memory import MemoryMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.quorum import Courier, TaskPool
 from storaged.meta.transport.replicas import RemoteReplica
 from storaged.wire import Buffer, Message, encode
+from tests.doubles.meta_store import MemoryMetaStore
 
 NAME = RegisterName(Table.OBJECT, b"s" * 16, 3, b"key")
 BALLOT = Ballot(1, 10**15, "gw", b"incarnat")

@@ -31,7 +31,7 @@ from storaged.cluster.audit.witness_record import Behind, Refused, SeenNode, Tak
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.ports import Call
 from storaged.errors import ServiceUnavailable
-from tests.unit.witness_world import Witnessed
+from tests.worlds.witness import Witnessed
 
 ALL = {"n1", "n2", "n3"}
 

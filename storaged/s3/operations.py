@@ -1,0 +1,220 @@
+"""An operation of S3 as a row: its name, its handler, what it takes; and the checks that every request passes before
+the handler.
+
+Theory of operation. ``aws`` says what AWS's documentation names, ``routes`` has the rows. A request that changes
+something must not ask for anything that its row does not take: AWS names it, so the client means something by it, and
+to ignore it would do something else than was asked (an append would become an overwrite). It is refused before the
+handler begins, with nothing changed. What AWS does not name either is ignored, as AWS does: SDKs add ``x-id``,
+applications their own. Requests that only read ignore what does not concern them, but for what they would have to act
+on (a customer's key).
+
+A body is of one kind: none, a document that is read whole and verified here, or a stream that its handler takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from storaged.errors import InvalidArgument, InvalidRequest, NotImplemented, S3Error
+from storaged.s3 import aws
+from storaged.s3 import headers as h
+from storaged.s3.conditions import unsupported
+from storaged.s3.context import Front, Handler
+from storaged.s3.digest import read_verified
+from storaged.s3.http.grammar import must_be_ascii
+from storaged.s3.reply import TOKEN, Reply, checked_header
+from storaged.s3.request import Request
+from storaged.units import KIB
+
+UNASKED_BYTES_MAX = 64 * KIB
+"""Of a body that an operation does not take: so much is read to see whether there is one."""
+
+_EXPECTED_OWNER = "x-amz-expected-bucket-owner"
+_NOT_ACCEPTED = {"versionId": "a version-id", "partNumber": "partNumber without uploadId"}
+"""In AWS's words."""
+_WATCHED = ("x-amz-", aws.OWN)
+
+
+class NoBody(NamedTuple):
+    """The operation takes none. One that changes something refuses any, a read ignores it."""
+
+
+class Document(NamedTuple):
+    """Read whole before the handler, into ``Request.document``, and verified against Content-MD5 and checksums.
+
+    ``bytes_max``: MaxMessageLengthExceeded. ``digest_required``: a Content-MD5 or a checksum must have come.
+    ``of_object``: x-amz-checksum-* are the object's, not the document's.
+    """
+
+    bytes_max: int
+    digest_required: bool = False
+    of_object: bool = False
+
+
+class Stream(NamedTuple):
+    """An object's bytes, which the object plane reads and verifies."""
+
+
+Body = NoBody | Document | Stream
+NO_BODY = NoBody()
+STREAM = Stream()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``name``: AWS's, for logs and metrics. ``changes``: not a read. ``needs_bucket``: the bucket must exist and
+    belong to the requester before the handler runs. ``copy``: the operation instead, when the request has
+    x-amz-copy-source."""
+
+    name: str
+    handler: Handler
+    body: Body = NO_BODY
+    changes: bool = False
+    needs_bucket: bool = True
+    signed: bool = True
+    copy: Operation | None = None
+
+    @cached_property
+    def headers(self) -> frozenset[str]:
+        """Names that this operation takes, with those that say nothing to any operation."""
+        taken = aws.honoured(self.name) | h.ORDINARY
+        return taken if self.needs_bucket else taken - {_EXPECTED_OWNER}
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        return aws.parameters(self.name)
+
+    def check_headers(self, headers: Mapping[str, str]) -> None:
+        """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest
+        for what is not taken.
+        """
+        for name in sorted(headers.keys() - self.headers):  # the first by name is named, whatever came first
+            if name.startswith(_WATCHED) or name in aws.HEADERS:
+                refused = self._refusal(name, headers)
+                if refused is not None:
+                    raise refused
+        if self.changes:
+            _check_values(headers)
+
+    def check_parameters(self, query: Mapping[str, str], count: int) -> None:
+        """``count``: of parameters that came, equal names and all. Raises InvalidArgument."""
+        if not self.changes:
+            return
+        for name in query:
+            if name in aws.PARAMETERS and name not in self.parameters:
+                what = _NOT_ACCEPTED.get(name, f"the parameter {name}")
+                raise InvalidArgument(
+                    f"This operation does not accept {what}.", ArgumentName=name, ArgumentValue=query[name]
+                )
+        if count != len(query):
+            raise InvalidArgument("A query parameter was given more than once.")
+
+    def _refusal(self, name: str, headers: Mapping[str, str]) -> S3Error | None:
+        """None: the header may be ignored."""
+        row = aws.HEADERS.get(name)
+        if name.startswith(aws.OWN):
+            return unsupported(name)
+        if not self.changes:
+            return self._refusal_of_read(name, row, headers)
+        if name == "content-range" and self.name not in ("PutObject", "PostObject"):
+            return None
+        if name.startswith(aws.META):
+            return None if self.name in aws.METADATA else unsupported(name)
+        if row is None:
+            return unsupported(name) if name.startswith(aws.FAMILIES) else None
+        if name.startswith((aws.CUSTOMER_KEY, aws.CUSTOMER_KEY_SOURCE)) or (
+            name == h.KMS_KEY and any(other.startswith(aws.CUSTOMER_KEY) for other in headers)
+        ):
+            h.check_customer_key(headers)  # a key of the client's beside one of the server's is wrong in itself
+        elif name == "x-amz-server-side-encryption":
+            return InvalidArgument(
+                f"{name} header is not supported for this operation.", ArgumentName=name, ArgumentValue=headers[name]
+            )
+        if name == h.KMS_KEY and headers.get("x-amz-server-side-encryption") != "aws:kms":
+            return InvalidArgument(
+                "Server Side Encryption with AWS KMS managed key requires HTTP header x-amz-server-side-encryption :"
+                " aws:kms"
+            )
+        if self.name not in row.operations or not row.refusal:
+            return unsupported(name)
+        if name.startswith(aws.LOCK):
+            return InvalidRequest(row.refusal)
+        return NotImplemented(row.refusal, Header=name)
+
+    def _refusal_of_read(self, name: str, row: aws.Name | None, headers: Mapping[str, str]) -> S3Error | None:
+        if row is not None and row.refusal and self.name in row.operations:
+            if name.startswith(aws.CUSTOMER_KEY):
+                h.check_customer_key(headers)
+                return InvalidRequest("The encryption parameters are not applicable to this object.")
+            return NotImplemented(row.refusal, Header=name)
+        if self.name in ("GetObject", "HeadObject") and name.startswith("x-amz-server-side-encryption"):
+            return InvalidRequest(f"{name} header is not supported for this operation.")
+        return None
+
+
+def _check_values(headers: Mapping[str, str]) -> None:
+    """Values of headers that are taken by name. Raises InvalidArgument, NotImplemented."""
+    h.check_encryption(headers)
+    h.check_acl(headers)
+    if headers.get("x-amz-request-payer", "requester") != "requester":
+        raise InvalidArgument(ArgumentName="x-amz-request-payer", ArgumentValue=headers["x-amz-request-payer"])
+
+
+async def _no_handler(front: Front, request: Request) -> Reply:
+    raise AssertionError("a form is answered by its own handler")
+
+
+_FORM = Operation("PostObject", _no_handler, STREAM, changes=True, needs_bucket=False)
+
+
+_FORM_HEADERS = Operation("", _no_handler, STREAM, changes=True, needs_bucket=False)
+"""What a form asks for stands in its fields: no header of it says anything."""
+
+
+def check_form(headers: Mapping[str, str]) -> None:
+    """The HTTP headers of a browser form. Raises as ``Operation.check_headers``."""
+    _FORM_HEADERS.check_headers(headers)
+
+
+def check_fields(fields: Mapping[str, str]) -> None:
+    """Fields of a browser form that stand for headers. Raises as ``Operation.check_headers``."""
+    _FORM.check_headers(fields)
+
+
+def hear_query(request: Request) -> None:
+    """Takes x-amz-* parameters of the query for headers, as AWS does: presigned URLs carry them. Raises
+    InvalidArgument."""
+    headers = request.headers
+    for name, value in request.query.items():
+        lower = name.lower()
+        if not lower.startswith(_WATCHED) or lower in aws.SIGNATURE or lower in aws.UNHEARD:
+            continue
+        if headers.get(lower, value) != value or not TOKEN.fullmatch(lower):
+            raise InvalidArgument("A header and a query parameter contradict each other.", ArgumentName=name[:100])
+        if not value.isascii() and must_be_ascii(lower):
+            raise InvalidArgument("The value of this parameter is ASCII.", ArgumentName=name[:100])
+        headers[lower] = checked_header(name[:100], value)
+
+
+async def read_body(front: Front, request: Request, operation: Operation) -> None:
+    """The body of an operation that does not stream it. Raises MaxMessageLengthExceeded, BadDigest, InvalidDigest,
+    InvalidRequest."""
+    kind = operation.body
+    if isinstance(kind, Document):
+        request.document = await read_verified(
+            front,
+            request,
+            required=kind.digest_required,
+            bytes_max=min(kind.bytes_max, front.limits.xml_bytes_max),
+            of_object=kind.of_object,
+        )
+    elif (
+        isinstance(kind, NoBody)
+        and operation.changes
+        and request.body.length != 0
+        and await request.body.read(UNASKED_BYTES_MAX)
+    ):
+        raise InvalidRequest("The request included a body. Requests of this type must not include a non-empty body.")

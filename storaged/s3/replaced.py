@@ -1,0 +1,68 @@
+"""A request whose bucket turns out to be gone while it is handled is handled once more, in the bucket that has the
+name now (``objects.system.fenced``)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from storaged.errors import S3Error, ServiceUnavailable
+from storaged.s3.context import Front, check_owner
+from storaged.s3.operations import Operation
+from storaged.s3.reply import Reply
+from storaged.s3.request import Request
+
+FINDS_NOTHING: Final = frozenset(
+    {"ListObjects", "ListObjectsV2", "ListObjectVersions", "ListMultipartUploads", "DeleteObject", "DeleteObjects"}
+)
+"""Operations that succeed where there is nothing."""
+
+OF_THE_BUCKET: Final = frozenset({"CreateBucket", "DeleteBucket"})
+COPIES: Final = frozenset({"CopyObject", "UploadPartCopy"})
+BODY_IS_GONE: Final = frozenset({"PutObject", "PostObject", "UploadPart"})
+"""Their body was read, and is not kept."""
+
+
+async def handle(front: Front, request: Request, operation: Operation) -> Reply:
+    """What the handler answers. Raises what it raises."""
+    seen = front.buckets.fences_seen()
+    if (
+        request._bucket_record is not None
+        and front.buckets.gone(request._bucket_record)
+        and operation.name not in OF_THE_BUCKET
+    ):
+        await _renew(front, request)
+    try:
+        reply = await operation.handler(front, request)
+    except S3Error:
+        if front.buckets.fences_seen() == seen or not await _replaced(front, request, operation):
+            raise
+    else:
+        if (
+            operation.name not in FINDS_NOTHING
+            or front.buckets.fences_seen() == seen
+            or not await _replaced(front, request, operation)
+        ):
+            return reply
+    return await operation.handler(front, request)
+
+
+async def _replaced(front: Front, request: Request, operation: Operation) -> bool:
+    """Whether the handler is to be asked again. Raises NoSuchBucket, AccessDenied, ServiceUnavailable."""
+    if request._bucket_record is None or operation.name in OF_THE_BUCKET:
+        return False
+    renewed = front.buckets.gone(request._bucket_record) and await _renew(front, request)
+    if renewed and operation.name in BODY_IS_GONE:
+        raise ServiceUnavailable(
+            "The bucket was deleted and made again while the request was under way. Nothing was stored. Retry."
+        )
+    return renewed or operation.name in COPIES  # what is copied from may be what was replaced
+
+
+async def _renew(front: Front, request: Request) -> bool:
+    """The request's bucket becomes the one that has the name now; whether that is another one. Raises NoSuchBucket,
+    AccessDenied."""
+    before = request.bucket_record
+    request.reading = None  # what was read ahead is of the bucket before
+    request._bucket_record = await front.buckets.renewed(before.name)
+    check_owner(request._bucket_record, request.who, request.headers.get("x-amz-expected-bucket-owner"))
+    return request._bucket_record.id != before.id

@@ -1,0 +1,257 @@
+"""A fragment store in memory: the port's behaviour without a disk.
+
+``crash`` forgets what was not synced, ``damage`` makes a cell fail, ``forge`` makes the disk lie, ``refuse`` makes it
+full or read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
+from storaged.fragments.engine import Write, check_time
+from storaged.fragments.ports import (
+    CELLS_MAX,
+    CellRead,
+    FragmentHeader,
+    FragmentId,
+    FragmentStat,
+    Health,
+    Retirement,
+    Usage,
+)
+from storaged.hashes import is_fragment
+from storaged.wire import Buffer
+
+
+@dataclass
+class _Kept:
+    header: FragmentHeader
+    payload: bytes
+    bad: set[int] = field(default_factory=set)
+    known_bad: set[int] = field(default_factory=set)
+
+
+class MemoryFragmentStore:
+    """A FragmentStore that keeps everything in dicts."""
+
+    def __init__(self, *, bytes_max: int = 1 << 40, on_damage: Callable[[FragmentId, int], None] | None = None) -> None:
+        self._bytes_max = bytes_max
+        self._on_damage = on_damage
+        self._fragments: dict[bytes, _Kept] = {}
+        self._durable: dict[bytes, _Kept] = {}
+        self._retired: dict[bytes, tuple[bytes, int]] = {}
+        self._state = "ok"
+
+    # --- what tests do to it ----------------------------------------------------------------------------------------
+
+    def refuse(self, state: str) -> None:
+        """``full`` or ``read-only``; ``ok`` ends it."""
+        self._state = state
+
+    def crash(self) -> None:
+        """What was written and not synced is lost."""
+        self._fragments = dict(self._durable)
+
+    def damage(self, fragment: FragmentId, cell: int) -> None:
+        """The checksum of a cell does not hold any more. -1: that of the head."""
+        self._fragments[fragment.pack()].bad.add(cell)
+
+    def mend(self, fragment: FragmentId, payload: bytes) -> None:
+        """The fragment has these bytes again, and no damage."""
+        kept = self._fragments[fragment.pack()]
+        kept.payload = payload
+        kept.bad.clear()
+        kept.known_bad.clear()
+
+    def forge(self, fragment: FragmentId, payload: bytes) -> None:
+        """Other bytes, whose checksums hold: the disk lies."""
+        self._fragments[fragment.pack()].payload = payload
+
+    def lose(self, *fragments: FragmentId) -> None:
+        """These are gone, synced or not. Without any: all are."""
+        for key in [fragment.pack() for fragment in fragments] or list(self._fragments):
+            self._fragments.pop(key, None)
+            self._durable.pop(key, None)
+
+    # --- what tests see of it ---------------------------------------------------------------------------------------
+
+    @property
+    def fragments(self) -> list[FragmentId]:
+        """In order."""
+        return [FragmentId.unpack(key) for key in sorted(self._fragments)]
+
+    @property
+    def unsynced(self) -> list[FragmentId]:
+        """What a crash would lose."""
+        return [
+            fragment
+            for fragment in self.fragments
+            if self._durable.get(fragment.pack()) is not self._fragments[fragment.pack()]
+        ]
+
+    @property
+    def garbage(self) -> dict[bytes, tuple[bytes, int]]:
+        """Data id -> (owner, when it is due)."""
+        return dict(self._retired)
+
+    def header(self, fragment: FragmentId) -> FragmentHeader:
+        return self._fragments[fragment.pack()].header
+
+    def payload(self, fragment: FragmentId) -> bytes:
+        """As it is on the disk, damaged or forged or not."""
+        return self._fragments[fragment.pack()].payload
+
+    def cell(self, fragment: FragmentId, cell: int) -> bytes:
+        width = self.header(fragment).cell_bytes
+        return self.payload(fragment)[cell * width : (cell + 1) * width]
+
+    def is_whole(self, fragment: FragmentId) -> bool:
+        """The disk has the fragment without damage, and its bytes are what its header says."""
+        kept = self._fragments.get(fragment.pack())
+        if kept is None or kept.bad:
+            return False
+        hashes = kept.header.hashes
+        return is_fragment((kept.payload,), hashes[fragment.position if len(hashes) > 1 else 0])
+
+    # --- the port ---------------------------------------------------------------------------------------------------
+
+    async def write(
+        self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
+    ) -> None:
+        write = Write.of(header, payload, check=check)
+        self._refuse_read_only()
+        if self._state == "full" or self._used() + write.payload_bytes > self._bytes_max:
+            raise DiskUnusable("the disk is full up to its reserve", state="full")
+        if not write.matches_hash():
+            raise FragmentDamaged(f"the payload of {write.key.hex()} is not what its hashes say; not written")
+        kept = _Kept(header, b"".join(write.payload))
+        self._fragments[write.key] = kept
+        if sync:
+            self._durable[write.key] = kept
+
+    async def sync(self, ids: Sequence[FragmentId]) -> None:
+        self._refuse_read_only()
+        for fragment in ids:
+            self._durable[fragment.pack()] = self._find(fragment)
+
+    async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
+        return self._cells(fragment, first_cell, count)
+
+    def _cells(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
+        kept = self._find(fragment)
+        if -1 in kept.bad:
+            self._found_bad(fragment, kept, -1)
+            raise FragmentDamaged(f"the head of fragment {fragment.pack().hex()} is damaged on the disk")
+        width = kept.header.cell_bytes
+        view = memoryview(kept.payload)
+        cells: list[memoryview | None] = []
+        for cell in range(first_cell, min(first_cell + count, -(-len(view) // width))):
+            if cell in kept.bad:
+                self._found_bad(fragment, kept, cell)
+            cells.append(None if cell in kept.bad else view[cell * width : (cell + 1) * width])
+        whole = None if None in cells else view[first_cell * width : (first_cell + len(cells)) * width]
+        return CellRead(kept.header, tuple(cells), whole)
+
+    async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
+        return [self._stat(fragment.pack()) for fragment in ids]
+
+    async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
+        check_time(now_ms)
+        self._refuse_read_only()
+        for fragment in ids:
+            for kept in {
+                id(kept): kept
+                for kept in (self._fragments.get(fragment.pack()), self._durable.get(fragment.pack()))
+                if kept
+            }.values():
+                kept.header = msgspec.structs.replace(kept.header, created_ms=max(now_ms, kept.header.created_ms + 1))
+        return await self.stat(ids)
+
+    async def retire(self, entries: Sequence[Retirement]) -> None:
+        for entry in entries:
+            check_time(entry.due_ms)
+        self._refuse_read_only()
+        for data_id, owner, due_ms in entries:
+            self._retired.setdefault(data_id, (owner, due_ms))
+
+    async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
+        due = sorted((due_ms, data_id, owner) for data_id, (owner, due_ms) in self._retired.items() if due_ms <= now_ms)
+        return [(data_id, owner) for _, data_id, owner in due[:limit]]
+
+    async def unretire(self, data_id: bytes) -> None:
+        self._refuse_read_only()
+        self._retired.pop(data_id, None)
+
+    async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
+        self._refuse_read_only()
+        keys = {fragment.pack() for fragment in ids} & self._fragments.keys()
+        if created_ms:
+            asked = {fragment.pack(): then for fragment, then in zip(ids, created_ms, strict=True)}
+            keys = {key for key in keys if self._fragments[key].header.created_ms == asked[key]}
+        for key in keys:
+            del self._fragments[key]
+            self._durable.pop(key, None)
+        for data_id in {key[:16] for key in keys}:
+            if not any(key.startswith(data_id) for key in self._fragments):
+                self._retired.pop(data_id, None)
+        return len(keys)
+
+    async def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
+        for key in sorted(key for key in self._fragments if key > after)[:limit]:
+            yield self._fragments[key].header
+
+    async def verify(self, fragment: FragmentId) -> FragmentStat:
+        kept = self._fragments.get(fragment.pack())
+        for cell in sorted(kept.bad) if kept is not None else ():
+            self._found_bad(fragment, kept, cell)
+        return self._stat(fragment.pack())
+
+    async def usage(self) -> Usage:
+        return Usage(self._state, self._used(), max(0, self._bytes_max - self._used()), len(self._fragments))
+
+    async def close(self) -> None:
+        self._state = "failed"
+
+    def find_copy(self, data_id: bytes) -> FragmentId | None:
+        prefix = data_id + b"\0\0\0\0\x01"
+        return next((FragmentId.unpack(key) for key in self._fragments if key.startswith(prefix)), None)
+
+    def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
+        """Nothing is read without its simulated latency."""
+        return None
+
+    def peek_copy(self, data_id: bytes) -> memoryview | None:
+        """As ``peek``."""
+        return None
+
+    def _used(self) -> int:
+        return sum(len(kept.payload) for kept in self._fragments.values())
+
+    def _refuse_read_only(self) -> None:
+        if self._state not in ("ok", "full"):
+            raise DiskUnusable(f"the disk is {self._state}", state=self._state)
+
+    def _find(self, fragment: FragmentId) -> _Kept:
+        if self._state == "failed":
+            raise DiskUnusable("the fragment store is closed", state="failed")
+        kept = self._fragments.get(fragment.pack())
+        if kept is None:
+            raise FragmentMissing(f"the disk does not hold fragment {fragment.pack().hex()}")
+        return kept
+
+    def _found_bad(self, fragment: FragmentId, kept: _Kept | None, cell: int) -> None:
+        if kept is not None and cell not in kept.known_bad:
+            kept.known_bad.add(cell)
+            if self._on_damage is not None:
+                self._on_damage(fragment, cell)
+
+    def _stat(self, key: bytes) -> FragmentStat:
+        kept = self._fragments.get(key)
+        if kept is None:
+            return FragmentStat(key, Health.MISSING)
+        health = Health.DAMAGED if kept.known_bad else Health.OK
+        return FragmentStat(key, health, len(kept.payload), kept.header.created_ms)

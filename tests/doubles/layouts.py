@@ -1,0 +1,34 @@
+"""Layouts of small clusters, and the book that knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
+
+
+def layout_of(racks: Sequence[int] = (2, 2, 2), profile: str = "4+2", epoch: int = 1) -> Layout:
+    """``racks``: how many disks each has: ``a0``, ``a1``, ... in the first, ``b0``, ... in the second."""
+    names = "abcdefgh"
+    nodes = tuple(
+        NodeEntry(f"n{names[r]}", f"FR/site{names[r]}/{names[r]}", "127.0.0.1:1", ("storage",))
+        for r in range(len(racks))
+    )
+    disks = tuple(DiskEntry(f"{names[r]}{d}", f"n{names[r]}", 1) for r, count in enumerate(racks) for d in range(count))
+    seeds = tuple(f"{names[r]}0" for r in range(min(3, len(racks))))
+    return Layout("test", epoch, nodes, disks, seeds, profile)
+
+
+class KnownLayouts:
+    """``Layouts``: the newest that was learnt is the current one."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._known = {layout.epoch: layout}
+        self.current = layout
+
+    def learn(self, layout: Layout) -> None:
+        self._known[layout.epoch] = layout
+        self.current = layout
+
+    def at(self, epoch: int) -> Layout:
+        return self._known[epoch]

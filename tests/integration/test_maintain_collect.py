@@ -1,0 +1,884 @@
+"""What is deleted, and above all what is not: garbage lists, the sweep of orphans, sleeping gateways, what recoding
+leaves, scrub.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from storaged.errors import DiskUnusable, OutcomeUnknown, PeerUnreachable, ServiceUnavailable, StoragedError
+from storaged.fragments.ports import FragmentHeader, FragmentId, Health, Retirement
+from storaged.maintain import gc as collect_module
+from storaged.maintain.context import MaintainLimits
+from storaged.meta.messages import FenceSet
+from storaged.meta.names import Change, RegisterName, Value, object_name, system_name, upload_name
+from storaged.meta.ports import RowDamaged
+from storaged.objects.api import BodyChecks, CompletedPart, NewMeta
+from storaged.objects.plane import ObjectLimits
+from storaged.objects.records import BucketRecord
+from storaged.objects.write.uploads import parse_upload_id, upload_text
+from storaged.wire import encode
+from tests.doubles.fragments import MemoryFragmentStore
+from tests.integration.memory_cluster import WHO, Cluster, body_of, run
+
+SMALL, LARGE = 5_000, 1_500_000
+PART = 60_000
+"""One block of one stripe, all of whose cells hold something."""
+RETIRE_S = ObjectLimits().retire_delay_ms / 1000
+FOLLOW_S = ObjectLimits().retire_follow_ms / 1000
+ORPHAN_S = MaintainLimits().orphan_age_ms / 1000
+
+
+async def collect(cluster: Cluster) -> int:
+    return sum([await node.maintenance.collector.collect_due() for node in cluster.nodes.values() if node.up])
+
+
+async def sweep(cluster: Cluster) -> int:
+    return sum([await node.maintenance.collector.sweep() for node in cluster.nodes.values() if node.up])
+
+
+async def upload_parts(
+    cluster: Cluster, bucket: BucketRecord, key: bytes, sizes: dict[int, int]
+) -> tuple[str, list[CompletedPart], bytes]:
+    upload = await cluster.objects.create_upload(bucket, key, NewMeta(), owner=WHO.user_id)
+    parts, whole = [], b""
+    for number, size in sizes.items():
+        data = os.urandom(size)
+        result = await cluster.put_part(bucket, key, upload.upload_id, number, data)
+        parts.append(CompletedPart(number, result.etag))
+        whole += data
+    return upload.upload_id, parts, whole
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_replaced_and_deleted_data_goes_after_the_delay(size: int) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(size))
+        first = (await cluster.entry(bucket, b"k")).data_id
+        await cluster.put(bucket, b"k", data := os.urandom(size))
+        second = (await cluster.entry(bucket, b"k")).data_id
+        await cluster.leap(RETIRE_S - 10)
+        assert await collect(cluster) == 0
+        await cluster.pass_s(20)
+        assert await collect(cluster) > 0
+        assert await cluster.fragments(first) == []
+        assert await cluster.get(bucket, b"k") == data
+        await cluster.objects.delete(bucket, b"k")
+        await cluster.leap(RETIRE_S + 10)
+        await collect(cluster)
+        assert await cluster.fragments(second) == []
+
+    run(scenario)
+
+
+def test_small_objects_are_judged_once_and_a_batch_costs_few_calls() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        keys = [b"key%d" % number for number in range(20)]
+        for _ in range(3):
+            for key in keys:
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        await cluster.leap(RETIRE_S + 60)
+        calls: Counter[str] = Counter()
+
+        async def count(source: str, node: str, method: str, request: object) -> None:
+            calls[method] += 1
+
+        cluster.intercept = count
+        assert await collect(cluster) == 2 * 20 * 3
+        # a round of each of 20 registers, and per disk a question about the copies and a deletion on each of the others
+        assert calls["meta.accept"] <= 3 * 20
+        assert calls["fragment.stat"] <= 6 * 4
+        assert calls["fragment.delete"] <= 6 * 4
+        assert len(await cluster.fragments()) == 3 * 20
+        calls.clear()
+        await cluster.leap(FOLLOW_S + 60)
+        assert await collect(cluster) == 0
+        assert not calls["meta.accept"]
+        for key in keys:
+            assert await cluster.is_whole(bucket, key)
+
+    run(scenario)
+
+
+def test_what_the_first_replicas_collector_missed_the_others_find_later() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        old = (await cluster.entry(bucket, b"k")).data_id
+        first, *_ = cluster.layouts.current.replicas_of(object_name(bucket.id, bucket.shard_numbers, b"k").partition)
+        await cluster.put(bucket, b"k", data := os.urandom(SMALL))
+        await cluster.leap(RETIRE_S + 60)
+        await cluster.kill(cluster.layouts.current.node_of(first))
+        assert await collect(cluster) == 0
+        await cluster.leap(FOLLOW_S)
+        assert await collect(cluster) == 2
+        assert [disk for disk, _ in await cluster.fragments(old)] == [first]
+        cluster.start(cluster.layouts.current.node_of(first), maintain=False)
+        await cluster.pass_s(5)
+        assert await collect(cluster) == 1
+        assert await cluster.fragments(old) == []
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_a_copy_elsewhere_that_was_written_anew_since_the_collector_looked_stays() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        old = (await cluster.entry(bucket, b"k")).data_id
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        first, other, _ = cluster.layouts.current.replicas_of(
+            object_name(bucket.id, bucket.shard_numbers, b"k").partition
+        )
+        collector = cluster.nodes[cluster.layouts.current.node_of(first)].maintenance.collector
+        judge = collector._live
+
+        async def touched(owner: RegisterName, uploads: bool) -> set[bytes]:
+            found = await judge(owner, uploads)
+            await cluster.store(other).touch(
+                [fragment for disk, fragment in await cluster.fragments(old) if disk == other], 1 << 42
+            )
+            return found
+
+        collector._live = touched
+        await cluster.leap(RETIRE_S + 60)
+        assert await collector.collect_due() == 2
+        assert [disk for disk, _ in await cluster.fragments(old)] == [other]
+        await cluster.leap(FOLLOW_S)
+        await collect(cluster)
+        assert await cluster.fragments(old) == []
+
+    run(scenario)
+
+
+def test_while_an_upload_for_the_key_is_open_nothing_of_it_is_judged_and_other_keys_are() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for key in (b"k", b"other"):
+            for _ in range(2):
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        upload, *_ = await upload_parts(cluster, bucket, b"k", {1: PART})
+        await cluster.leap(RETIRE_S + 60)
+        assert await collect(cluster) == 3
+        await cluster.objects.abort(bucket, b"k", upload)
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert len(await cluster.fragments()) == 2 * 3
+
+    run(scenario)
+
+
+def neighbours(bucket: BucketRecord, key: bytes, count: int) -> list[bytes]:
+    """Other keys of the key's shard."""
+    shard = object_name(bucket.id, bucket.shard_numbers, key).shard
+    names = (object_name(bucket.id, bucket.shard_numbers, b"other%d" % number) for number in range(10_000))
+    return [name.key for name in itertools.islice((name for name in names if name.shard == shard), count)]
+
+
+def test_what_is_more_than_fits_one_question_or_one_deletion_is_judged_and_deleted_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for bound in ("UPLOADS_A_SHARD_MAX", "DELETES_AT_ONCE", "SWEEP_PAGE"):
+        monkeypatch.setattr(collect_module, bound, 2)
+    deletes: list[int] = []
+    delete = MemoryFragmentStore.delete
+
+    async def counted(store: MemoryFragmentStore, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
+        deletes.append(len(ids))
+        return await delete(store, ids, created_ms=created_ms)
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        keys = neighbours(bucket, b"k", 8)
+        for key in (b"k", *keys):
+            for _ in range(2):
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        large = keys[0]
+        await cluster.put(bucket, large, os.urandom(3 * LARGE))
+        data_id = (await cluster.entry(bucket, large)).data_id
+        assert max(Counter(disk for disk, _ in await cluster.fragments(data_id)).values()) > 2 * 2
+        await cluster.put(bucket, large, os.urandom(SMALL))
+        uploads = [(await upload_parts(cluster, bucket, b"k", {1: PART}))[0] for _ in range(3)]
+        kept = await cluster.fragments((await cluster.entry(bucket, b"k")).data_id)
+        before = len(await cluster.fragments())
+        await cluster.leap(RETIRE_S + FOLLOW_S + 60)
+        monkeypatch.setattr(MemoryFragmentStore, "delete", counted)
+        assert await collect(cluster) > 0
+        assert await cluster.fragments(data_id) == []
+        # all current objects, the replaced one of the key with uploads, and its parts
+        parts = 3 * len({disk for disk, _ in await cluster.fragments()})
+        assert len(await cluster.fragments()) == (9 + 1) * 3 + parts < before
+        assert max(deletes) == 2
+        for upload in uploads:
+            await cluster.objects.abort(bucket, b"k", upload)
+        await cluster.leap(RETIRE_S + FOLLOW_S + 60)
+        await collect(cluster)
+        assert len(await cluster.fragments()) == 9 * 3
+        assert await cluster.fragments((await cluster.entry(bucket, b"k")).data_id) == kept
+        for key in (b"k", *keys):
+            assert await cluster.is_whole(bucket, key)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("damage", ["unreadable", "another's"])
+def test_a_damaged_row_of_an_upload_keeps_its_own_keys_garbage_and_no_others(damage: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        (other,) = neighbours(bucket, b"k", 1)
+        for key in (b"k", other):
+            for _ in range(2):
+                await cluster.put(bucket, key, os.urandom(SMALL))
+        upload, another = [
+            parse_upload_id((await cluster.objects.create_upload(bucket, b"k", NewMeta(), owner=WHO.user_id)).upload_id)
+            for _ in range(2)
+        ]
+        row = upload_name(bucket.id, b"k", upload)
+        foreign = (await cluster.gateway.ring.read(upload_name(bucket.id, b"k", another))).value
+        assert foreign is not None
+        body = b"not a record" if damage == "unreadable" else foreign.body
+        await cluster.gateway.ring.change(row, lambda value: Change(body))
+        await cluster.objects.abort(bucket, b"k", upload_text(another))
+        await cluster.leap(RETIRE_S + FOLLOW_S + 60)
+        assert await collect(cluster) == 3
+        assert len(await cluster.fragments()) == 3 * 3
+
+    run(scenario)
+
+
+def test_what_could_not_be_judged_is_left_alone_for_a_while_although_the_disk_refused_the_deletions_of_its_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        await cluster.objects.delete(bucket, b"k")
+        await cluster.store("a0").retire([Retirement(os.urandom(16), b"nonsense", 0)])
+        await cluster.leap(RETIRE_S + 60)
+        node = cluster.nodes["na"]
+        before = len(await cluster.fragments())
+
+        async def gone(ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
+            raise DiskUnusable("the disk is gone")
+
+        monkeypatch.setattr(cluster.store("a0"), "delete", gone)
+        for failures in (2, 1):
+            node.log.clear()
+            await node.maintenance.collector.collect_due()
+            assert [line.split(" ")[0] for line in node.log if "disk a0's garbage list" in line] == [str(failures)]
+        monkeypatch.undo()
+        assert before > len(await cluster.fragments()) > 0
+        await cluster.pass_s(MaintainLimits().retry_max_s)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_shards_are_asked_for_their_uploads_side_by_side() -> None:
+    under_way = most = 0
+
+    async def scenario(cluster: Cluster) -> None:
+        nonlocal most
+        bucket = await cluster.bucket()
+        for number in range(40):
+            await cluster.put(bucket, b"key%d" % number, os.urandom(SMALL))
+            await cluster.objects.delete(bucket, b"key%d" % number)
+        await cluster.leap(RETIRE_S + 60)
+        for node in cluster.nodes.values():
+            scanner = node.context.scanner
+            list_page = scanner.list_page
+
+            async def counted(*args: Any, list_page: Any = list_page, **options: Any) -> Any:
+                nonlocal under_way, most
+                under_way += 1
+                most = max(most, under_way)
+                try:
+                    return await list_page(*args, **options)
+                finally:
+                    under_way -= 1
+
+            scanner.list_page = counted  # type: ignore[method-assign]
+        assert await collect(cluster) == 3 * 40
+        assert (
+            2 <= most <= MaintainLimits().collect_at_once
+        )  # as many as a disk has shards of the bucket, whose id is random
+
+    run(scenario)
+
+
+def test_judging_a_data_id_reads_the_headers_of_its_own_fragments_and_hardly_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    headers = 0
+    scan = MemoryFragmentStore.scan
+
+    async def counted(
+        store: MemoryFragmentStore, after: bytes = b"", limit: int = 1000
+    ) -> AsyncIterator[FragmentHeader]:
+        nonlocal headers
+        async for header in scan(store, after, limit):
+            headers += 1
+            yield header
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for number in range(150):
+            await cluster.put(bucket, b"key%d" % number, os.urandom(SMALL))
+        await cluster.objects.delete(bucket, b"key7")
+        await cluster.leap(RETIRE_S + 60)
+        monkeypatch.setattr(MemoryFragmentStore, "scan", counted)
+        assert await collect(cluster) == 3
+        assert headers <= 3 * 2
+
+    run(scenario)
+
+
+def test_what_a_record_refers_to_stays_whoever_put_it_on_the_list() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        entry = await cluster.entry(bucket, b"k")
+        before = await cluster.fragments(entry.data_id)
+        for disk, fragment in before:
+            await cluster.store(disk).retire(
+                [Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)]
+            )
+        assert await collect(cluster) == 0
+        assert await cluster.fragments(entry.data_id) == before
+        assert [await cluster.store(disk).retired(1 << 62, 10) for disk, _ in before] == [[]] * len(before)
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_without_a_majority_nothing_is_deleted_and_the_rest_of_the_list_is_judged() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(8):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(SMALL))
+            await cluster.objects.delete(bucket, b"k%d" % index)
+        await cluster.leap(RETIRE_S + 10)
+        before = await cluster.fragments()
+        await cluster.kill("na", "nb")
+        assert await collect(cluster) == 0
+        assert await cluster.fragments() == before
+        assert len(cluster.nodes["nc"].log) <= 4
+        cluster.start("na", "nb", maintain=False)
+        await cluster.pass_s(MaintainLimits().retry_max_s)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario, limits=MaintainLimits(collect_batch=2))
+
+
+def test_an_entry_that_names_no_register_harms_nobody() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.store("a0").retire([Retirement(os.urandom(16), b"nonsense", 0)])
+        await cluster.put(bucket, b"k", os.urandom(SMALL))
+        await cluster.objects.delete(bucket, b"k")
+        await cluster.leap(RETIRE_S + 10)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+async def sleeping_put(
+    cluster: Cluster, bucket: BucketRecord, key: bytes, data: bytes
+) -> tuple[asyncio.Task[object], asyncio.Event]:
+    """A gateway whose fragments are durable, and that falls asleep right before its accept leaves."""
+    gateway, wake = cluster.new_gateway("sleeper"), asyncio.Event()
+
+    async def sleep(source: str, node: str, method: str, request: object) -> None:
+        if source == "sleeper" and method == "meta.accept":
+            await wake.wait()
+
+    cluster.intercept = sleep
+
+    put = gateway.objects.put(bucket, key, body_of(data), NewMeta(), BodyChecks(size=len(data)), owner=WHO.user_id)
+    task = asyncio.get_running_loop().create_task(put)
+    await cluster.pass_s(2)
+    assert not task.done()
+    return task, wake
+
+
+def test_a_gateway_that_slept_before_its_accept_acknowledges_nothing_that_was_collected() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        task, wake = await sleeping_put(cluster, bucket, b"k", os.urandom(LARGE))
+        assert await cluster.fragments()
+        await cluster.pass_s(20)
+        await cluster.leap(ORPHAN_S + 60)
+        assert await collect(cluster) > 0
+        wake.set()  # the accept, of a promise given a day ago, goes out
+        with pytest.raises(StoragedError):
+            await task
+        await cluster.pass_s(1)
+        with pytest.raises(StoragedError):
+            await cluster.objects.head(bucket, b"k")
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_what_was_touched_after_the_collector_looked_is_not_deleted() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        task, wake = await sleeping_put(cluster, bucket, b"k", data := os.urandom(LARGE))
+        node = cluster.nodes["na"]
+        for disk, fragment in await cluster.fragments():
+            await cluster.store(disk).retire(
+                [Retirement(fragment.data_id, object_name(bucket.id, bucket.shard_numbers, b"k").pack(), 0)]
+            )
+        judge = node.maintenance.collector._live
+
+        async def slow(owner: RegisterName, uploads: bool) -> set[bytes]:
+            found = await judge(owner, uploads)
+            # the gateway's accept is refused now; it looks at its fragments, and proposes again, while this collector
+            # is still on its way
+            wake.set()
+            await asyncio.sleep(3)
+            return found
+
+        node.maintenance.collector._live = slow
+        assert await node.maintenance.collector.collect_due() == 0
+        await task
+        await collect(cluster)
+        assert await cluster.get(bucket, b"k") == data
+        assert await cluster.is_whole(bucket, b"k")
+
+    run(scenario)
+
+
+def test_fragments_of_a_request_that_died_are_swept_when_no_request_lives_so_long() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"kept", data := os.urandom(LARGE))
+        task, _ = await sleeping_put(cluster, bucket, b"dead", os.urandom(LARGE))
+        kept = (await cluster.entry(bucket, b"kept")).data_id
+        data_id = next(fragment.data_id for _, fragment in await cluster.fragments() if fragment.data_id != kept)
+        task.cancel()
+        for node in cluster.nodes.values():  # the gateway died before it could put anything on a list
+            for store in node.fragments.values():
+                await store.unretire(data_id)
+        await cluster.leap(ORPHAN_S / 2)
+        assert await sweep(cluster) == 0
+        await cluster.leap(ORPHAN_S / 2 + 60)
+        assert await sweep(cluster) > 0
+        await cluster.pass_s(1)
+        await collect(cluster)
+        assert await cluster.fragments(data_id) == []
+        assert await cluster.get(bucket, b"kept") == data
+        assert await sweep(cluster) == 0
+
+    run(scenario)
+
+
+def test_a_fragment_that_recoding_left_is_swept_and_its_data_is_not() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        entry = await cluster.entry(bucket, b"k")
+        (disk, fragment), *_ = await cluster.fragments(entry.data_id)
+        kept = cluster.store(disk)._fragments[fragment.pack()]
+        stray = next(other.id for other in cluster.layouts.current.disks if other.id != disk)
+        left = FragmentId(entry.data_id, 0, 2, 2, 0)
+        header = msgspec.structs.replace(
+            kept.header, id=left.pack(), hashes=(kept.header.hashes[fragment.position],) * 4
+        )
+        await cluster.store(stray).write(header, [kept.payload], sync=True)
+        await cluster.leap(ORPHAN_S + 60)
+        assert await sweep(cluster) == 1
+        assert (await cluster.store(stray).stat([left]))[0].health == Health.MISSING
+        assert await cluster.is_whole(bucket, b"k")
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_orphans_of_a_bucket_that_is_gone_for_good_are_swept() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        task, _ = await sleeping_put(cluster, bucket, b"k", os.urandom(LARGE))
+        task.cancel()
+        await cluster.pass_s(1)
+        cluster.intercept = None
+        await cluster.buckets.delete(bucket)
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        await cluster.pass_s(1)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_garbage_of_a_bucket_goes_although_the_gateway_that_deleted_it_died_before_its_fence_was_final() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket, other = await cluster.bucket(), await cluster.bucket("other")
+        await cluster.put(bucket, b"deleted before", os.urandom(LARGE))
+        await cluster.objects.delete(bucket, b"deleted before")
+        task, _ = await sleeping_put(cluster, bucket, b"never finished", os.urandom(LARGE))
+        task.cancel()
+        await cluster.pass_s(1)
+
+        async def dies(caller: str, node: str, method: str, request: object) -> None:
+            if isinstance(request, FenceSet) and request.final:
+                raise PeerUnreachable("the gateway died")
+
+        cluster.intercept = dies
+        with pytest.raises(ServiceUnavailable):
+            await cluster.buckets.delete(bucket)
+        cluster.intercept = None
+        await cluster.leap(ORPHAN_S + 60)
+        register = system_name("bucket/other")
+        value = (await cluster.gateway.ring.read(register)).value
+        assert value is not None
+        await cluster.gateway.ring.change(register, lambda value: Change(b"not a record"))
+        await sweep(cluster)
+        await collect(cluster)
+        assert await cluster.fragments() != [], "with a record that can't be read nobody knows which buckets there are"
+        await cluster.gateway.ring.change(register, lambda now: cluster.buckets._change(register, now, other))
+        await cluster.pass_s(MaintainLimits().retry_max_s)
+        await sweep(cluster)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+        await cluster.gateway.ring.settle(object_name(other.id, other.shard_numbers, b"open for writing"))
+
+    run(scenario)
+
+
+def test_parts_of_an_open_upload_are_kept_and_those_of_an_aborted_one_go() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, _, _ = await upload_parts(cluster, bucket, b"k", {1: LARGE, 2: SMALL})
+        before = await cluster.fragments()
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        await cluster.pass_s(1)
+        await collect(cluster)
+        assert await cluster.fragments() == before
+        await cluster.objects.abort(bucket, b"k", upload_id)
+        await cluster.leap(RETIRE_S + 60)
+        await collect(cluster)
+        assert await cluster.fragments() == []
+
+    run(scenario)
+
+
+def test_a_part_whose_row_may_be_on_its_way_is_kept_while_its_upload_is_open() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, first = await upload_parts(cluster, bucket, b"k", {1: LARGE})
+        gateway, wake = cluster.new_gateway("sleeper"), asyncio.Event()
+
+        async def sleep(source: str, node: str, method: str, request: object) -> None:
+            if source == "sleeper" and method == "meta.accept":
+                await wake.wait()
+
+        cluster.intercept = sleep
+        data = os.urandom(LARGE)
+        task = asyncio.get_running_loop().create_task(cluster.put_part(bucket, b"k", upload_id, 2, data, gateway))
+        await cluster.pass_s(20)
+        await cluster.leap(ORPHAN_S + 60)
+        await sweep(cluster)
+        await cluster.pass_s(1)
+        await collect(cluster)
+        wake.set()
+        with pytest.raises(OutcomeUnknown):
+            await task
+        await cluster.pass_s(1)
+        _, listed, _ = await cluster.objects.list_parts(bucket, b"k", upload_id)
+        assert [part.number for part in listed] == [1, 2]
+        parts.append(CompletedPart(2, listed[1].etag))
+        await cluster.objects.complete(bucket, b"k", upload_id, parts, owner=WHO.user_id)
+        assert await cluster.get(bucket, b"k") == first + data
+
+    run(scenario)
+
+
+# --- recoding, and what it leaves
+
+
+def test_parts_in_rows_and_on_manifest_pages_are_recoded_and_brought_back() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, whole = await upload_parts(cluster, bucket, b"many", dict.fromkeys(range(1, 41), PART))
+        await cluster.objects.complete(bucket, b"many", upload_id, parts, owner=WHO.user_id)
+        assert (await cluster.record(bucket, b"many")).versions[0].manifest
+        open_id, open_parts, open_whole = await upload_parts(cluster, bucket, b"open", {1: LARGE, 2: PART})
+        cluster.maintain()
+        assert await cluster.settled() == (0, 0)
+        await cluster.kill("nb")
+        await cluster.pass_s(700)
+        assert await cluster.settled() == (1, 0)
+        assert await cluster.parts_below_target() == 2
+        places = await cluster.places(bucket, b"many")
+        assert len(places) == 40
+        assert {str(place.profile) for place in places} == {"2+2"}
+        assert await cluster.get(bucket, b"many") == whole
+        cluster.start("nb")
+        assert await cluster.settled() == (0, 0)
+        assert await cluster.parts_below_target() == 0
+        assert await cluster.is_whole(bucket, b"many")
+        await cluster.objects.complete(bucket, b"open", open_id, open_parts, owner=WHO.user_id)
+        assert await cluster.is_whole(bucket, b"open")
+        await cluster.leap(MaintainLimits().drop_delay_s)
+        await cluster.pass_s(60)
+        assert await cluster.get(bucket, b"open") == open_whole
+        assert await cluster.get(bucket, b"many") == whole
+        assert await cluster.settled() == (0, 0)
+
+    run(scenario)
+
+
+def test_manifest_pages_come_back_to_a_replica_that_was_away_or_lost_them() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        upload_id, parts, whole = await upload_parts(cluster, bucket, b"key", dict.fromkeys(range(1, 41), 100))
+        await cluster.kill("na")
+        await cluster.objects.complete(bucket, b"key", upload_id, parts, owner=WHO.user_id)
+        cluster.start("na", maintain=False)
+        stores = [
+            node.meta[disk]
+            for node in cluster.nodes.values()
+            for disk in node.meta
+            if node.meta[disk]._pages or node.name == "na"
+        ]
+        (page_hash, *_) = max((store._pages for store in stores), key=len)
+        rotten = next(store for store in stores if page_hash in store._pages)
+        rotten.damage_page(page_hash)
+        cluster.maintain()
+        await cluster.settled()
+        await cluster.kill("nb")
+        assert await cluster.get(bucket, b"key") == whole
+        cluster.start("nb")
+        await cluster.settled()
+        await cluster.kill("nc")
+        assert await cluster.get(bucket, b"key") == whole
+
+    run(scenario)
+
+
+def test_a_slow_reader_follows_blocks_that_were_recoded_and_dropped_meanwhile() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        data = os.urandom(4 * LARGE)
+        await cluster.put(bucket, b"key", data)
+        entry = await cluster.entry(bucket, b"key")
+        cluster.maintain()
+        await cluster.settled()
+        chunks = (await cluster.objects.get(bucket, b"key")).chunks()
+        read = [bytes(await anext(chunks))]
+        await cluster.kill("na")
+        await cluster.pass_s(MaintainLimits().recode_delay_s + MaintainLimits().drop_delay_s + 600)
+        assert (await cluster.entry(bucket, b"key")).runs != entry.runs
+        read += [bytes(piece) async for piece in chunks]
+        assert b"".join(read) == data
+
+    run(scenario)
+
+
+def test_fragments_that_came_back_into_use_are_not_dropped() -> None:
+    """4+2 is recoded to 2+2, and back to the same fragments on the same disks, before what the first recoding left is
+    due.
+    """
+
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        cluster.maintain()
+        await cluster.settled()
+        for _ in range(2):
+            await cluster.kill("na")
+            await cluster.pass_s(700)
+            cluster.start("na")
+            assert await cluster.settled() == (0, 0)
+        await cluster.leap(2 * MaintainLimits().drop_delay_s)
+        await cluster.pass_s(60)
+        assert await cluster.is_whole(bucket, b"k")
+        named = {(disk, fragment) for place in await cluster.places(bucket, b"k") for fragment, disk in place.fragments}
+        assert set(await cluster.fragments((await cluster.entry(bucket, b"k")).data_id)) == named
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+def test_a_record_that_changed_while_it_was_recoded_stays_as_it_was_changed() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", os.urandom(LARGE))
+        cluster.maintain()
+        await cluster.settled()
+        newer = os.urandom(LARGE)
+        written = False
+
+        async def interfere(source: str, node: str, method: str, request: object) -> None:
+            nonlocal written
+            if source != "g" and method == "fragment.touch" and not written:
+                written = True
+                await cluster.put(bucket, b"k", newer)
+
+        await cluster.kill("nc")
+        cluster.intercept = interfere
+        await cluster.pass_s(700)
+        assert written
+        assert await cluster.get(bucket, b"k") == newer
+        cluster.intercept = None
+        cluster.start("nc")
+        assert await cluster.settled() == (0, 0)
+        assert await cluster.is_whole(bucket, b"k")
+        assert await cluster.get(bucket, b"k") == newer
+
+    run(scenario)
+
+
+def test_recoding_says_nothing_when_its_fragments_are_gone_behind_its_back() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"k", data := os.urandom(LARGE))
+        cluster.maintain()
+        await cluster.settled()
+        before = await cluster.record(bucket, b"k")
+        stolen = 0
+
+        async def steal(source: str, node: str, method: str, request: object) -> None:
+            nonlocal stolen
+            if method == "fragment.touch":
+                for disk, fragment in await cluster.fragments():
+                    if (fragment.k, fragment.m) == (2, 2):
+                        stolen += await cluster.store(disk).delete([fragment])
+
+        await cluster.kill("nc")
+        cluster.intercept = steal
+        await cluster.pass_s(620)
+        assert stolen
+        assert await cluster.record(bucket, b"k") == before
+        assert await cluster.get(bucket, b"k") == data
+
+    run(scenario)
+
+
+# --- scrub
+
+
+def test_scrub_finds_flips_in_fragments_and_rows_and_all_is_mended() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        await cluster.put(bucket, b"small", os.urandom(SMALL))
+        await cluster.put(bucket, b"large", os.urandom(LARGE))
+        upload_id, parts, whole = await upload_parts(cluster, bucket, b"upload", {1: LARGE})
+        cluster.maintain()
+        await cluster.settled()
+        for key in (b"small", b"large"):
+            fragment, disk = list((await cluster.places(bucket, key))[0].fragments)[1]
+            cluster.store(disk).damage(fragment, 0)
+        part = next(where for where in await cluster.fragments() if owner_of(cluster, where) == b"upload")
+        cluster.store(part[0]).damage(part[1], 0)
+        name = object_name(bucket.id, bucket.shard_numbers, b"large")
+        row_disk = cluster.layouts.current.replicas_of(name.partition)[1]
+        cluster.nodes[cluster.layouts.current.node_of(row_disk)].meta[row_disk].damage(name)
+        assert await cluster.gateway.maintain.start_scrub() == ["na", "nb", "nc"]
+        assert await cluster.settled() == (0, 0)
+        assert sum(status.damaged_found for status in await cluster.statuses()) == 4
+        assert cluster.differing_registers() == []
+        assert await cluster.is_whole(bucket, b"small")
+        assert await cluster.is_whole(bucket, b"large")
+        assert cluster.holds(*part)
+        await cluster.objects.complete(bucket, b"upload", upload_id, parts, owner=WHO.user_id)
+        assert await cluster.get(bucket, b"upload") == whole
+
+    run(scenario)
+
+
+def owner_of(cluster: Cluster, where: tuple[str, FragmentId]) -> bytes:
+    return RegisterName.unpack(cluster.store(where[0])._fragments[where[1].pack()].header.owner).key
+
+
+def test_a_scrub_that_starts_by_itself_goes_on_where_it_was_interrupted() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        for index in range(6):
+            await cluster.put(bucket, b"k%d" % index, os.urandom(LARGE))
+        node = cluster.nodes["na"]
+        node.maintenance.scrub.pace.bytes_per_s = 20_000
+        task = asyncio.get_running_loop().create_task(node.maintenance.scrub.once(resume=True))
+        await cluster.pass_s(100)
+        task.cancel()
+        position = node.meta["a0"].get_meta("scrub-position")
+        assert position
+        left = [header.id async for header in cluster.store("a0").scan() if header.id > position]
+        assert 0 < len(left) < (await cluster.store("a0").usage()).fragments
+        again = node.maintenance.scrub
+        await again.once(resume=True)
+        assert again.job.done == len(left) + (await cluster.store("a1").usage()).fragments
+        assert node.meta["a0"].get_meta("scrub-finished-ms")
+        assert node.meta["a0"].get_meta("scrub-position") == b""
+
+    run(scenario)
+
+
+def test_a_scrub_starts_by_itself_when_the_last_one_is_long_ago() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        cluster.maintain()
+        node = cluster.nodes["na"]
+        ended = []
+        for _ in range(12):
+            await cluster.leap(400)
+            await cluster.pass_s(1)
+            ended.append(node.meta["a0"].get_meta("scrub-finished-ms"))
+        assert ended[0] is not None
+        assert ended[0] == ended[5] != ended[11]
+
+    run(scenario, limits=MaintainLimits(scrub_interval_s=3000.0))
+
+
+def test_a_scrub_whose_notes_have_rotted_begins_anew_and_ends_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rotten(name: str) -> bytes | None:
+        if name.startswith("scrub"):
+            raise RowDamaged(name)
+        return None
+
+    async def scenario(cluster: Cluster) -> None:
+        monkeypatch.setattr(cluster.nodes["na"].meta["a0"], "get_meta", rotten)
+        cluster.maintain()
+        await cluster.pass_s(3700)
+        assert cluster.nodes["na"].maintenance.scrub.job.state == "done"
+
+    run(scenario)
+
+
+def test_a_row_that_a_gateway_changes_is_never_undone_by_repair() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        bucket = await cluster.bucket()
+        cluster.maintain()
+        await cluster.settled()
+        name = object_name(bucket.id, bucket.shard_numbers, b"counter")
+        for index in range(30):
+            await cluster.gateway.ring.change(name, functools.partial(_next, index))
+            cluster.nodes["na"].maintenance.repair.wake()
+            await cluster.pass_s(0.3)
+        value = (await cluster.gateway.ring.read(name)).value
+        assert value is not None
+        assert value.sequence == 30
+
+    run(scenario)
+
+
+def _next(index: int, value: Value | None) -> Change:
+    assert (value.sequence if value is not None else 0) == index
+    return Change(encode(index), 1)

@@ -1,0 +1,274 @@
+"""Heads are understood from bytes: no rule of Unicode makes one word of another, and a target in absolute form is what
+it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import pytest
+import pytest_asyncio
+
+from storaged import errors
+from storaged.s3.auth import sigv4
+from storaged.s3.http.grammar import parse_head
+from storaged.s3.http.limits import Limits
+from storaged.s3.request import parse_target
+from tests.integration.s3_front import ACCESS, REGION, SECRET, World, s3_world, signed
+
+LIMITS = Limits()
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    async with s3_world(Limits(headers_s=0.4, body_idle_s=0.4)) as world:
+        await world.buckets.create((await world.users.lookup(ACCESS))[0], "bucket", region=REGION)
+        yield world
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Transfer-Encoding: chun\u212aed",  # KELVIN SIGN, whose lower case is k
+        "Transfer-Encoding: chunked\u00a0",
+        "Transfer-Encoding: chunked\u0085",
+        "Content-Length: 5\u00a0",
+        "Content-Length: \u0665",
+        "Connection: \u212aeep-alive",
+        "Connection: close\u3000",
+        "Expect: 100-continue\u00a0",
+        "Host: h\u00e9",
+    ],
+)
+async def test_a_framing_header_with_a_byte_that_is_not_ascii_is_no_request(world: World, line: str) -> None:
+    host = "" if line.startswith("Host") else "Host: h\r\n"
+    head = f"PUT /bucket/k HTTP/1.1\r\n{host}{line}\r\n\r\n".encode()
+    answer = await world.raw(head + b"0\r\n\r\n" + signed(world, "GET", "/bucket/smuggled"))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize(
+    "letter", [chr(code) for code in range(0x80, 0x3000) if chr(code).lower().isascii() or chr(code).isspace()]
+)
+def test_no_letter_is_taken_for_one_of_ascii(letter: str) -> None:
+    for value in (f"chun{letter}ed", f"{letter}chunked", f"chunked{letter}"):
+        with pytest.raises(errors.BadRequest):
+            parse_head(f"PUT / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: {value}".encode(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "h",
+        "h:80",
+        "h:",
+        "",
+        "127.0.0.1:9000",
+        "[::1]",
+        "[::1]:80",
+        "a-b.c_d.example",
+        "bucket.s3.example.eu",
+        "h%41",
+        "[v1.a:b]",
+    ],
+)
+def test_a_host_is_a_name_or_an_address_and_perhaps_a_port(host: str) -> None:
+    assert parse_head(b"GET / HTTP/1.1\r\nHost: %s" % host.encode(), LIMITS).headers["host"] == host
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "a b",
+        "a,b",
+        "a/b",
+        "u@h",
+        "h:80x",
+        "h:-1",
+        "::1",
+        "[::1",
+        "[::1]x",
+        "h:\u0661",
+        "h%4",
+        "h?x",
+        "h#",
+        "[a]",
+        "h\\",
+    ],
+)
+def test_what_is_no_host_is_refused(host: str) -> None:
+    with pytest.raises(errors.BadRequest):
+        parse_head(b"GET / HTTP/1.1\r\nHost: %s" % host.encode(), LIMITS)
+
+
+# --- RFC 9112 3.2.2
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [
+        ("http://h/b/k?x=1", "h", b"/b/k?x=1"),
+        ("HTTPS://h/b/k", "h", b"/b/k"),
+        ("http://H:80/", "h", b"/"),
+        ("https://h/", "h:443", b"/"),
+        ("http://h:/a", "h", b"/a"),
+        ("http://h:9000//a", "h:9000", b"//a"),
+        ("http://[::1]:9000/a", "[::1]:9000", b"/a"),
+        ("http://h", "h", b"/"),
+        ("http://h?x=1", "h", b"/?x=1"),
+    ],
+)
+def test_a_target_in_absolute_form_means_its_path(target: str, host: str, path: bytes) -> None:
+    head = parse_head(f"GET {target} HTTP/1.1\r\nHost: {host}".encode(), LIMITS)
+    assert head.target == path
+    assert head.headers["host"] == host
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        ("http://other/b/k", "h"),
+        ("http://h:81/", "h"),
+        ("http://h/", "h:443"),
+        ("https://h/", "h:80"),
+        ("http://u@h/", "h"),
+        ("http:///b/k", ""),
+        ("http://h h/", "h"),
+        ("ftp://h/k", "h"),
+        ("http:/h/k", "h"),
+        ("h:80", "h"),
+        ("*", "h"),
+    ],
+)
+def test_a_target_that_contradicts_its_host_or_is_of_another_form_is_refused(target: str, host: str) -> None:
+    with pytest.raises(errors.S3Error):
+        parse_target(parse_head(f"GET {target} HTTP/1.1\r\nHost: {host}".encode(), LIMITS).target)
+
+
+def test_in_http_1_0_an_absolute_target_names_the_host() -> None:
+    assert parse_head(b"GET http://h:80/a HTTP/1.0", LIMITS).headers["host"] == "h:80"
+
+
+async def test_a_signed_request_in_absolute_form_is_answered(world: World) -> None:
+    await world.raw(signed(world, "PUT", "/bucket/k", body=b"data").replace(b"Host:", b"Connection: close\r\nHost:", 1))
+    request = signed(world, "GET", "/bucket/k").replace(b"GET /", f"GET {world.endpoint}/".encode(), 1)
+    answer = await world.raw(request.replace(b"Host:", b"Connection: close\r\nHost:", 1))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b"\r\n\r\ndata")
+
+
+# --- all that is understood is ASCII
+
+UNDERSTOOD = (
+    "authorization", "content-encoding", "content-language", "content-md5", "date", "if-match", "if-none-match", "if-modified-since", "if-range", "origin", "range", "x-amz-acl",  # noqa: E501
+    "x-amz-checksum-crc32", "x-amz-checksum-mode", "x-amz-content-sha256", "x-amz-date", "x-amz-decoded-content-length", "x-amz-max-parts",  # noqa: E501
+    "x-amz-metadata-directive", "x-amz-mp-object-size", "x-amz-sdk-checksum-algorithm", "x-amz-storage-class", "x-amz-trailer",  # noqa: E501
+    "x-amz-unheard-of", "x-storaged-countries",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+@pytest.mark.parametrize("value", ["\u0661", "SHA\u0661", "\u017fHA1", "1\u00a0", "\u212a"])
+def test_a_header_that_is_understood_is_ascii(name: str, value: str) -> None:
+    with pytest.raises(errors.BadRequest):
+        parse_head(f"GET / HTTP/1.1\r\nHost: h\r\n{name}: {value}".encode(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x-amz-meta-a",
+        "content-disposition",
+        "content-type",
+        "cache-control",
+        "user-agent",
+        "x-amz-copy-source",
+        "x-amz-tagging",
+        "x-other",
+    ],
+)
+def test_a_header_that_is_kept_or_ignored_may_have_any_letters(name: str) -> None:
+    assert (
+        parse_head(f"GET / HTTP/1.1\r\nHost: h\r\n{name}: gr\u00fc\u00df".encode(), LIMITS).headers[name]
+        == "gr\u00fc\u00df"
+    )
+
+
+@pytest.mark.parametrize(
+    "headers", [{"x-amz-meta-a": b"caf\xe9"}, {"content-disposition": b"\xff"}, {"x-amz-meta-a": b"\xed\xa0\x80"}]
+)
+async def test_metadata_that_is_not_utf_8_can_not_be_given_back_and_is_refused(
+    world: World, headers: dict[str, bytes]
+) -> None:
+    ((name, value),) = headers.items()
+    request = signed_raw(world, "PUT", "/bucket/k", {name: value})
+    answer = await world.raw(request)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"<Code>InvalidArgument</Code>" in answer
+    assert f"<ArgumentName>{name}</ArgumentName>".encode() in answer
+    assert not world.objects.of(await world.buckets.get("bucket"))
+
+
+async def test_metadata_comes_back_byte_for_byte(world: World) -> None:
+    value = "caf\u00e9 \u20ac \U0001f600".encode()
+    assert (await world.raw(signed_raw(world, "PUT", "/bucket/k", {"x-amz-meta-a": value}))).startswith(
+        b"HTTP/1.1 200 "
+    )
+    answer = await world.raw(signed(world, "HEAD", "/bucket/k").replace(b"Host:", b"Connection: close\r\nHost:", 1))
+    assert b"x-amz-meta-a: " + value + b"\r\n" in answer
+
+
+def signed_raw(world: World, method: str, target: str, headers: dict[str, bytes]) -> bytes:
+    """A signed request without a body, whose headers are bytes."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    sent = {
+        "host": f"127.0.0.1:{world.port}".encode(),
+        "x-amz-content-sha256": sigv4.EMPTY_SHA256.encode(),
+        "x-amz-date": now.encode(),
+        **headers,
+    }
+    texts = {name: value.decode("utf-8", "surrogateescape") for name, value in sent.items()}
+    names = tuple(sorted(sent))
+    scope = f"{now[:8]}/{REGION}/s3/aws4_request"
+    canonical = sigv4.canonical_request(method, target.encode(), (), names, texts, sigv4.EMPTY_SHA256)
+    signature = sigv4.sign(sigv4.signing_key(SECRET, now[:8], REGION), sigv4.string_to_sign(now, scope, canonical))
+    lines = [f"{method} {target} HTTP/1.1".encode(), *(name.encode() + b": " + value for name, value in sent.items())]
+    lines.append(
+        f"authorization: {sigv4.ALGORITHM} Credential={ACCESS}/{scope}, SignedHeaders={';'.join(names)},"
+        f" Signature={signature}".encode()
+    )
+    return b"\r\n".join([*lines, b"content-length: 0", b"connection: close", b"", b""])
+
+
+@pytest.mark.parametrize("stamp", ["2013052\u0664T000000Z", "\u0662\u0660\u0661\u0663\u0660\u0665\u0662\u0664T000000Z"])
+def test_a_date_has_digits_of_ascii(stamp: str) -> None:
+    query = {
+        "X-Amz-Algorithm": sigv4.ALGORITHM, "X-Amz-Credential": f"A/{stamp[:8]}/r/s3/aws4_request", "X-Amz-Date": stamp,
+        "X-Amz-SignedHeaders": "host", "X-Amz-Signature": "0", "X-Amz-Expires": "10",
+    }  # fmt: skip
+    with pytest.raises(errors.AuthorizationQueryParametersError):
+        sigv4.claim_from_query(query)
+
+
+@pytest.mark.parametrize("expires", ["\u0661\u0660", "1_0", " 10", "+10", "10 ", "9" * 5000, "1e3", ""])
+def test_how_long_a_url_holds_is_a_plain_number(expires: str) -> None:
+    query = {
+        "X-Amz-Algorithm": sigv4.ALGORITHM, "X-Amz-Credential": "A/20130524/r/s3/aws4_request", "X-Amz-Date": "20130524T000000Z",  # noqa: E501
+        "X-Amz-SignedHeaders": "host", "X-Amz-Signature": "0", "X-Amz-Expires": expires,
+    }  # fmt: skip
+    with pytest.raises(errors.AuthorizationQueryParametersError):
+        sigv4.claim_from_query(query)
+
+
+def test_only_spaces_and_tabs_around_a_value_are_not_signed() -> None:
+    plain, spaced = (
+        sigv4.canonical_headers(["x-amz-meta-a"], {"x-amz-meta-a": value}) for value in ("v", "\u00a0v\u2003")
+    )
+    assert plain != spaced, "else who stands between could change what is stored"
+
+
+async def test_a_parameter_that_stands_for_a_header_is_ascii_too(world: World) -> None:
+    request = signed(world, "PUT", "/bucket/k?x-amz-storage-class=%C5%BFTANDARD", headers={"Connection": "close"})
+    assert b"<Code>InvalidArgument</Code>" in await world.raw(request)

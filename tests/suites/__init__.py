@@ -1,0 +1,1 @@
+"""One suite for each port: what every body of it does, the product's own and the doubles alike."""
