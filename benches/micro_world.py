@@ -93,6 +93,12 @@ class OneObject:
         )
         self.who = Principal("user", "user", ACCESS)
 
+    def fences_seen(self) -> int:
+        return 0
+
+    def gone(self, bucket: BucketRecord) -> bool:
+        return False
+
     def at_hand(self, name: str) -> BucketRecord | tuple[Principal, str]:
         return BUCKET if name == BUCKET.name else (self.who, SECRET)
 

@@ -35,21 +35,21 @@ from storaged.objects.api import (
     Users,
     WriteConditions,
 )
-from storaged.s3 import replaced, routes, xml
+from storaged.s3 import bucket_retry, routes, xml
 from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
 from storaged.s3.context import Front, check_owner, existing_bucket
 from storaged.s3.headers import INCIDENTAL, wants_checksums
 from storaged.s3.http.body import RequestBody
 from storaged.s3.http.connection import Connection, Connections
 from storaged.s3.http.grammar import Head, parse_head
-from storaged.s3.http.handshake import Acceptor, shake_hands
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.listen import BACKLOG, listen
-from storaged.s3.http.send import Sender, Sent
-from storaged.s3.operations import Operation, hear_query, read_body
+from storaged.s3.http.tls import Acceptor, shake_hands
+from storaged.s3.operation import Operation, hear_query, read_body
 from storaged.s3.ops.objects import put_asked
 from storaged.s3.reply import Reply, object_headers, stored_headers, xml_reply
 from storaged.s3.request import Request, RequestDone, parse_target, split_path, virtual_bucket
+from storaged.s3.send import Sender, Sent
 
 log = logging.getLogger("storaged.s3")
 
@@ -511,7 +511,7 @@ class S3App:
         front = self._front
         try:
             if operation is not None:
-                return await replaced.handle(front, request, operation)
+                return await bucket_retry.handle(front, request, operation)
             self._locate(request)
             headers, count = request.headers, len(request.target.pairs)
             operation = routes.find(request.method, request.bucket, request.key, request.query, headers, count)
@@ -541,7 +541,7 @@ class S3App:
                     raise errors.AccessDenied()
                 operation.check_headers(headers)
                 await read_body(front, request, operation)
-            return await replaced.handle(front, request, operation)
+            return await bucket_retry.handle(front, request, operation)
         except Exception as error:
             return self._failure(request, error)
 

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 
 from storaged import errors
-from storaged.s3 import aws, xml
+from storaged.s3 import aws_names, xml
 from storaged.s3.context import Front, Handler
-from storaged.s3.operations import NO_BODY, STREAM, Body, Document, Operation
+from storaged.s3.operation import NO_BODY, STREAM, Body, Document, Operation
 from storaged.s3.ops import acl, buckets, copy, listing, multipart, objects, post
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
@@ -246,7 +246,7 @@ OBJECT: dict[str, Methods] = {
 
 SUBRESOURCES = frozenset({*BUCKET, *OBJECT} - {""})
 
-_FOLDED = {name.lower(): name for name in (*aws.PARAMETERS, *sorted(SUBRESOURCES))}
+_FOLDED = {name.lower(): name for name in (*aws_names.PARAMETERS, *sorted(SUBRESOURCES))}
 """Lower case -> the name as AWS spells it. Names of subresources win."""
 
 _WORD = re.compile(r"\A[^\w-]+|(?<=[\w-])[^\w-].*\Z", re.DOTALL)

@@ -13,8 +13,8 @@ from storaged.errors import AccessDenied, BucketNotEmpty, NoSuchBucket, NoSuchKe
 from storaged.objects.api import NO_WRITE_CONDITIONS, BodyChecks, NewMeta, Principal
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.fenced import FENCED_MAX, FencedBuckets
-from storaged.s3 import replaced
-from storaged.s3.operations import Operation
+from storaged.s3 import bucket_retry
+from storaged.s3.operation import Operation
 from storaged.s3.reply import Reply
 from tests.integration.memory_cluster import WHO, Cluster, Gateway, body_of, run
 
@@ -53,7 +53,7 @@ async def asked(gateway: Gateway, bucket: BucketRecord, name: str, work: Callabl
         return await work(front.objects, request.bucket_record)  # type: ignore[no-any-return]
 
     request: Any = Request(bucket, ASKING)
-    return await replaced.handle(Front(gateway), request, Operation(name, handler))  # type: ignore[arg-type]
+    return await bucket_retry.handle(Front(gateway), request, Operation(name, handler))  # type: ignore[arg-type]
 
 
 class Request:

@@ -14,9 +14,9 @@ import pytest
 
 from storaged import errors
 from storaged.s3.auth import sigv4
+from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.http import chunks
 from storaged.s3.http.body import RequestBody
-from storaged.s3.http.chunked import ChunkedDecoder
 from storaged.s3.http.chunks import CHUNKS_A_TURN, ChunkReader, TransferChunks
 from storaged.s3.http.limits import Limits
 from storaged.wire import Buffer

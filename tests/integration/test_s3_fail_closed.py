@@ -15,8 +15,8 @@ import pytest
 import pytest_asyncio
 
 from storaged.errors import InvalidArgument, NotImplemented
-from storaged.s3 import aws
-from storaged.s3.operations import hear_query
+from storaged.s3 import aws_names
+from storaged.s3.operation import hear_query
 from storaged.s3.request import Request, Target
 from storaged.s3.routes import OBJECT, SUBRESOURCES
 from tests.integration.s3_front import ACCESS, REGION, World, s3_world, signed
@@ -384,9 +384,9 @@ async def test_every_header_of_aws_is_honoured_or_refused_by_every_operation_tha
     own = {"x-amz-copy-source": "/bucket/k", "x-amz-metadata-directive": "REPLACE"} if name == "CopyObject" else {}
     own |= md5_of(body) if name == "DeleteObjects" else {}
     before = state(world)
-    for header in sorted(aws.HEADERS.keys() - aws.honoured(name) - {"content-range", "x-amz-copy-source"}) + [
-        f"{family}tomorrow" for family in aws.FAMILIES
-    ]:
+    for header in sorted(
+        aws_names.HEADERS.keys() - aws_names.honoured(name) - {"content-range", "x-amz-copy-source"}
+    ) + [f"{family}tomorrow" for family in aws_names.FAMILIES]:
         status, code, _ = await call(world, method, target, {**own, header: "1"}, body)
         assert (status, code) in {(400, "InvalidArgument"), (400, "InvalidRequest"), NOT_THERE}, header
         assert state(world) == before, header

@@ -21,9 +21,9 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
 from storaged.s3 import app
+from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.headers import INCIDENTAL
 from storaged.s3.http.body import RequestBody
-from storaged.s3.http.chunked import ChunkedDecoder
 from storaged.s3.http.connection import BODY, HEAD, Connection
 from storaged.s3.http.limits import Limits
 from storaged.s3.ops.objects import put_asked

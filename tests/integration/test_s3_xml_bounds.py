@@ -176,7 +176,7 @@ async def test_a_document_is_understood_in_a_thread_when_it_is_large(
         await world.raw(signed(world, "PUT", "/bucket/k", body=b"x", headers={"Connection": "close"}))
         request = signed(world, method, target, body=body, headers={"Connection": "close", "Content-MD5": md5})
         monkeypatch.setattr(xml, "parse", counted)
-        monkeypatch.setattr("storaged.s3.digest.hashlib.md5", counted_md5)
+        monkeypatch.setattr("storaged.s3.documents.hashlib.md5", counted_md5)
         answer = await world.raw(request)
     assert not answer.startswith(b"HTTP/1.1 5") or b"NotImplemented" in answer
     assert len(threads) >= 2, answer

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storaged.errors import S3Error
-from storaged.s3 import aws, routes
-from storaged.s3.operations import Operation
+from storaged.s3 import aws_names, routes
+from storaged.s3.operation import Operation
 
 T = TypeVar("T")
 
@@ -122,6 +122,8 @@ def test_what_changes_something_takes_no_header_that_aws_does_not_give_it(name: 
         assert found.status in (400, 501)
         return
     given_by_aws = {item.lower() for item in members(name, "header")}
-    harmless = aws.HEADERS[header].operations is aws.EVERY
-    documented = name in aws.DOCUMENTS or header == "x-amz-checksum-algorithm"  # checksums of any document are verified
+    harmless = aws_names.HEADERS[header].operations is aws_names.EVERY
+    documented = (
+        name in aws_names.DOCUMENTS or header == "x-amz-checksum-algorithm"
+    )  # checksums of any document are verified
     assert header in given_by_aws or harmless or (documented and header.startswith("x-amz-checksum-")), (name, header)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storaged.s3.auth import sigv4
-from storaged.s3.http.chunked import ChunkedDecoder
+from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.request import parse_target, split_path
 
 keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60)

@@ -8,9 +8,9 @@ from typing import Any
 
 import botocore.loaders  # type: ignore[import-untyped]
 
-from storaged.s3 import app, aws, routes
+from storaged.s3 import app, aws_names, routes
 from storaged.s3.headers import CHECKSUM_HEADERS
-from storaged.s3.operations import Document, NoBody, Operation, Stream
+from storaged.s3.operation import Document, NoBody, Operation, Stream
 from storaged.s3.ops import objects
 
 WITHOUT_ROW = {
@@ -81,10 +81,10 @@ def test_every_header_of_aws_is_listed_for_its_operation() -> None:
     for name in model()["operations"].keys() - WITHOUT_ROW:
         for header in named(name, "header"):
             lower = header.lower()
-            row = aws.HEADERS.get(lower)
+            row = aws_names.HEADERS.get(lower)
             if row is None and lower in routes.Operation("", routes._no_lock).headers:
                 continue  # one that every operation understands, or need not
-            if row is None or not (row.operations is aws.EVERY or name in row.operations):
+            if row is None or not (row.operations is aws_names.EVERY or name in row.operations):
                 missing[name].add(lower)
     assert not missing
 
@@ -93,14 +93,18 @@ def test_no_header_is_listed_for_an_operation_that_aws_does_not_give_it_to() -> 
     """But for those that are written out here, with the reason."""
     kept = {
         # SDKs name the algorithm with any body (MinIO's), and AWS verifies any document
-        *((name, header) for name in aws._BODIES for header in ("x-amz-checksum-algorithm", *aws.CHECKSUMS)),
+        *(
+            (name, header)
+            for name in aws_names._BODIES
+            for header in ("x-amz-checksum-algorithm", *aws_names.CHECKSUMS)
+        ),
         *(("CreateSession", f"x-amz-server-side-encryption{suffix}") for suffix in ("", "-aws-kms-key-id", "-context", "-bucket-key-enabled")),  # noqa: E501
         # the API page has them
         *(("GetObjectAttributes", name) for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")),  # noqa: E501
         ("PutObject", "content-range"),
         ("CreateBucket", "x-storaged-countries"),
     }  # fmt: skip
-    for header, row in aws.HEADERS.items():
+    for header, row in aws_names.HEADERS.items():
         for name in row.operations - {"*", "PostObject", "WriteGetObjectResponse"}:
             assert header in {item.lower() for item in named(name, "header")} or (name, header) in kept, (name, header)
 
@@ -108,7 +112,7 @@ def test_no_header_is_listed_for_an_operation_that_aws_does_not_give_it_to() -> 
 def test_every_parameter_of_aws_is_listed_for_its_operation_and_for_no_other() -> None:
     for name in model()["operations"].keys() - WITHOUT_ROW:
         ours = {"ListParts": {"encoding-type"}, "SelectObjectContent": {"select-type"}}.get(name, set())
-        assert aws.parameters(name) - ours == named(name, "querystring"), name
+        assert aws_names.parameters(name) - ours == named(name, "querystring"), name
 
 
 def test_every_body_is_a_document_a_stream_or_none_as_on_aws() -> None:
@@ -124,7 +128,7 @@ def test_every_body_is_a_document_a_stream_or_none_as_on_aws() -> None:
         else:
             wanted = Stream if streams else Document if payload else NoBody
             assert isinstance(row.body, wanted), name
-            assert (name in aws.DOCUMENTS) == (wanted is Document)
+            assert (name in aws_names.DOCUMENTS) == (wanted is Document)
 
 
 def test_the_headers_that_the_short_way_does_not_look_at_are_taken() -> None:
@@ -144,5 +148,5 @@ def test_what_is_honoured_is_what_the_front_acts_on() -> None:
         f"x-amz-copy-source-{name}"
         for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since")
     }
-    for header, row in aws.HEADERS.items():
+    for header, row in aws_names.HEADERS.items():
         assert row.refusal or header in code or header in without_effect | built, header

@@ -10,7 +10,7 @@ import pytest
 
 from storaged import errors
 from storaged.s3.auth import sigv4
-from storaged.s3.http.chunked import ChunkedDecoder
+from storaged.s3.auth.aws_chunked import ChunkedDecoder
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "sigv4.json").read_text())
 CRC = "x-amz-checksum-crc32c"

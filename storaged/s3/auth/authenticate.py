@@ -5,8 +5,8 @@ from __future__ import annotations
 from storaged import errors
 from storaged.objects.api import Principal
 from storaged.s3.auth import sigv4
+from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.headers import trailing_names
-from storaged.s3.http.chunked import ChunkedDecoder
 from storaged.s3.request import Request
 
 _WITH_TRAILERS = frozenset({sigv4.STREAMING_SIGNED_TRAILER, sigv4.STREAMING_UNSIGNED_TRAILER})

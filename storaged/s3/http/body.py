@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from storaged.errors import BadRequest, MaxMessageLengthExceeded, S3Error, XAmzContentSHA256Mismatch
-from storaged.s3.http.chunked import ChunkedDecoder
 from storaged.s3.http.chunks import TransferChunks
 from storaged.s3.http.limits import Limits
 from storaged.units import KIB
@@ -48,6 +47,22 @@ class Source(Protocol):
     def admitted(self) -> None: ...
 
     async def heard(self, body: RequestBody) -> None: ...
+
+
+class Decoder(Protocol):
+    """Takes the object's bytes out of the framing that S3 puts around them (``auth.aws_chunked``)."""
+
+    stopped: bool
+    trailers: dict[str, str]
+
+    @property
+    def signed(self) -> bool: ...
+
+    def feed(self, data: Buffer) -> list[Buffer]: ...
+
+    def finish(self) -> None: ...
+
+    def trailing_checksums(self) -> Mapping[str, str]: ...
 
 
 class RequestBody(AsyncIterator[Buffer]):
@@ -108,7 +123,7 @@ class RequestBody(AsyncIterator[Buffer]):
         self.waited_s = 0.0
         self.sha256 = ""
         """Hex of what the body must hash to; empty when it was not signed."""
-        self.decoder: ChunkedDecoder | None = None
+        self.decoder: Decoder | None = None
 
     # --- the connection's side
     # ----------------------------------------------------------------------------------------------
@@ -397,7 +412,7 @@ class RequestBody(AsyncIterator[Buffer]):
                 break
         return b"".join(pieces)
 
-    async def _next_decoded(self, decoder: ChunkedDecoder) -> Buffer:
+    async def _next_decoded(self, decoder: Decoder) -> Buffer:
         """At least one byte of what the client put into chunks; empty at the end."""
         while not self._decoded_ahead or (len(self._decoded_ahead) == 1 and not self._decoder_done):
             piece: Buffer = b""

@@ -39,7 +39,7 @@ from storaged.errors import IncompleteBody, RequestTimeout, SlowDown
 from storaged.s3.http.body import RequestBody
 from storaged.s3.http.grammar import HEAD_END, broken_so_far
 from storaged.s3.http.limits import Limits
-from storaged.s3.http.strangers import Stranger, Strangers
+from storaged.s3.http.unauthenticated import Stranger, Strangers
 from storaged.units import KIB
 from storaged.wire import Buffer
 

@@ -6,7 +6,7 @@ from storaged import errors
 from storaged.objects.api import Principal
 from storaged.s3 import xml
 from storaged.s3.context import Front
-from storaged.s3.documents import understood
+from storaged.s3.documents import parse_document
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request, version_of
 
@@ -38,7 +38,7 @@ async def put_acl(front: Front, request: Request) -> Reply:
         return Reply()
     if not body.strip():
         raise errors.MissingSecurityHeader("Your request was missing a required header", MissingHeaderName="x-amz-acl")
-    if not _grants_owner_alone(await understood(xml_policy, body), request.who.user_id):
+    if not _grants_owner_alone(await parse_document(xml_policy, body), request.who.user_id):
         raise errors.NotImplemented("Access control lists are not implemented: only a bucket's owner has access to it.")
     return Reply()
 

@@ -12,7 +12,7 @@ from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.auth.regions import location_constraint, region_name, region_of_new_bucket
 from storaged.s3.context import Front
-from storaged.s3.documents import understood
+from storaged.s3.documents import parse_document
 from storaged.s3.ops.acl import own_acl
 from storaged.s3.ops.tags import read_tagging, write_tagging
 from storaged.s3.reply import XML_TYPE, Reply, xml_reply
@@ -86,7 +86,7 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         raise errors.NotImplemented(
             "Access control lists are not implemented: a bucket's owner owns every object in it."
         )
-    region = await understood(partial(_region_asked, front), request.document)
+    region = await parse_document(partial(_region_asked, front), request.document)
     countries = _countries(request.headers.get("x-storaged-countries"))
     try:
         await front.buckets.create(request.who, name, region=region, countries=countries)

@@ -9,7 +9,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
-from storaged.s3.documents import understood
+from storaged.s3.documents import parse_document
 from storaged.s3.ops.objects import upload_checks
 from storaged.s3.reply import Headers, Reply, stored_headers, version_header, xml_reply
 from storaged.s3.request import Request, origin
@@ -125,7 +125,7 @@ async def complete(front: Front, request: Request) -> Reply:
     data = request.document
     if not data.strip():
         raise errors.MalformedXML("You must specify at least one part")
-    parts = await understood(_completed_parts, data)
+    parts = await parse_document(_completed_parts, data)
     size = headers.get("x-amz-mp-object-size")
     result = await front.objects.complete(
         request.bucket_record,

@@ -27,7 +27,7 @@ from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
-from storaged.s3.documents import understood
+from storaged.s3.documents import parse_document
 from storaged.s3.ops.acl import own_acl
 from storaged.s3.ops.tags import read_tagging, write_tagging
 from storaged.s3.reply import (
@@ -129,7 +129,7 @@ async def delete_object(front: Front, request: Request) -> Reply:
 async def delete_objects(front: Front, request: Request) -> Reply:
     """Up to 1,000 keys; each answers for itself."""
     body = request.document
-    root = await understood(partial(xml.parse, root="Delete"), body)
+    root = await parse_document(partial(xml.parse, root="Delete"), body)
     wanted = root.all("Object")
     others = [child for child in root.children if child.name != "Object"]
     if not wanted or len(wanted) > DELETE_KEYS_MAX or any(child.name != "Quiet" for child in others):

@@ -15,14 +15,14 @@ from msgspec.structs import replace
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, Principal, PutResult
-from storaged.s3 import aws, xml
+from storaged.s3 import aws_names, xml
 from storaged.s3 import headers as h
 from storaged.s3.auth import sigv4
 from storaged.s3.auth.form_policy import Policy, check_policy, parse_policy
 from storaged.s3.context import Front, owned_bucket
-from storaged.s3.documents import understood
-from storaged.s3.operations import check_fields, check_form
-from storaged.s3.ops.form import FormReader, boundary_of
+from storaged.s3.documents import parse_document
+from storaged.s3.http.form_data import FormReader, boundary_of
+from storaged.s3.operation import check_fields, check_form
 from storaged.s3.ops.tags import tags_from
 from storaged.s3.reply import CONTROL, Reply, stored_headers, xml_reply
 from storaged.s3.request import ANONYMOUS, Request, check_key, origin
@@ -70,7 +70,7 @@ async def post_object(front: Front, request: Request) -> Reply:
     if "tagging" in fields:
         meta = replace(
             meta,
-            tags=await understood(
+            tags=await parse_document(
                 partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX),
                 fields["tagging"].encode("utf-8", "surrogateescape"),
             ),
@@ -120,7 +120,10 @@ def _need(fields: Mapping[str, str], *names: str) -> None:
 
 def _is_header(name: str) -> bool:
     return (
-        name in h.KEPT_HEADERS or name in aws.HEADERS or name == "content-md5" or name.startswith(("x-amz-", aws.OWN))
+        name in h.KEPT_HEADERS
+        or name in aws_names.HEADERS
+        or name == "content-md5"
+        or name.startswith(("x-amz-", aws_names.OWN))
     )
 
 

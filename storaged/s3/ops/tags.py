@@ -8,7 +8,7 @@ from functools import partial
 from storaged.errors import InvalidRequest, MalformedXML
 from storaged.s3 import headers as h
 from storaged.s3 import xml
-from storaged.s3.documents import understood
+from storaged.s3.documents import parse_document
 from storaged.s3.request import Request
 
 
@@ -16,7 +16,7 @@ async def read_tagging(request: Request, count_max: int) -> dict[str, str]:
     """Of the request's document. Raises MalformedXML, InvalidTag, InvalidRequest."""
     if "content-length" in request.headers and request.body.length == 0:
         raise InvalidRequest("The request is missing its body.")
-    return await understood(partial(tags_from, count_max=count_max), request.document)
+    return await parse_document(partial(tags_from, count_max=count_max), request.document)
 
 
 def tags_from(document: bytes, count_max: int) -> dict[str, str]:

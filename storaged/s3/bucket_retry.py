@@ -7,7 +7,7 @@ from typing import Final
 
 from storaged.errors import S3Error, ServiceUnavailable
 from storaged.s3.context import Front, check_owner
-from storaged.s3.operations import Operation
+from storaged.s3.operation import Operation
 from storaged.s3.reply import Reply
 from storaged.s3.request import Request
 

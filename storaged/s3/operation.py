@@ -19,11 +19,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 from storaged.errors import InvalidArgument, InvalidRequest, NotImplemented, S3Error
-from storaged.s3 import aws
+from storaged.s3 import aws_names
 from storaged.s3 import headers as h
 from storaged.s3.conditions import unsupported
 from storaged.s3.context import Front, Handler
-from storaged.s3.digest import read_verified
+from storaged.s3.documents import read_document
 from storaged.s3.http.grammar import must_be_ascii
 from storaged.s3.reply import TOKEN, Reply, checked_header
 from storaged.s3.request import Request
@@ -35,7 +35,7 @@ UNASKED_BYTES_MAX = 64 * KIB
 _EXPECTED_OWNER = "x-amz-expected-bucket-owner"
 _NOT_ACCEPTED = {"versionId": "a version-id", "partNumber": "partNumber without uploadId"}
 """In AWS's words."""
-_WATCHED = ("x-amz-", aws.OWN)
+_WATCHED = ("x-amz-", aws_names.OWN)
 
 
 class NoBody(NamedTuple):
@@ -80,19 +80,19 @@ class Operation:
     @cached_property
     def headers(self) -> frozenset[str]:
         """Names that this operation takes, with those that say nothing to any operation."""
-        taken = aws.honoured(self.name) | h.ORDINARY
+        taken = aws_names.honoured(self.name) | h.ORDINARY
         return taken if self.needs_bucket else taken - {_EXPECTED_OWNER}
 
     @cached_property
     def parameters(self) -> frozenset[str]:
-        return aws.parameters(self.name)
+        return aws_names.parameters(self.name)
 
     def check_headers(self, headers: Mapping[str, str]) -> None:
         """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest
         for what is not taken.
         """
         for name in sorted(headers.keys() - self.headers):  # the first by name is named, whatever came first
-            if name.startswith(_WATCHED) or name in aws.HEADERS:
+            if name.startswith(_WATCHED) or name in aws_names.HEADERS:
                 refused = self._refusal(name, headers)
                 if refused is not None:
                     raise refused
@@ -104,7 +104,7 @@ class Operation:
         if not self.changes:
             return
         for name in query:
-            if name in aws.PARAMETERS and name not in self.parameters:
+            if name in aws_names.PARAMETERS and name not in self.parameters:
                 what = _NOT_ACCEPTED.get(name, f"the parameter {name}")
                 raise InvalidArgument(
                     f"This operation does not accept {what}.", ArgumentName=name, ArgumentValue=query[name]
@@ -114,19 +114,19 @@ class Operation:
 
     def _refusal(self, name: str, headers: Mapping[str, str]) -> S3Error | None:
         """None: the header may be ignored."""
-        row = aws.HEADERS.get(name)
-        if name.startswith(aws.OWN):
+        row = aws_names.HEADERS.get(name)
+        if name.startswith(aws_names.OWN):
             return unsupported(name)
         if not self.changes:
             return self._refusal_of_read(name, row, headers)
         if name == "content-range" and self.name not in ("PutObject", "PostObject"):
             return None
-        if name.startswith(aws.META):
-            return None if self.name in aws.METADATA else unsupported(name)
+        if name.startswith(aws_names.META):
+            return None if self.name in aws_names.METADATA else unsupported(name)
         if row is None:
-            return unsupported(name) if name.startswith(aws.FAMILIES) else None
-        if name.startswith((aws.CUSTOMER_KEY, aws.CUSTOMER_KEY_SOURCE)) or (
-            name == h.KMS_KEY and any(other.startswith(aws.CUSTOMER_KEY) for other in headers)
+            return unsupported(name) if name.startswith(aws_names.FAMILIES) else None
+        if name.startswith((aws_names.CUSTOMER_KEY, aws_names.CUSTOMER_KEY_SOURCE)) or (
+            name == h.KMS_KEY and any(other.startswith(aws_names.CUSTOMER_KEY) for other in headers)
         ):
             h.check_customer_key(headers)  # a key of the client's beside one of the server's is wrong in itself
         elif name == "x-amz-server-side-encryption":
@@ -140,13 +140,13 @@ class Operation:
             )
         if self.name not in row.operations or not row.refusal:
             return unsupported(name)
-        if name.startswith(aws.LOCK):
+        if name.startswith(aws_names.LOCK):
             return InvalidRequest(row.refusal)
         return NotImplemented(row.refusal, Header=name)
 
-    def _refusal_of_read(self, name: str, row: aws.Name | None, headers: Mapping[str, str]) -> S3Error | None:
+    def _refusal_of_read(self, name: str, row: aws_names.Name | None, headers: Mapping[str, str]) -> S3Error | None:
         if row is not None and row.refusal and self.name in row.operations:
-            if name.startswith(aws.CUSTOMER_KEY):
+            if name.startswith(aws_names.CUSTOMER_KEY):
                 h.check_customer_key(headers)
                 return InvalidRequest("The encryption parameters are not applicable to this object.")
             return NotImplemented(row.refusal, Header=name)
@@ -190,7 +190,7 @@ def hear_query(request: Request) -> None:
     headers = request.headers
     for name, value in request.query.items():
         lower = name.lower()
-        if not lower.startswith(_WATCHED) or lower in aws.SIGNATURE or lower in aws.UNHEARD:
+        if not lower.startswith(_WATCHED) or lower in aws_names.SIGNATURE or lower in aws_names.UNHEARD:
             continue
         if headers.get(lower, value) != value or not TOKEN.fullmatch(lower):
             raise InvalidArgument("A header and a query parameter contradict each other.", ArgumentName=name[:100])
@@ -204,8 +204,7 @@ async def read_body(front: Front, request: Request, operation: Operation) -> Non
     InvalidRequest."""
     kind = operation.body
     if isinstance(kind, Document):
-        request.document = await read_verified(
-            front,
+        request.document = await read_document(
             request,
             required=kind.digest_required,
             bytes_max=min(kind.bytes_max, front.limits.xml_bytes_max),
