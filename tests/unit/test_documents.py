@@ -1,0 +1,120 @@
+"""The documents keep their form: lines of prose end at 120 columns, and every path, link and anchor in them exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS_MAX = 120
+HISTORY = ("CHANGELOG.md",)
+"""Past releases name modules by the names that they had then."""
+
+PATH = re.compile(r"(?<![\w./~<-])((?:\.?[\w-]+/)*[\w.-]+\.(?:py|md|toml|json|lock|yaml|service|target|conf))\b(?!/)")
+"""A file by its suffix. A path that begins with ``/`` or ``~`` belongs to the reader's machine."""
+
+PACKAGE = re.compile(r"`((?:storaged|tests|benches|deploy)/(?:[\w-]+/)*[\w-]*)`")
+"""A folder, or a file without a suffix, in the source tree."""
+
+THEIRS = {"config.toml", "disks.json"}
+"""Files of a running node."""
+
+
+def documents() -> list[Path]:
+    """The markdown files of the tree, without environments and caches."""
+    found = [*ROOT.glob("*.md"), *(ROOT / ".github").glob("*.md")]
+    for folder in ("storaged", "deploy", "benches", "tests"):
+        found += (ROOT / folder).rglob("*.md")
+    return sorted(found)
+
+
+def prose(text: str) -> list[tuple[int, str]]:
+    """(number, line) of the lines that are not code, with their numbers from 1."""
+    lines, code = [], False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif not code:
+            lines.append((number, line))
+    assert not code, "a block of code has no end"
+    return lines
+
+
+def anchors(text: str) -> set[str]:
+    """The names under which a forge links to the headings."""
+    titles = [line.lstrip("#").strip().lower() for _, line in prose(text) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+def exists(name: str, beside: Path) -> bool:
+    """Whether a path is in the tree, seen from the root, from the package, or from the document's own folder."""
+    if "/" not in name:
+        return (ROOT / name).exists() or any(
+            any(folder.rglob(name)) for folder in map(ROOT.joinpath, ("storaged", "tests", ".github"))
+        )
+    return any((base / name).exists() for base in (ROOT, ROOT / "storaged", beside))
+
+
+@pytest.fixture(params=documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def document(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+def test_prose_ends_at_120_columns(document: Path) -> None:
+    long = [
+        f"{document.name}:{number} has {len(line)} columns"
+        for number, line in prose(document.read_text())
+        if len(line) > COLUMNS_MAX and not line.lstrip().startswith("|") and "](" not in line
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_every_path_that_a_document_names_exists(document: Path) -> None:
+    if document.name in HISTORY:
+        pytest.skip("its names are those of the time")
+    missing = [
+        f"{document.name}:{number} names {name}"
+        for number, line in prose(document.read_text())
+        for name in (*PATH.findall(line), *PACKAGE.findall(line))
+        if name not in THEIRS and not exists(name, document.parent)
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for number, line in prose(document.read_text()):
+        for target in re.findall(r"\]\(([^)\s]+)\)", line):
+            if re.match(r"[a-z]+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            there = (document.parent / name).resolve() if name else document
+            assert there.exists(), f"{document.name}:{number} links to {target}"
+            if anchor:
+                assert anchor in anchors(there.read_text()), f"{document.name}:{number}: no heading for {target}"
+
+
+@pytest.mark.parametrize(
+    ("message", "accepted"),
+    [
+        ("Add a metric\n", True),
+        ("Add a metric\n\nIt counts what was closed.\n# a comment of git\n", True),
+        ("# Please enter the commit message\nAdd a metric\n", True),
+        ("A" * 72, True),
+        ("A" * 73, False),
+        ('Revert "' + "A" * 72 + '"', True),
+        ("Add a metric.\n", False),
+        ("Add a metric\nIt counts\n", False),
+        ("\n\n", False),
+    ],
+)
+def test_the_hook_for_commit_messages_holds_subjects_to_72_characters(
+    message: str, accepted: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "message").write_text(message)
+    hook = [str(ROOT / ".github" / "check-commit-subject"), str(tmp_path / "message")]
+    done = subprocess.run(hook, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == accepted, done.stderr
