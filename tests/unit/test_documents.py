@@ -53,7 +53,8 @@ def exists(name: str, beside: Path) -> bool:
     """Whether a path is in the tree, seen from the root, from the package, or from the document's own folder."""
     if "/" not in name:
         return (ROOT / name).exists() or any(
-            any(folder.rglob(name)) for folder in map(ROOT.joinpath, ("storaged", "tests", ".github"))
+            any(folder.rglob(name))
+            for folder in map(ROOT.joinpath, ("storaged", "tests", "benches", "deploy", ".github"))
         )
     return any((base / name).exists() for base in (ROOT, ROOT / "storaged", beside))
 
