@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.ids import system_entropy
 from storaged.keys.bucketkey import UnwrappedBucketKey
-from storaged.objects.api import ObjectInfo, Principal, PutResult, Soon
+from storaged.objects.api import ObjectInfo, Principal, PutResult, ReadResult
 from storaged.objects.read.get import HeldStream, Span
 from storaged.objects.records import BucketRecord
 from storaged.s3.request import Request, parse_target
@@ -65,7 +65,7 @@ class OneKey:
     def __init__(self) -> None:
         self.key = UnwrappedBucketKey(1, bytes(32), system_entropy)
 
-    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
+    def try_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
         return self.key
 
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> UnwrappedBucketKey:
@@ -99,7 +99,7 @@ class OneObject:
     def gone(self, bucket: BucketRecord) -> bool:
         return False
 
-    def at_hand(self, name: str) -> BucketRecord | tuple[Principal, str]:
+    def try_get(self, name: str) -> BucketRecord | tuple[Principal, str]:
         return BUCKET if name == BUCKET.name else (self.who, SECRET)
 
     async def head(self, bucket: BucketRecord, key: bytes, **options: object) -> ObjectInfo:
@@ -108,12 +108,12 @@ class OneObject:
     async def get(self, bucket: BucketRecord, key: bytes, **options: object) -> HeldStream:
         return HeldStream(self.info, Span(0, 4 * KIB, False), self.plain)
 
-    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
         then(HeldStream(self.info, Span(0, 4 * KIB, False), self.plain) if want_plain else self.info)
 
     small_bytes_max = 16 * KIB
 
-    def put_soon(
+    def try_put(
         self,
         bucket: BucketRecord,
         key: bytes,

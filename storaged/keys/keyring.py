@@ -174,7 +174,7 @@ class Keyring:
             )
         return key
 
-    def bucket_key_at_hand(
+    def try_bucket_key(
         self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0
     ) -> UnwrappedBucketKey | None:
         cached = self._lookup(bucket_id, countries)

@@ -35,7 +35,7 @@ class AuditedBuckets:
         self._clock = clock
         self._refused_lately: dict[tuple[str, str], float] = {}
         """(kind, actor) -> when its last request was refused."""
-        self.at_hand = buckets.at_hand
+        self.try_get = buckets.try_get
         self.get = buckets.get
         self.fences_seen = buckets.fences_seen
         self.gone = buckets.gone

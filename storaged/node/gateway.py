@@ -109,8 +109,8 @@ class LateKeys:
     async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
         return await self._open().bucket_key(bucket_id, countries, version)
 
-    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey | None:
-        return self._open().bucket_key_at_hand(bucket_id, countries, version)
+    def try_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey | None:
+        return self._open().try_bucket_key(bucket_id, countries, version)
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
         return self._open().authenticate(context, message)

@@ -269,7 +269,7 @@ class Buckets(Protocol):
     async def get(self, name: str) -> BucketRecord:
         """Cached for a moment; its authenticator verified. Raises NoSuchBucket."""
 
-    def at_hand(self, name: str) -> BucketRecord | None:
+    def try_get(self, name: str) -> BucketRecord | None:
         """What ``get`` would answer without waiting; None when it would wait."""
 
     def fences_seen(self) -> int:
@@ -300,7 +300,7 @@ class Users(Protocol):
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
         """(principal, secret key), cached for a moment. Raises InvalidAccessKeyId."""
 
-    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
+    def try_get(self, access_key: str) -> tuple[Principal, str] | None:
         """What ``lookup`` would answer without waiting; None when it would wait."""
 
     async def add(
@@ -316,8 +316,8 @@ class Users(Protocol):
         """Who it was. Buckets stay, and belong to whoever is added with this user id. Raises InvalidArgument."""
 
 
-Soon = ObjectStream | ObjectInfo | Reading | StoragedError | None
-"""What ``Objects.read_soon`` tells: the whole object, held; what is known of it, when that was enough; its record, when
+ReadResult = ObjectStream | ObjectInfo | Reading | StoragedError | None
+"""What ``Objects.try_read`` tells: the whole object, held; what is known of it, when that was enough; its record, when
 there is more to be waited for than that:
 to be passed to ``get`` or ``head``; what these would raise; None: nothing, and they are to be called."""
 
@@ -339,9 +339,9 @@ class Objects(Protocol):
 
     @property
     def small_bytes_max(self) -> int:
-        """The largest body that ``put_soon`` takes."""
+        """The largest body that ``try_put`` takes."""
 
-    def put_soon(
+    def try_put(
         self,
         bucket: BucketRecord,
         key: bytes,
@@ -368,7 +368,7 @@ class Objects(Protocol):
         part_number: int | None = None,
         reading: Reading | None = None,
     ) -> ObjectInfo:
-        """``reading``: what ``read_soon`` told. Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed,
+        """``reading``: what ``try_read`` told. Raises NoSuchKey, NoSuchVersion, NotModified, PreconditionFailed,
         InvalidPartNumber. ``parts`` is filled in.
         """
 
@@ -385,7 +385,7 @@ class Objects(Protocol):
     ) -> ObjectStream:
         """As head, and InvalidRange, DataDamaged, ServiceUnavailable."""
 
-    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
         """The current version, without a task: ``then`` is told, perhaps before this returns, and must not raise."""
 
     async def delete(

@@ -77,7 +77,7 @@ def _forgotten_with_its_key(plane: ObjectPlane, bucket: BucketRecord) -> None:
     """
     forget = partial(plane.scanner.forget, bucket.id)
     try:
-        held = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries)
+        held = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     except KeyringUnavailable:
         held = None
     if held is None:

@@ -95,7 +95,7 @@ class KeyService(Protocol):
         """The newest version (0), or the one named; cached, so that no object path waits for the register twice.
         The policy is asked each time. Audited on release and when it is refused, not on cached use."""
 
-    def bucket_key_at_hand(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey | None:
+    def try_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey | None:
         """What ``bucket_key`` would answer without waiting; None when it would wait, or refuse."""
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:

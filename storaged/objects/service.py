@@ -23,8 +23,8 @@ from storaged.objects.api import (
     PutResult,
     RangeSpec,
     ReadConditions,
+    ReadResult,
     Show,
-    Soon,
     UploadInfo,
     VersionListing,
     WriteConditions,
@@ -69,7 +69,7 @@ class ObjectService:
     ) -> PutResult:
         return await put.put(self.plane, bucket, key, body, meta, checks, owner=owner, conditions=conditions)
 
-    def put_soon(
+    def try_put(
         self,
         bucket: BucketRecord,
         key: bytes,
@@ -81,7 +81,7 @@ class ObjectService:
         owner: str,
         conditions: WriteConditions = NO_WRITE_CONDITIONS,
     ) -> bool:
-        return put.put_soon(self.plane, bucket, key, plain, meta, checks, then, owner=owner, conditions=conditions)
+        return put.try_put(self.plane, bucket, key, plain, meta, checks, then, owner=owner, conditions=conditions)
 
     async def head(
         self,
@@ -103,8 +103,8 @@ class ObjectService:
             reading=reading,
         )
 
-    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
-        get.read_soon(self.plane, bucket, key, want_plain, then)
+    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
+        get.try_read(self.plane, bucket, key, want_plain, then)
 
     async def get(
         self,

@@ -31,7 +31,7 @@ from storaged.objects.api import (
     ObjectStream,
     PutResult,
     Reading,
-    Soon,
+    ReadResult,
     Users,
     WriteConditions,
 )
@@ -299,8 +299,8 @@ class S3App:
             if request.query and request.query.keys() != _SAYS_NOTHING:
                 return False
             claim = claim_of(request, front.signed_region)
-            known = front.users.at_hand(claim.access_key) if claim is not None else None
-            bucket = front.buckets.at_hand(request.bucket)
+            known = front.users.try_get(claim.access_key) if claim is not None else None
+            bucket = front.buckets.try_get(request.bucket)
             if claim is None or known is None or bucket is None or not request.key:
                 return False
             admit(request, claim, *known, self._clock.wall_ms())
@@ -315,7 +315,7 @@ class S3App:
         self._came()
         begun = _Begun(request, operation, self._clock.monotonic())
         if asked is None:
-            front.objects.read_soon(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
+            front.objects.try_read(bucket, request.key, head.method == "GET", partial(self._read, connection, begun))
             return True
         if length != 0:
             connection.open_body(body)
@@ -339,9 +339,9 @@ class S3App:
     def _write(self, connection: Connection, begun: _Begun, asked: tuple[NewMeta, BodyChecks, WriteConditions]) -> None:
         """All of the body has come, or no more will."""
         request, (meta, checks, conditions) = begun.request, asked
-        plain, then = request.body.at_hand(), partial(self._written, connection, begun)
+        plain, then = request.body.try_whole(), partial(self._written, connection, begun)
         try:
-            if plain is not None and self._front.objects.put_soon(
+            if plain is not None and self._front.objects.try_put(
                 request.bucket_record,
                 request.key,
                 plain,
@@ -365,7 +365,7 @@ class S3App:
         )
         self._end_soon(connection, begun, reply)
 
-    def _read(self, connection: Connection, begun: _Begun, found: Soon) -> None:
+    def _read(self, connection: Connection, begun: _Begun, found: ReadResult) -> None:
         """Answers what was begun, or leaves the rest to the connection's task."""
         request = begun.request
         if (
@@ -522,7 +522,7 @@ class S3App:
                 if claim is None:
                     admit_anonymous(request)
                 else:
-                    who, secret = front.users.at_hand(claim.access_key) or await front.users.lookup(claim.access_key)
+                    who, secret = front.users.try_get(claim.access_key) or await front.users.lookup(claim.access_key)
                     admit(request, claim, who, secret, self._clock.wall_ms())
                 if request.query:
                     hear_query(request)
@@ -530,7 +530,7 @@ class S3App:
                 signed_ns = time.perf_counter_ns()
                 spans.note("sign", began_ns, signed_ns)
             if operation.needs_bucket:
-                request._bucket_record = front.buckets.at_hand(request.bucket) or await existing_bucket(
+                request._bucket_record = front.buckets.try_get(request.bucket) or await existing_bucket(
                     front, request.bucket
                 )
                 check_owner(request._bucket_record, request.who, headers.get("x-amz-expected-bucket-owner"))

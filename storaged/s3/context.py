@@ -47,7 +47,7 @@ async def existing_bucket(front: Front, name: str) -> BucketRecord:
     """Raises NoSuchBucket, InvalidBucketName."""
     if not bucket_name_possible(name):
         raise InvalidBucketName(BucketName=name)
-    return front.buckets.at_hand(name) or await front.buckets.get(name)
+    return front.buckets.try_get(name) or await front.buckets.get(name)
 
 
 def check_owner(bucket: BucketRecord, who: Principal, expected_owner: str | None = None) -> None:

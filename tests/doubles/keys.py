@@ -102,9 +102,7 @@ class MemoryKeys:
             raise KeyringUnavailable
         return self.key(version or newest)
 
-    def bucket_key_at_hand(
-        self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0
-    ) -> PlainBucketKey | None:
+    def try_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> PlainBucketKey | None:
         if self.late or bucket_id not in self.newest:
             return None
         return self._keys.get(version or self.newest[bucket_id])

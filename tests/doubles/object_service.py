@@ -33,8 +33,8 @@ from storaged.objects.api import (
     RangeSpec,
     ReadConditions,
     Reading,
+    ReadResult,
     Show,
-    Soon,
     UploadInfo,
     VersionListing,
     WriteConditions,
@@ -115,7 +115,7 @@ class FakeUsers:
     def __init__(self) -> None:
         self.by_key: dict[str, tuple[Principal, str]] = {}
 
-    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
+    def try_get(self, access_key: str) -> tuple[Principal, str] | None:
         return self.by_key.get(access_key)
 
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
@@ -169,7 +169,7 @@ class FakeBuckets:
         self.by_name[name] = bucket
         return bucket
 
-    def at_hand(self, name: str) -> BucketRecord | None:
+    def try_get(self, name: str) -> BucketRecord | None:
         return self.by_name.get(name)
 
     def fences_seen(self) -> int:
@@ -215,8 +215,8 @@ class FakeObjects:
         self.streams: list[FakeStream] = []
         self.fail_after: int | None = None
         self.soon: Callable[[Callable[[], None]], object] = lambda tell: asyncio.get_running_loop().call_soon(tell)
-        """When ``read_soon`` and ``put_soon`` tell."""
-        self.told: list[Soon] = []
+        """When ``try_read`` and ``try_put`` tell."""
+        self.told: list[ReadResult] = []
         self.busy = False
         self.put_told: list[PutResult | Exception] = []
         self.readings: list[Reading | None] = []
@@ -304,7 +304,7 @@ class FakeObjects:
 
     small_bytes_max = HELD_BYTES_MAX
 
-    def put_soon(
+    def try_put(
         self, bucket: BucketRecord, key: bytes, plain: Buffer, meta: NewMeta, checks: BodyChecks, then: Callable[[PutResult | Exception], None], *,  # noqa: E501
         owner: str, conditions: WriteConditions = ANY_WRITE,
     ) -> bool:  # fmt: skip
@@ -343,11 +343,11 @@ class FakeObjects:
             raise errors.InvalidPartNumber()
         return info
 
-    def read_soon(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]) -> None:
+    def try_read(self, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]) -> None:
         """What is small is held; the rest is to be asked for, as is what shall break off."""
 
         def tell() -> None:
-            found: Soon
+            found: ReadResult
             try:
                 stored = self.find(bucket, key, "")
             except errors.S3Error as error:

@@ -161,7 +161,7 @@ def break_off(writer: asyncio.StreamWriter) -> None:
 
 
 class Held:
-    """``read_soon`` and ``put_soon`` tell when they are let go."""
+    """``try_read`` and ``try_put`` tell when they are let go."""
 
     def __init__(self, world: World) -> None:
         self.waiting: list[Callable[[], None]] = []

@@ -43,7 +43,7 @@ class Users:
     def __init__(self) -> None:
         self.known: dict[str, tuple[Principal, str]] = {}
 
-    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
+    def try_get(self, access_key: str) -> tuple[Principal, str] | None:
         return self.known.get(access_key)
 
     async def lookup(self, access_key: str) -> tuple[Principal, str]:
@@ -79,7 +79,7 @@ class Buckets:
         self.known[name] = BucketRecord(name, bytes(16), who.user_id, 0, "active", 16, region, countries)
         return self.known[name]
 
-    def at_hand(self, name: str) -> BucketRecord | None:
+    def try_get(self, name: str) -> BucketRecord | None:
         return None
 
     async def get(self, name: str) -> BucketRecord:

@@ -32,7 +32,7 @@ async def remade(cluster: Cluster, owner: Principal = WHO) -> tuple[Gateway, Buc
     await cluster.buckets.delete(first)
     again = await cluster.buckets.create(owner, "bucket", region="eu-fr-1")
     await cluster.put(again, b"k", b"acknowledged")
-    stale = second.buckets.at_hand("bucket")
+    stale = second.buckets.try_get("bucket")
     assert stale is not None
     assert stale.id != again.id
     return second, stale, again
@@ -137,7 +137,7 @@ def test_a_bucket_that_is_gone_for_good_is_said_to_be() -> None:
         await cluster.buckets.delete(bucket)
         with pytest.raises(NoSuchBucket):
             await asked(second, stale, "GetObject", get)
-        assert second.buckets.at_hand("bucket") is None
+        assert second.buckets.try_get("bucket") is None
 
     run(scenario)
 

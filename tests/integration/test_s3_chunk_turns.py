@@ -131,7 +131,7 @@ async def test_others_have_their_turn_between_a_few_chunks_of_aws_chunked(
     with chunks_of_each_call(monkeypatch) as calls, counted_turns() as turns:
         body.admit()
         body.feed(wire)
-        assert body.at_hand() is None, "too many for one turn: the task reads them"
+        assert body.try_whole() is None, "too many for one turn: the task reads them"
         assert not body.failed
         assert b"".join([bytes(piece) async for piece in body]) == b"x" * MANY
     assert max(calls) <= CHUNKS_A_TURN

@@ -97,7 +97,7 @@ async def test_a_record_that_was_read_is_not_read_again_for_what_takes_longer(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading = Reading(None)
-    monkeypatch.setattr(world.objects, "read_soon", lambda bucket, key, want_plain, then: then(reading))
+    monkeypatch.setattr(world.objects, "try_read", lambda bucket, key, want_plain, then: then(reading))
     _, body = await ask_once(world, "GET", "/bucket/large")
     assert body == LARGE
     assert world.objects.readings == [reading]

@@ -312,9 +312,9 @@ async def test_what_fails_is_told_as_by_the_task(
     async def raise_it(*_args: object, **_options: object) -> PutResult:
         raise told
 
-    monkeypatch.setattr(world.objects, "put_soon", fail)
+    monkeypatch.setattr(world.objects, "try_put", fail)
     soon = await ask(world, signed(world, "PUT", "/bucket/key", body=SMALL))
-    monkeypatch.setattr(world.objects, "put_soon", lambda *_args, **_options: False)
+    monkeypatch.setattr(world.objects, "try_put", lambda *_args, **_options: False)
     monkeypatch.setattr(world.objects, "put", raise_it)
     assert soon == await ask(world, signed(world, "PUT", "/bucket/key", body=SMALL))
     assert b"a mistake" not in soon
@@ -325,7 +325,7 @@ async def test_what_cannot_be_begun_is_left_to_the_task(world: World, monkeypatc
     def mistaken(*_args: object, **_options: object) -> bool:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(world.objects, "put_soon", mistaken)
+    monkeypatch.setattr(world.objects, "try_put", mistaken)
     assert b"200 OK" in await ask(world, signed(world, "PUT", "/bucket/key", body=SMALL))
     assert kept(world) == {b"key": SMALL}
 
@@ -555,13 +555,13 @@ async def test_a_put_into_a_bucket_that_is_gone_goes_to_the_one_that_has_its_nam
     buckets.by_name["bucket"] = msgspec.structs.replace(stale, id=b"made again".ljust(16))
     refused: list[bytes] = []
 
-    def put_soon(bucket: Any, _key: bytes, _plain: Any, _meta: Any, _checks: Any, then: Any, **_more: Any) -> bool:
+    def try_put(bucket: Any, _key: bytes, _plain: Any, _meta: Any, _checks: Any, then: Any, **_more: Any) -> bool:
         refused.append(bucket.id)
         then(errors.NoSuchBucket(""))
         return True
 
-    monkeypatch.setattr(objects, "put_soon", put_soon)
-    monkeypatch.setattr(buckets, "at_hand", lambda _name: stale)
+    monkeypatch.setattr(objects, "try_put", try_put)
+    monkeypatch.setattr(buckets, "try_get", lambda _name: stale)
     monkeypatch.setattr(buckets, "gone", lambda bucket: bucket.id == stale.id)
     answer = await ask(world, signed(world, "PUT", "/bucket/key", body=SMALL))
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")

@@ -26,7 +26,7 @@ class KeyServiceSuite:
     ) -> None:
         with pytest.raises(KeyringUnavailable):
             await keys.bucket_key(BUCKET, ())
-        assert keys.bucket_key_at_hand(BUCKET, ()) is None
+        assert keys.try_bucket_key(BUCKET, ()) is None
         key = await self.created(keys)
         assert key.version == 1
         wrapped = key.wrap(DEK, CONTEXT)
@@ -35,16 +35,16 @@ class KeyServiceSuite:
     async def test_a_key_that_was_released_is_in_memory(self, keys: KeyService) -> None:
         key = await self.created(keys)
         for version in (0, 1):
-            held = keys.bucket_key_at_hand(BUCKET, (), version)
+            held = keys.try_bucket_key(BUCKET, (), version)
             assert held is not None
             assert held.unwrap(key.wrap(DEK, CONTEXT), CONTEXT) == DEK
-        assert keys.bucket_key_at_hand(OTHER, ()) is None
+        assert keys.try_bucket_key(OTHER, ()) is None
 
     async def test_a_version_that_is_not_there_is_refused(self, keys: KeyService) -> None:
         await self.created(keys)
         with pytest.raises(KeyringUnavailable):
             await keys.bucket_key(BUCKET, (), 2)
-        assert keys.bucket_key_at_hand(BUCKET, (), 2) is None
+        assert keys.try_bucket_key(BUCKET, (), 2) is None
 
     async def test_a_wrapped_key_opens_in_its_context_alone(self, keys: KeyService) -> None:
         key = await self.created(keys)
@@ -91,7 +91,7 @@ class KeyServiceSuite:
         assert await keys.destroy_bucket_key(BUCKET, b"n" * 16)
         assert not await keys.destroy_bucket_key(BUCKET, b"n" * 16)
         assert list(await keys.ended_bucket_keys()) == []
-        assert keys.bucket_key_at_hand(BUCKET, ()) is None
+        assert keys.try_bucket_key(BUCKET, ()) is None
         with pytest.raises(KeyringUnavailable):
             await keys.bucket_key(BUCKET, ())
 

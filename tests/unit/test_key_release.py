@@ -60,10 +60,10 @@ async def test_a_key_in_memory_is_forgotten_when_a_layout_that_refuses_it_comes_
     for bucket in (BUCKET, OTHER):
         await rig.keyring.create_bucket_key(bucket, ())
         await rig.keyring.bucket_key(bucket, ())
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ()) is not None
+    assert rig.keyring.try_bucket_key(BUCKET, ()) is not None
     rig.keyring.judge_by(Policy.of(["DE"]), FRANCE)
     assert rig.keyring.statistics().buckets_cached == 0
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ()) is None
+    assert rig.keyring.try_bucket_key(BUCKET, ()) is None
     with pytest.raises(KeyReleaseRefused, match="cluster countries"):
         await rig.keyring.bucket_key(BUCKET, ())
     rig.keyring.judge_by(Policy.of(["DE"], ["FR"]), KeyHolder("DE", "HU", 0, 2**50))
@@ -82,7 +82,7 @@ async def test_a_key_in_memory_is_kept_when_what_changed_allows_it_too(material)
     await rig.keyring.create_bucket_key(BUCKET, ("FR",))
     key = await rig.keyring.bucket_key(BUCKET, ("FR",))
     rig.keyring.judge_by(Policy.of(["FR"]), FRANCE)
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ("FR",)) is key
+    assert rig.keyring.try_bucket_key(BUCKET, ("FR",)) is key
     assert rig.registers.reads == 1
 
 
@@ -90,9 +90,9 @@ async def test_a_bucket_record_with_other_countries_is_judged_again_although_its
     rig = Rig(material)
     await rig.keyring.create_bucket_key(BUCKET, ())
     key = await rig.keyring.bucket_key(BUCKET, ())
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ("FR",)) is None
+    assert rig.keyring.try_bucket_key(BUCKET, ("FR",)) is None
     assert await rig.keyring.bucket_key(BUCKET, ("FR",)) is key
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ("FR",)) is key
+    assert rig.keyring.try_bucket_key(BUCKET, ("FR",)) is key
     with pytest.raises(KeyReleaseRefused):
         await rig.keyring.bucket_key(BUCKET, ("DE",))
     assert rig.keyring.statistics().buckets_cached == 0
@@ -106,9 +106,9 @@ async def test_no_key_is_released_with_a_certificate_that_is_not_valid_now(mater
     await rig.keyring.bucket_key(BUCKET, ())
     sealed = rig.keyring.seal_secret(b"secret", [])
     rig.clock.now = 9.0
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ()) is not None
+    assert rig.keyring.try_bucket_key(BUCKET, ()) is not None
     rig.clock.now = 10.0
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ()) is None
+    assert rig.keyring.try_bucket_key(BUCKET, ()) is None
     with pytest.raises(KeyReleaseRefused, match="certificate validity: this gateway's certificate has expired"):
         await rig.keyring.bucket_key(BUCKET, ())
     with pytest.raises(KeyReleaseRefused):
@@ -143,4 +143,4 @@ async def test_a_policy_that_changes_while_the_register_is_read_counts(material)
     rig.registers.read = meanwhile
     with pytest.raises(KeyReleaseRefused):
         await rig.keyring.bucket_key(BUCKET, ())
-    assert rig.keyring.bucket_key_at_hand(BUCKET, ()) is None
+    assert rig.keyring.try_bucket_key(BUCKET, ()) is None

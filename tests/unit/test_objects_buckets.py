@@ -408,26 +408,26 @@ async def test_what_is_in_use_is_loaded_anew_once_before_it_expires_and_what_is_
         return loads
 
     recent = Recent[str, int](clock, 1.0, 10, load, spawned)
-    assert recent.at_hand("key") is None
+    assert recent.try_get("key") is None
     assert await recent.get("key") == 1
     clock.ahead_s += 0.5
-    assert recent.at_hand("key") == 1
+    assert recent.try_get("key") == 1
     assert not spawned
     clock.ahead_s += 0.2
-    assert [recent.at_hand("key") for _ in range(3)] == [1, 1, 1]
+    assert [recent.try_get("key") for _ in range(3)] == [1, 1, 1]
     assert await recent.get("key") == 1
     await asyncio.gather(*spawned)
-    assert (len(spawned), recent.at_hand("key")) == (1, 2)
+    assert (len(spawned), recent.try_get("key")) == (1, 2)
     clock.ahead_s += 0.7  # behind the end of the first
-    assert recent.at_hand("key") == 2
+    assert recent.try_get("key") == 2
     await asyncio.gather(*spawned)
     assert (len(spawned), loads) == (2, 3)  # a failure is nobody's, and the value lives as long as it would
     clock.ahead_s += 0.2
-    assert recent.at_hand("key") == 2
+    assert recent.try_get("key") == 2
     await asyncio.gather(*spawned)
-    assert recent.at_hand("key") == 4
+    assert recent.try_get("key") == 4
     clock.ahead_s += 1.0
-    assert recent.at_hand("key") is None
+    assert recent.try_get("key") is None
 
 
 async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
@@ -442,9 +442,9 @@ async def test_what_is_gone_when_it_is_loaded_anew_is_forgotten() -> None:
     await recent.get("key")
     clock.ahead_s += 0.7
     gone = True
-    assert recent.at_hand("key") == 1
+    assert recent.try_get("key") == 1
     await asyncio.gather(*spawned)
-    assert recent.at_hand("key") is None
+    assert recent.try_get("key") is None
 
 
 async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_time() -> None:
@@ -465,13 +465,13 @@ async def test_renewals_are_bounded_and_one_that_is_not_spawned_may_be_another_t
         await recent.get(key)
     clock.ahead_s += 0.7
     spawns = False
-    assert [recent.at_hand(key) for key in keys] == keys
+    assert [recent.try_get(key) for key in keys] == keys
     spawns = True
-    assert [recent.at_hand(key) for key in keys] == keys
+    assert [recent.try_get(key) for key in keys] == keys
     assert len(spawned) == RENEWALS_MAX
     hang.set()
     await asyncio.gather(*spawned)
-    assert [recent.at_hand(key) for key in keys] == keys
+    assert [recent.try_get(key) for key in keys] == keys
     assert len(spawned) > RENEWALS_MAX
     await asyncio.gather(*spawned)
 
@@ -488,7 +488,7 @@ async def test_what_is_being_loaded_is_not_loaded_anew_besides() -> None:
     recent = Recent[str, int](clock, 1.0, 10, load, spawned)
     await recent.get("key")
     clock.ahead_s += 0.7
-    assert recent.at_hand("key") == 1
+    assert recent.try_get("key") == 1
     clock.ahead_s += 0.7  # it has expired before the renewal has begun
     assert await asyncio.gather(recent.get("key"), recent.get("key"), *spawned) == [2, 2, None]
     assert loads == 2

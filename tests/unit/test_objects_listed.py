@@ -170,7 +170,7 @@ async def test_a_keyring_that_is_closed_meanwhile_leaves_nothing_with_the_scanne
     def closed(bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> None:
         raise KeyringUnavailable("The keyring is closed.")
 
-    monkeypatch.setattr(rig.world.keys, "bucket_key_at_hand", closed)
+    monkeypatch.setattr(rig.world.keys, "try_bucket_key", closed)
     assert (await rig.objects.list_objects(rig.bucket, delimiter=b"/")).prefixes == (b"a/",)
     assert rig.forgotten == [rig.bucket.id]
     await rig.objects.close()

@@ -29,7 +29,7 @@ from storaged.objects.api import (
     ObjectInfo,
     PutResult,
     Reading,
-    Soon,
+    ReadResult,
     WriteConditions,
 )
 from storaged.objects.etags import ANY, tag
@@ -41,9 +41,9 @@ from tests.worlds.objects import OWNER, World, bucket_of, got, pieces, put
 META = NewMeta({"content-type": "text/plain"}, {"color": "blue"}, {"a": "b"})
 
 
-async def soon(objects: ObjectService, bucket: BucketRecord, want_plain: bool = True) -> Soon:
-    told: asyncio.Future[Soon] = asyncio.get_running_loop().create_future()
-    objects.read_soon(bucket, b"key", want_plain, told.set_result)
+async def soon(objects: ObjectService, bucket: BucketRecord, want_plain: bool = True) -> ReadResult:
+    told: asyncio.Future[ReadResult] = asyncio.get_running_loop().create_future()
+    objects.try_read(bucket, b"key", want_plain, told.set_result)
     return await told
 
 
@@ -112,13 +112,13 @@ async def test_that_there_is_no_such_object_is_told_and_leaves_no_garbage() -> N
     objects, bucket = ObjectService(world.plane()), bucket_of(world)
     told: asyncio.Future[tuple[type, weakref.ref[Exception]]] = asyncio.get_running_loop().create_future()
 
-    def then(found: Soon) -> None:
+    def then(found: ReadResult) -> None:
         assert isinstance(found, Exception)
         told.set_result((type(found), weakref.ref(found)))
 
     gc.disable()
     try:
-        objects.read_soon(bucket, b"key", True, then)
+        objects.try_read(bucket, b"key", True, then)
         kind, held = await told
         assert (kind, held()) == (NoSuchKey, None)
     finally:
@@ -142,7 +142,7 @@ async def put_now(
 ) -> PutResult | Exception:
     told: asyncio.Future[PutResult | Exception] = asyncio.get_running_loop().create_future()
     asked = BodyChecks(size=len(data), **checks)
-    assert objects.put_soon(bucket, b"key", data, meta, asked, told.set_result, owner=OWNER, conditions=conditions)
+    assert objects.try_put(bucket, b"key", data, meta, asked, told.set_result, owner=OWNER, conditions=conditions)
     return await told
 
 
@@ -195,7 +195,7 @@ async def test_a_body_that_is_not_what_was_declared_is_raised_and_begins_nothing
         with pytest.raises(error):
             await put_now(objects, bucket, b"data", **checks)
     with pytest.raises(IncompleteBody):
-        objects.put_soon(bucket, b"key", b"dat", META, BodyChecks(size=4), lambda _: pytest.fail("told"), owner=OWNER)
+        objects.try_put(bucket, b"key", b"dat", META, BodyChecks(size=4), lambda _: pytest.fail("told"), owner=OWNER)
     assert world.ring.values == {}
     await objects.close()
 
@@ -213,7 +213,7 @@ async def test_what_is_no_common_case_is_left_to_put(why: str) -> None:
         data *= 4
     before = objects.statistics()
     asked = BodyChecks(size=len(data))
-    assert not objects.put_soon(
+    assert not objects.try_put(
         bucket, b"key", data, META, asked, lambda _: pytest.fail("told"), owner=OWNER, conditions=conditions
     )
     assert objects.statistics() == before

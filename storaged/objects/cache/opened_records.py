@@ -4,7 +4,7 @@ A client that downloads a large object asks for it in many ranges, and most ask 
 record from a majority anyway, but need not
 decode it, unwrap its key and open its metadata anew. An entry counts only for the very bytes that it was made of, under
 the very key that opened them: so it is never
-stale, and of no use once the bucket's key is no longer held (``KeyService.bucket_key_at_hand``). What is kept is in
+stale, and of no use once the bucket's key is no longer held (``KeyService.try_bucket_key``). What is kept is in
 memory only, and bounded.
 
 An entry has a data key in the clear, so it lives no longer than the bucket's key in this process, but for a turn of the

@@ -52,7 +52,7 @@ class Recent(Generic[K, V]):
         self._loads: dict[K, asyncio.Future[V]] = {}
         self._renewing: set[K] = set()
 
-    def at_hand(self, key: K) -> V | None:
+    def try_get(self, key: K) -> V | None:
         """What ``get`` would return without waiting; None when it would load."""
         kept = self._kept.get(key)
         if kept is None:
@@ -70,7 +70,7 @@ class Recent(Generic[K, V]):
 
     async def get(self, key: K) -> V:
         """Raises what ``load`` raises."""
-        if (kept := self.at_hand(key)) is not None:
+        if (kept := self.try_get(key)) is not None:
             return kept
         while (under_way := self._loads.get(key)) is not None:
             try:

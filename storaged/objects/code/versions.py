@@ -70,7 +70,7 @@ class BucketKeys:
             )
         return key
 
-    def at_hand(self, version: int) -> BucketKey:
+    def known(self, version: int) -> BucketKey:
         """Raises KeyNeeded."""
         key = self._known.get(version)
         if key is None:
@@ -246,7 +246,7 @@ def current_of(
         version = find_version(record, version_id)
     except (NoSuchKey, NoSuchVersion):
         return None
-    etag = open_listing(place, version, keys.at_hand(version.bucket_key)).etag if with_etag else ""
+    etag = open_listing(place, version, keys.known(version.bucket_key)).etag if with_etag else ""
     return Current(etag, version.size, version.modified_ms)
 
 

@@ -17,7 +17,7 @@ import msgspec
 from storaged import trace
 from storaged.errors import DataDamaged, InvalidPartNumber, InvalidRange, StoragedError
 from storaged.meta.names import RegisterName, object_name
-from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions, Reading, Soon
+from storaged.objects.api import NO_READ_CONDITIONS, ObjectInfo, RangeSpec, ReadConditions, Reading, ReadResult
 from storaged.objects.background import cancel_all
 from storaged.objects.cache.buffers import Lease, Transfer, window_bytes_for
 from storaged.objects.cache.opened_records import Opened
@@ -88,7 +88,7 @@ async def find(
         return found
     version = find_version(decode_record(reading.value), version_id)
     keys, countries = plane.keys, bucket.countries
-    bucket_key = keys.bucket_key_at_hand(bucket.id, countries, version.bucket_key)
+    bucket_key = keys.try_bucket_key(bucket.id, countries, version.bucket_key)
     if bucket_key is None:
         bucket_key = await keys.bucket_key(bucket.id, countries, version.bucket_key)
     return _opened(plane, name, bucket, key, version, version_id, bucket_key, reading)
@@ -105,7 +105,7 @@ def _kept(
     kept = plane.opened.get(place, value)
     if kept is None:
         return None
-    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries, kept.opened.version.bucket_key)
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, kept.opened.version.bucket_key)
     if bucket_key is not None and bucket_key is kept.bucket_key():
         return Found(name, kept.opened, payload, kept)
     plane.opened.drop(place)
@@ -136,8 +136,8 @@ def _opened(
     return Found(name, opened, payload, kept)
 
 
-def read_soon(
-    plane: ObjectPlane, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[Soon], None]
+def try_read(
+    plane: ObjectPlane, bucket: BucketRecord, key: bytes, want_plain: bool, then: Callable[[ReadResult], None]
 ) -> None:
     """See ``api.Objects``."""
     name = object_name(bucket.id, bucket.shard_numbers, key)
@@ -150,10 +150,10 @@ def _read(
     bucket: BucketRecord,
     key: bytes,
     want_plain: bool,
-    then: Callable[[Soon], None],
+    then: Callable[[ReadResult], None],
     reading: Reading | None,
 ) -> None:
-    answer: Soon = None
+    answer: ReadResult = None
     if reading is not None:
         try:
             answer = _in_memory(plane, name, bucket, key, want_plain, reading)
@@ -175,7 +175,7 @@ def _in_memory(
     found = _kept(plane, name, bucket, key, "", reading)
     if found is None:
         version = find_version(decode_record(reading.value), "")
-        bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries, version.bucket_key)
+        bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries, version.bucket_key)
         if bucket_key is None:
             return reading
         found = _opened(plane, name, bucket, key, version, "", bucket_key, reading)

@@ -237,8 +237,8 @@ class BucketService:
         """Raises NoSuchBucket (also while it is being deleted), DataDamaged."""
         return await self._recent.get(name)
 
-    def at_hand(self, name: str) -> BucketRecord | None:
-        return self._recent.at_hand(name)
+    def try_get(self, name: str) -> BucketRecord | None:
+        return self._recent.try_get(name)
 
     def fenced(self, bucket_id: bytes) -> None:
         """A replica has called the bucket fenced."""

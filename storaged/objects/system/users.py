@@ -83,8 +83,8 @@ class UserService:
         """Raises InvalidAccessKeyId."""
         return await self._recent.get(access_key)
 
-    def at_hand(self, access_key: str) -> tuple[Principal, str] | None:
-        return self._recent.at_hand(access_key)
+    def try_get(self, access_key: str) -> tuple[Principal, str] | None:
+        return self._recent.try_get(access_key)
 
     async def _load(self, access_key: str) -> tuple[Principal, str]:
         if not _is_access_key(access_key):

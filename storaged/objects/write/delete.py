@@ -66,7 +66,7 @@ async def change_meta(
     def update(value: Value | None) -> Change:
         record = decode_record(value)
         version = find_version(record, version_id)
-        bucket_key = keys.at_hand(version.bucket_key)
+        bucket_key = keys.known(version.bucket_key)
         opened = open_version(where, version, bucket_key)
         meta, context = alter(opened.meta), where.context_of(version)
         sealed = seal_meta(plane, opened.dek, context, meta)

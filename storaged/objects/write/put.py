@@ -82,7 +82,7 @@ async def put(
     """Stores an object. When this returns it is durable, and every later read sees it. When it raises, nothing was
     changed (OutcomeUnknown says when that is not sure).
     """
-    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries) or await plane.keys.bucket_key(
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries) or await plane.keys.bucket_key(
         bucket.id, bucket.countries
     )
     write = _write_of(plane, bucket, key, bucket_key, meta, owner, conditions)
@@ -103,7 +103,7 @@ async def put(
         return await _commit_put(write, sealed)
 
 
-def put_soon(
+def try_put(
     plane: ObjectPlane,
     bucket: BucketRecord,
     key: bytes,
@@ -118,7 +118,7 @@ def put_soon(
     """See ``api.Objects``. Of a condition it is enough that the commit judges it: there is no body
     left to be spared.
     """
-    bucket_key = plane.keys.bucket_key_at_hand(bucket.id, bucket.countries)
+    bucket_key = plane.keys.try_bucket_key(bucket.id, bucket.countries)
     if (
         bucket_key is None
         or len(plain) > plane.limits.small_bytes_max

@@ -147,7 +147,7 @@ class RequestBody(AsyncIterator[Buffer]):
 
     @property
     def failed(self) -> bool:
-        """No more of it will come, though it is not complete; or it is, and ``at_hand`` found it wrong."""
+        """No more of it will come, though it is not complete; or it is, and ``try_whole`` found it wrong."""
         return self._error is not None
 
     def admit(self) -> None:
@@ -329,7 +329,7 @@ class RequestBody(AsyncIterator[Buffer]):
         else:
             await self._source.heard(self)
 
-    def at_hand(self) -> Buffer | None:
+    def try_whole(self) -> Buffer | None:
         """The whole object of a small body, when all of that has come and none was read; it can be read as ever. None
         when something is wrong with it, which whoever
         reads it is told, and when its chunks are too many to be decoded in one turn."""
