@@ -18,6 +18,8 @@ from storaged.config import parse
 from storaged.s3 import app
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.unauthenticated import Strangers, address_key
+from tests.integration.s3_front import ACCESS, REGION, World, read_head, s3_world, signed, until
+from tests.integration.test_s3_patience import contexts
 from tests.patience import GUARD_S
 
 FORM = (
