@@ -323,7 +323,7 @@ class Gateway:
         app = self._app
         node.metrics.gauge("storaged_s3_in_flight").set_function(lambda: app.statistics().requests_in_flight)
         node.metrics.gauge("storaged_s3_connections").set_function(lambda: app.statistics().connections)
-        node.metrics.gauge("storaged_s3_unauthenticated").set_function(lambda: app.statistics().strangers)
+        node.metrics.gauge("storaged_s3_unauthenticated").set_function(lambda: app.statistics().unauthenticated)
         node.metrics.gauge("storaged_s3_unauthenticated_closed").set_function(lambda: app.statistics().evicted_total)
 
     async def _open_port(self) -> None:
@@ -566,9 +566,9 @@ def shared_limits(requests_max: int, s3: S3Section) -> Limits:
     return Limits(
         requests_max=part(requests_max),
         connections_max=part(Limits.connections_max),
-        stranger_connections_max=part(s3.unauthenticated_connections_max),
-        stranger_requests_max=part(s3.unauthenticated_requests_max),
-        stranger_bytes_max=part(s3.unauthenticated_bytes_max),
+        unauthenticated_connections_max=part(s3.unauthenticated_connections_max),
+        unauthenticated_requests_max=part(s3.unauthenticated_requests_max),
+        unauthenticated_bytes_max=part(s3.unauthenticated_bytes_max),
     )
 
 

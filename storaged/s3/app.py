@@ -40,11 +40,12 @@ from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
 from storaged.s3.context import Front, check_owner, existing_bucket
 from storaged.s3.headers import INCIDENTAL, wants_checksums
 from storaged.s3.http.body import RequestBody
-from storaged.s3.http.connection import Connection, Connections
+from storaged.s3.http.connection import Connection
+from storaged.s3.http.connections import Connections
 from storaged.s3.http.grammar import Head, parse_head
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.listen import BACKLOG, listen
-from storaged.s3.http.tls import Acceptor, shake_hands
+from storaged.s3.http.tls import TlsAcceptor, accept_tls
 from storaged.s3.operation import Operation, hear_query, read_body
 from storaged.s3.ops.objects import put_asked
 from storaged.s3.reply import Reply, object_headers, stored_headers, xml_reply
@@ -96,7 +97,7 @@ class Statistics:
     requests_total: int
     refused_total: int
     """Refused with SlowDown, since too many were in flight."""
-    strangers: int
+    unauthenticated: int
     """Connections that have not authenticated."""
     evicted_total: int
     """Of those, closed to make room."""
@@ -132,7 +133,7 @@ class S3App:
         self._host_id = base64.b64encode(entropy(24)).decode()
         self._sender = Sender(self._limits, clock, self._host_id)
         self._servers: list[asyncio.Server] = []
-        self._acceptor: Acceptor | None = None
+        self._acceptor: TlsAcceptor | None = None
         self._ending: list[tuple[Connection, _Begun, Reply]] = []
         """Answers that are about to leave."""
         self._connections: Connections | None = None
@@ -150,7 +151,7 @@ class S3App:
         taken = int(listeners[0].getsockname()[1])
         connections = self.open(ssl)
         if ssl is not None:
-            self._acceptor = Acceptor(listeners, self.adopt)
+            self._acceptor = TlsAcceptor(listeners, self.adopt)
             self._acceptor.start()
             return taken
         for listener in listeners:
@@ -162,7 +163,7 @@ class S3App:
     def open(self, ssl: ssl.SSLContext | None = None) -> Connections:
         """Takes connections that are handed to ``adopt``; does not listen."""
         self._ssl = ssl
-        self._connections = Connections(self._converse, self._limits, self._begin_soon, self._proxies)
+        self._connections = Connections(self._converse, self._limits, self._try_begin, self._proxies)
         return self._connections
 
     async def adopt(self, accepted: socket.socket) -> None:
@@ -173,7 +174,7 @@ class S3App:
             accepted.close()
             return
         if self._ssl is not None:
-            await shake_hands(self._connections, accepted, self._ssl, self._limits.handshake_s)
+            await accept_tls(self._connections, accepted, self._ssl, self._limits.handshake_s)
             return
         try:
             await asyncio.get_running_loop().connect_accepted_socket(self._connections, accepted)
@@ -196,7 +197,7 @@ class S3App:
             if connection.idle:
                 connection.transport.close()
         ending = asyncio.get_running_loop().call_later(
-            min(STRANGERS_DRAIN_S, drain_s), self._connections.strangers.end_all
+            min(STRANGERS_DRAIN_S, drain_s), self._connections.unauthenticated.evict_all
         )
         try:
             async with asyncio.timeout(drain_s):
@@ -219,14 +220,14 @@ class S3App:
         connections = self._connections
         if connections is None:
             return Statistics(0, self._in_flight, self._requests_total, 0, 0, 0)
-        strangers = connections.strangers.counts()
+        unauthenticated = connections.unauthenticated.counts()
         return Statistics(
             len(connections.open),
             self._in_flight,
             self._requests_total,
             connections.refused_total,
-            strangers.connections,
-            strangers.evicted_total,
+            unauthenticated.connections,
+            unauthenticated.evicted_total,
         )
 
     def _new_id(self) -> str:
@@ -279,7 +280,7 @@ class S3App:
     # --- by callbacks
     # -------------------------------------------------------------------------------------------------------
 
-    def _begin_soon(self, connection: Connection, raw: bytes, more: int) -> bool:
+    def _try_begin(self, connection: Connection, raw: bytes, more: int) -> bool:
         """Takes on a GET or HEAD that asks for a whole object and nothing else, and a PUT of a small one, when who
         asks, and the bucket, are in memory. Whatever is
         refused, or not understood, is left to the task, which says why."""
@@ -439,7 +440,7 @@ class S3App:
     async def _serve(self, connection: Connection, head: Head | _Begun | errors.S3Error) -> tuple[Request, Sent]:
         """Answers one request."""
         started_s = self._clock.monotonic()
-        spans = trace.begin(connection.heard_ns) if trace.on else None
+        spans = trace.begin(connection.first_byte_ns) if trace.on else None
         if isinstance(head, Head):
             request = self._request_of(connection, head)
             if head.length != 0:
@@ -461,7 +462,7 @@ class S3App:
         sent = await self._sender.send(connection, request, reply, may_keep)
         if spans is not None:
             spans.note("reply", began_ns, time.perf_counter_ns())
-            connection.heard_ns = 0
+            connection.first_byte_ns = 0
         self._observe(request, sent.reply, sent.bytes_out, sent.complete, started_s, spans)
         return request, sent
 

@@ -170,7 +170,7 @@ async def test_tiny_chunks_of_who_is_not_authenticated_end_the_connection_soon(
             assert head.startswith(b"HTTP/1.1 403 " if method == "PUT" else b"HTTP/1.1 400 ")
             await asyncio.wait_for(_ended(reader), GUARD_S)
             writer.close()
-    assert sum(calls) <= limits.stranger_chunks + CHUNKS_A_TURN
+    assert sum(calls) <= limits.unauthenticated_chunks + CHUNKS_A_TURN
     assert max(calls, default=0) <= CHUNKS_A_TURN
 
 

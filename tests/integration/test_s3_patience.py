@@ -15,7 +15,8 @@ import pytest
 
 from storaged.objects.api import NewMeta
 from storaged.s3.http.body import RequestBody
-from storaged.s3.http.connection import Connection, Connections
+from storaged.s3.http.connection import Connection
+from storaged.s3.http.connections import Connections
 from storaged.s3.http.grammar import broken_so_far
 from storaged.s3.http.limits import Limits
 from tests.doubles import object_service as fake_object_service

@@ -14,8 +14,9 @@ import pytest
 from storaged.objects.api import NewMeta, Reading
 from storaged.objects.read.get import HeldStream
 from storaged.s3 import app
-from storaged.s3.http.connection import HEAD, WORKING, Connection
+from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
+from storaged.s3.http.progress import HEAD, WORKING
 from tests.doubles.object_service import checksum
 from tests.integration.s3_front import ACCESS, REGION, Held, World, ask, break_off, read_head, s3_world, signed, until
 
@@ -262,7 +263,7 @@ async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_ha
     reader, writer = await held.ask("GET", "small")
     [connection] = world.app._connections.open  # type: ignore[union-attr]
     assert isinstance(connection, Connection)
-    assert connection.phase == WORKING
+    assert connection.progress.phase == WORKING
     assert not connection.idle
     connection.pause_writing()  # as a transport does whose socket is full
     held.go()
@@ -277,7 +278,7 @@ async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_ha
     for body in (SMALL, SMALL[1:]):
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
         assert await reader.readexactly(len(body)) == body
-    await until(lambda: connection.phase == HEAD)
+    await until(lambda: connection.progress.phase == HEAD)
     writer.close()
 
 

@@ -24,8 +24,9 @@ from storaged.s3 import app
 from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.headers import INCIDENTAL
 from storaged.s3.http.body import RequestBody
-from storaged.s3.http.connection import BODY, HEAD, Connection
+from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
+from storaged.s3.http.progress import BODY, HEAD
 from storaged.s3.ops.objects import put_asked
 from storaged.s3.request import Request
 from tests.doubles.object_service import HELD_BYTES_MAX, checksum
@@ -242,7 +243,7 @@ async def test_a_body_that_does_not_come_is_waited_for_no_longer_than_any_other(
     writer.write(head + body[:10])
     await until(lambda: world.app.statistics().connections == 1)
     [connection] = world.app._connections.open  # type: ignore[union-attr]
-    await until(lambda: connection.phase == BODY)
+    await until(lambda: connection.progress.phase == BODY)
     answer = await asyncio.wait_for(reader.read(), GUARD_S)
     assert b"<Code>RequestTimeout<" in answer
     assert kept(world) == {}
@@ -403,7 +404,7 @@ async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_ha
         held.go()
     for _ in range(2):
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
-    await until(lambda: connection.phase == HEAD)
+    await until(lambda: connection.progress.phase == HEAD)
     writer.close()
 
 

@@ -17,7 +17,7 @@ import pytest
 from storaged.config import parse
 from storaged.s3 import app
 from storaged.s3.http.limits import Limits
-from storaged.s3.http.unauthenticated import Strangers, address_key
+from storaged.s3.http.unauthenticated import UnauthenticatedClients, address_key
 from tests.integration.s3_front import ACCESS, REGION, World, read_head, s3_world, signed, until
 from tests.integration.test_s3_patience import contexts
 from tests.patience import GUARD_S
@@ -105,11 +105,11 @@ async def test_signed_requests_beyond_the_limit_are_asked_to_slow_down_and_their
 
 
 async def test_the_oldest_stranger_of_an_address_makes_room_and_who_has_signed_stays() -> None:
-    async with bucket(Limits(stranger_connections_max=3)) as world:
+    async with bucket(Limits(unauthenticated_connections_max=3)) as world:
         known = await sent(world, signed(world, "HEAD", "/bucket/none"))
         await read_head(known[0])
         strangers = [await sent(world, b"") for _ in range(3)]
-        await until(lambda: world.app.statistics().strangers == 3)
+        await until(lambda: world.app.statistics().unauthenticated == 3)
         await answered(world)
         assert await asyncio.wait_for(strangers[0][0].read(), GUARD_S) == b""
         assert world.app.statistics().evicted_total == 1
@@ -122,7 +122,7 @@ async def test_the_oldest_stranger_of_an_address_makes_room_and_who_has_signed_s
 async def test_when_all_connections_are_taken_the_oldest_stranger_makes_room() -> None:
     async with bucket(Limits(connections_max=4)) as world:
         strangers = [await sent(world, b"GET / HT") for _ in range(4)]
-        await until(lambda: world.app.statistics().strangers == 4)
+        await until(lambda: world.app.statistics().unauthenticated == 4)
         await answered(world)
         assert await asyncio.wait_for(strangers[0][0].read(), GUARD_S) == b""
         for _, writer in strangers:
@@ -141,21 +141,21 @@ async def test_a_connection_beyond_the_limit_is_closed_when_all_have_signed() ->
 
 
 async def test_bytes_of_strangers_are_bounded_for_their_address() -> None:
-    async with bucket(Limits(stranger_bytes_max=100_000)) as world:
+    async with bucket(Limits(unauthenticated_bytes_max=100_000)) as world:
         holders = [await sent(world, FORM + b"x" * 40_000) for _ in range(3)]
         assert await asyncio.wait_for(holders[0][0].read(), GUARD_S) == b""
-        assert world.app.statistics().strangers == 2
+        assert world.app.statistics().unauthenticated == 2
         await answered(world)
         for _, writer in holders:
             writer.close()
 
 
 async def test_requests_of_strangers_are_bounded_for_their_address() -> None:
-    async with bucket(Limits(stranger_requests_max=2)) as world:
+    async with bucket(Limits(unauthenticated_requests_max=2)) as world:
         forms = [await sent(world, FORM) for _ in range(3)]
         assert await asyncio.wait_for(forms[0][0].read(), GUARD_S) == b""
         await answered(world)
-        assert world.app.statistics().strangers == 2
+        assert world.app.statistics().unauthenticated == 2
         for _, writer in forms:
             writer.close()
 
@@ -197,12 +197,12 @@ class _Connection:
 
 
 def test_addresses_do_not_count_for_each_other_and_proxies_not_at_all() -> None:
-    strangers = Strangers(Limits(stranger_connections_max=2), ["10.0.0.0/8", "2001:db8::1"])
+    strangers = UnauthenticatedClients(Limits(unauthenticated_connections_max=2), ["10.0.0.0/8", "2001:db8::1"])
     found: dict[str, list[_Connection]] = {}
     for remote in ("192.0.2.1", "192.0.2.2", "2001:db8:1::1", "10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1") * 3:
         connection = _Connection()
         found.setdefault(remote, []).append(connection)
-        strangers.came(connection, remote)
+        strangers.add(connection, remote)
     gone = {remote: [connection.gone for connection in each] for remote, each in found.items()}
     limited = [True, False, False]
     assert gone == {
@@ -216,14 +216,14 @@ def test_addresses_do_not_count_for_each_other_and_proxies_not_at_all() -> None:
 
 
 def test_nothing_is_remembered_of_who_has_left() -> None:
-    strangers = Strangers(Limits(stranger_bytes_max=100))
-    came = [strangers.came(_Connection(), f"192.0.2.{number % 5}") for number in range(50)]
+    strangers = UnauthenticatedClients(Limits(unauthenticated_bytes_max=100))
+    came = [strangers.add(_Connection(), f"192.0.2.{number % 5}") for number in range(50)]
     for number, stranger in enumerate(came):
-        stranger.asks(True)
-        stranger.keeps(number % 60)
+        stranger.serve(True)
+        stranger.keep(number % 60)
     for stranger in came:
-        stranger.leaves()
-        stranger.leaves()
+        stranger.remove()
+        stranger.remove()
     assert (strangers.counts().connections, strangers.counts().addresses) == (0, 0)
     assert not any(stranger.address.bytes for stranger in came)
 
@@ -248,7 +248,7 @@ def test_limits_of_strangers_are_configured_and_checked() -> None:
 # --- TLS
 
 
-@pytest.mark.parametrize("limits", [Limits(stranger_connections_max=3), Limits(connections_max=3)])
+@pytest.mark.parametrize("limits", [Limits(unauthenticated_connections_max=3), Limits(connections_max=3)])
 @pytest.mark.parametrize("handed", [False, True])
 async def test_handshakes_that_are_not_made_make_room_for_others(limits: Limits, handed: bool, tmp_path: Path) -> None:
     server, client = contexts(tmp_path)
@@ -271,7 +271,7 @@ async def test_handshakes_that_are_not_made_make_room_for_others(limits: Limits,
         assert world.app.statistics().evicted_total >= 2
         for _, each in (*silent, (reader, writer)):
             each.transport.abort()
-        await until(lambda: world.app.statistics().strangers == 0)
+        await until(lambda: world.app.statistics().unauthenticated == 0)
 
 
 async def ended(reader: StreamReader) -> None:
@@ -294,7 +294,7 @@ async def test_when_the_port_closes_handshakes_are_given_up(tmp_path: Path) -> N
     server, _ = contexts(tmp_path)
     async with s3_world(Limits(handshake_s=60), tls=server) as world:
         reader, writer = await sent(world, b"\x16\x03\x01")
-        await until(lambda: world.app.statistics().strangers == 1)
+        await until(lambda: world.app.statistics().unauthenticated == 1)
         await world.app.close(5)
         await ended(reader)
         writer.close()

@@ -1,1 +1,1 @@
-"""Who asks: Signature Version 4, and the policies of browser forms."""
+"""Authentication: Signature Version 4, signed chunks, and the policies of browser forms."""

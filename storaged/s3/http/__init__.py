@@ -1,1 +1,1 @@
-"""HTTP/1.1 as the S3 front speaks it: grammar, connections, bodies, answers, limits."""
+"""HTTP/1.1 of the S3 port: grammar, connections, bodies, limits. It knows nothing of S3's operations."""

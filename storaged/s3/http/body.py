@@ -219,11 +219,11 @@ class RequestBody(AsyncIterator[Buffer]):
         BadRequest.
         """
         limits = self._limits
-        few = self._admitted or chunks.chunks <= limits.stranger_chunks
-        if not few and chunks.data_bytes < chunks.chunks * limits.stranger_chunk_bytes_min:
+        few = self._admitted or chunks.chunks <= limits.unauthenticated_chunks
+        if not few and chunks.data_bytes < chunks.chunks * limits.unauthenticated_chunk_bytes_min:
             raise BadRequest(
-                f"The chunks of a body that is not authenticated have {limits.stranger_chunk_bytes_min} bytes or more,"
-                " on average."
+                "The chunks of a body that is not authenticated have"
+                f" {limits.unauthenticated_chunk_bytes_min} bytes or more, on average."
             )
 
     def received(self, count: int) -> None:

@@ -1,8 +1,8 @@
-"""TLS clients until their handshake is made: accepted here, and strangers from then on.
+"""TLS handshakes of clients, which count as unauthenticated from the moment they connect.
 
-The event loop's own server makes a protocol only after the handshake. Before it nobody would count a client that has
-connected and says nothing,
-and each takes a descriptor of the process for ``Limits.handshake_s``.
+The event loop's own server makes a protocol only after the handshake. Until then no limit would count a client that
+connects and says nothing, and each such client takes a descriptor of the process for ``Limits.handshake_s``. So this
+module accepts connections itself.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from storaged.s3.http.connection import Connections
+from storaged.s3.http.connections import Connections
 
 log = logging.getLogger("storaged.s3")
 
 ACCEPTS_A_TURN = 64
 PAUSE_S = 0.5
-"""When there are no descriptors left, accepting again at once would fail again."""
+"""When the process has no descriptors left, it accepts again after this pause: at once it would fail again."""
 
 
-class _Pending:
+class _Handshake:
     """A handshake that may be given up for another client."""
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
@@ -35,12 +35,11 @@ class _Pending:
         self._task.cancel()
 
 
-async def shake_hands(
+async def accept_tls(
     connections: Connections, accepted: socket.socket, context: ssl.SSLContext, timeout_s: float
 ) -> None:
-    """Makes a connection of an accepted socket; closes it when the handshake fails, takes too long, or makes room for
-    another client's.
-    Raises CancelledError alone."""
+    """Makes a connection of an accepted socket. Closes it when the handshake fails, takes too long, or makes room for
+    another client's. Raises only CancelledError."""
     task = asyncio.current_task()
     assert task is not None
     try:
@@ -51,8 +50,8 @@ async def shake_hands(
     if not connections.room_for_handshake():
         accepted.close()
         return
-    pending = _Pending(task)
-    stranger = connections.strangers.came(pending, remote)
+    handshake = _Handshake(task)
+    client = connections.unauthenticated.add(handshake, remote)
     connections.handshakes += 1
     try:
         await asyncio.get_running_loop().connect_accepted_socket(
@@ -60,18 +59,18 @@ async def shake_hands(
         )
     except asyncio.CancelledError:
         accepted.close()
-        if not pending.evicted:
+        if not handshake.evicted:
             raise
     except OSError as error:
         log.debug("a connection broke before its first request: %s", error)
         accepted.close()
     finally:
         connections.handshakes -= 1
-        stranger.leaves()
+        client.remove()
 
 
-class Acceptor:
-    """Accepts from listening sockets, and has ``adopt`` serve each client in a task."""
+class TlsAcceptor:
+    """Accepts from listening sockets, and serves each client by ``adopt`` in a task."""
 
     def __init__(
         self, listeners: Sequence[socket.socket], adopt: Callable[[socket.socket], Coroutine[Any, Any, None]]
@@ -87,7 +86,7 @@ class Acceptor:
             loop.add_reader(listener, self._accept, listener)
 
     def close(self) -> None:
-        """Accepts no more, and gives up the handshakes that are not made."""
+        """Stops accepting, and gives up the handshakes under way."""
         if self._pause is not None:
             self._pause.cancel()
         loop = asyncio.get_running_loop()
