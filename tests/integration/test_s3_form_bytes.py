@@ -12,8 +12,8 @@ import pytest_asyncio
 from storaged import errors
 from storaged.s3.auth.form_policy import check_policy, parse_policy
 from storaged.s3.http.form_data import FormReader, boundary_of
-from tests.unit.s3_world import ACCESS, REGION, World, s3_world
-from tests.unit.test_s3_post import NOW_MS, policy, post, signed_form, stored
+from tests.integration.s3_front import ACCESS, REGION, World, s3_world
+from tests.integration.test_s3_post import NOW_MS, policy, post, signed_form, stored
 
 LATER = "2099-01-01T00:00:00Z"
 

@@ -18,7 +18,7 @@ import pytest_asyncio
 from storaged import errors
 from storaged.s3.auth.form_policy import check_policy, parse_policy
 from storaged.s3.http.form_data import FormReader, boundary_of
-from tests.unit.s3_world import ACCESS, REGION, SECRET, World, s3_world
+from tests.integration.s3_front import ACCESS, REGION, SECRET, World, s3_world
 
 BOUNDARY = "x-boundary"
 NOW_MS = 1_700_000_000_000
