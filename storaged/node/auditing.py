@@ -8,23 +8,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cryptography import x509
 
+from storaged.clock import Clock
 from storaged.cluster.audit.log import AuditLog
 from storaged.cluster.audit.retention import prune_regularly
 from storaged.cluster.audit.witness import WitnessBook, WitnessedReply, WitnessedRequest
 from storaged.cluster.audit.witness_client import CALL_TIMEOUT_S, WitnessClient
 from storaged.cluster.audit.witness_record import plain
 from storaged.cluster.identity import Identity, NodeSigner
+from storaged.cluster.layouts import LayoutBook
+from storaged.cluster.membership import Membership
 from storaged.cluster.ports import Methods
+from storaged.cluster.rpc import RpcPool
+from storaged.config import Config
 from storaged.errors import PeerError
+from storaged.observe import Metrics
 from storaged.units import MIB
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # storage nodes have no further processes, and don't import what those need
     from storaged.node.leader import Leader
-    from storaged.node.planes import Node
 
 WITNESS_FOLDER = "witness"
 PAGES_MAX = 512
@@ -32,10 +37,25 @@ ANSWER_BYTES_MAX = 128 * MIB
 """Of one witness's memory of one node: 16,384 chains are 50 MiB."""
 
 
+class AuditedNode(Protocol):
+    """The parts of a node that auditing uses. ``config`` and ``own`` change with a reload."""
+
+    config: Config
+    own: Identity
+    clock: Clock
+    metrics: Metrics
+    leader: Leader | None
+    incarnation: bytes
+    directory: Path
+    layouts: LayoutBook
+    pool: RpcPool
+    membership: Membership
+
+
 class Auditing:
     """``log`` is there at once; ``methods`` are to be registered; ``start`` after the network, ``close`` before it."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: AuditedNode) -> None:
         self._node = node
         config, own = node.config, node.own
         self.log: AuditLog | Leader = node.leader or AuditLog(

@@ -13,16 +13,14 @@ import contextlib
 import dataclasses
 import functools
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 import structlog
 
 from storaged import keys
 from storaged.admin.ports import Services
 from storaged.admin.status import KeyDamage
-from storaged.clock import Clock
 from storaged.cluster.audit.format import REFUSED
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.policy import KeyHolder, Policy
@@ -33,23 +31,21 @@ from storaged.errors import (
     CertificateRefused,
     ConfigInvalid,
     KeyringUnavailable,
-    OperatorError,
     ServiceUnavailable,
-    StoragedError,
 )
 from storaged.ids import system_entropy
 from storaged.keys import CopyLog
-from storaged.keys.ports import Audit, KeyCopies, SystemRegisters
+from storaged.keys.ports import KeyCopies
 from storaged.meta.names import RegisterName, Value
 from storaged.node.audited import NOT_AUDITED, AuditedBuckets
 from storaged.node.binding import REMEMBERED_FILE, Binding
 from storaged.node.housekeeping import housekeep, look_at_records
 from storaged.node.keyhome import EXPIRED_EVERY_S, CopiesDesk, FirstCopies, LeaderCopies, RingRegisters, take_restored
-from storaged.node.protection import protection_of
+from storaged.node.planes import NodePlanes
 from storaged.node.requestlog import RequestLog
+from storaged.node.unlock import RETRY_MAX_S, LateKeys, Unlocker, backup
 from storaged.node.workers import Workers
 from storaged.objects.plane import Damage, ObjectLimits, ObjectPlane
-from storaged.objects.ports import BucketKey, EndedKey, KeyService
 from storaged.objects.service import ObjectService
 from storaged.objects.system.belief import Belief
 from storaged.objects.system.buckets import BucketService
@@ -64,11 +60,6 @@ from storaged.s3.app import S3App
 from storaged.s3.http.limits import Limits
 from storaged.units import MIB
 
-if TYPE_CHECKING:
-    from storaged.node.planes import Node
-
-RETRY_FIRST_S = 0.05
-RETRY_MAX_S = 2.0
 SIGNER_EVERY_S = 60.0
 BUFFER_BYTES_MIN = 8 * MIB
 """Of each of a worker's three pools."""
@@ -76,164 +67,10 @@ BUFFER_BYTES_MIN = 8 * MIB
 log = structlog.get_logger("gateway")
 
 
-class LateKeys:
-    """A ``KeyService`` that becomes usable when the keyring has been opened and found to be the cluster's;
-    KeyringUnavailable before.
-    """
-
-    def __init__(self) -> None:
-        self.keyring: keys.Keyring | None = None
-        self.reason = "the keyring is not open yet"
-        self.opened = asyncio.Event()
-
-    def _open(self) -> KeyService:
-        if self.keyring is None:
-            raise KeyringUnavailable(f"Nothing can be sealed or opened: {self.reason.rstrip('.')}.")
-        return self.keyring
-
-    async def create_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...]) -> None:
-        await self._open().create_bucket_key(bucket_id, countries)
-
-    async def end_bucket_key(self, bucket_id: bytes, name: str, nonce: bytes, shards: Sequence[int]) -> None:
-        await self._open().end_bucket_key(bucket_id, name, nonce, shards)
-
-    async def ended_bucket_keys(self) -> Sequence[EndedKey]:
-        return await self._open().ended_bucket_keys()
-
-    async def destroy_bucket_key(self, bucket_id: bytes, nonce: bytes) -> bool:
-        return await self._open().destroy_bucket_key(bucket_id, nonce)
-
-    async def look_after(self, buckets: Mapping[bytes, tuple[str, ...]]) -> None:
-        await self._open().look_after(buckets)
-
-    async def bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey:
-        return await self._open().bucket_key(bucket_id, countries, version)
-
-    def try_bucket_key(self, bucket_id: bytes, countries: tuple[str, ...], version: int = 0) -> BucketKey | None:
-        return self._open().try_bucket_key(bucket_id, countries, version)
-
-    def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes:
-        return self._open().authenticate(context, message)
-
-    def verify(self, context: Sequence[bytes], message: bytes, tag: bytes) -> bool:
-        return self._open().verify(context, message, tag)
-
-    def sign_public(self, message: bytes) -> bytes:
-        return self._open().sign_public(message)
-
-    def public_signer(self) -> bytes:
-        return self._open().public_signer()
-
-    def seal_secret(self, plaintext: bytes, context: Sequence[bytes]) -> bytes:
-        return self._open().seal_secret(plaintext, context)
-
-    def open_secret(self, sealed: bytes, context: Sequence[bytes]) -> bytes:
-        return self._open().open_secret(sealed, context)
-
-
-class Unlocker:
-    """Opens the keyring, and lets it be used once the register ``cluster`` names it."""
-
-    def __init__(
-        self,
-        config: Config,
-        binding: Binding,
-        late: LateKeys,
-        audit: Audit,
-        clock: Clock,
-        judged_by: Callable[[], tuple[Policy, KeyHolder]],
-        registers: SystemRegisters,
-        copies_of: Callable[[bytes], Awaitable[KeyCopies]],
-    ) -> None:
-        """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring
-        opens. ``copies_of`` opens this gateway's
-        copies of the bucket keys of a keyring."""
-        self._config = config
-        self._binding = binding
-        self._late = late
-        self._audit = audit
-        self._clock = clock
-        self._judged_by = judged_by
-        self._registers = registers
-        self._copies_of = copies_of
-        self.problem = ""
-        """Why the keyring cannot be used, when that will not mend itself; empty while it is being opened, and when it
-        is open.
-        """
-        self._again = asyncio.Event()
-
-    def again(self) -> None:
-        """Somebody may have put a keyring there: look again, if it is not open."""
-        self._again.set()
-
-    async def run(self) -> None:
-        """Until the keyring is open. A missing majority is waited for; a keyring that does not fit
-        waits for ``again``.
-        """
-        pause_s = RETRY_FIRST_S
-        while self._late.keyring is None:
-            self._again.clear()
-            try:
-                await self._unlock()
-            except ServiceUnavailable as error:
-                self._late.reason = f"the ring does not answer ({error.message})"
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, RETRY_MAX_S)
-            except (OperatorError, OSError) as error:
-                self.problem = error.message if isinstance(error, StoragedError) else str(error)
-                self._late.reason = self.problem
-                code = error.code if isinstance(error, StoragedError) else "KEYRING_MISMATCH"
-                log.error(
-                    "the keyring cannot be used; S3 answers 503 until it is restored and the gateway reloaded",
-                    code=code,
-                    reason=self.problem,
-                )
-                await self._again.wait()
-
-    async def _unlock(self) -> None:
-        path = Path(self._config.keys.keyring)
-        material = await asyncio.to_thread(lambda: keys.open_keyring(path, protection_of(self._config)))
-        record = await self._binding.check(material.keyring_id)
-        copies = await self._copies_of(material.keyring_id)
-        policy, holder = self._judged_by()
-        keyring = keys.Keyring(
-            material, self._registers, copies, audit=self._audit, clock=self._clock, policy=policy, holder=holder
-        )
-        await self._binding.confirm(record, material.keyring_id, keyring)
-        self._late.keyring = keyring
-        self.problem = self._late.reason = ""
-        self._late.opened.set()
-        log.info("the keyring is open", keyring=material.keyring_id.hex())
-
-
-async def backup(late: LateKeys, directory: Path, passphrase: str, clock: Clock) -> tuple[str, bytes]:
-    """The keyring's id and its backup under a passphrase, with every bucket key made so far. The keyring file remembers
-    which epoch it covers, and when it was made.
-
-    Raises ServiceUnavailable when the ring can't be listed: a backup that is not whole is none.
-    """
-    if late.keyring is None:
-        raise KeyringUnavailable(f"There is no keyring to back up: {late.reason.rstrip('.')}.")
-    material = late.keyring.material
-    now_ms = clock.wall_ms()
-    found = await late.keyring.homes.inventory()
-    if found.lost:
-        log.error(
-            "a backup of the keyring lacks keys that open nowhere",
-            buckets=",".join(lost.hex() for lost in found.lost[:10]),
-        )
-    path = directory / f"backup-{system_entropy(8).hex()}.new"  # its own: two at once are under two passphrases
-    try:
-        await asyncio.to_thread(keys.backup, material, path, passphrase, found.copies, now_ms=now_ms)
-        return material.keyring_id.hex(), path.read_bytes()
-    finally:
-        path.unlink(missing_ok=True)
-
-
 class Gateway:
     """The planes that only a gateway has, over a node's own."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: NodePlanes) -> None:
         self._node = node
         self._config = node.config
         self._late = LateKeys()

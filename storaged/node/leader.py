@@ -7,32 +7,29 @@ import contextlib
 import json
 import socket
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
+from prometheus_client import CollectorRegistry
 
 from storaged.clock import Clock, SystemClock
 from storaged.cluster.audit.format import Event
 from storaged.cluster.audit.log import REFUSALS_EVERY_S
 from storaged.cluster.audit.refusals import Refusals
 from storaged.errors import AuditUnwritable
-from storaged.node.workers import LINE_BYTES_MAX, NOT_TAKEN, TAKEN, TOLD_AT_ONCE_MAX, encode_samples
+from storaged.node.worker import ANSWERS_BYTES_MAX, LINE_BYTES_MAX, NOT_TAKEN, TAKEN, encode_samples
 from storaged.observe import samples_of
 
-if TYPE_CHECKING:
-    from storaged.node.planes import Node
-
-TELL_AGAIN_S = 0.01
+ANSWER_AGAIN_S = 0.01
 ENDED = "the gateway's first process has ended"
 
 log = structlog.get_logger("workers")
 
 
 class Leader:
-    """The gateway's first process, to the worker ``number``. Its audit log is this worker's too: a
-    ``cluster.audit.log.Trail``.
+    """The gateway's first process, as worker ``number`` sees it. ``door`` and ``talk`` are this process's descriptors.
 
-    ``door`` and ``talk`` are the descriptors that this process was started with.
+    It is a ``cluster.audit.log.Trail`` too: this worker writes to the audit log of the first process.
     """
 
     def __init__(self, number: int, door: int, talk: int, clock: Clock | None = None) -> None:
@@ -47,20 +44,18 @@ class Leader:
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.StreamReader | None = None
         self._waiting: dict[int, asyncio.Future[tuple[str, str]]] = {}
-        """Of what was asked of the first process."""
+        """Questions to the first process, by id."""
         self._last = 0
         self._answers = bytearray()
-        """TAKEN or NOT_TAKEN for each connection that the first process has not been told of yet: it keeps it until
-        then.
-        """
-        self._telling: asyncio.TimerHandle | None = None
+        """TAKEN or NOT_TAKEN for each connection; the first process keeps a connection until it has this answer."""
+        self._answering: asyncio.TimerHandle | None = None
         self._adopted: set[asyncio.Task[None]] = set()
         self._clock = clock or SystemClock()
         self._refusals = Refusals()
         self._refusing: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
-        """Returns when the first process has said who it is."""
+        """Waits for the hello of the first process. Raises AuditUnwritable when it has ended."""
         self._reader, self._writer = await asyncio.open_unix_connection(sock=self._talk, limit=LINE_BYTES_MAX)
         hello = json.loads(await self._reader.readline() or b"{}")
         if hello.get("do") != "hello":
@@ -68,7 +63,7 @@ class Leader:
         self.pid, self.incarnation = hello["pid"], bytes.fromhex(hello["incarnation"])
 
     def tell(self, message: dict[str, Any]) -> None:
-        """What needs no answer."""
+        """Sends a message that needs no answer."""
         self._tell(message)
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -78,22 +73,35 @@ class Leader:
     def ready(self) -> None:
         self._tell({"tell": "ready"})
 
-    async def serve(self, node: Node, reloading: asyncio.Event, stopping: asyncio.Event) -> None:
-        """Obeys until the first process ends, which ends this one."""
-        assert node.gateway is not None
+    async def serve(
+        self,
+        registry: CollectorRegistry,
+        on_forget: Callable[[str, str], None],
+        reloading: asyncio.Event,
+        stopping: asyncio.Event,
+    ) -> None:
+        """Obeys the first process until it ends; then this one ends too.
+
+        ``registry``: the metrics that it asks for. ``on_forget(kind, key)``: another process changed this bucket, user
+        or key.
+        """
         assert self._reader is not None
         with contextlib.suppress(ConnectionError):
             while line := await self._reader.readline():
-                told = json.loads(line)
-                if told["do"] == "metrics":
-                    self._tell({"tell": "metrics", "samples": encode_samples(samples_of(node.metrics.registry))})
-                elif told["do"] == "reload":
+                message = json.loads(line)
+                if message["do"] == "metrics":
+                    self._tell({"tell": "metrics", "samples": encode_samples(samples_of(registry))})
+                elif message["do"] == "reload":
                     reloading.set()
-                elif told["do"] == "forget":
-                    node.gateway.forget(told["kind"], told["key"])
-                    self._tell({"tell": "forgotten", "id": told["id"]})
-                elif told["do"] == "done" and (waiting := self._waiting.pop(told["id"], None)) and not waiting.done():
-                    waiting.set_result((told["error"], told.get("answer", "")))
+                elif message["do"] == "forget":
+                    on_forget(message["kind"], message["key"])
+                    self._tell({"tell": "forgotten", "id": message["id"]})
+                elif (
+                    message["do"] == "done"
+                    and (waiting := self._waiting.pop(message["id"], None))
+                    and not waiting.done()
+                ):
+                    waiting.set_result((message["error"], message.get("answer", "")))
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_result((ENDED, ""))
@@ -104,9 +112,9 @@ class Leader:
     # --- connections
 
     def take_connections(self, adopt: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
-        """``adopt`` serves every connection that comes through the door."""
+        """Accepts connections from the first process; ``adopt`` serves each."""
 
-        def come_in() -> None:
+        def on_connection() -> None:
             try:
                 message, descriptors, _, _ = socket.recv_fds(self._door, 1, 1)
             except (BlockingIOError, InterruptedError):
@@ -119,8 +127,8 @@ class Leader:
             if not descriptors:
                 log.error("a connection is left to another process: there is no descriptor for it")
             self._answers.append(TAKEN if descriptors else NOT_TAKEN)
-            if self._telling is None:
-                self._tell_taken()
+            if self._answering is None:
+                self._send_answers()
             for descriptor in descriptors:
                 connection = socket.socket(fileno=descriptor)
                 connection.setblocking(False)
@@ -129,27 +137,27 @@ class Leader:
                 task.add_done_callback(self._adopted.discard)
 
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._door, come_in)
+        loop.add_reader(self._door, on_connection)
 
-    def _tell_taken(self) -> None:
-        """Until it is told the first process keeps a connection open: its client would not see that
-        this one closes it.
+    def _send_answers(self) -> None:
+        """Answers for the connections taken. Until then the first process keeps them open, so that a client would
+        not see this process close one.
         """
-        self._telling = None
+        self._answering = None
         try:
             while self._answers:
-                del self._answers[: self._door.send(self._answers[:TOLD_AT_ONCE_MAX])]
-        except BlockingIOError:  # it is busy
-            self._telling = asyncio.get_running_loop().call_later(TELL_AGAIN_S, self._tell_taken)
+                del self._answers[: self._door.send(self._answers[:ANSWERS_BYTES_MAX])]
+        except BlockingIOError:  # the first process is busy
+            self._answering = asyncio.get_running_loop().call_later(ANSWER_AGAIN_S, self._send_answers)
         except OSError:
             pass  # it has ended
 
     async def _ask(self, message: dict[str, Any]) -> str:
-        """Why the first process did not do it; empty when it did."""
+        """Returns why the first process did not do it; empty when it did."""
         return (await self.ask(message))[0]
 
     async def ask(self, message: dict[str, Any]) -> tuple[str, str]:
-        """(why the first process did not do it, empty when it did; its answer)."""
+        """Asks the first process. Returns why it did not do it (empty when it did), and its answer."""
         if self._writer is None:
             return ENDED, ""
         self._last += 1
@@ -159,13 +167,13 @@ class Leader:
         return await waiting
 
     async def forget(self, kind: str, key: str) -> None:
-        """Every other process of this gateway has forgotten what it knew of it (or has ended) when this returns."""
+        """Makes every other process of this gateway forget a bucket, user or key; waits until all did or ended."""
         await self._ask({"tell": "forget", "kind": kind, "key": key})
 
     # --- the audit log
 
     async def append(self, kind: str, /, **fields: Any) -> None:
-        """On disk, in the first process's log, when it returns. Raises AuditUnwritable."""
+        """Writes an entry to the first process's log; returns when it is synced. Raises AuditUnwritable."""
         if error := await self._ask({"tell": "audit", "kind": kind, "fields": fields}):
             raise AuditUnwritable(error)
 
@@ -173,7 +181,7 @@ class Leader:
         self._tell({"tell": "note", "kind": kind, "fields": fields})
 
     def refused(self, kind: str, code: str, /, *, actor: str, target: str = "", **fields: Any) -> None:
-        """Counted here: a flood of refusals must not become one of messages to the first process."""
+        """Counts a refusal here, so that a flood of refusals is no flood of messages to the first process."""
         event = self._refusals.add(self._clock.wall_ms(), kind, code, actor, target, fields)
         if event is not None:
             self._tell_event(event)
@@ -191,16 +199,16 @@ class Leader:
             self._refusing = asyncio.get_running_loop().call_later(REFUSALS_EVERY_S, self._tell_refusals)
 
     async def start(self) -> None:
-        """The log is open."""
+        """Does nothing: the first process opened the log."""
 
     async def close(self) -> None:
-        """No further connections, no further entries."""
+        """Accepts no further connections and writes no further entries."""
         if self._refusing is not None:
             self._refusing.cancel()
         self._tell_refusals(all_of_them=True)
         asyncio.get_running_loop().remove_reader(self._door)
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._answering is not None:
+            self._answering.cancel()
         for task in self._adopted:
             task.cancel()
         self._door.close()

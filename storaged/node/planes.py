@@ -1,5 +1,6 @@
-"""The planes of one node, from the bottom up, and how they are handed to each other. A storage node's planes import no
-keys.
+"""The planes of every node, from the bottom up: layouts, disks, network, ring, maintenance.
+
+No key is here: a storage node never imports the key plane. ``node`` adds what a gateway has.
 """
 
 from __future__ import annotations
@@ -8,12 +9,11 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
 from storaged import __version__, observe
-from storaged.admin.api import AdminServer
 from storaged.admin.listener import actor_of_user
 from storaged.clock import Clock
 from storaged.cluster.audit.format import actor_of_peer
@@ -34,7 +34,6 @@ from storaged.errors import (
     LayoutRefused,
     PeerRefused,
     PortInUse,
-    ServiceUnavailable,
     StoragedError,
 )
 from storaged.fragments.payloads import at_position
@@ -54,25 +53,41 @@ from storaged.node.disks import Disks, Opener, Snapshot
 from storaged.node.forming import Answers, Verdict, answers_of
 from storaged.node.keeper import SystemKeeper
 from storaged.node.ledger import Ledger
-from storaged.node.reports import Reports
-from storaged.node.system import LAYOUT_FILE, SystemPaths, exchange_layout, operator_layout
+from storaged.node.system import LAYOUT_FILE, SystemPaths, operator_layout
 from storaged.objects.write.references import live_references
 
-if TYPE_CHECKING:
-    from storaged.node.gateway import Gateway
+if TYPE_CHECKING:  # storage nodes have no further processes, and don't import what those need
     from storaged.node.leader import Leader
 
 DISK_STATUS_EVERY_S = 0.5
-LAYOUT_RETRY_S = 1.0
-LAYOUT_EVERY_S = 60
 
 log = structlog.get_logger("node")
 
 
-class Node:
-    """``open`` builds and starts everything (what it started is closed by the stack, in reverse), ``work`` are the
-    tasks, ``drain`` ends the front first.
+class GatewaySide(Protocol):
+    """What the planes ask of a gateway that is built over them."""
+
+    def judge_keys(self) -> None:
+        """Asks the policy again for every key: the layout or the certificate changed."""
+
+    def believes(self, name: RegisterName, value: Value) -> bool:
+        """Whether a gateway wrote this value of the system table."""
+
+    def bucket_fenced(self, bucket_id: bytes) -> None:
+        """A replica reports that this bucket is, or was, being deleted."""
+
+    def reload(self, config: Config) -> None:
+        """Raises ConfigInvalid and keeps what it had."""
+
+
+class NodePlanes:
+    """The planes of every node. ``open`` builds and starts them, ``work`` returns their tasks.
+
+    What ``open`` started is closed by the exit stack, in reverse order. More attributes than elsewhere: one for each
+    plane, as the gateway and the reports are built from them.
     """
+
+    gateway: GatewaySide | None = None
 
     def __init__(self, config: Config, own: Identity, clock: Clock, leader: Leader | None = None) -> None:
         """``leader``: the first process of the gateway that this one is a further worker of."""
@@ -88,7 +103,6 @@ class Node:
         self._opener: Opener | None = None
         self._heartbeats = False
         """The other nodes are being asked."""
-        self.gateway: Gateway | None = None
         self.maintenance: Maintenance | None = None
         self._disk_statuses: Sequence[DiskStatus] = ()
         self._methods: dict[str, Method] = {}
@@ -120,18 +134,6 @@ class Node:
         )
         self._audit_refused_layouts()
         stack.push_async_callback(self.auditing.close)
-        if self.config.gateway:
-            from storaged.node.gateway import Gateway
-
-            self.gateway = Gateway(self)
-            stack.push_async_callback(self.gateway.close)
-            await self.gateway.open()
-        if self.leader is not None:
-            return
-        self.reports = Reports(self)
-        admin = AdminServer(self.reports.services(), self.metrics)
-        stack.push_async_callback(admin.close)
-        await admin.start(self.directory, self.config.admin.listen)
 
     async def _open_disks(self, stack: contextlib.AsyncExitStack) -> None:
         if not self.config.disks:
@@ -375,21 +377,11 @@ class Node:
     # --- running
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        """What runs until the node stops."""
+        """The tasks that run until the node stops."""
         found = [self._keep_telling_disks(), *self.auditing.work()]
         if self.maintenance is not None:
             found.append(self.maintenance.run())
-        if self.gateway is not None:
-            found.extend(self.gateway.work())
-            found.append(self.keeper.run())
-            if self.leader is None:
-                found.extend([self._keep_layout_register(), self.reports.watch()])
         return found
-
-    async def drain(self) -> None:
-        """Finishes requests in flight, for ``drain_s`` at most."""
-        if self.gateway is not None:
-            await self.gateway.drain()
 
     async def reload(self, config: Config) -> None:
         """Log level, TLS certificates, this node's own certificate, a newer layout beside it; what needs a restart is
@@ -440,24 +432,6 @@ class Node:
         while True:
             await asyncio.sleep(DISK_STATUS_EVERY_S)
             await self._tell_disks()
-
-    async def _keep_layout_register(self) -> None:
-        """The layout in force is in the register ``layout`` too, for whoever reaches the ring and not the nodes that
-        know it.
-        """
-        while True:
-            try:
-                await exchange_layout(self.paths, self.layouts)
-            except LayoutRefused as error:
-                log.error("the register of the layout is not believed", reason=error.message)
-            except ServiceUnavailable:
-                await asyncio.sleep(LAYOUT_RETRY_S)
-                continue
-            exchanged = self.layouts.epoch
-            for _ in range(LAYOUT_EVERY_S):
-                await asyncio.sleep(1.0)
-                if self.layouts.epoch != exchanged:
-                    break
 
     async def _tell_disks(self) -> None:
         """What heartbeats say of this node's disks, and the metrics of them."""

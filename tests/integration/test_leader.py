@@ -18,7 +18,8 @@ import pytest
 
 from storaged.errors import AuditUnwritable
 from storaged.node.leader import Leader
-from storaged.node.workers import NOT_TAKEN, TAKEN, Worker
+from storaged.node.worker import NOT_TAKEN, TAKEN, Worker
+from storaged.observe import Metrics
 from tests.patience import GUARD_S
 
 
@@ -65,12 +66,12 @@ async def test_of_a_storm_of_connections_all_are_given_up_by_the_process_that_ac
     async with doorway() as (worker, door, accepted, given, taken):
         handed = [accepted.dup() for _ in range(700)]
         for connection in handed:
-            while not worker.hand(connection):  # noqa: ASYNC110
+            while not worker.try_hand(connection):  # noqa: ASYNC110
                 await asyncio.sleep(0)
         async with asyncio.timeout(GUARD_S):
             while len(taken) < 700:  # noqa: ASYNC110 - it happens on the other side of a socket
                 await asyncio.sleep(0)
-            asyncio.get_running_loop().add_reader(door, worker._taken)
+            asyncio.get_running_loop().add_reader(door, worker._on_answers)
             while worker._handed:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         asyncio.get_running_loop().remove_reader(door)
@@ -83,12 +84,12 @@ async def test_a_connection_for_which_a_worker_has_no_descriptor_goes_to_another
     """The kernel delivers the byte without the descriptor then."""
     async with doorway() as (worker, door, accepted, given, _):
         first, second = accepted.dup(), accepted.dup()
-        assert worker.hand(first)
+        assert worker.try_hand(first)
         door.send(b"c")
         worker._handed.append(second)
         async with asyncio.timeout(GUARD_S):
             while worker._handed:
-                worker._taken()
+                worker._on_answers()
                 await asyncio.sleep(0.01)
         assert first.fileno() == -1
         assert given == [second]
@@ -108,11 +109,8 @@ async def talking() -> AsyncIterator[tuple[Leader, asyncio.StreamReader, asyncio
     await leader.open()
     assert (leader.pid, leader.incarnation) == (7, bytes(range(1, 9)))
 
-    class Node:
-        gateway = ()
-
     stopping = asyncio.Event()
-    serving = asyncio.create_task(leader.serve(Node(), asyncio.Event(), stopping))  # type: ignore[arg-type]
+    serving = asyncio.create_task(leader.serve(Metrics().registry, lambda kind, key: None, asyncio.Event(), stopping))
     try:
         yield leader, reader, writer, serving
     finally:
@@ -166,11 +164,11 @@ def test_a_process_ends_at_once_when_who_started_it_has_ended_already(parent: st
     """A first process whose pid is 1, as a container's is, is none that has ended."""
     program = f"""
 import os, signal
-from storaged.node.daemon import _end_with
+from storaged.node.process import end_with
 parent = {parent}
 if parent == 1:
     os.getppid = lambda: 1
-_end_with(parent, signal.SIGKILL)
+end_with(parent, signal.SIGKILL)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=os.environ, check=False

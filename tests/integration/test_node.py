@@ -26,14 +26,14 @@ from storaged.errors import DirectoryInUse, KeyringUnavailable, LayoutRefused, S
 from storaged.meta.acceptor.replica import META_HIGH_WATER
 from storaged.meta.names import RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, Reading, StoreBatch
-from storaged.node import daemon
+from storaged.node import process
 from storaged.node.binding import Binding, ClusterRecord
 from storaged.node.disks import open_disks
-from storaged.node.gateway import LateKeys, Unlocker
+from storaged.node.doctor import _private
 from storaged.node.keyhome import RingRegisters
-from storaged.node.planes import Node
-from storaged.node.reports import _private
+from storaged.node.node import Node
 from storaged.node.system import SystemPaths, Taken, exchange_layout
+from storaged.node.unlock import LateKeys, Unlocker
 from storaged.wire import decode, encode
 from tests.patience import GUARD_S
 from tests.unit.test_keyring import Copies
@@ -315,9 +315,9 @@ def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_gi
 ) -> None:
     script = (
         "import os, sys\n"
-        "from storaged.node import daemon\n"
+        "from storaged.node import process\n"
         "os.sched_setscheduler(0, int(sys.argv[1]), os.sched_param(0))\n"
-        "daemon._do_not_push()\n"
+        "process.wake_gently()\n"
         "print(os.sched_getscheduler(0))\n"
     )
 
@@ -335,7 +335,7 @@ def test_a_process_takes_the_processor_from_nobody_who_wakes_it_unless_it_was_gi
         raise PermissionError("a system call filter")
 
     monkeypatch.setattr(os, "sched_setscheduler", forbidden)
-    daemon._do_not_push()
+    process.wake_gently()
 
 
 # --- the record of the cluster

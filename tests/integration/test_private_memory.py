@@ -11,7 +11,7 @@ SCRIPT = """
 import ctypes, os, sys
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
-from storaged.node.daemon import keep_memory_private
+from storaged.node.process import keep_memory_private
 
 if os.getuid() == 0:
     os.setgid(65534)

@@ -13,7 +13,7 @@ from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Lay
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import DiskStatus
 from storaged.errors import every_error
-from storaged.node.reports import certificate_check
+from storaged.node.doctor import certificate_check
 
 RACKS = {"n1": "FR/par1/a", "n2": "FR/par2/b", "n3": "FR/lyo1/c"}
 LAYOUT = Layout(
