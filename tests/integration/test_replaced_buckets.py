@@ -167,7 +167,7 @@ def test_the_short_way_to_a_read_does_not_answer_for_a_fenced_bucket() -> None:
         second, stale, again = await remade(cluster)
         told: list[Any] = []
         for bucket in (stale, again):
-            second.objects.read_soon(bucket, b"k", False, told.append)
+            second.objects.try_read(bucket, b"k", False, told.append)
             while len(told) < (1 if bucket is stale else 2):
                 await cluster.pass_s(0.01)
         assert told[0] is None
