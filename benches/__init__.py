@@ -1,1 +1,1 @@
-"""Benchmarks: an S3 load generator of its own, rows of work, and the servers they are run against. See README.md."""
+"""Benchmarks: an S3 load generator, rows of work, and the servers that they measure. See benches/README.md."""

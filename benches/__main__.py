@@ -1,5 +1,5 @@
-"""``benches/run``: rows of S3 work against storaged, a peer, or any endpoint. Exit 1 when a single operation failed or
-a byte was wrong.
+"""``benches/run``: rows of S3 work against storaged, a peer, or any endpoint. Exit code 1 when an operation failed or a
+byte was wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONNECTIONS_MAX = 4096
 
 Make = Callable[[], AbstractContextManager[Server]]
 TREE = Path(__file__).resolve().parents[1]
-"""What is measured is what this file belongs to, whatever the environment has installed."""
+"""The source tree of this file is measured, not the storaged that the environment has installed."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--runs",
         type=int,
         default=1,
-        help="so many runs, each with fresh servers and interleaved over them; the table has medians",
+        help="number of runs; each has fresh servers, and the servers take turns; the table has medians",
     )
     parser.add_argument(
         "--flat",
@@ -73,12 +73,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=BURDEN_S_MAX,
         metavar="S",
-        help="a burden of --flat is not added to after so long (default 1800)",
+        help="seconds after which a burden of --flat does not grow any more (default 1800)",
     )
     parser.add_argument(
         "--peer",
         choices=["seaweedfs"],
-        help="the same rows against this peer too, default and durable, in the same run",
+        help="measure this peer in the same run too, with its defaults and durable",
     )
     parser.add_argument("--endpoint", help="measure this endpoint instead (http://127.0.0.1:8333)")
     parser.add_argument("--access")
@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(arguments)
     found.rows, found.shape = found.rows.split(","), found.shape.split(",")
     if unknown := [name for name in found.rows if name not in ROWS]:
-        parser.error(f"unknown rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+        parser.error(f"unknown rows: {', '.join(unknown)}; choose from {', '.join(ROWS)}")
     if unknown := [name for name in found.shape if name not in ("cluster", "single")]:
         parser.error(f"unknown shapes: {', '.join(unknown)}; there are cluster and single")
     if found.runs < 1 or found.scale <= 0 or (found.flat is not None and found.flat < 1):
@@ -109,7 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def servers_of(wanted: argparse.Namespace) -> list[Make]:
-    """How to make each server that is to be measured."""
+    """How to make each server to measure."""
     if wanted.endpoint:
         makes: list[Make] = [lambda: endpoint(wanted.endpoint, wanted.access, wanted.secret, wanted.region)]
     else:
@@ -125,7 +125,7 @@ def servers_of(wanted: argparse.Namespace) -> list[Make]:
 
 
 def one_server(make: Make, wanted: argparse.Namespace, found: dict[str, list[Result]]) -> bool:
-    """Starts it, measures it, stops it; False when something failed. Results are added to ``found``."""
+    """Starts a server, measures it, stops it. Adds results to ``found``. Returns False when something failed."""
     failed: list[str] = []
 
     def note(name: str, result: Result) -> None:
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = parse(arguments)
     end_on_sigterm()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard >= CONNECTIONS_MAX > soft:  # a thousand connections are one of the stages
+    if hard == resource.RLIM_INFINITY or hard >= CONNECTIONS_MAX > soft:  # --flat opens a thousand connections
         resource.setrlimit(resource.RLIMIT_NOFILE, (CONNECTIONS_MAX, hard))
     found: dict[str, list[Result]] = {}
     load, fine = os.getloadavg()[0], True

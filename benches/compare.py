@@ -1,9 +1,8 @@
-"""``benches/compare REV-A REV-B``: the rows on the servers of two revisions in turn, and how B compares to A.
+"""``benches/compare REV-A REV-B``: measures the rows on the servers of two revisions in turn, and compares B to A.
 
-Both are driven by this tree's load generator, with this environment's libraries. Each pair of runs is made back to
-back, the order alternating, and its
-ratio taken: what a shared machine does to one run it does to its neighbour too. Of speed more than 1 is better, of CPU
-time less.
+This tree's load generator drives both, with this environment's libraries. The two runs of a pair follow each other, in
+alternating order, and their ratio counts: what slows a shared machine down usually slows both. A ratio of speed above 1
+is better, a ratio of CPU time below 1.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def git(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def worktree(revision: str) -> Iterator[tuple[str, Path]]:
-    """(short hash, directory) of a revision, in a folder that is removed again."""
+    """(short hash, directory) of a revision, in a temporary folder."""
     commit = git("rev-parse", "--verify", "--short", f"{revision}^{{commit}}")
     with tempfile.TemporaryDirectory(prefix="storaged-compare-") as place:
         folder = Path(place) / commit
@@ -51,8 +50,8 @@ def worktree(revision: str) -> Iterator[tuple[str, Path]]:
 
 
 def ratios(first: Sequence[Result], second: Sequence[Result]) -> tuple[list[float], list[float]]:
-    """Of each pair of runs without errors: speed of the second to the first, CPU time an operation of the second to the
-    first.
+    """For each pair of runs without errors: the second's speed relative to the first's, and the same of the CPU time
+    per operation.
     """
     pairs = [(a, b) for a, b in zip(first, second, strict=False) if not a.errors and not b.errors]
     speeds = [speed(b) / speed(a) for a, b in pairs if speed(a)]
@@ -65,14 +64,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "failed"
 
 
-def _told(results: Sequence[Result]) -> str:
+def _shown(results: Sequence[Result]) -> str:
     unit = "MB/s" if is_large(results[0]) else "/s"
     cpu_us = statistics.median(result.cpu_us_per_operation for result in results)
     return f"{statistics.median(map(speed, results)):,.1f} {unit}, {cpu_us:,.0f} us"
 
 
 def table(names: tuple[str, str], first: dict[str, list[Result]], second: dict[str, list[Result]]) -> str:
-    """One line a row, as Markdown."""
+    """One line for each row, as Markdown."""
     lines = [
         (
             f"| row | {names[0]} | {names[1]} | speed, {names[1]} to {names[0]} | CPU an operation, {names[1]} to"
@@ -85,7 +84,7 @@ def table(names: tuple[str, str], first: dict[str, list[Result]], second: dict[s
         cells = [row]
         for results in (first[row], second.get(row, [])):
             good = [result for result in results if not result.errors]
-            cells.append(_told(good) if good else "failed")
+            cells.append(_shown(good) if good else "failed")
         lines.append("| " + " | ".join([*cells, spread(speeds), spread(cpu)]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -103,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = parser.parse_args(arguments)
     rows = list(dict.fromkeys(wanted.rows.split(",")))
     if unknown := [name for name in rows if name not in ROWS]:
-        parser.error(f"unknown rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+        parser.error(f"unknown rows: {', '.join(unknown)}; choose from {', '.join(ROWS)}")
     end_on_sigterm()
     make = storaged_cluster if wanted.shape == "cluster" else storaged_single
     found: tuple[dict[str, list[Result]], dict[str, list[Result]]] = ({}, {})
@@ -125,8 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _one(
     making: contextlib.AbstractContextManager[Server], rows: Sequence[str], scale: float, found: dict[str, list[Result]]
 ) -> bool:
-    """One run of one side; False when something failed. ``found`` gets one result a row in any case, so that the sides'
-    results stay pairs.
+    """One run of one side. Returns False when something failed. ``found`` gets one result for each row in any case, so
+    that the results of the two sides stay pairs.
     """
     results: list[Result] = []
     with making as server:

@@ -1,6 +1,4 @@
-"""``python -m benches.hashes``: what the hashes that guard fragments and pages cost on this machine, beside those that
-could stand in their place.
-"""
+"""``python -m benches.hashes``: the cost of the hashes that protect fragments and pages, and of alternatives."""
 
 from __future__ import annotations
 

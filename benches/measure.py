@@ -1,5 +1,5 @@
-"""The rows of one server, in order: later ones read what earlier ones wrote, which is written anyway when only they are
-asked for.
+"""Measures the rows of one server in their order. Later rows read what earlier rows wrote; the earlier rows run also
+when only the later ones are wanted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from benches.s3client import SILENCE_S_MAX, connect
 from benches.servers import Server
 
 LATE_S = 1.5
-"""What servers still do with what was written counts for what wrote it, be it a row or a burden: a storage node has it
-in LMDB after a second.
+"""Work that servers do after a write counts for the row or the burden that wrote: a storage node puts rows into LMDB
+after a second.
 """
 
 MEMORY_SAMPLE_S = 0.2
 
 BUCKETS = 998
-"""A user may have 1,000 (AWS's limit too); the trial cluster's own and the benchmark's are among them."""
+"""A user may have 1,000, as on AWS; one is the trial cluster's own, and one is the benchmark's."""
 
 OVERWRITES_MAX = 100_000
 IDLE_CONNECTIONS = 1000
@@ -32,7 +32,7 @@ OnResult = Callable[[Result], None]
 
 
 class Stage:
-    """One bucket of one server. ``scale`` is how much is done, relative to what the rows say."""
+    """One bucket of one server. ``scale``: the amount of work, relative to the rows."""
 
     def __init__(self, server: Server, scale: float, *, silence_s_max: float = SILENCE_S_MAX) -> None:
         self.server = server
@@ -41,9 +41,7 @@ class Stage:
         self._silence_s_max = silence_s_max
         self._bodies: dict[int, Bodies] = {}
         self.generation = 0
-        """Counted up, PUTs make new keys and everything else follows: else a row that is repeated would overwrite,
-        which costs more.
-        """
+        """Part of the keys. It grows before a row is repeated, so that PUTs make new keys: overwriting costs more."""
 
     async def open(self) -> None:
         """Makes the bucket. Raises WrongAnswer, OSError."""
@@ -55,7 +53,7 @@ class Stage:
         return self._bodies[size]
 
     def prefix(self, row: Row) -> str:
-        """Each row of PUTs has keys of its own."""
+        """The prefix of a row's keys. Each row of PUTs has its own."""
         return f"{row.name}-{self.generation}-"
 
     def operation(self, row: Row) -> Operation:
@@ -75,7 +73,7 @@ class Stage:
         return rows.listing(target, bucket, prefix, count, in_order=row.kind == "list-first")
 
     async def measure(self, row: Row) -> Result:
-        """Runs a row, and reads some of what it wrote back."""
+        """Runs a row. Reads some of the objects that it wrote and compares them."""
         result = await self.run(
             row.name,
             self.operation(row),
@@ -112,7 +110,7 @@ class Stage:
         seconds_max: float = 0.0,
         say: Callable[[str], None] | None = None,
     ) -> Result:
-        """Any operation as a row of that name, with what it cost the server's processes; see ``drive``."""
+        """Runs any operation as a row, and adds the cost for the server's processes. See ``drive``."""
         server = self.server
         server.forget_peaks()
         cpu, disk = server.cpu_seconds(), server.disk_bytes() if writes and size else 0
@@ -142,8 +140,8 @@ class Stage:
 
 
 async def _sample_memory(server: Server, highest: dict[str, int]) -> None:
-    """Until it is cancelled. Looks often enough for transfers of megabytes, and costs a few hundred microseconds a
-    second.
+    """Runs until it is cancelled. It samples often enough for transfers of megabytes, and costs a few hundred
+    microseconds a second.
     """
     while True:
         await asyncio.sleep(MEMORY_SAMPLE_S)
@@ -154,10 +152,10 @@ async def _sample_memory(server: Server, highest: dict[str, int]) -> None:
 async def measure(
     server: Server, wanted: Sequence[str], scale: float, on_result: OnResult, *, silence_s_max: float = SILENCE_S_MAX
 ) -> list[Result]:
-    """The wanted rows that this server can show. The first that fails is the last: what came after would measure
-    something broken.
+    """Measures the wanted rows that this server supports. Ends after the first row that fails, because the server is
+    broken then.
 
-    Raises WrongAnswer or OSError when not even a bucket can be made.
+    Raises WrongAnswer or OSError when it cannot make a bucket.
     """
     stage = Stage(server, scale, silence_s_max=silence_s_max)
     await stage.open()
@@ -188,11 +186,10 @@ async def flat(
     silence_s_max: float = SILENCE_S_MAX,
     seconds_max: float = BURDEN_S_MAX,
 ) -> list[tuple[str, list[Result]]]:
-    """The cost of the small rows in an empty (warmed up) store, then after each burden: (what the store holds by then,
-    its rows). Ends after a failure.
+    """Measures the small rows in an empty, warm store, and again after each burden: (contents of the store, its rows).
+    Ends after a failure.
 
-    A burden that takes longer than ``seconds_max`` is as large as it has become by then, and its stage says how large
-    that is.
+    A burden stops growing after ``seconds_max``; the name of its stage says how large it is.
     """
     stage = Stage(server, scale, silence_s_max=silence_s_max)
     await stage.open()
@@ -213,7 +210,7 @@ async def flat(
         return True
 
     async def burden(name: str, operation: Operation, in_flight: int, total: int, size: int = 0) -> int:
-        """How many operations it came to; 0 after a failure."""
+        """Returns the number of operations; 0 after a failure."""
         result = await stage.run(
             name, operation, in_flight=in_flight, total=total, size=size, writes=True, seconds_max=seconds_max, say=say
         )

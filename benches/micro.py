@@ -1,10 +1,9 @@
-"""``python -m benches.micro [NAME ...]``: each hot path of the server on its own, beside its floor.
+"""``python -m benches.micro [NAME ...]``: the cost of each hot path of the server on its own, next to its floor.
 
-A floor is what the same work costs at the least: its native calls alone, measured in the same run where that is
-possible, or a measured cost of a building
-block (``FIGURES``). CPU paths are told in microseconds of CPU, the least of several repetitions: on a machine that
-others keep busy that is what comes near
-the truth. Paths that wait for a disk are told in wall time, the median.
+A floor is the lowest possible cost of the same work: its native calls alone, measured in the same run where that is
+possible, or the measured cost of a building block (``FIGURES``). A CPU path shows microseconds of CPU, the least of
+several repetitions, which is closest to the truth on a busy machine. A path that waits for a disk shows the median of
+wall time.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ FIGURES = {
 
 
 class Measured(NamedTuple):
-    """``us`` an operation; ``floor_us`` and what that is."""
+    """``us`` per operation, ``floor_us``, and what the floor is."""
 
     name: str
     us: float
@@ -87,7 +86,7 @@ class Measured(NamedTuple):
 
 
 def least_us(work: Callable[[], object], *, calls: int = 500, repeats: int = 15) -> float:
-    """CPU time of one call, the least of some repetitions."""
+    """CPU time of one call, in us: the least of several repetitions."""
     best = float("inf")
     for _ in range(repeats):
         began = time.thread_time()
@@ -101,7 +100,7 @@ def figure(name: str, us: float, of: str) -> Measured:
     return Measured(name, us, *FIGURES[of])
 
 
-# --- paths of CPU alone
+# --- paths that use only CPU
 
 
 def signature_check() -> list[Measured]:
@@ -164,7 +163,7 @@ def coding() -> list[Measured]:
 
 
 class _Page:
-    """As much of ``Objects`` as a listing asks for."""
+    """The part of ``Objects`` that a listing uses."""
 
     def __init__(self) -> None:
         self._keys = [b"photos/2026/%06d.jpg" % n for n in range(1000)]
@@ -188,7 +187,7 @@ def list_page() -> list[Measured]:
 
 
 class _Side:
-    """A thread with an event loop of its own, whose CPU time can be told from that of the loop that asks."""
+    """A thread with its own event loop, so that its CPU time can be measured apart from the caller's."""
 
     def __init__(self) -> None:
         self._loop = uvloop.new_event_loop()
@@ -212,7 +211,7 @@ class _Side:
 
 
 async def http() -> list[Measured]:
-    """A request's parsing, signature and answer, without anything behind it."""
+    """Parsing, signature and answer of a request, with an object plane that does nothing."""
     world, side = OneObject(), _Side()
     app = S3App(
         cast(Objects, world),
@@ -252,7 +251,7 @@ class _Note(Message, frozen=True):
 
 
 async def rpc() -> list[Measured]:
-    """A call and its answer over mutual TLS: CPU of both ends."""
+    """A call and its answer over mutual TLS: CPU of both ends together."""
 
     async def echo(request: _Note, call: Call) -> _Note:
         return request
@@ -303,7 +302,7 @@ async def rpc() -> list[Measured]:
 
 
 async def wall_us(work: Callable[[], Awaitable[object]], operations: int, *, repeats: int = 15) -> float:
-    """Wall time of one of ``operations`` done at once, the median."""
+    """Wall time of one of ``operations`` concurrent operations, in us: the median."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -327,7 +326,7 @@ def _name(number: int) -> RegisterName:
 
 
 async def registers() -> list[Measured]:
-    """An accept is a row in a group of the redo log; many that come at once share its one synced write."""
+    """An accept is a row in a group of the redo log. Concurrent accepts share the one synced write of a group."""
     async with _meta_store() as store:
         replica = LocalReplica("d0", store)
         numbers = iter(range(10**9))
@@ -373,12 +372,12 @@ async def lmdb_batch() -> list[Measured]:
 
 
 async def pages() -> list[Measured]:
-    """A page of a listing, at all replicas together and in the gateway."""
+    """A page of a listing: the cost at all replicas together, and in the gateway."""
     async with _meta_store() as store:
         rows = micro_listing.slots()
         for at in range(0, len(rows), 1000):
             await store.commit(StoreBatch(rows[at : at + 1000]))
-        await store.checkpoint()  # they are where nearly all rows of a bucket are
+        await store.checkpoint()  # nearly all rows of a bucket are in LMDB
         page = micro_listing.Page(store)
         assert page.gateway_at_first().count(b"<Key>") == page.gateway().count(b"<Key>") == 1000
         cipher, field = AESGCM(bytes(32)), AESGCM(bytes(32)).encrypt(bytes(12), bytes(60), bytes(110))
@@ -446,7 +445,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(PATHS)}; all when none is named")
     names = parser.parse_args().names or list(PATHS)
     if unknown := [name for name in names if name not in PATHS]:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PATHS)}")
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(PATHS)}")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     print(f"{'':46} {'us':>9} {'floor':>9} {'ratio':>6}")
     for name in names:

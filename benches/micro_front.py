@@ -1,6 +1,7 @@
-"""What the S3 front itself costs a request: from the bytes of its head to the bytes of its answer, counted and timed as
-in production, without a socket, the loop,
-or an object plane behind it. The head is as boto3 writes it. Nothing waits, so a request is driven by one ``send``.
+"""The cost of the S3 front for a request, from the bytes of its head to the bytes of its answer.
+
+The request is counted and timed as in production, but without a socket, an event loop and an object plane. The head is
+the one that boto3 writes. Nothing waits, so one ``send`` runs a request.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from storaged.s3.http.grammar import HEAD_END
 
 
 class _Transport:
-    """Takes what is written."""
+    """A transport that drops what is written."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -64,7 +65,7 @@ def boto_request(method: str, body: bytes) -> bytes:
 
 
 class Exchange:
-    """One request, again and again on one connection."""
+    """The same request again and again, on one connection."""
 
     def __init__(self, method: str, plane: OneObject) -> None:
         app = S3App(
@@ -82,8 +83,8 @@ class Exchange:
         self.room[: len(self.request)] = self.request
 
     def __call__(self) -> None:
-        """The bytes have come: they are answered, by callbacks or by the task, which is the loop's otherwise, and waits
-        for the next ones.
+        """Answers a request whose bytes have arrived: by callbacks, or by the connection's task, which then waits for
+        the next request.
         """
         self.transport.written = b""
         self.connection.buffer_updated(len(self.request))
@@ -97,7 +98,7 @@ class Exchange:
 
 
 def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]:
-    """(name, the path, its floor, what that is). To be called with an event loop running: connections make futures."""
+    """(name, the path, its floor, what the floor is). Needs a running event loop, because connections make futures."""
     plane = OneObject()
     found: list[tuple[str, Callable[[], object], Callable[[], object], str]] = []
     for method in ("HEAD", "GET", "PUT"):

@@ -1,10 +1,9 @@
-"""What a page of a listing costs: a replica's part, and the gateway's, from its replicas' answers as they lie in frames
-to the XML.
+"""The cost of a page of a listing: the replicas' part, and the gateway's part, from the frames of the answers to the
+XML.
 
-The rows are those of a bucket of 20,000 objects of 4 KiB, sealed under one bucket key. The answers are recorded once;
-nothing waits, so a page is driven by one ``send``.
-Each part is told for a page that is asked for the first time, and for one that has not changed since it was asked for
-last.
+The rows are those of a bucket of 20,000 objects of 4 KiB, sealed under one bucket key. The answers are recorded once.
+Nothing waits, so one ``send`` makes a page. Each part is measured for a page that is listed the first time, and for one
+that has not changed since it was listed.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ OBJECTS = 20_000
 
 
 def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
-    """One for every object of the bucket."""
+    """The slot of every object of the bucket."""
     plane = cast(ObjectPlane, _Plane(entropy))
     key, found = UnwrappedBucketKey(1, bytes(32), entropy), []
     for number in range(OBJECTS):
@@ -58,14 +57,14 @@ def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
 
 
 class _Plane:
-    """As much of the object plane as sealing asks for."""
+    """The part of the object plane that sealing uses."""
 
     def __init__(self, entropy: Callable[[int], bytes]) -> None:
         self.entropy = entropy
 
 
 class Ring:
-    """Layouts, replicas, liveness: three nodes with two disks each, that answer at once what they answered before."""
+    """Layouts, replicas and liveness of three nodes with two disks each. They repeat their recorded answers at once."""
 
     def __init__(self, store: MetaStore) -> None:
         self.store = store
@@ -102,7 +101,7 @@ class Ring:
 
 
 class Page:
-    """A page from the middle of the bucket, again and again."""
+    """The same page from the middle of the bucket, again and again."""
 
     def __init__(self, store: MetaStore) -> None:
         self.ring = Ring(store)
@@ -112,19 +111,19 @@ class Page:
         )
 
     def gateway(self) -> bytes:
-        """From the replicas' answers, as they lie in frames, to the XML."""
+        """Makes the XML from the replicas' answers in their frames."""
         self.ring.asked.clear()
         return finished(listing.list_objects_v2(self._front, self.request)).body
 
     def gateway_at_first(self) -> bytes:
-        """The same, of a page that nobody asked for before."""
+        """The same for a page that was not listed before."""
         self.ring.scanner.forget(BUCKET.id)
         self.ring.listed.clear()
         return self.gateway()
 
     def replicas(self, digests: DigestsKept | None = None) -> int:
-        """What all replicas together do for the page that was asked for last, but for receiving and sending. Returns
-        the rows that it is about.
+        """Does the work of all replicas for the page that was listed last, without receiving and sending. Returns the
+        number of rows.
         """
         return sum(
             piece.looked_at

@@ -1,7 +1,7 @@
-"""What the object plane itself costs an operation: ``ObjectService`` on registers, disks and keys that answer at once,
-so that neither ring nor HTTP is counted.
+"""The cost of the object plane for an operation: ``ObjectService`` on registers, disks and keys that answer at once, so
+that neither the ring nor HTTP counts.
 
-The sealing is real, under one bucket key; nothing waits, so a call is driven by one ``send``.
+The sealing is real, under one bucket key. Nothing waits, so one ``send`` runs a call.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ class World:
         checks = BodyChecks(size=len(self.plain), sha256=self.sha256)
         meta = NewMeta({"content-type": "application/octet-stream"})
         key = key or b"photos/2026/%08d.jpg" % next(self.numbers)
-        told: list[PutResult | Exception] = []
-        assert self.objects.try_put(BUCKET, key, self.plain, meta, checks, told.append, owner="f" * 64)
-        assert isinstance(told[0], PutResult)
+        results: list[PutResult | Exception] = []
+        assert self.objects.try_put(BUCKET, key, self.plain, meta, checks, results.append, owner="f" * 64)
+        assert isinstance(results[0], PutResult)
         if key != b"key":
             self.ports.values.popitem()
             self.ports.copies.popitem()
@@ -122,7 +122,7 @@ class World:
 
 
 def paths() -> list[tuple[str, Callable[[], object], Callable[[], object], str]]:
-    """(name, the path, its floor, what that is)."""
+    """(name, the path, its floor, what the floor is)."""
     world = World()
     info, key, nonce, plain = bytes(120), bytes(32), bytes(12), world.plain
     ready = AESGCM(key)

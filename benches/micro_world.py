@@ -1,5 +1,5 @@
-"""What the micro-benchmarks stand on: one user, one bucket, one object of 4 KiB, one key, three racks; all at hand, so
-that a path can be driven without a loop.
+"""The world of the micro-benchmarks: one user, one bucket, one object of 4 KiB, one key, three racks. All of it is in
+memory, so that a path runs without an event loop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def finished(work: Coroutine[Any, Any, T]) -> T:
 
 
 def signature_floor() -> None:
-    """What a signature costs at the least: one SHA-256, one HMAC."""
+    """The floor of a signature check: one SHA-256 and one HMAC."""
     hashlib.sha256(_CANONICAL).hexdigest()
     hmac.digest(_KEY, _TEXT, "sha256").hex()
 
@@ -52,7 +52,7 @@ def three_racks() -> Layout:
 
 
 def list_request(query: str) -> Request:
-    """GET of the bucket, as far as the port has come with it when the bucket was found."""
+    """A GET of the bucket, in the state after the front has found the bucket."""
     request = Request("0", "GET", b"/bench?" + query.encode(), "", False)
     request.target, request.bucket = parse_target(request.raw_target), BUCKET.name
     request._bucket_record = BUCKET

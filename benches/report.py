@@ -1,4 +1,4 @@
-"""Results of several runs as one table: medians, with their spread, as Markdown and as JSON."""
+"""Results of several runs as one table: medians with their spread, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from benches.rows import MIB, ROWS, Result
 
 LARGE_BYTES = MIB
-"""A row whose operations move so much is told in MB/s, another in operations a second."""
+"""The speed of a row is in MB/s when its operations have this size or more, otherwise in operations per second."""
 
 
 def speed(result: Result) -> float:
-    """MB/s or operations a second, whichever the row is told in."""
+    """MB/s or operations per second, by the size of the row's operations."""
     return result.megabytes_per_second if is_large(result) else result.per_second
 
 
@@ -24,8 +24,8 @@ def is_large(result: Result) -> bool:
 
 @dataclass(frozen=True)
 class Summary:
-    """One row of one server over all runs. ``low`` and ``high`` are the slowest and the fastest run's speed; the others
-    are medians, ``peak_bytes`` and ``own_bytes`` the highest.
+    """One row of one server over all runs. ``low`` and ``high``: the speed of the slowest and the fastest run.
+    ``peak_bytes`` and ``own_bytes``: the highest of all runs. The others are medians.
     """
 
     server: str
@@ -57,7 +57,7 @@ def _rounded(value: Any) -> Any:
 
 
 def summarize(server: str, results: Sequence[Result]) -> Summary:
-    """``results`` of one row, one a run. Runs with errors count for the errors alone."""
+    """``results`` of one row, one for each run. Of a run with errors only the errors count."""
     good = [result for result in results if not result.errors]
     speeds = [speed(result) for result in good] or [0.0]
     names = {name for result in good for name in result.cpu_s}
@@ -91,7 +91,7 @@ def summarize(server: str, results: Sequence[Result]) -> Summary:
 
 
 def line(server: str, result: Result) -> str:
-    """One result, as it is shown while the run goes on."""
+    """One result as a line, for the output during a run."""
     unit = "MB/s" if is_large(result) else "/s"
     words = [f"{server:28} {result.row:20} {speed(result):9.1f} {unit:4}"]
     words.append(f"p50 {result.p50_ms:.2f}  p99 {result.p99_ms:.2f}  max {result.max_ms:.1f} ms")
@@ -110,8 +110,9 @@ def line(server: str, result: Result) -> str:
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
-    """A table with one line a row and server, rows together. CPU is microseconds an operation, by process, and the load
-    generator's own beside it; memory the peak of each: allocated (resident, with mapped files).
+    """A table with one line for each row and server, ordered by row. CPU is in microseconds per operation, for each
+    process, with the load generator's own next to it. Memory is the peak of each process: allocated (resident, with
+    mapped files).
     """
     several = any(summary.runs > 1 for summary in summaries)
     lines = [
@@ -145,8 +146,8 @@ def markdown(summaries: Sequence[Summary]) -> str:
 
 
 def flat_markdown(stages: Sequence[tuple[str, Sequence[Result]]]) -> str:
-    """The cost of each row after each burden, relative to the empty store: CPU of all server processes an operation,
-    and time an operation.
+    """The cost of each row after each burden, relative to the empty store: CPU of all server processes per operation,
+    and time per operation.
     """
     empty = {result.row: result for result in stages[0][1]}
     rows = [result.row for result in stages[0][1] if result.row in ROWS and not result.errors]

@@ -1,4 +1,4 @@
-"""Rows of work: what is done, how many at a time, and what came out."""
+"""Rows of work: the operation, how many run at a time, and the result."""
 
 from __future__ import annotations
 
@@ -24,24 +24,22 @@ from benches.s3client import (
 
 KIB, MIB = 1024, 1024 * 1024
 ERRORS_MAX = 20
-"""A row that has failed so often is given up."""
+"""A row ends after this number of errors."""
 
 PROGRESS_S = 10.0
 
 READ_BACK = 16
-"""So many objects of a row of PUTs are read again and compared, so that a server which only says that it stored them is
-found out.
-"""
+"""How many objects of a row of PUTs are read again and compared, to detect a server that does not store them."""
 
 Operation = Callable[[int], Ask]
-"""What the operation of a number asks for."""
+"""Makes the request of operation number n."""
 
 
 @dataclass(frozen=True)
 class Row:
     """``total`` operations at scale 1, at least ``least``, ``in_flight`` at a time, each with ``size_bytes`` of body.
-    ``reads``: the row whose objects
-    it reads. ``degraded``: after a rack (cluster) or a disk (single) was taken away."""
+    ``reads``: the row whose objects it reads. ``degraded``: runs after the loss of a rack (cluster) or a disk (single).
+    """
 
     name: str
     kind: str
@@ -80,8 +78,8 @@ ROWS = {
     )
 }
 HEAVY = ("put-256m-64", "get-256m-64", "list-written-4", "put-4k-many", "list-first-4")
-"""Only when asked for: 16 GiB each way, for the memory of 64 large transfers at once; 40,000 objects, for pages of
-which none was listed before.
+"""Only on request: 16 GiB each way, to measure the memory of 64 concurrent large transfers; 40,000 objects, for pages
+that were not listed before.
 """
 
 DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
@@ -89,12 +87,12 @@ DEFAULT_ROWS = tuple(name for name in ROWS if name not in HEAVY)
 
 @dataclass
 class Result:
-    """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` are never
-    counted as done.
+    """``seconds`` of wall time for ``operations`` that succeeded; latencies in milliseconds; ``errors`` do not count as
+    operations.
 
-    ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest without mapped files, as sampled) are
-    by name of server process, empty for somebody else's endpoint; ``client_cpu_s`` is the load
-    generator's own; ``disk_bytes_per_byte`` 0 when not measured.
+    ``cpu_s``, ``peak_bytes`` (highest resident memory) and ``own_bytes`` (highest memory without mapped files, sampled)
+    have one entry for each server process, and are empty for an external endpoint. ``client_cpu_s`` is the load
+    generator's own CPU time. ``disk_bytes_per_byte`` is 0 when it is not measured.
     """
 
     row: str
@@ -141,9 +139,9 @@ class Result:
 
 
 class _Drive:
-    """A row under way. Each connection asks for the next number as soon as its answer was verified, without a task or a
-    future in between: the
-    load generator shares the cores with those it measures."""
+    """A row while it runs. Each connection begins the next operation as soon as its answer is verified, without a task
+    or a future, because the load generator shares the cores with the servers.
+    """
 
     def __init__(self, result: Result, target: Target, operation: Operation, total: int, bytes_each: int) -> None:
         self.result = result
@@ -165,7 +163,7 @@ class _Drive:
             self.go_on(connection)
 
     def go_on(self, connection: Connection) -> None:
-        """The next operation on that connection."""
+        """Begins the next operation on a connection."""
         number = next(self._numbers, None)
         if number is None or self.result.errors > ERRORS_MAX:
             self._stop_one()
@@ -205,7 +203,7 @@ class _Drive:
             self._ended.set_result(None)
 
     async def watch(self, seconds_max: float, say: Callable[[str], None] | None) -> None:
-        """Until the last operation has come to an end."""
+        """Waits until the last operation has ended."""
         began = time.perf_counter()
         while True:
             left_s = seconds_max - (time.perf_counter() - began) if seconds_max and not self.out_of_time else PROGRESS_S
@@ -239,11 +237,11 @@ async def drive(
     seconds_max: float = 0.0,
     say: Callable[[str], None] | None = None,
 ) -> Result:
-    """``total`` operations by ``in_flight`` connections, each taking the next number as soon as it is free.
+    """Runs ``total`` operations on ``in_flight`` connections; a free connection takes the next number.
 
-    Latency is per operation, from send to verified answer. What goes wrong is in the result; nothing is raised for it.
-    After ``seconds_max`` (0: never) no
-    further one is begun, and the result has those that were. ``say`` gets a line of progress now and then.
+    Latency is per operation, from the send to the verified answer. Errors are in the result; they are not raised. After
+    ``seconds_max`` (0: never) no new operation begins, and the result has the ones that began. ``say`` gets a line of
+    progress from time to time.
     """
     result = Result(row)
     work = _Drive(result, target, operation, total, bytes_each)
@@ -275,7 +273,7 @@ class Bodies:
     def __init__(self, size: int, seed: int = 1) -> None:
         self._size = size
         source, length = random.Random(seed), size + 4096
-        # a MiB at a time: randbytes counts bits in a C int, and ends below 256 MiB
+        # a MiB at a time: randbytes counts bits in a C int, so it has a limit of 256 MiB
         self._buffer = memoryview(
             b"".join(source.randbytes(min(MIB, length - start)) for start in range(0, length, MIB))
         )
@@ -286,7 +284,7 @@ class Bodies:
         return self._buffer[start : start + self._size]
 
     def sha256(self, number: int) -> str:
-        """Of the body; computed once for each of the 4,096 slices, so that it costs the client little."""
+        """The SHA-256 of a body, computed once for each of the 4,096 slices, so that it costs little."""
         start = number * 7 % 4096
         found = self._digests.get(start)
         if found is None:
@@ -295,7 +293,7 @@ class Bodies:
 
 
 async def once(target: Target, head: bytes, *, silence_s_max: float = SILENCE_S_MAX) -> bytes:
-    """One request on a connection of its own. Raises WrongAnswer, OSError."""
+    """Makes one request on a new connection. Raises WrongAnswer, OSError."""
     connection = await connect(target)
     watcher = asyncio.create_task(watch_silence([connection], silence_s_max))
     try:
@@ -352,7 +350,7 @@ def heading(target: Target, bucket: str, prefix: str, count: int, size: int) -> 
 
     def check(answered: Connection) -> None:
         if answered.announced != size:
-            raise WrongAnswer(f"HEAD tells {answered.announced} bytes of an object of {size}")
+            raise WrongAnswer(f"HEAD says {answered.announced} bytes for an object of {size}")
 
     def head(number: int) -> Ask:
         return Ask(sign.head("HEAD", f"{path}{number * 7919 % count:08d}"), head_only=True, check=check)
@@ -361,7 +359,7 @@ def heading(target: Target, bucket: str, prefix: str, count: int, size: int) -> 
 
 
 def listing(target: Target, bucket: str, prefix: str, count: int, *, in_order: bool = False) -> Operation:
-    """Pages of 1,000 from somewhere in the bucket, or one behind the other; the keys of the page are checked."""
+    """Pages of 1,000 keys from random places in the bucket, or in order. Checks the keys of each page."""
     sign = Signer(target)
 
     def page(number: int) -> Ask:
@@ -380,7 +378,7 @@ def listing(target: Target, bucket: str, prefix: str, count: int, *, in_order: b
 
 
 def listing_written(target: Target, bucket: str, prefix: str, count: int, bodies: Bodies, size: int) -> Operation:
-    """By turns a page of ``listing``, and the same bytes once more under a key that is on such a page."""
+    """In turn a page of ``listing``, and an overwrite, with the same bytes, of a key on such a page."""
     page, sign, path = listing(target, bucket, prefix, count), Signer(target), path_of(bucket, prefix)
 
     def either(number: int) -> Ask:

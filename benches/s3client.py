@@ -1,8 +1,7 @@
 """The load generator's client: HTTP/1.1 over raw connections, SigV4, every body verified.
 
-It shares no code with the server, and does as little as can be done for each request: on a machine whose cores it
-shares with the servers under
-test, what the client costs is missing from the result.
+It shares no code with the server, and does as little as possible for each request: it uses the same cores as the
+servers under test, so its cost reduces the result.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from urllib.parse import quote, urlsplit
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 HEAD_BYTES_MAX = 64 * 1024
 KEPT_BYTES_MAX = 16 * 1024 * 1024
-"""Of an answer that is not compared with what was written: a list page, an error."""
+"""Limit for an answer that is kept and not compared with a body: a list page, an error."""
 
 PIECE_BYTES = 1 << 20
-"""Of a large body, given to the transport at once."""
+"""How much of a large body the transport gets at a time."""
 
 SILENCE_S_MAX = 60.0
-"""A connection that neither takes nor gives a byte for so long has failed."""
+"""A connection without any traffic for this time has failed."""
 
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -35,7 +34,7 @@ _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Target:
-    """An S3 endpoint and whose keys to use. Raises ValueError for what is no http URL."""
+    """An S3 endpoint and the keys to use. Raises ValueError for an endpoint that is not an http URL."""
 
     endpoint: str
     access_key: str
@@ -55,8 +54,8 @@ class Target:
 
 
 class Signer:
-    """Request heads signed as AWS documents (Signature Version 4, header form). What stays the same for a second is
-    made once a second.
+    """Request heads, signed as AWS documents (Signature Version 4, header form). The parts that do not change within a
+    second are computed once a second.
     """
 
     def __init__(self, target: Target) -> None:
@@ -81,7 +80,7 @@ class Signer:
         )
 
     def head(self, method: str, path: str, query: str = "", *, sha256: str = EMPTY_SHA256, length: int = 0) -> bytes:
-        """``path`` is encoded already, ``query`` canonical already; ``sha256`` and ``length`` are the body's."""
+        """``path`` is already encoded, ``query`` already canonical. ``sha256`` and ``length`` are the body's."""
         second = int(time.time())
         if second != self._second:
             self._begin_second(second)
@@ -108,9 +107,9 @@ class WrongAnswer(Exception):
 
 
 class Ask(NamedTuple):
-    """One request, and what its answer must be. ``expect``: its body, compared as it comes. ``check(connection)`` looks
-    at what else was
-    answered (``kept``, ``announced``), and raises WrongAnswer."""
+    """One request, and what its answer must be. ``expect``: the body of the answer, compared while it arrives.
+    ``check(connection)`` checks the rest of the answer (``kept``, ``announced``), and raises WrongAnswer.
+    """
 
     head: bytes
     body: memoryview | bytes = b""
@@ -120,7 +119,7 @@ class Ask(NamedTuple):
 
 
 Done = Callable[[WrongAnswer | None], None]
-"""``done(None)``: the whole answer came and was right."""
+"""``done(None)``: the whole answer arrived and was correct."""
 
 
 class Connection(asyncio.Protocol):
@@ -128,18 +127,18 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._raw = bytearray()
-        """Of the head, or of a chunked body, what could not be taken yet."""
+        """Bytes of the head or of a chunked body that are not parsed yet."""
         self._in_body = False
         self._left = 0
         self._chunked = False
         self._ask = _NOTHING
         self._done: Done | None = None
-        """Of the request in flight; None when there is none."""
+        """The callback of the request in flight; None when there is none."""
         self._offset = 0
         self._wrong = False
         self._status = 0
         self.kept = bytearray()
-        """Of the last answer, when nothing was expected or it was an error."""
+        """The body of the last answer, if no body was expected or it was an error."""
         self.announced = -1
         """The Content-Length of the last answer, HEAD's too; -1 when it had none."""
         self._heard_at = 0.0
@@ -171,7 +170,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard_at = time.monotonic()
         if self._done is None:
-            self.fail("bytes nobody asked for")
+            self.fail("bytes without a request")
             return
         if not self._in_body:
             if self._raw:
@@ -201,7 +200,7 @@ class Connection(asyncio.Protocol):
                 self._finish()
 
     def _begin_body(self, head: bytes) -> bool:
-        """False for 100 Continue, and when the answer has failed."""
+        """Returns False for 100 Continue, and when the answer has failed."""
         ask = self._ask
         status = _STATUS.match(head)
         if status is None:
@@ -223,7 +222,7 @@ class Connection(asyncio.Protocol):
     def _take(self, piece: bytes | memoryview) -> None:
         expected = self._ask.expect
         if expected is not None and self._status < 300:
-            # as bytes: comparing a memoryview looks at one byte at a time, 1.7 s/GiB instead of 0.06
+            # as bytes: a memoryview is compared byte by byte, which takes 1.7 s/GiB in place of 0.06
             self._wrong = self._wrong or piece != expected[self._offset : self._offset + len(piece)].tobytes()
             self._offset += len(piece)
         elif piece:
@@ -233,7 +232,7 @@ class Connection(asyncio.Protocol):
             self.kept += piece
 
     def _take_chunks(self, data: bytes) -> None:
-        """RFC 9112, section 7.1. ``_left`` counts a chunk's bytes and the line end behind them; -1: in the trailer."""
+        """RFC 9112, section 7.1. ``_left`` counts the bytes of a chunk and its line end; -1 in the trailer."""
         self._raw += data
         while self._raw:
             if self._left > 0:
@@ -261,7 +260,7 @@ class Connection(asyncio.Protocol):
             self._left = size + 2 if size else -1
 
     def _finish(self) -> None:
-        """The answer is whole: is it right?"""
+        """Checks a complete answer."""
         self._in_body = False
         self._left = 0
         ask = self._ask
@@ -287,16 +286,16 @@ class Connection(asyncio.Protocol):
             done(error)
 
     def fail(self, why: str) -> None:
-        """The request in flight, if there is one, ends with WrongAnswer; the connection is of no use any more."""
+        """Ends the request in flight, if there is one, with WrongAnswer. The connection cannot be used any more."""
         self.close()
         self._end(WrongAnswer(why))
 
     def silent_s(self, now: float) -> float:
-        """How long the request in flight has waited for a byte to move; 0 when there is none."""
+        """Seconds since the request in flight sent or received a byte; 0 when there is none."""
         return now - self._heard_at if self._done is not None else 0.0
 
     def begin(self, ask: Ask, done: Done) -> None:
-        """Sends; ``done`` is called once, when the answer is whole or cannot become so any more (perhaps before this
+        """Sends a request. Calls ``done`` once, when the answer is complete or has failed (possibly before this
         returns).
         """
         self._ask, self._done = ask, done
@@ -316,7 +315,7 @@ class Connection(asyncio.Protocol):
             self._send_on()
 
     async def request(self, head: bytes, *, head_only: bool = False) -> bytes:
-        """Sends, waits for the whole answer; returns its body. Raises WrongAnswer."""
+        """Sends a request and waits for the whole answer. Returns its body. Raises WrongAnswer."""
         answered: asyncio.Future[WrongAnswer | None] = asyncio.get_running_loop().create_future()
         self.begin(Ask(head, head_only=head_only), lambda error: answered.done() or answered.set_result(error))
         if (error := await answered) is not None:
@@ -338,7 +337,7 @@ async def connect(target: Target) -> Connection:
 
 
 async def watch_silence(connections: list[Connection], seconds_max: float = SILENCE_S_MAX) -> None:
-    """Fails requests on connections where nothing moves; runs until it is cancelled. One look a second costs less than
+    """Fails the requests of connections without traffic. Runs until it is cancelled. One check a second costs less than
     a timer for each request.
     """
     while True:

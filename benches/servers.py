@@ -1,5 +1,5 @@
-"""What is measured: the trial cluster, any S3 endpoint, or SeaweedFS from its PyPI package. Each starts processes of
-its own and stops them.
+"""The servers that are measured: the trial cluster, any S3 endpoint, or SeaweedFS from its PyPI package. Each starts
+its own processes and stops them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ RACKS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c")
 
 @dataclass
 class Server:
-    """``processes`` (name -> pid) and ``folder`` let a row report CPU, memory and bytes on disk; both empty for
-    somebody else's endpoint.
+    """With ``processes`` (name -> pid) and ``folder`` a row reports CPU, memory and bytes on disk. Both are empty for
+    an external endpoint.
 
     ``lose`` takes a failure domain away (a rack of a cluster, a disk of a single node) and returns when the server has
     noticed.
@@ -53,13 +53,13 @@ class Server:
         return found
 
     def peak_bytes(self) -> dict[str, int]:
-        """Resident memory of each process at its highest since it started, or since ``forget_peaks``. Mapped pages of
-        files are among it: LMDB's, which the
-        kernel takes back when it wants them."""
+        """The highest resident memory of each process since its start, or since ``forget_peaks``. It includes mapped
+        pages of LMDB's file, which the kernel takes back when it needs them.
+        """
         return self._memory("VmHWM")
 
     def own_bytes(self) -> dict[str, int]:
-        """Resident memory of each process now that is of no file: what it has allocated."""
+        """Resident memory of each process now, without mapped files: what it has allocated."""
         return self._memory("RssAnon")
 
     def _memory(self, field_name: str) -> dict[str, int]:
@@ -77,7 +77,7 @@ class Server:
                 Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def disk_bytes(self) -> int:
-        """Blocks taken on the file system, of everything in the folder."""
+        """Blocks that the folder uses in the file system, in bytes."""
         total = 0
         for path in self.folder.rglob("*") if self.folder is not None else ():
             with contextlib.suppress(OSError):
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def port_with_grpc() -> int:
-    """SeaweedFS takes each port p, and p + 10000 for gRPC."""
+    """A free port p for SeaweedFS, which also uses p + 10000, for gRPC."""
     for _ in range(200):
         port = random.randrange(12_000, 30_000)
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
@@ -115,8 +115,8 @@ def await_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 6
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM ends this process as an exception does: servers are stopped and folders removed, which a second one does
-    not interrupt.
+    """Makes SIGTERM end this process as an exception does: servers are stopped and folders removed. A second SIGTERM
+    does not interrupt that.
     """
 
     def end(*_: object) -> None:
@@ -127,7 +127,7 @@ def end_on_sigterm() -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Also when whoever stops it is interrupted meanwhile: then at once."""
+    """Stops a process. If the caller is interrupted meanwhile, kills it at once."""
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -141,7 +141,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class _Storaged:
-    """How the command ``storaged`` of a source tree (None: the one installed here) is run for one installation below
+    """Runs the command ``storaged`` of a source tree (None: the one of the environment) for one installation in
     ``home``.
     """
 
@@ -209,7 +209,7 @@ class _Storaged:
             time.sleep(0.2)
 
     def prepared(self) -> None:
-        """Waits until ``storaged dev`` has made its user, which it does once the cluster takes writes."""
+        """Waits until ``storaged dev`` has made its user, when the cluster accepts writes."""
         end = time.monotonic() + STATES_TIMEOUT_S
         while not json.loads((self.directory / "dev.json").read_text())["prepared"]:
             if time.monotonic() > end or self.process is None or self.process.poll() is not None:
@@ -221,7 +221,7 @@ class _Storaged:
 
 
 def _processes(status: dict[str, Any]) -> dict[str, int]:
-    """Those of the nodes, and the further workers of gateways: ``gateway``, ``gateway-2``."""
+    """The processes of nodes, and the other workers of gateways: ``gateway``, ``gateway-2``."""
     found = {}
     for node in status["nodes"]:
         if node.get("pid"):
@@ -240,9 +240,9 @@ def storaged_cluster(
     name: str = "storaged, cluster",
     workers: int | None = None,
 ) -> Iterator[Server]:
-    """``storaged dev``: three storage nodes in three racks, a gateway of so many processes (None: as many as the
-    command chooses itself; old revisions know no other).
-    ``lose`` kills a rack."""
+    """``storaged dev``: three storage nodes in three racks, a gateway of ``workers`` processes (None: the command
+    chooses; old revisions need this). ``lose`` kills a rack.
+    """
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
         storaged = _Storaged(home, home / "s3", tree, spans)
@@ -283,9 +283,7 @@ def storaged_single(
     disks: int = 6,
     name: str = "storaged, single",
 ) -> Iterator[Server]:
-    """One process with both roles and six disks, made as deploy/README.md says. ``lose`` restarts it with one disk
-    gone.
-    """
+    """One process with both roles and six disks, made as in deploy/README.md. ``lose`` restarts it without one disk."""
     with tempfile.TemporaryDirectory(prefix="storaged-bench-", dir=parent) as place:
         home = Path(place)
         storaged = _Storaged(home, home / "state", tree, spans)
@@ -313,7 +311,9 @@ def storaged_single(
 
 
 def make_single(run: Callable[..., str], home: Path, *, s3_port: int, disks: int) -> Path:
-    """The files of an installation on one machine; the configuration's path. ``run`` is the command ``storaged``."""
+    """Makes the files of an installation on one machine, and returns the configuration's path. ``run`` runs
+    ``storaged``.
+    """
     disk_options = [word for number in range(1, disks + 1) for word in ("--disk", str(home / f"disk{number}"))]
     run("cluster", "create", "authority", "--cluster", "single")
     run(
@@ -340,7 +340,7 @@ def seaweedfs_binary() -> str:
 
 @contextlib.contextmanager
 def seaweedfs_default(parent: Path | None = None) -> Iterator[Server]:
-    """``weed server -s3``: one copy, nothing synced."""
+    """``weed server -s3``: one copy, no sync."""
     with tempfile.TemporaryDirectory(prefix="seaweedfs-bench-", dir=parent) as name:
         yield from _seaweedfs(Path(name), "SeaweedFS, default", durable=False)
 

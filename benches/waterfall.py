@@ -1,9 +1,8 @@
-"""``python -m benches.waterfall``: one PUT and one GET, small and large, as the gateway's own spans saw them.
+"""``python -m benches.waterfall``: one PUT and one GET, small and large, drawn from the gateway's spans.
 
-The servers run with the spans an operator can turn on (STORAGED_SPANS, see deploy/README.md). Each kind of request is
-made several times, alone; the one
-whose duration is the median is drawn. A line is one kind of work, from its first span to its last: ``#`` where it ran,
-``.`` where it waited for others.
+The servers run with the spans that an operator can turn on (STORAGED_SPANS, see deploy/README.md). Each kind of request
+runs several times, alone; the one with the median duration is drawn. A line is one kind of work, from its first span to
+its last: ``#`` where it ran, ``.`` where it waited.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Spans = Sequence[tuple[str, int, int]]
 
 
 def bars(spans: Spans, total_us: int, width: int = WIDTH) -> list[tuple[str, str, int, int]]:
-    """(name, bar, busy microseconds, spans) of each kind of work, in the order of their beginnings. Time in which spans
-    of one kind overlap counts once.
+    """(name, bar, busy microseconds, spans) of each kind of work, in the order of their starts. Overlapping spans of
+    one kind count once.
     """
     by_name: dict[str, list[tuple[int, int]]] = {}
     for name, start, end in sorted(spans, key=lambda span: (span[1], span[2])):
@@ -51,7 +50,7 @@ def bars(spans: Spans, total_us: int, width: int = WIDTH) -> list[tuple[str, str
 
 
 def covered(times: Iterable[tuple[int, int]]) -> int:
-    """How much time the intervals cover together."""
+    """The time that the intervals cover together."""
     total, reached = 0, 0
     for start, end in sorted(times):
         total += max(0, end - max(start, reached))
@@ -77,7 +76,7 @@ def draw(title: str, request: dict[str, Any]) -> str:
 
 
 def lines_of(spans: Path, operation: str) -> list[dict[str, Any]]:
-    """What was noted of all requests of one kind, in the order of their ends."""
+    """The records of all requests of one kind, in the order of their ends."""
     if not spans.exists():
         return []
     with spans.open() as file:
@@ -99,7 +98,7 @@ async def requests(server: Server, spans: Path, repeats: int, sizes: Sequence[in
             result = await rows.drive(verb, target, operation, in_flight=1, total=repeats, bytes_each=size)
             if result.errors:
                 raise WrongAnswer(result.first_error)
-            await asyncio.sleep(0.1)  # the last answer is out a moment before its line
+            await asyncio.sleep(0.1)  # the last answer leaves a moment before its line is written
             found = lines_of(spans, wanted)[before:]
             found.sort(key=lambda request: request["duration_us"])
             if len(found) < repeats:
