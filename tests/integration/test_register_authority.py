@@ -20,12 +20,12 @@ from storaged.fragments.remote import StoreDirectory
 from storaged.meta import messages
 from storaged.meta.authority import Gate, may_use, may_write
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.consensus.register import (
     COUNTER_AHEAD_MAX_US,
     COUNTER_MAX,
     Ballots,
     Verdict,
-    confirmed_above,
     credible,
 )
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, object_name, system_name
@@ -211,7 +211,8 @@ def test_after_a_clock_was_set_right_ballots_begin_anew_in_another_life() -> Non
     ],
 )
 def test_a_majority_vouches_for_no_more_than_its_lowest(far: list[int], replicas: int, above: int) -> None:
-    assert confirmed_above(far, replicas) == above
+    disks = [f"d{index}" for index in range(replicas)]
+    assert Quorum(disks).vouched(dict(zip(disks, far, strict=False))) == above
 
 
 # --- one storage certificate against a cluster
@@ -499,23 +500,23 @@ def test_one_replica_that_puts_an_old_record_back_brings_no_removed_user_back(by
 
 def test_what_a_majority_holds_counts_against_a_lone_higher_ballot_only_where_all_have_promised() -> None:
     none, low, high = (ZERO_BALLOT, None), (ballot("a", 1), record(5)), (ballot("b", 2), record(3))
-    groups = (("x", "y", "z"),)
-    assert credible(groups, {"x": high, "y": low, "z": low}) == (*low, True)
-    assert credible(groups, {"x": high, "y": none, "z": none}) == (*none, True)
-    assert credible(groups, {"x": high, "y": low}) is None, "the third may have the higher one too"
-    assert credible(groups, {"x": high, "y": high, "z": low}) == (*high, True)
+    quorum = Quorum(("x", "y", "z"))
+    assert credible(quorum, {"x": high, "y": low, "z": low}) == (*low, True)
+    assert credible(quorum, {"x": high, "y": none, "z": none}) == (*none, True)
+    assert credible(quorum, {"x": high, "y": low}) is None, "the third may have the higher one too"
+    assert credible(quorum, {"x": high, "y": high, "z": low}) == (*high, True)
 
 
 def test_where_no_two_replicas_agree_a_lone_higher_ballot_leads_to_no_older_record() -> None:
-    groups = (("x", "y", "z"),)
+    quorum = Quorum(("x", "y", "z"))
     settled, cut_short, lie = (ballot("a", 1), record(5)), (ballot("b", 2), record(6)), (ballot("l", 3), record(2))
-    assert credible(groups, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False)
+    assert credible(quorum, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False)
     lie = ballot("l", 0), record(9)
-    assert credible(groups, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False), (
+    assert credible(quorum, {"x": cut_short, "y": settled, "z": lie}) == (*cut_short, False), (
         "what a majority exceeds was not chosen"
     )
     same = ballot("c", 3), record(6)
-    assert credible(groups, {"x": cut_short, "y": settled, "z": same}) == (*same, False)
+    assert credible(quorum, {"x": cut_short, "y": settled, "z": same}) == (*same, False)
 
 
 def record(sequence: int) -> Value:

@@ -35,7 +35,7 @@ from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.names import RegisterName
 from storaged.meta.ports import Copy
-from storaged.meta.proposer.create import Novelty
+from storaged.meta.proposer.new_keys import NewKeyRate
 from storaged.meta.storage.small_copies import PlainCopies
 from storaged.meta.transport.batching import ALONE_MAX
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
@@ -393,7 +393,7 @@ def _expire(answered: asyncio.Future[Any]) -> None:
         answered.set_exception(PeerTimeout("no answer in time"))
 
 
-class Guess(Novelty):
+class Guess(NewKeyRate):
     """Takes registers for new that are not, and the other way round."""
 
     def __init__(self, world: World) -> None:
@@ -455,7 +455,7 @@ class Gateway:
             call_timeout_s=0.3,
             hedge_s=0.02,
             rules=world.rules,
-            novelty=Guess(world),
+            new_keys=Guess(world),
             **self._options,
         )
 

@@ -14,6 +14,7 @@ from storaged.errors import InvalidRequest, NoSuchBucket, OutcomeUnknown
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import CREATE_AHEAD_US, LocalReplica
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.proposer import CREATE_AHEAD_MAX_US
 from storaged.meta.consensus.register import (
     CALL_BYTES,
     NEVER,
@@ -27,7 +28,7 @@ from storaged.meta.consensus.register import (
 )
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, Outcome, RowDamaged, SmallCopies, Update
-from storaged.meta.proposer.create import AHEAD_MAX_US, NEW_OF_LATE, SCOPES_MAX, Novelty
+from storaged.meta.proposer.new_keys import NEW_OF_LATE, SCOPES_MAX, NewKeyRate
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
 from tests.unit.test_registers_client import NAME, Refused, Ring, Unreliable, fail_with, later_us, put
@@ -148,7 +149,7 @@ def test_a_create_that_a_majority_holds_something_against_is_open_and_lost_where
 
 
 def test_a_bucket_where_most_is_overwritten_is_asked_first_until_most_is_new_again() -> None:
-    novelty, other = Novelty(), NAME._replace(scope=b"o" * 16)
+    novelty, other = NewKeyRate(), NAME._replace(scope=b"o" * 16)
     assert novelty.likely(NAME)
     for _ in range(NEW_OF_LATE // 4 + 1):
         novelty.saw(NAME, False)
@@ -160,7 +161,7 @@ def test_a_bucket_where_most_is_overwritten_is_asked_first_until_most_is_new_aga
 
 
 def test_what_is_remembered_of_buckets_is_bounded() -> None:
-    novelty = Novelty()
+    novelty = NewKeyRate()
     for index in range(2 * SCOPES_MAX + 10):
         novelty.saw(NAME._replace(scope=index.to_bytes(16, "big")), False)
     assert len(novelty._rates) <= SCOPES_MAX
@@ -224,7 +225,7 @@ async def ring() -> AsyncIterator[Ring]:
         await client.close()
 
 
-class Always(Novelty):
+class Always(NewKeyRate):
     def likely(self, name: RegisterName) -> bool:
         return True
 
@@ -325,7 +326,7 @@ async def test_who_was_behind_takes_what_the_others_refuse_and_the_chain_goes_on
     ring: Ring, blank: int
 ) -> None:
     """The create lies at one replica above what the others have chosen."""
-    client = ring.client(novelty=Always())
+    client = ring.client(new_keys=Always())
     behind = [ring.first, ring.second, ring.third][blank]
     for replica in ring.replicas.values():
         if replica is not behind:
@@ -427,7 +428,7 @@ async def test_a_create_that_may_have_been_applied_is_of_unknown_outcome(ring: R
 
 
 async def test_a_replica_that_hangs_does_not_hold_up_who_was_refused_by_another(ring: Ring) -> None:
-    client = ring.client(novelty=Always())
+    client = ring.client(new_keys=Always())
     await client.change(NAME, put(b"one"))
     await asyncio.sleep(0.01)
     ring.first.stuck.update(("accept", "prepare"))
@@ -504,7 +505,7 @@ async def test_what_is_said_of_a_register_is_not_overturned_by_a_create_that_one
     ring: Ring, refuses: bool, blank: int
 ) -> None:
     """What was found is told; what one replica took before must not be found above it later."""
-    client = ring.client(novelty=Always())
+    client = ring.client(new_keys=Always())
     for index, replica in enumerate((ring.first, ring.second, ring.third)):
         if index != blank:
             await ring.accept_at(replica, b"chosen", 5, sequence=7)
@@ -531,21 +532,21 @@ async def test_what_is_said_of_a_register_is_not_overturned_by_a_create_that_one
 
 
 async def test_one_that_was_refused_at_its_deadlines_end_is_told_although_every_replica_hangs(ring: Ring) -> None:
-    client = ring.client(deadline_s=0.1, novelty=Always())
+    client = ring.client(deadline_s=0.1, new_keys=Always())
     for replica in ring.replicas.values():
         replica.stuck.update(("accept", "prepare"))
     told = begun(client, put(b"one"))
     assert isinstance(await asyncio.wait_for(told, 2), OutcomeUnknown)
-    assert not client._patience._ends
+    assert not client._ring.deadlines._ends
     assert isinstance(await asyncio.wait_for(begun(client, put(b"two")), 2), OutcomeUnknown), "the turn was given back"
 
 
 async def test_nobody_is_patient_with_a_create_that_is_over(ring: Ring) -> None:
-    client = ring.client(novelty=Always())
+    client = ring.client(new_keys=Always())
     for body in (b"one", b"two"):
         await applied(client, put(body))
-        assert not client._patience._ends
-        assert not client._changing._turns._waiting
+        assert not client._ring.deadlines._ends
+        assert not client._queue._turns._waiting
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
@@ -556,7 +557,7 @@ async def test_who_loses_against_another_create_goes_on_behind_it(
     """One replica took the loser's first, the other two the winner's. Where that has the higher ballot, its replicas
     can't say that they never took the loser's.
     """
-    client = ring.client(novelty=Always())
+    client = ring.client(new_keys=Always())
     lost, *won = [(ring.first, ring.second, ring.third)[index] for index in order]
     rival = Lineage(b"r" * CALL_BYTES).create(Change(b"rival"), at(1))
     accept = Unreliable.accept
@@ -584,13 +585,13 @@ async def test_who_loses_against_another_create_goes_on_behind_it(
 
 @pytest.mark.parametrize("table", [table for table in Table if table != Table.OBJECT])
 async def test_only_an_objects_register_is_changed_regardless_of_what_it_holds(ring: Ring, table: Table) -> None:
-    client, name = ring.client(novelty=Always()), NAME._replace(table=table)
+    client, name = ring.client(new_keys=Always()), NAME._replace(table=table)
     with pytest.raises(ValueError, match="regardless"):
         await client.change(name, put(b"one"), regardless=True)
     with pytest.raises(ValueError, match="regardless"):
         client.change_soon(name, put(b"one"), lambda _outcome: None, regardless=True)
     replica = ring.first.inner
-    ballot = Ballot(1, client._clock.wall_ms() * 1000, "n", b"i" * 8)
+    ballot = Ballot(1, client._ring.clock.wall_ms() * 1000, "n", b"i" * 8)
     value = lineage().create(Change(b"one"), ballot)
     plain = Value(1, b"o" * 16, Visibility.LIVE, b"one")
     for refused in (
@@ -605,9 +606,9 @@ async def test_only_an_objects_register_is_changed_regardless_of_what_it_holds(r
 
 
 async def test_a_ballot_far_ahead_of_the_clock_is_promised_and_not_created(ring: Ring) -> None:
-    client = ring.client(novelty=Always())
-    now_us = client._clock.wall_ms() * 1000
-    client._around.ballots.next(1, now_us + 2 * AHEAD_MAX_US, now_us)
+    client = ring.client(new_keys=Always())
+    now_us = client._ring.clock.wall_ms() * 1000
+    client._ring.shared.ballots.next(1, now_us + 2 * CREATE_AHEAD_MAX_US, now_us)
     outcome = await applied(client, put(b"one"))
     assert outcome.after is not None
     assert not created(outcome.after)
@@ -645,7 +646,7 @@ async def test_a_task_that_goes_away_leaves_its_turn(ring: Ring) -> None:
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
-    assert not client._patience._ends
+    assert not client._ring.deadlines._ends
     ring.first.stuck.clear()
     ring.second.stuck.clear()
     assert isinstance(await client.change(NAME, put(b"two")), Outcome)
@@ -665,7 +666,7 @@ async def test_replicas_of_this_process_are_all_asked_before_what_they_say_is_lo
     ring: Ring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ring.replica = lambda disk: ring.replicas[disk].inner  # type: ignore[method-assign]
-    client = ring.client(novelty=Always())
+    client = ring.client(new_keys=Always())
     first = await client.change(NAME, put(b"one"))
     await asyncio.sleep(0.01)
     asked: list[str] = []
@@ -699,7 +700,7 @@ async def test_a_create_is_not_abandoned_because_disks_are_slow_while_a_node_is_
 
 
 async def test_a_refusal_that_comes_late_is_acted_upon_at_once(ring: Ring) -> None:
-    client = ring.client(novelty=Always())
+    client = ring.client(new_keys=Always())
     await client.change(NAME, put(b"one"))
     await asyncio.sleep(0.01)
     ring.first.stuck.add("accept")
@@ -725,8 +726,8 @@ async def test_a_mistake_is_told_to_who_waits(ring: Ring) -> None:
     assert isinstance(
         await asyncio.wait_for(begun(client, lambda _: Change(b"one", payload=b"D" * 16), small), 2), RuntimeError
     )
-    assert not client._patience._ends
-    assert not client._changing._turns._waiting
+    assert not client._ring.deadlines._ends
+    assert not client._queue._turns._waiting
     with pytest.raises(RuntimeError):
         await client.change(
             NAME._replace(key=b"another"), lambda _: Change(b"one", payload=b"D" * 16), small=small, regardless=True

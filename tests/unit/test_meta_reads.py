@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -396,7 +395,7 @@ async def test_who_was_waited_for_last_is_asked_last(world: World) -> None:
     first, second, third = of(world, slot.name)
     for hung, comes_back in ((first, second), (second, first)):
         client = hang(world, hung[:2])
-        client._suspects.add(comes_back)
+        client._ring.suspects.add(comes_back)
         await asyncio.sleep(0.01)
         assert (await client.read(slot.name)).value == slot.value
         world.messages.clear()
@@ -454,7 +453,7 @@ async def test_what_two_replicas_tell_differently_is_settled_without_a_third_tha
     first, second, third = of(world, old.name)
     await world.stores[second].commit(StoreBatch([new]))
     client = hang(world, third[:2])
-    world.line = lambda *_args, **_options: SimpleNamespace(post=lambda *args: False)  # type: ignore[assignment,method-assign,return-value]
+    world.line = lambda *_args, **_options: lambda *_posted: False  # type: ignore[assignment,method-assign,return-value]
     assert (await asyncio.wait_for(client.read(old.name), 2)).value == new.value
     assert world.stores[first].get(old.name) == new
     await client.close()
@@ -469,5 +468,5 @@ async def test_when_nobody_answers_nobody_is_asked_last(world: World) -> None:
     soon: asyncio.Future[Reading | None] = asyncio.get_running_loop().create_future()
     client.read_soon(slot.name, False, soon.set_result)
     assert await asyncio.wait_for(soon, 2) is None
-    assert client._suspects.last((first, second, "other")) == [first, second, "other"]
+    assert client._ring.suspects.last((first, second, "other")) == [first, second, "other"]
     await client.close()

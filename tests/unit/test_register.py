@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.consensus.register import (
     CALL_BYTES,
     HIGH_WATER_BLOCK_US,
@@ -17,13 +18,11 @@ from storaged.meta.consensus.register import (
     Standing,
     Verdict,
     floor_of,
-    has_majority,
     high_water_for,
     judge_accept,
     judge_prepare,
     judge_read,
     needs_high_water,
-    out_of_reach,
     settled_ballot,
     shown,
 )
@@ -105,18 +104,8 @@ def test_the_high_water_ballot_lies_above_everything_promised_while_it_is_in_for
     assert ballot(100 + HIGH_WATER_BLOCK_US - 1, "zzz") < floor_of(high_water)
 
 
-GROUP = (("a", "b", "c"),)
-JOINT = (("a", "b", "c"), ("c", "d", "e"))
-
-
-def test_a_majority_is_needed_in_every_group() -> None:
-    assert has_majority(GROUP, {"a", "c"})
-    assert not has_majority(GROUP, {"a"})
-    assert not has_majority(JOINT, {"a", "b", "c"})
-    assert has_majority(JOINT, {"a", "c", "d"})
-    assert not out_of_reach(GROUP, {"a"})
-    assert out_of_reach(GROUP, {"a", "b"})
-    assert out_of_reach(JOINT, {"d", "e"})
+GROUP = Quorum(("a", "b", "c"))
+JOINT = Quorum(("a", "b", "c"), ("c", "d", "e"))
 
 
 def test_a_value_is_settled_by_one_ballot_on_a_majority_never_by_the_highest() -> None:

@@ -32,9 +32,9 @@ from storaged.meta.consensus.register import COUNTER_AHEAD_MAX_US, COUNTER_MAX, 
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Copy, Replica, SmallCopies, StoreBatch
+from storaged.meta.proposer.queue import Turns
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import PlainCopies
-from storaged.meta.transport.quorum import Turns
 from storaged.wire import Buffer, encode
 from tests.doubles.meta_store import MemoryMetaStore
 from tests.patience import GUARD_S
@@ -573,7 +573,7 @@ async def _take(turns: Turns) -> None:
 async def test_settling_commits_a_new_ballot_that_no_earlier_promise_survives(ring: Ring) -> None:
     client = ring.client()
     written = (await client.change(NAME, put(b"one"))).after
-    early = Ballot(1, client._around.ballots.next(1, 0, 0).counter + 1, "early", b"12345678")
+    early = Ballot(1, client._ring.shared.ballots.next(1, 0, 0).counter + 1, "early", b"12345678")
     for replica in ring.replicas.values():
         await replica.inner.prepare(messages.Prepare(replica.inner.disk, NAME, early))
     assert await client.settle(NAME) == written
@@ -944,7 +944,7 @@ async def test_one_replica_that_lies_about_counters_leads_no_proposer_to_where_t
         assert (await client.settle(NAME)) is not None
         replica.inner.prepare_at_once = honest  # type: ignore[method-assign]
     now_us = SystemClock().wall_ms() * 1000
-    assert client._around.ballots.next(1, 0, now_us).counter < now_us + 60_000_000
+    assert client._ring.shared.ballots.next(1, 0, now_us).counter < now_us + 60_000_000
 
 
 async def test_where_a_majority_is_beyond_the_hour_a_proposer_follows(ring: Ring) -> None:
@@ -956,7 +956,7 @@ async def test_where_a_majority_is_beyond_the_hour_a_proposer_follows(ring: Ring
     client = ring.client()
     after = (await client.change(NAME, put(b"one"))).after
     assert (await client.read(NAME)).value == after
-    assert client._around.ballots.next(1, 0, SystemClock().wall_ms() * 1000).counter > far
+    assert client._ring.shared.ballots.next(1, 0, SystemClock().wall_ms() * 1000).counter > far
 
 
 async def test_a_node_whose_clock_is_hours_ahead_is_told_so_and_goes_on_when_it_is_set_right(ring: Ring) -> None:

@@ -15,6 +15,7 @@ import pytest
 from storaged.errors import OutcomeUnknown, PreconditionFailed, ServiceUnavailable, SlowDown
 from storaged.meta import messages
 from storaged.meta.client import RingClient
+from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.meta.ports import Ballot, Outcome, SmallCopies, Update
 from tests.patience import GUARD_S
@@ -73,7 +74,7 @@ async def test_who_comes_while_it_is_somebody_elses_turn_waits_for_its_own(ring:
 
 async def test_turns_are_as_many_as_for_tasks(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     client = ring.client()
-    monkeypatch.setattr(client._changing._turns, "_waiting_max", 2)
+    monkeypatch.setattr(client._queue._turns, "_waiting_max", 2)
     told = [begun(client, put(b"one")) for _ in range(4)]
     outcomes = [await outcome for outcome in told]
     assert [isinstance(outcome, Outcome) for outcome in outcomes] == [True, True, False, False]
@@ -83,7 +84,7 @@ async def test_turns_are_as_many_as_for_tasks(ring: Ring, monkeypatch: pytest.Mo
 async def test_while_replicas_are_being_exchanged_it_takes_a_task(ring: Ring) -> None:
     client = ring.client()
     view = client._view(NAME)
-    client._views[NAME[:3]] = view._replace(groups=(view.disks, view.disks))
+    client._views[NAME[:3]] = view._replace(quorum=Quorum(view.quorum.disks, view.quorum.disks))
     assert isinstance(await begun(client, put(b"one")), Outcome)
     assert (await client.read(NAME)).value is not None
 
@@ -215,7 +216,7 @@ async def test_a_mistake_in_what_judges_it_is_told_and_gives_its_turn_back(ring:
 
 async def test_a_mistake_in_asking_leaves_nothing_that_goes_on(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     client = ring.client()
-    courier = client._changing._courier
+    courier = client._ring.courier
     ask_each = courier.ask_each
 
     def mistaken(*asked: Any, **options: Any) -> None:

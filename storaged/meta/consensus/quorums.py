@@ -6,7 +6,8 @@ set: that is all that the consensus asks of them. Everything that counts answers
 else has to know how many sets there are.
 
 ``fewest`` is what keeps one set cheap: with fewer disks there is no quorum, whatever they are, so that callers compare
-a length first and ask ``met`` once."""
+a length first and ask ``met`` once.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ T = TypeVar("T", bound=Hashable)
 class Quorum:
     """Immutable. Equal when the sets are."""
 
-    __slots__ = ("_others", "_set", "disks", "fewest", "sets")
+    __slots__ = ("_others", "_set", "disks", "fewest", "sets", "single")
 
     disks: tuple[str, ...]
     """The disks of all sets, each once, in the order of the sets."""
     sets: tuple[tuple[str, ...], ...]
     fewest: int
     """The fewest disks that can be a quorum: the majority of the largest set."""
+    single: bool
+    """There is one set: ``fewest`` of its disks are a quorum, whichever they are."""
 
     def __init__(self, *sets: Sequence[str]) -> None:
         """Raises ValueError without a set, or with one that is empty or names a disk twice."""
@@ -36,6 +39,7 @@ class Quorum:
         self.sets = tuple(map(tuple, sets))
         self.disks = self.sets[0] if len(sets) == 1 else tuple(dict.fromkeys(disk for disks in sets for disk in disks))
         self.fewest = max(len(disks) for disks in sets) // 2 + 1
+        self.single = len(sets) == 1
         self._set = frozenset(sets[0])
         self._others = tuple(map(frozenset, sets[1:]))
 
@@ -52,7 +56,7 @@ class Quorum:
         """Whether a majority of every set is among the disks. Disks of no set do not count."""
         if len(disks) < self.fewest or 2 * len(self._set.intersection(disks)) <= len(self._set):
             return False
-        if not self._others:
+        if self.single:
             return True
         return all(2 * len(members.intersection(disks)) > len(members) for members in self._others)
 
@@ -68,7 +72,11 @@ class Quorum:
         return min(len(members.intersection(disks)) - len(members) // 2 - 1 for members in (self._set, *self._others))
 
     def prefix(self, order: Sequence[str]) -> Sequence[str]:
-        """The shortest beginning of ``order`` that is a quorum; all of it when none is."""
+        """The shortest beginning of ``order`` that is a quorum; all of it when none is. ``order`` names disks of the
+        sets, each once.
+        """
+        if self.single:
+            return order[: self.fewest]
         for count in range(self.fewest, len(order)):
             if self.met(order[:count]):
                 return order[:count]

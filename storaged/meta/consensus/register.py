@@ -35,7 +35,7 @@ top to bottom, the first that matches answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -43,6 +43,7 @@ from typing import NamedTuple
 import xxhash
 from msgspec import Struct
 
+from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence
 from storaged.wire import encode
@@ -250,47 +251,16 @@ def digest_of(value: Value | None) -> bytes:
 # --- quorums
 # ------------------------------------------------------------------------------------------------------------
 
-Groups = Sequence[Sequence[str]]
-"""The replica sets whose majorities are all needed: one, or the old and the new while a layout changes."""
 
-
-def has_majority(groups: Groups, disks: Container[str]) -> bool:
-    return all([2 * _count(group, disks) > len(group) for group in groups])  # noqa: C419 - a list is half the price of a generator
-
-
-def short_of_majority(groups: Groups, disks: Container[str]) -> int:
-    """How many more disks are needed, at the least."""
-    return max([len(group) // 2 + 1 - _count(group, disks) for group in groups])
-
-
-def out_of_reach(groups: Groups, failed: Container[str]) -> bool:
-    """No majority is left without the ``failed``."""
-    return any([2 * _count(group, failed) >= len(group) for group in groups])  # noqa: C419
-
-
-def _count(group: Sequence[str], disks: Container[str]) -> int:
-    count = 0
-    for disk in group:
-        if disk in disks:
-            count += 1
-    return count
-
-
-def settled_ballot(groups: Groups, accepted: Mapping[str, Ballot], rules: Rules = RULES) -> Ballot | None:
-    """The ballot that a majority of every group reports (ZERO_BALLOT: never written), None when
-    none has one (rule 3).
-    """
+def settled_ballot(quorum: Quorum, accepted: Mapping[str, Ballot], rules: Rules = RULES) -> Ballot | None:
+    """The ballot that a quorum reports (ZERO_BALLOT: never written), None when there is none (rule 3)."""
     if not rules.read_same_ballot:
-        return max(accepted.values()) if has_majority(groups, accepted) else None
-    first = groups[0]
-    for candidate in {accepted[disk]: None for disk in first if disk in accepted}:
-        if has_majority(groups, {disk for disk, ballot in accepted.items() if ballot == candidate}):
-            return candidate
-    return None
+        return max(accepted.values()) if quorum.met(accepted) else None
+    return quorum.agreed(accepted)
 
 
 def credible(
-    groups: Groups, told: Mapping[str, tuple[Ballot, Value | None]]
+    quorum: Quorum, told: Mapping[str, tuple[Ballot, Value | None]]
 ) -> tuple[Ballot, Value | None, bool] | None:
     """What a register of the system table is to go on from when replicas differ, whose ballot, and whether it is
     settled; None when not all replicas
@@ -307,13 +277,13 @@ def credible(
     the one with the highest sequence is
     taken, of two with the same the higher ballot: a lone liar chooses its ballot, but has no authenticator of a
     sequence that no gateway has reached."""
-    if len(groups) != 1 or not all(disk in told for disk in groups[0]):
+    if len(quorum.sets) != 1 or not all(disk in told for disk in quorum.disks):
         return None
-    settled = settled_ballot(groups, {disk: ballot for disk, (ballot, _) in told.items()})
+    settled = settled_ballot(quorum, {disk: ballot for disk, (ballot, _) in told.items()})
     if settled is not None:
         return settled, next(value for ballot, value in told.values() if ballot == settled), True
     ranked = sorted(told.values(), key=lambda pair: pair[0], reverse=True)
-    ballot, value = max(ranked[: len(ranked) // 2 + 1], key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
+    ballot, value = max(ranked[: quorum.fewest], key=lambda pair: pair[1].sequence if pair[1] is not None else 0)
     return ballot, value, False
 
 
@@ -390,13 +360,6 @@ class Ballots:
             self._incarnation, self._last = self._draw(), 0
         self._last = max(self._last + 1, above + 1, now_us)
         return Ballot(epoch, self._last, self._node, self._incarnation)
-
-
-def confirmed_above(far: Collection[int], replicas: int) -> int:
-    """Of the far-off counters that some of so many replicas say are in the way, the highest that a majority vouches
-    for; 0 when that is none."""
-    majority = replicas // 2 + 1
-    return sorted(far)[len(far) - majority] if len(far) >= majority else 0
 
 
 class Standing(IntEnum):

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, Generic, TypeVar
@@ -20,9 +19,9 @@ import msgspec
 
 from storaged.clock import Clock
 from storaged.cluster.ports import Then
-from storaged.errors import DiskUnusable, PeerUnreachable, SlowDown, StoragedError
+from storaged.errors import DiskUnusable, PeerUnreachable, StoragedError
+from storaged.meta.consensus.quorums import Quorum, met_by_all
 from storaged.meta.messages import Accept, Create, Prepare, Read, ScanRequest
-from storaged.meta.names import RegisterName
 from storaged.meta.ports import Heard, Replica, Replicas
 from storaged.wire import Buffer, encode
 
@@ -33,9 +32,6 @@ NO_FRAGMENT: tuple[bytes, Sequence[Buffer]] = (b"", ())
 
 CALLS_MAX = 16_384
 """Calls to replicas in flight from one client; beyond it the oldest are given up."""
-
-TURNS_MAX = 1_024
-"""Changes that wait for one register in one process; beyond it the client is told to slow down."""
 
 SUSPECT_S = 5.0
 """For how long a replica that did not answer, or whose disk is out of use, is asked last."""
@@ -58,12 +54,13 @@ class TaskPool:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         if len(self._tasks) >= self._limit:
             next(iter(self._tasks)).cancel()
         task = asyncio.get_running_loop().create_task(work)
         self._tasks[task] = None
         task.add_done_callback(self._forget)
+        return task
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
@@ -186,6 +183,68 @@ class Answers(Generic[T]):
         return self._inbox.popleft()
 
 
+class Calls:
+    """Calls of one client to several replicas, with their deadlines."""
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        pool: TaskPool,
+        suspects: Suspects,
+        clock: Clock,
+        *,
+        deadline_s: float,
+        call_timeout_s: float,
+        hedge_s: float,
+    ) -> None:
+        self.replicas = replicas
+        self.suspects = suspects
+        self.clock = clock
+        self.deadline_s = deadline_s
+        self.call_timeout_s = call_timeout_s
+        self.hedge_s = hedge_s
+        self._pool = pool
+
+    def deadline(self) -> float:
+        """Of what begins now."""
+        return self.clock.monotonic() + self.deadline_s
+
+    def remaining_s(self, deadline: float) -> float:
+        return deadline - self.clock.monotonic()
+
+    def timeout_s(self, deadline: float) -> float:
+        """Of one call."""
+        return max(0.001, min(self.call_timeout_s, deadline - self.clock.monotonic()))
+
+    def answers(self) -> Answers[Any]:
+        return Answers(self.replicas, self._pool, self.suspects)
+
+    async def gather(
+        self,
+        quorums: Sequence[Quorum],
+        call: Callable[[str, float], Callable[[Replica], Awaitable[T]]],
+        good: Callable[[T], bool],
+        deadline: float,
+        *,
+        linger: bool = False,
+    ) -> set[str]:
+        """Calls every disk of the quorums once. The disks that gave good answers: until every quorum is met, or with
+        ``linger`` until all disks have answered.
+        """
+        answers: Answers[T] = self.answers()
+        for disk in dict.fromkeys(disk for quorum in quorums for disk in quorum.disks):
+            answers.ask(disk, call(disk, self.timeout_s(deadline)))
+        done: set[str] = set()
+        while linger or not met_by_all(quorums, done):
+            answer = await answers.next(self.remaining_s(deadline))
+            if answer is None:
+                break
+            disk, reply = answer
+            if not isinstance(reply, StoragedError) and good(reply):
+                done.add(disk)
+        return done
+
+
 class Courier:
     """Takes one request to several replicas, encoded once for those of other nodes, and their answers to a callback."""
 
@@ -195,7 +254,7 @@ class Courier:
 
     def ask_each(
         self,
-        request: Ask,
+        request: Prepare | Accept,
         disks: Sequence[str],
         heard: Heard,
         *,
@@ -228,6 +287,19 @@ class Courier:
             changes = {"disk": disk, "header": header} if header else {"disk": disk}
             asked = msgspec.structs.replace(request, **changes)
             self._pool.start(_call(replica, asked, then, body, timeout_s))  # it has said no: ``post`` would again
+
+    def read_each(self, request: Read, disks: Sequence[str], heard: Heard, *, timeout_s: float) -> None:
+        """As ``ask_each``, for a read."""
+        for disk in disks:
+            try:
+                replica = self._replicas.replica(disk)
+            except StoragedError as error:
+                heard(disk, error, NO_BYTES)
+                continue
+            asked = msgspec.structs.replace(request, disk=disk)
+            work = ask_one(replica, asked, partial(heard, disk), (), timeout_s)
+            if work is not None:
+                self._pool.start(work)
 
 
 def ask_one(
@@ -265,63 +337,3 @@ async def _call(
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-class Turns:
-    """Changes of one register in one process run one after the other, first come first served: a process never
-    pre-empts itself.
-    """
-
-    def __init__(self, waiting_max: int = TURNS_MAX) -> None:
-        self._waiting_max = waiting_max
-        self._waiting: dict[RegisterName, deque[asyncio.Future[None]] | None] = {}
-
-    def take_soon(self, name: RegisterName) -> bool:
-        """Whether it is nobody else's turn: then ``release`` ends it."""
-        if name in self._waiting:
-            return False
-        self._waiting[name] = None
-        return True
-
-    async def take(self, name: RegisterName, timeout_s: float) -> None:
-        """``release`` ends the turn. Raises SlowDown when too many wait for this register, or the turn did not come in
-        time.
-        """
-        if self.take_soon(name):
-            return
-        waiting = self._waiting[name]
-        if waiting is None:
-            waiting = self._waiting[name] = deque()
-        if len(waiting) + 1 >= self._waiting_max:
-            raise SlowDown(f"{len(waiting) + 1} changes of this key are waiting. Please reduce your request rate.")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting.append(turn)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await turn
-        except BaseException as error:
-            if turn.done() and not turn.cancelled():
-                self.release(name)  # it came too late
-            elif turn in waiting:
-                waiting.remove(turn)
-            if isinstance(error, TimeoutError):
-                raise SlowDown("Other changes of this key took too long. Please reduce your request rate.") from None
-            raise
-
-    def release(self, name: RegisterName) -> None:
-        waiting = self._waiting[name]
-        while waiting:
-            turn = waiting.popleft()
-            if not turn.done():  # else its waiter was cancelled in this turn of the loop, and has not run since
-                turn.set_result(None)
-                return
-        del self._waiting[name]
-
-    @asynccontextmanager
-    async def turn(self, name: RegisterName, timeout_s: float) -> AsyncIterator[None]:
-        """Raises as ``take``."""
-        await self.take(name, timeout_s)
-        try:
-            yield
-        finally:
-            self.release(name)

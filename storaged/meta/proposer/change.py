@@ -1,0 +1,538 @@
+"""Drives one ``consensus.proposer.Proposer``: sends its requests, brings it the answers, and waits where it wants to
+wait.
+
+Theory of operation
+    Everything happens in callbacks on the event loop. A request is encoded once for all replicas that are asked. Each
+    answer is one call of ``_on_promise``, ``_on_accept`` or ``_on_create``, which gives it to the machine; when the
+    machine has entered a state, ``_enter`` does what ``State`` says of it. So a change that meets no trouble costs
+    neither a task nor a timer nor a future of its own: ``Deadlines`` has one timer for all changes. Pauses are timers.
+    Only fetching a small copy, and renewing the age of fragments, are tasks.
+
+    ``begin`` reports by a callback. ``run`` is the same for a caller that has a task: it waits for that callback.
+
+    A replica of this process may answer while the others are still being asked. Its answer is kept until all of them
+    are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from storaged import trace
+from storaged.clock import Clock
+from storaged.errors import OutcomeUnknown, ServiceUnavailable, StoragedError
+from storaged.meta.consensus.proposer import (
+    ACCEPTING,
+    CARRYING,
+    CREATING,
+    DONE,
+    FAILED,
+    GATHERING,
+    PREPARING,
+    RETRYING,
+    SYNCING,
+    Fragments,
+    Proposer,
+    Shared,
+)
+from storaged.meta.consensus.quorums import View
+from storaged.meta.consensus.register import Verdict
+from storaged.meta.messages import AcceptReply, PrepareReply
+from storaged.meta.names import Change, RegisterName
+from storaged.meta.ports import Changed, Outcome
+from storaged.meta.transport.quorum import Courier, Suspects, TaskPool
+
+OK = int(Verdict.OK)
+FOREVER = float("inf")
+STOPPED = "This node stops before it has learned what became of the change."
+
+
+class Waiting(Protocol):
+    def on_time(self) -> None:
+        """Its time is over. It may ask for more with ``Deadlines.begin``."""
+
+
+class Deadlines:
+    """The deadlines of everything that waits for replicas, with one timer: it rings for the first of them, and most
+    have ended by then."""
+
+    def __init__(self) -> None:
+        self._ends: dict[Waiting, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = 0.0
+
+    def begin(self, waiting: Waiting, limit_s: float) -> None:
+        """``waiting.on_time()`` is called after ``limit_s``, unless ``end`` was called before. Replaces an earlier
+        limit."""
+        loop = asyncio.get_running_loop()
+        end = self._ends[waiting] = loop.time() + limit_s
+        if (self._timer is None or end < self._rings_at) and end < FOREVER:
+            self._ring_at(loop, end)
+
+    def end(self, waiting: Waiting) -> None:
+        """No-op if it does not wait."""
+        self._ends.pop(waiting, None)
+
+    def _ring_at(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
+        self.close()
+        self._timer = loop.call_at(at, self._ring, loop)
+        self._rings_at = at
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        for waiting, end in list(self._ends.items()):
+            if end <= now and self._ends.get(waiting) == end:  # else another one's ``on_time`` has ended it
+                del self._ends[waiting]
+                waiting.on_time()
+        next_end = min(self._ends.values(), default=FOREVER)  # also of what began meanwhile
+        if next_end < FOREVER:
+            self._ring_at(loop, next_end)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What all changes of one client share."""
+
+    shared: Shared
+    view: Callable[[RegisterName], View]
+    clock: Clock
+    jitter: Callable[[], float]
+    pool: TaskPool
+    suspects: Suspects
+    courier: Courier
+    deadlines: Deadlines
+    call_timeout_s: float
+    hedge_s: float
+    carry: Callable[[View, RegisterName, bytes, float], Awaitable[Fragments | None]]
+    """``await carry(view, name, data_id, deadline)``: the copy of a small object from any replica that has it, for all
+    of them; None when none gives it."""
+    on_fenced: Callable[[bytes], None] = lambda scope: None
+    """Gets the scope of a change that was refused by a fence."""
+    on_missed: Callable[[RegisterName], None] = lambda name: None
+    """Gets the register when a replica did not take a new value or a small copy that it should have: it lags, though a
+    quorum may have confirmed the write. Settling rounds report copies alone: they are what follows for replicas that
+    lag."""
+
+
+class ChangeShell:
+    """``begin`` once, or ``await run()``."""
+
+    __slots__ = (
+        "_began_ns",
+        "_deadline",
+        "_early",
+        "_more_s",
+        "_on_done",
+        "_ready",
+        "_renew",
+        "_ring",
+        "_sending",
+        "_silent",
+        "_timeout_s",
+        "_trace",
+        "_unasked",
+        "_work",
+        "machine",
+    )
+
+    def __init__(
+        self,
+        ring: Ring,
+        machine: Proposer,
+        deadline: float,
+        ready: asyncio.Future[None] | None = None,
+        renew: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """``deadline`` by ``ring.clock.monotonic()``. ``ready``, ``renew``: see ``ports.Registers.change``."""
+        self.machine = machine
+        self._ring = ring
+        self._deadline = deadline
+        self._ready = ready
+        self._renew = renew
+        self._on_done: Changed | None = None
+        self._more_s = self._timeout_s = 0.0
+        self._silent: Sequence[str] = ()
+        """Disks that were asked for a promise first and have not answered."""
+        self._unasked: Sequence[str] = ()
+        self._sending = False
+        self._early: list[tuple[Any, ...]] = []
+        self._work: asyncio.Task[None] | asyncio.TimerHandle | None = None
+        self._trace = trace.current() if trace.on else None
+        self._began_ns = 0
+
+    # --- begin and end ------------------------------------------------------------------------------------------------
+
+    def begin(self, view: View, on_done: Changed, create: Change | None = None) -> None:
+        """``on_done(outcome)`` is called once, perhaps before this returns, and must not raise. Its argument is the
+        outcome, or the exception that ``ports.Registers.change`` raises. ``create``: what the update makes of nothing,
+        to be proposed at once. An exception that this raises reaches ``on_done`` as well only when it is no mistake of
+        ours."""
+        self._on_done = on_done
+        if self._trace is not None:
+            self._mark("")
+        now_us = self._ring.clock.wall_ms() * 1000
+        try:
+            if create is None:
+                self.machine.begin(view, now_us)
+            else:
+                self.machine.create(view, create, now_us)
+            self._enter()
+        except BaseException:  # a mistake of ours: the caller gets it
+            self._on_done = None
+            self._end(None)
+            raise
+
+    async def run(self, view: View, create: Change | None = None) -> Outcome:
+        """As ``begin``; returns the outcome, or raises the exception."""
+        outcomes: list[Outcome | Exception] = []
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            self.begin(view, partial(_wake, over, outcomes), create)
+            await over
+        finally:
+            self.stop()  # a change that nobody waits for proposes nothing any more
+        outcome = outcomes.pop()
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+        finally:
+            del outcome  # the exception refers to this frame: without the cycle its copies are freed at once
+
+    def stop(self) -> None:
+        """Ends it where it is. A request that was sent may still be carried out."""
+        if self._on_done is not None:
+            open_ = self.machine.lineage.open
+            stopped = (
+                OutcomeUnknown(STOPPED) if open_ else ServiceUnavailable("This node stops. Nothing was changed. Retry.")
+            )
+            self._end(stopped)
+
+    def _end(self, outcome: Outcome | Exception | None) -> None:
+        self._ring.deadlines.end(self)
+        self.machine.turn += 1  # whatever still comes is late
+        if self._work is not None:
+            self._stop_waiting()
+        on_done, self._on_done = self._on_done, None
+        if on_done is not None and outcome is not None:
+            on_done(outcome)
+
+    # --- what a state wants -------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        """Does what the state wants that the machine has entered."""
+        if self._work is not None:
+            self._stop_waiting()
+        if self._on_done is None:
+            return
+        machine, state = self.machine, self.machine.state
+        if state is RETRYING and not machine.pause_s and self._renew is None:
+            machine.begin(self._ring.view(machine.name), self._ring.clock.wall_ms() * 1000)
+            state = machine.state
+        if state is DONE:
+            if self._trace is not None:
+                self._mark("create" if machine.by_create else "accept")
+            self._end(machine.outcome)
+        elif state is PREPARING:
+            self._prepare()
+        elif state is ACCEPTING:
+            if self._trace is not None and self._ready is None:
+                self._mark("prepare")
+            asked = machine.request.identity, bool(machine.fragments)  # type: ignore[union-attr]
+            self._send(partial(self._on_accept, machine.turn, *asked), machine.view.quorum.disks)
+        elif state is CREATING:
+            self._limit()
+            self._send(self._on_create, machine.view.quorum.disks)
+        elif state is FAILED:
+            if machine.fenced:
+                self._ring.on_fenced(machine.name.scope)
+            self._end(machine.take_error())
+        else:
+            self._wait()
+
+    def _wait(self) -> None:
+        machine, state = self.machine, self.machine.state
+        if state is GATHERING:
+            self._ask_others()
+            if machine.state is GATHERING:  # a replica of this process has not answered at once
+                self._later(machine.gather_s, machine.waited)
+        elif state is SYNCING:
+            self._sync()
+        elif state is CARRYING:
+            self._start(self._carry())
+        elif state is RETRYING:
+            pause_s = self._ring.jitter() * machine.pause_s
+            if pause_s >= self._remaining_s():
+                machine.expire()
+                self._enter()
+            else:
+                self._later(pause_s, self._paused)
+
+    def _prepare(self) -> None:
+        machine = self.machine
+        disks: Sequence[str] = machine.view.quorum.disks
+        if machine.sparing:
+            order = self._ring.suspects.last(disks)
+            disks = machine.view.quorum.prefix(order)
+            self._unasked, self._silent = order[len(disks) :], list(disks)
+        else:
+            self._unasked = self._silent = ()
+        self._limit()
+        self._send(partial(self._on_promise, machine.turn), disks)
+
+    def _ask_others(self) -> None:
+        others, self._unasked = self._unasked, ()
+        if others:
+            self._send(partial(self._on_promise, self.machine.turn), others)
+
+    def _send(self, on_reply: Any, disks: Sequence[str]) -> None:
+        machine, ring = self.machine, self._ring
+        self._sending = True
+        try:
+            ring.courier.ask_each(
+                machine.request, disks, on_reply, timeout_s=self._timeout_s, fragments=machine.fragments
+            )
+        finally:
+            self._sending = False
+        early, self._early = self._early, []
+        for on_answer, *answer in early:
+            on_answer(*answer)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _on_promise(self, turn: int, disk: str, answer: PrepareReply | StoragedError, _bulk: object = None) -> None:
+        if self._sending:
+            self._early.append((self._on_promise, turn, disk, answer))
+            return
+        machine = self.machine
+        if isinstance(answer, StoragedError):
+            self._ring.suspects.saw(disk, answer)
+        if turn != machine.turn:
+            return
+        if disk in self._silent:
+            self._silent.remove(disk)  # type: ignore[attr-defined]
+        try:
+            if machine.promised(turn, disk, None if isinstance(answer, StoragedError) else answer):
+                self._enter()
+            elif self._unasked and (isinstance(answer, StoragedError) or not self._silent):
+                self._ask_others()
+        except Exception as mistake:  # of ours: the caller gets it, not only the one that brought the answer
+            self._fail(mistake)
+
+    def _on_accept(
+        self,
+        turn: int,
+        identity: bool,
+        copies: bool,
+        disk: str,
+        answer: AcceptReply | StoragedError,
+        _bulk: object = None,
+    ) -> None:
+        if self._sending:
+            self._early.append((self._on_accept, turn, identity, copies, disk, answer))
+            return
+        machine = self.machine
+        if isinstance(answer, StoragedError):
+            self._ring.suspects.saw(disk, answer)
+            reply = None
+        else:
+            reply = answer
+        took = reply is not None and reply.verdict == OK
+        if not (took or identity) or (copies and not (took and reply.copy_synced)):  # type: ignore[union-attr]
+            self._ring.on_missed(machine.name)
+        try:
+            if machine.accepted(turn, disk, reply):
+                self._enter()
+        except Exception as mistake:
+            self._fail(mistake)
+
+    def _on_create(self, disk: str, answer: AcceptReply | StoragedError, _bulk: object = None) -> None:
+        if self._sending:
+            self._early.append((self._on_create, disk, answer))
+            return
+        machine = self.machine
+        if isinstance(answer, StoragedError):
+            self._ring.suspects.saw(disk, answer)
+            reply = None
+        else:
+            reply = answer
+        try:
+            if machine.created(disk, reply):
+                if machine.by_create and machine.untaken:
+                    self._ring.on_missed(machine.name)
+                self._enter()
+            elif machine.by_create and disk in machine.untaken:
+                self._ring.on_missed(machine.name)
+        except Exception as mistake:
+            self._fail(mistake)
+
+    def _fail(self, mistake: Exception) -> None:
+        if self._on_done is None:
+            raise mistake
+        self._end(mistake)
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def _later(self, seconds: float, event: Callable[[], bool]) -> None:
+        self._stop_waiting()
+        self._work = asyncio.get_running_loop().call_later(seconds, self._on_timer, event)
+
+    def _on_timer(self, event: Callable[[], bool]) -> None:
+        self._work = None
+        self._did(event)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._stop_waiting()
+        task = self._work = self._ring.pool.start(work)
+        task.add_done_callback(self._on_task_over)
+
+    def _on_task_over(self, task: asyncio.Task[None]) -> None:
+        if task is self._work:  # the pool gave it up, or closes
+            self._work = None
+            self.stop()
+
+    def _stop_waiting(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work.cancel()
+
+    def _did(self, event: Callable[[], bool]) -> None:
+        """Something that was waited for has happened."""
+        if self._on_done is None:
+            return
+        try:
+            if event():
+                self._enter()
+        except Exception as mistake:
+            self._fail(mistake)
+
+    def _sync(self) -> None:
+        """Waits for the fragments. The time that they take is not the register's, and does not count against the
+        deadline."""
+        ready = self._ready
+        if self._trace is not None:
+            self._mark("prepare")
+        if ready is None or ready.done():
+            self._did(partial(self._synced, 0.0))
+            return
+        self._ring.deadlines.begin(self, FOREVER)
+        ready.add_done_callback(partial(self._on_ready, self._ring.clock.monotonic()))
+
+    def _on_ready(self, began: float, _ready: asyncio.Future[None]) -> None:
+        self._did(partial(self._synced, self._ring.clock.monotonic() - began))
+
+    def _synced(self, seconds: float) -> bool:
+        self._deadline += seconds
+        self._limit()
+        if self._trace is not None:
+            self._mark("")
+        ready = self._ready
+        if ready is not None:
+            if ready.cancelled():
+                return self.machine.data_failed(ServiceUnavailable("The write was given up."))
+            error = ready.exception()
+            if error is not None:
+                if not isinstance(error, Exception):
+                    raise error
+                return self.machine.data_failed(error)
+        return self.machine.synced()
+
+    async def _carry(self) -> None:
+        machine = self.machine
+        try:
+            fragments = await self._ring.carry(machine.view, machine.name, machine.carry, self._deadline)
+        except Exception as mistake:
+            self._work = None
+            self._fail(mistake)
+        else:
+            self._work = None
+            self._did(partial(self._carried, fragments))
+
+    def _carried(self, fragments: Fragments | None) -> bool:
+        entered = self.machine.carried(fragments)
+        if self.machine.uncarried:
+            self._ring.on_missed(self.machine.name)
+        return entered
+
+    def _paused(self) -> bool:
+        if self._renew is not None and (self._ready is None or self._ready.done()):
+            self._start(self._renewed(self._renew))
+            return False
+        return self._begin_again()
+
+    async def _renewed(self, renew: Callable[[], Awaitable[None]]) -> None:
+        """The time that this takes is not the register's either."""
+        began = self._ring.clock.monotonic()
+        self._ring.deadlines.begin(self, FOREVER)
+        try:
+            await renew()
+            event = self._begin_again
+        except Exception as error:
+            event = partial(self.machine.data_failed, error)
+        self._deadline += self._ring.clock.monotonic() - began
+        self._work = None
+        self._limit()
+        self._did(event)
+
+    def _begin_again(self) -> bool:
+        return self.machine.begin(self._ring.view(self.machine.name), self._ring.clock.wall_ms() * 1000)
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def _remaining_s(self) -> float:
+        return self._deadline - self._ring.clock.monotonic()
+
+    def _limit(self) -> None:
+        """Until the deadline; a create, and a sparing attempt, are looked at earlier."""
+        machine, ring = self.machine, self._ring
+        limit_s = max(0.001, self._remaining_s())
+        self._timeout_s = ring.call_timeout_s if ring.call_timeout_s < limit_s else limit_s
+        first_s = limit_s
+        if machine.state is CREATING or (machine.state is PREPARING and machine.sparing):
+            first_s = ring.hedge_s if ring.hedge_s < limit_s / 2 else limit_s / 2
+        self._more_s = limit_s - first_s
+        ring.deadlines.begin(self, first_s)
+
+    def on_time(self) -> None:
+        """See ``Waiting``. The first time it hurries: it asks the other replicas too, and those that were waited for
+        come last for a while. Then the deadline is over."""
+        more_s, self._more_s = self._more_s, 0.0
+        machine = self.machine
+        if not more_s:
+            self._did(machine.expire)
+            return
+        self._ring.deadlines.begin(self, more_s)
+        if machine.state is CREATING:
+            self._did(machine.hurry)
+        elif machine.state is PREPARING and self._unasked:
+            if (
+                len(self._silent) < machine.view.quorum.fewest
+            ):  # when no replica has answered, it may be this process that is late
+                for disk in self._silent:
+                    self._ring.suspects.add(disk)
+            self._ask_others()
+
+    def _mark(self, name: str) -> None:
+        """Notes a span that ends now, unless the name is empty; the next one begins."""
+        assert self._trace is not None
+        now_ns = time.perf_counter_ns()
+        if name:
+            self._trace.note(name, self._began_ns, now_ns)
+        self._began_ns = now_ns
+
+
+def _wake(over: asyncio.Future[None], outcomes: list[Outcome | Exception], outcome: Outcome | Exception) -> None:
+    if not over.done():  # it is, when the caller was cancelled
+        outcomes.append(outcome)
+        over.set_result(None)

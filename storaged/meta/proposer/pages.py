@@ -1,0 +1,80 @@
+"""Immutable pages of manifests, on a quorum of the replicas of the register that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from storaged.errors import DataDamaged, ServiceUnavailable, StoragedError
+from storaged.hashes import is_page, page_hash
+from storaged.meta.consensus.quorums import View
+from storaged.meta.messages import PageCheck, PageGet, PagePut, PageReply
+from storaged.meta.names import RegisterName
+from storaged.meta.ports import Replica
+from storaged.meta.transport.quorum import Answers, Calls
+
+
+class RingPages:
+    """Implements ``ports.PageCopies``."""
+
+    def __init__(
+        self, calls: Calls, view: Callable[[RegisterName], View], on_missed: Callable[[RegisterName], None]
+    ) -> None:
+        """``on_missed`` gets the register of a page that some replica did not take."""
+        self._calls = calls
+        self._view = view
+        self._on_missed = on_missed
+
+    async def put_page(self, near: RegisterName, body: bytes, name: bytes = b"") -> bytes:
+        """See ``ports.Pages``."""
+        page_name = name or page_hash(body)
+
+        def put(disk: str, timeout_s: float) -> Callable[[Replica], Awaitable[PageReply]]:
+            async def page_put(replica: Replica) -> PageReply:
+                try:
+                    return await replica.page_put(PagePut(disk, page_name, body), timeout_s=timeout_s)
+                except StoragedError:
+                    self._on_missed(near)
+                    raise
+
+            return page_put
+
+        quorum = self._view(near).quorum
+        done = await self._calls.gather((quorum,), put, lambda reply: True, self._calls.deadline())
+        if not quorum.met(done):
+            raise ServiceUnavailable(
+                "No majority of the replicas of this key has stored the manifest page. Nothing was changed. Retry."
+            )
+        return page_name
+
+    async def get_page(self, near: RegisterName, name: bytes) -> bytes:
+        """See ``ports.Pages``."""
+        calls, deadline = self._calls, self._calls.deadline()
+        order = calls.suspects.last(self._view(near).quorum.disks)
+        answers: Answers[PageReply] = calls.answers()
+        while order or answers.pending:
+            if order:
+                self._ask(answers, PageGet(order.pop(0), name), calls.timeout_s(deadline))
+            remaining_s = calls.remaining_s(deadline)
+            if remaining_s <= 0:
+                break
+            answer = await answers.next(min(calls.hedge_s, remaining_s) if order else remaining_s)
+            if answer is None or isinstance(answer[1], StoragedError):
+                continue
+            body = answer[1].body
+            if body is not None and is_page(body, name):
+                return body
+        raise DataDamaged("A page of this object's manifest is on none of the replicas that answer.")
+
+    def _ask(self, answers: Answers[PageReply], request: PageGet, timeout_s: float) -> None:
+        answers.ask(request.disk, lambda replica: replica.page_get(request, timeout_s=timeout_s))
+
+    async def pages_missing(self, disk: str, hashes: Sequence[bytes]) -> tuple[bytes, ...]:
+        """See ``ports.PageCopies``."""
+        replica = self._calls.replicas.replica(disk)
+        return (await replica.page_check(PageCheck(disk, tuple(hashes)), timeout_s=self._calls.call_timeout_s)).hashes
+
+    async def copy_page(self, near: RegisterName, name: bytes, disk: str) -> None:
+        """See ``ports.PageCopies``."""
+        body = await self.get_page(near, name)
+        replica = self._calls.replicas.replica(disk)
+        await replica.page_put(PagePut(disk, name, body), timeout_s=self._calls.call_timeout_s)

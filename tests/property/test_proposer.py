@@ -1,0 +1,348 @@
+"""The proposer as a state machine, against acceptors that are the register's tables and a network that is a list of
+messages.
+
+Requests and answers are delivered in any order, lost, or answered by an error; proposers time out, pause and try again.
+Every change appends its own mark to the value, so that the value which a last settling round finds shows what became of
+each of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storaged.errors import OutcomeUnknown, StoragedError
+from storaged.meta.consensus.proposer import (
+    ACCEPTING,
+    CARRYING,
+    CREATING,
+    DONE,
+    FAILED,
+    GATHERING,
+    NEW,
+    PREPARING,
+    RETRYING,
+    SYNCING,
+    TRANSITIONS,
+    Event,
+    Proposer,
+    Shared,
+    State,
+)
+from storaged.meta.consensus.quorums import Quorum, View
+from storaged.meta.consensus.register import (
+    ATTEMPTS_MAX,
+    RULES,
+    Acceptor,
+    Ballots,
+    Lineage,
+    Verdict,
+    judge_accept,
+    judge_create,
+    judge_prepare,
+)
+from storaged.meta.messages import Accept, AcceptReply, Create, Prepare, PrepareReply
+from storaged.meta.names import Change, RegisterName, Table, Value
+from storaged.meta.ports import ZERO_BALLOT, Ballot, Fence, SmallCopies
+
+NOW_US = 1_700_000_000_000_000
+ONE_SET = Quorum(("a", "b", "c"))
+FIVE = Quorum(("a", "b", "c", "d", "e"))
+JOINT = Quorum(("a", "b", "c"), ("b", "c", "d"))
+COPY = b"copy".ljust(16)
+
+
+class Refused(Exception):
+    """What an update raises."""
+
+
+class DataLost(StoragedError):
+    pass
+
+
+class Disk:
+    """An acceptor whose disk is always in time."""
+
+    def __init__(self) -> None:
+        self.promised = self.accepted = ZERO_BALLOT
+        self.value: Value | None = None
+        self.fence: Fence | None = None
+        self.damaged = False
+        self.verdict: Verdict | None = None
+        """What it answers instead of a judgement."""
+        self.copies: set[bytes] = set()
+
+    def _acceptor(self) -> Acceptor:
+        return Acceptor(self.promised, self.accepted, self.value, 1, self.fence, self.damaged)
+
+    def answer(self, request: Any, copies: bool) -> PrepareReply | AcceptReply:
+        acceptor = self._acceptor()
+        if self.verdict is not None:
+            return (PrepareReply if isinstance(request, Prepare) else AcceptReply)(self.verdict, acceptor.lowest)
+        if isinstance(request, Prepare):
+            verdict = judge_prepare(acceptor, request.ballot, request.nonce)
+            if verdict is not Verdict.OK:
+                return PrepareReply(verdict, acceptor.lowest)
+            self.promised = request.ballot
+            return PrepareReply(Verdict.OK, request.ballot, self.accepted, self.value)
+        judge = judge_create if isinstance(request, Create) else judge_accept
+        verdict = judge(acceptor, request.ballot, request.value, request.nonce, request.identity)
+        if verdict is not Verdict.OK:
+            return AcceptReply(verdict, acceptor.lowest)
+        self.accepted, self.value, self.damaged = request.ballot, request.value, False
+        if copies:
+            self.copies.add(request.value.payload)
+        return AcceptReply(Verdict.OK, request.ballot, copy_synced=copies)
+
+
+class Driver:
+    """One proposer and what is on the wire between it and the disks. Checks every transition against the table."""
+
+    def __init__(self, world: World, machine: Proposer, create: Change | None = None) -> None:
+        self.world = world
+        self.machine = machine
+        self.wire: list[Callable[[], None]] = []
+        if create is None:
+            self.do(Event.BEGIN, lambda: machine.begin(world.view, NOW_US))
+        else:
+            self.do(Event.CREATE, lambda: machine.create(world.view, create, world.now_us()))
+
+    @property
+    def over(self) -> bool:
+        return self.machine.state in (DONE, FAILED)
+
+    def do(self, event: Event, call: Callable[[], bool]) -> None:
+        machine = self.machine
+        before = machine.state
+        entered = call()
+        if not entered:
+            assert machine.state is before, (before, event, machine.state)
+            return
+        assert machine.state in TRANSITIONS[before].get(event, ()), (before, event, machine.state)
+        self.world.seen.add((before, event, machine.state))
+        if machine.state in (CREATING, PREPARING, ACCEPTING):
+            self.send()
+
+    def send(self) -> None:
+        machine = self.machine
+        request, turn, copies = machine.request, machine.turn, bool(machine.fragments)
+        for disk in machine.view.quorum.disks:
+            self.wire.append(lambda disk=disk: self.arrive(disk, turn, request, copies))  # type: ignore[misc]
+
+    def arrive(self, disk: str, turn: int, request: Any, copies: bool) -> None:
+        chance = self.world.random.random()
+        reply = None if chance < 0.1 * self.world.trouble else self.world.disks[disk].answer(request, copies)
+        if chance > 1 - 0.1 * self.world.trouble:
+            reply = None  # it arrived, and the answer is lost
+        self.wire.append(lambda: self.reply(disk, turn, request, reply))
+
+    def reply(self, disk: str, turn: int, request: Any, reply: Any) -> None:
+        machine = self.machine
+        if isinstance(request, Create):
+            self.do(Event.CREATED, lambda: machine.created(disk, reply))
+        elif isinstance(request, Accept):
+            self.do(Event.ACCEPTED, lambda: machine.accepted(turn, disk, reply))
+        else:
+            self.do(Event.PROMISED, lambda: machine.promised(turn, disk, reply))
+
+    def step(self) -> None:
+        """Something happens."""
+        chance, machine, state = self.world.random.random(), self.machine, self.machine.state
+        if chance < (0.1 if state is CARRYING else 0.01) * self.world.trouble:
+            self.do(Event.EXPIRE, machine.expire)
+        elif state in (GATHERING, SYNCING, CARRYING, RETRYING) and (chance < 0.3 or not self.wire):
+            self.wait(chance)
+        elif state is CREATING and chance < 0.1:
+            self.do(Event.HURRY, machine.hurry)
+        elif self.wire:
+            self.wire.pop(self.world.random.randrange(len(self.wire)))()
+        elif not self.over:
+            self.do(Event.EXPIRE, machine.expire)
+
+    def wait(self, chance: float) -> None:
+        machine, state = self.machine, self.machine.state
+        lost = chance < 0.02 * self.world.trouble
+        if state is GATHERING:
+            self.do(Event.WAITED, machine.waited)
+        elif state is SYNCING and not lost:
+            self.do(Event.SYNCED, machine.synced)
+        elif state is CARRYING:
+            here = any(machine.carry in disk.copies for disk in self.world.disks.values())
+            self.do(Event.CARRIED, lambda: machine.carried([(b"", ())] * 5 if here and chance > 0.1 else None))
+        elif lost:
+            self.do(Event.DATA_FAILED, lambda: machine.data_failed(DataLost("gone")))
+        elif state is RETRYING:
+            self.do(Event.BEGIN, lambda: machine.begin(self.world.view, self.world.now_us()))
+
+
+class World:
+    def __init__(self, draw: random.Random, quorum: Quorum, table: Table, trouble: float = 1.0) -> None:
+        self.random = draw
+        self.trouble = trouble
+        self.view = View(1, quorum)
+        self.disks = {disk: Disk() for disk in quorum.disks}
+        self.name = RegisterName(table, bytes(16), 0, b"key")
+        self.seen: set[tuple[State, Event, State]] = set()
+        self.counts = dict.fromkeys(("preempted", "unknown", "unavailable", "identity_rounds"), 0)
+        self.drivers: list[Driver] = []
+
+    def now_us(self) -> int:
+        return NOW_US + self.random.randrange(2_000_000)
+
+    def proposer(self, update: Any, node: str, **options: Any) -> Proposer:
+        shared = Shared(Ballots(node, lambda: b"incarnat"), RULES, self.counts, lambda _name, _disk, value: False)
+        lineage = Lineage(self.random.randbytes(14))
+        return Proposer(shared, self.name, update, lineage, **options)
+
+    def appender(self, mark: bytes) -> Driver:
+        small = self.random.random() < 0.3
+        keeps = not small and self.random.random() < 0.5  # the copy that the value names, as a change of tags does
+        refuses, declines = self.random.random() < 0.1, self.random.random() < 0.1
+
+        def update(value: Value | None) -> Change | None:
+            if refuses:
+                raise Refused
+            payload = COPY if small else value.payload if keeps and value else b""
+            return None if declines else Change((value.body if value else b"") + mark, payload=payload)
+
+        copies = SmallCopies(COPY, [(b"", ())] * 5, lambda disks: len(disks) >= 2) if small else None
+        machine = self.proposer(
+            update, mark.decode(), small=copies, barrier=self.random.random() < 0.2, thorough=self.random.random() < 0.5
+        )
+        if self.random.random() < 0.05:
+            machine.lineage._count = ATTEMPTS_MAX
+        return Driver(self, machine)
+
+    def play(self, steps: int = 2_000) -> None:
+        for _ in range(steps):
+            alive = [driver for driver in self.drivers if driver.wire or not driver.over]
+            if not alive:
+                return
+            self.random.choice(alive).step()
+        for driver in self.drivers:
+            while not driver.over and driver.machine.state is not SYNCING:
+                driver.do(Event.EXPIRE, driver.machine.expire)
+
+    def settled(self) -> Value | None:
+        """What a settling round finds when nothing is in the way."""
+        self.trouble = 0.0
+        for disk in self.disks.values():
+            disk.verdict, disk.damaged = None, False
+        machine = self.proposer(lambda _value: None, "~", settling=True, commit=True, thorough=True)
+        last = Driver(self, machine)
+        while not last.over:
+            last.step()
+        assert machine.state is DONE, machine.error
+        assert machine.outcome is not None
+        return machine.outcome.after
+
+
+def play_appends(draw: random.Random) -> World:
+    quorum = draw.choice((ONE_SET, ONE_SET, FIVE, JOINT))
+    world = World(draw, quorum, draw.choice((Table.OBJECT, Table.SYSTEM)), trouble=draw.choice((0.0, 1.0, 3.0)))
+    world.drivers = [world.appender(bytes([ord("A") + number])) for number in range(draw.randrange(1, 6))]
+    if draw.random() < 0.2:
+        draw.choice(list(world.disks.values())).verdict = draw.choice(
+            (Verdict.EPOCH, Verdict.AHEAD, Verdict.FENCED, Verdict.DAMAGED)
+        )
+    if draw.random() < 0.2:
+        world.drivers.append(
+            Driver(world, world.proposer(lambda _value: None, "s", settling=True, commit=True, thorough=True))
+        )
+    world.play()
+    return world
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_whatever_the_order_of_events_each_change_is_made_once_or_not_at_all(seed: int) -> None:
+    world = play_appends(random.Random(seed))
+    final = world.settled()
+    body = final.body if final is not None else b""
+    for driver in world.drivers:
+        machine = driver.machine
+        mark = machine._shared.ballots._node.encode()
+        if machine.settling:
+            continue
+        if (
+            machine.state is DONE
+            and machine.outcome is not None
+            and machine.outcome.after is not machine.outcome.before
+        ):
+            before, after = machine.outcome
+            assert after is not None
+            assert (before.body if before else b"") + mark == after.body
+            assert body.startswith(after.body), "what was chosen is an ancestor of all that follows"
+            assert body.count(mark) == 1
+        elif machine.state is DONE:
+            before = machine.outcome.before if machine.outcome else None
+            assert body.startswith(before.body if before else b""), "what was reported was settled"
+            assert body.count(mark) == 0
+        elif isinstance(machine.error, OutcomeUnknown):
+            assert body.count(mark) <= 1
+        else:
+            assert body.count(mark) == 0, (machine.state, machine.error)
+
+
+def play_creates(draw: random.Random) -> World:
+    world = World(draw, draw.choice((ONE_SET, FIVE, JOINT)), Table.OBJECT)
+    for number in range(draw.randrange(1, 5)):
+        change = Change(bytes([ord("A") + number]))
+        machine = world.proposer(lambda _value, change=change: change, f"n{number}")
+        if draw.random() < 0.05:
+            machine.above = NOW_US + 60_000_000  # a ballot of the future
+        world.drivers.append(Driver(world, machine, change))
+    world.play()
+    return world
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_of_creates_and_overwritings_one_stays_and_what_failed_surely_does_not(seed: int) -> None:
+    world = play_creates(random.Random(seed))
+    final = world.settled()
+    body = final.body if final is not None else b""
+    certain = [driver.machine for driver in world.drivers if driver.machine.state is FAILED]
+    impossible = [machine for machine in certain if not isinstance(machine.error, OutcomeUnknown)]
+    assert body not in [machine.update(None).body for machine in impossible]  # type: ignore[union-attr]
+    if any(driver.machine.state is DONE for driver in world.drivers):
+        assert body
+
+
+def test_the_table_holds_what_the_machine_does_and_nothing_else() -> None:
+    seen: set[tuple[State, Event, State]] = set()
+    for seed in range(3_000):
+        draw = random.Random(seed)
+        world = (play_creates if seed % 3 == 0 else play_appends)(draw)
+        if seed % 2:
+            world.settled()
+        seen |= world.seen
+    table = {
+        (state, event, after)
+        for state, events in TRANSITIONS.items()
+        for event, states in events.items()
+        for after in states
+    }
+    assert seen <= table
+    assert table - seen == set()
+
+
+def test_both_ends_have_no_way_out() -> None:
+    assert TRANSITIONS[DONE] == TRANSITIONS[FAILED] == {}
+    assert set(TRANSITIONS) == set(State)
+    assert all(NEW not in states for events in TRANSITIONS.values() for states in events.values())
+
+
+def test_a_late_answer_changes_nothing() -> None:
+    world = World(random.Random(1), ONE_SET, Table.OBJECT, trouble=0.0)
+    driver = Driver(world, world.proposer(lambda _value: Change(b"one"), "n"))
+    turn, ballot = driver.machine.turn, Ballot(1, NOW_US, "n", b"incarnat")
+    while not driver.over:
+        driver.step()
+    assert not driver.machine.promised(turn, "c", PrepareReply(Verdict.PREEMPTED, ballot))
+    assert not driver.machine.accepted(driver.machine.turn, "c", AcceptReply(Verdict.PREEMPTED, ballot))
+    assert driver.machine.state is DONE
