@@ -195,7 +195,7 @@ async def test_a_chunked_answer_is_as_good_as_one_with_a_length() -> None:
         ("hang-up", "GET /.*/put-4k-64-0-00000007", "get-4k-64", "connection broke"),
         ("noise", "GET /.*/put-4k-64-0-00000007", "get-4k-64", "not HTTP"),
         ("silence", "GET /.*/put-4k-64-0-00000007", "get-4k-64", "no answer within"),
-        ("other-length", "HEAD /", "head-64", "HEAD tells 4097"),
+        ("other-length", "HEAD /", "head-64", "HEAD says 4097"),
     ],
 )
 async def test_a_lie_is_an_error_of_its_row_and_ends_the_run(lie: str, about: str, row: str, said: str) -> None:
