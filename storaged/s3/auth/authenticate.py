@@ -1,4 +1,5 @@
-"""Who asks: the signature checked against the user's secret, and the body told what it must prove."""
+"""Authentication of a request: its signature is checked against the user's secret, and its body is prepared to be
+checked."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from storaged.s3.headers import trailing_names
 from storaged.s3.request import Request
 
 _WITH_TRAILERS = frozenset({sigv4.STREAMING_SIGNED_TRAILER, sigv4.STREAMING_UNSIGNED_TRAILER})
-"""In no other form of a body could a trailer come that was announced, and its checksum be demanded."""
+"""Only these forms of a body can have trailers: in any other one, an announced checksum could not be demanded."""
 
 
 def claim_of(request: Request, region: str) -> sigv4.Claim | None:
-    """What the request says about its signature, of this service and region (empty: of any); None: it is not signed.
+    """The signature that a request carries, not yet verified; None: it is not signed. ``region``: of which it must be;
+    empty: of any.
 
     Raises the S3 errors of ``sigv4``, InvalidRequest (Signature Version 2), InvalidArgument (two signatures),
     InvalidToken.
@@ -42,7 +44,7 @@ def claim_of(request: Request, region: str) -> sigv4.Claim | None:
 
 
 def admit(request: Request, claim: sigv4.Claim, who: Principal, secret: str, now_ms: int) -> None:
-    """Sets ``request.who``, and prepares its body, when the claim holds. Raises the S3 errors of ``sigv4``."""
+    """Verifies the signature, sets ``request.who``, and prepares the body. Raises the S3 errors of ``sigv4``."""
     headers = request.headers
     sigv4.check_time(claim, now_ms)
     payload = sigv4.payload_hash(claim, headers, request.query)
@@ -54,14 +56,14 @@ def admit(request: Request, claim: sigv4.Claim, who: Principal, secret: str, now
 
 
 def admit_anonymous(request: Request) -> None:
-    """A request without any signature; what it may do is decided elsewhere. Raises AccessDenied for a body that should
-    be signed.
-    """
+    """Prepares the body of a request without a signature; what it may do is decided elsewhere. Raises AccessDenied for
+    a body that should be signed."""
     _prepare_body(request, request.headers.get("x-amz-content-sha256", ""), None)
 
 
 def _prepare_body(request: Request, payload: str, key: sigv4.ChunkKey | None) -> None:
-    """What the body must be, from x-amz-content-sha256: plain, plain with this hash, or one of the streaming forms."""
+    """Sets what the body must be, by x-amz-content-sha256: plain, plain with this hash, or one of the streaming
+    forms."""
     if "x-amz-trailer" in request.headers and payload not in _WITH_TRAILERS:
         raise errors.InvalidRequest(
             f"x-amz-trailer goes only with x-amz-content-sha256 {' or '.join(sorted(_WITH_TRAILERS))}."

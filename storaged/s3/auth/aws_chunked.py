@@ -1,18 +1,14 @@
-"""aws-chunked bodies, decoded as they arrive. Pure.
+"""The aws-chunked coding of bodies, decoded as they arrive. Pure.
 
     SIZE-HEX[;chunk-signature=HEX64] CRLF data CRLF ... 0[;chunk-signature=HEX64] CRLF [name:value CRLF]...
     [x-amz-trailer-signature:HEX64 CRLF] CRLF
 
-Lines end in CRLF, and nothing follows the empty line that ends the body. One exception: in AWS's own example of
-trailers one
-ends in LF, or in LF CR LF, and clients follow it (minio-go, with and without signatures). Then an empty line may come
-before
-the signature, or before the empty line that ends the body.
+Lines end in CRLF, and nothing follows the empty line that ends the body. There is one exception: in AWS's own example
+of trailers one line ends in LF, or in LF CR LF, and clients follow it (minio-go, with and without signatures). Then an
+empty line may come before the signature, or before the empty line that ends the body.
 
-Data is passed on as it arrives, also that of a signed chunk: its signature is checked where the chunk ends, and whoever
-stores
-the body commits nothing before the body has ended well. So a signed chunk takes no memory, however large its client
-makes it.
+Data is passed on as it arrives, also that of a signed chunk: the signature is checked at the end of the chunk, and the
+object plane commits nothing before the body has ended well. So a signed chunk takes no memory, however large it is.
 
 Source: https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-streaming.html and sigv4-streaming-trailers.html.
 """
@@ -36,18 +32,18 @@ from storaged.units import GIB
 from storaged.wire import Buffer
 
 CHUNK_BYTES_MAX = 5 * GIB
-"""No body is longer: the largest part."""
+"""The largest part: no body is longer."""
 
 _TRAILER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([ -~]*?)[ \t]*\r?\n")
 _TRAILER_SIGNATURE = "x-amz-trailer-signature"
 
 
 class ChunkedDecoder(ChunkReader):
-    """``feed`` pieces, get data back; ``finish`` when the body has ended; then ``trailers`` is complete.
+    """Call ``feed`` with pieces to get data, and ``finish`` when the body has ended; then ``trailers`` is complete.
 
-    ``key`` None: chunks carry no signatures. ``trailing``: the names that x-amz-trailer announced, lower case; empty:
-    no trailer may come.
-    Raises IncompleteBody, SignatureDoesNotMatch, InvalidChunkSizeError, MalformedTrailerError, InvalidRequest.
+    ``key`` None: chunks have no signatures. ``trailing``: the lower-case names that x-amz-trailer announced; empty: no
+    trailer may come. Raises IncompleteBody, SignatureDoesNotMatch, InvalidChunkSizeError, MalformedTrailerError,
+    InvalidRequest.
     """
 
     __slots__ = (
@@ -77,7 +73,7 @@ class ChunkedDecoder(ChunkReader):
         self._bare_lf = False
         """The last trailer ended in LF alone."""
         self._may_end = False
-        """Of a body without signatures, whose last trailer did: the empty line after it may be the last or not."""
+        """The same, in a body without signatures: the empty line that follows may be the last one or not."""
         self._trailer_verified = key is None or not trailing
         self.trailers: dict[str, str] = {}
 
@@ -92,12 +88,12 @@ class ChunkedDecoder(ChunkReader):
         return out
 
     def finish(self) -> None:
-        """The connection's body has ended: was this one complete?"""
+        """The connection's body has ended. Raises IncompleteBody if this one has not."""
         if not (self.ended or self._may_end):
             raise IncompleteBody("The chunked body ended before the empty line that ends it.")
 
     def trailing_checksums(self) -> Mapping[str, str]:
-        """Algorithm -> base64, of x-amz-checksum-* trailers."""
+        """Algorithm -> base64 of the checksum, from x-amz-checksum-* trailers."""
         prefix = "x-amz-checksum-"
         return {name[len(prefix) :].upper(): value for name, value in self.trailers.items() if name.startswith(prefix)}
 
@@ -155,7 +151,7 @@ class ChunkedDecoder(ChunkReader):
         self._trailer_verified, self._bare_lf = True, False
 
     def _on_named_trailer(self, name: str, value: str, bare_lf: bool) -> None:
-        """One that was announced, once, before the signature of them all."""
+        """Each announced trailer comes once, before the signature over all of them."""
         late = self._key is not None and self._trailer_verified
         if name not in self._trailing or name in self.trailers or late or self._may_end:
             raise MalformedTrailerError()

@@ -1,4 +1,4 @@
-"""The policy document of a browser form: what it lets the form say. Pure.
+"""The policy document of a browser form: what the form may contain. Pure.
 
 Source: https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-HTTPPOSTConstructPolicy.html
 """
@@ -19,14 +19,14 @@ from storaged.errors import AccessDenied, InvalidPolicyDocument
 _EXPIRATION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?Z")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _FREE_FIELDS = frozenset({"awsaccesskeyid", "signature", "policy", "file", "x-amz-signature", "bucket"})
-"""Need no condition of their own."""
+"""Fields that need no condition."""
 _FREE_PREFIXES = ("x-ignore-", "x-amz-checksum-")
-"""Nor do these: a checksum only narrows what is accepted."""
+"""Prefixes of more such fields: a checksum only narrows what is accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """``field`` is lower case; ``prefix``: starts-with, else exact."""
+    """``field``: in lower case. ``prefix``: the field must start with ``value``, else be equal."""
 
     field: str
     value: str
@@ -45,7 +45,7 @@ class Policy:
 
 
 def parse_policy(encoded: str) -> Policy:
-    """Raises InvalidPolicyDocument that says where it is wrong."""
+    """Raises InvalidPolicyDocument that says where the document is wrong."""
     try:
         document = json.loads(base64.b64decode(encoded, validate=True).decode(), object_pairs_hook=_object)
     except (binascii.Error, ValueError, RecursionError):
@@ -74,7 +74,7 @@ def parse_policy(encoded: str) -> Policy:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a name that comes twice: which one counts, no two parsers need agree on."""
+    """A JSON object. Raises ValueError for a name that comes twice: two parsers may disagree on which one counts."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError
@@ -82,7 +82,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _size_range(entry: list[Any]) -> tuple[int, int]:
-    """Numbers, or texts of digits, as AWS's examples have either."""
+    """The bounds of a content-length-range: numbers, or strings of digits; AWS's examples have both."""
     bounds = [str(item) for item in entry[1:] if isinstance(item, str) or type(item) is int]
     if (
         len(entry) != 3
@@ -95,7 +95,8 @@ def _size_range(entry: list[Any]) -> tuple[int, int]:
 
 
 def _name(text: str) -> str:
-    """Of a field, in lower case: of ASCII's letters alone, for others have lower cases that are ASCII."""
+    """A field's name in lower case. Only ASCII letters are changed: letters of other scripts have lower cases that are
+    ASCII."""
     return text.lower() if text.isascii() else text
 
 
@@ -131,7 +132,7 @@ def check_policy(policy: Policy, fields: Mapping[str, str], bucket: str, now_ms:
 
 
 def _starts(condition: Condition, value: str) -> bool:
-    """A Content-Type may be a list: each of it must start so."""
+    """A Content-Type may be a list: each item must have the prefix."""
     if condition.field == "content-type":
         return all(item.strip().startswith(condition.value) for item in value.split(","))
     return value.startswith(condition.value)

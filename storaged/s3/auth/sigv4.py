@@ -1,18 +1,16 @@
-"""AWS Signature Version 4: is this request from who it says, and unaltered? Pure: time comes in as milliseconds.
+"""AWS Signature Version 4: does the request come from the user it names, unaltered? Pure: time is passed in.
 
-Theory of operation. A client hashes a canonical form of its request (method, path, query, the headers it names, hash of
-the body) and signs it with a key
-derived from its secret for one day, region and service. The server builds the same form from what arrived and compares.
-So everything here is about one thing:
-arriving at the very bytes that the client signed, whatever was done to them on the way that HTTP allows.
+Theory of operation. A client hashes a canonical form of its request (method, path, query, the headers that it names,
+hash of the body) and signs the hash with a key derived from its secret for one day, region and service. The server
+builds the same form from what arrived and compares. So all code here has one aim: to reach the very bytes that the
+client signed, whatever HTTP allows to be done to them on the way.
 
-Three places carry the signature: the Authorization header, the query of a presigned URL, and, for bodies sent in signed
-chunks, each chunk, whose
-signature continues that of the chunk before it, beginning with the request's own (the seed).
+The signature is in one of three places: the Authorization header, the query of a presigned URL, and, in bodies that are
+sent in signed chunks, each chunk. A chunk's signature continues that of the chunk before it, beginning with the
+request's own (the seed).
 
 Sources: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html,
-sigv4-query-string-auth.html, sigv4-streaming.html,
-sigv4-streaming-trailers.html, sigv4-HTTPPOSTConstructPolicy.html.
+sigv4-query-string-auth.html, sigv4-streaming.html, sigv4-streaming-trailers.html, sigv4-HTTPPOSTConstructPolicy.html.
 """
 
 from __future__ import annotations
@@ -58,8 +56,8 @@ _SECONDS = re.compile(r"-?[0-9]{1,18}")
 _SPACES = re.compile(r" {2,}")
 _COMPONENTS = frozenset({"Credential", "SignedHeaders", "Signature"})
 
-_REMEMBERED_CHARS_MAX = 1024
-"""Longer ones are taken apart each time: what strangers send must not fill the memory."""
+_CACHED_CHARS_MAX = 1024
+"""Longer ones are parsed each time: text of clients without a key must not fill the memory."""
 
 _Claimed = tuple[str, str, str, str, str, tuple[str, ...]]
 """Access key, date, region, service, scope, and the signed headers."""
@@ -71,9 +69,8 @@ Pairs = Sequence[tuple[bytes, bytes]]
 
 
 class Claim(NamedTuple):
-    """What a request says about its signature, not yet verified. ``timestamp`` is ``YYYYMMDDTHHMMSSZ``; ``expires_s``
-    only in presigned URLs.
-    """
+    """A request's signature and what it says about it, not yet verified. ``timestamp`` is ``YYYYMMDDTHHMMSSZ``;
+    ``expires_s`` is set only in presigned URLs."""
 
     access_key: str
     date: str
@@ -91,7 +88,7 @@ class Claim(NamedTuple):
 
 
 class ChunkKey(NamedTuple):
-    """What signs the chunks of a body: the day's key, and the seed they continue."""
+    """What signs the chunks of a body: the day's key, and the seed that they continue."""
 
     key: bytes
     timestamp: str
@@ -103,16 +100,15 @@ class ChunkKey(NamedTuple):
 
 
 def claim_from_header(authorization: str, headers: Mapping[str, str]) -> Claim:
-    """``headers`` by lower-case name. Raises AuthorizationHeaderMalformed, AccessDenied (no date), InvalidRequest
-    (another signing method).
-    """
+    """The claim of an Authorization header. ``headers`` by lower-case name. Raises AuthorizationHeaderMalformed,
+    AccessDenied (no date), InvalidRequest (another signing method)."""
     if not authorization.startswith(ALGORITHM):
         raise InvalidRequest(
             "The authorization mechanism you have provided is not supported. Please use AWS4-HMAC-SHA256."
         )
     before, name, signature = authorization.rpartition("Signature=")
-    if name and signature.isalnum() and len(before) <= _REMEMBERED_CHARS_MAX:
-        claimed = _before_signature(before)
+    if name and signature.isalnum() and len(before) <= _CACHED_CHARS_MAX:
+        claimed = _claimed_before_signature(before)
     else:
         components = _components(authorization[len(ALGORITHM) :])
         signature = components["Signature"]
@@ -128,10 +124,9 @@ def claim_from_header(authorization: str, headers: Mapping[str, str]) -> Claim:
 
 
 @lru_cache(maxsize=1024)
-def _before_signature(text: str) -> _Claimed:
-    """What stands before the signature is the same in all requests of a client on one day, as long as they sign the
-    same headers: it is taken apart once.
-    """
+def _claimed_before_signature(text: str) -> _Claimed:
+    """The text before the signature is the same in all requests of a client on one day that sign the same headers. So
+    it is parsed once."""
     return _claimed(_components(f"{text[len(ALGORITHM) :]}Signature=0"))
 
 
@@ -152,9 +147,8 @@ def _scope(date: str, region: str, service: str) -> str:
 
 
 def _components(text: str) -> dict[str, str]:
-    """`` Credential=.., SignedHeaders=.., Signature=..`` in any order, each once. In one pass, whatever a stranger
-    sends: this is read before anybody is known.
-    """
+    """`` Credential=.., SignedHeaders=.., Signature=..`` in any order, each once. It is parsed in one pass, whatever it
+    has: this runs before the client is authenticated."""
     found: dict[str, str] = {}
     for item in text.split(",") if text[:1].isspace() else ():
         name, equals, value = item.strip().partition("=")
@@ -171,7 +165,7 @@ def _components(text: str) -> dict[str, str]:
 
 
 def claim_from_query(query: Mapping[str, str]) -> Claim:
-    """A presigned URL. Raises AuthorizationQueryParametersError, AccessDenied."""
+    """The claim of a presigned URL. Raises AuthorizationQueryParametersError, AccessDenied."""
     if query.get("X-Amz-Algorithm") != ALGORITHM:
         raise AuthorizationQueryParametersError()
     missing = [
@@ -196,7 +190,7 @@ def claim_from_query(query: Mapping[str, str]) -> Claim:
         raise AuthorizationQueryParametersError("X-Amz-Expires should be a number")
     expires_s = int(query["X-Amz-Expires"])
     if not 0 <= expires_s <= EXPIRES_S_MAX:
-        # AccessDenied, as Ceph's conformance tests want it; AWS has 400 here.
+        # AccessDenied, as Ceph's conformance tests want it; AWS answers 400.
         raise AccessDenied(f"X-Amz-Expires must be between 0 and a week (in seconds), that is {EXPIRES_S_MAX}")
     if not query["X-Amz-SignedHeaders"].isascii():
         raise AuthorizationQueryParametersError("X-Amz-SignedHeaders should be names of headers")
@@ -250,13 +244,12 @@ def timestamp_ms(timestamp: str) -> int:
 _timestamp_ms = lru_cache(maxsize=256)(timestamp_ms)
 
 
-# --- what holds before any hashing
-# --------------------------------------------------------------------------------------
+# --- checks before any hashing ----------------------------------------------------------------------------------------
 
 
 def check_scope(claim: Claim, region: str) -> None:
-    """``region`` empty: any is right, for the signature is made with the one that it names. Raises
-    AuthorizationHeaderMalformed (or its counterpart for presigned URLs), with the Region that would be right."""
+    """``region`` empty: any region is right, since the signature is verified with the one that it names. Raises
+    AuthorizationHeaderMalformed, or its counterpart for presigned URLs, with the Region that would be right."""
     if claim.service == SERVICE and region in ("", claim.region):
         return
     malformed = AuthorizationQueryParametersError if claim.presigned else AuthorizationHeaderMalformed
@@ -292,7 +285,7 @@ def check_time(claim: Claim, now_ms: int) -> None:
 
 def check_signed_headers(claim: Claim, names: Iterable[str]) -> None:
     """Every x-amz-* and x-storaged-* header must be signed, else an intermediary could add some. Raises AccessDenied
-    that names them."""
+    that names the unsigned ones."""
     unsigned = []
     for name in names:
         if (
@@ -312,9 +305,8 @@ def _iso(ms: int) -> str:
 
 
 def payload_hash(claim: Claim, headers: Mapping[str, str], query: Mapping[str, str]) -> str:
-    """What the canonical request says of the body: 64 hex digits, UNSIGNED-PAYLOAD or one of STREAMING. Raises
-    InvalidRequest.
-    """
+    """The canonical request's line for the body: 64 hex digits, UNSIGNED-PAYLOAD or one of STREAMING. Raises
+    InvalidRequest."""
     value = headers.get("x-amz-content-sha256", "")
     if value == EMPTY_SHA256:
         return value
@@ -329,8 +321,7 @@ def payload_hash(claim: Claim, headers: Mapping[str, str], query: Mapping[str, s
     return value
 
 
-# --- the canonical request
-# ------------------------------------------------------------------------------------------------
+# --- the canonical request --------------------------------------------------------------------------------------------
 
 
 def canonical_uri(raw_path: bytes) -> str:
@@ -345,7 +336,7 @@ def _word(value: bytes) -> str:
 
 
 def canonical_query(pairs: Pairs) -> str:
-    """Encoded, then sorted by name and value; the signature itself is left out."""
+    """Encoded, then sorted by name and value, without the signature itself."""
     if not pairs:
         return ""
     return "&".join(
@@ -355,9 +346,8 @@ def canonical_query(pairs: Pairs) -> str:
 
 
 def canonical_headers(signed: Sequence[str], headers: Mapping[str, str]) -> str:
-    """``name:value`` lines; values trimmed, runs of spaces made one. A signed header that did not arrive counts as
-    empty, so that the signature does not match.
-    """
+    """``name:value`` lines. Values are trimmed, and runs of spaces become one. A signed header that did not arrive
+    counts as empty, so that the signature does not match."""
     text = ""
     for name in signed:
         value = headers.get(name, "").strip(" \t")
@@ -368,11 +358,11 @@ def canonical_headers(signed: Sequence[str], headers: Mapping[str, str]) -> str:
 def canonical_request(
     method: str, raw_path: bytes, pairs: Pairs, signed: Sequence[str], headers: Mapping[str, str], payload: str
 ) -> bytes:
-    """The bytes whose hash is signed. Header values that are not UTF-8 come as surrogate escapes and leave as they
-    were.
-    """
+    """The bytes whose hash is signed. Header values that are not UTF-8 are surrogate escapes, and are encoded to the
+    bytes that arrived."""
     return (
-        f"{method}\n{canonical_uri(raw_path)}\n{canonical_query(pairs)}\n{canonical_headers(signed, headers)}\n{';'.join(signed)}\n{payload}"  # noqa: E501
+        f"{method}\n{canonical_uri(raw_path)}\n{canonical_query(pairs)}\n"
+        f"{canonical_headers(signed, headers)}\n{';'.join(signed)}\n{payload}"
     ).encode("utf-8", "surrogateescape")
 
 
@@ -380,13 +370,12 @@ def string_to_sign(timestamp: str, scope: str, canonical: bytes) -> str:
     return f"{ALGORITHM}\n{timestamp}\n{scope}\n{hashlib.sha256(canonical).hexdigest()}"
 
 
-# --- keys and signatures
-# ----------------------------------------------------------------------------------------------------
+# --- keys and signatures ----------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1024)
 def signing_key(secret: str, date: str, region: str, service: str = SERVICE) -> bytes:
-    """The key of one secret for one day, region and service; the last 1,024 are remembered."""
+    """The key of one secret for one day, region and service. The last 1,024 are cached."""
     key = hmac.digest(b"AWS4" + secret.encode("utf-8", "surrogateescape"), date.encode(), "sha256")
     for step in (region, service, "aws4_request"):
         key = hmac.digest(key, step.encode("utf-8", "surrogateescape"), "sha256")
@@ -398,16 +387,15 @@ def sign(key: bytes, text: str) -> str:
 
 
 def same(computed: str, given: str) -> bool:
-    """In constant time, whatever ASCII the client sent; ``computed`` is nothing else."""
+    """Compares in constant time, whatever the client sent. ``computed`` is ASCII."""
     return given.isascii() and hmac.compare_digest(computed, given)
 
 
 def verify(
     claim: Claim, secret: str, method: str, raw_path: bytes, pairs: Pairs, headers: Mapping[str, str], payload: str
 ) -> ChunkKey:
-    """Raises SignatureDoesNotMatch with what was signed here, so that a client's author can compare. Returns what a
-    chunked body continues with.
-    """
+    """Returns what signs a chunked body. Raises SignatureDoesNotMatch with the text that this server signed, so that
+    the author of a client can compare."""
     canonical = canonical_request(method, raw_path, pairs, claim.signed_headers, headers, payload)
     text = string_to_sign(claim.timestamp, claim.scope, canonical)
     key = signing_key(secret, claim.date, claim.region, claim.service)
@@ -422,16 +410,15 @@ def verify(
 
 
 def chunk_signature(chunk: ChunkKey, previous: str, sha256_hex: str) -> str:
-    """Of one chunk of a STREAMING-AWS4-HMAC-SHA256-PAYLOAD body, given the signature before it and the hash of its
-    data.
-    """
+    """The signature of one chunk of a STREAMING-AWS4-HMAC-SHA256-PAYLOAD body. ``previous``: the signature before it.
+    ``sha256_hex``: the hash of its data."""
     return sign(
         chunk.key, f"{ALGORITHM}-PAYLOAD\n{chunk.timestamp}\n{chunk.scope}\n{previous}\n{EMPTY_SHA256}\n{sha256_hex}"
     )
 
 
 def trailer_signature(chunk: ChunkKey, previous: str, trailer: bytes) -> str:
-    """Of the trailing headers, as ``name:value\\n`` lines."""
+    """The signature of the trailing headers. ``trailer``: ``name:value\\n`` lines."""
     return sign(
         chunk.key,
         f"{ALGORITHM}-TRAILER\n{chunk.timestamp}\n{chunk.scope}\n{previous}\n{hashlib.sha256(trailer).hexdigest()}",
@@ -439,7 +426,7 @@ def trailer_signature(chunk: ChunkKey, previous: str, trailer: bytes) -> str:
 
 
 def policy_signature(secret: str, date: str, region: str, policy_base64: str) -> str:
-    """Of the policy of a browser form."""
+    """The signature of a browser form's policy."""
     return sign(signing_key(secret, date, region), policy_base64)
 
 

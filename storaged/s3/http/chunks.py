@@ -1,15 +1,13 @@
-"""Bodies in chunks, decoded from bytes as they arrive: the chunked transfer coding of HTTP/1.1, and what it has in
-common with S3's own. Pure.
+"""Chunked bodies, decoded as their bytes arrive: HTTP/1.1's transfer coding, and what it has in common with S3's
+aws-chunked (``auth.aws_chunked``). Pure.
 
     SIZE-HEX [extension] CRLF data CRLF ... 0 [extension] CRLF [trailer CRLF]... CRLF
 
-Theory of operation. A chunk may have one byte, and each costs a microsecond or more, so 64 KiB of the tiniest would
-keep the
-event loop from everybody else for tens of milliseconds. So a decoder takes at most ``CHUNKS_A_TURN`` chunks at a time
-and says
-``stopped``; who reads gives others their turn, and calls ``feed`` again. Lines are matched whole, by one expression
-over bytes:
-nothing is decoded to text before it is understood, and what a lenient parser would repair is refused.
+Theory of operation. A chunk may have one byte, and each chunk costs a microsecond or more. So 64 KiB of the smallest
+chunks would block the event loop for tens of milliseconds. Therefore a decoder takes at most ``CHUNKS_A_TURN`` chunks
+at a time and then sets ``stopped``; its caller yields to the loop, and calls ``feed`` again. A line is matched whole,
+by one expression over bytes: nothing is decoded to text before it is valid, and what a lenient parser would repair is
+refused.
 """
 
 from __future__ import annotations
@@ -22,9 +20,9 @@ from storaged.units import KIB
 from storaged.wire import Buffer
 
 CHUNKS_A_TURN = 64
-"""Some 0.1 ms. Chunks of an ordinary size never come to so many in one read."""
+"""64 chunks take 0.1 ms. Chunks of ordinary size never reach this number in one read."""
 LINE_BYTES_MAX = 1 * KIB
-"""Of a chunk's size and its extensions, or of a trailer."""
+"""The line with a chunk's size and extensions, or one line of the trailer."""
 TRAILER_BYTES_MAX = 8 * KIB
 
 _CRLF = b"\r\n"
@@ -34,12 +32,12 @@ _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*
 
 
 class ChunkReader:
-    """``feed`` pieces until ``ended``; then ``rest`` is what follows the body."""
+    """Call ``feed`` with pieces until ``ended``; then ``rest`` has the bytes after the body."""
 
     __slots__ = ("_after_data", "_last", "_left", "_trailer_bytes", "chunks", "data_bytes", "ended", "rest", "stopped")
 
     size_line: ClassVar[re.Pattern[bytes]]
-    """The line before a chunk's data, whole; group 1 is its size."""
+    """The whole line before a chunk's data; group 1 is the size."""
     error: ClassVar[type[S3Error]]
 
     def __init__(self) -> None:
@@ -48,17 +46,16 @@ class ChunkReader:
         self._last = False
         self._trailer_bytes = 0
         self.rest: Buffer = b""
-        """Bytes that were fed and not taken: an incomplete line, what ``stopped`` left, or what follows the end."""
+        """Fed bytes that were not decoded: an incomplete line, what ``stopped`` left, or what follows the end."""
         self.chunks = 0
         self.data_bytes = 0
         self.stopped = False
-        """``feed(b"")`` would go on."""
+        """``feed(b"")`` would decode more."""
         self.ended = False
 
     def feed(self, data: Buffer) -> list[Buffer]:
-        """Data of at most ``CHUNKS_A_TURN`` further chunks, as views of what was fed. Raises ``error``, and what a
-        subclass raises.
-        """
+        """The data of at most ``CHUNKS_A_TURN`` more chunks, as views of what was fed. Raises ``error``, and the errors
+        of the subclass."""
         view = memoryview(b"".join((self.rest, data)) if self.rest else data)
         position, end, last_chunk = 0, len(view), self.chunks + CHUNKS_A_TURN
         out: list[Buffer] = []
@@ -105,7 +102,7 @@ class ChunkReader:
         return out
 
     def _check_incomplete(self, view: memoryview, position: int) -> None:
-        """What stands at ``position`` is no line that is allowed: can it become one?"""
+        """The bytes at ``position`` are no valid line. Raises ``error`` if they can't become one."""
         if _NEWLINE.search(view, position, position + LINE_BYTES_MAX):
             raise self.error("The size of a chunk is not a hexadecimal number in a line of its own.")
         if len(view) - position >= LINE_BYTES_MAX:

@@ -1,13 +1,11 @@
-"""HTTP/1.1 as this front reads it (RFC 9110, RFC 9112): request heads (bodies in chunks: ``chunks``). Pure: bytes in,
-values out.
+"""The grammar of HTTP/1.1 request heads (RFC 9110, RFC 9112). Pure: bytes in, values out. For bodies see ``chunks``.
 
-Theory of operation. This faces strangers, and often stands behind a proxy. Requests are smuggled where two parsers read
-the same bytes differently, so there is
-one way to say a thing here, and whatever a lenient parser would repair is refused: the request gets an answer (400
-BadRequest unless another is named), changes
-nothing, and its connection is closed, since where the next request begins can't be known. A head is checked as a whole
-by a translation table, and taken apart by
-``str.split``: native code either way, as fast as a parser in C that calls back for each header.
+Theory of operation. This parser faces hostile clients, and often runs behind a proxy. Requests can be smuggled where
+two parsers read the same bytes differently. So each thing can be said in one way, and what a lenient parser would
+repair is refused: the request gets an answer (400 BadRequest unless another one is named below), changes nothing, and
+its connection is closed, because the start of the next request can't be known. A head is checked as a whole by a
+translation table, and split by ``str.split``. Both are native code, as fast as a parser in C that calls back for each
+header.
 
 Refused, and why:
 
@@ -16,19 +14,18 @@ Refused, and why:
 * white space before a header's colon, a header that begins with white space (obs-fold): names are compared, and one of
   two parsers would miss it
 * a name or a method that is no token, a line without a colon, a request line that is not three words
-* Content-Length that is not plain digits, or comes twice, even with one value; with Transfer-Encoding;
-  Transfer-Encoding in HTTP/1.0: where does the body end?
+* Content-Length that is not plain digits, or comes twice, even with the same value; Content-Length with
+  Transfer-Encoding; Transfer-Encoding in HTTP/1.0: where the body ends would be unclear
 * Transfer-Encoding that is not ``chunked`` alone: 501 NotImplemented
-* a byte that is not ASCII in a header that is understood here: Unicode knows more digits, spaces, and lower cases of
-  ``k`` than other parsers do
-* no Host, or two, in HTTP/1.1 (RFC 9112 3.2); one that is no host; versions other than HTTP/1.0 and HTTP/1.1
-* a target in absolute form whose host is not that of the Host header (RFC 9112 3.2.2; else it is taken, and means its
-  path)
-* more than ``Limits`` allows of bytes, lines, and headers: 400 RequestHeaderSectionTooLarge
+* a byte that is not ASCII in a header that this server interprets: Unicode knows more digits, spaces, and lower cases
+  of ``k`` than other parsers do
+* no Host, or two, in HTTP/1.1 (RFC 9112 3.2); a Host that is no host; versions other than HTTP/1.0 and HTTP/1.1
+* a target in absolute form whose host is not that of the Host header (RFC 9112 3.2.2); with the same host it is
+  accepted, and means its path
+* more bytes, lines or headers than ``Limits`` allows: 400 RequestHeaderSectionTooLarge
 
-One empty line before a request is skipped, as RFC 9112 2.2 asks. Header values may have bytes that are not ASCII: they
-are UTF-8, with surrogate escapes for
-what is not, so that they can be given back as they came.
+One empty line before a request is skipped, as RFC 9112 2.2 asks. Header values may have bytes that are not ASCII. They
+are decoded as UTF-8, with surrogate escapes for invalid bytes, so that they can be returned unchanged.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ HEAD_END = b"\r\n\r\n"
 CR = 13
 
 _ALLOWED = bytes(code for code in range(256) if code == 9 or 32 <= code != 127)
-"""What may stand in a line: everything but control characters. HTAB is white space."""
+"""What a line may contain: everything but control characters. HTAB is white space."""
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 _METHODS = {name.encode(): name for name in ("GET", "PUT", "HEAD", "POST", "DELETE", "OPTIONS")}
@@ -54,30 +51,34 @@ _VERSIONS = {b"HTTP/1.1": True, b"HTTP/1.0": False}
 _ONCE = frozenset({"content-length", "host", "transfer-encoding"})
 LENGTH_DIGITS_MAX = 18
 
-_UNDERSTOOD = (
-    "x-amz-", "x-storaged-", "authorization", "connection", "content-", "date", "expect", "host", "if-", "origin", "range", "transfer-encoding",  # noqa: E501
+_INTERPRETED = (
+    "x-amz-", "x-storaged-", "authorization", "connection", "content-", "date", "expect", "host", "if-", "origin",
+    "range", "transfer-encoding",
 )  # fmt: skip
-"""How the names of headers begin whose values decide something."""
+"""Prefixes of the headers whose values this server interprets."""
 _ANY_BYTES = frozenset(
     {
         "content-disposition", "content-type", "x-amz-copy-source", "x-amz-rename-source", "x-amz-tagging",
         "x-amz-website-redirect-location",
     }
 )  # fmt: skip
-"""Of those, the ones that are kept as they are, or name objects and tags; and x-amz-meta-*."""
+"""Of those, the headers that are stored as they are, or that name objects and tags. x-amz-meta-* are another
+exception."""
 
 _NAMES_MAX = 1024
 _NAME_CHARS_MAX = 64
 _names: dict[str, str] = {}
-"""Spelling of a header's name -> lower case, of tokens that were seen: clients spell few names, always the same."""
+"""A header's name as a client spells it -> lower case. Clients spell few names, always in the same way."""
 
 
 class Head(NamedTuple):
-    """A request's head. ``headers`` by lower-case name; several of one name are joined by commas, as signing wants it.
-    ``length``: Content-Length, or None for a
-    chunked body. ``declared`` False: neither came, which HTTP takes for an empty body. ``keep_alive``: what the client
-    wants. ``expects``: it waits for
-    ``100 Continue``. ``modern``: HTTP/1.1."""
+    """A request's head.
+
+    ``headers`` by lower-case name; several of one name are joined by commas, as Signature Version 4 wants it.
+    ``length``: Content-Length, or None for a chunked body. ``declared`` False: the head has neither, which in HTTP
+    means an empty body. ``keep_alive``: the client wants to send more requests. ``expects_continue``: it waits for
+    ``100 Continue``. ``http11``: the version is HTTP/1.1, not 1.0.
+    """
 
     method: str
     target: bytes
@@ -90,10 +91,10 @@ class Head(NamedTuple):
 
 
 def parse_head(raw: bytes, limits: Limits) -> Head:
-    """``raw`` is what stands before the empty line. Raises BadRequest, RequestHeaderSectionTooLarge, NotImplemented."""
+    """``raw``: the bytes before the empty line. Raises BadRequest, RequestHeaderSectionTooLarge, NotImplemented."""
     lines = raw.decode("utf-8", "surrogateescape").split("\r\n")
-    # What is not allowed in a line may be only the CRLF between lines: a stray CR or LF, or any control character,
-    # makes this longer.
+    # Only the CRLFs between lines may be outside of _ALLOWED: a stray CR or LF, or any control character, makes the
+    # rest longer.
     if len(raw.translate(None, _ALLOWED)) != 2 * len(lines) - 2:
         raise BadRequest()
     if (
@@ -108,19 +109,8 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
     modern = _VERSIONS.get(words[2])
     if modern is None:
         raise BadRequest("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
-    headers: dict[str, str] = {}
     del lines[0]
-    for line in lines:
-        name, colon, value = line.partition(":")
-        lower = _names.get(name) or _lower(name)
-        if not colon:
-            raise BadRequest()
-        value = value.strip(" \t")
-        if lower in headers:
-            if lower in _ONCE:
-                raise BadRequest(f"There is more than one {lower} header.")
-            value = f"{headers[lower]},{value}"
-        headers[lower] = value
+    headers = _parse_headers(lines)
     if not raw.isascii():
         _check_ascii(headers)
     host = headers.get("host")
@@ -142,10 +132,27 @@ def parse_head(raw: bytes, limits: Limits) -> Head:
     )
 
 
+def _parse_headers(lines: list[str]) -> dict[str, str]:
+    """Values by lower-case name. Raises BadRequest."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        lower = _names.get(name) or _lower(name)
+        if not colon:
+            raise BadRequest()
+        value = value.strip(" \t")
+        if lower in headers:
+            if lower in _ONCE:
+                raise BadRequest(f"There is more than one {lower} header.")
+            value = f"{headers[lower]},{value}"
+        headers[lower] = value
+    return headers
+
+
 def broken_so_far(data: bytes, limits: Limits, seen: int = 0) -> Exception | None:
-    """Why the beginning of a head, which has not ended yet, can't become one that is taken: nobody waits for the rest
-    then. ``seen``: so many of the bytes
-    were found right before, and are not looked at again: heads may come byte by byte."""
+    """Why a head that is not complete yet can't become a valid one, so that its client need not wait; else None.
+    ``seen``: that many of the bytes passed this check before, and are not checked again: a head may come byte by byte.
+    """
     if len(data) > limits.header_line_bytes_max + limits.header_section_bytes_max:
         return RequestHeaderSectionTooLarge(MaxSizeAllowed=str(limits.header_section_bytes_max))
     if seen:
@@ -171,13 +178,13 @@ def _lower(name: str) -> str:
     lower = name.lower()
     if len(name) <= _NAME_CHARS_MAX:
         if len(_names) >= _NAMES_MAX:
-            _names.clear()  # somebody makes names up; those that clients use are soon back
+            _names.clear()  # a client invents names; those that other clients use are soon back
         _names[name] = lower
     return lower
 
 
 def _method(word: bytes) -> str:
-    """One that S3 does not have: it is told so, if it is one at all."""
+    """A method that S3 does not have: the answer is MethodNotAllowed if it is a token at all."""
     text = word.decode("latin-1")
     if len(text) > _NAME_CHARS_MAX or not _TOKEN.fullmatch(text):
         raise BadRequest()
@@ -185,7 +192,7 @@ def _method(word: bytes) -> str:
 
 
 def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool]:
-    """(length, declared). Raises BadRequest, NotImplemented."""
+    """(length, declared) of a head. Raises BadRequest, NotImplemented."""
     text = headers.get("content-length")
     if "transfer-encoding" in headers:
         if text is not None or not modern:
@@ -201,23 +208,21 @@ def _framing(headers: Mapping[str, str], modern: bool) -> tuple[int | None, bool
 
 
 def _check_ascii(headers: Mapping[str, str]) -> None:
-    """A header that is understood here is ASCII: else a digit, a space or a letter of another script would count as one
-    of its. Raises BadRequest.
-    """
+    """Headers that this server interprets must be ASCII: else a digit, a space or a letter of another script could
+    count as one of ASCII's. Raises BadRequest."""
     for name, value in headers.items():
         if not value.isascii() and must_be_ascii(name):
             raise BadRequest(f"The {name} header has bytes that are not ASCII.")
 
 
 def must_be_ascii(name: str) -> bool:
-    """Whether the value of a header decides something here. ``name``: in lower case."""
-    return name.startswith(_UNDERSTOOD) and not (name in _ANY_BYTES or name.startswith("x-amz-meta-"))
+    """Whether this server interprets the value of a header. ``name``: in lower case."""
+    return name.startswith(_INTERPRETED) and not (name in _ANY_BYTES or name.startswith("x-amz-meta-"))
 
 
 def _ascii_lower(value: str) -> str:
-    """Of a header that decides where a request ends: checked here too, since ``chun\u212aed`` is ``chunked`` to
-    Unicode. Raises BadRequest.
-    """
+    """The lower case of a header that decides where a request ends. It must be ASCII: to Unicode, ``chun\u212aed`` is
+    ``chunked``. Raises BadRequest."""
     if not value.isascii():
         raise BadRequest("A header that says how the request is framed has bytes that are not ASCII.")
     return value.lower()

@@ -14,37 +14,36 @@ _HOST = re.compile(
     rb"(?:\[(?:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*|[vV][0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+;=:]+)\]"
     rb"|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
 )
-"""An address in brackets or a name, and a port. A name has no comma here, which RFC 3986 allows: a list of hosts is not
-one.
-"""
+"""An address in brackets or a name, and a port. RFC 3986 allows a comma in a name; this server does not, since a list
+of hosts is not one host."""
 _ABSOLUTE = re.compile(rb"(https?)://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _PORTS = {b"http": b":80", b"https": b":443"}
 
 _KNOWN_MAX = 1024
 _KNOWN_CHARS_MAX = 300
 _known: set[str] = set()
-"""Hosts that were seen and are right: clients name few, always the same."""
+"""A cache of valid hosts: clients name few, always the same."""
 
 
 def check_host(host: str) -> None:
-    """Raises BadRequest for what is no host. Empty is allowed: RFC 9110 7.2 wants it where a target
-    has no authority.
-    """
+    """Raises BadRequest for a host that is not valid. An empty one is: RFC 9110 7.2 wants it where a target has no
+    authority."""
     if host in _known:
         return
     if not host.isascii() or not _HOST.fullmatch(host.encode("ascii")):
         raise BadRequest("The Host header is not a host and perhaps a port.")
     if len(host) <= _KNOWN_CHARS_MAX:
         if len(_known) >= _KNOWN_MAX:
-            _known.clear()  # somebody makes hosts up; those that clients use are soon back
+            _known.clear()  # a client invents hosts; those that other clients use are soon back
         _known.add(host)
 
 
 def origin_form(target: bytes, headers: MutableMapping[str, str]) -> bytes:
-    """The path and query of a target in absolute form; any other target as it is. The Host header must name the same
-    host: RFC 9112 wants it ignored, but a signature covers it, and two parsers must not choose differently. HTTP/1.0
-    may
-    leave it out: it is set then. Raises BadRequest."""
+    """The path and query of a target in absolute form; any other target unchanged.
+
+    The Host header must name the same host. RFC 9112 wants it ignored, but a signature covers it, and two parsers must
+    not choose differently. HTTP/1.0 may omit it: then it is set. Raises BadRequest.
+    """
     match = _ABSOLUTE.fullmatch(target)
     if match is None:
         return target
@@ -58,5 +57,5 @@ def origin_form(target: bytes, headers: MutableMapping[str, str]) -> bytes:
 
 
 def _normal(host: bytes, scheme: bytes) -> bytes:
-    """Lower case, without the scheme's own port."""
+    """In lower case, without the scheme's own port."""
     return host.lower().removesuffix(_PORTS[scheme]).removesuffix(b":")

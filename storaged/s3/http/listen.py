@@ -1,4 +1,4 @@
-"""The listening sockets of an S3 port, for who serves its connections and for who hands them out."""
+"""The listening sockets of an S3 port. They serve its connections, or hand them out to worker processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ BACKLOG = 1024
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """One for each address of the name ``host`` that this machine's kernel knows the family of, all with one port
-    (``port`` 0: any that is free).
-    Raises PortInUse, OSError."""
+    """One socket for each address of the name ``host`` whose family this machine's kernel has, all with the same port
+    (``port`` 0: any that is free). Raises PortInUse, OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = dict.fromkeys(
         (family, address) for family, _, _, _, address in found
@@ -23,14 +22,14 @@ def listen(host: str, port: int) -> list[socket.socket]:
         for number, (family, address) in enumerate(addresses, 1):
             try:
                 listener = socket.socket(family, socket.SOCK_STREAM)
-            except OSError as error:  # names have addresses of IPv6 where the kernel has none
+            except OSError as error:  # a name may have IPv6 addresses where the kernel has no IPv6
                 if error.errno == errno.EAFNOSUPPORT and (listeners or number < len(addresses)):
                     continue
                 raise
             listeners.append(listener)
             listener.setblocking(False)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # which the accepted ones inherit
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind((address[0], port, *address[2:]))
