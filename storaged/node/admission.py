@@ -1,9 +1,8 @@
-"""Whether a disk may be opened, and what an operator's word does: ``admission`` is pure, the rest are the files that
-it is asked with.
+"""Whether a disk may be opened, and the files by which an operator accepts one. ``admission`` is pure.
 
-A disk that this node has no record of, or whose store is gone, is not used before an operator says so (``storaged
-accept-blank``), unless the cluster is new (``node.forming``). The word is a file in the node's directory that is used
-up by the next opening of that disk, and of no other.
+A disk that this node has no record of, or whose store is gone, is used only when the cluster is new (``node.forming``)
+or an operator accepts it (``storaged accept-blank``). The acceptance is a file in the node's directory. The next
+opening of that disk uses it up.
 """
 
 from __future__ import annotations
@@ -22,16 +21,21 @@ HINT = "`storaged explain DISK_BLANK` says what to do"
 
 
 class Opening(NamedTuple):
-    """How a disk is opened. ``expected``: the identity that its metadata store must have; None: it may have any, or
-    be blank. ``accepted``: by an operator."""
+    """How a disk is opened. ``expected``: the identity that its metadata store must have; None allows any, and a blank
+    one.
+
+    ``accepted``: an operator accepted it.
+    """
 
     expected: bytes | None = None
     accepted: bool = False
 
 
 class Admitted(NamedTuple):
-    """``opening`` of a disk that may be opened, or else the ``state`` and the ``reason`` in which it waits. ``form``:
-    the node begins with this disk."""
+    """The ``opening`` of a disk that may be opened, or the ``state`` and ``reason`` in which it waits.
+
+    ``form``: the node begins with this disk.
+    """
 
     opening: Opening | None
     form: bool = False
@@ -40,8 +44,9 @@ class Admitted(NamedTuple):
 
 
 def admission(ledger: Ledger, disk_id: str, blank: bool, forming: Verdict) -> Admitted:
-    """``blank``: there is no metadata store in the disk's directory. ``forming``: whether this node may begin with
-    blank disks."""
+    """Decides how a disk is opened. ``blank``: its directory has no metadata store. ``forming``: whether this node may
+    begin with blank disks.
+    """
     expected = ledger.identity(disk_id)
     if expected is not None:
         if blank:
@@ -60,7 +65,7 @@ def admission(ledger: Ledger, disk_id: str, blank: bool, forming: Verdict) -> Ad
 
 
 def is_blank(directory: Path) -> bool:
-    """Whether no metadata store is in a disk's directory. Raises OSError for a disk that doesn't say."""
+    """Whether a disk's directory has no metadata store. Raises OSError when the disk does not answer."""
     try:
         return not (directory / "meta" / "data.mdb").stat().st_size
     except (FileNotFoundError, NotADirectoryError):
@@ -71,26 +76,24 @@ def is_blank(directory: Path) -> bool:
 
 
 def write_acceptance(node_directory: Path, disk_id: str, now_ms: int) -> None:
-    """The disk is accepted at its next opening. Raises OSError."""
+    """Accepts the disk for its next opening. Raises OSError."""
     content = {"disk": disk_id, "uid": os.getuid(), "time_ms": now_ms}
     replace_file(node_directory / (ACCEPTANCE + disk_id), json.dumps(content).encode() + b"\n")
 
 
 def take_acceptance(node_directory: Path, disk_id: str) -> int | None:
-    """The user id of the operator who accepted the disk; None when it was not accepted. It stays until
-    ``drop_acceptance``.
-    """
+    """The user id of the operator who accepted the disk; None when nobody did. It stays until ``drop_acceptance``."""
     try:
         content = json.loads((node_directory / (ACCEPTANCE + disk_id)).read_bytes())
         return int(content["uid"]) if content["disk"] == disk_id else None
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):  # not what the command writes
+    except (ValueError, KeyError, TypeError):  # the command does not write such a file
         return None
 
 
 def drop_acceptance(node_directory: Path, disk_id: str) -> None:
-    """It is used up, or was not needed."""
+    """Removes the acceptance after use, or when it was not needed."""
     path = node_directory / (ACCEPTANCE + disk_id)
     if path.exists():
         path.unlink(missing_ok=True)

@@ -1,9 +1,8 @@
-"""Who made and deleted buckets over S3, in the audit log: a wrapper around ``objects.api.Buckets``.
+"""Audits the creation and deletion of buckets over S3: a wrapper around ``objects.api.Buckets``.
 
-The intent is on disk before a bucket is made or deleted, the outcome before the client is answered. A user whose
-request was refused less than a minute ago writes no further intents: what it is refused then is counted
-(``Trail.refused``), so that a loop over a bucket that is not empty can't fill the disk. What succeeds has its entry
-always.
+The intent is on disk before a bucket is made or deleted, and the outcome before the client gets its answer. A user
+whose request was refused less than a minute ago writes no further intents; its further refusals are counted
+(``Trail.refused``), so that a loop over a bucket that is not empty can't fill the disk. Success always has its entry.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from storaged.objects.api import Buckets, Principal
 from storaged.objects.records import BucketRecord
 
 NOT_AUDITED: Final = "the gateway's audit log cannot be written (AUDIT_UNWRITABLE)."
-"""To a client; the log of the gateway says more."""
+"""The message to a client; the log of the gateway says more."""
 
 QUIET_S: Final = 60.0
 REFUSED_LATELY_MAX: Final = 4096
 
 
 class AuditedBuckets:
-    """A ``Buckets`` whose ``create`` and ``delete`` are audited; everything else is the wrapped one's."""
+    """A ``Buckets`` with audited ``create`` and ``delete``; it passes all other calls on."""
 
     def __init__(self, buckets: Buckets, trail: Trail, clock: Clock) -> None:
         self._buckets = buckets
@@ -59,13 +58,13 @@ class AuditedBuckets:
             await self._buckets.delete(bucket, who=who)
 
     async def _exists(self, name: str) -> bool:
-        """Then ``create`` refuses, and there is no intent to be written."""
+        """Whether the bucket exists: ``create`` refuses then, and needs no intent."""
         try:
             return await self._buckets.get(name) is not None
         except NoSuchBucket:
             return False
         except StoragedError:
-            return True  # whatever ``create`` says of it: a bucket that can't be read is not made
+            return True  # ``create`` decides: it makes no bucket that can't be read
 
     @asynccontextmanager
     async def _audited(

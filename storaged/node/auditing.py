@@ -1,6 +1,7 @@
-"""A node's part in auditing: its own log, shown to its witnesses; and, with disks, what it saw of others' logs.
+"""A node's part in auditing: it shows its own log to its witnesses, and with disks it is a witness of other nodes'
+logs.
 
-A gateway's further processes write through the first one's log (``Leader``), and show nothing themselves.
+A gateway's further processes write through the first one's log (``Leader``) and show nothing themselves.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from storaged.errors import PeerError
 from storaged.observe import Metrics
 from storaged.units import MIB
 
-if TYPE_CHECKING:  # storage nodes have no further processes, and don't import what those need
+if TYPE_CHECKING:  # a storage node has no further processes and does not import their code
     from storaged.node.leader import Leader
 
 WITNESS_FOLDER = "witness"
 PAGES_MAX = 512
 ANSWER_BYTES_MAX = 128 * MIB
-"""Of one witness's memory of one node: 16,384 chains are 50 MiB."""
+"""The bound of one witness's answer about one node: 16,384 chains are 50 MiB."""
 
 
 class AuditedNode(Protocol):
@@ -53,7 +54,9 @@ class AuditedNode(Protocol):
 
 
 class Auditing:
-    """``log`` is there at once; ``methods`` are to be registered; ``start`` after the network, ``close`` before it."""
+    """``log`` is usable at once. Register ``methods``, call ``start`` after the network starts and ``close`` before it
+    closes.
+    """
 
     def __init__(self, node: AuditedNode) -> None:
         self._node = node
@@ -87,18 +90,18 @@ class Auditing:
         return [self._client.run(), prune_regularly(self.log, self._node.clock, self._node.config.audit.keep_days)]
 
     async def close(self) -> None:
-        """The last entries are on disk, and the witnesses that can be reached have seen them."""
+        """Syncs the last entries and shows them to the witnesses that answer."""
         await self.log.close()
         if self._client is not None:
             await self._client.close()
 
     def renew(self, own: Identity) -> None:
-        """This node has another certificate. Raises CertificateRefused, and goes on with the one before."""
+        """Uses another certificate. Raises CertificateRefused and keeps the old one."""
         if self._client is not None:
             self._client.signer = NodeSigner(own)
 
     def _witnesses(self) -> list[str]:
-        """Those that answer now. One that is away is brought what it missed when it is back."""
+        """The witnesses that answer now. A witness that was away gets the missed entries when it returns."""
         return [
             name
             for name in self._all_witnesses(self._node.own.name)
@@ -106,16 +109,16 @@ class Auditing:
         ]
 
     def _all_witnesses(self, of: str) -> list[str]:
-        """Every node with disks but the one whose log it is: what a node says of itself is no witness."""
+        """Every node with disks except the log's own: a node is no witness of itself."""
         return [node.name for node in self._node.layouts.current.nodes if "storage" in node.roles and node.name != of]
 
     @property
     def problem(self) -> str:
-        """Why the log cannot be written now."""
+        """Why the log can't be written now; empty when it can."""
         return self.log.problem if isinstance(self.log, AuditLog) else ""
 
     def alarms(self) -> list[tuple[str, str]]:
-        """(node, what is wrong with its audit log), of this node's log and of those that it is a witness of."""
+        """(node, what is wrong with its audit log), for this node's log and those that it witnesses."""
         own = self._client.problems() if self._client is not None else {}
         found = [(self._node.own.name, f"{witness}: {reason}") for witness, reason in own.items()]
         if self._book is not None:
@@ -124,11 +127,12 @@ class Auditing:
 
     async def witnessed(self, of: str) -> list[dict[str, Any]]:
         """What each witness has of a node's log: ``name``, ``reachable``, ``reason``, and the ``lines`` of
-        ``witness_record``."""
+        ``witness_record``.
+        """
         return list(await asyncio.gather(*(self._ask(name, of) for name in self._all_witnesses(of))))
 
     def check(self) -> tuple[str, str]:
-        """For ``doctor``: ``ok`` or ``warn``, and who saw this node's log."""
+        """The check for ``doctor``: ``ok`` or ``warn``, and which witnesses saw this node's log."""
         if self._client is None:
             return "ok", ""
         witnesses, taken = self._all_witnesses(self._node.own.name), self._client.taken()
@@ -161,7 +165,7 @@ class Auditing:
 
 
 def merged(alarms: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """One a node, in order: a node and its witnesses say the same, each in its words."""
+    """One alarm a node, in order. A node and its witnesses report the same problem in different words."""
     found: dict[str, list[str]] = {}
     for node, reason in alarms:
         reasons = found.setdefault(plain(node), [])

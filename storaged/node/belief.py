@@ -1,7 +1,7 @@
-"""Which values of the registers ``layout``, ``signer/ID`` and ``cluster`` are what they should be, beside those of
-buckets and users (``objects.system.belief``).
+"""Which values of the registers ``layout``, ``signer/ID`` and ``cluster`` are genuine. ``objects.system.belief`` judges
+buckets and users.
 
-Layouts and statements carry signatures that every node can verify; the record of the cluster carries an authenticator
+Layouts and statements carry signatures that every node can verify. The record of the cluster carries an authenticator
 of the keyring.
 """
 
@@ -21,7 +21,7 @@ from storaged.wire import decode
 
 
 class NodeBelief:
-    """``believes(name, value)`` of a node (``meta.client``). ``others`` judges everything else."""
+    """``believes(name, value)`` of a node (``meta.client``). ``others`` judges all other registers."""
 
     def __init__(
         self, own: Identity, authority: x509.Certificate, others: Callable[[RegisterName, Value], bool]
@@ -30,11 +30,11 @@ class NodeBelief:
         self._authority = authority
         self._others = others
         self.is_binding: Callable[[Value], bool] = lambda value: True
-        """Whether a value is a record of the cluster that a gateway wrote, as far as that can be known now."""
+        """Whether a gateway wrote this record of the cluster, as far as this process can know now."""
 
     def __call__(self, name: RegisterName, value: Value) -> bool:
         if value.sequence == 0:
-            return True  # never written
+            return True  # the register was never written
         try:
             if name.key == b"layout":
                 verify_layout(decode(value.body, SignedLayout), self._own.administration, self._own.cluster)

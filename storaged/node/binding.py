@@ -1,11 +1,10 @@
-"""The register ``cluster``: what binds a ring to one cluster and one keyring, and says which of its records carry
+"""The register ``cluster``: it binds a ring to one cluster and one keyring, and says which records carry
 authenticators.
 
-It is written once, by the first gateway that opens the cluster's keyring, and carries an authenticator of that keyring
-over its name and sequence number. Records from before version 3 of the internode protocol carry none; they are written
-again with one, together with the mark that the names of users have theirs (``objects.system.claims``), when that is
-done. A
-gateway that has seen the mark remembers it in a file: a record that is suddenly without is one that somebody put back.
+The first gateway that opens the cluster's keyring writes it, once. It carries an authenticator of that keyring over its
+name and sequence number. Records from before version 3 of the internode protocol carry none. They are written again
+with one, together with the mark that the names of users have theirs (``objects.system.claims``). A gateway that has
+seen the mark records this in a file: when the mark is missing later, somebody put an old record back.
 """
 
 from __future__ import annotations
@@ -31,14 +30,16 @@ REMEMBERED_FILE = "records-authenticated"
 RETRY_S = 15.0
 
 NAMES_AUTHENTICATED: Final = 1
-"""``ClusterRecord.authenticated``: all claims of names carry an authenticator, and this record does."""
+"""``ClusterRecord.authenticated``: this record and all claims of names carry an authenticator."""
 
 log = structlog.get_logger("gateway")
 
 
 class ClusterRecord(Message, frozen=True):
-    """The register ``cluster``: which cluster this is, and the keyring that seals its keys. ``authenticated``: 0 in
-    records from before there was one, whose ``authenticator`` is empty."""
+    """The value of the register ``cluster``: the cluster, and the keyring that seals its keys.
+
+    ``authenticated`` is 0 in older records; their ``authenticator`` is empty.
+    """
 
     cluster: str
     keyring: bytes
@@ -48,7 +49,7 @@ class ClusterRecord(Message, frozen=True):
 
 
 class Authenticates(Protocol):
-    """What is needed of a keyring."""
+    """The part of a keyring that is needed here."""
 
     def authenticate(self, context: Sequence[bytes], message: bytes) -> bytes: ...
 
@@ -56,20 +57,21 @@ class Authenticates(Protocol):
 
 
 class Binding:
-    """``read`` before the keyring is used for anything, ``confirm`` with it, ``finish`` afterwards."""
+    """Use ``check`` before the keyring is used, ``confirm`` with it, ``finish`` afterwards."""
 
     def __init__(self, registers: Registers, cluster: str, clock: Clock, remembered: Path) -> None:
-        """``remembered``: the file that is there once this node has seen that records carry authenticators."""
+        """``remembered``: this file exists once this node has seen that records carry authenticators."""
         self._registers = registers
         self._cluster = cluster
         self._clock = clock
         self._remembered = remembered
         self.authenticated = False
-        """All records that should carry an authenticator do: what carries none is refused."""
+        """Whether all records that should carry an authenticator do. Then one without is refused."""
 
     async def check(self, keyring_id: bytes) -> Value | None:
-        """The record's value; None when there is none yet. Raises KeyringMismatch for another cluster's, or another
-        keyring's, ServiceUnavailable without a majority."""
+        """Reads the record; None when there is none yet. Raises KeyringMismatch for a record of another cluster or
+        keyring, and ServiceUnavailable without a majority.
+        """
         value = _written((await self._registers.read(CLUSTER)).value)
         if value is not None:
             self._check_record(_record_of(value), keyring_id)
@@ -84,8 +86,9 @@ class Binding:
             )
 
     async def confirm(self, value: Value | None, keyring_id: bytes, keyring: Authenticates) -> None:
-        """Makes the record when there is none, else verifies it. Raises as ``check``, and KeyringMismatch for one that
-        no gateway with this keyring wrote."""
+        """Makes the record when there is none, else verifies it. Raises as ``check`` does, and KeyringMismatch for a
+        record that no gateway with this keyring wrote.
+        """
         if value is None:
 
             def create(present: Value | None) -> Change | None:
@@ -115,9 +118,10 @@ class Binding:
             self._remember()
 
     def is_authentic(self, value: Value, keyring: Authenticates) -> bool:
-        """Whether a gateway with this keyring wrote the record. True as long as it is not known that all records carry
-        authenticators, and while the keyring is
-        not open."""
+        """Whether a gateway with this keyring wrote the record.
+
+        True while the keyring is not open, and while it is unknown whether all records carry authenticators.
+        """
         if not self.authenticated:
             return True
         try:
@@ -134,8 +138,7 @@ class Binding:
             replace_file(self._remembered, b"Records of this cluster carry authenticators.\n")
 
     async def finish(self, keyring: Authenticates, authenticate_all: Callable[[], Awaitable[int]]) -> None:
-        """Gives records of earlier versions their authenticators, then says so in the cluster's. What fails is tried
-        again."""
+        """Gives authenticators to records of earlier versions, then marks the cluster's record. Retries what fails."""
         while not self.authenticated:
             try:
                 count = await authenticate_all()

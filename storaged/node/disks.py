@@ -1,13 +1,12 @@
-"""The disks of this node, each opened by itself: one that is foreign, broken, blank or hung is reported, and the
-others go on.
+"""Opens the disks of this node, each by itself: a foreign, broken, blank or hung disk is reported, and the others work.
 
-A disk's directory holds ``meta`` (its LMDB environment and its redo log) and ``fragments`` (its segment log). Which
-metadata store a disk had is kept in the node's own directory (``node.ledger``): a disk whose store is another one,
-older, failed or gone must not answer, since it may have forgotten promises.
+A disk's directory holds ``meta`` (its LMDB environment and its redo log) and ``fragments`` (its segment log). The
+node's own directory records which metadata store each disk had (``node.ledger``). A disk whose store is another one,
+older, failed or gone must not answer, as it may have forgotten promises.
 
-Theory of operation. A task for each disk asks ``admission`` whether it may be opened, opens it in a thread of its
-own, and lets it join ``Disks``. The start of the node waits ``OPEN_S`` for these tasks. What takes longer, or waits
-for the other nodes or an operator, joins later: everybody looks disks up at every call.
+Theory of operation. A task for each disk asks ``admission`` whether it may be opened, opens it in a thread of its own,
+and adds it to ``Disks``. The start of the node waits ``OPEN_S`` for these tasks. A disk that takes longer, or waits for
+other nodes or an operator, joins later: callers look disks up at every call.
 """
 
 from __future__ import annotations
@@ -51,19 +50,20 @@ log = structlog.get_logger("disks")
 T = TypeVar("T")
 
 OPEN_S = 20.0
-"""How long the start of a node waits for its disks. A disk is open within a second, but after a crash with a long
-log, or where it hangs."""
+"""How long the start of a node waits for its disks. A disk opens within a second, except after a crash with a long log,
+or when it hangs.
+"""
 
 FORMING_POLL_S = 0.1
 ACCEPTED_POLL_S = 1.0
 
 OnCell = Callable[[str, FragmentId, int], None]
-"""``on_cell(disk, fragment, cell)``: a cell whose checksum does not hold."""
+"""``on_cell(disk, fragment, cell)``: a cell does not match its checksum."""
 
 
 @dataclass
 class LocalDisk:
-    """One disk in use: both stores and the acceptor over them."""
+    """One disk in use: its two stores, and the acceptor over them."""
 
     id: str
     directory: str
@@ -78,8 +78,9 @@ class LocalDisk:
 
 
 class DiskCopies(PlainCopies):
-    """Small copies that lie beside the records that name them, in one group of the metadata store's redo log, until
-    they are in the fragment store."""
+    """Small copies beside the records that name them. They are in one group of the metadata store's redo log until the
+    fragment store has them.
+    """
 
     def __init__(
         self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None
@@ -105,7 +106,7 @@ class DiskCopies(PlainCopies):
             refusal = error
         if refusal is not None:
             done(refusal, None)
-        elif write.payload_bytes > COPY_BYTES_MAX:  # the redo log takes none that large
+        elif write.payload_bytes > COPY_BYTES_MAX:  # the redo log takes no group so large
             self._fragments.withdraw(write)
             super().keep(header, body, batch, done)
         else:
@@ -119,14 +120,15 @@ class DiskCopies(PlainCopies):
 
 
 def _own(piece: Buffer) -> Buffer:
-    """A copy is kept for longer than its sender knows: in bytes that nobody changes, and that are no part of more."""
+    """Copies the bytes: they are kept longer than the sender knows, and must not change or hold a larger buffer."""
     owner = piece.obj if isinstance(piece, memoryview) else piece
     return piece if isinstance(owner, bytes) and len(owner) == len(piece) else bytes(piece)
 
 
 async def restore_copies(meta: LmdbMetaStore, fragments: LocalFragmentStore) -> None:
-    """Gives the fragment store the copies that lie in the redo log. Raises DiskUnusable when it has no room for them:
-    nothing is lost then, they stay in the log."""
+    """Gives the fragment store the copies in the redo log. Raises DiskUnusable when there is no room; they stay in the
+    log then.
+    """
     copies = meta.restorable()
     if copies:
         await fragments.restore([(decode(header, FragmentHeader), payload) for header, payload in copies])
@@ -142,8 +144,10 @@ def load_of(payloads: Payloads) -> LoadCopy:
 
 
 class Disks:
-    """``used`` take part; ``refused`` do not, with the reason (DiskStatus). ``replicas``, ``fragments`` and
-    ``metas``: what those in use have, by disk id; they grow when a disk joins late."""
+    """The disks of this node. ``used`` take part; ``refused`` do not, with the reason (DiskStatus).
+
+    ``replicas``, ``fragments`` and ``metas`` are those of disks in use, by disk id. They grow when a disk joins late.
+    """
 
     def __init__(self) -> None:
         self.used: dict[str, LocalDisk] = {}
@@ -154,8 +158,8 @@ class Disks:
         self._coming: dict[str, asyncio.Task[None]] = {}
 
     def refuse(self, section: DiskSection, state: str, reason: str, *, waits: bool = False) -> None:
-        """It takes no part for now. Logged when that is news. ``waits``: for the other nodes of a new cluster, as is to
-        be expected.
+        """Leaves a disk out for now, and logs a new reason. ``waits``: it waits for the other nodes of a new cluster,
+        as expected.
         """
         known = self.refused.get(section.id)
         if known is None or (known.state, known.reason) != (state, reason):
@@ -173,11 +177,11 @@ class Disks:
         self.metas[disk.id], self.fragments[disk.id], self.replicas[disk.id] = disk.meta, disk.fragments, disk.replica
 
     def expect(self, disk_id: str, coming: asyncio.Task[None]) -> None:
-        """``coming`` opens the disk; it is cancelled when all are closed."""
+        """``coming`` opens the disk; ``close`` cancels it."""
         self._coming[disk_id] = coming
 
     async def statuses(self) -> list[DiskStatus]:
-        """As heartbeats tell them."""
+        """The states of all disks, as heartbeats carry them."""
         found = list(self.refused.values())
         for disk in list(self.used.values()):
             usage = await disk.fragments.usage()
@@ -198,7 +202,7 @@ class Disks:
 
 
 class Snapshot(Mapping[str, T]):
-    """A view of a dictionary that others may change while it is walked through, by work that waits in between."""
+    """A view of a dictionary that may change while it is iterated over, for work that awaits in between."""
 
     def __init__(self, inner: Mapping[str, T]) -> None:
         self._inner = inner
@@ -220,9 +224,9 @@ class NoticeAccepted(Protocol):
 class Opener:
     """Opens the configured disks into ``disks``.
 
-    ``forming()`` says whether blank disks may begin without an operator, and the other nodes' ledgers
-    (``node.forming``); ``epoch()`` is that of the layout in force. ``on_accepted`` is told of a disk that an operator
-    accepted.
+    ``forming()`` says whether blank disks may begin without an operator, from the other nodes' ledgers
+    (``node.forming``). ``epoch()`` is the epoch of the layout in force. ``on_accepted`` is called for a disk that an
+    operator accepted.
     """
 
     def __init__(
@@ -242,20 +246,21 @@ class Opener:
         self.forming = forming
         self.on_accepted = on_accepted
         self.foreign_stores = False
-        """Stores lie here that the ledger does not know: this node is not new."""
+        """Whether there are stores that the ledger does not know: then this node is not new."""
         self._config = config
         self._clock = clock
         self._on_cell = on_cell
         self._epoch = epoch
         self._open_s = open_s
         self._first = False
-        """This very process formed the node."""
+        """Whether this very process formed the node."""
         self._told = CopiesToldLately(min(TOLD_BYTES_A_DISK * len(config.disks), TOLD_BYTES_MAX))
         self._failure: BaseException | None = None
 
     async def open(self) -> Disks:
-        """Returns when every disk is in use, is refused, or has had its time. Raises DirectoryInUse when another
-        process has one: that is a mistake of setup."""
+        """Opens all disks; waits until each is in use, is refused, or has had OPEN_S. Raises DirectoryInUse when
+        another process uses one, as that is a mistake of set-up.
+        """
         settled = {section.id: asyncio.Event() for section in self._config.disks}
         for section in self._config.disks:
             self.disks.expect(
@@ -273,7 +278,7 @@ class Opener:
         return self.disks
 
     async def _bring_up(self, section: DiskSection, settled: asyncio.Event) -> None:
-        """Ends when the disk is in use, or refused for good."""
+        """Brings one disk into use, or refuses it for good."""
         try:
             opening = await self._admitted(section, settled)
             disk = await self._open(section, opening)
@@ -289,7 +294,7 @@ class Opener:
             )
             reason = error.message if isinstance(error, StoragedError) else f"{error.strerror}: {error.filename}"
             self.disks.refuse(section, state, reason)
-        except Exception as mistake:  # of ours
+        except Exception as mistake:  # a defect of storaged
             if settled.is_set():
                 log.exception("a disk could not be opened", disk=section.id)
             self._failure = self._failure or mistake
@@ -298,7 +303,7 @@ class Opener:
         settled.set()
 
     async def _admitted(self, section: DiskSection, settled: asyncio.Event) -> Opening:
-        """Waits until the disk may be opened. Raises DiskForeign for one that no waiting helps."""
+        """Waits until the disk may be opened. Raises DiskForeign for a disk that waiting does not help."""
         place, directory = Path(self._config.node.directory), Path(section.directory)
         while True:
             blank = await in_own_thread(partial(is_blank, directory))
@@ -365,7 +370,7 @@ class Opener:
         try:
             await restore_copies(meta, fragments)
             replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments, self._told), clock=self._clock)
-            if opening.accepted:  # what it promised before is not known: all of it lies below now
+            if opening.accepted:  # its earlier promises are unknown: this is above all of them
                 await replica.end_promises(self._epoch())
             await asyncio.to_thread(ledger.record, section.id, meta.identity)
         except BaseException:
@@ -374,7 +379,7 @@ class Opener:
         return LocalDisk(section.id, section.directory, meta, fragments, replica)
 
     def _note_failed(self, disk_id: str, store: str, reason: str) -> bool:
-        """In the thread of a store that failed for good. Whether the next start knows it from the ledger."""
+        """Called in the thread of a store that failed for good. Returns whether the ledger will tell the next start."""
         try:
             self.ledger.note_failed(disk_id, store, reason)
         except OSError as error:
@@ -384,25 +389,25 @@ class Opener:
 
 
 async def open_disks(config: Config, clock: Clock, on_cell: OnCell, **more: Any) -> Disks:
-    """Opens every configured disk (``Opener``). A refused one is logged and reported; raises DirectoryInUse when
-    another process has one."""
+    """Opens every configured disk (``Opener``); a refused one is logged and reported. Raises DirectoryInUse when
+    another process uses one.
+    """
     return await Opener(config, clock, on_cell, Ledger(Path(config.node.directory)), **more).open()
 
 
 async def in_own_thread(work: Callable[[], T], /) -> T:
-    """As ``asyncio.to_thread``, in a thread of its own that nothing waits for at the end: a disk that hangs keeps it
-    for as long as it hangs."""
+    """Runs ``work`` in a thread of its own. Nothing waits for that thread at the end: a disk that hangs keeps it."""
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[T] = loop.create_future()
 
     def tell(set_outcome: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is gone, and with it who waited
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
             loop.call_soon_threadsafe(lambda: None if outcome.done() else set_outcome())
 
     def run() -> None:
         try:
             result = work()
-        except BaseException as error:  # raised where it is awaited
+        except BaseException as error:  # raised again where it is awaited
             tell(partial(outcome.set_exception, error))
         else:
             tell(partial(outcome.set_result, result))

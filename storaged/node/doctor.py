@@ -97,7 +97,9 @@ class Doctor:
         return [node.own.directory / "node.key", *named]
 
     def _round_trip(self, name: str, location: str, rtt_ms: float) -> dict[str, str]:
-        """Evidence against a certified place, never proof of one."""
+        """Compares the round trip with the certified place. A slow answer is evidence against the place; a fast one is
+        no proof.
+        """
         own = self._node.own.peer
         country, site, _ = location.split("/")
         same_site = (country, site) == (own.country, own.site)
@@ -133,7 +135,7 @@ class Doctor:
         return _check("key backup", "ok", detail, "")
 
     def _bucket_keys(self, gateway: Gateway) -> list[dict[str, str]]:
-        """Both homes of bucket keys: what the ring lost, and whether this gateway can write its copies."""
+        """Checks both homes of bucket keys: what the ring lost, and whether this gateway can write its copies."""
         if gateway.copies is None:
             return []
         copies, damaged = gateway.copies.log, gateway.key_damage()
@@ -186,7 +188,7 @@ def _check(name: str, state: str, detail: str, hint: str) -> dict[str, str]:
 
 
 def certificate_check(node: str, until_ms: int, now_ms: int) -> dict[str, str]:
-    """``until_ms``: when it expires, as the node itself says; 0: not said."""
+    """``until_ms``: the expiry that the node reports, 0 when it reports none."""
     if not until_ms:
         return _check(f"certificate of {node}", "ok", "not known: the node does not say when it expires", "")
     days = (until_ms - now_ms) // 86_400_000
@@ -196,15 +198,15 @@ def certificate_check(node: str, until_ms: int, now_ms: int) -> dict[str, str]:
 
 
 def _private(files: Sequence[Path]) -> dict[str, str]:
-    """Nobody but the owner (and a group that the operator chose, as systemd does for its credentials) may read what
-    opens everything.
+    """Checks that only the owner, and a group that the operator chose (as systemd does for credentials), may read
+    secret files.
     """
     shown = []
     for file in files:
         try:
             mode = file.stat().st_mode
         except OSError:
-            continue  # what is missing is told elsewhere
+            continue  # other checks report a missing file
         if mode & 0o007:
             shown.append(f"{file} has mode {mode & 0o777:04o}")
     return _check(
@@ -235,7 +237,7 @@ def _disk(node: str, disk: str, state: str, reason: str, used: int, free: int) -
 
 
 def _fsync(directory: Path) -> dict[str, str]:
-    """How long making 4 KiB durable takes in the node's own directory: the median of nine."""
+    """Measures how long 4 KiB take to become durable in the node's own directory: the median of nine."""
     path = directory / "doctor.new"
     times_ms = []
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)

@@ -1,17 +1,17 @@
 """Whether a node that has never taken part may begin with blank disks. Pure.
 
-Theory of operation. A blank disk answers "nothing was written here" to everything. That is right once: when the
-cluster is new. On a server that was built anew it makes the ring forget what the old server had promised and
-accepted. The node itself can't tell the two apart, for all that it had is gone; the other nodes can: each keeps which
-ledgers (``node.ledger``) the nodes had when it was formed itself.
+Theory of operation. A blank disk answers "nothing was written here" to every question. That is right only while the
+cluster is new. On a server that was built anew it makes the ring forget what the old server promised and accepted. The
+node itself can't tell the two apart, as its own records are gone. The other nodes can: when each was formed, it
+recorded which ledgers (``node.ledger``) the other nodes had.
 
-    any other node was formed with another ledger of this node      this server was built anew: wait for an operator
-    any other node was formed with this very ledger                 this node was there, and has not begun yet: begin
-    all others answer, and none was formed                          the cluster is new: begin
-    else                                                            wait for those that don't answer
+    another node was formed with another ledger of this node    this server was built anew: wait for an operator
+    another node was formed with this very ledger               this node was there and has not begun yet: begin
+    all others answer, and none was formed                      the cluster is new: begin
+    otherwise                                                   wait for the nodes that don't answer
 
-A node that is formed writes that down, with the others' ledgers, before any of its disks answers. A cluster of one
-node has no other to ask, and begins: it can't notice that its whole machine was replaced.
+A node that is formed records that, with the others' ledgers, before any of its disks answers. The only node of a
+cluster has no other to ask, and begins: it can't notice that its whole machine was replaced.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from storaged.cluster.ports import LedgerReport
 
 
 class Verdict(NamedTuple):
-    """``begin``, or the ``reason`` why not, in words for an operator."""
+    """The decision: ``begin``, or the ``reason`` against it, in words for an operator."""
 
     begin: bool
     reason: str = ""
 
 
 def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verdict:
-    """``own``: the id of this node's ledger. ``others``: what every other storage node of the layout says, None for
-    one that does not answer."""
+    """Decides whether this node may begin. ``own``: the id of its ledger. ``others``: the reports of all other storage
+    nodes of the layout, None for one that does not answer.
+    """
     formed = {name: report for name, report in others.items() if report is not None and report.formed}
     strangers = sorted(name for name, report in formed.items() if report.yours != own and report.yours)
     if strangers:
@@ -53,7 +54,7 @@ def judge_forming(own: bytes, others: Mapping[str, LedgerReport | None]) -> Verd
 
 
 class Answers(NamedTuple):
-    """``verdict``, and the ledgers of the other nodes that it follows from, by name."""
+    """The ``verdict``, with the ledgers of the other nodes that it follows from, by name."""
 
     verdict: Verdict
     ledgers: Mapping[str, bytes] = {}
@@ -63,12 +64,12 @@ Forming = Callable[[], Answers]
 
 
 def begin_at_once() -> Answers:
-    """The answer for a cluster of one node."""
+    """The answers in a cluster of one node."""
     return Answers(Verdict(True))
 
 
 def answers_of(own: bytes, others: Mapping[str, LedgerReport | None]) -> Answers:
-    """``judge_forming``, with what a ledger keeps of it."""
+    """``judge_forming``, with the ids that a ledger keeps of the answers."""
     return Answers(
         judge_forming(own, others), {name: report.id for name, report in others.items() if report is not None}
     )

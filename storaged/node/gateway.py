@@ -1,9 +1,7 @@
-"""What a gateway has and a storage node never imports: keys, sealing, the S3 front. ``daemon`` imports this module for
-the role ``gateway`` alone.
+"""The planes that only a gateway has: keys, sealing, the S3 front. A storage node never imports this module.
 
-The S3 port opens at once; until the keyring is open and is the cluster's own, every request that needs a key is
-answered with 503. Keys are never made
-here: a missing or different keyring is KEYRING_MISMATCH until it is restored (a reload looks again).
+The S3 port opens at once. Requests that need a key are answered with 503 until the keyring is open and the register
+``cluster`` names it (``unlock``).
 """
 
 from __future__ import annotations
@@ -62,13 +60,13 @@ from storaged.units import MIB
 
 SIGNER_EVERY_S = 60.0
 BUFFER_BYTES_MIN = 8 * MIB
-"""Of each of a worker's three pools."""
+"""The least size of each of a worker's three pools."""
 
 log = structlog.get_logger("gateway")
 
 
 class Gateway:
-    """The planes that only a gateway has, over a node's own."""
+    """The planes that only a gateway has, over the planes of every node."""
 
     def __init__(self, node: NodePlanes) -> None:
         self._node = node
@@ -77,12 +75,12 @@ class Gateway:
         self._context: ssl.SSLContext | None = None
         self._belief: Belief | None = None
         self.workers: Workers | None = None
-        """The gateway's further processes, where it has any and is the first."""
+        """The further processes of this gateway; None in a further process, and where there are none."""
         self._drained = False
         self.copies: FirstCopies | None = None
-        """This gateway's copies of bucket keys, in its first process, once the keyring is open."""
+        """This gateway's copies of bucket keys: in its first process, once the keyring is open."""
         self.key_ends = Ends()
-        """What the last look at the keys of deleted buckets found."""
+        """The result of the last look at the keys of deleted buckets."""
         self._desk = CopiesDesk()
         self._reloaded = asyncio.Event()
         self._requests = RequestLog(node.metrics, node.config.log, node.audit)
@@ -93,7 +91,7 @@ class Gateway:
 
     @property
     def problem(self) -> str:
-        """Why the keyring cannot be used, when it will not mend itself."""
+        """Why the keyring can't be used and needs an operator; empty otherwise."""
         return self._unlocker.problem
 
     @property
@@ -102,7 +100,9 @@ class Gateway:
         return self._late.reason
 
     async def open(self) -> None:
-        """Opens the audit log and the S3 port. Raises PortInUse, ConfigInvalid for a certificate that does not load."""
+        """Opens the audit log and the S3 port. Raises PortInUse, and ConfigInvalid for a certificate that does not
+        load.
+        """
         node, config = self._node, self._config
         registers = RingRegisters(node.ring, node.scanner)
         self._binding = binding = Binding(node.ring, node.own.cluster, node.clock, node.directory / REMEMBERED_FILE)
@@ -201,12 +201,12 @@ class Gateway:
         return found
 
     def bad_records(self) -> list[BadRow]:
-        """System records that this process found that can't be used."""
+        """The unusable system records that this process found."""
         return self.objects.plane.bad_rows.listed()
 
     async def _keep_signer(self) -> None:
-        """For ever: this cluster's signing key is certified by a gateway, so that storage nodes
-        believe what it signed.
+        """Runs for ever: certifies the cluster's signing key with this gateway's certificate, so that storage nodes
+        believe what the key signed.
         """
         node = self._node
         await self._late.opened.wait()
@@ -226,22 +226,24 @@ class Gateway:
             await asyncio.sleep(pause_s)
 
     async def _authenticate_records(self) -> None:
-        """Once the keyring is open, what earlier versions wrote without an authenticator gets one."""
+        """Gives authenticators to the records of earlier versions, once the keyring is open."""
         await self._late.opened.wait()
         await self._binding.finish(self._late, lambda: authenticate_all(self.objects.plane))
 
     def believes(self, name: RegisterName, value: Value) -> bool:
-        """Whether a gateway wrote this value of the system table, as far as that can be known now."""
+        """Whether a gateway wrote this value of the system table, as far as this process can know now."""
         return self._belief is None or self._belief(name, value)
 
     async def usable(self, wait_s: float) -> None:
-        """Returns when S3 does not answer 503 any more, or after ``wait_s``."""
+        """Waits until S3 does not answer 503 any more, ``wait_s`` at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._late.opened.wait()
 
     async def _open_copies(self, keyring_id: bytes) -> KeyCopies:
-        """Raises KeyringMismatch for copies of another keyring's keys, OSError."""
+        """Opens this gateway's copies of bucket keys. Raises OSError, and KeyringMismatch for copies under another
+        keyring.
+        """
         if self._node.leader is not None:
             return LeaderCopies(self._node.leader)
         copies = CopyLog(self._node.directory, keyring_id)
@@ -251,8 +253,8 @@ class Gateway:
         return self.copies
 
     async def _keep_keys(self) -> None:
-        """Takes bucket keys that an operator restored from a backup, at a reload at once, and forgets keys that
-        expired.
+        """Runs for ever: takes in bucket keys that an operator restored from a backup (at once after a reload), and
+        drops expired keys.
         """
         await self._late.opened.wait()
         keyring = self._late.keyring
@@ -270,14 +272,15 @@ class Gateway:
         return self._node.policy, self._node.own.key_holder
 
     def judge_keys(self) -> None:
-        """Another layout is in force, or this node has another certificate: whether keys may be here is asked anew."""
+        """Asks the policy again for every key: the layout in force or this node's certificate changed."""
         if self._late.keyring is not None:
             self._late.keyring.judge_by(*self._judged_by())
 
     @property
     def key_refusal(self) -> str:
-        """Why the policy does not allow keys here now; empty when it does, and while the keyring is not open. A
-        bucket's countries may still refuse its key.
+        """Why the policy allows no keys here now; empty when it does, and while the keyring is not open.
+
+        A bucket's countries may still refuse the bucket's key.
         """
         refusal = self._late.keyring.refusal() if self._late.keyring is not None else None
         return "" if refusal is None else str(refusal)
@@ -286,11 +289,11 @@ class Gateway:
         self.key_ends = ends
 
     def key_damage(self) -> list[KeyDamage]:
-        """Registers of bucket keys that were not as they should be."""
+        """Registers of bucket keys that were found damaged."""
         return self.copies.damaged() if self.copies is not None else []
 
     def offer(self, services: Services) -> None:
-        """What the admin API may ask of a gateway."""
+        """Adds what the admin API may ask of a gateway."""
         if self.workers is not None:
             services.other_samples = self.workers.gather
         services.users = self.users
@@ -320,18 +323,18 @@ class Gateway:
         return where_document(bucket_name, await where(self.objects.plane, bucket, key))
 
     async def _changed(self, kind: str, key: str) -> None:
-        """Returns when no process of this gateway goes by what was before."""
+        """Makes every process of this gateway forget a bucket or user that changed; returns when all did."""
         if self.workers is not None:
             await self.workers.forget(kind, key)
         elif self._node.leader is not None:
             await self._node.leader.forget(kind, key)
 
     def bucket_fenced(self, bucket_id: bytes) -> None:
-        """A replica has said so."""
+        """A replica reports that this bucket is, or was, being deleted."""
         self.buckets.fenced(bucket_id)
 
     def forget(self, kind: str, key: str) -> None:
-        """Another process of this gateway has changed the bucket or user."""
+        """Drops a bucket, user or key that another process of this gateway changed."""
         if kind == "key":
             if self._late.keyring is not None:
                 self._late.keyring.forget(bytes.fromhex(key))
@@ -339,7 +342,7 @@ class Gateway:
         (self.buckets if kind == "bucket" else self.users).forget(key)
 
     def _damaged(self, damage: Damage) -> None:
-        """A read found a fragment wanting: whoever looks after its register repairs it."""
+        """A read found a damaged or missing fragment; the node that looks after its register repairs it."""
         self._node.metrics.counter("storaged_fragments_damaged_total").labels(damage.disk).inc()
         log.warning(
             "a fragment is wanting",
@@ -351,7 +354,9 @@ class Gateway:
         self._node.maintain.hint(damage.owner, damage.fragment if damage.reason == "lied" else None)
 
     def reload(self, config: Config) -> None:
-        """A new TLS certificate, and another look for a keyring. Raises ConfigInvalid and keeps the old certificate."""
+        """Loads a new TLS certificate and looks for a keyring again. Raises ConfigInvalid and keeps the old
+        certificate.
+        """
         if self._context is not None:
             load_certificate(self._context, config)
             log.info("the S3 port presents the certificate of the file", file=config.s3.tls_certificate)
@@ -362,7 +367,7 @@ class Gateway:
             self.workers.reload()
 
     async def drain(self) -> None:
-        """No new requests; those in flight are finished."""
+        """Accepts no new requests and finishes those in flight."""
         if not self._drained:
             self._drained = True
             drain_s = self._config.limits.drain_s
@@ -385,8 +390,8 @@ class Gateway:
 
 
 def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
-    """A worker's part of what all of a gateway may hold in memory; of buffers never less than a few large transfers
-    need.
+    """A worker's share of the memory that a whole gateway may use; of buffers at least what a few
+    large transfers need.
     """
     buffers = ("fill_buffer_bytes_max", "put_buffer_bytes_max", "get_buffer_bytes_max")
     shares = {name: max(getattr(limits, name) // workers, BUFFER_BYTES_MIN) for name in buffers}
@@ -395,7 +400,9 @@ def shared_out(limits: ObjectLimits, workers: int) -> ObjectLimits:
 
 
 def shared_limits(requests_max: int, s3: S3Section) -> Limits:
-    """A worker's part; connections are handed out in turn, so that each gets as many."""
+    """A worker's share of the limits of a whole gateway. Connections are handed out in turn, so the
+    shares are equal.
+    """
 
     def part(whole: int) -> int:
         return -(-whole // s3.workers)
@@ -410,8 +417,9 @@ def shared_limits(requests_max: int, s3: S3Section) -> Limits:
 
 
 def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:
-    """One row a fragment: ``blocks`` blocks of the part, from ``block`` on, lie alike. ``racks_may_fail`` counts
-    failure domains, whatever they are here.
+    """The document of ``storaged where``: one row a fragment, for ``blocks`` blocks of the part from ``block`` on.
+
+    ``racks_may_fail`` counts failure domains, of whatever kind.
     """
     fragments = [
         {
@@ -439,7 +447,9 @@ def where_document(bucket: str, found: Whereabouts) -> dict[str, Any]:
 
 
 def load_certificate(context: ssl.SSLContext, config: Config) -> None:
-    """Tried on a context of its own first, so that a bad file changes nothing. Raises ConfigInvalid."""
+    """Loads the S3 certificate into ``context``. Raises ConfigInvalid, and changes nothing then: another context tries
+    it first.
+    """
     for target in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
         try:
             target.load_cert_chain(config.s3.tls_certificate, config.s3.tls_key)

@@ -1,7 +1,7 @@
-"""What a gateway tidies now and then, since it needs keys or knows buckets: deletions that another gateway left half
-done, rows of uploads that ended long ago, the keys of buckets.
+"""Work that a gateway does now and then, as it needs keys or knows buckets.
 
-Every step is idempotent and safe beside other gateways doing the same.
+It finishes deletions that another gateway left half done, removes rows of uploads that ended long ago, and looks after
+the keys of buckets. Every step is idempotent and safe beside other gateways that do the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from storaged.objects.system.users import UserService
 from storaged.objects.write.multipart import forget_finished_uploads
 
 FIRST_S = 30.0
-"""After the start: a gateway that died in the middle of a bucket's deletion is mostly back by then."""
+"""The first round after the start. A gateway that died during a bucket's deletion is mostly back by then."""
 INTERVAL_S = 3600.0
 
 RECORDS_FIRST_S = 5.0
@@ -37,9 +37,10 @@ async def housekeep(
     first_s: float = FIRST_S,
     interval_s: float = INTERVAL_S,
 ) -> None:
-    """For ever. What fails (no majority, keyring not open) is tried again in the next round. ``on_ends``: what each
-    look
-    at the keys of deleted buckets found."""
+    """Runs for ever. It retries in the next round what fails (no majority, keyring not open).
+
+    ``on_ends`` gets the result of each look at the keys of deleted buckets.
+    """
     await asyncio.sleep(first_s)
     while True:
         try:
@@ -52,8 +53,8 @@ async def housekeep(
 async def look_at_records(
     buckets: BucketService, users: UserService, *, first_s: float = RECORDS_FIRST_S, interval_s: float = RECORDS_S
 ) -> None:
-    """For ever: heals the records of buckets and users that can't be used, or names them for ``status``. Takes a
-    hundredth of the time at most.
+    """Runs for ever: repairs unusable records of buckets and users, or names them for ``status``. Takes a hundredth of
+    the time at most.
     """
     pause_s = first_s
     while True:
@@ -67,8 +68,8 @@ async def look_at_records(
 
 
 async def check_records(buckets: BucketService, users: UserService) -> None:
-    """Raises ServiceUnavailable when the system partition has no majority, KeyringUnavailable when nothing can be
-    verified.
+    """Checks the records once. Raises ServiceUnavailable when the system partition has no majority, KeyringUnavailable
+    when nothing can be verified.
     """
     signed = await buckets.sign_unsigned(await buckets.every_bucket())
     if signed:
@@ -83,8 +84,9 @@ async def keep_keys(
     countries: Mapping[bytes, tuple[str, ...]],
     on_ends: Callable[[Ends], None],
 ) -> None:
-    """Both homes of the buckets' keys are compared, and keys of buckets that are gone are destroyed. ``countries``: of
-    each bucket, by its id."""
+    """Compares both homes of the buckets' keys, and destroys keys of buckets that are gone. ``countries``: those of
+    each bucket, by its id.
+    """
     try:
         await plane.keys.look_after(countries)
         on_ends(await destroy_ended_keys(plane, buckets))
@@ -93,7 +95,7 @@ async def keep_keys(
 
 
 async def tidy(plane: ObjectPlane, buckets: BucketService, on_ends: Callable[[Ends], None] = lambda _ends: None) -> int:
-    """One round; returns how many uploads were forgotten. A bucket that fails does not keep the others waiting."""
+    """Does one round; returns how many uploads were removed. A bucket that fails does not delay the others."""
     forgotten = 0
     records = await buckets.every_bucket()
     await keep_keys(

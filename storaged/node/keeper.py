@@ -1,9 +1,9 @@
-"""The replicas of the system partition, brought together by gateways: no storage node may write there
-(``meta.authority``), so none can heal what lags.
+"""Brings the replicas of the system partition together, in gateways.
 
-A replica that missed a write is named by who made it (``hint``). When a disk of the partition comes back, at the
-start, and every so often all rows are compared by digest, and what differs is settled on all replicas. Gateways that do
-so at once do the same work twice, which is harmless; a pause drawn at random makes it rare.
+No storage node may write there (``meta.authority``), so none can repair a replica that lags. The writer reports a
+replica that missed its write (``hint``). At the start, when a disk of the partition returns, and at intervals, all rows
+are compared by digest, and rows that differ are settled on all replicas. Two gateways at once do the same work twice,
+which is harmless; a random pause makes it rare.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from storaged.meta.ports import Registers
 
 POLL_S = 1.0
 WALK_EVERY_S = 300.0
-"""Without any sign of trouble: for what a gateway that died did not tell of. Digests of some hundred rows."""
+"""The interval without any sign of trouble, for hints that were lost with a gateway. A walk compares digests of some
+hundred rows.
+"""
 RETRY_S = 15.0
 PAUSE_MAX_S = 2.0
 HINTS_MAX = 10_000
@@ -32,8 +34,9 @@ log = structlog.get_logger("keeper")
 
 
 class SystemKeeper:
-    """``run`` is its task. ``walks``: False for a gateway's further processes, which only settle what their own writes
-    missed."""
+    """``run`` is its task. ``walks`` is False in a gateway's further processes: they only settle what their own writes
+    missed.
+    """
 
     def __init__(
         self,
@@ -54,32 +57,32 @@ class SystemKeeper:
         self._hints: dict[RegisterName, None] = {}
         self._seen: frozenset[str] = frozenset()
         self._walked: frozenset[str] | None = None
-        """Disks that were there when the last walk that succeeded began."""
+        """The disks that were readable when the last successful walk began."""
         self._walk_at = float("-inf")
         self.settled = 0
-        """Registers that were settled since the start, because replicas differed."""
+        """How many registers were settled since the start, because replicas differed."""
 
     @property
     def current(self) -> bool:
-        """Whether all replicas that can be read are known to be the same."""
+        """Whether all readable replicas are known to be the same."""
         return not self._hints and self._walked is not None and self._readable() <= self._walked
 
     def _readable(self) -> frozenset[str]:
         return frozenset(filter(self._liveness.disk_readable, self._layouts.current.replicas_of(SYSTEM_PARTITION)))
 
     def hint(self, name: RegisterName) -> None:
-        """A replica did not take a write of this register. Bounded: what does not fit, the next walk finds."""
+        """Notes that a replica missed a write of this register. The notes are bounded; the next walk finds the rest."""
         if len(self._hints) < HINTS_MAX:
             self._hints[name] = None
 
     async def run(self) -> None:
-        """For ever. What fails (no majority, a replica away) is tried again."""
+        """Runs for ever. It retries what fails (no majority, a replica away)."""
         while True:
             await self.once()
             await asyncio.sleep(POLL_S)
 
     async def once(self) -> None:
-        """What is due now."""
+        """Does what is due now."""
         now = asyncio.get_running_loop().time()
         seen = self._readable()
         if self._walks and (seen - self._seen or now >= self._walk_at):
@@ -90,7 +93,7 @@ class SystemKeeper:
             self._walk_at = now + (WALK_EVERY_S if whole else RETRY_S)
         self._seen &= seen
         if self._walked is not None:
-            self._walked &= seen  # whoever goes away and comes back may have missed something
+            self._walked &= seen  # a replica that was away may have missed something
         for name in list(self._hints):
             try:
                 await self._registers.settle(name)
@@ -100,7 +103,7 @@ class SystemKeeper:
             del self._hints[name]
 
     async def _walk(self) -> bool:
-        """Whether all replicas answered, and are the same now."""
+        """Compares all rows. Returns whether all replicas answered and are the same now."""
         try:
             found = await self._scanner.catch_up(Table.SYSTEM, SYSTEM_SCOPE, 0)
         except (StoragedError, TimeoutError) as error:

@@ -1,9 +1,8 @@
-"""Where a gateway's bucket keys are kept, as the key plane asks for it: the ring's registers, and this gateway's own
+"""The places of a gateway's bucket keys, as ports of the key plane: the ring's registers, and this gateway's own
 copies.
 
-The first process of a gateway has the log of copies open (``FirstCopies``); its further workers ask it over the
-socket to it (``LeaderCopies``, answered by ``CopiesDesk``). Damage of registers is told to the first process too:
-that one answers ``status``.
+The first process of a gateway opens the log of copies (``FirstCopies``). Further workers ask it over their socket
+(``LeaderCopies``; ``CopiesDesk`` answers). They report damaged registers to it too, as it answers ``status``.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from storaged.meta.ports import Registers, Scanner
 from storaged.node.leader import Leader
 
 MENDED_SHOWN_MS: Final = 24 * 3600 * 1000
-"""A register that was mended is shown for a day: something had destroyed it."""
+"""A repaired register is shown for a day, as something had destroyed it."""
 DAMAGE_KEPT_MAX: Final = 1000
 FIRST_PROCESS_WAIT_S: Final = 10.0
-"""A worker's keyring may be open before the first process's is."""
+"""A worker's keyring may open before that of the first process."""
 EXPIRED_EVERY_S: Final = 60.0
 
 log = structlog.get_logger("keys")
@@ -65,7 +64,7 @@ def _kept(value: Value | None) -> Kept | None:
 
 
 class FirstCopies:
-    """``keys.ports.KeyCopies`` in the process that has the log, and what ``status`` and ``doctor`` say of it."""
+    """``keys.ports.KeyCopies`` in the process that has the log, with the facts for ``status`` and ``doctor``."""
 
     def __init__(self, copies: CopyLog, clock: Clock) -> None:
         self.log = copies
@@ -90,7 +89,7 @@ class FirstCopies:
             self._mended_ms.pop(bucket_id, None)
 
     def damaged(self) -> list[KeyDamage]:
-        """What is damaged, and what was mended within a day."""
+        """What is damaged, and what was repaired within a day."""
         oldest = self._clock.wall_ms() - MENDED_SHOWN_MS
         for bucket_id in [other for other, mended_ms in self._mended_ms.items() if mended_ms < oldest]:
             del self._mended_ms[bucket_id], self._damage[bucket_id]
@@ -98,7 +97,7 @@ class FirstCopies:
 
 
 class LeaderCopies:
-    """``keys.ports.KeyCopies`` of a further worker. ``every`` is the first process's work."""
+    """``keys.ports.KeyCopies`` in a further worker. ``every`` is left to the first process."""
 
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
@@ -127,7 +126,7 @@ class LeaderCopies:
 
 
 class CopiesDesk:
-    """The first process's answers to ``LeaderCopies``: usable once its own keyring is open."""
+    """Answers ``LeaderCopies`` in the first process, once its own keyring is open."""
 
     def __init__(self) -> None:
         self._copies: KeyCopies | None = None
@@ -138,7 +137,7 @@ class CopiesDesk:
         self._there.set()
 
     async def serve(self, question: Mapping[str, Any]) -> str:
-        """The answer to one question, in hex. Raises KeyringUnavailable."""
+        """Answers one question, in hex. Raises KeyringUnavailable."""
         try:
             async with asyncio.timeout(FIRST_PROCESS_WAIT_S):
                 await self._there.wait()
@@ -158,8 +157,10 @@ class CopiesDesk:
 
 
 async def take_restored(keyring: Keyring, copies: CopyLog) -> None:
-    """What `storaged keys restore` laid there goes into the log, and into registers that are damaged. What can't be
-    taken now stays there."""
+    """Moves the keys that `storaged keys restore` left in the directory into the log, and into damaged registers.
+
+    A key that can't be taken now stays in the directory.
+    """
     try:
         found = await copies.restored()
         if not found:

@@ -1,6 +1,4 @@
-"""What this process tells the service manager: READY, RELOADING, STOPPING, WATCHDOG (sd_notify(3)); nothing outside
-systemd.
-"""
+"""Notifies the service manager: READY, RELOADING, STOPPING, WATCHDOG (sd_notify(3)). Does nothing outside systemd."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from collections.abc import MutableMapping
 
 
 class Notifier:
-    """Sends to ``$NOTIFY_SOCKET`` (``@`` in front: abstract), which is taken out of the environment so that children do
-    not speak for us.
+    """Sends to ``$NOTIFY_SOCKET`` (a leading ``@`` means abstract), and removes it from the environment, so that
+    children don't notify in this process's name.
     """
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -35,7 +33,7 @@ class Notifier:
         if self._socket is not None:
             try:
                 self._socket.sendto(text.encode(), self._address)
-            except OSError:  # a manager that does not listen any more is no reason to stop
+            except OSError:  # the node goes on when the manager does not listen
                 pass
 
     def ready(self, status: str) -> None:
@@ -45,17 +43,15 @@ class Notifier:
         self._send(f"STATUS={text}")
 
     def reloading(self) -> None:
-        """Type=notify-reload wants the monotonic time in microseconds with it; READY follows when
-        the reload is over.
-        """
+        """Type=notify-reload wants the monotonic time in microseconds; READY follows when the reload is over."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
     async def feed_watchdog(self) -> None:
-        """From the event loop, twice in each period: a loop that hangs is restarted. Returns at once when no watchdog
-        was asked for.
+        """Feeds the watchdog from the event loop, twice in each period, so that a loop that hangs is restarted. Returns
+        at once when there is no watchdog.
         """
         while self.watchdog_s:
             self._send("WATCHDOG=1")

@@ -90,7 +90,7 @@ class NodePlanes:
     gateway: GatewaySide | None = None
 
     def __init__(self, config: Config, own: Identity, clock: Clock, leader: Leader | None = None) -> None:
-        """``leader``: the first process of the gateway that this one is a further worker of."""
+        """``leader``: the first process of the gateway, where this one is a further worker of it."""
         self.config = config
         self.own = own
         self.authority = authority_of(own)
@@ -102,7 +102,7 @@ class NodePlanes:
         self.disks = Disks()
         self._opener: Opener | None = None
         self._heartbeats = False
-        """The other nodes are being asked."""
+        """Whether this node asks the other nodes already."""
         self.maintenance: Maintenance | None = None
         self._disk_statuses: Sequence[DiskStatus] = ()
         self._methods: dict[str, Method] = {}
@@ -158,7 +158,7 @@ class NodePlanes:
         stack.push_async_callback(self.disks.close)
 
     def _forming(self) -> Answers:
-        """What the other storage nodes say of whether this one may begin."""
+        """What the other storage nodes answer to the question whether this one may begin."""
         assert self._opener is not None
         others = {disk.node for disk in self.layouts.current.disks} - {self.own.name}
         told: dict[str, LedgerReport | None] = {}
@@ -170,7 +170,7 @@ class NodePlanes:
         return answers_of(self._opener.ledger.id, told)
 
     def _ledger_report(self, node: str) -> LedgerReport | None:
-        """What ``node`` is told of this node's ledger."""
+        """The report on this node's ledger that ``node`` gets."""
         if self._opener is None:
             return None
         ledger = self._opener.ledger
@@ -192,9 +192,10 @@ class NodePlanes:
         self.layouts.watch(self._follow_policy)
 
     def _follow_policy(self, layout: Layout) -> None:
-        """Who is admitted, and who is given keys, follows from the layout in force. Raises JurisdictionRefused for one
-        that names a country outside EU law: such a
-        policy admits nobody."""
+        """Takes over the policy of the layout in force: whom it admits, and who gets keys.
+
+        Raises JurisdictionRefused for a policy that names a country outside EU law; then nobody is admitted.
+        """
         try:
             self._policy = policy_of(layout)
         except JurisdictionRefused:
@@ -208,7 +209,7 @@ class NodePlanes:
 
     @property
     def policy(self) -> Policy:
-        """Of the layout in force."""
+        """The policy of the layout in force."""
         return self._policy
 
     def _admit(self, peer: PeerIdentity) -> None:
@@ -220,8 +221,8 @@ class NodePlanes:
         return standing_of(self.layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
 
     def _admit_dialled(self, peer: PeerIdentity) -> None:
-        """An ``Admission`` of nodes that this one calls by a name of the layout: they must be what, and where, the
-        layout says.
+        """An ``Admission`` of nodes that this one calls by name: their certificate must agree with
+        the layout in force.
         """
         self._admit(peer)
         if not self._standing(peer):
@@ -231,8 +232,8 @@ class NodePlanes:
             )
 
     async def _learn_operators(self) -> None:
-        """A layout that is refused is noted, and the node goes on with the one that it used last; without one it does
-        not start.
+        """Learns the layout beside the certificate. A refused one is noted and the layout in use stays; without any
+        layout the node does not start.
         """
         signed = operator_layout(self.own)
         if signed is not None:
@@ -384,10 +385,10 @@ class NodePlanes:
         return found
 
     async def reload(self, config: Config) -> None:
-        """Log level, TLS certificates, this node's own certificate, a newer layout beside it; what needs a restart is
-        named.
+        """Takes over what can change at run time: log level, TLS certificates, this node's certificate, a newer layout
+        beside it.
 
-        Raises and changes nothing for what does not load.
+        Logs the sections that need a restart. Raises, and changes nothing, for what does not load.
         """
         own = load_identity(Path(config.cluster.identity))
         if (own.name, own.cluster) != (self.own.name, self.own.cluster):
@@ -434,7 +435,7 @@ class NodePlanes:
             await self._tell_disks()
 
     async def _tell_disks(self) -> None:
-        """What heartbeats say of this node's disks, and the metrics of them."""
+        """Updates the disk states that heartbeats carry, and the metrics of disks."""
         try:
             self._disk_statuses = await self.disks.statuses()
         except StoragedError as error:
@@ -457,8 +458,8 @@ class NodePlanes:
             alarms.labels(used.id, "sequence_falls").set(told.sequence_falls)
 
     def _cell_damaged(self, disk: str, fragment: FragmentId, cell: int) -> None:
-        """Told by a local disk. The fragment's header names the register that owns it, for whichever node looks after
-        that.
+        """A local disk reports a damaged cell. The node that looks after the owner register, named in the fragment's
+        header, repairs it.
         """
         self.metrics.counter("storaged_fragments_damaged_total").labels(disk).inc()
         where = {
@@ -472,7 +473,9 @@ class NodePlanes:
             self.maintenance.cell_damaged(disk, fragment)
 
     def _fenced(self, scope: bytes) -> None:
-        """A replica says that a bucket is, or was, being deleted: what this gateway remembers of it may be over."""
+        """A replica reports that a bucket is, or was, being deleted: the gateway's cached record of
+        it may be outdated.
+        """
         if self.gateway is not None:
             self.gateway.bucket_fenced(scope)
 
@@ -480,7 +483,7 @@ class NodePlanes:
         return self.gateway is None or self.gateway.believes(name, value)
 
     def _missed(self, name: RegisterName) -> None:
-        """A replica did not take a write that it should have: whichever node looks after the register brings it up."""
+        """A replica missed a write. The node that looks after the register brings it up to date."""
         if name.table == Table.SYSTEM:
             self.keeper.hint(name)
         elif self.config.gateway:

@@ -1,5 +1,5 @@
-"""What opens a gateway's keyring, as its configuration says. For gateways and the command line:
-imports the key plane.
+"""What opens a gateway's keyring, by its configuration. It imports the key plane: for gateways and the command line
+only.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from storaged.passphrase import require_long
 
 
 def protection_of(config: Config, *, create: bool = False) -> keys.Protection:
-    """``create``: a credential file that is missing is made, for a keyring that is being made or restored.
+    """The protection of the keyring. ``create`` makes a missing credential file, for a new or restored keyring.
 
-    Raises KeyringMismatch for a missing credential, OperatorError for a passphrase that cannot be read, with ``create``
+    Raises KeyringMismatch for a missing credential, OperatorError for an unreadable passphrase, and with ``create``
     PassphraseTooShort.
     """
     if config.keys.credential:

@@ -1,4 +1,4 @@
-"""What a node tells its operator: the facts behind ``status``, the checks of ``doctor``, jobs, readiness."""
+"""What a node reports to its operator: the facts for ``status``, jobs, readiness, and ``doctor``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # a storage node imports neither the key plane nor S3
 
 WATCH_EVERY_S = 10.0
 SAMPLE_GROUPS = 64
-"""Placement groups tried for what a write would use now: with few disks all answer alike."""
+"""How many placement groups are tried for the profile of a write. With few disks all give the same."""
 
 
 class Reports:
@@ -54,8 +54,9 @@ class Reports:
     # --- ready, status
 
     def ready(self) -> tuple[bool, str]:
-        """A gateway: the keyring is open and the system partition has a majority. A storage node: at least one disk
-        takes part.
+        """Whether the node works, and why not.
+
+        A gateway needs an open keyring and a majority of the system partition; a storage node needs one disk.
         """
         node = self._node
         layout = node.layouts.current
@@ -98,9 +99,9 @@ class Reports:
         return self._seen.date(judge(facts, node.clock.wall_ms()))
 
     async def watch(self) -> None:
-        """Looks now and then, so that a problem that nobody asked about is dated too."""
+        """Judges the state now and then, so that a problem has a date though no operator asked."""
         while True:
-            with contextlib.suppress(StoragedError):  # whoever asks is told; the next look may succeed
+            with contextlib.suppress(StoragedError):  # who asks gets the error; the next look may succeed
                 await self.status()
             await asyncio.sleep(WATCH_EVERY_S)
 
@@ -131,13 +132,13 @@ class Reports:
         return facts
 
     def _durability(self, told: Sequence[MaintainStatus]) -> Durability:
-        """Sums over all storage nodes that answer; ``counted`` only when each of them has looked at the disks as they
-        are now.
+        """Sums over all storage nodes that answer. It is ``counted`` when each has looked at the
+        disks as they are now.
         """
         layout = self._node.layouts.current
         wanted = {disk.node for disk in layout.disks if self._node.membership.disk_readable(disk.id)}
         counted = bool(told) and {status.node for status in told} >= wanted and all(status.current for status in told)
-        if self._gateway is not None:  # it alone brings the system partition together
+        if self._gateway is not None:  # only gateways bring the system partition together
             counted = counted and self._node.keeper.current
         below, risk, lost, unreadable = (
             sum(getattr(status, name) for status in told) for name in ("below_target", "at_risk", "lost", "unreadable")
@@ -145,7 +146,9 @@ class Reports:
         return Durability(below, risk, lost, counted, unreadable, _waits(told))
 
     def _write_profile(self) -> tuple[str | None, str]:
-        """What a write would use now, the weakest of a sample of placement groups; or why it would be refused."""
+        """The weakest profile that a write would get now, over a sample of placement groups; or why it would be
+        refused.
+        """
         layout = self._node.layouts.current
         target = Profile.parse(layout.profile)
         found: set[Profile] = set()
@@ -160,7 +163,7 @@ class Reports:
     # --- jobs
 
     async def jobs(self) -> dict[str, Any]:
-        """``busy``: something is being done, or waits to be done, that changes the counts."""
+        """The document of jobs. ``busy``: something runs or waits that changes the counts."""
         told = await self._node.maintain.statuses()
         durability = self._durability(told)
         return {
@@ -180,7 +183,7 @@ class Reports:
         return await self._node.maintain.start_scrub()
 
     async def _checkpoints(self) -> list[bytes]:
-        """Of versions with protocol 2, which kept them in registers."""
+        """Checkpoints of versions with protocol 2, which kept them in registers."""
         found: list[bytes] = []
         after: bytes | None = b""
         while after is not None:
@@ -199,7 +202,9 @@ def _waits(told: Sequence[MaintainStatus]) -> RepairWaits | None:
 
 
 def waits_document(waits: RepairWaits | None) -> dict[str, Any]:
-    """``recode_in_s`` null: nothing will be recoded. ``reason``: the same as a sentence, empty when no disk is away."""
+    """``recode_in_s`` null: nothing will be recoded. ``reason`` is the same as a sentence, empty
+    when no disk is away.
+    """
     if waits is None:
         return {"disks": [], "recode_in_s": None, "reason": ""}
     return {
@@ -211,7 +216,7 @@ def waits_document(waits: RepairWaits | None) -> dict[str, Any]:
 
 
 def jobs_of(told: Sequence[MaintainStatus]) -> list[dict[str, Any]]:
-    """The jobs of all nodes, as documents."""
+    """The jobs of all nodes, as JSON documents."""
     return [_job(job) for status in told for job in status.jobs]
 
 

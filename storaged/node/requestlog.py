@@ -1,12 +1,12 @@
-"""What the log and the metrics say of S3 requests: counters always; access and slow-operation log as configured.
+"""The log lines and metrics of S3 requests: counters always; access log and log of slow requests as configured.
 
 The logger is ``s3``. Each line is one answered request.
 
-    answered   with ``[log] access = true`` at level info, else at debug
-    slow       at warning: took longer than ``[log] slow_ms``, with the time that its bytes may take added
+    answered   at level info with ``[log] access = true``, else at debug
+    slow       at warning: it took longer than ``[log] slow_ms`` and the time that its bytes may take
     failed     at warning, always: the store's own failures (5xx other than NotImplemented)
 
-No line holds a key, a secret, a signature or content. Names of buckets and objects are in ``target``.
+No line has a key, a secret, a signature or content. Names of buckets and objects are in ``target``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from storaged.s3.request import RequestDone
 from storaged.units import MIB
 
 SLOW_BYTES_PER_S = 4 * MIB
-"""A client's own pace: a request that moves bytes may take a second more for each so many. A 5 GiB
+"""The pace that a client may have: a request may take a second more for each so many bytes. A 5 GiB
 upload is not slow.
 """
 
@@ -32,7 +32,7 @@ class RequestLog:
     """Called with every answered request, on the event loop. One a process."""
 
     def __init__(self, metrics: Metrics, settings: LogSection, trail: Trail | None = None) -> None:
-        """Who was refused access is counted in the audit log ``trail``."""
+        """``trail``: the audit log, which counts refusals of access."""
         self._tallies = metrics.requests
         self._log = structlog.get_logger("s3")
         self._level = logging.getLogger("storaged.s3")
@@ -41,7 +41,7 @@ class RequestLog:
         self.configure(settings)
 
     def configure(self, settings: LogSection) -> None:
-        """Also while it runs, at a reload."""
+        """Takes over the configuration, also at a reload."""
         self._access = settings.access
         self._slow_s = settings.slow_ms / 1000
 
@@ -76,7 +76,7 @@ class RequestLog:
 
 
 def refuse(trail: Trail, done: RequestDone) -> None:
-    """The entry of a request that was denied. Without an access key it did not prove to be anybody's."""
+    """Counts a denied request. One without a valid signature gets no access key in the entry."""
     actor = f"s3:{done.access_key}" if done.access_key else f"address:{done.remote}"
     path = done.target.partition("?")[0]
     trail.refused(

@@ -1,4 +1,4 @@
-"""Small things kept in system registers, and the files that a node keeps about its cluster."""
+"""System registers by path, and the files that a node keeps about its cluster."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Taken(Exception):
 
 
 class SystemPaths:
-    """System registers by path, with compare-and-set from absent."""
+    """System registers by path."""
 
     def __init__(self, registers: Registers) -> None:
         self._registers = registers
 
     async def read(self, path: str) -> bytes | None:
-        """The settled body; None when it was never written. Raises ServiceUnavailable without a majority."""
+        """The settled body; None when the register was never written. Raises ServiceUnavailable without a majority."""
         value = (await self._registers.read(system_name(path))).value
         return value.body if value is not None and value.body else None
 
     async def create(self, path: str, body: bytes) -> None:
-        """Raises Taken when there is a value already; nothing is changed then."""
+        """Writes a register that has no value. Raises Taken, and changes nothing, when it has one."""
 
         def update(value: Value | None) -> Change:
             if value is not None and value.body:
@@ -47,12 +47,12 @@ class SystemPaths:
         await self._registers.change(system_name(path), update)
 
     async def write(self, path: str, body: bytes) -> None:
-        """Whatever was there before."""
+        """Writes the register, whatever its value was."""
         await self._registers.change(system_name(path), lambda _value: Change(body))
 
     async def replace(self, path: str, choose: Callable[[bytes | None], bytes | None]) -> bytes | None:
-        """Compare-and-set: ``choose`` (pure) says what the body should become, None to leave it. Returns what is there
-        afterwards.
+        """Changes a register by compare-and-set: ``choose`` (pure) returns the new body, or None to leave it. Returns
+        the body afterwards.
         """
 
         def update(value: Value | None) -> Change | None:
@@ -64,11 +64,11 @@ class SystemPaths:
 
 
 async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
-    """The register ``layout`` gets the layout in force when it has an older one or none; a newer one in it is learnt,
-    once its signature was verified.
+    """Writes the layout in force to the register ``layout`` when that has an older one or none, and learns a newer one
+    from it.
 
-    Raises ServiceUnavailable without a majority, LayoutRefused for a register that holds what the administration key
-    never signed.
+    Verifies the signature of what it learns. Raises ServiceUnavailable without a majority, and LayoutRefused for a
+    register with a value that the administration key never signed.
     """
     mine = layouts.signed_after(layouts.epoch - 1)
     assert mine is not None
@@ -86,8 +86,8 @@ async def exchange_layout(paths: SystemPaths, layouts: LayoutBook) -> None:
 
 
 def operator_layout(own: Identity) -> SignedLayout | None:
-    """The layout that the operator put beside the certificate, None when there is none or it does not decode (which is
-    logged).
+    """The layout beside the certificate, where the operator put it; None when there is none or it does not decode
+    (which is logged).
     """
     path = own.directory / LAYOUT_FILE
     try:

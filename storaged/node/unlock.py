@@ -1,4 +1,4 @@
-"""How a gateway's keyring is opened, used by the object plane meanwhile, and backed up.
+"""Opens a gateway's keyring, and backs it up.
 
 A keyring is used only when the register ``cluster`` names it. Keys are never made here: a missing or different keyring
 is KEYRING_MISMATCH until an operator restores it, and a reload looks again.
@@ -30,9 +30,7 @@ log = structlog.get_logger("gateway")
 
 
 class LateKeys:
-    """A ``KeyService`` that becomes usable when the keyring has been opened and found to be the cluster's;
-    KeyringUnavailable before.
-    """
+    """A ``KeyService`` over the keyring once it is open and is the cluster's own. Raises KeyringUnavailable before."""
 
     def __init__(self) -> None:
         self.keyring: keys.Keyring | None = None
@@ -85,7 +83,7 @@ class LateKeys:
 
 
 class Unlocker:
-    """Opens the keyring, and lets it be used once the register ``cluster`` names it."""
+    """Opens the keyring and publishes it to ``LateKeys`` when the register ``cluster`` names it."""
 
     def __init__(
         self,
@@ -98,9 +96,9 @@ class Unlocker:
         registers: SystemRegisters,
         copies_of: Callable[[bytes], Awaitable[KeyCopies]],
     ) -> None:
-        """``judged_by``: the policy of the layout in force and this gateway's certificate, as they are when the keyring
-        opens. ``copies_of`` opens this gateway's
-        copies of the bucket keys of a keyring."""
+        """``judged_by`` returns the policy of the layout in force and this gateway's certificate. ``copies_of`` opens
+        this gateway's copies of bucket keys, for a keyring id.
+        """
         self._config = config
         self._binding = binding
         self._late = late
@@ -110,17 +108,15 @@ class Unlocker:
         self._registers = registers
         self._copies_of = copies_of
         self.problem = ""
-        """Why the keyring cannot be used, when that will not mend itself; empty while it is being opened, and when it
-        is open.
-        """
+        """Why the keyring can't be used and needs an operator; empty otherwise."""
         self._again = asyncio.Event()
 
     def again(self) -> None:
-        """Somebody may have put a keyring there: look again, if it is not open."""
+        """Looks for a keyring again, if none is open."""
         self._again.set()
 
     async def run(self) -> None:
-        """Until the keyring is open. A missing majority is waited for; a keyring that does not fit
+        """Runs until the keyring is open. It retries while a majority is missing; for a keyring that does not fit it
         waits for ``again``.
         """
         pause_s = RETRY_FIRST_S
@@ -160,10 +156,10 @@ class Unlocker:
 
 
 async def backup(late: LateKeys, directory: Path, passphrase: str, clock: Clock) -> tuple[str, bytes]:
-    """The keyring's id and its backup under a passphrase, with every bucket key made so far. The keyring file remembers
-    which epoch it covers, and when it was made.
+    """Returns the keyring's id and its backup under ``passphrase``, with every bucket key made so far.
 
-    Raises ServiceUnavailable when the ring can't be listed: a backup that is not whole is none.
+    The keyring file remembers the backup's epoch and time. Raises ServiceUnavailable when the ring can't be listed, as
+    a backup must be whole.
     """
     if late.keyring is None:
         raise KeyringUnavailable(f"There is no keyring to back up: {late.reason.rstrip('.')}.")
@@ -175,7 +171,8 @@ async def backup(late: LateKeys, directory: Path, passphrase: str, clock: Clock)
             "a backup of the keyring lacks keys that open nowhere",
             buckets=",".join(lost.hex() for lost in found.lost[:10]),
         )
-    path = directory / f"backup-{system_entropy(8).hex()}.new"  # its own: two at once are under two passphrases
+    # a name of its own, as two backups at once have two passphrases
+    path = directory / f"backup-{system_entropy(8).hex()}.new"
     try:
         await asyncio.to_thread(keys.backup, material, path, passphrase, found.copies, now_ms=now_ms)
         return material.keyring_id.hex(), path.read_bytes()
