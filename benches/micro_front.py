@@ -78,7 +78,7 @@ class Exchange:
         self.transport = _Transport()
         self.connection = Connection(connections)
         self.connection.connection_made(cast(Any, self.transport))
-        self.task = app._converse(self.connection)
+        self.task = app._responder.converse(self.connection)
         self.room = self.connection.get_buffer(-1)
         self.room[: len(self.request)] = self.request
 

@@ -13,7 +13,7 @@ A body is of one kind: none, a document that is read whole and verified here, or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,6 +33,8 @@ UNASKED_BYTES_MAX = 64 * KIB
 """Of a body that an operation does not take: so much is read to see whether there is one."""
 
 _EXPECTED_OWNER = "x-amz-expected-bucket-owner"
+_SAY_NOTHING = h.INCIDENTAL | {"expect"}
+"""Headers that every operation takes, and whose values need no check."""
 _NOT_ACCEPTED = {"versionId": "a version-id", "partNumber": "partNumber without uploadId"}
 """In AWS's words."""
 _WATCHED = ("x-amz-", aws_names.OWN)
@@ -63,11 +65,32 @@ NO_BODY = NoBody()
 STREAM = Stream()
 
 
+OnReply = Callable[[Reply | Exception | None], None]
+"""Called once, on the event loop: with the reply; with the error that is the answer; or with None: the operation's
+handler must be awaited. It does not raise.
+"""
+
+
+class Attempt(NamedTuple):
+    """How an operation is performed without a task, when it can be.
+
+    ``suits``: whether the head of a request allows it; asked first, of a request that is not authenticated.
+    ``prepare``: looks at an admitted request before its body is read. False: the handler must be awaited. Raises S3
+    errors, which are the answer.
+    ``begin``: performs it, once the body has arrived; ``on_reply`` may be called before this returns. False: nothing
+    was begun, and the handler must be awaited. Raises S3 errors, which are the answer.
+    """
+
+    suits: Callable[[Front, Request], bool]
+    prepare: Callable[[Front, Request], bool]
+    begin: Callable[[Front, Request, OnReply], bool]
+
+
 @dataclass(frozen=True)
 class Operation:
     """``name``: AWS's, for logs and metrics. ``changes``: not a read. ``needs_bucket``: the bucket must exist and
     belong to the requester before the handler runs. ``copy``: the operation instead, when the request has
-    x-amz-copy-source."""
+    x-amz-copy-source. ``attempt``: the operation without a task."""
 
     name: str
     handler: Handler
@@ -76,6 +99,7 @@ class Operation:
     needs_bucket: bool = True
     signed: bool = True
     copy: Operation | None = None
+    attempt: Attempt | None = None
 
     @cached_property
     def headers(self) -> frozenset[str]:
@@ -91,6 +115,8 @@ class Operation:
         """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest
         for what is not taken.
         """
+        if headers.keys() <= _SAY_NOTHING:
+            return
         for name in sorted(headers.keys() - self.headers):  # the first by name is named, whatever came first
             if name.startswith(_WATCHED) or name in aws_names.HEADERS:
                 refused = self._refusal(name, headers)

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 
 from storaged import trace
 from storaged.errors import InvalidArgument, InvalidURI, KeyTooLongError
-from storaged.objects.api import Principal, Reading
+from storaged.objects.api import BodyChecks, NewMeta, Principal, Reading, WriteConditions
 from storaged.objects.records import BucketRecord
 from storaged.s3.http.body import RequestBody
 from storaged.s3.reply import Reply
@@ -144,6 +144,8 @@ class Request(Struct):
     """The body, of an operation that takes a document."""
     _body: RequestBody | None = None
     _bucket_record: BucketRecord | None = None
+    asked: tuple[NewMeta, BodyChecks, WriteConditions] | None = None
+    """What a PutObject asks for, once that was looked at."""
     reading: Reading | None = None
     """Of the object's record, when it was read before the handler began."""
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from storaged import errors
 from storaged.s3 import aws_names, xml
 from storaged.s3.context import Front, Handler
-from storaged.s3.operation import NO_BODY, STREAM, Body, Document, Operation
+from storaged.s3.operation import NO_BODY, STREAM, Attempt, Body, Document, Operation
 from storaged.s3.ops import acl, buckets, copy, listing, multipart, objects, post
 from storaged.s3.reply import Reply, xml_reply
 from storaged.s3.request import Request
@@ -45,8 +45,11 @@ def _change(
     needs_bucket: bool = True,
     signed: bool = True,
     copy: Operation | None = None,
+    attempt: Attempt | None = None,
 ) -> Operation:
-    return Operation(name, handler, body, changes=True, needs_bucket=needs_bucket, signed=signed, copy=copy)
+    return Operation(
+        name, handler, body, changes=True, needs_bucket=needs_bucket, signed=signed, copy=copy, attempt=attempt
+    )
 
 
 def _missing(name: str, error: type[errors.S3Error]) -> Operation:
@@ -212,9 +215,15 @@ BUCKET: dict[str, Methods] = {
 
 OBJECT: dict[str, Methods] = {
     "": {
-        "GET": Operation("GetObject", objects.get_object),
-        "PUT": _change("PutObject", objects.put_object, STREAM, copy=_change("CopyObject", copy.copy_object)),
-        "HEAD": Operation("HeadObject", objects.head_object),
+        "GET": Operation("GetObject", objects.get_object, attempt=objects.GET_ATTEMPT),
+        "PUT": _change(
+            "PutObject",
+            objects.put_object,
+            STREAM,
+            copy=_change("CopyObject", copy.copy_object),
+            attempt=objects.PUT_ATTEMPT,
+        ),
+        "HEAD": Operation("HeadObject", objects.head_object, attempt=objects.HEAD_ATTEMPT),
         "DELETE": _change("DeleteObject", objects.delete_object),
         "OPTIONS": PREFLIGHT,
     },

@@ -13,7 +13,7 @@ import pytest
 
 from storaged.objects.api import NewMeta, Reading
 from storaged.objects.read.get import HeldStream
-from storaged.s3 import app
+from storaged.s3 import responder
 from storaged.s3.http.connection import Connection
 from storaged.s3.http.limits import Limits
 from storaged.s3.http.progress import HEAD, WORKING
@@ -28,7 +28,7 @@ SMALL, LARGE = b"small" * 100, bytes(range(256)) * 400
 async def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     """Answers leave as they do with few requests in flight, and with many."""
     if request.param == "with others":
-        monkeypatch.setattr(app, "ALONE_MAX", 0)
+        monkeypatch.setattr(responder, "ALONE_MAX", 0)
     async with s3_world() as made:
         await fill(made)
         yield made
@@ -284,23 +284,23 @@ async def test_a_client_that_does_not_take_its_answer_gets_no_other_before_it_ha
 
 async def test_answers_of_one_turn_of_the_loop_leave_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[int] = []
-    end_all = app.S3App._end_all
+    send_batch = responder.Responder._send_batch
 
-    def counted(front: app.S3App) -> None:
-        together.append(len(front._ending))
-        end_all(front)
+    def counted(front: responder.Responder) -> None:
+        together.append(len(front._batch))
+        send_batch(front)
 
-    monkeypatch.setattr(app.S3App, "_end_all", counted)
+    monkeypatch.setattr(responder.Responder, "_send_batch", counted)
     async with s3_world() as world:
         await fill(world)
         held = Held(world)
-        clients = [await asyncio.open_connection("127.0.0.1", world.port) for _ in range(app.ENDING_MAX + 4)]
+        clients = [await asyncio.open_connection("127.0.0.1", world.port) for _ in range(responder.BATCH_MAX + 4)]
         for _, writer in clients:
             writer.write(signed(world, "GET", "/bucket/small"))
         await until(lambda: len(held.waiting) == len(clients))
         while held.waiting:
             held.go()
-        assert together == [app.ENDING_MAX]
+        assert together == [responder.BATCH_MAX]
         assert world.app.statistics().requests_in_flight == 4, "until they have left"
         for reader, writer in clients:
             assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
@@ -312,7 +312,7 @@ async def test_answers_of_one_turn_of_the_loop_leave_one_behind_the_other(monkey
 async def test_a_client_that_goes_before_its_answer_leaves_keeps_no_other_from_theirs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(app, "ALONE_MAX", 0)
+    monkeypatch.setattr(responder, "ALONE_MAX", 0)
     async with s3_world() as world:
         await fill(world)
         held = Held(world)

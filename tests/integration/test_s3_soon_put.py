@@ -20,7 +20,7 @@ from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
 from storaged import errors
 from storaged.objects.api import PART_BYTES_MAX, PutResult
-from storaged.s3 import app
+from storaged.s3 import responder
 from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.headers import INCIDENTAL
 from storaged.s3.http.body import RequestBody
@@ -53,7 +53,7 @@ MD5 = base64.b64encode(hashlib.md5(SMALL).digest()).decode()
 async def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     """Answers leave as they do with few requests in flight, and with many."""
     if request.param == "with others":
-        monkeypatch.setattr(app, "ALONE_MAX", 0)
+        monkeypatch.setattr(responder, "ALONE_MAX", 0)
     async with s3_world(Limits(body_idle_s=0.3, linger_s=0.5)) as made:
         await make_bucket(made)
         yield made

@@ -161,7 +161,7 @@ async def test_requests_of_strangers_are_bounded_for_their_address() -> None:
 
 
 async def test_a_form_that_does_not_come_keeps_no_server_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "STRANGERS_DRAIN_S", 0.01)
+    monkeypatch.setattr(app, "UNAUTHENTICATED_DRAIN_S", 0.01)
     async with bucket(Limits(body_idle_s=3600)) as world:
         reader, writer = await sent(world, FORM)
         await until(lambda: world.app.statistics().requests_in_flight == 1)

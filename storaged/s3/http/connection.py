@@ -184,11 +184,10 @@ class Connection(asyncio.BufferedProtocol):
         if awaited:
             end = data.find(HEAD_END, max(seen - 3, 0))
             if end >= 0 or broken_so_far(data, self._owner.limits, seen):
-                if end >= 0 and self._try_begin(data, end):
-                    return
-                self._wake(waiter)
+                if end < 0 or not self._try_begin(data, end):
+                    self._wake(waiter)
                 awaited = False
-        if not awaited and len(data) > self._owner.limits.read_buffer_bytes:
+        if not awaited and len(self._input) > self._owner.limits.read_buffer_bytes:
             self.hold_back()  # also before the task has run: one readiness of the socket may bring dozens of reads
 
     def _try_begin(self, data: bytes, end: int) -> bool:
@@ -292,6 +291,9 @@ class Connection(asyncio.BufferedProtocol):
         while True:
             if self._handed_over is not None:
                 begun, self._handed_over = self._handed_over, None
+                self._yielded = False
+                if self._client is not None:
+                    self._client.serve(True)
                 return begun
             data = self._input
             if fresh and data.startswith(b"\r\n"):

@@ -1,10 +1,13 @@
-"""Objects: put, get, head, delete (one and many), attributes, tags."""
+"""Objects: put, get, head, delete (one and many), attributes, tags.
+
+PutObject, GetObject and HeadObject also have an ``Attempt``: the same steps without a task. The decisions stand in
+functions that both use: ``put_asked`` (what a PUT asks for), ``_described`` (status and headers of an object's answer).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from functools import partial
 
 from msgspec.structs import replace
@@ -17,17 +20,21 @@ from storaged.objects.api import (
     NewMeta,
     ObjectInfo,
     ObjectStream,
+    PutResult,
     RangeSpec,
     ReadConditions,
+    Reading,
+    ReadResult,
     WriteConditions,
 )
-from storaged.objects.read.get import span_of
+from storaged.objects.read.get import Span, span_of
 from storaged.objects.records import SealedPart
 from storaged.s3 import conditions as c
 from storaged.s3 import headers as h
 from storaged.s3 import xml
 from storaged.s3.context import Front
 from storaged.s3.documents import parse_document
+from storaged.s3.operation import Attempt, OnReply
 from storaged.s3.ops.acl import own_acl
 from storaged.s3.ops.tags import read_tagging, write_tagging
 from storaged.s3.reply import (
@@ -85,11 +92,12 @@ _PLAIN = h.INCIDENTAL | {"expect"}
 """With these alone a PUT says nothing of its object but its type and size."""
 
 
-def put_asked(
-    request: Request, check: Callable[[Headers], None] | None = None
-) -> tuple[NewMeta, BodyChecks, WriteConditions]:
-    """What PutObject asks for. ``check``: of headers, unless they have been checked; common ones need none. Raises as
-    ``upload_checks`` and ``check``, and for values that are wrong."""
+PutAsked = tuple[NewMeta, BodyChecks, WriteConditions]
+
+
+def put_asked(request: Request) -> PutAsked:
+    """What PutObject asks for, of a request whose headers have been checked. Raises as ``upload_checks``, and S3 errors
+    for values that are wrong."""
     headers, body = request.headers, request.body
     if headers.keys() <= _PLAIN and body.declared and body.decoder is None and (body.length or 0) <= PART_BYTES_MAX:
         kind = headers.get("content-type")
@@ -98,17 +106,59 @@ def put_asked(
             BodyChecks(body.length, sha256=body.sha256),
             NO_WRITE_CONDITIONS,
         )
-    if check is not None:
-        check(headers)
     return h.new_meta(headers), upload_checks(request, PART_BYTES_MAX), c.write_conditions(headers)
 
 
 async def put_object(front: Front, request: Request) -> Reply:
-    meta, checks, conditions = put_asked(request)
+    meta, checks, conditions = request.asked or put_asked(request)
     result = await front.objects.put(
         request.bucket_record, request.key, request.body, meta, checks, owner=request.who.user_id, conditions=conditions
     )
     return Reply(headers=stored_headers(result))
+
+
+def _may_be_small(front: Front, request: Request) -> bool:
+    """Whether the headers announce a small object. One in aws-chunked form has its size in a header of its own."""
+    length = request.body.length
+    if length is not None and length <= front.objects.small_bytes_max:
+        return _names_no_parameter(request)
+    return "x-amz-decoded-content-length" in request.headers and _names_no_parameter(request)
+
+
+def _prepare_put(front: Front, request: Request) -> bool:
+    request.asked = put_asked(request)
+    size = request.asked[1].size
+    return size is not None and size <= front.objects.small_bytes_max
+
+
+def _try_put(front: Front, request: Request, on_reply: OnReply) -> bool:
+    plain = request.body.try_whole()
+    if plain is None or request.asked is None:
+        return False
+    meta, checks, conditions = request.asked
+    on_stored = partial(_on_stored, front, request, on_reply)
+    return front.objects.try_put(
+        request.bucket_record,
+        request.key,
+        plain,
+        meta,
+        checks,
+        on_stored,
+        owner=request.who.user_id,
+        conditions=conditions,
+    )
+
+
+def _on_stored(front: Front, request: Request, on_reply: OnReply, result: PutResult | Exception) -> None:
+    if isinstance(result, PutResult):
+        on_reply(Reply(headers=stored_headers(result)))
+    elif isinstance(result, errors.NoSuchBucket) and front.buckets.gone(request.bucket_record):
+        on_reply(None)  # nothing was stored; another bucket may have the name now
+    else:
+        on_reply(result)
+
+
+PUT_ATTEMPT = Attempt(_may_be_small, _prepare_put, _try_put)
 
 
 async def delete_object(front: Front, request: Request) -> Reply:
@@ -215,23 +265,26 @@ async def get_object(front: Front, request: Request) -> Reply:
         await stream.close()
         stream = await _open(front, request, conditions, None, None)
     try:
-        info = stream.info
-        whole = not stream.partial and part_number is None
-        answer = object_headers(info, checksums=whole and h.wants_checksums(headers))
-        if overrides:
-            answer.update(overrides)
-        if part_number is not None:
-            _describe_part(request, info, part_number, answer)
-        partial = stream.partial and stream.length > 0  # a part may be empty, a range that HTTP can name is not
-        if partial:
-            answer["Content-Range"] = f"bytes {stream.first}-{stream.first + stream.length - 1}/{info.size}"
-        status = 206 if partial else 200
+        wanted = Span(stream.first, stream.length, stream.partial)
+        status, answer = _described(request, stream.info, wanted, part_number)
+        answer.update(overrides)
         if stream.held is not None:
             return Reply(status, answer, stream.held)
         return Reply(status, answer, length=stream.length, stream=stream)
     except BaseException:
         await stream.close()
         raise
+
+
+def _described(request: Request, info: ObjectInfo, wanted: Span, part_number: int | None = None) -> tuple[int, Headers]:
+    """Status and headers of an answer with the bytes ``wanted`` of an object: all of it, a range, or a part."""
+    answer = object_headers(info, checksums=not wanted.partial and h.wants_checksums(request.headers))
+    if part_number is not None:
+        _describe_part(request, info, part_number, answer)
+    if not wanted.partial or not wanted.length:  # a part may be empty, a range that HTTP can name is not
+        return 200, answer
+    answer["Content-Range"] = f"bytes {wanted.first}-{wanted.first + wanted.length - 1}/{info.size}"
+    return 206, answer
 
 
 def _describe_part(request: Request, info: ObjectInfo, number: int, answer: Headers) -> None:
@@ -289,19 +342,63 @@ async def head_object(front: Front, request: Request) -> Reply:
     if span is not None and "if-range" in headers and not _still_same(headers["if-range"], info):
         span = None
     wanted = span_of(span, info.size)
-    first, length = wanted.first, wanted.length
-    if part_number is not None and info.part_count:
-        first = sum(part.size for part in info.parts[: part_number - 1])
-        length = info.parts[part_number - 1].size
-    partial = (wanted.partial or part_number is not None) and length > 0
-    answer = object_headers(info, checksums=not wanted.partial and part_number is None and h.wants_checksums(headers))
-    if overrides:
-        answer.update(overrides)
     if part_number is not None:
-        _describe_part(request, info, part_number, answer)
-    if partial:
-        answer["Content-Range"] = f"bytes {first}-{first + length - 1}/{info.size}"
-    return Reply(206 if partial else 200, answer, length=length)
+        wanted = wanted._replace(partial=True)
+        if info.part_count:
+            first = sum(part.size for part in info.parts[: part_number - 1])
+            wanted = Span(first, info.parts[part_number - 1].size, True)
+    status, answer = _described(request, info, wanted, part_number)
+    answer.update(overrides)
+    return Reply(status, answer, length=wanted.length)
+
+
+_WHOLE = h.INCIDENTAL | {"x-amz-checksum-mode"}
+"""With these headers alone, which SDKs send, a GET or HEAD asks for a whole object, and perhaps for its checksums."""
+
+
+def _wants_whole(front: Front, request: Request) -> bool:
+    return not request.body.length and request.headers.keys() <= _WHOLE and _names_no_parameter(request)
+
+
+def _names_no_parameter(request: Request) -> bool:
+    """``x-id`` repeats the operation's name; some SDKs send it."""
+    return not request.query or request.query.keys() == {"x-id"}
+
+
+def _nothing_to_prepare(front: Front, request: Request) -> bool:
+    return True
+
+
+def _try_get(front: Front, request: Request, on_reply: OnReply) -> bool:
+    front.objects.try_read(request.bucket_record, request.key, True, partial(_on_read, request, on_reply))
+    return True
+
+
+def _try_head(front: Front, request: Request, on_reply: OnReply) -> bool:
+    front.objects.try_read(request.bucket_record, request.key, False, partial(_on_read, request, on_reply))
+    return True
+
+
+def _on_read(request: Request, on_reply: OnReply, found: ReadResult) -> None:
+    try:
+        if isinstance(found, ObjectInfo):
+            status, answer = _described(request, found, Span(0, found.size, False))
+            reply = Reply(status, answer, length=found.size)
+        elif found is None or isinstance(found, Reading | errors.StoragedError):
+            request.reading = found if isinstance(found, Reading) else None
+            on_reply(found if isinstance(found, errors.NoSuchKey) else None)
+            return
+        else:
+            status, answer = _described(request, found.info, Span(found.first, found.length, found.partial))
+            reply = Reply(status, answer, found.held or b"")
+    except Exception as error:
+        on_reply(error)
+        return
+    on_reply(reply)
+
+
+GET_ATTEMPT = Attempt(_wants_whole, _nothing_to_prepare, _try_get)
+HEAD_ATTEMPT = Attempt(_wants_whole, _nothing_to_prepare, _try_head)
 
 
 async def get_attributes(front: Front, request: Request) -> Reply:

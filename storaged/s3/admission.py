@@ -1,0 +1,111 @@
+"""Admission of a request: its operation, who sends it, its bucket, and whether all that is allowed.
+
+A request is admitted in four steps, always in this order: ``locate``, ``claim_of``, the records of its user and its
+bucket, ``admit_request``. Only the records may have to be read. ``try_records`` takes them from memory, or returns
+None; then ``load_records`` reads them, both at the same time. A record that can't be had is an error in the record's
+place: ``admit_request`` raises it in its turn, so that a wrong signature is answered as such whatever the bucket is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import NamedTuple, TypeVar
+
+from storaged.errors import AccessDenied
+from storaged.objects.api import Principal
+from storaged.objects.records import BucketRecord
+from storaged.s3 import routes
+from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
+from storaged.s3.auth.sigv4 import Claim
+from storaged.s3.context import Front, check_owner, existing_bucket
+from storaged.s3.operation import Operation, hear_query
+from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
+
+T = TypeVar("T")
+
+
+class Records(NamedTuple):
+    """Principal and secret of the user, and the bucket's record, or why there is none. None: the request needs none."""
+
+    user: tuple[Principal, str] | BaseException | None
+    bucket: BucketRecord | BaseException | None
+
+
+def locate(request: Request, domains: Sequence[str]) -> Operation:
+    """Sets the target, bucket and key of a request, and returns its operation. ``domains``: see ``S3App``.
+
+    Raises InvalidURI, KeyTooLongError, and as ``routes.find``.
+    """
+    target = request.target = parse_target(request.raw_target)
+    bucket = virtual_bucket(request.headers.get("host", ""), domains) if domains else ""
+    request.bucket, request.key = split_path(target.raw_path, bucket)
+    operation = routes.find(
+        request.method, request.bucket, request.key, target.query, request.headers, len(target.pairs)
+    )
+    request.operation = operation.name
+    return operation
+
+
+def find_claim(front: Front, request: Request, operation: Operation) -> Claim | None:
+    """None: the request is not signed, or its operation needs no signature. Raises as ``claim_of``."""
+    return claim_of(request, front.signed_region) if operation.signed else None
+
+
+def try_records(front: Front, request: Request, operation: Operation, claim: Claim | None) -> Records | None:
+    """The records that are in memory. None: one of them must be read."""
+    user = front.users.try_get(claim.access_key) if claim is not None else None
+    bucket = front.buckets.try_get(request.bucket) if operation.needs_bucket else None
+    if (user is None and claim is not None) or (bucket is None and operation.needs_bucket):
+        return None
+    return Records(user, bucket)
+
+
+async def load_records(front: Front, request: Request, operation: Operation, claim: Claim | None) -> Records:
+    """The records, read where they are not in memory. Raises nothing but for cancellation."""
+    user = None if claim is None else front.users.lookup(claim.access_key)
+    bucket = existing_bucket(front, request.bucket) if operation.needs_bucket else None
+    if user is not None and bucket is not None:
+        return Records(*await asyncio.gather(user, bucket, return_exceptions=True))
+    return Records(
+        None if user is None else await _or_error(user),
+        None if bucket is None else await _or_error(bucket),
+    )
+
+
+async def _or_error(work: Awaitable[T]) -> T | Exception:
+    try:
+        return await work
+    except Exception as error:
+        return error
+
+
+def admit_request(front: Front, request: Request, operation: Operation, claim: Claim | None, records: Records) -> None:
+    """Sets who sends the request, and its bucket, when it may go on; prepares its body.
+
+    Raises the error that stands in place of a record, and as ``admit``, ``hear_query``, ``check_owner`` and
+    ``Operation.check_headers``.
+    """
+    user, bucket = records
+    if operation.signed:
+        if claim is None:
+            admit_anonymous(request)
+        else:
+            principal, secret = _record(user)
+            admit(request, claim, principal, secret, front.clock.wall_ms())
+        if request.query:
+            hear_query(request)
+    if bucket is not None:
+        found = request._bucket_record = _record(bucket)
+        check_owner(found, request.who, request.headers.get("x-amz-expected-bucket-owner"))
+    if operation.signed:
+        if operation.changes and not request.who.access_key:
+            raise AccessDenied()
+        operation.check_headers(request.headers)
+
+
+def _record(found: T | BaseException | None) -> T:
+    if isinstance(found, BaseException):
+        raise found
+    assert found is not None
+    return found
