@@ -103,7 +103,7 @@ class S3App:
         return self._connections
 
     async def adopt(self, accepted: socket.socket) -> None:
-        """Serves a client's connection that another process or task accepted. After ``close`` it closes the connection."""
+        """Serves a connection that another process or task accepted. Closes it once ``close`` was called."""
         if self._connections is None or self._responder.draining:
             accepted.close()
             return
