@@ -1,9 +1,10 @@
-"""The admin API: JSON over the Unix socket in the node's directory (for root and the node's own user alone,
-``listener``), and health over HTTP on loopback.
+"""The admin API: JSON over the Unix socket in the node's directory, and health over HTTP on loopback.
+
+Only root and the node's own user may use the socket (``listener``).
 
     GET  /healthz /readyz /metrics          both listeners
-    GET  /v1/status /v1/doctor /v1/jobs     Unix socket
-    GET  /v1/modules                        what this process has imported of storaged
+    GET  /v1/status /v1/doctor /v1/jobs     Unix socket only, from here on
+    GET  /v1/modules                        the modules of storaged that this process imported
     GET  /v1/where?bucket=&key=             key in hex
     GET  /v1/users   POST /v1/users   DELETE /v1/users/NAME
     ...  /v1/buckets                        see ``buckets``
@@ -42,7 +43,7 @@ log = structlog.get_logger("admin")
 
 
 class AdminServer:
-    """One node's admin API on its socket and, when ``listen`` is set, its health on a loopback port."""
+    """One node's admin API on its socket, and its health on a loopback port when ``listen`` is set."""
 
     def __init__(self, services: Services, metrics: Metrics) -> None:
         self._services = services
@@ -50,7 +51,7 @@ class AdminServer:
         self._runners: list[web.AppRunner] = []
 
     async def start(self, directory: Path, listen: str) -> None:
-        """Raises PortInUse."""
+        """Starts both listeners. Raises PortInUse."""
         private = self._application()
         private.add_routes(
             [
@@ -125,7 +126,9 @@ class AdminServer:
         return web.json_response({"checks": await self._services.doctor()})
 
     async def _modules(self, _request: web.Request) -> web.Response:
-        """That a storage node has no code that handles keys can be looked at while it runs."""
+        """The modules that this process imported: it shows that a running storage node has no code
+        that handles keys.
+        """
         return web.json_response(
             {"modules": sorted(name for name in sys.modules if name.partition(".")[0] == "storaged")}
         )
@@ -200,8 +203,8 @@ class AdminServer:
         return web.json_response({"keyring": keyring, "backup": base64.b64encode(content).decode()})
 
     async def _witnessed(self, request: web.Request) -> web.Response:
-        """All that the cluster knows of one node's audit log: each witness, and the registers of versions with protocol
-        2.
+        """All that the cluster knows of one node's audit log: each witness's view, and the registers of versions with
+        protocol 2.
         """
         if self._services.witnessed is None or self._services.checkpoints is None:
             raise NotHere
@@ -226,7 +229,7 @@ class AdminServer:
 async def _refusals(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Errors as documents; what nobody foresaw is logged here and answered without its details."""
+    """Turns errors into documents. An unexpected error is logged here and answered without its details."""
     try:
         return await handler(request)
     except StoragedError as error:

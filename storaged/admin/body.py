@@ -1,4 +1,4 @@
-"""Bodies of admin requests, and what every handler of the admin API shares."""
+"""Bodies of admin requests, and helpers that all handlers of the admin API share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storaged.errors import InvalidArgument, OperatorError
 
 
 class NotHere(OperatorError):
-    """This node does not offer that: it is a gateway's (or a storage node's) work."""
+    """This node does not offer the call: it belongs to a gateway, or to a storage node."""
 
     code = "NOT_HERE"
     status = 404
@@ -23,8 +23,8 @@ class NotHere(OperatorError):
 
 
 async def texts_of(request: web.Request, *names: str) -> dict[str, str]:
-    """The request's JSON object of texts, with no other fields than ``names``. Raises InvalidArgument that says what is
-    wrong.
+    """The request's JSON object, whose values are texts; fields beyond ``names`` are refused. Raises InvalidArgument
+    with the reason.
     """
     try:
         document = json.loads(await request.read())
@@ -40,8 +40,9 @@ async def texts_of(request: web.Request, *names: str) -> dict[str, str]:
 def recorded(
     services: Services, request: web.Request, kind: str, target: str, **fields: str
 ) -> contextlib.AbstractAsyncContextManager[dict[str, Any]]:
-    """The intent is on disk before the block, the outcome after it. Raises AuditUnwritable, and
-    then nothing is done.
+    """Audits an action: the intent is on disk before the block runs, the outcome after it.
+
+    Raises AuditUnwritable before the block runs.
     """
     if services.trail is None:
         return contextlib.nullcontext({})
@@ -49,7 +50,7 @@ def recorded(
 
 
 def _actor(request: web.Request) -> str:
-    """Who asks, by the kernel's word. Raises OSError when the connection has gone."""
+    """The caller, as the kernel names it. Raises OSError when the connection has gone."""
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the connection has gone")

@@ -1,10 +1,10 @@
-"""Buckets as their operator sees them: of all users, whose they are, and what they hold.
+"""Buckets of all users, for the operator: list, create, count, hand over, delete.
 
-GET    /v1/buckets                      all of the cluster's, without what they hold
+GET    /v1/buckets                      all buckets of the cluster, without counts
 POST   /v1/buckets                      {name, user, countries}
-GET    /v1/buckets/NAME/usage?after=    a piece of the count, from a key (hex) on; ask again with ``next_after``
+GET    /v1/buckets/NAME/usage?after=    counts a piece, from a key (hex) on; ask again with ``next_after``
 POST   /v1/buckets/NAME/owner           {user}
-DELETE /v1/buckets/NAME                 an empty one
+DELETE /v1/buckets/NAME                 an empty bucket
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from storaged.objects.records import BucketRecord
 
 
 class BucketAdministration:
-    """Handlers over a gateway's services; a storage node answers NOT_HERE."""
+    """Handlers over a gateway's services. A storage node answers NOT_HERE."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -51,7 +51,9 @@ class BucketAdministration:
         return web.json_response({"buckets": sorted(found, key=lambda one: one["bucket"])})
 
     async def _create(self, request: web.Request) -> web.Response:
-        """For a user named by name or access key; one that the user owns already, with the same countries, is fine.
+        """Makes a bucket for a user named by name or access key. It succeeds for a bucket that the user owns already
+        with the same countries.
+
         ``racks``: where its data may lie.
         """
         buckets, _ = self._planes()
@@ -107,7 +109,9 @@ class BucketAdministration:
         return web.json_response({"deleted": bucket.name})
 
     async def _user(self, named: str) -> Principal:
-        """By access key, else by name: no user becomes another by taking its key for a name. Raises InvalidArgument."""
+        """Finds a user by access key, else by name. So no user becomes another by choosing that one's key as a name.
+        Raises InvalidArgument.
+        """
         _, users = self._planes()
         known = await users.list_users()
         found = [who for who in known if who.access_key == named] or [who for who in known if who.display_name == named]
@@ -117,7 +121,7 @@ class BucketAdministration:
 
 
 def names_by_id(users: Iterable[Principal]) -> dict[str, list[str]]:
-    """User id -> the names of the users that have it: several while keys are exchanged."""
+    """User id -> the names of its users: several while keys are exchanged."""
     found: dict[str, list[str]] = {}
     for who in users:
         found.setdefault(who.user_id, []).append(who.display_name)
@@ -125,7 +129,7 @@ def names_by_id(users: Iterable[Principal]) -> dict[str, list[str]]:
 
 
 def bucket_document(record: BucketRecord, names: dict[str, list[str]]) -> dict[str, Any]:
-    """One bucket as JSON. ``owners``: users of its owner's id, none when all of them were removed."""
+    """One bucket as JSON. ``owners``: the users with its owner's id; empty when all of them were removed."""
     return {
         "bucket": record.name,
         "id": record.id.hex(),

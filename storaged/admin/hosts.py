@@ -1,7 +1,8 @@
-"""Who may be asked for on the port of health and metrics. It is on loopback and asks for no password, so a web page
-must not reach it through
-a browser: with a name of its own that suddenly means 127.0.0.1 (DNS rebinding) its script could read what is
-answered."""
+"""Which Host headers the port of health and metrics accepts.
+
+The port is on loopback and asks for no password, so a web page must not reach it through a browser. With a name of its
+own that suddenly means 127.0.0.1 (DNS rebinding), its script could read the answers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from aiohttp import web
 
 
 def names_this_machine(host: str) -> bool:
-    """``host``: a Host header. An address, or localhost: no page of the web has that for its origin."""
+    """Whether a Host header is an address or localhost: no page of the web has such an origin."""
     name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
     if name.lower() == "localhost":
         return True
@@ -27,7 +28,7 @@ def names_this_machine(host: str) -> bool:
 async def local_hosts(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Refuses requests for other names: 421."""
+    """Refuses requests for other names with 421."""
     if not names_this_machine(request.headers.get("Host", "")):
         raise web.HTTPMisdirectedRequest(reason="Ask this port by an address or as localhost.")
     return await handler(request)

@@ -1,9 +1,9 @@
-"""The admin socket's listening side: takes root and the node's own user, closes the connection of everybody else
-before a byte is read.
+"""The listening side of the admin socket: only root and the node's own user get in.
 
-The socket's mode (0600) keeps others out already. The kernel's word on who connected (SO_PEERCRED, unix(7)) is what
-counts: a mode can be changed, a directory moved, a descriptor handed on. Within a user namespace (PrivateUsers= of
-systemd) users that it does not map show as 65534 (nobody), and are refused.
+It closes the connection of every other user before it reads a byte. The socket's mode (0600) keeps others out already.
+But a mode can change, a directory can move, and a process can hand a descriptor on, so the kernel's word on the caller
+decides (SO_PEERCRED, unix(7)). Within a user namespace (PrivateUsers= of systemd) users without a mapping show as 65534
+(nobody), and are refused.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from aiohttp import web
 
 _UCRED = struct.Struct("3i")
 ACCEPT_AGAIN_S = 1.0
-"""When the process has no descriptors left, accepting again at once would fail again."""
+"""The pause when the process has no descriptors left and accepting at once would fail again."""
 
 log = structlog.get_logger("admin")
 
 
 class SocketPeer(NamedTuple):
-    """Who is at the other end of a Unix socket, by the kernel's word when it connected."""
+    """The process at the other end of a Unix socket, as the kernel knew it when it connected."""
 
     uid: int
     name: str
 
     @property
     def actor(self) -> str:
-        """As the audit log names it."""
+        """The caller, as the audit log names it."""
         return f"unix:{self.uid}:{self.name}"
 
 
@@ -48,12 +48,12 @@ def _user_name(uid: int) -> str:
 
 
 def actor_of_user(uid: int) -> str:
-    """As the audit log names a user of this machine."""
+    """A user of this machine, as the audit log names it."""
     return SocketPeer(uid, _user_name(uid)).actor
 
 
 def peer_of(connection: Any) -> SocketPeer:
-    """``connection``: a socket, or what an asyncio transport gives as one. Raises OSError."""
+    """The peer of ``connection``, a socket or what an asyncio transport returns for one. Raises OSError."""
     _pid, uid, _gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return SocketPeer(uid, _user_name(uid))
 
@@ -63,7 +63,9 @@ def owner_or_root(uid: int) -> bool:
 
 
 class AdminListener(web.BaseSite):
-    """An aiohttp site over a bound Unix socket. ``allowed`` judges a uid, ``on_refusal`` hears of who is refused."""
+    """An aiohttp site over a bound Unix socket. ``allowed`` judges a uid; ``on_refusal`` is called
+    with a refused peer.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""What lies in a node's directory besides its data, as the node, the supervisor and the command line share it: the lock
-with the pid, the admin socket.
+"""Files in a node's directory that node, supervisor and command line share: the lock with the pid, and the admin
+socket.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SOCKET_PATH_BYTES_MAX = 107
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """A name for a Unix socket that fits in ``sun_path`` however deep the directory is: through an open descriptor of
-    its folder.
+    """Yields a name for a Unix socket that fits into ``sun_path``, however deep the directory is: it goes through an
+    open descriptor of the directory.
     """
     if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
         yield str(path)
@@ -35,9 +35,11 @@ def short_path(path: Path) -> Iterator[str]:
 
 
 def bind_private(path: Path) -> socket.socket:
-    """A Unix socket at ``path``, in the place of an old one, that its owner alone can connect to, from the moment it is
-    there: on Linux it gets the mode that
-    the descriptor had before it was bound, and a chmod afterwards would be too late for whoever is quick."""
+    """Binds a Unix socket at ``path``, in place of an old one, that only its owner can connect to.
+
+    It is private from the start: on Linux it gets the mode that the descriptor had before it was bound. A chmod
+    afterwards would leave a moment for others to connect.
+    """
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -52,7 +54,9 @@ def bind_private(path: Path) -> socket.socket:
 
 
 def lock_directory(directory: Path) -> int:
-    """Takes the lock of a directory and writes our pid into it; the descriptor holds it. Raises DirectoryInUse."""
+    """Takes the lock of a directory and writes this process's pid into it; the descriptor holds the lock. Raises
+    DirectoryInUse.
+    """
     descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +70,7 @@ def lock_directory(directory: Path) -> int:
 
 
 def running_pid(node_directory: Path) -> int | None:
-    """The pid of the process that holds a node directory's lock, None when nobody does."""
+    """The pid of the process that holds the lock of a node directory; None when no process does."""
     try:
         descriptor = os.open(node_directory / LOCK_NAME, os.O_RDWR)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the admin API is given by the composition root. A storage node has the first part only."""
+"""The services that a node gives to its admin API. A storage node has the first part only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storaged.observe import Samples
 
 
 class Jobs(Protocol):
-    """Repair, scrub and other long work of the cluster, and what it counted."""
+    """Repair, scrub and other long work of the cluster, and its counts."""
 
     async def jobs(self) -> dict[str, Any]:
         """``busy``, the counts of objects, and ``jobs``: each ``name, node, state, percent (or None), rate, eta_s (or
@@ -22,13 +22,14 @@ class Jobs(Protocol):
         """
 
     async def start_scrub(self) -> list[str]:
-        """Begins reading and verifying everything; the nodes that began."""
+        """Starts to read and verify everything. Returns the nodes that began."""
 
 
 @dataclass
 class Services:
-    """``status`` is the document of ``storaged status`` (a storage node tells of itself). ``ready`` says whether this
-    node can do its work, and why not.
+    """``status`` returns the document of ``storaged status``; a storage node reports on itself.
+
+    ``ready`` returns whether this node can do its work, and why not.
     """
 
     status: Callable[[], Awaitable[dict[str, Any]]]
@@ -43,21 +44,21 @@ class Services:
     usage: Callable[[BucketRecord, bytes], Awaitable[Usage]] | None = None
     """(bucket, key): counts a bounded piece of a bucket, of keys greater than that."""
     racks: Callable[[tuple[str, ...]], list[str]] | None = None
-    """The failure domains with disks in these countries (none named: all), by the layout in force."""
+    """The failure domains with disks in these countries (empty: in all), by the layout in force."""
     region: str = ""
     where: Callable[[str, bytes], Awaitable[dict[str, Any]]] | None = None
     jobs: Jobs | None = None
     key_backup: Callable[[str], Awaitable[tuple[str, bytes]]] | None = None
     """passphrase -> the keyring's id and its backup, sealed under the passphrase."""
     trail: Trail | None = None
-    """The node's audit log: what is asked for here is in it before it is done."""
+    """The node's audit log. It records a request before the request is carried out."""
     checkpoints: Callable[[], Awaitable[list[bytes]]] | None = None
     """Signed checkpoints of audit logs that versions with protocol 2 kept in registers, encoded."""
     witnessed: Callable[[str], Awaitable[list[dict[str, Any]]]] | None = None
-    """What each witness has of a node's audit log: ``name``, ``reachable``, ``reason``, ``lines`` (of
-    ``cluster.audit.log.witness_record``).
+    """What each witness has of a node's audit log: ``name``, ``reachable``, ``reason``, ``lines``
+    (``cluster.audit.witness_record``).
     """
     other_samples: Callable[[], Awaitable[Sequence[Samples]]] | None = None
-    """The metrics of this node's further processes, to be added to this one's."""
+    """The metrics of this node's further processes, which are added to this one's."""
     authority: str = ""
     """The cluster's authority certificate, PEM."""

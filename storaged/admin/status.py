@@ -1,10 +1,11 @@
 """The verdict: is the data safe, what is wrong, what to do now. Pure: facts in, a document out.
 
-HEALTHY    every node and disk takes part, no object is below its target
+HEALTHY    every node and disk takes part, and no object is below its target
 DEGRADED   something is away or below target; everything can be read and written, and nothing is lost
-AT_RISK    writes are refused, or objects are lost, wait for disks that are away, or cannot stand another disk's failure
-DOWN       some keys can be neither read nor written now (no majority of their replicas), or nothing can be opened
-(keyring)
+AT_RISK    writes are refused, or some objects are lost, wait for disks that are away, or would not survive the
+           failure of another disk
+DOWN       some keys can be neither read nor written now, as most of their replicas are away; or nothing can be
+           opened, as the keyring is not there
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ _DISK_PROBLEMS: dict[str, type[StoragedError]] = {
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What this gateway knows of one node. ``since_ms``: when it came into its state (wall clock); ``pid`` None when it
-    is down.
+    """What this gateway knows of one node. ``since_ms``: when its state began (wall clock). ``pid`` is None when it is
+    down.
     """
 
     name: str
@@ -74,11 +75,11 @@ class NodeFacts:
     skew_ms: int = 0
     disks: Sequence[DiskStatus] = ()
     reason: str = ""
-    """Why it is down: it does not answer, or is refused."""
+    """Why it is down: it does not answer, or it is refused."""
     silent: bool = False
-    """This gateway can't hear of it: a gateway that no node calls, since it has no address."""
+    """Whether this gateway can't hear of it: it is a gateway without an address, so no other node calls it."""
     refused: Sequence[RefusedLayout] = ()
-    """Layouts that it was offered and does not take."""
+    """Layouts that it was offered and refused."""
 
     @property
     def state(self) -> str:
@@ -87,8 +88,8 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class RepairWaits:
-    """Why repair mends nothing more now. ``recode_in_s`` is None when nothing will be recoded while
-    ``disks`` are away.
+    """Why repair can do nothing more now. ``recode_in_s`` is None when nothing will be recoded while ``disks`` are
+    away.
     """
 
     disks: tuple[str, ...]
@@ -109,8 +110,9 @@ class RepairWaits:
 
 @dataclass(frozen=True)
 class Durability:
-    """What repair's walks last counted. ``objects_unreadable`` wait for disks that are away, and are not lost.
-    ``counted`` False: some node has not looked at the disks as they are now, and the numbers are lower bounds.
+    """The counts of repair's last walks. ``objects_unreadable`` wait for disks that are away, and are not lost.
+
+    ``counted`` is False while a node has not looked at the disks as they are now: the numbers are lower bounds then.
     """
 
     objects_below_target: int = 0
@@ -122,9 +124,7 @@ class Durability:
 
 
 class KeyDamage(NamedTuple):
-    """A register ``key/BUCKET_ID`` that was not as it should be, since when (ms since 1970), and
-    whether it was mended.
-    """
+    """A damaged register ``key/BUCKET_ID``: since when (ms since 1970), and whether it was repaired."""
 
     bucket: str
     detail: str
@@ -134,8 +134,8 @@ class KeyDamage(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the verdict follows from. ``write_profile`` is what a write would use now, None when it would be
-    refused, with ``write_reason``.
+    """All facts that the verdict follows from. ``write_profile`` is the profile of a write now; None, with
+    ``write_reason``, when it would be refused.
     """
 
     layout: Layout
@@ -146,23 +146,24 @@ class Facts:
     durability: Durability = Durability()
     jobs: Sequence[dict[str, Any]] = field(default_factory=tuple)
     bad_records: Sequence[tuple[str, str]] = ()
-    """Names of system records that can't be used, each with the reason."""
+    """Names of unusable system records, each with the reason."""
     key_damage: Sequence[KeyDamage] = ()
     unverified_records: Sequence[tuple[str, str]] = ()
-    """Names of buckets' records that storage nodes don't believe, each with the reason."""
+    """Names of bucket records that storage nodes can't verify, each with the reason."""
     key_refusal: str = ""
-    """Why the policy does not allow this gateway to have keys now."""
+    """Why the policy allows this gateway no keys now."""
     audit_problem: str = ""
-    """Why this node's own audit log cannot be written."""
+    """Why this node can't write its audit log."""
     audit_alarms: Sequence[tuple[str, str]] = ()
-    """(node, what its witnesses say of its audit log)."""
+    """(node, what its witnesses report about its audit log)."""
 
 
 @dataclass(frozen=True)
 class RingHealth:
-    """``stopped``: partitions of the ring, the system's among them, without a majority of living replicas. ``by_disk``
-    and
-    ``by_domain``: how many more would stop if that disk, or that failure domain, went now."""
+    """``stopped``: partitions of the ring, the system's included, without a majority of living replicas.
+
+    ``by_disk`` and ``by_domain``: how many more would stop with the loss of that disk or failure domain.
+    """
 
     stopped: int
     by_disk: Mapping[str, int]
@@ -170,9 +171,7 @@ class RingHealth:
 
 
 def ring_health(layout: Layout, alive: Callable[[str], bool]) -> RingHealth:
-    """Counts partitions. Replicas of one partition are in distinct domains, so that a domain costs
-    what its disks cost.
-    """
+    """Counts partitions. Replicas of one partition are in distinct domains, so a domain costs the sum of its disks."""
     stopped = 0
     by_disk: Counter[str] = Counter()
     by_domain: Counter[str] = Counter()
@@ -188,7 +187,9 @@ def ring_health(layout: Layout, alive: Callable[[str], bool]) -> RingHealth:
 
 
 def _next_failure(layout: Layout, ring: RingHealth) -> dict[str, Any]:
-    """The disk and the failure domain whose loss would stop most partitions; empty names and 0 when none would."""
+    """The disk and the failure domain whose loss would stop most partitions; empty names and 0 when no loss would stop
+    one.
+    """
     disk, by_disk = max(ring.by_disk.items(), key=lambda item: (item[1], item[0]), default=("", 0))
     domain, by_domain = max(ring.by_domain.items(), key=lambda item: (item[1], item[0]), default=("", 0))
     return {
@@ -318,15 +319,15 @@ def _objects(count: int) -> str:
 
 
 class FirstSeen:
-    """Since when each problem has been there, as far as this process has looked: ``judge`` knows the present alone."""
+    """When each problem began, as far as this process has seen. ``judge`` knows only the present."""
 
     def __init__(self) -> None:
         self._since_ms: dict[tuple[str, str], int] = {}
 
     def date(self, found: dict[str, Any]) -> dict[str, Any]:
-        """The document of ``judge``; what it could only date with its own time is set back to when it was first seen.
-        Numbers in a subject (``7 objects``)
-        may change."""
+        """Sets the times in a document of ``judge`` back to when each problem was first seen. Numbers in a subject (``7
+        objects``) may change meanwhile.
+        """
         known, self._since_ms = self._since_ms, {}
         for entry in found["problems"]:
             name = entry["code"], "" if entry["subject"][0].isdigit() else entry["subject"]
@@ -337,7 +338,7 @@ class FirstSeen:
 
 
 def problem(kind: type[StoragedError], subject: str, since_ms: int, detail: str = "") -> dict[str, Any]:
-    """One entry of ``problems``: code, subject, since (ms since 1970), hint, and what is known beyond the code."""
+    """One entry of ``problems``: code, subject, since (ms since 1970), hint, and details beyond the code."""
     return {"code": kind.code, "subject": subject, "since": since_ms, "hint": kind.hint, "detail": detail}
 
 
