@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import uvloop
+from hypothesis import settings
+
+settings.register_profile("tests", deadline=None)  # a busy machine is slow, and no test times
+settings.load_profile("tests")
 
 HEARD = frozenset(
     {
