@@ -1,11 +1,9 @@
-"""Compaction: what is live in a segment that is mostly garbage is appended again, then the segment goes.
+"""Compaction: what is live in a segment that is mostly garbage is appended again, then the segment is removed.
 
 A copy keeps its record's sequence number and its cell sums, whatever the cells are now: damage stays visible as damage.
-Notes are copied as long
-as a record that they speak about may still be in some other segment. The old segment is removed only after a checkpoint
-that no longer
-needs it. A crash at any point leaves copies that the next replay tells apart, or a dead segment that the next
-checkpoint removes.
+A note is copied as long as a record that it is about may be in some other segment. The old segment is removed only
+after a checkpoint that no longer needs it. A crash at any point leaves copies, which the next replay distinguishes by
+their place, or a dead segment, which the next checkpoint removes.
 """
 
 from __future__ import annotations
@@ -35,18 +33,18 @@ from storaged.wire import encode
 
 
 class Compactor:
-    """Works in slices, on the engine's thread, so that its owner decides when there is time for one."""
+    """Works in slices, on the engine's thread; its owner decides when there is time for one."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._items: Iterator[Found | Gap] = iter(())
 
     def candidate(self) -> int:
-        """The sealed segment that gives most back for what must be copied, or 0."""
+        """The sealed segment with most garbage, if that is a large enough part of it; 0 when there is none."""
         engine = self._engine
         best, best_garbage = 0, 0
-        for number, use in engine.index.segments.items():
-            if number == engine.active or number in engine.stuck or number not in engine.segments:
+        for number, use in engine.index.accounts.segments.items():
+            if number == engine.log.active or number in engine.stuck or number not in engine.log.segments:
                 continue
             counts = use.live > 0 or bool(use.pins)
             if counts and use.garbage > best_garbage and use.garbage >= engine.limits.compact_garbage_part * use.held:
@@ -54,15 +52,15 @@ class Compactor:
         return best
 
     def step(self, bytes_max: int) -> bool:
-        """Copies about so many bytes. False when there is nothing to do (now, or on this disk any more)."""
+        """Copies about so many bytes. False when there is nothing to do now."""
         engine = self._engine
-        if engine.failure:
+        if engine.state.failure:
             return False
         if not engine.compacting:
             engine.compacting = self.candidate()
             if not engine.compacting:
                 return False
-            file = engine.segments[engine.compacting]
+            file = engine.log.segments[engine.compacting]
             seed = segment_seed(engine.index.disk_id, engine.compacting)
             self._items = scan(file, seed, SEGMENT_HEADER_BYTES, file.size())
         done = 0
@@ -75,21 +73,21 @@ class Compactor:
                 continue
             error, count = self._copy(item)
             if error is not None:
-                engine.compacting = (
-                    0  # no space, or the disk failed: the segment stays as it is, and may be tried again
-                )
+                # No space, or the disk failed: the segment stays as it is, and may be tried again.
+                engine.compacting = 0
                 return False
             done += count
         return True
 
     def _finish(self) -> None:
-        """All that can be copied is. What cannot (a head that does not hold) keeps the segment until it is replaced or
-        deleted.
+        """All that can be copied is. A record whose head does not hold keeps the segment until the fragment is replaced
+        or deleted.
         """
         engine, number = self._engine, self._engine.compacting
         engine.compacting = 0
-        engine.index.release_pins(number)
-        if engine.index.segments[number].live > 0:
+        accounts = engine.index.accounts
+        accounts.release_pins(number)
+        if accounts.segments[number].live > 0:
             engine.stuck.add(number)
 
     def _copy(self, found: Found) -> tuple[StoragedError | None, int]:
@@ -110,7 +108,7 @@ class Compactor:
         entry = engine.index.lookup(header.id)
         if entry is None or (entry.segment, entry.offset) != (number, found.offset):
             return None, 0
-        payload = read_tolerant(engine.segments[number], found.offset + head.payload_start, head.payload_bytes)
+        payload = read_tolerant(engine.log.segments[number], found.offset + head.payload_start, head.payload_bytes)
         if len(payload) < head.payload_bytes:
             return None, 0
         message = encode(msgspec.structs.replace(header, created_ms=entry.created_ms))
@@ -123,18 +121,16 @@ class Compactor:
         return (self._engine.note(notes, sequence) if notes else None), found.head.record_bytes
 
     def _needed(self, note: Note, sequence: int) -> Note | None:
+        """The note as it must be copied; None when nothing depends on it any more."""
         index, number = self._engine.index, self._engine.compacting
         if isinstance(note, Touch):
             entry = index.lookup(note.id)
-            return (
-                note
-                if entry is not None and entry.created_ms == note.created_ms and entry.sequence <= sequence
-                else None
-            )
+            counts = entry is not None and entry.created_ms == note.created_ms and entry.sequence <= sequence
+            return note if counts else None
         if isinstance(note, Retire):
             row = index.retired(note.data_id)
             return note if row is not None and (row.segment, row.sequence) == (number, sequence) else None
-        targets = tuple(target for target in index.existing(note.targets) if target != number)
+        targets = tuple(target for target in index.accounts.existing(note.targets) if target != number)
         if not targets:
             return None
         if isinstance(note, Delete):

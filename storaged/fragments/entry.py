@@ -1,6 +1,6 @@
-"""Where a fragment is, and the bytes of that in the index. Pure.
+"""Where a fragment is, and how the index stores that. Pure.
 
-    offset  bytes  of an entry as nearly all are              offset  bytes  of any other
+    offset  bytes  the short form                             offset  bytes  the long form
     0       4      segment                                    0       4      segment
     4       4      offset of the record                       4       4      offset of the record
     8       4      P, bytes of the payload                    8       4      R, bytes of the record
@@ -12,10 +12,10 @@
                                                               40      4n     other segments with older records
     27      4      check                                      40+4n   4      check
 
-The first kind has no such segments, and R follows from the rest: payload, padding and trailer. Its 31 bytes are no
-length of the second kind. The check is the low half of xxh3-64 over key
-and all before it: a misplaced or flipped entry is not believed. With the fragment's key and what LMDB adds an entry
-takes 64 bytes of a page, 78 in the other form, which indexes of version 1 have alone.
+Nearly all entries have the short form: it has no such segments, and R follows from payload, padding and trailer. Its 31
+bytes are no length of the long form. The check is the low half of xxh3-64 over the key and all bytes before it: a
+misplaced or flipped entry does not hold. With the fragment's key and LMDB's overhead an entry takes 64 bytes of a page
+in the short form, 78 in the long one, which is the only one in indexes of version 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from storaged.fragments.format import ALIGNMENT, TRAILER_BYTES, align
 
 
 class Entry(NamedTuple):
-    """``payload_start`` is relative to ``offset``. Segment 0 does not exist: the entry itself was damaged."""
+    """Where the record of a fragment is that counts. ``payload_start`` is relative to ``offset``. ``shadows``: other
+    segments with older records. Segment 0 does not exist: the entry itself is damaged (BROKEN).
+    """
 
     segment: int
     offset: int
@@ -60,7 +62,7 @@ def pack_entry(key: bytes, entry: Entry) -> bytes:
     segment, offset, record_bytes, payload_start, payload_bytes, cell_bytes, sequence, created_ms, shadows = entry
     cell_log = max(cell_bytes.bit_length() - 1, 0)
     start = payload_start // ALIGNMENT
-    as_nearly_all = (
+    short = (
         not shadows
         and record_bytes == payload_start + align(payload_bytes) + TRAILER_BYTES
         and cell_bytes == 1 << cell_log
@@ -68,7 +70,7 @@ def pack_entry(key: bytes, entry: Entry) -> bytes:
         and sequence < 1 << 48
         and created_ms < 1 << 48
     )
-    if as_nearly_all:
+    if short:
         raw = _SHORT.pack(
             segment,
             offset,
@@ -86,7 +88,7 @@ def pack_entry(key: bytes, entry: Entry) -> bytes:
 
 
 def unpack_entry(key: bytes, value: Any) -> Entry:
-    """BROKEN where the check does not hold."""
+    """Returns BROKEN when the check does not hold."""
     raw = bytes(value)
     body = raw[:-4]
     if len(raw) < 4 or _CHECK.unpack(raw[-4:])[0] != xxhash.xxh3_64_intdigest(key + body) & _LOW:
@@ -96,10 +98,16 @@ def unpack_entry(key: bytes, value: Any) -> Entry:
             body
         )
         payload_start = start * ALIGNMENT
-        record_bytes = payload_start + align(payload_bytes) + TRAILER_BYTES
         return Entry(
-            segment, offset, record_bytes, payload_start, payload_bytes, 1 << cell_log, sequence << 32 | sequence_low, created << 32 | created_low  # noqa: E501
-        )  # fmt: skip
+            segment,
+            offset,
+            payload_start + align(payload_bytes) + TRAILER_BYTES,
+            payload_start,
+            payload_bytes,
+            1 << cell_log,
+            sequence << 32 | sequence_low,
+            created << 32 | created_low,
+        )
     if len(body) < _LONG.size or len(body) % 4:
         return BROKEN
     shadows = struct.unpack_from(f">{(len(body) - _LONG.size) // 4}I", body, _LONG.size)

@@ -1,7 +1,7 @@
-"""The file operations that a fragment store needs, as a port; and the real ones.
+"""The file operations that a fragment store needs, as a port, and their real body.
 
-The port is what lets a simulated disk drop, reorder and tear what was not synced, and answer EIO or ENOSPC when a test
-wants it to.
+Thanks to the port a simulated disk can drop, reorder and tear what was not synced, and answer EIO or ENOSPC when a test
+asks for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 IOV_MAX = 1024
 OPEN_FILES_MAX = 512
-"""A disk of 16 TiB has 65,536 segments of 256 MiB: their descriptors are opened as needed."""
+"""A disk of 16 TiB has 65,536 segments of 256 MiB; their descriptors are opened when they are needed."""
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -39,98 +39,104 @@ _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 
 
 class Space(NamedTuple):
-    """Of the file system, in bytes; ``free`` as an unprivileged process may use it."""
+    """Bytes of the file system. ``free``: what an unprivileged process may use."""
 
     total: int
     free: int
 
 
 class SegmentFile(Protocol):
-    """One segment. Reads come from any thread, everything else from one at a time. All may raise OSError."""
+    """One segment. Any thread may read; one thread at a time does everything else. All methods may raise OSError."""
 
     def size(self) -> int: ...
 
     def allocated(self) -> int:
-        """Bytes that the file system keeps for it, holes excluded."""
+        """Bytes that the file system has allocated for it, without holes."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Fewer bytes only at the end of the file. Raises FileNotFoundError once the segment was removed."""
+        """Returns fewer bytes only at the end of the file. Raises FileNotFoundError once the segment was removed."""
 
-    def read_cached(self, offset: int, length: int) -> Buffer | None:
-        """As read when all of it is in the page cache, else None at once: may be called on the event loop."""
+    def try_read(self, offset: int, length: int) -> Buffer | None:
+        """As ``read`` when all of it is in the page cache, else None at once: may be called on the event loop."""
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
-        """All of it, or OSError."""
+        """Writes all of it, or raises OSError."""
 
     def start_writeback(self, offset: int, length: int) -> None:
-        """A hint: the kernel should begin to write these bytes."""
+        """A hint: the kernel should begin to write these bytes to the drive."""
 
     def sync(self) -> None: ...
 
     def sync_apart(self) -> None:
-        """As ``sync``, in any thread, but a failure is reported to ``sync`` too: the kernel tells each descriptor of it
-        once. Raises FileNotFoundError when it is gone.
+        """As ``sync``, in any thread. A failure is reported to ``sync`` too: the kernel reports it to each descriptor
+        once. Raises FileNotFoundError when the file is gone.
         """
 
     def drop_cache(self, offset: int) -> None:
-        """A hint: what is read from ``offset`` on should come from the drive."""
+        """A hint: reads from ``offset`` on should come from the drive."""
 
     def truncate(self, size: int) -> None: ...
 
     def punch(self, offset: int, length: int) -> bool:
-        """Whether the bytes went back to the file system."""
+        """Makes a hole. Returns whether the bytes went back to the file system."""
 
 
 class Files(Protocol):
+    """One disk's segments, its lock and its reserve."""
+
     def segments(self) -> list[int]:
-        """Numbers, ascending."""
+        """Their numbers, ascending."""
 
     def create(self, number: int) -> SegmentFile: ...
 
     def open(self, number: int) -> SegmentFile: ...
 
     def remove(self, number: int) -> None:
-        """Durable when it returns."""
+        """The removal is durable when this returns."""
 
     def sync_directory(self) -> None: ...
 
     def space(self) -> Space: ...
 
     def reserve(self, count: int) -> bool:
-        """Keeps (or, with 0, gives back) this many bytes for notes on a full disk. False when there was nothing to
-        give, or no space to take.
+        """Keeps this many bytes for notes on a full disk; 0 gives them back. False when there was no space to keep, or
+        nothing to give back.
         """
 
     def mark_failed(self, reason: str) -> bool:
-        """Best effort: the next start reads it by ``failure`` and stays read-only. Whether it is on the drive."""
+        """Notes why the disk failed for good, for ``failure`` at the next start. Returns whether that is durable."""
 
-    def failure(self) -> str: ...
+    def failure(self) -> str:
+        """Why the disk failed for good; empty when it did not."""
 
     def close(self) -> None: ...
 
 
 class PosixSegmentFile:
-    """A segment in a directory. Its descriptor is opened when needed and closed when the last reader has left."""
+    """A segment in a directory. Its descriptor is opened when it is needed, and closed when its last user has left.
 
-    def __init__(self, path: Path, opened: Callable[[PosixSegmentFile], None]) -> None:
+    ``on_opened`` is called whenever a descriptor was opened.
+    """
+
+    def __init__(self, path: Path, on_opened: Callable[[PosixSegmentFile], None]) -> None:
         self._path = path
-        self._opened = opened
+        self._on_opened = on_opened
         self._lock = threading.Lock()
         self._fd = -1
-        self._readers = 0
+        self._users = 0
         self._removed = False
         self._closing = False
 
     @contextlib.contextmanager
     def _lease(self) -> Iterator[int]:
-        fd = self._take()
+        fd = self._acquire()
         try:
             yield fd
         finally:
-            self._give_back()
+            self._release()
 
-    def _take(self) -> int:
-        """The descriptor, open until ``_give_back``."""
+    def _acquire(self) -> int:
+        """The descriptor, open until ``_release``."""
         fresh = False
         with self._lock:
             if self._fd < 0:
@@ -139,20 +145,20 @@ class PosixSegmentFile:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
                 fresh = True
             self._closing = False
-            self._readers += 1
+            self._users += 1
             fd = self._fd
         if fresh:
             try:
-                self._opened(self)
+                self._on_opened(self)
             except BaseException:
-                self._give_back()
+                self._release()
                 raise
         return fd
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         with self._lock:
-            self._readers -= 1
-            if not self._readers and (self._closing or self._removed):
+            self._users -= 1
+            if not self._users and (self._closing or self._removed):
                 self._close_now()
 
     def _close_now(self) -> None:
@@ -161,11 +167,11 @@ class PosixSegmentFile:
             self._fd = -1
 
     def close(self, *, removed: bool = False) -> None:
-        """The descriptor is closed now, or when the last reader leaves; after ``removed`` it is not opened again."""
+        """Closes the descriptor now, or when its last user leaves. After ``removed`` it is not opened again."""
         with self._lock:
             self._removed = self._removed or removed
             self._closing = True
-            if not self._readers:
+            if not self._users:
                 self._close_now()
 
     def size(self) -> int:
@@ -186,18 +192,18 @@ class PosixSegmentFile:
                 data += more
             return data
 
-    def read_cached(self, offset: int, length: int) -> Buffer | None:
+    def try_read(self, offset: int, length: int) -> Buffer | None:
         buffer = unfilled(length)
-        fd = self._take()
+        fd = self._acquire()
         try:
             count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError as error:
-            # EAGAIN: not in memory. EOPNOTSUPP: the file system cannot tell. Others are the blocking read's to report.
+            # EAGAIN: not in memory. EOPNOTSUPP: the file system can't say. The blocking read reports other errors.
             if error.errno == errno.ENOENT:
                 raise
             return None
         finally:
-            self._give_back()
+            self._release()
         return buffer if count == length else None
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
@@ -234,7 +240,9 @@ class PosixSegmentFile:
 
 
 def _write_all(fd: int, buffers: list[Buffer], offset: int) -> int:
-    """Returns the offset behind. A short write goes on where it stopped, and so meets the error that made it short."""
+    """Returns the offset after the last byte. A short write goes on where it stopped, and so meets the error that made
+    it short.
+    """
     while buffers:
         count = os.pwritev(fd, buffers, offset)
         offset += count
@@ -283,10 +291,10 @@ class PosixFiles:
         return PosixSegmentFile(self._path(number), self._remember)
 
     def _remember(self, file: PosixSegmentFile) -> None:
-        """Bounds the open descriptors: the one that was opened first is closed. One that is written stays open while it
-        is dirty only if it
-        is young, and a segment of 256 MiB is full long before 512 others were opened; a reader that comes back opens it
-        again."""
+        """Bounds the open descriptors: closes the one that was opened first. The segment that is written keeps its
+        descriptor while it is dirty, for its 256 MiB are full long before 512 others were opened. A reader that comes
+        back opens one again.
+        """
         with self._files_lock:
             self._files[file._path] = file
             self._files.move_to_end(file._path)

@@ -2,18 +2,15 @@
 
 A segment is a header of 64 bytes, then records, one after the other. A record describes and checks itself:
 
-* its head is bound to the disk, the segment and the offset where it stands (the seed of its checksum), so that bytes
-  that a client chose,
-  a block that the drive put in the wrong place, or what an earlier file left behind are never taken for a record;
-* every head carries ``synced_end``: all bytes of this segment before it were durable when the record was written. After
-  a crash this tells
-  a torn tail (behind every ``synced_end``: it may be cut) from damage (before one: it was acknowledged, and is
-  quarantined, never cut).
+* The seed of its head's checksum is made of the disk, the segment and the offset. So none of these is ever taken for a
+  record: bytes that a client chose, a block that the drive put in the wrong place, the remains of an earlier file.
+* Every head carries ``synced_end``: all bytes of this segment before it were durable when the record was written. After
+  a crash this distinguishes a torn tail (it lies after every ``synced_end`` and may be cut) from damage (it lies before
+  one, so it was acknowledged: it is quarantined, never cut).
 
 The checksums are xxh3-64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): they find damage, not
-malice; a cell is a sealed
-chunk, which the reader authenticates. The hashes in a fragment's header (``storaged.hashes``) are what repair compares,
-and find malice too.
+malice. Malice is found by the reader, who authenticates a cell (it is a sealed chunk), and by repair, which compares
+the hashes in fragments' headers (``storaged.hashes``).
 """
 
 from __future__ import annotations
@@ -37,53 +34,52 @@ TRAILER_MAGIC = b"SORE"
 FRAGMENT = 1
 NOTES = 2
 MARK = 3
-"""Kinds of record: a fragment, notes about fragments (Note), or nothing but a ``synced_end`` (also the filler in front
-of an aligned payload).
+"""Kinds of record: a fragment; notes about fragments (Note); a ``synced_end`` alone, which is also the filler before an
+aligned payload.
 """
 
 KEY_BYTES = 23
-"""Of a packed FragmentId."""
+"""Length of a packed FragmentId."""
 
 ID_AT = 3
-"""Where a fragment's id begins in its encoded header: behind the array's and the byte string's marks (both of one
-length, since an id has 23 bytes).
-"""
+"""Where a fragment's id begins in its encoded header: after the marks of the array (1 byte) and the byte string (2)."""
 
 ALIGNMENT = 8
 PAGE = 4 * KIB
 LARGE = 64 * KIB
-"""From this payload size on the payload starts on a page border, so that a hole punched for it
-gives every page back.
-"""
+"""A payload of this size or more starts on a page border, so that a hole punched for it gives every page back."""
 
 PAYLOAD_BYTES_MAX = 256 * MIB
 MESSAGE_BYTES_MAX = 4 * MIB
 SEGMENT_BYTES_MAX = 4096 * MIB - 1
-_MASK = 2**64 - 1
+CHECK_MASK = 2**64 - 1
+"""Seeds are 64 bits wide."""
 
 _SEGMENT = struct.Struct(">8sHH4x16sQQ8xQ")
-_HEAD = struct.Struct(">4sBBHIIIIQQQQ")
+HEAD = struct.Struct(">4sBBHIIIIQQQQ")
+"""The fields of ``Head`` in the order of the file, the magic first."""
 _TRAILER = struct.Struct(">4sIQ")
 _CHECK = struct.Struct(">Q")
-_HEAD_CHECKED = struct.Struct(_HEAD.format[:-1])
-"""Without the check of the head itself."""
+_HEAD_CHECKED = struct.Struct(HEAD.format[:-1])
 SEGMENT_HEADER_BYTES = 64
 HEAD_BYTES = 56
+HEAD_CHECKED_BYTES = 48
+"""The head without its own checksum."""
 TRAILER_BYTES = 16
 assert _SEGMENT.size == SEGMENT_HEADER_BYTES
-assert _HEAD.size == HEAD_BYTES
+assert HEAD.size == HEAD_BYTES
 assert _TRAILER.size == TRAILER_BYTES
 assert _CHECK.size == 8
-assert _HEAD_CHECKED.size == HEAD_BYTES - _CHECK.size
+assert _HEAD_CHECKED.size == HEAD_CHECKED_BYTES == HEAD_BYTES - _CHECK.size
 _ZEROS = bytes(ALIGNMENT)
 
 
 class FormatError(Exception):
-    """Bytes that are not what they should be."""
+    """Bytes that don't have the format that they should have."""
 
 
 class FormatUnknown(FormatError):
-    """Whole bytes of a later version."""
+    """Undamaged bytes of a later version."""
 
 
 class SegmentHeader(NamedTuple):
@@ -93,7 +89,7 @@ class SegmentHeader(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The fixed part of a record. ``record_bytes`` reaches from its first byte to the next record's."""
+    """The fixed part of a record. ``record_bytes``: from its first byte to the next record's first byte."""
 
     kind: int
     message_bytes: int
@@ -120,7 +116,7 @@ class Head(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where a record has been laid: offsets in the segment, sizes in bytes."""
+    """Where a record was laid. ``offset``: in the segment; ``payload_start``: relative to the record; bytes."""
 
     offset: int
     record_bytes: int
@@ -128,8 +124,8 @@ class Placed(NamedTuple):
 
 
 class Delete(Message, frozen=True, tag=1):
-    """The fragment is gone. ``targets``: the segments in which records of it lie; the note is needed as long as one of
-    them exists.
+    """The fragment was deleted. ``targets``: the segments in which records of it lie; the note is needed as long as one
+    of them exists.
     """
 
     id: bytes
@@ -137,6 +133,8 @@ class Delete(Message, frozen=True, tag=1):
 
 
 class Touch(Message, frozen=True, tag=2):
+    """The fragment's age was renewed."""
+
     id: bytes
     created_ms: int
 
@@ -150,7 +148,7 @@ class Retire(Message, frozen=True, tag=3):
 
 
 class Unretire(Message, frozen=True, tag=4):
-    """It no longer is. ``targets`` as in Delete, for the records of kind Retire."""
+    """The data id is not on the garbage list any more. ``targets`` as in Delete, of Retire notes."""
 
     data_id: bytes
     targets: tuple[int, ...]
@@ -160,12 +158,13 @@ Note = Delete | Touch | Retire | Unretire
 
 
 def align(count: int, to: int = ALIGNMENT) -> int:
+    """``count`` rounded up to a multiple of ``to``."""
     return -(-count // to) * to
 
 
 def segment_seed(disk_id: str, number: int) -> int:
-    """What the checksums of one segment's heads start from; known without the segment's header, so that its loss loses
-    nothing else.
+    """The seed of the checksums in one segment, before the offset is added. It does not depend on the segment's header,
+    so that a damaged header costs nothing else.
     """
     return xxhash.xxh3_64_intdigest(disk_id.encode() + number.to_bytes(8, "big"))
 
@@ -176,9 +175,7 @@ def pack_segment_header(header: SegmentHeader) -> bytes:
 
 
 def parse_segment_header(data: Buffer) -> SegmentHeader:
-    """Raises FormatError when it is short or damaged, FormatUnknown when it is of a version that this program does not
-    know.
-    """
+    """Raises FormatError when it is short or damaged, FormatUnknown when this program does not know its version."""
     if len(data) < SEGMENT_HEADER_BYTES:
         raise FormatError("the segment's header is cut short")
     raw = bytes(data[:SEGMENT_HEADER_BYTES])
@@ -191,15 +188,17 @@ def parse_segment_header(data: Buffer) -> SegmentHeader:
 
 
 def parse_head(data: Buffer, at: int, offset: int, seed: int) -> Head | None:
-    """The head that begins at ``data[at]`` and stands at ``offset`` of its segment; None when there
-    is none that holds.
+    """The head that begins at ``data[at]`` and lies at ``offset`` of its segment; None when no head there
+    holds.
     """
     if len(data) < at + HEAD_BYTES:
         return None
-    magic, kind, _zero, _flags, message, payload, cell, record, synced, sequence, body, check = _HEAD.unpack_from(
+    magic, kind, _zero, _flags, message, payload, cell, record, synced, sequence, body, check = HEAD.unpack_from(
         data, at
     )
-    if magic != RECORD_MAGIC or check != xxhash.xxh3_64_intdigest(data[at : at + 48], (seed + offset) & _MASK):
+    if magic != RECORD_MAGIC or check != xxhash.xxh3_64_intdigest(
+        data[at : at + HEAD_CHECKED_BYTES], (seed + offset) & CHECK_MASK
+    ):
         return None
     head = Head(kind, message, payload, cell, record, synced, sequence, body, check)
     if payload and not cell:
@@ -211,62 +210,13 @@ def parse_head(data: Buffer, at: int, offset: int, seed: int) -> Head | None:
 
 
 def parse_body(head: Head, data: Buffer, at: int, seed: int) -> tuple[memoryview, memoryview] | None:
-    """(message, cell sums) of the record whose head begins at ``data[at]``; None when they do not hold, or are cut
-    short.
+    """(message, cell sums) of the record whose head begins at ``data[at]``; None when they are cut short or their
+    checksum does not hold.
     """
     body = memoryview(data)[at + HEAD_BYTES : at + HEAD_BYTES + head.body_bytes]
     if len(body) < head.body_bytes or xxhash.xxh3_64_intdigest(body, seed) != head.body_check:
         return None
     return body[: head.message_bytes], body[head.message_bytes :]
-
-
-def whole_payload(
-    data: Buffer,
-    key: bytes,
-    offset: int,
-    seed: int,
-    payload_bytes: int,
-    cell_bytes: int,
-    payload_start: int,
-    sequence: int,
-) -> memoryview | None:
-    """The payload of the fragment ``key`` whose record, up to its trailer, is ``data`` and stands at ``offset`` of its
-    segment; None unless the record holds, has
-    these sizes and this sequence, and every cell holds. What ``parse_head``, ``parse_body`` and ``cell_holds`` say, in
-    one pass."""
-    magic, kind, _zero, _flags, message, payload, cell, record, _synced, found, body_check, check = _HEAD.unpack_from(
-        data
-    )
-    if (
-        magic != RECORD_MAGIC
-        or kind != FRAGMENT
-        or payload != payload_bytes
-        or cell != cell_bytes
-        or found != sequence
-        or not cell
-    ):
-        return None
-    view = memoryview(data)
-    body_end = HEAD_BYTES + message + 8 * -(-payload // cell)
-    whole = (
-        align(body_end) == payload_start
-        and record >= payload_start + align(payload) + TRAILER_BYTES
-        and not record % ALIGNMENT
-    )
-    if not whole or check != xxhash.xxh3_64_intdigest(view[:48], (seed + offset) & _MASK):
-        return None
-    if body_check != xxhash.xxh3_64_intdigest(view[HEAD_BYTES:body_end], seed):
-        return None
-    sums = HEAD_BYTES + message
-    if view[HEAD_BYTES + ID_AT : HEAD_BYTES + ID_AT + KEY_BYTES] != key:
-        return None
-    plain = view[payload_start:]
-    if payload <= cell:
-        return plain if xxhash.xxh3_64_digest(plain) == view[sums:body_end] else None
-    for index, at in enumerate(range(0, payload, cell)):
-        if not cell_holds(plain[at : at + cell], view[sums:body_end], index):
-            return None
-    return plain
 
 
 def trailer_holds(head: Head, data: Buffer) -> bool:
@@ -275,7 +225,7 @@ def trailer_holds(head: Head, data: Buffer) -> bool:
 
 
 def trailer_start(head: Head) -> int:
-    """Relative to the record. A record's padding, if any, is in front of its trailer."""
+    """Relative to the record. A record's padding, if any, lies before its trailer."""
     return head.record_bytes - TRAILER_BYTES
 
 
@@ -303,7 +253,7 @@ def encode_notes(notes: Sequence[Note]) -> bytes:
 
 
 def slices(payload: Sequence[memoryview], width: int) -> Iterator[list[memoryview]]:
-    """The payload's bytes in steps of ``width``, each as the slices of the buffers it lies in. Nothing is copied."""
+    """The payload in pieces of ``width`` bytes, each as the slices of the buffers in which it lies. Copies nothing."""
     piece: list[memoryview] = []
     missing = width
     for buffer in payload:
@@ -341,7 +291,7 @@ def cell_holds(cell: Buffer, sums: Buffer, index: int) -> bool:
 
 
 class RecordWriter:
-    """Lays records one after the other from ``offset`` of a segment on, as a list of buffers for one vectored write."""
+    """Lays records one after the other from ``offset`` of a segment, as a list of buffers for one vectored write."""
 
     def __init__(self, offset: int, seed: int, synced_end: int) -> None:
         self.start = self.end = offset
@@ -351,7 +301,7 @@ class RecordWriter:
 
     @staticmethod
     def bytes_max(message_bytes: int, payload_bytes: int, cell_bytes: int) -> int:
-        """No record of these sizes takes more, filler included."""
+        """The most bytes that a record of these sizes takes, filler included."""
         cells = -(-payload_bytes // cell_bytes) if payload_bytes else 0
         filler = PAGE + HEAD_BYTES if payload_bytes >= LARGE else 0
         head = HEAD_BYTES + message_bytes + 8 * cells
@@ -402,7 +352,7 @@ class RecordWriter:
             RECORD_MAGIC, kind, 0, 0, len(message), payload_bytes, cell_bytes, record_bytes, self._synced_end, sequence,
             xxhash.xxh3_64_intdigest(body, seed),
         )  # fmt: skip
-        check = xxhash.xxh3_64_intdigest(raw, (seed + self.end) & _MASK)
+        check = xxhash.xxh3_64_intdigest(raw, (seed + self.end) & CHECK_MASK)
         self.buffers.append(b"".join((raw, _CHECK.pack(check), body, _ZEROS[: -(HEAD_BYTES + len(body)) % ALIGNMENT])))
         return check
 

@@ -1,4 +1,4 @@
-"""Requests and replies of the methods ``fragment.*``. Every request names the disk. Fragment ids travel packed (23
+"""Requests and replies of the methods ``fragment.*``. Every request names the disk. Fragment ids are packed (23
 bytes).
 """
 
@@ -11,13 +11,13 @@ MISSING_CELL = -1
 
 
 class Done(Message, frozen=True):
-    """Carried out. ``count``: how many, where that has a meaning."""
+    """The request was carried out. ``count``: for how many, where that has a meaning."""
 
     count: int = 0
 
 
 class WriteRequest(Message, frozen=True):
-    """``fragment.write``; the payload is the call's body. With ``sync`` the reply comes after the group's fdatasync.
+    """``fragment.write``; the call's body is the payload. With ``sync`` the reply comes after the group's fdatasync.
     ``check``: see ``FragmentStore.write``.
     """
 
@@ -35,7 +35,7 @@ class IdsRequest(Message, frozen=True):
 
 
 class DeleteRequest(Message, frozen=True):
-    """``created_ms``: empty, or of each id; then only those that are exactly as old are deleted."""
+    """``created_ms``: empty, or one for each id; then only fragments that are exactly as old are deleted."""
 
     disk: str
     ids: tuple[bytes, ...]
@@ -60,8 +60,8 @@ class ReadRequest(Message, frozen=True):
 
 
 class ReadReply(Message, frozen=True):
-    """The cells are the reply's body, one after the other; ``lengths``: of each, MISSING_CELL for one that did not
-    hold.
+    """The reply's body has the cells, one after the other. ``lengths``: bytes of each, MISSING_CELL for a damaged
+    one.
     """
 
     header: FragmentHeader
@@ -69,7 +69,7 @@ class ReadReply(Message, frozen=True):
 
 
 class RetireRequest(Message, frozen=True):
-    """``more``: further entries of (data id, owner, due ms)."""
+    """``more``: further entries."""
 
     disk: str
     data_id: bytes
@@ -94,7 +94,7 @@ class RetiredReply(Message, frozen=True):
 
 
 class ScanRequest(Message, frozen=True):
-    """``fragment.scan``: one page of at most ``limit`` headers behind ``after``."""
+    """``fragment.scan``: one page of at most ``limit`` headers after ``after``."""
 
     disk: str
     after: bytes

@@ -1,5 +1,5 @@
-"""What an operator does to a disk that no daemon has open: rebuild its index from the segments, or check everything
-that is on it.
+"""For an operator, on a disk that no daemon has open: rebuild its index from the segments, or check everything on
+it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from pathlib import Path
 
 from storaged.durable import sync_path
 from storaged.errors import FragmentDamaged, IndexDamaged
-from storaged.fragments.engine import Engine, StoreLimits
+from storaged.fragments.damage import HEAD_CELL
+from storaged.fragments.engine import Engine
 from storaged.fragments.files import Files, PosixFiles
 from storaged.fragments.format import SEGMENT_HEADER_BYTES, FormatError, parse_segment_header, segment_seed
-from storaged.fragments.index import HEAD_CELL, Index
+from storaged.fragments.index import Index
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.recovery import Progress, Report, Step
 from storaged.fragments.scan import Found, scan
@@ -35,7 +37,7 @@ class CheckReport:
 
 
 def disk_id_of(files: Files) -> str:
-    """From the first segment whose header holds. Raises IndexDamaged when there is none."""
+    """The id in the first segment whose header holds. Raises IndexDamaged when there is none."""
     for number in files.segments():
         try:
             return parse_segment_header(files.open(number).read(0, SEGMENT_HEADER_BYTES)).disk_id
@@ -49,10 +51,10 @@ def disk_id_of(files: Files) -> str:
 def rebuild_index(
     directory: Path, *, disk_id: str = "", progress: Progress | None = None, now_ms: Callable[[], int] = lambda: 0
 ) -> Report:
-    """Makes the index anew from the segments alone, and puts it in the old one's place when it is complete.
+    """Makes a new index from the segments alone, and puts it in the old one's place when it is complete. After an
+    interruption at any point either the old index or the new one is there.
 
-    Interrupted at any point, the old index is still there, or the new one is. Raises DirectoryInUse, DiskForeign,
-    OperatorError, OSError.
+    Raises DirectoryInUse, DiskForeign, OperatorError, OSError.
     """
     files = PosixFiles(directory)
     fresh, old, place = directory / "index.new", directory / "index.old", directory / "index"
@@ -63,9 +65,7 @@ def rebuild_index(
         engine = Engine(files, index, StoreLimits(), now_ms=now_ms, on_damage=lambda _key, _cell: None)
         try:
             report = engine.recover(progress)
-            checkpoint = index.freeze(engine.end, ())
-            index.commit(checkpoint)
-            index.thaw(checkpoint)
+            index.checkpoint_now(engine.log.end)
         finally:
             index.close()
         shutil.rmtree(old, ignore_errors=True)
@@ -80,9 +80,9 @@ def rebuild_index(
 
 
 def check(directory: Path, *, disk_id: str = "", progress: Progress | None = None) -> CheckReport:
-    """Reads every live fragment and every record's head; changes nothing in the segments and nothing in the index.
+    """Reads every live fragment and every record's head. Changes neither the segments nor the index.
 
-    ``progress`` counts fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError,
+    ``progress`` gets fragments as bytes of payload. Raises DirectoryInUse, DiskForeign, IndexDamaged, OperatorError,
     OSError.
     """
     files = PosixFiles(directory)
@@ -105,10 +105,10 @@ def _check(files: Files, index: Index, report: CheckReport, progress: Progress |
     engine = Engine(
         files, index, StoreLimits(), now_ms=lambda: 0, on_damage=lambda key, cell: bad.setdefault(key, set()).add(cell)
     )
-    index.damaged.clear()  # what is known to be damaged is to be found and reported again
+    index.damage.clear()  # known damage is to be found and reported again
     found = engine.recover(read_only=True)
     report.lost_segments = found.lost_segments
-    total = index.live_bytes
+    total = index.accounts.live_bytes
     for key, entry in index.entries():
         report.fragments += 1
         report.bytes += entry.payload_bytes
@@ -117,10 +117,11 @@ def _check(files: Files, index: Index, report: CheckReport, progress: Progress |
         except FragmentDamaged:
             bad.setdefault(key, set()).add(HEAD_CELL)
         if progress is not None and report.fragments % 100 == 0:
-            progress(Step(0, len(engine.segments), report.bytes, total))
+            progress(Step(0, len(engine.log.segments), report.bytes, total))
     report.damaged = [(FragmentId.unpack(key), tuple(sorted(cells))) for key, cells in sorted(bad.items())]
-    for number, file in sorted(engine.segments.items()):
-        end = index.segments[number].end if number in index.segments else file.size()
+    segments = index.accounts.segments
+    for number, file in sorted(engine.log.segments.items()):
+        end = segments[number].end if number in segments else file.size()
         for item in scan(file, segment_seed(report.disk_id, number), SEGMENT_HEADER_BYTES, end):
             if not isinstance(item, Found):
                 report.gaps.append((number, item.offset, item.length))

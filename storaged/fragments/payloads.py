@@ -1,5 +1,5 @@
-"""Small objects on a disk: whole copies beside the register that refers to them, as one acceptor
-stores and loads them.
+"""Small objects on a disk: whole copies beside the register that refers to them, as one acceptor stores and loads
+them.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing, PeerRefused
-from storaged.fragments.engine import Write
 from storaged.fragments.format import ID_AT, KEY_BYTES
 from storaged.fragments.ports import CellRead, FragmentHeader, FragmentId, NearStore
+from storaged.fragments.write import Write
 from storaged.units import KIB, MIB
 from storaged.wire import Buffer, decode, encode
 
 HEADER_BYTES_MAX = 4 * KIB
-"""An encoded header that is longer, or not laid out as ours, is encoded anew for the disk."""
+"""A longer header, or one that another encoder made, is encoded again for the disk."""
 
 COPY_BYTES_MAX = MIB
-"""A copy is loaded whole; what is kept as copies is far smaller."""
+"""A copy is loaded whole. Objects that are kept as copies are far smaller."""
 
 
 class CopyStore(NearStore, Protocol):
-    """A local body: it can find a copy without knowing which of the replicas it was made for."""
+    """A local body. It finds a copy without knowing for which of the replicas it was made."""
 
-    def find_copy(self, data_id: bytes) -> FragmentId | None: ...
+    def find_copy(self, data_id: bytes) -> FragmentId | None:
+        """The whole copy of a data id, if the disk has one."""
 
-    def peek_copy(self, data_id: bytes) -> memoryview | None: ...
+    def try_read_copy(self, data_id: bytes) -> memoryview | None:
+        """The payload of a whole copy when it is in memory and undamaged, else None. Raises DiskUnusable."""
 
 
 class Loaded(NamedTuple):
@@ -39,16 +41,14 @@ class Loaded(NamedTuple):
 
 
 def copy_write(header: bytes, payload: Sequence[Buffer]) -> Write:
-    """What the log appends for a copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT)."""
+    """What the log appends for a copy with this encoded FragmentHeader. Raises PeerRefused (BAD_FRAGMENT)."""
     parsed = _parse(header)
-    plain = (
-        len(header) <= HEADER_BYTES_MAX and header[ID_AT : ID_AT + KEY_BYTES] == parsed.id
-    )  # as everybody here encodes it
-    return Write.of(parsed, payload, header if plain else b"")
+    usual = len(header) <= HEADER_BYTES_MAX and header[ID_AT : ID_AT + KEY_BYTES] == parsed.id
+    return Write.of(parsed, payload, header if usual else b"")
 
 
-def at_position(header: bytes, position: int) -> bytes:
-    """The same copy's header for another of the replicas."""
+def header_at_position(header: bytes, position: int) -> bytes:
+    """The encoded header of the same copy on another of the replicas."""
     parsed = _parse(header)
     moved = FragmentId.unpack(parsed.id)._replace(position=position)
     return encode(msgspec.structs.replace(parsed, id=moved.pack()))
@@ -62,28 +62,28 @@ def _parse(header: bytes) -> FragmentHeader:
 
 
 class Payloads:
-    """What a replica is given over one disk's fragments."""
+    """Stores and loads whole copies in one disk's fragment store, for the replica on that disk."""
 
     def __init__(self, store: CopyStore) -> None:
         self._store = store
 
     async def store_payload(self, header: bytes, payload: Sequence[Buffer] | Buffer) -> None:
-        """Writes and syncs the copy whose encoded FragmentHeader this is. Raises PeerRefused (BAD_FRAGMENT),
-        DiskUnusable, FragmentDamaged.
+        """Writes and syncs the copy with this encoded FragmentHeader. Raises PeerRefused (BAD_FRAGMENT), DiskUnusable,
+        FragmentDamaged.
         """
         pieces = [payload] if isinstance(payload, bytes | bytearray | memoryview) else payload
         await self._store.write(_parse(header), pieces, sync=True)
 
-    def peek_payload(self, data_id: bytes) -> memoryview | None:
-        """The whole copy when it is in memory; None otherwise, whatever the reason."""
+    def try_load_payload(self, data_id: bytes) -> memoryview | None:
+        """The payload of the copy when it is in memory; None otherwise, whatever the reason."""
         try:
-            return self._store.peek_copy(data_id)
+            return self._store.try_read_copy(data_id)
         except DiskUnusable:
             return None
 
     async def load_payload(self, data_id: bytes) -> Loaded | None:
-        """The whole copy, every cell verified; None when this disk has none, or not whole (its damage has been
-        reported).
+        """The whole copy, every cell verified; None when this disk has none, or a damaged one (the read has reported
+        the damage).
         """
         fragment = self._store.find_copy(data_id)
         if fragment is None:
@@ -97,7 +97,7 @@ class Payloads:
 
 
 def _joined(found: CellRead) -> memoryview | None:
-    """The cells as one; None when one of them is damaged."""
+    """The cells in one piece; None when one of them is damaged."""
     whole = [cell for cell in found.cells if cell is not None]
     if len(whole) != len(found.cells):
         return None

@@ -1,14 +1,12 @@
 """The port of a fragment store, and the values that cross it.
 
-Four bodies pass one test suite (tests/suites/fragment_store.py): the local disk (store), the same over RPC
-(remote), memory, and the simulated disk
-that drops, reorders and tears unsynced writes.
+Four bodies pass one test suite (tests/suites/fragment_store.py): the local disk (``store``), the same over RPC
+(``remote``), memory, and the simulated disk that drops, reorders and tears unsynced writes.
 
-A fragment is what one disk keeps of one block: its cells, one after the other. Every cell is C bytes long (C = 4..64
-KiB, a sealed chunk), but the
-last, which may be shorter. Per cell the record keeps xxh3-64, and for the whole block the hashes of all its k+m
-fragments (``storaged.hashes``), so that a
-rebuilt fragment is only written when it is what the survivors agree on.
+A fragment is the part of one block that one disk keeps: its cells, one after the other. Every cell has C bytes (C =
+4..64 KiB, a sealed chunk), but the last, which may be shorter. The record keeps an xxh3-64 for each cell, and for the
+block the hashes of all its k+m fragments (``storaged.hashes``). So a rebuilt fragment is written only when it is what
+the survivors agree on.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from storaged.wire import Buffer, Message, encode
 _PACKED_BYTES = 23
 
 CELLS_MAX = 1 << 20
-"""More than a fragment has: all of its cells."""
+"""More cells than a fragment has: as a count it means all of them."""
 
 
 class FragmentId(NamedTuple):
-    """Which fragment: ``position`` 0..k-1 is data, k..k+m-1 parity (any copy when k is 1). A block recoded under
+    """Names a fragment. ``position`` 0..k-1 is data, k..k+m-1 parity (any copy when k is 1). A block recoded under
     another profile has other fragments.
     """
 
@@ -42,7 +40,7 @@ class FragmentId(NamedTuple):
 
     @classmethod
     def unpack(cls, data: Buffer) -> FragmentId:
-        """Raises ValueError for what is no fragment's id."""
+        """Raises ValueError for bytes that are no fragment's id."""
         raw = bytes(data)
         if len(raw) != _PACKED_BYTES:
             raise ValueError(f"{len(raw)} bytes are no fragment's id")
@@ -52,13 +50,13 @@ class FragmentId(NamedTuple):
 class FragmentHeader(Message, frozen=True):
     """What a fragment carries besides its cells.
 
-    ``owner`` is the packed name of the register that refers to it (an object's, or an upload part's). ``part_header``
-    are the 64 bytes of the SOV1 header,
-    empty in the copy of a small object: its record, which lies on the same disk, has them.
-    ``hashes`` are those (``storaged.hashes``, 20 bytes each; of older blocks 16) of all k+m fragments of the block, in
-    position order; copies (k = 1) carry one.
-    ``created_ms`` is when it was written (wall clock), renewed by ``touch``. ``cell_bytes`` is C, ``length`` the
-    payload's bytes.
+    ``owner``: the packed name of the register that refers to it (an object's, or an upload part's).
+    ``part_header``: the 64 bytes of the SOV1 header; empty in the copy of a small object, whose record lies on the same
+    disk and has them.
+    ``hashes``: of all k+m fragments of the block in position order (``storaged.hashes``; 20 bytes each, 16 in older
+    blocks); copies (k = 1) carry one.
+    ``cell_bytes``: C. ``length``: bytes of the payload. ``created_ms``: when it was written (wall clock), renewed by
+    ``touch``.
     """
 
     id: bytes
@@ -71,26 +69,30 @@ class FragmentHeader(Message, frozen=True):
 
 
 _POSITION_AT = 1 + 2 + _PACKED_BYTES - 1
-"""In an encoded FragmentHeader: behind the array's byte and the two of the id's length lies the id, and the position is
-its last byte.
+"""Where the position lies in an encoded FragmentHeader: it is the last byte of the id, which follows the array's mark
+(1 byte) and the mark and length of the id (2).
 """
 
 
 def encode_copies(header: FragmentHeader, count: int) -> list[bytes]:
-    """``header`` of a copy (k = 1) encoded for the positions 0 .. count - 1: all but that byte is the same."""
+    """The ``header`` of a copy (k = 1), encoded for the positions 0 .. count - 1. They differ in one byte."""
     encoded = encode(header)
-    before, behind = encoded[:_POSITION_AT], encoded[_POSITION_AT + 1 :]
-    return [b"%b%c%b" % (before, position, behind) for position in range(count)]
+    before, after = encoded[:_POSITION_AT], encoded[_POSITION_AT + 1 :]
+    return [b"%b%c%b" % (before, position, after) for position in range(count)]
 
 
 class Health(IntEnum):
+    """Of a fragment on one disk."""
+
     OK = 0
     MISSING = 1
     DAMAGED = 2
 
 
 class FragmentStat(Message, frozen=True):
-    """``health`` as the index and the last reads know it (a cell that failed stays DAMAGED until it is replaced)."""
+    """``health``: as the index and the reads until now know it. A fragment with a cell that failed stays DAMAGED until
+    it is replaced.
+    """
 
     id: bytes
     health: int
@@ -102,8 +104,8 @@ RETIREMENTS_MAX = 1000
 
 
 class Retirement(NamedTuple):
-    """A data id for a garbage list: the packed name of the register that referred to it, and when the collector may
-    judge it (wall clock).
+    """A data id for a garbage list. ``owner``: the packed name of the register that referred to it. ``due_ms``: when
+    the collector may judge it (wall clock).
     """
 
     data_id: bytes
@@ -112,9 +114,9 @@ class Retirement(NamedTuple):
 
 
 class CellRead(NamedTuple):
-    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold (the store has quarantined it
-    and told repair). ``whole``: all of them one
-    after the other, where they lie so in memory."""
+    """Some cells of one fragment. ``cells[i]`` is None where the checksum did not hold; the store has recorded the
+    damage and reported it. ``whole``: all cells in one piece, when they lie so in memory.
+    """
 
     header: FragmentHeader
     cells: tuple[memoryview | None, ...]
@@ -122,8 +124,8 @@ class CellRead(NamedTuple):
 
 
 class Usage(Message, frozen=True):
-    """``state``: ok, full (up to the reserve), read-only (a write or sync failed), failed. ``garbage_bytes`` are held
-    by deleted records.
+    """``state``: ok, full (up to the reserve), read-only (a write or sync failed), failed. ``garbage_bytes``: held by
+    records that were deleted.
     """
 
     state: str
@@ -144,58 +146,55 @@ class FragmentStore(Protocol):
     async def write(
         self, header: FragmentHeader, payload: Sequence[Buffer], *, sync: bool = False, check: bytes = b""
     ) -> None:
-        """Appends. Durable when ``sync`` was asked and it returned, or after a later ``sync``. Raises FragmentDamaged
-        for a payload that is not what the header's hashes say.
+        """Appends a fragment. It is durable when a call with ``sync`` returns, or after a later ``sync``. An id that is
+        there already is replaced (the newer record wins). Raises FragmentDamaged for a payload that does not match the
+        header's hashes.
 
-        ``check``: ``hashes.quick_check`` of the payload, by a gateway that has computed the hashes from these very
-        bytes: that is compared then, a hundred times as fast. Of other
-        callers it is not believed.
-        The buffers may be reused by the caller once this returns. Writing an id that is there already replaces it (the
-        newer record wins).
+        ``check``: the payload's ``hashes.quick_check``, made by a gateway that has computed the hashes from these very
+        bytes. It is compared instead of the hashes, a hundred times as fast. From other callers it is not believed. The
+        caller may reuse the buffers once this returns.
         """
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
-        """Returns when every one of these, written earlier by this caller, is durable (group fdatasync: many callers
-        share one).
+        """Returns when each of these, written earlier by this caller, is durable. Many callers share one fdatasync.
 
-        Raises FragmentMissing when one is not there at all (the node restarted in between and lost it).
+        Raises FragmentMissing when one is not there (the node restarted in between and lost it).
         """
 
     async def read(self, fragment: FragmentId, first_cell: int, count: int) -> CellRead:
-        """Cells ``first_cell .. first_cell + count - 1`` (fewer at the end), each verified against its checksum before
-        it is returned.
-        """
+        """Cells ``first_cell .. first_cell + count - 1`` (fewer at the end), each verified against its checksum."""
 
     async def stat(self, ids: Sequence[FragmentId]) -> list[FragmentStat]:
-        """One answer an id, in order; batches of up to 10,000."""
+        """One answer for each id, in order; up to 10,000 ids."""
 
     async def touch(self, ids: Sequence[FragmentId], now_ms: int) -> list[FragmentStat]:
-        """As stat, and renews the age of those that are there (a proposer whose accept was refused calls this before it
-        prepares again): ``created_ms`` becomes
-        ``now_ms``, or one more than it was when that is later."""
+        """As ``stat``, and renews the age of those that are there: ``created_ms`` becomes ``now_ms``, or one more than
+        it was when that is later. A proposer whose accept was refused calls this before it prepares again.
+        """
 
     async def retire(self, entries: Sequence[Retirement]) -> None:
-        """Puts data ids on this disk's garbage list, up to ``RETIREMENTS_MAX`` at once: all their fragments here are to
-        be judged and deleted by the collector, not
-        before ``due_ms``. One that is on the list already stays as it is: its delay has begun. Durable."""
+        """Puts up to ``RETIREMENTS_MAX`` data ids on this disk's garbage list, durably. The collector judges and
+        deletes all their fragments here, not before ``due_ms``. An entry that is on the list already stays as it is:
+        its delay has begun.
+        """
 
     async def retired(self, now_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
-        """(data id, owner) of garbage that is due."""
+        """(data id, owner) of the garbage list's entries that are due."""
 
     async def unretire(self, data_id: bytes) -> None:
         """Takes a data id off the garbage list (a record still refers to it)."""
 
     async def delete(self, ids: Sequence[FragmentId], *, created_ms: Sequence[int] = ()) -> int:
-        """Deletes; the bytes come back by punching holes or compaction. Returns how many were there. Works on a full
-        disk.
+        """Deletes, also on a full disk. Returns how many were there. The bytes come back later, by punching holes or
+        compaction.
 
-        ``created_ms``, one for each id as ``stat`` told it: what was written anew or touched since then stays. So what
-        is judged to be garbage and, between the
-        judgement and the deletion, taken up again by somebody who looks (``touch``) before relying on it, is not lost.
+        ``created_ms``: for each id what ``stat`` returned; a fragment that was written again or touched since then
+        stays. So garbage is not lost when, between judgement and deletion, a writer wants to refer to it again and
+        calls ``touch`` first.
         """
 
     def scan(self, after: bytes = b"", limit: int = 1000) -> AsyncIterator[FragmentHeader]:
-        """Every fragment in the order of its packed id, from behind ``after``; at most ``limit``."""
+        """Fragments in the order of their packed ids, after ``after``; at most ``limit``."""
 
     async def verify(self, fragment: FragmentId) -> FragmentStat:
         """Reads everything and checks every cell (scrub)."""
@@ -206,10 +205,10 @@ class FragmentStore(Protocol):
 
 
 class NearStore(FragmentStore, Protocol):
-    """A body on this very node."""
+    """The body of a disk on this node."""
 
-    def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
-        """As ``read`` when that needs no waiting, and nothing was found damaged; else None."""
+    def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
+        """As ``read`` when that needs no waiting and finds no damage; else None."""
 
 
 class FragmentStores(Protocol):

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
+import xxhash
 
 from storaged.errors import FragmentDamaged, FragmentMissing
+from storaged.fragments.damage import HEAD_CELL
 from storaged.fragments.entry import Entry
 from storaged.fragments.files import SegmentFile
 from storaged.fragments.format import (
+    ALIGNMENT,
+    CHECK_MASK,
     FRAGMENT,
+    HEAD,
+    HEAD_BYTES,
+    HEAD_CHECKED_BYTES,
+    ID_AT,
+    KEY_BYTES,
+    RECORD_MAGIC,
+    TRAILER_BYTES,
     FormatError,
+    align,
     cell_holds,
     parse_body,
     parse_fragment,
     parse_head,
     segment_seed,
-    whole_payload,
 )
-from storaged.fragments.index import HEAD_CELL, Index
+from storaged.fragments.index import Index
 from storaged.fragments.ports import FragmentHeader
 from storaged.units import MIB
 from storaged.wire import Buffer
 
 MOVED_RETRIES_MAX = 8
-"""How often a fragment may be moved by compaction while it is read, before it is called damaged."""
-
-Segments = Callable[[int], SegmentFile | None]
+"""How often compaction may move a fragment while it is read, before the fragment counts as damaged."""
 
 
 class Cells(NamedTuple):
-    """``bad``: cells that failed, HEAD_CELL is never among them (that raises)."""
+    """Some cells of one fragment. ``bad``: cells that failed; never HEAD_CELL, which raises. ``whole``: all of them in
+    one piece, when none failed.
+    """
 
     header: FragmentHeader
     cells: tuple[memoryview | None, ...]
@@ -47,35 +58,28 @@ class _NotCached(Exception):
 class Reader:
     """Reads what the index names. Usable from any thread."""
 
-    def __init__(self, index: Index, segments: Segments, on_damage: Callable[[bytes, int], None]) -> None:
+    def __init__(
+        self, index: Index, segments: Mapping[int, SegmentFile], on_damage: Callable[[bytes, int], None]
+    ) -> None:
         """``on_damage(packed id, cell)`` is called from the thread that reads, once for every cell newly found bad."""
         self._index = index
         self._segments = segments
         self._on_damage = on_damage
         self._seeds: dict[int, int] = {}
 
-    def read(self, key: bytes, first: int, count: int, *, cached: bool = False) -> Cells | None:
-        """Cells ``first .. first + count - 1``. With ``cached``: None at once when they are not all in memory and
-        whole.
-
-        Raises FragmentMissing, FragmentDamaged (its head cannot be read).
+    def read(self, key: bytes, first: int, count: int) -> Cells:
+        """Cells ``first .. first + count - 1``, fewer at the end. Raises FragmentMissing, and FragmentDamaged when the
+        record's head can't be read.
         """
         failed: Cells | None = None
         before: Entry | None = None
         for _ in range(MOVED_RETRIES_MAX):
-            entry = self._index.lookup(key)
-            if entry is None:
-                raise FragmentMissing(f"the disk does not hold fragment {key.hex()}")
+            entry = self._lookup(key)
             if before is not None and before[:2] == entry[:2]:
                 break  # it did not move: what failed is damaged
-            try:
-                found = self._attempt(key, entry, first, count, cached)
-            except _NotCached:
-                return None
+            found = self._attempt(key, entry, first, count, _fetch)
             if found is not None and not found.bad:
                 return found
-            if cached:
-                return None
             failed, before = found, entry
         if failed is None:
             self._report(key, (HEAD_CELL,))
@@ -83,57 +87,70 @@ class Reader:
         self._report(key, failed.bad)
         return failed
 
-    def cached_copy(self, data_id: bytes, bytes_max: int) -> memoryview | None:
-        """All of a small object's copy, verified as ``read`` does but for its header's fields, when it is in the page
-        cache and whole. None for anything else,
-        of which ``read`` says what it is."""
+    def try_read(self, key: bytes, first: int, count: int) -> Cells | None:
+        """As ``read`` when all of it is in the page cache and undamaged, else None. Raises FragmentMissing."""
+        try:
+            found = self._attempt(key, self._lookup(key), first, count, _try_fetch)
+        except _NotCached:
+            return None
+        return None if found is None or found.bad else found
+
+    def try_read_copy(self, data_id: bytes, bytes_max: int) -> memoryview | None:
+        """The payload of a data id's whole copy, when it is in the page cache and undamaged. Verified as ``read`` does,
+        but for the header's fields. None for anything else; ``read`` finds out why.
+        """
         found = self._index.copy_entry(data_id)
         if found is None:
             return None
         key, entry = found
-        file = self._segments(entry.segment)
-        count, start = entry.payload_bytes, entry.payload_start
-        if file is None or count > bytes_max:
+        segment = entry.segment
+        file = self._segments.get(segment)
+        if file is None or entry.payload_bytes > bytes_max:
             return None
         try:
-            data = file.read_cached(entry.offset, start + count)
+            data = file.try_read(entry.offset, entry.payload_start + entry.payload_bytes)
         except OSError:
             return None
         if data is None:
             return None
-        seed = self._seeds.get(entry.segment)
+        seed = self._seeds.get(segment)
         if seed is None:
-            seed = self._seeds[entry.segment] = segment_seed(self._index.disk_id, entry.segment)
-        return whole_payload(data, key, entry.offset, seed, count, entry.cell_bytes, start, entry.sequence)
+            seed = self._seeds[segment] = segment_seed(self._index.disk_id, segment)
+        return _whole_payload(data, key, entry, seed)
 
     def header(self, key: bytes) -> FragmentHeader:
-        """Raises as read."""
-        found = self.read(key, 0, 0)
-        assert found is not None
-        return found.header
+        """Raises as ``read``."""
+        return self.read(key, 0, 0).header
 
     def verify(self, key: bytes) -> tuple[int, ...]:
-        """Reads all of it, about a MiB at a time; the cells that failed. Raises as read."""
+        """Reads all of it, about a MiB at a time. Returns the cells that failed. Raises as ``read``."""
         entry = self._index.lookup(key)
         step = max(1, MIB // max(entry.cell_bytes, 1)) if entry is not None else 1
         bad: list[int] = []
         first, cells = 0, 1
         while first < cells:
             found = self.read(key, first, step)
-            assert found is not None
             bad.extend(found.bad)
             cells = -(-found.header.length // found.header.cell_bytes)
             first += step
         return tuple(bad)
 
+    def _lookup(self, key: bytes) -> Entry:
+        entry = self._index.lookup(key)
+        if entry is None:
+            raise FragmentMissing(f"the disk does not hold fragment {key.hex()}")
+        return entry
+
     def _report(self, key: bytes, cells: tuple[int, ...]) -> None:
         for cell in cells:
-            if self._index.mark_damaged(key, cell):
+            if self._index.damage.add(key, cell):
                 self._on_damage(key, cell)
 
-    def _attempt(self, key: bytes, entry: Entry, first: int, count: int, cached: bool) -> Cells | None:
+    def _attempt(
+        self, key: bytes, entry: Entry, first: int, count: int, fetch: Callable[[SegmentFile, int, int], Buffer]
+    ) -> Cells | None:
         """None when the head does not hold."""
-        file = self._segments(entry.segment)
+        file = self._segments.get(entry.segment)
         if file is None:
             return None
         first = min(first, entry.cells)
@@ -141,7 +158,6 @@ class Reader:
         start = min(first * entry.cell_bytes, entry.payload_bytes)
         end = min(last * entry.cell_bytes, entry.payload_bytes)
         payload = entry.offset + entry.payload_start
-        fetch = _fetch_cached if cached else _fetch
         try:
             if first == 0:  # head and cells lie together: one read
                 data = fetch(file, entry.offset, entry.payload_start + end)
@@ -171,7 +187,7 @@ class Reader:
         return Cells(header, tuple(cells), tuple(bad), None if bad else cell_data[: end - start])
 
     def _piecewise(self, key: bytes, entry: Entry, file: SegmentFile, first: int, last: int) -> Cells | None:
-        """The drive could not read some of it: every cell on its own, so that a bad sector costs one cell."""
+        """The drive could not read some of it: every cell is read on its own, so that a bad sector costs one cell."""
         try:
             opened = self._open(key, entry, file.read(entry.offset, entry.payload_start))
         except OSError:
@@ -216,14 +232,56 @@ class Reader:
         return header, body[1]
 
 
+def _whole_payload(data: Buffer, key: bytes, entry: Entry, seed: int) -> memoryview | None:
+    """The payload of the fragment ``key``, when ``data`` is its record up to the trailer, and record, sizes, sequence
+    and every cell hold. It checks what ``parse_head``, ``parse_body`` and ``cell_holds`` check, in one pass.
+    """
+    payload_start = entry.payload_start
+    magic, kind, _zero, _flags, message, payload, cell, record, _synced, sequence, body_check, check = HEAD.unpack_from(
+        data
+    )
+    if (
+        magic != RECORD_MAGIC
+        or kind != FRAGMENT
+        or payload != entry.payload_bytes
+        or cell != entry.cell_bytes
+        or sequence != entry.sequence
+        or not cell
+    ):
+        return None
+    view = memoryview(data)
+    body_end = HEAD_BYTES + message + 8 * -(-payload // cell)
+    sizes_hold = (
+        align(body_end) == payload_start
+        and record >= payload_start + align(payload) + TRAILER_BYTES
+        and not record % ALIGNMENT
+    )
+    if not sizes_hold or check != xxhash.xxh3_64_intdigest(
+        view[:HEAD_CHECKED_BYTES], (seed + entry.offset) & CHECK_MASK
+    ):
+        return None
+    if body_check != xxhash.xxh3_64_intdigest(view[HEAD_BYTES:body_end], seed):
+        return None
+    if view[HEAD_BYTES + ID_AT : HEAD_BYTES + ID_AT + KEY_BYTES] != key:
+        return None
+    sums = view[HEAD_BYTES + message : body_end]
+    plain = view[payload_start:]
+    if payload <= cell:
+        return plain if xxhash.xxh3_64_digest(plain) == sums else None
+    for index, at in enumerate(range(0, payload, cell)):
+        if not cell_holds(plain[at : at + cell], sums, index):
+            return None
+    return plain
+
+
 def _fetch(file: SegmentFile, offset: int, length: int) -> Buffer:
     return file.read(offset, length) if length else b""
 
 
-def _fetch_cached(file: SegmentFile, offset: int, length: int) -> Buffer:
+def _try_fetch(file: SegmentFile, offset: int, length: int) -> Buffer:
     if not length:
         return b""
-    data = file.read_cached(offset, length)
+    data = file.try_read(offset, length)
     if data is None:
         raise _NotCached
     return data

@@ -1,15 +1,12 @@
-"""From segments to an index: the replay at every start, the rebuilding of a lost index, and a read-only check.
+"""From segments to an index: the replay at every start, the rebuild of a lost index, and a read-only check.
 
-What may be cut is decided by what the log says of itself. Every head carries ``synced_end``; the largest that any valid
-head of the last segment
-carries (or the checkpoint's position, if that is behind it) is the border. Before it everything was durable and perhaps
-acknowledged:
-a record that does not hold there is damage; it is left where it is, its fragment is reported, and nothing is cut.
-Behind it nothing is
-proven: a record counts only when every one of its bytes holds, what is torn between such records becomes filler, and
-the bytes behind the last one
-are cut. Segments before the
-last were synced whole before their successor was made, so they have no such zone.
+The log itself says what may be cut. Every head carries ``synced_end``. The *border* is the largest one that any valid
+head of the last segment carries, or the checkpoint's position if that comes later.
+
+Before the border everything was durable, and perhaps acknowledged. A record there that does not hold is damage: it
+stays where it is, its fragment is reported, and nothing is cut. After the border nothing is proven: a record counts
+only when every one of its bytes holds. What is torn between such records becomes filler, and the bytes after the last
+one are cut. Earlier segments were synced whole before their successor was made, so they have no such zone.
 """
 
 from __future__ import annotations
@@ -35,7 +32,8 @@ from storaged.fragments.format import (
     parse_segment_header,
     segment_seed,
 )
-from storaged.fragments.index import Index, Position
+from storaged.fragments.index import Index
+from storaged.fragments.index_rows import Position
 from storaged.fragments.scan import Found, Gap, scan, whole
 
 
@@ -49,13 +47,14 @@ class Step(NamedTuple):
 
 
 Progress = Callable[[Step], None]
+Spill = Callable[[Position], None]
 
 
 @dataclass
 class Report:
     """What a replay found. ``end`` is where the next record goes in segment ``last`` (0: there is none).
 
-    ``gaps``: (segment, offset, length) of damage before the border. ``torn_bytes``: cut, or made filler, behind it.
+    ``gaps``: (segment, offset, length) of damage before the border. ``torn_bytes``: cut, or made filler, after it.
     ``failure``: why the disk must be read-only, if it must.
     """
 
@@ -75,126 +74,161 @@ def replay(
     segments: dict[int, SegmentFile],
     *,
     read_only: bool,
-    spill: Callable[[Position], None],
+    spill: Spill,
     progress: Progress | None = None,
 ) -> Report:
-    """Brings the index up to the log's end and fills ``segments``. With an index that has no checkpoint it rebuilds all
-    of it.
+    """Brings the index up to the log's end and fills ``segments``. Rebuilds an index that has no checkpoint.
 
     ``spill(position)`` is called after every record; everything before the position has been applied, and is durable.
     Raises DiskForeign, FormatUnknown, OSError.
     """
-    report = Report()
     numbers = files.segments()
     for number in numbers:
         segments[number] = files.open(number)
-    _forget_lost(index, segments, report)
-    todo = [number for number in numbers if number >= index.checkpoint.segment or number not in index.segments]
+    run = _Replay(files, index, segments, read_only, spill)
+    run.forget_lost_segments()
+    todo = [number for number in numbers if number >= index.checkpoint.segment or number not in index.accounts.segments]
     total = sum(segments[number].size() for number in todo) if progress is not None else 0
     done = 0
-    for position, number in enumerate(todo):
-        last = number == numbers[-1]
+    for place, number in enumerate(todo):
         size = segments[number].size()
-        if _identify(files, index, segments, number, last=last, read_only=read_only):
-            known = number in index.segments and number == index.checkpoint.segment
-            start = index.checkpoint.offset if known else SEGMENT_HEADER_BYTES
-            if last:
-                _replay_last(index, segments[number], number, start, report, spill, read_only=read_only)
-            else:
-                _replay_sealed(index, segments[number], number, start, report, spill)
+        run.segment(number, last=number == numbers[-1])
         if progress is not None:
             done += size
-            progress(Step(position + 1, len(todo), done, total))
+            progress(Step(place + 1, len(todo), done, total))
+    report = run.report
     report.last = max(segments, default=0)
     if report.last and report.end == 0:
-        use = index.segments.get(report.last)
+        use = index.accounts.segments.get(report.last)
         report.end = use.end if use is not None else SEGMENT_HEADER_BYTES
     return report
 
 
-def _forget_lost(index: Index, segments: dict[int, SegmentFile], report: Report) -> None:
-    """Segments that the index knows and the directory has not: what was live in them is missing, and said to be."""
-    lost = {number for number in index.segments if number not in segments}
-    if any(index.segments[number].live > 0 for number in lost):
-        report.lost_segments = sorted(lost)
-        for key, entry in index.entries():
-            if entry.segment in lost:
-                index.forget(key)
-    for number in lost:
-        index.remove_segment(number)
+class _Replay:
+    def __init__(
+        self, files: Files, index: Index, segments: dict[int, SegmentFile], read_only: bool, spill: Spill
+    ) -> None:
+        self._files = files
+        self._index = index
+        self._segments = segments
+        self._read_only = read_only
+        self._spill = spill
+        self.report = Report()
 
+    def forget_lost_segments(self) -> None:
+        """Segments that the index knows and the directory does not have: what was live in them is missing from now
+        on.
+        """
+        index = self._index
+        lost = {number for number in index.accounts.segments if number not in self._segments}
+        if any(index.accounts.segments[number].live > 0 for number in lost):
+            self.report.lost_segments = sorted(lost)
+            for key, entry in index.entries():
+                if entry.segment in lost:
+                    index.forget(key)
+        for number in lost:
+            index.accounts.remove(number)
 
-def _identify(
-    files: Files, index: Index, segments: dict[int, SegmentFile], number: int, *, last: bool, read_only: bool
-) -> bool:
-    """Whether there may be records in it. A last segment whose creation was interrupted is removed."""
-    file = segments[number]
-    try:
-        header = parse_segment_header(file.read(0, SEGMENT_HEADER_BYTES))
-    except FormatUnknown:
-        raise
-    except (FormatError, OSError):
-        seed = segment_seed(index.disk_id, number)
-        if not last or any(isinstance(item, Found) for item in scan(file, seed, SEGMENT_HEADER_BYTES, file.size())):
-            return True  # its records know where they belong without it
-        if number in index.segments or read_only:
-            return False
-        files.remove(number)
-        del segments[number]
-        return False
-    if header.disk_id != index.disk_id:
-        raise DiskForeign(f"segment {number} belongs to disk {header.disk_id}, not to {index.disk_id}")
-    return True
-
-
-def _replay_sealed(
-    index: Index, file: SegmentFile, number: int, start: int, report: Report, spill: Callable[[Position], None]
-) -> None:  # fmt: skip
-    end = file.size()
-    index.grow(number, end)
-    if start == SEGMENT_HEADER_BYTES:
-        index.punch(number, max(0, end - file.allocated()))
-    for item in scan(file, segment_seed(index.disk_id, number), start, end):
-        _take(index, number, item, report, spill)
-
-
-def _replay_last(
-    index: Index, file: SegmentFile, number: int, start: int, report: Report, spill: Callable[[Position], None], *, read_only: bool  # noqa: E501
-) -> None:  # fmt: skip
-    """First the border, for what proves how far the log was durable may stand at its very end; then what is torn behind
-    it; then all that counts.
-
-    A torn record with whole ones behind it is overwritten with a filler's head: once more records follow, nothing else
-    would tell a later
-    replay that it was never whole. This comes before any checkpoint that covers it.
-    """
-    seed = segment_seed(index.disk_id, number)
-    end = file.size()
-    border = max(
-        (item.head.synced_end for item in scan(file, seed, start, end) if isinstance(item, Found)), default=start
-    )
-    border = max(border, start)
-    if not read_only:
-        report.failure = _settle(file, border)
-    kept = border
-    torn: dict[int, int] = {}
-    for item in scan(file, seed, border, end):
-        if isinstance(item, Found) and whole(file, item, end):
-            kept = item.end
+    def segment(self, number: int, *, last: bool) -> None:
+        """Replays one segment from where the checkpoint ends."""
+        if not self._identify(number, last=last):
+            return
+        index = self._index
+        known = number in index.accounts.segments and number == index.checkpoint.segment
+        start = index.checkpoint.offset if known else SEGMENT_HEADER_BYTES
+        if last:
+            self._replay_last(number, start)
         else:
-            torn[item.offset] = min(item.end, end) - item.offset
-    if torn and not read_only and not report.failure:
-        report.failure = _disarm(file, seed, border, kept, torn)
-    report.end = kept
-    report.torn_bytes = sum(torn.values())
-    index.grow(number, kept)
-    for item in scan(file, seed, start, min(kept, end)):
-        if item.offset not in torn:
-            _take(index, number, item, report, spill)
+            self._replay_sealed(number, start)
+
+    def _identify(self, number: int, *, last: bool) -> bool:
+        """Whether there may be records in it. A last segment whose creation was interrupted is removed."""
+        file = self._segments[number]
+        try:
+            header = parse_segment_header(file.read(0, SEGMENT_HEADER_BYTES))
+        except FormatUnknown:
+            raise
+        except (FormatError, OSError):
+            items = scan(file, segment_seed(self._index.disk_id, number), SEGMENT_HEADER_BYTES, file.size())
+            if not last or any(isinstance(item, Found) for item in items):
+                return True  # its records are bound to their place without the header
+            if number in self._index.accounts.segments or self._read_only:
+                return False
+            self._files.remove(number)
+            del self._segments[number]
+            return False
+        if header.disk_id != self._index.disk_id:
+            raise DiskForeign(f"segment {number} belongs to disk {header.disk_id}, not to {self._index.disk_id}")
+        return True
+
+    def _replay_sealed(self, number: int, start: int) -> None:
+        file = self._segments[number]
+        end = file.size()
+        self._index.accounts.grow(number, end)
+        if start == SEGMENT_HEADER_BYTES:
+            self._index.accounts.punch(number, max(0, end - file.allocated()))
+        for item in scan(file, segment_seed(self._index.disk_id, number), start, end):
+            self._take(number, item)
+
+    def _replay_last(self, number: int, start: int) -> None:
+        """Finds the border first, for the head that proves how far the log was durable may lie at its very end. Then
+        finds what is torn after it, and at last applies all that counts.
+
+        A torn record with whole ones after it is overwritten with a filler's head, before any checkpoint that covers
+        it. Otherwise a later replay, which sees more records after it, could not know that it was never whole.
+        """
+        file, report = self._segments[number], self.report
+        seed = segment_seed(self._index.disk_id, number)
+        end = file.size()
+        proven = [item.head.synced_end for item in scan(file, seed, start, end) if isinstance(item, Found)]
+        border = max([start, *proven])
+        if not self._read_only:
+            report.failure = _make_durable(file, border)
+        kept = border
+        torn: dict[int, int] = {}
+        for item in scan(file, seed, border, end):
+            if isinstance(item, Found) and whole(file, item, end):
+                kept = item.end
+            else:
+                torn[item.offset] = min(item.end, end) - item.offset
+        if torn and not self._read_only and not report.failure:
+            report.failure = _cut(file, seed, border, kept, torn)
+        report.end = kept
+        report.torn_bytes = sum(torn.values())
+        self._index.accounts.grow(number, kept)
+        for item in scan(file, seed, start, min(kept, end)):
+            if item.offset not in torn:
+                self._take(number, item)
+
+    def _take(self, number: int, item: Found | Gap) -> None:
+        report, index = self.report, self._index
+        if isinstance(item, Gap):
+            report.gaps.append((number, item.offset, item.length))
+            return
+        report.records += 1
+        report.sequence = max(report.sequence, item.head.sequence)
+        if not apply(index, number, item):
+            report.gaps.append((number, item.offset, item.head.record_bytes))
+        index.sequence = max(index.sequence, report.sequence)
+        self._spill(Position(number, item.end))
 
 
-def _disarm(file: SegmentFile, seed: int, border: int, kept: int, torn: dict[int, int]) -> str:
-    """Returns why it could not be done, if it could not."""
+def _make_durable(file: SegmentFile, border: int) -> str:
+    """Syncs what a killed process left in the page cache, and has the tail read from the drive. Returns why that
+    failed, empty when it did not.
+    """
+    try:
+        file.sync()
+    except OSError as error:
+        return f"fdatasync at start: {error.strerror or error}"
+    file.drop_cache(border)
+    return ""
+
+
+def _cut(file: SegmentFile, seed: int, border: int, kept: int, torn: dict[int, int]) -> str:
+    """Makes torn records before ``kept`` filler, and cuts the file there. Returns why that failed, empty when it did
+    not.
+    """
     try:
         for offset, length in torn.items():
             if offset < kept and length >= HEAD_BYTES:
@@ -208,32 +242,8 @@ def _disarm(file: SegmentFile, seed: int, border: int, kept: int, torn: dict[int
     return ""
 
 
-def _take(index: Index, number: int, item: Found | Gap, report: Report, spill: Callable[[Position], None]) -> None:
-    if isinstance(item, Gap):
-        report.gaps.append((number, item.offset, item.length))
-        return
-    report.records += 1
-    report.sequence = max(report.sequence, item.head.sequence)
-    if not apply(index, number, item):
-        report.gaps.append((number, item.offset, item.head.record_bytes))
-    index.sequence = max(index.sequence, report.sequence)
-    spill(Position(number, item.end))
-
-
-def _settle(file: SegmentFile, border: int) -> str:
-    """Makes what a killed process left in the page cache durable, and has the tail read from the drive. Returns why
-    not, if not.
-    """
-    try:
-        file.sync()
-    except OSError as error:
-        return f"fdatasync at start: {error.strerror or error}"
-    file.drop_cache(border)
-    return ""
-
-
 def apply(index: Index, number: int, found: Found) -> bool:
-    """Puts a record into the index; False when its body does not hold, so that what it was is unknown."""
+    """Puts a record into the index. False when its body does not hold, so that its content is unknown."""
     head = found.head
     if found.message is None:
         return False
@@ -243,12 +253,18 @@ def apply(index: Index, number: int, found: Found) -> bool:
             if len(header.id) != KEY_BYTES:
                 return False
             entry = Entry(
-                number, found.offset, head.record_bytes, head.payload_start, head.payload_bytes, head.cell_bytes,
-                head.sequence, header.created_ms,
-            )  # fmt: skip
+                number,
+                found.offset,
+                head.record_bytes,
+                head.payload_start,
+                head.payload_bytes,
+                head.cell_bytes,
+                head.sequence,
+                header.created_ms,
+            )
             index.put(header.id, entry)
         elif head.kind == NOTES:
-            index.apply(number, head.record_bytes, head.sequence, parse_notes(found.message))
+            index.apply_notes(number, head.record_bytes, head.sequence, parse_notes(found.message))
     except FormatError:
         return False
     return True

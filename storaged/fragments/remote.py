@@ -1,5 +1,5 @@
-"""Fragment stores over RPC: the disks of other nodes behind the same port, the host that answers for this node's, and
-the directory of all.
+"""Fragment stores over RPC: the port for the disks of other nodes, the host that answers for this node's disks, and the
+directory of all disks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ T = TypeVar("T", bound=Message)
 SCAN_PAGE_MAX = 1000
 RETIRED_PAGE_MAX = 10_000
 EPOCHS_BACK_MAX = 64
-"""How many earlier layouts are asked where a disk is that the current one no longer names."""
+"""In so many earlier layouts a disk is looked up that the current one no longer names."""
 
 
 def _pack(ids: Sequence[FragmentId]) -> tuple[bytes, ...]:
@@ -56,8 +56,8 @@ def _pack(ids: Sequence[FragmentId]) -> tuple[bytes, ...]:
 
 
 class RemoteFragmentStore:
-    """A FragmentStore on another node. A method that is not answered in time raises PeerTimeout; whether it was carried
-    out is then unknown.
+    """A FragmentStore on another node. A call that is not answered in time raises PeerTimeout; whether it was carried
+    out is unknown then.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class RemoteFragmentStore:
         await self._ask("fragment.write", WriteRequest(self._disk, header, sync, check), Done, payload)
 
     async def sync(self, ids: Sequence[FragmentId]) -> None:
-        """A node that restarted since the write, and lost it, answers FragmentMissing: its index knows only what its
-        log still has.
+        """A node that restarted since the write and lost it answers FragmentMissing: its index knows only what is in
+        its log.
         """
         await self._ask("fragment.sync", IdsRequest(self._disk, _pack(ids)), Done)
 
@@ -152,21 +152,21 @@ class RemoteFragmentStore:
         return reply.usage
 
     async def close(self) -> None:
-        """The connection belongs to the caller; nothing to do."""
+        """No-op: the connection belongs to the caller."""
 
 
 class FragmentHost:
-    """Answers for the disks of this node. ``stores`` is read at every call, so that a disk may join or leave."""
+    """Answers for the disks of this node. ``stores`` is looked up at every call, so that a disk may join or leave."""
 
     def __init__(self, stores: Mapping[str, NearStore]) -> None:
         self._stores = stores
 
     def methods(self) -> Methods:
-        """What a storage node registers."""
+        """The methods that a storage node registers."""
         methods = {
             "fragment.write": Method(WriteRequest, self._write),
             "fragment.sync": Method(IdsRequest, self._sync),
-            "fragment.read": Method(ReadRequest, self._read, at_once=self._peek),
+            "fragment.read": Method(ReadRequest, self._read, at_once=self._try_read),
             "fragment.stat": Method(IdsRequest, self._stat),
             "fragment.touch": Method(TouchRequest, self._touch),
             "fragment.retire": Method(RetireRequest, self._retire),
@@ -199,8 +199,8 @@ class FragmentHost:
             await self._store(request.disk).read(_unpack((request.id,))[0], request.first_cell, request.count)
         )
 
-    def _peek(self, request: ReadRequest, _call: Call) -> Reply | None:
-        found = self._store(request.disk).peek(_unpack((request.id,))[0], request.first_cell, request.count)
+    def _try_read(self, request: ReadRequest, _call: Call) -> Reply | None:
+        found = self._store(request.disk).try_read(_unpack((request.id,))[0], request.first_cell, request.count)
         return None if found is None else _reply(found)
 
     async def _stat(self, request: IdsRequest, _call: Call) -> StatsReply:
@@ -259,7 +259,7 @@ def _unpack(ids: Sequence[bytes]) -> list[FragmentId]:
 
 
 class StoreDirectory:
-    """FragmentStores: this node's disks directly, every other disk over RPC at the node that a layout names."""
+    """FragmentStores: this node's disks directly, every other disk over RPC on the node that a layout names."""
 
     def __init__(
         self, layouts: Layouts, caller: Caller, local: Mapping[str, FragmentStore], *, timeout_s: float = 10.0

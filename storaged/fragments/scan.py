@@ -1,8 +1,7 @@
-"""Reading segments from one end to the other: for replay, rebuilding, checking and compaction.
+"""Reading a segment from one end to the other: for replay, rebuild, check and compaction.
 
-What does not parse is a gap. Behind a gap the next record is found by its magic, on a multiple of 8 bytes, and believed
-only when its head's
-checksum holds for that very offset. A drive that cannot read a sector makes a gap too.
+What does not parse is a gap. The record after a gap is found by its magic, on a multiple of 8 bytes; it counts only
+when its head's checksum holds for that very offset. A sector that the drive can't read makes a gap too.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from storaged.fragments.format import (
 from storaged.units import KIB, MIB
 
 WINDOW_BYTES = 64 * KIB
-"""One read fetches the heads of many small records, and is not much beside one large payload that is skipped."""
+"""One read fetches the heads of many small records, and is short beside one large payload that is skipped."""
 
 
 class Found(NamedTuple):
@@ -59,6 +58,8 @@ class Gap(NamedTuple):
 
 
 class _Window:
+    """The part of the file that was read last."""
+
     def __init__(self, file: SegmentFile) -> None:
         self._file = file
         self._start = 0
@@ -73,7 +74,7 @@ class _Window:
 
 
 def read_tolerant(file: SegmentFile, offset: int, length: int) -> bytes:
-    """As read, with zeros where the drive cannot read a page."""
+    """As ``SegmentFile.read``, with zeros where the drive can't read a page."""
     try:
         return file.read(offset, length)
     except OSError as error:
@@ -93,9 +94,9 @@ def scan(file: SegmentFile, seed: int, start: int, end: int) -> Iterator[Found |
         at = window.reach(offset, min(HEAD_BYTES, end - offset))
         head = parse_head(window.data, at, offset, seed)
         if head is None:
-            behind = _next_record(window, seed, offset + ALIGNMENT, end)
-            yield Gap(offset, behind - offset)
-            offset = behind
+            following = _next_record(window, seed, offset + ALIGNMENT, end)
+            yield Gap(offset, following - offset)
+            offset = following
             continue
         body = None
         if head.message_bytes <= MESSAGE_BYTES_MAX:
@@ -106,6 +107,7 @@ def scan(file: SegmentFile, seed: int, start: int, end: int) -> Iterator[Found |
 
 
 def _next_record(window: _Window, seed: int, offset: int, end: int) -> int:
+    """The offset of the first record at ``offset`` or after it; ``end`` when there is none."""
     while offset < end:
         at = window.reach(offset, min(WINDOW_BYTES, end - offset))
         limit = len(window.data)
@@ -127,7 +129,7 @@ def _next_record(window: _Window, seed: int, offset: int, end: int) -> int:
 
 
 def whole(file: SegmentFile, found: Found, end: int) -> bool:
-    """Whether every byte of the record that has a checksum matches it, and it is all there."""
+    """Whether the record is complete, and everything in it that has a checksum matches it."""
     if found.sums is None or found.end > end:
         return False
     head = found.head
@@ -135,25 +137,20 @@ def whole(file: SegmentFile, found: Found, end: int) -> bool:
         return True
     if not trailer_holds(head, read_tolerant(file, found.offset + trailer_start(head), TRAILER_BYTES)):
         return False
-    return not damaged_cells(file, found, first_only=True)
+    return _cells_hold(file, found.offset + head.payload_start, head, found.sums)
 
 
-def damaged_cells(file: SegmentFile, found: Found, *, first_only: bool = False) -> list[int]:
-    """Cells of a fragment whose checksum does not hold, read in pieces of about a MiB."""
-    head = found.head
-    assert found.sums is not None
-    bad: list[int] = []
+def _cells_hold(file: SegmentFile, payload: int, head: Head, sums: memoryview) -> bool:
+    """Reads the payload, which begins at ``payload`` of the file, in pieces of about a MiB."""
     step = max(1, MIB // max(head.cell_bytes, 1))
     for first in range(0, head.cells, step):
         start = first * head.cell_bytes
         length = min(step * head.cell_bytes, head.payload_bytes - start)
-        data = memoryview(read_tolerant(file, found.offset + head.payload_start + start, length))
+        data = memoryview(read_tolerant(file, payload + start, length))
         for cell in range(first, min(first + step, head.cells)):
             begin = (cell - first) * head.cell_bytes
             width = min(head.cell_bytes, length - begin)
             piece = data[begin : begin + width]
-            if len(piece) < width or not cell_holds(piece, found.sums, cell):
-                bad.append(cell)
-                if first_only:
-                    return bad
-    return bad
+            if len(piece) < width or not cell_holds(piece, sums, cell):
+                return False
+    return True

@@ -26,10 +26,10 @@ from storaged.clock import Clock
 from storaged.cluster.ports import DiskStatus
 from storaged.config import Config, DiskSection
 from storaged.errors import DirectoryInUse, DiskForeign, IndexDamaged, StoragedError
-from storaged.fragments.engine import StoreLimits
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.payloads import COPY_BYTES_MAX, Payloads, copy_write
 from storaged.fragments.ports import FragmentHeader, FragmentId
-from storaged.fragments.store import LocalFragmentStore
+from storaged.fragments.store import DiskOwner, LocalFragmentStore
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
@@ -86,7 +86,7 @@ class DiskCopies(PlainCopies):
         self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None
     ) -> None:
         payloads = Payloads(fragments)
-        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.peek_payload, told)
+        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.try_load_payload, told)
         self._fragments = fragments
         self._records = meta
         meta.keep_copies = fragments.keep
@@ -101,7 +101,7 @@ class DiskCopies(PlainCopies):
         body = [_own(piece) for piece in body]
         try:
             write = copy_write(header, body)
-            refusal = self._fragments.refusal(write)
+            refusal = self._fragments.admit(write)
         except StoragedError as error:
             refusal = error
         if refusal is not None:
@@ -358,11 +358,13 @@ class Opener:
                 directory / "fragments",
                 section.id,
                 limits=StoreLimits(segment_bytes=limits.segment_bytes, reserve_bytes=limits.reserve_bytes or None),
-                clock=self._clock,
-                on_damage=lambda fragment, cell: self._on_cell(section.id, fragment, cell),
-                failed_before=ledger.failure(section.id, "fragments"),
-                note_failed=partial(self._note_failed, section.id, "fragments"),
-                in_thread=in_own_thread,
+                owner=DiskOwner(
+                    clock=self._clock,
+                    on_damage=lambda fragment, cell: self._on_cell(section.id, fragment, cell),
+                    failed_before=ledger.failure(section.id, "fragments"),
+                    note_failed=partial(self._note_failed, section.id, "fragments"),
+                    in_thread=in_own_thread,
+                ),
             )
         except BaseException:
             await meta.close()

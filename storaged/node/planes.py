@@ -36,7 +36,7 @@ from storaged.errors import (
     PortInUse,
     StoragedError,
 )
-from storaged.fragments.payloads import at_position
+from storaged.fragments.payloads import header_at_position
 from storaged.fragments.ports import FragmentId
 from storaged.fragments.remote import FragmentHost, StoreDirectory
 from storaged.ids import INCARNATION_BYTES, system_entropy
@@ -296,7 +296,7 @@ class NodePlanes:
             believes=self.belief,
             on_missed=self._missed,
             on_fenced=self._fenced,
-            copy_at=at_position,
+            copy_at=header_at_position,
         )
         remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
         self.scanner = RingScanner(

@@ -76,7 +76,7 @@ class FaultyDisk(MemoryFragmentStore):
         found = await super().read(fragment, first_cell, count)
         return found._replace(whole=None) if self.scattered else found
 
-    def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
+    def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
         if not self.near:
             return None
         self.peeks += 1

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import msgspec
 
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
-from storaged.fragments.engine import Write, check_time
 from storaged.fragments.ports import (
     CELLS_MAX,
     CellRead,
@@ -23,6 +22,7 @@ from storaged.fragments.ports import (
     Retirement,
     Usage,
 )
+from storaged.fragments.write import Write, check_time
 from storaged.hashes import is_fragment
 from storaged.wire import Buffer
 
@@ -220,12 +220,12 @@ class MemoryFragmentStore:
         prefix = data_id + b"\0\0\0\0\x01"
         return next((FragmentId.unpack(key) for key in self._fragments if key.startswith(prefix)), None)
 
-    def peek(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
+    def try_read(self, fragment: FragmentId, first_cell: int = 0, count: int = CELLS_MAX) -> CellRead | None:
         """Nothing is read without its simulated latency."""
         return None
 
-    def peek_copy(self, data_id: bytes) -> memoryview | None:
-        """As ``peek``."""
+    def try_read_copy(self, data_id: bytes) -> memoryview | None:
+        """As ``try_read``."""
         return None
 
     def _used(self) -> int:

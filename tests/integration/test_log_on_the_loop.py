@@ -18,10 +18,11 @@ from storaged import aio
 from storaged.aio import DirectFile
 from storaged.durable import Unfinished
 from storaged.errors import DiskUnusable, StoragedError
-from storaged.fragments import store as fragment_store
-from storaged.fragments.engine import StoreLimits, Write
+from storaged.fragments import deferred as deferred_module
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
+from storaged.fragments.write import Write
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
@@ -101,7 +102,7 @@ async def test_the_log_keeps_copies_that_could_not_be_appended_unless_a_start_kn
     if reason == "no room":
         files.limit = 1
     else:
-        store._engine.fail(reason, lasting=reason == "lasts")
+        store._engine.state.fail(reason, lasting=reason == "lasts")
     store.keep([write])
     if closed:
         await store.close()
@@ -110,7 +111,7 @@ async def test_the_log_keeps_copies_that_could_not_be_appended_unless_a_start_kn
     else:
         with pytest.raises(Unfinished, match="room" if reason == "no room" else reason):
             await asyncio.to_thread(store.sync_apart)
-        assert store.peek_copy(write.key[:16]) if not closed else True
+        assert store.try_read_copy(write.key[:16]) if not closed else True
 
 
 async def test_copies_for_which_there_is_room_again_are_appended(
@@ -132,7 +133,7 @@ async def test_a_store_that_closes_appends_what_it_kept_before_it_says_so(
 ) -> None:
     """The thread has ended, and the copy is not appended yet."""
     made, write = copy_of()
-    shutdown = store._checkpoints.shutdown = Held(store._checkpoints.shutdown)  # type: ignore[method-assign]
+    shutdown = store._writer._checkpoints.shutdown = Held(store._writer._checkpoints.shutdown)  # type: ignore[method-assign]
     closing = asyncio.create_task(store.close())
     assert await asyncio.to_thread(shutdown.reached.wait, GUARD_S)
     store.keep([write])
@@ -179,25 +180,25 @@ async def test_a_copy_of_a_million_cells_is_no_work_for_the_loop(store: LocalFra
     store._engine.append = seen  # type: ignore[method-assign]
     store.keep([Write.of(made.header, [made.payload])])
     assert (await store.read(made.id, 0, 10)).cells[0] == made.payload[:1]
-    assert threads[0] is store._thread
+    assert threads[0] is store._writer.thread
 
 
 async def test_copies_on_their_way_count_as_if_they_lay_on_the_disk(
     tmp_path: Path, files: SimulatedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many come before the first of them is durable anywhere."""
-    monkeypatch.setattr(fragment_store, "SPACE_LOOK_S", 1e9)  # a second look would find the first of them appended
+    monkeypatch.setattr(deferred_module, "SPACE_LOOK_S", 1e9)  # a second look would find the first of them appended
     files.limit = 1 << 30
     limits = StoreLimits(reserve_bytes=(1 << 30) - (4 << 20), note_reserve_bytes=0)
     store = await LocalFragmentStore.open(tmp_path / "fragments", DISK, files=files, limits=limits)
     coming: list[Write] = []
-    while len(coming) < 1000 and store.refusal(write := copy_of(16_384)[1]) is None:
+    while len(coming) < 1000 and store.admit(write := copy_of(16_384)[1]) is None:
         coming.append(write)
     assert 200 < len(coming) < 260
     store.withdraw(coming.pop())
     store.keep(coming[:31])  # one more, and the thread would append some before the next look
-    assert store.refusal(copy_of(16_384)[1]) is None
-    refusal = store.refusal(copy_of(64_000)[1])
+    assert store.admit(copy_of(16_384)[1]) is None
+    refusal = store.admit(copy_of(64_000)[1])
     assert refusal is not None
     assert "full" in str(refusal)
     await store.close()
@@ -234,7 +235,7 @@ async def test_a_disk_whose_index_fails_for_now_has_every_acknowledged_copy_afte
     made, _ = copy_of()
     disk = await Disk.opened(tmp_path)
     assert (await disk.replica.accept(accept_of(made), [made.payload])).verdict is Verdict.OK
-    disk.fragments._engine.fail("checkpoint of the fragment index: MDB_MAP_FULL", lasting=False)
+    disk.fragments._engine.state.fail("checkpoint of the fragment index: MDB_MAP_FULL", lasting=False)
     await disk.meta.checkpoint()
     assert "MDB_MAP_FULL" in disk.meta.statistics().reason
     await disk.close()

@@ -269,7 +269,7 @@ async def test_the_markers_of_failed_stores_are_synced_with_their_directory(
 
     monkeypatch.setattr(os, "fsync", fsync)
     await asyncio.to_thread(disk.meta._fail, OSError(5, "Input/output error"))
-    await asyncio.to_thread(disk.fragments._engine.fail, "Input/output error")
+    await asyncio.to_thread(disk.fragments._engine.state.fail, "Input/output error")
     monkeypatch.undo()
     for name, directory in (("failed", "meta"), ("FAILED", "fragments"), (LEDGER_FILE, "")):
         place = tmp_path / "d1" / directory if directory else tmp_path
@@ -289,8 +289,8 @@ async def test_a_fragment_store_that_failed_takes_nothing_also_where_the_disk_co
 
     monkeypatch.setattr("storaged.fragments.files.replace_file", refuses)
     engine = disks.used[ids(loaded)[0]].fragments._engine
-    await asyncio.to_thread(engine.fail, "fdatasync of segment 1: Input/output error")
-    assert engine._marked, "a start will know of it"
+    await asyncio.to_thread(engine.state.fail, "fdatasync of segment 1: Input/output error")
+    assert engine.state.failure_noted, "a start will know of it"
     await disks.close()
     monkeypatch.undo()
     again = await opener(loaded).open()

@@ -17,7 +17,7 @@ import pytest
 
 from storaged.clock import SystemClock
 from storaged.errors import DiskUnusable, SlowDown, StoragedError
-from storaged.fragments import store as fragment_store
+from storaged.fragments import deferred as deferred_module
 from storaged.fragments.payloads import COPY_BYTES_MAX
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
@@ -365,7 +365,7 @@ async def test_a_senders_buffer_that_is_used_again_changes_no_copy(directory: Pa
     for _ in range(2):
         for copy, name in zip(copies, (NAME, OTHER), strict=True):
             assert await payload_at(replica, name) == (copy.data_id, copy.payload)
-        await disk.fragments._settle()  # what was kept is appended then
+        await disk.fragments._append_deferred()  # what was kept is appended then
     found = await died(disk, directory)
     assert [bytes(payload) for _, payload in found.meta.restorable()] == []
     for copy in copies:
@@ -399,7 +399,7 @@ async def test_a_process_that_dies_before_the_log_has_them_leaves_neither_copy_n
 async def test_a_process_that_dies_after_the_log_has_them_and_before_the_copy_is_appended_leaves_both(
     directory: Path, monkeypatch: pytest.MonkeyPatch, answered: bool, direct: bool
 ) -> None:
-    monkeypatch.setattr(fragment_store, "LATER_S", 60)
+    monkeypatch.setattr(deferred_module, "DEFER_S", 60)
     disk = await LogDisk.opened(directory, simulated=False, direct=direct, reserve_bytes=1)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
     await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
@@ -433,7 +433,7 @@ async def test_copies_whose_own_log_was_not_synced_come_back_from_the_redo_log(
     await disk.meta.checkpoint()
     for name, copy in zip(names[4:], copies[4:], strict=True):
         await replica.accept(with_copy(ballot(10), copy, name), [copy.payload])
-    await disk.fragments._settle()  # what was kept is appended then
+    await disk.fragments._append_deferred()  # what was kept is appended then
     place = directory / "died"
     for part in ("meta", "fragments"):
         await asyncio.to_thread(shutil.copytree, directory / part, place / part)
@@ -488,7 +488,7 @@ async def test_copies_for_which_there_is_no_room_at_all_stay_in_the_redo_log_and
 
 async def test_a_checkpoint_waits_for_the_copies_own_log(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not for a group that is on its way to the redo log: that may be waiting for the checkpoint."""
-    monkeypatch.setattr(fragment_store, "LATER_S", 60)
+    monkeypatch.setattr(deferred_module, "DEFER_S", 60)
     disk = await LogDisk.opened(directory)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
     order: list[str] = []

@@ -21,10 +21,13 @@ import pytest
 
 from storaged.fragments import recovery
 from storaged.fragments.compact import Compactor
-from storaged.fragments.engine import Engine, StoreLimits, Write
+from storaged.fragments.engine import Engine
 from storaged.fragments.entry import Entry
-from storaged.fragments.index import Checkpoint, Index, Position
+from storaged.fragments.index import Index
+from storaged.fragments.index_rows import Checkpoint, Position
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.ports import Retirement
+from storaged.fragments.write import Write
 from tests.worlds.fragments import DISK, Made, PowerCut, SimulatedFiles, in_memory, make
 
 SEEDS = int(os.environ.get("STORAGED_SIM_SEEDS", "150"))
@@ -85,7 +88,7 @@ class World:
         self.compactor = Compactor(self.engine)
         self.checkpoint = None
         self.engine.recover()
-        assert not self.engine.failure
+        assert not self.engine.state.failure
 
     def settle(self) -> None:
         for fate in (*self.fragments.values(), *self.garbage.values()):
@@ -122,11 +125,11 @@ class World:
             self.engine.unretire(data_id)
 
     def sync(self) -> None:
-        self.engine.sync()
+        self.engine.log.sync()
         self.settle()
 
     def sync_apart(self) -> None:
-        self.engine.sync_apart()
+        self.engine.log.sync_apart()
         self.settle()
 
     def begin_checkpoint(self) -> None:
@@ -205,14 +208,14 @@ class World:
             row = self.index.retired(data_id)
             if row is not None:
                 live[row.segment] = live.get(row.segment, 0) + row.record_bytes
-        assert {number: use.live for number, use in self.index.segments.items() if use.live} == live
+        assert {number: use.live for number, use in self.index.accounts.segments.items() if use.live} == live
         assert self.index.fragments == sum(1 for _ in self.index.entries())
-        assert self.index.live_bytes == sum(live.values())
-        assert set(self.index.segments) == set(self.engine.segments) == set(self.files.disks)
+        assert self.index.accounts.live_bytes == sum(live.values())
+        assert set(self.index.accounts.segments) == set(self.engine.log.segments) == set(self.files.disks)
 
     def check_rebuild(self) -> None:
         """An index made from the segments alone says what this one says."""
-        self.engine.sync()
+        self.engine.log.sync()
         here = {key: entry[:8] for key, entry in self.index.entries()}
         garbage = {data_id: self.index.retired(data_id) for data_id in self.garbage}
         fresh = Index(self.directory / "rebuilt", DISK, map_bytes_max=1 << 24, durable=False)
@@ -277,14 +280,14 @@ def test_the_simulation_notices_a_drive_that_lies_about_syncs(quick_path: Path) 
 
 
 def punch_before_the_death_is_durable(patch: pytest.MonkeyPatch) -> None:
-    original = Engine._garbage
+    original = Engine._queue_hole
 
     def hasty(self: Engine, old: Entry) -> None:
         original(self, old)
         if self.holes:
             self.holes[-1] = replace(self.holes[-1], after=Position(0, 0))
 
-    patch.setattr(Engine, "_garbage", hasty)
+    patch.setattr(Engine, "_queue_hole", hasty)
 
 
 def compaction_forgets_notes(patch: pytest.MonkeyPatch) -> None:
@@ -300,9 +303,8 @@ def segments_go_before_the_checkpoint(patch: pytest.MonkeyPatch) -> None:
 
     def hasty(self: Engine) -> Checkpoint:
         for number in self.dead_segments():
-            del self.segments[number]
-            self.files.remove(number)
-            self.index.remove_segment(number)
+            self.log.remove(number)
+            self.index.accounts.remove(number)
         return original(self)
 
     patch.setattr(Engine, "freeze", hasty)

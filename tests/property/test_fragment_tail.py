@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storaged.errors import FragmentDamaged, FragmentMissing
-from storaged.fragments.engine import Engine, StoreLimits, Write
+from storaged.fragments.engine import Engine
 from storaged.fragments.index import Index
+from storaged.fragments.limits import StoreLimits
+from storaged.fragments.write import Write
 from storaged.hashes import fragment_hash
 from tests.worlds.fragments import DISK, Made, SimulatedFiles, in_memory, make
 
@@ -35,11 +37,11 @@ class Log:
             assert engine.append([Write.of(one.header, [one.payload]) for one in group]) == [None] * len(group)
             self.groups.append(group)
             if len(self.groups) < 3:
-                self.synced_end = engine.end.offset
-                engine.sync()
+                self.synced_end = engine.log.end.offset
+                engine.log.sync()
         self.deleted = self.groups[0][3]
         engine.delete([self.deleted.id.pack()])
-        self.end = engine.end.offset
+        self.end = engine.log.end.offset
         self.bytes = bytes(self.files.disks[1].now)
         self.close(engine)
 
@@ -89,10 +91,10 @@ def test_a_tail_torn_at_any_byte_costs_only_what_was_not_synced(log: Log) -> Non
         last = [log.found(engine, made) for made in log.groups[2]]
         assert last == sorted(last, key=("whole", "missing").index), "a cut leaves a beginning"
         assert log.report.gaps == []
-        assert engine.end.offset <= end
+        assert engine.log.end.offset <= end
         again = make(random.Random(end), 50)
         assert engine.append([Write.of(again.header, [again.payload])]) == [None]
-        engine.sync()
+        engine.log.sync()
         log.close(engine)
         engine = log.open()
         assert log.report.torn_bytes == 0, "what was cut once stays cut"
@@ -121,7 +123,7 @@ def test_zeros_behind_the_log_are_a_torn_tail(log: Log) -> None:
     log.set(log.bytes + bytes(100_000))
     engine = log.open()
     assert log.report.torn_bytes == 100_000
-    assert engine.end.offset == log.end
+    assert engine.log.end.offset == log.end
     assert len(log.files.disks[1].now) == log.end
     log.close(engine)
 
@@ -142,9 +144,9 @@ def test_a_payload_that_looks_like_a_record_is_not_taken_for_one(log: Log) -> No
     assert engine.append([Write.of(header, [inner])]) == [None]
     entry = engine.index.lookup(header.id)
     assert entry is not None
-    engine.sync()
-    engine._mark()
-    engine.sync()
+    engine.log.sync()
+    engine.log.mark()
+    engine.log.sync()
     fragments = engine.index.fragments
     log.close(engine)
     log.files.disks[1].now[entry.offset + 5] ^= 0xFF

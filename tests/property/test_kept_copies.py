@@ -26,8 +26,9 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import DiskUnusable, StoragedError
-from storaged.fragments import store as fragment_store
-from storaged.fragments.engine import Engine
+from storaged.fragments import deferred as deferred_module
+from storaged.fragments.deferred import DeferredCopies
+from storaged.fragments.log import SegmentLog
 from storaged.fragments.ports import Health
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.names import RegisterName, Table
@@ -61,9 +62,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", 16 * PAGE_BYTES)
         patch.setattr(record_store, "GROUP_BYTES_MAX", 4 * PAGE_BYTES)
-        patch.setattr(fragment_store, "LATER_S", 0.004)
-        patch.setattr(fragment_store, "LATER_WRITES_MAX", 5)
-        patch.setattr(fragment_store, "LATER_BYTES_MAX", 8 * KIB)
+        patch.setattr(deferred_module, "DEFER_S", 0.004)
+        patch.setattr(deferred_module, "DEFER_WRITES_MAX", 5)
+        patch.setattr(deferred_module, "DEFER_BYTES_MAX", 8 * KIB)
         yield
 
 
@@ -190,7 +191,7 @@ class World:
         self.files.limit = 0
 
     async def trouble(self) -> None:
-        self.disk.fragments._engine.fail("the index could not be checkpointed", lasting=False)
+        self.disk.fragments._engine.state.fail("the index could not be checkpointed", lasting=False)
 
     async def look(self) -> None:
         """Each is found; one is read as a replica reads it."""
@@ -215,7 +216,7 @@ class World:
         self.seen[how] += 1
         self.seen["read-only"] += meta.statistics().state != "ok"
         self.seen["on their way"] += len(self.asked)
-        self.seen["not appended"] += len(fragments._later)
+        self.seen["not appended"] += len(fragments._deferred._by_key)
         if how == "close":
             self.go_on()
             await self.disk.close()
@@ -240,9 +241,9 @@ class World:
         after = self.directory / str(self.lives + 1)
         with meta._writing:
             shutil.copytree(meta.directory, after / "meta")
-        with fragments._hands:
-            if fragments._checkpoint is not None:
-                fragments._checkpoint.exception()
+        with fragments._engine_lock:
+            if fragments._writer._checkpoint is not None:
+                fragments._writer._checkpoint.exception()
             shutil.copytree(self.place / "fragments", after / "fragments")
             files = SimulatedFiles(self.rng.randrange(1 << 30))
             files.disks = copy.deepcopy(self.files.disks)
@@ -313,15 +314,15 @@ async def test_no_copy_that_was_acknowledged_is_lost_while_its_record_is_there(
 
 
 def nothing_is_appended_for_a_checkpoint(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LocalFragmentStore, "sync_apart", lambda self: self._engine.sync_apart())
+    patch.setattr(LocalFragmentStore, "sync_apart", lambda self: self._engine.log.sync_apart())
 
 
 def nothing_is_synced_for_a_checkpoint(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "sync_apart", lambda _self: None)
+    patch.setattr(SegmentLog, "sync_apart", lambda _self: None)
 
 
 def copies_without_room_are_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LocalFragmentStore, "_unfinished", lambda _self: None)
+    patch.setattr(DeferredCopies, "unfinished", lambda _self, *, ended: None)
 
 
 def nothing_comes_back_from_the_redo_log(patch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from storaged.fragments import entry as entry_module
 from storaged.fragments import index as index_module
 from storaged.fragments.entry import BROKEN, SHORT_BYTES, Entry, pack_entry, unpack_entry
 from storaged.fragments.format import TRAILER_BYTES, align
-from storaged.fragments.index import CheckpointRow, Index, Position
+from storaged.fragments.index import Index
+from storaged.fragments.index_rows import CheckpointRow, Position
 from storaged.fragments.ports import FragmentId
 from storaged.wire import decode, encode
 

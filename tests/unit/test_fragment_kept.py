@@ -16,12 +16,13 @@ import pytest
 
 from storaged.durable import Unfinished
 from storaged.errors import DiskUnusable, FragmentDamaged, FragmentMissing
-from storaged.fragments import store as store_module
-from storaged.fragments.engine import StoreLimits, Write
+from storaged.fragments import deferred as deferred_module
 from storaged.fragments.format import KEY_BYTES
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.payloads import HEADER_BYTES_MAX, copy_write
 from storaged.fragments.ports import FragmentHeader, FragmentId, Health
 from storaged.fragments.store import LocalFragmentStore
+from storaged.fragments.write import Write
 from storaged.meta.names import RegisterName, Table
 from storaged.meta.ports import StoreBatch
 from storaged.node.disks import _own, restore_copies
@@ -68,7 +69,7 @@ class HeldFiles(SimulatedFiles):
 @pytest.fixture
 def much_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is appended but when somebody asks for it, or much has come."""
-    monkeypatch.setattr(store_module, "LATER_S", 60.0)
+    monkeypatch.setattr(deferred_module, "DEFER_S", 60.0)
 
 
 async def opened(directory: Path, files: SimulatedFiles | None = None, **limits: int) -> LocalFragmentStore:
@@ -82,13 +83,13 @@ def small(length: int = 500, *, created_ms: int = 1000, fragment: FragmentId | N
 
 def keep(store: LocalFragmentStore, *made: Made) -> None:
     writes = [Write.of(one.header, [one.payload]) for one in made]
-    assert [store.refusal(write) for write in writes] == [None] * len(writes)
+    assert [store.admit(write) for write in writes] == [None] * len(writes)
     store.keep(writes)
 
 
 async def append_all(store: LocalFragmentStore) -> None:
-    await store._settle()
-    assert not store._later
+    await store._append_deferred()
+    assert store._deferred.empty
 
 
 async def content(store: LocalFragmentStore, made: Made) -> bytes:
@@ -100,7 +101,7 @@ async def is_there(store: LocalFragmentStore, made: Made) -> bool:
     [stat] = await store.stat([made.id])
     if store.find_copy(made.id.data_id) is None:
         assert stat.health == Health.MISSING
-        assert store.peek_copy(made.id.data_id) is None
+        assert store.try_read_copy(made.id.data_id) is None
         with pytest.raises(FragmentMissing):
             await content(store, made)
         return False
@@ -123,7 +124,7 @@ async def with_a_segment(directory: Path, files: SimulatedFiles, **limits: int) 
     store = await opened(directory, files, **limits)
     first = small()
     await store.write(first.header, [first.payload])
-    with store._hands:
+    with store._engine_lock:
         return store
 
 
@@ -140,10 +141,10 @@ async def find(store: LocalFragmentStore, made: Made) -> None:
     assert store.find_copy(made.id.data_id) == made.id
 
 
-async def peek_copy(store: LocalFragmentStore, made: Made) -> None:
-    found = store.peek_copy(made.id.data_id)
+async def try_read_copy(store: LocalFragmentStore, made: Made) -> None:
+    found = store.try_read_copy(made.id.data_id)
     if found is None:
-        assert not store._later
+        assert store._deferred.empty
         if made.payload:
             pytest.skip("this file system can't tell what is in memory")
         return
@@ -152,7 +153,7 @@ async def peek_copy(store: LocalFragmentStore, made: Made) -> None:
 
 
 async def peek(store: LocalFragmentStore, made: Made) -> None:
-    found = store.peek(made.id)
+    found = store.try_read(made.id)
     assert found is None or b"".join(cell for cell in found.cells if cell is not None) == made.payload
 
 
@@ -200,7 +201,7 @@ async def delete(store: LocalFragmentStore, made: Made) -> None:
 @pytest.mark.parametrize("appended", [False, True])
 @pytest.mark.parametrize("length", [0, 500, 9000])
 @pytest.mark.parametrize(
-    "look", [find, peek_copy, peek, read, stat, scan, verify, sync, touch, delete], ids=lambda look: look.__name__
+    "look", [find, try_read_copy, peek, read, stat, scan, verify, sync, touch, delete], ids=lambda look: look.__name__
 )
 async def test_a_kept_copy_is_found_at_once_and_after_it_was_appended(
     tmp_path: Path, much_later: None, look: Look, length: int, appended: bool
@@ -229,7 +230,7 @@ async def test_what_was_deleted_after_it_was_kept_stays_deleted(tmp_path: Path, 
     assert await asyncio.gather(*deletes) == [1, 1]
     files.hold("write")
     keep(store, gone[2], gone[3], stays[2])
-    store._append_later()
+    store._deferred.append_in_thread()
     await asyncio.to_thread(files.held.wait, 10)
     keep(store, stays[3], gone[4])
     late = asyncio.ensure_future(store.delete([made.id for made in gone[2:5]]))
@@ -277,7 +278,7 @@ async def test_of_one_fragment_that_is_kept_twice_or_also_written_the_last_count
     first = small(created_ms=1)
     second, third = small(700, created_ms=2, fragment=first.id), small(900, created_ms=3, fragment=first.id)
     keep(store, first, second)
-    found = store.peek_copy(first.id.data_id)
+    found = store.try_read_copy(first.id.data_id)
     assert found == second.payload
     assert await content(store, second) == second.payload
     keep(store, first)
@@ -306,7 +307,7 @@ async def test_a_copy_in_pieces_is_told_as_one(tmp_path: Path, much_later: None)
     store = await opened(tmp_path)
     made = small(9000)
     store.keep([Write.of(made.header, [made.payload[:10], made.payload[10:5000], b"", made.payload[5000:]])])
-    assert store.peek_copy(made.id.data_id) == made.payload
+    assert store.try_read_copy(made.id.data_id) == made.payload
     assert await is_there(store, made)
     await store.close()
 
@@ -316,7 +317,7 @@ async def test_what_is_no_whole_copy_is_found_as_what_it_is(tmp_path: Path, much
     made = make(RNG, 4112)
     keep(store, made)
     assert store.find_copy(made.id.data_id) is None
-    assert store.peek_copy(made.id.data_id) is None
+    assert store.try_read_copy(made.id.data_id) is None
     assert await content(store, made) == made.payload
     await store.close()
 
@@ -330,7 +331,7 @@ async def test_what_was_kept_is_appended_by_itself_and_its_bytes_are_given_back(
     made = [small() for _ in range(3)]
     keep(store, *made)
     assert store.statistics().writes == 0
-    await eventually(lambda: not store._later and not store._later_copies)
+    await eventually(lambda: store._deferred.empty and not store._deferred._by_data_id)
     assert store.statistics().writes == 3
     assert [await is_there(store, one) for one in made] == [True] * 3
     await store.close()
@@ -340,11 +341,11 @@ async def test_many_are_appended_by_the_loop_at_once(tmp_path: Path, much_later:
     files = HeldFiles()
     store = await with_a_segment(tmp_path, files)
     files.threads.clear()
-    made = [small() for _ in range(store_module.LATER_WRITES_MAX * 3)]
+    made = [small() for _ in range(deferred_module.DEFER_WRITES_MAX * 3)]
     for one in made:
         keep(store, one)
     assert files.threads == [False] * 3
-    assert not store._later
+    assert store._deferred.empty
     large = [small(200 * KIB) for _ in range(3)]
     keep(store, *large[:2])
     assert len(files.threads) == 3
@@ -360,17 +361,17 @@ async def test_the_thread_appends_what_would_hold_the_loop_up(
     """Where there is no segment, or it has no room for them: one has to be synced. For a while after a write to the
     page cache was slow.
     """
-    monkeypatch.setattr(store_module, "LATER_WRITES_MAX", 2)
+    monkeypatch.setattr(deferred_module, "DEFER_WRITES_MAX", 2)
     files = HeldFiles()
     store = await opened(tmp_path, files, segment_bytes=64 * KIB)
 
     async def two(length: int = 500) -> list[bool]:
         """Of each write: whether the thread made it."""
-        with store._hands:
+        with store._engine_lock:
             files.threads.clear()
         made = [small(length), small(length)]
         keep(store, *made)
-        await eventually(lambda: not store._later)
+        await eventually(lambda: store._deferred.empty)
         assert [await is_there(store, one) for one in made] == [True, True]
         return files.threads
 
@@ -378,11 +379,11 @@ async def test_the_thread_appends_what_would_hold_the_loop_up(
     assert await two(15_000) == [False]
     assert await two(15_000) == [False]
     assert await two(15_000) == [True, True], "the next segment"
-    monkeypatch.setattr(store_module, "SLOW_S", -1.0)
+    monkeypatch.setattr(deferred_module, "SLOW_S", -1.0)
     assert await two() == [False]
-    monkeypatch.setattr(store_module, "SLOW_S", 10.0)
+    monkeypatch.setattr(deferred_module, "SLOW_S", 10.0)
     assert await two() == [True], "for a while"
-    store._slow_until_s = 0.0
+    store._deferred._slow_until_s = 0.0
     assert await two() == [False]
     await store.close()
 
@@ -397,10 +398,10 @@ async def test_while_the_thread_is_busy_the_loop_waits_for_nothing_and_what_came
     writing = asyncio.ensure_future(store.write(large.header, [large.payload], sync=True))
     await asyncio.to_thread(files.held.wait, 10)
     made = []
-    for number in range(5 * store_module.LATER_WRITES_MAX):
+    for number in range(5 * deferred_module.DEFER_WRITES_MAX):
         made.append(small())
         keep(store, made[-1])
-        assert store.peek_copy(made[-1].id.data_id) == made[-1].payload
+        assert store.try_read_copy(made[-1].id.data_id) == made[-1].payload
         if number % 7 == 0:
             await asyncio.sleep(0)
     assert files.held.is_set(), "it is still at it"
@@ -408,7 +409,7 @@ async def test_while_the_thread_is_busy_the_loop_waits_for_nothing_and_what_came
     assert [store.find_copy(one.id.data_id) for one in made] == [one.id for one in made]
     files.go_on()
     await asyncio.wait_for(writing, GUARD_S)
-    await eventually(lambda: not store._later)
+    await eventually(lambda: store._deferred.empty)
     assert [await is_there(store, one) for one in made] == [True] * len(made)
     assert await content(store, large) == large.payload
     await store.close()
@@ -418,8 +419,8 @@ async def test_while_the_thread_is_busy_the_loop_waits_for_nothing_and_what_came
 async def test_the_overlay_of_the_index_is_checkpointed_also_where_the_loop_appends_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    monkeypatch.setattr(store_module, "LATER_WRITES_MAX", 4)
-    monkeypatch.setattr(store_module, "LATER_S", 0.01 if by == "time" else 60)
+    monkeypatch.setattr(deferred_module, "DEFER_WRITES_MAX", 4)
+    monkeypatch.setattr(deferred_module, "DEFER_S", 0.01 if by == "time" else 60)
     files = HeldFiles()
     writeback_bytes = GIB if by == "time" else 8 * KIB
     store = await with_a_segment(
@@ -431,7 +432,7 @@ async def test_the_overlay_of_the_index_is_checkpointed_also_where_the_loop_appe
         keep(store, one)
         if number % 4 == 3:
             await asyncio.sleep(0.001)
-    await eventually(lambda: store.statistics().overlay_entries < 32 and store._checkpoint is None)
+    await eventually(lambda: store.statistics().overlay_entries < 32 and store._writer._checkpoint is None)
     assert store.statistics().checkpoints >= 2
     assert files.threads.count(False) >= 50, "mostly the loop"
     assert [await is_there(store, one) for one in made[::17]] == [True] * len(made[::17])
@@ -447,7 +448,7 @@ async def test_close_appends_what_was_kept(tmp_path: Path, much_later: None, whe
         files.hold("write")
     keep(store, *made)
     if where == "on its way":
-        store._append_later()
+        store._deferred.append_in_thread()
         await asyncio.to_thread(files.held.wait, 10)
         made.append(small())
         keep(store, made[-1])
@@ -498,7 +499,7 @@ async def test_a_sync_apart_waits_for_what_the_thread_is_appending(tmp_path: Pat
     store, made = await with_a_segment(tmp_path, files), small()
     files.hold("write")
     keep(store, made)
-    store._append_later()
+    store._deferred.append_in_thread()
     await asyncio.to_thread(files.held.wait, 10)
     syncing = asyncio.ensure_future(asyncio.to_thread(store.sync_apart))
     await asyncio.sleep(0.1)
@@ -512,7 +513,7 @@ async def test_a_sync_apart_waits_for_what_the_thread_is_appending(tmp_path: Pat
 async def test_a_sync_apart_waits_for_what_the_loop_is_appending(
     tmp_path: Path, much_later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "LATER_WRITES_MAX", 1)
+    monkeypatch.setattr(deferred_module, "DEFER_WRITES_MAX", 1)
     files = HeldFiles()
     store, made = await with_a_segment(tmp_path, files), small()
     syncing: list[threading.Thread] = []
@@ -528,7 +529,7 @@ async def test_a_sync_apart_waits_for_what_the_loop_is_appending(
 
     monkeypatch.setattr(files, "step", begun)
     keep(store, made)
-    assert not store._later
+    assert store._deferred.empty
     await asyncio.to_thread(syncing[0].join, 10)
     assert durable(files, made)
     await store.close()
@@ -579,7 +580,7 @@ async def test_what_was_kept_and_finds_no_room_is_an_error_of_the_sync_until_the
     for _ in range(2):
         with pytest.raises(Unfinished, match="no room"):
             await asyncio.to_thread(store.sync_apart)
-        assert [store.peek_copy(one.id.data_id) for one in made if not durable(files, one)] == [
+        assert [store.try_read_copy(one.id.data_id) for one in made if not durable(files, one)] == [
             one.payload for one in made if not durable(files, one)
         ]
     assert (await store.usage()).state == "full", "not read-only"
@@ -587,7 +588,7 @@ async def test_what_was_kept_and_finds_no_room_is_an_error_of_the_sync_until_the
     await asyncio.to_thread(store.sync_apart)
     assert [durable(files, one) for one in made] == [True] * 3
     assert [await is_there(store, one) for one in made] == [True] * 3
-    assert not store._later
+    assert store._deferred.empty
     await store.close()
 
 
@@ -670,7 +671,7 @@ async def test_copies_that_a_disk_did_not_take_any_more_come_back_where_a_restar
     await disk.meta.checkpoint()
     for number in (1, 2):
         assert await accept(disk, number, made[number])
-    disk.fragments._engine.fail("checkpoint of the fragment index: its map is full", lasting=False)
+    disk.fragments._engine.state.fail("checkpoint of the fragment index: its map is full", lasting=False)
     await disk.meta.checkpoint()
     assert [disk.copies.peek(one.id.data_id) for one in made[1:]] == [one.payload for one in made[1:]]
     assert disk.meta.statistics().state == "read-only"
@@ -716,7 +717,7 @@ async def test_copies_on_a_disk_that_failed_for_good_count_as_lost_there(
     await disk.meta.checkpoint()
     assert await accept(disk, 1, made[1])
     if when == "before":
-        disk.fragments._engine.fail("fdatasync: Input/output error")
+        disk.fragments._engine.state.fail("fdatasync: Input/output error")
     else:
         disk.files.fail["write"] = 0
     await disk.meta.checkpoint()
@@ -734,7 +735,7 @@ async def test_nothing_is_written_to_a_store_that_is_closed(tmp_path: Path, much
     store = await with_a_segment(tmp_path, files)
     await store.close()
     left = copy.deepcopy(files.disks)
-    store.keep([write_of(small()) for _ in range(2 * store_module.LATER_WRITES_MAX)])
+    store.keep([write_of(small()) for _ in range(2 * deferred_module.DEFER_WRITES_MAX)])
     with pytest.raises(Unfinished):
         await asyncio.to_thread(store.sync_apart)
     assert files.disks == left
@@ -768,29 +769,29 @@ def write_of(made: Made) -> Write:
 async def test_a_copy_that_is_not_what_its_hash_says_is_refused(tmp_path: Path) -> None:
     store = await opened(tmp_path)
     made = small()
-    refusal = store.refusal(Write.of(made.header, [bytes(len(made.payload))]))
+    refusal = store.admit(Write.of(made.header, [bytes(len(made.payload))]))
     assert isinstance(refusal, FragmentDamaged)
-    assert store.refusal(write_of(made)) is None
+    assert store.admit(write_of(made)) is None
     await store.close()
 
 
 async def test_a_closed_store_refuses_copies(tmp_path: Path) -> None:
     store = await opened(tmp_path)
-    assert store.refusal(write_of(small())) is None
+    assert store.admit(write_of(small())) is None
     closing = asyncio.ensure_future(store.close())
     await asyncio.sleep(0)
-    refusal = store.refusal(write_of(small()))
+    refusal = store.admit(write_of(small()))
     assert isinstance(refusal, DiskUnusable)
     assert "closed" in refusal.message
     await closing
-    assert isinstance(store.refusal(write_of(small())), DiskUnusable)
+    assert isinstance(store.admit(write_of(small())), DiskUnusable)
 
 
 async def test_a_read_only_disk_refuses_copies_at_once(tmp_path: Path) -> None:
     store = await opened(tmp_path)
-    assert store.refusal(write_of(small())) is None
-    store._engine.fail("a reason", lasting=False)
-    refusal = store.refusal(write_of(small()))
+    assert store.admit(write_of(small())) is None
+    store._engine.state.fail("a reason", lasting=False)
+    refusal = store.admit(write_of(small()))
     assert isinstance(refusal, DiskUnusable)
     assert (refusal.details["state"], "a reason" in refusal.message) == ("read-only", True)
     await store.close()
@@ -799,7 +800,8 @@ async def test_a_read_only_disk_refuses_copies_at_once(tmp_path: Path) -> None:
 async def test_a_full_disk_refuses_copies_and_counts_those_that_are_not_appended_yet(
     tmp_path: Path, much_later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SPACE_LOOK_S", 1e9)  # a second look would count as free what is not appended yet
+    # A later look would count as free what is not appended yet.
+    monkeypatch.setattr(deferred_module, "SPACE_LOOK_S", 1e9)
     files = SimulatedFiles()
     files.limit = 2 * MIB
     store = await opened(tmp_path, files, reserve_bytes=MIB, note_reserve_bytes=64 * KIB)
@@ -807,22 +809,23 @@ async def test_a_full_disk_refuses_copies_and_counts_those_that_are_not_appended
     await store.write(first.header, [first.payload])  # a segment, and the reserve for notes
     spare = files.free - MIB
     made: list[Made] = []
-    while True:
-        one = small(spare // 20)
-        refusal = store.refusal(write_of(one))
-        if refusal is not None:
-            break
-        store.keep([write_of(one)])
-        made.append(one)
+    with store._engine_lock:  # nothing is appended meanwhile
+        while True:
+            one = small(spare // 20)
+            refusal = store.admit(write_of(one))
+            if refusal is not None:
+                break
+            store.keep([write_of(one)])
+            made.append(one)
     assert 18 <= len(made) <= 20
-    assert store._later, "not all is appended"
+    assert not store._deferred.empty, "not all is appended"
     assert isinstance(refusal, DiskUnusable)
     assert refusal.details["state"] == "full"
     assert (await store.usage()).state == "full"
     await append_all(store)
     assert await store.delete([one.id for one in made]) == len(made)
     files.used -= len(made) * (spare // 20)  # the holes
-    assert store.refusal(write_of(small())) is None
+    assert store.admit(write_of(small())) is None
     await store.close()
 
 
@@ -840,16 +843,16 @@ async def test_how_much_is_free_is_asked_now_and_then_and_when_much_has_come(
         return space()
 
     monkeypatch.setattr(files, "space", asked)
-    monkeypatch.setattr(store_module, "SPACE_LOOK_S", 60)
+    monkeypatch.setattr(deferred_module, "SPACE_LOOK_S", 60)
     for _ in range(64):
-        assert store.refusal(write_of(small(8 * KIB))) is None
+        assert store.admit(write_of(small(8 * KIB))) is None
     assert looks == 1
     for _ in range(64 * 3):
-        assert store.refusal(write_of(small(8 * KIB))) is None
+        assert store.admit(write_of(small(8 * KIB))) is None
     assert 2 <= looks <= 4, "a MiB each: the 64th part of what is free"
     files.limit = files.used + 1
-    store._space_due_s = 0.0  # as when the time has come
-    refusal = store.refusal(write_of(small()))
+    store._deferred._space_due_s = 0.0  # as when the time has come
+    refusal = store.admit(write_of(small()))
     assert isinstance(refusal, DiskUnusable)
     assert refusal.details["state"] == "full"
     await store.close()

@@ -24,12 +24,12 @@ from storaged.errors import (
     PeerRefused,
 )
 from storaged.fragments.compact import Compactor
-from storaged.fragments.engine import StoreLimits
 from storaged.fragments.files import PosixFiles
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.offline import check, rebuild_index
 from storaged.fragments.ports import FragmentId, Health, Retirement
 from storaged.fragments.recovery import Step
-from storaged.fragments.store import LocalFragmentStore
+from storaged.fragments.store import DiskOwner, LocalFragmentStore
 from storaged.units import KIB, MIB
 from tests.patience import GUARD_S
 from tests.worlds.fragments import DISK, Made, SimulatedFiles, flip_on_disk, make
@@ -427,7 +427,10 @@ async def test_a_bad_sector_costs_one_cell(tmp_path: Path) -> None:
     files = SimulatedFiles()
     reports: list[tuple[FragmentId, int]] = []
     store = await LocalFragmentStore.open(
-        tmp_path, DISK, files=files, on_damage=lambda fragment, cell: reports.append((fragment, cell))
+        tmp_path,
+        DISK,
+        files=files,
+        owner=DiskOwner(on_damage=lambda fragment, cell: reports.append((fragment, cell))),
     )
     made = await put(store, 5 * 4096)
     at = files.disks[1].now.find(made.cells[3])
@@ -546,18 +549,18 @@ async def test_a_disk_whose_directory_is_gone_is_read_only_and_says_so(tmp_path:
 async def test_a_fragment_of_a_block_is_read_without_waiting_while_it_is_cached_and_whole(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         made = await put(store, 12 * 64 * KIB, cell_bytes=64 * KIB)
-        found = store.peek(made.id)
+        found = store.try_read(made.id)
         assert found is not None
         assert found == await store.read(made.id, 0, 12)
         assert found.whole == b"".join(cell for cell in found.cells if cell is not None) == made.payload
-        some = store.peek(made.id, 3, 2)
+        some = store.try_read(made.id, 3, 2)
         assert some is not None
         assert some.whole == made.payload[3 * 64 * KIB : 5 * 64 * KIB]
         large = await put(store, 17 * 64 * KIB, cell_bytes=64 * KIB)
-        assert store.peek(large.id) is None  # it would hold up others
+        assert store.try_read(large.id) is None  # it would hold up others
         assert await content(store, large) == large.payload
         flip_on_disk(tmp_path, made, 2)
-        assert store.peek(made.id) is None
+        assert store.try_read(made.id) is None
         assert [cell is None for cell in (await store.read(made.id, 0, 12)).cells] == [
             number == 2 for number in range(12)
         ]
@@ -582,11 +585,11 @@ async def test_a_copy_in_memory_is_told_when_every_byte_of_its_record_holds(
     made = make(RNG, length, k=1, m=2, cell_bytes=cell_bytes)
     async with opened(tmp_path) as store:
         await store.write(made.header, [made.payload], sync=True)
-        found = store.peek_copy(made.id.data_id)
+        found = store.try_read_copy(made.id.data_id)
         if found is None:
             pytest.skip("this file system can't tell what is in memory")
         assert bytes(found) == made.payload
-        assert store.peek_copy(bytes(16)) is None
+        assert store.try_read_copy(bytes(16)) is None
         [path] = segment_paths(tmp_path)
         data = path.read_bytes()
         payload_at = data.index(made.payload)
@@ -597,19 +600,19 @@ async def test_a_copy_in_memory_is_told_when_every_byte_of_its_record_holds(
             for at in positions:
                 file.seek(at)
                 file.write(bytes([data[at] ^ 0x10]))
-                assert (store.peek_copy(made.id.data_id) is not None) == (at in padding), at - begin
+                assert (store.try_read_copy(made.id.data_id) is not None) == (at in padding), at - begin
                 file.seek(at)
                 file.write(data[at : at + 1])
-        assert store.peek_copy(made.id.data_id) == made.payload
+        assert store.try_read_copy(made.id.data_id) == made.payload
 
 
 async def test_a_caller_that_is_cancelled_in_the_turn_that_brings_its_answer_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(tmp_path) as store:
-        made, resolve = make(RNG), store._resolve
+        made, resolve = make(RNG), store._queue.resolve
         writing = asyncio.ensure_future(store.write(made.header, [made.payload], sync=True))
-        monkeypatch.setattr(store, "_resolve", lambda *arguments: (writing.cancel(), resolve(*arguments)))
+        monkeypatch.setattr(store._queue, "resolve", lambda *arguments: (writing.cancel(), resolve(*arguments)))
         await asyncio.wait((writing,), timeout=5)
         assert writing.cancelled()
         assert store.statistics().queued_bytes == 0
@@ -643,7 +646,7 @@ async def test_what_is_to_be_believed_after_a_restart_is_synced_apart_also_on_a_
     async with opened(tmp_path, files=files) as store:
         made = make(RNG)
         await store.write(made.header, [made.payload])
-        store._engine.fail("a reason", lasting=lasting)
+        store._engine.state.fail("a reason", lasting=lasting)
         store.sync_apart()
         [disk] = files.disks.values()
         assert (made.payload in disk.durable) is not lasting

@@ -118,26 +118,26 @@ class TestPayloads:
             for made in kept:
                 await Payloads(store).store_payload(encode(made.header), made.payload)
             for made in kept:
-                found = Payloads(store).peek_payload(made.id.data_id)
+                found = Payloads(store).try_load_payload(made.id.data_id)
                 assert found is not None
                 assert bytes(found) == made.payload
             await store.close()
             store = await LocalFragmentStore.open(tmp_path / "d", DISK)
-            assert [bytes(Payloads(store).peek_payload(made.id.data_id) or b"") for made in kept] == [
+            assert [bytes(Payloads(store).try_load_payload(made.id.data_id) or b"") for made in kept] == [
                 made.payload for made in kept
             ]
-        assert Payloads(store).peek_payload(b"\0" * 16) is None
+        assert Payloads(store).try_load_payload(b"\0" * 16) is None
         await store.delete([kept[0].id])
-        assert Payloads(store).peek_payload(kept[0].id.data_id) is None
-        entry = store._index.lookup(kept[2].id.pack())
+        assert Payloads(store).try_load_payload(kept[0].id.data_id) is None
+        entry = store._engine.index.lookup(kept[2].id.pack())
         assert entry is not None
-        file = store._engine.segments[entry.segment]
+        file = store._engine.log.segments[entry.segment]
         for at in (entry.payload_start + 8999, 4, 60, 100):
             byte = file.read(entry.offset + at, 1)
             file.write([bytes([byte[0] ^ 1])], entry.offset + at)
-            assert Payloads(store).peek_payload(kept[2].id.data_id) is None, at
+            assert Payloads(store).try_load_payload(kept[2].id.data_id) is None, at
             file.write([byte], entry.offset + at)
-        assert Payloads(store).peek_payload(kept[2].id.data_id) is not None
+        assert Payloads(store).try_load_payload(kept[2].id.data_id) is not None
         await store.close()
 
     async def test_fragments_of_coded_blocks_are_no_copies(self, store: LocalFragmentStore) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from storaged.aio import Done
-from storaged.fragments.engine import StoreLimits
+from storaged.fragments.limits import StoreLimits
 from storaged.fragments.store import LocalFragmentStore
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies

@@ -155,7 +155,7 @@ class SimulatedFile:
                 raise OSError(errno.EIO, "simulated bad sector")
         return bytes(self._disk.now[offset : offset + length])
 
-    def read_cached(self, offset: int, length: int) -> Buffer | None:
+    def try_read(self, offset: int, length: int) -> Buffer | None:
         return None
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:

@@ -1,0 +1,102 @@
+"""Whether one disk takes writes: its failure, if it has one, and its free space.
+
+A failure makes the disk read-only. One that *lasts* is noted on the disk, and by the disk's owner on another one, so
+that the next start knows it: what such a disk holds counts as lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storaged.errors import DiskUnusable
+from storaged.fragments.files import Files, Space
+from storaged.fragments.limits import StoreLimits
+from storaged.units import MIB, format_size
+
+REFUSED_BYTES_MAX = MIB
+"""A disk that refused a write stays full until so much more than its reserve is free, or as much as the write had, when
+that is less. Otherwise it would take some writes and refuse others, and the cluster would not know whether to count on
+it."""
+
+
+class DiskState:
+    """``failure`` is the reason why the disk is read-only, empty while it is not."""
+
+    def __init__(self, files: Files, limits: StoreLimits) -> None:
+        self._files = files
+        self._limits = limits
+        self.failure = ""
+        self.lost = False
+        """The failure lasts: what the disk holds counts as lost, now and after a restart."""
+        self.failure_noted = True
+        """The next start will know of a failure that lasts."""
+        self.note_failed: Callable[[str], bool] = lambda _reason: False
+        """Called with the reason in the thread that found a lasting failure, before the disk itself is marked: the
+        owner notes it on another disk. Returns whether it did. Must not raise."""
+        self.spare_bytes = 0
+        """What fragments could take, when that was looked at last."""
+        self._reserve_held = False
+        self._refused_bytes = 0
+
+    def fail(self, reason: str, *, lasting: bool = True) -> None:
+        """The disk is read-only from now on. ``lasting``: after a restart too, because what it holds may not be on the
+        drive.
+        """
+        self.failure = reason
+        if lasting:
+            self.lost = True
+            noted = self.note_failed(reason)
+            self.failure_noted = self._files.mark_failed(reason) or noted
+
+    def unusable(self) -> DiskUnusable:
+        """The error for a write that the disk can't take."""
+        if self.failure:
+            return DiskUnusable(f"the disk is read-only: {self.failure}", state="read-only")
+        space = self._space()
+        return DiskUnusable(f"the disk is full up to its reserve: {format_size(space.free)} are free", state="full")
+
+    def refusal(self, count: int) -> DiskUnusable | None:
+        """Why the disk refuses ``count`` more bytes of fragments now; None when it does not. In any thread."""
+        if self.failure:
+            return self.unusable()
+        space = self._space()
+        self.spare_bytes = space.free - self._reserve_bytes(space)
+        if self.spare_bytes < count:
+            self._refused_bytes = min(count, REFUSED_BYTES_MAX)
+            return self.unusable()
+        return None
+
+    def describe(self) -> tuple[str, int]:
+        """(ok, full or read-only; bytes that fragments can take)."""
+        space = self._space()
+        spare = space.free - self._reserve_bytes(space)
+        if spare >= self._refused_bytes:
+            self._refused_bytes = 0
+        state = "read-only" if self.failure else "full" if spare < self._refused_bytes else "ok"
+        return state, max(0, spare)
+
+    def hold_note_reserve(self) -> None:
+        """Takes the reserve for notes, unless it is held."""
+        if not self._reserve_held:
+            self._reserve_held = self._files.reserve(self._limits.note_reserve_bytes)
+
+    def release_note_reserve(self) -> bool:
+        """Gives the reserve for notes back to the file system. Returns whether it was held."""
+        held = self._reserve_held
+        if held:
+            self._reserve_held = not self._files.reserve(0)
+        return held
+
+    def _reserve_bytes(self, space: Space) -> int:
+        return space.total // 20 if self._limits.reserve_bytes is None else self._limits.reserve_bytes
+
+    def _space(self) -> Space:
+        """What the file system says. One that does not answer any more fails this disk; the process and its other
+        disks go on.
+        """
+        try:
+            return self._files.space()
+        except OSError as error:
+            if not self.failure:
+                self.fail(f"its directory does not answer: {error.strerror or error}", lasting=False)
+            return Space(0, 0)
