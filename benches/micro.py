@@ -123,24 +123,21 @@ def signature_check() -> list[Measured]:
 
 
 def sealing() -> list[Measured]:
-    key, plain, data_id, context = (
-        bytes(32),
-        os.urandom(4 * KIB),
-        bytes(16),
-        pack_context(b"", (SCOPE, b"key", b"null", bytes(16))),
-    )
+    key, plain, data_id = bytes(32), os.urandom(4 * KIB), bytes(16)
+    context = pack_context(b"", (SCOPE, b"key", b"null", bytes(16)))
     cipher, nonce = AESGCM(key), bytes(12)
     message = seal_message(key, "sov.meta.v1", context, bytes(120), bytes(24))
-    encrypt, encrypt_message = (
-        least_us(lambda: cipher.encrypt(nonce, plain, None)),
-        least_us(lambda: cipher.encrypt(nonce, plain[:120], None)),
-    )
+    encrypt = least_us(lambda: cipher.encrypt(nonce, plain, None))
+    encrypt_message = least_us(lambda: cipher.encrypt(nonce, plain[:120], None))
+    part = least_us(lambda: seal_part(key, data_id, 1, plain, system_entropy(24)))
+    sealed = least_us(lambda: seal_message(key, "sov.meta.v1", context, bytes(120), system_entropy(24)))
+    opened = least_us(lambda: open_message(key, "sov.meta.v1", context, message))
     return [
-        Measured("seal a part of 4 KiB", least_us(lambda: seal_part(key, data_id, 1, plain, system_entropy(24))), encrypt, "AES-GCM"),  # noqa: E501
-        Measured("seal metadata", least_us(lambda: seal_message(key, "sov.meta.v1", context, bytes(120), system_entropy(24))), encrypt_message, "AES-GCM"),  # noqa: E501
-        Measured("open metadata", least_us(lambda: open_message(key, "sov.meta.v1", context, message)), encrypt_message, "AES-GCM"),  # noqa: E501
+        Measured("seal a part of 4 KiB", part, encrypt, "AES-GCM"),
+        Measured("seal metadata", sealed, encrypt_message, "AES-GCM"),
+        Measured("open metadata", opened, encrypt_message, "AES-GCM"),
         figure("MD5 of 4 KiB", least_us(lambda: hashlib.md5(plain, usedforsecurity=False).digest()), "md5"),
-    ]  # fmt: skip
+    ]
 
 
 async def object_plane() -> list[Measured]:
@@ -435,8 +432,8 @@ async def segments() -> list[Measured]:
 
 
 PATHS: dict[str, Callable[[], list[Measured] | Coroutine[Any, Any, list[Measured]]]] = {
-    "signature": signature_check, "front": front, "http": http, "seal": sealing, "objects": object_plane, "code": coding, "rpc": rpc,  # noqa: E501
-    "register": registers, "lmdb": lmdb_batch, "segment": segments, "list": list_page, "page": pages,
+    "signature": signature_check, "front": front, "http": http, "seal": sealing, "objects": object_plane,
+    "code": coding, "rpc": rpc, "register": registers, "lmdb": lmdb_batch, "segment": segments, "list": list_page, "page": pages,
 }  # fmt: skip
 
 

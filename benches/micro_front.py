@@ -47,7 +47,10 @@ class _Transport:
 
 def boto_request(method: str, body: bytes) -> bytes:
     url = f"http://127.0.0.1:9000/{BUCKET.name}/photos/2026/00000123.jpg"
-    headers = {"User-Agent": "Boto3/1.40.0 md/Botocore#1.40.0 ua/2.1 os/linux#6.1 md/arch#x86_64 lang/python#3.11.7 md/pyimpl#CPython m/b,Z,D,e cfg/retry-mode#standard Botocore/1.40.0"}  # fmt: skip  # noqa: E501
+    headers = {
+        "User-Agent": "Boto3/1.40.0 md/Botocore#1.40.0 ua/2.1 os/linux#6.1 md/arch#x86_64 lang/python#3.11.7 "
+        "md/pyimpl#CPython m/b,Z,D,e cfg/retry-mode#standard Botocore/1.40.0"
+    }
     if method == "PUT":
         headers |= {"Content-Type": "image/jpeg"}
     request = AWSRequest(method, url, headers=headers, data=body)
@@ -69,9 +72,14 @@ class Exchange:
 
     def __init__(self, method: str, plane: OneObject) -> None:
         app = S3App(
-            cast(Objects, plane), cast(Buckets, plane), cast(Users, plane), region=REGION, clock=SystemClock(), entropy=system_entropy,  # noqa: E501
+            cast(Objects, plane),
+            cast(Buckets, plane),
+            cast(Users, plane),
+            region=REGION,
+            clock=SystemClock(),
+            entropy=system_entropy,
             on_request=RequestLog(Metrics(), LogSection()),
-        )  # fmt: skip
+        )
         self.request = boto_request(method, plane.plain if method == "PUT" else b"")
         connections = app.open()
         connections.begin = lambda connection: None  # type: ignore[method-assign]

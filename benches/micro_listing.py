@@ -49,8 +49,18 @@ def slots(entropy: Callable[[int], bytes] = os.urandom) -> list[Slot]:
             size=4096,
         )
         entry = PartEntry(1, data_id, 4096, entropy(64), 1, "4+2", (Run(0, 1, 1, 2, 1),), small=True)
-        version = seal_version(plane, Place(BUCKET.id, name.key), key, bytes(32), meta, version_id="null", context_id=data_id, owner="a" * 32,  # noqa: E501
-                               modified_ms=1_700_000_000_000 + 7 * number, parts=(entry,))  # fmt: skip
+        version = seal_version(
+            plane,
+            Place(BUCKET.id, name.key),
+            key,
+            bytes(32),
+            meta,
+            version_id="null",
+            context_id=data_id,
+            owner="a" * 32,
+            modified_ms=1_700_000_000_000 + 7 * number,
+            parts=(entry,),
+        )
         value = Value(1, entropy(16), Visibility.LIVE, encode_object(ObjectRecord((version,))), data_id)
         found.append(Slot(name, Ballot(1, 1_700_000_000_000_000 + number, "gateway", b"incarnat"), value))
     return found

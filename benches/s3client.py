@@ -88,7 +88,8 @@ class Signer:
         text = self._text + hashlib.sha256(canonical.encode()).hexdigest()
         signature = hmac.digest(self._key, text.encode(), "sha256").hex()
         asked = f"{path}?{query}" if query else path
-        return f"{method} {asked}{self._before}{sha256}{self._between}{signature}\r\nContent-Length: {length}\r\n\r\n".encode()  # noqa: E501
+        signed = f"{method} {asked}{self._before}{sha256}{self._between}{signature}"
+        return f"{signed}\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 def signed_head(

@@ -397,16 +397,16 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
             port = port_with_grpc()
             (folder / f"data{rack}").mkdir()
             volume = start(
-                f"volume{rack}", "volume", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={port}", f"-dir={folder}/data{rack}", f"-mserver=127.0.0.1:{master}",  # noqa: E501
-                "-max=100", f"-rack={rack}", "-dataCenter=d",
+                f"volume{rack}", "volume", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={port}",
+                f"-dir={folder}/data{rack}", f"-mserver=127.0.0.1:{master}", "-max=100", f"-rack={rack}", "-dataCenter=d",
             )  # fmt: skip
             await_port(port, volume)
         filer = port_with_grpc()
         await_port(
             s3,
             start(
-                "filer", "filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={filer}", f"-master=127.0.0.1:{master}", f"-defaultStoreDir={folder}/filer",  # noqa: E501
-                "-s3", f"-s3.port={s3}", f"-s3.config={folder}/s3.json",
+                "filer", "filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={filer}",
+                f"-master=127.0.0.1:{master}", f"-defaultStoreDir={folder}/filer", "-s3", f"-s3.port={s3}", f"-s3.config={folder}/s3.json",
             ),
         )  # fmt: skip
         if durable:
