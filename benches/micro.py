@@ -433,7 +433,8 @@ async def segments() -> list[Measured]:
 
 PATHS: dict[str, Callable[[], list[Measured] | Coroutine[Any, Any, list[Measured]]]] = {
     "signature": signature_check, "front": front, "http": http, "seal": sealing, "objects": object_plane,
-    "code": coding, "rpc": rpc, "register": registers, "lmdb": lmdb_batch, "segment": segments, "list": list_page, "page": pages,
+    "code": coding, "rpc": rpc, "register": registers, "lmdb": lmdb_batch, "segment": segments,
+    "list": list_page, "page": pages,
 }  # fmt: skip
 
 

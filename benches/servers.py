@@ -398,7 +398,8 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
             (folder / f"data{rack}").mkdir()
             volume = start(
                 f"volume{rack}", "volume", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={port}",
-                f"-dir={folder}/data{rack}", f"-mserver=127.0.0.1:{master}", "-max=100", f"-rack={rack}", "-dataCenter=d",
+                f"-dir={folder}/data{rack}", f"-mserver=127.0.0.1:{master}", "-max=100",
+                f"-rack={rack}", "-dataCenter=d",
             )  # fmt: skip
             await_port(port, volume)
         filer = port_with_grpc()
@@ -406,7 +407,8 @@ def _seaweedfs(folder: Path, name: str, *, durable: bool) -> Iterator[Server]:
             s3,
             start(
                 "filer", "filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-port={filer}",
-                f"-master=127.0.0.1:{master}", f"-defaultStoreDir={folder}/filer", "-s3", f"-s3.port={s3}", f"-s3.config={folder}/s3.json",
+                f"-master=127.0.0.1:{master}", f"-defaultStoreDir={folder}/filer", "-s3",
+                f"-s3.port={s3}", f"-s3.config={folder}/s3.json",
             ),
         )  # fmt: skip
         if durable:
