@@ -1,4 +1,4 @@
-"""Which event loops run the tests."""
+"""Which event loops run the tests, which tests run alone, and with how many examples properties are tried."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import pytest
 import uvloop
 from hypothesis import settings
 
-settings.register_profile("tests", deadline=None)  # a busy machine is slow, and no test times
+from tests.examples import examples
+
+settings.register_profile(
+    "tests", max_examples=examples(100), deadline=None
+)  # a busy machine is slow, and no test times
 settings.load_profile("tests")
+
+ALONE = frozenset({"s3", "chaos"})
+"""Folders whose tests start clusters of real processes."""
+
 
 HEARD = frozenset(
     {
@@ -35,3 +43,10 @@ def pytest_asyncio_loop_factories(
     if item.path.stem in HEARD:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in ALONE:
+            item.add_marker(pytest.mark.alone)

@@ -25,6 +25,8 @@ from benches.s3client import Ask, Connection, Target, WrongAnswer, connect, sign
 from benches.servers import Server, stop, storaged_cluster
 from tests.patience import GUARD_S
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 SMALL = ("put-4k-1", "put-4k-64", "get-4k-64", "head-64", "list-1000-4")
 

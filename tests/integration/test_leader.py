@@ -22,6 +22,8 @@ from storaged.node.worker import NOT_TAKEN, TAKEN, Worker
 from storaged.observe import Metrics
 from tests.patience import GUARD_S
 
+pytestmark = pytest.mark.alone
+
 
 class Doorway(NamedTuple):
     """A worker that serves behind a door, and the first process's side of it. ``given``: what came back; ``taken``:

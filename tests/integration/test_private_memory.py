@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = """
 import ctypes, os, sys
 from prometheus_client import CollectorRegistry

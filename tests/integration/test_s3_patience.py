@@ -25,6 +25,8 @@ from tests.integration.test_s3_hostile import _Blocks, _Socket
 from tests.integration.test_s3_http import certificate
 from tests.patience import GUARD_S
 
+pytestmark = pytest.mark.alone
+
 
 async def make_bucket(world: World, **objects: bytes) -> None:
     """``bucket``, and what is in it."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from storaged.errors import InvalidArgument, NotImplemented
 from storaged.objects.etags import ANY, NO_TAG, AnyTag, Tags, matches_strongly
 from storaged.s3 import conditions as c
+from tests.examples import examples
 
 ETAG = "d41d8cd98f00b204e9800998ecf8427e-3"
 
@@ -67,13 +68,13 @@ def oracle(text: str) -> AnyTag | Tags:
 @example("W/")
 @example('W/""')
 @example(f'"{ETAG}')
-@settings(max_examples=2000)
+@settings(max_examples=examples(2000))
 def test_two_parsers_of_entity_tags_agree(text: str) -> None:
     assert c.parse_tags(text) == oracle(text)
 
 
 @given(texts, texts, st.sampled_from(sorted(c.NAMES)), st.sampled_from(sorted(c.NAMES)))
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 def test_a_write_with_any_condition_is_conditional_or_refused(one: str, other: str, first: str, second: str) -> None:
     """No condition gets lost: the answer is a condition for each header, or a refusal."""
     headers = {first: one, second: other}
@@ -95,7 +96,7 @@ def test_a_write_with_any_condition_is_conditional_or_refused(one: str, other: s
 
 
 @given(texts, texts, texts)
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 def test_a_delete_with_any_condition_is_conditional_or_refused(etag: str, size: str, modified: str) -> None:
     try:
         found = c.deletion(etag, size, modified, ("Size", "LastModifiedTime"))

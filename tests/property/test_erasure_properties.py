@@ -21,6 +21,7 @@ from storaged.objects.code.erasure import (
     reconstruct,
 )
 from storaged.objects.code.geometry import BlockShape
+from tests.examples import examples
 
 ALL_PROFILES = [Profile(k, m) for k in range(1, 9) for m in range(1, 5)]
 
@@ -78,14 +79,14 @@ blocks = st.tuples(
 ).map(lambda drawn: (drawn[0], drawn[1], random.Random(drawn[4]).randbytes(drawn[1] * drawn[2] + drawn[3] % drawn[1])))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(blocks)
 def test_parity_is_what_the_slow_implementation_computes(block):
     profile, cell_bytes, sealed = block
     assert fragments_of(profile, cell_bytes, sealed)[profile.k :] == slow_parity(profile, cell_bytes, sealed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(blocks, st.data())
 def test_any_k_fragments_give_back_all_the_others(block, data):
     profile, cell_bytes, sealed = block
@@ -100,7 +101,7 @@ def test_any_k_fragments_give_back_all_the_others(block, data):
         assert rebuilt[position] == fragments[position].ljust(length, b"\0")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(blocks.filter(lambda drawn: drawn[0].k > 1), st.data())
 def test_stripe_after_stripe_any_k_runs_of_cells_give_back_what_they_do_at_once(block, data):
     profile, cell_bytes, sealed = block
@@ -135,7 +136,7 @@ def test_every_set_of_survivors_of_every_profile_rebuilds_a_ragged_stripe(profil
         assert all(rebuilt[position] == fragments[position].ljust(64, b"\0") for position in wanted)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(blocks)
 def test_fragments_have_the_lengths_that_geometry_says_and_hash_as_they_are(block):
     profile, cell_bytes, sealed = block

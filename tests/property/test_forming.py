@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from storaged.cluster.ports import LedgerReport
 from storaged.node.forming import answers_of, judge_forming
+from tests.examples import examples
 
 NODES = 3
 
@@ -44,7 +45,7 @@ def look(machines: dict[str, Machine], name: str) -> None:
         own.formed, own.nodes = True, dict(answers.ledgers)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(steps)
 def test_a_node_that_took_part_and_lost_its_ledger_never_begins_by_itself_once_the_cluster_is_formed(
     moves: list[tuple[str, int]],

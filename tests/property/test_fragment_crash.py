@@ -256,6 +256,7 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.slow
 def test_no_power_cut_loses_what_was_synced_or_serves_what_was_never_written(quick_path: Path) -> None:
     compacted = punched = 0
     for seed in range(SEEDS):

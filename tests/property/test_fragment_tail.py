@@ -18,6 +18,7 @@ from storaged.fragments.index import Index
 from storaged.fragments.limits import StoreLimits
 from storaged.fragments.write import Write
 from storaged.hashes import fragment_hash
+from tests.examples import examples
 from tests.worlds.fragments import DISK, Made, SimulatedFiles, in_memory, make
 
 LIMITS = StoreLimits(note_reserve_bytes=0, segment_bytes=1 << 20)
@@ -103,7 +104,10 @@ def test_a_tail_torn_at_any_byte_costs_only_what_was_not_synced(log: Log) -> Non
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=examples(200),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 @given(at=st.integers(min_value=0), bit=st.integers(0, 7), more=st.integers(0, 3))
 def test_a_flipped_bit_never_makes_wrong_bytes_and_costs_one_fragment(log: Log, at: int, bit: int, more: int) -> None:

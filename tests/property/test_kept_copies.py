@@ -298,6 +298,7 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.slow
 async def test_no_copy_that_was_acknowledged_is_lost_while_its_record_is_there(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +333,7 @@ def nothing_comes_back_from_the_redo_log(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(disks, "restore_copies", restored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
     [

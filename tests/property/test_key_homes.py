@@ -19,6 +19,7 @@ from storaged.keys import create_keyring
 from storaged.keys.bucketkey import DESTROYED, BucketKeys, KeyCopy, Vault
 from storaged.objects.ports import pack_context
 from storaged.wire import decode, encode
+from tests.examples import examples
 from tests.unit.test_keyring import CREDENTIAL, Copies, Rig
 
 BUCKETS = [bytes([number]) * 16 for number in range(2)]
@@ -120,7 +121,7 @@ class Model:
             assert decode(self.ring.values["key/" + bucket.hex()], BucketKeys).state == DESTROYED
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(steps, max_size=25))
 def test_no_order_of_forgeries_and_uses_loses_a_key_that_a_gateway_has_or_brings_one_back(
     order: list[tuple[Any, ...]],

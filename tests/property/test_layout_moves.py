@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from storaged.cluster.layout import PARTITIONS, SYSTEM_PARTITION, DiskEntry, Layout, NodeEntry
 from storaged.cluster.moves import moves_between, places_digest
+from tests.examples import examples
 
 GROUPS = range(0, 4096, 16)
 LOCATIONS = ("FR/par1/a", "FR/par2/b", "FR/lyo1/c", "DE/fra1/a")
@@ -115,7 +116,7 @@ def changed(layout: Layout, change: dict[str, object]) -> Layout:  # a line a ki
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(changes)
 @example({"address": 2, "gateways": 2, "profile": "2+2"})
 @example({"shuffle": [5, 4, 3, 2, 1, 0], "nodes": [3, 2, 1, 0]})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
 from storaged.meta.storage.scan import common_prefix
+from tests.examples import examples
 from tests.worlds.listing import BUCKET, Ring, value_of
 
 PIECES = st.sampled_from([b"a", b"b", b"/", b"//", b"\0", b"\xff", b"a" * 479, b"\xff" * 30, b"photos/2026/"])
@@ -169,7 +170,7 @@ async def listed(case: Case, ring: Ring) -> list[list[tuple[bytes, Value | None]
     return pages
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(CASES)
 def test_the_pages_of_diverging_replicas_are_those_of_a_sorted_dict(case: Case) -> None:
     async def run() -> list[list[tuple[bytes, Value | None]]]:
@@ -182,7 +183,7 @@ def test_the_pages_of_diverging_replicas_are_those_of_a_sorted_dict(case: Case) 
     assert pages == [[]] or pages[-1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(CASES)
 def test_a_walk_over_everything_gives_every_row_once_and_settles_no_more_than_it_must(case: Case) -> None:
     async def run() -> tuple[list[bytes], set[bytes]]:
@@ -196,7 +197,7 @@ def test_a_walk_over_everything_gives_every_row_once_and_settles_no_more_than_it
     assert not any(set(case.keys[key].counters) == {0} for key in read)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(CASES)
 def test_after_catching_up_all_replicas_that_answer_hold_the_same_rows(case: Case) -> None:
     async def run() -> None:
@@ -242,7 +243,7 @@ STEPS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.lists(STEPS, min_size=5, max_size=60), st.integers(1, 4), st.integers(1, 5), st.sampled_from([0, 3000, 1 << 20])
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from storaged.errors import S3Error
 from storaged.s3 import aws_names, routes
 from storaged.s3.operation import Operation
+from tests.examples import examples
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ queries = st.lists(names, max_size=3, unique=True).map(lambda found: dict.fromke
 @example("PUT", "object", {"Tagging": ""})
 @example("DELETE", "object", {"policy?x": ""})
 @example("DELETE", "object", {" acl\x00": ""})
-@settings(max_examples=3000)
+@settings(max_examples=examples(3000))
 def test_what_changes_something_has_no_parameter_that_its_operation_does_not_take(
     method: str, level: str, query: dict[str, str]
 ) -> None:
@@ -115,7 +116,7 @@ def rows() -> dict[str, Operation]:
     st.sampled_from(known_headers()),
     st.sampled_from(["", "1", "true", "AES256", "STANDARD"]),
 )
-@settings(max_examples=3000)
+@settings(max_examples=examples(3000))
 def test_what_changes_something_takes_no_header_that_aws_does_not_give_it(name: str, header: str, value: str) -> None:
     found = outcome(lambda: rows()[name].check_headers({header: value}))
     if isinstance(found, S3Error):

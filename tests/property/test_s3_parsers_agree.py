@@ -19,6 +19,7 @@ from storaged.s3.http.chunks import ChunkReader, TransferChunks
 from storaged.s3.http.form_data import FormReader, boundary_of
 from storaged.s3.http.grammar import Head, parse_head
 from storaged.s3.http.limits import Limits
+from tests.examples import examples
 from tests.property.second_parsers import (
     Refused,
     RfcHead,
@@ -31,7 +32,7 @@ from tests.property.second_parsers import (
 )
 
 LIMITS = Limits()
-EXAMPLES = settings(max_examples=400, deadline=None)
+EXAMPLES = settings(max_examples=examples(400), deadline=None)
 
 HOSTILE = (
     b"\r", b"\n", b"\r\n", b" ", b"\t", b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x7f", b"\x80", b"\x85", b"\xa0", b"\xff", b"\xc2\xa0", b"\xe2\x80\x83",  # noqa: E501

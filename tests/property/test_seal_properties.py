@@ -12,6 +12,7 @@ from storaged.objects.code.geometry import BlockShape, PartShape
 from storaged.objects.code.seal import PartOpener, PartSealer
 from storaged.objects.ports import pack_context
 from storaged.sov1 import chunk_bytes_for, chunks_size, open_message, seal_message, sealed_size
+from tests.examples import examples
 
 DEK, DATA_ID, SALT = b"k" * 32, b"i" * 16, b"s" * 24
 CHUNKS = [4096, 8192, 16384, 32768, 65536]
@@ -26,7 +27,7 @@ shapes = st.builds(PartShape, sizes | st.integers(0, 2**43), st.sampled_from(CHU
 profiles = st.builds(Profile, st.integers(1, 8), st.integers(1, 4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.sampled_from(CHUNKS), st.integers(1, 5), st.data())
 def test_what_was_sealed_block_by_block_opens_chunk_by_chunk_and_in_blocks(size, chunk, block_cells, data):
     plain = random.Random(size).randbytes(size)
@@ -50,7 +51,7 @@ def test_what_was_sealed_block_by_block_opens_chunk_by_chunk_and_in_blocks(size,
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.binary(max_size=20_000), st.lists(st.binary(max_size=40), max_size=4))
 def test_messages_open_and_have_the_documented_size(plain, context):
     sealed = seal_message(DEK, "sov.meta.v1", pack_context(b"", context), plain, SALT)

@@ -18,6 +18,7 @@ from storaged.errors import ServiceUnavailable
 from storaged.meta.names import object_name, part_name, upload_name
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.shards import draw, shards_inside
+from tests.examples import examples
 
 COUNTRIES = ["FR", "DE", "IT", "HU"]
 keys = st.binary(min_size=1, max_size=40)
@@ -43,7 +44,7 @@ def countries_of(layout: Layout, partition: int) -> set[str]:
     return {of_disk[disk] for disk in layout.replicas_of(partition)}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     places=st.lists(st.sampled_from(COUNTRIES), min_size=3, max_size=9),
     disks=st.integers(1, 3),

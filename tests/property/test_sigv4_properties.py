@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from storaged.s3.auth import sigv4
 from storaged.s3.auth.aws_chunked import ChunkedDecoder
 from storaged.s3.request import parse_target, split_path
+from tests.examples import examples
 
 keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60)
 values = st.text(st.characters(codec="utf-8", min_codepoint=1), max_size=20)
@@ -45,7 +46,7 @@ def test_the_canonical_query_does_not_depend_on_order_or_on_how_it_was_written(p
     assert first == second == "&".join(by_name)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(
     keys,
     st.dictionaries(st.text("abcdefgh-", min_size=1, max_size=8), st.text("xyz, =", max_size=10), max_size=3),

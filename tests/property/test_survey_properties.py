@@ -17,6 +17,7 @@ from storaged.objects.code.place import choose
 from storaged.objects.records import PartEntry, Run
 from storaged.sov1 import MAGIC, SUITE
 from tests.doubles.layouts import layout_of
+from tests.examples import examples
 
 LAYOUT = layout_of((3, 3, 3))
 HEADER = MAGIC + bytes([SUITE, 16, 0, 0]) + bytes(56)
@@ -97,7 +98,7 @@ def test_a_part_claims_what_its_blocks_name_and_nothing_else(entry: PartEntry) -
 
 
 @given(entries(), st.data())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_a_move_changes_its_blocks_and_no_others(entry: PartEntry, data: st.DataObject) -> None:
     old = data.draw(st.sampled_from(entry.runs))
     first = data.draw(st.integers(old.first, old.first + old.count - 1))

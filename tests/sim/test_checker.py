@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.sim.linear import Content, Kind, Operation, linearizable
 
 
@@ -110,7 +111,7 @@ def histories(draw: st.DrawFn) -> list[Operation]:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(histories())
 def test_the_search_finds_what_trying_every_order_finds(operations: list[Operation]) -> None:
     assert linearizable(operations) == _by_brute_force(operations)

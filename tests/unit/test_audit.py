@@ -22,6 +22,7 @@ from storaged.cluster.audit.log import AuditLog, AuditReport, audited, verify
 from storaged.cluster.audit.refusals import Refusals
 from storaged.cluster.identity import NodeSigner
 from storaged.errors import AuditUnwritable, OperatorError, ServiceUnavailable
+from tests.examples import examples
 from tests.worlds.authority import World
 
 
@@ -251,6 +252,7 @@ async def test_refusals_are_counted_and_no_flood_of_them_fills_the_disk(tmp_path
     assert verify(files_of(tmp_path)).ok
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(-5_000, 40_000), st.sampled_from("abc"), st.text(max_size=3)), max_size=60))
 def test_every_refusal_is_told_once_and_a_kind_at_most_twice_a_minute(refusals: list[tuple[int, str, str]]) -> None:
     counter, now_ms, told = Refusals(), 1_000_000, []
@@ -526,7 +528,7 @@ async def test_a_chain_that_only_a_checkpoint_knows_is_missing(tmp_path: Path, w
     assert f"chain {'ff' * 8} is missing" in problem(verify(files_of(tmp_path / "kept"), [other]))[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data())
 def test_no_change_to_a_log_that_another_follows_goes_unnoticed(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -105,6 +105,7 @@ def kinds_in_code() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_document_lists_every_kind_of_entry() -> None:
     (listed,) = re.findall(r"^Kinds: (.*?)\.$", FORMATS, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`([a-z0-9_.]+)`", listed)) == kinds_in_code()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import storaged
 from storaged.observe import METRICS
 from storaged.wire import Message
@@ -145,6 +147,7 @@ def labels_in_code() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_label_is_in_a_table_and_every_label_of_the_tables_is_used() -> None:
     rows = [line for line in FORMATS.splitlines() if line.startswith("|") and "`sov." in line]
     listed = {label for line in rows for label in LABEL.findall(line)}

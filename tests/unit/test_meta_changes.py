@@ -78,6 +78,7 @@ def test_who_comes_after_more_writes_than_are_remembered_is_told_that_anything_m
     assert not changed(changes, counts[-KEYS_OF_ONE_MAX], after=b"9")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_bytes", [30, 1024])
 def test_what_is_remembered_of_many_shards_is_bounded_whatever_their_keys_are(key_bytes: int) -> None:
     tracemalloc.start()

@@ -22,6 +22,7 @@ from storaged.meta.storage import heap, identity
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowkey import row_key
 from storaged.meta.storage.rowvalue import open_small, pack_row, seal_small
+from tests.examples import examples
 from tests.suites.meta_store import BUCKET, name_of, slot_of, slots_in
 
 LONG, SHORT = b"x" * 600, b""
@@ -211,7 +212,7 @@ async def test_a_store_of_a_later_layout_is_refused_and_left_as_it_is(tmp_path: 
     assert (tmp_path / "data.mdb").read_bytes() == before
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     checkpoints=st.lists(
         st.lists(

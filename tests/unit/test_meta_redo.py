@@ -34,6 +34,7 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
 from storaged.meta.storage.rowvalue import open_small, seal_small
 from storaged.units import MIB
+from tests.examples import examples
 from tests.patience import GUARD_S
 from tests.suites.meta_store import BUCKET, OTHER, name_of, page_of, slot_of, slots_in
 from tests.worlds.disk import HeldLog
@@ -132,7 +133,7 @@ def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_writt
     again.close()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(
     sizes=st.lists(st.integers(0, 3 * PAGE_BYTES), min_size=1, max_size=40),
     applied_every=st.integers(1, 9),
@@ -524,7 +525,7 @@ async def test_a_batch_that_no_group_takes_is_refused_before_anything_is_stored(
     await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(
     stored=st.sets(st.binary(min_size=1, max_size=2)),
     added=st.lists(
@@ -554,7 +555,7 @@ def test_tables_that_grow_between_looks_are_merged_in_the_order_of_their_keys(
 KEYS = [b"a", b"a/1", b"a/2", b"b" * 480, b"b" * 481, b"b" * 700, b"b" * 961, b"c", b"c/1", b"\xff" * 500]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     steps=st.lists(
         st.tuples(

@@ -16,6 +16,7 @@ from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import HeadPage
 from storaged.meta.storage.row_head import with_head
 from storaged.meta.storage.scan import scan_store
+from tests.patience import GUARD_S
 from tests.worlds import listing as meta_ring
 from tests.worlds.listing import BUCKET, Ring, value_of
 
@@ -33,7 +34,7 @@ async def heads_of(
 
 
 async def filled() -> Ring:
-    ring = Ring()
+    ring = Ring(hedge_s=GUARD_S)
     await ring.fill(KEYS)
     return ring
 
@@ -118,7 +119,7 @@ async def scattered(ring: Ring, *, deleted: int, body: bytes) -> None:
 async def test_pieces_that_lie_on_one_page_are_known_on_it_however_much_each_of_them_was_looked_through(
     deleted: int, body: bytes
 ) -> None:
-    ring = Ring(examine_max=500)
+    ring = Ring(hedge_s=GUARD_S, examine_max=500)
     await scattered(ring, deleted=deleted, body=body)
     for after in (b"", KEYS[29], KEYS[59]):
         page = await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], after=after, limit=30)
@@ -150,7 +151,7 @@ async def test_of_what_is_known_and_changed_a_reply_holds_as_much_as_a_message_t
 async def test_among_many_deleted_keys_a_round_asks_for_a_few_ranges_and_what_has_not_changed_is_not_sent_again() -> (
     None
 ):
-    ring = Ring(examine_max=200)
+    ring = Ring(hedge_s=GUARD_S, examine_max=200)
     keys = [b"k%04d" % number for number in range(1200)]
     await ring.fill(keys, visibility=Visibility.TOMBSTONE)
     shown = keys[::60]
@@ -201,7 +202,7 @@ async def test_a_page_goes_on_behind_a_piece_that_its_replicas_keep_on_differing
 
 
 async def test_behind_a_common_prefix_that_was_listed_from_its_beginning_a_page_may_begin_inside_of_it() -> None:
-    ring = Ring()
+    ring = Ring(hedge_s=GUARD_S)
     await ring.fill([b"a/1", b"a/2", b"a/3", b"b"])
     assert (await heads_of(ring, delimiter=b"/")).prefixes == (b"a/",)
     assert (await heads_of(ring, delimiter=b"/", after=b"a/2")).prefixes == (b"a/",)
@@ -212,7 +213,7 @@ async def test_a_common_prefix_stays_though_a_piece_ends_inside_of_it_and_the_ne
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     share = 2
-    ring = Ring(share=lambda _entries, _feeds, _turn: share, examine_max=4)
+    ring = Ring(hedge_s=GUARD_S, share=lambda _entries, _feeds, _turn: share, examine_max=4)
     names = {key: RegisterName(Table.OBJECT, BUCKET, 0, key) for key in (b"a", b"b", b"c/0", b"c/1", b"c/2", b"d")}
     for key, name in names.items():
         await ring.put_everywhere(name, Visibility.TOMBSTONE if key == b"c/0" else Visibility.LIVE)

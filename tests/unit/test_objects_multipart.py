@@ -119,6 +119,7 @@ async def test_parts_become_one_object_that_reads_whole_by_range_and_by_part_num
     await objects.close()
 
 
+@pytest.mark.slow
 async def test_ten_thousand_parts_are_kept_in_pages() -> None:
     world = World(part_bytes_min=1)
     objects, bucket = ObjectService(world.plane()), bucket_of(world)

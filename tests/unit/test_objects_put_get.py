@@ -626,6 +626,7 @@ async def test_a_stream_that_is_closed_early_gives_its_memory_back() -> None:
     await objects.close()
 
 
+@pytest.mark.slow
 async def test_many_transfers_share_a_small_memory_without_deadlock() -> None:
     world = World(fill_buffer_bytes_max=1 * MIB, put_buffer_bytes_max=4 * MIB, get_buffer_bytes_max=1 * MIB)
     objects = ObjectService(world.plane())
@@ -738,6 +739,7 @@ def test_fragment_ids_of_one_block_are_ordered() -> None:
     assert ids == sorted(ids)
 
 
+@pytest.mark.slow
 async def test_copies_do_not_wait_for_each_other_when_memory_is_short() -> None:
     """Half of them hold a block and want a window, the other half hold a window and want a block."""
     world = World(

@@ -8,6 +8,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 
+import pytest
+
 from storaged.objects.read.get import SLOW_WINDOW_BYTES
 from storaged.objects.service import ObjectService
 from storaged.wire import Buffer
@@ -33,6 +35,7 @@ class StandingBody:
         yield self._data[self._moving :]
 
 
+@pytest.mark.slow
 async def test_an_upload_does_not_wait_for_the_clients_of_64_others_that_stand_still() -> None:
     world = World(buffer_wait_s=WAIT_S)
     objects, bucket, go = ObjectService(world.plane()), bucket_of(world), asyncio.Event()
@@ -80,6 +83,7 @@ async def test_an_upload_that_is_given_up_gives_its_memory_back() -> None:
     await objects.close()
 
 
+@pytest.mark.slow
 async def test_a_download_does_not_wait_for_the_clients_of_64_others_that_stand_still() -> None:
     world = World(buffer_wait_s=WAIT_S)
     objects, bucket = ObjectService(world.plane()), bucket_of(world)

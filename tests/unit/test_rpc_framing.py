@@ -18,6 +18,7 @@ from storaged.cluster.rpc.framing import (
     Verdict,
     pack_header,
 )
+from tests.examples import examples
 
 SCRATCH = 64
 
@@ -106,7 +107,7 @@ def test_skipped_frames_vanish_whole(frames: list[tuple[Kind, int, bytes, bytes,
     assert sink.frames == [frame for frame, skip in zip(frames, skips, strict=True) if not skip]
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.binary(min_size=HEADER_BYTES, max_size=200))
 def test_bytes_that_are_no_frames_are_refused_or_stay_within_bounds(data: bytes) -> None:
     sink = Sink()

@@ -31,6 +31,7 @@ from storaged.cluster.audit.witness_record import Behind, Refused, SeenNode, Tak
 from storaged.cluster.identity import NodeSigner
 from storaged.cluster.ports import Call
 from storaged.errors import ServiceUnavailable
+from tests.examples import examples
 from tests.worlds.witness import Witnessed
 
 ALL = {"n1", "n2", "n3"}
@@ -538,7 +539,7 @@ def link_of(hashes: list[bytes]) -> bytes:
     return link
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.data())
 def test_whatever_a_node_that_has_the_key_sends_what_a_witness_took_stays_a_beginning_of_what_it_has(
     data: st.DataObject,
@@ -632,7 +633,7 @@ def rewrite_all(directory: Path, edit: Callable[[list[list[Entry]]], None]) -> N
             (directory / f"audit-{ordinal:08d}-{entries[0].chain}-00001.jsonl").write_bytes(b"".join(lines))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_no_rewriting_of_what_was_witnessed_goes_unnoticed(witnessed_log: Witnessed, data: st.DataObject) -> None:
     """Entries are removed, changed, moved, put in; chains are dropped, swapped, renamed: all hashes fit again, and no

@@ -34,7 +34,7 @@ class Ring:
     how many heads it was sent.
     """
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, *, hedge_s: float = 0.01, **limits: Any) -> None:
         self.current = layout_of_six()
         self.stores = {disk.id: MemoryMetaStore() for disk in self.current.disks}
         self.digests = {disk.id: DigestsKept() for disk in self.current.disks}
@@ -46,7 +46,7 @@ class Ring:
         self.sent = 0
         self.reads: list[RegisterName] = []
         self.settled: list[RegisterName] = []
-        self.scanner = RingScanner(self, self, self, self, hedge_s=0.01, **limits)  # type: ignore[arg-type]
+        self.scanner = RingScanner(self, self, self, self, hedge_s=hedge_s, **limits)  # type: ignore[arg-type]
 
     def at(self, epoch: int) -> Layout:
         assert epoch == self.current.epoch
