@@ -35,7 +35,7 @@ from storaged.clock import SystemClock
 from storaged.cluster import identity
 from storaged.cluster.layout import Profile
 from storaged.cluster.policy import Policy
-from storaged.cluster.ports import Call, Method
+from storaged.cluster.ports import Call, Method, PeerChecks
 from storaged.cluster.rpc import RpcPool, RpcServer
 from storaged.fragments.ports import FragmentHeader, FragmentId
 from storaged.fragments.store import LocalFragmentStore
@@ -259,16 +259,16 @@ async def rpc() -> list[Measured]:
             name: identity.issue(authority, Path(place) / name, name=name, location="FR/par1/a", roles=("storage",))
             for name in ("a", "b")
         }
-        admission = Policy().admit
+        checks = PeerChecks(Policy().admit)
         both = frozenset({"storage", "gateway"})
         methods = {
             "t.task": Method(_Note, echo, both),
-            "t.at_once": Method(_Note, echo, both, at_once=lambda request, call: request),
+            "t.at_once": Method(_Note, echo, both, try_answer=lambda request, call: request),
         }
         side = _Side()
-        server = RpcServer(own["b"], methods, admission=admission)
+        server = RpcServer(own["b"], methods, checks=checks)
         await side.run(server.start("127.0.0.1", 0))
-        pool = RpcPool(own["a"], addresses={"b": f"127.0.0.1:{server.port}"}, admission=admission)
+        pool = RpcPool(own["a"], addresses={"b": f"127.0.0.1:{server.port}"}, checks=checks)
         await pool.start()
 
         async def ask(method: str, count: int) -> None:

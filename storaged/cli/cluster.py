@@ -182,7 +182,7 @@ def methods(as_json: bool) -> None:
         {
             "method": name,
             "callers": sorted(row.callers),
-            "any_certified_node": row.strangers,
+            "any_certified_node": row.non_members,
             "served_by": sorted(row.served_by),
             "why": row.why,
             "harm": row.harm,

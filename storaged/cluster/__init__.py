@@ -1,3 +1,4 @@
-"""The cluster plane: identity, jurisdiction, layout, membership, RPC and the audit chain. It knows
-no service by name.
+"""The cluster plane: identity, jurisdiction, layout, membership, RPC and the audit chain.
+
+It sends and serves RPC methods without knowing the services behind them.
 """

@@ -169,7 +169,7 @@ class Links(Protocol):
     connections made and refused.
     """
 
-    def heard(self, node: str) -> float | None: ...
+    def last_read_at(self, node: str) -> float | None: ...
 
     def watch(self, watcher: Callable[[str, bool], None]) -> None: ...
 
@@ -421,7 +421,7 @@ class Membership:
             peer.missed = MISSED_MAX
             self._enter(peer, "down", error.message)
             return
-        heard = self._links.heard(peer.name) if self._links is not None else None
+        heard = self._links.last_read_at(peer.name) if self._links is not None else None
         if heard is not None and asyncio.get_running_loop().time() - heard < self._interval_s:
             return
         peer.missed += 1

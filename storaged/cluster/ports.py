@@ -1,4 +1,4 @@
-"""What the planes above see of the cluster: a caller, methods to answer with, who is alive, which layout counts.
+"""What the planes above see of the cluster: a caller, methods to register, liveness of nodes and disks, and layouts.
 
 ``cluster.rpc`` implements ``Caller`` over mutual TLS; simulations implement it over a virtual network.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from storaged.cluster.layout import Layout
+from storaged.errors import StoragedError
 from storaged.wire import Buffer, Message
 
 T = TypeVar("T", bound=Message)
@@ -18,7 +19,7 @@ T = TypeVar("T", bound=Message)
 class PeerIdentity(NamedTuple):
     """What a peer's certificate says, verified against the cluster's own authority and the jurisdiction policy.
 
-    ``jurisdiction`` is the country whose law the operating entity is under, ``cluster`` the id of the cluster that
+    ``jurisdiction`` is the country whose law the operating entity is under. ``cluster`` is the id of the cluster that
     issued the certificate.
     """
 
@@ -32,9 +33,11 @@ class PeerIdentity(NamedTuple):
 
 
 class LedgerReport(Message, frozen=True):
-    """What a storage node says of the ledger of its disks (``node.ledger``): its ``id``, whether its disks ever took
-    part (``formed``), and the id of the asking
-    node's ledger when it was formed (``yours``, empty when that is not known)."""
+    """What a storage node reports about the ledger of its disks (``node.ledger``).
+
+    ``id`` is the ledger's id. ``formed`` says whether its disks ever took part in the cluster. ``yours`` is the id of
+    the asking node's ledger at the time it was formed, empty when unknown.
+    """
 
     id: bytes
     formed: bool
@@ -42,10 +45,10 @@ class LedgerReport(Message, frozen=True):
 
 
 class Call(NamedTuple):
-    """The circumstances of one request: who asks, the bulk bytes that came with it, and when the asker gives up.
+    """The circumstances of one request: the caller, the bulk bytes that came with it, and the caller's deadline.
 
-    ``peer.roles`` are those that the layout in force gives it too, none for a stranger. ``body`` is valid until the
-    handler returns. ``deadline`` is in the server's monotonic seconds.
+    ``peer.roles`` are only those that the layout in force gives the peer too; a non-member has none. ``body`` is valid
+    until the handler returns. ``deadline`` is in seconds of the server's monotonic clock.
     """
 
     peer: PeerIdentity
@@ -54,63 +57,62 @@ class Call(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """An answer with bulk bytes: the buffers are sent one after the other, without being copied together."""
+    """A reply with bulk bytes. The buffers are sent one after the other, without being joined first."""
 
     message: Message
     body: Sequence[Buffer] = ()
 
 
 Handler = Callable[[Any, Call], Awaitable[Message | Reply]]
-"""``await handler(request, call)``. A StoragedError raised here reaches the caller as PeerRefused with its code, or as
-the same
-class again when it derives from PeerError."""
+"""``await handler(request, call)``. A PeerError raised here reaches the caller as the same class, any other
+StoragedError as PeerRefused with its code."""
 
 
-Answer = Callable[[Message | Reply | Exception], None]
-"""``answer(outcome)``: called once, on the event loop, with what the handler would have returned or raised. It does not
-raise. When the call was let go
-meanwhile (withdrawn, its deadline passed, the peer is gone) the outcome goes nowhere."""
+OnOutcome = Callable[[Message | Reply | Exception], None]
+"""``on_outcome(outcome)``: called once, on the event loop, with what the handler would have returned or raised.
 
-Begin = Callable[[Any, Call, Answer], bool]
-"""``begin(request, call, answer)``: takes the request on and answers, now or later; False: nothing was done, since that
-would need waiting first.
-Raises what the handler would raise, when it was not taken on. What was taken on may have to wait for a disk that never
-answers, longer than the server counts it:
-its number and bytes are bounded by whoever takes it on."""
+It does not raise. When the call was abandoned meanwhile (cancelled, past its deadline, the peer is gone), the outcome
+is dropped."""
+
+TryStart = Callable[[Any, Call, OnOutcome], bool]
+"""``try_start(request, call, on_outcome)``: accepts the request and reports its outcome, now or later.
+
+It returns False, and has done nothing, where it would have to wait first. It raises what the handler would raise when
+it does not accept the request. An accepted request may wait for a disk that never answers, longer than the server
+counts it, so the implementation bounds the number and the bytes of the requests that it has accepted."""
 
 
 class Method(NamedTuple):
-    """A named RPC method: the type of its request, its handler, and the roles that may call it (any of them): none,
-    until ``cluster.rpc.authority.grant`` gave it what the table says.
+    """A named RPC method: the type of its request, its handler, and the roles of which a caller needs one.
 
-    Two shorter ways to an answer are tried before the task that the handler runs in. ``at_once`` answers on the event
-    loop what needs no waiting, and returns
-    None for everything else. ``begin`` takes on what is answered by a callback when a disk has written it; once taken
-    on, it is carried out even when the caller cancels.
-    ``for_strangers``: also answers a certified node that the layout in force does not name (yet, or any more).
+    ``roles`` is empty until ``cluster.rpc.authority.grant`` fills it from the table. ``for_non_members``: the method
+    also answers a certified node that the layout in force does not name (not yet, or no longer).
+
+    Two shorter ways are tried before the handler gets a task. ``try_answer`` answers on the event loop what needs no
+    waiting and returns None for everything else. ``try_start`` accepts a request that a callback answers once a disk
+    has written it; an accepted request is carried out even when the caller cancels.
     """
 
     request: type[Message]
     handler: Handler
     roles: frozenset[str] = frozenset()
-    at_once: Callable[[Any, Call], Message | Reply | None] | None = None
-    for_strangers: bool = False
-    begin: Begin | None = None
+    try_answer: Callable[[Any, Call], Message | Reply | None] | None = None
+    for_non_members: bool = False
+    try_start: TryStart | None = None
 
 
 Methods = Mapping[str, Method]
 """Method name (``meta.prepare``, ``fragment.write``) -> Method. ``node`` merges every plane's and registers them."""
 
 
-Then = Callable[[Any, memoryview], None]
-"""``then(answer, bulk)``: called once, on the event loop, with the reply and its bulk bytes, or with a PeerError and
-none. It must not raise.
-"""
+OnReply = Callable[[Any, memoryview], None]
+"""``on_reply(answer, bulk)``: called once, on the event loop, with the reply and its bulk bytes, or with a PeerError
+and no bytes. It must not raise."""
 
-Line = Callable[[bytes, Then, Sequence[Buffer], float], bool]
-"""``line(rest, then, body, timeout_s)``: one method of one node, for who calls it often; as ``Poster.post``. ``rest``:
-the encoded request behind its start.
-"""
+EncodedCall = Callable[[bytes, OnReply, Sequence[Buffer], float], bool]
+"""``encoded_call(rest, on_reply, body, timeout_s)``: as ``TryCaller.try_call``, for one method of one node.
+
+``rest`` is the encoded request without its common prefix."""
 
 
 class Caller(Protocol):
@@ -126,7 +128,7 @@ class Caller(Protocol):
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> tuple[T, memoryview]:
-        """The answer, and the bulk bytes that came with it (empty when none did); the bytes belong to the caller.
+        """Returns the reply and the bulk bytes that came with it (empty when none did). The caller owns these bytes.
 
         Raises PeerUnreachable (at once when the node is known to be away), PeerTimeout, PeerRefused or another
         PeerError.
@@ -134,31 +136,37 @@ class Caller(Protocol):
 
 
 @runtime_checkable
-class Poster(Protocol):
-    """What a Caller may do besides: ask without a task. A small PUT makes three to six calls, and a task costs more
-    than the frame that it sends.
+class TryCaller(Protocol):
+    """Calls without a task, which a Caller may offer too.
+
+    A small PUT makes three to six calls, and a task costs more than the frame that it sends.
     """
 
-    def post(
+    def try_call(
         self,
         node: str,
         method: str,
         request: Message,
         reply: type[Message],
-        then: Then,
+        on_reply: OnReply,
         *,
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> bool:
-        """As ``call``, but returns at once and hands the outcome to ``then``. False: nothing was sent, since that would
-        need waiting (no connection, no
-        room in it) or the node is this one; ``call`` does that. Raises ValueError when the request is over a frame's
-        limits."""
+        """As ``Caller.call``, but returns at once and hands the outcome to ``on_reply``.
 
-    def line(self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
-        """For requests that are encoded already, and all begin with ``start``: what goes to three nodes is encoded
-        once. ``urgent``: bodies of up to 256 KiB wait for no larger
-        ones, as those of up to 16 KiB never do."""
+        Returns False, and sends nothing, where it would have to wait (no connection, or no room in it) and where the
+        node is this one; ``call`` handles both. Raises ValueError when the request exceeds a frame's limits.
+        """
+
+    def encoded_call(
+        self, node: str, method: str, reply: type[Message], prefix: bytes, *, urgent: bool = False
+    ) -> EncodedCall:
+        """A call for requests that are already encoded and all begin with ``prefix``.
+
+        So a request that goes to three nodes is encoded once. ``urgent``: bodies of up to 256 KiB do not wait for
+        larger ones; without it this holds for bodies of up to 16 KiB.
+        """
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class DiskStatus:
 
 
 class Liveness(Protocol):
-    """Which disks may be counted on now; from heartbeats, so a hint and never a matter of safety."""
+    """Which disks are usable now. It comes from heartbeats, so it is a hint; safety never depends on it."""
 
     def disk_writable(self, disk_id: str) -> bool:
         """Its node answers and the disk takes new fragments."""
@@ -194,9 +202,23 @@ class Layouts(Protocol):
 
 
 Admission = Callable[[PeerIdentity], None]
-"""Raises JurisdictionRefused or CertificateRefused for a peer that must not be talked to."""
+"""Raises JurisdictionRefused or CertificateRefused for a peer that this node must not talk to."""
 
-Membership = Callable[[PeerIdentity], frozenset[str]]
-"""The roles in which the layout in force knows a certified peer; empty for one that is not in it, or elsewhere than it
-is certified to be.
-"""
+RolesOf = Callable[[PeerIdentity], frozenset[str]]
+"""The roles that the layout in force gives a certified peer. Empty for a peer that is not in the layout, or that the
+layout places elsewhere than its certificate does."""
+
+OnRefusal = Callable[[str, StoragedError], None]
+"""``on_refusal(peer, error)``: a peer was refused; for the audit log.
+
+``peer`` is the certified name, or the network address of a peer without one. The address has no port, so that the
+thousand attempts of one stranger are recorded as one thing."""
+
+
+@dataclass(frozen=True)
+class PeerChecks:
+    """How a node judges its peers. ``roles_of`` None: a peer has the roles of its certificate."""
+
+    admission: Admission
+    roles_of: RolesOf | None = None
+    on_refusal: OnRefusal | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
-from storaged.cluster.ports import Then
+from storaged.cluster.ports import OnReply
 from storaged.errors import StoragedError
 from storaged.meta.names import Change, RegisterName, Value
 from storaged.wire import Buffer, Message
@@ -366,9 +366,9 @@ class Replica(Protocol):
 class PostingReplica(Replica, Protocol):
     """What a replica may do besides: be asked without a task."""
 
-    def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
-        """A Prepare, Accept, Create, Read or ScanRequest, as ``cluster.ports.Poster``. False: the replica's method of
-        that name is to be called instead.
+    def post(self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+        """A Prepare, Accept, Create, Read or ScanRequest, as ``cluster.ports.TryCaller``. False: the replica's method
+        of that name is to be called instead.
         """
 
 
@@ -389,7 +389,7 @@ class TailReplica(PostingReplica, Protocol):
     """What a replica of another node may do besides: be asked with an encoding that it shares with others."""
 
     def post_tail(
-        self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float
+        self, kind: type[Message], first: bytes, tail: bytes, then: OnReply, body: Sequence[Buffer], timeout_s: float
     ) -> bool:
         """As ``post``, of a request whose encoding before the disk is ``first`` (the same for all of its kind), and
         behind it ``tail``.

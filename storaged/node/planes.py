@@ -23,7 +23,7 @@ from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
 from storaged.cluster.membership import Membership
 from storaged.cluster.moves import RefusedLayout, places_digest
 from storaged.cluster.policy import Policy, policy_of
-from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerIdentity
+from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerChecks, PeerIdentity
 from storaged.cluster.rpc import RpcPool, RpcServer, ServerLimits, authority
 from storaged.cluster.signers import Signers
 from storaged.config import Config, split_address
@@ -205,7 +205,7 @@ class NodePlanes:
             if self.gateway is not None:
                 self.gateway.judge_keys()
         if self._server is not None:
-            self._server.judge_again()
+            self._server.recheck_peers()
 
     @property
     def policy(self) -> Policy:
@@ -216,8 +216,8 @@ class NodePlanes:
         """An ``Admission``."""
         self._policy.admit(peer)
 
-    def _standing(self, peer: PeerIdentity) -> frozenset[str]:
-        """A ``cluster.ports.Membership``."""
+    def _roles_of(self, peer: PeerIdentity) -> frozenset[str]:
+        """A ``cluster.ports.RolesOf``."""
         return standing_of(self.layouts.current, peer.name, f"{peer.country}/{peer.site}/{peer.rack}", peer.roles)
 
     def _admit_dialled(self, peer: PeerIdentity) -> None:
@@ -225,7 +225,7 @@ class NodePlanes:
         the layout in force.
         """
         self._admit(peer)
-        if not self._standing(peer):
+        if not self._roles_of(peer):
             where = f"{peer.country}/{peer.site}/{peer.rack}"
             raise CertificateRefused(
                 f"{peer.name} is certified as {', '.join(peer.roles)} in {where}; the layout in force says otherwise."
@@ -253,10 +253,9 @@ class NodePlanes:
         self.pool = RpcPool(
             self.own,
             addresses=self._address,
-            admission=self._admit_dialled,
+            checks=PeerChecks(self._admit_dialled, on_refusal=self._refused),
             local_methods=self._methods,
             incarnation=self.incarnation,
-            on_refusal=self._refused,
             clock=self.clock,
         )
         leader = self.leader
@@ -361,11 +360,9 @@ class NodePlanes:
         self._server = RpcServer(
             self.own,
             self._methods,
-            admission=self._admit,
-            membership=self._standing,
+            checks=PeerChecks(self._admit, self._roles_of, self._refused),
             incarnation=self.incarnation,
             limits=ServerLimits(inflight_bytes_max=self.config.limits.rpc_inflight_bytes_max),
-            on_refusal=self._refused,
             clock=self.clock,
         )
         try:

@@ -110,7 +110,7 @@ def test_what_a_storage_node_can_do_no_harm_with_is_not_marked_and_the_rest_is()
     """A row that opens to storage nodes either says what one of them can break, or only asks."""
     harmless = {"audit.witnessed", "meta.page_check", "fragment.sync", "fragment.stat", "maintain.status"}
     for name, row in authority.METHODS.items():
-        if "storage" in row.callers and not row.strangers and name not in harmless:
+        if "storage" in row.callers and not row.non_members and name not in harmless:
             assert row.harm, name
         if "storage" not in row.callers:
             assert not row.harm, name

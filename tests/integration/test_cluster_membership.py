@@ -80,7 +80,7 @@ class Links:
         self.heard_at: float | None = None
         self.watcher: Callable[[str, bool], None] = lambda node, reached: None
 
-    def heard(self, node: str) -> float | None:
+    def last_read_at(self, node: str) -> float | None:
         return self.heard_at
 
     def watch(self, watcher: Callable[[str, bool], None]) -> None:

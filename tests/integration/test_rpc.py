@@ -19,7 +19,7 @@ import uvloop
 from storaged.cluster import identity
 from storaged.cluster.layout import Layout, NodeEntry, standing_of
 from storaged.cluster.policy import Policy
-from storaged.cluster.ports import Answer, Call, Method, Methods
+from storaged.cluster.ports import Call, Method, Methods, OnOutcome, PeerChecks
 from storaged.cluster.rpc import BODY_BYTES_MAX, PoolLimits, RpcPool, RpcServer, ServerLimits
 from storaged.cluster.rpc.framing import PROTOCOL_VERSION, Hello, Kind, pack_header
 from storaged.errors import (
@@ -120,7 +120,7 @@ async def test_calls_without_time_left_expire_and_the_next_ones_go_out(pair: Pai
     await pair.call("t.echo")
     answers: list[object] = []
     for timeout_s in (-1.0, 0.0, 0.0001, 5.0):
-        assert pair.pool.post(
+        assert pair.pool.try_call(
             "n1", "t.echo", Note("x"), Note, lambda answer, _bulk: answers.append(answer), timeout_s=timeout_s
         )
     await until(lambda: len(answers) == 4)
@@ -136,12 +136,12 @@ async def test_a_callback_that_raises_keeps_its_news_from_nobody_else(pair: Pair
         raise RuntimeError("a mistake")
 
     for method in ("t.echo", "t.fail"):
-        assert pair.pool.post("n1", method, Note("x"), Note, mistaken)
+        assert pair.pool.try_call("n1", method, Note("x"), Note, mistaken)
         assert (await pair.call("t.echo", "after"))[0].text == "after"
     assert [link.connects for link in pair.pool.statistics().links] == [1]
     for then in (mistaken, lambda answer, _bulk: told.append(answer)):
         for timeout_s in (0.01, 60.0):
-            assert pair.pool.post("n1", "t.hold", Note("x"), Note, then, timeout_s=timeout_s)
+            assert pair.pool.try_call("n1", "t.hold", Note("x"), Note, then, timeout_s=timeout_s)
     await until(lambda: len(told) == 1)
     assert isinstance(told[0], PeerTimeout)
     for connection in pair.server._connections:
@@ -311,15 +311,15 @@ class Hung:
     """A method that takes calls on and answers when it is told to, or never."""
 
     def __init__(self) -> None:
-        self.answers: list[Answer] = []
+        self.answers: list[OnOutcome] = []
 
-    def begin(self, _request: Note, _call: Call, answer: Answer) -> bool:
+    def begin(self, _request: Note, _call: Call, answer: OnOutcome) -> bool:
         self.answers.append(answer)
         return True
 
     def methods(self) -> Methods:
         service = Service()
-        return {**service.methods(), "t.begin": Method(Note, service.hold, ROLES, begin=self.begin)}
+        return {**service.methods(), "t.begin": Method(Note, service.hold, ROLES, try_start=self.begin)}
 
 
 async def test_calls_that_a_hung_disk_took_on_end_with_their_deadlines_and_other_calls_go_on(world: World) -> None:
@@ -490,9 +490,9 @@ async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_
     connection that stands either.
     """
     service, members = Service(), {"gw": frozenset({"gateway"})}
-    methods = {**service.methods(), "t.open": Method(Note, service.echo, ROLES, for_strangers=True)}
+    methods = {**service.methods(), "t.open": Method(Note, service.echo, ROLES, for_non_members=True)}
     async with (
-        serving(world.node("n1"), methods, membership=lambda peer: members.get(peer.name, frozenset())) as server,
+        serving(world.node("n1"), methods, roles_of=lambda peer: members.get(peer.name, frozenset())) as server,
         pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool,
     ):
 
@@ -504,14 +504,14 @@ async def test_a_certified_node_that_the_layout_does_not_name_gets_no_more_than_
 
         assert [await call(method) for method in ("t.echo", "t.gateways", "t.open")] == ["fine"] * 3
         del members["gw"]
-        server.judge_again()
+        server.recheck_peers()
         assert [await call(method) for method in ("t.echo", "t.gateways", "t.open")] == [
             "NOT_A_MEMBER",
             "NOT_A_MEMBER",
             "fine",
         ]
         members["gw"] = frozenset({"storage"})
-        server.judge_again()
+        server.recheck_peers()
         assert [await call(method) for method in ("t.echo", "t.gateways")] == ["fine", "ROLE_REFUSED"]
         assert pool.statistics().links[0].connects == 1
 
@@ -526,7 +526,7 @@ async def test_a_peer_that_a_new_policy_does_not_admit_is_let_go_and_recorded(wo
     ):
         assert (await pool.call("n1", "t.echo", Note("fine"), Note))[0].text == "fine"
         policies.append(Policy(["FR"]))
-        server.judge_again()
+        server.recheck_peers()
         await until(lambda: not pool.connected("n1"))
         assert refusals[0] == ("gw", "JURISDICTION_REFUSED")
         with pytest.raises(PeerUnreachable):
@@ -824,7 +824,7 @@ async def test_a_peer_that_dies_fails_its_calls_at_once_and_is_found_again(world
                 connection.abort("killed by the test")
         with pytest.raises(PeerUnreachable, match="broke"):
             await call
-        await until(lambda: bool(pool.away("n1")))
+        await until(lambda: bool(pool.away_reason("n1")))
         with pytest.raises(PeerUnreachable, match="is away"):
             await pool.call("n1", "t.echo", Note(""), Note, timeout_s=60)
         assert not pool.connected("n1")
@@ -832,7 +832,7 @@ async def test_a_peer_that_dies_fails_its_calls_at_once_and_is_found_again(world
             await until(lambda: pool.connected("n1"))
             assert (await pool.call("n1", "t.echo", Note("back"), Note))[0].text == "back"
             assert pool.incarnation("n1") != first
-            assert pool.heard("n1") is not None
+            assert pool.last_read_at("n1") is not None
 
 
 async def test_a_node_without_an_address_is_unreachable_and_gets_no_link(world: World) -> None:
@@ -856,7 +856,9 @@ async def test_a_link_survives_an_address_that_makes_no_sense(world: World) -> N
 
 async def test_closing_the_server_lets_running_calls_finish(world: World) -> None:
     service = Service()
-    server = RpcServer(world.node("n1"), service.methods(), admission=Policy().admit, limits=ServerLimits(drain_s=10))
+    server = RpcServer(
+        world.node("n1"), service.methods(), checks=PeerChecks(Policy().admit), limits=ServerLimits(drain_s=10)
+    )
     await server.start("127.0.0.1", 0)
     async with pooled(world.node("gw", ("gateway",)), {"n1": f"127.0.0.1:{server.port}"}) as pool:
         call = asyncio.create_task(pool.call("n1", "t.hold", Note("kept"), Note))
@@ -872,7 +874,7 @@ async def test_a_port_in_use_is_named(world: World) -> None:
     own = world.node("n1")
     async with serving(own, Service()) as server:
         with pytest.raises(PortInUse, match=str(server.port)):
-            await RpcServer(own, {}, admission=Policy().admit).start("127.0.0.1", server.port)
+            await RpcServer(own, {}, checks=PeerChecks(Policy().admit)).start("127.0.0.1", server.port)
 
 
 def test_an_expired_certificate_is_refused(world: World) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storaged.cluster import identity
-from storaged.cluster.rpc.expiry import FRESH_BEFORE_S
+from storaged.cluster.rpc.expiry import REDIAL_BEFORE_S
 from storaged.errors import PeerUnreachable, StoragedError
 from tests.worlds.authority import Note, Service, World, pooled, serving, until
 
@@ -64,7 +64,7 @@ async def test_the_standing_connection_of_a_certificate_that_expires_is_ended_an
         assert pool.statistics().links[0].connects == 1
         wall.ahead_s = 3601
         await until(
-            lambda: len(refusals) >= 2 and "expired on" in pool.away("n1")
+            lambda: len(refusals) >= 2 and "expired on" in pool.away_reason("n1")
         )  # what stood, and what was tried again
         with pytest.raises(PeerUnreachable, match=r"The certificate of gw expired on"):
             await pool.call("n1", "t.echo", Note("too late"), Note)
@@ -90,7 +90,7 @@ async def test_the_dialling_side_ends_what_its_peers_certificate_or_its_own_no_l
         await until(lambda: not before.is_open)
         assert before.reason == "its certificate, or this node's, has expired"
         if whose == "n1":
-            await until(lambda: "expired on" in pool.away("n1"))
+            await until(lambda: "expired on" in pool.away_reason("n1"))
             with pytest.raises(PeerUnreachable, match=r"The certificate of n1 expired on"):
                 await pool.call("n1", "t.echo", Note("too late"), Note)
 
@@ -103,7 +103,7 @@ async def test_a_certificate_of_seconds_really_ends_its_connection(world: World)
         pooled(gateway, {"n1": f"127.0.0.1:{server.port}"}) as pool,
     ):
         await pool.call("n1", "t.echo", Note("in time"), Note)
-        await until(lambda: server.statistics().connections == 0 and pool.away("n1") != "")
+        await until(lambda: server.statistics().connections == 0 and pool.away_reason("n1") != "")
         assert datetime.now(UTC) >= gateway.expires
         with pytest.raises(PeerUnreachable):
             await pool.call("n1", "t.echo", Note("too late"), Note)
@@ -141,7 +141,7 @@ async def test_a_minute_before_the_end_a_servers_renewed_certificate_is_looked_f
     ):
         await pool.call("n1", "t.echo", Note(""), Note)
         server.renew(issued(world, "n1", ("storage",), seconds=90_000))
-        wall.ahead_s = 3600 - FRESH_BEFORE_S / 2
+        wall.ahead_s = 3600 - REDIAL_BEFORE_S / 2
         await until(lambda: pool.statistics().links[0].connects == 2)
         wall.ahead_s = 3700
         await asyncio.sleep(1.2)

@@ -19,6 +19,7 @@ from botocore.exceptions import ClientError
 from storaged.cluster import identity
 from storaged.cluster.layout import Layout
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
+from storaged.cluster.ports import PeerChecks
 from storaged.cluster.rpc import RpcPool
 from storaged.keys.bucketkey import BucketKeys
 from storaged.meta.client import RingClient
@@ -60,8 +61,7 @@ class Ring:
         self.pool = RpcPool(
             own,
             addresses=lambda node: layouts.current.node_by_name[node].address or None,
-            admission=lambda peer: None,
-            local_name="nobody",
+            checks=PeerChecks(lambda peer: None),
         )
         directory = ReplicaDirectory(layouts, self.pool, {}, node="nobody")
         self.ring = RingClient(layouts, directory, node=own.name)

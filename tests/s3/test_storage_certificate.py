@@ -10,6 +10,7 @@ from typing import Any
 
 from storaged.cluster import identity
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
+from storaged.cluster.ports import PeerChecks
 from storaged.cluster.rpc import RpcPool, authority
 from storaged.errors import PeerRefused
 from storaged.meta import messages
@@ -32,7 +33,7 @@ class Thief:
         self.layouts = LayoutBook(own.administration, own.cluster, known=LayoutFiles(place / "layouts").load())
         nodes = self.layouts.current.node_by_name
         self.pool = RpcPool(
-            own, addresses=lambda node: nodes[node].address or None, admission=lambda _peer: None, local_name="nobody"
+            own, addresses=lambda node: nodes[node].address or None, checks=PeerChecks(lambda _peer: None)
         )
         self.replicas = ReplicaDirectory(self.layouts, self.pool)
         self.ring = RingClient(self.layouts, self.replicas, node="n1", gateway=False)

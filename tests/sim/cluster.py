@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Answer, Call, Line, Method, PeerIdentity, Reply, T, Then
+from storaged.cluster.ports import Call, EncodedCall, Method, OnOutcome, OnReply, PeerIdentity, Reply, T
 from storaged.errors import (
     DiskForeign,
     DiskUnusable,
@@ -250,11 +250,11 @@ class StorageNode:
                 raise outcome
 
         try:
-            found = entry.at_once(asked, call) if entry.at_once is not None else None
+            found = entry.try_answer(asked, call) if entry.try_answer is not None else None
             if found is not None:
                 reply(found)
                 return
-            if entry.begin is not None and entry.begin(asked, call, reply):
+            if entry.try_start is not None and entry.try_start(asked, call, reply):
                 return
         except StoragedError as error:
             reply(error)
@@ -263,7 +263,7 @@ class StorageNode:
         self._handlers[task] = None
         task.add_done_callback(lambda done: self._handlers.pop(done, None))
 
-    async def _handle(self, entry: Method, request: Message, call: Call, reply: Answer) -> None:
+    async def _handle(self, entry: Method, request: Message, call: Call, reply: OnOutcome) -> None:
         try:
             reply(await entry.handler(request, call))
         except StoragedError as error:
@@ -271,8 +271,8 @@ class StorageNode:
 
 
 class NetworkCaller:
-    """``cluster.ports.Caller`` and ``Poster`` of one process, until it dies. Now and then a post is refused, as when a
-    connection has no room.
+    """``cluster.ports.Caller`` and ``TryCaller`` of one process, until it dies. Now and then a try_call
+    is refused, as when a connection has no room.
     """
 
     def __init__(self, world: World, name: str) -> None:
@@ -313,30 +313,32 @@ class NetworkCaller:
             raise PeerRefused(outcome.message, outcome.code)
         return decode(outcome, reply), memoryview(payload)
 
-    def post(
+    def try_call(
         self,
         node: str,
         method: str,
         request: Message,
         reply: type[Message],
-        then: Then,
+        then: OnReply,
         *,
         body: Sequence[Buffer] = (),
         timeout_s: float = 10.0,
     ) -> bool:
-        return self._post(node, method, reply, encode(request), b"", then, body, timeout_s)
+        return self._try_call(node, method, reply, encode(request), b"", then, body, timeout_s)
 
-    def line(self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
-        return partial(self._post, node, method, reply, start)
+    def encoded_call(
+        self, node: str, method: str, reply: type[Message], start: bytes, *, urgent: bool = False
+    ) -> EncodedCall:
+        return partial(self._try_call, node, method, reply, start)
 
-    def _post(
+    def _try_call(
         self,
         node: str,
         method: str,
         reply: type[Message],
         start: bytes,
         rest: bytes,
-        then: Then,
+        then: OnReply,
         body: Sequence[Buffer],
         timeout_s: float,
     ) -> bool:

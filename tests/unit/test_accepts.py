@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from storaged.cluster.ports import Call, Line, PeerIdentity, Then
+from storaged.cluster.ports import Call, EncodedCall, OnReply, PeerIdentity
 from storaged.cluster.rpc.faults import to_head
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerTimeout, PeerUnreachable, SlowDown
 from storaged.meta.acceptor.replica import LocalReplica
@@ -50,27 +50,29 @@ def tail_of(request: Accept | Prepare) -> bytes:
 
 
 class Wire:
-    """A ``cluster.ports.Poster`` that keeps what it is given to send. ``full``: it takes nothing."""
+    """A ``cluster.ports.TryCaller`` that keeps what it is given to send. ``full``: it takes nothing."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[str, bytes, bytes, Then]] = []
+        self.sent: list[tuple[str, bytes, bytes, OnReply]] = []
         self.full = False
         self.timeouts: list[float] = []
 
     async def call(self, *_arguments: Any, **_options: Any) -> Any:
-        raise AssertionError("a post is enough")
+        raise AssertionError("a try_call is enough")
 
-    def post(self, *_arguments: Any, **_options: Any) -> bool:
+    def try_call(self, *_arguments: Any, **_options: Any) -> bool:
         raise AssertionError("it is encoded already")
 
-    def line(self, _node: str, method: str, _reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
-        def post(rest: bytes, then: Then, body: Sequence[Buffer], timeout_s: float) -> bool:
+    def encoded_call(
+        self, _node: str, method: str, _reply: type[Message], start: bytes, *, urgent: bool = False
+    ) -> EncodedCall:
+        def try_call(rest: bytes, then: OnReply, body: Sequence[Buffer], timeout_s: float) -> bool:
             self.timeouts.append(timeout_s)
             if not self.full:
                 self.sent.append((method, start + rest, b"".join(body), then))
             return not self.full
 
-        return post
+        return try_call
 
 
 class Asking:
@@ -318,8 +320,8 @@ class Host:
         sizes = [len(copy) for copy in copies] or [0] * len(accepts)
         request = Accepts(accepts, sizes, list(creates) or [False] * len(accepts))
         call = Call(PeerIdentity("gw", "FR", "s", "r", ("gateway",)), memoryview(b"".join(copies)), 0.0)
-        assert self.method.begin is not None
-        assert self.method.begin(decode(encode(request), Accepts), call, self.answers.append)
+        assert self.method.try_start is not None
+        assert self.method.try_start(decode(encode(request), Accepts), call, self.answers.append)
 
     async def verdicts(self) -> list[int | None]:
         for _ in range(20):
@@ -443,9 +445,9 @@ async def test_a_message_that_does_not_fit_together_is_refused_whole(
     host = Host()
     request = Accepts([Accept("d0", name_of(number), ballot(2), value()) for number in range(accepts)], sizes, creates)
     call = Call(PeerIdentity("gw", "FR", "s", "r", ("gateway",)), memoryview(body), 0.0)
-    assert host.method.begin is not None
+    assert host.method.try_start is not None
     with pytest.raises(InvalidRequest):
-        host.method.begin(request, call, host.answers.append)
+        host.method.try_start(request, call, host.answers.append)
     with pytest.raises(InvalidRequest):
         await host.method.handler(request, call)
     assert not host.answers

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
-from storaged.cluster.ports import Call, Line, PeerIdentity, Reply, Then
+from storaged.cluster.ports import Call, EncodedCall, OnReply, PeerIdentity, Reply
 from storaged.errors import DiskUnusable, InvalidRequest, PeerRefused, PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
@@ -88,11 +88,11 @@ class World:
             for disk in self.current.replicas_of(slot.name.partition):
                 await self.stores[disk].commit(StoreBatch([slot]))
 
-    # As ``cluster.ports.Caller`` and ``Poster``.
+    # As ``cluster.ports.Caller`` and ``TryCaller``.
 
     async def call(self, node: str, method: str, request: Message, reply: type[T], **more: Any) -> tuple[T, memoryview]:
         answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if not self.post(
+        if not self.try_call(
             node, method, request, reply, lambda answer, bulk: answered.set_result((answer, bulk)), **more
         ):
             raise PeerUnreachable(f"{node} is away")
@@ -101,7 +101,9 @@ class World:
             raise answer
         return answer, bulk
 
-    def post(self, node: str, method: str, request: Message, reply: type[Message], then: Then, **more: Any) -> bool:
+    def try_call(
+        self, node: str, method: str, request: Message, reply: type[Message], then: OnReply, **more: Any
+    ) -> bool:
         if node in self.away:
             return False
         self.messages.append((node, method, request))
@@ -110,17 +112,17 @@ class World:
         task.add_done_callback(self.tasks.discard)
         return True
 
-    def line(self, *_args: Any, **_options: Any) -> Line:
-        def post(*_: Any) -> bool:
+    def encoded_call(self, *_args: Any, **_options: Any) -> EncodedCall:
+        def try_call(*_: Any) -> bool:
             raise AssertionError("this is about reads")
 
-        return post
+        return try_call
 
-    async def _serve(self, node: str, method: str, encoded: bytes, reply: type[Message], then: Then) -> None:
+    async def _serve(self, node: str, method: str, encoded: bytes, reply: type[Message], then: OnReply) -> None:
         entry = self.hosts[node].methods()[method]
         request = decode(encoded, entry.request)
         try:
-            answer = entry.at_once(request, CALL) if entry.at_once is not None else None
+            answer = entry.try_answer(request, CALL) if entry.try_answer is not None else None
             if answer is None:
                 answer = await entry.handler(request, CALL)
         except DiskUnusable as error:
@@ -268,7 +270,7 @@ async def test_no_message_has_more_registers_than_a_node_takes(world: World) -> 
 
 
 def test_what_is_no_request_for_rows_is_refused() -> None:
-    at_once = ReplicaHost({}, lambda: 1).methods()["meta.reads"].at_once
+    at_once = ReplicaHost({}, lambda: 1).methods()["meta.reads"].try_answer
     assert at_once is not None
     ask = ROW + name_of(1).pack()
     for disks, asks, wait in (
@@ -282,7 +284,7 @@ def test_what_is_no_request_for_rows_is_refused() -> None:
         with pytest.raises(InvalidRequest):
             at_once(messages.Reads(1, disks, asks, wait), CALL)
     replica = LocalReplica("d", MemoryMetaStore())
-    at_once = ReplicaHost({"d": replica}, lambda: 1_000).methods()["meta.reads"].at_once
+    at_once = ReplicaHost({"d": replica}, lambda: 1_000).methods()["meta.reads"].try_answer
     assert at_once is not None
     for short in (b"", ROW, ROW + bytes(18)):
         with pytest.raises(InvalidRequest):
@@ -293,7 +295,7 @@ async def test_disks_that_follow_a_newer_layout_or_are_not_in_use_tell_nothing(w
     slot = slot_of(name_of(1))
     await world.write(slot)
     disk = of(world, slot.name)[0]
-    at_once = world.hosts[disk[:2]].methods()["meta.reads"].at_once
+    at_once = world.hosts[disk[:2]].methods()["meta.reads"].try_answer
     assert at_once is not None
     ask = CHECK + slot.name.pack()
     assert at_once(messages.Reads(1, [disk, "other"], [[ask], [ask]]), CALL) == Reply(
@@ -362,15 +364,15 @@ async def test_a_read_is_counted_once_whichever_way_it_ends(world: World) -> Non
 
 def hang(world: World, node: str) -> RingClient:
     """The node takes what it is sent, and answers nothing. A client that hedges."""
-    post = world.post
+    try_call = world.try_call
 
-    def posted(to: str, method: str, request: Message, reply: type[Message], then: Then, **more: Any) -> bool:
+    def posted(to: str, method: str, request: Message, reply: type[Message], then: OnReply, **more: Any) -> bool:
         if to != node:
-            return post(to, method, request, reply, then, **more)
+            return try_call(to, method, request, reply, then, **more)
         world.messages.append((to, method, request))
         return True
 
-    world.post = posted  # type: ignore[method-assign]
+    world.try_call = posted  # type: ignore[method-assign]
     return RingClient(world, ReplicaDirectory(world, world), node="gw", hedge_s=0.05, deadline_s=5.0)
 
 
@@ -402,7 +404,7 @@ async def test_who_was_waited_for_last_is_asked_last(world: World) -> None:
         assert (await client.read(slot.name)).value == slot.value
         assert sorted(to for to, _, _ in world.messages) == sorted((comes_back[:2], third[:2]))
         await client.close()
-        del world.post  # type: ignore[attr-defined]
+        del world.try_call  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from storaged.cluster.ports import Line, Then
+from storaged.cluster.ports import EncodedCall, OnReply
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.messages import Accept, AcceptReply, Prepare, Read
@@ -29,23 +29,25 @@ DISKS = ("d", "0" * 16, "x" * 40)
 
 
 class Wire:
-    """A ``cluster.ports.Poster`` that keeps what it is given to send."""
+    """A ``cluster.ports.TryCaller`` that keeps what it is given to send."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, str, bytes, Sequence[Buffer]]] = []
 
     async def call(self, *_arguments: Any, **_options: Any) -> Any:
-        raise AssertionError("a post is enough")
+        raise AssertionError("a try_call is enough")
 
-    def post(self, *_arguments: Any, **_options: Any) -> bool:
+    def try_call(self, *_arguments: Any, **_options: Any) -> bool:
         raise AssertionError("it is encoded already")
 
-    def line(self, node: str, method: str, _reply: type[Message], start: bytes, *, urgent: bool = False) -> Line:
-        def post(rest: bytes, _then: Then, body: Sequence[Buffer], _timeout_s: float) -> bool:
+    def encoded_call(
+        self, node: str, method: str, _reply: type[Message], start: bytes, *, urgent: bool = False
+    ) -> EncodedCall:
+        def try_call(rest: bytes, _then: OnReply, body: Sequence[Buffer], _timeout_s: float) -> bool:
             self.sent.append((node, method, start + rest, body))
             return True
 
-        return post
+        return try_call
 
 
 class Directory:

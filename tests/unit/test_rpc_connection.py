@@ -63,10 +63,10 @@ class Sender(Connection):
     def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         pass
 
-    def closed(self) -> None:
+    def on_closed(self) -> None:
         pass
 
-    def sent(self, request_id: int, size: int) -> None:
+    def on_sent(self, request_id: int, size: int) -> None:
         self.left.append((request_id, size))
 
 

@@ -76,7 +76,7 @@ def test_frames_survive_any_cut(
         at += sink.feed(wire[at:], pieces[step % len(pieces)])
         step += 1
     assert sink.frames == frames
-    assert not sink.reader.midway
+    assert not sink.reader.mid_frame
 
 
 @given(frames_strategy, st.data())

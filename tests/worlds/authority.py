@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from storaged.cluster import identity
 from storaged.cluster.policy import Policy
-from storaged.cluster.ports import Call, Method, Methods, PeerIdentity, Reply
+from storaged.cluster.ports import Call, Method, Methods, PeerChecks, PeerIdentity, Reply
 from storaged.cluster.rpc import PoolLimits, RpcPool, RpcServer, ServerLimits
 from storaged.errors import FragmentMissing, NoSuchBucket
 from storaged.wire import Message
@@ -125,8 +125,8 @@ async def serving(
     **options: Any,
 ) -> AsyncIterator[RpcServer]:
     methods = service.methods() if isinstance(service, Service) else service
-    options.setdefault("admission", EU)
-    server = RpcServer(own, methods, limits=limits or ServerLimits(drain_s=0.1), **options)
+    checks = PeerChecks(options.pop("admission", EU), options.pop("roles_of", None), options.pop("on_refusal", None))
+    server = RpcServer(own, methods, checks=checks, limits=limits or ServerLimits(drain_s=0.1), **options)
     await server.start("127.0.0.1", port)
     try:
         yield server
@@ -136,9 +136,9 @@ async def serving(
 
 @asynccontextmanager
 async def pooled(own: identity.Identity, addresses: Any, **options: Any) -> AsyncIterator[RpcPool]:
-    options.setdefault("admission", EU)
+    checks = PeerChecks(options.pop("admission", EU), on_refusal=options.pop("on_refusal", None))
     options.setdefault("limits", PoolLimits(connect_timeout_s=5, backoff_first_s=0.01, backoff_max_s=0.05))
-    pool = RpcPool(own, addresses=addresses, **options)
+    pool = RpcPool(own, addresses=addresses, checks=checks, **options)
     await pool.start()
     try:
         yield pool

@@ -1,13 +1,16 @@
-"""Calls between nodes: length-prefixed msgpack frames with raw bodies, over mutual TLS 1.3. It knows no service by
-name.
+"""Calls between nodes: length-prefixed msgpack frames with raw bodies, over mutual TLS 1.3.
 
-``framing`` says what is on the wire and parses it without I/O, ``connection`` moves frames, ``server`` answers,
-``client`` asks, ``faults`` carries errors.
+``framing`` defines and parses what is on the wire, without I/O. ``connection`` moves frames. ``listener``, ``server``
+and ``server_connection`` answer; ``pool``, ``link`` and ``client_connection`` ask. ``faults`` carries errors, and
+``authority`` is the table of which role may call which method.
 """
 
-from storaged.cluster.rpc.client import LinkStatistics, PoolLimits, PoolStatistics, RpcPool
+from storaged.cluster.rpc.client_connection import PoolLimits
 from storaged.cluster.rpc.framing import BODY_BYTES_MAX, HEAD_BYTES_MAX, PROTOCOL_VERSION
-from storaged.cluster.rpc.server import RpcServer, ServerLimits, ServerStatistics
+from storaged.cluster.rpc.link import LinkStatistics
+from storaged.cluster.rpc.pool import PoolStatistics, RpcPool
+from storaged.cluster.rpc.server import RpcServer, ServerStatistics
+from storaged.cluster.rpc.server_connection import ServerLimits
 
 __all__ = [
     "BODY_BYTES_MAX",

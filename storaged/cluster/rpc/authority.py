@@ -1,14 +1,14 @@
-"""Who may call which RPC method, and why: the one table of it. Default deny. Pure.
+"""Says which roles may call which RPC method, and why: one table, default deny. Pure.
 
-A method that has no row can't be registered (``grant``), a node starts only when it has registered exactly the rows
-that its roles serve (``check_registered``), and ``FORMATS.md`` has the same table (a test compares them). ``storaged
-cluster methods`` prints it.
+A method without a row cannot be registered (``grant``). A node starts only when it has registered exactly the rows that
+its roles serve (``check_registered``). ``FORMATS.md`` has the same table, which a test compares, and ``storaged cluster
+methods`` prints it.
 
-Roles are those that a peer has by its certificate and by the layout in force, both. A row with no callers is answered
-to no other node: the method is there for the node's own code, and for a later version. A node with both roles may call
-what either may.
+A peer has a role when both its certificate and the layout in force give it. A row without callers is open to no other
+node: the method exists for the node's own code, and for a later version. A node with both roles may call what either
+may.
 
-A role opens a method; what it may write there is judged again by content (``meta/authority.py``): registers of the
+A role opens a method. What a caller may write there is then judged by content (``meta/authority.py``): registers of the
 system table, and ballots.
 """
 
@@ -22,26 +22,29 @@ from storaged.cluster.ports import Method
 GATEWAY: Final = frozenset({"gateway"})
 STORAGE: Final = frozenset({"storage"})
 BOTH: Final = GATEWAY | STORAGE
-NOBODY: Final[frozenset[str]] = frozenset()
+NO_ROLE: Final[frozenset[str]] = frozenset()
 
 
 class Grant(NamedTuple):
-    """``callers``: roles, any of which may call. ``served_by``: roles of the nodes that register it. ``why``: what each
-    caller needs it for. ``harm``: what one storage node that turned hostile can do with it; empty where it can do
-    nothing that its own disks do not let it do anyway. ``strangers``: a certified node that the layout in force does
-    not name (yet, or any more) may call it too."""
+    """One row of the table.
+
+    ``callers``: roles, any of which may call. ``served_by``: roles of the nodes that register it. ``why``: what each
+    caller needs it for. ``harm``: what a hostile storage node can do with it; empty where it can do no more than its
+    own disks let it do anyway. ``non_members``: a certified node that the layout in force does not name (not yet, or no
+    longer) may call it too.
+    """
 
     callers: frozenset[str]
     served_by: frozenset[str]
     why: str
     harm: str = ""
-    strangers: bool = False
+    non_members: bool = False
 
 
 METHODS: Final[Mapping[str, Grant]] = {
-    "cluster.ping": Grant(BOTH, BOTH, "heartbeats", strangers=True),
-    "cluster.layout": Grant(BOTH, BOTH, "layouts spread; each is signed", strangers=True),
-    "cluster.offer": Grant(BOTH, BOTH, "layouts spread; each is signed", strangers=True),
+    "cluster.ping": Grant(BOTH, BOTH, "heartbeats", non_members=True),
+    "cluster.layout": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
+    "cluster.offer": Grant(BOTH, BOTH, "layouts spread; each is signed", non_members=True),
     "audit.witness": Grant(
         BOTH,
         STORAGE,
@@ -71,7 +74,7 @@ METHODS: Final[Mapping[str, Grant]] = {
     "meta.page_check": Grant(STORAGE, STORAGE, "repair looks which pages a replica lacks"),
     "meta.fence": Grant(GATEWAY, STORAGE, "deletion of a bucket"),
     "meta.unfence": Grant(GATEWAY, STORAGE, "deletion of a bucket that was not empty"),
-    "meta.fence_epoch": Grant(NOBODY, STORAGE, "for layouts that move replicas, which no version writes yet"),
+    "meta.fence_epoch": Grant(NO_ROLE, STORAGE, "for layouts that move replicas, which no version writes yet"),
     "fragment.write": Grant(
         BOTH, STORAGE, "PUT; repair rebuilds and recodes", "overwrites fragments of any object, fills disks"
     ),
@@ -83,16 +86,16 @@ METHODS: Final[Mapping[str, Grant]] = {
     ),
     "fragment.retire": Grant(GATEWAY, STORAGE, "what a change replaced goes to the garbage list"),
     "fragment.retired": Grant(GATEWAY, STORAGE, "a deleted bucket's key is destroyed once no disk has garbage of it"),
-    "fragment.unretire": Grant(NOBODY, STORAGE, "a node collects on its own disks"),
+    "fragment.unretire": Grant(NO_ROLE, STORAGE, "a node collects on its own disks"),
     "fragment.delete": Grant(
         BOTH,
         STORAGE,
         "a PUT that moves a block elsewhere; collection of small copies, and of what a recoding left behind",
         "deletes fragments of any object on any disk",
     ),
-    "fragment.scan": Grant(NOBODY, STORAGE, "a node walks its own disks"),
-    "fragment.verify": Grant(NOBODY, STORAGE, "a node scrubs its own disks"),
-    "fragment.usage": Grant(NOBODY, STORAGE, "a node counts its own disks"),
+    "fragment.scan": Grant(NO_ROLE, STORAGE, "a node walks its own disks"),
+    "fragment.verify": Grant(NO_ROLE, STORAGE, "a node scrubs its own disks"),
+    "fragment.usage": Grant(NO_ROLE, STORAGE, "a node counts its own disks"),
     "maintain.status": Grant(BOTH, STORAGE, "`storaged status`, `storaged repair`, on any node"),
     "maintain.scrub": Grant(BOTH, STORAGE, "`storaged scrub`, on any node", "makes other nodes read all their disks"),
     "maintain.hint": Grant(
@@ -108,35 +111,34 @@ METHODS: Final[Mapping[str, Grant]] = {
 
 
 def grant(methods: Mapping[str, Method]) -> dict[str, Method]:
-    """The methods, each with what its row grants. Raises LookupError for one that has no row."""
+    """Returns the methods with the callers that their rows grant. Raises LookupError for one without a row."""
     if unknown := sorted(methods.keys() - METHODS.keys()):
         raise LookupError(f"no row in the table of cluster/rpc/authority.py: {', '.join(unknown)}")
     return {
-        name: method._replace(roles=METHODS[name].callers, for_strangers=METHODS[name].strangers)
+        name: method._replace(roles=METHODS[name].callers, for_non_members=METHODS[name].non_members)
         for name, method in methods.items()
     }
 
 
 def check_registered(methods: Mapping[str, Method], roles: Iterable[str]) -> None:
-    """What a node of these roles is about to serve is what the table says, no more and no less. Raises LookupError with
-    the difference."""
+    """Checks that a node of these roles serves exactly the table's methods. Raises LookupError with the differences."""
     wanted = {name for name, row in METHODS.items() if not row.served_by.isdisjoint(roles)}
     problems = [f"{name} is in the table and not registered" for name in sorted(wanted - methods.keys())]
     problems += [f"{name} is registered and not for a node of these roles" for name in sorted(methods.keys() - wanted)]
     for name in sorted(wanted & methods.keys()):
         row = METHODS[name]
-        if (methods[name].roles, methods[name].for_strangers) != (row.callers, row.strangers):
+        if (methods[name].roles, methods[name].for_non_members) != (row.callers, row.non_members):
             problems.append(f"{name} grants something else than its row")
     if problems:
         raise LookupError("; ".join(problems))
 
 
 def callers_of(row: Grant) -> str:
-    """``gateway, storage``; with ``, any node`` where strangers may call too; ``none``."""
-    return ", ".join([*sorted(row.callers), *(["any node"] if row.strangers else [])]) or "none"
+    """``gateway, storage``, with ``, any node`` where non-members may call too, or ``none``."""
+    return ", ".join([*sorted(row.callers), *(["any node"] if row.non_members else [])]) or "none"
 
 
 def document() -> list[str]:
-    """The table as FORMATS.md has it, a line each."""
+    """The table as FORMATS.md has it, line by line."""
     lines = ["| method | callers | what for | what a hostile storage node can do with it |", "|---|---|---|---|"]
     return lines + [f"| `{name}` | {callers_of(row)} | {row.why} | {row.harm} |" for name, row in METHODS.items()]

@@ -1,12 +1,11 @@
-"""One connection between two nodes, either side of it: frames in through a FrameReader, frames out in one write for all
-that a turn of the loop brought, or some of a long turn.
+"""Moves frames over one connection between two nodes; both sides derive from it.
 
-A frame that has no company to wait for leaves at once (``alone``), and what was answered while a read was looked at
-leaves with the end of that read.
-Small frames (a prepare, a ping, an answer without bulk) are joined and go first; bodies follow in slices as the
-transport takes them, so
-that a vote never queues behind many megabytes. TLS encrypts what it is given at once: after the write the caller's
-buffers are free.
+Theory of operation. Frames come in through a FrameReader. Frames go out in one write for all that a turn of the event
+loop produced, or for some of them in a long turn. A frame that no other frame is likely to follow leaves at once
+(``likely_last_frame``). Frames produced while a read is processed leave at the end of that read. Small frames (a
+prepare, a ping, a reply without bulk) are joined and go first. Large bodies follow in slices as the transport takes
+them, so that a vote never queues behind many megabytes. TLS encrypts at once what it is given: after the write the
+caller's buffers are free.
 """
 
 from __future__ import annotations
@@ -22,38 +21,36 @@ from storaged.units import KIB, MIB
 from storaged.wire import Buffer
 
 SMALL_BODY_BYTES = 16 * KIB
-"""Bodies up to this size are copied into the joined write: one TLS record, and cheaper than a write of their own."""
+"""Bodies up to this size are copied into the joined write: that is one TLS record, and cheaper than a separate
+write."""
 
 URGENT_BODY_BYTES = 256 * KIB
-"""Bodies up to this size too, where their sender says so: what many small PUTs have in common must not wait behind
-fragments.
-"""
+"""So are bodies up to this size that their sender marks as urgent: a batch that many small PUTs share must not wait for
+fragments."""
 
 SLICE_BYTES = 256 * KIB
-"""Larger bodies are handed to TLS in slices of this size, with a look at the transport's fill in between."""
+"""Larger bodies are handed to TLS in slices of this size; between two slices the transport may pause the writer."""
 
 WRITE_HIGH_BYTES = 2 * MIB
 """Ciphertext that may wait in the transport: about 10 ms of a 2.5 Gbit/s line."""
 
 EARLY_FRAMES = 16
-"""So many small frames leave before the turn of the loop has ended: the peer works on them while this side goes on with
-its turn.
-"""
+"""So many small frames leave before the turn of the loop has ended: the peer works on them while this side finishes its
+turn."""
 
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_PROBES = 3
 UNACKNOWLEDGED_MS = 30_000
-"""A peer that vanished without a reset is noticed by the kernel after 11 s when nothing was being sent, after 30 s when
-something was. Not sooner: Linux
-counts a closed window too (TCP_USER_TIMEOUT), and a peer whose disk is slow may rightly take nothing for some
-seconds."""
+"""The kernel notices a peer that vanished without a reset after 11 s when nothing was being sent, after 30 s when
+something was. Not sooner: TCP_USER_TIMEOUT counts the time of a closed window too, and a peer with a slow disk may
+rightly take nothing for some seconds."""
 
 
 def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
-    """The body's buffers as flat bytes without empty ones, and their total length."""
+    """Returns the body's buffers as flat bytes, without empty ones, and their total length."""
     if len(body) == 1 and type(body[0]) is bytes and body[0]:
-        return tuple(body), len(body[0])  # a small object's copy, mostly
+        return tuple(body), len(body[0])  # the usual case: a copy of a small object
     flat: list[Buffer] = []
     size = 0
     for piece in body:
@@ -70,34 +67,41 @@ def measure(body: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
 
 
 class Connection(asyncio.BufferedProtocol):
-    """Common to both sides. Subclasses decide on frames (``admit``, ``deliver``) and clean up in ``closed``."""
+    """What both sides share. Subclasses decide on frames (``admit``, ``deliver``) and clean up in ``on_closed``.
 
-    answers = False
-    """What leaves answers what was just read, so there is no more to come before the next read."""
+    Its 17 attributes are the state of one reader, one writer and their counters; the hot path reads most of them for
+    every frame.
+    """
+
+    flush_after_read = False
+    """This side mostly sends replies to what it just read, so no more frames follow before the next read."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.reader = FrameReader(self.admit, self.deliver)
         self.transport: asyncio.Transport | None = None
         self.lost = loop.create_future()
-        """Done when the connection is gone; never an exception."""
+        """Done when the connection is gone; it never holds an exception."""
         self.reason = ""
         """Why it was closed, when this side knows."""
         self.bytes_in = 0
         self.bytes_out = 0
         self.queued_bytes = 0
         """Bodies that wait for the transport."""
-        self.heard = loop.time()
+        self.last_read_at = loop.time()
+        """When the last bytes arrived, in seconds of the loop's clock."""
         self._small: dict[int, bytes] = {}
         self._large: dict[int, tuple[tuple[Buffer, ...], int]] = {}
-        self._slices: list[Buffer] = []  # of the large frame being written, last slice first
-        self._sliced: tuple[int, int] | None = None  # its id and size
+        self._slices: list[Buffer] = []
+        """What is left of the large frame that is being written, last slice first."""
+        self._sliced: tuple[int, int] | None = None
+        """That frame's id and size."""
         self._flush_scheduled = False
         self._reading = False
         self._paused = False
         self._paused_since = 0.0
 
-    # What subclasses say.
+    # What subclasses define.
 
     def admit(self, kind: int, request_id: int, head_bytes: int, body_bytes: int) -> Verdict:
         raise NotImplementedError
@@ -105,21 +109,21 @@ class Connection(asyncio.BufferedProtocol):
     def deliver(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
         raise NotImplementedError
 
-    def dropped(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
-        """A frame that was admitted has come after this side had ended the connection."""
+    def drop_frame(self, kind: int, request_id: int, deadline_ms: int, head: memoryview, body: memoryview) -> None:
+        """An admitted frame arrived after this side had ended the connection."""
 
-    def broken(self, error: FrameError) -> None:
+    def on_protocol_error(self, error: FrameError) -> None:
         """The peer broke the protocol."""
         self.abort(str(error))
 
-    def closed(self) -> None:
+    def on_closed(self) -> None:
         raise NotImplementedError
 
-    def sent(self, request_id: int, size: int) -> None:
-        """A large body has left for the transport."""
+    def on_sent(self, request_id: int, size: int) -> None:
+        """The transport has taken a large body, or the body was dropped."""
 
-    def alone(self) -> bool:
-        """Whether no other frame is likely to leave in this turn of the loop."""
+    def likely_last_frame(self) -> bool:
+        """Whether no other frame is likely to be sent in this turn of the loop."""
         return False
 
     # The transport's side.
@@ -134,15 +138,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.bytes_in += nbytes
-        self.heard = self.loop.time()
+        self.last_read_at = self.loop.time()
         self._reading = True
         try:
             self.reader.received(nbytes)
         except FrameError as error:
-            self.broken(error)
+            self.on_protocol_error(error)
         self._reading = False
         if self._small or self._large:
-            self._schedule(now=self.answers)
+            self._schedule(now=self.flush_after_read)
 
     def eof_received(self) -> bool:
         return False
@@ -153,14 +157,14 @@ class Connection(asyncio.BufferedProtocol):
         self.transport = None
         self._small.clear()
         for request_id, (_pieces, size) in self._large.items():
-            self.sent(request_id, size)
+            self.on_sent(request_id, size)
         if self._sliced is not None:
-            self.sent(*self._sliced)
+            self.on_sent(*self._sliced)
         self._large.clear()
         self._slices.clear()
         self._sliced = None
         self.queued_bytes = 0
-        self.closed()
+        self.on_closed()
         if not self.lost.done():
             self.lost.set_result(None)
 
@@ -188,13 +192,15 @@ class Connection(asyncio.BufferedProtocol):
         deadline_ms: int = 0,
         small_bytes_max: int = SMALL_BODY_BYTES,
     ) -> None:
-        """Queues a frame (``body`` and ``size`` as :func:`measure` gives them); before larger ones when the body is no
-        larger than ``small_bytes_max``. Raises ValueError when
-        it is over the limits."""
+        """Queues a frame; ``body`` and ``size`` are the results of :func:`measure`.
+
+        A frame whose body has at most ``small_bytes_max`` bytes goes before larger ones. Raises ValueError when the
+        frame exceeds the limits.
+        """
         header = pack_header(kind, request_id, len(head), size, deadline_ms)
         if self.transport is None:
             if size > small_bytes_max:
-                self.sent(request_id, size)
+                self.on_sent(request_id, size)
             return
         if size <= small_bytes_max:
             small = self._small
@@ -208,23 +214,24 @@ class Connection(asyncio.BufferedProtocol):
         self._schedule()
 
     def withdraw(self, request_id: int) -> bool:
-        """Takes back a frame that has not begun to leave; its buffers are free at once."""
+        """Takes back a frame; its buffers are free at once. Returns whether no part of it had left yet."""
         if self._small.pop(request_id, None) is not None:
             return True
         large = self._large.pop(request_id, None)
         if large is not None:
             self.queued_bytes -= large[1]
-            self.sent(request_id, large[1])
+            self.on_sent(request_id, large[1])
             return True
         if self._sliced is not None and self._sliced[0] == request_id:
-            # Half a body is out: the rest must follow, from a copy, because its owner may use the memory again.
+            # Half of the body has left. The rest must follow, from a copy: its owner may reuse the memory.
             self._slices = [bytes(piece) for piece in self._slices]
         return False
 
     def _schedule(self, *, now: bool = False) -> None:
         if self._flush_scheduled or self._reading:
             return
-        if now or (not self._large and self.alone()):  # of a block several fragments go to a node in one turn
+        # Not while large bodies wait: several fragments of one block go to a node in one turn.
+        if now or (not self._large and self.likely_last_frame()):
             self._flush()
         else:
             self._flush_scheduled = True
@@ -266,40 +273,40 @@ class Connection(asyncio.BufferedProtocol):
             request_id, size = self._sliced
             self._sliced = None
             self.queued_bytes -= size
-            self.sent(request_id, size)
+            self.on_sent(request_id, size)
 
     # Closing.
 
     def abort(self, reason: str) -> None:
-        """Ends the connection now; what is queued is lost."""
-        self.reader.deliver = self.dropped
+        """Ends the connection now; queued frames are lost."""
+        self.reader.deliver = self.drop_frame
         if not self.reason:
             self.reason = reason
         if self.transport is not None:
             self.transport.abort()
 
     def close(self, reason: str) -> None:
-        """Ends it once what the transport holds has left."""
-        self.reader.deliver = self.dropped
+        """Ends the connection after the transport has sent what it holds."""
+        self.reader.deliver = self.drop_frame
         if not self.reason:
             self.reason = reason
         if self.transport is not None:
             self.transport.close()
 
     def stalled_s(self, now: float) -> float:
-        """For how long a frame has been half received, or the transport has taken nothing, without any progress."""
-        silent = now - self.heard if self.reader.midway else 0.0
+        """Seconds without progress: a frame is half received, or the transport takes nothing."""
+        silent = now - self.last_read_at if self.reader.mid_frame else 0.0
         blocked = now - self._paused_since if self._paused else 0.0
         return max(silent, blocked)
 
     def peer_certificate(self) -> bytes:
-        """DER, as TLS verified it."""
+        """The peer's certificate as TLS verified it (DER); empty without a connection."""
         tls: ssl.SSLObject | None = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
         return (tls.getpeercert(binary_form=True) or b"") if tls is not None else b""
 
 
 def _slice(piece: Buffer) -> Sequence[Buffer]:
-    """Slices of one buffer, last first."""
+    """The slices of one buffer, last first."""
     if len(piece) <= SLICE_BYTES:
         return [piece]
     view = memoryview(piece)
@@ -307,7 +314,7 @@ def _slice(piece: Buffer) -> Sequence[Buffer]:
 
 
 def _tune(raw: Any) -> None:
-    """No delay for small frames; a vanished peer is noticed by the kernel."""
+    """Sends small frames without delay, and lets the kernel notice a vanished peer."""
     if raw is None:
         return
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -323,7 +330,7 @@ def _tune(raw: Any) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """One line for the log, without the noise of OpenSSL's source lines."""
+    """One line for the log, without the source lines that OpenSSL adds."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not of this cluster's authority, or not valid now ({error.verify_message})"
     if isinstance(error, ssl.SSLError):

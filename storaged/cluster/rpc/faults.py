@@ -1,9 +1,7 @@
-"""Errors on the wire between nodes: what a handler raised becomes an ``ErrorHead``, and an exception again at the
-caller.
+"""Carries errors between nodes: a handler's exception becomes an ``ErrorHead``, and an exception again at the caller.
 
-A PeerError crosses as the class it is; any other StoragedError as PeerRefused that carries its code; anything
-unexpected as PeerRefused with
-``INTERNAL``: the traceback stays in the log of the node where it happened.
+A PeerError crosses as its own class, any other StoragedError as PeerRefused with its code. Anything unexpected crosses
+as PeerRefused with ``INTERNAL``; its traceback stays in the log of the node where it happened.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ DETAILS_MAX = 16
 
 
 def plain(text: str, chars_max: int = MESSAGE_CHARS_MAX) -> str:
-    """What another node says, for logs and terminals: short, and without characters that would control these."""
+    """Makes another node's text safe for logs and terminals: cuts it, and replaces control characters."""
     text = text[:chars_max]
-    return text if text.isprintable() else "".join(sign if sign.isprintable() else "?" for sign in text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
 def to_head(error: BaseException) -> ErrorHead:
@@ -43,7 +41,7 @@ def to_head(error: BaseException) -> ErrorHead:
 
 
 def from_head(head: ErrorHead, node: str) -> PeerError:
-    """The error that ``node`` answers with. Its texts may be anything: they are cut, and made plain."""
+    """The exception for an error that ``node`` replied with. Its texts are not trusted: they are cut and made plain."""
     kind = _peer_errors().get(head.code)
     message = plain(head.message)
     if kind is None:
@@ -65,19 +63,20 @@ def refused(code: str, message: str) -> PeerRefused:
 
 
 def as_peer_error(error: Exception, node: str) -> PeerError:
-    """What a caller on the same node gets: exactly what one on another node would."""
+    """The error that a caller on this node gets: the same that a caller on another node would get."""
     return error if isinstance(error, PeerError) else from_head(to_head(error), node)
 
 
-_known: dict[str, type[PeerError]] = {}
+_peer_error_by_code: dict[str, type[PeerError]] = {}
 
 
 def _peer_errors() -> dict[str, type[PeerError]]:
+    """Every subclass of PeerError by its code, built again when classes were added."""
     classes = list(_descend(PeerError))
-    if len(classes) != len(_known):
-        _known.clear()
-        _known.update({kind.code: kind for kind in reversed(classes)})
-    return _known
+    if len(classes) != len(_peer_error_by_code):
+        _peer_error_by_code.clear()
+        _peer_error_by_code.update({kind.code: kind for kind in reversed(classes)})
+    return _peer_error_by_code
 
 
 def _descend(kind: type[PeerError]) -> Iterator[type[PeerError]]:

@@ -1,4 +1,4 @@
-"""Frames of the internode protocol: what is on the wire inside TLS. No I/O: bytes in, frames out.
+"""Parses and packs the frames of the internode protocol: what is on the wire inside TLS. Pure: bytes in, frames out.
 
 A frame is a fixed header, a head (a msgpack message) and a body (raw bytes)::
 
@@ -20,20 +20,17 @@ kind       head                                           who
 4 REQUEST  name length (u8), method name, the request     the dialling side
 5 REPLY    the answer                                     the listening side
 6 ERROR    :class:`ErrorHead`                             the listening side
-7 CANCEL   empty                                          the dialling side: nobody waits for this id any more
+7 CANCEL   empty                                          the dialling side: the caller has abandoned this id
 =========  =============================================  =======================================================
 
-Theory of operation. :class:`FrameReader` is a sink for a BufferedProtocol: it says where the next bytes shall go, and
-is told how many came. Small frames
-are parsed in a scratch buffer that is used again and again; what does not fit goes straight into memory of its own, of
-the announced size,
-so that a body of megabytes is never copied after TLS decrypted it. Before any of that memory exists, ``admit`` sees
-what the header says and decides: TAKE
-it, SKIP it (nobody waits for it any more), or WAIT (no room: the reader stops, the caller pauses the transport and
-calls ``resume`` later).
+Theory of operation. :class:`FrameReader` serves a BufferedProtocol: it says where the next bytes go, and learns how
+many arrived. It parses small frames in a scratch buffer that it uses again and again. The rest of a frame that does not
+fit goes straight into memory of the announced size, so that a body of megabytes is never copied after TLS decrypted it.
+Before that memory is allocated, ``admit`` sees the header and decides: TAKE the frame, SKIP it (its call is abandoned),
+or WAIT (no room: the reader stops, and the caller pauses the transport and calls ``resume`` later).
 
-A lone small PUT is six frames, of which each passes here twice: a header is numbers on the stack, checked by one
-look-up of its first four bytes.
+A lone small PUT is six frames, and each passes here twice. So a header is plain integers, checked by one look-up of its
+first four bytes.
 """
 
 from __future__ import annotations
@@ -48,8 +45,7 @@ from storaged.wire import Message, unfilled
 
 PROTOCOL_VERSION: Final = 3
 """2: creates. 3: authority by a table of methods, by certificate for registers of the system table, and ballots that
-name their caller. Nodes of different versions do
-not talk: what one refuses the other would count on."""
+name their caller. Nodes of different versions do not talk: one would rely on what the other refuses."""
 MAGIC: Final = b"SR"
 HEAD_BYTES_MAX: Final = 4 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB
@@ -90,12 +86,12 @@ class Verdict(Enum):
 
 TAKE, SKIP, WAIT = Verdict
 REQUEST, REPLY, ERROR, CANCEL = int(Kind.REQUEST), int(Kind.REPLY), int(Kind.ERROR), int(Kind.CANCEL)
-"""A member is found through its enum's class at twice the price of a global, and every frame asks for some."""
+"""Globals, because looking up a member through its enum's class costs twice as much, and every frame needs some."""
 
 
 class Hello(Message, frozen=True):
-    """Who is at this end. ``incarnation`` is 8 random bytes per process start; ``version`` the highest protocol version
-    spoken.
+    """Introduces the sender. ``incarnation``: 8 random bytes per process start. ``version``: the highest protocol
+    version that it speaks.
     """
 
     cluster: str
@@ -105,8 +101,8 @@ class Hello(Message, frozen=True):
 
 
 class ErrorHead(Message, frozen=True):
-    """An error as it crosses the wire: the class's code, its message and details, and ``remote_code`` of a PeerRefused
-    that is passed on.
+    """An error on the wire: the class's code, its message and details, and the ``remote_code`` of a forwarded
+    PeerRefused.
     """
 
     code: str
@@ -118,15 +114,14 @@ class ErrorHead(Message, frozen=True):
 Admit = Callable[[int, int, int, int], Verdict]
 """``admit(kind, request_id, head_bytes, body_bytes)``."""
 Deliver = Callable[[int, int, int, memoryview, memoryview], None]
-"""``deliver(kind, request_id, deadline_ms, head, body)``. ``head`` is valid during the call only; ``body`` belongs to
-the receiver.
-"""
+"""``deliver(kind, request_id, deadline_ms, head, body)``. ``head`` is valid only during the call; the receiver owns
+``body``."""
 
 _EMPTY = memoryview(b"")
 
 
 def pack_header(kind: int, request_id: int, head_bytes: int, body_bytes: int = 0, deadline_ms: int = 0) -> bytes:
-    """Raises ValueError when head or body is too large: nothing of such a frame is sent."""
+    """Raises ValueError when head or body is too large; then no part of the frame may be sent."""
     if head_bytes > HEAD_BYTES_MAX or body_bytes > BODY_BYTES_MAX:
         raise ValueError(
             f"a frame has at most {HEAD_BYTES_MAX} bytes of message and {BODY_BYTES_MAX} of body; this has {head_bytes}"
@@ -135,8 +130,8 @@ def pack_header(kind: int, request_id: int, head_bytes: int, body_bytes: int = 0
     return _HEADER.pack(_STARTS[kind], request_id, head_bytes, body_bytes, deadline_ms)
 
 
-def _complain(data: bytes | bytearray) -> FrameError:
-    """What is wrong with a header."""
+def _header_error(data: bytes | bytearray) -> FrameError:
+    """The error that says what is wrong with a header."""
     start, _request_id, head_bytes, body_bytes, _deadline_ms = _HEADER.unpack(data)
     magic, version, kind = data[:2], data[2], data[3]
     if magic != MAGIC:
@@ -151,12 +146,12 @@ def _complain(data: bytes | bytearray) -> FrameError:
 
 
 class FrameReader:
-    """See the module's theory of operation. One per connection; not for several threads."""
+    """Parses the frames of one connection; see the module's theory of operation. Not thread-safe."""
 
     __slots__ = (
         "_admit",
-        "_apart",
         "_body",
+        "_detached",
         "_end",
         "_filled",
         "_head",
@@ -172,29 +167,28 @@ class FrameReader:
         assert scratch_bytes >= 2 * HEADER_BYTES
         self._admit = admit
         self.deliver = deliver
-        """Asked for with each frame, so it may be another one from the next on."""
+        """Read anew for each frame, so it may be replaced between frames."""
         self._scratch = bytearray(scratch_bytes)
         self._view = memoryview(self._scratch)
         self._start = 0
         self._end = 0
-        self._apart: tuple[int, int, int] | None = (
-            None  # kind, id and deadline of the frame that is read into memory of its own
-        )
+        self._detached: tuple[int, int, int] | None = None
+        """Kind, id and deadline of the frame that is read into memory of its own."""
         self._head = _EMPTY
         self._body = _EMPTY
         self._filled = 0
         self._skip_bytes = 0
         self.waiting = False
-        """``admit`` said WAIT; nothing is parsed until :meth:`resume`."""
+        """``admit`` returned WAIT; parsing stops until :meth:`resume`."""
 
     @property
-    def midway(self) -> bool:
-        """Part of a frame has arrived and the rest has not."""
-        return not self.waiting and (self._apart is not None or self._skip_bytes > 0 or self._end > self._start)
+    def mid_frame(self) -> bool:
+        """Whether part of a frame has arrived and the rest has not."""
+        return not self.waiting and (self._detached is not None or self._skip_bytes > 0 or self._end > self._start)
 
     def buffer(self) -> memoryview:
-        """Where the next bytes shall go; never empty."""
-        if self._apart is not None:
+        """Where the next bytes go; never empty."""
+        if self._detached is not None:
             if self._filled < len(self._head):
                 return self._head[self._filled :]
             return self._body[self._filled - len(self._head) :]
@@ -207,24 +201,25 @@ class FrameReader:
         return self._view[self._end :]
 
     def received(self, count: int) -> None:
-        """``count`` bytes were put into the last :meth:`buffer`. Calls ``admit`` and ``deliver`` for what is complete.
-        Raises FrameError.
+        """Takes ``count`` bytes that were put into the last :meth:`buffer`.
+
+        Calls ``admit`` for each complete header and ``deliver`` for each complete frame. Raises FrameError.
         """
-        apart = self._apart
-        if apart is None:
+        detached = self._detached
+        if detached is None:
             self._end += count
             self._parse()
             return
         self._filled += count
         if self._filled == len(self._head) + len(self._body):
             head, body = self._head, self._body
-            self._apart, self._head, self._body = None, _EMPTY, _EMPTY
-            self.deliver(*apart, head, body)
+            self._detached, self._head, self._body = None, _EMPTY, _EMPTY
+            self.deliver(*detached, head, body)
 
     def resume(self) -> None:
-        """After WAIT: asks ``admit`` again and goes on with what had arrived."""
+        """After WAIT: calls ``admit`` again and continues with the bytes that had arrived."""
         self.waiting = False
-        if self._apart is None:
+        if self._detached is None:
             self._parse()
 
     def _parse(self) -> None:
@@ -236,7 +231,7 @@ class FrameReader:
             first, request_id, head_bytes, body_bytes, deadline_ms = _HEADER.unpack_from(scratch, start)
             kind = _KINDS.get(first)
             if kind is None or head_bytes > HEAD_BYTES_MAX or body_bytes > BODY_BYTES_MAX:
-                raise _complain(scratch[start:head_start])
+                raise _header_error(scratch[start:head_start])
             verdict = admit(kind, request_id, head_bytes, body_bytes)
             body_start = head_start + head_bytes
             body_end = body_start + body_bytes
@@ -250,29 +245,30 @@ class FrameReader:
                 start = self._skip(head_start, head_bytes + body_bytes)
             else:
                 self._start = head_start
-                self._read_apart(kind, request_id, deadline_ms, head_bytes, body_bytes)
+                self._read_detached(kind, request_id, deadline_ms, head_bytes, body_bytes)
                 return
         self._start = start
         if start == end:
             self._start = self._end = 0
 
     def _skip(self, start: int, size: int) -> int:
-        """Where to go on: behind ``size`` bytes from ``start`` on, or at the end of what has come, with the rest to be
-        skipped when it comes.
-        """
-        here = min(size, self._end - start)
-        self._skip_bytes = size - here
-        return start + here
+        """Returns where parsing continues: ``size`` bytes after ``start``, or at the end of the bytes that arrived.
 
-    def _read_apart(self, kind: int, request_id: int, deadline_ms: int, head_bytes: int, body_bytes: int) -> None:
-        """The rest of this frame goes into memory of its own."""
-        here = self._end - self._start
+        In the second case the rest is skipped when it arrives.
+        """
+        skipped = min(size, self._end - start)
+        self._skip_bytes = size - skipped
+        return start + skipped
+
+    def _read_detached(self, kind: int, request_id: int, deadline_ms: int, head_bytes: int, body_bytes: int) -> None:
+        """Lets the rest of this frame be read into memory of its own."""
+        arrived = self._end - self._start
         self._head = memoryview(bytearray(head_bytes))
         self._body = memoryview(unfilled(body_bytes)) if body_bytes else _EMPTY
-        in_head = min(here, head_bytes)
+        in_head = min(arrived, head_bytes)
         self._head[:in_head] = self._view[self._start : self._start + in_head]
-        if here > in_head:
-            self._body[: here - in_head] = self._view[self._start + in_head : self._end]
-        self._filled = here
-        self._apart = (kind, request_id, deadline_ms)
+        if arrived > in_head:
+            self._body[: arrived - in_head] = self._view[self._start + in_head : self._end]
+        self._filled = arrived
+        self._detached = (kind, request_id, deadline_ms)
         self._start = self._end = 0

@@ -34,7 +34,7 @@ import msgspec
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.ports import Then
+from storaged.cluster.ports import OnReply
 from storaged.errors import DiskForeign, DiskUnusable, InvalidRequest, SlowDown, StoragedError
 from storaged.hashes import is_old
 from storaged.meta import messages
@@ -534,7 +534,7 @@ class LocalReplica:
         heard(self.disk, promise, NO_BYTES)
         return True
 
-    def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+    def post(self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         """See ``ports.PostingReplica``: for a proposer in the same process."""
         if not isinstance(request, messages.Read):
             return self.ask_here(request, b"", body, lambda _disk, answer, bulk: then(answer, bulk))

@@ -21,7 +21,7 @@ from typing import Any
 
 import structlog
 
-from storaged.cluster.ports import Answer, Call, Line, Poster, Then
+from storaged.cluster.ports import Call, EncodedCall, OnOutcome, OnReply, TryCaller
 from storaged.cluster.rpc import faults
 from storaged.cluster.rpc.framing import HEAD_BYTES_MAX, ErrorHead
 from storaged.errors import InvalidRequest, PeerUnreachable, StoragedError
@@ -53,7 +53,7 @@ assert TOGETHER_MAX * ENCODED_BYTES_MAX < HEAD_BYTES_MAX // 2, "all of them fit 
 ACCEPTS_MAX = 256
 """What a node takes in one message."""
 
-_Asked = tuple[bool, bytes, Line, bytes, Sequence[Buffer], Then, float]
+_Asked = tuple[bool, bytes, EncodedCall, bytes, Sequence[Buffer], OnReply, float]
 """Whether it is a create; the encoded request; the line on which it goes by itself, and what goes there; its body; who
 is told; and in how many seconds.
 """
@@ -62,8 +62,8 @@ is told; and in how many seconds.
 class NodeAccepts:
     """What is to be accepted by the disks of one other node."""
 
-    def __init__(self, poster: Poster, node: str, alone_max: int = ALONE_MAX) -> None:
-        self._line = poster.line(node, "meta.accepts", messages.AcceptsReply, b"", urgent=True)
+    def __init__(self, poster: TryCaller, node: str, alone_max: int = ALONE_MAX) -> None:
+        self._line = poster.encoded_call(node, "meta.accepts", messages.AcceptsReply, b"", urgent=True)
         self._node = node
         self._alone_max = alone_max
         self._gathered: list[_Asked] = []
@@ -86,7 +86,7 @@ class NodeAccepts:
             self._send()
         return True
 
-    def _heard_one(self, then: Then, answer: Any, bulk: memoryview) -> None:
+    def _heard_one(self, then: OnReply, answer: Any, bulk: memoryview) -> None:
         self._out -= 1
         then(answer, bulk)
 
@@ -145,8 +145,8 @@ class _Answering:
 
     __slots__ = ("_answer", "_errors", "_left", "_replies", "_timer")
 
-    def __init__(self, count: int, answer: Answer) -> None:
-        self._answer: Answer | None = answer
+    def __init__(self, count: int, answer: OnOutcome) -> None:
+        self._answer: OnOutcome | None = answer
         self._left = count
         self._replies: list[messages.AcceptReply | None] = [None] * count
         self._errors: dict[int, ErrorHead] = {}
@@ -175,10 +175,10 @@ class _Answering:
 
 
 def begin_accepts(
-    of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, answer: Answer
+    of: Callable[[str], LocalReplica], gate: Gate, request: messages.Accepts, call: Call, answer: OnOutcome
 ) -> bool:
-    """``ports.Begin`` of ``meta.transport.batching``. ``of(disk)`` raises DiskUnusable; each accept passes the ``gate``
-    by itself.
+    """``ports.TryStart`` of ``meta.transport.batching``. ``of(disk)`` raises DiskUnusable; each accept passes the
+    ``gate`` by itself.
     Raises InvalidRequest."""
     accepts, sizes, creates = request.accepts, request.sizes, request.creates
     count = len(accepts)

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from storaged.clock import Clock
-from storaged.cluster.ports import Then
+from storaged.cluster.ports import OnReply
 from storaged.errors import DiskUnusable, PeerUnreachable, StoragedError
 from storaged.meta.consensus.quorums import Quorum, met_by_all
 from storaged.meta.messages import Accept, Create, Prepare, Read, ScanRequest
@@ -303,7 +303,7 @@ class Courier:
 
 
 def ask_one(
-    replica: Replica, request: Ask | ScanRequest, then: Then, body: Sequence[Buffer], timeout_s: float
+    replica: Replica, request: Ask | ScanRequest, then: OnReply, body: Sequence[Buffer], timeout_s: float
 ) -> Coroutine[Any, Any, None] | None:
     """Asks without a task where the replica can be asked without one, and is done; else the work that asks, for a task.
     ``then`` is told once in either case.
@@ -315,7 +315,7 @@ def ask_one(
 
 
 async def _call(
-    replica: Replica, request: Ask | ScanRequest, then: Then, body: Sequence[Buffer], timeout_s: float
+    replica: Replica, request: Ask | ScanRequest, then: OnReply, body: Sequence[Buffer], timeout_s: float
 ) -> None:
     answer: Any = PeerUnreachable(f"The call to disk {request.disk} was given up.")
     bulk = NO_BYTES

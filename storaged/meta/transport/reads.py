@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from storaged.cluster.ports import Poster
+from storaged.cluster.ports import TryCaller
 from storaged.errors import DiskUnusable, InvalidRequest, PeerUnreachable, StoragedError
 from storaged.meta import messages
 from storaged.meta.acceptor.replica import LocalReplica
@@ -132,7 +132,7 @@ async def _row_in_time(replica: Replica, disk: str, epoch: int, ask: bytes) -> t
 class NodeReads:
     """What is asked of the disks of one other node."""
 
-    def __init__(self, poster: Poster, node: str) -> None:
+    def __init__(self, poster: TryCaller, node: str) -> None:
         self._poster = poster
         self._node = node
         self._gathered: dict[str, tuple[list[bytes], list[Told]]] = {}
@@ -162,7 +162,7 @@ class NodeReads:
         self._post(request, partial(self._heard, self._epoch, self._timeout_s, gathered), self._timeout_s)
 
     def _post(self, request: messages.Reads, then: Callable[[Any, memoryview], None], timeout_s: float) -> None:
-        if not self._poster.post(self._node, "meta.reads", request, messages.ReadsReply, then, timeout_s=timeout_s):
+        if not self._poster.try_call(self._node, "meta.reads", request, messages.ReadsReply, then, timeout_s=timeout_s):
             then(PeerUnreachable(f"There is no connection to {self._node} with room for more."), NO_BYTES)
 
     def _heard(

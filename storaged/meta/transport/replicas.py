@@ -10,7 +10,18 @@ from functools import partial
 
 from storaged.clock import Clock
 from storaged.cluster.layout import Layout
-from storaged.cluster.ports import Answer, Call, Caller, Layouts, Line, Method, Methods, Poster, Reply, Then
+from storaged.cluster.ports import (
+    Call,
+    Caller,
+    EncodedCall,
+    Layouts,
+    Method,
+    Methods,
+    OnOutcome,
+    OnReply,
+    Reply,
+    TryCaller,
+)
 from storaged.cluster.rpc.authority import grant
 from storaged.errors import DiskUnusable
 from storaged.meta import messages
@@ -40,24 +51,24 @@ class RemoteReplica:
         self, caller: Caller, node: str, disk: str, reads: NodeReads | None = None, accepts: NodeAccepts | None = None
     ) -> None:
         self._caller = caller
-        self._poster = caller if isinstance(caller, Poster) else None
+        self._poster = caller if isinstance(caller, TryCaller) else None
         self._reads = reads
         self._accepts = accepts
         self.node = node
         self.disk = disk
-        self._lines: dict[type[Message], tuple[bytes, Line, NodeAccepts | None]] = {}
+        self._lines: dict[type[Message], tuple[bytes, EncodedCall, NodeAccepts | None]] = {}
         """By what is asked: how its encoding begins, the line that it takes by itself, and with what it goes to its
         node when it has company.
         """
 
-    def post(self, request: Message, then: Then, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
+    def post(self, request: Message, then: OnReply, *, body: Sequence[Buffer] = (), timeout_s: float = 10.0) -> bool:
         if self._poster is None:
             return False
         method, reply = _POSTED[type(request)]
-        return self._poster.post(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
+        return self._poster.try_call(self.node, method, request, reply, then, body=body, timeout_s=timeout_s)
 
     def post_tail(
-        self, kind: type[Message], first: bytes, tail: bytes, then: Then, body: Sequence[Buffer], timeout_s: float
+        self, kind: type[Message], first: bytes, tail: bytes, then: OnReply, body: Sequence[Buffer], timeout_s: float
     ) -> bool:
         """See ``ports.TailReplica``."""
         known = self._lines.get(kind)
@@ -67,7 +78,7 @@ class RemoteReplica:
             method, reply = _POSTED[kind]
             start = first + encode(self.disk)
             together = self._accepts if reply is messages.AcceptReply else None
-            known = self._lines[kind] = start, self._poster.line(self.node, method, reply, start), together
+            known = self._lines[kind] = start, self._poster.encoded_call(self.node, method, reply, start), together
         start, line, together = known
         if together is None:
             return line(tail, then, body, timeout_s)
@@ -184,7 +195,7 @@ class ReplicaDirectory:
     def _together(self, node: str) -> tuple[NodeReads, NodeAccepts] | tuple[()]:
         """What gathers the asks for all disks of one node."""
         together = self._gathering.get(node)
-        if together is None and isinstance(self._caller, Poster):
+        if together is None and isinstance(self._caller, TryCaller):
             together = self._gathering[node] = (
                 NodeReads(self._caller, node),
                 NodeAccepts(self._caller, node, self._alone_max),
@@ -218,19 +229,21 @@ class ReplicaHost:
     def methods(self) -> Methods:
         """What a storage node registers."""
         methods = {
-            "meta.prepare": Method(messages.Prepare, self._prepare, at_once=self._prepare_at_once),
-            "meta.accept": Method(messages.Accept, self._accept, begin=self._begin_accept),
-            "meta.create": Method(messages.Create, self._accept, begin=self._begin_accept),
-            "meta.accepts": Method(messages.Accepts, self._accepts, begin=partial(begin_accepts, self._of, self._gate)),
-            "meta.read": Method(messages.Read, self._read, at_once=self._read_at_once),
-            "meta.reads": Method(messages.Reads, self._reads, at_once=self._reads_at_once),
+            "meta.prepare": Method(messages.Prepare, self._prepare, try_answer=self._prepare_at_once),
+            "meta.accept": Method(messages.Accept, self._accept, try_start=self._begin_accept),
+            "meta.create": Method(messages.Create, self._accept, try_start=self._begin_accept),
+            "meta.accepts": Method(
+                messages.Accepts, self._accepts, try_start=partial(begin_accepts, self._of, self._gate)
+            ),
+            "meta.read": Method(messages.Read, self._read, try_answer=self._read_at_once),
+            "meta.reads": Method(messages.Reads, self._reads, try_answer=self._reads_at_once),
             "meta.page_put": Method(messages.PagePut, self._page_put),
             "meta.page_get": Method(messages.PageGet, self._page_get),
             "meta.page_check": Method(messages.PageCheck, self._page_check),
             "meta.fence": Method(messages.FenceSet, self._fence),
             "meta.unfence": Method(messages.FenceLift, self._unfence),
             "meta.fence_epoch": Method(messages.EpochFence, self._fence_epoch),
-            "meta.scan": Method(ScanRequest, self._scan, at_once=self._scan_at_once),
+            "meta.scan": Method(ScanRequest, self._scan, try_answer=self._scan_at_once),
         }
         return grant(methods)
 
@@ -244,7 +257,7 @@ class ReplicaHost:
             return messages.PrepareReply(verdict)
         return await self._of(request.disk).prepare(request)
 
-    def _begin_accept(self, request: messages.Accept, call: Call, answer: Answer) -> bool:
+    def _begin_accept(self, request: messages.Accept, call: Call, answer: OnOutcome) -> bool:
         if verdict := self._gate.accept(request, call.peer):
             answer(messages.AcceptReply(verdict))
             return True
