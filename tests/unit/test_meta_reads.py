@@ -455,7 +455,7 @@ async def test_what_two_replicas_tell_differently_is_settled_without_a_third_tha
     first, second, third = of(world, old.name)
     await world.stores[second].commit(StoreBatch([new]))
     client = hang(world, third[:2])
-    world.line = lambda *_args, **_options: lambda *_posted: False  # type: ignore[assignment,method-assign,return-value]
+    world.encoded_call = lambda *_args, **_options: lambda *_posted: False  # type: ignore[assignment,method-assign,return-value]
     assert (await asyncio.wait_for(client.read(old.name), 2)).value == new.value
     assert world.stores[first].get(old.name) == new
     await client.close()
