@@ -166,7 +166,7 @@ class FragmentHost:
         methods = {
             "fragment.write": Method(WriteRequest, self._write),
             "fragment.sync": Method(IdsRequest, self._sync),
-            "fragment.read": Method(ReadRequest, self._read, at_once=self._try_read),
+            "fragment.read": Method(ReadRequest, self._read, try_answer=self._try_read),
             "fragment.stat": Method(IdsRequest, self._stat),
             "fragment.touch": Method(TouchRequest, self._touch),
             "fragment.retire": Method(RetireRequest, self._retire),
