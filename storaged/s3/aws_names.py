@@ -1,10 +1,10 @@
-"""What AWS's documentation names: every request header and every query parameter of S3, where each belongs, and whether
-it is supported here. Pure tables.
+"""The names that AWS's documentation has: every request header and query parameter of S3, the operations that take it,
+and whether this server supports it. Pure tables.
 
-``HEADERS`` and ``PARAMETERS`` are the whole truth for the S3 port: an operation honours what has it among its
-operations and has no ``refusal``. What stands in these tables and is not honoured by an operation is refused by it, if
-the operation changes anything (``operations.check_headers``). What does not stand here, AWS does not know either, and
-ignores. ``tests/unit/test_s3_aws.py`` compares the tables with botocore's model of S3.
+An operation honours a header or parameter if ``HEADERS`` or ``PARAMETERS`` lists it for that operation without a
+``refusal``. If an operation changes something, it refuses all other names in these tables
+(``operation.Operation.check_headers``). AWS ignores names that are not in the tables, and so does this server.
+``tests/unit/test_s3_aws.py`` compares the tables with botocore's model of S3.
 
 Sources: https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html and botocore
 1.44.8, ``data/s3/2006-03-01/service-2.json``.
@@ -20,8 +20,8 @@ EVERY = frozenset({"*"})
 
 
 class Name(NamedTuple):
-    """A header or a parameter. ``operations``: AWS's names of those that take it, or ``EVERY``. ``refusal``: why none
-    of them honours it here; empty: they do."""
+    """A header or a parameter. ``operations``: AWS's names of those that take it, or ``EVERY``. ``refusal``: why this
+    server does not honour it; empty: it does."""
 
     operations: frozenset[str]
     refusal: str = ""
@@ -34,7 +34,7 @@ def _of(*operations: str, refusal: str = "") -> Name:
 # --- sets of operations -----------------------------------------------------------------------------------------------
 
 _CREATING = ("PutObject", "CopyObject", "CreateMultipartUpload", "PostObject")
-"""They say what a new object is like."""
+"""Operations that describe a new object."""
 _COPYING = ("CopyObject", "UploadPartCopy")
 _READING = ("GetObject", "HeadObject")
 _CONDITIONAL_READS = (*_READING, "GetObjectAttributes")
@@ -94,6 +94,7 @@ _NO_LAMBDA = "Object Lambda is not implemented."
 
 CUSTOMER_KEY = "x-amz-server-side-encryption-customer-"
 CUSTOMER_KEY_SOURCE = "x-amz-copy-source-server-side-encryption-customer-"
+_CUSTOMER_KEY_PARTS = ("algorithm", "key", "key-md5")
 LOCK = "x-amz-object-lock-"
 META = "x-amz-meta-"
 
@@ -103,19 +104,19 @@ CHECKSUMS = tuple(
 )
 
 HEADERS: dict[str, Name] = {
-    # transport, signature, who pays, whose bucket it must be
+    # transport, signature, payer, expected owner
     "x-amz-content-sha256": Name(EVERY),
     "x-amz-date": Name(EVERY),
-    "x-amz-security-token": Name(EVERY),  # refused where the signature is read
+    "x-amz-security-token": Name(EVERY),  # refused where the signature is checked
     "x-amz-user-agent": Name(EVERY),
     "x-amz-decoded-content-length": Name(EVERY),
     "x-amz-trailer": Name(EVERY),
     "x-amz-sdk-checksum-algorithm": Name(EVERY),
-    "x-amz-checksum-mode": Name(EVERY),  # says what the answer may tell
-    "x-amz-request-payer": Name(EVERY),  # no bucket makes its requesters pay, so nobody is charged
+    "x-amz-checksum-mode": Name(EVERY),  # about the answer only
+    "x-amz-request-payer": Name(EVERY),  # no bucket makes its requesters pay
     "x-amz-expected-bucket-owner": Name(EVERY),
     "x-amz-source-expected-bucket-owner": _of(*_COPYING),
-    # what a new object is like
+    # metadata of a new object
     "x-amz-acl": _of(*_CREATING, *_ACL, "CreateBucket"),
     "x-amz-storage-class": _of(*_CREATING),
     "x-amz-tagging": _of(*_CREATING),
@@ -126,12 +127,13 @@ HEADERS: dict[str, Name] = {
         f"x-amz-server-side-encryption-{name}": _of(*_CREATING, "CreateSession", refusal=_NO_KMS)
         for name in ("aws-kms-key-id", "context", "bucket-key-enabled")
     },
-    **{CUSTOMER_KEY + name: _of(*_CUSTOMER_KEY, refusal=_NO_CUSTOMER_KEY) for name in ("algorithm", "key", "key-md5")},
-    **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING, refusal=_NO_CUSTOMER_KEY) for name in ("algorithm", "key", "key-md5")},  # noqa: E501
+    **{CUSTOMER_KEY + name: _of(*_CUSTOMER_KEY, refusal=_NO_CUSTOMER_KEY) for name in _CUSTOMER_KEY_PARTS},
+    **{CUSTOMER_KEY_SOURCE + name: _of(*_COPYING, refusal=_NO_CUSTOMER_KEY) for name in _CUSTOMER_KEY_PARTS},
     **{
         LOCK + name: _of(*_CREATING, refusal=_NO_LOCK)
         for name in (
-            "mode", "retain-until-date", "legal-hold", "event-hold", "event-hold-duration-days", "event-hold-duration-years",  # noqa: E501
+            "mode", "retain-until-date", "legal-hold", "event-hold", "event-hold-duration-days",
+            "event-hold-duration-years",
         )
     },
     **{
@@ -168,8 +170,7 @@ HEADERS: dict[str, Name] = {
     "x-amz-object-if-match": _of("PutObjectAnnotation", "DeleteObjectAnnotation", refusal=_NO_ANNOTATIONS),
     # RFC 9110, section 14.5: a PUT of a part must not become a PUT of the whole
     "content-range": _of("PutObject", refusal=_NO_APPEND),
-    # deleting
-    # nothing is retained, so there is nothing to bypass
+    # deleting. No object is retained, so there is nothing to bypass.
     "x-amz-bypass-governance-retention": _of(*_DELETING, "PutObjectRetention"),
     "x-amz-mfa": _of(*_DELETING, "PutBucketVersioning", refusal=_NO_MFA),
     # lists and attributes
@@ -181,7 +182,9 @@ HEADERS: dict[str, Name] = {
     "x-amz-bucket-object-lock-enabled": _of("CreateBucket"),
     "x-amz-object-ownership": _of("CreateBucket"),
     "x-amz-bucket-namespace": _of("CreateBucket", refusal="Account-regional namespaces are not implemented."),
-    "x-amz-bucket-object-lock-token": _of("PutObjectLockConfiguration", "PutBucketReplication", refusal=_NO_CONFIGURATION),  # noqa: E501
+    "x-amz-bucket-object-lock-token": _of(
+        "PutObjectLockConfiguration", "PutBucketReplication", refusal=_NO_CONFIGURATION
+    ),
     "x-amz-confirm-remove-self-bucket-access": _of("PutBucketPolicy", refusal=_NO_CONFIGURATION),
     "x-amz-skip-destination-validation": _of("PutBucketNotificationConfiguration", refusal=_NO_CONFIGURATION),
     "x-amz-transition-default-minimum-object-size": _of("PutBucketLifecycleConfiguration", refusal=_NO_CONFIGURATION),
@@ -197,9 +200,9 @@ HEADERS: dict[str, Name] = {
     # Object Lambda
     "x-amz-request-route": _of("WriteGetObjectResponse", refusal=_NO_LAMBDA),
     "x-amz-request-token": _of("WriteGetObjectResponse", refusal=_NO_LAMBDA),
-    # ours
+    # this server's own
     "x-storaged-countries": _of("CreateBucket"),
-    # what a form says of its signature
+    # the signature of a form
     **{f"x-amz-{name}": _of("PostObject") for name in ("algorithm", "credential", "signature")},
 }  # fmt: skip
 
@@ -210,9 +213,7 @@ FAMILIES = (
     "x-amz-server-side-encryption", "x-amz-copy-source", LOCK, "x-amz-object-", "x-amz-grant-", "x-amz-checksum-",
     "x-amz-if-", "x-amz-rename-", "x-amz-bucket-", "x-amz-mp-", "x-amz-write-", "x-amz-website-", "x-amz-fwd-",
 )  # fmt: skip
-"""Prefixes with which AWS says what to do. A new or misspelt header of a family asks for something,
-and is refused too.
-"""
+"""Prefixes of headers that ask AWS for something. A new or misspelt header with such a prefix is refused too."""
 
 OWN = "x-storaged-"
 
@@ -235,7 +236,9 @@ PARAMETERS: dict[str, Name] = {
     "marker": _of("ListObjects"),
     "start-after": _of("ListObjectsV2"),
     "fetch-owner": _of("ListObjectsV2"),
-    "continuation-token": _of("ListObjectsV2", "ListBuckets", "ListDirectoryBuckets", "ListObjectAnnotations", *_LISTED_CONFIGURATIONS),  # noqa: E501
+    "continuation-token": _of(
+        "ListObjectsV2", "ListBuckets", "ListDirectoryBuckets", "ListObjectAnnotations", *_LISTED_CONFIGURATIONS
+    ),
     "key-marker": _of("ListObjectVersions", "ListMultipartUploads"),
     "version-id-marker": _of("ListObjectVersions"),
     "upload-id-marker": _of("ListMultipartUploads"),
@@ -268,12 +271,12 @@ SIGNATURE = frozenset(
 """Parameters of presigned URLs, in lower case. Any operation takes them."""
 
 UNHEARD = frozenset({*CHECKSUMS, "x-amz-sdk-checksum-algorithm", "x-amz-user-agent"})
-"""Headers that SDKs put into presigned URLs before there is a body. AWS does not act on them there: a checksum in the
-URL would be the one of an empty body."""
+"""Headers that SDKs put into presigned URLs before there is a body. AWS ignores them there: a checksum in the URL would
+be that of an empty body."""
 
 
 def honoured(operation: str) -> frozenset[str]:
-    """The headers of ``HEADERS`` that this operation acts on, or that have no effect on it."""
+    """The headers of ``HEADERS`` that this operation honours, or that do not affect it."""
     return frozenset(
         name
         for name, row in HEADERS.items()

@@ -1,5 +1,5 @@
-"""A request whose bucket turns out to be gone while it is handled is handled once more, in the bucket that has the
-name now (``objects.system.fenced``)."""
+"""Runs a handler, and once more if its bucket was deleted and created again meanwhile, in the bucket that has the name
+now (``objects.system.fenced``)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from storaged.s3.request import Request
 FINDS_NOTHING: Final = frozenset(
     {"ListObjects", "ListObjectsV2", "ListObjectVersions", "ListMultipartUploads", "DeleteObject", "DeleteObjects"}
 )
-"""Operations that succeed where there is nothing."""
+"""Operations that succeed when there is nothing."""
 
 OF_THE_BUCKET: Final = frozenset({"CreateBucket", "DeleteBucket"})
 COPIES: Final = frozenset({"CopyObject", "UploadPartCopy"})
 BODY_IS_GONE: Final = frozenset({"PutObject", "PostObject", "UploadPart"})
-"""Their body was read, and is not kept."""
+"""Their body has been read, and is not kept."""
 
 
 async def handle(front: Front, request: Request, operation: Operation) -> Reply:
-    """What the handler answers. Raises what it raises."""
+    """The handler's answer. Raises what the handler raises."""
     seen = front.buckets.fences_seen()
     if (
         request._bucket_record is not None
@@ -47,7 +47,7 @@ async def handle(front: Front, request: Request, operation: Operation) -> Reply:
 
 
 async def _replaced(front: Front, request: Request, operation: Operation) -> bool:
-    """Whether the handler is to be asked again. Raises NoSuchBucket, AccessDenied, ServiceUnavailable."""
+    """Whether to run the handler again. Raises NoSuchBucket, AccessDenied, ServiceUnavailable."""
     if request._bucket_record is None or operation.name in OF_THE_BUCKET:
         return False
     renewed = front.buckets.gone(request._bucket_record) and await _renew(front, request)
@@ -55,14 +55,14 @@ async def _replaced(front: Front, request: Request, operation: Operation) -> boo
         raise ServiceUnavailable(
             "The bucket was deleted and made again while the request was under way. Nothing was stored. Retry."
         )
-    return renewed or operation.name in COPIES  # what is copied from may be what was replaced
+    return renewed or operation.name in COPIES  # the source's bucket may be the replaced one
 
 
 async def _renew(front: Front, request: Request) -> bool:
-    """The request's bucket becomes the one that has the name now; whether that is another one. Raises NoSuchBucket,
+    """Looks up the request's bucket again by its name. Returns whether it is another one now. Raises NoSuchBucket,
     AccessDenied."""
     before = request.bucket_record
-    request.reading = None  # what was read ahead is of the bucket before
+    request.reading = None  # it was read from the old bucket
     request._bucket_record = await front.buckets.renewed(before.name)
     check_owner(request._bucket_record, request.who, request.headers.get("x-amz-expected-bucket-owner"))
     return request._bucket_record.id != before.id

@@ -1,21 +1,21 @@
-"""Conditions of S3 requests: the one parser of entity tags and dates, and what each operation accepts of them. Pure.
+"""Conditions of S3 requests: parses entity tags and dates, and says which of them each operation accepts. Pure.
 
-A header that is there and names nothing is a condition that no object fulfils, never no condition: a write that asks
-for ``If-Match: ""`` must not overwrite.
+A header that is present and names nothing is a condition that no object fulfils. It is never the same as no condition:
+a write that asks for ``If-Match: ""`` must not overwrite.
 
 | operation | accepts | refuses |
 |---|---|---|
-| GetObject, HeadObject, GetObjectAttributes | all four; what is no date is ignored (RFC 9110, 13.1.3) | |
-| PutObject, CopyObject, CompleteMultipartUpload | If-Match, If-None-Match of ``*`` or tags | 501: other If-None-Match,
-dates |
-| copy sources | x-amz-copy-source-if-* | 400: tags or dates that cannot be read |
-| DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: malformed values |
-| DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: malformed values |
+| GetObject, HeadObject, GetObjectAttributes | all four; an invalid date is ignored (RFC 9110, 13.1.3) | |
+| PutObject, CopyObject, CompleteMultipartUpload | If-Match, If-None-Match of ``*`` or tags | 501: other, dates |
+| copy sources | x-amz-copy-source-if-* | 400: invalid tags or dates |
+| DeleteObject | If-Match, x-amz-if-match-size, -last-modified-time | 501: If-None-Match, dates; 400: invalid values |
+| DeleteObjects, each entry | ETag, Size, LastModifiedTime | 400 for the entry: invalid values |
 
-AWS has ``If-None-Match: *`` alone on writes, and 501 for the rest. Plain tags are judged as RFC 9110 (13.1.2) says,
-since the field's conformance suite (s3-tests) writes with them. Weak, empty or malformed ones are refused as on AWS.
+On writes, AWS takes only ``If-None-Match: *``, and answers 501 to the rest. This server evaluates plain tags as RFC
+9110 (13.1.2) says, because Ceph's conformance tests (s3-tests) write with them. Weak, empty or invalid ones are refused
+as on AWS.
 
-https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
+Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ NAMES = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodif
 SOURCE_PREFIX = "x-amz-copy-source-"
 
 DATE_CHARS_MAX = 64
-"""Longer than any date: the standard library's parser is not run on hostile text of any length."""
+"""Longer than any date: the standard library's parser never sees hostile text of unbounded length."""
 
 _ITEM = re.compile(r'[ \t]*(W/)?(?:"([^"]*)"|([^",\s]+))[ \t]*(?:,|$)')
-"""An entity tag, quoted as RFC 9110 wants it, or bare as many S3 clients send it."""
+"""An entity tag, in quotes as RFC 9110 wants it, or bare as many S3 clients send it."""
 _EMPTY_ITEM = re.compile(r"[ \t]*(?:,|$)")
 
 
 def parse_tags(text: str) -> AnyTag | Tags:
-    """``*``, or a list of entity tags. Text that is neither as a whole is ``NO_TAG``: it names no object's tag."""
+    """``*``, or a list of entity tags. Any other text is ``NO_TAG``, which is no object's tag."""
     if text.strip(" \t") == "*":
         return ANY
     strong: list[str] = []
@@ -61,13 +61,13 @@ def parse_tags(text: str) -> AnyTag | Tags:
 
 
 def parse_tag(text: str) -> str | None:
-    """The opaque tag of a single strong entity tag; None for anything else."""
+    """The opaque tag of a single strong entity tag; None for any other text."""
     found = parse_tags(text)
     return found.strong[0] if isinstance(found, Tags) and len(found.strong) == 1 and not found.weak else None
 
 
 def parse_http_time(text: str) -> int | None:
-    """Milliseconds of an HTTP date (RFC 9110, section 5.6.7); None for anything else."""
+    """Milliseconds since 1970 of an HTTP date (RFC 9110, section 5.6.7); None for any other text."""
     if len(text) > DATE_CHARS_MAX:
         return None
     try:
@@ -78,7 +78,7 @@ def parse_http_time(text: str) -> int | None:
 
 
 def parse_time(text: str) -> int | None:
-    """An HTTP date or ISO 8601, in milliseconds; None for anything else."""
+    """Milliseconds since 1970 of an HTTP date or of ISO 8601; None for any other text."""
     found = parse_http_time(text)
     if found is not None:
         return found
@@ -90,7 +90,7 @@ def parse_time(text: str) -> int | None:
 
 
 def read_conditions(headers: Mapping[str, str]) -> ReadConditions:
-    """If-Match and its relatives. A malformed If-Match fails; the others are ignored then (RFC 9110, section 13)."""
+    """Conditions of a read. An invalid If-Match fails; the others are ignored if invalid (RFC 9110, section 13)."""
     if NAMES.isdisjoint(headers):
         return NO_READ_CONDITIONS
     return ReadConditions(
@@ -102,7 +102,7 @@ def read_conditions(headers: Mapping[str, str]) -> ReadConditions:
 
 
 def source_conditions(headers: Mapping[str, str]) -> ReadConditions:
-    """Of a copy's source. A condition that can't be read must not let the copy happen. Raises InvalidArgument."""
+    """Conditions of a copy's source. Raises InvalidArgument for an invalid one: it must not let the copy happen."""
     none_match = _tags(headers, SOURCE_PREFIX + "if-none-match")
     if none_match == NO_TAG:
         raise _malformed(
@@ -117,7 +117,7 @@ def source_conditions(headers: Mapping[str, str]) -> ReadConditions:
 
 
 def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
-    """Of PutObject, CompleteMultipartUpload, and copies' destinations.
+    """Conditions of PutObject, CompleteMultipartUpload, and copies' destinations.
 
     Raises NotImplemented for a date, and for If-None-Match with anything but ``*`` or plain tags.
     """
@@ -131,7 +131,7 @@ def write_conditions(headers: Mapping[str, str]) -> WriteConditions:
 
 
 def delete_conditions(headers: Mapping[str, str]) -> WriteConditions:
-    """Of DeleteObject. Raises InvalidArgument, NotImplemented."""
+    """Conditions of DeleteObject. Raises InvalidArgument, NotImplemented."""
     _refuse(headers, "if-none-match", "if-modified-since", "if-unmodified-since")
     return deletion(
         headers.get("if-match"),
@@ -142,7 +142,7 @@ def delete_conditions(headers: Mapping[str, str]) -> WriteConditions:
 
 
 def entry_conditions(entry: Mapping[str, str]) -> WriteConditions:
-    """Of one entry of DeleteObjects. Raises InvalidArgument."""
+    """Conditions of one entry of DeleteObjects. Raises InvalidArgument."""
     etag = entry.get("ETag")
     return deletion(
         etag.strip() if etag is not None else None,
@@ -153,7 +153,8 @@ def entry_conditions(entry: Mapping[str, str]) -> WriteConditions:
 
 
 def deletion(etag: str | None, size: str | None, modified: str | None, names: tuple[str, str]) -> WriteConditions:
-    """None: not asked for. ``names``: of the size and the time, as errors call them. Raises InvalidArgument."""
+    """Conditions of a deletion; None: there is no such condition. ``names``: of the size and the time, for errors.
+    Raises InvalidArgument."""
     if etag is None and size is None and modified is None:
         return NO_WRITE_CONDITIONS
     modified_ms = parse_time(modified) if modified is not None else None
@@ -167,7 +168,7 @@ def deletion(etag: str | None, size: str | None, modified: str | None, names: tu
 
 
 def _plain(tags: Tags) -> bool:
-    """Strong tags that an object could have, and nothing else."""
+    """Only strong tags, such as an object could have."""
     return bool(tags.strong) and not tags.weak and all(tag and "*" not in tag for tag in tags.strong)
 
 

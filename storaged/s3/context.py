@@ -1,4 +1,4 @@
-"""What every handler works with."""
+"""What every handler works with: the planes, the settings of the S3 port, and the check of a bucket's owner."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Front:
     clock: Clock
     limits: Limits
     strict_region: bool = False
-    """Only ``region`` is accepted, in signatures and for new buckets."""
+    """Signatures and new buckets must be of ``region``."""
 
     @property
     def signed_region(self) -> str:
-        """The region that signatures must be for; ANY_REGION when they may be for any."""
+        """The region that signatures must name; ANY_REGION when they may name any."""
         return self.region if self.strict_region else ANY_REGION
 
 
@@ -37,7 +37,7 @@ Handler = Callable[[Front, Request], Awaitable[Reply]]
 
 
 async def owned_bucket(front: Front, who: Principal, name: str, expected_owner: str | None = None) -> BucketRecord:
-    """The bucket, if ``who`` may use it. Raises NoSuchBucket, InvalidBucketName, AccessDenied."""
+    """The bucket, if ``who`` owns it. Raises NoSuchBucket, InvalidBucketName, AccessDenied."""
     bucket = await existing_bucket(front, name)
     check_owner(bucket, who, expected_owner)
     return bucket
@@ -51,8 +51,8 @@ async def existing_bucket(front: Front, name: str) -> BucketRecord:
 
 
 def check_owner(bucket: BucketRecord, who: Principal, expected_owner: str | None = None) -> None:
-    """A user sees only their own buckets. ``expected_owner``: x-amz-expected-bucket-owner, which must hold if it came.
-    Raises AccessDenied."""
+    """Raises AccessDenied unless ``who`` owns the bucket. ``expected_owner``: the value of x-amz-expected-bucket-owner,
+    which must be the owner too."""
     if (
         not who.access_key
         or who.user_id != bucket.owner

@@ -1,4 +1,4 @@
-"""Headers and parameters of S3 requests, parsed strictly into the values that the object plane takes."""
+"""Headers and parameters of S3 requests, parsed strictly into the values that the object plane takes. Pure."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ STORAGE_CLASSES = frozenset(
         "GLACIER_IR",
     }
 )  # fmt: skip
-"""Those that a general purpose bucket takes on AWS. Labels: kept and given back. Where data lies is the bucket's
-profile, not the label."""
+"""The classes that a general purpose bucket takes on AWS. They are labels that are stored and returned: where data is
+placed depends on the bucket's profile."""
 
 TAGS_PER_OBJECT_MAX = 10
 TAGS_PER_BUCKET_MAX = 50
@@ -58,7 +58,10 @@ _CHECKSUM_NAMES = frozenset(CHECKSUM_HEADERS)
 CHECKSUM_ELEMENTS = {f"Checksum{name}": name for name in CHECKSUM_ALGORITHMS}
 
 CANNED_ACLS = frozenset(
-    {"private", "public-read", "public-read-write", "authenticated-read", "aws-exec-read", "bucket-owner-read", "bucket-owner-full-control", "log-delivery-write"}  # noqa: E501
+    {
+        "private", "public-read", "public-read-write", "authenticated-read", "aws-exec-read", "bucket-owner-read",
+        "bucket-owner-full-control", "log-delivery-write",
+    }
 )  # fmt: skip
 OWNER_ONLY_ACLS = frozenset({"private", "bucket-owner-full-control"})
 
@@ -66,15 +69,17 @@ _TAG_TEXT = re.compile(r"[\w\s+\-=.:/@]*")
 _RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
 INCIDENTAL = frozenset(
     {
-        "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization", "connection", "content-length",  # noqa: E501
-        "content-type", "host", "user-agent", "x-amz-content-sha256", "x-amz-date", "x-amz-user-agent",
+        "accept", "accept-encoding", "accept-language", "amz-sdk-invocation-id", "amz-sdk-request", "authorization",
+        "connection", "content-length", "content-type", "host", "user-agent", "x-amz-content-sha256", "x-amz-date",
+        "x-amz-user-agent",
     }
 )  # fmt: skip
-"""Headers that say who asks, and with what. Of an object they say its type and size."""
+"""Headers that say who asks, and with which program. About an object they say only its type and size."""
 ORDINARY = INCIDENTAL | {
-    "cache-control", "content-disposition", "content-encoding", "content-language", "content-md5", "date", "expect", "expires", "range",  # noqa: E501
+    "cache-control", "content-disposition", "content-encoding", "content-language", "content-md5", "date", "expect",
+    "expires", "range",
 }  # fmt: skip
-"""Headers that most requests have and that every operation understands, or need not."""
+"""Headers that most requests have, and that every operation honours or may ignore."""
 
 KMS_KEY = "x-amz-server-side-encryption-aws-kms-key-id"
 _SSE_C = "x-amz-server-side-encryption-customer-"
@@ -82,7 +87,7 @@ _SSE_C_SOURCE = "x-amz-copy-source-server-side-encryption-customer-"
 
 
 def integer(name: str, text: str, low: int, high: int) -> int:
-    """Raises InvalidArgument that names the parameter."""
+    """A decimal number. Raises InvalidArgument that names the parameter."""
     try:
         value = int(text) if text.lstrip("-").isascii() and text.lstrip("-").isdigit() else None
     except ValueError:
@@ -98,8 +103,7 @@ def integer(name: str, text: str, low: int, high: int) -> int:
     return value
 
 
-# --- dates
-# ----------------------------------------------------------------------------------------------------------------
+# --- dates ------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -108,8 +112,7 @@ def http_time(seconds: int) -> str:
     return formatdate(seconds, usegmt=True)
 
 
-# --- ranges
-# ----------------------------------------------------------------------------------------------------------------
+# --- ranges -----------------------------------------------------------------------------------------------------------
 
 
 def wants_checksums(headers: Mapping[str, str]) -> bool:
@@ -117,7 +120,8 @@ def wants_checksums(headers: Mapping[str, str]) -> bool:
 
 
 def parse_range(text: str) -> RangeSpec | None:
-    """None: no range, several, or none that RFC 9110 calls valid; then the whole object is the answer."""
+    """None, so that the whole object is the answer: there is no range, there are several, or the range is invalid by
+    RFC 9110."""
     match = _RANGE.fullmatch(text.strip()) if text else None
     if match is None or not (match[1] or match[2]) or len(match[1]) > 18 or len(match[2]) > 18:
         return None
@@ -129,7 +133,7 @@ def parse_range(text: str) -> RangeSpec | None:
 
 
 def parse_copy_range(text: str) -> RangeSpec:
-    """x-amz-copy-source-range: both ends are needed. Raises InvalidArgument."""
+    """x-amz-copy-source-range, which needs both ends. Raises InvalidArgument."""
     span = parse_range(text)
     if span is None or span.first is None or span.last is None:
         raise InvalidArgument(
@@ -141,14 +145,12 @@ def parse_copy_range(text: str) -> RangeSpec:
     return span
 
 
-# --- what a client says about an object
-# ---------------------------------------------------------------------------------------
+# --- metadata of an object --------------------------------------------------------------------------------------------
 
 
 def readable(name: str, value: str) -> str:
-    """The value of a header that is kept. Raises InvalidArgument for bytes that are not UTF-8: they could not be given
-    back.
-    """
+    """The value of a header that is stored. Raises InvalidArgument for bytes that are not UTF-8: they could not be
+    returned."""
     if not value.isascii():
         try:
             value.encode()
@@ -160,7 +162,8 @@ def readable(name: str, value: str) -> str:
 
 
 def new_meta(headers: Mapping[str, str]) -> NewMeta:
-    """Kept headers, x-amz-meta-*, tags, storage class. Raises MetadataTooLarge, InvalidTag, InvalidStorageClass."""
+    """The headers that are stored, x-amz-meta-*, tags, storage class. Raises MetadataTooLarge, InvalidTag,
+    InvalidStorageClass."""
     kept = {name: readable(name, headers[name]) for name in KEPT_HEADERS if headers.get(name)}
     if "content-encoding" in kept:
         codings = [coding.strip() for coding in kept["content-encoding"].split(",")]
@@ -204,7 +207,7 @@ def parse_tag_header(text: str) -> dict[str, str]:
 
 
 def check_tags(pairs: list[tuple[str, str]], count_max: int) -> dict[str, str]:
-    """Raises InvalidTag, with the rule that was broken."""
+    """Raises InvalidTag, with the rule that the tags break."""
     if len(pairs) > count_max:
         kind = "Object" if count_max == TAGS_PER_OBJECT_MAX else "Bucket"
         raise InvalidTag(f"{kind} tags cannot be greater than {count_max}")
@@ -224,12 +227,11 @@ def check_tags(pairs: list[tuple[str, str]], count_max: int) -> dict[str, str]:
     return tags
 
 
-# --- digests
-# ------------------------------------------------------------------------------------------------------------------
+# --- digests ----------------------------------------------------------------------------------------------------------
 
 
 def content_md5(headers: Mapping[str, str]) -> bytes | None:
-    """16 bytes. Raises InvalidDigest."""
+    """The 16 bytes of Content-MD5; None without one. Raises InvalidDigest."""
     if "content-md5" not in headers:
         return None
     try:
@@ -242,9 +244,8 @@ def content_md5(headers: Mapping[str, str]) -> bytes | None:
 
 
 def check_checksum(algorithm: str, value: str, where: str) -> str:
-    """Base64 of the right length. Raises BadDigest that names ``where`` (AWS has InvalidRequest here; Ceph's
-    conformance tests want this).
-    """
+    """Base64 of the right length. Raises BadDigest that names ``where``. (AWS answers InvalidRequest; Ceph's
+    conformance tests want this.)"""
     try:
         raw = base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
@@ -255,7 +256,7 @@ def check_checksum(algorithm: str, value: str, where: str) -> str:
 
 
 def declared_checksums(headers: Mapping[str, str]) -> dict[str, str]:
-    """At most one x-amz-checksum-*, checked for its form."""
+    """Algorithm -> value of x-amz-checksum-*, of which there may be one. Raises BadDigest, InvalidRequest."""
     if _CHECKSUM_NAMES.isdisjoint(headers):
         return {}
     found = {name: algorithm for name, algorithm in CHECKSUM_HEADERS.items() if name in headers}
@@ -266,9 +267,8 @@ def declared_checksums(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def algorithm_named(headers: Mapping[str, str], *names: str) -> str:
-    """The checksum algorithm that one of these headers asks for, upper case; empty when none does. Raises
-    InvalidRequest.
-    """
+    """The checksum algorithm that one of these headers names, in upper case; empty when there is none. Raises
+    InvalidRequest."""
     for name in names:
         if name in headers:
             value = headers[name].upper()
@@ -282,7 +282,7 @@ def algorithm_named(headers: Mapping[str, str], *names: str) -> str:
 
 
 def checksum_type(headers: Mapping[str, str]) -> str:
-    """FULL_OBJECT or COMPOSITE; empty when neither is asked for. Raises InvalidRequest."""
+    """FULL_OBJECT, COMPOSITE, or empty without the header. Raises InvalidRequest."""
     if "x-amz-checksum-type" not in headers:
         return ""
     value = headers["x-amz-checksum-type"].upper()
@@ -292,7 +292,7 @@ def checksum_type(headers: Mapping[str, str]) -> str:
 
 
 def trailing_names(headers: Mapping[str, str]) -> tuple[str, ...]:
-    """What x-amz-trailer announces. Raises InvalidRequest for anything but one checksum."""
+    """The names that x-amz-trailer announces. Raises InvalidRequest for anything but one checksum."""
     text = headers.get("x-amz-trailer", "")
     names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
     if len(names) > 1 or any(name not in CHECKSUM_HEADERS for name in names):
@@ -303,7 +303,8 @@ def trailing_names(headers: Mapping[str, str]) -> tuple[str, ...]:
 def body_checks(
     headers: Mapping[str, str], size: int | None, trailing: tuple[str, ...], trailers: Mapping[str, str] | None
 ) -> BodyChecks:
-    """``trailers``: a mapping that the decoder fills while the body is read; None when the body is not chunked."""
+    """``trailers``: a mapping that the decoder fills while the body is read; None when the body is not aws-chunked.
+    Raises BadDigest, InvalidDigest, InvalidRequest."""
     declared = declared_checksums(headers)
     trailing_algorithms = tuple(CHECKSUM_HEADERS[name] for name in trailing) if trailers is not None else ()
     if declared and trailing_algorithms:
@@ -329,13 +330,12 @@ def body_checks(
     )
 
 
-# --- encryption and access -------------------------------------------------------------------------------------------
+# --- encryption and access --------------------------------------------------------------------------------------------
 
 
 def check_customer_key(headers: Mapping[str, str]) -> None:
-    """SSE-C headers that are wrong in themselves say so; right ones are refused by the caller.
-    Raises InvalidArgument.
-    """
+    """SSE-C is not implemented. Headers that are wrong in themselves get AWS's error here; the caller refuses right
+    ones. Raises InvalidArgument."""
     if "x-amz-server-side-encryption" in headers:
         raise InvalidArgument(
             "Server Side Encryption with Customer provided key is incompatible with the encryption method specified"

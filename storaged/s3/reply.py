@@ -1,4 +1,4 @@
-"""Answers, as values; ``app`` sends them."""
+"""Answers, as values. ``send`` writes them to the connection."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ Headers = dict[str, str]
 XML_TYPE = "application/xml"
 
 REASONS = {
-    100: "Continue", 200: "OK", 201: "Created", 204: "No Content", 206: "Partial Content", 301: "Moved Permanently", 303: "See Other", 304: "Not Modified",  # noqa: E501
-    400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 411: "Length Required",  # noqa: E501
-    412: "Precondition Failed", 416: "Requested Range Not Satisfiable", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",  # noqa: E501
+    100: "Continue", 200: "OK", 201: "Created", 204: "No Content", 206: "Partial Content",
+    301: "Moved Permanently", 303: "See Other", 304: "Not Modified",
+    400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict",
+    411: "Length Required", 412: "Precondition Failed", 416: "Requested Range Not Satisfiable",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
 }  # fmt: skip
 
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
-"""What may not stand in a header's value."""
-
-
+"""What a header's value must not contain."""
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-"""What RFC 9110 lets a header be called: a name of other letters would come back from GetObject as another header, or
-break its answer."""
+"""What RFC 9110 lets a header be called. A name of other letters would return from GetObject as another header, or
+break the answer."""
 
 
 class Reply(Struct):
-    """``stream`` instead of ``body`` for an object's bytes. ``length`` is Content-Length when it is not the body's own
-    (HEAD).
-    """
+    """An answer. ``stream`` has an object's bytes, instead of ``body``. ``length``: Content-Length if it is not that of
+    ``body`` (HEAD)."""
 
     status: int = 200
     headers: Headers = field(default_factory=dict)
@@ -42,7 +41,7 @@ class Reply(Struct):
     length: int | None = None
     stream: ObjectStream | None = None
     code: str = ""
-    """Of an error, for the access log."""
+    """The S3 error's, for the access log."""
 
 
 def xml_reply(body: bytes, status: int = 200, headers: Headers | None = None) -> Reply:
@@ -53,16 +52,15 @@ def xml_reply(body: bytes, status: int = 200, headers: Headers | None = None) ->
 
 
 def checked_header(name: str, value: str) -> str:
-    """A value that came in a query and goes out as a header. Raises InvalidArgument for control characters (header
-    injection).
-    """
+    """The value of a query parameter that the answer has as a header. Raises InvalidArgument for control characters
+    (header injection)."""
     if CONTROL.search(value):
         raise InvalidArgument("Header values cannot contain control characters.", ArgumentName=name)
     return value
 
 
 def version_header(version_id: str, headers: Headers) -> None:
-    """Buckets that never had versioning name no version, as on AWS."""
+    """A bucket that never had versioning names no version, as on AWS."""
     if version_id and version_id != NULL_VERSION:
         headers["x-amz-version-id"] = version_id
 
@@ -75,9 +73,8 @@ def checksum_headers(checksums: Mapping[str, str], checksum_type: str, headers: 
 
 
 def stored_headers(result: PutResult) -> Headers:
-    """Of PutObject and UploadPart. Everything is encrypted under its bucket's key with AES-256-GCM: the answer says so,
-    as AWS's does.
-    """
+    """Headers of PutObject's and UploadPart's answers. Every object is encrypted under its bucket's key with
+    AES-256-GCM: the answer says so, as AWS's does."""
     headers = {"ETag": f'"{result.etag}"', "x-amz-server-side-encryption": "AES256"}
     version_header(result.version_id, headers)
     checksum_headers(result.checksums, result.checksum_type, headers)
@@ -95,7 +92,8 @@ _HEADER_NAMES = {
 
 
 def object_headers(info: ObjectInfo, *, checksums: bool) -> Headers:
-    """Of GetObject and HeadObject; ``checksums``: the client asked, and the answer is the whole object."""
+    """Headers of GetObject's and HeadObject's answers. ``checksums``: the client asked for them, and the answer is the
+    whole object."""
     headers = {
         "Last-Modified": http_time(info.modified_ms // 1000),
         "ETag": f'"{info.etag}"',

@@ -1,12 +1,9 @@
-"""XML as S3 speaks it. Pure.
+"""S3's XML: writes answers, and parses request documents. Pure.
 
-Answers are written as f-strings around :func:`escape`: 0.2 ms for a list of 1,000 keys, where building a tree takes
-3.5. Requests are read with the standard library's
-expat into small :class:`Node` trees; a DOCTYPE or an entity declaration is refused where it begins, so that there is
-nothing to expand.
-Depth, attributes, the length of a tag, and number of elements (for each document of its own) are bounded. Every request
-document is accepted with S3's namespace
-and without one, and with no other; it is UTF-8.
+Answers are f-strings around :func:`escape`: 0.2 ms for a list of 1,000 keys, where building a tree takes 3.5 ms.
+Requests are parsed by the standard library's expat into small :class:`Node` trees. A DOCTYPE or an entity declaration
+is refused where it begins, so nothing can be expanded. Depth, attributes, the length of a tag, and the number of
+elements (for each kind of document) are bounded. A request document has S3's namespace or none, and is UTF-8.
 """
 
 from __future__ import annotations
@@ -31,18 +28,17 @@ DECLARATION = '<?xml version="1.0" encoding="UTF-8"?>\n'
 DEPTH_MAX = 16
 ELEMENTS_MAX = 1000
 DOCUMENT_ELEMENTS_MAX = {
-    "Tagging": 2 + 3 * 64,  # a few more tags than may be, so that who sends too many is told so
+    "Tagging": 2 + 3 * 64,  # a few more tags than allowed, so that a client that sends too many gets the error for that
     "AccessControlPolicy": 5 + 8 * 128,
     "CreateBucketConfiguration": 16 + 3 * 64,
     "Delete": 2 + 6 * 1024,
     "CompleteMultipartUpload": 1 + 5 * 10_000,
 }
-"""By the name of the document element; for any other ``ELEMENTS_MAX``. Each costs a microsecond or two."""
+"""By the name of the document element; ``ELEMENTS_MAX`` for any other. An element costs a microsecond or two."""
 ATTRIBUTES_MAX = 8
 TOKEN_BYTES_MAX = 16 * KIB
-"""Of one tag, comment or the like. expat takes it apart in one go, 300 ms for a tag of 150,000 attributes, and holds
-the interpreter's lock.
-"""
+"""The longest tag, comment or the like. expat parses it in one go, 300 ms for a tag of 150,000 attributes, and holds
+the interpreter's lock."""
 PIECE_BYTES = 8 * KIB
 
 _SPECIAL = re.compile('[&<>"\r\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]')
@@ -53,28 +49,28 @@ _REPLACEMENTS = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 
 
 def escape(text: str) -> str:
-    """Characters that XML 1.0 cannot represent become character references, as on AWS: a parser that takes them gets
-    the key back, a strict
-    one says so instead of reading another key. (Clients avoid it with encoding-type=url.)"""
+    """Characters that XML 1.0 cannot represent become character references, as on AWS. A parser that accepts them
+    returns the key; a strict one reports an error instead of returning another key. (Clients avoid this with
+    encoding-type=url.)"""
     if _SPECIAL.search(text) is None:
         return text
     return _SPECIAL.sub(lambda match: _REPLACEMENTS.get(match[0]) or f"&#x{ord(match[0]):X};", text)
 
 
 def representable(text: bytes) -> bool:
-    """Can XML 1.0 carry it, so that any parser gives it back?"""
+    """Whether XML 1.0 can represent the text, so that any parser returns it unchanged."""
     return _UNREPRESENTABLE.search(text.decode("utf-8", "replace")) is None
 
 
 def escape_key(key: bytes, url: bool = False) -> str:
-    """An object key (or prefix, marker, delimiter) inside an element; ``url``: the client asked for
-    encoding-type=url.
-    """
+    """An object key (or prefix, marker, delimiter) inside an element. ``url``: the client asked for
+    encoding-type=url."""
     return quote_from_bytes(key, safe="/") if url else escape(key.decode("utf-8", "replace"))
 
 
 def escape_keys(keys: Sequence[bytes], url: bool = False) -> list[str]:
-    """``escape_key`` of many; one look at all of them tells that nothing has to be escaped, as is nearly always so."""
+    """``escape_key`` of many keys. One check of all of them together finds that nothing has to be escaped, which is
+    nearly always so."""
     joined = b"\n".join(keys)
     plain = (
         not joined.translate(None, _UNQUOTED)
@@ -90,7 +86,7 @@ def element(name: str, text: object) -> str:
 
 
 def optional(name: str, text: str) -> str:
-    """Nothing when there is nothing to say."""
+    """The element; nothing if ``text`` is empty."""
     return f"<{name}>{escape(text)}</{name}>" if text else ""
 
 
@@ -99,7 +95,7 @@ def boolean(name: str, value: bool) -> str:
 
 
 def document(root: str, *content: str) -> bytes:
-    """A whole answer, in S3's namespace. A page has a thousand pieces: they are copied together once."""
+    """A whole answer, in S3's namespace. A page has a thousand pieces: they are joined once."""
     return "".join((f'{DECLARATION}<{root} xmlns="{NAMESPACE}">', *content, f"</{root}>")).encode()
 
 
@@ -110,7 +106,7 @@ def iso_time(ms: int) -> str:
 
 
 class _Seconds(dict[int, str]):
-    """Seconds since 1970 -> ``2009-10-12T17:50:30.``, each made once."""
+    """Seconds since 1970 -> ``2009-10-12T17:50:30.``, each formatted once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +128,7 @@ _MILLISECONDS = [f"{millisecond:03d}Z" for millisecond in range(1000)]
 
 
 def iso_times(times_ms: Iterable[int]) -> list[str]:
-    """``iso_time`` of many: they have days in common, and mostly seconds, and the rest is looked up."""
+    """``iso_time`` of many times. They share days, and mostly seconds; the rest is looked up."""
     seconds = _Seconds()
     return [f"{seconds[second]}{_MILLISECONDS[ms]}" for second, ms in map(divmod, times_ms, repeat(1000))]
 
@@ -142,14 +138,14 @@ def owner(user_id: str, display_name: str, tag: str = "Owner") -> str:
 
 
 def owner_on_record(user_id: str, who: Principal, tag: str = "Owner") -> str:
-    """The owner whom a record names. ``who``: the requester, whose display name is known; another's is not printed."""
+    """The owner that a record names. ``who``: the requester; the display name of another user is not printed."""
     return owner(user_id, who.display_name if user_id == who.user_id else "", tag)
 
 
 def error_document(
     code: str, message: str, details: Mapping[str, str], resource: str, request_id: str, host_id: str
 ) -> bytes:
-    """Errors alone carry no namespace, as on AWS."""
+    """Error documents have no namespace, as on AWS."""
     facts = "".join(element(name, value) for name, value in details.items())
     return (
         f"{DECLARATION}<Error>{element('Code', code)}{element('Message', message)}{facts}"
@@ -172,9 +168,8 @@ class Node:
         self.attributes = attributes
 
     def fields(self, allowed: Iterable[str]) -> dict[str, str]:
-        """Text of the children, each at most once and among ``allowed``; the caller looks for those it needs. Raises
-        MalformedXML.
-        """
+        """The text of the children, each of which may come once and must be in ``allowed``. The caller checks for those
+        that it needs. Raises MalformedXML."""
         found: dict[str, str] = {}
         for child in self.children:
             if child.name not in allowed or child.name in found or child.children:
@@ -228,9 +223,8 @@ class _Builder:
 
 
 def parse(data: Buffer, root: str) -> Node:
-    """The document element, which must be called ``root``. Raises MalformedXML for all that is not well-formed UTF-8
-    XML without a DOCTYPE.
-    """
+    """The document element, which must be called ``root``. Raises MalformedXML unless the document is well-formed UTF-8
+    XML without a DOCTYPE."""
     builder = _Builder(DOCUMENT_ELEMENTS_MAX.get(root, ELEMENTS_MAX))
     parser = expat.ParserCreate(encoding="utf-8", namespace_separator=" ")
     parser.buffer_text = True
@@ -259,4 +253,4 @@ def parse(data: Buffer, root: str) -> Node:
 _NAMESPACES = frozenset({"", NAMESPACE})
 _ENCODINGS = frozenset({"UTF-8", "utf-8", "Utf-8"})
 _UTF16 = frozenset({b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<", b"\0 ", b" \0"})
-"""How a document in UTF-16 begins: expat would read it as that, whatever it is asked to."""
+"""The first bytes of a document in UTF-16: expat would read it as that, whatever encoding it was asked for."""

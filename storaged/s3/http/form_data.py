@@ -1,12 +1,11 @@
-"""multipart/form-data as browsers send it, read as it arrives: the small fields first, then the file as a stream.
-Fields after the file are ignored, as on AWS.
+"""Parses multipart/form-data as browsers send it: the small fields first, then the file as a stream. Fields after the
+file are ignored, as on AWS.
 
-What two parsers might read differently is refused: a field that comes twice, a parameter that does, a line that begins
-with the boundary and goes on, a
-transfer encoding, a file without the delimiter that ends it, lines that end in LF.
+What two parsers might read differently is refused: a field or a parameter that comes twice, a line that begins with the
+boundary and goes on, a transfer encoding, a file without the delimiter that ends it, lines that end in LF.
 
-Source: RFC 7578; https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-HTTPPOSTForms.html (fields together at most 20
-KB there; 64 KiB here).
+Sources: RFC 7578; https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-HTTPPOSTForms.html (there fields have at most
+20 KB together, here 64 KiB).
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ _PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=(%b|%b)" % (_TOKEN, _TOKEN, _QUOTED
 _FORM_DATA = re.compile(rb"[ \t]*form-data", re.IGNORECASE)
 _MULTIPART = re.compile(rb"multipart/form-data", re.IGNORECASE)
 _BOUNDARY_PARAMETER = re.compile(rb"[ \t]*;[ \t]*(%b)=([0-9A-Za-z'()+_\-./:=?]+|%b)" % (_TOKEN, _QUOTED))
-"""Outside of quotes a boundary may have letters that RFC 2045 wants quoted: some clients send them so."""
+"""Without quotes, a boundary may have characters for which RFC 2045 wants quotes: some clients send such boundaries."""
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 _HEADER = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 _IDENTITY = frozenset({b"7bit", b"8bit", b"binary"})
-"""Values of Content-Transfer-Encoding that change nothing. RFC 7578 4.7: nobody sends any."""
+"""Values of Content-Transfer-Encoding that change nothing. RFC 7578 4.7 deprecates the header."""
 
 
 def boundary_of(content_type: str) -> str:
-    """Raises MalformedPOSTRequest."""
+    """The boundary that a Content-Type names. Raises MalformedPOSTRequest."""
     if (
         content_type.isascii()
         and (found := _parameters(content_type.encode("ascii"), _MULTIPART, _BOUNDARY_PARAMETER)) is not None
@@ -48,7 +47,8 @@ def boundary_of(content_type: str) -> str:
 
 
 def _parameters(value: bytes, begins: re.Pattern[bytes], parameter: re.Pattern[bytes]) -> dict[bytes, bytes] | None:
-    """Of a header's value, by lower-case name; None when it does not begin so, has one twice, or anything else."""
+    """The parameters of a header's value, by lower-case name. None when the value does not begin with ``begins``, has a
+    parameter twice, or anything else."""
     match = begins.match(value)
     found: dict[bytes, bytes] = {}
     while match is not None and value[match.end() :].strip(b" \t"):
@@ -61,14 +61,13 @@ def _parameters(value: bytes, begins: re.Pattern[bytes], parameter: re.Pattern[b
 
 
 def _unquoted(text: bytes) -> bytes:
-    """A quote that was escaped is one; before any other letter a backslash is itself, as in the names of files that
-    browsers on Windows once sent.
-    """
+    """Only an escaped quote is unescaped. Before any other character a backslash is itself, as in the names of files
+    that browsers on Windows once sent."""
     return text[1:-1].replace(b'\\"', b'"')
 
 
 class FormReader:
-    """``fields`` once ``read_fields`` has returned; then ``file`` yields the file's bytes. Names are lower case."""
+    """``read_fields`` fills ``fields``; then ``file`` yields the file's bytes. Names are in lower case."""
 
     def __init__(self, pieces: AsyncIterator[Buffer], boundary: str) -> None:
         self._pieces = pieces
@@ -79,7 +78,7 @@ class FormReader:
         self.filename = ""
 
     async def read_fields(self) -> None:
-        """Up to the beginning of the file. Raises MalformedPOSTRequest, MaxMessageLengthExceeded."""
+        """Reads to the beginning of the file. Raises MalformedPOSTRequest, MaxMessageLengthExceeded."""
         await self._until(self._delimiter)
         while True:
             if not await self._goes_on():
@@ -99,7 +98,7 @@ class FormReader:
             self.fields[name] = value.decode("utf-8", "surrogateescape")
 
     async def file(self) -> AsyncIterator[Buffer]:
-        """Raises MalformedPOSTRequest when the body ends before the boundary that ends the file."""
+        """Raises MalformedPOSTRequest when the body ends before the delimiter that ends the file."""
         keep = len(self._delimiter) - 1
         while True:
             end = self._buffer.find(self._delimiter)
@@ -109,7 +108,7 @@ class FormReader:
                 del self._buffer[: end + len(self._delimiter)]
                 await self._goes_on()
                 self._buffer.clear()
-                async for _ in self._pieces:  # what follows is nobody's, but has to be read
+                async for _ in self._pieces:  # what follows is ignored, but must be read
                     pass
                 return
             ready = len(self._buffer) - keep
@@ -120,9 +119,8 @@ class FormReader:
             await self._more()
 
     async def _goes_on(self) -> bool:
-        """After a delimiter: another part follows, or none. Raises MalformedPOSTRequest for anything else: the boundary
-        may be the beginning of what the field has.
-        """
+        """Whether another part follows a delimiter. Raises MalformedPOSTRequest when the line goes on: then the
+        boundary may be the beginning of a field's value."""
         following = await self._exactly(2)
         if following == b"\r\n":
             return True
@@ -133,9 +131,8 @@ class FormReader:
         return False
 
     async def _check_content(self) -> None:
-        """What a part has must not begin as a delimiter does: with or without the CRLF of the empty line before it,
-        parsers disagree on whether it is one.
-        """
+        """A part's content must not begin with the boundary: parsers disagree on whether the CRLF of the empty line
+        before it makes that a delimiter."""
         line = self._delimiter[2:]
         while len(self._buffer) < len(line) and line.startswith(self._buffer):
             await self._more()
@@ -143,7 +140,7 @@ class FormReader:
             raise MalformedPOSTRequest("What a part of the form has begins with the boundary.")
 
     async def _disposition(self) -> dict[bytes, bytes]:
-        """Headers of a part: the parameters of the one that counts."""
+        """Reads a part's headers. Returns the parameters of Content-Disposition."""
         found: dict[bytes, bytes] | None = None
         while line := await self._until(b"\r\n"):
             match = _HEADER.fullmatch(line)
@@ -184,7 +181,7 @@ class FormReader:
             raise MalformedPOSTRequest()
 
     async def _come(self) -> bool:
-        """False at the end of the body."""
+        """Reads one more piece. False at the end of the body."""
         async for piece in self._pieces:
             self._buffer += piece
             return True

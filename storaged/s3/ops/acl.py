@@ -1,4 +1,4 @@
-"""Access control lists, as far as they are true here: the owner has full control, and nobody else has any."""
+"""Access control lists, as far as this server has them: the owner has full control, and no other user has access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TYPE = f"{xml.XSI} type"
 
 
 def own_acl(owner_id: str, who: Principal) -> bytes:
-    """``owner_id``: whom the record names. ``who``: the requester."""
+    """``owner_id``: the owner that the record names. ``who``: the requester."""
     owner = xml.owner_on_record(owner_id, who)
     grantee = owner.removeprefix("<Owner>").removesuffix("</Owner>")
     return xml.document(
@@ -26,9 +26,8 @@ def own_acl(owner_id: str, who: Principal) -> bytes:
 
 
 async def put_acl(front: Front, request: Request) -> Reply:
-    """Accepts what changes nothing: the canned ``private`` and ``bucket-owner-full-control``, and a list that grants
-    the owner alone. Raises NotImplemented for others.
-    """
+    """Accepts a list that changes nothing: the canned ``private`` and ``bucket-owner-full-control``, and a document
+    that grants access to the owner alone. Raises NotImplemented for others."""
     if request.key:
         await front.objects.head(request.bucket_record, request.key, version_id=version_of(request))
     body = request.document
@@ -51,7 +50,7 @@ def xml_policy(body: bytes) -> xml.Node:
 
 
 def _grants_owner_alone(policy: xml.Node, user_id: str) -> bool:
-    """Raises MalformedACLError, AccessDenied (another owner)."""
+    """Raises MalformedACLError, and AccessDenied for another owner."""
     parts = {child.name: child for child in policy.children}
     if set(parts) - {"Owner", "AccessControlList"} or "AccessControlList" not in parts:
         raise errors.MalformedACLError()

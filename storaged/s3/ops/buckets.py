@@ -1,4 +1,4 @@
-"""Buckets: create, head, list, delete, where they are, their tags, who may use them."""
+"""Operations on buckets: create, head, list, delete, location, versioning, tags, access."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUCKETS_PAGE_MAX = 10_000
 
 
 async def list_buckets(front: Front, request: Request) -> Reply:
-    """The requester's own, by name, in pages when max-buckets is given."""
+    """The requester's buckets, by name; in pages when max-buckets is given."""
     if not request.who.access_key:
         raise errors.AccessDenied()
     query = request.query
@@ -66,9 +66,11 @@ def _from_token(token: str) -> str:
 
 
 async def create_bucket(front: Front, request: Request) -> Reply:
-    """One's own bucket again: 200, as in AWS's first region and as most tools expect. ``x-storaged-countries``
-    (``FR,DE``) narrows where its data may lie: a bucket that
-    has others already is refused (BucketAlreadyOwnedByYou)."""
+    """Creating one's own bucket again succeeds, as in AWS's first region and as most tools expect.
+
+    ``x-storaged-countries`` (``FR,DE``) narrows where the bucket's data may be. If the bucket exists with other
+    countries, the request is refused (BucketAlreadyOwnedByYou).
+    """
     name = request.bucket
     if not bucket_name_valid(name):
         raise errors.InvalidBucketName(BucketName=name)
@@ -92,15 +94,13 @@ async def create_bucket(front: Front, request: Request) -> Reply:
         await front.buckets.create(request.who, name, region=region, countries=countries)
     except errors.BucketAlreadyOwnedByYou:
         if countries and (await front.buckets.get(name)).countries != countries:
-            raise  # whoever asks for countries must not believe that they are in force
+            raise  # the client must not believe that the countries it asked for are in force
     return Reply(headers={"Location": f"/{name}"})
 
 
 def _countries(text: str | None) -> tuple[str, ...]:
-    """``FR, DE`` -> ("DE", "FR"). A header without a country asks for something that can't be: it is not no header.
-
-    Raises InvalidArgument.
-    """
+    """``FR, DE`` -> ("DE", "FR"). Raises InvalidArgument for a header without a country: it asks for something
+    impossible, and must not count as no header."""
     if text is None:
         return ()
     codes = {code.strip() for code in text.split(",")}
@@ -112,7 +112,7 @@ def _countries(text: str | None) -> tuple[str, ...]:
 
 
 def _region_asked(front: Front, body: bytes) -> str:
-    """Of CreateBucketConfiguration, for the bucket's record. Raises InvalidLocationConstraint, MalformedXML,
+    """The region that a CreateBucketConfiguration asks for. Raises InvalidLocationConstraint, MalformedXML,
     NotImplemented."""
     if not body.strip():
         return front.region
@@ -144,7 +144,7 @@ async def get_location(front: Front, request: Request) -> Reply:
 
 
 async def get_versioning(front: Front, request: Request) -> Reply:
-    """Never enabled: an empty configuration."""
+    """Versioning was never enabled: an empty configuration."""
     return xml_reply(xml.document("VersioningConfiguration"))
 
 
@@ -171,9 +171,8 @@ async def get_acl(front: Front, request: Request) -> Reply:
 
 
 async def preflight(front: Front, request: Request) -> Reply:
-    """A browser asks whether another origin may use this bucket; no bucket has CORS rules. It comes unsigned, so
-    nothing of the bucket is told.
-    """
+    """A browser asks whether another origin may use this bucket. No bucket has CORS rules. The request is not signed,
+    so the answer says nothing about the bucket."""
     if "origin" not in request.headers or "access-control-request-method" not in request.headers:
         raise errors.BadRequest("Insufficient information. Origin request header needed.")
     if not bucket_name_possible(request.bucket):

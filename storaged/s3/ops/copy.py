@@ -1,4 +1,4 @@
-"""CopyObject and UploadPartCopy: where the source is, whether it may be read, what the copy keeps."""
+"""CopyObject and UploadPartCopy: finds the source, checks access to it, and decides what metadata the copy keeps."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _RANGE = "x-amz-copy-source-range"
 
 async def _source(front: Front, request: Request) -> tuple[BucketRecord, bytes, str]:
     """(bucket, key, version id) of x-amz-copy-source: ``/bucket/key?versionId=...``, percent-encoded. Raises
-    InvalidArgument, AccessDenied, NoSuchBucket.
-    """
+    InvalidArgument, AccessDenied, NoSuchBucket."""
     raw = request.headers[_SOURCE].encode("utf-8", "surrogateescape")
     path, mark, version = raw.partition(b"?versionId=")
     bucket_bytes, slash, key = unquote_to_bytes(path).removeprefix(b"/").partition(b"/")
@@ -46,7 +45,7 @@ async def _source(front: Front, request: Request) -> tuple[BucketRecord, bytes, 
 
 
 def _directive(headers: dict[str, str], name: str) -> bool:
-    """True: REPLACE. Raises InvalidArgument."""
+    """Whether a directive is REPLACE, not COPY. Raises InvalidArgument."""
     value = headers.get(name, "COPY")
     if value not in ("COPY", "REPLACE"):
         raise errors.InvalidArgument(f"Unknown {name.removeprefix('x-amz-')}.", ArgumentName=name, ArgumentValue=value)
@@ -75,7 +74,8 @@ async def copy_object(front: Front, request: Request) -> Reply:
     meta: NewMeta | None = given if replace_meta else None
     if meta is None and "x-amz-storage-class" in headers:
         info = await front.objects.head(bucket, key, version_id=version, conditions=conditions)
-        conditions = replace(conditions, if_match=tag(info.etag))  # what was read for its metadata is what gets copied
+        # the copied object must be the one whose metadata was read
+        conditions = replace(conditions, if_match=tag(info.etag))
         meta = NewMeta(headers=info.headers, user=info.user, storage_class=given.storage_class)
     result = await front.objects.copy(
         bucket,

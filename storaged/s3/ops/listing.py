@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storaged import errors
-from storaged.objects.api import ListedVersion, Listing, UploadInfo, VersionListing
+from storaged.objects.api import ListedVersion, Listing, Principal, UploadInfo, VersionListing
 from storaged.objects.records import SealedList, listed_checksum
 from storaged.s3 import headers as h
 from storaged.s3 import xml
@@ -18,12 +18,12 @@ from storaged.s3.request import Request
 
 PAGE_MAX = 1000
 _BEYOND = b"\xff"
-"""Sorts behind every key with a given prefix, since no UTF-8 contains it."""
+"""It sorts after every key with a given prefix, since no UTF-8 contains it."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Ask:
-    """What all listings have in common."""
+class _Params:
+    """The parameters that all listings have."""
 
     prefix: bytes
     delimiter: bytes
@@ -46,7 +46,7 @@ class _Ask:
         return "".join(f"<CommonPrefixes><Prefix>{self.key(prefix)}</Prefix></CommonPrefixes>" for prefix in prefixes)
 
     def after(self, marker: bytes) -> bytes:
-        """Where to go on behind ``marker``: when it is itself a common prefix, behind all that it stands for."""
+        """Where to continue after ``marker``. If it is itself a common prefix, that is after all keys with it."""
         if self.delimiter and marker.startswith(self.prefix):
             rest = marker[len(self.prefix) :]
             if rest.find(self.delimiter) == len(rest) - len(self.delimiter) >= 0:
@@ -54,7 +54,7 @@ class _Ask:
         return marker
 
 
-def _ask(request: Request, limit_name: str = "max-keys") -> _Ask:
+def _params_of(request: Request, limit_name: str = "max-keys") -> _Params:
     query = request.query
     wanted = request.headers.get("x-amz-optional-object-attributes", "RestoreStatus")
     # no object is archived, so none has a RestoreStatus
@@ -68,48 +68,47 @@ def _ask(request: Request, limit_name: str = "max-keys") -> _Ask:
             "Invalid Encoding Method specified in Request", ArgumentName="encoding-type", ArgumentValue=encoding
         )
     limit = min(h.integer(limit_name, query[limit_name], 0, 2**31 - 1), PAGE_MAX) if query.get(limit_name) else PAGE_MAX
-    return _Ask(query.get("prefix", "").encode(), query.get("delimiter", "").encode(), limit, encoding == "url")
+    return _Params(query.get("prefix", "").encode(), query.get("delimiter", "").encode(), limit, encoding == "url")
 
 
-async def _page(front: Front, request: Request, ask: _Ask, after: bytes) -> Listing:
-    if ask.limit == 0:
+async def _page(front: Front, request: Request, params: _Params, after: bytes) -> Listing:
+    if params.limit == 0:
         return Listing()
     return await front.objects.list_objects(
         request.bucket_record,
-        prefix=ask.prefix,
-        after=ask.after(after),
-        delimiter=ask.delimiter,
-        limit=ask.limit,
+        prefix=params.prefix,
+        after=params.after(after),
+        delimiter=params.delimiter,
+        limit=params.limit,
         show=_shown,
     )
 
 
-def _rows(ask: _Ask, page: Listing, owner: str) -> list[str]:
-    names = xml.escape_keys(page.keys, ask.url)
+def _rows(params: _Params, page: Listing, owner: str) -> list[str]:
+    names = xml.escape_keys(page.keys, params.url)
     return [f"<Contents><Key>{name}{shown}{owner}</Contents>" for name, shown in zip(names, page.shown, strict=True)]
 
 
 def _shown(sizes: Sequence[int], times_ms: Sequence[int], printed: Sequence[SealedList]) -> list[str]:
-    """What a list says of each object, from the end of its key to its storage class. A thousand at a time: what can be
-    done for all times and kinds of objects at once is
-    done before the one expression a row."""
+    """What a list has for each object, from the end of its key to its storage class. A call formats a thousand objects:
+    it formats each distinct time and kind of object once, before the one expression for each row."""
     times = xml.iso_times(times_ms)
-    kinds = [(its.algorithm, its.checksum_type, its.storage_class) for its in printed]
+    kinds = [(entry.algorithm, entry.checksum_type, entry.storage_class) for entry in printed]
     around = {kind: _around_size(*kind) for kind in set(kinds)}
     if len(around) == 1:
-        [(before, behind)] = around.values()
+        [(before, after)] = around.values()
         return [
-            f"</Key><LastModified>{time}</LastModified><ETag>&quot;{its.etag}{before}{size}{behind}"
-            for time, its, size in zip(times, printed, sizes, strict=True)
+            f"</Key><LastModified>{time}</LastModified><ETag>&quot;{entry.etag}{before}{size}{after}"
+            for time, entry, size in zip(times, printed, sizes, strict=True)
         ]
     return [
-        f"</Key><LastModified>{time}</LastModified><ETag>&quot;{its.etag}{around[kind][0]}{size}{around[kind][1]}"
-        for time, its, size, kind in zip(times, printed, sizes, kinds, strict=True)
+        f"</Key><LastModified>{time}</LastModified><ETag>&quot;{entry.etag}{around[kind][0]}{size}{around[kind][1]}"
+        for time, entry, size, kind in zip(times, printed, sizes, kinds, strict=True)
     ]
 
 
 def _around_size(algorithm: str, checksum_type: str, storage_class: str) -> tuple[str, str]:
-    """What a list prints before and after an object's size."""
+    """What a list has before and after an object's size."""
     return (
         f"&quot;</ETag>{_checksum(*listed_checksum(algorithm, checksum_type))}<Size>",
         f"</Size><StorageClass>{storage_class}</StorageClass>",
@@ -126,31 +125,31 @@ def _checksum(algorithm: str, checksum_type: str) -> str:
 
 def _following(page: Listing | VersionListing) -> bytes | None:
     """The marker of the next page as a client can send it: a key, or the common prefix that ended this page. (A page
-    may be short, even empty, and not the
-    last one: the object plane does not look at too many deleted keys in one go.)"""
+    that is not the last one may be short, even empty: the object plane bounds how many deleted keys it skips for one
+    page.)"""
     return None if page.next_after is None else page.next_after.rstrip(_BEYOND)
 
 
 async def list_objects_v1(front: Front, request: Request) -> Reply:
-    """NextMarker comes only where it says more than the last key does, as on AWS."""
-    ask = _ask(request)
+    """NextMarker is there only when it differs from the last key, as on AWS."""
+    params = _params_of(request)
     marker = request.query.get("marker", "").encode()
-    page = await _page(front, request, ask, marker)
+    page = await _page(front, request, params, marker)
     following = _following(page)
     last = page.keys[-1] if page.keys else b""
     next_marker = (
-        f"<NextMarker>{ask.key(following)}</NextMarker>"
-        if following is not None and (ask.delimiter or following != last)
+        f"<NextMarker>{params.key(following)}</NextMarker>"
+        if following is not None and (params.delimiter or following != last)
         else ""
     )
     return xml_reply(
         xml.document(
             "ListBucketResult",
-            ask.common(request.bucket, plain_prefix=True),
-            f"<Marker>{ask.key(marker)}</Marker>{next_marker}<MaxKeys>{ask.limit}</MaxKeys>",
+            params.common(request.bucket, plain_prefix=True),
+            f"<Marker>{params.key(marker)}</Marker>{next_marker}<MaxKeys>{params.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            *_rows(ask, page, xml.owner_on_record(request.bucket_record.owner, request.who)),
-            ask.prefixes(page.prefixes),
+            *_rows(params, page, xml.owner_on_record(request.bucket_record.owner, request.who)),
+            params.prefixes(page.prefixes),
         )
     )
 
@@ -161,17 +160,17 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
         raise errors.InvalidArgument(
             "Invalid list-type", ArgumentName="list-type", ArgumentValue=query.get("list-type", "")
         )
-    ask = _ask(request)
+    params = _params_of(request)
     start_after = query.get("start-after", "").encode()
     token = query.get("continuation-token")
-    page = await _page(front, request, ask, _from_token(token) if token else start_after)
+    page = await _page(front, request, params, _from_token(token) if token else start_after)
     truncated = page.next_after is not None
     owner = xml.owner_on_record(request.bucket_record.owner, request.who) if query.get("fetch-owner") == "true" else ""
     return xml_reply(
         xml.document(
             "ListBucketResult",
-            ask.common(request.bucket),
-            f"<MaxKeys>{ask.limit}</MaxKeys><KeyCount>{len(page.keys) + len(page.prefixes)}</KeyCount>",
+            params.common(request.bucket),
+            f"<MaxKeys>{params.limit}</MaxKeys><KeyCount>{len(page.keys) + len(page.prefixes)}</KeyCount>",
             xml.boolean("IsTruncated", truncated),
             xml.element("ContinuationToken", token) if token is not None else "",
             (
@@ -179,15 +178,15 @@ async def list_objects_v2(front: Front, request: Request) -> Reply:
                 if page.next_after is not None
                 else ""
             ),
-            f"<StartAfter>{ask.key(start_after)}</StartAfter>" if start_after else "",
-            *_rows(ask, page, owner),
-            ask.prefixes(page.prefixes),
+            f"<StartAfter>{params.key(start_after)}</StartAfter>" if start_after else "",
+            *_rows(params, page, owner),
+            params.prefixes(page.prefixes),
         )
     )
 
 
 def _to_token(after: bytes) -> str:
-    """One byte behind a prefix says as much as the many that the object plane uses."""
+    """One byte after a prefix means the same as the many that the object plane uses."""
     short = after.rstrip(_BEYOND)
     return base64.urlsafe_b64encode(short if short == after else short + _BEYOND).decode()
 
@@ -202,8 +201,8 @@ def _from_token(token: str) -> bytes:
 
 
 async def list_versions(front: Front, request: Request) -> Reply:
-    """Every object of a bucket that never had versioning is its own version ``null``."""
-    ask = _ask(request)
+    """An object in a bucket that never had versioning is listed as its own version ``null``."""
+    params = _params_of(request)
     key_marker = request.query.get("key-marker", "").encode()
     version_marker = request.query.get("version-id-marker", "")
     if version_marker and not key_marker:
@@ -211,85 +210,91 @@ async def list_versions(front: Front, request: Request) -> Reply:
             "A version-id marker cannot be specified without a key marker.", ArgumentName="version-id-marker"
         )
     page = VersionListing()
-    if ask.limit:
+    if params.limit:
         page = await front.objects.list_versions(
             request.bucket_record,
-            prefix=ask.prefix,
-            after=ask.after(key_marker),
+            prefix=params.prefix,
+            after=params.after(key_marker),
             after_version=version_marker,
-            delimiter=ask.delimiter,
-            limit=ask.limit,
+            delimiter=params.delimiter,
+            limit=params.limit,
         )
     following = _following(page)
     next_markers = ""
     if following is not None:
         version = page.versions[-1].version_id if page.versions and page.versions[-1].key == following else ""
         next_markers = (
-            f"<NextKeyMarker>{ask.key(following)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
+            f"<NextKeyMarker>{params.key(following)}</NextKeyMarker>{xml.optional('NextVersionIdMarker', version)}"
         )
     return xml_reply(
         xml.document(
             "ListVersionsResult",
-            ask.common(request.bucket),
-            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}{next_markers}<MaxKeys>{ask.limit}</MaxKeys>",  # noqa: E501
+            params.common(request.bucket),
+            f"<KeyMarker>{params.key(key_marker)}</KeyMarker>{xml.element('VersionIdMarker', version_marker)}",
+            f"{next_markers}<MaxKeys>{params.limit}</MaxKeys>",
             xml.boolean("IsTruncated", following is not None),
-            "".join(_version(ask, item, request) for item in page.versions),
-            ask.prefixes(page.prefixes),
+            "".join(_version(params, item, request) for item in page.versions),
+            params.prefixes(page.prefixes),
         )
     )
 
 
-def _version(ask: _Ask, item: ListedVersion, request: Request) -> str:
+def _version(params: _Params, item: ListedVersion, request: Request) -> str:
     head = (
-        f"<Key>{ask.key(item.key)}</Key><VersionId>{xml.escape(item.version_id)}</VersionId>{xml.boolean('IsLatest', item.latest)}"  # noqa: E501
-        f"<LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
+        f"<Key>{params.key(item.key)}</Key><VersionId>{xml.escape(item.version_id)}</VersionId>"
+        f"{xml.boolean('IsLatest', item.latest)}<LastModified>{xml.iso_time(item.modified_ms)}</LastModified>"
     )
     owner = xml.owner_on_record(request.bucket_record.owner, request.who)
     if item.delete_marker:
         return f"<DeleteMarker>{head}{owner}</DeleteMarker>"
     return (
-        f"<Version>{head}<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item.algorithm, item.checksum_type)}<Size>{item.size}</Size>{owner}"  # noqa: E501
-        f"<StorageClass>{item.storage_class}</StorageClass></Version>"
+        f"<Version>{head}<ETag>&quot;{item.etag}&quot;</ETag>{_checksum(item.algorithm, item.checksum_type)}"
+        f"<Size>{item.size}</Size>{owner}<StorageClass>{item.storage_class}</StorageClass></Version>"
     )
 
 
 async def list_uploads(front: Front, request: Request) -> Reply:
-    ask = _ask(request, "max-uploads")
+    params = _params_of(request, "max-uploads")
     query = request.query
     key_marker = query.get("key-marker", "").encode()
     upload_marker = query.get("upload-id-marker", "") if key_marker else ""
     uploads: list[UploadInfo] = []
     prefixes: list[bytes] = []
     following: tuple[bytes, str] | None = None
-    if ask.limit:
+    if params.limit:
         uploads, prefixes, following = await front.objects.list_uploads(
             request.bucket_record,
-            prefix=ask.prefix,
-            after_key=ask.after(key_marker),
+            prefix=params.prefix,
+            after_key=params.after(key_marker),
             after_upload=upload_marker,
-            delimiter=ask.delimiter,
-            limit=ask.limit,
+            delimiter=params.delimiter,
+            limit=params.limit,
         )
-    who = request.who
-    rows = "".join(
-        f"<Upload><Key>{ask.key(upload.key)}</Key>{xml.element('UploadId', upload.upload_id)}"
-        f"{xml.owner_on_record(upload.owner, who, 'Initiator')}{xml.owner_on_record(upload.owner, who)}"
-        f"<StorageClass>{upload.storage_class}</StorageClass><Initiated>{xml.iso_time(upload.created_ms)}</Initiated>"
-        f"{xml.optional('ChecksumAlgorithm', upload.algorithm)}{xml.optional('ChecksumType', upload.checksum_type)}</Upload>"  # noqa: E501
-        for upload in uploads
-    )
+    rows = "".join(_upload(params, upload, request.who) for upload in uploads)
+    next_markers = ""
+    if following is not None:
+        key, upload_id = following
+        next_markers = (
+            f"<NextKeyMarker>{params.key(key)}</NextKeyMarker>{xml.optional('NextUploadIdMarker', upload_id)}"
+        )
     return xml_reply(
         xml.document(
             "ListMultipartUploadsResult",
-            ask.common(request.bucket, "Bucket"),
-            f"<KeyMarker>{ask.key(key_marker)}</KeyMarker>{xml.element('UploadIdMarker', upload_marker)}",
-            (
-                f"<NextKeyMarker>{ask.key(following[0])}</NextKeyMarker>{xml.optional('NextUploadIdMarker', following[1])}"  # noqa: E501
-                if following
-                else ""
-            ),
-            f"<MaxUploads>{ask.limit}</MaxUploads>{xml.boolean('IsTruncated', following is not None)}",
+            params.common(request.bucket, "Bucket"),
+            f"<KeyMarker>{params.key(key_marker)}</KeyMarker>{xml.element('UploadIdMarker', upload_marker)}",
+            next_markers,
+            f"<MaxUploads>{params.limit}</MaxUploads>{xml.boolean('IsTruncated', following is not None)}",
             rows,
-            ask.prefixes(prefixes),
+            params.prefixes(prefixes),
         )
+    )
+
+
+def _upload(params: _Params, upload: UploadInfo, who: Principal) -> str:
+    return (
+        f"<Upload><Key>{params.key(upload.key)}</Key>{xml.element('UploadId', upload.upload_id)}"
+        f"{xml.owner_on_record(upload.owner, who, 'Initiator')}{xml.owner_on_record(upload.owner, who)}"
+        f"<StorageClass>{upload.storage_class}</StorageClass><Initiated>{xml.iso_time(upload.created_ms)}</Initiated>"
+        f"{xml.optional('ChecksumAlgorithm', upload.algorithm)}"
+        f"{xml.optional('ChecksumType', upload.checksum_type)}</Upload>"
     )

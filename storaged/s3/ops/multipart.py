@@ -16,7 +16,7 @@ from storaged.s3.request import Request, origin
 
 PARTS_PAGE_MAX = 1000
 PART_NUMBER_CHARS_MAX = 32
-"""Leading zeros and all; ``int`` refuses thousands of digits with another error."""
+"""With leading zeros. ``int`` refuses thousands of digits with another error."""
 
 
 async def create(front: Front, request: Request) -> Reply:
@@ -32,13 +32,14 @@ async def create(front: Front, request: Request) -> Reply:
         answer["x-amz-checksum-type"] = kind
     body = xml.document(
         "InitiateMultipartUploadResult",
-        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key)}</Key>{xml.element('UploadId', upload.upload_id)}",  # noqa: E501
+        xml.element("Bucket", request.bucket),
+        f"<Key>{xml.escape_key(request.key)}</Key>{xml.element('UploadId', upload.upload_id)}",
     )
     return xml_reply(body, headers=answer)
 
 
 def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
-    """(algorithm, FULL_OBJECT or COMPOSITE), both empty when no checksum is asked for. Raises InvalidRequest."""
+    """(algorithm, FULL_OBJECT or COMPOSITE), both empty when the client asks for no checksum. Raises InvalidRequest."""
     algorithm = h.algorithm_named(headers, "x-amz-checksum-algorithm")
     kind = h.checksum_type(headers)
     if not algorithm:
@@ -56,7 +57,8 @@ def _checksum_kind(headers: dict[str, str]) -> tuple[str, str]:
 
 
 def part_number(request: Request) -> int:
-    """Of UploadPart and UploadPartCopy. Raises MethodNotAllowed (without one, it is no operation), InvalidArgument."""
+    """partNumber of UploadPart and UploadPartCopy. Raises InvalidArgument, and MethodNotAllowed without one: such an
+    operation does not exist."""
     if "partNumber" not in request.query:
         raise errors.MethodNotAllowed(Method=request.method, ResourceType="UPLOAD")
     return h.integer("partNumber", request.query["partNumber"], 1, PARTS_MAX)
@@ -99,12 +101,13 @@ async def list_parts(front: Front, request: Request) -> Reply:
     )
     body = xml.document(
         "ListPartsResult",
-        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key, query.get('encoding-type') == 'url')}</Key>",  # noqa: E501
+        xml.element("Bucket", request.bucket),
+        f"<Key>{xml.escape_key(request.key, query.get('encoding-type') == 'url')}</Key>",
         xml.element("UploadId", upload.upload_id),
         xml.owner_on_record(upload.owner, who, "Initiator"),
         xml.owner_on_record(upload.owner, who),
         f"<StorageClass>{upload.storage_class}</StorageClass><PartNumberMarker>{marker}</PartNumberMarker>",
-        f"<NextPartNumberMarker>{following if following is not None else (parts[-1].number if parts else 0)}</NextPartNumberMarker>",  # noqa: E501
+        xml.element("NextPartNumberMarker", following if following is not None else parts[-1].number if parts else 0),
         f"<MaxParts>{limit}</MaxParts>{xml.boolean('IsTruncated', following is not None)}",
         xml.optional("ChecksumAlgorithm", upload.algorithm),
         xml.optional("ChecksumType", upload.checksum_type),
@@ -119,7 +122,7 @@ async def abort(front: Front, request: Request) -> Reply:
 
 
 async def complete(front: Front, request: Request) -> Reply:
-    """A second, equal Complete is answered as the first was."""
+    """A second, equal Complete gets the same answer as the first."""
     headers = request.headers
     conditions = c.write_conditions(headers)
     data = request.document
@@ -144,7 +147,8 @@ async def complete(front: Front, request: Request) -> Reply:
     body = xml.document(
         "CompleteMultipartUploadResult",
         xml.element("Location", f"{origin(request)}{request.resource}"),
-        f"{xml.element('Bucket', request.bucket)}<Key>{xml.escape_key(request.key)}</Key><ETag>&quot;{result.etag}&quot;</ETag>",  # noqa: E501
+        xml.element("Bucket", request.bucket),
+        f"<Key>{xml.escape_key(request.key)}</Key><ETag>&quot;{result.etag}&quot;</ETag>",
         "".join(xml.element(f"Checksum{name}", value) for name, value in result.checksums.items()),
         xml.optional("ChecksumType", result.checksum_type if result.checksums else ""),
     )

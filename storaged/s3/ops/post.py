@@ -1,12 +1,10 @@
-"""PostObject: uploads by browser forms, authorised by a signed policy document (Signature Version 4, and the older form
-with HMAC-SHA1).
-"""
+"""PostObject: uploads by browser forms, authorised by a signed policy document (Signature Version 4, or the older form
+with HMAC-SHA1)."""
 
 from __future__ import annotations
 
 import base64
 import hmac
-import re
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from urllib.parse import urlencode, urlsplit, urlunsplit
@@ -24,14 +22,9 @@ from storaged.s3.documents import parse_document
 from storaged.s3.http.form_data import FormReader, boundary_of
 from storaged.s3.operation import check_fields, check_form
 from storaged.s3.ops.tags import tags_from
-from storaged.s3.reply import CONTROL, Reply, stored_headers, xml_reply
+from storaged.s3.reply import CONTROL, TOKEN, Reply, stored_headers, xml_reply
 from storaged.s3.request import ANONYMOUS, Request, check_key, origin
 from storaged.wire import Buffer
-
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-"""What RFC 9110 lets a header be called: a name of other letters would come back from GetObject as another header, or
-break its answer.
-"""
 
 
 def is_form(headers: Mapping[str, str]) -> bool:
@@ -39,21 +32,14 @@ def is_form(headers: Mapping[str, str]) -> bool:
 
 
 async def post_object(front: Front, request: Request) -> Reply:
-    """The fields say who and what, the policy says whether; then the file is stored as PutObject would."""
+    """Reads the form's fields, checks them against its policy, then stores the file as PutObject would."""
     check_form(request.headers)
     form = FormReader(request.body, boundary_of(request.headers["content-type"]))
     await form.read_fields()
     fields = form.fields
     if "key" in fields:
         fields["key"] = fields["key"].replace("${filename}", form.filename)
-    policy = None
-    if "policy" in fields:
-        request.who = await _signer(front, fields)
-        policy = parse_policy(fields["policy"])
-        check_policy(policy, fields, request.bucket, front.clock.wall_ms())
-        request.body.admit()
-    else:
-        request.who = ANONYMOUS
+    policy = await _authorise(front, request, fields)
     request._bucket_record = await owned_bucket(front, request.who, request.bucket)
     if not fields.get("key"):
         raise errors.InvalidArgument(
@@ -68,13 +54,9 @@ async def post_object(front: Front, request: Request) -> Reply:
     check_fields(said)
     meta = h.new_meta(said)
     if "tagging" in fields:
-        meta = replace(
-            meta,
-            tags=await parse_document(
-                partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX),
-                fields["tagging"].encode("utf-8", "surrogateescape"),
-            ),
-        )
+        parse = partial(tags_from, count_max=h.TAGS_PER_OBJECT_MAX)
+        document = fields["tagging"].encode("utf-8", "surrogateescape")
+        meta = replace(meta, tags=await parse_document(parse, document))
     checks = h.body_checks(said, None, (), None)
     result = await front.objects.put(
         request.bucket_record, request.key, _bounded(form, policy), meta, checks, owner=request.who.user_id
@@ -82,8 +64,21 @@ async def post_object(front: Front, request: Request) -> Reply:
     return _answer(request, fields, result)
 
 
+async def _authorise(front: Front, request: Request, fields: Mapping[str, str]) -> Policy | None:
+    """Sets ``request.who``. Returns the form's policy, which its fields fulfil; None: the form is anonymous."""
+    if "policy" not in fields:
+        request.who = ANONYMOUS
+        return None
+    request.who = await _signer(front, fields)
+    policy = parse_policy(fields["policy"])
+    check_policy(policy, fields, request.bucket, front.clock.wall_ms())
+    request.body.admit()
+    return policy
+
+
 async def _signer(front: Front, fields: Mapping[str, str]) -> Principal:
-    """Raises InvalidArgument (a field is missing), InvalidAccessKeyId, InvalidToken, SignatureDoesNotMatch."""
+    """The user who signed the form. Raises InvalidArgument (a field is missing), InvalidAccessKeyId, InvalidToken,
+    SignatureDoesNotMatch."""
     if "x-amz-security-token" in fields:
         raise errors.InvalidToken()
     if "x-amz-algorithm" in fields:
@@ -128,14 +123,13 @@ def _is_header(name: str) -> bool:
 
 
 def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
-    """Form fields in the place of headers: those that are kept, and all that ask for something, so that what a form
-    does
-    not do (conditions, say) is refused. Raises InvalidArgument for values that no header could have."""
+    """The fields that act as headers: those that are stored, and all that ask for something, so that what a form can't
+    do (conditions, for example) is refused. Raises InvalidArgument for values that no header could have."""
     said = {name: value for name, value in fields.items() if _is_header(name)}
     if fields.get("acl"):
         said["x-amz-acl"] = fields["acl"]
     for name, value in said.items():
-        if not _TOKEN.fullmatch(name) or CONTROL.search(value):
+        if not TOKEN.fullmatch(name) or CONTROL.search(value):
             raise errors.InvalidArgument(
                 "Form fields that become headers have a header's name, and no control characters in their value.",
                 ArgumentName=name[:100],
@@ -144,9 +138,8 @@ def _as_headers(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 async def _bounded(form: FormReader, policy: Policy | None) -> AsyncIterator[Buffer]:
-    """The file, inside the policy's content-length-range. Raises EntityTooLarge, EntityTooSmall, before the last piece
-    was given.
-    """
+    """The file, checked against the policy's content-length-range. Raises EntityTooLarge, EntityTooSmall, before the
+    last piece is passed on."""
     size_max = PART_BYTES_MAX if policy is None or policy.size_max is None else min(policy.size_max, PART_BYTES_MAX)
     size_min = policy.size_min if policy else 0
     size = 0
@@ -182,9 +175,8 @@ def _answer(request: Request, fields: Mapping[str, str], result: PutResult) -> R
 
 
 def _redirect(url: str, query: str) -> str:
-    """``url`` with what it is to be told; empty for what is no web address: the object is stored, and its client gets
-    an ordinary answer.
-    """
+    """``url`` with ``query`` added; empty when it is no web address: the object is stored, and the client gets an
+    ordinary answer."""
     try:
         parts = urlsplit(url)
     except ValueError:

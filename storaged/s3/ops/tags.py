@@ -1,4 +1,4 @@
-"""Tagging documents, of buckets and objects."""
+"""Tagging documents of buckets and objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storaged.s3.request import Request
 
 
 async def read_tagging(request: Request, count_max: int) -> dict[str, str]:
-    """Of the request's document. Raises MalformedXML, InvalidTag, InvalidRequest."""
+    """The tags in the request's document. Raises MalformedXML, InvalidTag, InvalidRequest."""
     if "content-length" in request.headers and request.body.length == 0:
         raise InvalidRequest("The request is missing its body.")
     return await parse_document(partial(tags_from, count_max=count_max), request.document)
