@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 Audit = Callable[[str, Mapping[str, str]], Awaitable[None]]
 """``await audit(kind, fields)`` returns when the entry is durable; a key is released only then. Kinds: key.create,
 key.release, key.refused, key.restore, key.destroy. The fields ``actor``, ``target`` and ``outcome`` are the entry's
-own (``cluster.audit.log.format.Event``). What has the outcome ``refused CODE`` is counted, at most two entries a
+own (``cluster.audit.format.Event``). What has the outcome ``refused CODE`` is counted, at most two entries a
 minute,
 and is not waited for."""
 

@@ -44,7 +44,7 @@ class Inventory(NamedTuple):
 
 
 def facts_of(keyring_id: bytes, bucket_id: bytes, **more: str) -> dict[str, str]:
-    """Of an audit entry: ``outcome`` and ``target`` are the entry's own (``cluster.audit.log.format.Event``); the rest
+    """Of an audit entry: ``outcome`` and ``target`` are the entry's own (``cluster.audit.format.Event``); the rest
     are its fields."""
     return {"target": f"bucket-id:{bucket_id.hex()}", "keyring": keyring_id.hex(), "bucket": bucket_id.hex(), **more}
 

@@ -76,7 +76,7 @@ class SmallCopies(NamedTuple):
     A replica that can't store its copy accepts nothing, so the copies of a record are on a majority of its replicas
     from the moment it is chosen. A settling round
     that meets a record which no majority has confirmed yet carries the copy along to the replicas that it writes to.
-    There is one exception (``meta.proposer.proposal``).
+    There is one exception (``meta.consensus.proposer``).
     The buffers are not to be reused afterwards: a slow replica's copy may still be on its way when ``change`` returns.
     """
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from storaged.cluster.rpc.authority import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS_MAX = 120
@@ -119,3 +123,51 @@ def test_the_hook_for_commit_messages_holds_subjects_to_72_characters(
     hook = [str(ROOT / ".github" / "check-commit-subject"), str(tmp_path / "message")]
     done = subprocess.run(hook, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == accepted, done.stderr
+
+
+DOTTED = re.compile(r"``((?:storaged\.)?[a-z_0-9]+(?:\.\w+)+)(?:\(\))?``")
+"""A module or a name in one, as docstrings and comments write it."""
+
+SUFFIXES = {"eu", "py", "md", "toml", "json", "key", "crt", "sock", "signed", "jsonl"}
+
+
+def planes() -> set[str]:
+    return {path.parent.name for path in (ROOT / "storaged").glob("*/__init__.py")}
+
+
+def is_named_in_code(dotted: str) -> bool:
+    """Whether ``plane.module.Name`` leads to a module, or to one whose source has the name."""
+    place = ROOT / "storaged"
+    parts = dotted.removeprefix("storaged.").split(".")
+    while parts and (place / parts[0]).is_dir():
+        place /= parts.pop(0)
+    module = place / f"{parts.pop(0)}.py" if parts and (place / f"{parts[0]}.py").exists() else place / "__init__.py"
+    return not parts or parts[0] in names_in(module)
+
+
+@functools.cache
+def names_in(module: Path) -> set[str]:
+    """The names of a module's code, docstrings and comments left out."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        for attribute in ("name", "asname", "id", "attr", "arg"):
+            name = getattr(node, attribute, None)
+            if isinstance(name, str):
+                found.update(name.split("."))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["storaged", "tests", "benches"])
+def test_modules_and_files_that_docstrings_name_exist(folder: str) -> None:
+    missing = []
+    for path in (ROOT / folder).rglob("*.py"):
+        text = path.read_text()
+        names = {
+            name for name in PATH.findall(text) if name.startswith(("storaged/", "tests/")) and name.endswith(".py")
+        }
+        missing += [f"{path.relative_to(ROOT)} names {name}" for name in names if not exists(name, path.parent)]
+        for name in set(DOTTED.findall(text)):
+            first, last = name.removeprefix("storaged.").split(".")[0], name.rsplit(".", 1)[-1]
+            if first in planes() and last not in SUFFIXES and name not in METHODS and not is_named_in_code(name):
+                missing.append(f"{path.relative_to(ROOT)} names {name}")
+    assert not missing, "\n".join(sorted(missing))

@@ -8,7 +8,7 @@ Theory of operation
     prepare's answer (rule 1).
     The small copy that comes with an accept is durable with the row that names it, or before it: no disk has a record
     without having had its copy,
-    but by the exception that ``meta.proposer.proposal`` names.
+    but by the exception that ``meta.consensus.proposer`` names.
     A fence is answered when what was judged before it has arrived or failed, for that may still be at its copy when the
     fence is on disk.
     Promises are kept in memory alone, for they change with every prepare and a sync costs a thousand times more than

@@ -98,7 +98,7 @@ class Rules:
     """10. Acceptors refuse requests of a layout epoch before their own."""
     copies_travel: bool = True
     """12. Nobody helps a record on that no majority has confirmed without the small copy that it names, but by the
-    exception in ``meta.proposer.proposal``.
+    exception in ``meta.consensus.proposer``.
     """
     create_into_nothing: bool = True
     """13. An acceptor that holds anything for a register takes no create there."""

@@ -10,7 +10,7 @@ Theory of operation
     majority holds at one ballot (or that a majority never heard of) is settled, each of the others is read
     through its register, which settles it. Taking the newest instead would list an object that the next GET denies.
 
-    Of heads, what was settled like this is remembered (``meta.listing.merge.cache``), and asked for again with its
+    Of heads, what was settled like this is remembered (``meta.listing.cache``), and asked for again with its
     digest: the supplier sends rows only when its own is another,
     and the same majority has to say the same, in this very request. The ranges that a piece is put together from are
     asked for in one go (``Span``).

@@ -6,7 +6,7 @@ make one of the same name, and acknowledge objects in it. This gateway gets no m
 old
 bucket that counts does: no bucket is deleted before a majority of each of its shards is fenced, so every read, list
 or change of it that reaches a majority meets the fence, and its answer says so. What then seems not to be there is
-looked for once more, in the bucket that has the name now (``s3.replaced``). That costs a bucket that is in use
+looked for once more, in the bucket that has the name now (``s3.bucket_retry``). That costs a bucket that is in use
 nothing.
 """
 
