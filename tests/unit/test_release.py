@@ -56,6 +56,7 @@ def test_every_tag_is_v_and_a_version_that_the_changelog_has() -> None:
         assert tag[1:] in released(), f"CHANGELOG.md has no section for the tag {tag}"
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_module_the_documents_and_py_typed(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT / "storaged", source / "storaged", ignore=shutil.ignore_patterns("__pycache__"))
