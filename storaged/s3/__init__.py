@@ -1,18 +1,22 @@
-"""The S3 front: HTTP in, objects out. Signatures and XML are pure; the handlers are small.
+"""The S3 port of a gateway: HTTP requests in, answers out.
 
-The way of a request, and the module that has each step:
+The way of a request, and the module of each step:
 
-    http        the grammar of HTTP/1.1 (pure)           connection sockets, time limits
-    app         the order of all that follows
-    request     target, bucket, key: bytes, never normalised
-    auth        sigv4 (pure), chunked: who asks, and what the body must prove
-    routes      which operation, a row                   aws        every header and parameter that AWS's documentation
-    names
-    context     may they use this bucket?
-    operations  what the row takes: parameters, headers, kind of body; all else that AWS names is refused
-    conditions  If-Match and its relatives, as typed values
-    buckets, listing, objects, copy, multipart, acl      the operations, on the ports of ``objects.api``
-    headers, xml, tags, digest                           parsing, strictly, into the values of those ports
-    body, send                                           streams in and out, with back-pressure, time-outs and bounds
-    (limits)
+    app          listens, accepts connections, closes in order
+    http         the connection: grammar of a head (pure), body, limits; no S3
+    responder    the order of the steps that follow, with a task or without one
+    request      the target, taken apart: bucket, key, parameters
+    routes       the table of all operations: which one does the request ask for?
+    auth         the signature: sigv4 (pure), aws_chunked (pure), form_policy (pure)
+    admission    locate, authenticate, the bucket's record, its owner, the headers that the operation accepts
+    operation    a row of ``routes``, and its checks; aws_names lists the headers and parameters that AWS documents
+    ops          the handlers: objects, multipart, copy, post (browser forms), listing, buckets, acl, tags
+    reply, send  the answer as a value; writing it to the connection
+
+A new operation is a handler in ``ops`` and a row in ``routes``. Its new headers and parameters go into ``aws_names``;
+they are parsed in ``headers`` or ``conditions``. Its documents are read by ``documents`` and parsed by ``xml``. What it
+does to objects and buckets is a call of the ports in ``objects.api``, which ``context.Front`` holds. ``bucket_retry``
+runs a handler again when its bucket was replaced meanwhile.
+
+An operation on the path of every small request can also have an ``operation.Attempt``: the same steps without a task.
 """

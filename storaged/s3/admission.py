@@ -19,7 +19,7 @@ from storaged.s3 import routes
 from storaged.s3.auth.authenticate import admit, admit_anonymous, claim_of
 from storaged.s3.auth.sigv4 import Claim
 from storaged.s3.context import Front, check_owner, existing_bucket
-from storaged.s3.operation import Operation, hear_query
+from storaged.s3.operation import Operation, adopt_query_headers
 from storaged.s3.request import Request, parse_target, split_path, virtual_bucket
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ async def _or_error(work: Awaitable[T]) -> T | Exception:
 def admit_request(front: Front, request: Request, operation: Operation, claim: Claim | None, records: Records) -> None:
     """Sets who sends the request, and its bucket, when it may go on; prepares its body.
 
-    Raises the error that stands in place of a record, and as ``admit``, ``hear_query``, ``check_owner`` and
+    Raises the error that stands in place of a record, and as ``admit``, ``adopt_query_headers``, ``check_owner`` and
     ``Operation.check_headers``.
     """
     user, bucket = records
@@ -94,7 +94,7 @@ def admit_request(front: Front, request: Request, operation: Operation, claim: C
             principal, secret = _record(user)
             admit(request, claim, principal, secret, front.clock.wall_ms())
         if request.query:
-            hear_query(request)
+            adopt_query_headers(request)
     if bucket is not None:
         found = request._bucket_record = _record(bucket)
         check_owner(found, request.who, request.headers.get("x-amz-expected-bucket-owner"))

@@ -270,7 +270,7 @@ SIGNATURE = frozenset(
 )
 """Parameters of presigned URLs, in lower case. Any operation takes them."""
 
-UNHEARD = frozenset({*CHECKSUMS, "x-amz-sdk-checksum-algorithm", "x-amz-user-agent"})
+IGNORED_IN_QUERY = frozenset({*CHECKSUMS, "x-amz-sdk-checksum-algorithm", "x-amz-user-agent"})
 """Headers that SDKs put into presigned URLs before there is a body. AWS ignores them there: a checksum in the URL would
 be that of an empty body."""
 

@@ -1,14 +1,14 @@
-"""An operation of S3 as a row: its name, its handler, what it takes; and the checks that every request passes before
-the handler.
+"""An operation of S3 as a value: its name, its handler, what it accepts; and the checks that every request passes
+before the handler.
 
-Theory of operation. ``aws`` says what AWS's documentation names, ``routes`` has the rows. A request that changes
-something must not ask for anything that its row does not take: AWS names it, so the client means something by it, and
-to ignore it would do something else than was asked (an append would become an overwrite). It is refused before the
-handler begins, with nothing changed. What AWS does not name either is ignored, as AWS does: SDKs add ``x-id``,
-applications their own. Requests that only read ignore what does not concern them, but for what they would have to act
-on (a customer's key).
+Theory of operation. ``aws_names`` lists the names that AWS documents, ``routes`` has the table of operations. A request
+that changes something must not use a documented name that its operation does not accept. Its client means something by
+that name, and to ignore it would do something else than was asked: an append would become an overwrite. So it is
+refused before the handler begins, with nothing changed. Names that AWS does not document are ignored, as AWS does: SDKs
+add ``x-id``, applications add their own. Requests that only read ignore names that they do not accept, except those
+that they could not obey (a customer's key).
 
-A body is of one kind: none, a document that is read whole and verified here, or a stream that its handler takes.
+A body is of one kind: none, a document that is read whole and verified here, or a stream that the handler reads.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from storaged.s3.reply import TOKEN, Reply, checked_header
 from storaged.s3.request import Request
 from storaged.units import KIB
 
-UNASKED_BYTES_MAX = 64 * KIB
-"""Of a body that an operation does not take: so much is read to see whether there is one."""
+UNEXPECTED_BODY_BYTES_MAX = 64 * KIB
+"""How much of a body that an operation does not accept is read to see whether there is one."""
 
 _EXPECTED_OWNER = "x-amz-expected-bucket-owner"
-_SAY_NOTHING = h.INCIDENTAL | {"expect"}
-"""Headers that every operation takes, and whose values need no check."""
+_INERT = h.INCIDENTAL | {"expect"}
+"""Headers that every operation accepts, and whose values need no check."""
 _NOT_ACCEPTED = {"versionId": "a version-id", "partNumber": "partNumber without uploadId"}
-"""In AWS's words."""
+"""AWS's words."""
 _WATCHED = ("x-amz-", aws_names.OWN)
 
 
 class NoBody(NamedTuple):
-    """The operation takes none. One that changes something refuses any, a read ignores it."""
+    """The operation accepts no body. One that changes something refuses any; a read ignores it."""
 
 
 class Document(NamedTuple):
-    """Read whole before the handler, into ``Request.document``, and verified against Content-MD5 and checksums.
+    """The body is read whole before the handler, into ``Request.document``, and verified against Content-MD5 and
+    checksums.
 
-    ``bytes_max``: MaxMessageLengthExceeded. ``digest_required``: a Content-MD5 or a checksum must have come.
-    ``of_object``: x-amz-checksum-* are the object's, not the document's.
+    ``bytes_max``: MaxMessageLengthExceeded beyond it. ``digest_required``: a Content-MD5 or a checksum must be there.
+    ``of_object``: x-amz-checksum-* are the object's checksums, not the document's.
     """
 
     bytes_max: int
@@ -67,8 +68,7 @@ STREAM = Stream()
 
 OnReply = Callable[[Reply | Exception | None], None]
 """Called once, on the event loop: with the reply; with the error that is the answer; or with None: the operation's
-handler must be awaited. It does not raise.
-"""
+handler must be awaited. It does not raise."""
 
 
 class Attempt(NamedTuple):
@@ -76,9 +76,8 @@ class Attempt(NamedTuple):
 
     ``suits``: whether the head of a request allows it; asked first, of a request that is not authenticated.
     ``prepare``: looks at an admitted request before its body is read. False: the handler must be awaited. Raises S3
-    errors, which are the answer.
-    ``begin``: performs it, once the body has arrived; ``on_reply`` may be called before this returns. False: nothing
-    was begun, and the handler must be awaited. Raises S3 errors, which are the answer.
+    errors, which are the answer. ``begin``: performs it, once the body has arrived; ``on_reply`` may be called before
+    this returns. False: nothing was begun, and the handler must be awaited. Raises S3 errors, which are the answer.
     """
 
     suits: Callable[[Front, Request], bool]
@@ -88,9 +87,12 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class Operation:
-    """``name``: AWS's, for logs and metrics. ``changes``: not a read. ``needs_bucket``: the bucket must exist and
-    belong to the requester before the handler runs. ``copy``: the operation instead, when the request has
-    x-amz-copy-source. ``attempt``: the operation without a task."""
+    """One row of ``routes``.
+
+    ``name``: AWS's, for logs and metrics. ``changes``: it is not a read. ``needs_bucket``: the bucket must exist and
+    belong to the requester before the handler runs. ``signed``: the request is authenticated before the handler runs.
+    ``copy``: the operation instead, when the request has x-amz-copy-source. ``attempt``: the operation without a task.
+    """
 
     name: str
     handler: Handler
@@ -103,7 +105,7 @@ class Operation:
 
     @cached_property
     def headers(self) -> frozenset[str]:
-        """Names that this operation takes, with those that say nothing to any operation."""
+        """The headers that this operation accepts, and those that mean nothing to any operation."""
         taken = aws_names.honoured(self.name) | h.ORDINARY
         return taken if self.needs_bucket else taken - {_EXPECTED_OWNER}
 
@@ -112,12 +114,12 @@ class Operation:
         return aws_names.parameters(self.name)
 
     def check_headers(self, headers: Mapping[str, str]) -> None:
-        """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest
-        for what is not taken.
-        """
-        if headers.keys() <= _SAY_NOTHING:
+        """``headers`` by lower-case name. Raises NotImplemented, InvalidArgument, InvalidRequest for a header that the
+        operation does not accept."""
+        if headers.keys() <= _INERT:
             return
-        for name in sorted(headers.keys() - self.headers):  # the first by name is named, whatever came first
+        # so that the error does not depend on the order in which headers came
+        for name in sorted(headers.keys() - self.headers):
             if name.startswith(_WATCHED) or name in aws_names.HEADERS:
                 refused = self._refusal(name, headers)
                 if refused is not None:
@@ -126,7 +128,7 @@ class Operation:
             _check_values(headers)
 
     def check_parameters(self, query: Mapping[str, str], count: int) -> None:
-        """``count``: of parameters that came, equal names and all. Raises InvalidArgument."""
+        """``count``: the number of parameters, with repeated names. Raises InvalidArgument."""
         if not self.changes:
             return
         for name in query:
@@ -139,7 +141,7 @@ class Operation:
             raise InvalidArgument("A query parameter was given more than once.")
 
     def _refusal(self, name: str, headers: Mapping[str, str]) -> S3Error | None:
-        """None: the header may be ignored."""
+        """The error for a header that the operation does not accept; None: the header may be ignored."""
         row = aws_names.HEADERS.get(name)
         if name.startswith(aws_names.OWN):
             return unsupported(name)
@@ -154,7 +156,7 @@ class Operation:
         if name.startswith((aws_names.CUSTOMER_KEY, aws_names.CUSTOMER_KEY_SOURCE)) or (
             name == h.KMS_KEY and any(other.startswith(aws_names.CUSTOMER_KEY) for other in headers)
         ):
-            h.check_customer_key(headers)  # a key of the client's beside one of the server's is wrong in itself
+            h.check_customer_key(headers)  # a client's key together with one of the server's is wrong in itself
         elif name == "x-amz-server-side-encryption":
             return InvalidArgument(
                 f"{name} header is not supported for this operation.", ArgumentName=name, ArgumentValue=headers[name]
@@ -182,7 +184,7 @@ class Operation:
 
 
 def _check_values(headers: Mapping[str, str]) -> None:
-    """Values of headers that are taken by name. Raises InvalidArgument, NotImplemented."""
+    """Checks the values of headers that are accepted by name. Raises InvalidArgument, NotImplemented."""
     h.check_encryption(headers)
     h.check_acl(headers)
     if headers.get("x-amz-request-payer", "requester") != "requester":
@@ -197,26 +199,26 @@ _FORM = Operation("PostObject", _no_handler, STREAM, changes=True, needs_bucket=
 
 
 _FORM_HEADERS = Operation("", _no_handler, STREAM, changes=True, needs_bucket=False)
-"""What a form asks for stands in its fields: no header of it says anything."""
+"""A form's requests are in its fields: its HTTP headers mean nothing."""
 
 
 def check_form(headers: Mapping[str, str]) -> None:
-    """The HTTP headers of a browser form. Raises as ``Operation.check_headers``."""
+    """Checks the HTTP headers of a browser form. Raises as ``Operation.check_headers``."""
     _FORM_HEADERS.check_headers(headers)
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
-    """Fields of a browser form that stand for headers. Raises as ``Operation.check_headers``."""
+    """Checks the fields of a browser form that act as headers. Raises as ``Operation.check_headers``."""
     _FORM.check_headers(fields)
 
 
-def hear_query(request: Request) -> None:
-    """Takes x-amz-* parameters of the query for headers, as AWS does: presigned URLs carry them. Raises
+def adopt_query_headers(request: Request) -> None:
+    """Treats x-amz-* parameters of the query as headers, as AWS does: presigned URLs have them. Raises
     InvalidArgument."""
     headers = request.headers
     for name, value in request.query.items():
         lower = name.lower()
-        if not lower.startswith(_WATCHED) or lower in aws_names.SIGNATURE or lower in aws_names.UNHEARD:
+        if not lower.startswith(_WATCHED) or lower in aws_names.SIGNATURE or lower in aws_names.IGNORED_IN_QUERY:
             continue
         if headers.get(lower, value) != value or not TOKEN.fullmatch(lower):
             raise InvalidArgument("A header and a query parameter contradict each other.", ArgumentName=name[:100])
@@ -226,8 +228,8 @@ def hear_query(request: Request) -> None:
 
 
 async def read_body(front: Front, request: Request, operation: Operation) -> None:
-    """The body of an operation that does not stream it. Raises MaxMessageLengthExceeded, BadDigest, InvalidDigest,
-    InvalidRequest."""
+    """Reads the body of an operation that does not stream it. Raises MaxMessageLengthExceeded, BadDigest,
+    InvalidDigest, InvalidRequest."""
     kind = operation.body
     if isinstance(kind, Document):
         request.document = await read_document(
@@ -240,6 +242,6 @@ async def read_body(front: Front, request: Request, operation: Operation) -> Non
         isinstance(kind, NoBody)
         and operation.changes
         and request.body.length != 0
-        and await request.body.read(UNASKED_BYTES_MAX)
+        and await request.body.read(UNEXPECTED_BODY_BYTES_MAX)
     ):
         raise InvalidRequest("The request included a body. Requests of this type must not include a non-empty body.")

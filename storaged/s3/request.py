@@ -1,4 +1,4 @@
-"""One S3 request, taken apart without any URL library: keys are bytes, and what was signed is what arrived.
+"""One S3 request, parsed without any URL library: keys are bytes, and the signed text is the text that arrived.
 
 ``/b///a/../b%2Bc`` names the bucket ``b`` and the key ``//a/../b+c``.
 """
@@ -25,9 +25,8 @@ ANONYMOUS = Principal(user_id="", display_name="anonymous")
 
 
 class Target(Struct, frozen=True):
-    """``raw_path`` is what canonicalisation begins with; ``pairs`` are the decoded parameters in order, ``query`` the
-    first of each name as text.
-    """
+    """A request's target. ``raw_path``: as it arrived, for the signature. ``pairs``: all parameters, decoded, in order.
+    ``query``: the first of each name, as text."""
 
     raw_path: bytes
     pairs: Sequence[tuple[bytes, bytes]]
@@ -66,7 +65,8 @@ def _unquote_plus(text: bytes) -> bytes:
 
 
 def split_path(raw_path: bytes, virtual_bucket: str) -> tuple[str, bytes]:
-    """(bucket, key); both empty: the service, an empty key: the bucket. Raises InvalidURI, KeyTooLongError."""
+    """(bucket, key). Without a bucket the target is the service, without a key it is the bucket. Raises InvalidURI,
+    KeyTooLongError."""
     path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
     if virtual_bucket:
         bucket, key = virtual_bucket, path[1:]
@@ -81,7 +81,7 @@ def split_path(raw_path: bytes, virtual_bucket: str) -> tuple[str, bytes]:
 
 
 def check_key(key: bytes) -> None:
-    """UTF-8 of at most 1,024 bytes. Raises InvalidURI, KeyTooLongError."""
+    """A key is UTF-8 of at most 1,024 bytes. Raises InvalidURI, KeyTooLongError."""
     if len(key) > KEY_BYTES_MAX:
         raise KeyTooLongError(Size=str(len(key)), MaxSizeAllowed=str(KEY_BYTES_MAX))
     if not key.isascii():
@@ -106,8 +106,8 @@ _SECRETS = re.compile(
 
 
 def without_secrets(target: bytes) -> str:
-    """For logs: path and query, a hyphen for each value that signs. Names of parameters count as they are decoded, for
-    a signature is read so too."""
+    """Path and query for logs, with a hyphen for each value that signs. Names of parameters are compared decoded,
+    because signatures are read so too."""
     path, mark, query = _SECRETS.sub(r"\1=-", target.decode("utf-8", "replace")).partition("?")
     if "%" in query:
         query = "&".join(map(_without_secret, query.split("&")))
@@ -123,9 +123,7 @@ NO_TARGET = Target(b"/", (), {})
 
 
 class Request(Struct):
-    """What handlers get. ``bucket_record`` is set, and belongs to ``who``, wherever a handler works on a bucket that
-    must exist.
-    """
+    """What handlers get. ``bucket_record`` is set, and belongs to ``who``, if the operation needs a bucket."""
 
     id: str
     method: str
@@ -139,15 +137,15 @@ class Request(Struct):
     who: Principal = ANONYMOUS
     operation: str = "Unknown"
     modern: bool = True
-    """HTTP/1.1."""
+    """The version is HTTP/1.1, not 1.0."""
     document: bytes = b""
-    """The body, of an operation that takes a document."""
+    """The body, for an operation that takes a document."""
     _body: RequestBody | None = None
     _bucket_record: BucketRecord | None = None
     asked: tuple[NewMeta, BodyChecks, WriteConditions] | None = None
-    """What a PutObject asks for, once that was looked at."""
+    """What a PutObject asks for, once its headers were parsed."""
     reading: Reading | None = None
-    """Of the object's record, when it was read before the handler began."""
+    """The object's record, if it was read before the handler began."""
 
     @property
     def query(self) -> dict[str, str]:
@@ -165,19 +163,20 @@ class Request(Struct):
 
     @property
     def resource(self) -> str:
-        """As errors name it: the path, without the query."""
+        """The path without the query, as errors name it."""
         return self.raw_target.partition(b"?")[0].decode("utf-8", "replace")
 
 
 def origin(request: Request) -> str:
-    """``https://host`` as its client names this server; bytes of the host that are not ASCII are percent-encoded. It
-    fails for no host, so that an answer can name it once all is done."""
+    """``https://host`` as the client names this server. Bytes of the host that are not ASCII are percent-encoded, so
+    that it never fails: an answer can name it when all is done."""
     host = request.headers.get("host", "").encode("utf-8", "surrogateescape")
     return f"{'https' if request.secure else 'http'}://{quote_from_bytes(host, safe=':[]')}"
 
 
 def version_of(request: Request) -> str:
-    """versionId: absent, or ``null`` where there never was versioning. Raises InvalidArgument for an empty one."""
+    """versionId: empty when absent, and ``null`` where there never was versioning. Raises InvalidArgument for an empty
+    one."""
     if not request.query:
         return ""
     version = request.query.get("versionId")
@@ -187,9 +186,8 @@ def version_of(request: Request) -> str:
 
 
 class RequestDone(Struct):
-    """What is known of a request after its answer: for the access log and for metrics. Most of it is read only when
-    somebody wants to know.
-    """
+    """A request after its answer, for the access log and for metrics. Most properties are computed only when they are
+    read."""
 
     request: Request
     reply: Reply
@@ -199,7 +197,7 @@ class RequestDone(Struct):
     complete: bool
     """The client got all of the answer."""
     trace: trace.Trace | None = None
-    """Where the time went, when spans are on."""
+    """The times of its steps, when spans are on."""
 
     @property
     def request_id(self) -> str:
@@ -231,7 +229,7 @@ class RequestDone(Struct):
 
     @property
     def code(self) -> str:
-        """The S3 error's, or empty."""
+        """The S3 error's code, or empty."""
         return self.reply.code
 
     @property

@@ -1,10 +1,10 @@
-"""Which operation a request asks for: by what it names (service, bucket, object), by its subresource, by its method, by
-what it carries (a copy source, a browser's form).
+"""Finds the operation of a request: by its resource (service, bucket, object), its subresource, its method, and what it
+carries (a copy source, a browser's form).
 
-Every subresource that AWS's documentation names is listed, with those that exist on AWS and not here: those that only
-read what was never set get AWS's answer for that, the others 501. A subresource where it does not belong, in another
-case, or beside another one is refused before anything else happens: a ``DELETE /bucket/key?policy`` must not delete the
-object.
+The tables list every subresource that AWS's documentation names. Where this server does not implement one, a read of a
+configuration that was never set gets AWS's answer for that, and the rest gets 501. A subresource of another resource,
+in another case, or together with a second one is refused before anything else happens: a ``DELETE /bucket/key?policy``
+must not delete the object.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SOURCE = "x-amz-copy-source"
 TAGS = Document(256 * KIB)
 """50 tags of 128 and 256 characters, each character escaped, are 190 KiB."""
 ACL = Document(256 * KIB)
-"""100 grants, of which each has at most 1 KiB of names."""
+"""100 grants with names of at most 1 KiB each."""
 CREATION = Document(256 * KIB)
-"""A bucket's location, and tags."""
+"""A bucket's location and tags."""
 KEYS = Document(2 * MIB, digest_required=True)
 """1,000 keys of 1 KiB."""
 PARTS = Document(4 * MIB, of_object=True)
@@ -52,8 +52,8 @@ def _change(
     )
 
 
-def _missing(name: str, error: type[errors.S3Error]) -> Operation:
-    """Reads a configuration that cannot have been set."""
+def _get_never_set(name: str, error: type[errors.S3Error]) -> Operation:
+    """Reads a configuration that can't have been set."""
 
     async def handler(front: Front, request: Request) -> Reply:
         raise error(BucketName=request.bucket)
@@ -61,8 +61,8 @@ def _missing(name: str, error: type[errors.S3Error]) -> Operation:
     return Operation(name, handler)
 
 
-def _unset(name: str) -> Operation:
-    """Removes a configuration that cannot have been set: done already."""
+def _delete_never_set(name: str) -> Operation:
+    """Removes a configuration that can't have been set: it succeeds."""
 
     async def handler(front: Front, request: Request) -> Reply:
         return Reply(204)
@@ -70,8 +70,8 @@ def _unset(name: str) -> Operation:
     return _change(name, handler)
 
 
-def _fixed(name: str, root: str, content: str = "") -> Operation:
-    """Reads a setting that has one value here."""
+def _get_fixed(name: str, root: str, content: str = "") -> Operation:
+    """Reads a setting that has only one value here."""
 
     async def handler(front: Front, request: Request) -> Reply:
         return xml_reply(xml.document(root, content))
@@ -79,8 +79,8 @@ def _fixed(name: str, root: str, content: str = "") -> Operation:
     return Operation(name, handler)
 
 
-def _absent(name: str, *, needs_bucket: bool = True) -> Operation:
-    """Exists on AWS and not here. It changes nothing, so nothing of it has to be checked."""
+def _not_implemented(name: str, *, needs_bucket: bool = True) -> Operation:
+    """An operation that this server does not implement. It changes nothing, so its parameters need no check."""
 
     async def handler(front: Front, request: Request) -> Reply:
         raise errors.NotImplemented(f"{name} is not implemented.")
@@ -89,7 +89,7 @@ def _absent(name: str, *, needs_bucket: bool = True) -> Operation:
 
 
 async def _no_lock(front: Front, request: Request) -> Reply:
-    """Retention and legal holds need a bucket with Object Lock, and no bucket can have it."""
+    """Retention and legal holds need a bucket with Object Lock, and no bucket has it."""
     raise errors.InvalidRequest("Bucket is missing Object Lock Configuration")
 
 
@@ -100,26 +100,26 @@ async def _no_lock_on_bucket(front: Front, request: Request) -> Reply:
 
 
 async def _foreign_action(front: Front, request: Request) -> Reply:
-    """IAM, STS and other query-style calls: answered at once, since clients retry 5xx."""
+    """IAM, STS and other query-style calls. The answer is a 4xx, because clients retry 5xx."""
     raise errors.InvalidAction()
 
 
-def _not_yet(**names: str) -> Methods:
-    """A subresource of which nothing exists: its methods, and AWS's names of their operations."""
-    return {method: _absent(name) for method, name in names.items()}
+def _none_implemented(**names: str) -> Methods:
+    """A subresource of which nothing is implemented: its methods, and AWS's names of their operations."""
+    return {method: _not_implemented(name) for method, name in names.items()}
 
 
 def _configuration(name: str, error: type[errors.S3Error], *, put: str = "") -> Methods:
     return {
-        "GET": _missing(f"Get{put or name}", error),
-        "PUT": _absent(f"Put{put or name}"),
-        "DELETE": _unset(f"Delete{name}"),
+        "GET": _get_never_set(f"Get{put or name}", error),
+        "PUT": _not_implemented(f"Put{put or name}"),
+        "DELETE": _delete_never_set(f"Delete{name}"),
     }
 
 
 def _named(name: str) -> Methods:
     """Configurations of which a bucket may have many."""
-    return _not_yet(
+    return _none_implemented(
         **{
             method: f"{verb}Bucket{name}Configuration"
             for method, verb in (("GET", "Get"), ("PUT", "Put"), ("DELETE", "Delete"))
@@ -128,7 +128,7 @@ def _named(name: str) -> Methods:
 
 
 def _table(name: str) -> Methods:
-    return _not_yet(PUT=f"UpdateBucketMetadata{name}TableConfiguration")
+    return _none_implemented(PUT=f"UpdateBucketMetadata{name}TableConfiguration")
 
 
 FOREIGN = Operation("ForeignAction", _foreign_action, needs_bucket=False, signed=False)
@@ -138,7 +138,7 @@ FORM = _change("PostObject", post.post_object, STREAM, needs_bucket=False, signe
 SERVICE: dict[str, Methods] = {
     "": {"GET": Operation("ListBuckets", buckets.list_buckets, needs_bucket=False), "POST": FOREIGN},
     "Action": {"GET": FOREIGN, "POST": FOREIGN},
-    "max-directory-buckets": {"GET": _absent("ListDirectoryBuckets", needs_bucket=False)},
+    "max-directory-buckets": {"GET": _not_implemented("ListDirectoryBuckets", needs_bucket=False)},
 }
 
 BUCKET: dict[str, Methods] = {
@@ -156,7 +156,7 @@ BUCKET: dict[str, Methods] = {
     "location": {"GET": Operation("GetBucketLocation", buckets.get_location)},
     "versioning": {
         "GET": Operation("GetBucketVersioning", buckets.get_versioning),
-        "PUT": _absent("PutBucketVersioning"),
+        "PUT": _not_implemented("PutBucketVersioning"),
     },
     "tagging": {
         "GET": Operation("GetBucketTagging", buckets.get_tagging),
@@ -165,7 +165,7 @@ BUCKET: dict[str, Methods] = {
     },
     "acl": {"GET": Operation("GetBucketAcl", buckets.get_acl), "PUT": _change("PutBucketAcl", acl.put_acl, ACL)},
     "policy": _configuration("BucketPolicy", errors.NoSuchBucketPolicy),
-    "policyStatus": {"GET": _fixed("GetBucketPolicyStatus", "PolicyStatus", "<IsPublic>false</IsPublic>")},
+    "policyStatus": {"GET": _get_fixed("GetBucketPolicyStatus", "PolicyStatus", "<IsPublic>false</IsPublic>")},
     "cors": _configuration("BucketCors", errors.NoSuchCORSConfiguration),
     "lifecycle": _configuration(
         "BucketLifecycle", errors.NoSuchLifecycleConfiguration, put="BucketLifecycleConfiguration"
@@ -176,34 +176,37 @@ BUCKET: dict[str, Methods] = {
     "publicAccessBlock": _configuration("PublicAccessBlock", errors.NoSuchPublicAccessBlockConfiguration),
     "ownershipControls": _configuration("BucketOwnershipControls", errors.OwnershipControlsNotFoundError),
     "object-lock": {
-        "GET": _missing("GetObjectLockConfiguration", errors.ObjectLockConfigurationNotFoundError),
+        "GET": _get_never_set("GetObjectLockConfiguration", errors.ObjectLockConfigurationNotFoundError),
         "PUT": Operation("PutObjectLockConfiguration", _no_lock_on_bucket),
     },
-    "logging": {"GET": _fixed("GetBucketLogging", "BucketLoggingStatus"), "PUT": _absent("PutBucketLogging")},
+    "logging": {
+        "GET": _get_fixed("GetBucketLogging", "BucketLoggingStatus"),
+        "PUT": _not_implemented("PutBucketLogging"),
+    },
     "notification": {
-        "GET": _fixed("GetBucketNotificationConfiguration", "NotificationConfiguration"),
-        "PUT": _absent("PutBucketNotificationConfiguration"),
+        "GET": _get_fixed("GetBucketNotificationConfiguration", "NotificationConfiguration"),
+        "PUT": _not_implemented("PutBucketNotificationConfiguration"),
     },
     "accelerate": {
-        "GET": _fixed("GetBucketAccelerateConfiguration", "AccelerateConfiguration"),
-        "PUT": _absent("PutBucketAccelerateConfiguration"),
+        "GET": _get_fixed("GetBucketAccelerateConfiguration", "AccelerateConfiguration"),
+        "PUT": _not_implemented("PutBucketAccelerateConfiguration"),
     },
     "requestPayment": {
-        "GET": _fixed("GetBucketRequestPayment", "RequestPaymentConfiguration", "<Payer>BucketOwner</Payer>"),
-        "PUT": _absent("PutBucketRequestPayment"),
+        "GET": _get_fixed("GetBucketRequestPayment", "RequestPaymentConfiguration", "<Payer>BucketOwner</Payer>"),
+        "PUT": _not_implemented("PutBucketRequestPayment"),
     },
     "analytics": _named("Analytics"),
     "inventory": _named("Inventory"),
     "metrics": _named("Metrics"),
     "intelligent-tiering": _named("IntelligentTiering"),
-    "abac": _not_yet(GET="GetBucketAbac", PUT="PutBucketAbac"),
-    "session": _not_yet(GET="CreateSession"),
-    "metadataConfiguration": _not_yet(
+    "abac": _none_implemented(GET="GetBucketAbac", PUT="PutBucketAbac"),
+    "session": _none_implemented(GET="CreateSession"),
+    "metadataConfiguration": _none_implemented(
         GET="GetBucketMetadataConfiguration",
         POST="CreateBucketMetadataConfiguration",
         DELETE="DeleteBucketMetadataConfiguration",
     ),
-    "metadataTable": _not_yet(
+    "metadataTable": _none_implemented(
         GET="GetBucketMetadataTableConfiguration",
         POST="CreateBucketMetadataTableConfiguration",
         DELETE="DeleteBucketMetadataTableConfiguration",
@@ -244,31 +247,31 @@ OBJECT: dict[str, Methods] = {
     "retention": {"GET": Operation("GetObjectRetention", _no_lock), "PUT": Operation("PutObjectRetention", _no_lock)},
     "legal-hold": {"GET": Operation("GetObjectLegalHold", _no_lock), "PUT": Operation("PutObjectLegalHold", _no_lock)},
     "torrent": {"GET": Operation("GetObjectTorrent", objects.get_torrent)},
-    "restore": _not_yet(POST="RestoreObject"),
-    "select": _not_yet(POST="SelectObjectContent"),
-    "renameObject": _not_yet(PUT="RenameObject"),
-    "encryption": _not_yet(PUT="UpdateObjectEncryption"),
-    "annotation": _not_yet(GET="GetObjectAnnotation", PUT="PutObjectAnnotation", DELETE="DeleteObjectAnnotation"),
-    "append": _not_yet(POST="AppendObject", PUT="AppendObject"),
+    "restore": _none_implemented(POST="RestoreObject"),
+    "select": _none_implemented(POST="SelectObjectContent"),
+    "renameObject": _none_implemented(PUT="RenameObject"),
+    "encryption": _none_implemented(PUT="UpdateObjectEncryption"),
+    "annotation": _none_implemented(
+        GET="GetObjectAnnotation", PUT="PutObjectAnnotation", DELETE="DeleteObjectAnnotation"
+    ),
+    "append": _none_implemented(POST="AppendObject", PUT="AppendObject"),
 }
-"""``append`` is other stores' (Aliyun's): who asks for it must not get an overwrite."""
+"""``append`` exists in other stores (Aliyun's): a client that asks for it must not get an overwrite."""
 
 SUBRESOURCES = frozenset({*BUCKET, *OBJECT} - {""})
 
 _FOLDED = {name.lower(): name for name in (*aws_names.PARAMETERS, *sorted(SUBRESOURCES))}
-"""Lower case -> the name as AWS spells it. Names of subresources win."""
+"""Lower case -> the name as AWS spells it. Names of subresources take precedence."""
 
 _WORD = re.compile(r"\A[^\w-]+|(?<=[\w-])[^\w-].*\Z", re.DOTALL)
-"""What stands around the first word of a parameter's name: ``?acl?versionId=x`` and ``?%20acl``
-mean the subresource.
-"""
+"""The text around the first word of a parameter's name: ``?acl?versionId=x`` and ``?%20acl`` mean the subresource."""
 
 
 def find(
     method: str, bucket: str, key: bytes, query: Mapping[str, str], headers: Mapping[str, str], count: int = 0
 ) -> Operation:
-    """The row of a request. ``count``: of query parameters that came. Reads the target, and which headers there are,
-    but no value.
+    """The operation of a request, by its target and the names of its headers. ``count``: the number of its query
+    parameters.
 
     Raises MethodNotAllowed, NotImplemented (another case), InvalidArgument (two subresources, a parameter of another
     operation).
@@ -291,7 +294,8 @@ def find(
 
 
 def _subresource(table: Mapping[str, Methods], query: Mapping[str, str]) -> str:
-    """Empty: none. Parameters that name no subresource are the operation's, or unknown to AWS as well (``x-id``)."""
+    """Empty: there is none. Parameters that name no subresource are the operation's, or AWS ignores them too
+    (``x-id``)."""
     found = ""
     for name in query:
         if name in table and name:
@@ -310,8 +314,8 @@ def _subresource(table: Mapping[str, Methods], query: Mapping[str, str]) -> str:
 
 
 def _check_case(query: Mapping[str, str]) -> None:
-    """Of parameters that are no subresources: a read ignores what it does not know, as AWS does; a change does not.
-    Raises NotImplemented."""
+    """Checks parameters that are no subresources. A read ignores unknown ones, as AWS does; a change does not. Raises
+    NotImplemented."""
     for name in query:
         if (spelt := _FOLDED.get(_WORD.sub("", name).lower(), name)) != name:
             raise _misspelt(name, spelt)

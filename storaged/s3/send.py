@@ -1,9 +1,7 @@
-"""Sending answers: one write for a small one, piece by piece with back-pressure for an object; and what becomes of a
-body nobody read.
+"""Sends answers: a small one in one write, an object piece by piece with back-pressure. Drops unread bodies.
 
-A piece of an object may lie in a pooled buffer that is used again when the next is asked for. So the transport may keep
-nothing: each piece has gone to the
-kernel (or through TLS) before the next is taken, see ``connection``.
+A piece of an object may be in a pooled buffer that is reused when the next piece is asked for. So the transport may
+keep nothing: each piece has gone to the kernel (or through TLS) before the next is taken (``http.connection``).
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from storaged.units import KIB
 log = logging.getLogger("storaged.s3")
 
 JOIN_BYTES_MAX = 64 * KIB
-"""Up to here copying head and body together is cheaper than a second system call."""
+"""Up to this size, joining head and body costs less than a second system call."""
 
 UNKNOWN_BYTES = 1 << 62
 """The length of what a client sends after its last answer."""
@@ -39,11 +37,11 @@ class Sent(NamedTuple):
     complete: bool
     keep_alive: bool
     unread: bool
-    """The client may still be sending; see ``take_rest``."""
+    """The client may still be sending its request; see ``take_rest``."""
 
 
 class Sender:
-    """Writes replies of one front to its connections."""
+    """Writes the answers of one S3 port to its connections."""
 
     def __init__(self, limits: Limits, clock: Clock, host_id: str) -> None:
         self._limits = limits
@@ -51,12 +49,11 @@ class Sender:
         self._host_id = host_id
         self._second = -1
         self._common = ""
-        """Lines that all answers of one second have."""
+        """The header lines that all answers of one second have."""
 
     def put(self, connection: Connection, request: Request, reply: Reply, keep: bool) -> int:
-        """Writes an answer that is no stream; the bytes of its body. Raises ConnectionResetError, ValueError. See
-        ``Connection.paused``.
-        """
+        """Writes an answer that is no stream. Returns the bytes of its body. Raises ConnectionResetError, ValueError.
+        See ``Connection.paused``."""
         data = self._head(request, reply, keep)
         payload = b"" if request.method == "HEAD" or reply.status in (204, 304) else reply.body
         if len(payload) <= JOIN_BYTES_MAX:
@@ -67,10 +64,10 @@ class Sender:
         return len(payload)
 
     async def send(self, connection: Connection, request: Request, reply: Reply, may_keep: bool) -> Sent:
-        """Never raises but for cancellation: a client that has gone is no error of ours."""
+        """Raises only CancelledError: a client that has gone is no error of this server."""
         body = request._body
         if body is not None and body.awaited and reply.status < 300:
-            body.go_on()  # asked for it and is welcome: some clients insist, even when nothing more was needed of them
+            body.go_on()  # some clients insist on the interim answer, even when the server needs nothing more
         keep = may_keep and self._can_drain(request)
         bytes_out, complete = 0, False
         try:
@@ -98,11 +95,10 @@ class Sender:
             return sent._replace(complete=False, keep_alive=False)
         return sent
 
-    # --- heads
-    # ----------------------------------------------------------------------------------------------------------
+    # --- heads --------------------------------------------------------------------------------------------------------
 
     def _head(self, request: Request, reply: Reply, keep: bool) -> bytes:
-        """Raises ValueError for what must not be in a header."""
+        """Raises ValueError for a control character in a header."""
         status, second = reply.status, self._clock.wall_ms() // 1000
         if second != self._second:
             self._second = second
@@ -122,15 +118,13 @@ class Sender:
             text += "Connection: keep-alive\r\n"
         return (text + "\r\n").encode("utf-8", "surrogateescape")
 
-    # --- bodies
-    # ---------------------------------------------------------------------------------------------------------
+    # --- bodies -------------------------------------------------------------------------------------------------------
 
     async def _send_stream(
         self, connection: Connection, request: Request, reply: Reply, stream: ObjectStream, keep: bool
     ) -> tuple[Reply, int, bool]:
-        """(the reply, bytes sent, whether it was all). A failure before the first byte becomes a proper answer; a later
-        one breaks the connection, so that
-        no client takes a part for the whole."""
+        """(the answer, bytes sent, whether all was sent). A failure before the first byte becomes an error answer. A
+        later one breaks the connection, so that no client takes a part for the whole."""
         sent = 0
         head = b""
         try:
@@ -147,7 +141,7 @@ class Sender:
                 if connection.paused:
                     await connection.drained()
                 sent += len(piece)
-                del piece  # else the view keeps its memory from being used again while the next one is waited for
+                del piece  # else this view keeps its memory from being reused while the next piece is awaited
             if sent != stream.length:
                 raise DataDamaged(f"{sent} of {stream.length} bytes were read")
             if head:
@@ -174,11 +168,10 @@ class Sender:
         body = xml.error_document(shown.code, shown.message, shown.details, request.resource, request.id, self._host_id)
         return Reply(shown.status, {"Content-Type": XML_TYPE}, body, code=shown.code)
 
-    # --- what was not read
-    # ------------------------------------------------------------------------------------------------
+    # --- unread bodies ------------------------------------------------------------------------------------------------
 
     def _can_drain(self, request: Request) -> bool:
-        """May the connection be kept: is what is left of the body there already, or small?"""
+        """Whether the connection can be kept: the rest of the body has arrived already, or is small."""
         body = request._body
         if body is None:
             return False
@@ -189,16 +182,15 @@ class Sender:
         return body.length is None or body.length - body.bytes_come <= self._limits.drain_bytes_max
 
     async def take_rest(self, connection: Connection, request: Request, sent: Sent) -> bool:
-        """Throws away what is left of the body, within bounds; True when the connection can carry another request."""
+        """Drops the rest of the body, within bounds. True when the connection can carry another request."""
         if sent.keep_alive:
             return await request.body.discard(self._limits.drain_bytes_max, self._limits.linger_s)
         await self._linger(connection)
         return False
 
     async def _linger(self, connection: Connection) -> None:
-        """Throws away what a client still sends after its last answer: closing with unread bytes would reset the
-        connection, and it might never see the answer.
-        """
+        """Drops what a client still sends after its last answer. Closing a socket with unread bytes resets the
+        connection, and the client might not read the answer."""
         connection.end_writing()
         rest = RequestBody(connection, UNKNOWN_BYTES, None, self._limits)
         connection.open_body(rest)

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from storaged.errors import InvalidArgument, NotImplemented
 from storaged.s3 import aws_names
-from storaged.s3.operation import hear_query
+from storaged.s3.operation import adopt_query_headers
 from storaged.s3.request import Request, Target
 from storaged.s3.routes import OBJECT, SUBRESOURCES
 from tests.integration.s3_front import ACCESS, REGION, World, s3_world, signed
@@ -411,7 +411,7 @@ async def test_what_presigned_urls_say_of_an_object_is_heard(world: World) -> No
 def test_no_parameter_becomes_a_header_that_http_does_not_have(query: dict[str, str]) -> None:
     request = Request("", "PUT", b"/", "", False, {}, Target(b"/", (), query))
     with pytest.raises(InvalidArgument):
-        hear_query(request)
+        adopt_query_headers(request)
     assert request.headers == {}
 
 
