@@ -45,7 +45,7 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Slot, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
-from storaged.meta.storage.scan import DigestsKept
+from storaged.meta.storage.scan import DigestCache
 from storaged.objects.api import Buckets, Listing, Objects, Show, Users
 from storaged.objects.code import erasure
 from storaged.objects.code.seal import seal_part
@@ -379,7 +379,7 @@ async def pages() -> list[Measured]:
         assert page.gateway_at_first().count(b"<Key>") == page.gateway().count(b"<Key>") == 1000
         cipher, field = AESGCM(bytes(32)), AESGCM(bytes(32)).encrypt(bytes(12), bytes(60), bytes(110))
         opening = 1000 * least_us(lambda: cipher.decrypt(bytes(12), field, bytes(110)))
-        digests, asks = DigestsKept(), sum(len(request.shards) for request in page.ring.asked)
+        digests, asks = DigestCache(), sum(len(request.shards) for request in page.ring.asked)
         again = [
             figure("page of 1,000 again: the gateway's part", least_us(page.gateway, calls=5), "page"),
             Measured(

@@ -19,7 +19,7 @@ from storaged.meta.listing.merge import RingScanner
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import Value, Visibility, object_name
 from storaged.meta.ports import Ballot, MetaStore, Slot
-from storaged.meta.storage.scan import DigestsKept, scan_store
+from storaged.meta.storage.scan import DigestCache, scan_store
 from storaged.objects import listing as objects_listing
 from storaged.objects.api import Buckets, Objects, Users
 from storaged.objects.cache.listed_rows import ListedLately
@@ -131,7 +131,7 @@ class Page:
         self.ring.listed.clear()
         return self.gateway()
 
-    def replicas(self, digests: DigestsKept | None = None) -> int:
+    def replicas(self, digests: DigestCache | None = None) -> int:
         """Does the work of all replicas for the page that was listed last, without receiving and sending. Returns the
         number of rows.
         """

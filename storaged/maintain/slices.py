@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from storaged.clock import Clock
-from storaged.meta.ports import MetaStore
+from storaged.meta.ports import MetaStore, RowRange
 from storaged.meta.storage.readahead import THREADS
 
 ROWS_A_SLICE = 64
@@ -26,11 +26,12 @@ async def slices(
     """
     after = b""
     while True:
+        wanted = RowRange(table, scope, shard, after, b"", ROWS_A_SLICE)
         if store.large:
-            read = partial(store.warm, table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE, whole=True)
+            read = partial(store.read_ahead, wanted, whole=True)
             await asyncio.get_running_loop().run_in_executor(THREADS, read)
         began = clock.monotonic()
-        rows = store.slice(table, scope, shard, after=after, prefix=b"", limit=ROWS_A_SLICE)
+        rows = store.slice(wanted)
         if not rows:
             return
         yield rows

@@ -22,7 +22,6 @@ from storaged.wire import Buffer, Message
 if TYPE_CHECKING:
     from storaged.meta import messages
     from storaged.meta.messages import ScanReply, ScanRequest
-    from storaged.meta.storage.dirty_ranges import Changes
 
 Update = Callable[[Value | None], Change | None]
 """Pure: the settled value (None: never written) -> what it should become, or None to leave it as it is.
@@ -447,6 +446,38 @@ class Stamps(NamedTuple):
     more: bool
 
 
+class RowRange(NamedTuple):
+    """Rows of one shard with key > ``after`` and the prefix, in key order, at most ``limit``."""
+
+    table: int
+    scope: bytes
+    shard: int
+    after: bytes
+    prefix: bytes
+    limit: int
+
+    @property
+    def name_prefix(self) -> bytes:
+        """table || scope || shard."""
+        return RegisterName(self.table, self.scope, self.shard, b"").prefix
+
+
+class DirtyRanges(Protocol):
+    """Whether rows of a store may have changed since they were read. Damage does not count as a change. ``prefix`` is a
+    shard's: table || scope || shard.
+    """
+
+    def count_of(self, prefix: bytes) -> int:
+        """The shard's count, to be read before the rows."""
+
+    def changed_since(
+        self, count: int, prefix: bytes, *, after: bytes, key_prefix: bytes, through: bytes | None
+    ) -> bool:
+        """Whether rows with key > ``after`` and the prefix, up to ``through`` (None: to the end), may have changed
+        since the count was this.
+        """
+
+
 @dataclass(frozen=True)
 class MetaStoreStatistics:
     """``state``: ok, read-only. ``commits``: groups of the log. ``rows`` and ``bytes_used`` (of ``map_bytes``) as of
@@ -469,8 +500,8 @@ class MetaStoreStatistics:
 class MetaStore(Protocol):
     """One disk's acceptor state. Reads see only what is synced; they are short and may be called on the event loop."""
 
-    changes: Changes
-    """Tells whether what was read of rows is still so, but for damage."""
+    @property
+    def dirty_ranges(self) -> DirtyRanges: ...
 
     @property
     def store_id(self) -> bytes:
@@ -499,32 +530,26 @@ class MetaStore(Protocol):
 
     def get_meta(self, key: str) -> bytes | None: ...
 
-    def slice(
-        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
-    ) -> list[tuple[bytes, bytes]]:
-        """Rows with key > ``after`` and the prefix, in key order, tombstones included, at most ``limit``; one short
-        snapshot: (key, the row's bytes as rowvalue lays them
-        out, unverified). Raises RowDamaged where a page or a link is."""
+    def slice(self, wanted: RowRange) -> list[tuple[bytes, bytes]]:
+        """The rows of the range in key order, tombstones included, in one short snapshot: (key, the row's bytes as
+        rowvalue lays them out, unverified). Raises RowDamaged where a page or a link is damaged.
+        """
 
-    def columns(
-        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
-    ) -> tuple[list[bytes], list[bytes], bool]:
+    def columns(self, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool]:
         """As slice, but the keys and the rows apart, for work on all of them at once; and whether there are more."""
+
+    def stamps(self, wanted: RowRange) -> Stamps:
+        """The stamps of the rows that ``columns`` would return (``rowvalue.stamps_of``), without reading the rest of
+        the rows.
+        """
 
     @property
     def large(self) -> bool:
-        """Whether reading many rows may wait for the disk: ``warm`` is to be called first, in another thread."""
+        """Whether reading many rows may wait for the disk: call ``read_ahead`` first, in another thread."""
 
-    def warm(
-        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool
-    ) -> None:
-        """Has in memory what ``columns`` reads, or not ``whole``: ``stamps``; from any thread. Raises nothing: what
-        can't be read is found by who reads it.
-        """
-
-    def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
-        """Of the rows that ``columns`` would give what stands for them (``rowvalue.stamps_of``), without reading the
-        rest of them.
+    def read_ahead(self, wanted: RowRange, *, whole: bool) -> None:
+        """Brings into memory what ``columns`` reads, or (not ``whole``) ``stamps``. From any thread. Raises nothing:
+        the read that follows reports what can't be read.
         """
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:

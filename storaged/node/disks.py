@@ -34,9 +34,9 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.ports import Copy, Kept, StoreBatch
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import (
-    TOLD_BYTES_A_DISK,
-    TOLD_BYTES_MAX,
-    CopiesToldLately,
+    COPY_CACHE_BYTES_A_DISK,
+    COPY_CACHE_BYTES_MAX,
+    SmallCopyCache,
     LoadCopy,
     PlainCopies,
 )
@@ -83,20 +83,20 @@ class DiskCopies(PlainCopies):
     """
 
     def __init__(
-        self, meta: LmdbMetaStore, fragments: LocalFragmentStore, told: CopiesToldLately | None = None
+        self, meta: LmdbMetaStore, fragments: LocalFragmentStore, cache: SmallCopyCache | None = None
     ) -> None:
         payloads = Payloads(fragments)
-        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.try_load_payload, told)
+        super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.try_load_payload, cache)
         self._fragments = fragments
         self._records = meta
-        meta.keep_copies = fragments.keep
-        meta.sync_copies = fragments.sync_apart
+        meta.hooks.keep_copies = fragments.keep
+        meta.hooks.sync_copies = fragments.sync_apart
 
-    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
+    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept) -> None:
         try:
-            record = self._records.ready(batch, partial(done, None))
+            record = self._records.pack(batch, partial(on_done, None))
         except StoragedError as error:
-            done(None, error)
+            on_done(None, error)
             return
         body = [_own(piece) for piece in body]
         try:
@@ -105,15 +105,15 @@ class DiskCopies(PlainCopies):
         except StoragedError as error:
             refusal = error
         if refusal is not None:
-            done(refusal, None)
+            on_done(refusal, None)
         elif write.payload_bytes > COPY_BYTES_MAX:  # the redo log takes no group so large
             self._fragments.withdraw(write)
-            super().keep(header, body, batch, done)
+            super().keep(header, body, batch, on_done)
         else:
-            record.copy, record.kept = (header, body), write
+            record.copy, record.copy_write = (header, body), write
             record.size += len(header) + write.payload_bytes
             try:
-                self._records.post_ready(record)
+                self._records.post_packed(record)
             except StoragedError:
                 self._fragments.withdraw(write)
                 raise
@@ -254,7 +254,7 @@ class Opener:
         self._open_s = open_s
         self._first = False
         """Whether this very process formed the node."""
-        self._told = CopiesToldLately(min(TOLD_BYTES_A_DISK * len(config.disks), TOLD_BYTES_MAX))
+        self._copy_cache = SmallCopyCache(min(COPY_CACHE_BYTES_A_DISK * len(config.disks), COPY_CACHE_BYTES_MAX))
         self._failure: BaseException | None = None
 
     async def open(self) -> Disks:
@@ -352,7 +352,7 @@ class Opener:
             LmdbMetaStore.open_or_refuse, directory / "meta", opening.expected, map_bytes=limits.meta_map_bytes
         )
         meta = await in_own_thread(open_meta)
-        meta.note_failed = partial(self._note_failed, section.id, "meta")
+        meta.hooks.on_failed = partial(self._note_failed, section.id, "meta")
         try:
             fragments = await LocalFragmentStore.open(
                 directory / "fragments",
@@ -371,7 +371,7 @@ class Opener:
             raise
         try:
             await restore_copies(meta, fragments)
-            replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments, self._told), clock=self._clock)
+            replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments, self._copy_cache), clock=self._clock)
             if opening.accepted:  # its earlier promises are unknown: this is above all of them
                 await replica.end_promises(self._epoch())
             await asyncio.to_thread(ledger.record, section.id, meta.identity)

@@ -1,10 +1,8 @@
 """``MetaStore`` in memory, for simulations: the same bytes as on LMDB, and a disk that loses what was not synced.
 
-A commit becomes durable, and visible, when the injected ``sync`` has returned; commits that arrive meanwhile share the
-next one. ``crash``
-is the power cut: commits on their way fail, but for a prefix of them that reached the disk without anyone being told.
-The object is the
-disk: what comes after the crash uses it again.
+A commit becomes durable, and readable, when the injected ``sync`` has returned. Commits that arrive meanwhile share the
+next one. ``crash`` is the power cut: it fails the commits on their way, though the first few may have reached the disk.
+The object is the disk: what runs after the crash uses it again.
 """
 
 from __future__ import annotations
@@ -19,20 +17,20 @@ from storaged.errors import DiskUnusable, StoragedError
 from storaged.hashes import is_page
 from storaged.ids import Entropy, system_entropy
 from storaged.meta.names import RegisterName, Table
-from storaged.meta.ports import Done, Fence, RowDamaged, Slot, Stamps, StoreBatch, StoredPage
-from storaged.meta.storage.dirty_ranges import Changes
+from storaged.meta.ports import Done, Fence, RowDamaged, RowRange, Slot, Stamps, StoreBatch, StoredPage
+from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
 from storaged.meta.storage.rowvalue import columns_of, intact, pack_row, stamps_in, unpack_row
 
 SLICE_ROWS_MAX = 10_000
 
 
-async def _at_once() -> None:
+async def _sync_nothing() -> None:
     """A disk that syncs in no time."""
 
 
 @dataclass
 class _Shard:
-    """Rows of one (table, scope, shard): the keys in order, and each one's bytes."""
+    """Rows of one (table, scope, shard): the keys in order, and each key's row."""
 
     keys: list[bytes] = field(default_factory=list)
     rows: dict[bytes, bytes] = field(default_factory=dict)
@@ -47,11 +45,13 @@ class _Pending:
 
 
 class MemoryMetaStore:
-    """``sync`` is awaited once for every group of commits (a virtual delay in simulations); ``entropy`` gives the
+    """``sync`` is awaited once for every group of commits (a virtual delay in simulations). ``entropy`` gives the
     store's id.
     """
 
-    def __init__(self, *, sync: Callable[[], Awaitable[None]] = _at_once, entropy: Entropy = system_entropy) -> None:
+    def __init__(
+        self, *, sync: Callable[[], Awaitable[None]] = _sync_nothing, entropy: Entropy = system_entropy
+    ) -> None:
         self.identity = entropy(16) + (1).to_bytes(8, "big")
         self._sync = sync
         self._shards: dict[tuple[int, bytes, int], _Shard] = {}
@@ -61,7 +61,7 @@ class MemoryMetaStore:
         self._pending: list[_Pending] = []
         self._turn = asyncio.Lock()
         self._posted: set[asyncio.Task[None]] = set()
-        self.changes = Changes()
+        self.dirty_ranges = DirtyRangeTracker()
         self._crashes = 0
         self._reason = ""
 
@@ -71,10 +71,8 @@ class MemoryMetaStore:
     def store_id(self) -> bytes:
         return self.identity[:16]
 
-    def warm(
-        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int, whole: bool
-    ) -> None:
-        """All of it is in memory."""
+    def read_ahead(self, wanted: RowRange, *, whole: bool) -> None:
+        """Everything is in memory."""
 
     def get(self, name: RegisterName) -> Slot | None:
         shard = self._shards.get(name[:3])
@@ -106,29 +104,25 @@ class MemoryMetaStore:
     def get_meta(self, key: str) -> bytes | None:
         return self._meta.get(key)
 
-    def slice(
-        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
-    ) -> list[tuple[bytes, bytes]]:
-        if limit > SLICE_ROWS_MAX:
-            raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} rows, not {limit}")
-        held = self._shards.get((table, scope, shard))
+    def slice(self, wanted: RowRange) -> list[tuple[bytes, bytes]]:
+        if wanted.limit > SLICE_ROWS_MAX:
+            raise ValueError(f"a slice has at most {SLICE_ROWS_MAX} rows, not {wanted.limit}")
+        held = self._shards.get(wanted[:3])
         if held is None:
             return []
-        first = max(bisect_right(held.keys, after), bisect_left(held.keys, prefix))
+        first = max(bisect_right(held.keys, wanted.after), bisect_left(held.keys, wanted.prefix))
         found = []
-        for key in held.keys[first : first + max(limit, 0)]:
-            if not key.startswith(prefix):
+        for key in held.keys[first : first + max(wanted.limit, 0)]:
+            if not key.startswith(wanted.prefix):
                 break
             found.append((key, held.rows[key]))
         return found
 
-    def columns(
-        self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
-    ) -> tuple[list[bytes], list[bytes], bool]:
-        return columns_of(self.slice(table, scope, shard, after=after, prefix=prefix, limit=limit + 1), limit)
+    def columns(self, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool]:
+        return columns_of(self.slice(wanted._replace(limit=wanted.limit + 1)), wanted.limit)
 
-    def stamps(self, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps:
-        return stamps_in(*self.columns(table, scope, shard, after=after, prefix=prefix, limit=limit))
+    def stamps(self, wanted: RowRange) -> Stamps:
+        return stamps_in(*self.columns(wanted))
 
     def scopes(self, partition: int | None = None) -> list[tuple[int, bytes, int]]:
         return [
@@ -139,8 +133,8 @@ class MemoryMetaStore:
         ]
 
     async def commit(self, batch: StoreBatch) -> None:
-        """As the port says. The first of those that wait syncs for all that have arrived; a cancelled one leaves its
-        batch for the next sync.
+        """As the port says. The first of the waiting commits syncs for all that have arrived. A cancelled one leaves
+        its batch for the next sync.
         """
         self._refuse_when_unusable()
         entry = _Pending(batch, [(slot.name, pack_row(slot)) for slot in batch.slots])
@@ -152,19 +146,19 @@ class MemoryMetaStore:
                 raise ValueError(f"not a name for a small value: {key!r}")
         await self._write(entry)
 
-    def post(self, batch: StoreBatch, done: Done) -> None:
+    def post(self, batch: StoreBatch, on_done: Done) -> None:
         self._refuse_when_unusable()
-        task = asyncio.get_running_loop().create_task(self._post(batch, done))
+        task = asyncio.get_running_loop().create_task(self._post(batch, on_done))
         self._posted.add(task)
         task.add_done_callback(self._posted.discard)
 
-    async def _post(self, batch: StoreBatch, done: Done) -> None:
+    async def _post(self, batch: StoreBatch, on_done: Done) -> None:
         try:
             await self.commit(batch)
         except StoragedError as error:
-            done(error)
+            on_done(error)
         else:
-            done(None)
+            on_done(None)
 
     async def delete_pages(self, pages: Sequence[tuple[bytes, int]]) -> int:
         self._refuse_when_unusable()
@@ -192,7 +186,7 @@ class MemoryMetaStore:
 
     def _apply(self, count: int) -> None:
         for entry in self._pending[:count]:
-            with self.changes.counting([(name.prefix, name.key) for name, _ in entry.rows]):
+            with self.dirty_ranges.changing([(name.prefix, name.key) for name, _ in entry.rows]):
                 for name, row in entry.rows:
                     shard = self._shards.setdefault(name[:3], _Shard())
                     if name.key not in shard.rows:
@@ -211,8 +205,8 @@ class MemoryMetaStore:
         del self._pending[:count]
 
     def crash(self, reached_disk: int = 0) -> None:
-        """Power is lost: of the commits on their way the first ``reached_disk`` are on the disk all the same; all of
-        them fail with DiskUnusable.
+        """Power is lost: all commits on their way fail with DiskUnusable, but the first ``reached_disk`` of them are on
+        the disk.
         """
         self._apply(min(reached_disk, len(self._pending)))
         self._pending.clear()
@@ -220,16 +214,16 @@ class MemoryMetaStore:
         self._turn = asyncio.Lock()
 
     def fail(self, reason: str) -> None:
-        """From now on the disk refuses every write, those on their way included."""
+        """From now on the disk refuses every write, also those on their way."""
         self._reason = reason
 
     def damage(self, name: RegisterName) -> None:
-        """Flips one bit of a row that is there."""
+        """Flips one bit of a row."""
         rows = self._shards[name[:3]].rows
         rows[name.key] = rows[name.key][:-1] + bytes([rows[name.key][-1] ^ 1])
 
     def damage_page(self, page_hash: bytes) -> None:
-        """Flips one bit of a page that is there."""
+        """Flips one bit of a page."""
         page = self._pages[page_hash]
         self._pages[page_hash] = page._replace(body=page.body[:-1] + bytes([page.body[-1] ^ 1]))
 

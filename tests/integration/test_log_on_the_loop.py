@@ -28,7 +28,7 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, StoreBatch
-from storaged.meta.storage import lmdb_store as store_module
+from storaged.meta.storage import state as store_module
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.node.disks import DiskCopies, restore_copies
 from storaged.wire import encode
@@ -260,7 +260,7 @@ async def meta(tmp_path: Path) -> AsyncIterator[LmdbMetaStore]:
 
 
 def direct_of(meta: LmdbMetaStore) -> DirectFile:
-    direct = meta._redo._direct
+    direct = meta._state.redo._direct
     if direct is None:
         pytest.skip("no direct writes here")
     return direct
@@ -338,7 +338,7 @@ async def test_a_group_that_cannot_be_laid_out_is_told_of_and_so_is_all_that_wai
 
 
 async def test_what_comes_after_pages_and_rows_in_one_batch_is_applied_after_them(meta: LmdbMetaStore) -> None:
-    meta._writing.acquire()  # pages are slow
+    meta._state.lmdb_lock.acquire()  # pages are slow
     commits = [
         asyncio.create_task(meta.commit(batch))
         for batch in (
@@ -350,7 +350,7 @@ async def test_what_comes_after_pages_and_rows_in_one_batch_is_applied_after_the
     await asyncio.sleep(0.05)
     commits.append(asyncio.create_task(meta.commit(StoreBatch(meta={"a": b"3"}))))
     await asyncio.sleep(0.05)
-    meta._writing.release()
+    meta._state.lmdb_lock.release()
     await asyncio.gather(*commits)
     assert meta.get_meta("a") == b"3"
 
@@ -360,16 +360,16 @@ async def test_an_empty_batch_is_answered_when_all_before_it_are_durable(
     meta: LmdbMetaStore, pages_begun: bool
 ) -> None:
     begun: list[Callable[[None], None]] = []
-    meta._redo.begin = lambda _loop, _body, done: begun.append(done) is None  # type: ignore[method-assign]
+    meta._state.redo.try_write = lambda _loop, _body, done: begun.append(done) is None  # type: ignore[method-assign]
     told: list[str] = []
-    meta._writing.acquire()
+    meta._state.lmdb_lock.acquire()
     meta.post(StoreBatch(pages=[page_of(b"page")]), lambda _error: told.append("page"))
     if pages_begun:
         await asyncio.sleep(0.05)
     meta.post(StoreBatch(meta={"a": b"1"}), lambda _error: told.append("row"))
     meta.post(StoreBatch(), lambda _error: told.append("barrier"))
     await asyncio.sleep(0.05)
-    steps: list[Callable[[], None]] = [meta._writing.release, lambda: begun.pop()(None)]
+    steps: list[Callable[[], None]] = [meta._state.lmdb_lock.release, lambda: begun.pop()(None)]
     after: list[list[str]] = []
     for step in steps if pages_begun else reversed(steps):
         step()

@@ -241,8 +241,8 @@ async def test_a_metadata_store_that_failed_is_refused_also_where_the_disk_could
     def refuses(*_: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("storaged.meta.storage.lmdb_store.replace_file", refuses)
-    await asyncio.to_thread(disk.meta._fail, OSError(5, "Input/output error"))
+    monkeypatch.setattr("storaged.meta.storage.state.replace_file", refuses)
+    await asyncio.to_thread(disk.meta._state.fail, OSError(5, "Input/output error"))
     assert not (tmp_path / "d1" / "meta" / "failed").exists()
     with pytest.raises(DiskUnusable):
         await disk.meta.commit(StoreBatch(meta={"x": b"y"}))
@@ -268,7 +268,7 @@ async def test_the_markers_of_failed_stores_are_synced_with_their_directory(
         plain(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    await asyncio.to_thread(disk.meta._fail, OSError(5, "Input/output error"))
+    await asyncio.to_thread(disk.meta._state.fail, OSError(5, "Input/output error"))
     await asyncio.to_thread(disk.fragments._engine.state.fail, "Input/output error")
     monkeypatch.undo()
     for name, directory in (("failed", "meta"), ("FAILED", "fragments"), (LEDGER_FILE, "")):

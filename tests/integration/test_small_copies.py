@@ -24,8 +24,8 @@ from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.consensus.register import Verdict
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import ZERO_BALLOT, Ballot, Copies, Copy, MetaStore, StoreBatch
-from storaged.meta.storage import lmdb_store as store_module
-from storaged.meta.storage.small_copies import ENTRY_BYTES, CopiesToldLately, PlainCopies
+from storaged.meta.storage import write_queue
+from storaged.meta.storage.small_copies import ENTRY_BYTES, PlainCopies, SmallCopyCache
 from storaged.node.disks import restore_copies
 from storaged.wire import Buffer, encode
 from tests.doubles.meta_store import MemoryMetaStore
@@ -275,7 +275,7 @@ async def test_each_copy_is_told_of_once_when_writing_its_group_fails_unexpected
     def mistaken(*_arguments: object) -> bool:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(disk.meta._redo, "begin", mistaken)
+    monkeypatch.setattr(disk.meta._state.redo, "try_write", mistaken)
     for name, payload_byte in (("bad", 1), ("good", 0)):
         copy = small()
         payload = bytes([copy.payload[0] ^ payload_byte]) + copy.payload[1:]
@@ -309,7 +309,7 @@ async def test_a_callback_that_raises_keeps_its_news_from_no_other_copy(director
 async def test_a_copy_for_which_the_stores_queue_has_no_room_is_refused_and_harms_nothing(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "QUEUED_BATCHES_MAX", 1)
+    monkeypatch.setattr(write_queue, "QUEUED_BATCHES_MAX", 1)
     disk = await LogDisk.opened(directory)
     replica, copies = LocalReplica("d", disk.meta, copies=disk.copies), [small(), small()]
     await replica.prepare(messages.Prepare("d", NAME, ballot(10)))
@@ -492,14 +492,14 @@ async def test_a_checkpoint_waits_for_the_copies_own_log(directory: Path, monkey
     disk = await LogDisk.opened(directory)
     replica, copy = LocalReplica("d", disk.meta, copies=disk.copies), small()
     order: list[str] = []
-    sync_copies, apply = disk.meta.sync_copies, disk.meta._applier.apply
+    sync_copies, apply = disk.meta.hooks.sync_copies, disk.meta._checkpointer.applier.apply
 
     def durable() -> bool:
         assert disk.files is not None
         return any(copy.payload in segment.durable for segment in list(disk.files.disks.values()))
 
-    disk.meta.sync_copies = lambda: (order.append(f"copies {durable()}"), sync_copies())[1]
-    disk.meta._applier.apply = lambda *arguments: (order.append(f"rows {durable()}"), apply(*arguments))[1]  # type: ignore[method-assign]
+    disk.meta.hooks.sync_copies = lambda: (order.append(f"copies {durable()}"), sync_copies())[1]
+    disk.meta._checkpointer.applier.apply = lambda *arguments: (order.append(f"rows {durable()}"), apply(*arguments))[1]  # type: ignore[method-assign]
     await replica.accept(with_copy(ballot(10), copy), [copy.payload])
     other = small()
     disk.hold()
@@ -549,24 +549,24 @@ async def test_copies_stay_in_the_redo_log_when_their_own_could_not_be_synced_an
 
 
 def test_copies_told_lately_are_the_last_ones_and_of_bounded_size() -> None:
-    told = CopiesToldLately(10 * (1000 + ENTRY_BYTES))
+    told = SmallCopyCache(10 * (1000 + ENTRY_BYTES))
     payloads = {bytes([number]) * 16: memoryview(bytes([number]) * 1000) for number in range(30)}
     first = bytes(16)
     for data_id, payload in payloads.items():
         assert told.get(data_id) is None
-        told.keep(data_id, payload)
+        told.put(data_id, payload)
         assert told.get(first) == payloads[first]  # asked for again and again, it stays
     assert len(told) == 10
     assert [data_id[0] for data_id in payloads if told.get(data_id) is not None] == [0, *range(21, 30)]
-    told.keep(b"large" * 4, memoryview(bytes(20_000)))
+    told.put(b"large" * 4, memoryview(bytes(20_000)))
     assert len(told) == 0
-    nothing = CopiesToldLately(0)
+    nothing = SmallCopyCache(0)
     nothing.keep(first, payloads[first])
     assert nothing.get(first) is None
 
 
 async def test_a_copy_is_read_from_its_disk_once_for_all_disks_of_a_node(tmp_path: Path) -> None:
-    told = CopiesToldLately(1 << 20)
+    told = SmallCopyCache(1 << 20)
     asked: list[bytes] = []
 
     def peek(data_id: bytes) -> memoryview | None:

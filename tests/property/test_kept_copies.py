@@ -171,8 +171,8 @@ class World:
             self.go_on()
             return
         meta = self.disk.meta
-        self.held = HeldCheckpoint(meta.sync_copies, before=self.rng.random() < 0.5)
-        meta.sync_copies = self.held
+        self.held = HeldCheckpoint(meta.hooks.sync_copies, before=self.rng.random() < 0.5)
+        meta.hooks.sync_copies = self.held
         running = asyncio.ensure_future(meta.checkpoint())
         while not (self.held.reached.is_set() or running.done()):
             await asyncio.wait([running], timeout=0.001)
@@ -180,7 +180,7 @@ class World:
 
     def go_on(self) -> None:
         if self.held is not None:
-            self.disk.meta.sync_copies = self.disk.fragments.sync_apart
+            self.disk.meta.hooks.sync_copies = self.disk.fragments.sync_apart
             self.held.go_on()
             self.held = None
 
@@ -239,7 +239,7 @@ class World:
         be later, the copies may know.
         """
         after = self.directory / str(self.lives + 1)
-        with meta._writing:
+        with meta._state.lmdb_lock:
             shutil.copytree(meta.directory, after / "meta")
         with fragments._engine_lock:
             if fragments._writer._checkpoint is not None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
+from storaged.meta.ports import RowRange
 from storaged.meta.storage.scan import common_prefix
 from tests.examples import examples
 from tests.worlds.listing import BUCKET, Ring, value_of
@@ -207,7 +208,7 @@ def test_after_catching_up_all_replicas_that_answer_hold_the_same_rows(case: Cas
             disks = ring.replicas_of(RegisterName(Table.OBJECT, BUCKET, shard, b"k"))
             assert found.away == ring.down & set(disks)
             held = [
-                ring.stores[disk].slice(Table.OBJECT, BUCKET, shard, after=b"", prefix=b"", limit=1000)
+                ring.stores[disk].slice(RowRange(Table.OBJECT, BUCKET, shard, after=b"", prefix=b"", limit=1000))
                 for disk in disks
                 if disk not in ring.down
             ]

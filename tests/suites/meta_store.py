@@ -12,7 +12,7 @@ import pytest
 from storaged.cluster.layout import SYSTEM_PARTITION, partition_of
 from storaged.hashes import page_hash
 from storaged.meta.names import SYSTEM_SCOPE, RegisterName, Table, Value, Visibility, system_name
-from storaged.meta.ports import Ballot, Fence, MetaStore, Slot, StoreBatch, StoredPage
+from storaged.meta.ports import Ballot, Fence, MetaStore, RowRange, Slot, StoreBatch, StoredPage
 from storaged.meta.storage.rowvalue import check_of, intact, pack_row, row_parts, stamps_in, unpack_row, value_of
 
 BUCKET = bytes(range(16))
@@ -34,7 +34,7 @@ def slots_in(
     store: MetaStore, table: int, scope: bytes, shard: int, *, after: bytes, prefix: bytes, limit: int
 ) -> list[Slot]:
     """The rows of a slice, taken apart. Raises RowDamaged."""
-    rows = store.slice(table, scope, shard, after=after, prefix=prefix, limit=limit)
+    rows = store.slice(RowRange(table, scope, shard, after=after, prefix=prefix, limit=limit))
     return [unpack_row(RegisterName(table, scope, shard, key), row) for key, row in rows]
 
 
@@ -146,10 +146,10 @@ def check_columns_and_stamps(store: MetaStore) -> None:
         [b"", b"a", b"b" * 480, b"b" * 500, b"c", b"c/2"], [b"", b"a", b"b", b"b" * 480, b"c", b"c/"], range(1, 16)
     ):
         where = {"after": after, "prefix": prefix}
-        entries = store.slice(Table.OBJECT, BUCKET, 0, **where, limit=limit + 1)
+        entries = store.slice(RowRange(Table.OBJECT, BUCKET, 0, **where, limit=limit + 1))
         expected = [key for key, _ in entries[:limit]], [row for _, row in entries[:limit]], len(entries) > limit
-        assert store.columns(Table.OBJECT, BUCKET, 0, **where, limit=limit) == expected
-        assert store.stamps(Table.OBJECT, BUCKET, 0, **where, limit=limit) == stamps_in(*expected)
+        assert store.columns(RowRange(Table.OBJECT, BUCKET, 0, **where, limit=limit)) == expected
+        assert store.stamps(RowRange(Table.OBJECT, BUCKET, 0, **where, limit=limit)) == stamps_in(*expected)
 
 
 async def test_columns_and_stamps_are_those_of_a_slice(store: MetaStore) -> None:
@@ -158,8 +158,8 @@ async def test_columns_and_stamps_are_those_of_a_slice(store: MetaStore) -> None
     others = [slot_of(name_of(key, shard=shard)) for shard in (1, 2) for key in (b"a", b"c/4", b"\xff")]
     await store.commit(StoreBatch(slots=[*others[:3], *slots, *others[3:]]))
     check_columns_and_stamps(store)
-    assert store.columns(Table.OBJECT, OTHER, 0, after=b"", prefix=b"", limit=5) == ([], [], False)
-    assert store.stamps(Table.OBJECT, OTHER, 0, after=b"", prefix=b"", limit=5) == stamps_in([], [], False)
+    assert store.columns(RowRange(Table.OBJECT, OTHER, 0, after=b"", prefix=b"", limit=5)) == ([], [], False)
+    assert store.stamps(RowRange(Table.OBJECT, OTHER, 0, after=b"", prefix=b"", limit=5)) == stamps_in([], [], False)
 
 
 async def test_a_scan_shows_tombstones(store: MetaStore) -> None:
@@ -171,7 +171,7 @@ async def test_a_scan_shows_tombstones(store: MetaStore) -> None:
 async def test_a_slice_gives_rows_that_carry_their_own_check(store: MetaStore) -> None:
     slot = slot_of(name_of(b"k" * 500), visibility=Visibility.HIDDEN)
     await store.commit(StoreBatch(slots=[slot]))
-    [(key, row)] = store.slice(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"k", limit=10)
+    [(key, row)] = store.slice(RowRange(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"k", limit=10))
     prefix = slot.name.pack()[:18]
     assert key == slot.name.key
     assert row_parts(row).visibility == Visibility.HIDDEN
@@ -184,7 +184,7 @@ async def test_a_slice_gives_rows_that_carry_their_own_check(store: MetaStore) -
 
 async def test_a_slice_that_would_hold_a_snapshot_for_long_is_refused(store: MetaStore) -> None:
     with pytest.raises(ValueError, match="10000"):
-        store.slice(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10_001)
+        store.slice(RowRange(Table.OBJECT, BUCKET, 0, after=b"", prefix=b"", limit=10_001))
 
 
 async def test_fences_pages_and_small_values_read_back_and_fences_can_be_lifted(store: MetaStore) -> None:
@@ -307,7 +307,7 @@ async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_
 ) -> None:
     def counts() -> list[int]:
         return [
-            store.changes.of(name_of(b"", scope, shard).prefix)
+            store.dirty_ranges.count_of(name_of(b"", scope, shard).prefix)
             for scope, shard in ((BUCKET, 0), (BUCKET, 1), (OTHER, 0))
         ]
 
@@ -323,5 +323,8 @@ async def test_a_count_of_changes_moves_with_every_write_to_its_shard_and_stays_
     assert counts() == second
     for after, through, changed in ((b"", None, True), (b"j", b"k", True), (b"k", None, False), (b"", b"j", False)):
         assert (
-            store.changes.since(first[0], name_of(b"").prefix, after=after, key_prefix=b"", through=through) == changed
+            store.dirty_ranges.changed_since(
+                first[0], name_of(b"").prefix, after=after, key_prefix=b"", through=through
+            )
+            == changed
         )

@@ -17,7 +17,7 @@ from storaged.maintain.scrub import Scrub
 from storaged.maintain.slices import REST_S_MAX, ROWS_A_SLICE
 from storaged.maintain.walk import Range, Walker
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Slot, StoreBatch
+from storaged.meta.ports import Ballot, RowRange, Slot, StoreBatch
 from storaged.meta.storage import readahead
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from tests.doubles.meta_store import MemoryMetaStore
@@ -76,17 +76,17 @@ async def test_whoever_goes_through_all_rows_of_a_large_store_has_a_thread_read_
     await store.checkpoint()
     monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     read: list[tuple[str, bytes]] = []
-    for what in ("warm", "slice"):
+    for what in ("read_ahead", "slice"):
         monkeypatch.setattr(store, what, noting(read, what, getattr(store, what)))
     await go_through(SimpleNamespace(clock=SystemClock(), local_meta={WHERE.disk: store}, limits=MaintainLimits()))
     await store.close()
     places = (b"", names[ROWS_A_SLICE - 1].key, names[-1].key)
-    assert read == [(what, after) for after in places for what in ("warm", "slice")]
+    assert read == [(what, after) for after in places for what in ("read_ahead", "slice")]
 
 
 def noting(read: list[tuple[str, bytes]], what: str, real: Callable[..., Any]) -> Callable[..., Any]:
-    def noted(*where: Any, after: bytes, **bounds: Any) -> Any:
-        read.append((what, after))
-        return real(*where, after=after, **bounds)
+    def noted(wanted: RowRange, **options: Any) -> Any:
+        read.append((what, wanted.after))
+        return real(wanted, **options)
 
     return noted

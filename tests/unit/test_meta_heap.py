@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from storaged.errors import DiskForeign
 from storaged.meta.names import RegisterName, Table, Visibility
-from storaged.meta.ports import RowDamaged, Slot, StoreBatch
+from storaged.meta.ports import RowDamaged, RowRange, Slot, StoreBatch
 from storaged.meta.storage import heap, identity
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowkey import row_key
@@ -155,7 +155,7 @@ async def test_a_checkpoint_stops_at_a_heap_that_ends_behind_what_it_knows(tmp_p
     store = open_store(tmp_path)
     await store.commit(StoreBatch([slot_of(name_of(b"a"), 1, LONG)]))
     await store.checkpoint()
-    with store._env.begin(write=True) as transaction:
+    with store._environment.begin(write=True) as transaction:
         transaction.put((9).to_bytes(8, "big"), b"a row", db=store._heap)
     await store.commit(StoreBatch([slot_of(name_of(b"b"), 1, LONG)]))
     await store.checkpoint()
@@ -187,7 +187,7 @@ async def test_a_store_from_before_there_was_a_heap_is_read_and_moves_row_by_row
         assert [store.get(slot.name) for slot in slots] == slots
         where = {"after": b"", "prefix": b"", "limit": 9}
         assert slots_in(store, *slots[0].name[:3], **where) == slots
-        stamps = store.stamps(*slots[0].name[:3], **where)
+        stamps = store.stamps(RowRange(*slots[0].name[:3], **where))
         assert stamps.stamps == b"".join(pack_row(slot)[:10] for slot in slots)
         assert stamps.row_bytes == sum(len(pack_row(slot)) for slot in slots)
         slots[step] = slot_of(slots[step].name, 2, bytes(400 * step))
@@ -242,9 +242,9 @@ async def test_however_rows_grow_and_shrink_they_are_read_as_they_are_and_the_he
         for after, limit in ((b"", 9), (b"a", 2), (b"c" * 480, 9)):
             expected = [pack_row(model[key]) for key in sorted(model) if key > after]
             where = {"after": after, "prefix": b"", "limit": limit}
-            assert [row for _, row in store.slice(Table.OBJECT, BUCKET, 0, **where)] == expected[:limit]
-            assert store.columns(Table.OBJECT, BUCKET, 0, **where)[1] == expected[:limit]
-            stamps = store.stamps(Table.OBJECT, BUCKET, 0, **where)
+            assert [row for _, row in store.slice(RowRange(Table.OBJECT, BUCKET, 0, **where))] == expected[:limit]
+            assert store.columns(RowRange(Table.OBJECT, BUCKET, 0, **where))[1] == expected[:limit]
+            stamps = store.stamps(RowRange(Table.OBJECT, BUCKET, 0, **where))
             assert stamps.stamps == b"".join(row[:10] for row in expected[:limit])
             assert stamps.row_bytes == sum(map(len, expected[:limit]))
     await store.close()

@@ -26,9 +26,8 @@ from hypothesis import strategies as st
 from storaged.aio import WORSE_IN_A_ROW_MAX, DirectFile, Done
 from storaged.errors import DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.names import Table
-from storaged.meta.ports import Fence, RowDamaged, Slot, StoreBatch
-from storaged.meta.storage import lmdb_store as store_module
-from storaged.meta.storage import overlay, redo
+from storaged.meta.ports import Fence, RowDamaged, RowRange, Slot, StoreBatch
+from storaged.meta.storage import overlay, redo, write_queue
 from storaged.meta.storage.identity import IDENTITY, Mark
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
@@ -54,7 +53,7 @@ def small_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(redo, "HALF_BYTES", HALF)
-        patch.setattr(store_module, "GROUP_BYTES_MAX", HALF // 2)
+        patch.setattr(write_queue, "GROUP_BYTES_MAX", HALF // 2)
         yield
 
 
@@ -72,7 +71,7 @@ def fresh(directory: Path) -> RedoLog:
 def append(log: RedoLog, body: bytes) -> None:
     """As a store without a loop would."""
     log.write(body)
-    log.wrote(len(body))
+    log.advance(len(body))
 
 
 def body_of(number: int, length: int = 100) -> bytes:
@@ -101,15 +100,15 @@ def test_a_half_is_written_over_only_when_lmdb_has_what_is_in_it(tmp_path: Path,
     for _ in range(7):
         while log.fits(5000):
             append(log, body_of(written := written + 1, 5000))
-        if not log.turn():
+        if not log.try_switch_half():
             assert written == 2 * (HALF // 8192)
             break
-    log.applied(3)
-    assert not log.turn()
-    log.applied(HALF // 8192)
-    assert log.turn()
+    log.mark_applied(3)
+    assert not log.try_switch_half()
+    log.mark_applied(HALF // 8192)
+    assert log.try_switch_half()
     append(log, b"new")
-    assert not log.turn()
+    assert not log.try_switch_half()
     log.close()
     again = opened(tmp_path, Mark(HALF // 8192, written, 1, closed=False))
     assert again.bodies == [body_of(number, 5000) for number in range(HALF // 8192 + 1, written + 1)] + [b"new"]
@@ -121,10 +120,10 @@ def test_what_does_not_fit_its_half_is_refused_and_nothing_of_the_other_is_writt
 ) -> None:
     log = fresh(tmp_path)
     append(log, body_of(1, HALF - 2 * PAGE_BYTES))
-    assert log.turn()
+    assert log.try_switch_half()
     append(log, b"in the other half")
-    log.applied(1)
-    assert log.turn()
+    log.mark_applied(1)
+    assert log.try_switch_half()
     with pytest.raises(ValueError, match="does not fit"):
         append(log, bytes(HALF))
     log.close()
@@ -158,11 +157,11 @@ def test_whatever_a_crash_leaves_of_the_last_write_all_before_it_is_there(
             body = body_of(number, size)
             if number and number % applied_every == 0:
                 applied = log.sequence
-                log.applied(applied)
-            if not log.fits(size) and not log.turn():
+                log.mark_applied(applied)
+            if not log.fits(size) and not log.try_switch_half():
                 applied = log.sequence
-                log.applied(applied)
-                assert log.turn()
+                log.mark_applied(applied)
+                assert log.try_switch_half()
             before = (directory / redo.FILE_NAME).read_bytes()
             append(log, body)
             bodies[log.sequence] = body
@@ -253,11 +252,11 @@ async def begun(log: RedoLog, body: bytes) -> None:
     """The group was written without a thread."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[OSError | None] = loop.create_future()
-    if not log.begin(loop, body, ended.set_result):
+    if not log.try_write(loop, body, ended.set_result):
         pytest.skip("this machine, or this file system, has no asynchronous direct writes")
     assert not ended.done()
     assert await asyncio.wait_for(ended, GUARD_S) is None
-    log.wrote(len(body))
+    log.advance(len(body))
 
 
 async def test_what_was_written_without_a_thread_is_what_a_thread_writes(tmp_path: Path, small_log: None) -> None:
@@ -270,8 +269,8 @@ async def test_what_was_written_without_a_thread_is_what_a_thread_writes(tmp_pat
         body = body_of(number, number * 300)
         for log in logs:
             if not log.fits(len(body)):
-                log.applied(log.sequence)
-                assert log.turn()
+                log.mark_applied(log.sequence)
+                assert log.try_switch_half()
         await begun(logs[0], body)
         append(logs[1], body)
         if number % 3:
@@ -294,15 +293,15 @@ async def test_nothing_is_begun_that_is_for_a_thread(tmp_path: Path) -> None:
     """A large group; any, where there are no asynchronous writes, or they are not asynchronous."""
     loop, told = asyncio.get_running_loop(), []
     log = fresh(tmp_path)
-    assert not log.begin(loop, bytes(redo.DIRECT_BODY_BYTES_MAX + 1), told.append)
+    assert not log.try_write(loop, bytes(redo.DIRECT_BODY_BYTES_MAX + 1), told.append)
     await begun(log, bytes(redo.DIRECT_BODY_BYTES_MAX))
     assert log._direct is not None
     log._direct._worse = WORSE_IN_A_ROW_MAX
-    assert not log.begin(loop, b"group", told.append)
+    assert not log.try_write(loop, b"group", told.append)
     log.detach()
     log.close()
     without = RedoLog(tmp_path, STORE_ID, UNCLOSED, direct=False)
-    assert not without.begin(loop, b"group", told.append)
+    assert not without.try_write(loop, b"group", told.append)
     without.detach()
     without.close()
     assert told == []
@@ -358,7 +357,7 @@ async def test_writers_wait_for_the_checkpoint_when_both_halves_are_full_and_for
         begun.set()
         assert open_.wait(GUARD_S)
 
-    store.sync_copies = held_up
+    store.hooks.sync_copies = held_up
     written: list[int] = []
 
     async def write() -> None:
@@ -372,7 +371,7 @@ async def test_writers_wait_for_the_checkpoint_when_both_halves_are_full_and_for
     assert 16 <= len(written) < 40, "what fits two halves of 16 pages"
     assert [store.get(name_of(b"%d" % number)) is not None for number in written] == [True] * len(written)
     page = page_of(b"page")
-    store.sync_copies = lambda: None
+    store.hooks.sync_copies = lambda: None
     open_.set()
     async with asyncio.timeout(GUARD_S):
         await writing
@@ -391,7 +390,7 @@ async def test_a_checkpoint_that_fails_wakes_writers_that_wait_for_it_and_keeps_
         assert go_on.wait(GUARD_S)
         raise RowDamaged("a link is damaged")
 
-    store.sync_copies = fail
+    store.hooks.sync_copies = fail
     slots = [slot_of(name_of(b"%d" % number), body=bytes(3000)) for number in range(60)]
     writing = [asyncio.create_task(store.commit(StoreBatch([slot]))) for slot in slots]
     await asyncio.sleep(0.2)
@@ -412,7 +411,7 @@ async def test_a_store_from_before_there_were_logs_gets_one(tmp_path: Path) -> N
     slot = slot_of(name_of(b"k"))
     await store.commit(StoreBatch([slot]))
     await store.checkpoint()
-    with store._env.begin(write=True, db=store._databases[b"meta"]) as transaction:
+    with store._environment.begin(write=True, db=store._databases[b"meta"]) as transaction:
         transaction.delete(b"\0redo")
     (tmp_path / "meta" / redo.FILE_NAME).unlink()
     after = killed(store, tmp_path / "old")
@@ -468,7 +467,7 @@ async def test_a_log_put_back_from_before_is_refused(store: LmdbMetaStore, tmp_p
     await store.commit(StoreBatch([slot_of(name_of(b"a"))]))
     old = (store.directory / redo.FILE_NAME).read_bytes()
     hold, reached = threading.Event(), threading.Event()
-    store.sync_copies = lambda: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
+    store.hooks.sync_copies = lambda: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
     running = asyncio.ensure_future(store.checkpoint())
     await asyncio.to_thread(reached.wait, GUARD_S)
     await store.commit(StoreBatch([slot_of(name_of(b"b"))]))
@@ -507,7 +506,7 @@ async def test_a_store_that_an_older_version_opened_over_an_unfinished_log_is_re
 
 async def test_a_page_does_not_wait_for_the_copies_of_a_checkpoint(store: LmdbMetaStore) -> None:
     hold, reached = threading.Event(), threading.Event()
-    store.sync_copies = lambda: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
+    store.hooks.sync_copies = lambda: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
     running = asyncio.ensure_future(store.checkpoint())
     await asyncio.to_thread(reached.wait, GUARD_S)
     page = page_of(b"page")
@@ -584,7 +583,7 @@ async def test_wherever_rows_lie_they_are_read_as_one(
                 model[shard, key] = slot
             elif step == "begin" and running is None:
                 hold, reached = threading.Event(), threading.Event()
-                store.sync_copies = lambda hold=hold, reached=reached: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
+                store.hooks.sync_copies = lambda hold=hold, reached=reached: (reached.set(), hold.wait(GUARD_S))[0]  # type: ignore[misc]
                 running = asyncio.ensure_future(store.checkpoint())
                 await asyncio.to_thread(reached.wait, GUARD_S)
             elif step == "kill":
@@ -597,7 +596,7 @@ async def test_wherever_rows_lie_they_are_read_as_one(
                 hold.set()
                 assert running is not None
                 await running
-                store.sync_copies = lambda: None
+                store.hooks.sync_copies = lambda: None
                 hold = running = None
             elif step == "checkpoint":
                 await store.checkpoint()
@@ -627,9 +626,9 @@ def _compare(store: LmdbMetaStore, model: dict[tuple[int, bytes], Slot]) -> None
             expected = [rows[key] for key in sorted(rows) if key > after and key.startswith(prefix)]
             where = {"after": after, "prefix": prefix, "limit": limit}
             assert slots_in(store, Table.OBJECT, BUCKET, shard, **where) == expected[:limit]
-            keys, columns, more = store.columns(Table.OBJECT, BUCKET, shard, **where)
+            keys, columns, more = store.columns(RowRange(Table.OBJECT, BUCKET, shard, **where))
             assert (keys, more) == ([slot.name.key for slot in expected[:limit]], len(expected) > limit)
-            stamps = store.stamps(Table.OBJECT, BUCKET, shard, **where)
+            stamps = store.stamps(RowRange(Table.OBJECT, BUCKET, shard, **where))
             assert (stamps.rows, stamps.more, stamps.row_bytes) == (len(keys), more, sum(map(len, columns)))
     assert store.scopes() == sorted({(Table.OBJECT, BUCKET, shard) for shard, _ in model})
 
@@ -670,7 +669,7 @@ async def test_a_store_goes_on_by_its_thread_where_the_file_system_turns_out_to_
     slots = [slot_of(name_of(b"%d" % number)) for number in range(3)]
     threads = writes_of_threads(monkeypatch)
     await store.commit(StoreBatch([slots[0]]))
-    direct = store._redo._direct
+    direct = store._state.redo._direct
     assert threads == ([] if direct is not None else ["meta-writer meta"])
     if direct is not None:
         direct._worse = WORSE_IN_A_ROW_MAX
@@ -688,7 +687,7 @@ async def test_a_write_that_the_kernel_does_not_begin_is_the_threads_and_no_fail
 ) -> None:
     """It has no memory for a request, or knows no durable ones."""
     store = LmdbMetaStore(tmp_path / "meta", map_bytes=1 << 26)
-    direct = store._redo._direct
+    direct = store._state.redo._direct
     if direct is None:
         pytest.skip("this machine, or this file system, has no asynchronous direct writes")
     slots, call = [slot_of(name_of(b"%d" % number)) for number in range(3)], direct._call
@@ -770,7 +769,7 @@ async def test_a_store_that_is_closed_writes_first_what_it_has_in_hand(store: Lm
 async def test_a_slice_of_no_rows_is_empty_also_while_rows_are_on_their_way(store: LmdbMetaStore) -> None:
     slot = slot_of(name_of(b"k"))
     await store.commit(StoreBatch([slot]))
-    assert store.slice(*slot.name[:3], after=b"", prefix=b"", limit=0) == []
+    assert store.slice(RowRange(*slot.name[:3], after=b"", prefix=b"", limit=0)) == []
 
 
 # --- the bytes
@@ -827,7 +826,7 @@ def test_a_log_with_smaller_halves_is_gone_on_with(tmp_path: Path, monkeypatch: 
     for _ in range(2):
         append(log, large)
     assert not log.fits(len(large))
-    assert log.turn()
+    assert log.try_switch_half()
     append(log, large)
     log.close()
     assert (tmp_path / redo.FILE_NAME).stat().st_size == PAGE_BYTES + 16 * MIB

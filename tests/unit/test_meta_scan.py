@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Ballot, Slot, StoreBatch
+from storaged.meta.ports import Ballot, RowRange, Slot, StoreBatch
 from storaged.meta.storage.scan import (
-    DigestsKept,
+    DigestCache,
     ScanRequest,
     ShardAsk,
     ShardSlice,
@@ -45,7 +43,7 @@ def scan(
     bytes_max: int = 1 << 20,
     disk: str = "d",
     known: int = 0,
-    kept: DigestsKept | None = None,
+    kept: DigestCache | None = None,
 ) -> ShardSlice:
     ask = ShardAsk(0, after, limit, want, examine_max, bytes_max, known)
     [piece] = scan_store(
@@ -186,9 +184,9 @@ class Counting(MemoryMetaStore):
 
     looks = 0
 
-    def slice(self, *args: Any, **bounds: Any) -> list[tuple[bytes, bytes]]:
+    def slice(self, wanted: RowRange) -> list[tuple[bytes, bytes]]:
         self.looks += 1
-        return super().slice(*args, **bounds)
+        return super().slice(wanted)
 
 
 async def put(store: MemoryMetaStore, key: bytes, visibility: int = LIVE, counter: int = 1) -> None:
@@ -198,7 +196,7 @@ async def put(store: MemoryMetaStore, key: bytes, visibility: int = LIVE, counte
 
 
 async def test_a_range_is_looked_at_again_only_after_a_write_to_its_shard() -> None:
-    store, kept = Counting(), DigestsKept()
+    store, kept = Counting(), DigestCache()
     for key in (b"a", b"b", b"c"):
         await put(store, key)
     first = scan(store, want=Want.STAMPS, limit=2, kept=kept)
@@ -210,12 +208,12 @@ async def test_a_range_is_looked_at_again_only_after_a_write_to_its_shard() -> N
 
 
 async def test_rows_that_the_asker_has_are_not_sent_and_others_are() -> None:
-    store, kept = await store_of({b"a": LIVE, b"b": LIVE}), DigestsKept()
+    store, kept = await store_of({b"a": LIVE, b"b": LIVE}), DigestCache()
     first = scan(store, want=Want.HEADS, kept=kept)
     assert list(first.keys) == [b"a", b"b"]
     for again in (
         scan(store, want=Want.HEADS, known=first.digest, kept=kept),
-        scan(store, want=Want.HEADS, known=first.digest, kept=DigestsKept()),
+        scan(store, want=Want.HEADS, known=first.digest, kept=DigestCache()),
     ):
         assert (list(again.keys), list(again.heads)) == ([], [])
         assert (again.digest, again.through, again.done, again.looked_at) == (
@@ -230,13 +228,13 @@ async def test_rows_that_the_asker_has_are_not_sent_and_others_are() -> None:
 
 
 async def test_a_range_that_was_cut_short_is_looked_at_again_where_it_may_go_further() -> None:
-    store, kept = await store_of({b"a": GONE, b"b": LIVE, b"c": LIVE}), DigestsKept()
+    store, kept = await store_of({b"a": GONE, b"b": LIVE, b"c": LIVE}), DigestCache()
     for bounds in ({"bytes_max": 1}, {"examine_max": 2}, {}, {"bytes_max": 1}, {"examine_max": 2}):
         assert scan(store, want=Want.STAMPS, kept=kept, **bounds) == scan(store, want=Want.STAMPS, **bounds)  # type: ignore[arg-type]
 
 
 async def test_what_is_kept_of_ranges_is_bounded_and_those_used_last_stay() -> None:
-    store, kept = Counting(), DigestsKept(bytes_max=10_000)
+    store, kept = Counting(), DigestCache(bytes_max=10_000)
     await put(store, b"a" * 100)
     for number in range(100):
         scan(store, want=Want.STAMPS, after=b"%03d" % number, kept=kept)
@@ -246,7 +244,7 @@ async def test_what_is_kept_of_ranges_is_bounded_and_those_used_last_stay() -> N
 
 
 async def test_rows_are_verified_whenever_they_are_sent_whatever_is_kept_of_them() -> None:
-    store, kept = await store_of({b"a": LIVE, b"b": LIVE}), DigestsKept()
+    store, kept = await store_of({b"a": LIVE, b"b": LIVE}), DigestCache()
     before = scan(store, want=Want.HEADS, kept=kept)
     store.damage(RegisterName(Table.OBJECT, SCOPE, 0, b"a"))
     after = scan(store, want=Want.HEADS, kept=kept)

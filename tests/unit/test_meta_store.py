@@ -18,7 +18,7 @@ import pytest
 from storaged.errors import DirectoryInUse, DiskForeign, DiskUnusable, SlowDown, StoragedError
 from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, StoreBatch
-from storaged.meta.storage import lmdb_store as store_module
+from storaged.meta.storage import checkpoint, write_queue
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.rowvalue import pack_row
 from tests.patience import GUARD_S
@@ -310,7 +310,7 @@ async def test_a_checkpoint_that_is_cut_short_is_lack_of_space_where_none_is_lef
     """
     store = LmdbMetaStore(tmp_path / "meta")
     slots = [slot_of(name_of(b"%02d" % number), body=b"x" * 100_000) for number in range(10)]
-    monkeypatch.setattr(store_module, "CHECKPOINT_S", 60)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_S", 60)
     monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((1, 1, free, free, free, 0, 0, 0, 0, 255)))
     for slot in slots:
         await store.commit(StoreBatch(slots=[slot]))
@@ -401,7 +401,7 @@ async def test_a_callback_that_raises_keeps_its_news_from_no_other_commit(tmp_pa
 async def test_posts_beyond_the_bound_are_refused_while_the_disk_hangs_and_harm_nothing(
     store: LmdbMetaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "QUEUED_BATCHES_MAX", 3)
+    monkeypatch.setattr(write_queue, "QUEUED_BATCHES_MAX", 3)
     log = HeldLog(store)
     told: list[StoragedError | None] = []
     log.hold()

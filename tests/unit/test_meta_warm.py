@@ -17,7 +17,7 @@ from storaged.cluster.ports import Call, PeerIdentity
 from storaged.errors import DiskUnusable
 from storaged.meta.acceptor.replica import LocalReplica
 from storaged.meta.messages import ScanReply, ScanRequest, ShardAsk
-from storaged.meta.ports import StoreBatch
+from storaged.meta.ports import RowRange, StoreBatch
 from storaged.meta.storage import readahead
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.scan import Want
@@ -61,11 +61,11 @@ async def test_a_large_stores_ranges_are_read_by_a_thread_first_and_told_as_a_sm
     small = ReplicaHost({"d": LocalReplica("d", store)}, lambda: 1_000)
     expected, at_once = await answer(small, request(want))
     assert at_once
-    assert store._warmer.looks == 0
+    assert store._readahead.reads == 0
     monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     large = ReplicaHost({"d": LocalReplica("d", store)}, lambda: 1_000)
     assert await answer(large, request(want)) == (expected, False)
-    assert store._warmer.looks == 1
+    assert store._readahead.reads == 1
     again, at_once = await answer(large, request(want))
     assert again == expected
     assert at_once == (want == Want.STAMPS), "what a range came to is kept; its rows are read again"
@@ -78,10 +78,10 @@ async def test_what_cannot_be_read_is_found_by_who_reads_it(
         raise lmdb.CorruptedError("a page")
 
     name = name_of(b"")
-    assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
+    assert store.slice(RowRange(*name[:3], after=b"", prefix=b"", limit=1))
     monkeypatch.setattr(readahead, "rows_of", broken)
-    store.warm(*name[:3], after=b"", prefix=b"", limit=9, whole=True)
-    assert store._warmer.looks == 1
+    store.read_ahead(RowRange(*name[:3], after=b"", prefix=b"", limit=9), whole=True)
+    assert store._readahead.reads == 1
 
 
 async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after_that(
@@ -96,10 +96,10 @@ async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after
         may_end.wait(GUARD_S)
 
     name = name_of(b"")
-    assert store.slice(*name[:3], after=b"", prefix=b"", limit=1)
+    assert store.slice(RowRange(*name[:3], after=b"", prefix=b"", limit=1))
     monkeypatch.setattr(readahead, "rows_of", slow)
     looking = asyncio.create_task(
-        asyncio.to_thread(store.warm, *name[:3], after=b"", prefix=b"", limit=300, whole=True)
+        asyncio.to_thread(store.read_ahead, RowRange(*name[:3], after=b"", prefix=b"", limit=300), whole=True)
     )
     await asyncio.to_thread(reading.wait, 10)
     closing = asyncio.create_task(store.close())
@@ -108,8 +108,8 @@ async def test_a_store_closes_when_nothing_is_read_any_more_and_nothing_is_after
     may_end.set()
     await asyncio.gather(looking, closing)
     assert 0 < rows < 300, "the rest of a long look is not waited for"
-    store.warm(*name[:3], after=b"", prefix=b"", limit=9, whole=True)
-    assert store._warmer.looks == 1
+    store.read_ahead(RowRange(*name[:3], after=b"", prefix=b"", limit=9), whole=True)
+    assert store._readahead.reads == 1
 
 
 async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
@@ -118,7 +118,7 @@ async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
     reading, may_end, begun = threading.Event(), threading.Event(), 0
     replica = LocalReplica("d", store)
     await replica.scan(request(Want.ALL))
-    warmed = store.warm
+    warmed = store.read_ahead
 
     def slow(*_arguments: Any) -> None:
         reading.set()
@@ -131,7 +131,7 @@ async def test_scans_that_are_given_up_hold_one_thread_for_a_disk_and_no_more(
 
     monkeypatch.setattr(readahead, "LARGE_BYTES", 0)
     monkeypatch.setattr(readahead, "rows_of", slow)
-    monkeypatch.setattr(store, "warm", counted)
+    monkeypatch.setattr(store, "read_ahead", counted)
     for _ in range(3):
         scanning = asyncio.create_task(replica.scan(request(Want.ALL)))
         await asyncio.sleep(0.05)
@@ -227,4 +227,4 @@ async def test_a_store_that_is_closed_is_not_large(store: LmdbMetaStore, monkeyp
     await store.close()
     assert not store.large
     with pytest.raises(DiskUnusable):
-        store.slice(*name_of(b"")[:3], after=b"", prefix=b"", limit=1)
+        store.slice(RowRange(*name_of(b"")[:3], after=b"", prefix=b"", limit=1))

@@ -28,9 +28,9 @@ class HeldLog:
         self.held = asyncio.Event()
         """A group is being held up."""
         self.groups = 0
-        self._redo = store._redo
-        self._begin = self._redo.begin
-        self._redo.begin = self._begun  # type: ignore[method-assign]
+        self._redo = store._state.redo
+        self._begin = self._redo.try_write
+        self._redo.try_write = self._begun  # type: ignore[method-assign]
         self._holding = self._written = False
         self._waiting: Callable[[Exception | None], None] | None = None
 

@@ -13,7 +13,7 @@ from storaged.meta.listing.merge import RingScanner
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Reading, RowDamaged, Slot, StoreBatch
-from storaged.meta.storage.scan import DigestsKept, scan_store
+from storaged.meta.storage.scan import DigestCache, scan_store
 from tests.doubles.meta_store import MemoryMetaStore
 
 BUCKET = b"bucket of a test"
@@ -37,7 +37,7 @@ class Ring:
     def __init__(self, *, hedge_s: float = 0.01, **limits: Any) -> None:
         self.current = layout_of_six()
         self.stores = {disk.id: MemoryMetaStore() for disk in self.current.disks}
-        self.digests = {disk.id: DigestsKept() for disk in self.current.disks}
+        self.digests = {disk.id: DigestCache() for disk in self.current.disks}
         self.down: set[str] = set()
         self.thought_down: set[str] = set()
         self.hung: set[str] = set()

@@ -80,7 +80,7 @@ from storaged.meta.ports import (
     StoredPage,
 )
 from storaged.meta.storage.readahead import THREADS
-from storaged.meta.storage.scan import DigestsKept, cold_asks, scan_store, warm_up
+from storaged.meta.storage.scan import DigestCache, asks_to_read_ahead, read_ahead, scan_store
 from storaged.units import MIB
 from storaged.wire import Buffer, Message, decode, encode
 
@@ -149,7 +149,7 @@ class LocalReplica:
         """Raises DiskForeign when the store's own record of its promises is damaged (rule 9)."""
         self.disk = disk
         self._store = store
-        self._digests = DigestsKept()
+        self._digests = DigestCache()
         self._warming = asyncio.Lock()
         self._copies = copies
         self._promises_max = promises_max
@@ -580,7 +580,7 @@ class LocalReplica:
 
     async def scan(self, request: ScanRequest, *, timeout_s: float = 10.0) -> ScanReply:
         self._check_answers()
-        if asks := cold_asks(self._store, request, self._digests):
+        if asks := asks_to_read_ahead(self._store, request, self._digests):
             await self._warm(request, asks)
         return self.scan_at_once(request)
 
@@ -590,7 +590,7 @@ class LocalReplica:
         """
         await self._warming.acquire()
         try:
-            reading = asyncio.get_running_loop().run_in_executor(THREADS, warm_up, self._store, request, asks)
+            reading = asyncio.get_running_loop().run_in_executor(THREADS, read_ahead, self._store, request, asks)
         except BaseException:
             self._warming.release()
             raise
@@ -600,7 +600,7 @@ class LocalReplica:
     def scans_at_once(self, request: ScanRequest) -> bool:
         """Whether ``scan_at_once`` finds in memory what it reads, as far as one can tell."""
         self._check_answers()
-        return not cold_asks(self._store, request, self._digests)
+        return not asks_to_read_ahead(self._store, request, self._digests)
 
     def scan_at_once(self, request: ScanRequest) -> ScanReply:
         """Rows as they are on disk: what was answered OK is among them."""

@@ -1,25 +1,105 @@
-"""Puts into LMDB what a batch or an overlay holds: rows get their node, what is small its sub-database, pages their
-age.
+"""Checkpoints: what the redo log has and LMDB has not, written to LMDB in one commit.
+
+Rows get their node and segment (``meta.storage.rowkey``), small values their sub-database. Pages, which are not logged,
+are written with ``apply_pages``.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 
+from storaged.meta.storage.batch import PackedBatch
+from storaged.meta.storage.cursor import PAGE_AGE_BYTES
 from storaged.meta.storage.heap import Heap
 from storaged.meta.storage.identity import Database, Transaction
-from storaged.meta.storage.lookup import PAGE_AGE_BYTES
-from storaged.meta.storage.overlay import Overlay, Ready
+from storaged.meta.storage.overlay import Overlay
 from storaged.meta.storage.rowkey import SEGMENT_BYTES, link_key, row_key, split
-from storaged.meta.storage.rowvalue import open_small, seal_small
+from storaged.meta.storage.rowvalue import open_number, seal_number
+from storaged.meta.storage.state import StoreState
 
 ROOTS_CACHED_MAX = 65_536
 _NEXT_NODE = b"next"
 
+CHECKPOINT_S = 1.0
+"""A checkpoint follows the first change within this time, or when the log's half is half full: it bounds the memory of
+the overlay and the time of a start.
+"""
+
+
+class Checkpointer:
+    """The checkpoint thread of one store."""
+
+    def __init__(self, state: StoreState) -> None:
+        self.count = 0
+        self.running = threading.Lock()
+        """Held while a checkpoint is made."""
+        self.applier = Applier(state.databases)
+        self._state = state
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"meta-checkpoint {state.directory.name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Makes a last checkpoint and returns when it has ended. Blocks."""
+        with self._state.changed:
+            self._stopping = True
+            self._state.changed.notify_all()
+        self._thread.join()
+
+    def make(self, *, last: bool = False) -> None:
+        """Makes one now, unless the store has failed, or the fragment store does not have the copies of the log yet.
+        ``last``: the mark says that the log is empty. Blocks.
+        """
+        state = self._state
+        with self.running:
+            with state.changed:
+                if state.reason or state.restorable or state.closed:
+                    return
+                state.frozen = state.fresh  # in this order, for readers meanwhile
+                state.fresh = Overlay()
+                state.fresh_bytes = 0
+                state.log_full = False
+                sequence = state.redo.sequence
+            try:
+                state.hooks.sync_copies()
+                with state.lmdb_lock, state.environment.begin(write=True) as transaction:
+                    self.applier.apply(transaction, state.frozen)
+                    state.put_mark(transaction, sequence, closed=last)
+            except Exception as error:  # a bug, too, must leave no caller waiting for ever
+                state.fail(error)
+                return
+            with state.changed:
+                state.redo.mark_applied(sequence)
+                state.frozen = Overlay()
+                self.count += 1
+                state.changed.notify_all()
+            state.on_progress()
+
+    def _run(self) -> None:
+        while True:
+            with self._state.changed:
+                while not self._stopping and (wait_s := self._due_s()) != 0:
+                    self._state.changed.wait(wait_s)
+                if self._stopping:
+                    break
+            self.make()
+        self.make(last=True)
+
+    def _due_s(self) -> float | None:
+        """Seconds until the next checkpoint; None: not before something changes."""
+        state = self._state
+        if state.reason or state.restorable or not (state.fresh_bytes or state.log_full):
+            return None
+        if state.log_full or state.fresh_bytes >= state.redo.half_bytes // 2:
+            return 0
+        return max(0.0, state.fresh_since + CHECKPOINT_S - time.monotonic())
+
 
 class Applier:
-    """For one store's checkpoints, one at a time. A transaction that is not committed must be the last: roots made in
-    it are remembered.
+    """Writes overlays to LMDB, one at a time. A transaction that is not committed must be the last, since the roots
+    made in it stay cached.
     """
 
     def __init__(self, databases: dict[bytes, Database]) -> None:
@@ -29,7 +109,9 @@ class Applier:
         self._roots: dict[bytes, int] = {}
 
     def apply(self, transaction: Transaction, overlay: Overlay) -> None:
-        """In the order of the keys, so that neighbours share their page's copy. Raises lmdb.Error, RowDamaged."""
+        """In the order of the keys, so that rows of one page of the tree copy it once. Raises lmdb.Error,
+        RowDamaged.
+        """
         rows: list[tuple[bytes, bytes, bytes, bytes]] = []
         for prefix in sorted(overlay.rows):
             root = self._root(transaction, prefix)
@@ -49,42 +131,42 @@ class Applier:
             sealed = transaction.get(scope_key, db=self._databases[b"nodes"])
             if sealed is None:
                 root = self._new_node(transaction)
-                transaction.put(scope_key, seal_small(scope_key, root.to_bytes(8, "big")), db=self._databases[b"nodes"])
+                transaction.put(scope_key, seal_number(scope_key, root), db=self._databases[b"nodes"])
             else:
-                root = int.from_bytes(open_small(scope_key, sealed), "big")
+                root = open_number(scope_key, sealed)
             if len(self._roots) >= ROOTS_CACHED_MAX:
                 self._roots.clear()
             self._roots[scope_key] = root
         return root
 
     def _node(self, transaction: Transaction, node: int, key: bytes) -> tuple[int, bytes]:
-        """The node and segment of a long key; links that are missing are made."""
+        """The node and segment of a long key. Makes links that are missing."""
         links, segment = split(key)
         for part in links:
             link = link_key(node, part)
             sealed = transaction.get(link, db=self._rows)
             if sealed is None:
                 node = self._new_node(transaction)
-                transaction.put(link, seal_small(link, node.to_bytes(8, "big")), db=self._rows)
+                transaction.put(link, seal_number(link, node), db=self._rows)
             else:
-                node = int.from_bytes(open_small(link, sealed), "big")
+                node = open_number(link, sealed)
         return node, segment
 
     def _new_node(self, transaction: Transaction) -> int:
         nodes = self._databases[b"nodes"]
         sealed = transaction.get(_NEXT_NODE, db=nodes)
-        node = 1 if sealed is None else int.from_bytes(open_small(_NEXT_NODE, sealed), "big")
-        transaction.put(_NEXT_NODE, seal_small(_NEXT_NODE, (node + 1).to_bytes(8, "big")), db=nodes)
+        node = 1 if sealed is None else open_number(_NEXT_NODE, sealed)
+        transaction.put(_NEXT_NODE, seal_number(_NEXT_NODE, node + 1), db=nodes)
         return node
 
 
-def apply_pages(transaction: Transaction, entries: Sequence[Ready]) -> None:
-    """Puts pages, and deletes stale ones, which it counts. Raises lmdb.Error."""
-    for entry in entries:
-        for page in entry.pages:
+def apply_pages(transaction: Transaction, batches: Sequence[PackedBatch]) -> None:
+    """Puts pages, and deletes and counts stale ones. Raises lmdb.Error."""
+    for batch in batches:
+        for page in batch.pages:
             transaction.put(page.page_hash, page.created_ms.to_bytes(PAGE_AGE_BYTES, "big") + page.body)
-        for page_hash, created_ms in entry.stale_pages:
+        for page_hash, created_ms in batch.stale_pages:
             stored = transaction.get(page_hash)
             if stored is not None and stored[:PAGE_AGE_BYTES] == created_ms.to_bytes(PAGE_AGE_BYTES, "big"):
                 transaction.delete(page_hash)
-                entry.deleted += 1
+                batch.deleted += 1

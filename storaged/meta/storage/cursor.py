@@ -1,8 +1,8 @@
-"""Rows that lie one behind the other in the map, read together: what listings read, over one LMDB cursor.
+"""Rows and pages in LMDB, read within one transaction of their sub-database.
 
-``rowkey.walk`` finds any rows, also those behind links. Nearly always the rows of a page are one stretch without a
-link; then neither their keys nor they
-themselves have to be looked at one by one. None where they are not: ``walk`` does it then.
+``rowkey.walk`` finds any rows, also those that lie beyond links. Nearly always the rows of a page of a listing lie next
+to each other without a link; then ``columns_at`` and ``stamps_at`` read them with one LMDB cursor and without a look at
+each key or row. They return None for other rows, which ``walk`` then reads.
 """
 
 from __future__ import annotations
@@ -11,24 +11,60 @@ from bisect import bisect_left
 from itertools import islice
 from typing import Any
 
-from storaged.meta.ports import Stamps
-from storaged.meta.storage.heap import REFERENCE_BYTES, stamps_of
-from storaged.meta.storage.rowkey import NODE_BYTES, SEGMENT_BYTES, row_key
+from storaged.meta.ports import RowRange, Stamps
+from storaged.meta.storage.heap import REFERENCE_BYTES, row_of, stamps_of
+from storaged.meta.storage.identity import Database, Transaction
+from storaged.meta.storage.rowkey import NODE_BYTES, SEGMENT_BYTES, find, row_key
+from storaged.meta.storage.rowvalue import open_number
+
+PAGE_AGE_BYTES = 8
+"""Each page begins with the time at which it was put last."""
 
 Cursor = Any
 """``lmdb.Cursor``."""
 
 
-def columns_at(
-    cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit: int
-) -> tuple[list[bytes], list[bytes], bool] | None:
-    """Keys and values of the ``limit`` rows under ``root`` with key > ``after`` and the prefix, and whether there are
-    more.
+class StoredRows:
+    """``rowkey.Rows`` over a transaction of ``rows``."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        self._transaction = transaction
+
+    def get(self, key: bytes) -> bytes | None:
+        value: bytes | None = self._transaction.get(key)
+        return value
+
+    def read(self, first: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        cursor = self._transaction.cursor()
+        return list(islice(cursor.iternext(), limit)) if cursor.set_range(first) else []
+
+    def child(self, link: bytes, value: bytes) -> int:
+        return open_number(link, value)
+
+
+def stored_row(transaction: Transaction, heap: Database, root: int, key: bytes) -> bytes:
+    """The row of a key under a root, unverified; empty when there is none. Raises RowDamaged, lmdb.Error."""
+    at = row_key(root, key) if len(key) <= SEGMENT_BYTES else find(StoredRows(transaction), root, key)
+    return b"" if at is None else row_of(transaction, heap, transaction.get(at, b""))
+
+
+def page_ages(transaction: Transaction, after: bytes, limit: int) -> list[tuple[bytes, int]]:
+    """As ``MetaStore.pages``. With buffers only the first bytes of each page are touched. Raises lmdb.Error."""
+    cursor = transaction.cursor()
+    found = islice(cursor.iternext(), limit + 1) if cursor.set_range(after) else ()
+    ages = [(bytes(key), int.from_bytes(value[:PAGE_AGE_BYTES], "big")) for key, value in found]
+    return [page for page in ages if page[0] > after][:limit]
+
+
+def columns_at(cursor: Cursor, root: int, wanted: RowRange) -> tuple[list[bytes], list[bytes], bool] | None:
+    """Keys and values of the range's rows under ``root``, and whether more follow beyond its limit. None: see the
+    module.
     """
-    if not _set(cursor, root, after, prefix):
+    limit = wanted.limit
+    if not _set(cursor, root, wanted):
         return None
     entries = list(islice(cursor.iternext(), limit))
-    bound = row_key(root, prefix)
+    bound = row_key(root, wanted.prefix)
     if entries[-1][0].startswith(bound):
         more = len(entries) == limit and cursor.next() and cursor.key().startswith(bound)
     else:
@@ -40,18 +76,19 @@ def columns_at(
     return keys, [value for _, value in entries], more
 
 
-def stamps_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit: int) -> Stamps | None:
-    """The stamps of these rows. The cursor gives buffers: of a row that is not in the heap no more than the stamp is
-    touched.
+def stamps_at(cursor: Cursor, root: int, wanted: RowRange) -> Stamps | None:
+    """The stamps of these rows. The cursor yields buffers: only the stamp is touched of a row that is not in the
+    heap. None: see the module.
     """
-    if not _set(cursor, root, after, prefix):
+    limit = wanted.limit
+    if not _set(cursor, root, wanted):
         return None
     values = list(islice(cursor.iternext(keys=False), limit))
-    last, bound, more = bytes(cursor.key()), row_key(root, prefix), False
+    last, bound, more = bytes(cursor.key()), row_key(root, wanted.prefix), False
     if len(values) == limit and last.startswith(bound):
         more = cursor.next() and bytes(cursor.key()).startswith(bound)
     else:
-        _set(cursor, root, after, prefix)
+        _set(cursor, root, wanted)
         keys = list(map(bytes, islice(cursor.iternext(values=False), limit)))
         del values[bisect_left(keys, True, key=lambda key: not key.startswith(bound)) :]
         last = keys[len(values) - 1] if values else b""
@@ -61,7 +98,9 @@ def stamps_at(cursor: Cursor, root: int, *, after: bytes, prefix: bytes, limit: 
     return Stamps(stamps, len(values), row_bytes, last[NODE_BYTES:], more)
 
 
-def _set(cursor: Cursor, root: int, after: bytes, prefix: bytes) -> bool:
-    """Whether the cursor is where such a stretch may begin."""
-    first = max(after + b"\0", prefix)
-    return len(first) <= SEGMENT_BYTES and first.startswith(prefix) and bool(cursor.set_range(row_key(root, first)))
+def _set(cursor: Cursor, root: int, wanted: RowRange) -> bool:
+    """Moves the cursor to the first key of the range. False when there is none, or it can lie beyond a link."""
+    first = max(wanted.after + b"\0", wanted.prefix)
+    if len(first) > SEGMENT_BYTES or not first.startswith(wanted.prefix):
+        return False
+    return bool(cursor.set_range(row_key(root, first)))

@@ -1,17 +1,14 @@
-"""What was written to a disk's shards lately, so that what was found of their rows before can be known to be so still,
-without looking. In memory only.
+"""Tracks recent writes to a disk's shards, to validate cached scans without a look at the rows. In memory only.
 
 Theory of operation
-    A shard's *count* moves before its rows change and once more after, so a count that is read before a snapshot of the
-    rows and is the same later stands for that
-    snapshot: nothing changed since. An odd count stands for nothing: rows change while it is this. Shards share counts
-    by hash; whose count has moved may have changed. Beside each count lie the keys that were written last, with what
-    the count was after them: what was found of a range is still so when none of the keys written since is in it. A
-    write that was under way when the count was read is
-    among these.
+    A shard's *count* rises before its rows change and once more after, so a count that is the same before a snapshot of
+    the rows and later validates the snapshot: nothing changed since. An odd count validates nothing: rows are changing
+    while it is odd. Shards share counts by hash, so a shard whose count has moved may have changed. Beside each count
+    lie the keys that were written last, each with the count after its write: a cached range is still valid when no key
+    written since is in it. A write that was under way when the count was read is among these keys.
 
-    The event loop writes and reads. Another thread may read meanwhile, each look at a table being a single step of the
-    interpreter.
+    The event loop writes and reads. Another thread may read meanwhile, since each access to a table is a single step of
+    the interpreter.
 """
 
 from __future__ import annotations
@@ -25,16 +22,16 @@ from storaged.units import MIB
 COUNTS = 4_096
 KEYS_OF_ONE_MAX = 64
 BYTES_MAX = 6 * MIB
-"""Of all shards together: 15,000 keys of 30 bytes, when every count has some."""
+"""Of all shards together: 15,000 keys of 30 bytes when each count has some."""
 
 _KEY_BYTES = 200
 _WRITTEN_BYTES = 900
-"""What is kept of a key besides it, and of a count."""
+"""Overhead in memory of a key, and of a count."""
 
 
 class _Written:
     """``keys``: (count after it, table || scope || shard, key), oldest first. ``forgotten``: the count after the last
-    one that is not there any more.
+    one that was dropped.
     """
 
     __slots__ = ("forgotten", "keys")
@@ -44,26 +41,24 @@ class _Written:
         self.forgotten = forgotten
 
 
-Touched = set[int]
-"""Counts that are odd."""
+OddCounts = set[int]
+"""Indices of the counts that are odd."""
 
 
-class Changes:
-    """Of one store since it was opened. ``prefix`` is always a shard's: table || scope || shard."""
+class DirtyRangeTracker:
+    """``ports.DirtyRanges`` of one store since it was opened."""
 
     def __init__(self) -> None:
         self._counts = [0] * COUNTS
         self._written: dict[int, _Written] = {}
         self._bytes = 0
 
-    def of(self, prefix: bytes) -> int:
-        """The shard's count."""
+    def count_of(self, prefix: bytes) -> int:
         return self._counts[hash(prefix) % COUNTS]
 
-    def since(self, count: int, prefix: bytes, *, after: bytes, key_prefix: bytes, through: bytes | None) -> bool:
-        """May rows with key > ``after`` and the prefix, up to ``through`` (None: to the end), have changed since the
-        count was this?
-        """
+    def changed_since(
+        self, count: int, prefix: bytes, *, after: bytes, key_prefix: bytes, through: bytes | None
+    ) -> bool:
         at = hash(prefix) % COUNTS
         if self._counts[at] == count and not count % 2:
             return False
@@ -83,23 +78,23 @@ class Changes:
         )
 
     @contextmanager
-    def counting(self, rows: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
+    def changing(self, rows: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
         """While rows, (prefix, key), change."""
-        touched = self.begin(rows)
+        odd = self.begin(rows)
         try:
             yield
         finally:
-            self.end(touched)
+            self.end(odd)
 
-    def begin(self, rows: Iterable[tuple[bytes, bytes]]) -> Touched:
-        """Before rows, (prefix, key), change; ``end`` is to follow, whatever comes of it."""
+    def begin(self, rows: Iterable[tuple[bytes, bytes]]) -> OddCounts:
+        """Before rows, (prefix, key), change. ``end`` must follow, also after an error."""
         if self._bytes > BYTES_MAX:
             self._written, self._bytes = {}, 0
         counts, all_written, size = self._counts, self._written, 0
-        touched: Touched = set()
+        odd: OddCounts = set()
         for prefix, key in rows:
             at = hash(prefix) % COUNTS
-            touched.add(at)
+            odd.add(at)
             written = all_written.get(at)
             if written is None:
                 written = all_written[at] = _Written(counts[at])
@@ -108,14 +103,14 @@ class Changes:
             keys.append((counts[at] + 2, prefix, key))
             size += _KEY_BYTES + len(key)
             if len(keys) > KEYS_OF_ONE_MAX:
-                written.forgotten = keys[0][0]  # before it is gone, for who looks meanwhile
+                written.forgotten = keys[0][0]  # before it is removed, for a reader in another thread
                 _, _, oldest = keys.popleft()
                 size -= _KEY_BYTES + len(oldest)
         self._bytes += size
-        self.end(touched)
-        return touched
+        self.end(odd)
+        return odd
 
-    def end(self, touched: Touched) -> None:
+    def end(self, odd: OddCounts) -> None:
         counts = self._counts
-        for at in touched:
+        for at in odd:
             counts[at] += 1

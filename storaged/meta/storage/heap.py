@@ -1,30 +1,27 @@
-"""Rows apart from their keys: how a row that is not short lies in LMDB.
+"""The heap: rows that are not short lie apart from their keys in LMDB.
 
 Theory of operation
     Keys arrive in any order, so a page of a tree that is ordered by them is two thirds full, and a checkpoint copies a
-    page for nearly each row that it puts. With rows of
-    600 bytes in that tree a row took 980 bytes, and a checkpoint of a large store wrote 30 KiB for each. So the tree
-    has no more of a row than what stands for it where replicas
-    compare rows, its size, and a number; the row itself lies in ``heap`` under this number. Numbers are given in the
-    order in which registers were first written: the pages of the heap fill
-    up one after the other. A row keeps its number while it changes. A short one (most of them are what deleted keys
-    leave) lies in the tree itself.
+    page for nearly each row that it puts. With rows of 600 bytes in that tree a row took 980 bytes, and a checkpoint of
+    a large store wrote 30 KiB for each. So the tree holds only a reference: the stamp by which replicas compare rows,
+    the row's size, and a number. The row itself lies in ``heap`` under this number. Numbers are given in the order in
+    which registers were first written, so the pages of the heap fill up one after the other. A row keeps its number
+    while it changes. A short row lies in the tree itself; most short rows are what deleted keys leave.
 
     sub-database   key                   value
     rows           node || segment       a row of up to 127 bytes (longer ones in stores from before there was a heap),
-    or a reference, told by its size:
+                                         or a reference, which its size identifies:
                                              offset  bytes
                                              0       10     the row's stamp: format version, check, visibility
                                              10      4      bytes of the row (u32 BE)
                                              14      8      the row's number (u64 BE)
     heap           number (u64 BE)       a row
 
-    The next number stands in ``meta`` too. The end of the heap alone does not tell it: one flipped bit there, or a page
-    whose write was lost, and numbers that others have would
-    be given again, to rows that nobody finds then.
+    The next number is stored in ``meta`` too. The end of the heap alone is not enough: after one flipped bit there, or
+    a page whose write was lost, numbers that are in use would be given again, and the rows that had them would be lost.
 
-    A reference whose row is gone, or is not the one that it stands for, is taken for the row: no check holds for it, so
-    it is damage to everyone who verifies.
+    A reference whose row is missing, or is another row, is returned in place of the row: no check holds for it, so
+    every reader that verifies finds the damage.
 """
 
 from __future__ import annotations
@@ -35,19 +32,19 @@ from typing import Any
 
 from storaged.meta.ports import RowDamaged
 from storaged.meta.storage.identity import Database, Transaction
-from storaged.meta.storage.rowvalue import ROW_BYTES_MIN, STAMP_BYTES, intact, open_small, seal_small
+from storaged.meta.storage.rowvalue import ROW_BYTES_MIN, STAMP_BYTES, intact, open_number, seal_number
 from storaged.wire import Buffer
 
 Cursor = Any
 """``lmdb.Cursor``."""
 
 INLINE_ROW_BYTES_MAX = 127
-"""With its share of pages that are not full, a row of this size takes as much in the tree as a reference and the row in
-the heap.
+"""In the tree, with its share of pages that are not full, a row of this size takes as much as a reference and the row
+in the heap.
 """
 
 NEXT_NUMBER = b"\0heap"
-"""In ``meta``: check || the next number to give out (u64 BE)."""
+"""In ``meta``: check || the next free number (u64 BE)."""
 
 NUMBER_BYTES = 8
 _NUMBER_AT = STAMP_BYTES + 4
@@ -72,8 +69,8 @@ def number_in(reference: bytes) -> bytes:
 
 
 def stamps_of(values: Sequence[Buffer]) -> tuple[bytes, int]:
-    """Of the rows that values of ``rows`` are, or stand for: their stamps one behind the other, and their bytes
-    together. Nothing is read in the heap.
+    """The stamps of the rows that these values of ``rows`` are or refer to, concatenated, and the sum of their bytes.
+    Does not read the heap.
     """
     if set(map(len, values)) - {REFERENCE_BYTES}:
         values = [value if len(value) == REFERENCE_BYTES else refer(value, _NOWHERE) for value in values]
@@ -82,7 +79,7 @@ def stamps_of(values: Sequence[Buffer]) -> tuple[bytes, int]:
 
 
 def row_of(transaction: Transaction, heap: Database, value: bytes) -> bytes:
-    """The row that a value of ``rows`` is, or stands for. Raises lmdb.Error."""
+    """The row that a value of ``rows`` is or refers to. Raises lmdb.Error."""
     if len(value) != REFERENCE_BYTES:
         return value
     row: bytes = transaction.get(number_in(value), b"", heap)
@@ -90,7 +87,7 @@ def row_of(transaction: Transaction, heap: Database, value: bytes) -> bytes:
 
 
 def rows_of(transaction: Transaction, heap: Database, values: Sequence[bytes]) -> list[bytes]:
-    """As ``row_of`` of each, with one call into LMDB where all of them are whole in the heap."""
+    """As ``row_of`` of each, with one call into LMDB when all of them are intact references."""
     if not set(map(len, values)) - {REFERENCE_BYTES}:
         with transaction.cursor(heap) as cursor:
             rows = [row for _, row in cursor.getmulti([value[_NUMBER_AT:] for value in values])]
@@ -100,8 +97,8 @@ def rows_of(transaction: Transaction, heap: Database, values: Sequence[bytes]) -
 
 
 class Heap:
-    """What a store's checkpoints put into ``rows`` and ``heap``, one at a time. A transaction that is not committed
-    must be the last: numbers are given once.
+    """Writes the rows of a store's checkpoints to ``rows`` and ``heap``, one at a time. A transaction that is not
+    committed must be the last, since each number is given once.
     """
 
     def __init__(self, rows: Database, heap: Database, meta: Database) -> None:
@@ -111,8 +108,8 @@ class Heap:
         self._next = 0
 
     def put(self, transaction: Transaction, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> None:
-        """``rows``: (key in ``rows``, table || scope || shard, key, row), no key twice. Raises
-        lmdb.Error, RowDamaged.
+        """``rows``: (key in ``rows``, table || scope || shard, key, row), no key twice. Raises lmdb.Error,
+        RowDamaged.
         """
         fresh: list[tuple[bytes, bytes]] = []
         changed: list[tuple[bytes, bytes]] = []
@@ -139,23 +136,21 @@ class Heap:
             if heap.putmulti(fresh, append=True)[1] != len(fresh):
                 raise RowDamaged("the heap of rows has numbers that nobody was given")
         if fresh:
-            transaction.put(
-                NEXT_NUMBER, seal_small(NEXT_NUMBER, following.to_bytes(NUMBER_BYTES, "big")), db=self._meta
-            )
+            transaction.put(NEXT_NUMBER, seal_number(NEXT_NUMBER, following), db=self._meta)
         self._next = following
 
     def _following(self, transaction: Transaction, heap: Cursor) -> int:
         last = int.from_bytes(heap.key(), "big") if heap.last() else 0
         try:
-            told = int.from_bytes(open_small(NEXT_NUMBER, transaction.get(NEXT_NUMBER, b"", db=self._meta)), "big")
-        except RowDamaged:  # or never told: there was nothing yet
-            told = 1
-        return max(told, last + 1)
+            noted = open_number(NEXT_NUMBER, transaction.get(NEXT_NUMBER, b"", db=self._meta))
+        except RowDamaged:  # or missing: the heap was empty then
+            noted = 1
+        return max(noted, last + 1)
 
     @staticmethod
     def _numbers(tree: Cursor, heap: Cursor, rows: Sequence[tuple[bytes, bytes, bytes, bytes]]) -> dict[bytes, bytes]:
-        """By their keys in ``rows``, of those that are in the heap. A reference that is damaged may name somebody
-        else's row: it counts for nothing then.
+        """The numbers, by key in ``rows``, of the rows that are in the heap. A damaged reference may name another key's
+        row, and is left out.
         """
         found = {
             at: number_in(value)

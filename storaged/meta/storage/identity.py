@@ -1,4 +1,4 @@
-"""Whether the metadata store in a directory may be used, and by whom."""
+"""Whether the metadata store in a directory may be used, and by which process."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MARK = struct.Struct(">QQQ?B")
 SUB_DATABASES = (b"rows", b"heap", b"nodes", b"fences", b"pages", b"meta")
 
 LAYOUT = 1
-"""How the rows lie: 0 without a heap (its mark ends before this), 1 as ``meta.storage.heap`` says. A store of layout 0
-is one of layout 1 whose heap is empty.
+"""Layout of the rows. 0: no heap (the mark ends before this field); 1: as in ``meta.storage.heap``. A store of layout 0
+is a store of layout 1 with an empty heap.
 """
 
 FULL_BYTES = 16 * MIB
-"""A file system with less than this free is full: a write that was cut short took the rest, but for what others gave
-back since.
+"""A file system with less free space than this counts as full: a write that was cut short took the rest, except for
+what others gave back since.
 """
 
 Transaction = Any
@@ -39,10 +39,10 @@ Database = Any
 
 
 class Mark(NamedTuple):
-    """What LMDB knows of its redo log. It has the changes of all groups up to ``applied``; ``written`` were durable
-    when it was told; ``closed``: there were no others.
-    ``starts``: of the store when it was told. Behind it lies the layout, so that a program that does not know it
-    refuses the store."""
+    """What LMDB knows of its redo log. LMDB has the changes of all groups up to ``applied``. ``written``: the last
+    group that was durable when the mark was written. ``closed``: there were no others. ``starts``: of the store at that
+    time. The layout follows in the bytes, so that a program that does not know it refuses the store.
+    """
 
     applied: int
     written: int
@@ -54,9 +54,9 @@ class Mark(NamedTuple):
 
 
 def read_mark(directory: Path, transaction: Transaction, meta: Database, starts: int) -> Mark | None:
-    """None: the store has no log yet. Raises DiskForeign when it is damaged, a later program has written the store, or
-    one that knows of no log has opened it since
-    there was something in it."""
+    """None: the store has no log yet. Raises DiskForeign when the mark is damaged, a later version has written the
+    store, or a version without a log has opened it while its log held something.
+    """
     sealed = transaction.get(REDO, db=meta)
     if sealed is None:
         return None
@@ -83,8 +83,8 @@ def read_mark(directory: Path, transaction: Transaction, meta: Database, starts:
     return mark
 
 
-def lock(directory: Path) -> int:
-    """Raises DirectoryInUse, DiskUnusable."""
+def lock_directory(directory: Path) -> int:
+    """Returns the descriptor that holds the lock. Raises DirectoryInUse, DiskUnusable."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         sync_path(directory.parent)
@@ -99,28 +99,35 @@ def lock(directory: Path) -> int:
     return descriptor
 
 
-def compare(directory: Path, expected: bytes) -> None:
-    """Raises DiskForeign unless the store in ``directory`` is the expected one, no older than it was; reads only."""
-    descriptor = lock(directory)
+def verify_identity(directory: Path, expected: bytes) -> None:
+    """Raises DiskForeign unless the store in ``directory`` is the expected one and no older than it was. Reads only."""
+    file = directory / "data.mdb"
+    if not file.exists():
+        raise DiskForeign(f"the metadata store that was in {directory} is gone")
+    if not file.stat().st_size:
+        raise _blank(directory)
+    descriptor = lock_directory(directory)
     try:
         with lmdb.open(str(directory), readonly=True, max_dbs=len(SUB_DATABASES), create=False) as environment:
             reach_end(environment, directory)
             try:
                 meta = environment.open_db(b"meta", create=False)
             except lmdb.NotFoundError:
-                raise DiskForeign(
-                    f"the metadata store in {directory} is blank, although one was in use there"
-                ) from None
+                raise _blank(directory) from None
             with environment.begin() as transaction:
                 found = read_identity(directory, transaction, meta)
     except lmdb.Error as error:
-        raise unopened(directory, error) from None
+        raise open_error(directory, error) from None
     finally:
         os.close(descriptor)
     if found is None or found[:STORE_ID_BYTES] != expected[:STORE_ID_BYTES]:
         raise DiskForeign(f"the metadata store in {directory} is another one than was in use there")
     if split_identity(found)[1] < split_identity(expected)[1]:
         raise DiskForeign(f"the metadata store in {directory} is an older copy of the one that was in use there")
+
+
+def _blank(directory: Path) -> DiskForeign:
+    return DiskForeign(f"the metadata store in {directory} is blank, although one was in use there")
 
 
 def read_identity(directory: Path, transaction: Transaction, meta: Database) -> bytes | None:
@@ -136,15 +143,15 @@ def split_identity(identity: bytes) -> tuple[bytes, int]:
     return identity[:STORE_ID_BYTES], int.from_bytes(identity[STORE_ID_BYTES:], "big")
 
 
-def unopened(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
+def open_error(directory: Path, error: lmdb.Error) -> DiskForeign | DiskUnusable:
     if isinstance(error, lmdb.InvalidError | lmdb.CorruptedError | lmdb.VersionMismatchError | lmdb.PageNotFoundError):
         return DiskForeign(f"what is in {directory} is no metadata store: {error}")
     return DiskUnusable(f"no metadata store can be opened in {directory}: {error}")
 
 
 def lacks_space(directory: Path, error: Exception) -> bool:
-    """Whether that is why a store could not write. Also when the file system was full in the middle of a write: that is
-    cut short then, which LMDB calls EIO.
+    """Whether a write failed for lack of space. Also when the file system became full in the middle of a write: the
+    write is then cut short, which LMDB reports as EIO.
     """
     code = getattr(error, "errno", None) or getattr(error, "code", None)
     if code != errno.EIO:

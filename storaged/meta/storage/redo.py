@@ -1,29 +1,25 @@
-"""A disk's redo log: what was acknowledged and is not in LMDB yet, in a file that is made once and written over and
-over.
+"""A disk's redo log: what was acknowledged and is not in LMDB yet, in a file that is allocated once and overwritten in
+turns.
 
 Theory of operation
-    A commit of LMDB writes every page of the tree that it touches and syncs twice; a segment that grows drags the file
-    system's own journal along. So what a
-    group of batches changes, and the small copies that come with them, go into this log first, with one synced write to
-    blocks
-    that have long been the file's: the kernel's, while the event loop goes on (``begin``, ``storaged.aio``), or a
-    thread's (``write``). They are acknowledged then, and reach LMDB later, many groups in one commit (a *checkpoint*).
+    A commit of LMDB writes every page of the tree that it touches and syncs twice, and a segment that grows adds work
+    to the file system's own journal. So what a group of batches changes, and the small copies that come with them, go
+    into this log first, with one synced write to blocks that the file has long had. The kernel writes while the event
+    loop goes on (``try_write``, ``storaged.aio``), or a thread does (``write``). Then the batches are acknowledged.
+    They reach LMDB later, many groups in one commit (a *checkpoint*).
 
-    The file (FORMATS.md, Redo log) has a header and two halves. A *group* begins on a page of its own, so that a write
-    that is torn harms no other; its head
-    and body have checks that are seeded with the store and the place; groups are numbered without a gap for as long as
-    the store lives. Groups fill one half
-    while the checkpoint of what is in the other is made. A half is written over only when LMDB has everything that is
-    in it.
+    The file (FORMATS.md, Redo log) has a header and two halves. A *group* begins on a page of its own, so that a torn
+    write damages no other group. Its head and body have checks that are seeded with the store and the place. Groups are
+    numbered without a gap for as long as the store lives. Groups fill one half while a checkpoint of the other is made.
+    A half is overwritten only when LMDB has everything in it.
 
-    A group is written when the one before it is durable. So after a crash only the last can be torn, and it was never
-    acknowledged: it is left out. Any sign of a group
-    behind a gap is damage to something acknowledged, and the disk may then have forgotten what it promised: it is
-    refused (rule 9), as is a log that is gone,
-    another store's, or shorter than LMDB knows it to have been.
+    A group is written when the one before it is durable. So after a crash only the last one can be torn, and it was
+    never acknowledged: it is left out. Any sign of a group after a gap is damage to something acknowledged, and the
+    disk may then have forgotten its promises: it is refused (rule 9). So is a log that is gone, that is another
+    store's, or that is shorter than LMDB knows.
 
-The idea is as old as ARIES (Mohan et al., TODS 17(1), 1992); two preallocated logs in turn are how InnoDB and XFS keep
-the file system out of the way.
+The idea is as old as ARIES (Mohan et al., TODS 17(1), 1992); InnoDB and XFS use preallocated logs in the same way to
+keep the file system out of the path.
 """
 
 from __future__ import annotations
@@ -46,7 +42,9 @@ from storaged.wire import Buffer
 
 PAGE_BYTES = 4 * KIB
 HALF_BYTES = 16 * MIB
-"""Of a new log; a log says of what size its halves are. What fills one before LMDB has the other waits."""
+"""Of a new log; a log's header has the size of its halves. When one half is full before LMDB has the other, writes
+wait.
+"""
 
 _HALF_BYTES_MIN, _HALF_BYTES_MAX = 8 * MIB, 64 * MIB
 """The first logs had halves of 8 MiB."""
@@ -70,22 +68,22 @@ assert _FILE.size == 40
 assert _HEAD.size == 32
 
 BODY_BYTES_MAX = _HALF_BYTES_MIN - PAGE_BYTES - _HEAD.size
-"""A group of any size up to this fits a half of any log."""
+"""A group of up to this size fits a half of any log."""
 
 DIRECT_BODY_BYTES_MAX = 2 * MIB
-"""A larger group is rare, and a thread's: the event loop would take a millisecond to check and copy it."""
+"""A larger group is rare, and is written by a thread: the event loop would take a millisecond to check and copy it."""
 
 
 class RedoLog:
-    """The log of one store. One group at a time is written; what says how far it is written changes under the store's
-    lock (``wrote``, ``turn``, ``applied``).
+    """The log of one store. One group is written at a time. The position changes under the store's lock (``advance``,
+    ``try_switch_half``, ``mark_applied``).
     """
 
     def __init__(self, directory: Path, store_id: bytes, mark: Mark | None, *, direct: bool = True) -> None:
         """Opens the log, or makes one for a store that has none yet (``mark`` None) or needs none (it was closed).
-        ``direct``: ``begin`` is wanted.
+        ``direct``: the caller wants ``try_write``.
 
-        ``bodies`` are then those of all groups behind ``mark.applied``, in order. Raises DiskForeign, DiskUnusable.
+        Afterwards ``bodies`` has all groups after ``mark.applied``, in order. Raises DiskForeign, DiskUnusable.
         """
         self._path = directory / FILE_NAME
         self._seed = xxhash.xxh3_64_intdigest(store_id + _MAGIC)
@@ -121,36 +119,37 @@ class RedoLog:
         """Whether a group of this size fits what is left of the half."""
         return self._ends[self._half] + _pages(body_bytes) <= self.half_bytes
 
-    def begin(self, loop: asyncio.AbstractEventLoop, body: Buffer, done: Done) -> bool:
-        """As ``write``, but without a thread: ``done`` is called on the loop. False, and ``done`` told of NotTaken: it
-        is for ``write``. One at a time. Raises ValueError as ``write``.
+    def try_write(self, loop: asyncio.AbstractEventLoop, body: Buffer, on_done: Done) -> bool:
+        """As ``write``, but without a thread: calls ``on_done`` on the loop. False, or ``on_done`` with NotTaken: use
+        ``write`` for this group. One at a time. Raises ValueError as ``write``.
         """
         direct = self._direct
         if direct is None or direct.blocks or len(body) > DIRECT_BODY_BYTES_MAX:
             return False
-        at, pieces = self._laid_out(body)
+        at, pieces = self._layout(body)
         try:
-            direct.write(loop, pieces, at, done)
+            direct.write(loop, pieces, at, on_done)
         except NotTaken:
             return False
         return True
 
     def write(self, body: Buffer) -> None:
-        """The next group is durable when it returns; ``wrote`` makes it the last. Raises OSError; what the disk has
-        then is unknown. Raises ValueError for what does not
-        fit: behind the half begins what was acknowledged in the other."""
-        at, pieces = self._laid_out(body)
+        """When it returns, the group is durable; ``advance`` then makes it the last one. Raises OSError: what the disk
+        has is then unknown. Raises ValueError for a group that does not fit, since the next half begins with what was
+        acknowledged there.
+        """
+        at, pieces = self._layout(body)
         if os.pwritev(self._fd, pieces, at, os.RWF_DSYNC) != _pages(len(body)):
             raise OSError(errno.EIO, "a write to the redo log was cut short")
 
-    def wrote(self, body_bytes: int) -> None:
+    def advance(self, body_bytes: int) -> None:
         """A group with a body of this size is durable."""
         self.sequence += 1
         self._ends[self._half] += _pages(body_bytes)
         self._lasts[self._half] = self.sequence
 
-    def _laid_out(self, body: Buffer) -> tuple[int, list[Buffer]]:
-        """Where the next group goes, and what is written there."""
+    def _layout(self, body: Buffer) -> tuple[int, list[Buffer]]:
+        """Where the next group goes, and what to write there."""
         if not self.fits(len(body)):
             raise ValueError(f"a group of {len(body)} bytes does not fit what is left of its half")
         at = PAGE_BYTES + self._half * self.half_bytes + self._ends[self._half]
@@ -160,20 +159,20 @@ class RedoLog:
         head += xxhash.xxh3_64_digest(head, (self._seed + at) & _MASK)
         return at, [head, body, _ZEROS[: _pages(len(body)) - len(head) - len(body)]]
 
-    def turn(self) -> bool:
-        """Goes on in the other half; False while LMDB does not have everything in that."""
+    def try_switch_half(self) -> bool:
+        """Continues in the other half. False while LMDB does not have everything in it."""
         other = 1 - self._half
         if self._lasts[other] > self._applied:
             return False
         self._half, self._ends[other] = other, 0
         return True
 
-    def applied(self, sequence: int) -> None:
+    def mark_applied(self, sequence: int) -> None:
         """LMDB durably has all groups up to this one."""
         self._applied = sequence
 
     def detach(self) -> None:
-        """``begin`` is not called any more, and nothing that was begun is under way. On the loop."""
+        """On the loop, when no write is under way. ``try_write`` must not be called afterwards."""
         if self._direct is not None:
             self._direct.detach()
 
@@ -182,12 +181,9 @@ class RedoLog:
             self._direct.close()
         os.close(self._fd)
 
-    # --- start
-    # ------------------------------------------------------------------------------------------------------------
-
     def _recover(self, store_id: bytes, mark: Mark | None) -> None:
         try:
-            # A process that was killed may have left its last group in the page cache alone: what counts from now on
+            # A process that was killed may have left its last group only in the page cache. What counts from now on
             # must be on the drive, and be read from there.
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -197,7 +193,7 @@ class RedoLog:
             raise DiskUnusable(f"{self._path} cannot be read: {error.strerror or error}") from None
         if not self.half_bytes or len(data) < PAGE_BYTES + 2 * self.half_bytes:
             raise DiskForeign(f"{self._path} is not the redo log of the store beside it")
-        places = self._places(data)
+        places = self._group_heads(data)
         while found := next((place for place in places.get(self.sequence + 1, ()) if self._whole(data, place)), None):
             self.sequence += 1
             self.bodies.append(data[found.at : found.at + found.length])
@@ -209,11 +205,9 @@ class RedoLog:
                 f"{self._path} ends at group {self.sequence}, and the disk had acknowledged group {mark.written}"
             )
 
-    def _places(self, data: bytes) -> dict[int, list[_Place]]:
-        """By number, where a head stands that holds. The beginning of a torn group may still be there beside the one
-        that took its number.
-        """
-        found: dict[int, list[_Place]] = {}
+    def _group_heads(self, data: bytes) -> dict[int, list[_GroupHead]]:
+        """Valid heads by number. The beginning of a torn group may still lie beside the group that took its number."""
+        found: dict[int, list[_GroupHead]] = {}
         for at in range(PAGE_BYTES, len(data), PAGE_BYTES):
             magic, length, sequence, body, check = _HEAD.unpack_from(data, at)
             if magic == _GROUP_MAGIC and check == xxhash.xxh3_64_intdigest(
@@ -221,16 +215,16 @@ class RedoLog:
             ):
                 half, offset = divmod(at - PAGE_BYTES, self.half_bytes)
                 found.setdefault(sequence, []).append(
-                    _Place(half, at + _HEAD.size, length, offset + _pages(length), body)
+                    _GroupHead(half, at + _HEAD.size, length, offset + _pages(length), body)
                 )
         return found
 
-    def _whole(self, data: bytes, place: _Place) -> bool:
+    def _whole(self, data: bytes, place: _GroupHead) -> bool:
         body = memoryview(data)[place.at : place.at + place.length]
         return place.end <= self.half_bytes and xxhash.xxh3_64_intdigest(body, self._seed) == place.check
 
 
-class _Place(NamedTuple):
+class _GroupHead(NamedTuple):
     """``at``, ``length`` and ``check`` of the body in the file; ``end`` of the group in its half."""
 
     half: int
@@ -250,7 +244,7 @@ def _file_header(store_id: bytes, half_bytes: int) -> bytes:
 
 
 def _half_bytes_in(header: bytes, store_id: bytes) -> int:
-    """What the log of this store says of its halves; 0: it is another's, or damaged."""
+    """The size of the halves from the log's header; 0 for another store's log, or a damaged one."""
     if len(header) != _FILE.size:
         return 0
     half_bytes: int = _FILE.unpack(header)[3] * PAGE_BYTES
@@ -260,8 +254,8 @@ def _half_bytes_in(header: bytes, store_id: bytes) -> int:
 
 
 def _make(path: Path, store_id: bytes) -> None:
-    """The file appears whole. It is filled with zeros, for a block that has only been set aside costs a change of the
-    file system's own log when it is written first.
+    """The file appears only when it is complete. It is filled with zeros: a block that is only allocated costs a change
+    of the file system's journal at its first write.
     """
     fresh = path.with_suffix(".new")
     fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -273,7 +267,7 @@ def _make(path: Path, store_id: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
     except OSError:
-        fresh.unlink(missing_ok=True)  # a disk that has no room for all of it needs what it took
+        fresh.unlink(missing_ok=True)  # on a disk without room for all of it, give back what it took
         raise
     finally:
         os.close(fd)

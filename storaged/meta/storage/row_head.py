@@ -1,4 +1,4 @@
-"""Bodies that begin with what a listing prints, so that a replica ships that part alone and understands none of it.
+"""Bodies that begin with what a listing prints, so that a replica can send that part alone without understanding it.
 Pure.
 
     offset  bytes  what
@@ -7,8 +7,7 @@ Pure.
     2       2      where it ends (u16 BE)
     4              the message; the head lies in it
 
-A body that begins otherwise has no head. What a listing gets of it is all of it; whoever made the body can tell one
-from the other.
+A body that begins otherwise has no head, and a listing gets all of it. The writer of the body can tell the two apart.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ assert _LEAD.size == LEAD_BYTES
 
 
 def with_head(message: bytes, start: int, end: int) -> bytes:
-    """The body whose head is ``message[start:end]``. Raises ValueError when that lies too far behind for the lead."""
+    """The body whose head is ``message[start:end]``. Raises ValueError when the head ends too late for the lead."""
     try:
         return _LEAD.pack(HEAD_MARK, LEAD_BYTES + start, LEAD_BYTES + end) + message
     except struct.error:

@@ -6,17 +6,14 @@ Theory of operation
         node (u64 BE) || segment (up to 480 bytes)            a row
         node (u64 BE) || segment (480 bytes) || 0x01          a link: its value names a child node
 
-    A *node* is a region of the map: one per (table, scope, shard), the root, and one per 480-byte prefix under which
-    longer
-    keys go on. The longer key's first 480 bytes lead over the link to the child, where the rest of it is a key of its
-    own;
-    1,041 bytes are three levels. A link's key is one byte longer than any row's, so the two can't be confused, and it
-    sorts directly behind the row whose segment it extends (if there is one) and before every other row: the exact
-    key comes first, then all keys that continue it, which is byte order.
+    A *node* is a region of the map: one per (table, scope, shard), the root, and one per 480-byte prefix that longer
+    keys share. The first 480 bytes of a longer key lead over the link to the child node, and the rest is a key in that
+    node; 1,041 bytes are three levels. A link's key is one byte longer than any row's, so the two can't be confused. It
+    sorts directly after the row whose segment it extends (if there is one) and before every other row: first the exact
+    key, then all keys that continue it, which is byte order.
 
-    Walking down and along is written once, here, over a narrow view of the map (``Rows``), so that order is proved on a
-    dict
-    and used on LMDB.
+    The walk is written once, here, over a narrow view of the map (``Rows``), so that its order is proved on a dict and
+    used on LMDB.
 """
 
 from __future__ import annotations
@@ -53,7 +50,7 @@ def row_key(node: int, segment: bytes) -> bytes:
 
 
 def link_key(node: int, segment: bytes) -> bytes:
-    """The key of the link behind exactly 480 bytes."""
+    """The key of the link after exactly 480 bytes."""
     return node.to_bytes(NODE_BYTES, "big") + segment + LINK_MARK
 
 
@@ -71,7 +68,7 @@ def split(key: bytes) -> tuple[list[bytes], bytes]:
 
 
 def find(rows: Rows, root: int, key: bytes) -> bytes | None:
-    """The map's key of ``key``'s row, or None when a link on the way to it isn't there (then the row isn't either)."""
+    """The map's key of ``key``'s row. None when a link on the way to it is missing, and so the row is missing too."""
     if len(key) <= SEGMENT_BYTES:
         return row_key(root, key)
     links, segment = split(key)
@@ -86,9 +83,7 @@ def find(rows: Rows, root: int, key: bytes) -> bytes | None:
 
 
 def walk(rows: Rows, root: int, *, after: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-    """(key, value) of up to ``limit`` rows under ``root`` with key > ``after`` and the prefix, in the order of the
-    keys.
-    """
+    """(key, value) of up to ``limit`` rows under ``root`` with key > ``after`` and the prefix, in key order."""
     found: list[tuple[bytes, bytes]] = []
     first = max(after + b"\0", prefix)
     if not first.startswith(prefix) or limit <= 0:
@@ -98,7 +93,7 @@ def walk(rows: Rows, root: int, *, after: bytes, prefix: bytes, limit: int) -> l
         node, path, at = pending.pop()
         left = prefix[len(path) :]
         if len(left) > SEGMENT_BYTES:
-            break  # only what hangs under one link of this node has the prefix, and the walk is behind that link
+            break  # only the child of one link of this node has the prefix, and the walk is past that link
         bound = row_key(node, left)
         batch = rows.read(at, limit - len(found))
         if batch and batch[-1][0].startswith(bound) and ROW_KEY_BYTES_MAX not in [len(key) for key, _ in batch]:
@@ -117,8 +112,8 @@ def walk(rows: Rows, root: int, *, after: bytes, prefix: bytes, limit: int) -> l
 
 
 def _descend(rows: Rows, root: int, first: bytes) -> list[tuple[int, bytes, bytes]]:
-    """Where to read, last entry first: (node, the bytes that lead to it, the map's key to begin at) for every node on
-    the way to ``first``.
+    """Where to read: (node, the bytes that lead to it, the map's key to begin at) for every node on the way to
+    ``first``, the deepest last.
     """
     pending: list[tuple[int, bytes, bytes]] = []
     links, segment = split(first)

@@ -2,8 +2,8 @@
 
     offset  bytes  what
     0       1      format version, 1
-    1       8      check: xxh3-64 (BE) of the row from offset 9 || the key, seeded with the xxh3-64 of table || scope ||
-    shard
+    1       8      check: xxh3-64 (BE) of the row from offset 9 || the key, seeded with the xxh3-64 of
+                   table || scope || shard
     9       1      visibility (0 tombstone, 1 hidden, 2 live)
     10      8      ballot: epoch (u64 BE)
     18      8      ballot: counter (u64 BE)
@@ -12,10 +12,9 @@
     28      n + i  ballot: node's name (UTF-8), incarnation
     28+n+i         the value: msgpack of names.Value
 
-The check covers the register's name, so a row that sits under another key is found as surely as one whose bytes changed
-(LMDB 0.9 checks
-neither). Equal names, ballots and values give equal bytes, so the check also stands for the row where replicas compare
-digests.
+The check covers the register's name, so it finds a row under another key as surely as a row whose bytes changed (LMDB
+0.9 checks neither). Equal names, ballots and values give equal bytes, so replicas also compare digests of checks
+instead of rows.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ CHECK_BYTES = 8
 NAME_PREFIX_BYTES = 18
 
 STAMP_BYTES = 10
-"""Format version, check and visibility of a row: what stands for it where replicas compare rows."""
+"""Format version, check and visibility of a row: replicas compare digests of stamps instead of rows."""
 
 _HEAD = struct.Struct(">BQQBB")
 _CHECK_AT = 1
@@ -64,7 +63,7 @@ _pack_head, _unpack_head = _HEAD.pack, _HEAD.unpack_from
 
 
 def pack_row(slot: Slot, prefix: bytes = b"") -> bytes:
-    """``prefix``: the name's, where that is known. Raises ValueError for what no row can hold: a key over 1,041 bytes,
+    """``prefix``: the name's, if the caller has it. Raises ValueError for what no row can hold: a key over 1,041 bytes,
     a scope that isn't 16, a ballot out of range.
     """
     name, ballot, value = slot
@@ -85,20 +84,20 @@ def pack_row(slot: Slot, prefix: bytes = b"") -> bytes:
 
 
 def seed_of(name_prefix: bytes) -> int:
-    """What the checks of all rows of one table || scope || shard are seeded with."""
+    """The seed of the checks of all rows of one table || scope || shard."""
     return _hash(name_prefix)
 
 
 def sound_check(seed: int, key: bytes, row: bytes) -> bytes:
-    """The row's check, 8 bytes that stand for it in digests; empty unless the row is whole and belongs to this key of
-    the seed's table, scope and shard.
+    """The row's check, 8 bytes. Empty unless the row is intact and belongs to this key of the seed's table, scope and
+    shard.
     """
     check = row[_CHECK_AT:_BODY_AT]
     return check if _check(row[_BODY_AT:] + key, seed) == check and row[0] == ROW_VERSION else b""
 
 
 def check_of(row: bytes) -> bytes:
-    """What stands for a row, its ballot and its register's name: equal for equal ones. Empty for no row."""
+    """A row's check: equal for rows of the same register with the same ballot and value. Empty for an empty row."""
     return row[_CHECK_AT:_BODY_AT]
 
 
@@ -108,7 +107,9 @@ def value_of(row: bytes) -> Value:
 
 
 def intact(name_prefix: bytes, key: bytes, row: bytes) -> bool:
-    """Whether a row is whole and belongs to the register ``name_prefix || key`` (table, scope, shard, then the key)."""
+    """Whether a row is undamaged and belongs to the register ``name_prefix || key`` (table, scope, shard, then the
+    key).
+    """
     return bool(sound_check(seed_of(name_prefix), key, row))
 
 
@@ -118,7 +119,7 @@ def visibility_of(row: bytes) -> int:
 
 
 def stamps_of(rows: Sequence[bytes]) -> bytes:
-    """The stamps of rows, one behind the other."""
+    """The stamps of rows, concatenated."""
     return b"".join([row[:STAMP_BYTES] for row in rows])
 
 
@@ -133,7 +134,7 @@ def columns_of(entries: Sequence[tuple[bytes, bytes]], limit: int) -> tuple[list
 
 
 def sound_rows(seed: int, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
-    """Whether all of these are what ``sound_check`` calls sound."""
+    """Whether ``sound_check`` accepts all of these."""
     for key, row in zip(keys, rows, strict=True):
         if row[_CHECK_AT:_BODY_AT] != _check(row[_BODY_AT:] + key, seed) or row[0] != ROW_VERSION:
             return False
@@ -143,16 +144,15 @@ def sound_rows(seed: int, keys: Sequence[bytes], rows: Sequence[bytes]) -> bool:
 def heads_of(rows: Sequence[bytes]) -> list[bytes]:
     """Of intact rows: each body's head, or the whole body where it has none (``meta.storage.row_head``).
 
-    A head is found where it nearly always is, behind a sequence number below 128, an operation's id of 16 bytes and a
-    body of 256 to 65,535
-    bytes; the value is decoded where it is not.
+    A head is looked for at its most common offset: after a sequence number below 128, an operation's id of 16 bytes and
+    a body of 256 to 65,535 bytes. In other rows the value is decoded.
     """
     heads = []
     for row in rows:
         at = ROW_BYTES_MIN + row[26] + row[27]
         try:
             sequence, operation, body, mark, start, end = _unpack_lead(row, at)
-        except struct.error:  # a short one
+        except struct.error:  # the row is shorter
             mark = 0
         if mark == HEAD_MARK and sequence < 0x80 and operation == 0xC410 and body == 0xC5:
             heads.append(row[at + _LEAD_AT + start : at + _LEAD_AT + end])
@@ -166,7 +166,7 @@ def _head_of_row(row: bytes) -> bytes:
 
 
 class RowParts(NamedTuple):
-    """An intact row, taken apart without decoding the value. ``ballot`` is comparable for equality only."""
+    """The parts of an intact row; the value is not decoded. ``ballot`` is comparable for equality only."""
 
     visibility: int
     ballot: bytes
@@ -195,8 +195,8 @@ def unpack_row(name: RegisterName, row: bytes) -> Slot:
 
 
 def seal_small(context: bytes, body: Buffer) -> bytes:
-    """xxh3-64 (BE) of context || body, then the body: how everything that isn't a row is kept. The context is where it
-    belongs.
+    """xxh3-64 (BE) of context || body, then the body: the form in which everything other than a row is stored. The
+    context is the place where it is stored.
     """
     return _hash(context + bytes(body), len(context)).to_bytes(CHECK_BYTES, "big") + bytes(body)
 
@@ -207,3 +207,13 @@ def open_small(context: bytes, sealed: bytes) -> bytes:
     if len(sealed) < CHECK_BYTES or _hash(context + body, len(context)) != int.from_bytes(sealed[:CHECK_BYTES], "big"):
         raise RowDamaged(f"what is stored under {context!r} does not match its check")
     return body
+
+
+def seal_number(context: bytes, number: int) -> bytes:
+    """``seal_small`` of a u64 (BE)."""
+    return seal_small(context, number.to_bytes(8, "big"))
+
+
+def open_number(context: bytes, sealed: bytes) -> int:
+    """Raises RowDamaged."""
+    return int.from_bytes(open_small(context, sealed), "big")

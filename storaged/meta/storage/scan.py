@@ -1,19 +1,17 @@
-"""Scanning one replica: what listings ask of a disk, and how its store answers.
+"""Scans of one replica: what listings ask of a disk, and how its store answers.
 
-A request names the shards it wants of one disk, each with its own place to start behind. The replica looks at rows in
-key order, tombstones included,
-and stops at the ``limit``-th entry, or after ``examine_max`` rows or ``bytes_max`` bytes. With a delimiter, the first
-visible key
-behind a common prefix stands for all of them: the scan seeks behind the prefix instead of reading through it.
+A request names the shards it wants of one disk, each with its own position to start after. The replica looks at rows in
+key order, tombstones included, and stops at the ``limit``-th entry, or after ``examine_max`` rows or ``bytes_max``
+bytes. With a delimiter the first visible key with a common prefix represents all of them: the scan seeks past the
+prefix instead of reading through it.
 
-Every row looked at goes into the digest, not only the visible ones: a tombstone that only a minority has is a
-disagreement, too. Replicas that hold the
-same rows stop at the same place, so equal (digest, through, done) mean equal answers, and nothing but one replica's
-rows needs to be sent; nor those, to
-an asker that has them from before and says so (``known``).
+The digest covers every row looked at, not only the visible ones: a tombstone that only a minority has is a disagreement
+too. Replicas that hold the same rows stop at the same place, so equal (digest, through, done) mean equal answers, and
+only one replica has to send its rows. Even that one sends none to a caller that has them from before and passes their
+digest (``known``).
 
-A disk keeps what ranges came to when they were looked at last (``DigestsKept``): those in which nothing was written
-since are not looked at again.
+A disk caches the digests of the ranges that it scanned last (``DigestCache``), and does not scan a range again in which
+nothing was written since.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ import xxhash
 from storaged import wire
 from storaged.meta.messages import ScanReply, ScanRequest, ScanRow, ShardAsk, ShardSlice
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName
-from storaged.meta.ports import MetaStore, RowDamaged
+from storaged.meta.ports import MetaStore, RowDamaged, RowRange
 from storaged.meta.storage.rowvalue import (
     STAMP_BYTES,
     heads_of,
@@ -47,19 +45,19 @@ LIMIT_MAX = 4_096
 EXAMINE_MAX = 8_192
 
 CHANGED_BYTES_MAX = MIB
-"""Of keys and heads in one reply that the asker knows otherwise: mostly nothing of it has changed, and so more is asked
-for than a message takes.
+"""Of keys and heads in one reply that differ from what the caller knows. Mostly nothing has changed, and so callers ask
+for more than a message takes.
 """
 
-DIGESTS_BYTES_MAX = 4 * MIB
+DIGEST_CACHE_BYTES_MAX = 4 * MIB
 """Of one disk: about 8,000 ranges, half a million rows of listings."""
 
 _DIGEST_BYTES = 500
-"""What is kept of a range, but for the keys that it goes from and to."""
+"""Memory of a range in the cache, besides the keys at its ends."""
 
 _SLICE_ROWS_WITH_DELIMITER = 16
-"""The first step of a scan that may jump: rows read behind the jump's start are wasted, 16 of them cost about as much
-as the seek.
+"""The first step of a scan that may seek past a common prefix: the rows read after the seek's start are wasted, and 16
+of them cost about as much as the seek.
 """
 
 
@@ -68,22 +66,20 @@ class Want(IntEnum):
     VISIBLE = 1
     """The rows that count as entries."""
     ALL = 2
-    """Every row looked at, to find out where replicas differ."""
+    """Every row looked at, to find where replicas differ."""
     STAMPS = 3
-    """As DIGEST, of rows that nobody verified."""
+    """As DIGEST, of unverified rows."""
     HEADS = 4
-    """Of the rows that count as entries the keys, and the heads of the bodies (``meta.storage.row_head``)."""
+    """Keys of the rows that count as entries, and the heads of their bodies (``meta.storage.row_head``)."""
 
 
 def list_after_prefix(prefix: bytes) -> bytes:
-    """What to list after so that no key with the prefix comes, and no other is missed: keys have at
-    most 1,041 bytes.
-    """
+    """The position after all keys with the prefix and before any other, since keys have at most 1,041 bytes."""
     return prefix + b"\xff" * max(0, KEY_BYTES_MAX - len(prefix))
 
 
 def common_prefix(key: bytes, prefix: bytes, delimiter: bytes) -> bytes:
-    """The part of ``key`` up to and including the first delimiter behind the prefix; empty when there is none."""
+    """The part of ``key`` up to and including the first delimiter after the prefix; empty when there is none."""
     at = key.find(delimiter, len(prefix)) if delimiter else -1
     return key[: at + len(delimiter)] if at >= 0 else b""
 
@@ -93,81 +89,83 @@ def decode_rows(rows: bytes) -> list[ScanRow]:
     return wire.decode(rows, list[ScanRow]) if rows else []
 
 
-class _Looked(NamedTuple):
-    """A range as it was at that count of changes. ``row_bytes`` of all rows looked at; ``slice`` without rows;
-    ``cost``: about the memory that it takes.
+_RangeKey = tuple[object, ...]
+
+
+class _CachedDigest(NamedTuple):
+    """A range as it was at ``shard_count`` (``ports.DirtyRanges``). ``row_bytes`` of all rows looked at; ``slice``
+    without rows; ``cost``: its memory, about.
     """
 
-    changes: int
+    shard_count: int
     row_bytes: int
     slice: ShardSlice
     cost: int
 
-    def holds(self, store: MetaStore, request: ScanRequest, ask: ShardAsk, name_prefix: bytes) -> bool:
-        """Whether that is still what is to be answered."""
-        if not _whole(ask, self.slice, self.row_bytes):
+    def is_valid(self, store: MetaStore, request: ScanRequest, ask: ShardAsk, name_prefix: bytes) -> bool:
+        """Whether a scan would still answer the same."""
+        if not _within_bounds(ask, self.slice, self.row_bytes):
             return False
         through = None if self.slice.done else self.slice.through
-        return not store.changes.since(
-            self.changes, name_prefix, after=ask.after, key_prefix=request.prefix, through=through
+        return not store.dirty_ranges.changed_since(
+            self.shard_count, name_prefix, after=ask.after, key_prefix=request.prefix, through=through
         )
 
 
-class DigestsKept:
-    """What the ranges of one disk's shards that were asked for lately came to, in about ``bytes_max`` of memory."""
+class DigestCache:
+    """Digests of the ranges of one disk's shards that were scanned last, in about ``bytes_max`` of memory."""
 
-    def __init__(self, bytes_max: int = DIGESTS_BYTES_MAX) -> None:
+    def __init__(self, bytes_max: int = DIGEST_CACHE_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._kept: OrderedDict[tuple[object, ...], _Looked] = OrderedDict()
+        self._digests: OrderedDict[_RangeKey, _CachedDigest] = OrderedDict()
 
-    def at_hand(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> bool:
-        """Whether the answer is known without a look at the rows."""
-        looked = self._kept.get(_place(request, ask)) if ask.want in (Want.STAMPS, Want.HEADS) else None
-        if looked is None or not (ask.want == Want.STAMPS or looked.slice.digest == ask.known):
+    def has_answer(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> bool:
+        """Whether ``answer`` needs no look at the rows."""
+        cached = self._digests.get(_range_key(request, ask)) if ask.want in (Want.STAMPS, Want.HEADS) else None
+        if cached is None or not (ask.want == Want.STAMPS or cached.slice.digest == ask.known):
             return False
-        return looked.holds(store, request, ask, RegisterName(request.table, request.scope, ask.shard, b"").prefix)
+        return cached.is_valid(store, request, ask, _name_prefix(request, ask))
 
     def answer(self, store: MetaStore, request: ScanRequest, ask: ShardAsk) -> ShardSlice:
         """To an ask for STAMPS or HEADS."""
-        place = _place(request, ask)
-        name_prefix = RegisterName(request.table, request.scope, ask.shard, b"").prefix
-        changes = store.changes.of(name_prefix)
-        looked = self._kept.get(place)
-        if looked is not None and looked.holds(store, request, ask, name_prefix):
-            found, row_bytes = looked.slice, looked.row_bytes
-            self._kept.move_to_end(place)
-            if looked.changes != changes:
-                self._kept[place] = looked._replace(changes=changes)
+        key, name_prefix = _range_key(request, ask), _name_prefix(request, ask)
+        count = store.dirty_ranges.count_of(name_prefix)
+        cached = self._digests.get(key)
+        if cached is not None and cached.is_valid(store, request, ask, name_prefix):
+            found, row_bytes = cached.slice, cached.row_bytes
+            self._digests.move_to_end(key)
+            if cached.shard_count != count:
+                self._digests[key] = cached._replace(shard_count=count)
         elif ask.want == Want.STAMPS or ask.known:
-            found, row_bytes = _looked_at(store, request, ask, Want.STAMPS)
-            self._keep(place, ask, changes, found, row_bytes)
+            found, row_bytes = _scan(store, request, ask, Want.STAMPS)
+            self._put(key, ask, count, found, row_bytes)
         else:
             found = None
         if found is not None and (ask.want == Want.STAMPS or found.digest == ask.known):
             return found
-        answer, row_bytes = _looked_at(store, request, ask, Want.HEADS)
+        answer, row_bytes = _scan(store, request, ask, Want.HEADS)
         if found is None:
             bare = ShardSlice(ask.shard, answer.through, answer.done, answer.digest, looked_at=answer.looked_at)
-            self._keep(place, ask, changes, bare, row_bytes)
+            self._put(key, ask, count, bare, row_bytes)
         return answer
 
-    def _keep(self, place: tuple[object, ...], ask: ShardAsk, changes: int, found: ShardSlice, row_bytes: int) -> None:
-        before = self._kept.pop(place, None)
+    def _put(self, key: _RangeKey, ask: ShardAsk, count: int, found: ShardSlice, row_bytes: int) -> None:
+        before = self._digests.pop(key, None)
         if before is not None:
             self._bytes -= before.cost
-        if _whole(ask, found, row_bytes):
-            cost = _DIGEST_BYTES + len(found.through) + sum(len(part) for part in place if isinstance(part, bytes))
-            self._kept[place] = _Looked(changes, row_bytes, found, cost)
+        if _within_bounds(ask, found, row_bytes):
+            cost = _DIGEST_BYTES + len(found.through) + sum(len(part) for part in key if isinstance(part, bytes))
+            self._digests[key] = _CachedDigest(count, row_bytes, found, cost)
             self._bytes += cost
             while self._bytes > self._bytes_max:
-                self._bytes -= self._kept.popitem(last=False)[1].cost
+                self._bytes -= self._digests.popitem(last=False)[1].cost
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._digests)
 
 
-def _place(request: ScanRequest, ask: ShardAsk) -> tuple[object, ...]:
+def _range_key(request: ScanRequest, ask: ShardAsk) -> _RangeKey:
     return (
         request.table,
         request.scope,
@@ -180,9 +178,13 @@ def _place(request: ScanRequest, ask: ShardAsk) -> tuple[object, ...]:
     )
 
 
-def _whole(ask: ShardAsk, found: ShardSlice, row_bytes: int) -> bool:
-    """Whether such an answer ends at the ask's ``limit`` or at the shard's end, so that other bounds wide enough change
-    nothing of it.
+def _name_prefix(request: ScanRequest, ask: ShardAsk) -> bytes:
+    return RegisterName(request.table, request.scope, ask.shard, b"").prefix
+
+
+def _within_bounds(ask: ShardAsk, found: ShardSlice, row_bytes: int) -> bool:
+    """Whether the answer ended at the ask's ``limit`` or the shard's end. Then other bounds that are wide enough give
+    the same answer.
     """
     return row_bytes < ask.bytes_max and found.looked_at < ask.examine_max
 
@@ -190,13 +192,13 @@ def _whole(ask: ShardAsk, found: ShardSlice, row_bytes: int) -> bool:
 def scan_store(
     store: MetaStore,
     request: ScanRequest,
-    kept: DigestsKept | None = None,
+    cache: DigestCache | None = None,
     *,
     changed_bytes_max: int = CHANGED_BYTES_MAX,
 ) -> ScanReply:
-    """Blocks for about a microsecond a row, but for what ``kept`` tells of them. Of what the asker knew and what
-    changed no more is sent than fits.
-    Raises ValueError for a request beyond the limits above."""
+    """Blocks for about a microsecond a row that ``cache`` does not cover. Leaves out changes of what the caller knows
+    when they do not fit the reply. Raises ValueError for a request beyond the limits above.
+    """
     if len(request.shards) > SHARDS_MAX:
         raise ValueError(f"a scan covers at most {SHARDS_MAX} shards, not {len(request.shards)}")
     for ask in request.shards:
@@ -207,7 +209,7 @@ def scan_store(
             )
     slices, left = [], changed_bytes_max
     for ask in request.shards:
-        found = _scan_shard(store, request, ask, kept)
+        found = _scan_shard(store, request, ask, cache)
         if ask.known and found.keys:
             size = sum(map(len, found.keys)) + sum(map(len, found.heads))
             if size > left:
@@ -218,53 +220,56 @@ def scan_store(
     return ScanReply(slices=tuple(slices))
 
 
-def cold_asks(store: MetaStore, request: ScanRequest, kept: DigestsKept) -> Sequence[ShardAsk]:
-    """Those of which ``warm_up`` is to be called in another thread before ``scan_store``."""
-    return [ask for ask in request.shards[:SHARDS_MAX] if not kept.at_hand(store, request, ask)] if store.large else ()
+def asks_to_read_ahead(store: MetaStore, request: ScanRequest, cache: DigestCache) -> Sequence[ShardAsk]:
+    """The asks for which ``read_ahead`` should run in another thread before ``scan_store``."""
+    if not store.large:
+        return ()
+    return [ask for ask in request.shards[:SHARDS_MAX] if not cache.has_answer(store, request, ask)]
 
 
-def warm_up(store: MetaStore, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
+def read_ahead(store: MetaStore, request: ScanRequest, asks: Sequence[ShardAsk]) -> None:
     for ask in asks:
         limit = min(ask.limit, ask.examine_max, LIMIT_MAX)
         if limit < 1:
-            continue  # there is nothing to be read, or the request is refused
-        stamps = ask.want == Want.STAMPS or ask.known  # of what the asker knows mostly nothing has changed
-        whole = not stamps or bool(request.delimiter)  # ``_look`` goes through the rows themselves
-        store.warm(
-            request.table, request.scope, ask.shard, after=ask.after, prefix=request.prefix, limit=limit, whole=whole
-        )
+            continue  # there is nothing to read, or the request is refused
+        stamps = ask.want == Want.STAMPS or ask.known  # mostly nothing of what the caller knows has changed
+        whole = not stamps or bool(request.delimiter)  # ``_scan_rows`` reads the rows themselves
+        store.read_ahead(_row_range(request, ask, ask.after, limit), whole=whole)
 
 
-def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, kept: DigestsKept | None) -> ShardSlice:
+def _row_range(request: ScanRequest, ask: ShardAsk, after: bytes, limit: int) -> RowRange:
+    return RowRange(request.table, request.scope, ask.shard, after, request.prefix, limit)
+
+
+def _scan_shard(store: MetaStore, request: ScanRequest, ask: ShardAsk, cache: DigestCache | None) -> ShardSlice:
     try:
-        if kept is not None and ask.want in (Want.STAMPS, Want.HEADS):
-            return kept.answer(store, request, ask)
-        return _looked_at(store, request, ask, ask.want)[0]
+        if cache is not None and ask.want in (Want.STAMPS, Want.HEADS):
+            return cache.answer(store, request, ask)
+        return _scan(store, request, ask, ask.want)[0]
     except RowDamaged:
         return ShardSlice(ask.shard, ask.after, False, 0, unreadable=True)
 
 
-def _looked_at(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int]:
-    """With the bytes of all rows that were looked at."""
-    found = (
-        _plain(store, request, ask, want)
-        if want in (Want.STAMPS, Want.HEADS) and ask.limit and not request.delimiter
-        else None
-    )
-    return _look(store, request, ask, want) if found is None else found
+def _scan(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int]:
+    """The answer, and the bytes of all rows that were looked at."""
+    found = None
+    if want in (Want.STAMPS, Want.HEADS) and ask.limit and not request.delimiter:
+        found = _try_scan_columns(store, request, ask, want)
+    return _scan_rows(store, request, ask, want) if found is None else found
 
 
-def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int] | None:
-    """What ``_look`` would answer, when all rows are visible, whole, and together small enough; else None."""
-    limit, shipped = min(ask.limit, ask.examine_max), want == Want.HEADS
+def _try_scan_columns(
+    store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int
+) -> tuple[ShardSlice, int] | None:
+    """As ``_scan_rows``, when all rows are visible, intact, and together small enough; otherwise None."""
+    wanted = _row_range(request, ask, ask.after, min(ask.limit, ask.examine_max))
     keys: list[bytes] = []
     rows: list[bytes] = []
-    read = (request.table, request.scope, ask.shard)
-    if shipped:
-        keys, rows, more = store.columns(*read, after=ask.after, prefix=request.prefix, limit=limit)
+    if want == Want.HEADS:
+        keys, rows, more = store.columns(wanted)
         seen = stamps_in(keys, rows, more)
     else:
-        seen = store.stamps(*read, after=ask.after, prefix=request.prefix, limit=limit)
+        seen = store.stamps(wanted)
     visibilities = seen.stamps[STAMP_BYTES - 1 :: STAMP_BYTES]
     if (
         len(visibilities) < seen.rows
@@ -272,7 +277,7 @@ def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> 
         or seen.row_bytes >= ask.bytes_max
     ):
         return None
-    if shipped and not sound_rows(_seed(request, ask), keys, rows):
+    if want == Want.HEADS and not sound_rows(seed_of(_name_prefix(request, ask)), keys, rows):
         return None
     digest = xxhash.xxh3_64_intdigest(seen.stamps)
     heads = heads_of(rows) if rows else ()
@@ -282,26 +287,20 @@ def _plain(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> 
     return found, seen.row_bytes
 
 
-def _look(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int]:
+def _scan_rows(store: MetaStore, request: ScanRequest, ask: ShardAsk, want: int) -> tuple[ShardSlice, int]:
     scan = _ShardScan(request, ask, want)
     step = _SLICE_ROWS_WITH_DELIMITER if request.delimiter else ask.limit + 1
     while not scan.finished:
         limit = min(step, scan.rows_left)
-        batch = store.slice(
-            request.table, request.scope, ask.shard, after=scan.through, prefix=request.prefix, limit=limit
-        )
-        scan.take(batch)
+        batch = store.slice(_row_range(request, ask, scan.through, limit))
+        scan.add(batch)
         scan.finished = scan.finished or len(batch) < limit
         step = min(2 * step, EXAMINE_MAX) if not scan.jumped else _SLICE_ROWS_WITH_DELIMITER
     return scan.slice(), scan.row_bytes
 
 
-def _seed(request: ScanRequest, ask: ShardAsk) -> int:
-    return seed_of(RegisterName(request.table, request.scope, ask.shard, b"").pack())
-
-
 class _ShardScan:
-    """How far the scan of one shard is. It ends on seeing a row more than it may take, or none: only then it knows
+    """The progress of one shard's scan. It ends when it sees a row more than it may take, or none: only then it knows
     whether it is done.
     """
 
@@ -312,7 +311,7 @@ class _ShardScan:
         self._request = request
         self._ask = ask
         self._want = want
-        self._seed = _seed(request, ask)
+        self._seed = seed_of(_name_prefix(request, ask))
         self._damaged_mark = b"damaged at " + request.disk.encode()
         self._stamps: list[bytes] = []
         self._shown: list[tuple[bytes, bytes]] = []
@@ -324,9 +323,9 @@ class _ShardScan:
     def rows_left(self) -> int:
         return self._ask.examine_max - len(self._stamps) + 1
 
-    def take(self, batch: list[tuple[bytes, bytes]]) -> None:
-        """The one loop over rows. Locals, and no calls that can be avoided: a page of 1,000 keys is 4,000 rows here, on
-        all replicas together.
+    def add(self, batch: list[tuple[bytes, bytes]]) -> None:
+        """The only loop over rows. It uses locals and avoids calls: a page of 1,000 keys is 4,000 rows here, on all
+        replicas together.
         """
         request, ask, want, seed, stamps = self._request, self._ask, self._want, self._seed, self._stamps
         visible, delimiter, everything, heads = request.visible, request.delimiter, want == Want.ALL, want == Want.HEADS

@@ -1,5 +1,5 @@
-"""Small copies over any fragment store: one wait after the other, a task for each. A disk's own log does better
-(``node.disks``).
+"""Small copies over any fragment store: stores the copy, then commits the record, in a task for each. A disk with a
+redo log writes both in one group (``node.disks``).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ StoreCopy = Callable[[bytes, Sequence[Buffer]], Awaitable[None]]
 refused.
 """
 
-TOLD_BYTES_A_DISK, TOLD_BYTES_MAX = 8 * MIB, 64 * MIB
+COPY_CACHE_BYTES_A_DISK, COPY_CACHE_BYTES_MAX = 8 * MIB, 64 * MIB
 """About 1,900 copies of 4 KiB for each disk of a node, up to 15,000. Reading one from the page cache and verifying it
 costs a storage node as much as the rest of a read.
 """
 
 ENTRY_BYTES = 512
-"""What a kept payload takes beside its bytes: the head of its record, which lies before it, and the objects that hold
+"""Memory of a cached payload besides its bytes: the head of its record, which lies before it, and the objects that hold
 it.
 """
 
@@ -36,42 +36,41 @@ LoadCopy = Callable[[bytes], Awaitable[Copy | None]]
 PeekCopy = Callable[[bytes], memoryview | None]
 
 
-def _none(_data_id: bytes) -> None:
-    """Nothing is in memory."""
+def _peek_nothing(_data_id: bytes) -> None:
+    """No copy is in memory."""
 
 
-class CopiesToldLately:
-    """Payloads of small copies that were read and verified, by data id, those told last, in up to ``bytes_max`` for all
-    disks of a node.
+class SmallCopyCache:
+    """Payloads of small copies that were read and verified, by data id; the least recently used leave when all disks of
+    a node together exceed ``bytes_max``.
 
-    A data id never has other bytes, so nothing here is ever stale. What becomes of a copy on its disk meanwhile, scrub
-    finds.
+    A data id never gets other bytes, so no entry is ever stale. Damage on the disk meanwhile is found by scrub.
     """
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._kept: OrderedDict[bytes, memoryview] = OrderedDict()
+        self._payloads: OrderedDict[bytes, memoryview] = OrderedDict()
 
     def get(self, data_id: bytes) -> memoryview | None:
-        found = self._kept.get(data_id)
+        found = self._payloads.get(data_id)
         if found is not None:
-            self._kept.move_to_end(data_id)
+            self._payloads.move_to_end(data_id)
         return found
 
-    def keep(self, data_id: bytes, payload: memoryview) -> None:
-        """Of a data id that ``get`` does not know."""
-        self._kept[data_id] = payload
+    def put(self, data_id: bytes, payload: memoryview) -> None:
+        """Of a data id that is not in the cache."""
+        self._payloads[data_id] = payload
         self._bytes += len(payload) + ENTRY_BYTES
         while self._bytes > self._bytes_max:
-            self._bytes -= len(self._kept.popitem(last=False)[1]) + ENTRY_BYTES
+            self._bytes -= len(self._payloads.popitem(last=False)[1]) + ENTRY_BYTES
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._payloads)
 
 
 class PlainCopies:
-    """Implements ``ports.Copies`` over coroutines; ``meta`` is the replica's own store. ``told``: of all disks of the
+    """``ports.Copies`` over coroutines. ``meta`` is the replica's own store; ``cache`` is shared by all disks of the
     node.
     """
 
@@ -80,10 +79,10 @@ class PlainCopies:
         meta: MetaStore,
         store: StoreCopy,
         load: LoadCopy,
-        peek: PeekCopy = _none,
-        told: CopiesToldLately | None = None,
+        peek: PeekCopy = _peek_nothing,
+        cache: SmallCopyCache | None = None,
     ) -> None:
-        self._told = told if told is not None else CopiesToldLately(0)
+        self._cache = cache if cache is not None else SmallCopyCache(0)
         self._meta = meta
         self._store = store
         self._load = load
@@ -94,20 +93,20 @@ class PlainCopies:
         return await self._load(data_id)
 
     def peek(self, data_id: bytes) -> memoryview | None:
-        found = self._told.get(data_id)
+        found = self._cache.get(data_id)
         if found is None:
             found = self._peek(data_id)
             if found is not None:
-                self._told.keep(data_id, found)
+                self._cache.put(data_id, found)
         return found
 
-    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
-        task = asyncio.get_running_loop().create_task(self._keep(header, body, batch, done))
+    def keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept) -> None:
+        task = asyncio.get_running_loop().create_task(self._keep(header, body, batch, on_done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, done: Kept) -> None:
-        """Whatever happens, ``done`` is told: the register waits for it."""
+    async def _keep(self, header: bytes, body: Sequence[Buffer], batch: StoreBatch, on_done: Kept) -> None:
+        """Calls ``on_done`` whatever happens: the register waits for it."""
         refusal: StoragedError | None = None
         failure: StoragedError | None = None
         try:
@@ -122,4 +121,4 @@ class PlainCopies:
         except Exception as error:
             log.exception("keeping a small copy failed unexpectedly")
             failure = DiskUnusable(f"Keeping a small copy failed unexpectedly: {type(error).__name__}: {error}")
-        done(refusal, failure)
+        on_done(refusal, failure)

@@ -1,0 +1,87 @@
+"""Opens the store in a directory, or makes one, and brings back what its redo log has and LMDB has not."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import lmdb
+import msgspec
+
+from storaged.durable import sync_path
+from storaged.errors import DiskForeign
+from storaged.ids import Entropy
+from storaged.mapped import reach_end
+from storaged.meta.storage.batch import decode_group
+from storaged.meta.storage.identity import (
+    IDENTITY,
+    STORE_ID_BYTES,
+    SUB_DATABASES,
+    Mark,
+    lock_directory,
+    open_error,
+    read_identity,
+    read_mark,
+    split_identity,
+)
+from storaged.meta.storage.redo import RedoLog
+from storaged.meta.storage.rowvalue import seal_small
+from storaged.meta.storage.state import FAILED_FILE, StoreState
+
+
+def open_state(directory: Path, *, map_bytes: int, entropy: Entropy, direct: bool) -> StoreState:
+    """Counts the start in the store's identity. ``direct``: as for ``RedoLog``.
+
+    Raises DirectoryInUse, DiskForeign (it failed before, or the directory holds no store), DiskUnusable (the disk
+    refuses).
+    """
+    with ExitStack() as undo:
+        lock_file = lock_directory(directory)
+        undo.callback(os.close, lock_file)
+        _refuse_failed(directory)
+        try:
+            environment = lmdb.open(str(directory), map_size=map_bytes, max_dbs=len(SUB_DATABASES), max_spare_txns=8)
+            undo.callback(environment.close)
+            reach_end(environment, directory)
+            environment.reader_check()
+            databases = {name: environment.open_db(name) for name in SUB_DATABASES}
+            meta = databases[b"meta"]
+            with environment.begin() as transaction:
+                known = read_identity(directory, transaction, meta)
+                store_id, starts = split_identity(known) if known else (entropy(STORE_ID_BYTES), 0)
+                mark = read_mark(directory, transaction, meta, starts)
+            redo = RedoLog(directory, store_id, mark, direct=direct)
+            undo.callback(redo.close)
+            identity = store_id + (starts + 1).to_bytes(8, "big")
+            state = StoreState(directory, lock_file, environment, databases, redo, identity)
+            _recover(state, mark)
+        except lmdb.Error as error:
+            raise open_error(directory, error) from None
+        undo.pop_all()
+        return state
+
+
+def _refuse_failed(directory: Path) -> None:
+    failed = directory / FAILED_FILE
+    if failed.exists():
+        raise DiskForeign(
+            f"the metadata store in {directory} failed before and is not used again: {failed.read_text().strip()}"
+        )
+
+
+def _recover(state: StoreState, mark: Mark | None) -> None:
+    """Reads the log into the overlay, then durably counts the start."""
+    try:
+        for body in state.redo.bodies:
+            batches = decode_group(body)
+            state.fresh.add(batches)
+            state.fresh_bytes += len(body)
+            state.restorable.extend(batch.copy for batch in batches if batch.copy is not None)
+    except msgspec.MsgspecError as error:
+        raise DiskForeign(f"the redo log in {state.directory} holds what is no group: {error}") from None
+    state.redo.bodies.clear()
+    with state.environment.begin(write=True) as transaction:
+        transaction.put(IDENTITY, seal_small(IDENTITY, state.identity), db=state.databases[b"meta"])
+        state.put_mark(transaction, mark.applied if mark is not None else 0)
+    sync_path(state.directory)

@@ -1,0 +1,137 @@
+"""What the parts of one open store share: its LMDB environment, its redo log, and what LMDB does not have yet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from storaged.durable import Unfinished, replace_file
+from storaged.errors import DiskUnusable
+from storaged.meta.storage.batch import PackedBatch
+from storaged.meta.storage.dirty_ranges import DirtyRangeTracker
+from storaged.meta.storage.identity import REDO, Database, Mark, Transaction, lacks_space, split_identity
+from storaged.meta.storage.overlay import Overlay
+from storaged.meta.storage.redo import RedoLog
+from storaged.meta.storage.rowvalue import seal_small
+
+log = structlog.get_logger(__name__)
+
+FAILED_FILE = "failed"
+
+
+def _no_copies() -> None:
+    """Nothing to sync: this store has no small copies."""
+
+
+def _nowhere(_copies: Sequence[Any]) -> None:
+    raise AssertionError("this store has no place for copies")
+
+
+@dataclass
+class StoreHooks:
+    """What the owner of a store attaches to it after it is open."""
+
+    on_failed: Callable[[str], object] = lambda _reason: None
+    """Called with the reason of a lasting failure, in the thread that found it and before the store notes it on its own
+    disk: the owner keeps it on another disk. It must not raise.
+    """
+    keep_copies: Callable[[Sequence[Any]], None] = _nowhere
+    """Called on the event loop with ``PackedBatch.copy_write`` of batches, once their copies are durable in the log and
+    before their rows can be read. It must not raise.
+    """
+    sync_copies: Callable[[], None] = _no_copies
+    """Called in a thread of the store: makes all copies that ``keep_copies`` was called with durable in the fragment
+    store. Raises Unfinished when that needs a restart: the copies stay in the log, and the store takes no more writes.
+    """
+
+
+class StoreState:
+    """The shared state of one open store. ``changed`` guards the overlays, their sizes and the position of the redo
+    log; it is notified when a checkpoint becomes due and when one has ended. The holder of ``lmdb_lock`` writes to
+    LMDB. Take ``lmdb_lock`` before ``changed``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        lock_file: int,
+        environment: Any,
+        databases: dict[bytes, Database],
+        redo: RedoLog,
+        identity: bytes,
+    ) -> None:
+        self.directory = directory
+        self.lock_file = lock_file
+        self.environment = environment
+        self.databases = databases
+        self.redo = redo
+        self.identity = identity
+        self.hooks = StoreHooks()
+        self.changed = threading.Condition()
+        self.lmdb_lock = threading.Lock()
+        self.fresh = self.frozen = Overlay()
+        """What is durable and not yet in LMDB: the newest, over what a checkpoint is writing."""
+        self.fresh_bytes = 0
+        self.fresh_since = 0.0
+        self.dirty_ranges = DirtyRangeTracker()
+        self.log_full = False
+        self.restorable: list[tuple[bytes, bytes]] = []
+        """Copies that the start found in the log, until the fragment store has them."""
+        self.reason = ""
+        """Why the store takes no more writes; empty while it does."""
+        self.closing = self.closed = False
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called in any thread when a checkpoint has ended or the store has failed."""
+
+    def put_mark(self, transaction: Transaction, applied: int, *, closed: bool = False) -> None:
+        mark = Mark(applied, self.redo.sequence, split_identity(self.identity)[1], closed)
+        transaction.put(REDO, seal_small(REDO, mark.pack()), db=self.databases[b"meta"])
+
+    def show(self, group: Sequence[PackedBatch], body_bytes: int) -> None:
+        """Makes a group readable that is durable in the log."""
+        with self.changed:
+            self.redo.advance(body_bytes)
+            if not self.fresh_bytes:
+                self.fresh_since = time.monotonic()
+                self.changed.notify_all()
+            self.fresh_bytes += body_bytes
+            touched = self.dirty_ranges.begin([row[:2] for batch in group for row in batch.rows])
+            try:
+                self.fresh.add(group)
+            finally:
+                self.dirty_ranges.end(touched)
+            if self.fresh_bytes >= self.redo.half_bytes // 2:
+                self.changed.notify_all()
+
+    def refuse_when_unusable(self) -> None:
+        if self.reason or self.closing:
+            raise DiskUnusable(
+                f"the metadata store in {self.directory} takes no writes: {self.reason or 'it is being closed'}"
+            )
+
+    def failure(self) -> DiskUnusable:
+        return DiskUnusable(f"the metadata store in {self.directory} failed: {self.reason}")
+
+    def fail(self, error: Exception) -> None:
+        """Ends the store's life as a writer. Not on the event loop: it writes to a disk that may not answer."""
+        full = lacks_space(self.directory, error)
+        with self.changed:
+            self.reason = (str(error) or type(error).__name__) + (" (no space is left)" if full else "")
+            self.changed.notify_all()
+        if not full and not isinstance(error, Unfinished):
+            self.hooks.on_failed(self.reason)
+            try:
+                replace_file(self.directory / FAILED_FILE, self.reason.encode() + b"\n")
+            except OSError as refused:
+                log.error(
+                    "a metadata store can't note on its disk that it failed",
+                    directory=str(self.directory),
+                    reason=str(refused),
+                )
+        self.on_progress()
