@@ -1,9 +1,8 @@
-"""Who is there: heartbeats between nodes, the state of their disks, their clocks, and the spreading of layouts.
+"""Tracks which nodes are up by heartbeats, and with them the state of their disks and their clocks.
 
 Theory of operation. Each node pings every node of the layout that has an address, by ``cluster.ping`` twice a second,
-over the connection that
-all its calls use. What that shows is a hint: placement and reads use it to avoid the dead, nothing's safety rests on
-it.
+over the connection that all its calls use. The result is a hint: placement and reads use it to avoid the dead, and
+safety never depends on it.
 
 =========  =====================================================================================================
 state      means
@@ -13,24 +12,15 @@ up         answered its last ping, or at least sent something while it was busy
 down       missed three pings in a row; or its connection broke and the attempt to make a new one was refused
 =========  =====================================================================================================
 
-A ping that is late while other bytes do arrive is not counted as missed: behind a long body it is queued, not lost.
+A ping that is late while other bytes arrive does not count as missed: it waits in a queue after a long body, it is not
+lost. A gateway without an address of its own is known by the pings that it sends.
 
-Each ping carries the epoch of the layout in force. Whoever knows a newer one passes it on, epoch by epoch, so that a
-node that was away gets the
-history too. A node that begins with a later layout (a gateway that was added, a server that was built anew) asks each
-peer once for the
-earlier ones that it lacks: records name the layout under which they were written. A gateway without an address of its
-own is known by the pings that it sends. Layouts that a node refuses (``cluster.layouts``) go with its answers, so that
-``status`` names them; so does a digest of the one in force, which shows two nodes that they go by different ones of one
-epoch.
-
-These three methods are all that a certified node gets which the layout in force does not name: so a node that has just
-been added can bring the layout
-that names it, and one that was removed learns that it was.
+Pings also spread layouts (``layout_exchange``). A Pong names the layouts that its sender refuses, so that ``status``
+can show them.
 
 The shortest round trip ever seen bounds how far away a peer can be (light in fibre: about 100 km per millisecond). It
-is kept as evidence against a certified
-location, never as proof of one. The peer's clock is compared at the middle of the fastest recent round trip.
+is kept as evidence against a certified location, never as proof of one. The peer's clock is compared at the middle of
+the fastest recent round trip.
 """
 
 from __future__ import annotations
@@ -46,16 +36,16 @@ from typing import Protocol
 import structlog
 
 from storaged.clock import Clock, SystemClock
-from storaged.cluster.history import EarlierLayouts
 from storaged.cluster.identity import SignedLayout
 from storaged.cluster.layout import Layout
-from storaged.cluster.layouts import PEER, REASON_CHARS_MAX, REFUSALS_MAX, LayoutBook
+from storaged.cluster.layout_exchange import LayoutExchange, PeerLayouts
+from storaged.cluster.layouts import REASON_CHARS_MAX, REFUSALS_MAX, LayoutBook
+from storaged.cluster.messages import DiskReport, LayoutAfter, Ping, Pong
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, Caller, DiskStatus, LedgerReport, Method, Methods
 from storaged.cluster.rpc.authority import grant
 from storaged.cluster.rpc.faults import plain
-from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
-from storaged.wire import Message
+from storaged.errors import PeerError, PeerTimeout, PeerUnreachable
 
 log = structlog.get_logger(__name__)
 
@@ -64,86 +54,20 @@ MISSED_MAX = 3
 SAMPLES = 16
 """Recent round trips among which the fastest measures the clock: eight seconds."""
 
-LAYOUTS_PER_PING_MAX = 64
-
-DISKS_TOLD_MAX = 1024
-"""Of one node: more it may not tell of."""
+DISKS_PER_NODE_MAX = 1024
+"""Reports of further disks of one node are ignored."""
 DISK_BYTES_MAX = 2**60
 
 WRITABLE = frozenset({"ok"})
 READABLE = frozenset({"ok", "full", "read-only"})
 
 
-class DiskReport(Message, frozen=True):
-    """A DiskStatus on the wire."""
-
-    id: str
-    directory: str
-    state: str
-    bytes_used: int = 0
-    bytes_free: int = 0
-    reason: str = ""
-
-
-class Ping(Message, frozen=True):
-    """Of the sender: its process, its clock, and the epoch of the layout that it goes by."""
-
-    node: str
-    incarnation: bytes
-    pid: int
-    wall_ms: int
-    epoch: int
-    digest: bytes = b""
-    """Of that layout; empty: not said."""
-    certificate_until_ms: int = 0
-    """When the certificate of the sender expires, milliseconds since 1970; 0: not said."""
-
-
-class Pong(Message, frozen=True):
-    node: str
-    incarnation: bytes
-    pid: int
-    wall_ms: int
-    epoch: int
-    disks: tuple[DiskReport, ...] = ()
-    digest: bytes = b""
-    refused: tuple[RefusedLayout, ...] = ()
-    certificate_until_ms: int = 0
-    ledger: LedgerReport | None = None
-
-
-def _told(disk: DiskReport) -> DiskStatus:
-    """A disk as its node tells of it: of texts that may be anything, what a terminal can show; sizes that a disk can
-    have."""
-    used, free = (min(max(size, 0), DISK_BYTES_MAX) for size in (disk.bytes_used, disk.bytes_free))
-    identity, directory, state, reason = (
-        plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason)
-    )
-    return DiskStatus(identity, directory, state, used, free, reason)
-
-
-class LayoutAfter(Message, frozen=True):
-    """Asks for the next layout after ``epoch``."""
-
-    epoch: int
-
-
-class LayoutAnswer(Message, frozen=True):
-    signed: SignedLayout | None
-
-
-class Taken(Message, frozen=True):
-    """The epoch in force after an offer."""
-
-    epoch: int
-
-
 @dataclass(frozen=True)
 class NodeStatus:
-    """One node as this one sees it. ``since_ms`` is when it entered its state (wall clock), ``disks`` what it last said
-    of them.
+    """One node as this one sees it.
 
-    ``rtt_min_ms`` and ``clock_skew_ms`` (its clock minus ours) are None until measured.
+    ``since_ms`` is when it entered its state (wall clock), ``disks`` what it last reported of them. ``rtt_min_ms`` and
+    ``clock_skew_ms`` (its clock minus ours) are None until measured.
     """
 
     name: str
@@ -157,16 +81,33 @@ class NodeStatus:
     clock_skew_ms: float | None = None
     disks: tuple[DiskStatus, ...] = ()
     refused: tuple[RefusedLayout, ...] = ()
-    """Layouts that it does not take."""
+    """Layouts that it refuses."""
     certificate_until_ms: int = 0
-    """When its certificate expires, milliseconds since 1970; 0 when it has not said."""
+    """When its certificate expires, in milliseconds since 1970; 0 when not reported."""
     ledger: LedgerReport | None = None
-    """What it says of its disks' ledger; None for one without disks."""
+    """What it reports about its disks' ledger; None for a node without disks."""
+
+
+@dataclass(frozen=True)
+class OwnNode:
+    """What this node reports about itself.
+
+    ``disks()`` gives the state of its disks and ``ledger(node)`` what to tell another node about their ledger; both are
+    called at each ping, so they must be quick and not block. ``certificate_until_ms()``: when its certificate expires,
+    in milliseconds since 1970.
+    """
+
+    name: str
+    incarnation: bytes
+    pid: int = field(default_factory=os.getpid)
+    disks: Callable[[], Sequence[DiskStatus]] = tuple
+    ledger: Callable[[str], LedgerReport | None] = lambda _node: None
+    certificate_until_ms: Callable[[], int] = lambda: 0
 
 
 class Links(Protocol):
-    """What the pool knows without asking: when it last heard from a node; and it tells of
-    connections made and refused.
+    """What the RPC pool knows without a call: when a node was last heard, and which connections were made or
+    refused.
     """
 
     def last_read_at(self, node: str) -> float | None: ...
@@ -187,15 +128,13 @@ class _Peer:
     disks: tuple[DiskStatus, ...] = ()
     refused: tuple[RefusedLayout, ...] = ()
     ledger: LedgerReport | None = None
-    history: EarlierLayouts = field(default_factory=EarlierLayouts)
-    complaint: str = ""
-    """Why layouts could not be exchanged with it when that was last tried; logged once."""
+    layouts: PeerLayouts = field(default_factory=PeerLayouts)
     rtt_min_ms: float | None = None
     samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     """(round trip, skew) in milliseconds."""
-    soon: asyncio.Event = field(default_factory=asyncio.Event)
-    """Ping again now."""
+    ping_now: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    """Its heartbeat; None for a node without an address."""
     last_inbound: float | None = None
     certificate_until_ms: int = 0
 
@@ -203,41 +142,31 @@ class _Peer:
 class Membership:
     """Implements ``Liveness``. Use: register :meth:`methods`, ``await start()`` ... ``await close()``.
 
-    ``disks`` says how this node's own disks are (called at each ping: it must be quick and not block); ``ledger(node)``
-    is what this node says of its disks' ledger to another one; ``links`` is the RPC pool, when there is one.
+    ``links`` is the RPC pool, when there is one.
     """
 
     def __init__(
         self,
-        node: str,
-        incarnation: bytes,
+        own: OwnNode,
         caller: Caller,
         layouts: LayoutBook,
         *,
-        disks: Callable[[], Sequence[DiskStatus]] = tuple,
-        ledger: Callable[[str], LedgerReport | None] = lambda _node: None,
         links: Links | None = None,
         clock: Clock | None = None,
         interval_s: float = PING_INTERVAL_S,
-        pid: int | None = None,
-        certificate_until_ms: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._node = node
-        self._incarnation = incarnation
+        self._own = own
         self._caller = caller
         self._layouts = layouts
-        self._own_disks = disks
-        self._ledger = ledger
+        self._exchange = LayoutExchange(caller, layouts)
         self._links = links
         self._clock = clock or SystemClock()
         self._interval_s = interval_s
-        self._pid = os.getpid() if pid is None else pid
-        self._certificate_until_ms = certificate_until_ms
         self._began_ms = self._clock.wall_ms()
         self._peers: dict[str, _Peer] = {}
-        self._gone: set[asyncio.Task[None]] = set()
+        self._stopping: set[asyncio.Task[None]] = set()
         self._disk_states: dict[str, str] = {}
-        """Of the disks of other nodes, as these report them; the empty string while a disk's node is away."""
+        """The states of other nodes' disks, as these report them; the empty string while a disk's node is away."""
         self._writable: frozenset[str] = frozenset()
         """Those among them that take new fragments."""
         self._watchers: list[Callable[[NodeStatus], None]] = []
@@ -246,8 +175,8 @@ class Membership:
     def methods(self) -> Methods:
         methods = {
             "cluster.ping": Method(Ping, self._on_ping),
-            "cluster.layout": Method(LayoutAfter, self._on_layout),
-            "cluster.offer": Method(SignedLayout, self._on_offer),
+            "cluster.layout": Method(LayoutAfter, self._exchange.on_layout),
+            "cluster.offer": Method(SignedLayout, self._exchange.on_offer),
         }
         return grant(methods)
 
@@ -261,12 +190,12 @@ class Membership:
 
     async def close(self) -> None:
         self._running = False
-        tasks = [peer.task for peer in self._peers.values() if peer.task is not None] + list(self._gone)
+        tasks = [peer.task for peer in self._peers.values() if peer.task is not None] + list(self._stopping)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # What is known.
+    # States.
 
     def watch(self, watcher: Callable[[NodeStatus], None]) -> None:
         """``watcher(status)`` is called when a node changes its state, and when it comes back as a new process."""
@@ -275,42 +204,52 @@ class Membership:
     def statuses(self) -> tuple[NodeStatus, ...]:
         """Every node of the layout in force, this one included, by name."""
         names = {entry.name for entry in self._layouts.current.nodes} if self._layouts.epoch else set()
-        return tuple(self.status(name) for name in sorted(names | {self._node}))
+        return tuple(self.status(name) for name in sorted(names | {self._own.name}))
 
     def status(self, node: str) -> NodeStatus:
-        """Raises KeyError for a node that is in no layout."""
-        if node == self._node:
-            epoch, disks, refused = self._layouts.epoch, tuple(self._own_disks()), self._layouts.refusals()
-            until_ms = self._certificate_until_ms()
-            return NodeStatus(
-                node, "up", self._began_ms, "", self._incarnation, self._pid, epoch, 0.0, 0.0, disks, refused, until_ms
-            )
+        """Raises KeyError for a node that is not in the layout."""
+        if node == self._own.name:
+            return self._own_status()
         peer = self._peers[node]
-        self._age_inbound(peer)
-        skew = min(peer.samples)[1] if peer.samples else None
+        self._check_inbound(peer)
         return NodeStatus(
-            node,
-            peer.state,
-            peer.since_ms,
-            peer.reason,
-            peer.incarnation,
-            peer.pid,
-            peer.epoch,
-            peer.rtt_min_ms,
-            skew,
-            peer.disks,
-            peer.refused,
-            peer.certificate_until_ms,
-            peer.ledger,
+            name=node,
+            state=peer.state,
+            since_ms=peer.since_ms,
+            reason=peer.reason,
+            incarnation=peer.incarnation,
+            pid=peer.pid,
+            epoch=peer.epoch,
+            rtt_min_ms=peer.rtt_min_ms,
+            clock_skew_ms=min(peer.samples)[1] if peer.samples else None,
+            disks=peer.disks,
+            refused=peer.refused,
+            certificate_until_ms=peer.certificate_until_ms,
+            ledger=peer.ledger,
+        )
+
+    def _own_status(self) -> NodeStatus:
+        return NodeStatus(
+            name=self._own.name,
+            state="up",
+            since_ms=self._began_ms,
+            incarnation=self._own.incarnation,
+            pid=self._own.pid,
+            epoch=self._layouts.epoch,
+            rtt_min_ms=0.0,
+            clock_skew_ms=0.0,
+            disks=tuple(self._own.disks()),
+            refused=self._layouts.refusals(),
+            certificate_until_ms=self._own.certificate_until_ms(),
         )
 
     def node_up(self, node: str) -> bool:
-        if node == self._node:
+        if node == self._own.name:
             return True
         peer = self._peers.get(node)
         if peer is None:
             return False
-        self._age_inbound(peer)
+        self._check_inbound(peer)
         return peer.state == "up"
 
     def disk_writable(self, disk_id: str) -> bool:
@@ -324,7 +263,7 @@ class Membership:
         known = self._disk_states.get(disk_id)
         if known is not None:
             return known
-        for disk in self._own_disks():
+        for disk in self._own.disks():
             if disk.id == disk_id:
                 return disk.state
         return ""
@@ -333,7 +272,7 @@ class Membership:
 
     def _follow(self, layout: Layout) -> None:
         """Pings exactly the nodes of this layout from now on."""
-        wanted = {entry.name: entry.address for entry in layout.nodes if entry.name != self._node}
+        wanted = {entry.name: entry.address for entry in layout.nodes if entry.name != self._own.name}
         for name in [name for name in self._peers if name not in wanted]:
             self._stop(self._peers.pop(name))
         for name, address in wanted.items():
@@ -345,7 +284,7 @@ class Membership:
         self._index_disks()
 
     def _index_disks(self) -> None:
-        """A node speaks for the disks that the layout gives it, and for no others."""
+        """Believes a node about the disks that the layout gives it, and about no others."""
         homes = self._layouts.current.disk_by_id
         self._disk_states = {
             disk.id: disk.state if peer.state == "up" else ""
@@ -359,26 +298,26 @@ class Membership:
         if peer.task is not None:
             task, peer.task = peer.task, None
             task.cancel()
-            self._gone.add(task)
-            task.add_done_callback(self._gone.discard)
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
 
     async def _heartbeat(self, peer: _Peer) -> None:
         while True:
-            peer.soon.clear()
+            peer.ping_now.clear()
             began = self._clock.monotonic()
             try:
-                await self._ping_or_again(peer)
+                await self._ping_with_retry(peer)
             except PeerError as error:
-                self._missed(peer, error)
+                self._count_missed(peer, error)
             except Exception:
                 log.exception("heartbeat failed", peer=peer.name)
             rest_s = max(self._interval_s - (self._clock.monotonic() - began), 0.0)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(rest_s):
-                    await peer.soon.wait()
+                    await peer.ping_now.wait()
 
-    async def _ping_or_again(self, peer: _Peer) -> None:
-        """A ping whose connection broke under it is sent once more, and so waits for the outcome of the reconnect."""
+    async def _ping_with_retry(self, peer: _Peer) -> None:
+        """Repeats a ping whose connection broke once; the second one waits for the outcome of the reconnect."""
         try:
             await self._ping(peer)
         except PeerUnreachable as error:
@@ -388,13 +327,20 @@ class Membership:
 
     async def _ping(self, peer: _Peer) -> None:
         began, wall_before = self._clock.monotonic(), self._clock.wall_ms()
-        pong, _ = await self._caller.call(
-            peer.name, "cluster.ping", self._introduction(), Pong, timeout_s=self._interval_s
+        ping = Ping(
+            node=self._own.name,
+            incarnation=self._own.incarnation,
+            pid=self._own.pid,
+            wall_ms=self._clock.wall_ms(),
+            epoch=self._layouts.epoch,
+            digest=self._layouts.digest,
+            certificate_until_ms=self._own.certificate_until_ms(),
         )
+        pong, _ = await self._caller.call(peer.name, "cluster.ping", ping, Pong, timeout_s=self._interval_s)
         rtt_ms = (self._clock.monotonic() - began) * 1000
         peer.rtt_min_ms = rtt_ms if peer.rtt_min_ms is None else min(peer.rtt_min_ms, rtt_ms)
         peer.samples.append((rtt_ms, pong.wall_ms - (wall_before + rtt_ms / 2)))
-        disks = tuple(map(_told, pong.disks[:DISKS_TOLD_MAX]))
+        disks = tuple(map(_checked_status, pong.disks[:DISKS_PER_NODE_MAX]))
         if disks != peer.disks:
             peer.disks = disks
             self._index_disks()
@@ -404,41 +350,62 @@ class Membership:
         )
         peer.ledger = pong.ledger
         peer.certificate_until_ms = pong.certificate_until_ms
-        self._heard_of(peer, pong.incarnation, pong.pid, pong.epoch)
-        self._compare(peer.name, pong.epoch, pong.digest)
-        if pong.epoch != self._layouts.epoch:
-            await self._exchange(peer, pong.epoch)
-        await self._ask_history(peer)
+        self._set_up(peer, pong.incarnation, pong.pid, pong.epoch)
+        self._exchange.compare(peer.name, pong.epoch, pong.digest)
+        await self._exchange.synchronise(peer.layouts, peer.name, peer.incarnation, peer.epoch)
 
-    def _heard_of(self, peer: _Peer, incarnation: bytes, pid: int, epoch: int) -> None:
-        returned = bool(peer.incarnation) and peer.incarnation != incarnation
+    async def _on_ping(self, ping: Ping, call: Call) -> Pong:
+        peer = self._peers.get(call.peer.name)
+        if peer is not None and peer.task is None:
+            peer.last_inbound = self._clock.monotonic()
+            peer.certificate_until_ms = ping.certificate_until_ms
+            self._set_up(peer, ping.incarnation, ping.pid, ping.epoch)
+        self._exchange.compare(call.peer.name, ping.epoch, ping.digest)
+        return Pong(
+            node=self._own.name,
+            incarnation=self._own.incarnation,
+            pid=self._own.pid,
+            wall_ms=self._clock.wall_ms(),
+            epoch=self._layouts.epoch,
+            disks=tuple(
+                DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own.disks()
+            ),
+            digest=self._layouts.digest,
+            refused=self._layouts.refusals(),
+            certificate_until_ms=self._own.certificate_until_ms(),
+            ledger=self._own.ledger(call.peer.name),
+        )
+
+    # Changes of state.
+
+    def _set_up(self, peer: _Peer, incarnation: bytes, pid: int, epoch: int) -> None:
+        restarted = bool(peer.incarnation) and peer.incarnation != incarnation
         peer.missed = 0
         peer.incarnation, peer.pid, peer.epoch = incarnation, pid, epoch
-        self._enter(peer, "up", "", anew=returned)
+        self._enter(peer, "up", "", restarted=restarted)
 
-    def _missed(self, peer: _Peer, error: PeerError) -> None:
+    def _count_missed(self, peer: _Peer, error: PeerError) -> None:
         if not isinstance(error, PeerTimeout):
             peer.missed = MISSED_MAX
             self._enter(peer, "down", error.message)
             return
-        heard = self._links.last_read_at(peer.name) if self._links is not None else None
-        if heard is not None and asyncio.get_running_loop().time() - heard < self._interval_s:
+        last_read_at = self._links.last_read_at(peer.name) if self._links is not None else None
+        if last_read_at is not None and asyncio.get_running_loop().time() - last_read_at < self._interval_s:
             return
         peer.missed += 1
         if peer.missed >= MISSED_MAX:
             self._enter(peer, "down", f"no answer to {peer.missed} pings")
 
-    def _enter(self, peer: _Peer, state: str, reason: str, *, anew: bool = False) -> None:
-        if peer.state == state and not anew:
-            peer.reason = reason
-            return
+    def _enter(self, peer: _Peer, state: str, reason: str, *, restarted: bool = False) -> None:
         changed = peer.state != state
         peer.state, peer.reason = state, reason
-        if changed or anew:
-            peer.since_ms = self._clock.wall_ms()
+        if not changed and not restarted:
+            return
+        peer.since_ms = self._clock.wall_ms()
         if changed:
             self._index_disks()
-        (log.info if state == "up" else log.warning)("node is " + state, peer=peer.name, reason=reason, restarted=anew)
+        level = log.info if state == "up" else log.warning
+        level("node is " + state, peer=peer.name, reason=reason, restarted=restarted)
         for watcher in self._watchers:
             watcher(self.status(peer.name))
 
@@ -447,107 +414,23 @@ class Membership:
         if peer is None:
             return
         if reached:
-            peer.soon.set()
+            peer.ping_now.set()
         elif peer.state == "up" and peer.task is not None:
             peer.missed = MISSED_MAX
             self._enter(peer, "down", "its connection broke and a new one was refused")
 
-    # Answers.
-
-    def _introduction(self) -> Ping:
-        return Ping(
-            self._node,
-            self._incarnation,
-            self._pid,
-            self._clock.wall_ms(),
-            self._layouts.epoch,
-            self._layouts.digest,
-            self._certificate_until_ms(),
-        )
-
-    def _compare(self, node: str, epoch: int, digest: bytes) -> None:
-        """A peer that goes by another layout of our epoch is reported: one of the two was signed by mistake. A newer
-        one is for ``_exchange`` to judge.
-        """
-        if epoch == self._layouts.epoch and digest and digest != self._layouts.digest:
-            self._layouts.refuse(
-                epoch,
-                PEER + node,
-                f"Two layouts were signed under epoch {epoch}; {node} goes by the other one.",
-                digest,
-            )
-        elif epoch <= self._layouts.epoch:
-            self._layouts.agrees(PEER + node)
-
-    async def _on_ping(self, ping: Ping, call: Call) -> Pong:
-        peer = self._peers.get(call.peer.name)
-        if peer is not None and peer.task is None:
-            peer.last_inbound = self._clock.monotonic()
-            peer.certificate_until_ms = ping.certificate_until_ms
-            self._heard_of(peer, ping.incarnation, ping.pid, ping.epoch)
-        self._compare(call.peer.name, ping.epoch, ping.digest)
-        reports = tuple(
-            DiskReport(d.id, d.directory, d.state, d.bytes_used, d.bytes_free, d.reason) for d in self._own_disks()
-        )
-        return Pong(
-            self._node,
-            self._incarnation,
-            self._pid,
-            self._clock.wall_ms(),
-            self._layouts.epoch,
-            reports,
-            self._layouts.digest,
-            self._layouts.refusals(),
-            self._certificate_until_ms(),
-            self._ledger(call.peer.name),
-        )
-
-    async def _on_layout(self, request: LayoutAfter, call: Call) -> LayoutAnswer:
-        return LayoutAnswer(self._layouts.signed_after(request.epoch))
-
-    async def _on_offer(self, signed: SignedLayout, call: Call) -> Taken:
-        await self._layouts.learn(signed, PEER + call.peer.name)
-        return Taken(self._layouts.epoch)
-
-    def _age_inbound(self, peer: _Peer) -> None:
-        """A node that only sends pings is down when it has stopped."""
+    def _check_inbound(self, peer: _Peer) -> None:
+        """A node that only sends pings is down when it has stopped sending them."""
         if peer.task is None and peer.last_inbound is not None and peer.state == "up":
             silence_s = self._clock.monotonic() - peer.last_inbound
             if silence_s > MISSED_MAX * self._interval_s + self._interval_s:
                 self._enter(peer, "down", "it has stopped sending pings")
 
-    async def _exchange(self, peer: _Peer, epoch: int) -> None:
-        """Whoever is behind is told the next layouts, at most ``LAYOUTS_PER_PING_MAX`` of them."""
-        try:
-            for _ in range(LAYOUTS_PER_PING_MAX):
-                if epoch > self._layouts.epoch:
-                    answer, _body = await self._caller.call(
-                        peer.name, "cluster.layout", LayoutAfter(self._layouts.epoch), LayoutAnswer
-                    )
-                    if answer.signed is None or not await self._layouts.learn(answer.signed, PEER + peer.name):
-                        return
-                else:
-                    following = self._layouts.signed_after(epoch)
-                    if following is None:
-                        return
-                    taken, _body = await self._caller.call(peer.name, "cluster.offer", following, Taken)
-                    if taken.epoch <= epoch:
-                        return
-                    epoch = taken.epoch
-        except (LayoutRefused, PeerError) as error:
-            self._complain(peer, error)
 
-    async def _ask_history(self, peer: _Peer) -> None:
-        async def after(epoch: int) -> SignedLayout | None:
-            answer, _body = await self._caller.call(peer.name, "cluster.layout", LayoutAfter(epoch), LayoutAnswer)
-            return answer.signed
-
-        try:
-            await peer.history.ask(self._layouts, after, PEER + peer.name, (peer.incarnation, peer.epoch))
-        except (LayoutRefused, PeerError) as error:
-            self._complain(peer, error)
-
-    def _complain(self, peer: _Peer, error: LayoutRefused | PeerError) -> None:
-        if error.message != peer.complaint:
-            log.warning("layouts could not be exchanged", peer=peer.name, reason=error.message)
-        peer.complaint = error.message
+def _checked_status(disk: DiskReport) -> DiskStatus:
+    """A disk as its node reports it, checked: only texts that a terminal can show, and sizes that a disk can have."""
+    used, free = (min(max(size, 0), DISK_BYTES_MAX) for size in (disk.bytes_used, disk.bytes_free))
+    identity, directory, state, reason = (
+        plain(text, REASON_CHARS_MAX) for text in (disk.id, disk.directory, disk.state, disk.reason)
+    )
+    return DiskStatus(identity, directory, state, used, free, reason)

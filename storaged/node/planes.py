@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +21,7 @@ from storaged.cluster.audit.format import actor_of_peer
 from storaged.cluster.identity import Identity, authority_of, load_identity
 from storaged.cluster.layout import Layout, standing_of
 from storaged.cluster.layouts import PEER, LayoutBook, LayoutFiles
-from storaged.cluster.membership import Membership
+from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.moves import RefusedLayout, places_digest
 from storaged.cluster.policy import Policy, policy_of
 from storaged.cluster.ports import DiskStatus, LedgerReport, Method, PeerChecks, PeerIdentity
@@ -259,18 +260,15 @@ class NodePlanes:
             clock=self.clock,
         )
         leader = self.leader
-        self.membership = Membership(
+        own = OwnNode(
             self.own.name,
             leader.incarnation if leader is not None else self.incarnation,
-            self.pool,
-            self.layouts,
+            leader.pid if leader is not None else os.getpid(),
             disks=lambda: self._disk_statuses,
             ledger=self._ledger_report,
-            links=self.pool,
-            clock=self.clock,
-            pid=leader.pid if leader is not None else None,
             certificate_until_ms=lambda: int(self.own.expires.timestamp() * 1000),
         )
+        self.membership = Membership(own, self.pool, self.layouts, links=self.pool, clock=self.clock)
         self._methods.update(self.membership.methods())
 
     def _address(self, node: str) -> str | None:

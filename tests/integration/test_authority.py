@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from storaged.cli.cluster import cluster as cluster_command
 from storaged.cluster.audit.witness import WitnessBook
 from storaged.cluster.layouts import LayoutBook
-from storaged.cluster.membership import Membership
+from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.ports import Method, Methods
 from storaged.cluster.rpc import authority
 from storaged.errors import PeerRefused, StoragedError
@@ -31,7 +31,7 @@ def of_a_storage_node(world: World) -> Methods:
 
     async def build(cluster: Cluster) -> None:
         own = world.node("n1")
-        membership = Membership("n1", bytes(8), None, LayoutBook(own.administration, own.cluster))  # type: ignore[arg-type]  # nobody is called
+        membership = Membership(OwnNode("n1", bytes(8)), None, LayoutBook(own.administration, own.cluster))  # type: ignore[arg-type]  # nobody is called
         found.update(membership.methods())
         found.update(cluster.nodes["na"].maintenance.methods())
 

@@ -13,7 +13,7 @@ import pytest
 from storaged.cluster.identity import SignedLayout, sign_layout
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.cluster.layouts import LayoutBook, LayoutFiles
-from storaged.cluster.membership import Membership
+from storaged.cluster.membership import Membership, OwnNode
 from storaged.cluster.moves import RefusedLayout
 from storaged.cluster.ports import Call, DiskStatus, PeerIdentity, Reply
 from storaged.errors import LayoutRefused, PeerError, PeerTimeout, PeerUnreachable
@@ -136,16 +136,14 @@ async def member(
     **options: Any,
 ) -> AsyncIterator[Membership]:
     options.setdefault("clock", Clock())
-    found = Membership(
+    own = OwnNode(
         name,
         incarnation or name.encode().ljust(8),
-        network.caller(name),
-        layouts,
-        disks=lambda: [DiskStatus(f"disk-{name}", f"/{name}", state)],
-        interval_s=0.02,
         pid=7,
-        **options,
+        disks=lambda: [DiskStatus(f"disk-{name}", f"/{name}", state)],
+        **{field: options.pop(field) for field in ("ledger", "certificate_until_ms") if field in options},
     )
+    found = Membership(own, network.caller(name), layouts, interval_s=0.02, **options)
     network.members[name] = found
     await found.start()
     try:
@@ -279,13 +277,12 @@ async def test_a_gateway_without_an_address_is_known_by_its_pings(world: World) 
 async def test_a_node_does_not_speak_for_disks_that_the_layout_gives_to_another(world: World) -> None:
     network = Network()
     async with member(network, world, "n1", book(world, layout(names=("n1", "n2", "n3")))) as first:
-        liar = Membership(
+        lies = OwnNode(
             "n2",
             b"n2      ",
-            network.caller("n2"),
-            book(world, layout()),
             disks=lambda: [DiskStatus("disk-n3", "/x", "ok"), DiskStatus("disk-n2", "/y", "ok")],
         )
+        liar = Membership(lies, network.caller("n2"), book(world, layout()))
         network.members["n2"] = liar
         await until(lambda: first.disk_writable("disk-n2"))
         assert not first.disk_writable("disk-n3")
@@ -508,15 +505,8 @@ async def test_three_nodes_over_tls_find_each_other_lose_one_and_find_it_again(w
 
     async def run(stack: AsyncExitStack, name: str, port: int = 0) -> None:
         links = await stack.enter_async_context(pooled(identities[name], lambda node: addresses.get(node)))
-        found = Membership(
-            name,
-            name.encode().ljust(8),
-            links,
-            book(world, layout()),
-            disks=lambda: [DiskStatus(f"disk-{name}", "/", "ok")],
-            links=links,
-            interval_s=0.05,
-        )
+        own = OwnNode(name, name.encode().ljust(8), disks=lambda: [DiskStatus(f"disk-{name}", "/", "ok")])
+        found = Membership(own, links, book(world, layout()), links=links, interval_s=0.05)
         server = await stack.enter_async_context(serving(identities[name], found.methods(), port=port))
         addresses[name] = f"127.0.0.1:{server.port}"
         members[name] = found

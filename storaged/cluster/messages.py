@@ -1,0 +1,66 @@
+"""Messages of the ``cluster.*`` methods: pings between nodes, and the exchange of layouts."""
+
+from __future__ import annotations
+
+from storaged.cluster.identity import SignedLayout
+from storaged.cluster.moves import RefusedLayout
+from storaged.cluster.ports import LedgerReport
+from storaged.wire import Message
+
+
+class DiskReport(Message, frozen=True):
+    """A ``ports.DiskStatus`` on the wire."""
+
+    id: str
+    directory: str
+    state: str
+    bytes_used: int = 0
+    bytes_free: int = 0
+    reason: str = ""
+
+
+class Ping(Message, frozen=True):
+    """What the sender reports of itself: its process, its clock, and the epoch of its layout."""
+
+    node: str
+    incarnation: bytes
+    pid: int
+    wall_ms: int
+    epoch: int
+    digest: bytes = b""
+    """The digest of that layout; empty when not reported."""
+    certificate_until_ms: int = 0
+    """When the sender's certificate expires, in milliseconds since 1970; 0 when not reported."""
+
+
+class Pong(Message, frozen=True):
+    """The reply to a Ping: the same facts about the replying node, its disks, and the layouts that it refuses."""
+
+    node: str
+    incarnation: bytes
+    pid: int
+    wall_ms: int
+    epoch: int
+    disks: tuple[DiskReport, ...] = ()
+    digest: bytes = b""
+    refused: tuple[RefusedLayout, ...] = ()
+    certificate_until_ms: int = 0
+    ledger: LedgerReport | None = None
+
+
+class LayoutAfter(Message, frozen=True):
+    """Asks for the next layout after ``epoch``."""
+
+    epoch: int
+
+
+class LayoutAnswer(Message, frozen=True):
+    """That layout; None when there is none."""
+
+    signed: SignedLayout | None
+
+
+class OfferAnswer(Message, frozen=True):
+    """The epoch in force after an offer."""
+
+    epoch: int
