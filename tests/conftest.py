@@ -11,9 +11,7 @@ from hypothesis import settings
 
 from tests.examples import examples
 
-settings.register_profile(
-    "tests", max_examples=examples(100), deadline=None
-)  # a busy machine is slow, and no test times
+settings.register_profile("tests", max_examples=examples(100), deadline=None)  # a busy machine is slow, no test times
 settings.load_profile("tests")
 
 ALONE = frozenset({"s3", "chaos"})

@@ -36,6 +36,7 @@ from storaged.objects.records import ObjectRecord, decode_object, encode_object
 from storaged.objects.service import ObjectService
 from storaged.objects.write import commit
 from storaged.wire import Buffer
+from tests.patience import GUARD_S
 from tests.worlds.objects import OWNER, World, bucket_of, entry_of, got, pieces, put
 
 KIB, MIB = 1024, 1024 * 1024
@@ -496,7 +497,7 @@ async def test_a_short_last_cell_that_is_rebuilt_is_as_short_as_it_was() -> None
 
 
 async def test_what_disks_of_this_node_have_in_memory_is_taken_without_a_wait() -> None:
-    world = World(near=True)
+    world = World(near=True, hedge_floor_s=GUARD_S, read_timeout_s=GUARD_S)
     objects = ObjectService(world.plane())
     bucket = bucket_of(world)
     data = os.urandom(4 * MIB)

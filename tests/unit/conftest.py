@@ -1,0 +1,27 @@
+"""Units start no server and no process: a test that does belongs in tests/integration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+REFUSED = frozenset({"socket.bind", "socket.connect", "subprocess.Popen", "os.fork", "os.posix_spawn"})
+_running: list[str] = []
+
+
+def _refuse(event: str, _arguments: tuple[Any, ...]) -> None:
+    if _running and event in REFUSED:
+        raise AssertionError(f"{_running[-1]} is in tests/unit and may not do {event}: see tests/unit/conftest.py")
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.fixture(autouse=True)
+def _no_server_and_no_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    _running.append(request.node.nodeid)
+    yield
+    _running.clear()
