@@ -36,9 +36,9 @@ from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.small_copies import (
     COPY_CACHE_BYTES_A_DISK,
     COPY_CACHE_BYTES_MAX,
-    SmallCopyCache,
     LoadCopy,
     PlainCopies,
+    SmallCopyCache,
 )
 from storaged.node.admission import Opening, admission, drop_acceptance, is_blank, take_acceptance
 from storaged.node.forming import Answers, Forming, Verdict, begin_at_once
@@ -82,9 +82,7 @@ class DiskCopies(PlainCopies):
     fragment store has them.
     """
 
-    def __init__(
-        self, meta: LmdbMetaStore, fragments: LocalFragmentStore, cache: SmallCopyCache | None = None
-    ) -> None:
+    def __init__(self, meta: LmdbMetaStore, fragments: LocalFragmentStore, cache: SmallCopyCache | None = None) -> None:
         payloads = Payloads(fragments)
         super().__init__(meta, payloads.store_payload, load_of(payloads), payloads.try_load_payload, cache)
         self._fragments = fragments
@@ -371,7 +369,9 @@ class Opener:
             raise
         try:
             await restore_copies(meta, fragments)
-            replica = LocalReplica(section.id, meta, copies=DiskCopies(meta, fragments, self._copy_cache), clock=self._clock)
+            replica = LocalReplica(
+                section.id, meta, copies=DiskCopies(meta, fragments, self._copy_cache), clock=self._clock
+            )
             if opening.accepted:  # its earlier promises are unknown: this is above all of them
                 await replica.end_promises(self._epoch())
             await asyncio.to_thread(ledger.record, section.id, meta.identity)
