@@ -19,6 +19,7 @@ from storaged.errors import CertificateRefused
 from storaged.ids import BUCKET_ID_BYTES
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import SYSTEM_SCOPE, Table, Value, system_name
+from storaged.meta.ports import PageQuery
 from storaged.objects.records import BucketRecord
 from storaged.objects.system.public import public_bytes
 from storaged.wire import decode
@@ -73,7 +74,9 @@ class Buckets:
         unknown: dict[bytes, str] = {}
         unreadable = verified = 0
         prefix = system_name(BUCKETS).key
-        async for row in every_row(context.scanner, Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, hidden=True):
+        async for row in every_row(
+            context.scanner, PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, hidden=True)
+        ):
             try:
                 record = decode(row.value.body, BucketRecord)
                 reason = problem_of(record, row.key.removeprefix(prefix))

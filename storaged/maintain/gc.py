@@ -33,7 +33,7 @@ from storaged.maintain.directory import Buckets
 from storaged.maintain.health import claims
 from storaged.maintain.walk import entries_of
 from storaged.meta.names import RegisterName, Table, Value
-from storaged.meta.ports import RowDamaged
+from storaged.meta.ports import PageQuery, RowDamaged
 from storaged.objects.records import PartEntry
 from storaged.objects.write.uploads import living_upload, living_uploads
 
@@ -207,7 +207,9 @@ class Collector:
 
         async def ask(scope: bytes, shard: int) -> None:
             try:
-                page = await self._context.scanner.list_page(Table.UPLOAD, scope, [shard], limit=UPLOADS_A_SHARD_MAX)
+                page = await self._context.scanner.list_page(
+                    PageQuery(Table.UPLOAD, scope, [shard], limit=UPLOADS_A_SHARD_MAX)
+                )
                 uploads = [living_upload(row.key, row.value) for row in page.rows]
             except (StoragedError, TimeoutError):
                 return

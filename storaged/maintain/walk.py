@@ -25,7 +25,7 @@ from storaged.maintain.manifest_repair import PageKeeper, PagesOf, pages_in
 from storaged.maintain.slices import slices
 from storaged.meta.listing.merge import RingScanner, every_row
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import RowDamaged
+from storaged.meta.ports import PageQuery, RowDamaged
 from storaged.meta.storage.rowvalue import unpack_row
 from storaged.objects.code.place import Placement, choose
 from storaged.objects.records import PartEntry
@@ -63,7 +63,9 @@ async def upload_rows(context: MaintainContext, owner: RegisterName) -> AsyncIte
     DataDamaged."""
     async for upload in living_uploads(context.scanner, owner):
         upload_id = upload.record.upload_id
-        async for row in every_row(context.scanner, Table.PART, owner.scope, [owner.shard], prefix=upload_id):
+        async for row in every_row(
+            context.scanner, PageQuery(Table.PART, owner.scope, [owner.shard], prefix=upload_id)
+        ):
             yield RegisterName(Table.PART, owner.scope, owner.shard, row.key), row.value
 
 

@@ -219,46 +219,40 @@ class HeadPage(NamedTuple):
     again: bool = False
 
 
-class Scanner(Protocol):
-    async def list_page(
-        self,
-        table: int,
-        scope: bytes,
-        shards: Sequence[int],
-        *,
-        prefix: bytes = b"",
-        after: bytes = b"",
-        delimiter: bytes = b"",
-        limit: int = 1000,
-        hidden: bool = False,
-        settling_nonce: bytes = b"",
-    ) -> ListPage:
-        """Settled rows of these shards with key > ``after``, in key order: LIVE ones (HIDDEN too when asked), never
-        tombstones.
+class PageQuery(NamedTuple):
+    """Asks for a page of the rows of these shards with key > ``after`` and the prefix, in key order. With a delimiter,
+    keys with a common prefix after ``prefix`` are one entry. ``hidden``: HIDDEN rows too.
 
-        ``settling_nonce`` is the fence's, for the scan that decides whether a bucket being deleted is empty: rows of a
-        fenced scope settle only with it.
-        A row that a majority does not agree on is settled before it is emitted. Raises ServiceUnavailable when a shard
-        has no majority.
+    ``settling_nonce`` is the fence's, for the scan that decides whether a bucket being deleted is empty: rows of a
+    fenced scope settle only with it.
+    """
+
+    table: int
+    scope: bytes
+    shards: Sequence[int]
+    prefix: bytes = b""
+    after: bytes = b""
+    delimiter: bytes = b""
+    limit: int = 1000
+    hidden: bool = False
+    settling_nonce: bytes = b""
+
+
+class Scanner(Protocol):
+    async def list_page(self, wanted: PageQuery) -> ListPage:
+        """Settled LIVE rows (with ``hidden`` also HIDDEN ones), never tombstones.
+
+        A row on which no majority agrees is settled before it is returned. Raises ServiceUnavailable when a shard has
+        no majority.
         """
 
-    async def list_heads(
-        self,
-        table: int,
-        scope: bytes,
-        shards: Sequence[int],
-        *,
-        prefix: bytes = b"",
-        after: bytes = b"",
-        delimiter: bytes = b"",
-        limit: int = 1000,
-    ) -> HeadPage:
-        """The LIVE rows that ``list_page`` would give, of each no more than its body's head, or the whole body where
-        that has none. What was listed is remembered,
-        in bounded memory, to be confirmed by a majority when it is listed again."""
+    async def list_heads(self, wanted: PageQuery) -> HeadPage:
+        """The LIVE rows that ``list_page`` would return, of each only its body's head, or the whole body where it has
+        none. The page is cached in bounded memory, and a majority confirms it when it is listed again.
+        """
 
     def forget(self, scope: bytes) -> None:
-        """What is remembered of a bucket's listings."""
+        """Drops a bucket's listings from the cache."""
 
 
 class Fences(Protocol):

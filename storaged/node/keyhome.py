@@ -18,7 +18,7 @@ from storaged.clock import Clock
 from storaged.errors import KeyringUnavailable, OperatorError, StoragedError
 from storaged.keys import CopyLog, Kept, KeyChange, KeyCopies, Keyring
 from storaged.meta.names import SYSTEM_SCOPE, Change, Table, Value, Visibility, system_name
-from storaged.meta.ports import Registers, Scanner
+from storaged.meta.ports import PageQuery, Registers, Scanner
 from storaged.node.leader import Leader
 
 MENDED_SHOWN_MS: Final = 24 * 3600 * 1000
@@ -53,7 +53,9 @@ class RingRegisters:
     async def scan(self, prefix: str) -> AsyncIterator[tuple[str, Kept]]:
         after: bytes | None = b""
         while after is not None:
-            page = await self._scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix.encode(), after=after)
+            page = await self._scanner.list_page(
+                PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix.encode(), after=after)
+            )
             for row in page.rows:
                 yield row.key.decode("utf-8", "replace"), Kept(row.value.sequence, row.value.body)
             after = page.next_after

@@ -44,8 +44,9 @@ from storaged.ids import INCARNATION_BYTES, system_entropy
 from storaged.maintain.context import MaintainContext, MaintainLimits
 from storaged.maintain.service import MaintainClient, Maintenance
 from storaged.meta.client import RingClient
-from storaged.meta.listing.cache import PIECES_BYTES_MAX
+from storaged.meta.listing.cache import CACHE_BYTES_MAX
 from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import RegisterName, Table, Value
 from storaged.meta.transport.replicas import ReplicaDirectory, ReplicaHost
 from storaged.node.auditing import Auditing
@@ -295,13 +296,13 @@ class NodePlanes:
             on_fenced=self._fenced,
             copy_at=header_at_position,
         )
-        remembered_bytes_max = PIECES_BYTES_MAX // self.config.s3.workers
+        listing_cache_bytes_max = CACHE_BYTES_MAX // self.config.s3.workers
         self.scanner = RingScanner(
             self.layouts,
             directory,
             self.ring,
             self.membership,
-            remembered_bytes_max=remembered_bytes_max,
+            ScanSettings(cache_bytes_max=listing_cache_bytes_max),
             on_fenced=self._fenced,
         )
         self.keeper = SystemKeeper(self.scanner, self.ring, self.layouts, self.membership, walks=self.leader is None)

@@ -19,6 +19,7 @@ from storaged.maintain.repair import NO_RECODING_S
 from storaged.maintain.service import MaintainStatus
 from storaged.meta.consensus.quorums import Quorum
 from storaged.meta.names import SYSTEM_SCOPE, Table
+from storaged.meta.ports import PageQuery
 from storaged.node.auditing import merged
 from storaged.node.doctor import Doctor, silent
 from storaged.node.planes import NodePlanes
@@ -187,7 +188,9 @@ class Reports:
         found: list[bytes] = []
         after: bytes | None = b""
         while after is not None:
-            page = await self._node.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=b"audit/", after=after)
+            page = await self._node.scanner.list_page(
+                PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=b"audit/", after=after)
+            )
             found.extend(row.value.body for row in page.rows)
             after = page.next_after
         return found

@@ -15,6 +15,7 @@ import msgspec
 
 from storaged.errors import DataDamaged, KeyringUnavailable
 from storaged.meta.names import Table, object_name
+from storaged.meta.ports import PageQuery
 from storaged.objects.api import ListedVersion, Listing, Show, VersionListing, as_rows
 from storaged.objects.code.versions import BucketKeys, Place, decode_record, open_listing
 from storaged.objects.plane import ObjectPlane
@@ -47,7 +48,15 @@ async def list_objects(
     keys = BucketKeys(plane, bucket)
     try:
         page = await plane.scanner.list_heads(
-            Table.OBJECT, bucket.id, bucket.shard_numbers, prefix=prefix, after=after, delimiter=delimiter, limit=limit
+            PageQuery(
+                Table.OBJECT,
+                bucket.id,
+                bucket.shard_numbers,
+                prefix=prefix,
+                after=after,
+                delimiter=delimiter,
+                limit=limit,
+            )
         )
         if not page.keys:  # common prefixes, say, which need no key
             return Listing(prefixes=page.prefixes, next_after=page.next_after)
@@ -176,14 +185,16 @@ async def list_versions(
         if after_version in ids:
             found += await _listed_versions(keys, bucket, after, record, skip=ids.index(after_version) + 1)
     page = await plane.scanner.list_page(
-        Table.OBJECT,
-        bucket.id,
-        bucket.shard_numbers,
-        prefix=prefix,
-        after=after,
-        delimiter=delimiter,
-        limit=max(0, limit - len(found)),
-        hidden=True,
+        PageQuery(
+            Table.OBJECT,
+            bucket.id,
+            bucket.shard_numbers,
+            prefix=prefix,
+            after=after,
+            delimiter=delimiter,
+            limit=max(0, limit - len(found)),
+            hidden=True,
+        )
     )
     for row in page.rows:
         with _named(row.key):

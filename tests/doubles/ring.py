@@ -5,14 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from storaged.cluster.ports import Layouts
 from storaged.errors import DataDamaged, DiskUnusable, NoSuchBucket, OutcomeUnknown, PeerUnreachable, ServiceUnavailable
 from storaged.fragments.ports import FragmentHeader
 from storaged.hashes import page_hash
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Changed, HeadPage, ListPage, Outcome, Reading, ReplicaState, Row, SmallCopies, Update
+from storaged.meta.ports import (
+    Changed,
+    HeadPage,
+    ListPage,
+    Outcome,
+    PageQuery,
+    Reading,
+    ReplicaState,
+    Row,
+    SmallCopies,
+    Update,
+)
 from storaged.meta.storage.row_head import head_of
 from storaged.meta.storage.scan import common_prefix, list_after_prefix
 from storaged.wire import decode
@@ -179,19 +189,8 @@ class MemoryRing:
 
     # --- Scanner ------------------------------------------------------------------------------------------------------
 
-    async def list_page(
-        self,
-        table: int,
-        scope: bytes,
-        shards: Sequence[int],
-        *,
-        prefix: bytes = b"",
-        after: bytes = b"",
-        delimiter: bytes = b"",
-        limit: int = 1000,
-        hidden: bool = False,
-        settling_nonce: bytes = b"",
-    ) -> ListPage:
+    async def list_page(self, wanted: PageQuery) -> ListPage:
+        table, scope, shards, prefix, after, delimiter, limit, hidden, _ = wanted
         least = Visibility.HIDDEN if hidden else Visibility.LIVE
         found: dict[bytes, Value | None] = {}
         for name, value in self.values.items():
@@ -211,8 +210,8 @@ class MemoryRing:
         last = names[-1]
         return ListPage(tuple(rows), tuple(prefixes), list_after_prefix(last) if found[last] is None else last)
 
-    async def list_heads(self, table: int, scope: bytes, shards: Sequence[int], **bounds: Any) -> HeadPage:
-        page = await self.list_page(table, scope, shards, **bounds)
+    async def list_heads(self, wanted: PageQuery) -> HeadPage:
+        page = await self.list_page(wanted)
         heads = [head_of(row.value.body) for row in page.rows]
         return HeadPage([row.key for row in page.rows], heads, page.prefixes, page.next_after, again=self.again)
 

@@ -325,9 +325,9 @@ async def test_a_disk_that_does_not_take_the_note_of_its_failure_holds_up_no_oth
 
 async def test_a_group_that_cannot_be_laid_out_is_told_of_and_so_is_all_that_waits(meta: LmdbMetaStore) -> None:
     told: list[StoragedError | None] = []
-    entry = meta.ready(StoreBatch(meta={"a": b"1"}), told.append)
+    entry = meta.pack(StoreBatch(meta={"a": b"1"}), told.append)
     entry.copy = (b"header", [memoryview(b"abcdef")[::2]])
-    meta.post_ready(entry)
+    meta.post_packed(entry)
     meta.post(StoreBatch(meta={"b": b"1"}), told.append)
     async with asyncio.timeout(GUARD_S):
         await meta.close()

@@ -12,8 +12,9 @@ import structlog.testing
 
 from storaged.errors import OutcomeUnknown, S3Error
 from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import Change, Table, Value, Visibility, object_name
-from storaged.meta.ports import HeadPage
+from storaged.meta.ports import HeadPage, PageQuery
 from storaged.meta.storage.row_head import head_of, with_head
 from storaged.meta.storage.scan import common_prefix
 from tests.sim.cluster import DISKS, Gateway, StorageNode, Weather, World, make_layout
@@ -100,10 +101,10 @@ class Run:
         """From whole rows, or from heads alone: all of a body, or all but its end."""
         if self.random.random() < 0.5:
             return await scanner.list_heads(
-                Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit
+                PageQuery(Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit)
             )
         page = await scanner.list_page(
-            Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit
+            PageQuery(Table.OBJECT, BUCKET, range(SHARDS), after=after, delimiter=delimiter, limit=limit)
         )
         return HeadPage(
             [row.key for row in page.rows],
@@ -135,7 +136,13 @@ class Run:
             StorageNode(self.world, "n" + disk[1:], disk)
         gateways = [Gateway(self.world, f"g{index}", self.layout) for index in range(3)]
         scanners = [
-            RingScanner(gateway.layouts, gateway.directory, gateway.client, Everybody(), timeout_s=0.3, hedge_s=0.02)
+            RingScanner(
+                gateway.layouts,
+                gateway.directory,
+                gateway.client,
+                Everybody(),
+                ScanSettings(timeout_s=0.3, hedge_s=0.02),
+            )
             for gateway in gateways
         ]
         trouble = asyncio.ensure_future(self.trouble())

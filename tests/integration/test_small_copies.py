@@ -561,7 +561,7 @@ def test_copies_told_lately_are_the_last_ones_and_of_bounded_size() -> None:
     told.put(b"large" * 4, memoryview(bytes(20_000)))
     assert len(told) == 0
     nothing = SmallCopyCache(0)
-    nothing.keep(first, payloads[first])
+    nothing.put(first, payloads[first])
     assert nothing.get(first) is None
 
 

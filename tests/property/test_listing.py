@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import KEY_BYTES_MAX, RegisterName, Table, Value, Visibility, shard_of
-from storaged.meta.ports import RowRange
+from storaged.meta.ports import PageQuery, RowRange
 from storaged.meta.storage.scan import common_prefix
 from tests.examples import examples
 from tests.worlds.listing import BUCKET, Ring, value_of
@@ -140,18 +140,7 @@ async def listed(case: Case, ring: Ring) -> list[list[tuple[bytes, Value | None]
     after: bytes | None = case.after
     while after is not None:
         page = await ring.scanner.list_page(
-            Table.OBJECT,
-            BUCKET,
-            range(case.shards),
-            prefix=case.prefix,
-            after=after,
-            delimiter=case.delimiter,
-            limit=case.limit,
-            hidden=case.hidden,
-        )
-        assert list(page.rows) == sorted(page.rows, key=lambda row: row.key)
-        if not case.hidden:
-            heads = await ring.scanner.list_heads(
+            PageQuery(
                 Table.OBJECT,
                 BUCKET,
                 range(case.shards),
@@ -159,6 +148,21 @@ async def listed(case: Case, ring: Ring) -> list[list[tuple[bytes, Value | None]
                 after=after,
                 delimiter=case.delimiter,
                 limit=case.limit,
+                hidden=case.hidden,
+            )
+        )
+        assert list(page.rows) == sorted(page.rows, key=lambda row: row.key)
+        if not case.hidden:
+            heads = await ring.scanner.list_heads(
+                PageQuery(
+                    Table.OBJECT,
+                    BUCKET,
+                    range(case.shards),
+                    prefix=case.prefix,
+                    after=after,
+                    delimiter=case.delimiter,
+                    limit=case.limit,
+                )
             )
             assert [row.key for row in page.rows] == list(heads.keys)
             assert [row.value.body for row in page.rows] == list(heads.heads)
@@ -189,7 +193,10 @@ def test_the_pages_of_diverging_replicas_are_those_of_a_sorted_dict(case: Case) 
 def test_a_walk_over_everything_gives_every_row_once_and_settles_no_more_than_it_must(case: Case) -> None:
     async def run() -> tuple[list[bytes], set[bytes]]:
         ring = await ring_of(case)
-        rows = [row.key async for row in every_row(ring.scanner, Table.OBJECT, BUCKET, range(case.shards), hidden=True)]
+        rows = [
+            row.key
+            async for row in every_row(ring.scanner, PageQuery(Table.OBJECT, BUCKET, range(case.shards), hidden=True))
+        ]
         return rows, {name.key for name in ring.reads}
 
     rows, read = asyncio.run(run())
@@ -252,7 +259,7 @@ def test_pages_between_writes_are_those_of_a_sorted_dict_whatever_is_remembered(
     steps: list[Step], shards: int, share: int, memory: int
 ) -> None:
     async def run() -> None:
-        ring = Ring(share=lambda _entries, _feeds, _turn: share, remembered_bytes_max=memory)
+        ring = Ring(share=lambda _entries, _feeds, _turn: share, cache_bytes_max=memory)
         truth: dict[bytes, Value] = {}
         for counter, step in enumerate(steps, 1):
             if step.page is None:
@@ -273,13 +280,15 @@ def test_pages_between_writes_are_those_of_a_sorted_dict_whatever_is_remembered(
                 following: bytes | None = after
                 while following is not None and len(shown) < len(entries):
                     page = await ring.scanner.list_heads(
-                        Table.OBJECT,
-                        BUCKET,
-                        range(shards),
-                        prefix=prefix,
-                        after=following,
-                        delimiter=delimiter,
-                        limit=limit,
+                        PageQuery(
+                            Table.OBJECT,
+                            BUCKET,
+                            range(shards),
+                            prefix=prefix,
+                            after=following,
+                            delimiter=delimiter,
+                            limit=limit,
+                        )
                     )
                     assert page.next_after is None or page.next_after > following
                     shown |= dict.fromkeys(page.prefixes) | dict(zip(page.keys, page.heads, strict=True))

@@ -24,7 +24,9 @@ from storaged.cluster.rpc import RpcPool
 from storaged.keys.bucketkey import BucketKeys
 from storaged.meta.client import RingClient
 from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import SYSTEM_SCOPE, Change, Table, system_name
+from storaged.meta.ports import PageQuery
 from storaged.meta.transport.replicas import ReplicaDirectory
 from storaged.wire import decode, encode
 from tests.cluster import Cluster
@@ -65,10 +67,10 @@ class Ring:
         )
         directory = ReplicaDirectory(layouts, self.pool, {}, node="nobody")
         self.ring = RingClient(layouts, directory, node=own.name)
-        self.scanner = RingScanner(layouts, directory, self.ring, _All(), remembered_bytes_max=1 << 20)
+        self.scanner = RingScanner(layouts, directory, self.ring, _All(), ScanSettings(cache_bytes_max=1 << 20))
 
     async def keys(self) -> list[str]:
-        page = await self.scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=b"key/")
+        page = await self.scanner.list_page(PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=b"key/"))
         return [row.key.decode() for row in page.rows]
 
     async def read(self, path: str) -> bytes:

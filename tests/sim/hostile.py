@@ -26,8 +26,9 @@ from storaged.meta import messages
 from storaged.meta.client import RingClient
 from storaged.meta.consensus.register import RULES, Rules
 from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import ZERO_BALLOT, Ballot, Slot, SmallCopies, StoreBatch, Update
+from storaged.meta.ports import ZERO_BALLOT, Ballot, PageQuery, Slot, SmallCopies, StoreBatch, Update
 from storaged.node.keeper import SystemKeeper
 from tests.sim.cluster import DISKS, FIRST_SEEDS, Gateway, StorageNode, Weather, World
 from tests.sim.scenario import GATEWAYS, KEYS, Scenario, Verdicts, play_out
@@ -252,7 +253,7 @@ class Hostile(Scenario):
             if not gateway.caller.alive:
                 continue
             scanner = RingScanner(
-                gateway.layouts, gateway.directory, gateway.client, reachable, timeout_s=0.3, hedge_s=0.02
+                gateway.layouts, gateway.directory, gateway.client, reachable, ScanSettings(timeout_s=0.3, hedge_s=0.02)
             )
             keeper = SystemKeeper(
                 scanner, gateway.client, gateway.layouts, reachable, jitter=lambda: 0.01 * self.random.random()
@@ -331,10 +332,10 @@ class Hostile(Scenario):
                         gateway.directory,
                         gateway.client,
                         Reachable(self.world),
-                        timeout_s=0.3,
+                        ScanSettings(timeout_s=0.3),
                         on_fenced=self._on_list(gateway),
                     )
-                    await scanner.list_page(Table.OBJECT, SCOPE, [0])
+                    await scanner.list_page(PageQuery(Table.OBJECT, SCOPE, [0]))
                 else:
                     put: Update = lambda value: Change(b"late", Visibility.LIVE)  # noqa: E731
                     await gateway.client.change(CLOSED, put, regardless=choice < 0.8)

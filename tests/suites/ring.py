@@ -14,7 +14,7 @@ import pytest
 from storaged.errors import DataDamaged, NoSuchBucket, OutcomeUnknown, PreconditionFailed, ServiceUnavailable
 from storaged.hashes import page_hash
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility
-from storaged.meta.ports import Fences, ListPage, Outcome, Pages, Registers, Scanner
+from storaged.meta.ports import Fences, ListPage, Outcome, PageQuery, Pages, Registers, Scanner
 from storaged.meta.storage.row_head import head_of
 
 SCOPE = b"scope of a suite"
@@ -71,7 +71,9 @@ class RingSuite:
         hidden: bool = False,
     ) -> ListPage:
         return await ring.scanner.list_page(
-            Table.OBJECT, SCOPE, SHARDS, prefix=prefix, after=after, delimiter=delimiter, limit=limit, hidden=hidden
+            PageQuery(
+                Table.OBJECT, SCOPE, SHARDS, prefix=prefix, after=after, delimiter=delimiter, limit=limit, hidden=hidden
+            )
         )
 
     # --- registers ----------------------------------------------------------------------------------------------------
@@ -314,16 +316,16 @@ class RingSuite:
     async def test_heads_are_of_the_rows_that_a_page_has(self, ring: RingPorts) -> None:
         await self.fill(ring, b"a", b"b/1", b"b/2", b"c")
         for bounds in ({}, {"delimiter": b"/"}, {"prefix": b"b/"}, {"after": b"a", "limit": 1}):
-            page = await ring.scanner.list_page(Table.OBJECT, SCOPE, SHARDS, **bounds)  # type: ignore[arg-type]
-            heads = await ring.scanner.list_heads(Table.OBJECT, SCOPE, SHARDS, **bounds)  # type: ignore[arg-type]
+            page = await ring.scanner.list_page(PageQuery(Table.OBJECT, SCOPE, SHARDS, **bounds))  # type: ignore[arg-type]
+            heads = await ring.scanner.list_heads(PageQuery(Table.OBJECT, SCOPE, SHARDS, **bounds))  # type: ignore[arg-type]
             assert list(heads.keys) == [row.key for row in page.rows]
             assert [bytes(head) for head in heads.heads] == [head_of(row.value.body) for row in page.rows]
             assert (tuple(heads.prefixes), heads.next_after) == (page.prefixes, page.next_after)
 
     async def test_what_was_listed_shows_what_was_changed_since(self, ring: RingPorts) -> None:
         await self.fill(ring, b"a", b"b", b"c")
-        await ring.scanner.list_heads(Table.OBJECT, SCOPE, SHARDS)
+        await ring.scanner.list_heads(PageQuery(Table.OBJECT, SCOPE, SHARDS))
         await ring.registers.change(name_of(b"b", shard=1), becomes(b"", Visibility.TOMBSTONE))
-        assert list((await ring.scanner.list_heads(Table.OBJECT, SCOPE, SHARDS)).keys) == [b"a", b"c"]
+        assert list((await ring.scanner.list_heads(PageQuery(Table.OBJECT, SCOPE, SHARDS))).keys) == [b"a", b"c"]
         ring.scanner.forget(SCOPE)
-        assert list((await ring.scanner.list_heads(Table.OBJECT, SCOPE, SHARDS)).keys) == [b"a", b"c"]
+        assert list((await ring.scanner.list_heads(PageQuery(Table.OBJECT, SCOPE, SHARDS))).keys) == [b"a", b"c"]

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from storaged.errors import ServiceUnavailable
-from storaged.meta.listing.merge import ROUNDS_MAX, every_row, share_of
+from storaged.meta.listing.merge import ROUNDS_MAX, every_row
+from storaged.meta.listing.round import share_of
 from storaged.meta.names import RegisterName, Table, Visibility
-from storaged.meta.ports import ListPage
+from storaged.meta.ports import ListPage, PageQuery
 from storaged.meta.storage.scan import Want, list_after_prefix
 from tests.sim.virtual import VirtualLoop, run
 from tests.worlds.listing import BUCKET, Ring, value_of
@@ -31,7 +32,7 @@ async def page_of(
     shards: range = SHARDS,
 ) -> ListPage:
     return await ring.scanner.list_page(
-        Table.OBJECT, BUCKET, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit
+        PageQuery(Table.OBJECT, BUCKET, shards, prefix=prefix, after=after, delimiter=delimiter, limit=limit)
     )
 
 
@@ -99,7 +100,7 @@ async def test_whichever_replica_hangs_or_lags_the_page_is_the_same(position: in
                 await ring.put(disk, late, value_of(2), 2)
             keys.append(b"late")
         assert keys_of(await page_of(ring)) == keys
-        heads = await ring.scanner.list_heads(Table.OBJECT, BUCKET, SHARDS)
+        heads = await ring.scanner.list_heads(PageQuery(Table.OBJECT, BUCKET, SHARDS))
         assert list(heads.keys) == keys
         assert set(heads.heads) == {value_of(1).body} | ({value_of(2).body} if trouble == "lags" else set())
 
@@ -338,9 +339,11 @@ async def test_a_walk_shows_hidden_rows_when_asked_and_goes_on_over_many_pages()
     await ring.fill(keys, shards=1, visibility=Visibility.HIDDEN)
     for hidden, expected in ((True, keys), (False, [])):
         assert [
-            row.key async for row in every_row(ring.scanner, Table.OBJECT, BUCKET, range(1), hidden=hidden)
+            row.key async for row in every_row(ring.scanner, PageQuery(Table.OBJECT, BUCKET, range(1), hidden=hidden))
         ] == expected
-    behind = every_row(ring.scanner, Table.OBJECT, BUCKET, range(1), prefix=b"k00", after=keys[97], hidden=True)
+    behind = every_row(
+        ring.scanner, PageQuery(Table.OBJECT, BUCKET, range(1), prefix=b"k00", after=keys[97], hidden=True)
+    )
     assert [row.key async for row in behind] == keys[98:100]
 
 

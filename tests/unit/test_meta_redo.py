@@ -27,7 +27,7 @@ from storaged.aio import WORSE_IN_A_ROW_MAX, DirectFile, Done
 from storaged.errors import DiskForeign, DiskUnusable, StoragedError
 from storaged.meta.names import Table
 from storaged.meta.ports import Fence, RowDamaged, RowRange, Slot, StoreBatch
-from storaged.meta.storage import overlay, redo, write_queue
+from storaged.meta.storage import batch, overlay, redo, write_queue
 from storaged.meta.storage.identity import IDENTITY, Mark
 from storaged.meta.storage.lmdb_store import LmdbMetaStore
 from storaged.meta.storage.redo import PAGE_BYTES, RedoLog
@@ -547,7 +547,7 @@ def test_tables_that_grow_between_looks_are_merged_in_the_order_of_their_keys(
             :limit
         ]
         assert (
-            overlay.merged(sorted(below.items())[:limit], tables, after=after, prefix=prefix, limit=limit) == expected
+            overlay.merge(sorted(below.items())[:limit], tables, RowRange(0, b"", 0, after, prefix, limit)) == expected
         )
 
 
@@ -638,11 +638,11 @@ async def test_nobody_reaches_a_store_that_is_closed(store: LmdbMetaStore) -> No
     else's by then.
     """
     told: list[StoragedError | None] = []
-    late = store.ready(StoreBatch([slot_of(name_of(b"late"))]), told.append)
+    late = store.pack(StoreBatch([slot_of(name_of(b"late"))]), told.append)
     await store.commit(StoreBatch([slot_of(name_of(b"k"))]))
     await store.close()
     with pytest.raises(DiskUnusable, match="closed"):
-        store.post_ready(late)
+        store.post_packed(late)
     await store.checkpoint()
     assert told == []
     again = LmdbMetaStore.open_or_refuse(store.directory, store.identity, map_bytes=1 << 26)
@@ -783,8 +783,8 @@ def documented() -> list[bytes]:
     return [bytes.fromhex(line.split("  ")[0]) for line in block[1].splitlines()]
 
 
-def example() -> overlay.Ready:
-    made = overlay.ready(StoreBatch(meta={"epoch": (2).to_bytes(8, "big")}), lambda _error: None)
+def example() -> batch.PackedBatch:
+    made = batch.pack_batch(StoreBatch(meta={"epoch": (2).to_bytes(8, "big")}), lambda _error: None)
     made.rows.append((bytes([1]) + STORE_ID + bytes([3]), b"photos/1.jpg", b"the row"))
     made.copy = b"a header", [b"the ", b"copy"]
     return made
@@ -793,7 +793,7 @@ def example() -> overlay.Ready:
 def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_path: Path) -> None:
     header, head, *body = documented()
     log = fresh(tmp_path)
-    append(log, overlay.encode_group([example()]))
+    append(log, batch.encode_group([example()]))
     log.close()
     written = (tmp_path / redo.FILE_NAME).read_bytes()
     assert len(written) == (1 + 2 * 4096) * 4096
@@ -807,7 +807,7 @@ def test_the_documented_log_is_what_the_code_writes_and_what_its_text_says(tmp_p
 
 
 def test_the_documented_group_is_read_back() -> None:
-    [logged] = overlay.decode_group(b"".join(documented()[2:]))
+    [logged] = batch.decode_group(b"".join(documented()[2:]))
     made = example()
     assert (logged.rows, logged.others, logged.copy) == (made.rows, made.others, (b"a header", b"the copy"))
 

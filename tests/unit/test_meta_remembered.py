@@ -10,10 +10,11 @@ from functools import partial
 
 import pytest
 
-from storaged.meta.listing.cache import Held, Place, Remembered
-from storaged.meta.listing.shards import SPANS_MAX, Query, ShardReader, Span
+from storaged.meta.listing.cache import CachedPiece, PieceCache, Place
+from storaged.meta.listing.query import Query, Span
+from storaged.meta.listing.shards import SPANS_MAX, ShardReader
 from storaged.meta.names import RegisterName, Table, Value, Visibility
-from storaged.meta.ports import HeadPage
+from storaged.meta.ports import HeadPage, PageQuery
 from storaged.meta.storage.row_head import with_head
 from storaged.meta.storage.scan import scan_store
 from tests.patience import GUARD_S
@@ -29,7 +30,7 @@ async def heads_of(
     ring: Ring, *, after: bytes = b"", limit: int = 1000, prefix: bytes = b"", delimiter: bytes = b""
 ) -> HeadPage:
     return await ring.scanner.list_heads(
-        Table.OBJECT, BUCKET, SHARDS, after=after, limit=limit, prefix=prefix, delimiter=delimiter
+        PageQuery(Table.OBJECT, BUCKET, SHARDS, after=after, limit=limit, prefix=prefix, delimiter=delimiter)
     )
 
 
@@ -122,12 +123,12 @@ async def test_pieces_that_lie_on_one_page_are_known_on_it_however_much_each_of_
     ring = Ring(hedge_s=GUARD_S, examine_max=500)
     await scattered(ring, deleted=deleted, body=body)
     for after in (b"", KEYS[29], KEYS[59]):
-        page = await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], after=after, limit=30)
+        page = await ring.scanner.list_heads(PageQuery(Table.OBJECT, BUCKET, [0], after=after, limit=30))
         assert len(page.keys) == 30
     ring.sent = 0
     ring.scans.clear()
     for first in (5, 40, 17, 29, 3, 55):
-        page = await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], after=KEYS[first], limit=30)
+        page = await ring.scanner.list_heads(PageQuery(Table.OBJECT, BUCKET, [0], after=KEYS[first], limit=30))
         assert list(page.keys) == KEYS[first + 1 : first + 31]
     assert (ring.sent, len(ring.scans)) == (0, 2 * 6)
 
@@ -217,19 +218,19 @@ async def test_a_common_prefix_stays_though_a_piece_ends_inside_of_it_and_the_ne
     names = {key: RegisterName(Table.OBJECT, BUCKET, 0, key) for key in (b"a", b"b", b"c/0", b"c/1", b"c/2", b"d")}
     for key, name in names.items():
         await ring.put_everywhere(name, Visibility.TOMBSTONE if key == b"c/0" else Visibility.LIVE)
-    await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], delimiter=b"/", limit=3)
+    await ring.scanner.list_heads(PageQuery(Table.OBJECT, BUCKET, [0], delimiter=b"/", limit=3))
     await ring.put_everywhere(names[b"a"], Visibility.TOMBSTONE, counter=2)
     for disk in ring.replicas_of(names[b"b"])[1:]:  # the first one lags, and so the first piece takes a second round
         await ring.put(disk, names[b"b"], value_of(2), 2)
-    share, everybody = 4, ShardReader._everybody
+    share, everybody = 4, ShardReader._ask_everybody
 
     async def first_deleted(reader: ShardReader, query: Query, spans: Sequence[Span]) -> list[Span]:
         assert len(spans) == 1
         await ring.put_everywhere(names[b"c/1"], Visibility.TOMBSTONE, counter=2)
         return await everybody(reader, query, spans)
 
-    monkeypatch.setattr(ShardReader, "_everybody", first_deleted)
-    page = await ring.scanner.list_heads(Table.OBJECT, BUCKET, [0], delimiter=b"/", limit=3)
+    monkeypatch.setattr(ShardReader, "_ask_everybody", first_deleted)
+    page = await ring.scanner.list_heads(PageQuery(Table.OBJECT, BUCKET, [0], delimiter=b"/", limit=3))
     assert (list(page.keys), page.prefixes) == ([b"b", b"d"], (b"c/",))
 
 
@@ -247,51 +248,53 @@ async def test_a_forgotten_bucket_is_sent_again_and_others_are_not() -> None:
 # --- the memory by itself
 
 
-def piece(after: bytes, keys: list[bytes], *, done: bool = False, place: Place = PLACE) -> Held:
-    return Held(place, after, len(keys), 1, keys, [b"head"] * len(keys), keys[-1] if keys else after, done, (1, 1))
+def piece(after: bytes, keys: list[bytes], *, done: bool = False, place: Place = PLACE) -> CachedPiece:
+    return CachedPiece(
+        place, after, len(keys), 1, keys, [b"head"] * len(keys), keys[-1] if keys else after, done, (1, 1)
+    )
 
 
 def test_pieces_are_found_along_from_inside_of_the_first_one_until_enough_is_known() -> None:
-    memory = Remembered()
+    memory = PieceCache()
     first, second, last = piece(b"", [b"a", b"c"]), piece(b"c", [b"e", b"g"]), piece(b"g", [b"i"], done=True)
     for each in (last, first, second):
-        memory.keep(each)
-    assert memory.along(PLACE, b"", 2, 9) == [first]
-    assert memory.along(PLACE, b"", 3, 9) == [first, second]
-    assert memory.along(PLACE, b"b", 2, 9) == [first, second]
-    assert memory.along(PLACE, b"c", 9, 9) == [second, last]
-    assert memory.along(PLACE, b"z", 9, 9) == [last]
-    assert memory.along(PLACE, b"", 9, 2) == [first, second]
+        memory.put(each)
+    assert memory.pieces_after(PLACE, b"", 2, 9) == [first]
+    assert memory.pieces_after(PLACE, b"", 3, 9) == [first, second]
+    assert memory.pieces_after(PLACE, b"b", 2, 9) == [first, second]
+    assert memory.pieces_after(PLACE, b"c", 9, 9) == [second, last]
+    assert memory.pieces_after(PLACE, b"z", 9, 9) == [last]
+    assert memory.pieces_after(PLACE, b"", 9, 2) == [first, second]
     memory.drop(second)
     memory.drop(second)
-    assert memory.along(PLACE, b"b", 9, 9) == [first]
-    assert memory.along(PLACE, b"d", 9, 9) == []
-    assert memory.along(PLACE._replace(prefix=b"a"), b"", 9, 9) == []
+    assert memory.pieces_after(PLACE, b"b", 9, 9) == [first]
+    assert memory.pieces_after(PLACE, b"d", 9, 9) == []
+    assert memory.pieces_after(PLACE._replace(prefix=b"a"), b"", 9, 9) == []
 
 
 def test_with_a_delimiter_a_piece_serves_only_who_begins_where_it_begins() -> None:
-    memory, place = Remembered(), PLACE._replace(delimiter=b"/")
+    memory, place = PieceCache(), PLACE._replace(delimiter=b"/")
     first = piece(b"", [b"a", b"c"], place=place)
-    memory.keep(first)
-    assert memory.along(place, b"", 1, 9) == [first]
-    assert memory.along(place, b"b", 1, 9) == []
+    memory.put(first)
+    assert memory.pieces_after(place, b"", 1, 9) == [first]
+    assert memory.pieces_after(place, b"b", 1, 9) == []
 
 
 def test_a_piece_that_begins_where_another_did_takes_its_place() -> None:
-    memory = Remembered()
-    memory.keep(piece(b"", [b"a", b"c"]))
+    memory = PieceCache()
+    memory.put(piece(b"", [b"a", b"c"]))
     second = piece(b"", [b"b"])
-    memory.keep(second)
+    memory.put(second)
     assert len(memory) == 1
-    assert memory.along(PLACE, b"", 1, 9) == [second]
+    assert memory.pieces_after(PLACE, b"", 1, 9) == [second]
 
 
 def test_the_memory_is_bounded_and_those_used_last_stay() -> None:
-    memory = Remembered(bytes_max=10 * piece(b"000", [b"000"]).cost)
+    memory = PieceCache(bytes_max=10 * piece(b"000", [b"000"]).cost)
     for number in range(1, 50):
-        memory.keep(piece(b"%03d" % number, [b"%03d~" % number]))
-        assert len(memory.along(PLACE, b"001", 1, 9)) == 1
+        memory.put(piece(b"%03d" % number, [b"%03d~" % number]))
+        assert len(memory.pieces_after(PLACE, b"001", 1, 9)) == 1
     assert len(memory) == 9 or len(memory) == 10
-    assert memory.along(PLACE, b"002", 1, 9) == []
-    memory.keep(piece(b"", [b"a" * 100_000]))
+    assert memory.pieces_after(PLACE, b"002", 1, 9) == []
+    memory.put(piece(b"", [b"a" * 100_000]))
     assert len(memory) == 0

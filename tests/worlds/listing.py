@@ -10,6 +10,7 @@ from typing import Any
 from storaged.cluster.layout import DiskEntry, Layout, NodeEntry
 from storaged.errors import PeerUnreachable, ServiceUnavailable
 from storaged.meta.listing.merge import RingScanner
+from storaged.meta.listing.round import ScanSettings
 from storaged.meta.messages import ScanReply, ScanRequest
 from storaged.meta.names import RegisterName, Table, Value, Visibility
 from storaged.meta.ports import Ballot, Reading, RowDamaged, Slot, StoreBatch
@@ -46,7 +47,7 @@ class Ring:
         self.sent = 0
         self.reads: list[RegisterName] = []
         self.settled: list[RegisterName] = []
-        self.scanner = RingScanner(self, self, self, self, hedge_s=hedge_s, **limits)  # type: ignore[arg-type]
+        self.scanner = RingScanner(self, self, self, self, ScanSettings(hedge_s=hedge_s, **limits))  # type: ignore[arg-type]
 
     def at(self, epoch: int) -> Layout:
         assert epoch == self.current.epoch

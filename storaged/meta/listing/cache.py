@@ -1,13 +1,13 @@
-"""Pieces of shards as they were listed last, in bounded memory, so that what has not changed since is neither sent,
-opened nor printed again.
+"""A cache of the pieces of shards that were listed last, in bounded memory: what has not changed since is not sent,
+opened or printed again.
 
-Nothing here is believed: a piece counts only in a request in which a majority of the shard's replicas says that it is
-still what it was (``meta.listing.merge.shards``).
+A cached piece is never trusted by itself: it counts only in a request in which a majority of the shard's replicas
+answers with its digest (``meta.listing.shards``).
 
-Pieces lie end to end: where one ends, the next was asked for. So a page that begins in the middle of one, as the next
-page of a listing does, is put together from
-those that it lies in. With a delimiter a piece serves only who begins where it begins: the key that stands for a common
-prefix does so from there.
+Pieces lie end to end: the next one was asked for where the one before it ends. So a page that begins in the middle of a
+piece, as the next page of a listing does, is put together from the pieces that it overlaps. With a delimiter a piece
+serves only a page that begins where the piece begins, since the key that represents a common prefix depends on that
+position.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from storaged.units import MIB
 
-PIECES_BYTES_MAX = 8 * MIB
+CACHE_BYTES_MAX = 8 * MIB
 """Some 25,000 keys of 30 bytes."""
 
 _PIECE_BYTES = 700
 _ROW_BYTES = 2 * (33 + 8)
-"""What a piece takes, and each of its rows, besides the bytes of the keys and heads."""
+"""Memory of a piece, and of each of its rows, besides the bytes of the keys and heads."""
 
 
 class Place(NamedTuple):
@@ -38,67 +39,61 @@ class Place(NamedTuple):
     visible: int
 
 
-class Held:
-    """A piece: the answer to an ask for ``limit`` entries behind ``after``, whose digest it had. Its keys and heads,
-    and up to where it goes. ``bounds``: the rows and
-    bytes that the ask allowed. It is asked for again with the same: with narrower ones a piece that did not change
-    would end earlier, and be sent once more.
-    ``listed``: up to where it was on pages."""
+@dataclass(slots=True, eq=False)
+class CachedPiece:
+    """The answer to an ask for ``limit`` entries after ``after``: its digest, its keys and heads, and up to where it
+    goes.
+    """
 
-    __slots__ = ("after", "bounds", "cost", "digest", "done", "heads", "keys", "limit", "listed", "place", "through")
+    place: Place
+    after: bytes
+    limit: int
+    digest: int
+    keys: Sequence[bytes]
+    heads: Sequence[bytes]
+    through: bytes
+    done: bool
+    bounds: tuple[int, int]
+    """The rows and bytes that the ask allowed. The next ask has the same bounds: with narrower ones a piece that did
+    not change would end earlier, and be sent once more.
+    """
+    listed: bytes = b""
+    """Up to where it was on pages."""
+    cost: int = field(init=False)
+    """Bytes of memory, about."""
 
-    def __init__(
-        self,
-        place: Place,
-        after: bytes,
-        limit: int,
-        digest: int,
-        keys: Sequence[bytes],
-        heads: Sequence[bytes],
-        through: bytes,
-        done: bool,
-        bounds: tuple[int, int],
-    ) -> None:
-        self.place = place
-        self.after = after
-        self.limit = limit
-        self.digest = digest
-        self.keys = keys
-        self.heads = heads
-        self.through = through
-        self.done = done
-        self.bounds = bounds
-        self.listed = b""
-        self.cost = _PIECE_BYTES + len(through) + len(keys) * _ROW_BYTES + sum(map(len, keys)) + sum(map(len, heads))
+    def __post_init__(self) -> None:
+        self.cost = _PIECE_BYTES + len(self.through) + len(self.keys) * _ROW_BYTES
+        self.cost += sum(map(len, self.keys)) + sum(map(len, self.heads))
 
-    def entries_behind(self, after: bytes) -> int:
+    def entries_after(self, after: bytes) -> int:
         return len(self.keys) - bisect_right(self.keys, after)
 
 
 class _Shard:
-    """Its pieces by where they begin."""
+    """The pieces of one shard by where they begin."""
 
     __slots__ = ("pieces", "starts")
 
     def __init__(self) -> None:
         self.starts: list[bytes] = []
-        self.pieces: dict[bytes, Held] = {}
+        self.pieces: dict[bytes, CachedPiece] = {}
 
 
-class Remembered:
+class PieceCache:
     """The pieces used last, in about ``bytes_max`` of memory."""
 
-    def __init__(self, bytes_max: int = PIECES_BYTES_MAX) -> None:
+    def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
         self._shards: dict[Place, _Shard] = {}
-        self._used: OrderedDict[Held, None] = OrderedDict()
+        self._used: OrderedDict[CachedPiece, None] = OrderedDict()
 
-    def along(self, place: Place, after: bytes, entries: int, pieces_max: int) -> list[Held]:
-        """The pieces that hold what comes behind ``after``, one behind the other, until that many entries or no more
-        are known.
+    def pieces_after(self, place: Place, after: bytes, entries: int, pieces_max: int) -> list[CachedPiece]:
+        """The pieces that cover what follows ``after``, end to end, until they have that many entries or the cache has
+        no more.
         """
-        found: list[Held] = []
+        found: list[CachedPiece] = []
         shard = self._shards.get(place)
         while shard is not None and entries > 0 and len(found) < pieces_max:
             piece = _covering(shard, after, exactly=bool(place.delimiter))
@@ -106,14 +101,14 @@ class Remembered:
                 break
             found.append(piece)
             self._used.move_to_end(piece)
-            entries -= piece.entries_behind(after)
+            entries -= piece.entries_after(after)
             if piece.done:
                 break
             after = piece.through
         return found
 
-    def keep(self, piece: Held) -> None:
-        """In the place of the one that began there."""
+    def put(self, piece: CachedPiece) -> None:
+        """Replaces the piece that began at the same key."""
         shard = self._shards.get(piece.place)
         if shard is not None and piece.after in shard.pieces:
             self.drop(shard.pieces[piece.after])
@@ -125,8 +120,8 @@ class Remembered:
         while self._bytes > self._bytes_max:
             self.drop(next(iter(self._used)))
 
-    def drop(self, piece: Held) -> None:
-        """Does nothing for one that is not kept any more."""
+    def drop(self, piece: CachedPiece) -> None:
+        """No-op for a piece that is not in the cache any more."""
         if piece not in self._used:
             return
         del self._used[piece]
@@ -138,7 +133,7 @@ class Remembered:
             del self._shards[piece.place]
 
     def forget(self, scope: bytes) -> None:
-        """Every piece of a bucket."""
+        """Drops every piece of a bucket."""
         for piece in [piece for piece in self._used if piece.place.scope == scope]:
             self.drop(piece)
 
@@ -146,7 +141,7 @@ class Remembered:
         return len(self._used)
 
 
-def _covering(shard: _Shard, after: bytes, *, exactly: bool) -> Held | None:
+def _covering(shard: _Shard, after: bytes, *, exactly: bool) -> CachedPiece | None:
     if exactly:
         return shard.pieces.get(after)
     at = bisect_right(shard.starts, after)

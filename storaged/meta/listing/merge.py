@@ -1,73 +1,52 @@
-"""Listing a bucket: pages of settled rows in key order, from shards that each have several replicas.
+"""Lists a bucket: pages of settled rows in key order, from shards that each have several replicas.
 
 Theory of operation
     A bucket's keys are spread by hash over its shards. A page asks each shard for its share of the page and a little
-    more, and again those that turn out
-    to hold more of it. ``Feed.through`` says up to which key a shard is known; only what all shards are known up to can
-    be on the page. A common
-    prefix may be reported by every shard and is one entry.
+    more, and asks again the shards that turn out to have more of it. A shard is known up to ``Feed.through``, and the
+    page can only have keys up to which all shards are known. Every shard may report the same common prefix, which is
+    one entry.
 
-    There is no snapshot across keys. What was acknowledged before the call is seen; pages never go back.
+    There is no snapshot across keys. A page has everything acknowledged before the call; pages never go back.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil, sqrt
 from typing import Any
 
 from storaged.cluster.ports import Layouts, Liveness
 from storaged.errors import ServiceUnavailable
-from storaged.meta.listing.cache import PIECES_BYTES_MAX, Held, Remembered
-from storaged.meta.listing.shards import (
-    HEDGE_S,
-    SETTLING_MAX,
-    Feed,
-    Piece,
-    Query,
-    ShardReader,
-    Span,
-    bounded,
-    common_end,
-    reported,
-)
+from storaged.meta.listing.agreement import common_end, reported
+from storaged.meta.listing.cache import CachedPiece, PieceCache
+from storaged.meta.listing.query import Feed, Piece, Query, Span
+from storaged.meta.listing.round import OnFenced, ScanRounds, ScanSettings
+from storaged.meta.listing.shards import SETTLING_MAX, ShardReader, gather_bounded
 from storaged.meta.messages import ScanRow
 from storaged.meta.names import RegisterName, Table, Visibility
-from storaged.meta.ports import HeadPage, ListPage, Registers, Replicas, Row, Scanner
-from storaged.meta.storage.scan import EXAMINE_MAX, LIMIT_MAX, Want, common_prefix, decode_rows, list_after_prefix
+from storaged.meta.ports import HeadPage, ListPage, PageQuery, Registers, Replicas, Row, Scanner
+from storaged.meta.storage.scan import LIMIT_MAX, Want, common_prefix, decode_rows, list_after_prefix
 
 PAGE_ROWS_MAX = LIMIT_MAX - 1
 ROUNDS_MAX = 64
-"""A page that is not full after this many rounds is given as it is, to go on from there: 64 rounds are half a million
-deleted keys.
-"""
+"""A page that is not full after this many rounds is returned as it is: 64 rounds are half a million deleted keys."""
 
 Filled = tuple[list[bytes], list[Any], tuple[bytes, ...], bytes | None]
 """Keys, their values or heads, common prefixes, where the next page begins."""
 
-SHARE_ROWS_MIN = 8
 WALK_ROWS = 500
 UNSETTLED_MAX = 32
-"""Keys that ``catch_up`` fails to settle before it ends: then it is not a few damaged rows, and
-each costs a time-out.
+"""``catch_up`` ends when it fails to settle more keys: then it is more than a few damaged rows, and each key costs a
+time-out.
 """
 ROWS_A_PAGE = 1_000
 
 
-def share_of(entries: int, feeds: int, turn: int) -> int:
-    """Keys fall into shards like coins: a share is 2.5 standard deviations above the mean, so that one round mostly
-    does. It doubles with every turn,
-    for common prefixes that all shards have and for places full of deleted keys."""
-    mean = entries / feeds
-    return max(SHARE_ROWS_MIN, ceil(mean + 2.5 * sqrt(mean)) << turn)
-
-
 @dataclass
 class CatchUp:
-    """``rows`` looked at; ``settled``: differed, and were settled on all replicas that answer; ``away``: disks that did
-    not answer.
+    """``rows`` looked at; ``settled``: rows that differed and were settled on all replicas that answer; ``away``: disks
+    that did not answer.
     """
 
     rows: int = 0
@@ -76,7 +55,7 @@ class CatchUp:
 
 
 class RingScanner:
-    """``Scanner`` over the replicas. ``registers`` settles what they don't agree on."""
+    """``Scanner`` over the replicas. ``registers`` settles the rows on which they do not agree."""
 
     def __init__(
         self,
@@ -84,84 +63,46 @@ class RingScanner:
         replicas: Replicas,
         registers: Registers,
         liveness: Liveness,
-        *,
-        timeout_s: float = 10.0,
-        hedge_s: float = HEDGE_S,
-        share: Callable[[int, int, int], int] = share_of,
-        examine_max: int = EXAMINE_MAX,
-        remembered_bytes_max: int = PIECES_BYTES_MAX,
-        on_fenced: Callable[[bytes], None] = lambda scope: None,
+        settings: ScanSettings | None = None,
+        on_fenced: OnFenced = lambda scope: None,
     ) -> None:
-        """``share(entries, feeds, turn)``: how many entries to ask of each feed; ``examine_max``: rows that a replica
-        looks at for one of them;
-        ``remembered_bytes_max``: memory for pieces that were listed lately. ``on_fenced``: told of a scope that a
-        replica calls fenced."""
+        settings = settings or ScanSettings()
         self._registers = registers
-        self._share = share
-        self._remembered = Remembered(remembered_bytes_max)
-        self._reader = ShardReader(
-            layouts,
-            replicas,
-            registers,
-            liveness,
-            timeout_s=timeout_s,
-            hedge_s=hedge_s,
-            examine_max=examine_max,
-            remembered=self._remembered,
-            on_fenced=on_fenced,
-        )
+        self._share = settings.share
+        self._cache = PieceCache(settings.cache_bytes_max)
+        rounds = ScanRounds(layouts, replicas, settings, on_fenced)
+        self._reader = ShardReader(layouts, registers, liveness, rounds, self._cache, settings)
 
-    async def list_page(
-        self,
-        table: int,
-        scope: bytes,
-        shards: Sequence[int],
-        *,
-        prefix: bytes = b"",
-        after: bytes = b"",
-        delimiter: bytes = b"",
-        limit: int = 1000,
-        hidden: bool = False,
-        settling_nonce: bytes = b"",
-    ) -> ListPage:
+    async def list_page(self, wanted: PageQuery) -> ListPage:
         """As the port says. ``limit`` up to 4,095; 0 gives an empty last page. A page may be short, even empty, with
-        ``next_after`` set: then
-        so many deleted keys lay in between that it is better to come back."""
-        visible = Visibility.HIDDEN if hidden else Visibility.LIVE
-        (keys, held, prefixes, next_after), _ = await self._filled(
-            Query(table, scope, prefix, delimiter, visible, settling_nonce), shards, after, limit
+        ``next_after`` set, when very many deleted keys lie in between.
+        """
+        visible = Visibility.HIDDEN if wanted.hidden else Visibility.LIVE
+        query = Query(
+            wanted.table, wanted.scope, wanted.prefix, wanted.delimiter, visible, settling_nonce=wanted.settling_nonce
         )
+        (keys, held, prefixes, next_after), _ = await self._filled(query, wanted.shards, wanted.after, wanted.limit)
         return ListPage(tuple(map(Row, keys, held)), prefixes, next_after)
 
-    async def list_heads(
-        self,
-        table: int,
-        scope: bytes,
-        shards: Sequence[int],
-        *,
-        prefix: bytes = b"",
-        after: bytes = b"",
-        delimiter: bytes = b"",
-        limit: int = 1000,
-    ) -> HeadPage:
+    async def list_heads(self, wanted: PageQuery) -> HeadPage:
         """As the port says; limits as for ``list_page``."""
-        query = Query(table, scope, prefix, delimiter, Visibility.LIVE, heads=True)
-        filled, again = await self._filled(query, shards, after, limit)
+        query = Query(wanted.table, wanted.scope, wanted.prefix, wanted.delimiter, Visibility.LIVE, heads=True)
+        filled, again = await self._filled(query, wanted.shards, wanted.after, wanted.limit)
         return HeadPage(*filled, again)
 
     def forget(self, scope: bytes) -> None:
         """As the port says."""
-        self._remembered.forget(scope)
+        self._cache.forget(scope)
 
     async def _filled(self, query: Query, shards: Sequence[int], after: bytes, limit: int) -> tuple[Filled, bool]:
-        """And whether most of it was listed before."""
+        """The page, and whether most of it was listed before."""
         if not 0 <= limit <= PAGE_ROWS_MAX:
             raise ValueError(f"a page has 0 to {PAGE_ROWS_MAX} entries, not {limit}")
         if limit == 0:
             return ([], [], (), None), False
         page = _Page(query, [self._reader.feed(query, shard, after) for shard in shards], limit)
         for turn in range(ROUNDS_MAX):
-            asked = page.behind()
+            asked = page.incomplete()
             if not asked:
                 return page.whole(), page.again
             share = min(limit + 1, self._share(page.wanting(), len(asked), turn))
@@ -170,13 +111,11 @@ class RingScanner:
         return page.cut_short(), page.again
 
     async def catch_up(self, table: int, scope: bytes, shard: int, *, settling_nonce: bytes = b"") -> CatchUp:
-        """Brings the replicas of one shard to the same rows: slices of all that answer are compared by digest, and each
-        key that one of them lacks,
-        has damaged or at another ballot is settled by a committed round on all of them.
+        """Brings the replicas of one shard to the same rows: compares slices of all that answer by digest, and settles
+        each key that one of them lacks, has damaged, or has at another ballot, by a committed round on all of them.
 
-        A key that can't be settled, since a majority of its rows is damaged, keeps no other from it: it is raised at
-        the end.
-        Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
+        A key that can't be settled, since a majority of its rows is damaged, does not stop the others: its error is
+        raised at the end. Raises ServiceUnavailable without a majority, and as ``Registers.settle`` does.
         """
         unsettled: list[ServiceUnavailable] = []
 
@@ -205,7 +144,7 @@ class RingScanner:
                     for key, seen in rows.items()
                     if not alike(list(seen.values()), len(answers))
                 ]
-                found.settled += sum(await bounded([settle(name) for name in differing], SETTLING_MAX))
+                found.settled += sum(await gather_bounded([settle(name) for name in differing], SETTLING_MAX))
                 if len(unsettled) > UNSETTLED_MAX:
                     break
             feed.through, feed.done = common_end(answers.values())
@@ -215,51 +154,42 @@ class RingScanner:
         return found
 
 
-async def every_row(
-    scanner: Scanner,
-    table: int,
-    scope: bytes,
-    shards: Sequence[int],
-    *,
-    prefix: bytes = b"",
-    after: bytes = b"",
-    hidden: bool = False,
-) -> AsyncIterator[Row]:
-    """The rows of ``Scanner.list_page``, page by page: what the consumer does in between holds nothing open. Raises as
-    that.
+async def every_row(scanner: Scanner, wanted: PageQuery) -> AsyncIterator[Row]:
+    """The rows of ``Scanner.list_page``, page by page: nothing is held open between rows. Raises as
+    ``list_page``.
     """
-    start: bytes | None = after
+    start: bytes | None = wanted.after
     while start is not None:
-        page = await scanner.list_page(
-            table, scope, shards, prefix=prefix, after=start, limit=ROWS_A_PAGE, hidden=hidden
-        )
+        page = await scanner.list_page(wanted._replace(after=start, limit=ROWS_A_PAGE))
         for row in page.rows:
             yield row
         start = page.next_after
 
 
 class _Page:
-    """A page while it is filled. ``entries``: key -> its value, or head; common prefix -> None. ``whole`` and
-    ``cut_short``: the keys, what is held of them, the common
-    prefixes, and where the next page begins."""
+    """A page while it is filled. ``whole`` and ``cut_short`` return the keys, their values or heads, the common
+    prefixes, and where the next page begins.
+    """
 
     def __init__(self, query: Query, feeds: list[Feed], limit: int) -> None:
         self._query = query
         self._feeds = feeds
         self._limit = limit
-        self._need = limit + 1  # one more tells whether there is a next page
+        self._need = limit + 1  # the one more shows whether there is a next page
         self._entries: dict[bytes, Any] = {}
+        """Key -> its value, or head; common prefix -> None."""
         self._names: list[bytes] = []
-        self._parts: list[Held] = []
+        """The keys of ``_entries`` in order."""
+        self._parts: list[CachedPiece] = []
         self._pieces = self._again = 0
 
     @property
     def again(self) -> bool:
-        """Was most of it listed before?"""
+        """Whether most of it was listed before."""
         return 2 * self._again > self._pieces
 
-    def behind(self) -> list[Feed]:
-        """The feeds that may still hold something for this page."""
+    def incomplete(self) -> list[Feed]:
+        """The feeds that may still have entries for this page."""
         self._names = sorted(self._entries)
         if len(self._names) < self._need:
             return [feed for feed in self._feeds if not feed.done]
@@ -267,7 +197,7 @@ class _Page:
         return [feed for feed in self._feeds if not feed.done and feed.through < last]
 
     def wanting(self) -> int:
-        """How many entries are missing, counting only those that nothing unknown can lie before."""
+        """How many entries are missing. Counts only entries before which no unknown key can lie."""
         known = min((feed.through for feed in self._feeds if not feed.done), default=b"")
         return max(1, self._need - bisect_right(self._names, known))
 
@@ -284,7 +214,7 @@ class _Page:
         self._again += piece.again
 
     def _jumped(self, through: bytes) -> bytes:
-        """Behind the common prefix that ``through`` lies in, when that is on the page already."""
+        """The end of the common prefix that ``through`` lies in, when the page has it already."""
         group = common_prefix(through, self._query.prefix, self._query.delimiter)
         return list_after_prefix(group) if group and group in self._entries else through
 
@@ -292,8 +222,8 @@ class _Page:
         return self._filled(self._names[: self._limit], len(self._names) > self._limit)
 
     def cut_short(self) -> Filled:
-        """What is certain, and where to go on."""
-        if not self.behind():
+        """The entries that are certain, and where to go on."""
+        if not self.incomplete():
             return self.whole()
         known = self._jumped(min(feed.through for feed in self._feeds if not feed.done))
         names = self._names[: bisect_right(self._names, known)]
@@ -317,7 +247,7 @@ class _Page:
 
 
 def _identical(rows: list[ScanRow], replicas: int) -> bool:
-    """``_unanimous``, and with one value. Of system rows alone: there a settling round knows which value to go by."""
+    """``_unanimous``, and with one value. For system rows only: a settling round can tell which of theirs is right."""
     return _unanimous(rows, replicas) and all(row.value == rows[0].value for row in rows)
 
 

@@ -35,6 +35,7 @@ from storaged.errors import (
 )
 from storaged.ids import BUCKET_ID_BYTES
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.meta.ports import PageQuery
 from storaged.objects.api import Principal
 from storaged.objects.cache.ttl import Recent
 from storaged.objects.plane import ObjectPlane
@@ -406,7 +407,9 @@ class BucketService:
         start: bytes | None = b""
         while start is not None:
             page = await self._plane.scanner.list_page(
-                table, bucket.id, bucket.shard_numbers, after=start, limit=1, hidden=hidden, settling_nonce=nonce
+                PageQuery(
+                    table, bucket.id, bucket.shard_numbers, after=start, limit=1, hidden=hidden, settling_nonce=nonce
+                )
             )
             if page.rows:
                 return True

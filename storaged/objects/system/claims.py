@@ -18,6 +18,7 @@ import msgspec
 from storaged.errors import DataDamaged
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, Visibility, system_name
+from storaged.meta.ports import PageQuery
 from storaged.objects.plane import ObjectPlane
 from storaged.objects.system import rows
 from storaged.wire import Message, decode, encode
@@ -93,7 +94,7 @@ async def authenticate_all(plane: ObjectPlane) -> int:
     """Gives every claim that has none its authenticator; how many there were. Raises ServiceUnavailable without a
     majority: then it is to be done again."""
     count = 0
-    async for row in every_row(plane.scanner, Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=PREFIX.encode()):
+    async for row in every_row(plane.scanner, PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=PREFIX.encode())):
         register = RegisterName(Table.SYSTEM, SYSTEM_SCOPE, 0, row.key)
         if _bare(row.value) is None:
             continue

@@ -25,7 +25,7 @@ import structlog
 
 from storaged.errors import DataDamaged, StoragedError
 from storaged.meta.names import SYSTEM_SCOPE, Change, RegisterName, Table, Value, system_name
-from storaged.meta.ports import Registers, Scanner
+from storaged.meta.ports import PageQuery, Registers, Scanner
 
 log = structlog.get_logger(__name__)
 
@@ -113,7 +113,7 @@ async def scan(
     verified."""
     start: bytes | None = max(after, prefix)
     while start is not None:
-        page = await scanner.list_page(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, after=start)
+        page = await scanner.list_page(PageQuery(Table.SYSTEM, SYSTEM_SCOPE, [0], prefix=prefix, after=start))
         for row in page.rows:
             try:
                 record = decode(RegisterName(Table.SYSTEM, SYSTEM_SCOPE, 0, row.key), row.value)

@@ -31,7 +31,7 @@ from storaged.meta.names import (
     shard_of,
     upload_name,
 )
-from storaged.meta.ports import Row
+from storaged.meta.ports import PageQuery, Row
 from storaged.objects.api import (
     CHECKSUM_ALGORITHMS,
     DEFAULT_ALGORITHM,
@@ -319,7 +319,7 @@ async def list_uploads(
     start: bytes | None = _row_after(after_key, after_upload, delimiter)
     while start is not None:
         page = await plane.scanner.list_page(
-            Table.UPLOAD, bucket.id, bucket.shard_numbers, prefix=prefix, after=start, limit=ROWS_A_PAGE
+            PageQuery(Table.UPLOAD, bucket.id, bucket.shard_numbers, prefix=prefix, after=start, limit=ROWS_A_PAGE)
         )
         start = page.next_after
         for row in page.rows:
@@ -376,7 +376,7 @@ async def forget_finished_uploads(plane: ObjectPlane, bucket: BucketRecord) -> i
     Records from before get their digest keyed (``renew_digest``). One that can't be used is counted, and passed
     over."""
     forgotten = 0
-    async for row in every_row(plane.scanner, Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True):
+    async for row in every_row(plane.scanner, PageQuery(Table.UPLOAD, bucket.id, bucket.shard_numbers, hidden=True)):
         try:
             forgotten += await _forget_finished(plane, bucket, row)
         except DataDamaged as error:

@@ -13,7 +13,7 @@ from storaged.errors import DataDamaged, NoSuchUpload
 from storaged.ids import UPLOAD_ID_BYTES
 from storaged.meta.listing.merge import every_row
 from storaged.meta.names import Change, RegisterName, Table, Value, Visibility, upload_name
-from storaged.meta.ports import Row, Scanner
+from storaged.meta.ports import PageQuery, Row, Scanner
 from storaged.objects.api import UploadInfo
 from storaged.objects.code.manifest import checked
 from storaged.objects.code.seal import META_LABEL
@@ -168,7 +168,7 @@ def living_upload(row_key: bytes, value: Value) -> LivingUpload | None:
 
 async def living_uploads(scanner: Scanner, owner: RegisterName) -> AsyncIterator[LivingUpload]:
     """Uploads that may still become the object of ``owner``. Raises ServiceUnavailable, DataDamaged."""
-    async for row in every_row(scanner, Table.UPLOAD, owner.scope, [owner.shard], prefix=owner.key + b"\0"):
+    async for row in every_row(scanner, PageQuery(Table.UPLOAD, owner.scope, [owner.shard], prefix=owner.key + b"\0")):
         upload = living_upload(row.key, row.value)
         if upload is not None and upload.key == owner.key:
             yield upload
@@ -234,5 +234,5 @@ def decode_part(row: Row) -> PartRecord:
 async def part_rows(scanner: Scanner, scope: bytes, upload_id: bytes, *, after: int = 0) -> AsyncIterator[PartRecord]:
     """The parts of an upload by number, from behind number ``after``."""
     start = upload_id + after.to_bytes(2, "big")
-    async for row in every_row(scanner, Table.PART, scope, [upload_id[0]], prefix=upload_id, after=start):
+    async for row in every_row(scanner, PageQuery(Table.PART, scope, [upload_id[0]], prefix=upload_id, after=start)):
         yield decode_part(row)

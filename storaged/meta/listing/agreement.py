@@ -1,0 +1,149 @@
+"""What the answers of a shard's replicas agree on, and where they differ. Pure.
+
+A common prefix represents its keys when one of them is visible and settled. Where replicas differ inside of it, none of
+them has looked further than its own first visible key. So nothing is concluded about keys after the smallest of these:
+if no key up to there turns out to be visible, the piece ends there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from storaged.errors import ServiceUnavailable
+from storaged.meta.listing.query import Answers, Feed, Piece, Query, Span
+from storaged.meta.messages import ScanRow, ShardSlice
+from storaged.meta.names import Value
+from storaged.meta.storage.row_head import head_of
+from storaged.meta.storage.scan import common_prefix, decode_rows
+
+
+def agreeing(feed: Feed, answers: Answers) -> list[str]:
+    """The disks of a quorum that answered the same, or none."""
+    quorum = feed.quorum
+    if not quorum.met(answers):
+        return []
+    if len(answers) == quorum.fewest:  # mostly: the disks that are asked first
+        first, *others = answers.values()
+        for other in others:
+            if other.digest != first.digest or other.through != first.through or other.done != first.done:
+                return []
+        return list(answers)
+    same: dict[tuple[int, bytes, bool], list[str]] = {}
+    for disk, answer in answers.items():
+        same.setdefault((answer.digest, answer.through, answer.done), []).append(disk)
+    largest = max(same.values(), key=len)
+    return largest if quorum.met(largest) else []
+
+
+def common_end(answers: Iterable[ShardSlice]) -> tuple[bytes, bool]:
+    """Up to where all of the answers go, and whether all go to the end."""
+    ends = [answer.through for answer in answers if not answer.done]
+    return (min(ends), False) if ends else (b"", True)
+
+
+def rows_of(answer: ShardSlice) -> list[ScanRow]:
+    """Raises ServiceUnavailable when they can't be decoded."""
+    try:
+        return decode_rows(answer.rows)
+    except msgspec.MsgspecError as error:
+        raise ServiceUnavailable(f"A replica's answer to a scan cannot be read: {error}") from None
+
+
+def reported(answers: Mapping[str, Sequence[ScanRow]], through: bytes, done: bool) -> dict[bytes, dict[str, ScanRow]]:
+    """Key -> disk -> its row, in key order, up to ``through``."""
+    found: dict[bytes, dict[str, ScanRow]] = {}
+    for disk, rows in answers.items():
+        for row in rows:
+            if done or row.key <= through:
+                found.setdefault(row.key, {})[disk] = row
+    return dict(sorted(found.items()))
+
+
+class Judged(NamedTuple):
+    """What all rows of several replicas say of a range. ``values``: by key in order; None: not there, or not known yet.
+    ``doubtful``: the keys that a read of their registers has to settle. ``horizons``: as from ``_horizons``.
+    """
+
+    values: dict[bytes, Value | None]
+    doubtful: list[bytes]
+    horizons: dict[bytes, bytes]
+    through: bytes
+    done: bool
+
+
+def judge(query: Query, feed: Feed, answers: Answers) -> Judged:
+    """Settles keys by majority: at one ballot, or absent. Raises ServiceUnavailable for rows that can't be decoded."""
+    through, done = common_end(answers.values())
+    decoded = {disk: rows_of(answer) for disk, answer in answers.items()}
+    horizons = _horizons(query, decoded.values(), through, done)
+    values: dict[bytes, Value | None] = {}
+    doubtful = []
+    for key, rows in reported(decoded, through, done).items():
+        if key > horizons.get(common_prefix(key, query.prefix, query.delimiter), key):
+            continue  # not all of the answers have looked this far into the common prefix
+        ballot = feed.quorum.agreed({disk: row.ballot for disk, row in rows.items() if row.ballot})
+        if ballot is not None:
+            values[key] = next(row.value for row in rows.values() if row.ballot == ballot)
+            continue
+        values[key] = None
+        if not feed.quorum.met(answers.keys() - rows.keys()):
+            doubtful.append(key)
+    return Judged(values, doubtful, horizons, through, done)
+
+
+def _horizons(query: Query, answers: Iterable[Sequence[ScanRow]], through: bytes, done: bool) -> dict[bytes, bytes]:
+    """Common prefix -> the smallest key that represents it in one of the answers: that answer has nothing of the prefix
+    after this key.
+    """
+    found: dict[bytes, bytes] = {}
+    if query.delimiter:
+        for rows in answers:
+            for row in rows:
+                group = common_prefix(row.key, query.prefix, query.delimiter)
+                if group and row.ballot and row.visibility >= query.visible and (done or row.key <= through):
+                    found[group] = min(row.key, found.get(group, row.key))
+    return found
+
+
+def assemble(query: Query, judged: Judged) -> Piece:
+    """The piece, when the values of doubtful keys have been filled in."""
+    values, through, done = judged.values, judged.through, judged.done
+    keys: list[bytes] = []
+    shown: set[bytes] = set()
+    for key, value in values.items():
+        group = common_prefix(key, query.prefix, query.delimiter)
+        if value is not None and value.visibility >= query.visible:
+            keys.append(key)
+            shown.add(group)
+        if group and group not in shown and judged.horizons.get(group) == key:
+            through, done = key, False  # the keys that represented the prefix are not visible: look further
+            break
+    found = [value for key in keys if (value := values[key]) is not None]
+    return Piece(keys, [head_of(value.body) for value in found] if query.heads else found, through, done)
+
+
+def join(run: Sequence[Span], *, exactly: bool) -> Piece:
+    """Joins the pieces of a feed's spans, as long as each begins no later than the one before it ends: a piece may end
+    earlier than it did when it was cached. ``exactly``: nor earlier. With a delimiter a key represents all after it,
+    and the piece before, which was read later, may have found that this key is gone.
+    """
+    reached, done = run[0].feed.through, False
+    keys: list[bytes] = []
+    held: list[Any] = []
+    for span in run:
+        piece = span.piece
+        assert piece is not None
+        if span.after > reached or (exactly and span.after < reached):
+            break
+        first = bisect_right(piece.keys, reached)
+        keys += piece.keys[first:]
+        held += piece.held[first:]
+        reached, done = max(reached, piece.through), piece.done
+        if done:
+            break
+    parts = [span.known for span in run if span.known is not None]
+    return Piece(keys, held, reached, done, parts, bool(parts) and run[0].feed.through < parts[0].listed)

@@ -1,0 +1,92 @@
+"""What a listing asks of shards, and what it gets: queries, feeds, spans and pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from storaged.meta.consensus.quorums import Quorum
+from storaged.meta.listing.cache import CachedPiece, Place
+from storaged.meta.messages import ShardSlice
+from storaged.meta.names import Value
+from storaged.meta.storage.scan import Want
+
+
+@dataclass(frozen=True)
+class Query:
+    """``visible``: the least Visibility that counts. ``settling_nonce`` of the scope's fence, if it has one. ``heads``:
+    return only the heads of the bodies, not the values.
+    """
+
+    table: int
+    scope: bytes
+    prefix: bytes
+    delimiter: bytes
+    visible: int
+    settling_nonce: bytes = b""
+    heads: bool = False
+
+    @property
+    def rows(self) -> Want:
+        """What the supplier of rows is asked for."""
+        return Want.HEADS if self.heads else Want.VISIBLE
+
+    def place(self, shard: int) -> Place:
+        return Place(self.table, self.scope, shard, self.prefix, self.delimiter, self.visible)
+
+
+@dataclass
+class Feed:
+    """One shard while it is read: known up to ``through``, or to its end. ``supplier``: the disk that sends the rows.
+    ``first``: the disks of one quorum, the supplier among them, to be asked first.
+    """
+
+    shard: int
+    quorum: Quorum
+    supplier: str
+    through: bytes
+    first: Sequence[str] = ()
+    done: bool = False
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        return self.quorum.disks
+
+
+class Piece(NamedTuple):
+    """A settled piece of a shard: the keys of its visible rows (of common prefixes: the first) with their values, or
+    heads, and up to where it goes. ``parts``: the cached pieces that it consists of. ``again``: it was on a page
+    before.
+    """
+
+    keys: Sequence[bytes]
+    held: Sequence[Value] | Sequence[bytes]
+    through: bytes
+    done: bool
+    parts: Sequence[CachedPiece] = ()
+    again: bool = False
+
+
+@dataclass(slots=True)
+class Span:
+    """A range of a shard that is asked for as one: ``limit`` entries after ``after``."""
+
+    feed: Feed
+    after: bytes
+    limit: int
+    known: CachedPiece | None = None
+    """What the range was before."""
+    piece: Piece | None = None
+    """What it is, once that is settled."""
+    bounds: tuple[int, int] = (0, 0)
+    """The rows and bytes that the last ask allowed."""
+    supplier: str = field(init=False)
+    """The disk that is asked for its rows."""
+
+    def __post_init__(self) -> None:
+        self.supplier = self.feed.supplier
+
+
+Answers = dict[str, ShardSlice]
+"""disk -> what it answered about a span."""
